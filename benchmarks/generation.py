@@ -217,7 +217,9 @@ def sides_of(
         }
 
     def by_blocks() -> dict[int, list[int]]:
-        with patch.object(generate, "decide_gathering", lambda *_: GatherDecision(True, False, "block by block")):
+        with patch.object(
+            generate, "decide_weight_gathering", lambda *_: GatherDecision(True, False, "block by block")
+        ):
             return ours()
 
     return {PLAIN: plain, OURS: ours, **({BLOCKS: by_blocks} if ranks > 1 else {})}

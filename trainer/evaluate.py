@@ -421,7 +421,7 @@ def _report_head(config: RunConfig, job: EvaluationJob, precision: str, runtime:
     """The head of the report: the model, how and where it was evaluated, and versions of libraries."""
     is_checkpoint_of_run = job.checkpoint is not None and not job.accepted
     return {
-        "version": record.VERSION,
+        "version": record.REPORT_VERSION,
         "model": {
             "path": config.model.path,
             "adapters": config.model.adapters,
@@ -464,7 +464,7 @@ def _write_report(
     for task in tasks:
         rows = model.rows[task.name]
         resampled = resample_metrics(task, rows, bootstrap)
-        task_records[task.name] = record.task_record(task, model, confidence_intervals(task, rows, resampled))
+        task_records[task.name] = record.build_task_record(task, model, confidence_intervals(task, rows, resampled))
         compared = _compared_result(task, models.get(BASE), earlier)
         if compared is None:
             shown_tables |= row_tables(task, rows, None)

@@ -12,8 +12,13 @@ from typing import TYPE_CHECKING, NoReturn
 from strategies.base import Engine, Progress
 from strategies.errors import Interrupted, Preempted, ReplicasDiffer
 from strategies.runtime import broadcast_object, seed_dropout_of_step
-from trainer.evaluation.base import Evaluator, evaluators_on_the_way, tables_of
-from trainer.evaluation.best import check_watched_metric, early_stopping_reason, record_evaluation, restore_best
+from trainer.evaluation.base import Evaluator, intermediate_evaluators, tables_of_evaluators
+from trainer.evaluation.best import (
+    early_stopping_reason,
+    raise_if_watched_metric_is_missing,
+    record_evaluation,
+    restore_best_evaluation,
+)
 from trainer.loop_types import BatchLoader, LoopSettings, Monitors, Sinks, WrittenCheckpoint
 from trainer.model.routing import EXPERT_TOKENS
 from trainer.monitors.anomalies import OUTLIER_KEYS, Outlier, RollBack
@@ -353,7 +358,7 @@ class Trainer:
         """
         evaluators = self.evaluators
         if not is_last and self.settings.loss_on_the_way:
-            evaluators = evaluators_on_the_way(self.evaluators)
+            evaluators = intermediate_evaluators(self.evaluators)
         if not evaluators:
             return False
         self._log_buffered_steps()
@@ -409,12 +414,12 @@ class Trainer:
             return metrics
         step = self.progress.step
         self.metrics.log({**metrics, "tokens": self.progress.tokens, "epoch": self._epochs_done()}, step=step)
-        self.metrics.tables(tables_of(evaluators), step=step)
+        self.metrics.tables(tables_of_evaluators(evaluators), step=step)
         shown = "  ".join(f"{name} {format_metric(value)}" for name, value in metrics.items())
         self.display.print_line(f"evaluation at step {step}:  {shown}")
         is_full_evaluation = len(evaluators) == len(self.evaluators)
         if is_full_evaluation:  # the loss alone need not have the watched metric
-            check_watched_metric(self.settings.evaluation, metrics)
+            raise_if_watched_metric_is_missing(self.settings.evaluation, metrics)
         return metrics
 
     def _measure_base_model(self) -> None:
@@ -510,7 +515,7 @@ class Trainer:
         if has_succeeded and self.checkpoints.pending_step is None:
             self._published_progress = self._progress_being_saved
         elif not has_succeeded and self.progress.best_step == step:
-            restore_best(self.progress, self._published_progress)
+            restore_best_evaluation(self.progress, self._published_progress)
 
     def _check_replicas(self, *, now: bool = False) -> None:
         """Compare the weights of the replicas if that is due, or `now`. Raises ReplicasDiffer. All ranks must call."""

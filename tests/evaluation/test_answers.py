@@ -53,11 +53,11 @@ class Asking:
     def require_judge(self, key):
         return self
 
-    def verdicts(self, questions):
+    def collect_verdicts(self, questions):
         self.judged = questions
         return self.judge_said
 
-    def signature(self):
+    def describe_what_decides_verdicts(self):
         return "a judge"
 
 

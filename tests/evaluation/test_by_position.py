@@ -14,7 +14,7 @@ from trainer.data.batches.loader import EvalShare, eval_batches
 from trainer.data.config import DataConfig, Layout
 from trainer.data.store.sequences import exact_sum
 from trainer.evaluation.base import EvaluationConfig
-from trainer.evaluation.build import _raise_if_watched_metric_is_missing
+from trainer.evaluation.build import _raise_if_watched_part_is_missing
 from trainer.evaluation.by_position import position_group_bounds, position_metric_names, with_position_groups
 from trainer.evaluation.loss import LossEvaluator
 
@@ -81,6 +81,6 @@ def test_watched_position_must_be_one_of_the_groups():
     held_out = type(
         "HeldOut", (), {"__len__": lambda self: 3, "sources": np.zeros(3, np.int64), "source_names": ["data"]}
     )()
-    _raise_if_watched_metric_is_missing(EvaluationConfig(watch="eval/loss_by_position/16384"), held_out, {}, names)
+    _raise_if_watched_part_is_missing(EvaluationConfig(watch="eval/loss_by_position/16384"), held_out, {}, names)
     with pytest.raises(ConfigError, match="eval/loss_by_position/1024"):
-        _raise_if_watched_metric_is_missing(EvaluationConfig(watch="eval/loss_by_position/32768"), held_out, {}, names)
+        _raise_if_watched_part_is_missing(EvaluationConfig(watch="eval/loss_by_position/32768"), held_out, {}, names)

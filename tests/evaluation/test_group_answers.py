@@ -9,7 +9,7 @@ from strategies import runtime as processes
 from tests.helpers import writing as make
 from tests.helpers.building import alone
 from trainer.evaluation.base import DecodingConfig
-from trainer.evaluation.generate import AnswerGenerator, hf_model
+from trainer.evaluation.generate import AnswerGenerator, transformers_model_of
 from trainer.evaluation.group_answers import SharedPromptGenerator, can_share_prompts
 
 PROMPTS = make.prompts(6)
@@ -29,7 +29,7 @@ def runtime():
 def test_answers_are_those_of_generate_whatever_is_written_at_a_time(tmp_path, runtime, architecture):
     """A third of the vocabulary ends an answer, so that rows leave; with stop strings too, and a batch of a part of a group."""
     engine, writer = make.made(tmp_path, architecture, runtime)
-    assert can_share_prompts(hf_model(engine))
+    assert can_share_prompts(transformers_model_of(engine))
     generation = copy.deepcopy(writer.generation_config)
     generation.eos_token_id = list(range(0, 384, 3))
     for rows, stop in ((3, []), (64, ["e"])):
@@ -53,7 +53,7 @@ def test_answers_are_those_of_generate_whatever_is_written_at_a_time(tmp_path, r
 
 def test_models_without_rows_of_keys_are_written_by_generate(tmp_path, runtime):
     engine, _ = make.made(tmp_path, "llama", runtime)
-    model = hf_model(engine)
+    model = transformers_model_of(engine)
     model.config.layer_types = ["linear_attention"] * model.config.num_hidden_layers
     assert not can_share_prompts(model)
     assert torch.is_grad_enabled()

@@ -38,25 +38,27 @@ def judge(stub, cache, **settings):
 
 def test_judge_does_not_ask_again_what_is_in_its_cache(stub, tmp_path):
     first = judge(stub, tmp_path, parallel=3)
-    assert first.verdicts(["a", "b", "a", "c"]) == ["A", "B", "A", "C"]
-    assert (first.calls, first.tokens, first.cached) == (3, 30, 0) and len(stub.sent("/v1/chat/completions")) == 3
+    assert first.collect_verdicts(["a", "b", "a", "c"]) == ["A", "B", "A", "C"]
+    assert (first.num_calls, first.num_tokens_used, first.num_cached) == (3, 30, 0) and len(
+        stub.sent("/v1/chat/completions")
+    ) == 3
     again = judge(stub, tmp_path, max_calls=0, model="judge-1")
-    assert again.verdicts(["c", "a"]) == ["C", "A"] and again.calls == 0
+    assert again.collect_verdicts(["c", "a"]) == ["C", "A"] and again.num_calls == 0
     other = judge(stub, tmp_path, temperature=1.0)
-    other.verdicts(["a"])
-    assert other.calls == 1  # another setting is another question
+    other.collect_verdicts(["a"])
+    assert other.num_calls == 1  # another setting is another question
 
 
 def test_judge_retries_busy_servers_and_never_shows_its_key(stub, tmp_path):
     stub.key = "a-long-word-that-nobody-knows"
     stub.failures = [(429, {"error": {"message": "slow down"}}), (503, {})]
     asked = judge(stub, tmp_path, key_env="JUDGE_CREDENTIAL", model="judge-1")
-    assert asked.verdicts(["a"]) == ["A"] and len(stub.requests) == 3
+    assert asked.collect_verdicts(["a"]) == ["A"] and len(stub.requests) == 3
     stub.key = "another one"
     with pytest.raises(
         ConfigError, match=r"evaluation.judge.key_env=JUDGE_CREDENTIAL: .*does not take the key \(401"
     ) as told:
-        asked.verdicts(["b"])
+        asked.collect_verdicts(["b"])
     assert "nobody-knows" not in str(told.value) and "[secret]" in str(told.value)
     stored = "".join(path.read_text() for path in tmp_path.rglob("*.json"))
     assert stored and "nobody-knows" not in stored
@@ -73,25 +75,25 @@ def test_judge_retries_busy_servers_and_never_shows_its_key(stub, tmp_path):
 def test_judge_reports_what_a_server_refuses_in_its_words(stub, tmp_path, failures, kind, told):
     stub.failures = [*failures]  # it takes them out
     with pytest.raises(kind, match=told):
-        judge(stub, tmp_path, model="judge-1").verdicts(["a"])
+        judge(stub, tmp_path, model="judge-1").collect_verdicts(["a"])
 
 
 def test_judge_at_an_address_where_nobody_listens_fails(tmp_path):
     lost = Judge(JudgeConfig(url="http://127.0.0.1:9/v1", model="x", retries=0, cache_dir=str(tmp_path)), ALONE)
     with pytest.raises(EndpointFailed, match="no answer after 1 attempts"):
-        lost.verdicts(["a"])
+        lost.collect_verdicts(["a"])
 
 
 def test_judge_stops_at_its_budget_and_keeps_the_verdicts(stub, tmp_path):
     with pytest.raises(
         LimitReached, match=r"max_calls=2: 3 questions are to be asked, 0 were, and 0 are in the cache; nothing"
     ):
-        judge(stub, tmp_path, max_calls=2).verdicts(["a", "b", "c"])
+        judge(stub, tmp_path, max_calls=2).collect_verdicts(["a", "b", "c"])
     assert not stub.sent("/v1/chat/completions")
     with pytest.raises(LimitReached, match=r"max_tokens=15: used up \(20\), with 1 questions left"):
-        judge(stub, tmp_path, max_tokens=15).verdicts(["a", "b", "c"])
+        judge(stub, tmp_path, max_tokens=15).collect_verdicts(["a", "b", "c"])
     rest = judge(stub, tmp_path, max_tokens=15)
-    assert rest.verdicts(["a", "b", "c"]) == ["A", "B", "C"] and rest.calls == 1
+    assert rest.collect_verdicts(["a", "b", "c"]) == ["A", "B", "C"] and rest.num_calls == 1
 
 
 def said(content, **more):
@@ -108,17 +110,17 @@ def test_judge_replies_without_tokens_or_text_end_no_run(stub, tmp_path):
     for number, body in enumerate([*usages, *NO_TEXT]):
         stub.failures = [(200, body)]
         asked = judge(stub, tmp_path, model="judge-1")
-        assert asked.verdicts([f"question {number}"]) == ["A" if number < len(usages) else ""]
-        assert asked.tokens == 0
+        assert asked.collect_verdicts([f"question {number}"]) == ["A" if number < len(usages) else ""]
+        assert asked.num_tokens_used == 0
     stub.failures = [(200, said("A", usage={}))]
     with pytest.raises(ConfigError, match=r"max_tokens=15: the server at .* does not tell the tokens .* leave"):
-        judge(stub, tmp_path, model="judge-1", max_tokens=15).verdicts(["with a limit"])
+        judge(stub, tmp_path, model="judge-1", max_tokens=15).collect_verdicts(["with a limit"])
 
 
 def test_judge_server_of_several_models_needs_one_named(stub, tmp_path, monkeypatch):
     monkeypatch.setattr(stub, "models", [{"id": "one"}, {"id": "two"}])
     with pytest.raises(ConfigError, match=r"evaluation.judge.model: not set, and .* serves one, two; name it"):
-        judge(stub, tmp_path).verdicts(["a"])
+        judge(stub, tmp_path).collect_verdicts(["a"])
 
 
 def test_judge_win_needs_the_same_verdict_in_both_orders():

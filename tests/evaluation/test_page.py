@@ -10,7 +10,7 @@ from trainer.evaluation.report.change_scale import Change, ChangeScale
 from trainer.evaluation.report.comparison import compare_task
 from trainer.evaluation.report.intervals import Bootstrap, confidence_intervals, resample_metrics
 from trainer.evaluation.report.page import render_page
-from trainer.evaluation.report.record import BASE, TUNED, EvaluatedModel, task_record
+from trainer.evaluation.report.record import BASE, TUNED, EvaluatedModel, build_task_record
 from trainer.evaluation.tasks.base import TaskRow, last_user_turn
 from trainer.evaluation.tasks.registry import build_tasks
 
@@ -44,7 +44,7 @@ def evaluation(given: dict[str, tuple[str, list[int], list[int]]], text: str = "
             models[arm].seconds[task.name] = 1.0
         rows, others = models[TUNED].rows[task.name], models[BASE].rows[task.name]
         resampled = resample_metrics(task, rows, bootstrap)
-        records[task.name] = task_record(task, models[TUNED], confidence_intervals(task, rows, resampled))
+        records[task.name] = build_task_record(task, models[TUNED], confidence_intervals(task, rows, resampled))
         metrics = models[BASE].metrics[task.name]
         compared[task.name] = compare_task(task, models[TUNED], resampled, others, metrics, bootstrap)
     about = {"path": "models/tiny", "run": "runs/first", "checkpoint": "step-9", "adapters": [], "accepted": []}

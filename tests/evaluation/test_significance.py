@@ -76,7 +76,7 @@ def test_significance_corrected_p_is_that_of_all_exchanges():
     chance = signs @ found
     spread = np.sqrt((chance**2).mean(0))
     wanted = (np.abs(chance / spread).max(1)[:, None] >= np.abs(found.sum(0)) / spread - 1e-12).mean(0)
-    metrics = [metric for metric in kind.metrics_for(sides[0]) if metric.in_family]
+    metrics = [metric for metric in kind.metrics_for(sides[0]) if metric.in_correction_family]
     assert list(family_p_values(kind, metrics, *sides, 0).values()) == pytest.approx(
         wanted, abs=0.04
     )  # 2,000 draws of eight
@@ -118,11 +118,11 @@ def test_only_rows_that_are_right_or_wrong_are_a_share():
     def rows(tops, bottoms):
         return [TaskRow("", "", "", "", {"x": x, "of": of}) for x, of in zip(tops, bottoms, strict=True)]
 
-    plain, some = TaskMetric("m", "", ratio=("x", None)), TaskMetric("m", "", ratio=("x", "of"))
+    plain, some = TaskMetric("m", "", ratio_of_sums=("x", None)), TaskMetric("m", "", ratio_of_sums=("x", "of"))
     assert share_counts(plain, rows([1.0, 0.0, 1.0], [1.0] * 3)) == (2, 3)
     assert share_counts(some, rows([1.0, 0.0, 0.0], [1.0, 1.0, 0.0])) == (1, 2)
     assert share_counts(plain, rows([0.5, 0.0], [1.0] * 2)) is None  # the mean of draws
     assert share_counts(some, rows([1.0, 0.0], [0.0, 1.0])) is None  # no share: its case does not count
     assert share_counts(some, rows([3.0, 1.0], [10.0, 7.0])) is None  # tokens, which differ in number
     assert share_counts(some, rows([0.0], [0.0])) is None
-    assert share_counts(TaskMetric("m", "", ratio=None), rows([1.0], [1.0])) is None
+    assert share_counts(TaskMetric("m", "", ratio_of_sums=None), rows([1.0], [1.0])) is None

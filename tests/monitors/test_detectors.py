@@ -18,7 +18,7 @@ from trainer.monitors.config import (
 )
 from trainer.monitors.detectors import ChallengeDetectors
 
-LOSS = TaskMetric("loss", "", greater_is_better=False, ratio=("nats", "targets"))
+LOSS = TaskMetric("loss", "", greater_is_better=False, ratio_of_sums=("nats", "targets"))
 
 
 def rows(nats, targets):

@@ -18,7 +18,7 @@ from tests.helpers.tokenizers import WORDS, write_jsonl
 from tests.helpers.wandb_files import record as tracked_record
 from tests.helpers.wandb_files import summary
 from tests.monitors.test_detector_runs import rows, train
-from trainer.evaluation.loss import _place_batch_sums
+from trainer.evaluation.loss import _place_micro_batch_sums
 from trainer.monitors.config import ChallengesConfig, DivergenceConfig, Reaction
 from trainer.monitors.detectors import ChallengeDetectors
 from trainer.monitors.divergence import (
@@ -102,7 +102,7 @@ def test_divergence_of_held_out_losses_is_a_paired_test():
 def sums_in_order(own_sums, *, rank, ranks, ranks_per_row=1):
     """What a rank hands over of the sums of its micro-batches."""
     tensors = [torch.tensor(value, dtype=torch.float64) for value in own_sums]
-    return _place_batch_sums(tensors, SimpleNamespace(rank=rank, world_size=ranks), ranks_per_row)
+    return _place_micro_batch_sums(tensors, rank, ranks, ranks_per_row)
 
 
 def test_ranks_take_micro_batches_in_turns():

@@ -14,10 +14,10 @@ from trainer.data.batches.loader import EvalShare
 from trainer.data.store.sequences import Sample
 from trainer.evaluation import generation
 from trainer.evaluation.base import DecodingConfig, GenerateConfig
-from trainer.evaluation.decoding import GenerateAnswers, generation_settings, stock_attention
+from trainer.evaluation.decoding import GenerateAnswers, generation_config_for_answers, stock_attention
 from trainer.evaluation.full_weights import GatherDecision
 from trainer.evaluation.generate import AnswerGenerator, GenerationThroughput
-from trainer.evaluation.generation import AnswerWithReference, GenerationEvaluator, bleu_and_rouge, first_answer_ids
+from trainer.evaluation.generation import AnswerWithReference, GenerationEvaluator, bleu_and_rouge, reference_answer_ids
 from trainer.model import attention, flex
 
 PAIRS = [
@@ -51,8 +51,8 @@ def test_right_answers_have_full_marks():
 def test_the_reference_is_the_first_run_of_learned_tokens():
     ids = np.arange(8, dtype=np.int32)
     learned = np.array([0, 0, 1, 1, 0, 0, 1, 0], dtype=bool)
-    assert first_answer_ids(Sample(ids, learned)).tolist() == [2, 3]
-    assert first_answer_ids(Sample(ids, ids >= 3)).tolist() == [3, 4, 5, 6, 7]
+    assert reference_answer_ids(Sample(ids, learned)).tolist() == [2, 3]
+    assert reference_answer_ids(Sample(ids, ids >= 3)).tolist() == [3, 4, 5, 6, 7]
 
 
 class Held:
@@ -115,7 +115,7 @@ def test_generated_answers_are_those_of_plain_transformers_in_eager_attention(ki
     batch = {"input_ids": ids, "attention_mask": mask}
     asked = DecodingConfig(max_new_tokens=12)
     tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=2, all_special_tokens=[])
-    settings = generation_settings(plain.generation_config, asked, tokenizer)
+    settings = generation_config_for_answers(plain.generation_config, asked, tokenizer)
     with torch.no_grad():
         expected = plain.generate(**batch, generation_config=settings)[:, 9:]
         found = GenerateAnswers(settings, asked, tokenizer, synced=False).terms(trained, {**batch, "seeds": [0, 0]})[
@@ -135,7 +135,9 @@ def test_generation_compiles_nothing_on_a_gpu(monkeypatch):
     model.model.norm.compile(backend=traced)  # in the place of its layers, which take longer to trace
     asked = DecodingConfig(max_new_tokens=3)
     base = transformers.GenerationConfig(cache_implementation="static", pad_token_id=0)
-    settings = generation_settings(base, asked, SimpleNamespace(pad_token_id=0, eos_token_id=2, all_special_tokens=[]))
+    settings = generation_config_for_answers(
+        base, asked, SimpleNamespace(pad_token_id=0, eos_token_id=2, all_special_tokens=[])
+    )
     batch = {"input_ids": torch.ones(1, 4, dtype=torch.int64), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
     with torch.no_grad():
         GenerateAnswers(settings, asked, SimpleNamespace(), synced=False).terms(model, {**batch, "seeds": [0]})

@@ -10,7 +10,7 @@ from strategies.runtime import SIMULATED
 from strategies.simulation import fake_tensors
 from tests.helpers.building import run_config
 from trainer.build.sequence import attention_heads_of
-from trainer.evaluation.full_weights import kv_cache_size_bytes
+from trainer.evaluation.full_weights import kv_cache_bytes_upper_bound
 from trainer.model.flash import head_sizes
 from trainer.objectives.base import TeacherConfig
 from trainer.objectives.distillation import DistillationConfig
@@ -89,7 +89,7 @@ def test_layers_may_have_heads_of_their_own(tmp_path):
     assert head_sizes(settings) == [16, 32]
     heads = attention_heads_of(settings)
     assert (heads.num_query_heads, heads.num_key_value_heads, heads.head_dim) == (2, 1, 32)
-    assert kv_cache_size_bytes(settings, rows=1, tokens=1, itemsize=2) == 2 * 2 * 2 * 32 * 2
+    assert kv_cache_bytes_upper_bound(settings, rows=1, tokens=1, itemsize=2) == 2 * 2 * 2 * 32 * 2
     assert simulate_run(run_of(tmp_path, settings), [40, 24]).flops > 0
 
 

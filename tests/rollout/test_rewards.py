@@ -284,7 +284,7 @@ def test_a_run_that_is_asked_to_stop_does_not_wait(reward_file, tmp_path):
 class StandInJudge:
     """Grades by the number in the answer; says nothing of others."""
 
-    def verdicts(self, questions):
+    def collect_verdicts(self, questions):
         answers = [question.partition("<answer>\n")[2].partition("\n</answer>")[0] for question in questions]
         self.asked = questions
         return [f"Grade: {answer}" if answer.isdigit() else "I cannot say." for answer in answers]

@@ -21,7 +21,7 @@ from trainer.data.batches.order import Order, steps_from_budget
 from trainer.data.config import Layout
 from trainer.data.prepare import PreparedData
 from trainer.data.store.documents import DocumentTable
-from trainer.evaluation.full_weights import USABLE_SHARE, kv_cache_size_bytes
+from trainer.evaluation.full_weights import USABLE_MEMORY_SHARE, kv_cache_bytes_upper_bound
 from trainer.evaluation.group_answers import can_share_prompts
 from trainer.model.architecture import text_model_config
 from trainer.model.attention import NAME as ATTENTION
@@ -109,7 +109,7 @@ def generation_memory_lines(config: RunConfig, built: BuiltModel, longest_prompt
     tokens = longest_prompt + rollout.max_new_tokens
     itemsize = 4 if config.precision is Precision.fp32 else 2
     weights_gib = sum(p.numel() for p in built.plain.parameters()) * itemsize / 2**30
-    kv_cache_gib = kv_cache_size_bytes(built.config, rows, tokens, itemsize) / 2**30
+    kv_cache_gib = kv_cache_bytes_upper_bound(built.config, rows, tokens, itemsize) / 2**30
     lines = [
         f"writing: {num_prompts_per_round(config)} prompts x {settings.group_size} answers a round, at most {rows} at a time: "
         f"keys of {rows} x {tokens:,} tokens take {kv_cache_gib:.2f} GiB, and whole weights {weights_gib:.2f} GiB"
@@ -242,11 +242,11 @@ def max_concurrent_completions(built: BuiltModel, engine: Engine, runtime: Runti
     itemsize = min(p.element_size() for p in built.step_module.parameters() if p.is_floating_point())
     allocated_bytes = torch.cuda.memory_allocated(runtime.device) if runtime.device.type == "cuda" else 0
     gathered_bytes = engine.full_parameters.gather_bytes() or 0
-    own_free_bytes = USABLE_SHARE * device_memory_gib(runtime) * 2**30 - allocated_bytes - gathered_bytes
+    own_free_bytes = USABLE_MEMORY_SHARE * device_memory_gib(runtime) * 2**30 - allocated_bytes - gathered_bytes
     least_free_bytes = min(gather_objects(own_free_bytes, runtime))
     num_completions = MAX_GENERATION_ROWS[runtime.device.type]
     while (
-        num_completions > 1 and kv_cache_size_bytes(built.config, num_completions, tokens, itemsize) > least_free_bytes
+        num_completions > 1 and kv_cache_bytes_upper_bound(built.config, num_completions, tokens, itemsize) > least_free_bytes
     ):
         num_completions //= 2
     return num_completions

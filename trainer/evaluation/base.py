@@ -174,12 +174,12 @@ class Evaluator(Protocol):
         """Yield (name, value), equal on all ranks. All ranks must call. What it leaves in `tables` is shown too."""
 
 
-def evaluators_on_the_way(evaluators: list[Evaluator]) -> list[Evaluator]:
+def intermediate_evaluators(evaluators: list[Evaluator]) -> list[Evaluator]:
     """Those that also run in the evaluations before the last step of `evaluation.every_steps=auto`: the held-out loss."""
     return [evaluator for evaluator in evaluators if getattr(evaluator, "on_the_way", False)]
 
 
-def tables_of(evaluators: list[Evaluator]) -> dict[str, LoggedTable]:
+def tables_of_evaluators(evaluators: list[Evaluator]) -> dict[str, LoggedTable]:
     """The tables that these evaluators left in their attribute `tables`, by name; many evaluators have none."""
     tables: dict[str, LoggedTable] = {}
     for evaluator in evaluators:

@@ -7,7 +7,7 @@ from strategies.errors import ConfigError
 from trainer.evaluation.base import EvaluationConfig
 
 
-def check_watched_metric(settings: EvaluationConfig, values: dict[str, float]) -> None:
+def raise_if_watched_metric_is_missing(settings: EvaluationConfig, values: dict[str, float]) -> None:
     """Raise ConfigError if the evaluation did not yield the watched metric."""
     if settings.watched not in values:
         raise ConfigError(
@@ -57,7 +57,7 @@ def early_stopping_reason(settings: EvaluationConfig, progress: Progress) -> str
     )
 
 
-def restore_best(progress: Progress, saved: Progress) -> None:
+def restore_best_evaluation(progress: Progress, saved: Progress) -> None:
     """Set the best evaluation in `progress` back to that of `saved`, an earlier state of it, whose weights are on the disk."""
     progress.best_metric = saved.best_metric
     progress.best_step = saved.best_step

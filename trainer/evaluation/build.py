@@ -69,7 +69,7 @@ def build_evaluators(
     if bounds:
         loss_batches = partial(with_position_groups, batches, bounds)
     position_metrics = [f"eval/{name}" for name in position_metric_names(bounds)]
-    _raise_if_watched_metric_is_missing(config, held_out, metric_names_by_source, position_metrics)
+    _raise_if_watched_part_is_missing(config, held_out, metric_names_by_source, position_metrics)
 
     # The loss.
     reported_sources = []
@@ -107,7 +107,7 @@ def build_evaluators(
     return evaluators
 
 
-def _raise_if_watched_metric_is_missing(
+def _raise_if_watched_part_is_missing(
     config: EvaluationConfig,
     held_out: TokenDataset,
     metric_names_by_source: dict[int, dict[str, str]],

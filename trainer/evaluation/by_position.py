@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FIRST_BOUND = 1024
+FIRST_GROUP_END = 1024
 """The token position at which the second group begins."""
 LONG_DOCUMENT_TOKENS = 8192
 """If a document has more tokens than this, the loss is reported by position unless a setting says otherwise."""
-GROUP_PREFIX = "position/"
+POSITION_GROUP_PREFIX = "position/"
 """The names of position groups begin with it, among the terms of an objective: `position/1024`."""
-METRIC_PREFIX = "loss_by_position/"
+POSITION_METRIC_PREFIX = "loss_by_position/"
+GROUP_NAMES_KEY = "source_names"
+GROUP_OF_TARGET_KEY = "row_source"
+"""Keys of a micro-batch by which objectives sum the loss by data source, or here by position group."""
 
 
 def position_group_bounds(longest_document: int, *, loss_by_position: bool | None) -> list[int]:
@@ -32,7 +35,7 @@ def position_group_bounds(longest_document: int, *, loss_by_position: bool | Non
     is_wanted = longest_document > LONG_DOCUMENT_TOKENS if loss_by_position is None else loss_by_position
     if not is_wanted:
         return []
-    bounds = [FIRST_BOUND]
+    bounds = [FIRST_GROUP_END]
     while bounds[-1] < longest_document:
         bounds.append(2 * bounds[-1])
     return bounds
@@ -40,7 +43,7 @@ def position_group_bounds(longest_document: int, *, loss_by_position: bool | Non
 
 def position_metric_names(bounds: list[int]) -> list[str]:
     """The names of the metrics of the position groups that end at `bounds`: [1024] -> ["loss_by_position/1024"]."""
-    return [f"{METRIC_PREFIX}{bound}" for bound in bounds]
+    return [f"{POSITION_METRIC_PREFIX}{bound}" for bound in bounds]
 
 
 def with_position_groups(
@@ -48,11 +51,14 @@ def with_position_groups(
 ) -> Iterator[dict[str, Any]]:
     """The micro-batches that `batches` yields, each with the position group that every target token belongs to.
 
-    Two keys are added, with the names that training on several sources uses: `source_names` are the names of the groups
-    (["position/1024", "position/2048"]), and `row_source` (int64, one for each target) is the index of the target's group among
-    them. Objectives without a loss of single tokens ignore both.
+    Two keys are added. Objectives read them to sum the loss by data source; here they make them sum it by position group instead:
+
+    - `GROUP_NAMES_KEY`: the names of the groups, such as ["position/1024", "position/2048"].
+    - `GROUP_OF_TARGET_KEY`: int64, for each target the index of its group among them.
+
+    Objectives without a loss of single tokens ignore both.
     """
-    group_names = [f"{GROUP_PREFIX}{bound}" for bound in bounds]
+    group_names = [f"{POSITION_GROUP_PREFIX}{bound}" for bound in bounds]
     for batch in batches():
         # A row of hidden states predicts the token one position further on. Positions restart in each document. If ranks share
         # a row of documents, `position_ids` are those of this rank's slice.
@@ -60,19 +66,19 @@ def with_position_groups(
         # The last group takes all positions from its beginning on.
         inner_bounds = torch.tensor(bounds[:-1], dtype=target_positions.dtype, device=target_positions.device)
         group_of_target = torch.bucketize(target_positions, inner_bounds, right=True)
-        yield {**batch, "row_source": group_of_target, "source_names": group_names}
+        yield {**batch, GROUP_OF_TARGET_KEY: group_of_target, GROUP_NAMES_KEY: group_names}
 
 
 def position_group_counts(batch: Mapping[str, Any], terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The sum of target weights in each position group of a micro-batch: {"count/position/1024": float64 scalar, ...}.
 
-    It is the denominator of the group's loss. The result is empty if the batch has no position groups, or if the objective
-    returned no loss by group in `terms`.
+    It is the denominator of the group's loss. `batch`: of `with_position_groups`. `terms`: what the objective returned for it.
+    The result is empty if the batch has no position groups, or if `terms` has no loss by group.
     """
-    group_names = [name for name in batch.get("source_names", ()) if name.startswith(GROUP_PREFIX)]
+    group_names = [name for name in batch.get(GROUP_NAMES_KEY, ()) if name.startswith(POSITION_GROUP_PREFIX)]
     if not group_names or f"loss/{group_names[0]}" not in terms:
         return {}
-    group_of_target = batch["row_source"]
+    group_of_target = batch[GROUP_OF_TARGET_KEY]
     target_weights = batch.get("target_weights")
     if target_weights is None:  # every target counts once
         target_weights = torch.ones_like(group_of_target, dtype=torch.float64)
@@ -87,11 +93,11 @@ def pop_position_losses(totals: dict[str, Tensor]) -> dict[str, float]:
     `totals`: terms of the objective, summed over all ranks. Two terms of a group become one metric:
     {"count/position/1024": 10.0, "loss/position/1024": 21.0} -> {"loss_by_position/1024": 2.1}.
     """
-    group_names = [term.removeprefix("count/") for term in totals if term.startswith(f"count/{GROUP_PREFIX}")]
+    group_names = [term.removeprefix("count/") for term in totals if term.startswith(f"count/{POSITION_GROUP_PREFIX}")]
     mean_losses = {}
     for name in group_names:
         count = totals.pop(f"count/{name}").item()
         summed_loss = totals.pop(f"loss/{name}").item()
         if count:
-            mean_losses[METRIC_PREFIX + name.removeprefix(GROUP_PREFIX)] = summed_loss / count
+            mean_losses[POSITION_METRIC_PREFIX + name.removeprefix(POSITION_GROUP_PREFIX)] = summed_loss / count
     return mean_losses

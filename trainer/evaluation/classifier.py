@@ -13,7 +13,7 @@ from strategies.small_files import read_json_object
 if TYPE_CHECKING:
     from strategies.runtime import Runtime
 
-TOXIC_LABELS = ("toxic", "toxicity", "hate", "offensive", "hateful")
+TOXIC_LABEL_NAMES = ("toxic", "toxicity", "hate", "offensive", "hateful")
 """Names of labels (in small letters) that mean toxic, so that the option need not name the label."""
 
 
@@ -26,11 +26,11 @@ class ClassifierLabels:
     """Whether each label has its own probability (sigmoid) and not all labels share one (softmax)."""
 
     @classmethod
-    def from_directory(cls, directory: Path, key: str) -> ClassifierLabels:
+    def from_directory(cls, directory: Path, setting_key: str) -> ClassifierLabels:
         """The labels of the classifier in a directory, in the order of its outputs, from its config.json.
 
-        Raises ConfigError if the file cannot be read, or the model is no sequence classifier. `key`: the setting that names the
-        directory, for the error.
+        Raises ConfigError if the file cannot be read, or the model is no sequence classifier. `setting_key`: the setting that
+        names the directory, for the error.
         """
         try:
             config = read_json_object(directory / "config.json")
@@ -38,23 +38,23 @@ class ClassifierLabels:
             label_by_id = config.get("id2label") or {}
             labels = [str(label_by_id[label_id]) for label_id in sorted(label_by_id, key=int)]
         except (ConfigError, ValueError, AttributeError, TypeError) as error:
-            raise ConfigError(f"{key}={directory}: has no config.json that can be read ({error})") from None
+            raise ConfigError(f"{setting_key}={directory}: has no config.json that can be read ({error})") from None
         if not any(name.endswith("ForSequenceClassification") for name in architectures):
             listed = ", ".join(architectures) or "no architecture"
             raise ConfigError(
-                f"{key}={directory}: is {listed}; it must be a ...ForSequenceClassification of transformers"
+                f"{setting_key}={directory}: is {listed}; it must be a ...ForSequenceClassification of transformers"
             )
         if not labels:
-            labels = ["LABEL_0", "LABEL_1"]  # transformers' defaults, which it does not write
-        has_sigmoids = config.get("problem_type") == "multi_label_classification"
-        return cls(labels, is_multi_label=has_sigmoids or len(labels) == 1)
+            labels = ["LABEL_0", "LABEL_1"]  # transformers leaves its default labels out of config.json
+        is_multi_label_problem = config.get("problem_type") == "multi_label_classification"
+        return cls(labels, is_multi_label=is_multi_label_problem or len(labels) == 1)
 
     def toxic_label_index(self, label: Any, key: str) -> int:
         """The index of the label that means toxic among the classifier's outputs.
 
         - `label`, the user's setting, is set: the index of that label.
         - The classifier has one label: 0.
-        - Else: the index of the only label whose name is in `TOXIC_LABELS`.
+        - Else: the index of the only label whose name is in `TOXIC_LABEL_NAMES`.
 
         Raises ConfigError that lists the labels if there is no such label, or several. `key`: the setting that names the label,
         for the error.
@@ -66,7 +66,7 @@ class ClassifierLabels:
             return self.names.index(str(label))
         if len(self.names) == 1:
             return 0
-        toxic_indices = [index for index, name in enumerate(self.names) if name.lower() in TOXIC_LABELS]
+        toxic_indices = [index for index, name in enumerate(self.names) if name.lower() in TOXIC_LABEL_NAMES]
         if len(toxic_indices) != 1:
             raise ConfigError(
                 f"{key}: not set, and which label is the toxic one is not plain; name one of {known_labels}"

@@ -24,6 +24,8 @@ from trainer.model.compat import attention_of, other_attention, writes_with_cach
 from trainer.objectives.causal import unwrap_adapter
 
 if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
     from trainer.evaluation.base import DecodingConfig
 
 BLOCK_TOKENS = 256
@@ -32,32 +34,35 @@ _GOLDEN_RATIO_STEP = -7046029254386353131
 """The odd integer nearest to 2^64 over the golden ratio, 0x9E3779B97F4A7C15, as a signed one."""
 
 
-def generation_settings(base: Any, settings: DecodingConfig, tokenizer: Any) -> Any:
-    """A copy of the model's transformers GenerationConfig (`base`) with the lengths, beams and end tokens of `settings`.
+def generation_config_for_answers(
+    model_generation_config: GenerationConfig, settings: DecodingConfig, tokenizer: PreTrainedTokenizerBase
+) -> GenerationConfig:
+    """A copy of the model's GenerationConfig (transformers) with the lengths, beams and end tokens of `settings`.
 
     Sampling is off in it: temperature, top_p and top_k act through logits processors (`_sampling_processors`). A stop string that
     is a special token (`<|im_end|>`) becomes an end token, because decoded text does not show it.
     """
-    config = copy.deepcopy(base)
-    config.max_new_tokens = settings.max_new_tokens
-    config.max_length = None
-    config.min_length = min(config.min_length or 0, settings.max_new_tokens)
-    config.num_beams = settings.beams
-    config.do_sample = False
-    config.temperature = None
-    config.top_p = None
-    config.top_k = None
-    config.return_dict_in_generate = False
-    config.num_return_sequences = 1
-    config.disable_compile = True  # else transformers compiles a model with a static cache on a GPU, shards and all
-    config.pad_token_id = tokenizer.pad_token_id
-    if config.eos_token_id is None:
-        config.eos_token_id = tokenizer.eos_token_id
+    generation: Any = copy.deepcopy(model_generation_config)
+    generation.max_new_tokens = settings.max_new_tokens
+    generation.max_length = None
+    generation.min_length = min(generation.min_length or 0, settings.max_new_tokens)
+    generation.num_beams = settings.beams
+    generation.do_sample = False
+    generation.temperature = None
+    generation.top_p = None
+    generation.top_k = None
+    generation.return_dict_in_generate = False
+    generation.num_return_sequences = 1
+    # Else transformers compiles a model with a static cache on a GPU, also a sharded one, which fails.
+    generation.disable_compile = True
+    generation.pad_token_id = tokenizer.pad_token_id
+    if generation.eos_token_id is None:
+        generation.eos_token_id = tokenizer.eos_token_id
     special_stops = [text for text in settings.stop if text in tokenizer.all_special_tokens]
     if special_stops:
-        stop_ids = {*tokenizer.convert_tokens_to_ids(special_stops)}
-        config.eos_token_id = sorted(end_token_ids(config) | stop_ids)
-    return config
+        stop_ids = set(tokenizer.convert_tokens_to_ids(special_stops))  # type: ignore[arg-type]  # a list gives a list
+        generation.eos_token_id = sorted(end_token_ids(generation) | stop_ids)
+    return generation  # type: ignore[no-any-return]
 
 
 def end_token_ids(config: Any) -> frozenset[int]:

@@ -14,7 +14,7 @@ from trainer.model.layer_settings import layer_values
 if TYPE_CHECKING:
     from strategies.base import Engine
 
-USABLE_SHARE = 0.8
+USABLE_MEMORY_SHARE = 0.8
 """Share of the free memory that weights and the KV cache may take. The rest is for activations and the allocator."""
 GIB = 2**30
 
@@ -38,7 +38,7 @@ class GatherDecision:
         return self.sends_tokens_to_experts or not self.gathered_once
 
 
-def decide_gathering(engine: Engine, runtime: Runtime, kv_cache_bytes: int) -> GatherDecision:
+def decide_weight_gathering(engine: Engine, runtime: Runtime, kv_cache_bytes: int) -> GatherDecision:
     """Decide whether every rank gathers all sharded weights once, or each forward pass gathers them block by block.
 
     - Weights are not sharded: every rank has them, and there is nothing to gather.
@@ -67,7 +67,7 @@ def decide_gathering(engine: Engine, runtime: Runtime, kv_cache_bytes: int) -> G
         f"all weights take {weight_bytes / GIB:.2f} GiB a rank and keys {kv_cache_bytes / GIB:.2f}, "
         f"{free_bytes / GIB:.2f} are free"
     )
-    fits = weight_bytes + kv_cache_bytes <= USABLE_SHARE * free_bytes
+    fits = weight_bytes + kv_cache_bytes <= USABLE_MEMORY_SHARE * free_bytes
     choice = "weights gathered once for all answers" if fits else block_by_block
     return GatherDecision(
         sharded=True,
@@ -88,7 +88,7 @@ def free_memory_bytes(runtime: Runtime) -> int:
     return (free_host_memory_bytes() or 0) // runtime.local_world_size
 
 
-def kv_cache_size_bytes(config: Any, rows: int, tokens: int, itemsize: int) -> int:
+def kv_cache_bytes_upper_bound(config: Any, rows: int, tokens: int, itemsize: int) -> int:
     """Bytes of the KV cache of `rows` rows of `tokens` tokens each, in all layers.
 
     It is an upper bound: MLA and sliding windows need less. `config`: the transformers configuration of the model. `itemsize`:

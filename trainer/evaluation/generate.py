@@ -19,8 +19,8 @@ from strategies.errors import DataError, Interrupted
 from strategies.runtime import Runtime, derived_seed, gather_objects
 from trainer.data.batches.collate import to_device
 from trainer.evaluation.base import DecodingConfig
-from trainer.evaluation.decoding import GenerateAnswers, end_token_ids, generation_settings
-from trainer.evaluation.full_weights import GatherDecision, decide_gathering, kv_cache_size_bytes
+from trainer.evaluation.decoding import GenerateAnswers, end_token_ids, generation_config_for_answers
+from trainer.evaluation.full_weights import GatherDecision, decide_weight_gathering, kv_cache_bytes_upper_bound
 from trainer.evaluation.likelihood import (
     Likelihood,
     Pair,
@@ -120,11 +120,11 @@ class AnswerGenerator:
         for an answer, and Interrupted if the run is asked to stop.
         """
         began = time.perf_counter()
-        model = hf_model(engine)
-        config = generation_settings(self.generation_config, settings, self.tokenizer)
+        model = transformers_model_of(engine)
+        config = generation_config_for_answers(self.generation_config, settings, self.tokenizer)
         # A decoder continues the row that has the prompt, so prompts are padded on the left, and take positions from the answer.
         is_decoder_only = not model.config.is_encoder_decoder
-        check_token_sequences("prompt", prompts, max_positions(model.config) if is_decoder_only else None)
+        check_sequences_fit_positions("prompt", prompts, max_positions(model.config) if is_decoder_only else None)
 
         # A row of a batch is one sample of one prompt.
         answer_limits = max_answer_tokens(model.config, prompts, settings.max_new_tokens)  # by prompt
@@ -137,8 +137,8 @@ class AnswerGenerator:
                 row_limits.append(answer_limits[prompt_index])
                 row_lengths.append(len(prompt) + (answer_limits[prompt_index] if is_decoder_only else 0))
         # All answers of a batch have the same limit, so rows are grouped by it.
-        batches = self._own_batches(engine, row_lengths, settings.batch_tokens, row_limits)
-        gathering = self._decide_gathering(engine, model, batches, row_lengths, settings.beams)
+        batches = self._own_batches_of_rows(engine, row_lengths, settings.batch_tokens, row_limits)
+        gathering = self._decide_weight_gathering(engine, model, batches, row_lengths, settings.beams)
 
         def seed_of(row: _SampleRow) -> int:
             if seeds is not None:
@@ -175,7 +175,7 @@ class AnswerGenerator:
         self.throughput = GenerationThroughput(sum(len(answer.ids) for answer in answers), seconds, gathering)
         return answers
 
-    def _decide_gathering(
+    def _decide_weight_gathering(
         self, engine: Engine, model: Any, batches: list[list[int]], row_lengths: Sequence[int], beams: int
     ) -> GatherDecision:
         """Decide by memory how weights are gathered while these batches generate. All ranks must call.
@@ -186,8 +186,8 @@ class AnswerGenerator:
         tokens_of_batches = [len(numbers) * row_lengths[numbers[0]] for numbers in batches if numbers]
         most_cached_tokens = max(tokens_of_batches, default=0) * beams
         itemsize = min(p.element_size() for p in model.parameters() if p.is_floating_point())
-        kv_cache_bytes = kv_cache_size_bytes(model.config, rows=1, tokens=most_cached_tokens, itemsize=itemsize)
-        return decide_gathering(engine, self.runtime, kv_cache_bytes)
+        kv_cache_bytes = kv_cache_bytes_upper_bound(model.config, rows=1, tokens=most_cached_tokens, itemsize=itemsize)
+        return decide_weight_gathering(engine, self.runtime, kv_cache_bytes)
 
     def likelihoods(self, engine: Engine, pairs: Sequence[Pair]) -> list[Likelihood]:
         """How likely each continuation is after its context, in the order of the pairs, the same list on every rank.
@@ -196,15 +196,9 @@ class AnswerGenerator:
         all ranks or none, DataError for a context without tokens or a pair that the model has too few positions for, and
         Interrupted if the run is asked to stop.
         """
-        # Refuse pairs that the model cannot read.
-        model = hf_model(engine)
+        model = transformers_model_of(engine)
         decoder_start = self.generation_config.decoder_start_token_id if model.config.is_encoder_decoder else None
-        check_token_sequences("context", [context for context, _ in pairs], None)
-        if decoder_start is None:
-            # The last token of a continuation is only predicted, never read: it takes no position.
-            inputs = [[*context, *continuation[:-1]] for context, continuation in pairs]
-            positions = max_positions(model.config)
-            check_token_sequences("pair", inputs, None if positions is None else positions + 1)
+        _check_pairs_fit_positions(pairs, model.config, is_decoder_only=decoder_start is None)
 
         def make_batch(pair_numbers: list[int]) -> dict[str, Any]:
             batch_pairs = [pairs[number] for number in pair_numbers]
@@ -213,20 +207,21 @@ class AnswerGenerator:
             )
 
         lengths = [len(context) + len(continuation) for context, continuation in pairs]
-        batches = self._own_batches(engine, lengths, max_tokens=None)
-        gathering = decide_gathering(engine, self.runtime, kv_cache_bytes=0)  # scoring needs no KV cache
+        batches = self._own_batches_of_rows(engine, lengths, max_tokens=None)
+        gathering = decide_weight_gathering(engine, self.runtime, kv_cache_bytes=0)  # scoring needs no KV cache
         own_likelihoods: dict[int, Likelihood] = {}  # by pair number
         for pair_numbers, terms in self.run_batches(
             engine, batches, ScoreContinuations(), make_batch, gathering=gathering
         ):
+            # Of each pair: its log-probability, and how many tokens of its continuation are not the model's likeliest.
             logprobs = terms["logprobs"].tolist()
-            miss_counts = terms["misses"].tolist()  # tokens that are not the model's likeliest
+            miss_counts = terms["misses"].tolist()
             for number, logprob, num_misses in zip(pair_numbers, logprobs, miss_counts, strict=True):
                 _, continuation = pairs[number]
                 own_likelihoods[number] = Likelihood(logprob, len(continuation), greedy=num_misses == 0)
         return self.gather_in_order(own_likelihoods)
 
-    def _own_batches(
+    def _own_batches_of_rows(
         self,
         engine: Engine,
         row_lengths: Sequence[int],
@@ -235,7 +230,7 @@ class AnswerGenerator:
     ) -> list[list[int]]:
         """This rank's batches of row numbers; see `batches_of_rank`. One row a batch if the model needs that."""
         max_rows = self.batch
-        forward_path = getattr(hf_model(engine), "forward_path", STOCK_PATH)
+        forward_path = getattr(transformers_model_of(engine), "forward_path", STOCK_PATH)
         if forward_path.alone:  # the model computes correctly only for one row at a time
             max_rows = 1
             max_tokens = None
@@ -348,7 +343,20 @@ def _num_tokens_until_stop(ids: list[int], stop_strings: Sequence[str], tokenize
     return low
 
 
-def hf_model(engine: Engine) -> Any:
+def _check_pairs_fit_positions(pairs: Sequence[Pair], config: Any, *, is_decoder_only: bool) -> None:
+    """Raise DataError for a pair whose context has no tokens, or that the model has too few positions for.
+
+    `config`: the transformers config of the model. An encoder-decoder model reads the context with its encoder, without a limit.
+    """
+    check_sequences_fit_positions("context", [context for context, _ in pairs], positions=None)
+    if is_decoder_only:
+        # The last token of a continuation is only predicted, never read: it takes no position.
+        inputs = [[*context, *continuation[:-1]] for context, continuation in pairs]
+        positions = max_positions(config)
+        check_sequences_fit_positions("pair", inputs, positions=None if positions is None else positions + 1)
+
+
+def transformers_model_of(engine: Engine) -> Any:
     """The Hugging Face model of an engine; its parameters stay sharded."""
     return unwrap_adapter(engine.step_module.model)  # type: ignore[arg-type]
 
@@ -379,7 +387,7 @@ def max_answer_tokens(config: Any, prompts: Sequence[Sequence[int]], max_new_tok
     return limits
 
 
-def check_token_sequences(noun: str, sequences: Sequence[Sequence[int]], positions: int | None) -> None:
+def check_sequences_fit_positions(noun: str, sequences: Sequence[Sequence[int]], positions: int | None) -> None:
     """Raise DataError for a sequence without tokens, or one that leaves none of the model's `positions` for a further token.
 
     `noun`: what a sequence is called in the message, such as "prompt". `positions`: None is no limit.

@@ -51,7 +51,8 @@ class GenerationEvaluator:
         stop_now: Callable[[], bool] = lambda: False,
     ) -> None:
         self.dataset = dataset
-        self.share = share
+        self.evaluated_share = share
+        """Which documents of the data set are answered."""
         self.tokenizer = tokenizer
         self.settings = settings
         self.runtime = runtime
@@ -91,19 +92,18 @@ class GenerationEvaluator:
     def answer_documents(self, engine: Engine) -> list[AnswerWithReference]:
         """The model's answer to each evaluation document, in their order, the same on every rank. All ranks must call."""
         # Every rank has the prompts of all evaluated documents; `generate_answers` splits them over the ranks.
-        documents = [
-            int(document) for document in self.share.covered_documents(self.dataset)
-        ]  # indices in the data set
-        samples = [self.dataset.sample(document) for document in documents]
+        document_indices = [int(index) for index in self.evaluated_share.covered_documents(self.dataset)]
+        samples = [self.dataset.sample(index) for index in document_indices]
         prompts = [sample.input_ids[: sample.answer_begin()].tolist() for sample in samples]
         answers = []
         for generated in self.answer_generator.generate_answers(engine, prompts, self.settings):
-            index = generated.prompt_index
-            prompt = self._decode(prompts[index])
-            reference = self._decode(first_answer_ids(samples[index]).tolist())
+            prompt_index = generated.prompt_index
             answers.append(
                 AnswerWithReference(
-                    document=documents[index], answer=generated.text.strip(), reference=reference, prompt=prompt
+                    document=document_indices[prompt_index],
+                    answer=generated.text.strip(),
+                    reference=self._decode(reference_answer_ids(samples[prompt_index]).tolist()),
+                    prompt=self._decode(prompts[prompt_index]),
                 )
             )
         return answers
@@ -114,8 +114,8 @@ class GenerationEvaluator:
         return text.strip()
 
 
-def first_answer_ids(sample: Sample) -> np.ndarray:
-    """Token ids (int32) of the first answer in a sequence: the first consecutive supervised tokens."""
+def reference_answer_ids(sample: Sample) -> np.ndarray:
+    """Token ids (int32) of the right answer in a sequence, of its first answer: the first supervised tokens in a row."""
     start = sample.answer_begin()
     unsupervised = np.flatnonzero(~sample.supervised[start:])
     if not len(unsupervised):

@@ -19,20 +19,20 @@ from trainer.evaluation.base import DecodingConfig
 from trainer.evaluation.decoding import (
     StopAtText,
     end_token_ids,
-    generation_settings,
+    generation_config_for_answers,
     sample_in_two_levels,
     stock_attention,
 )
-from trainer.evaluation.full_weights import GatherDecision, decide_gathering, kv_cache_size_bytes
+from trainer.evaluation.full_weights import GatherDecision, decide_weight_gathering, kv_cache_bytes_upper_bound
 from trainer.evaluation.generate import (
     AnswerGenerator,
     GeneratedAnswer,
     answer_from_tokens,
     batches_of_rank,
-    check_token_sequences,
-    hf_model,
+    check_sequences_fit_positions,
     max_answer_tokens,
     max_positions,
+    transformers_model_of,
 )
 from trainer.evaluation.likelihood import pad_sequences, padding_mask
 from trainer.objectives.causal import STOCK_PATH, unwrap_adapter
@@ -69,17 +69,19 @@ class SharedPromptGenerator(AnswerGenerator):
         Raises, on all ranks or none, DataError for a prompt without tokens or one that leaves no position for an answer, and
         Interrupted if the run is asked to stop.
         """
-        model = hf_model(engine)
+        model = transformers_model_of(engine)
         limits = max_answer_tokens(model.config, prompts, settings.max_new_tokens)  # by prompt
         gathering = None
         if can_share_prompts(model):
             most_tokens = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=0)
             itemsize = min(p.element_size() for p in model.parameters() if p.is_floating_point())
-            kv_cache_bytes = kv_cache_size_bytes(model.config, self._rows_per_batch(settings), most_tokens, itemsize)
-            gathering = decide_gathering(engine, self.runtime, kv_cache_bytes)
+            kv_cache_bytes = kv_cache_bytes_upper_bound(
+                model.config, self._rows_per_batch(settings), most_tokens, itemsize
+            )
+            gathering = decide_weight_gathering(engine, self.runtime, kv_cache_bytes)
         if gathering is None or gathering.forward_is_collective:
             return self.generate_answers(engine, prompts, settings, seeds=seeds, averaged=False, keep_logprobs=True)
-        check_token_sequences("prompt", prompts, max_positions(model.config))
+        check_sequences_fit_positions("prompt", prompts, max_positions(model.config))
         return self._generate_with_shared_prompts(engine, prompts, settings, seeds, limits, gathering)
 
     def _chunks_per_batch(self, settings: DecodingConfig) -> int:
@@ -136,7 +138,7 @@ class SharedPromptGenerator(AnswerGenerator):
                 "room": chunk_limits[chunk_numbers[0]],
             }
 
-        end_ids = end_token_ids(generation_settings(self.generation_config, settings, self.tokenizer))
+        end_ids = end_token_ids(generation_config_for_answers(self.generation_config, settings, self.tokenizer))
         objective = SampleGroups(settings, self.tokenizer, end_ids)
         own_answers: dict[int, GeneratedAnswer] = {}  # by number of the answer: prompt_index * draws + sample_index
         for chunk_numbers, terms in self.run_batches(

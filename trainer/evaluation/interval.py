@@ -41,8 +41,8 @@ def automatic_interval(size: RunSize) -> int:
     """
     if size.held_out_tokens == 0 or size.tokens_per_step <= 0:
         return 0
-    steps_by_count = _round_up(size.total_steps / TARGET_EVALUATIONS)
-    steps_by_token_share = _round_up(size.held_out_tokens / (MAX_TOKEN_SHARE * size.tokens_per_step))
+    steps_by_count = _rounded_up(size.total_steps / TARGET_EVALUATIONS)
+    steps_by_token_share = _rounded_up(size.held_out_tokens / (MAX_TOKEN_SHARE * size.tokens_per_step))
     interval = max(MIN_INTERVAL_STEPS, steps_by_count, steps_by_token_share)
     return interval if interval < size.total_steps else 0
 
@@ -72,5 +72,5 @@ def auto_interval_reason(interval: int, size: RunSize, patience: int) -> str:
     return reason
 
 
-def _round_up(number: float) -> int:
+def _rounded_up(number: float) -> int:
     return -int(-number // 1)

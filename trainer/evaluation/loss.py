@@ -90,12 +90,12 @@ class LossEvaluator:
             return {}
         return look_ahead(engine, self._ahead(), self._loss_denominator, averaged=True, check_stop=self._check_stop)
 
-    def _sum_own_micro_batches(self, engine: Engine, means: dict[str, torch.Tensor]) -> _RankSums:
+    def _sum_own_micro_batches(self, engine: Engine, means: dict[str, torch.Tensor]) -> _SumsOfRank:
         """The summed terms of this rank's micro-batches, from a forward pass over each. All ranks must call.
 
         `means`: what `_means_for_loss` returned. Raises Interrupted if the run must stop.
         """
-        sums = _RankSums()
+        sums = _SumsOfRank()
         row_by_source = {reported.source: row for row, reported in enumerate(self._reported_sources)}
         num_rows = max(1, len(row_by_source))
         with engine.inference() as module:
@@ -111,7 +111,7 @@ class LossEvaluator:
                 self._check_stop()
         return sums
 
-    def _reduce_over_ranks(self, own_sums: _RankSums, engine: Engine) -> dict[str, torch.Tensor]:
+    def _reduce_over_ranks(self, own_sums: _SumsOfRank, engine: Engine) -> dict[str, torch.Tensor]:
         """Add the sums of all ranks in one reduction. Returns the totals by term, float64 [sources, ...] as `by_source` has them.
 
         Also calls `on_batch_sums` with the sum of each micro-batch of all ranks, in the order of the documents, such as
@@ -121,7 +121,9 @@ class LossEvaluator:
         batch_terms = sorted(own_sums.by_batch)
         ordered_batch_sums = []
         for term in batch_terms:
-            ordered_batch_sums.append(_place_batch_sums(own_sums.by_batch[term], engine, self._ranks_per_row))
+            ordered_batch_sums.append(
+                _place_micro_batch_sums(own_sums.by_batch[term], engine.rank, engine.world_size, self._ranks_per_row)
+            )
         # The reduced vector has the sums by source first, then those by micro-batch.
         flat_sums = [own_sums.by_source[term].view(-1) for term in terms]
         reduced = sum_over_ranks(torch.cat([*flat_sums, *ordered_batch_sums])).cpu()
@@ -163,7 +165,7 @@ class LossEvaluator:
 
 
 @dataclass(slots=True)
-class _RankSums:
+class _SumsOfRank:
     """Summed terms of this rank's micro-batches, such as "loss" and "accuracy"."""
 
     by_source: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -172,17 +174,19 @@ class _RankSums:
     """By term in `TERMS_KEPT_BY_BATCH`: the sum over each micro-batch."""
 
 
-def _place_batch_sums(own_sums: list[torch.Tensor], engine: Engine, ranks_per_row: int) -> torch.Tensor:
-    """float64 [micro-batches of all ranks]: this rank's sums at the places of their micro-batches, zeros elsewhere.
+def _place_micro_batch_sums(
+    own_sums: list[torch.Tensor], rank: int, world_size: int, ranks_per_row: int
+) -> torch.Tensor:
+    """float64 [micro-batches of all ranks]: this rank's sums at the indices of their micro-batches, zeros elsewhere.
 
     Consecutive micro-batches go to consecutive data-parallel groups: with 2 groups, rank group 1 has the micro-batches 1, 3, 5.
     A group is the `ranks_per_row` neighbouring ranks that split each row; each of them puts its share of the sum at the same
-    place. So when the caller adds up these vectors over all ranks, every micro-batch has its full sum, in the order of the
-    documents.
+    index. So when the caller adds up these vectors over all ranks, every micro-batch has its full sum, in the order of the
+    documents. All ranks have the same number of micro-batches; some may be empty, and sum to 0.
     """
     stacked = torch.stack(own_sums)
-    num_groups = engine.world_size // ranks_per_row
-    own_group = engine.rank // ranks_per_row
+    num_groups = world_size // ranks_per_row
+    own_group = rank // ranks_per_row
     sums_by_group = stacked.new_zeros((len(own_sums), num_groups))
     sums_by_group[:, own_group] = stacked
     return sums_by_group.view(-1)

@@ -26,7 +26,7 @@ from trainer.evaluation.tasks.model_interface import ModelInterface
 if TYPE_CHECKING:
     from trainer.evaluation.base import EvaluationConfig
 
-KEY = "evaluation.server"
+SERVER_SETTING = "evaluation.server"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,8 @@ class ServedAnswerGenerator:
         """
         if settings.beams > 1:  # a task of lm-evaluation-harness may ask for beams in its YAML
             raise ConfigError(
-                f"{KEY}: {settings.beams} beams are asked for, and servers of this kind search none; evaluate without it"
+                f"{SERVER_SETTING}: {settings.beams} beams are asked for, and servers of this kind search none; "
+                "evaluate without it"
             )
         began = time.perf_counter()
         requests = []
@@ -114,7 +115,8 @@ class ServedAnswerGenerator:
         text = getattr(choice, "text", None)
         if not isinstance(text, str):
             raise ConfigError(
-                f"{KEY}.url={self.client.config.url}: answers /v1/completions without a text; give the address of a server "
+                f"{SERVER_SETTING}.url={self.client.config.url}: answers /v1/completions without a text; give the "
+                "address of a server "
                 "that completes prompts, as vLLM does"
             )
         has_ended = getattr(choice, "finish_reason", None) == "stop"
@@ -133,7 +135,8 @@ class ServedAnswerGenerator:
         return self._send_all(self._request_likelihood, pairs)
 
     def _request_likelihood(self, pair: Pair) -> Likelihood:
-        """The likelihood of one continuation. Raises ConfigError if the server sends no log-probabilities of the prompt."""
+        """The likelihood of one continuation. Raises ConfigError if the server sends no log-probabilities of the "
+        "prompt."""
         context, continuation = pair
         ids = [*context, *continuation]
         # With `echo`, the server returns the prompt with log-probabilities. The one token that it must generate is ignored.
@@ -148,8 +151,10 @@ class ServedAnswerGenerator:
         continuation_logprobs = token_logprobs[continuation_slice]
         if len(token_logprobs) < len(ids) or any(logprob is None for logprob in continuation_logprobs):
             raise ConfigError(
-                f"{KEY}.url={self.client.config.url}: tells no log-probabilities of a prompt's tokens (echo with logprobs, "
-                "as vLLM does), which tasks of likelihood need; ask it for written answers alone, or evaluate without it"
+                f"{SERVER_SETTING}.url={self.client.config.url}: tells no log-probabilities of a prompt's tokens "
+                "(echo with logprobs, "
+                "as vLLM does), which tasks of likelihood need; ask it for written answers alone, or evaluate "
+                "without it"
             )
         # {"likeliest token": its log-probability} of each position. Where a server leaves it out, the token counts as greedy.
         top_logprobs = getattr(response_logprobs, "top_logprobs", None) or [None] * len(ids)
@@ -189,10 +194,10 @@ class ServedModel(ModelInterface):
         return SimpleNamespace(max_position_embeddings=self.max_positions)
 
     def logits(self, samples: Any) -> list[list[float]]:
-        raise ConfigError(f"{KEY}: a server tells no logits of a classifier's head; evaluate without it")
+        raise ConfigError(f"{SERVER_SETTING}: a server tells no logits of a classifier's head; evaluate without it")
 
     def sequence_losses(self, dataset: Any, max_rows: int | None) -> dict[int, tuple[float, float]]:
-        raise ConfigError(f"{KEY}: a server tells no losses as training reckons them; evaluate without it")
+        raise ConfigError(f"{SERVER_SETTING}: a server tells no losses as training reckons them; evaluate without it")
 
 
 def connect_served_model(
@@ -208,7 +213,7 @@ def connect_served_model(
     `path`: the model's directory on this machine, whose tokenizer `encoder` has. `positions`: the number of positions of the
     model; None if its configuration does not say.
     """
-    client = Client(config.server, KEY)
+    client = Client(config.server, SERVER_SETTING)
     model = find_served_model(client, path)
     answer_generator: Any = ServedAnswerGenerator(client, model, encoder.tokenizer, stop_now)
     not_loaded: Any = None  # every request that would need the model is overridden in ServedModel
@@ -234,14 +239,14 @@ def find_served_model(client: Client, path: str) -> str:
     - Else: the one model whose name or directory is `path`, or has the same last component ("/models/llama" and "llama"). Raises
       ConfigError if none or several do.
     """
-    served_models = client.models()
+    served_models = client.list_models()
     ids = [str(model["id"]) for model in served_models]
     served_text = f"the server at {client.config.url} serves {', '.join(ids[:20]) or 'none'}"
     configured = client.config.model
     if configured is not None:
         if configured not in ids:
             raise ConfigError(
-                f"{KEY}.model={configured}: {served_text}; name one of these, or start the server with it"
+                f"{SERVER_SETTING}.model={configured}: {served_text}; name one of these, or start the server with it"
             )
         return configured
     matching_ids = []
@@ -252,7 +257,8 @@ def find_served_model(client: Client, path: str) -> str:
             matching_ids.append(str(model["id"]))
     if len(matching_ids) != 1:
         raise ConfigError(
-            f"{KEY}.model: not set, and {served_text}, of which {len(matching_ids)} are named as model.path={path}; name the one"
+            f"{SERVER_SETTING}.model: not set, and {served_text}, of which {len(matching_ids)} are named as "
+            f"model.path={path}; name the one"
         )
     return matching_ids[0]
 

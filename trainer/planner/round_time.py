@@ -14,7 +14,7 @@ from strategies.base import Fsdp2Config, Precision, StrategyConfig, ZeroConfig
 from trainer.build.rounds import MAX_GENERATION_ROWS, num_prompts_per_round
 from trainer.config.parallel import dp_size_of
 from trainer.config.run import RunConfig
-from trainer.evaluation.full_weights import USABLE_SHARE, kv_cache_size_bytes
+from trainer.evaluation.full_weights import USABLE_MEMORY_SHARE, kv_cache_bytes_upper_bound
 from trainer.objectives.registry import max_generated_tokens, objective_family
 from trainer.planner.hardware import Card
 from trainer.planner.speed import MEMORY_EFFICIENCY, PRODUCT_EFFICIENCY, ring_bytes_per_s
@@ -132,7 +132,9 @@ def round_load(config: RunConfig, model_config: Any, prompt_tokens: float, longe
         prompt_tokens=prompt_tokens,
         longest_prompt=longest_prompt,
         new_tokens=max_generated_tokens(config.objective),
-        kv_cache_bytes_per_token=float(kv_cache_size_bytes(model_config, rows=1, tokens=1, itemsize=bytes_per_value)),
+        kv_cache_bytes_per_token=float(
+            kv_cache_bytes_upper_bound(model_config, rows=1, tokens=1, itemsize=bytes_per_value)
+        ),
         steps_per_iteration=int(rollout.steps),
         iterations=int(rollout.iterations),
         extra_forward_passes=int(needs_old_logprobs) + int(needs_reference_logprobs),
@@ -157,7 +159,7 @@ def round_time(
     between two steps, whole weights not counted.
     """
     # As a run does it (`max_concurrent_completions`): answers are halved until their keys fit beside all weights.
-    usable_bytes = USABLE_SHARE * (card.memory_gib * 2**30 - other_bytes)
+    usable_bytes = USABLE_MEMORY_SHARE * (card.memory_gib * 2**30 - other_bytes)
     answer_bytes = load.kv_cache_bytes_per_token * (load.longest_prompt + load.new_tokens)
     most_rows = load.max_rows
     while load.may_lower_rows and most_rows > 1 and most_rows * answer_bytes > usable_bytes - model.weight_bytes:

@@ -15,7 +15,7 @@ from strategies.errors import ConfigError, ShardtuneError
 from strategies.redaction import HIDDEN
 from trainer.evaluation.endpoint.config import EndpointConfig
 
-NO_KEY = "none"
+PLACEHOLDER_API_KEY = "none"
 """What servers without keys are sent."""
 Result = TypeVar("Result")
 
@@ -26,27 +26,28 @@ class EndpointFailed(ShardtuneError):
 
 @dataclass(slots=True)
 class Client:
-    """Sends requests, and turns refusals and failures into errors that name settings below `key`."""
+    """Sends requests, and turns refusals and failures into errors that name settings below `setting_prefix`."""
 
     config: EndpointConfig
-    key: str
+    setting_prefix: str
+    """The setting below which `config` stands, such as `evaluation.judge`, for the text of errors."""
     _openai: Any = field(default=None, repr=False)
 
     @property
-    def api(self) -> Any:
-        """The client of `openai`."""
+    def openai_client(self) -> Any:
+        """The client of the `openai` package, made at the first use."""
         if self._openai is None:
             from openai import OpenAI
 
             self._openai = OpenAI(
                 base_url=self.config.url,
-                api_key=self._secret() or NO_KEY,
+                api_key=self._api_key() or PLACEHOLDER_API_KEY,
                 max_retries=self.config.retries,
                 timeout=self.config.timeout_s,
             )
         return self._openai
 
-    def _secret(self) -> str:
+    def _api_key(self) -> str:
         """The server's key, from the environment; empty if it needs none."""
         return os.environ.get(self.config.key_env or "", "")
 
@@ -59,54 +60,64 @@ class Client:
         from openai import APIConnectionError, APIStatusError, OpenAIError
 
         try:
-            return request(self.api)
+            return request(self.openai_client)
         except APIConnectionError as error:
             raise EndpointFailed(
-                f"{self.key}.url={self.config.url}: no answer after {self.config.retries + 1} attempts "
+                f"{self.setting_prefix}.url={self.config.url}: no answer after {self.config.retries + 1} attempts "
                 f"({type(error).__name__}: {self._without_key(str(error.__cause__ or error))}); does the server run?"
             ) from None
         except APIStatusError as error:
-            raise self._error_of_status(error.status_code, self._without_key(_error_text(error))) from None
+            raise self._error_of_http_status(error.status_code, self._without_key(_error_text(error))) from None
         except OpenAIError as error:
-            raise EndpointFailed(f"{self.key}.url={self.config.url}: {self._without_key(str(error))}") from None
+            raise EndpointFailed(
+                f"{self.setting_prefix}.url={self.config.url}: {self._without_key(str(error))}"
+            ) from None
 
-    def _error_of_status(self, status: int, answer: str) -> ShardtuneError:
-        """The error for an HTTP status: ConfigError if a setting is wrong, EndpointFailed if the server is down or overloaded."""
+    def _error_of_http_status(self, status: int, answer_text: str) -> ShardtuneError:
+        """The error for an HTTP status of the server, which sent `answer_text` with it.
+
+        - 401, 403: ConfigError, since the server does not take the API key.
+        - 404: ConfigError, since address or model are wrong.
+        - Others below 500, but 429: ConfigError, since the server refuses the request.
+        - 429 (too many requests) and from 500 on: EndpointFailed.
+        """
+        prefix = self.setting_prefix
+        url = self.config.url
         if status in (401, 403):
-            setting = f"{self.key}.key_env={self.config.key_env}"
-            return ConfigError(f"{setting}: the server at {self.config.url} does not take the key ({status}: {answer})")
+            return ConfigError(
+                f"{prefix}.key_env={self.config.key_env}: the server at {url} does not take the key ({status}: {answer_text})"
+            )
         if status == 404:
             return ConfigError(
-                f"{self.key}.url={self.config.url}: has no such address or model ({status}: {answer}); mend it, or "
-                f"{self.key}.model"
+                f"{prefix}.url={url}: has no such address or model ({status}: {answer_text}); mend it, or {prefix}.model"
             )
         if status < 500 and status != 429:
-            return ConfigError(f"{self.key}.url={self.config.url}: the server refuses a request ({status}: {answer})")
+            return ConfigError(f"{prefix}.url={url}: the server refuses a request ({status}: {answer_text})")
         return EndpointFailed(
-            f"{self.key}.url={self.config.url}: the server answered {status} {self.config.retries + 1} times ({answer}); try "
-            f"later, lower {self.key}.parallel, or raise {self.key}.retries"
+            f"{prefix}.url={url}: the server answered {status} {self.config.retries + 1} times ({answer_text}); try "
+            f"later, lower {prefix}.parallel, or raise {prefix}.retries"
         )
 
     def _without_key(self, text: str) -> str:
         """The text without the key, which a server may repeat in an error."""
-        key = self._secret()
+        key = self._api_key()
         return text.replace(key, HIDDEN) if key else text
 
-    def models(self) -> list[dict[str, Any]]:
+    def list_models(self) -> list[dict[str, Any]]:
         """The models that the server lists (/v1/models)."""
         return self.send(lambda api: [model.to_dict() for model in api.models.list()])
 
-    def model(self) -> str:
+    def served_model_name(self) -> str:
         """The name of the model to ask: `model` of the settings, else the only one that the server serves.
 
         In the latter case also sets `config.model`. Raises ConfigError if none is set and the server does not serve exactly one.
         """
         if self.config.model is not None:
             return self.config.model
-        names = [str(model["id"]) for model in self.models()]
+        names = [str(model["id"]) for model in self.list_models()]
         if len(names) != 1:
             raise ConfigError(
-                f"{self.key}.model: not set, and the server at {self.config.url} serves "
+                f"{self.setting_prefix}.model: not set, and the server at {self.config.url} serves "
                 f"{', '.join(names[:20]) or 'none'}; name it"
             )
         self.config.model = names[0]

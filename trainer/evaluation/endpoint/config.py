@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from strategies.extras import install_command
 from strategies.settings import DESCRIBES, Reach, number, setting
 
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+ENVIRONMENT_VARIABLE_REGEX = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 """A name that an environment variable can have."""
 
 
@@ -39,7 +39,7 @@ class EndpointConfig:
             return
         if not re.match(r"https?://[^/\s]+", self.url):
             yield f"{key}.url={self.url}: is no address; give one such as http://localhost:8000/v1"
-        if self.key_env is not None and not VARIABLE.fullmatch(self.key_env):
+        if self.key_env is not None and not ENVIRONMENT_VARIABLE_REGEX.fullmatch(self.key_env):
             yield (
                 f"{key}.key_env: is no name of an environment variable (and not shown, since it may be a key); put the key into "
                 f"a variable, as JUDGE_KEY, and set {key}.key_env=JUDGE_KEY"

@@ -18,7 +18,7 @@ from trainer.evaluation.endpoint.client import Client, first_choice, tokens_used
 from trainer.evaluation.endpoint.config import JudgeConfig
 from trainer.reporting.status import write_text_atomic
 
-KEY = "evaluation.judge"
+JUDGE_SETTING = "evaluation.judge"
 
 
 @dataclass(slots=True)
@@ -28,18 +28,18 @@ class Judge:
     config: JudgeConfig
     runtime: Runtime
     stop_now: Callable[[], bool] = lambda: False
-    calls: int = 0
+    num_calls: int = 0
     """Questions that were sent to the server."""
-    tokens: int = 0
+    num_tokens_used: int = 0
     """Tokens that the server counted for these questions and their verdicts."""
-    cached: int = 0
+    num_cached: int = 0
     """Questions whose verdict was in the cache."""
     _client: Client = field(init=False)
 
     def __post_init__(self) -> None:
-        self._client = Client(self.config, KEY)
+        self._client = Client(self.config, JUDGE_SETTING)
 
-    def verdicts(self, questions: Sequence[str]) -> list[str]:
+    def collect_verdicts(self, questions: Sequence[str]) -> list[str]:
         """The verdict on each question, in their order, the same on every rank. All ranks must call.
 
         Raises on all ranks or none: LimitReached if the budget does not suffice (of calls, before the first one is sent),
@@ -49,19 +49,22 @@ class Judge:
         chunks: list[list[str]] = []
 
         def split_new_questions() -> int:
-            """Fill `verdict_by_question` from the cache, and `chunks` with the other questions. Returns the number of chunks."""
-            model = self._client.model() if questions else ""
+            """Fill `verdict_by_question` from the cache, and `chunks` with the other questions. Returns the "
+            "number of chunks."""
+            model = self._client.served_model_name() if questions else ""
             different_questions = list(dict.fromkeys(questions))
             for question in different_questions:
                 verdict = self._cached_verdict(model, question)
                 if verdict is not None:
                     verdict_by_question[question] = verdict
-            self.cached += len(verdict_by_question)
+            self.num_cached += len(verdict_by_question)
             new_questions = [question for question in different_questions if question not in verdict_by_question]
-            if self.calls + len(new_questions) > self.config.max_calls:
+            if self.num_calls + len(new_questions) > self.config.max_calls:
                 raise LimitReached(
-                    f"{KEY}.max_calls={self.config.max_calls}: {len(new_questions)} questions are to be asked, {self.calls} "
-                    f"were, and {len(verdict_by_question)} are in the cache; nothing was sent. Raise it, or ask fewer rows "
+                    f"{JUDGE_SETTING}.max_calls={self.config.max_calls}: {len(new_questions)} questions are to be "
+                    f"asked, {self.num_calls} "
+                    f"were, and {len(verdict_by_question)} are in the cache; nothing was sent. Raise it, or ask "
+                    "fewer rows "
                     "(max_rows)"
                 )
             chunk_size = self.config.parallel
@@ -75,15 +78,16 @@ class Judge:
             verdict_by_question.update(self._ask_and_cache(chunks[number], num_left))
 
         # Ranks meet after each chunk, so that none waits long for the others, and all stop at the same chunk.
-        num_chunks = self._on_main(split_new_questions)
+        num_chunks = self._call_on_rank_0(split_new_questions)
         for number in range(num_chunks):
-            self._on_main(partial(ask_chunk, number))
+            self._call_on_rank_0(partial(ask_chunk, number))
             if self.stop_now():
                 raise Interrupted
-        return self._on_main(lambda: [verdict_by_question[question] for question in questions])
+        return self._call_on_rank_0(lambda: [verdict_by_question[question] for question in questions])
 
-    def _on_main(self, function: Callable[[], Any]) -> Any:
-        """Call a function on rank 0 alone; every rank returns or raises what rank 0 does. A collective: all ranks must call."""
+    def _call_on_rank_0(self, function: Callable[[], Any]) -> Any:
+        """Call a function on rank 0 alone; every rank returns or raises what rank 0 does. A collective: all ranks "
+        "must call."""
         own_result: Any = None
         own_error: ShardtuneError | None = None
         if self.runtime.is_main:
@@ -97,34 +101,36 @@ class Judge:
         return main_result
 
     def _ask_and_cache(self, questions: list[str], num_left: int) -> dict[str, str]:
-        """The verdict on each question, from the server; it is written to the cache. On rank 0.
+        """Ask the server each question, and write the verdicts to the cache; returns them by question. On rank 0.
 
-        `num_left`: questions that the command still has to ask, these included. Raises LimitReached if the tokens are used up.
+        `num_left`: questions that the command still has to ask, these included. Raises LimitReached, before anything is sent, if
+        `max_tokens` is used up. So the tokens of one call may go beyond that limit.
         """
         limit = self.config.max_tokens
-        if limit is not None and self.tokens >= limit:
+        if limit is not None and self.num_tokens_used >= limit:
             raise LimitReached(
-                f"{KEY}.max_tokens={limit}: used up ({self.tokens}), with {num_left} questions left; what was said is in the "
+                f"{JUDGE_SETTING}.max_tokens={limit}: used up ({self.num_tokens_used}), with {num_left} questions "
+                "left; what was said is in the "
                 "cache and not asked again: raise it and start the same command"
             )
         with ThreadPoolExecutor(self.config.parallel) as pool:
             answers = [*pool.map(self._ask, questions)]
-        model = self._client.model()
-        verdicts = {}
-        for question, (verdict, tokens) in zip(questions, answers, strict=True):
-            self.calls += 1
-            self.tokens += tokens
-            entry = {"model": model, "said": verdict, "tokens": tokens}
-            write_text_atomic(self._cache_file(model, question), json.dumps(entry) + "\n")
-            verdicts[question] = verdict
-        return verdicts
+        model = self._client.served_model_name()
+        verdict_by_question = {}
+        for question, (verdict, num_tokens) in zip(questions, answers, strict=True):
+            self.num_calls += 1
+            self.num_tokens_used += num_tokens
+            cache_entry = {"model": model, "said": verdict, "tokens": num_tokens}
+            write_text_atomic(self._cache_file(model, question), json.dumps(cache_entry) + "\n")
+            verdict_by_question[question] = verdict
+        return verdict_by_question
 
     def _ask(self, question: str) -> tuple[str, int]:
         """Send one question to the judge model: (verdict, tokens used; 0 if the server does not count them).
 
         Raises ConfigError if `max_tokens` is set and the server does not count.
         """
-        model = self._client.model()
+        model = self._client.served_model_name()
         answer = self._client.send(
             lambda api: api.chat.completions.create(
                 model=model,
@@ -139,8 +145,9 @@ class Judge:
         tokens = tokens_used(answer, "total_tokens")
         if tokens is None and self.config.max_tokens is not None:
             raise ConfigError(
-                f"{KEY}.max_tokens={self.config.max_tokens}: the server at {self.config.url} does not tell the tokens it took "
-                f"(usage.total_tokens); leave {KEY}.max_tokens out, and limit {KEY}.max_calls"
+                f"{JUDGE_SETTING}.max_tokens={self.config.max_tokens}: the server at {self.config.url} does not "
+                "tell the tokens it took "
+                f"(usage.total_tokens); leave {JUDGE_SETTING}.max_tokens out, and limit {JUDGE_SETTING}.max_calls"
             )
         return verdict, tokens or 0
 
@@ -163,7 +170,7 @@ class Judge:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def signature(self) -> str:
+    def describe_what_decides_verdicts(self) -> str:
         """What decides its verdicts, for the report."""
         return f"judge:{self.config.model}|temperature:{self.config.temperature:g}"
 

@@ -18,10 +18,10 @@ from trainer.evaluation.report.intervals import (
     share_counts,
     unpaired_difference,
     unpaired_share_difference,
-    with_corrected_p,
+    with_corrected_p_value,
 )
 from trainer.evaluation.report.permutation_test import family_p_values
-from trainer.evaluation.report.record import EvaluatedModel, same_rows
+from trainer.evaluation.report.record import EvaluatedModel, asked_the_same_rows
 from trainer.evaluation.tasks.base import Task, TaskMetric, TaskRow, shorten_prompt
 
 MAX_CHANGED_ROWS = 20
@@ -46,7 +46,7 @@ def compare_task(
     """
     rows = model.rows[task.name]
     paired_rows = None
-    if other_rows is not None and same_rows(rows, other_rows):
+    if other_rows is not None and asked_the_same_rows(rows, other_rows):
         paired_rows = other_rows
     common_metrics = [metric for metric in task.metrics_for(rows) if metric.name in other_metrics]
     if paired_rows is None:
@@ -57,7 +57,7 @@ def compare_task(
     metric_records = {}
     for metric in common_metrics:
         record = asdict(differences[metric.name])
-        if _num_cases(metric, rows) < metric.min_cases:
+        if _num_cases_of_metric(metric, rows) < metric.min_cases:
             record["verdict"] = TOO_FEW_CASES
         metric_records[metric.name] = record
     comparison: dict[str, Any] = {"paired": paired_rows is not None, "metrics": metric_records}
@@ -83,7 +83,7 @@ def _paired_differences(
     """
     other_resampled = resample_metrics(task, other_rows, bootstrap)
     rows = model.rows[task.name]
-    family = [metric for metric in metrics if metric.in_family]
+    family = [metric for metric in metrics if metric.in_correction_family]
     corrected_p = {}
     if len(family) > 1:
         corrected_p = family_p_values(task, family, rows, other_rows, bootstrap.seed)
@@ -98,7 +98,9 @@ def _paired_differences(
             greater_is_better=metric.greater_is_better,
         )
         if name in corrected_p:
-            difference = with_corrected_p(difference, corrected_p[name], greater_is_better=metric.greater_is_better)
+            difference = with_corrected_p_value(
+                difference, corrected_p[name], greater_is_better=metric.greater_is_better
+            )
         differences[name] = difference
     return differences
 
@@ -115,12 +117,12 @@ def _unpaired_differences(
     A metric of a family gets a wider interval, by the number of its members.
     """
     rows = model.rows[task.name]
-    num_in_family = sum(metric.in_family for metric in metrics)
+    num_in_family = sum(metric.in_correction_family for metric in metrics)
     differences = {}
     for metric in metrics:
         name = metric.name
         value = model.metrics[task.name][name]
-        family_size = num_in_family if metric.in_family else 1
+        family_size = num_in_family if metric.in_correction_family else 1
         counts = share_counts(metric, rows)
         if counts is None:
             differences[name] = unpaired_difference(
@@ -141,11 +143,11 @@ def _unpaired_differences(
     return differences
 
 
-def _num_cases(metric: TaskMetric, rows: Sequence[TaskRow]) -> int:
+def _num_cases_of_metric(metric: TaskMetric, rows: Sequence[TaskRow]) -> int:
     """How many rows are cases of a metric: those with its `case_score`, else its denominator, above 0; without either, all."""
     case_score = metric.case_score
-    if case_score is None and metric.ratio is not None:
-        _, case_score = metric.ratio  # the denominator
+    if case_score is None and metric.ratio_of_sums is not None:
+        _, case_score = metric.ratio_of_sums  # the denominator
     if case_score is None:
         return len(rows)
     return sum(row.scores.get(case_score, 0.0) > 0 for row in rows)
@@ -157,9 +159,9 @@ def right_or_wrong_score(task: Task, rows: Sequence[TaskRow]) -> str | None:
     None if that metric is not the mean of a score over all rows, or the score has other values than 0 and 1.
     """
     first_metric = task.metrics_for(rows)[0]
-    if first_metric.ratio is None:
+    if first_metric.ratio_of_sums is None:
         return None
-    score, denominator = first_metric.ratio
+    score, denominator = first_metric.ratio_of_sums
     if denominator is not None:
         return None
     has_other_values = any(row.scores[score] not in (0.0, 1.0) for row in rows)

@@ -69,12 +69,12 @@ def resample_metrics(task: Task, rows: Sequence[TaskRow], bootstrap: Bootstrap) 
         # How often each row counts in each resample, [resamples, rows].
         weights = rng.multinomial(len(rows), equal_chances, num_resamples).astype(float)
         for metric in metrics:
-            if metric.ratio is None:
+            if metric.ratio_of_sums is None:
                 first_weights = weights[: max(0, task.max_resamples - num_sampled)]
                 metric_of_weights = metric_functions[metric.name]
                 values = np.array([metric_of_weights(row_weights) for row_weights in first_weights])
             else:
-                numerator, denominator = metric.ratio
+                numerator, denominator = metric.ratio_of_sums
                 if denominator is None:  # every resample has as many rows
                     denominators = np.full(len(weights), float(len(rows)))
                 else:
@@ -89,7 +89,7 @@ def _scores_of_ratios(metrics: Sequence[TaskMetric], rows: Sequence[TaskRow]) ->
     """The scores that are numerators or denominators of metrics, {name: float64 [rows]}."""
     scores = {}
     for metric in metrics:
-        for name in metric.ratio or ():
+        for name in metric.ratio_of_sums or ():
             if name and name not in scores:
                 scores[name] = score_array(rows, name)
     return scores
@@ -125,9 +125,9 @@ def share_counts(metric: TaskMetric, rows: Sequence[TaskRow]) -> ShareCounts | N
 
     It is no share if a row has another score, or a success without being a case, or if there are no cases.
     """
-    if metric.ratio is None or metric.exponential:
+    if metric.ratio_of_sums is None or metric.exponential:
         return None
-    numerator, denominator = metric.ratio
+    numerator, denominator = metric.ratio_of_sums
     successes = 0.0
     cases = 0.0
     for row in rows:
@@ -199,7 +199,9 @@ def paired_difference(
     return MetricDifference(other_value, value - other_value, low, high, p, verdict)
 
 
-def with_corrected_p(difference: MetricDifference, p: float, *, greater_is_better: bool | None) -> MetricDifference:
+def with_corrected_p_value(
+    difference: MetricDifference, p: float, *, greater_is_better: bool | None
+) -> MetricDifference:
     """The difference with p and verdict of a test of a whole family of metrics; `p` is corrected for their number.
 
     The interval stays that of the metric alone.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from trainer.evaluation.report.change_scale import Change, ChangeScale
 from trainer.evaluation.report.intervals import BETTER, DIFFERS, NO_DIFFERENCE, TOO_FEW_CASES, WORSE
-from trainer.evaluation.report.page_rows import TaskRows, short, shown_rows
+from trainer.evaluation.report.page_rows import TaskRows, shortened_line, shown_rows
 from trainer.evaluation.report.record import TUNED, EvaluatedModel
 from trainer.evaluation.tasks.base import Task, TaskRow
 from trainer.evaluation.tasks.classification import ClassificationTask, confusion
@@ -31,9 +31,15 @@ BARS_CAPTION = (
 """What a table says of its bars."""
 MAX_MATRIX_LABELS = 40
 """A confusion matrix with more labels is not shown."""
-TONES: dict[str, Tone] = {BETTER: "good", WORSE: "bad", DIFFERS: "note", TOO_FEW_CASES: "warning", NO_DIFFERENCE: ""}
+TONE_BY_VERDICT: dict[str, Tone] = {
+    BETTER: "good",
+    WORSE: "bad",
+    DIFFERS: "note",
+    TOO_FEW_CASES: "warning",
+    NO_DIFFERENCE: "",
+}
 """How a verdict is tinted."""
-Record = dict[str, Any]
+ReportRecord = dict[str, Any]
 """A part of `evaluation.json`."""
 
 
@@ -54,7 +60,7 @@ class TaskSection:
 
 
 def render_page(
-    report: Record,
+    report: ReportRecord,
     tasks: Sequence[Task],
     models: dict[str, EvaluatedModel],
     other_rows: Mapping[str, Sequence[TaskRow]] | None = None,
@@ -85,7 +91,7 @@ def render_page(
     return render(
         "trainer.evaluation.report",
         "page.html.j2",
-        filters={"short": short},
+        filters={"short": shortened_line},
         against=report.get("against", {}).get("what", ""),
         regressions=report.get("regressions", []),
         title=_title(report["model"]),
@@ -95,7 +101,7 @@ def render_page(
         overview=_overview_table(report, sections),
         parts=sections,
         other=_other_model_label(report),
-        facts=_facts(report),
+        facts=_condition_facts(report),
     )
 
 
@@ -107,7 +113,7 @@ def _confusion_matrix(task: Task, model: EvaluatedModel) -> tuple[list[str], lis
     return (labels, counts) if len(labels) <= MAX_MATRIX_LABELS else None
 
 
-def _title(model: Record) -> str:
+def _title(model: ReportRecord) -> str:
     """The evaluated model for the page's title: "runs/a, step-000100 with adapters/b"."""
     title = str(model["run"] or model["path"])
     if model["checkpoint"]:
@@ -117,46 +123,46 @@ def _title(model: Record) -> str:
     return title
 
 
-def _other_model_label(report: Record) -> str:
+def _other_model_label(report: ReportRecord) -> str:
     """What the compared model is called in headings, "base" or "other"; "" if nothing is compared."""
     if "against" not in report:
         return ""
     return "base" if report["against"]["what"] == "base" else "other"
 
 
-def _rows_source_text(task_record: Record) -> str:
+def _rows_source_text(task_record: ReportRecord) -> str:
     """Where the rows of a task come from, in words: its path, or what stands for it."""
     if task_record["path"]:
         return str(task_record["path"])
     return "data that lm-eval makes" if task_record["kind"] == "lm_eval" else "the run's evaluation documents"
 
 
-class LeadingMetric(NamedTuple):
+class MainMetric(NamedTuple):
     """The metric that stands for a task: its first one."""
 
     name: str
-    record: Record
-    difference: Record | None
+    record: ReportRecord
+    difference: ReportRecord | None
     """Its difference from the other model; None if it is not compared."""
 
 
-def _leading_metric(task_record: Record, compared: Record | None) -> LeadingMetric:
-    """The first metric of a task. `compared`: the task's record in the comparison; None without one."""
+def _main_metric(task_record: ReportRecord, compared: ReportRecord | None) -> MainMetric:
+    """The metric that stands for a task, its first one. `compared`: the task's record in the comparison; None without one."""
     name, record = next(iter(task_record["metrics"].items()))
-    return LeadingMetric(name, record, None if compared is None else compared["metrics"].get(name))
+    return MainMetric(name, record, None if compared is None else compared["metrics"].get(name))
 
 
-def _leading_verdicts(report: Record) -> dict[str, str]:
-    """The verdict on the leading metric of each compared task, by task: {"facts": "better"}."""
+def _verdict_by_task(report: ReportRecord) -> dict[str, str]:
+    """The verdict on the main metric of each compared task, by task: {"facts": "better"}."""
     verdicts = {}
     for task, compared in report.get("against", {}).get("tasks", {}).items():
-        leading = _leading_metric(report["tasks"][task], compared)
+        leading = _main_metric(report["tasks"][task], compared)
         if leading.difference is not None:
             verdicts[task] = leading.difference["verdict"]
     return verdicts
 
 
-def report_verdict(report: Record) -> Callout:
+def report_verdict(report: ReportRecord) -> Callout:
     """The box at the top of the page: in how many tasks the model is better or worse than the other one.
 
     - No comparison in the report: a note that says how to make one.
@@ -167,7 +173,7 @@ def report_verdict(report: Record) -> Callout:
     if "against" not in report:
         return _nothing_compared_callout(report)
     other = report["against"]["what"]
-    counts = VerdictCounts.of(list(_leading_verdicts(report).values()))
+    counts = VerdictCounts.of(list(_verdict_by_task(report).values()))
     if not counts.total:
         return Callout("note", f"Nothing could be compared with {other}", "The two have no task in common.")
     if report.get("regressions"):
@@ -218,7 +224,7 @@ class VerdictCounts:
         return phrases
 
 
-def _nothing_compared_callout(report: Record) -> Callout:
+def _nothing_compared_callout(report: ReportRecord) -> Callout:
     """The verdict of a report without a comparison: how to compare, with the command if the model is of a run."""
     heading = f"{_num_tasks_text(len(report['tasks']))} measured, and compared with nothing"
     run = report["model"]["run"]
@@ -251,22 +257,32 @@ def _num_tasks_text(count: int) -> str:
     return f"{count} task" if count == 1 else f"{count} tasks"
 
 
-def report_cards(report: Record) -> list[PageCard]:
-    """The cards below the verdict: the number of tasks for each verdict, if there is a comparison, then that of asked rows."""
-    names_by_verdict: dict[str, list[str]] = {}
-    for name, verdict in _leading_verdicts(report).items():
-        names_by_verdict.setdefault(verdict, []).append(name)
+def report_cards(report: ReportRecord) -> list[PageCard]:
+    """The cards below the verdict box.
+
+    - With a comparison, for each verdict ("better", "worse", ...): how many tasks have it, by the main metric of each.
+    - How many rows all tasks asked together.
+    """
+    tasks_by_verdict: dict[str, list[str]] = {}
+    for task, verdict in _verdict_by_task(report).items():
+        tasks_by_verdict.setdefault(verdict, []).append(task)
     cards = []
-    for verdict, tone in TONES.items():
-        names = names_by_verdict.get(verdict, [])
+    for verdict, tone in TONE_BY_VERDICT.items():
+        tasks = tasks_by_verdict.get(verdict, [])
         # A verdict without tasks has no card, except "worse": that none became worse is good news.
-        if names or (verdict == WORSE and names_by_verdict):
-            shown_tone = tone if names else ""
-            cards.append(PageCard(verdict.capitalize(), str(len(names)), _list_some(names), shown_tone))
+        if tasks or (verdict == WORSE and tasks_by_verdict):
+            cards.append(
+                PageCard(
+                    label=verdict.capitalize(),
+                    value=str(len(tasks)),
+                    note=_list_some(tasks),
+                    tone=tone if tasks else "",
+                )
+            )
     num_rows = sum(task["num_rows"] for task in report["tasks"].values())
     seconds = sum(task["seconds"] for task in report["tasks"].values())
     rows_note = f"of {_num_tasks_text(len(report['tasks']))}, in {format_duration(seconds)}"
-    cards.append(PageCard("Rows asked", format_number(num_rows), rows_note))
+    cards.append(PageCard(label="Rows asked", value=format_number(num_rows), note=rows_note))
     return cards
 
 
@@ -276,7 +292,7 @@ def _list_some(names: Sequence[str]) -> str:
     return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
 
 
-def report_callouts(report: Record) -> list[Callout]:
+def report_callouts(report: ReportRecord) -> list[Callout]:
     """The boxes below the verdict, each only if it has something to show.
 
     - Metrics that became worse, other than the first ones of their tasks.
@@ -287,7 +303,7 @@ def report_callouts(report: Record) -> list[Callout]:
     against = report.get("against")
     worse = []
     for name, compared in (against["tasks"] if against else {}).items():
-        leading = _leading_metric(report["tasks"][name], compared)
+        leading = _main_metric(report["tasks"][name], compared)
         for metric, difference in compared["metrics"].items():
             if metric != leading.name and difference["verdict"] == WORSE:
                 worse.append(f"{name}: {metric}")
@@ -303,7 +319,7 @@ def report_callouts(report: Record) -> list[Callout]:
     return callouts
 
 
-def _overview_table(report: Record, sections: Sequence[TaskSection]) -> PageTable:
+def _overview_table(report: ReportRecord, sections: Sequence[TaskSection]) -> PageTable:
     """The table of all tasks, each by its first metric; with a comparison, also its difference from the other model.
 
     `report`: the content of `evaluation.json`.
@@ -312,7 +328,7 @@ def _overview_table(report: Record, sections: Sequence[TaskSection]) -> PageTabl
     compared_tasks = report["against"]["tasks"] if other else {}
     leading_metrics = []
     for section in sections:
-        leading_metrics.append(_leading_metric(report["tasks"][section.name], compared_tasks.get(section.name)))
+        leading_metrics.append(_main_metric(report["tasks"][section.name], compared_tasks.get(section.name)))
     scale = ChangeScale.over(Change.of(leading.record, leading.difference) for leading in leading_metrics)
     # The verdict stands beside the name, where a phone shows it without scrolling.
     columns = [PageColumn("task")]
@@ -343,14 +359,14 @@ def _overview_table(report: Record, sections: Sequence[TaskSection]) -> PageTabl
     return PageTable(columns, rows, caption, id="all-tasks")
 
 
-def _verdict_cell(difference: Record | None) -> PageCell:
+def _verdict_cell(difference: ReportRecord | None) -> PageCell:
     """The cell with the verdict on a metric; "not compared" if `difference` is None."""
     if difference is None:
         return PageCell("not compared", "not compared")
-    return PageCell(difference["verdict"], difference["verdict"], tone=TONES.get(difference["verdict"], ""))
+    return PageCell(difference["verdict"], difference["verdict"], tone=TONE_BY_VERDICT.get(difference["verdict"], ""))
 
 
-def _difference_cells(metric: Record, difference: Record | None, scale: ChangeScale) -> list[PageCell]:
+def _difference_cells(metric: ReportRecord, difference: ReportRecord | None, scale: ChangeScale) -> list[PageCell]:
     """Four cells of a compared metric: the other model's value, this model's value, difference, interval of the difference.
 
     Without a `difference`, only this model's value is known. `scale`: that of the bars in the table.
@@ -360,7 +376,7 @@ def _difference_cells(metric: Record, difference: Record | None, scale: ChangeSc
         nothing = PageCell(UNKNOWN)
         return [nothing, value, nothing, nothing]
     change = difference["difference"]
-    bar = scale.bar(Change.of(metric, difference), TONES.get(difference["verdict"], ""))
+    bar = scale.bar(Change.of(metric, difference), TONE_BY_VERDICT.get(difference["verdict"], ""))
     interval = PageCell(
         "", change, note=f"{format_signed(difference['low'])} to {format_signed(difference['high'])}", interval=bar
     )
@@ -368,13 +384,13 @@ def _difference_cells(metric: Record, difference: Record | None, scale: ChangeSc
     return [other_value, value, PageCell(format_signed(change), change), interval]
 
 
-def _value_cell(metric: Record) -> PageCell:
+def _value_cell(metric: ReportRecord) -> PageCell:
     """The cell with the value of a metric, and its interval below if it has one."""
     interval = _interval_cell(metric).text if metric.get("low") is not None else ""
     return PageCell(format_number(metric["value"]), metric["value"], note=interval)
 
 
-def _interval_cell(metric: Record) -> PageCell:
+def _interval_cell(metric: ReportRecord) -> PageCell:
     """The cell with the interval of a value, "0.41 to 0.57". No bar, because values of different metrics share no scale."""
     if metric.get("low") is None:
         return PageCell("\N{EN DASH}")
@@ -388,7 +404,7 @@ def _better_direction(greater_is_better: bool | None) -> str:
     return "higher" if greater_is_better else "lower"
 
 
-def _metrics_table(task_record: Record, compared: Record | None, other_label: str) -> PageTable:
+def _metrics_table(task_record: ReportRecord, compared: ReportRecord | None, other_label: str) -> PageTable:
     """The table of all metrics of a task, with what each means; with a comparison, also its difference from the other model.
 
     `task_record`, `compared`: the task's records in `evaluation.json`, of this model and of the comparison (None without one).
@@ -420,7 +436,7 @@ def _metrics_table(task_record: Record, compared: Record | None, other_label: st
     return PageTable(columns, rows, BARS_CAPTION)
 
 
-def _metric_cell(name: str, metric: Record) -> PageCell:
+def _metric_cell(name: str, metric: ReportRecord) -> PageCell:
     """The cell with the name of a metric; below it what it means, its better direction and its signature."""
     note_parts = [
         metric["says"],
@@ -430,7 +446,7 @@ def _metric_cell(name: str, metric: Record) -> PageCell:
     return PageCell(name, name, note="; ".join(filter(None, note_parts)))
 
 
-def _task_notes(task_record: Record, compared: Record | None) -> list[str]:
+def _task_notes(task_record: ReportRecord, compared: ReportRecord | None) -> list[str]:
     """The notes of a task, and one more if it was compared with a model whose rows are others or not known."""
     notes = list(task_record.get("notes", ()))
     if compared is not None and not compared["paired"]:
@@ -441,16 +457,16 @@ def _task_notes(task_record: Record, compared: Record | None) -> list[str]:
     return notes
 
 
-def _headline(task_record: Record, compared: Record | None) -> str:
+def _headline(task_record: ReportRecord, compared: ReportRecord | None) -> str:
     """The leading metric of a task in a few words: "exact_match 0.62, was 0.01: better"; without a comparison the value alone."""
-    name, metric, difference = _leading_metric(task_record, compared)
+    name, metric, difference = _main_metric(task_record, compared)
     headline = f"{name} {format_number(metric['value'])}"
     if difference is None:
         return headline
     return f"{headline}, was {format_number(difference['value'])}: {difference['verdict']}"
 
 
-def _facts(report: Record) -> list[tuple[str, str]]:
+def _condition_facts(report: ReportRecord) -> list[tuple[str, str]]:
     """(name, value) of what the numbers depend on, for the folded section at the end: model, processes, method, versions."""
     model = report["model"]
     facts = [

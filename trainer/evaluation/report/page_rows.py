@@ -12,17 +12,17 @@ from trainer.pages.numbers import format_number
 
 MAX_WORST_ROWS = 20
 """Rows of each task that are shown, the worst first."""
-MAX_ROWS = 400
+MAX_ROWS_OF_ALL_TASKS = 400
 """Rows of all tasks together. With more tasks, each one shows fewer."""
 MAX_TEXT_BYTES = 400_000
 """Most bytes of all texts that a click shows. If there are more, each text is cut to the largest of `TEXT_LIMITS` that fits."""
 TEXT_LIMITS = (8000, 4000, 2000, 1000, 500, 250, 120, 60)
-SHORT_CHARACTERS = 120
+LINE_CHARACTERS = 120
 """Characters of a question or an answer in the list of rows, before a click."""
 WRONG = "wrong"
 LOST = "lost"
 WON = "won"
-FILTERS = {LOST: "right before, wrong now", WON: "wrong before, right now", WRONG: "wrong"}
+DESCRIPTION_BY_FILTER = {LOST: "right before, wrong now", WON: "wrong before, right now", WRONG: "wrong"}
 """Filters of rows, with what they show."""
 
 
@@ -69,11 +69,11 @@ def shown_rows(
     record of each task in `evaluation.json`, which has the changed rows under `changed`.
     """
     # A task shows up to three kinds of rows: the worst, lost and won. The limit holds for each kind.
-    limit = min(max(MAX_ROWS // (3 * max(len(tasks), 1)), 3), MAX_WORST_ROWS)
+    limit = min(max(MAX_ROWS_OF_ALL_TASKS // (3 * max(len(tasks), 1)), 3), MAX_WORST_ROWS)
     rows_of_tasks = {}
     for task in tasks:
         changed = compared_tasks.get(task.name, {}).get("changed", {})
-        rows_of_tasks[task.name] = _choose_rows(
+        rows_of_tasks[task.name] = _rows_to_show(
             task, rows_by_task[task.name], other_rows.get(task.name, ()), changed, limit
         )
     _truncate_texts(rows_of_tasks.values())
@@ -103,7 +103,7 @@ def _text_limit(texts: Sequence[str]) -> int:
     return TEXT_LIMITS[-1]
 
 
-def _choose_rows(
+def _rows_to_show(
     task: Task, rows: Sequence[TaskRow], other_rows: Sequence[TaskRow], changed: dict[str, Any], limit: int
 ) -> TaskRows:
     """The rows of one task to show, the worst first: the `limit` with the worst score, and up to `limit` each of lost and won.
@@ -145,7 +145,7 @@ def _choose_rows(
     filters = []
     num_wrong = 0 if right_score is None else sum(row.scores[right_score] != 1 for row in rows)
     totals = {LOST: changed.get("num_lost", 0), WON: changed.get("num_won", 0), WRONG: num_wrong}
-    for name, description in FILTERS.items():
+    for name, description in DESCRIPTION_BY_FILTER.items():
         num_shown = sum(name in row.sides for row in shown)
         if num_shown:
             filters.append((name, description, num_shown, totals[name]))
@@ -156,28 +156,37 @@ def _choose_rows(
     return TaskRows(shown, columns, heading, filters, len(rows) - len(shown))
 
 
-def _shown_row(row: TaskRow, sides: tuple[str, ...], value: str, other_answer: str) -> ShownRow:
-    """A row as the page shows it, its texts not yet cut. `value`: what the page shows as its score."""
-    texts = {
+def _shown_row(row: TaskRow, sides: tuple[str, ...], score_text: str, compared_answer: str) -> ShownRow:
+    """A row as the page shows it, its texts not yet cut.
+
+    Arguments:
+        sides: the filters under which the row appears, such as ("lost", "wrong").
+        score_text: what the page shows as its score, such as "right" or "0.35".
+        compared_answer: the answer of the model that is compared with; "" if it is not known.
+    """
+    text_by_name = {
         "prompt": row.prompt,
         "answer": row.answer,
-        "other": other_answer,
+        "other": compared_answer,
         "reference": row.reference,
         "note": row.note,
     }
-    texts = {name: text for name, text in texts.items() if text.strip()}
-    # Without a known question the end of the prompt is the nearest to one.
-    question = _one_line(row.question, keep_end=False) if row.question.strip() else _one_line(row.prompt, keep_end=True)
-    return ShownRow(row.where, sides, value, question, texts)
+    nonempty_texts = {name: text for name, text in text_by_name.items() if text.strip()}
+    if row.question.strip():
+        question = _one_line(row.question, keep_end=False)
+    else:  # the end of the prompt is the nearest to a question
+        question = _one_line(row.prompt, keep_end=True)
+    return ShownRow(where=row.where, sides=sides, score=score_text, question=question, texts=nonempty_texts)
 
 
-def short(text: str) -> str:
-    """The first `SHORT_CHARACTERS` characters of a text, on one line."""
+def shortened_line(text: str) -> str:
+    """The first `LINE_CHARACTERS` characters of a text, on one line."""
     return _one_line(text, keep_end=False)
 
 
 def _one_line(text: str, *, keep_end: bool) -> str:
-    return _truncate(" ".join(text.split()), SHORT_CHARACTERS, keep_end=keep_end)
+    """At most `LINE_CHARACTERS` characters of a text, its first or its last ones, without line breaks."""
+    return _truncate(" ".join(text.split()), LINE_CHARACTERS, keep_end=keep_end)
 
 
 def _truncate(text: str, limit: int, *, keep_end: bool) -> str:
@@ -191,7 +200,7 @@ def worst_rows_first(task: Task, rows: Sequence[TaskRow]) -> list[TaskRow]:
     """The rows of a task from bad to good, by what each contributes to the first metric (`first_metric_score`)."""
     metric = task.metrics_for(rows)[0]
     _, score_of_row = first_metric_score(task, rows)
-    low_is_bad = metric.ratio is None or metric.greater_is_better
+    low_is_bad = metric.ratio_of_sums is None or metric.greater_is_better
     sign = 1 if low_is_bad else -1
     return sorted(rows, key=lambda row: sign * score_of_row(row))
 
@@ -204,10 +213,10 @@ def first_metric_score(task: Task, rows: Sequence[TaskRow]) -> tuple[str, Callab
     - It divides two summed scores, such as loss by targets: the metric of the row alone.
     """
     metric = task.metrics_for(rows)[0]
-    if metric.ratio is None:
+    if metric.ratio_of_sums is None:
         first_score = next(iter(rows[0].scores))
         return first_score, lambda row: float(next(iter(row.scores.values())))
-    numerator, denominator = metric.ratio
+    numerator, denominator = metric.ratio_of_sums
     if denominator is None:
         return numerator, lambda row: row.scores[numerator]
     return metric.name, lambda row: float(metric.from_sums(row.scores[numerator], row.scores[denominator] or 1.0))

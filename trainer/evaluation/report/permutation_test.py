@@ -15,7 +15,7 @@ import numpy as np
 from trainer.evaluation.tasks.base import Task, TaskMetric, TaskRow, score_array
 from trainer.evaluation.tasks.significance import max_statistic_p
 
-MetricFunctions = dict[str, Callable[[np.ndarray], float]]
+FunctionByMetric = dict[str, Callable[[np.ndarray], float]]
 """Functions of row weights, float64 [rows], by metric."""
 NUM_PERMUTATIONS = 2000
 """How often rows are exchanged; half as often if a metric is no ratio of sums, because each one is computed from scratch."""
@@ -33,17 +33,19 @@ def family_p_values(
     """
     rng = np.random.default_rng([seed, len(rows)])
     chunk_size = max(1, MAX_NUMBERS_IN_MEMORY // len(rows))
-    all_are_ratios = all(metric.ratio for metric in metrics)
+    all_are_ratios = all(metric.ratio_of_sums for metric in metrics)
     num_permutations = NUM_PERMUTATIONS if all_are_ratios else NUM_PERMUTATIONS // 2
     metric_functions = task.weighted_metric_functions([*rows, *other_rows])
 
     nothing_exchanged = np.zeros((1, len(rows)))
-    observed = _metric_differences(metrics, rows, other_rows, metric_functions, nothing_exchanged)[0]  # [metrics]
+    observed = _metric_differences_by_permutation(metrics, rows, other_rows, metric_functions, nothing_exchanged)[
+        0
+    ]  # [metrics]
     chunks = []
     for begin in range(0, num_permutations, chunk_size):
         num_in_chunk = min(chunk_size, num_permutations - begin)
         exchanged = rng.integers(0, 2, (num_in_chunk, len(rows))).astype(float)  # 1 where a row's answers change sides
-        chunks.append(_metric_differences(metrics, rows, other_rows, metric_functions, exchanged))
+        chunks.append(_metric_differences_by_permutation(metrics, rows, other_rows, metric_functions, exchanged))
     by_chance = np.nan_to_num(np.concatenate(chunks))  # [permutations, metrics]
     observed = np.nan_to_num(observed)
     p_values = max_statistic_p(observed, by_chance).tolist()
@@ -51,55 +53,60 @@ def family_p_values(
     return dict(zip(names, p_values, strict=True))
 
 
-def _metric_differences(
+def _metric_differences_by_permutation(
     metrics: Sequence[TaskMetric],
     rows: Sequence[TaskRow],
     other_rows: Sequence[TaskRow],
-    metric_functions: MetricFunctions,
+    metric_functions: FunctionByMetric,
     exchanged: np.ndarray,
 ) -> np.ndarray:
     """This model's metrics minus the other model's after each permutation, float64 [permutations, metrics].
 
-    `exchanged`: float64 [permutations, rows], 1 where the two models' rows are exchanged, else 0.
+    A metric that is a ratio of sums over rows is computed for all permutations at once; any other one by its function, once for
+    each permutation.
+
+    Arguments:
+        metric_functions: by metric, a function of weights, float64 [2 * rows]: those of `rows`, then those of `other_rows`. It
+            computes the metric of the rows whose weight is 1.
+        exchanged: float64 [permutations, rows], 1 where the two models' rows are exchanged, else 0.
     """
-    columns = []
+    differences_by_metric = []  # float64 [permutations] each
     for metric in metrics:
-        if metric.ratio is None:
-            # The function takes weights of the rows of both models: 1 for those that count as this model's, 0 for the others.
-            metric_of_weights = metric_functions[metric.name]
-            differences = []
-            for is_exchanged in exchanged:
-                own_weights = np.concatenate([1 - is_exchanged, is_exchanged])
-                differences.append(metric_of_weights(own_weights) - metric_of_weights(1 - own_weights))
-            columns.append(np.array(differences))
-        else:
-            own = _ratio_after_exchange(metric, metric.ratio, rows, other_rows, exchanged)
-            other = _ratio_after_exchange(metric, metric.ratio, other_rows, rows, exchanged)
-            columns.append(own - other)
-    return np.stack(columns, axis=1)
+        if metric.ratio_of_sums is not None:
+            own = _metric_after_exchanges(metric, metric.ratio_of_sums, rows, other_rows, exchanged)
+            other = _metric_after_exchanges(metric, metric.ratio_of_sums, other_rows, rows, exchanged)
+            differences_by_metric.append(own - other)
+            continue
+        metric_of_weights = metric_functions[metric.name]
+        differences = []
+        for is_exchanged in exchanged:
+            own_weights = np.concatenate([1 - is_exchanged, is_exchanged])
+            differences.append(metric_of_weights(own_weights) - metric_of_weights(1 - own_weights))
+        differences_by_metric.append(np.array(differences))
+    return np.stack(differences_by_metric, axis=1)
 
 
-def _ratio_after_exchange(
+def _metric_after_exchanges(
     metric: TaskMetric,
-    ratio: tuple[str, str | None],
+    ratio_of_sums: tuple[str, str | None],
     rows: Sequence[TaskRow],
     other_rows: Sequence[TaskRow],
     exchanged: np.ndarray,
 ) -> np.ndarray:
     """The metric of the model of `rows` after each permutation, float64 [permutations].
 
-    An exchanged row adds the other model's score to the sum instead of the own one. `ratio`: names of the scores that are
+    An exchanged row adds the other model's score to the sum instead of the own one. `ratio_of_sums`: names of the scores that are
     numerator and denominator; a denominator of None is the number of rows.
     """
     sums = []  # numerator and denominator, float64 [permutations] each
-    for score in ratio:
-        own_scores = _score_array(rows, score)
-        other_scores = _score_array(other_rows, score)
+    for score in ratio_of_sums:
+        own_scores = _scores_or_ones(rows, score)
+        other_scores = _scores_or_ones(other_rows, score)
         sums.append(own_scores.sum() + exchanged @ (other_scores - own_scores))
     return metric.from_sums(*sums)
 
 
-def _score_array(rows: Sequence[TaskRow], score: str | None) -> np.ndarray:
+def _scores_or_ones(rows: Sequence[TaskRow], score: str | None) -> np.ndarray:
     """A score of each row, float64 [rows]; ones if the ratio's denominator is the number of rows."""
     if score is None:
         return np.ones(len(rows))

@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 REPORT_FILE = "evaluation.json"
 ROWS_FILE = "evaluation_rows.jsonl"
 PAGE_FILE = "evaluation.html"
-VERSION = 1
+REPORT_VERSION = 1
 TUNED, BASE = "tuned", "base"
 
 
 @dataclass(slots=True)
 class EvaluatedModel:
-    """The answers of one model to all tasks. Each dictionary is by name of the task."""
+    """What one model answered in all tasks, and its metrics. Each dictionary is by name of the task."""
 
     rows: dict[str, list[TaskRow]] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     throughput: dict[str, GenerationThroughput] = field(default_factory=dict)
-    """How fast answers were written, for tasks that have the model write."""
+    """How fast answers were generated, for tasks that generate some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +53,14 @@ def rows_sha256(rows: Sequence[TaskRow]) -> str:
     return digest.hexdigest()
 
 
-def same_rows(rows: Sequence[TaskRow], other_rows: Sequence[TaskRow]) -> bool:
+def asked_the_same_rows(rows: Sequence[TaskRow], other_rows: Sequence[TaskRow]) -> bool:
     """Whether two models were asked the same, so that they can be compared row by row."""
     asked = [(row.where, row.reference) for row in rows]
     other_asked = [(row.where, row.reference) for row in other_rows]
     return asked == other_asked
 
 
-def task_record(task: Task, model: EvaluatedModel, intervals: dict[str, tuple[float, float]]) -> dict[str, Any]:
+def build_task_record(task: Task, model: EvaluatedModel, intervals: dict[str, tuple[float, float]]) -> dict[str, Any]:
     """The record of one task in `evaluation.json`: kind, rows, settings, metrics, notes.
 
     `intervals`: the 95 % interval (low, high) of each metric by name.
@@ -164,7 +164,9 @@ def read_report(path: Path, setting: str) -> EarlierEvaluation:
 
 def _is_report(report: Any) -> bool:
     """Whether the content of a JSON file is an evaluation's report of this version."""
-    return isinstance(report, dict) and isinstance(report.get("tasks"), dict) and report.get("version") == VERSION
+    return (
+        isinstance(report, dict) and isinstance(report.get("tasks"), dict) and report.get("version") == REPORT_VERSION
+    )
 
 
 def _read_tuned_rows(path: Path) -> dict[str, list[TaskRow]]:

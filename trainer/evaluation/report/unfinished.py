@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strategies.errors import StorageError
-from trainer.evaluation.report.record import VERSION
+from trainer.evaluation.report.record import REPORT_VERSION
 from trainer.reporting.jsonl import json_text
 from trainer.reporting.status import write_text_atomic
 
@@ -57,7 +57,7 @@ class UnfinishedReport:
             "seconds": round(finished.seconds, 3),
         }
         # The key is not `tasks`, as in a report, so that nothing reads this part as a complete evaluation.
-        report = {"version": VERSION, "unfinished": True, "model": self.model, "finished": self._finished}
+        report = {"version": REPORT_VERSION, "unfinished": True, "model": self.model, "finished": self._finished}
         write_text_atomic(self.directory / UNFINISHED_FILE, json_text(report, indent=1, ensure_ascii=False) + "\n")
 
     def finished_task_names(self) -> list[str]:

@@ -72,7 +72,7 @@ class TaskMetric:
     """What it means, with its range, for the report's page."""
     greater_is_better: bool | None = True
     """None if neither direction is better."""
-    ratio: tuple[str, str | None] | None = None
+    ratio_of_sums: tuple[str, str | None] | None = None
     """(numerator, denominator): names of the scores whose sums are divided. A denominator of None is the number of rows.
 
     Ratios are resampled fast, by a matrix product. None: the metric is no ratio, and `Task.weighted_metric_functions` computes
@@ -81,7 +81,7 @@ class TaskMetric:
     """Whether the metric is the exponential of its ratio, as perplexity is."""
     min_cases: int = 1
     """Below this number of cases no difference is reported, so that a single case raises no alarm."""
-    in_family: bool = False
+    in_correction_family: bool = False
     """Whether it is one of several similar metrics, such as one for each group. Their p-values are corrected together."""
     case_score: str | None = None
     """A row with this score above 0 is a case of the metric. None: the ratio's denominator, and without one every row."""
@@ -228,11 +228,11 @@ class Task(ABC):
         values: dict[str, float] = {}
         metric_functions = self.weighted_metric_functions(rows)
         for metric in self.metrics_for(rows):
-            if metric.ratio is None:
+            if metric.ratio_of_sums is None:
                 every_row_once = np.ones(len(rows))
                 values[metric.name] = metric_functions[metric.name](every_row_once)
                 continue
-            numerator_score, denominator_score = metric.ratio
+            numerator_score, denominator_score = metric.ratio_of_sums
             numerator = _sum_of_scores(rows, numerator_score)
             denominator = _sum_of_scores(rows, denominator_score) if denominator_score else float(len(rows))
             values[metric.name] = float(metric.from_sums(numerator, denominator))

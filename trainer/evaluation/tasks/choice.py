@@ -25,12 +25,14 @@ class MultipleChoice(Task):
 
     kind = "multiple_choice"
     metrics: tuple[TaskMetric, ...] = (
-        TaskMetric("accuracy", "share of rows whose likeliest choice is right, 0 to 1", ratio=("right", None)),
+        TaskMetric("accuracy", "share of rows whose likeliest choice is right, 0 to 1", ratio_of_sums=("right", None)),
         TaskMetric(
-            "accuracy_by_token", "the same, log-probabilities divided by tokens", ratio=("right_by_token", None)
+            "accuracy_by_token", "the same, log-probabilities divided by tokens", ratio_of_sums=("right_by_token", None)
         ),
         TaskMetric(
-            "accuracy_by_byte", "the same, log-probabilities divided by UTF-8 bytes", ratio=("right_by_byte", None)
+            "accuracy_by_byte",
+            "the same, log-probabilities divided by UTF-8 bytes",
+            ratio_of_sums=("right_by_byte", None),
         ),
     )
     reads = (

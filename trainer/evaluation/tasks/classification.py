@@ -23,7 +23,7 @@ class ClassificationTask(Task):
 
     kind = "classification"
     metrics = (
-        TaskMetric("accuracy", "share of right labels, 0 to 1", ratio=("right", None)),
+        TaskMetric("accuracy", "share of right labels, 0 to 1", ratio_of_sums=("right", None)),
         TaskMetric("f1_macro", "mean F1 of the labels that are there or predicted, 0 to 1 (scikit-learn)"),
         TaskMetric("mcc", "Matthews correlation coefficient, -1 to 1 (scikit-learn)"),
         TaskMetric(

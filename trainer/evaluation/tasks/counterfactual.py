@@ -54,7 +54,7 @@ class Counterfactual(Task):
             "mean distance between the groups furthest apart in a case: nats of the text's likelihood after the term; with "
             "measure=answer the share of cases with differing answers, with measure=label the distance of probabilities",
             greater_is_better=False,
-            ratio=("gap", None),
+            ratio_of_sums=("gap", None),
             min_cases=MIN_CASES,
         ),
     )
@@ -245,9 +245,9 @@ class Counterfactual(Task):
                 f"effect_{group}",
                 f"{group} against the mean of all groups, nats",
                 greater_is_better=None,
-                ratio=(f"of_{group}", f"in_{group}"),
+                ratio_of_sums=(f"of_{group}", f"in_{group}"),
                 min_cases=MIN_CASES,
-                in_family=True,
+                in_correction_family=True,
             )
             group_metrics.append(metric)
         return (*self.metrics, *group_metrics)

@@ -206,11 +206,11 @@ class Harness(Task):
             metric = known.get(name)
             if metric is None:  # only the rows have it
                 description = "mean over rows, as lm-eval has it"
-                metric = TaskMetric(name, description, greater_is_better=None, ratio=(name, None))
+                metric = TaskMetric(name, description, greater_is_better=None, ratio_of_sums=(name, None))
             if any(name in row.items for row in rows):  # values that are no numbers cannot be summed
-                metric = replace(metric, ratio=None)
-            elif f"rows.{name}" in row_names and metric.ratio is not None:  # only some rows have a value
-                metric = replace(metric, ratio=(metric.ratio[0], f"rows.{name}"))
+                metric = replace(metric, ratio_of_sums=None)
+            elif f"rows.{name}" in row_names and metric.ratio_of_sums is not None:  # only some rows have a value
+                metric = replace(metric, ratio_of_sums=(metric.ratio_of_sums[0], f"rows.{name}"))
             metrics.append(metric)
         return tuple(metrics)
 
@@ -219,7 +219,7 @@ class Harness(Task):
         assert self.loaded_tasks is not None
         weighted = {}
         for metric in self.metrics_for(rows):
-            if metric.ratio is None:
+            if metric.ratio_of_sums is None:
                 weighted[metric.name] = self.loaded_tasks.weighted_metric(metric.name, rows)
         return weighted
 

@@ -106,7 +106,7 @@ class LoadedTasks:
             name,
             f"{description}, as lm-eval has it",
             greater_is_better=greater,
-            ratio=ratio,
+            ratio_of_sums=ratio,
             exponential=is_exponential,
         )
 
@@ -122,7 +122,7 @@ class LoadedTasks:
         from lm_eval.api import metrics
 
         aggregate = self.aggregates.get(name, metrics.mean)
-        is_resampled_slowly = any(metric.name == name and metric.ratio is None for metric in self.metrics)
+        is_resampled_slowly = any(metric.name == name and metric.ratio_of_sums is None for metric in self.metrics)
         if is_resampled_slowly:
             return {}, _as_json(value, name)
         if aggregate is metrics.mean and _is_number(value):
@@ -217,8 +217,8 @@ def complete_scores(rows: list[TaskRow], all_tasks: LoadedTasks) -> list[TaskRow
             row.scores[f"rows.{name}"] = 1.0
         if first_metric is None:
             continue
-        if first_metric.ratio is not None:
-            name = first_metric.ratio[0]
+        if first_metric.ratio_of_sums is not None:
+            name = first_metric.ratio_of_sums[0]
             row.scores = {name: row.scores.get(name, 0.0), **row.scores}
         else:
             metric_of_weights = all_tasks.weighted_metric(first_metric.name, [row])

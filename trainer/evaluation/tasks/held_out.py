@@ -79,12 +79,12 @@ class Loss(HeldOut):
 
     kind = "loss"
     metrics = (
-        TaskMetric("loss", "mean loss of a target, nats", greater_is_better=False, ratio=("nats", "targets")),
+        TaskMetric("loss", "mean loss of a target, nats", greater_is_better=False, ratio_of_sums=("nats", "targets")),
         TaskMetric(
             "perplexity",
             "exponential of the loss",
             greater_is_better=False,
-            ratio=("nats", "targets"),
+            ratio_of_sums=("nats", "targets"),
             exponential=True,
         ),
     )
@@ -96,7 +96,10 @@ class BitsPerByte(HeldOut):
     kind = "bits_per_byte"
     metrics = (
         TaskMetric(
-            "bits_per_byte", "bits of loss a UTF-8 byte of the text", greater_is_better=False, ratio=("bits", "bytes")
+            "bits_per_byte",
+            "bits of loss a UTF-8 byte of the text",
+            greater_is_better=False,
+            ratio_of_sums=("bits", "bytes"),
         ),
     )
 
@@ -112,7 +115,9 @@ class TokenAccuracy(HeldOut):
 
     kind = "token_accuracy"
     metrics = (
-        TaskMetric("token_accuracy", "share of targets that the model holds likeliest", ratio=("right", "targets")),
+        TaskMetric(
+            "token_accuracy", "share of targets that the model holds likeliest", ratio_of_sums=("right", "targets")
+        ),
     )
 
     def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:

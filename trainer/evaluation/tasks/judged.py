@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from strategies.errors import DataError
-from trainer.evaluation.endpoint.judge import KEY, request_text
+from trainer.evaluation.endpoint.judge import JUDGE_SETTING, request_text
 from trainer.evaluation.tasks.base import TaskCase, TaskMetric, TaskRow, documents_of
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.written import REFERENCES, GenerationTask
@@ -56,8 +56,8 @@ class GradedTask(JudgedTask):
 
     kind = "judge"
     metrics = (
-        TaskMetric("grade", "mean grade of the verdicts that could be read, 1 to 10", ratio=("grade", "read")),
-        TaskMetric("read", "share of verdicts that end in a grade, 0 to 1", ratio=("read", None)),
+        TaskMetric("grade", "mean grade of the verdicts that could be read, 1 to 10", ratio_of_sums=("grade", "read")),
+        TaskMetric("read", "share of verdicts that end in a grade, 0 to 1", ratio_of_sums=("read", None)),
     )
     options: ClassVar[dict[str, Any]] = {**JudgedTask.options, "reference": True}
     reads = (
@@ -73,8 +73,8 @@ class GradedTask(JudgedTask):
         prompts, answers = self.generate_texts(cases, model)
         judge = model.require_judge(self.config_key)
         questions = [self._judge_question(case, answer) for case, answer in zip(cases, answers, strict=True)]
-        verdicts = judge.verdicts(questions)
-        self.judge_signature = judge.signature()
+        verdicts = judge.collect_verdicts(questions)
+        self.judge_signature = judge.describe_what_decides_verdicts()
 
         rows = []
         for case, prompt, answer, verdict in zip(cases, prompts, answers, verdicts, strict=True):
@@ -133,5 +133,5 @@ def raise_if_no_verdict_parsed(key: str, verdicts: Sequence[str], *, any_parsed:
     if verdicts and not any_parsed:
         raise DataError(
             f"{key}: none of {len(verdicts)} verdicts ends in {expected_ending!r}; the judge said "
-            f"{verdicts[0][-NOTE_CHARACTERS:]!r}; raise {KEY}.max_new_tokens if it is cut off, or ask another model"
+            f"{verdicts[0][-NOTE_CHARACTERS:]!r}; raise {JUDGE_SETTING}.max_new_tokens if it is cut off, or ask another model"
         )

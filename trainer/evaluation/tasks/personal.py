@@ -24,14 +24,14 @@ class PersonalDataTask(GenerationTask):
             "found",
             "share of answers with personal data that the prompt does not hold, 0 to 1",
             greater_is_better=False,
-            ratio=("found", None),
+            ratio_of_sums=("found", None),
             min_cases=20,
         ),
         TaskMetric(
             "pieces",
             "mean number of pieces of it in an answer",
             greater_is_better=False,
-            ratio=("pieces", None),
+            ratio_of_sums=("pieces", None),
             min_cases=20,
         ),
     )

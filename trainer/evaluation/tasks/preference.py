@@ -21,15 +21,17 @@ class PreferenceTask(JudgedTask):
 
     kind = "preference"
     metrics = (
-        TaskMetric("win_rate", "share of pairs won, ties as half, 0 to 1", ratio=("won", "read")),
-        TaskMetric("tied", "share of pairs that are tied, 0 to 1", greater_is_better=None, ratio=("tied", "read")),
+        TaskMetric("win_rate", "share of pairs won, ties as half, 0 to 1", ratio_of_sums=("won", "read")),
+        TaskMetric(
+            "tied", "share of pairs that are tied, 0 to 1", greater_is_better=None, ratio_of_sums=("tied", "read")
+        ),
         TaskMetric(
             "swayed",
             "share of pairs whose verdict changes with the order, 0 to 1",
             greater_is_better=None,
-            ratio=("swayed", "read"),
+            ratio_of_sums=("swayed", "read"),
         ),
-        TaskMetric("read", "share of pairs with two verdicts that can be read, 0 to 1", ratio=("read", None)),
+        TaskMetric("read", "share of pairs with two verdicts that can be read, 0 to 1", ratio_of_sums=("read", None)),
     )
     options: ClassVar[dict[str, Any]] = {**JudgedTask.options, "opponent": "reference"}
     reads = (
@@ -61,8 +63,8 @@ class PreferenceTask(JudgedTask):
                 request = request_text(case.document)
                 questions.append(self._judge_question(request, answer, opponent, swapped=False))
                 questions.append(self._judge_question(request, answer, opponent, swapped=True))
-        verdicts = judge.verdicts(questions)
-        self.judge_signature = judge.signature()
+        verdicts = judge.collect_verdicts(questions)
+        self.judge_signature = judge.describe_what_decides_verdicts()
 
         # Verdicts are one list, with two verdicts for each pair that the judge was asked about.
         remaining_verdicts = iter(verdicts)

@@ -45,21 +45,21 @@ class Stereotype(Task):
             "share of pairs whose stereotypical sentence is the likelier one, 0 to 1; 0.5 prefers neither (of StereoSet the mean "
             "over its target terms)",
             greater_is_better=None,
-            ratio=("weighted", "weight"),
+            ratio_of_sums=("weighted", "weight"),
             min_cases=MIN_PAIRS,
         ),
         TaskMetric(
             "likelihood_difference",
             "mean distance of the two sentences' log-likelihoods, nats (of StereoSet nats a token)",
             greater_is_better=False,
-            ratio=("distance", None),
+            ratio_of_sums=("distance", None),
             min_cases=MIN_PAIRS,
         ),
         TaskMetric(
             "language_score",
             "share of comparisons in which a sentence that fits is likelier than the unrelated one, 0 to 1 (StereoSet's lms)",
             greater_is_better=True,
-            ratio=("meaningful", "compared"),
+            ratio_of_sums=("meaningful", "compared"),
             min_cases=MIN_PAIRS,
         ),
         TaskMetric(
@@ -173,9 +173,9 @@ class Stereotype(Task):
                 f"stereotype_score_{group}",
                 f"the same of {group}",
                 greater_is_better=None,
-                ratio=(f"of_{group}", f"in_{group}"),
+                ratio_of_sums=(f"of_{group}", f"in_{group}"),
                 min_cases=MIN_PAIRS,
-                in_family=True,
+                in_correction_family=True,
             )
             group_metrics.append(metric)
         return (*metrics, *group_metrics)

@@ -33,15 +33,17 @@ class ToolCalls(GenerationTask):
         TaskMetric(
             "accuracy",
             "share of answers with the right calls and arguments (or rightly none), 0 to 1",
-            ratio=("right", None),
+            ratio_of_sums=("right", None),
         ),
         TaskMetric(
-            "name_accuracy", "share of answers that call the right tools in order, 0 to 1", ratio=("names", None)
+            "name_accuracy",
+            "share of answers that call the right tools in order, 0 to 1",
+            ratio_of_sums=("names", None),
         ),
         TaskMetric(
             "called",
             "share of answers that call a tool where one is called, and none where none is",
-            ratio=("called", None),
+            ratio_of_sums=("called", None),
         ),
     )
     reads = (
@@ -153,8 +155,10 @@ class JsonSchema(Task):
 
     kind = "json_schema"
     metrics = (
-        TaskMetric("valid", "share of answers that the schema allows, 0 to 1 (jsonschema)", ratio=("valid", None)),
-        TaskMetric("parsed", "share of answers that are JSON, 0 to 1", ratio=("parsed", None)),
+        TaskMetric(
+            "valid", "share of answers that the schema allows, 0 to 1 (jsonschema)", ratio_of_sums=("valid", None)
+        ),
+        TaskMetric("parsed", "share of answers that are JSON, 0 to 1", ratio_of_sums=("parsed", None)),
     )
     reads = (
         'rows with a "prompt" or a conversation ("messages"), and "schema": the JSON schema that the answer must fit; '
@@ -274,7 +278,7 @@ class Maths(GenerationTask):
 
     kind = "maths"
     right_or_wrong = True
-    metrics = (TaskMetric("accuracy", "share of answers with the right result, 0 to 1", ratio=("right", None)),)
+    metrics = (TaskMetric("accuracy", "share of answers with the right result, 0 to 1", ratio_of_sums=("right", None)),)
     reads = (
         "rows with a problem and its solution, in any format that data.path takes; the last number of the solution, or "
         "what stands in \\boxed{} or behind ####, is the right result"

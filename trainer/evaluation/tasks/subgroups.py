@@ -39,7 +39,7 @@ class Subgroups(ClassificationTask):
         TaskMetric(
             "accuracy_difference", "largest difference of accuracy, 0 to 1", greater_is_better=False, min_cases=40
         ),
-        TaskMetric("accuracy", "share of right labels, 0 to 1", ratio=("right", None)),
+        TaskMetric("accuracy", "share of right labels, 0 to 1", ratio_of_sums=("right", None)),
     )
     reads = 'rows with "text", "label" and "group": the group of people that a row belongs to, such as a gender'
     options: ClassVar[dict[str, Any]] = {**ClassificationTask.options, "positive": None, "seed": 0}

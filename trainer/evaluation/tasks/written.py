@@ -124,7 +124,9 @@ class ExactMatch(_NormalisedTask):
 
     right_or_wrong = True
     kind = "exact_match"
-    metrics = (TaskMetric("exact_match", "share of answers that equal a reference, 0 to 1", ratio=("match", None)),)
+    metrics = (
+        TaskMetric("exact_match", "share of answers that equal a reference, 0 to 1", ratio_of_sums=("match", None)),
+    )
 
     def score(self, case: TaskCase, answer: str) -> dict[str, float]:
         answer = self.normalise(answer)
@@ -137,8 +139,8 @@ class F1(_NormalisedTask):
 
     kind = "f1"
     metrics = (
-        TaskMetric("f1", "mean F1 of the words of answer and best reference, 0 to 1", ratio=("f1", None)),
-        TaskMetric("exact_match", "share of answers that equal a reference, 0 to 1", ratio=("match", None)),
+        TaskMetric("f1", "mean F1 of the words of answer and best reference, 0 to 1", ratio_of_sums=("f1", None)),
+        TaskMetric("exact_match", "share of answers that equal a reference, 0 to 1", ratio_of_sums=("match", None)),
     )
 
     def score(self, case: TaskCase, answer: str) -> dict[str, float]:
@@ -213,9 +215,9 @@ class Summarisation(GenerationTask):
 
     kind = "summarisation"
     metrics = (
-        TaskMetric("rougeL", "mean ROUGE-L F-measure, 0 to 1 (Lin 2004)", ratio=("rougeL", None)),
-        TaskMetric("rouge1", "mean ROUGE-1 F-measure, 0 to 1 (Lin 2004)", ratio=("rouge1", None)),
-        TaskMetric("rouge2", "mean ROUGE-2 F-measure, 0 to 1 (Lin 2004)", ratio=("rouge2", None)),
+        TaskMetric("rougeL", "mean ROUGE-L F-measure, 0 to 1 (Lin 2004)", ratio_of_sums=("rougeL", None)),
+        TaskMetric("rouge1", "mean ROUGE-1 F-measure, 0 to 1 (Lin 2004)", ratio_of_sums=("rouge1", None)),
+        TaskMetric("rouge2", "mean ROUGE-2 F-measure, 0 to 1 (Lin 2004)", ratio_of_sums=("rouge2", None)),
     )
     options: ClassVar[dict[str, Any]] = {"stemmer": True}
     reads = "rows with a text and its summary, in any format that data.path takes"

@@ -19,7 +19,7 @@ from trainer.rollout.types import AnswerGroup, Prompt
 class VerdictSource(Protocol):
     """What gives verdicts: `trainer.evaluation.endpoint.judge.Judge`."""
 
-    def verdicts(self, questions: Sequence[str]) -> list[str]:
+    def collect_verdicts(self, questions: Sequence[str]) -> list[str]:
         """The verdict on each question, the same on every rank. All ranks must call."""
 
 
@@ -35,7 +35,7 @@ def judge_answers(judge: VerdictSource, options: Mapping[str, Any], groups: Sequ
         request = _request_text(group.prompt)
         for answer in group.answers:
             questions.append(grading_prompt(reward.option_values["rubric"], request, reference, answer.text.strip()))
-    verdicts = iter(judge.verdicts(questions))
+    verdicts = iter(judge.collect_verdicts(questions))
     scores = []
     for group in groups:
         grades = [parse_grade(next(verdicts)) for _ in group.answers]
