@@ -246,7 +246,8 @@ def max_concurrent_completions(built: BuiltModel, engine: Engine, runtime: Runti
     least_free_bytes = min(gather_objects(own_free_bytes, runtime))
     num_completions = MAX_GENERATION_ROWS[runtime.device.type]
     while (
-        num_completions > 1 and kv_cache_bytes_upper_bound(built.config, num_completions, tokens, itemsize) > least_free_bytes
+        num_completions > 1
+        and kv_cache_bytes_upper_bound(built.config, num_completions, tokens, itemsize) > least_free_bytes
     ):
         num_completions //= 2
     return num_completions
