@@ -25,7 +25,7 @@ from launch.config.choices import (
 from strategies.errors import ConfigError
 from trainer.export.gates.bounds import read_word
 from trainer.model.known_shapes import read_shape
-from trainer.objectives.reward_functions import WHAT_IS_A_REWARD, reward_functions_in_file, split_function
+from trainer.objectives.reward_functions import WHAT_IS_A_REWARD, parse_function_path, reward_functions_in_file
 from trainer.optim.schedule import MEANT_UNDER
 
 TASKS_TABLE = "evaluation.tasks"
@@ -395,7 +395,7 @@ def _add_rewards(parsed: ParsedOverrides, entries: list[str], source_text: str) 
     whole_table_regex = re.compile(rf"[+]*{re.escape(REWARDS_TABLE)}\s*[=:]")
     parsed.values = [value for value in parsed.values if not whole_table_regex.match(value.source_text)]
     for entry in entries:
-        path, function = split_function(entry)  # `more.py:brief` -> (more.py, "brief"); the function may be empty
+        path, function = parse_function_path(entry)  # `more.py:brief` -> (more.py, "brief"); the function may be empty
         if path.suffix != ".py":
             kind, _, name = entry.partition(":")
             parsed.values.append(SettingValue(f"{REWARDS_TABLE}.{name or kind}.kind", kind, source_text))

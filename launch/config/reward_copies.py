@@ -6,7 +6,7 @@ from pathlib import Path
 
 from launch.config.outside_values import reward_code_identity
 from launch.config.trusted_values import was_allowed_before
-from trainer.objectives.reward_functions import split_function, use_stand_ins
+from trainer.objectives.reward_functions import parse_function_path, use_stand_ins
 from trainer.rollout.rewards.copies import copies_of_missing_files
 
 
@@ -38,6 +38,6 @@ def _run_dir_and_reward_files(overrides: list[str]) -> tuple[Path | None, list[P
         elif key.startswith("objective.rewards"):
             for entry in text.strip("[]").split(","):
                 if ".py" in entry:
-                    file, _function = split_function(entry.strip())
+                    file, _function = parse_function_path(entry.strip())
                     reward_files.append(file)
     return run_dir, reward_files

@@ -388,11 +388,11 @@ def test_texts_of_arguments_and_thoughts_are_cleaned_and_stored(tmp_path):
 
 
 def test_tool_rows_that_only_a_template_can_write_are_refused_by_encoder_decoders():
-    from trainer.objectives.seq2seq import source_and_target
+    from trainer.objectives.seq2seq import prompt_and_answer
 
     for doc in (document([USER, {"role": "assistant", "content": "a"}]), document([USER, FIELD], None)):
         with pytest.raises(DataError, match=r"f\.jsonl:3: .*objective=seq2seq has none"):
-            source_and_target(doc)
+            prompt_and_answer(doc)
 
 
 def test_a_run_prepares_and_shows_tools(tmp_path, monkeypatch, capsys):

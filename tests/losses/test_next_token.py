@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.losses import divergence, next_token
 from trainer.losses.divergence import Measure, TeacherComparison
-from trainer.losses.next_token import LossHead, RowCounting
+from trainer.losses.next_token import LossHead, RowWeighting
 from trainer.losses.z_loss import squared_logsumexp
 
 
@@ -58,10 +58,10 @@ def test_fused_head_weight_of_another_precision_is_cast_once_a_pass(monkeypatch,
     torch.manual_seed(0)
     head = LossHead.replace(nn.Linear(16, 31, bias=False), softcap=None, logit_scale=1.0)
     hidden = torch.randn(50, 16, dtype=torch.bfloat16, requires_grad=True)
-    against = TeacherComparison(
+    comparison = TeacherComparison(
         Measure(), torch.randn(50, 16), LossHead.replace(nn.Linear(16, 31), softcap=None, logit_scale=1.0), 1.0, 1.0
     )
-    more = {"by row": {"by_row": True}, "beside a teacher": {"against": against}}.get(way, {})
+    more = {"by row": {"by_row": True}, "beside a teacher": {"comparison": comparison}}.get(way, {})
     with Watching():
         found = head(hidden, targets=torch.randint(0, 31, (50,)), **more)
         (found.sum() if way == "by row" else found[0]).backward()
@@ -159,7 +159,7 @@ def test_fused_head_with_weighted_rows(monkeypatch, bias, softcap, scale):
     targets, weights = torch.randint(0, 31, (50,)), torch.rand(50)
     a = torch.randn(50, 16, requires_grad=True)
     b = a.detach().clone().requires_grad_()
-    found, _ = head(a, targets=targets, counting=RowCounting(weights))
+    found, _ = head(a, targets=targets, weighting=RowWeighting(weights))
     (found * 0.37).backward()
     grads = [p.grad.clone() for p in plain.parameters()]
     plain.zero_grad()
@@ -170,14 +170,14 @@ def test_fused_head_with_weighted_rows(monkeypatch, bias, softcap, scale):
     for grad, right in zip([a.grad, *grads], [b.grad, *(p.grad for p in plain.parameters())], strict=True):
         assert torch.allclose(grad, right, atol=1e-5) and right.abs().max() > 1e-3
     with torch.no_grad():
-        _, correct = head(a, targets=logits.argmax(-1), counting=RowCounting(weights))
+        _, correct = head(a, targets=logits.argmax(-1), weighting=RowWeighting(weights))
         assert float(correct) == pytest.approx(float(weights.sum()), rel=1e-6)
-        again, _ = next_token.logits_loss(logits, targets, RowCounting(weights))
+        again, _ = next_token.logits_loss(logits, targets, RowWeighting(weights))
         assert float(again) == pytest.approx(float(expected), rel=1e-6)
-        assert float(next_token.logits_loss(logits, logits.argmax(-1), RowCounting(weights))[1]) == pytest.approx(
+        assert float(next_token.logits_loss(logits, logits.argmax(-1), RowWeighting(weights))[1]) == pytest.approx(
             float(correct), rel=1e-6
         )
-    ones, none = (head(a, targets=targets, counting=RowCounting(w))[0].detach() for w in (torch.ones(50), None))
+    ones, none = (head(a, targets=targets, weighting=RowWeighting(w))[0].detach() for w in (torch.ones(50), None))
     assert torch.equal(ones, none) and not torch.equal(ones, found.detach())
 
 
@@ -193,14 +193,14 @@ def test_the_loss_by_group(monkeypatch):
         mine = each if weights is None else each * weights
         expected = [float(mine[groups == group].sum()) for group in range(4)]
         for found in (
-            head(hidden, targets=targets, counting=RowCounting(weights, groups, 4)),
-            next_token.logits_loss(logits, targets, RowCounting(weights, groups, 4)),
+            head(hidden, targets=targets, weighting=RowWeighting(weights, groups, 4)),
+            next_token.logits_loss(logits, targets, RowWeighting(weights, groups, 4)),
         ):
             assert found[2].tolist() == pytest.approx(expected, rel=1e-5) and expected[3] == 0
             assert float(found[0].detach()) == pytest.approx(sum(expected), rel=1e-5)
-        without = head(hidden, targets=targets, counting=RowCounting(weights))
+        without = head(hidden, targets=targets, weighting=RowWeighting(weights))
         assert len(without) == 2
-        assert torch.equal(without[0], head(hidden, targets=targets, counting=RowCounting(weights, groups, 4))[0])
+        assert torch.equal(without[0], head(hidden, targets=targets, weighting=RowWeighting(weights, groups, 4))[0])
 
 
 @pytest.mark.parametrize(("softcap", "scale", "bias"), [(None, 1.0, False), (5.0, 3.0, True)])

@@ -123,16 +123,16 @@ def test_distillation_gradients_are_those_of_the_definition(divergence, kind, we
     total, nll, apart, _, others = head(
         states,
         targets=targets[:5],
-        against=TeacherComparison(
+        comparison=TeacherComparison(
             measure=measure,
             hidden=theirs[:3],
             head=other,
             divergence_weight=0.8,
             loss_weight=0.25,
-            rows=torch.tensor([0, 2, 4]),
-            others=torch.tensor([1, 3]),
-            others_weight=1.5,
-            weights=weights if weighed else None,
+            compared_rows=torch.tensor([0, 2, 4]),
+            plain_rows=torch.tensor([1, 3]),
+            plain_weight=1.5,
+            row_weights=weights if weighed else None,
         ),
     )
     total.backward()
@@ -227,7 +227,7 @@ def test_an_adapter_on_the_head_is_refused(tmp_path, runtime):
     config = distilling(tmp_path, model_dir(tmp_path, "qwen3"))
     config.tuning = LoraConfig(rank=4, targets=["q_proj", "lm_head"])
     with pytest.raises(
-        ConfigError, match=r"leave it out of tuning.targets, or train it whole with tuning.modules_to_save"
+        ConfigError, match=r"leave the output head out of tuning.targets, or train it whole with tuning.modules_to_save"
     ):
         trainer_for(config, data_set(tmp_path, uneven=False), runtime)
 

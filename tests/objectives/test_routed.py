@@ -39,7 +39,7 @@ from trainer.objectives import routed as routed_module
 from trainer.objectives.causal import STOCK_PATH
 from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.preference import DpoConfig
-from trainer.objectives.routed import AddedLosses, added_losses
+from trainer.objectives.routed import AddedLosses, install_added_losses
 from trainer.objectives.sft import SftConfig
 from trainer.reporting.expert_load import expert_metrics, load_by_layer
 from trainer.tuning.base import LoraConfig
@@ -332,7 +332,9 @@ def test_z_loss_of_the_output_is_that_of_the_models_own_loss(root, runtime, tuni
 def test_z_loss_that_cannot_be_added_is_noted():
     model = tiny_model("bamba")
     model.forward_path = STOCK_PATH
-    found, notes = added_losses(ModelConfig(path="m"), model.config, model, Full().apply(model), ModelKind.causal)
+    found, notes = install_added_losses(
+        ModelConfig(path="m"), model.config, model, Full().apply(model), ModelKind.causal
+    )
     assert found is None and "0 instead of 0.02" in notes["model.z_loss_coefficient"]
 
 
@@ -401,7 +403,9 @@ def test_load_of_the_ranks_over_which_experts_are_dealt():
 def test_router_biases_that_balance_experts_stay_as_loaded_and_are_noted():
     model = tiny_model("laguna")  # which holds them as parameters
     tuned = Full().apply(copy.deepcopy(model))
-    found, notes = added_losses(ModelConfig(path="m", router_z_loss=0.1), model.config, model, tuned, ModelKind.causal)
+    found, notes = install_added_losses(
+        ModelConfig(path="m", router_z_loss=0.1), model.config, model, tuned, ModelKind.causal
+    )
     assert not notes and found is not None
     free = {name for name, p in tuned.named_parameters() if p.requires_grad}
     assert {name for name, _ in tuned.named_parameters()} - free == {"model.layers.1.mlp.gate.e_score_correction_bias"}

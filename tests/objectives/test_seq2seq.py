@@ -29,7 +29,7 @@ from trainer.objectives.seq2seq import (
     SourceTargetEncoder,
     TwoSidedCollator,
     deal_two_sides,
-    source_and_target,
+    prompt_and_answer,
 )
 from trainer.tuning.table import method_of
 
@@ -152,13 +152,13 @@ def test_seq2seq_sides_are_written_as_the_tokenizer_writes_a_text():
 
 def test_seq2seq_conversation_is_one_exchange():
     turns = [{"role": r, "content": r[0]} for r in ("system", "user", "assistant")]
-    assert source_and_target(Document("f", 1, messages=turns)) == ("s\n\nu", "a", True)
-    assert source_and_target(Document("f", 1, messages=[*turns[:2], {**turns[2], "train": False}]))[2] == 0
+    assert prompt_and_answer(Document("f", 1, messages=turns)) == ("s\n\nu", "a", True)
+    assert prompt_and_answer(Document("f", 1, messages=[*turns[:2], {**turns[2], "train": False}]))[2] == 0
     for messages in (turns + turns[1:], turns[1:2], turns[::-1]):
         with pytest.raises(DataError, match=r"f:3: a conversation of .* one prompt and one answer"):
-            source_and_target(Document("f", 3, messages=messages))
+            prompt_and_answer(Document("f", 3, messages=messages))
     with pytest.raises(DataError, match="f:4: a text without an answer"):
-        source_and_target(Document("f", 4, text="nothing asked"))
+        prompt_and_answer(Document("f", 4, text="nothing asked"))
 
 
 def test_seq2seq_sides_that_are_too_long():

@@ -20,7 +20,7 @@ from trainer.rollout.rewards.copies import (
     function_locations,
     imported_files,
     renew_copies,
-    source_digests,
+    reward_source_digests,
 )
 from trainer.rollout.rewards.row_check import check_reward_rows
 
@@ -135,9 +135,9 @@ def test_copies_hold_what_the_file_imports_and_are_what_runs(reward_file, tmp_pa
     assert (file, name) == (run_dir / "rewards/0/rewards.py", "right")
     assert file.read_text() == SOURCE
     # A file that has changed is another reward: refused once there is progress, and copied where it is accepted.
-    before = source_digests(rewards)
+    before = reward_source_digests(rewards)
     (tmp_path / "more.py").write_text("changed = True\n")
-    assert source_digests(rewards) != before
+    assert reward_source_digests(rewards) != before
     with pytest.raises(ConfigError, match=r"more.py differs .*run.accept=\[rewards\]"):
         renew_copies(rewards, run_dir, has_progress=True, accept=[])
     assert (run_dir / "rewards/0/more.py").read_text() == "import words\n"

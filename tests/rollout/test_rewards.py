@@ -214,17 +214,17 @@ def test_a_reward_that_is_never_in_time_ends_the_run_however_few_calls_a_round_h
     never_in_time = Counter({"hangs": 0})
     for _ in range(3):
         for number in range(2):
-            _RoundOfCalls(calls, never_in_time).note_timeout(number)
+            _RoundOfCalls(calls, never_in_time).leave_unscored(number)
     recovering = Counter(never_in_time)
     last = _RoundOfCalls(calls, never_in_time)
-    last.note_timeout(0)
+    last.leave_unscored(0)
     with pytest.raises(
         DataError, match=r"hangs: 8 calls took longer than timeout_s=1, .* \(the last one: data.jsonl:1\)"
     ):
-        last.note_timeout(1)
-    _RoundOfCalls(calls, recovering).note_reply(0, {"scores": [1.0], "logged": {}, "extra": {}})
+        last.leave_unscored(1)
+    _RoundOfCalls(calls, recovering).keep_reply(0, {"scores": [1.0], "logged": {}, "extra": {}})
     for _ in range(10):
-        _RoundOfCalls(calls, recovering).note_timeout(0)
+        _RoundOfCalls(calls, recovering).leave_unscored(0)
 
 
 def test_a_process_that_crashes_is_tried_once_more(score):

@@ -67,7 +67,7 @@ from trainer.objectives.frozen_model import common_layout, teacher_model
 from trainer.objectives.layout_choice import build_causal_model, build_padded_model
 from trainer.objectives.registry import build_objective, data_spec_of, max_generated_tokens, objective_family
 from trainer.objectives.rollouts import RoundsConfig
-from trainer.objectives.routed import added_losses
+from trainer.objectives.routed import install_added_losses
 from trainer.optim.build import build_optimizer
 from trainer.rollout.rewards.row_check import check_reward_rows
 from trainer.step import BuiltModel, TrainStep
@@ -489,7 +489,7 @@ def _finish_step_module(built: BuiltModel, config: ModelConfig, head: Any, kind:
     _quantise(built, config, head)
     fuse_lora(step.model)
     use_low_rank_forward(step.model)
-    step.added_losses, routing_notes = added_losses(config, built.config, built.plain, step.model, kind)
+    step.added_losses, routing_notes = install_added_losses(config, built.config, built.plain, step.model, kind)
     built.substitutions.update(routing_notes)
 
 

@@ -11,7 +11,7 @@ from trainer.model.weights import WeightSource
 from trainer.objectives.base import ObjectiveConfig, ObjectiveFamily, ReferenceModels
 from trainer.objectives.frozen_model import frozen_model
 from trainer.objectives.registry import build_objective, objective_family
-from trainer.objectives.teacher import check_head
+from trainer.objectives.teacher import check_head_computes_divergence
 from trainer.step import BuiltModel
 from trainer.tuning.base import LoraConfig, Tuning, TuningConfig
 from trainer.tuning.build import initial_adapter_reader
@@ -56,7 +56,7 @@ def attach_reference_model(
     step = built.step_module
     tuning = built.tuning
     if family.compares_distributions(objective):
-        check_head(step.model, f"objective={family.name}")
+        check_head_computes_divergence(step.model, f"objective={family.name}")
     reference_source = _reference_source(family, objective, tuning, tuning_config)
     if reference_source is ReferenceSource.initial_adapter:
         step.plan.keeps_initial_weights = True

@@ -131,9 +131,9 @@ def _open_reader(config: RunConfig, name: str, reward: RewardEntry) -> RewardMod
         reader = RewardModelReader(
             encoder,
             pad_token_id=pad_token_id,
-            vocabulary=text_model_config(settings).vocab_size,
-            positions=getattr(text_model_config(settings), "max_position_embeddings", None),
-            batch_tokens=int(options["batch_tokens"]),
+            vocabulary_size=text_model_config(settings).vocab_size,
+            max_positions=getattr(text_model_config(settings), "max_position_embeddings", None),
+            max_batch_tokens=int(options["batch_tokens"]),
         )
     reader.check(f"{key}={reward.path}")
     return reader

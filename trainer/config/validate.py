@@ -33,8 +33,7 @@ from trainer.data.read.paths import expand_paths, held_out_sets, is_hub_path, is
 from trainer.data.sources import data_problems
 from trainer.model.config import ModelKind, Quantisation, may_be_hub_id
 from trainer.model.rules import missing_package, position_problems, read_config
-from trainer.objectives.registry import model_problems, objective_family
-from trainer.objectives.registry import problems as objective_problems
+from trainer.objectives.registry import model_problems, objective_family, objective_problems
 from trainer.optim.support import problems as optimizer_problems
 from trainer.reporting.energy import problems as energy_problems
 from trainer.reporting.numbers import name_of_readers

@@ -10,12 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from trainer.losses.next_token import CHUNK_LOGITS, LossHead, RowCounting, _LinearCrossEntropy, _logits, _weighted
+from trainer.losses.next_token import (
+    CHUNK_LOGITS,
+    HeadSettings,
+    LossHead,
+    RowWeighting,
+    _LinearCrossEntropy,
+    _logits,
+    _weighted,
+)
 
 
 class Divergence(StrEnum):
@@ -70,7 +78,10 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class TeacherComparison:
-    """Compares supervised rows with a teacher: passed to the call of the student's head (`LossHead(against=...)`)."""
+    """Compares supervised rows with a teacher: passed to the call of the student's head (`LossHead(comparison=...)`).
+
+    That call then returns `DistillationLosses`, as a plain tuple.
+    """
 
     measure: Measure
     hidden: Tensor
@@ -79,19 +90,41 @@ class TeacherComparison:
     """The teacher's LossHead; None if the student's own head makes the teacher's logits too."""
     divergence_weight: float
     loss_weight: float
-    """Weight of the plain loss of the compared rows."""
-    rows: Tensor | None = None
+    """Weight of the cross-entropy of the compared rows."""
+    compared_rows: Tensor | None = None
     """int64 `[M]`: the student's rows that are compared; None: all of them."""
-    others: Tensor | None = None
-    """int64: the rows that only have their plain loss."""
-    others_weight: float = 1.0
-    """Weight of the plain loss of `others`."""
-    weights: Tensor | None = None
+    plain_rows: Tensor | None = None
+    """int64: the rows that are not compared, and only have their cross-entropy."""
+    plain_weight: float = 1.0
+    """Weight of the cross-entropy of `plain_rows`."""
+    row_weights: Tensor | None = None
     """`[N]`: weight of each of the student's rows, in every part of the loss; None: each counts as 1."""
 
     def __call__(self, head: LossHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """What the student's head returns if it is called with this object; see `compare`."""
-        return compare(head, hidden, targets, self)
+        """The `DistillationLosses` of the student's rows `hidden [N, H]`, as a plain tuple. `head`: the student's."""
+        # A plain one, since wrappers of modules may copy the tuples that they return.
+        return tuple(distillation_losses(head, hidden, targets, self))
+
+    def weights_of(self, rows: Tensor | None) -> Tensor | None:
+        """The weights of some of the student's rows (None: of all); None if each counts as 1."""
+        if rows is None or self.row_weights is None:
+            return self.row_weights
+        return self.row_weights[rows]
+
+
+class DistillationLosses(NamedTuple):
+    """Sums over rows, 0-d float32. Only `total` has a gradient; the others are for the log."""
+
+    total: Tensor
+    """The weighted sum of all losses."""
+    compared_nll: Tensor
+    """Cross-entropy of the compared rows."""
+    divergence: Tensor
+    """Divergence of the student from the teacher at the compared rows."""
+    correct: Tensor
+    """Correct argmaxes of the compared rows, counted only in evaluation."""
+    plain_nll: Tensor
+    """Cross-entropy of the rows that are not compared; 0 without such rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +135,11 @@ class _HeadParameters:
     bias: Tensor | None
     softcap: float | None
     scale: float
+
+    @classmethod
+    def of(cls, head: Any) -> _HeadParameters:
+        """Those of a LossHead, perhaps inside a wrapper of peft, which passes attributes on."""
+        return cls(weight=head.training_weight, bias=head.bias, softcap=head.softcap, scale=head.logit_scale)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return _logits(hidden, self.weight, self.bias, self.softcap, self.scale)
@@ -125,7 +163,7 @@ class _LinearDivergence(torch.autograd.Function):
         settings: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(weighted sum, plain loss, divergence, correct argmaxes) of `hidden [N, H]`; the gradients are saved for `backward`."""
-        student, teacher, against, training = settings
+        student, teacher, comparison, training = settings
         need_hidden = training and ctx.needs_input_grad[0]
         need_weight = training and ctx.needs_input_grad[1]
         need_bias = training and ctx.needs_input_grad[2]
@@ -147,13 +185,13 @@ class _LinearDivergence(torch.autograd.Function):
             target = targets[start : start + chunk_rows]
             # The chunk's losses.
             logits = student.logits(chunk)
-            teacher_logits = teacher.logits(against.hidden[start : start + chunk_rows])
+            teacher_logits = teacher.logits(comparison.hidden[start : start + chunk_rows])
             log_total = logits.logsumexp(dim=-1)
             chunk_weight = None if row_weight is None else row_weight[start : start + chunk_rows]
             nll += _weighted(log_total - logits.gather(1, target[:, None])[:, 0], chunk_weight).sum()
             # Either head may be padded beyond the tokenizer's vocabulary: the padding is not compared.
             shared_vocabulary = min(logits.shape[1], teacher_logits.shape[1])
-            row_divergence, divergence_gradient = against.measure(
+            row_divergence, divergence_gradient = comparison.measure(
                 logits[:, :shared_vocabulary], teacher_logits[:, :shared_vocabulary]
             )
             divergence += _weighted(row_divergence, chunk_weight).sum()
@@ -163,11 +201,11 @@ class _LinearDivergence(torch.autograd.Function):
 
             # Its gradient by the logits first; then the chain rule for soft cap, factor and the weights of rows.
             grad = torch.zeros_like(logits)
-            if against.loss_weight:
+            if comparison.loss_weight:
                 grad = torch.exp(logits - log_total[:, None])
                 grad[torch.arange(len(target), device=grad.device), target] -= 1.0
-                grad *= against.loss_weight
-            grad[:, :shared_vocabulary] += against.divergence_weight * divergence_gradient
+                grad *= comparison.loss_weight
+            grad[:, :shared_vocabulary] += comparison.divergence_weight * divergence_gradient
             if student.softcap is not None:
                 grad = grad * (1.0 - (logits / student.softcap).square())
             if student.scale != 1.0:
@@ -182,7 +220,7 @@ class _LinearDivergence(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += grad.float().sum(0)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        total = against.loss_weight * nll + against.divergence_weight * divergence
+        total = comparison.loss_weight * nll + comparison.divergence_weight * divergence
         ctx.mark_non_differentiable(nll, divergence, correct)
         return total, nll, divergence, correct
 
@@ -198,63 +236,51 @@ class _LinearDivergence(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
-def compare(head: LossHead, hidden: Tensor, targets: Tensor, against: TeacherComparison) -> tuple[Tensor, ...]:
-    """Compare student and teacher on rows: (total, nll, divergence, correct, other_loss), five sums over rows, 0-d float32.
+def distillation_losses(
+    head: LossHead, hidden: Tensor, targets: Tensor, comparison: TeacherComparison
+) -> DistillationLosses:
+    """The losses of a student's rows `hidden [N, H]`, of which `comparison.compared_rows` are compared with the teacher.
 
-    - total: the weighted sum of all losses, the only one with a gradient. The others are for the log.
-    - nll, divergence, correct: plain loss, divergence and (in evaluation) correct argmaxes of the compared rows, `against.rows`.
-    - other_loss: plain loss of `against.others`, rows that are not compared; 0 without such rows.
-
-    Called inside the forward pass of the student's head. Without `against.head` teacher and student share the head.
+    Called inside the forward pass of the student's head `head`. Without `comparison.head`, teacher and student share the head.
     """
     training = torch.is_grad_enabled()
-    student_head = _HeadParameters(head.training_weight, head.bias, head.softcap, head.logit_scale)
+    student_head = _HeadParameters.of(head)
 
-    def weights_of(rows: Tensor | None) -> Tensor | None:
-        if rows is None or against.weights is None:
-            return against.weights
-        return against.weights[rows]
-
-    def losses_against(teacher_head: _HeadParameters) -> tuple[Tensor, ...]:
-        """The four results of `_LinearDivergence` for the compared rows."""
-        compared_hidden = hidden
-        compared_targets = targets
-        if against.rows is not None:
-            compared_hidden = hidden[against.rows]
-            compared_targets = targets[against.rows]
-        settings = student_head, teacher_head, against, training
+    def compared_losses(teacher_head: _HeadParameters) -> tuple[Tensor, ...]:
+        """(total, cross-entropy, divergence, correct argmaxes) of the compared rows."""
+        rows = comparison.compared_rows
+        settings = student_head, teacher_head, comparison, training
         return _LinearDivergence.apply(
-            compared_hidden, head.training_weight, head.bias, compared_targets, weights_of(against.rows), settings
+            hidden if rows is None else hidden[rows],
+            head.training_weight,
+            head.bias,
+            targets if rows is None else targets[rows],
+            comparison.weights_of(rows),
+            settings,
         )
 
-    if against.head is None:
-        total, nll, divergence, correct = losses_against(student_head)
+    if comparison.head is None:
+        total, compared_nll, divergence, correct = compared_losses(student_head)
     else:
-        total, nll, divergence, correct = lend(against.head, losses_against)
-    if against.others is None:
-        return total, nll, divergence, correct, torch.zeros_like(nll)
-    other_loss, *_ = _LinearCrossEntropy.apply(
-        hidden[against.others],
+        total, compared_nll, divergence, correct = _call_with_gathered_head(comparison.head, compared_losses)
+    plain_rows = comparison.plain_rows
+    if plain_rows is None:
+        return DistillationLosses(total, compared_nll, divergence, correct, plain_nll=torch.zeros_like(compared_nll))
+    plain_nll, *_ = _LinearCrossEntropy.apply(
+        hidden[plain_rows],
         head.training_weight,
         head.bias,
-        targets[against.others],
-        RowCounting(weights_of(against.others)),
-        (head.softcap, head.logit_scale, training),
+        targets[plain_rows],
+        RowWeighting(comparison.weights_of(plain_rows)),
+        HeadSettings(head.softcap, head.logit_scale, needs_gradients=training),
     )
-    return total + against.others_weight * other_loss, nll, divergence, correct, other_loss.detach()
+    total = total + comparison.plain_weight * plain_nll
+    return DistillationLosses(total, compared_nll, divergence, correct, plain_nll=plain_nll.detach())
 
 
-def lend(head: nn.Module, function: Callable[[_HeadParameters], Any]) -> Any:
-    """What `function` returns for the parameters of another LossHead.
+def _call_with_gathered_head(head: nn.Module, function: Callable[[_HeadParameters], Any]) -> Any:
+    """What `function` returns for the parameters of another LossHead, such as the teacher's.
 
     It is called inside that head's own forward pass: only there the weight of a sharded head is whole.
     """
-    # The head may stand inside a wrapper of peft, which passes attributes on: its type is no more than a module's.
-    loss_head: Any = head
-
-    def call_with_parameters() -> Any:
-        return function(
-            _HeadParameters(loss_head.training_weight, loss_head.bias, loss_head.softcap, loss_head.logit_scale)
-        )
-
-    return head(None, lend=call_with_parameters)
+    return head(None, call_while_gathered=lambda: function(_HeadParameters.of(head)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,21 +20,28 @@ from trainer.losses.frozen_row import without_row
 
 
 @dataclass(frozen=True, slots=True)
-class RowCounting:
+class RowWeighting:
     """How rows count in the loss."""
 
-    weights: Tensor | None = None
+    row_weights: Tensor | None = None
     """`[N]`: the weight of each row; None: each counts as 1."""
-    groups: Tensor | None = None
+    row_groups: Tensor | None = None
     """int64 `[N]`: the group of each row, to report the loss of each group as well."""
-    num: int = 0
-    """Number of groups."""
+    num_groups: int = 0
     smoothing: float = 0.0
     """Share of each target that is spread evenly over the vocabulary (Szegedy et al. 2016, arXiv:1512.00567, section 7)."""
 
 
-HeadSettings = tuple[float | None, float, bool]
-"""(soft cap of the logits, factor on the logits, whether gradients are needed)."""
+class HeadSettings(NamedTuple):
+    """How an output head turns products into logits, and whether it trains."""
+
+    softcap: float | None
+    """Soft cap of the logits; None if there is none."""
+    logit_scale: float
+    """Factor on the logits."""
+    needs_gradients: bool
+
+
 CHUNK_LOGITS = 2**25
 """Limit of logits in memory at one time (rows times vocabulary): 128 MiB in float32."""
 
@@ -52,7 +59,7 @@ def _logits(chunk: Tensor, weight: Tensor, bias: Tensor | None, softcap: float |
     return softcap * torch.tanh(logits / softcap)
 
 
-def _product_gradient(
+def _nll_gradient_of_product(
     logits: Tensor,
     log_probabilities: Tensor,
     targets: Tensor,
@@ -60,7 +67,7 @@ def _product_gradient(
     scale: float,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Derivative of each row's own (smoothed) negative log-likelihood by the product `chunk @ weight.T`, `[n, V]`.
+    """Derivative of each row's own (smoothed) negative log-likelihood by the product `hidden @ weight.T`, `[n, V]`.
 
     Overwrites `log_probabilities`: logits of a large vocabulary are the largest tensors of a step.
     """
@@ -104,17 +111,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        counting: RowCounting,
+        weighting: RowWeighting,
         settings: HeadSettings,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """(loss, correct argmaxes, loss by group, loss without smoothing or None): sums over rows `hidden [N, H]`.
 
-        `targets [N]` is int64. In training the gradients are computed here too, and saved for `backward`.
+        `targets [N]` is int64. In training the gradients are computed here too, while a chunk's logits exist, and saved for
+        `backward`.
         """
         softcap, scale, training = settings
-        row_weight = counting.weights
-        groups = counting.groups
-        smoothing = counting.smoothing
+        row_weights = weighting.row_weights
+        row_groups = weighting.row_groups
+        smoothing = weighting.smoothing
         need_hidden = training and ctx.needs_input_grad[0]
         need_weight = training and ctx.needs_input_grad[1]
         need_bias = training and ctx.needs_input_grad[2]
@@ -125,7 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Sums over all chunks.
         loss = hidden.new_zeros((), dtype=torch.float32)
         correct = hidden.new_zeros((), dtype=torch.float32)
-        loss_by_group = hidden.new_zeros(counting.num, dtype=torch.float32)
+        loss_by_group = hidden.new_zeros(weighting.num_groups, dtype=torch.float32)
         unsmoothed = hidden.new_zeros((), dtype=torch.float32) if smoothing else None
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight: Tensor | None = None
@@ -136,23 +144,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # The chunk's loss.
             logits = _logits(chunk, weight, bias, softcap, scale)
             log_probabilities = F.log_softmax(logits, dim=-1)
-            chunk_weight = None if row_weight is None else row_weight[start : start + chunk_rows, None]
-            target_log_probability = _weighted(log_probabilities.gather(1, target[:, None]), chunk_weight)
+            chunk_weights = None if row_weights is None else row_weights[start : start + chunk_rows, None]
+            target_log_probability = _weighted(log_probabilities.gather(1, target[:, None]), chunk_weights)
             if unsmoothed is not None:
                 unsmoothed -= target_log_probability.sum()
-                mean_log_probability = _weighted(log_probabilities.mean(-1, keepdim=True), chunk_weight)
+                mean_log_probability = _weighted(log_probabilities.mean(-1, keepdim=True), chunk_weights)
                 target_log_probability = (1 - smoothing) * target_log_probability + smoothing * mean_log_probability
             loss -= target_log_probability.sum()
-            if groups is not None:
-                loss_by_group.index_add_(0, groups[start : start + chunk_rows], -target_log_probability[:, 0].float())
+            if row_groups is not None:
+                loss_by_group.index_add_(
+                    0, row_groups[start : start + chunk_rows], -target_log_probability[:, 0].float()
+                )
             if not training:
-                correct += _weighted((logits.argmax(dim=-1) == target)[:, None], chunk_weight).sum()
+                correct += _weighted((logits.argmax(dim=-1) == target)[:, None], chunk_weights).sum()
                 continue
 
             # Its gradients: first by the logits, from which the others follow.
-            grad = _product_gradient(logits, log_probabilities, target, softcap, scale, smoothing)
-            if chunk_weight is not None:
-                grad.mul_(chunk_weight)
+            grad = _nll_gradient_of_product(logits, log_probabilities, target, softcap, scale, smoothing)
+            if chunk_weights is not None:
+                grad.mul_(chunk_weights)
             grad = grad.to(chunk.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[start : start + chunk_rows])
@@ -208,6 +218,7 @@ class _RowCrossEntropy(torch.autograd.Function):
         processed in chunks, so that about `CHUNK_LOGITS` logits exist at a time.
         """
         softcap, scale, training = settings
+        # The gradient of `hidden` is made here, while a chunk's logits exist; that of the head needs them again.
         chunk_rows = max(1, CHUNK_LOGITS // weight.shape[0])
         head_weight = weight  # in its own type, for the backward pass
         weight = weight.to(hidden.dtype)
@@ -225,14 +236,14 @@ class _RowCrossEntropy(torch.autograd.Function):
                 products = log_probabilities.exp().mul_(log_probabilities)
                 entropy[start : start + chunk_rows] = -products.sum(-1)
             if grad_hidden is not None:
-                grad = _product_gradient(logits, log_probabilities, target, softcap, scale).to(chunk.dtype)
+                grad = _nll_gradient_of_product(logits, log_probabilities, target, softcap, scale).to(chunk.dtype)
                 torch.mm(grad, weight, out=grad_hidden[start : start + chunk_rows])
         head_trains = training and any(ctx.needs_input_grad[1:3])
         if head_trains:
             ctx.save_for_backward(grad_hidden, hidden, head_weight, bias, targets)
         else:
             ctx.save_for_backward(grad_hidden)
-        ctx.settings = softcap, scale, chunk_rows
+        ctx.settings_and_chunk_rows = settings, chunk_rows
         if entropy is None:
             return nll
         ctx.mark_non_differentiable(entropy)
@@ -253,7 +264,7 @@ class _RowCrossEntropy(torch.autograd.Function):
             return hidden_gradient, None, None, None, None, None
 
         hidden, weight, bias, targets = saved_for_head
-        softcap, scale, chunk_rows = ctx.settings
+        (softcap, scale, _), chunk_rows = ctx.settings_and_chunk_rows
         head_dtype = weight.dtype
         weight = weight.to(hidden.dtype)
         grad_weight: Tensor | None = None
@@ -266,7 +277,7 @@ class _RowCrossEntropy(torch.autograd.Function):
             chunk = hidden[start : start + chunk_rows]
             target = targets[start : start + chunk_rows]
             logits = _logits(chunk, weight, bias, softcap, scale)
-            grad = _product_gradient(logits, F.log_softmax(logits, dim=-1), target, softcap, scale)
+            grad = _nll_gradient_of_product(logits, F.log_softmax(logits, dim=-1), target, softcap, scale)
             grad = grad * row_weight[start : start + chunk_rows, None]
             if grad_weight is not None:
                 grad_weight += grad.to(chunk.dtype).T @ chunk
@@ -315,34 +326,34 @@ class LossHead(nn.Linear):
         hidden: Tensor,
         targets: Tensor | None = None,
         *,
-        counting: RowCounting | None = None,
+        weighting: RowWeighting | None = None,
         by_row: bool = False,
         added_bias: Tensor | None = None,
-        against: LossComparison | None = None,
-        lend: Callable[[], Any] | None = None,
+        comparison: LossComparison | None = None,
+        call_while_gathered: Callable[[], Any] | None = None,
     ) -> Any:
         """Without `targets` logits `[..., V]`. With `targets [N]` for `hidden [N, H]`: (summed loss, correct argmaxes).
 
         Argmaxes are counted only in evaluation (0 while gradients are made), because that costs a pass over the logits.
 
-        - `counting`: weights of rows, which hold for both results. With groups, the loss of each group `[num]` is a third
+        - `weighting`: weights of rows, which hold for both results. With groups, the loss of each group `[num]` is a third
           result. With smoothing, the loss without smoothing is the last one.
         - `by_row`: return the negative log-likelihood of each row instead, `[N]`, float32.
-        - `against`: return what this returns for the rows instead.
-        - `lend`: call this while the weight is gathered, and return what it returns.
+        - `comparison`: return what this returns for the rows instead.
+        - `call_while_gathered`: call this while the weight is gathered, and return what it returns.
         - `added_bias [V]`: what the model adds to this layer's logits. Only with targets: otherwise the model adds it itself.
         """
-        if lend is not None:
-            return lend()
+        if call_while_gathered is not None:
+            return call_while_gathered()
         if targets is None:
             return super().forward(hidden)
         if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        if against is not None:
-            return against(self, hidden, targets)
+        if comparison is not None:
+            return comparison(self, hidden, targets)
         # Read here: inside an autograd function gradients are always off.
         training = torch.is_grad_enabled()
-        settings = self.softcap, self.logit_scale, training
+        settings = HeadSettings(self.softcap, self.logit_scale, needs_gradients=training)
         bias: Tensor | None = self.bias
         if bias is None:
             bias = added_bias
@@ -350,13 +361,13 @@ class LossHead(nn.Linear):
             bias = bias + added_bias
         if by_row:
             return _RowCrossEntropy.apply(hidden, self.training_weight, bias, targets, settings)
-        counting = counting or RowCounting()
-        results = _LinearCrossEntropy.apply(hidden, self.training_weight, bias, targets, counting, settings)
-        return _requested_results(results, counting)
+        weighting = weighting or RowWeighting()
+        results = _LinearCrossEntropy.apply(hidden, self.training_weight, bias, targets, weighting, settings)
+        return _requested_results(results, weighting)
 
 
 def _requested_results(
-    results: tuple[Tensor, Tensor, Tensor, Tensor | None], counting: RowCounting
+    results: tuple[Tensor, Tensor, Tensor, Tensor | None], weighting: RowWeighting
 ) -> tuple[Tensor, ...]:
     """(loss, correct), then the loss of each group if there are groups, then the loss without smoothing if there is smoothing.
 
@@ -364,7 +375,7 @@ def _requested_results(
     """
     loss, correct, loss_by_group, unsmoothed = results
     requested = [loss, correct]
-    if counting.groups is not None:
+    if weighting.row_groups is not None:
         requested.append(loss_by_group)
     if unsmoothed is not None:
         requested.append(unsmoothed)
@@ -375,31 +386,31 @@ def computes_loss(head: nn.Module) -> bool:
     """Whether a model's head is a LossHead, perhaps inside peft's wrapper of modules that train in full beside adapters."""
     if isinstance(head, LossHead):
         return True
-    wrapped = getattr(head, "modules_to_save", None)
-    return wrapped is not None and all(isinstance(module, LossHead) for module in wrapped.values())  # type: ignore[operator]
+    trained_copies = getattr(head, "modules_to_save", None)  # peft's, by the adapter's name
+    return trained_copies is not None and all(isinstance(copy, LossHead) for copy in trained_copies.values())  # type: ignore[operator]
 
 
-def logits_loss(logits: Tensor, targets: Tensor, counting: RowCounting | None = None) -> tuple[Tensor, ...]:
+def logits_loss(logits: Tensor, targets: Tensor, weighting: RowWeighting | None = None) -> tuple[Tensor, ...]:
     """(summed loss, correct argmaxes) of `logits [N, V]`, for heads that are not a plain linear layer.
 
-    `counting` weights, groups and smooths the rows as in `LossHead.forward`. Further results follow: the loss of each group if
+    `weighting` weights, groups and smooths the rows as in `LossHead.forward`. Further results follow: the loss of each group if
     there are groups, then the loss without smoothing if there is smoothing.
     """
     logits = logits.float()
-    counting = counting or RowCounting()
+    weighting = weighting or RowWeighting()
     correct = (logits.argmax(-1) == targets).float()
-    if counting.weights is None and counting.groups is None and not counting.smoothing:
+    if weighting.row_weights is None and weighting.row_groups is None and not weighting.smoothing:
         return F.cross_entropy(logits, targets, reduction="sum"), correct.sum()
-    unsmoothed = _weighted(F.cross_entropy(logits, targets, reduction="none"), counting.weights)
+    unsmoothed = _weighted(F.cross_entropy(logits, targets, reduction="none"), weighting.row_weights)
     nll = unsmoothed
-    smoothing = counting.smoothing
+    smoothing = weighting.smoothing
     if smoothing:
         smoothed = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
-        nll = _weighted(smoothed, counting.weights)
-    loss_by_group = nll.new_zeros(counting.num)
-    if counting.groups is not None:
-        loss_by_group = loss_by_group.index_add(0, counting.groups, nll.detach())
+        nll = _weighted(smoothed, weighting.row_weights)
+    loss_by_group = nll.new_zeros(weighting.num_groups)
+    if weighting.row_groups is not None:
+        loss_by_group = loss_by_group.index_add(0, weighting.row_groups, nll.detach())
     unsmoothed_sum = unsmoothed.detach().sum() if smoothing else None
     return _requested_results(
-        (nll.sum(), _weighted(correct, counting.weights).sum(), loss_by_group, unsmoothed_sum), counting
+        (nll.sum(), _weighted(correct, weighting.row_weights).sum(), loss_by_group, unsmoothed_sum), weighting
     )

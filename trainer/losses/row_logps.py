@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.losses.next_token import LossHead, _RowCrossEntropy, computes_loss
+from trainer.losses.next_token import HeadSettings, LossHead, _RowCrossEntropy, computes_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class _RowLogps:
         # A soft cap c and a factor s give c tanh(s x / c). Divided by the temperature that is the same function with both
         # c and s divided by it, so values and gradients need no code of their own.
         softcap = None if head.softcap is None else head.softcap / self.temperature
-        settings = softcap, head.logit_scale / self.temperature, torch.is_grad_enabled()
+        settings = HeadSettings(softcap, head.logit_scale / self.temperature, torch.is_grad_enabled())
         results: Any = _RowCrossEntropy.apply(hidden, head.training_weight, head.bias, targets, settings, True)
         nll, entropy = results
         return -nll, entropy
@@ -38,7 +38,7 @@ def row_logps(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: flo
     a module, also for no rows: a sharded head is gathered on all ranks together.
     """
     if computes_loss(head):
-        return head(hidden, targets=targets, against=_RowLogps(temperature))
+        return head(hidden, targets=targets, comparison=_RowLogps(temperature))
     # An adapter on the head adds to its logits, so these must be made.
     log_probabilities = (head(hidden).float() / temperature).log_softmax(-1)
     with torch.no_grad():

@@ -15,7 +15,7 @@ def row_scores(head: nn.Module, hidden: Tensor, targets: Tensor, bias: Tensor | 
     a time. `bias [V]`: what the model adds to the head's output. No gradients.
     """
 
-    def scored(logits: Tensor, wanted_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def score_logits(logits: Tensor, wanted_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The two results for rows whose logits are `[rows, V]`."""
         logits = logits.float()
         if bias is not None:
@@ -23,19 +23,19 @@ def row_scores(head: nn.Module, hidden: Tensor, targets: Tensor, bias: Tensor | 
         log_probability = logits.log_softmax(-1).gather(1, wanted_ids[:, None])[:, 0]
         return log_probability, logits.argmax(-1) == wanted_ids
 
-    def scored_by_chunks(loss_head: LossHead, rows: Tensor, wanted_ids: Tensor) -> tuple[Tensor, ...]:
-        """`scored` for a head's rows, inside the head's own call; logits exist a chunk at a time."""
+    def score_by_chunks(loss_head: LossHead, rows: Tensor, wanted_ids: Tensor) -> tuple[Tensor, ...]:
+        """The two results for a head's rows, inside the head's own call; logits exist a chunk at a time."""
         weight = loss_head.training_weight
         chunk_rows = max(1, CHUNK_LOGITS // loss_head.weight.shape[0])
         log_probabilities = []
         is_argmax = []
         for chunk, chunk_ids in zip(rows.split(chunk_rows), wanted_ids.split(chunk_rows), strict=True):
             logits = _logits(chunk, weight, loss_head.bias, loss_head.softcap, loss_head.logit_scale)
-            chunk_scores = scored(logits, chunk_ids)
-            log_probabilities.append(chunk_scores[0])
-            is_argmax.append(chunk_scores[1])
+            chunk_log_probabilities, chunk_is_argmax = score_logits(logits, chunk_ids)
+            log_probabilities.append(chunk_log_probabilities)
+            is_argmax.append(chunk_is_argmax)
         return torch.cat(log_probabilities), torch.cat(is_argmax)
 
     if computes_loss(head):
-        return head(hidden, targets=targets, against=scored_by_chunks)
-    return scored(head(hidden), targets)
+        return head(hidden, targets=targets, comparison=score_by_chunks)
+    return score_logits(head(hidden), targets)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.losses.next_token import LossHead, _logits, _RowCrossEntropy, _weighted, computes_loss
+from trainer.losses.next_token import HeadSettings, LossHead, _logits, _RowCrossEntropy, _weighted, computes_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class _SquaredLogsumexp:
         """(the weighted sum over rows of their squared logsumexp,), for rows `hidden [N, H]`; all `targets` must be 0."""
         weight = head.training_weight
         bias = head.bias
-        settings = head.softcap, head.logit_scale, torch.is_grad_enabled()
+        settings = HeadSettings(head.softcap, head.logit_scale, torch.is_grad_enabled())
         nll: Any = _RowCrossEntropy.apply(hidden, weight, bias, targets, settings)
         # The negative log-likelihood of a token is the logsumexp minus the token's logit. Adding the logit back gives the
         # logsumexp. The targets are token 0 here, so only one row of the weight is needed for that.
@@ -38,7 +38,7 @@ def squared_logsumexp(head: nn.Module, hidden: Tensor, counted_rows: Tensor | No
     """
     row_weight = None if counted_rows is None else counted_rows.float()
     if computes_loss(head):
-        against = _SquaredLogsumexp(row_weight)
-        (total,) = head(hidden, targets=hidden.new_zeros(len(hidden), dtype=torch.int64), against=against)
+        comparison = _SquaredLogsumexp(row_weight)
+        (total,) = head(hidden, targets=hidden.new_zeros(len(hidden), dtype=torch.int64), comparison=comparison)
         return total
     return _weighted(head(hidden).float().logsumexp(-1).square(), row_weight).sum()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from strategies.sequence import sum_over_group
-from trainer.losses.next_token import RowCounting, computes_loss, logits_loss
+from trainer.losses.next_token import RowWeighting, computes_loss, logits_loss
 from trainer.model import flex, rotary
 from trainer.objectives.base import Reference
 
@@ -127,64 +127,88 @@ def _logits_at_rows(causal_lm: Any, inputs: dict[str, Any], rows: Tensor) -> Ten
     return logits if len(logits) == len(rows) else logits[rows]
 
 
-def loss_counting(batch: dict[str, Any], smoothing: float = 0.0) -> RowCounting:
-    """How rows count in the loss: their weights and sources, where the batch has them, and label smoothing.
+def row_weighting_of(batch: dict[str, Any], smoothing: float = 0.0) -> RowWeighting:
+    """How rows count in the loss: their weights and sources, if the batch has them, and label smoothing.
 
-    Evaluations measure the loss without smoothing, so `smoothing` applies only where gradients are made.
+    Evaluations measure the loss without smoothing, so `smoothing` applies only while gradients are made.
     """
-    active_smoothing = smoothing if torch.is_grad_enabled() else 0.0
-    num_sources = len(batch.get("source_names", ()))
-    return RowCounting(batch.get("target_weights"), batch.get("row_source"), num_sources, active_smoothing)
+    return RowWeighting(
+        row_weights=batch.get("target_weights"),
+        row_groups=batch.get("row_source"),
+        num_groups=len(batch.get("source_names", ())),
+        smoothing=smoothing if torch.is_grad_enabled() else 0.0,
+    )
 
 
-def next_token_terms(batch: dict[str, Any], loss: Tensor, correct: Tensor, *extra_losses: Tensor) -> dict[str, Tensor]:
-    """The terms of a next-token loss, from what `summed_loss` returned.
+class NextTokenLosses(NamedTuple):
+    """Sums over the supervised rows of a micro-batch."""
 
-    `extra_losses`: the loss by source if the batch has `row_source`, which become the terms `loss/<source>`; then the loss
-    without smoothing if labels are smoothed, which becomes `nll`.
+    loss: Tensor
+    """Cross-entropy, 0-d. Only this one has a gradient."""
+    correct: Tensor
+    """Right argmaxes, 0-d; counted only in evaluation."""
+    by_source: Tensor | None = None
+    """`[sources]`: the loss of each source; None if the batch does not tell sources apart."""
+    unsmoothed: Tensor | None = None
+    """The loss without label smoothing, 0-d; None if labels are not smoothed."""
+
+    @classmethod
+    def of(cls, results: tuple[Tensor, ...], weighting: RowWeighting) -> NextTokenLosses:
+        """Name what a head returned for `weighting`: (loss, correct), with groups their losses, with smoothing that without."""
+        loss, correct, *extra_losses = results
+        by_source = extra_losses.pop(0) if weighting.row_groups is not None else None
+        unsmoothed = extra_losses.pop(0) if extra_losses else None
+        return cls(loss, correct, by_source, unsmoothed)
+
+
+def next_token_terms(batch: dict[str, Any], losses: NextTokenLosses) -> dict[str, Tensor]:
+    """The terms of a next-token loss, by name.
+
+    - `loss` and `accuracy`;
+    - `loss/<source>` of each source, if the batch tells sources apart;
+    - `nll`, the loss without smoothing, if labels are smoothed.
     """
-    terms = {"loss": loss, "accuracy": correct.detach()}
-    remaining = list(extra_losses)
-    num_by_source = int("row_source" in batch)
-    if len(remaining) > num_by_source:
-        terms["nll"] = remaining.pop().detach()
-    for source_losses in remaining:
-        for name, source_loss in zip(batch["source_names"], source_losses.unbind(), strict=True):
+    terms = {"loss": losses.loss, "accuracy": losses.correct.detach()}
+    if losses.unsmoothed is not None:
+        terms["nll"] = losses.unsmoothed.detach()
+    if losses.by_source is not None:
+        for name, source_loss in zip(batch["source_names"], losses.by_source.unbind(), strict=True):
             terms[f"loss/{name}"] = source_loss
     return terms
 
 
-def summed_loss(model: nn.Module, batch: dict[str, Any], smoothing: float = 0.0) -> tuple[Tensor, ...]:
-    """(loss, correct, ...): cross-entropy summed over supervised rows, and the number of right argmaxes (evaluation only).
+def summed_loss(model: nn.Module, batch: dict[str, Any], smoothing: float = 0.0) -> NextTokenLosses:
+    """Run the model: cross-entropy summed over supervised rows, and the number of right argmaxes (evaluation only).
 
-    `target_weights` in the batch weigh each row in both. With `row_source`, the loss of each source follows. In training
-    with `smoothing`, the loss without smoothing is last.
+    `target_weights` in the batch weigh each row in both. `smoothing`: share of each target that is spread over the vocabulary.
     """
     head, hidden, targets = supervised_rows(model, batch)
-    counting = loss_counting(batch, smoothing)
+    weighting = row_weighting_of(batch, smoothing)
     if computes_loss(head):
-        return head(hidden, targets=targets, counting=counting)
-    # An adapter on the head adds to its logits, so these must be made.
-    return logits_loss(head(hidden), targets, counting)
+        results = head(hidden, targets=targets, weighting=weighting)
+    else:
+        # An adapter on the head adds to its logits, so these must be made.
+        results = logits_loss(head(hidden), targets, weighting)
+    return NextTokenLosses.of(results, weighting)
 
 
 def sequence_logps(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Log-probability of each sequence's supervised tokens, and their number, both `[S]` float32.
 
-    Sequences lie in the batch one after another; `batch["row_sequence"]` says whose each supervised row is. If ranks share the
-    row, a sequence may lie on several of them: each has the sum of all, so all ranks of the group must call, and only the
-    owner of the row may count it (`counted_here`).
+    Sequences lie in the batch one after another; `batch["row_sequence"]` says to which one each supervised token belongs. Under
+    sequence parallelism a sequence may lie on several ranks: each has the sum over all, so all ranks of the group must call, and
+    only the first rank of the group may count it (`counted_here`).
     """
     head, hidden, targets = supervised_rows(model, batch)
     if computes_loss(head):
         nll = head(hidden, targets=targets, by_row=True)
     else:
         nll = F.cross_entropy(head(hidden).float(), targets, reduction="none")
-    row_sequence = batch["row_sequence"]
+    sequence_of_token = batch["row_sequence"]
     zeros = nll.new_zeros(batch["num_sequences"])
-    logps = zeros.index_add(0, row_sequence, -nll)
-    num_tokens = zeros.index_add(0, row_sequence, nll.new_ones(len(row_sequence)))
-    row_slices = batch.get("row_slices")
+    logps = zeros.index_add(0, sequence_of_token, -nll)
+    num_tokens = zeros.index_add(0, sequence_of_token, nll.new_ones(len(sequence_of_token)))
+    row_slices = batch.get("row_slices")  # None if this rank has whole rows: then nothing is summed
     return sum_over_group(logps, row_slices), sum_over_group(num_tokens, row_slices)
 
 

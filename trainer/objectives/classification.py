@@ -56,18 +56,19 @@ def problems(config: ClassificationConfig, other_settings: OtherSettings) -> Ite
     if data.format not in (DataFormat.auto, DataFormat.labelled):
         yield f"data.format={data.format}: objective=classification reads labelled rows; set data.format=labelled"
     if config.labels is not None:
-        yield from _name_problems(config.labels, multi_label=config.multi_label)
+        yield from _label_problems(config.labels, multi_label=config.multi_label)
     yield from _weight_problems(config)
 
 
-def _name_problems(labels: list[str], *, multi_label: bool) -> Iterator[str]:
-    """What is wrong with the label names of `objective.labels`, one line each.
+def _label_problems(labels: list[str], *, multi_label: bool) -> Iterator[str]:
+    """What is wrong with the labels in `objective.labels`, one line each.
 
     There must be two or more (one with `multi_label`), all different; with `multi_label` at most `MAX_LABELS`, and none with `|`.
     """
-    least = 1 if multi_label else 2
-    if len(labels) < least or len(set(labels)) < len(labels):
-        yield f"objective.labels={labels}: must be two or more different names; null takes those of the data"
+    fewest_labels = 1 if multi_label else 2
+    if len(labels) < fewest_labels or len(set(labels)) < len(labels):
+        must_be = "one or more" if multi_label else "two or more"
+        yield f"objective.labels={labels}: must be {must_be} different names; null takes those of the data"
     if not multi_label:
         return
     if len(labels) > MAX_LABELS:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from strategies.settings import DESCRIBES, FREE, group, number, setting
-from trainer.losses.divergence import Divergence, Measure, TeacherComparison
+from trainer.losses.divergence import DistillationLosses, Divergence, Measure, TeacherComparison
 from trainer.model.config import may_be_hub_id
 from trainer.objectives.base import (
     Objective,
@@ -89,23 +89,20 @@ class Distillation(Objective):
         head, student_hidden, targets = supervised_rows(model, batch)
         config = self.config
         # The head compares both distributions a chunk of rows at a time: neither model's logits exist as a whole.
-        loss, nll, divergence, correct, _ = head(
-            student_hidden,
-            targets=targets,
-            against=TeacherComparison(
-                measure=Measure(config.divergence, config.temperature, config.interpolation),
-                hidden=teacher_hidden,
-                head=teacher_head,
-                divergence_weight=1.0,
-                loss_weight=config.sft_weight,
-                weights=batch.get("target_weights"),
-            ),
+        comparison = TeacherComparison(
+            measure=Measure(config.divergence, config.temperature, config.interpolation),
+            hidden=teacher_hidden,
+            head=teacher_head,
+            divergence_weight=1.0,
+            loss_weight=config.sft_weight,
+            row_weights=batch.get("target_weights"),
         )
+        losses = DistillationLosses(*head(student_hidden, targets=targets, comparison=comparison))
         return {
-            "loss": loss,
-            "divergence": divergence.detach(),
-            "sft_loss": nll.detach(),
-            "accuracy": correct.detach(),
+            "loss": losses.total,
+            "divergence": losses.divergence.detach(),
+            "sft_loss": losses.compared_nll.detach(),
+            "accuracy": losses.correct.detach(),
         }
 
 

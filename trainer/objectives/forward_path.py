@@ -283,24 +283,27 @@ class _Proof:
     def _compare_slices(self, path: ForwardPath, row: dict[str, Any]) -> str | None:
         """Why a model computes other states on slices of a row than on the whole row; None if they agree.
 
-        Attention is replaced by a stand-in in which each token sees itself alone, so that all else must act on single tokens:
-        else ranks cannot share a row.
+        Builds the small copy with a stand-in for attention, in which each token sees itself alone; then runs it on the whole row
+        and on slices, and compares the states. If they differ, something but attention lets tokens see each other, and ranks
+        cannot share a row. `path`: how the row goes through the model.
         """
+        # Makes the stand-in known to transformers by its name.
         attention = sequence_proof.register()
         model = self._build(sequence_proof.NAME, self.dtype)
         model.load_state_dict(self.weights)
         model.forward_path = path
-        model.train(not self.is_random)
+        model.train(not self.is_random)  # random draws, such as dropout's, would make two runs differ
         if problem := rotary.whole_row_problem(model):
             return problem
 
-        def forward(inputs: dict[str, Any]) -> Tensor:
+        def hidden_states(inputs: dict[str, Any]) -> Tensor:
             num_tokens = inputs["input_ids"].numel()
             targets = torch.zeros(num_tokens, dtype=torch.int64)
             every_row = {"target_rows": torch.arange(num_tokens), "targets": targets}
-            return supervised_rows(model, inputs | every_row)[1]
+            _head, hidden, _targets = supervised_rows(model, inputs | every_row)
+            return hidden
 
-        return sequence_proof.sequence_problem(forward, row, attention)
+        return sequence_proof.sequence_problem(hidden_states, row, attention)
 
     def _fastest_correct_path(self, layout: Layout, attention: str, *, on_gpu: bool) -> tuple[ForwardPath | None, str]:
         """(the fastest path that is correct, empty text), or (None, why the fastest path is not correct).
@@ -360,7 +363,7 @@ class _Proof:
             batch = Collator(layout, 0)(documents)
             if in_half:
                 batch = to_device(batch, torch.device("cuda"))
-            batch_loss, _ = summed_loss(model, batch)
+            batch_loss = summed_loss(model, batch).loss
             batch_loss.backward()
             loss = loss + batch_loss.detach().cpu()
         # Compare both with the stock model's.

@@ -22,7 +22,7 @@ from trainer.model.weights import BaseWeights, StartingWeights, WeightSource
 from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.layout_choice import Proofs
 from trainer.objectives.registry import objective_family
-from trainer.objectives.teacher import check_head
+from trainer.objectives.teacher import check_head_computes_divergence
 from trainer.tuning.compat.transformers import block_class_names
 from trainer.tuning.full import Full
 
@@ -123,7 +123,7 @@ def frozen_model(
 def _frozen(model: Any, weights: WeightSource | StartingWeights) -> FrozenReference:
     """A model without gradients. Raises ConfigError if its head cannot compare distributions."""
     model.requires_grad_(False)
-    check_head(model, "objective.teacher.path")
+    check_head_computes_divergence(model, "objective.teacher.path")
     return FrozenReference(model, weights, block_class_names(model))
 
 

@@ -55,7 +55,11 @@ def _group_problems(config: GrpoConfig) -> Iterator[str]:
 
 
 def _combine_problems(config: GrpoConfig) -> Iterator[str]:
-    """Settings that do not go with `objective.combine=normalised`, which scales each reward within its group itself."""
+    """Settings that do not go with `objective.combine=normalised`.
+
+    That whitens each reward within its group (the answers to one prompt), and then their sum over the round (all prompts that are
+    answered before the next steps).
+    """
     if config.combine is not Combine.normalised:
         return
     remedy = "leave it out, or set objective.combine=sum"

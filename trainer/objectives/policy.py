@@ -157,7 +157,8 @@ def _k3_estimate(reference_log_ratio: Tensor) -> Tensor:
 def _kl_estimates(reference_log_ratio: Tensor, ratio: Tensor, estimator: KlEstimator) -> Tensor:
     """`[N]`: the estimate of KL(policy, reference) that is added to each token's loss.
 
-    `ratio`: the token's probability now over that before the round's first update.
+    `reference_log_ratio`: the token's log-probability under the reference model minus that under the policy. `ratio`: the token's
+    probability now over that before the round's first update.
     """
     if estimator is KlEstimator.k2:
         return reference_log_ratio.square() / 2

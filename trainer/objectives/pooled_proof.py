@@ -63,7 +63,7 @@ def _prove_pooling(config: Any, plain: nn.Module, attention: str) -> str | None:
     if not isinstance(getattr(plain, HEAD, None), nn.Module):
         return f"its classifier ({type(plain).__name__}) does not score the last token"
     return on_small_copy(
-        config, plain, lambda small, dtype: _PoolingProof(config, plain, small, dtype).problem(attention)
+        config, plain, lambda small, dtype: _PoolingProof(config, plain, small, dtype).packing_problem(attention)
     )
 
 
@@ -93,17 +93,19 @@ class _PoolingProof:
             self.samples.append(Sample(ids, np.ones(length, dtype=bool)))
         # A document may end with the token that pads: the last but one is then kept.
         self.samples[1].input_ids[-1] = PADDING
-        self.weights_of_logits = torch.from_numpy(generator.standard_normal((len(LENGTHS), OUTPUTS)))
+        # Multiplied with the logits, they make a scalar for the backward pass in which each logit counts differently.
+        self.random_logit_weights = torch.from_numpy(generator.standard_normal((len(LENGTHS), OUTPUTS)))
 
     def _build(self, attention: str) -> Any:
         options = {"attn_implementation": attention, "experts_implementation": "eager", "dtype": self.dtype}
         return self.auto.from_config(copy.deepcopy(self.config), **options)
 
-    def problem(self, attention: str) -> str | None:
-        """Why ranks may not share rows of this classifier; None if they may, by a comparison on a small copy.
+    def packing_problem(self, attention: str) -> str | None:
+        """Why documents may not share rows in this classifier, nor ranks a row; None if they may. Compared on a small copy.
 
-        Logits and gradients of several documents in one row must be those of transformers' own classifier on each document alone,
-        and slices of the row must give the same.
+        - Logits and gradients of several documents in one row must be those of transformers' own classifier on each document
+          alone.
+        - Slices of the row must give the states that the whole row gives.
         """
         stock = self._build("eager").eval()
         with torch.no_grad():
@@ -112,20 +114,24 @@ class _PoolingProof:
                 parameter.add_(torch.randn_like(parameter) * 0.02)
         model = self._build(attention).eval()
         model.load_state_dict(stock.state_dict())
-        expected = torch.cat([self._stock_logits(stock, sample) for sample in self.samples])
         row = PooledCollator(Layout.padding_free, PADDING)(self.samples)
+        return self._difference_from_stock(stock, model, row) or self._row_slicing_problem(stock.state_dict(), row)
+
+    def _difference_from_stock(self, stock: nn.Module, model: nn.Module, row: dict[str, Any]) -> str | None:
+        """How a row's logits or gradients differ from the stock classifier's on single documents; None if they do not."""
+        expected = torch.cat([self._stock_logits(stock, sample) for sample in self.samples])
         logits = classifier_logits(model, row).to(expected.dtype)
         difference = float((logits - expected).detach().abs().max() / expected.detach().abs().max())
         if not difference <= TOLERANCE:  # a NaN is no agreement
             return f"its logits differ by {difference:.1e} between a row of several documents and each document alone"
-        (expected.double() * self.weights_of_logits).sum().backward()
-        (logits.double() * self.weights_of_logits).sum().backward()
+        (expected.double() * self.random_logit_weights).sum().backward()
+        (logits.double() * self.random_logit_weights).sum().backward()
         difference = _gradient_distance(stock, model)
         if not difference <= TOLERANCE:
             return (
                 f"its gradients differ by {difference:.1e} between a row of several documents and each document alone"
             )
-        return self._sequence_problem(stock.state_dict(), row)
+        return None
 
     @staticmethod
     def _stock_logits(stock: Any, sample: Sample) -> Tensor:
@@ -134,7 +140,7 @@ class _PoolingProof:
         logits: Tensor = stock(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
         return logits
 
-    def _sequence_problem(self, weights: dict[str, Tensor], row: dict[str, Any]) -> str | None:
+    def _row_slicing_problem(self, weights: dict[str, Tensor], row: dict[str, Any]) -> str | None:
         """Why slices of the row are not the slices of the whole row; None if they are."""
         attention = sequence_proof.register()
         model = self._build(sequence_proof.NAME).eval()

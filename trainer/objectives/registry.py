@@ -69,10 +69,11 @@ def build_objective(config: ObjectiveConfig, references: ReferenceModels | None 
     return objective_family(config).build(config, references)
 
 
-def problems(config: ObjectiveConfig, other_settings: OtherSettings) -> Iterator[str]:
-    """What is wrong with an objective's own settings and with the others for it, one line each.
+def objective_problems(config: ObjectiveConfig, other_settings: OtherSettings) -> Iterator[str]:
+    """What is wrong with an objective's own settings, and with the settings of data and model that it cannot work with.
 
-    The objective's family checks its own; here follow what it cannot do with the data: replay, labels, prompts without answers.
+    One line each. The objective's family (what one name, such as `sft`, stands for) checks its own; then follow what it cannot do
+    with the data: replay, labels, prompts without answers.
     """
     family = objective_family(config)
     yield from family.problems(config, other_settings)

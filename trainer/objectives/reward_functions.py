@@ -71,7 +71,7 @@ class RewardFunction:
         return {name: name in self.required for name in self.parameters if name not in given and name not in NOT_GIVEN}
 
 
-def split_function(text: str) -> tuple[Path, str]:
+def parse_function_path(text: str) -> tuple[Path, str]:
     """The file and the name of `FILE.py:NAME`; the name is empty if there is none."""
     path, colon, name = text.rpartition(":")
     if not colon or name.endswith(".py"):
@@ -111,9 +111,10 @@ def reward_functions_in_file(path: Path) -> dict[str, RewardFunction]:
 
 @lru_cache(maxsize=32)
 def _parse_reward_functions(path: Path, modified_ns: int) -> dict[str, RewardFunction]:
-    """`reward_functions_in_file`: finds the functions in the syntax tree of the file, of which nothing is run.
+    """The public reward functions of a file by name, found in its syntax tree: nothing of the file is run.
 
-    `modified_ns`: when the file was changed, so that the cache (keyed by the arguments) reads a changed file again.
+    `modified_ns`: when the file was changed, so that the cache (`lru_cache`, keyed by the arguments) reads a changed file again.
+    Raises ConfigError if it is no Python file.
     """
     try:
         module = ast.parse(path.read_bytes(), str(path))
@@ -124,13 +125,13 @@ def _parse_reward_functions(path: Path, modified_ns: int) -> dict[str, RewardFun
     functions = {}
     for node in module.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
-            function = _signature(node)
+            function = _reward_function_or_none(node)
             if function is not None:
                 functions[node.name] = function
     return functions
 
 
-def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> RewardFunction | None:
+def _reward_function_or_none(node: ast.FunctionDef | ast.AsyncFunctionDef) -> RewardFunction | None:
     """The signature of a function; None if it is no reward function: none of its parameters is a `Convention`."""
     arguments = node.args
     positional = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
@@ -153,7 +154,7 @@ def find_reward_function(setting: str, key: str) -> RewardFunction:
 
     `key`: the key of the setting, for messages.
     """
-    path, name = split_function(setting)
+    path, name = parse_function_path(setting)
     functions = reward_functions_in_file(path)
     if name in functions:
         return functions[name]

@@ -112,8 +112,8 @@ class AddedLosses:
             if accumulation > 1:
                 extra_pass = "; counted in a forward pass of its own, since a step has several micro-batches"
             lines.append(
-                f"routers: balancing loss times {self.router_losses.balance_weight:g}, over the tokens of "
-                f"a whole step{extra_pass}"
+                f"routers: balancing loss times {self.router_losses.balance_weight:g}, over the tokens of a whole "
+                f"step{extra_pass}"
             )
         if self.router_losses.z_weight:
             lines.append(f"routers: z-loss times {self.router_losses.z_weight:g}, the mean over tokens and layers")
@@ -146,42 +146,49 @@ def _token_mask(batch: dict[str, Any]) -> Tensor | None:
     return mask
 
 
-def added_losses(
-    config: ModelConfig, settings: Any, plain: nn.Module, model: nn.Module, kind: ModelKind
+def install_added_losses(
+    config: ModelConfig, settings: Any, untuned_model: nn.Module, model: nn.Module, kind: ModelKind
 ) -> tuple[AddedLosses | None, dict[str, str]]:
-    """Add hooks to the tuned `model` so that its added losses can be computed, and freeze the biases that balance experts.
+    """Add hooks to the tuned `model` that record what its added losses need, and freeze the biases that balance experts.
+
+    Added losses are load balancing and z-loss of routers, and the z-loss of the output's logits.
 
     Returns (the added losses, notes). The first is None for an encoder-decoder model, which gets neither hooks nor frozen biases,
     and for a model without experts to which nothing is added. Notes, by setting, say what the configuration asks for and does
-    not get. `settings`: transformers' configuration. `plain`: the model before tuning. Raises ConfigError for settings that the
-    model cannot follow.
+    not get. `settings`: transformers' configuration. Raises ConfigError for settings that the model cannot follow.
     """
-    router_losses, output_index_by_router, notes = router_losses_of_run(config, settings, plain, kind)
+    router_losses, output_index_by_router, notes = router_losses_of_run(config, settings, untuned_model, kind)
     if kind is ModelKind.encoder_decoder:
         return None, notes
-    root = unwrap_adapter(model)
+    base_model = unwrap_adapter(model)
     if router_losses:
-        hook_router_logits(root, output_index_by_router)
+        hook_router_logits(base_model, output_index_by_router)
     logit_z_coefficient = 0.0
     if kind is ModelKind.causal:
         logit_z_coefficient = logit_z_weight(settings)
-    if logit_z_coefficient and not root.forward_path.fused:  # type: ignore[union-attr]
+    # The z-loss makes logits from hidden states, which only a fused forward path gives.
+    if logit_z_coefficient and not base_model.forward_path.fused:  # type: ignore[union-attr]
         notes["model.z_loss_coefficient"] = (
             f"0 instead of {logit_z_coefficient:g}: the model's own forward pass makes its logits"
         )
         logit_z_coefficient = 0.0
     if logit_z_coefficient:
-        hook_decoder_output(root.get_decoder())  # type: ignore[operator]
-    bias_names = balancing_biases(root)
-    for name, parameter in root.named_parameters():
-        if name in bias_names:
-            parameter.requires_grad_(False)
+        hook_decoder_output(base_model.get_decoder())  # type: ignore[operator]
     added = AddedLosses(
         router_losses=router_losses,
-        experts_by_layer=number_experts(root),
-        num_frozen_biases=len(bias_names),
+        experts_by_layer=number_experts(base_model),
+        num_frozen_biases=_freeze_balancing_biases(base_model),
         logit_z_coefficient=logit_z_coefficient,
     )
-    if added.changes_loss or added.experts_by_layer or bias_names:
+    if added.changes_loss or added.experts_by_layer or added.num_frozen_biases:
         return added, notes
     return None, notes
+
+
+def _freeze_balancing_biases(base_model: nn.Module) -> int:
+    """Freeze the biases that balance experts, which no gradient changes; returns how many there are."""
+    bias_names = balancing_biases(base_model)
+    for name, parameter in base_model.named_parameters():
+        if name in bias_names:
+            parameter.requires_grad_(False)
+    return len(bias_names)

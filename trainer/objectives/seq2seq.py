@@ -38,7 +38,7 @@ from trainer.objectives.base import (
     UnlabelledDataSpec,
     formats_of,
 )
-from trainer.objectives.causal import loss_counting, next_token_terms, unwrap_adapter
+from trainer.objectives.causal import NextTokenLosses, next_token_terms, row_weighting_of, unwrap_adapter
 from trainer.objectives.pairs import ANSWER_POLICIES
 
 if TYPE_CHECKING:
@@ -157,28 +157,27 @@ class SourceTargetEncoder(Encoder):
             self.trailing_special_ids = [*self.trailing_special_ids, self.eos_id]
 
     def encode(self, documents: Iterable[Document], *, fast: bool = True) -> Iterator[tuple[Document, Sample]]:
-        """Samples in the order of the documents, untruncated. Raises RefusedDocument."""
+        """(document, its sample) in order, untruncated: the prompt's tokens, then those of the answer, which are learned.
+
+        `fast` has no effect: plain text is encoded in one way only. Raises RefusedDocument.
+        """
         remaining = iter(documents)
         while batch := list(islice(remaining, DOCUMENTS_PER_BATCH)):
-            examples = [source_and_target(document) for document in batch]
+            pairs = [prompt_and_answer(document) for document in batch]
             rendered_prompts = []
-            for document, example in zip(batch, examples, strict=True):
-                escaped = self.escape_text(document, example.prompt)
-                rendered_prompts.append(RenderedText(self.prefix + escaped, [], escaped != example.prompt))
-            prompts = self._encode_texts(rendered_prompts)
-            answers = self._encode_texts([RenderedText(example.answer, []) for example in examples])
-            for document, prompt, answer, example in zip(batch, prompts, answers, examples, strict=True):
-                input_ids = np.concatenate([prompt, answer])
-                in_answer = np.arange(len(input_ids)) >= len(prompt)
-                # Weights of 0 and 1 need no column: the mask says the same.
-                weights = None
-                if 0 < example.answer_weight < 1:
-                    weights = in_answer.astype(np.float32) * np.float32(example.answer_weight)
-                yield document, Sample(input_ids, in_answer & (example.answer_weight > 0), weights=weights)
+            for document, pair in zip(batch, pairs, strict=True):
+                escaped_prompt = self.escape_text(document, pair.prompt)
+                is_escaped = escaped_prompt != pair.prompt
+                rendered_prompts.append(RenderedText(self.prefix + escaped_prompt, spans=[], escaped=is_escaped))
+            prompt_ids = self._encode_texts(rendered_prompts)
+            answer_ids = self._encode_texts([RenderedText(pair.answer, spans=[]) for pair in pairs])
+            for document, pair, prompt, answer in zip(batch, pairs, prompt_ids, answer_ids, strict=True):
+                yield document, _make_sample(prompt, answer, pair.answer_weight)
 
     def _encode_texts(self, texts: list[RenderedText]) -> Iterator[np.ndarray]:
-        """The token ids of each text (int32), between the tokenizer's opening and closing tokens."""
-        for encoding in self.tokenize(texts)[0]:
+        """The token ids of each text (int32), between the tokenizer's leading and trailing special tokens."""
+        encodings, _encoded_texts = self.tokenize(texts)
+        for encoding in encodings:
             yield np.array([*self.leading_special_ids, *encoding.ids, *self.trailing_special_ids], dtype=np.int32)
 
     def fit(self, document: Document, sample: Sample, max_source: int, policy: OverLength) -> list[Sample]:
@@ -221,7 +220,18 @@ class TwoSidedText(NamedTuple):
     """What each token of the answer counts for in the loss; with 0 it is not learned."""
 
 
-def source_and_target(document: Document) -> TwoSidedText:
+def _make_sample(prompt_ids: np.ndarray, answer_ids: np.ndarray, answer_weight: float) -> Sample:
+    """A sample of prompt and answer (ids int32), in which the answer is learned. `answer_weight`: 0 (not learned) to 1."""
+    input_ids = np.concatenate([prompt_ids, answer_ids])
+    is_in_answer = np.arange(len(input_ids)) >= len(prompt_ids)
+    # Weights of 0 and 1 need no column: the mask says the same.
+    weights = None
+    if 0 < answer_weight < 1:
+        weights = is_in_answer.astype(np.float32) * np.float32(answer_weight)
+    return Sample(input_ids, is_in_answer & (answer_weight > 0), weights=weights)
+
+
+def prompt_and_answer(document: Document) -> TwoSidedText:
     """The prompt of a document for the encoder, and its answer for the decoder.
 
     - A row of prompt and completion: both as they are, with the weight 1. Their separator is left out, since the two sides are
@@ -338,13 +348,13 @@ class Seq2seq(Objective):
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Run the encoder on `input_ids [S, N]`, the decoder on `decoder_input_ids [S, M]`, the head on `target_rows`."""
         head, hidden, targets, bias = supervised_answer_rows(model, batch)
-        counting = loss_counting(batch)
+        weighting = row_weighting_of(batch)
         if computes_loss(head):
-            loss_terms = head(hidden, targets=targets, counting=counting, added_bias=bias)
+            results = head(hidden, targets=targets, weighting=weighting, added_bias=bias)
         else:  # an adapter on the head adds to logits, so the logits are needed
             logits = head(hidden)
-            loss_terms = logits_loss(logits if bias is None else logits + bias, targets, counting)
-        return next_token_terms(batch, *loss_terms)
+            results = logits_loss(logits if bias is None else logits + bias, targets, weighting)
+        return next_token_terms(batch, NextTokenLosses.of(results, weighting))
 
 
 def supervised_answer_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module, Tensor, Tensor, Tensor | None]:

@@ -17,7 +17,7 @@ from trainer.data.batches.collate import Collator
 from trainer.data.batches.cutting import AXES, Axis, RowCut, all_to_all_row_counts, num_rows_before
 from trainer.data.config import Layout
 from trainer.data.store.sequences import REPLAY, Sample, TokenDataset
-from trainer.losses.divergence import Divergence, Measure, TeacherComparison
+from trainer.losses.divergence import DistillationLosses, Divergence, Measure, TeacherComparison
 from trainer.objectives.base import (
     Objective,
     ObjectiveConfig,
@@ -184,7 +184,7 @@ class Sft(Objective):
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Run the decoder on all tokens and the head on supervised rows only."""
-        return next_token_terms(batch, *summed_loss(model, batch, self.smoothing))
+        return next_token_terms(batch, summed_loss(model, batch, self.smoothing))
 
 
 class SftWithReplayKl(Sft):
@@ -220,29 +220,30 @@ class SftWithReplayKl(Sft):
         num_replayed = batch["totals"][REPLAY]
         # The loop divides by all learned tokens of the step; these factors make it a mean over the tokens that have the term.
         replay_scale = num_learned / (num_replayed or 1)
-        other_scale = 1.0
+        plain_scale = 1.0
         if not self.config.replay_loss:
-            other_scale = num_learned / ((num_learned - num_replayed) or 1)
-        loss, replayed_nll, replay_kl, _, nll = head(
-            hidden,
-            targets=targets,
-            against=TeacherComparison(
-                measure=Measure(Divergence.forward_kl),
-                hidden=initial_hidden,
-                head=initial_head,
-                divergence_weight=self.config.kl_weight * replay_scale,
-                loss_weight=float(self.config.replay_loss),
-                rows=batch["replay_rows"],
-                others=batch["other_rows"],
-                others_weight=other_scale,
-                weights=batch.get("target_weights"),
-            ),
+            plain_scale = num_learned / ((num_learned - num_replayed) or 1)
+        comparison = TeacherComparison(
+            measure=Measure(Divergence.forward_kl),
+            hidden=initial_hidden,
+            head=initial_head,
+            divergence_weight=self.config.kl_weight * replay_scale,
+            loss_weight=float(self.config.replay_loss),
+            compared_rows=batch["replay_rows"],
+            plain_rows=batch["other_rows"],
+            plain_weight=plain_scale,
+            row_weights=batch.get("target_weights"),
         )
+        losses = DistillationLosses(*head(hidden, targets=targets, comparison=comparison))
         if self.config.replay_loss:
-            nll = nll + replayed_nll
+            sft_loss = losses.plain_nll + losses.compared_nll
         else:
-            nll = nll * other_scale
-        return {"loss": loss, "sft_loss": nll.detach(), "replay_kl": replay_kl.detach() * replay_scale}
+            sft_loss = losses.plain_nll * plain_scale
+        return {
+            "loss": losses.total,
+            "sft_loss": sft_loss.detach(),
+            "replay_kl": losses.divergence.detach() * replay_scale,
+        }
 
 
 def build(config: ObjectiveConfig, references: ReferenceModels) -> Objective:

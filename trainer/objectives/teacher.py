@@ -79,10 +79,11 @@ def teacher_of(references: ReferenceModels) -> Teacher:
     return NoTeacher()
 
 
-def check_head(model: nn.Module, setting: str) -> None:
-    """Raise ConfigError if the output head cannot compare distributions without making all logits.
+def check_head_computes_divergence(model: nn.Module, setting: str) -> None:
+    """Raise ConfigError if the output head cannot compute a divergence from a teacher without making all logits at once.
 
-    `setting` begins the message: the setting that asks for the comparison.
+    A `LossHead` can, a linear layer that computes losses a chunk of rows at a time. `setting` begins the message: the setting
+    that asks for the divergence.
     """
     head: Any = unwrap_adapter(model).get_output_embeddings()  # type: ignore[operator]
     if isinstance(head, LossHead):
@@ -92,5 +93,5 @@ def check_head(model: nn.Module, setting: str) -> None:
         return
     raise ConfigError(
         f"{setting}: compares distributions inside the output head, which here is no plain linear layer "
-        f"({type(head).__name__}); leave it out of tuning.targets, or train it whole with tuning.modules_to_save"
+        f"({type(head).__name__}); leave the output head out of tuning.targets, or train it whole with tuning.modules_to_save"
     )

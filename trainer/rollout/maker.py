@@ -81,7 +81,9 @@ class RoundBuilder:
     """Called with what the run is doing, for messages about a rank that fails or hangs."""
     on_round: list[Callable[[Round, int], None]] = field(default_factory=list)
     """Called on all ranks with each new round, and the optimizer steps taken before it."""
-    _seconds: dict[str, float] = field(default_factory=lambda: {"write_s": 0.0, "reward_s": 0.0, "look_back_s": 0.0})
+    _seconds_by_stage: dict[str, float] = field(
+        default_factory=lambda: {"write_s": 0.0, "reward_s": 0.0, "look_back_s": 0.0}
+    )
 
     def build_round(self, first_sample: int, step: int) -> Round:
         """Generate and score the answers of the round after `first_sample` consumed prompts and `step` optimizer steps.
@@ -89,7 +91,7 @@ class RoundBuilder:
         Calls every function in `on_round` with the round. All ranks must call. Raises, on all ranks alike, DataError if a reward
         fails or no group has rewards that differ, and Interrupted if the run is asked to stop.
         """
-        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        self._seconds_by_stage = dict.fromkeys(self._seconds_by_stage, 0.0)
         scored = self._generate_and_score(first_sample, self.num_prompts_per_round, step)
         replaced_metrics: dict[str, float] = {}
         kept = _KeptGroups(scored, self.num_prompts_per_round)
@@ -113,10 +115,10 @@ class RoundBuilder:
     def build_round_from_scores(
         self, groups: list[AnswerGroup], scores: list[GroupScores], first_sample: int = 0, num_prompts: int = 0
     ) -> Round:
-        """A round of answers that were scored, complete with all that its loss reads. Computes log-probabilities if needed.
+        """A round of answers that were scored, with its advantages and, if the loss reads them, log-probabilities.
 
-        `first_sample`: prompts consumed before the round. `num_prompts`: prompts that it consumes. All ranks must call. Raises
-        Interrupted, on all ranks alike, if the run is asked to stop.
+        `groups`: the answers to one prompt each. `first_sample`: prompts consumed before the round. `num_prompts`: prompts that
+        it consumes. All ranks must call. Raises Interrupted, on all ranks alike, if the run is asked to stop.
         """
         rollout_round = Round(
             first_sample=first_sample,
@@ -124,8 +126,9 @@ class RoundBuilder:
             groups=groups,
             scores=scores,
             advantages=np.zeros((len(groups), self.settings.group_size)),  # replaced below
-            is_learned=~np.isnan(stack_rewards(scores)),
+            is_learned=~np.isnan(stack_rewards(scores)),  # an answer without a reward is not learned
         )
+        # Those of groups that all score alike, and those that were cut off, if the settings say so.
         self._exclude_answers_from_loss(rollout_round)
         self._set_logps_and_advantages(rollout_round)
         return rollout_round
@@ -157,7 +160,7 @@ class RoundBuilder:
             if len(useful_groups) >= num_wanted or (useful_groups and num_answered >= max_prompts):
                 break
             if not useful_groups and num_attempts >= MAX_IDLE_ATTEMPTS:
-                raise DataError(self._no_spread_message(scored))
+                raise DataError(self._no_differing_rewards_message(scored))
             # As many prompts as are needed if the share of useful groups stays what it was so far.
             useful_share = max(MIN_SPREAD_SHARE, len(useful_groups) / num_answered)
             num_further = math.ceil((num_wanted - len(useful_groups)) / useful_share)
@@ -171,7 +174,7 @@ class RoundBuilder:
         num_consumed = kept[-1] + 1 if len(kept) == num_wanted else num_answered
         return _KeptGroups(scored.select(kept), num_consumed)
 
-    def _no_spread_message(self, scored: _ScoredGroups) -> str:
+    def _no_differing_rewards_message(self, scored: _ScoredGroups) -> str:
         """The error message if all answers to each prompt have the same reward, so that there is nothing to learn."""
         rewards = stack_rewards(scored.scores)
         known_rewards = rewards[~np.isnan(rewards)]
@@ -237,11 +240,11 @@ class RoundBuilder:
         rewards = stack_rewards(scores)
         if self.settings.combine is Combine.sum:
             return rewards
-        by_reward = {}
+        scores_by_reward = {}
         for name in scores[0].by_reward:
-            by_reward[name] = np.stack([group_scores.by_reward[name] for group_scores in scores])
-        weights = {name: reward.weight for name, reward in self.settings.rewards.items()}
-        return normalised_sum(by_reward, weights, rewards)
+            scores_by_reward[name] = np.stack([group_scores.by_reward[name] for group_scores in scores])
+        weight_by_reward = {name: reward.weight for name, reward in self.settings.rewards.items()}
+        return normalised_sum(scores_by_reward, weight_by_reward, rewards)
 
     def _subtract_divergence(
         self, rewards: np.ndarray, old_logps: dict[int, np.ndarray], reference_logps: dict[int, np.ndarray]
@@ -252,8 +255,8 @@ class RoundBuilder:
         arguments have float32 [tokens] by number of the answer in the round.
         """
         flat_rewards = rewards.copy().ravel()
-        for answer, old in old_logps.items():
-            divergence = float(np.sum(old.astype(np.float64) - reference_logps[answer]))
+        for answer, old_logps_of_answer in old_logps.items():
+            divergence = float(np.sum(old_logps_of_answer.astype(np.float64) - reference_logps[answer]))
             flat_rewards[answer] -= self.settings.kl.weight * divergence
         return flat_rewards.reshape(rewards.shape)
 
@@ -288,22 +291,22 @@ class RoundBuilder:
     def _timed_stage(self, status: str, *, timer: str) -> Iterator[None]:
         """A context around a stage of a round: reports `status` as what the run is doing, and adds its seconds to a timer.
 
-        `timer`: key of `_seconds`. No seconds are added if the stage raises. Raises Interrupted before the stage begins, if the
-        run is asked to stop.
+        `timer`: key of `_seconds_by_stage`. No seconds are added if the stage raises. Raises Interrupted before the stage
+        begins, if the run is asked to stop.
         """
         self._raise_if_stopping()
         self.report_phase(status)
-        began = time.perf_counter()
+        started_at = time.perf_counter()
         yield
-        self._seconds[timer] += time.perf_counter() - began
+        self._seconds_by_stage[timer] += time.perf_counter() - started_at
 
     def _time_metrics(self, groups: Sequence[AnswerGroup]) -> dict[str, Any]:
         """Seconds of each stage of a round on its slowest rank, and the speed of generation. All ranks must call.
 
         For example {"write_s": 8.1, "reward_s": 0.4, "look_back_s": 1.2, "written_tokens_per_s": 5100.0}.
         """
-        slowest_seconds = dict.fromkeys(self._seconds, 0.0)
-        for rank_seconds in gather_objects(self._seconds, self.runtime):
+        slowest_seconds = dict.fromkeys(self._seconds_by_stage, 0.0)
+        for rank_seconds in gather_objects(self._seconds_by_stage, self.runtime):
             for timer, seconds in rank_seconds.items():
                 slowest_seconds[timer] = max(slowest_seconds[timer], seconds)
         num_tokens = sum(len(answer.ids) for answer in all_answers(groups))

@@ -30,7 +30,7 @@ from trainer.config.tree import kind_of
 from trainer.data.config import identifying_data_settings
 from trainer.data.prepare import PreparedData
 from trainer.reporting.status import write_text_atomic
-from trainer.rollout.rewards.copies import copy_digests
+from trainer.rollout.rewards.copies import digests_of_reward_copies
 from trainer.session.base_files import IDENTITY_FILE, base_file_digests
 
 ACCEPTED_KEY = "accepted"
@@ -69,7 +69,7 @@ def run_identity(config: RunConfig, data: PreparedData, *, reads_files: bool = T
         identity["base"] |= base_file_digests(config)
         identity["code"] = {"source": source_digest()}
         if config.run.dir is not None:
-            identity["rewards"] |= copy_digests(Path(config.run.dir))
+            identity["rewards"] |= digests_of_reward_copies(Path(config.run.dir))
         identity["rewards"] |= reward_model_digests(config.objective)
     else:
         identity["base"] = {}

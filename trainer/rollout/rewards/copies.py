@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from strategies.atomic_io import error_summary
 from strategies.errors import ConfigError, StorageError
-from trainer.objectives.reward_functions import split_function, use_stand_ins
+from trainer.objectives.reward_functions import parse_function_path, use_stand_ins
 
 if TYPE_CHECKING:
     from trainer.objectives.rollouts import RewardEntry
@@ -38,7 +38,7 @@ def reward_files(rewards: Mapping[str, RewardEntry]) -> dict[Path, list[Path]]:
         setting = rewards[name].function
         if setting is None:
             continue
-        file = split_function(setting)[0].resolve()
+        file = parse_function_path(setting)[0].resolve()
         if not file.is_file():
             raise ConfigError(f"objective.rewards.{name}.function={setting}: there is no such file")
         files = by_directory.setdefault(file.parent, [])
@@ -85,17 +85,17 @@ def _module_files(directory: Path, module: str) -> list[Path]:
     return []
 
 
-def source_digests(rewards: Mapping[str, RewardEntry]) -> dict[str, str]:
+def reward_source_digests(rewards: Mapping[str, RewardEntry]) -> dict[str, str]:
     """SHA-256 of each file that reward functions need, by the path that its copy has: {"0/maths.py": "9f86d0..."}.
 
-    The number is the index of the file's directory in `reward_files`. Raises ConfigError if a reward's file is missing, OSError
-    if a file cannot be read.
+    Copies have numbers in place of directories, in the order in which the rewards name them. Raises ConfigError if a reward's
+    file is missing, OSError if a file cannot be read.
     """
-    digests = {}
+    digest_by_copy = {}
     for number, (directory, files) in enumerate(reward_files(rewards).items()):
         for file in files:
-            digests[f"{number}/{file.relative_to(directory)}"] = hashlib.sha256(file.read_bytes()).hexdigest()
-    return digests
+            digest_by_copy[f"{number}/{file.relative_to(directory)}"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return digest_by_copy
 
 
 def code_digest(file: Path) -> str:
@@ -143,10 +143,10 @@ def _replace_copies(rewards: Mapping[str, RewardEntry], by_directory: dict[Path,
     functions = {}
     for name, reward in rewards.items():
         if reward.function is not None:
-            file, function = split_function(reward.function)
+            file, function = parse_function_path(reward.function)
             file = file.resolve()
             functions[name] = {"file": f"{number_by_directory[file.parent]}/{file.name}", "function": function}
-    manifest = {"functions": functions, "sha256": source_digests(rewards)}
+    manifest = {"functions": functions, "sha256": reward_source_digests(rewards)}
     (draft / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     draft.rename(target)
@@ -186,19 +186,23 @@ def read_manifest(run_dir: Path) -> dict[str, Any] | None:
 
 
 def function_locations(rewards: Mapping[str, RewardEntry], run_dir: Path | None) -> dict[str, tuple[Path, str]]:
-    """(file, name of the function) of each reward that is a function: the run's copy if there is one, else the file itself."""
+    """(file, name of the function) of each reward that is a function: the run's copy if there is one, else the file itself.
+
+    A run copies the files of its rewards into its directory when it starts, and says in a manifest which reward is where.
+    """
     manifest = None if run_dir is None else read_manifest(run_dir)
-    functions = {}
+    location_by_reward = {}
     for name, reward in rewards.items():
         if reward.function is None:
             continue
-        copy = None if manifest is None else manifest["functions"].get(name)
-        if copy is not None and run_dir is not None:
-            functions[name] = (run_dir.resolve() / COPIES_DIRECTORY / copy["file"], copy["function"])
+        copied_function = None if manifest is None else manifest["functions"].get(name)
+        if copied_function is not None and run_dir is not None:
+            copied_file = run_dir.resolve() / COPIES_DIRECTORY / copied_function["file"]
+            location_by_reward[name] = (copied_file, copied_function["function"])
         else:
-            file, function = split_function(reward.function)
-            functions[name] = (file.resolve(), function)
-    return functions
+            file, function = parse_function_path(reward.function)
+            location_by_reward[name] = (file.resolve(), function)
+    return location_by_reward
 
 
 def copies_of_missing_files(run_dir: Path, files: Iterable[Path]) -> dict[Path, Path]:
@@ -226,11 +230,11 @@ def copies_of_missing_files(run_dir: Path, files: Iterable[Path]) -> dict[Path, 
 
 def use_copies_of_run(rewards: Mapping[str, RewardEntry], run_dir: Path) -> None:
     """From now on read the run's own copies in place of reward files that are missing, in this process (`use_stand_ins`)."""
-    files = [split_function(reward.function)[0] for reward in rewards.values() if reward.function is not None]
+    files = [parse_function_path(reward.function)[0] for reward in rewards.values() if reward.function is not None]
     use_stand_ins(copies_of_missing_files(run_dir, files))
 
 
-def copy_digests(run_dir: Path) -> dict[str, str]:
+def digests_of_reward_copies(run_dir: Path) -> dict[str, str]:
     """SHA-256 of each copy of a reward file in a run directory, by its path: {"0/maths.py": "9f86d0..."}; {} without copies.
 
     The digests are computed from the files, because copies may have been changed since the manifest was written: the copies are
@@ -240,6 +244,7 @@ def copy_digests(run_dir: Path) -> dict[str, str]:
     if manifest is None:
         return {}
     digests = {}
+    # Of the digests in the manifest only the names of the files are used.
     for name in sorted(manifest["sha256"]):
         file = run_dir / COPIES_DIRECTORY / name
         digests[name] = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "missing"
@@ -259,7 +264,7 @@ def renew_copies(rewards: Mapping[str, RewardEntry], run_dir: Path, *, has_progr
     `has_progress`: whether the run has made steps. `accept`: what `run.accept` names. Also raises StorageError if the copies
     cannot be written.
     """
-    files = [split_function(reward.function)[0] for reward in rewards.values() if reward.function is not None]
+    files = [parse_function_path(reward.function)[0] for reward in rewards.values() if reward.function is not None]
     if not files:
         return
     manifest = read_manifest(run_dir)
@@ -269,13 +274,16 @@ def renew_copies(rewards: Mapping[str, RewardEntry], run_dir: Path, *, has_progr
         copy_rewards(rewards, run_dir)
         return
     try:
-        current = source_digests(rewards)
+        current_digests = reward_source_digests(rewards)
     except (ConfigError, OSError):
         return
-    copied = copy_digests(run_dir)
-    changed = [name for name in sorted(copied.keys() | current.keys()) if copied.get(name) != current.get(name)]
-    if changed:
-        changed_files = ", ".join(name.partition("/")[2] for name in changed)
+    digests_of_copies = digests_of_reward_copies(run_dir)
+    changed_names = []
+    for name in sorted(digests_of_copies.keys() | current_digests.keys()):
+        if digests_of_copies.get(name) != current_digests.get(name):
+            changed_names.append(name)
+    if changed_names:
+        changed_files = ", ".join(name.partition("/")[2] for name in changed_names)
         raise ConfigError(
             f"objective.rewards: {changed_files} differs from the copy in "
             f"{run_dir / COPIES_DIRECTORY} that scored this run until now; "

@@ -29,15 +29,15 @@ class RewardModelReader:
 
     encoder: Encoder
     pad_token_id: int
-    vocabulary: int
+    vocabulary_size: int
     """Rows of the model's embeddings. A token without a row would end the process, on a GPU without a word."""
-    positions: int | None
+    max_positions: int | None
     """Most tokens that the model can read; None: any number."""
-    batch_tokens: int
+    max_batch_tokens: int
     """Tokens of a micro-batch, padding included."""
 
     def encode_group(self, group: AnswerGroup) -> list[list[int] | None]:
-        """The token ids of a group's prompt with each answer; None where the model has too few positions.
+        """The token ids of a group's prompt with each answer; None for an answer that is too long for the model.
 
         The chat template writes prompt and answer as a conversation; a prompt that is a text is a user's turn. Control tokens
         such as <|im_end|> in an answer are plain text, as in prompts: else a policy could learn to write turns of its own.
@@ -48,22 +48,23 @@ class RewardModelReader:
         rendered = []
         for answer in group.answers:
             text = self._render_conversation(turns, answer.text, group.prompt.origin)
-            rendered.append(RenderedText(text, [], escaped=ESCAPE_MARK in text))
-        encodings, _ = self.encoder.tokenize(rendered)
+            # The encoder undoes escaping: what has an escape mark becomes ordinary characters.
+            rendered.append(RenderedText(text, spans=[], escaped=ESCAPE_MARK in text))
+        encodings, _encoded_texts = self.encoder.tokenize(rendered)
         ids_of_answers: list[list[int] | None] = []
         for encoding in encodings:
             self._raise_if_unknown_token(encoding.ids, group.prompt.origin)
-            fits = self.positions is None or len(encoding.ids) <= self.positions
+            fits = self.max_positions is None or len(encoding.ids) <= self.max_positions
             ids_of_answers.append(list(encoding.ids) if fits else None)
         return ids_of_answers
 
     def _raise_if_unknown_token(self, token_ids: Sequence[int], origin: str) -> None:
         """Raise DataError for a token id that the model has no embedding for. `origin`: what has the token, for the message."""
         largest = max(token_ids, default=0)
-        if largest >= self.vocabulary:
+        if largest >= self.vocabulary_size:
             raise DataError(
                 f"{origin}: the reward model's tokenizer makes token {largest} of it, and the model "
-                f"has {self.vocabulary} rows of "
+                f"has {self.vocabulary_size} rows of "
                 "embeddings; give it the tokenizer that it was trained with"
             )
 
@@ -88,10 +89,10 @@ class RewardModelReader:
 
     def check(self, setting: str) -> None:
         """Raise ConfigError, which begins with `setting`, if the model cannot read a question and its answer."""
-        if not 0 <= self.pad_token_id < self.vocabulary:
+        if not 0 <= self.pad_token_id < self.vocabulary_size:
             raise ConfigError(
-                f"{setting}: its pad_token_id is {self.pad_token_id}, and the model has tokens 0 to {self.vocabulary - 1}; mend "
-                "pad_token_id in its config.json"
+                f"{setting}: its pad_token_id is {self.pad_token_id}, and the model has tokens 0 to "
+                f"{self.vocabulary_size - 1}; mend pad_token_id in its config.json"
             )
         answer = "An answer."
         try:
@@ -105,7 +106,8 @@ class RewardModelReader:
                 f"{setting}: its chat template leaves the answer out, which would score all answers alike; give another one with "
                 "options.chat_template=FILE"
             )
-        encodings, _ = self.encoder.tokenize([RenderedText(text, [], escaped=ESCAPE_MARK in text)])
+        rendered = RenderedText(text, spans=[], escaped=ESCAPE_MARK in text)
+        encodings, _encoded_texts = self.encoder.tokenize([rendered])
         try:
             self._raise_if_unknown_token(encodings[0].ids, "a question and its answer")
         except DataError as error:
@@ -114,13 +116,13 @@ class RewardModelReader:
     def micro_batch_indices(self, texts: Sequence[list[int]]) -> list[list[int]]:
         """Indices of the texts (token ids) of each micro-batch, the longest texts first.
 
-        A micro-batch has at most `batch_tokens` tokens, padding included, but at least one text.
+        A micro-batch has at most `max_batch_tokens` tokens, padding included, but at least one text.
         """
         batches: list[list[int]] = []
         current: list[int] = []
         for index in sorted(range(len(texts)), key=lambda index: len(texts[index]), reverse=True):
             # All texts of a batch are padded to the first one, which is the longest.
-            if current and (len(current) + 1) * len(texts[current[0]]) > self.batch_tokens:
+            if current and (len(current) + 1) * len(texts[current[0]]) > self.max_batch_tokens:
                 batches.append(current)
                 current = []
             current.append(index)

@@ -43,20 +43,21 @@ def reward_model_files(path: str, key: str) -> RewardModelFiles:
     """
     directory = _model_or_export_directory(Path(path).expanduser(), key)
     if (directory / ADAPTER_CONFIG_FILE).is_file():
-        settings = _read_json_object(directory / ADAPTER_CONFIG_FILE, key)
-        heads = set(settings.get("modules_to_save") or ())
-        if settings.get("task_type") != "SEQ_CLS" and heads.isdisjoint(SCORE_HEAD_NAMES):
+        adapter_settings = _read_json_object(directory / ADAPTER_CONFIG_FILE, key)
+        trained_modules = set(adapter_settings.get("modules_to_save") or ())
+        if adapter_settings.get("task_type") != "SEQ_CLS" and trained_modules.isdisjoint(SCORE_HEAD_NAMES):
             raise ConfigError(
                 f"{key}={path}: is an adapter of a language model, which gives no scores; give one that objective=reward trained"
             )
-        return RewardModelFiles(directory, str(settings.get("base_model_name_or_path")), directory)
+        base_model = str(adapter_settings.get("base_model_name_or_path"))
+        return RewardModelFiles(tokenizer=directory, base=base_model, adapter=directory)
     if not (directory / "config.json").is_file():
         raise ConfigError(
             f"{key}={path}: has neither config.json nor {ADAPTER_CONFIG_FILE}, so it is no model; give the export of a run of "
             "objective=reward"
         )
     _require_reward_model(_read_json_object(directory / "config.json", key), f"{key}={path}")
-    return RewardModelFiles(directory, str(directory))
+    return RewardModelFiles(tokenizer=directory, base=str(directory))
 
 
 def _model_or_export_directory(directory: Path, key: str) -> Path:

@@ -180,7 +180,12 @@ class Reply:
     """None: it took longer than its time limit."""
     logged: dict[str, list[float]]
     extra: dict[str, list[Any]]
-    """As in `CallResult`."""
+    """Values that the reward gave beside its scores, by name, one for each answer: numbers for the metrics, and others."""
+
+    @classmethod
+    def unscored(cls) -> Reply:
+        """The reply to a call that took longer than its time limit."""
+        return cls(scores=None, logged={}, extra={})
 
 
 class Stopped(Exception):
@@ -207,8 +212,8 @@ class WorkerPool:
         """`logs`: the log of each worker. `stop_asked`: whether this process was asked to stop; no collective."""
         self._workers = [RewardProcess(rewards, log) for log in logs]
         self._stop_asked = stop_asked
-        self._never_in_time: Counter[str] = Counter(dict.fromkeys(rewards, 0))
-        """Calls that took too long, of each reward that was in time in no round so far."""
+        self._timeouts_without_success: Counter[str] = Counter(dict.fromkeys(rewards, 0))
+        """Calls of all rounds that took too long, of each reward that was never in time so far."""
 
     def start(self) -> None:
         """Start all workers, and wait until they have loaded the rewards. Raises DataError if one cannot, and Stopped."""
@@ -226,7 +231,7 @@ class WorkerPool:
         with selectors.DefaultSelector() as selector:
             selector.register(worker.answer_fd, selectors.EVENT_READ)
             while time.monotonic() < deadline:
-                self._check_stop()
+                self._raise_if_stopping()
                 if not selector.select(POLL_INTERVAL_S):
                     continue
                 try:
@@ -250,14 +255,14 @@ class WorkerPool:
         A worker whose call takes longer than its time limit is killed and started again; the reply then has no scores. A call
         during which the worker dies is tried once more. Raises DataError, with the row, for a reward that fails, and Stopped.
         """
-        round_of_calls = _RoundOfCalls(calls, self._never_in_time)
-        idle_workers = [self._started(worker) for worker in self._workers]
+        round_of_calls = _RoundOfCalls(calls, self._timeouts_without_success)
+        idle_workers = [self._restart_if_killed(worker) for worker in self._workers]
         running: dict[int, _RunningCall] = {}  # by file descriptor of the worker's answers
         with selectors.DefaultSelector() as selector:
-            while round_of_calls.waiting or running:
-                self._check_stop()
+            while round_of_calls.waiting_numbers or running:
+                self._raise_if_stopping()
                 # Give calls to idle workers.
-                while idle_workers and round_of_calls.waiting:
+                while idle_workers and round_of_calls.waiting_numbers:
                     call = self._send_call(idle_workers.pop(), round_of_calls)
                     selector.register(call.worker.answer_fd, selectors.EVENT_READ)
                     running[call.worker.answer_fd] = call
@@ -269,20 +274,20 @@ class WorkerPool:
                 for fd in finished:  # before workers are started again, which may get the same file descriptors
                     selector.unregister(fd)
                 for fd in finished:
-                    idle_workers.append(self._started(running.pop(fd).worker))
+                    idle_workers.append(self._restart_if_killed(running.pop(fd).worker))
                 now = time.monotonic()
                 overdue = [fd for fd, call in running.items() if now > call.deadline]
                 for fd in overdue:
                     selector.unregister(fd)
                     call = running.pop(fd)
                     call.worker.kill()
-                    idle_workers.append(self._started(call.worker))
-                    round_of_calls.note_timeout(call.number)
+                    idle_workers.append(self._restart_if_killed(call.worker))
+                    round_of_calls.leave_unscored(call.number)
         return [reply for reply in round_of_calls.replies if reply is not None]
 
     def _send_call(self, worker: RewardProcess, round_of_calls: _RoundOfCalls) -> _RunningCall:
         """Take the next waiting call of the round and send it to a worker."""
-        number = round_of_calls.waiting.popleft()
+        number = round_of_calls.waiting_numbers.popleft()
         call = round_of_calls.calls[number]
         worker.ask({"reward": call.reward, "answers": call.answers})
         return _RunningCall(worker, number, deadline=time.monotonic() + call.timeout_s)
@@ -296,21 +301,22 @@ class WorkerPool:
             message = call.worker.read()
         except WorkerDied as death:
             call.worker.kill()
-            round_of_calls.note_death(call.number, f"{death}; its log is {call.worker.log}")
+            round_of_calls.retry_after_death(call.number, f"{death}; its log is {call.worker.log}")
             return True
         if message is None:
             return False
-        round_of_calls.note_reply(call.number, message)
+        round_of_calls.keep_reply(call.number, message)
         return True
 
-    def _started(self, worker: RewardProcess) -> RewardProcess:
-        """The worker, after it was started again if it was killed."""
+    def _restart_if_killed(self, worker: RewardProcess) -> RewardProcess:
+        """Start a worker again if it was killed, and wait until it has loaded the rewards. Returns the worker."""
         if not worker.is_running:
             worker.start()
             self._wait_until_ready(worker)
         return worker
 
-    def _check_stop(self) -> None:
+    def _raise_if_stopping(self) -> None:
+        """Raise Stopped if this process was asked to stop."""
         if self._stop_asked():
             raise Stopped
 
@@ -323,40 +329,43 @@ class WorkerPool:
 class _RoundOfCalls:
     """The calls of a round, what became of them, and what is still to do."""
 
-    def __init__(self, calls: Sequence[Call], never_in_time: Counter[str]) -> None:
-        """`never_in_time`: calls that took too long in all rounds, of rewards that were never in time; kept up to date."""
-        self.calls = calls
-        self._never_in_time = never_in_time
-        self.replies: list[Reply | None] = [None] * len(calls)
-        self.waiting = deque(range(len(calls)))
-        self._timeouts: Counter[str] = Counter()
-        self._in_time: set[str] = set()
-        self._deaths: Counter[int] = Counter()
+    def __init__(self, calls: Sequence[Call], timeouts_without_success: Counter[str]) -> None:
+        """`timeouts_without_success`: calls of all rounds that took too long, of rewards that were never in time.
 
-    def note_reply(self, number: int, message: dict[str, Any]) -> None:
+        The counter is kept up to date: a reward that is in time is taken out.
+        """
+        self.calls = calls
+        self._timeouts_without_success = timeouts_without_success
+        self.replies: list[Reply | None] = [None] * len(calls)
+        self.waiting_numbers = deque(range(len(calls)))
+        self._timeouts_in_round: Counter[str] = Counter()
+        self._rewards_in_time: set[str] = set()
+        self._deaths_by_call: Counter[int] = Counter()
+
+    def keep_reply(self, number: int, message: dict[str, Any]) -> None:
         """Keep the scores of a call. Raises DataError if it failed."""
         call = self.calls[number]
         if "problem" in message:
             trace = f"\n{message['traceback']}" if "traceback" in message else ""
             raise DataError(f"objective.rewards.{call.reward}: {message['problem']} ({call.origin}){trace}")
-        self._in_time.add(call.reward)
-        self._never_in_time.pop(call.reward, None)
+        self._rewards_in_time.add(call.reward)
+        self._timeouts_without_success.pop(call.reward, None)
         self.replies[number] = Reply(message["scores"], message["logged"], message["extra"])
 
-    def note_timeout(self, number: int) -> None:
+    def leave_unscored(self, number: int) -> None:
         """Leave the answers of a call unscored, and count it.
 
         Raises DataError if `MAX_TIMEOUTS_WITHOUT_SUCCESS` calls of the reward took too long and none was in time, in this round
         or in all.
         """
         call = self.calls[number]
-        self._timeouts[call.reward] += 1
-        if call.reward in self._never_in_time:
-            self._never_in_time[call.reward] += 1
-        self.replies[number] = Reply(None, {}, {})
+        self._timeouts_in_round[call.reward] += 1
+        if call.reward in self._timeouts_without_success:
+            self._timeouts_without_success[call.reward] += 1
+        self.replies[number] = Reply.unscored()
         # A round of few groups has few calls: a reward that always hangs is known after several rounds.
-        timeouts = max(self._timeouts[call.reward], self._never_in_time[call.reward])
-        if call.reward not in self._in_time and timeouts >= MAX_TIMEOUTS_WITHOUT_SUCCESS:
+        num_timeouts = max(self._timeouts_in_round[call.reward], self._timeouts_without_success[call.reward])
+        if call.reward not in self._rewards_in_time and num_timeouts >= MAX_TIMEOUTS_WITHOUT_SUCCESS:
             raise DataError(
                 f"objective.rewards.{call.reward}: {MAX_TIMEOUTS_WITHOUT_SUCCESS} calls took longer "
                 f"than timeout_s={call.timeout_s:g}, and "
@@ -364,12 +373,12 @@ class _RoundOfCalls:
                 f"raise objective.rewards.{call.reward}.timeout_s"
             )
 
-    def note_death(self, number: int, cause: str) -> None:
+    def retry_after_death(self, number: int, cause: str) -> None:
         """Try a call again whose process has ended. Raises DataError the second time."""
         call = self.calls[number]
-        self._deaths[number] += 1
-        if self._deaths[number] > 1:
+        self._deaths_by_call[number] += 1
+        if self._deaths_by_call[number] > 1:
             raise DataError(
                 f"objective.rewards.{call.reward}: failed twice with the same answers ({call.origin}): {cause}"
             )
-        self.waiting.append(number)
+        self.waiting_numbers.append(number)
