@@ -14,30 +14,31 @@ from strategies.extras import install_command
 if TYPE_CHECKING:
     from launch.serve.models import ChatModel
 
-PACKAGES = ("fastapi", "uvicorn", "openai")
+REQUIRED_PACKAGES = ("fastapi", "uvicorn", "openai")
 
 
-def refuse_missing_packages() -> None:
-    """Refuse to serve without the packages that the server needs, such as fastapi. Errors: ConfigError."""
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"serve: needs {', '.join(missing)}; {install_command('serve')}")
+def check_server_packages() -> None:
+    """Raise ConfigError if a package that the server needs, such as fastapi, is not installed."""
+    missing_packages = [name for name in REQUIRED_PACKAGES if find_spec(name) is None]
+    if missing_packages:
+        raise ConfigError(f"serve: needs {', '.join(missing_packages)}; {install_command('serve')}")
 
 
-def application(chat_model: ChatModel, config: ServeConfig) -> TransformersMiddleware:
-    """The ASGI application that answers OpenAI-compatible requests with `chat_model`: transformers' server behind our checks.
+def build_application(chat_model: ChatModel, config: ServeConfig) -> TransformersMiddleware:
+    """Build the ASGI application that answers OpenAI-compatible requests: transformers' server behind our checks.
 
+    `chat_model`: the loaded model with its tokenizer; `config`: the settings `serve.<name>`. By `serve.batching`:
     - without batching: one answer at a time, so that each has the seed of its own request;
-    - with batching: no request can choose how it is sampled. Sets the model to greedy decoding, unless the export's own settings
-      sample.
+    - with batching: no request can choose how its answer is sampled. Sets the model to greedy
+      decoding, unless the export's own settings sample.
     """
     # Imported here: the packages that it needs are checked first.
-    from launch.serve.compat import SingleModelManager, seed_by_request, text_server
+    from launch.serve.compat import SingleModelManager, build_text_server, set_seed_of_each_request
 
     manager = SingleModelManager(chat_model.name, chat_model.model, chat_model.tokenizer, chat_model.context_length)
-    server = text_server(manager, batching=config.batching)
+    server = build_text_server(manager, batching=config.batching)
     if not config.batching:
-        seed_by_request(chat_model.model)
+        set_seed_of_each_request(chat_model.model)
     elif not chat_model.samples_by_default:
         generation_config = chat_model.generation_config
         generation_config.do_sample = False
@@ -50,7 +51,7 @@ def application(chat_model: ChatModel, config: ServeConfig) -> TransformersMiddl
         context_length=chat_model.context_length,
         max_tokens=config.max_tokens,
         samples_by_default=chat_model.samples_by_default,
-        batching=config.batching,
+        batches_requests=config.batching,
     )
     middleware = TransformersMiddleware(server.application, served_model, config)
     middleware.close = server.shut_down

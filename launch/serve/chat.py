@@ -72,7 +72,7 @@ In the terminal: /new starts a new conversation, /quit or Ctrl-D ends chat, Ctrl
 def main(argv: list[str]) -> int:
     """Run `shardtune chat` with the arguments `argv`: one answer to a prompt, or a dialogue; returns the exit code.
 
-    Errors: ConfigError.
+    Raises ConfigError if an argument is wrong or a model cannot be loaded.
     """
     if asks_for_help(argv):
         show_help(USAGE)
@@ -80,26 +80,34 @@ def main(argv: list[str]) -> int:
     arguments, problems = read_arguments("chat", ChatArguments, argv)
     if problems:
         raise ConfigError(problems)
-    from launch.serve.exported import compare_base, find_export
+    from launch.serve.exported import check_base_of_export, find_export
 
     exported = find_export(arguments.export)
-    for line in compare_base(exported, accept="base" in arguments.accept):
+    for line in check_base_of_export(exported, accept="base" in arguments.accept):
         print(f"accepted: base: {line}", file=sys.stderr, flush=True)
     # What to compare with. A script wants the answer alone; in a terminal the base shows what the tuning has changed.
     is_for_people = sys.stdout.isatty() and not arguments.as_json
     against = arguments.against or ("base" if is_for_people else "none")
     other_export = None if against in ("base", "none") else find_export(against)
-    # The prompt: from the command line, else piped in, else (None) a dialogue in the terminal.
-    prompt = arguments.prompt
-    if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read().removesuffix("\n")
-    if prompt is not None and not prompt.strip():
-        raise ConfigError("the prompt is empty; give one in quotes, or pipe one in")
+    prompt = _prompt_of_command_or_pipe(arguments)
     conversations = _load_conversations(exported, other_export, against, arguments)
     if prompt is None:
         return _converse(conversations)
     _print_answers(conversations, prompt, as_json=arguments.as_json)
     return 0
+
+
+def _prompt_of_command_or_pipe(arguments: ChatArguments) -> str | None:
+    """The prompt of the command line, else the text that is piped in; None for a dialogue in the terminal.
+
+    Raises ConfigError if the prompt is empty.
+    """
+    prompt = arguments.prompt
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read().removesuffix("\n")
+    if prompt is not None and not prompt.strip():
+        raise ConfigError("the prompt is empty; give one in quotes, or pipe one in")
+    return prompt
 
 
 def _load_conversations(
@@ -150,13 +158,13 @@ def _print_answers(conversations: list[Conversation], prompt: str, *, as_json: b
     if as_json:
         answers = []
         for conversation in conversations:
-            # Generated first: `tokens` and `is_cut` are about the last answer.
+            # Generated first: `num_answer_tokens` and `is_cut` are about the last answer.
             text = "".join(conversation.stream_answer(prompt))
             answers.append(
                 {
                     "model": conversation.chat_model.name,
                     "text": text,
-                    "tokens": conversation.tokens,
+                    "tokens": conversation.num_answer_tokens,
                     "cut": conversation.is_cut,
                 }
             )
@@ -183,7 +191,7 @@ def _converse(conversations: list[Conversation]) -> int:
 
     names = " and ".join(conversation.chat_model.name for conversation in conversations)
     print(f"{names}; /new starts a new conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer")
-    if not conversations[-1].has_template:
+    if not conversations[-1].has_chat_template:
         print("(no chat template: the model continues what you type, and does not see earlier turns)")
     while True:
         try:

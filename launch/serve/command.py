@@ -76,25 +76,25 @@ def main(argv: list[str]) -> int:
             "and set serve.key_env=SERVE_KEY"
         )
     settings = [setting for setting in arguments.settings if not setting.startswith("serve.key=")]
-    config, _, unusable = read_setting_group("serve", ServeConfig(), settings, refuse_repeated=True)
+    config, _, unreadable_value_problems = read_setting_group("serve", ServeConfig(), settings, refuse_repeated=True)
     # Values are checked against each other only once each can be read.
-    problems += unusable or config.problems()
+    problems += unreadable_value_problems or config.problems()
     if problems:
         raise ConfigError(problems)
-    from launch.serve.exported import compare_base, find_export
+    from launch.serve.exported import check_base_of_export, find_export
 
     exported = find_export(arguments.export)
-    for line in compare_base(exported, accept="base" in arguments.accept):
+    for line in check_base_of_export(exported, accept="base" in arguments.accept):
         print(f"accepted: base: {line}", file=sys.stderr, flush=True)
     engine = choose_engine(config, exported)
     if arguments.dry_run or arguments.print_only or arguments.as_json:
-        return print_plan(exported, config, engine, arguments)
+        return print_serve_plan(exported, config, engine, arguments)
     if engine == "vllm":
-        return start_vllm(exported, config)
-    from launch.serve.app import refuse_missing_packages
+        return replace_process_by_vllm(exported, config)
+    from launch.serve.app import check_server_packages
     from launch.serve.run import serve
 
-    refuse_missing_packages()
+    check_server_packages()
     serve(exported, config)
     return 0
 
@@ -113,29 +113,29 @@ def choose_engine(config: ServeConfig, exported: ExportedModel) -> str:
     if config.engine == "transformers":
         return "transformers"
     if config.python is None:
-        is_installed = find_spec("vllm") is not None and shutil.which("vllm") is not None
+        is_vllm_installed = find_spec("vllm") is not None and shutil.which("vllm") is not None
     else:
         config.python = find_vllm_python(config.python)
-        is_installed = True
-    is_requested = config.engine == "vllm" or config.python is not None
+        is_vllm_installed = True
+    is_vllm_requested = config.engine == "vllm" or config.python is not None
     can_serve_export = vllm_command(exported, config) is not None
-    if is_requested and not is_installed:
+    if is_vllm_requested and not is_vllm_installed:
         raise ConfigError(
             "serve.engine=vllm: vLLM is not installed in this environment, and its releases up to 0.32 ask for an older "
             "transformers than shardtune; install it in an environment of its own and set serve.python=<its Python>, or set "
             "serve.engine=transformers"
         )
-    if is_requested and not can_serve_export:
+    if is_vllm_requested and not can_serve_export:
         raise ConfigError(
             f"serve.engine=vllm: vLLM takes no {exported.settings.get('peft_type', 'such')} adapter; export with merge=true, or "
             "serve.engine=transformers"
         )
-    return "vllm" if is_installed and can_serve_export else "transformers"
+    return "vllm" if is_vllm_installed and can_serve_export else "transformers"
 
 
-def print_plan(exported: ExportedModel, config: ServeConfig, engine: str, arguments: ServeArguments) -> int:
+def print_serve_plan(exported: ExportedModel, config: ServeConfig, engine: str, arguments: ServeArguments) -> int:
     """Print what `serve` would start (`--dry-run`), or the commands for vLLM and SGLang (`--print`); returns the exit code 0."""
-    from launch.serve.other_servers import compute_type_name, sglang_command, shell_text, vllm_command
+    from launch.serve.other_servers import as_shell_command, compute_type_name, sglang_command, vllm_command
 
     # Values of "vllm" and "sglang": the command as text, "" if the server does not take the adapter.
     plan = {
@@ -146,8 +146,8 @@ def print_plan(exported: ExportedModel, config: ServeConfig, engine: str, argume
         "dtype": compute_type_name(exported, config),
         "address": f"http://{config.host}:{config.port}/v1",
         "key": config.key_env,
-        "vllm": shell_text(vllm_command(exported, config)),
-        "sglang": shell_text(sglang_command(exported, config)),
+        "vllm": as_shell_command(vllm_command(exported, config)),
+        "sglang": as_shell_command(sglang_command(exported, config)),
     }
     if arguments.as_json:
         print_json(plan)
@@ -156,32 +156,35 @@ def print_plan(exported: ExportedModel, config: ServeConfig, engine: str, argume
         for name in ("vllm", "sglang"):
             print(plan[name] or f"# {name} takes no such adapter; export with merge=true")
         return 0
-    base = f" on {exported.base}" if exported.base else ""
-    key = f"the key in {config.key_env}" if config.key_env else "no key"
-    dtype = "" if plan["dtype"] == "auto" else f" in {plan['dtype']}"
-    print(f"would serve {plan['model']} ({exported.path}{base}) at {plan['address']} with {engine}{dtype}, {key}")
+    base_text = f" on {exported.base}" if exported.base else ""
+    key_text = f"the key in {config.key_env}" if config.key_env else "no key"
+    dtype_text = "" if plan["dtype"] == "auto" else f" in {plan['dtype']}"
+    print(
+        f"would serve {plan['model']} ({exported.path}{base_text}) at {plan['address']} "
+        f"with {engine}{dtype_text}, {key_text}"
+    )
     return 0
 
 
-def start_vllm(exported: ExportedModel, config: ServeConfig) -> int:
+def replace_process_by_vllm(exported: ExportedModel, config: ServeConfig) -> int:
     """Replace this process by vLLM, with our middleware in front of all its addresses; never returns."""
-    from launch.serve.other_servers import compute_type_name, shell_text, vllm_command, vllm_environment
-    from launch.serve.vllm_environment import gateway_directory
+    from launch.serve.other_servers import as_shell_command, compute_type_name, vllm_command, vllm_environment
+    from launch.serve.vllm_environment import create_gateway_directory
 
-    command = vllm_command(exported, config, middleware=True)
+    command = vllm_command(exported, config, with_middleware=True)
     assert command is not None  # `choose_engine` made sure
     environment = os.environ | vllm_environment(exported, config)
     if config.python is not None:
-        environment["PYTHONPATH"] = str(gateway_directory())
+        environment["PYTHONPATH"] = str(create_gateway_directory())
     print(f"computes in {compute_type_name(exported, config)} (serve.dtype)", flush=True)
-    print(f"starting {shell_text(command)}", flush=True)
+    print(f"starting {as_shell_command(command)}", flush=True)
     os.execvpe(command[0], command, environment)
 
 
 def print_serve_commands(directory: Path) -> None:
     """Print how to serve an export with shardtune, vLLM and SGLang; nothing for a model that does not generate text."""
     from launch.serve.exported import find_export
-    from launch.serve.other_servers import sglang_command, shell_text, vllm_command
+    from launch.serve.other_servers import as_shell_command, sglang_command, vllm_command
 
     try:
         exported = find_export(str(directory))
@@ -191,4 +194,4 @@ def print_serve_commands(directory: Path) -> None:
     commands = {"vLLM": vllm_command(exported, ServeConfig()), "SGLang": sglang_command(exported, ServeConfig())}
     for name, command in commands.items():
         if command is not None:
-            print(f"{name + ':':<8}{shell_text(command)}")
+            print(f"{name + ':':<8}{as_shell_command(command)}")

@@ -39,8 +39,8 @@ class SingleModelManager(ModelManager):
         """`context_length`: most tokens of a prompt and its answer together, which clients are told."""
         super().__init__()
         self.force_model = name
-        self._loaded = model, tokenizer
-        self._listed = {
+        self._model_and_tokenizer = model, tokenizer
+        self._model_entry = {
             "id": name,
             "object": "model",
             "created": 0,
@@ -57,11 +57,11 @@ class SingleModelManager(ModelManager):
         """The model and its tokenizer. Raises ValueError for any other name."""
         if model_id_and_revision != self.force_model:
             raise ValueError(f"this server has {self.force_model} alone")
-        return self._loaded
+        return self._model_and_tokenizer
 
     def list_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
         """The one model, in OpenAI's form."""
-        return [self._listed]
+        return [self._model_entry]
 
 
 class TextServer(NamedTuple):
@@ -73,28 +73,28 @@ class TextServer(NamedTuple):
     """Ends the threads that generate."""
 
 
-def text_server(manager: SingleModelManager, *, batching: bool) -> TextServer:
+def build_text_server(manager: SingleModelManager, *, batching: bool) -> TextServer:
     """transformers' server that answers chats and completions with the one model of `manager`.
 
     `batching`: many requests are computed at once. Uses `build_server`, `GenerationState` and the handlers of chats and
-    completions. A request's seed travels with the request's own settings; `seed_by_request` has it take effect.
+    completions. A request's seed travels with the request's own settings; `set_seed_of_each_request` has it take effect.
     """
     logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)  # else a warning for each request
     state = GenerationState(continuous_batching=batching)
-    closed: Any = _ClosedHandler()  # has the one method that the server calls of the handlers it stands for
+    closed_handler: Any = _ClosedHandler()  # has the one method that the server calls of the handlers it stands for
     application = build_server(
         manager,
-        chat_handler=_keeping_seed(ChatCompletionHandler)(manager, state),
-        completion_handler=_keeping_seed(CompletionHandler)(manager, state),
-        response_handler=closed,
-        transcription_handler=closed,
-        systemone_handler=closed,
+        chat_handler=_subclass_keeping_seed(ChatCompletionHandler)(manager, state),
+        completion_handler=_subclass_keeping_seed(CompletionHandler)(manager, state),
+        response_handler=closed_handler,
+        transcription_handler=closed_handler,
+        systemone_handler=closed_handler,
         generation_state=state,
     )
     return TextServer(application, state.shutdown)
 
 
-def _keeping_seed(handler: type[BaseHandler]) -> Any:
+def _subclass_keeping_seed(handler: type[BaseHandler]) -> Any:
     """A subclass of transformers' handler that does not seed the process when a request arrives, but keeps the seed for later.
 
     Another answer may be being generated when a request arrives, and there is one seed for the whole process. Overrides
@@ -112,7 +112,7 @@ def _keeping_seed(handler: type[BaseHandler]) -> Any:
     return Seeded
 
 
-def seed_by_request(model: Any) -> None:
+def set_seed_of_each_request(model: Any) -> None:
     """Make a model's `generate` set the seed of the request that it answers. For a server that answers one after the other.
 
     Replaces `generate` of this one model: the server calls it in a thread of its own, with no hook before it.

@@ -11,7 +11,7 @@ from enum import StrEnum
 from strategies.settings import number, setting_metadata
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 class EngineKind(StrEnum):
@@ -74,15 +74,15 @@ class ServeConfig:
                 "serve.key_env: is no name of an environment variable (and not shown, since it may be a key); put the key into a "
                 "variable, as SERVE_KEY, and set serve.key_env=SERVE_KEY"
             )
-        elif self.key_env is not None and not self.key:
+        elif self.key_env is not None and not self.api_key:
             yield f"serve.key_env={self.key_env}: this environment variable is not set, or empty; export it"
-        elif self.key_env is None and self.host not in LOOPBACK:
+        elif self.key_env is None and self.host not in LOOPBACK_HOSTS:
             yield (
                 f"serve.host={self.host}: others can reach this address, so clients must send a key; put one into a variable "
                 "and set serve.key_env=<its name>"
             )
 
     @property
-    def key(self) -> str:
+    def api_key(self) -> str:
         """The API key that clients must send; empty if they need none."""
         return os.environ.get(self.key_env or "", "")

@@ -32,14 +32,14 @@ class Conversation:
     chat_model: ChatModel
     settings: ChatSettings
     messages: list[dict[str, str]] = field(default_factory=list)
-    tokens: int = 0
+    num_answer_tokens: int = 0
     """Number of tokens in the last answer."""
     is_cut: bool = False
     """Whether the last answer reached `max_tokens`."""
-    _stop: threading.Event = field(default_factory=threading.Event)
+    _stop_requested: threading.Event = field(default_factory=threading.Event)
 
     @property
-    def has_template(self) -> bool:
+    def has_chat_template(self) -> bool:
         """Whether the model takes turns: it has a chat template."""
         return self.chat_model.tokenizer.chat_template is not None
 
@@ -56,7 +56,7 @@ class Conversation:
 
     def stop(self) -> None:
         """End the answer that is being generated, after its next token."""
-        self._stop.set()
+        self._stop_requested.set()
 
     def stream_answer(self, prompt: str) -> Iterator[str]:
         """Generate the answer to a prompt and yield it in pieces; at its end the turn is added to `messages`.
@@ -74,12 +74,12 @@ class Conversation:
                 f"the prompt has {len(prompt_ids)} tokens and {self.chat_model.name} takes {context_length}, "
                 f"its answer included; {remedy}"
             )
-        self._stop.clear()
+        self._stop_requested.clear()
         pieces = []
         for piece in self._generate(prompt_ids, min(max_answer_tokens, self.settings.max_tokens)):
             pieces.append(piece)
             yield piece
-        if self.has_template:
+        if self.has_chat_template:
             self.messages[:] = [*messages, {"role": "assistant", "content": "".join(pieces)}]
 
     def _prompt_ids(self, messages: list[dict[str, str]], prompt: str) -> list[int]:
@@ -91,7 +91,7 @@ class Conversation:
         """
         tokenizer = self.chat_model.tokenizer
         system = self.settings.system
-        if not self.has_template:
+        if not self.has_chat_template:
             return list(tokenizer(f"{system}\n{prompt}" if system else prompt)["input_ids"])
         if system:
             messages = [{"role": "system", "content": system}, *messages]
@@ -105,21 +105,22 @@ class Conversation:
     def _generate(self, prompt_ids: list[int], max_tokens: int) -> Iterator[str]:
         """Generate up to `max_tokens` tokens in a thread, and yield the text as it comes.
 
-        At the end it sets `tokens` (their number) and `is_cut` (whether the answer was cut off at `max_tokens`). If the reader
-        stops early, the thread is stopped too. Errors: those of generating.
+        At the end it sets `num_answer_tokens` and `is_cut` (whether the answer was cut off at `max_tokens`). If the reader
+        stops early, the thread is stopped too. An error of the thread is raised here.
         """
         import torch
         from transformers import StoppingCriteriaList, TextIteratorStreamer
 
         model = self.chat_model.model
-        stop = self._stop
+        stop_requested = self._stop_requested
         streamer = TextIteratorStreamer(self.chat_model.tokenizer, skip_prompt=True, skip_special_tokens=True)
         inputs = torch.tensor([prompt_ids], device=model.device)
         outputs: list[Any] = []
         errors: list[BaseException] = []
 
-        def until_stopped(generated: Any, scores: Any, **_: Any) -> Any:
-            return torch.full((len(generated),), stop.is_set(), device=generated.device)
+        def stop_if_requested(generated: Any, scores: Any, **_: Any) -> Any:
+            """transformers' stopping criterion: for each sequence, whether it ends now."""
+            return torch.full((len(generated),), stop_requested.is_set(), device=generated.device)
 
         def generate() -> None:
             """Generate into the streamer; keep the token ids in `outputs`, or the error in `errors`."""
@@ -129,14 +130,13 @@ class Conversation:
                     attention_mask=torch.ones_like(inputs),
                     generation_config=self._generation_config(max_tokens),
                     streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([until_stopped]),
+                    stopping_criteria=StoppingCriteriaList([stop_if_requested]),
                 )
                 outputs.append(output)
             except BaseException as error:  # noqa: BLE001 - raised again where the pieces are read
                 errors.append(error)
                 streamer.end()  # else the reader would wait for ever
 
-        # Generate, and yield.
         torch.manual_seed(self.settings.seed)
         thread = threading.Thread(target=generate, name=f"writing {self.chat_model.name}", daemon=True)
         thread.start()
@@ -144,14 +144,14 @@ class Conversation:
             yield from streamer
         finally:
             # Also if the reader gives up in the middle of the answer.
-            stop.set()
+            stop_requested.set()
             thread.join()
         if errors:
             raise errors[0]
         output_ids = outputs[0]  # (1, tokens of the prompt and the answer)
-        self.tokens = output_ids.shape[1] - len(prompt_ids)
+        self.num_answer_tokens = output_ids.shape[1] - len(prompt_ids)
         end_tokens = self.chat_model.generation_config.eos_token_id or []
-        self.is_cut = self.tokens >= max_tokens and int(output_ids[0, -1]) not in end_tokens
+        self.is_cut = self.num_answer_tokens >= max_tokens and int(output_ids[0, -1]) not in end_tokens
 
     def _generation_config(self, max_tokens: int) -> Any:
         """The generation settings for one answer: the model's own, with `max_tokens` and the temperature of this chat."""

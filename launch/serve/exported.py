@@ -13,7 +13,7 @@ from trainer.tuning.adapter_fields import wrong_type_message
 ADAPTER_FILE = "adapter_config.json"
 BOTTLENECK_FILE = "bottleneck_config.json"
 MODEL_FILE = "config.json"
-UNSERVABLE_TASKS = {
+REASON_BY_UNSERVABLE_TASK = {
     "SEQ_CLS": "a classifier, which writes nothing",
     "SEQ_2_SEQ_LM": "an encoder-decoder model, which no server here takes",
 }
@@ -33,13 +33,13 @@ class ExportedModel:
     """The adapter's settings, or the model's."""
 
     @property
-    def is_plain_lora(self) -> bool:
+    def is_lora_without_extras(self) -> bool:
         """Whether it is a LoRA adapter without extras, which vLLM and SGLang can load."""
         return self.base is not None and self.settings.get("peft_type") == "LORA" and not self.settings.get("use_dora")
 
 
-def compare_base(exported: ExportedModel, *, accept: bool) -> list[str]:
-    """How the base model of an adapter differs from the one that it was trained on, as lines for the user.
+def check_base_of_export(exported: ExportedModel, *, accept: bool) -> list[str]:
+    """Compare the base model of an adapter with the one that it was trained on; returns the differences, one line each.
 
     Empty for a whole model, and for a base that is not on this machine: loading it will fail with a message of its own.
     Raises ConfigError that names the files, if the base differs and `accept` is False.
@@ -104,34 +104,37 @@ def find_export(argument: str) -> ExportedModel:
     raise ConfigError(f"{path}: holds neither {MODEL_FILE} nor {ADAPTER_FILE}; name a run or an export")
 
 
-def _read_export(path: Path, file: str, name: str) -> ExportedModel:
+def _read_export(path: Path, settings_file: str, name: str) -> ExportedModel:
     """Read the settings of an export in a directory. `name`: what the export is called.
 
-    `file`: its settings file, which tells its kind: `MODEL_FILE` for a whole model, else an adapter, which has a base model.
-    Errors: ConfigError if it cannot be served.
+    `settings_file`: its name, which tells the kind of the export: `MODEL_FILE` for a whole model, else
+    an adapter, which has a base model.
+    Raises ConfigError if the export cannot be served.
     """
     check_files_read_by_libraries(path)
-    settings = read_json_object(path / file)
-    if file == ADAPTER_FILE and (wrong := wrong_type_message(settings)) is not None:
-        raise ConfigError(f"{path / file}: has {wrong}; write the adapter again")
-    if file == MODEL_FILE:
+    settings = read_json_object(path / settings_file)
+    if settings_file == ADAPTER_FILE and (wrong := wrong_type_message(settings)) is not None:
+        raise ConfigError(f"{path / settings_file}: has {wrong}; write the adapter again")
+    if settings_file == MODEL_FILE:
         base = None
         task_type = _task_type(settings)
     else:
         base = settings.get("base_model_name_or_path")
         task_type = settings.get("task_type")
         if not base:
-            raise ConfigError(f"{path / file}: names no base model (base_model_name_or_path); export with merge=true")
+            raise ConfigError(
+                f"{path / settings_file}: names no base model (base_model_name_or_path); export with merge=true"
+            )
         if not isinstance(base, str) or base.startswith("-"):  # a server would take that for one of its own options
             raise ConfigError(
-                f"{path / file}: base_model_name_or_path={str(base)[:80]!r} is no directory and no hub id; "
+                f"{path / settings_file}: base_model_name_or_path={str(base)[:80]!r} is no directory and no hub id; "
                 "write the adapter again"
             )
         if Path(base).is_dir():
             check_files_read_by_libraries(Path(base))
-    if task_type in UNSERVABLE_TASKS:
-        raise ConfigError(f"{path}: is {UNSERVABLE_TASKS[task_type]}; shardtune evaluate asks such models")
-    return ExportedModel(path, name, base, settings)
+    if task_type in REASON_BY_UNSERVABLE_TASK:
+        raise ConfigError(f"{path}: is {REASON_BY_UNSERVABLE_TASK[task_type]}; shardtune evaluate asks such models")
+    return ExportedModel(path=path, name=name, base=base, settings=settings)
 
 
 def _task_type(settings: dict[str, Any]) -> str | None:

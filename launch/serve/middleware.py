@@ -9,7 +9,7 @@ import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from launch.serve.config import LOOPBACK, ServeConfig
+from launch.serve.config import LOOPBACK_HOSTS, ServeConfig
 from launch.serve.requests import CHAT_PATH, COMPLETION_PATH, RefusedRequest, ServedTextModel, check_request
 from launch.serve.stops import StopCuttingStream
 
@@ -17,7 +17,7 @@ Message = dict[str, Any]
 """A message of ASGI, the interface between Python's web servers and applications. A `scope` has the same type."""
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-OPEN_PATHS = {"/health": "GET", "/v1/models": "GET", CHAT_PATH: "POST", COMPLETION_PATH: "POST"}
+METHOD_BY_OPEN_PATH = {"/health": "GET", "/v1/models": "GET", CHAT_PATH: "POST", COMPLETION_PATH: "POST"}
 """The only addresses that are answered. The application has others, for example to load and unload models."""
 
 
@@ -27,7 +27,7 @@ class GatewayMiddleware:
     def __init__(self, app: Any, config: ServeConfig) -> None:
         self.app = app
         self.config = config
-        self.key = config.key
+        self.api_key = config.api_key
         self.active_requests = 0
         """Requests that are answered or wait."""
 
@@ -40,19 +40,19 @@ class GatewayMiddleware:
             await send({"type": "websocket.close", "code": 1008})
             return
         try:
-            await self._answer(scope, receive, send)
+            await self._handle_http_request(scope, receive, send)
         except RefusedRequest as refused:
             await _send_refusal(send, refused)
 
-    async def _answer(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def _handle_http_request(self, scope: Message, receive: Receive, send: Send) -> None:
         """Admit a request, check its body, and pass it on to the application. Raises RefusedRequest.
 
         Raises it with status 429 if `serve.max_requests` requests with a body are under way already.
         """
-        headers = {}
+        headers = {}  # by name in lower case
         for name, value in scope["headers"]:
             headers[name.decode("latin-1").lower()] = value.decode("latin-1")
-        self._admit(scope["path"], scope["method"], headers)
+        self._check_access(scope["path"], scope["method"], headers)
         if scope["method"] == "GET":
             await self.app(scope, receive, send)
             return
@@ -62,32 +62,41 @@ class GatewayMiddleware:
             )
         self.active_requests += 1
         try:
-            content = await self._body(receive, headers)
-            checked_body = self._checked_body(scope["path"], content)
+            content = await self._receive_body(receive, headers)
+            checked_body = self._parse_body(scope["path"], content)
             await self._call_application(scope, receive, send, checked_body)
         finally:
             self.active_requests -= 1
 
-    def _admit(self, path: str, method: str, headers: dict[str, str]) -> None:
-        """Refuse an unknown address or method, a missing or wrong key, and a foreign Host header. Raises RefusedRequest."""
-        if path not in OPEN_PATHS:
-            raise RefusedRequest(404, f"{path}: there is no such address here; there are {', '.join(OPEN_PATHS)}")
-        if method != OPEN_PATHS[path]:
-            raise RefusedRequest(405, f"{method} {path}: is asked with {OPEN_PATHS[path]}")
-        if self.key and path != "/health":
+    def _check_access(self, path: str, method: str, headers: dict[str, str]) -> None:
+        """Raise RefusedRequest for a request that may not use this server.
+
+        - an unknown address: status 404; its wrong method: 405;
+        - a missing or wrong API key, except at /health: 401;
+        - a Host header of another machine, if the server has no key: 403.
+        """
+        if path not in METHOD_BY_OPEN_PATH:
+            raise RefusedRequest(
+                404, f"{path}: there is no such address here; there are {', '.join(METHOD_BY_OPEN_PATH)}"
+            )
+        if method != METHOD_BY_OPEN_PATH[path]:
+            raise RefusedRequest(405, f"{method} {path}: is asked with {METHOD_BY_OPEN_PATH[path]}")
+        if self.api_key and path != "/health":
             scheme, _, sent_key = headers.get("authorization", "").partition(" ")
             # compare_digest takes the same time wherever two keys differ, so that a key cannot be guessed letter by letter.
-            is_right_key = hmac.compare_digest(sent_key.strip().encode(), self.key.encode())
+            is_right_key = hmac.compare_digest(sent_key.strip().encode(), self.api_key.encode())
             if scheme.lower() != "bearer" or not is_right_key:
                 raise RefusedRequest(
                     401, "the key is missing or wrong; send Authorization: Bearer <key>", code="invalid_api_key"
                 )
         # A page in a browser on this machine may have its own name point here (DNS rebinding).
         host = re.sub(r":\d+$", "", headers.get("host", "")).strip("[]")
-        if not self.key and host not in LOOPBACK:
-            raise RefusedRequest(403, f"this server without a key answers to {', '.join(LOOPBACK)}, not to {host!r}")
+        if not self.api_key and host not in LOOPBACK_HOSTS:
+            raise RefusedRequest(
+                403, f"this server without a key answers to {', '.join(LOOPBACK_HOSTS)}, not to {host!r}"
+            )
 
-    async def _body(self, receive: Receive, headers: dict[str, str]) -> bytes:
+    async def _receive_body(self, receive: Receive, headers: dict[str, str]) -> bytes:
         """Receive the whole body of a request. Raises RefusedRequest if it is no JSON by its header, or too large."""
         content_type = headers.get("content-type", "").partition(";")[0]
         if content_type.strip().lower() != "application/json":
@@ -105,7 +114,7 @@ class GatewayMiddleware:
             if not message.get("more_body"):
                 return content
 
-    def _checked_body(self, path: str, content: bytes) -> dict[str, Any]:
+    def _parse_body(self, path: str, content: bytes) -> dict[str, Any]:
         """Parse the body of a request as JSON; subclasses also check its fields. Raises RefusedRequest."""
         try:
             body = json.loads(content)
@@ -115,7 +124,7 @@ class GatewayMiddleware:
             raise RefusedRequest(400, f"the body must be a JSON object, not {type(body).__name__}")
         return body
 
-    def _response_sender(self, send: Send, request_body: dict[str, Any]) -> _RefusalFormatter:
+    def _wrap_send(self, send: Send, request_body: dict[str, Any]) -> _RefusalFormatter:
         """Wrap `send`, so that answers can be changed on their way out. `request_body`: what the application was given."""
         return _RefusalFormatter(send)
 
@@ -135,7 +144,7 @@ class GatewayMiddleware:
             body_sent = True
             return {"type": "http.request", "body": content, "more_body": False}
 
-        await self.app({**scope, "headers": headers}, receive_checked_body, self._response_sender(send, body))
+        await self.app({**scope, "headers": headers}, receive_checked_body, self._wrap_send(send, body))
 
 
 class TransformersMiddleware(GatewayMiddleware):
@@ -147,10 +156,10 @@ class TransformersMiddleware(GatewayMiddleware):
         self.close: Callable[[], None] = lambda: None
         """Ends the threads that generate answers, once the server has stopped."""
 
-    def _checked_body(self, path: str, content: bytes) -> dict[str, Any]:
-        return check_request(path, super()._checked_body(path, content), self.served)
+    def _parse_body(self, path: str, content: bytes) -> dict[str, Any]:
+        return check_request(path, super()._parse_body(path, content), self.served)
 
-    def _response_sender(self, send: Send, request_body: dict[str, Any]) -> _RefusalFormatter:
+    def _wrap_send(self, send: Send, request_body: dict[str, Any]) -> _RefusalFormatter:
         if "stop" not in request_body:
             return _RefusalFormatter(send)
         if request_body["stream"]:
@@ -169,8 +178,8 @@ class VllmMiddleware(GatewayMiddleware):
         settings = json.loads(os.environ["SHARDTUNE_SERVE"])
         super().__init__(app, ServeConfig(**settings))
 
-    def _checked_body(self, path: str, content: bytes) -> dict[str, Any]:
-        body = super()._checked_body(path, content)
+    def _parse_body(self, path: str, content: bytes) -> dict[str, Any]:
+        body = super()._parse_body(path, content)
         if body.setdefault("model", self.config.name) != self.config.name:
             message = f"model: there is no {body['model']!r} here; this server has {self.config.name!r} alone"
             raise RefusedRequest(404, message, "model", "model_not_found")
@@ -182,8 +191,9 @@ class _RefusalFormatter:
 
     def __init__(self, send: Send) -> None:
         self.send = send
-        self._start: Message | None = None
-        self._content = b""
+        self._start_message: Message | None = None
+        """The first message of an answer that is kept until it is complete; None if the answer is passed on as it comes."""
+        self._buffered_body = b""
 
     async def __call__(self, message: Message) -> None:
         """Take a message of the application: pass it on, or keep the answer until it is complete and send it rewritten.
@@ -191,19 +201,19 @@ class _RefusalFormatter:
         An answer is one message that begins it, with status and headers, and one or more with its body.
         """
         if message["type"] == "http.response.start" and self._must_be_buffered(message):
-            self._start = message
+            self._start_message = message
             return
-        if self._start is None:  # the answer is passed on as it comes
+        if self._start_message is None:  # the answer is passed on as it comes
             await self.send(message)
             return
-        self._content += message.get("body", b"")
+        self._buffered_body += message.get("body", b"")
         is_complete = not message.get("more_body")
         if not is_complete:
             return
-        body = self.rewrite_body(self._start["status"], self._content)
-        headers = [header for header in self._start["headers"] if header[0].lower() != b"content-length"]
+        body = self.rewrite_body(self._start_message["status"], self._buffered_body)
+        headers = [header for header in self._start_message["headers"] if header[0].lower() != b"content-length"]
         headers.append((b"content-length", str(len(body)).encode()))
-        await self.send({**self._start, "headers": headers})
+        await self.send({**self._start_message, "headers": headers})
         await self.send({"type": "http.response.body", "body": body})
 
     def _must_be_buffered(self, start_message: Message) -> bool:
@@ -237,7 +247,7 @@ class _StopCuttingResponse(_RefusalFormatter):
         super().__init__(send)
         self.stops = stops
 
-    def _must_be_buffered(self, begin: Message) -> bool:
+    def _must_be_buffered(self, start_message: Message) -> bool:
         return True
 
     def rewrite_body(self, status: int, content: bytes) -> bytes:

@@ -30,8 +30,10 @@ class ChatModel:
 
 
 def load_chat_model(exported: ExportedModel, *, device: str = "auto", dtype: str = "auto") -> ChatModel:
-    """Load an exported model with its tokenizer. Errors: ConfigError if files, base or device are not there."""
-    return _load(exported.name, exported.path, exported.base, device, dtype)
+    """Load an exported model with its tokenizer. Raises ConfigError if its files, its base or the device are missing."""
+    return _load_from_directory(
+        exported.path, name=exported.name, base=exported.base, device_setting=device, dtype_name=dtype
+    )
 
 
 def load_base_chat_model(exported: ExportedModel, *, device: str = "auto", dtype: str = "auto") -> ChatModel | None:
@@ -40,7 +42,7 @@ def load_base_chat_model(exported: ExportedModel, *, device: str = "auto", dtype
     None if it is not known or not on this machine. A base without a chat template gets that of the export, so that both answer
     the same prompt.
     """
-    path = exported.base or _base_of_run(exported.path)
+    path = exported.base or _base_path_of_run(exported.path)
     if path is None:
         return None
     if not Path(path).expanduser().is_dir():
@@ -50,18 +52,18 @@ def load_base_chat_model(exported: ExportedModel, *, device: str = "auto", dtype
             path = snapshot_download(path, local_files_only=True)
         except Exception:  # noqa: BLE001 - whatever the hub's client says of it, it is not here
             return None
-    base = _load("base", Path(path), None, device, dtype)
+    base = _load_from_directory(Path(path), name="base", base=None, device_setting=device, dtype_name=dtype)
     if base.tokenizer.chat_template is None:
         from transformers import AutoTokenizer
 
         export_tokenizer = AutoTokenizer.from_pretrained(exported.path, local_files_only=True)
         base.tokenizer.chat_template = export_tokenizer.chat_template
         # The template decides which token ends a turn.
-        base.generation_config.eos_token_id = _end_tokens(base.tokenizer, base.generation_config)
+        base.generation_config.eos_token_id = _end_token_ids_or_none(base.tokenizer, base.generation_config)
     return base
 
 
-def _base_of_run(export_dir: Path) -> str | None:
+def _base_path_of_run(export_dir: Path) -> str | None:
     """`model.path` of the run in whose directory an export lies; None if it lies in none, or if that cannot be read."""
     import yaml
 
@@ -75,31 +77,33 @@ def _base_of_run(export_dir: Path) -> str | None:
     return str(base) if base else None
 
 
-def _load(name: str, path: Path, base: str | None, device: str, dtype: str) -> ChatModel:
+def _load_from_directory(path: Path, *, name: str, base: str | None, device_setting: str, dtype_name: str) -> ChatModel:
     """Load a model and its tokenizer without the network, and set its generation settings for requests.
 
     If the export's own settings sample, they stay. Else they become plain sampling (temperature 1, no top_p or top_k), which a
-    request can change or turn off. `base`: the base model if `path` is an adapter, for messages. Errors: ConfigError.
+    request can change or turn off. `base`: the base model if `path` is an adapter, for messages.
+    Raises ConfigError if the files or the device cannot be used.
     """
+    import torch
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     from trainer.export.load import load_export
 
     logging.set_verbosity_error()  # else lines about settings that do not matter while an answer is shown
-    torch_device = chosen_device(device)
-    weights_dtype = dtype if dtype == "auto" else _torch_dtype(dtype)
+    device = usable_torch_device(device_setting)
+    dtype = dtype_name if dtype_name == "auto" else getattr(torch, dtype_name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        model = load_export(path, dtype=weights_dtype, for_generation=True).to(torch_device)
+        model = load_export(path, dtype=dtype, for_generation=True).to(device)
     except (OSError, ValueError) as error:
         base_text = f" on the base {base}" if base else ""
         raise ConfigError(f"{path}: cannot be loaded{base_text} ({' '.join(str(error).split())[:300]})") from error
-    # A copy, with all that generation needs.
+    # A copy, with every token id that generation needs.
     generation_config = copy.deepcopy(model.generation_config)
     model.generation_config = generation_config
     samples_by_default = bool(generation_config.do_sample)
-    generation_config.eos_token_id = _end_tokens(tokenizer, generation_config)
+    generation_config.eos_token_id = _end_token_ids_or_none(tokenizer, generation_config)
     if generation_config.pad_token_id is None:
         generation_config.pad_token_id = tokenizer.pad_token_id
     if generation_config.pad_token_id is None:
@@ -110,31 +114,31 @@ def _load(name: str, path: Path, base: str | None, device: str, dtype: str) -> C
         generation_config.temperature = 1.0
         generation_config.top_p = 1.0
         generation_config.top_k = 0
-    return ChatModel(name, model, tokenizer, context_length_of(model), samples_by_default)
+    return ChatModel(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        context_length=model_context_length(model),
+        samples_by_default=samples_by_default,
+    )
 
 
-def _end_tokens(tokenizer: Any, generation_config: Any) -> list[int] | None:
+def _end_token_ids_or_none(tokenizer: Any, generation_config: Any) -> list[int] | None:
     """The ids of the tokens that end an answer; None if there are none."""
     from trainer.export.end_tokens import end_token_ids
 
     return end_token_ids(tokenizer, generation_config) or None
 
 
-def _torch_dtype(name: str) -> Any:
-    import torch
-
-    return getattr(torch, name)
-
-
-def chosen_device(requested: str) -> Any:
-    """The torch device for `auto`, `cpu`, `cuda` or `cuda:<n>`. Errors: ConfigError if this machine has none of the kind."""
+def usable_torch_device(requested: str) -> Any:
+    """The torch device for `auto`, `cpu`, `cuda` or `cuda:<n>`. Raises ConfigError if this machine has none of that kind."""
     import torch
 
     if requested == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(requested)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device)  # fails if the device is missing, of which torch.device knows nothing
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"device={requested}: cannot be used here ({' '.join(str(error).split())[:120]}); auto, cpu, cuda or cuda:<n>"
@@ -142,7 +146,7 @@ def chosen_device(requested: str) -> Any:
     return device
 
 
-def context_length_of(model: Any) -> int:
+def model_context_length(model: Any) -> int:
     """Most tokens that a prompt and its answer may have together; 2**31 if the model's config states no limit."""
     from trainer.model.architecture import text_model_config
 

@@ -12,24 +12,25 @@ from launch.serve.config import ServeConfig, ServedType
 from launch.serve.exported import MODEL_FILE, ExportedModel, stored_type_name
 from strategies.small_files import read_json_object
 
-VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_MAX_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM makes room for."""
 VLLM_MODULE = "vllm.entrypoints.cli.main"
 """The module behind vLLM's command `vllm`."""
-MIDDLEWARE = "launch.serve.middleware.VllmMiddleware"
+VLLM_MIDDLEWARE_CLASS = "launch.serve.middleware.VllmMiddleware"
 
 
-def vllm_command(exported: ExportedModel, config: ServeConfig, *, middleware: bool = False) -> list[str] | None:
-    """The command that serves an export with vLLM: a whole model, or a plain LoRA adapter on its base; None for other adapters.
+def vllm_command(exported: ExportedModel, config: ServeConfig, *, with_middleware: bool = False) -> list[str] | None:
+    """The command that serves an export with vLLM: a whole model, or a LoRA adapter without extras on its base.
 
-    `middleware`: with our checks in front of all addresses. The key is not in the command: vLLM reads VLLM_API_KEY.
+    None for any other adapter, which vLLM cannot load.
+    `with_middleware`: with our checks in front of all addresses. The key is not in the command: vLLM reads VLLM_API_KEY.
     """
     name = config.name or exported.name
-    vllm = ["vllm"] if config.python is None else [config.python, "-m", VLLM_MODULE]
+    vllm_program = ["vllm"] if config.python is None else [config.python, "-m", VLLM_MODULE]
     if exported.base is None:
-        command = [*vllm, "serve", str(exported.path), "--served-model-name", name]
-    elif exported.is_plain_lora:
-        command = [*vllm, "serve", exported.base, *_vllm_adapter_arguments(exported, name)]
+        command = [*vllm_program, "serve", str(exported.path), "--served-model-name", name]
+    elif exported.is_lora_without_extras:
+        command = [*vllm_program, "serve", exported.base, *_vllm_adapter_arguments(exported, name)]
     else:
         return None
     # An adapter's own generation settings; else vLLM would take those of the base.
@@ -37,18 +38,18 @@ def vllm_command(exported: ExportedModel, config: ServeConfig, *, middleware: bo
         command += ["--generation-config", str(exported.path)]
     command += ["--host", config.host, "--port", str(config.port)]
     command += ["--override-generation-config", json.dumps({"max_new_tokens": config.max_tokens})]
-    command += _type_arguments(exported, config)
-    return [*command, "--middleware", MIDDLEWARE] if middleware else command
+    command += _dtype_arguments(exported, config)
+    return [*command, "--middleware", VLLM_MIDDLEWARE_CLASS] if with_middleware else command
 
 
 def _vllm_adapter_arguments(exported: ExportedModel, name: str) -> list[str]:
     """The arguments by which vLLM serves a LoRA adapter as `name`, beside its base as `<name>-base`."""
     lora_rank = int(exported.settings.get("r", 8))
-    max_rank = next((rank for rank in VLLM_LORA_RANKS if rank >= lora_rank), VLLM_LORA_RANKS[-1])
+    max_rank = next((rank for rank in VLLM_MAX_LORA_RANKS if rank >= lora_rank), VLLM_MAX_LORA_RANKS[-1])
     adapter = json.dumps({"name": name, "path": str(exported.path)})
     arguments = ["--tokenizer", str(exported.path), "--served-model-name", f"{name}-base"]
     arguments += ["--enable-lora", "--max-lora-rank", str(max_rank), "--lora-modules", adapter]
-    position_overrides = _position_overrides(exported)
+    position_overrides = _position_overrides_json(exported)
     if position_overrides is not None:
         arguments += ["--hf-overrides", position_overrides]
     return arguments
@@ -63,12 +64,12 @@ def sglang_command(exported: ExportedModel, config: ServeConfig) -> list[str] | 
     command = ["python", "-m", "sglang.launch_server", "--model-path", exported.base or str(exported.path)]
     if exported.base is None:
         command += ["--served-model-name", name]
-    elif exported.is_plain_lora and _position_overrides(exported) is None:
+    elif exported.is_lora_without_extras and _position_overrides_json(exported) is None:
         command += ["--tokenizer-path", str(exported.path), "--enable-lora", "--lora-paths", f"{name}={exported.path}"]
     else:
         return None
     command += ["--host", config.host, "--port", str(config.port)]
-    return command + _type_arguments(exported, config)
+    return command + _dtype_arguments(exported, config)
 
 
 def compute_type_name(exported: ExportedModel, config: ServeConfig) -> str:
@@ -79,13 +80,16 @@ def compute_type_name(exported: ExportedModel, config: ServeConfig) -> str:
     return stored if stored in tuple(ServedType) else str(ServedType.auto)
 
 
-def _type_arguments(exported: ExportedModel, config: ServeConfig) -> list[str]:
-    """The type as an argument of vLLM or SGLang. Left to themselves, both compute a float32 model in 16 bits."""
+def _dtype_arguments(exported: ExportedModel, config: ServeConfig) -> list[str]:
+    """The arguments of vLLM or SGLang that set the type: ["--dtype", "float32"]; empty if the type is not known.
+
+    Left to themselves, both compute a float32 model in 16 bits.
+    """
     dtype = compute_type_name(exported, config)
     return [] if dtype == ServedType.auto else ["--dtype", dtype]
 
 
-def _position_overrides(exported: ExportedModel) -> str | None:
+def _position_overrides_json(exported: ExportedModel) -> str | None:
     """The position settings that an adapter was trained with, as JSON for vLLM's `--hf-overrides`; None if they are the base's.
 
     An adapter that was trained on longer documents than its base allows has a config.json of its own. An example:
@@ -95,17 +99,17 @@ def _position_overrides(exported: ExportedModel) -> str | None:
         return None
     settings = read_json_object(exported.path / MODEL_FILE)
     text_settings = settings.get("text_config") or settings
-    positions = {}
+    position_settings = {}
     for name in ("max_position_embeddings", "rope_parameters"):
         if name in text_settings:
-            positions[name] = text_settings[name]
-    if not positions:
+            position_settings[name] = text_settings[name]
+    if not position_settings:
         return None
-    return json.dumps({"text_config": positions} if "text_config" in settings else positions)
+    return json.dumps({"text_config": position_settings} if "text_config" in settings else position_settings)
 
 
-def shell_text(arguments: list[str] | None) -> str:
-    """A command as it is typed in a shell; empty for None."""
+def as_shell_command(arguments: list[str] | None) -> str:
+    """A command as it is typed in a shell: ["vllm", "serve", "a b"] -> "vllm serve 'a b'"; an empty text for None."""
     import shlex
 
     return "" if arguments is None else shlex.join(arguments)
@@ -113,14 +117,14 @@ def shell_text(arguments: list[str] | None) -> str:
 
 def vllm_environment(exported: ExportedModel, config: ServeConfig) -> dict[str, str]:
     """Environment variables that configure vLLM, and our middleware within vLLM's process."""
-    settings: dict[str, Any] = {
+    middleware_settings: dict[str, Any] = {
         "max_requests": config.max_requests,
         "max_body_kib": config.max_body_kib,
         "host": config.host,
         "key_env": config.key_env,
         "name": config.name or exported.name,
     }
-    environment = {"SHARDTUNE_SERVE": json.dumps(settings)}
-    if config.key:
-        environment["VLLM_API_KEY"] = config.key
+    environment = {"SHARDTUNE_SERVE": json.dumps(middleware_settings)}
+    if config.api_key:
+        environment["VLLM_API_KEY"] = config.api_key
     return environment

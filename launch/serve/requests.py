@@ -14,7 +14,7 @@ from typing import Any
 CHAT_PATH = "/v1/chat/completions"
 COMPLETION_PATH = "/v1/completions"
 ROLES = ("system", "developer", "user", "assistant", "tool")
-NEUTRAL_VALUES: dict[str, list[Any]] = {
+NEUTRAL_VALUES_BY_FIELD: dict[str, list[Any]] = {
     "n": [1],
     "best_of": [1],
     "logprobs": [False],
@@ -30,7 +30,7 @@ NEUTRAL_VALUES: dict[str, list[Any]] = {
     "modalities": [["text"]],
 }
 """Fields that no engine here computes, with the values at which they change nothing."""
-IGNORED_FIELDS = ("user", "metadata", "stream_options", "safety_identifier", "prompt_cache_key")
+IGNORED_FIELD_NAMES = ("user", "metadata", "stream_options", "safety_identifier", "prompt_cache_key")
 """Fields that say who asks, or ask for what always comes: usage stands in the last part of a stream."""
 
 
@@ -58,8 +58,8 @@ class RefusedRequest(Exception):
         }
 
 
-def refused_field(param: str, message: str, code: str | None = None) -> RefusedRequest:
-    """The HTTP error 400 about one field of a request."""
+def request_field_error(param: str, message: str, code: str | None = None) -> RefusedRequest:
+    """The HTTP error 400 about one field of a request: "<param>: <message>". `code`: OpenAI's code of the error."""
     return RefusedRequest(400, f"{param}: {message}", param, code)
 
 
@@ -75,7 +75,7 @@ class ServedTextModel:
     """Most new tokens of an answer."""
     samples_by_default: bool
     """Whether the export's own generation settings sample."""
-    batching: bool = False
+    batches_requests: bool = False
     """Whether many requests are computed at once, all with the export's own settings."""
 
 
@@ -86,134 +86,144 @@ def check_request(path: str, request: dict[str, Any], served: ServedTextModel) -
     "max_tokens": ...}. Raises RefusedRequest for a field that the engine would ignore or cannot compute.
     """
     # Each step moves its fields from `body` to `engine_body`: what is left at the end is unknown.
-    body = {key: value for key, value in request.items() if value is not None and key not in IGNORED_FIELDS}
+    body = {key: value for key, value in request.items() if value is not None and key not in IGNORED_FIELD_NAMES}
     _drop_neutral_fields(body)
     model_name = body.pop("model", served.name)
     if model_name != served.name:
         message = f"model: there is no {model_name!r} here; this server has {served.name!r} alone"
         raise RefusedRequest(404, message, "model", "model_not_found")
-    stream = _checked_field(body.pop("stream", False), bool, "stream", "true or false")
+    stream = _require_field(body.pop("stream", False), bool, "stream", "true or false")
     engine_body = {"model": served.name, "stream": stream}
     if path == CHAT_PATH:
-        prompt_tokens = _move_messages(body, engine_body, served)
+        num_prompt_tokens = _move_messages(body, engine_body, served)
     else:
-        prompt_tokens = _move_prompt(body, engine_body, served)
+        num_prompt_tokens = _move_prompt(body, engine_body, served)
     _move_sampling(body, engine_body, served)
-    _move_lengths(body, engine_body, served, prompt_tokens, path)
+    _move_lengths(body, engine_body, served, num_prompt_tokens, path)
     if body:
-        raise refused_field(min(body), "this server knows no such field")
+        raise request_field_error(min(body), "this server knows no such field")
     return engine_body
 
 
 def _drop_neutral_fields(body: dict[str, Any]) -> None:
     """Remove the fields that no engine here computes, if their values change nothing. Raises RefusedRequest otherwise."""
-    for key in NEUTRAL_VALUES.keys() & body.keys():
+    for key in NEUTRAL_VALUES_BY_FIELD.keys() & body.keys():
         value = body.pop(key)
-        if not any(_is_same(value, neutral) for neutral in NEUTRAL_VALUES[key]):
-            allowed = " or ".join(json.dumps(neutral) for neutral in NEUTRAL_VALUES[key])
-            raise refused_field(key, f"this server computes only {allowed}", "unsupported_value")
+        if not any(_is_same_json_value(value, neutral) for neutral in NEUTRAL_VALUES_BY_FIELD[key]):
+            allowed = " or ".join(json.dumps(neutral) for neutral in NEUTRAL_VALUES_BY_FIELD[key])
+            raise request_field_error(key, f"this server computes only {allowed}", "unsupported_value")
 
 
-def _is_same(value: Any, neutral: Any) -> bool:
+def _is_same_json_value(value: Any, neutral: Any) -> bool:
     """Whether two JSON values are equal. In Python True equals 1 and False equals 0, in JSON they differ."""
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
-def _checked_field(
+def _require_field(
     value: Any,
     expected_type: type | tuple[type, ...],
-    param: str,
-    rule: str,
+    field_name: str,
+    requirement: str,
     is_valid: Callable[[Any], bool] | None = None,
 ) -> Any:
-    """The value of a field, if it has the expected type, and `is_valid` returns True for it.
+    """Require that a field of a request has the expected type and that `is_valid` returns True for it; returns its value.
 
-    Otherwise raises RefusedRequest: "<param>: must be <rule>, not <value>". `param`: the field's name in the request.
+    Otherwise raises RefusedRequest: "<field_name>: must be <requirement>, not <value>", such as "seed: must be a whole number
+    from 0 to 2^63 - 1, not -1".
     """
-    # In Python a bool is an int.
+    # In Python a bool is an int, so `true` would pass for a number.
     has_type = isinstance(value, expected_type) and (expected_type is bool or not isinstance(value, bool))
     if not has_type or (is_valid is not None and not is_valid(value)):
         value_text = json.dumps(value)
-        shown_value = value_text if len(value_text) < 60 else type(value).__name__
-        raise refused_field(param, f"must be {rule}, not {shown_value}")
+        shown_value = (
+            value_text if len(value_text) < 60 else type(value).__name__
+        )  # a long text would hide the requirement
+        raise request_field_error(field_name, f"must be {requirement}, not {shown_value}")
     return value
 
 
 def _move_messages(body: dict[str, Any], engine_body: dict[str, Any], served: ServedTextModel) -> int:
-    """Check the messages and tools of a chat and move them to the engine's body; returns the number of prompt tokens.
+    """Check the messages and tools of a chat and move them from `body` to `engine_body`; returns the number of prompt tokens.
 
-    What is moved is taken out of `body`. With tool_choice "none", the tools are checked and left out. Raises RefusedRequest.
+    `body`: the fields of the request that were not handled yet. With tool_choice "none", the tools are checked and left out.
+    Raises RefusedRequest.
     """
-    messages = _checked_field(body.pop("messages", None), list, "messages", "a list with at least one message", bool)
+    messages = _require_field(body.pop("messages", None), list, "messages", "a list with at least one message", bool)
     for number, message in enumerate(messages):
         _check_message(message, f"messages[{number}]")
     engine_body["messages"] = messages
     # Tools, and variables of the chat template.
     choice = body.pop("tool_choice", "auto")
-    tools = _checked_field(body.pop("tools", []), list, "tools", "a list of functions")
+    tools = _require_field(body.pop("tools", []), list, "tools", "a list of functions")
     for number, tool in enumerate(tools):
         if not isinstance(tool, dict) or not isinstance((tool.get("function") or {}).get("name"), str):
-            raise refused_field(f"tools[{number}]", "must be {type: function, function: {name, ...}}")
+            raise request_field_error(f"tools[{number}]", "must be {type: function, function: {name, ...}}")
     if choice not in ("auto", "none"):
-        raise refused_field("tool_choice", "this server computes only auto or none", "unsupported_value")
+        raise request_field_error("tool_choice", "this server computes only auto or none", "unsupported_value")
     if tools and choice == "auto":
         engine_body["tools"] = tools
     if "chat_template_kwargs" in body:
-        engine_body["chat_template_kwargs"] = _checked_template_arguments(
+        engine_body["chat_template_kwargs"] = _require_template_variables(
             body.pop("chat_template_kwargs"), served.tokenizer
         )
     return _num_prompt_tokens(engine_body, served)
 
 
-def _checked_template_arguments(arguments: Any, tokenizer: Any) -> dict[str, Any]:
-    """The field `chat_template_kwargs`: variables of the chat template by name, with plain values. Raises RefusedRequest."""
-    # A name of this function's own would not reach the template.
+def _require_template_variables(arguments: Any, tokenizer: Any) -> dict[str, Any]:
+    """Return the field `chat_template_kwargs` if it is {name of a template variable: text, number or bool}.
+
+    Raises RefusedRequest otherwise.
+    """
+    # A variable that is called like a parameter of apply_chat_template would set that, and not reach the template.
     own_parameters = inspect.signature(tokenizer.apply_chat_template).parameters
-    _checked_field(arguments, dict, "chat_template_kwargs", "an object of the template's own words")
+    _require_field(arguments, dict, "chat_template_kwargs", "an object of the template's own words")
     for key, value in arguments.items():
         if key in own_parameters or not isinstance(value, bool | str | int | float):
-            raise refused_field(f"chat_template_kwargs.{key}", "is no word of a template, or has no plain value")
+            raise request_field_error(f"chat_template_kwargs.{key}", "is no word of a template, or has no plain value")
     return arguments
 
 
-def _check_message(message: Any, param: str) -> None:
-    """Raise RefusedRequest for a message that no chat template could render. `param`: its place, such as "messages[2]".
+def _check_message(message: Any, place: str) -> None:
+    """Raise RefusedRequest for a message that no chat template could render. `place`: where it is, such as "messages[2]".
 
+    What a message must have:
     - its role must be one of `ROLES`;
     - with tool calls: each must name a function; content is not needed;
     - else its content must be a text, or a list of parts that are texts.
     """
-    _checked_field(message, dict, param, "an object with role and content")
-    _checked_field(message.get("role"), str, f"{param}.role", f"one of {', '.join(ROLES)}", lambda role: role in ROLES)
+    _require_field(message, dict, place, "an object with role and content")
+    _require_field(message.get("role"), str, f"{place}.role", f"one of {', '.join(ROLES)}", lambda role: role in ROLES)
     tool_calls = message.get("tool_calls")
     if tool_calls:
-        _checked_field(tool_calls, list, f"{param}.tool_calls", "a list")
+        _require_field(tool_calls, list, f"{place}.tool_calls", "a list")
         for tool_call in tool_calls:
-            _check_tool_call(tool_call, f"{param}.tool_calls")
+            _check_tool_call(tool_call, f"{place}.tool_calls")
         return
     content = message.get("content")
     if isinstance(content, list):
         for part in content:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise refused_field(f"{param}.content", "this model reads text: parts must be {type: text, text: ...}")
+                raise request_field_error(
+                    f"{place}.content", "this model reads text: parts must be {type: text, text: ...}"
+                )
         return
-    _checked_field(content, str, f"{param}.content", "a text")
+    _require_field(content, str, f"{place}.content", "a text")
 
 
-def _check_tool_call(call: Any, param: str) -> None:
-    """Refuse a tool call without a name or with arguments that are no JSON object. Raises RefusedRequest."""
-    function = call.get("function") if isinstance(call, dict) else None
+def _check_tool_call(tool_call: Any, place: str) -> None:
+    """Raise RefusedRequest for a tool call without a name or with arguments that are no JSON object (or its text)."""
+    function = tool_call.get("function") if isinstance(tool_call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise refused_field(param, "each must be {function: {name, arguments}}")
+        raise request_field_error(place, "each must be {function: {name, arguments}}")
     arguments = function.get("arguments")
     if not isinstance(arguments, str | dict):
-        raise refused_field(param, "each must be {function: {name, arguments}}")
+        raise request_field_error(place, "each must be {function: {name, arguments}}")
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
         except ValueError:
             arguments = None
-    _checked_field(arguments, dict, param, "calls with arguments that are a JSON object")
+    _require_field(arguments, dict, place, "calls with arguments that are a JSON object")
 
 
 def _num_prompt_tokens(engine_body: dict[str, Any], served: ServedTextModel) -> int:
@@ -236,7 +246,7 @@ def _num_prompt_tokens(engine_body: dict[str, Any], served: ServedTextModel) -> 
             **template_arguments,
         )
     except Exception as error:  # noqa: BLE001 - a template refuses by errors of its own types
-        raise refused_field(
+        raise request_field_error(
             "messages", f"the model's chat template refuses them ({' '.join(str(error).split())})"
         ) from None
     return len(ids)
@@ -265,17 +275,17 @@ def _as_templates_read(message: dict[str, Any]) -> dict[str, Any]:
 
 def _move_prompt(body: dict[str, Any], engine_body: dict[str, Any], served: ServedTextModel) -> int:
     """Check the prompt of a completion and move it to the engine's body; returns its number of tokens. Raises RefusedRequest."""
-    engine_body["prompt"] = _checked_field(
+    engine_body["prompt"] = _require_field(
         body.pop("prompt", None), str, "prompt", "a text (this server takes no lists and no token ids)"
     )
     if "suffix" in body:
-        raise refused_field("suffix", "this server fills no gaps; leave it out", "unsupported_value")
+        raise request_field_error("suffix", "this server fills no gaps; leave it out", "unsupported_value")
     try:
         ids = served.tokenizer(engine_body["prompt"])["input_ids"]
     except Exception as error:  # noqa: BLE001 - a text that is no Unicode has an error type of the tokenizer's
-        raise refused_field("prompt", f"cannot be read as text ({' '.join(str(error).split())[:80]})") from None
+        raise request_field_error("prompt", f"cannot be read as text ({' '.join(str(error).split())[:80]})") from None
     if not ids:
-        raise refused_field("prompt", "is empty")
+        raise request_field_error("prompt", "is empty")
     return len(ids)
 
 
@@ -285,19 +295,18 @@ def _move_sampling(body: dict[str, Any], engine_body: dict[str, Any], served: Se
     Without a temperature in the request, the engine gets 1.0 if the request has top_p or a seed, else 0.0 (greedy); none if the
     export's own settings sample, or the server batches requests (then any of these fields is refused).
     """
-    number = (int, float)
     sampling = {}
     if "temperature" in body:
         rule = "a number from 0 to 2"
-        sampling["temperature"] = _checked_field(
-            body.pop("temperature"), number, "temperature", rule, lambda v: 0 <= v <= 2
+        sampling["temperature"] = _require_field(
+            body.pop("temperature"), (int, float), "temperature", rule, lambda v: 0 <= v <= 2
         )
     if "top_p" in body:
         rule = "a number above 0 and at most 1"
-        sampling["top_p"] = _checked_field(body.pop("top_p"), number, "top_p", rule, lambda v: 0 < v <= 1)
+        sampling["top_p"] = _require_field(body.pop("top_p"), (int, float), "top_p", rule, lambda v: 0 < v <= 1)
     if "seed" in body:
         rule = "a whole number from 0 to 2^63 - 1"
-        sampling["seed"] = _checked_field(body.pop("seed"), int, "seed", rule, lambda v: 0 <= v < 2**63)
+        sampling["seed"] = _require_field(body.pop("seed"), int, "seed", rule, lambda v: 0 <= v < 2**63)
     if "stop" in body:
         stop = body.pop("stop")
         if isinstance(stop, str):
@@ -307,19 +316,19 @@ def _move_sampling(body: dict[str, Any], engine_body: dict[str, Any], served: Se
         def are_stops(stops: list[Any]) -> bool:
             return 0 < len(stops) <= 4 and all(isinstance(text, str) and text for text in stops)
 
-        sampling["stop"] = _checked_field(stop, list, "stop", rule, are_stops)
+        sampling["stop"] = _require_field(stop, list, "stop", rule, are_stops)
     # What does not fit this server, and what is added.
-    if sampling and served.batching:
+    if sampling and served.batches_requests:
         why = "this server answers many requests at once (serve.batching=true), all sampled as the export says"
-        raise refused_field(min(sampling), f"{why}; leave it out", "unsupported_value")
-    if not served.batching and "temperature" not in sampling and not served.samples_by_default:
+        raise request_field_error(min(sampling), f"{why}; leave it out", "unsupported_value")
+    if not served.batches_requests and "temperature" not in sampling and not served.samples_by_default:
         # A client that sends top_p or a seed wants samples; else the answer is greedy, as the export's own settings are.
         sampling["temperature"] = 1.0 if "top_p" in sampling or "seed" in sampling else 0.0
     engine_body |= sampling
 
 
 def _move_lengths(
-    body: dict[str, Any], engine_body: dict[str, Any], served: ServedTextModel, prompt_tokens: int, path: str
+    body: dict[str, Any], engine_body: dict[str, Any], served: ServedTextModel, num_prompt_tokens: int, path: str
 ) -> None:
     """Check the requested length of the answer and move it to the engine's body as `max_tokens`.
 
@@ -327,7 +336,7 @@ def _move_lengths(
     `max_tokens`.
     Raises RefusedRequest for a wrong length, or if prompt and answer do not fit into the model's context.
     """
-    max_answer_tokens = served.context_length - prompt_tokens
+    max_answer_tokens = served.context_length - num_prompt_tokens
     key = "max_tokens"
     if path == CHAT_PATH and "max_completion_tokens" in body:
         key = "max_completion_tokens"
@@ -335,11 +344,11 @@ def _move_lengths(
     body.pop("max_tokens", None)  # if a client sends both, the newer name counts
     if requested_tokens is not None:
         rule = f"a whole number from 1 to {served.max_tokens} (serve.max_tokens)"
-        _checked_field(requested_tokens, int, key, rule, lambda tokens: 1 <= tokens <= served.max_tokens)
+        _require_field(requested_tokens, int, key, rule, lambda tokens: 1 <= tokens <= served.max_tokens)
     if max_answer_tokens < (requested_tokens or 1):
         raise RefusedRequest(
             400,
-            f"the prompt has {prompt_tokens} tokens, the answer {requested_tokens or 'at least 1'}; "
+            f"the prompt has {num_prompt_tokens} tokens, the answer {requested_tokens or 'at least 1'}; "
             f"the model takes {served.context_length} together",
             "messages" if path == CHAT_PATH else "prompt",
             "context_length_exceeded",

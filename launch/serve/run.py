@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launch.serve.config import ServeConfig
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def bind_socket(config: ServeConfig) -> socket.socket:
-    """Open a socket at the configured address, before the model is loaded. Errors: ConfigError if the address is taken."""
+    """Open a socket at the configured address, before the model is loaded. Raises ConfigError if it is taken."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     # A server that has just ended leaves connections behind, which would keep its address taken for a minute.
@@ -31,7 +33,7 @@ def bind_socket(config: ServeConfig) -> socket.socket:
 
 
 def server_url(config: ServeConfig, listener: socket.socket) -> str:
-    """The URL that clients use, with the port that the socket got."""
+    """The URL that clients use, such as "http://127.0.0.1:8000/v1", with the port that the socket got (of serve.port=0)."""
     host = f"[{config.host}]" if ":" in config.host else config.host
     return f"http://{host}:{listener.getsockname()[1]}/v1"
 
@@ -41,6 +43,9 @@ class LoadedServer(NamedTuple):
 
     server: Any
     model_name: str
+    """The name by which clients ask for the model."""
+    stop_generating: Callable[[], None]
+    """Ends the threads that generate answers; to be called once the server has stopped."""
 
 
 def load_server(exported: ExportedModel, config: ServeConfig, listener: socket.socket) -> LoadedServer:
@@ -50,16 +55,16 @@ def load_server(exported: ExportedModel, config: ServeConfig, listener: socket.s
     """
     import uvicorn
 
-    from launch.serve.app import application
+    from launch.serve.app import build_application
     from launch.serve.models import load_chat_model
 
     chat_model = load_chat_model(exported, device=config.device, dtype=config.dtype)
     if config.name:
         chat_model.name = config.name
-    app = application(chat_model, config)
+    app = build_application(chat_model, config)
     uvicorn_config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30)
     listener.listen(uvicorn_config.backlog)
-    return LoadedServer(uvicorn.Server(uvicorn_config), chat_model.name)
+    return LoadedServer(uvicorn.Server(uvicorn_config), chat_model.name, stop_generating=app.close)
 
 
 def serve(exported: ExportedModel, config: ServeConfig) -> None:
@@ -67,13 +72,13 @@ def serve(exported: ExportedModel, config: ServeConfig) -> None:
 
     Raises ConfigError if the address is taken or the model cannot be loaded.
     """
-    listener = bind_socket(config)
-    server, model_name = load_server(exported, config, listener)
-    key = f"the key in {config.key_env}" if config.key_env else "no key"
-    print(f"serving {model_name} at {server_url(config, listener)} (transformers, {key}); Ctrl-C ends it", flush=True)
-    try:
-        server.run(sockets=[listener])
-    finally:
-        listener.close()
-        server.config.app.close()
-        sys.stdout.flush()
+    key_text = f"the key in {config.key_env}" if config.key_env else "no key"
+    with closing(bind_socket(config)) as listener:
+        loaded = load_server(exported, config, listener)
+        url = server_url(config, listener)
+        print(f"serving {loaded.model_name} at {url} (transformers, {key_text}); Ctrl-C ends it", flush=True)
+        try:
+            loaded.server.run(sockets=[listener])
+        finally:
+            loaded.stop_generating()
+            sys.stdout.flush()

@@ -6,9 +6,9 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-EVENT_END = b"\n\n"
-DATA = b"data: "
-DONE = b"[DONE]"
+EVENT_END_BYTES = b"\n\n"
+DATA_PREFIX = b"data: "
+DONE_MARKER = b"[DONE]"
 
 Message = dict[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -39,7 +39,7 @@ class StopScanner:
             ready_text = self._held[: min(stop_positions)]
             self._held = ""
             return ready_text
-        num_held = max(self._num_begun_characters(stop) for stop in self.stops)
+        num_held = max(self._num_held_characters(stop) for stop in self.stops)
         num_ready = len(self._held) - num_held
         ready_text = self._held[:num_ready]
         self._held = self._held[num_ready:]
@@ -51,7 +51,7 @@ class StopScanner:
         self._held = ""
         return held
 
-    def _num_begun_characters(self, stop: str) -> int:
+    def _num_held_characters(self, stop: str) -> int:
         """How many characters at the end of the held text are the beginning of a stop sequence: "a EN", "END" -> 2."""
         for length in range(min(len(stop) - 1, len(self._held)), 0, -1):
             if self._held.endswith(stop[:length]):
@@ -81,11 +81,11 @@ class StopCuttingStream:
             return
         # A message may end within an event: the rest waits for the next message.
         self._buffer += message.get("body", b"")
-        *events, self._buffer = self._buffer.split(EVENT_END)
+        *events, self._buffer = self._buffer.split(EVENT_END_BYTES)
         body = b"".join(self._rewrite_event(event) for event in events)
         if self._scanner.is_cut:
             self._is_over = True
-            await self.send({**message, "body": body + DATA + DONE + EVENT_END, "more_body": False})
+            await self.send({**message, "body": body + DATA_PREFIX + DONE_MARKER + EVENT_END_BYTES, "more_body": False})
             return
         is_last_message = not message.get("more_body")
         if is_last_message:
@@ -102,9 +102,9 @@ class StopCuttingStream:
         """
         if self._scanner.is_cut:
             return b""
-        unchanged_event = event + EVENT_END
-        content = event.removeprefix(DATA)
-        if content == event or content.strip() == DONE:
+        unchanged_event = event + EVENT_END_BYTES
+        content = event.removeprefix(DATA_PREFIX)
+        if content == event or content.strip() == DONE_MARKER:
             return unchanged_event
         try:
             chunk = json.loads(content)
@@ -115,7 +115,7 @@ class StopCuttingStream:
         (choice,) = chunk["choices"]  # this server computes one (`n` is 1)
         if not self._cut_choice(choice):
             return b""
-        return DATA + json.dumps(chunk).encode() + EVENT_END
+        return DATA_PREFIX + json.dumps(chunk).encode() + EVENT_END_BYTES
 
     def _cut_choice(self, choice: dict[str, Any]) -> bool:
         """Replace the text of a chunk's `choice` by what may be sent now; returns whether the event is to be sent at all.

@@ -13,19 +13,20 @@ from pathlib import Path
 from strategies.cache_dir import cache_directory
 from strategies.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parents[2]
-GATEWAY_PACKAGES = ("launch", "strategies")
+REPOSITORY_DIR = Path(__file__).resolve().parents[2]
+GATEWAY_PACKAGE_NAMES = ("launch", "strategies")
 """Packages of shardtune that the gateway imports. Of these it imports modules that need Python's own library alone."""
-TOO_OLD, NO_VLLM = 3, 4
-CHECK = f"""
+PYTHON_TOO_OLD_EXIT_CODE = 3
+NO_VLLM_EXIT_CODE = 4
+VLLM_CHECK_SCRIPT = f"""
 import importlib.util, sys
 if sys.version_info < (3, 11):
-    sys.exit({TOO_OLD})
+    sys.exit({PYTHON_TOO_OLD_EXIT_CODE})
 if importlib.util.find_spec("vllm") is None:
-    sys.exit({NO_VLLM})
+    sys.exit({NO_VLLM_EXIT_CODE})
 """
 """What another Python says of itself by its exit code. It does not import vLLM, which takes many seconds."""
-HOW_TO_SET_UP = "set serve.python to the Python of an environment that has vLLM (docs/deployment.md)"
+SET_UP_REMEDY = "set serve.python to the Python of an environment that has vLLM (docs/deployment.md)"
 
 
 def find_vllm_python(python: str) -> str:
@@ -36,32 +37,34 @@ def find_vllm_python(python: str) -> str:
     setting = f"serve.python={python}"
     executable = shutil.which(str(Path(python).expanduser()))
     if executable is None:
-        raise ConfigError(f"{setting}: there is no such program; {HOW_TO_SET_UP}")
+        raise ConfigError(f"{setting}: there is no such program; {SET_UP_REMEDY}")
     try:
         # Without this process's variables, such as PYTHONPATH, which would show it the packages of this environment.
-        check = subprocess.run([executable, "-c", CHECK], capture_output=True, check=False, env={"PATH": os.defpath})
+        check = subprocess.run(
+            [executable, "-c", VLLM_CHECK_SCRIPT], capture_output=True, check=False, env={"PATH": os.defpath}
+        )
     except OSError as error:
-        raise ConfigError(f"{setting}: cannot be started ({error}); {HOW_TO_SET_UP}") from error
-    if check.returncode == TOO_OLD:
-        raise ConfigError(f"{setting}: the gateway needs Python 3.11 or later; {HOW_TO_SET_UP}")
+        raise ConfigError(f"{setting}: cannot be started ({error}); {SET_UP_REMEDY}") from error
+    if check.returncode == PYTHON_TOO_OLD_EXIT_CODE:
+        raise ConfigError(f"{setting}: the gateway needs Python 3.11 or later; {SET_UP_REMEDY}")
     if check.returncode:
-        raise ConfigError(f"{setting}: is no Python that has vLLM; {HOW_TO_SET_UP}")
+        raise ConfigError(f"{setting}: is no Python that has vLLM; {SET_UP_REMEDY}")
     return executable
 
 
-def gateway_directory() -> Path:
-    """A directory from which another Python can import the gateway, and none of the libraries beside shardtune.
+def create_gateway_directory() -> Path:
+    """Create a directory from which another Python can import the gateway, and none of the libraries beside shardtune.
 
-    If shardtune is installed, its packages stand among all others of this environment. So the directory, in the cache, has links
-    to the two packages alone.
+    Returns its path. If shardtune is installed, its packages stand among all others of this environment. So the directory,
+    in the cache, has links to the two packages alone.
     """
     directory = cache_directory() / "gateway"
     directory.mkdir(parents=True, exist_ok=True)
-    for package in GATEWAY_PACKAGES:
+    for package in GATEWAY_PACKAGE_NAMES:
         link = directory / package
-        # Another clone may have made it. A link is replaced whole, since a server may start at this moment.
-        if not link.is_symlink() or link.resolve() != ROOT / package:
+        # The link may be missing, or lead to another clone of shardtune. It is replaced in one step: a server may start now.
+        if not link.is_symlink() or link.resolve() != REPOSITORY_DIR / package:
             new_link = directory / f".{package}.{os.getpid()}"
-            new_link.symlink_to(ROOT / package)
+            new_link.symlink_to(REPOSITORY_DIR / package)
             new_link.replace(link)
     return directory

@@ -27,8 +27,10 @@ def _client():
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     model.generation_config.do_sample = True
     model.generation_config.eos_token_id = None
-    application, shut_down = compat.text_server(compat.SingleModelManager("mine", model, tokenizer, 64), batching=False)
-    compat.seed_by_request(model)
+    application, shut_down = compat.build_text_server(
+        compat.SingleModelManager("mine", model, tokenizer, 64), batching=False
+    )
+    compat.set_seed_of_each_request(model)
     yield TestClient(application)
     shut_down()
 

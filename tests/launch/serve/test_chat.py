@@ -87,7 +87,7 @@ def test_chat_with_a_model_without_a_template_continues_the_text(site):
     plain = AutoModelForCausalLM.from_pretrained(site / "full" / "export")
     written = plain.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=2)[0, ids.shape[1] :]
     assert "".join(talk.stream_answer("you are")) == talking.tokenizer.decode(written, skip_special_tokens=True)
-    assert talk.messages == [] and not talk.has_template
+    assert talk.messages == [] and not talk.has_chat_template
 
 
 def test_chat_that_is_stopped_in_an_answer_ends(site):

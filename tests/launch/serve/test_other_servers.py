@@ -13,7 +13,7 @@ from launch.config.verb_arguments import read_setting_group
 from launch.serve.config import ServeConfig, ServedType
 from launch.serve.exported import ExportedModel, find_export
 from launch.serve.middleware import VllmMiddleware
-from launch.serve.other_servers import MIDDLEWARE, sglang_command, vllm_command, vllm_environment
+from launch.serve.other_servers import VLLM_MIDDLEWARE_CLASS, sglang_command, vllm_command, vllm_environment
 from strategies.errors import ConfigError
 from tests.helpers.launching import ROOT, clean_environment, command_here
 from tests.helpers.speed import seconds
@@ -28,7 +28,7 @@ KNOWN = {
 def test_serve_command_uses_only_arguments_of_the_other_server(site, run):
     exported, config = find_export(str(site / run)), ServeConfig(dtype=ServedType.bfloat16)
     for engine, words in (
-        ("vllm", vllm_command(exported, config, middleware=True)),
+        ("vllm", vllm_command(exported, config, with_middleware=True)),
         ("sglang", sglang_command(exported, config)),
     ):
         assert {word for word in words if word.startswith("--")} <= KNOWN[engine]
@@ -82,7 +82,7 @@ def test_serve_middleware_stands_before_the_application_of_vllm(monkeypatch):
     config = ServeConfig(key_env="THE_KEY", name="tuned", max_body_kib=1)
     told = vllm_environment(ExportedModel(Path("x"), "x", None, {}), config)
     assert told["VLLM_API_KEY"] == "k1" and "k1" not in told["SHARDTUNE_SERVE"]
-    assert f"{VllmMiddleware.__module__}.{VllmMiddleware.__qualname__}" == MIDDLEWARE
+    assert f"{VllmMiddleware.__module__}.{VllmMiddleware.__qualname__}" == VLLM_MIDDLEWARE_CLASS
     monkeypatch.setenv("SHARDTUNE_SERVE", told["SHARDTUNE_SERVE"])
     app = FastAPI()
 
@@ -131,7 +131,7 @@ def test_serve_starts_vllm_of_another_environment_behind_the_gateway(site, vllm_
     started = json.loads(answer)
     assert "computes in float32 (serve.dtype)" in said
     assert started["arguments"][:2] == ["serve", str(site / "full" / "export")]
-    assert {"--middleware", MIDDLEWARE, "--dtype", "float32"} <= set(started["arguments"])
+    assert {"--middleware", VLLM_MIDDLEWARE_CLASS, "--dtype", "float32"} <= set(started["arguments"])
     # Of this environment it has the gateway alone: no library of ours may stand in for one of vLLM's.
     assert "launch.serve.middleware" in started["modules"] and "transformers" not in started["modules"]
     shown = started["path"].split(":")

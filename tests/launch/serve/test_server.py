@@ -34,7 +34,7 @@ def started(export, **settings):
     config = ServeConfig(port=0, device="cpu", dtype="float32", **settings)
     assert not [*config.problems()]
     listening = bind_socket(config)
-    running, _ = load_server(find_export(str(export)), config, listening)
+    running = load_server(find_export(str(export)), config, listening).server
     thread = threading.Thread(target=lambda: running.run(sockets=[listening]), daemon=True)
     thread.start()
     try:
