@@ -175,6 +175,24 @@ def test_multiple_choice_answer_in_each_of_its_spellings():
         task("multiple_choice").prepare_case(TaskCase("a:1", None, {"question": "?", "choices": choices, "answer": 3}))
 
 
+def test_rows_of_a_json_list_on_one_line_are_classified_one_by_one():
+    """They all have the same location, `rows.json:1`."""
+
+    class Head:  # of a classifier
+        label_names = ("no", "yes")
+        encoder = SimpleNamespace(
+            set_label_names=lambda names: None, encode=lambda documents: [(one, one.text) for one in documents]
+        )
+
+        def logits(self, samples):
+            return [[0.0, 1.0] if "good" in text else [1.0, 0.0] for text in samples]
+
+    texts = {"good": "yes", "bad": "no", "good again": "yes"}
+    cases = [TaskCase("rows.json:1", fields={"text": text, "label": label}) for text, label in texts.items()]
+    found = task("classification", path="rows.json").score_cases(cases, Head())
+    assert [(row.prompt, row.answer) for row in found] == list(texts.items())
+
+
 def test_calibration_error_by_hand():
     right, sure = np.array([1.0, 0.0, 1.0]), np.array([0.9, 0.9, 0.5])
     assert calibration_error(right, sure, np.ones(3)) == pytest.approx((abs(1 - 1.8) + abs(1 - 0.5)) / 3)

@@ -128,6 +128,15 @@ class TaskEvaluator:
 
 def _set_row_questions(prepared: PreparedTask, rows: list[TaskRow]) -> None:
     """Set `question` of each report row to what the user asked last, which the page shows in place of the whole prompt."""
-    user_turns = {case.location: case.user_turn or last_user_turn(case.document) for case in prepared.cases}
+    cases = prepared.cases
+    user_turns = [case.user_turn or last_user_turn(case.document) for case in cases]
+    if [row.where for row in rows] == [case.location for case in cases]:
+        for row, user_turn in zip(
+            rows, user_turns, strict=True
+        ):  # also if several have one location: a JSON list on one line
+            row.question = user_turn
+        return
+    # The task has left cases out, or has several rows for one.
+    user_turn_by_location = {case.location: user_turn for case, user_turn in zip(cases, user_turns, strict=True)}
     for row in rows:
-        row.question = user_turns.get(row.where, "")
+        row.question = user_turn_by_location.get(row.where, "")

@@ -103,13 +103,12 @@ class ClassificationTask(Task):
                     f"{case.location}: label {case.fields['label']!r} is none of {names}, which the model was trained on; "
                     f"mend {self.config_key}.path"
                 )
-        fields_by_location = {case.location: case.fields for case in cases}
         documents = []
-        for location, fields in fields_by_location.items():
-            file, line = split_location(location)
-            documents.append(Document(file, line, text=fields["text"], label=fields["label"]))
+        for case in cases:
+            file, line = split_location(case.location)
+            documents.append(Document(file, line, text=case.fields["text"], label=case.fields["label"]))
         model.encoder.set_label_names(names)
-        samples = [sample for _, sample in model.encoder.encode(documents)]
+        samples = [sample for _, sample in model.encoder.encode(documents)]  # one of each document, in their order
         return names, [softmax(logits) for logits in model.logits(samples)]
 
     def _probabilities_by_likelihood(
