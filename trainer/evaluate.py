@@ -35,7 +35,7 @@ from trainer.evaluation.report.unfinished import UnfinishedReport
 from trainer.evaluation.served import ServedModel, connect_served_model
 from trainer.evaluation.task_evaluator import FinishedTask, TaskEvaluator
 from trainer.evaluation.tasks.base import Task, TaskRow
-from trainer.evaluation.tasks.prepared import TaskContext, tasks_on_run_documents
+from trainer.evaluation.tasks.prepared import TaskContext, keys_of_tasks_on_run_documents
 from trainer.model.loading import load_tokenizer
 from trainer.model.quantised_checkpoints import quantising_library
 from trainer.model.rules import read_config
@@ -242,7 +242,7 @@ class _EvaluationData:
         if self.job.data_run is None:
             return prepare_data(config, tokenizer, stop=stop, choose_date=choose_date, print_line=print_line)
         self.record = read_data_record(Path(self.job.data_run))
-        task_keys = tasks_on_run_documents(tasks_to_run(config))
+        task_keys = keys_of_tasks_on_run_documents(tasks_to_run(config))
         reason_to_read = None
         if task_keys:
             reason_to_read = ReasonToReadRows(

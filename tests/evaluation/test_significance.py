@@ -11,7 +11,7 @@ from trainer.evaluation.report.intervals import ShareCounts, share_counts, unpai
 from trainer.evaluation.report.permutation_test import family_p_values
 from trainer.evaluation.tasks import counterfactual
 from trainer.evaluation.tasks.base import TaskMetric, TaskRow
-from trainer.evaluation.tasks.counterfactual import _report_row
+from trainer.evaluation.tasks.counterfactual import _effects_row
 from trainer.evaluation.tasks.registry import TASK_KINDS
 from trainer.evaluation.tasks.source import read_cases
 
@@ -27,7 +27,7 @@ def shipped(drawn, apart=0.0, common=None):
         scale, groups = np.exp(drawn.normal()), dict.fromkeys(each.group for each in case.fields["variants"])
         values = {group: scale * drawn.standard_t(3) + apart * (group == "without") for group in groups}
         told = common[number] if common else dict.fromkeys(groups, 0.0)
-        rows.append(_report_row(case, {group: np.array([value + told[group]]) for group, value in values.items()}))
+        rows.append(_effects_row(case, {group: np.array([value + told[group]]) for group, value in values.items()}))
     return kind, rows
 
 

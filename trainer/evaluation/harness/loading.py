@@ -7,7 +7,7 @@ from typing import Any
 from strategies.errors import ConfigError, DataError
 from trainer.evaluation.harness.compat import normalized_generation_kwargs, without_network
 from trainer.evaluation.harness.isolation import collect_warnings, harness_seeds
-from trainer.evaluation.harness.task_files import TaskFiles, missing_data
+from trainer.evaluation.harness.task_files import TaskFiles, data_origin
 
 
 def load_tasks(task_files: TaskFiles, options: dict[str, Any]) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def load_tasks(task_files: TaskFiles, options: dict[str, Any]) -> dict[str, Any]
     """
     from lm_eval.tasks import TaskManager
 
-    hub_data_sets = _hub_data_sets(task_files)
+    hub_data_sets = _hub_data_set_by_task(task_files)
     manager = TaskManager(include_defaults=False)
     manager.task_index.update(task_files.index)
     with collect_warnings(), harness_seeds(), without_network():
@@ -27,7 +27,7 @@ def load_tasks(task_files: TaskFiles, options: dict[str, Any]) -> dict[str, Any]
             loaded: dict[str, Any] = dict(manager.load([task_files.name])["tasks"])
         except Exception as error:  # noqa: BLE001  what a task's own functions and `datasets` raise
             if hub_data_sets:  # most likely a data set is not in the cache
-                raise ConfigError(_would_fetch(task_files, hub_data_sets)) from None
+                raise ConfigError(_would_fetch_message(task_files, hub_data_sets)) from None
             one_line = " ".join(str(error).split())[:400]
             raise DataError(
                 f"{task_files.name}: its data cannot be read ({type(error).__name__}: {one_line})"
@@ -41,20 +41,21 @@ def load_tasks(task_files: TaskFiles, options: dict[str, Any]) -> dict[str, Any]
     return loaded
 
 
-def _hub_data_sets(task_files: TaskFiles) -> dict[str, str]:
+def _hub_data_set_by_task(task_files: TaskFiles) -> dict[str, str]:
     """The hub data set that each lm-eval task reads, by task; tasks with local files are not in it.
 
     Raises ConfigError for data files and metrics that are not on this machine.
     """
     hub_data_sets = {}
     problems = []
-    for name, settings in task_files.single_tasks.items():
-        file_problem, hub_data_set = missing_data(settings)
-        if file_problem:
-            problems.append(f"{name}: {file_problem}")
-        if hub_data_set:
-            hub_data_sets[name] = hub_data_set
-        hub_metrics = _hub_metrics(settings)
+    # Groups are expanded into their tasks here, each with the settings of its YAML.
+    for name, yaml_settings in task_files.single_tasks.items():
+        origin = data_origin(yaml_settings)
+        if origin.problem:
+            problems.append(f"{name}: {origin.problem}")
+        if origin.hub_data_set:
+            hub_data_sets[name] = origin.hub_data_set
+        hub_metrics = _metrics_fetched_from_hub(yaml_settings)
         if hub_metrics:
             problems.append(
                 f"{name}: metric {', '.join(hub_metrics)} is not lm-eval's and would be fetched from a hub; name one of its "
@@ -65,24 +66,30 @@ def _hub_data_sets(task_files: TaskFiles) -> dict[str, str]:
     return hub_data_sets
 
 
-def _hub_metrics(settings: dict[str, Any]) -> list[str]:
-    """Metrics of a task that the harness would fetch from a hub."""
+def _metrics_fetched_from_hub(yaml_settings: dict[str, Any]) -> list[str]:
+    """Metrics of an lm-eval task that the harness would fetch from a hub, by the settings of the task's YAML.
+
+    These are metrics that the YAML marks with `hf_evaluate`, and names that are not lm-eval's own.
+    """
     import lm_eval.api.metrics  # noqa: F401  fills the registry
     from lm_eval.api.registry import metric_registry
 
-    if settings.get("process_results") or settings.get("class"):
+    scores_by_own_code = yaml_settings.get("process_results") or yaml_settings.get("class")
+    if scores_by_own_code:  # the metrics are then only names of what that code returns
         return []
     hub_metrics = []
-    for metric_settings in settings.get("metric_list") or []:
+    for metric_settings in yaml_settings.get("metric_list") or []:
         metric = metric_settings.get("metric")
         if not isinstance(metric, str):  # a function of the YAML
             continue
-        if metric_settings.get("hf_evaluate") or ("/" not in metric and metric not in metric_registry):
+        is_path = "/" in metric  # of a metric's file on this machine
+        is_unknown_name = not is_path and metric not in metric_registry
+        if metric_settings.get("hf_evaluate") or is_unknown_name:
             hub_metrics.append(metric)
     return hub_metrics
 
 
-def _would_fetch(task_files: TaskFiles, hub_data_sets: dict[str, str]) -> str:
+def _would_fetch_message(task_files: TaskFiles, hub_data_sets: dict[str, str]) -> str:
     """The error message for tasks whose data would be fetched from a hub, with what to do instead."""
     names = list(dict.fromkeys(hub_data_sets.values()))
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""

@@ -166,7 +166,7 @@ class EngineLM(TemplateLM):
             numbers_by_settings.setdefault(settings, []).append(number)
         texts = [""] * len(requests)
         for numbers in numbers_by_settings.values():
-            writing = self._writing_config(requests[numbers[0]].args[1])
+            writing = self._decoding_config(requests[numbers[0]].args[1])
             longest_prompt = self.max_length
             if self.backend != "seq2seq":  # prompt and answer share the positions
                 longest_prompt -= writing.max_new_tokens
@@ -185,7 +185,7 @@ class EngineLM(TemplateLM):
                 texts[number] = answer.text
         return texts
 
-    def _writing_config(self, generation_kwargs: dict[str, Any]) -> DecodingConfig:
+    def _decoding_config(self, generation_kwargs: dict[str, Any]) -> DecodingConfig:
         """A task's `generation_kwargs` as our settings, with the defaults that lm-eval's `hf` model has."""
         settings = normalized_generation_kwargs(generation_kwargs)
         writing = DecodingConfig(

@@ -13,15 +13,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from strategies.errors import ConfigError, ShardtuneError
 from strategies.small_files import texts_in_parsed
 from trainer.data.read.paths import expand_paths
 from trainer.evaluation.harness.compat import read_task_file
 
-_INCLUDE = re.compile(rb"^include:((?:[ ]*\S.*)?(?:\n[ ]*-[ ]*\S+)*)", re.MULTILINE)
-BUILDERS = ("json", "csv", "parquet", "arrow", "text", "xml", "pandas", "webdataset")
+_INCLUDE_REGEX = re.compile(rb"^include:((?:[ ]*\S.*)?(?:\n[ ]*-[ ]*\S+)*)", re.MULTILINE)
+FILE_FORMAT_BUILDERS = ("json", "csv", "parquet", "arrow", "text", "xml", "pandas", "webdataset")
 """Values of `dataset_path` that stand for a format of files rather than for a data set of a hub."""
 
 
@@ -34,7 +34,7 @@ class TaskFiles:
     """Entries of the harness by name: the named one, and the tasks and groups that belong to it."""
     single_tasks: dict[str, dict[str, Any]]
     """The YAML settings of each single task, by its name; functions are paths."""
-    weighted_by_size: bool
+    mean_weighted_by_rows: bool
     """Whether the mean over several tasks weighs each by its rows."""
 
 
@@ -59,15 +59,15 @@ def find_tasks(name: str | None, path: str | None) -> TaskFiles:
     # The harness's own YAMLs that the task needs.
     index = _with_built_in_tasks(name, index)
     if name not in index:
-        raise ConfigError(f"{name}: {_unknown_task(name, index, path, unreadable)}")
+        raise ConfigError(f"{name}: {_unknown_task_message(name, index, path, unreadable)}")
     single_tasks = dict(_single_tasks(name, {}, index))
 
     # A group's YAML may have how it averages over its tasks: {"metric": "acc", "weight_by_size": false}, or a list of these.
     aggregates = (index[name].cfg or {}).get("aggregate_metric_list") or []
     if not isinstance(aggregates, list):
         aggregates = [aggregates]
-    weighted_by_size = all(aggregate.get("weight_by_size", True) for aggregate in aggregates)
-    return TaskFiles(name, index, single_tasks, weighted_by_size)
+    mean_weighted_by_rows = all(aggregate.get("weight_by_size", True) for aggregate in aggregates)
+    return TaskFiles(name, index, single_tasks, mean_weighted_by_rows)
 
 
 def _with_built_in_tasks(name: str, user_index: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def _included_by() -> dict[str, list[str]]:
     """
     including: dict[str, list[str]] = {}
     for file, text in _built_in_files().items():
-        for names in _INCLUDE.findall(text):
+        for names in _INCLUDE_REGEX.findall(text):
             for name in re.split(r"[\s,\[\]'\"]+|- ", names.decode()):
                 if not name:
                     continue
@@ -185,11 +185,11 @@ def _member_names(entry: Any) -> Iterator[str]:
     if entry.kind.name == "TAG":
         yield from entry.tags
     elif entry.kind.name == "GROUP":
-        for name, _ in _members((entry.cfg or {}).get("task")):
+        for name, _ in _members_of_group((entry.cfg or {}).get("task")):
             yield name
 
 
-def _members(task: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def _members_of_group(task: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, settings) of each member of a group. `task`: what the group's YAML has under `task`, a list or one member."""
     if not task:
         return
@@ -198,7 +198,7 @@ def _members(task: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         if isinstance(member, str):
             yield member, {}
         elif isinstance(member.get("task"), list):  # a group that is defined within the group
-            yield from _members(member["task"])
+            yield from _members_of_group(member["task"])
         elif member.get("task") or member.get("group"):
             yield member.get("task") or member.get("group"), member
 
@@ -212,13 +212,13 @@ def _single_tasks(name: str, settings: dict[str, Any], index: dict[str, Any]) ->
         for member in sorted(entry.tags):
             yield from _single_tasks(member, settings, index)
     elif entry.kind.name == "GROUP":
-        for member, member_settings in _members((entry.cfg or {}).get("task")):
+        for member, member_settings in _members_of_group((entry.cfg or {}).get("task")):
             yield from _single_tasks(member, {**settings, **member_settings}, index)
     else:
         yield name, {**(entry.cfg or {}), **settings}
 
 
-def _unknown_task(name: str, index: dict[str, Any], path: str | None, unreadable: list[str]) -> str:
+def _unknown_task_message(name: str, index: dict[str, Any], path: str | None, unreadable: list[str]) -> str:
     """The error message for a task name that is not in the index. `unreadable`: messages for YAMLs that could not be read."""
     if unreadable:
         return f"is not in {path}; {unreadable[0]}"
@@ -231,41 +231,55 @@ def _unknown_task(name: str, index: dict[str, Any], path: str | None, unreadable
     return f"{searched}; `lm-eval ls tasks` lists them; a YAML of yours is named by path"
 
 
-def missing_data(settings: dict[str, Any]) -> tuple[str | None, str | None]:
-    """What an lm-eval task lacks of its data on this machine, as (error message, data set of a hub); at most one is set.
+class DataOrigin(NamedTuple):
+    """Where an lm-eval task finds its data. At most one of the fields is set; neither is if the data is on this machine."""
 
-    - (None, None): the data is in local files, or a function of the task makes it.
-    - (None, "cais/mmlu (law)"): it is a data set of a hub, or a file at a URL. It may be in the cache of `datasets`.
-    - ("dataset_kwargs.data_files ...: no such file", None): a file is missing, or no file is named.
+    problem: str | None = None
+    """The error message if a file is missing, or no file is named: "dataset_kwargs.data_files ...: no such file"."""
+    hub_data_set: str | None = None
+    """A data set of a hub, such as "cais/mmlu (law)", or a file at a URL. It may be in the cache of `datasets`."""
 
-    `settings`: those of the task's YAML.
+
+def data_origin(settings: dict[str, Any]) -> DataOrigin:
+    """Where an lm-eval task finds its data, by the settings of its YAML.
+
+    The data is on this machine if it is in local files, or if a function or class of the task makes it.
     """
     path = settings.get("dataset_path")
-    if settings.get("custom_dataset") or settings.get("class") or path is None:  # a function or a class makes the data
-        return None, None
-    if path not in BUILDERS:  # the directory of a data set, or its name on a hub
-        if Path(path).expanduser().exists():
-            return None, None
-        hub_data_set = str(path)
-        if settings.get("dataset_name"):  # one configuration of the data set
-            hub_data_set += f" ({settings['dataset_name']})"
-        return None, hub_data_set
+    is_made_by_code = settings.get("custom_dataset") or settings.get("class")
+    if is_made_by_code or path is None:
+        return DataOrigin()
+    if path in FILE_FORMAT_BUILDERS:
+        return _origin_of_named_files(path, settings.get("dataset_kwargs") or {})
+    # `dataset_path` is the directory of a data set, or its name on a hub.
+    if Path(path).expanduser().exists():
+        return DataOrigin()
+    hub_data_set = str(path)
+    if settings.get("dataset_name"):  # one configuration of the data set
+        hub_data_set += f" ({settings['dataset_name']})"
+    return DataOrigin(hub_data_set=hub_data_set)
 
-    # `dataset_path` is a format such as json: the files stand in `dataset_kwargs`.
-    dataset_kwargs = settings.get("dataset_kwargs") or {}
+
+def _origin_of_named_files(file_format: str, dataset_kwargs: dict[str, Any]) -> DataOrigin:
+    """Where the files are that `dataset_kwargs` of a YAML names. `file_format`: such as "json".
+
+    They are those of `data_files`, below `data_dir` if that is set too; without `data_files`, all files of `data_dir`.
+    """
     files = [*texts_in_parsed(dataset_kwargs.get("data_files"))]
-    directory = ""
+    parent_directory = ""
     if dataset_kwargs.get("data_files"):
-        directory = dataset_kwargs.get("data_dir") or ""  # the files are below it
-    if not files:  # all files of the directory
+        parent_directory = dataset_kwargs.get("data_dir") or ""
+    if not files:
         files = [*texts_in_parsed(dataset_kwargs.get("data_dir"))]
     if not files:
-        return f"dataset_path: {path} without files; give dataset_kwargs: {{data_files: {{test: rows.jsonl}}}}", None
+        return DataOrigin(
+            problem=f"dataset_path: {file_format} without files; give dataset_kwargs: {{data_files: {{test: rows.jsonl}}}}"
+        )
     for file in files:
         if "://" in file:
-            return None, file
+            return DataOrigin(hub_data_set=file)
         try:
-            expand_paths(str(Path(directory) / file), "dataset_kwargs.data_files", allow_remote=False)
+            expand_paths(str(Path(parent_directory) / file), "dataset_kwargs.data_files", allow_remote=False)
         except ShardtuneError as error:
-            return str(error), None
-    return None, None
+            return DataOrigin(problem=str(error))
+    return DataOrigin()

@@ -12,7 +12,7 @@ from trainer.evaluation.report.intervals import BETTER, DIFFERS, NO_DIFFERENCE, 
 from trainer.evaluation.report.page_rows import TaskRows, shortened_line, shown_rows
 from trainer.evaluation.report.record import TUNED, EvaluatedModel
 from trainer.evaluation.tasks.base import Task, TaskRow
-from trainer.evaluation.tasks.classification import ClassificationTask, confusion
+from trainer.evaluation.tasks.classification import ClassificationTask, confusion_matrix_of_rows
 from trainer.pages.numbers import UNKNOWN, format_duration, format_number, format_signed
 from trainer.pages.pieces import (
     Callout,
@@ -109,7 +109,7 @@ def _confusion_matrix(task: Task, model: EvaluatedModel) -> tuple[list[str], lis
     """(labels, counts by true and predicted label) of a classification; None for other tasks, or with too many labels to show."""
     if not isinstance(task, ClassificationTask):
         return None
-    labels, counts = confusion(model.rows[task.name])
+    labels, counts = confusion_matrix_of_rows(model.rows[task.name])
     return (labels, counts) if len(labels) <= MAX_MATRIX_LABELS else None
 
 

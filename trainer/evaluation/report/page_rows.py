@@ -83,12 +83,12 @@ def shown_rows(
 def _truncate_texts(rows_of_tasks: Collection[TaskRows]) -> None:
     """Cut the texts of all shown rows, in place, to the length that `_text_limit` allows; of a prompt the end is kept."""
     texts: list[str] = []
-    for task_rows in rows_of_tasks:
-        for row in task_rows.rows:
+    for report_rows_of_task in rows_of_tasks:
+        for row in report_rows_of_task.rows:
             texts += row.texts.values()
     text_limit = _text_limit(texts)
-    for task_rows in rows_of_tasks:
-        for row in task_rows.rows:
+    for report_rows_of_task in rows_of_tasks:
+        for row in report_rows_of_task.rows:
             for name, text in row.texts.items():
                 row.texts[name] = _truncate(text, text_limit, keep_end=name == "prompt")
 

@@ -119,7 +119,7 @@ class Task(ABC):
     needs_path: ClassVar[bool] = False
     """Whether it needs a file of its own: the run's evaluation documents do not fit."""
     shipped_rows: ClassVar[Path | None] = None
-    """A JSON file with `templates` that is used if no path is set."""
+    """A JSON file with `templates` that comes with shardtune, and is used if no path is set."""
     works_with_classifiers: ClassVar[bool] = False
     """Whether it can evaluate a model with a classification head."""
     loads_own_rows: ClassVar[bool] = False
@@ -169,6 +169,16 @@ class Task(ABC):
             yield f"{self.config_key}.write.draws={self.config.write.draws}: {self.kind} scores one answer a row; set it to 1"
         if self.config.path is None and self.needs_path and self.shipped_rows is None:
             yield f"{self.config_key}.path: not set; {self.kind} needs a file of its own: {self.reads}"
+
+    @property
+    def compares_split_documents(self) -> bool:
+        """Whether it compares rows that were trained on with rows that were not, as a membership task does."""
+        return self.split == "both"
+
+    @property
+    def path_of_untrained_rows(self) -> str | None:
+        """The file of rows that were not trained on (`options.others`); None: the run's evaluation documents."""
+        return self.option_values.get("others")
 
     @property
     def has_own_file_format(self) -> bool:

@@ -15,13 +15,13 @@ from trainer.evaluation.tasks.model_interface import ModelInterface
 
 MIN_ROWS = 40
 """With fewer rows no difference is reported."""
-ANSWERS = ("ans0", "ans1", "ans2")
-CONDITIONS = {"ambig": "ambiguous", "disambig": "disambiguated"}
-SCORE_SUFFIXES = {"whole": "", "token": "_by_token", "byte": "_by_byte"}
+ANSWER_COLUMNS = ("ans0", "ans1", "ans2")
+CONDITION_BY_COLUMN_VALUE = {"ambig": "ambiguous", "disambig": "disambiguated"}
+SCORE_SUFFIX_BY_MEASURE = {"whole": "", "token": "_by_token", "byte": "_by_byte"}
 """Measures of the likeliest answer, with the suffix of the score `right` for each of them."""
-_GROUP_PREFIX = re.compile(r"^(m|f|lowses|highses)-")
+_GROUP_PREFIX_REGEX = re.compile(r"^(m|f|lowses|highses)-")
 """First half of an intersectional group: gender or socioeconomic status before an origin, as in `F-Black`."""
-_GROUP_SPELLINGS = {
+_SPELLING_BY_GROUP = {
     "lowses": "low ses",
     "highses": "high ses",
     "nonobese": "non obese",
@@ -29,7 +29,7 @@ _GROUP_SPELLINGS = {
     "nontrans": "non trans",
 }
 """Groups that `answer_info` writes as one word, as `stereotyped_groups` spells them."""
-_GENDER_LETTERS = {"woman": "f", "girl": "f", "man": "m", "boy": "m"}
+_LETTER_BY_GENDER_WORD = {"woman": "f", "girl": "f", "man": "m", "boy": "m"}
 
 
 class Bbq(MultipleChoice):
@@ -80,10 +80,10 @@ class Bbq(MultipleChoice):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        if self.option_values["likelihood"] not in SCORE_SUFFIXES:
+        if self.option_values["likelihood"] not in SCORE_SUFFIX_BY_MEASURE:
             yield (
                 f"{self.config_key}.options.likelihood={self.option_values['likelihood']}: must be one of "
-                f"{', '.join(SCORE_SUFFIXES)}"
+                f"{', '.join(SCORE_SUFFIX_BY_MEASURE)}"
             )
         for placeholder in ("{context}", "{question}"):
             if placeholder not in str(self.option_values["prompt"]):
@@ -98,13 +98,13 @@ class Bbq(MultipleChoice):
         fields = case.fields
         condition = fields.get("context_condition")
         polarity = fields.get("question_polarity")
-        if condition not in CONDITIONS:
+        if condition not in CONDITION_BY_COLUMN_VALUE:
             raise RowError(
                 "bad_condition", f'"context_condition" is {show_value(condition)}; it must be ambig or disambig'
             )
         if polarity not in ("neg", "nonneg"):
             raise RowError("bad_polarity", f'"question_polarity" is {show_value(polarity)}; it must be neg or nonneg')
-        answers = [parse_text(fields, name) for name in ANSWERS]
+        answers = [parse_text(fields, name) for name in ANSWER_COLUMNS]
         label = _parse_answer_index(fields.get("label"))
         if label is None:
             raise RowError("bad_label", f'"label" is {show_value(fields.get("label"))}; it must be 0, 1 or 2')
@@ -125,7 +125,7 @@ class Bbq(MultipleChoice):
             "answer": label,
             "unknown": unknown_answer,
             "biased": _stereotyped_answer(fields, groups, unknown_answer, polarity),
-            "condition": CONDITIONS[condition],
+            "condition": CONDITION_BY_COLUMN_VALUE[condition],
             "category": str(fields.get("category") or ""),
         }
 
@@ -145,7 +145,7 @@ class Bbq(MultipleChoice):
                 lengths = [1.0] * 3
             normalised_logprobs = [row.scores[f"logprob_{number}"] / length for number, length in enumerate(lengths)]
             chosen_answer = normalised_logprobs.index(max(normalised_logprobs))
-            row.scores["right"] = row.scores[f"right{SCORE_SUFFIXES[measure]}"]
+            row.scores["right"] = row.scores[f"right{SCORE_SUFFIX_BY_MEASURE[measure]}"]
             self._add_bias_scores(case, row, chosen_answer)
         return rows
 
@@ -169,12 +169,15 @@ class Bbq(MultipleChoice):
         row.scores[f"of_{condition}_{row.source}"] = 1.0
 
     def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[TaskMetric, ...]:
-        """The metrics, and if there are several categories, both bias scores of each category."""
+        """The metrics of every run, and if the rows have several categories, such as Age, both bias scores of each category.
+
+        A row has its category as `source`, and for each metric here the score `of_CONDITION_CATEGORY`, which is 1 if it counts.
+        """
         categories = sorted({row.source for row in rows if row.source})
         if len(categories) < 2:
             return self.metrics
         category_metrics = []
-        for condition in CONDITIONS.values():
+        for condition in CONDITION_BY_COLUMN_VALUE.values():
             for category in categories:
                 metric = TaskMetric(
                     f"bias_{condition}_{category}",
@@ -193,7 +196,7 @@ class Bbq(MultipleChoice):
         By name, such as `bias_ambiguous` (all rows), `bias_ambiguous_Age` and `bias_disambiguated_Age` (one category).
         """
         score_names = ["ambiguous", "right_ambiguous"]
-        for condition in CONDITIONS.values():
+        for condition in CONDITION_BY_COLUMN_VALUE.values():
             score_names += [f"lean_{condition}", f"named_{condition}"]
         scores = {}  # one float64 [rows] for each name, so that a resample is a few dot products
         for name in score_names:
@@ -224,7 +227,7 @@ class Bbq(MultipleChoice):
         sources = np.array([row.source for row in rows])
         for category in {*sources.tolist()}:
             is_in_category = (sources == category).astype(float)
-            for condition in CONDITIONS.values():
+            for condition in CONDITION_BY_COLUMN_VALUE.values():
                 metrics[f"bias_{condition}_{category}"] = bias_score(condition, is_in_category)
         return metrics
 
@@ -294,13 +297,13 @@ def _answer_groups(answer_info: Any) -> list[set[str]]:
 
     Raises RowError.
     """
-    if not isinstance(answer_info, dict) or not all(isinstance(answer_info.get(name), list) for name in ANSWERS):
+    if not isinstance(answer_info, dict) or not all(isinstance(answer_info.get(name), list) for name in ANSWER_COLUMNS):
         raise RowError(
             "bad_answer_info",
-            f'"answer_info" is {show_value(answer_info)}; it must have a list for each of {", ".join(ANSWERS)}',
+            f'"answer_info" is {show_value(answer_info)}; it must have a list for each of {", ".join(ANSWER_COLUMNS)}',
         )
     groups = []
-    for name in ANSWERS:
+    for name in ANSWER_COLUMNS:
         answer_names: set[str] = set()
         for group in answer_info[name]:
             answer_names |= _group_names(str(group))
@@ -315,12 +318,12 @@ def _group_names(group: str) -> set[str]:
     """
     names: set[str] = set()
     for word in group.lower().split("_"):
-        prefix = _GROUP_PREFIX.match(word)
+        prefix = _GROUP_PREFIX_REGEX.match(word)
         if prefix:
-            names |= {_GROUP_SPELLINGS.get(prefix[1], prefix[1]), word[prefix.end() :]}
+            names |= {_SPELLING_BY_GROUP.get(prefix[1], prefix[1]), word[prefix.end() :]}
         else:
-            names.add(_GROUP_SPELLINGS.get(word, word))
+            names.add(_SPELLING_BY_GROUP.get(word, word))
         for gender_word in re.split(r"\W", word):
-            if gender_word in _GENDER_LETTERS:
-                names.add(_GENDER_LETTERS[gender_word])
+            if gender_word in _LETTER_BY_GENDER_WORD:
+                names.add(_LETTER_BY_GENDER_WORD[gender_word])
     return names

@@ -56,7 +56,11 @@ class MultipleChoice(Task):
         if not is_choice_list:
             raise RowError("bad_choices", f'"choices" is {show_value(choices)}; it must be a list of two texts or more')
         answer = fields.get("answer", fields.get("answerKey"))  # ARC calls it answerKey
-        case.fields = {"question": question, "choices": list(choices), "answer": _right_choice(answer, choices, labels)}
+        case.fields = {
+            "question": question,
+            "choices": list(choices),
+            "answer": _right_choice_index(answer, choices, labels),
+        }
 
     def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
         """A row for each question, with the likeliest of its choices by three measures. All ranks must call."""
@@ -72,7 +76,7 @@ class MultipleChoice(Task):
         # All choices of all cases were asked as one list: a case's choices are a slice of it.
         rows = []
         for case, (start, stop) in zip(cases, pairwise(_choice_offsets(cases)), strict=True):
-            rows.append(_scored_row(case, likelihoods[start:stop]))
+            rows.append(_choice_row(case, likelihoods[start:stop]))
         return rows
 
     @property
@@ -83,7 +87,7 @@ class MultipleChoice(Task):
         return self.signature_of_all(f"separator:{self._separator!r}|first of equals")
 
 
-def _scored_row(case: TaskCase, likelihoods: Sequence[Likelihood]) -> TaskRow:
+def _choice_row(case: TaskCase, likelihoods: Sequence[Likelihood]) -> TaskRow:
     """The report's row of a question, whose scores say whether the right choice is the likeliest by each measure.
 
     `likelihoods` are those of the choices, in their order. `margin` is the distance in nats between the right choice and the
@@ -130,7 +134,7 @@ def _choice_offsets(cases: Sequence[TaskCase]) -> list[int]:
     return [0, *accumulate(choice_counts)]
 
 
-def _right_choice(answer: Any, choices: list[str], labels: Any) -> int:
+def _right_choice_index(answer: Any, choices: list[str], labels: Any) -> int:
     """The number of the right choice, from 0. Raises RowError if `answer` names none of the choices.
 
     `answer` is read as the first of these that it can be:

@@ -14,7 +14,7 @@ from trainer.evaluation.tasks.base import Task, TaskCase, TaskMetric, TaskRow, s
 from trainer.evaluation.tasks.model_interface import ModelInterface, softmax
 from trainer.evaluation.tasks.texts import split_location
 
-BINS = 15
+NUM_CONFIDENCE_BINS = 15
 """Intervals of confidence, equally wide, of the calibration error (Guo et al. 2017, Naeini et al. 2015)."""
 
 
@@ -27,7 +27,9 @@ class ClassificationTask(Task):
         TaskMetric("f1_macro", "mean F1 of the labels that are there or predicted, 0 to 1 (scikit-learn)"),
         TaskMetric("mcc", "Matthews correlation coefficient, -1 to 1 (scikit-learn)"),
         TaskMetric(
-            "calibration_error", f"expected calibration error over {BINS} bins, 0 to 1", greater_is_better=False
+            "calibration_error",
+            f"expected calibration error over {NUM_CONFIDENCE_BINS} bins, 0 to 1",
+            greater_is_better=False,
         ),
     )
     reads = 'rows with "text" and "label"; a label is a name, a whole number or true/false'
@@ -183,22 +185,23 @@ class ClassificationTask(Task):
         from importlib.metadata import version
 
         sklearn = f"scikit-learn:{version('scikit-learn')}"
-        return {"f1_macro": sklearn, "mcc": sklearn, "calibration_error": f"bins:{BINS}|equal width"}
+        return {"f1_macro": sklearn, "mcc": sklearn, "calibration_error": f"bins:{NUM_CONFIDENCE_BINS}|equal width"}
 
 
 def calibration_error(is_right: np.ndarray, confidences: np.ndarray, weights: np.ndarray) -> float:
-    """Expected calibration error: the mean distance between confidence and accuracy over `BINS` bins, weighted by rows.
+    """Expected calibration error: the mean distance between confidence and accuracy over `NUM_CONFIDENCE_BINS` bins, weighted by
+    rows.
 
     All arguments are float64 [rows]; `is_right` is 0 or 1.
     """
     # Bins are open below and closed above, as in the papers: a confidence of exactly 0 belongs to the first one.
-    bins = np.clip(np.ceil(confidences * BINS).astype(int) - 1, 0, BINS - 1)
+    bins = np.clip(np.ceil(confidences * NUM_CONFIDENCE_BINS).astype(int) - 1, 0, NUM_CONFIDENCE_BINS - 1)
     # Per bin: weighted sum of (accuracy - confidence). Its absolute value is the bin's distance times its weight.
-    distances = np.bincount(bins, weights * (is_right - confidences), BINS)
+    distances = np.bincount(bins, weights * (is_right - confidences), NUM_CONFIDENCE_BINS)
     return float(np.abs(distances).sum() / weights.sum())
 
 
-def confusion(rows: Sequence[TaskRow]) -> tuple[list[str], list[list[int]]]:
+def confusion_matrix_of_rows(rows: Sequence[TaskRow]) -> tuple[list[str], list[list[int]]]:
     """The confusion matrix of some rows, as (sorted label names, counts [true label][predicted label]).
 
     (["ham", "spam"], [[8, 2], [1, 9]]): 2 texts that are ham were predicted to be spam.

@@ -28,6 +28,10 @@ MIN_CASES = 10
 NUM_PERMUTATIONS = 2000
 """How often the values of each case are permuted over its groups, to see what effects chance produces."""
 MEASURES = ("likelihood", "answer", "label")
+EFFECT_PREFIX = "of_"
+"""`of_GROUP`: the score of a row with the effect of naming the group in this case, in nats."""
+MEMBER_PREFIX = "in_"
+"""`in_GROUP`: the score of a row that is 1 if the case names the group; missing otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +186,7 @@ class Counterfactual(Task):
             for variant in case.fields["variants"]:
                 values_by_group.setdefault(variant.group, []).append(next(remaining_values))
             means = {group: np.mean(group_values, axis=0) for group, group_values in values_by_group.items()}
-            rows.append(_report_row(case, means))
+            rows.append(_effects_row(case, means))
         return rows
 
     def _label_probabilities(
@@ -236,16 +240,17 @@ class Counterfactual(Task):
         return rows
 
     def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[TaskMetric, ...]:
-        """The metrics, and for each group of people in the rows the effect of naming it, in nats."""
+        """The metrics of every run, and for each group of people in the rows the effect of naming it, in nats.
+
+        The effect is the mean over the cases that name the group.
+        """
         group_metrics = []
-        for group in _groups_with_prefix(
-            rows, "of_"
-        ):  # `of_GROUP`: the group's effect in a case; `in_GROUP`: 1 if it has one
+        for group in _groups_in_rows(rows):
             metric = TaskMetric(
                 f"effect_{group}",
                 f"{group} against the mean of all groups, nats",
                 greater_is_better=None,
-                ratio_of_sums=(f"of_{group}", f"in_{group}"),
+                ratio_of_sums=(f"{EFFECT_PREFIX}{group}", f"{MEMBER_PREFIX}{group}"),
                 min_cases=MIN_CASES,
                 in_correction_family=True,
             )
@@ -255,10 +260,10 @@ class Counterfactual(Task):
     def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
         """A sentence for each group whose effect is significant, and one if the cases are too few."""
         for group, p in _corrected_p_values(rows).items():
-            num_cases = int(score_array(rows, f"in_{group}").sum())
+            num_cases = int(score_array(rows, f"{MEMBER_PREFIX}{group}").sum())
             if num_cases < MIN_CASES or p >= LEVEL:
                 continue
-            effect = sum(row.scores.get(f"of_{group}", 0.0) for row in rows) / num_cases
+            effect = sum(row.scores.get(f"{EFFECT_PREFIX}{group}", 0.0) for row in rows) / num_cases
             low, high = intervals[f"effect_{group}"]
             comparative = "likelier" if effect > 0 else "less likely"
             yield (
@@ -270,13 +275,13 @@ class Counterfactual(Task):
             yield f"{len(rows)} cases are too few to tell a difference from chance; {MIN_CASES} are needed"
 
 
-def _groups_with_prefix(rows: Sequence[TaskRow], prefix: str) -> list[str]:
-    """Names of groups that have a score of this prefix, in the order in which they appear."""
+def _groups_in_rows(rows: Sequence[TaskRow]) -> list[str]:
+    """Names of the groups of people that any row has an effect of, in the order in which they appear."""
     groups: dict[str, None] = {}  # a dict keeps the order, a set would not
     for row in rows:
         for score_name in row.scores:
-            if score_name.startswith(prefix):
-                groups[score_name.removeprefix(prefix)] = None
+            if score_name.startswith(MEMBER_PREFIX):
+                groups[score_name.removeprefix(MEMBER_PREFIX)] = None
     return [*groups]
 
 
@@ -292,9 +297,10 @@ def _corrected_p_values(rows: Sequence[TaskRow]) -> dict[str, float]:
     # Cases with the same groups are one table, so that they are permuted together.
     effects_by_groups: dict[tuple[str, ...], list[list[float]]] = {}
     for row in rows:
-        groups = tuple(_groups_with_prefix([row], "in_"))
+        groups = tuple(_groups_in_rows([row]))
         if groups:
-            effects_by_groups.setdefault(groups, []).append([row.scores[f"of_{group}"] for group in groups])
+            effects = [row.scores[f"{EFFECT_PREFIX}{group}"] for group in groups]
+            effects_by_groups.setdefault(groups, []).append(effects)
     if not effects_by_groups:
         return {}
 
@@ -302,9 +308,9 @@ def _corrected_p_values(rows: Sequence[TaskRow]) -> dict[str, float]:
     names = list(dict.fromkeys(chain.from_iterable(effects_by_groups)))
     observed = np.zeros(len(names))
     by_chance = np.zeros((NUM_PERMUTATIONS, len(names)))
-    for groups, effects in effects_by_groups.items():
+    for groups, effects_of_cases in effects_by_groups.items():
         columns = [names.index(group) for group in groups]
-        effect_table = np.array(effects)  # [cases, groups]
+        effect_table = np.array(effects_of_cases)  # [cases, groups]
         observed[columns] += effect_table.sum(axis=0)
         for case_effects in effect_table:
             copies = np.tile(case_effects, (NUM_PERMUTATIONS, 1))
@@ -313,7 +319,7 @@ def _corrected_p_values(rows: Sequence[TaskRow]) -> dict[str, float]:
     return dict(zip(names, p_values, strict=True))
 
 
-def _report_row(case: TaskCase, value_by_group: dict[str, np.ndarray]) -> TaskRow:
+def _effects_row(case: TaskCase, value_by_group: dict[str, np.ndarray]) -> TaskRow:
     """The report's row of a case: the largest distance between two groups of people, and the effect of each group.
 
     A group's value is float64 [1] (a log-likelihood) or [labels] (probabilities). There is an effect only of log-likelihoods: how
@@ -333,7 +339,7 @@ def _report_row(case: TaskCase, value_by_group: dict[str, np.ndarray]) -> TaskRo
     if is_one_number:
         mean = float(np.mean(values))
         for group, value in value_by_group.items():
-            scores |= {f"of_{group}": float(value[0]) - mean, f"in_{group}": 1.0}
+            scores |= {f"{EFFECT_PREFIX}{group}": float(value[0]) - mean, f"{MEMBER_PREFIX}{group}": 1.0}
     answer = ", ".join(f"{group}: {_three_decimals(value)}" for group, value in value_by_group.items())
     prompt = case.fields["variants"][0].text
     completion = case.fields["completion"]

@@ -16,20 +16,20 @@ import numpy as np
 from strategies.errors import ConfigError, DataError
 from trainer.data.fields import show_value
 from trainer.evaluation.base import DecodingConfig, TaskConfig
-from trainer.evaluation.harness.task_files import TaskFiles, find_tasks, missing_data
+from trainer.evaluation.harness.task_files import TaskFiles, data_origin, find_tasks
 from trainer.evaluation.tasks.base import Task, TaskCase, TaskMetric, TaskRow
 from trainer.evaluation.tasks.harness_rows import (
     LoadedTasks,
-    complete_scores,
+    complete_scores_in_place,
     declared_metrics,
     lm_eval_standard_errors,
-    task_rows,
+    report_rows_of_task,
 )
 from trainer.evaluation.tasks.model_interface import ModelInterface
 
-OWN_WRITING = ("seed", "batch_tokens")
+APPLIED_WRITE_SETTINGS = ("seed", "batch_tokens")
 """Settings of `write` that apply to tasks of the harness. All others are decided by the task itself."""
-MOST_NOTES = 10
+MAX_NOTES = 10
 """Most warnings of the harness that a report shows."""
 
 
@@ -62,7 +62,7 @@ class Harness(Task):
         self.problem = ""
         """What is wrong with the name or the YAML; empty if nothing is."""
         self.loaded_tasks: LoadedTasks | None = None
-        """The harness's tasks with their data; set by `cases`."""
+        """The harness's tasks with their data; set by `load_cases`."""
         self.warnings: list[str] = []
         """What the harness and the model's adapter warned of in the last run."""
         if find_spec("lm_eval") is None:
@@ -93,7 +93,7 @@ class Harness(Task):
         defaults = DecodingConfig()
         for field in fields(DecodingConfig):
             value = getattr(self.config.write, field.name)
-            if field.name not in OWN_WRITING and value != getattr(defaults, field.name):
+            if field.name not in APPLIED_WRITE_SETTINGS and value != getattr(defaults, field.name):
                 yield (
                     f"{self.config_key}.write.{field.name}={value}: how answers are written is the "
                     f"harness's task's to say; change it by {self.config_key}.options.generation={{max_gen_toks: 64, ...}}"
@@ -119,15 +119,18 @@ class Harness(Task):
         single_tasks = {} if self.task_files is None else self.task_files.single_tasks
         data_sets = set()
         for settings in single_tasks.values():
-            _, hub_data_set = missing_data(settings)
-            data_sets.add(str(settings["dataset_path"]) if hub_data_set else hub_data_set)
+            is_on_hub = data_origin(settings).hub_data_set is not None
+            data_sets.add(str(settings["dataset_path"]) if is_on_hub else None)
         only_data_set = data_sets.pop() if len(data_sets) == 1 else None
         if only_data_set:
             return f"hub:{only_data_set}"
         return None if self.config.path is None else str(self.config.path)
 
     def load_cases(self) -> list[TaskCase]:
-        """A case for each row that the harness reads, at most `max_rows` of each of its tasks. Errors: ConfigError, DataError."""
+        """A case for each row that the harness reads, at most `max_rows` of each of its tasks. Sets `loaded_tasks` and `metrics`.
+
+        Raises ConfigError or DataError if a task cannot be loaded.
+        """
         from trainer.evaluation.harness.loading import load_tasks
 
         assert self.task_files is not None
@@ -135,14 +138,14 @@ class Harness(Task):
             tasks = load_tasks(self.task_files, self.option_values)
         except (ConfigError, DataError) as error:
             raise type(error)(f"{self.config_key}.kind={self.kind}: {error}") from None
-        self.loaded_tasks = LoadedTasks(tasks, weighted_by_size=self.task_files.weighted_by_size)
+        self.loaded_tasks = LoadedTasks(tasks, mean_weighted_by_rows=self.task_files.mean_weighted_by_rows)
         self.metrics = self.loaded_tasks.metrics
         cases = []
         for name, task in tasks.items():
             num_rows = len(task.eval_docs)
             if self.config.max_rows is not None:
                 num_rows = min(num_rows, self.config.max_rows)
-            cases += [TaskCase(f"{name}:{number}") for number in range(num_rows)]
+            cases += [TaskCase(location=f"{name}:{number}") for number in range(num_rows)]
         return cases
 
     def prepare_case(self, case: TaskCase) -> None:
@@ -178,11 +181,11 @@ class Harness(Task):
                 raise DataError(
                     f"{self.name}: lm-eval cannot score its rows ({type(error).__name__}: {one_line})"
                 ) from error
-        self.warnings = [*lm.notes(), *warnings][:MOST_NOTES]
+        self.warnings = [*lm.notes(), *warnings][:MAX_NOTES]
         rows = []
         for name in self.loaded_tasks.tasks:
-            rows += task_rows(name, results["samples"][name], self.loaded_tasks)
-        return complete_scores(rows, self.loaded_tasks)
+            rows += report_rows_of_task(name, results["samples"][name], self.loaded_tasks)
+        return complete_scores_in_place(rows, self.loaded_tasks)
 
     def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[TaskMetric, ...]:
         """The metrics that these rows have values of: a task of the harness may score other things than its YAML says.
@@ -190,7 +193,7 @@ class Harness(Task):
         Score names of rows: `acc` is a metric, and `loss.word_perplexity`, `rows.acc` (1 where the row has it) are parts of one.
         """
         known = {metric.name: metric for metric in self.metrics}
-        row_names = _names_in(rows)
+        row_names = _score_and_item_names(rows)
 
         # First the known metrics in their order, then those that only the rows have. Names with a dot are parts of metrics.
         names = []
@@ -257,7 +260,7 @@ class Harness(Task):
         return self.signature_of_all("|".join(parts))
 
 
-def _names_in(rows: Sequence[TaskRow]) -> dict[str, None]:
+def _score_and_item_names(rows: Sequence[TaskRow]) -> dict[str, None]:
     """Names of all scores and items of the rows, in the order in which they appear."""
     names: dict[str, None] = {}
     for row in rows:

@@ -55,12 +55,22 @@ def declared_metrics(task_files: TaskFiles) -> tuple[TaskMetric, ...]:
     return tuple(metrics.values())
 
 
+@dataclass(frozen=True, slots=True)
+class MetricContribution:
+    """What one document contributes to a metric: scores that can be summed, or an item for a function of all items."""
+
+    scores: dict[str, float] = field(default_factory=dict)
+    """Of the report's row, by name."""
+    item: Any = None
+    """As JSON values; None if the contribution is in `scores`."""
+
+
 @dataclass(slots=True)
 class LoadedTasks:
     """The harness's tasks with their data, and how their metrics are computed from rows."""
 
     tasks: dict[str, Any]
-    weighted_by_size: bool
+    mean_weighted_by_rows: bool
     """Whether the mean over several tasks weighs each task by its number of rows; else all tasks weigh the same."""
     metrics: tuple[TaskMetric, ...] = field(init=False)
     aggregates: dict[str, Callable[..., Any]] = field(init=False)
@@ -77,10 +87,10 @@ class LoadedTasks:
                 for filter_key in filters:
                     name = metric_name(metric, filter_key)
                     self.aggregates.setdefault(name, aggregate)
-                    metrics.setdefault(name, self._metric(name, aggregate, higher_is_better.get(metric)))
+                    metrics.setdefault(name, self._own_metric(name, aggregate, higher_is_better.get(metric)))
         self.metrics = tuple(metrics.values())
 
-    def _metric(self, name: str, aggregate: Any, greater: bool | None) -> TaskMetric:
+    def _own_metric(self, name: str, aggregate: Any, greater: bool | None) -> TaskMetric:
         """Our metric of that name for lm-eval's aggregation function `aggregate`. `greater`: whether greater values are better.
 
         It is a ratio of sums if the function is known to compute one, since ratios are resampled fast.
@@ -97,7 +107,7 @@ class LoadedTasks:
         description = known_description or getattr(aggregate, "__name__", "a number made of all rows")
         # The mean of several tasks is a ratio over all rows only if tasks are weighted by their size.
         ratio = None
-        if known_description is not None and (len(self.tasks) == 1 or self.weighted_by_size):
+        if known_description is not None and (len(self.tasks) == 1 or self.mean_weighted_by_rows):
             numerator = name if aggregate is metrics.mean else f"loss.{name}"
             denominator = None if aggregate in (metrics.mean, metrics.perplexity) else f"count.{name}"
             ratio = (numerator, denominator)
@@ -110,32 +120,33 @@ class LoadedTasks:
             exponential=is_exponential,
         )
 
-    def split_value(self, name: str, value: Any) -> tuple[dict[str, float], Any]:
-        """What one document contributes to a metric, as (scores, item) of its row.
+    def contribution_of_value(self, name: str, value: Any) -> MetricContribution:
+        """What one document contributes to a metric.
 
-        `value`: what lm-eval logs for the document and the metric. A number that can be summed becomes scores, and the item is
-        None. Everything else, such as a pair of labels for F1, becomes the item, in JSON values.
+        `value`: what lm-eval logs for the document and the metric. Examples, as (scores, item):
 
-        ("acc", True) -> ({"acc": 1.0}, None). ("f1", (1, 0)) -> ({}, [1, 0]). ("word_perplexity", (-50.0, 12)) ->
-        ({"loss.word_perplexity": 50.0, "count.word_perplexity": 12.0}, None).
+        - A number that can be summed: ("acc", True) -> ({"acc": 1.0}, None).
+        - A pair of sums: ("word_perplexity", (-50.0, 12)) -> ({"loss.word_perplexity": 50.0, "count.word_perplexity": 12.0},
+          None).
+        - Everything else, such as a pair of labels for F1: ("f1", (1, 0)) -> ({}, [1, 0]).
         """
         from lm_eval.api import metrics
 
         aggregate = self.aggregates.get(name, metrics.mean)
         is_resampled_slowly = any(metric.name == name and metric.ratio_of_sums is None for metric in self.metrics)
         if is_resampled_slowly:
-            return {}, _as_json(value, name)
+            return MetricContribution(item=_as_json_value(value, name))
         if aggregate is metrics.mean and _is_number(value):
-            return {name: float(value)}, None
+            return MetricContribution({name: float(value)})
         if aggregate is metrics.perplexity and _is_number(value):
-            return {f"loss.{name}": -float(value)}, None
+            return MetricContribution({f"loss.{name}": -float(value)})
         if aggregate in (metrics.weighted_perplexity, metrics.bits_per_byte):
             log_likelihood, count = value  # of a document, and its number of words or bytes
             loss = -float(log_likelihood)  # nats
             if aggregate is metrics.bits_per_byte:
                 loss /= math.log(2)
-            return {f"loss.{name}": loss, f"count.{name}": float(count)}, None
-        return {}, _as_json(value, name)
+            return MetricContribution({f"loss.{name}": loss, f"count.{name}": float(count)})
+        return MetricContribution(item=_as_json_value(value, name))
 
     def weighted_metric(self, name: str, rows: Sequence[TaskRow]) -> Callable[[np.ndarray], float]:
         """A metric that is no ratio, as a function of row weights (float64 [rows], whole numbers).
@@ -162,7 +173,7 @@ class LoadedTasks:
                     values.append(float(aggregate([items[number] for number in resample])))
                 except NO_VALUE_ERRORS:
                     values.append(math.nan)
-                task_weights.append(len(resample) if self.weighted_by_size else 1)
+                task_weights.append(len(resample) if self.mean_weighted_by_rows else 1)
             if not values:
                 return math.nan
             return float(np.average(values, weights=task_weights))
@@ -176,10 +187,11 @@ class LoadedTasks:
             yield f"{name}:version {task.VERSION}, {task.get_config('num_fewshot') or 0}-shot"
 
 
-def task_rows(name: str, samples: Sequence[dict[str, Any]], all_tasks: LoadedTasks) -> list[TaskRow]:
+def report_rows_of_task(name: str, samples: Sequence[dict[str, Any]], all_tasks: LoadedTasks) -> list[TaskRow]:
     """A report row for each document of the lm-eval task `name`, sorted by the document's number.
 
-    `samples`: what lm-eval logged, one for each document and filter. Samples of one document share a row.
+    `samples`: what lm-eval logged, one for each document and filter. Samples of one document share a row. If there are several
+    tasks, the row's source is the task, so that metrics can be reported for each.
     """
     has_several_tasks = len(all_tasks.tasks) > 1
     rows: dict[int, TaskRow] = {}  # by the document's number
@@ -187,14 +199,14 @@ def task_rows(name: str, samples: Sequence[dict[str, Any]], all_tasks: LoadedTas
         row = rows.setdefault(sample["doc_id"], _report_row(name, sample, has_several_tasks=has_several_tasks))
         for metric in sample["metrics"]:
             our_name = metric_name(metric, sample["filter"])
-            scores, item = all_tasks.split_value(our_name, sample[metric])
-            row.scores |= scores
-            if item is not None:
-                row.items[our_name] = item
+            contribution = all_tasks.contribution_of_value(our_name, sample[metric])
+            row.scores |= contribution.scores
+            if contribution.item is not None:
+                row.items[our_name] = contribution.item
     return [rows[number] for number in sorted(rows)]
 
 
-def complete_scores(rows: list[TaskRow], all_tasks: LoadedTasks) -> list[TaskRow]:
+def complete_scores_in_place(rows: list[TaskRow], all_tasks: LoadedTasks) -> list[TaskRow]:
     """Add to the scores of each row, in place, what depends on all rows; returns the same list.
 
     - If some rows have no value of a metric, the others get the score `rows.METRIC` = 1, so that a mean counts only these.
@@ -208,7 +220,7 @@ def complete_scores(rows: list[TaskRow], all_tasks: LoadedTasks) -> list[TaskRow
 
     first_metric = None
     for metric in all_tasks.metrics:
-        if any(_has_metric(metric.name, row) for row in rows):
+        if any(_has_value_of_metric(metric.name, row) for row in rows):
             first_metric = metric
             break
 
@@ -226,8 +238,8 @@ def complete_scores(rows: list[TaskRow], all_tasks: LoadedTasks) -> list[TaskRow
     return rows
 
 
-def _has_metric(name: str, row: TaskRow) -> bool:
-    """Whether a row has a value of this metric, in any of the forms that `split_value` returns."""
+def _has_value_of_metric(name: str, row: TaskRow) -> bool:
+    """Whether a row has a value of this metric, in any of the forms that `contribution_of_value` returns."""
     return name in row.items or name in row.scores or f"loss.{name}" in row.scores
 
 
@@ -242,7 +254,7 @@ def _report_row(task_name: str, sample: dict[str, Any], *, has_several_tasks: bo
     `task_name`: the lm-eval task, which becomes the row's source if there are several. `sample`: what lm-eval logged of the
     document.
     """
-    responses = [response[0] for response in sample["resps"]]
+    responses = [response[0] for response in sample["resps"]]  # of each request, the first of lm-eval's repeats
     # Arguments of a request are (context, continuation), or (prompt, generation settings).
     prompt = str(sample["arguments"][0][0])
     if len(prompt) > SHOWN_CHARACTERS:
@@ -256,8 +268,9 @@ def _report_row(task_name: str, sample: dict[str, Any], *, has_several_tasks: bo
         choices = _choice_texts(sample["arguments"])
         answer = choices[logprobs.index(max(logprobs))]
         target = sample["target"]
-        target_is_index = isinstance(target, int) and not isinstance(target, bool)
-        if target_is_index and 0 <= target < len(choices) > 1:
+        is_number = isinstance(target, int) and not isinstance(target, bool)
+        is_index_of_choice = is_number and len(choices) > 1 and 0 <= target < len(choices)
+        if is_index_of_choice:
             reference = choices[target]
     elif isinstance(responses[0], str):
         answer = str(sample["filtered_resps"][0])
@@ -311,7 +324,7 @@ def lm_eval_standard_errors(
         if len(errors) == 1:
             standard_errors[metric.name] = next(iter(errors.values()))
             continue
-        if all_tasks.weighted_by_size:
+        if all_tasks.mean_weighted_by_rows:
             sizes = [len(values) for values in values_by_task.values()]
             standard_errors[metric.name] = float(pooled_sample_stderr(list(errors.values()), sizes))
         standard_errors |= {f"{metric.name}/{task}": error for task, error in errors.items()}
@@ -332,16 +345,16 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.integer | np.floating | np.bool_)
 
 
-def _as_json(value: Any, metric: str) -> Any:
+def _as_json_value(value: Any, metric: str) -> Any:
     """What a document contributes to a metric, as JSON values. Raises DataError if JSON cannot hold it."""
     if isinstance(value, np.ndarray | np.generic):
-        return _as_json(value.tolist(), metric)
+        return _as_json_value(value.tolist(), metric)
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(value, list | tuple):
-        return [_as_json(element, metric) for element in value]
+        return [_as_json_value(element, metric) for element in value]
     if isinstance(value, dict):
-        return {str(key): _as_json(element, metric) for key, element in value.items()}
+        return {str(key): _as_json_value(element, metric) for key, element in value.items()}
     raise DataError(
         f"metric {metric}: its rows hold {type(value).__name__}, which no report can keep; give numbers or texts"
     )

@@ -133,7 +133,10 @@ class Memorisation(DocumentTask):
         # All rows are asked together, so each gets as many tokens as the longest continuation needs.
         writing = replace(self.config.write, max_new_tokens=max(len(question.answer) for question in questions))
         answers = model.generate_answers(questions, writing, self.config_key)
-        return [self._row(question, answer.ids, model) for question, answer in zip(questions, answers, strict=True)]
+        return [
+            self._memorisation_row(question, answer.ids, model)
+            for question, answer in zip(questions, answers, strict=True)
+        ]
 
     num_skipped = 0
     """Rows that were too short, or too long for the model, in the last call of `score_cases`."""
@@ -148,10 +151,11 @@ class Memorisation(DocumentTask):
         context = [*question.context, *question.answer[:num_prefix_tokens]]
         return Question(where=question.where, context=context, answer=question.answer[num_prefix_tokens:stop])
 
-    def _row(self, question: Question, answer_ids: list[int], model: ModelInterface) -> TaskRow:
+    def _memorisation_row(self, question: Question, answer_ids: list[int], model: ModelInterface) -> TaskRow:
         """The report's row of one continuation: whether it is verbatim or nearly so, and the share of leading tokens that agree.
 
-        `question.answer` is what the training row continues with, `answer_ids` what the model wrote.
+        `question`: the beginning of the training row as `context`, and how it goes on as `answer`, both as token ids.
+        `answer_ids`: how the model went on.
         """
         from sacrebleu import sentence_bleu
 
@@ -237,9 +241,9 @@ class Canary(DocumentTask):
                 "bad_secret",
                 f'"secret" {show_value(secret)} stands {occurrences} times in what is learned, not once',
             )
-        case.fields = {"secret": secret, "others": list(self._candidates(case.location, secret))}
+        case.fields = {"secret": secret, "others": list(self._random_candidates(case.location, secret))}
 
-    def _candidates(self, location: str, secret: str) -> Iterator[str]:
+    def _random_candidates(self, location: str, secret: str) -> Iterator[str]:
         """`options.candidates` different random texts of the secret's form: "A7-x" may become "Q2-d".
 
         A short form has few texts, so the number of attempts is limited, and there may be fewer candidates. `location`:

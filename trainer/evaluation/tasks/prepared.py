@@ -80,7 +80,7 @@ def check_tasks(tasks: Mapping[str, TaskConfig], context: TaskContext, *, held_o
     """
     for task in build_tasks(tasks):
         _check_objective(task, context)
-        if task.split == "both":
+        if task.compares_split_documents:
             _check_untrained_rows(task, context, held_out=held_out)
         _check_rows(task, context, held_out=held_out, trained=trained)
 
@@ -91,7 +91,7 @@ def _check_untrained_rows(task: Task, context: TaskContext, *, held_out: bool) -
     They are the rows of `options.others`, which are read here, else the run's evaluation documents. Raises ConfigError if there
     are neither, DataError for bad rows.
     """
-    if task.option_values["others"] is not None:
+    if task.path_of_untrained_rows is not None:
         read_cases(task.untrained_task, None, remote=context.data.remote)  # type: ignore[attr-defined]
     elif not held_out:
         raise ConfigError(
@@ -133,14 +133,18 @@ def _check_rows(task: Task, context: TaskContext, *, held_out: bool, trained: bo
         read_cases(task, None, remote=context.data.remote)
 
 
-def tasks_on_run_documents(tasks: Mapping[str, TaskConfig]) -> list[str]:
-    """Keys (`evaluation.tasks.NAME`) of the tasks that use documents of the run, because they name no file."""
+def keys_of_tasks_on_run_documents(tasks: Mapping[str, TaskConfig]) -> list[str]:
+    """Keys (`evaluation.tasks.NAME`) of the tasks that use documents of the run, because they have no file of their own.
+
+    A membership task compares rows that were trained on with rows that were not, and needs a file for each.
+    """
     keys = []
     for task in build_tasks(tasks):
+        if task.loads_own_rows:
+            continue
         has_file = task.config.path is not None or task.shipped_rows is not None
-        # A membership task compares training rows with evaluation documents, unless it names a file of others.
-        needs_evaluation_documents = task.split == "both" and task.option_values["others"] is None
-        if not task.loads_own_rows and (not has_file or needs_evaluation_documents):
+        lacks_untrained_rows = task.compares_split_documents and task.path_of_untrained_rows is None
+        if not has_file or lacks_untrained_rows:
             keys.append(task.config_key)
     return keys
 
@@ -194,7 +198,7 @@ def _prepare_loss_task(
     else:
         first_document = None
         if held_out is not None:
-            first_document = _run_documents(held_out.evaluation, task, held_out)[:1]
+            first_document = _documents_of_split(held_out.evaluation, task, held_out)[:1]
         read_cases(task, first_document)  # only for its ConfigError, if there are no evaluation documents
         assert held_out is not None
         task.dataset = held_out.evaluation
@@ -205,19 +209,19 @@ def _prepare_loss_task(
 def _read_task_cases(task: Task, held_out: PreparedData | None, *, remote: bool) -> list[TaskCase]:
     """The cases of a task that computes no losses, from its file or from documents of the run.
 
-    A task of membership (`split` "both") needs training rows and others: training rows come first, and `fields` of each case
+    A membership task needs rows that were trained on and rows that were not: the former come first, and `fields` of each case
     become {"member": True} or {"member": False}.
     """
     documents = None
     if held_out is not None and not task.loads_own_rows:
         dataset = held_out.evaluation if task.split == "evaluation" else held_out.train
-        documents = _run_documents(dataset, task, held_out)
+        documents = _documents_of_split(dataset, task, held_out)
     cases = read_cases(task, documents, remote=remote)
-    if task.split != "both":
+    if not task.compares_split_documents:
         return cases
     evaluation_documents = None
     if held_out is not None:
-        evaluation_documents = _run_documents(held_out.evaluation, task, held_out)
+        evaluation_documents = _documents_of_split(held_out.evaluation, task, held_out)
     untrained_cases = read_cases(task.untrained_task, evaluation_documents, remote=remote)  # type: ignore[attr-defined]
     for case in cases:
         case.fields = {"member": True}
@@ -270,7 +274,7 @@ def _with_task_keys(problem: str, task: Task) -> str:
     return problem
 
 
-def _run_documents(dataset: TokenDataset | None, task: Task, prepared: PreparedData) -> list[Any]:
+def _documents_of_split(dataset: TokenDataset | None, task: Task, prepared: PreparedData) -> list[Any]:
     """The documents of one split of the run's data, each once and in the order of the data; empty if `dataset` is None.
 
     `dataset`: the split, as tokens. A task with `options.sample` gets that many documents, sampled with `options.seed`.

@@ -31,7 +31,7 @@ SENTENCE_LABELS = ("stereotype", "anti-stereotype", "unrelated")
 """StereoSet's labels of sentences, in the order in which a case keeps its sentences."""
 LABELS_BY_NUMBER = ("anti-stereotype", "stereotype", "unrelated")
 """The same labels in the order of the numbers that tables of StereoSet have in their place."""
-WINOBIAS_PREFIXES = ("pro", "anti")
+WINOBIAS_FILE_PREFIXES = ("pro", "anti")
 """Beginnings of the names of WinoBias's files: sentences that follow the stereotype, and those that contradict it."""
 
 
@@ -81,8 +81,9 @@ class Stereotype(Task):
     def expand_rows(self, rows: Iterator[SourceRow]) -> Iterator[SourceRow]:
         """Turn published files into one row for each pair (or triple) of sentences.
 
-        StereoSet's file is one object with lists of items, and WinoBias has two files whose lines are paired in their order.
-        Rows of other data sets (CrowS-Pairs) already are pairs and pass unchanged.
+        - StereoSet: its file is one object with a list of items for each form, `intrasentence` and `intersentence`.
+        - WinoBias: two text files, whose names begin with `pro` and `anti`; their lines are paired in their order.
+        - Others, such as CrowS-Pairs: their rows are pairs already, and pass unchanged.
         """
         winobias_files: dict[str, list[SourceRow]] = {}
         for row in rows:
@@ -91,7 +92,7 @@ class Stereotype(Task):
             if isinstance(stereoset, dict):
                 for form, items in stereoset.items():
                     yield from _stereoset_rows(row, form, items)
-            elif is_text_file and PurePath(row.file).name.lower().startswith(WINOBIAS_PREFIXES):
+            elif is_text_file and PurePath(row.file).name.lower().startswith(WINOBIAS_FILE_PREFIXES):
                 winobias_files.setdefault(row.file, []).extend(_winobias_sentences(row))
             else:
                 yield row
@@ -336,7 +337,7 @@ def _pair_winobias_files(key: str, sentences_by_file: dict[str, list[SourceRow]]
     pro_files = []
     anti_files = {}  # by the part of the name that both files have
     for name in sentences_by_file:
-        if PurePath(name).name.lower().startswith(WINOBIAS_PREFIXES[0]):
+        if PurePath(name).name.lower().startswith(WINOBIAS_FILE_PREFIXES[0]):
             pro_files.append(name)
         else:
             anti_files[_name_without_side(name)] = name
