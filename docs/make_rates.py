@@ -12,7 +12,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from trainer.optim.rates import ADAMW_FACTORS, METHODS, OBJECTIVES, OWN_RATES, UsualRate  # noqa: E402
+from trainer.optim.rates import (  # noqa: E402
+    FACTOR_OF_ADAMW_RATE,
+    RATE_BY_METHOD,
+    RATE_BY_OPTIMIZER_AND_METHOD,
+    RATES_BY_OBJECTIVE,
+    UsualRate,
+)
 from trainer.tuning.table import METHODS as CHOICES  # noqa: E402
 
 PAGE = ROOT / "docs" / "peft.md"
@@ -45,20 +51,20 @@ def times_adamw(factor: float) -> str:
 
 def tables() -> str:
     """The three tables: by method, by objective, by optimizer."""
-    by_method = [row(typed(method), rate) for method, rate in METHODS.items()]
+    by_method = [row(typed(method), rate) for method, rate in RATE_BY_METHOD.items()]
     same: dict[int, list[str]] = {}
-    for objective, rates in OBJECTIVES.items():
+    for objective, rates in RATES_BY_OBJECTIVE.items():
         same.setdefault(id(rates), []).append(objective)
     by_objective = []
     for objectives in same.values():
-        rates = OBJECTIVES[objectives[0]]
+        rates = RATES_BY_OBJECTIVE[objectives[0]]
         names = ", ".join(f"`{objective}`" for objective in objectives)
         by_objective += [row(f"{names}: full tuning", rates.full), row(f"{names}: LoRA", rates.lora)]
     by_optimizer = []
-    for optimizer, (factor, source) in ADAMW_FACTORS.items():
+    for optimizer, (factor, source) in FACTOR_OF_ADAMW_RATE.items():
         if source:
             by_optimizer.append(f"| `{optimizer}` | {times_adamw(factor)} | | {source.partition(': ')[2] or '-'} |")
-    for (optimizer, method), rate in OWN_RATES.items():
+    for (optimizer, method), rate in RATE_BY_OPTIMIZER_AND_METHOD.items():
         by_optimizer.append(row(f"`{optimizer}` with {typed(method)}", rate))
     parts = [
         "With AdamW, for `objective=sft`, `pretrain` and `distillation`:",

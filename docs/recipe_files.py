@@ -11,7 +11,7 @@ from recipe_table import TASKS, Recipe
 
 from trainer.model.known_shapes import read_shape
 from trainer.optim.config import OptimConfig
-from trainer.optim.rates import usual_rate
+from trainer.optim.rates import usual_learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = {"full": "full tuning", "lora": "LoRA", "qlora": "LoRA on a 4-bit base model (QLoRA)"}
@@ -59,7 +59,7 @@ def recipe_tree(recipe: Recipe) -> dict[str, Any]:
         "schedule": (task.schedule, "cosine"),
     }
     overrides = [{f"override /{group}": choice} for group, (choice, default) in chosen.items() if choice != default]
-    rate = usual_rate(OptimConfig(), tuning, task.objective)
+    rate = usual_learning_rate(OptimConfig(), tuning, task.objective)
     assert rate is not None
     model: dict[str, Any] = {"path": hub_id(recipe)}
     if recipe.method == "qlora":

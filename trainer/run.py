@@ -40,7 +40,7 @@ from trainer.objectives.registry import objective_family
 from trainer.objectives.rollouts import RoundsConfig
 from trainer.planner.fit_check import must_fit
 from trainer.planner.micro_batch import resolve_micro_batch
-from trainer.planner.oom_probe import TrialInputs
+from trainer.planner.oom_probe import ProbeInputs
 from trainer.planner.oom_report import reporting_out_of_memory
 from trainer.planner.strategy_choice import resolve_strategy
 from trainer.reporting.console import Console
@@ -116,7 +116,7 @@ def _run(
     context = RunContext(sha256, runtime, console, StopAgreement(request, runtime), attempt)
     precision = resolve_precision(config.precision, runtime)
     checked = compare_with_resumed_run(config, data, context)
-    inputs = TrialInputs(tokenizer, data, precision, runtime)
+    inputs = ProbeInputs(tokenizer, data, precision, runtime)
     config = choose_strategy_and_micro_batch(config, inputs, context, write_config)
     # Refused here, before there are weights, rather than by the allocator an hour later.
     attempt.phase = "simulating whether the run fits"
@@ -251,7 +251,7 @@ def compare_with_resumed_run(config: RunConfig, data: PreparedData, context: Run
 
 
 def choose_strategy_and_micro_batch(
-    config: RunConfig, inputs: TrialInputs, context: RunContext, write_config: WriteConfig
+    config: RunConfig, inputs: ProbeInputs, context: RunContext, write_config: WriteConfig
 ) -> RunConfig:
     """Choose the strategy and the micro-batch, if they are `auto`. All ranks must call.
 
@@ -292,7 +292,7 @@ def resume_from_checkpoint(
 
 def build_batch_loader(
     config: RunConfig,
-    inputs: TrialInputs,
+    inputs: ProbeInputs,
     built: BuiltModel,
     engine: Engine,
     progress: Progress,

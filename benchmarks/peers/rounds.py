@@ -49,7 +49,7 @@ class StepReports:
         self.args = args
         self.pipes = [int(descriptor) for descriptor in os.environ.get("BENCH_PIPES", "").split(",") if descriptor]
         self.steps = 0
-        self._forward_passes = 0
+        self._num_forward_passes = 0
         self._cpu_s = family_cpu_seconds()
 
     def install(self) -> StepReports:
@@ -61,7 +61,7 @@ class StepReports:
 
         def forward(module: Any, ids: Any) -> Any:
             if torch.is_grad_enabled():
-                self._forward_passes += 1
+                self._num_forward_passes += 1
             return plain_forward(module, ids)
 
         torch.nn.Embedding.forward = forward  # type: ignore[method-assign]
@@ -69,9 +69,9 @@ class StepReports:
         return self
 
     def _end_step(self) -> None:
-        if not self._forward_passes:  # an optimizer that wraps another, or one that only sets up its state
+        if not self._num_forward_passes:  # an optimizer that wraps another, or one that only sets up its state
             return
-        self._forward_passes = 0
+        self._num_forward_passes = 0
         self.steps += 1
         cpu_s = family_cpu_seconds() - self._cpu_s
         self._report({"event": "step", "step": self.steps, "cpu_s": cpu_s, "peak_mb": own_peak()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trainer.config.run import LEARNING_RATE_KEY, RunConfig
 from trainer.optim.config import OptimName
-from trainer.optim.rates import missing_rate_message, usual_rate
+from trainer.optim.rates import missing_rate_message, usual_learning_rate
 from trainer.reporting.resolution import ResolvedSetting
 
 EARLIER_DEFAULT_RATE_BY_OPTIMIZER = {OptimName.lion: 3e-6, OptimName.adafactor: 1e-3, OptimName.sgd: 1e-2}
@@ -15,7 +15,7 @@ def set_usual_learning_rate(config: RunConfig) -> None:
     """Set `optim.lr` to the usual rate, with a note in `config.substitutions`, if it is not set and a usual rate is known."""
     if config.optim.lr is not None:
         return
-    rate = usual_rate(config.optim, config.tuning.method, str(config.objective.name))
+    rate = usual_learning_rate(config.optim, config.tuning.method, str(config.objective.name))
     if rate is not None:
         config.optim.lr = rate.usual
         reason = f"usual for {config.tuning.method}, objective={config.objective.name} and optim={config.optim.name}"

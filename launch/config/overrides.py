@@ -26,7 +26,7 @@ from strategies.errors import ConfigError
 from trainer.export.gates.bounds import read_word
 from trainer.model.known_shapes import read_shape
 from trainer.objectives.reward_functions import WHAT_IS_A_REWARD, parse_function_path, reward_functions_in_file
-from trainer.optim.schedule import MEANT_UNDER
+from trainer.optim.schedule import SCHEDULES_BY_SETTING
 
 TASKS_TABLE = "evaluation.tasks"
 """A table for which a list of kinds can be typed: `[json,json:strict]` makes the entries `json` and `strict` of kind json."""
@@ -105,7 +105,7 @@ def all_settings() -> dict[str, Setting]:
         if set(setting.available_under) == set(all_choices):
             settings_by_key[key] = Setting(setting.type)
     # The schedules share one class, in which some settings mean something under some of them only.
-    for name, schedules in MEANT_UNDER.items():
+    for name, schedules in SCHEDULES_BY_SETTING.items():
         key = f"schedule.{name}"
         settings_by_key[key] = Setting(settings_by_key[key].type, tuple(str(schedule) for schedule in schedules))
     del settings_by_key["substitutions"]  # what a run records about itself; nobody types it

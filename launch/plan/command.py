@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
     from launch.plan.job import job_of
     from trainer.model.known_shapes import shape_in_use, shape_note
     from trainer.model.loading import load_model_config
-    from trainer.planner.plan import FURTHER_SETTINGS, further_variants, run_variants, with_imbalance
+    from trainer.planner.plan import FURTHER_LONG_ROW_SETTINGS, further_variants, run_variants, with_imbalance
     from trainer.planner.sweep import plan_variants, with_further_variants, with_worst_imbalance
 
     config, fixed_keys = compose_planned_run(request.run_overrides, request.card)
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> int:
     micro_batch = config.batch["micro"] if "batch.micro" in fixed_keys else None
     answer = plan_variants(variants, refused, job, micro_batch, request.settings, _progress_printer())
     # If nothing fits, the reason is as a rule that rows are long. Then ways in which ranks share a row are tried.
-    for long_rows in FURTHER_SETTINGS:
+    for long_rows in FURTHER_LONG_ROW_SETTINGS:
         if answer.best is not None:
             break
         variants, refused = further_variants(config, request.settings, fixed_keys, job.ranks, long_rows)

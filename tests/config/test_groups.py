@@ -23,7 +23,7 @@ from trainer.config import run as run_config
 from trainer.model.known_shapes import names_by_hub_id
 from trainer.objectives.registry import FAMILIES
 from trainer.optim.config import OptimName
-from trainer.optim.schedule import MEANT_UNDER, ScheduleName
+from trainer.optim.schedule import SCHEDULES_BY_SETTING, ScheduleName
 from trainer.optim.support import SUPPORT
 
 LEFT_OUT = RECIPE_NAMES - chosen_names()
@@ -47,7 +47,7 @@ NEEDS |= {
 }
 PARTIAL = {  # keys that mean nothing under a choice, and are not shown there
     **{
-        f"schedule/{schedule}": {name for name, schedules in MEANT_UNDER.items() if schedule not in schedules}
+        f"schedule/{schedule}": {name for name, schedules in SCHEDULES_BY_SETTING.items() if schedule not in schedules}
         for schedule in ScheduleName
     },
     "strategy/zero1": {"offload_parameters", "persistence_threshold", "prefetch_mib"},

@@ -9,7 +9,7 @@ import yaml
 from tests.docs.test_pages import FENCED, PAGES
 from tests.helpers.launching import ROOT
 from trainer.optim.config import OPTIMIZERS
-from trainer.optim.rates import OWN_RATES, UsualRate, usual_rate
+from trainer.optim.rates import RATE_BY_OPTIMIZER_AND_METHOD, UsualRate, usual_learning_rate
 
 CONFIG_BY_OPTIMIZER = {settings().name: settings for settings in OPTIMIZERS}
 NUMBER = re.compile(r"\d[\d.]*(e-?\d+)?")
@@ -22,7 +22,7 @@ def values_of(words: list[str], key: str, default: str) -> list[str]:
 
 
 def advised(method: str, objective: str, optimizer: str) -> UsualRate | None:
-    return usual_rate(CONFIG_BY_OPTIMIZER[optimizer](), method, objective)
+    return usual_learning_rate(CONFIG_BY_OPTIMIZER[optimizer](), method, objective)
 
 
 def unadvised(words: list[str]) -> list[tuple[str, float]]:
@@ -96,4 +96,4 @@ def test_the_tables_of_rates_are_up_to_date():
     assert runpy.run_path(str(ROOT / "docs" / "make_rates.py"))["page"](written) == written, (
         "run: python docs/make_rates.py"
     )
-    assert "| `lora` | 2e-4 |" in written and all(f"`{name}`" in written for name, _ in OWN_RATES)
+    assert "| `lora` | 2e-4 |" in written and all(f"`{name}`" in written for name, _ in RATE_BY_OPTIMIZER_AND_METHOD)

@@ -39,7 +39,7 @@ def test_optimizer_group_of_a_partitioned_parameter_is_by_its_full_shape():
     parameter = nn.Parameter(torch.zeros(0))
     parameter.ds_shape = torch.Size([4, 4])
     (group,) = group_parameters(AdamwConfig(lr=1.0, weight_decay=0.1), [("layers.0.q.weight", parameter)], ())
-    assert group.weight_decay == 0.1 and group.matrices
+    assert group.weight_decay == 0.1 and group.are_block_matrices
 
 
 def test_optimizer_layer_decay_counts_down_from_the_head():

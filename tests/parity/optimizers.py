@@ -54,7 +54,7 @@ GROUPED = {
 
 def runs(optim: OptimConfig) -> list[str]:
     """The strategies that run it."""
-    return [name for name in NAMES if name not in SUPPORT[optim.name].refused]
+    return [name for name in NAMES if name not in SUPPORT[optim.name].refusal_by_strategy]
 
 
 def _config(job: Job, strategy: Any, tuning: str, name: str, *, micro: int = 4, steps: int = STEPS):

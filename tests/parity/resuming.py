@@ -34,7 +34,9 @@ BEFORE, STEPS = 3, 3
 
 def legal(what: str, side: str) -> bool:
     """Whether a strategy runs an optimizer."""
-    return what not in OPTIMIZERS or StrategyName(SIDES[side][0]) not in SUPPORT[OPTIMIZERS[what].name].refused
+    return (
+        what not in OPTIMIZERS or StrategyName(SIDES[side][0]) not in SUPPORT[OPTIMIZERS[what].name].refusal_by_strategy
+    )
 
 
 def seed(job: Job) -> int:

@@ -36,7 +36,7 @@ from trainer.rollout.loader import RolloutLoader
 from trainer.rollout.prompts import PromptReader
 from trainer.rollout.round import stack_rewards
 from trainer.rollout.types import AnswerGroup, GroupScores, Prompt
-from trainer.verification.gradients import gradient_distances_by_kind, kinds_of_parameters
+from trainer.verification.gradients import gradient_distances_by_kind, kind_by_parameter
 
 STEPS = 5
 RATE = 0.25
@@ -182,7 +182,7 @@ def steps_of(
                 "values": dict(zip((*names, "grad_norm"), (*values, float(record.result.grad_norm)), strict=True)),
                 "size": size_of_loss(loader, record.counts["tokens"]),
                 "gradients": gradients,
-                "kinds": kinds_of_parameters(built, list(gradients)),
+                "kinds": kind_by_parameter(built, list(gradients)),
                 "largest": {name: float(weight.abs().max()) for name, weight in before.items()},
             }
         )

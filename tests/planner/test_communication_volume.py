@@ -12,7 +12,7 @@ from strategies.simulation import simulated_rank
 from tests.helpers.building import model_dir
 from tests.simulated.cases import LENGTHS, Case, DealtExperts
 from trainer.config.parallel import ParallelConfig
-from trainer.planner.communication_volume import expected_bytes
+from trainer.planner.communication_volume import expected_bytes_by_collective
 from trainer.planner.cost_model import ALL_TO_ALL as SIMULATED_EXCHANGE
 from trainer.planner.simulate import simulate
 from trainer.planner.simulation import build_step_parts
@@ -28,7 +28,9 @@ def test_as_much_is_exchanged_as_is_expected_and_counted(tmp_path, strategy, tun
     config = case.config(model_dir(tmp_path), RANKS)
     with simulated_rank(0, RANKS, local_world_size=2) as runtime:
         parts = build_step_parts(config, LENGTHS, runtime)
-        expected = expected_bytes(parts.built, config.strategy, Precision.bf16, runtime, micro_batches, sum(LENGTHS))
+        expected = expected_bytes_by_collective(
+            parts.built, config.strategy, Precision.bf16, runtime, micro_batches, sum(LENGTHS)
+        )
         with count_communication() as counted:
             step = simulate(parts, runtime, repeat=0)
     done = Counter()
@@ -59,9 +61,9 @@ def test_as_much_is_exchanged_of_dealt_experts_as_is_expected(tmp_path, strategy
     config = case.config(case.model_in(tmp_path), world)
     with simulated_rank(0, world, local_world_size=2) as runtime:
         parts = build_step_parts(config, LENGTHS, runtime)
-        expected = expected_bytes(parts.built, config.strategy, Precision.bf16, runtime, 2, sum(LENGTHS))
+        expected = expected_bytes_by_collective(parts.built, config.strategy, Precision.bf16, runtime, 2, sum(LENGTHS))
         step = simulate(parts, runtime, repeat=0)
-        after = expected_bytes(parts.built, config.strategy, Precision.bf16, runtime, 2, sum(LENGTHS))
+        after = expected_bytes_by_collective(parts.built, config.strategy, Precision.bf16, runtime, 2, sum(LENGTHS))
     done = Counter()
     for each in step.collectives:
         done[NAMES.get(each.name, ALL_TO_ALL)] += each.bytes
@@ -79,7 +81,9 @@ def test_as_much_of_shared_rows_is_exchanged_as_is_expected(tmp_path, mode, degr
         runtime = with_sequence_parallelism(all_ranks, degree)
         parts = build_step_parts(config, LENGTHS, runtime)
         micro_batches = len(parts.batches)
-        expected = expected_bytes(parts.built, config.strategy, Precision.bf16, runtime, micro_batches, sum(LENGTHS))
+        expected = expected_bytes_by_collective(
+            parts.built, config.strategy, Precision.bf16, runtime, micro_batches, sum(LENGTHS)
+        )
         step = simulate(parts, runtime, repeat=0)
     done = sum(each.bytes for each in step.collectives if each.name.startswith(SIMULATED_EXCHANGE))
     assert expected[ALL_TO_ALL] == pytest.approx(done, rel=0.05) and done > 0

@@ -206,7 +206,7 @@ def test_cost_model_of_mixtures_some_of_whose_blocks_have_no_experts(tmp_path, k
     case = Case("fsdp2", "lora", "bf16", "full") if EVERYTHING else Case("fsdp2", "full", "bf16", "none")
     run = case.config(tmp_path, 8)
     blocks = block_pattern(run.model)
-    assert shallow_depths(blocks.number, blocks.period, END_BLOCKS + blocks.first) is not None
+    assert shallow_depths(blocks.num_blocks, blocks.period, END_BLOCKS + blocks.num_leading_blocks) is not None
     few, exact = (
         simulate_cost_model_of_run(run, 64, accumulation=1, world_size=8, exact=exact) for exact in (False, True)
     )

@@ -26,14 +26,14 @@ from trainer.model.loading import load_tokenizer
 from trainer.planner import micro_batch as micro_module
 from trainer.planner import oom_probe, simulation
 from trainer.planner.hardware import GIB
-from trainer.planner.lengths import divisors
+from trainer.planner.lengths import micro_batch_divisors
 from trainer.planner.micro_batch import (
     _trial_description,
     propose_micro_batch,
     resolve_micro_batch,
     with_proposed_micro_batch,
 )
-from trainer.planner.oom_probe import TrialInputs, take_probe_steps
+from trainer.planner.oom_probe import ProbeInputs, take_probe_steps
 from trainer.planner.oom_report import is_out_of_memory
 from trainer.planner.rank_devices import DeviceMemory, RankCounts
 from trainer.planner.simulation import simulate_depth
@@ -54,7 +54,7 @@ def made(tmp_path_factory):
 @pytest.fixture
 def given(made, runtime):
     config, data = made
-    return TrialInputs(load_tokenizer(config.model), data, Precision.fp32, runtime)
+    return ProbeInputs(load_tokenizer(config.model), data, Precision.fp32, runtime)
 
 
 def at_once(monkeypatch):
@@ -218,7 +218,7 @@ def test_micro_batch_is_agreed_on_by_all_ranks_or_the_run_ends(monkeypatch, answ
     def rank(number, answer):
         runtime = Runtime(number, 2, number, 2, torch.device("cpu"), None, timeout_s=round(seconds(1.5)))
         try:
-            told[number] = oom_probe.agree_on_outcome(trial, "no memory" if answer == "out" else None, runtime)
+            told[number] = oom_probe.all_ranks_ran_out(trial, "no memory" if answer == "out" else None, runtime)
         except DoesNotFit as error:
             told[number] = str(error)
 
@@ -235,7 +235,7 @@ def test_micro_batch_is_agreed_on_by_all_ranks_or_the_run_ends(monkeypatch, answ
 
 
 def test_micro_batch_divisors():
-    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert micro_batch_divisors(12) == [1, 2, 3, 4, 6, 12]
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", *(["single", "ddp", "hsdp", "zero2", "zero3"] if EVERYTHING else [])])

@@ -43,5 +43,5 @@ def test_model_blocks_are_told_apart_by_what_is_built(tmp_path, name):
     of = ModelConfig(path=str(tmp_path / "all"))
     assert block_pattern(of) == found
     assert block_pattern(truncated_model(of, 18 - found.period, tmp_path / "few")) == replace(
-        found, number=18 - found.period
+        found, num_blocks=18 - found.period
     )

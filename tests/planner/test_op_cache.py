@@ -8,7 +8,7 @@ from strategies.runtime import SIMULATED
 from tests.helpers.covering import EVERYTHING
 from tests.simulated.cases import Case, comparable, simulated
 from trainer.planner import op_cache
-from trainer.planner.step_recorder import Recorder
+from trainer.planner.step_recorder import StepRecorder
 
 aten = torch.ops.aten
 
@@ -56,10 +56,10 @@ def test_op_cache_gives_what_each_operation_gives(monkeypatch):
     with FakeTensorMode():
         expected = [form(made(x)) for made in OPERATIONS for x in operands()]
         for _ in range(2):
-            with Recorder(SIMULATED) as recorder:
+            with StepRecorder(SIMULATED) as recorder:
                 assert [form(made(x)) for made in OPERATIONS for x in operands()] == expected
         given = len(op_cache._RESULTS)
-        with Recorder(SIMULATED) as recorder:
+        with StepRecorder(SIMULATED) as recorder:
             x = operands()[1]
             before = recorder.live_bytes
             view = x[1:3]

@@ -16,8 +16,8 @@ from trainer.planner import oom_probe
 from trainer.planner import strategy_choice as strategy_module
 from trainer.planner.hardware import card_named
 from trainer.planner.micro_batch import needed_gib
-from trainer.planner.oom_probe import TrialInputs
-from trainer.planner.strategy_choice import Devices, Planner, Proposal, proposals, resolve_strategy
+from trainer.planner.oom_probe import ProbeInputs
+from trainer.planner.strategy_choice import Planner, RankDevices, StrategyProposal, proposals, resolve_strategy
 from trainer.reporting.resolution import ResolvedSetting
 
 
@@ -61,13 +61,13 @@ def test_strategy_auto_on_an_unknown_device_shards_least_of_what_fits(shared, at
     config, data = shared
 
     def proposed(gib):
-        return proposals(config, data, Precision.fp32, Devices(3, 3, "cpu", gib, None), 1.0)
+        return proposals(config, data, Precision.fp32, RankDevices(3, 3, "cpu", gib, None), 1.0)
 
     first = next(proposed(16.0))
     assert len(at_once) == 1, "the others are simulated where they are asked for"
     assert re.fullmatch(r"planned 1\.\d\d of 16\.00 GiB; .* it shards least", first.reason)
     assert names(proposed(16.0)) == ["ddp", "fsdp2"]  # muon needs whole parameters, which ZeRO cuts
-    planner = Planner(config, data, Precision.fp32, Devices(3, 3, "cpu", 16.0, None), 1.0)
+    planner = Planner(config, data, Precision.fp32, RankDevices(3, 3, "cpu", 16.0, None), 1.0)
     needed = {
         str(each.name): needed_gib(
             planner.simulate_cost_model(each, each.activation_checkpointing), 4, planner.lengths, 16.0
@@ -86,7 +86,7 @@ def test_strategy_auto_on_a_known_card_takes_the_fastest_that_fits(shared, at_on
     assert card.memory_gib > 20 and card_named("NVIDIA A") is None
 
     def proposed(gib):
-        return list(proposals(config, data, Precision.fp32, Devices(3, 3, "cpu", gib, card), 1.0))
+        return list(proposals(config, data, Precision.fp32, RankDevices(3, 3, "cpu", gib, card), 1.0))
 
     found = proposed(20.0)
     speeds = [float(re.search(r"([\d,]+) tokens/s", each.reason)[1].replace(",", "")) for each in found]
@@ -101,8 +101,8 @@ def two(made, runtime, monkeypatch):
     """Chooses as on two ranks, whose steps this one takes alone; tells what was tried."""
     config, data = made
     taken, real = [], oom_probe.take_probe_steps
-    monkeypatch.setattr(strategy_module, "devices_of", lambda _: Devices(2, 2, "cpu", 16.0, None))
-    order = [Proposal(DdpConfig(), "planned"), Proposal(SingleConfig(), "planned too")]
+    monkeypatch.setattr(strategy_module, "devices_of", lambda _: RankDevices(2, 2, "cpu", 16.0, None))
+    order = [StrategyProposal(DdpConfig(), "planned"), StrategyProposal(SingleConfig(), "planned too")]
     monkeypatch.setattr(strategy_module, "proposals", lambda *_: iter(order))
 
     def choose(holds, config=config):
@@ -115,7 +115,7 @@ def two(made, runtime, monkeypatch):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
         monkeypatch.setattr(oom_probe, "take_probe_steps", take)
-        given = TrialInputs(load_tokenizer(config.model), data, Precision.fp32, runtime)
+        given = ProbeInputs(load_tokenizer(config.model), data, Precision.fp32, runtime)
         return resolve_strategy(config, given, said.append, frozen.append), said, frozen
 
     return choose, taken
@@ -154,7 +154,7 @@ def test_strategy_auto_reopens_a_micro_batch_chosen_for_other_ranks(made, two):
 
 
 def test_strategy_auto_on_one_rank_is_single(made, runtime):
-    given = TrialInputs(load_tokenizer(made[0].model), made[1], Precision.fp32, runtime)
+    given = ProbeInputs(load_tokenizer(made[0].model), made[1], Precision.fp32, runtime)
     settled = resolve_strategy(made[0], given, print, print)
     assert settled.strategy == SingleConfig()
     assert {key: str(note) for key, note in settled.substitutions.items()} == {
@@ -171,7 +171,7 @@ def test_strategy_auto_with_one_rank_out_of_memory_ends_a_run_that_may_restart(t
     def one_rank_out(config, given, trial):
         raise DoesNotFit(f"{trial.setting}=auto: with {trial.choice} rank 1 runs out of memory; {trial.remedy}")
 
-    monkeypatch.setattr(strategy_module, "runs_out_of_memory", one_rank_out)
+    monkeypatch.setattr(strategy_module, "probe_runs_out_of_memory", one_rank_out)
     with pytest.raises(OutOfMemory, match=r"with strategy=ddp rank 1 .* launcher.retry") as caught:
         two[0]({"ddp"})
     assert caught.value.ran_out_with == {STRATEGY_KEY: "ddp"}

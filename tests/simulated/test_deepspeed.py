@@ -16,7 +16,7 @@ RANKS = 4
 def test_gradients_are_dealt_out_as_by_deepspeed(sizes, rank):
     """Whole buffers, with padding where ranks get less than their part, and the part of this rank."""
     from strategies.deepspeed_library import import_deepspeed, set_deepspeed_device
-    from trainer.planner.step_recorder import Recorder
+    from trainer.planner.step_recorder import StepRecorder
 
     with simulated_rank(rank, RANKS) as runtime:
         import_deepspeed(on_cpu=True).init_distributed(auto_mpi_discovery=False, verbose=False)
@@ -30,7 +30,7 @@ def test_gradients_are_dealt_out_as_by_deepspeed(sizes, rank):
         found = []
         for deal in (reduce_scatter_coalesced, reduce_scatter_shapes):
             with fake_tensors(SIMULATED):
-                recorder = Recorder(SIMULATED)
+                recorder = StepRecorder(SIMULATED)
                 with recorder:
                     given = [torch.empty(1, size, device=SIMULATED) for size in sizes]
                     recorder.begin_step()
@@ -39,7 +39,7 @@ def test_gradients_are_dealt_out_as_by_deepspeed(sizes, rank):
                     storages = {part.untyped_storage()._cdata for part in parts}
                     collective_totals = [(each.name, each.bytes, each.ranks) for each in recorder.record.collectives]
                     shapes = [(part.shape, part.storage_offset()) for part in parts]
-                    moved = dict(recorder.record.moved)
+                    moved = dict(recorder.record.moved_bytes_by_phase)
                     found.append((shapes, highest.total, recorder.live_bytes, moved, collective_totals, len(storages)))
     assert found[0] == found[1]
     assert found[1][4], "there was an exchange"

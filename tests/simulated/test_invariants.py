@@ -34,7 +34,7 @@ def test_simulated_step_has_its_invariants_and_recorded_numbers(place, case, wor
     found = simulated(case, model, world)
     assert wrong(case, found, simulated(case, model, world, world - 1, repeat=0) if world > 1 else found) == []
     if not case.offload:
-        assert found.to_host == 0 and found.host < 4096, "only what counts, such as steps, lies on the host"
+        assert found.bytes_to_host == 0 and found.host < 4096, "only what counts, such as steps, lies on the host"
     assert found.resting[MemoryKind.parameters] > 0
     assert sum(found.resting.values()) <= found.peak[1].total == max(h.total for h in found.phases.values())
     assert (MemoryKind.optimizer in found.resting) != case.offload

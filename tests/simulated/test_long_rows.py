@@ -43,7 +43,11 @@ def test_inputs_of_blocks_wait_on_the_host(model, mode):
     case = LongRows("fsdp2", "lora", "bf16", mode, accumulation=2, mlp_tokens=None)
     on_device, on_host = (simulated(replace(case, on_host=on_host), model, RANKS) for on_host in (False, True))
     size = BLOCKS * TOKENS * WIDTH * 2
-    assert on_host.to_host - on_device.to_host == on_host.to_device - on_device.to_device == 2 * size
+    assert (
+        on_host.bytes_to_host - on_device.bytes_to_host
+        == on_host.bytes_to_device - on_device.bytes_to_device
+        == 2 * size
+    )
     assert (on_host.host_inputs.tensors, on_host.host_inputs.size) == (BLOCKS, size)
     assert on_host.host_inputs.pinned_size() == size  # 4,096 bytes a block, a power of two already
     assert on_device.host_inputs.tensors == 0 and on_host.flops == on_device.flops

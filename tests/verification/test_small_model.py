@@ -49,7 +49,7 @@ def test_a_copy_keeps_the_numbers_by_which_ranks_divide_work(tmp_path, name, kep
 def test_routers_are_far_fonder_of_the_experts_that_they_take(tmp_path):
     settings = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
     small = small_copy(tmp_path, "Qwen3MoeConfig", num_experts=12, num_experts_per_tok=3, **settings)
-    assert small.decided_routers == 2
+    assert small.num_decided_routers == 2
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "copy", output_router_logits=True)
     ids = torch.randint(4, 128, (1, 60), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

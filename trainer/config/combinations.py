@@ -129,8 +129,10 @@ def combination_verdict(
     reason = method.refusal_by_strategy.get(str(strategy))
     if reason:
         return Cell(CellState.refused, reason, INSTEAD)
-    if strategy in support.refused:
-        return Cell(CellState.refused, support.refused[strategy], f"{support.instead}, or optim=adamw")
+    if strategy in support.refusal_by_strategy:
+        return Cell(
+            CellState.refused, support.refusal_by_strategy[strategy], f"{support.strategy_instead}, or optim=adamw"
+        )
     reason = method.refusal_by_property.get(asked_feature.word)
     concerns_strategy = not asked_feature.only_under or strategy in asked_feature.only_under
     if reason and concerns_strategy:
@@ -190,7 +192,7 @@ def summary(row: str, *, feature: str = "plain", optim: OptimName = OptimName.ad
 
     With a feature, or another optimizer than AdamW, the strategies that do not run the method at all are left out.
     """
-    names = [name for name in STRATEGIES if name not in SUPPORT[optim].refused]
+    names = [name for name in STRATEGIES if name not in SUPPORT[optim].refusal_by_strategy]
     if feature != "plain" or optim is not OptimName.adamw:
         names = [name for name in names if str(name) not in methods_by_row()[row].refusal_by_strategy]
     states = {name: combination_verdict(row, name, feature, optim).state for name in names}

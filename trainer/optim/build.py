@@ -95,11 +95,14 @@ def _betas(config: AdamwConfig | LionConfig | MuonConfig) -> tuple[float, float]
 
 
 def _muon(config: MuonConfig, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
-    """Muon on the matrices of blocks, AdamW on the rest (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
+    """Muon on the matrices of blocks, AdamW on the rest (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+    Muon needs whole matrices: `ShardedMuon` gathers each sharded one.
+    """
     from trainer.optim.whole import CombinedOptimizer, ShardedMuon
 
-    matrix_groups = [group.as_dict() for group in groups if group.matrices]
-    other_groups = [group.as_dict() for group in groups if not group.matrices]
+    matrix_groups = [group.as_dict() for group in groups if group.are_block_matrices]
+    other_groups = [group.as_dict() for group in groups if not group.are_block_matrices]
     optimizers: list[Any] = []
     if matrix_groups:
         optimizers.append(

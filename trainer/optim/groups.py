@@ -12,9 +12,9 @@ from torch import nn
 from strategies.errors import ConfigError
 from trainer.optim.config import OptimConfig
 
-BLOCK = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
+BLOCK_NUMBER_REGEX = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 """The number of a transformer block in a parameter's name."""
-EMBEDDING = re.compile(
+EMBEDDING_NAME_REGEX = re.compile(
     r"(?:^|\.)(?:embed_tokens|embed_positions|embed_in|embeddings?|word_embeddings|position_embeddings|wte|wpe|shared)\."
 )
 """An input embedding, or a norm beside it, in a parameter's name."""
@@ -22,11 +22,11 @@ EMBEDDING = re.compile(
 
 @dataclass(slots=True)
 class ParameterGroup:
-    """Parameters that share a rate and a decay."""
+    """Parameters that share a learning rate and a weight decay."""
 
     lr: float
     weight_decay: float
-    matrices: bool
+    are_block_matrices: bool
     """Whether they are the matrices of blocks, which Muon orthogonalises."""
     names: list[str] = field(default_factory=list)
     parameters: list[nn.Parameter] = field(default_factory=list)
@@ -36,7 +36,7 @@ class ParameterGroup:
         return {"params": self.parameters, "lr": self.lr, "weight_decay": self.weight_decay}
 
 
-def shape_of(parameter: nn.Parameter) -> Sequence[int]:
+def full_shape_of(parameter: nn.Parameter) -> Sequence[int]:
     """The full shape of a parameter. ZeRO-3 shows partitioned parameters as empty, and keeps their shape in `ds_shape`."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
@@ -56,35 +56,37 @@ def group_parameters(
     """
     parameters = dict(named_parameters)
     names = list(parameters)
-    rule_names = _rule_names(config, names)
+    rule_name_by_parameter = _rule_name_by_parameter(config, names)
     factors = layer_factors(names, model_names or names, config.layer_decay)
     groups: dict[tuple[float, float, bool], ParameterGroup] = {}
     for name, parameter in parameters.items():
-        dimensions = len(shape_of(parameter))
+        dimensions = len(full_shape_of(parameter))
         # Vectors (norms and biases) do not decay.
         decay = config.weight_decay if dimensions >= 2 else 0.0
         factor = factors[name] * lr_factor(name)
-        if name in rule_names:
-            rule = config.groups[rule_names[name]]
+        if name in rule_name_by_parameter:
+            rule = config.groups[rule_name_by_parameter[name]]
             factor *= rule.lr_factor
             if rule.weight_decay is not None:
                 decay = rule.weight_decay
         # Muon orthogonalises the matrices of blocks. Embeddings and heads are matrices too, and are left to AdamW.
-        is_block_matrix = dimensions == 2 and BLOCK.search(name) is not None
+        is_block_matrix = dimensions == 2 and BLOCK_NUMBER_REGEX.search(name) is not None
         key = (factor, decay, is_block_matrix)  # parameters with the same three share a group
         if key not in groups:
-            groups[key] = ParameterGroup(config.peak_lr * factor, decay, is_block_matrix)
+            groups[key] = ParameterGroup(
+                lr=config.peak_lr * factor, weight_decay=decay, are_block_matrices=is_block_matrix
+            )
         groups[key].names.append(name)
         groups[key].parameters.append(parameter)
     return list(groups.values())
 
 
-def _rule_names(config: OptimConfig, names: list[str]) -> dict[str, str]:
+def _rule_name_by_parameter(config: OptimConfig, names: list[str]) -> dict[str, str]:
     """Which rule of `optim.groups` (a rate and decay for parameters that match a pattern) holds for each parameter.
 
     `names`: of the trained parameters. Returns the rule's name by the parameter's; parameters without a rule are left out.
     """
-    rule_of_parameter: dict[str, str] = {}
+    rule_name_by_parameter: dict[str, str] = {}
     for rule_name, rule in config.groups.items():
         matched = [name for name in names if re.search(rule.match, name)]
         key = f"optim.groups.{rule_name}.match={rule.match}"
@@ -96,13 +98,13 @@ def _rule_names(config: OptimConfig, names: list[str]) -> dict[str, str]:
                 f"{key}: matches none of the {len(names)} trained parameters, such as {', '.join(examples)}"
             )
         for name in matched:
-            if name in rule_of_parameter:
+            if name in rule_name_by_parameter:
                 raise ConfigError(
-                    f"{key}: {name} is matched by optim.groups.{rule_of_parameter[name]} too; a parameter has one rule: "
+                    f"{key}: {name} is matched by optim.groups.{rule_name_by_parameter[name]} too; a parameter has one rule: "
                     "narrow one of them"
                 )
-        rule_of_parameter |= dict.fromkeys(matched, rule_name)
-    return rule_of_parameter
+        rule_name_by_parameter |= dict.fromkeys(matched, rule_name)
+    return rule_name_by_parameter
 
 
 def layer_factors(names: Sequence[str], model_names: Sequence[str], decay: float) -> dict[str, float]:
@@ -115,7 +117,7 @@ def layer_factors(names: Sequence[str], model_names: Sequence[str], decay: float
     """
     if decay == 1.0:
         return dict.fromkeys(names, 1.0)
-    numbers = [int(match[1]) for name in model_names if (match := BLOCK.search(name))]
+    numbers = [int(match[1]) for name in model_names if (match := BLOCK_NUMBER_REGEX.search(name))]
     if not numbers:
         raise ConfigError(
             f"optim.layer_decay={decay:g}: the parameters of this model are not in numbered blocks, such as layers.0; "
@@ -125,9 +127,9 @@ def layer_factors(names: Sequence[str], model_names: Sequence[str], decay: float
     top = max(numbers) + 2
 
     def depth(name: str) -> int:
-        if match := BLOCK.search(name):
+        if match := BLOCK_NUMBER_REGEX.search(name):
             return int(match[1]) + 1
-        if EMBEDDING.search(name):
+        if EMBEDDING_NAME_REGEX.search(name):
             return 0
         return top
 

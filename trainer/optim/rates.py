@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 from trainer.optim.config import MuonConfig, MuonScale, OptimConfig, OptimName
 
-COMPARISON = "peft's method comparison with Llama 3.2 3B"
+PEFT_COMPARISON_SOURCE = "peft's method comparison with Llama 3.2 3B"
 """github.com/huggingface/peft, method_comparison/MetaMathQA at 5d602fd: 5,000 steps of mathematics, test accuracy by rate."""
-DEMO = "measured with SmolLM2-135M"
+DEMO_SOURCE = "measured with SmolLM2-135M"
 """benchmarks/results/methods/compare.md: the held-out loss fell at this rate."""
 
 
@@ -35,32 +35,32 @@ class UsualRate:
 
 _FULL = UsualRate(2e-5, 1e-5, 1e-4, "Touvron et al. 2023, arXiv:2307.09288")
 _LORA = UsualRate(2e-4, 1e-4, 3e-3, "Dettmers et al. 2023, arXiv:2305.14314")
-METHODS: dict[str, UsualRate] = {
+RATE_BY_METHOD: dict[str, UsualRate] = {
     "full": _FULL,
     "freeze": replace(_FULL, source="the rate of full tuning"),
     "lora": _LORA,
     "adalora": UsualRate(5e-4, 2e-4, 3e-3, "Zhang et al. 2023, arXiv:2303.10512"),
     "loha": replace(_LORA, source="the rate of LoRA, a similar method; not measured"),
-    "lokr": UsualRate(3e-3, 5e-4, 6e-3, COMPARISON),
-    "oft": UsualRate(1e-4, 1e-4, 1e-3, COMPARISON),
+    "lokr": UsualRate(3e-3, 5e-4, 6e-3, PEFT_COMPARISON_SOURCE),
+    "oft": UsualRate(1e-4, 1e-4, 1e-3, PEFT_COMPARISON_SOURCE),
     "boft": UsualRate(1e-4, 1e-4, 1e-3, "the rate of OFT, a similar method; not measured"),
-    "vera": UsualRate(1e-3, 1e-3, 2e-2, COMPARISON),
-    "ia3": UsualRate(5e-3, 1e-3, 1e-2, COMPARISON),
+    "vera": UsualRate(1e-3, 1e-3, 2e-2, PEFT_COMPARISON_SOURCE),
+    "ia3": UsualRate(5e-3, 1e-3, 1e-2, PEFT_COMPARISON_SOURCE),
     "ln": UsualRate(1e-3, 5e-4, 1e-2, "five times the rate of LoRA; not measured"),
-    "bottleneck": UsualRate(1e-3, 1e-4, 3e-3, DEMO),
-    "prefix": UsualRate(5e-3, 1e-3, 1e-2, COMPARISON),
-    "prompt": UsualRate(1e-2, 1e-3, 1e-1, DEMO),
-    "p_tuning": UsualRate(1e-4, 1e-4, 3e-3, COMPARISON),
-    "adaption_prompt": UsualRate(5e-3, 5e-3, 1.5e-2, COMPARISON),
-    "c3a": UsualRate(0.3, 0.1, 0.3, COMPARISON),
-    "glora": UsualRate(1e-4, 1e-4, 5e-4, COMPARISON),
-    "gralora": UsualRate(2e-4, 1e-4, 1e-3, COMPARISON),
-    "hira": UsualRate(4.5e-3, 1e-3, 4.5e-3, COMPARISON),
-    "miss": UsualRate(1e-4, 1e-4, 1e-3, COMPARISON),
-    "peanut": UsualRate(1e-4, 1e-4, 1e-3, COMPARISON),
-    "road": UsualRate(1e-3, 1e-3, 5e-3, COMPARISON),
+    "bottleneck": UsualRate(1e-3, 1e-4, 3e-3, DEMO_SOURCE),
+    "prefix": UsualRate(5e-3, 1e-3, 1e-2, PEFT_COMPARISON_SOURCE),
+    "prompt": UsualRate(1e-2, 1e-3, 1e-1, DEMO_SOURCE),
+    "p_tuning": UsualRate(1e-4, 1e-4, 3e-3, PEFT_COMPARISON_SOURCE),
+    "adaption_prompt": UsualRate(5e-3, 5e-3, 1.5e-2, PEFT_COMPARISON_SOURCE),
+    "c3a": UsualRate(0.3, 0.1, 0.3, PEFT_COMPARISON_SOURCE),
+    "glora": UsualRate(1e-4, 1e-4, 5e-4, PEFT_COMPARISON_SOURCE),
+    "gralora": UsualRate(2e-4, 1e-4, 1e-3, PEFT_COMPARISON_SOURCE),
+    "hira": UsualRate(4.5e-3, 1e-3, 4.5e-3, PEFT_COMPARISON_SOURCE),
+    "miss": UsualRate(1e-4, 1e-4, 1e-3, PEFT_COMPARISON_SOURCE),
+    "peanut": UsualRate(1e-4, 1e-4, 1e-3, PEFT_COMPARISON_SOURCE),
+    "road": UsualRate(1e-3, 1e-3, 5e-3, PEFT_COMPARISON_SOURCE),
 }
-"""AdamW, for objectives that imitate text (`IMITATING`). A method of `tuning=peft` stands under its `tuning.type`."""
+"""AdamW, for objectives that imitate text (`IMITATING_OBJECTIVES`). A method of `tuning=peft` stands under its `tuning.type`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class ObjectiveRates:
     lora: UsualRate
 
 
-IMITATING = ("sft", "pretrain", "distillation")
+IMITATING_OBJECTIVES = ("sft", "pretrain", "distillation")
 _PREFERENCES = ObjectiveRates(
     full=UsualRate(1e-6, 5e-7, 5e-6, "the default of TRL for DPO"),
     lora=UsualRate(2e-5, 5e-6, 5e-5, "a tenth of the rate for sft; not measured"),
@@ -80,7 +80,7 @@ _REINFORCEMENT = ObjectiveRates(
     full=UsualRate(1e-6, 3e-7, 5e-6, "Shao et al. 2024, arXiv:2402.03300"),
     lora=UsualRate(1e-5, 1e-5, 3e-4, "ten times the rate of full tuning; not measured"),
 )
-OBJECTIVES: dict[str, ObjectiveRates] = {
+RATES_BY_OBJECTIVE: dict[str, ObjectiveRates] = {
     "classification": ObjectiveRates(
         full=UsualRate(3e-5, 1e-5, 2e-4, "Devlin et al. 2018, arXiv:1810.04805"), lora=_LORA
     ),
@@ -99,7 +99,7 @@ OBJECTIVES: dict[str, ObjectiveRates] = {
     **dict.fromkeys(("grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp", "cispo", "max_rl"), _REINFORCEMENT),
 }
 
-ADAMW_FACTORS: dict[OptimName, tuple[float, str]] = {
+FACTOR_OF_ADAMW_RATE: dict[OptimName, tuple[float, str]] = {
     OptimName.adamw: (1, ""),
     OptimName.adamw_8bit: (1, "AdamW's rate"),
     OptimName.schedule_free: (1, "AdamW's rate"),
@@ -107,17 +107,17 @@ ADAMW_FACTORS: dict[OptimName, tuple[float, str]] = {
     OptimName.lion: (0.15, "0.15 times AdamW's: Chen et al. 2023, arXiv:2302.06675"),
 }
 """Optimizers whose rates are a multiple of AdamW's, whatever the method and the objective: the factor, and its source."""
-OWN_RATES: dict[tuple[OptimName, str], UsualRate] = {
+RATE_BY_OPTIMIZER_AND_METHOD: dict[tuple[OptimName, str], UsualRate] = {
     (OptimName.adafactor, "full"): UsualRate(1e-3, 3e-4, 1e-2, "Raffel et al. 2019, arXiv:1910.10683"),
     (OptimName.adafactor, "lora"): UsualRate(
         5e-2, 1e-2, 1e-1, "50 times the rate of full tuning: matrix B starts at zero; not measured"
     ),
     (OptimName.sgd, "full"): UsualRate(1e-2, 1e-3, 1e-1, "500 times the rate of AdamW; not measured"),
 }
-"""Optimizers whose rates are no multiple of AdamW's, by method. For the objectives of `IMITATING`, and seq2seq."""
+"""Optimizers whose rates are no multiple of AdamW's, by method. For the objectives of `IMITATING_OBJECTIVES`, and seq2seq."""
 
 
-def usual_rate(optim: OptimConfig, method: str, objective: str) -> UsualRate | None:
+def usual_learning_rate(optim: OptimConfig, method: str, objective: str) -> UsualRate | None:
     """The usual learning rate of an optimizer, a tuning method (such as `lora`) and an objective (such as `sft`).
 
     - Muon with its original scale: None.
@@ -126,10 +126,14 @@ def usual_rate(optim: OptimConfig, method: str, objective: str) -> UsualRate | N
     """
     if isinstance(optim, MuonConfig) and optim.scale is MuonScale.original:
         return None  # its updates are of another size, and nobody has given a rate for fine-tuning
-    if optim.name not in ADAMW_FACTORS:
-        return OWN_RATES.get((optim.name, method)) if objective in (*IMITATING, "seq2seq") else None
+    if optim.name not in FACTOR_OF_ADAMW_RATE:
+        return (
+            RATE_BY_OPTIMIZER_AND_METHOD.get((optim.name, method))
+            if objective in (*IMITATING_OBJECTIVES, "seq2seq")
+            else None
+        )
     rate = _adamw_rate(method, objective)
-    factor, source = ADAMW_FACTORS[optim.name]
+    factor, source = FACTOR_OF_ADAMW_RATE[optim.name]
     if rate is None or factor == 1:
         return rate
     return rate.times(factor, source)
@@ -138,13 +142,13 @@ def usual_rate(optim: OptimConfig, method: str, objective: str) -> UsualRate | N
 def _adamw_rate(method: str, objective: str) -> UsualRate | None:
     """The usual learning rate of AdamW for a tuning method and an objective; None if no table has one of them.
 
-    Objectives of `IMITATING` have the method's rate. Others have rates of their own for full tuning and LoRA; for further
-    methods the method's rate is scaled as LoRA's is.
+    Objectives of `IMITATING_OBJECTIVES` have the method's rate. Others have rates of their own for full tuning and LoRA; for
+    further methods the method's rate is scaled as LoRA's is.
     """
-    rate = METHODS.get(method)
-    if rate is None or objective in IMITATING:
+    rate = RATE_BY_METHOD.get(method)
+    if rate is None or objective in IMITATING_OBJECTIVES:
         return rate
-    rates = OBJECTIVES.get(objective)
+    rates = RATES_BY_OBJECTIVE.get(objective)
     if rates is None:
         return None
     if method in ("full", "freeze"):
@@ -165,7 +169,7 @@ def missing_rate_message(optim: OptimConfig, method: str, objective: str) -> str
     similar_runs = [(optim, "lora"), (optim, "full"), (default_optim, method), (default_optim, "lora")]
     rate_by_run: dict[str, float] = {}  # such as {"optim=adamw and lora": 0.0002}; a run may be in the list twice
     for similar_optim, similar_method in similar_runs:
-        rate = usual_rate(similar_optim, similar_method, objective)
+        rate = usual_learning_rate(similar_optim, similar_method, objective)
         if rate is not None:
             rate_by_run[f"optim={similar_optim.name} and {similar_method}"] = rate.usual
     rate_texts = [f"{usual:g} with {run}" for run, usual in rate_by_run.items()]

@@ -18,7 +18,7 @@ class ScheduleName(StrEnum):
     wsd = "wsd"
 
 
-MEANT_UNDER = {
+SCHEDULES_BY_SETTING = {
     "decay_share": (ScheduleName.wsd,),
     "min_factor": (ScheduleName.cosine, ScheduleName.linear, ScheduleName.wsd),
 }

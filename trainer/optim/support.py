@@ -27,13 +27,13 @@ class Needs(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Support:
+class OptimizerSupport:
     """What one optimizer needs, and which strategies cannot give it that."""
 
     needs: Needs
-    refused: dict[StrategyName, str]
+    refusal_by_strategy: dict[StrategyName, str]
     """Why a strategy cannot run it. All other strategies run it, with the result of `single`."""
-    instead: str = ""
+    strategy_instead: str = ""
     """The setting of the strategy to use in their place, such as `strategy=fsdp2`."""
     package: str | None = None
     """The import name of a package that the core does not bring."""
@@ -43,20 +43,20 @@ class Support:
 
 _ZERO = (StrategyName.zero1, StrategyName.zero2, StrategyName.zero3)
 _CUTS_MATRICES = "ZeRO steps on flat partitions that cut through matrices"
-SUPPORT: dict[OptimName, Support] = {
-    OptimName.adamw: Support(Needs.elements, {}),
-    OptimName.lion: Support(Needs.elements, {}),
-    OptimName.sgd: Support(Needs.elements, {}),
-    OptimName.muon: Support(Needs.matrices, dict.fromkeys(_ZERO, _CUTS_MATRICES), "strategy=fsdp2"),
-    OptimName.adafactor: Support(Needs.matrices, dict.fromkeys(_ZERO, _CUTS_MATRICES), "strategy=fsdp2"),
-    OptimName.schedule_free: Support(
+SUPPORT: dict[OptimName, OptimizerSupport] = {
+    OptimName.adamw: OptimizerSupport(Needs.elements, {}),
+    OptimName.lion: OptimizerSupport(Needs.elements, {}),
+    OptimName.sgd: OptimizerSupport(Needs.elements, {}),
+    OptimName.muon: OptimizerSupport(Needs.matrices, dict.fromkeys(_ZERO, _CUTS_MATRICES), "strategy=fsdp2"),
+    OptimName.adafactor: OptimizerSupport(Needs.matrices, dict.fromkeys(_ZERO, _CUTS_MATRICES), "strategy=fsdp2"),
+    OptimName.schedule_free: OptimizerSupport(
         Needs.averages,
         dict.fromkeys(_ZERO, "ZeRO keeps the weights that evaluation would swap in flat partitions of its own"),
         "strategy=fsdp2",
         package="schedulefree",
         extra="schedule_free",
     ),
-    OptimName.adamw_8bit: Support(
+    OptimName.adamw_8bit: OptimizerSupport(
         Needs.blocks,
         dict.fromkeys(
             (*_ZERO, StrategyName.fsdp2, StrategyName.hsdp),
@@ -98,9 +98,9 @@ def problems(config: OptimConfig, strategy: StrategyConfig, schedule: str, *, he
     """
     # The optimizer with the strategy, the schedule and the installed packages.
     support = SUPPORT[config.name]
-    reason = support.refused.get(strategy.name)
+    reason = support.refusal_by_strategy.get(strategy.name)
     if reason is not None:
-        yield f"optim={config.name}: needs {support.needs}, and {reason}; use {support.instead}, or optim=adamw"
+        yield f"optim={config.name}: needs {support.needs}, and {reason}; use {support.strategy_instead}, or optim=adamw"
     if support.needs is Needs.matrices and getattr(strategy, "cpu_offload", False):
         yield (
             f"optim={config.name}: gathers whole matrices, which offloaded shards do not allow; set "
@@ -119,7 +119,7 @@ def problems(config: OptimConfig, strategy: StrategyConfig, schedule: str, *, he
             "strategy.offload_optimizer=nvme keeps them on a drive; set strategy.offload_optimizer=cpu, or optim.ema_decay=0"
         )
     # Its own values, and its rules for groups of parameters.
-    yield from _value_problems(config)
+    yield from _beta_and_nesterov_problems(config)
     for name, rule in config.groups.items():
         key = f"optim.groups.{name}.match"
         if not rule.match:
@@ -131,8 +131,11 @@ def problems(config: OptimConfig, strategy: StrategyConfig, schedule: str, *, he
             yield f"{key}={rule.match}: not a regular expression ({error}); a part of a name, such as embed_tokens, is one"
 
 
-def _value_problems(config: OptimConfig) -> Iterator[str]:
-    """What is wrong with betas or Nesterov's momentum, one line each. Ranges of numbers are checked where they are declared."""
+def _beta_and_nesterov_problems(config: OptimConfig) -> Iterator[str]:
+    """What is wrong with betas or Nesterov's momentum, one line each.
+
+    The ranges of other numbers stand in the fields of their settings, and are checked with all settings.
+    """
     betas = getattr(config, "betas", None)
     if betas is not None:
         usual = "[0.9,0.99]" if config.name is OptimName.lion else "[0.9,0.999]"
@@ -149,6 +152,6 @@ def table() -> list[str]:
     header = " | ".join(f"`{name}`" for name in STRATEGIES)
     lines = [f"| optimizer | needs | {header} |", f"|{'---|' * (len(STRATEGIES) + 2)}"]
     for optim, support in SUPPORT.items():
-        cells = ["-" if name in support.refused else "yes" for name in STRATEGIES]
+        cells = ["-" if name in support.refusal_by_strategy else "yes" for name in STRATEGIES]
         lines.append(f"| `{optim}` | {support.needs} | {' | '.join(cells)} |")
     return lines

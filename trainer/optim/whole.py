@@ -14,7 +14,7 @@ from torch import Tensor
 from strategies.compat.optimizers import adafactor, adjusted_rate, orthogonalised_in_bf16
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
+def gather_full_tensor(tensor: Tensor) -> Tensor:
     """Gather the full tensor of a shard. All ranks must call. A plain tensor is returned as it is."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
@@ -80,7 +80,7 @@ class ShardedMuon(torch.optim.Muon):
                     # The update looks one step ahead along the momentum.
                     update = gradient.lerp(buffer, momentum)
                 orthogonal = self.orthogonalise(
-                    full_tensor(update), group["ns_coefficients"], group["ns_steps"], group["eps"]
+                    gather_full_tensor(update), group["ns_coefficients"], group["ns_steps"], group["eps"]
                 )
                 # Decay is decoupled, as in AdamW.
                 parameter.mul_(1 - lr * group["weight_decay"])
@@ -101,8 +101,8 @@ class ShardedAdafactor(torch.optim.Adafactor):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                full_parameter = full_tensor(parameter)
-                full_gradient = full_tensor(parameter.grad)
+                full_parameter = gather_full_tensor(parameter)
+                full_gradient = gather_full_tensor(parameter.grad)
                 state = self.state[parameter]
                 if not state:
                     state |= self._initial_state(full_gradient)

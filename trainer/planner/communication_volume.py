@@ -18,8 +18,11 @@ from trainer.build.sequence import attention_heads_of
 from trainer.model.architecture import experts_per_token, text_model_config, width_and_num_blocks
 from trainer.step import BuiltModel
 
+GRADIENT_BYTES = 4
+"""Bytes of an element of a gradient that is reduced: float32, whatever type the step computes in (ZeRO in fp16 apart)."""
 
-def expected_bytes(
+
+def expected_bytes_by_collective(
     built: BuiltModel,
     strategy: StrategyConfig,
     precision: Precision,
@@ -37,7 +40,7 @@ def expected_bytes(
         return None
     if runtime.world_size == 1:
         return {}
-    bytes_by_collective = _parameter_bytes(built, strategy, precision, runtime, micro_batches)
+    bytes_by_collective = _parameter_bytes_by_collective(built, strategy, precision, runtime, micro_batches)
     # All-to-alls in each micro-batch, between ranks that share rows or experts.
     token_bytes = 0.0
     if runtime.sequence_size > 1:
@@ -49,7 +52,7 @@ def expected_bytes(
     return bytes_by_collective
 
 
-def _parameter_bytes(
+def _parameter_bytes_by_collective(
     built: BuiltModel, strategy: StrategyConfig, precision: Precision, runtime: Runtime, micro_batches: int
 ) -> dict[str, float]:
     """Bytes by collective that a step exchanges for parameters and gradients; they do not depend on its tokens.
@@ -60,62 +63,63 @@ def _parameter_bytes(
     trained_elements = sum(p.numel() for p in parameters.values() if p.requires_grad)
     gathered_itemsize = 4 if precision is Precision.fp32 else 2
     if isinstance(strategy, ZeroConfig):
-        gradient_itemsize = 2 if precision is Precision.fp16 else 4
+        gradient_itemsize = 2 if precision is Precision.fp16 else GRADIENT_BYTES
         reductions = micro_batches if strategy.stage == 2 else 1
         return {
             ALL_REDUCE: trained_elements * gradient_itemsize * reductions,
             ALL_GATHER: gathered_itemsize * trained_elements,
         }
     if isinstance(strategy, Fsdp2Config):
-        return _fsdp2_bytes(built, strategy, runtime, micro_batches, gathered_itemsize)
+        return _fsdp2_bytes_by_collective(built, strategy, runtime, micro_batches, gathered_itemsize)
     if isinstance(strategy, DdpConfig):
         reductions = micro_batches if strategy.defer_sync is False else 1
-        return {ALL_REDUCE: 4 * trained_elements * reductions}
+        return {ALL_REDUCE: GRADIENT_BYTES * trained_elements * reductions}
     return {}
 
 
-def _fsdp2_bytes(
+def _fsdp2_bytes_by_collective(
     built: BuiltModel, strategy: Fsdp2Config, runtime: Runtime, micro_batches: int, gathered_itemsize: int
 ) -> dict[str, float]:
-    """Bytes by collective of parameters and gradients under FSDP2, and under HSDP, which has several sharded replicas.
+    """Bytes by collective that a rank exchanges in a step for parameters and gradients, under FSDP2 and HSDP.
 
-    `gathered_itemsize`: bytes of a weight in the type in which it is gathered.
+    HSDP has several replicas, each of which is sharded. `gathered_itemsize`: bytes of a weight in the type in which it is
+    gathered. `micro_batches`: of a rank in a step.
     """
     module = built.step_module
     num_replicas = replica_count(strategy, runtime.world_size, runtime.num_hosts)
     shards = runtime.world_size // num_replicas
     # All-gathers of weights, and reduce-scatters of gradients, within a replica.
-    elements = _gathered_elements(module, shards)
-    parameters = {id(parameter): parameter for _, parameter in named_parameters(module)}
-    trained_elements = sum(elements[key] for key, parameter in parameters.items() if parameter.requires_grad)
-    gathered_elements = sum(elements.values())
+    gathered_by_id = _num_gathered_elements_by_id(module, shards)
+    trained_ids = [id(parameter) for _, parameter in named_parameters(module) if parameter.requires_grad]
+    trained_elements = sum(gathered_by_id[parameter_id] for parameter_id in trained_ids)
+    gathered_elements = sum(gathered_by_id.values())
     if strategy.reshard_after_forward:  # blocks are gathered again in the backward pass
-        for unit in module.shard_units():
-            gathered_elements += sum(elements.get(id(p), 0) for p in unit.parameters())
+        for block in module.shard_units():
+            gathered_elements += sum(gathered_by_id.get(id(p), 0) for p in block.parameters())
     # Gradients are reduced in the last micro-batch only, or in each: as the run has decided, else as it is set.
     defers_reduction = module.plan.defer_sync
-    if defers_reduction is None:
+    if defers_reduction is None:  # nobody decided: deferred unless the user set `strategy.defer_sync=false`
         defers_reduction = strategy.defer_sync is not False
     reductions = 1 if defers_reduction else micro_batches
     bytes_by_collective: dict[str, float] = {
         ALL_GATHER: gathered_itemsize * gathered_elements * micro_batches,
-        REDUCE_SCATTER: 4 * trained_elements * reductions,
+        REDUCE_SCATTER: GRADIENT_BYTES * trained_elements * reductions,
     }
     if num_replicas > 1:
         # All-reduces between replicas: each rank reduces its shard of all gradients, those of experts too.
-        full_elements = _full_elements(module)
-        full_trained = sum(full_elements[key] for key, parameter in parameters.items() if parameter.requires_grad)
-        bytes_by_collective[ALL_REDUCE] = 4 * full_trained / shards
+        full_by_id = _num_full_elements_by_id(module)
+        full_trained = sum(full_by_id[parameter_id] for parameter_id in trained_ids)
+        bytes_by_collective[ALL_REDUCE] = GRADIENT_BYTES * full_trained / shards
     return bytes_by_collective
 
 
-def _gathered_elements(module: Any, shards: int) -> dict[int, int]:
+def _num_gathered_elements_by_id(module: Any, shards: int) -> dict[int, int]:
     """Elements of each parameter that a rank gathers, by the parameter's id; `shards`: ranks of a replica.
 
     With `parallel.experts`, each rank of an expert group holds some experts of a layer. It gathers these from the ranks that
     shard the same experts; there are no such ranks, and nothing is gathered, if a replica is a single group.
     """
-    elements = _full_elements(module)
+    elements = _num_full_elements_by_id(module)
     expert_ranks = module.plan.expert_ranks
     for name in module.plan.expert_parallel_modules:
         for parameter in module.get_submodule(name).parameters(recurse=False):
@@ -125,7 +129,7 @@ def _gathered_elements(module: Any, shards: int) -> dict[int, int]:
     return elements
 
 
-def _full_elements(module: Any) -> dict[int, int]:
+def _num_full_elements_by_id(module: Any) -> dict[int, int]:
     """Elements of each full parameter by its id, whether it is sharded or not. All experts of a layer count, on every rank."""
     elements = {}
     for name, parameter in named_parameters(module):
@@ -146,7 +150,7 @@ def _shared_row_bytes(
     step = built.step_module
     _, blocks = width_and_num_blocks(built.plain)
     # A backward pass exchanges the gradients of what a forward pass exchanges.
-    passes = _forward_passes(built, strategy) + 1
+    passes = _num_forward_passes(built, strategy) + 1
     elements = _all_to_all_elements_per_layer(built.config, degree, tokens) * passes * blocks
     if step.teacher is not None:  # one forward pass
         _, teacher_blocks = width_and_num_blocks(step.teacher)
@@ -165,7 +169,7 @@ def _expert_exchange_bytes(built: BuiltModel, strategy: StrategyConfig, precisio
     text = text_model_config(built.config)
     rows = tokens * experts_per_token(built.config)
     itemsize = 4 if precision is Precision.fp32 else 2
-    forward_passes = _forward_passes(built, strategy)
+    forward_passes = _num_forward_passes(built, strategy)
     exchanged_bytes = 0.0
     for name in step.plan.expert_parallel_modules:
         # A teacher's sizes are its own, and reward models run between steps: not counted.
@@ -178,7 +182,7 @@ def _expert_exchange_bytes(built: BuiltModel, strategy: StrategyConfig, precisio
     return exchanged_bytes
 
 
-def _forward_passes(built: BuiltModel, strategy: StrategyConfig) -> float:
+def _num_forward_passes(built: BuiltModel, strategy: StrategyConfig) -> float:
     """How often blocks run forward in a micro-batch, recomputed ones included; on average over the blocks."""
     step = built.step_module
     _, blocks = width_and_num_blocks(built.plain)

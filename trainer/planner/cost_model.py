@@ -363,8 +363,8 @@ def fit_cost_model(
         resting=extrapolate_by_key(shallow[1].resting, deep[1].resting, extrapolate),
         flops=at_full_depth(lambda step: step.flops / accumulation),
         moved_bytes=at_full_depth(lambda step: _moved_before_update(step) / accumulation),
-        update_bytes=at_full_depth(lambda step: step.moved["update"])[1],
-        host_copy_bytes=at_full_depth(lambda step: (step.to_host + step.to_device) / accumulation),
+        update_bytes=at_full_depth(lambda step: step.moved_bytes_by_phase["update"])[1],
+        host_copy_bytes=at_full_depth(lambda step: (step.bytes_to_host + step.bytes_to_device) / accumulation),
         collective_totals=extrapolate_pairs(
             _collective_totals(shallow[1], accumulation, local_world_size),
             _collective_totals(deep[1], accumulation, local_world_size),
@@ -386,7 +386,7 @@ def _as_simulated(_shallow: int, deep: int) -> int:
 
 def _moved_before_update(step: SimulatedStep) -> int:
     """Bytes that the forward and backward passes of a step read and write, outside matrix products."""
-    return sum(moved for phase, moved in step.moved.items() if phase != "update")
+    return sum(moved for phase, moved in step.moved_bytes_by_phase.items() if phase != "update")
 
 
 def peak_candidates(small: PhasePeak, large: PhasePeak) -> list[tuple[int, int]]:

@@ -13,13 +13,13 @@ from trainer.data.config import DataConfig
 from trainer.data.store.sequences import TokenDataset
 from trainer.objectives.registry import max_generated_tokens
 
-LARGEST_MICRO = 1024
+MAX_MICRO_BATCH = 1024
 """Largest micro-batch that a plan considers."""
 
 
-def divisors(samples_per_rank: int) -> list[int]:
+def micro_batch_divisors(samples_per_rank: int) -> list[int]:
     """Micro-batches that divide a rank's part of a step, ascending."""
-    return [micro for micro in range(1, min(samples_per_rank, LARGEST_MICRO) + 1) if samples_per_rank % micro == 0]
+    return [micro for micro in range(1, min(samples_per_rank, MAX_MICRO_BATCH) + 1) if samples_per_rank % micro == 0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,8 @@ class DocumentLengths:
     def units_within(self, tokens: float) -> int:
         """How many of the longest units have at most `tokens` tokens together: the largest micro-batch that memory allows."""
         if len(self.longest) == 1:
-            return int(min(tokens // float(self.longest[0]), LARGEST_MICRO))
-        return min(int(np.searchsorted(np.cumsum(self.longest), tokens, side="right")), LARGEST_MICRO)
+            return int(min(tokens // float(self.longest[0]), MAX_MICRO_BATCH))
+        return min(int(np.searchsorted(np.cumsum(self.longest), tokens, side="right")), MAX_MICRO_BATCH)
 
 
 @dataclass(frozen=True, slots=True)

@@ -257,7 +257,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run the operation; `Recorder` overrides this to record it."""
+        """Run the operation; `StepRecorder` overrides this to record it."""
         return func(*args, **kwargs)
 
     def _track_output(self, func: Any, args: Any, out: Any) -> None:

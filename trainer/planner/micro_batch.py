@@ -23,17 +23,23 @@ from trainer.objectives.registry import data_spec_of
 from trainer.planner.cost_model import CostModel
 from trainer.planner.fit_check import TIMEOUT_SHARE, call_in_process, single_step_config, why_not_simulated
 from trainer.planner.hardware import GIB, fit_in_memory, group_count
-from trainer.planner.lengths import DocumentLengths, divisors, sampled_lengths
-from trainer.planner.oom_probe import PROBE_STEPS, TrialDescription, TrialInputs, memory_gib, runs_out_of_memory
+from trainer.planner.lengths import DocumentLengths, micro_batch_divisors, sampled_lengths
+from trainer.planner.oom_probe import (
+    PROBE_STEPS,
+    ProbeDescription,
+    ProbeInputs,
+    available_device_gib,
+    probe_runs_out_of_memory,
+)
 from trainer.planner.rank_devices import DeviceMemory, RankCounts
 from trainer.reporting.resolution import OutOfMemoryTrial, ResolvedSetting
 
-UNPLANNED_MICRO = 4
+FIRST_MICRO_BATCH_IF_UNPLANNED = 4
 """Micro-batch that is tried first if the step cannot be simulated."""
 
 
 def resolve_micro_batch(
-    config: RunConfig, inputs: TrialInputs, announce: Callable[[str], None], write_config: Callable[[RunConfig], None]
+    config: RunConfig, inputs: ProbeInputs, announce: Callable[[str], None], write_config: Callable[[RunConfig], None]
 ) -> RunConfig:
     """Resolve `batch.micro=auto`: choose the largest micro-batch that fits in memory. All ranks must call.
 
@@ -57,7 +63,7 @@ def resolve_micro_batch(
 
     # Rank 0 simulates a step. All ranks take the same micro-batch, so the smallest device decides.
     announce("choosing the micro-batch (batch.micro=auto): simulating a step")
-    least_gib = min(gather_objects(memory_gib(runtime), runtime))
+    least_gib = min(gather_objects(available_device_gib(runtime), runtime))
     own_proposal: tuple[int, str] | None = None
     if runtime.is_main:
         own_proposal = propose_micro_batch(
@@ -72,9 +78,9 @@ def resolve_micro_batch(
 
     # The simulation may be too optimistic: try real steps, with a smaller micro-batch each time they run out of memory.
     failed_trials: list[OutOfMemoryTrial] = []
-    while runs_out_of_memory(_with_micro(config, micro, None), inputs, _trial_description(micro)):
+    while probe_runs_out_of_memory(_with_micro(config, micro, None), inputs, _trial_description(micro)):
         failed_trials.append(OutOfMemoryTrial(micro))
-        smaller_micros = [divisor for divisor in divisors(dp_rank_samples) if divisor < micro]
+        smaller_micros = [divisor for divisor in micro_batch_divisors(dp_rank_samples) if divisor < micro]
         if not smaller_micros:
             raise DoesNotFit(
                 f"batch.micro=auto: a step of one document in each forward pass runs out of memory ({plan_summary}); shorten "
@@ -112,16 +118,16 @@ def with_proposed_micro_batch(config: RunConfig, prepared: PreparedData) -> RunC
         prepared,
         config.precision,
         RankCounts.of_job(runtime),
-        DeviceMemory(runtime.kind, memory_gib(runtime)),
+        DeviceMemory(runtime.kind, available_device_gib(runtime)),
         timeout_s=TIMEOUT_SHARE * config.run.timeout_s,
     )
     reason = f"{plan_summary}; {PROBE_STEPS} steps of the longest documents will be tried"
     return _with_micro(config, micro, ResolvedSetting(MICRO_BATCH_KEY, AUTO, micro, reason))
 
 
-def _trial_description(micro: int) -> TrialDescription:
+def _trial_description(micro: int) -> ProbeDescription:
     """The trial of a micro-batch, as the messages of the trial name it."""
-    return TrialDescription(
+    return ProbeDescription(
         MICRO_BATCH_KEY, f"{micro} documents in each forward pass", "give batch.micro a smaller number"
     )
 
@@ -176,14 +182,14 @@ def propose_micro_batch(
     sequences = data_spec_of(config.objective).sequences_per_document
     lengths = sampled_lengths(config, prepared.train, sequences).lengths(config.data, sequences)
     longest_sequence = int(lengths.longest[0]) // sequences
-    micro_batches = divisors(samples_per_dp_rank(config, rank_counts.world_size))
+    micro_batches = micro_batch_divisors(samples_per_dp_rank(config, rank_counts.world_size))
     reason = ""
     for mode in recomputation_modes(config.strategy.activation_checkpointing):
         step_config = single_step_config(_with_micro(config, 1, None), rank_counts.world_size, mode_if_auto=mode)
         arguments = (replace(step_config, precision=precision), longest_sequence, rank_counts, device.kind)
         cost_model: CostModel | str = call_in_process(try_simulate_cost_model, arguments, timeout_s)
         if isinstance(cost_model, str):
-            first_tried = max(micro for micro in micro_batches if micro <= UNPLANNED_MICRO)
+            first_tried = max(micro for micro in micro_batches if micro <= FIRST_MICRO_BATCH_IF_UNPLANNED)
             return first_tried, f"not planned: {cost_model}"
         if cost_model.needs_single_rows:
             return 1, "the model is right for one document at a time only"

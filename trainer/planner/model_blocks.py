@@ -22,10 +22,10 @@ from trainer.step import TrainStep
 class BlockPattern:
     """How the kinds of a model's blocks repeat."""
 
-    number: int
+    num_blocks: int
     period: int | None
     """After how many blocks their kinds repeat; None if a model of fewer blocks does not say what all take."""
-    first: int = 0
+    num_leading_blocks: int = 0
     """How many blocks come before the first that repeats, as the dense first layers of a mixture of experts."""
 
 
@@ -73,13 +73,13 @@ def repeating_pattern(kinds: Sequence[Hashable]) -> BlockPattern:
     Of several, it is the one with the fewest blocks before those that repeat, then the shortest period. A period must occur
     twice at least.
     """
-    number = len(kinds)
-    for first in range(number):
-        rest = kinds[first:]
-        for period in range(1, len(rest) // 2 + 1):
-            if all(kind == rest[index % period] for index, kind in enumerate(rest)):
-                return BlockPattern(number, period, first)
-    return BlockPattern(number, None)
+    num_blocks = len(kinds)
+    for num_leading in range(num_blocks):
+        repeating = kinds[num_leading:]
+        for period in range(1, len(repeating) // 2 + 1):
+            if all(kind == repeating[index % period] for index, kind in enumerate(repeating)):
+                return BlockPattern(num_blocks, period, num_leading)
+    return BlockPattern(num_blocks, period=None)
 
 
 def repeated_blocks(step_module: TrainStep) -> list[nn.Module]:

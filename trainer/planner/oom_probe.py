@@ -30,8 +30,8 @@ PROBE_STEPS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class TrialInputs:
-    """What a run has before its model is built, and what a trial of a choice needs of it."""
+class ProbeInputs:
+    """What a run has before its model is built, and what a probe of its memory needs."""
 
     tokenizer: Any
     data: PreparedData
@@ -40,35 +40,36 @@ class TrialInputs:
 
 
 @dataclass(frozen=True, slots=True)
-class TrialDescription:
-    """A trial in the words of its messages."""
+class ProbeDescription:
+    """A probe in the words of its messages."""
 
     setting: str
-    """The key that is `auto`."""
+    """The key that is `auto`, such as `batch.micro`."""
     choice: str
-    """The choice that is tried; it must be unique in a run, since the ranks' outcomes are stored under it."""
+    """The choice that is probed, in words; it must be unique in a run, since the ranks' outcomes are stored under it."""
     remedy: str
     """What to set if only some ranks run out."""
 
 
-def memory_gib(runtime: Runtime) -> float:
-    """Memory of this rank's device in GiB.
+def available_device_gib(runtime: Runtime) -> float:
+    """GiB of its device's memory that this rank may plan with.
 
-    On a CPU it is the rank's part of what the host has free now, or of the job's limit.
+    On a GPU all of it. On a CPU the rank's part of the host's memory or of the job's limit, or of what the host has free now if
+    that is less; a share of it is kept back.
     """
-    device = device_memory_gib(runtime)
+    device_gib = device_memory_gib(runtime)
     if runtime.device.type == "cuda":
-        return device
+        return device_gib
     free_bytes = free_host_memory_bytes()
     if free_bytes is None:
-        return USABLE_SHARE * device
-    return USABLE_SHARE * min(device, free_bytes / GIB / runtime.local_world_size)
+        return USABLE_SHARE * device_gib
+    return USABLE_SHARE * min(device_gib, free_bytes / GIB / runtime.local_world_size)
 
 
-def runs_out_of_memory(config: RunConfig, inputs: TrialInputs, trial: TrialDescription) -> bool:
+def probe_runs_out_of_memory(config: RunConfig, inputs: ProbeInputs, probe: ProbeDescription) -> bool:
     """Take two real steps of the longest documents with `config`; returns whether all ranks ran out of memory.
 
-    So `batch.micro=auto` and `strategy=auto` test a choice. Model and optimizer of the trial are freed again. All ranks must
+    `batch.micro=auto` and `strategy=auto` test their choices so. Model and optimizer of the probe are freed again. All ranks must
     call. Raises DoesNotFit if some ranks run out and others do not.
     """
     reason: str | None = None
@@ -77,16 +78,16 @@ def runs_out_of_memory(config: RunConfig, inputs: TrialInputs, trial: TrialDescr
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        # Keep the text alone: the error's stack frames keep the trial's tensors alive.
+        # Keep the text alone: the error's stack frames keep the probe's tensors alive.
         reason = (str(error).strip() or "out of memory").splitlines()[0]
     gc.collect()
     if inputs.runtime.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(inputs.runtime.device)
-    return agree_on_outcome(trial, reason, inputs.runtime)
+    return all_ranks_ran_out(probe, reason, inputs.runtime)
 
 
-def take_probe_steps(config: RunConfig, inputs: TrialInputs) -> None:
+def take_probe_steps(config: RunConfig, inputs: ProbeInputs) -> None:
     """Build model and engine, take two steps of the longest documents, and close the engine. All ranks must call."""
     engine, built, _ = build_engine(
         config, inputs.tokenizer, inputs.data, inputs.precision, inputs.runtime, scores_answers=True
@@ -108,8 +109,8 @@ def take_probe_steps(config: RunConfig, inputs: TrialInputs) -> None:
         engine.close()
 
 
-def agree_on_outcome(trial: TrialDescription, reason: str | None, runtime: Runtime) -> bool:
-    """Whether all ranks ran out of memory in a trial; False if none did. All ranks must call.
+def all_ranks_ran_out(probe: ProbeDescription, reason: str | None, runtime: Runtime) -> bool:
+    """Whether all ranks ran out of memory in a probe; False if none did. All ranks must call.
 
     `reason`: why this rank ran out; None if it did not. If only some ranks run out, the others hang in a collective that those do
     not join. So outcomes are exchanged through the ranks' key-value store, where a rank can stop waiting, and DoesNotFit ends
@@ -120,7 +121,7 @@ def agree_on_outcome(trial: TrialDescription, reason: str | None, runtime: Runti
         return ran_out
     # Report this rank's outcome, and wait for those of the others.
     store = default_store()
-    keys = [f"shardtune/{trial.setting}/{trial.choice}/{rank}" for rank in range(runtime.world_size)]
+    keys = [f"shardtune/{probe.setting}/{probe.choice}/{rank}" for rank in range(runtime.world_size)]
     store.set(keys[runtime.rank], "out" if ran_out else "held")
     timeout_s = TIMEOUT_SHARE * runtime.timeout_s
     if ran_out:  # give up before the others do, which could not say which rank ran out, and why
@@ -140,6 +141,6 @@ def agree_on_outcome(trial: TrialDescription, reason: str | None, runtime: Runti
     who_ran_out = f"rank {', '.join(map(str, ranks_out))} runs" if ranks_out else "some rank ran"
     because = f" ({reason})" if reason else ""
     raise DoesNotFit(
-        f"{trial.setting}=auto: with {trial.choice} {who_ran_out} out of memory{because}, and the others do not; "
-        f"{trial.remedy}, or free that device"
+        f"{probe.setting}=auto: with {probe.choice} {who_ran_out} out of memory{because}, and the others do not; "
+        f"{probe.remedy}, or free that device"
     )

@@ -17,7 +17,7 @@ from trainer.loop import Trainer
 from trainer.model.config import ModelKind
 from trainer.objectives.registry import objective_family
 from trainer.planner.hardware import GIB
-from trainer.planner.lengths import divisors
+from trainer.planner.lengths import micro_batch_divisors
 from trainer.reporting.run_record import PredictedCost, RunRecord
 
 OOM_MESSAGES = ("DefaultCPUAllocator: ", "error: out of memory", "'out of memory'", "BLAS_STATUS_ALLOC_FAILED")
@@ -139,7 +139,7 @@ def _remedies_line(config: RunConfig, runtime: Runtime, *, training: bool) -> st
         return f"lower evaluation.batch (it is {config.evaluation.batch}); the result does not depend on it"
     global_batch, micro = config.batch["global"], config.batch["micro"]
     remedies = []
-    smaller_micros = [divisor for divisor in divisors(global_batch // runtime.dp_size) if divisor < micro]
+    smaller_micros = [divisor for divisor in micro_batch_divisors(global_batch // runtime.dp_size) if divisor < micro]
     if smaller_micros:
         remedies.append(f"batch.micro={smaller_micros[-1]} (or auto), which keeps batch.global={global_batch}")
     if config.strategy.activation_checkpointing is not ActivationCheckpointing.full:

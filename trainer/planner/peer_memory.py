@@ -51,7 +51,7 @@ class PeerMemory:
     """Bytes by part; empty if the peak is that of this trainer's own step."""
 
 
-def problems_of(settings: Sequence[PeerSetting], *, full_tuning: bool) -> list[str]:
+def peer_setting_problems(settings: Sequence[PeerSetting], *, full_tuning: bool) -> list[str]:
     """Sentences that say what is wrong with `plan.theirs`, the other trainer to compare with; empty if nothing is.
 
     `full_tuning`: whether all weights of the model train.

@@ -29,9 +29,9 @@ from trainer.planner.cost_model import CostModel, MemoryPeak
 from trainer.planner.dealt_experts import with_expert_parallelism
 from trainer.planner.deferred_reduction import deferred_gradient_bytes, with_deferred_reduction
 from trainer.planner.hardware import Card, MemoryFit, host_gib, memory_fit, room_for_inputs, room_for_tensors
-from trainer.planner.lengths import LARGEST_MICRO, DocumentLengths, divisors
+from trainer.planner.lengths import MAX_MICRO_BATCH, DocumentLengths, micro_batch_divisors
 from trainer.planner.peer_memory import LOSS_BYTES_PER_LOGIT, PeerMemory, PeerSetting, ShardCounts, peer_memory
-from trainer.planner.peer_memory import problems_of as problems_of_theirs
+from trainer.planner.peer_memory import peer_setting_problems as problems_of_theirs
 from trainer.planner.round_time import RoundLoad, RoundTime, WritingModel, round_time
 from trainer.planner.speed import MicroBatchLoad, StepTime, step_time
 from trainer.tuning.base import TuningName
@@ -174,20 +174,20 @@ def with_imbalance(job: PlannedRun, settings: PlanConfig, measured: MeasuredImba
 
 
 def run_variants(
-    config: RunConfig, settings: PlanConfig, given_keys: set[str], world_size: int | None
+    config: RunConfig, settings: PlanConfig, cli_keys: set[str], world_size: int | None
 ) -> tuple[list[RunVariant], list[tuple[RunVariant, str]]]:
     """The variants of a run that a plan compares: all combinations of strategy, recomputation and so on that the user left open.
 
-    `given_keys`: keys of settings on the command line, which stay. `world_size`: ranks of the run; None if not known. Returns
+    `cli_keys`: keys of settings on the command line, which stay. `world_size`: ranks of the run; None if not known. Returns
     (variants to simulate, variants that are ruled out and why). Raises ConfigError with the problems that every variant has, or
     if no variant is left.
     """
-    variants = list(_every_variant(config, settings, given_keys))
-    if "parallel.experts" not in given_keys and world_size is not None:
+    variants = list(_all_variants(config, settings, cli_keys))
+    if "parallel.experts" not in cli_keys and world_size is not None:
         variants += _with_expert_parallelism(variants, world_size)
 
     # Problems of every variant are problems of the run itself.
-    problems_by_variant = [_problems(variant.config, world_size) for variant in variants]
+    problems_by_variant = [_plan_problems(variant.config, world_size) for variant in variants]
     common_problems = _peer_problems(config, settings.theirs)
     for problem in problems_by_variant[0]:
         if all(problem in problems for problems in problems_by_variant):
@@ -216,15 +216,15 @@ def _with_expert_parallelism(variants: list[RunVariant], world_size: int) -> lis
     configs_by_variant = with_expert_parallelism([variant.config for variant in variants], world_size)
     for variant, expert_parallel_configs in zip(variants, configs_by_variant, strict=True):
         for config in expert_parallel_configs:
-            if not _problems(config, world_size):
+            if not _plan_problems(config, world_size):
                 overrides = (*variant.overrides, f"parallel.experts={config.parallel.experts}")
                 expert_parallel_variants.append(replace(variant, config=config, overrides=overrides))
     return expert_parallel_variants
 
 
-FURTHER_DEGREES = (2, 4, 8)
+FURTHER_SEQUENCE_DEGREES = (2, 4, 8)
 """Numbers of ranks that a plan lets share a row, if nothing fits otherwise."""
-FURTHER_SETTINGS: tuple[dict[str, Any], ...] = (
+FURTHER_LONG_ROW_SETTINGS: tuple[dict[str, Any], ...] = (
     {},
     {"mlp_tokens": 8192},
     {"mlp_tokens": 8192, "offload_activations": True},
@@ -233,34 +233,34 @@ FURTHER_SETTINGS: tuple[dict[str, Any], ...] = (
 
 
 def further_variants(
-    config: RunConfig, settings: PlanConfig, given_keys: set[str], world_size: int, long_rows: dict[str, Any]
+    config: RunConfig, settings: PlanConfig, cli_keys: set[str], world_size: int, long_rows: dict[str, Any]
 ) -> tuple[list[RunVariant], list[tuple[RunVariant, str]]]:
     """Variants for a run of which nothing fits: several ranks share each row, and the strategy gets settings for long rows.
 
-    `long_rows`: one of FURTHER_SETTINGS. `given_keys`: keys of settings on the command line. Returns (variants to simulate,
+    `long_rows`: one of FURTHER_SETTINGS. `cli_keys`: keys of settings on the command line. Returns (variants to simulate,
     variants that are ruled out and why). All blocks are recomputed, unless the command line sets the recomputation. No variants
     if ranks share rows already, or if the command line sets `parallel.sequence` or a setting of `long_rows`.
     """
-    shares_rows = config.parallel.sequence > 1 or "parallel.sequence" in given_keys
-    if shares_rows or any(f"strategy.{key}" in given_keys for key in long_rows):
+    shares_rows = config.parallel.sequence > 1 or "parallel.sequence" in cli_keys
+    if shares_rows or any(f"strategy.{key}" in cli_keys for key in long_rows):
         return [], []
     strategy = replace(config.strategy, **long_rows)
-    if "strategy.activation_checkpointing" not in given_keys:
+    if "strategy.activation_checkpointing" not in cli_keys:
         strategy = replace(strategy, activation_checkpointing=ActivationCheckpointing.full)
     overrides = [f"strategy.{key}={str(value).lower()}" for key, value in long_rows.items()]
     possible = []
     refused = []
-    for degree in FURTHER_DEGREES:
+    for degree in FURTHER_SEQUENCE_DEGREES:
         if world_size % degree:
             continue
         sharing_config = replace(config, strategy=strategy, parallel=replace(config.parallel, sequence=degree))
         model_problems = sequence_problems(sharing_config)
-        fixed_keys = given_keys | {"strategy.activation_checkpointing"}
-        for base_variant in _every_variant(sharing_config, settings, fixed_keys):
+        fixed_keys = cli_keys | {"strategy.activation_checkpointing"}
+        for base_variant in _all_variants(sharing_config, settings, fixed_keys):
             variant = replace(
                 base_variant, overrides=(*base_variant.overrides, f"parallel.sequence={degree}", *overrides)
             )
-            problems = [*_problems(variant.config, world_size), *model_problems]
+            problems = [*_plan_problems(variant.config, world_size), *model_problems]
             if problems:
                 refused.append((variant, problems[0]))
             else:
@@ -268,7 +268,7 @@ def further_variants(
     return possible, refused
 
 
-def _problems(config: RunConfig, world_size: int | None) -> list[str]:
+def _plan_problems(config: RunConfig, world_size: int | None) -> list[str]:
     """The problems of a run that rule it out in a plan as well; those that only keep it from starting here are left out."""
     return [
         problem
@@ -277,20 +277,18 @@ def _problems(config: RunConfig, world_size: int | None) -> list[str]:
     ]
 
 
-def _every_variant(config: RunConfig, settings: PlanConfig, given_keys: set[str]) -> Iterator[RunVariant]:
+def _all_variants(config: RunConfig, settings: PlanConfig, cli_keys: set[str]) -> Iterator[RunVariant]:
     """Each combination of strategy, base quantisation, recomputation and offload that the user left open.
 
-    `given_keys`: keys of settings on the command line. A strategy that cannot offload has no variant that does.
+    `cli_keys`: keys of settings on the command line. A strategy that cannot offload has no variant that does.
     """
     requested_mode = config.strategy.activation_checkpointing
-    mode_is_open = (
-        requested_mode is ActivationCheckpointing.auto or "strategy.activation_checkpointing" not in given_keys
-    )
+    mode_is_open = requested_mode is ActivationCheckpointing.auto or "strategy.activation_checkpointing" not in cli_keys
     modes = RECOMPUTATION_MODES if mode_is_open else (requested_mode,)
     quantisations = settings.quantisation or [config.model.quantisation]
     offloads = (False, True) if settings.offload else (False,)
     # The strategy on the command line, or else all strategies with the settings that they have in common.
-    strategies = [config.strategy] if "strategy" in given_keys else every_strategy(config.strategy)
+    strategies = [config.strategy] if "strategy" in cli_keys else every_strategy(config.strategy)
     for strategy, quantisation, mode, offload in product(strategies, quantisations, modes, offloads):
         overrides = [f"strategy={strategy.name}", f"strategy.activation_checkpointing={mode}"]
         variant_strategy = _with_offload(strategy) if offload else strategy
@@ -329,7 +327,7 @@ def micro_batches(job: PlannedRun, given: int | None, sequence: int = 1) -> list
     if remainder:
         return []
     if given is None:
-        return divisors(samples_per_reader)
+        return micro_batch_divisors(samples_per_reader)
     return [given] if samples_per_reader % given == 0 else []
 
 
@@ -478,7 +476,7 @@ def _largest_micro(cost_model: CostModel, job: PlannedRun) -> int:
         units = min(
             units, cost_model.units_in_host_memory(room_for_inputs(cost_model, job.ranks_per_node, job.node_gib))
         )
-    return int(min(units, LARGEST_MICRO)) if cost_model.counts_rows else job.lengths.units_within(units)
+    return int(min(units, MAX_MICRO_BATCH)) if cost_model.counts_rows else job.lengths.units_within(units)
 
 
 def _budget_hours(config: RunConfig, job: PlannedRun, step_s: float, tokens: float) -> float | None:

@@ -27,7 +27,7 @@ from trainer.planner.fake_tensors import replaced_by_fakes
 from trainer.planner.memory_tracker import PhasePeak, StepPhase
 from trainer.planner.minimal_step import minimal_trainer, step_batch
 from trainer.planner.model_blocks import repeated_blocks, teacher_blocks
-from trainer.planner.step_recorder import Collective, Record, Recorder
+from trainer.planner.step_recorder import Collective, StepRecord, StepRecorder
 from trainer.step import BuiltModel
 
 
@@ -74,10 +74,10 @@ class SimulatedStep:
     collectives: list[Collective]
     host_reads: Counter[str]
     flops: float
-    moved: Counter[str]
+    moved_bytes_by_phase: Counter[str]
     """Bytes on the device that operations other than products and attention read and write, by phase."""
-    to_host: int
-    to_device: int
+    bytes_to_host: int
+    bytes_to_device: int
     host: int
     """Bytes that the engine keeps on the host."""
     host_inputs: HostTensors
@@ -119,7 +119,7 @@ def recording_engine(parts: StepParts, runtime: Runtime) -> Iterator[RecordedEng
     """
     if "deepspeed" in sys.modules:  # ZeRO-3 simulated before leaves a linear function that casts weights anew each time
         restore_torch_linear()
-    recorder = Recorder(runtime.device)
+    recorder = StepRecorder(runtime.device)
     with _without_garbage_collection(), recorder:
         strategy = build_strategy(parts.strategy, parts.precision, runtime)
         places: dict[nn.Module, int | str] = dict.fromkeys(teacher_blocks(parts.built.step_module), "teacher")
@@ -183,7 +183,7 @@ def peak_operations(peaks: dict[StepPhase, PhasePeak]) -> dict[StepPhase, int]:
 class RecordedEngine:
     """An engine with the calls of the training loop, which reports each phase of a step to a recorder."""
 
-    def __init__(self, engine: Any, recorder: Recorder, block_places: dict[nn.Module, int | str]) -> None:
+    def __init__(self, engine: Any, recorder: StepRecorder, block_places: dict[nn.Module, int | str]) -> None:
         self.engine = engine
         self.recorder = recorder
         self.block_places = block_places
@@ -195,7 +195,7 @@ class RecordedEngine:
         self._micro = 0
         self._trainer = minimal_trainer(self)
 
-    def take_step(self, batches: list[dict[str, Any]], tally_after: dict[StepPhase, int] | None = None) -> Record:
+    def take_step(self, batches: list[dict[str, Any]], tally_after: dict[StepPhase, int] | None = None) -> StepRecord:
         """Take one training step of these micro-batches, and return what was recorded of it; peaks are in `recorder.peaks`.
 
         `tally_after`: the operation of each phase after which memory is told apart by kind; None: after none.
@@ -219,12 +219,12 @@ class RecordedEngine:
 
     def take_step_and_peaks(
         self, batches: list[dict[str, Any]], tally_after: dict[StepPhase, int] | None = None
-    ) -> tuple[dict[StepPhase, PhasePeak], Record]:
+    ) -> tuple[dict[StepPhase, PhasePeak], StepRecord]:
         """As `take_step`; returns (the peak of each phase, what was recorded of the step)."""
         record = self.take_step(batches, tally_after)
         return self.recorder.peaks, record
 
-    def report(self, phases: dict[StepPhase, PhasePeak], record: Record) -> SimulatedStep:
+    def report(self, phases: dict[StepPhase, PhasePeak], record: StepRecord) -> SimulatedStep:
         """The result of a step that was recorded, with the memory that stays between steps. To be called before the next step.
 
         `phases`: the peak of each. Host memory is that of the engine's tensors; tensors that share a storage count once.
@@ -241,9 +241,9 @@ class RecordedEngine:
             collectives=record.collectives,
             host_reads=record.host_reads,
             flops=record.flops,
-            moved=record.moved,
-            to_host=record.to_host,
-            to_device=record.to_device,
+            moved_bytes_by_phase=record.moved_bytes_by_phase,
+            bytes_to_host=record.bytes_to_host,
+            bytes_to_device=record.bytes_to_device,
             host=sum(host_bytes_by_storage.values()),
             host_inputs=record.host_inputs,
         )
@@ -269,7 +269,7 @@ class RecordedEngine:
 
     def forward(self, batch: dict[str, Any], *, last: bool) -> dict[str, Tensor]:
         self.set_phase("forward")
-        self.recorder.squared_lengths = _squared_lengths(batch)
+        self.recorder.sum_of_squared_lengths = _squared_lengths(batch)
         return self.engine.forward(batch, last=last)
 
     @contextmanager

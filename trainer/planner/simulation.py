@@ -83,7 +83,7 @@ def simulate_run(
     ) as all_ranks:
         runtime = with_sequence_parallelism(all_ranks, config.parallel.sequence)
         parts = build_step_parts(config, lengths, runtime)
-        return simulate(_with_full_size(parts, full_pattern), runtime)
+        return simulate(_with_full_trained_elements(parts, full_pattern), runtime)
 
 
 def simulate_depth(
@@ -100,12 +100,13 @@ def simulate_depth(
     """One training step of the whole model, extrapolated from simulations of two models with few of its blocks.
 
     `lengths`: tokens of each sequence of a micro-batch. `rank`: the rank to simulate; None for the busiest of those that
-    share a row (`busiest_rank`). `expert_imbalance`: as for `simulate_run`. With `exact` the whole model is simulated.
+    share a row (`busiest_rank`). `expert_imbalance`: with `parallel.experts`, tokens that arrive at the rank's experts over the
+    mean of its group. With `exact` the whole model is simulated.
 
     Encoder-decoder models, and those whose kinds of blocks do not repeat, are simulated as they are.
     """
     pattern = block_pattern(config.model)
-    blocks = pattern.number
+    blocks = pattern.num_blocks
 
     def simulate_model_of(depth: int) -> SimulatedStep:
         """One step of the model with `depth` blocks."""
@@ -146,10 +147,12 @@ def simulate_cost_model_of_run(
     """The cost model of a rank's step: its memory and work at any size of micro-batch, from simulations of two sizes.
 
     `length`: tokens of each sequence. Steps of `accumulation` micro-batches are simulated for the rank that holds most, in
-    two models of few blocks; with `exact`, in the whole model. `expert_imbalance` and errors: as for `simulate_run`.
+    two models of few blocks; with `exact`, in the whole model. `expert_imbalance`: with `parallel.experts`, tokens that arrive at
+    the rank's experts over the mean of its group. Raises ConfigError for what the run itself would refuse, RuntimeError in a
+    process that is part of a job.
     """
     pattern = block_pattern(config.model)
-    blocks = pattern.number
+    blocks = pattern.num_blocks
     period = None if exact else pattern.period
     rank = _rank_with_most_memory(config, world_size)
     end_blocks = end_blocks_of(config) if period else END_BLOCKS
@@ -170,13 +173,13 @@ def simulate_cost_model_of_run(
         ):
             runtime = with_sequence_parallelism(all_ranks, config.parallel.sequence)
             parts = build_step_parts(truncated, [length] * sequences, runtime)
-            parts = _with_full_size(parts, pattern)
+            parts = _with_full_trained_elements(parts, pattern)
             built = parts.built
             details.update(_fields_of_any_depth(built, config.objective))
             counts_by_depth[depth] = _parameter_counts(built)
             rows, lengths_by_size = micro_batches_to_simulate(
                 built,
-                vocabulary_of(truncated.model),
+                num_vocabulary_rows(truncated.model),
                 length,
                 is_linear=parts.precision is not Precision.fp32,  # attention in fp32 keeps its scores, length x length
                 slices=runtime.sequence_size,
@@ -207,7 +210,7 @@ def simulate_cost_model_of_run(
         parameters=counts.total,
         trained=counts.trained,
         trained_expert_parallel=counts.trained_expert_parallel,
-        vocabulary=vocabulary_of(config.model),
+        vocabulary=num_vocabulary_rows(config.model),
         **details,
     )
 
@@ -258,18 +261,18 @@ def end_blocks_of(config: RunConfig) -> int:
     first ones are of a kind of their own, and under ZeRO-3, which keeps further blocks gathered.
     """
     pattern = block_pattern(config.model)
-    end_blocks = END_BLOCKS + pattern.first
+    end_blocks = END_BLOCKS + pattern.num_leading_blocks
     if not isinstance(config.strategy, ZeroConfig) or config.strategy.stage < 3:
         return end_blocks
     with TemporaryDirectory() as directory, simulated_rank(0, 1) as runtime:
-        depth = pattern.first + (pattern.period or 1)
+        depth = pattern.num_leading_blocks + (pattern.period or 1)
         # One rank suffices to build the blocks, whose sizes do not depend on how rows are shared.
         truncated = replace(
             config, model=truncated_model(config.model, depth, Path(directory)), parallel=ParallelConfig(sequence=1)
         )
-        units = repeated_blocks(build_step_parts(truncated, [1], runtime).built.step_module)
+        blocks = repeated_blocks(build_step_parts(truncated, [1], runtime).built.step_module)
     # ZeRO-3 keeps up to MAX_LIVE_PARAMETERS elements gathered: as many blocks as hold these.
-    elements_per_block = [sum(parameter.numel() for parameter in unit.parameters()) for unit in units]
+    elements_per_block = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
     smallest = min(elements_per_block, default=1)
     return max(end_blocks, MAX_LIVE_PARAMETERS // smallest + 1)
 
@@ -280,7 +283,7 @@ def ends_may_overlap(config: RunConfig) -> bool:
     It may not if several blocks fill a gradient bucket together (ZeRO-2 and 3), nor if the first blocks are of a kind of
     their own.
     """
-    if block_pattern(config.model).first:
+    if block_pattern(config.model).num_leading_blocks:
         return False
     return not isinstance(config.strategy, ZeroConfig) or config.strategy.stage < 2
 
@@ -310,24 +313,26 @@ def _rank_with_most_memory(config: RunConfig, world_size: int) -> int:
     return busiest_rank(config)
 
 
-def _with_full_size(parts: StepParts, full_pattern: BlockPattern | None) -> StepParts:
-    """The parts of a shallow model's step with `full_trained_elements`, the trained elements of the full model.
+def _with_full_trained_elements(parts: StepParts, full_pattern: BlockPattern | None) -> StepParts:
+    """The parts of a shallow model's step with `full_trained_elements`: how many elements train in the full model.
 
-    `full_pattern`: the blocks of the full model, in which each further period has the trained elements of the last one. None, or
-    as many blocks as the shallow model has: `parts` as they are.
+    `full_pattern`: the blocks of the full model, whose kinds repeat after `period` blocks. Each period that the shallow model
+    lacks trains as many elements as its last one. `parts` come back as they are if there is no `full_pattern`, if its blocks do
+    not repeat, or if the shallow model has as many blocks.
     """
     module = parts.built.step_module
-    units = repeated_blocks(module)
-    if full_pattern is None or full_pattern.period is None or len(units) >= full_pattern.number:
+    blocks = repeated_blocks(module)
+    if full_pattern is None or full_pattern.period is None or len(blocks) >= full_pattern.num_blocks:
         return parts
     period = full_pattern.period
-    trained_in_period = sum(_trained_elements(unit) for unit in units[-period:])
-    further_blocks = full_pattern.number - len(units)
-    full_trained = _trained_elements(module) + trained_in_period * further_blocks // period
+    trained_in_period = sum(_num_trained_elements(block) for block in blocks[-period:])
+    num_missing_blocks = full_pattern.num_blocks - len(blocks)
+    full_trained = _num_trained_elements(module) + trained_in_period * num_missing_blocks // period
     return replace(parts, full_trained_elements=full_trained)
 
 
-def _trained_elements(module: nn.Module) -> int:
+def _num_trained_elements(module: nn.Module) -> int:
+    """Elements of the parameters of a module that train."""
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
@@ -343,7 +348,7 @@ def _parameter_counts(built: BuiltModel) -> ParameterCounts:
     return ParameterCounts(sum(num_elements_by_name(module).values()), trained, trained_expert_parallel)
 
 
-def vocabulary_of(config: ModelConfig) -> int:
+def num_vocabulary_rows(config: ModelConfig) -> int:
     """Rows of the model's vocabulary, before any is added."""
     return int(load_model_config(config).get_text_config().vocab_size)
 

@@ -43,37 +43,38 @@ class Collective:
 
 
 @dataclass(slots=True)
-class Record:
+class StepRecord:
     """What one step did."""
 
     collectives: list[Collective] = field(default_factory=list)
     host_reads: Counter[str] = field(default_factory=Counter)
     """How often the host waited for a value of the device, by line of the code."""
-    to_host: int = 0
+    bytes_to_host: int = 0
     """Bytes copied from the device to the host."""
-    to_device: int = 0
+    bytes_to_device: int = 0
     """Bytes copied from the host to the device."""
     host_inputs: HostTensors = field(default_factory=HostTensors)
     """Inputs of recomputed blocks that waited on the host."""
-    moved: Counter[str] = field(default_factory=Counter)
+    moved_bytes_by_phase: Counter[str] = field(default_factory=Counter)
     """Bytes that operations other than products, attention and collectives read and write on the device, by phase."""
     flops: float = 0.0
     """Floating-point operations of products and attention, those recomputed included."""
 
 
-class Recorder(LiveBytes):
+class StepRecorder(LiveBytes):
     """`LiveBytes` that also records collectives, host reads and arithmetic.
 
-    `squared_lengths` is the sum of the squared lengths of the documents in the current micro-batch."""
+    `sum_of_squared_lengths`: the sum of the squared lengths of the documents in the current micro-batch, by which attention is
+    counted. Whoever takes the step sets it."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self.record = Record()
-        self.squared_lengths = 0
+        self.record = StepRecord()
+        self.sum_of_squared_lengths = 0
 
     def begin_step(self) -> None:
         super().begin_step()
-        self.record = Record()
+        self.record = StepRecord()
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one torch operation of the step, and record what it costs: a collective, a host read, a copy, or arithmetic.
@@ -94,11 +95,11 @@ class Recorder(LiveBytes):
         if properties.returns_input_and_work and op_cache.simulating():
             # As torch's kernel for fake tensors would return it, but faster.
             return args[0], Work.boxed(FakeWork())
-        output, flops, moved = self._cached_or_run(func, args, kwargs, properties)
+        output, flops, moved_bytes = self._cached_or_run(func, args, kwargs, properties)
         if properties.copies:
             self._record_host_copy(func, args, output)
         self.record.flops += flops
-        self.record.moved[self.phase.name] += moved
+        self.record.moved_bytes_by_phase[self.phase.name] += moved_bytes
         return output
 
     def _cached_or_run(
@@ -116,14 +117,14 @@ class Recorder(LiveBytes):
         output = func(*args, **kwargs)
         flops = 0.0
         if properties.has_flops:
-            flops = self._flops(func, args, kwargs, output)
+            flops = self._num_flops(func, args, kwargs, output)
         # The cost of a product is its arithmetic: its bytes would count it twice.
-        moved = 0
+        moved_bytes = 0
         if not flops and not properties.moves_no_counted_bytes:
-            moved = self._device_bytes(args) + self._device_bytes(output)
+            moved_bytes = self._device_bytes(args) + self._device_bytes(output)
         if operation is not None:
-            op_cache.store_result(operation, output, flops, moved)
-        return output, flops, moved
+            op_cache.store_result(operation, output, flops, moved_bytes)
+        return output, flops, moved_bytes
 
     def _device_bytes(self, value: Any) -> int:
         """Bytes on the device of a tensor, or of all tensors in a list."""
@@ -170,15 +171,18 @@ class Recorder(LiveBytes):
             return
         size = out.numel() * out.element_size()
         if device_of(source) == self.device:
-            self.record.to_host += size
+            self.record.bytes_to_host += size
         else:
-            self.record.to_device += size
+            self.record.bytes_to_device += size
 
-    def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> float:
-        """Floating-point operations of a matrix product or of attention; 0 for other operations."""
+    def _num_flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> float:
+        """Number of floating-point operations of a matrix product or of attention; 0 for other operations.
+
+        Attention, in-place products and experts' products have formulas here, other operations torch's own (`flop_registry`).
+        """
         packet = func.overloadpacket
         name = _qualified_name(func)
-        if name.startswith(_ATTENTION):
+        if name.startswith(_ATTENTION_OPERATIONS):
             # Operations for each pair of positions: the forward pass has 2 products (scores, and scores times values), the
             # backward pass has 5; each is a multiplication and an addition.
             if "backward" in name:
@@ -187,9 +191,13 @@ class Recorder(LiveBytes):
             else:
                 query = args[0]
                 operations_per_pair = 4
-            causal_pairs = self.squared_lengths / 2  # a position attends to those before it
-            return operations_per_pair * causal_pairs * query.shape[1] * query.shape[-1]
-        if packet is torch.ops.aten.addmm_:
+            # A position attends to those before it in its document: half of all pairs.
+            causal_pairs = self.sum_of_squared_lengths / 2
+            # Flex attention has [B, heads, T, head_dim], variable-length attention [T, heads, head_dim].
+            num_heads = query.shape[1]
+            head_dim = query.shape[-1]
+            return operations_per_pair * causal_pairs * num_heads * head_dim
+        if packet is torch.ops.aten.addmm_:  # in place, which torch's registry of formulas lacks
             left, right = args[1:3]
             return 2.0 * left.shape[0] * left.shape[1] * right.shape[1]
         if packet is GROUPED_PRODUCT:  # products of experts: each group of rows, or of columns, has a matrix of its own
@@ -206,9 +214,9 @@ _OPERATIONS_WITHOUT_TRAFFIC = frozenset(
     {"empty", "empty_strided", "empty_like", "new_empty", "detach", "alias", "_unsafe_view"}
 )
 """Operations beside views that read and write no values."""
-_ATTENTION = ("torch_attn::_varlen_attn", flex_shapes.FORWARD)
-_PRODUCTS = (torch.ops.aten.addmm_, GROUPED_PRODUCT)
-_COPIES = (CAST.default, torch.ops.aten.copy_.default)
+_ATTENTION_OPERATIONS = ("torch_attn::_varlen_attn", flex_shapes.FORWARD)
+_PRODUCT_OPERATIONS = (torch.ops.aten.addmm_, GROUPED_PRODUCT)
+_COPY_OPERATIONS = (CAST.default, torch.ops.aten.copy_.default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,15 +237,17 @@ class _OperationProperties:
 
 @cache
 def _operation_properties(func: Any) -> _OperationProperties:
-    """The properties of a torch operation that `Recorder` needs. Cached, since they do not depend on the operands."""
+    """The properties of a torch operation that `StepRecorder` needs. Cached, since they do not depend on the operands."""
     packet = func.overloadpacket  # the operation without its overload
     return _OperationProperties(
         is_collective=func in collective_ops and func not in sync_ops,
         is_reduce_scatter=_qualified_name(func) == "c10d::_reduce_scatter_base_",
         returns_input_and_work=func in CollectiveOp.WK_ARG_1 and func.namespace == "c10d",
         reads_on_host=func is READ_ON_HOST.default,
-        copies=func in _COPIES,
-        has_flops=_qualified_name(func).startswith(_ATTENTION) or packet in _PRODUCTS or packet in flop_registry,
+        copies=func in _COPY_OPERATIONS,
+        has_flops=_qualified_name(func).startswith(_ATTENTION_OPERATIONS)
+        or packet in _PRODUCT_OPERATIONS
+        or packet in flop_registry,
         moves_no_counted_bytes=_moves_no_counted_bytes(func),
     )
 

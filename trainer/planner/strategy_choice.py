@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,7 +37,13 @@ from trainer.planner.micro_batch import (
     runtime_of_first_rank,
     try_simulate_cost_model,
 )
-from trainer.planner.oom_probe import PROBE_STEPS, TrialDescription, TrialInputs, memory_gib, runs_out_of_memory
+from trainer.planner.oom_probe import (
+    PROBE_STEPS,
+    ProbeDescription,
+    ProbeInputs,
+    available_device_gib,
+    probe_runs_out_of_memory,
+)
 from trainer.planner.plan import PlannedChoice, PlannedRun, RunVariant, micro_batches, rank_choices
 from trainer.planner.rank_devices import RankCounts
 from trainer.reporting.resolution import OutOfMemoryTrial, ResolvedSetting
@@ -49,7 +55,7 @@ PARALLEL_SIMULATIONS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Devices:
+class RankDevices:
     """The devices of a run's ranks."""
 
     world_size: int
@@ -68,7 +74,7 @@ class Devices:
 
 
 @dataclass(frozen=True, slots=True)
-class Proposal:
+class StrategyProposal:
     """A strategy to be tried, and the reason why it is the next."""
 
     strategy: StrategyConfig
@@ -81,7 +87,7 @@ class Proposal:
 
 
 def resolve_strategy(
-    config: RunConfig, inputs: TrialInputs, announce: Callable[[str], None], write_config: Callable[[RunConfig], None]
+    config: RunConfig, inputs: ProbeInputs, announce: Callable[[str], None], write_config: Callable[[RunConfig], None]
 ) -> RunConfig:
     """Resolve `strategy=auto`: choose the fastest strategy that fits in memory. All ranks must call.
 
@@ -111,7 +117,7 @@ def resolve_strategy(
     # Rank 0 plans the strategies.
     devices = devices_of(runtime)
     failed_trials = [] if earlier_resolution is None else list(earlier_resolution.tried)
-    proposals_in_order: Iterator[Proposal] = iter(())
+    proposals_in_order: Iterator[StrategyProposal] = iter(())
     if runtime.is_main:
         simulating = ": simulating steps" if devices.world_size > 1 else ""
         announce(f"choosing the strategy (strategy=auto){simulating}")
@@ -167,7 +173,7 @@ def with_proposed_strategy(config: RunConfig, prepared: PreparedData) -> RunConf
         )
         return _with_strategy(config, placeholder, note)
     card = _card(gpu_name(runtime))
-    devices = Devices(world_size, runtime.local_world_size, device_kind, memory_gib(runtime), card)
+    devices = RankDevices(world_size, runtime.local_world_size, device_kind, available_device_gib(runtime), card)
     timeout_s = TIMEOUT_SHARE * config.run.timeout_s
     first = next(proposals(config, prepared, config.precision, devices, timeout_s))
     reason = first.reason
@@ -205,13 +211,13 @@ def gpu_name(runtime: Runtime) -> str | None:
     return None if gpu is None else gpu.name
 
 
-def devices_of(runtime: Runtime) -> Devices:
+def devices_of(runtime: Runtime) -> RankDevices:
     """The devices of all ranks, for a plan: the memory of the smallest, and the GPU if all are alike. All ranks must call."""
-    memory_and_name_by_rank = gather_objects((memory_gib(runtime), gpu_name(runtime)), runtime)
+    memory_and_name_by_rank = gather_objects((available_device_gib(runtime), gpu_name(runtime)), runtime)
     names = {name for _, name in memory_and_name_by_rank}
     card = _card(names.pop()) if len(names) == 1 else None
     least_gib = min(memory for memory, _ in memory_and_name_by_rank)
-    return Devices(runtime.world_size, runtime.local_world_size, runtime.kind, least_gib, card)
+    return RankDevices(runtime.world_size, runtime.local_world_size, runtime.kind, least_gib, card)
 
 
 def _card(name: str | None) -> Card | None:
@@ -219,7 +225,7 @@ def _card(name: str | None) -> Card | None:
     return None if name is None else card_named(name)
 
 
-def _runs_out_of_memory(config: RunConfig, proposal: Proposal, inputs: TrialInputs) -> bool:
+def _runs_out_of_memory(config: RunConfig, proposal: StrategyProposal, inputs: ProbeInputs) -> bool:
     """Take two real steps with the proposed strategy; returns whether they run out of memory on all ranks. All ranks must call.
 
     If `batch.micro` is `auto` too, which is resolved after the strategy, a micro-batch of one document is taken. Raises
@@ -228,17 +234,17 @@ def _runs_out_of_memory(config: RunConfig, proposal: Proposal, inputs: TrialInpu
     micro = 1 if config.batch["micro"] == AUTO else config.batch["micro"]
     trial_config = replace(_with_strategy(config, proposal.strategy, None), batch={**config.batch, "micro": micro})
     remedy = "launcher.retry={out_of_memory: 3} would start with the next; or name a strategy that shards more"
-    trial = TrialDescription(STRATEGY_KEY, f"strategy={proposal.name}", remedy)
+    trial = ProbeDescription(STRATEGY_KEY, f"strategy={proposal.name}", remedy)
     try:
-        return runs_out_of_memory(trial_config, inputs, trial)
+        return probe_runs_out_of_memory(trial_config, inputs, trial)
     except DoesNotFit as error:
         # Ranks disagree, so the job must end; a new start may try the next strategy.
         raise OutOfMemory(str(error), ran_out_with={STRATEGY_KEY: proposal.name}) from error
 
 
 def proposals(
-    config: RunConfig, prepared: PreparedData, precision: Precision, devices: Devices, timeout_s: float
-) -> Iterator[Proposal]:
+    config: RunConfig, prepared: PreparedData, precision: Precision, devices: RankDevices, timeout_s: float
+) -> Iterator[StrategyProposal]:
     """Strategies that can run this configuration, in the order in which they are to be tried, each with the reason.
 
     - One rank, or a single strategy that can run it: without a simulation.
@@ -252,7 +258,7 @@ def proposals(
     least_sharded_first = [strategy_by_name[name] for name in LEAST_SHARDED_FIRST if name in strategy_by_name]
     if devices.world_size == 1 or len(least_sharded_first) == 1:
         reason = "one rank has nothing to share" if devices.world_size == 1 else "the only one that can run this"
-        yield from (Proposal(strategy, reason) for strategy in least_sharded_first)
+        yield from (StrategyProposal(strategy, reason) for strategy in least_sharded_first)
         return
     planner = Planner(config, prepared, precision, devices, timeout_s)
     if planner.rates_known:
@@ -261,11 +267,29 @@ def proposals(
         yield from planner.strategies_by_sharding(least_sharded_first)
 
 
+class StrategyCost(NamedTuple):
+    """A strategy, and what its step costs with the best micro-batch."""
+
+    strategy: StrategyConfig
+    cost: PlannedChoice
+
+
+class SimulatedStrategies(NamedTuple):
+    """Strategies by what a simulation says of them; one that was simulated with several modes of recomputation comes as often."""
+
+    fitting: list[StrategyCost]
+    """Those that fit in memory."""
+    too_large: list[StrategyCost]
+    """Those that do not."""
+    unplanned: list[StrategyProposal]
+    """Those that cannot be simulated, with the reason."""
+
+
 class Planner:
     """Plans strategies on the devices of a run."""
 
     def __init__(
-        self, config: RunConfig, prepared: PreparedData, precision: Precision, devices: Devices, timeout_s: float
+        self, config: RunConfig, prepared: PreparedData, precision: Precision, devices: RankDevices, timeout_s: float
     ) -> None:
         self.config = config
         self.devices = devices
@@ -274,8 +298,9 @@ class Planner:
         sequences = data_spec_of(config.objective).sequences_per_document
         samples = sampled_lengths(config, prepared.train, sequences)
         self.lengths: DocumentLengths = samples.lengths(config.data, sequences)
-        self.modes = recomputation_modes(config.strategy.activation_checkpointing)
-        self.micro: int | None = None if config.batch["micro"] == AUTO else config.batch["micro"]
+        self.recomputation_modes = recomputation_modes(config.strategy.activation_checkpointing)
+        self.user_micro_batch: int | None = None if config.batch["micro"] == AUTO else config.batch["micro"]
+        """The micro-batch that the user set; None for `batch.micro=auto`."""
 
     @property
     def rates_known(self) -> bool:
@@ -283,80 +308,73 @@ class Planner:
         card = self.devices.card
         return card is not None and card.tflops(self.precision) > 0
 
-    def strategies_by_sharding(self, strategies: list[StrategyConfig]) -> Iterator[Proposal]:
+    def strategies_by_sharding(self, strategies: list[StrategyConfig]) -> Iterator[StrategyProposal]:
         """Strategies to try on a device of unknown speed, each with the reason.
 
         First those that fit according to a simulation, in the order given; then those that cannot be simulated; last the one that
         needs least memory. Each is simulated with every mode of recomputation that is open, without recomputation first.
         """
         available_gib = self.devices.memory_gib
-        unplanned_by_name: dict[str, Proposal] = {}  # a strategy that fails with several modes is proposed once
+        unplanned_by_name: dict[str, StrategyProposal] = {}  # a strategy that fails with several modes is proposed once
         too_large: list[tuple[float, StrategyConfig]] = []
-        for mode in self.modes:
+        for mode in self.recomputation_modes:
             for strategy in strategies:
                 cost_model = self.simulate_cost_model(strategy, mode)
                 if isinstance(cost_model, str):
-                    unplanned_by_name[str(strategy.name)] = Proposal(strategy, f"not planned: {cost_model}")
+                    unplanned_by_name[str(strategy.name)] = StrategyProposal(strategy, f"not planned: {cost_model}")
                     continue
-                planned_gib = needed_gib(cost_model, self.micro or 1, self.lengths, available_gib)
+                planned_gib = needed_gib(cost_model, self.user_micro_batch or 1, self.lengths, available_gib)
                 if planned_gib > available_gib:
                     too_large.append((planned_gib, strategy))
                     continue
                 memory = f"planned {planned_gib:.2f} of {available_gib:.2f} GiB"
-                yield Proposal(strategy, f"{memory}; this device's rates are not known: of what fits it shards least")
+                yield StrategyProposal(
+                    strategy, f"{memory}; this device's rates are not known: of what fits it shards least"
+                )
         yield from unplanned_by_name.values()
         if too_large:
             planned_gib, strategy = min(too_large, key=lambda gib_and_strategy: gib_and_strategy[0])
-            yield Proposal(strategy, f"planned {planned_gib:.2f} of {available_gib:.2f} GiB, the least of all")
+            yield StrategyProposal(strategy, f"planned {planned_gib:.2f} of {available_gib:.2f} GiB, the least of all")
 
-    def strategies_by_speed(self, strategies: list[StrategyConfig]) -> Iterator[Proposal]:
+    def strategies_by_speed(self, strategies: list[StrategyConfig]) -> Iterator[StrategyProposal]:
         """Strategies to try on a GPU of known speed, each with the reason. The caller takes the next one if memory runs out.
 
         First those that fit according to a simulation, the fastest first; then those that cannot be simulated; last the one that
         needs least memory.
         """
         assert self.devices.card is not None
-        fitting, too_large, unplanned = self._planned_by_fit(strategies)
-        for strategy, choice in sorted(fitting, key=lambda planned: -planned[1].tokens_per_s):
-            speed = f"{choice.tokens_per_s:,.0f} tokens/s on {self.devices.card.name}"
+        simulated = self._simulate_all(strategies)
+        for strategy, cost in sorted(simulated.fitting, key=lambda fitting: -fitting.cost.tokens_per_s):
+            speed = f"{cost.tokens_per_s:,.0f} tokens/s on {self.devices.card.name}"
             # A strategy is only asked for after all faster ones ran out of memory.
-            yield Proposal(
-                strategy, f"planned {_gib_text(choice)} GiB and {speed}: the fastest of what fits and was not tried"
+            yield StrategyProposal(
+                strategy, f"planned {_gib_text(cost)} GiB and {speed}: the fastest of what fits and was not tried"
             )
-        yield from unplanned
-        if too_large:
-            strategy, choice = max(too_large, key=lambda planned: planned[1].fit.margin)
-            yield Proposal(strategy, f"planned {_gib_text(choice)} GiB, the least of all")
+        yield from simulated.unplanned
+        if simulated.too_large:
+            strategy, cost = max(simulated.too_large, key=lambda too_large: too_large.cost.fit.margin)
+            yield StrategyProposal(strategy, f"planned {_gib_text(cost)} GiB, the least of all")
 
-    def _planned_by_fit(
-        self, strategies: list[StrategyConfig]
-    ) -> tuple[list[tuple[StrategyConfig, PlannedChoice]], list[tuple[StrategyConfig, PlannedChoice]], list[Proposal]]:
-        """Simulate every strategy with every mode of recomputation: (those that fit, those that are too large, the unplanned).
-
-        The first two are pairs of a strategy and its cost; the last are proposals of those that cannot be simulated.
-        """
+    def _simulate_all(self, strategies: list[StrategyConfig]) -> SimulatedStrategies:
+        """Simulate every strategy with every mode of recomputation that is open, several at a time."""
         # Each thread only waits for the process that simulates.
-        combinations = [(strategy, mode) for strategy in strategies for mode in self.modes]
+        combinations = [(strategy, mode) for strategy in strategies for mode in self.recomputation_modes]
         threads = min(PARALLEL_SIMULATIONS, len(combinations), len(os.sched_getaffinity(0)))
         with ThreadPoolExecutor(threads) as pool:
             cost_models = list(pool.map(self.simulate_cost_model, *zip(*combinations, strict=True)))
 
-        fitting: list[tuple[StrategyConfig, PlannedChoice]] = []
-        too_large: list[tuple[StrategyConfig, PlannedChoice]] = []
-        unplanned: list[Proposal] = []
+        simulated = SimulatedStrategies([], [], [])
         for (strategy, mode), cost_model in zip(combinations, cost_models, strict=True):
-            if isinstance(cost_model, str):
-                unplanned.append(Proposal(strategy, f"not planned: {cost_model}"))
+            if isinstance(cost_model, str):  # why the strategy cannot be simulated
+                simulated.unplanned.append(StrategyProposal(strategy, f"not planned: {cost_model}"))
                 continue
-            choice = self._best_choice(strategy, mode, cost_model)
-            if choice.fits:
-                fitting.append((strategy, choice))
-            else:
-                too_large.append((strategy, choice))
-        return fitting, too_large, unplanned
+            cost = self._best_choice(strategy, mode, cost_model)
+            group = simulated.fitting if cost.fits else simulated.too_large
+            group.append(StrategyCost(strategy, cost))
+        return simulated
 
     def simulate_cost_model(self, strategy: StrategyConfig, mode: ActivationCheckpointing) -> CostModel | str:
-        """The cost model under a strategy, simulated in a process of its own, or why it cannot be."""
+        """The cost model of a step under a strategy, simulated in a process of its own; a text if it cannot be simulated: why."""
         devices = self.devices
         config = replace(self.config, strategy=strategy, batch={**self.config.batch, "micro": 1}, substitutions={})
         step_config = single_step_config(config, devices.world_size, mode_if_auto=mode)
@@ -383,7 +401,7 @@ class Planner:
             lengths=self.lengths,
         )
         variant = RunVariant(replace(self.config, strategy=replace(strategy, activation_checkpointing=mode)), ())
-        candidates = micro_batches(job, self.micro, self.config.parallel.sequence)
+        candidates = micro_batches(job, self.user_micro_batch, self.config.parallel.sequence)
         if cost_model.needs_single_rows:
             candidates = [1]
         best, *_ = rank_choices(variant, cost_model, job, candidates)

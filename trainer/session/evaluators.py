@@ -18,7 +18,7 @@ from trainer.evaluation.build import build_evaluators, build_model_interface
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.prepared import PreparedTask, TaskContext
 from trainer.monitors.detectors import ChallengeDetectors
-from trainer.planner.oom_probe import TrialInputs
+from trainer.planner.oom_probe import ProbeInputs
 from trainer.rollout.loader import RolloutLoader
 from trainer.rollout.types import RewardScorer
 from trainer.session.announcements import RunContext
@@ -28,7 +28,7 @@ from trainer.step import BuiltModel
 
 def build_run_evaluators(
     config: RunConfig,
-    inputs: TrialInputs,
+    inputs: ProbeInputs,
     tasks: list[PreparedTask],
     built: BuiltModel,
     engine: Engine,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainer.config.run import RunConfig
-from trainer.optim.rates import usual_rate
+from trainer.optim.rates import usual_learning_rate
 from trainer.optim.schedule import warmup_steps
 
 FEW_STEPS = 20
@@ -36,7 +36,7 @@ class LearningRate:
 
 def learning_rate_of(config: RunConfig, total_steps: int) -> LearningRate:
     """The learning rate of a run of `total_steps`."""
-    usual = usual_rate(config.optim, config.tuning.method, str(config.objective.name))
+    usual = usual_learning_rate(config.optim, config.tuning.method, str(config.objective.name))
     return LearningRate(
         peak=config.optim.peak_lr,
         usual=usual.usual if usual is not None else None,

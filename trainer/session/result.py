@@ -20,7 +20,7 @@ from trainer.export.exported_checkpoint import ChosenCheckpoint, choose_exported
 from trainer.model.config import ModelConfig
 from trainer.monitors.detectors import ChallengeDetectors
 from trainer.objectives.registry import objective_family
-from trainer.planner.oom_probe import TrialInputs
+from trainer.planner.oom_probe import ProbeInputs
 from trainer.reporting.documents.facts import ModelFacts
 from trainer.reporting.outcome import TrainingOutcome
 from trainer.reporting.run_record import RunRecord
@@ -39,7 +39,7 @@ class TrainedRun:
     """A run whose training has ended, with the parts that its result is made of."""
 
     config: RunConfig
-    inputs: TrialInputs
+    inputs: ProbeInputs
     built: BuiltModel
     engine: Engine
     loader: StepLoader | RolloutLoader

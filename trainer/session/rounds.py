@@ -13,7 +13,7 @@ from trainer.build.rounds import RoundInputs, build_round_loader
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import StepLoader
 from trainer.objectives.rollouts import RoundsConfig
-from trainer.planner.oom_probe import TrialInputs
+from trainer.planner.oom_probe import ProbeInputs
 from trainer.reporting.tracking import Trackers
 from trainer.rollout.loader import RolloutLoader
 from trainer.session.announcements import RunContext
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def open_rounds(
     config: RunConfig,
-    inputs: TrialInputs,
+    inputs: ProbeInputs,
     built: BuiltModel,
     engine: Engine,
     progress: Progress,

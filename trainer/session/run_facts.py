@@ -29,7 +29,7 @@ from trainer.data.prepare import PreparedData
 from trainer.data.report.preview import is_prompts_alone
 from trainer.model.architecture import text_model_config, width_and_num_blocks
 from trainer.model.weights import WeightSource
-from trainer.planner.communication_volume import expected_bytes
+from trainer.planner.communication_volume import expected_bytes_by_collective
 from trainer.planner.predicted_vs_measured import memory_lines, predicted_cost
 from trainer.reporting.code_revision import code_revision
 from trainer.reporting.documents.facts import ModelFacts, gather
@@ -97,7 +97,7 @@ def build_run_record(config: RunConfig, checked: Mapping[str, Any], run_parts: R
     prediction = predicted_cost(built, record, str(config.optim.name), device_memory_gib(runtime))
     loader = run_parts.loader
     tokens_per_micro_batch = float(loader.unit_tokens.mean()) * config.batch["micro"]
-    prediction.exchanged_bytes = expected_bytes(
+    prediction.exchanged_bytes = expected_bytes_by_collective(
         built, config.strategy, run_parts.precision, runtime, loader.accumulation, tokens_per_micro_batch
     )
     record.receipt = Receipt(predicted=prediction)

@@ -30,7 +30,7 @@ ROUTER_NAMES = ("gate", "router")
 """What models call the module that chooses experts. The gate of an MLP is `gate_proj`."""
 
 
-def kinds_of_parameters(built: BuiltModel, names: list[str]) -> dict[str, str]:
+def kind_by_parameter(built: BuiltModel, names: list[str]) -> dict[str, str]:
     """The kind of each trained parameter of `names`, by name: one of KINDS.
 
     The first of these that applies: an adapter's parameter; a router's weight; a new classification head; the kind of the
@@ -85,9 +85,9 @@ def _kind_by_modules(name: str, modules: Mapping[str, Any], embeddings: Any, hea
 class GradientDistance(NamedTuple):
     """How far gradients are from expected ones, over the elements of several parameters."""
 
-    difference: float
+    max_difference: float
     """The largest absolute difference of an element; infinite if one is NaN."""
-    largest: float
+    max_expected: float
     """The largest absolute element of the expected gradients."""
 
 
@@ -96,31 +96,33 @@ def gradient_distances_by_kind(
 ) -> dict[str, GradientDistance]:
     """How far `gradients` are from `expected`, over the parameters of each kind.
 
-    A parameter that `gradients` lacks counts as zeros there. A difference that is NaN counts as infinite. `kinds`: by parameter.
+    A parameter that `gradients` lacks counts as zeros there. A difference that is NaN counts as infinite. `kinds`: the kind of
+    each parameter by name, such as `norms`.
     """
     distance_by_kind: dict[str, GradientDistance] = {}
     for name, kind in kinds.items():
         expected_gradient = expected[name].double()
         gradient = gradients.get(name, torch.zeros_like(expected_gradient)).double()
-        difference = 0.0
-        largest = 0.0
+        max_difference = 0.0
+        max_expected = 0.0
         if expected_gradient.numel():
-            difference = float((gradient - expected_gradient).abs().max())
-            largest = float(expected_gradient.abs().max())
-        if math.isnan(difference):
-            difference = float("inf")
-        earlier = distance_by_kind.get(kind, GradientDistance(difference=0.0, largest=0.0))
+            max_difference = float((gradient - expected_gradient).abs().max())
+            max_expected = float(expected_gradient.abs().max())
+        if math.isnan(max_difference):
+            max_difference = float("inf")
+        earlier = distance_by_kind.get(kind, GradientDistance(max_difference=0.0, max_expected=0.0))
         distance_by_kind[kind] = GradientDistance(
-            difference=max(earlier.difference, difference), largest=max(earlier.largest, largest)
+            max_difference=max(earlier.max_difference, max_difference),
+            max_expected=max(earlier.max_expected, max_expected),
         )
     return distance_by_kind
 
 
-def relative_difference(difference: float, largest: float) -> float | None:
-    """The share `difference / largest` of the largest expected element; infinite if that is zero and there is a difference.
+def relative_difference(difference: float, max_expected: float) -> float | None:
+    """A difference as a share of the largest expected element; infinite if that is zero and there is a difference.
 
     None if both are zero: nothing was compared, so that they do not count as equal.
     """
-    if largest == 0:
+    if max_expected == 0:
         return None if difference == 0 else float("inf")
-    return difference / largest
+    return difference / max_expected

@@ -59,7 +59,7 @@ class SmallModel:
     kept: dict[str, int]
     """Numbers of heads and of experts that are the model's own."""
     num_parameters: int
-    decided_routers: int
+    num_decided_routers: int
     """Router matrices with weights by which no rounding error changes a choice."""
 
     def record(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class SmallModel:
             "changed": {name: {"model": full, "copy": small} for name, (full, small) in self.changed.items()},
             "kept": self.kept,
             "elements": self.num_parameters,
-            "decided_routers": self.decided_routers,
+            "decided_routers": self.num_decided_routers,
         }
 
 
@@ -91,8 +91,8 @@ def write_small_model(
         set_head_settings(full_settings, outputs, 0, several=False)
     with meta_context():
         full_model, _ = build_plain_model(kind, full_settings, config, "eager", "sft")
-    with _seeded(seed):
-        model, decided_routers = _smallest_copy_that_runs(config, kind, settings, full_model)
+    with _drawing_from_seed(seed):
+        model, num_decided_routers = _smallest_copy_that_runs(config, kind, settings, full_model)
     with _no_progress_bars():
         model.save_pretrained(directory)
     _write_tokenizer(text_model_config(model.config).vocab_size, directory)
@@ -105,12 +105,12 @@ def write_small_model(
         changed=changed_sizes(settings, model.config),
         kept=kept_counts(settings, model.config),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        decided_routers=decided_routers,
+        num_decided_routers=num_decided_routers,
     )
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def _drawing_from_seed(seed: int) -> Iterator[None]:
     """A context in which torch draws from `seed` on the CPU; afterwards its random state is what it was before."""
     rng_state = torch.random.get_rng_state()
     try:
@@ -151,15 +151,15 @@ def _write_tokenizer(rows: int, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-class _BuiltCopy(NamedTuple):
+class _SmallCopy(NamedTuple):
     """A small copy in memory, with random weights."""
 
     model: Any
-    decided_routers: int
+    num_decided_routers: int
     """Routers whose choices no rounding error changes."""
 
 
-def _smallest_copy_that_runs(config: ModelConfig, kind: ModelKind, settings: Any, full_model: Any) -> _BuiltCopy:
+def _smallest_copy_that_runs(config: ModelConfig, kind: ModelKind, settings: Any, full_model: Any) -> _SmallCopy:
     """The smallest copy of a model that can be built and run. Raises ConfigError if there is none.
 
     `settings`, `full_model`: configuration and architecture of the full model. Small copies are tried from the smallest on.
@@ -168,7 +168,7 @@ def _smallest_copy_that_runs(config: ModelConfig, kind: ModelKind, settings: Any
     try:
         for small_settings in small_copies(settings, full_model, keep_counts=True):
             try:
-                return _built_copy(config, kind, settings, full_model, small_settings)
+                return _build_small_copy(config, kind, settings, full_model, small_settings)
             except Exception as error:  # noqa: BLE001 - an architecture may fail in any way; then the next copy is tried
                 first_line = (str(error).strip() or "no message").splitlines()[0]
                 first_reason = first_reason or f"{type(error).__name__}: {first_line[:160]}"
@@ -180,9 +180,9 @@ def _smallest_copy_that_runs(config: ModelConfig, kind: ModelKind, settings: Any
     )
 
 
-def _built_copy(
+def _build_small_copy(
     config: ModelConfig, kind: ModelKind, settings: Any, full_model: Any, small_settings: Any
-) -> _BuiltCopy:
+) -> _SmallCopy:
     """Build the model of the configuration `small_settings`, give it random weights, and run it once.
 
     `settings`, `full_model`: configuration and architecture of the full model. Raises NotShrinkable if the copy is too large,
@@ -206,7 +206,7 @@ def _built_copy(
         raise NotShrinkable(f"a small copy lacks {num_lost_kinds} of its kinds of layers")
     # Then with weights: does a forward pass give finite numbers?
     model = model_class.from_config(small_settings, dtype=torch.float32, **options).eval()
-    decided_routers = _randomise_weights(model)
+    num_decided_routers = _randomise_weights(model)
     ids = torch.arange(NUM_TRIED_TOKENS)[None] % text_model_config(small_settings).vocab_size
     inputs = {"input_ids": ids, "use_cache": False}
     if kind is ModelKind.encoder_decoder:
@@ -215,7 +215,7 @@ def _built_copy(
         logits = model(**inputs).logits
     if not logits.isfinite().all():
         raise NotShrinkable("a small copy with random weights computes what is no number")
-    return _BuiltCopy(model, decided_routers)
+    return _SmallCopy(model, num_decided_routers)
 
 
 @torch.no_grad()
@@ -244,13 +244,17 @@ def _randomise_weights(model: Any) -> int:
 
 
 def _make_router_choices_clear(embeddings: nn.Embedding, router_matrices: list[Tensor], experts_per_token: int) -> None:
-    """Give each token a kind, and each kind its own experts, whose router scores are far above those of the others.
+    """Change embeddings and routers in place so that no rounding error changes which experts a router chooses for a token.
 
-    The kind of a token is a direction that is added to its embedding, and which the residual stream carries to each router.
+    In a small random model, the best two scores of a token may be nearly equal. So each token gets a kind, and each kind has its
+    own experts, whose router scores are far above those of the others. The kind of a token is a direction that is added to its
+    embedding, and which the residual stream carries to each router. Must be called without gradients.
     """
     most_experts = max(matrix.shape[0] for matrix in router_matrices)
     rows, width = embeddings.weight.shape
-    num_kinds = min(MAX_TOKEN_KINDS, width // 2, max(2, math.ceil(most_experts / experts_per_token)))
+    # Half of the dimensions at most, so that the others still tell tokens of one kind apart.
+    max_kinds = min(MAX_TOKEN_KINDS, width // 2)
+    num_kinds = min(max_kinds, max(2, math.ceil(most_experts / experts_per_token)))
     orthogonal_columns, _ = torch.linalg.qr(torch.randn(width, num_kinds))
     directions = orthogonal_columns.T  # [kinds, width]
     embeddings.weight.add_(TOKEN_KIND_LENGTH * directions[torch.arange(rows) % num_kinds])

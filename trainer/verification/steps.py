@@ -30,13 +30,13 @@ from trainer.objectives.reference import RecordingSettings, record_reference_log
 from trainer.planner.minimal_step import minimal_trainer
 from trainer.step import BuiltModel
 from trainer.verification.documents import open_documents
-from trainer.verification.gradients import kinds_of_parameters
+from trainer.verification.gradients import kind_by_parameter
 from trainer.verification.small_run import GRADIENT_READING_LR, SmallRun
 
 DRAWN_STD = 0.05
 """Standard deviation of the random values of adapter factors that would begin at zero."""
 
-MOST_HALVINGS = 14
+MAX_LOSS_SCALE_HALVINGS = 14
 """Times that fp16 may halve its loss scale of 2^16 before its step counts as one without finite gradients."""
 
 
@@ -114,7 +114,7 @@ def _measured_step(
 ) -> TakenStep:
     """Take the first step of the run, and compute its gradients from the change of the weights. All ranks must call.
 
-    In fp16, steps that overflow are repeated until one does not, at most `MOST_HALVINGS` times.
+    In fp16, steps that overflow are repeated until one does not, at most `MAX_LOSS_SCALE_HALVINGS` times.
     """
     loader, _ = build_loader(config, data, built, engine, runtime)
     trainer = minimal_trainer(engine)
@@ -125,7 +125,7 @@ def _measured_step(
     record = trainer.train_step(batch)
     if config.precision is Precision.fp16:
         # Every run in fp16 begins with steps that overflow, are skipped and halve the loss scale: repeat the step until it fits.
-        for _ in range(MOST_HALVINGS):
+        for _ in range(MAX_LOSS_SCALE_HALVINGS):
             if not bool(record.result.skipped):
                 break
             trainer.progress.step = 0
@@ -145,7 +145,7 @@ def _measured_step(
     return TakenStep(
         loss=float(local_sum) / record.counts["loss"],
         gradients=gradients,
-        kinds=kinds_of_parameters(built, list(gradients)),
+        kinds=kind_by_parameter(built, list(gradients)),
         kernels=kernels_description(built),
         finite=not bool(record.result.skipped),
         expert_tokens=None if expert_tokens is None else expert_tokens.tolist(),

@@ -23,7 +23,7 @@ LOSS = "loss"
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class StepDifference:
     """The difference of the configured step from that of one process, in one quantity and one precision."""
 
     precision: str
@@ -34,7 +34,7 @@ class Difference:
     bound: float
 
     @property
-    def exceeded(self) -> bool:
+    def exceeds_bound(self) -> bool:
         """Whether the difference is larger than its bound; NaN counts as larger."""
         return self.distance is not None and not self.distance <= self.bound
 
@@ -43,7 +43,7 @@ class Difference:
 class VerificationResult:
     """The result of a verification, on rank 0 only."""
 
-    differences: list[Difference] = field(default_factory=list)
+    differences: list[StepDifference] = field(default_factory=list)
     kernels: dict[str, str] = field(default_factory=dict)
     """What each pass computed with, by the name of the pass."""
     problems: list[str] = field(default_factory=list)
@@ -59,7 +59,7 @@ class VerificationResult:
                     "quantity": difference.quantity,
                     "distance": _as_json(difference.distance),
                     "bound": _as_json(difference.bound),
-                    "exceeded": difference.exceeded,
+                    "exceeded": difference.exceeds_bound,
                 }
             )
         return {
@@ -113,7 +113,7 @@ def _relative_differences(step: TakenStep, reference: TakenStep) -> dict[str, fl
     for kind in KINDS:
         if kind in distance_by_kind:
             distance = distance_by_kind[kind]
-            distance_by_quantity[kind] = relative_difference(distance.difference, distance.largest)
+            distance_by_quantity[kind] = relative_difference(distance.max_difference, distance.max_expected)
     return distance_by_quantity
 
 
@@ -132,9 +132,9 @@ def _add_differences(
     bounds = None if rounding_errors is None else _bounds_by_quantity(precision, rounding_errors)
     for quantity, distance in _relative_differences(step, reference).items():
         bound = FLOAT32_BOUND if bounds is None else bounds[quantity]
-        difference = Difference(str(precision), quantity, distance, bound)
+        difference = StepDifference(str(precision), quantity, distance, bound)
         verdict.differences.append(difference)
-        if difference.exceeded:
+        if difference.exceeds_bound:
             finding = "loss differs" if quantity == LOSS else f"{quantity}: gradients differ"
             verdict.problems.append(
                 f"{precision}: {finding} by {distance:.1e} from one process, at most {bound:.1e} is rounding"

@@ -79,7 +79,7 @@ def test_every_method_and_objective_has_a_rate_with_a_source():
 
     for method in METHODS:
         for objective in FAMILIES:
-            usual = rates.usual_rate(AdamwConfig(), method, objective)
+            usual = rates.usual_learning_rate(AdamwConfig(), method, objective)
             assert usual is not None and usual.source, (method, objective)
             assert usual.low <= usual.usual <= usual.high, (method, objective)
 
@@ -95,7 +95,7 @@ def test_identity_has_the_number_and_not_the_word():
 def test_begun_run_keeps_its_rate_when_the_table_changes(tmp_path, monkeypatch):
     run_dir = begun(tmp_path / "run", "tuning=lora")
     new = rates.UsualRate(7e-4, 1e-4, 1e-3, "a new paper")
-    monkeypatch.setitem(rates.METHODS, "lora", new)
+    monkeypatch.setitem(rates.RATE_BY_METHOD, "lora", new)
     words = [*BASE, "tuning=lora"]
     assert compose_config(words).config.optim.lr == 7e-4
     # The same command, and one that starts another run from the checkpoint.
@@ -120,7 +120,7 @@ def test_run_of_the_version_with_one_rate_an_optimizer_goes_on_with_it(tmp_path,
     for method in (["tuning=lora"], ["tuning=peft", "tuning.type=waveft"]):
         run_dir = tmp_path / method[-1]
         with monkeypatch.context() as earlier:
-            earlier.setattr(learning_rate, "usual_rate", lambda *_: rates.UsualRate(2e-5, 1e-5, 5e-5, ""))
+            earlier.setattr(learning_rate, "usual_learning_rate", lambda *_: rates.UsualRate(2e-5, 1e-5, 5e-5, ""))
             one = compose_config([*BASE, *method, f"run.dir={run_dir}"])
         del one.config.substitutions[LEARNING_RATE_KEY]
         write_run_config(one, run_dir)
