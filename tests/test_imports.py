@@ -41,7 +41,8 @@ def test_composing_loads_neither_ssh_nor_a_model(tmp_path):
     words.append("budget.steps=1")
     named_alone = ["model.path=gpt2", "strategy=zero3", "tuning=lora", "objective=classification"]
     modules = loaded_by(
-        f"from launch.config.compose import compose_config; compose_config({words!r}); compose_config({named_alone!r}, check=False)"
+        "from launch.config.compose import compose_config; "
+        f"compose_config({words!r}); compose_config({named_alone!r}, check=False)"
     )
     assert "trainer.config.validate" in modules, "composed without its rules"
 
