@@ -69,13 +69,18 @@ def parse_benchmarks(text: str) -> dict[str, str]:
 
     try:
         data_set_by_task = yaml.safe_load(text)
-        assert isinstance(data_set_by_task, dict)
-        assert all(str(data_set).count("/") in (1, 2) for data_set in data_set_by_task.values())
-    except (yaml.YAMLError, AssertionError):
+    except yaml.YAMLError:
+        data_set_by_task = None
+    if not isinstance(data_set_by_task, dict) or not all(map(_is_benchmark_name, data_set_by_task.values())):
         raise ConfigError(
             f"benchmarks={text}: must be data sets of the hub by task, as benchmarks='{{facts: owner/name}}' or owner/name/task"
-        ) from None
+        )
     return {str(task): str(data_set) for task, data_set in data_set_by_task.items()}
+
+
+def _is_benchmark_name(value: Any) -> bool:
+    """Whether a value has the form of a data set of the hub, or of one of its tasks: owner/name, or owner/name/task."""
+    return str(value).count("/") in (1, 2)
 
 
 def _is_offline() -> bool:

@@ -1,11 +1,12 @@
 """`shardtune export to=hub:`: what is written offline is what is pushed, with results where the hub looks for them."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
 
-from strategies.errors import ConfigError
 from tests.helpers.hub import hub
 from tests.helpers.launching import command_here
 from tests.helpers.models import tiny_model_dir
@@ -127,7 +128,11 @@ def test_results_are_only_claimed_of_data_that_the_hub_has(tmp_path):
 def test_hub_push_reports_the_checkpoint_that_is_exported(run):
     report = json.loads((run / "evaluation.json").read_text())
     assert report["model"]["artefact"] == manifest_sha256(max((run / "checkpoints").glob("step-*")))
-    with pytest.raises(ConfigError):
-        from launch.export.hub import parse_benchmarks
 
-        parse_benchmarks("{a: b}")
+
+@pytest.mark.parametrize("benchmarks", ["{a: b}", "[owner/name]", "{a: owner/name/task/more}", "{a: ["])
+def test_benchmarks_that_name_no_data_set_of_the_hub_are_refused(benchmarks):
+    program = f"from launch.export.hub import parse_benchmarks\nparse_benchmarks({benchmarks!r})"
+    # -O leaves out asserts, by which such values were refused.
+    done = subprocess.run([sys.executable, "-O", "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "must be data sets of the hub by task" in done.stderr
