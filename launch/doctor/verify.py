@@ -84,7 +84,7 @@ def _report(arguments: list[str], directory: Path) -> dict[str, Any] | None:
     return {
         "agrees": verdict["agrees"],
         "model": model.record(),
-        "compared": what_is_compared(config, small),
+        "compared": compared_settings(config, small),
         "changes": [*notes, *small.changes],
         **verdict,
     }
@@ -216,20 +216,25 @@ class _Progress:
         self.num_printed = len(complete_lines)
 
 
-def what_is_compared(config: RunConfig, small: SmallRun) -> dict[str, Any]:
-    """The settings under which the run is compared, as JSON values for the report."""
+def compared_settings(config: RunConfig, small_run: SmallRun) -> dict[str, Any]:
+    """The settings under which the run is compared, as JSON values for the report.
+
+    `config`: the run's, for what the small copy takes over. `small_run`: the copy that is really run, for what it makes smaller
+    (ranks, degrees of parallelism, batches) or resolves (recomputation).
+    """
+    small_config = small_run.config
     return {
-        "ranks": small.ranks,
+        "ranks": small_run.ranks,
         "device": str(config.run.device),
         "strategy": str(config.strategy.name),
-        "sequence": small.config.parallel.sequence,
-        "experts": small.config.parallel.experts,
+        "sequence": small_config.parallel.sequence,
+        "experts": small_config.parallel.experts,
         "tuning": str(config.tuning.name),
         "objective": str(config.objective.name),
         "precision": str(config.precision),
-        "recomputation": str(small.config.strategy.activation_checkpointing),
-        "documents_per_micro_batch": small.config.batch["micro"],
-        "micro_batches": small.accumulation,
+        "recomputation": str(small_config.strategy.activation_checkpointing),
+        "documents_per_micro_batch": small_config.batch["micro"],
+        "micro_batches": small_run.accumulation,
     }
 
 
@@ -255,25 +260,30 @@ def verification_lines(report: dict[str, Any]) -> list[str]:
 def _summary_lines(report: dict[str, Any]) -> list[str]:
     """Lines on what is compared, and on which copy of the model.
 
-    report["model"]: {"model_type": "llama", "elements": 100000, "kept": {"heads": 4}, "changed": {"layers": {"model": 32, "copy":
-    2}}}. report["compared"]: as by `what_is_compared`.
+    It reads of the report:
+    - "model": {"model_type": "llama", "elements": 100000, "kept": {"heads": 4}, "changed": {"layers": {"model": 32, "copy": 2}}},
+      with the number of parameters as "elements";
+    - "compared": the settings under which the run is compared, such as {"ranks": 2, "strategy": "fsdp2", ...};
+    - "differences": a list of {"precision": "fp32", ...};
+    - "changes": sentences on settings of the run that the comparison changes.
     """
     model = report["model"]
     compared = report["compared"]
-    kept = ", ".join(f"{name} {number}" for name, number in model["kept"].items())
-    shrunk = ", ".join(f"{name} {sizes['model']} -> {sizes['copy']}" for name, sizes in model["changed"].items())
-    precisions = list(dict.fromkeys(row["precision"] for row in report["differences"]))
-    shared = ""
+    kept_sizes = ", ".join(f"{name} {number}" for name, number in model["kept"].items())
+    shrunk_sizes = ", ".join(f"{name} {sizes['model']} -> {sizes['copy']}" for name, sizes in model["changed"].items())
+    precisions = list(dict.fromkeys(difference["precision"] for difference in report["differences"]))
+    parallel_settings = ""
     for name in ("sequence", "experts"):
-        if compared[name] > 1:
-            shared += f" parallel.{name}={compared[name]}"
+        if compared[name] > 1:  # 1 means that there is no such parallelism
+            parallel_settings += f" parallel.{name}={compared[name]}"
     rows = [
         ("model", f"a small copy of this {model['model_type']}, {model['elements']:,} parameters"),
-        ("kept", kept or "no number of heads or experts"),
-        ("shrunk", shrunk or "nothing"),
+        ("kept", kept_sizes or "no number of heads or experts"),
+        ("shrunk", shrunk_sizes or "nothing"),
         (
             "compared",
-            f"strategy={compared['strategy']} tuning={compared['tuning']} objective={compared['objective']}{shared} on "
+            f"strategy={compared['strategy']} tuning={compared['tuning']} objective={compared['objective']}"
+            f"{parallel_settings} on "
             f"{compared['ranks']} ranks ({compared['device']}), {compared['micro_batches']} micro-batches of "
             f"{compared['documents_per_micro_batch']}, recomputation {compared['recomputation']}",
         ),
@@ -288,18 +298,18 @@ def _difference_lines(report: dict[str, Any]) -> list[str]:
 
     report["differences"]: [{"quantity": "loss", "precision": "fp32", "distance": 1e-6, "bound": 1e-4, "exceeded": False}, ...].
     """
-    precisions = list(dict.fromkeys(row["precision"] for row in report["differences"]))
+    precisions = list(dict.fromkeys(difference["precision"] for difference in report["differences"]))
     columns = [TableColumn("largest difference of")]
     for precision in precisions:
         columns += [TableColumn(precision, is_number=True), TableColumn("at most", is_number=True)]
     columns.append(TableColumn())
     cells_by_quantity: dict[str, list[str]] = {}
     differing_quantities = set()
-    for row in report["differences"]:
-        cells = cells_by_quantity.setdefault(row["quantity"], [])
-        cells += [_distance_text(row["distance"]), _distance_text(row["bound"])]
-        if row["exceeded"]:
-            differing_quantities.add(row["quantity"])
+    for difference in report["differences"]:
+        cells = cells_by_quantity.setdefault(difference["quantity"], [])
+        cells += [_distance_text(difference["distance"]), _distance_text(difference["bound"])]
+        if difference["exceeded"]:
+            differing_quantities.add(difference["quantity"])
     rows = []
     for quantity, cells in cells_by_quantity.items():
         rows.append(TableRow((quantity, *cells, "differs" if quantity in differing_quantities else "")))

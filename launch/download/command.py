@@ -75,44 +75,53 @@ def main(argv: list[str]) -> int:
     return _download(arguments.settings, arguments.to, dry_run=arguments.dry_run, as_json=arguments.as_json)
 
 
-def _download(arguments: list[str], target: Path, *, dry_run: bool, as_json: bool) -> int:
+def _download(arguments: list[str], settings_path: Path, *, dry_run: bool, as_json: bool) -> int:
     """Fetch the models and data sets that a run with these settings takes from the hub ("assets"); returns the exit code.
 
-    Then writes the settings file `target`, in which they are pinned to their commits, and beside it a manifest of the fetched
-    files. With `dry_run`, only prints what would be fetched.
+    Then writes the settings file `settings_path`, in which they are pinned to their commits, and beside it a manifest of the
+    fetched files. With `dry_run`, only prints what would be fetched.
     """
     from launch.config.compose import compose_config
     from launch.download.pieces import check_free_space, fetch_asset, hub_assets, with_commit_and_size
 
     config = compose_config(arguments, check=False).config
     assets = [with_commit_and_size(asset) for asset in hub_assets(config)]
-    missing_bytes = sum(asset.missing_bytes for asset in assets)
     if dry_run:
-        if as_json:
-            entries = [asset.manifest_entry() for asset in assets]
-            print(json.dumps({"pieces": entries, "lacking_bytes": missing_bytes}))
-        else:
-            print("\n".join([*map(_asset_line, assets), f"to fetch: {_size_text(missing_bytes)}"]))
+        _print_plan(assets, as_json=as_json)
         return 0
     # Checked first, because a disk that fills up after an hour would leave half a model.
-    check_free_space(missing_bytes)
+    check_free_space(sum(asset.missing_bytes for asset in assets))
     fetched_assets = []
     for asset in assets:
         print(_asset_line(asset), file=sys.stderr, flush=True)
         fetched_assets.append(fetch_asset(asset))
-    settings_path, manifest_path = _write_pinned_files(target, fetched_assets)
+    manifest_path = _write_pinned_files(settings_path, fetched_assets)
+    _print_fetched(fetched_assets, settings_path, manifest_path, as_json=as_json)
+    return 0
+
+
+def _print_plan(assets: list[HubAsset], *, as_json: bool) -> None:
+    """Print the models and data sets that would be fetched, and how many bytes are missing on this disk."""
+    missing_bytes = sum(asset.missing_bytes for asset in assets)
     if as_json:
-        print(
-            json.dumps(
-                {"settings": str(settings_path), "manifest": str(manifest_path), **_manifest_contents(fetched_assets)}
-            )
-        )
-        return 0
+        entries = [asset.manifest_entry() for asset in assets]
+        print(json.dumps({"pieces": entries, "lacking_bytes": missing_bytes}))
+    else:
+        print("\n".join([*map(_asset_line, assets), f"to fetch: {_size_text(missing_bytes)}"]))
+
+
+def _print_fetched(
+    fetched_assets: list[FetchedAsset], settings_path: Path, manifest_path: Path, *, as_json: bool
+) -> None:
+    """Print what was fetched, and where the settings file and the manifest are."""
+    if as_json:
+        paths = {"settings": str(settings_path), "manifest": str(manifest_path)}
+        print(json.dumps({**paths, **_manifest_contents(fetched_assets)}))
+        return
     for fetched in fetched_assets:
         total_bytes = sum(file["bytes"] for file in fetched.files)
         print(f"{fetched.asset.key}: {len(fetched.files)} files, {_size_text(total_bytes)}, in {fetched.directory}")
     print(f"settings: {settings_path}  (shardtune train {settings_path} ...)\nmanifest: {manifest_path}")
-    return 0
 
 
 def _asset_line(asset: HubAsset) -> str:
@@ -138,8 +147,11 @@ def _manifest_contents(fetched_assets: list[FetchedAsset]) -> dict[str, Any]:
     return {"pieces": entries}
 
 
-def _write_pinned_files(target: Path, fetched_assets: list[FetchedAsset]) -> tuple[Path, Path]:
-    """Write the settings file with the pinned commits, and the manifest beside it; returns both paths. Errors: StorageError."""
+def _write_pinned_files(settings_path: Path, fetched_assets: list[FetchedAsset]) -> Path:
+    """Write the settings file with the pinned commits, and the manifest beside it; returns the manifest's path.
+
+    Raises StorageError if they cannot be written.
+    """
     import yaml
 
     from strategies.errors import StorageError
@@ -151,15 +163,17 @@ def _write_pinned_files(target: Path, fetched_assets: list[FetchedAsset]) -> tup
             for name in key_path[:-1]:
                 block = block.setdefault(name, {})
             block[key_path[-1]] = value
-    manifest_path = target.with_suffix(".json")
+    manifest_path = settings_path.with_suffix(".json")
     head = f"# Pinned by `shardtune download`; {manifest_path.name} has the files. Every verb takes this file as an argument.\n"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        settings_path.parent.mkdir(parents=True, exist_ok=True)
         manifest_path.write_text(json.dumps(_manifest_contents(fetched_assets), indent=1) + "\n", encoding="utf-8")
-        target.write_text(head + yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        settings_path.write_text(head + yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     except OSError as error:
-        raise StorageError(f"to={target}: cannot be written ({error.strerror}); the files were fetched") from error
-    return target, manifest_path
+        raise StorageError(
+            f"to={settings_path}: cannot be written ({error.strerror}); the files were fetched"
+        ) from error
+    return manifest_path
 
 
 def _verify(arguments: list[str], as_json: bool) -> int:

@@ -140,9 +140,10 @@ def _source_name(dataset: str) -> str:
 
 
 def with_commit_and_size(asset: HubAsset) -> HubAsset:
-    """Ask the hub for the commit to which a piece's revision points now and a model's size; returns the piece with them.
+    """Ask the hub for the commit to which an asset's revision points now, and a model's size; returns the asset with them.
 
-    The size is that of all files, and of those that the cache lacks. Errors: ConfigError if the hub does not give the piece.
+    The sizes are those of all files, and of the files that the cache lacks; data sets get none, since their loaders decide what
+    is read. Raises ConfigError if the hub does not give the asset.
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -163,7 +164,7 @@ def with_commit_and_size(asset: HubAsset) -> HubAsset:
 
 
 def _not_available_error(asset: HubAsset, error: Exception) -> ConfigError:
-    """The error to raise if the hub does not give a piece, with the first line of the client's message."""
+    """The error to raise if the hub does not give an asset, with the first line of the client's message."""
     revision = f" (revision {asset.revision})" if asset.revision else ""
     lines = str(error).strip().splitlines()
     reason = lines[0] if lines else type(error).__name__

@@ -29,22 +29,22 @@ def report_text(report: dict[str, Any]) -> str:
     What is read of it: {"model": ..., "method": text, "tasks": {"qa": {"metrics": {"accuracy": {"value": 0.8, ...}}}}}, and after
     a comparison "against": {"what": "base", "tasks": as above}.
     """
-    against = report.get("against")
-    compared_tasks = against["tasks"] if against else {}
+    baseline = report.get("against")
+    compared_tasks = baseline["tasks"] if baseline else {}
     title = _model_name(report["model"])
-    lines = [f"{title}, against {against['what']}" if against else title]
+    lines = [f"{title}, against {baseline['what']}" if baseline else title]
     rows = []
     for name, task in report["tasks"].items():
         compared_metrics = compared_tasks.get(name, {}).get("metrics", {})
         for metric, estimate in task["metrics"].items():
             cells = [name, metric, _format_number(estimate["value"]), _format_interval(estimate)]
-            if against:
+            if baseline:
                 cells += _comparison_cells(compared_metrics.get(metric))
             rows.append(TableRow(cells))
-    columns = (*COLUMNS, *COLUMNS_AGAINST) if against else COLUMNS
+    columns = (*COLUMNS, *COLUMNS_AGAINST) if baseline else COLUMNS
     lines += format_table(columns, rows)
     lines += ["", *wrap_text(str(report["method"]))]
-    for note in _notes(report, compared_tasks):
+    for note in _report_notes(report, compared_tasks):
         lines += wrap_text(note)
     return "\n".join(lines)
 
@@ -60,16 +60,22 @@ def test_text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _notes(report: dict[str, Any], compared_tasks: dict[str, Any]) -> list[str]:
-    """What a reader must know about the numbers: accepted differences, notes of tasks, and tasks that were not compared."""
-    notes = [f"accepted: {line}" for line in report["model"].get("accepted", ())]
+def _report_notes(report: dict[str, Any], compared_tasks: dict[str, Any]) -> list[str]:
+    """What a reader must know about the numbers, a line each.
+
+    - Differences between the evaluated model and the run that the user has accepted, such as another base.
+    - Notes of the tasks.
+    - `compared_tasks` (by name, how a task compares with the baseline): how many rows changed, or that rows cannot be paired.
+    - Tasks that the baseline, the model compared with, does not have: `report["against"]["not_there"]`.
+    """
+    notes = [f"accepted: {difference}" for difference in report["model"].get("accepted", ())]
     for name, task in report["tasks"].items():
         notes += [f"{name}: {note}" for note in task.get("notes", ())]
-    for name, compared in compared_tasks.items():
-        notes += _comparison_notes(name, compared)
-    against = report.get("against")
-    if against and against["not_there"]:
-        notes.append(f"not in {against['what']}: {', '.join(against['not_there'])}")
+    for name, compared_task in compared_tasks.items():
+        notes += _comparison_notes(name, compared_task)
+    baseline = report.get("against")
+    if baseline and baseline["not_there"]:
+        notes.append(f"not in {baseline['what']}: {', '.join(baseline['not_there'])}")
     return notes
 
 

@@ -20,7 +20,10 @@ from trainer.stopping.signals import block_signals
 
 if TYPE_CHECKING:
     from launch.evaluate.plan import EvaluationPlan
+    from trainer.evaluation.job import EvaluationJob
 
+EXIT_REGRESSION = 69
+"""Exit code if a metric got worse by more than is allowed, against the model that it is compared with."""
 CONFIG_FILE = "job.yaml"
 JOB_FILE = "job.json"
 KINDS_WIDTH = max(map(len, KINDS_READ))
@@ -92,17 +95,19 @@ def main(argv: list[str]) -> int:
 def run_and_report(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
     """Evaluate the model of a plan, and before it the one that it is compared with, if any; print the report.
 
-    Returns the exit code: that of the ranks if they failed, 69 if a metric got worse by more than is allowed, otherwise 0.
+    Returns the exit code: that of the ranks if they failed, `EXIT_REGRESSION` if a metric got worse by more than is allowed,
+    otherwise 0.
     """
     from launch.evaluate.answer import report_text
     from trainer.evaluation.report.record import PAGE_FILE, REPORT_FILE
 
-    for next_plan in [evaluation_plan.other_plan, evaluation_plan]:
+    # The compared model first, because the report of the other one is compared with its report.
+    for next_plan in [evaluation_plan.plan_of_compared_model, evaluation_plan]:
         if next_plan is None:
             continue
-        code = run_evaluation(next_plan, quiet=as_json)
-        if code:
-            return code
+        exit_code = run_evaluation(next_plan, quiet=as_json)
+        if exit_code:
+            return exit_code
     if evaluation_plan.job.split == "test":
         return _print_test_result(evaluation_plan, as_json=as_json)
     results_directory = Path(evaluation_plan.job.to)
@@ -115,7 +120,7 @@ def run_and_report(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
     if report.get("regressions"):
         print(f"shardtune evaluate: fell against {report['against']['what']}:", file=sys.stderr)
         print(*(f"  {line}" for line in report["regressions"]), sep="\n", file=sys.stderr, flush=True)
-        return 69
+        return EXIT_REGRESSION
     return 0
 
 
@@ -200,7 +205,7 @@ def run_as_rank(arguments: list[str]) -> int:
         job = EvaluationJob(**json.loads((directory / JOB_FILE).read_text(encoding="utf-8")))
     else:
         evaluation_plan = plan_evaluation(parse_evaluate_arguments(arguments))
-        if evaluation_plan.other_plan is not None:
+        if evaluation_plan.plan_of_compared_model is not None:
             raise ConfigError(
                 f"against={evaluation_plan.job.against}: under torchrun one model is evaluated at a time; evaluate the other one "
                 "first, and give its evaluation.json"
@@ -217,20 +222,22 @@ def run_as_rank(arguments: list[str]) -> int:
             return 70  # the launcher shows the first failure
         raise
     if not launcher_file and os.environ["RANK"] == "0":
-        return _print_report(job)
+        # Torchrun or srun has started the ranks: no launcher of ours prints the report.
+        return _print_written_report(job)
     return 0
 
 
-def _print_report(job: Any) -> int:
-    """Print the report of an evaluation whose ranks were not started by our launcher; returns the exit code."""
+def _print_written_report(job: EvaluationJob) -> int:
+    """Print the report that the ranks of an evaluation have written; returns `EXIT_REGRESSION` if a metric got worse, else 0."""
     from launch.evaluate.answer import report_text, test_text
     from trainer.evaluation.job import TEST_FILE
     from trainer.evaluation.report.record import REPORT_FILE
 
+    output_directory = Path(job.to)
     if job.split == "test":
-        result = json.loads((Path(job.to) / "evaluation" / TEST_FILE).read_text(encoding="utf-8"))
+        result = json.loads((output_directory / "evaluation" / TEST_FILE).read_text(encoding="utf-8"))
         print(test_text(result), flush=True)
         return 0
-    report = json.loads((Path(job.to) / REPORT_FILE).read_text(encoding="utf-8"))
+    report = json.loads((output_directory / REPORT_FILE).read_text(encoding="utf-8"))
     print(report_text(report), flush=True)
-    return 69 if report.get("regressions") else 0
+    return EXIT_REGRESSION if report.get("regressions") else 0

@@ -32,7 +32,7 @@ class EvaluationPlan:
 
     config: RunConfig
     job: EvaluationJob
-    other_plan: EvaluationPlan | None = None
+    plan_of_compared_model: EvaluationPlan | None = None
     """The evaluation of another model, which runs first so that this one can be compared with it."""
 
     @property
@@ -155,7 +155,7 @@ def config_and_checkpoint_of_run(run: Path, evaluate_arguments: EvaluateArgument
     """
     from launch.config.compose import recompose_frozen_config
     from launch.config.read_run import RunReader, read_run, use_trusted_reward_copies
-    from launch.export.command import find_checkpoint, warn_if_base_was_better
+    from launch.export.command import find_checkpoint, warn_if_training_did_not_help
     from trainer.config.run import settled_matmul
     from trainer.session.base_files import pin_and_check_recorded_base
 
@@ -186,7 +186,7 @@ def config_and_checkpoint_of_run(run: Path, evaluate_arguments: EvaluateArgument
     config = read_run(run, reader, evaluate_arguments.settings, apply_settings_of_evaluation)
     checkpoint = find_checkpoint(run, evaluate_arguments.checkpoint, config.checkpoint)
     if evaluate_arguments.checkpoint == "best":
-        warn_if_base_was_better(run, checkpoint, config)
+        warn_if_training_did_not_help(run, checkpoint, config)
     base_differences = pin_and_check_recorded_base(
         config,
         run,
@@ -239,10 +239,10 @@ def _config_of_model(evaluate_arguments: EvaluateArguments, path: str, directory
     language model. Every configuration needs training data, so if none is named, a stand-in file is written into `directory`.
     """
     from launch.config.compose import compose_config
-    from trainer.model.rules import read_config
+    from trainer.model.rules import read_config as read_model_config
     from trainer.reporting.status import write_text_atomic
 
-    model_config = read_config(path) or {}
+    model_config = read_model_config(path) or {}
     arguments = ["budget.steps=1", *evaluate_arguments.settings]
     architectures = model_config.get("architectures") or ()
     is_classifier = any(str(name).endswith("ForSequenceClassification") for name in architectures)
@@ -263,13 +263,18 @@ def _config_of_model(evaluate_arguments: EvaluateArguments, path: str, directory
     if labels and has_unset_labels:
         config.objective.labels = labels  # type: ignore[attr-defined]
     if config.data.path is None and not config.data.sources:
-        rows = [{"text": "a text", "label": label} for label in labels]
-        if not rows:
-            rows = [{"source": "a text", "target": "another"}]
         stand_in_file = directory / "stand_in.jsonl"
-        write_text_atomic(stand_in_file, "".join(f"{json.dumps(row)}\n" for row in rows))
+        write_text_atomic(stand_in_file, _stand_in_rows_text(labels))
         config.data.path = str(stand_in_file)
     return config
+
+
+def _stand_in_rows_text(labels: list[str]) -> str:
+    """Lines of JSON that any objective can read as training data: a labelled text for each label, or a prompt and an answer."""
+    rows = [{"text": "a text", "label": label} for label in labels]
+    if not rows:
+        rows = [{"source": "a text", "target": "another"}]
+    return "".join(f"{json.dumps(row)}\n" for row in rows)
 
 
 def _set_evaluation_defaults(config: RunConfig, evaluate_arguments: EvaluateArguments) -> None:
@@ -337,7 +342,7 @@ def _turn_off_training(config: RunConfig, world_size: int) -> None:
 
 
 def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_arguments: EvaluateArguments) -> None:
-    """Set in the plan what it is compared with (`other_plan`, and fields of `job`), by the value of `against`:
+    """Set in the plan what it is compared with (`plan_of_compared_model`, and fields of `job`), by the value of `against`:
 
     - "base" for a run: its base model is evaluated in the same process;
     - "base" for a model with an adapter: the model without it is evaluated first;
@@ -359,7 +364,7 @@ def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_argu
             return
         model_without_adapters = replace(evaluation_plan.config.model, adapters=[])
         base_config = replace(evaluation_plan.config, model=model_without_adapters)
-        evaluation_plan.other_plan = _plan_other_model(evaluation_plan, base_config, "base")
+        evaluation_plan.plan_of_compared_model = _plan_other_model(evaluation_plan, base_config, "base")
     elif path.is_file():
         own_report = Path(job.to) / REPORT_FILE
         if path.resolve() == own_report.resolve():
@@ -373,7 +378,7 @@ def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_argu
         run_plan = plan_evaluation(_other_run_arguments(path, evaluation_plan, evaluate_arguments))
         run_plan.config.evaluation = copy.deepcopy(evaluation_plan.config.evaluation)
         run_plan.job = replace(run_plan.job, asked_first=True)
-        evaluation_plan.other_plan = run_plan
+        evaluation_plan.plan_of_compared_model = run_plan
         evaluation_plan.job = replace(job, report=str(Path(run_plan.job.to) / REPORT_FILE), against=against)
     elif (path / "config.json").is_file():
         from trainer.model.config import ModelConfig
@@ -381,7 +386,7 @@ def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_argu
 
         model = ModelConfig(path=str(path), download=False)
         model_config = replace(copy.deepcopy(evaluation_plan.config), model=model, tuning=FullConfig())
-        evaluation_plan.other_plan = _plan_other_model(evaluation_plan, model_config, against)
+        evaluation_plan.plan_of_compared_model = _plan_other_model(evaluation_plan, model_config, against)
     else:
         what = "is neither a run, a model nor a report" if path.exists() else "there is no such file or directory"
         raise ConfigError(
@@ -404,10 +409,10 @@ def _plan_other_model(evaluation_plan: EvaluationPlan, config: RunConfig, name_i
     other_job = EvaluationJob(
         to=str(other_directory), data_run=job.data_run, accept_data=job.accept_data, asked_first=True
     )
-    other_plan = EvaluationPlan(copy.deepcopy(config), other_job)
-    other_plan.config.run.dir = str(other_plan.directory)
+    plan_of_compared_model = EvaluationPlan(copy.deepcopy(config), other_job)
+    plan_of_compared_model.config.run.dir = str(plan_of_compared_model.directory)
     evaluation_plan.job = replace(job, report=str(other_directory / REPORT_FILE), against=name_in_report)
-    return other_plan
+    return plan_of_compared_model
 
 
 def _other_run_arguments(

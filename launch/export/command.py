@@ -69,23 +69,27 @@ class ExportRequest:
 
     run_dir: Path
     checkpoint: Path
-    to: Path
-    averaged: list[Path] = field(default_factory=list)
+    output_directory: Path
+    averaged_checkpoints: list[Path] = field(default_factory=list)
     """Checkpoints whose mean is exported, the last of them `checkpoint`; empty: that one alone."""
-    gates: JudgedGates | None = None
+    gate_verdicts: JudgedGates | None = None
     """The verdicts of the gates; None if there are no gates."""
     benchmarks: dict[str, str] = field(default_factory=dict)
     """The hub's data sets behind tasks."""
-    named: str = "auto"
+    checkpoint_choice: str = "auto"
     """The checkpoint as it was typed: `auto`, `last`, `best` or a step."""
-    accepted: list[str] = field(default_factory=list)
+    accepted_differences: list[str] = field(default_factory=list)
     """How the base differs from the one that the run was trained on, if the user accepts that."""
-    rows_needed: ReasonToReadRows | None = None
-    """Why the run's own rows are read; None if nothing needs them."""
-    accept_data: bool = False
-    """Whether today's rows may be used if those of the training are gone."""
+    reason_to_read_rows: ReasonToReadRows | None = None
+    """Why the run's own rows are read (to calibrate `bits=`); None if nothing needs them."""
+    accepts_changed_data: bool = False
+    """Whether today's rows may be used if those of the training are missing."""
     trained_wandb_id: str = ""
     """The W&B run that wrote the checkpoint, read while the checkpoint is exported; empty: none, or not exported yet."""
+
+    def checkpoints(self) -> list[Path]:
+        """All checkpoints that the export is made of."""
+        return self.averaged_checkpoints or [self.checkpoint]
 
 
 def main(argv: list[str]) -> int:
@@ -157,48 +161,54 @@ def export_command(argv: list[str]) -> dict[str, Any]:
     )
     request = ExportRequest(
         run_dir,
-        last,
-        export_directory,
-        averaged,
+        checkpoint=last,
+        output_directory=export_directory,
+        averaged_checkpoints=averaged,
         benchmarks=export_hub.parse_benchmarks(arguments.benchmarks or "{}"),
-        named=arguments.checkpoint,
+        checkpoint_choice=arguments.checkpoint,
     )
-    if request.named == "best":
-        warn_if_base_was_better(run_dir, last, config)
-    request.accepted = pin_and_check_recorded_base(config, run_dir, arguments.accept, with_teacher=False)
-    request.accept_data = "data" in arguments.accept
+    if request.checkpoint_choice == "best":
+        warn_if_training_did_not_help(run_dir, last, config)
+    request.accepted_differences = pin_and_check_recorded_base(config, run_dir, arguments.accept, with_teacher=False)
+    request.accepts_changed_data = "data" in arguments.accept
     if bits is not None:
-        request.rows_needed = export_gguf.rows_needed(bits)
-    for line in request.accepted:
+        request.reason_to_read_rows = export_gguf.rows_needed(bits)
+    for line in request.accepted_differences:
         print(f"accepted: {line}", flush=True)
     if bits is not None:
         export_gguf.refuse_unsupported_sizes(bits.kind, config)
-    request.gates = judge_gates(config, typed_gates, request)
+    request.gate_verdicts = judge_gates(config, typed_gates, request)
 
     print(_exporting_line(request), flush=True)
     data = None
     if only_convert:
-        print(f"the export in {request.to} is whole: only its GGUF file is made", flush=True)
+        print(f"the export in {request.output_directory} is whole: only its GGUF file is made", flush=True)
     else:
-        data = export(config, request, arguments.processes or 1)
+        data = write_model_directory(config, request, arguments.processes or 1)
         register_in_tracker(config, request)
-    if request.gates is not None:
-        export_record = {"to": str(request.to), "checkpoint": request.checkpoint.name, "time": time.time()}
-        record_gate_decision(run_dir, request.gates, export_record)
-    print(f"model: {request.to}")
+    if request.gate_verdicts is not None:
+        export_record = {
+            "to": str(request.output_directory),
+            "checkpoint": request.checkpoint.name,
+            "time": time.time(),
+        }
+        record_gate_decision(run_dir, request.gate_verdicts, export_record)
+    print(f"model: {request.output_directory}")
 
     # What is made of the export: a GGUF file, a quantised model, a push to the hub.
     names = [path.name for path in averaged or [request.checkpoint]]
-    answer: dict[str, Any] = {"run": str(run_dir), "checkpoints": names, "model": str(request.to)}
+    answer: dict[str, Any] = {"run": str(run_dir), "checkpoints": names, "model": str(request.output_directory)}
     if gguf is not None:
-        export_gguf.mark_gguf_missing(request.to, arguments, averaged or [last])
-        answer["gguf"] = str(export_gguf.write_and_verify_gguf(gguf, request.to, verify=config.export.verify))
-        export_gguf.unmark_gguf_missing(request.to)
+        export_gguf.mark_gguf_missing(request.output_directory, arguments, averaged or [last])
+        answer["gguf"] = str(
+            export_gguf.write_and_verify_gguf(gguf, request.output_directory, verify=config.export.verify)
+        )
+        export_gguf.unmark_gguf_missing(request.output_directory)
     if bits is not None and data is not None:
-        answer[str(bits.kind)] = str(export_gguf.write_quantised(bits, request.to, data))
+        answer[str(bits.kind)] = str(export_gguf.write_quantised(bits, request.output_directory, data))
     if hub is not None:
-        answer["pushed"] = export_hub.push_or_list(hub)
-    print_serve_commands(request.to)
+        answer["pushed"] = export_hub.list_and_push(hub)
+    print_serve_commands(request.output_directory)
     return answer
 
 
@@ -211,10 +221,10 @@ def register_in_tracker(config: RunConfig, request: ExportRequest) -> None:
     from trainer.config.launching import leaves_export_to_job
     from trainer.session.announcements import track_export
 
-    is_in_run_dir = request.to.resolve() == (request.run_dir / "export").resolve()
+    is_in_run_dir = request.output_directory.resolve() == (request.run_dir / "export").resolve()
     if not config.logging.artifacts or not leaves_export_to_job(config) or not is_in_run_dir:
         return
-    track_export(config, request.to, request.trained_wandb_id, lambda line: print(line, flush=True))
+    track_export(config, request.output_directory, request.trained_wandb_id, lambda line: print(line, flush=True))
 
 
 def _is_used_by_export(arguments: ExportArguments, value: OutsideValue, config: RunConfig) -> bool:
@@ -239,10 +249,10 @@ def _exporting_line(request: ExportRequest) -> str:
 
     "exporting runs/a/checkpoints/step-100 to runs/a/export; the run ended at step 200"
     """
-    if request.averaged:
-        names = ", ".join(path.name for path in request.averaged)
-        return f"exporting the mean of {names} to {request.to}{unfinished_remark(request.run_dir, checkpoint=None)}"
-    return f"exporting {request.checkpoint} to {request.to}{unfinished_remark(request.run_dir, request.checkpoint)}"
+    if request.averaged_checkpoints:
+        names = ", ".join(path.name for path in request.averaged_checkpoints)
+        return f"exporting the mean of {names} to {request.output_directory}{unfinished_remark(request.run_dir, checkpoint=None)}"
+    return f"exporting {request.checkpoint} to {request.output_directory}{unfinished_remark(request.run_dir, request.checkpoint)}"
 
 
 def judge_gates(config: RunConfig, typed: dict[str, Any], request: ExportRequest) -> JudgedGates | None:
@@ -270,13 +280,13 @@ def judge_gates(config: RunConfig, typed: dict[str, Any], request: ExportRequest
     if not gates.keys() - {OVERRIDE}:
         return None
     # Weights of which no metric was measured.
-    if request.averaged and OVERRIDE not in gates:
-        names = ", ".join(path.name for path in request.averaged)
+    if request.averaged_checkpoints and OVERRIDE not in gates:
+        names = ", ".join(path.name for path in request.averaged_checkpoints)
         raise GateRefused(
             f"gates: nothing was measured of the mean of {names}; export one checkpoint, or say with gates.{OVERRIDE}=<why> why "
             "it may pass"
         )
-    if request.accepted and OVERRIDE not in gates:
+    if request.accepted_differences and OVERRIDE not in gates:
         raise GateRefused(
             f"gates: nothing was measured of {request.checkpoint.name} on another base; leave accept out, or say with "
             f"gates.{OVERRIDE}=<why> why it may pass"
@@ -371,18 +381,18 @@ def find_checkpoint(run_dir: Path, which: str, config: CheckpointConfig, *, look
     return path
 
 
-def warn_if_base_was_better(run_dir: Path, checkpoint: Path, config: RunConfig) -> None:
+def warn_if_training_did_not_help(run_dir: Path, checkpoint: Path, config: RunConfig) -> None:
     """Print a warning if the model was at least as good before the first step as at its best `checkpoint`.
 
     Then training gained nothing by the watched metric. Both values come from `metrics.jsonl`; if one is missing, nothing is said.
     """
     from trainer.config.evaluation import more_is_better
-    from trainer.reporting.results import at_step
+    from trainer.reporting.results import at_step as metrics_at_step
 
     watched_metric = config.evaluation.watched
     best_step = int(checkpoint.name.rpartition("-")[2])  # the directory is called step-200
-    base_value = at_step(run_dir, 0).get(watched_metric)
-    best_value = at_step(run_dir, best_step).get(watched_metric)
+    base_value = metrics_at_step(run_dir, 0).get(watched_metric)
+    best_value = metrics_at_step(run_dir, best_step).get(watched_metric)
     if base_value is None or best_value is None:
         return
     gain = best_value - base_value if more_is_better(config) else base_value - best_value
@@ -394,17 +404,17 @@ def warn_if_base_was_better(run_dir: Path, checkpoint: Path, config: RunConfig) 
         )
 
 
-def next_checkpoint(request: ExportRequest, config: RunConfig) -> Path:
+def choose_checkpoint_again(request: ExportRequest, config: RunConfig) -> Path:
     """The checkpoint to export in place of `request.checkpoint`, which the run, still training, deleted after it was chosen.
 
     Raises ConfigError if there is no other, or if gates judged the deleted one: their verdict holds for no other.
     """
-    if request.gates is not None:
+    if request.gate_verdicts is not None:
         raise ConfigError(
-            f"checkpoint={request.named}: {request.checkpoint.name} was deleted meanwhile, since the run is still training, and "
-            "the gates judged it; start the same command again"
+            f"checkpoint={request.checkpoint_choice}: {request.checkpoint.name} was deleted meanwhile, since the run is still "
+            "training, and the gates judged it; start the same command again"
         )
-    return find_checkpoint(request.run_dir, request.named, config.checkpoint)
+    return find_checkpoint(request.run_dir, request.checkpoint_choice, config.checkpoint)
 
 
 def best_step(checkpoints: dict[int, Path]) -> int | None:
@@ -428,35 +438,36 @@ def best_step(checkpoints: dict[int, Path]) -> int | None:
     raise ConfigError(f"checkpoint=best: no checkpoint can say which is the best ({'; '.join(problems[:3])})")
 
 
-def export(config: RunConfig, request: ExportRequest, num_processes: int) -> PreparedData | None:
+def write_model_directory(config: RunConfig, request: ExportRequest, num_processes: int) -> PreparedData | None:
     """Write the model directory of an export; returns the run's data, or None if nothing needs it.
 
-    The checkpoints are kept from pruning until it is written. If the run deleted the checkpoint meanwhile, `request.checkpoint`
-    becomes another (`next_checkpoint`). Errors: those of building the model, reading the checkpoint and writing.
+    The checkpoints are kept from pruning until it is written. If the run, still training, deleted the checkpoint meanwhile, the
+    choice is made again. Sets `checkpoint` and `trained_wandb_id` of the request. Raises what building the model, reading the
+    checkpoint and writing raise.
     """
     from strategies.state import read_state_header
     from trainer.checkpoints.in_use import marked_as_in_use
 
     with ExitStack() as kept:
-        for checkpoint in request.averaged or [request.checkpoint]:
+        for checkpoint in request.checkpoints():
             kept.enter_context(marked_as_in_use(checkpoint))
-        if not request.averaged and not request.checkpoint.is_dir():
-            request.checkpoint = next_checkpoint(request, config)
+        if not request.averaged_checkpoints and not request.checkpoint.is_dir():
+            request.checkpoint = choose_checkpoint_again(request, config)
             kept.enter_context(marked_as_in_use(request.checkpoint))
         if config.logging.artifacts:
             request.trained_wandb_id = read_state_header(request.checkpoint).progress.wandb_id or ""
         job = writing.ExportJob(
             run=str(request.run_dir),
-            checkpoints=[str(path) for path in request.averaged or [request.checkpoint]],
-            to=str(request.to),
-            gates={} if request.gates is None else request.gates.record(),
+            checkpoints=[str(path) for path in request.checkpoints()],
+            to=str(request.output_directory),
+            gates={} if request.gate_verdicts is None else request.gate_verdicts.record(),
             benchmarks=request.benchmarks,
-            accepted=request.accepted,
-            rows_needed=None if request.rows_needed is None else asdict(request.rows_needed),
-            accept_data=request.accept_data,
+            accepted=request.accepted_differences,
+            rows_needed=None if request.reason_to_read_rows is None else asdict(request.reason_to_read_rows),
+            accept_data=request.accepts_changed_data,
         )
-        # Rows are needed for `bits=`, which is made of them in this process afterwards.
-        if num_processes == 1 or request.rows_needed is not None:
+        # Rows calibrate the quantised model (`bits=`), which this process makes afterwards: so it must have read them.
+        if num_processes == 1 or request.reason_to_read_rows is not None:
             return writing.export_in_this_process(config, job)
         writing.export_in_processes(config, job, num_processes)
         return None

@@ -29,7 +29,7 @@ class HubTarget:
     folder: Path
     """The directory that is pushed, in the run directory."""
     is_dry_run: bool
-    """Whether the folder is written but not pushed."""
+    """Whether the folder is written but not pushed: with `--dry-run` or HF_HUB_OFFLINE."""
     exists: bool = False
     """Whether the repository exists already."""
 
@@ -127,8 +127,8 @@ def _hub_error(name: str, endpoint: str, error: Exception) -> ShardtuneError:
     )
 
 
-def push_or_list(target: HubTarget) -> str | None:
-    """Print the files of an export's folder, and push them to the hub unless it is a dry run.
+def list_and_push(target: HubTarget) -> str | None:
+    """Print the files of an export's folder, and push them to the hub unless it is a dry run (`--dry-run`, or HF_HUB_OFFLINE).
 
     Returns the address of the commit; None for a dry run. Raises ShardtuneError if the push fails, ConfigError if the token may
     not write.

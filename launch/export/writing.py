@@ -197,14 +197,14 @@ def write_as_rank(config: RunConfig, job: ExportJob, runtime: Runtime) -> Prepar
     facts.accepted = [*job.accepted, *accepted_rows]
     facts.gates = job.gates
     facts.benchmarks = job.benchmarks
-    reference = _reference(config, data, model, precision, runtime) if config.export.verify else None
+    reference = _compute_reference(config, data, model, precision, runtime) if config.export.verify else None
     write_export(
         model, destination=Path(job.to), config=config.export, facts=facts, runtime=runtime, reference=reference
     )
     return data
 
 
-def _reference(
+def _compute_reference(
     config: RunConfig, data: PreparedData, model: TrainedModel, precision: Precision, runtime: Runtime
 ) -> Reference:
     """What the trained model computes on this host's CPU, with the checkpoint's weights: what the export is compared with.
@@ -230,17 +230,17 @@ def _reference(
                 flush=True,
             )
             # If the run averages weights (ema_decay), the average is in the checkpoint's weights already.
-            plain = replace(config, optim=replace(config.optim, ema_decay=0.0))
-            alone = replace(runtime, world_size=1, local_world_size=1)
+            config_without_average = replace(config, optim=replace(config.optim, ema_decay=0.0))
+            single_rank = replace(runtime, world_size=1, local_world_size=1)
             engine, built, _ = build_engine(
-                plain,
+                config_without_average,
                 model.tokenizer,
                 data,
                 precision,
-                alone,
+                single_rank,
                 values_of=lambda source: TrainedValues(source, model.trained),
             )
-            reference = take_reference(engine, built, model.tokenizer, alone)
+            reference = take_reference(engine, built, model.tokenizer, single_rank)
             engine.close()
         broadcast_object(None, runtime)  # the others wait here
     return reference or Reference([], None, RoutingRecorder())
@@ -249,8 +249,8 @@ def _reference(
 def _export_precision(config: RunConfig, record: RunRecord, run_dir: Path) -> Precision:
     """The precision in which the export is built and verified: that of the training, if a CPU can compute in it, else fp32.
 
-    A CPU cannot compute in fp16; the parameters that a run in fp16 trains are float32 anyway.
-    Raises ConfigError if the run's record names no precision.
+    A CPU cannot compute in fp16; the parameters that a run in fp16 trains are float32 anyway. `auto` stands in the settings of a
+    run whose record says no more; it becomes fp32. Raises ConfigError if the run's record names no precision.
     """
     from strategies.base import Precision
 
@@ -258,7 +258,7 @@ def _export_precision(config: RunConfig, record: RunRecord, run_dir: Path) -> Pr
     if precision_name not in [*Precision]:
         raise ConfigError(
             f"{run_dir / RUN_RECORD}: its precision is {precision_name}, which is none of {', '.join(Precision)}; "
-            "bring it back"
+            f"restore {RUN_RECORD} from a copy"
         )
     precision = Precision(precision_name)
     if precision in (Precision.auto, Precision.fp16):

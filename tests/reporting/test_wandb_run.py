@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from launch.config.compose import compose_config
-from launch.export.command import ExportRequest, export, register_in_tracker
+from launch.export.command import ExportRequest, register_in_tracker, write_model_directory
 from launch.sweep.multirun import run_all_points
 from strategies.errors import Diverged, Preempted
 from tests.faults.runs import PACED
@@ -103,7 +103,7 @@ def test_export_job_of_a_pipeline_registers_the_model_that_the_run_left_to_it(si
         "launch.export.writing.export_in_this_process", lambda config, job: shutil.rmtree(job.checkpoints[0])
     )
     request = ExportRequest(run_dir, checkpoint, run_dir / "export")
-    export(compose_config(words(site, "chained", "logging.artifacts=true")).config, request, 1)
+    write_model_directory(compose_config(words(site, "chained", "logging.artifacts=true")).config, request, 1)
     for parts in ("[train]", "[train,export]"):
         assert not (run_dir / "wandb").exists(), "a run that exports itself has registered its own"
         chain = ["launcher=slurm", f"launcher.pipeline={parts}", "logging.artifacts=true"]
