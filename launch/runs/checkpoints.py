@@ -20,19 +20,19 @@ MAX_FILE_BYTES = 2**22
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredCheckpoint:
-    """One checkpoint of a run, without its contents. The field names are keys of `status --json`."""
+    """One checkpoint of a run, without its contents. `status --json` has its fields."""
 
     path: Path
     step: int
     age_s: float
     """Seconds since it was written."""
-    size: int
-    """Bytes of its files."""
-    best: float | None = None
+    num_bytes: int
+    """Of all its files together."""
+    best_metric: float | None = None
     """If this is the run's best checkpoint: the value of the held-out metric by which it was chosen."""
-    elsewhere: bool = False
+    is_in_fallback_dir: bool = False
     """Whether it is in `checkpoint.fallback_dir`."""
-    given_up: bool = False
+    is_given_up: bool = False
     """Whether a rollback returned to an earlier checkpoint, so that the run does not continue from this one."""
 
 
@@ -50,7 +50,7 @@ class CheckpointList:
     def newest(self) -> StoredCheckpoint | None:
         """The checkpoint from which the run would continue, if it is intact."""
         for checkpoint in reversed(self.checkpoints):
-            if not checkpoint.given_up:
+            if not checkpoint.is_given_up:
                 return checkpoint
         return None
 
@@ -76,21 +76,21 @@ def list_checkpoints(run_dir: Path) -> CheckpointList:
     checkpoints: list[StoredCheckpoint] = []
     entries = [(step, path, False) for step, path in published_checkpoints]  # (step, path, whether given up)
     entries += [(_step_of_directory(path), path, True) for path in given_up_paths]
-    for step, path, given_up in entries:
-        is_best = step == best.step and not given_up
+    for step, path, is_given_up in entries:
+        is_best = step == best.step and not is_given_up
         try:
             checkpoints.append(
                 StoredCheckpoint(
                     path=path,
                     step=step,
                     age_s=max(0.0, time.time() - path.stat().st_mtime),
-                    size=sum(file.stat().st_size for file in path.iterdir()),
-                    best=best.metric if is_best else None,
-                    elsewhere=len(directories) > 1 and directories[1] in path.parents,
-                    given_up=given_up,
+                    num_bytes=sum(file.stat().st_size for file in path.iterdir()),
+                    best_metric=best.metric if is_best else None,
+                    is_in_fallback_dir=len(directories) > 1 and directories[1] in path.parents,
+                    is_given_up=is_given_up,
                 )
             )
-        except FileNotFoundError:  # deleted meanwhile, beyond checkpoint.keep
+        except FileNotFoundError:  # a running trainer has pruned it meanwhile (checkpoint.keep)
             continue
         except OSError as error:
             problem = f"{path.name} cannot be read: {atomic_io.error_summary(error)}"
@@ -129,7 +129,7 @@ def _best_checkpoint(published_checkpoints: list[StepCheckpoint]) -> _BestCheckp
     return _BestCheckpoint(step=None, metric=None)
 
 
-def verify_checkpoints(store: CheckpointList, report_start: Callable[[str], None]) -> dict[Path, str]:
+def verify_checkpoints(checkpoint_list: CheckpointList, report_start: Callable[[str], None]) -> dict[Path, str]:
     """Compare all files of every checkpoint with their checksums; returns what is wrong with each damaged checkpoint.
 
     `report_start` is called with the name and size of each checkpoint before it is read: `step-000040, 1.2 GB`.
@@ -137,10 +137,10 @@ def verify_checkpoints(store: CheckpointList, report_start: Callable[[str], None
     from trainer.checkpoints.manifest import checkpoint_problem
 
     damage_by_checkpoint = {}
-    for checkpoint in store.checkpoints:
-        report_start(f"{checkpoint.path.name}, {atomic_io.size_text(checkpoint.size)}")
+    for checkpoint in checkpoint_list.checkpoints:
+        report_start(f"{checkpoint.path.name}, {atomic_io.size_text(checkpoint.num_bytes)}")
         damage = checkpoint_problem(checkpoint.path)
-        was_deleted_meanwhile = not checkpoint.path.is_dir()  # beyond checkpoint.keep
+        was_deleted_meanwhile = not checkpoint.path.is_dir()  # a running trainer may prune it (checkpoint.keep)
         if damage is not None and not was_deleted_meanwhile:
             damage_by_checkpoint[checkpoint.path] = damage
     return damage_by_checkpoint

@@ -16,7 +16,7 @@ SLURM_TIMEOUT_S = 5.0
 """Seconds that sacct and scontrol may take."""
 SLURM_CACHE_S = 60.0
 """Seconds for which an answer of SLURM's is kept: `status --watch` would ask every two seconds for each run."""
-JOB_FIELDS = re.compile(r"\b(JobState|Reason|ExitCode)=(\S+)")
+JOB_FIELD_REGEX = re.compile(r"\b(JobState|Reason|ExitCode)=(\S+)")
 
 
 def ended_job_text(run_dir: Path, queue: JobQueue) -> str | None:
@@ -78,7 +78,7 @@ def _cached_slurm_end_text(job_id: str, cache_period: int) -> str | None:
     if rows:
         state, _, exit_code = rows.splitlines()[-1].partition("|")
         return f"{state}, exit code {exit_code}" if state else None
-    fields = dict(JOB_FIELDS.findall(_slurm_output(["scontrol", "--oneliner", "show", "job", job_id])))
+    fields = dict(JOB_FIELD_REGEX.findall(_slurm_output(["scontrol", "--oneliner", "show", "job", job_id])))
     if "JobState" not in fields:
         return None
     state = fields["JobState"]

@@ -75,9 +75,8 @@ def _raise_if_files_in_the_way(run_dir: Path) -> None:
 
 
 def raise_if_queued(run_dir: Path) -> None:
-    """Raise RunDirInUse if another job in SLURM's queue is for this run directory: it would train with the settings frozen now.
-
-    As long as squeue fails, a directory that was submitted before is refused as well.
+    """Raise RunDirInUse if another job in SLURM's queue is for this run directory: it would train with the settings that are
+    written into the directory now. Also raises it if squeue fails and the run was submitted before, for its job may still wait.
     """
     job = _job_in_queue(run_dir)
     if job is None:
@@ -92,10 +91,10 @@ def raise_if_queued(run_dir: Path) -> None:
 def job_with_same_config(composed: ComposedConfig, run_dir: Path) -> QueuedJob | None:
     """The job in SLURM's queue that runs, or will run, exactly this configuration in this directory; None if there is none."""
     try:
-        frozen_hash = CONFIG_SHA256_REGEX.search((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        recorded_hash = CONFIG_SHA256_REGEX.search((run_dir / "config.yaml").read_text(encoding="utf-8"))
     except OSError:
         return None
-    if frozen_hash is None or frozen_hash[1] != composed.sha256:
+    if recorded_hash is None or recorded_hash[1] != composed.sha256:
         return None
     return _job_in_queue(run_dir)
 

@@ -45,7 +45,7 @@ def choose_log_files(run_dir: Path, request: LogsRequest, failed_rank: int | Non
     """
     # Tasks of an array write into the directory of its first run, so most of these outputs belong to other runs.
     files = [path for path in _list_directory(run_dir / "logs") if not ARRAY_TASK_OUTPUT_REGEX.search(path.name)]
-    files += _array_outputs(run_dir)
+    files += _array_task_outputs(run_dir)
     log_by_rank = {}
     job_files = []
     for path in files:
@@ -53,7 +53,7 @@ def choose_log_files(run_dir: Path, request: LogsRequest, failed_rank: int | Non
             log_by_rank[int(match[1])] = path
         if match := JOB_OUTPUT_REGEX.fullmatch(path.name):
             job_files.append((match["script"] or match["node"], path))
-    newest_job_files = _newest_job_files(job_files)
+    newest_job_files = _output_files_of_newest_job(job_files)
 
     if request.job == "last":
         return newest_job_files
@@ -66,7 +66,7 @@ def choose_log_files(run_dir: Path, request: LogsRequest, failed_rank: int | Non
     if request.rank is not None:
         if log_by_rank and request.rank not in log_by_rank:
             raise ConfigError(
-                f"rank={request.rank}: has no log in {run_dir / 'logs'}; ranks with a log: {_rank_list(log_by_rank)}"
+                f"rank={request.rank}: has no log in {run_dir / 'logs'}; ranks with a log: {_ranks_text(log_by_rank)}"
             )
         return [log_by_rank[request.rank]] if log_by_rank else []
 
@@ -78,7 +78,7 @@ def choose_log_files(run_dir: Path, request: LogsRequest, failed_rank: int | Non
     return [rank_log]
 
 
-def _rank_list(ranks: Collection[int]) -> str:
+def _ranks_text(ranks: Collection[int]) -> str:
     """Rank numbers for a message: `0 to 7` if there are no gaps, else each of them."""
     has_no_gaps = len(ranks) == max(ranks) + 1
     if has_no_gaps:
@@ -86,7 +86,7 @@ def _rank_list(ranks: Collection[int]) -> str:
     return ", ".join(map(str, sorted(ranks)))
 
 
-def last_lines(path: Path, count: int) -> tuple[list[str], int]:
+def read_last_lines(path: Path, count: int) -> tuple[list[str], int]:
     """(the last `count` complete lines of a file, the byte offset behind them). Errors: OSError.
 
     A last line without a line break is left for the next call, when it is complete.
@@ -101,7 +101,7 @@ def last_lines(path: Path, count: int) -> tuple[list[str], int]:
         lines = lines[1:]  # the tail begins within a line
     if count == 0:
         return [], offset
-    return [_as_terminal_shows(line) for line in lines[-count:]], offset
+    return [_text_on_terminal(line) for line in lines[-count:]], offset
 
 
 @dataclass(slots=True)
@@ -111,12 +111,12 @@ class AddedText:
     offsets: dict[Path, int] = field(default_factory=dict)
     """Byte offset in each file up to which it was read; a file that is not here is read from its beginning."""
 
-    def lines(self, path: Path) -> list[str]:
+    def read_new_lines(self, path: Path) -> list[str]:
         """The complete lines that were added since the last call; empty if there are none, or the file cannot be read now."""
         try:
             with atomic_io.open_regular_file(path) as (descriptor, size):
                 start = self.offsets.get(path, 0)
-                if start > size:
+                if start > size:  # the file was truncated or replaced: read it anew
                     start = 0
                 added = os.pread(descriptor, MAX_READ_BYTES, start)
         except OSError:
@@ -127,16 +127,17 @@ class AddedText:
         self.offsets[path] = start + len(complete) + len(line_break)
         if not complete and not line_break:
             return []
-        return [_as_terminal_shows(line) for line in complete.split(b"\n")]
+        return [_text_on_terminal(line) for line in complete.split(b"\n")]
 
 
-def _as_terminal_shows(line: bytes) -> str:
+def _text_on_terminal(line: bytes) -> str:
     """A line as a terminal would show it: only what follows the last carriage return, by which progress bars redraw."""
     return line.decode(errors="replace").rstrip("\r").rpartition("\r")[2]
 
 
-def _newest_job_files(job_files: list[tuple[str, Path]]) -> list[Path]:
-    """The output files of the job that wrote last, the most important one last. `job_files`: (job id, file) of all jobs.
+def _output_files_of_newest_job(job_files: list[tuple[str, Path]]) -> list[Path]:
+    """The output files of the job that wrote last, the most important one last. `job_files`: (job id, file) of all jobs, sorted
+    by file name, so that a script's `.out` comes behind its nodes' `-0.log`.
 
     The output of a job's script and the logs of its nodes have the same id in their names, except for a task of an array: its
     script writes `train-17_3.out`, and its nodes write `train-18-0.log`. Nothing says that 17_3 and 18 belong together. So, for
@@ -156,7 +157,7 @@ def _newest_job_files(job_files: list[tuple[str, Path]]) -> list[Path]:
     has_script_output = any(path.suffix == ".out" for path in files)
     task_outputs = [path for job_id, path in job_files if "_" in job_id]
     if task_outputs and not has_script_output:
-        return [*files, max(task_outputs, key=_modified_at)]
+        return [*files, max(task_outputs, key=_modification_time)]
     return files
 
 
@@ -171,11 +172,11 @@ def _newest_node_logs(job_files: list[tuple[str, Path]]) -> list[Path]:
 
 def _last_writing_job_id(job_files: list[tuple[str, Path]]) -> str:
     """The id of the job whose file was written to last; `job_files`: (job id, file), at least one."""
-    job_id, _ = max(job_files, key=lambda job_and_path: _modified_at(job_and_path[1]))
+    job_id, _ = max(job_files, key=lambda job_and_path: _modification_time(job_and_path[1]))
     return job_id
 
 
-def _array_outputs(run_dir: Path) -> list[Path]:
+def _array_task_outputs(run_dir: Path) -> list[Path]:
     """Output files of this run's task of a job array. They are in the directory of the array's first run.
 
     Empty if the run is not a task of an array.
@@ -200,7 +201,7 @@ def _list_directory(directory: Path) -> list[Path]:
         raise ConfigError(f"{directory}: cannot be listed ({error.strerror})") from error
 
 
-def _modified_at(path: Path) -> float:
+def _modification_time(path: Path) -> float:
     """When a file was last written to, as a Unix time; 0 if it cannot be told."""
     try:
         return path.stat().st_mtime

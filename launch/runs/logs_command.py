@@ -92,19 +92,19 @@ def main(argv: list[str]) -> int:
     shows_failure = bool(failure) and request.rank in (None, failed_rank) and request.job is None
 
     if arguments.as_json:
-        printer: Printer = JsonPrinter(at_once=arguments.follow)
+        printer: LogPrinter = JsonLogPrinter(is_streaming=arguments.follow)
     else:
-        printer = Printer(headed=arguments.follow or len(files) > 1)
-    offsets = show_last_lines(files, arguments.lines, printer)
+        printer = LogPrinter(prints_file_names=arguments.follow or len(files) > 1)
+    offsets = print_last_lines(files, arguments.lines, printer)
     if arguments.follow:
-        FollowedRun(run_dir, request, printer, offsets).until_done()
-    elif isinstance(printer, JsonPrinter):
+        FollowedRun(run_dir, request, printer, offsets).print_until_done()
+    elif isinstance(printer, JsonLogPrinter):
         print_json({"run": str(run_dir), "files": printer.files, "failure": failure if shows_failure else None})
     else:
         if not files:
             print(f"{run_dir}: nothing was written below {run_dir / 'logs'} yet")
         if shows_failure:
-            print(failure_text(run_dir))
+            print(failure_report(run_dir))
     return 0
 
 
@@ -120,11 +120,11 @@ def logs_arguments(argv: list[str]) -> LogsArguments:
     return arguments
 
 
-class Printer:
-    """Prints lines of log files; if `headed`, with the file's name above them whenever the file changes."""
+class LogPrinter:
+    """Prints lines of log files; if `prints_file_names`, with the file's name above them whenever the file changes."""
 
-    def __init__(self, *, headed: bool) -> None:
-        self.headed = headed
+    def __init__(self, *, prints_file_names: bool) -> None:
+        self.prints_file_names = prints_file_names
         self._file = Path()
         """The file of the last line that was printed."""
 
@@ -132,47 +132,47 @@ class Printer:
         """Print lines of the file `path`."""
         if not lines:
             return
-        if self.headed and path != self._file:
+        if self.prints_file_names and path != self._file:
             print(f"==> {path} <==")
         self._file = path
         print("\n".join(lines), flush=True)
 
 
-class JsonPrinter(Printer):
-    """For --json: keeps the lines of each file in `files` or, if `at_once`, prints each line as a JSON object."""
+class JsonLogPrinter(LogPrinter):
+    """For --json: keeps the lines of each file in `files` or, if `is_streaming`, prints each line as a JSON object."""
 
-    def __init__(self, *, at_once: bool) -> None:
-        super().__init__(headed=False)
-        self.at_once = at_once
+    def __init__(self, *, is_streaming: bool) -> None:
+        super().__init__(prints_file_names=False)
+        self.is_streaming = is_streaming
         self.files: list[dict[str, Any]] = []
 
     def __call__(self, path: Path, lines: list[str]) -> None:
         """Keep or print lines of the file `path`."""
-        if not self.at_once:
+        if not self.is_streaming:
             self.files.append({"file": str(path), "lines": lines})
             return
         for line in lines:
             print(json.dumps({"file": str(path), "line": line}, ensure_ascii=False), flush=True)
 
 
-def show_last_lines(files: list[Path], num_lines: int, printer: Printer) -> dict[Path, int]:
+def print_last_lines(files: list[Path], num_lines: int, printer: LogPrinter) -> dict[Path, int]:
     """Print the last `num_lines` lines of each file; returns the byte offset in each file behind what was printed.
 
     For a file that cannot be read, the reason is printed, and it has no offset.
     """
-    from launch.runs.logs import last_lines
+    from launch.runs.logs import read_last_lines
 
     offsets = {}
     for path in files:
         try:
-            lines, offsets[path] = last_lines(path, num_lines)
+            lines, offsets[path] = read_last_lines(path, num_lines)
         except OSError as error:
             lines = [f"(cannot be read: {error.strerror or error})"]
         printer(path, lines)
     return offsets
 
 
-def failure_text(run_dir: Path) -> str:
+def failure_report(run_dir: Path) -> str:
     """Where and why a run failed, for the end of its logs, from its `failure.json`: rank, phase, and
 
     - the message, if the error is in the user's settings or data,
@@ -196,7 +196,7 @@ class FollowedRun:
 
     run_dir: Path
     request: LogsRequest
-    printer: Printer
+    printer: LogPrinter
     offsets: dict[Path, int]
     """Byte offset in each log file up to which it was printed."""
     _launcher: LauncherProcess | None = None
@@ -204,7 +204,7 @@ class FollowedRun:
     _last_notice: str = ""
     """What the run was last reported to wait for."""
 
-    def until_done(self) -> None:
+    def print_until_done(self) -> None:
         """Print what is added to the logs until the run is done, or has ended and nothing will start it again."""
         from launch.runs.logs import AddedText
         from launch.runs.queue import JobQueue, read_queue
@@ -224,7 +224,7 @@ class FollowedRun:
                     queue = read_queue()
                     queue_read_at = now
                     run = self._read_view(queue)
-                self._report_waiting(run)
+                self._print_waiting_reason(run)
                 if not self._is_over(run, queue):
                     over_since = None
                 elif over_since is None:
@@ -233,7 +233,7 @@ class FollowedRun:
             self._print_added_lines(added_text)
             # A run that has not succeeded may still be started again, for a moment.
             if over_since is not None and (run.state == "done" or now - over_since > RESTART_WAIT_S):
-                self._report_end(run)
+                self._print_end(run)
                 return
             time.sleep(READ_INTERVAL_S)
 
@@ -243,7 +243,7 @@ class FollowedRun:
 
         with suppress(ConfigError):  # the requested rank has no log yet
             for path in choose_log_files(self.run_dir, self.request, failed_rank=None):
-                while lines := added_text.lines(path):
+                while lines := added_text.read_new_lines(path):
                     self.printer(path, lines)
 
     def _read_view(self, queue: JobQueue) -> RunView:
@@ -274,24 +274,24 @@ class FollowedRun:
             return True
         return process_identity(self._launcher.pid) != self._launcher.identity  # whether the launcher has ended, too
 
-    def _report_waiting(self, run: RunView) -> None:
+    def _print_waiting_reason(self, run: RunView) -> None:
         """Print on stderr what the run waits for, if that has changed: a job in the queue, or its first heartbeat."""
         notice = ""
         if run.state == "queued":
-            notice = run.why or ""
+            notice = run.state_reason or ""
         elif run.state == "not started":
             notice = "it has not begun yet"
         if notice and notice != self._last_notice:
             print(f"waiting: {notice}", file=sys.stderr, flush=True)
         self._last_notice = notice
 
-    def _report_end(self, run: RunView) -> None:
+    def _print_end(self, run: RunView) -> None:
         """Print how the run ended: with --json as a last object, else as a line on stderr after a failure's message."""
-        if isinstance(self.printer, JsonPrinter):
-            summary = {"run": str(self.run_dir), "state": run.state, "step": run.step, "why": run.why or None}
+        if isinstance(self.printer, JsonLogPrinter):
+            summary = {"run": str(self.run_dir), "state": run.state, "step": run.step, "why": run.state_reason or None}
             print(json.dumps(summary, ensure_ascii=False), flush=True)
             return
         if run.state == "failed":
-            print(failure_text(self.run_dir), flush=True)
-        why = f": {run.why}" if run.why and run.state != "failed" else ""
+            print(failure_report(self.run_dir), flush=True)
+        why = f": {run.state_reason}" if run.state_reason and run.state != "failed" else ""
         print(f"{self.run_dir}: {run.state} at step {run.step or 0}{why}", file=sys.stderr, flush=True)

@@ -29,8 +29,8 @@ LAUNCHER_VARIABLE = b"SHARDTUNE_LAUNCHER="
 class LeaseHolder:
     """The newest attempt at a run, and the process that makes it."""
 
-    starts: int
-    """How often the run was started, this attempt counted; 0 where nobody has begun it."""
+    attempt_number: int
+    """How often the run was started, this attempt counted; 0 if nobody has started it."""
     owner: LeaseOwner | None
     """The process that holds the lease; None if the attempt is over."""
     is_alive: bool | None

@@ -13,15 +13,15 @@ from pathlib import Path
 from launch.runs.job_record import read_job_record
 from trainer.reporting.status import write_text_atomic
 
-SEPARATOR = "\x1f"
+FIELD_SEPARATOR = "\x1f"
 """Between the fields of squeue's rows: a character that no job name has."""
 SQUEUE_FIELDS = ("%i", "%A", "%T", "%r", "%S", "%L", "%N", "%Z", "%j", "%o")
 SQUEUE_TIMEOUT_S = 5.0
 """Seconds that squeue may take; a controller that is down lets it wait for minutes."""
-RUNS_IN_SCRIPT = re.compile(r"^runs=\((.*)\)$", re.MULTILINE)
+SCRIPT_RUNS_REGEX = re.compile(r"^runs=\((.*)\)$", re.MULTILINE)
 """The line of a job script of `shardtune submit` that lists its runs, quoted for a shell."""
 MAX_SCRIPT_BYTES = 2**20
-JOB_ID = re.compile(r"[0-9]+(_[0-9]+)?")
+JOB_ID_REGEX = re.compile(r"[0-9]+(_[0-9]+)?")
 SUBMITTED_FILE = "submitted"
 """The file in a run's directory with the id of its job."""
 WAITING_STATES = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
@@ -49,23 +49,23 @@ REASON_TEXTS = {
     "InvalidAccount": "its account is not known: it never starts; set launcher.account",
     "InvalidQOS": "its QOS is not known: it never starts; set launcher.qos",
 }
-OVER_LIMIT_REASON = re.compile(r"(QOS|Assoc)Max(?P<what>\w+?)Per(Job|Node)(Limit)?|(QOS|Assoc)Max(?P<time>Wall\w*)")
-"""squeue's reasons for a job that alone asks for more than a limit allows."""
-LIMIT_USED_UP_REASON = re.compile(r"(?P<whose>QOS|Assoc)(Grp|Max)\w+|MaxCpuPerAccount")
-"""squeue's reasons for a job that waits until other jobs within the same limit have ended."""
+OVER_LIMIT_REGEX = re.compile(r"(QOS|Assoc)Max(?P<what>\w+?)Per(Job|Node)(Limit)?|(QOS|Assoc)Max(?P<time>Wall\w*)")
+"""squeue's reasons for a job that alone asks for more than a limit allows: `QOSMaxWallDurationPerJobLimit`."""
+LIMIT_USED_UP_REGEX = re.compile(r"(?P<whose>QOS|Assoc)(Grp|Max)\w+|MaxCpuPerAccount")
+"""squeue's reasons for a job that waits until other jobs within the same limit have ended: `QOSGrpCpuLimit`."""
 
 
-def reason_text(slurm_reason: str, job_id: str) -> str:
+def explain_slurm_reason(slurm_reason: str, job_id: str) -> str:
     """A sentence on why a job waits, from squeue's reason such as `Priority`; an unknown reason is returned as it is."""
     name = slurm_reason.split(",")[0].strip("()")  # squeue may give several, and put them in parentheses
     if name in HELD_REASONS:
         return HELD_TEXT.format(id=job_id)
     if name in REASON_TEXTS:
         return REASON_TEXTS[name].format(id=job_id)
-    if OVER_LIMIT_REASON.fullmatch(name):
+    if OVER_LIMIT_REGEX.fullmatch(name):
         setting = "launcher.time" if "Wall" in name else "what is asked for"
         return f"asks for more than a limit of its QOS or account ({name}): it never starts; lower {setting}, or set launcher.qos"
-    if LIMIT_USED_UP_REASON.fullmatch(name):
+    if LIMIT_USED_UP_REGEX.fullmatch(name):
         return f"a limit of its QOS or account is used up ({name}): it starts when other jobs have ended"
     return slurm_reason
 
@@ -101,7 +101,7 @@ class QueuedJob:
         """A sentence on why the job waits, with the time at which SLURM expects to start it."""
         if self.state in HELD_STATES:
             return HELD_TEXT.format(id=self.id)
-        sentence = reason_text(self.reason, self.id)
+        sentence = explain_slurm_reason(self.reason, self.id)
         if self.start[:1].isdigit():  # else N/A
             minute = self.start.replace("T", " ")[:16]  # 2025-01-31T12:00:00
             sentence += f"; expected at {minute}"
@@ -169,7 +169,7 @@ def read_submitted_job_id(run_dir: Path) -> str | None:
     except (OSError, ValueError):
         return None
     # The id becomes part of commands for the user to paste, and in somebody else's run the file can hold any text.
-    return job_id if JOB_ID.fullmatch(job_id) else None
+    return job_id if JOB_ID_REGEX.fullmatch(job_id) else None
 
 
 def unfinished_job_id(run_dir: Path) -> str | None:
@@ -193,7 +193,7 @@ def read_queue() -> JobQueue:
     """The user's jobs in SLURM's queue now. Never raises: if squeue fails, `problem` of the queue says why."""
     if shutil.which("squeue") is None:
         return JobQueue(has_no_squeue=True)
-    command = ["squeue", "--me", "--noheader", "--array", f"--format={SEPARATOR.join(SQUEUE_FIELDS)}"]
+    command = ["squeue", "--me", "--noheader", "--array", f"--format={FIELD_SEPARATOR.join(SQUEUE_FIELDS)}"]
     # The user's SQUEUE_STATES and the like would leave jobs out.
     env = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     try:
@@ -215,7 +215,7 @@ def _parse_squeue_output(output: str) -> JobQueue:
     jobs = []
     job_by_run = {}
     for line in output.splitlines():
-        field_values = line.split(SEPARATOR)
+        field_values = line.split(FIELD_SEPARATOR)
         if len(field_values) != len(SQUEUE_FIELDS):
             continue
         job = QueuedJob(*field_values)
@@ -278,7 +278,7 @@ def run_dirs_of_script(script: Path) -> list[Path]:
     """
     try:
         with script.open(encoding="utf-8", errors="replace") as file:
-            match = RUNS_IN_SCRIPT.search(file.read(MAX_SCRIPT_BYTES))
+            match = SCRIPT_RUNS_REGEX.search(file.read(MAX_SCRIPT_BYTES))
         if match is None:
             return []
         return [Path(run_dir) for run_dir in shlex.split(match[1])]

@@ -47,40 +47,46 @@ class RunView:
     state: str
     """`running`, `done`, `failed`, `preempted`, `lost` (its status says running, without a heartbeat), `queued`,
     `not started`, `unknown`."""
-    why: str | None = None
+    state_reason: str | None = None
     """Why it is in this state, on one line."""
     step: int | None = None
     """The last optimizer step."""
-    total: int | None = None
+    total_steps: int | None = None
     """Optimizer steps of the whole run."""
     loss: float | None = None
     tokens_per_s: float | None = None
-    """This and the next: medians over the last steps, all ranks together."""
-    step_s: float | None = None
+    """Median over the last steps, all ranks together."""
+    seconds_per_step: float | None = None
+    """Median over the last steps."""
     memory_gib: float | None = None
     """The largest peak of a rank in the last steps."""
-    evaluated: dict[str, float] = field(default_factory=dict)
-    """Held-out metrics of the last evaluation, if it is among the last rows."""
+    last_evaluation: dict[str, float] = field(default_factory=dict)
+    """Held-out metrics of the last evaluation by name, with its `step`; empty if it is not among the last rows."""
     restarts: int = 0
     """How often it was started again."""
     host: str | None = None
     pid: int | None = None
     job_id: str | None = None
-    since: str | None = None
+    attempt_began_at: str | None = None
     """When the present attempt began, by its host's clock."""
     last_seen_s: float | None = None
     """Seconds since the last heartbeat; of a run that has ended, since its end."""
     job: QueuedJob | None = None
     """Its job in the queue."""
-    parts: tuple[PipelinePart, ...] = ()
+    pipeline_parts: tuple[PipelinePart, ...] = ()
     """The jobs of its pipeline, if it was submitted as one (`prepare`, `train`, `evaluate` ...)."""
 
     @property
-    def left_s(self) -> float | None:
+    def remaining_s(self) -> float | None:
         """Seconds until the last step, at the speed of recent steps; None if the run is not running, or this is not known."""
-        if self.state != RunState.running or self.step is None or self.total is None or self.step_s is None:
+        if (
+            self.state != RunState.running
+            or self.step is None
+            or self.total_steps is None
+            or self.seconds_per_step is None
+        ):
             return None
-        return max(0, self.total - self.step) * self.step_s
+        return max(0, self.total_steps - self.step) * self.seconds_per_step
 
 
 @dataclass(slots=True)
@@ -90,7 +96,7 @@ class RunSearch:
     runs: list[Path] = field(default_factory=list)
     unreadable: dict[Path, str] = field(default_factory=dict)
     """Directories that cannot be listed, and why not; any of them may hold runs."""
-    is_cut: bool = False
+    stopped_early: bool = False
     """Whether the search stopped early, after `MAX_DIRECTORIES` directories."""
 
 
@@ -108,7 +114,7 @@ def find_runs(root: Path) -> RunSearch:
         for directory in directories_of_level:
             num_directories_read += 1
             if num_directories_read > MAX_DIRECTORIES:
-                search.is_cut = True
+                search.stopped_early = True
                 break
             try:
                 with os.scandir(directory) as scan:
@@ -121,7 +127,7 @@ def find_runs(root: Path) -> RunSearch:
             if "config.yaml" in entry_by_name:
                 search.runs.append(directory)
             elif depth < MAX_DEPTH:
-                next_level += [directory / name for name, entry in entry_by_name.items() if _is_searched(entry, root)]
+                next_level += [directory / name for name, entry in entry_by_name.items() if _may_hold_runs(entry, root)]
         directories_of_level = sorted(next_level, key=lambda path: number_aware_order(path.name))
     search.runs.sort(key=lambda path: [number_aware_order(name) for name in path.parts])
     return search
@@ -133,7 +139,7 @@ def number_aware_order(name: str) -> tuple[int, str]:
     return (number, name)
 
 
-def _is_searched(entry: os.DirEntry[str], root: Path) -> bool:
+def _may_hold_runs(entry: os.DirEntry[str], root: Path) -> bool:
     """Whether runs are searched in a directory entry. They are in every directory, except
 
     - hidden ones,
@@ -160,7 +166,7 @@ def read_run_views(search: RunSearch, queue: JobQueue) -> list[RunView]:
     # A file config.yaml alone makes no run: another program may have written it.
     views = [view for view in views if view.state != NOT_STARTED or has_shardtune_config(view.directory)]
     for path, reason in search.unreadable.items():
-        views.append(RunView(directory=path, state=UNKNOWN, why=f"cannot be read: {reason}"))
+        views.append(RunView(directory=path, state=UNKNOWN, state_reason=f"cannot be read: {reason}"))
     return views
 
 
@@ -175,11 +181,11 @@ def read_run_view(run_dir: Path, queue: JobQueue) -> RunView:
     try:
         lease_holder = read_lease_holder(run_dir)
     except (OSError, ValueError) as error:
-        lease_holder = LeaseHolder(starts=0, owner=None, is_alive=None, heartbeat_age_s=None)
+        lease_holder = LeaseHolder(attempt_number=0, owner=None, is_alive=None, heartbeat_age_s=None)
         lease_problem = f"its lease cannot be read: {atomic_io.error_summary(error)}"
     owner = lease_holder.owner
     # A run that never started has no run.json: one file less to look for on a slow file system.
-    has_started = status.get("state") is not None or lease_holder.starts > 0
+    has_started = status.get("state") is not None or lease_holder.attempt_number > 0
     record = readable_run_record(run_dir) if has_started else RunRecord()
     job_id = _text_or_none(owner.job if owner is not None else record.slurm_job_id)
     job = queue.find_job(run_dir, job_id)
@@ -188,8 +194,8 @@ def read_run_view(run_dir: Path, queue: JobQueue) -> RunView:
     # Its state. Each source may correct the one before: files of the run, its last job, the other jobs of its pipeline.
     state, why = _state_from_files(run_dir, status, lease_holder, job)
     if job is None and state in (LOST, NOT_STARTED):
-        state, why = _corrected_by_last_job(run_dir, queue, state, why)
-    state, why = _corrected_by_pipeline(parts, state, why)
+        state, why = _correct_state_by_last_job(run_dir, queue, state, why)
+    state, why = _correct_state_by_pipeline(parts, state, why)
     if lease_problem and state == LOST:  # only the lease could have said whether it is lost
         state = UNKNOWN
         why = lease_problem
@@ -197,11 +203,11 @@ def read_run_view(run_dir: Path, queue: JobQueue) -> RunView:
     # Who runs it, and the last heartbeat: while an attempt holds the lease, the lease says so; afterwards the status does.
     host = _text_or_none(status.get("host"))
     pid = _int_or_none(status.get("pid"))
-    since = None
+    attempt_began_at = None
     if owner is not None:
         host = owner.host
         pid = owner.pid
-        since = owner.since
+        attempt_began_at = owner.since
     last_seen_s = _status_age_s(status)
     if owner is not None and state in (RunState.running, LOST):
         last_seen_s = lease_holder.heartbeat_age_s
@@ -218,22 +224,22 @@ def read_run_view(run_dir: Path, queue: JobQueue) -> RunView:
     return RunView(
         directory=run_dir,
         state=state,
-        why=why or lease_problem,
+        state_reason=why or lease_problem,
         step=max((step for step in steps_reached if isinstance(step, int)), default=None),
-        total=record.total_steps or None,
+        total_steps=record.total_steps or None,
         loss=loss,
         tokens_per_s=metrics_tail.recent_median(step_rows, "tokens_per_s"),
-        step_s=metrics_tail.recent_median(step_rows, "step_s"),
+        seconds_per_step=metrics_tail.recent_median(step_rows, "step_s"),
         memory_gib=max((peak for peak in memory_peaks if peak is not None), default=None),
-        evaluated=_last_held_out_metrics(rows),
-        restarts=max(_int_or_none(status.get("restart")) or 0, lease_holder.starts - 1),
+        last_evaluation=_last_held_out_metrics(rows),
+        restarts=max(_int_or_none(status.get("restart")) or 0, lease_holder.attempt_number - 1),
         host=host,
         pid=pid,
         job_id=job.id if job is not None else job_id,
-        since=since,
+        attempt_began_at=attempt_began_at,
         last_seen_s=last_seen_s,
         job=job,
-        parts=tuple(parts),
+        pipeline_parts=tuple(parts),
     )
 
 
@@ -275,7 +281,7 @@ def _state_from_files(
     return StateAndReason(NOT_STARTED, job.description if job is not None else None)
 
 
-def _corrected_by_last_job(run_dir: Path, queue: JobQueue, state: str, reason: str | None) -> StateAndReason:
+def _correct_state_by_last_job(run_dir: Path, queue: JobQueue, state: str, reason: str | None) -> StateAndReason:
     """The state of a run that is lost or has not started, corrected by how its last job ended. The first case that applies:
 
     - It was never submitted: unchanged.
@@ -302,7 +308,7 @@ def _corrected_by_last_job(run_dir: Path, queue: JobQueue, state: str, reason: s
     return StateAndReason(state, f"{reason}; {doubt}" if reason else doubt)
 
 
-def _corrected_by_pipeline(parts: list[PipelinePart], state: str, reason: str | None) -> StateAndReason:
+def _correct_state_by_pipeline(parts: list[PipelinePart], state: str, reason: str | None) -> StateAndReason:
     """The state of a run, corrected by the other jobs of its pipeline (those that prepare or evaluate, for example).
 
     If one of them failed, the reason names it, and a run that has not begun has failed. Otherwise the state is unchanged.

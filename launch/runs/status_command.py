@@ -22,7 +22,7 @@ from launch.config.verb_arguments import (
     read_arguments,
 )
 from launch.runs import status_lineage
-from launch.runs.status_lineage import FILE_AND_LINE
+from launch.runs.status_lineage import FILE_AND_LINE_REGEX
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -74,7 +74,9 @@ def main(argv: list[str]) -> int:
     arguments = status_arguments(argv)
     root = arguments.root or DEFAULT_RUNS_DIRECTORY
     if arguments.document is not None or arguments.text is not None:
-        return status_lineage.main(root, arguments.document, arguments.text, as_json=arguments.as_json)
+        return status_lineage.print_document_lineage(
+            root, arguments.document, arguments.text, as_json=arguments.as_json
+        )
     if arguments.watch:
         watch_runs_status(root, as_json=arguments.as_json)
     from launch.runs.status_tables import status_as_dict, status_text
@@ -104,7 +106,7 @@ def status_arguments(argv: list[str]) -> StatusArguments:
         problems.append(f"{lineage_arguments[0]}: is looked for once; leave --watch and --verify out")
     if arguments.watch and arguments.verify:
         problems.append("--watch --verify: every look would read all checkpoints; give one of the two")
-    if arguments.document is not None and FILE_AND_LINE.fullmatch(arguments.document) is None:
+    if arguments.document is not None and FILE_AND_LINE_REGEX.fullmatch(arguments.document) is None:
         problems.append(
             f"document={arguments.document}: must be a file and a line, as in document=train.jsonl:12; text= looks for a text"
         )
@@ -134,7 +136,7 @@ def read_runs_status(root: Path, known_queue: JobQueue | None = None) -> RunsSta
     runs = read_run_views(search, queue_now)
     is_single_run = search.runs == [root] and bool(runs)
     details = _read_run_details(root) if is_single_run else None
-    return RunsStatus(root=root, runs=runs, queue=queue_now, is_cut=search.is_cut, details=details)
+    return RunsStatus(root=root, runs=runs, queue=queue_now, search_stopped_early=search.stopped_early, details=details)
 
 
 def _read_run_details(run_dir: Path) -> RunDetails:
@@ -146,11 +148,11 @@ def _read_run_details(run_dir: Path) -> RunDetails:
     from trainer.reporting.status import read_failure
 
     return RunDetails(
-        store=checkpoints.list_checkpoints(run_dir),
+        checkpoint_list=checkpoints.list_checkpoints(run_dir),
         failure=read_failure(run_dir),
-        curve=loss_curve(run_dir / "metrics.jsonl", num_samples=60),
-        logs=run_dir / "logs",
-        starts=recorded_starts(run_dir),
+        sampled_losses=loss_curve(run_dir / "metrics.jsonl", num_samples=60),
+        log_dir=run_dir / "logs",
+        start_usages=recorded_starts(run_dir),
     )
 
 
@@ -206,6 +208,8 @@ def _verify_checkpoints(runs_status: RunsStatus, *, quiet: bool) -> dict[Path, s
 
     damage_by_checkpoint: dict[Path, str] = {}
     for run in runs_status.runs:
-        store = runs_status.details.store if runs_status.details is not None else list_checkpoints(run.directory)
-        damage_by_checkpoint |= verify_checkpoints(store, report_start)
+        checkpoint_list = (
+            runs_status.details.checkpoint_list if runs_status.details is not None else list_checkpoints(run.directory)
+        )
+        damage_by_checkpoint |= verify_checkpoints(checkpoint_list, report_start)
     return damage_by_checkpoint

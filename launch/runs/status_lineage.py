@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from launch.runs.data_lineage import DocumentExposure, DocumentQuery
     from trainer.config.run import RunConfig
 
-FILE_AND_LINE = re.compile(r"(?P<file>.+):(?P<line>[0-9]+)")
+FILE_AND_LINE_REGEX = re.compile(r"(?P<file>.+):(?P<line>[0-9]+)")
 """The form `<file>:<line>` of `document=`."""
 
 
-def main(root: Path, document: str | None, text_piece: str | None, *, as_json: bool) -> int:
+def print_document_lineage(root: Path, document: str | None, text_piece: str | None, *, as_json: bool) -> int:
     """Print which runs below `root` were trained on a document; returns the exit code, 0.
 
     The document is named by `document`, as in `train.jsonl:12`, or by `text_piece`, a piece of its text. Raises ConfigError if
@@ -29,7 +29,7 @@ def main(root: Path, document: str | None, text_piece: str | None, *, as_json: b
 
     query = DocumentQuery(text=text_piece)
     if document is not None:
-        match = FILE_AND_LINE.fullmatch(document)
+        match = FILE_AND_LINE_REGEX.fullmatch(document)
         assert match is not None  # `status_arguments` refuses other forms
         query = DocumentQuery(file=match["file"], line=int(match["line"]))
     try:

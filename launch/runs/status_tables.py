@@ -31,7 +31,16 @@ LINES_BELOW = 8
 CURVE_POINTS = 60
 """Points of the loss curve below a run's row."""
 SAME_COMMAND = "the same command continues it from the newest intact checkpoint"
-COLUMNS = (
+JSON_KEY_BY_RUN_FIELD = {
+    "state_reason": "why",
+    "total_steps": "total",
+    "seconds_per_step": "step_s",
+    "last_evaluation": "evaluated",
+    "attempt_began_at": "since",
+    "pipeline_parts": "parts",
+}
+"""Fields of `RunView` that have another key in `status --json`, whose keys stay as they are for scripts."""
+RUN_COLUMNS = (
     TableColumn(),
     TableColumn("state"),
     TableColumn("step", is_number=True),
@@ -47,12 +56,12 @@ COLUMNS = (
 class RunDetails:
     """What `status` shows only for a single run."""
 
-    store: CheckpointList
+    checkpoint_list: CheckpointList
     failure: dict[str, Any]
-    curve: list[float]
+    sampled_losses: list[float]
     """The loss at evenly spread places of `metrics.jsonl`, in order."""
-    logs: Path
-    starts: list[dict[str, Any]]
+    log_dir: Path
+    start_usages: list[dict[str, Any]]
     """What each start of its SLURM jobs used of its allocation: the lines of `jobs.jsonl`."""
 
 
@@ -63,31 +72,31 @@ class RunsStatus:
     root: Path
     runs: list[RunView]
     queue: JobQueue
-    is_cut: bool
+    search_stopped_early: bool
     """Whether the search for runs ended early, because there were too many directories."""
     details: RunDetails | None = None
     """Details of the run, if `root` is one."""
 
 
-def status_text(status: RunsStatus, damaged: Mapping[Path, str] | None, *, live: bool = False) -> str:
+def status_text(status: RunsStatus, damage_by_checkpoint: Mapping[Path, str] | None, *, live: bool = False) -> str:
     """What `status` prints: a table of the runs, or the details of a single run.
 
-    `damaged`: {damaged checkpoint: what is wrong with it}, empty if all are intact, None if they were not verified. `live` (for
-    --watch) adds loss curves to runs that train, and leaves out runs that do not fit on the terminal.
+    `damage_by_checkpoint`: what is wrong with each damaged checkpoint, empty if all are intact, None if they were not verified.
+    `live` (for --watch) adds loss curves to runs that train, and leaves out runs that do not fit on the terminal.
     """
     if status.details is not None:
-        lines = _single_run_lines(status.runs[0], status.details, damaged)
+        lines = _single_run_lines(status.runs[0], status.details, damage_by_checkpoint)
         if status.queue.problem:
             lines += ["", *wrap_text(f"queue: {status.queue.problem}")]
         return "\n".join(lines)
 
     if status.runs:
-        lines = _runs_table(status, live=live)
+        lines = _runs_table_lines(status, live=live)
     else:
         lines = [f"no runs below {status.root}"]
-    if damaged:
-        lines += ["", *(f"damaged: {path}: {damage}" for path, damage in damaged.items())]
-    elif damaged is not None:
+    if damage_by_checkpoint:
+        lines += ["", *(f"damaged: {path}: {damage}" for path, damage in damage_by_checkpoint.items())]
+    elif damage_by_checkpoint is not None:
         lines += ["", "all checkpoints are intact"]
     lines += _other_job_lines(status)
     if status.queue.problem:
@@ -95,32 +104,32 @@ def status_text(status: RunsStatus, damaged: Mapping[Path, str] | None, *, live:
     return "\n".join(lines)
 
 
-def _runs_table(status: RunsStatus, *, live: bool) -> list[str]:
+def _runs_table_lines(status: RunsStatus, *, live: bool) -> list[str]:
     """The table with a row for each run, and below it the number of runs in each state."""
     if live:
-        lines = _most_urgent_runs_table(status)
+        lines = _most_urgent_runs_table_lines(status)
     else:
-        lines = format_table(COLUMNS, [_table_row(run, status.root, live=False) for run in status.runs])
+        lines = format_table(RUN_COLUMNS, [_table_row(run, status.root, live=False) for run in status.runs])
     counts = Counter(run.state for run in status.runs)
     states = ", ".join(f"{count} {state}" for state, count in counts.most_common())
     runs = "1 run" if len(status.runs) == 1 else f"{len(status.runs)} runs"
     lines += ["", f"{runs}: {states}"]
-    if status.is_cut:
+    if status.search_stopped_early:
         lines.append(
             f"not all directories below {status.root} were searched: there are too many; name one further down"
         )
     return lines
 
 
-def _most_urgent_runs_table(status: RunsStatus) -> list[str]:
+def _most_urgent_runs_table_lines(status: RunsStatus) -> list[str]:
     """The table of the runs that fit on the terminal, most urgent first; a last line counts the others."""
     max_lines = max(1, shutil.get_terminal_size((80, 24)).lines - LINES_BELOW)
-    runs = sorted(status.runs, key=_urgency)
+    runs = sorted(status.runs, key=_urgency_sort_key)
     rows = [_table_row(run, status.root, live=True) for run in runs[:max_lines]]
-    lines = format_table(COLUMNS, rows)
+    lines = format_table(RUN_COLUMNS, rows)
     while len(lines) > max_lines and len(rows) > 1:
         rows.pop()  # a run takes several lines if its name is folded or it has notes
-        lines = format_table(COLUMNS, rows)
+        lines = format_table(RUN_COLUMNS, rows)
     num_hidden = len(runs) - len(rows)
     return [*lines, f"... and {num_hidden} more"] if num_hidden else lines
 
@@ -132,11 +141,11 @@ def _table_row(run: RunView, root: Path, *, live: bool) -> TableRow:
     cells = (
         str(name),
         run.state,
-        _step(run),
-        _loss(run.loss),
-        _rate(run.tokens_per_s),
-        "-" if run.left_s is None else format_duration(run.left_s),
-        _number(run.memory_gib, ".3g"),
+        _progress_text(run),
+        _loss_text(run.loss),
+        _speed_text(run.tokens_per_s),
+        "-" if run.remaining_s is None else format_duration(run.remaining_s),
+        _number_text(run.memory_gib, ".3g"),
         "-" if run.last_seen_s is None else age_text(run.last_seen_s),
     )
     notes = []
@@ -150,7 +159,7 @@ def _table_row(run: RunView, root: Path, *, live: bool) -> TableRow:
     return TableRow(cells, notes)
 
 
-def _urgency(run: RunView) -> tuple[int, float]:
+def _urgency_sort_key(run: RunView) -> tuple[int, float]:
     """Sort key: running, queued and lost runs, in this order, then all others; within these, the latest seen first."""
     order = (RunState.running, QUEUED, LOST)
     position = order.index(run.state) if run.state in order else len(order)
@@ -163,7 +172,7 @@ def _location_and_reason(run: RunView) -> str:
 
     The host is shown of a running run, its job of one that is running or lost, its restarts unless it is done.
     """
-    if run.state in (RunState.done, NOT_STARTED) and not run.why:
+    if run.state in (RunState.done, NOT_STARTED) and not run.state_reason:
         return ""
     location = []
     if run.state == RunState.running and run.host:
@@ -176,12 +185,12 @@ def _location_and_reason(run: RunView) -> str:
         location.append(job)
     if run.restarts and run.state != RunState.done:
         location.append(f"{run.restarts} restart{'s' if run.restarts > 1 else ''}")
-    return ": ".join(filter(None, (", ".join(location), run.why)))
+    return ": ".join(filter(None, (", ".join(location), run.state_reason)))
 
 
 def _other_job_lines(status: RunsStatus) -> list[str]:
     """A section with the user's jobs in the queue that belong to none of the runs; no lines if there are none."""
-    run_jobs = _jobs_of_runs(status)
+    run_jobs = _job_ids_of_runs(status)
     other_jobs = [job for job in status.queue.jobs if job.id not in run_jobs]
     if not other_jobs:
         return []
@@ -192,30 +201,30 @@ def _other_job_lines(status: RunsStatus) -> list[str]:
     return lines
 
 
-def _jobs_of_runs(status: RunsStatus) -> set[str]:
+def _job_ids_of_runs(status: RunsStatus) -> set[str]:
     """Ids of the jobs that are shown with their runs: the run's own job, and the jobs of its pipeline."""
     jobs = set()
     for run in status.runs:
         if run.job is not None:
             jobs.add(run.job.id)
-        jobs.update(part.job for part in run.parts)
+        jobs.update(part.job for part in run.pipeline_parts)
     return jobs
 
 
-def _single_run_lines(run: RunView, details: RunDetails, damaged: Mapping[Path, str] | None) -> list[str]:
+def _single_run_lines(run: RunView, details: RunDetails, damage_by_checkpoint: Mapping[Path, str] | None) -> list[str]:
     """What `status <run>` prints: state and step, a table of facts, advice, checkpoints, and where the logs are."""
-    heading = f"{run.directory}: {run.state}, step {_step(run)}"
-    if run.step and run.total:
-        heading += f" ({run.step / run.total:.1%})"
+    heading = f"{run.directory}: {run.state}, step {_progress_text(run)}"
+    if run.step and run.total_steps:
+        heading += f" ({run.step / run.total_steps:.1%})"
     lines = [heading]
-    if run.why and run.state != RunState.failed:  # of a failed run, the advice below repeats the reason
-        lines += wrap_text(f"  {run.why}")
+    if run.state_reason and run.state != RunState.failed:  # of a failed run, the advice below repeats the reason
+        lines += wrap_text(f"  {run.state_reason}")
     facts = [*_training_facts(run, details), *_job_facts(run, details)]
     lines += format_table((TableColumn(), TableColumn()), [TableRow(fact) for fact in facts], indent=2)
     lines += _advice_lines(run, details.failure)
-    lines += _checkpoint_lines(details.store, damaged)
-    if details.logs.is_dir():
-        lines += ["", f"logs: {details.logs}"]
+    lines += _checkpoint_lines(details.checkpoint_list, damage_by_checkpoint)
+    if details.log_dir.is_dir():
+        lines += ["", f"logs: {details.log_dir}"]
     return lines
 
 
@@ -223,19 +232,19 @@ def _training_facts(run: RunView, details: RunDetails) -> list[tuple[str, str]]:
     """(name, text) of a run's loss, held-out metrics, speed and memory; what it has not written yet has no row."""
     facts = []
     if run.loss is not None:
-        facts.append(("loss", f"{format_metric(run.loss)}  {sparkline(details.curve)}"))
-    if run.evaluated:
+        facts.append(("loss", f"{format_metric(run.loss)}  {sparkline(details.sampled_losses)}"))
+    if run.last_evaluation:
         metrics = ", ".join(
-            f"{name} {format_metric(metric)}" for name, metric in run.evaluated.items() if name != "step"
+            f"{name} {format_metric(metric)}" for name, metric in run.last_evaluation.items() if name != "step"
         )
-        step = run.evaluated.get("step")
+        step = run.last_evaluation.get("step")
         facts.append(("held out", metrics if step is None else f"{metrics} (step {step:.0f})"))
     if run.tokens_per_s is not None:
-        rate = f"{_rate(run.tokens_per_s)} tokens/s"
-        if run.step_s is not None:
-            rate += f", {run.step_s:.3g} s a step"
-        if run.left_s is not None:
-            rate += f", {format_duration(run.left_s)} left"
+        rate = f"{_speed_text(run.tokens_per_s)} tokens/s"
+        if run.seconds_per_step is not None:
+            rate += f", {run.seconds_per_step:.3g} s a step"
+        if run.remaining_s is not None:
+            rate += f", {format_duration(run.remaining_s)} left"
         facts.append(("rate", rate))
     if run.memory_gib is not None:
         facts.append(("memory", f"{run.memory_gib:.3g} GiB, the largest peak of a rank"))
@@ -254,9 +263,9 @@ def _job_facts(run: RunView, details: RunDetails) -> list[tuple[str, str]]:
         # squeue says INVALID of a job that is past its limit, and is about to be ended for it.
         time_left = "past its time limit" if run.job.time_left == "INVALID" else f"{run.job.time_left} left"
         facts.append(("queue", f"{run.job.description}, {time_left} on {run.job.nodes}"))
-    for start_usage in details.starts[-MAX_LISTED_STARTS:]:
+    for start_usage in details.start_usages[-MAX_LISTED_STARTS:]:
         facts.append(("used", efficiency.start_usage_text(start_usage)))
-    for part in run.parts:
+    for part in run.pipeline_parts:
         description = part.description.removeprefix(f"job {part.job} ")
         facts.append((part.part, f"job {part.job}: {description}"))
     return facts
@@ -269,8 +278,8 @@ def _runner_clauses(run: RunView) -> list[str]:
         clauses.append(f"process {run.pid} on {run.host}")
     if run.job_id:
         clauses.append(f"job {run.job_id}")
-    if run.since:
-        clauses.append(f"since {run.since}")
+    if run.attempt_began_at:
+        clauses.append(f"since {run.attempt_began_at}")
     if run.last_seen_s is not None:
         event = "last seen" if run.state in (RunState.running, LOST, UNKNOWN) else "ended"
         clauses.append(f"{event} {age_text(run.last_seen_s)} ago")
@@ -291,7 +300,7 @@ def _advice_lines(run: RunView, failure: Mapping[str, Any]) -> list[str]:
     if run.state == RunState.failed:
         return ["", *_failure_advice(run, failure)]
     if run.state == LOST:
-        has_living_process = run.why is not None and HANGING_REASON in run.why
+        has_living_process = run.state_reason is not None and HANGING_REASON in run.state_reason
         stop_first = "stop it, then " if has_living_process else ""
         return ["", *wrap_text(f"to do: {stop_first}{SAME_COMMAND}")]
     if run.state != RunState.preempted:
@@ -311,10 +320,10 @@ def _failure_advice(run: RunView, failure: Mapping[str, Any]) -> list[str]:
 
     `failure`: its `failure.json`; empty if it has none.
     """
-    broken_part = pipeline_jobs.first_failed_part(list(run.parts))
+    broken_part = pipeline_jobs.first_failed_part(list(run.pipeline_parts))
     if broken_part is not None and not failure:
         advice = f"shardtune logs {run.directory} job={broken_part.job} says why; submit the same settings again"
-        return [*wrap_text(f"failed: {run.why}"), *wrap_text(f"to do: {advice}")]
+        return [*wrap_text(f"failed: {run.state_reason}"), *wrap_text(f"to do: {advice}")]
 
     origin = ""
     if failure:
@@ -333,54 +342,60 @@ def _failure_advice(run: RunView, failure: Mapping[str, Any]) -> list[str]:
         advice = SAME_COMMAND
     else:
         advice = f"shardtune logs {run.directory} shows its output; submit the same settings again"
-    return [*wrap_text(f"failed: {origin}{run.why or 'no reason was recorded'}"), *wrap_text(f"to do: {advice}")]
+    return [
+        *wrap_text(f"failed: {origin}{run.state_reason or 'no reason was recorded'}"),
+        *wrap_text(f"to do: {advice}"),
+    ]
 
 
-def _checkpoint_lines(store: CheckpointList, damaged: Mapping[Path, str] | None) -> list[str]:
+def _checkpoint_lines(checkpoint_list: CheckpointList, damage_by_checkpoint: Mapping[Path, str] | None) -> list[str]:
     """A section with the table of a run's checkpoints, or why they cannot be listed."""
-    if store.problem:
-        return ["", *wrap_text(f"checkpoints: {store.problem}")]
-    if not store.checkpoints:
+    if checkpoint_list.problem:
+        return ["", *wrap_text(f"checkpoints: {checkpoint_list.problem}")]
+    if not checkpoint_list.checkpoints:
         return ["", "no checkpoints"]
     columns = (TableColumn(), TableColumn(is_number=True), TableColumn(is_number=True), TableColumn())
-    rows = [_checkpoint_row(checkpoint, store.monitored_metric, damaged) for checkpoint in store.checkpoints]
-    return ["", f"checkpoints in {store.checkpoints[0].path.parent}:", *format_table(columns, rows, indent=2)]
+    rows = [
+        _checkpoint_row(checkpoint, checkpoint_list.monitored_metric, damage_by_checkpoint)
+        for checkpoint in checkpoint_list.checkpoints
+    ]
+    return ["", f"checkpoints in {checkpoint_list.checkpoints[0].path.parent}:", *format_table(columns, rows, indent=2)]
 
 
 def _checkpoint_row(
-    checkpoint: StoredCheckpoint, monitored_metric: str | None, damaged: Mapping[Path, str] | None
+    checkpoint: StoredCheckpoint, monitored_metric: str | None, damage_by_checkpoint: Mapping[Path, str] | None
 ) -> TableRow:
     """A checkpoint's row of the table: name, age, size and remarks.
 
-    `damaged` maps damaged checkpoints to what is wrong with them; None if none was verified.
+    `damage_by_checkpoint` maps damaged checkpoints to what is wrong with them; None if none was verified.
     """
     remarks = []
-    if damaged is not None:
-        damage = damaged.get(checkpoint.path)
+    if damage_by_checkpoint is not None:
+        damage = damage_by_checkpoint.get(checkpoint.path)
         remarks.append("intact" if damage is None else f"damaged: {damage}")
-    if checkpoint.best is not None:
-        remarks.append(f"best: {monitored_metric or 'held out'} {format_metric(checkpoint.best)}")
-    if checkpoint.given_up:
+    if checkpoint.best_metric is not None:
+        remarks.append(f"best: {monitored_metric or 'held out'} {format_metric(checkpoint.best_metric)}")
+    if checkpoint.is_given_up:
         remarks.append(f"given up, in {checkpoint.path.parent.name}")
     notes = []
-    if checkpoint.elsewhere:  # on a line of its own, so that the directory can be pasted
+    if checkpoint.is_in_fallback_dir:  # on a line of its own, so that the directory can be pasted
         notes = wrap_text(f"    in {checkpoint.path.parent}")
-    size = size_text(checkpoint.size)
+    size = size_text(checkpoint.num_bytes)
     return TableRow((checkpoint.path.name, f"{age_text(checkpoint.age_s)} old", size, "; ".join(remarks)), notes)
 
 
-def _number(number: float | None, number_format: str) -> str:
+def _number_text(number: float | None, number_format: str) -> str:
     return "-" if number is None else format(number, number_format)
 
 
-def _loss(loss: float | None) -> str:
+def _loss_text(loss: float | None) -> str:
     """A loss with four decimals; one of 1000 or more, as at the start of a broken run, with four digits."""
     if loss is None:
         return "-"
-    return _number(loss, ".4f" if loss < 1000 else ".4g")
+    return _number_text(loss, ".4f" if loss < 1000 else ".4g")
 
 
-def _rate(per_second: float | None) -> str:
+def _speed_text(per_second: float | None) -> str:
     """Tokens per second: `3.45M`, `12,345`, `98.7`."""
     if per_second is None:
         return "-"
@@ -389,53 +404,63 @@ def _rate(per_second: float | None) -> str:
     return format(per_second, ",.0f" if per_second >= 100 else ".1f")
 
 
-def _step(run: RunView) -> str:
+def _progress_text(run: RunView) -> str:
     """The last step and the total number of steps: `300/1000`."""
-    if not run.step and not run.total:
+    if not run.step and not run.total_steps:
         return "-"
-    return f"{_steps(run.step)}/{_steps(run.total)}"
+    return f"{_step_count_text(run.step)}/{_step_count_text(run.total_steps)}"
 
 
-def _steps(steps: int | None) -> str:
+def _step_count_text(steps: int | None) -> str:
     if steps is None:
         return "-"
     return str(steps) if steps < 1e5 else f"{steps / 1e3:,.0f}k"
 
 
-def status_as_dict(status: RunsStatus, damaged: Mapping[Path, str] | None) -> dict[str, Any]:
+def status_as_dict(status: RunsStatus, damage_by_checkpoint: Mapping[Path, str] | None) -> dict[str, Any]:
     """What `status --json` prints, as JSON values. Times are seconds, memory GiB, sizes bytes, speeds of all ranks together."""
-    run_jobs = _jobs_of_runs(status)
+    run_jobs = _job_ids_of_runs(status)
     runs = [_run_as_dict(run) for run in status.runs]
     if status.details is not None:
-        runs[0] |= _details_as_dict(status.details, damaged or {})
+        runs[0] |= _details_as_dict(status.details, damage_by_checkpoint or {})
     fields: dict[str, Any] = {"directory": str(status.root), "runs": runs}
-    if damaged is not None:
-        fields["damaged"] = {str(path): damage for path, damage in damaged.items()}
+    if damage_by_checkpoint is not None:
+        fields["damaged"] = {str(path): damage for path, damage in damage_by_checkpoint.items()}
     fields["other_jobs"] = [_job_as_dict(job) for job in status.queue.jobs if job.id not in run_jobs]
     fields["queue_problem"] = status.queue.problem
-    fields["all_searched"] = not status.is_cut
+    fields["all_searched"] = not status.search_stopped_early
     return fields
 
 
-def _details_as_dict(details: RunDetails, damaged: Mapping[Path, str]) -> dict[str, Any]:
+def _details_as_dict(details: RunDetails, damage_by_checkpoint: Mapping[Path, str]) -> dict[str, Any]:
     """The keys that `status --json <run>` has beyond those of a run in the list."""
     checkpoints = []
-    for checkpoint in details.store.checkpoints:
-        row = asdict(checkpoint) | {"path": str(checkpoint.path), "damage": damaged.get(checkpoint.path)}
-        checkpoints.append(row)
+    for checkpoint in details.checkpoint_list.checkpoints:
+        checkpoints.append(
+            {
+                "path": str(checkpoint.path),
+                "step": checkpoint.step,
+                "age_s": checkpoint.age_s,
+                "size": checkpoint.num_bytes,
+                "best": checkpoint.best_metric,
+                "elsewhere": checkpoint.is_in_fallback_dir,
+                "given_up": checkpoint.is_given_up,
+                "damage": damage_by_checkpoint.get(checkpoint.path),
+            }
+        )
     return {
         "failure": details.failure or None,
-        "watch": details.store.monitored_metric,
+        "watch": details.checkpoint_list.monitored_metric,
         "checkpoints": checkpoints,
-        "starts": details.starts,
-        "checkpoints_problem": details.store.problem,
+        "starts": details.start_usages,
+        "checkpoints_problem": details.checkpoint_list.problem,
     }
 
 
 def _run_as_dict(run: RunView) -> dict[str, Any]:
-    """A run of the list as JSON values; the keys are the fields of `RunView`, and `left_s`."""
-    fields = asdict(run)
-    fields |= {"directory": str(run.directory), "why": one_line(run.why), "left_s": run.left_s}
+    """A run of the list as JSON values; its key `left_s` is `RunView.remaining_s`."""
+    fields = {JSON_KEY_BY_RUN_FIELD.get(name, name): value for name, value in asdict(run).items()}
+    fields |= {"directory": str(run.directory), "why": one_line(run.state_reason), "left_s": run.remaining_s}
     fields["job"] = None if run.job is None else _job_as_dict(run.job)
     return fields
 

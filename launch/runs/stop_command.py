@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 64
     arguments = stop_arguments(argv)
     with stdout_to_stderr(arguments.as_json):
-        exit_code, method = stop(arguments.run, arguments.wait_s, dry_run=arguments.dry_run)
+        exit_code, method = stop_run(arguments.run, arguments.wait_s, dry_run=arguments.dry_run)
     if arguments.as_json:
         print_json(stopped_run_summary(arguments.run, method))
     return exit_code
@@ -86,7 +86,7 @@ def stop_arguments(argv: list[str]) -> StopArguments:
     return arguments
 
 
-def stop(run_dir: Path, wait_s: float, *, dry_run: bool) -> tuple[int, str | None]:
+def stop_run(run_dir: Path, wait_s: float, *, dry_run: bool) -> tuple[int, str | None]:
     """Ask a run to save and to end, and wait up to `wait_s` seconds until it has; with `dry_run`, only print how.
 
     Returns (exit code, shell command that does the same, or None if nothing was running). Errors: CannotStopError.
@@ -100,7 +100,7 @@ def stop(run_dir: Path, wait_s: float, *, dry_run: bool) -> tuple[int, str | Non
     method = stop_method(run_dir, queue, run.job)
     if isinstance(method, NotRunning):
         raise_if_job_state_unknown(run_dir, queue, run.state)
-        reason = f" ({run.why})" if run.why else ""
+        reason = f" ({run.state_reason})" if run.state_reason else ""
         print(f"{run_dir}: is not running: {run.state}{reason}; {saved_checkpoint_text(run_dir, run.step)}")
         return 0, None
     if dry_run:
@@ -110,7 +110,7 @@ def stop(run_dir: Path, wait_s: float, *, dry_run: bool) -> tuple[int, str | Non
         print(f"{run_dir}: ended by itself; {saved_checkpoint_text(run_dir, run.step)}")
         return 0, None
     print(f"{run_dir}: asked to save and to end ({method})", flush=True)
-    return StopWait(run_dir, method, wait_s).until_ended(), str(method)
+    return StopWait(run_dir, method, wait_s).wait_until_ended(), str(method)
 
 
 def stopped_run_summary(run_dir: Path, method: str | None) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def stopped_run_summary(run_dir: Path, method: str | None) -> dict[str, Any]:
         "run": str(run_dir),
         "by": method,
         "state": run.state,
-        "why": run.why or None,
+        "why": run.state_reason or None,
         "step": run.step,
         "checkpoint": checkpoint,
     }
@@ -159,7 +159,7 @@ class StopWait:
     _queue_problem: str | None = None
     """Why the last call of squeue failed; None if it succeeded."""
 
-    def until_ended(self) -> int:
+    def wait_until_ended(self) -> int:
         """Wait up to `wait_s` seconds, print what was saved, and return the exit code of `shardtune stop`."""
         from trainer.reporting.status import read_status
 
@@ -168,7 +168,7 @@ class StopWait:
             while not self._has_ended():
                 now = time.monotonic()
                 if now - began_at > self.wait_s:
-                    return self._report_timeout()
+                    return self._print_timeout()
                 if now - reported_at > REPORT_INTERVAL_S:
                     reported_at = now
                     step = read_status(self.run_dir).get("step")
@@ -177,7 +177,7 @@ class StopWait:
         except KeyboardInterrupt:
             print(f"\n{self.run_dir}: was asked to end; it continues saving", file=sys.stderr)
             raise
-        return self._report_end()
+        return self._print_end()
 
     def _has_ended(self) -> bool:
         """Whether the run has ended and nothing will start it again: its process ended, or its job left the queue.
@@ -202,7 +202,7 @@ class StopWait:
                 return False
         return queue.problem is None
 
-    def _report_end(self) -> int:
+    def _print_end(self) -> int:
         """Print how the run ended and what was saved; returns the exit code: `FAILED_EXIT_CODE` if it failed, else 0."""
         from launch.runs.status import one_line
         from launch.runs.stop import CancelJob
@@ -230,7 +230,7 @@ class StopWait:
             return FAILED_EXIT_CODE
         return 0
 
-    def _report_timeout(self) -> int:
+    def _print_timeout(self) -> int:
         """Print that the run has not ended within `wait_s` seconds, or that this cannot be told; returns the exit code."""
         saved = saved_checkpoint_text(self.run_dir, last_step=None)
         if self._queue_problem is not None:

@@ -30,27 +30,27 @@ def seen(run: Path) -> RunView:
 def test_a_run_that_gives_no_sign_of_life_is_lost(tmp_path):
     lives = made(tmp_path, "lives")
     owned(lives, heartbeat_age_s=30)
-    assert (seen(lives).state, seen(lives).left_s) == ("running", 7 * 2.0)
+    assert (seen(lives).state, seen(lives).remaining_s) == ("running", 7 * 2.0)
     assert 29 < seen(lives).last_seen_s < 100
 
     silent = made(tmp_path, "silent")
     owned(silent, 4, heartbeat_age_s=3700)
     found = seen(silent)
-    assert (found.state, found.restarts, found.left_s) == ("lost", 3, None)
-    assert found.why == "no sign of life for 62 min from process 7 on n1"
+    assert (found.state, found.restarts, found.remaining_s) == ("lost", 3, None)
+    assert found.state_reason == "no sign of life for 62 min from process 7 on n1"
 
     hangs = made(tmp_path, "hangs")
     owned(hangs, heartbeat_age_s=600, **here(os.getpid()))
-    assert seen(hangs).state == "lost" and "lives, but no sign of life for 10 min" in seen(hangs).why
+    assert seen(hangs).state == "lost" and "lives, but no sign of life for 10 min" in seen(hangs).state_reason
 
     reused = made(tmp_path, "reused")  # the number of its process is another one's now
     owned(reused, **{**here(os.getpid()), "process": here(os.getpid())["process"] + "1"})
-    assert seen(reused).state == "lost" and "ended without a message" in seen(reused).why
+    assert seen(reused).state == "lost" and "ended without a message" in seen(reused).state_reason
 
     over = made(tmp_path, "over")
     owned(over)
     (over / "lease" / "000001.over").write_text("{}")
-    assert seen(over).state == "lost" and "no process runs it" in seen(over).why
+    assert seen(over).state == "lost" and "no process runs it" in seen(over).state_reason
 
 
 def test_status_shows_a_row_for_torn_empty_or_unreadable_records(tmp_path, capsys, monkeypatch):
