@@ -173,9 +173,9 @@ def _dry_run(overrides: list[str], *, as_json: bool) -> int:
     """Print what a run would do (`--dry-run`); returns the exit code, 70 if a defect of ours prevents simulating its step."""
     with stdout_to_stderr(as_json):
         from launch.config.compose import compose_config
-        from launch.plan.dry_run import describe
+        from launch.plan.dry_run import describe_run
 
-        description = describe(compose_config(overrides).config)
+        description = describe_run(compose_config(overrides).config)
     if as_json:
         print_json({**description.facts, "exit_code": description.exit_code})
     else:
@@ -221,9 +221,9 @@ def show_point(composed: ComposedConfig, *, shown_config: str | None) -> None:
     if shown_config:
         show_config.print_config(composed, shown_config)
         return
-    from launch.plan.dry_run import describe
+    from launch.plan.dry_run import describe_run
 
-    print(describe(composed.config).text)
+    print(describe_run(composed.config).text)
 
 
 def run_dir_of(composed: ComposedConfig) -> Path:

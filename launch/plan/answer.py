@@ -7,16 +7,16 @@ from typing import Any
 
 from launch.cluster.long_steps import long_step_notes
 from launch.output import TableColumn, TableRow, format_table, wrap_sentences, wrap_text
-from launch.plan.expert_notes import expert_notes
-from launch.plan.planned_command import command_lines
-from launch.plan.round_lines import round_facts, round_lines
+from launch.plan.expert_notes import expert_parallel_notes
+from launch.plan.planned_command import planned_command_lines
+from launch.plan.round_lines import round_as_json, round_lines
 from trainer.model.config import Quantisation
 from trainer.planner.hardware import GIB, fit_in_memory
 from trainer.planner.plan import PlannedChoice, PlannedRun, RunVariant
 from trainer.planner.predicted_vs_measured import checkpoint_bytes
 from trainer.planner.sweep import PlanAnswer
 
-CHOICE_COLUMNS = (
+NAMING_COLUMNS = (
     TableColumn("strategy"),
     TableColumn("recompute"),
     TableColumn("stored"),
@@ -25,10 +25,10 @@ CHOICE_COLUMNS = (
 """Columns that name a choice, in both tables of a plan."""
 
 
-def plan_text(answer: PlanAnswer, overrides: list[str], calibrated: tuple[str, ...] = ()) -> str:
+def plan_text(answer: PlanAnswer, overrides: list[str], calibration_lines: tuple[str, ...] = ()) -> str:
     """What `shardtune plan` prints: the job, a table of the ways to run it, the best one in detail, and the limits.
 
-    `overrides`: those of the command line. `calibrated`: lines on what a run of `from=` has measured; empty without one.
+    `overrides`: those of the command line. `calibration_lines`: lines on what a run of `from=` has measured; empty without one.
     """
     job = answer.job
     cost_model = answer.cost_model
@@ -41,35 +41,35 @@ def plan_text(answer: PlanAnswer, overrides: list[str], calibrated: tuple[str, .
         f"{billions:.2f} billion parameters, {trained_billions:.3f} trained; {job.precision} on {cards}",
         f"({nodes} x {gpus}); a step is {job.global_batch} x {job.lengths.mean:,.0f} tokens; {cost_model.layout} rows",
         "",
-        *_table_of_ways(answer),
+        *_ways_table(answer),
         "",
         *_best_choice_lines(answer, overrides),
-        *_peer_table(answer),
+        *_peer_memory_table(answer),
     ]
     if cost_model.notes:
         lines += ["", "chosen for you:", *wrap_sentences(cost_model.notes)]
     if answer.refused:
-        left_out = [f"{ways}: {reason}" for reason, ways in refused_ways_by_reason(answer).items()]
-        lines += ["", "left out:", *wrap_sentences(left_out)]
+        refused_lines = [f"{ways}: {reason}" for reason, ways in refused_ways_by_reason(answer).items()]
+        lines += ["", "left out:", *wrap_sentences(refused_lines)]
     measured_clause = ""
-    if calibrated:
-        lines += ["", *wrap_sentences(calibrated, indent=0)]
+    if calibration_lines:
+        lines += ["", *wrap_sentences(calibration_lines, indent=0)]
         measured_clause = "; the figures above were measured"
-    closing = (
+    closing_sentence = (
         "Expected, not measured: the memory of tensors is simulated, what is beside them and all speeds are "
         f"reckoned{measured_clause} (docs/planning.md)."
     )
-    return "\n".join([*lines, "", *wrap_text(closing, indent=0)])
+    return "\n".join([*lines, "", *wrap_text(closing_sentence, indent=0)])
 
 
 def _plural(noun: str, count: int) -> str:
     return noun if count == 1 else f"{noun}s"
 
 
-def _table_of_ways(answer: PlanAnswer) -> list[str]:
+def _ways_table(answer: PlanAnswer) -> list[str]:
     """A table with a row for the best choice of each way to run: memory, memory left, largest micro-batch, speed, verdict."""
     columns = (
-        *CHOICE_COLUMNS,
+        *NAMING_COLUMNS,
         TableColumn("GiB", is_number=True),
         TableColumn(f"of {answer.job.card.memory_gib:.1f}", is_number=True),
         TableColumn("largest", is_number=True),
@@ -84,22 +84,22 @@ def _table_of_ways(answer: PlanAnswer) -> list[str]:
         rows.append(
             TableRow(
                 (
-                    *_choice_cells(choice),
+                    *_naming_cells(choice),
                     needed_gib,
                     margin_gib,
                     str(choice.largest_micro),
                     tokens_per_s,
-                    verdict_on(choice, answer),
+                    verdict_on_choice(choice, answer),
                 )
             )
         )
     return format_table(columns, rows)
 
 
-def _choice_cells(choice: PlannedChoice) -> tuple[str, str, str, str]:
-    """The cells of a choice in the columns `CHOICE_COLUMNS`: strategy, recomputation, storage, micro-batch."""
+def _naming_cells(choice: PlannedChoice) -> tuple[str, str, str, str]:
+    """The cells of a choice in the columns `NAMING_COLUMNS`: strategy, recomputation, storage, micro-batch."""
     recompute = str(choice.variant.config.strategy.activation_checkpointing)
-    return choice.variant.name, recompute, storage_text(choice.variant), str(choice.micro)
+    return choice.variant.name, recompute, memory_savings_text(choice.variant), str(choice.micro)
 
 
 def refused_ways_by_reason(answer: PlanAnswer) -> dict[str, str]:
@@ -107,12 +107,12 @@ def refused_ways_by_reason(answer: PlanAnswer) -> dict[str, str]:
     names_by_reason: dict[str, list[str]] = {}
     for variant, reason in answer.refused:
         mode = str(variant.config.strategy.activation_checkpointing)
-        parts = [part for part in (variant.name, mode, storage_text(variant)) if part]
+        parts = [part for part in (variant.name, mode, memory_savings_text(variant)) if part]
         names_by_reason.setdefault(reason, []).append(", ".join(parts))
     return {reason: "; ".join(dict.fromkeys(names)) for reason, names in names_by_reason.items()}
 
 
-def storage_text(variant: RunVariant) -> str:
+def memory_savings_text(variant: RunVariant) -> str:
     """How a way to run saves memory, as a cell of a table: `rows/2+offload+nf4`; empty if everything is whole and on the card.
 
     `experts/N` and `rows/N`: sharded over N ranks. `tiles`: MLPs by tiles of tokens. `inputs`: inputs of recomputed blocks in
@@ -136,9 +136,13 @@ def storage_text(variant: RunVariant) -> str:
     return "+".join(parts)
 
 
-def _peer_table(answer: PlanAnswer) -> list[str]:
-    """A table of the memory that another trainer (the peer) would need for each choice; empty without `plan.theirs`."""
-    smallest_shown_part = 0.05 * GIB  # smaller ones would be shown as 0.0
+def _peer_memory_table(answer: PlanAnswer) -> list[str]:
+    """A table of the memory that another trainer (the peer) would need for each choice; empty without `plan.theirs`.
+
+    Beside the tensors of both trainers: whether the peer would fit on the card with all that its process holds, and where its
+    peak is, with the parts of it.
+    """
+    min_shown_bytes = 0.05 * GIB  # less would be shown as 0.0
     rows = []
     for choice in answer.best_choices:
         peer = choice.peer_memory
@@ -146,30 +150,33 @@ def _peer_table(answer: PlanAnswer) -> list[str]:
             continue
         our_gib = f"{choice.peak.total / GIB:.1f}"
         peer_gib = f"{peer.total / GIB:.1f}"
-        fits = "yes" if peer_memory_gib(choice, answer.job) <= answer.job.card.memory_gib else "no"
-        parts = [f"{part} {size / GIB:.1f}" for part, size in peer.parts.items() if size >= smallest_shown_part]
+        peer_fits = "yes" if peer_memory_gib(choice, answer.job) <= answer.job.card.memory_gib else "no"
+        parts = [f"{part} {size / GIB:.1f}" for part, size in peer.parts.items() if size >= min_shown_bytes]
         peer_peak = f"{peer.phase}: {', '.join(parts)}" if parts else peer.phase
-        rows.append(TableRow((*_choice_cells(choice), our_gib, peer_gib, fits, peer_peak)))
+        rows.append(TableRow((*_naming_cells(choice), our_gib, peer_gib, peer_fits, peer_peak)))
     if not rows:
         return []
     gib_columns = (TableColumn("ours", is_number=True), TableColumn("theirs", is_number=True))
     return [
         "",
         *wrap_text("as another trainer would hold it (plan.theirs); reckoned, and of no account above:", indent=0),
-        *format_table((*CHOICE_COLUMNS, *gib_columns, TableColumn("fits"), TableColumn("theirs, at its peak")), rows),
+        *format_table((*NAMING_COLUMNS, *gib_columns, TableColumn("fits"), TableColumn("theirs, at its peak")), rows),
         *wrap_text("GiB of tensors; what is beside them counts in whether it fits.", indent=0),
     ]
 
 
 def peer_memory_gib(choice: PlannedChoice, job: PlannedRun) -> float:
-    """GiB that a choice would take on the card in another trainer: its tensors, and what a process holds beside them."""
+    """GiB that a choice would take on the card in another trainer (the peer).
+
+    That is the peer's tensors and what a process holds beside them: context, fragmentation, buffers of NCCL.
+    """
     assert choice.peer_memory is not None
     tensor_bytes = round(job.card.tensors * choice.peer_memory.total)  # `tensors`: measured over simulated, usually 1
     peer_fit = fit_in_memory(tensor_bytes, 0, job.card.memory_gib, job.card.allocator)
     return (peer_fit.total + choice.fit.nccl_buffers) / GIB
 
 
-def verdict_on(choice: PlannedChoice, answer: PlanAnswer) -> str:
+def verdict_on_choice(choice: PlannedChoice, answer: PlanAnswer) -> str:
     """How a choice compares with the best one: `fastest`, `too large`, `as fast`, or its relative speed (`0.85 x`)."""
     best = answer.best
     if choice is best:
@@ -186,10 +193,10 @@ def _best_choice_lines(answer: PlanAnswer, overrides: list[str]) -> list[str]:
     """Lines with the command of the best choice and where its memory and time go, or with why nothing fits."""
     best, job = answer.best, answer.job
     if best is None:
-        return [*_nothing_fits(answer.best_choices[0]), *wrap_sentences(expert_notes(answer), indent=0)]
+        return [*_nothing_fits_lines(answer.best_choices[0]), *wrap_sentences(expert_parallel_notes(answer), indent=0)]
     step = best.step
     return [
-        *command_lines(overrides, best, job),
+        *planned_command_lines(overrides, best, job),
         "",
         *_memory_tables(best),
         *wrap_text(
@@ -203,8 +210,8 @@ def _best_choice_lines(answer: PlanAnswer, overrides: list[str]) -> list[str]:
             indent=2,
         ),
         *_round_lines(best, job),
-        *wrap_sentences(cost_lines(best, job), indent=0),
-        *wrap_sentences(expert_notes(answer), indent=0),
+        *wrap_sentences(budget_and_price_lines(best, job), indent=0),
+        *wrap_sentences(expert_parallel_notes(answer), indent=0),
         *wrap_sentences(_long_step_notes(answer, best), indent=0),
     ]
 
@@ -219,8 +226,8 @@ def _round_lines(best: PlannedChoice, job: PlannedRun) -> list[str]:
     return lines
 
 
-def _nothing_fits(least: PlannedChoice) -> list[str]:
-    """Lines on what the smallest choice lacks, host memory or GPU memory, and what would help."""
+def _nothing_fits_lines(least: PlannedChoice) -> list[str]:
+    """Lines on what `least`, the choice with the smallest memory, lacks (host memory or GPU memory), and what would help."""
     overrides = " ".join(least.overrides)
     if least.node_gib is not None and not least.fits_host:
         return wrap_text(
@@ -245,19 +252,21 @@ def _long_step_notes(answer: PlanAnswer, best: PlannedChoice) -> list[str]:
 def _memory_tables(best: PlannedChoice) -> list[str]:
     """Two tables of memory at the peak: tensors by kind, largest first, and what the process holds beside them."""
     columns = (TableColumn(), TableColumn(is_number=True), TableColumn())
-    kinds = sorted(best.peak.kinds.items(), key=lambda kind_and_size: -kind_and_size[1])
-    smallest_size = 0.005 * GIB  # smaller ones would be shown as 0.00
-    tensors = [TableRow((str(kind), _gib_text(size), "")) for kind, size in kinds if size >= smallest_size]
-    beside = [
+    bytes_by_kind = sorted(best.peak.kinds.items(), key=lambda kind_and_size: -kind_and_size[1])
+    min_shown_bytes = 0.005 * GIB  # less would be shown as 0.00
+    tensor_rows = [
+        TableRow((str(kind), _gib_text(size), "")) for kind, size in bytes_by_kind if size >= min_shown_bytes
+    ]
+    process_rows = [
         TableRow(("process", _gib_text(best.fit.context), "context and libraries")),
         TableRow(("allocator", _gib_text(best.fit.allocator), "reserved beyond what is allocated")),
         TableRow(("NCCL", _gib_text(best.fit.nccl_buffers), "buffers of its groups")),
     ]
     return [
         f"its peak, {_gib_text(best.peak.total)} of tensors, in {best.peak.phase}:",
-        *format_table(columns, tensors, indent=2),
+        *format_table(columns, tensor_rows, indent=2),
         "beside them, reckoned:",
-        *format_table(columns, beside, indent=2),
+        *format_table(columns, process_rows, indent=2),
     ]
 
 
@@ -265,26 +274,29 @@ def _gib_text(size: float) -> str:
     return f"{size / GIB:.2f} GiB"
 
 
-def dollars(price: float) -> str:
+def format_dollars(price: float) -> str:
     """A price in dollars and cents. A small job costs less than a cent, but not nothing."""
     return f"${price:,.2f}" if price >= 0.01 else "less than $0.01"
 
 
-def number_of_cards(job: PlannedRun) -> str:
-    """`1 card`, or `8 cards`: those of all nodes."""
+def cards_text(job: PlannedRun) -> str:
+    """The number of GPUs of all nodes: "1 card", "8 cards"."""
     return "1 card" if job.ranks == 1 else f"{job.ranks} cards"
 
 
-def cost_lines(best: PlannedChoice, job: PlannedRun) -> list[str]:
-    """Lines on the hours and the price of the budget. If one is not known, a line on which setting would tell it, or the price of
-    a million tokens.
+def budget_and_price_lines(best: PlannedChoice, job: PlannedRun) -> list[str]:
+    """Lines on how long the budget takes and what it costs.
+
+    - the hours of the budget, with its price; or, for budget.epochs without data, which setting would tell them;
+    - without a price of the card: which setting would give it;
+    - with a price but without hours: the price of a million tokens.
     """
     epochs = best.variant.config.budget.epochs
     price_per_hour = job.card.price_per_hour  # of one card
     lines = []
     if best.hours is not None:
-        price = "" if best.price is None else f": {dollars(best.price)}"
-        lines.append(f"the budget takes {best.hours:,.2f} hours on {number_of_cards(job)}{price}")
+        price = "" if best.price is None else f": {format_dollars(best.price)}"
+        lines.append(f"the budget takes {best.hours:,.2f} hours on {cards_text(job)}{price}")
     elif epochs is not None:
         lines.append(f"how long budget.epochs={epochs:g} takes depends on the data: give data.path")
     if price_per_hour is None:
@@ -293,10 +305,10 @@ def cost_lines(best: PlannedChoice, job: PlannedRun) -> list[str]:
         )
     elif best.hours is None:
         dollars_per_second = job.ranks * price_per_hour / 3600
-        line = f"a million tokens cost ${dollars_per_second / best.tokens_per_s * 1e6:.3f}"
+        token_price_line = f"a million tokens cost ${dollars_per_second / best.tokens_per_s * 1e6:.3f}"
         if epochs is None:
-            line += "; with a budget (budget.tokens=...) the price of the whole run is shown"
-        lines.append(line)
+            token_price_line += "; with a budget (budget.tokens=...) the price of the whole run is shown"
+        lines.append(token_price_line)
     return lines
 
 
@@ -311,7 +323,7 @@ def checkpoint_s(answer: PlanAnswer, best: PlannedChoice) -> float:
     return checkpoint_gib(answer, best) * GIB / bytes_per_s
 
 
-def plan_as_json(answer: PlanAnswer, overrides: list[str], calibrated: tuple[str, ...] = ()) -> dict[str, Any]:
+def plan_as_json(answer: PlanAnswer, overrides: list[str], calibration_lines: tuple[str, ...] = ()) -> dict[str, Any]:
     """What `plan --json` prints, as JSON values. Sizes are GiB, times seconds or hours, prices US dollars."""
     job = answer.job
     cost_model = answer.cost_model
@@ -334,7 +346,7 @@ def plan_as_json(answer: PlanAnswer, overrides: list[str], calibrated: tuple[str
             "pace": job.card.pace,
             "tensors": job.card.tensors,
             "disk_gb_s": job.card.disk_gb_s,
-            "calibrated": [line.strip() for line in calibrated],
+            "calibrated": [line.strip() for line in calibration_lines],
         },
         "job": {
             "nodes": job.nodes,
@@ -354,16 +366,16 @@ def plan_as_json(answer: PlanAnswer, overrides: list[str], calibrated: tuple[str
             "imbalance": job.expert_imbalance,
             "imbalance_measured_over": job.imbalance_measured_over,
             "all_on_one_rank_gib": answer.worst_imbalance and answer.worst_imbalance.total / GIB,
-            "notes": expert_notes(answer),
+            "notes": expert_parallel_notes(answer),
         },
-        "resting_gib": _in_gib(cost_model.resting),
+        "resting_gib": _gib_by_name(cost_model.resting),
         "ways": [_choice_as_json(choice, answer) for choice in answer.best_choices],
         "all": [_choice_as_json(choice, answer) for choice in answer.all_choices],
         "left_out": [{"words": list(variant.overrides), "why": reason} for variant, reason in answer.refused],
     }
 
 
-def _in_gib(sizes: Mapping[Any, int]) -> dict[str, float]:
+def _gib_by_name(sizes: Mapping[Any, int]) -> dict[str, float]:
     """The sizes, which are in bytes, as GiB under the same names."""
     return {str(key): size / GIB for key, size in sizes.items()}
 
@@ -375,19 +387,19 @@ def _choice_as_json(choice: PlannedChoice, answer: PlanAnswer) -> dict[str, Any]
         peer_gib = {
             "total": choice.peer_memory.total / GIB,
             "at": choice.peer_memory.phase,
-            "parts": _in_gib(choice.peer_memory.parts),
+            "parts": _gib_by_name(choice.peer_memory.parts),
             "with_beside": peer_memory_gib(choice, answer.job),
         }
     return {
         "words": list(choice.overrides),
         "strategy": choice.variant.name,
         "fits": choice.fits,
-        "why": verdict_on(choice, answer),
+        "why": verdict_on_choice(choice, answer),
         "margin_gib": choice.fit.margin / GIB,
         "peak_gib": choice.peak.total / GIB,
         "peak_at": str(choice.peak.phase),
         "theirs_gib": peer_gib,
-        "kinds_gib": _in_gib(choice.peak.kinds),
+        "kinds_gib": _gib_by_name(choice.peak.kinds),
         "beside_gib": {
             "context": choice.fit.context / GIB,
             "allocator": choice.fit.allocator / GIB,
@@ -405,7 +417,7 @@ def _choice_as_json(choice: PlannedChoice, answer: PlanAnswer) -> dict[str, Any]
             "update": choice.step.update_s,
             "total": choice.step.total_s,
         },
-        "round_s": round_facts(choice.round),
+        "round_s": round_as_json(choice.round),
         "host_gib": choice.host_gib,
         "hours": choice.hours,
         "price": choice.price,

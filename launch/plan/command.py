@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from trainer.planner.hardware import Card
     from trainer.planner.plan import PlanConfig
 
-CARDS = sorted(file.stem for file in (CONF_DIR / "hardware").glob("*.yaml"))
+NOTHING_FITS_EXIT_CODE = 69
+SHIPPED_CARD_NAMES = sorted(file.stem for file in (CONF_DIR / "hardware").glob("*.yaml"))
 
 
 @dataclass(kw_only=True)
@@ -39,9 +40,9 @@ class PlanArguments(VerbArguments):
     """What `shardtune plan` takes."""
 
     hardware: str = option(
-        f"the card, or a YAML file like those of conf/hardware/: {', '.join(CARDS)}",
+        f"the card, or a YAML file like those of conf/hardware/: {', '.join(SHIPPED_CARD_NAMES)}",
         example="<card>",
-        advice_if_missing=f"give the card to plan for, one of {', '.join(CARDS)}",
+        advice_if_missing=f"give the card to plan for, one of {', '.join(SHIPPED_CARD_NAMES)}",
     )
     measured_run: str | None = option(
         "use what that run measured on this card: step time, memory, checkpoints", key="from", example="runs/first"
@@ -62,7 +63,7 @@ class PlanRequest:
     """The overrides of the run that is planned, as `train` would take them."""
 
 
-OF_GROUPS = {
+HELP_BY_GROUP_SETTING = {
     "hardware.<key>=...": "change a figure of the card: hardware.price_per_hour=2.10, hardware.memory_gib=40",
     "launcher.nodes=4": "nodes; together with launcher.gpus_per_node they give the ranks; default: one card",
     "plan.offload=true": "also try to keep states in host memory",
@@ -82,16 +83,16 @@ plan predicts the memory, time and price of a run without training. It takes the
 type stays fixed. If you leave out strategy, strategy.activation_checkpointing or batch.micro, plan tries all their
 values. From the model it needs only config.json. It reads data only if you set data.path.
 
-{help_rows(PlanArguments, OF_GROUPS)}
+{help_rows(PlanArguments, HELP_BY_GROUP_SETTING)}
 
 The exit code is 69 if nothing fits. docs/planning.md explains the answer, and docs/evidence/plans.md says how far
 plans are from measured runs."""
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune plan` with the arguments typed after it; returns the exit code, 69 if nothing fits.
+    """Run `shardtune plan` with the arguments `argv`; returns the exit code, 69 if nothing fits.
 
-    Errors: ConfigError, DataError, StorageError.
+    Raises ConfigError for wrong arguments; DataError or StorageError if the data of the run cannot be prepared.
     """
     if asks_for_help(argv):
         show_help(USAGE)
@@ -99,7 +100,7 @@ def main(argv: list[str]) -> int:
     request = read_plan_request(argv)
     from launch.config.compose import num_launched_ranks
     from launch.plan.answer import plan_as_json, plan_text
-    from launch.plan.job import job_of
+    from launch.plan.job import planned_run_of
     from trainer.model.known_shapes import shape_in_use, shape_note
     from trainer.model.loading import load_model_config
     from trainer.planner.plan import FURTHER_LONG_ROW_SETTINGS, further_variants, run_variants, with_imbalance
@@ -110,15 +111,17 @@ def main(argv: list[str]) -> int:
     variants, refused = run_variants(config, request.settings, fixed_keys, num_launched_ranks(config))
     load_model_config(config.model)
     shape = shape_in_use(config.model)
-    calibration = calibrated_card(request, ["plan", *argv])
-    job = with_imbalance(job_of(config, calibration.card), request.settings, calibration.expert_imbalance)
+    calibration = card_of_request(request, ["plan", *argv])
+    job = with_imbalance(planned_run_of(config, calibration.card), request.settings, calibration.expert_imbalance)
     micro_batch = config.batch["micro"] if "batch.micro" in fixed_keys else None
     answer = plan_variants(variants, refused, job, micro_batch, request.settings, _progress_printer())
     # If nothing fits, the reason is as a rule that rows are long. Then ways in which ranks share a row are tried.
-    for long_rows in FURTHER_LONG_ROW_SETTINGS:
+    for sequence_parallel_settings in FURTHER_LONG_ROW_SETTINGS:
         if answer.best is not None:
             break
-        variants, refused = further_variants(config, request.settings, fixed_keys, job.ranks, long_rows)
+        variants, refused = further_variants(
+            config, request.settings, fixed_keys, job.ranks, sequence_parallel_settings
+        )
         if variants:
             print(f"nothing fits: looking at {len(variants)} further ways, with rows that ranks share", file=sys.stderr)
             answer = with_further_variants(
@@ -136,13 +139,13 @@ def main(argv: list[str]) -> int:
         from launch.plan.page import PAGE_FILE, plan_page
         from trainer.reporting.status import write_text_atomic
 
-        page = request.arguments.to.expanduser() / PAGE_FILE
-        write_text_atomic(page, plan_page(answer, request.run_overrides, calibration.lines))
-        print(f"written: {page}", file=sys.stderr if request.arguments.as_json else sys.stdout, flush=True)
-    return 0 if answer.best is not None else 69
+        page_file = request.arguments.to.expanduser() / PAGE_FILE
+        write_text_atomic(page_file, plan_page(answer, request.run_overrides, calibration.lines))
+        print(f"written: {page_file}", file=sys.stderr if request.arguments.as_json else sys.stdout, flush=True)
+    return 0 if answer.best is not None else NOTHING_FITS_EXIT_CODE
 
 
-def calibrated_card(request: PlanRequest, command: list[str]) -> CalibratedCard:
+def card_of_request(request: PlanRequest, command: list[str]) -> CalibratedCard:
     """The card (GPU) to plan for. With `from=<run>` it has the figures that this run measured, else those of the card's file.
 
     That run is simulated, which takes a while. `from.<setting>=<value>` allows a value with which the run reads something
@@ -185,9 +188,11 @@ def read_plan_request(argv: list[str]) -> PlanRequest:
     card_settings = OmegaConf.structured(Card)
     if arguments.hardware is not None:
         try:
-            card_settings = OmegaConf.merge(card_settings, _load_card_file(_card_file(arguments.hardware)))
+            card_settings = OmegaConf.merge(card_settings, _load_card_file(_find_card_file(arguments.hardware)))
         except OSError as error:
-            problems.append(f"hardware={arguments.hardware}: {str(error).splitlines()[0]}; one of {', '.join(CARDS)}")
+            problems.append(
+                f"hardware={arguments.hardware}: {str(error).splitlines()[0]}; one of {', '.join(SHIPPED_CARD_NAMES)}"
+            )
         except (OmegaConfBaseException, ValueError, YAMLError) as error:
             # Without the lines with the full key and type that OmegaConf appends.
             reason = " ".join(str(error).split("\n    full_key")[0].split())
@@ -212,8 +217,11 @@ def read_plan_request(argv: list[str]) -> PlanRequest:
     return PlanRequest(arguments, card, settings, run_overrides)
 
 
-def _card_file(name: str) -> Path:
-    """The YAML file of a card: the path that was typed, or the file of that name in conf/hardware/. Errors: OSError."""
+def _find_card_file(name: str) -> Path:
+    """The YAML file of a card: the path that was typed, or the file of that name in conf/hardware/.
+
+    Raises OSError if it is missing.
+    """
     if name.endswith((".yaml", ".yml")):
         file = Path(name).expanduser()
     else:
@@ -224,7 +232,7 @@ def _card_file(name: str) -> Path:
 
 
 def _load_card_file(file: Path) -> Any:
-    """The keys of a card's YAML file. Errors: ValueError if it holds something else, OSError, YAMLError."""
+    """The keys of a card's YAML file. Raises ValueError if it holds something else, OSError or YAMLError if it cannot be read."""
     from omegaconf import DictConfig, OmegaConf
 
     contents = OmegaConf.load(file)
@@ -234,7 +242,7 @@ def _load_card_file(file: Path) -> Any:
 
 
 def _card_problems(card: Card) -> list[str]:
-    """Error messages for figures of a card that are missing or impossible, without which nothing can be planned."""
+    """Error messages for figures of a card (GPU) that are missing or impossible. Without them nothing can be planned."""
     from strategies.base import Precision
 
     positive_figures = (

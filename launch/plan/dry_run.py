@@ -6,14 +6,14 @@ from launch.cluster.advice import gpu_kinds_of_job, partitions_of_job, query_par
 from launch.cluster.long_steps import estimated_step_s, long_step_notes
 from launch.plan.dry_run_by_shape import describe_by_shape
 from launch.plan.dry_run_memory import (
-    DryRun,
     DryRunNumbers,
+    DryRunResult,
     deferred_gradient_lines,
-    dry_run_answer,
-    simulated_memory,
+    dry_run_result,
+    simulate_step_memory,
 )
 from launch.plan.expert_notes import expert_lines_of_dry_run
-from launch.plan.round_lines import dry_run_lines
+from launch.plan.round_lines import round_lines_of_dry_run
 from strategies.base import Precision
 from strategies.hardware import slow_precision_warning
 from strategies.parameters import meta_context, named_parameters, num_elements_by_name
@@ -35,7 +35,7 @@ from trainer.session.run_facts import model_flops_per_token, repetition_warning
 from trainer.step import BuiltModel
 
 
-def describe(config: RunConfig) -> DryRun:
+def describe_run(config: RunConfig) -> DryRunResult:
     """Compute sizes, batch arithmetic, steps and memory of a run, without training it.
 
     Prepares the data, which the run itself then finds in the cache, and reads only the headers of the weights. If the model is
@@ -56,7 +56,7 @@ def describe(config: RunConfig) -> DryRun:
     samples = sampled_lengths(config, data.train, sequences)
     global_batch = config.batch["global"]
     micro = config.batch["micro"]
-    readers = name_of_readers(dp_size_of(config, world_size), config.parallel.sequence)
+    dp_ranks_text = name_of_readers(dp_size_of(config, world_size), config.parallel.sequence)
     accumulation = accumulation_steps(config, world_size)
     steps = num_steps_of_run(config, samples.order, samples.tokens)
     epochs = steps * num_documents_per_step(config) / samples.order.num_units
@@ -64,27 +64,35 @@ def describe(config: RunConfig) -> DryRun:
     tokens_per_step = samples.mean * global_batch
     # The length of a written answer is not known: each prompt counts with the longest.
     approximation = "at most" if is_prompts_alone(data.report.get("train", {})) else "about"
-    total = sum(num_elements_by_name(built.step_module).values())
-    trained = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
-    memory = simulated_memory(config, longest_lengths(built.data_spec, largest_workload(config, data)), world_size)
-    rate = learning_rate_of(config, steps)
+    num_parameters = sum(num_elements_by_name(built.step_module).values())
+    num_trained = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
+    memory = simulate_step_memory(config, longest_lengths(built.data_spec, largest_workload(config, data)), world_size)
+    learning_rate = learning_rate_of(config, steps)
     lines = [
         summary_text(data.report),
         preview_text(data.train, tokenizer, built.data_spec, data.label_names, width=100),
         f"strategy {config.strategy.name}, tuning {config.tuning.name}, {world_size} process(es), layout {built.layout}, "
         f"attention {built.attention}",
-        f"parameters: {total:,}, trainable {trained:,} ({trained / total:.2%})",
-        f"batch: {global_batch} = {micro} micro x {accumulation} accumulation x {readers}",
+        f"parameters: {num_parameters:,}, trainable {num_trained:,} ({num_trained / num_parameters:.2%})",
+        f"batch: {global_batch} = {micro} micro x {accumulation} accumulation x {dp_ranks_text}",
         f"tokens per step: {approximation} {tokens_per_step:,.0f}; steps: {steps:,}; epochs: "
         f"{epochs:,.2f} of {documents:,} documents",
         *expert_lines,
-        *rate_lines(rate, steps),
+        *rate_lines(learning_rate, steps),
         *generation_memory_lines(config, built, int(data.train.lengths.max(initial=0))),
-        *dry_run_lines(config, built, data.train.lengths, samples.mean, _gpu_kinds(config), (total, trained)),
+        *round_lines_of_dry_run(
+            config,
+            built,
+            prompt_lengths=data.train.lengths,
+            mean_length=samples.mean,
+            gpu_kinds=_gpu_kinds(config),
+            num_parameters=num_parameters,
+            num_trained=num_trained,
+        ),
         *repetition_warning(global_batch, epochs, steps),
         *_long_step_notes(config, built, samples),
         *memory.lines,
-        *deferred_gradient_lines(config.strategy, trained, accumulation=accumulation),
+        *deferred_gradient_lines(config.strategy, num_trained, accumulation=accumulation),
     ]
     precision_advice = slow_precision_warning(config.precision, str(config.run.device))
     if precision_advice:
@@ -94,8 +102,17 @@ def describe(config: RunConfig) -> DryRun:
             lines.append(f"resolved: {key}: {config.substitutions[key]}")
     lines += [f"resolved: {key}: {note}" for key, note in built.substitutions.items()]
     lines.append("nothing was trained (--dry-run)")
-    numbers = DryRunNumbers(world_size, total, trained, tokens_per_step, steps, rate, epochs, documents)
-    return dry_run_answer(lines, config, numbers, memory, built.substitutions)
+    numbers = DryRunNumbers(
+        ranks=world_size,
+        parameters=num_parameters,
+        num_trained_parameters=num_trained,
+        tokens_per_step=tokens_per_step,
+        steps=steps,
+        learning_rate=learning_rate,
+        epochs=epochs,
+        documents=documents,
+    )
+    return dry_run_result(lines, config, numbers, memory, built.substitutions)
 
 
 def _gpu_kinds(config: RunConfig) -> set[str]:

@@ -9,11 +9,11 @@ import math
 from dataclasses import replace
 
 from launch.plan.dry_run_memory import (
-    DryRun,
     DryRunNumbers,
+    DryRunResult,
     deferred_gradient_lines,
-    dry_run_answer,
-    simulated_memory,
+    dry_run_result,
+    simulate_step_memory,
 )
 from launch.plan.expert_notes import expert_lines_of_dry_run
 from strategies.base import Precision
@@ -32,59 +32,65 @@ from trainer.session.rate_text import learning_rate_of, rate_lines
 from trainer.step import BuiltModel
 
 
-def describe_by_shape(config: RunConfig, shape: KnownShape) -> DryRun:
-    """Sizes, batch arithmetic and memory of a run whose model is not on this machine, by the model's published shape.
+def describe_by_shape(config: RunConfig, shape: KnownShape) -> DryRunResult:
+    """Compute sizes, batch arithmetic and memory of a run whose model is not on this machine, by the model's published shape.
 
     Without its tokenizer the data is not read: each sequence counts as the longest that the settings allow.
-    Errors: ConfigError for a setting that the run would choose by its data.
+    Raises ConfigError for a setting that the run would choose by its data.
     """
-    _refuse_choices_by_data(config)
+    _raise_if_auto_needs_data(config)
     check_parallel(config)
-    # The numbers.
-    built = _build_on_meta(config)
-    total = sum(num_elements_by_name(built.step_module).values())
-    trained = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
+    built = _build_step_on_meta(config)
+    num_parameters = sum(num_elements_by_name(built.step_module).values())
+    num_trained = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
     world_size = config.launcher.per_node * config.launcher.nodes
     expert_lines = expert_lines_of_dry_run(config, built, world_size)
     global_batch = config.batch["global"]
     micro = config.batch["micro"]
     accumulation = accumulation_steps(config, world_size)
-    readers = name_of_readers(dp_size_of(config, world_size), config.parallel.sequence)
+    dp_ranks_text = name_of_readers(dp_size_of(config, world_size), config.parallel.sequence)
     data_spec = data_spec_of(config.objective)
     sequences = data_spec.sequences_per_document
-    longest = data_spec.longest_sequence(config.data.max_length) + max_generated_tokens(config.objective)
-    tokens_per_step = longest * sequences * global_batch
-    memory = simulated_memory(config, [longest] * sequences * micro, world_size)
-    steps = _steps_of_budget(config, tokens_per_step)
-    # The lines for people.
+    longest_sequence = data_spec.longest_sequence(config.data.max_length) + max_generated_tokens(config.objective)
+    tokens_per_step = longest_sequence * sequences * global_batch
+    memory = simulate_step_memory(config, [longest_sequence] * sequences * micro, world_size)
+    steps = _steps_of_budget_or_none(config, tokens_per_step)
+    # The lines of the text.
     note = shape_note(shape, config.model.path)
     lines = [
         note,
         f"strategy {config.strategy.name}, tuning {config.tuning.name}, {world_size} process(es)",
-        f"parameters: {total:,}, trainable {trained:,} ({trained / total:.2%})",
-        f"batch: {global_batch} = {micro} micro x {accumulation} accumulation x {readers}",
+        f"parameters: {num_parameters:,}, trainable {num_trained:,} ({num_trained / num_parameters:.2%})",
+        f"batch: {global_batch} = {micro} micro x {accumulation} accumulation x {dp_ranks_text}",
         f"tokens per step: at most {tokens_per_step:,} (the data is not read without a tokenizer)",
         *expert_lines,
     ]
-    rate = None
+    learning_rate = None
     if steps is None:
         lines.append(f"steps: not known without a tokenizer; learning rate: {config.optim.peak_lr:g}")
     else:
-        rate = learning_rate_of(config, steps)
-        lines += [f"steps: {steps:,}", *rate_lines(rate, steps)]
-    lines += [*memory.lines, *deferred_gradient_lines(config.strategy, trained, accumulation=accumulation)]
+        learning_rate = learning_rate_of(config, steps)
+        lines += [f"steps: {steps:,}", *rate_lines(learning_rate, steps)]
+    lines += [*memory.lines, *deferred_gradient_lines(config.strategy, num_trained, accumulation=accumulation)]
     if LEARNING_RATE_KEY in config.substitutions:
         lines.append(f"resolved: {LEARNING_RATE_KEY}: {config.substitutions[LEARNING_RATE_KEY]}")
     lines += [f"resolved: {key}: {note}" for key, note in built.substitutions.items()]
     lines.append("nothing was trained (--dry-run)")
-    numbers = DryRunNumbers(world_size, total, trained, tokens_per_step, steps, rate)
-    answer = dry_run_answer(lines, config, numbers, memory, {"model.path": note, **built.substitutions})
+    numbers = DryRunNumbers(
+        ranks=world_size,
+        parameters=num_parameters,
+        num_trained_parameters=num_trained,
+        tokens_per_step=tokens_per_step,
+        steps=steps,
+        learning_rate=learning_rate,
+    )
+    answer = dry_run_result(lines, config, numbers, memory, {"model.path": note, **built.substitutions})
     shape_facts = {"name": shape.name, "source": shape.source, "date": shape.date}
     return replace(answer, facts={"shape": shape_facts, **answer.facts})
 
 
-def _refuse_choices_by_data(config: RunConfig) -> None:
-    """Raise ConfigError for `auto` where the run would look at the lengths of its documents."""
+def _raise_if_auto_needs_data(config: RunConfig) -> None:
+    """Raise ConfigError for strategy=auto and batch.micro=auto: a run chooses them by the lengths of its documents."""
     problems = []
     for key, value in (("strategy", config.strategy.name), ("batch.micro", config.batch["micro"])):
         if str(value) == "auto":
@@ -96,8 +102,8 @@ def _refuse_choices_by_data(config: RunConfig) -> None:
         raise ConfigError(problems)
 
 
-def _build_on_meta(config: RunConfig) -> BuiltModel:
-    """The step module of the run without values, and what is known of its model."""
+def _build_step_on_meta(config: RunConfig) -> BuiltModel:
+    """Build the step module of the run on the meta device: parameters have shapes, but no values."""
     return build_step_module(
         config.model,
         objective_config=config.objective,
@@ -110,7 +116,7 @@ def _build_on_meta(config: RunConfig) -> BuiltModel:
     )
 
 
-def _steps_of_budget(config: RunConfig, tokens_per_step: int) -> int | None:
+def _steps_of_budget_or_none(config: RunConfig, tokens_per_step: int) -> int | None:
     """Optimizer steps of the budget; None for `budget.epochs`, which counts documents."""
     if config.budget.steps is not None:
         return config.budget.steps

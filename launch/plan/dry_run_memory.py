@@ -16,12 +16,13 @@ from trainer.planner.fit_check import single_step_config, why_not_simulated
 from trainer.planner.simulation import simulate_depth
 from trainer.session.rate_text import LearningRate
 
-DEFECTS = (LookupError, TypeError, AttributeError, AssertionError, NameError)
+DEFECT_EXIT_CODE = 70
+DEFECT_ERRORS = (LookupError, TypeError, AttributeError, AssertionError, NameError)
 """Errors of a simulated step that are a fault of the code, of ours or of the model's: training would likely meet them too."""
 
 
 @dataclass(frozen=True, slots=True)
-class DryRun:
+class DryRunResult:
     """What a run would do, computed without training."""
 
     text: str
@@ -42,33 +43,34 @@ class DryRunNumbers:
     num_trained_parameters: int
     tokens_per_step: float
     steps: int | None
-    rate: LearningRate | None
+    learning_rate: LearningRate | None
     epochs: float | None = None
     documents: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class SimulatedMemory:
+class SimulatedStepMemory:
     """Memory that a rank holds at the peak of the longest micro-batch, or why it is not known."""
 
     lines: list[str]
     """For the text of the dry run."""
     facts: dict[str, Any]
     """For its JSON: bytes in all and by kind, or the reason."""
-    defect: bool = False
+    is_defect: bool = False
     """Whether the step could not be simulated because of a fault of the code."""
 
 
-def dry_run_answer(
+def dry_run_result(
     lines: list[str],
     config: RunConfig,
     numbers: DryRunNumbers,
-    memory: SimulatedMemory,
+    memory: SimulatedStepMemory,
     notes: Mapping[str, object],
-) -> DryRun:
-    """The answer of a dry run whose text has these `lines`.
+) -> DryRunResult:
+    """Put together the result of a dry run. `lines`: its text.
 
-    `notes`: what was chosen beside the configuration's own substitutions, by setting, with its reason.
+    `numbers`: what it has counted; `memory`: that of its longest micro-batch. `notes`: what was chosen beside the
+    configuration's own substitutions, by setting, with its reason.
     """
     facts = {
         "strategy": str(config.strategy.name),
@@ -82,41 +84,41 @@ def dry_run_answer(
             "accumulation": accumulation_steps(config, numbers.ranks),
         },
         "steps": numbers.steps,
-        "learning_rate": None if numbers.rate is None else asdict(numbers.rate),
+        "learning_rate": None if numbers.learning_rate is None else asdict(numbers.learning_rate),
         "epochs": numbers.epochs,
         "documents": numbers.documents,
         "tokens_per_step": numbers.tokens_per_step,
         "memory_per_rank": memory.facts,
         "substitutions": {key: str(note) for key, note in {**config.substitutions, **notes}.items()},
     }
-    return DryRun("\n".join(lines), facts, exit_code=70 if memory.defect else 0)
+    return DryRunResult("\n".join(lines), facts, exit_code=DEFECT_EXIT_CODE if memory.is_defect else 0)
 
 
-def simulated_memory(config: RunConfig, lengths: list[int], world_size: int) -> SimulatedMemory:
+def simulate_step_memory(config: RunConfig, lengths: list[int], world_size: int) -> SimulatedStepMemory:
     """Simulate a step with one micro-batch of sequences of `lengths` tokens on `world_size` ranks; returns its memory per rank.
 
     As lines for people (the kinds of memory, largest first) and as facts for scripts. If the step cannot be simulated, both
-    say why, and `SimulatedMemory.defect` says whether that looks like a fault of the code.
+    say why, and `SimulatedStepMemory.is_defect` says whether that looks like a fault of the code.
     """
-    on_gpu = str(config.run.device) == "cuda"
+    is_on_gpu = str(config.run.device) == "cuda"
     try:
         step = simulate_depth(
             single_step_config(config, world_size, mode_if_auto=ActivationCheckpointing.none),
             lengths,
             world_size=world_size,
             local_world_size=max(1, world_size // config.launcher.nodes),
-            device=SIMULATED if on_gpu else torch.device("cpu"),
+            device=SIMULATED if is_on_gpu else torch.device("cpu"),
         )
     except Exception as error:  # noqa: BLE001 - an architecture may do what cannot be simulated; that stops no run
         # Training may still work if the step cannot be simulated, but a defect will probably be met there too.
-        is_defect = isinstance(error, DEFECTS)
+        is_defect = isinstance(error, DEFECT_ERRORS)
         reason = why_not_simulated(error)
         if is_defect:
             reason = (
                 f"not known: the simulated step failed with {type(error).__name__}: {error}. This is a fault of shardtune "
                 "or of the model's code, and training may fail likewise; exit code 70"
             )
-        return SimulatedMemory([f"memory per rank: {reason}"], {"unknown": reason}, defect=is_defect)
+        return SimulatedStepMemory([f"memory per rank: {reason}"], {"unknown": reason}, is_defect=is_defect)
     unit_bytes = 2**20
     unit = "MiB"
     if step.total >= 2**30:
@@ -124,27 +126,28 @@ def simulated_memory(config: RunConfig, lengths: list[int], world_size: int) -> 
         unit = "GiB"
     # With `auto`, the run itself chooses by its free memory which activations are recomputed.
     mode = config.strategy.activation_checkpointing
-    note = ", with nothing recomputed yet" if mode is ActivationCheckpointing.auto else ""
+    auto_note = ", with nothing recomputed yet" if mode is ActivationCheckpointing.auto else ""
     lines = [
-        f"memory per rank of the longest micro-batch{note}, simulated: most in {step.peak}; libraries and what the allocator "
-        "reserves come on top"
+        f"memory per rank of the longest micro-batch{auto_note}, simulated: most in {step.peak}; libraries and what "
+        "the allocator reserves come on top"
     ]
-    kinds = dict(sorted(step.kinds.items(), key=lambda kind_and_size: -kind_and_size[1]))
-    for kind, size_bytes in kinds.items():
+    bytes_by_kind = dict(sorted(step.kinds.items(), key=lambda kind_and_size: -kind_and_size[1]))
+    for kind, size_bytes in bytes_by_kind.items():
         if size_bytes >= 0.005 * unit_bytes:  # smaller ones would be shown as 0.00
             lines.append(f"  {kind:<14}{size_bytes / unit_bytes:8.2f} {unit}")
     lines.append(f"  {'total':<14}{step.total / unit_bytes:8.2f} {unit}")
     if step.host_inputs.tensors:
         pinned_gib = step.host_inputs.pinned_size() / 2**30
         lines.append(f"  beside it {pinned_gib:.2f} GiB of pinned host memory a rank, for inputs of recomputed blocks")
-    return SimulatedMemory(lines, {"bytes": step.total, "peak": str(step.peak), "kinds": kinds})
+    return SimulatedStepMemory(lines, {"bytes": step.total, "peak": str(step.peak), "kinds": bytes_by_kind})
 
 
 def deferred_gradient_lines(strategy: StrategyConfig, num_trained_parameters: int, *, accumulation: int) -> list[str]:
-    """A line on the memory of whole gradients, if FSDP2 reduces them only after the last micro-batch of a step; else empty.
+    """A line on the memory of gradients that are not sharded yet; empty if the run does not hold any.
 
-    The simulated step has a single micro-batch, so its estimate lacks them. `strategy.defer_sync`: False never defers, True
-    always, None if the gradients fit.
+    With gradient accumulation, FSDP2 may reduce them only after the last micro-batch of a step. The simulated step has a
+    single micro-batch, so its estimate lacks these gradients. `strategy.defer_sync`: False never defers, True always, None if
+    the gradients fit.
     """
     never_defers = not isinstance(strategy, Fsdp2Config) or accumulation == 1 or strategy.defer_sync is False
     if never_defers:

@@ -23,7 +23,15 @@ def expert_lines_of_dry_run(config: RunConfig, built: BuiltModel, world_size: in
     if config.parallel.experts == 1:
         return []
     nodes = config.launcher.nodes
-    plan_expert_parallelism(built, config, Runtime(0, world_size, 0, world_size // nodes, torch.device("cpu"), None))
+    runtime = Runtime(
+        rank=0,
+        world_size=world_size,
+        local_rank=0,
+        local_world_size=world_size // nodes,
+        device=torch.device("cpu"),
+        control_group=None,
+    )
+    plan_expert_parallelism(built, config, runtime)
     precision = config.precision
     if precision is Precision.auto:
         precision = Precision.bf16 if str(config.run.device) == "cuda" else Precision.fp32
@@ -36,20 +44,22 @@ def imbalance_notes(job: PlannedRun, degrees: set[int]) -> list[str]:
     `degrees`: the values of `parallel.experts` (ranks in a group) in the plan. Without `from=` there is one note. With it,
     there is one on the degree that the run has measured, and one each on smaller and larger degrees, if the plan has any.
     """
-    gets = f"the busiest rank is assumed to get {job.expert_imbalance:.3g} times the mean of tokens in every layer"
+    assumption = (
+        f"the busiest rank is assumed to get {job.expert_imbalance:.3g} times the mean of tokens in every layer"
+    )
     measured_degree = job.imbalance_measured_over
     if measured_degree is None:
-        return [f"with parallel.experts, {gets} (plan.expert_imbalance)"]
-    notes = [f"with parallel.experts={measured_degree}, {gets}, as the run of from= measured"]
+        return [f"with parallel.experts, {assumption} (plan.expert_imbalance)"]
+    notes = [f"with parallel.experts={measured_degree}, {assumption}, as the run of from= measured"]
     smaller_degrees = sorted(degree for degree in degrees if degree < measured_degree)
     if smaller_degrees:
-        numbers = " and ".join(map(str, smaller_degrees))
-        notes.append(f"with {numbers}, which the run did not measure, the same: its groups can only be more even")
+        degrees_text = " and ".join(map(str, smaller_degrees))
+        notes.append(f"with {degrees_text}, which the run did not measure, the same: its groups can only be more even")
     larger_degrees = sorted(degree for degree in degrees if degree > measured_degree)
     if larger_degrees:
-        numbers = " and ".join(map(str, larger_degrees))
+        degrees_text = " and ".join(map(str, larger_degrees))
         notes.append(
-            f"with {numbers}, which the run did not measure, {job.imbalance_over(larger_degrees[0]):.3g} times the mean: "
+            f"with {degrees_text}, which the run did not measure, {job.imbalance_over(larger_degrees[0]):.3g} times the mean: "
             "fewer experts a rank are less even (plan.expert_imbalance)"
         )
     return notes
@@ -65,27 +75,30 @@ def _cross_host_notes(job: PlannedRun, degrees: set[int]) -> list[str]:
     return notes
 
 
-def expert_notes(answer: PlanAnswer) -> list[str]:
-    """Notes on whether expert parallelism (`parallel.experts`) pays, and what the plan assumes of it; empty if no way uses it.
+def expert_parallel_notes(answer: PlanAnswer) -> list[str]:
+    """Notes on expert parallelism (`parallel.experts`), for the text and the page of a plan; empty if no choice uses it.
 
-    Ways without it gather all experts of a layer on each rank.
+    - whether the fastest choice with it is faster than the fastest without, which gathers all experts of a layer on each rank;
+    - which of its groups cross hosts;
+    - how unevenly tokens are assumed to be spread over experts;
+    - whether the choice would still fit if one rank got all tokens.
     """
-    expert_parallel = [choice for choice in answer.best_choices if choice.variant.config.parallel.experts > 1]
-    gathering = [choice for choice in answer.best_choices if choice.variant.config.parallel.experts == 1]
-    if not expert_parallel:
+    expert_parallel_choices = [choice for choice in answer.best_choices if choice.variant.config.parallel.experts > 1]
+    gathering_choices = [choice for choice in answer.best_choices if choice.variant.config.parallel.experts == 1]
+    if not expert_parallel_choices:
         return []
     notes = []
-    fastest = expert_parallel[0]  # both lists begin with the fastest choice
+    fastest = expert_parallel_choices[0]  # both lists begin with the fastest choice
     override = f"parallel.experts={fastest.variant.config.parallel.experts}"
-    if gathering and fastest.fits and gathering[0].fits:
-        relative_speed = fastest.tokens_per_s / gathering[0].tokens_per_s
+    if gathering_choices and fastest.fits and gathering_choices[0].fits:
+        relative_speed = fastest.tokens_per_s / gathering_choices[0].tokens_per_s
         comparison = f"{relative_speed:.2f} times as fast as"
         if relative_speed < 1:
             comparison = f"slower, {relative_speed:.2f} times the speed of"
         notes.append(f"{override} is {comparison} the fastest way that gathers all experts of a layer on each rank")
-    elif gathering and fastest.fits:
+    elif gathering_choices and fastest.fits:
         notes.append(f"{override} fits, and nothing does that gathers all experts of a layer on each rank")
-    degrees = {choice.variant.config.parallel.experts for choice in expert_parallel}
+    degrees = {choice.variant.config.parallel.experts for choice in expert_parallel_choices}
     notes += _cross_host_notes(answer.job, degrees)
     notes += imbalance_notes(answer.job, degrees)
     if answer.worst_imbalance is not None:

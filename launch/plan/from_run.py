@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 PERMISSION_PREFIX = "from."
-"""Prefix of words that allow the run of `from=` to use files or hosts outside of its directory."""
+"""Prefix of command-line settings that allow the run of `from=` to use files or hosts outside of its directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,37 +39,38 @@ class CalibratedCard:
 
 
 def calibrate_card(
-    card: Card, run_dir: str, settings: PlanConfig, allowing: list[str], command: list[str]
+    card: Card, run_dir: str, settings: PlanConfig, permissions: list[str], command: list[str]
 ) -> CalibratedCard:
     """The card with the figures that the run in `run_dir` measured, relative to a simulation of that run.
 
-    `allowing` are overrides that allow the run to use something outside of its directory. `command` is the command as it was
-    typed, for messages. Raises ConfigError if the run was not on this card, or measured nothing.
+    `permissions`: settings that allow the run to use something outside of its directory, such as
+    "model.trust_remote_code=true". `command`: the command line, for messages. `settings`: those of the planner.
+    Raises ConfigError if the run was not on this card, or measured nothing.
     """
-    config, record, measured = _read_measured_run(Path(run_dir).expanduser(), allowing, command)
+    config, record, measured = _read_measured_run(Path(run_dir).expanduser(), permissions, command)
     gpu = measured.device_name
     if gpu != card.name:
         raise ConfigError(f"from={run_dir}: it ran on {gpu or 'an unnamed GPU'}, and hardware names {card.name}")
     lines = []
-    missing = []
+    uncalibrated_reasons = []
     expert_imbalance = _measured_imbalance(record, config.parallel.experts)
     if expert_imbalance is not None:
         lines.append(
             f"the busiest rank's experts got {expert_imbalance.busiest_over_mean:.2f} x the mean of tokens, in the least even "
             f"layer, with parallel.experts={expert_imbalance.expert_ranks}"
         )
-    choice = _plan_as_it_ran(config, record, card, settings, expert_imbalance)
+    choice = _planned_choice_of_run(config, record, card, settings, expert_imbalance)
     if isinstance(choice, str):
-        missing.append(f"steps and tensors are reckoned as without it: {choice}")
+        uncalibrated_reasons.append(f"steps and tensors are reckoned as without it: {choice}")
     else:
-        step_s = _positive(measured.step_s)
+        step_s = _positive_or_none(measured.step_s)
         if step_s is None:
-            missing.append("it tells no time of a step")
+            uncalibrated_reasons.append("it tells no time of a step")
         else:
             card = replace(card, pace=step_s / choice.step.total_s)
             seconds = f"{step_s:.3g} s, {choice.step.total_s:.3g} reckoned"
             lines.append(f"steps take {card.pace:.2f} x what is reckoned ({seconds})")
-        peak_gib = _positive(measured.memory_gib)
+        peak_gib = _positive_or_none(measured.memory_gib)
         if peak_gib is not None:
             simulated_gib = choice.peak.total / 2**30
             # Its longest documents need not have met in one micro-batch: a smaller peak is no proof that less is needed.
@@ -80,7 +81,9 @@ def calibrate_card(
         if choice.round is not None:
             rounds = _measured_rounds(Path(run_dir).expanduser())
             if rounds is None:
-                missing.append("it has written no round after its first, so writing is reckoned as without it")
+                uncalibrated_reasons.append(
+                    "it has written no round after its first, so writing is reckoned as without it"
+                )
             else:
                 planned_s = choice.round.write_s * rounds.longest_answer / max_generated_tokens(config.objective)
                 answers = num_prompts_per_round(config) * int(getattr(config.objective, "group_size", 1))
@@ -91,34 +94,34 @@ def calibrate_card(
                     f"{rounds.score_s:.3g} s a round"
                 )
 
-    allocator = _measured_allocator(measured)
+    allocator = _measured_allocator_share(measured)
     if allocator is None:
-        missing.append("it tells no memory that the allocator reserved")
+        uncalibrated_reasons.append("it tells no memory that the allocator reserved")
     else:
         card = replace(card, allocator=allocator)
         lines.append(f"the allocator reserves {allocator:.1%} beyond what is allocated")
     disk_gb_s = _measured_disk_gb_s(measured, config.launcher.nodes)
     if disk_gb_s is None:
-        missing.append("it wrote no checkpoint")
+        uncalibrated_reasons.append("it wrote no checkpoint")
     else:
         card = replace(card, disk_gb_s=disk_gb_s)
         lines.append(f"a node writes checkpoints at {disk_gb_s:.3g} GB/s")
 
     heading = f"from {run_dir} ({record.strategy}, {record.world_size} x {gpu}):"
     calibrated_lines = [f"  {line}" for line in lines]
-    missing_lines = [f"  not calibrated: {reason}" for reason in missing]
-    return CalibratedCard(card, expert_imbalance, (heading, *calibrated_lines, *missing_lines))
+    uncalibrated_lines = [f"  not calibrated: {reason}" for reason in uncalibrated_reasons]
+    return CalibratedCard(card, expert_imbalance, (heading, *calibrated_lines, *uncalibrated_lines))
 
 
 def _measured_imbalance(record: RunRecord, expert_ranks: int) -> MeasuredImbalance | None:
-    """How unevenly the groups of `expert_ranks` ranks were chosen; None if the record does not tell."""
+    """How unevenly tokens were spread over groups of `expert_ranks` ranks, in the least even layer; None if not recorded."""
     from trainer.planner.plan import MeasuredImbalance
 
     if record.outcome is None:
         return None
-    by_layer = [_positive(layer.get("rank_max_over_mean")) for layer in record.outcome.experts]
-    known = [imbalance for imbalance in by_layer if imbalance is not None]
-    return MeasuredImbalance(max(known), expert_ranks) if known else None
+    imbalance_by_layer = [_positive_or_none(layer.get("rank_max_over_mean")) for layer in record.outcome.experts]
+    known_imbalances = [imbalance for imbalance in imbalance_by_layer if imbalance is not None]
+    return MeasuredImbalance(max(known_imbalances), expert_ranks) if known_imbalances else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,25 +135,31 @@ class _MeasuredRounds:
 
 
 def _measured_rounds(run_dir: Path) -> _MeasuredRounds | None:
-    """What the rounds in `metrics.jsonl` took; None if there are fewer than two, or not all has been logged."""
-    names = ("write_s", "reward_s", "completions/max_length")
-    rows = [row for row in read_rows(run_dir / METRICS).rows if row.keys() >= {*names}]
-    # The first round holds what libraries set up when a model is first called.
-    if len(rows) < 2:
+    """What the rounds in `metrics.jsonl` took; None if fewer than two rounds have all metrics, or a median is 0."""
+    needed_metrics = {"write_s", "reward_s", "completions/max_length"}
+    metrics_of_rounds = [row for row in read_rows(run_dir / METRICS).rows if row.keys() >= needed_metrics]
+    later_rounds = metrics_of_rounds[
+        1:
+    ]  # the first round also holds what libraries set up when a model is first called
+    if not later_rounds:
         return None
-    write_s, score_s, longest = (_median_of(rows[1:], name) for name in names)
-    return _MeasuredRounds(write_s, score_s, longest) if write_s > 0 and longest > 0 else None
+    write_s = _median_of_metric(later_rounds, "write_s")
+    longest_answer = _median_of_metric(later_rounds, "completions/max_length")
+    if write_s <= 0 or longest_answer <= 0:
+        return None
+    score_s = _median_of_metric(later_rounds, "reward_s")
+    return _MeasuredRounds(write_s=write_s, score_s=score_s, longest_answer=longest_answer)
 
 
-def _median_of(rows: list[dict[str, Any]], name: str) -> float:
-    """The median of a metric over some rows that have it."""
-    return float(median(row[name] for row in rows))
+def _median_of_metric(metrics_of_rounds: list[dict[str, Any]], name: str) -> float:
+    """The median of the metric `name` over some rounds, all of which have it."""
+    return float(median(metrics[name] for metrics in metrics_of_rounds))
 
 
-def _measured_allocator(measured: MeasuredCost) -> float | None:
+def _measured_allocator_share(measured: MeasuredCost) -> float | None:
     """What the allocator reserved beyond what was allocated, as a share of the latter; None if it was not measured."""
-    peak_gib = _positive(measured.memory_gib)
-    reserved_gib = _positive(measured.memory_reserved_gib)
+    peak_gib = _positive_or_none(measured.memory_gib)
+    reserved_gib = _positive_or_none(measured.memory_reserved_gib)
     if peak_gib is None or reserved_gib is None:
         return None
     return max(0.0, reserved_gib / peak_gib - 1)
@@ -158,24 +167,24 @@ def _measured_allocator(measured: MeasuredCost) -> float | None:
 
 def _measured_disk_gb_s(measured: MeasuredCost, nodes: int) -> float | None:
     """GB/s at which one of the nodes wrote its part of the last checkpoint; None if none was written."""
-    checkpoint_bytes = _positive(measured.checkpoint_bytes)
-    checkpoint_s = _positive(measured.checkpoint_s)
+    checkpoint_bytes = _positive_or_none(measured.checkpoint_bytes)
+    checkpoint_s = _positive_or_none(measured.checkpoint_s)
     if checkpoint_bytes is None or checkpoint_s is None:
         return None
     return checkpoint_bytes / checkpoint_s / 1e9 / nodes
 
 
-def _positive(measured: float | None) -> float | None:
+def _positive_or_none(measured: float | None) -> float | None:
     """A measured figure; None if it was not measured, or is not above 0 and so cannot be one."""
     return float(measured) if measured and measured > 0 else None
 
 
 def _read_measured_run(
-    run_dir: Path, allowing: list[str], command: list[str]
+    run_dir: Path, permissions: list[str], command: list[str]
 ) -> tuple[RunConfig, RunRecord, MeasuredCost]:
     """(configuration, `run.json`, its measured costs) of a run on GPUs. Raises ConfigError if it is not one, or has none.
 
-    `allowing`: settings that allow what the run reaches out to. `command`: the command line, for messages.
+    `permissions`: settings that allow what the run uses outside of its directory. `command`: the command line, for messages.
     """
     from launch.config.read_run import RunReader, read_run, uses_model_alone
 
@@ -183,7 +192,7 @@ def _read_measured_run(
         raise ConfigError(
             f"from={run_dir}: not a run directory (there is no config.yaml in it); name one of a run on GPUs"
         )
-    config = read_run(run_dir, RunReader(command, uses_model_alone, PERMISSION_PREFIX), allowing)
+    config = read_run(run_dir, RunReader(command, uses_model_alone, PERMISSION_PREFIX), permissions)
     try:
         record = read_run_record(run_dir)
     except (OSError, ValueError, RecursionError) as error:
@@ -199,14 +208,14 @@ def _read_measured_run(
     return config, record, record.receipt.measured
 
 
-def _plan_as_it_ran(
+def _planned_choice_of_run(
     config: RunConfig, record: RunRecord, card: Card, settings: PlanConfig, expert_imbalance: MeasuredImbalance | None
 ) -> PlannedChoice | str:
     """What a plan predicts for a run with the very settings that it had, by its `record`.
 
     If that cannot be simulated, returns why, as a clause for a message: "its run.json does not say world_size".
     """
-    from launch.plan.job import job_of
+    from launch.plan.job import planned_run_of
     from strategies.base import ActivationCheckpointing, Precision
     from trainer.config.parallel import dp_size_of
     from trainer.config.run import Device
@@ -228,7 +237,7 @@ def _plan_as_it_ran(
     launcher = replace(config.launcher, processes=record.world_size // config.launcher.nodes)
     config = replace(config, launcher=launcher, precision=Precision(record.precision))
     config.run.device = Device.cuda
-    job = with_imbalance(job_of(config, card), settings, expert_imbalance)
+    job = with_imbalance(planned_run_of(config, card), settings, expert_imbalance)
     micro = record.micro_batch
     accumulation = 2 if job.global_batch > dp_size_of(config, job.ranks) * micro else 1
     variant = RunVariant(config, overrides=())

@@ -18,17 +18,17 @@ from trainer.planner.plan import PlannedRun
 from trainer.planner.round_time import round_load
 
 
-def job_of(config: RunConfig, card: Card) -> PlannedRun:
-    """What a plan needs to know of a run: card, ranks, batch, and the lengths of its documents; prepares its data, if named.
+def planned_run_of(config: RunConfig, card: Card) -> PlannedRun:
+    """What a plan needs to know of a run: card, ranks, batch, and the lengths of its documents.
 
-    With `data.path` or `data.sources`, the data is prepared and its lengths are measured. Without, all documents are
-    taken to be as long as `data.max_length` allows. Raises ConfigError if ranks cannot share the model's rows, although
-    `parallel.sequence` asks for it.
+    With `data.path` or `data.sources`, the data is prepared and its lengths are measured, which may take an hour. Without, all
+    documents are taken to be as long as `data.max_length` allows. Raises ConfigError if ranks cannot share the model's rows,
+    although `parallel.sequence` asks for it.
     """
     check_parallel(config)
     data_spec = data_spec_of(config.objective)
     sequences_per_document = data_spec.sequences_per_document
-    prompt_tokens = float(config.data.max_length)
+    mean_prompt_tokens = float(config.data.max_length)
     longest_prompt = config.data.max_length
     if config.data.path or config.data.sources:
         data = prepare_data(config, load_tokenizer(config.model))
@@ -36,12 +36,12 @@ def job_of(config: RunConfig, card: Card) -> PlannedRun:
             config.data, sequences_per_document
         )
         # A prompt is learned with each of its answers, so that a micro-batch may hold the longest prompt several times.
-        repeats = int(getattr(config.objective, "group_size", 1))
-        lengths = replace(lengths, longest=np.repeat(lengths.longest, repeats))
-        prompt_tokens = float(data.train.lengths.mean())
+        answers_per_prompt = int(getattr(config.objective, "group_size", 1))
+        lengths = replace(lengths, longest=np.repeat(lengths.longest, answers_per_prompt))
+        mean_prompt_tokens = float(data.train.lengths.mean())
         longest_prompt = int(data.train.lengths.max())
     else:
-        # Behind a prompt stands the answer that the model writes, if the data has none.
+        # If the data has no answers, the model generates one behind each prompt.
         longest = data_spec.longest_sequence(config.data.max_length) + max_generated_tokens(config.objective)
         lengths = DocumentLengths.uniform(longest, sequences_per_document)
     return PlannedRun(
@@ -50,13 +50,13 @@ def job_of(config: RunConfig, card: Card) -> PlannedRun:
         nodes=config.launcher.nodes,
         ranks_per_node=config.launcher.per_node,
         global_batch=config.batch["global"],
-        node_gib=_node_gib(config, card),
+        node_gib=_node_memory_gib(config, card),
         lengths=lengths,
-        round=round_load(config, load_model_config(config.model), prompt_tokens, longest_prompt),
+        round=round_load(config, load_model_config(config.model), mean_prompt_tokens, longest_prompt),
     )
 
 
-def _node_gib(config: RunConfig, card: Card) -> float | None:
+def _node_memory_gib(config: RunConfig, card: Card) -> float | None:
     """Memory that a job has of a node: what it asks SLURM for, else what the card's hosts have; None if neither is known."""
     requested_mib = memory_mib_of_setting(getattr(config.launcher, "mem", None))
     return requested_mib / 1024 if requested_mib else card.node_memory_gib

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from launch.plan.answer import (
+    budget_and_price_lines,
+    cards_text,
     checkpoint_gib,
     checkpoint_s,
-    cost_lines,
-    dollars,
-    number_of_cards,
+    format_dollars,
+    memory_savings_text,
     refused_ways_by_reason,
-    storage_text,
-    verdict_on,
+    verdict_on_choice,
 )
-from launch.plan.expert_notes import expert_notes
+from launch.plan.expert_notes import expert_parallel_notes
 from launch.plan.planned_command import planned_command
 from strategies.tensor_inventory import MemoryKind
 from trainer.pages.numbers import format_bytes, format_duration, format_number
@@ -25,11 +26,11 @@ from trainer.planner.plan import PlannedChoice, PlannedRun
 from trainer.planner.sweep import PlanAnswer
 
 PAGE_FILE = "plan.html"
-MAX_BARS = 40
+MAX_DRAWN_BARS = 40
 """Ways whose memory is drawn; the table has all."""
-LONGEST_BAR = 1.6
+MAX_BAR_IN_CARD_MEMORIES = 1.6
 """What a bar may be at most, as a multiple of the card's memory. Longer ones are cut, and say so."""
-NAME_BY_MEMORY_PART: dict[str, str] = {
+LABEL_BY_MEMORY_PART: dict[str, str] = {
     MemoryKind.parameters: "parameters",
     MemoryKind.gathered: "gathered parameters",
     MemoryKind.gradients: "gradients",
@@ -41,8 +42,17 @@ NAME_BY_MEMORY_PART: dict[str, str] = {
     "process": "process, allocator, NCCL",
 }
 """Parts of a card's memory from left to right, with their names on the page."""
-SMALLEST_SHOWN_GIB = 0.005
+MIN_SHOWN_GIB = 0.005
 """Smaller parts are left out: they would be shown as 0.00."""
+
+
+class BarSegment(NamedTuple):
+    """A part of a memory bar. The template unpacks it in this order."""
+
+    colour_number: int
+    label: str
+    size_gib: float
+    width_percent: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,47 +60,50 @@ class MemoryBar:
     """The memory of one way to run, as a bar of parts beside the memory of the card."""
 
     name: str
-    parts: list[tuple[int, str, float, float]]
-    """(number of the colour, name, GiB, width in percent) of each part, from left to right."""
+    parts: list[BarSegment]
+    """The parts of its memory, from left to right."""
     total_gib: float
     is_cut: bool
     fits: bool
     verdict: str
 
 
-def plan_page(answer: PlanAnswer, overrides: list[str], calibrated: tuple[str, ...] = ()) -> str:
-    """The page of a plan as HTML. `overrides` are those that were typed; `calibrated` are lines on what `from=` has measured."""
+def plan_page(answer: PlanAnswer, overrides: list[str], calibration_lines: tuple[str, ...] = ()) -> str:
+    """The page of a plan as HTML.
+
+    `overrides`: those of the command line. `calibration_lines`: lines on what the run of `from=` has measured; empty without one.
+    """
     bars = memory_bars(answer)
     refused = [(ways, reason) for reason, ways in refused_ways_by_reason(answer).items()]
     return render(
         "launch.plan",
         "page.html.j2",
-        about=_job_line(answer),
-        verdict=_verdict(answer, overrides),
+        about=_job_text(answer),
+        verdict=_best_choice_callout(answer, overrides),
         cards=_page_cards(answer),
-        notes=_notes(answer),
+        notes=_note_callouts(answer),
         bars=bars,
-        legend=_legend(bars),
+        legend=_colour_legend(bars),
         left_out_bars=len(answer.best_choices) - len(bars),
         card_gib=answer.job.card.memory_gib,
-        card_position=100 / _axis_in_card_memories(answer),
-        ways=_table_of_ways(answer),
+        card_position=100 / _axis_end_in_card_memories(answer),
+        ways=_ways_table(answer),
         refused=refused,
-        facts=_inputs(answer, overrides),
-        calibrated=[line.strip() for line in calibrated],
+        facts=_plan_inputs(answer, overrides),
+        calibrated=[line.strip() for line in calibration_lines],
     )
 
 
-def _legend(bars: list[MemoryBar]) -> list[tuple[int, str]]:
-    """(number of its colour, name) of each part that any bar has, from left to right."""
-    shown = {}
+def _colour_legend(bars: list[MemoryBar]) -> list[tuple[int, str]]:
+    """(number of its colour, label) of each part of memory that any bar has, from left to right: [(0, "parameters"), ...]."""
+    label_by_colour = {}
     for bar in bars:
-        for index, name, _, _ in bar.parts:
-            shown[index] = name
-    return sorted(shown.items())
+        for segment in bar.parts:
+            label_by_colour[segment.colour_number] = segment.label
+    return sorted(label_by_colour.items())
 
 
-def _job_line(answer: PlanAnswer) -> str:
+def _job_text(answer: PlanAnswer) -> str:
     """The job in one line: the model, the cards, a step."""
     job = answer.job
     cost_model = answer.cost_model
@@ -102,17 +115,17 @@ def _job_line(answer: PlanAnswer) -> str:
     )
 
 
-def way_name(choice: PlannedChoice) -> str:
-    """A way to run in words: `fsdp2, full recomputation, micro-batch 8`."""
+def choice_name(choice: PlannedChoice) -> str:
+    """The name of a choice: "fsdp2, full recomputation, rows/2+offload, micro-batch 8"."""
     mode = str(choice.variant.config.strategy.activation_checkpointing)
     parts = [choice.variant.name, "nothing recomputed" if mode == "none" else f"{mode} recomputation"]
-    kept = storage_text(choice.variant)
-    parts += [kept] if kept else []
+    savings = memory_savings_text(choice.variant)
+    parts += [savings] if savings else []
     return ", ".join([*parts, f"micro-batch {choice.micro}"])
 
 
-def _verdict(answer: PlanAnswer, overrides: list[str]) -> Callout:
-    """What to run, with its command; or that nothing fits, and what would help."""
+def _best_choice_callout(answer: PlanAnswer, overrides: list[str]) -> Callout:
+    """A callout with the command of the best choice; or one that says that nothing fits, by how much, and what would help."""
     best = answer.best
     if best is None:
         least = answer.best_choices[0]
@@ -121,11 +134,11 @@ def _verdict(answer: PlanAnswer, overrides: list[str]) -> Callout:
         if not least.fits_host and least.fit.margin >= 0:
             lacks = f"{format_number(least.host_gib, 3)} GiB of a node's memory, which has {format_number(least.node_gib, 3)}"
             advice = "Take fewer ranks a node, a smaller data.max_length, or leave strategy.offload_activations out."
-        return Callout("bad", "Nothing fits", f"The smallest way, {way_name(least)}, takes {lacks}. {advice}")
+        return Callout("bad", "Nothing fits", f"The smallest way, {choice_name(least)}, takes {lacks}. {advice}")
     command = planned_command(overrides, best, answer.job)
     text = f"The fastest way that fits, {format_number(round(best.tokens_per_s))} tokens a second of all cards"
-    text = f"{text} ({command.missing})." if command.missing else f"{text}."
-    return Callout("good", f"Take {way_name(best)}", text, ["\n".join(command.lines)])
+    text = f"{text} ({command.user_must_add})." if command.user_must_add else f"{text}."
+    return Callout("good", f"Take {choice_name(best)}", text, ["\n".join(command.lines)])
 
 
 def _page_cards(answer: PlanAnswer) -> list[PageCard]:
@@ -136,28 +149,24 @@ def _page_cards(answer: PlanAnswer) -> list[PageCard]:
     job = answer.job
     choice = answer.best or answer.best_choices[0]
     left_gib = choice.fit.margin / GIB
-    left = (
-        f"{format_number(left_gib, 3)} GiB left on each card"
-        if left_gib >= 0
-        else f"{format_number(-left_gib, 3)} GiB too much"
-    )
+    left_text = f"{format_number(left_gib, 3)} GiB left on each card"
+    if left_gib < 0:
+        left_text = f"{format_number(-left_gib, 3)} GiB too much"
     needed = format_number(choice.fit.total / GIB, 3)
     unit = f"of {format_number(job.card.memory_gib, 3)} GiB"
-    cards = [PageCard("Memory of a card", needed, left, "good" if left_gib >= 0 else "bad", unit=unit)]
+    cards = [PageCard("Memory of a card", needed, left_text, "good" if left_gib >= 0 else "bad", unit=unit)]
     if answer.best is not None:
-        of_one = f"{format_number(round(choice.tokens_per_s / job.ranks))} each card"
-        cards.append(PageCard("Speed", format_number(round(choice.tokens_per_s)), of_one, unit="tokens/s"))
-        cards.append(PageCard("A step", format_duration(choice.step.total_s), _slowest_part(choice)))
+        speed_of_one_gpu = f"{format_number(round(choice.tokens_per_s / job.ranks))} each card"
+        cards.append(PageCard("Speed", format_number(round(choice.tokens_per_s)), speed_of_one_gpu, unit="tokens/s"))
+        cards.append(PageCard("A step", format_duration(choice.step.total_s), _largest_step_part_text(choice)))
     if choice.round is not None:
         parts = f"writing {format_duration(choice.round.write_s)}, training {format_duration(choice.round.train_s)}"
-        rewards = (
-            "; rewards not known"
-            if choice.round.score_s is None
-            else f", rewards {format_duration(choice.round.score_s)}"
-        )
+        rewards = "; rewards not known"
+        if choice.round.score_s is not None:
+            rewards = f", rewards {format_duration(choice.round.score_s)}"
         cards.append(PageCard("A round", format_duration(choice.round.total_s), f"at most, planned: {parts}{rewards}"))
     if choice.hours is not None:
-        price = "price not known" if choice.price is None else f"{dollars(choice.price)} for {number_of_cards(job)}"
+        price = "price not known" if choice.price is None else f"{format_dollars(choice.price)} for {cards_text(job)}"
         cards.append(PageCard("The budget", format_duration(3600 * choice.hours), price))
     checkpoint = f"{format_duration(checkpoint_s(answer, choice))} to write"
     cards.append(PageCard("A checkpoint", format_bytes(checkpoint_gib(answer, choice) * GIB), checkpoint))
@@ -165,8 +174,8 @@ def _page_cards(answer: PlanAnswer) -> list[PageCard]:
     return cards
 
 
-def _slowest_part(choice: PlannedChoice) -> str:
-    """The largest part of a step's time, with its share."""
+def _largest_step_part_text(choice: PlannedChoice) -> str:
+    """The largest part of a step's time, with its share: "most: matrix products, 72%"."""
     step = choice.step
     parts = {
         "matrix products": step.products_s,
@@ -178,20 +187,21 @@ def _slowest_part(choice: PlannedChoice) -> str:
     return f"most: {name}, {parts[name] / max(step.total_s, 1e-12):.0%}"
 
 
-def _notes(answer: PlanAnswer) -> list[Callout]:
-    """What the plan chose, and what it does not know."""
+def _note_callouts(answer: PlanAnswer) -> list[Callout]:
+    """Callouts on what the plan chose for the user, on the price if it is not known, and on expert parallelism."""
     notes = []
     if answer.cost_model.notes:
         notes.append(Callout("note", "Chosen for you", "; ".join(answer.cost_model.notes)))
     if answer.best is not None and answer.best.hours is None:
-        notes.append(Callout("note", "What the run costs", "; ".join(cost_lines(answer.best, answer.job))))
-    if of_experts := expert_notes(answer):
-        notes.append(Callout("note", "Experts over ranks", "; ".join(of_experts)))
+        notes.append(Callout("note", "What the run costs", "; ".join(budget_and_price_lines(answer.best, answer.job))))
+    expert_notes = expert_parallel_notes(answer)
+    if expert_notes:
+        notes.append(Callout("note", "Experts over ranks", "; ".join(expert_notes)))
     return notes
 
 
-def memory_parts(choice: PlannedChoice) -> dict[str, float]:
-    """GiB on a GPU by part, under the keys of `NAME_BY_MEMORY_PART`: {"parameters": 12.5, ..., "process": 1.8}.
+def gib_by_memory_part(choice: PlannedChoice) -> dict[str, float]:
+    """GiB on a GPU by part, under the keys of `LABEL_BY_MEMORY_PART`: {"parameters": 12.5, ..., "process": 1.8}.
 
     Their sum is the memory that this way to run needs. A run of `from=` may have measured more tensors than the simulation
     has; each kind of tensor then gets its share of the difference.
@@ -202,43 +212,49 @@ def memory_parts(choice: PlannedChoice) -> dict[str, float]:
     return gib_by_part
 
 
-def _axis_in_card_memories(answer: PlanAnswer) -> float:
-    """The length of the axis of the bars, as a multiple of the card's memory: from 1.1 to LONGEST_BAR."""
-    largest = max(choice.fit.total for choice in answer.best_choices[:MAX_BARS]) / GIB
-    return min(LONGEST_BAR, max(1.1, 1.04 * largest / answer.job.card.memory_gib))
+def _axis_end_in_card_memories(answer: PlanAnswer) -> float:
+    """The length of the axis of the bars, as a multiple of the card's memory: from 1.1 to `MAX_BAR_IN_CARD_MEMORIES`."""
+    largest = max(choice.fit.total for choice in answer.best_choices[:MAX_DRAWN_BARS]) / GIB
+    return min(MAX_BAR_IN_CARD_MEMORIES, max(1.1, 1.04 * largest / answer.job.card.memory_gib))
 
 
 def memory_bars(answer: PlanAnswer) -> list[MemoryBar]:
     """A bar for each way to run, in the order of the answer: its parts of memory side by side, cut at the end of the axis."""
-    axis_gib = _axis_in_card_memories(answer) * answer.job.card.memory_gib
+    axis_gib = _axis_end_in_card_memories(answer) * answer.job.card.memory_gib
     bars = []
-    for choice in answer.best_choices[:MAX_BARS]:
-        gib_by_part = memory_parts(choice)
-        segments: list[tuple[int, str, float, float]] = []  # see `MemoryBar.parts`
+    for choice in answer.best_choices[:MAX_DRAWN_BARS]:
+        gib_by_part = gib_by_memory_part(choice)
+        segments = []
         position_gib = 0.0
-        for index, (part, name) in enumerate(NAME_BY_MEMORY_PART.items()):
+        for colour_number, (part, label) in enumerate(LABEL_BY_MEMORY_PART.items()):
             size_gib = gib_by_part.get(str(part), 0.0)
-            if size_gib < SMALLEST_SHOWN_GIB:
+            if size_gib < MIN_SHOWN_GIB:
                 continue
             end_gib = min(position_gib + size_gib, axis_gib)
-            segments.append((index, name, size_gib, 100 * (end_gib - position_gib) / axis_gib))
+            width_percent = 100 * (end_gib - position_gib) / axis_gib
+            segments.append(BarSegment(colour_number, label, size_gib, width_percent))
             position_gib = end_gib
         total_gib = choice.fit.total / GIB
         bars.append(
             MemoryBar(
-                way_name(choice), segments, total_gib, total_gib > axis_gib, choice.fits, verdict_on(choice, answer)
+                name=choice_name(choice),
+                parts=segments,
+                total_gib=total_gib,
+                is_cut=total_gib > axis_gib,
+                fits=choice.fits,
+                verdict=verdict_on_choice(choice, answer),
             )
         )
     return bars
 
 
-def _table_of_ways(answer: PlanAnswer) -> PageTable:
+def _ways_table(answer: PlanAnswer) -> PageTable:
     """A table of every way to run: memory, speed, and those parts of memory that are large enough to show in some way."""
-    gib_by_part_of_ways = [memory_parts(choice) for choice in answer.best_choices]
+    gib_by_part_of_ways = [gib_by_memory_part(choice) for choice in answer.best_choices]
     shown_parts = []
-    for part in NAME_BY_MEMORY_PART:
+    for part in LABEL_BY_MEMORY_PART:
         largest_gib = max(gib_by_part.get(str(part), 0.0) for gib_by_part in gib_by_part_of_ways)
-        if largest_gib >= SMALLEST_SHOWN_GIB:
+        if largest_gib >= MIN_SHOWN_GIB:
             shown_parts.append(str(part))
     columns = [
         PageColumn("strategy"),
@@ -249,7 +265,7 @@ def _table_of_ways(answer: PlanAnswer) -> PageTable:
         PageColumn("micro-batch"),
         PageColumn("needs", "memory of a card, GiB", best="smallest"),
         PageColumn("left", "memory of a card, GiB"),
-        *(PageColumn(NAME_BY_MEMORY_PART[part], "of that, GiB") for part in shown_parts),
+        *(PageColumn(LABEL_BY_MEMORY_PART[part], "of that, GiB") for part in shown_parts),
     ]
     rows = []
     for choice, gib_by_part in zip(answer.best_choices, gib_by_part_of_ways, strict=True):
@@ -257,21 +273,24 @@ def _table_of_ways(answer: PlanAnswer) -> PageTable:
         for part in shown_parts:
             size_gib = max(gib_by_part.get(part, 0.0), 0.0)
             part_cells.append(PageCell(f"{size_gib:.2f}", size_gib))
-        rows.append([*_cells_of_way(choice, answer), *part_cells])
+        rows.append([*_way_cells(choice, answer), *part_cells])
     return PageTable(columns, rows, "Every way with its best micro-batch.")
 
 
-def _cells_of_way(choice: PlannedChoice, answer: PlanAnswer) -> list[PageCell]:
-    """The cells of a way to run in `_table_of_ways`, up to its parts of memory. The second value of a cell is sorted by."""
+def _way_cells(choice: PlannedChoice, answer: PlanAnswer) -> list[PageCell]:
+    """The cells of a way to run in `_ways_table`, up to its parts of memory.
+
+    A cell's second value is the one that it is sorted by.
+    """
     needed_gib = choice.fit.total / GIB
     left_gib = choice.fit.margin / GIB
     speed = PageCell("\N{EN DASH}")
     if choice.fits:
         speed = PageCell(format_number(round(choice.tokens_per_s)), choice.tokens_per_s)
     recomputation = str(choice.variant.config.strategy.activation_checkpointing)
-    storage = storage_text(choice.variant) or "whole"
+    storage = memory_savings_text(choice.variant) or "whole"
     # The verdict (`too large`) stands beside the name, where a phone shows it without scrolling.
-    verdict = verdict_on(choice, answer)
+    verdict = verdict_on_choice(choice, answer)
     return [
         PageCell(choice.variant.name, choice.variant.name),
         PageCell(verdict, verdict, tone="" if choice.fits else "bad"),
@@ -284,8 +303,8 @@ def _cells_of_way(choice: PlannedChoice, answer: PlanAnswer) -> list[PageCell]:
     ]
 
 
-def _inputs(answer: PlanAnswer, overrides: list[str]) -> list[tuple[str, str]]:
-    """What the plan was made from, for the folded part at the end."""
+def _plan_inputs(answer: PlanAnswer, overrides: list[str]) -> list[tuple[str, str]]:
+    """(name, value) of what the plan was made from, for the folded section at the end: [("rows", "packed"), ...]."""
     job: PlannedRun = answer.job
     card = job.card
     price = "not known" if card.price_per_hour is None else f"${card.price_per_hour:,.2f} an hour"

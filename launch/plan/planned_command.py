@@ -15,20 +15,21 @@ class PlannedCommand(NamedTuple):
 
     lines: list[str]
     """The command, quoted for a shell: ["shardtune train model.path=... \\", "    strategy=fsdp2"]."""
-    missing: str
-    """What the user must add, such as `with a budget of your own`; empty if it is complete."""
+    user_must_add: str
+    """What is missing in the command, such as `with a budget of your own`; empty if it is complete."""
 
 
-def command_lines(overrides: list[str], best: PlannedChoice, job: PlannedRun) -> list[str]:
+def planned_command_lines(overrides: list[str], best: PlannedChoice, job: PlannedRun) -> list[str]:
     """The lines of `planned_command`, then one in brackets on what the user must add, if anything."""
     command = planned_command(overrides, best, job)
-    return [*command.lines, f"({command.missing})"] if command.missing else command.lines
+    return [*command.lines, f"({command.user_must_add})"] if command.user_must_add else command.lines
 
 
 def planned_command(overrides: list[str], best: PlannedChoice, job: PlannedRun) -> PlannedCommand:
-    """The command that runs the best choice, in lines of at most 80 columns where its arguments allow.
+    """The command that runs the best choice, in lines of at most 80 columns; a longer argument has a line of its own.
 
-    `overrides`: those on the command line of the plan. Those that the plan has chosen (`best.overrides`) replace them.
+    `overrides`: those on the command line of the plan. The overrides that the plan has chosen (`best.overrides`) replace those
+    of the same keys.
     """
     cli_keys = {override.split("=")[0] for override in overrides}
     chosen_keys = {override.split("=")[0] for override in best.overrides}
@@ -49,14 +50,14 @@ def planned_command(overrides: list[str], best: PlannedChoice, job: PlannedRun) 
         line += f" {quoted}"
     lines.append(line)
 
-    missing = []
+    missing_settings = []
     budget = best.variant.config.budget
     if not any((budget.steps, budget.epochs, budget.tokens)):
-        missing.append("a budget")
+        missing_settings.append("a budget")
     data = best.variant.config.data
     if not data.path and not data.sources:
-        missing.append("data.path")
-    return PlannedCommand(lines, f"with {' and '.join(missing)} of your own" if missing else "")
+        missing_settings.append("data.path")
+    return PlannedCommand(lines, f"with {' and '.join(missing_settings)} of your own" if missing_settings else "")
 
 
 def _is_for_slurm(overrides: list[str], job: PlannedRun) -> bool:

@@ -17,26 +17,34 @@ from trainer.planner.round_time import RoundLoad, RoundTime, WritingModel, round
 from trainer.session.run_facts import model_flops_per_token
 from trainer.step import BuiltModel
 
-STATE_BYTES = 12
+TRAINING_STATE_BYTES = 12
 """Bytes of a trained parameter between two steps beside its weight: the two moments of Adam and a weight, in float32."""
-NOT_MEASURED = "not known before rewards have run: shardtune evaluate with the settings of the run measures it"
+SCORING_NOT_MEASURED_TEXT = (
+    "not known before rewards have run: shardtune evaluate with the settings of the run measures it"
+)
 
 
 def round_lines(load: RoundLoad, planned: RoundTime) -> list[str]:
-    """Lines for people, not folded: the seconds of a round by its parts, and what writing holds."""
-    scoring = NOT_MEASURED if planned.score_s is None else f"{planned.score_s:.1f} s"
-    where = "whole on each rank" if planned.gathers_once else "gathered block by block for each token, which is slow"
+    """Lines, not wrapped: how long a round of online learning takes, by its stages, and what memory generating answers needs.
+
+    `load`: what a round generates and trains on; `planned`: its predicted seconds and bytes.
+    """
+    scoring = SCORING_NOT_MEASURED_TEXT if planned.score_s is None else f"{planned.score_s:.1f} s"
+    weights_place = (
+        "whole on each rank" if planned.gathers_once else "gathered block by block for each token, which is slow"
+    )
     steps = "1 step" if load.steps == 1 else f"{load.steps} steps"
     return [
         f"a round of {load.prompts} prompts x {load.group_size} answers of {load.new_tokens:,} tokens takes at most "
         f"{planned.total_s:.1f} s, planned: writing {planned.write_s:.1f} s, training {planned.train_s:.1f} s ({steps}); "
         f"scoring is {scoring}",
-        f"while it writes, a rank needs {planned.writing_bytes / GIB:.2f} GiB for weights ({where}) and keys of the answers",
+        f"while it writes, a rank needs {planned.writing_bytes / GIB:.2f} GiB for weights ({weights_place}) and "
+        "keys of the answers",
     ]
 
 
-def round_facts(planned: RoundTime | None) -> dict[str, Any] | None:
-    """The same as JSON values: seconds, and GiB of a rank; None without rounds."""
+def round_as_json(planned: RoundTime | None) -> dict[str, Any] | None:
+    """The predicted seconds and GiB of a round, as JSON values: {"writing": 12.5, ...}; None for a run without rounds."""
     if planned is None:
         return None
     return {
@@ -50,21 +58,23 @@ def round_facts(planned: RoundTime | None) -> dict[str, Any] | None:
     }
 
 
-def dry_run_lines(
+def round_lines_of_dry_run(
     config: RunConfig,
     built: BuiltModel,
-    prompts: Any,
+    *,
+    prompt_lengths: Any,
     mean_length: float,
     gpu_kinds: Iterable[str],
-    parameters: tuple[int, int],
+    num_parameters: int,
+    num_trained: int,
 ) -> list[str]:
     """Lines on the seconds of a round (answers written, scored and trained on) for a run that is not started.
 
-    Empty if the run generates no answers. `prompts`: lengths of the prompts in tokens. `mean_length`: tokens of a prompt with its
-    answer. `gpu_kinds`: the cluster's names for the GPUs of the job, such as "h100"; without any, the GPU of this machine counts.
-    `parameters`: how many the model has, and how many of them are trained.
+    Empty if the run generates no answers. `prompt_lengths`: those of the prompts, in tokens. `mean_length`: tokens of a prompt
+    with its answer. `gpu_kinds`: the cluster's names for the GPUs of the job, such as "h100"; without any, the GPU of this
+    machine counts. `num_trained`: how many of the `num_parameters` parameters are trained.
     """
-    load = round_load(config, built.config, float(prompts.mean()), int(prompts.max(initial=0)))
+    load = round_load(config, built.config, float(prompt_lengths.mean()), int(prompt_lengths.max(initial=0)))
     if load is None:
         return []
     card = _slowest_card(config, gpu_kinds)
@@ -74,7 +84,6 @@ def dry_run_lines(
             "on its first prompts"
         ]
     # Seconds of a training step: its floating-point operations at the share of the GPU's peak that runs reach.
-    total, trained = parameters
     ranks = config.launcher.per_node * config.launcher.nodes
     flops = model_flops_per_token(built, mean_length, 0.5) * mean_length * config.batch["global"]
     step_s = flops / (ranks * REACHED_PEAK_SHARE * card.tflops(config.precision) * 1e12)
@@ -83,13 +92,13 @@ def dry_run_lines(
     _, blocks = width_and_num_blocks(built.plain)
     planned = round_time(
         load,
-        WritingModel(total, blocks, vocabulary, itemsize),
+        WritingModel(num_parameters, blocks, vocabulary, itemsize),
         config,
         card,
         ranks=ranks,
         nodes=config.launcher.nodes,
         step_s=step_s,
-        other_bytes=(total * itemsize + trained * STATE_BYTES) / ranks,
+        other_bytes=(num_parameters * itemsize + num_trained * TRAINING_STATE_BYTES) / ranks,
     )
     return [f"{card.name}: {line}" for line in round_lines(load, planned)]
 
@@ -98,11 +107,11 @@ def _slowest_card(config: RunConfig, gpu_kinds: Iterable[str]) -> Card | None:
     """The GPU with the slowest memory of those that a job may get, or the GPU of this machine; None if it is not known."""
     if str(config.run.device) != "cuda":
         return None
-    known: list[dict[str, Any]] = []
+    figures_of_cards: list[dict[str, Any]] = []  # as the YAML files of conf/hardware/ have them
     for kind in gpu_kinds:
-        known += cards_of_gpu_kind(kind)
-    if not known and torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        known = [card for card in cards().values() if card["name"] == name]
-    found = [Card(**card) for card in known]
-    return min(found, key=lambda card: card.memory_gb_s, default=None)
+        figures_of_cards += cards_of_gpu_kind(kind)
+    if not figures_of_cards and torch.cuda.is_available():
+        gpu_name = torch.cuda.get_device_name()
+        figures_of_cards = [figures for figures in cards().values() if figures["name"] == gpu_name]
+    gpu_cards = [Card(**figures) for figures in figures_of_cards]
+    return min(gpu_cards, key=lambda card: card.memory_gb_s, default=None)

@@ -156,7 +156,7 @@ def test_dry_run_describes_the_plan(capsys, monkeypatch, tmp_path):
     (tmp_path / "d.jsonl").write_text("{}")
     described = []
     answer = SimpleNamespace(text="the plan", facts={}, exit_code=0)
-    plan = SimpleNamespace(describe=lambda config: described.append(config) or answer)
+    plan = SimpleNamespace(describe_run=lambda config: described.append(config) or answer)
     monkeypatch.setitem(sys.modules, "launch.plan.dry_run", plan)
     assert command.main(["train", "--dry-run", "model.path=m", "data.path=d.jsonl", "budget.steps=1"]) == 0
     assert capsys.readouterr().out == "the plan\n"

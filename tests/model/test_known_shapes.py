@@ -12,8 +12,8 @@ from launch.config.axes import read_axes
 from launch.config.choices import USER_CONFIG_DIRS, choices_by_group, is_published_shape_choice
 from launch.config.compose import compose_config
 from launch.config.user_files import take_config_dirs
-from launch.plan.command import CARDS
-from launch.plan.dry_run import describe
+from launch.plan.command import SHIPPED_CARD_NAMES
+from launch.plan.dry_run import describe_run
 from strategies.errors import ConfigError
 from tests.helpers.covering import EVERYTHING
 from trainer.model.config import ModelConfig
@@ -176,7 +176,7 @@ def test_training_says_that_a_shape_is_not_enough(needs):
 
 
 def test_plan_and_dry_run_need_no_files(capsys):
-    assert "l4" in CARDS
+    assert "l4" in SHIPPED_CARD_NAMES
     way = ["strategy=ddp", "strategy.activation_checkpointing=none", "batch.micro=1", "batch.global=2"]
     sizes = [f"model={SMALL}", "data.max_length=64", "tuning=lora", *way]
     assert command.main(["plan", *sizes, "hardware=l4", "plan.workers=1"]) == 0
@@ -185,7 +185,7 @@ def test_plan_and_dry_run_need_no_files(capsys):
     assert f"is not on this machine; its published shape {SMALL} stands for it" in said
 
     run = ["data.path=train.jsonl", "launcher.processes=1", "budget.epochs=1"]
-    dry_run = describe(compose_config([*sizes, *run]).config)
+    dry_run = describe_run(compose_config([*sizes, *run]).config)
     assert "batch: 2 = 1 micro x 2 accumulation x 1 rank" in dry_run.text
     assert "tokens per step: at most 128" in dry_run.text and "steps: not known without a tokenizer" in dry_run.text
     assert "memory per rank" in dry_run.text and "total" in dry_run.text
@@ -199,7 +199,7 @@ def test_plan_and_dry_run_need_no_files(capsys):
 def test_a_dry_run_cannot_choose_by_documents_that_it_cannot_read():
     words = [f"model={SMALL}", "data.path=train.jsonl", "budget.steps=1", "batch.micro=auto", "launcher.processes=1"]
     with pytest.raises(ConfigError, match=r"batch\.micro=auto: is chosen by the lengths of the documents"):
-        describe(compose_config(words).config)
+        describe_run(compose_config(words).config)
 
 
 @pytest.mark.parametrize("place", [LLAMA, "models/llama"])

@@ -14,10 +14,16 @@ import torch
 from launch import main as command
 from launch.cluster import long_steps
 from launch.config.compose import compose_config, num_launched_ranks
-from launch.plan.answer import cost_lines, dollars, number_of_cards, refused_ways_by_reason, storage_text
-from launch.plan.command import CARDS, compose_planned_run, read_plan_request
-from launch.plan.job import job_of
-from launch.plan.planned_command import command_lines
+from launch.plan.answer import (
+    budget_and_price_lines,
+    cards_text,
+    format_dollars,
+    memory_savings_text,
+    refused_ways_by_reason,
+)
+from launch.plan.command import SHIPPED_CARD_NAMES, compose_planned_run, read_plan_request
+from launch.plan.job import planned_run_of
+from launch.plan.planned_command import planned_command_lines
 from strategies.base import Fsdp2Config, Precision, StrategyName
 from strategies.errors import ConfigError
 from tests.helpers.building import model_dir
@@ -60,7 +66,7 @@ def plan(capsys, model, *words):
     return code, said.out + said.err
 
 
-@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize("name", SHIPPED_CARD_NAMES)
 def test_plan_card_has_every_figure_that_a_plan_needs(name):
     card = read_plan_request([f"hardware={name}"]).card
     assert card.name in PEAK_TFLOPS
@@ -262,7 +268,7 @@ def test_the_command_starts_as_many_ranks_as_were_planned(model, asked, verb, ra
     best = SimpleNamespace(
         overrides=["strategy=ddp", "batch.global=32", "batch.micro=2"], variant=RunVariant(config, ())
     )
-    said = "\n".join(command_lines(words, best, job_of(config, card)))
+    said = "\n".join(planned_command_lines(words, best, planned_run_of(config, card)))
     starts, *typed = pasted(said)
     assert (starts, *refused_by_train(starts, *typed)) == (verb, ranks, [])
     assert verb == "train" or compose_config([*typed, "launcher=slurm"], check=False).config.launcher.gpus_per_node > 0
@@ -389,7 +395,7 @@ def test_plan_rows_name_all_settings_stored_otherwise(model):
     config, typed = compose_planned_run([f"model.path={model}", "tuning=lora", "strategy=fsdp2"], card)
     settings = PlanConfig(offload=True, quantisation=[Quantisation.none, Quantisation.nf4])
     found, _ = run_variants(config, settings, typed, 1)
-    labels = {(way.offload, str(way.config.model.quantisation)): storage_text(way) for way in found}
+    labels = {(way.offload, str(way.config.model.quantisation)): memory_savings_text(way) for way in found}
     assert labels == {
         (False, "none"): "",
         (True, "none"): "offload",
@@ -402,8 +408,8 @@ def test_plan_rows_name_all_settings_stored_otherwise(model):
 
 
 def test_a_small_job_costs_less_than_a_cent_on_one_card():
-    assert (dollars(0.001), dollars(1234.5)) == ("less than $0.01", "$1,234.50")
-    assert [number_of_cards(SimpleNamespace(ranks=ranks)) for ranks in (1, 8)] == ["1 card", "8 cards"]
+    assert (format_dollars(0.001), format_dollars(1234.5)) == ("less than $0.01", "$1,234.50")
+    assert [cards_text(SimpleNamespace(ranks=ranks)) for ranks in (1, 8)] == ["1 card", "8 cards"]
 
 
 @pytest.mark.parametrize(
@@ -430,7 +436,7 @@ def test_plan_says_what_the_cost_of_a_run_lacks(model, words, card, said):
     hours = 0.0125 if "budget.steps=3" in words else None
     price = None if hours is None or card else 0.1
     found = SimpleNamespace(variant=RunVariant(config, ()), hours=hours, price=price, tokens_per_s=1e4)
-    told = " ".join(cost_lines(found, job(a10g)))
+    told = " ".join(budget_and_price_lines(found, job(a10g)))
     assert all(part in told for part in said), told
     assert told.replace("the price of the whole run", "").count("price") == len(card) + (
         "give hardware.price_per_hour" in told

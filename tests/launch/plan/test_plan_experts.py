@@ -8,8 +8,8 @@ import pytest
 
 from launch import main as command
 from launch.config.compose import compose_config
-from launch.plan.dry_run import describe
-from launch.plan.expert_notes import expert_notes, imbalance_notes
+from launch.plan.dry_run import describe_run
+from launch.plan.expert_notes import expert_parallel_notes, imbalance_notes
 from launch.plan.from_run import _measured_imbalance
 from strategies.base import Precision
 from tests.helpers.building import model_dir
@@ -140,7 +140,7 @@ def answer_of(*choices, nodes=1):
 def test_a_plan_says_where_groups_cross_hosts():
     def crossing(*degrees, nodes):
         answer = answer_of(*((degree, True, 1.0) for degree in degrees), nodes=nodes)
-        return [note for note in expert_notes(answer) if "cross hosts" in note]
+        return [note for note in expert_parallel_notes(answer) if "cross hosts" in note]
 
     (note,) = crossing(8, 16, nodes=4)
     assert note.startswith("parallel.experts=16: groups of 16 ranks cross hosts of 8: ")
@@ -159,21 +159,21 @@ def test_a_plan_of_groups_that_cross_hosts_prints_the_note(capsys, model):
 def test_a_plan_offers_expert_parallelism_where_nothing_else_fits():
     """The branch of a layer that is too large to be gathered; and those beside it."""
     only = "parallel.experts=4 fits, and nothing does that gathers all experts of a layer on each rank"
-    assert expert_notes(answer_of((4, True, 100.0), (1, False, 50.0)))[0] == only
-    both = expert_notes(answer_of((4, True, 100.0), (1, True, 50.0)))
+    assert expert_parallel_notes(answer_of((4, True, 100.0), (1, False, 50.0)))[0] == only
+    both = expert_parallel_notes(answer_of((4, True, 100.0), (1, True, 50.0)))
     assert both[0].startswith("parallel.experts=4 is 2.00 times as fast as the fastest way that gathers")
-    slower = expert_notes(answer_of((1, True, 100.0), (4, True, 50.0)))
+    slower = expert_parallel_notes(answer_of((1, True, 100.0), (4, True, 50.0)))
     assert slower[0].startswith("parallel.experts=4 is slower, 0.50 times the speed of the fastest way that gathers")
-    for notes in (expert_notes(answer_of((4, False, 1.0), (1, False, 1.0))), both, slower):
+    for notes in (expert_parallel_notes(answer_of((4, False, 1.0), (1, False, 1.0))), both, slower):
         assert only not in notes
-    assert expert_notes(answer_of((1, True, 100.0))) == []
+    assert expert_parallel_notes(answer_of((1, True, 100.0))) == []
 
 
 def test_dry_run_of_a_local_model_says_how_experts_are_spread(model, tmp_path):
     data = write_chat_data(tmp_path / "train.jsonl", 16)
     words = [f"model.path={model}", f"data.path={data}", f"data.cache_dir={tmp_path / 'cache'}", "budget.steps=2"]
     words += ["strategy=fsdp2", "parallel.experts=2", "launcher.processes=4", "run.device=cpu"]
-    dry_run = describe(compose_config([*words, "batch.global=8", "batch.micro=2"]).config)
+    dry_run = describe_run(compose_config([*words, "batch.global=8", "batch.micro=2"]).config)
     assert dry_run.exit_code == 0
     held = (
         "experts: 2 layers of 8 are distributed over 2 ranks (parallel.experts); "
@@ -189,7 +189,7 @@ def test_dry_run_of_a_published_shape_says_how_experts_are_spread(tmp_path):
     words = ["model=qwen3_30b_a3b", f"data.path={data}", "data.max_length=64", "tuning=lora", "strategy=fsdp2"]
     words += ["strategy.activation_checkpointing=full", "parallel.experts=8", "launcher=slurm", "launcher.nodes=2"]
     words += ["launcher.gpus_per_node=4", "batch.global=8", "batch.micro=1", "budget.steps=1"]
-    dry_run = describe(compose_config(words).config)
+    dry_run = describe_run(compose_config(words).config)
     assert dry_run.exit_code == 0
     assert (
         "experts: 48 layers of 128 are distributed over 8 ranks (parallel.experts); each rank holds 16 of a layer"
