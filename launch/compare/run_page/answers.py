@@ -24,17 +24,21 @@ class AnswerPair:
 
     task: str
     prompt: str
-    before: str
-    after: str
-    reference: str = ""
+    answer_before: str
+    answer_after: str
+    reference_answer: str = ""
     change: str = ""
     """`right now` or `wrong now`; empty where nobody judged them."""
 
     @property
     def summary(self) -> str:
         """One line on the pair: the task, what changed, and the end of the prompt: `qa: right now: … What is 2 + 2?`."""
-        one_line = " ".join(self.prompt.split())
-        prompt_end = one_line if len(one_line) <= MAX_SUMMARY_CHARACTERS else f"… {one_line[-MAX_SUMMARY_CHARACTERS:]}"
+        prompt_on_one_line = " ".join(self.prompt.split())
+        prompt_end = (
+            prompt_on_one_line
+            if len(prompt_on_one_line) <= MAX_SUMMARY_CHARACTERS
+            else f"… {prompt_on_one_line[-MAX_SUMMARY_CHARACTERS:]}"
+        )
         parts = (self.task.replace(GENERATED, "held-out document"), self.change, prompt_end)
         return ": ".join(part for part in parts if part)
 
@@ -82,9 +86,9 @@ def _pair_of_rows(task: str, first_row: dict[str, Any], last_row: dict[str, Any]
     return AnswerPair(
         task,
         prompt=shorten_at_start(str(last_row["prompt"])),
-        before=shorten_at_start(str(first_row.get("answer") or "")),
-        after=shorten_at_start(str(last_row.get("answer") or "")),
-        reference=shorten_at_start(str(last_row.get("reference") or "")),
+        answer_before=shorten_at_start(str(first_row.get("answer") or "")),
+        answer_after=shorten_at_start(str(last_row.get("answer") or "")),
+        reference_answer=shorten_at_start(str(last_row.get("reference") or "")),
     )
 
 
@@ -100,7 +104,7 @@ def _changed_answers(comparison_by_task: dict[str, Any]) -> list[AnswerPair]:
         changed = comparison.get("changed") or {}
         right_now += [_judged_pair(task, row, "right now") for row in changed.get("won") or [] if row.get("answer")]
         wrong_now += [_judged_pair(task, row, "wrong now") for row in changed.get("lost") or [] if row.get("answer")]
-    return _take_in_turn(right_now, wrong_now)
+    return _interleave_pairs(right_now, wrong_now)
 
 
 def _judged_pair(task: str, row: dict[str, Any], change: str) -> AnswerPair:
@@ -108,13 +112,13 @@ def _judged_pair(task: str, row: dict[str, Any], change: str) -> AnswerPair:
     return AnswerPair(
         task,
         prompt=shorten_at_start(str(row.get("prompt") or "")),
-        before=shorten_at_start(str(row.get("other") or "")),
-        after=shorten_at_start(str(row["answer"])),
+        answer_before=shorten_at_start(str(row.get("other") or "")),
+        answer_after=shorten_at_start(str(row["answer"])),
         change=change,
     )
 
 
-def _take_in_turn(first: Sequence[AnswerPair], second: Sequence[AnswerPair]) -> list[AnswerPair]:
+def _interleave_pairs(first: Sequence[AnswerPair], second: Sequence[AnswerPair]) -> list[AnswerPair]:
     """Entries of both in turn, then what is left of the longer one."""
     mixed = []
     for index in range(max(len(first), len(second))):

@@ -1,4 +1,4 @@
-"""What stands on a run's page besides its verdict: cards, what it took against what was planned, settings, links, answers."""
+"""What stands on a run's page besides its verdict: cards, measured and planned costs, settings, provenance and links."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def run_cards(compared: ComparedPoint) -> list[PageCard]:
 def _metric_card(run: RecordedRun, change: MetricChange) -> PageCard:
     """A held-out metric at the end of the run, with its value before training, and the best step if that was better."""
     notes = []
-    if change.before is not None:
-        notes.append(f"before training {change.shown(change.before)}")
+    if change.value_before is not None:
+        notes.append(f"before training {change.format_value(change.value_before)}")
     if change.judgement:
         notes.append(change.judgement)
     best = best_step(run)
     is_monitored = change.name == monitored_metric(run)
-    if is_monitored and best is not None and not best.last_is_as_good and best.beats_beginning:
-        notes.append(f"best {change.shown(best.value)} at step {best.step}")
-    return PageCard(change.title, change.shown(change.after), ", ".join(notes), change.tone, change.arrow)
+    if is_monitored and best is not None and not best.is_last_as_good and best.is_better_than_before_training:
+        notes.append(f"best {change.format_value(best.value)} at step {best.step}")
+    return PageCard(change.title, change.format_value(change.value_after), ", ".join(notes), change.tone, change.arrow)
 
 
 def _training_metric_cards(run: RecordedRun) -> list[PageCard]:
@@ -69,7 +69,7 @@ def _training_metric_cards(run: RecordedRun) -> list[PageCard]:
         return []
     first_value = values[0] if len(values) > 1 else None
     note = "" if first_value is None else f"first step {format_number(first_value)}"
-    change = MetricChange(metric, after=values[-1], before=first_value)
+    change = MetricChange(metric, value_after=values[-1], value_before=first_value)
     return [PageCard(f"Training {metric}", format_number(values[-1]), note, tone="", arrow=change.arrow)]
 
 
@@ -131,7 +131,7 @@ def _predicted_cost(run: RecordedRun) -> PredictedCost:
 
 
 def cost_table(compared: ComparedPoint) -> PageTable | None:
-    """A table of what the run took, beside what was planned, with a row for each cost; None if nothing was measured."""
+    """A table of the measured costs of a run beside the planned ones, with a row for each cost; None if nothing was measured."""
     run = compared.first_repeat
     measured = compared.measured
     predicted = _predicted_cost(run)
@@ -142,14 +142,14 @@ def cost_table(compared: ComparedPoint) -> PageTable | None:
         # Not comparable: the measured memory has the process's libraries in it, and the plan knows no reliable peak of a CPU.
         planned_memory_gib = None
         planned_step_s = None
-    planned_exchange = _gib_to_bytes(measured.planned_exchanged_gib)
-    exchange = _gib_to_bytes(measured.exchanged_gib)
-    memory = _gib_to_bytes(measured.memory_gib)
+    planned_exchanged_bytes = _gib_to_bytes(measured.planned_exchanged_gib)
+    exchanged_bytes = _gib_to_bytes(measured.exchanged_gib)
+    memory_bytes = _gib_to_bytes(measured.memory_gib)
     rows = [
-        _cost_row("Memory of a rank", format_bytes, _gib_to_bytes(planned_memory_gib), memory),
+        _cost_row("Memory of a rank", format_bytes, _gib_to_bytes(planned_memory_gib), memory_bytes),
         _cost_row("Reserved by the allocator", format_bytes, None, _gib_to_bytes(measured.memory_reserved_gib)),
         _cost_row("Time of a step", format_duration, planned_step_s, measured.step_s),
-        _cost_row("Exchanged in a step, rank 0", format_bytes, planned_exchange, exchange),
+        _cost_row("Exchanged in a step, rank 0", format_bytes, planned_exchanged_bytes, exchanged_bytes),
         _cost_row("Waited for the exchange in a step", format_duration, None, measured.exposed_s),
         _cost_row("Size of a checkpoint", format_bytes, predicted.checkpoint_bytes, measured_receipt.checkpoint_bytes),
         _cost_row("Writing a checkpoint", format_duration, None, measured.checkpoint_s),
@@ -158,24 +158,24 @@ def cost_table(compared: ComparedPoint) -> PageTable | None:
         ),
         _cost_row("Price of a million tokens, US$", format_number, None, compared.summary.dollars_per_million),
     ]
-    columns = [PageColumn("what"), PageColumn("planned"), PageColumn("taken")]
-    columns.append(PageColumn("taken / planned", note="1 is as planned, 2 twice as much"))
+    columns = [PageColumn("what"), PageColumn("planned"), PageColumn("measured")]
+    columns.append(PageColumn("measured / planned", note="1 is as planned, 2 twice as much"))
     measured_rows = [row for row in rows if row is not None]
-    return PageTable(columns, measured_rows, "Taken against planned") if measured_rows else None
+    return PageTable(columns, measured_rows, "Measured against planned") if measured_rows else None
 
 
 def _cost_row(
-    title: str, format_value: Callable[[float], str], planned: float | None, taken: float | None
+    title: str, format_value: Callable[[float], str], planned: float | None, measured: float | None
 ) -> list[PageCell] | None:
-    """A row of the cost table: title, planned, taken, and taken / planned. None if the cost was not measured.
+    """A row of the cost table: title, planned, measured, and measured / planned. None if the cost was not measured.
 
     `format_value` writes a value with its unit. Without a plan, the cells that need it are dashes.
     """
-    if not taken:
+    if not measured:
         return None
     planned_cell = PageCell(format_value(planned), planned) if planned else PageCell(UNKNOWN)
-    ratio_cell = PageCell(f"{taken / planned:.2f}", taken / planned) if planned else PageCell(UNKNOWN)
-    return [PageCell(title, title), planned_cell, PageCell(format_value(taken), taken), ratio_cell]
+    ratio_cell = PageCell(f"{measured / planned:.2f}", measured / planned) if planned else PageCell(UNKNOWN)
+    return [PageCell(title, title), planned_cell, PageCell(format_value(measured), measured), ratio_cell]
 
 
 def _gib_to_bytes(gib: float | None) -> float | None:
@@ -193,8 +193,8 @@ def _start_without_evaluation_s(measured: RunMeasurements) -> float | None:
 class ShownSettings:
     """A run's settings as (key, value as on the command line): those that were chosen, and all."""
 
-    chosen: list[tuple[str, str]]
-    all: list[tuple[str, str]]
+    chosen_settings: list[tuple[str, str]]
+    all_settings: list[tuple[str, str]]
 
 
 def run_settings(run: RecordedRun) -> ShownSettings:

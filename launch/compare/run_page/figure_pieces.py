@@ -61,7 +61,7 @@ def step_positions(run: RecordedRun) -> dict[int, Row]:
     return positions
 
 
-def thinned_steps(run: RecordedRun) -> list[int]:
+def drawn_steps(run: RecordedRun) -> list[int]:
     """The steps that are drawn: evenly spread ones, the last, and those that stood out; of a short run, all.
 
     About `MAX_POINTS` are evenly spread, and at most `MAX_POINTS` stood out.

@@ -23,12 +23,12 @@ from launch.compare.run_page.figure_pieces import (
     Figure,
     Row,
     Spec,
+    drawn_steps,
     evenly_spread_rows,
     held_out_rows_of,
     position_of,
     six_digits,
     step_positions,
-    thinned_steps,
     tooltip_fields,
 )
 from launch.compare.run_page.held_out import BestStep, best_step, monitored_metric
@@ -77,9 +77,9 @@ SCALE_MENU: Spec = {
 class PageFigures(NamedTuple):
     """The plots of a run's page."""
 
-    main: list[Figure]
+    head_figures: list[Figure]
     """At the head of the page."""
-    folded: list[Figure]
+    folded_figures: list[Figure]
 
 
 def run_figures(run: RecordedRun, parts_s: dict[str, float], profile: ProfiledSteps | None) -> PageFigures:
@@ -89,12 +89,16 @@ def run_figures(run: RecordedRun, parts_s: dict[str, float], profile: ProfiledSt
     held-out loss, which is in the plot of the loss. `parts_s`: seconds of each part of a step, by its name. `profile`: None if
     the run was not profiled.
     """
-    positions = step_positions(run)
-    loss_figure = _loss_figure(run, positions)
-    reward_figure = _reward_figure(run, positions)
-    held_out_figure = _held_out_figure(run, positions)
+    position_by_step = step_positions(run)
+    loss_figure = _loss_figure(run, position_by_step)
+    reward_figure = _reward_figure(run, position_by_step)
+    held_out_figure = _held_out_figure(run, position_by_step)
     main: list[Figure | None] = [loss_figure]
-    folded = [_course_figure(run, positions), _step_parts_figure(parts_s), _profile_memory_figure(profile)]
+    folded = [
+        _training_course_figure(run, position_by_step),
+        _step_time_figure(parts_s),
+        _profile_memory_figure(profile),
+    ]
     if reward_figure is not None:
         # The loss of such a run is near 0 by construction and tells nothing.
         main = [reward_figure]
@@ -110,21 +114,21 @@ def _without_missing(candidates: list[Figure | None]) -> list[Figure]:
     return [figure for figure in candidates if figure is not None]
 
 
-def _loss_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:
+def _loss_figure(run: RecordedRun, position_by_step: dict[int, Row]) -> Figure | None:
     """Training and held-out loss in one plot, with the best step marked; None if no drawn step has a finite loss."""
-    training_rows = _training_loss_rows(run, positions)
+    training_rows = _training_loss_rows(run, position_by_step)
     if not training_rows:
         return None
-    held_out_rows = held_out_rows_of(run, positions, HELD_OUT_LOSS)
+    held_out_rows = held_out_rows_of(run, position_by_step, HELD_OUT_LOSS)
     layers = _training_layers(training_rows, has_held_out=bool(held_out_rows)) + _held_out_layers(held_out_rows)
     caption = "The pale line is each step's own loss."
     if held_out_rows:
         caption += " Held-out loss is that of documents the model is not trained on."
     best = best_step(run)
-    if best is not None and best.beats_beginning and _has_held_out_loss(run, best.step):
-        layers += _best_step_layers(run, best, positions)
+    if best is not None and best.is_better_than_before_training and _has_held_out_loss(run, best.step):
+        layers += _best_step_layers(run, best, position_by_step)
         caption += f" ★ marks step {best.step}, the best by {monitored_metric(run)}."
-    notable_rows = _notable_rows(run, positions)
+    notable_rows = _notable_rows(run, position_by_step)
     if notable_rows:
         layers.append(_notable_layer(notable_rows))
         caption += " Dotted lines: steps that stood out; the pointer says why."
@@ -133,7 +137,7 @@ def _loss_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:
     return Figure("loss", title, f"{caption} {ZOOM_HINT}", spec)
 
 
-def _training_loss_rows(run: RecordedRun, positions: dict[int, Row]) -> list[Row]:
+def _training_loss_rows(run: RecordedRun, position_by_step: dict[int, Row]) -> list[Row]:
     """A data row for each drawn step with a finite training loss: its position, its loss, and the loss by each smoothing."""
     loss_by_step = {}
     for step, row in run.steps.items():
@@ -144,11 +148,11 @@ def _training_loss_rows(run: RecordedRun, positions: dict[int, Row]) -> list[Row
         weight = smoothing_weight(share * len(loss_by_step), min_steps)
         smoothed_losses[smoothing] = smoothed(loss_by_step, weight)
     rows = []
-    for step in thinned_steps(run):
+    for step in drawn_steps(run):
         if step in loss_by_step:
             smoothed_values = {smoothing: six_digits(losses[step]) for smoothing, losses in smoothed_losses.items()}
             loss = six_digits(loss_by_step[step])
-            rows.append({"series": TRAINING, **positions[step], "loss": loss, **smoothed_values})
+            rows.append({"series": TRAINING, **position_by_step[step], "loss": loss, **smoothed_values})
     return rows
 
 
@@ -224,11 +228,11 @@ def _has_held_out_loss(run: RecordedRun, step: int) -> bool:
     return loss is not None and math.isfinite(loss)
 
 
-def _best_step_layers(run: RecordedRun, best: BestStep, positions: dict[int, Row]) -> list[Spec]:
+def _best_step_layers(run: RecordedRun, best: BestStep, position_by_step: dict[int, Row]) -> list[Spec]:
     """Layers that mark the best step: a ring at the height of its held-out loss, and a label beside it."""
     loss = run.evaluations[best.step][HELD_OUT_LOSS]
     shared: Spec = {
-        "data": {"values": [{**position_of(positions, best.step), "value": six_digits(loss)}]},
+        "data": {"values": [{**position_of(position_by_step, best.step), "value": six_digits(loss)}]},
         "transform": [X_AXIS_TRANSFORM, *_loss_y_transforms("datum.value")],
         "encoding": {"x": X_AXIS, "y": LOSS_AXIS},
     }
@@ -248,11 +252,11 @@ def _best_step_layers(run: RecordedRun, best: BestStep, positions: dict[int, Row
     return [{**shared, "mark": ring}, {**shared, "mark": label}]
 
 
-def _notable_rows(run: RecordedRun, positions: dict[int, Row]) -> list[Row]:
+def _notable_rows(run: RecordedRun, position_by_step: dict[int, Row]) -> list[Row]:
     """A data row for each of the latest steps that stood out: its position, and what was found there."""
     rows = []
     for notable in notable_steps(run)[-MAX_POINTS:]:
-        rows.append({**position_of(positions, notable.step), "what": notable.text[:200]})
+        rows.append({**position_of(position_by_step, notable.step), "what": notable.text[:200]})
     return rows
 
 
@@ -267,7 +271,7 @@ def _notable_layer(rows: list[Row]) -> Spec:
     }
 
 
-def _held_out_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:
+def _held_out_figure(run: RecordedRun, position_by_step: dict[int, Row]) -> Figure | None:
     """A held-out metric other than the loss, chosen by the reader in a menu; None if there is none beside the loss."""
     metrics: dict[str, None] = {monitored_metric(run): None}  # first, so that the menu shows it first
     for values in run.evaluations.values():
@@ -275,7 +279,7 @@ def _held_out_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | No
     metrics.pop(HELD_OUT_LOSS, None)
     rows: list[Row] = []
     for metric in metrics:
-        rows += held_out_rows_of(run, positions, metric)
+        rows += held_out_rows_of(run, position_by_step, metric)
     if not rows:
         return None
     metrics_with_rows = list(dict.fromkeys(row["metric"] for row in rows))
@@ -297,7 +301,7 @@ def _held_out_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | No
     return Figure("held-out", title, "Before the first step, and after each evaluation.", spec)
 
 
-def _reward_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:
+def _reward_figure(run: RecordedRun, position_by_step: dict[int, Row]) -> Figure | None:
     """A metric of generated answers, in training and held out, chosen by the reader in a menu; None for runs without rewards.
 
     The reward is shown first. If a round takes several steps, each step has the numbers of its round.
@@ -307,8 +311,8 @@ def _reward_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None
         return None
     rows: list[Row] = []
     for metric in metrics:
-        rows += evenly_spread_rows(_training_metric_rows(run, positions, metric), MAX_ANSWER_POINTS)
-        held_out_rows = evenly_spread_rows(held_out_rows_of(run, positions, f"eval/{metric}"), MAX_ANSWER_POINTS)
+        rows += evenly_spread_rows(_training_metric_rows(run, position_by_step, metric), MAX_ANSWER_POINTS)
+        held_out_rows = evenly_spread_rows(held_out_rows_of(run, position_by_step, f"eval/{metric}"), MAX_ANSWER_POINTS)
         # Under the name that the menu has, and not `eval/...`.
         rows += [{**row, "metric": metric} for row in held_out_rows]
     menu = {"name": "of", "value": metrics[0], "bind": {"input": "select", "options": metrics, "name": "metric"}}
@@ -329,13 +333,13 @@ def _reward_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None
     return Figure("reward", "Reward of written answers", f"{caption} {ZOOM_HINT}", spec)
 
 
-def _training_metric_rows(run: RecordedRun, positions: dict[int, Row], metric: str) -> list[Row]:
+def _training_metric_rows(run: RecordedRun, position_by_step: dict[int, Row], metric: str) -> list[Row]:
     """A data row for each training step with a finite value of a metric."""
     rows = []
     for step, step_row in run.steps.items():
         value = step_row.get(metric)
         if isinstance(value, int | float) and math.isfinite(value):
-            rows.append({"series": TRAINING, **positions[step], "value": six_digits(value), "metric": metric})
+            rows.append({"series": TRAINING, **position_by_step[step], "value": six_digits(value), "metric": metric})
     return rows
 
 
@@ -353,18 +357,18 @@ def _answer_metrics(run: RecordedRun) -> list[str]:
     return ordered[:MAX_ANSWER_METRICS]
 
 
-def _course_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None:
+def _training_course_figure(run: RecordedRun, position_by_step: dict[int, Row]) -> Figure | None:
     """Gradient norm, learning rate and speed beneath each other; None if no row has any of them."""
     strips: list[Spec] = []
-    steps = thinned_steps(run)
+    steps = drawn_steps(run)
     for metric, title in COURSE_TITLES.items():
         rows = []
         for step in steps:
             value = run.steps[step].get(metric)
             if isinstance(value, int | float) and math.isfinite(value):
-                rows.append({**positions[step], metric: six_digits(value)})
+                rows.append({**position_by_step[step], metric: six_digits(value)})
         if rows:
-            strips.append(_course_strip(metric, title, rows))
+            strips.append(_training_course_strip(metric, title, rows))
     if not strips:
         return None
     strips[-1]["encoding"]["x"] = X_AXIS  # only the lowest one names the axis that all share
@@ -372,7 +376,7 @@ def _course_figure(run: RecordedRun, positions: dict[int, Row]) -> Figure | None
     return Figure("course", "Gradients, learning rate, speed", ZOOM_HINT, spec)
 
 
-def _course_strip(metric: str, title: str, rows: list[Row]) -> Spec:
+def _training_course_strip(metric: str, title: str, rows: list[Row]) -> Spec:
     """The plot of one metric of `COURSE_TITLES`, without a title of its horizontal axis."""
     return {
         "height": STRIP_HEIGHT,
@@ -394,7 +398,7 @@ def _course_strip(metric: str, title: str, rows: list[Row]) -> Spec:
     }
 
 
-def _step_parts_figure(parts_s: dict[str, float]) -> Figure | None:
+def _step_time_figure(parts_s: dict[str, float]) -> Figure | None:
     """One bar of the parts of a step, in milliseconds; None if they were not timed. `parts_s`: seconds by name of a part."""
     if not parts_s:
         return None

@@ -31,8 +31,8 @@ class MetricChange:
     """One held-out metric before the first step and at the last evaluation."""
 
     name: str
-    after: float
-    before: float | None = None
+    value_after: float
+    value_before: float | None = None
     greater_is_better: bool | None = None
     """None if that is not known of the metric."""
 
@@ -44,9 +44,9 @@ class MetricChange:
     @property
     def improvement(self) -> float | None:
         """How much better the value got, in the metric's own unit; negative if it got worse, None if that is not known."""
-        if self.before is None or self.greater_is_better is None:
+        if self.value_before is None or self.greater_is_better is None:
             return None
-        return self.after - self.before if self.greater_is_better else self.before - self.after
+        return self.value_after - self.value_before if self.greater_is_better else self.value_before - self.value_after
 
     @property
     def tone(self) -> Tone:
@@ -57,11 +57,11 @@ class MetricChange:
     @property
     def arrow(self) -> Arrow:
         """Whether the number went up, down or stayed level; empty if it was not evaluated before training."""
-        if self.before is None:
+        if self.value_before is None:
             return ""
-        if self.after == self.before:
+        if self.value_after == self.value_before:
             return "level"
-        return "up" if self.after > self.before else "down"
+        return "up" if self.value_after > self.value_before else "down"
 
     @property
     def judgement(self) -> Literal["better", "worse", "the same", ""]:
@@ -72,20 +72,20 @@ class MetricChange:
             return "the same"
         return "better" if self.improvement > 0 else "worse"
 
-    def shown(self, value: float) -> str:
+    def format_value(self, value: float) -> str:
         """A value of this metric as the page writes it: `61 %` for a share such as accuracy, else `2.872`."""
         is_share = self.name.rsplit("/", 1)[-1] in METRICS_IN_PERCENT
         return format_percent(value) if is_share else format_number(value)
 
     @property
-    def change(self) -> str:
+    def change_text(self) -> str:
         """The change as text, such as `2.872 to 2.336 (-18.7%)`. Only a loss has the percentage."""
-        if self.before is None:
-            return self.shown(self.after)
-        change = f"{self.shown(self.before)} to {self.shown(self.after)}"
+        if self.value_before is None:
+            return self.format_value(self.value_after)
+        change = f"{self.format_value(self.value_before)} to {self.format_value(self.value_after)}"
         is_loss = self.name.endswith("loss")
-        if is_loss and self.before > 0 and math.isfinite(self.after):
-            change += f" ({self.after / self.before - 1:+.1%})"
+        if is_loss and self.value_before > 0 and math.isfinite(self.value_after):
+            change += f" ({self.value_after / self.value_before - 1:+.1%})"
         return change
 
 
@@ -95,9 +95,9 @@ class BestStep:
 
     step: int
     value: float
-    last_is_as_good: bool
+    is_last_as_good: bool
     """Whether the last evaluation has the same value: then nothing is gained by going back."""
-    beats_beginning: bool
+    is_better_than_before_training: bool
     """Whether it is better than before the first step; true if that was not evaluated."""
 
 
@@ -182,8 +182,13 @@ def best_step(run: RecordedRun) -> BestStep | None:
     choose = max if greater_is_better else min
     step = choose(value_by_step, key=lambda candidate: value_by_step[candidate])
     best_value = value_by_step[step]
-    beats_beginning = True
+    is_better_than_before_training = True
     if value_before is not None:
-        beats_beginning = best_value > value_before if greater_is_better else best_value < value_before
+        is_better_than_before_training = best_value > value_before if greater_is_better else best_value < value_before
     last_value = value_by_step.get(max(run.evaluations))
-    return BestStep(step, best_value, last_is_as_good=last_value == best_value, beats_beginning=beats_beginning)
+    return BestStep(
+        step,
+        best_value,
+        is_last_as_good=last_value == best_value,
+        is_better_than_before_training=is_better_than_before_training,
+    )

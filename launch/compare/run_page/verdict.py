@@ -44,7 +44,7 @@ SETTING_WITH_VALUE_REGEX = re.compile(r"[a-z_]+(\.[a-z_]+)*=[\w.]+(?=$|[ ,;])")
 """How a remedy begins that is a setting with its value, such as `evaluation.patience=3 (stop at the best)`."""
 DETECTOR_EVENT = "challenge"
 """The value of `event` in `events.jsonl` for a detector's finding; events of guards have another one."""
-LOWER_RATE_FACTOR = 0.1
+LOWER_LEARNING_RATE_FACTOR = 0.1
 """The learning rate that is proposed after a divergence, as a share of the run's own."""
 
 
@@ -71,7 +71,7 @@ def run_verdict(run: RecordedRun) -> RunVerdict:
     if run.state != RunState.done:
         return _unfinished_verdict(run)
     findings = findings_in(run.record.challenges)
-    steps_text = _steps_text(run)
+    steps_text = _training_length_text(run)
     bad_finding = next((finding for finding in findings if finding.name in BAD_FINDINGS), None)
     if bad_finding is not None:
         description = f"{bad_finding.says[:1].upper()}{bad_finding.says[1:]}"
@@ -80,10 +80,10 @@ def run_verdict(run: RecordedRun) -> RunVerdict:
     non_finite_step = first_non_finite_loss_step(run)
     if non_finite_step is not None:
         heading = f"The loss is not a number from step {non_finite_step} on"
-        return RunVerdict("bad", heading, f"{steps_text}.", (_retry_with_lower_rate_command(run),))
+        return RunVerdict("bad", heading, f"{steps_text}.", (_lower_learning_rate_command(run),))
     if monitored_metric_is_lost(run):
         heading = f"{metric_title(monitored_metric(run))} is not a number at the end"
-        commands = _export_best_commands(run) or (_retry_with_lower_rate_command(run),)
+        commands = _export_best_commands(run) or (_lower_learning_rate_command(run),)
         return RunVerdict("bad", heading, f"{steps_text}.", commands)
 
     changes = metric_changes(run)
@@ -107,13 +107,13 @@ def _metric_verdict(
 
     `steps_text`: how far the run came.
     """
-    heading = f"{change.title}: {change.change}"
-    if change.before is None:
+    heading = f"{change.title}: {change.change_text}"
+    if change.value_before is None:
         return RunVerdict("note", heading, f"{steps_text}. It was not evaluated before the first step.")
     if not change.judgement:
         text = f"{steps_text}. Its name does not say whether a larger value is better, so this page gives no verdict."
         return RunVerdict("note", heading, text)
-    text = f"{change.title} went from {change.change}. {steps_text}."
+    text = f"{change.title} went from {change.change_text}. {steps_text}."
     if change.judgement == "worse":
         return RunVerdict("bad", f"{change.title} got worse", text, _export_best_commands(run))
     if change.judgement == "better" and findings:
@@ -141,7 +141,7 @@ def _unfinished_verdict(run: RecordedRun) -> RunVerdict:
     return RunVerdict("note", run.state.capitalize(), reason)  # such as `Not started`
 
 
-def _steps_text(run: RecordedRun) -> str:
+def _training_length_text(run: RecordedRun) -> str:
     """How far a run came, such as `Trained 40 steps, 12,345 tokens`; without the tokens if they were not recorded."""
     last_step = max(run.steps, default=0)
     num_tokens = run.steps[last_step].get("tokens") if last_step else None
@@ -195,22 +195,22 @@ def _remedy_commands(run: RecordedRun, finding: RecordedFinding) -> tuple[str, .
     - Otherwise train again with the first remedy that is a lower learning rate or a setting; none if no remedy is.
     """
     if finding.name == "diverged":
-        return (_retry_with_lower_rate_command(run),)
+        return (_lower_learning_rate_command(run),)
     if _export_best_commands(run):
         return _export_best_commands(run)
     for remedy in finding.remedies:
         if remedy.startswith("a lower optim.lr"):
-            return (_retry_with_lower_rate_command(run),)
+            return (_lower_learning_rate_command(run),)
         setting = SETTING_WITH_VALUE_REGEX.match(remedy)
         if setting is not None:
             return (_train_again_command(run, setting[0], directory_suffix="again"),)
     return ()
 
 
-def _retry_with_lower_rate_command(run: RecordedRun) -> str:
+def _lower_learning_rate_command(run: RecordedRun) -> str:
     """The command that trains the same with a tenth of the learning rate, or with 1e-5 if the rate is not known."""
-    rate = run.config.get("optim.lr")
-    lower_rate = f"{LOWER_RATE_FACTOR * rate:g}" if isinstance(rate, int | float) else "1e-5"
+    learning_rate = run.config.get("optim.lr")
+    lower_rate = f"{LOWER_LEARNING_RATE_FACTOR * learning_rate:g}" if isinstance(learning_rate, int | float) else "1e-5"
     return _train_again_command(run, f"optim.lr={lower_rate}", directory_suffix="lower-rate")
 
 
@@ -230,12 +230,11 @@ def _has_exported_best(run: RecordedRun) -> bool:
 
 
 def _export_best_commands(run: RecordedRun) -> tuple[str, ...]:
-    """The command that exports the best checkpoint. Empty if the run exported it itself, or if it is of no use:
-
-    if the last step is as good, or if no step beats the model before training.
+    """The command that exports the best checkpoint. Empty if the run exported it itself, if the last step is as good, or if
+    no step is better than the model before training.
     """
     best = best_step(run)
-    if best is None or best.last_is_as_good or not best.beats_beginning or _has_exported_best(run):
+    if best is None or best.is_last_as_good or not best.is_better_than_before_training or _has_exported_best(run):
         return ()
     return (f"{_export_command(run)} checkpoint=best",)
 
@@ -252,15 +251,15 @@ def _best_step_callouts(run: RecordedRun) -> list[Callout]:
     monitored = monitored_change(run)
     if best is None or monitored is None:
         return []
-    best_value = monitored.shown(best.value)
-    if not best.beats_beginning:
-        before = monitored.shown(monitored.before) if monitored.before is not None else ""
+    best_value = monitored.format_value(best.value)
+    if not best.is_better_than_before_training:
+        before = monitored.format_value(monitored.value_before) if monitored.value_before is not None else ""
         text = f"{monitored.title} was {before} before training, and {best_value} at best, at step {best.step}."
         heading = "No step is better than the model before training"
-        return [Callout("warning", heading, text, (_retry_with_lower_rate_command(run),))]
-    if best.last_is_as_good:
+        return [Callout("warning", heading, text, (_lower_learning_rate_command(run),))]
+    if best.is_last_as_good:
         return []
-    text = f"{monitored.title} was {best_value} there, and {monitored.shown(monitored.after)} at the end."
+    text = f"{monitored.title} was {best_value} there, and {monitored.format_value(monitored.value_after)} at the end."
     if _has_exported_best(run):
         text += " Its weights were exported."
     return [Callout("note", f"Step {best.step} was the best", text, _export_best_commands(run))]
@@ -274,8 +273,10 @@ def _leak_callouts(run: RecordedRun) -> list[Callout]:
     for split, leaks in (audit.get("leakage") or {}).items():
         num_documents_by_kind = leaks.get("train") or {}
         num_documents = sum(num_documents_by_kind.get(kind) or 0 for kind in DOCUMENT_LEAK_KINDS)
-        was_taken_out = leaks.get("policy") == "drop_train"  # before training, so that nothing of it was learned
-        if not num_documents or was_taken_out:
+        was_removed_from_training_data = (
+            leaks.get("policy") == "drop_train"
+        )  # before training, so that nothing of it was learned
+        if not num_documents or was_removed_from_training_data:
             continue
         text = f"{num_documents:,} training documents are in the held-out data ({split}) too. "
         text += "Its numbers are better than those on new documents would be."

@@ -169,12 +169,12 @@ def test_better_and_worse_go_by_the_direction_of_the_metric(name, before, after,
 
 def test_best_step_is_held_against_the_model_before_training(tmp_path):
     best = best_step(read(run_of(tmp_path / "worse", (2.0, 3.0, 2.5))))
-    assert (best.step, best.beats_beginning, best.last_is_as_good) == (20, False, True)
+    assert (best.step, best.is_better_than_before_training, best.is_last_as_good) == (20, False, True)
     tied = best_step(read(run_of(tmp_path / "tied", (3.0, 2.0, 2.0))))
-    assert (tied.step, tied.last_is_as_good) == (10, True) and run_callouts(read(tmp_path / "tied")) == []
+    assert (tied.step, tied.is_last_as_good) == (10, True) and run_callouts(read(tmp_path / "tied")) == []
     config = CONFIG | {"evaluation": {"watch": "eval/loss", "greater_is_better": True}}
     best = best_step(read(run_of(tmp_path / "larger", (2.0, 3.0, 2.5), config=config)))
-    assert (best.step, best.beats_beginning) == (10, True)
+    assert (best.step, best.is_better_than_before_training) == (10, True)
     assert metric_changes(read(tmp_path / "larger"))[0].tone == "good"
     recorded = {"outcome": {"watch": "eval/loss", "greater_is_better": True}}
     assert best_step(read(run_of(tmp_path / "recorded", (2.0, 3.0, 2.5), **recorded))).step == 10
@@ -303,7 +303,7 @@ def test_answers_that_the_run_itself_wrote(tmp_path):
         kept.write(step)  # nothing was written since
     pairs = answer_pairs(read(directory))
     assert len(pairs) == MAX_ROWS
-    assert (pairs[0].before, pairs[0].after, pairs[0].reference) == ("hm", "Paris", "Paris")
+    assert (pairs[0].answer_before, pairs[0].answer_after, pairs[0].reference_answer) == ("hm", "Paris", "Paris")
     assert pairs[0].summary.startswith("held-out document: … x") and len((directory / FILE).read_bytes()) < 60_000
     assert "Before training" in html(directory)
     KeptAnswers(None).write(0)
@@ -327,7 +327,7 @@ def test_a_long_run_is_still_a_page(tmp_path):
     text = page.run_page(compared(directory))
     assert len(text) < 1_500_000
     run = read(directory)
-    drawn = figures.thinned_steps(run)
+    drawn = figures.drawn_steps(run)
     assert drawn[-1] == steps and len(drawn) <= 2 * figures.MAX_POINTS + 1
     assert "950 earlier ones are in events.jsonl" in text
 
@@ -442,11 +442,13 @@ def test_pages_of_runs_that_an_earlier_version_wrote(tmp_path):
         "stopped": "Stopped at step 1 of 12",
     }
     settings = contents.run_settings(read(tmp_path / "runs" / "finished"))
-    chosen = dict(settings.chosen)
+    chosen = dict(settings.chosen_settings)
     assert (chosen["budget.steps"], chosen["tuning.rank"], chosen["run.device"]) == ("4", "2", "cpu")
-    assert chosen.keys() <= dict(settings.all).keys() and len(chosen) < 25
+    assert chosen.keys() <= dict(settings.all_settings).keys() and len(chosen) < 25
     unchosen = {"run.seed", "run.dir", "data.cache_dir", "tuning.alpha", "optim.weight_decay", "checkpoint.keep"}
-    assert unchosen <= dict(settings.all).keys() - chosen.keys(), "defaults and places are among all settings alone"
+    assert unchosen <= dict(settings.all_settings).keys() - chosen.keys(), (
+        "defaults and places are among all settings alone"
+    )
     for name in headings:
         text = html(tmp_path / "runs" / name)
         assert headings[name] in text and "Settings that were chosen" in text and "Where it comes from" in text
