@@ -60,7 +60,7 @@ def test_gpu_is_described_as_by_its_driver(runtime):
     gpu = gpu_of_device(runtime.device)
     assert gpu.capability == torch.cuda.get_device_capability(runtime.device)
     assert resolve_precision(Precision.auto, runtime) is best_precision(gpu)
-    attend = attention._has_flash(runtime.device, 64)
+    attend = attention._has_flash_kernel(runtime.device, 64)
     assert attend == gpu.has_flash
 
 

@@ -118,6 +118,8 @@ def test_sentences_are_folded_and_paths_in_them_stay_whole():
 
 
 def test_rich_is_imported_only_for_a_table():
-    script = "import sys; import launch.output as a; a.print_json({}); a.fold('x'); assert 'rich' not in sys.modules"
+    script = (
+        "import sys; import launch.output as a; a.print_json({}); a.wrap_text('x'); assert 'rich' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=clean_environment(), check=False)
     assert done.returncode == 0

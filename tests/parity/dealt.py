@@ -348,8 +348,8 @@ def evaluated(job: Job, ranks: int, how: str) -> dict[str, Any]:
     generation.eos_token_id = ENDS
     writer = AnswerGenerator(load_tokenizer(config.model), generation, job.runtime, batch=1)
     prompts = writing.prompts(7)
-    usable = full_weights.USABLE_SHARE if how == "gathered" else 0.0
-    with mock.patch.object(full_weights, "USABLE_SHARE", usable):
+    usable = full_weights.USABLE_MEMORY_SHARE if how == "gathered" else 0.0
+    with mock.patch.object(full_weights, "USABLE_MEMORY_SHARE", usable):
         answers = writer.generate_answers(trainer.engine, prompts, DecodingConfig(max_new_tokens=6))
         pairs = [(prompts[number], prompts[number - 1][:6]) for number in range(7)]
         scores = [one.logprob for one in writer.likelihoods(trainer.engine, pairs)]

@@ -155,12 +155,12 @@ def write(job: Job, case: str) -> dict[str, Any]:
     expected = job.oracle(
         ("written", architecture), lambda: all_of(alone(job.runtime), STRATEGIES["single"]), elsewhere=[[], [], [], 0]
     )
-    share = full_weights.USABLE_SHARE
+    share = full_weights.USABLE_MEMORY_SHARE
     try:
-        full_weights.USABLE_SHARE = share if how == "gathered" else 0.0
+        full_weights.USABLE_MEMORY_SHARE = share if how == "gathered" else 0.0
         greedy, drawn, scores, whole = all_of(job.runtime, STRATEGIES[strategy])
     finally:
-        full_weights.USABLE_SHARE = share
+        full_weights.USABLE_MEMORY_SHARE = share
     apart: list[int] = []
     if job.runtime.is_main:
         plain = writing.plain(job.root, architecture)

@@ -97,7 +97,7 @@ def test_export_job_of_a_pipeline_registers_the_model_that_the_run_left_to_it(si
         assert directory.is_dir()
         return SimpleNamespace(progress=SimpleNamespace(wandb_id="trained1"))
 
-    monkeypatch.setattr("strategies.state.read_header", read_header)
+    monkeypatch.setattr("strategies.state.read_state_header", read_header)
     # Once it is exported, the run may delete the checkpoint before the model is registered.
     monkeypatch.setattr(
         "launch.export.writing.export_in_this_process", lambda config, job: shutil.rmtree(job.checkpoints[0])

@@ -56,7 +56,7 @@ def test_precision_auto_goes_by_the_capability_and_not_by_emulation(card, precis
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # what torch says of all of them
     assert gpu_of_device(torch.device("cuda:0")) == card
     assert build.resolve_precision(Precision.auto, rank()) is precision
-    assert attention._has_flash(torch.device("cuda:0"), 128) == (precision is Precision.bf16)
+    assert attention._has_flash_kernel(torch.device("cuda:0"), 128) == (precision is Precision.bf16)
 
 
 def test_precision_that_was_typed_stays_and_cpus_compute_in_fp32():
@@ -95,7 +95,7 @@ def test_compiled_blocks_know_the_device_too(dynamic, monkeypatch):
     monkeypatch.setattr(attention, "gpu_of_device", lambda device: Gpu("NVIDIA GeForce RTX 4090", (8, 9)))
 
     def block(x):
-        return x + 1 if attention._has_flash(x.device, x.shape[-1]) else x - 1
+        return x + 1 if attention._has_flash_kernel(x.device, x.shape[-1]) else x - 1
 
     compiled = torch.compile(block, fullgraph=True, backend="eager", dynamic=dynamic)
     found = [float(compiled(torch.ones(3, head))[0, 0]) for head in (64, 128, 100, 208, 256)]
