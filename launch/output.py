@@ -26,8 +26,12 @@ COLUMN_GAP = 2
 """Blanks between two columns of a table."""
 LEAST_TEXT_WIDTH = 16
 """Characters that a column of words keeps, however many columns of numbers stand beside it."""
-BREAKS = "/-_"
+BREAK_AFTER_CHARACTERS = "/-_"
 """Characters after which a word that is longer than its column may be folded: such words are paths and names of runs."""
+_BREAKABLE_PIECE_REGEX = re.compile(
+    rf"[^{BREAK_AFTER_CHARACTERS}]*[{BREAK_AFTER_CHARACTERS}]|[^{BREAK_AFTER_CHARACTERS}]+"
+)
+"""A part of a word up to the next of these characters, or up to its end: `runs/`, `first-`."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ def format_table(columns: Sequence[TableColumn], rows: Sequence[TableRow], *, in
     from rich.text import Text
 
     class FoldedText(Text):
-        """Text whose long words are folded after `BREAKS` where that is possible. Rich alone folds them anywhere."""
+        """Text whose long words are folded after `BREAK_AFTER_CHARACTERS` where that is possible. Rich alone folds them
+        anywhere."""
 
         def wrap(self, console: Console, width: int, **options: Any) -> Any:
             words = [break_word(word, width) for word in self.plain.split(" ")]
@@ -98,18 +103,18 @@ def _row_number(line: Sequence[Any]) -> int | None:
     return line[0].style.meta.get("row")
 
 
-def break_word(word: str, columns: int) -> str:
-    """A long word with line breaks after some of the characters in `BREAKS`, so that each line fits into `columns` if possible.
+def break_word(word: str, max_columns: int) -> str:
+    """A word with line breaks where it is longer than `max_columns` characters, so that each line fits if possible.
 
-    In 9 columns: "runs/first/export" -> "runs/\\nfirst/\\nexport".
+    It is broken after `BREAK_AFTER_CHARACTERS` only. In 9 columns: "runs/first/export" -> "runs/\\nfirst/\\nexport".
     """
     from rich.cells import cell_len
 
-    if cell_len(word) <= columns:
+    if cell_len(word) <= max_columns:
         return word
     lines = [""]
-    for piece in re.findall(rf"[^{BREAKS}]*[{BREAKS}]|[^{BREAKS}]+", word):
-        if lines[-1] and cell_len(lines[-1] + piece) > columns:
+    for piece in _BREAKABLE_PIECE_REGEX.findall(word):
+        if lines[-1] and cell_len(lines[-1] + piece) > max_columns:
             lines.append("")
         lines[-1] += piece
     return "\n".join(lines)

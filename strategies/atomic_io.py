@@ -175,7 +175,10 @@ def write_new_file(path: Path, data: bytes) -> WrittenFile:
 
 
 def sync_directory(path: Path) -> None:
-    """Sync a directory, so that files which were created or renamed in it survive a power cut. Raises OSError if that fails."""
+    """Sync a directory, so that files which were created or renamed in it survive a power cut. Raises OSError if that fails.
+
+    Does nothing on a file system that has no directories to sync.
+    """
     descriptor = disk.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         disk.sync(descriptor)
@@ -183,7 +186,7 @@ def sync_directory(path: Path) -> None:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that have nothing to sync there
             raise
     finally:
-        os.close(descriptor)
+        os.close(descriptor)  # not by `disk`, whose calls may fail in tests: the descriptor must be given back
 
 
 def sync_file(path: Path) -> None:
@@ -408,7 +411,7 @@ def file_difference(directory: Path, expected: WrittenFile, reader: RetryingRead
     def compare() -> str | None:
         """How the file differs; None if it does not. Reads it from its beginning. Raises OSError if that fails."""
         digest = hashlib.sha256()
-        with open_regular_file(directory / expected.name) as (descriptor, size):
+        with open_regular_file(path) as (descriptor, size):
             if size != expected.size:
                 return f"{expected.name} has {size} bytes instead of {expected.size}"
             for offset in range(0, size, len(buffer)):
@@ -419,8 +422,9 @@ def file_difference(directory: Path, expected: WrittenFile, reader: RetryingRead
             return f"{expected.name} does not have the bytes that were written"
         return None
 
+    path = directory / expected.name
     try:
-        return (reader or RetryingReader()).read(directory / expected.name, compare)
+        return (reader or RetryingReader()).read(path, compare)  # calls `compare`, again after an error that may pass
     except OSError as error:
         if error.errno == errno.ENOENT:
             return f"{expected.name} is missing"

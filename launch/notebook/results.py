@@ -227,21 +227,33 @@ class EvaluationResult:
 def _metric_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     """A dictionary for each metric of a report, such as {"task": "qa", "metric": "accuracy", "value": 0.8, "low": 0.7, ...}.
 
-    After a comparison it also has the keys other, difference, difference_low, difference_high, p and verdict.
+    After a comparison it also has the keys other (the value of the other model), difference, difference_low, difference_high
+    (its 95 % interval), p and verdict; each is None, and the verdict empty, for a metric that the other model lacks.
     """
     against = report.get("against") or {}
     rows = []
-    for name, task in report.get("tasks", {}).items():
-        compared_metrics = against.get("tasks", {}).get(name, {}).get("metrics", {})
+    for task_name, task in report.get("tasks", {}).items():
+        comparisons = against.get("tasks", {}).get(task_name, {}).get("metrics", {})
         for metric, estimate in task["metrics"].items():
-            row = {"task": name, "metric": metric, "value": estimate["value"]}
-            row |= {"low": estimate.get("low"), "high": estimate.get("high"), "rows": task.get("num_rows")}
-            row["greater_is_better"] = estimate.get("greater_is_better")
+            row = {
+                "task": task_name,
+                "metric": metric,
+                "value": estimate["value"],
+                "low": estimate.get("low"),
+                "high": estimate.get("high"),
+                "rows": task.get("num_rows"),
+                "greater_is_better": estimate.get("greater_is_better"),
+            }
             if against:
-                compared = compared_metrics.get(metric, {})
-                row |= {"other": compared.get("value"), "difference": compared.get("difference")}
-                row |= {"difference_low": compared.get("low"), "difference_high": compared.get("high")}
-                row |= {"p": compared.get("p"), "verdict": compared.get("verdict", "")}
+                comparison = comparisons.get(metric, {})
+                row |= {
+                    "other": comparison.get("value"),
+                    "difference": comparison.get("difference"),
+                    "difference_low": comparison.get("low"),
+                    "difference_high": comparison.get("high"),
+                    "p": comparison.get("p"),
+                    "verdict": comparison.get("verdict", ""),
+                }
             rows.append(row)
     return rows
 
@@ -252,28 +264,27 @@ def _table_of_metrics(rows: list[dict[str, Any]]) -> PageTable:
     `rows`: as by `_metric_rows`.
     """
     is_compared = any("verdict" in row for row in rows)
-    columns = [PageColumn("task"), PageColumn("metric"), PageColumn("value"), PageColumn("95 % interval")]
-    if is_compared:  # the verdict first: on a narrow screen the rest is beyond the edge
-        columns[2:2] = [PageColumn("verdict"), PageColumn("difference")]
-        columns.append(PageColumn("other"))
+    titles = ["task", "metric", "value", "95 % interval"]
+    if is_compared:  # the verdict comes early: on a narrow screen the last columns are beyond the edge
+        titles = ["task", "metric", "verdict", "difference", "value", "95 % interval", "other"]
     table_rows = []
     for row in rows:
         interval = UNKNOWN
         if row["low"] is not None:
             interval = f"{format_number(row['low'])} to {format_number(row['high'])}"
-        cells = [
-            PageCell(row["task"], row["task"]),
-            PageCell(row["metric"], row["metric"]),
-            _number_cell(row["value"]),
-            PageCell(interval, interval),
-        ]
+        cell_by_title = {
+            "task": PageCell(row["task"], row["task"]),
+            "metric": PageCell(row["metric"], row["metric"]),
+            "value": _number_cell(row["value"]),
+            "95 % interval": PageCell(interval, interval),
+        }
         if is_compared:
             verdict = row["verdict"]
-            difference = PageCell(format_signed(row["difference"]), row["difference"])
-            cells[2:2] = [PageCell(verdict, verdict, tone=TONE_OF_VERDICT.get(verdict, "")), difference]
-            cells.append(_number_cell(row["other"]))
-        table_rows.append(cells)
-    return PageTable(columns, table_rows)
+            cell_by_title["verdict"] = PageCell(verdict, verdict, tone=TONE_OF_VERDICT.get(verdict, ""))
+            cell_by_title["difference"] = PageCell(format_signed(row["difference"]), row["difference"])
+            cell_by_title["other"] = _number_cell(row["other"])
+        table_rows.append([cell_by_title[title] for title in titles])
+    return PageTable([PageColumn(title) for title in titles], table_rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,8 +87,12 @@ def _run_one_by_one(
 ) -> int:
     """Run the points one after another, print their table, and return the first exit code that is not 0.
 
-    After a point that fails, the later points still run. After a point that is stopped, they don't.
+    After a point that fails, the later points still run. After a point that is stopped, they don't. Each point has processes of
+    its own (`isolate`), so that neither memory nor a crash of one reaches the next.
     """
+    from launch.compare.points import STOP_EXIT_CODES
+    from launch.sweep.multirun_answer import points_table
+
     exit_codes: list[int] = []
     for composed, run_dir, label in zip(composed_points, run_dirs, labels, strict=True):
         print(f"[{len(exit_codes) + 1}/{len(composed_points)}] {label} -> {run_dir}", flush=True)
@@ -98,18 +102,18 @@ def _run_one_by_one(
             print(f"shardtune train: {error}", file=sys.stderr)
             exit_code = error.exit_code
         exit_codes.append(exit_code)
-        was_stopped = exit_code in (75, 130)  # preempted, or Ctrl-C: the later points are not wanted now
-        if was_stopped:
+        if exit_code in STOP_EXIT_CODES:  # the later points are not wanted now
             break
-    from launch.sweep.multirun_answer import points_table
-
     print(f"\n{points_table(labels, run_dirs, exit_codes)}")
     _write_workspace_and_print(run_dirs)
     return next((exit_code for exit_code in exit_codes if exit_code), 0)
 
 
 def _write_workspace_and_print(run_dirs: list[Path]) -> None:
-    """Write the script that shows the points in W&B into their common directory, and print a line about it."""
+    """Write the script that shows the points in W&B into their common directory, and print a line about it.
+
+    Nothing is written or printed if the points do not log to W&B.
+    """
     from launch.compare.workspace import write_workspace_script_of_runs
     from launch.output import wrap_text
 

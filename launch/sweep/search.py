@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from launch.compare.points import STOP_EXIT_CODES
 from launch.compare.progress import RunsProgress, run_with_progress
 from launch.sweep.sweeper import Prune, Search, search_listing
 from strategies.errors import ConfigError, NotRunOwner, ShardtuneError, StorageError
@@ -33,10 +34,10 @@ if TYPE_CHECKING:
 
 RunTrial = Callable[[str, "ComposedConfig", Path, RunsProgress], int]
 """Runs a trial to its end. Takes its name, its job, its run directory and the progress to report to; returns its exit code."""
-STOP_EXIT_CODES = (75, 130)
-"""Exit codes of a run that was asked to stop: it can be resumed."""
 FATAL_EXIT_CODES = (65, 74)
 """Exit codes for data that no run could use and for a full disk: the next trial would end in the same way."""
+NO_RESULT_EXIT_CODE = 70
+"""Exit code of a trial whose run ended well, but whose last evaluation has no finite metric."""
 JOURNAL_FILE = "search.journal"
 """Optuna's record of all trials, in the directory of the search."""
 SEED_STRIDE = 1_000_003
@@ -83,7 +84,7 @@ class SearchProgress(RunsProgress):
 
     def report_evaluations(self) -> None:
         """Report evaluations to Optuna, each once. The one before the first step is the same for all trials, and left out."""
-        for step, metric_value in evaluations_by_step(self._trial_dir, self._metric).items():
+        for step, metric_value in metric_by_step(self._trial_dir, self._metric).items():
             is_before_training = step < 1
             if is_before_training or step in self._reported_steps:
                 continue
@@ -105,7 +106,7 @@ def start_trial(name: str, composed: ComposedConfig, run_dir: Path, progress: Ru
     return run_with_progress(name, composed, run_dir, progress, verb="train")
 
 
-def evaluations_by_step(run_dir: Path, metric: str) -> dict[int, float]:
+def metric_by_step(run_dir: Path, metric: str) -> dict[int, float]:
     """The values of a held-out metric by step; step 0 is the evaluation before training. Empty if there are none yet.
 
     A value that is not finite is NaN.
@@ -411,18 +412,17 @@ def _run_trial(trial: Trial, search: Search, search_dir: Path, run_trial: RunTri
 
 
 def _report_result(trial: Trial, search: Search, run_dir: Path, exit_code: int, reason: str | None) -> int:
-    """Report to the study how a trial ended that was neither stopped nor pruned; returns its exit code.
+    """Report to the study how a trial ended that was neither stopped nor pruned; returns the trial's exit code.
 
-    The result is the metric of its last evaluation; without a finite one the trial has failed with exit code 70. `reason` says
-    why the run failed, if it did.
+    The trial's result is the metric of its last evaluation. Without a finite one the trial has failed, with the exit code
+    `NO_RESULT_EXIT_CODE`. `exit_code` is the one of its run, and `reason` says why the run failed, if it did.
     """
-    metric_values = list(evaluations_by_step(run_dir, search.metric).values())
+    metric_values = list(metric_by_step(run_dir, search.metric).values())
     last_value = metric_values[-1] if metric_values else math.nan
     if exit_code == 0 and not math.isfinite(last_value):
-        exit_code = 70
+        exit_code = NO_RESULT_EXIT_CODE
         reason = f"{search.metric} is not a number" if metric_values else "it was never evaluated"
-    has_failed = exit_code != 0
-    if has_failed:
+    if exit_code != 0:
         trial.set_user_attr("code", exit_code)
         reason_line = " ".join(str(reason or f"ended with {exit_code}").split())
         trial.set_user_attr("reason", reason_line)

@@ -147,20 +147,22 @@ def _read_sweep_function(argument: str, key: str, values_text: str) -> SearchedS
         choices = [point.partition("=")[2] for point in read_axes([argument]).alternative_arguments[0]]
         return SearchedSetting(key, values_text, _without_duplicates(choices))
     if isinstance(sweep, IntervalSweep):
+        assert sweep.start is not None and sweep.end is not None  # the grammar wants both
         return _interval_setting(argument, SearchedSetting(key, values_text, log="log" in tags), sweep.start, sweep.end)
     assert isinstance(sweep, RangeSweep)
     if tags:
         raise ConfigError(
             f"{argument}: a range has steps, which a logarithm has not; write tag(log,interval(...)), or choice(...)"
         )
+    assert sweep.start is not None and sweep.stop is not None
     return _range_setting(argument, SearchedSetting(key, values_text), sweep.start, sweep.stop, sweep.step)
 
 
-def _interval_setting(argument: str, setting: SearchedSetting, low: Any, high: Any) -> SearchedSetting:
+def _interval_setting(argument: str, setting: SearchedSetting, low: float, high: float) -> SearchedSetting:
     """The setting with `low` and `high` as the ends of its interval. Raises ConfigError if these are not ends of one.
 
-    Only whole numbers are drawn if the setting takes no others, or if both ends are written as whole numbers. `argument` is for
-    messages.
+    Only whole numbers are drawn if the setting takes no others, or if both ends are ints, as Hydra makes them of
+    int(interval(1,8)). `argument` is for messages.
     """
     is_integer = _takes_integers(setting.key) or (isinstance(low, int) and isinstance(high, int))
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
@@ -174,10 +176,10 @@ def _interval_setting(argument: str, setting: SearchedSetting, low: Any, high: A
     return replace(setting, low=low, high=high, is_integer=is_integer)
 
 
-def _range_setting(argument: str, setting: SearchedSetting, start: Any, stop: Any, step: Any) -> SearchedSetting:
-    """The setting with the numbers of a range, without `stop`, as in Python and Hydra. Raises ConfigError if there is none.
+def _range_setting(argument: str, setting: SearchedSetting, start: float, stop: float, step: float) -> SearchedSetting:
+    """The setting with the numbers start, start + step, ... below `stop`, as in Python: range(1,9,2) is 1, 3, 5, 7.
 
-    `argument` is for messages.
+    Raises ConfigError if there are none. Only whole numbers are drawn if all three are ints. `argument` is for messages.
     """
     if not (step > 0 and start < stop):
         raise ConfigError(
@@ -185,8 +187,8 @@ def _range_setting(argument: str, setting: SearchedSetting, start: Any, stop: An
         )
     is_integer = all(isinstance(number, int) for number in (start, stop, step))
     count = math.ceil((stop - start) / step - RANGE_TOLERANCE)
-    last = start + (count - 1) * step
-    return replace(setting, low=start, high=last, step=step, is_integer=is_integer)
+    last_number = start + (count - 1) * step
+    return replace(setting, low=start, high=last_number, step=step, is_integer=is_integer)
 
 
 def _setting_types(key: str) -> set[Any]:

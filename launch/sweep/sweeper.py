@@ -191,14 +191,14 @@ def read_sweeper_settings(all_arguments: list[str]) -> tuple[SweeperConfig, list
     return settings, run_arguments
 
 
-def _search_problems(first_trial: ComposedConfig, settings: SweeperConfig, sweeper: str) -> list[str]:
+def _search_problems(first_trial: ComposedConfig, settings: SweeperConfig, sweeper_name: str) -> list[str]:
     """Why a legal configuration cannot be a trial of a search, as error messages:
 
     - There is no evaluation data by which trials could be judged.
     - Trials are to be pruned, but the metric is not measured during training.
     - SLURM is the launcher.
 
-    `first_trial` stands for all trials. `sweeper` is its name for messages.
+    `first_trial` stands for all trials. `sweeper_name`, such as `optuna`, is for messages.
     """
     from trainer.config.evaluation import is_held_out_loss
     from trainer.config.run import LauncherName
@@ -211,9 +211,10 @@ def _search_problems(first_trial: ComposedConfig, settings: SweeperConfig, sweep
     is_metric_of_task = config.evaluation.watched in metric_directions(config.evaluation.tasks)
     if not has_evaluation_data and not is_metric_of_task:
         problems.append(
-            f"sweeper={sweeper}: there is no evaluation data that trials could be judged by ({config.evaluation.watched}); give "
-            "data.eval_path or data.eval_share=0.05"
+            f"sweeper={sweeper_name}: there is no evaluation data that trials could be judged by "
+            f"({config.evaluation.watched}); give data.eval_path or data.eval_share=0.05"
         )
+    # `auto` measures the held-out loss during training, but no metric of a task: that takes too long.
     every_steps = config.evaluation.every_steps
     is_measured_during_training = bool(every_steps) and (every_steps != AUTO or is_held_out_loss(config))
     if settings.prune is Prune.median and not is_measured_during_training:

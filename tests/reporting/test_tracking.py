@@ -87,7 +87,7 @@ def test_no_reader_stops_at_a_line_that_cannot_be_read(tmp_path, line):
     assert results.rows(tmp_path) == following.last_rows(path) == rows
     assert results.at_step(tmp_path, 2) == {"eval/loss": 2.0}
     assert following.loss_curve(path, 4) == [1.0, 0.5]
-    assert search.evaluations_by_step(tmp_path, "eval/loss") == {1: 2.0, 2: 2.0}
+    assert search.metric_by_step(tmp_path, "eval/loss") == {1: 2.0, 2: 2.0}
     assert search.missing_metric_problem(tmp_path, "eval/accuracy").startswith("sweeper.metric=eval/accuracy: ")
     assert _last_step(tmp_path) == 2
     with pytest.warns(UserWarning, match="left out: line 2 "):

@@ -8,7 +8,7 @@ import shlex
 import pytest
 
 from launch.main import main
-from launch.sweep.search import evaluations_by_step, run_search, write_search_page
+from launch.sweep.search import metric_by_step, run_search, write_search_page
 from launch.sweep.space import SearchedSetting, read_space
 from launch.sweep.sweeper import plan_search
 from launch.train import launch_run
@@ -153,7 +153,7 @@ def test_search_that_is_stopped_and_resumed_is_the_same_search(site, capsys):
     rows = re.findall(r"^ +(\d) +([\d.]+)  done +(optim.lr=\S+ batch.global=\d)$", out, re.MULTILINE)
     assert sorted(number for number, *_ in rows) == ["0", "1", "2"]
     for number, value, _ in rows:
-        last = list(evaluations_by_step(base / number, "eval/loss").values())[-1]
+        last = list(metric_by_step(base / number, "eval/loss").values())[-1]
         assert value == f"{last:.6g}"
     best = min(rows, key=lambda row: float(row[1]))
     assert rows[0] == best and f"best: trial {best[0]}, eval/loss {best[1]}, in" in " ".join(out.split())
