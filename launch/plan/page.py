@@ -179,9 +179,9 @@ def _largest_step_part_text(choice: PlannedChoice) -> str:
     step = choice.step
     parts = {
         "matrix products": step.products_s,
-        "what memory bounds": step.moves_s,
-        "waiting for exchange": step.exposed_s,
-        "the update": step.update_s,
+        "memory-bound operations": step.moves_s,
+        "waiting for communication": step.exposed_s,
+        "the optimizer": step.update_s,
     }
     name = max(parts, key=lambda part: parts[part])
     return f"most: {name}, {parts[name] / max(step.total_s, 1e-12):.0%}"

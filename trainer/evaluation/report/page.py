@@ -282,7 +282,7 @@ def report_cards(report: ReportRecord) -> list[PageCard]:
     num_rows = sum(task["num_rows"] for task in report["tasks"].values())
     seconds = sum(task["seconds"] for task in report["tasks"].values())
     rows_note = f"of {_num_tasks_text(len(report['tasks']))}, in {format_duration(seconds)}"
-    cards.append(PageCard(label="Rows asked", value=format_number(num_rows), note=rows_note))
+    cards.append(PageCard(label="Rows evaluated", value=format_number(num_rows), note=rows_note))
     return cards
 
 
