@@ -205,7 +205,8 @@ def _best_choice_lines(answer: PlanAnswer, overrides: list[str]) -> list[str]:
             indent=2,
         ),
         *wrap_text(
-            f"a step takes {step.total_s:.2f} s: matrix products {step.products_s:.2f}, memory-bound operations {step.moves_s:.2f}, "
+            f"a step takes {step.total_s:.2f} s: matrix products {step.products_s:.2f}, "
+            f"memory-bound operations {step.moves_s:.2f}, "
             f"communication {step.exposed_s:.2f} (of {step.collective_s:.2f}, the rest overlaps), optimizer {step.update_s:.2f}",
             indent=2,
         ),
