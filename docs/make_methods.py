@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from trainer.config.combinations import COMPILED, FEATURES, NOT_COMPILED, summary  # noqa: E402
+from trainer.config.combinations import FEATURES, METHODS_THAT_COMPILE, NOT_COMPILED_REASON, states_text  # noqa: E402
 from trainer.config.combinations import methods_by_row as all_methods  # noqa: E402
 from trainer.tuning.base import FullConfig, LoraConfig, TuningConfig  # noqa: E402
 from trainer.tuning.build import build_tuning  # noqa: E402
@@ -162,7 +162,7 @@ def cells() -> list[str]:
     shown = [name for name in FEATURES if name != "plain"]
     lines = [f"| method | every strategy | {' | '.join(shown)} |", "|---" * (2 + len(shown)) + "|"]
     for name in all_methods():
-        found = [summary(name), *(summary(name, feature=feature) for feature in shown)]
+        found = [states_text(name), *(states_text(name, feature=feature) for feature in shown)]
         lines.append(f"| `{name}` | {' | '.join(found)} |")
     return lines
 
@@ -249,12 +249,12 @@ def reasons() -> list[str]:
     for name, method in all_methods().items():
         for refusal in refusals(method):
             sharing.setdefault(refusal, []).append(f"`{name}`")
-    proven = ", ".join(f"`{name}`" for name in COMPILED)
+    proven = ", ".join(f"`{name}`" for name in METHODS_THAT_COMPILE)
     lines = ["| what is refused | with these methods | reason (*it* is the method) |", "|---|---|---|"]
     lines += [f"| {what} | {', '.join(names)} | {reason} |" for (what, reason), names in sorted(sharing.items())]
     return [
         *lines,
-        f"| `strategy.compile=true` | all except {proven} | {NOT_COMPILED} |",
+        f"| `strategy.compile=true` | all except {proven} | {NOT_COMPILED_REASON} |",
         "| `precision=fp16` on a CPU | all | not supported on CPUs |",
     ]
 

@@ -29,9 +29,9 @@ from launch.config.choices import (  # noqa: E402
 )
 from launch.config.overrides import describe_type  # noqa: E402
 from strategies.settings import SettingMetadata, setting_metadata  # noqa: E402
-from trainer.config.descriptions import all_docstrings, docstrings  # noqa: E402
+from trainer.config.descriptions import field_docstrings, own_field_docstrings  # noqa: E402
 from trainer.config.run import BatchSettings, RunConfig  # noqa: E402
-from trainer.config.tree import settings_below  # noqa: E402
+from trainer.config.tree import nested_settings_class  # noqa: E402
 from trainer.model.known_shapes import shape_names  # noqa: E402
 from trainer.optim.support import table as optimizer_table  # noqa: E402
 
@@ -102,12 +102,12 @@ def table_rows(
 
     `held`: the settings as the group that holds them makes them. Its defaults count, and not those of the class.
     """
-    hints, docs, rows = get_type_hints(settings), all_docstrings(settings), list[str]()
+    hints, docs, rows = get_type_hints(settings), field_docstrings(settings), list[str]()
     made = held if isinstance(held, settings) else settings()
     for n in names:
         key, hint = f"{prefix}.{n}", hints[n]
         traits = setting_metadata(settings, n, better_advice)
-        below = settings_below(hint)
+        below = nested_settings_class(hint)
         if below is not None:
             inner, between = below
             rows.append(f"| **`{key}`** | | | {docs[n]} |")
@@ -158,7 +158,7 @@ def choices(group: str) -> list[str]:
 
 def page() -> str:
     """The text of the whole page."""
-    lines, hints, docs, made = [HEAD], get_type_hints(RunConfig), docstrings(RunConfig), RunConfig()
+    lines, hints, docs, made = [HEAD], get_type_hints(RunConfig), own_field_docstrings(RunConfig), RunConfig()
     for name, hint in hints.items():
         if name == "substitutions":
             continue
@@ -232,7 +232,7 @@ def commented(text: str, settings: type) -> str:
             )  # its head says what it is: `# ---- the run ----`
             if not is_group_of_root:
                 prefix = f"{shown_key['before']}# {shown_key['behind']}"
-                lines[comment_start:] = wrapped(all_docstrings(holder).get(name, ""), prefix)
+                lines[comment_start:] = wrapped(field_docstrings(holder).get(name, ""), prefix)
         lines.append(line)
         is_comment = line.lstrip().startswith("#") and line.strip("# ") != "" and "# ----" not in line
         if name or not is_comment:
@@ -248,7 +248,7 @@ def field_of(settings: type, key: str) -> str | None:
 
 def shown_below(settings: type, name: str) -> type | None:
     """The class of the keys that are shown below a field; None if it holds a value, or a table of the user's names."""
-    below = settings_below(get_type_hints(settings)[name])
+    below = nested_settings_class(get_type_hints(settings)[name])
     if below is None:
         return setting_metadata(settings, name).entries
     inner, between = below

@@ -94,7 +94,7 @@ def test_drop_names_place_and_language():
 
 def test_filters_take_code_out_by_its_fences():
     text = "a\n```py\nb ~~~ ``\n```\nc ```x``` y\n````\n```\n````\nd\n   ~~~\ne"
-    assert filters.FENCED.sub("", text) == "a\n\nc ```x``` y\n\nd\n"
+    assert filters.FENCED_CODE_REGEX.sub("", text) == "a\n\nc ```x``` y\n\nd\n"
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ def test_decontamination_overlaps_agree_with_plain_sets_of_runs(bench, training)
     every = set().union(*(runs(text) for _, text in bench))
     expected = [bool(runs(text) & every) for text in training]
     stage = build(bench)
-    assert [stage.match(text) is not None for text in training] == expected
+    assert [stage.find_best_match(text) is not None for text in training] == expected
     assert 60 < sum(expected) < 200, "some plants must be shorter than a run"
     assert not stage.skipped.total()
 
@@ -181,7 +181,7 @@ def test_decontamination_share_of_an_evaluation_text(bench, training):
         tally = Tally()
         assert stage(Document(file="t", line=1, text=text), tally) is not None
         assert bool(tally.noted) is (best > 0)
-        if got := stage.match(text):
+        if got := stage.find_best_match(text):
             assert got[1] == pytest.approx(best) and len(own & sets[got[0]]) / len(sets[got[0]]) == pytest.approx(best)
 
 
@@ -201,9 +201,9 @@ def test_decontamination_reports_or_drops_with_the_place(bench):
 def test_decontamination_searches_for_short_evaluation_texts_as_a_whole():
     stage = build([(1, "What is the capital of France?"), (2, "Is it so?"), (3, "what is the capital of France")])
     assert stage.skipped == {"too_short": 1, "repeated": 1, "only_shared_wording": 0}
-    assert stage.match("Question: what is the CAPITAL of France? Answer: Paris.") == ("bench.jsonl:1", 1.0)
-    assert stage.match("What is the capital of Spain? Is it so?") is None
-    assert stage.match("What is the capital of France? " * 3) == ("bench.jsonl:1", 1.0)
+    assert stage.find_best_match("Question: what is the CAPITAL of France? Answer: Paris.") == ("bench.jsonl:1", 1.0)
+    assert stage.find_best_match("What is the capital of Spain? Is it so?") is None
+    assert stage.find_best_match("What is the capital of France? " * 3) == ("bench.jsonl:1", 1.0)
 
 
 def test_decontamination_ignores_wording_shared_by_a_set():
@@ -211,8 +211,8 @@ def test_decontamination_ignores_wording_shared_by_a_set():
     draw = random.Random(3)
     texts = [(line, f"{intro} {prose(draw, 30)}") for line in range(40)] + [(99, intro)]
     stage = build(texts)
-    assert stage.match(f"{intro} {prose(draw, 30)}") is None
-    assert stage.match(f"so {texts[5][1]}") == ("bench.jsonl:5", 1.0)
+    assert stage.find_best_match(f"{intro} {prose(draw, 30)}") is None
+    assert stage.find_best_match(f"so {texts[5][1]}") == ("bench.jsonl:5", 1.0)
     assert stage.skipped["only_shared_wording"] == 1
     assert build(texts[:10]).match(f"{intro} {prose(draw, 30)}") is not None
 

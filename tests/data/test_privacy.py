@@ -37,7 +37,7 @@ from trainer.data.transforms.privacy.stage import (
     normalise,
     privacy_coverage,
     privacy_problems,
-    refuse_findings,
+    raise_if_personal_data,
     resolve_overlaps,
 )
 
@@ -312,13 +312,13 @@ def test_privacy_dropped_documents_are_counted_once_with_their_place():
 
 def test_privacy_fail_names_place_type_and_setting_and_allows_nothing():
     stage, tally = PrivacyStage(config(mode=PrivacyMode.fail)), Tally()
-    refuse_findings(tally.findings, stage.config)
+    raise_if_personal_data(tally.findings, stage.config)
     stage(Document("d.jsonl", 1, text="jane@example.com"), tally)
     stage(Document("d.jsonl", 2, text="joan@example.com"), tally)
     with pytest.raises(
         DataError, match=r"(?s)2 pieces.*allows none.*EMAIL: 2 in 2 documents, first at d.jsonl:1 j\*\*\*@.*mode=redact"
     ) as error:
-        refuse_findings(tally.findings, stage.config)
+        raise_if_personal_data(tally.findings, stage.config)
     assert "jane" not in str(error.value)
 
 

@@ -15,8 +15,8 @@ from strategies.base import StrategyConfig, StrategyName
 from strategies.registry import STRATEGIES
 from trainer.config.parallel import (
     EXPERT_PARALLEL_ADVICE,
-    NO_EXPERT_PARALLELISM,
     NO_EXPERT_PARALLELISM_SETTING,
+    NO_EXPERTS_REASON_BY_STRATEGY,
     NO_MATRIX_OPTIMIZER_REASON,
     NO_SEQUENCE_PARALLELISM_SETTING,
     ONE_PROCESS_REASON,
@@ -85,10 +85,10 @@ FEATURES: dict[str, Feature] = {
 }
 """Every feature."""
 
-COMPILED = ("full", "freeze", "lora")
+METHODS_THAT_COMPILE = ("full", "freeze", "lora")
 """Methods that were run compiled and took the same steps."""
-NOT_COMPILED = "it is not tested to compute the same training steps when compiled"
-INSTEAD = "strategy=ddp, or tuning=lora"
+NOT_COMPILED_REASON = "it is not tested to compute the same training steps when compiled"
+STRATEGY_ADVICE = "strategy=ddp, or tuning=lora"
 """What to choose instead if a method refuses a strategy."""
 
 
@@ -114,21 +114,22 @@ def method_row(config: TuningConfig) -> str:
 
 
 def combination_verdict(
-    row: str, strategy: StrategyName, feature: str = "plain", optim: OptimName = OptimName.adamw
+    method_name: str, strategy: StrategyName, feature: str = "plain", optim: OptimName = OptimName.adamw
 ) -> Cell:
     """The verdict on one combination: refused, with the reason and what to use instead; testable on GPUs only; or tested.
 
-    `row` and `feature` are keys of `methods_by_row()` (tuning methods) and `FEATURES`. The first reason for a refusal counts:
+    `method_name`: a tuning method, such as "lora". `feature`: a key of `FEATURES`, such as "packing". The first reason for a
+    refusal counts:
     - the method does not run under the strategy, or the optimizer does not
     - the method refuses the feature, or the feature by itself does not go with strategy, optimizer or method
     - the method refuses the optimizer
     """
-    method = methods_by_row()[row]
+    method = methods_by_row()[method_name]
     asked_feature = FEATURES[feature]
     support = SUPPORT[optim]
     reason = method.refusal_by_strategy.get(str(strategy))
     if reason:
-        return Cell(CellState.refused, reason, INSTEAD)
+        return Cell(CellState.refused, reason, STRATEGY_ADVICE)
     if strategy in support.refusal_by_strategy:
         return Cell(
             CellState.refused, support.refusal_by_strategy[strategy], f"{support.strategy_instead}, or optim=adamw"
@@ -137,7 +138,7 @@ def combination_verdict(
     concerns_strategy = not asked_feature.only_under or strategy in asked_feature.only_under
     if reason and concerns_strategy:
         return Cell(CellState.refused, reason, asked_feature.instead)
-    feature_refusal = _feature_refusal(row, strategy, feature, optim)
+    feature_refusal = _feature_refusal(method_name, strategy, feature, optim)
     if feature_refusal is not None:
         return feature_refusal
     reason = method.refusal_by_optimizer.get(str(optim))
@@ -148,16 +149,23 @@ def combination_verdict(
     return Cell(CellState.tested)
 
 
-def _feature_refusal(row: str, strategy: StrategyName, feature: str, optim: OptimName) -> Cell | None:
-    """The refusal of a feature that does not go with the strategy, the optimizer or the method; None if it does."""
+def _feature_refusal(method_name: str, strategy: StrategyName, feature: str, optim: OptimName) -> Cell | None:
+    """The refusal of a feature that does not go with the strategy, the optimizer or the method; None if it does.
+
+    `method_name`: a tuning method, such as "lora". `feature`: a key of `FEATURES`.
+    """
+
+    def refused(reason: str, instead: str) -> Cell:
+        return Cell(CellState.refused, reason=reason, instead=instead)
+
     if feature == "sequence" and strategy is StrategyName.single:
-        return Cell(CellState.refused, ONE_PROCESS_REASON, NO_SEQUENCE_PARALLELISM_SETTING)
-    if feature == "experts" and strategy in NO_EXPERT_PARALLELISM:
-        return Cell(CellState.refused, NO_EXPERT_PARALLELISM[strategy], EXPERT_PARALLEL_ADVICE)
-    if feature == "experts" and SUPPORT[optim].needs is Needs.matrices:
-        return Cell(CellState.refused, NO_MATRIX_OPTIMIZER_REASON, "optim=adamw")
-    if feature == "compile" and row not in COMPILED:
-        return Cell(CellState.refused, NOT_COMPILED, FEATURES["compile"].instead)
+        return refused(ONE_PROCESS_REASON, instead=NO_SEQUENCE_PARALLELISM_SETTING)
+    if feature == "experts" and strategy in NO_EXPERTS_REASON_BY_STRATEGY:
+        return refused(NO_EXPERTS_REASON_BY_STRATEGY[strategy], instead=EXPERT_PARALLEL_ADVICE)
+    if feature == "experts" and SUPPORT[optim].needs is Needs.matrices:  # such as Muon
+        return refused(NO_MATRIX_OPTIMIZER_REASON, instead="optim=adamw")
+    if feature == "compile" and method_name not in METHODS_THAT_COMPILE:
+        return refused(NOT_COMPILED_REASON, instead=FEATURES["compile"].instead)
     return None
 
 
@@ -166,18 +174,18 @@ def combination_problems(tuning: TuningConfig, strategy: StrategyConfig, optim: 
 
     That is the strategy, compiled blocks, full activation checkpointing, and the optimizer.
     """
-    row = method_row(tuning)
-    if row not in methods_by_row():
+    method_name = method_row(tuning)
+    if method_name not in methods_by_row():
         return
-    method = methods_by_row()[row]
-    tuning_text = f"tuning.type={row}" if row in PEFT_METHODS else f"tuning={row}"
+    method = methods_by_row()[method_name]
+    tuning_text = f"tuning.type={method_name}" if method_name in PEFT_METHODS else f"tuning={method_name}"
     reason = method.refusal_by_strategy.get(str(strategy.name))
     if reason:
-        yield f"strategy={strategy.name} with {tuning_text}: {reason}; use {INSTEAD}"
-    if strategy.compile and row not in COMPILED:
-        proven = " or ".join(f"tuning={name}" for name in COMPILED)
+        yield f"strategy={strategy.name} with {tuning_text}: {reason}; use {STRATEGY_ADVICE}"
+    if strategy.compile and method_name not in METHODS_THAT_COMPILE:
+        proven = " or ".join(f"tuning={name}" for name in METHODS_THAT_COMPILE)
         instead = FEATURES["compile"].instead
-        yield f"strategy.compile=true with {tuning_text}: {NOT_COMPILED}; set {instead}, or use {proven}"
+        yield f"strategy.compile=true with {tuning_text}: {NOT_COMPILED_REASON}; set {instead}, or use {proven}"
     reason = method.refusal_by_property.get("checkpointing")
     if strategy.activation_checkpointing == "full" and reason:
         instead = FEATURES["checkpointing"].instead
@@ -187,20 +195,20 @@ def combination_problems(tuning: TuningConfig, strategy: StrategyConfig, optim: 
         yield f"optim={optim.name} with {tuning_text}: {reason}; use optim=adamw"
 
 
-def summary(row: str, *, feature: str = "plain", optim: OptimName = OptimName.adamw) -> str:
+def states_text(method_name: str, *, feature: str = "plain", optim: OptimName = OptimName.adamw) -> str:
     """A cell of a table over all strategies that run the optimizer: `tested`, or, if they differ, "refused under `ddp`, `zero3`".
 
     With a feature, or another optimizer than AdamW, the strategies that do not run the method at all are left out.
     """
     names = [name for name in STRATEGIES if name not in SUPPORT[optim].refusal_by_strategy]
     if feature != "plain" or optim is not OptimName.adamw:
-        names = [name for name in names if str(name) not in methods_by_row()[row].refusal_by_strategy]
-    states = {name: combination_verdict(row, name, feature, optim).state for name in names}
-    if len(set(states.values())) == 1:
-        return str(next(iter(states.values())))
-    parts = []
+        names = [name for name in names if str(name) not in methods_by_row()[method_name].refusal_by_strategy]
+    state_by_strategy = {name: combination_verdict(method_name, name, feature, optim).state for name in names}
+    if len(set(state_by_strategy.values())) == 1:
+        return str(next(iter(state_by_strategy.values())))
+    phrases = []
     for state in (CellState.gpu_only, CellState.refused):
-        in_state = [f"`{name}`" for name in names if states[name] is state]
-        if in_state:
-            parts.append(f"{state} under {', '.join(in_state)}")
-    return "; ".join(parts)
+        strategies = [f"`{name}`" for name in names if state_by_strategy[name] is state]
+        if strategies:
+            phrases.append(f"{state} under {', '.join(strategies)}")
+    return "; ".join(phrases)

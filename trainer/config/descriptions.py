@@ -6,26 +6,25 @@ import ast
 import inspect
 import textwrap
 from dataclasses import is_dataclass
+from itertools import pairwise
 
 
-def docstrings(settings: type) -> dict[str, str]:
-    """The sentence under each field of a settings class, its own fields only."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(settings))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    sentences = {}
-    for statement, following in zip(body.body, body.body[1:], strict=False):
-        is_field = isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
-        if is_field and isinstance(following, ast.Expr):
-            assert isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
-            assert isinstance(following.value, ast.Constant)
-            sentences[statement.target.id] = " ".join(str(following.value.value).split())
-    return sentences
+def own_field_docstrings(settings_class: type) -> dict[str, str]:
+    """The sentence under each field of a settings class, its own fields only: {"lr": "The learning rate."}."""
+    (class_node,) = ast.parse(textwrap.dedent(inspect.getsource(settings_class))).body
+    assert isinstance(class_node, ast.ClassDef)
+    sentence_by_field = {}
+    for statements in pairwise(class_node.body):
+        match statements:
+            case (ast.AnnAssign(target=ast.Name(id=field_name)), ast.Expr(value=ast.Constant(value=sentence))):
+                sentence_by_field[field_name] = " ".join(str(sentence).split())
+    return sentence_by_field
 
 
-def all_docstrings(settings: type) -> dict[str, str]:
+def field_docstrings(settings_class: type) -> dict[str, str]:
     """The sentence under each field of a settings class, inherited fields included."""
-    sentences: dict[str, str] = {}
-    for base in reversed(settings.__mro__):
+    sentence_by_field: dict[str, str] = {}
+    for base in reversed(settings_class.__mro__):
         if is_dataclass(base):
-            sentences |= docstrings(base)
-    return sentences
+            sentence_by_field |= own_field_docstrings(base)
+    return sentence_by_field

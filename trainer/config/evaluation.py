@@ -306,17 +306,28 @@ def _server_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _watched_task_problems(config: RunConfig, *, has_data: bool) -> Iterator[str]:
-    """An error message if `evaluation.watch` is neither a metric of a task nor a metric of held-out data that can exist."""
+    """An error message if `evaluation.watch` (or its default) is neither a metric of a task nor one of held-out data.
+
+    - A metric of a task: none.
+    - Without held-out data, anything else: only tasks have metrics then.
+    - With held-out data, a metric that the named task does not have, such as `eval/facts/blue`.
+    """
     tasks = tasks_to_run(config)
-    metrics = registry.metric_directions(tasks)
-    watch = config.evaluation.watched
-    if watch in metrics:
+    direction_by_metric = registry.metric_directions(tasks)
+    watched_metric = config.evaluation.watched
+    if watched_metric in direction_by_metric:
         return
+    task_metrics = ", ".join(direction_by_metric)
     if not has_data:
         yield (
-            f"evaluation.watch={watch}: there is no evaluation data, only tasks; watch one of {', '.join(metrics)}, or give "
+            f"evaluation.watch={watched_metric}: there is no evaluation data, only tasks; watch one of {task_metrics}, or give "
             "data.eval_path or data.eval_share"
         )
-    # eval/<task>/<metric>: the task exists, and has no such metric. `eval/loss/<set>` is the loss on a named set.
-    elif watch.count("/") > 1 and watch.split("/")[1] in tasks.keys() - {"loss"}:
-        yield f"evaluation.watch={watch}: the tasks yield {', '.join(metrics)}; watch one of them"
+    elif _task_of_metric(watched_metric) in tasks.keys() - {"loss"}:  # `eval/loss/<set>` is the loss on a named set
+        yield f"evaluation.watch={watched_metric}: the tasks yield {task_metrics}; watch one of them"
+
+
+def _task_of_metric(metric: str) -> str | None:
+    """The task of a metric `eval/<task>/<metric>`; None for a metric of fewer parts, such as `eval/loss`."""
+    names = metric.split("/")
+    return names[1] if len(names) > 2 else None

@@ -65,7 +65,7 @@ def _manual_start_problems(config: RunConfig, launcher: LauncherConfig) -> Itera
         )
     if config.run.dir is None:
         yield f"launcher.nodes={launcher.nodes}: needs run.dir on a file system that all hosts share"
-    if any(launcher.retry.values()):
+    if any(launcher.retry.values()):  # how often a run is started again, by the cause of its failure
         yield (
             f"launcher.retry: with launcher.nodes={launcher.nodes} and no SLURM each host's launcher would count by itself; "
             "name the hosts in launcher.hosts=[n1,n2], or leave it out and start the command again on each"
@@ -113,8 +113,8 @@ def _slurm_problems(launcher: SlurmConfig) -> Iterator[str]:
 def _sbatch_option_problems(launcher: SlurmConfig) -> Iterator[str]:
     """Error messages for options of sbatch that the job's script or the launcher sets itself, and for an uneven number of GPUs.
 
-    The options are those in `launcher.extra` and `launcher.part_options`. GPUs of the whole job (`--gpus`) must be a multiple
-    of the nodes.
+    The options are those in `launcher.extra`, and in `launcher.part_options` for one job of a pipeline, such as `evaluate`. GPUs
+    of the whole job (`--gpus`) must be a multiple of the nodes.
     """
     arguments_by_key = {"launcher.extra": launcher.extra}
     arguments_by_key |= {f"launcher.part_options.{part}": extra for part, extra in launcher.part_options.items()}

@@ -17,7 +17,7 @@ from strategies.settings import number
 ONE_PROCESS_REASON = "strategy=single is one process, and a row is shared by several"
 NO_SEQUENCE_PARALLELISM_SETTING = "parallel.sequence=1, or use strategy=fsdp2"
 """Why `strategy=single` shares no rows, and what to set instead."""
-NO_EXPERT_PARALLELISM = {
+NO_EXPERTS_REASON_BY_STRATEGY = {
     StrategyName.single: "it is one process, and experts are distributed over several",
     StrategyName.ddp: "every rank holds the whole model, and so all experts",
     **dict.fromkeys(
@@ -59,18 +59,17 @@ class BatchedRun(Protocol):
     parallel: ParallelConfig
 
 
-def parallel_for_evaluation(
-    training: ParallelConfig, strategy: StrategyConfig, ranks_of_replica: int
-) -> ParallelConfig:
+def parallel_for_evaluation(training: ParallelConfig, strategy: StrategyConfig, replica_size: int) -> ParallelConfig:
     """The settings of `parallel` for the evaluation of a model that was trained with those of `training`.
 
-    Each rank generates answers for prompts of its own, and only the held-out loss of long documents would need a shared row.
-    Experts stay on as many ranks as can be, since all of a layer may not fit one: whatever divides the degree of the
-    training divides the experts, too.
+    - Sequence parallelism is dropped: each rank generates answers for prompts of its own.
+    - Expert parallelism stays under FSDP2 and HSDP (whose settings are `Fsdp2Config`), since all experts of a layer may not fit
+      on one rank. `replica_size`: ranks of a replica.
     """
     if not isinstance(strategy, Fsdp2Config):
         return ParallelConfig()
-    return ParallelConfig(experts=math.gcd(training.experts, ranks_of_replica))
+    # The largest degree that divides both: what divides the degree of the training divides the number of experts, too.
+    return ParallelConfig(experts=math.gcd(training.experts, replica_size))
 
 
 def dp_size_of(config: BatchedRun, world_size: int) -> int:
@@ -79,14 +78,17 @@ def dp_size_of(config: BatchedRun, world_size: int) -> int:
 
 
 def accumulation_steps(config: BatchedRun, world_size: int) -> int:
-    """Micro-batches of each reader in one optimizer step. Written answers (`objective=grpo`) need not divide evenly."""
+    """Micro-batches of each data-parallel rank in one optimizer step, rounded up.
+
+    Only generated answers (`objective=grpo`) need not divide evenly.
+    """
     documents_per_pass = config.batch["micro"] * dp_size_of(config, world_size)
-    return -(-int(config.batch["global"]) // documents_per_pass)
+    return math.ceil(int(config.batch["global"]) / documents_per_pass)
 
 
 def samples_per_dp_rank(config: BatchedRun, world_size: int) -> int:
-    """Documents or answers of a step that each reader takes, at most."""
-    return -(-int(config.batch["global"]) // dp_size_of(config, world_size))
+    """Documents or answers of a step that each data-parallel rank takes, at most."""
+    return math.ceil(int(config.batch["global"]) / dp_size_of(config, world_size))
 
 
 def sequence_parallel_problems(config: BatchedRun, world_size: int | None, strategy_name: str) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from strategies.settings import Reach
-from trainer.config.tree import nearest, traits_by_key
+from trainer.config.tree import nearest_trait, traits_by_key
 
 GROUPS_OF_EACH_START = ("run", "launcher")
 """Groups that no verb takes from a run that it reads: each start has its own."""
@@ -19,4 +19,4 @@ def reach_of(key: str) -> Reach:
     parts = key.split(".")
     if ".".join(parts[:2]) in NAMED_TABLES and len(parts) > 2:
         parts[2] = "*"
-    return nearest(".".join(parts), lambda traits: traits.reach)
+    return nearest_trait(".".join(parts), lambda traits: traits.reach)

@@ -30,16 +30,16 @@ KINDS = {
 
 def settings_as_dict(config: Any) -> dict[str, Any]:
     """A configuration as nested dictionaries of plain values."""
-    tree: dict[str, Any] = _plain(asdict(config))
+    tree: dict[str, Any] = _as_json_value(asdict(config))
     return tree
 
 
-def _plain(value: Any) -> Any:
+def _as_json_value(value: Any) -> Any:
     """A value with enums as their names, and tuples as lists."""
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: _as_json_value(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [_as_json_value(entry) for entry in value]
     return value.name if isinstance(value, Enum) else value
 
 
@@ -71,7 +71,7 @@ def _collect_defaults(value: Any, default: Any, key: str, defaults: dict[str, An
     """
     if is_dataclass(value):
         for setting in fields(value):
-            # A group's own default, such as another rate in `optim`, counts before the defaults of its class.
+            # What the field of a group declares (optim=AdamwConfig(lr=1e-5)) counts before the defaults of the group's class.
             if type(default) is type(value):
                 own_default = getattr(default, setting.name)
             else:
@@ -83,7 +83,7 @@ def _collect_defaults(value: Any, default: Any, key: str, defaults: dict[str, An
         for name, entry in value.items():
             _collect_defaults(entry, MISSING, f"{key}.{name}", defaults)
     elif default is not MISSING:
-        defaults[key] = _plain(default)
+        defaults[key] = _as_json_value(default)
 
 
 def _default_of_field(setting: Field[Any]) -> Any:

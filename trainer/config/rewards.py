@@ -26,8 +26,8 @@ def reward_problems(config: RunConfig) -> Iterator[str]:
     Columns are only compared with the data if the rewards have no other problem.
     """
     objective = config.objective
-    yield from _watch_problems(config)
-    if not isinstance(objective, RoundsConfig):
+    yield from _watch_problems(config)  # for other objectives too: they have no metrics of rewards
+    if not isinstance(objective, RoundsConfig):  # the settings of objectives that learn from rewards
         return
     if not objective.rewards:
         yield (

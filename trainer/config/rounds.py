@@ -44,7 +44,11 @@ def answer_batch_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _budget_problems(config: RunConfig, settings: RoundsConfig) -> Iterator[str]:
-    """Error messages for budgets that cannot be turned into steps."""
+    """Error messages for budgets that cannot be turned into a number of steps.
+
+    - Tokens: nobody knows before how long the answers will be.
+    - Passes over the prompts, if idle groups (whose answers all have the same reward) are replaced by answers to more prompts.
+    """
     if config.budget.tokens is not None:
         yield (
             f"budget.tokens={config.budget.tokens}: nobody knows how long answers will be; set budget.steps, or budget.epochs "

@@ -8,8 +8,8 @@ from pathlib import Path
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig, StrategyName, ZeroConfig
 from trainer.config.parallel import (
     EXPERT_PARALLEL_ADVICE,
-    NO_EXPERT_PARALLELISM,
     NO_EXPERT_PARALLELISM_SETTING,
+    NO_EXPERTS_REASON_BY_STRATEGY,
     NO_MATRIX_OPTIMIZER_REASON,
     sequence_parallel_problems,
 )
@@ -88,21 +88,21 @@ def _sequence_parallel_conflicts(config: RunConfig) -> Iterator[str]:
 
     What depends on the model is checked when its files are read.
     """
-    typed = f"parallel.sequence={config.parallel.sequence}"
+    setting = f"parallel.sequence={config.parallel.sequence}"
     if objective_family(config.objective).kind is ModelKind.encoder_decoder:
         yield (
-            f"{typed}: objective={config.objective.name} has two rows for each document, and padding in both; set "
+            f"{setting}: objective={config.objective.name} has two rows for each document, and padding in both; set "
             "parallel.sequence=1"
         )
     if config.data.layout is Layout.padded:
-        yield f"{typed}: rows with padding are not cut; set data.layout=padding_free, or parallel.sequence=1"
+        yield f"{setting}: rows with padding are not cut; set data.layout=padding_free, or parallel.sequence=1"
     if config.model.attention in (Attention.sdpa, Attention.eager):
         yield (
-            f"{typed}: model.attention={config.model.attention} takes rows with padding, which are not cut; set "
+            f"{setting}: model.attention={config.model.attention} takes rows with padding, which are not cut; set "
             "model.attention=auto, or parallel.sequence=1"
         )
     if config.strategy.compile:
-        yield f"{typed}: is not proven with compiled blocks; set strategy.compile=false, or parallel.sequence=1"
+        yield f"{setting}: is not proven with compiled blocks; set strategy.compile=false, or parallel.sequence=1"
 
 
 def _expert_parallel_problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
@@ -112,16 +112,17 @@ def _expert_parallel_problems(config: RunConfig, world_size: int | None) -> Iter
     only checked under FSDP2 and HSDP, and if the number of ranks is known and divides into replicas.
     """
     expert_ranks = config.parallel.experts
-    typed = f"parallel.experts={expert_ranks}"
+    setting = f"parallel.experts={expert_ranks}"
     strategy = config.strategy
-    if strategy.name in NO_EXPERT_PARALLELISM:
-        yield f"{typed} with strategy={strategy.name}: {NO_EXPERT_PARALLELISM[strategy.name]}; use {EXPERT_PARALLEL_ADVICE}"
+    if strategy.name in NO_EXPERTS_REASON_BY_STRATEGY:
+        reason = NO_EXPERTS_REASON_BY_STRATEGY[strategy.name]
+        yield f"{setting} with strategy={strategy.name}: {reason}; use {EXPERT_PARALLEL_ADVICE}"
         return
     if SUPPORT[config.optim.name].needs is Needs.matrices:
         remedy = f"use optim=adamw, or set {NO_EXPERT_PARALLELISM_SETTING}"
-        yield f"{typed} with optim={config.optim.name}: {NO_MATRIX_OPTIMIZER_REASON}; {remedy}"
+        yield f"{setting} with optim={config.optim.name}: {NO_MATRIX_OPTIMIZER_REASON}; {remedy}"
     if strategy.compile:
-        yield f"{typed}: is not proven with compiled blocks; set strategy.compile=false, or {NO_EXPERT_PARALLELISM_SETTING}"
+        yield f"{setting}: is not proven with compiled blocks; set strategy.compile=false, or {NO_EXPERT_PARALLELISM_SETTING}"
     if not isinstance(strategy, Fsdp2Config):  # it is chosen later
         return
 
@@ -139,7 +140,7 @@ def _expert_parallel_problems(config: RunConfig, world_size: int | None) -> Iter
     if world_size % expert_ranks == 0:
         fewer_replicas = world_size // expert_ranks
         remedy += f", or strategy.replicate={fewer_replicas}" if fewer_replicas > 1 else ", or strategy=fsdp2"
-    yield f"{typed}: must divide {ranks}, {sharded_over}, so that every group is whole; {remedy}"
+    yield f"{setting}: must divide {ranks}, {sharded_over}, so that every group is whole; {remedy}"
 
 
 def number_of_replicas(strategy: StrategyConfig, config: RunConfig) -> int:

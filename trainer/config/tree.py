@@ -45,16 +45,17 @@ class KeyedField:
     """Whether it holds further settings instead of a value."""
 
 
-def settings_below(hint: Any) -> tuple[type, str] | None:
-    """The class of the settings that a field of this type holds, and what stands between its key and theirs.
+def nested_settings_class(field_type: Any) -> tuple[type, str] | None:
+    """(class of the settings that a field of this type holds, what follows the field's key in theirs); None for a plain value.
 
-    That is `.*` for a table whose names the user chooses. None for a field that holds a value.
+    OptimConfig -> (OptimConfig, ""), so that the keys are `optim.lr`. dict[str, SourceConfig], a table whose names the user
+    chooses -> (SourceConfig, ".*"), so that they are `data.sources.*.path`.
     """
-    if isinstance(hint, type) and is_dataclass(hint):
-        return hint, ""
-    entry = get_args(hint)[1] if get_origin(hint) is dict else None
-    if isinstance(entry, type) and is_dataclass(entry):
-        return entry, ".*"
+    if isinstance(field_type, type) and is_dataclass(field_type):
+        return field_type, ""
+    entry_type = get_args(field_type)[1] if get_origin(field_type) is dict else None
+    if isinstance(entry_type, type) and is_dataclass(entry_type):
+        return entry_type, ".*"
     return None
 
 
@@ -71,11 +72,11 @@ def keyed_fields(
         hint = hints[field.name]
         key = f"{prefix}.{field.name}" if prefix else field.name
         traits = setting_metadata(settings, field.name, advice_override)
-        below = settings_below(hint)
-        yield KeyedField(key, hint, traits, is_group=below is not None or traits.entries is not None)
-        if below is not None:
-            inner_settings, between = below
-            yield from keyed_fields(inner_settings, key + between, traits.advice_below)
+        nested = nested_settings_class(hint)
+        yield KeyedField(key, hint, traits, is_group=nested is not None or traits.entries is not None)
+        if nested is not None:
+            nested_class, key_suffix = nested
+            yield from keyed_fields(nested_class, key + key_suffix, traits.advice_below)
         elif traits.entries is not None:
             for inner in keyed_fields(traits.entries, key):
                 yield replace(inner, key=inner.key.removesuffix("_"))  # a keyword of Python, typed as it is
@@ -94,17 +95,17 @@ def traits_by_key() -> dict[str, SettingMetadata]:
     return traits
 
 
-def nearest(key: str, trait: Callable[[SettingMetadata], Answer | None]) -> Answer:
+def nearest_trait(key: str, read_trait: Callable[[SettingMetadata], Answer | None]) -> Answer:
     """A trait of the setting `key`, or else of the nearest table or group above it; KeyError if none of them has it.
 
-    `trait`: reads it from a field's traits, None if the field has none. For `optim.lr`: `optim.lr`, then `optim`.
+    `read_trait`: reads it from a field's traits, None if the field has none. For `optim.lr`: `optim.lr`, then `optim`.
     """
-    parts = key.split(".")
-    for length in range(len(parts), 0, -1):
-        traits = traits_by_key().get(".".join(parts[:length]))
-        answer = trait(traits) if traits else None
-        if answer is not None:
-            return answer
+    names = key.split(".")
+    for length in range(len(names), 0, -1):
+        traits = traits_by_key().get(".".join(names[:length]))
+        trait = read_trait(traits) if traits else None
+        if trait is not None:
+            return trait
     raise KeyError(key)
 
 
@@ -113,5 +114,5 @@ def kind_of(key: str) -> str | None:
 
     Raises KeyError for a setting that stands in no group of the tree.
     """
-    kind = nearest(key, lambda traits: traits.resume)
+    kind = nearest_trait(key, lambda traits: traits.resume)
     return None if kind == FREE else kind

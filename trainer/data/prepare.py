@@ -314,9 +314,9 @@ class Preparation:
             columns = assembly.columns()
             table = DocumentTable(target)
             if self.config.privacy.mode is PrivacyMode.fail:
-                from trainer.data.transforms.privacy.stage import refuse_findings
+                from trainer.data.transforms.privacy.stage import raise_if_personal_data
 
-                refuse_findings(assembly.totals.tally.findings, self.config.privacy)
+                raise_if_personal_data(assembly.totals.tally.findings, self.config.privacy)
             label_names, label_ids = self.data_spec.number_labels(columns, table)
             selection = choose_splits(self.config, columns, table, seed=self.seed, log_drop=assembly.log_drop)
             assembly.finish(label_ids)

@@ -30,7 +30,7 @@ CHECK_KINDS = {
 """What documents are checked for, in the order of verdicts."""
 MIN_REPEATED_CHARACTERS = 40
 """Shortest text in characters that counts as said twice; people do say yes twice."""
-_CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufdd0-\ufdef\ufffe\uffff]")
+_CONTROL_CHARACTER_REGEX = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufdd0-\ufdef\ufffe\uffff]")
 # The first and a further byte of a UTF-8 character, read in another encoding. Cyrillic has such pairs of its own.
 _FIRST_BYTES = bytes(range(0xC2, 0xF5))
 _FURTHER_BYTES = bytes(range(0x80, 0xC0))
@@ -38,7 +38,7 @@ _LATIN_FIRST = _FIRST_BYTES.decode("cp1252") + _FIRST_BYTES.decode("cp1250")
 _LATIN_FURTHER = "".join(_FURTHER_BYTES.decode(encoding, "ignore") for encoding in ("latin-1", "cp1252", "cp1250"))
 _CYRILLIC_FIRST = b"\xd0\xd1\xe2".decode("cp1251")
 _CYRILLIC_FURTHER = _FURTHER_BYTES.decode("cp1251", "ignore")
-_MOJIBAKE = re.compile(
+_MOJIBAKE_REGEX = re.compile(
     f"[{_LATIN_FIRST}][{_LATIN_FURTHER}]|(?:[{_CYRILLIC_FIRST}][{_CYRILLIC_FURTHER}]){{2}}|\u0432\u0402"
 )
 """What UTF-8 that was read in another encoding looks like; some right texts look so, too."""
@@ -99,7 +99,7 @@ class Checks:
         """
         if not text or text.isspace():
             yield "empty_text", text_name
-        control = _CONTROL.search(text)
+        control = _CONTROL_CHARACTER_REGEX.search(text)
         if control:
             code_point = f"U+{ord(control.group()):04X}"
             yield "control_characters", f"{text_name}, {code_point} at character {control.start() + 1}"
@@ -111,7 +111,7 @@ class Checks:
             yield "encoding_damage", f"{text_name}, U+FFFD at character {replacement + 1}"
             return
         # The expression is a cheap first look: only what it finds is worth ftfy's own heuristic.
-        mojibake = _MOJIBAKE.search(text)
+        mojibake = _MOJIBAKE_REGEX.search(text)
         if mojibake and self._is_bad(text):
             yield "encoding_damage", f"{text_name}, {mojibake.group()!r} at character {mojibake.start() + 1}"
 

@@ -16,11 +16,11 @@ from trainer.data.config import DecontaminationConfig, DecontaminationPolicy
 from trainer.data.document import Document, Tally
 from trainer.data.selection.signatures import mix_bits, normalize
 
-NGRAM = 13
+WORDS_PER_RUN = 13
 """Words in a run that counts as evaluation text."""
 MIN_WORDS = 5
 """Evaluation texts of fewer words are not looked for: many documents hold them by chance."""
-MAX_SHARED = 10
+MAX_TEXTS_PER_RUN = 10
 """Runs in more evaluation texts than this are the set's own wording, and ignored."""
 _HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 """Odd, with bits all over: 2^64 divided by the golden ratio."""
@@ -56,7 +56,7 @@ def evaluation_texts(document: Document) -> Iterator[tuple[str, str]]:
     texts = [turn["content"] for turn in turns if turn["role"] not in ("assistant", "system")]
     if document.text is not None:
         texts.append(document.text)
-    texts += [text for text in answers if len(normalize(text).split()) >= NGRAM]
+    texts += [text for text in answers if len(normalize(text).split()) >= WORDS_PER_RUN]
     return ((document.location, text) for text in texts)
 
 
@@ -86,7 +86,7 @@ class Decontaminator:
                 self.skipped["repeated"] += 1
                 continue
             earlier_texts.add(word_hashes.tobytes())
-            ngram_length = min(NGRAM, len(word_hashes))
+            ngram_length = min(WORDS_PER_RUN, len(word_hashes))
             ngram_lengths.append(ngram_length)
             ngrams_of_texts.append(_hash_ngrams(word_hashes, ngram_length))
             self._locations.append(location)
@@ -99,10 +99,10 @@ class Decontaminator:
         text_of_ngram = np.repeat(np.arange(len(ngrams_of_texts)), ngrams_per_text)
         _, inverse, counts = np.unique(ngrams, return_inverse=True, return_counts=True)
         # Runs that many texts share are the set's own wording. A text shorter than 13 words is kept as it is.
-        is_rare = counts[inverse] <= MAX_SHARED
-        is_whole_text = np.array(ngram_lengths, np.int64)[text_of_ngram] < NGRAM
+        is_rare = counts[inverse] <= MAX_TEXTS_PER_RUN
+        is_whole_text = np.array(ngram_lengths, np.int64)[text_of_ngram] < WORDS_PER_RUN
         is_used = is_rare | is_whole_text
-        # Sorted by hash, so that `match` finds the texts of a run by bisection.
+        # Sorted by hash, so that `find_best_match` finds the texts of a run by bisection.
         order = np.argsort(ngrams[is_used], kind="stable")
         self._ngrams = ngrams[is_used][order]
         """Sorted, for `np.searchsorted`."""
@@ -115,10 +115,11 @@ class Decontaminator:
             raise DataError(
                 f"none of the {num_texts} evaluation texts for "
                 f"decontamination can be looked for: {self.skipped['too_short']} have fewer than {MIN_WORDS} words and "
-                f"{self.skipped['only_shared_wording']} only runs that are in more than {MAX_SHARED} texts; check the files"
+                f"{self.skipped['only_shared_wording']} only runs that are in more than {MAX_TEXTS_PER_RUN} texts; check "
+                "the files"
             )
 
-    def match(self, text: str) -> tuple[str, float] | None:
+    def find_best_match(self, text: str) -> tuple[str, float] | None:
         """(`file:line` of the evaluation text of which `text` holds most, the share of its runs of words that are in `text`).
 
         None if `text` shares no run of words with any evaluation text.
@@ -140,7 +141,7 @@ class Decontaminator:
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
         """Count, and by policy drop, a document that holds evaluation text; its texts are looked at as one."""
-        match = self.match("\n".join(document.texts()))
+        match = self.find_best_match("\n".join(document.texts()))
         if match is None:
             return document
         evaluation_location, share = match

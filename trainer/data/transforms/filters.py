@@ -22,11 +22,13 @@ JUDGED_CHARACTERS = 3000
 """A document is judged by this many characters from its start; more does not change the answer."""
 NO_LANGUAGE = "zxx"
 """ISO 639-2: no linguistic content (code, numbers)."""
-FENCED = re.compile(r"^ {0,3}(`{3,}(?=[^`\n]*$)|~{3,}).*?(^ {0,3}\1[`~]*[ \t\r]*$|\Z)", re.MULTILINE | re.DOTALL)
+FENCED_CODE_REGEX = re.compile(
+    r"^ {0,3}(`{3,}(?=[^`\n]*$)|~{3,}).*?(^ {0,3}\1[`~]*[ \t\r]*$|\Z)", re.MULTILINE | re.DOTALL
+)
 """Code between Markdown fences (CommonMark 0.31, section 4.5); one that is never closed reaches to the end."""
 MIN_ECHO_CHARACTERS = 12
 """Letters and digits of an answer that counts as an echo: people do answer hello with hello."""
-UNJUDGED = "unjudged"
+UNJUDGED_KEY = "unjudged"
 """How the count names documents too short to judge or without linguistic content."""
 
 
@@ -50,7 +52,7 @@ def detect_language(document: Document) -> tuple[str, float] | None:
 def detect_text_language(text: str) -> tuple[str, float] | None:
     """(ISO 639 code, probability 0 to 1) of a text without its code; None if it is too short, or in no language."""
     # Code looks like English to the detector.
-    text = FENCED.sub("", text)[:JUDGED_CHARACTERS].strip()
+    text = FENCED_CODE_REGEX.sub("", text)[:JUDGED_CHARACTERS].strip()
     if len(text) < MIN_JUDGED_CHARACTERS:
         return None
     language, probability = _language_identifier().classify(text)
@@ -64,7 +66,7 @@ def count_languages(documents: Iterable[Document]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for document in documents:
         detected = detect_language(document)
-        language = UNJUDGED
+        language = UNJUDGED_KEY
         if detected is not None:
             language, _ = detected
         counts[language] += 1
@@ -113,7 +115,7 @@ class Filters:
         phrases = sorted({re.sub(r"\s+", r" ", phrase.strip()) for phrase in config.drop_phrases})
         # Any white space between words matches, line breaks included.
         pattern = "|".join(re.escape(phrase).replace(r"\ ", r"\s+") for phrase in phrases)
-        self.phrases = re.compile(pattern, re.IGNORECASE) if phrases else None
+        self.any_phrase_regex = re.compile(pattern, re.IGNORECASE) if phrases else None
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
         """The document, or None if one of the filters drops it, which `tally` then counts under the filter's reason.
@@ -159,7 +161,7 @@ class Filters:
         if self.config.drop_echoes and has_echo(document):
             return "echoes_prompt"
         learned_text = "\n".join(answers) or document.text or ""
-        if self.phrases is not None and self.phrases.search(learned_text):
+        if self.any_phrase_regex is not None and self.any_phrase_regex.search(learned_text):
             return "phrase"
         return None
 

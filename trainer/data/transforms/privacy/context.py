@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from trainer.data.transforms.privacy.patterns import is_npi
 from trainer.data.transforms.privacy.rule import (
@@ -212,7 +212,7 @@ def find_phone_numbers(text: str, regions: Sequence[str]) -> list[PrivacyFinding
     """Telephone numbers in a text, with a score from 0 to 1 for how certain each is; those right after the word fax as FAX.
 
     `regions`: countries (ISO 3166-1 alpha-2) whose national numbers are looked for. The score is the certainty that the number's
-    spelling gives, changed by what stands around it, see `_score_in_context`.
+    spelling gives, changed by what stands around it: words for telephone or fax raise it, words such as "order" lower it.
     """
     findings = []
     for match in PHONE_CANDIDATE.finditer(text):
@@ -221,16 +221,16 @@ def find_phone_numbers(text: str, regions: Sequence[str]) -> list[PrivacyFinding
         if not 7 <= num_digits <= 17 or DATE.match(candidate):
             continue
         numbers = _valid_numbers(candidate, tuple(regions))
-        for index, (start_in_candidate, end_in_candidate, certainty) in enumerate(numbers):
-            start = match.start(1) + start_in_candidate
-            end = match.start(1) + end_in_candidate
+        for index, number in enumerate(numbers):
+            start = match.start(1) + number.begin
+            end = match.start(1) + number.end
             is_last = index == len(numbers) - 1
-            if is_last and end_in_candidate == len(candidate):
+            if is_last and number.end == len(candidate):
                 end = match.end()  # the extension, which follows the last number, belongs to it
             before = text[max(0, start - CHARACTERS_BEFORE) : start]
             after = text[end : end + CHARACTERS_AFTER]
             is_fax = FAX_WORDS.search(before) is not None
-            score = _score_in_context(candidate, certainty, before, after, is_fax=is_fax)
+            score = _score_in_context(candidate, number.certainty, before, after, is_fax=is_fax)
             findings.append(PrivacyFinding("FAX" if is_fax else "PHONE", start, end, score))
     return findings
 
@@ -257,19 +257,29 @@ def _score_in_context(candidate: str, certainty: float, before: str, after: str,
     return certainty
 
 
-@lru_cache(maxsize=4096)
-def _valid_numbers(candidate: str, regions: tuple[str, ...]) -> tuple[tuple[int, int, float], ...]:
-    """The valid telephone numbers in a run of digits: (start, end, certainty from 0 to 1), by characters of `candidate`.
+class PhoneNumberSpan(NamedTuple):
+    """A valid telephone number in a run of digits."""
 
-    Example: "+49 30 123456" -> ((0, 13, 0.95),). Written internationally, it needs no country. Else it is read as a number of the
-    country of `regions` in which it is most certain.
+    begin: int
+    end: int
+    """In characters of the run."""
+    certainty: float
+    """0 to 1."""
+
+
+@lru_cache(maxsize=4096)
+def _valid_numbers(candidate: str, regions: tuple[str, ...]) -> tuple[PhoneNumberSpan, ...]:
+    """The valid telephone numbers in a run of digits, such as "+49 30 123456" -> (PhoneNumberSpan(0, 13, 0.95),).
+
+    Written internationally, a number needs no country. Else it is read as a number of the country of `regions` in which it is
+    most certain.
     """
     numbers = _international_numbers(candidate) if candidate.startswith(("+", "00")) else ()
     return numbers or _most_certain_national_numbers(candidate, regions)
 
 
-def _international_numbers(candidate: str) -> tuple[tuple[int, int, float], ...]:
-    """The valid numbers in a run of digits that begins with + or 00, see `_valid_numbers`."""
+def _international_numbers(candidate: str) -> tuple[PhoneNumberSpan, ...]:
+    """The valid numbers in a run of digits that begins with + or 00."""
     import phonenumbers
 
     # Without a country the library does not know that 00 is the international prefix.
@@ -277,27 +287,28 @@ def _international_numbers(candidate: str) -> tuple[tuple[int, int, float], ...]
     shift = len(candidate) - len(with_plus)
     numbers = []
     for match in phonenumbers.PhoneNumberMatcher(with_plus, None):
-        start = match.start + shift if match.start else 0
-        numbers.append((start, match.end + shift, INTERNATIONAL_CERTAINTY))
+        begin = match.start + shift if match.start else 0
+        numbers.append(PhoneNumberSpan(begin, match.end + shift, INTERNATIONAL_CERTAINTY))
     return tuple(numbers)
 
 
-def _most_certain_national_numbers(candidate: str, regions: tuple[str, ...]) -> tuple[tuple[int, int, float], ...]:
+def _most_certain_national_numbers(candidate: str, regions: tuple[str, ...]) -> tuple[PhoneNumberSpan, ...]:
     """The valid numbers in a run of digits, read as in the country of `regions` that makes one of them most certain."""
     import phonenumbers
 
-    best_numbers: tuple[tuple[int, int, float], ...] = ()
+    best_numbers: list[PhoneNumberSpan] = []
     best_certainty = 0.0
     for region in regions:
-        matches = phonenumbers.PhoneNumberMatcher(candidate, region)
-        numbers = [(match.start, match.end, _national_certainty(match)) for match in matches]
-        certainty = max((number_certainty for _, _, number_certainty in numbers), default=0.0)
+        numbers = []
+        for match in phonenumbers.PhoneNumberMatcher(candidate, region):
+            numbers.append(PhoneNumberSpan(match.start, match.end, _national_certainty(match)))
+        certainty = max((number.certainty for number in numbers), default=0.0)
         if certainty > best_certainty:
-            best_numbers = tuple(numbers)
+            best_numbers = numbers
             best_certainty = certainty
-        if best_certainty >= USUAL_GROUPS_CERTAINTY:
-            break  # no other country can be more certain
-    return best_numbers
+        if best_certainty >= USUAL_GROUPS_CERTAINTY:  # the highest that a national number can have
+            break
+    return tuple(best_numbers)
 
 
 def _national_certainty(match: PhoneNumberMatch) -> float:

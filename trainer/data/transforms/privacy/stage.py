@@ -112,7 +112,8 @@ class PersonalDataFinder:
         """
         has_digit = DIGIT_REGEX.search(text) is not None
         has_number = has_digit and NUMBER_REGEX.search(text) is not None
-        meets_need = {"": True, "digit": has_digit, "number": has_number, "at": "@" in text}  # see `PrivacyRule.needs`
+        # By `PrivacyRule.needs`, what a text must have for the rule.
+        meets_need = {"": True, "digit": has_digit, "number": has_number, "at": "@" in text}
         lower_text = text.lower()  # hints are lower case
         findings: list[PrivacyFinding] = []
         for rule in self.rules:
@@ -163,9 +164,9 @@ def resolve_overlaps(text: str, findings: list[PrivacyFinding]) -> list[PrivacyF
 
 HEX_DIGITS = 8
 """Length of a pseudonym's tail: 32 bits; of 9,000 different values two share one with a probability of about 1 %."""
-NORMALISED_AS = {"FAX": "PHONE", "DATE_OF_BIRTH": "DATE"}
+NORMAL_TYPE_BY_TYPE = {"FAX": "PHONE", "DATE_OF_BIRTH": "DATE"}
 """Types whose values are normalised alike, so that a number has one tail under both names."""
-LONGEST_MASK = 32
+MAX_MASK_CHARACTERS = 32
 """Characters of a mask in a report."""
 MASKED_BY_WORDS = frozenset({"EMAIL", "PERSON", "USERNAME", "LOCATION", "ORGANISATION"})
 """Types of whose words a mask shows the first letters; of others it shows the shape."""
@@ -181,11 +182,12 @@ class PrivacyStage:
 
     def __init__(self, config: PrivacyConfig, *, documents_before: int = 0) -> None:
         self.config = config
+        # Only a report may look at a part of the documents: the other modes act on all that is found.
         limit = config.scan_documents if config.mode == PrivacyMode.report else 0
-        self._num_documents_left = max(limit - documents_before, 0) if limit else None
-        """How many more documents are searched; None for all."""
+        self._num_documents_to_scan = max(limit - documents_before, 0) if limit else None
+        """How many more documents are searched; None: all of them."""
         self._finder: PersonalDataFinder | None = None
-        if config.mode != PrivacyMode.none and self._num_documents_left != 0:
+        if config.mode != PrivacyMode.none and self._num_documents_to_scan != 0:
             self._finder = PersonalDataFinder(config)
         # Read from the environment, never from the configuration, which is written down with the run.
         self._key = secret_key()
@@ -199,19 +201,19 @@ class PrivacyStage:
         - mode=none, or mode=report and `scan_documents` of the source were searched already: the document as it is;
         - mode=drop: None, counted in `tally`, if anything was found;
         - mode=redact or pseudonymise: the document with its texts changed;
-        - mode=report or fail: the document as it is. For fail, `refuse_findings` raises the error at the end.
+        - mode=report or fail: the document as it is. For fail, `raise_if_personal_data` raises the error at the end.
         `tally` counts the findings, with masks of the first few.
         """
-        if self._finder is None or self._num_documents_left == 0:
+        if self._finder is None or self._num_documents_to_scan == 0:
             return document
-        if self._num_documents_left is not None:
-            self._num_documents_left -= 1
+        if self._num_documents_to_scan is not None:
+            self._num_documents_to_scan -= 1
         findings_by_text = {text: self._finder.find(text) for text in document.texts()}
         masked_findings = _masked_findings(document, findings_by_text)
         tally.findings.scanned[document.source] += 1
         if not masked_findings:
             return document
-        self._count(tally.findings, document, masked_findings)
+        self._add_findings(tally.findings, document, masked_findings)
         if self.config.mode == PrivacyMode.drop:
             first_type, _ = masked_findings[0]
             tally.drop(self.name, first_type, document.location)
@@ -223,7 +225,7 @@ class PrivacyStage:
         return document
 
     @staticmethod
-    def _count(findings: Findings, document: Document, masked_findings: list[tuple[str, str]]) -> None:
+    def _add_findings(findings: Findings, document: Document, masked_findings: list[tuple[str, str]]) -> None:
         """Add a document's findings, (type, masked text) each, to `findings`, with masks of the first few."""
         types = [pii_type for pii_type, _ in masked_findings]
         findings.documents[document.source] += 1
@@ -256,7 +258,7 @@ def _masked_findings(document: Document, findings_by_text: dict[str, list[Privac
     return masked_findings
 
 
-def refuse_findings(findings: Findings, config: PrivacyConfig) -> None:
+def raise_if_personal_data(findings: Findings, config: PrivacyConfig) -> None:
     """Raise DataError if mode=fail and anything was found; call it once on the findings of all workers."""
     if config.mode != PrivacyMode.fail or not findings.counts:
         return
@@ -279,7 +281,7 @@ def normalise(type_: str, personal_text: str, regions: Sequence[str]) -> str:
     """
     # Full-width digits and the like become the usual ones.
     text = " ".join(unicodedata.normalize("NFKC", personal_text).split())
-    normal_type = NORMALISED_AS.get(type_, type_)
+    normal_type = NORMAL_TYPE_BY_TYPE.get(type_, type_)
     if normal_type == "PHONE":
         return canonical_phone_number(text, regions)
     if normal_type == "IP":
@@ -301,7 +303,7 @@ def pseudonym(type_: str, personal_text: str, key: bytes, regions: Sequence[str]
 
     Its tail is the HMAC-SHA256 of the normalised text under the key.
     """
-    normal_type = NORMALISED_AS.get(type_, type_)
+    normal_type = NORMAL_TYPE_BY_TYPE.get(type_, type_)
     message = f"{normal_type}\0{normalise(type_, personal_text, regions)}".encode()
     tail = hmac.new(key, message, hashlib.sha256).hexdigest()[:HEX_DIGITS]
     return f"[{type_}_{tail}]"
@@ -324,8 +326,8 @@ def mask(type_: str, text: str) -> str:
             return f"{local[:1]}***@{host[:1]}***.{shown_top_level}"
         return " ".join(f"{word[:1]}***" for word in text.split()[:4])
     shape = "".join("*" if character.isalnum() else character for character in text)
-    if len(shape) > LONGEST_MASK:
-        return shape[:LONGEST_MASK] + "..."
+    if len(shape) > MAX_MASK_CHARACTERS:
+        return shape[:MAX_MASK_CHARACTERS] + "..."
     return shape
 
 
@@ -344,18 +346,18 @@ def privacy_problems(config: PrivacyConfig) -> Iterator[str]:
     if config.mode == PrivacyMode.none:
         return
     not_looked_for = privacy_coverage(config)["not_looked_for"]
-    remedies = {
+    remedy_by_reason = {
         "needs data.privacy.engine=presidio": f"set it ({install_command('pii')}), or leave the type out",
         "found by no engine": "leave it out; LOCATION finds places in addresses with data.privacy.engine=presidio",
     }
-    for type_ in config.types:
-        if type_ not in TYPES:
-            yield f"data.privacy.types: {type_!r} is not a type; the types are {', '.join(TYPES)}"
+    for pii_type in config.types:
+        if pii_type not in TYPES:
+            yield f"data.privacy.types: {pii_type!r} is not a type; the types are {', '.join(TYPES)}"
             continue
-        reason = not_looked_for.get(type_, NOT_ASKED)
+        reason = not_looked_for.get(pii_type, NOT_ASKED)  # a type that is looked for has no reason
         if reason != NOT_ASKED:
-            remedy = remedies.get(reason, "add it, or leave the type out")
-            yield f"data.privacy.types: {type_} {reason}; {remedy}"
+            remedy = remedy_by_reason.get(reason, "add it, or leave the type out")
+            yield f"data.privacy.types: {pii_type} {reason}; {remedy}"
     if not config.types and config.preset == PrivacyPreset.none:
         yield "data.privacy.preset=none with an empty data.privacy.types looks for nothing; name types, or set mode=none"
     if not set(config.regions) <= set(REGIONS):
