@@ -28,9 +28,9 @@ def judge_by_rule(rule: str, seed: int, directory: Path) -> dict[str, Any]:
 
     sheet = make_review(seed)
     files = [write_votes(sheet, name, seed, directory) for name in RULES]
-    score = score_review(sheet.review, sheet.key, read_reviewers(files, sheet.review, sheet.key), [])
+    score = score_review(sheet.review_id, sheet.key, read_reviewers(files, sheet.review_id, sheet.key), [])
     alone = score_review(
-        sheet.review, sheet.key, read_reviewers([files[RULES.index(rule)]], sheet.review, sheet.key), []
+        sheet.review_id, sheet.key, read_reviewers([files[RULES.index(rule)]], sheet.review_id, sheet.key), []
     )
     (reviewer,) = [each for each in score["reviewers"] if each["name"] == rule]
     row: dict[str, Any] = {
@@ -50,25 +50,25 @@ def make_review(seed: int) -> Any:
     """The sheet of 30 pairs, drawn by the seed. The right option has the place of the tuned model, a wrong one of the base."""
     from benchmarks.course.data import short_pairs
     from launch.review.prompts import ReviewPrompt
-    from launch.review.sheet import BASE, TUNED, make_review_sheet
+    from launch.review.sheet import BASE_ARM, TUNED_ARM, make_review_sheet
     from trainer.config.review import ReviewConfig
 
     pairs = random.Random(seed).sample(short_pairs(), PAIRS)
     prompts = [ReviewPrompt(f"pair {number}", pair["prompt"], None) for number, pair in enumerate(pairs)]
-    answers = {TUNED: [pair["chosen"] for pair in pairs], BASE: [pair["rejected"] for pair in pairs]}
+    answers = {TUNED_ARM: [pair["chosen"] for pair in pairs], BASE_ARM: [pair["rejected"] for pair in pairs]}
     config = ReviewConfig(n=PAIRS, seed=seed, repeats=REPEATS)
     return make_review_sheet(prompts, answers, {"run": "", "model": {}}, config, salt=f"review_rules {seed}")
 
 
 def write_votes(sheet: Any, rule: str, seed: int, directory: Path) -> Path:
     """The file of answers that a rule sends back, as the page of a review saves it."""
-    from trainer.config.review import OVERALL
+    from trainer.config.review import OVERALL_QUESTION
 
     choose = chooser(rule, seed)
-    items = {item.id: {"answers": {OVERALL: choose(item)}} for item in sheet.items}
+    items = {item.id: {"answers": {OVERALL_QUESTION: choose(item)}} for item in sheet.items}
     path = directory / f"{rule.replace(' ', '-')}-{seed}.json"
     path.write_text(
-        json.dumps({"version": 1, "review": sheet.review, "reviewer": rule, "items": items}), encoding="utf-8"
+        json.dumps({"version": 1, "review": sheet.review_id, "reviewer": rule, "items": items}), encoding="utf-8"
     )
     return path
 
@@ -83,8 +83,8 @@ def chooser(rule: str, seed: int) -> Callable[[Any], str]:
     def choose(item: Any) -> str:
         if rule == RANDOM:
             return drawn.choice("ab")
-        left = score(item, item.a)
-        right = score(item, item.b)
+        left = score(item, item.answer_a)
+        right = score(item, item.answer_b)
         if left == right:
             return "tie"
         return "a" if left > right else "b"

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 TUNED_WINS = "tuned"
 OTHER_WINS = "other"
 TIE = "tie"
-Votes = dict[tuple[str, str], str]
+VotesOnQuestion = dict[tuple[str, str], str]
 """Votes on one question, by (reviewer, item id): `TUNED_WINS`, `OTHER_WINS` or `TIE`."""
 
 
@@ -25,7 +25,7 @@ def preferred_model(choice: str, item: KeyItem) -> str:
     return TUNED_WINS if choice == item["tuned"] else OTHER_WINS
 
 
-def krippendorff_alpha(votes: Votes) -> float | None:
+def krippendorff_alpha(votes: VotesOnQuestion) -> float | None:
     """Krippendorff's nominal alpha over the items that several reviewers judged; None if all of their votes are the same."""
     votes_by_item: dict[str, list[tuple[str, str]]] = {}  # (reviewer, vote) of each item
     for (reviewer, item_id), vote in votes.items():
@@ -57,7 +57,7 @@ def cohen_kappa(first_votes: list[str], second_votes: list[str]) -> float | None
     return float(AnnotationTask(data=rows).kappa_pairwise("1", "2"))
 
 
-def pairwise_kappas(votes: Votes) -> list[dict[str, Any]]:
+def pairwise_kappas(votes: VotesOnQuestion) -> list[dict[str, Any]]:
     """Cohen's kappa of every two reviewers, on the items that both judged: names, number of items, kappa."""
     kappas = []
     reviewers = sorted({reviewer for reviewer, _ in votes})

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.review.sheet import CHOICES, VERSION, ReviewKey
+from launch.review.sheet import REVIEW_FORMAT_VERSION, VOTE_CHOICES, ReviewKey
 from strategies.errors import DataError
-from trainer.config.review import OVERALL
+from trainer.config.review import OVERALL_QUESTION
 
 COMMENT_COLUMN = "comment"
 """The column of the table for what a reviewer has to say beside the choices."""
@@ -20,11 +20,11 @@ CHOICE_BY_SPELLING = {"a": "a", "b": "b", "tie": "tie", "equal": "tie", "same": 
 
 
 @dataclass(slots=True)
-class ReviewerAnswer:
+class ItemJudgement:
     """One reviewer's judgement of one item."""
 
-    answers: dict[str, str] = field(default_factory=dict)
-    """`a`, `b` or `tie`, by question."""
+    choice_by_question: dict[str, str] = field(default_factory=dict)
+    """`a`, `b` or `tie`, by question, such as {"overall": "a"}."""
     comment: str = ""
     seconds: float | None = None
     """Seconds until the choice; None in a table, which does not measure them."""
@@ -36,7 +36,7 @@ class Reviewer:
 
     name: str
     path: Path
-    items: dict[str, ReviewerAnswer]
+    judgement_by_item: dict[str, ItemJudgement]
     """The judgements by item id."""
 
 
@@ -46,13 +46,13 @@ def read_reviewers(paths: list[Path], review_id: str, key: ReviewKey) -> list[Re
     Raises DataError with every file that cannot be used, and why.
     """
     item_ids = {item["id"] for item in key["items"]}
-    questions = {OVERALL, *key["rubric"]}
+    questions = {OVERALL_QUESTION, *key["rubric"]}
     reviewer_by_name: dict[str, Reviewer] = {}
     problems = []
     for path in paths:
         try:
             reviewer = _read_reviewer(path, review_id)
-            _raise_if_unknown_answers(reviewer, item_ids, questions)
+            _raise_if_unknown_choices(reviewer, item_ids, questions)
         except DataError as error:
             problems.append(str(error))
             continue
@@ -60,11 +60,11 @@ def read_reviewers(paths: list[Path], review_id: str, key: ReviewKey) -> list[Re
             problems.append(f"{path}: cannot be read ({error})")
             continue
         # Upper and lower case do not tell reviewers apart: people write their names in both ways.
-        earlier = reviewer_by_name.setdefault(reviewer.name.casefold(), reviewer)
-        if earlier is not reviewer:
+        first_of_name = reviewer_by_name.setdefault(reviewer.name.casefold(), reviewer)
+        if first_of_name is not reviewer:
             problems.append(
-                f"{path}: is by {reviewer.name}, as {earlier.path} is; one file counts for each reviewer: leave one out, or "
-                "let the other one give another name"
+                f"{path}: is by {reviewer.name}, as {first_of_name.path} is; one file counts for each reviewer: leave one "
+                "out, or let the other one give another name"
             )
     if problems:
         raise DataError("\n  ".join([f"{len(problems)} of {len(paths)} files of answers cannot be used", *problems]))
@@ -72,7 +72,7 @@ def read_reviewers(paths: list[Path], review_id: str, key: ReviewKey) -> list[Re
 
 
 def _read_reviewer(path: Path, review_id: str) -> Reviewer:
-    """Read one file of answers: a filled-in CSV, or else the JSON that the page saved. Errors: DataError, OSError."""
+    """Read one file of answers: a filled-in CSV, or else the JSON that the page saved. Raises DataError or OSError."""
     contents = path.read_text(encoding="utf-8-sig")  # a spreadsheet may write a byte order mark first
     if not contents.strip():
         raise DataError(f"{path}: is empty; ask for the file again")
@@ -82,7 +82,7 @@ def _read_reviewer(path: Path, review_id: str) -> Reviewer:
 
 
 def _parse_page_file(path: Path, contents: str, review_id: str) -> Reviewer:
-    """A reviewer's answers from the JSON that the page saved; `path` is for messages. Errors: DataError.
+    """A reviewer's answers from the JSON that the page saved; `path` is for messages. Raises DataError.
 
     The JSON is like `{"version": 1, "review": id, "reviewer": name, "items": {id: {"answers": {"overall": "a"}, "seconds": 9}}}`.
     """
@@ -94,55 +94,61 @@ def _parse_page_file(path: Path, contents: str, review_id: str) -> Reviewer:
     items = saved.get("items") if isinstance(saved, dict) else None
     if not isinstance(items, dict) or not saved.get("reviewer"):
         raise DataError(f"{path}: is no file of answers; it must be the one that the page saved")
-    _raise_if_other_review(str(path), saved.get("review"), review_id)
-    if saved.get("version") != VERSION:
-        raise DataError(f"{path}: is of version {saved.get('version')} of reviews, and this one reads {VERSION}")
-    answers = {}
+    _raise_if_of_another_review(str(path), saved.get("review"), review_id)
+    if saved.get("version") != REVIEW_FORMAT_VERSION:
+        raise DataError(
+            f"{path}: is of version {saved.get('version')} of reviews, and this one reads {REVIEW_FORMAT_VERSION}"
+        )
+    judgements = {}
     for item_id, item in items.items():
         if not isinstance(item, dict) or not isinstance(item.get("answers"), dict):
             raise DataError(f"{path}: item {item_id} has no answers; it must be the file that the page saved")
         comment = str(item.get("comment") or "")
-        answers[item_id] = ReviewerAnswer(dict(item["answers"]), comment, _duration_or_none(item.get("seconds")))
-    return Reviewer(str(saved["reviewer"]).strip(), path, answers)
+        judgements[item_id] = ItemJudgement(
+            choice_by_question=dict(item["answers"]), comment=comment, seconds=_seconds_or_none(item.get("seconds"))
+        )
+    return Reviewer(str(saved["reviewer"]).strip(), path, judgements)
 
 
-def _duration_or_none(value: Any) -> float | None:
-    """The seconds that a page measured; None for a value that is no duration."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and value >= 0 else None
+def _seconds_or_none(measured: Any) -> float | None:
+    """The seconds that a page measured; None for anything that is no duration."""
+    is_number = isinstance(measured, int | float) and not isinstance(measured, bool)
+    return measured if is_number and measured >= 0 else None
 
 
 def _parse_csv(path: Path, contents: str, review_id: str) -> Reviewer:
-    """A reviewer's answers from the filled-in CSV, whose text `contents` is not empty; `path` is for messages. Errors: DataError.
+    """A reviewer's answers from the filled-in CSV, whose text `contents` is not empty; `path` is for messages.
 
-    The questions are the columns from the overall one on, but for the comment, which a reviewer may have taken out.
+    Its columns: review, reviewer, item, prompt, answer_a, answer_b, the questions with the overall one first, comment. A reviewer
+    may have taken out the comment. Raises DataError.
     """
     header = contents.splitlines()[0]
-    separator = max(",;\t", key=header.count)  # spreadsheets write their own; the header has it most often
+    separator = max(",;\t", key=header.count)  # spreadsheets write one of their own, which the header has most often
     rows = csv.DictReader(io.StringIO(contents), delimiter=separator)
     columns = list(rows.fieldnames or ())
-    missing_columns = {"review", "reviewer", "item", OVERALL} - set(columns)
+    missing_columns = {"review", "reviewer", "item", OVERALL_QUESTION} - set(columns)
     if missing_columns:
         raise DataError(
             f"{path}:1: has no column {', '.join(sorted(missing_columns))}; keep the columns of the table that was sent"
         )
-    questions = [column for column in columns[columns.index(OVERALL) :] if column != COMMENT_COLUMN]
+    questions = [column for column in columns[columns.index(OVERALL_QUESTION) :] if column != COMMENT_COLUMN]
     names = set()
-    answers: dict[str, ReviewerAnswer] = {}
+    judgements: dict[str, ItemJudgement] = {}
     for row in rows:
         location = f"{path}:{rows.line_num}"
-        _raise_if_other_review(location, row["review"], review_id)
+        _raise_if_of_another_review(location, row["review"], review_id)
         name = (row["reviewer"] or "").strip()
         if name:
             names.add(name)
         choices = _parse_choices(row, questions, location)
-        if row["item"] in answers:
+        if row["item"] in judgements:
             raise DataError(f"{location}: item {row['item']} is there twice; keep one row of it")
-        answers[row["item"]] = ReviewerAnswer(choices, (row.get(COMMENT_COLUMN) or "").strip())
+        comment = (row.get(COMMENT_COLUMN) or "").strip()
+        judgements[row["item"]] = ItemJudgement(choice_by_question=choices, comment=comment)
     if len(names) != 1:
         written_names = " and ".join(sorted(names)) or "nobody"
         raise DataError(f"{path}: the column reviewer names {written_names}; write one name in it, once at least")
-    return Reviewer(names.pop(), path, answers)
+    return Reviewer(names.pop(), path, judgements)
 
 
 def _parse_choices(row: dict[str, Any], questions: list[str], location: str) -> dict[str, str]:
@@ -157,13 +163,13 @@ def _parse_choices(row: dict[str, Any], questions: list[str], location: str) -> 
             continue
         if spelling not in CHOICE_BY_SPELLING:
             raise DataError(
-                f"{location}: {question} is {row[question]!r}; it must be one of {', '.join(CHOICES)}, or empty"
+                f"{location}: {question} is {row[question]!r}; it must be one of {', '.join(VOTE_CHOICES)}, or empty"
             )
         choice_by_question[question] = CHOICE_BY_SPELLING[spelling]
     return choice_by_question
 
 
-def _raise_if_other_review(location: str, answered_review_id: Any, review_id: str) -> None:
+def _raise_if_of_another_review(location: str, answered_review_id: Any, review_id: str) -> None:
     """Raise DataError if answers are of another review; `answered_review_id` is the id that the file has at `location`."""
     if answered_review_id != review_id:
         which_review = "of no review that it names"
@@ -174,18 +180,18 @@ def _raise_if_other_review(location: str, answered_review_id: Any, review_id: st
         )
 
 
-def _raise_if_unknown_answers(reviewer: Reviewer, item_ids: set[str], questions: set[str]) -> None:
+def _raise_if_unknown_choices(reviewer: Reviewer, item_ids: set[str], questions: set[str]) -> None:
     """Raise DataError for an item, question or choice that the review does not have, and if nothing was judged."""
-    for item_id, answer in reviewer.items.items():
+    for item_id, judgement in reviewer.judgement_by_item.items():
         if item_id not in item_ids:
             raise DataError(f"{reviewer.path}: item {item_id} is none of this review; was the file changed?")
-        for question, choice in answer.answers.items():
-            if question not in questions or choice not in CHOICES:
+        for question, choice in judgement.choice_by_question.items():
+            if question not in questions or choice not in VOTE_CHOICES:
                 raise DataError(
-                    f"{reviewer.path}: item {item_id}: {question}={choice}: must be one of {', '.join(CHOICES)} to one of "
+                    f"{reviewer.path}: item {item_id}: {question}={choice}: must be one of {', '.join(VOTE_CHOICES)} to one of "
                     f"{', '.join(sorted(questions))}"
                 )
-    if not any(answer.answers for answer in reviewer.items.values()):
+    if not any(judgement.choice_by_question for judgement in reviewer.judgement_by_item.values()):
         raise DataError(
             f"{reviewer.path}: {reviewer.name} has judged nothing yet; ask for the file once it is filled in"
         )

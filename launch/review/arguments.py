@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from trainer.config.run import RunConfig
 
 ARMS_PREFIX = "arms."
-"""Prefix of words that allow the runs among the arms to use files or hosts outside of their directories."""
-SETTABLE_GROUPS = frozenset({"review", "evaluation", "strategy", "launcher", "run", "precision"})
+"""Prefix of settings that allow the runs among the arms to use files or hosts outside of their directories."""
+GROUPS_SETTABLE_FOR_REVIEW = frozenset({"review", "evaluation", "strategy", "launcher", "run", "precision"})
 
 
 @dataclass(kw_only=True)
@@ -72,29 +72,32 @@ class ScoreArguments(VerbArguments):
 
 
 @dataclass(slots=True)
-class MakeRequest:
+class ReviewRequest:
     """The arguments of `review make`, checked and resolved."""
 
     run: Path
-    prompts: str
+    prompts_path: str
+    """The file or files that prompts are drawn from."""
     arms: dict[str, str | None]
     """The models to compare, by name: run or model directory; None for the run under review (`tuned`) and its base model."""
-    to: Path
+    output_dir: Path
     checkpoint: Path
-    model: dict[str, Any]
+    judged_model: dict[str, Any]
     """What is judged, for the key and the reports: run, checkpoint, its fingerprint, and what was accepted."""
-    review: ReviewConfig
+    review_config: ReviewConfig
     settings: list[str]
     """Settings for the evaluation of the run, such as `precision=bf16`, without those of `review.`."""
-    allowing: list[str]
-    """Arguments that allow the runs among the arms to use files or hosts outside of their directories."""
+    permission_arguments: list[str]
+    """Arguments that allow the runs among the arms to use files or hosts outside of their directories, without `arms.`.
+
+    For example ["model.trust_remote_code=true"]."""
     command: list[str]
     """The command line, the verb first, for messages."""
-    accept: str = ""
+    accept_argument: str = ""
     """The argument `accept=[...]`, which allows another base model than the runs were trained on; empty if not given."""
 
 
-def read_make_arguments(argv: list[str]) -> MakeRequest:
+def read_make_arguments(argv: list[str]) -> ReviewRequest:
     """Read the arguments of `review make`, find the checkpoint, and check the arms. Raises ConfigError with every problem."""
     from launch.config.compose import recompose_frozen_config
     from launch.config.read_run import RunReader, read_run, split_allowing_arguments
@@ -103,9 +106,8 @@ def read_make_arguments(argv: list[str]) -> MakeRequest:
     from trainer.config.ranges import range_problems
     from trainer.session.base_files import pin_and_check_recorded_base
 
-    # The arguments themselves.
     command = ["review", "make", *argv]
-    allowing, argv = split_allowing_arguments(argv, ARMS_PREFIX)
+    permission_arguments, argv = split_allowing_arguments(argv, ARMS_PREFIX)
     arguments, problems = read_arguments("review make", MakeArguments, argv)
     if problems:
         raise ConfigError(problems)
@@ -119,44 +121,50 @@ def read_make_arguments(argv: list[str]) -> MakeRequest:
     settings = [*arguments.settings, *review_settings]
 
     # The configuration of the run with these settings, and its checkpoint.
-    def compose_for_review(frozen: RunConfig, forwarded_settings: list[str]) -> RunConfig:
-        frozen.run.dir = None
-        frozen.run.resume = "auto"
-        return recompose_frozen_config(frozen, forwarded_settings, SETTABLE_GROUPS)
+    def compose_for_review(run_config: RunConfig, forwarded_settings: list[str]) -> RunConfig:
+        run_config.run.dir = None
+        run_config.run.resume = "auto"
+        return recompose_frozen_config(run_config, forwarded_settings, GROUPS_SETTABLE_FOR_REVIEW)
 
-    reading_verb = RunReader(command, _uses_outside_value, own_groups=SETTABLE_GROUPS)
-    config = read_run(run, reading_verb, settings, compose_for_review)
+    reader = RunReader(command, _uses_outside_value, own_groups=GROUPS_SETTABLE_FOR_REVIEW)
+    config = read_run(run, reader, settings, compose_for_review)
     checkpoint = find_checkpoint(run, arguments.checkpoint, config.checkpoint)
-    accepted = pin_and_check_recorded_base(config, run, arguments.accept, with_teacher=True, needs_initial_model=True)
+    accepted_differences = pin_and_check_recorded_base(
+        config, run, arguments.accept, with_teacher=True, needs_initial_model=True
+    )
 
     # What the review compares, and where it is written.
     review = config.review
     arms, arm_problems = _read_arms(arguments.arms)
     problems = [*range_problems(review, "review"), *review.problems(), *arm_problems]
-    to = arguments.to or run / "review"
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        problems.append(f"to={to}: exists and is not empty; a review is never written over: name a new directory")
+    output_dir = arguments.to or run / "review"
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        problems.append(
+            f"to={output_dir}: exists and is not empty; a review is never written over: name a new directory"
+        )
     if problems:
         raise ConfigError(problems)
 
-    model = {
+    judged_model = {
         "run": str(run),
         "checkpoint": checkpoint.name,
-        "artefact": None if accepted else manifest_sha256(checkpoint),  # on another base these are other weights
-        "accepted": accepted,
+        "artefact": None
+        if accepted_differences
+        else manifest_sha256(checkpoint),  # on another base these are other weights
+        "accepted": accepted_differences,
     }
-    return MakeRequest(
+    return ReviewRequest(
         run=run,
-        prompts=arguments.prompts,
+        prompts_path=arguments.prompts,
         arms=arms,
-        to=to,
+        output_dir=output_dir,
         checkpoint=checkpoint,
-        model=model,
-        review=review,
+        judged_model=judged_model,
+        review_config=review,
         settings=[argument for argument in settings if not argument.startswith("review.")],
-        allowing=allowing,
+        permission_arguments=permission_arguments,
         command=command,
-        accept=f"accept=[{','.join(arguments.accept)}]" if arguments.accept else "",
+        accept_argument=f"accept=[{','.join(arguments.accept)}]" if arguments.accept else "",
     )
 
 
@@ -191,7 +199,7 @@ def _uses_outside_value(value: OutsideValue, config: RunConfig) -> bool:
     return uses_model_alone(value, config)
 
 
-def _without_allowing_arguments(settings: list[str]) -> list[str]:
+def _without_permission_arguments(settings: list[str]) -> list[str]:
     """The settings without those that allow a run to use something outside its directory: each run needs its own permission."""
     from launch.config.read_run import is_allowing_argument
 
@@ -204,14 +212,14 @@ def _read_arms(arms: list[str]) -> tuple[dict[str, str | None], list[str]]:
     `arms` are the values of `arms=`: base, tuned, runs and model directories. A second directory of the same name gets an
     apostrophe.
     """
-    from launch.review.sheet import BASE, TUNED
+    from launch.review.sheet import BASE_ARM, TUNED_ARM
 
     argument = f"arms=[{','.join(arms)}]"
     directory_by_arm: dict[str, str | None] = {}
     problems = []
     for arm in arms:
         path = Path(arm).expanduser()
-        if arm in (BASE, TUNED):
+        if arm in (BASE_ARM, TUNED_ARM):
             directory_by_arm[arm] = None
         elif (path / "config.yaml").is_file() or (path / "config.json").is_file():
             name = path.name
@@ -219,14 +227,16 @@ def _read_arms(arms: list[str]) -> tuple[dict[str, str | None], list[str]]:
                 name += "'"
             directory_by_arm[name] = str(path)
         else:
-            problems.append(f"{argument}: {arm} is neither {BASE}, {TUNED}, a run nor a model directory")
-    if not problems and (TUNED not in directory_by_arm or len(directory_by_arm) < 2):
-        problems.append(f"{argument}: needs {TUNED}, and something to compare it with, as in arms=[{BASE},{TUNED}]")
+            problems.append(f"{argument}: {arm} is neither {BASE_ARM}, {TUNED_ARM}, a run nor a model directory")
+    if not problems and (TUNED_ARM not in directory_by_arm or len(directory_by_arm) < 2):
+        problems.append(
+            f"{argument}: needs {TUNED_ARM}, and something to compare it with, as in arms=[{BASE_ARM},{TUNED_ARM}]"
+        )
     return directory_by_arm, problems
 
 
-def arm_plan(request: MakeRequest, arm: str, model_dir: str | None) -> EvaluationPlan:
-    """The plan of an evaluation in which one arm (compared model) answers the prompts of the review.
+def plan_arm_evaluation(request: ReviewRequest, arm: str, model_dir: str | None) -> EvaluationPlan:
+    """Plan the evaluation in which one arm (compared model) answers the prompts of the review.
 
     `model_dir`: the directory of the arm's run or model; None for the run under review. The evaluation of that run also writes
     the answers of its base model, if this is among the arms.
@@ -235,45 +245,45 @@ def arm_plan(request: MakeRequest, arm: str, model_dir: str | None) -> Evaluatio
     from launch.evaluate.plan import plan_evaluation
 
     is_run_under_review = model_dir is None
-    # The answers are what is wanted: the task scores them against a placeholder, and nobody reads the score.
+    # The task is there for its answers. It scores them against a placeholder, and nobody reads the score.
     task_key = "evaluation.tasks.answers"
     arguments = [
         "evaluation.tasks=[]",
         f"{task_key}.kind=exact_match",
-        f"{task_key}.path={request.to / 'answers' / 'prompts.jsonl'}",
+        f"{task_key}.path={request.output_dir / 'answers' / 'prompts.jsonl'}",
         "evaluation.resamples=1",
-        f"to={request.to / 'answers' / arm}",
+        f"to={request.output_dir / 'answers' / arm}",
     ]
     if is_run_under_review:
         arguments += request.settings
     else:
-        arguments += [*_without_allowing_arguments(request.settings), *request.allowing]
+        arguments += [*_without_permission_arguments(request.settings), *request.permission_arguments]
     arguments += _arm_model_arguments(request, model_dir)
 
     evaluate_arguments = parse_evaluate_arguments(arguments)
     evaluate_arguments.command = request.command
     evaluate_arguments.prefix = "" if is_run_under_review else ARMS_PREFIX
     plan = plan_evaluation(evaluate_arguments)
-    plan.config.evaluation.tasks["answers"].write = copy.deepcopy(request.review.write)
-    plan.job = replace(plan.job, kept=False)
+    plan.config.evaluation.tasks["answers"].write = copy.deepcopy(request.review_config.write)
+    plan.job = replace(plan.job, kept=False)  # the report is no record of the run: only its answers are wanted
     return plan
 
 
-def _arm_model_arguments(request: MakeRequest, model_dir: str | None) -> list[str]:
+def _arm_model_arguments(request: ReviewRequest, model_dir: str | None) -> list[str]:
     """The arguments of `evaluate` that name the model of an arm, and the base models that are accepted for it.
 
     - The run under review (`model_dir` is None): its checkpoint, with its base model if that is among the arms.
     - Another run: its directory.
     - A model: its directory, as `model.path`.
     """
-    from launch.review.sheet import BASE
+    from launch.review.sheet import BASE_ARM
 
-    accept_argument = [request.accept] if request.accept else []
+    accept_argument = [request.accept_argument] if request.accept_argument else []
     if model_dir is None:
         step = int(request.checkpoint.name.rpartition("-")[2])  # step-000040
         arguments = [*accept_argument, str(request.run), f"checkpoint={step}"]
-        if BASE in request.arms:
-            arguments.append(f"against={BASE}")
+        if BASE_ARM in request.arms:
+            arguments.append(f"against={BASE_ARM}")
         return arguments
     is_run = (Path(model_dir) / "config.yaml").is_file()
     return [*accept_argument, model_dir] if is_run else [f"model.path={model_dir}"]

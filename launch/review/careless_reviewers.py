@@ -10,17 +10,17 @@ from statistics import median
 
 from launch.review.answers import Reviewer
 from launch.review.sheet import KeyItem, ReviewKey
-from trainer.config.review import OVERALL
+from trainer.config.review import OVERALL_QUESTION
 
 MIN_REPEATS = 4
 MIN_ITEMS = 20
 """With fewer repeated items, or fewer items, a rule says nothing: an honest reviewer might break it by chance."""
-OTHER_SIDE = {"a": "b", "b": "a", "tie": "tie"}
+VOTE_WITH_SIDES_EXCHANGED = {"a": "b", "b": "a", "tie": "tie"}
 """What the same judgement is called once sides are exchanged."""
 MAX_SAME_SIDE_SHARE = 0.9
 MAX_WORDS_PER_SECOND = 15.0
 """900 words a minute: nearly four times as fast as people read."""
-RULES = {
+RULE_TEXT_BY_NAME = {
     "repeats": f"agrees with itself in half of the repeated items or fewer, of {MIN_REPEATS} at least",
     "side": f"says the same side, or tie, in more than {MAX_SAME_SIDE_SHARE:.0%} of {MIN_ITEMS} items or more",
     "time": f"reads more than {MAX_WORDS_PER_SECOND:g} words a second in the middle one of its items, of {MIN_ITEMS} at least",
@@ -28,21 +28,22 @@ RULES = {
 }
 
 
-def carelessness_flags(reviewer: Reviewer, key: ReviewKey, majority: dict[str, str]) -> list[str]:
-    """A sentence for each of the `RULES` that a reviewer's answers break; empty for a careful reviewer.
+def carelessness_flags(reviewer: Reviewer, key: ReviewKey, majority_vote_by_item: dict[str, str]) -> list[str]:
+    """A sentence for each of the `RULE_TEXT_BY_NAME` that a reviewer's answers break; empty for a careful reviewer.
 
-    `majority`: the vote of most of the other reviewers, by item id.
+    `majority_vote_by_item`: the vote of most of the other reviewers (`tuned`, `other` or `tie`), by item id. `key`: which model
+    wrote which answer.
     """
     items = {item["id"]: item for item in key["items"]}
     choices = {}
-    for item_id, answer in reviewer.items.items():
-        if OVERALL in answer.answers:
-            choices[item_id] = answer.answers[OVERALL]
+    for item_id, judgement in reviewer.judgement_by_item.items():
+        if OVERALL_QUESTION in judgement.choice_by_question:
+            choices[item_id] = judgement.choice_by_question[OVERALL_QUESTION]
     flags = (
         _inconsistency_flag(choices, items),
         _same_side_flag(choices),
         _speed_flag(reviewer, items),
-        _chance_agreement_flag(choices, items, majority),
+        _chance_agreement_flag(choices, items, majority_vote_by_item),
     )
     return [flag for flag in flags if flag is not None]
 
@@ -52,17 +53,17 @@ def _inconsistency_flag(choices: dict[str, str], items: dict[str, KeyItem]) -> s
 
     Some items come twice, the second time with the sides exchanged. `choices` are `a`, `b` or `tie` by item id.
     """
-    repeated = 0
-    agreed = 0
+    num_repeated = 0
+    num_agreed = 0
     for item_id, choice in choices.items():
         first_id = items[item_id]["repeats"]  # None for an item that repeats no other
         if first_id in choices:
-            same_judgement = OTHER_SIDE[choices[first_id]]
-            repeated += 1
-            agreed += choice == same_judgement
-    if repeated < MIN_REPEATS or agreed > repeated / 2:
+            same_judgement = VOTE_WITH_SIDES_EXCHANGED[choices[first_id]]
+            num_repeated += 1
+            num_agreed += choice == same_judgement
+    if num_repeated < MIN_REPEATS or num_agreed > num_repeated / 2:
         return None
-    return f"repeats: agrees with itself in {agreed} of {repeated} repeated items"
+    return f"repeats: agrees with itself in {num_agreed} of {num_repeated} repeated items"
 
 
 def _same_side_flag(choices: dict[str, str]) -> str | None:
@@ -84,27 +85,29 @@ def _speed_flag(reviewer: Reviewer, items: dict[str, KeyItem]) -> str | None:
     The speed is the words of prompt and answers over the seconds until the choice, which only the page measures.
     """
     words_per_s = []
-    for item_id, answer in reviewer.items.items():
-        if answer.seconds is not None and OVERALL in answer.answers:
-            words_per_s.append(items[item_id]["words"] / max(answer.seconds, 1e-3))  # a click may take 0 s
+    for item_id, judgement in reviewer.judgement_by_item.items():
+        if judgement.seconds is not None and OVERALL_QUESTION in judgement.choice_by_question:
+            words_per_s.append(items[item_id]["words"] / max(judgement.seconds, 1e-3))  # a click may take 0 s
     if len(words_per_s) < MIN_ITEMS or median(words_per_s) <= MAX_WORDS_PER_SECOND:
         return None
     return f"time: {median(words_per_s):.0f} words a second in the middle one of {len(words_per_s)} items"
 
 
-def _chance_agreement_flag(choices: dict[str, str], items: dict[str, KeyItem], majority: dict[str, str]) -> str | None:
+def _chance_agreement_flag(
+    choices: dict[str, str], items: dict[str, KeyItem], majority_vote_by_item: dict[str, str]
+) -> str | None:
     """The flag of a reviewer who agrees with the majority of the others no better than by chance; None if the rule is kept.
 
     Cohen's kappa is about 0 for somebody who answers without reading.
     """
-    shared = [item_id for item_id in choices if item_id in majority]
-    if len(shared) < MIN_ITEMS:
+    shared_item_ids = [item_id for item_id in choices if item_id in majority_vote_by_item]
+    if len(shared_item_ids) < MIN_ITEMS:
         return None
     from launch.review.agreement import cohen_kappa, preferred_model
 
-    own_votes = [preferred_model(choices[item_id], items[item_id]) for item_id in shared]
-    majority_votes = [majority[item_id] for item_id in shared]
-    agreement = cohen_kappa(own_votes, majority_votes)
-    if agreement is None or agreement > 0:
+    own_votes = [preferred_model(choices[item_id], items[item_id]) for item_id in shared_item_ids]
+    majority_votes = [majority_vote_by_item[item_id] for item_id in shared_item_ids]
+    kappa = cohen_kappa(own_votes, majority_votes)
+    if kappa is None or kappa > 0:
         return None
-    return f"others: kappa {agreement:.2f} with the majority of the others on {len(shared)} items"
+    return f"others: kappa {kappa:.2f} with the majority of the others on {len(shared_item_ids)} items"

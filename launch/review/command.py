@@ -12,10 +12,13 @@ from launch.review.arguments import MakeArguments, ScoreArguments
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.review.arguments import MakeRequest
-    from launch.review.sheet import Sheet
+    from launch.review.arguments import ReviewRequest
+    from launch.review.sheet import ReviewSheet
 
-MORE = {"review.*": "rubric, repeats and how answers are written; beside it strategy, launcher.*, run.*, precision"}
+STOPPED_EXIT_CODE = 75
+HELP_BY_SETTING_GROUP = {
+    "review.*": "rubric, repeats and how answers are written; beside it strategy, launcher.*, run.*, precision"
+}
 USAGE = f"""usage: shardtune review make <run directory> prompts=<file> [n=50] [arms=[base,tuned,...]] [key=value ...]
        shardtune review score <run directory> <answers> ... [drop=[name]] [--json]
 
@@ -28,7 +31,7 @@ review make draws prompts, lets the models answer, and writes three files into <
   review.csv                 the same as a table; both files hide which model wrote an answer
   key.json                   which model wrote which answer: keep it, and send it to nobody
 
-{help_rows(MakeArguments, MORE)}
+{help_rows(MakeArguments, HELP_BY_SETTING_GROUP)}
 
 review score reads the reviewers' files and adds the result to the run's records, its model card and its gates
 (review/win_rate).
@@ -39,14 +42,14 @@ docs/review.md explains how the votes are counted."""
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune review` with the arguments behind it; returns the exit code.
+    """Run `shardtune review make` or `shardtune review score` with the arguments `argv`; returns the exit code.
 
-    Raises ConfigError, DataError, StorageError, and what generating answers raises.
+    Raises ConfigError for wrong arguments, DataError for prompts or answers that cannot be used, StorageError.
     """
     if not argv or asks_for_help(argv):
         show_help(USAGE)
         return 0 if argv else 64
-    subcommand = {"make": make_review, "score": score_answers}.get(argv[0])
+    subcommand = {"make": make_review, "score": score_and_record_review}.get(argv[0])
     if subcommand is None:
         raise ConfigError(f"review {argv[0]}: must be review make or review score")
     return subcommand(argv[1:])
@@ -71,25 +74,25 @@ def make_review(argv: list[str]) -> int:
     from trainer.reporting.status import write_text_atomic
 
     request = read_make_arguments(argv)
-    prompts = draw_prompts(request.prompts, request.review.n, request.review.seed)
-    if len(prompts) < request.review.n:
+    prompts = draw_prompts(request.prompts_path, request.review_config.n, request.review_config.seed)
+    if len(prompts) < request.review_config.n:
         print(
-            f"{request.prompts} has {len(prompts)} prompts that differ, and not {request.review.n}: all are taken",
+            f"{request.prompts_path} has {len(prompts)} prompts that differ, and not {request.review_config.n}: all are taken",
             flush=True,
         )
-    answers_by_arm = _generate_answers(request, prompts)
+    answers_by_arm = _generate_answers_by_arm(request, prompts)
     if answers_by_arm is None:
-        return 75
-    key_origin = {"run": str(request.run), "model": request.model}
-    sheet = make_review_sheet(prompts, answers_by_arm, key_origin, request.review)
+        return STOPPED_EXIT_CODE
+    entries_on_judged_model = {"run": str(request.run), "model": request.judged_model}
+    sheet = make_review_sheet(prompts, answers_by_arm, entries_on_judged_model, request.review_config)
 
-    output_dir = request.to
+    output_dir = request.output_dir
     page_file = output_dir / PAGE_FILE
     table_file = output_dir / TABLE_FILE
     write_key(output_dir, sheet)
-    write_text_atomic(page_file, review_page(sheet, request.review))
+    write_text_atomic(page_file, review_page(sheet, request.review_config))
     # With a byte order mark, by which spreadsheets recognise UTF-8.
-    write_text_atomic(table_file, "\ufeff" + review_csv(sheet, request.review))
+    write_text_atomic(table_file, "\ufeff" + review_csv(sheet, request.review_config))
     print(_sheet_summary(sheet, request))
     print(f"send to reviewers: {page_file}, or {table_file}")
     print(f"keep, and send to nobody: {output_dir / KEY_FILE}")
@@ -97,24 +100,24 @@ def make_review(argv: list[str]) -> int:
     return 0
 
 
-def _generate_answers(request: MakeRequest, prompts: list[Any]) -> dict[str, list[str]] | None:
+def _generate_answers_by_arm(request: ReviewRequest, prompts: list[Any]) -> dict[str, list[str]] | None:
     """Let every compared model (arm) answer the prompts: {arm: answers in the order of the prompts}, `tuned` first.
 
     Writes the prompts and the answers below `answers/` in the output directory. None if it was stopped.
     """
     from launch.evaluate.command import run_evaluation
-    from launch.review.arguments import arm_plan
+    from launch.review.arguments import plan_arm_evaluation
     from launch.review.prompts import write_task_rows
-    from launch.review.sheet import BASE, TUNED
+    from launch.review.sheet import BASE_ARM, TUNED_ARM
     from trainer.evaluation.report.record import ROWS_FILE
 
-    write_task_rows(request.to / "answers" / "prompts.jsonl", prompts)
+    write_task_rows(request.output_dir / "answers" / "prompts.jsonl", prompts)
     answers_by_arm: dict[str, list[str]] = {}
     for arm, model_dir in request.arms.items():
         is_run_under_review = model_dir is None
-        if is_run_under_review and arm == BASE:
+        if is_run_under_review and arm == BASE_ARM:
             continue  # the evaluation of the tuned model also writes the answers of its base
-        plan = arm_plan(request, arm, model_dir)
+        plan = plan_arm_evaluation(request, arm, model_dir)
         if run_evaluation(plan, quiet=False):
             return None
         for line in (Path(plan.job.to) / ROWS_FILE).read_text(encoding="utf-8").splitlines():
@@ -122,27 +125,27 @@ def _generate_answers(request: MakeRequest, prompts: list[Any]) -> dict[str, lis
             # The rows of the run under review say whether the tuned model or its base answered.
             answering_arm = row["arm"] if is_run_under_review else arm
             answers_by_arm.setdefault(answering_arm, []).append(row["answer"])
-    other_arms = [arm for arm in request.arms if arm != TUNED]
-    return {arm: answers_by_arm[arm] for arm in (TUNED, *other_arms)}
+    other_arms = [arm for arm in request.arms if arm != TUNED_ARM]
+    return {arm: answers_by_arm[arm] for arm in (TUNED_ARM, *other_arms)}
 
 
-def _sheet_summary(sheet: Sheet, request: MakeRequest) -> str:
+def _sheet_summary(sheet: ReviewSheet, request: ReviewRequest) -> str:
     """Lines on what reviewers will judge: number of items, models, repeated items, and pairs that were left out."""
     num_repeated = sum(item["repeats"] is not None for item in sheet.key["items"])
-    num_same = len(sheet.key["same"])
-    lines = [f"accepted: {line}" for line in request.model["accepted"]]
+    num_equal_pairs = len(sheet.key["same"])
+    lines = [f"accepted: {line}" for line in request.judged_model["accepted"]]
     lines.append(
         f"{len(sheet.items)} items: {', '.join(request.arms)}; {sheet.key['num_prompts']} prompts, {num_repeated} items again"
     )
-    if num_same:
-        lines.append(f"{num_same} pairs of equal answers are not shown, and count as ties")
+    if num_equal_pairs:
+        lines.append(f"{num_equal_pairs} pairs of equal answers are not shown, and count as ties")
     return "\n".join(lines)
 
 
-def score_answers(argv: list[str]) -> int:
+def score_and_record_review(argv: list[str]) -> int:
     """`review score`: read the reviewers' files, print the scores, and add them to the run's records.
 
-    Returns the exit code. Errors: ConfigError, DataError, StorageError.
+    Returns the exit code 0. Raises ConfigError, DataError for a file of answers that cannot be used, StorageError.
     """
     from launch.review.answer import score_text
     from launch.review.answers import read_reviewers

@@ -32,8 +32,8 @@ class ReviewPrompt:
     """The conversation that the model continues, each turn with `role` and `content`; None for a plain text."""
 
 
-def draw_prompts(path: str, n: int, seed: int) -> list[ReviewPrompt]:
-    """Draw `n` different prompts at random from the files at `path`; all of them if there are fewer.
+def draw_prompts(path: str, num_prompts: int, seed: int) -> list[ReviewPrompt]:
+    """Draw `num_prompts` different prompts at random from the files at `path`; all of them if there are fewer.
 
     Raises ConfigError for a path that is no local file, DataError with file and line for a row without a prompt.
     """
@@ -51,16 +51,16 @@ def draw_prompts(path: str, n: int, seed: int) -> list[ReviewPrompt]:
     if not prompt_by_text:
         raise DataError(f"prompts={path}: holds no rows; fill it, or name another file")
     prompts = list(prompt_by_text.values())
-    return random.Random(f"prompts {seed}").sample(prompts, min(n, len(prompts)))
+    return random.Random(f"prompts {seed}").sample(prompts, min(num_prompts, len(prompts)))
 
 
 def write_task_rows(path: Path, prompts: list[ReviewPrompt]) -> None:
-    """Write the prompts as rows of an evaluation task, by which the models answer them. Errors: StorageError."""
+    """Write the prompts as rows of an evaluation task, by which the models answer them. Raises StorageError."""
     # All rows of a file must have the same form. If any prompt is a conversation, plain texts become one-turn conversations.
-    all_plain = all(prompt.turns is None for prompt in prompts)
+    are_all_plain_texts = all(prompt.turns is None for prompt in prompts)
     lines = []
     for prompt in prompts:
-        if all_plain:
+        if are_all_plain_texts:
             row: dict[str, Any] = {"prompt": prompt.text, "completion": PLACEHOLDER_ANSWER}
         else:
             turns = prompt.turns or [{"role": "user", "content": prompt.text}]
@@ -100,7 +100,7 @@ def _prompt_of_conversation(location: str, messages: Any) -> ReviewPrompt:
     """The prompt of a conversation: its turns up to the last one of the user. Raises DataError if it is no conversation."""
     turns = messages if isinstance(messages, list) else []
     last_user_turn = None
-    if all(map(_is_turn, turns)):
+    if all(map(_is_text_turn, turns)):
         for index, turn in enumerate(turns):
             if turn["role"] == "user":
                 last_user_turn = index
@@ -113,5 +113,6 @@ def _prompt_of_conversation(location: str, messages: Any) -> ReviewPrompt:
     return ReviewPrompt(location, text, prompt_turns)
 
 
-def _is_turn(turn: Any) -> bool:
+def _is_text_turn(turn: Any) -> bool:
+    """Whether `turn` is a turn of a conversation with a role and a text."""
     return isinstance(turn, dict) and isinstance(turn.get("content"), str) and bool(turn.get("role"))

@@ -9,43 +9,57 @@ from typing import Any
 
 import numpy as np
 
-from launch.review.agreement import TIE, TUNED_WINS, Votes, krippendorff_alpha, pairwise_kappas, preferred_model
+from launch.review.agreement import (
+    TIE,
+    TUNED_WINS,
+    VotesOnQuestion,
+    krippendorff_alpha,
+    pairwise_kappas,
+    preferred_model,
+)
 from launch.review.answers import Reviewer
-from launch.review.careless_reviewers import RULES, carelessness_flags
-from launch.review.sheet import BASE, TUNED, ReviewKey
-from trainer.config.review import OVERALL
+from launch.review.careless_reviewers import RULE_TEXT_BY_NAME, carelessness_flags
+from launch.review.sheet import BASE_ARM, TUNED_ARM, ReviewKey
+from trainer.config.review import OVERALL_QUESTION
 
-RESAMPLES = 10_000
-MAX_LISTED = 50
+NUM_RESAMPLES = 10_000
+MAX_RECORDED_DISAGREEMENTS = 50
 """Disputed items in the record."""
-WIN_VALUE = {TUNED_WINS: 1.0, TIE: 0.5}
+WIN_SHARE_BY_VOTE = {TUNED_WINS: 1.0, TIE: 0.5}
 """What a vote adds to the win rate; a loss adds 0."""
-METHOD = (
+WIN_RATE_METHOD_TEXT = (
     "share of prompts that the tuned model wins, ties and equal answers as halves, reviewers of a prompt as their mean; "
-    f"bootstrap over prompts, {RESAMPLES} resamples, seed 0, 95 % percentile interval"
+    f"bootstrap over prompts, {NUM_RESAMPLES} resamples, seed 0, 95 % percentile interval"
 )
 
 
-def score_review(review_id: str, key: ReviewKey, reviewers: list[Reviewer], dropped: list[str]) -> dict[str, Any]:
+def score_review(review_id: str, key: ReviewKey, reviewers: list[Reviewer], dropped_names: list[str]) -> dict[str, Any]:
     """The record of a review as JSON values: win rates with intervals, agreement, disputed items, and the reviewers.
 
-    The votes of reviewers named in `dropped` do not count.
+    `key`: which model wrote which answer. The votes of the reviewers in `dropped_names` do not count.
     """
-    counted_reviewers = [reviewer for reviewer in reviewers if reviewer.name not in dropped]
-    votes_by_question = {question: _votes(counted_reviewers, key, question) for question in [OVERALL, *key["rubric"]]}
-    arms = [arm for arm in key["arms"] if arm != TUNED]  # the models that the tuned one is compared with
+    counted_reviewers = [reviewer for reviewer in reviewers if reviewer.name not in dropped_names]
+    votes_by_question = {
+        question: _votes_on_question(counted_reviewers, key, question)
+        for question in [OVERALL_QUESTION, *key["rubric"]]
+    }
+    arms = [arm for arm in key["arms"] if arm != TUNED_ARM]  # the models that the tuned one is compared with
 
     # Signs of careless answers, also of dropped reviewers: the record shows why they were dropped.
     flags_by_name = {}
     for reviewer in reviewers:
-        flags_by_name[reviewer.name] = carelessness_flags(reviewer, key, _majority_of_others(reviewer, reviewers, key))
+        flags_by_name[reviewer.name] = carelessness_flags(
+            reviewer, key, _majority_votes_of_others(reviewer, reviewers, key)
+        )
     unflagged = [reviewer for reviewer in counted_reviewers if not flags_by_name[reviewer.name]]
     without_flagged = None
     if 0 < len(unflagged) < len(counted_reviewers):
-        without_flagged = _metrics({OVERALL: _votes(unflagged, key, OVERALL)}, key, arms)["win_rate"]
+        without_flagged = _review_metrics(
+            {OVERALL_QUESTION: _votes_on_question(unflagged, key, OVERALL_QUESTION)}, key, arms
+        )["win_rate"]
     summaries = []
     for reviewer in reviewers:
-        is_dropped = reviewer.name in dropped
+        is_dropped = reviewer.name in dropped_names
         summaries.append(_reviewer_summary(reviewer, key, flags_by_name[reviewer.name], is_dropped))
     return {
         "version": 1,
@@ -53,20 +67,20 @@ def score_review(review_id: str, key: ReviewKey, reviewers: list[Reviewer], drop
         "time": time.time(),
         "model": key["model"],
         "arms": key["arms"],
-        "method": METHOD,
+        "method": WIN_RATE_METHOD_TEXT,
         "num_prompts": key["num_prompts"],
         "num_same": dict(Counter(pair["other"] for pair in key["same"])),
         "rubric": key["rubric"],
         "reviewers": summaries,
-        "rules": RULES,
-        "metrics": _metrics(votes_by_question, key, arms),
+        "rules": RULE_TEXT_BY_NAME,
+        "metrics": _review_metrics(votes_by_question, key, arms),
         "without_flagged": without_flagged,
-        "kappa": pairwise_kappas(votes_by_question[OVERALL]),
-        "disagreements": _disagreements(votes_by_question[OVERALL], counted_reviewers, key),
+        "kappa": pairwise_kappas(votes_by_question[OVERALL_QUESTION]),
+        "disagreements": _disputed_items(votes_by_question[OVERALL_QUESTION], counted_reviewers, key),
     }
 
 
-def _votes(reviewers: Iterable[Reviewer], key: ReviewKey, question: str) -> Votes:
+def _votes_on_question(reviewers: Iterable[Reviewer], key: ReviewKey, question: str) -> VotesOnQuestion:
     """The votes of the reviewers on one question, by (reviewer, item id).
 
     Repeated items are left out: they only show whether a reviewer is consistent.
@@ -74,13 +88,16 @@ def _votes(reviewers: Iterable[Reviewer], key: ReviewKey, question: str) -> Vote
     items = {item["id"]: item for item in key["items"] if item["repeats"] is None}
     votes = {}
     for reviewer in reviewers:
-        for item_id, answer in reviewer.items.items():
-            if item_id in items and question in answer.answers:
-                votes[reviewer.name, item_id] = preferred_model(answer.answers[question], items[item_id])
+        for item_id, judgement in reviewer.judgement_by_item.items():
+            choice = judgement.choice_by_question.get(question)
+            if item_id in items and choice is not None:
+                votes[reviewer.name, item_id] = preferred_model(choice, items[item_id])
     return votes
 
 
-def _metrics(votes_by_question: dict[str, Votes], key: ReviewKey, arms: list[str]) -> dict[str, dict[str, Any]]:
+def _review_metrics(
+    votes_by_question: dict[str, VotesOnQuestion], key: ReviewKey, arms: list[str]
+) -> dict[str, dict[str, Any]]:
     """Win rates and agreement, by the metric names that gates use. `arms`: the models that the tuned one is compared with.
 
     The names are `win_rate/<arm>/<question>` and `alpha/<question>`, without the question for the overall one. `win_rate` without
@@ -89,18 +106,18 @@ def _metrics(votes_by_question: dict[str, Votes], key: ReviewKey, arms: list[str
     metrics: dict[str, dict[str, Any]] = {}
     for arm in arms:
         for question, votes in votes_by_question.items():
-            metrics[f"win_rate/{arm}{_metric_suffix(question)}"] = _win_rate(votes, key, arm)
+            metrics[f"win_rate/{arm}{_metric_suffix(question)}"] = _win_rate_metric(votes, key, arm)
 
     def order_by_win_rate(arm: str) -> tuple[bool, float]:
         win_rate = metrics[f"win_rate/{arm}"]["value"]
         return win_rate is None, win_rate or 0  # an arm that nobody judged comes last
 
-    main_arm = BASE if BASE in arms else min(arms, key=order_by_win_rate)
+    main_arm = BASE_ARM if BASE_ARM in arms else min(arms, key=order_by_win_rate)
     for question, votes in votes_by_question.items():
         suffix = _metric_suffix(question)
         metrics[f"win_rate{suffix}"] = metrics[f"win_rate/{main_arm}{suffix}"]
         metrics[f"alpha{suffix}"] = {"value": krippendorff_alpha(votes)}
-    num_reviewers = len({reviewer for reviewer, _ in votes_by_question[OVERALL]})
+    num_reviewers = len({reviewer for reviewer, _ in votes_by_question[OVERALL_QUESTION]})
     metrics["num_reviewers"] = {"value": float(num_reviewers)}
     # `win_rate` first, then the metrics without an arm, then those of an arm, then those of an arm and a question.
     sorted_names = sorted(metrics, key=lambda name: (name.count("/"), name != "win_rate", name))
@@ -109,20 +126,20 @@ def _metrics(votes_by_question: dict[str, Votes], key: ReviewKey, arms: list[str
 
 def _metric_suffix(question: str) -> str:
     """What a question adds to the name of a metric: nothing for the overall question."""
-    return "" if question == OVERALL else f"/{question}"
+    return "" if question == OVERALL_QUESTION else f"/{question}"
 
 
-def _win_rate(votes: Votes, key: ReviewKey, arm: str) -> dict[str, Any]:
+def _win_rate_metric(votes: VotesOnQuestion, key: ReviewKey, arm: str) -> dict[str, Any]:
     """The win rate of the tuned model against one arm, with its 95 % interval and counts, as a metric of the record.
 
-    `METHOD` says how it is computed. The rate is None if nobody judged an item of this arm.
+    `WIN_RATE_METHOD_TEXT` says how it is computed. The rate is None if nobody judged an item of this arm.
     """
     items = {item["id"]: item for item in key["items"] if item["other"] == arm}
     values_by_prompt: dict[int, list[float]] = {}
     counts = Counter[str]()
     for (_, item_id), vote in votes.items():
         if item_id in items:
-            values_by_prompt.setdefault(items[item_id]["prompt"], []).append(WIN_VALUE.get(vote, 0.0))
+            values_by_prompt.setdefault(items[item_id]["prompt"], []).append(WIN_SHARE_BY_VOTE.get(vote, 0.0))
             counts[vote] += 1
     outcomes = {
         "wins": counts[TUNED_WINS],
@@ -135,19 +152,19 @@ def _win_rate(votes: Votes, key: ReviewKey, arm: str) -> dict[str, Any]:
     # Equal answers were not shown to reviewers: each is a tie.
     num_equal = sum(pair["other"] == arm for pair in key["same"])
     prompt_means = [np.mean(values) for values in values_by_prompt.values()]
-    means = np.array(prompt_means + [WIN_VALUE[TIE]] * num_equal)
-    # Prompts are resampled, not votes: several votes on one prompt are not independent. Seed 0, as METHOD says.
-    resampled = np.random.default_rng([0, len(means)]).integers(0, len(means), (RESAMPLES, len(means)))
-    low, high = np.percentile(means[resampled].mean(axis=1), [2.5, 97.5])
+    means = np.array(prompt_means + [WIN_SHARE_BY_VOTE[TIE]] * num_equal)  # one for each prompt
+    # Prompts are resampled, not votes: several votes on one prompt are not independent. Seed 0, as WIN_RATE_METHOD_TEXT says.
+    resampled_indices = np.random.default_rng([0, len(means)]).integers(0, len(means), (NUM_RESAMPLES, len(means)))
+    low, high = np.percentile(means[resampled_indices].mean(axis=1), [2.5, 97.5])
     rate = {"value": float(means.mean()), "low": float(low), "high": float(high), "greater_is_better": True}
     return {**rate, "num_prompts": len(means), "num_equal": num_equal, **outcomes}
 
 
-def _majority_of_others(reviewer: Reviewer, reviewers: list[Reviewer], key: ReviewKey) -> dict[str, str]:
+def _majority_votes_of_others(reviewer: Reviewer, reviewers: list[Reviewer], key: ReviewKey) -> dict[str, str]:
     """The vote of most reviewers other than `reviewer`, by item id; only items that at least two of them judged."""
     other_reviewers = [any_reviewer for any_reviewer in reviewers if any_reviewer is not reviewer]
     counts_by_item: dict[str, Counter[str]] = {}
-    for (_, item_id), vote in _votes(other_reviewers, key, OVERALL).items():
+    for (_, item_id), vote in _votes_on_question(other_reviewers, key, OVERALL_QUESTION).items():
         counts_by_item.setdefault(item_id, Counter())[vote] += 1
     majority_by_item = {}
     for item_id, counts in counts_by_item.items():
@@ -158,28 +175,29 @@ def _majority_of_others(reviewer: Reviewer, reviewers: list[Reviewer], key: Revi
 
 
 def _reviewer_summary(reviewer: Reviewer, key: ReviewKey, flags: list[str], is_dropped: bool) -> dict[str, Any]:
-    """One entry of the record's `reviewers`; `left` is the share of items in which the answer on the left won."""
-    judgements = [answer for answer in reviewer.items.values() if OVERALL in answer.answers]
-    seconds = [answer.seconds for answer in judgements if answer.seconds is not None]
-    left_side = sum(answer.answers[OVERALL] == "a" for answer in judgements)
+    """One reviewer in the record: name, numbers of judged and open items, share of wins of the left answer, minutes, flags."""
+    all_judgements = reviewer.judgement_by_item.values()
+    judgements = [judgement for judgement in all_judgements if OVERALL_QUESTION in judgement.choice_by_question]
+    seconds = [judgement.seconds for judgement in judgements if judgement.seconds is not None]
+    num_left_wins = sum(judgement.choice_by_question[OVERALL_QUESTION] == "a" for judgement in judgements)
     return {
         "name": reviewer.name,
         "judged": len(judgements),
         "open": len(key["items"]) - len(judgements),
-        "left": left_side / max(1, len(judgements)),
+        "left": num_left_wins / max(1, len(judgements)),
         "minutes": sum(seconds) / 60 if seconds else None,
-        "comments": sum(bool(answer.comment) for answer in reviewer.items.values()),
+        "comments": sum(bool(judgement.comment) for judgement in all_judgements),
         "flags": flags,
         "dropped": is_dropped,
     }
 
 
-def _disagreements(votes: Votes, reviewers: list[Reviewer], key: ReviewKey) -> list[dict[str, Any]]:
+def _disputed_items(votes: VotesOnQuestion, reviewers: list[Reviewer], key: ReviewKey) -> list[dict[str, Any]]:
     """Items on which reviewers prefer opposite answers, with votes and comments; those with the most even votes first.
 
-    At most `MAX_LISTED` items.
+    At most `MAX_RECORDED_DISAGREEMENTS` items.
     """
-    rows_with_imbalance = []
+    entries_with_imbalance = []  # (by how many votes one side is ahead, entry of the record)
     for item in key["items"]:
         vote_by_reviewer = {reviewer: vote for (reviewer, item_id), vote in votes.items() if item_id == item["id"]}
         votes_without_ties = [vote for vote in vote_by_reviewer.values() if vote != TIE]
@@ -188,23 +206,23 @@ def _disagreements(votes: Votes, reviewers: list[Reviewer], key: ReviewKey) -> l
             continue
         num_wins = votes_without_ties.count(TUNED_WINS)
         num_losses = len(votes_without_ties) - num_wins
-        row = {
+        entry = {
             "item": item["id"],
             "prompt": item["prompt"],
             "other": item["other"],
             "votes": vote_by_reviewer,
             "comments": _comments_on_item(item["id"], reviewers),
         }
-        rows_with_imbalance.append((abs(num_wins - num_losses), row))
-    rows_with_imbalance.sort(key=lambda entry: entry[0])
-    return [row for _, row in rows_with_imbalance[:MAX_LISTED]]
+        entries_with_imbalance.append((abs(num_wins - num_losses), entry))
+    entries_with_imbalance.sort(key=lambda imbalance_and_entry: imbalance_and_entry[0])
+    return [entry for _, entry in entries_with_imbalance[:MAX_RECORDED_DISAGREEMENTS]]
 
 
 def _comments_on_item(item_id: str, reviewers: list[Reviewer]) -> dict[str, str]:
     """The comments on one item by reviewer; reviewers without a comment are left out."""
     comments = {}
     for reviewer in reviewers:
-        answer = reviewer.items.get(item_id)
-        if answer is not None and answer.comment:
-            comments[reviewer.name] = answer.comment
+        judgement = reviewer.judgement_by_item.get(item_id)
+        if judgement is not None and judgement.comment:
+            comments[reviewer.name] = judgement.comment
     return comments

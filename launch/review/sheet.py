@@ -18,19 +18,19 @@ from typing import Any
 
 from launch.review.prompts import ReviewPrompt
 from strategies.errors import ConfigError, DataError
-from trainer.config.review import OVERALL, ReviewConfig
+from trainer.config.review import OVERALL_QUESTION, ReviewConfig
 from trainer.reporting.jsonl import json_text
 from trainer.reporting.status import write_text_atomic
 
-VERSION = 1
+REVIEW_FORMAT_VERSION = 1
 KEY_FILE = "key.json"
 PAGE_FILE = "review.html"
 TABLE_FILE = "review.csv"
 RESULT_FILE = "result.json"
-TUNED = "tuned"
-BASE = "base"
+TUNED_ARM = "tuned"
+BASE_ARM = "base"
 SIDES = ("a", "b")
-CHOICES = (*SIDES, "tie")
+VOTE_CHOICES = (*SIDES, "tie")
 FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
 """First characters that spreadsheets take for a formula."""
 KeyItem = dict[str, Any]
@@ -44,37 +44,37 @@ ReviewKey = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class SheetItem:
+class ReviewSheetItem:
     """One pair of answers as reviewers see it: prompt, answer on side a, answer on side b."""
 
     id: str
     prompt: str
-    a: str
-    b: str
+    answer_a: str
+    answer_b: str
 
 
 @dataclass(frozen=True, slots=True)
-class Sheet:
+class ReviewSheet:
     """The items that reviewers judge, and the key that says which model wrote which answer."""
 
-    review: str
-    """Id of the review: the hash of its key."""
-    items: list[SheetItem]
+    review_id: str
+    """The hash of the key."""
+    items: list[ReviewSheetItem]
     key: ReviewKey
 
 
 def make_review_sheet(
     prompts: list[ReviewPrompt],
     answers_by_arm: dict[str, list[str]],
-    key_origin: dict[str, Any],
+    entries_on_judged_model: dict[str, Any],
     config: ReviewConfig,
     salt: str = "",
-) -> Sheet:
+) -> ReviewSheet:
     """Pair the tuned model's answers with those of each other arm (compared model), in random order and on random sides.
 
-    `answers_by_arm`: in the order of the prompts. `key_origin`: entries of the key that say what is judged. `salt`: random
-    unless a test gives one. Pairs of equal answers are not shown and count as ties. A share `review.repeats` of the items is
-    shown a second time with the sides exchanged.
+    `answers_by_arm`: in the order of the prompts. `entries_on_judged_model`: entries of the key, `run` and `model`. `salt`:
+    random unless a test gives one. Pairs of equal answers are not shown and count as ties. A share `review.repeats` of the
+    items is shown a second time with the sides exchanged.
     """
     salt = salt or secrets.token_hex(16)
     rng = random.Random(f"sides {config.seed} {salt}")
@@ -85,7 +85,7 @@ def make_review_sheet(
     num_repeated = min(len(pair_order), round(config.repeats * len(pair_order)))
     repeated_pairs = sorted(rng.sample(pair_order, num_repeated), key=pair_order.index)
 
-    items: list[SheetItem] = []
+    items: list[ReviewSheetItem] = []
     key_items: list[KeyItem] = []
     for item_number, pair_index in enumerate([*pair_order, *repeated_pairs]):
         pair = pairs[pair_index]
@@ -93,21 +93,27 @@ def make_review_sheet(
         is_repeat = item_number >= len(pair_order)
         if is_repeat:
             key_item["repeats"] = key_items[pair_order.index(pair_index)]["id"]
-            key_item[TUNED] = "b" if key_item[TUNED] == "a" else "a"
+            key_item["tuned"] = "b" if key_item["tuned"] == "a" else "a"
         key_item["id"] = hashlib.sha256(f"{salt} {item_number}".encode()).hexdigest()[:12]
-        is_tuned_on_side_a = key_item[TUNED] == "a"
-        item = SheetItem(
-            key_item["id"],
-            pair.prompt,
-            a=pair.tuned_answer if is_tuned_on_side_a else pair.other_answer,
-            b=pair.other_answer if is_tuned_on_side_a else pair.tuned_answer,
+        is_tuned_on_side_a = key_item["tuned"] == "a"
+        item = ReviewSheetItem(
+            id=key_item["id"],
+            prompt=pair.prompt,
+            answer_a=pair.tuned_answer if is_tuned_on_side_a else pair.other_answer,
+            answer_b=pair.other_answer if is_tuned_on_side_a else pair.tuned_answer,
         )
-        key_item["sha256"] = _item_hash(item)
+        key_item["sha256"] = _sha256_of_item(item)
         items.append(item)
         key_items.append(key_item)
-    key = {"version": VERSION, **key_origin, "rubric": config.rubric, "seed": config.seed, "salt": salt}
+    key = {
+        "version": REVIEW_FORMAT_VERSION,
+        **entries_on_judged_model,
+        "rubric": config.rubric,
+        "seed": config.seed,
+        "salt": salt,
+    }
     key |= {"arms": [*answers_by_arm], "num_prompts": len(prompts), "same": equal_pairs, "items": key_items}
-    return Sheet(review_id_of_key(key), items, key)
+    return ReviewSheet(review_id_of_key(key), items, key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,24 +136,24 @@ def _pair_answers(
     pairs = []
     equal_pairs = []
     for arm, arm_answers in answers_by_arm.items():
-        if arm == TUNED:
+        if arm == TUNED_ARM:
             continue
         for prompt_index, prompt in enumerate(prompts):
-            tuned_answer = answers_by_arm[TUNED][prompt_index]
+            tuned_answer = answers_by_arm[TUNED_ARM][prompt_index]
             other_answer = arm_answers[prompt_index]
             tuned_side = rng.choice(SIDES)
             if tuned_answer.strip() == other_answer.strip():
                 equal_pairs.append({"prompt": prompt_index, "other": arm})
                 continue
             num_words = sum(len(text.split()) for text in (prompt.text, tuned_answer, other_answer))
-            key_item = {"prompt": prompt_index, "other": arm, TUNED: tuned_side, "repeats": None, "words": num_words}
+            key_item = {"prompt": prompt_index, "other": arm, "tuned": tuned_side, "repeats": None, "words": num_words}
             pairs.append(_AnswerPair(prompt.text, tuned_answer, other_answer, key_item))
     return pairs, equal_pairs
 
 
-def _item_hash(item: SheetItem) -> str:
+def _sha256_of_item(item: ReviewSheetItem) -> str:
     """The SHA-256 of the texts that an item shows, by which the key proves what was judged."""
-    return hashlib.sha256(json.dumps([item.prompt, item.a, item.b]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([item.prompt, item.answer_a, item.answer_b]).encode()).hexdigest()
 
 
 def review_id_of_key(key: ReviewKey) -> str:
@@ -155,14 +161,14 @@ def review_id_of_key(key: ReviewKey) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
-def write_key(directory: Path, sheet: Sheet) -> None:
-    """Write `key.json`, the review's id and its key, into the directory. Errors: StorageError."""
-    key_json = json_text({"review": sheet.review, "key": sheet.key}, indent=1, ensure_ascii=False)
+def write_key(directory: Path, sheet: ReviewSheet) -> None:
+    """Write `key.json`, the review's id and its key, into the directory. Raises StorageError."""
+    key_json = json_text({"review": sheet.review_id, "key": sheet.key}, indent=1, ensure_ascii=False)
     write_text_atomic(directory / KEY_FILE, key_json + "\n")
 
 
 def read_key(directory: Path) -> tuple[str, ReviewKey]:
-    """(id of the review, its key) from `key.json`. Errors: ConfigError if there is none, DataError if it was changed."""
+    """(id of the review, its key) from `key.json`. Raises ConfigError if it is missing, DataError if it was changed."""
     path = directory / KEY_FILE
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
@@ -182,22 +188,22 @@ def read_key(directory: Path) -> tuple[str, ReviewKey]:
             f"{path}: was changed since review make wrote it: its hash is {actual_id[:12]}, and not {recorded_id[:12]}; "
             "restore it"
         )
-    if version != VERSION:
-        raise DataError(f"{path}: is of version {version} of reviews, and this one reads {VERSION}")
+    if version != REVIEW_FORMAT_VERSION:
+        raise DataError(f"{path}: is of version {version} of reviews, and this one reads {REVIEW_FORMAT_VERSION}")
     return recorded_id, key
 
 
-def review_csv(sheet: Sheet, config: ReviewConfig) -> str:
+def review_csv(sheet: ReviewSheet, config: ReviewConfig) -> str:
     """The review as CSV, which reviewers fill in with a spreadsheet: a, b or tie in the column of each question."""
     csv_file = io.StringIO()
     writer = csv.writer(csv_file)
     writer.writerow(
-        ["review", "reviewer", "item", "prompt", "answer_a", "answer_b", OVERALL, *config.rubric, "comment"]
+        ["review", "reviewer", "item", "prompt", "answer_a", "answer_b", OVERALL_QUESTION, *config.rubric, "comment"]
     )
     empty_answers = [""] * (1 + len(config.rubric))
     for item in sheet.items:
-        shown_texts = [_escaped_formula(text) for text in (item.prompt, item.a, item.b)]
-        writer.writerow([sheet.review, "", item.id, *shown_texts, *empty_answers, ""])
+        shown_texts = [_escaped_formula(text) for text in (item.prompt, item.answer_a, item.answer_b)]
+        writer.writerow([sheet.review_id, "", item.id, *shown_texts, *empty_answers, ""])
     return csv_file.getvalue()
 
 
@@ -206,16 +212,16 @@ def _escaped_formula(text: str) -> str:
     return f"'{text}" if text.startswith(FORMULA_PREFIXES) else text
 
 
-def review_page(sheet: Sheet, config: ReviewConfig) -> str:
+def review_page(sheet: ReviewSheet, config: ReviewConfig) -> str:
     """The review as one HTML file that needs no network; prompts and answers are data in it, never markup."""
     from trainer.pages.render import render
 
-    questions = {OVERALL: "Which answer is better, all in all?", **config.rubric}
+    questions = {OVERALL_QUESTION: "Which answer is better, all in all?", **config.rubric}
     # Only what the page shows: the key, which says whose answers these are, stays out of it.
-    items = [{"id": item.id, "prompt": item.prompt, "a": item.a, "b": item.b} for item in sheet.items]
+    items = [{"id": item.id, "prompt": item.prompt, "a": item.answer_a, "b": item.answer_b} for item in sheet.items]
     page_data = {
-        "version": VERSION,
-        "review": sheet.review,
+        "version": REVIEW_FORMAT_VERSION,
+        "review": sheet.review_id,
         "questions": [{"name": name, "text": text} for name, text in questions.items()],
         "items": items,
     }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from strategies.settings import DESCRIBES, group, number, setting
 from trainer.evaluation.base import DecodingConfig
 
-OVERALL = "overall"
+OVERALL_QUESTION = "overall"
 """The question that every item has."""
 EXAMPLE = "Which one is easier to understand?"
 
@@ -40,8 +40,11 @@ class ReviewConfig:
     def problems(self) -> Iterator[str]:
         """Error messages about `review`, one line each: the rubric's names and questions, and how answers are written."""
         for name, question in self.rubric.items():
-            if not name.replace("-", "_").isidentifier() or name in (OVERALL, "item", "comment"):
-                yield f"review.rubric.{name}: the name is one of a column; use letters, digits, - and _, and not {OVERALL}"
+            if not name.replace("-", "_").isidentifier() or name in (OVERALL_QUESTION, "item", "comment"):
+                yield (
+                    f"review.rubric.{name}: the name is one of a column; use letters, digits, - and _, and not "
+                    f"{OVERALL_QUESTION}"
+                )
             if not str(question).strip():
                 yield f"review.rubric.{name}: is empty; write the question, as in {EXAMPLE!r}"
         yield from self.write.problems("review.write")

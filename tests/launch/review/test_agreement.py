@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launch.review.agreement import cohen_kappa, krippendorff_alpha
-from launch.review.answers import Reviewer, ReviewerAnswer
+from launch.review.answers import ItemJudgement, Reviewer
 from launch.review.careless_reviewers import carelessness_flags
 
 
@@ -61,7 +61,7 @@ def judged(drawn, key, truth, right, seconds):
         side = (
             winner if winner == "tie" else item["tuned"] if winner == "tuned" else {"a": "b", "b": "a"}[item["tuned"]]
         )
-        items[item["id"]] = ReviewerAnswer({"overall": side}, seconds=drawn.expovariate(1 / seconds))
+        items[item["id"]] = ItemJudgement({"overall": side}, seconds=drawn.expovariate(1 / seconds))
     return Reviewer("one", Path("one.json"), items)
 
 

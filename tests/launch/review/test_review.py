@@ -168,8 +168,8 @@ def test_review_table_without_a_column_for_comments_keeps_its_last_question(tmp_
     for comment, cells in (("", ""), (";comment", ";well said")):
         table = f"{';'.join(header)}{comment}\nr1;Eve;i1;a;b{cells}\n"
         reviewer = _parse_csv(tmp_path / "eve.csv", table, "r1")
-        assert reviewer.items["i1"].answers == {"overall": "a", "kind": "b"}
-        assert reviewer.items["i1"].comment == cells.removeprefix(";")
+        assert reviewer.judgement_by_item["i1"].choice_by_question == {"overall": "a", "kind": "b"}
+        assert reviewer.judgement_by_item["i1"].comment == cells.removeprefix(";")
 
 
 def test_review_files_that_cannot_be_scored_are_all_named(run, capsys):
