@@ -268,7 +268,7 @@ def _measured_step_s(run_dirs: list[Path]) -> float | None:
 
     if len(run_dirs) > 1:
         return None
-    rows = [row for row in metrics_tail.last_rows(run_dirs[0] / "metrics.jsonl") if "loss" in row]
+    rows = [row for row in metrics_tail.read_last_rows(run_dirs[0] / "metrics.jsonl") if "loss" in row]
     return metrics_tail.recent_median(rows, "step_s")
 
 
@@ -282,7 +282,7 @@ def _restart_lines(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
 
     if len(run_dirs) > 1:
         return []
-    step_rows = [row for row in metrics_tail.last_rows(run_dirs[0] / "metrics.jsonl") if "loss" in row]
+    step_rows = [row for row in metrics_tail.read_last_rows(run_dirs[0] / "metrics.jsonl") if "loss" in row]
     total_steps = readable_run_record(run_dirs[0]).total_steps
     step_s = metrics_tail.recent_median(step_rows, "step_s")
     if not step_rows or not total_steps or step_s is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from launch.runs.metrics_tail import last_rows
+from launch.runs.metrics_tail import read_last_rows
 from launch.streams import draw
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.pages.numbers import format_duration
@@ -177,7 +177,7 @@ class RunsProgress:
 
 def _last_step(run_dir: Path) -> int:
     """The last step in `metrics.jsonl`; 0 before there is one."""
-    rows = last_rows(run_dir / METRICS)
+    rows = read_last_rows(run_dir / METRICS)
     return int(rows[-1]["step"]) if rows else 0
 
 

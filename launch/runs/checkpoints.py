@@ -14,7 +14,7 @@ from strategies.errors import ConfigError, StorageError
 from trainer.checkpoints.layout import STEP_DIR_REGEX, StepCheckpoint, checkpoint_dirs_of, checkpoints_in
 from trainer.reporting.settings_file import read_tree
 
-MAX_FILE_BYTES = 2**22
+MAX_PROGRESS_BYTES = 2**22
 """A longer `progress.json` is not read: somebody else may have written the run."""
 
 
@@ -60,18 +60,18 @@ def list_checkpoints(run_dir: Path) -> CheckpointList:
 
     Only names, sizes and the best step are read: for their contents, see `verify_checkpoints`.
     """
-    checkpoint_settings, evaluation_settings = _read_settings(run_dir)
-    fallback_dir = checkpoint_settings.get("fallback_dir")
-    directories = checkpoint_dirs_of(run_dir, fallback_dir if isinstance(fallback_dir, str) else None)
+    settings = _read_settings(run_dir)
+    checkpoint_dirs = checkpoint_dirs_of(run_dir, settings.fallback_dir)
     try:
-        published_checkpoints = checkpoints_in(directories)
-        given_up_paths = _given_up_paths(directories)
+        published_checkpoints = checkpoints_in(checkpoint_dirs)
+        given_up_paths = _given_up_paths(checkpoint_dirs)
     except StorageError as error:
         return CheckpointList((), monitored_metric=None, problem=str(error))
     except OSError as error:
         return CheckpointList((), monitored_metric=None, problem=f"cannot be listed: {atomic_io.error_summary(error)}")
 
     best = _best_checkpoint(published_checkpoints)
+    fallback_dir = checkpoint_dirs[1] if len(checkpoint_dirs) > 1 else None
     problem = None
     checkpoints: list[StoredCheckpoint] = []
     entries = [(step, path, False) for step, path in published_checkpoints]  # (step, path, whether given up)
@@ -86,20 +86,19 @@ def list_checkpoints(run_dir: Path) -> CheckpointList:
                     age_s=max(0.0, time.time() - path.stat().st_mtime),
                     num_bytes=sum(file.stat().st_size for file in path.iterdir()),
                     best_metric=best.metric if is_best else None,
-                    is_in_fallback_dir=len(directories) > 1 and directories[1] in path.parents,
+                    is_in_fallback_dir=fallback_dir is not None and fallback_dir in path.parents,
                     is_given_up=is_given_up,
                 )
             )
-        except FileNotFoundError:  # a running trainer has pruned it meanwhile (checkpoint.keep)
+        except FileNotFoundError:  # a running trainer deleted it meanwhile, beyond `checkpoint.keep`
             continue
         except OSError as error:
             problem = f"{path.name} cannot be read: {atomic_io.error_summary(error)}"
-    monitored_metric = evaluation_settings.get("watch")
-    return CheckpointList(tuple(checkpoints), monitored_metric if isinstance(monitored_metric, str) else None, problem)
+    return CheckpointList(tuple(checkpoints), settings.monitored_metric, problem)
 
 
 def _given_up_paths(checkpoint_dirs: list[Path]) -> list[Path]:
-    """The checkpoints that a rollback gave up, and moved into `given-up-<n>/`. Errors: OSError."""
+    """The checkpoints that a rollback gave up, and moved into `given-up-<n>/`. Raises OSError if a directory cannot be listed."""
     paths = []
     for directory in checkpoint_dirs:
         for path in sorted(directory.glob("given-up-*/step-*")):
@@ -130,7 +129,7 @@ def _best_checkpoint(published_checkpoints: list[StepCheckpoint]) -> _BestCheckp
 
 
 def verify_checkpoints(checkpoint_list: CheckpointList, report_start: Callable[[str], None]) -> dict[Path, str]:
-    """Compare all files of every checkpoint with their checksums; returns what is wrong with each damaged checkpoint.
+    """Compare all files of the listed checkpoints with their checksums; returns {damaged checkpoint: what is wrong with it}.
 
     `report_start` is called with the name and size of each checkpoint before it is read: `step-000040, 1.2 GB`.
     """
@@ -140,8 +139,9 @@ def verify_checkpoints(checkpoint_list: CheckpointList, report_start: Callable[[
     for checkpoint in checkpoint_list.checkpoints:
         report_start(f"{checkpoint.path.name}, {atomic_io.size_text(checkpoint.num_bytes)}")
         damage = checkpoint_problem(checkpoint.path)
-        was_deleted_meanwhile = not checkpoint.path.is_dir()  # a running trainer may prune it (checkpoint.keep)
-        if damage is not None and not was_deleted_meanwhile:
+        # A trainer that is running deletes its old checkpoints (beyond `checkpoint.keep`): one that is gone is not damaged.
+        is_still_there = checkpoint.path.is_dir()
+        if damage is not None and is_still_there:
             damage_by_checkpoint[checkpoint.path] = damage
     return damage_by_checkpoint
 
@@ -154,22 +154,36 @@ def _step_of_directory(checkpoint_dir: Path) -> int:
 def _read_progress(checkpoint: Path) -> dict[str, Any]:
     """`progress` in the `progress.json` of a checkpoint; empty if it cannot be read."""
     try:
-        contents = json.loads(atomic_io.read_bytes(checkpoint / "progress.json", max_bytes=MAX_FILE_BYTES))
+        contents = json.loads(atomic_io.read_bytes(checkpoint / "progress.json", max_bytes=MAX_PROGRESS_BYTES))
         progress = contents["progress"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
     return progress if isinstance(progress, dict) else {}
 
 
-def _read_settings(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(settings of the group `checkpoint`, settings of the group `evaluation`) of a run; empty if they cannot be read."""
+class _CheckpointSettings(NamedTuple):
+    """The settings of a run that its checkpoints depend on; None for one that is not set, or cannot be read."""
+
+    fallback_dir: str | None = None
+    """`checkpoint.fallback_dir`"""
+    monitored_metric: str | None = None
+    """`evaluation.watch`"""
+
+
+def _read_settings(run_dir: Path) -> _CheckpointSettings:
+    """Read the settings from the run's `config.yaml`. Never raises."""
     try:
         tree = read_tree(run_dir / "config.yaml")
     except ConfigError:
-        return {}, {}
-    checkpoint_settings = tree.get("checkpoint")
-    evaluation_settings = tree.get("evaluation")
-    return (
-        checkpoint_settings if isinstance(checkpoint_settings, dict) else {},
-        evaluation_settings if isinstance(evaluation_settings, dict) else {},
+        return _CheckpointSettings()
+    return _CheckpointSettings(
+        fallback_dir=_text_setting(tree, "checkpoint", "fallback_dir"),
+        monitored_metric=_text_setting(tree, "evaluation", "watch"),
     )
+
+
+def _text_setting(tree: dict[str, Any], group_name: str, name: str) -> str | None:
+    """The text that a setting of a group has; None if it is not set, or is no text."""
+    group = tree.get(group_name)
+    value = group.get(name) if isinstance(group, dict) else None
+    return value if isinstance(value, str) else None

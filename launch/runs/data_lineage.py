@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from launch.runs.metrics_tail import finite_number, last_rows
+from launch.runs.metrics_tail import finite_number, read_last_rows
 from strategies.errors import ConfigError, DataError
 from trainer.reporting.run_record import RunRecord, readable_run_record
 from trainer.reporting.status import read_status
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from trainer.config.run import RunConfig
 
-SPLITS = ("train", "eval", "test")
-SHOWN_DOCUMENTS = 5
+HELD_OUT_SPLIT_NAMES = ("eval", "test")
+MAX_SHOWN_DOCUMENTS = 5
 """Documents of one run that are named by file and line."""
 
 
@@ -70,23 +70,23 @@ def document_exposures(runs: Iterable[tuple[Path, RunConfig | str]], query: Docu
     """
     config_by_run = dict(runs)
     own_exposures = {run: _own_exposure(run, config, query) for run, config in config_by_run.items()}
-    predecessors = {run: _predecessors(run, config, config_by_run) for run, config in config_by_run.items()}
+    predecessors_by_run = {run: _predecessors(run, config, config_by_run) for run, config in config_by_run.items()}
     exposures = []
     for run, exposure in own_exposures.items():
-        earlier_run = _nearest_exposed_predecessor(run, predecessors, own_exposures)
+        earlier_run = _nearest_exposed_predecessor(run, predecessors_by_run, own_exposures)
         exposures.append(exposure if earlier_run is None else replace(exposure, earlier_run=earlier_run))
     return exposures
 
 
 def _nearest_exposed_predecessor(
-    run: Path, predecessors: dict[Path, list[Path]], own_exposures: dict[Path, DocumentExposure]
+    run: Path, predecessors_by_run: dict[Path, list[Path]], own_exposures: dict[Path, DocumentExposure]
 ) -> Path | None:
     """The nearest earlier run that was trained on a document and whose weights reached `run`; None if there is none.
 
     The search is breadth first, through the predecessors of the predecessors.
     """
     visited = {run}
-    to_visit = list(predecessors[run])
+    to_visit = list(predecessors_by_run[run])
     while to_visit:
         predecessor = to_visit.pop(0)
         if predecessor in visited:
@@ -94,7 +94,7 @@ def _nearest_exposed_predecessor(
         if own_exposures[predecessor].times_trained:
             return predecessor
         visited.add(predecessor)
-        to_visit += predecessors[predecessor]
+        to_visit += predecessors_by_run[predecessor]
     return None
 
 
@@ -134,38 +134,38 @@ def _own_exposure(run: Path, config: RunConfig | str, query: DocumentQuery) -> D
 def _exposure_from_prepared_data(
     run: Path, config: RunConfig, record: RunRecord, query: DocumentQuery
 ) -> DocumentExposure:
-    """The exposure of one run, from its prepared data and how far it trained. Errors: DataError, ConfigError, OSError."""
+    """The exposure of one run, from its prepared data and how far it trained. Raises DataError, ConfigError and OSError."""
     from trainer.data.store.documents import DocumentTable
     from trainer.data.store.sequences import TokenDataset
 
     # The prepared data must be what the run was trained on.
-    directory = Path(record.data_directory)
-    if not (directory / "train").is_dir():
-        raise DataError(f"its prepared data {directory} is not there; the same command prepares it again")
-    train = TokenDataset.open(directory / "train")
+    data_dir = Path(record.data_directory)
+    if not (data_dir / "train").is_dir():
+        raise DataError(f"its prepared data {data_dir} is not there; the same command prepares it again")
+    train = TokenDataset.open(data_dir / "train")
     if train.fingerprint != record.data_fingerprint:
-        raise DataError(f"its prepared data {directory} is not what it was trained on")
-    splits = {"train": train}
-    for name in SPLITS[1:]:
-        if (directory / name).is_dir():
-            splits[name] = TokenDataset.open(directory / name)
+        raise DataError(f"its prepared data {data_dir} is not what it was trained on")
+    split_by_name = {"train": train}
+    for name in HELD_OUT_SPLIT_NAMES:
+        if (data_dir / name).is_dir():
+            split_by_name[name] = TokenDataset.open(data_dir / name)
 
     # Which documents match, by split. The table has the documents of all splits; `documents` of a split holds, for each of its
     # sequences, the row of its document in the table.
-    document_table = DocumentTable(directory)
+    document_table = DocumentTable(data_dir)
     wanted_rows = matching_rows(document_table, query)
-    rows_by_split = {name: np.intersect1d(split.documents, wanted_rows) for name, split in splits.items()}
+    rows_by_split = {name: np.intersect1d(split.documents, wanted_rows) for name, split in split_by_name.items()}
     rows_in_any_split = np.unique(np.concatenate(list(rows_by_split.values())))
-    shown_documents = [document_table.row(int(row)) for row in rows_in_any_split[:SHOWN_DOCUMENTS]]
+    shown_documents = [document_table.row(int(row)) for row in rows_in_any_split[:MAX_SHOWN_DOCUMENTS]]
 
     # How often training drew them, from the start to the last step. `passed` are ranges of samples that a rollback left out.
     progress = record.outcome.progress if record.outcome else {}
     step = int(progress.get("step") or _last_step(run))
-    samples = int(progress.get("samples") or step * int(config.batch["global"]))
+    num_samples_drawn = int(progress.get("samples") or step * int(config.batch["global"]))
     times_trained = 0
     if len(rows_by_split["train"]):
         skipped_ranges = progress.get("passed") or []
-        times_trained = _times_trained(train, config, samples, skipped_ranges, rows_by_split["train"])
+        times_trained = _times_trained(train, config, num_samples_drawn, skipped_ranges, rows_by_split["train"])
     return DocumentExposure(
         run=run,
         num_documents_by_split={name: len(rows) for name, rows in rows_by_split.items() if len(rows)},
@@ -178,15 +178,15 @@ def _exposure_from_prepared_data(
 def _last_step(run: Path) -> int:
     """The last optimizer step of a run without a recorded outcome, for example one that was killed."""
     steps = [int(read_status(run).get("step") or 0)]
-    for row in last_rows(run / "metrics.jsonl"):
+    for row in read_last_rows(run / "metrics.jsonl"):
         steps.append(int(finite_number(row, "step") or 0))
     return max(steps)
 
 
 def _times_trained(
-    train: Any, config: RunConfig, samples: int, skipped_ranges: list[dict[str, int]], rows: np.ndarray
+    train: Any, config: RunConfig, num_samples_drawn: int, skipped_ranges: list[dict[str, int]], rows: np.ndarray
 ) -> int:
-    """How often the run trained on one of the documents in `rows`, among the first `samples` samples that it drew.
+    """How often the run trained on one of the documents in `rows`, among the first `num_samples_drawn` samples that it drew.
 
     The order of the samples is built again: it follows from the data, the settings and the seed. `skipped_ranges` are ranges of
     samples that a rollback left out, such as `{"first": 640, "count": 64}`. `rows`: row numbers of documents.
@@ -203,7 +203,7 @@ def _times_trained(
         wanted_by_pack = is_wanted_sequence.astype(np.int64)
     else:
         wanted_by_pack = np.array([is_wanted_sequence[pack].sum() // sequences_per_document for pack in packs])
-    return int(wanted_by_pack[order.units(0, samples)].sum())
+    return int(wanted_by_pack[order.units(0, num_samples_drawn)].sum())
 
 
 def matching_rows(document_table: Any, query: DocumentQuery) -> np.ndarray:

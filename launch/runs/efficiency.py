@@ -20,9 +20,10 @@ from typing import Any
 from launch.config.prices import gpu_hour_price
 from launch.runs.slurm_time import format_slurm_time
 from trainer.reporting.results import add_to_run_record
-from trainer.reporting.run_record import readable_run_record
+from trainer.reporting.run_record import RunRecord, readable_run_record
 
 STARTS_FILE = "jobs.jsonl"
+"""The file in a run's directory with what each start of its jobs used."""
 SACCT_FIELDS = ("JobIDRaw", "State", "ElapsedRaw", "TotalCPU", "AllocCPUS", "MaxRSS", "TRESUsageInAve")
 SACCT_TIMEOUT_S = 10.0
 """Seconds that sacct may take."""
@@ -85,43 +86,20 @@ def record_start_usage(run_dir: Path, job: str, start: int, exit_code: int, env:
 
 def measure_start(run_dir: Path, job: str, start: int, exit_code: int, env: Mapping[str, str]) -> StartUsage:
     """What a start of a job used until now, from SLURM's variables in `env`, from sacct and from `run.json`."""
-    # Time: as the variables say, or else as sacct measured the step of the ranks.
-    began = _number_or_none(env.get("SLURM_JOB_START_TIME"))
-    ends = _number_or_none(env.get("SLURM_JOB_END_TIME"))
-    elapsed_s = time.time() - began if began else None  # before sacct is called, which may take half a minute
+    # The time is taken before sacct is called, which may take half a minute.
+    began_at = _number_or_none(env.get("SLURM_JOB_START_TIME"))
+    ends_at = _number_or_none(env.get("SLURM_JOB_END_TIME"))
+    elapsed_s = time.time() - began_at if began_at else None
+    limit_s = ends_at - began_at if began_at and ends_at else None
+
     rows, why_unknown = _sacct_rows(env.get("SLURM_JOB_ID", job))
     ranks_row = next((row for row in rows if _is_ranks_step(row)), {})
     if not why_unknown and not ranks_row:
         why_unknown = "sacct knows no step of the job"
-    step_elapsed_s = _number_or_none(ranks_row.get("ElapsedRaw"))
     if elapsed_s is None:
-        elapsed_s = step_elapsed_s
-    limit_s = None
-    if began and ends:
-        limit_s = ends - began
+        elapsed_s = _number_or_none(ranks_row.get("ElapsedRaw"))
 
-    # CPUs and memory.
     memory_asked_mib = _number_or_none(env.get("SLURM_MEM_PER_NODE"))
-    cpus = int(ranks_row.get("AllocCPUS") or 0) or None
-    cpu_s = _parse_cpu_time(ranks_row.get("TotalCPU", ""))
-    cpu_share = None
-    if cpu_s is not None and step_elapsed_s and cpus:
-        cpu_share = cpu_s / (step_elapsed_s * cpus)
-
-    # GPUs: how busy they were, and what they cost.
-    run_record = readable_run_record(run_dir)
-    gpus = run_record.world_size if run_record.device_name else 0
-    gpu_share = None
-    price = None
-    dollars = None
-    if gpus:
-        busy_percent = GPU_UTILISATION_REGEX.search(ranks_row.get("TRESUsageInAve", ""))  # summed over the GPUs
-        if busy_percent:
-            gpu_share = min(1.0, int(busy_percent[1]) / 100 / gpus)
-        if run_record.device_name:
-            price = gpu_hour_price(run_record.device_name)
-        if price is not None and elapsed_s:
-            dollars = price * gpus * elapsed_s / 3600
     return StartUsage(
         job=job,
         start=start,
@@ -129,16 +107,42 @@ def measure_start(run_dir: Path, job: str, start: int, exit_code: int, env: Mapp
         elapsed_s=elapsed_s,
         limit_s=limit_s,
         nodes=int(env.get("SLURM_JOB_NUM_NODES") or 0) or None,
-        cpus=cpus,
-        cpu_share=cpu_share,
         memory_gib=_parse_size_gib(ranks_row.get("MaxRSS", "")),
         memory_asked_gib=memory_asked_mib / 1024 if memory_asked_mib else None,
-        gpus=gpus or None,
-        gpu_share=gpu_share,
-        dollars=dollars,
-        price_per_hour=price,
         unknown=why_unknown,
+        **_cpu_usage(ranks_row),
+        **_gpu_usage(ranks_row, readable_run_record(run_dir), elapsed_s),
     )
+
+
+def _cpu_usage(ranks_row: Mapping[str, str]) -> dict[str, Any]:
+    """The fields `cpus` and `cpu_share` of `StartUsage`. `ranks_row`: sacct's row of the ranks' step; empty if it has none."""
+    cpus = int(ranks_row.get("AllocCPUS") or 0) or None
+    cpu_s = _parse_cpu_time(ranks_row.get("TotalCPU", ""))
+    step_elapsed_s = _number_or_none(ranks_row.get("ElapsedRaw"))
+    cpu_share = None
+    if cpu_s is not None and step_elapsed_s and cpus:
+        cpu_share = cpu_s / (step_elapsed_s * cpus)
+    return {"cpus": cpus, "cpu_share": cpu_share}
+
+
+def _gpu_usage(ranks_row: Mapping[str, str], run_record: RunRecord, elapsed_s: float | None) -> dict[str, Any]:
+    """The fields of `StartUsage` on GPUs: how many the run has, how busy they were, and what they cost for the elapsed time.
+
+    None of them if the run has no GPU. `ranks_row`: sacct's row of the ranks' step; empty if it has none.
+    """
+    gpus = run_record.world_size
+    if not run_record.device_name or not gpus:
+        return {}
+    gpu_share = None
+    summed_percent = GPU_UTILISATION_REGEX.search(ranks_row.get("TRESUsageInAve", ""))
+    if summed_percent:
+        gpu_share = min(1.0, int(summed_percent[1]) / 100 / gpus)
+    price_per_hour = gpu_hour_price(run_record.device_name)
+    dollars = None
+    if price_per_hour is not None and elapsed_s:
+        dollars = price_per_hour * gpus * elapsed_s / 3600
+    return {"gpus": gpus, "gpu_share": gpu_share, "dollars": dollars, "price_per_hour": price_per_hour}
 
 
 def _is_ranks_step(row: Mapping[str, str]) -> bool:
@@ -252,6 +256,6 @@ def _parse_size_gib(size: str) -> float | None:
     match = SIZE_REGEX.fullmatch(size)
     if match is None:
         return None
-    unit = match[2]
-    power_of_1024 = "KMGT".index(unit) - 2 if unit else -3  # relative to GiB
-    return float(match[1]) * 1024.0**power_of_1024
+    number, unit = match.groups()
+    bytes_per_unit = 1024.0 ** " KMGT".index(unit or " ")
+    return float(number) * bytes_per_unit / 2**30

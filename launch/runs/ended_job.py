@@ -17,6 +17,7 @@ SLURM_TIMEOUT_S = 5.0
 SLURM_CACHE_S = 60.0
 """Seconds for which an answer of SLURM's is kept: `status --watch` would ask every two seconds for each run."""
 JOB_FIELD_REGEX = re.compile(r"\b(JobState|Reason|ExitCode)=(\S+)")
+"""A field of what `scontrol show job` prints."""
 
 
 def ended_job_text(run_dir: Path, queue: JobQueue) -> str | None:
@@ -47,16 +48,16 @@ def _recorded_end_text(record: JobRecord, queue: JobQueue) -> str | None:
     - The queue is not known: None, because the script may still be running.
     - Otherwise: that the script was killed, with what SLURM says of it.
     """
-    start = f"job {record.job}, start {record.start}"
+    job_and_start = f"job {record.job}, start {record.start}"
     if record.ended is not None:
         if record.code == 0 or record.will_restart:
             return None
-        return f"{start}: {record.reason or 'ended'} (exit code {record.code})"
+        return f"{job_and_start}: {record.reason or 'ended'} (exit code {record.code})"
     if queue.has_no_squeue or queue.problem is not None:
         return None
     end = slurm_end_text(record.job)
     reason = f"SLURM says: {end}" if end else "it was killed or cancelled, or its node was lost"
-    return f"{start}, on {record.nodes}: ended, and its script wrote no reason; {reason}"
+    return f"{job_and_start}, on {record.nodes}: ended, and its script wrote no reason; {reason}"
 
 
 def slurm_end_text(job_id: str) -> str | None:
@@ -72,20 +73,21 @@ def slurm_end_text(job_id: str) -> str | None:
 def _cached_slurm_end_text(job_id: str, cache_period: int) -> str | None:
     """`slurm_end_text`, cached. `cache_period` is only part of the cache's key: it changes with time, so that answers expire."""
     # sacct needs SLURM's accounting, which not every cluster has; scontrol forgets a job after some minutes.
-    rows = _slurm_output(
+    sacct_output = _slurm_output(
         ["sacct", "--jobs", job_id, "--allocations", "--noheader", "--parsable2", "--format=State,ExitCode"]
     )
-    if rows:
-        state, _, exit_code = rows.splitlines()[-1].partition("|")
+    if sacct_output:
+        state, _, exit_code = sacct_output.splitlines()[-1].partition("|")
         return f"{state}, exit code {exit_code}" if state else None
-    fields = dict(JOB_FIELD_REGEX.findall(_slurm_output(["scontrol", "--oneliner", "show", "job", job_id])))
-    if "JobState" not in fields:
+    scontrol_output = _slurm_output(["scontrol", "--oneliner", "show", "job", job_id])
+    value_by_field = dict(JOB_FIELD_REGEX.findall(scontrol_output))
+    if "JobState" not in value_by_field:
         return None
-    state = fields["JobState"]
-    reason = fields.get("Reason", "None")
+    state = value_by_field["JobState"]
+    reason = value_by_field.get("Reason", "None")
     if reason != "None":
         state += f" {reason}"
-    return f"{state}, exit code {fields.get('ExitCode', '-')}"
+    return f"{state}, exit code {value_by_field.get('ExitCode', '-')}"
 
 
 def _slurm_output(command: list[str]) -> str:

@@ -75,15 +75,17 @@ def _raise_if_files_in_the_way(run_dir: Path) -> None:
 
 
 def raise_if_queued(run_dir: Path) -> None:
-    """Raise RunDirInUse if another job in SLURM's queue is for this run directory: it would train with the settings that are
-    written into the directory now. Also raises it if squeue fails and the run was submitted before, for its job may still wait.
+    """Raise RunDirInUse if another job in SLURM's queue is for this run directory.
+
+    That job would train with the `config.yaml` that the caller is about to write, instead of the one it was submitted with. If
+    squeue fails, nobody knows whether there is such a job: then see `_job_in_queue`.
     """
     job = _job_in_queue(run_dir)
     if job is None:
         return
-    state = f"it is pending: {job.waiting_text}" if job.is_pending else f"it is {job.state}"
+    state_clause = f"it is pending: {job.waiting_text}" if job.is_pending else f"it is {job.state}"
     raise RunDirInUse(
-        f"run.dir={run_dir}: job {job.id} is for this run, and would train with what is frozen now ({state}). "
+        f"run.dir={run_dir}: job {job.id} is for this run, and would train with what is frozen now ({state_clause}). "
         f"`shardtune stop {run_dir}` ends it; or choose another run.dir"
     )
 
@@ -104,10 +106,10 @@ def _job_in_queue(run_dir: Path) -> QueuedJob | None:
 
     - there is none,
     - it is about to end,
-    - it is the job that this process is part of,
-    - or squeue fails, and the run was never submitted, is finished, or was submitted as the job of this process.
+    - or it is the job that this process is part of.
 
-    If squeue fails twice for any other run, RunDirInUse is raised: the run may be queued.
+    If squeue fails: None if the run was never submitted, is finished, or was submitted as the job of this process. Any other run
+    may be queued, so squeue is called once more; if it fails again, RunDirInUse is raised.
     """
     own_job_ids = _own_job_ids()
     cache_period = int(time.monotonic() // QUEUE_CACHE_S)

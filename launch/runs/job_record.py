@@ -16,13 +16,13 @@ from trainer.reporting.status import write_text_atomic
 
 JOB_RECORD_FILE = "job.json"
 MAX_FILE_BYTES = 2**16
-FILE_KEYS = {"will_restart": "goes_on"}
+KEY_BY_FIELD = {"will_restart": "goes_on"}
 """Keys of the file that differ from the names of the fields: the file keeps the keys of earlier versions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobRecord:
-    """One start of a job; what is not known is None."""
+    """One start of a job; what is not known is None. The field names are keys of `job.json`, except for `KEY_BY_FIELD`."""
 
     job: str
     """As scancel takes it: `17`, or `17_3` for a task of an array."""
@@ -55,7 +55,7 @@ def read_job_record(run_dir: Path) -> JobRecord | None:
         contents = json.loads(atomic_io.read_bytes(run_dir / JOB_RECORD_FILE, max_bytes=MAX_FILE_BYTES))
         values_by_field = {}
         for field in fields(JobRecord):
-            key = FILE_KEYS.get(field.name, field.name)
+            key = KEY_BY_FIELD.get(field.name, field.name)
             if key in contents:  # a file of another version may lack some keys; further keys are ignored
                 values_by_field[field.name] = contents[key]
         record = JobRecord(**values_by_field)
@@ -65,7 +65,7 @@ def read_job_record(run_dir: Path) -> JobRecord | None:
 
 
 def record_job_start(run_dir: Path, job_id: str, start: int, nodes: str) -> None:
-    """Write into `job.json` that a start of a job now works on the run. Errors: StorageError.
+    """Write into `job.json` that a start of a job now works on the run. Raises StorageError.
 
     `start`: 0 for the first start, then one more for each requeue.
     """
@@ -78,17 +78,18 @@ def record_job_start(run_dir: Path, job_id: str, start: int, nodes: str) -> None
 
 
 def record_job_end(run_dir: Path, job_id: str, start: int, exit_code: int, **more_fields: object) -> None:
-    """Write into `job.json` how a start of a job ended. Errors: StorageError.
+    """Write into `job.json` how a start of a job ended. Raises StorageError.
 
     `more_fields`: further fields of `JobRecord`, such as `reason` and `will_restart`.
     """
     record = read_job_record(run_dir)
-    is_of_this_start = record is not None and (record.job, record.start) == (job_id, start)
-    if record is None or not is_of_this_start:  # the beginning of this start could not be written
+    if record is None or (record.job, record.start) != (job_id, start):
+        # It is of another start: `record_job_start` could not write the beginning of this one.
         record = JobRecord(job=job_id, start=start)
     _write_job_record(run_dir, replace(record, ended=time.time(), code=exit_code, **more_fields))  # type: ignore[arg-type]
 
 
 def _write_job_record(run_dir: Path, record: JobRecord) -> None:
-    contents = {FILE_KEYS.get(name, name): value for name, value in asdict(record).items()}
+    """Write the record as the run's `job.json`. Raises StorageError if it cannot be written."""
+    contents = {KEY_BY_FIELD.get(name, name): value for name, value in asdict(record).items()}
     write_text_atomic(run_dir / JOB_RECORD_FILE, json.dumps(contents) + "\n")

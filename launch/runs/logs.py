@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from launch.runs.queue import run_dirs_of_script
 from strategies import atomic_io
@@ -21,6 +22,24 @@ TAIL_BYTES = 2**18
 """Bytes at the end of a file that are read for its last lines."""
 MAX_READ_BYTES = 2**20
 """Bytes that are read at a time of what was added to a file."""
+
+
+class JobFile(NamedTuple):
+    """A file with what a SLURM job, or a start over ssh, printed."""
+
+    job_id: str
+    """As the file's name has it: `17`, or `17_3` for the script of a task of a job array."""
+    path: Path
+
+    @property
+    def is_script_output(self) -> bool:
+        """Whether the job script printed it (`.out`), not torchrun and its ranks on a node (`.log`)."""
+        return self.path.suffix == ".out"
+
+    @property
+    def is_of_array_task(self) -> bool:
+        """Whether it is the output of the script of a task of a job array."""
+        return "_" in self.job_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +63,7 @@ def choose_log_files(run_dir: Path, request: LogsRequest, failed_rank: int | Non
     Raises ConfigError for a requested rank or job that has no file.
     """
     # Tasks of an array write into the directory of its first run, so most of these outputs belong to other runs.
-    files = [path for path in _list_directory(run_dir / "logs") if not ARRAY_TASK_OUTPUT_REGEX.search(path.name)]
+    files = [path for path in _sorted_files(run_dir / "logs") if not ARRAY_TASK_OUTPUT_REGEX.search(path.name)]
     files += _array_task_outputs(run_dir)
     log_by_rank = {}
     job_files = []
@@ -52,17 +71,17 @@ def choose_log_files(run_dir: Path, request: LogsRequest, failed_rank: int | Non
         if match := RANK_LOG_REGEX.fullmatch(path.name):
             log_by_rank[int(match[1])] = path
         if match := JOB_OUTPUT_REGEX.fullmatch(path.name):
-            job_files.append((match["script"] or match["node"], path))
+            job_files.append(JobFile(match["script"] or match["node"], path))
     newest_job_files = _output_files_of_newest_job(job_files)
 
     if request.job == "last":
         return newest_job_files
     if request.job is not None:
-        requested = [path for job, path in job_files if job == request.job]
-        if job_files and not requested:
-            known_jobs = ", ".join(sorted({job for job, _ in job_files}))
+        requested_files = [file.path for file in job_files if file.job_id == request.job]
+        if job_files and not requested_files:
+            known_jobs = ", ".join(sorted({file.job_id for file in job_files}))
             raise ConfigError(f"job={request.job}: has no output in {run_dir / 'logs'}; jobs with output: {known_jobs}")
-        return requested
+        return requested_files
     if request.rank is not None:
         if log_by_rank and request.rank not in log_by_rank:
             raise ConfigError(
@@ -86,37 +105,49 @@ def _ranks_text(ranks: Collection[int]) -> str:
     return ", ".join(map(str, sorted(ranks)))
 
 
-def read_last_lines(path: Path, count: int) -> tuple[list[str], int]:
-    """(the last `count` complete lines of a file, the byte offset behind them). Errors: OSError.
+class LastLines(NamedTuple):
+    """The last complete lines of a file."""
 
-    A last line without a line break is left for the next call, when it is complete.
+    lines: list[str]
+    end_offset: int
+    """The byte offset behind them, from which `AddedLinesReader` reads on."""
+
+
+def read_last_lines(path: Path, count: int) -> LastLines:
+    """The last `count` complete lines of a file. Raises OSError if it cannot be read.
+
+    A last line without a line break is left for `AddedLinesReader`, which reads it when it is complete.
     """
     with atomic_io.open_regular_file(path) as (descriptor, size):
         start = max(0, size - TAIL_BYTES)
         tail = os.pread(descriptor, size - start, start)
     complete, line_break, _ = tail.rpartition(b"\n")
-    offset = start + len(complete) + len(line_break)
+    end_offset = start + len(complete) + len(line_break)
     lines = complete.split(b"\n") if line_break else []
-    if start:
-        lines = lines[1:]  # the tail begins within a line
+    begins_within_line = start > 0
+    if begins_within_line:
+        lines = lines[1:]
     if count == 0:
-        return [], offset
-    return [_text_on_terminal(line) for line in lines[-count:]], offset
+        return LastLines([], end_offset)
+    return LastLines([_text_on_terminal(line) for line in lines[-count:]], end_offset)
 
 
 @dataclass(slots=True)
-class AddedText:
-    """Reads what is added to log files. A file that became shorter was replaced, and is read from its beginning."""
+class AddedLinesReader:
+    """Reads what is added to log files."""
 
-    offsets: dict[Path, int] = field(default_factory=dict)
+    offset_by_file: dict[Path, int] = field(default_factory=dict)
     """Byte offset in each file up to which it was read; a file that is not here is read from its beginning."""
 
     def read_new_lines(self, path: Path) -> list[str]:
-        """The complete lines that were added since the last call; empty if there are none, or the file cannot be read now."""
+        """The complete lines that were added since the last call; empty if there are none, or the file cannot be read now.
+
+        At most `MAX_READ_BYTES` are read; call it again until it returns no lines.
+        """
         try:
             with atomic_io.open_regular_file(path) as (descriptor, size):
-                start = self.offsets.get(path, 0)
-                if start > size:  # the file was truncated or replaced: read it anew
+                start = self.offset_by_file.get(path, 0)
+                if start > size:  # the file was truncated or replaced: everything in it is new
                     start = 0
                 added = os.pread(descriptor, MAX_READ_BYTES, start)
         except OSError:
@@ -124,20 +155,19 @@ class AddedText:
         complete, line_break, _ = added.rpartition(b"\n")
         if not line_break and len(added) == MAX_READ_BYTES:  # a line of a million characters: shown in pieces
             complete = added
-        self.offsets[path] = start + len(complete) + len(line_break)
+        self.offset_by_file[path] = start + len(complete) + len(line_break)
         if not complete and not line_break:
             return []
         return [_text_on_terminal(line) for line in complete.split(b"\n")]
 
 
 def _text_on_terminal(line: bytes) -> str:
-    """A line as a terminal would show it: only what follows the last carriage return, by which progress bars redraw."""
+    """What a terminal shows of a line in the end: a progress bar writes a carriage return before each of its states."""
     return line.decode(errors="replace").rstrip("\r").rpartition("\r")[2]
 
 
-def _output_files_of_newest_job(job_files: list[tuple[str, Path]]) -> list[Path]:
-    """The output files of the job that wrote last, the most important one last. `job_files`: (job id, file) of all jobs, sorted
-    by file name, so that a script's `.out` comes behind its nodes' `-0.log`.
+def _output_files_of_newest_job(job_files: list[JobFile]) -> list[Path]:
+    """The output files of the job that wrote last, the most important one last. `job_files`: those of all jobs, by file name.
 
     The output of a job's script and the logs of its nodes have the same id in their names, except for a task of an array: its
     script writes `train-17_3.out`, and its nodes write `train-18-0.log`. Nothing says that 17_3 and 18 belong together. So, for
@@ -149,31 +179,31 @@ def _output_files_of_newest_job(job_files: list[tuple[str, Path]]) -> list[Path]
     """
     if not job_files:
         return []
-    newest_job_id = _last_writing_job_id(job_files)
-    files = [path for job_id, path in job_files if job_id == newest_job_id]
-    is_array_task = "_" in newest_job_id
-    if is_array_task:
-        return [*_newest_node_logs(job_files), *files]
-    has_script_output = any(path.suffix == ".out" for path in files)
-    task_outputs = [path for job_id, path in job_files if "_" in job_id]
+    last_written = _last_written_file(job_files)
+    # By file name, `train-17-0.log` of a node comes before `train-17.out` of the script, which is the more important one.
+    newest_files = [file for file in job_files if file.job_id == last_written.job_id]
+    newest_paths = [file.path for file in newest_files]
+    if last_written.is_of_array_task:
+        return [*_newest_node_logs(job_files), *newest_paths]
+    has_script_output = any(file.is_script_output for file in newest_files)
+    task_outputs = [file for file in job_files if file.is_of_array_task]
     if task_outputs and not has_script_output:
-        return [*files, max(task_outputs, key=_modification_time)]
-    return files
+        return [*newest_paths, _last_written_file(task_outputs).path]
+    return newest_paths
 
 
-def _newest_node_logs(job_files: list[tuple[str, Path]]) -> list[Path]:
+def _newest_node_logs(job_files: list[JobFile]) -> list[Path]:
     """The node logs of the job whose nodes wrote last; empty if there are none."""
-    node_logs = [(job_id, path) for job_id, path in job_files if path.suffix == ".log"]
+    node_logs = [file for file in job_files if not file.is_script_output]
     if not node_logs:
         return []
-    newest_job_id = _last_writing_job_id(node_logs)
-    return [path for job_id, path in node_logs if job_id == newest_job_id]
+    newest_job_id = _last_written_file(node_logs).job_id
+    return [file.path for file in node_logs if file.job_id == newest_job_id]
 
 
-def _last_writing_job_id(job_files: list[tuple[str, Path]]) -> str:
-    """The id of the job whose file was written to last; `job_files`: (job id, file), at least one."""
-    job_id, _ = max(job_files, key=lambda job_and_path: _modification_time(job_and_path[1]))
-    return job_id
+def _last_written_file(job_files: list[JobFile]) -> JobFile:
+    """The file that was written to last; `job_files`: at least one."""
+    return max(job_files, key=lambda file: _modification_time(file.path))
 
 
 def _array_task_outputs(run_dir: Path) -> list[Path]:
@@ -188,11 +218,11 @@ def _array_task_outputs(run_dir: Path) -> list[Path]:
     task_number = next(
         (number for number, task_dir in enumerate(run_dirs) if task_dir.resolve() == resolved_run_dir), None
     )
-    return [path for path in _list_directory(run_dirs[0] / "logs") if path.name.endswith(f"_{task_number}.out")]
+    return [path for path in _sorted_files(run_dirs[0] / "logs") if path.name.endswith(f"_{task_number}.out")]
 
 
-def _list_directory(directory: Path) -> list[Path]:
-    """The files of a directory, sorted; empty if there is no such directory. Errors: ConfigError if it cannot be listed."""
+def _sorted_files(directory: Path) -> list[Path]:
+    """The files of a directory, by name; empty if there is no such directory. Raises ConfigError if it cannot be listed."""
     try:
         return sorted(directory.iterdir())
     except (FileNotFoundError, NotADirectoryError):

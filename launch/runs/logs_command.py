@@ -24,7 +24,7 @@ from launch.output import print_json
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.runs.logs import AddedText, LogsRequest
+    from launch.runs.logs import AddedLinesReader, LogsRequest
     from launch.runs.owner import LauncherProcess
     from launch.runs.queue import JobQueue
     from launch.runs.status import RunView
@@ -71,10 +71,10 @@ RESTART_WAIT_S = 5.0
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune logs` with the arguments behind it; returns the exit code. Errors: ConfigError."""
+    """Run `shardtune logs` with the arguments behind it; returns the exit code. Raises ConfigError for wrong ones."""
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
-        return 0 if argv else 64
+        return 0 if argv else ConfigError.exit_code
     arguments = logs_arguments(argv)
     from launch.runs.logs import LogsRequest, choose_log_files
     from trainer.reporting.status import RunState, read_failure, read_status
@@ -95,11 +95,11 @@ def main(argv: list[str]) -> int:
         printer: LogPrinter = JsonLogPrinter(is_streaming=arguments.follow)
     else:
         printer = LogPrinter(prints_file_names=arguments.follow or len(files) > 1)
-    offsets = print_last_lines(files, arguments.lines, printer)
+    offset_by_file = print_last_lines(files, arguments.lines, printer)
     if arguments.follow:
-        FollowedRun(run_dir, request, printer, offsets).print_until_done()
+        FollowedRun(run_dir, request, printer, offset_by_file).print_until_done()
     elif isinstance(printer, JsonLogPrinter):
-        print_json({"run": str(run_dir), "files": printer.files, "failure": failure if shows_failure else None})
+        print_json({"run": str(run_dir), "files": printer.kept_files, "failure": failure if shows_failure else None})
     else:
         if not files:
             print(f"{run_dir}: nothing was written below {run_dir / 'logs'} yet")
@@ -121,35 +121,35 @@ def logs_arguments(argv: list[str]) -> LogsArguments:
 
 
 class LogPrinter:
-    """Prints lines of log files; if `prints_file_names`, with the file's name above them whenever the file changes."""
+    """Prints lines of log files; with `prints_file_names`, the file's name is printed above them whenever the file changes."""
 
     def __init__(self, *, prints_file_names: bool) -> None:
         self.prints_file_names = prints_file_names
-        self._file = Path()
+        self._last_file = Path()
         """The file of the last line that was printed."""
 
-    def __call__(self, path: Path, lines: list[str]) -> None:
+    def print_lines(self, path: Path, lines: list[str]) -> None:
         """Print lines of the file `path`."""
         if not lines:
             return
-        if self.prints_file_names and path != self._file:
+        if self.prints_file_names and path != self._last_file:
             print(f"==> {path} <==")
-        self._file = path
+        self._last_file = path
         print("\n".join(lines), flush=True)
 
 
 class JsonLogPrinter(LogPrinter):
-    """For --json: keeps the lines of each file in `files` or, if `is_streaming`, prints each line as a JSON object."""
+    """For --json: keeps the lines of each file in `kept_files` or, if `is_streaming`, prints each line as a JSON object."""
 
     def __init__(self, *, is_streaming: bool) -> None:
         super().__init__(prints_file_names=False)
         self.is_streaming = is_streaming
-        self.files: list[dict[str, Any]] = []
+        self.kept_files: list[dict[str, Any]] = []
 
-    def __call__(self, path: Path, lines: list[str]) -> None:
+    def print_lines(self, path: Path, lines: list[str]) -> None:
         """Keep or print lines of the file `path`."""
         if not self.is_streaming:
-            self.files.append({"file": str(path), "lines": lines})
+            self.kept_files.append({"file": str(path), "lines": lines})
             return
         for line in lines:
             print(json.dumps({"file": str(path), "line": line}, ensure_ascii=False), flush=True)
@@ -162,21 +162,21 @@ def print_last_lines(files: list[Path], num_lines: int, printer: LogPrinter) -> 
     """
     from launch.runs.logs import read_last_lines
 
-    offsets = {}
+    offset_by_file = {}
     for path in files:
         try:
-            lines, offsets[path] = read_last_lines(path, num_lines)
+            lines, offset_by_file[path] = read_last_lines(path, num_lines)
         except OSError as error:
             lines = [f"(cannot be read: {error.strerror or error})"]
-        printer(path, lines)
-    return offsets
+        printer.print_lines(path, lines)
+    return offset_by_file
 
 
 def failure_report(run_dir: Path) -> str:
-    """Where and why a run failed, for the end of its logs, from its `failure.json`: rank, phase, and
+    """Where and why a run failed, for the end of its logs, from its `failure.json`.
 
-    - the message, if the error is in the user's settings or data,
-    - else the traceback, or the message if there is none.
+    It names the rank, host and phase, and below them the message, if the error is in the user's settings or data. Of any other
+    error, the traceback follows, or the message if there is none.
     """
     from trainer.reporting.status import read_failure
 
@@ -197,19 +197,20 @@ class FollowedRun:
     run_dir: Path
     request: LogsRequest
     printer: LogPrinter
-    offsets: dict[Path, int]
+    offset_by_file: dict[Path, int]
     """Byte offset in each log file up to which it was printed."""
     _launcher: LauncherProcess | None = None
     """The process on this host that would start the ranks again; None if there is none."""
-    _last_notice: str = ""
-    """What the run was last reported to wait for."""
+    _reported_wait: str = ""
+    """What the run was last reported to wait for; empty if it did not wait then."""
 
     def print_until_done(self) -> None:
         """Print what is added to the logs until the run is done, or has ended and nothing will start it again."""
-        from launch.runs.logs import AddedText
+        from launch.runs.logs import AddedLinesReader
         from launch.runs.queue import JobQueue, read_queue
+        from trainer.reporting.status import RunState
 
-        added_text = AddedText(self.offsets)
+        lines_reader = AddedLinesReader(self.offset_by_file)
         queue = JobQueue()
         queue_read_at = float("-inf")
         state_read_at = float("-inf")
@@ -219,34 +220,34 @@ class FollowedRun:
             now = time.monotonic()
             if now - state_read_at >= STATE_INTERVAL_S:
                 state_read_at = now
-                run = self._read_view(queue)
-                if run.state != "running" and now - queue_read_at >= QUEUE_INTERVAL_S:
+                run = self._read_run_view(queue)
+                if run.state != RunState.running and now - queue_read_at >= QUEUE_INTERVAL_S:
                     queue = read_queue()
                     queue_read_at = now
-                    run = self._read_view(queue)
+                    run = self._read_run_view(queue)
                 self._print_waiting_reason(run)
                 if not self._is_over(run, queue):
                     over_since = None
                 elif over_since is None:
                     over_since = now
             # Print before the end is reported, so that the last lines are shown.
-            self._print_added_lines(added_text)
+            self._print_added_lines(lines_reader)
             # A run that has not succeeded may still be started again, for a moment.
-            if over_since is not None and (run.state == "done" or now - over_since > RESTART_WAIT_S):
+            if over_since is not None and (run.state == RunState.done or now - over_since > RESTART_WAIT_S):
                 self._print_end(run)
                 return
             time.sleep(READ_INTERVAL_S)
 
-    def _print_added_lines(self, added_text: AddedText) -> None:
+    def _print_added_lines(self, lines_reader: AddedLinesReader) -> None:
         """Print the lines that were added to the log files since the last call."""
         from launch.runs.logs import choose_log_files
 
         with suppress(ConfigError):  # the requested rank has no log yet
             for path in choose_log_files(self.run_dir, self.request, failed_rank=None):
-                while lines := added_text.read_new_lines(path):
-                    self.printer(path, lines)
+                while lines := lines_reader.read_new_lines(path):
+                    self.printer.print_lines(path, lines)
 
-    def _read_view(self, queue: JobQueue) -> RunView:
+    def _read_run_view(self, queue: JobQueue) -> RunView:
         """The state of the run now. Sets `_launcher`, which cannot be found any more once the run has ended."""
         from launch.runs.owner import launcher_process, read_lease_holder
         from launch.runs.status import read_run_view
@@ -261,37 +262,48 @@ class FollowedRun:
 
     def _is_over(self, run: RunView, queue: JobQueue) -> bool:
         """Whether the run has ended, and neither a job nor a launcher is known that would start it again."""
+        from launch.runs.status import LOST
+        from trainer.reporting.status import RunState
         from trainer.session.lease import process_identity
 
-        if run.state == "done":
+        if run.state == RunState.done:
             return True
-        if run.state not in ("failed", "preempted", "lost") or run.job is not None:
+        if run.state not in (RunState.failed, RunState.preempted, LOST) or run.job is not None:
             return False
         may_be_queued = run.job_id is not None and queue.problem is not None
         if may_be_queued:
             return False
         if self._launcher is None:
             return True
-        return process_identity(self._launcher.pid) != self._launcher.identity  # whether the launcher has ended, too
+        is_launcher_alive = process_identity(self._launcher.pid) == self._launcher.identity
+        return not is_launcher_alive
 
     def _print_waiting_reason(self, run: RunView) -> None:
-        """Print on stderr what the run waits for, if that has changed: a job in the queue, or its first heartbeat."""
-        notice = ""
-        if run.state == "queued":
-            notice = run.state_reason or ""
-        elif run.state == "not started":
-            notice = "it has not begun yet"
-        if notice and notice != self._last_notice:
-            print(f"waiting: {notice}", file=sys.stderr, flush=True)
-        self._last_notice = notice
+        """Print on stderr what a run that does not train yet waits for, if that differs from what was reported last.
+
+        `run`: its state now. If it is queued, `run.state_reason` says what its job waits for.
+        """
+        from launch.runs.status import NOT_STARTED, QUEUED
+
+        what_it_waits_for = ""
+        if run.state == QUEUED:
+            what_it_waits_for = run.state_reason or ""
+        elif run.state == NOT_STARTED:
+            what_it_waits_for = "it has not begun yet"
+        if what_it_waits_for and what_it_waits_for != self._reported_wait:
+            print(f"waiting: {what_it_waits_for}", file=sys.stderr, flush=True)
+        self._reported_wait = what_it_waits_for
 
     def _print_end(self, run: RunView) -> None:
         """Print how the run ended: with --json as a last object, else as a line on stderr after a failure's message."""
+        from trainer.reporting.status import RunState
+
         if isinstance(self.printer, JsonLogPrinter):
             summary = {"run": str(self.run_dir), "state": run.state, "step": run.step, "why": run.state_reason or None}
             print(json.dumps(summary, ensure_ascii=False), flush=True)
             return
-        if run.state == "failed":
+        reason_clause = f": {run.state_reason}" if run.state_reason else ""
+        if run.state == RunState.failed:
             print(failure_report(self.run_dir), flush=True)
-        why = f": {run.state_reason}" if run.state_reason and run.state != "failed" else ""
-        print(f"{self.run_dir}: {run.state} at step {run.step or 0}{why}", file=sys.stderr, flush=True)
+            reason_clause = ""  # `failure_report` says it
+        print(f"{self.run_dir}: {run.state} at step {run.step or 0}{reason_clause}", file=sys.stderr, flush=True)

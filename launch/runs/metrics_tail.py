@@ -21,7 +21,7 @@ RECENT_ROWS = 20
 """Rows over which rates are medians: a single step may be slow, for example for a checkpoint."""
 
 
-def last_rows(path: Path) -> list[dict[str, Any]]:
+def read_last_rows(path: Path) -> list[dict[str, Any]]:
     """The last rows of `metrics.jsonl`, oldest first: of steps, which have the key `loss`, and of evaluations.
 
     Empty if the file cannot be read.

@@ -25,7 +25,7 @@ LAUNCHER_VARIABLE = b"SHARDTUNE_LAUNCHER="
 """Environment variable by which a launcher tells its ranks its process id."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LeaseHolder:
     """The newest attempt at a run, and the process that makes it."""
 
@@ -55,13 +55,13 @@ class LeaseHolder:
 
 
 def read_lease_holder(run_dir: Path) -> LeaseHolder:
-    """Read the lease of a run: the newest attempt, and whether its process is alive. Errors: OSError if it cannot be read."""
-    attempt_number, owner = latest_claim(run_dir / "lease")
+    """Read the lease of a run: the newest attempt, and whether its process is alive. Raises OSError if it cannot be read."""
+    attempt_number, owner = latest_claim(run_dir / "lease")  # attempts are numbered from 1
     if owner is None:
-        return LeaseHolder(attempt_number, owner=None, is_alive=None, heartbeat_age_s=None)
+        return LeaseHolder(attempt_number=attempt_number, owner=None, is_alive=None, heartbeat_age_s=None)
     return LeaseHolder(
-        attempt_number,
-        owner,
+        attempt_number=attempt_number,
+        owner=owner,
         is_alive=is_alive_here(owner, _this_process()),
         heartbeat_age_s=_seconds_since_heartbeat(run_dir / "lease", attempt_number),
     )
@@ -97,19 +97,20 @@ def launcher_process(owner: LeaseOwner) -> LauncherProcess | None:
 
 
 def _is_same_or_ancestor(pid: int, descendant_pid: int) -> bool:
-    """Whether process `pid` is process `descendant_pid` or one of its ancestors. Errors: OSError if one of these has ended."""
+    """Whether process `pid` is process `descendant_pid` or one of its ancestors. Raises OSError if one of these has ended."""
     ancestor_pid = descendant_pid
     while ancestor_pid > 1 and ancestor_pid != pid:  # process 1 has no parent
-        stat = Path(f"/proc/{ancestor_pid}/stat").read_text(encoding="utf-8")
+        stat_line = Path(f"/proc/{ancestor_pid}/stat").read_text(encoding="utf-8")
         # Behind the name in parentheses, which may hold blanks and parentheses: the state, then the parent's number.
-        ancestor_pid = int(stat.rpartition(")")[2].split()[1])
+        _, parent_pid = stat_line.rpartition(")")[2].split()[:2]
+        ancestor_pid = int(parent_pid)
     return ancestor_pid == pid
 
 
 @cache
 def _this_process() -> LeaseOwner:
-    """This process as an owner of a lease, by which `is_alive_here` knows this host."""
-    return owner_of_this_process(1.0)
+    """This process as an owner of a lease, by which `is_alive_here` knows this host. It never takes a lease."""
+    return owner_of_this_process(1.0)  # any interval of heartbeats: it sends none
 
 
 def _seconds_since_heartbeat(lease_dir: Path, attempt_number: int) -> float | None:

@@ -18,10 +18,12 @@ MAX_FILE_BYTES = 2**16
 
 @dataclass(frozen=True, slots=True)
 class PipelinePart:
-    """One job of a pipeline."""
+    """One job of a pipeline, and its state. The field names are keys of `status --json`."""
 
     part: str
+    """Its name: `prepare`, `train`, `evaluate` ..."""
     job: str
+    """The id of its job."""
     state: str
     """`queued`, `running`, `done`, `failed`, `cancelled` (one before it failed), or `unknown`."""
     description: str
@@ -39,11 +41,13 @@ def pipeline_parts(run_dir: Path, queue: JobQueue) -> list[PipelinePart]:
     for entry in entries:
         if isinstance(entry, dict) and {"part", "job"} <= entry.keys():
             previous_state = parts[-1].state if parts else None
-            parts.append(_pipeline_part(run_dir, queue, str(entry["part"]), str(entry["job"]), previous_state))
+            parts.append(_read_pipeline_part(run_dir, queue, str(entry["part"]), str(entry["job"]), previous_state))
     return parts
 
 
-def _pipeline_part(run_dir: Path, queue: JobQueue, name: str, job_id: str, previous_state: str | None) -> PipelinePart:
+def _read_pipeline_part(
+    run_dir: Path, queue: JobQueue, name: str, job_id: str, previous_state: str | None
+) -> PipelinePart:
     """One part of a pipeline with its state. The first case that applies:
 
     - It left a file with its exit code: done or failed.
@@ -54,22 +58,25 @@ def _pipeline_part(run_dir: Path, queue: JobQueue, name: str, job_id: str, previ
 
     `previous_state`: that of the previous part; None for the first one.
     """
-    end = _read_json(run_dir / PART_RESULTS_DIRECTORY / f"{name}.json")
-    if isinstance(end, dict) and end.get("job") == job_id:  # else the file is of an earlier submission
-        exit_code = end.get("code")
+
+    def part_in_state(state: str, description: str) -> PipelinePart:
+        return PipelinePart(part=name, job=job_id, state=state, description=description)
+
+    result = _read_json(run_dir / PART_RESULTS_DIRECTORY / f"{name}.json")
+    if isinstance(result, dict) and result.get("job") == job_id:  # else the file is of an earlier submission
+        exit_code = result.get("code")
         if exit_code:
-            return PipelinePart(name, job_id, "failed", f"failed with exit code {exit_code}")
+            return part_in_state("failed", f"failed with exit code {exit_code}")
         if exit_code is not None:
-            return PipelinePart(name, job_id, "done", "done")
+            return part_in_state("done", "done")
     for job in queue.jobs:
         if job_id in (job.id, job.raw_id):
-            return PipelinePart(name, job_id, "queued" if job.is_pending else "running", job.description)
+            return part_in_state("queued" if job.is_pending else "running", job.description)
     if previous_state in ("failed", "cancelled"):
-        return PipelinePart(name, job_id, "cancelled", "cancelled, since one before it failed")
+        return part_in_state("cancelled", "cancelled, since one before it failed")
     if queue.problem:
-        return PipelinePart(name, job_id, "unknown", queue.problem)
-    description = "ended without a message (cancelled, out of time, or stopped before it began)"
-    return PipelinePart(name, job_id, "failed", description)
+        return part_in_state("unknown", queue.problem)
+    return part_in_state("failed", "ended without a message (cancelled, out of time, or stopped before it began)")
 
 
 def first_failed_part(parts: list[PipelinePart]) -> PipelinePart | None:

@@ -27,10 +27,13 @@ SUBMITTED_FILE = "submitted"
 WAITING_STATES = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
 """States of a job that waits in the queue: it has no node, and nothing to save."""
 HELD_STATES = {"REQUEUE_HOLD", "SPECIAL_EXIT"}
-HELD_REASONS = {"job requeued in held state", "job_requeued_in_held_state", "launch failed requeued held"}
+"""Waiting states of a job that SLURM does not start by itself."""
 HELD_TEXT = "held by SLURM after a requeue, and does not start by itself; `scontrol release {id}` lets it start"
-"""What `REQUEUE_HOLD` and its reasons mean."""
-REASON_TEXTS = {
+"""What the `HELD_STATES` mean, and the reasons that SLURM gives for them."""
+TEXT_BY_SLURM_REASON = {
+    "job requeued in held state": HELD_TEXT,
+    "job_requeued_in_held_state": HELD_TEXT,
+    "launch failed requeued held": HELD_TEXT,
     "Priority": "jobs of higher priority come first",
     "Resources": "waits for nodes to become free",
     "Dependency": "waits for another job",
@@ -49,25 +52,34 @@ REASON_TEXTS = {
     "InvalidAccount": "its account is not known: it never starts; set launcher.account",
     "InvalidQOS": "its QOS is not known: it never starts; set launcher.qos",
 }
-OVER_LIMIT_REGEX = re.compile(r"(QOS|Assoc)Max(?P<what>\w+?)Per(Job|Node)(Limit)?|(QOS|Assoc)Max(?P<time>Wall\w*)")
-"""squeue's reasons for a job that alone asks for more than a limit allows: `QOSMaxWallDurationPerJobLimit`."""
-LIMIT_USED_UP_REGEX = re.compile(r"(?P<whose>QOS|Assoc)(Grp|Max)\w+|MaxCpuPerAccount")
-"""squeue's reasons for a job that waits until other jobs within the same limit have ended: `QOSGrpCpuLimit`."""
+"""What SLURM's reasons for a waiting job mean; `{id}` stands for the job's id."""
+OVER_LIMIT_REGEX = re.compile(r"(QOS|Assoc)Max\w+?Per(Job|Node)(Limit)?|(QOS|Assoc)MaxWall\w*")
+"""SLURM's reasons for a job that alone asks for more than a limit allows, such as `QOSMaxWallDurationPerJobLimit`."""
+LIMIT_USED_UP_REGEX = re.compile(r"(QOS|Assoc)(Grp|Max)\w+|MaxCpuPerAccount")
+"""SLURM's reasons for a job that waits until other jobs within the same limit have ended, such as `QOSGrpCpuLimit`.
+
+Also matches the reasons of `OVER_LIMIT_REGEX`, which must therefore be tried first.
+"""
 
 
-def explain_slurm_reason(slurm_reason: str, job_id: str) -> str:
-    """A sentence on why a job waits, from squeue's reason such as `Priority`; an unknown reason is returned as it is."""
-    name = slurm_reason.split(",")[0].strip("()")  # squeue may give several, and put them in parentheses
-    if name in HELD_REASONS:
-        return HELD_TEXT.format(id=job_id)
-    if name in REASON_TEXTS:
-        return REASON_TEXTS[name].format(id=job_id)
-    if OVER_LIMIT_REGEX.fullmatch(name):
-        setting = "launcher.time" if "Wall" in name else "what is asked for"
-        return f"asks for more than a limit of its QOS or account ({name}): it never starts; lower {setting}, or set launcher.qos"
-    if LIMIT_USED_UP_REGEX.fullmatch(name):
-        return f"a limit of its QOS or account is used up ({name}): it starts when other jobs have ended"
-    return slurm_reason
+def explain_slurm_reason(slurm_reasons: str, job_id: str) -> str:
+    """A sentence on why a job waits, from the reasons that squeue gives; of an unknown reason, squeue's words.
+
+    `slurm_reasons`: one reason such as `Priority`, or several with commas between them, perhaps in parentheses. Only the first
+    one counts.
+    """
+    reason = slurm_reasons.split(",")[0].strip("()")
+    if reason in TEXT_BY_SLURM_REASON:
+        return TEXT_BY_SLURM_REASON[reason].format(id=job_id)
+    if OVER_LIMIT_REGEX.fullmatch(reason):
+        setting = "launcher.time" if "Wall" in reason else "what is asked for"
+        return (
+            f"asks for more than a limit of its QOS or account ({reason}): it never starts; "
+            f"lower {setting}, or set launcher.qos"
+        )
+    if LIMIT_USED_UP_REGEX.fullmatch(reason):
+        return f"a limit of its QOS or account is used up ({reason}): it starts when other jobs have ended"
+    return slurm_reasons
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +91,24 @@ class QueuedJob:
     raw_id: str
     """The id that the job itself has in SLURM_JOB_ID; of a task of an array, another number."""
     state: str
+    """In SLURM's words: `PENDING`, `RUNNING`, `COMPLETING` ..."""
     reason: str
-    start: str
-    """When it started, or is expected to."""
+    """Why it waits, in SLURM's words."""
+    start_time: str
+    """When it started, or is expected to, such as `2025-01-31T12:00:00`; `N/A` if nobody knows."""
     time_left: str
     """Time until its limit."""
     nodes: str
-    directory: str
+    working_dir: str
     """The working directory in which it was submitted."""
     name: str
-    command: str
-    """The path of its script."""
+    script_path: str
+
+    @property
+    def array_task_number(self) -> int | None:
+        """Its number in its job array, `3` of `17_3`; None if it is in no array, or stands for several tasks of one."""
+        number = self.id.partition("_")[2]
+        return int(number) if number.isdigit() else None
 
     @property
     def is_pending(self) -> bool:
@@ -102,14 +121,15 @@ class QueuedJob:
         if self.state in HELD_STATES:
             return HELD_TEXT.format(id=self.id)
         sentence = explain_slurm_reason(self.reason, self.id)
-        if self.start[:1].isdigit():  # else N/A
-            minute = self.start.replace("T", " ")[:16]  # 2025-01-31T12:00:00
-            sentence += f"; expected at {minute}"
+        is_start_known = self.start_time[:1].isdigit()
+        if is_start_known:
+            day_and_minute = self.start_time.replace("T", " ")[: len("2025-01-31 12:00")]
+            sentence += f"; expected at {day_and_minute}"
         return sentence
 
     @property
     def description(self) -> str:
-        """A clause on its state, such as `job 17 RUNNING` or `job 17 pending: <reason>`."""
+        """Its id and state, such as `job 17 RUNNING`; of a job that waits also why, such as `job 17 pending: <reason>`."""
         if not self.is_pending:
             return f"job {self.id} {self.state}"
         return f"job {self.id} pending: {self.waiting_text}"
@@ -153,7 +173,7 @@ class JobQueue:
 
 
 def write_submitted_job_ids(run_dirs: list[Path], job_id: str) -> None:
-    """Write into each run's directory the id of the job as which it was submitted. Errors: StorageError.
+    """Write into each run's directory the id of the job as which it was submitted. Raises StorageError.
 
     Several runs are the tasks of a job array: the id is then `17_0` for the first, `17_1` for the second, and so on.
     """
@@ -235,39 +255,36 @@ def _run_dir_of_job(job: QueuedJob) -> Path | None:
     - slurm/train.sbatch, submitted by hand without `shardtune submit`: the directory `runs/slurm-<job>` that it makes.
     - Otherwise a single job: the script is in the run directory.
     """
-    script = Path(job.command)
+    script = Path(job.script_path)
     if script.name != "train.sbatch":
         return None
-    task_number = job.id.partition("_")[2]
-    is_array_task = task_number.isdigit() and (script.parent / "config.yaml").exists()
-    if is_array_task:
+    task_number = job.array_task_number
+    if task_number is not None and (script.parent / "config.yaml").exists():
         run_dirs = run_dirs_of_script(script)
-        return run_dirs[int(task_number)].resolve() if int(task_number) < len(run_dirs) else None
-    dir_made_by_hand_submission = Path(job.directory) / "runs" / f"slurm-{job.raw_id}"
+        return run_dirs[task_number].resolve() if task_number < len(run_dirs) else None
+    dir_made_by_hand_submission = Path(job.working_dir) / "runs" / f"slurm-{job.raw_id}"
     if dir_made_by_hand_submission.is_dir():
         return dir_made_by_hand_submission.resolve()
     return script.parent.resolve()
 
 
 def _is_known_to_be_of_another_run(job: QueuedJob, run_dir: Path) -> bool:
-    """Whether the script of a job shows that the job was submitted for another run than `run_dir`. The first case that applies:
+    """Whether the script of a job shows that the job was submitted for another run than `run_dir`. False if it shows nothing.
 
-    - A task of an array: whether its script lists runs, this run is none of them, and it is not beside the script's directory.
-    - Any other job: whether it was submitted for the directory of another run.
-    - Nothing is known, or a directory cannot be read: False.
+    - A task of an array is of another run if its script lists runs, this run is none of them, and this run is not beside the
+      script's directory: a later submission, for other runs there, may have overwritten the script.
+    - Any other job is of another run if its script is in the directory of another run.
     """
-    script = Path(job.command)
-    task_number = job.id.partition("_")[2]
-    if script.name == "train.sbatch" and task_number.isdigit():
+    script = Path(job.script_path)
+    if script.name == "train.sbatch" and job.array_task_number is not None:
         listed_runs = {listed_dir.resolve() for listed_dir in run_dirs_of_script(script)}
-        run = run_dir.resolve()
-        # It counts as one of the job's: a later submission, for other runs there, may have overwritten the script.
-        is_beside_script_dir = run.is_relative_to(script.parent.resolve().parent)
-        return bool(listed_runs) and run not in listed_runs and not is_beside_script_dir
+        this_run = run_dir.resolve()
+        is_beside_script_dir = this_run.is_relative_to(script.parent.resolve().parent)
+        return bool(listed_runs) and this_run not in listed_runs and not is_beside_script_dir
     run_of_job = _run_dir_of_job(job)
     try:
         return run_of_job is not None and (run_of_job / "config.yaml").is_file() and not run_of_job.samefile(run_dir)
-    except OSError:
+    except OSError:  # one of the directories cannot be read
         return False
 
 

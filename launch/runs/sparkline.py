@@ -7,13 +7,14 @@ from launch.output import is_utf8
 BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.-~=+*#"
 """The same eight heights, for a stdout that is not UTF-8."""
-MOST_POINTS = 60
+MAX_POINTS = 60
+"""Values that are drawn: a longer line would be folded on a terminal."""
 
 
 def sparkline(values: list[float]) -> str:
     """A curve as one line of block characters, the lowest value as the lowest block: `▁▃▅█`.
 
-    Only the first `MOST_POINTS` values are drawn. Empty without values.
+    Only the first `MAX_POINTS` values are drawn. Empty without values.
     """
     if not values:
         return ""
@@ -21,7 +22,7 @@ def sparkline(values: list[float]) -> str:
     lowest = min(values)
     span = (max(values) - lowest) or 1  # a flat curve would be divided by 0
     characters = []
-    for value in values[:MOST_POINTS]:
+    for value in values[:MAX_POINTS]:
         bar_index = int((value - lowest) / span * (len(bars) - 1))
         characters.append(bars[bar_index])
     return "".join(characters)

@@ -31,6 +31,7 @@ PARALLEL_READS = 16
 CONFIG_HASH_LINE = b"# sha256: "
 """A line at the head of every `config.yaml` that shardtune froze."""
 LOST = "lost"
+"""The states LOST, QUEUED, UNKNOWN and NOT_STARTED are concluded here; those of `RunState` are in the run's `status.json`."""
 QUEUED = "queued"
 UNKNOWN = "unknown"
 NOT_STARTED = "not started"
@@ -95,7 +96,7 @@ class RunSearch:
 
     runs: list[Path] = field(default_factory=list)
     unreadable: dict[Path, str] = field(default_factory=dict)
-    """Directories that cannot be listed, and why not; any of them may hold runs."""
+    """{directory that cannot be listed: why not}; any of them may hold runs."""
     stopped_early: bool = False
     """Whether the search stopped early, after `MAX_DIRECTORIES` directories."""
 
@@ -213,7 +214,7 @@ def read_run_view(run_dir: Path, queue: JobQueue) -> RunView:
         last_seen_s = lease_holder.heartbeat_age_s
 
     # How far it is, from the last rows of its metrics. Rows of evaluations have no loss.
-    rows = metrics_tail.last_rows(run_dir / "metrics.jsonl")
+    rows = metrics_tail.read_last_rows(run_dir / "metrics.jsonl")
     step_rows = [row for row in rows if "loss" in row]
     steps_reached = [status.get("step")]
     loss = None
@@ -385,7 +386,7 @@ def _text_or_none(value: Any) -> str | None:
 
 
 def one_line(message: Any) -> str | None:
-    """A message without line breaks; None if it is empty."""
+    """A message with its lines joined to one; None if it is empty or None."""
     return " ".join(str(message).split()) if message else None
 
 

@@ -67,7 +67,7 @@ DAMAGED_EXIT_CODE = 69
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune status` with the arguments behind it; returns the exit code. Errors: ConfigError."""
+    """Run `shardtune status` with the arguments behind it; returns the exit code. Raises ConfigError for wrong ones."""
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
@@ -78,18 +78,18 @@ def main(argv: list[str]) -> int:
             root, arguments.document, arguments.text, as_json=arguments.as_json
         )
     if arguments.watch:
-        watch_runs_status(root, as_json=arguments.as_json)
+        watch_runs_status(root, as_json=arguments.as_json)  # until Ctrl-C
     from launch.runs.status_tables import status_as_dict, status_text
 
     runs_status = read_runs_status(root)
-    damage = None  # not verified
+    damage_by_checkpoint = None  # not verified
     if arguments.verify:
-        damage = _verify_checkpoints(runs_status, quiet=arguments.as_json)
+        damage_by_checkpoint = _verify_checkpoints(runs_status, quiet=arguments.as_json)
     if arguments.as_json:
-        print(json.dumps(status_as_dict(runs_status, damage), indent=1, allow_nan=False))
+        print(json.dumps(status_as_dict(runs_status, damage_by_checkpoint), indent=1, allow_nan=False))
     else:
-        print(status_text(runs_status, damage))
-    return DAMAGED_EXIT_CODE if damage else 0
+        print(status_text(runs_status, damage_by_checkpoint))
+    return DAMAGED_EXIT_CODE if damage_by_checkpoint else 0
 
 
 def status_arguments(argv: list[str]) -> StatusArguments:
@@ -97,9 +97,10 @@ def status_arguments(argv: list[str]) -> StatusArguments:
     arguments, problems = read_arguments("status", StatusArguments, argv)
     if arguments.root is not None and not arguments.root.is_dir():
         problems.append(f"{arguments.root}: there is no such directory; name a run, or the directory of your runs")
-    lineage_arguments = [
-        f"{key}={arguments.text_by_key[key]}" for key in ("document", "text") if key in arguments.text_by_key
-    ]
+    lineage_arguments = []  # as they were typed
+    for key in ("document", "text"):
+        if key in arguments.text_by_key:
+            lineage_arguments.append(f"{key}={arguments.text_by_key[key]}")
     if len(lineage_arguments) > 1:
         problems.append(f"{' '.join(lineage_arguments)}: name one document, or one piece of text")
     if lineage_arguments and (arguments.watch or arguments.verify):
@@ -144,38 +145,49 @@ def _read_run_details(run_dir: Path) -> RunDetails:
     from launch.runs import checkpoints
     from launch.runs.efficiency import recorded_starts
     from launch.runs.metrics_tail import loss_curve
-    from launch.runs.status_tables import RunDetails
+    from launch.runs.status_tables import NUM_CURVE_POINTS, RunDetails
     from trainer.reporting.status import read_failure
 
     return RunDetails(
         checkpoint_list=checkpoints.list_checkpoints(run_dir),
         failure=read_failure(run_dir),
-        sampled_losses=loss_curve(run_dir / "metrics.jsonl", num_samples=60),
+        sampled_losses=loss_curve(run_dir / "metrics.jsonl", num_samples=NUM_CURVE_POINTS),
         log_dir=run_dir / "logs",
         start_usages=recorded_starts(run_dir),
     )
 
 
 def watch_runs_status(root: Path, *, as_json: bool) -> None:
-    """Show the state of the runs every `WATCH_INTERVAL_S` seconds; ends with KeyboardInterrupt only."""
+    """Show the state of the runs every `WATCH_INTERVAL_S` seconds; ends with KeyboardInterrupt only.
+
+    On a terminal, a table is redrawn in place. Otherwise one text after another is printed, or with `as_json` one object after
+    another.
+    """
     from launch.runs.status_tables import status_as_dict, status_text
 
-    if as_json or not sys.stdout.isatty():
+    if as_json:
         for runs_status in runs_status_forever(root):
-            if as_json:
-                print(json.dumps(status_as_dict(runs_status, None)), flush=True)
-            else:
-                print(status_text(runs_status, None) + "\n", flush=True)
+            print(json.dumps(status_as_dict(runs_status, None)), flush=True)
+    elif not sys.stdout.isatty():
+        for runs_status in runs_status_forever(root):
+            print(status_text(runs_status, None) + "\n", flush=True)
+    else:
+        _redraw_table_forever(root)
+
+
+def _redraw_table_forever(root: Path) -> None:
+    """Show the state of the runs as a table on the terminal, drawn anew every `WATCH_INTERVAL_S` seconds."""
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
 
+    from launch.runs.status_tables import status_text
     from launch.streams import printable, raw
 
     # Not the alternate screen: after Ctrl-C, the last table stays in the terminal.
-    with Live(console=Console(file=raw(sys.stdout), highlight=False), auto_refresh=False) as live:
+    with Live(console=Console(file=raw(sys.stdout), highlight=False), auto_refresh=False) as display:
         for runs_status in runs_status_forever(root):
-            live.update(Text(printable(status_text(runs_status, None, live=True))), refresh=True)
+            display.update(Text(printable(status_text(runs_status, None, live=True))), refresh=True)
 
 
 def runs_status_forever(root: Path) -> Iterator[RunsStatus]:

@@ -26,11 +26,11 @@ MAX_LISTED_JOBS = 20
 """Jobs of the user without a run that are listed; the rest is only counted."""
 MAX_LISTED_STARTS = 5
 """Starts of a run whose resource usage is shown: the newest ones."""
-LINES_BELOW = 8
+NUM_LINES_BELOW_TABLE = 8
 """Terminal lines that --watch keeps free for what stands below the table."""
-CURVE_POINTS = 60
+NUM_CURVE_POINTS = 60
 """Points of the loss curve below a run's row."""
-SAME_COMMAND = "the same command continues it from the newest intact checkpoint"
+SAME_COMMAND_ADVICE = "the same command continues it from the newest intact checkpoint"
 JSON_KEY_BY_RUN_FIELD = {
     "state_reason": "why",
     "total_steps": "total",
@@ -58,6 +58,7 @@ class RunDetails:
 
     checkpoint_list: CheckpointList
     failure: dict[str, Any]
+    """Its `failure.json`; empty if it has none."""
     sampled_losses: list[float]
     """The loss at evenly spread places of `metrics.jsonl`, in order."""
     log_dir: Path
@@ -123,7 +124,7 @@ def _runs_table_lines(status: RunsStatus, *, live: bool) -> list[str]:
 
 def _most_urgent_runs_table_lines(status: RunsStatus) -> list[str]:
     """The table of the runs that fit on the terminal, most urgent first; a last line counts the others."""
-    max_lines = max(1, shutil.get_terminal_size((80, 24)).lines - LINES_BELOW)
+    max_lines = max(1, shutil.get_terminal_size((80, 24)).lines - NUM_LINES_BELOW_TABLE)
     runs = sorted(status.runs, key=_urgency_sort_key)
     rows = [_table_row(run, status.root, live=True) for run in runs[:max_lines]]
     lines = format_table(RUN_COLUMNS, rows)
@@ -145,7 +146,7 @@ def _table_row(run: RunView, root: Path, *, live: bool) -> TableRow:
         _loss_text(run.loss),
         _speed_text(run.tokens_per_s),
         "-" if run.remaining_s is None else format_duration(run.remaining_s),
-        _number_text(run.memory_gib, ".3g"),
+        "-" if run.memory_gib is None else f"{run.memory_gib:.3g}",
         "-" if run.last_seen_s is None else age_text(run.last_seen_s),
     )
     notes = []
@@ -153,7 +154,7 @@ def _table_row(run: RunView, root: Path, *, live: bool) -> TableRow:
     if location_and_reason:
         notes.append(truncate_to_width(f"  {location_and_reason}"))
     if live and run.state == RunState.running:
-        losses = loss_curve(run.directory / "metrics.jsonl", CURVE_POINTS)
+        losses = loss_curve(run.directory / "metrics.jsonl", NUM_CURVE_POINTS)
         if losses:
             notes.append(f"  {sparkline(losses)}")
     return TableRow(cells, notes)
@@ -190,8 +191,7 @@ def _location_and_reason(run: RunView) -> str:
 
 def _other_job_lines(status: RunsStatus) -> list[str]:
     """A section with the user's jobs in the queue that belong to none of the runs; no lines if there are none."""
-    run_jobs = _job_ids_of_runs(status)
-    other_jobs = [job for job in status.queue.jobs if job.id not in run_jobs]
+    other_jobs = _jobs_without_run(status)
     if not other_jobs:
         return []
     lines = ["", "other jobs of yours in the queue:"]
@@ -201,14 +201,14 @@ def _other_job_lines(status: RunsStatus) -> list[str]:
     return lines
 
 
-def _job_ids_of_runs(status: RunsStatus) -> set[str]:
-    """Ids of the jobs that are shown with their runs: the run's own job, and the jobs of its pipeline."""
-    jobs = set()
+def _jobs_without_run(status: RunsStatus) -> list[QueuedJob]:
+    """The jobs in the queue that are not shown with a run, as a run's own job and the jobs of its pipeline are."""
+    ids_of_runs = set()
     for run in status.runs:
         if run.job is not None:
-            jobs.add(run.job.id)
-        jobs.update(part.job for part in run.pipeline_parts)
-    return jobs
+            ids_of_runs.add(run.job.id)
+        ids_of_runs.update(part.job for part in run.pipeline_parts)
+    return [job for job in status.queue.jobs if job.id not in ids_of_runs]
 
 
 def _single_run_lines(run: RunView, details: RunDetails, damage_by_checkpoint: Mapping[Path, str] | None) -> list[str]:
@@ -234,21 +234,24 @@ def _training_facts(run: RunView, details: RunDetails) -> list[tuple[str, str]]:
     if run.loss is not None:
         facts.append(("loss", f"{format_metric(run.loss)}  {sparkline(details.sampled_losses)}"))
     if run.last_evaluation:
-        metrics = ", ".join(
-            f"{name} {format_metric(metric)}" for name, metric in run.last_evaluation.items() if name != "step"
-        )
-        step = run.last_evaluation.get("step")
-        facts.append(("held out", metrics if step is None else f"{metrics} (step {step:.0f})"))
+        facts.append(("held out", _last_evaluation_text(run.last_evaluation)))
     if run.tokens_per_s is not None:
-        rate = f"{_speed_text(run.tokens_per_s)} tokens/s"
+        speed_clauses = [f"{_speed_text(run.tokens_per_s)} tokens/s"]
         if run.seconds_per_step is not None:
-            rate += f", {run.seconds_per_step:.3g} s a step"
+            speed_clauses.append(f"{run.seconds_per_step:.3g} s a step")
         if run.remaining_s is not None:
-            rate += f", {format_duration(run.remaining_s)} left"
-        facts.append(("rate", rate))
+            speed_clauses.append(f"{format_duration(run.remaining_s)} left")
+        facts.append(("rate", ", ".join(speed_clauses)))
     if run.memory_gib is not None:
         facts.append(("memory", f"{run.memory_gib:.3g} GiB, the largest peak of a rank"))
     return facts
+
+
+def _last_evaluation_text(last_evaluation: Mapping[str, float]) -> str:
+    """The metrics of `RunView.last_evaluation`, and the step at which they were measured: `eval/loss 2.3451 (step 40)`."""
+    metrics = ", ".join(f"{name} {format_metric(value)}" for name, value in last_evaluation.items() if name != "step")
+    step = last_evaluation.get("step")
+    return metrics if step is None else f"{metrics} (step {step:.0f})"
 
 
 def _job_facts(run: RunView, details: RunDetails) -> list[tuple[str, str]]:
@@ -302,12 +305,12 @@ def _advice_lines(run: RunView, failure: Mapping[str, Any]) -> list[str]:
     if run.state == LOST:
         has_living_process = run.state_reason is not None and HANGING_REASON in run.state_reason
         stop_first = "stop it, then " if has_living_process else ""
-        return ["", *wrap_text(f"to do: {stop_first}{SAME_COMMAND}")]
+        return ["", *wrap_text(f"to do: {stop_first}{SAME_COMMAND_ADVICE}")]
     if run.state != RunState.preempted:
         return []
     if run.job is not None and run.job.state == "RUNNING":
         return ["", f"{run.job.description} starts it again"]
-    return ["", *wrap_text(f"to do: {SAME_COMMAND}")]
+    return ["", *wrap_text(f"to do: {SAME_COMMAND_ADVICE}")]
 
 
 def _failure_advice(run: RunView, failure: Mapping[str, Any]) -> list[str]:
@@ -329,7 +332,7 @@ def _failure_advice(run: RunView, failure: Mapping[str, Any]) -> list[str]:
     if failure:
         step = f", step {failure['step']}" if failure.get("step") is not None else ""
         origin = f"rank {failure.get('rank')} on {failure.get('host')}, {failure.get('phase')}{step}: "
-        # The message of a user's error is enough. Any other error is shown with its type.
+        # The message of a user's error is enough. Of any other error, the type is shown, too.
         if not failure.get("user_error"):
             origin += f"{failure.get('error')}: "
     # Any other value of `retry` means that the same command may succeed.
@@ -339,7 +342,7 @@ def _failure_advice(run: RunView, failure: Mapping[str, Any]) -> list[str]:
     elif failure and fails_again:
         advice = f"the traceback is in {run.directory / 'failure.json'}"
     elif run.step:
-        advice = SAME_COMMAND
+        advice = SAME_COMMAND_ADVICE
     else:
         advice = f"shardtune logs {run.directory} shows its output; submit the same settings again"
     return [
@@ -352,14 +355,14 @@ def _checkpoint_lines(checkpoint_list: CheckpointList, damage_by_checkpoint: Map
     """A section with the table of a run's checkpoints, or why they cannot be listed."""
     if checkpoint_list.problem:
         return ["", *wrap_text(f"checkpoints: {checkpoint_list.problem}")]
-    if not checkpoint_list.checkpoints:
+    checkpoints = checkpoint_list.checkpoints
+    if not checkpoints:
         return ["", "no checkpoints"]
     columns = (TableColumn(), TableColumn(is_number=True), TableColumn(is_number=True), TableColumn())
-    rows = [
-        _checkpoint_row(checkpoint, checkpoint_list.monitored_metric, damage_by_checkpoint)
-        for checkpoint in checkpoint_list.checkpoints
-    ]
-    return ["", f"checkpoints in {checkpoint_list.checkpoints[0].path.parent}:", *format_table(columns, rows, indent=2)]
+    rows = []
+    for checkpoint in checkpoints:
+        rows.append(_checkpoint_row(checkpoint, checkpoint_list.monitored_metric, damage_by_checkpoint))
+    return ["", f"checkpoints in {checkpoints[0].path.parent}:", *format_table(columns, rows, indent=2)]
 
 
 def _checkpoint_row(
@@ -384,56 +387,52 @@ def _checkpoint_row(
     return TableRow((checkpoint.path.name, f"{age_text(checkpoint.age_s)} old", size, "; ".join(remarks)), notes)
 
 
-def _number_text(number: float | None, number_format: str) -> str:
-    return "-" if number is None else format(number, number_format)
-
-
 def _loss_text(loss: float | None) -> str:
-    """A loss with four decimals; one of 1000 or more, as at the start of a broken run, with four digits."""
+    """A loss with four decimals; one of 1000 or more, as at the start of a broken run, with four digits. `-` for None."""
     if loss is None:
         return "-"
-    return _number_text(loss, ".4f" if loss < 1000 else ".4g")
+    return format(loss, ".4f" if loss < 1000 else ".4g")
 
 
-def _speed_text(per_second: float | None) -> str:
-    """Tokens per second: `3.45M`, `12,345`, `98.7`."""
-    if per_second is None:
+def _speed_text(tokens_per_s: float | None) -> str:
+    """Tokens per second: `3.45M`, `12,345`, `98.7`; `-` for None."""
+    if tokens_per_s is None:
         return "-"
-    if per_second >= 1e6:
-        return f"{per_second / 1e6:.2f}M"
-    return format(per_second, ",.0f" if per_second >= 100 else ".1f")
+    if tokens_per_s >= 1e6:
+        return f"{tokens_per_s / 1e6:.2f}M"
+    return format(tokens_per_s, ",.0f" if tokens_per_s >= 100 else ".1f")
 
 
 def _progress_text(run: RunView) -> str:
-    """The last step and the total number of steps: `300/1000`."""
+    """The last step and the total number of steps: `300/1000`; `-` if neither is known."""
     if not run.step and not run.total_steps:
         return "-"
     return f"{_step_count_text(run.step)}/{_step_count_text(run.total_steps)}"
 
 
-def _step_count_text(steps: int | None) -> str:
-    if steps is None:
+def _step_count_text(num_steps: int | None) -> str:
+    """A number of steps: `300`, `1,200k`; `-` for None."""
+    if num_steps is None:
         return "-"
-    return str(steps) if steps < 1e5 else f"{steps / 1e3:,.0f}k"
+    return str(num_steps) if num_steps < 1e5 else f"{num_steps / 1e3:,.0f}k"
 
 
 def status_as_dict(status: RunsStatus, damage_by_checkpoint: Mapping[Path, str] | None) -> dict[str, Any]:
     """What `status --json` prints, as JSON values. Times are seconds, memory GiB, sizes bytes, speeds of all ranks together."""
-    run_jobs = _job_ids_of_runs(status)
     runs = [_run_as_dict(run) for run in status.runs]
     if status.details is not None:
         runs[0] |= _details_as_dict(status.details, damage_by_checkpoint or {})
     fields: dict[str, Any] = {"directory": str(status.root), "runs": runs}
     if damage_by_checkpoint is not None:
         fields["damaged"] = {str(path): damage for path, damage in damage_by_checkpoint.items()}
-    fields["other_jobs"] = [_job_as_dict(job) for job in status.queue.jobs if job.id not in run_jobs]
+    fields["other_jobs"] = [_job_as_dict(job) for job in _jobs_without_run(status)]
     fields["queue_problem"] = status.queue.problem
     fields["all_searched"] = not status.search_stopped_early
     return fields
 
 
 def _details_as_dict(details: RunDetails, damage_by_checkpoint: Mapping[Path, str]) -> dict[str, Any]:
-    """The keys that `status --json <run>` has beyond those of a run in the list."""
+    """The keys that `status --json <run>` has beyond those of a run in the list, with their values."""
     checkpoints = []
     for checkpoint in details.checkpoint_list.checkpoints:
         checkpoints.append(
@@ -472,6 +471,6 @@ def _job_as_dict(job: QueuedJob) -> dict[str, str]:
         "state": job.state,
         "reason": job.reason,
         "name": job.name,
-        "start": job.start,
+        "start": job.start_time,
         "left": job.time_left,
     }

@@ -16,7 +16,7 @@ from strategies.errors import ConfigError, ShardtuneError
 from trainer.reporting.status import RunState
 from trainer.session.lease import process_identity
 
-SHARDTUNE_SCRIPT_MARK = "trap 'stopped=1"
+SHARDTUNE_SCRIPT_TEXT = "trap 'stopped=1"
 """Text in the job scripts of shardtune, which handle TERM: the run saves and ends, and the job is not requeued."""
 SLURM_TIMEOUT_S = 60
 """Seconds that a command of SLURM's may take."""
@@ -225,7 +225,7 @@ def _runs_shardtune_script(job: QueuedJob) -> bool:
         script = run_slurm_command(["scontrol", "write", "batch_script", job.raw_id, "-"])
     except CannotStopError:  # an allocation without a script
         return False
-    return SHARDTUNE_SCRIPT_MARK in script
+    return SHARDTUNE_SCRIPT_TEXT in script
 
 
 def run_slurm_command(command: list[str]) -> str:

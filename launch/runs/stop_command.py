@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launch.config.help_text import show_help
 from launch.config.verb_arguments import (
@@ -61,16 +61,18 @@ FAILED_EXIT_CODE = 70
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune stop` with the arguments behind it; returns the exit code. Errors: ConfigError, CannotStopError."""
+    """Run `shardtune stop` with the arguments behind it; returns the exit code. Raises ConfigError for wrong ones,
+    CannotStopError if the run cannot be stopped from here.
+    """
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
-        return 0 if argv else 64
+        return 0 if argv else ConfigError.exit_code
     arguments = stop_arguments(argv)
     with stdout_to_stderr(arguments.as_json):
-        exit_code, method = stop_run(arguments.run, arguments.wait_s, dry_run=arguments.dry_run)
+        result = stop_run(arguments.run, arguments.wait_s, dry_run=arguments.dry_run)
     if arguments.as_json:
-        print_json(stopped_run_summary(arguments.run, method))
-    return exit_code
+        print_json(stopped_run_summary(arguments.run, result.shell_command))
+    return result.exit_code
 
 
 def stop_arguments(argv: list[str]) -> StopArguments:
@@ -86,10 +88,19 @@ def stop_arguments(argv: list[str]) -> StopArguments:
     return arguments
 
 
-def stop_run(run_dir: Path, wait_s: float, *, dry_run: bool) -> tuple[int, str | None]:
+class StopResult(NamedTuple):
+    """What came of asking a run to end."""
+
+    exit_code: int
+    """That of `shardtune stop`."""
+    shell_command: str | None
+    """The command that ends the run in the same way; None if nothing was running."""
+
+
+def stop_run(run_dir: Path, wait_s: float, *, dry_run: bool) -> StopResult:
     """Ask a run to save and to end, and wait up to `wait_s` seconds until it has; with `dry_run`, only print how.
 
-    Returns (exit code, shell command that does the same, or None if nothing was running). Errors: CannotStopError.
+    Raises CannotStopError if it cannot be stopped from here.
     """
     from launch.runs.queue import read_queue_twice
     from launch.runs.status import read_run_view
@@ -102,21 +113,24 @@ def stop_run(run_dir: Path, wait_s: float, *, dry_run: bool) -> tuple[int, str |
         raise_if_job_state_unknown(run_dir, queue, run.state)
         reason = f" ({run.state_reason})" if run.state_reason else ""
         print(f"{run_dir}: is not running: {run.state}{reason}; {saved_checkpoint_text(run_dir, run.step)}")
-        return 0, None
+        return StopResult(exit_code=0, shell_command=None)
     if dry_run:
         print(f"{run_dir}: {run.state} at step {run.step or 0}; would be stopped by: {method}")
-        return 0, str(method)
-    if method.send() is False:
+        return StopResult(exit_code=0, shell_command=str(method))
+    # Only a process can have ended meanwhile: for a job, `send` returns None, or raises an error.
+    has_ended_by_itself = method.send() is False
+    if has_ended_by_itself:
         print(f"{run_dir}: ended by itself; {saved_checkpoint_text(run_dir, run.step)}")
-        return 0, None
+        return StopResult(exit_code=0, shell_command=None)
     print(f"{run_dir}: asked to save and to end ({method})", flush=True)
-    return StopWait(run_dir, method, wait_s).wait_until_ended(), str(method)
+    exit_code = StoppingRun(run_dir, method, wait_s).wait_until_ended()
+    return StopResult(exit_code, str(method))
 
 
-def stopped_run_summary(run_dir: Path, method: str | None) -> dict[str, Any]:
+def stopped_run_summary(run_dir: Path, shell_command: str | None) -> dict[str, Any]:
     """What `stop --json` prints: the state of the run now, and its newest checkpoint.
 
-    `method` is the command that stopped the run or, with --dry-run, would; None if nothing was running.
+    `shell_command`: see `StopResult`.
     """
     from launch.runs.checkpoints import list_checkpoints
     from launch.runs.queue import read_queue
@@ -127,7 +141,7 @@ def stopped_run_summary(run_dir: Path, method: str | None) -> dict[str, Any]:
     checkpoint = None if newest is None else {"step": newest.step, "path": str(newest.path)}
     return {
         "run": str(run_dir),
-        "by": method,
+        "by": shell_command,
         "state": run.state,
         "why": run.state_reason or None,
         "step": run.step,
@@ -149,13 +163,16 @@ def saved_checkpoint_text(run_dir: Path, last_step: int | None) -> str:
 
 
 @dataclass(slots=True)
-class StopWait:
-    """Waits until a run that was asked to end has ended, and reports what it saved."""
+class StoppingRun:
+    """A run that was asked to end: waits until it has ended, and reports what it saved."""
 
     run_dir: Path
     method: SignalProcess | SignalJob | CancelJob
+    """How it was asked to end."""
     wait_s: float
+    """Seconds after which the command waits no longer."""
     _queue_read_at: float = float("-inf")
+    """When squeue was last called, by `time.monotonic`."""
     _queue_problem: str | None = None
     """Why the last call of squeue failed; None if it succeeded."""
 

@@ -84,7 +84,7 @@ def test_no_reader_stops_at_a_line_that_cannot_be_read(tmp_path, line):
     rows = [{"step": step, "loss": 1.0 / step, "eval/loss": 2.0} for step in (1, 2)]
     before, after = (json.dumps(row).encode() + b"\n" for row in rows)
     path.write_bytes(before + line + b"\n" + after)
-    assert results.rows(tmp_path) == following.last_rows(path) == rows
+    assert results.rows(tmp_path) == following.read_last_rows(path) == rows
     assert results.at_step(tmp_path, 2) == {"eval/loss": 2.0}
     assert following.loss_curve(path, 4) == [1.0, 0.5]
     assert search.metric_by_step(tmp_path, "eval/loss") == {1: 2.0, 2: 2.0}
