@@ -73,11 +73,13 @@ class Run:
         import pandas as pd
 
         _refuse_other_packages()
-        from trainer.reporting.metric_rows import METRICS, read_rows
+        from trainer.reporting.metric_rows import METRICS_FILE, read_rows
 
-        metrics = read_rows(self.dir / METRICS)
+        metrics = read_rows(self.dir / METRICS_FILE)
         if metrics.unreadable:
-            warnings.warn(f"{self.dir / METRICS}: left out: {', '.join(map(str, metrics.unreadable))}", stacklevel=2)
+            warnings.warn(
+                f"{self.dir / METRICS_FILE}: left out: {', '.join(map(str, metrics.unreadable))}", stacklevel=2
+            )
         return pd.DataFrame(metrics.rows)
 
     def export(self, to: str | Path | None = None, **settings: Any) -> Path:

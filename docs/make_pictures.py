@@ -135,9 +135,9 @@ def demo_files(site: Path) -> dict[str, str]:
     config_file = site / "runs" / "demo" / "config.yaml"
     if not config_file.exists():
         return {}
-    from trainer.reporting.settings_file import read_tree
+    from trainer.reporting.settings_file import read_settings_tree
 
-    config = read_tree(config_file)
+    config = read_settings_tree(config_file)
     held_out = config["data"]["eval_path"]
     rows = [json.loads(line) for line in Path(held_out).read_text(encoding="utf-8").splitlines()]
     prompts = [json.dumps({"messages": row["messages"][:-1]}) for row in rows]

@@ -45,7 +45,7 @@ from trainer.objectives.rollouts import RoundsConfig
 from trainer.planner.oom_report import reporting_evaluation_out_of_memory
 from trainer.reporting.console import Console
 from trainer.reporting.jsonl import json_text
-from trainer.reporting.results import EVALUATION, TEST, keep_report
+from trainer.reporting.results import EVALUATION_REPORT, TEST_REPORT, keep_report
 from trainer.reporting.status import write_text_atomic
 from trainer.reporting.trackers.base import LoggedTable
 from trainer.rollout.rewards.scorer import open_scorer
@@ -103,7 +103,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
                 engine, step, _ = build_engine(staged.with_local_model(config), tokenizer, data, precision, runtime)
         built = engine, step
         _set_total_steps_of_optimizer_hooks(config, data, step, engine, runtime, evaluation_data)
-        if job.split == TEST:
+        if job.split == TEST_REPORT:
             attempt.phase = "evaluating the test documents"
             _evaluate_test(config, job, data, tokenizer, built, job_dir, runtime, StopAgreement(request, runtime))
             staged.remove()
@@ -248,7 +248,7 @@ class _EvaluationData:
             reason_to_read = ReasonToReadRows(
                 purpose=f"{', '.join(task_keys)}: asks the run's own documents", way_out=GIVE_TASK_FILE_ADVICE
             )
-        if self.job.split == TEST:
+        if self.job.split == TEST_REPORT:
             reason_to_read = ReasonToReadRows(
                 purpose="split=test: asks the run's test documents", way_out="Leave split=test out"
             )
@@ -486,7 +486,7 @@ def _write_report(
     directory = Path(job.to)
     record.write_report(directory, report, models)
     if job.run is not None and job.kept and job.recorded and not job.accepted:
-        keep_report(Path(job.run), EVALUATION, report)
+        keep_report(Path(job.run), EVALUATION_REPORT, report)
     write_text_atomic(directory / record.PAGE_FILE, page.render_page(report, tasks, models, compared_rows_by_task))
     return report, shown_tables
 

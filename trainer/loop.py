@@ -26,7 +26,7 @@ from trainer.monitors.levels import LEVEL_LOOK_BACK_STEPS
 from trainer.objectives.step_totals import look_ahead, pop_loss, routing_context
 from trainer.optim.schedule import lr_factor_at
 from trainer.reporting.console import RunSchedule
-from trainer.reporting.expert_load import load_by_layer
+from trainer.reporting.expert_load import expert_load_by_layer
 from trainer.reporting.metrics import StepRecord
 from trainer.reporting.numbers import format_metric
 from trainer.reporting.outcome import TrainingOutcome
@@ -144,7 +144,7 @@ class Trainer:
         self.outcome.speed = self.meter.speed() or earlier.speed
         self.outcome.slow_ranks = self.stragglers.record()
         if self.meter.expert_tokens is not None:
-            self.outcome.experts = load_by_layer(self.meter.expert_tokens, self.meter.expert_ranks)
+            self.outcome.experts = expert_load_by_layer(self.meter.expert_tokens, self.meter.expert_ranks)
         return self.outcome
 
     def _take_remaining_steps(self) -> None:
@@ -326,7 +326,7 @@ class Trainer:
         if not metrics_of_steps:
             return
         self.outcome.last_row = metrics_of_steps[-1]
-        self.display.progress(metrics_of_steps[-1], self._schedule)
+        self.display.show_step(metrics_of_steps[-1], self._schedule)
         self.loader.check_rows(metrics_of_steps)
         self.guards.raise_if_diverged(self.progress.rollbacks, self.progress.samples, self.loader.order.position_ranges)
 
@@ -414,7 +414,7 @@ class Trainer:
             return metrics
         step = self.progress.step
         self.metrics.log({**metrics, "tokens": self.progress.tokens, "epoch": self._epochs_done()}, step=step)
-        self.metrics.tables(tables_of_evaluators(evaluators), step=step)
+        self.metrics.log_tables(tables_of_evaluators(evaluators), step=step)
         shown = "  ".join(f"{name} {format_metric(value)}" for name, value in metrics.items())
         self.display.print_line(f"evaluation at step {step}:  {shown}")
         is_full_evaluation = len(evaluators) == len(self.evaluators)

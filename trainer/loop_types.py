@@ -150,7 +150,7 @@ class MetricSink(Protocol):
 
     def log(self, metrics: Row, *, step: int) -> None: ...
 
-    def tables(self, tables: dict[str, LoggedTable], *, step: int) -> None:
+    def log_tables(self, tables: dict[str, LoggedTable], *, step: int) -> None:
         """Show tables of an evaluation, by name, in the trackers."""
 
     def rewind(self, step: int) -> None:
@@ -166,7 +166,7 @@ class ProgressDisplay(Protocol):
     def print_line(self, text: str) -> None:
         """Print a line that stays."""
 
-    def progress(self, row: Row, course: RunSchedule) -> None:
+    def show_step(self, row: Row, course: RunSchedule) -> None:
         """Show the newest step."""
 
 

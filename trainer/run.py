@@ -151,7 +151,7 @@ def _run(
     trackers = open_trackers_and_records(config, run_record, progress, context)
     show_rounds(config, loader, trackers, context)
     meter = Meter(runtime, run_record.flops_per_token, run_record.mfu_tflops, built.step_module.objective.metrics)
-    meter.watch(built.step_module.shard_units(), expert_ranks=config.parallel.experts)
+    meter.time_blocks(built.step_module.shard_units(), expert_ranks=config.parallel.experts)
     challenges = build_detectors(config, built, total_steps, interval, context)
     profiler = Profiler(config.profile, run_dir, runtime, attempt.at_step, console.print_line)
     sinks = Sinks(
@@ -159,7 +159,7 @@ def _run(
     )
     trainer = Trainer(
         loop_settings(config, total_steps, interval),
-        engine=meter.timing(engine) if config.logging.step_parts else engine,
+        engine=meter.wrap_with_timing(engine) if config.logging.step_parts else engine,
         loader=loader,
         progress=progress,
         evaluators=build_run_evaluators(config, inputs, tasks, built, engine, loader, challenges, context),

@@ -40,9 +40,9 @@ def class_recall(run: Path) -> dict[str, float]:
 
 def loss_curves(run: Path) -> dict[str, Any]:
     """`curves`: pairs of (step, loss) of training, of held-out rows, and of the questions of a chat if they were asked."""
-    from trainer.reporting.metric_rows import METRICS, read_rows
+    from trainer.reporting.metric_rows import METRICS_FILE, read_rows
 
-    rows = read_rows(run / METRICS).rows
+    rows = read_rows(run / METRICS_FILE).rows
     keys = {"training": "loss", "held_out": "eval/loss", "chat": "eval/chat/loss"}
     curves = {}
     for name, key in keys.items():

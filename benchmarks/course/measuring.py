@@ -165,9 +165,9 @@ def numbers_of(run: Path) -> Row:
     """The numbers of a finished run: of its last evaluation (`eval/loss`), of the one before training (`before/eval/loss`),
     the lowest held-out loss and its step (`best/eval/loss`, `best/step`), and what the last step and its gradients were.
     """
-    from trainer.reporting.metric_rows import METRICS, read_rows
+    from trainer.reporting.metric_rows import METRICS_FILE, read_rows
 
-    rows = read_rows(run / METRICS).rows
+    rows = read_rows(run / METRICS_FILE).rows
     steps = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if any(key.startswith("eval/") for key in row)]
     numbers: Row = {"steps": max(row["step"] for row in steps), "train_loss": rounded(steps[-1]["loss"])}

@@ -26,7 +26,7 @@ from launch.runs.queue import write_submitted_job_ids
 from strategies.errors import ConfigError, NodesUnfit, ShardtuneError, StorageError
 from trainer.config.sbatch_options import ranks_per_node
 from trainer.reporting.code_revision import ROOT
-from trainer.reporting.settings_file import read_tree
+from trainer.reporting.settings_file import read_settings_tree
 from trainer.reporting.status import RunState, read_status
 from trainer.session.lease import SILENT_OWNER_VARIABLE, raise_if_run_dir_is_in_use
 
@@ -60,7 +60,7 @@ class FrozenRun:
         Whether the file was edited since it was written is checked later, by the ranks.
         """
         path = directory / "config.yaml"
-        sections = read_tree(path)
+        sections = read_settings_tree(path)
         try:
             return cls(directory, {section: dict(sections[section]) for section in CONFIG_SECTIONS})
         except (KeyError, TypeError, ValueError) as error:

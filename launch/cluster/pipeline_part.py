@@ -11,7 +11,7 @@ from pathlib import Path
 from launch.cluster import containers
 from launch.runs.pipeline_jobs import PART_RESULTS_DIRECTORY, PIPELINE_FILE
 from trainer.reporting.code_revision import ROOT
-from trainer.reporting.settings_file import read_tree
+from trainer.reporting.settings_file import read_settings_tree
 from trainer.reporting.status import write_text_atomic
 
 
@@ -56,7 +56,7 @@ def _interpreter_command(run_dir: Path) -> list[str]:
 
     Raises ConfigError if the container cannot be started here.
     """
-    settings = read_tree(run_dir / "config.yaml")
+    settings = read_settings_tree(run_dir / "config.yaml")
     launcher = settings["launcher"]
     if containers.container_runtime(launcher) is None:
         return [sys.executable]

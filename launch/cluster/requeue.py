@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Protocol
 
 from strategies.errors import ConfigError
-from trainer.reporting.settings_file import read_tree
+from trainer.reporting.settings_file import read_settings_tree
 
 SCONTROL_TIMEOUT_S = 60.0
 """Seconds that scontrol may take; without a controller it waits for minutes."""
@@ -57,7 +57,7 @@ def signal_lead_s(run_dir: Path) -> float:
     `DEFAULT_LEAD_S` if the setting is 0, or cannot be read.
     """
     try:
-        lead_s = read_tree(run_dir / "config.yaml")["launcher"].get("signal_lead_s")
+        lead_s = read_settings_tree(run_dir / "config.yaml")["launcher"].get("signal_lead_s")
     except (ConfigError, KeyError, AttributeError):
         lead_s = None
     return float(lead_s or DEFAULT_LEAD_S)

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from strategies.errors import ConfigError, StorageError
-from trainer.reporting.code_revision import MANIFEST, ROOT, code_revision, copy_manifest
+from trainer.reporting.code_revision import CODE_MANIFEST_FILE, ROOT, code_revision, read_code_manifest
 
 COPIED_PATHS = ("conf", "launch", "strategies", "trainer", "slurm", "shardtune.py")
 COPIES_DIRECTORY = "code"
@@ -62,17 +62,17 @@ def copy_code(run_dir: Path, root: Path = ROOT) -> Path:
     staging_dir = copy_dir.parent / f".{copy_dir.name}-{os.getpid()}"
     record = {"sha256": sha256, "revision": code_revision(root), "source": str(root)}
     try:
-        is_intact = copy_manifest(copy_dir).get("sha256") == sha256 and code_digest(read_code(copy_dir)) == sha256
+        is_intact = read_code_manifest(copy_dir).get("sha256") == sha256 and code_digest(read_code(copy_dir)) == sha256
         if not is_intact:
             shutil.rmtree(staging_dir, ignore_errors=True)
             for path, content in content_by_path.items():
                 file = staging_dir / path
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(content)
-            (staging_dir / MANIFEST).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            (staging_dir / CODE_MANIFEST_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             shutil.rmtree(copy_dir, ignore_errors=True)
             staging_dir.rename(copy_dir)
-        os.utime(copy_dir / MANIFEST)  # the newest is the one in use
+        os.utime(copy_dir / CODE_MANIFEST_FILE)  # the newest is the one in use
     except OSError as error:
         shutil.rmtree(staging_dir, ignore_errors=True)
         raise StorageError(
@@ -84,7 +84,9 @@ def copy_code(run_dir: Path, root: Path = ROOT) -> Path:
 
 def newest_code_copy(run_dir: Path) -> Path | None:
     """The copy of the code in a run directory that was made or used last; None if there is none."""
-    manifests = (run_dir.absolute() / COPIES_DIRECTORY).glob(f"[!.]*/{MANIFEST}")  # a dot begins an unfinished copy
+    manifests = (run_dir.absolute() / COPIES_DIRECTORY).glob(
+        f"[!.]*/{CODE_MANIFEST_FILE}"
+    )  # a dot begins an unfinished copy
     newest = max(manifests, key=lambda path: path.stat().st_mtime_ns, default=None)
     return None if newest is None else newest.parent
 
@@ -94,7 +96,7 @@ def refuse_changed_code(root: Path = ROOT) -> None:
 
     A clone has no manifest, and may change.
     """
-    submitted_sha256 = copy_manifest(root).get("sha256")
+    submitted_sha256 = read_code_manifest(root).get("sha256")
     if submitted_sha256 is not None and code_digest(read_code(root)) != submitted_sha256:
         raise ConfigError(
             f"{root}: changed since the job was submitted, and so no longer the code that it was submitted with; submit the run "

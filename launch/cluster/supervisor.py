@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 from strategies import atomic_io
 from strategies.errors import StorageError
 from trainer.config.run import RunConfig
-from trainer.reporting.status import STARTED_AGAIN, RunState, clear_failure, read_failure, read_status, write_status
+from trainer.reporting.status import (
+    RESTART_COUNT_VARIABLE,
+    RunState,
+    clear_failure,
+    read_failure,
+    read_status,
+    write_status,
+)
 from trainer.session.lease import possible_owner_text
 
 if TYPE_CHECKING:
@@ -72,7 +79,7 @@ def run_supervised(
     try:
         while True:
             # For what the ranks, and this process, write into `status.json`.
-            os.environ[STARTED_AGAIN] = str(num_restarts)
+            os.environ[RESTART_COUNT_VARIABLE] = str(num_restarts)
             before = state_before_start(run_dir)
             run_id = f"{sha256[:8]}-{num_restarts}" if num_restarts else sha256[:8]
             torchrun_code, signals = start(config, run_dir, run_id, redirected, program=program)
@@ -96,7 +103,7 @@ def run_supervised(
                 flush=True,
             )
     finally:
-        os.environ.pop(STARTED_AGAIN, None)
+        os.environ.pop(RESTART_COUNT_VARIABLE, None)
 
 
 def state_before_start(run_dir: Path) -> StateBeforeStart:

@@ -15,7 +15,7 @@ from launch.runs.metrics_tail import read_last_rows
 from launch.streams import draw
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.pages.numbers import format_duration
-from trainer.reporting.metric_rows import METRICS
+from trainer.reporting.metric_rows import METRICS_FILE
 from trainer.reporting.run_record import readable_run_record
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ class RunsProgress:
 
 def _last_step(run_dir: Path) -> int:
     """The last step in `metrics.jsonl`; 0 before there is one."""
-    rows = read_last_rows(run_dir / METRICS)
+    rows = read_last_rows(run_dir / METRICS_FILE)
     return int(rows[-1]["step"]) if rows else 0
 
 

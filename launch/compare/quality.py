@@ -31,8 +31,8 @@ from launch.compare.metric_meaning import (
 from launch.compare.run_files import RecordedRun, last_held_out_metrics
 from strategies import atomic_io
 from trainer.reporting.findings import findings_in
-from trainer.reporting.results import EVALUATION, LAST_HELD_OUT, kept_reports
-from trainer.reporting.run_record import MOST_BYTES
+from trainer.reporting.results import EVALUATION_REPORT, LAST_HELD_OUT, kept_reports
+from trainer.reporting.run_record import MAX_RECORD_BYTES
 
 if TYPE_CHECKING:
     from launch.compare.compared_point import ComparedPoint
@@ -440,7 +440,7 @@ def _kept_batch_sums(run: RecordedRun, metric: str) -> list[float] | None:
     They are read from a file like `{"step": 40, "batches": {"eval/loss": [81.2, 79.9]}}`.
     """
     try:
-        last_evaluation = json.loads(atomic_io.read_bytes(run.directory / LAST_HELD_OUT, max_bytes=MOST_BYTES))
+        last_evaluation = json.loads(atomic_io.read_bytes(run.directory / LAST_HELD_OUT, max_bytes=MAX_RECORD_BYTES))
         if last_evaluation["step"] != max(run.evaluations, default=0):
             return None  # the file is of an evaluation whose row in metrics.jsonl was lost
         return [float(batch_sum) for batch_sum in last_evaluation["batches"][metric]]
@@ -474,7 +474,7 @@ def _reported_interval(run: RecordedRun, metric: str) -> tuple[float, float] | N
     if len(parts) != 3:
         return None
     _, task, task_metric = parts
-    for kept_report in kept_reports(run.directory, EVALUATION):  # the newest first
+    for kept_report in kept_reports(run.directory, EVALUATION_REPORT):  # the newest first
         try:
             reported = kept_report.report["tasks"][task]["metrics"][task_metric]
             # The report of another checkpoint has another value than the run's last evaluation.

@@ -14,10 +14,10 @@ from strategies import atomic_io
 from strategies.errors import ConfigError, StorageError
 from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.config.resuming import KINDS, flatten_settings
-from trainer.reporting.metric_names import POSITIONS
-from trainer.reporting.metric_rows import METRICS, MetricRows, read_rows
+from trainer.reporting.metric_names import POSITION_METRICS
+from trainer.reporting.metric_rows import METRICS_FILE, MetricRows, read_rows
 from trainer.reporting.run_record import (
-    MOST_BYTES,
+    MAX_RECORD_BYTES,
     RUN_RECORD,
     MeasuredCost,
     PredictedCost,
@@ -25,7 +25,7 @@ from trainer.reporting.run_record import (
     RunRecord,
     read_run_record,
 )
-from trainer.reporting.settings_file import read_tree
+from trainer.reporting.settings_file import read_settings_tree
 from trainer.reporting.status import RunState, read_failure, read_status
 
 GIB = 2**30
@@ -135,7 +135,7 @@ def read_recorded_run(run_dir: Path) -> RecordedRun:
     """Read all files of one run directory. Raises ConfigError if it is no run directory, or one of its files is damaged."""
     if not is_run_directory(run_dir):
         raise ConfigError(f"{run_dir}: not a run directory (there is no config.yaml in it)")
-    metrics = _read_json_rows(run_dir / METRICS)
+    metrics = _read_json_rows(run_dir / METRICS_FILE)
     events = _read_json_rows(run_dir / "events.jsonl")
     steps, evaluations = _split_by_kind(metrics.rows)
     return RecordedRun(
@@ -154,7 +154,7 @@ def read_recorded_run(run_dir: Path) -> RecordedRun:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """The settings in `config.yaml` by dotted key. Errors: ConfigError if it is another program's file."""
-    tree = read_tree(path)
+    tree = read_settings_tree(path)
     if "strategy" not in tree:
         raise ConfigError(f"{path}: not the configuration of a run of shardtune")
     return flatten_settings(tree)
@@ -178,7 +178,7 @@ def _read_identity(path: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        identity = json.loads(atomic_io.read_bytes(path, max_bytes=MOST_BYTES))
+        identity = json.loads(atomic_io.read_bytes(path, max_bytes=MAX_RECORD_BYTES))
         if not isinstance(identity, dict):
             raise ValueError("it holds no object")
         for kind in KINDS:
@@ -204,7 +204,7 @@ def _split_by_kind(rows: list[dict[str, Any]]) -> tuple[dict[int, dict[str, Any]
             continue
         metrics: dict[str, float] = {}
         for name, value in row.items():
-            if name not in POSITIONS and isinstance(value, int | float):
+            if name not in POSITION_METRICS and isinstance(value, int | float):
                 metrics[name] = value
         evaluations[row["step"]] = metrics
     return steps, evaluations

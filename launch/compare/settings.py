@@ -10,11 +10,11 @@ from typing import Any
 
 from strategies import atomic_io
 from strategies.errors import ConfigError
-from trainer.reporting.file_version import FILE_VERSION, VERSION_KEY, version_of
-from trainer.reporting.shared_choice import COMPARISON
+from trainer.reporting.file_version import FILE_VERSION, VERSION_KEY, readable_file_version
+from trainer.reporting.shared_choice import COMPARISON_FILE
 from trainer.reporting.status import write_text_atomic
 
-COMPARISON_FILE = COMPARISON
+COMPARISON_FILE = COMPARISON_FILE
 MAX_FILE_BYTES = 2**26
 """A longer `comparison.json` is refused: somebody else may have written it."""
 
@@ -85,7 +85,7 @@ def read_comparison_file(comparison_dir: Path) -> list[PointSource]:
         return []
     try:
         record = json.loads(atomic_io.read_bytes(path, max_bytes=MAX_FILE_BYTES))
-        version_of(record)  # raises for the file of a later version
+        readable_file_version(record)  # raises for the file of a later version
         command_keys = setting_keys(record.get("words") or [])
         return [
             replace(_point_source_from_record(point_record, comparison_dir), command_keys=command_keys)

@@ -19,10 +19,16 @@ from typing import Any
 from launch.compare.run_files import RecordedRun
 from strategies.errors import ConfigError
 from trainer.config.resuming import flatten_settings
-from trainer.reporting.metric_names import EDITION, METRIC_NAMES, TRAINING_S, rated_row, recorded_name
-from trainer.reporting.run_record import record_of
+from trainer.reporting.metric_names import (
+    CURRENT_EDITION,
+    METRIC_NAMES,
+    TRAINING_S,
+    recorded_name,
+    restore_rated_reward_names,
+)
+from trainer.reporting.run_record import parse_run_record
 from trainer.reporting.status import RunState
-from trainer.reporting.trackers.wandb_server import fetch
+from trainer.reporting.trackers.wandb_server import fetch_wandb_run
 
 RUN_DIRECTORY_REGEX = re.compile(r"(offline-)?run-\d{8}_\d{6}-(?P<id>.+)")
 """Name of a directory that W&B writes: one for each start of a run."""
@@ -105,7 +111,7 @@ def read_from_wandb_server(address: Path) -> RecordedRun:
     What a run does not log to W&B stays empty. Raises ConfigError if the run cannot be fetched, or is not shardtune's.
     """
     entity, project, run_id = str(address).removeprefix(SERVER_PREFIX).split("/")
-    fetched = fetch(entity, project, run_id)
+    fetched = fetch_wandb_run(entity, project, run_id)
     logged_steps = _LoggedSteps()
     for row in fetched.rows:
         logged_steps.add_logged_row(row)
@@ -133,16 +139,16 @@ def _recorded_run(
         if key != "config" and not is_of_wandb:
             run_json[key] = value
     # A column of the user's own may have the name of a key of `run.json`: what does not fit its type is left out.
-    record = record_of(run_json, type_errors=[])
-    if record.metric_names > EDITION:
+    record = parse_run_record(run_json, type_errors=[])
+    if record.metric_names > CURRENT_EDITION:
         raise ConfigError(
             f"{directory}: W&B has its metrics under names of edition {record.metric_names}, and this shardtune knows editions "
-            f"up to {EDITION}: use a later shardtune"
+            f"up to {CURRENT_EDITION}: use a later shardtune"
         )
     settings = flatten_settings(config)
     steps = logged_steps.steps
     if settings.get("objective.name") == KTO_OBJECTIVE:
-        steps = {step: rated_row(row) for step, row in steps.items()}
+        steps = {step: restore_rated_reward_names(row) for step, row in steps.items()}
     return RecordedRun(
         directory=directory,
         config=settings,

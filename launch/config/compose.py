@@ -39,7 +39,7 @@ from trainer.config.validate import config_problems
 from trainer.export.config import set_default_merge
 from trainer.objectives.registry import objective_family
 from trainer.optim.schedule import ScheduleConfig
-from trainer.reporting.settings_file import literal
+from trainer.reporting.settings_file import escape_interpolations
 from trainer.tuning.initial_adapter import adopt_adapter_settings
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _frozen_config_as_tree(config: RunConfig) -> Any:
     tree = OmegaConf.structured(RunConfig)
     for group in settings_classes_by_group():
         tree[group] = OmegaConf.structured(type(getattr(config, group)))
-    return OmegaConf.merge(tree, literal(settings_as_dict(config)))
+    return OmegaConf.merge(tree, escape_interpolations(settings_as_dict(config)))
 
 
 def keys_set_by(argv: list[str]) -> set[str]:
@@ -402,7 +402,7 @@ def _config_from_tree(tree: DictConfig, problems: list[str]) -> RunConfig | None
     from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
     try:
-        # Only once: a second resolution would look up what `literal` has escaped.
+        # Only once: a second resolution would look up what `escape_interpolations` has escaped.
         config: Any = OmegaConf.to_object(tree)
     except InterpolationResolutionError as error:
         reason = str(error).splitlines()[0].removesuffix(".")

@@ -107,7 +107,7 @@ def _has_all_settings(path: Path, content: str, config: RunConfig, recorded_hash
     head of the file. An edited file has another hash than the recorded one, a file that lacks settings another than `config`.
     """
     try:
-        hash_of_content = _settings_sha256(_identifying_settings(settings_file.tree_of(path, content)))
+        hash_of_content = _settings_sha256(_identifying_settings(settings_file.parse_settings_tree(path, content)))
     except (AttributeError, KeyError, TypeError, ValueError):
         return False
     return recorded_hash == hash_of_content == config_sha256(config)
@@ -123,14 +123,14 @@ def load_frozen_config(path: Path | str) -> RunConfig:
     from omegaconf.errors import OmegaConfBaseException
 
     path = Path(path)
-    text = settings_file.read_text(path)
+    text = settings_file.read_settings_text(path)
     recorded_hash = CONFIG_SHA256_REGEX.search(text)
-    raw = settings_file.tree_of(path, text)
+    raw = settings_file.parse_settings_tree(path, text)
     try:
         tree = OmegaConf.structured(RunConfig)
         for group in settings_classes_by_group():
             tree[group] = OmegaConf.structured(settings_class_of(group, raw[group]["name"]))
-        config: Any = OmegaConf.to_object(OmegaConf.merge(tree, settings_file.literal(raw)))
+        config: Any = OmegaConf.to_object(OmegaConf.merge(tree, settings_file.escape_interpolations(raw)))
         # What was done before there were these settings.
         if "checkpoint" not in raw.get("export", {}):
             config.export.checkpoint = ExportedCheckpoint.last

@@ -272,7 +272,7 @@ def _recorded_overrides(path: Path) -> list[str]:
 
     The head has them as JSON strings with blanks between them: `# overrides: "optim.lr=1e-4" "data.path=my data"`.
     """
-    match = RECORDED_OVERRIDES_REGEX.search(settings_file.read_text(path))
+    match = RECORDED_OVERRIDES_REGEX.search(settings_file.read_settings_text(path))
     if match is None:
         return []
     decoder = json.JSONDecoder()

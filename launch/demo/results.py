@@ -32,9 +32,9 @@ def held_out_evaluations(run_dir: Path, metric: str) -> list[dict[str, float]]:
 
     [{"eval/loss": 2.1, "eval/perplexity": 8.2}, ...]
     """
-    from trainer.reporting.results import rows
+    from trainer.reporting.results import read_metric_rows
 
-    evaluation_rows = [row for row in rows(run_dir) if metric in row]
+    evaluation_rows = [row for row in read_metric_rows(run_dir) if metric in row]
     return [_held_out_metrics(row) for row in evaluation_rows]
 
 

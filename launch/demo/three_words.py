@@ -254,12 +254,12 @@ def print_answers(export: Path) -> None:
 
 def closing_text(run_dir: Path, duration_s: float) -> str:
     """The last lines of the demo: rewards by step, held-out metrics before and after, what that shows, and where all is."""
-    from trainer.reporting.results import rows
+    from trainer.reporting.results import read_metric_rows
 
     evaluations = held_out_evaluations(run_dir, REWARD_METRIC)
     base_metrics = evaluations[0]
     tuned_metrics = evaluations[-1]
-    step_rows = [row for row in rows(run_dir) if "reward" in row]
+    step_rows = [row for row in read_metric_rows(run_dir) if "reward" in row]
     lines = [
         f"\ndemo finished in {duration_s / 60:.1f} minutes",
         f"mean reward of the answers that were learned from, by step: {rewards_by_step_text(step_rows)}",

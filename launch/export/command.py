@@ -335,7 +335,7 @@ def find_checkpoint(run_dir: Path, which: str, config: CheckpointConfig, *, look
     from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
     from trainer.checkpoints.manifest import checkpoint_problem
     from trainer.export.exported_checkpoint import recorded_step
-    from trainer.reporting.results import read_json
+    from trainer.reporting.results import read_json_or_empty
 
     checkpoints = dict(checkpoints_in(checkpoint_dirs_of(run_dir, config.fallback_dir)))
     if not checkpoints:
@@ -350,7 +350,7 @@ def find_checkpoint(run_dir: Path, which: str, config: CheckpointConfig, *, look
             raise ConfigError(f"checkpoint=best: {run_dir} kept none (it needs evaluation.every_steps); {known}")
     elif which in ("auto", "last"):
         step = max(checkpoints)
-        exported_step = recorded_step(read_json(run_dir / RUN_RECORD))
+        exported_step = recorded_step(read_json_or_empty(run_dir / RUN_RECORD))
         if which == "auto" and exported_step in checkpoints:
             step = exported_step
         elif which == "auto" and exported_step is not None:
@@ -387,12 +387,12 @@ def warn_if_training_did_not_help(run_dir: Path, checkpoint: Path, config: RunCo
     Then training gained nothing by the watched metric. Both values come from `metrics.jsonl`; if one is missing, nothing is said.
     """
     from trainer.config.evaluation import more_is_better
-    from trainer.reporting.results import at_step as metrics_at_step
+    from trainer.reporting.results import held_out_metrics_at_step
 
     watched_metric = config.evaluation.watched
     best_step = int(checkpoint.name.rpartition("-")[2])  # the directory is called step-200
-    base_value = metrics_at_step(run_dir, 0).get(watched_metric)
-    best_value = metrics_at_step(run_dir, best_step).get(watched_metric)
+    base_value = held_out_metrics_at_step(run_dir, 0).get(watched_metric)
+    best_value = held_out_metrics_at_step(run_dir, best_step).get(watched_metric)
     if base_value is None or best_value is None:
         return
     gain = best_value - base_value if more_is_better(config) else base_value - best_value

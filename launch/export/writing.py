@@ -157,9 +157,9 @@ def write_as_rank(config: RunConfig, job: ExportJob, runtime: Runtime) -> Prepar
     from trainer.checkpoints.manifest import manifest_sha256
     from trainer.export.write import write_export
     from trainer.model.loading import load_tokenizer
-    from trainer.reporting.documents.facts import gather
+    from trainer.reporting.documents.facts import read_run_facts
     from trainer.reporting.documents.questions import read_answers
-    from trainer.reporting.results import at_step
+    from trainer.reporting.results import held_out_metrics_at_step
     from trainer.session.exported_model import describe_trained_model
     from trainer.session.run_data import ReasonToReadRows, load_run_data, read_data_record
 
@@ -184,15 +184,15 @@ def write_as_rank(config: RunConfig, job: ExportJob, runtime: Runtime) -> Prepar
     model = describe_trained_model(config, tokenizer, data, checkpoints, precision, total_steps=record.total_steps)
 
     # The run measured nothing of a mean of checkpoints, nor of a checkpoint on a base that has changed since.
-    as_trained = len(checkpoints) == 1 and not job.accepted
+    are_of_one_checkpoint = len(checkpoints) == 1 and not job.accepted
     progress = model.trained.progress()
     record = replace(record, label_names=data.label_names)
-    facts = gather(run_dir, record, read_answers(config.export.answers)[0])
+    facts = read_run_facts(run_dir, record, read_answers(config.export.answers)[0])
     facts.step = progress.step
     facts.tokens = progress.tokens
-    facts.at_step = at_step(run_dir, progress.step)
-    facts.as_trained = as_trained
-    facts.artefact = manifest_sha256(checkpoints[-1]) if as_trained else None
+    facts.metrics_at_step = held_out_metrics_at_step(run_dir, progress.step)
+    facts.are_of_one_checkpoint = are_of_one_checkpoint
+    facts.artefact = manifest_sha256(checkpoints[-1]) if are_of_one_checkpoint else None
     facts.averaged_checkpoints = [path.name for path in checkpoints] if len(checkpoints) > 1 else []
     facts.accepted = [*job.accepted, *accepted_rows]
     facts.gates = job.gates

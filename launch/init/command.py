@@ -197,9 +197,9 @@ def _refuse_resets(arguments: list[str]) -> None:
 
 def _escaped_overrides(converted: ConvertedSettings) -> dict[str, str]:
     """Values by key from the other trainer's file. `${...}` in them is escaped, so that it reads no variables of this machine."""
-    from trainer.reporting.settings_file import literal
+    from trainer.reporting.settings_file import escape_interpolations
 
-    return {key: literal(value) for key, value in converted.overrides.items()}
+    return {key: escape_interpolations(value) for key, value in converted.overrides.items()}
 
 
 def _drop_overridden_settings(converted: ConvertedSettings, cli_settings: list[str]) -> list[str]:

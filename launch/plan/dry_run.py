@@ -29,7 +29,7 @@ from trainer.model.loading import load_tokenizer
 from trainer.planner.lengths import SampledLengths, sampled_lengths
 from trainer.planner.micro_batch import with_proposed_micro_batch
 from trainer.planner.strategy_choice import with_proposed_strategy
-from trainer.reporting.numbers import name_of_readers
+from trainer.reporting.numbers import format_dp_ranks
 from trainer.session.rate_text import learning_rate_of, rate_lines
 from trainer.session.run_facts import model_flops_per_token, repetition_warning
 from trainer.step import BuiltModel
@@ -56,7 +56,7 @@ def describe_run(config: RunConfig) -> DryRunResult:
     samples = sampled_lengths(config, data.train, sequences)
     global_batch = config.batch["global"]
     micro = config.batch["micro"]
-    dp_ranks_text = name_of_readers(dp_size_of(config, world_size), config.parallel.sequence)
+    dp_ranks_text = format_dp_ranks(dp_size_of(config, world_size), config.parallel.sequence)
     accumulation = accumulation_steps(config, world_size)
     steps = num_steps_of_run(config, samples.order, samples.tokens)
     epochs = steps * num_documents_per_step(config) / samples.order.num_units

@@ -27,7 +27,7 @@ from trainer.config.run import LEARNING_RATE_KEY, RunConfig
 from trainer.model.known_shapes import KnownShape, shape_note
 from trainer.objectives.registry import data_spec_of, max_generated_tokens, objective_family
 from trainer.planner.simulation import NoTokenizer
-from trainer.reporting.numbers import name_of_readers
+from trainer.reporting.numbers import format_dp_ranks
 from trainer.session.rate_text import learning_rate_of, rate_lines
 from trainer.step import BuiltModel
 
@@ -48,7 +48,7 @@ def describe_by_shape(config: RunConfig, shape: KnownShape) -> DryRunResult:
     global_batch = config.batch["global"]
     micro = config.batch["micro"]
     accumulation = accumulation_steps(config, world_size)
-    dp_ranks_text = name_of_readers(dp_size_of(config, world_size), config.parallel.sequence)
+    dp_ranks_text = format_dp_ranks(dp_size_of(config, world_size), config.parallel.sequence)
     data_spec = data_spec_of(config.objective)
     sequences = data_spec.sequences_per_document
     longest_sequence = data_spec.longest_sequence(config.data.max_length) + max_generated_tokens(config.objective)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from strategies.errors import ConfigError
 from trainer.build.rounds import num_prompts_per_round
 from trainer.objectives.registry import max_generated_tokens
-from trainer.reporting.metric_rows import METRICS, read_rows
+from trainer.reporting.metric_rows import METRICS_FILE, read_rows
 from trainer.reporting.run_record import RUN_RECORD, MeasuredCost, RunRecord, read_run_record
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class _MeasuredRounds:
 def _measured_rounds(run_dir: Path) -> _MeasuredRounds | None:
     """What the rounds in `metrics.jsonl` took; None if fewer than two rounds have all metrics, or a median is 0."""
     needed_metrics = {"write_s", "reward_s", "completions/max_length"}
-    metrics_of_rounds = [row for row in read_rows(run_dir / METRICS).rows if row.keys() >= needed_metrics]
+    metrics_of_rounds = [row for row in read_rows(run_dir / METRICS_FILE).rows if row.keys() >= needed_metrics]
     later_rounds = metrics_of_rounds[
         1:
     ]  # the first round also holds what libraries set up when a model is first called

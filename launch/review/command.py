@@ -153,7 +153,7 @@ def score_and_record_review(argv: list[str]) -> int:
     from launch.review.score import score_review
     from launch.review.sheet import RESULT_FILE, read_key
     from trainer.reporting.jsonl import json_text
-    from trainer.reporting.results import REVIEW, add_to_run_record, keep_report
+    from trainer.reporting.results import REVIEW_REPORT, add_to_run_record, keep_report
     from trainer.reporting.status import write_text_atomic
 
     arguments = read_score_arguments(argv)
@@ -171,7 +171,7 @@ def score_and_record_review(argv: list[str]) -> int:
     scores = score_review(review_id, key, reviewers, arguments.drop)
     scores_json = json_text(scores, indent=1, ensure_ascii=False)
     write_text_atomic(arguments.review / RESULT_FILE, scores_json + "\n")
-    record = keep_report(arguments.run, REVIEW, scores)
+    record = keep_report(arguments.run, REVIEW_REPORT, scores)
     run_json_entry = {"record": str(record.relative_to(arguments.run)), "metrics": scores["metrics"]}
     add_to_run_record(arguments.run, "review", run_json_entry)
     print(scores_json if arguments.as_json else score_text(scores))

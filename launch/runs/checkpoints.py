@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from strategies import atomic_io
 from strategies.errors import ConfigError, StorageError
 from trainer.checkpoints.layout import STEP_DIR_REGEX, StepCheckpoint, checkpoint_dirs_of, checkpoints_in
-from trainer.reporting.settings_file import read_tree
+from trainer.reporting.settings_file import read_settings_tree
 
 MAX_PROGRESS_BYTES = 2**22
 """A longer `progress.json` is not read: somebody else may have written the run."""
@@ -173,7 +173,7 @@ class _CheckpointSettings(NamedTuple):
 def _read_settings(run_dir: Path) -> _CheckpointSettings:
     """Read the settings from the run's `config.yaml`. Never raises."""
     try:
-        tree = read_tree(run_dir / "config.yaml")
+        tree = read_settings_tree(run_dir / "config.yaml")
     except ConfigError:
         return _CheckpointSettings()
     return _CheckpointSettings(

@@ -20,7 +20,7 @@ from launch.compare.points import STOP_EXIT_CODES
 from launch.compare.progress import RunsProgress, run_with_progress
 from launch.sweep.sweeper import Prune, Search, search_listing
 from strategies.errors import ConfigError, NotRunOwner, ShardtuneError, StorageError
-from trainer.reporting.results import rows
+from trainer.reporting.results import read_metric_rows
 from trainer.reporting.status import write_text_atomic
 from trainer.session.lease import Lease, RunDirInUse
 from trainer.stopping.signals import is_signal_pending
@@ -134,7 +134,7 @@ def missing_metric_problem(run_dir: Path, metric: str) -> str | None:
 def _evaluation_rows(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of evaluations in `metrics.jsonl`."""
     evaluation_rows = []
-    for row in rows(run_dir):
+    for row in read_metric_rows(run_dir):
         if any(key.startswith("eval/") for key in row):
             evaluation_rows.append(row)
     return evaluation_rows

@@ -23,7 +23,7 @@ from trainer.objectives.sft import SftConfig
 from trainer.optim.build import build_optimizer
 from trainer.optim.config import AdamwConfig
 from trainer.reporting.documents.facts import ModelFacts
-from trainer.reporting.run_record import record_of
+from trainer.reporting.run_record import parse_run_record
 
 LABELS = ["calm", "angry", "glad"]
 EXACT = 1e-5
@@ -134,7 +134,7 @@ def export(parts, base, destination, runtime, *, facts=None, **settings):
             model_of(engine, built, tokenizer, base, Path(folder) / "checkpoint"),
             destination=destination,
             config=config,
-            facts=ModelFacts(run=record_of({"tuning": "x", **(facts or {})}, [])),
+            facts=ModelFacts(run=parse_run_record({"tuning": "x", **(facts or {})}, [])),
             runtime=runtime,
             reference=take_reference(engine, built, tokenizer, runtime) if config.verify else None,
         )

@@ -12,7 +12,7 @@ from strategies.matmul import Matmul
 from tests.helpers.building import model_dir
 from tests.helpers.launching import command_here
 from tests.helpers.tokenizers import write_chat_data
-from trainer.reporting.jsonl import UNREADABLE, JsonlTracker
+from trainer.reporting.jsonl import UNREADABLE_LINES_FILE, JsonlTracker
 
 ZEN5, UNKNOWN = matmul.MEASURED_RATIOS[0].processor, matmul.Processor("GenuineIntel", 6, "AVX2", "mkl")
 NOTE = "auto -> onednn (oneDNN is 2.2 times as fast on AMD Zen 5)"
@@ -107,7 +107,7 @@ def test_matmul_library_of_the_first_start_is_kept_by_the_run(root, tmp_path, mo
     assert "is not UTF-8" in said
     assert "checkpoint step-000002: all of it was written when the run ended; it is published now" in said
     assert "resumed from step-000002" in said
-    assert len((cut / UNREADABLE).read_text().splitlines()) == 3
+    assert len((cut / UNREADABLE_LINES_FILE).read_text().splitlines()) == 3
     assert libraries[-1].library is Matmul.onednn
     assert noted(cut) == (NOTE, NOTE)
     assert losses(cut) == losses(calm)

@@ -83,7 +83,7 @@ def test_task_kinds_are_all_on_their_page():
 
 def test_trackers_are_all_on_their_page():
     page = text("docs/tracking.md")
-    assert not [kind.setting for kind in trackers.KINDS if f"logging.{kind.setting}=" not in page]
+    assert not [kind.setting_name for kind in trackers.TRACKER_KINDS if f"logging.{kind.setting_name}=" not in page]
 
 
 def test_the_comments_of_train_yaml_list_all_choices():

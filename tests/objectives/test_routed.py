@@ -41,7 +41,7 @@ from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.preference import DpoConfig
 from trainer.objectives.routed import AddedLosses, install_added_losses
 from trainer.objectives.sft import SftConfig
-from trainer.reporting.expert_load import expert_metrics, load_by_layer
+from trainer.reporting.expert_load import expert_load_by_layer, expert_metrics
 from trainer.tuning.base import LoraConfig
 from trainer.tuning.config import PromptConfig
 from trainer.tuning.full import Full
@@ -387,14 +387,17 @@ def test_router_counts_leave_out_padding_and_virtual_tokens():
 
 def test_load_of_layers_with_unlike_numbers_of_experts():
     tokens = torch.tensor([[6, 2, 0, 4], [5, 1, -2, -2]])
-    assert load_by_layer(tokens) == [{"max_over_mean": 2.0, "unused": 0.25}, {"max_over_mean": 5 / 3, "unused": 0.0}]
+    assert expert_load_by_layer(tokens) == [
+        {"max_over_mean": 2.0, "unused": 0.25},
+        {"max_over_mean": 5 / 3, "unused": 0.0},
+    ]
     assert expert_metrics(tokens) == {"experts/max_over_mean": 2.0, "experts/unused": 1 / 6}
 
 
 def test_load_of_the_ranks_over_which_experts_are_dealt():
     """Two ranks of two experts each: of 12 tokens 8 arrive at the busiest; a layer of two experts has one for each rank."""
     tokens = torch.tensor([[5, 3, 4, 0], [2, 4, -1, -1]])
-    assert [layer["rank_max_over_mean"] for layer in load_by_layer(tokens, 2)] == [8 / 6, 4 / 3]
+    assert [layer["rank_max_over_mean"] for layer in expert_load_by_layer(tokens, 2)] == [8 / 6, 4 / 3]
     even = torch.tensor([[6, 0, 0, 6]])
     assert expert_metrics(even, 2)["experts/rank_max_over_mean"] == 1.0
     assert "experts/rank_max_over_mean" not in expert_metrics(even)

@@ -37,7 +37,7 @@ from trainer.planner.oom_probe import ProbeInputs, take_probe_steps
 from trainer.planner.oom_report import is_out_of_memory
 from trainer.planner.rank_devices import DeviceMemory, RankCounts
 from trainer.planner.simulation import simulate_depth
-from trainer.reporting.resolution import resolution_of
+from trainer.reporting.resolution import parse_resolution
 
 CONTEXT = 0.75
 
@@ -271,7 +271,7 @@ def test_micro_batch_auto_run_takes_the_steps_of_one_with_the_number_typed(tmp_p
     record = json.loads((tmp_path / "auto/run.json").read_text())
     assert frozen["batch"]["micro"] == record["micro_batch"] == part
     assert (
-        str(resolution_of(MICRO_BATCH_KEY, frozen["substitutions"][MICRO_BATCH_KEY]))
+        str(parse_resolution(MICRO_BATCH_KEY, frozen["substitutions"][MICRO_BATCH_KEY]))
         == record["substitutions"][MICRO_BATCH_KEY]
     )
 

@@ -20,13 +20,13 @@ console = Console(enabled=True)
 schedule = RunSchedule(total_steps=20, first_step=0, started_at=0.0, evaluate_every=8)
 row = dict(grad_norm=1.5, lr=1e-4, tokens_per_s=4812.0, mfu=0.25, memory_gib=12.34, data_wait_s=0.002)
 console.print_line("a start screen")
-console.progress({**row, "step": 10, "loss": 2.5}, schedule)
+console.show_step({**row, "step": 10, "loss": 2.5}, schedule)
 console.print_line("evaluation at step 10")
-console.progress({**row, "step": 15, "loss": 1.25, "skipped": True}, schedule)
+console.show_step({**row, "step": 15, "loss": 1.25, "skipped": True}, schedule)
 if END:
-    console.progress({**row, "step": 20, "loss": 1.0}, schedule)
+    console.show_step({**row, "step": 20, "loss": 1.0}, schedule)
 else:
-    console.leave()
+    console.end_progress_bar()
 print("the end")
 """
 
@@ -92,7 +92,7 @@ def test_console_without_a_terminal_prints_a_line_for_each_interval(why, capsys,
     else:
         console = Console(enabled=True)
         row = {"grad_norm": 1.5, "lr": 1e-4, "tokens_per_s": 4812.0, "memory_gib": 1.0, "data_wait_s": 0.0, "loss": 1.0}
-        console.progress({**row, "step": 20}, RunSchedule(20, 0, 0.0))
+        console.show_step({**row, "step": 20}, RunSchedule(20, 0, 0.0))
         lines = capsys.readouterr().out.split("\n")
     assert any(
         re.match(r"step 20/20 \| loss 1.0000 \| grad 1.500 \| lr 1.00e-04 \| 4,812 tok/s", line) for line in lines

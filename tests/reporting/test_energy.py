@@ -11,7 +11,7 @@ from tests.helpers.launching import command_here
 from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from trainer.reporting import energy
-from trainer.reporting.documents.compute import compute
+from trainer.reporting.documents.compute import training_compute
 from trainer.reporting.run_record import RunOutcome, RunRecord
 
 THERE = importlib.util.find_spec("codecarbon") is not None
@@ -53,7 +53,7 @@ def test_energy_meter_that_fails_is_reported_and_ends_nothing(site, monkeypatch,
     def broken(self):
         raise RuntimeError("no such counter")
 
-    monkeypatch.setattr(energy._Meter, "_create_tracker", broken)
+    monkeypatch.setattr(energy._Meter, "_create_codecarbon_tracker", broken)
     assert command_here(["train", *words(site, "broken", "export.at_end=false")]) == 0
     assert "energy is not measured on" in (said := capsys.readouterr().out) and "no such counter" in said
     assert json.loads((site / "broken" / "run.json").read_text())["energy"] is None
@@ -61,9 +61,9 @@ def test_energy_meter_that_fails_is_reported_and_ends_nothing(site, monkeypatch,
 
 def test_energy_without_a_meter_is_from_the_answered_watts_or_left_open():
     run = RunRecord(flops_per_token=1.0, world_size=2, outcome=RunOutcome(speed={"tokens_per_s": 100.0}))
-    found = compute(run, {"device_watts": 500}, 360_000)
-    assert (found.kwh, found.energy) == (1.0, "an estimate: device hours times 500 W")
-    assert compute(run, {}, 360_000).kwh is None
+    found = training_compute(run, {"device_watts": 500}, 360_000)
+    assert (found.kwh, found.energy_source) == (1.0, "an estimate: device hours times 500 W")
+    assert training_compute(run, {}, 360_000).kwh is None
 
 
 def test_energy_that_cannot_be_measured_is_refused_before_anything_starts(site, monkeypatch):

@@ -5,20 +5,20 @@ import json
 import pytest
 
 from strategies.errors import ConfigError
-from trainer.reporting.file_version import FILE_VERSION, version_of
+from trainer.reporting.file_version import FILE_VERSION, readable_file_version
 from trainer.reporting.jsonl import JsonlTracker
 from trainer.reporting.metric_rows import read_rows, readable_rows
 
 
 @pytest.mark.parametrize(("tree", "version"), [({}, 0), ({"version": 0}, 0), ({"version": FILE_VERSION}, FILE_VERSION)])
 def test_metrics_version_of_a_file_without_one_is_0(tree, version):
-    assert version_of(tree) == version
+    assert readable_file_version(tree) == version
 
 
 @pytest.mark.parametrize("version", [FILE_VERSION + 1, -1, "1", 1.0, True, None])
 def test_metrics_version_that_is_later_or_none_is_refused(version):
     with pytest.raises(ValueError, match="version"):
-        version_of({"version": version})
+        readable_file_version({"version": version})
 
 
 def lines_of(path):

@@ -2,7 +2,14 @@
 
 import pytest
 
-from trainer.reporting.metric_names import METRIC_NAMES, XAxis, rated_row, recorded_name, tracked_name, tracked_row
+from trainer.reporting.metric_names import (
+    METRIC_NAMES,
+    XAxis,
+    recorded_name,
+    restore_rated_reward_names,
+    tracked_name,
+    tracked_row,
+)
 
 FAMILIES = ("step_tokens/web", "loss/web", "experts/unused", "gpu/3/power_w", "router/z_loss", "logits/z_loss", "kl")
 
@@ -42,11 +49,11 @@ def test_rewards_of_rated_answers_have_the_names_of_pairs_in_runs_that_begin_now
     tracked = tracked_row(step, step=3, training_s=1.5)
     assert (tracked["train/rewards/chosen"], tracked["train/rewards/rejected"]) == (0.3, -0.2)
     read = {recorded_name(name): value for name, value in tracked.items() if recorded_name(name)}
-    assert rated_row(read) == {**step, "step": 3}
+    assert restore_rated_reward_names(read) == {**step, "step": 3}
     # A run that began under the second edition goes on with the names that it has.
     earlier = tracked_row(step, step=3, training_s=1.5, edition=2)
     assert (earlier["train/desirable_reward"], earlier["train/undesirable_reward"]) == (0.3, -0.2)
-    assert rated_row({"desirable_reward": 0.3}) == {"desirable_reward": 0.3}
+    assert restore_rated_reward_names({"desirable_reward": 0.3}) == {"desirable_reward": 0.3}
 
 
 def test_an_axis_is_a_counter_that_every_row_has():

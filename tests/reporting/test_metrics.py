@@ -13,7 +13,7 @@ from trainer.reporting import gpu_meters, metrics, step_times
 from trainer.reporting.gpu_peaks import PEAK_TFLOPS
 from trainer.reporting.metrics import Meter, StepRecord, reference_tflops
 from trainer.reporting.run_record import PredictedCost, Receipt, RunRecord, Sharding
-from trainer.reporting.step_times import PARTS
+from trainer.reporting.step_times import STEP_PARTS
 from trainer.session.run_facts import start_screen_text
 
 
@@ -87,8 +87,8 @@ def test_metrics_of_gpus_of_all_hosts_need_no_further_reduction(monkeypatch):
 
 
 def test_gpu_driver_without_figures_is_asked_once_and_one_that_fails_later_again(monkeypatch):
-    monkeypatch.setattr(gpu_meters, "INTERVAL_S", 0)
-    nothing, something = [math.nan] * len(gpu_meters.NAMES), [50, math.nan, math.nan, math.nan]
+    monkeypatch.setattr(gpu_meters, "MEASURE_EVERY_S", 0)
+    nothing, something = [math.nan] * len(gpu_meters.GPU_FIGURE_NAMES), [50, math.nan, math.nan, math.nan]
     looks = iter([nothing, something])
     gpu_meters.GpuWatcher(torch.device("cuda:0"), lambda _: next(looks)).run()
     assert next(looks) is something
@@ -109,7 +109,7 @@ def test_the_speed_of_a_run_is_a_median_that_forgets_the_first_interval(monkeypa
     monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: next(clock)))  # of nobody else here
     meter = Meter(rank(), 2e9, 1.0)
     assert meter.speed() == {}
-    meter._clock = 0.0
+    meter._interval_began_at = 0.0
     meter.restart_clock()
     seen = []
     for number, tokens in enumerate([100, 100, 120, 100], 1):
@@ -241,7 +241,7 @@ def test_step_times_are_measured_for_each_part(monkeypatch):
     monkeypatch.setattr(step_times, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(metrics, "sum_over_ranks", lambda values: values * 2)  # the other rank's are the same
     meter = Meter(rank(0, 2), 1.0, None, ("accuracy",))
-    engine = meter.timing(Engine(clock))
+    engine = meter.wrap_with_timing(Engine(clock))
     assert engine.world_size == 2
     assert engine.forward({"loss": 3}, last=False) == {"loss": 3, "last": False}
     engine.backward(1, last=False)
@@ -254,6 +254,6 @@ def test_step_times_are_measured_for_each_part(monkeypatch):
     meter.add(step(1))
     meter.add(step(2))
     first, second = meter.flush()
-    assert [first[part] for part in PARTS] == [2, 4, 4]
-    assert [second[part] for part in PARTS] == [1, 2, 4]
+    assert [first[part] for part in STEP_PARTS] == [2, 4, 4]
+    assert [second[part] for part in STEP_PARTS] == [1, 2, 4]
     assert first["loss"] == 1.0 and first["data_wait_s"] == 0.5

@@ -15,8 +15,8 @@ from trainer.config.run import (
     requested_strategy,
     settled_matmul,
 )
-from trainer.reporting.resolution import OutOfMemoryTrial, ResolvedSetting, resolution_of
-from trainer.reporting.shared_choice import shared_choice
+from trainer.reporting.resolution import OutOfMemoryTrial, ResolvedSetting, parse_resolution
+from trainer.reporting.shared_choice import agree_on_shared_choice
 
 FITS = ResolvedSetting(
     MICRO_BATCH_KEY, "auto", 4, "planned 2.00 of 3.00 GiB", (OutOfMemoryTrial(16), OutOfMemoryTrial(8, step=3))
@@ -35,27 +35,29 @@ FITS = ResolvedSetting(
 )
 def test_a_resolution_is_shown_as_a_sentence_and_read_back_from_its_fields(resolution, sentence):
     assert str(resolution) == sentence
-    assert resolution_of(resolution.setting, json.loads(json.dumps(asdict(resolution)))) == resolution
+    assert parse_resolution(resolution.setting, json.loads(json.dumps(asdict(resolution)))) == resolution
 
 
 def test_a_sentence_of_an_early_run_directory_is_read():
-    assert resolution_of(MICRO_BATCH_KEY, str(FITS)) == FITS
+    assert parse_resolution(MICRO_BATCH_KEY, str(FITS)) == FITS
     together = "auto -> 4 (planned 2.00 of 3.00 GiB; 16, 8 ran out of memory)"
-    assert resolution_of(MICRO_BATCH_KEY, together) == replace(FITS, tried=(OutOfMemoryTrial(16), OutOfMemoryTrial(8)))
-    assert resolution_of(MATMUL_KEY, "auto -> onednn (as this run began)").chosen == Matmul.onednn
-    ran_out = resolution_of(STRATEGY_KEY, "auto (ddp ran out of memory; zero1 ran out of memory)")
+    assert parse_resolution(MICRO_BATCH_KEY, together) == replace(
+        FITS, tried=(OutOfMemoryTrial(16), OutOfMemoryTrial(8))
+    )
+    assert parse_resolution(MATMUL_KEY, "auto -> onednn (as this run began)").chosen == Matmul.onednn
+    ran_out = parse_resolution(STRATEGY_KEY, "auto (ddp ran out of memory; zero1 ran out of memory)")
     assert [trial.choice for trial in ran_out.tried] == ["ddp", "zero1"] and ran_out.chosen is None
 
 
 @pytest.mark.parametrize("note", [None, 7, [], {}, {"chosen": 1}, "auto -> as memory allows, where the GPUs are"])
 def test_resolution_in_an_unknown_form_is_none(note):
-    assert resolution_of(MICRO_BATCH_KEY, note) is None
+    assert parse_resolution(MICRO_BATCH_KEY, note) is None
 
 
 def test_resolution_fields_written_by_somebody_else_do_not_break_the_reader():
     stored = {"asked": "auto", "chosen": 2, "reason": None, "tried": ["8", {"choice": 4, "step": "x"}, {}]}
-    assert [trial.choice for trial in resolution_of(MICRO_BATCH_KEY, stored).tried] == ["8", 4, None]
-    assert resolution_of(MICRO_BATCH_KEY, {**stored, "tried": 3}).tried == ()
+    assert [trial.choice for trial in parse_resolution(MICRO_BATCH_KEY, stored).tried] == ["8", 4, None]
+    assert parse_resolution(MICRO_BATCH_KEY, {**stored, "tried": 3}).tried == ()
 
 
 def test_resolution_is_decided_by_its_fields_and_not_by_its_wording(monkeypatch):
@@ -79,7 +81,9 @@ def test_resolution_is_decided_by_its_fields_and_not_by_its_wording(monkeypatch)
 def test_resolution_is_shared_by_the_points_of_a_comparison_in_either_form(tmp_path):
     (tmp_path / "comparison.json").write_text("{}")
     choice = json.loads(json.dumps(asdict(ResolvedSetting(MATMUL_KEY, "auto", "blas", "here"))))
-    assert shared_choice(tmp_path / "first", MATMUL_KEY, choice) == choice
-    assert shared_choice(tmp_path / "second", MATMUL_KEY, {"asked": "auto", "chosen": "onednn"}) == choice
+    assert agree_on_shared_choice(tmp_path / "first", MATMUL_KEY, choice) == choice
+    assert agree_on_shared_choice(tmp_path / "second", MATMUL_KEY, {"asked": "auto", "chosen": "onednn"}) == choice
     (tmp_path / f"{MATMUL_KEY}.json").write_text(json.dumps({MATMUL_KEY: "auto -> onednn (elsewhere)"}))
-    assert resolution_of(MATMUL_KEY, shared_choice(tmp_path / "third", MATMUL_KEY, choice)).chosen == "onednn"
+    assert (
+        parse_resolution(MATMUL_KEY, agree_on_shared_choice(tmp_path / "third", MATMUL_KEY, choice)).chosen == "onednn"
+    )

@@ -12,7 +12,7 @@ import pytest
 from trainer.reporting.file_version import FILE_VERSION
 from trainer.reporting.results import add_to_run_record
 from trainer.reporting.run_record import (
-    MOST_BYTES,
+    MAX_RECORD_BYTES,
     OPTIONAL_KEYS,
     MeasuredCost,
     MemoryCheck,
@@ -118,7 +118,7 @@ def test_no_file_and_a_huge_file_are_no_record(tmp_path):
     with pytest.raises(OSError):
         read_run_record(tmp_path)
     with (tmp_path / "run.json").open("wb") as file:
-        file.truncate(MOST_BYTES + 1)
+        file.truncate(MAX_RECORD_BYTES + 1)
     with pytest.raises(OSError, match="more than"):
         read_run_record(tmp_path)
     assert readable_run_record(tmp_path) == RunRecord()

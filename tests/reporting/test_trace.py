@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from launch.compare.profiles import read_profile
 from trainer.reporting.profile import ProfileConfig, Profiler, profile_problems
-from trainer.reporting.trace import summarise
+from trainer.reporting.trace import summarise_trace
 
 
 def event(name, begin, dur, cat="kernel", tid=7):
@@ -21,7 +21,7 @@ def test_trace_has_exposed_communication_and_idle_time():
     """Compute 0-10 and 14-20; communication 5-12 and 25-27: 2 of the first and all of the second are exposed."""
     trace = [event("gemm", 0, 10), event("gemm", 14, 6), event("ncclDevKernel_AllReduce", 5, 7, tid=8)]
     trace += [event("ncclDevKernel_AllReduce", 25, 2, tid=8), event("aten::mm", 0, 100, cat="cpu_op")]
-    found = summarise(trace)
+    found = summarise_trace(trace)
     assert found["of"] == "device" and found["window_s"] == pytest.approx(27e-6)
     assert found["communication_s"] == pytest.approx(9e-6) and found["exposed_s"] == pytest.approx(4e-6)
     assert found["idle_s"] == pytest.approx(7e-6)  # 12-14 and 20-25
@@ -31,7 +31,7 @@ def test_trace_has_exposed_communication_and_idle_time():
 def test_trace_operator_is_not_counted_for_what_it_calls():
     trace = [event("outer", 0, 10, "cpu_op"), event("inner", 2, 3, "cpu_op"), event("inner", 6, 2, "cpu_op")]
     trace += [event("outer", 20, 1, "cpu_op"), event("inner", 0, 4, "cpu_op", tid=9)]
-    own = {each["name"]: (each["self_s"], each["calls"]) for each in summarise(trace)["operators"]}
+    own = {each["name"]: (each["self_s"], each["calls"]) for each in summarise_trace(trace)["operators"]}
     assert own == {"outer": (pytest.approx(6e-6), 2), "inner": (pytest.approx(9e-6), 3)}
 
 
@@ -43,7 +43,7 @@ def test_trace_that_torch_wrote_is_summarised(tmp_path):
         del right
     live.export_chrome_trace(str(tmp_path / "trace.json.gz"))
     with gzip.open(tmp_path / "trace.json.gz", "rt") as file:
-        found = summarise(json.load(file)["traceEvents"])
+        found = summarise_trace(json.load(file)["traceEvents"])
     told = {each["name"]: each for each in found["operators"]}
     assert found["of"] == "operators" and told["aten::mm"]["calls"] == 1
     assert {each.key: each.self_cpu_time_total for each in live.key_averages()}["aten::mm"] == pytest.approx(
@@ -54,7 +54,7 @@ def test_trace_that_torch_wrote_is_summarised(tmp_path):
 
 
 def test_trace_without_events_is_empty():
-    assert summarise([])["window_s"] == 0 and summarise([])["operators"] == []
+    assert summarise_trace([])["window_s"] == 0 and summarise_trace([])["operators"] == []
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from strategies.errors import StorageError
 from trainer.reporting import results
 from trainer.reporting.config import LoggingConfig, WandbMode
 from trainer.reporting.earlier_rows import EarlierResults
-from trainer.reporting.jsonl import UNREADABLE, JsonlTracker
+from trainer.reporting.jsonl import UNREADABLE_LINES_FILE, JsonlTracker
 from trainer.reporting.metric_rows import read_rows
 from trainer.reporting.status import RunState
 from trainer.reporting.trackers.base import RunEnding, TrackedRun
@@ -59,7 +59,7 @@ NO_ROWS = {
 
 def test_a_line_that_cannot_be_read_never_stops_a_start(tmp_path, capsys):
     """It is set aside with the reason, to the byte; the rows around it stay. A torn last line is torn, and nothing to tell of."""
-    path, aside = tmp_path / "metrics.jsonl", tmp_path / UNREADABLE
+    path, aside = tmp_path / "metrics.jsonl", tmp_path / UNREADABLE_LINES_FILE
     row = b'{"step": 1, "loss": 2.0, "name": "\xc3\xa4"}\n'
     path.write_bytes(row + b"".join(line + b"\n" for line in NO_ROWS) + b"\n" + row + b'{"step": 1, "lo')
     tracker = JsonlTracker(path, 1)
@@ -71,7 +71,7 @@ def test_a_line_that_cannot_be_read_never_stops_a_start(tmp_path, capsys):
     assert [each["text"].encode(errors="surrogateescape") for each in lines] == list(NO_ROWS)
     said = capsys.readouterr().out
     assert f"warning: {path}: line 2 is not UTF-8, line 3 is not UTF-8, line 4 is no object and 9 more; " in said
-    assert f"moved to {UNREADABLE}" in said
+    assert f"moved to {UNREADABLE_LINES_FILE}" in said
 
     JsonlTracker(path, 1).close()  # what was set aside once is not told of again
     assert len(aside.read_text(encoding="utf-8").splitlines()) == len(NO_ROWS)
@@ -84,8 +84,8 @@ def test_no_reader_stops_at_a_line_that_cannot_be_read(tmp_path, line):
     rows = [{"step": step, "loss": 1.0 / step, "eval/loss": 2.0} for step in (1, 2)]
     before, after = (json.dumps(row).encode() + b"\n" for row in rows)
     path.write_bytes(before + line + b"\n" + after)
-    assert results.rows(tmp_path) == following.read_last_rows(path) == rows
-    assert results.at_step(tmp_path, 2) == {"eval/loss": 2.0}
+    assert results.read_metric_rows(tmp_path) == following.read_last_rows(path) == rows
+    assert results.held_out_metrics_at_step(tmp_path, 2) == {"eval/loss": 2.0}
     assert following.loss_curve(path, 4) == [1.0, 0.5]
     assert search.metric_by_step(tmp_path, "eval/loss") == {1: 2.0, 2: 2.0}
     assert search.missing_metric_problem(tmp_path, "eval/accuracy").startswith("sweeper.metric=eval/accuracy: ")

@@ -34,7 +34,7 @@ from trainer.reporting.trackers import reachable, weights_and_biases
 from trainer.reporting.trackers.base import RunEnding
 from trainer.reporting.trackers.environment import apply_environment
 from trainer.reporting.trackers.reachable import unreachable_reason
-from trainer.reporting.tracking import open_trackers, summary_of
+from trainer.reporting.tracking import final_summary, open_trackers
 from trainer.session.lease import LeaseLost
 
 KEY = "k3y" * 13 + "k"
@@ -129,7 +129,7 @@ def test_data_that_an_online_run_uses_is_an_artifact(tmp_path, monkeypatch):
         def use_artifact(self, artifact):
             used.append(artifact)
 
-    monkeypatch.setattr(weights_and_biases, "no_server", lambda: None)
+    monkeypatch.setattr(weights_and_biases, "wandb_server_problem", lambda: None)
     monkeypatch.setattr("wandb.init", lambda **given: Run())
     (tmp_path / "data").mkdir()
     (tmp_path / "data/tokens.bin").write_bytes(b"x")
@@ -222,11 +222,13 @@ def test_wandb_rows_survive_the_signal_that_ends_its_own_process(tmp_path, last)
 
 def test_wandb_run_says_how_it_ended():
     assert (
-        RunEnding.by(Preempted("x")).alert is Alert.preempted
-        and RunEnding.by(LeaseLost("x")).state is RunState.preempted
+        RunEnding.from_error(Preempted("x")).alert is Alert.preempted
+        and RunEnding.from_error(LeaseLost("x")).state is RunState.preempted
     )
-    assert RunEnding.by(Diverged("x")).alert is Alert.diverged and RunEnding.by(RuntimeError("x")).exit_code == 70
-    assert RunEnding.by(KeyboardInterrupt()).exit_code == 130 and RunEnding(RunState.done).alert is None
+    assert (
+        RunEnding.from_error(Diverged("x")).alert is Alert.diverged and RunEnding.by(RuntimeError("x")).exit_code == 70
+    )
+    assert RunEnding.from_error(KeyboardInterrupt()).exit_code == 130 and RunEnding(RunState.done).alert is None
     went_on = RunEnding(RunState.done, diverged=True)
     assert (went_on.alert, went_on.tracked_state) == (Alert.diverged, "diverged")
     assert (
@@ -298,10 +300,10 @@ def test_wandb_online_without_a_network_is_offline_and_says_so(site):
 
 
 def test_wandb_server_that_accepts_and_never_answers_is_unreachable(monkeypatch):
-    monkeypatch.setattr(reachable, "ANSWER_S", 0.3)
+    monkeypatch.setattr(reachable, "REQUEST_TIMEOUT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert "no answer within" in unreachable_reason(f"http://127.0.0.1:{server.getsockname()[1]}")
-    monkeypatch.setattr(reachable, "LIMIT_S", 0.2)
+    monkeypatch.setattr(reachable, "TOTAL_TIMEOUT_S", 0.2)
     found = threading.Event()
     monkeypatch.setattr(reachable, "_request_problem", lambda address: found.wait() and None)
     try:
@@ -325,7 +327,7 @@ def test_tracker_error_shown_by_a_run_has_no_secret(tmp_path, monkeypatch):
 
 def test_wandb_summary_has_medians_and_the_largest_memory():
     speed = {"tokens_per_s": 14.0, "mfu": 0.5, "step_s": 2.0, "supervised_tokens_per_s": 7.0, "intervals": 3}
-    found = summary_of({"tokens_per_s": 12.0, "loss": 1.5, "memory_gib": 2.0}, speed, {"eval/loss": 1.25})
+    found = final_summary({"tokens_per_s": 12.0, "loss": 1.5, "memory_gib": 2.0}, speed, {"eval/loss": 1.25})
     assert found == {
         "final/tokens_per_s": 14.0,
         "final/supervised_tokens_per_s": 7.0,

@@ -8,7 +8,7 @@ from tests.reporting.test_tracking import tracked
 from trainer.reporting.config import Alert, LoggingConfig, WandbMode
 from trainer.reporting.status import RunState
 from trainer.reporting.trackers.base import RunEnding
-from trainer.reporting.tracking import open_without_rows
+from trainer.reporting.tracking import open_trackers_without_rows
 
 ENDINGS = {
     "done": RunEnding(RunState.done),
@@ -30,7 +30,7 @@ def sent(tmp_path_factory):
         wandb.teardown()  # of another test, with another server
         for run_id, ending in [*ENDINGS.items(), ("unreadable", RunEnding(RunState.done, diverged=True))]:
             run = tracked(root / run_id, logging, run_id=run_id, name=f"ddp-{run_id}", settings={"lr": 1e-4})
-            opened = open_without_rows(run, {})
+            opened = open_trackers_without_rows(run, {})
             assert "logging.wandb" not in opened.substitutions, "it is online"
             opened.trackers.log({"loss": 3.0, "tokens": 10, "eval/loss": 2.5}, step=1)
             opened.trackers.summarise({"final/loss": 3.0})

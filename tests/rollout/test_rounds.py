@@ -250,11 +250,11 @@ def test_trackers_show_answers_of_a_round_with_the_row_of_its_step(root, runtime
         log=lambda row, step: seen.append(step), log_table=lambda name, table, step: seen.append((name, step))
     )
     trackers = Trackers(None, [tracker])
-    trackers.show_with_row("rounds", table, step=11)
+    trackers.log_table_with_row("rounds", table, step=11)
     for step in (10, 11, 12):
         trackers.log({"loss": 0.0}, step=step)
     assert seen == [10, 11, ("rounds", 11), 12]
-    trackers.show_with_row("rounds", table, step=13)
+    trackers.log_table_with_row("rounds", table, step=13)
     trackers.rewind(11)
     trackers.log({"loss": 0.0}, step=13)
     assert seen[-1] == 13

@@ -32,7 +32,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, host, run = dist.get_rank(), os.uname().nodename, Path(os.environ["SHARDTUNE_RUN_DIR"])
     saved, status = run / "step.json", run / "status.json"
-    start_of_job = {"job": os.environ["SLURM_JOB_ID"], "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0)}
+    job_start_fields = {"job": os.environ["SLURM_JOB_ID"], "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0)}
     start = json.loads(saved.read_text())["step"] if saved.exists() else 0
     print(
         f"rank {rank} of {dist.get_world_size()} on {host}, threads {os.environ['OMP_NUM_THREADS']}, start {start}",
@@ -55,7 +55,7 @@ def main() -> None:
         write(saved, {"step": step})
         with (run / "starts.jsonl").open("a") as out:
             out.write(json.dumps({"from": start, "to": step, "state": state}) + "\n")
-        write(status, {"state": state, "step": step, **start_of_job})
+        write(status, {"state": state, "step": step, **job_start_fields})
     dist.barrier()
     dist.destroy_process_group()
 

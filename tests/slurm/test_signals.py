@@ -166,8 +166,8 @@ def test_a_crash_is_not_requeued_on_an_old_status(cluster: Cluster, site: Path) 
 def test_requeue_of_a_lost_rank_is_as_often_as_asked(cluster: Cluster, site: Path) -> None:
     lost = """
 import json, os, pathlib
-from trainer.reporting.status import start_of_job
-failure = {"retry": "node_fail", **start_of_job()}
+from trainer.reporting.status import job_start_fields
+failure = {"retry": "node_fail", **job_start_fields()}
 (pathlib.Path(os.environ["SHARDTUNE_RUN_DIR"]) / "failure.json").write_text(json.dumps(failure))
 raise SystemExit("lost")
 """

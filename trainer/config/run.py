@@ -36,7 +36,7 @@ from trainer.optim.config import OptimConfig
 from trainer.optim.schedule import ScheduleConfig
 from trainer.reporting.config import LoggingConfig
 from trainer.reporting.profile import ProfileConfig
-from trainer.reporting.resolution import ResolvedSetting, resolution_of
+from trainer.reporting.resolution import ResolvedSetting, parse_resolution
 from trainer.tuning.base import TuningConfig
 
 
@@ -319,13 +319,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         resolved = {
-            key: resolution_of(key, note) or note for key, note in self.substitutions.items() if key in RESOLVED
+            key: parse_resolution(key, note) or note for key, note in self.substitutions.items() if key in RESOLVED
         }
         self.substitutions = {**self.substitutions, **resolved}
 
     def resolution(self, setting: str) -> ResolvedSetting | None:
         """What became of a setting of `RESOLVED`; None if the run has not resolved it."""
-        return resolution_of(setting, self.substitutions.get(setting))
+        return parse_resolution(setting, self.substitutions.get(setting))
 
 
 def requested_micro_batch(batch: dict[str, Any], substitutions: dict[str, Any]) -> Any:
@@ -333,7 +333,7 @@ def requested_micro_batch(batch: dict[str, Any], substitutions: dict[str, Any]) 
 
     `batch` and `substitutions` are those of a configuration as plain dictionaries.
     """
-    resolution = resolution_of(MICRO_BATCH_KEY, substitutions.get(MICRO_BATCH_KEY))
+    resolution = parse_resolution(MICRO_BATCH_KEY, substitutions.get(MICRO_BATCH_KEY))
     if resolution is None or resolution.chosen != batch["micro"]:
         return batch["micro"]
     return resolution.asked
@@ -341,7 +341,7 @@ def requested_micro_batch(batch: dict[str, Any], substitutions: dict[str, Any]) 
 
 def requested_strategy(strategy: dict[str, Any], substitutions: dict[str, Any]) -> dict[str, Any]:
     """The settings of `strategy=auto` if the run chose this strategy itself; else the strategy's settings as they are."""
-    resolution = resolution_of(STRATEGY_KEY, substitutions.get(STRATEGY_KEY))
+    resolution = parse_resolution(STRATEGY_KEY, substitutions.get(STRATEGY_KEY))
     if resolution is None or (resolution.asked, resolution.chosen) != (AUTO, strategy["name"]):
         return strategy
     return {each.name: strategy[each.name] for each in fields(StrategyConfig) if each.name in strategy} | {"name": AUTO}

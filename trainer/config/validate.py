@@ -35,10 +35,10 @@ from trainer.model.config import ModelKind, Quantisation, may_be_hub_id
 from trainer.model.rules import missing_package, position_problems, read_config
 from trainer.objectives.registry import model_problems, objective_family, objective_problems
 from trainer.optim.support import problems as optimizer_problems
-from trainer.reporting.energy import problems as energy_problems
-from trainer.reporting.numbers import name_of_readers
+from trainer.reporting.energy import energy_problems
+from trainer.reporting.numbers import format_dp_ranks
 from trainer.reporting.profile import profile_problems
-from trainer.reporting.trackers.registry import problems as tracker_problems
+from trainer.reporting.trackers.registry import tracker_problems
 from trainer.tuning.check import SettingsBesideTuning, tuning_problems
 from trainer.tuning.initial_adapter import merge_problems
 from trainer.tuning.table import needs_padded_rows
@@ -85,7 +85,7 @@ def config_problems(config: RunConfig, *, world_size: int | None = None) -> list
     problems += optimizer_problems(config.optim, config.strategy, str(config.schedule.name), here=runs_here)
     problems += combination_problems(config.tuning, config.strategy, config.optim)
     problems += tracker_problems(config.logging) if runs_here else []
-    problems += energy_problems(config.logging, here=runs_here)
+    problems += energy_problems(config.logging, starts_here=runs_here)
     problems += profile_problems(config.profile, config.budget.steps)
     return [*problems, *_tuning_problems(config), *launcher_problems(config)]
 
@@ -156,7 +156,7 @@ def _batch_problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
 
     # Ranks that share their rows (`parallel.sequence`) count as one data-parallel rank.
     dp_size = max(1, dp_size_of(config, world_size or 1))
-    dp_ranks_text = "the ranks" if world_size is None else name_of_readers(dp_size, config.parallel.sequence)
+    dp_ranks_text = "the ranks" if world_size is None else format_dp_ranks(dp_size, config.parallel.sequence)
     if micro_batch == AUTO:  # a legal one is chosen later, if there can be any
         if global_batch % dp_size:
             legal = _nearest_multiples(global_batch, dp_size)

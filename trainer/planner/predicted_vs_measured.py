@@ -104,7 +104,7 @@ def measured_cost(meter: Meter, device: torch.device, checkpoint: SavedCheckpoin
         memory_reserved_gib=peaks_gib.get("memory_reserved_gib"),
         device_name=torch.cuda.get_device_name(device) if is_gpu else None,
         memory_of=f"{ON_GPU if is_gpu else ON_CPU}, {ranks_text}",
-        step_s=meter.step_s(),
+        step_s=meter.median_step_s(),
     )
     if meter.communication_totals is not None:
         cost.exchanged_bytes = dict(meter.communication_totals.bytes_by_collective)

@@ -9,17 +9,17 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 """The directory that holds the packages."""
-MANIFEST = "CODE.json"
+CODE_MANIFEST_FILE = "CODE.json"
 """Beside the packages of a copy: `sha256` of its files, `revision` of the clone they are from, `source`, its path."""
 
 
-def copy_manifest(root: Path = ROOT) -> dict[str, Any]:
+def read_code_manifest(root: Path = ROOT) -> dict[str, Any]:
     """The content of `CODE.json` in a job's copy of the code, such as {"sha256": "ab12", "revision": "cd34", "source": "/clone"}.
 
     Empty for a clone or an installation, which have no such file, and if it cannot be read.
     """
     try:
-        manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((root / CODE_MANIFEST_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
@@ -32,7 +32,7 @@ def code_revision(root: Path = ROOT) -> str | None:
     - A clone: its git revision, with `-dirty` if files were changed.
     - An installed package, or a clone whose git fails: None.
     """
-    manifest = copy_manifest(root)
+    manifest = read_code_manifest(root)
     if manifest:
         return manifest.get("revision") or f"code {str(manifest.get('sha256'))[:12]}"
     if not (root / ".git").exists():

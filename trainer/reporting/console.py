@@ -18,7 +18,7 @@ MIN_BAR_WIDTH = 10
 """Columns that the bar keeps. Fields beside it are left out before it gets shorter."""
 MAX_BAR_WIDTH = 40
 """Columns of the bar at most: a longer one tells no more."""
-CLEAR = "\r\x1b[2K"
+CLEAR_LINE_CODES = "\r\x1b[2K"
 """Control codes: go to the beginning of the line, and empty it."""
 
 
@@ -37,16 +37,16 @@ class RunSchedule:
 
 
 class Console:
-    """Prints on the main rank; writes every rank's lines, with the time, to its own file."""
+    """Prints lines and a progress bar on rank 0; writes the lines of every rank, with the time, to the rank's own log file."""
 
     def __init__(self, *, enabled: bool, log: Path | None = None) -> None:
         self.enabled = enabled
-        self._live = enabled and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-        self._bar = ""
-        self._log: TextIO | None = None
+        self._shows_bar = enabled and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._shown_bar = ""
+        self._log_file: TextIO | None = None
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
-            self._log = log.open("a", encoding="utf-8", errors="backslashreplace")
+            self._log_file = log.open("a", encoding="utf-8", errors="backslashreplace")
 
     @property
     def width(self) -> int:
@@ -55,47 +55,47 @@ class Console:
 
     def print_line(self, text: str) -> None:
         """Print a line above the progress bar, and write it to the log file."""
-        self.note(text)
+        self.write_to_log(text)
         if not self.enabled:
             return
-        bar = self._bar
-        clear_bar = CLEAR if bar else ""
+        bar = self._shown_bar
+        clear_bar = CLEAR_LINE_CODES if bar else ""
         print(f"{clear_bar}{text}", flush=not bar)
-        self._draw(bar)
+        self._draw_bar(bar)
 
-    def note(self, text: str) -> None:
+    def write_to_log(self, text: str) -> None:
         """Write a line to the log file alone, with the time and without secrets."""
-        if self._log is not None:
+        if self._log_file is not None:
             with suppress(OSError):  # a full disk is reported by whoever writes what the run depends on
-                self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {redact(text)}\n")
-                self._log.flush()
+                self._log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {redact(text)}\n")
+                self._log_file.flush()
 
-    def progress(self, row: dict[str, Any], schedule: RunSchedule) -> None:
+    def show_step(self, row: dict[str, Any], schedule: RunSchedule) -> None:
         """Show the newest step: as a bar on a terminal, else as a line. The log file gets the line in any case.
 
         `row`: the step's metrics, as in `metrics.jsonl`.
         """
         line = " | ".join(_progress_fields(row, schedule))
-        self.note(line)
-        if not self._live:
+        self.write_to_log(line)
+        if not self._shows_bar:
             if self.enabled:
                 print(line, flush=True)
             return
-        self._draw(_progress_bar(row, schedule, self.width - 1))
+        self._draw_bar(_progress_bar(row, schedule, self.width - 1))
         if row["step"] >= schedule.total_steps:
-            self.leave()
+            self.end_progress_bar()
 
-    def leave(self) -> None:
-        """End the bar where it is: what is printed next, by whomever, begins a line of its own."""
-        if self._bar:
+    def end_progress_bar(self) -> None:
+        """Leave the bar on its line, and begin a new line, so that what anybody prints next stands on a line of its own."""
+        if self._shown_bar:
             print(flush=True)
-            self._bar = ""
+            self._shown_bar = ""
 
-    def _draw(self, bar: str) -> None:
+    def _draw_bar(self, bar: str) -> None:
         """Replace the bar by this text, on the same line of the terminal; an empty text leaves none."""
-        self._bar = bar
+        self._shown_bar = bar
         if bar:
-            sys.stdout.write(CLEAR + bar)
+            sys.stdout.write(CLEAR_LINE_CODES + bar)
             sys.stdout.flush()
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from trainer.reporting.metric_names import POSITIONS
+from trainer.reporting.metric_names import POSITION_METRICS
 
-SPEED = ("tokens_per_s", "tokens_per_s_per_rank", "mfu", "supervised_tokens_per_s", "step_s")
+SPEED_METRICS = ("tokens_per_s", "tokens_per_s_per_rank", "mfu", "supervised_tokens_per_s", "step_s")
 
 
 @dataclass(slots=True)
@@ -17,9 +17,9 @@ class EarlierResults:
     """Results of the steps before a resumed run's first."""
 
     before: dict[str, float] = field(default_factory=dict)
-    """Held-out metrics before the first step of all."""
+    """Held-out metrics before the first step of the whole run."""
     after: dict[str, float] = field(default_factory=dict)
-    """Those of the last evaluation."""
+    """Held-out metrics of the last evaluation in these rows."""
     last_row: dict[str, Any] = field(default_factory=dict)
     speed: dict[str, float] = field(default_factory=dict)
     """As `Meter.speed`, over steps instead of logging intervals."""
@@ -33,19 +33,19 @@ def earlier_results(rows: Iterable[dict[str, Any]]) -> EarlierResults:
     A row of a step has a `loss`; one of an evaluation has none, such as {"step": 100, "eval/loss": 2.1}.
     """
     results = EarlierResults()
-    values_by_rate: dict[str, list[float]] = {}  # of each step, by the names in SPEED
+    values_by_speed: dict[str, list[float]] = {}  # of each step, by the names in SPEED_METRICS
     for row in rows:
         if "loss" in row:
             results.last_row = row
-            for rate in SPEED:
-                if isinstance(row.get(rate), int | float):
-                    values_by_rate.setdefault(rate, []).append(row[rate])
+            for name in SPEED_METRICS:
+                if isinstance(row.get(name), int | float):
+                    values_by_speed.setdefault(name, []).append(row[name])
             continue
         # A row without a loss is of an evaluation.
-        metrics = {name: metric for name, metric in row.items() if name not in POSITIONS}
+        metrics = {name: metric for name, metric in row.items() if name not in POSITION_METRICS}
         if row["step"] == 0:
             results.before = metrics
         results.after = metrics
-    results.training_s = sum(values_by_rate.get("step_s", []))
-    results.speed = {rate: median(values) for rate, values in values_by_rate.items()}
+    results.training_s = sum(values_by_speed.get("step_s", []))
+    results.speed = {name: median(values) for name, values in values_by_speed.items()}
     return results

@@ -25,30 +25,32 @@ from trainer.reporting.status import write_text_atomic
 if TYPE_CHECKING:
     from trainer.reporting.config import LoggingConfig
 
-FOLDER = "energy"
-EVERY_S = 15
+ENERGY_DIR_NAME = "energy"
+MEASURE_EVERY_S = 15
 """Seconds between two measurements of power."""
-WRITTEN_EVERY = 4
+MEASUREMENTS_PER_WRITE = 4
 """Measurements between two writes."""
-PATIENCE_S = 30
-"""Seconds for which the end of a short run waits for a tracker that has not begun."""
+START_TIMEOUT_S = 30
+"""Seconds for which the end of a short run waits for a tracker that is still starting."""
 
 
-def problems(config: LoggingConfig, *, here: bool) -> Iterator[str]:
+def energy_problems(config: LoggingConfig, *, starts_here: bool) -> Iterator[str]:
     """An error message if energy cannot be measured as `logging.energy` asks.
 
-    `here`: whether the run starts on this host, so that its packages are those of the run.
+    `starts_here`: whether the run starts on this host, so that its packages are those of the run.
     """
     if config.energy is None:
         return
     if not re.fullmatch(r"[A-Z]{3}", config.energy):
         yield f"logging.energy={config.energy}: must be the three letters of a country (ISO 3166), as in logging.energy=DEU"
-    elif here and find_spec("codecarbon") is None:
+    elif starts_here and find_spec("codecarbon") is None:
         yield f"logging.energy={config.energy}: needs the package codecarbon ({install_command('energy')})"
 
 
 @contextmanager
-def metering(country: str | None, run_dir: Path, runtime: Runtime, print_line: Callable[[str], None]) -> Iterator[None]:
+def measure_energy(
+    country: str | None, run_dir: Path, runtime: Runtime, print_line: Callable[[str], None]
+) -> Iterator[None]:
     """A context in which codecarbon measures the energy of this host, on its first rank; other ranks measure nothing.
 
     Writes the totals to a file in `energy/` of the run directory. `country`: three letters (ISO 3166), whose electricity decides
@@ -57,7 +59,7 @@ def metering(country: str | None, run_dir: Path, runtime: Runtime, print_line: C
     if country is None or runtime.local_rank != 0:
         yield
         return
-    file = run_dir / FOLDER / f"{time.time_ns()}-{socket.gethostname()}.json"  # of this start on this host
+    file = run_dir / ENERGY_DIR_NAME / f"{time.time_ns()}-{socket.gethostname()}.json"  # of this start on this host
     meter = _Meter(country, file, print_line)
     meter.start()
     try:
@@ -72,8 +74,8 @@ def energy_of_run(run_dir: Path) -> dict[str, Any] | None:
     Such as {"kwh": 1.2, "kg_co2e": 0.4, "hours": 6.0, "country": "DEU", "by": "codecarbon 3.0", "hosts": 2}. `hours` are those of
     all hosts together; country and measuring library are those of the newest start.
     """
-    measurements: list[dict[str, Any]] = []  # one for each start on each host, as `_Meter.write` wrote it
-    for path in sorted((run_dir / FOLDER).glob("*.json")):
+    measurements: list[dict[str, Any]] = []  # one for each start on each host, such as {"host": "n1", "kwh": 0.6, ...}
+    for path in sorted((run_dir / ENERGY_DIR_NAME).glob("*.json")):
         try:
             measurements.append(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError):  # its host was killed while it wrote the file for the first time
@@ -83,7 +85,7 @@ def energy_of_run(run_dir: Path) -> dict[str, Any] | None:
     energy: dict[str, Any] = {}
     for name in ("kwh", "kg_co2e", "hours"):
         energy[name] = sum(float(measurement[name]) for measurement in measurements)
-    newest = measurements[-1]
+    newest = measurements[-1]  # the files are sorted by name, which begins with the time of the start
     hosts = {measurement["host"] for measurement in measurements}
     return {**energy, "country": newest["country"], "by": newest["by"], "hosts": len(hosts)}
 
@@ -101,7 +103,7 @@ class _Meter(threading.Thread):
     def run(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.tracker = self._create_tracker()
+            self.tracker = self._create_codecarbon_tracker()
             self.tracker.start()
         except Exception as error:  # noqa: BLE001 - whatever a meter lacks, the run trains on
             self.tracker = None
@@ -109,11 +111,11 @@ class _Meter(threading.Thread):
             self.print_line(f"energy is not measured on {socket.gethostname()}: {one_line}")
 
     def stop(self) -> None:
-        """Let the tracker measure once more and write its totals. Waits `PATIENCE_S` for a tracker that is still starting."""
-        self.join(PATIENCE_S)
+        """Let the tracker measure once more and write its totals; a tracker that is still starting is given `START_TIMEOUT_S`."""
+        self.join(START_TIMEOUT_S)
         if self.is_alive():
             self.print_line(
-                f"energy is not measured on {socket.gethostname()}: codecarbon did not begin in {PATIENCE_S} s"
+                f"energy is not measured on {socket.gethostname()}: codecarbon did not begin in {START_TIMEOUT_S} s"
             )
         elif self.tracker is not None:
             try:
@@ -122,8 +124,11 @@ class _Meter(threading.Thread):
                 one_line = " ".join(str(error).split())
                 self.print_line(f"energy: the last look failed on {socket.gethostname()}: {one_line}")
 
-    def _create_tracker(self) -> Any:
-        """codecarbon's tracker of this host, which hands its totals to `write` every `EVERY_S * WRITTEN_EVERY` seconds."""
+    def _create_codecarbon_tracker(self) -> Any:
+        """codecarbon's tracker of this host.
+
+        It hands its totals to `write_totals` once in `MEASUREMENTS_PER_WRITE` measurements.
+        """
         from codecarbon import OfflineEmissionsTracker
         from codecarbon.output import BaseOutput
 
@@ -131,23 +136,23 @@ class _Meter(threading.Thread):
             """codecarbon's interface of an output: it calls `live_out` now and then, and `out` at the end."""
 
             def out(_, total: Any, delta: Any) -> None:
-                self.write(total)
+                self.write_totals(total)
 
             live_out = out
 
         logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
         return OfflineEmissionsTracker(
             country_iso_code=self.country,
-            measure_power_secs=EVERY_S,
-            api_call_interval=WRITTEN_EVERY,
+            measure_power_secs=MEASURE_EVERY_S,
+            api_call_interval=MEASUREMENTS_PER_WRITE,
             output_handlers=[TotalsToFile()],
             save_to_file=False,
             allow_multiple_runs=True,
             log_level="critical",
         )
 
-    def write(self, total: Any) -> None:
-        """Replace the host's file by its totals since the start. `total`: codecarbon's `EmissionsData`."""
+    def write_totals(self, total: Any) -> None:
+        """Replace the file of this host by its totals since the start. `total`: codecarbon's `EmissionsData`."""
         measured_devices = [total.cpu_model, "memory"]
         if total.gpu_count:
             measured_devices.insert(0, f"{total.gpu_count} x {total.gpu_model}")

@@ -15,8 +15,11 @@ FILE_VERSION = 1
 """What is written now, and the latest that can be read."""
 
 
-def version_of(tree: Mapping[str, Any]) -> int:
-    """The version of a file with these keys. Raises ValueError, with a sentence for people, if it is a later one or is none."""
+def readable_file_version(tree: Mapping[str, Any]) -> int:
+    """The version that a file of a run directory states: {"version": 1} -> 1, and 0 if it states none.
+
+    `tree`: the keys of the file. Raises ValueError, with a sentence for people, if this code does not know the version.
+    """
     version = tree.get(VERSION_KEY, 0)
     if type(version) is not int or version < 0:
         raise ValueError(f"its {VERSION_KEY} is {version!r}, which is none")

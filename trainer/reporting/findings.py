@@ -6,26 +6,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-SHOWN_REMEDIES = 3
+MAX_SHOWN_REMEDIES = 3
 """Remedies of a finding that stand in the last lines, the cheapest ones; `run.json` has all."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedFinding:
-    """One challenge that is there at the end of the record."""
+    """A problem that a detector found in a run, and that the run has not recovered from."""
 
     name: str
     """Name of the detector, or of the kind of problem that it found, such as `diverged`."""
     step: int
-    """At which it was found first."""
-    says: str
+    """The step at which it was found first."""
+    observation: str
     """What was seen, with its numbers."""
     remedies: list[str]
+    """What the user can do, the cheapest first."""
 
     @property
-    def text(self) -> str:
-        """The finding as one sentence."""
-        return f"{self.name}, since step {self.step}: {self.says}"
+    def sentence(self) -> str:
+        """The finding as one sentence, such as `diverged, since step 40: the loss is 9.1, and was 2.3`."""
+        return f"{self.name}, since step {self.step}: {self.observation}"
 
 
 def findings_in(challenges: Mapping[str, Any] | None) -> list[RecordedFinding]:
@@ -42,11 +43,11 @@ def findings_in(challenges: Mapping[str, Any] | None) -> list[RecordedFinding]:
         # The sentence begins with the name, which is shown beside it.
         observation = str(record.get("says", "")).removeprefix(f"{name}: ")
         remedies = [*record.get("remedies", [])]
-        findings.append(RecordedFinding(name, first_step, observation, remedies))
+        findings.append(RecordedFinding(name=name, step=first_step, observation=observation, remedies=remedies))
     return findings
 
 
-def status_note(challenges: Mapping[str, Any] | None) -> str | None:
+def findings_summary(challenges: Mapping[str, Any] | None) -> str | None:
     """The findings in a few words, for `shardtune status`; None if there are none."""
     notes = [f"{finding.name}, since step {finding.step}" for finding in findings_in(challenges)]
     return "; ".join(notes) or None

@@ -15,23 +15,23 @@ from trainer.reporting.earlier_rows import EarlierResults, earlier_results
 from trainer.reporting.file_version import FILE_VERSION, VERSION_KEY
 from trainer.reporting.metric_rows import UnreadableLine, read_rows
 
-UNREADABLE = "metrics.unreadable.jsonl"
+UNREADABLE_LINES_FILE = "metrics.unreadable.jsonl"
 """Beside the file of rows: lines of it that were no rows when a start read it, each with its number and what is wrong."""
 MAX_LINES_IN_WARNING = 3
 
 
 class JsonlTracker:
-    """`metrics.jsonl`: one JSON object a line, full precision, flushed a row at a time; see `not_finite`."""
+    """`metrics.jsonl`: one JSON object a line, full precision, flushed a row at a time; see `non_finite_metrics`."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
         """Open the file for appending. `resume_step`: rows after it are removed; 0 at a start. Errors: StorageError."""
         self.path = path
         self.earlier = EarlierResults()
-        self._warned = False
+        self._has_warned = False
         try:
             if path.exists():  # rows after the checkpoint belong to a future that is now done again
                 self._rewrite_up_to(resume_step or -1)  # a new start keeps no row, not even that of step 0
-            self._file = self._open()
+            self._file = self._open_for_appending()
             atomic_io.sync_directory(path.parent)
         except OSError as error:
             raise StorageError(
@@ -43,12 +43,12 @@ class JsonlTracker:
 
         Lines that are no rows are moved to `metrics.unreadable.jsonl`, with a warning. Raises OSError with all rows still there.
         """
-        content = read_rows(self.path)
-        if content.unreadable:
-            self._save_unreadable_lines(content.unreadable)
+        recorded = read_rows(self.path)
+        if recorded.unreadable:
+            self._save_unreadable_lines(recorded.unreadable)
         kept_rows = []
         kept_lines = []
-        for row, line in zip(content.rows, content.lines, strict=True):
+        for row, line in zip(recorded.rows, recorded.lines, strict=True):
             if row["step"] <= step:
                 kept_rows.append(row)
                 kept_lines.append(line + b"\n")
@@ -64,18 +64,20 @@ class JsonlTracker:
 
         The caller removes them from `metrics.jsonl`.
         """
-        unreadable_file = self.path.with_name(UNREADABLE)
+        unreadable_file = self.path.with_name(UNREADABLE_LINES_FILE)
         with unreadable_file.open("a", encoding="utf-8") as file:
             for line in unreadable:
                 # Bytes that are not UTF-8 stand as lone surrogates, which Python turns back into the same bytes.
-                text = line.line.decode(errors="surrogateescape")
+                text = line.line_bytes.decode(errors="surrogateescape")
                 file.write(json.dumps({"line": line.number, "reason": line.reason, "text": text}) + "\n")
         atomic_io.sync_file(unreadable_file)
-        named_lines = ", ".join(str(line) for line in unreadable[:MAX_LINES_IN_WARNING])  # such as `line 3 is no JSON`
+        line_problems = ", ".join(
+            str(line) for line in unreadable[:MAX_LINES_IN_WARNING]
+        )  # such as `line 3 is no JSON`
         if len(unreadable) > MAX_LINES_IN_WARNING:
-            named_lines += f" and {len(unreadable) - MAX_LINES_IN_WARNING} more"
+            line_problems += f" and {len(unreadable) - MAX_LINES_IN_WARNING} more"
         print(
-            f"warning: {self.path}: {named_lines}; what cannot be read was moved to {unreadable_file.name}, and the run "
+            f"warning: {self.path}: {line_problems}; what cannot be read was moved to {unreadable_file.name}, and the run "
             "continues without it",
             flush=True,
         )
@@ -84,16 +86,16 @@ class JsonlTracker:
         """Remove the rows after `step` from the file, because training continues from there."""
         self._file.close()
         self._rewrite_up_to(step)
-        self._file = self._open()
+        self._file = self._open_for_appending()
 
-    def _open(self) -> TextIO:
+    def _open_for_appending(self) -> TextIO:
         """Open the file for appending, and for reading it back if somebody deletes its name while the run goes on."""
         return self.path.open("a+", encoding="utf-8")
 
-    def _write_again_if_deleted(self) -> None:
-        """Put all rows back under their name, durably, if somebody deleted the file. Errors: OSError."""
+    def _restore_if_deleted(self) -> None:
+        """Write the file again, with all rows and durably, if somebody deleted it while the run goes on. Errors: OSError."""
         try:
-            # A missing directory was renamed or deleted, which the lease of the run finds out.
+            # Not if the directory is missing too: it was renamed or deleted, which the lease of the run finds out.
             is_deleted = not self.path.exists() and self.path.parent.is_dir()
         except OSError:  # a network mount that fails for a moment; the file is open, and takes the row
             return
@@ -106,13 +108,13 @@ class JsonlTracker:
         atomic_io.sync_file(temporary)
         atomic_io.disk.rename(temporary, self.path)
         self._file.close()
-        self._file = self._open()
+        self._file = self._open_for_appending()
         print(f"{self.path}: was deleted while the run was under way; its rows are written again", flush=True)
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
         """Append a row, with the names of its metrics that are not finite, and flush it. Errors: OSError."""
-        self._write_again_if_deleted()
-        row = {"step": step, **metrics, **not_finite(metrics)}
+        self._restore_if_deleted()
+        row = {"step": step, **metrics, **non_finite_metrics(metrics)}
         is_first_row = os.fstat(self._file.fileno()).st_size == 0
         if is_first_row:
             # The version is one more key of the first row: a row of its own would not be a row of metrics.
@@ -125,24 +127,24 @@ class JsonlTracker:
         try:
             atomic_io.disk.sync(self._file.fileno())
         except OSError as error:
-            if not self._warned:
+            if not self._has_warned:
                 print(
                     f"warning: {self.path} could not be synced ({atomic_io.error_summary(error)}): a power cut may lose rows "
                     "that the checkpoints count on; the checkpoints themselves are synced separately",
                     flush=True,
                 )
-            self._warned = True
+            self._has_warned = True
 
     def close(self) -> None:
         """Close the file. Each row was flushed when it was logged, so a failure was reported then and not here."""
         with suppress(OSError):
-            self._write_again_if_deleted()
+            self._restore_if_deleted()
         with suppress(OSError):
             self._file.close()
 
 
-def not_finite(metrics: dict[str, Any]) -> dict[str, list[str]]:
-    """`{"not_finite": [names]}` if numbers are NaN or infinite, which JSON cannot hold: they become null. Else empty."""
+def non_finite_metrics(metrics: dict[str, Any]) -> dict[str, list[str]]:
+    """{"not_finite": ["grad_norm"]} if that metric is NaN or infinite, which becomes null in JSON; empty if all are finite."""
     names = []
     for name, value in metrics.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -151,16 +153,16 @@ def not_finite(metrics: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def json_text(content: Any, **dumps_arguments: Any) -> str:
-    """JSON that every reader takes, with null for numbers that are NaN or infinite. `dumps_arguments`: of `json.dumps`."""
-    return json.dumps(_with_null(content), allow_nan=False, **dumps_arguments)
+    """The content as standard JSON, with null for numbers that are NaN or infinite. `dumps_arguments`: for `json.dumps`."""
+    return json.dumps(_replace_non_finite(content), allow_nan=False, **dumps_arguments)
 
 
-def _with_null(value: Any) -> Any:
-    """The same JSON values, at any depth, with None for each number that is not finite."""
+def _replace_non_finite(value: Any) -> Any:
+    """A copy of nested JSON values with None for each number that is not finite: [1.0, nan] -> [1.0, None]."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _with_null(inner) for key, inner in value.items()}
+        return {key: _replace_non_finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_with_null(inner) for inner in value]
+        return [_replace_non_finite(inner) for inner in value]
     return value

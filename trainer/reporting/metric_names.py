@@ -15,8 +15,8 @@ from typing import Any
 FIRST_EDITION = 1
 """Edition of the names of runs that record none: trackers have the names of `metrics.jsonl`."""
 RATED_REWARDS_EDITION = 3
-"""Edition from which on the rewards of answers that are rated one by one have the names of pairs (`RATED_REWARDS`)."""
-EDITION = 3
+"""From this edition on, rewards of answers that are rated one by one have the names of pairs (`PAIR_REWARD_BY_RATED_REWARD`)."""
+CURRENT_EDITION = 3
 """Edition of the names that a new run uses. A run that goes on keeps the edition it began with."""
 
 
@@ -75,16 +75,16 @@ TRAINING_S = TrackedMetric("time/training_s", "seconds of steps since the start"
 """A counter that trackers alone get: `metrics.jsonl` has the seconds of each step."""
 PAIR_ACCURACY = TrackedMetric("train/rewards/accuracies", "share")
 """`accuracy` of an objective that compares rewards, as TRL calls it."""
-RATED_REWARDS = {"desirable_reward": "chosen_reward", "undesirable_reward": "rejected_reward"}
+PAIR_REWARD_BY_RATED_REWARD = {"desirable_reward": "chosen_reward", "undesirable_reward": "rejected_reward"}
 """Rewards of answers that are rated one by one (KTO), by the metric of pairs whose name they share, as in TRL."""
-GROUP_OF_FAMILY = {"step_tokens/": "data/", "experts/": "", "gpu/": ""}
-"""What comes before the names of a family, such as `step_tokens/SOURCE`; any other family of a step is below `train/`."""
-EVALUATION_NAMES = ("eval/", "test/", "final/", "overfitting/", "output/", "forgetting")
-"""How names of evaluations and of the summary begin."""
-POSITIONS = ("step", "tokens", "epoch")
-"""Names in every row, also in one of an evaluation: how far the run was."""
-GROUPS = ("train/", "speed/", "time/", "memory/", "data/", "experts/", "gpu/")
-"""How the names begin that steps have in trackers."""
+GROUP_PREFIX_BY_FAMILY = {"step_tokens/": "data/", "experts/": "", "gpu/": ""}
+"""What trackers put before names that begin so: `data/step_tokens/web`. Any other name of a step is put below `train/`."""
+EVALUATION_PREFIXES = ("eval/", "test/", "final/", "overfitting/", "output/", "forgetting")
+"""How the names of metrics of evaluations and of the summary begin."""
+POSITION_METRICS = ("step", "tokens", "epoch")
+"""Metrics in every row, also in one of an evaluation, that say how far the run was."""
+TRACKER_GROUP_PREFIXES = ("train/", "speed/", "time/", "memory/", "data/", "experts/", "gpu/")
+"""How the names of a step's metrics begin in trackers."""
 
 
 class XAxis(StrEnum):
@@ -102,25 +102,27 @@ class XAxis(StrEnum):
 
 
 def tracked_name(name: str) -> str:
-    """The name in trackers of a metric of `metrics.jsonl`; that of an evaluation stays as it is.
+    """The name in trackers of a metric of `metrics.jsonl`. The name of a metric of an evaluation stays as it is.
 
     `loss` is `train/loss`, a term `kl` of an objective `train/kl`, `step_tokens/web` is `data/step_tokens/web`.
     """
     if name in METRIC_NAMES:
         return METRIC_NAMES[name].name
-    if name.startswith(EVALUATION_NAMES):
+    if name.startswith(EVALUATION_PREFIXES):
         return name
-    for family, group in GROUP_OF_FAMILY.items():
+    for family, group in GROUP_PREFIX_BY_FAMILY.items():
         if name.startswith(family):
             return group + name
     return f"train/{name}"
 
 
-def tracked_row(row: Mapping[str, Any], *, step: int, training_s: float, edition: int = EDITION) -> dict[str, Any]:
+def tracked_row(
+    row: Mapping[str, Any], *, step: int, training_s: float, edition: int = CURRENT_EDITION
+) -> dict[str, Any]:
     """A row of `metrics.jsonl` under the names that trackers show, with the step and the seconds of all steps so far.
 
     A step's {"loss": 2.3, "kl": 0.1} becomes {"train/loss": 2.3, "train/kl": 0.1}. A row without a `loss` is of an evaluation:
-    of its names only those in `POSITIONS` change. `edition`: which set of names the run began with, the second or a later one.
+    of its names only those in `POSITION_METRICS` change. `edition`: which set of names the run began with, 2 or 3.
     """
     is_of_step = "loss" in row
     compares_rewards = is_of_step and "margin" in row  # of preference pairs, as in DPO
@@ -128,9 +130,9 @@ def tracked_row(row: Mapping[str, Any], *, step: int, training_s: float, edition
     for name, metric in row.items():
         if compares_rewards and name == "accuracy":
             tracked[PAIR_ACCURACY.name] = metric
-        elif is_of_step and name in RATED_REWARDS and edition >= RATED_REWARDS_EDITION:
-            tracked[tracked_name(RATED_REWARDS[name])] = metric
-        elif is_of_step or name in POSITIONS:
+        elif is_of_step and name in PAIR_REWARD_BY_RATED_REWARD and edition >= RATED_REWARDS_EDITION:
+            tracked[tracked_name(PAIR_REWARD_BY_RATED_REWARD[name])] = metric
+        elif is_of_step or name in POSITION_METRICS:
             tracked[tracked_name(name)] = metric
         else:
             tracked[name] = metric
@@ -142,25 +144,26 @@ def recorded_name(tracked: str) -> str | None:
 
     None for a metric of an evaluation, and for one that is not in that file.
     """
-    if tracked == TRAINING_S.name or not tracked.startswith(GROUPS):
+    if tracked == TRAINING_S.name or not tracked.startswith(TRACKER_GROUP_PREFIXES):
         return None
     if tracked == PAIR_ACCURACY.name:
         return "accuracy"
-    if tracked in _NAME_OF_TRACKED:
-        return _NAME_OF_TRACKED[tracked]
-    for family, group in GROUP_OF_FAMILY.items():
+    if tracked in _NAME_BY_TRACKED_NAME:
+        return _NAME_BY_TRACKED_NAME[tracked]
+    for family, group in GROUP_PREFIX_BY_FAMILY.items():
         if tracked.startswith(group + family):
             return tracked.removeprefix(group)
     return tracked.removeprefix("train/")
 
 
-def rated_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A step of a run that rates answers one by one, with its rewards under their names in `metrics.jsonl`.
+def restore_rated_reward_names(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of a step of a run that rates answers one by one (KTO), with its rewards under their names in `metrics.jsonl`.
 
-    `row`: the step by `recorded_name`, which takes these rewards for those of pairs.
+    {"chosen_reward": 0.4} becomes {"desirable_reward": 0.4}: in trackers both have one name, which `recorded_name` takes for that
+    of preference pairs.
     """
-    rated_names = {of_pairs: rated for rated, of_pairs in RATED_REWARDS.items()}
-    return {rated_names.get(name, name): metric for name, metric in row.items()}
+    rated_name_by_pair_name = {pair_name: rated_name for rated_name, pair_name in PAIR_REWARD_BY_RATED_REWARD.items()}
+    return {rated_name_by_pair_name.get(name, name): metric for name, metric in row.items()}
 
 
-_NAME_OF_TRACKED = {metric.name: name for name, metric in METRIC_NAMES.items()}
+_NAME_BY_TRACKED_NAME = {metric.name: name for name, metric in METRIC_NAMES.items()}

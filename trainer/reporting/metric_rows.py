@@ -14,21 +14,21 @@ from typing import Any
 
 from strategies import atomic_io
 from strategies.errors import ConfigError
-from trainer.reporting.file_version import VERSION_KEY, version_of
+from trainer.reporting.file_version import VERSION_KEY, readable_file_version
 
-METRICS = "metrics.jsonl"
-MAX_BYTES = 2**34
-"""Bytes of such a file; more is not read at once."""
+METRICS_FILE = "metrics.jsonl"
+MAX_FILE_BYTES = 2**34
+"""A larger file is not read, since it is read at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class UnreadableLine:
-    """A line that is no row."""
+    """A line of `metrics.jsonl` that is no row of metrics."""
 
     number: int
-    """From 1."""
+    """Number of the line in the file, from 1."""
     reason: str
-    line: bytes
+    line_bytes: bytes
 
     def __str__(self) -> str:
         return f"line {self.number} {self.reason}"
@@ -42,38 +42,38 @@ class MetricRows:
     lines: list[bytes] = field(default_factory=list)
     """The line of the file that each of `rows` was read from, byte for byte."""
     unreadable: list[UnreadableLine] = field(default_factory=list)
-    """Without a last line that has no end: it is being written, or was when the run was killed."""
+    """Lines that are no rows, without a last line that has no newline: it is being written, or was when the run was killed."""
     version: int = 0
     """Version of the file, from its first row; 0 for a file from before there were versions. It is taken out of the row."""
 
 
 def read_rows(path: Path) -> MetricRows:
-    """All rows of a `metrics.jsonl`, and the lines that are none; nothing if there is no file.
+    """All rows of a `metrics.jsonl`, and the lines that are no rows; empty if there is no file.
 
     Errors: OSError; ConfigError if a later version of shardtune wrote the file.
     """
     try:
-        raw = atomic_io.read_bytes(path, max_bytes=MAX_BYTES)
+        raw = atomic_io.read_bytes(path, max_bytes=MAX_FILE_BYTES)
     except FileNotFoundError:
         return MetricRows()
-    content = MetricRows()
+    metrics = MetricRows()
     lines = raw.split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = _parse_line(line)
+            row = _parse_row_with_version(line)
         except ValueError as error:
             is_last = number == len(lines)  # it has no newline yet: it is being written
             if not is_last:
-                content.unreadable.append(UnreadableLine(number, str(error), line))
+                metrics.unreadable.append(UnreadableLine(number=number, reason=str(error), line_bytes=line))
             continue
         if VERSION_KEY in row:
-            content.version = _readable_version(row, path)
+            metrics.version = _require_readable_version(row, path)
             del row[VERSION_KEY]
-        content.rows.append(row)
-        content.lines.append(line)
-    return content
+        metrics.rows.append(row)
+        metrics.lines.append(line)
+    return metrics
 
 
 def readable_rows(lines: Iterable[bytes]) -> list[dict[str, Any]]:
@@ -81,29 +81,29 @@ def readable_rows(lines: Iterable[bytes]) -> list[dict[str, Any]]:
     rows = []
     for line in lines:
         try:
-            rows.append(parse_row(line))
+            rows.append(parse_metrics_row(line))
         except ValueError:
             continue
     return rows
 
 
-def _readable_version(row: dict[str, Any], path: Path) -> int:
+def _require_readable_version(row: dict[str, Any], path: Path) -> int:
     """The version of the file, from its first row. Raises ConfigError if this code cannot read it."""
     try:
-        return version_of(row)
+        return readable_file_version(row)
     except ValueError as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
 
 
-def parse_row(line: bytes) -> dict[str, Any]:
-    """The row that a line is, without the file's version. Raises ValueError with what is wrong, to follow "line 7"."""
-    row = _parse_line(line)
+def parse_metrics_row(line: bytes) -> dict[str, Any]:
+    """The row in a line such as b'{"step": 3, "loss": 2.1}'. Raises ValueError with what is wrong, to follow "line 7"."""
+    row = _parse_row_with_version(line)
     row.pop(VERSION_KEY, None)
     return row
 
 
-def _parse_line(line: bytes) -> dict[str, Any]:
-    """The row that a line is, with all its keys. Raises ValueError with what is wrong, to follow "line 7"."""
+def _parse_row_with_version(line: bytes) -> dict[str, Any]:
+    """The row in a line, with the file's version if it has one. Raises ValueError with what is wrong, to follow "line 7"."""
     if b"\0" in line:
         raise ValueError("has NUL bytes, as a power cut leaves them")
     try:

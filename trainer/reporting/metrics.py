@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,15 @@ from trainer.reporting import expert_load, gpu_meters
 from trainer.reporting.block_times import BlockTimer
 from trainer.reporting.gpu_peaks import peak_tflops
 from trainer.reporting.run_record import REFERENCE_TFLOPS
-from trainer.reporting.step_times import PARTS, PartTimes, timed_engine
+from trainer.reporting.step_times import STEP_PARTS, StepPartTimes, timed_engine
 
-COUNTED_IN = 2
-"""The step of an attempt whose exchange is counted: in the first, engines still find out what they need when."""
+COUNTED_STEP = 2
+"""Number of the step of an attempt whose communication is counted. In the first, engines still find out what they need when."""
 
 
 @dataclass(slots=True)
 class StepRecord:
-    """What one step leaves behind; tensors stay on the device until the flush."""
+    """The numbers of one step, as this rank has them; tensors stay on the device until the flush."""
 
     step: int
     lr: float
@@ -39,10 +39,14 @@ class StepRecord:
     """Tokens since the start of the run."""
     total_supervised_tokens: int
     counts: dict[str, float]
+    """What terms of the loss are divided by, of all ranks together, such as {"loss": 4096.0} target tokens."""
     local_sums: dict[str, Tensor]
+    """Sums of this rank by term, such as `loss` and `kl`; each a tensor of one number."""
     result: StepResult
     local_tokens: int
+    """Tokens of this rank."""
     wait_s: float
+    """Seconds that this rank waited for data."""
     source_tokens: dict[str, int] = field(default_factory=dict)
     """See `StepBatch.source_tokens`."""
     source_counts: dict[str, float] = field(default_factory=dict)
@@ -72,7 +76,7 @@ class RankTime:
 
     @property
     def seconds_per_token(self) -> float:
-        """Seconds for a token."""
+        """Seconds that the blocks computed for each token of this rank."""
         return self.seconds / max(1.0, self.tokens)
 
 
@@ -90,7 +94,7 @@ class RankMeasurements:
         """The numbers in the order peaks, time, GPU."""
         return [*self.peaks_gib.values(), self.time.seconds, self.time.tokens, self.time.step_s, *self.gpu_means]
 
-    def of_row(self, row: list[float]) -> RankMeasurements:
+    def from_row(self, row: list[float]) -> RankMeasurements:
         """The measurements of another rank, from its `to_row`. Its peaks have the same names as this rank's."""
         num_peaks = len(self.peaks_gib)
         seconds, tokens, step_s = row[num_peaks : num_peaks + 3]
@@ -101,9 +105,18 @@ class RankMeasurements:
         )
 
 
+class _MeanStep(NamedTuple):
+    """Means over the steps of one logging interval."""
+
+    tokens: float
+    supervised_tokens: float
+    train_s: float
+    """Seconds of a step, without writing and scoring answers."""
+
+
 @dataclass(slots=True)
 class Meter:
-    """Collects step records and turns them into rows."""
+    """Buffers the records of steps, measures speed and memory, and turns both into rows of `metrics.jsonl`."""
 
     runtime: Runtime
     flops_per_token: float
@@ -116,10 +129,10 @@ class Meter:
     """Largest of all ranks' peaks of memory up to the last flush, as `peak_memory_gib_by_metric` names them."""
     start_s: float | None = None
     """Age of this process at the first step; None before it, and where the system does not tell."""
-    parts: PartTimes | None = None
-    """Times the parts of steps, where that was asked for."""
+    part_times: StepPartTimes | None = None
+    """Times the parts of steps (`logging.step_parts`); None if that is off."""
     evaluation_s: float = 0.0
-    """Seconds of that for the evaluation before the first step."""
+    """Seconds of `start_s` that the evaluation before the first step took."""
     block_timer: BlockTimer | None = None
     """Times what this rank's blocks compute, in the first step of each interval."""
     expert_ranks: int = 1
@@ -133,11 +146,11 @@ class Meter:
     _gpu_metrics: dict[str, float] = field(default_factory=dict)
     """What all ranks' GPUs did in the last interval, as rows have it."""
     _records: list[StepRecord] = field(default_factory=list)
-    _steps: int = 0
-    """Taken in this attempt."""
-    _clock: float = field(default_factory=time.perf_counter)
-    _intervals: list[tuple[float, float, float]] = field(default_factory=list)
-    """(tokens, supervised tokens, seconds) of a mean step of each flushed interval."""
+    _num_steps: int = 0
+    """Steps taken in this attempt."""
+    _interval_began_at: float = field(default_factory=time.perf_counter)
+    _mean_steps: list[_MeanStep] = field(default_factory=list)
+    """The mean step of each flushed interval, the earliest first."""
 
     def begin(self, evaluation_s: float) -> None:
         """Start the clock of steps, and the measurements of this rank's GPU. Called before the first step.
@@ -151,13 +164,16 @@ class Meter:
             self.gpu.start()
         self.restart_clock()
 
-    def timing(self, engine: Engine) -> Engine:
-        """An engine that does the same, with its forward passes, backward passes and updates timed for the rows."""
-        self.parts = PartTimes(self.runtime.device)
-        return timed_engine(engine, self.parts)
+    def wrap_with_timing(self, engine: Engine) -> Engine:
+        """Set `part_times`, and return an engine that does the same with its passes and updates timed for the rows."""
+        self.part_times = StepPartTimes(self.runtime.device)
+        return timed_engine(engine, self.part_times)
 
-    def watch(self, blocks: list[nn.Module], *, expert_ranks: int = 1) -> None:
-        """Time what these blocks compute from now on, in a run of several ranks. `expert_ranks`: as the attribute."""
+    def time_blocks(self, blocks: list[nn.Module], *, expert_ranks: int = 1) -> None:
+        """Add hooks that time these blocks' forward passes, if the run has several ranks: they tell which rank is slow.
+
+        `expert_ranks`: ranks over which the experts of a layer are distributed.
+        """
         self.expert_ranks = expert_ranks
         if self.runtime.world_size > 1:
             self.block_timer = BlockTimer(self.runtime.device)
@@ -166,12 +182,12 @@ class Meter:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around each step: time the blocks in the first one of an interval, and count what one of an attempt exchanges."""
-        self._steps += 1
+        self._num_steps += 1
         if self.block_timer is not None:
             is_first_of_interval = not self._records
             self.block_timer.is_on = is_first_of_interval
         # Counting costs a little in each collective, so it is on in one step of an attempt only.
-        if self._steps != COUNTED_IN or self.runtime.world_size == 1:
+        if self._num_steps != COUNTED_STEP or self.runtime.world_size == 1:
             yield
         else:
             with count_communication() as self.communication_totals:
@@ -182,7 +198,7 @@ class Meter:
 
     def restart_clock(self) -> None:
         """Leave out the time since the last flush (evaluation, checkpoint) from the speed of the next steps."""
-        self._clock = time.perf_counter()
+        self._interval_began_at = time.perf_counter()
 
     def add(self, record: StepRecord) -> None:
         """Keep one step's record; reads nothing from the device."""
@@ -202,70 +218,78 @@ class Meter:
         self._records = []
         if not records:
             return []
-        terms = sorted(records[0].local_sums)  # of the loss, such as `kl` and `loss`
-        experts = [record.expert_tokens for record in records if record.expert_tokens is not None]
+        term_names = sorted(records[0].local_sums)  # of the loss, such as `kl` and `loss`
+        expert_tokens_by_step = [record.expert_tokens for record in records if record.expert_tokens is not None]
         # Everything that is summed over ranks goes into one table, for one reduction: a row for each step, with the columns
         # sums of the terms, tokens of each expert, seconds of the step's parts, wait for data, tokens.
-        table = self._sums_on_device(records, terms, experts)
+        table = self._sums_on_device(records, term_names, expert_tokens_by_step)
         host_columns = self._host_columns(records)
         num_host_columns = host_columns.shape[1]
         table = torch.cat([table, host_columns.to(table.device)], dim=1)
         table, measurements_by_rank = self._sum_and_gather(table, self._own_measurements(records[0].local_tokens))
-        self._keep_measurements(measurements_by_rank)
+        self._set_measurements(measurements_by_rank)
         grad_norms = torch.stack([record.result.grad_norm for record in records]).tolist()
         skipped = torch.stack([record.result.skipped for record in records]).tolist()
 
         # The device has just caught up, so the interval's wall time is true even where single steps' would not be.
-        step_s = (time.perf_counter() - self._clock) / len(records)
-        self._clock = time.perf_counter()
+        step_s = (time.perf_counter() - self._interval_began_at) / len(records)
+        self._interval_began_at = time.perf_counter()
         # Writing and scoring answers is no training: speeds are those of the rest.
         round_s = sum(record.round_s for record in records) / len(records)
         train_s = max(step_s - round_s, 1e-9)
-        mean_tokens = sum(record.tokens for record in records) / len(records)
-        mean_supervised_tokens = sum(record.supervised_tokens for record in records) / len(records)
-        self._intervals.append((mean_tokens, mean_supervised_tokens, train_s))
+        mean_step = _MeanStep(
+            tokens=sum(record.tokens for record in records) / len(records),
+            supervised_tokens=sum(record.supervised_tokens for record in records) / len(records),
+            train_s=train_s,
+        )
+        self._mean_steps.append(mean_step)
 
-        # The columns apart again, now of all ranks together.
-        term_sums = table[:, : len(terms)].tolist()
+        # Split the columns of the table, which are sums over all ranks now.
+        term_sums = table[:, : len(term_names)].tolist()
         part_seconds = table[:, -num_host_columns:-2].tolist()
         waits_s = table[:, -2].tolist()
         expert_tokens = None
-        if experts:
-            expert_tokens = table[:, len(terms) : -num_host_columns].view(len(records), *experts[0].shape)
+        if expert_tokens_by_step:
+            expert_columns = table[:, len(term_names) : -num_host_columns]
+            expert_tokens = expert_columns.view(
+                len(records), *expert_tokens_by_step[0].shape
+            )  # [steps, layers, experts]
             self.expert_tokens = expert_tokens.sum(0)
 
         rows = []
-        for number, record in enumerate(records):
-            sums = dict(zip(terms, term_sums[number], strict=True))
-            row = self._row(record, sums, waits_s[number], grad_norms[number], train_s)
+        for index, record in enumerate(records):
+            sums = dict(zip(term_names, term_sums[index], strict=True))
+            row = self._row_of_step(record, sums, waits_s[index], grad_norms[index], train_s)
             if round_s:
                 row |= {"step_s": step_s, "train_s": train_s}
             row |= record.facts
             if expert_tokens is not None:
-                row |= expert_load.expert_metrics(expert_tokens[number], self.expert_ranks)
-            # Without timed parts there is nothing to zip: the means over ranks of what was timed.
-            for part, seconds in zip(PARTS, part_seconds[number], strict=False):
+                row |= expert_load.expert_metrics(expert_tokens[index], self.expert_ranks)
+            # Means over ranks. Not strict: there are no seconds if the parts of steps are not timed.
+            for part, seconds in zip(STEP_PARTS, part_seconds[index], strict=False):
                 row[part] = seconds / self.runtime.world_size
             row |= self.peaks
-            if skipped[number]:
+            if skipped[index]:
                 row["skipped"] = 1
             rows.append(row)
         rows[-1] |= self._gpu_metrics  # once an interval
         return rows
 
-    def _sums_on_device(self, records: list[StepRecord], terms: list[str], experts: list[Tensor]) -> Tensor:
+    def _sums_on_device(
+        self, records: list[StepRecord], term_names: list[str], expert_tokens_by_step: list[Tensor]
+    ) -> Tensor:
         """This rank's sums of the steps of a logging interval, on the device: float64 [steps, terms + layers * experts].
 
-        One table, so that a single reduction sums everything over ranks. `terms`: the loss terms of the first columns.
-        `experts`: for each step, tokens by layer and expert; empty for a model without experts.
+        One table, so that a single reduction sums everything over ranks. `term_names`: the loss terms of the first columns.
+        `expert_tokens_by_step`: tensors [layers, experts]; empty for a model without experts.
         """
         sums_by_step = []
         for record in records:
-            sums_by_step.append(torch.stack([record.local_sums[term].double() for term in terms]))
+            sums_by_step.append(torch.stack([record.local_sums[term].double() for term in term_names]))
         table = torch.stack(sums_by_step)
-        if not experts:
+        if not expert_tokens_by_step:
             return table
-        tokens_by_expert = torch.stack(experts).double().flatten(start_dim=1)
+        tokens_by_expert = torch.stack(expert_tokens_by_step).double().flatten(start_dim=1)
         return torch.cat([table, tokens_by_expert], dim=1)
 
     def _host_columns(self, records: list[StepRecord]) -> Tensor:
@@ -273,10 +297,10 @@ class Meter:
 
         The columns are the seconds of the step's parts (none if they are not timed), of the wait for data, and the tokens.
         """
-        if self.parts is None:
+        if self.part_times is None:
             part_seconds: list[list[float]] = [[] for _ in records]
         else:
-            part_seconds = self.parts.read()
+            part_seconds = self.part_times.read()
         step_columns = []
         for record, seconds in zip(records, part_seconds, strict=True):
             step_columns.append([*seconds, record.wait_s, float(record.local_tokens)])
@@ -289,7 +313,7 @@ class Meter:
             time=RankTime(
                 seconds=0.0 if self.block_timer is None else self.block_timer.read(),
                 tokens=tokens,
-                step_s=self._intervals[-1][-1] if self._intervals else 0.0,
+                step_s=self._mean_steps[-1].train_s if self._mean_steps else 0.0,
             ),
             gpu_means=[] if self.gpu is None else self.gpu.means(),
         )
@@ -304,57 +328,60 @@ class Meter:
         rows[self.runtime.rank] = torch.tensor(own_row, dtype=table.dtype)
         reduced = sum_over_ranks(torch.cat([table.view(-1), rows.view(-1).to(table.device)])).cpu()
         summed_table, gathered_rows = reduced.split([table.numel(), rows.numel()])
-        measurements_by_rank = [own.of_row(row) for row in gathered_rows.view_as(rows).tolist()]
+        measurements_by_rank = [own.from_row(row) for row in gathered_rows.view_as(rows).tolist()]
         return summed_table.view(table.shape), measurements_by_rank
 
-    def _keep_measurements(self, measurements_by_rank: list[RankMeasurements]) -> None:
+    def _set_measurements(self, measurements_by_rank: list[RankMeasurements]) -> None:
         """Set `peaks`, `by_rank` and `_gpu_metrics` to what all ranks measured in this interval."""
         self.peaks = {}
         for name in measurements_by_rank[0].peaks_gib:
             self.peaks[name] = max(measurements.peaks_gib[name] for measurements in measurements_by_rank)
         self.by_rank = [measurements.time for measurements in measurements_by_rank]
         gpu_means_by_rank = [measurements.gpu_means for measurements in measurements_by_rank]
-        self._gpu_metrics = gpu_meters.row_metrics(gpu_means_by_rank) if gpu_means_by_rank[0] else {}
+        self._gpu_metrics = gpu_meters.gpu_metrics_of_row(gpu_means_by_rank) if gpu_means_by_rank[0] else {}
 
     def speed(self) -> dict[str, float]:
         """Tokens a second, MFU and seconds of a step: medians over logging intervals. Empty before the first flush.
 
         The first interval is left out if there are others.
         """
-        intervals = self._counted_intervals()
-        if not intervals:
+        mean_steps = self._mean_steps_after_warmup()
+        if not mean_steps:
             return {}
-        values_by_rate: dict[str, list[float]] = {}
-        for tokens, supervised_tokens, step_s in intervals:
-            rates = self._rates(tokens, step_s)
-            rates |= {"supervised_tokens_per_s": supervised_tokens / step_s, "step_s": step_s}
-            for name, value in rates.items():
-                values_by_rate.setdefault(name, []).append(value)
-        medians = {name: median(values) for name, values in values_by_rate.items()}
-        return {"intervals": len(intervals), **medians}
+        values_by_name: dict[str, list[float]] = {}
+        for mean_step in mean_steps:
+            speeds = self._speeds_of_step(mean_step.tokens, mean_step.train_s)
+            speeds |= {
+                "supervised_tokens_per_s": mean_step.supervised_tokens / mean_step.train_s,
+                "step_s": mean_step.train_s,
+            }
+            for name, value in speeds.items():
+                values_by_name.setdefault(name, []).append(value)
+        medians = {name: median(values) for name, values in values_by_name.items()}
+        return {"intervals": len(mean_steps), **medians}
 
-    def step_s(self) -> float | None:
-        """Seconds of a step, as `speed` takes its median; None before the first flush."""
-        intervals = self._counted_intervals()
-        return median(step_s for *_, step_s in intervals) if intervals else None
+    def median_step_s(self) -> float | None:
+        """Median seconds of a step over logging intervals, without writing and scoring answers; None before the first flush."""
+        mean_steps = self._mean_steps_after_warmup()
+        return median(mean_step.train_s for mean_step in mean_steps) if mean_steps else None
 
-    def _counted_intervals(self) -> list[tuple[float, float, float]]:
-        """The intervals whose speed counts: all but the first if there are others, since it fills caches and chooses kernels."""
-        return self._intervals[1:] or self._intervals
+    def _mean_steps_after_warmup(self) -> list[_MeanStep]:
+        """The mean steps of all intervals but the first, which fills caches and chooses kernels, if there are others."""
+        return self._mean_steps[1:] or self._mean_steps
 
-    def _rates(self, tokens: float, step_s: float) -> dict[str, float]:
+    def _speeds_of_step(self, tokens: float, step_s: float) -> dict[str, float]:
         """Speeds of a step with this many tokens, all ranks together, that took `step_s` seconds.
 
         `mfu`, the model FLOPs utilisation, is there if the peak of the device is known.
         """
         world_size = self.runtime.world_size
-        rates = {"tokens_per_s": tokens / step_s, "tokens_per_s_per_rank": tokens / step_s / world_size}
+        speeds = {"tokens_per_s": tokens / step_s, "tokens_per_s_per_rank": tokens / step_s / world_size}
         if self.reference_tflops:
             peak_flops = self.reference_tflops * 1e12
-            rates["mfu"] = self.flops_per_token * tokens / step_s / world_size / peak_flops
-        return rates
+            speeds["mfu"] = self.flops_per_token * tokens / step_s / world_size / peak_flops
+        return speeds
 
-    def _row(
+    def _row_of_step(
         self, record: StepRecord, sums: dict[str, float], wait_s: float, grad_norm: float, step_s: float
     ) -> dict[str, Any]:
         """A step's row of `metrics.jsonl`.
@@ -372,7 +399,7 @@ class Meter:
             "tokens": record.total_tokens,
             "step_tokens": record.tokens,
             "supervised_tokens": record.total_supervised_tokens,
-            **self._rates(record.tokens, step_s),
+            **self._speeds_of_step(record.tokens, step_s),
             "supervised_tokens_per_s": record.supervised_tokens / step_s,
             "step_s": step_s,
             "data_wait_s": wait_s / self.runtime.world_size,
@@ -407,7 +434,7 @@ def process_age_s() -> float | None:
 
 
 def reference_tflops(configured: float | None, device: torch.device) -> tuple[float | None, str]:
-    """The peak speed that MFU is measured against: (TFLOP/s of one device, where the figure comes from).
+    """The peak speed that MFU is measured against: (TFLOP/s of one device, source of the figure as text).
 
     - `configured` (`logging.reference_tflops`), if it is set.
     - On a GPU, the figure of its data sheet; None if the GPU is not known, with what to set instead of the source.
@@ -446,5 +473,7 @@ def flops_per_token(
     backward pass for the gradient of its input; a trained one 2 more for its own gradient.
     """
     frozen_matmul_parameters = matmul_parameters - trainable_matmul_parameters
+    # Scores and their product with the values cost 2 each for a pair of tokens, the backward pass twice that, and a token attends
+    # to half of its document on average: 3 * (2 + 2) / 2.
     attention_flops = 6.0 * layers * width * mean_length
     return 6.0 * trainable_matmul_parameters + 4.0 * frozen_matmul_parameters + attention_flops

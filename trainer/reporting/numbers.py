@@ -31,7 +31,9 @@ def format_times(count: int) -> str:
     return {1: "once", 2: "twice"}.get(count, f"{count} times")
 
 
-def name_of_readers(readers: int, degree: int) -> str:
-    """Who reads documents of their own: `4 ranks`, or `2 groups of 4 ranks` if `degree` ranks share each row."""
-    plural = "s" if readers > 1 else ""
-    return f"{readers} rank{plural}" if degree == 1 else f"{readers} group{plural} of {degree} ranks"
+def format_dp_ranks(dp_size: int, sequence_size: int) -> str:
+    """The data-parallel ranks in words: `4 ranks`, or `2 groups of 4 ranks` if 4 ranks share each packed sequence."""
+    plural = "s" if dp_size > 1 else ""
+    if sequence_size == 1:
+        return f"{dp_size} rank{plural}"
+    return f"{dp_size} group{plural} of {sequence_size} ranks"

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from strategies.settings import DESCRIBES, setting
 from trainer.reporting.jsonl import json_text
 from trainer.reporting.status import write_text_atomic
-from trainer.reporting.trace import summarise
+from trainer.reporting.trace import summarise_trace
 
 if TYPE_CHECKING:
     from strategies.runtime import Runtime
 
-FOLDER = "profile"
+PROFILE_DIR_NAME = "profile"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,7 +34,10 @@ class ProfileConfig:
 
 
 def profile_problems(config: ProfileConfig, total_steps: int | None) -> list[str]:
-    """An error message if `profile.steps` cannot be traced. `total_steps`: steps of the run; None if they are not known yet."""
+    """An error message if `profile.steps` cannot be traced, in a list; empty if it can.
+
+    `total_steps`: steps of the run; None if they are not known yet.
+    """
     steps = config.steps
     if not steps:
         return []
@@ -54,30 +57,33 @@ class Profiler:
         config: ProfileConfig,
         run_dir: Path,
         runtime: Runtime,
-        at_step: Callable[[int], None],
+        next_at_step: Callable[[int], None],
         print_line: Callable,
     ) -> None:
-        """`at_step`: called before each step with its number, after the profiler. `print_line`: prints a line on the screen."""
+        """`next_at_step`: called before each step with its number, after the profiler.
+
+        `print_line`: prints a line on the screen.
+        """
         self.steps = config.steps
-        self.folder = run_dir / FOLDER
+        self.profile_dir = run_dir / PROFILE_DIR_NAME
         self.runtime = runtime
-        self._at_step = at_step
+        self._next_at_step = next_at_step
         self._print_line = print_line
         self._torch_profiler: Any = None
         """torch's profiler while steps are traced; None before and after."""
-        self._first_traced = 0
+        self._first_traced_step = 0
 
     def at_step(self, step: int) -> None:
-        """Begin or end tracing, if it is time to. Called before each step with its number."""
+        """Begin tracing before the first step of `profile.steps`, or end it after the last. Called before each step."""
         if self.steps:
             first_step, last_step = self.steps
             if self._torch_profiler is not None and step > last_step:
-                self._end(step - 1)
+                self._end_trace(step - 1)
             if self._torch_profiler is None and step == first_step:
-                self._begin(step)
-        self._at_step(step)
+                self._begin_trace(step)
+        self._next_at_step(step)
 
-    def _begin(self, step: int) -> None:
+    def _begin_trace(self, step: int) -> None:
         """Start tracing; `step` is the first one that is traced."""
         from torch.profiler import ProfilerActivity, profile
 
@@ -85,32 +91,34 @@ class Profiler:
         if self.runtime.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         self._torch_profiler = profile(activities=activities, profile_memory=True, acc_events=True)
-        self._first_traced = step
+        self._first_traced_step = step
         self._torch_profiler.start()
 
-    def _end(self, last_step: int) -> None:
+    def _end_trace(self, last_step: int) -> None:
         """Stop tracing after `last_step`; write this rank's trace and its summary. A full disk is only reported."""
         torch_profiler = self._torch_profiler
         self._torch_profiler = None
         torch_profiler.stop()
         rank = self.runtime.rank
-        trace = self.folder / f"rank-{rank}.json.gz"
+        trace_file = self.profile_dir / f"rank-{rank}.json.gz"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            torch_profiler.export_chrome_trace(str(trace))
-            with gzip.open(trace, "rt", encoding="utf-8") as file:
-                trace_summary = summarise(json.load(file)["traceEvents"])
+            self.profile_dir.mkdir(parents=True, exist_ok=True)
+            torch_profiler.export_chrome_trace(str(trace_file))
+            with gzip.open(trace_file, "rt", encoding="utf-8") as file:
+                trace_summary = summarise_trace(json.load(file)["traceEvents"])
             summary = {
                 "rank": rank,
                 "device": str(self.runtime.device),
-                "steps": [self._first_traced, last_step],
+                "steps": [self._first_traced_step, last_step],
                 **trace_summary,
             }
-            write_text_atomic(self.folder / f"rank-{rank}.summary.json", json_text(summary, indent=1) + "\n")
-        except (OSError, ValueError) as error:  # the run does not end for its profile
-            self._print_line(f"warning: {trace}: not written ({error}); free space")
+            write_text_atomic(self.profile_dir / f"rank-{rank}.summary.json", json_text(summary, indent=1) + "\n")
+        except (OSError, ValueError) as error:  # the run goes on without its profile
+            self._print_line(f"warning: {trace_file}: not written ({error}); free space")
             return
-        self._print_line(f"profiled steps {self._first_traced} to {last_step}: {trace} (open it in ui.perfetto.dev)")
+        self._print_line(
+            f"profiled steps {self._first_traced_step} to {last_step}: {trace_file} (open it in ui.perfetto.dev)"
+        )
 
     def __enter__(self) -> Profiler:
         return self
@@ -119,6 +127,6 @@ class Profiler:
         """End tracing if the last traced step is the run's last one. After an error, nothing is written."""
         if self._torch_profiler is not None:
             if kind is None:
-                self._end(self.steps[1])
+                self._end_trace(self.steps[1])
             else:
                 self._torch_profiler.stop()

@@ -1,7 +1,7 @@
 """What became of a setting that was left open: the state that a later start of the run reads, and the sentence that people read.
 
 `config.yaml` keeps the fields, so that the wording of the sentence decides nothing. The first run directories keep the sentence
-alone: `resolution_of` takes both.
+alone: `parse_resolution` takes both.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_EARLIER = re.compile(r"(?P<asked>\S+)(?: -> (?P<chosen>\S+))? \((?P<reasons>.*)\)", re.DOTALL)
+_EARLIER_SENTENCE_REGEX = re.compile(r"(?P<asked>\S+)(?: -> (?P<chosen>\S+))? \((?P<reasons>.*)\)", re.DOTALL)
 """A resolution as the first run directories have it: `auto -> 4 (planned; 16, 8 ran out of memory at step 3)`."""
-_EARLIER_TRIAL = re.compile(r"(?P<choices>\w+(?:, \w+)*) ran out of memory(?: at step (?P<step>\d+))?")
+_EARLIER_TRIAL_REGEX = re.compile(r"(?P<choices>\w+(?:, \w+)*) ran out of memory(?: at step (?P<step>\d+))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class ResolvedSetting:
         return f"{outcome} ({'; '.join(reasons)})" if reasons else outcome
 
 
-def resolution_of(setting: str, note: Any) -> ResolvedSetting | None:
+def parse_resolution(setting: str, note: Any) -> ResolvedSetting | None:
     """The resolution of a setting as a file or a configuration holds it; None if `note` is none.
 
     `note` is a ResolvedSetting; its fields as read from YAML or JSON, such as {"asked": "auto", "chosen": 4, "reason":
@@ -62,7 +62,7 @@ def resolution_of(setting: str, note: Any) -> ResolvedSetting | None:
     if isinstance(note, ResolvedSetting):
         return note
     if isinstance(note, str):
-        return _of_sentence(setting, note)
+        return _parse_earlier_sentence(setting, note)
     if not isinstance(note, Mapping) or "asked" not in note:
         return None
     trials = note.get("tried")
@@ -73,11 +73,11 @@ def resolution_of(setting: str, note: Any) -> ResolvedSetting | None:
         asked=note["asked"],
         chosen=note.get("chosen"),
         reason=str(note.get("reason") or ""),
-        tried=tuple(map(_trial, trials)),
+        tried=tuple(map(_parse_trial, trials)),
     )
 
 
-def _trial(trial: Any) -> OutOfMemoryTrial:
+def _parse_trial(trial: Any) -> OutOfMemoryTrial:
     """A trial as a file holds it: its fields, or the choice alone."""
     if not isinstance(trial, Mapping):
         return OutOfMemoryTrial(trial)
@@ -85,28 +85,30 @@ def _trial(trial: Any) -> OutOfMemoryTrial:
     return OutOfMemoryTrial(trial.get("choice"), step if isinstance(step, int) else None)
 
 
-def _of_sentence(setting: str, sentence: str) -> ResolvedSetting | None:
+def _parse_earlier_sentence(setting: str, sentence: str) -> ResolvedSetting | None:
     """The resolution of a setting that an earlier version wrote as a sentence; None for a sentence about something else.
 
     `auto -> 4 (planned; 16, 8 ran out of memory)` is asked=auto, chosen=4, reason=planned and two trials: each of the reasons in
     brackets is either choices that ran out of memory or anything else.
     """
-    match = _EARLIER.fullmatch(sentence)
+    match = _EARLIER_SENTENCE_REGEX.fullmatch(sentence)
     if match is None:
         return None
     reasons = []
     tried: list[OutOfMemoryTrial] = []
     for reason in match["reasons"].split("; "):
-        trial = _EARLIER_TRIAL.fullmatch(reason)
+        trial = _EARLIER_TRIAL_REGEX.fullmatch(reason)
         if trial is None:
             reasons.append(reason)
             continue
         step = None if trial["step"] is None else int(trial["step"])
-        tried += [OutOfMemoryTrial(_number(choice), step) for choice in trial["choices"].split(", ")]
-    return ResolvedSetting(setting, _number(match["asked"]), _number(match["chosen"]), "; ".join(reasons), tuple(tried))
+        tried += [OutOfMemoryTrial(_as_int_or_text(choice), step) for choice in trial["choices"].split(", ")]
+    return ResolvedSetting(
+        setting, _as_int_or_text(match["asked"]), _as_int_or_text(match["chosen"]), "; ".join(reasons), tuple(tried)
+    )
 
 
-def _number(text: str | None) -> Any:
+def _as_int_or_text(text: str | None) -> Any:
     """The number that a word of a sentence is, else the word itself; None stays None."""
     is_number = text is not None and text.isdecimal()
     return int(text) if is_number else text  # type: ignore[arg-type]

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.reporting.jsonl import json_text
-from trainer.reporting.metric_rows import METRICS, read_rows
+from trainer.reporting.metric_rows import METRICS_FILE, read_rows
 from trainer.reporting.status import write_text_atomic
 
-REPORTS = "reports"
-EVALUATION = "evaluation"
-REVIEW = "review"
-TEST = "test"
+REPORTS_DIR_NAME = "reports"
+EVALUATION_REPORT = "evaluation"
+REVIEW_REPORT = "review"
+TEST_REPORT = "test"
 """The kind of a report about the test documents."""
 LAST_HELD_OUT = "held-out-last.json"
 """Sums of the last evaluation by micro-batch, in the run directory: two runs are compared by them in pairs."""
@@ -28,27 +28,28 @@ LAST_HELD_OUT = "held-out-last.json"
 
 @dataclass(frozen=True, slots=True)
 class KeptReport:
-    """One report."""
+    """One report that `keep_report` wrote, read from `reports/` of a run."""
 
     kind: str
     """`evaluation`, `review` or `test`."""
     path: Path
     report: dict[str, Any]
+    """Content of the file, such as {"time": 1.7e9, "model": {"artefact": ..., "checkpoint": ...}, "tasks": {...}}."""
 
     @property
     def time(self) -> float:
-        """When it was made, in seconds since 1970."""
+        """When the report was written, in seconds since 1970; 0 if it does not say."""
         return float(self.report.get("time") or 0)
 
     @property
     def artefact(self) -> str | None:
-        """SHA-256 of the weights that it is about."""
+        """SHA-256 of the manifest of the checkpoint that the report is about; None if it names none."""
         sha256 = (self.report.get("model") or {}).get("artefact")
         return str(sha256) if sha256 else None
 
     @property
     def checkpoint(self) -> str:
-        """The name of those weights."""
+        """The name of the checkpoint that the report is about, else `other weights`."""
         return str((self.report.get("model") or {}).get("checkpoint") or "other weights")
 
 
@@ -61,7 +62,7 @@ def keep_report(run_dir: Path, kind: str, report: dict[str, Any]) -> Path:
     timestamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(report.get("time")))
     # Two reports of one second have different hashes, and the same report written twice has one file.
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    path = run_dir / REPORTS / f"{kind}-{timestamp}-{digest}.json"
+    path = run_dir / REPORTS_DIR_NAME / f"{kind}-{timestamp}-{digest}.json"
     write_text_atomic(path, text)
     return path
 
@@ -73,44 +74,47 @@ def kept_reports(run_dir: Path, kind: str | None = None) -> list[KeptReport]:
     file that cannot be read is passed over.
     """
     reports = []
-    for path in sorted((run_dir / REPORTS).glob("*.json")):
+    for path in sorted((run_dir / REPORTS_DIR_NAME).glob("*.json")):
         kind_of_file = path.name.partition("-")[0]
-        if kind_of_file not in (EVALUATION, REVIEW, TEST) or kind not in (None, kind_of_file):
+        if kind_of_file not in (EVALUATION_REPORT, REVIEW_REPORT, TEST_REPORT) or kind not in (None, kind_of_file):
             continue
-        report = read_json(path)
+        report = read_json_or_empty(path)
         if report:
-            reports.append(KeptReport(kind_of_file, path, report))
-    return sorted(reports, key=lambda report: report.time, reverse=True)
+            reports.append(KeptReport(kind=kind_of_file, path=path, report=report))
+    return sorted(reports, key=lambda kept_report: kept_report.time, reverse=True)
 
 
-def at_step(run_dir: Path, step: int) -> dict[str, Any]:
-    """Held-out metrics that training itself measured at a step: the rows of `metrics.jsonl`; empty if there are none."""
+def held_out_metrics_at_step(run_dir: Path, step: int) -> dict[str, Any]:
+    """Held-out metrics that training itself measured at a step, such as {"eval/loss": 2.1}; empty if it evaluated nothing there.
+
+    They are read from the rows of `metrics.jsonl`.
+    """
     metrics: dict[str, Any] = {}
-    for row in rows(run_dir):
+    for row in read_metric_rows(run_dir):
         if row.get("step") == step:
             metrics |= {name: value for name, value in row.items() if name.startswith("eval/")}
     return metrics
 
 
-def rows(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of `metrics.jsonl` that can be read."""
+def read_metric_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of a run's `metrics.jsonl` that can be read, the oldest first; empty if there is no such file."""
     try:
-        return read_rows(run_dir / METRICS).rows
+        return read_rows(run_dir / METRICS_FILE).rows
     except OSError:
         return []
 
 
 def add_to_run_record(run_dir: Path, key: str, value: Any) -> None:
-    """Write a value under a key of `run.json`; without such a file nothing happens. Errors: StorageError."""
+    """Write a value under a key of the run's `run.json`, if there is a readable one. Errors: StorageError."""
     path = run_dir / "run.json"
-    record = read_json(path)
+    record = read_json_or_empty(path)
     if record:
         record[key] = value
         write_text_atomic(path, json_text(record, indent=1, default=str))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object; empty where there is none that can be read."""
+def read_json_or_empty(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if the file is missing, cannot be read, or holds no object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -14,16 +14,16 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from strategies import atomic_io
-from trainer.reporting.file_version import FILE_VERSION, version_of
+from trainer.reporting.file_version import FILE_VERSION, readable_file_version
 from trainer.reporting.metric_names import FIRST_EDITION
-from trainer.reporting.numbers import name_of_readers
+from trainer.reporting.numbers import format_dp_ranks
 
 RUN_RECORD = "run.json"
-MOST_BYTES = 2**24
-"""Bytes of a record that are read at most: somebody else may have written the file."""
+MAX_RECORD_BYTES = 2**24
+"""A larger `run.json` is not read, since somebody else may have written the file."""
 REFERENCE_TFLOPS = "logging.reference_tflops"
 """Setting of the peak that MFU is measured against, and the source of a peak that it gave."""
-TYPE_NAMES = {
+NAME_BY_TYPE = {
     int: "a whole number",
     float: "a number",
     str: "text",
@@ -31,7 +31,7 @@ TYPE_NAMES = {
     list: "a list",
     dict: "an object",
 }
-ELEMENT_NAMES = {int: "whole numbers", float: "numbers", str: "text", dict: "objects"}
+PLURAL_NAME_BY_TYPE = {int: "whole numbers", float: "numbers", str: "text", dict: "objects"}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,12 +40,12 @@ class TuningStart:
 
     path: str = ""
     sha256: str = ""
-    """Of its tensors."""
+    """Hash of the tensors of the adapter."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Sharding:
-    """Elements of parameters, as measured on the built engine."""
+    """How many parameters the ranks hold, as measured on the built engine."""
 
     parameters: int = 0
     trainable_parameters: int = 0
@@ -56,11 +56,11 @@ class Sharding:
 
 @dataclass(kw_only=True, slots=True)
 class PredictedCost:
-    """What a run was expected to take, reckoned as it starts. Sizes are those of a rank."""
+    """Memory, time and bytes that a run was predicted to take when it started. Sizes are those of one rank."""
 
     memory_gib: float | None = None
     memory_by: str | None = None
-    """How it was reckoned."""
+    """How `memory_gib` was computed."""
     state_gib: float | None = None
     activations_gib: float | None = None
     device_gib: float | None = None
@@ -74,7 +74,7 @@ class PredictedCost:
 
 @dataclass(kw_only=True, slots=True)
 class MeasuredCost:
-    """What the last attempt took; None if it did not get so far. Sizes are those of a rank."""
+    """Memory, time and bytes that the last attempt took; None for what it did not reach. Sizes are those of one rank."""
 
     memory_gib: float | None = None
     memory_reserved_gib: float | None = None
@@ -95,7 +95,7 @@ class MeasuredCost:
 
 @dataclass(kw_only=True, slots=True)
 class Receipt:
-    """What a run was expected to take beside what it took."""
+    """The predicted cost of a run beside its measured cost."""
 
     predicted: PredictedCost | None = None
     measured: MeasuredCost | None = None
@@ -140,7 +140,7 @@ class RunOutcome:
 
 @dataclass(kw_only=True, slots=True)
 class RunRecord:
-    """What `run.json` says. Of a file that was read, what it does not say, or says as null, has its default."""
+    """The content of `run.json`. For a record that was read, a key that the file lacks, or has as null, has its default here."""
 
     version: int = FILE_VERSION
     """Of the file (`trainer/reporting/file_version.py`); 0 for a file of before there was one."""
@@ -172,9 +172,9 @@ class RunRecord:
     """The highest rate of the run, the usual one, steps of warm-up, and the schedule."""
 
     @property
-    def readers(self) -> str:
-        """Who reads documents of their own, as the arithmetic of a batch names them: `4 ranks`, `2 groups of 4 ranks`."""
-        return name_of_readers(self.world_size // self.sequence_size, self.sequence_size)
+    def dp_ranks_text(self) -> str:
+        """The data-parallel ranks in words, as in the arithmetic of a batch: `4 ranks`, `2 groups of 4 ranks`."""
+        return format_dp_ranks(self.world_size // self.sequence_size, self.sequence_size)
 
     # Where it runs.
     host: str = ""
@@ -262,7 +262,7 @@ class RunRecord:
     """Starts under SLURM, and what each used."""
 
     other: dict[str, Any] = field(default_factory=dict)
-    """Content of the file under keys that this version does not know."""
+    """Content of the file under keys that this version of shardtune does not know."""
     keys: frozenset[str] = frozenset()
     """Keys of the file that could be read, also those with null; empty for a record that was made here."""
 
@@ -274,39 +274,39 @@ class RunRecord:
     def as_json(self) -> dict[str, Any]:
         """The record as JSON values by key, for `run.json`.
 
-        A record that was made here has every key, but those of `OPTIONAL_KEYS` only where their value is not the default. One
-        that was read from a file has that file's keys, also those that this version does not know, and keys whose value was set
-        since.
+        - A record of a live run: every key, but keys of `OPTIONAL_KEYS` only if their value is not the default.
+        - A record that was read from a file: the keys of that file, also those that this version does not know, and keys whose
+          value was set since.
         """
         content = asdict(self)
         keys_in_file = content.pop("keys")
-        unknown_keys = content.pop("other")
+        unknown_content = content.pop("other")
         was_read = bool(keys_in_file)
         defaults = asdict(RunRecord(version=self.version))
         for key in content.keys() - keys_in_file:
             may_be_left_out = key in OPTIONAL_KEYS or was_read
             if may_be_left_out and content[key] == defaults[key]:
                 del content[key]
-        return unknown_keys | content
+        return unknown_content | content
 
 
 OPTIONAL_KEYS = (
     *("identity", "from_environment", "accepted", "must_fit", "staged", "receipt", "challenges", "gates"),
     *("exported_checkpoint", "test", "not_exported", "export_problem", "exports", "outcome", "jobs"),
 )
-"""Keys that are in the file once there is something to say. Every other key is there from the start, with null for None."""
-NOT_IN_FILE = ("other", "keys")
-"""Fields that say how the file was read, and are no keys of it."""
+"""Keys that are written into the file only once they have a value. Every other key is there from the start, null for None."""
+FIELDS_NOT_IN_FILE = ("other", "keys")
+"""Fields of `RunRecord` that are no keys of the file: they say how it was read."""
 
 
 def read_run_record(run_dir: Path) -> RunRecord:
     """The record of a run directory. Raises OSError or ValueError, whose texts say what is wrong, without the file's name."""
-    content = json.loads(atomic_io.read_bytes(run_dir / RUN_RECORD, max_bytes=MOST_BYTES))
+    content = json.loads(atomic_io.read_bytes(run_dir / RUN_RECORD, max_bytes=MAX_RECORD_BYTES))
     if not isinstance(content, dict):
         raise ValueError("it holds no object")
-    version_of(content)  # raises ValueError for a later version
+    readable_file_version(content)  # raises ValueError for a later version
     type_errors: list[str] = []
-    record = record_of(content, type_errors)
+    record = parse_run_record(content, type_errors)
     if type_errors:
         raise ValueError("; ".join(type_errors))
     return record
@@ -318,21 +318,21 @@ def readable_run_record(run_dir: Path) -> RunRecord:
     It is an empty record if there is no file, or nothing in it can be read.
     """
     try:
-        content = json.loads(atomic_io.read_bytes(run_dir / RUN_RECORD, max_bytes=MOST_BYTES))
+        content = json.loads(atomic_io.read_bytes(run_dir / RUN_RECORD, max_bytes=MAX_RECORD_BYTES))
     except (OSError, ValueError, RecursionError):
         return RunRecord()
     if not isinstance(content, dict):
         return RunRecord()
-    return record_of(content, type_errors=[])
+    return parse_run_record(content, type_errors=[])
 
 
-def record_of(content: Mapping[str, Any], type_errors: list[str]) -> RunRecord:
-    """The record that the content of a `run.json` makes.
+def parse_run_record(content: Mapping[str, Any], type_errors: list[str]) -> RunRecord:
+    """The record in the content of a `run.json`, such as {"version": 1, "strategy": "ddp", ...}.
 
-    A value of another type than its field has is left out: the field keeps its default, and `type_errors` gets a line.
+    If a value has another type than its field, the field keeps its default, and a line is appended to `type_errors`.
     """
-    arguments = _arguments_of(RunRecord, content, "", type_errors)
-    known_keys = get_type_hints(RunRecord).keys() - {*NOT_IN_FILE}
+    arguments = _checked_arguments(RunRecord, content, "", type_errors)
+    known_keys = get_type_hints(RunRecord).keys() - {*FIELDS_NOT_IN_FILE}
     unknown = {key: value for key, value in content.items() if key not in known_keys}
     # A key whose content is of another type counts as absent: nobody takes its default for what the file says.
     readable_keys = set()
@@ -342,25 +342,29 @@ def record_of(content: Mapping[str, Any], type_errors: list[str]) -> RunRecord:
     return RunRecord(**{"version": 0, **arguments}, other=unknown, keys=frozenset(readable_keys))
 
 
-def _arguments_of(
+def _checked_arguments(
     record_class: type, content: Mapping[str, Any], prefix: str, type_errors: list[str]
 ) -> dict[str, Any]:
-    """Arguments for a dataclass of this module from JSON values by field; what is null or of a wrong type is left out.
+    """Keyword arguments for a dataclass of this module, from the JSON values of its fields in `content`.
 
-    `prefix`: keys that lead to `content`, such as `outcome.`. `type_errors` gets a line for each value of a wrong type, such as
-    "world_size is not a whole number". A field that is a dataclass itself is made from its own object.
+    - A value that is null is left out.
+    - An object for a field that is a dataclass itself, such as `outcome`, becomes an instance of that dataclass.
+    - A value of the type of its field is taken as it is.
+    - Any other value is left out, and a line is appended to `type_errors`, such as "outcome.closing is not text".
+
+    `prefix`: keys that lead to `content`, such as `outcome.`.
     """
     arguments = {}
     for name, hint in get_type_hints(record_class).items():
         value = content.get(name)
-        if value is None or (record_class is RunRecord and name in NOT_IN_FILE):
+        if value is None or (record_class is RunRecord and name in FIELDS_NOT_IN_FILE):
             continue
-        field_type = _without_none(hint)
+        field_type = _type_without_none(hint)
         is_nested = is_dataclass(field_type)
         if is_nested and isinstance(value, Mapping):
-            nested_arguments = _arguments_of(field_type, value, f"{prefix}{name}.", type_errors)
+            nested_arguments = _checked_arguments(field_type, value, f"{prefix}{name}.", type_errors)
             arguments[name] = field_type(**nested_arguments)
-        elif not is_nested and _fits(value, field_type):
+        elif not is_nested and _is_of_type(value, field_type):
             arguments[name] = value
         else:
             type_errors.append(f"{prefix}{name} is not {_type_in_words(field_type)}")
@@ -369,23 +373,23 @@ def _arguments_of(
 
 def _type_in_words(hint: Any) -> str:
     """A field's type for people: `a list of whole numbers` for list[int]."""
-    name = TYPE_NAMES.get(get_origin(hint) or hint, TYPE_NAMES[dict])
+    name = NAME_BY_TYPE.get(get_origin(hint) or hint, NAME_BY_TYPE[dict])
     if not get_args(hint):
         return name
-    element = get_args(hint)[-1]  # of a dict that of its values
-    elements = ELEMENT_NAMES.get(get_origin(element) or element)
-    return f"{name} of {elements}" if elements else name
+    element_type = get_args(hint)[-1]  # of a list its only argument, of a dict the type of its values
+    plural_name = PLURAL_NAME_BY_TYPE.get(get_origin(element_type) or element_type)
+    return f"{name} of {plural_name}" if plural_name else name
 
 
-def _without_none(hint: Any) -> Any:
+def _type_without_none(hint: Any) -> Any:
     """The type X of a hint `X | None`; any other hint as it is."""
     if get_origin(hint) not in (Union, UnionType):
         return hint
-    (needed,) = (alternative for alternative in get_args(hint) if alternative is not NoneType)
-    return needed
+    (type_besides_none,) = (alternative for alternative in get_args(hint) if alternative is not NoneType)
+    return type_besides_none
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _is_of_type(value: Any, hint: Any) -> bool:
     """Whether a JSON value is of the type `hint`, such as `list[int]`: [1, null] is, ["a"] is not.
 
     Inside lists and objects null is of any type, since it stands for a number that is not finite.
@@ -395,12 +399,14 @@ def _fits(value: Any, hint: Any) -> bool:
         return True
     if origin is list:
         (element_type,) = get_args(hint)
-        return isinstance(value, list) and all(element is None or _fits(element, element_type) for element in value)
+        return isinstance(value, list) and all(
+            element is None or _is_of_type(element, element_type) for element in value
+        )
     if origin is dict:
         _, element_type = get_args(hint)
         if not isinstance(value, dict):
             return False
-        return all(element is None or _fits(element, element_type) for element in value.values())
+        return all(element is None or _is_of_type(element, element_type) for element in value.values())
     if isinstance(value, bool):  # to Python, True is an int as well
         return hint is bool
     if hint is float:  # JSON may write 1.0 as 1

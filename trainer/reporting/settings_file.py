@@ -14,7 +14,7 @@ MAX_BYTES = 2**20
 """Most bytes of a configuration that are read: hundreds of times what a run writes."""
 
 
-def read_text(path: Path) -> str:
+def read_settings_text(path: Path) -> str:
     """The text of a run's `config.yaml`. Errors: ConfigError if it cannot be read, or is larger than a run writes."""
     try:
         return atomic_io.read_bytes(path, max_bytes=MAX_BYTES).decode()
@@ -25,14 +25,14 @@ def read_text(path: Path) -> str:
         raise ConfigError(f"{path}: cannot be read ({problem}); give the config.yaml of a run directory") from error
 
 
-def tree_of(path: Path, text: str) -> dict[str, Any]:
+def parse_settings_tree(path: Path, text: str) -> dict[str, Any]:
     """Parse the YAML `text` of the file `path` into nested dictionaries and lists. Interpolations (`${...}`) stay texts.
 
     Errors: ConfigError if it is no YAML with keys, or has aliases: a few of them make gigabytes of values, and a run writes none.
     """
     import yaml
 
-    loader = _loader()
+    loader = _yaml_loader_class()
     try:
         has_aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader))
         if has_aliases:
@@ -45,32 +45,41 @@ def tree_of(path: Path, text: str) -> dict[str, Any]:
     return tree
 
 
-def read_tree(path: Path) -> dict[str, Any]:
-    """The file's settings as nested dictionaries and lists: `read_text`, then `tree_of`. Errors: ConfigError."""
-    return tree_of(path, read_text(path))
+def read_settings_tree(path: Path) -> dict[str, Any]:
+    """The settings of a run's `config.yaml` as nested dictionaries and lists.
+
+    Errors: ConfigError if it cannot be read or parsed.
+    """
+    return parse_settings_tree(path, read_settings_text(path))
 
 
 @cache
-def _loader() -> Any:
-    """A YAML loader class that makes plain values only, and leaves dates as texts, as OmegaConf does. In C, if there is one."""
+def _yaml_loader_class() -> Any:
+    """The class of YAML loader for configurations: it makes plain values only, and leaves dates as texts, as OmegaConf does.
+
+    It is PyYAML's loader in C if that is installed.
+    """
     import yaml
 
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
         pass
 
-    without_dates = {}
-    for first, resolvers in Loader.yaml_implicit_resolvers.items():
-        without_dates[first] = [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    Loader.yaml_implicit_resolvers = without_dates
+    # PyYAML guesses the type of a scalar from its first character: for each, the (tag, regex) pairs it tries.
+    resolvers_without_dates = {}
+    for first_character, resolvers in Loader.yaml_implicit_resolvers.items():
+        resolvers_without_dates[first_character] = [
+            (tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"
+        ]
+    Loader.yaml_implicit_resolvers = resolvers_without_dates
     return Loader
 
 
-def literal(value: Any) -> Any:
-    """The values with `${` escaped for OmegaConf, which then takes `${...}` in them as text and not as something to look up."""
+def escape_interpolations(value: Any) -> Any:
+    r"""Nested values with `${` escaped for OmegaConf: "${a}" -> r"\${a}", which OmegaConf takes as text and does not look up."""
     if isinstance(value, dict):
-        return {literal(key): literal(inner) for key, inner in value.items()}
+        return {escape_interpolations(key): escape_interpolations(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [literal(inner) for inner in value]
+        return [escape_interpolations(inner) for inner in value]
     if isinstance(value, str) and "${" in value:
         # A backslash escapes the interpolation, and each one that stands before it must be escaped itself.
         return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)

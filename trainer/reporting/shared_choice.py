@@ -10,24 +10,27 @@ from typing import Any
 from strategies import atomic_io, shared_files
 from strategies.errors import StorageError
 
-COMPARISON = "comparison.json"
+COMPARISON_FILE = "comparison.json"
 """The record of a comparison, in the directory above those of its points."""
 
 
-def shared_choice(run_dir: Path, setting: str, choice: Any) -> Any:
-    """The choice that all points of a comparison share for a setting that was left open, such as `run.matmul`.
+def agree_on_shared_choice(run_dir: Path, setting: str, own_choice: Any) -> Any:
+    """Returns the choice that all points of a comparison share for a setting that was left open, such as `run.matmul`.
 
-    `run_dir`: the directory of this point. `choice`: what this point would choose, a text or a mapping of JSON values. The first
-    point to start writes its choice, and all others get that one (as a text or a mapping, whatever that version of shardtune
-    wrote). Outside a comparison it is `choice`, and nothing is written. Errors: StorageError.
+    - Outside a comparison: `own_choice`; nothing is written.
+    - For the first point to start: `own_choice`, which is written into `<comparison>/<setting>.json`.
+    - For any later point: the choice in that file (a text or a mapping, whatever the writing version of shardtune recorded).
+
+    `run_dir`: the directory of this point. `own_choice`: what this point would choose by itself, a text or a mapping of JSON
+    values. Errors: StorageError.
     """
-    comparison = run_dir.absolute().parent
-    if not (comparison / COMPARISON).is_file():
-        return choice
-    path = comparison / f"{setting}.json"
+    comparison_dir = run_dir.absolute().parent
+    if not (comparison_dir / COMPARISON_FILE).is_file():
+        return own_choice
+    path = comparison_dir / f"{setting}.json"
     try:
-        # Only the first of all points writes the file, on whatever host: `claim` does nothing if it is there.
-        shared_files.claim_shared_file(path, json.dumps({setting: choice}).encode() + b"\n", uuid.uuid4().hex)
+        # Only the first of all points writes the file, on whatever host: `claim_shared_file` does nothing if it is there.
+        shared_files.claim_shared_file(path, json.dumps({setting: own_choice}).encode() + b"\n", uuid.uuid4().hex)
         recorded = json.loads(shared_files.read_shared_file(path))[setting]
         if not isinstance(recorded, str | dict):
             raise TypeError(setting)

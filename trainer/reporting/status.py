@@ -56,18 +56,18 @@ def _writer_token() -> str:
     return f"{socket.gethostname()}.{os.getpid()}.{threading.get_native_id()}"
 
 
-STARTED_AGAIN = "SHARDTUNE_STARTED_AGAIN"
+RESTART_COUNT_VARIABLE = "SHARDTUNE_STARTED_AGAIN"
 """The variable by which a launcher tells its ranks how often it has started them again (`launcher.retry`)."""
 
 
 def restart_count() -> int:
     """How often SLURM and the launcher have started this run again; 0 in its first start."""
     by_slurm = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    by_launcher = int(os.environ.get(STARTED_AGAIN) or 0)
+    by_launcher = int(os.environ.get(RESTART_COUNT_VARIABLE) or 0)
     return by_slurm + by_launcher
 
 
-def start_of_job() -> dict[str, Any]:
+def job_start_fields() -> dict[str, Any]:
     """Id of the SLURM job (None outside one) and number of its start, which tell records of several starts apart."""
     return {"job": os.environ.get("SLURM_JOB_ID"), "restart": restart_count()}
 
@@ -82,7 +82,7 @@ def write_status(run_dir: Path, state: RunState | str, **fields: Any) -> None:
         "state": RunState(state).value,
         "reason": None,
         "step": None,
-        **start_of_job(),
+        **job_start_fields(),
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "time": time.time(),
@@ -146,7 +146,7 @@ def record_failure(
         "retry": getattr(error, "retry", None),
         "ran_out_with": error.ran_out_with if isinstance(error, OutOfMemory) else {},
         "traceback": redact("".join(traceback.format_exception(error))),
-        **start_of_job(),
+        **job_start_fields(),
         "time": time.time(),
         **process_fields,
     }

@@ -15,7 +15,7 @@ import torch
 
 from strategies.base import Engine
 
-PARTS = ("forward_s", "backward_s", "optimizer_s")
+STEP_PARTS = ("forward_s", "backward_s", "optimizer_s")
 """Seconds of all micro-batches of a step, and of its update with clipping; communication is part of where it is waited for."""
 
 
@@ -40,7 +40,7 @@ def seconds_between(device: torch.device, start: Any, end: Any) -> float:
 
 
 @dataclass(slots=True)
-class PartTimes:
+class StepPartTimes:
     """Times the parts of steps (forward passes, backward passes, update), and keeps them until they are read."""
 
     device: torch.device
@@ -50,21 +50,24 @@ class PartTimes:
 
     @contextmanager
     def time_pass(self, part: str) -> Iterator[None]:
-        """A context in which one pass is timed. `part`: which of `PARTS` it is; the last of them (the update) ends the step."""
+        """A context in which one pass is timed.
+
+        `part`: which of `STEP_PARTS` it is; the update, the last of them, ends the step.
+        """
         start = moment_on_device(self.device)
         yield
         self._current_step.append((part, start, moment_on_device(self.device)))
-        if part == PARTS[-1]:
+        if part == STEP_PARTS[-1]:
             self._steps.append(self._current_step)
             self._current_step = []
 
     def read(self) -> list[list[float]]:
-        """The seconds of each step since the last call: a list in the order of `PARTS`. Waits for the device."""
+        """The seconds of each step since the last call: a list in the order of `STEP_PARTS`. Waits for the device."""
         steps = self._steps
         self._steps = []
         seconds_by_step = []
         for passes in steps:
-            seconds = dict.fromkeys(PARTS, 0.0)
+            seconds = dict.fromkeys(STEP_PARTS, 0.0)
             for part, start, end in passes:
                 seconds[part] += seconds_between(self.device, start, end)
             seconds_by_step.append(list(seconds.values()))
@@ -74,7 +77,7 @@ class PartTimes:
 class _TimedEngine:
     """Passes every call on to an engine, and times its forward passes, backward passes and updates."""
 
-    def __init__(self, engine: Engine, parts: PartTimes) -> None:
+    def __init__(self, engine: Engine, parts: StepPartTimes) -> None:
         self._engine = engine
         self._parts = parts
 
@@ -94,6 +97,6 @@ class _TimedEngine:
             return self._engine.step(*args, **kwargs)
 
 
-def timed_engine(engine: Engine, parts: PartTimes) -> Engine:
+def timed_engine(engine: Engine, parts: StepPartTimes) -> Engine:
     """The engine with its passes timed in `parts`; it communicates as before."""
     return cast(Engine, _TimedEngine(engine, parts))

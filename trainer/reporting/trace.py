@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-COMMUNICATION = re.compile(
+COMMUNICATION_REGEX = re.compile(
     r"nccl|gloo|c10d::|all_?reduce|all_?gather|reduce_?scatter|broadcast|exchange", re.IGNORECASE
 )
-"""Operators and kernels by which ranks exchange."""
+"""Names of operators and kernels of collectives, such as `nccl:all_reduce`."""
 DEVICE_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
 """Categories of events that ran on the GPU."""
 MAX_OPERATORS = 15
@@ -22,7 +22,7 @@ Spans = list[tuple[float, float]]
 """(begin, end) in microseconds."""
 
 
-def summarise(events: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise_trace(events: list[dict[str, Any]]) -> dict[str, Any]:
     """A summary of a trace of torch's profiler: top operators, communication, idle time (seconds) and memory (GiB).
 
     `events`: `traceEvents` of Chrome's format, times in microseconds, such as {"ph": "X", "name": "aten::mm", "cat": "cpu_op",
@@ -30,37 +30,37 @@ def summarise(events: list[dict[str, Any]]) -> dict[str, Any]:
     the CPU. An operator's `self_s` is without the operators that it called. `exposed_s` is communication during which nothing was
     computed, `idle_s` time with neither communication nor computation.
     """
-    timed = [event for event in events if event.get("ph") == "X" and isinstance(event.get("dur"), int | float)]
-    on_device = [event for event in timed if event.get("cat") in DEVICE_CATEGORIES]
-    counted = on_device or [event for event in timed if event.get("cat") == "cpu_op"]
+    timed_events = [event for event in events if event.get("ph") == "X" and isinstance(event.get("dur"), int | float)]
+    device_events = [event for event in timed_events if event.get("cat") in DEVICE_CATEGORIES]
+    counted_events = device_events or [event for event in timed_events if event.get("cat") == "cpu_op"]
 
     # Per operator: its own time and its calls.
-    self_us = {event["name"]: 0.0 for event in counted}
-    calls = dict.fromkeys(self_us, 0)
-    for event, duration_us in _self_times(counted):
+    self_us = {event["name"]: 0.0 for event in counted_events}
+    num_calls = dict.fromkeys(self_us, 0)
+    for event, duration_us in _own_durations_us(counted_events):
         self_us[event["name"]] += duration_us
-        calls[event["name"]] += 1
+        num_calls[event["name"]] += 1
 
     # Over time: spans of communication and of computation, which may overlap.
     communication: Spans = []
     computation: Spans = []
-    for event in counted:
-        is_communication = COMMUNICATION.search(event["name"]) is not None
+    for event in counted_events:
+        is_communication = COMMUNICATION_REGEX.search(event["name"]) is not None
         spans = communication if is_communication else computation
         spans.append((event["ts"], event["ts"] + event["dur"]))
-    busy = _merged([*communication, *computation])
-    window_us = busy[-1][1] - busy[0][0] if busy else 0.0
-    busy_us = _total_length(busy)
-    computed_us = _total_length(_merged(computation))
+    busy_spans = _merge_spans([*communication, *computation])
+    window_us = busy_spans[-1][1] - busy_spans[0][0] if busy_spans else 0.0
+    busy_us = _total_span_us(busy_spans)
+    computed_us = _total_span_us(_merge_spans(computation))
 
     longest_names = sorted(self_us, key=lambda name: -self_us[name])[:MAX_OPERATORS]
     operators = []
     for name in longest_names:
-        operators.append({"name": name, "self_s": self_us[name] / 1e6, "calls": calls[name]})
+        operators.append({"name": name, "self_s": self_us[name] / 1e6, "calls": num_calls[name]})
     return {
-        "of": "device" if on_device else "operators",
+        "of": "device" if device_events else "operators",
         "window_s": window_us / 1e6,
-        "communication_s": _total_length(_merged(communication)) / 1e6,
+        "communication_s": _total_span_us(_merge_spans(communication)) / 1e6,
         "exposed_s": (busy_us - computed_us) / 1e6,  # what is neither idle nor computation
         "idle_s": (window_us - busy_us) / 1e6,
         "operators": operators,
@@ -70,15 +70,16 @@ def summarise(events: list[dict[str, Any]]) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class _OpenEvent:
-    """An event that has begun and not ended, as of the moment that is looked at."""
+    """An event of a trace that has begun and not yet ended at some moment."""
 
     event: dict[str, Any]
+    """The event in Chrome's format."""
     end_us: float
     self_us: float
     """Its duration without the events that it has called so far."""
 
 
-def _self_times(events: list[dict[str, Any]]) -> Iterable[tuple[dict[str, Any], float]]:
+def _own_durations_us(events: list[dict[str, Any]]) -> Iterable[tuple[dict[str, Any], float]]:
     """(event, its duration in microseconds without the events that it called), thread by thread.
 
     If `linear` takes 10 us and calls `mm`, which takes 7, then `linear` has 3 us and `mm` 7. Operators call each other, so events
@@ -102,7 +103,7 @@ def _self_times(events: list[dict[str, Any]]) -> Iterable[tuple[dict[str, Any], 
             yield left_open.event, left_open.self_us
 
 
-def _merged(spans: Spans) -> Spans:
+def _merge_spans(spans: Spans) -> Spans:
     """The spans in order of time, those that overlap or touch merged into one."""
     merged: Spans = []
     for begin, end in sorted(spans):
@@ -113,8 +114,8 @@ def _merged(spans: Spans) -> Spans:
     return merged
 
 
-def _total_length(spans: Spans) -> float:
-    """The sum of their lengths in microseconds; the spans must not overlap."""
+def _total_span_us(spans: Spans) -> float:
+    """The sum of the lengths of the spans in microseconds; the spans must not overlap."""
     return sum(end - begin for begin, end in spans)
 
 

@@ -13,16 +13,16 @@ from strategies.errors import StorageError
 from strategies.redaction import redact
 from trainer.reporting.earlier_rows import EarlierResults
 from trainer.reporting.jsonl import JsonlTracker
-from trainer.reporting.metric_names import EDITION, FIRST_EDITION, tracked_row
+from trainer.reporting.metric_names import CURRENT_EDITION, FIRST_EDITION, tracked_row
 from trainer.reporting.trackers.base import LoggedTable, RunEnding, TrackedRun, Tracker
 from trainer.reporting.trackers.environment import apply_environment
 from trainer.reporting.trackers.registry import enabled_trackers
 
-SUMMARY_NAMES = (
+SUMMARY_METRICS = (
     *("tokens_per_s", "tokens_per_s_per_rank", "supervised_tokens_per_s", "mfu", "step_s"),
     *("memory_gib", "memory_reserved_gib", "loss"),
 )
-"""Numbers of the last step, or medians over the run, that the summary has."""
+"""Metrics that the summary takes from the run: medians of speeds, and the rest from its last step."""
 
 
 class Trackers:
@@ -33,7 +33,7 @@ class Trackers:
         rows: JsonlTracker | None = None,
         trackers: Sequence[Tracker] = (),
         print_line: Callable[[str], None] = print,
-        metric_names: int = EDITION,
+        metric_names: int = CURRENT_EDITION,
     ) -> None:
         """`metric_names`: edition of the names in trackers."""
         self._rows = rows
@@ -45,10 +45,10 @@ class Trackers:
         self._waiting_tables: dict[str, tuple[int, LoggedTable]] = {}
         """Tables to be shown with the row of a step, by name."""
 
-    def write_rows(self, rows: JsonlTracker) -> None:
-        """Also write the rows to this file, and count the seconds of steps from its earlier rows on."""
-        self._rows = rows
-        self._training_s = rows.earlier.training_s
+    def attach_rows_file(self, rows_file: JsonlTracker) -> None:
+        """Write further rows to this `metrics.jsonl` too, and continue the count of training seconds from its earlier rows."""
+        self._rows = rows_file
+        self._training_s = rows_file.earlier.training_s
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
         """Record numbers of one step in `metrics.jsonl` and all trackers, with the tables that waited for that step.
@@ -65,23 +65,24 @@ class Trackers:
             self._training_s += float(metrics.get("step_s") or 0.0)
             tracked_metrics = tracked_row(metrics, step=step, training_s=self._training_s, edition=self._metric_names)
         self._call_each_tracker(lambda tracker: tracker.log(tracked_metrics, step=step))
+        # Tables that waited for the row of this step.
         due_tables = {}
         for name, (table_step, table) in self._waiting_tables.items():
             if table_step <= step:
                 due_tables[name] = table
         for name in due_tables:
             del self._waiting_tables[name]
-        self.tables(due_tables, step=step)
+        self.log_tables(due_tables, step=step)
 
-    def show_with_row(self, name: str, table: LoggedTable, *, step: int) -> None:
-        """Show a table once the row of its step is recorded, in place of an earlier one that still waits.
+    def log_table_with_row(self, name: str, table: LoggedTable, *, step: int) -> None:
+        """Keep a table until the row of its step is logged, and show it then. It replaces a table of this name that still waits.
 
         Rows are recorded some steps at a time, and W&B takes none of an earlier step than it has seen.
         """
         self._waiting_tables[name] = (step, table)
 
-    def tables(self, tables: dict[str, LoggedTable], *, step: int) -> None:
-        """Show tables of one step, by name, in the trackers."""
+    def log_tables(self, tables: dict[str, LoggedTable], *, step: int) -> None:
+        """Show tables of one step, by name, in the trackers. W&B takes no step that is earlier than one it has seen."""
         for name, table in tables.items():
             self._call_each_tracker(lambda tracker, name=name, table=table: tracker.log_table(name, table, step=step))  # type: ignore[misc]
 
@@ -95,11 +96,16 @@ class Trackers:
             try:
                 call(tracker)
             except Exception as error:  # noqa: BLE001  (whatever a tracker's library raises)
-                self._print_line(f"{type(tracker).__name__} stopped working and is dropped: {_error_line(error)}")
+                self._print_line(
+                    f"{type(tracker).__name__} stopped working and is dropped: {_error_without_secrets(error)}"
+                )
                 self._trackers.remove(tracker)
 
     def rewind(self, step: int) -> None:
-        """Forget the rows after a step in `metrics.jsonl`; elsewhere they stay until they are written again, or for good."""
+        """Remove the rows after a step from `metrics.jsonl`, since training continues from there. Errors: StorageError.
+
+        Trackers keep such rows until the steps are logged again.
+        """
         self._waiting_tables.clear()
         if self._rows is not None:
             try:
@@ -109,7 +115,7 @@ class Trackers:
             self._training_s = self._rows.earlier.training_s
 
     def follow_renamed_run_dir(self, run_dir: Path) -> None:
-        """Follow the run's directory to its new name: the open file takes further rows as before."""
+        """Set the path of `metrics.jsonl` after the run's directory was renamed; the open file takes further rows as before."""
         if self._rows is not None:
             self._rows.path = run_dir / self._rows.path.name
 
@@ -128,34 +134,36 @@ class Trackers:
         """(name of a tracker, command or address that shows the run), once they are closed."""
         return self._hints
 
-    def close(self, ended: RunEnding) -> None:
-        """Close all of them. A tracker that fails to is named, and does not hide how the run ended."""
+    def close(self, ending: RunEnding) -> None:
+        """Close `metrics.jsonl` and all trackers, and set `hints`. A tracker that fails to close is named in a printed line."""
         if self._rows is not None:
             self._rows.close()
-        self._call_each_tracker(lambda tracker: tracker.close(ended))
+        self._call_each_tracker(lambda tracker: tracker.close(ending))
         self._hints = [tracker.hint for tracker in self._trackers if tracker.hint is not None]
         self._rows = None
         self._trackers = []
 
 
-def _error_line(error: Exception) -> str:
+def _error_without_secrets(error: Exception) -> str:
     """Type and first line of an error, without secrets."""
     first_line = next(iter(str(error).splitlines()), "")
     return redact(f"{type(error).__name__}: {first_line}")
 
 
-def summary_of(last_row: dict[str, Any], speed: dict[str, float], evaluated: dict[str, float]) -> dict[str, Any]:
+def final_summary(
+    last_row: dict[str, Any], median_speeds: dict[str, float], held_out_metrics: dict[str, float]
+) -> dict[str, Any]:
     """The summary (`final/NAME`) by which trackers compare runs: median speeds, memory, the last loss and held-out metrics.
 
-    `last_row`: of the last step. `speed`: medians, which take the place of the last step's. `evaluated`: held-out metrics at the
-    end.
+    {"final/loss": 2.1, "final/step_s": 0.5, "final/eval/loss": 2.2}. `last_row`: the row of the last step in `metrics.jsonl`.
+    `median_speeds` replace the speeds of that row. `held_out_metrics`: of the last evaluation.
     """
-    final_values = {**last_row, **speed}
+    final_values = {**last_row, **median_speeds}
     summary = {}
-    for name in SUMMARY_NAMES:
+    for name in SUMMARY_METRICS:
         if name in final_values:
             summary[f"final/{name}"] = final_values[name]
-    for name, metric in evaluated.items():
+    for name, metric in held_out_metrics.items():
         summary[f"final/{name}"] = metric
     return summary
 
@@ -181,12 +189,12 @@ def open_trackers(tracked_run: TrackedRun, environment: dict[str, str] | None = 
     `tracked_run.run_id` may be empty: then the trackers get a new one. A tracker that cannot begin is left out, with its reason:
     what it would show is in `metrics.jsonl`.
     """
-    opened = open_without_rows(tracked_run, environment)
-    opened.trackers.write_rows(JsonlTracker(tracked_run.run_dir / "metrics.jsonl", tracked_run.resumed_at))
+    opened = open_trackers_without_rows(tracked_run, environment)
+    opened.trackers.attach_rows_file(JsonlTracker(tracked_run.run_dir / "metrics.jsonl", tracked_run.resumed_at))
     return opened
 
 
-def open_without_rows(tracked_run: TrackedRun, environment: dict[str, str] | None = None) -> OpenedTrackers:
+def open_trackers_without_rows(tracked_run: TrackedRun, environment: dict[str, str] | None = None) -> OpenedTrackers:
     """Open the trackers alone, without `metrics.jsonl`. `environment`: variables; None for those of this process.
 
     A tracker that cannot be opened is left out, and `substitutions` has the reason by its setting, such as `logging.mlflow`.
@@ -195,28 +203,34 @@ def open_without_rows(tracked_run: TrackedRun, environment: dict[str, str] | Non
     if environment is None:
         environment = dict(os.environ)
     logging = apply_environment(tracked_run.config, environment)
-    kinds = enabled_trackers(logging.config)
+    tracker_kinds = enabled_trackers(logging.config)
     run_id = tracked_run.run_id
-    if not run_id and kinds:
+    if not run_id and tracker_kinds:
         run_id = environment.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]
     tracked_run = replace(
         tracked_run, config=logging.config, run_id=run_id, name=logging.config.name or tracked_run.name
     )
     opened = OpenedTrackers(Trackers(), run_id or None, passed_over=logging.passed_over)
-    if kinds:  # without trackers, variables such as WANDB_PROJECT decide nothing
+    if tracker_kinds:  # without trackers, variables such as WANDB_PROJECT decide nothing
         opened.substitutions = {key: str(resolution) for key, resolution in logging.resolutions.items()}
         opened.from_environment = {key: str(resolution.chosen) for key, resolution in logging.resolutions.items()}
 
     trackers: list[Tracker] = []
-    for kind in kinds:
+    for tracker_kind in tracker_kinds:
+        setting = f"logging.{tracker_kind.setting_name}"
         try:
-            tracker = kind.open(tracked_run)
+            tracker = tracker_kind.open(tracked_run)
         except Exception as error:  # noqa: BLE001  (whatever a tracker's library raises)
-            opened.substitutions[f"logging.{kind.setting}"] = f"left out ({_error_line(error)})"
+            opened.substitutions[setting] = f"left out ({_error_without_secrets(error)})"
             continue
-        note = getattr(tracker, "note", None)  # of W&B, why it is offline
-        if note:
-            opened.substitutions[f"logging.{kind.setting}"] = redact(note)
+        offline_reason = getattr(tracker, "offline_reason", None)  # W&B's tracker has it
+        if offline_reason:
+            opened.substitutions[setting] = redact(offline_reason)
         trackers.append(tracker)
-    opened.trackers = Trackers(None, trackers, tracked_run.print_line, tracked_run.metric_names)
+    opened.trackers = Trackers(
+        rows=None,
+        trackers=trackers,
+        print_line=tracked_run.print_line,
+        metric_names=tracked_run.metric_names,
+    )
     return opened

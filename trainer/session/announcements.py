@@ -24,15 +24,21 @@ from trainer.objectives.registry import data_spec_of
 from trainer.planner.predicted_vs_measured import measured_cost
 from trainer.reporting.config import LoggingConfig
 from trainer.reporting.console import Console
-from trainer.reporting.energy import energy_of_run, metering
-from trainer.reporting.findings import findings_in, status_note
-from trainer.reporting.metric_names import EDITION
+from trainer.reporting.energy import energy_of_run, measure_energy
+from trainer.reporting.findings import findings_in, findings_summary
+from trainer.reporting.metric_names import CURRENT_EDITION
 from trainer.reporting.metrics import Meter
 from trainer.reporting.outcome import TrainingOutcome
 from trainer.reporting.run_record import RunRecord
 from trainer.reporting.status import RunState, write_status
 from trainer.reporting.trackers.base import LoggedTable, RunEnding, TrackedRun
-from trainer.reporting.tracking import OpenedTrackers, Trackers, open_trackers, open_without_rows, summary_of
+from trainer.reporting.tracking import (
+    OpenedTrackers,
+    Trackers,
+    final_summary,
+    open_trackers,
+    open_trackers_without_rows,
+)
 from trainer.session.attempt import Attempt
 from trainer.session.last_lines import end_text
 from trainer.session.run_facts import outcome_record, start_screen_text, write_run_record
@@ -85,7 +91,7 @@ def open_trackers_and_records(
     if not context.runtime.is_main:
         return Trackers()
     if progress.wandb_id is None:  # a run that begins in trackers now; any other keeps the names it has there
-        progress.metric_names = EDITION
+        progress.metric_names = CURRENT_EDITION
     record.metric_names = progress.metric_names
     opened = open_trackers(
         TrackedRun(
@@ -149,7 +155,7 @@ def build_findings_reporter(context: RunContext) -> Callable[[dict[str, Any]], N
 
     def report(challenges: dict[str, Any]) -> None:
         """Write the findings into `status.json`, if they have changed."""
-        note = status_note(challenges)
+        note = findings_summary(challenges)
         if note == context.attempt.note:
             return
         context.attempt.note = note
@@ -181,18 +187,18 @@ def recording_end_of_training(
     except BaseException as error:
         # A stopped run will be resumed, and may recover; a run that failed, as of a full disk, has that as its reason.
         may_have_diverged = isinstance(error, LimitExceeded)
-        ending = RunEnding.by(error)
+        ending = RunEnding.from_error(error)
         if ending.state is RunState.failed and isinstance(error, Exception):  # not after a Ctrl-C
             checkpoints.wait_at_most(FAILED_SAVE_PATIENCE_S)
         raise
     finally:
-        context.console.leave()
+        context.console.end_progress_bar()
         if may_have_diverged:
             ending = _with_divergence(ending, outcome)
         # Summarise and close the trackers. A run that failed has no speed in its outcome yet.
         speed = outcome.speed or meter.speed()
         last_row = {**outcome.last_row, **meter.peaks}
-        trackers.summarise(summary_of(last_row, speed, outcome.after | outcome.test))
+        trackers.summarise(final_summary(last_row, speed, outcome.after | outcome.test))
         export_dir = context.run_dir / "export"
         has_export = ending.state is RunState.done and exports_at_end(config) and export_dir.is_dir()
         trackers.close(replace(ending, exported=export_dir if has_export else None))
@@ -210,7 +216,7 @@ def _with_divergence(ending: RunEnding, outcome: TrainingOutcome) -> RunEnding:
     """
     for finding in findings_in(outcome.challenges):
         if finding.name == Verdict.diverged:
-            return replace(ending, diverged=True, reason=ending.reason or finding.text)
+            return replace(ending, diverged=True, reason=ending.reason or finding.sentence)
     return ending
 
 
@@ -231,7 +237,7 @@ def record_measured_cost(record: RunRecord, meter: Meter, checkpoints: Checkpoin
 
 def metering_energy(config: RunConfig, context: RunContext) -> AbstractContextManager[None]:
     """A context in which each host measures its energy, if `logging.energy` asks for it."""
-    return metering(config.logging.energy, context.run_dir, context.runtime, context.console.print_line)
+    return measure_energy(config.logging.energy, context.run_dir, context.runtime, context.console.print_line)
 
 
 def close_records(
@@ -274,7 +280,7 @@ def track_evaluation(
     )
     metrics = _metrics_of_report(report)
     opened.trackers.log(metrics, step=step)
-    opened.trackers.tables(tables, step=step)
+    opened.trackers.log_tables(tables, step=step)
     opened.trackers.summarise(metrics)
     _close_trackers(opened, RunEnding(RunState.done), print_line)
 
@@ -315,7 +321,7 @@ def _open_own_wandb_run(
     `job_type`: `evaluate` or `export`. `trained_name`, `trained_id`: name and W&B id of the run that trained the model; an export
     becomes a version of that run's artifact. `directory`: for W&B's files. `settings`: shown in W&B beside the configuration.
     """
-    opened = open_without_rows(
+    opened = open_trackers_without_rows(
         TrackedRun(
             config=replace(
                 logging,
@@ -330,7 +336,7 @@ def _open_own_wandb_run(
             run_id="",
             name=f"{job_type}-{trained_name}",
             resumed_at=0,
-            settings={**settings, "metric_names": EDITION, "config": settings_as_dict(config)},
+            settings={**settings, "metric_names": CURRENT_EDITION, "config": settings_as_dict(config)},
             model_of=trained_id,
             print_line=print_line,
         )

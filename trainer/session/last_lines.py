@@ -11,7 +11,7 @@ from typing import Any
 from trainer.monitors.stragglers import SlowRank
 from trainer.objectives.base import ModelKind
 from trainer.objectives.registry import FAMILIES
-from trainer.reporting.findings import SHOWN_REMEDIES, findings_in
+from trainer.reporting.findings import MAX_SHOWN_REMEDIES, findings_in
 from trainer.reporting.numbers import format_metric, format_times
 from trainer.reporting.outcome import TrainingOutcome
 from trainer.reporting.run_record import RUN_RECORD, RunRecord
@@ -71,8 +71,8 @@ def _finding_lines(outcome: TrainingOutcome) -> list[str]:
     """Warnings of the detectors, each with its remedies."""
     lines = []
     for finding in findings_in(outcome.challenges):
-        lines.append(f"warning:    {finding.text}")
-        lines.append(f"            try: {'; '.join(finding.remedies[:SHOWN_REMEDIES])}")
+        lines.append(f"warning:    {finding.sentence}")
+        lines.append(f"            try: {'; '.join(finding.remedies[:MAX_SHOWN_REMEDIES])}")
     return lines
 
 

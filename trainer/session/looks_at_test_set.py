@@ -19,7 +19,7 @@ from strategies.errors import Interrupted, Preempted
 from strategies.runtime import Runtime, broadcast_object, call_on_main
 from trainer.data.prepare import PreparedData
 from trainer.evaluation.base import Evaluator
-from trainer.reporting.results import TEST, add_to_run_record, keep_report, kept_reports, read_json
+from trainer.reporting.results import TEST_REPORT, add_to_run_record, keep_report, kept_reports, read_json_or_empty
 from trainer.reporting.run_record import RUN_RECORD
 
 TEST_METRIC_PREFIX = "test/"
@@ -108,7 +108,7 @@ def num_test_documents(data: PreparedData) -> int:
 
 def _recorded_metrics(weights: CheckpointWeights) -> dict[str, float] | None:
     """The test metrics that the run itself has measured of the same checkpoint before; None if it has not."""
-    for kept_report in kept_reports(weights.run_dir, TEST):
+    for kept_report in kept_reports(weights.run_dir, TEST_REPORT):
         is_same_checkpoint = weights.artefact is not None and kept_report.artefact == weights.artefact
         if is_same_checkpoint and kept_report.report.get("measured_by") == MEASURED_BY_RUN:
             return dict(kept_report.report.get("metrics") or {})
@@ -134,7 +134,7 @@ def record_test_look(
         "measured_by": measured_by,
         "metrics": metrics,
     }
-    keep_report(weights.run_dir, TEST, report)
+    keep_report(weights.run_dir, TEST_REPORT, report)
     return report
 
 
@@ -150,11 +150,11 @@ def record_test_result(
     result = ResultOnTest(metrics=metrics, step=weights.step, documents=documents, looks=num_looks(weights.run_dir))
     if recorded:
         # The metrics that the run itself measured at its end stay in `run.json`; only the number of looks grows.
-        recorded_test = read_json(weights.run_dir / RUN_RECORD).get("test") or asdict(result)
+        recorded_test = read_json_or_empty(weights.run_dir / RUN_RECORD).get("test") or asdict(result)
         add_to_run_record(weights.run_dir, "test", {**recorded_test, "looks": result.looks})
     return {"run": str(weights.run_dir), "checkpoint": weights.checkpoint, **asdict(result)}
 
 
 def num_looks(run_dir: Path) -> int:
     """How often anything was measured on the run's test documents."""
-    return len(kept_reports(run_dir, TEST))
+    return len(kept_reports(run_dir, TEST_REPORT))

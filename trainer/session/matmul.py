@@ -13,8 +13,8 @@ from pathlib import Path
 from strategies.matmul import Matmul, MatmulChoice
 from strategies.runtime import Runtime, call_on_main, with_matmul
 from trainer.config.run import AUTO, MATMUL_KEY, RunConfig, settled_matmul
-from trainer.reporting.resolution import ResolvedSetting, resolution_of
-from trainer.reporting.shared_choice import shared_choice
+from trainer.reporting.resolution import ResolvedSetting, parse_resolution
+from trainer.reporting.shared_choice import agree_on_shared_choice
 
 
 def resolve_matmul(
@@ -50,8 +50,8 @@ def _choose_matmul_library(
     if earlier is not None and settled_matmul(config) is not Matmul.auto:
         return earlier
     own_resolution = ResolvedSetting(MATMUL_KEY, asked=AUTO, chosen=str(own_choice.library), reason=own_choice.reason)
-    shared = shared_choice(run_dir, MATMUL_KEY, asdict(own_resolution))
-    resolution = resolution_of(MATMUL_KEY, shared) or own_resolution
+    shared = agree_on_shared_choice(run_dir, MATMUL_KEY, asdict(own_resolution))
+    resolution = parse_resolution(MATMUL_KEY, shared) or own_resolution
     write_config(run_dir, _with_matmul_resolution(config, resolution))
     return resolution
 

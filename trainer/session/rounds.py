@@ -94,7 +94,7 @@ def show_rounds(config: RunConfig, loader: StepLoader | RolloutLoader, trackers:
     from trainer.rollout.round_table import TABLE_NAME, round_table
 
     loader.round_builder.on_round.append(
-        lambda rollout_round, step: trackers.show_with_row(
+        lambda rollout_round, step: trackers.log_table_with_row(
             TABLE_NAME, round_table(rollout_round, step + 1), step=step + 1
         )
     )

@@ -32,14 +32,14 @@ from trainer.model.weights import WeightSource
 from trainer.planner.communication_volume import expected_bytes_by_collective
 from trainer.planner.predicted_vs_measured import memory_lines, predicted_cost
 from trainer.reporting.code_revision import code_revision
-from trainer.reporting.documents.facts import ModelFacts, gather
+from trainer.reporting.documents.facts import ModelFacts, read_run_facts
 from trainer.reporting.documents.questions import read_answers
 from trainer.reporting.energy import energy_of_run
 from trainer.reporting.jsonl import json_text
 from trainer.reporting.metrics import flops_per_token, reference_tflops
 from trainer.reporting.outcome import TrainingOutcome
 from trainer.reporting.resolution import ResolvedSetting
-from trainer.reporting.results import at_step
+from trainer.reporting.results import held_out_metrics_at_step
 from trainer.reporting.run_record import (
     REFERENCE_TFLOPS,
     RUN_RECORD,
@@ -312,7 +312,7 @@ def start_screen_text(record: RunRecord) -> str:
     if most_held != least_held:
         held += f" to {most_held:,}"
     trainable_share = sharding.trainable_parameters / max(1, sharding.parameters)
-    ranks_text = record.readers
+    ranks_text = record.dp_ranks_text
     if record.world_size != 1:
         ranks_text += f" (over {sharding.exchange})"
     # The length of a generated answer is not known: each prompt counts with the longest that is allowed.
@@ -417,9 +417,9 @@ def model_facts(
         record, outcome=outcome_record(outcome), energy=energy_of_run(run_dir), challenges=outcome.challenges
     )
     answers, _ = read_answers(config.export.answers)  # its problems were reported before the run
-    facts = gather(run_dir, ended_record, answers)
+    facts = read_run_facts(run_dir, ended_record, answers)
     facts.step = step
     facts.tokens = tokens
-    facts.at_step = at_step(run_dir, step)
+    facts.metrics_at_step = held_out_metrics_at_step(run_dir, step)
     facts.artefact = manifest_sha256_at_step(run_dir, facts.step, config.checkpoint.fallback_dir)
     return facts

@@ -15,7 +15,7 @@ from strategies.rendezvous import Rendezvous
 from strategies.runtime import Runtime, first_rank_error
 from trainer.config.run import TEMPLATE_DATE_KEY, RunConfig, settled_template_date
 from trainer.data.tokens.clock import TemplateDate
-from trainer.reporting.shared_choice import shared_choice
+from trainer.reporting.shared_choice import agree_on_shared_choice
 
 FirstDate = Callable[[], TemplateDate]
 """Returns the date on which the data was first prepared into the cache of this host."""
@@ -42,7 +42,7 @@ def template_date_chooser(
             if run_dir is None:
                 return proposal
             # All runs of a comparison share one date: the first run that gets here decides.
-            return str(shared_choice(run_dir, TEMPLATE_DATE_KEY, proposal))
+            return str(agree_on_shared_choice(run_dir, TEMPLATE_DATE_KEY, proposal))
 
         return TemplateDate.parse(rendezvous.chosen_by_rank_0(TEMPLATE_DATE_KEY, choose_on_rank_0, stop))
 

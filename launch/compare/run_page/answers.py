@@ -8,7 +8,7 @@ from typing import Any
 
 from launch.compare.run_files import RecordedRun
 from trainer.monitors.kept_answers import GENERATED, read_kept_answers
-from trainer.reporting.results import EVALUATION, kept_reports
+from trainer.reporting.results import EVALUATION_REPORT, kept_reports
 
 MAX_ANSWERS = 6
 """Pairs of answers on the page."""
@@ -49,7 +49,7 @@ def answer_pairs(run: RecordedRun) -> list[AnswerPair]:
     They come from the newest evaluation report that compares the run with its base model: answers that changed between right
     and wrong. Without such a report they come from the run's own evaluations: the first prompts.
     """
-    for report in kept_reports(run.directory, EVALUATION):
+    for report in kept_reports(run.directory, EVALUATION_REPORT):
         comparison = report.report.get("against") or {}
         if comparison.get("what") == "base":
             pairs = _changed_answers(comparison.get("tasks") or {})

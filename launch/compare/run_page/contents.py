@@ -16,7 +16,7 @@ from strategies.errors import ShardtuneError
 from trainer.pages.numbers import UNKNOWN, format_bytes, format_duration, format_number, format_percent
 from trainer.pages.pieces import PageCard, PageCell, PageColumn, PageTable, Tone
 from trainer.reporting.numbers import format_setting
-from trainer.reporting.results import EVALUATION, REVIEW, kept_reports
+from trainer.reporting.results import EVALUATION_REPORT, REVIEW_REPORT, kept_reports
 from trainer.reporting.run_record import MeasuredCost, PredictedCost, Receipt
 
 GIB = 2**30
@@ -246,7 +246,8 @@ def provenance_rows(run: RecordedRun) -> list[tuple[str, str]]:
     methods = (record.strategy, record.tuning, record.objective, record.precision, record.attention)
     batch = ""
     if record.global_batch and record.micro_batch and record.accumulation and record.world_size:
-        batch = f"{record.global_batch} = {record.micro_batch} micro x {record.accumulation} accumulation x {record.readers}"
+        batch = f"{record.global_batch} = {record.micro_batch} micro x {record.accumulation} accumulation x "
+        batch += record.dp_ranks_text
     parameters = ""
     if record.sharding.parameters:
         share = record.sharding.trainable_parameters / record.sharding.parameters
@@ -276,7 +277,7 @@ def run_links(run: RecordedRun) -> list[tuple[str, str]]:
     if run.record.data_directory:
         targets.append(("audit of the data", Path(run.record.data_directory) / "audit.html"))
     targets.append(("evaluation", run.directory / "evaluation.html"))
-    for kind, text in ((EVALUATION, "newest evaluation report"), (REVIEW, "review by people")):
+    for kind, text in ((EVALUATION_REPORT, "newest evaluation report"), (REVIEW_REPORT, "review by people")):
         reports = kept_reports(run.directory, kind)  # the newest first
         if reports:
             targets.append((text, reports[0].path))

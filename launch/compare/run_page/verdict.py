@@ -23,8 +23,8 @@ from trainer.monitors.config import Reaction
 from trainer.monitors.guard_config import Action
 from trainer.pages.numbers import format_number
 from trainer.pages.pieces import Callout, Tone, worst_first
-from trainer.reporting.findings import SHOWN_REMEDIES, RecordedFinding, findings_in
-from trainer.reporting.results import read_json
+from trainer.reporting.findings import MAX_SHOWN_REMEDIES, RecordedFinding, findings_in
+from trainer.reporting.results import read_json_or_empty
 from trainer.reporting.status import RunState
 
 HEADING_BY_FINDING = {
@@ -74,7 +74,7 @@ def run_verdict(run: RecordedRun) -> RunVerdict:
     steps_text = _training_length_text(run)
     bad_finding = next((finding for finding in findings if finding.name in BAD_FINDINGS), None)
     if bad_finding is not None:
-        description = f"{bad_finding.says[:1].upper()}{bad_finding.says[1:]}"
+        description = f"{bad_finding.observation[:1].upper()}{bad_finding.observation[1:]}"
         text = f"{description}. {steps_text}.{_remedies_text(bad_finding)}"
         return RunVerdict("bad", HEADING_BY_FINDING[bad_finding.name], text, _remedy_commands(run, bad_finding))
     non_finite_step = first_non_finite_loss_step(run)
@@ -175,7 +175,7 @@ def _finding_callouts(run: RecordedRun) -> list[Callout]:
         if heading == verdict_heading or finding.name == EARLY_STOPPING:
             continue
         tone: Tone = "bad" if finding.name in BAD_FINDINGS else "warning"
-        text = f"Since step {finding.step}: {finding.says}.{_remedies_text(finding)}"
+        text = f"Since step {finding.step}: {finding.observation}.{_remedies_text(finding)}"
         callouts.append(Callout(tone, heading, text, _remedy_commands(run, finding)))
     return callouts
 
@@ -184,7 +184,7 @@ def _remedies_text(finding: RecordedFinding) -> str:
     """The first remedies that a finding names, such as ` Try: a lower optim.lr.`; empty if it names none."""
     if not finding.remedies:
         return ""
-    return f" Try: {'; '.join(finding.remedies[:SHOWN_REMEDIES])}."
+    return f" Try: {'; '.join(finding.remedies[:MAX_SHOWN_REMEDIES])}."
 
 
 def _remedy_commands(run: RecordedRun, finding: RecordedFinding) -> tuple[str, ...]:
@@ -267,7 +267,7 @@ def _best_step_callouts(run: RecordedRun) -> list[Callout]:
 
 def _leak_callouts(run: RecordedRun) -> list[Callout]:
     """A call-out for each held-out split with documents that are also in the training data, from the audit of the data."""
-    audit = read_json(run.directory / run.record.data_directory / AUDIT) if run.record.data_directory else {}
+    audit = read_json_or_empty(run.directory / run.record.data_directory / AUDIT) if run.record.data_directory else {}
     retry_command = _train_again_command(run, "data.leakage.policy=drop_train", directory_suffix="clean")
     callouts = []
     for split, leaks in (audit.get("leakage") or {}).items():

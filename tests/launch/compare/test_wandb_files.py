@@ -296,7 +296,7 @@ def test_wandb_server_errors_are_reported(server, monkeypatch, capsys):
     assert "wandb:team/project/x1: not a run of shardtune" in said("wandb:team/project/x1")
     monkeypatch.undo()
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    monkeypatch.setattr(wandb_server, "address", lambda: "http://127.0.0.1:9")
+    monkeypatch.setattr(wandb_server, "wandb_server_address", lambda: "http://127.0.0.1:9")
     assert "http://127.0.0.1:9 cannot be reached: Connection refused; the run's directory" in said(
         "wandb:team/project/x1"
     )

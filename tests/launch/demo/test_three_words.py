@@ -5,7 +5,7 @@ import pytest
 from launch.config.compose import compose_config
 from launch.demo import command, three_words
 from tests.helpers.building import model_dir
-from trainer.reporting.results import rows
+from trainer.reporting.results import read_metric_rows
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_the_demo_shows_everything_and_fails_if_nothing_was_learned(model, tmp_p
     printed = capsys.readouterr().out
     assert "def three_words(completions, truncated):" in printed, "the reward is printed"
     assert printed.count("base model:") == printed.count("tuned model:") == three_words.NUM_SHOWN_PROMPTS
-    trained = next(row for row in rows(tmp_path / "runs" / "tiny") if "reward" in row)
+    trained = next(row for row in read_metric_rows(tmp_path / "runs" / "tiny") if "reward" in row)
     assert f"by step: 1: {trained['reward']:.2f}\n" in printed
     assert "prompts: the model writes the answers to learn from while it trains" in printed
     assert "; at most " in printed and "supervised" not in printed

@@ -13,7 +13,7 @@ from tests.helpers.models import tiny_model_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from trainer.checkpoints.manifest import manifest_sha256
 from trainer.reporting.documents.facts import ModelFacts
-from trainer.reporting.documents.hub_results import write_results
+from trainer.reporting.documents.hub_results import write_hub_results
 from trainer.reporting.results import KeptReport
 
 NAME = "someone/tuned"
@@ -114,15 +114,15 @@ def test_results_are_only_claimed_of_data_that_the_hub_has(tmp_path):
     task = {"kind": "exact_match", "path": "hub:org/set", "num_rows": 8, "metrics": metrics}
     report = {"model": {"artefact": "a1"}, "tasks": {"mine": task, "local": {**task, "path": "/data/secret.jsonl"}}}
     facts = ModelFacts(artefact="a1", reports=[KeptReport("evaluation", tmp_path, report)])
-    (written,) = write_results(tmp_path, facts)
+    (written,) = write_hub_results(tmp_path, facts)
     (entry,) = yaml.safe_load(written.read_text())
     assert written.name == "mine.yaml" and entry["dataset"]["id"] == "org/set" and entry["value"] == 0.25
     assert "8 rows, 95 % interval 0.2 to 0.3" in entry["notes"]
     facts.benchmarks = {"local": "org/other/part"}
-    entries = [yaml.safe_load(file.read_text())[0]["dataset"] for file in write_results(tmp_path, facts)]
+    entries = [yaml.safe_load(file.read_text())[0]["dataset"] for file in write_hub_results(tmp_path, facts)]
     assert entries == [{"id": "org/set", "task_id": "default"}, {"id": "org/other", "task_id": "part"}]
     facts.artefact = "another"
-    assert write_results(tmp_path, facts) == []
+    assert write_hub_results(tmp_path, facts) == []
 
 
 def test_hub_push_reports_the_checkpoint_that_is_exported(run):

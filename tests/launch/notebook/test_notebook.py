@@ -15,7 +15,7 @@ from strategies.errors import ConfigError
 from tests.helpers.browser import axe_problems
 from trainer.pages.pieces import Callout, PageCard, PageCell, PageColumn, PageTable
 
-MOST_BYTES = 200_000
+MAX_RECORD_BYTES = 200_000
 
 
 def write_run(run, *, steps=6, name="ddp", state="done", loss=lambda step: 3.0 - step / 10):
@@ -32,7 +32,7 @@ def write_run(run, *, steps=6, name="ddp", state="done", loss=lambda step: 3.0 -
 
 
 def without_scripts(html: str) -> str:
-    assert len(html.encode()) < MOST_BYTES
+    assert len(html.encode()) < MAX_RECORD_BYTES
     assert not re.search(r"<(script|iframe|link|img|object)|\son\w+=|javascript:|https?://|url\(", html)
     return html
 

@@ -2,9 +2,9 @@
 
 import yaml
 
-from trainer.reporting.documents.card import licence_of, render_card, write_documents
+from trainer.reporting.documents.card import licence_in_model_card, render_card, write_documents
 from trainer.reporting.documents.facts import ModelFacts
-from trainer.reporting.run_record import record_of
+from trainer.reporting.run_record import parse_run_record
 
 FACTS = {
     "tuning": "lora",
@@ -23,7 +23,7 @@ FACTS = {
 
 
 def facts(run=FACTS, **fields):
-    return ModelFacts(run=record_of(run, []), step=500, tokens=1_000_000, **fields)
+    return ModelFacts(run=parse_run_record(run, []), step=500, tokens=1_000_000, **fields)
 
 
 def front_matter(text):
@@ -64,9 +64,9 @@ def test_card_claims_metrics_of_training_only_for_the_weights_that_it_ended_with
     outcome = {"progress": {"step": 500}, "before": {}, "after": {"eval/loss": 1.25}}
     model = facts({**FACTS, "outcome": outcome})
     assert "eval/loss" in render_card(model, adapter=True, base_path="org/name")
-    model.as_trained = False
+    model.are_of_one_checkpoint = False
     assert "eval/loss" not in render_card(model, adapter=True, base_path="org/name")
-    model.as_trained, model.step = True, 400
+    model.are_of_one_checkpoint, model.step = True, 400
     assert "eval/loss" not in render_card(model, adapter=True, base_path="org/name")
 
 
@@ -94,15 +94,15 @@ def test_card_names_a_directory_by_its_last_part_only(tmp_path):
 
 
 def test_card_licence_is_the_one_that_the_base_states(tmp_path):
-    assert licence_of(str(tmp_path)) is None
+    assert licence_in_model_card(str(tmp_path)) is None
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\ntags: []\n---\nlicense: mine\n")
-    assert licence_of(str(tmp_path)) == "apache-2.0"
+    assert licence_in_model_card(str(tmp_path)) == "apache-2.0"
     export = tmp_path / "export"
     export.mkdir()
     write_documents(export, [], facts(), adapter=True, base_path=str(tmp_path))
     assert front_matter((export / "README.md").read_text())["license"] == "apache-2.0"
     (tmp_path / "README.md").write_text("# no metadata\nlicense: mit\n")
-    assert licence_of(str(tmp_path)) is None
+    assert licence_in_model_card(str(tmp_path)) is None
 
 
 def test_loading_code_of_a_classifier_and_of_a_grown_vocabulary():

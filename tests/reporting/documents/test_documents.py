@@ -10,9 +10,9 @@ import pytest
 from trainer.reporting.documents.card import render_card
 from trainer.reporting.documents.facts import ModelFacts
 from trainer.reporting.documents.questions import Paper
-from trainer.reporting.documents.write import render
-from trainer.reporting.results import EVALUATION, REVIEW, KeptReport
-from trainer.reporting.run_record import record_of
+from trainer.reporting.documents.write import render_document
+from trainer.reporting.results import EVALUATION_REPORT, REVIEW_REPORT, KeptReport
+from trainer.reporting.run_record import parse_run_record
 
 EXPECTED = Path(__file__).with_name("expected")
 RUN = {
@@ -109,7 +109,9 @@ def _evaluation(artefact):
         },
     }
     base = {"what": "base", "tasks": {"general": {"metrics": {"loss": {"value": 3.0}}}}}
-    return KeptReport(EVALUATION, Path("report"), {"model": {"artefact": artefact}, "tasks": tasks, "against": base})
+    return KeptReport(
+        EVALUATION_REPORT, Path("report"), {"model": {"artefact": artefact}, "tasks": tasks, "against": base}
+    )
 
 
 def _review(artefact):
@@ -120,13 +122,13 @@ def _review(artefact):
         "method": "pairs",
         "metrics": {"win_rate": {"value": 0.6, "low": 0.4, "high": 0.8}, "alpha": {"value": 0.33}},
     }
-    return KeptReport(REVIEW, Path("review"), report)
+    return KeptReport(REVIEW_REPORT, Path("review"), report)
 
 
 def documents() -> dict[str, str]:
     """Text by file name."""
     facts = ModelFacts(
-        run=record_of(RUN, []),
+        run=parse_run_record(RUN, []),
         config_yaml="model:\n  path: org/base\n",
         audit=AUDIT,
         answers=ANSWERS,
@@ -139,7 +141,7 @@ def documents() -> dict[str, str]:
         base_licence="apache-2.0",
         resize_to=777,
     )
-    texts = {f"{name}.md": render(name, facts) for name in Paper}
+    texts = {f"{name}.md": render_document(name, facts) for name in Paper}
     return texts | {"card.md": render_card(facts, adapter=True, base_path="org/base")}
 
 

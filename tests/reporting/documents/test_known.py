@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from strategies.errors import ConfigError
-from trainer.reporting.documents.compute import compute
+from trainer.reporting.documents.compute import training_compute
 from trainer.reporting.documents.facts import ModelFacts
 from trainer.reporting.documents.licences import licence_conflicts
 from trainer.reporting.documents.questions import QUESTIONS, Paper, paper_problems, read_answers
-from trainer.reporting.documents.write import render
-from trainer.reporting.results import EVALUATION, KeptReport
-from trainer.reporting.run_record import RunOutcome, RunRecord, record_of
+from trainer.reporting.documents.write import render_document
+from trainer.reporting.results import EVALUATION_REPORT, KeptReport
+from trainer.reporting.run_record import RunOutcome, RunRecord, parse_run_record
 
 RUN = RunRecord(
     flops_per_token=6e9,
@@ -50,17 +50,21 @@ def test_licence_conflicts_are_those_of_the_stated_licences(base, data, own, sai
 
 
 def test_compute_figures_by_arithmetic():
-    took = compute(RUN, {"base_flop": "1e19", "device_watts": 500}, 1_000_000)
+    took = training_compute(RUN, {"base_flop": "1e19", "device_watts": 500}, 1_000_000)
     assert took.flop == 6e15 and took.device_hours == pytest.approx(1000 / 3600 * 4)
-    assert took.kwh == pytest.approx(1000 / 3600 * 4 / 2) and took.share == pytest.approx(6e-4) and took.beyond is False
+    assert (
+        took.kwh == pytest.approx(1000 / 3600 * 4 / 2)
+        and took.share_of_base == pytest.approx(6e-4)
+        and took.exceeds_third_of_base is False
+    )
     assert took.base_tokens_at_third == pytest.approx(3e6)
-    assert compute(RUN, {"base_flop": 1.7e16}, 1_000_000).beyond is True
+    assert training_compute(RUN, {"base_flop": 1.7e16}, 1_000_000).exceeds_third_of_base is True
 
 
 def test_compute_figures_of_unknown_parts_are_left_open():
-    took = compute(RunRecord(), {}, None)
-    assert (took.flop, took.device_hours, took.kwh, took.share, took.beyond) == (None,) * 5
-    assert compute(RUN, {}, 10).kwh is None
+    took = training_compute(RunRecord(), {}, None)
+    assert (took.flop, took.device_hours, took.kwh, took.share_of_base, took.exceeds_third_of_base) == (None,) * 5
+    assert training_compute(RUN, {}, 10).kwh is None
 
 
 def test_papers_answers_to_no_question_and_unknown_papers_are_refused(tmp_path):
@@ -89,7 +93,7 @@ def test_papers_problems_are_reported_when_a_run_is_composed(tmp_path, monkeypat
 
 @pytest.mark.parametrize("name", ["measured", *Paper])
 def test_paper_of_a_run_that_recorded_nothing_says_so(name):
-    text = render(name, ModelFacts(run=record_of({"config_sha256": "c"}, [])))
+    text = render_document(name, ModelFacts(run=parse_run_record({"config_sha256": "c"}, [])))
     assert ("not recorded" in text or name == "training_summary") and "None" not in text and "*Open:*" in text
 
 
@@ -98,19 +102,19 @@ def report(time, loss, base=None, rows="a"):
     against = {"what": "base", "tasks": {"loss": {"metrics": {"loss": {"value": base, "verdict": "better"}}}}}
     tasks = {"loss": {"kind": "loss", "num_rows": 8, "rows_sha256": rows, "metrics": metrics}}
     content = {"time": time, "model": {"artefact": "weights"}, "tasks": tasks}
-    return KeptReport(EVALUATION, Path("x"), content if base is None else {**content, "against": against})
+    return KeptReport(EVALUATION_REPORT, Path("x"), content if base is None else {**content, "against": against})
 
 
 def test_card_keeps_the_base_of_an_older_report_beside_a_newer_one_without_it():
     facts = ModelFacts(artefact="weights", reports=[report(2, 10.21), report(1, 10.20, base=10.83)])
-    (row,) = facts.measured
+    (row,) = facts.measured_metrics
     assert (row["value"], row["base"], row["change"]["verdict"]) == (10.21, 10.83, "better")
     other_rows = [report(2, 10.21, rows="b"), report(1, 10.20, base=10.83)]
-    (row,) = ModelFacts(artefact="weights", reports=other_rows).measured
+    (row,) = ModelFacts(artefact="weights", reports=other_rows).measured_metrics
     assert (row["value"], row["base"]) == (10.21, None)
 
 
 def test_training_summary_has_the_size_of_the_data_and_not_of_what_was_seen():
     run = RunRecord(data_report={"train": {"documents": 8, "tokens": 1052}})
-    text = render("training_summary", ModelFacts(run=run, tokens=126_240))
+    text = render_document("training_summary", ModelFacts(run=run, tokens=126_240))
     assert "training data: 1,052 tokens in 8 documents; 126,240 tokens seen in training, each 120 times" in text

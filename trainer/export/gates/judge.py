@@ -14,7 +14,7 @@ from strategies.runtime import Runtime, broadcast_object
 from trainer.checkpoints.manifest import manifest_sha256_at_step
 from trainer.export.gates.bounds import OVERRIDE, Bound, bounds_of
 from trainer.export.gates.measured import FORGETTING, MeasuredMetric, matching_metrics, measured_metrics
-from trainer.reporting.results import TEST, add_to_run_record, read_json
+from trainer.reporting.results import TEST_REPORT, add_to_run_record, read_json_or_empty
 
 MAX_LISTED_METRICS = 12
 """Most metrics that are listed if a gate names none of them."""
@@ -188,7 +188,7 @@ def _measuring_command(metric: str, weights: Weights, tasks: Mapping[str, Any]) 
     first, _, below = metric.removeprefix("eval/").partition("/")
     if first == "review":
         return f"shardtune review make {run} prompts=<file>, then shardtune review score {run} <answers>"
-    if first == TEST:
+    if first == TEST_REPORT:
         return f"shardtune evaluate {run}{checkpoint} split=test"
     if first in tasks:
         return f"shardtune evaluate {run}{checkpoint}"
@@ -233,5 +233,5 @@ def record_gate_decision(run_dir: Path, gates: JudgedGates, export_entry: dict[s
 
     `export_entry`: which export it was, as JSON values. Raises StorageError if the file cannot be written.
     """
-    earlier_exports = read_json(run_dir / "run.json").get("exports") or []
+    earlier_exports = read_json_or_empty(run_dir / "run.json").get("exports") or []
     add_to_run_record(run_dir, "exports", [*earlier_exports, {**export_entry, **gates.record()}])

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer.reporting.results import EVALUATION, REVIEW, TEST, KeptReport, at_step, kept_reports, rows
+from trainer.reporting.results import (
+    EVALUATION_REPORT,
+    REVIEW_REPORT,
+    TEST_REPORT,
+    KeptReport,
+    held_out_metrics_at_step,
+    kept_reports,
+    read_metric_rows,
+)
 
 FORGETTING = "forgetting"
 GENERAL_TASK_PREFIXES = (FORGETTING, "general")
@@ -60,10 +68,14 @@ def measured_metrics(run_dir: Path, step: int | None, artefact: str | None) -> l
     hash for a report, and by the step for training's evaluations and for a test report without a hash.
     """
     metrics: list[MeasuredMetric] = []
-    metrics_by_report_kind = {EVALUATION: _metrics_of_evaluation, REVIEW: _metrics_of_review, TEST: _metrics_of_test}
+    metrics_by_report_kind = {
+        EVALUATION_REPORT: _metrics_of_evaluation,
+        REVIEW_REPORT: _metrics_of_review,
+        TEST_REPORT: _metrics_of_test,
+    }
     for report in kept_reports(run_dir):
         of_these_weights = artefact is not None and report.artefact == artefact
-        if report.artefact is None and report.kind == TEST:  # of a run that wrote no checkpoint of its last step
+        if report.artefact is None and report.kind == TEST_REPORT:  # of a run that wrote no checkpoint of its last step
             of_these_weights = artefact is None and step == (report.report.get("model") or {}).get("step")
         metrics += metrics_by_report_kind[report.kind](report, of_these_weights)
     return metrics + _metrics_of_training(run_dir, step)
@@ -72,14 +84,14 @@ def measured_metrics(run_dir: Path, step: int | None, artefact: str | None) -> l
 def _metrics_of_training(run_dir: Path, step: int | None) -> list[MeasuredMetric]:
     """The metrics of the evaluations that training logged: those at `step` first, then the others from the newest."""
     evaluated_steps = []
-    for row in rows(run_dir):
+    for row in read_metric_rows(run_dir):
         if any(name.startswith("eval/") for name in row):
             evaluated_steps.append(row["step"])
     metrics = []
     for evaluated_step in dict.fromkeys([step, *reversed(evaluated_steps)]):
         if evaluated_step is None:
             continue
-        for name, value in at_step(run_dir, evaluated_step).items():
+        for name, value in held_out_metrics_at_step(run_dir, evaluated_step).items():
             if not isinstance(value, int | float):
                 continue
             short_name = name.removeprefix("eval/")

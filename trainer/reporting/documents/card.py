@@ -11,14 +11,14 @@ from pathlib import Path
 
 from trainer.data.report.pages import parse_hub_licence
 from trainer.reporting.documents.facts import ModelFacts
-from trainer.reporting.documents.hub_results import model_index, write_results
-from trainer.reporting.documents.write import render, write_papers
+from trainer.reporting.documents.hub_results import model_index_entries, write_hub_results
+from trainer.reporting.documents.write import render_document, write_papers
 
 BOTTLENECK = "bottleneck"
-VIRTUAL_TOKENS = ("prefix", "prompt", "p_tuning")
-AUTO_CLASSES = {"classification": "AutoModelForSequenceClassification", "seq2seq": "AutoModelForSeq2SeqLM"}
-HUB_TASKS = {"classification": "text-classification", "seq2seq": "text2text-generation"}
-"""transformers' class, and the hub's task, by objective; every other objective trains a causal language model."""
+VIRTUAL_TOKEN_METHODS = ("prefix", "prompt", "p_tuning")
+AUTO_CLASS_BY_OBJECTIVE = {"classification": "AutoModelForSequenceClassification", "seq2seq": "AutoModelForSeq2SeqLM"}
+HUB_TASK_BY_OBJECTIVE = {"classification": "text-classification", "seq2seq": "text2text-generation"}
+"""The hub's name of the task; objectives that are missing here train a causal language model."""
 
 
 def write_documents(directory: Path, papers: list[str], facts: ModelFacts, *, adapter: bool, base_path: str) -> None:
@@ -27,9 +27,9 @@ def write_documents(directory: Path, papers: list[str], facts: ModelFacts, *, ad
     `adapter`: whether the export holds an adapter, not all weights. `base_path`: directory or hub id of the base model.
     """
     if not facts.base_licence:
-        facts.base_licence = licence_of(base_path)
+        facts.base_licence = licence_in_model_card(base_path)
     write_papers(directory, papers, facts)
-    write_results(directory, facts)
+    write_hub_results(directory, facts)
     own_positions = adapter and (directory / "config.json").is_file()
     card = render_card(facts, adapter=adapter, base_path=base_path, own_positions=own_positions)
     (directory / "README.md").write_text(card, encoding="utf-8")
@@ -42,42 +42,48 @@ def render_card(facts: ModelFacts, *, adapter: bool, base_path: str, own_positio
     """
     objective = facts.run.objective
     method = facts.run.tuning or "full"
-    base = _base_name(facts.run.base_model or base_path)
-    # The library that loads the export, as the card names it.
-    loader = "peft"
-    if method == BOTTLENECK:
-        loader = "shardtune"
-    elif method in VIRTUAL_TOKENS and objective != "classification":
-        loader = "peft, but not to generate"
-    if not adapter:
-        loader = "transformers"
+    base_name = _base_name(facts.run.base_model or base_path)
     num_labels = 0
     if objective == "classification":
         num_labels = len(facts.run.label_names or ())
-    card = render(
+    card = render_document(
         "card",
         facts,
         adapter=adapter,
         method=method,
-        base=base,
+        base=base_name,
         base_to_load=_base_name(base_path),
         own_positions=own_positions,
-        loader=loader,
-        auto_class=facts.own_class or AUTO_CLASSES.get(objective, "AutoModelForCausalLM"),
+        loader=_loading_library(method=method, objective=objective, adapter=adapter),
+        auto_class=facts.own_class or AUTO_CLASS_BY_OBJECTIVE.get(objective, "AutoModelForCausalLM"),
         num_labels=num_labels,
     )
-    metadata = _metadata(facts, base=base, adapter=adapter, method=method)
-    return f"---\n{metadata}\n---\n\n{card}{_configuration(facts.config_yaml)}"
+    metadata = _metadata_yaml(facts, base_name=base_name, adapter=adapter, method=method)
+    return f"---\n{metadata}\n---\n\n{card}{_configuration_section(facts.config_yaml)}"
+
+
+def _loading_library(*, method: str, objective: str, adapter: bool) -> str:
+    """The library that loads the export, as the card names it, such as `peft`. `method`: of tuning.
+
+    `adapter`: not all weights.
+    """
+    if not adapter:
+        return "transformers"
+    if method == BOTTLENECK:
+        return "shardtune"
+    if method in VIRTUAL_TOKEN_METHODS and objective != "classification":
+        return "peft, but not to generate"
+    return "peft"
 
 
 def _base_name(base_model: str) -> str:
-    """A hub id as it is; of a directory only the last part, so that no card shows the directories of a machine."""
+    """The base model as the card names it: a hub id as it is, of a directory the last part, so that no card shows its path."""
     path = Path(base_model).expanduser()
     is_directory = path.is_absolute() or path.exists() or base_model.startswith((".", "~"))
     return path.name if is_directory else base_model
 
 
-def licence_of(directory: str) -> str | None:
+def licence_in_model_card(directory: str) -> str | None:
     """The licence that the model card of a directory states in its metadata block, if it has one."""
     readme = Path(directory) / "README.md"
     if not readme.is_file():
@@ -86,27 +92,27 @@ def licence_of(directory: str) -> str | None:
     if not text.startswith("---"):
         return None
     metadata = text.split("\n---", 1)[0]
-    stated = re.search(r"^license:[ \t]*(\S+)", metadata, re.MULTILINE)
-    return stated[1].strip("\"'") if stated else None
+    licence_match = re.search(r"^license:[ \t]*(\S+)", metadata, re.MULTILINE)
+    return licence_match[1].strip("\"'") if licence_match else None
 
 
-def _metadata(facts: ModelFacts, *, base: str, adapter: bool, method: str) -> str:
+def _metadata_yaml(facts: ModelFacts, *, base_name: str, adapter: bool, method: str) -> str:
     """The YAML of the card's metadata block, as the Hugging Face hub reads it.
 
-    `base`: name of the base model. `method`: of tuning, such as `lora`.
+    `base_name`: name of the base model. `method`: of tuning, such as `lora`.
     """
     from huggingface_hub import ModelCardData
 
-    task = HUB_TASKS.get(facts.run.objective, "text-generation")
-    results = model_index(facts, task)
+    task = HUB_TASK_BY_OBJECTIVE.get(facts.run.objective, "text-generation")
+    eval_results = model_index_entries(facts, task)
     licence, licence_name = parse_hub_licence(facts.licence)
     model_name = None  # the hub wants one only beside results
-    if results:
-        model_name = f"{base}, fine-tuned ({method})"
+    if eval_results:
+        model_name = f"{base_name}, fine-tuned ({method})"
     card_data = ModelCardData(
         model_name=model_name,
-        eval_results=results or None,
-        base_model=base,
+        eval_results=eval_results or None,
+        base_model=base_name,
         library_name="peft" if adapter and method != BOTTLENECK else "transformers",
         pipeline_tag=task,
         license=licence,
@@ -116,7 +122,7 @@ def _metadata(facts: ModelFacts, *, base: str, adapter: bool, method: str) -> st
     return card_data.to_yaml(line_break="\n")
 
 
-def _configuration(config_yaml: str) -> str:
+def _configuration_section(config_yaml: str) -> str:
     """The run's configuration as a folded block of the card; empty without one.
 
     It is no part of the template, which would close up blank lines within its texts.

@@ -10,12 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.reporting.documents.compute import Compute, compute
+from trainer.reporting.documents.compute import TrainingCompute, training_compute
 from trainer.reporting.documents.licences import licence_conflicts
 from trainer.reporting.documents.questions import QUESTIONS
 from trainer.reporting.findings import RecordedFinding, findings_in
 from trainer.reporting.numbers import format_times
-from trainer.reporting.results import EVALUATION, REVIEW, TEST, KeptReport, kept_reports, read_json
+from trainer.reporting.results import (
+    EVALUATION_REPORT,
+    REVIEW_REPORT,
+    TEST_REPORT,
+    KeptReport,
+    kept_reports,
+    read_json_or_empty,
+)
 from trainer.reporting.run_record import RunRecord
 
 
@@ -35,14 +42,14 @@ class ModelFacts:
     """Every report that was kept of the run, the newest first, also those about other weights."""
 
     step: int = 0
-    """Of the checkpoint that these weights are."""
-    at_step: dict[str, Any] = field(default_factory=dict)
+    """Step of the checkpoint that has these weights."""
+    metrics_at_step: dict[str, Any] = field(default_factory=dict)
     """Held-out metrics that training measured at that step; empty if it evaluated nothing there."""
     tokens: int = 0
     """Tokens that these weights were trained on, all ranks together."""
     artefact: str | None = None
     """SHA-256 of the checkpoint's manifest; None if no single checkpoint has these weights."""
-    as_trained: bool = True
+    are_of_one_checkpoint: bool = True
     """Whether these are weights of a checkpoint, on the base they were trained on. A mean of checkpoints is not."""
     averaged_checkpoints: list[str] = field(default_factory=list)
     """Names of the checkpoints whose mean these weights are."""
@@ -61,7 +68,7 @@ class ModelFacts:
     """transformers' class of the model if its Auto classes do not know it; set by the export."""
 
     def answer(self, question: str) -> str:
-        """The owner's answer, or the question as open."""
+        """The owner's answer as text, else the question, marked as open: `*Open:* Who provides the model? (`provider`)`."""
         answer = self.answers.get(question)
         if answer is not None:
             return str(answer).strip()
@@ -74,27 +81,35 @@ class ModelFacts:
 
     @property
     def before(self) -> dict[str, float]:
-        """Held-out metrics before the first step; empty if these weights are of no step that was evaluated."""
+        """Held-out metrics before the first step; empty if `after` is, so that nothing stands beside them."""
         return self.run.outcome.before if self.after and self.run.outcome is not None else {}
 
     @property
     def after(self) -> dict[str, float]:
-        """Held-out metrics of these weights; empty if training measured nothing of them."""
+        """Held-out metrics of these weights, as training measured them.
+
+        - Weights that are of no single checkpoint, or a run without a recorded end: empty.
+        - Weights of the run's last step: the metrics of the last evaluation.
+        - Weights of an earlier step: the metrics of the evaluation at that step; empty if there was none.
+        """
         outcome = self.run.outcome
-        if outcome is None or not self.as_trained:
+        if outcome is None or not self.are_of_one_checkpoint:
             return {}
         if outcome.progress.get("step") == self.step:
             return outcome.after
-        return {name: value for name, value in self.at_step.items() if isinstance(value, int | float)}
+        return {name: value for name, value in self.metrics_at_step.items() if isinstance(value, int | float)}
 
     @property
     def findings(self) -> list[RecordedFinding]:
-        """What the run's detectors found and it has not recovered from."""
+        """Problems that the run's detectors found, and that the run has not recovered from."""
         return findings_in(self.run.challenges)
 
     @property
     def data_counts(self) -> dict[str, dict[str, int]]:
-        """Documents, tokens and rows with each problem, by split; of a split that counted nothing there is no entry."""
+        """Number of documents, of tokens, and of rows with each problem, by split: {"train": {"documents": 9, "too_long": 2}}.
+
+        A split that counted nothing has no entry.
+        """
         counts_by_split = {}
         for split, recorded in self.run.data_report.items():
             if not isinstance(recorded, Mapping):  # an entry about all splits
@@ -105,9 +120,9 @@ class ModelFacts:
         return counts_by_split
 
     @property
-    def compute(self) -> Compute:
-        """What the training took."""
-        return compute(self.run, self.answers, self.tokens)
+    def compute(self) -> TrainingCompute:
+        """Compute and energy of the training."""
+        return training_compute(self.run, self.answers, self.tokens)
 
     @property
     def data_size(self) -> str | None:
@@ -123,48 +138,48 @@ class ModelFacts:
         return f"{size}; {self.tokens:,} tokens seen in training, each {self.tokens / tokens:.3g} times on average"
 
     @property
-    def conflicts(self) -> list[str]:
+    def licence_conflicts(self) -> list[str]:
         """What the stated licences say against giving these weights away, one line each."""
         return licence_conflicts(self.base_licence, self.audit.get("sources") or [], self.answers.get("licence"))
 
     @property
-    def measured(self) -> list[dict[str, Any]]:
-        """Every metric of evaluation reports on these very weights, with that of the base model beside it.
+    def measured_metrics(self) -> list[dict[str, Any]]:
+        """Every metric of evaluation reports on these very weights, such as {"name": "qa/accuracy", "value": 0.7, "base": 0.6}.
 
-        Each metric, such as {"name": "qa/accuracy", "value": 0.7, "base": 0.6, ...}, has its newest value, and the newest one of
-        the base on the same rows.
+        `value` is from the newest report. `base` is the value of the base model on the same rows, from the newest report that
+        has it; None if none has.
         """
-        newest: dict[str, dict[str, Any]] = {}
-        for report in self.reports_of_kind(EVALUATION):
+        newest_by_name: dict[str, dict[str, Any]] = {}
+        for report in self.reports_of_kind(EVALUATION_REPORT):
             for metric in _report_metrics(report.report):
-                newest_metric = newest.setdefault(metric["name"], metric)
+                newest_metric = newest_by_name.setdefault(metric["name"], metric)
                 # A newer report without the base does not hide what an older one measured of it on the same rows.
                 if newest_metric["base"] is None and newest_metric["rows_sha256"] == metric["rows_sha256"]:
                     newest_metric |= {"base": metric["base"], "change": metric["change"]}
-        return [*newest.values()]
+        return [*newest_by_name.values()]
 
     @property
     def review(self) -> dict[str, Any] | None:
         """The newest review of these weights by people."""
-        reviews = self.reports_of_kind(REVIEW)
+        reviews = self.reports_of_kind(REVIEW_REPORT)
         return reviews[0].report if reviews else None
 
     @property
     def test(self) -> KeptReport | None:
-        """The newest look at the run's test documents with these weights; None if there was none."""
-        looks = self.reports_of_kind(TEST)
-        return looks[0] if looks else None
+        """The newest report on the run's test documents with these weights; None if there is none."""
+        test_reports = self.reports_of_kind(TEST_REPORT)
+        return test_reports[0] if test_reports else None
 
     @property
-    def test_looks(self) -> str:
-        """How often the run's test documents were looked at, whatever the weights: `once`, `3 times`."""
-        return format_times(sum(report.kind == TEST for report in self.reports))
+    def test_looks_text(self) -> str:
+        """How often the run's test documents were looked at, with any weights: `once`, `3 times`."""
+        return format_times(sum(report.kind == TEST_REPORT for report in self.reports))
 
     @property
-    def elsewhere(self) -> int:
-        """How many of the run's reports, looks at the test documents aside, are about other weights than these."""
-        num_reports = sum(report.kind != TEST for report in self.reports)
-        num_on_these_weights = sum(report.kind != TEST for report in self._reports_on_these_weights())
+    def num_reports_on_other_weights(self) -> int:
+        """Number of the run's evaluation reports and reviews that are about other weights than these."""
+        num_reports = sum(report.kind != TEST_REPORT for report in self.reports)
+        num_on_these_weights = sum(report.kind != TEST_REPORT for report in self._reports_on_these_weights())
         return num_reports - num_on_these_weights
 
     def reports_of_kind(self, kind: str) -> list[KeptReport]:
@@ -201,14 +216,14 @@ def _report_metrics(report: dict[str, Any]) -> list[dict[str, Any]]:
     the comparison with the base, and `base` the base's value; both are None without one.
     """
     comparison = report.get("against") or {}
-    base_tasks: dict[str, Any] = {}
-    if comparison.get("what") == "base":
-        base_tasks = comparison.get("tasks") or {}
+    base_record_by_task: dict[str, Any] = {}
+    if comparison.get("what") == "base":  # it may be a comparison with another model
+        base_record_by_task = comparison.get("tasks") or {}
     metrics = []
     for task, record in (report.get("tasks") or {}).items():
-        base_metrics = (base_tasks.get(task) or {}).get("metrics") or {}
+        base_metrics = (base_record_by_task.get(task) or {}).get("metrics") or {}
         for name, metric in (record.get("metrics") or {}).items():
-            change = base_metrics.get(name)
+            comparison_with_base = base_metrics.get(name)
             metrics.append(
                 {
                     **metric,
@@ -217,22 +232,22 @@ def _report_metrics(report: dict[str, Any]) -> list[dict[str, Any]]:
                     "rows": record.get("num_rows"),
                     "rows_sha256": record.get("rows_sha256"),
                     "path": record.get("path"),
-                    "base": (change or {}).get("value"),
-                    "change": change,
+                    "base": (comparison_with_base or {}).get("value"),
+                    "change": comparison_with_base,
                 }
             )
     return metrics
 
 
-def gather(run_dir: Path, run: RunRecord, answers: dict[str, Any]) -> ModelFacts:
-    """Facts of a run, read from its directory and that of its data. The caller adds which weights they are about.
+def read_run_facts(run_dir: Path, run: RunRecord, answers: dict[str, Any]) -> ModelFacts:
+    """Facts of a run, read from its directory and that of its data. The caller then sets the fields about the weights.
 
-    `answers`: the owner's, by question.
+    `run`: the record of the run. `answers`: the owner's, by question.
     """
     facts = ModelFacts(run=run, answers=answers, reports=kept_reports(run_dir))
     config_file = run_dir / "config.yaml"
     if config_file.exists():
         facts.config_yaml = config_file.read_text(encoding="utf-8")
     if run.data_directory:
-        facts.audit = read_json(Path(run.data_directory) / "audit.json")
+        facts.audit = read_json_or_empty(Path(run.data_directory) / "audit.json")
     return facts

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-NON_COMMERCIAL = re.compile(r"(^|[-_ ])nc($|[-_ ])|non-?commercial|research-only|academic", re.IGNORECASE)
-NO_DERIVATIVES = re.compile(r"(^|[-_ ])nd($|[-_ ])|no-?deriv", re.IGNORECASE)
-SHARE_ALIKE = re.compile(r"(^|[-_ ])sa($|[-_ ])|^(a|l)?gpl|odbl", re.IGNORECASE)
-OWN_TERMS = re.compile(r"^(llama|gemma|other|.*openrail|.*rail|deepseek|falcon|qwen|apple)", re.IGNORECASE)
+NON_COMMERCIAL_REGEX = re.compile(r"(^|[-_ ])nc($|[-_ ])|non-?commercial|research-only|academic", re.IGNORECASE)
+NO_DERIVATIVES_REGEX = re.compile(r"(^|[-_ ])nd($|[-_ ])|no-?deriv", re.IGNORECASE)
+SHARE_ALIKE_REGEX = re.compile(r"(^|[-_ ])sa($|[-_ ])|^(a|l)?gpl|odbl", re.IGNORECASE)
+OWN_TERMS_REGEX = re.compile(r"^(llama|gemma|other|.*openrail|.*rail|deepseek|falcon|qwen|apple)", re.IGNORECASE)
 
 
 def licence_conflicts(base: str | None, sources: list[Mapping[str, Any]], export_licence: str | None) -> list[str]:
@@ -28,27 +28,27 @@ def licence_conflicts(base: str | None, sources: list[Mapping[str, Any]], export
                 f"{origin} states no licence: without one nobody else may use it, nor perhaps what was made of it"
             )
             continue
-        for consequence in _consequences(licence, export_licence):
+        for consequence in _licence_consequences(licence, export_licence):
             lines.append(f"{origin} is under {licence}{consequence}")
     return lines
 
 
-def _consequences(licence: str, export_licence: str | None) -> Iterator[str]:
+def _licence_consequences(licence: str, export_licence: str | None) -> Iterator[str]:
     """What a licence means for a release under `export_licence`: none to four clauses, which follow "the base is under gpl-3.0".
 
     `cc-by-nc-4.0` gives one: ", which allows no commercial use". The terms are recognised in the licence's name.
     """
-    if NO_DERIVATIVES.search(licence):
+    if NO_DERIVATIVES_REGEX.search(licence):
         yield ", which allows no derivatives; a tuned model may be one"
-    if NON_COMMERCIAL.search(licence):
+    if NON_COMMERCIAL_REGEX.search(licence):
         clash = ""
-        if export_licence and not NON_COMMERCIAL.search(export_licence):
+        if export_licence and not NON_COMMERCIAL_REGEX.search(export_licence):
             clash = f", and {export_licence} would allow that"
         yield f", which allows no commercial use{clash}"
-    if SHARE_ALIKE.search(licence):
+    if SHARE_ALIKE_REGEX.search(licence):
         clash = ""
         if export_licence and export_licence.lower() != licence.lower():
             clash = f", and the tuned model is to be given under {export_licence}"
         yield f": what is derived from it must be given on under the same terms{clash}"
-    if OWN_TERMS.match(licence):
+    if OWN_TERMS_REGEX.match(licence):
         yield ", a licence of its own terms: names, uses and duties that bind the export"

@@ -43,23 +43,24 @@ QUESTIONS = {
     "known_risks": "Which risks are known, and what was done about them?",
     "device_watts": "How many watts did one device draw on average (a number)? Without it no energy is estimated.",
 }
-NUMBERS = ("base_flop", "device_watts")
+NUMERIC_QUESTIONS = ("base_flop", "device_watts")
 
 
 def paper_problems(papers: list[str]) -> Iterator[str]:
     """An error message for each name in `export.papers` that is no paper."""
     for name in papers:
         if name not in [*Paper]:
-            near = difflib.get_close_matches(name, [*Paper], n=1)
-            suggestion = f"did you mean {near[0]}?" if near else f"one of {', '.join(Paper)}"
+            similar_names = difflib.get_close_matches(name, [*Paper], n=1)
+            suggestion = f"did you mean {similar_names[0]}?" if similar_names else f"one of {', '.join(Paper)}"
             yield f"export.papers=[{name}]: there is no such paper; {suggestion}"
 
 
 def read_answers(path: str | None) -> tuple[dict[str, Any], list[str]]:
-    """The owner's answers from a YAML file: (answers by question, error messages). Both are empty if `path` is None.
+    """The answers of the model's owner from a YAML file: (answers by question, error messages). Both are empty if `path` is None.
 
     The file {provider: Clinic of X, contact: } gives ({"provider": "Clinic of X"}, []): an answer that is null or empty leaves
-    its question open. A problem is an unknown question, or no number where one is asked for.
+    its question open. There is an error message if the file cannot be read or holds no pairs, for each unknown question, and for
+    an answer that must be a number and is none.
     """
     import yaml
 
@@ -74,17 +75,17 @@ def read_answers(path: str | None) -> tuple[dict[str, Any], list[str]]:
     problems = []
     for name, answer in answers.items():
         if name not in QUESTIONS:
-            near = difflib.get_close_matches(str(name), QUESTIONS, n=1)
-            suggestion = f"did you mean {near[0]}?" if near else f"one of {', '.join(QUESTIONS)}"
+            similar_names = difflib.get_close_matches(str(name), QUESTIONS, n=1)
+            suggestion = f"did you mean {similar_names[0]}?" if similar_names else f"one of {', '.join(QUESTIONS)}"
             problems.append(f"export.answers={path}: {name}: there is no such question; {suggestion}")
-        elif name in NUMBERS and number(answer) is None:
+        elif name in NUMERIC_QUESTIONS and positive_number_or_none(answer) is None:
             problems.append(f"export.answers={path}: {name}: {answer}: must be a number above 0, such as 1e21")
     given_answers = {name: answer for name, answer in answers.items() if answer not in (None, "")}
     return given_answers, problems
 
 
-def number(answer: Any) -> float | None:
-    """An answer as a finite number above 0; None if it is none. YAML takes 1e21 for a text, so texts are read too."""
+def positive_number_or_none(answer: Any) -> float | None:
+    """An answer as a finite number above 0; None for any other. A text is parsed too, since YAML takes 1e21 for a text."""
     if isinstance(answer, bool):
         return None
     try:

@@ -8,25 +8,25 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from trainer.reporting.documents.compute import GENERAL_PURPOSE, SYSTEMIC
+from trainer.reporting.documents.compute import GENERAL_PURPOSE_FLOP, SYSTEMIC_RISK_FLOP
 from trainer.reporting.documents.facts import ModelFacts
 from trainer.reporting.numbers import format_metric
 
-PAPERS = "papers"
+PAPERS_DIR_NAME = "papers"
 """Directory of the papers in an export."""
 
 
 def write_papers(directory: Path, names: list[str], facts: ModelFacts) -> None:
     """Write the papers by these names into `papers/` of the directory. Errors: OSError."""
     for name in names:
-        (directory / PAPERS).mkdir(exist_ok=True)
-        (directory / PAPERS / f"{name}.md").write_text(render(name, facts), encoding="utf-8")
+        (directory / PAPERS_DIR_NAME).mkdir(exist_ok=True)
+        (directory / PAPERS_DIR_NAME / f"{name}.md").write_text(render_document(name, facts), encoding="utf-8")
 
 
-def render(name: str, facts: ModelFacts, **more: Any) -> str:
+def render_document(name: str, facts: ModelFacts, **template_variables: Any) -> str:
     """A document as Markdown, from the template `<name>.md.j2`. It ends with one newline.
 
-    `name`: such as `card`. `more`: variables of that template beside those that all templates have.
+    `name`: such as `card`. `template_variables`: of this template, beside those that all have.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -38,9 +38,9 @@ def render(name: str, facts: ModelFacts, **more: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {
-        "number": number,
-        "cell": cell,
-        "last": last_part,
+        "number": format_number_or_unknown,
+        "cell": escape_table_cell,
+        "last": last_path_part,
         "readable": format_metric,
         "json": json.dumps,
     }
@@ -52,25 +52,25 @@ def render(name: str, facts: ModelFacts, **more: Any) -> str:
         audit=facts.audit,
         compute=facts.compute,
         answer=facts.answer,
-        GENERAL_PURPOSE=GENERAL_PURPOSE,
-        SYSTEMIC=SYSTEMIC,
-        **more,
+        GENERAL_PURPOSE=GENERAL_PURPOSE_FLOP,
+        SYSTEMIC=SYSTEMIC_RISK_FLOP,
+        **template_variables,
     )
     # A section that has nothing to say leaves its blank lines behind.
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def number(value: Any, form: str = ".4g") -> str:
+def format_number_or_unknown(value: Any, number_format: str = ".4g") -> str:
     """A number as people read it; `not known` for None."""
-    return "not known" if value is None else format(value, form)
+    return "not known" if value is None else format(value, number_format)
 
 
-def cell(value: Any) -> str:
-    """A text that stays in its cell of a table, and makes no markup of its own."""
+def escape_table_cell(value: Any) -> str:
+    """A value as one line of text for a cell of a Markdown table; a backslash stands before characters of markup such as `|`."""
     return re.sub(r"([|<>`\[\]*_])", r"\\\1", " ".join(str(value).split()))
 
 
-def last_part(value: Any) -> str:
-    """The last part of a path, so that no paper shows the directories of a machine."""
+def last_path_part(value: Any) -> str:
+    """The last part of a path, so that no paper shows the directories of a machine; any other text as it is."""
     text = str(value)
     return Path(text).name if text.startswith(("/", ".", "~")) else text

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from strategies.errors import Diverged, NotRunOwner, Preempted
+from strategies.errors import Diverged, NotRunOwner, Preempted, ShardtuneError
 from trainer.reporting.config import Alert, LoggingConfig
-from trainer.reporting.metric_names import EDITION
+from trainer.reporting.metric_names import CURRENT_EDITION
 from trainer.reporting.status import RunState
 
 
@@ -18,10 +18,10 @@ class TrackedRun:
     """The run, as a tracker gets to know it before its first row."""
 
     config: LoggingConfig
-    """With what the environment decides."""
+    """The settings of `logging`, completed by environment variables such as WANDB_PROJECT."""
     run_dir: Path
     run_id: str
-    """The same after a resume."""
+    """Id of the run in trackers; it stays the same after a resume."""
     name: str
     resumed_at: int
     """Step that a resumed run continues from; 0 at a start."""
@@ -33,7 +33,7 @@ class TrackedRun:
     """Id of the run that trained the exported model, for the name of its artifact; empty: this one."""
     print_line: Callable[[str], None]
     """Prints a line that the user should see."""
-    metric_names: int = EDITION
+    metric_names: int = CURRENT_EDITION
     """Edition of the names of metrics (`trainer/reporting/metric_names.py`)."""
 
     @property
@@ -48,7 +48,7 @@ class RunEnding:
 
     state: RunState
     exit_code: int = 0
-    """That of the command line."""
+    """Exit code of the command."""
     reason: str = ""
     diverged: bool = False
     """Whether the run diverged: it broke off for that, or went on to its end and its losses are worse than at its start."""
@@ -68,18 +68,20 @@ class RunEnding:
         return str(self.alert or self.state)
 
     @classmethod
-    def by(cls, error: BaseException) -> RunEnding:
+    def from_error(cls, error: BaseException) -> RunEnding:
         """How a run ended that was left by this exception.
 
-        A run that was stopped, or taken over by another attempt, has not failed: it continues elsewhere.
+        - Preempted or NotRunOwner: preempted. A run that was stopped, or taken over by another attempt, continues elsewhere.
+        - KeyboardInterrupt: failed, with the exit code that shells report for a SIGINT.
+        - Any other: failed, with the exception's `exit_code`; `diverged` is set for Diverged.
         """
         reason = str(error) or type(error).__name__
         if isinstance(error, Preempted | NotRunOwner):
-            return cls(RunState.preempted, Preempted.exit_code, reason)
-        exit_code = getattr(error, "exit_code", 70)
+            return cls(RunState.preempted, exit_code=Preempted.exit_code, reason=reason)
+        exit_code = getattr(error, "exit_code", ShardtuneError.exit_code)
         if isinstance(error, KeyboardInterrupt):
             exit_code = 130  # as shells report a SIGINT
-        return cls(RunState.failed, exit_code, reason, diverged=isinstance(error, Diverged))
+        return cls(RunState.failed, exit_code=exit_code, reason=reason, diverged=isinstance(error, Diverged))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 from trainer.reporting.config import LoggingConfig, WandbMode
 from trainer.reporting.resolution import ResolvedSetting
 
-VARIABLES = {
+VARIABLE_BY_SETTING = {
     "project": "WANDB_PROJECT",
     "entity": "WANDB_ENTITY",
     "group": "WANDB_RUN_GROUP",
@@ -18,9 +18,15 @@ VARIABLES = {
     "job_type": "WANDB_JOB_TYPE",
     "tags": "WANDB_TAGS",
 }
-"""Settings of `logging`, and the variable that each takes where it is not set."""
-MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
-"""Values of WANDB_MODE, two of them old spellings."""
+"""The environment variable that a setting of `logging` takes its value from if it is not set."""
+MODE_BY_WANDB_MODE = {
+    "online": "online",
+    "run": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+    "disabled": "disabled",
+}
+"""`logging.wandb` by the value of WANDB_MODE; `run` and `dryrun` are old spellings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +35,9 @@ class LoggingFromEnvironment:
 
     config: LoggingConfig
     resolutions: dict[str, ResolvedSetting]
-    """What the environment decided, by setting. As text: `mine (WANDB_PROJECT)`."""
+    """What the environment decided, by setting, such as `logging.project`. As text: `mine (WANDB_PROJECT)`."""
     passed_over: str | None
-    """One line on the variables that lose to a setting; None where none does."""
+    """One line that names the variables that lose to a setting; None if no variable does."""
 
 
 def apply_environment(config: LoggingConfig, environment: Mapping[str, str]) -> LoggingFromEnvironment:
@@ -43,7 +49,7 @@ def apply_environment(config: LoggingConfig, environment: Mapping[str, str]) -> 
     resolutions: dict[str, ResolvedSetting] = {}
     passed_over: list[str] = []
     changes: dict[str, Any] = {}
-    for name, variable in VARIABLES.items():
+    for name, variable in VARIABLE_BY_SETTING.items():
         text = environment.get(variable, "").strip()
         value: Any = text
         if name == "tags":  # WANDB_TAGS=a,b is the list [a, b]
@@ -63,7 +69,7 @@ def apply_environment(config: LoggingConfig, environment: Mapping[str, str]) -> 
     # WANDB_MODE decides only if `logging.wandb` is auto. Without the variable, auto is offline.
     changes["wandb"] = config.wandb
     mode_text = environment.get("WANDB_MODE", "").strip().lower()
-    mode = MODES.get(mode_text)
+    mode = MODE_BY_WANDB_MODE.get(mode_text)
     if mode_text and mode is None:
         passed_over.append(f"WANDB_MODE={mode_text} (is none of online, offline and disabled)")
     if config.wandb is WandbMode.auto:

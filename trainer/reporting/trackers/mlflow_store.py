@@ -12,13 +12,13 @@ from trainer.reporting.status import RunState
 from trainer.reporting.trackers.base import LoggedTable, RunEnding, TrackedRun
 from trainer.reporting.trackers.reachable import unreachable_reason
 
-MAX_PARAMETERS = 100
-"""Parameters that a server takes at once."""
-MAX_CHARACTERS = 6000
-"""Characters of a parameter."""
+MAX_PARAMETERS_PER_REQUEST = 100
+"""Parameters that a server takes in one request."""
+MAX_PARAMETER_CHARACTERS = 6000
+"""Characters of a parameter's value that a server takes."""
 RUN_ID_TAG = "shardtune.run_id"
 """The tag by which a resumed run is found again."""
-STATES = {RunState.done: "FINISHED", RunState.failed: "FAILED", RunState.preempted: "KILLED"}
+MLFLOW_STATUS_BY_STATE = {RunState.done: "FINISHED", RunState.failed: "FAILED", RunState.preempted: "KILLED"}
 
 
 class MlflowRun:
@@ -67,9 +67,9 @@ class MlflowRun:
         run_id = str(created.info.run_id)
         parameters = []
         for key, setting in _settings_by_dotted_key(tracked_run.settings).items():
-            parameters.append(Param(key, str(setting)[:MAX_CHARACTERS]))
-        for first in range(0, len(parameters), MAX_PARAMETERS):
-            client.log_batch(run_id, params=parameters[first : first + MAX_PARAMETERS])
+            parameters.append(Param(key, str(setting)[:MAX_PARAMETER_CHARACTERS]))
+        for first in range(0, len(parameters), MAX_PARAMETERS_PER_REQUEST):
+            client.log_batch(run_id, params=parameters[first : first + MAX_PARAMETERS_PER_REQUEST])
         return run_id
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
@@ -93,8 +93,8 @@ class MlflowRun:
     def close(self, ending: RunEnding) -> None:
         self._client.set_tag(self._id, "state", ending.tracked_state)
         if ending.reason:
-            self._client.set_tag(self._id, "reason", ending.reason[:MAX_CHARACTERS])
-        self._client.set_terminated(self._id, STATES[ending.state])
+            self._client.set_tag(self._id, "reason", ending.reason[:MAX_PARAMETER_CHARACTERS])
+        self._client.set_terminated(self._id, MLFLOW_STATUS_BY_STATE[ending.state])
 
 
 def _settings_by_dotted_key(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,27 +8,27 @@ import threading
 import urllib.error
 import urllib.request
 
-ANSWER_S = 4.0
-"""Seconds for a connection, and again for its answer."""
-LIMIT_S = 6.0
-"""Seconds after which nobody waits any longer: a name server that is out of reach can take a minute."""
-DOWN = (502, 503, 504)
+REQUEST_TIMEOUT_S = 4.0
+"""Timeout of a request: for the connection, and again for its answer."""
+TOTAL_TIMEOUT_S = 6.0
+"""Seconds after which a request is given up: a name server that is out of reach can take a minute."""
+SERVER_DOWN_HTTP_CODES = (502, 503, 504)
 """HTTP codes of a gateway whose server is down."""
 
 
 def unreachable_reason(address: str) -> str | None:
     """Why nobody answers at an http(s) address; None if somebody does, whatever the answer.
 
-    Returns after `LIMIT_S` at the latest: the request is made in a thread, since looking up a name has no timeout of its own.
+    Returns after `TOTAL_TIMEOUT_S` at the latest: the request is made in a thread, since the look-up of a name has no timeout.
     """
-    problem: list[str | None] = [f"no answer within {LIMIT_S:.0f} s"]
+    problem: list[str | None] = [f"no answer within {TOTAL_TIMEOUT_S:.0f} s"]
 
     def request_in_thread() -> None:
         problem[0] = _request_problem(address)
 
     thread = threading.Thread(target=request_in_thread, name="reach", daemon=True)
     thread.start()
-    thread.join(LIMIT_S)
+    thread.join(TOTAL_TIMEOUT_S)
     return problem[0]
 
 
@@ -36,20 +36,20 @@ def _request_problem(address: str) -> str | None:
     """Why a HEAD request to the address gets no answer; None if it gets one."""
     request = urllib.request.Request(address, method="HEAD")
     try:
-        with urllib.request.urlopen(request, timeout=ANSWER_S):
+        with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S):
             return None
     except urllib.error.HTTPError as error:
-        return f"HTTP {error.code}" if error.code in DOWN else None
+        return f"HTTP {error.code}" if error.code in SERVER_DOWN_HTTP_CODES else None
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLError):
             return None  # a certificate was shown: somebody is there, and the tracker may know whom to trust
-        return _error_text(error.reason)
+        return _failure_reason(error.reason)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        return _error_text(error)
+        return _failure_reason(error)
 
 
-def _error_text(error: BaseException | str) -> str:
-    """The reason of a failed request, in a few words."""
+def _failure_reason(error: BaseException | str) -> str:
+    """Why a request failed, in a few words, such as `Connection refused`."""
     if isinstance(error, TimeoutError):
-        return f"no answer within {ANSWER_S:.0f} s"
+        return f"no answer within {REQUEST_TIMEOUT_S:.0f} s"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

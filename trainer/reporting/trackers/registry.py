@@ -16,10 +16,12 @@ from trainer.reporting.trackers.base import TrackedRun, Tracker
 class TrackerKind:
     """One tracker: its setting of `logging`, the class in this package, what must be installed."""
 
-    setting: str
+    setting_name: str
+    """Name of its setting below `logging`, such as `wandb`."""
     class_path: str
     """`module:Class` within this package."""
     package: str
+    """The package that must be installed."""
     extra: str | None
     """The extra of setup.py that installs it; None where it comes with shardtune."""
 
@@ -30,7 +32,7 @@ class TrackerKind:
         return tracker
 
 
-KINDS = (
+TRACKER_KINDS = (
     TrackerKind("wandb", "weights_and_biases:WandbRun", "wandb", None),
     TrackerKind("tensorboard", "tensorboard:TensorboardFiles", "tensorboard", "tensorboard"),
     TrackerKind("trackio", "trackio_store:TrackioRun", "trackio", "trackio"),
@@ -39,17 +41,19 @@ KINDS = (
 
 
 def enabled_trackers(config: LoggingConfig) -> list[TrackerKind]:
-    """The trackers that are on."""
-    return [kind for kind in KINDS if getattr(config, kind.setting) not in (False, WandbMode.disabled)]
+    """The trackers that `logging` turns on, in the order of `TRACKER_KINDS`."""
+    return [kind for kind in TRACKER_KINDS if getattr(config, kind.setting_name) not in (False, WandbMode.disabled)]
 
 
-def problems(config: LoggingConfig) -> Iterator[str]:
+def tracker_problems(config: LoggingConfig) -> Iterator[str]:
     """An error message for each tracker whose package is not installed on this host, and for tables that nobody shows."""
-    enabled_settings = {kind.setting for kind in enabled_trackers(config)}
+    enabled_settings = {tracker_kind.setting_name for tracker_kind in enabled_trackers(config)}
     if config.tables and not enabled_settings & {"wandb", "tensorboard"}:
         yield "logging.tables=true: W&B and TensorBoard show them, and neither is on; set logging.wandb=offline, or leave it out"
-    for kind in enabled_trackers(config):
-        if find_spec(kind.package) is None:
-            command = install_command(kind.extra) if kind.extra else f"pip install {kind.package}"
-            typed_value = str(getattr(config, kind.setting)).lower()
-            yield f"logging.{kind.setting}={typed_value}: needs the package {kind.package} ({command})"
+    for tracker_kind in enabled_trackers(config):
+        package = tracker_kind.package
+        if find_spec(package) is None:
+            command = install_command(tracker_kind.extra) if tracker_kind.extra else f"pip install {package}"
+            setting_name = tracker_kind.setting_name
+            typed_value = str(getattr(config, setting_name)).lower()  # as on a command line: `true`, not `True`
+            yield f"logging.{setting_name}={typed_value}: needs the package {package} ({command})"

@@ -9,9 +9,9 @@ from typing import Any
 from strategies.errors import ConfigError
 from trainer.reporting.trackers.reachable import unreachable_reason
 
-TIMEOUT_S = 30
+ANSWER_TIMEOUT_S = 30
 """Seconds for each answer of a server that is there."""
-LABELS_S = 10
+LABELS_TIMEOUT_S = 10
 """Seconds for each answer about the labels of a run that ends: a job that is to end has no more time."""
 
 
@@ -38,16 +38,16 @@ class RunLabels:
     tags: list[str]
 
 
-def fetch_labels(entity: str, project: str, run: str) -> RunLabels:
+def fetch_run_labels(entity: str, project: str, run: str) -> RunLabels:
     """The labels that a run has on W&B's server now. Raises whatever W&B's client raises if it cannot read them."""
     import wandb
 
-    server_run = wandb.Api(timeout=LABELS_S).run(f"{entity}/{project}/{run}")
+    server_run = wandb.Api(timeout=LABELS_TIMEOUT_S).run(f"{entity}/{project}/{run}")
     return RunLabels(str(server_run.name or run), server_run.notes, list(server_run.tags or ()))
 
 
-def fetch(entity: str, project: str, run: str) -> ServerRun:
-    """Fetch a run from W&B's server, with its whole history.
+def fetch_wandb_run(entity: str, project: str, run: str) -> ServerRun:
+    """Fetch a run from W&B's server, with its whole history. `run`: its id, such as `3k9xw2ab`.
 
     Raises ConfigError if the server does not give it, within 10 seconds if there is no network.
     """
@@ -56,13 +56,13 @@ def fetch(entity: str, project: str, run: str) -> ServerRun:
         import wandb
     except ImportError:
         raise ConfigError(f"{name}: is read by wandb, which is not installed: pip install wandb") from None
-    server_problem = no_server()
+    server_problem = wandb_server_problem()
     if server_problem is not None:
         raise ConfigError(
             f"{name}: {server_problem}; the run's directory, or the files that W&B keeps on its machine, need no server"
         )
     try:
-        server_run = wandb.Api(timeout=TIMEOUT_S).run(f"{entity}/{project}/{run}")
+        server_run = wandb.Api(timeout=ANSWER_TIMEOUT_S).run(f"{entity}/{project}/{run}")
         return ServerRun(
             config=dict(server_run.config),
             summary=dict(server_run.summary_metrics),
@@ -73,22 +73,22 @@ def fetch(entity: str, project: str, run: str) -> ServerRun:
     except (wandb.Error, OSError, ValueError, RuntimeError) as error:
         one_line = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
-            f"{name}: {address()} does not give it ({one_line}); look at its name, and at what your key may read"
+            f"{name}: {wandb_server_address()} does not give it ({one_line}); look at its name, and at what your key may read"
         ) from None
 
 
-def no_server() -> str | None:
+def wandb_server_problem() -> str | None:
     """Why W&B's server cannot be used (no API key, or no answer); None if it can."""
     import wandb
 
     has_key_in_environment = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
     if not has_key_in_environment and not wandb.api.api_key:
         return "no W&B API key is configured"
-    problem = unreachable_reason(address())
-    return f"{address()} cannot be reached: {problem}" if problem else None
+    problem = unreachable_reason(wandb_server_address())
+    return f"{wandb_server_address()} cannot be reached: {problem}" if problem else None
 
 
-def address() -> str:
+def wandb_server_address() -> str:
     """The address of the W&B server that is configured."""
     import wandb
 

@@ -9,57 +9,66 @@ import shlex
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from strategies.redaction import redact
 from trainer.reporting.config import Alert, WandbMode
 from trainer.reporting.metric_names import FIRST_EDITION, METRIC_NAMES, TRAINING_S
 from trainer.reporting.status import RunState
 from trainer.reporting.trackers.base import LoggedTable, RunEnding, TrackedRun
-from trainer.reporting.trackers.wandb_server import address, fetch_labels, no_server
+from trainer.reporting.trackers.wandb_server import fetch_run_labels, wandb_server_address, wandb_server_problem
 
-INIT_S = 30
+INIT_TIMEOUT_S = 30
 """Seconds that a server which answers is given to begin a run."""
-FINISH_S = 60
+FINISH_TIMEOUT_S = 60
 """Seconds for what is not uploaded yet when a run ends; it lies on the disk, and a job that is to end has no more time."""
-KEPT_BYTES = 2**18
+MAX_KEPT_ROW_BYTES = 2**18
 """Bytes of the last rows, as JSON, that are kept for another process of W&B: its own has up to 32 KiB not yet in its file."""
-MAX_PROCESSES = 3
+MAX_PROCESS_STARTS = 3
 """How often W&B's process is started for one run."""
+
+
+class _SentRow(NamedTuple):
+    """A row that was handed to W&B's process."""
+
+    step: int
+    metrics: dict[str, Any]
+    size_bytes: int
+    """Of the metrics as JSON."""
 
 
 class WandbRun:
     """A run in W&B, online, or in files that `wandb sync` uploads."""
 
     def __init__(self, tracked_run: TrackedRun) -> None:
-        """Begin the run: online if that is asked for and the server answers, else in files. `note` says why not online."""
+        """Begin the run: online if `logging.wandb=online` and the server answers, else in files (then with `offline_reason`)."""
         self._tracked_run = tracked_run
         self._wandb_dir = Path(os.environ.get("WANDB_DIR") or tracked_run.run_dir).absolute()
         """W&B's own process may have been started elsewhere."""
-        self.note: str | None = None
-        """Why it is offline where online was asked for."""
-        self._recent_rows: deque[tuple[int, dict[str, Any], int]] = deque()
-        """(step, metrics, size in bytes) of the last rows."""
+        self.offline_reason: str | None = None
+        """Why the run is offline although online was asked for; None if it is as asked."""
+        self._recent_rows: deque[_SentRow] = deque()
+        """The last rows, the oldest first, together at most `MAX_KEPT_ROW_BYTES`."""
         self._recent_bytes = 0
         self._summary: dict[str, Any] = {}
-        self._processes = 1
+        self._num_process_starts = 1
 
-        # Online if the server answers and begins the run; else offline, with the reason in `note`.
+        # Online if the server answers and begins the run; else offline, with the reason in `offline_reason`.
         wants_online = tracked_run.config.wandb is WandbMode.online
         if wants_online:
-            server_problem = no_server()
-            self.note = f"offline ({server_problem})" if server_problem else self._begin("online")
-        is_online = wants_online and not self.note
+            server_problem = wandb_server_problem()
+            self.offline_reason = f"offline ({server_problem})" if server_problem else self._begin_run("online")
+        is_online = wants_online and not self.offline_reason
         if not is_online:
-            self._begin("offline")
+            self._begin_run("offline")
         self._define_axes()
         self.hint: tuple[str, str] | None = None
         self._set_hint(is_online=is_online)
         if tracked_run.config.artifacts and tracked_run.data is not None:
             self._use_data_artifact(tracked_run.data, is_online=is_online)
 
-    def _begin(self, mode: str) -> str | None:
-        """Start the run in W&B's client; returns None, or why the server could not begin it.
+    def _begin_run(self, mode: str) -> str | None:
+        """Start the run in W&B's client, and set `_run`. Returns None, or the reason if the server could not begin it.
 
         `mode`: `online` or `offline`. Raises whatever the client raises if it cannot begin offline.
         """
@@ -87,8 +96,8 @@ class WandbRun:
                     x_disable_meta=True,
                     console="off",
                     silent=True,
-                    init_timeout=INIT_S,
-                    finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT") or FINISH_S),
+                    init_timeout=INIT_TIMEOUT_S,
+                    finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT") or FINISH_TIMEOUT_S),
                     finish_timeout_raises=True,
                 ),
             )
@@ -96,7 +105,7 @@ class WandbRun:
             if mode == "offline":
                 raise
             wandb.teardown()  # its process would call this run's id taken
-            return f"offline ({address()} does not begin a run: {' '.join(str(error).split())})"
+            return f"offline ({wandb_server_address()} does not begin a run: {' '.join(str(error).split())})"
         return None
 
     def _set_hint(self, *, is_online: bool) -> None:
@@ -124,9 +133,9 @@ class WandbRun:
                 "logging.artifacts: W&B notes what data a run has used online only; the export is registered"
             )
             return
-        # The fingerprint is that of the data set, and perhaps `/` and a part of it.
+        # `data_fingerprint` is that of the data set, such as `3f2a91`, and perhaps `/` and the name of a split.
         fingerprint, _, _ = str(self._tracked_run.settings.get("data_fingerprint") or "unknown").partition("/")
-        artifact = _by_reference(directory, f"data-{fingerprint[:12]}", "dataset", self._tracked_run.settings)
+        artifact = _artifact_of_directory(directory, f"data-{fingerprint[:12]}", "dataset", self._tracked_run.settings)
         self._run.use_artifact(artifact)
 
     def _define_axes(self) -> None:
@@ -145,7 +154,7 @@ class WandbRun:
         try:
             self._log_row(metrics, step)
         except ConnectionError:
-            self._begin_again()  # with this row, too
+            self._restart_and_resend_rows()  # with this row, too
 
     def _log_row(self, metrics: dict[str, Any], step: int) -> None:
         """Hand a row to W&B's process. Raises ConnectionError if that has ended."""
@@ -154,38 +163,37 @@ class WandbRun:
         self._run.log(metrics, step=step)
 
     def _keep_row(self, metrics: dict[str, Any], step: int) -> None:
-        """Keep the row for a new process of W&B, and forget the oldest ones beyond `KEPT_BYTES`."""
+        """Keep the row for a new process of W&B, and forget the oldest ones beyond `MAX_KEPT_ROW_BYTES`."""
         size_bytes = len(json.dumps(metrics, default=str))
-        self._recent_rows.append((step, metrics, size_bytes))
+        self._recent_rows.append(_SentRow(step=step, metrics=metrics, size_bytes=size_bytes))
         self._recent_bytes += size_bytes
-        while self._recent_bytes > KEPT_BYTES:
-            _, _, oldest_bytes = self._recent_rows.popleft()
-            self._recent_bytes -= oldest_bytes
+        while self._recent_bytes > MAX_KEPT_ROW_BYTES:
+            self._recent_bytes -= self._recent_rows.popleft().size_bytes
 
-    def _begin_again(self) -> None:
-        """Start W&B's process again, and hand it the last rows.
+    def _restart_and_resend_rows(self) -> None:
+        """Start W&B's process again after it has ended, and hand it the rows in `_recent_rows` and the summary.
 
         SLURM's TERM goes to every process of a step: it ends W&B's own before the run has saved, with rows that are in no file
-        yet. The rows go into another part of the same run, as after a resume. Raises ConnectionError once W&B's process was
-        started `MAX_PROCESSES` times.
+        yet. The rows go into another start of the same run, as after a resume. Raises ConnectionError once W&B's process was
+        started `MAX_PROCESS_STARTS` times.
         """
         import wandb
 
-        if self._processes >= MAX_PROCESSES:
+        if self._num_process_starts >= MAX_PROCESS_STARTS:
             raise ConnectionError("W&B's own process has ended again and again")
-        self._processes += 1
-        time.sleep(1.0)  # W&B tells the parts of a run apart by the second of their beginning
+        self._num_process_starts += 1
+        time.sleep(1.0)  # W&B tells starts of one run apart by the second in which they begin
         with contextlib.suppress(Exception):  # whatever its client raises without a process
             wandb.teardown()
-        is_online = self._tracked_run.config.wandb is WandbMode.online and not self.note
-        if is_online:  # as before; it may be that the server no longer answers
-            self.note = self._begin("online")
-            is_online = self.note is None
+        is_online = self._tracked_run.config.wandb is WandbMode.online and not self.offline_reason
+        if is_online:  # the run was online before; the server may no longer answer
+            self.offline_reason = self._begin_run("online")
+            is_online = self.offline_reason is None
         if not is_online:
-            self._begin("offline")
+            self._begin_run("offline")
         self._define_axes()
-        for step, metrics, _ in self._recent_rows:
-            self._log_row(metrics, step)
+        for row in self._recent_rows:
+            self._log_row(row.metrics, row.step)
         self._run.summary.update(self._summary)
         self._set_hint(is_online=is_online)
 
@@ -206,23 +214,22 @@ class WandbRun:
         try:
             self._run.summary.update(values)
         except ConnectionError:
-            self._begin_again()
+            self._restart_and_resend_rows()
 
     def close(self, ending: RunEnding) -> None:
         try:
-            self._end(ending)
+            self._end_run(ending)
         except ConnectionError:
-            self._begin_again()
-            self._end(ending)
+            self._restart_and_resend_rows()
+            self._end_run(ending)
 
-    def _end(self, ending: RunEnding) -> None:
+    def _end_run(self, ending: RunEnding) -> None:
         """Set the run's state, send the alert and register the export if asked for, and wait for the upload."""
         if ending.state is RunState.preempted:
             self._run.mark_preempting()  # so that the run is called preempted and not failed
         self._run.summary.update({"state": ending.tracked_state})
-        if (
-            ending.state is not RunState.preempted
-        ):  # a preempted run has no time for it: it is resumed, and ends once more
+        # A preempted run has no time for the tag: it is resumed, and ends once more.
+        if ending.state is not RunState.preempted:
             self._set_diverged_tag(is_set=ending.diverged)
         if ending.alert in self._tracked_run.config.alerts:
             level = "WARN" if ending.state is RunState.preempted else "ERROR"
@@ -233,7 +240,7 @@ class WandbRun:
             )
         if self._tracked_run.config.artifacts and ending.exported is not None:
             name = f"model-{self._tracked_run.model_of or self._tracked_run.run_id}"
-            self._run.log_artifact(_by_reference(ending.exported, name, "model", self._tracked_run.settings))
+            self._run.log_artifact(_artifact_of_directory(ending.exported, name, "model", self._tracked_run.settings))
         try:
             self._run.finish(exit_code=ending.exit_code)
         except TimeoutError:
@@ -249,12 +256,12 @@ class WandbRun:
         run = self._run
         tag = str(Alert.diverged)
         tags = list(run.tags or ())
-        is_as_wanted = is_set == (tag in tags)
-        if is_as_wanted or tag in self._tracked_run.config.tags:  # a tag that the user gave stays
+        is_tag_as_wanted = is_set == (tag in tags)
+        if is_tag_as_wanted or tag in self._tracked_run.config.tags:  # a tag that the user gave stays
             return
         if not run.offline:
             try:
-                labels = fetch_labels(run.entity, run.project, run.id)
+                labels = fetch_run_labels(run.entity, run.project, run.id)
             except Exception as error:  # noqa: BLE001  (whatever W&B's client raises)
                 reason = redact(" ".join(str(error).split()) or type(error).__name__)
                 self._tracked_run.print_line(
@@ -266,11 +273,11 @@ class WandbRun:
                 run.name = labels.name
             if labels.notes != run.notes:
                 run.notes = labels.notes or ""
-        other_tags = [other for other in tags if other != tag]
-        run.tags = [*other_tags, tag] if is_set else other_tags
+        tags_without_diverged = [kept_tag for kept_tag in tags if kept_tag != tag]
+        run.tags = [*tags_without_diverged, tag] if is_set else tags_without_diverged
 
 
-def _by_reference(directory: Path, name: str, kind: str, settings: dict[str, Any]) -> Any:
+def _artifact_of_directory(directory: Path, name: str, kind: str, settings: dict[str, Any]) -> Any:
     """A W&B artifact that names the files of a directory; none is copied or read.
 
     `kind`: `dataset` or `model`. `settings`: of the run; some of them become the artifact's metadata.
