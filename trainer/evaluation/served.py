@@ -135,8 +135,10 @@ class ServedAnswerGenerator:
         return self._send_all(self._request_likelihood, pairs)
 
     def _request_likelihood(self, pair: Pair) -> Likelihood:
-        """The likelihood of one continuation. Raises ConfigError if the server sends no log-probabilities of the "
-        "prompt."""
+        """The likelihood of one continuation.
+
+        Raises ConfigError if the server sends no log-probabilities of the prompt.
+        """
         context, continuation = pair
         ids = [*context, *continuation]
         # With `echo`, the server returns the prompt with log-probabilities. The one token that it must generate is ignored.

@@ -50,7 +50,10 @@ def page_environment(
     finalize: Callable[[Any], Any] | None = None,
     filters: tuple[tuple[str, Callable[..., Any]], ...] = (),
 ) -> Environment:
-    """Jinja's environment for the templates of a package; kept, since compiling them takes longer than filling them."""
+    """Jinja's environment for the templates of a package, with `filters` as further filters.
+
+    Cached for each combination of arguments, since compiling templates takes longer than filling them.
+    """
     from jinja2 import ChoiceLoader, Environment, FileSystemLoader, PackageLoader, StrictUndefined
 
     # Shared templates come first: a package's own `base.html.j2` would change its pages alone, and unnoticed.

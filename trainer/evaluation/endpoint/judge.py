@@ -49,8 +49,7 @@ class Judge:
         chunks: list[list[str]] = []
 
         def split_new_questions() -> int:
-            """Fill `verdict_by_question` from the cache, and `chunks` with the other questions. Returns the "
-            "number of chunks."""
+            """Fill `verdict_by_question` from the cache, and `chunks` with the rest. Returns the number of chunks."""
             model = self._client.served_model_name() if questions else ""
             different_questions = list(dict.fromkeys(questions))
             for question in different_questions:
@@ -86,8 +85,10 @@ class Judge:
         return self._call_on_rank_0(lambda: [verdict_by_question[question] for question in questions])
 
     def _call_on_rank_0(self, function: Callable[[], Any]) -> Any:
-        """Call a function on rank 0 alone; every rank returns or raises what rank 0 does. A collective: all ranks "
-        "must call."""
+        """Call a function on rank 0 alone; every rank returns or raises what rank 0 does.
+
+        A collective: all ranks must call.
+        """
         own_result: Any = None
         own_error: ShardtuneError | None = None
         if self.runtime.is_main:
