@@ -20,8 +20,8 @@ from trainer.objectives.classification import (
     LabelDataSpec,
     MultiLabel,
     balanced_weights,
-    labels_of,
-    settle,
+    join_labels,
+    settle_class_weights,
 )
 from trainer.objectives.registry import build_objective, data_spec_of
 
@@ -112,11 +112,11 @@ def test_classification_balanced_weights_are_those_of_the_definition():
 
 def test_classification_balanced_weights_are_settled_once_and_lists_are_kept():
     config = ClassificationConfig(class_weights="balanced")
-    found, noted = settle(config, SimpleNamespace(labels=np.array([0, 0, 1])), ["a", "b"])
+    found, noted = settle_class_weights(config, SimpleNamespace(labels=np.array([0, 0, 1])), ["a", "b"])
     assert noted == {"objective.class_weights": "balanced -> [0.75, 1.5]"}
     assert found.class_weights == pytest.approx([0.75, 1.5]) and config.class_weights == "balanced"
     given = ClassificationConfig(class_weights=[1.0, 2.0])
-    assert settle(given, None, None) == (given, {})
+    assert settle_class_weights(given, None, None) == (given, {})
     assert isinstance(build_objective(ClassificationConfig(multi_label=True)), MultiLabel)
     assert data_spec_of(config).counts(None) == {"loss": 1}
 
@@ -172,13 +172,13 @@ def test_classification_f1_of_predicting_nothing_is_zero():
     ],
 )
 def test_classification_labels_in_every_spelling(value, found):
-    assert labels_of(value) == found
+    assert join_labels(value) == found
 
 
 @pytest.mark.parametrize("value", [None, ["a|b"], [1.5], [""], [["a"]], {"a": 1}])
 def test_classification_value_that_is_no_list_of_labels_is_refused(value):
     with pytest.raises(RowError):
-        labels_of(value)
+        join_labels(value)
 
 
 def prepared(tmp_path, rows, eval_rows=None, **options):

@@ -86,7 +86,7 @@ def samples(config: GrpoConfig, *, has_old: bool = True) -> tuple[list[AnswerSam
         }
         if has_old:
             entries["old_logps"] = np.array(by_phase[OLD][number])
-        made.append(AnswerSample(ids, np.arange(len(ids)) >= len(prompt), {}, rows=entries))
+        made.append(AnswerSample(ids, np.arange(len(ids)) >= len(prompt), {}, row_entries=entries))
     return made, {"loss": count, "tokens": float(lengths.sum()), "answers": float(len(rows))}
 
 

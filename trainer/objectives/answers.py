@@ -47,9 +47,9 @@ ANSWER_COUNTS = ("loss", "tokens", "answers")
 class AnswerSample(Sample):
     """A prompt with one answer."""
 
-    prompt: int = 0
+    prompt_index: int = 0
     """Number of the prompt in its round: samples of one prompt may share it."""
-    rows: dict[str, np.ndarray] = field(default_factory=dict)
+    row_entries: dict[str, np.ndarray] = field(default_factory=dict)
     """float32 [learned tokens] each, by names of `ROW_ENTRIES`; every sample of a step has the same names."""
 
 
@@ -70,90 +70,99 @@ class AnswerCollator(Collator):
         if len(answers) < len(samples) or not num_rows:
             batch.update({name: torch.zeros(num_rows) for name in ROW_ENTRIES})
             return
-        for name in answers[0].rows:
-            rows = np.concatenate([answer.rows[name] for answer in answers])
-            batch[name] = torch.from_numpy(rows.astype(np.float32, copy=False))
+        for name in answers[0].row_entries:
+            numbers = np.concatenate([answer.row_entries[name] for answer in answers])
+            batch[name] = torch.from_numpy(numbers.astype(np.float32, copy=False))
 
-    def with_shared_prompts(self, samples: Sequence[AnswerSample]) -> dict[str, Any]:
+    def collate_with_shared_prompts(self, samples: Sequence[AnswerSample]) -> dict[str, Any]:
         """Samples as one micro-batch in which the answers to a prompt stand behind it once: `[prompt | answer | answer ...]`.
 
         Samples of one prompt must be neighbours. Beside what a batch without padding has: `branches`, where the answers of each
         document begin, and `row_targets` (int64), the target of each supervised row, since the last position of a prompt has one
         for each answer.
         """
-        row = _SharedRow()
+        row = _SharedPromptRow()
         for sample in samples:
-            row.add(sample)
-        batch = row.batch(len(samples))
+            row.add_answer(sample)
+        batch = row.to_batch(num_sequences=len(samples))
         self.add_loss_inputs(batch, samples)
         return batch
 
     def without_targets(self, sample: Sample) -> Sample:
-        """The sample with nothing to learn."""
-        nothing = np.zeros_like(sample.supervised)
+        """The sample with nothing to learn, and so without numbers for learned tokens."""
+        no_supervision = np.zeros_like(sample.supervised)
         if not isinstance(sample, AnswerSample):
-            return Sample(sample.input_ids, nothing, sample.marks)
-        rows = {name: numbers[:0] for name, numbers in sample.rows.items()}
-        return AnswerSample(sample.input_ids, nothing, sample.marks, rows=rows)
+            return Sample(sample.input_ids, no_supervision, sample.marks)
+        empty_entries = {name: numbers[:0] for name, numbers in sample.row_entries.items()}
+        return AnswerSample(sample.input_ids, no_supervision, sample.marks, row_entries=empty_entries)
 
 
-class _SharedRow:
-    """A row in the making, in which answers share their prompts."""
+class _SharedPromptRow:
+    """A packed row in the making, `[prompt | answer | answer ... | prompt | ...]`. A prompt with its answers is a document."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []
-        self.positions: list[int] = []
-        self.bounds = [0]
+        self.position_ids: list[int] = []
+        self.document_bounds = [0]
+        """A leading 0, then where each document begins."""
         self.branches: list[list[int]] = []
-        self.target_rows: list[int] = []
-        self.row_targets: list[int] = []
+        """By document, where its answers begin in it."""
+        self.target_positions: list[int] = []
+        """Positions of the row whose next token is learned."""
+        self.target_ids: list[int] = []
+        """The token that each of them predicts."""
         self.num_targets: list[int] = []
-        self.longest = 0
-        self._prompt: int | None = None
+        """By answer."""
+        self.max_length = 0
+        """Tokens of the longest prompt with one answer."""
+        self._prompt_index: int | None = None
         self._prompt_length = 0
 
-    def add(self, sample: AnswerSample) -> None:
+    def add_answer(self, sample: AnswerSample) -> None:
         """Append an answer to the row; its prompt comes first, unless the answer before has the same prompt and shares it.
 
         Positions of an answer continue those of its prompt, whatever answers lie between.
         """
-        begin = sample.answer_begin()
-        answer = sample.input_ids[begin:].tolist()
-        if sample.prompt != self._prompt:
-            self._prompt = sample.prompt
-            self._prompt_length = begin
-            self.bounds.append(len(self.ids))
+        prompt_length = sample.answer_begin()
+        answer_ids = sample.input_ids[prompt_length:].tolist()
+        if sample.prompt_index != self._prompt_index:
+            self._prompt_index = sample.prompt_index
+            self._prompt_length = prompt_length
+            self.document_bounds.append(len(self.ids))
             self.branches.append([])
-            self.ids += sample.input_ids[:begin].tolist()
-            self.positions += range(begin)
-        assert begin == self._prompt_length, "answers that share a prompt begin at the same place"
-        document_begin = self.bounds[-1]
+            self.ids += sample.input_ids[:prompt_length].tolist()
+            self.position_ids += range(prompt_length)
+        assert prompt_length == self._prompt_length, "answers that share a prompt begin at the same place"
+        document_begin = self.document_bounds[-1]
         answer_begin = len(self.ids)
+        answer_length = len(answer_ids)
         self.branches[-1].append(answer_begin - document_begin)
         # The last token of the prompt predicts the first one of the answer, and each token of the answer the next one.
-        self.target_rows += [document_begin + begin - 1, *range(answer_begin, answer_begin + len(answer) - 1)]
-        self.row_targets += answer
-        self.num_targets.append(len(answer))
-        self.ids += answer
-        self.positions += range(begin, begin + len(answer))
-        self.longest = max(self.longest, begin + len(answer))
+        last_of_prompt = document_begin + prompt_length - 1
+        self.target_positions += [last_of_prompt, *range(answer_begin, answer_begin + answer_length - 1)]
+        self.target_ids += answer_ids
+        self.num_targets.append(answer_length)
+        self.ids += answer_ids
+        self.position_ids += range(prompt_length, prompt_length + answer_length)
+        self.max_length = max(self.max_length, prompt_length + answer_length)
 
-    def batch(self, num_sequences: int) -> dict[str, Any]:
+    def to_batch(self, num_sequences: int) -> dict[str, Any]:
         """The finished row as a batch of one micro-batch; `num_sequences`: answers in it."""
-        bounds = [*self.bounds[1:], len(self.ids)]
+        _leading_zero, *document_begins = self.document_bounds
+        bounds = [*document_begins, len(self.ids)]
         boundaries = torch.tensor(bounds, dtype=torch.int32)
         return {
             "input_ids": torch.tensor([self.ids]),
-            "position_ids": torch.tensor([self.positions]),
+            "position_ids": torch.tensor([self.position_ids]),
             "targets": torch.full((1, len(self.ids)), IGNORED_TARGET),
             "cu_seq_lens_q": boundaries,
             "cu_seq_lens_k": boundaries,
-            "max_length_q": self.longest,
-            "max_length_k": self.longest,
+            "max_length_q": self.max_length,
+            "max_length_k": self.max_length,
             "document_bounds": bounds,
             "branches": self.branches,
-            "target_rows": torch.tensor(self.target_rows),
-            "row_targets": torch.tensor(self.row_targets),
+            "target_rows": torch.tensor(self.target_positions),
+            "row_targets": torch.tensor(self.target_ids),
             "row_sequence": torch.from_numpy(np.repeat(np.arange(num_sequences), self.num_targets)),
             "num_sequences": num_sequences,
         }

@@ -112,7 +112,7 @@ class LabelDataSpec(DataSpec):
         """The label as one text. Where `objective.labels` gives names, a number that is none of them is the id of a name."""
         if not self.multi_label:
             return self._name_of(parse_label(value))
-        names = {self._name_of(label) for label in split_labels(labels_of(value))}
+        names = {self._name_of(label) for label in split_labels(join_labels(value))}
         return LABEL_SEPARATOR.join(sorted(names))
 
     def _name_of(self, label: str) -> str:
@@ -187,21 +187,27 @@ class LabelCollator(PooledCollator):
         return Sample(sample.input_ids, np.zeros_like(sample.supervised), {**sample.marks, LABEL: IGNORED_TARGET})
 
 
-def labels_of(labels: Any) -> str:
-    """Any number of labels as one text, sorted, with `|` between them; none is the empty text. Raises RowError: bad_label."""
+def join_labels(labels: Any) -> str:
+    """Any number of labels as one text, sorted, with `|` between them: ["dog", "cat"] -> "cat|dog"; none is the empty text.
+
+    `labels`: a list of labels, one label, or a text that has them with `|` between them. Raises RowError: bad_label.
+    """
     if isinstance(labels, str):
         labels = [name for name in labels.split(LABEL_SEPARATOR) if name.strip()]
-    names = {parse_label(name) for name in (labels if isinstance(labels, list) else [labels])}
-    if ambiguous := next((name for name in names if LABEL_SEPARATOR in name), None):
+    elif not isinstance(labels, list):
+        labels = [labels]
+    names = {parse_label(label) for label in labels}
+    ambiguous_name = next((name for name in names if LABEL_SEPARATOR in name), None)
+    if ambiguous_name:
         raise RowError(
-            "bad_label", f'"label" holds {ambiguous!r}; the name of a label must not contain {LABEL_SEPARATOR}'
+            "bad_label", f'"label" holds {ambiguous_name!r}; the name of a label must not contain {LABEL_SEPARATOR}'
         )
     return LABEL_SEPARATOR.join(sorted(names))
 
 
-def split_labels(label: str) -> list[str]:
-    """The label names in a text that `labels_of` made: `cat|dog` gives `["cat", "dog"]`, an empty text none."""
-    return label.split(LABEL_SEPARATOR) if label else []
+def split_labels(joined_labels: str) -> list[str]:
+    """The label names in a text with `|` between them: "cat|dog" -> ["cat", "dog"]; an empty text has none."""
+    return joined_labels.split(LABEL_SEPARATOR) if joined_labels else []
 
 
 def number_labels(
@@ -229,11 +235,11 @@ def number_labels(
             "train one run for each part of them"
         )
     # A set of labels is one integer: bit i is set if the document has label i.
-    bit_of = {name: 1 << bit for bit, name in enumerate(names)}
-    bits = []
+    bit_by_name = {name: 1 << bit for bit, name in enumerate(names)}
+    ids = []
     for label_set in label_sets:
-        bits.append(sum(bit_of[name] for name in label_set))
-    return names, np.array(bits, np.int64)
+        ids.append(sum(bit_by_name[name] for name in label_set))
+    return names, np.array(ids, np.int64)
 
 
 def _training_label_names(
@@ -259,11 +265,11 @@ def _training_label_names(
             f"{row['file']}:{row['line']}: label {row['label']!r} is none of {names} (the labels of the training "
             "data); set objective.labels to name them all"
         )
-    least = 1 if multi_label else 2
-    if len(names) < least:
-        what_they_have = f"have the label {names[0]!r}" if names else "have no label"
+    fewest_labels = 1 if multi_label else 2
+    if len(names) < fewest_labels:
+        fault = f"have the label {names[0]!r}" if names else "have no label"
         raise DataError(
-            f"data.path: all training documents {what_they_have}, and objective=classification tells labels apart; add "
+            f"data.path: all training documents {fault}, and objective=classification tells labels apart; add "
             "documents of another one"
         )
     return names
@@ -271,8 +277,8 @@ def _training_label_names(
 
 def _sorted_labels(labels: set[str]) -> list[str]:
     """The labels in the order of their ids: by number if all are whole numbers, else by name."""
-    numeric = all(label.lstrip("-").isdecimal() for label in labels)
-    return sorted(labels, key=int) if numeric else sorted(labels)
+    are_whole_numbers = all(label.lstrip("-").isdecimal() for label in labels)
+    return sorted(labels, key=int) if are_whole_numbers else sorted(labels)
 
 
 class Classification(Objective):
@@ -296,12 +302,12 @@ class Classification(Objective):
         logits = classifier_logits(model, batch)
         labels = of_own_sequences(batch, batch["labels"])
         loss, is_predicted, is_true = self._loss_and_predictions(logits, labels)
-        is_valid = (labels >= 0)[:, None]
-        all_right = (is_predicted == is_true).all(-1, keepdim=True)
-        terms = {"loss": loss, "accuracy": (all_right & is_valid).sum().float()}
+        is_document = (labels >= 0)[:, None]  # not a filler row
+        are_all_right = (is_predicted == is_true).all(-1, keepdim=True)
+        terms = {"loss": loss, "accuracy": (are_all_right & is_document).sum().float()}
         if not torch.is_grad_enabled():  # an evaluation: F1 is computed from the summed confusion
-            is_predicted = is_predicted & is_valid
-            is_true = is_true & is_valid
+            is_predicted = is_predicted & is_document
+            is_true = is_true & is_document
             counts = [(is_predicted & is_true).sum(0), is_predicted.sum(0), is_true.sum(0)]
             terms["confusion"] = torch.stack(counts).float()
         return terms
@@ -380,10 +386,14 @@ def balanced_weights(labels: np.ndarray, names: Sequence[str], *, multi_label: b
     return [float(weight) for weight in weights]
 
 
-def settle(
+def settle_class_weights(
     config: ClassificationConfig, train: TokenDataset, names: list[str] | None
 ) -> tuple[ClassificationConfig, dict[str, str]]:
-    """Replace `class_weights=balanced` by weights from the labels of the training documents; see `Family.settle`."""
+    """Replace `class_weights=balanced` by weights from the labels of the training documents.
+
+    Returns (the settings with the weights, what became of `balanced`, by key, for the run's record). `names`: of the labels, in
+    the order of their ids.
+    """
     if config.class_weights != BALANCED:
         return config, {}
     assert train.labels is not None and names is not None, "classification has labels"
@@ -392,7 +402,7 @@ def settle(
 
 
 def build(config: ClassificationConfig, references: ReferenceModels) -> Objective:
-    """The loss over one label or several; before `settle`, balanced weights are not known, and left out."""
+    """The loss over one label or several; before `settle_class_weights`, balanced weights are not known, and left out."""
     weights = None if config.class_weights == BALANCED else config.class_weights
     return MultiLabel(weights) if config.multi_label else Classification(weights)
 
@@ -404,7 +414,7 @@ CLASSIFICATION = ObjectiveFamily(
     problems=problems,
     kind=ModelKind.classifier,
     multi_label=lambda config: config.multi_label,
-    settle=settle,
+    settle=settle_class_weights,
     scores_labels=True,
     better_when_larger=("accuracy", "f1_macro", "f1_micro"),
 )

@@ -102,42 +102,44 @@ class RatedDataSpec(UnlabelledDataSpec):
         """
         for start in range(0, len(documents), DOCUMENTS_PER_BATCH):
             batch = documents[start : start + DOCUMENTS_PER_BATCH]
-            conversations = [_rated_conversations(document) for document in batch]
-            # All answers of the batch are encoded together; `encoded` gives them in the same order.
-            answers = []
-            for document, rated in zip(batch, conversations, strict=True):
-                answers += [(document, turns) for turns in rated]
-            encoded = iter(encoder.encode_answers(answers))
-            for document, rated in zip(batch, conversations, strict=True):
-                samples = [next(encoded) for _ in rated]
+            conversations_by_document = [_rated_conversations(document) for document in batch]
+            # All answers of the batch are encoded together; `encoded_samples` gives them in the same order.
+            documents_and_turns = []
+            for document, conversations in zip(batch, conversations_by_document, strict=True):
+                documents_and_turns += [(document, turns) for turns in conversations]
+            encoded_samples = iter(encoder.encode_answers(documents_and_turns))
+            for document, conversations in zip(batch, conversations_by_document, strict=True):
+                samples = [next(encoded_samples) for _ in conversations]
                 if len(samples) == 2:
-                    align_learned_answers(document, *samples)
-                fitted = fit_answers(encoder, document, samples, config, tally)
+                    chosen, rejected = samples
+                    align_learned_answers(document, chosen=chosen, rejected=rejected)
+                fitted_samples = fit_answers(encoder, document, samples, config, tally)  # none if one does not fit
                 verdicts: tuple[bool | None, ...] = (document.desirable,)
-                if len(fitted) == 2:  # the chosen answer, then the rejected one
+                if len(fitted_samples) == 2:  # the chosen answer, then the rejected one
                     verdicts = (True, False)
-                for sample, verdict in zip(fitted, verdicts, strict=False):
+                for sample, verdict in zip(fitted_samples, verdicts, strict=False):
                     sample.marks[DESIRABLE] = int(bool(verdict))
-                yield document, fitted
+                yield document, fitted_samples
 
     def counts(self, sample: Sample) -> dict[str, float]:
         """An answer counts once, under its verdict too."""
-        good = int(sample.marks[DESIRABLE])
-        return {"loss": 1, DESIRABLE: good, UNDESIRABLE: 1 - good}
+        is_desirable = int(sample.marks[DESIRABLE])
+        return {"loss": 1, DESIRABLE: is_desirable, UNDESIRABLE: 1 - is_desirable}
 
     def check(self, train: TokenDataset) -> None:
         """Raise DataError if all answers have the same verdict: nothing could be told apart, and a column may be read wrongly."""
-        desirable = _num_answers_with_verdict(train, DESIRABLE)
-        undesirable = _num_answers_with_verdict(train, UNDESIRABLE)
-        if (desirable and undesirable) or not len(train):
+        num_desirable = _num_answers_with_verdict(train, DESIRABLE)
+        num_undesirable = _num_answers_with_verdict(train, UNDESIRABLE)
+        if (num_desirable and num_undesirable) or not len(train):
             return
-        verdict = UNDESIRABLE
+        only_verdict = UNDESIRABLE
         remedy = f"add {DESIRABLE} ones"
-        if desirable:
-            verdict = DESIRABLE
+        if num_desirable:
+            only_verdict = DESIRABLE
             remedy = f"add {UNDESIRABLE} ones, or learn these with objective=sft"
         raise DataError(
-            f"data.path: all {desirable + undesirable} answers are {verdict}, and objective=kto tells both kinds apart; {remedy}"
+            f"data.path: all {num_desirable + num_undesirable} answers are {only_verdict}, and objective=kto tells both kinds "
+            f"apart; {remedy}"
         )
 
     def ahead(self, dataset: TokenDataset, index: int) -> Sample:  # type: ignore[override]
@@ -248,8 +250,8 @@ class Kto(Objective):
         have under `ahead`.
         """
         reference = reference_logps(model, batch, self.reference)
-        logps, tokens = sequence_logps(model, batch)
-        is_counted = (tokens > 0).float() * counted_here(batch)
+        logps, num_tokens = sequence_logps(model, batch)
+        is_counted = (num_tokens > 0).float() * counted_here(batch)
         log_ratios = (logps - reference) * is_counted
         if "ahead_of" in batch:
             return {"kl": log_ratios.detach().sum()}

@@ -91,7 +91,7 @@ class Proofs:
                 f"{proven.reason}; take a model of another architecture (docs/models.md lists those that train)"
             )
         if not proven.tried:
-            self._refuse_without_tokens()
+            self._check_takes_tokens_alone()
         if proven.random:
             arrangement.notes["model"] = "draws something at random while it trains, whatever model.dropout says"
         path = proven.for_layout(layout)
@@ -102,8 +102,8 @@ class Proofs:
             arrangement.notes["model.head"] = "the model's own forward pass (its logits are more than a product)"
         return path
 
-    def _refuse_without_tokens(self) -> None:
-        """Raise ConfigError for a model that cannot be given tokens and nothing else."""
+    def _check_takes_tokens_alone(self) -> None:
+        """Raise ConfigError for a model that cannot be given tokens and nothing else, such as one that needs images."""
         refusal = error_on_tokens_alone(self.eager_model())
         if refusal:
             raise ConfigError(

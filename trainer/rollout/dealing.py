@@ -103,7 +103,7 @@ class AnswerBatcher:
             return [[index] for index in range(len(samples))]
         indices_by_prompt: dict[int, list[int]] = {}
         for index, sample in enumerate(samples):
-            indices_by_prompt.setdefault(sample.prompt, []).append(index)
+            indices_by_prompt.setdefault(sample.prompt_index, []).append(index)
         units: list[list[int]] = []
         for indices in indices_by_prompt.values():
             size = self._chunks_of_group(len(indices)).chunk_size
@@ -127,7 +127,7 @@ class AnswerBatcher:
             return AnswerMicroBatch(pin_batch(self.collator([blank], self.cut), self.device), [None])
         chosen = [samples[index] for index in answer_indices]
         if self.shares_prompts:
-            batch = self.collator.with_shared_prompts(chosen)
+            batch = self.collator.collate_with_shared_prompts(chosen)
         else:
             batch = self.collator(chosen, self.cut)
         return AnswerMicroBatch(pin_batch(batch, self.device), list(answer_indices))

@@ -210,7 +210,7 @@ class RoundBuilder:
         rewards = self._learned_rewards(rollout_round.scores)
         has_several_updates = settings.rollout.steps * settings.rollout.iterations > 1
         kl_in_reward = settings.kl.weight > 0 and settings.kl.place is KlPlace.reward
-        answers = rollout_round.learned(range(rewards.size))
+        answers = rollout_round.learned_numbers(range(rewards.size))
         if kl_in_reward:
             # The divergence in the reward is that of every scored answer, whether it counts in the loss or not.
             answers = np.flatnonzero(~np.isnan(rewards).ravel()).tolist()

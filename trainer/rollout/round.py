@@ -50,8 +50,9 @@ class Round:
 
     def answer(self, number: int) -> tuple[AnswerGroup, Answer]:
         """Answer `number` of the round, with its group."""
-        group, draw = divmod(number, self.group_size)
-        return self.groups[group], self.groups[group].answers[draw]
+        group_index, index_in_group = divmod(number, self.group_size)
+        group = self.groups[group_index]
+        return group, group.answers[index_in_group]
 
     def answers_of_step(self, index: int, num_steps: int) -> list[int]:
         """Numbers of the answers of step `index`, if the groups are divided into `num_steps` consecutive blocks.
@@ -62,49 +63,49 @@ class Round:
         end_group = len(self.groups) * (index + 1) // num_steps
         return list(range(first_group * self.group_size, end_group * self.group_size))
 
-    def learned(self, numbers: Sequence[int]) -> list[int]:
+    def learned_numbers(self, numbers: Sequence[int]) -> list[int]:
         """The numbers of those answers among `numbers` that count in the loss."""
         is_learned = self.is_learned.ravel()
         return [number for number in numbers if is_learned[number]]
 
     def sequence(self, number: int) -> AnswerSample:
-        """The tokens of answer `number` after those of its prompt, of which only the answer is supervised; `rows` is not set."""
+        """The tokens of answer `number` after those of its prompt, of which only the answer is supervised; no `row_entries`."""
         group, answer = self.answer(number)
         ids = np.array([*group.prompt.ids, *answer.ids], dtype=np.int32)
         supervised = np.zeros(len(ids), dtype=bool)
         supervised[len(group.prompt.ids) :] = True
-        return AnswerSample(ids, supervised, prompt=number // self.group_size)
+        return AnswerSample(ids, supervised, prompt_index=number // self.group_size)
 
     def samples(
         self, numbers: Sequence[int], normalise: Normalise, max_new_tokens: int
     ) -> tuple[list[AnswerSample], dict[str, float]]:
         """The data of one optimizer step: (sequences of the answers that count in the loss, denominators of the step).
 
-        `numbers`: numbers of the step's answers in the round. Each sequence has `rows`, with a float32 for each token of its
-        answer: advantage, loss weight, and the log-probabilities that the loss compares. The denominators, over all ranks, are
-        what summed terms are divided by: {"loss": 512.0, "tokens": 512, "answers": 8}. `normalise`, `max_new_tokens`: see
-        `answer_weights`.
+        `numbers`: numbers of the step's answers in the round. Each sequence has `row_entries`, with a float32 for each token of
+        its answer: advantage, loss weight, and the log-probabilities that the loss compares. The denominators, over all ranks,
+        are what summed terms are divided by: {"loss": 512.0, "tokens": 512, "answers": 8}. `normalise`: what the loss is divided
+        by, `max_new_tokens`: the longest answer, by which it may be.
         """
-        learned = self.learned(numbers)
-        lengths = np.array([len(self.answer(number)[1].ids) for number in learned], dtype=np.int64)
+        learned_numbers = self.learned_numbers(numbers)
+        answers = [self.answer(number)[1] for number in learned_numbers]
+        lengths = np.array([len(answer.ids) for answer in answers], dtype=np.int64)
         weights, loss_denominator = answer_weights(lengths, normalise, max_new_tokens)
         advantages = self.advantages.ravel()
         samples = []
-        for number, weight in zip(learned, weights.tolist(), strict=True):
+        for number, answer, weight in zip(learned_numbers, answers, weights.tolist(), strict=True):
             sample = self.sequence(number)
-            answer = self.answer(number)[1]
             num_tokens = len(answer.ids)
-            sample.rows = {
+            sample.row_entries = {
                 ADVANTAGES: np.full(num_tokens, advantages[number], np.float32),
                 LOSS_WEIGHTS: np.full(num_tokens, weight, np.float32),
                 WRITER_LOGPS: answer.logprobs,
             }
             if self.old_logps:
-                sample.rows[OLD_LOGPS] = self.old_logps[number]
+                sample.row_entries[OLD_LOGPS] = self.old_logps[number]
             if self.reference_logps:
-                sample.rows[REFERENCE_LOGPS] = self.reference_logps[number]
+                sample.row_entries[REFERENCE_LOGPS] = self.reference_logps[number]
             samples.append(sample)
-        return samples, {"loss": loss_denominator, "tokens": int(lengths.sum()), "answers": len(learned)}
+        return samples, {"loss": loss_denominator, "tokens": int(lengths.sum()), "answers": len(learned_numbers)}
 
 
 def stack_rewards(scores: Sequence[GroupScores]) -> np.ndarray:
