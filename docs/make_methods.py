@@ -59,7 +59,7 @@ These rules hold for every method:
 - If a combination is not supported, it is refused before any process starts. The error message gives the reason, and the nearest
   combination that works.
 """
-EXPERTS = """**Mixtures of experts.** By default `tuning=lora` adapts the linear layers. These settings adapt other layers too, or select them:
+EXPERTS = """**Mixtures of experts.** By default `tuning=lora` adapts the linear layers. To adapt other layers, set:
 
 - `tuning.experts=true` also adapts the experts, and `tuning.router=true` also adapts the routers. Both work with every strategy.
   Exports with either are merged by default ([mixtures.md](mixtures.md)).
