@@ -23,7 +23,7 @@ from launch.config.choices import (
     shipped_choices_by_group,
 )
 from strategies.errors import ConfigError
-from trainer.export.gates.bounds import read_word
+from trainer.export.gates.bounds import parse_gate_argument
 from trainer.model.known_shapes import read_shape
 from trainer.objectives.reward_functions import WHAT_IS_A_REWARD, parse_function_path, reward_functions_in_file
 from trainer.optim.schedule import SCHEDULES_BY_SETTING
@@ -357,7 +357,7 @@ def _add_setting(
         return
     # Gates such as `gates={eval/loss: "<3"}`, since `<` and `>` are no characters of Hydra's grammar.
     if key.split(".")[0] == GATES_GROUP:
-        gates, problem = read_word(source_text.lstrip("+"))
+        gates, problem = parse_gate_argument(source_text.lstrip("+"))
         if gates is None:
             parsed.problems.append(problem)
         parsed.values.append(SettingValue(GATES_GROUP, gates or {}, source_text))

@@ -88,12 +88,12 @@ class ExportArguments(VerbArguments):
 
 def read_gates(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Read the gates among the arguments of `export`; returns (bounds by metric, a problem for each argument that is no gate)."""
-    from trainer.export.gates.bounds import gate_problems, read_word
+    from trainer.export.gates.bounds import gate_problems, parse_gate_argument
 
     gates: dict[str, Any] = {}
     unusable: list[str] = []
     for gate_argument in arguments:
-        typed_gates, problem = read_word(gate_argument)
+        typed_gates, problem = parse_gate_argument(gate_argument)
         if typed_gates is None:
             unusable.append(problem)
             continue

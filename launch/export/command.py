@@ -263,41 +263,48 @@ def judge_gates(config: RunConfig, typed: dict[str, Any], request: ExportRequest
     nothing was measured: of a mean of checkpoints, or on another base model.
     """
     from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
-    from trainer.export.gates.bounds import OVERRIDE
-    from trainer.export.gates.judge import GateRefused, judge, refuse_failed_gates, weights_at
+    from trainer.export.gates.bounds import OVERRIDE_KEY
+    from trainer.export.gates.judge import (
+        GateRefused,
+        exported_weights_at,
+        judge_gates_of_weights,
+        raise_if_gates_failed,
+    )
 
     # A gate of the run was set before its results were known: a typed one may add to it, but not replace it.
     problems = []
-    for name in typed.keys() & config.gates.keys() - {OVERRIDE}:
+    for name in typed.keys() & config.gates.keys() - {OVERRIDE_KEY}:
         if typed[name] != config.gates[name]:
             problems.append(
-                f"gates: {name}: {typed[name]}: the run has {config.gates[name]}, which stays; gates.{OVERRIDE}=<why> exports it "
-                "all the same"
+                f"gates: {name}: {typed[name]}: the run has {config.gates[name]}, which stays; "
+                f"gates.{OVERRIDE_KEY}=<why> exports it all the same"
             )
     if problems:
         raise ConfigError(problems)
     gates = {**config.gates, **typed}
-    if not gates.keys() - {OVERRIDE}:
+    if not gates.keys() - {OVERRIDE_KEY}:
         return None
     # Weights of which no metric was measured.
-    if request.averaged_checkpoints and OVERRIDE not in gates:
+    if request.averaged_checkpoints and OVERRIDE_KEY not in gates:
         names = ", ".join(path.name for path in request.averaged_checkpoints)
         raise GateRefused(
-            f"gates: nothing was measured of the mean of {names}; export one checkpoint, or say with gates.{OVERRIDE}=<why> why "
-            "it may pass"
+            f"gates: nothing was measured of the mean of {names}; export one checkpoint, or say with gates.{OVERRIDE_KEY}=<why> "
+            "why it may pass"
         )
-    if request.accepted_differences and OVERRIDE not in gates:
+    if request.accepted_differences and OVERRIDE_KEY not in gates:
         raise GateRefused(
             f"gates: nothing was measured of {request.checkpoint.name} on another base; leave accept out, or say with "
-            f"gates.{OVERRIDE}=<why> why it may pass"
+            f"gates.{OVERRIDE_KEY}=<why> why it may pass"
         )
     # A checkpoint of the run: by the metrics at its step.
     fallback_dir = config.checkpoint.fallback_dir
     checkpoints = checkpoints_in(checkpoint_dirs_of(request.run_dir, fallback_dir))
     step = next(step for step, path in checkpoints if path == request.checkpoint)
-    gate_verdicts = judge(gates, weights_at(request.run_dir, step, fallback_dir), config.evaluation.tasks)
-    refuse_failed_gates(gate_verdicts, f"{request.run_dir}, {request.checkpoint.name}")
-    for line in gate_verdicts.refused:
+    gate_verdicts = judge_gates_of_weights(
+        gates, exported_weights_at(request.run_dir, step, fallback_dir), config.evaluation.tasks
+    )
+    raise_if_gates_failed(gate_verdicts, f"{request.run_dir}, {request.checkpoint.name}")
+    for line in gate_verdicts.failed_gate_lines:
         print(f"gate passed over ({gate_verdicts.override}): {line}", flush=True)
     return gate_verdicts
 
@@ -334,7 +341,7 @@ def find_checkpoint(run_dir: Path, which: str, config: CheckpointConfig, *, look
     """
     from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
     from trainer.checkpoints.manifest import checkpoint_problem
-    from trainer.export.exported_checkpoint import recorded_step
+    from trainer.export.exported_checkpoint import recorded_export_step
     from trainer.reporting.results import read_json_or_empty
 
     checkpoints = dict(checkpoints_in(checkpoint_dirs_of(run_dir, config.fallback_dir)))
@@ -350,7 +357,7 @@ def find_checkpoint(run_dir: Path, which: str, config: CheckpointConfig, *, look
             raise ConfigError(f"checkpoint=best: {run_dir} kept none (it needs evaluation.every_steps); {known}")
     elif which in ("auto", "last"):
         step = max(checkpoints)
-        exported_step = recorded_step(read_json_or_empty(run_dir / RUN_RECORD))
+        exported_step = recorded_export_step(read_json_or_empty(run_dir / RUN_RECORD))
         if which == "auto" and exported_step in checkpoints:
             step = exported_step
         elif which == "auto" and exported_step is not None:
@@ -460,7 +467,7 @@ def write_model_directory(config: RunConfig, request: ExportRequest, num_process
             run=str(request.run_dir),
             checkpoints=[str(path) for path in request.checkpoints()],
             to=str(request.output_directory),
-            gates={} if request.gate_verdicts is None else request.gate_verdicts.record(),
+            gates={} if request.gate_verdicts is None else request.gate_verdicts.as_json(),
             benchmarks=request.benchmarks,
             accepted=request.accepted_differences,
             rows_needed=None if request.reason_to_read_rows is None else asdict(request.reason_to_read_rows),

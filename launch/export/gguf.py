@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from launch.export.arguments import ExportArguments
     from trainer.config.run import RunConfig
     from trainer.data.prepare import PreparedData
-    from trainer.export.gguf import Converter, GgufType
+    from trainer.export.gguf import GgufConverter, GgufType
     from trainer.export.quantised import QuantisedFormat
     from trainer.session.run_data import ReasonToReadRows
 
@@ -29,7 +29,7 @@ class GgufRequest:
 
     kind: GgufType
     """The type of its weights, such as q8_0."""
-    converter: Converter
+    converter: GgufConverter
     """llama.cpp's converter and the Python that runs it."""
     name: str
     """The name of the file and of the model in ollama."""
@@ -128,7 +128,7 @@ def quantised_request(arguments: ExportArguments, config: RunConfig) -> Quantise
     kind = parse_quantised_format(arguments.bits)
     _refuse_adapter(f"bits={arguments.bits}", config)
     # llm-compressor runs in an environment of its own.
-    python = find_llm_compressor_python(arguments.bits_python) if kind.stored_by_other_python else None
+    python = find_llm_compressor_python(arguments.bits_python) if kind.needs_other_python else None
     return QuantisedRequest(kind, python)
 
 
@@ -158,11 +158,14 @@ def refuse_unsupported_sizes(kind: QuantisedFormat, config: RunConfig) -> None:
 
 def rows_needed(request: QuantisedRequest) -> ReasonToReadRows:
     """What a quantised type needs rows of the run for, for the error message if they are gone."""
-    from trainer.export.quantised import MAX_CALIBRATION_DOCUMENTS, MAX_DOCUMENTS
+    from trainer.export.quantised import MAX_CALIBRATION_DOCUMENTS, MAX_MEASURED_DOCUMENTS
     from trainer.session.run_data import ReasonToReadRows
 
-    purpose = f"bits={request.kind} measures its loss on {MAX_DOCUMENTS} held-out documents of the run, or on as many of training"
-    if request.kind.stored_by_other_python:
+    purpose = (
+        f"bits={request.kind} measures its loss on {MAX_MEASURED_DOCUMENTS} held-out documents of the run, or on as many of "
+        "training"
+    )
+    if request.kind.needs_other_python:
         purpose += f", and fits its roundings to the first {MAX_CALIBRATION_DOCUMENTS} documents of training"
     return ReasonToReadRows(purpose, f"Leave bits={request.kind} out")
 
@@ -175,21 +178,26 @@ def write_quantised(request: QuantisedRequest, directory: Path, data: PreparedDa
     """
     from launch.serve.exported import find_export
     from trainer.export.llm_compressor import Compressor
-    from trainer.export.quantised import MAX_CALIBRATION_DOCUMENTS, MAX_DOCUMENTS, MAX_TOKENS, write_quantised_model
+    from trainer.export.quantised import (
+        MAX_CALIBRATION_DOCUMENTS,
+        MAX_DOCUMENT_TOKENS,
+        MAX_MEASURED_DOCUMENTS,
+        write_quantised_model,
+    )
 
     kind = request.kind
     if find_export(str(directory)).base is not None:
         raise ConfigError(f"bits={kind}: {directory} is an adapter, and this method cannot be folded into its base")
     # What the loss is measured on.
     measured_split = data.train if data.evaluation is None else data.evaluation
-    number_of_samples = min(len(measured_split), MAX_DOCUMENTS)
+    number_of_samples = min(len(measured_split), MAX_MEASURED_DOCUMENTS)
     samples = [measured_split.sample(index) for index in range(number_of_samples)]
     # What the method is calibrated on: token ids of training documents.
     compressor = None
     if request.python is not None:
         calibration_rows = []
         for index in range(min(len(data.train), MAX_CALIBRATION_DOCUMENTS)):
-            calibration_rows.append(data.train.sample(index).input_ids[:MAX_TOKENS].tolist())
+            calibration_rows.append(data.train.sample(index).input_ids[:MAX_DOCUMENT_TOKENS].tolist())
         compressor = Compressor(request.python, calibration_rows)
     split_name = "training" if data.evaluation is None else "held-out"
     folder, cost = write_quantised_model(directory, kind, samples, split_name, compressor)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from trainer.config.run import RunConfig
     from trainer.data.prepare import PreparedData
     from trainer.export.trained_model import TrainedModel
-    from trainer.export.verify import Reference
+    from trainer.export.verify import ProbeReference
 
 CONFIG_FILE = "export-job.yaml"
 JOB_FILE = "export-job.json"
@@ -206,7 +206,7 @@ def write_as_rank(config: RunConfig, job: ExportJob, runtime: Runtime) -> Prepar
 
 def _compute_reference(
     config: RunConfig, data: PreparedData, model: TrainedModel, precision: Precision, runtime: Runtime
-) -> Reference:
+) -> ProbeReference:
     """What the trained model computes on this host's CPU, with the checkpoint's weights: what the export is compared with.
 
     Rank 0 loads the whole model, without the optimizer's moments, and frees it again; the others wait, and get an empty
@@ -217,12 +217,12 @@ def _compute_reference(
     from trainer.build.parts import build_engine
     from trainer.export.routing_choices import RoutingRecorder
     from trainer.export.trained_model import TrainedValues
-    from trainer.export.verify import Reference, take_reference
+    from trainer.export.verify import ProbeReference, compute_probe_reference
     from trainer.export.write import SLOWEST_DISK_BYTES_PER_S
 
     float32_bytes = 4 * sum(num_elements_by_name(model.built.step_module).values())
     with longer_timeout(runtime, float32_bytes / SLOWEST_DISK_BYTES_PER_S):
-        reference: Reference | None = None
+        reference: ProbeReference | None = None
         if runtime.is_main:
             print(
                 f"verify: the export is compared with the weights of {model.trained.title}, computed here on the CPU in "
@@ -240,10 +240,10 @@ def _compute_reference(
                 single_rank,
                 values_of=lambda source: TrainedValues(source, model.trained),
             )
-            reference = take_reference(engine, built, model.tokenizer, single_rank)
+            reference = compute_probe_reference(engine, built, model.tokenizer, single_rank)
             engine.close()
         broadcast_object(None, runtime)  # the others wait here
-    return reference or Reference([], None, RoutingRecorder())
+    return reference or ProbeReference([], None, RoutingRecorder())
 
 
 def _export_precision(config: RunConfig, record: RunRecord, run_dir: Path) -> Precision:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.helpers import tokenizers
-from trainer.export.end_tokens import end_token_ids, turn_end_token, write_end_tokens
+from trainer.export.end_tokens import end_token_ids, turn_end_token_id, write_end_tokens
 
 ENDS = {"CHATML": "<|im_end|>", "LLAMA3": "<|eot_id|>", "GEMMA": "<end_of_turn>", "MISTRAL": "</s>", "NO_END": None}
 
@@ -14,9 +14,9 @@ ENDS = {"CHATML": "<|im_end|>", "LLAMA3": "<|eot_id|>", "GEMMA": "<end_of_turn>"
 def test_end_token_of_an_answer_is_found_in_the_template(template):
     tokenizer = tokenizers.tiny_tokenizer()
     tokenizer.chat_template = getattr(tokenizers, template)
-    assert turn_end_token(tokenizer) == (ENDS[template] and tokenizer.convert_tokens_to_ids(ENDS[template]))
+    assert turn_end_token_id(tokenizer) == (ENDS[template] and tokenizer.convert_tokens_to_ids(ENDS[template]))
     tokenizer.chat_template = None
-    assert turn_end_token(tokenizer) is None and end_token_ids(tokenizer) == [tokenizer.eos_token_id]
+    assert turn_end_token_id(tokenizer) is None and end_token_ids(tokenizer) == [tokenizer.eos_token_id]
 
 
 def test_end_token_is_written_where_the_export_settings_lack_it_and_nothing_else_changes(tmp_path):

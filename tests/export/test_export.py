@@ -16,7 +16,7 @@ from tests.helpers.exports import LABELS, export, logits_of, trained
 from trainer.export import write as export_write
 from trainer.export.config import ExportType
 from trainer.export.load import load_export
-from trainer.export.tensors import hub_name
+from trainer.export.tensors import hub_id_and_commit
 from trainer.export.verify import DriftError, probe_ids, reference_logits, verify_export
 from trainer.model.config import RopeConfig, RopeScaling
 from trainer.objectives.classification import ClassificationConfig
@@ -275,10 +275,10 @@ def test_an_export_that_drifts_is_not_published(bases, runtime, tmp_path, monkey
 
     base = bases("llama")
     parts = trained(base, FullConfig(), runtime)
-    convert_group = module.convert_group
+    stored_tensors_of_group = module.stored_tensors_of_group
 
     def tampering(*given):
-        return {n: t * 1.1 if "down_proj" in n else t for n, t in convert_group(*given).items()}
+        return {n: t * 1.1 if "down_proj" in n else t for n, t in stored_tensors_of_group(*given).items()}
 
     monkeypatch.setattr(module, "convert_group", tampering)
     with pytest.raises(DriftError):
@@ -295,8 +295,8 @@ def test_folding_into_a_tied_head_is_refused(bases, runtime, tmp_path):
 
 
 def test_export_names_a_hub_snapshot_as_the_hub_does():
-    assert hub_name("/c/models--org--name/snapshots/abc") == ("org/name", "abc")
-    assert hub_name("/models/mine") == ("/models/mine", None)
+    assert hub_id_and_commit("/c/models--org--name/snapshots/abc") == ("org/name", "abc")
+    assert hub_id_and_commit("/models/mine") == ("/models/mine", None)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tests.helpers.exports import model_of, trained
 from tests.helpers.gathered_export import write_gathered
 from tests.helpers.tokenizers import tiny_tokenizer
 from tests.models.tiny import tiny_model
-from trainer.export.files import files_of_writer, open_export_staging, write_file
+from trainer.export.files import files_of_writer, open_export_staging, write_export_file
 from trainer.export.plan import plan_files
 from trainer.export.trained_model import ModelValues
 from trainer.model import experts
@@ -68,7 +68,7 @@ def written_by(model, directory, processes, *, dtype, max_bytes):
         if number == 0:
             open_export_staging(directory, plan, {})
         for file in files_of_writer(plan.files, number, processes):
-            write_file(plan, file, values, directory)
+            write_export_file(plan, file, values, directory)
         values.close()
     index = plan.index_json()
     if index is not None:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from strategies.errors import ConfigError, ShardtuneError
 from tests.helpers import tokenizers
 from trainer.export.gguf import GgufType, find_converter, verify_gguf, write_gguf
-from trainer.export.ollama import modelfile_text, turns_of_template
+from trainer.export.ollama import modelfile_text, turn_texts_of_template
 from trainer.export.verify import DriftError
 
 TEMPLATES = {"CHATML": True, "CHATML_DEFAULT_SYSTEM": True, "LLAMA3": True, "GEMMA": True, "MISTRAL": True}
@@ -29,7 +29,7 @@ def templated(name):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_gguf_template_is_rebuilt_from_its_turns_or_given_up(name):
     tokenizer = templated(name)
-    found = turns_of_template(tokenizer)
+    found = turn_texts_of_template(tokenizer)
     assert (found is not None) == TEMPLATES[name]
     if found is None:
         return
@@ -43,7 +43,7 @@ def test_a_first_token_that_the_tokenizer_does_not_add_stays_in_the_template():
     tokenizer = templated("CHATML_DEFAULT_SYSTEM")
     tokenizer.bos_token = "<|im_start|>"
     assert tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id
-    found = turns_of_template(tokenizer)
+    found = turn_texts_of_template(tokenizer)
     assert found.system == ("<|im_start|>system\n", "<|im_end|>\n")
 
 

@@ -32,7 +32,7 @@ def test_routing_choices_of_nearly_tied_experts_are_kept_in_verification(trained
     _, logits, choices, directory = trained
     with pytest.raises(DriftError, match="does not compute what was trained"):
         verify_export(directory, token_ids=IDS, reference=logits)
-    found = verify_export(directory, token_ids=IDS, reference=logits, choices=choices)
+    found = verify_export(directory, token_ids=IDS, reference=logits, training_choices=choices)
     assert found.num_replayed_choices > 0 and f"{found.num_replayed_choices} of which rounding would change" in str(
         found
     )
@@ -46,7 +46,7 @@ def test_routing_choices_do_not_hide_swapped_experts(trained, tmp_path):
         down[[2, 3]] = down[[3, 2]]
     broken.save_pretrained(tmp_path)
     with pytest.raises(DriftError, match="does not compute what was trained"):
-        verify_export(tmp_path, token_ids=IDS, reference=logits, choices=choices)
+        verify_export(tmp_path, token_ids=IDS, reference=logits, training_choices=choices)
 
 
 def test_routing_choices_of_another_sequence_are_not_applied():

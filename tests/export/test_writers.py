@@ -27,7 +27,13 @@ from tests.helpers.warm import command_warm
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.export import write as write_module
 from trainer.export.config import ExportConfig
-from trainer.export.files import RECORDS_DIRECTORY, ExportInUse, files_of_writer, sole_export, write_file
+from trainer.export.files import (
+    RECORDS_DIR_NAME,
+    ExportInUse,
+    exclusive_export_lock,
+    files_of_writer,
+    write_export_file,
+)
 from trainer.export.plan import ExportFile, ExportTensor, plan_files
 from trainer.export.trained_model import ModelValues
 from trainer.export.write import write_export
@@ -68,7 +74,7 @@ def kill_at(number, monkeypatch):
             (staging_dir / file.name).write_bytes(b"the beginning of")
             raise Killed
         names.append(file.name)
-        write_file(plan, file, values, staging_dir)
+        write_export_file(plan, file, values, staging_dir)
 
     monkeypatch.setattr(write_module, "write_file", write_or_die)
     return names
@@ -97,9 +103,9 @@ def test_a_process_holds_one_file_and_one_group(runtime, tmp_path, monkeypatch):
     monkeypatch.setattr(SavedParameters, "saved_tensor", counted)
     values = ModelValues(model)
     plan = plan_files(values, torch.float32, PER_FILE)
-    (tmp_path / "out" / RECORDS_DIRECTORY).mkdir(parents=True)
+    (tmp_path / "out" / RECORDS_DIR_NAME).mkdir(parents=True)
     for file in plan.files:
-        write_file(plan, file, values, tmp_path / "out")
+        write_export_file(plan, file, values, tmp_path / "out")
     assert len(plan.files) > 6 and 0 < peak <= plan.process_bytes < plan.num_bytes / 2
 
 
@@ -132,7 +138,7 @@ def test_two_exports_into_one_directory_do_not_meet(model, runtime, tmp_path, mo
             with pytest.raises(ExportInUse, match=r"there \(\w+ on \S+, process \d+\); .* \(to=\)"):
                 write(model, tmp_path / "out", runtime)
             assert sorted(staging_dir.rglob("*")) == before
-        write_file(plan, file, values, staging_dir)
+        write_export_file(plan, file, values, staging_dir)
 
     monkeypatch.setattr(write_module, "write_file", write_meanwhile)
     write(model, tmp_path / "out", runtime)
@@ -149,7 +155,7 @@ def errors_of_another_user(destination):
         os.setgid(65534)
         os.setuid(65534)
         try:
-            with sole_export(destination):
+            with exclusive_export_lock(destination):
                 pass
         except BaseException as error:  # noqa: BLE001 - the tests must not go on in this process
             os.write(told, f"{type(error).__name__}: {error}".encode())
@@ -167,7 +173,7 @@ def test_lock_of_another_user_holds_while_that_user_exports_and_no_longer(mode):
     try:
         directory.chmod(mode)
         lock = directory / ".out.lock"
-        with sole_export(directory / "out"):
+        with exclusive_export_lock(directory / "out"):
             error = errors_of_another_user(directory / "out")
             assert "ExportInUse" in error and f"(root on {socket.gethostname()}, process {os.getpid()})" in error
             stale = lock.read_bytes()
@@ -210,7 +216,7 @@ def test_next_start_of_another_export_keeps_nothing(change, model, runtime, tmp_
     complete = len(list(directory.glob("*.safetensors")))
     assert len(written) == (complete - 3 if change == "stale" else complete)
     assert others.read_bytes() == b"of somebody else" and not (directory / "papers").exists()
-    assert not (directory / RECORDS_DIRECTORY).exists() and not staging.exists()
+    assert not (directory / RECORDS_DIR_NAME).exists() and not staging.exists()
 
 
 def test_files_are_dealt_by_their_bytes():
@@ -283,7 +289,7 @@ def test_checkpoint_that_was_not_exported_stays(tmp_path, capsys):
     words = [*words_of(tmp_path), "checkpoint.save_final=false", "budget.steps=3", "checkpoint.every_steps=2"]
     run = tmp_path / "run"
     assert command_here(["train", *words, 'gates={train/loss: "<0.1"}', f"run.dir={run}"]) == 0
-    assert "not exported, since gates say no" in capsys.readouterr().out
+    assert "not exported, since 1 of 1 gates failed" in capsys.readouterr().out
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
 
 

@@ -13,7 +13,7 @@ from trainer.build.parts import build_step_module
 from trainer.data.config import Layout
 from trainer.export.config import ExportConfig
 from trainer.export.trained_model import TrainedModel, trained_shapes
-from trainer.export.verify import take_reference
+from trainer.export.verify import compute_probe_reference
 from trainer.export.write import write_export
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_tokenizer
@@ -136,7 +136,7 @@ def export(parts, base, destination, runtime, *, facts=None, **settings):
             config=config,
             facts=ModelFacts(run=parse_run_record({"tuning": "x", **(facts or {})}, [])),
             runtime=runtime,
-            reference=take_reference(engine, built, tokenizer, runtime) if config.verify else None,
+            reference=compute_probe_reference(engine, built, tokenizer, runtime) if config.verify else None,
         )
 
 

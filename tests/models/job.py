@@ -35,7 +35,7 @@ from trainer.data.config import Layout
 from trainer.data.prepare import PreparedData
 from trainer.data.store.sequences import TokenDataset
 from trainer.export.config import ExportConfig
-from trainer.export.verify import DriftError, take_reference
+from trainer.export.verify import DriftError, compute_probe_reference
 from trainer.export.write import write_export
 from trainer.model.config import ModelConfig
 from trainer.model.layout import AttentionLayout
@@ -152,7 +152,7 @@ class Job:
             try:
                 tokenizer = load_tokenizer(ModelConfig(path=str(directory)))
                 runtime = alone(self.runtime)
-                reference = take_reference(trainer.engine, built, tokenizer, runtime)
+                reference = compute_probe_reference(trainer.engine, built, tokenizer, runtime)
                 checkpoint = directory / f"checkpoint-{tuning}"
                 write_export(
                     model_of(trainer.engine, built, tokenizer, directory, checkpoint),

@@ -23,7 +23,7 @@ def gate_problems(config: RunConfig) -> Iterator[str]:
     A gate on a metric of a configured task must name one that the task has. Any other metric may be measured later.
     """
     yield from bounds.gate_problems(config.gates)
-    for bound in bounds.bounds_of(config.gates):
+    for bound in bounds.parse_gate_bounds(config.gates):
         task_name, _, metric = bound.metric.removeprefix("eval/").partition("/")
         task_config = config.evaluation.tasks.get(task_name)
         if task_config is None or not metric:  # the metric of no task, or of one that is not configured

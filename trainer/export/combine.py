@@ -22,7 +22,7 @@ from trainer.tuning.initial_adapter import SETTINGS_FILE, WEIGHTS_FILE, read_ada
 
 
 class Combination(StrEnum):
-    """How updates are put together; names are peft's."""
+    """How the updates of several adapters are put together; the names are peft's."""
 
     cat = "cat"
     linear = "linear"
@@ -32,9 +32,9 @@ class Combination(StrEnum):
 
 
 PRUNING_COMBINATIONS = (Combination.ties, Combination.dare_linear, Combination.dare_ties)
-"""Those that drop entries, so that `density` has a meaning."""
+"""Combinations that drop entries of the factors; `density` is the share that they keep."""
 COMBINED_ADAPTER_NAME = "combined"
-"""peft's name for the adapter that is made."""
+"""peft's name for the combined adapter in its model."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,19 +44,19 @@ class CombineSettings:
     adapters: list[str]
     """Directories of LoRA adapters of the same base."""
     weights: list[float] = field(default_factory=list)
-    """A factor for each; default: 1."""
+    """A factor for each adapter; empty: 1 for each."""
     combination: Combination = Combination.cat
-    """How the updates are put together; the word `combine=`."""
+    """How the updates are put together (the argument `combine=`)."""
     density: float = 0.5
     """Share of entries that `ties` and `dare` keep, above 0, at most 1."""
     seed: int = 0
     """Seed of the random choice of the entries that `dare` drops."""
     base: str | None = None
-    """Model directory; default: the one that the adapters name."""
+    """Directory of the base model; None: the one that the adapters name."""
 
 
 def combination_problems(settings: CombineSettings) -> list[str]:
-    """What is wrong with the settings and the adapters' directories, one line each; reads only their JSON.
+    """Error messages about the settings and the adapters' directories, one line each; reads only their JSON files.
 
     First each adapter by itself (unreadable, no LoRA, DoRA), then the settings, then the adapters with each other: of different
     ranks, bases or tasks.
@@ -81,15 +81,17 @@ def combination_problems(settings: CombineSettings) -> list[str]:
         )
     if not 0 < settings.density <= 1:
         problems.append(f"density={settings.density:g}: must be above 0 and at most 1; 0.5 as a rule")
-    rank_by_directory = {directory: adapter["r"] for directory, adapter in peft_settings_by_directory.items()}
+    rank_by_directory = {
+        directory: peft_settings["r"] for directory, peft_settings in peft_settings_by_directory.items()
+    }
     if settings.combination is not Combination.cat and len(set(rank_by_directory.values())) > 1:
         problems.append(
             f"combine={settings.combination}: needs adapters of one rank, not {rank_by_directory}; use combine=cat"
         )
-    bases = {adapter.get("base_model_name_or_path") for adapter in peft_settings_by_directory.values()}
+    bases = {peft_settings.get("base_model_name_or_path") for peft_settings in peft_settings_by_directory.values()}
     if settings.base is None and len(bases) > 1:
         problems.append(f"adapters: name different bases ({', '.join(map(str, bases))}); give base=<dir>")
-    tasks = {adapter.get("task_type") for adapter in peft_settings_by_directory.values()}
+    tasks = {peft_settings.get("task_type") for peft_settings in peft_settings_by_directory.values()}
     if tasks - {"CAUSAL_LM"}:
         problems.append(
             f"adapters: of {', '.join(map(str, tasks))}; only those of causal language models can be combined"
@@ -100,7 +102,7 @@ def combination_problems(settings: CombineSettings) -> list[str]:
 def write_combination(
     settings: CombineSettings, output_dir: Path, *, merge: bool, dtype: torch.dtype | None, max_shard_gib: float
 ) -> str:
-    """Write the combination of adapters into the empty directory `output_dir`; returns the base's path.
+    """Write the combination of adapters into the empty directory `output_dir`, and verify it; returns the path of the base model.
 
     `merge`: writes the merged model, else one adapter. `dtype`: stored type of a merged model; default: that of the base.
     What was written is loaded again, and its logits are compared. Raises ConfigError for settings with problems or a base that
@@ -108,7 +110,7 @@ def write_combination(
     """
     from transformers import AutoTokenizer
 
-    from trainer.export.tensors import stored_type
+    from trainer.export.tensors import stored_dtype
     from trainer.export.verify import probe_ids, verify_export
 
     problems = combination_problems(settings)
@@ -117,7 +119,7 @@ def write_combination(
     first_peft_settings = read_json_object(Path(settings.adapters[0]).expanduser() / SETTINGS_FILE)
     base = str(settings.base or first_peft_settings["base_model_name_or_path"])
     base_config, base_model = _load_base(settings, base)
-    tokenizer = AutoTokenizer.from_pretrained(settings.adapters[0] if _has_tokenizer(settings) else base)
+    tokenizer = AutoTokenizer.from_pretrained(settings.adapters[0] if _first_adapter_has_tokenizer(settings) else base)
     if len(tokenizer) > base_model.get_input_embeddings().weight.shape[0]:
         base_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     # Combine, compute logits to compare with, and write.
@@ -130,11 +132,11 @@ def write_combination(
         output_dir.mkdir(parents=True, exist_ok=True)
         if merge:
             merged = model.merge_and_unload(adapter_names=[COMBINED_ADAPTER_NAME], safe_merge=True)
-            merged.to(dtype or stored_type(Path(base)))
+            merged.to(dtype or stored_dtype(Path(base)))
             merged.save_pretrained(output_dir, max_shard_size=int(max_shard_gib * 2**30))
         else:
-            _save_adapter(model, base, output_dir)
-            if _config_source(settings, base) != base:
+            _write_combined_adapter(model, base, output_dir)
+            if _base_config_directory(settings, base) != base:
                 base_config.save_pretrained(str(output_dir))
     tokenizer.save_pretrained(str(output_dir))
     verification = verify_export(output_dir, base_path=base, token_ids=token_ids, reference=reference)
@@ -153,7 +155,7 @@ def _load_base(settings: CombineSettings, base: str) -> tuple[Any, Any]:
     from trainer.model.config import ModelKind
 
     try:
-        config = AutoConfig.from_pretrained(_config_source(settings, base), local_files_only=True)
+        config = AutoConfig.from_pretrained(_base_config_directory(settings, base), local_files_only=True)
         model_class = transformers_class(ModelKind.causal, config)
         model = model_class.from_pretrained(base, config=config, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -185,22 +187,25 @@ def _combine_adapters(settings: CombineSettings, base_model: Any) -> Any:
     return model.eval()
 
 
-def _save_adapter(model: Any, base: str, to: Path) -> None:
-    """Write the combined adapter itself; peft would put it one directory deeper, and a card beside that."""
+def _write_combined_adapter(model: Any, base_path: str, output_dir: Path) -> None:
+    """Write the weights and settings of the combined adapter into `output_dir`.
+
+    Not by peft's `save_pretrained`, which would write them one directory deeper, with a model card beside.
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    state = get_peft_model_state_dict(model, adapter_name=COMBINED_ADAPTER_NAME, save_embedding_layers=False)
+    adapter_tensors = get_peft_model_state_dict(model, adapter_name=COMBINED_ADAPTER_NAME, save_embedding_layers=False)
     # Copies, since safetensors refuses tensors that share memory.
-    tensors = {name: tensor.contiguous().clone() for name, tensor in state.items()}
-    save_file(tensors, to / WEIGHTS_FILE, {"format": "pt"})
-    settings = model.peft_config[COMBINED_ADAPTER_NAME]
-    settings.base_model_name_or_path = base
-    settings.inference_mode = True
-    settings.save_pretrained(str(to))
+    tensors = {name: tensor.contiguous().clone() for name, tensor in adapter_tensors.items()}
+    save_file(tensors, output_dir / WEIGHTS_FILE, {"format": "pt"})
+    peft_config = model.peft_config[COMBINED_ADAPTER_NAME]
+    peft_config.base_model_name_or_path = base_path
+    peft_config.inference_mode = True
+    peft_config.save_pretrained(str(output_dir))
 
 
-def _config_source(settings: CombineSettings, base: str) -> str:
+def _base_config_directory(settings: CombineSettings, base: str) -> str:
     """The directory or hub id whose config.json describes the base as the adapters were trained with it.
 
     That is the base, or the first adapter's directory if training changed the positions. Raises ConfigError if the adapters were
@@ -224,6 +229,6 @@ def _config_source(settings: CombineSettings, base: str) -> str:
     return sources[0]
 
 
-def _has_tokenizer(settings: CombineSettings) -> bool:
-    """Whether the first adapter brings a tokenizer, which may have more tokens than that of the base."""
+def _first_adapter_has_tokenizer(settings: CombineSettings) -> bool:
+    """Whether the first adapter's directory has a tokenizer, which may have more tokens than the tokenizer of the base."""
     return (Path(settings.adapters[0]).expanduser() / "tokenizer_config.json").is_file()

@@ -8,23 +8,24 @@ from typing import Any
 
 GENERATION_FILE = "generation_config.json"
 _PROBE_ANSWER = "an answer"
+"""Content of an answer that is rendered, to find what the chat template writes after it."""
 
 
 def end_token_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
     """The ids of the tokens that end an answer, in ascending order; empty if none is known.
 
-    Those of `generation_config` (transformers' GenerationConfig or None), the tokenizer's own, and the one that closes a turn of
-    the chat template.
+    They are the end tokens of `generation_config` (transformers' GenerationConfig or None), that of the tokenizer, and the token
+    that closes a turn of the chat template.
     """
-    # The generation settings state one id or several.
-    stated_ids = getattr(generation_config, "eos_token_id", None)
-    if not isinstance(stated_ids, list | tuple):
-        stated_ids = [stated_ids]
-    end_ids = {*stated_ids, tokenizer.eos_token_id, turn_end_token(tokenizer)}
+    # The generation settings have one id, several, or None.
+    configured_ids = getattr(generation_config, "eos_token_id", None)
+    if not isinstance(configured_ids, list | tuple):
+        configured_ids = [configured_ids]
+    end_ids = {*configured_ids, tokenizer.eos_token_id, turn_end_token_id(tokenizer)}
     return sorted(end_id for end_id in end_ids if end_id is not None)
 
 
-def turn_end_token(tokenizer: Any) -> int | None:
+def turn_end_token_id(tokenizer: Any) -> int | None:
     """The id of the control token that the chat template writes right after an answer, such as that of `<|im_end|>`.
 
     None without a chat template, if the template refuses a short conversation or leaves its answer out, or if no control token
@@ -53,21 +54,21 @@ def write_end_tokens(tokenizer: Any, directory: Path, base_path: str) -> None:
     An adapter's directory has no such file yet: then it begins with the settings of the base. Nothing is written if the chat
     template closes turns with no token of its own, or if the settings name that token already.
     """
-    end_id = turn_end_token(tokenizer)
+    end_id = turn_end_token_id(tokenizer)
     if end_id is None:
         return
-    file = directory / GENERATION_FILE
-    source = file if file.is_file() else Path(base_path) / GENERATION_FILE
+    output_file = directory / GENERATION_FILE
+    source_file = output_file if output_file.is_file() else Path(base_path) / GENERATION_FILE
     settings = {}
-    if source.is_file():
-        settings = json.loads(source.read_text(encoding="utf-8"))
+    if source_file.is_file():
+        settings = json.loads(source_file.read_text(encoding="utf-8"))
     # One id, a list of ids, or None.
-    stated = settings.get("eos_token_id", tokenizer.eos_token_id)
-    stated_ids = []
-    if isinstance(stated, list):
-        stated_ids = stated
-    elif stated is not None:
-        stated_ids = [stated]
-    if end_id not in stated_ids:
-        settings["eos_token_id"] = [*stated_ids, end_id]
-        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    configured = settings.get("eos_token_id", tokenizer.eos_token_id)
+    configured_ids = []
+    if isinstance(configured, list):
+        configured_ids = configured
+    elif configured is not None:
+        configured_ids = [configured]
+    if end_id not in configured_ids:
+        settings["eos_token_id"] = [*configured_ids, end_id]
+        output_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

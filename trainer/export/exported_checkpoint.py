@@ -1,8 +1,9 @@
 """Which checkpoint leaves a run: the one that is exported, and by that chatted with, served and evaluated.
 
 A run that was trained too long ends with worse weights than it had on the way. Its best checkpoint is on the disk, so that is
-what leaves it. `choose_exported` decides when training ends, and `run.json` keeps the choice (`exported_checkpoint`), which the
-verbs that read a run follow (`recorded_step`). Runs of earlier versions have no such entry: of them the last checkpoint counts.
+what leaves it. `choose_exported_checkpoint` decides when training ends, and `run.json` keeps the choice
+(`exported_checkpoint`), which the verbs that read a run follow (`recorded_export_step`). Runs of earlier versions have no such
+entry: of them the last checkpoint counts.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from trainer.export.config import ExportedCheckpoint
 from trainer.reporting.numbers import format_metric
 from trainer.reporting.outcome import TrainingOutcome
 
-RECORD_KEY = "exported_checkpoint"
-"""Key of `run.json`."""
+EXPORTED_CHECKPOINT_KEY = "exported_checkpoint"
+"""The key of `run.json` that records the choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +29,13 @@ class ChosenCheckpoint:
     which: str
     """`best` or `last`."""
     reason: str
-    """A clause for people."""
+    """Why this checkpoint is taken, as a clause for people."""
 
     def __str__(self) -> str:
         return f"step {self.step}, the {self.which}: {self.reason}"
 
 
-def choose_exported(
+def choose_exported_checkpoint(
     setting: ExportedCheckpoint, outcome: TrainingOutcome, saved_steps: Collection[int]
 ) -> ChosenCheckpoint:
     """The checkpoint of the weights that are exported when training has ended.
@@ -51,23 +52,27 @@ def choose_exported(
     best_metric = progress.best_metric
     last_metric = outcome.after.get(outcome.watch)
     if setting is ExportedCheckpoint.last:
-        return ChosenCheckpoint(last_step, "last", "export.checkpoint=last")
+        return ChosenCheckpoint(step=last_step, which="last", reason="export.checkpoint=last")
     if best_metric is None or best_step is None or last_metric is None:
-        return ChosenCheckpoint(last_step, "last", "nothing held out says which is the best")
+        return ChosenCheckpoint(step=last_step, which="last", reason="nothing held out says which is the best")
     if best_step == last_step:
-        return ChosenCheckpoint(last_step, "last", _reason_if_last_is_best(outcome, last_metric))
+        return ChosenCheckpoint(step=last_step, which="last", reason=_reason_if_last_is_best(outcome, last_metric))
 
     ended_worse = _is_better(best_metric, last_metric, outcome)
     ended_better = _is_better(last_metric, best_metric, outcome)
     # A run that was stopped early went on for some steps without getting better: a tie counts for the best.
     takes_best = ended_worse or (outcome.stopped_early and not ended_better) or setting is ExportedCheckpoint.best
     if not takes_best:
-        return ChosenCheckpoint(last_step, "last", f"no earlier checkpoint has a better {outcome.watch}")
+        return ChosenCheckpoint(
+            step=last_step, which="last", reason=f"no earlier checkpoint has a better {outcome.watch}"
+        )
     if best_step not in saved_steps:
-        return ChosenCheckpoint(last_step, "last", f"step {best_step} was better, and its checkpoint is not there")
+        return ChosenCheckpoint(
+            step=last_step, which="last", reason=f"step {best_step} was better, and its checkpoint is not there"
+        )
     last_metric_text = f"{format_metric(last_metric)} at the last step, {last_step}"
     comparison = f"{outcome.watch} was {format_metric(best_metric)} there, and {last_metric_text}"
-    return ChosenCheckpoint(best_step, "best", comparison)
+    return ChosenCheckpoint(step=best_step, which="best", reason=comparison)
 
 
 def _is_better(metric: float, reference: float, outcome: TrainingOutcome) -> bool:
@@ -93,12 +98,12 @@ def _reason_if_last_is_best(outcome: TrainingOutcome, last_metric: float) -> str
     return f"it is also the best by {outcome.watch} ({format_metric(last_metric)})"
 
 
-def recorded_step(run_record: Mapping[str, Any]) -> int | None:
+def recorded_export_step(run_record: Mapping[str, Any]) -> int | None:
     """The step that a run exported, from the content of its `run.json`.
 
     None if the run did not get so far, or is of an earlier version, or if the entry is no whole number.
     """
-    exported_checkpoint = run_record.get(RECORD_KEY)
+    exported_checkpoint = run_record.get(EXPORTED_CHECKPOINT_KEY)
     if not isinstance(exported_checkpoint, Mapping):
         return None
     step = exported_checkpoint.get("step")

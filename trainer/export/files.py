@@ -31,18 +31,18 @@ from strategies.atomic_io import (
     read_exactly,
 )
 from strategies.errors import ConfigError
-from trainer.export.plan import ExportFile, ExportPlan, convert_group
+from trainer.export.plan import ExportFile, ExportPlan, stored_tensors_of_group
 from trainer.export.trained_model import ModelValues
 
-RECORDS_DIRECTORY = ".written"
+RECORDS_DIR_NAME = ".written"
 ORIGIN_FILE = "origin.json"
 MAX_RECORD_BYTES = 2**24
-"""Bytes of such a record; more is not read."""
+"""A larger record is not read."""
 MAX_HOLDER_BYTES = 200
-"""Bytes that a lock file says about its holder."""
+"""Size of a lock file at most: the text that names its holder."""
 
 UNSUPPORTED_LOCK_ERRNOS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What a file system without locks answers, such as Lustre that was mounted without `flock`."""
+"""Error numbers of a file system without locks, such as Lustre that was mounted without `flock`."""
 
 
 class ExportInUse(ConfigError):
@@ -50,7 +50,7 @@ class ExportInUse(ConfigError):
 
 
 @contextmanager
-def sole_export(destination: Path) -> Iterator[None]:
+def exclusive_export_lock(destination: Path) -> Iterator[None]:
     """Inside the context, no other process writes an export to `destination`, on this host or over NFS.
 
     The kernel releases the lock when its holder dies, so the lock file of a killed process stops nobody. On a file system without
@@ -60,11 +60,11 @@ def sole_export(destination: Path) -> Iterator[None]:
     make_directories(path.parent)
     # Lock the file. Again, if it was removed between opening and locking: a lock on a removed file protects nothing.
     while True:
-        descriptor = _open_lock(path)
+        descriptor = _open_lock_file(path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = _holder_text(descriptor)
+            holder = _lock_holder_text(descriptor)
             os.close(descriptor)
             raise ExportInUse(
                 f"{destination}: another export is being written there{holder}; wait until it has ended, or choose another "
@@ -74,13 +74,13 @@ def sole_export(destination: Path) -> Iterator[None]:
             if error.errno not in UNSUPPORTED_LOCK_ERRNOS:
                 os.close(descriptor)
                 raise
-        # Locked: is the file still the one that has this name?
+        # The lock is held. Stop if the locked file is still the one that has this name.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 break
         os.close(descriptor)
     try:
-        _write_holder(descriptor)
+        _write_lock_holder(descriptor)
         yield
     finally:
         with suppress(OSError):  # in a directory such as /tmp, nobody may remove a file that another user has made
@@ -88,7 +88,7 @@ def sole_export(destination: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _open_lock(path: Path) -> int:
+def _open_lock_file(path: Path) -> int:
     """Open a lock file for locking, or create it so that all users can open it; returns its descriptor.
 
     Raises ExportInUse if the file belongs to another user and may not be opened, OSError if it cannot be created.
@@ -120,7 +120,7 @@ def _user_name(user_id: int) -> str:
         return f"user {user_id}"
 
 
-def _write_holder(descriptor: int) -> None:
+def _write_lock_holder(descriptor: int) -> None:
     """Write into a lock file who holds it: "me on gpu01, process 4711". A failure is no error, since it only informs others."""
     holder = f"{_user_name(os.getuid())} on {socket.gethostname()}, process {os.getpid()}"
     with suppress(OSError):
@@ -132,7 +132,7 @@ def _write_holder(descriptor: int) -> None:
             os.pwrite(descriptor, holder.encode(), 0)
 
 
-def _holder_text(descriptor: int) -> str:
+def _lock_holder_text(descriptor: int) -> str:
     """Who holds the lock by the content of its lock file, for a message: " (me on gpu01, process 4711)"; empty if unknown."""
     with suppress(OSError):
         holder = os.pread(descriptor, MAX_HOLDER_BYTES, 0).decode("utf-8", "replace")
@@ -142,7 +142,7 @@ def _holder_text(descriptor: int) -> str:
 
 
 def files_of_writer(files: list[ExportFile], writer_index: int, num_writers: int) -> list[ExportFile]:
-    """The files that one of several writers writes, by name, so that every writer has about as many bytes.
+    """The files that one of several writers writes, sorted by name. All writers get about the same number of bytes.
 
     From the largest file on, each goes to the writer that has the fewest bytes so far. Every writer computes the same shares.
     """
@@ -166,10 +166,10 @@ def open_export_staging(staging_dir: Path, plan: ExportPlan, origin: dict[str, A
     origin_text = json.dumps(origin, indent=1, sort_keys=True) + "\n"
     if not _is_staging_of(staging_dir, origin_text):
         remove_leftovers(staging_dir)
-        make_directories(staging_dir / RECORDS_DIRECTORY)
-        atomic_io.write_new_file(staging_dir / RECORDS_DIRECTORY / ORIGIN_FILE, origin_text.encode())
+        make_directories(staging_dir / RECORDS_DIR_NAME)
+        atomic_io.write_new_file(staging_dir / RECORDS_DIR_NAME / ORIGIN_FILE, origin_text.encode())
         return False
-    kept_names = {RECORDS_DIRECTORY, *(file.name for file in plan.files)}
+    kept_names = {RECORDS_DIR_NAME, *(file.name for file in plan.files)}
     for entry in list(staging_dir.iterdir()):
         if entry.is_dir() and entry.name not in kept_names:
             shutil.rmtree(entry)
@@ -197,9 +197,7 @@ def _is_staging_of(staging_dir: Path, origin_text: str) -> bool:
     if any(entry.is_symlink() or not (entry.is_file() or entry.is_dir()) for entry in entries):
         return False
     try:
-        recorded_origin = atomic_io.read_bytes(
-            staging_dir / RECORDS_DIRECTORY / ORIGIN_FILE, max_bytes=MAX_RECORD_BYTES
-        )
+        recorded_origin = atomic_io.read_bytes(staging_dir / RECORDS_DIR_NAME / ORIGIN_FILE, max_bytes=MAX_RECORD_BYTES)
     except OSError:
         return False
     return recorded_origin == origin_text.encode()
@@ -208,14 +206,14 @@ def _is_staging_of(staging_dir: Path, origin_text: str) -> bool:
 def is_file_complete(staging_dir: Path, file: ExportFile) -> bool:
     """Whether a file is in the staging directory with the size and the SHA-256 that its record has. Reads all of it."""
     try:
-        record = json.loads(atomic_io.read_bytes(_record_file(staging_dir, file), max_bytes=MAX_RECORD_BYTES))
-        written = WrittenFile(file.name, int(record["bytes"]), str(record["sha256"]))
+        record = json.loads(atomic_io.read_bytes(_record_path(staging_dir, file), max_bytes=MAX_RECORD_BYTES))
+        recorded_file = WrittenFile(file.name, int(record["bytes"]), str(record["sha256"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
-    return file_difference(staging_dir, written) is None
+    return file_difference(staging_dir, recorded_file) is None
 
 
-def write_file(plan: ExportPlan, file: ExportFile, values: ModelValues, staging_dir: Path) -> None:
+def write_export_file(plan: ExportPlan, file: ExportFile, values: ModelValues, staging_dir: Path) -> None:
     """Write one file of a plan durably, and then its record, which says that it is complete.
 
     Holds one file and one group of tensors at a time. Raises OSError and SafetensorError for the file, StorageError and
@@ -223,23 +221,26 @@ def write_file(plan: ExportPlan, file: ExportFile, values: ModelValues, staging_
     """
     from safetensors.torch import save_file
 
-    tensors = dict(_stored_tensors(plan, file, values))
-    save_file(tensors, staging_dir / file.name, {"format": "pt"})
+    tensor_by_name = dict(_convert_tensors_of_file(plan, file, values))
+    save_file(tensor_by_name, staging_dir / file.name, {"format": "pt"})
     atomic_io.sync_file(staging_dir / file.name)
-    written = _hash_file(staging_dir / file.name)
+    written = _size_and_sha256(staging_dir / file.name)
     record = json.dumps({"bytes": written.size, "sha256": written.sha256}) + "\n"
-    atomic_io.write_new_file(_record_file(staging_dir, file), record.encode())
+    atomic_io.write_new_file(_record_path(staging_dir, file), record.encode())
 
 
-def _stored_tensors(plan: ExportPlan, file: ExportFile, values: ModelValues) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor as it is stored) of each tensor of a file. A group's tensors that belong to other files are dropped."""
+def _convert_tensors_of_file(plan: ExportPlan, file: ExportFile, values: ModelValues) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor as it is stored) of each tensor of a file.
+
+    Tensors are converted by groups. A tensor of such a group that belongs to another file is dropped.
+    """
     group_index: int | None = None
     tensors_of_group: dict[str, Tensor] = {}
     for planned in file.tensors:
         if planned.group_index != group_index:
             group_index = planned.group_index
             tensors_of_group = {}  # free the group before: two at once would take twice the memory
-            tensors_of_group = convert_group(plan, group_index, values)
+            tensors_of_group = stored_tensors_of_group(plan, group_index, values)
         tensor = tensors_of_group.pop(planned.name)
         if tensor.is_floating_point():
             tensor = tensor.to(plan.dtype)
@@ -251,13 +252,13 @@ def _stored_tensors(plan: ExportPlan, file: ExportFile, values: ModelValues) -> 
         yield planned.name, tensor
 
 
-def _record_file(staging_dir: Path, file: ExportFile) -> Path:
-    """The record of a complete file."""
-    return staging_dir / RECORDS_DIRECTORY / f"{file.name}.json"
+def _record_path(staging_dir: Path, file: ExportFile) -> Path:
+    """The path of the record that a file of the export is complete."""
+    return staging_dir / RECORDS_DIR_NAME / f"{file.name}.json"
 
 
-def _hash_file(path: Path) -> WrittenFile:
-    """Size and SHA-256 of a file. Errors: OSError."""
+def _size_and_sha256(path: Path) -> WrittenFile:
+    """Size and SHA-256 of a file, which is read in chunks. Errors: OSError."""
     digest = hashlib.sha256()
     with open_regular_file(path) as (descriptor, size):
         buffer = memoryview(bytearray(max(1, min(CHUNK_BYTES, size))))
@@ -271,4 +272,4 @@ def _hash_file(path: Path) -> WrittenFile:
 def remove_records(staging_dir: Path) -> None:
     """Remove the records of a finished export, which its users do not need. A failure is no error."""
     with suppress(OSError):
-        shutil.rmtree(staging_dir / RECORDS_DIRECTORY)
+        shutil.rmtree(staging_dir / RECORDS_DIR_NAME)

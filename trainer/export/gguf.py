@@ -13,13 +13,13 @@ from typing import Any
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.export.end_tokens import GENERATION_FILE
 from trainer.export.ollama import modelfile_text
-from trainer.export.subprocesses import last_lines, run_in_own_environment
+from trainer.export.subprocesses import last_output_lines, run_in_own_environment
 
 CONVERTER_COMMAND = "convert-hf-to-gguf"
 """Name of the converter where it is installed as a program."""
-GGUF_FOLDER = "gguf"
+GGUF_DIR_NAME = "gguf"
 """Folder of the GGUF files inside an export."""
-HOW_TO_NAME_CONVERTER = (
+NAME_CONVERTER_REMEDY = (
     "name llama.cpp's convert_hf_to_gguf.py, or a program that is it, with gguf.converter=<file>, and the Python of its "
     "environment with gguf.python=<file> (docs/deployment.md)"
 )
@@ -34,19 +34,19 @@ class GgufType(StrEnum):
     q8_0 = "q8_0"
 
 
-ALLOWED_DIFFERENCE = {GgufType.f32: 1e-4, GgufType.f16: 1e-2, GgufType.bf16: 5e-2, GgufType.q8_0: 5e-2}
+ALLOWED_DIFFERENCE_BY_TYPE = {GgufType.f32: 1e-4, GgufType.f16: 1e-2, GgufType.bf16: 5e-2, GgufType.q8_0: 5e-2}
 """Largest difference of a logit, relative to the largest, by stored type."""
 
 
 @dataclass(frozen=True, slots=True)
-class Converter:
-    """llama.cpp's converter on this machine."""
+class GgufConverter:
+    """The command that runs llama.cpp's converter on this machine."""
 
     command: list[str]
     """The program and its first arguments: those of a conversion follow."""
 
 
-def find_converter(converter: str | None, python: str | None) -> Converter:
+def find_converter(converter: str | None, python: str | None) -> GgufConverter:
     """The command of llama.cpp's converter: the file `converter` if that is given, else the program `convert-hf-to-gguf`.
 
     - a `.py` file: run by `python`, or by this Python;
@@ -54,23 +54,23 @@ def find_converter(converter: str | None, python: str | None) -> Converter:
     Raises ConfigError if `python` or the converter is missing, or the converter cannot be run.
     """
     if python is not None and shutil.which(Path(python).expanduser()) is None:
-        raise ConfigError(f"gguf.python={python}: there is no such program; {HOW_TO_NAME_CONVERTER}")
+        raise ConfigError(f"gguf.python={python}: there is no such program; {NAME_CONVERTER_REMEDY}")
     file = converter or shutil.which(CONVERTER_COMMAND)
     if file is None:
-        raise ConfigError(f"gguf: no {CONVERTER_COMMAND} is found on this machine; {HOW_TO_NAME_CONVERTER}")
+        raise ConfigError(f"gguf: no {CONVERTER_COMMAND} is found on this machine; {NAME_CONVERTER_REMEDY}")
     path = Path(file).expanduser()
     if not path.is_file():
-        raise ConfigError(f"gguf.converter={file}: there is no such file; {HOW_TO_NAME_CONVERTER}")
+        raise ConfigError(f"gguf.converter={file}: there is no such file; {NAME_CONVERTER_REMEDY}")
     if path.suffix == ".py":
-        return Converter([python or sys.executable, str(path)])
+        return GgufConverter([python or sys.executable, str(path)])
     if not os.access(path, os.X_OK):
-        raise ConfigError(f"gguf.converter={file}: is neither a .py nor a program; {HOW_TO_NAME_CONVERTER}")
+        raise ConfigError(f"gguf.converter={file}: is neither a .py nor a program; {NAME_CONVERTER_REMEDY}")
     if python:
-        return Converter([python, str(path)])
-    return Converter([str(path)])
+        return GgufConverter([python, str(path)])
+    return GgufConverter([str(path)])
 
 
-def write_gguf(directory: Path, name: str, gguf_type: GgufType, converter: Converter) -> tuple[Path, str | None]:
+def write_gguf(directory: Path, name: str, gguf_type: GgufType, converter: GgufConverter) -> tuple[Path, str | None]:
     """Convert the export in `directory` to a GGUF file, and write a Modelfile for Ollama beside it.
 
     Returns (the file `<directory>/gguf/<name>-<type>.gguf`, what the Modelfile lacks or None). Raises ShardtuneError if the
@@ -78,21 +78,21 @@ def write_gguf(directory: Path, name: str, gguf_type: GgufType, converter: Conve
     """
     from transformers import AutoTokenizer, GenerationConfig
 
-    folder = directory / GGUF_FOLDER
-    folder.mkdir(exist_ok=True)
-    file = folder / f"{name}-{gguf_type}.gguf"
-    staging_file = folder / f".{file.name}.writing"
+    gguf_dir = directory / GGUF_DIR_NAME
+    gguf_dir.mkdir(exist_ok=True)
+    gguf_file = gguf_dir / f"{name}-{gguf_type}.gguf"
+    staging_file = gguf_dir / f".{gguf_file.name}.writing"
     command = [*converter.command, str(directory), "--outfile", str(staging_file), "--outtype", str(gguf_type)]
     try:
         process = run_in_own_environment(command)
         if process.returncode or not staging_file.is_file():
             raise ShardtuneError(
-                f"gguf={gguf_type}: the converter failed ({process.returncode}: {last_lines(process)}); the export in "
+                f"gguf={gguf_type}: the converter failed ({process.returncode}: {last_output_lines(process)}); the export in "
                 f"{directory} is whole. Mend the converter and repeat the command: it only converts then. The converter was "
                 f"called as: {' '.join(command)}"
             )
         # Under its own name only once it is complete.
-        staging_file.rename(file)
+        staging_file.rename(gguf_file)
     except OSError as error:
         raise ShardtuneError(f"gguf={gguf_type}: the converter cannot be started ({error})") from error
     finally:
@@ -101,16 +101,16 @@ def write_gguf(directory: Path, name: str, gguf_type: GgufType, converter: Conve
     generation_config = GenerationConfig()
     if (directory / GENERATION_FILE).is_file():
         generation_config = GenerationConfig.from_pretrained(directory)
-    text, missing_part = modelfile_text(file.name, tokenizer, generation_config)
-    (folder / "Modelfile").write_text(text, encoding="utf-8")
-    return file, missing_part
+    text, missing_part = modelfile_text(gguf_file.name, tokenizer, generation_config)
+    (gguf_dir / "Modelfile").write_text(text, encoding="utf-8")
+    return gguf_file, missing_part
 
 
 def verify_gguf(file: Path, gguf_type: GgufType) -> str:
     """Compare a GGUF file, read by transformers, with the export that it was made from; returns a line for the screen.
 
     The line begins with "verified: ", or with "not verified: " if transformers cannot read the file. Raises DriftError if logits
-    differ by more than the type allows (`ALLOWED_DIFFERENCE`).
+    differ by more than the type allows (`ALLOWED_DIFFERENCE_BY_TYPE`).
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -138,10 +138,9 @@ def verify_gguf(file: Path, gguf_type: GgufType) -> str:
         largest_logit = float(export_output.logits.abs().max())
         difference = float((export_output.logits - gguf_output.logits).abs().max()) / largest_logit
     loss_change = float(gguf_output.loss - export_output.loss)
-    allowed = ALLOWED_DIFFERENCE[gguf_type]
-    comparison = (
-        f"logits differ by at most {difference:.1e} of the largest (allowed {allowed:.0e}), loss by {loss_change:+.4f}"
-    )
-    if not difference <= allowed:  # a NaN fails too
+    allowed_difference = ALLOWED_DIFFERENCE_BY_TYPE[gguf_type]
+    comparison = f"logits differ by at most {difference:.1e} of the largest (allowed {allowed_difference:.0e}), "
+    comparison += f"loss by {loss_change:+.4f}"
+    if not difference <= allowed_difference:  # a NaN fails too
         raise DriftError(f"{file}: computes something else than {export_dir}: {comparison}")
     return f"verified: {comparison}, on a sentence of {ids.shape[1]} tokens"

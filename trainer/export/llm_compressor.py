@@ -14,9 +14,9 @@ from torch import Tensor
 
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.export import compress
-from trainer.export.subprocesses import last_lines, run_in_own_environment
+from trainer.export.subprocesses import last_output_lines, run_in_own_environment
 
-HOW_TO_NAME_PYTHON = "name the Python of its environment with bits.python=<file> (docs/reference/exports.md)"
+NAME_PYTHON_REMEDY = "name the Python of its environment with bits.python=<file> (docs/reference/exports.md)"
 _LIBRARY_CHECK = "import importlib.util, sys; sys.exit(importlib.util.find_spec('llmcompressor') is None)"
 """A program for the other Python, whose exit status is 0 if the library is there."""
 
@@ -30,11 +30,11 @@ class Compressor:
     rows: list[list[int]]
     """Token ids of the rows that the rounding is calibrated on."""
 
-    def quantise(self, directory: Path, to: Path, scheme: str, probe: list[int]) -> Tensor:
-        """Quantise the model in `directory` and save it in `to`; returns its logits on `probe`, float32 `[T, V]`.
+    def quantise(self, directory: Path, output_dir: Path, scheme: str, probe_ids: list[int]) -> Tensor:
+        """Quantise the model in `directory` and save it in `output_dir`; returns its logits on the probe, float32 `[T, V]`.
 
-        `scheme`: llm-compressor's name of the format, such as "W4A16". `probe`: token ids. Raises ShardtuneError if the program
-        cannot be started, or fails.
+        `scheme`: llm-compressor's name of the format, such as "W4A16". `probe_ids`: token ids of the probe. Raises
+        ShardtuneError if the program cannot be started, or fails.
         """
         from safetensors.torch import load_file
 
@@ -42,10 +42,10 @@ class Compressor:
             job_file = Path(job_dir) / "job.json"
             job = {
                 "model": str(directory.resolve()),
-                "to": str(to.resolve()),
+                "to": str(output_dir.resolve()),
                 "scheme": scheme,
                 "rows": self.rows,
-                "probe": probe,
+                "probe": probe_ids,
             }
             job_file.write_text(json.dumps(job), encoding="utf-8")
             command = [self.python, compress.__file__, str(job_file)]
@@ -54,7 +54,7 @@ class Compressor:
             except OSError as error:
                 raise ShardtuneError(f"bits.python={self.python}: cannot be started ({error})") from error
             if process.returncode:
-                raise ShardtuneError(f"it failed with {process.returncode}: {last_lines(process)}")
+                raise ShardtuneError(f"it failed with {process.returncode}: {last_output_lines(process)}")
             return load_file(job_file.with_name("probe.safetensors"))["logits"]
 
 
@@ -65,17 +65,17 @@ def find_llm_compressor_python(python: str | None) -> str:
     """
     if python is None:
         raise ConfigError(
-            f"bits: llm-compressor pins an older transformers, so it needs an environment of its own; {HOW_TO_NAME_PYTHON}"
+            f"bits: llm-compressor pins an older transformers, so it needs an environment of its own; {NAME_PYTHON_REMEDY}"
         )
     executable = shutil.which(Path(python).expanduser())
     if executable is None:
-        raise ConfigError(f"bits.python={python}: there is no such program; {HOW_TO_NAME_PYTHON}")
+        raise ConfigError(f"bits.python={python}: there is no such program; {NAME_PYTHON_REMEDY}")
     try:
         check = subprocess.run(
             [executable, "-c", _LIBRARY_CHECK], capture_output=True, check=False, env={"PATH": os.defpath}
         )
     except OSError as error:
-        raise ConfigError(f"bits.python={python}: cannot be started ({error}); {HOW_TO_NAME_PYTHON}") from error
+        raise ConfigError(f"bits.python={python}: cannot be started ({error}); {NAME_PYTHON_REMEDY}") from error
     if check.returncode:
-        raise ConfigError(f"bits.python={python}: is no Python that has llmcompressor; {HOW_TO_NAME_PYTHON}")
+        raise ConfigError(f"bits.python={python}: is no Python that has llmcompressor; {NAME_PYTHON_REMEDY}")
     return executable

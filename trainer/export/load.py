@@ -51,7 +51,7 @@ def load_export(
             for name in quantised_base.quantised_shapes:
                 model.get_parameter(name).data.copy_(quantised_base.full_tensor(name))
         if settings_file is not None:
-            add_adapter = _adapter_loader(settings_file, for_generation=for_generation)
+            add_adapter = _adapter_loading_function(settings_file, for_generation=for_generation)
             model = add_adapter(model, directory)
         model = model.eval()
         if for_generation and hasattr(model, "get_base_model"):
@@ -77,7 +77,7 @@ def _load_whole_model(directory: Path, dtype: Any) -> Any:
     """Load the whole model in a directory, in `dtype`. Raises ConfigError if there is none."""
     if not (directory / "config.json").is_file():
         raise ConfigError(f"{directory}: holds neither config.json nor adapter_config.json; give an export directory")
-    return _auto_class(directory).from_pretrained(directory, dtype=dtype, local_files_only=True)
+    return _transformers_class_of_export(directory).from_pretrained(directory, dtype=dtype, local_files_only=True)
 
 
 def _load_base(directory: Path, settings: dict[str, Any], base_path: str | None, dtype: Any) -> Any:
@@ -111,7 +111,7 @@ def _load_base(directory: Path, settings: dict[str, Any], base_path: str | None,
     return model
 
 
-def _adapter_loader(settings_file: Path, *, for_generation: bool) -> Callable[[Any, Path], Any]:
+def _adapter_loading_function(settings_file: Path, *, for_generation: bool) -> Callable[[Any, Path], Any]:
     """The function that takes (a base model, the adapter's directory) and returns the model with the adapter.
 
     - a bottleneck adapter: our own loader;
@@ -146,7 +146,7 @@ def _num_labels_of_adapter(directory: Path) -> int:
     raise ConfigError(f"{directory}: adapter_model.safetensors holds no classification head; export the adapter again")
 
 
-def _auto_class(directory: Path) -> Any:
+def _transformers_class_of_export(directory: Path) -> Any:
     """The class of transformers that loads the whole model in `directory`: for a classifier, encoder-decoder or causal model."""
     import transformers
 

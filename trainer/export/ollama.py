@@ -12,15 +12,15 @@ from typing import Any
 
 from trainer.export.end_tokens import end_token_ids
 
-_PROBE_TEXTS = ("SystemText", "UserText", "AnswerText", "SecondUserText")
-"""Contents of the messages that a template is rendered with, found again in its text."""
+_PROBE_CONTENTS = ("SystemText", "UserText", "AnswerText", "SecondUserText")
+"""Contents of the messages that a chat template is rendered with; each is found again in the rendered text."""
 SAMPLING_PARAMETERS = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty")
 """Ollama's parameters that the generation settings may state."""
 
 
 @dataclass(frozen=True, slots=True)
-class Turns:
-    """The text before and after the content of each role's turn."""
+class TurnTexts:
+    """What a chat template writes around the content of a message: (text before, text after) by role."""
 
     user: tuple[str, str]
     assistant: tuple[str, str]
@@ -53,7 +53,7 @@ class Turns:
         return "{{- range .Messages }}{{ " + "{{ else ".join(cases) + "{{ end }}{{ end }}" + self.answer_opening
 
 
-def turns_of_template(tokenizer: Any) -> Turns | None:
+def turn_texts_of_template(tokenizer: Any) -> TurnTexts | None:
     """What the chat template puts around the turns of each role; None if it does more than join turns of one form each.
 
     Found by rendering short conversations and comparing the texts: around a user's turn may stand `("<|user|>", "<|end|>")`.
@@ -63,17 +63,17 @@ def turns_of_template(tokenizer: Any) -> Turns | None:
         return None
     # Render conversations that grow by a turn.
     roles = ("system", "user", "assistant", "user")
-    messages = [{"role": role, "content": text} for role, text in zip(roles, _PROBE_TEXTS, strict=True)]
+    messages = [{"role": role, "content": text} for role, text in zip(roles, _PROBE_CONTENTS, strict=True)]
     system, user, answer, second_user = messages
-    with_system = _render(tokenizer, [system, user])
+    with_system = _render_by_tokenizer(tokenizer, [system, user])
     takes_system = with_system is not None and system["content"] in with_system
-    first = [system, user] if takes_system else [user]
+    first_turns = [system, user] if takes_system else [user]
     # What a turn adds to the text of the turns before it is that turn, with what is around its content.
-    one_turn = _render(tokenizer, first)
-    with_answer = _render(tokenizer, [*first, answer])
-    with_second = _render(tokenizer, [*first, answer, second_user])
-    with_opening = _render(tokenizer, first, opens_answer=True)
-    without_system = _render(tokenizer, [user])
+    one_turn = _render_by_tokenizer(tokenizer, first_turns)
+    with_answer = _render_by_tokenizer(tokenizer, [*first_turns, answer])
+    with_second = _render_by_tokenizer(tokenizer, [*first_turns, answer, second_user])
+    with_opening = _render_by_tokenizer(tokenizer, first_turns, opens_answer=True)
+    without_system = _render_by_tokenizer(tokenizer, [user])
     if one_turn is None or with_answer is None or with_second is None or with_opening is None or without_system is None:
         return None
     # What stands around the turns of a user, of the model, and of the system.
@@ -92,25 +92,31 @@ def turns_of_template(tokenizer: Any) -> Turns | None:
             default_system = default_turn.removeprefix(before).removesuffix(after)
     # What opens an answer. Last, render whole conversations with these parts, to compare with the template's.
     opening = with_opening.removeprefix(one_turn)
-    turns = Turns(around_user, around_answer, around_system, opening, default_system)
-    if not _renders_alike(turns, tokenizer, messages):
+    turns = TurnTexts(
+        user=around_user,
+        assistant=around_answer,
+        system=around_system,
+        answer_opening=opening,
+        default_system=default_system,
+    )
+    if not _renders_like_template(turns, tokenizer, messages):
         return None
     return turns
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], *, opens_answer: bool = False) -> str | None:
-    """The text that the model's own template makes, without the first token; None if the template refuses the messages.
+def _render_by_tokenizer(tokenizer: Any, messages: list[dict[str, str]], *, opens_answer: bool = False) -> str | None:
+    """The text that the tokenizer's chat template makes of the messages; None if the template raises an error for them.
 
-    `opens_answer`: with the opening of the next answer at the end.
+    It is without the beginning-of-sequence token. `opens_answer`: whether the opening of the next answer stands at its end.
     """
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens_answer)
     except Exception:  # noqa: BLE001 - a template refuses by errors of its own
         return None
-    return str(text).removeprefix(first_token(tokenizer))
+    return str(text).removeprefix(leading_bos_text(tokenizer))
 
 
-def first_token(tokenizer: Any) -> str:
+def leading_bos_text(tokenizer: Any) -> str:
     """The text that the tokenizer, and so llama.cpp, puts before every text. Often empty, even if there is a `bos_token`."""
     adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     if not adds_bos:
@@ -131,7 +137,7 @@ def _text_around(shorter: str, longer: str, content: str) -> tuple[str, str] | N
     return before, after
 
 
-def _renders_alike(turns: Turns, tokenizer: Any, messages: list[dict[str, str]]) -> bool:
+def _renders_like_template(turns: TurnTexts, tokenizer: Any, messages: list[dict[str, str]]) -> bool:
     """Whether the parts render conversations of one to three questions to the same text as the model's own template.
 
     `messages`: one of the system, a question, an answer and a second question, of which the conversations are made.
@@ -141,7 +147,7 @@ def _renders_alike(turns: Turns, tokenizer: Any, messages: list[dict[str, str]])
     if turns.system:
         conversations += [[system, *conversation] for conversation in conversations]
     return all(
-        turns.render(conversation) == _render(tokenizer, conversation, opens_answer=True)
+        turns.render(conversation) == _render_by_tokenizer(tokenizer, conversation, opens_answer=True)
         for conversation in conversations
     )
 
@@ -156,7 +162,7 @@ def modelfile_text(gguf_file: str, tokenizer: Any, generation_config: Any) -> tu
     """
     lines = [f"FROM ./{gguf_file}"]
     missing_part = None
-    turns = turns_of_template(tokenizer)
+    turns = turn_texts_of_template(tokenizer)
     if turns is None:
         missing_part = (
             "its chat template is no row of turns that Ollama's language has; Ollama guesses one from the file"

@@ -25,10 +25,10 @@ class ExportTensor:
     """One stored tensor of an export."""
 
     name: str
-    """In the file."""
+    """Its name in the file."""
     num_bytes: int
     group_index: int
-    """The index in `ExportPlan.groups` of what it is made from."""
+    """Index in `ExportPlan.groups` of the group that it is converted from."""
 
 
 @dataclass(slots=True)
@@ -51,9 +51,10 @@ class ExportPlan:
     dtype: torch.dtype
     """The type in which floating-point tensors are stored."""
     groups: list[StoredGroup]
-    """What stored tensors are made from. A weight that the architecture ignores is a group without members."""
+    """Groups of the model's parameters that are converted together. A stored weight that the architecture ignores is a group
+    without members."""
     group_bytes: list[int]
-    """About how many bytes a process holds while it makes the tensors of each group."""
+    """About how many bytes a process holds while it converts a group, for each of `groups`."""
     files: list[ExportFile]
 
     @property
@@ -76,8 +77,8 @@ class ExportPlan:
             file_by_tensor.update({tensor.name: file.name for tensor in file.tensors})
         return json.dumps({"metadata": {"total_size": self.num_bytes}, "weight_map": file_by_tensor}, indent=1)
 
-    def digest(self) -> str:
-        """SHA-256 of the type, and of the names, sizes and files of all tensors."""
+    def plan_sha256(self) -> str:
+        """SHA-256 of the plan: of the stored type, and of the name, size and file of each tensor."""
         rows: list[tuple[str, str, int]] = []
         for file in self.files:
             rows += [(file.name, tensor.name, tensor.num_bytes) for tensor in file.tensors]
@@ -92,26 +93,27 @@ def plan_files(values: ModelValues, dtype: torch.dtype, max_file_bytes: int) -> 
     Raises ConfigError if a conversion fails.
     """
     conversions = values.base.conversions
-    groups = conversions.stored_groups(values.names())
+    groups = conversions.stored_groups(values.base_names())
     group_bytes: list[int] = []
     tensors: list[ExportTensor] = []
     for group_index, group in enumerate(groups):
-        members = {name: values.meta_tensor(name) for name in group.members}
-        stored_tensors = conversions.convert_back(group, members)
+        meta_members = {name: values.meta_tensor(name) for name in group.members}
+        stored_tensors = conversions.convert_back(group, meta_members)
         for name, tensor in stored_tensors.items():
-            tensors.append(ExportTensor(name, _stored_bytes(tensor, dtype), group_index))
+            tensors.append(ExportTensor(name, _num_stored_bytes(tensor, dtype), group_index))
         # A conversion that joins tensors holds both the members and what is made of them.
-        held_tensors = [*members.values(), *stored_tensors.values()]
+        held_tensors = [*meta_members.values(), *stored_tensors.values()]
         group_bytes.append(sum(tensor.nbytes for tensor in held_tensors))
     for name in conversions.carried():
         tensor = conversions.files.on_meta(name)
-        tensors.append(ExportTensor(name, _stored_bytes(tensor, dtype), group_index=len(groups)))
+        tensors.append(ExportTensor(name, _num_stored_bytes(tensor, dtype), group_index=len(groups)))
         groups.append(StoredGroup(members=[], name=name))
         group_bytes.append(tensor.nbytes)
-    return ExportPlan(dtype, groups, group_bytes, _distribute_over_files(tensors, max_file_bytes))
+    files = _assign_to_files(tensors, max_file_bytes)
+    return ExportPlan(dtype=dtype, groups=groups, group_bytes=group_bytes, files=files)
 
 
-def convert_group(plan: ExportPlan, group_index: int, values: ModelValues) -> dict[str, Tensor]:
+def stored_tensors_of_group(plan: ExportPlan, group_index: int, values: ModelValues) -> dict[str, Tensor]:
     """The stored tensors of a group by name, in full, not yet in the plan's type.
 
     A group without members is a stored weight that the architecture ignores: it is read as it is.
@@ -125,13 +127,13 @@ def convert_group(plan: ExportPlan, group_index: int, values: ModelValues) -> di
     return conversions.convert_back(group, members)
 
 
-def _stored_bytes(tensor: Tensor, dtype: torch.dtype) -> int:
+def _num_stored_bytes(tensor: Tensor, dtype: torch.dtype) -> int:
     """Bytes of a tensor when it is stored as `dtype`, or as its own type if that is no floating-point one."""
     item_bytes = dtype.itemsize if tensor.is_floating_point() else tensor.element_size()
     return tensor.numel() * item_bytes
 
 
-def _distribute_over_files(tensors: list[ExportTensor], max_file_bytes: int) -> list[ExportFile]:
+def _assign_to_files(tensors: list[ExportTensor], max_file_bytes: int) -> list[ExportFile]:
     """Distribute tensors over files in their order: a file ends before the tensor that would make it larger than the limit.
 
     A tensor larger than `max_file_bytes` has a file of its own. A single file is named `SINGLE_FILE`, several have numbers.

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from trainer.data.store.sequences import Sample
     from trainer.export.llm_compressor import Compressor
 
-MAX_DOCUMENTS = 32
+MAX_MEASURED_DOCUMENTS = 32
 """Most documents that the loss is measured on."""
-MAX_TOKENS = 1024
+MAX_DOCUMENT_TOKENS = 1024
 """Most tokens of each document, for measuring and for calibration."""
 MAX_CALIBRATION_DOCUMENTS = 256
 """Most training documents for calibration, in schemes that calibrate their rounding."""
@@ -42,14 +42,14 @@ class QuantisedFormat(StrEnum):
     llmcompressor_fp8 = "llmcompressor_fp8"
 
     @property
-    def stored_by_other_python(self) -> bool:
-        """Whether the library that stores it runs in a Python environment of its own."""
+    def needs_other_python(self) -> bool:
+        """Whether the library that stores this format runs in a Python environment of its own."""
         return self.startswith("llmcompressor")
 
     @property
     def loading_library(self) -> str:
-        """The library that loads it, and that stores it unless another Python does."""
-        if self.stored_by_other_python:
+        """The library that loads a model of this format, and that stores it unless another Python does."""
+        if self.needs_other_python:
             return "compressed-tensors"
         if self.startswith("torchao"):
             return "torchao"
@@ -57,41 +57,41 @@ class QuantisedFormat(StrEnum):
 
     @property
     def storing_library(self) -> str:
-        """The library that stores it."""
-        if self.stored_by_other_python:
+        """The library that stores a model of this format."""
+        if self.needs_other_python:
             return "llm-compressor"
         return self.loading_library
 
 
 NVFP4_BLOCK = 16
 """Values that share a scale in NVFP4."""
-LLM_COMPRESSOR_SCHEMES = {
+SCHEME_BY_FORMAT = {
     QuantisedFormat.llmcompressor_w4a16: "W4A16",
     QuantisedFormat.llmcompressor_w8a8: "W8A8",
     QuantisedFormat.llmcompressor_fp8: "FP8_DYNAMIC",
 }
-"""llm-compressor's names of its formats."""
+"""llm-compressor's name of a format."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantisationCost:
-    """The loss at supervised tokens, before and after."""
+    """What quantisation costs: the mean loss at supervised tokens before and after it."""
 
-    before: float
+    export_loss: float
     """Loss of the export."""
-    after: float
-    """Loss of what was stored in few bits, read back."""
-    documents: int
-    """How many were measured."""
+    quantised_loss: float
+    """Loss of the quantised copy, read back from its files."""
+    num_documents: int
+    """Documents that the losses were measured on."""
     split: str
     """`held-out` or `training`."""
     max_logit_difference: float
     """Largest difference of a logit, relative to the largest, between the files read back and what they were written from."""
 
     def __str__(self) -> str:
-        change = f"{self.before:.4f} -> {self.after:.4f} ({self.after - self.before:+.4f})"
+        change = f"{self.export_loss:.4f} -> {self.quantised_loss:.4f} ({self.quantised_loss - self.export_loss:+.4f})"
         return (
-            f"loss {change} on {self.documents} {self.split} documents; read back, logits differ by at most "
+            f"loss {change} on {self.num_documents} {self.split} documents; read back, logits differ by at most "
             f"{self.max_logit_difference:.1e} of the largest"
         )
 
@@ -133,18 +133,24 @@ def write_quantised_model(
         quantised_logits = _quantise_and_save(directory, staging_dir, quantised_format, tokenizer, compressor)
         tokenizer.save_pretrained(staging_dir)
         exported: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", local_files_only=True)
-        loss_before = mean_loss(exported, samples)
+        export_loss = mean_loss(exported, samples)
         reloaded = _load_model(staging_dir)
-        difference = _checked_difference(
+        difference = _require_small_difference(
             quantised_logits, _probe_logits(reloaded, tokenizer), quantised_format, copy_dir
         )
-        cost = QuantisationCost(loss_before, mean_loss(reloaded, samples), len(samples), split, difference)
+        cost = QuantisationCost(
+            export_loss=export_loss,
+            quantised_loss=mean_loss(reloaded, samples),
+            num_documents=len(samples),
+            split=split,
+            max_logit_difference=difference,
+        )
         # State the cost in both model cards, and put the directory in its place.
         card = directory / "README.md"
         card_text = card.read_text(encoding="utf-8") if card.is_file() else ""
         cost_note = (
             f"By {quantised_format.storing_library}, in `{quantised_format}/`: {cost}. "
-            f"At most {MAX_TOKENS} tokens of each document."
+            f"At most {MAX_DOCUMENT_TOKENS} tokens of each document."
         )
         section = f"\n## In {quantised_format}\n\n{cost_note}\n"
         (staging_dir / "README.md").write_text(card_text + section, encoding="utf-8")
@@ -172,7 +178,7 @@ def _quantise_and_save(
 
     try:
         if compressor is not None:
-            scheme = LLM_COMPRESSOR_SCHEMES[quantised_format]
+            scheme = SCHEME_BY_FORMAT[quantised_format]
             return compressor.quantise(directory, staging_dir, scheme, probe_ids(tokenizer))
         model = _quantise_while_loading(directory, quantised_format)
         model.save_pretrained(staging_dir)
@@ -241,21 +247,21 @@ def _probe_logits(model: Any, tokenizer: Any) -> Tensor:
     return logits.float().cpu()
 
 
-def _checked_difference(
+def _require_small_difference(
     quantised_logits: Tensor, reloaded_logits: Tensor, quantised_format: QuantisedFormat, copy_dir: Path
 ) -> float:
     """The largest difference of a logit between the model in memory and its files, relative to the largest logit.
 
     Raises DriftError if it is larger than rounding in the type that the model computes in explains.
     """
-    from trainer.export.verify import TOLERANCE, DriftError
+    from trainer.export.verify import TOLERANCE_BY_DTYPE, DriftError
 
     difference = float((quantised_logits - reloaded_logits).abs().max() / quantised_logits.abs().max())
-    allowed = TOLERANCE[_compute_dtype(quantised_format)]
-    if not difference <= allowed:  # a NaN fails too
+    allowed_difference = TOLERANCE_BY_DTYPE[_compute_dtype(quantised_format)]
+    if not difference <= allowed_difference:  # a NaN fails too
         raise DriftError(
             f"{copy_dir}: not written, since its files compute something else than the model that they were written from: logits "
-            f"differ by {difference:.1e} of the largest (allowed {allowed:.0e})"
+            f"differ by {difference:.1e} of the largest (allowed {allowed_difference:.0e})"
         )
     return difference
 
@@ -303,7 +309,7 @@ def _quantisation_config(quantised_format: QuantisedFormat) -> Any:
 def mean_loss(model: Any, samples: list[Sample]) -> float:
     """Mean cross-entropy over the supervised tokens of all documents, each token weighing the same; 0.0 without any.
 
-    Of each document the first `MAX_TOKENS` tokens count.
+    Of each document the first `MAX_DOCUMENT_TOKENS` tokens count.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -311,10 +317,10 @@ def mean_loss(model: Any, samples: list[Sample]) -> float:
     loss_sum = 0.0
     num_targets = 0
     for sample in samples:
-        ids = torch.tensor(sample.input_ids[:MAX_TOKENS].astype("int64"), device=model.device)
+        ids = torch.tensor(sample.input_ids[:MAX_DOCUMENT_TOKENS].astype("int64"), device=model.device)
         # The logits at a position are for the token after it, so the first token is nobody's target.
         targets = ids[1:]
-        is_supervised = torch.tensor(sample.supervised[1:MAX_TOKENS].astype(bool), device=model.device)
+        is_supervised = torch.tensor(sample.supervised[1:MAX_DOCUMENT_TOKENS].astype(bool), device=model.device)
         with torch.no_grad():
             logits = model(ids[None]).logits[0, :-1].float()
         loss_sum += float(cross_entropy(logits[is_supervised], targets[is_supervised], reduction="sum"))

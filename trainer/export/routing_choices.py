@@ -20,21 +20,23 @@ class RoutingRecorder(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.recorded: list[Tensor] = []
+        self.indices_by_call: list[Tensor] = []
+        """What each call of `topk` chose, on the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **kwargs or {})
         if func in TOPK_FUNCTIONS:
-            self.recorded.append(output.indices.detach().cpu())
+            self.indices_by_call.append(output.indices.detach().cpu())
         return output
 
 
 class RoutingReplay(TorchFunctionMode):
     """Makes every `topk` of the same model return the recorded indices, with the scores of its own pass."""
 
-    def __init__(self, choices: RoutingRecorder) -> None:
+    def __init__(self, recorder: RoutingRecorder) -> None:
         super().__init__()
-        self.remaining = list(choices.recorded)
+        self.remaining_calls = list(recorder.indices_by_call)
+        """Recorded indices of the calls that have not been repeated yet."""
         self.num_replaced = 0
         """How many indices this pass would have chosen differently."""
         self.calls_match = True
@@ -51,10 +53,10 @@ class RoutingReplay(TorchFunctionMode):
         if func not in TOPK_FUNCTIONS:
             return output
         own_indices = output.indices
-        if not self.remaining:
+        if not self.remaining_calls:
             self.calls_match = False
             return output
-        recorded_indices = self.remaining.pop(0).to(own_indices.device)
+        recorded_indices = self.remaining_calls.pop(0).to(own_indices.device)
         has_same_size = recorded_indices.numel() == own_indices.numel()
         if not has_same_size or recorded_indices.shape[-1] != own_indices.shape[-1]:
             self.calls_match = False

@@ -17,8 +17,8 @@ def run_in_own_environment(command: list[str], directory: Path | None = None) ->
     )
 
 
-def last_lines(finished: subprocess.CompletedProcess[str]) -> str:
-    """The last two lines that a failed program wrote, in one, for an error."""
+def last_output_lines(finished: subprocess.CompletedProcess[str]) -> str:
+    """The last two lines that a failed program wrote (to stderr, else to stdout), joined by " / ", for an error message."""
     output = finished.stderr or finished.stdout
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return " / ".join(lines[-2:])[:400]

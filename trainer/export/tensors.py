@@ -9,8 +9,8 @@ import torch
 from strategies.small_files import read_json_object
 
 
-def hub_name(base_path: str) -> tuple[str, str | None]:
-    """(hub id, commit) of a model directory: of a snapshot in the hub's cache, ("org/name", "abc123"); else (the path, None)."""
+def hub_id_and_commit(base_path: str) -> tuple[str, str | None]:
+    """(hub id, commit): ("org/name", "abc123") for a snapshot in the hub's cache; else (`base_path` as it is, None)."""
     path = Path(base_path)
     is_hub_snapshot = path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
     if is_hub_snapshot:
@@ -18,10 +18,10 @@ def hub_name(base_path: str) -> tuple[str, str | None]:
     return base_path, None
 
 
-def stored_type(directory: Path) -> torch.dtype:
-    """The floating-point type that most tensors of a checkpoint's first file have.
+def stored_dtype(directory: Path) -> torch.dtype:
+    """The floating-point dtype in which a checkpoint is stored: that of most tensors in its first file.
 
-    bfloat16 if they are quantised, float32 for a type that is not known here.
+    bfloat16 for a quantised checkpoint, whose tensors have other types. float32 for a type that is not known here.
     """
     from safetensors import safe_open
 
@@ -31,7 +31,7 @@ def stored_type(directory: Path) -> torch.dtype:
     dtype_by_name = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     first_file = min(directory.glob("*.safetensors"))
     with safe_open(str(first_file), framework="pt") as handle:
-        type_names = [handle.get_slice(key).get_dtype() for key in handle.keys()]  # noqa: SIM118 - no mapping
+        dtype_names = [handle.get_slice(key).get_dtype() for key in handle.keys()]  # noqa: SIM118 - no mapping
     # Sorted, so that the same one of two that are equally frequent is taken each time.
-    most_frequent = max(sorted(set(type_names)), key=type_names.count)
-    return dtype_by_name.get(most_frequent, torch.float32)
+    most_frequent_name = max(sorted(set(dtype_names)), key=dtype_names.count)
+    return dtype_by_name.get(most_frequent_name, torch.float32)

@@ -32,7 +32,7 @@ class TrainedModel:
     built: BuiltModel
     """Described on the meta device, and not sharded."""
     source: WeightSource
-    """What fills the parameters of such a run at its start."""
+    """Reader of the values that parameters had when the run began."""
     trained: SavedParameters | MeanOfCheckpoints
     """The parameters that trained, by plain name."""
     tokenizer: Any
@@ -41,15 +41,15 @@ class TrainedModel:
     base_path: str
     """Directory of the base model as the run names it, which the export's files name too."""
     seed: int
-    """`run.seed`, from which adapters were drawn."""
+    """`run.seed`, from which the initial values of adapters were sampled."""
     frozen_dtype: torch.dtype
     """The type in which the run holds parameters that do not train."""
     origin: dict[str, Any] = field(default_factory=dict)
     """What these values depend on: hashes of checkpoints, digests of the base's files. Another export has another origin."""
 
     @property
-    def plain_model(self) -> Any:
-        """The model without the adapter around it."""
+    def model_without_adapter(self) -> Any:
+        """The model of transformers, without peft's model around it if there is one."""
         model: Any = self.built.step_module.model
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -80,13 +80,13 @@ class TrainedValues:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Within it torch computes with one thread: products and sums then round alike, whatever the host and its other processes."""
-    threads = torch.get_num_threads()
+    """A context in which torch computes with one thread, so that products and sums round alike on every host."""
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(num_threads)
 
 
 class ModelValues:
@@ -109,7 +109,7 @@ class ModelValues:
         self._plain_name_by_base_name: dict[str, str] = {}
         """The name of a parameter in the run's module, by its name in the base, in the order in which the model holds them."""
         for plain_name, _ in named_parameters(model.built.step_module):
-            # By a copy that trained in full.
+            # peft keeps the original of a module that trains as a full copy; the copy is exported.
             is_replaced = self._merger is not None and ".original_module." in plain_name
             if not tuning.is_added_parameter(plain_name) and not is_replaced:
                 self._plain_name_by_base_name[tuning.base_name(plain_name)] = plain_name
@@ -121,8 +121,8 @@ class ModelValues:
             if not tuning.is_added_parameter(plain_name):
                 self._buffers[tuning.base_name(plain_name)] = buffer.detach()
 
-    def names(self) -> list[str]:
-        """Base names of all values: parameters, then buffers, in the order in which the model holds them."""
+    def base_names(self) -> list[str]:
+        """Base names of all values: those of parameters, then of buffers, each in the order in which the model holds them."""
         return [*self._plain_name_by_base_name, *self._buffers]
 
     def meta_tensor(self, base_name: str) -> Tensor:

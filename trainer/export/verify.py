@@ -14,7 +14,7 @@ from strategies.runtime import Runtime
 from trainer.data.config import Layout
 from trainer.export.load import load_export
 from trainer.export.routing_choices import RoutingRecorder, RoutingReplay
-from trainer.export.tensors import stored_type
+from trainer.export.tensors import stored_dtype
 from trainer.model import flex
 from trainer.model.compat import without_kernel_packages
 from trainer.objectives.causal import MODEL_INPUTS, unwrap_adapter
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from trainer.model.weights import BaseWeights
     from trainer.step import BuiltModel
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest difference allowed, relative to the largest logit, by the coarsest type that took part.
+TOLERANCE_BY_DTYPE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest difference of a logit that is allowed, relative to the largest logit, by the coarsest dtype that took part.
 
 About six rounding steps of that type, since both sides round in every layer. That of float32 is larger, because sums may be
 taken in another order.
@@ -41,7 +41,7 @@ class DriftError(ShardtuneError):
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The result of a comparison of logits."""
+    """The result of comparing the logits of an export with those of the trained model."""
 
     max_abs_difference: float
     largest_logit: float
@@ -71,7 +71,7 @@ class Verification:
 
 
 def probe_ids(tokenizer: Any) -> list[int]:
-    """Token ids to compare on: a fixed sentence, and the last token of the vocabulary, which may be an added one."""
+    """Token ids of the probe: those of a fixed sentence, and the last token of the vocabulary, which may be an added one."""
     ids = tokenizer(PROBE_SENTENCE, add_special_tokens=False)["input_ids"]
     last_token_id = len(tokenizer) - 1
     return [*ids, last_token_id]
@@ -82,23 +82,23 @@ def shift_right(target_ids: Tensor, start_id: int) -> Tensor:
     return torch.cat([torch.full_like(target_ids[:, :1], start_id), target_ids[:, :-1]], dim=1)
 
 
-class _PlainLogits:
-    """Takes the place of the objective for one forward pass: returns the model's logits instead of a loss."""
+class _LogitsObjective:
+    """Takes the place of the run's objective for one forward pass: returns the model's logits instead of a loss."""
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
         with flex.masks_keep_documents_apart(inputs):
-            return {"logits": unwrap_adapter(model)(**inputs, **_no_cache(model)).logits}
+            return {"logits": unwrap_adapter(model)(**inputs, **_no_cache_arguments(model)).logits}
 
 
-def _no_cache(model: Any) -> dict[str, bool]:
-    """The keyword by which a model computes without a KV cache, as in training; empty for a model that never makes one.
+def _no_cache_arguments(model: Any) -> dict[str, bool]:
+    """{"use_cache": False}, by which a model computes without a KV cache, as in training; {} for a model that never has one.
 
     transformers 5.24 cannot tell how far a cache has come in which no layer is attention, and layers that are called more than
     once would see their own keys twice.
     """
-    plain: Any = unwrap_adapter(model)
-    has_cache = getattr(plain.config.get_text_config(), "use_cache", None) is not None
+    model_without_adapter: Any = unwrap_adapter(model)
+    has_cache = getattr(model_without_adapter.config.get_text_config(), "use_cache", None) is not None
     return {"use_cache": False} if has_cache else {}
 
 
@@ -112,7 +112,7 @@ def reference_logits(engine: Engine, built: BuiltModel, token_ids: list[int], ru
         # The model is called through the root module's own forward: only there are its parameters gathered.
         step: Any = module
         objective = step.objective
-        step.objective = _PlainLogits()
+        step.objective = _LogitsObjective()
         try:
             logits = step(batch)["logits"]
         finally:
@@ -151,17 +151,17 @@ def verify_export(
     reference: Tensor,
     decoder_start: int | None = None,
     quantised_base: BaseWeights | None = None,
-    choices: RoutingRecorder | None = None,
+    training_choices: RoutingRecorder | None = None,
 ) -> Verification:
     """Reload an export and compare its logits on `token_ids` with `reference [T, V]`, the trained model's own.
 
-    They may differ by `TOLERANCE` of the coarsest type among the reference and the stored tensors. Half precision can change
-    which experts a router takes: then an export that differs is compared once more with the `choices` of the trained model.
-    `base_path`, `quantised_base`: the adapter's base, as `load_export` takes it. `decoder_start`: the first token of an
-    encoder-decoder's decoder. Raises DriftError if shapes or logits differ.
+    They may differ by `TOLERANCE_BY_DTYPE` of the coarsest type among the reference and the stored tensors. Half precision can
+    change which experts a router takes: then an export that differs is compared once more with the experts that the trained
+    model chose (`training_choices`). `base_path`, `quantised_base`: the adapter's base, as `load_export` takes it.
+    `decoder_start`: the first token of an encoder-decoder's decoder. Raises DriftError if shapes or logits differ.
     """
     model = load_export(directory, base_path, quantised_base)
-    tolerance = max(TOLERANCE[reference.dtype], TOLERANCE[stored_type(Path(directory))])
+    tolerance = max(TOLERANCE_BY_DTYPE[reference.dtype], TOLERANCE_BY_DTYPE[stored_dtype(Path(directory))])
     reference = reference.float()
     logits = _export_logits(model, token_ids, decoder_start)
     if logits.shape != reference.shape:
@@ -169,9 +169,14 @@ def verify_export(
             f"{directory}: computes logits of shape {tuple(logits.shape)}, training {tuple(reference.shape)}"
         )
     verification = _compare_logits(logits, reference, tolerance)
-    is_half_precision = tolerance > TOLERANCE[torch.float32]
-    if not verification.is_close and choices is not None and choices.recorded and is_half_precision:
-        with RoutingReplay(choices) as replay:
+    is_half_precision = tolerance > TOLERANCE_BY_DTYPE[torch.float32]
+    if (
+        not verification.is_close
+        and training_choices is not None
+        and training_choices.indices_by_call
+        and is_half_precision
+    ):
+        with RoutingReplay(training_choices) as replay:
             logits = _export_logits(model, token_ids, decoder_start)
         if replay.calls_match and replay.num_replaced:
             verification = replace(
@@ -193,7 +198,7 @@ def _export_logits(model: Any, token_ids: list[int], decoder_start: int | None) 
     if decoder_start is not None:
         inputs["decoder_input_ids"] = shift_right(ids, decoder_start)
     with torch.no_grad(), without_kernel_packages():
-        logits = model(**inputs, **_no_cache(model)).logits
+        logits = model(**inputs, **_no_cache_arguments(model)).logits
     is_classifier = logits.dim() == 2
     if not is_classifier:
         # An adapter's virtual tokens come before those of the probe, and have logits too.
@@ -241,25 +246,30 @@ def _loading_differences(directory: Path, model: Any) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
-    """What the trained model computes on the probe, to compare an export with."""
+class ProbeReference:
+    """Logits of the trained model on the probe, a fixed sentence, to compare an export with."""
 
     token_ids: list[int]
     logits: Tensor | None
     """`[T, V]`, or `[1, labels]` of a classifier, on the CPU; None on ranks other than 0."""
-    choices: RoutingRecorder
-    """The experts and keys that it chose."""
+    routing_choices: RoutingRecorder
+    """The experts and keys that the trained model chose."""
 
 
-def take_reference(engine: Engine, built: BuiltModel, tokenizer: Any, runtime: Runtime) -> Reference:
-    """Let the trained model compute the probe, for `verify_written`. The engine is not needed after. All ranks must call."""
+def compute_probe_reference(engine: Engine, built: BuiltModel, tokenizer: Any, runtime: Runtime) -> ProbeReference:
+    """Compute the logits of the trained model on the probe, a fixed sentence. All ranks must call.
+
+    The engine is not needed afterwards.
+    """
     token_ids = probe_ids(tokenizer)
     with RoutingRecorder() as choices:
         logits = reference_logits(engine, built, token_ids, runtime)
-    return Reference(token_ids, logits, choices)
+    return ProbeReference(token_ids=token_ids, logits=logits, routing_choices=choices)
 
 
-def verify_written(reference: Reference, built: BuiltModel, directory: Path, base_path: str, *, adapter: bool) -> None:
+def verify_against_reference(
+    reference: ProbeReference, built: BuiltModel, directory: Path, base_path: str, *, adapter: bool
+) -> None:
     """Compare an export that was just written with the trained model, and print the result. Only rank 0 may call.
 
     `built`: the model that was trained. `base_path`: its base. `adapter`: whether the export is an adapter.
@@ -277,6 +287,6 @@ def verify_written(reference: Reference, built: BuiltModel, directory: Path, bas
         reference=reference.logits,
         decoder_start=decoder_start,
         quantised_base=quantised_base,
-        choices=reference.choices,
+        training_choices=reference.routing_choices,
     )
     print(f"export verified: {verification}", flush=True)

@@ -40,18 +40,18 @@ from trainer.export.config import ExportConfig, ExportType
 from trainer.export.end_tokens import write_end_tokens
 from trainer.export.files import (
     ExportInUse,
+    exclusive_export_lock,
     files_of_writer,
     is_file_complete,
     open_export_staging,
     remove_leftovers,
     remove_records,
-    sole_export,
-    write_file,
+    write_export_file,
 )
 from trainer.export.plan import INDEX_FILE, ExportPlan, plan_files
-from trainer.export.tensors import hub_name, stored_type
+from trainer.export.tensors import hub_id_and_commit, stored_dtype
 from trainer.export.trained_model import ModelValues, TrainedModel, one_thread, trained_shapes
-from trainer.export.verify import Reference, verify_written
+from trainer.export.verify import ProbeReference, verify_against_reference
 from trainer.model.architecture import TEXT_ONLY_MODEL_TYPES, text_model_config
 from trainer.model.base_files import write_base_record
 from trainer.model.compat import needs_own_class
@@ -59,9 +59,9 @@ from trainer.reporting.documents.card import write_documents
 from trainer.reporting.documents.facts import ModelFacts
 
 SMALL_FILES_BYTES = 2**22
-"""Space for the tokenizer, the card and settings."""
+"""Space that is reckoned for the tokenizer, the model card and settings."""
 SLOWEST_DISK_BYTES_PER_S = 10e6
-"""The slowest disk for which ranks wait while one of them writes."""
+"""Ranks wait for each other as long as a disk of this speed would take to write the export."""
 _REMEDY = "free space and run `shardtune export`. The checkpoints of the run are intact."
 
 
@@ -72,7 +72,7 @@ def write_export(
     config: ExportConfig,
     facts: ModelFacts,
     runtime: Runtime,
-    reference: Reference | None = None,
+    reference: ProbeReference | None = None,
 ) -> Path:
     """Write an export to `destination` and return it; an earlier export there is replaced. All ranks must call.
 
@@ -86,44 +86,44 @@ def write_export(
     values: ModelValues | None = None
     plan: ExportPlan | None = None
     # Plan the files, if a whole model is written.
-    with _errors_on_all_ranks(destination, runtime):
+    with _raise_on_all_ranks(destination, runtime):
         if config.merge and model.built.tuning.adapter:
-            _refuse_unmergeable(model)
+            _check_adapter_mergeable(model)
         if not writes_adapter:
             values = ModelValues(model)
             dtype = _stored_dtype(config, model.base_path)
             plan = plan_files(values, dtype, max_file_bytes=int(config.max_shard_gib * 2**30))
 
     # Ranks wait for the slowest of them, and for rank 0, which loads what was written.
-    wait_s = bytes_needed(model, plan) / SLOWEST_DISK_BYTES_PER_S
-    with longer_timeout(runtime, wait_s), _locked(destination, runtime):
+    wait_s = export_bytes(model, plan) / SLOWEST_DISK_BYTES_PER_S
+    with longer_timeout(runtime, wait_s), _lock_destination(destination, runtime):
         if plan is not None and values is not None:
             _write_weights(plan, values, staging_dir, destination, runtime)
-        with _errors_on_all_ranks(destination, runtime, staging_dir):
+        with _raise_on_all_ranks(destination, runtime, staging_dir):
             if runtime.is_main and plan is None:
                 _write_adapter(model, staging_dir, facts)
             if runtime.is_main:
                 _write_small_files(model, plan, staging_dir, config, facts)
-        with _errors_on_all_ranks(destination, runtime, staging_dir):
+        with _raise_on_all_ranks(destination, runtime, staging_dir):
             if runtime.is_main and reference is not None:
-                verify_written(reference, model.built, staging_dir, model.base_path, adapter=writes_adapter)
-        with _errors_on_all_ranks(destination, runtime, staging_dir, caught=OSError):
+                verify_against_reference(reference, model.built, staging_dir, model.base_path, adapter=writes_adapter)
+        with _raise_on_all_ranks(destination, runtime, staging_dir, caught=OSError):
             if runtime.is_main:
                 remove_records(staging_dir)
-                _publish(staging_dir, destination)
+                _publish_export(staging_dir, destination)
         return destination
 
 
 @contextmanager
-def _locked(destination: Path, runtime: Runtime) -> Iterator[None]:
+def _lock_destination(destination: Path, runtime: Runtime) -> Iterator[None]:
     """Inside the context no other export is written to `destination`. All ranks must call.
 
     Raises, on every rank: ExportInUse if another process writes there, StorageError if it cannot be locked.
     """
     with ExitStack() as lock:
-        with _errors_on_all_ranks(destination, runtime, caught=(ExportInUse, OSError)):
+        with _raise_on_all_ranks(destination, runtime, caught=(ExportInUse, OSError)):
             if runtime.is_main:
-                lock.enter_context(sole_export(destination))
+                lock.enter_context(exclusive_export_lock(destination))
         yield
 
 
@@ -132,7 +132,7 @@ def _locked(destination: Path, runtime: Runtime) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Staging:
-    """What rank 0 found when it opened the staging directory."""
+    """The state of the staging directory when rank 0 had opened it."""
 
     keeps_files: bool
     """Whether complete files of an earlier start of the same export may be in it."""
@@ -152,14 +152,14 @@ def _write_weights(
     staging = _open_staging_on_main(plan, values.model, staging_dir, destination, runtime)
     if runtime.is_main:
         _print_writers(plan, writer_ranks, runtime)
-    with _errors_on_all_ranks(destination, runtime, staging_dir), closing(values):
+    with _raise_on_all_ranks(destination, runtime, staging_dir), closing(values):
         if runtime.rank not in writer_ranks:
             return
         for file in files_of_writer(plan.files, writer_ranks.index(runtime.rank), len(writer_ranks)):
             if staging.keeps_files and is_file_complete(staging_dir, file):
                 print(f"export: {file.name} is kept from an earlier start", flush=True)
             else:
-                write_file(plan, file, values, staging_dir)
+                write_export_file(plan, file, values, staging_dir)
 
 
 def _open_staging_on_main(
@@ -176,7 +176,7 @@ def _open_staging_on_main(
         keeps_files = open_export_staging(staging_dir, plan, origin)
         kept_bytes = sum(file.stat().st_size for file in staging_dir.glob("*.safetensors"))
         problem = disk_space_problem(staging_dir, SMALL_FILES_BYTES + plan.num_bytes - kept_bytes)
-        return _Staging(keeps_files, problem)
+        return _Staging(keeps_files=keeps_files, problem=problem)
 
     try:
         staging = call_on_main(open_and_check_space, runtime)
@@ -217,12 +217,12 @@ def _print_writers(plan: ExportPlan, writer_ranks: list[int], runtime: Runtime) 
 
 
 def _export_origin(plan: ExportPlan, model: TrainedModel) -> dict[str, Any]:
-    """All that the files of an export depend on, as JSON."""
-    return {**model.origin, "plan": plan.digest(), "torch": torch.__version__}
+    """All that the files of an export depend on, as JSON values: its `TrainedModel.origin`, the plan and torch's version."""
+    return {**model.origin, "plan": plan.plan_sha256(), "torch": torch.__version__}
 
 
-def bytes_needed(model: TrainedModel, plan: ExportPlan | None) -> int:
-    """About how many bytes an export takes: its tensors, and a little for all other files.
+def export_bytes(model: TrainedModel, plan: ExportPlan | None) -> int:
+    """About how many bytes an export takes on the disk: its tensors, and `SMALL_FILES_BYTES` for all other files.
 
     `plan`: of a whole model; None for an adapter, whose parameters take at most 4 bytes each.
     """
@@ -233,13 +233,13 @@ def bytes_needed(model: TrainedModel, plan: ExportPlan | None) -> int:
 
 
 def _stored_dtype(config: ExportConfig, base_path: str) -> torch.dtype:
-    """The type in which a whole model is stored: that of the base if `export.dtype=auto`."""
+    """The dtype in which a whole model is stored: that of the base if `export.dtype=auto`."""
     if config.dtype is ExportType.auto:
-        return stored_type(Path(base_path))
+        return stored_dtype(Path(base_path))
     return getattr(torch, str(config.dtype))  # type: ignore[no-any-return]
 
 
-def _refuse_unmergeable(model: TrainedModel) -> None:
+def _check_adapter_mergeable(model: TrainedModel) -> None:
     """Raise ConfigError if the adapter cannot be merged: its method cannot, or merging would change other layers too."""
     from trainer.tuning.adapter_files import check_adapters_mergeable
     from trainer.tuning.table import method_of
@@ -264,13 +264,13 @@ def _write_adapter(model: TrainedModel, staging_dir: Path, facts: ModelFacts) ->
 
     remove_leftovers(staging_dir)
     make_directories(staging_dir)
-    too_little_space = disk_space_problem(staging_dir, bytes_needed(model, plan=None))
+    too_little_space = disk_space_problem(staging_dir, export_bytes(model, plan=None))
     if too_little_space:
         raise StorageError(f"{too_little_space}; {_REMEDY}")
     tuning: Any = model.built.tuning
     tuned_model = model.built.step_module.model
     trained = {name: model.trained[name] for name in model.trained}
-    hub_id, commit = hub_name(model.base_path)
+    hub_id, commit = hub_id_and_commit(model.base_path)
     # peft's methods are written through peft, others by themselves.
     if isinstance(tuning, Adapter):
         tuning.seed = model.seed
@@ -300,35 +300,35 @@ def _write_small_files(
         index_json = plan.index_json()
         if index_json is not None:
             (staging_dir / INDEX_FILE).write_text(index_json, encoding="utf-8")
-        _write_settings(model, plan.dtype, staging_dir, facts)
+        _write_model_config(model, plan.dtype, staging_dir, facts)
     model.tokenizer.save_pretrained(str(staging_dir))
-    writes_chats = model.built.two_sides is None and model.plain_model.can_generate()
+    writes_chats = model.built.two_sides is None and model.model_without_adapter.can_generate()
     if writes_chats:
         write_end_tokens(model.tokenizer, staging_dir, model.base_path)
     facts.resize_to = _num_tokens_to_resize_to(model) if is_adapter else None
     if needs_own_class(type(model.built.config)):
-        facts.own_class = type(model.plain_model).__name__
+        facts.own_class = type(model.model_without_adapter).__name__
     write_documents(staging_dir, config.papers, facts, adapter=is_adapter, base_path=model.base_path)
 
 
-def _write_settings(model: TrainedModel, dtype: torch.dtype, staging_dir: Path, facts: ModelFacts) -> None:
+def _write_model_config(model: TrainedModel, dtype: torch.dtype, staging_dir: Path, facts: ModelFacts) -> None:
     """Write the `config.json` of a whole model, and copy the base's generation settings if it has any.
 
     The config is that of the run, with the stored type, the labels of a classifier, and without quantisation: the files hold the
     numbers that the quantised ones stood for.
     """
-    settings = copy.deepcopy(model.built.config)
-    # Of the types in TEXT_MODEL_ONLY only the text part is in memory, but the files hold the whole model.
-    if settings.model_type not in TEXT_ONLY_MODEL_TYPES or not settings.architectures:
-        settings.architectures = [type(model.plain_model).__name__]
-    settings.dtype = dtype
-    if getattr(settings, "quantization_config", None) is not None:
-        del settings.quantization_config
+    model_config = copy.deepcopy(model.built.config)
+    # Of the types in TEXT_ONLY_MODEL_TYPES only the text part is in memory, but the files hold the whole model.
+    if model_config.model_type not in TEXT_ONLY_MODEL_TYPES or not model_config.architectures:
+        model_config.architectures = [type(model.model_without_adapter).__name__]
+    model_config.dtype = dtype
+    if getattr(model_config, "quantization_config", None) is not None:
+        del model_config.quantization_config
     label_names = facts.run.label_names
     if label_names:
-        settings.id2label = dict(enumerate(label_names))
-        settings.label2id = {label: number for number, label in enumerate(label_names)}
-    settings.save_pretrained(str(staging_dir))
+        model_config.id2label = dict(enumerate(label_names))
+        model_config.label2id = {label: index for index, label in enumerate(label_names)}
+    model_config.save_pretrained(str(staging_dir))
     generation_file = Path(model.base_path) / "generation_config.json"
     if generation_file.is_file():
         shutil.copyfile(generation_file, staging_dir / generation_file.name)
@@ -348,7 +348,7 @@ def _num_tokens_to_resize_to(model: TrainedModel) -> int | None:
 
 
 @contextmanager
-def _errors_on_all_ranks(
+def _raise_on_all_ranks(
     destination: Path,
     runtime: Runtime,
     staging_dir: Path | None = None,
@@ -379,7 +379,7 @@ def raise_if_any_rank_failed(
     Before raising, rank 0 removes `staging_dir`.
     """
     if error is not None:
-        error = _with_advice(error, destination)
+        error = _as_user_error(error, destination)
     first_failure = first_rank_error(error, runtime)
     if first_failure is None:
         return
@@ -392,7 +392,7 @@ def raise_if_any_rank_failed(
     raise error_types.get(first_failure.kind, ShardtuneError)(first_failure.text)
 
 
-def _with_advice(error: BaseException, destination: Path) -> BaseException:
+def _as_user_error(error: BaseException, destination: Path) -> BaseException:
     """The error of an export as it is shown to the user.
 
     - The base cannot be read: ConfigError.
@@ -400,7 +400,7 @@ def _with_advice(error: BaseException, destination: Path) -> BaseException:
     - Anything else: the error itself.
     """
     shown_error: BaseException
-    if _is_read_error(error):
+    if _is_error_of_reading_base(error):
         shown_error = ConfigError(
             f"writing the export {destination} failed: a weight file of the base cannot be read "
             f"({error_summary(error)}); bring it back"
@@ -417,12 +417,12 @@ def _with_advice(error: BaseException, destination: Path) -> BaseException:
     return shown_error
 
 
-def _is_read_error(error: BaseException) -> bool:
+def _is_error_of_reading_base(error: BaseException) -> bool:
     """Whether safetensors could not read a file, which is one of the base. Its errors of reading and writing have one type."""
     return type(error).__name__ == "SafetensorError" and "deserializ" in str(error)
 
 
-def _publish(staging_dir: Path, destination: Path) -> None:
+def _publish_export(staging_dir: Path, destination: Path) -> None:
     """Rename the finished export into place. An earlier export there is moved away first, and deleted last."""
     # safetensors makes its files private, whatever the umask says. The card is written by us, so it has the umask's mode.
     mode = (staging_dir / "README.md").stat().st_mode

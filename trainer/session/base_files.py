@@ -15,7 +15,7 @@ from pathlib import Path
 from strategies.atomic_io import error_summary
 from strategies.errors import ConfigError
 from trainer.config.run import RunConfig
-from trainer.export.tensors import hub_name
+from trainer.export.tensors import hub_id_and_commit
 from trainer.model.base_files import changed_file_lines, digests_of_loaded_files, model_file_digests
 from trainer.model.config import ModelConfig
 from trainer.model.loading import find_weights_directory
@@ -224,5 +224,5 @@ def pin_model_to_commit(model: ModelConfig, commit: str | None) -> ModelConfig:
 
 def base_commit(config: RunConfig) -> str | None:
     """The commit of the hub that the base was resolved to; None for a directory of the user's own."""
-    _, commit = hub_name(str(find_weights_directory(config.model)))
+    _, commit = hub_id_and_commit(str(find_weights_directory(config.model)))
     return commit

@@ -13,7 +13,7 @@ from trainer.config.launching import exports_at_end, leaves_export_to_job
 from trainer.config.run import RunConfig
 from trainer.export.files import ExportInUse
 from trainer.export.gates.judge import judge_at_end
-from trainer.export.verify import take_reference
+from trainer.export.verify import compute_probe_reference
 from trainer.export.write import write_export
 from trainer.reporting.documents.facts import ModelFacts
 from trainer.reporting.run_record import RunRecord
@@ -62,9 +62,9 @@ def _export_if_allowed(run: TrainedRun, model_facts: ModelFacts) -> Path | None:
         fallback_dir=config.checkpoint.fallback_dir,
         runtime=context.runtime,
     )
-    model_facts.gates = gate_results.record()
-    if gate_results.refused:
-        context.console.print_line(gate_results.refusal_text(context.run_dir))
+    model_facts.gates = gate_results.as_json()
+    if gate_results.failed_gate_lines:
+        context.console.print_line(gate_results.failed_gates_text(context.run_dir))
         if gate_results.override is None:
             return None
 
@@ -83,7 +83,7 @@ def _export_if_allowed(run: TrainedRun, model_facts: ModelFacts) -> Path | None:
     # The export. Engine and state buffer are closed first, since it needs their memory.
     reference = None
     if config.export.verify:
-        reference = take_reference(run.engine, run.built, inputs.tokenizer, context.runtime)
+        reference = compute_probe_reference(run.engine, run.built, inputs.tokenizer, context.runtime)
     run.engine.close()
     run.checkpoints.state_buffer.release()
     model = describe_trained_model(

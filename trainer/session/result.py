@@ -16,7 +16,7 @@ from trainer.checkpoints.patience import waiting_for_disk
 from trainer.config.run import RunConfig
 from trainer.data.batches.loader import StepLoader
 from trainer.evaluation.base import Evaluator
-from trainer.export.exported_checkpoint import ChosenCheckpoint, choose_exported
+from trainer.export.exported_checkpoint import ChosenCheckpoint, choose_exported_checkpoint
 from trainer.model.config import ModelConfig
 from trainer.monitors.detectors import ChallengeDetectors
 from trainer.objectives.registry import objective_family
@@ -90,7 +90,7 @@ def load_checkpoint_to_export(run: TrainedRun) -> tuple[ChosenCheckpoint, int]:
     runtime = run.context.runtime
     print_line = run.context.console.print_line
     checkpoint_dir_by_step = dict(call_on_main(lambda: checkpoints_in(run.checkpoints.checkpoint_dirs), runtime))
-    chosen = choose_exported(run.config.export.checkpoint, run.outcome, checkpoint_dir_by_step)
+    chosen = choose_exported_checkpoint(run.config.export.checkpoint, run.outcome, checkpoint_dir_by_step)
     if chosen.step == run.outcome.progress.step:
         return chosen, run.outcome.progress.tokens
     print_line(f"taking the weights of {chosen}")

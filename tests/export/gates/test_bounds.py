@@ -6,7 +6,7 @@ import pytest
 
 from launch.config.compose import compose_config
 from strategies.errors import ConfigError
-from trainer.export.gates.bounds import Bound, gate_problems, parse_bound, read_word
+from trainer.export.gates.bounds import Bound, gate_problems, parse_bound, parse_gate_argument
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_gate_word_that_is_no_bound_is_refused_with_an_example(word):
     ],
 )
 def test_words_with_and_without_quotes(word, gates):
-    assert read_word(word) == (gates, "")
+    assert parse_gate_argument(word) == (gates, "")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Exports of a real run against its gates: what training, evaluations and other weights count for, and what is recorded."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -63,7 +64,7 @@ def record(run):
 def test_gate_that_fails_stops_the_export_and_says_what_to_do(trained):
     assert not (trained / "export").exists()
     log = next((trained / "logs").glob("rank-0*.log")).read_text()
-    assert "not exported, since gates say no:" in log and f"then: shardtune export {trained}" in log
+    assert re.search("not exported, since [12] of 3 gates failed:", log) and f"then: shardtune export {trained}" in log
     gates = {gate["metric"]: gate for gate in record(trained)["gates"]["gates"]}
     after = record(trained)["outcome"]["after"]["eval/loss"]
     assert gates["eval/loss"]["value"] == after and not gates["eval/loss"]["passed"]
@@ -77,7 +78,7 @@ def test_gate_reasons_have_value_bound_and_place_or_the_command_that_measures_it
     assert f"eval/loss: {loss:.4g}, must be below 0.1; training's evaluation at step 4" in said
     assert "memorised: must be equal to 0, and was never measured: shardtune evaluate" in said
     assert "general/loss" not in said.partition("measured are")[0], "it passed, though its report lies elsewhere"
-    assert "2 of 3 gates say no" in said and not (run.parent / "to").exists()
+    assert "2 of 3 gates failed" in said and not (run.parent / "to").exists()
 
 
 def test_gate_override_exports_and_is_written_into_card_and_record(run, capsys):

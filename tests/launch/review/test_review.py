@@ -111,7 +111,7 @@ def test_rated_in_a_browser_reloaded_saved_and_scored(run, browser, capsys):
         == 69
     )
     said = capsys.readouterr().err
-    assert "review/win_rate/kind: 0.7" in said and "1 of 2 gates say no" in said
+    assert "review/win_rate/kind: 0.7" in said and "1 of 2 gates failed" in said
 
 
 def test_review_of_several_reviewers_has_agreement_and_outliers(run, capsys):

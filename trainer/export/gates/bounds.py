@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-OVERRIDE = "override"
-"""The key among gates that is no gate: why an export goes on although they are not passed."""
+OVERRIDE_KEY = "override"
+"""The key among `gates` that is no gate: its value is the reason to export although gates failed."""
 METRIC_NAME_REGEX = re.compile(r"\w[\w.@-]*(/[\w.@-]+)*")
+"""Such as `eval/loss` or `memorised@10`."""
 BOUND_REGEX = re.compile(
     r"(?P<sign><=|>=|==|<|>|=)?\s*(?P<number>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)\s*(?P<percent>%)?"
 )
-TEXT_BY_SIGN = {"<": "below", "<=": "at most", ">": "above", ">=": "at least", "=": "equal to"}
+WORDS_BY_SIGN = {"<": "below", "<=": "at most", ">": "above", ">=": "at least", "=": "equal to"}
 BOUND_FORM = 'a number (it must be that), or a text such as "<2.1", ">=0.5" or "<3%"'
 """How a bound is written, for errors."""
 
@@ -25,7 +26,7 @@ class Bound:
 
     metric: str
     sign: str
-    """One of `TEXT_BY_SIGN`."""
+    """One of `WORDS_BY_SIGN`."""
     limit: float
     """A percentage is stored as a share: 0.03 for `<3%`."""
     text: str
@@ -57,17 +58,17 @@ class Bound:
         return abs(measured - self.limit)
 
     def __str__(self) -> str:
-        return f"must be {TEXT_BY_SIGN[self.sign]} {self.text.lstrip('<>= ')}"
+        return f"must be {WORDS_BY_SIGN[self.sign]} {self.text.lstrip('<>= ')}"
 
 
-def bounds_of(gates: Mapping[str, Any]) -> list[Bound]:
+def parse_gate_bounds(gates: Mapping[str, Any]) -> list[Bound]:
     """The gates of a configuration as bounds, in its order: {"eval/loss": "<2.1"} -> one bound below 2.1.
 
-    The entry `OVERRIDE`, and a value that is no bound, are left out.
+    The entry `override`, and a value that is no bound, are left out.
     """
     bounds = []
     for metric, value in gates.items():
-        if metric == OVERRIDE:
+        if metric == OVERRIDE_KEY:
             continue
         bound = parse_bound(metric, value)
         if bound is not None:
@@ -94,20 +95,20 @@ def parse_bound(metric: str, value: Any) -> Bound | None:
     sign = match["sign"]
     if sign in (None, "=="):
         sign = "="
-    return Bound(metric, sign, limit, text)
+    return Bound(metric=metric, sign=sign, limit=limit, text=text)
 
 
 def gate_problems(gates: Mapping[str, Any]) -> list[str]:
-    """What is wrong with gates (bound by metric, such as `{"eval/loss": "<2.1"}`), one line each.
+    """Error messages about gates: limits of metrics that a model must keep to be exported, such as {"eval/loss": "<2.1"}.
 
-    The entry `OVERRIDE` is no gate: it must hold the reason for exporting although gates fail.
+    The entry `override` is no gate: it must hold the reason for exporting although gates fail.
     """
     problems = []
     for metric, value in gates.items():
-        if metric == OVERRIDE:
+        if metric == OVERRIDE_KEY:
             if not isinstance(value, str) or not value.strip():
                 problems.append(
-                    f'gates.{OVERRIDE}={value}: must say why, as in gates.{OVERRIDE}="agreed with the clinic"'
+                    f'gates.{OVERRIDE_KEY}={value}: must say why, as in gates.{OVERRIDE_KEY}="agreed with the clinic"'
                 )
         elif not METRIC_NAME_REGEX.fullmatch(metric):
             problems.append(f"gates: {metric}: must be the name of a metric, such as eval/loss, bias/gap or memorised")
@@ -120,32 +121,32 @@ def gate_problems(gates: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def read_word(word: str) -> tuple[dict[str, Any] | None, str]:
-    """Read an argument of the command line: (gates by name, ""), or (None, what is wrong with it).
+def parse_gate_argument(argument: str) -> tuple[dict[str, Any] | None, str]:
+    """Parse an argument of the command line that sets gates: (gates by name, ""), or (None, an error message).
 
     - one gate, `gates.eval/loss="<2.1"`: `{"eval/loss": "<2.1"}`, quotes removed.
     - several as YAML, `gates={eval/loss: "<2.1", memorised: 0}`: `{"eval/loss": "<2.1", "memorised": 0}`.
     """
     import yaml
 
-    key, _, text = word.partition("=")
+    key, _, text = argument.partition("=")
     name = key.partition(".")[2]
     if name:
         is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
         if is_quoted:
             text = text[1:-1]
         if not text:
-            return None, f"{word}: {key} needs a value"
+            return None, f"{argument}: {key} needs a value"
         return {name: text}, ""
     gates = None
     # {memorised:0} is no pair in YAML, but users write it on a command line: the second attempt adds the space.
-    for attempt in (text, re.sub(r":(?=\S)", ": ", text)):
+    for yaml_text in (text, re.sub(r":(?=\S)", ": ", text)):
         try:
-            gates = yaml.safe_load(attempt)
+            gates = yaml.safe_load(yaml_text)
         except yaml.YAMLError:
             continue
         if isinstance(gates, dict) and None not in gates.values():
             break
     if not isinstance(gates, dict) or None in gates.values():
-        return None, f'{word}: must be pairs of a metric and its bound, such as {{eval/loss: "<2.1", memorised: 0}}'
+        return None, f'{argument}: must be pairs of a metric and its bound, such as {{eval/loss: "<2.1", memorised: 0}}'
     return {str(metric): value for metric, value in gates.items()}, ""

@@ -12,8 +12,8 @@ from typing import Any
 from strategies.errors import ShardtuneError
 from strategies.runtime import Runtime, broadcast_object
 from trainer.checkpoints.manifest import manifest_sha256_at_step
-from trainer.export.gates.bounds import OVERRIDE, Bound, bounds_of
-from trainer.export.gates.measured import FORGETTING, MeasuredMetric, matching_metrics, measured_metrics
+from trainer.export.gates.bounds import OVERRIDE_KEY, Bound, parse_gate_bounds
+from trainer.export.gates.measured import FORGETTING_METRIC, MeasuredMetric, matching_metrics, measured_metrics
 from trainer.reporting.results import TEST_REPORT, add_to_run_record, read_json_or_empty
 
 MAX_LISTED_METRICS = 12
@@ -21,14 +21,14 @@ MAX_LISTED_METRICS = 12
 
 
 class GateRefused(ShardtuneError):
-    """A gate of the run is not passed."""
+    """A gate of the run failed, so that nothing is exported."""
 
     exit_code = 69
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
-    """The weights that are to be exported."""
+class ExportedWeights:
+    """Which weights of a run are to be exported."""
 
     run_dir: Path
     step: int | None
@@ -58,29 +58,31 @@ class JudgedGates:
 
     verdicts: list[GateVerdict] = field(default_factory=list)
     override: str | None = None
-    """Why the export goes on although gates are not passed; None if it does not."""
+    """The user's reason to export although gates failed (`gates.override`); None without one."""
 
     @property
-    def refused(self) -> list[str]:
-        """The gates that are not passed, a line each."""
+    def failed_gate_lines(self) -> list[str]:
+        """One line for each gate that failed, such as `eval/loss: 2.3, must be below 2.1; <where it was measured>`."""
         return [verdict.says for verdict in self.verdicts if not verdict.passed]
 
-    def refusal_text(self, run_dir: Path) -> str:
-        """What a run prints at its end if gates are not passed."""
-        lines = "\n".join(f"  {line}" for line in self.refused)
+    def failed_gates_text(self, run_dir: Path) -> str:
+        """What a run prints at its end if gates failed: which ones, and that it is not exported, or the reason to export it."""
+        lines = "\n".join(f"  {line}" for line in self.failed_gate_lines)
+        count_text = f"{len(self.failed_gate_lines)} of {len(self.verdicts)} gates failed"
         if self.override is not None:
-            return f"gates say no, and are passed over ({self.override}):\n{lines}"
-        return f"not exported, since gates say no:\n{lines}\nthen: shardtune export {run_dir}"
+            return f"exported although {count_text} (gates.{OVERRIDE_KEY}={self.override}):\n{lines}"
+        return f"not exported, since {count_text}:\n{lines}\nthen: shardtune export {run_dir}"
 
-    def record(self) -> dict[str, Any]:
-        """As JSON values."""
+    def as_json(self) -> dict[str, Any]:
+        """The verdicts and the reason of an override as JSON values, for `run.json`."""
         gates = [asdict(verdict) for verdict in self.verdicts]
-        return {"gates": gates, "override": self.override if self.refused else None}
+        return {"gates": gates, "override": self.override if self.failed_gate_lines else None}
 
 
-def weights_at(run_dir: Path, step: int, fallback_dir: str | None) -> Weights:
+def exported_weights_at(run_dir: Path, step: int, fallback_dir: str | None) -> ExportedWeights:
     """The weights of a run at a step. Errors: StorageError if its checkpoints cannot be listed."""
-    return Weights(run_dir, step, manifest_sha256_at_step(run_dir, step, fallback_dir))
+    sha256 = manifest_sha256_at_step(run_dir, step, fallback_dir)
+    return ExportedWeights(run_dir=run_dir, step=step, artefact=sha256)
 
 
 def judge_at_end(
@@ -92,34 +94,43 @@ def judge_at_end(
     fallback_dir: str | None,
     runtime: Runtime,
 ) -> JudgedGates:
-    """`judge` the weights that a run ends with at `step`, alike on every rank. All ranks must call if there are gates."""
+    """Judge the gates for the weights that a run ends with at `step`, alike on every rank.
+
+    All ranks must call if there are gates.
+    """
     if not gates:
         return JudgedGates()
     judged = JudgedGates()
     if runtime.is_main:
-        judged = judge(gates, weights_at(run_dir, step, fallback_dir), tasks)
+        judged = judge_gates_of_weights(gates, exported_weights_at(run_dir, step, fallback_dir), tasks)
     return broadcast_object(judged, runtime)
 
 
-def judge(gates: Mapping[str, Any], weights: Weights, tasks: Mapping[str, Any]) -> JudgedGates:
-    """Judge each gate; `tasks` are those of the run's configuration, by name. Reads the run's records."""
-    metrics = []
-    if gates:
-        metrics = measured_metrics(weights.run_dir, weights.step, weights.artefact)
-    verdicts = [_verdict(bound, metrics, weights, tasks) for bound in bounds_of(gates)]
-    return JudgedGates(verdicts, gates.get(OVERRIDE))
+def judge_gates_of_weights(gates: Mapping[str, Any], weights: ExportedWeights, tasks: Mapping[str, Any]) -> JudgedGates:
+    """Judge each gate by what the run has measured of these weights. Reads the reports and metrics in the run's directory.
 
-
-def _verdict(bound: Bound, metrics: list[MeasuredMetric], weights: Weights, tasks: Mapping[str, Any]) -> GateVerdict:
-    """The verdict on one gate. `metrics` are all that the run has measured, of these weights and of others.
-
-    - measured of these weights: by the values.
-    - measured of other weights only, or never: not passed, with the command that measures it.
+    `gates`: bound by metric, such as {"eval/loss": "<2.1"}. `tasks`: the evaluation tasks of the run's configuration, by name.
     """
-    own_metrics = [metric for metric in metrics if metric.of_these_weights]
+    metrics = []
+    if gates:  # else nothing is read
+        metrics = measured_metrics(weights.run_dir, weights.step, weights.artefact)
+    verdicts = [_judge_gate(bound, metrics, weights, tasks) for bound in parse_gate_bounds(gates)]
+    return JudgedGates(verdicts=verdicts, override=gates.get(OVERRIDE_KEY))
+
+
+def _judge_gate(
+    bound: Bound, metrics: list[MeasuredMetric], weights: ExportedWeights, tasks: Mapping[str, Any]
+) -> GateVerdict:
+    """The verdict on one gate. `metrics`: all that the run has measured, of these weights and of others.
+
+    - The metric was measured of these weights: the verdict is by its values.
+    - It was measured of other weights only: the gate fails, with the command that measures it.
+    - It was never measured: the gate fails, with that command, and the names of similar or of some measured metrics.
+    """
+    own_metrics = [metric for metric in metrics if metric.is_of_these_weights]
     matched = matching_metrics(bound.metric, own_metrics)
     if matched:
-        return _verdict_on(bound, matched)
+        return _verdict_by_metrics(bound, matched)
     command = _measuring_command(bound.metric, weights, tasks)
     metrics_of_other_weights = matching_metrics(bound.metric, metrics)
     if metrics_of_other_weights:
@@ -128,7 +139,7 @@ def _verdict(bound: Bound, metrics: list[MeasuredMetric], weights: Weights, task
             f"{bound.metric}: {newest.value:.4g} in the {newest.where} belongs to other weights than {_weights_name(weights)} "
             f"and does not count; {command}"
         )
-        return GateVerdict(bound.metric, bound.text, False, None, "", text)
+        return _failed_without_value(bound, text)
     names = list(dict.fromkeys(metric.name for metric in own_metrics))
     similar = difflib.get_close_matches(bound.metric.removeprefix("eval/"), names, n=1)
     hint = ""
@@ -137,10 +148,15 @@ def _verdict(bound: Bound, metrics: list[MeasuredMetric], weights: Weights, task
     elif names:
         hint = f"; measured are {', '.join(names[:MAX_LISTED_METRICS])}"
     text = f"{bound.metric}: {bound}, and was never measured: {command}{hint}"
-    return GateVerdict(bound.metric, bound.text, False, None, "", text)
+    return _failed_without_value(bound, text)
 
 
-def _verdict_on(bound: Bound, matched: list[MeasuredMetric]) -> GateVerdict:
+def _failed_without_value(bound: Bound, says: str) -> GateVerdict:
+    """The verdict on a gate whose metric was not measured of these weights. `says`: the verdict in words."""
+    return GateVerdict(metric=bound.metric, bound=bound.text, passed=False, value=None, where="", says=says)
+
+
+def _verdict_by_metrics(bound: Bound, matched: list[MeasuredMetric]) -> GateVerdict:
     """The verdict on a gate by the metrics that its name stands for: all must keep the bound, and the worst one is reported.
 
     Its text: `loss: 2.3 (qa/loss), must be below 2.1; <where it was measured>`.
@@ -153,10 +169,17 @@ def _verdict_on(bound: Bound, matched: list[MeasuredMetric]) -> GateVerdict:
     else:
         reported_value = worst.value
         measured_text = f"{worst.value:.4g}{_interval_text(worst)}"
-    is_called_otherwise = worst.name not in (bound.metric, bound.metric.removeprefix("eval/"))
-    full_name = f" ({worst.name})" if is_called_otherwise else ""
+    gate_has_other_name = worst.name not in (bound.metric, bound.metric.removeprefix("eval/"))
+    full_name = f" ({worst.name})" if gate_has_other_name else ""
     text = f"{bound.metric}: {measured_text}{full_name}, {bound}; {worst.where}"
-    return GateVerdict(bound.metric, bound.text, passed, reported_value, worst.where, text)
+    return GateVerdict(
+        metric=bound.metric,
+        bound=bound.text,
+        passed=passed,
+        value=reported_value,
+        where=worst.where,
+        says=text,
+    )
 
 
 def _interval_text(metric: MeasuredMetric) -> str:
@@ -166,33 +189,33 @@ def _interval_text(metric: MeasuredMetric) -> str:
     return f" [{metric.low:.4g}, {metric.high:.4g}]"
 
 
-def _weights_name(weights: Weights) -> str:
+def _weights_name(weights: ExportedWeights) -> str:
     """What a verdict calls the weights that are to be exported."""
     if weights.step is None:
         return "these"
     return f"step {weights.step}"
 
 
-def _measuring_command(metric: str, weights: Weights, tasks: Mapping[str, Any]) -> str:
+def _measuring_command(metric: str, weights: ExportedWeights, tasks: Mapping[str, Any]) -> str:
     """The command that measures a gate's metric of the weights, with `<...>` where the user has to fill something in.
 
     By the part of the metric's name before a slash (`eval/` aside); the first case that holds:
-    - `review`, the test split or `FORGETTING`: the command for that.
+    - `review`, the test split or `FORGETTING_METRIC`: the command for that.
     - a task of the run (`tasks`, by name): `evaluate`.
     - a kind of task that needs no file, or the first metric of one: `evaluate` with that kind.
     - else: `evaluate` with a task that is still to be set up.
     """
     run = weights.run_dir
     checkpoint = "" if weights.step is None else f" checkpoint={weights.step}"
-    # The metric of a gate begins with its task, its kind or its own name, and may go on after a slash: summaries/rouge_l.
-    first, _, below = metric.removeprefix("eval/").partition("/")
-    if first == "review":
+    # Such as `summaries/rouge_l`: before the slash stands the metric's task or kind, or its own name without a slash.
+    name_before_slash, _, name_after_slash = metric.removeprefix("eval/").partition("/")
+    if name_before_slash == "review":
         return f"shardtune review make {run} prompts=<file>, then shardtune review score {run} <answers>"
-    if first == TEST_REPORT:
+    if name_before_slash == TEST_REPORT:
         return f"shardtune evaluate {run}{checkpoint} split=test"
-    if first in tasks:
+    if name_before_slash in tasks:
         return f"shardtune evaluate {run}{checkpoint}"
-    if first == FORGETTING:
+    if name_before_slash == FORGETTING_METRIC:
         return (
             f"shardtune evaluate {run}{checkpoint} against=base evaluation.tasks.general.kind=loss "
             "evaluation.tasks.general.path=<general text>"
@@ -200,31 +223,34 @@ def _measuring_command(metric: str, weights: Weights, tasks: Mapping[str, Any]) 
     from trainer.evaluation.tasks.registry import TASK_KINDS
 
     kind = None
-    if first in TASK_KINDS:
-        kind = first
+    if name_before_slash in TASK_KINDS:
+        kind = name_before_slash
     else:
         # The metric may stand for the kind whose first metric it is.
         for name, task in TASK_KINDS.items():
-            if task.metrics and task.metrics[0].name == first:
+            if task.metrics and task.metrics[0].name == name_before_slash:
                 kind = name
                 break
     if kind is not None and not TASK_KINDS[kind].needs_path:
         return f"shardtune evaluate {run}{checkpoint} evaluation.tasks=[{kind}]"
-    # What the gate says before the slash is taken for the name of a task that is still to be set up.
-    name = first if below or kind is None else "NAME"
+    # What stands before the slash is taken for the name of a task that the user still has to set up.
+    name = name_before_slash if name_after_slash or kind is None else "NAME"
     return (
         f"shardtune evaluate {run}{checkpoint} evaluation.tasks.{name}.kind={kind or '<kind>'} "
         f"evaluation.tasks.{name}.path=<file>"
     )
 
 
-def refuse_failed_gates(gates: JudgedGates, checkpoint: str) -> None:
-    """Raise GateRefused with every gate that is not passed, unless the user overrides them. `checkpoint` names the weights."""
-    if gates.refused and gates.override is None:
-        lines = "\n  ".join(gates.refused)
+def raise_if_gates_failed(gates: JudgedGates, checkpoint: str) -> None:
+    """Raise GateRefused, with a line for each gate that failed, unless the user overrides them.
+
+    `checkpoint`: name of the exported checkpoint, for the message.
+    """
+    if gates.failed_gate_lines and gates.override is None:
+        lines = "\n  ".join(gates.failed_gate_lines)
         raise GateRefused(
-            f"{checkpoint}: {len(gates.refused)} of {len(gates.verdicts)} gates say no\n  {lines}\n"
-            f'To export all the same, and have the reason recorded: gates.{OVERRIDE}="<why>"'
+            f"{checkpoint}: {len(gates.failed_gate_lines)} of {len(gates.verdicts)} gates failed\n  {lines}\n"
+            f'To export all the same, and have the reason recorded: gates.{OVERRIDE_KEY}="<why>"'
         )
 
 
@@ -234,4 +260,4 @@ def record_gate_decision(run_dir: Path, gates: JudgedGates, export_entry: dict[s
     `export_entry`: which export it was, as JSON values. Raises StorageError if the file cannot be written.
     """
     earlier_exports = read_json_or_empty(run_dir / "run.json").get("exports") or []
-    add_to_run_record(run_dir, "exports", [*earlier_exports, {**export_entry, **gates.record()}])
+    add_to_run_record(run_dir, "exports", [*earlier_exports, {**export_entry, **gates.as_json()}])

@@ -22,8 +22,8 @@ from trainer.reporting.results import (
     read_metric_rows,
 )
 
-FORGETTING = "forgetting"
-GENERAL_TASK_PREFIXES = (FORGETTING, "general")
+FORGETTING_METRIC = "forgetting"
+GENERAL_TASK_PREFIXES = (FORGETTING_METRIC, "general")
 """A task whose name begins with one of these measures what the base model knew."""
 
 
@@ -43,13 +43,13 @@ class MetricNames(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class MeasuredMetric:
-    """One number of some weights."""
+    """One metric that was measured of some weights of a run."""
 
     names: MetricNames
     value: float
     where: str
-    """Where it was measured, in words."""
-    of_these_weights: bool
+    """Where it was measured, in words, such as `training's evaluation at step 200`."""
+    is_of_these_weights: bool
     """Whether it was measured of the weights that are to be exported."""
     low: float | None = None
     high: float | None = None
@@ -57,27 +57,27 @@ class MeasuredMetric:
 
     @property
     def name(self) -> str:
-        """The name that it is listed by."""
+        """The full name, `TASK/METRIC`, by which messages list it."""
         return self.names.full_name
 
 
 def measured_metrics(run_dir: Path, step: int | None, artefact: str | None) -> list[MeasuredMetric]:
     """All metrics that a run has measured: those of evaluation reports, newest first, then those that training logged.
 
-    `step`, `artefact`: step and hash of the weights that are to be exported; None if unknown. `of_these_weights` is set by the
+    `step`, `artefact`: step and hash of the weights that are to be exported; None if unknown. `is_of_these_weights` is set by the
     hash for a report, and by the step for training's evaluations and for a test report without a hash.
     """
     metrics: list[MeasuredMetric] = []
-    metrics_by_report_kind = {
+    read_metrics_by_report_kind = {
         EVALUATION_REPORT: _metrics_of_evaluation,
         REVIEW_REPORT: _metrics_of_review,
         TEST_REPORT: _metrics_of_test,
     }
     for report in kept_reports(run_dir):
-        of_these_weights = artefact is not None and report.artefact == artefact
+        is_of_these_weights = artefact is not None and report.artefact == artefact
         if report.artefact is None and report.kind == TEST_REPORT:  # of a run that wrote no checkpoint of its last step
-            of_these_weights = artefact is None and step == (report.report.get("model") or {}).get("step")
-        metrics += metrics_by_report_kind[report.kind](report, of_these_weights)
+            is_of_these_weights = artefact is None and step == (report.report.get("model") or {}).get("step")
+        metrics += read_metrics_by_report_kind[report.kind](report, is_of_these_weights)
     return metrics + _metrics_of_training(run_dir, step)
 
 
@@ -98,7 +98,7 @@ def _metrics_of_training(run_dir: Path, step: int | None) -> list[MeasuredMetric
             # Training's evaluations know neither tasks nor kinds.
             names = MetricNames(short_name, metric=short_name.rpartition("/")[2])
             where = f"training's evaluation at step {evaluated_step}"
-            metrics.append(MeasuredMetric(names, float(value), where, of_these_weights=evaluated_step == step))
+            metrics.append(MeasuredMetric(names, float(value), where, is_of_these_weights=evaluated_step == step))
     return metrics
 
 
@@ -119,10 +119,10 @@ def matching_metrics(gate_name: str, metrics: list[MeasuredMetric]) -> list[Meas
     return []
 
 
-def _metrics_of_evaluation(kept_report: KeptReport, of_these_weights: bool) -> Iterator[MeasuredMetric]:
+def _metrics_of_evaluation(kept_report: KeptReport, is_of_these_weights: bool) -> Iterator[MeasuredMetric]:
     """The metrics of an evaluation's report, and how much was forgotten if it was compared with the base."""
     report = kept_report.report
-    against = report.get("against") or {}
+    comparison_with_base = report.get("against") or {}
     # {"tasks": {task: {"kind": ..., "metrics": {metric: entry}}}, "against": {"what": "base", "tasks": {task: ...}}}
     for task, task_report in (report.get("tasks") or {}).items():
         kind = str(task_report.get("kind"))
@@ -132,53 +132,60 @@ def _metrics_of_evaluation(kept_report: KeptReport, of_these_weights: bool) -> I
             tasks_and_kinds = (task, kind) if index == 0 else ("",)
             for task_or_kind in tasks_and_kinds:
                 names = MetricNames(f"{task}/{metric}", common_name, f"{kind}/{metric}", metric, task_or_kind)
-                yield _measured(kept_report, names, entry, of_these_weights)
-        if against.get("what") == "base" and task.startswith(GENERAL_TASK_PREFIXES):
-            comparison = (against.get("tasks") or {}).get(task) or {}
-            forgotten = _forgotten_share(task_report, comparison)
-            if forgotten:
-                names = MetricNames(f"{task}/{FORGETTING}", metric=FORGETTING)
-                yield _measured(kept_report, names, forgotten, of_these_weights)
+                yield _metric_of_entry(kept_report, names, entry, is_of_these_weights)
+        if comparison_with_base.get("what") == "base" and task.startswith(GENERAL_TASK_PREFIXES):
+            task_comparison = (comparison_with_base.get("tasks") or {}).get(task) or {}
+            forgetting_entry = _relative_loss_against_base(task_report, task_comparison)
+            if forgetting_entry:
+                names = MetricNames(f"{task}/{FORGETTING_METRIC}", metric=FORGETTING_METRIC)
+                yield _metric_of_entry(kept_report, names, forgetting_entry, is_of_these_weights)
 
 
-def _forgotten_share(task_report: dict[str, Any], comparison: dict[str, Any]) -> dict[str, Any]:
-    """How much worse the first metric of a task is than the base's, as a share of the base's value; empty if that is unknown.
+def _relative_loss_against_base(task_report: dict[str, Any], task_comparison: dict[str, Any]) -> dict[str, Any]:
+    """The catastrophic forgetting of a task: how much worse its first metric became by fine-tuning, relative to the base model.
 
-    Returns an entry like those of a report's metrics: {"value": 0.03, "low": 0.01, "high": 0.05}.
-    `comparison`: the same task in the comparison with the base.
+    Returns an entry like those of a report's metrics, such as {"value": 0.03, "low": 0.01, "high": 0.05} for 3 % worse; empty if
+    the report does not compare this metric with the base. `task_comparison`: the task in the comparison with the base.
     """
     metric = next(iter(task_report.get("metrics") or {}), None)
     if metric is None:
         return {}
-    # {"value": the base's, "difference": the model's minus the base's, "low", "high"}
-    difference = (comparison.get("metrics") or {}).get(metric)
-    if not difference or not difference.get("value"):
+    # {"value": 0.60, "difference": 0.02, "low": 0.01, "high": 0.03}: of the base; of the model minus the base, and its interval.
+    base_comparison = (task_comparison.get("metrics") or {}).get(metric)
+    if not base_comparison or not base_comparison.get("value"):
         return {}
     greater_is_better = task_report["metrics"][metric].get("greater_is_better", True)
     # A fall is worse if greater is better, a rise otherwise.
     sign = -1 if greater_is_better else 1
-    scale = sign / abs(difference["value"])
+    scale = sign / abs(base_comparison["value"])
     # A negative scale swaps the ends of the interval.
-    low, high = sorted((difference["low"] * scale, difference["high"] * scale))
-    return {"value": difference["difference"] * scale, "low": low, "high": high}
+    low, high = sorted((base_comparison["low"] * scale, base_comparison["high"] * scale))
+    return {"value": base_comparison["difference"] * scale, "low": low, "high": high}
 
 
-def _metrics_of_review(kept_report: KeptReport, of_these_weights: bool) -> Iterator[MeasuredMetric]:
+def _metrics_of_review(kept_report: KeptReport, is_of_these_weights: bool) -> Iterator[MeasuredMetric]:
     """The metrics of a review by people, which have one name each."""
     for name, entry in (kept_report.report.get("metrics") or {}).items():
-        yield _measured(kept_report, MetricNames(f"review/{name}"), entry, of_these_weights)
+        yield _metric_of_entry(kept_report, MetricNames(f"review/{name}"), entry, is_of_these_weights)
 
 
-def _metrics_of_test(kept_report: KeptReport, of_these_weights: bool) -> Iterator[MeasuredMetric]:
+def _metrics_of_test(kept_report: KeptReport, is_of_these_weights: bool) -> Iterator[MeasuredMetric]:
     """The metrics of the test documents. A gate names them in full (`test/loss`): `loss` means that of evaluation documents."""
     for name, value in (kept_report.report.get("metrics") or {}).items():
-        yield _measured(kept_report, MetricNames(name), {"value": value}, of_these_weights)
+        yield _metric_of_entry(kept_report, MetricNames(name), {"value": value}, is_of_these_weights)
 
 
-def _measured(
-    kept_report: KeptReport, names: MetricNames, entry: dict[str, Any], of_these_weights: bool
+def _metric_of_entry(
+    kept_report: KeptReport, names: MetricNames, entry: dict[str, Any], is_of_these_weights: bool
 ) -> MeasuredMetric:
     """A metric from its entry in a report. A value of null is NaN, which passes no gate."""
     value = float("nan") if entry.get("value") is None else float(entry["value"])
     where = f"{kept_report.kind} of {kept_report.checkpoint} ({kept_report.path.parent.name}/{kept_report.path.name})"
-    return MeasuredMetric(names, value, where, of_these_weights, entry.get("low"), entry.get("high"))
+    return MeasuredMetric(
+        names=names,
+        value=value,
+        where=where,
+        is_of_these_weights=is_of_these_weights,
+        low=entry.get("low"),
+        high=entry.get("high"),
+    )
