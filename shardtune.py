@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "RunFailed", "compare", "compose", "evaluate", "main", "plan", "train"]
 ROOT = Path(__file__).resolve().parent
-PACKAGES = ("launch", "trainer", "strategies", "conf")
+OUR_PACKAGES = ("launch", "trainer", "strategies", "conf")
 VERB_GROUPS = ("compare", "plan", "hardware")
 """Groups of words that are of a verb and not of a run, such as `compare.steps`."""
-NOT_MET = 69
+UNMET_EXIT_CODE = 69
 """Exit code of a command that worked, and whose answer is bad: nothing fits, or a metric fell."""
 
 
@@ -61,12 +61,12 @@ class Run:
     @property
     def status(self) -> dict[str, Any]:
         """`status.json`: `state` (running, done, preempted or failed), `reason`, `step`, ...; empty before there is one."""
-        return self._json("status.json")
+        return self._read_json_object("status.json")
 
     @property
     def record(self) -> dict[str, Any]:
         """`run.json`: versions, data, sharding, substitutions, and the outcome once there is one; empty before the first step."""
-        return self._json("run.json")
+        return self._read_json_object("run.json")
 
     def metrics(self) -> pd.DataFrame:
         """One row for each step and each evaluation, as in `metrics.jsonl`; empty if the run has none yet."""
@@ -88,10 +88,10 @@ class Run:
         `settings` are the arguments of that verb: `checkpoint="best"`, `merge=True`, `dtype="bfloat16"`. Errors: RunFailed.
         """
         arguments = [str(self.dir)]
-        arguments += [f"{key}={_text(value)}" for key, value in settings.items()]
+        arguments += [f"{key}={_setting_text(value)}" for key, value in settings.items()]
         if to is not None:
             arguments.append(f"to={to}")
-        _run("export", arguments, self)
+        _run_verb("export", arguments, self)
         return self.dir / "export" if to is None else Path(to).expanduser()
 
     def model(self) -> Any:
@@ -117,11 +117,11 @@ class Run:
     def _repr_html_(self) -> str:
         """For a notebook: how the run went, what a reader should know about it, and its losses."""
         _refuse_other_packages()
-        from launch.notebook.run_view import run_view
+        from launch.notebook.run_view import run_notebook_html
 
-        return run_view(self.dir)
+        return run_notebook_html(self.dir)
 
-    def _json(self, name: str) -> dict[str, Any]:
+    def _read_json_object(self, name: str) -> dict[str, Any]:
         """A JSON object of the run directory; empty if it is missing or unreadable."""
         try:
             content = json.loads((self.dir / name).read_text(encoding="utf-8"))
@@ -138,9 +138,9 @@ def compose(*arguments: str, check: bool = True, **settings: Any) -> ComposedCon
     wrong.
     """
     _refuse_other_packages()
-    from launch.config.compose import compose_config as composed
+    from launch.config.compose import compose_config
 
-    return composed(_arguments(arguments, settings), check=check)
+    return compose_config(_command_arguments(arguments, settings), check=check)
 
 
 def train(*arguments: str, **settings: Any) -> Run:
@@ -150,10 +150,10 @@ def train(*arguments: str, **settings: Any) -> Run:
     interrupt (Ctrl-C, or the notebook's stop) is passed on, so that the run saves, and raised again.
     """
     composed = compose(*arguments, **settings)
-    from launch.train import run_dir_of
+    from launch.train import run_dir_of_config
 
-    run = Run(run_dir_of(composed).absolute())
-    _run("train", [*composed.overrides, f"run.dir={_text(str(run.dir))}"], run)
+    run = Run(run_dir_of_config(composed).absolute())
+    _run_verb("train", [*composed.overrides, f"run.dir={_setting_text(str(run.dir))}"], run)
     return run
 
 
@@ -164,7 +164,7 @@ def evaluate(run: Run | str | Path | None = None, *arguments: str, **settings: A
     `checkpoint="best"`, `to="reports/first"`, `evaluation_tasks=["loss"]`. A metric that fell against an evaluation.json
     is no error: `regressions` names it. Raises ConfigError or DataError before anything starts, RunFailed.
     """
-    all_arguments = [*_run_arguments(run), *_arguments(arguments, settings)]
+    all_arguments = [*_run_arguments(run), *_command_arguments(arguments, settings)]
     _refuse_other_packages()
     from launch.evaluate.arguments import parse_evaluate_arguments
     from launch.evaluate.plan import plan_evaluation
@@ -172,7 +172,8 @@ def evaluate(run: Run | str | Path | None = None, *arguments: str, **settings: A
 
     directory = Path(plan_evaluation(parse_evaluate_arguments(all_arguments)).job.to).absolute()
     result = EvaluationResult(directory)
-    _run("evaluate", all_arguments, run if isinstance(run, Run) else Run(directory), expected=(0, NOT_MET))
+    evaluated = run if isinstance(run, Run) else Run(directory)
+    _run_verb("evaluate", all_arguments, evaluated, accepted_exit_codes=(0, UNMET_EXIT_CODE))
     return result
 
 
@@ -189,7 +190,7 @@ def compare(*runs: Run | str | Path, to: str | Path | None = None, **settings: A
     is_new = bool(settings) or any("=" in argument for argument in arguments)
     _refuse_other_packages()
     from launch.compare.command import point_sources_from_arguments
-    from launch.compare.comparison import compare_points as compare_rows
+    from launch.compare.comparison import compare_points
     from launch.config.prices import gpu_hour_price
     from launch.notebook.results import ComparisonResult
     from strategies.errors import ConfigError
@@ -197,19 +198,19 @@ def compare(*runs: Run | str | Path, to: str | Path | None = None, **settings: A
     if is_new:
         from launch.compare.points import plan_points
 
-        arguments += _arguments((), settings, axes=True)
-        # Planned here, so that what is wrong is an error before anything starts.
+        arguments += _command_arguments((), settings, axes=True)
+        # Planned in this process too, so that what is wrong is an error before anything starts.
         default_directory = Path("runs") / plan_points(arguments).name
         to = default_directory if to is None else Path(to).expanduser()
-        _run("compare", [*arguments, f"to={to}"], Run(to))
+        _run_verb("compare", [*arguments, f"to={to}"], Run(to))
         arguments = [str(to)]
-    rows, problems = point_sources_from_arguments(arguments)
+    point_sources, problems = point_sources_from_arguments(arguments)
     if problems:
         raise ConfigError(problems)
     if to is not None and not is_new:
         to = Path(to).expanduser()
-        _run("compare", [*arguments, f"to={to}"], Run(to))
-    return ComparisonResult(compare_rows(rows, gpu_hour_price))
+        _run_verb("compare", [*arguments, f"to={to}"], Run(to))
+    return ComparisonResult(compare_points(point_sources, gpu_hour_price))
 
 
 def plan(*arguments: str, **settings: Any) -> PlanResult:
@@ -218,15 +219,17 @@ def plan(*arguments: str, **settings: Any) -> PlanResult:
     Takes what `compose` takes, and `hardware="h100_80g"`, `plan_offload=True`, `from_="runs/first"`. That nothing fits is no
     error: `fits` says so. Raises RunFailed, with the message of the command.
     """
-    all_arguments = _arguments(arguments, settings)
+    all_arguments = _command_arguments(arguments, settings)
     _refuse_other_packages()
     from launch.notebook.results import PlanResult
 
     # Its own stdout is the JSON alone: a line of a library between would break it.
-    with tempfile.TemporaryFile() as answer:
-        _run("plan", ["--json", *all_arguments], None, expected=(0, NOT_MET), answer=answer)
-        answer.seek(0)
-        return PlanResult(json.loads(answer.read()))
+    with tempfile.TemporaryFile() as stdout_file:
+        _run_verb(
+            "plan", ["--json", *all_arguments], None, accepted_exit_codes=(0, UNMET_EXIT_CODE), stdout_file=stdout_file
+        )
+        stdout_file.seek(0)
+        return PlanResult(json.loads(stdout_file.read()))
 
 
 def main() -> int:
@@ -241,48 +244,50 @@ def main() -> int:
     return command()
 
 
-def _run(
+def _run_verb(
     verb: str,
     arguments: list[str],
     run: Run | None,
     *,
-    expected: tuple[int, ...] = (0,),
-    answer: IO[bytes] | None = None,
+    accepted_exit_codes: tuple[int, ...] = (0,),
+    stdout_file: IO[bytes] | None = None,
 ) -> None:
-    """Run a verb in a process of its own, its output printed here. Raises RunFailed for a code that is not `expected`.
+    """Run a verb in a process of its own, its output printed here. Raises RunFailed for a code that is not `accepted_exit_codes`.
 
-    `answer`: a file for its stdout. Then only its messages are printed.
+    `stdout_file`: a file for its stdout. Then only its messages are printed.
     """
     search_path = [str(ROOT)]
     if os.environ.get("PYTHONPATH"):
         search_path.append(os.environ["PYTHONPATH"])
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(search_path)}
     command = [sys.executable, "-P", "-u", "-m", "launch.main", verb, *arguments]
-    stdout = subprocess.PIPE if answer is None else answer
-    stderr = subprocess.STDOUT if answer is None else subprocess.PIPE
+    stdout = subprocess.PIPE if stdout_file is None else stdout_file
+    stderr = subprocess.STDOUT if stdout_file is None else subprocess.PIPE
     # In a session of its own, so that an interrupt reaches it once: from us, and not from the terminal as well.
     with subprocess.Popen(command, env=env, stdout=stdout, stderr=stderr, text=True, start_new_session=True) as process:
-        output = process.stdout if answer is None else process.stderr
+        output = process.stdout if stdout_file is None else process.stderr
         assert output is not None
         last_lines: list[str] = []
         try:
             for line in output:
                 print(line, end="", flush=True)
                 last_lines = [*last_lines[-9:], line.rstrip()]
-            code = process.wait()
+            exit_code = process.wait()
         except BaseException:
             process.send_signal(signal.SIGINT)
             output.close()
             process.wait()
             raise
-    if code not in expected:
+    if exit_code not in accepted_exit_codes:
         reason = run.status.get("reason") if verb == "train" and run is not None else None
-        raise RunFailed(f"shardtune {verb} ended with {code}: {reason or ' '.join(last_lines[-2:])}", code, run)
+        raise RunFailed(
+            f"shardtune {verb} ended with {exit_code}: {reason or ' '.join(last_lines[-2:])}", exit_code, run
+        )
 
 
 def _refuse_other_packages() -> None:
     """Raise ImportError if another package has the name of one of ours and comes before it."""
-    for name in PACKAGES:
+    for name in OUR_PACKAGES:
         loaded = sys.modules.get(name)
         spec = loaded.__spec__ if loaded is not None else find_spec(name)
         locations = spec.submodule_search_locations if spec is not None else None
@@ -290,11 +295,11 @@ def _refuse_other_packages() -> None:
         if directories[:1] == [ROOT / name]:
             continue
         if directories:
-            other: Path | str | None = directories[0]
+            found_location: Path | str | None = directories[0]
         else:
-            other = spec.origin if spec is not None else "nothing"
+            found_location = spec.origin if spec is not None else "nothing"
         raise ImportError(
-            f"another package {name} hides shardtune's: {other} comes before {ROOT / name}; give shardtune a virtual "
+            f"another package {name} hides shardtune's: {found_location} comes before {ROOT / name}; give shardtune a virtual "
             f"environment of its own (python -m venv), or uninstall the other one ({name})"
         )
 
@@ -306,7 +311,7 @@ def _run_arguments(run: Run | str | Path | None) -> list[str]:
     return [str(run.dir) if isinstance(run, Run) else str(run)]
 
 
-def _arguments(arguments: tuple[str, ...], settings: dict[str, Any], *, axes: bool = False) -> list[str]:
+def _command_arguments(arguments: tuple[str, ...], settings: dict[str, Any], *, axes: bool = False) -> list[str]:
     """The arguments of the command line for arguments and keywords. With `axes`, a list may stand for several values."""
     command_arguments = list(arguments)
     if not settings:
@@ -321,20 +326,20 @@ def _arguments(arguments: tuple[str, ...], settings: dict[str, Any], *, axes: bo
     for name, value in settings.items():
         key = name
         if name not in choices_by_group() and find_setting(settings_by_key, name) is None:
-            key = key_by_name.get(name.rstrip("_"), _key_of_verb(name))
+            key = key_by_name.get(name.rstrip("_"), _verb_argument_key(name))
         setting = find_setting(settings_by_key, key)
         takes_list = setting is None or setting.type is Any or "list" in str(setting.type)
         if key in choices_by_group():
             takes_list = False
         if axes and isinstance(value, list | tuple) and (not takes_list or _holds_lists(value)):
-            text = ",".join(map(_value_of_axis, value))
+            text = ",".join(map(_axis_value_text, value))
         else:
-            text = _text(value)
+            text = _setting_text(value)
         command_arguments.append(f"{key}={text}")
     return command_arguments
 
 
-def _key_of_verb(name: str) -> str:
+def _verb_argument_key(name: str) -> str:
     """The argument of a verb that a keyword names: `compare_steps` is `compare.steps`, `from_` is `from`."""
     group, _, rest = name.partition("_")
     if group in VERB_GROUPS and rest:
@@ -346,34 +351,34 @@ def _holds_lists(values: list[Any] | tuple[Any, ...]) -> bool:
     return any(isinstance(entry, list | tuple) for entry in values)
 
 
-def _value_of_axis(value: Any) -> str:
+def _axis_value_text(value: Any) -> str:
     """One of several values. Text with a comma is quoted, since a comma would begin the next value."""
-    text = _text(value)
-    return _quote(text) if isinstance(value, str | Path) and "," in text else text
+    text = _setting_text(value)
+    return _in_quotes(text) if isinstance(value, str | Path) and "," in text else text
 
 
-def _text(value: Any) -> str:
+def _setting_text(value: Any) -> str:
     """A value as it is typed. Text that the command line would read as something else is quoted."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list | tuple):
-        return f"[{','.join(_quoted(entry) for entry in value)}]"
+        return f"[{','.join(_entry_text(entry) for entry in value)}]"
     if isinstance(value, dict):
-        pairs = [f"{key}: {_quoted(entry)}" for key, entry in value.items()]
+        pairs = [f"{key}: {_entry_text(entry)}" for key, entry in value.items()]
         return "{" + ",".join(pairs) + "}"
     text = str(value)
     is_syntax = text == "null" or text.startswith(("[", "{", "'", '"'))
-    return _quote(text) if is_syntax else text
+    return _in_quotes(text) if is_syntax else text
 
 
-def _quoted(value: Any) -> str:
+def _entry_text(value: Any) -> str:
     """An entry of a list or table: text in quotes."""
-    return _quote(str(value)) if isinstance(value, str | Path) else _text(value)
+    return _in_quotes(str(value)) if isinstance(value, str | Path) else _setting_text(value)
 
 
-def _quote(text: str) -> str:
+def _in_quotes(text: str) -> str:
     return '"' + text.replace('"', '\\"') + '"'
 
 

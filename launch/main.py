@@ -50,7 +50,7 @@ VERBS_BY_GROUP = {
         "chat": "chat with the exported model, next to its base",
     },
 }
-VERBS = {verb: text for verbs in VERBS_BY_GROUP.values() for verb, text in verbs.items()}
+DESCRIPTION_BY_VERB = {verb: text for verbs in VERBS_BY_GROUP.values() for verb, text in verbs.items()}
 """Every verb with a line about it."""
 VERBS_THAT_SAVE = ("train", "prepare")
 """Verbs that save, or undo, before a signal ends them."""
@@ -62,7 +62,7 @@ EXIT_CODES = (
     "exit codes: 0 done, 64 wrong setting, 65 wrong data, 69 does not fit or a\n"
     "limit failed, 74 disk, 75 preempted (resumable), 130 Ctrl-C, 70 anything else"
 )
-OTHER_MODULES = {
+MODULE_BY_VERB = {
     "train": "train",
     "submit": "submit",
     "status": "runs.status_command",
@@ -84,37 +84,37 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help", "help"):
-        print(usage())
+        print(usage_text())
         return 0
     if verb in ("--version", "-V", "version"):
-        print(version())
+        print(version_text())
         return 0
     if verb in ("--shell-completion", "-sc") or verb.startswith("--shell-completion="):
         return print_completion(arguments)
-    if verb not in VERBS:
-        problem = _unknown_verb(verb)
+    if verb not in DESCRIPTION_BY_VERB:
+        problem = _unknown_verb_message(verb)
         print(f"shardtune: {problem}", file=sys.stderr)
         return _report_failure(arguments, [problem], 64)
     if "--version" in arguments:
-        print(version())
+        print(version_text())
         return 0
     if verb in VERBS_THAT_SAVE:
         block_signals()
     return run_guarded(verb, arguments[1:])
 
 
-def _unknown_verb(verb: str) -> str:
+def _unknown_verb_message(verb: str) -> str:
     """The message about a verb that does not exist, with the one that was probably meant."""
     from launch.config import misspelled
 
     if verb in misspelled.VERBS:
         return f"there is no verb {verb}; did you mean {misspelled.VERBS[verb]}?"
-    similar = difflib.get_close_matches(verb, VERBS, n=1)
-    hint = f"did you mean {similar[0]}?" if similar else f"one of {', '.join(VERBS)}"
+    similar = difflib.get_close_matches(verb, DESCRIPTION_BY_VERB, n=1)
+    hint = f"did you mean {similar[0]}?" if similar else f"one of {', '.join(DESCRIPTION_BY_VERB)}"
     return f"there is no verb {verb}; {hint}"
 
 
-def version() -> str:
+def version_text() -> str:
     """The text of `--version`: shardtune's version, its git revision and directory, and the version of Python."""
     from importlib import metadata
 
@@ -141,7 +141,7 @@ def print_completion(arguments: list[str]) -> int:
     if not shell and len(arguments) > 1:
         shell = arguments[1]
     try:
-        print(completion_script(shell, VERBS, declared_arguments()), end="")
+        print(completion_script(shell, DESCRIPTION_BY_VERB, declared_arguments()), end="")
     except ConfigError as error:
         print(f"shardtune: {error}", file=sys.stderr)
         return error.exit_code
@@ -154,12 +154,12 @@ def declared_arguments() -> dict[str, list[type[VerbArguments]]]:
 
     from launch.config.verb_arguments import verb_arguments_in
 
-    return {verb: verb_arguments_in(import_module(module_of(verb))) for verb in VERBS}
+    return {verb: verb_arguments_in(import_module(module_of_verb(verb))) for verb in DESCRIPTION_BY_VERB}
 
 
-def module_of(verb: str) -> str:
+def module_of_verb(verb: str) -> str:
     """The module whose `main` runs the verb, such as `launch.compare.command`."""
-    return f"launch.{OTHER_MODULES.get(verb, f'{verb}.command')}"
+    return f"launch.{MODULE_BY_VERB.get(verb, f'{verb}.command')}"
 
 
 def run_guarded(verb: str, argv: list[str]) -> int:
@@ -168,7 +168,7 @@ def run_guarded(verb: str, argv: list[str]) -> int:
     A verb that saves (`VERBS_THAT_SAVE`) does so even if nobody can read its output any more.
     """
     streams.prepare_streams()
-    with _output_context(verb), _note_interrupts() as interrupts:
+    with _output_context(verb), _record_interrupts() as interrupts:
         return _run_with_messages(verb, argv, interrupts)
 
 
@@ -184,18 +184,18 @@ def _output_context(verb: str) -> AbstractContextManager[None]:
         return tolerate_closed_streams()
     if verb in VERBS_THAT_DRAW:
         return nullcontext()
-    return streams.only_printable()
+    return streams.printable_output()
 
 
 @contextmanager
-def _note_interrupts() -> Iterator[list[int]]:
+def _record_interrupts() -> Iterator[list[int]]:
     """Within the block, note each Ctrl-C in the list that is yielded; the usual KeyboardInterrupt is raised, too.
 
     The list tells Ctrl-C from other errors: a library that is being imported may turn KeyboardInterrupt into an error of its own.
     """
     interrupts: list[int] = []
 
-    def note(signal_number: int, frame: Any) -> None:
+    def record_interrupt(signal_number: int, frame: Any) -> None:
         interrupts.append(signal_number)
         signal.default_int_handler(signal_number, frame)
 
@@ -204,7 +204,7 @@ def _note_interrupts() -> Iterator[list[int]]:
     if not is_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield interrupts
         return
-    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGINT, record_interrupt)
     try:
         yield interrupts
     finally:
@@ -271,9 +271,9 @@ def _run_verb(verb: str, argv: list[str]) -> int:
     if verb not in READ_ONLY_VERBS:
         streams.refuse_stripped_docstrings()
         streams.refuse_undecodable_arguments(argv)
-    _refuse_addresses(argv)
+    _refuse_remote_output_directory(argv)
     remaining_arguments = take_config_dirs(argv)
-    return int(import_module(module_of(verb)).main(remaining_arguments) or 0)
+    return int(import_module(module_of_verb(verb)).main(remaining_arguments) or 0)
 
 
 def _report_failure(arguments: list[str], problems: list[str], code: int) -> int:
@@ -283,7 +283,7 @@ def _report_failure(arguments: list[str], problems: list[str], code: int) -> int
     """
     from launch.output import JSON_FLAG, print_json
 
-    if JSON_FLAG in arguments and not _is_rank():
+    if JSON_FLAG in arguments and not _is_started_as_rank():
         answer = {"error": "\n".join(problems), "problems": problems, "exit_code": code}
         # With these options a verb prints many JSON objects, one a line.
         prints_object_per_line = bool({"--follow", "--watch"} & set(arguments))
@@ -291,7 +291,7 @@ def _report_failure(arguments: list[str], problems: list[str], code: int) -> int
     return code
 
 
-def _is_rank() -> bool:
+def _is_started_as_rank() -> bool:
     """Whether a launcher started this process as a rank. False if its variables make no sense: then the verb refused them."""
     from launch.config.process_role import is_rank_process
     from strategies.errors import ConfigError
@@ -302,7 +302,7 @@ def _is_rank() -> bool:
         return False
 
 
-def _refuse_addresses(arguments: list[str]) -> None:
+def _refuse_remote_output_directory(arguments: list[str]) -> None:
     """Refuse an address behind `to=`, which would become a local directory called `s3:`. Errors: ConfigError."""
     from strategies.errors import ConfigError
 
@@ -314,7 +314,7 @@ def _refuse_addresses(arguments: list[str]) -> None:
             )
 
 
-def usage() -> str:
+def usage_text() -> str:
     """The text of `shardtune --help`."""
     lines = []
     for group, verbs in VERBS_BY_GROUP.items():

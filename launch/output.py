@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TextIO
 
-from launch.streams import printable
+from launch.streams import printable_text
 
 JSON_FLAG = "--json"
 COLUMN_GAP = 2
 """Blanks between two columns of a table."""
-LEAST_TEXT_WIDTH = 16
+MIN_TEXT_COLUMN_WIDTH = 16
 """Characters that a column of words keeps, however many columns of numbers stand beside it."""
 BREAK_AFTER_CHARACTERS = "/-_"
 """Characters after which a word that is longer than its column may be folded: such words are paths and names of runs."""
@@ -53,8 +53,8 @@ class TableRow:
 def format_table(columns: Sequence[TableColumn], rows: Sequence[TableRow], *, indent: int = 0) -> list[str]:
     """Lay out a table as lines of text, at most as wide as the terminal; titles are drawn if any column has one.
 
-    No cell is cut: text is folded. The table gets wider than the terminal only if its numbers, and `LEAST_TEXT_WIDTH` characters
-    of each text column, do not fit. `indent`: blanks before each line. Notes of a row stand below it.
+    No cell is cut: text is folded. The table gets wider than the terminal only if its numbers, and `MIN_TEXT_COLUMN_WIDTH`
+    characters of each text column, do not fit. `indent`: blanks before each line. Notes of a row stand below it.
     """
     from rich.console import Console
     from rich.style import Style
@@ -83,7 +83,7 @@ def format_table(columns: Sequence[TableColumn], rows: Sequence[TableRow], *, in
         cells = [FoldedText(displayable(cell)) for cell in row.cells]
         # Rich returns the style with each line that it draws. From it we know after which line the notes of a row belong.
         grid.add_row(*cells, style=Style(meta={"row": index}))
-    table_width = max(terminal_width() - indent, _least_width(columns, rows))
+    table_width = max(terminal_width() - indent, _min_table_width(columns, rows))
     # With a height rich asks no terminal for its size.
     console = Console(file=io.StringIO(), width=table_width, height=25, color_system=None)
 
@@ -120,15 +120,16 @@ def break_word(word: str, max_columns: int) -> str:
     return "\n".join(lines)
 
 
-def _least_width(columns: Sequence[TableColumn], rows: Sequence[TableRow]) -> int:
-    """The least width of a table: its numbers in full, `LEAST_TEXT_WIDTH` characters of longer text columns, and the gaps."""
+def _min_table_width(columns: Sequence[TableColumn], rows: Sequence[TableRow]) -> int:
+    """The least width of a table: its numbers in full, `MIN_TEXT_COLUMN_WIDTH` characters of longer text columns, and the
+    gaps."""
     from rich.cells import cell_len
 
     least = COLUMN_GAP * (len(columns) - 1)
     for index, column in enumerate(columns):
         cells = [column.title, *(displayable(row.cells[index]) for row in rows)]
         longest = max(map(cell_len, cells))
-        least += longest if column.is_number else min(longest, LEAST_TEXT_WIDTH)
+        least += longest if column.is_number else min(longest, MIN_TEXT_COLUMN_WIDTH)
     return least
 
 
@@ -166,18 +167,18 @@ def truncate_to_width(text: str) -> str:
 
 def displayable(text: str) -> str:
     """A text that stdout can show: control characters, and characters that its encoding lacks, are spelled out."""
-    without_controls = printable(text)
-    if is_utf8():
+    without_controls = printable_text(text)
+    if stdout_shows_unicode():
         return without_controls
-    return without_controls.encode(_encoding(), "backslashreplace").decode(_encoding())
+    return without_controls.encode(_stdout_encoding(), "backslashreplace").decode(_stdout_encoding())
 
 
-def is_utf8() -> bool:
+def stdout_shows_unicode() -> bool:
     """Whether stdout can show every character."""
-    return _encoding().lower().replace("-", "").replace("_", "") == "utf8"
+    return _stdout_encoding().lower().replace("-", "").replace("_", "") == "utf8"
 
 
-def _encoding() -> str:
+def _stdout_encoding() -> str:
     """The encoding of stdout; UTF-8 for a stream that names none."""
     return getattr(sys.stdout, "encoding", None) or "utf-8"
 
@@ -185,16 +186,16 @@ def _encoding() -> str:
 class stdout_to_stderr:
     """Within the block, everything that is printed goes to stderr, so that stdout has the JSON answer alone.
 
-    That includes what child processes and C code print. `quiet`: False leaves stdout as it is.
+    That includes what child processes and C code print. `is_active`: False leaves stdout as it is.
     """
 
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
+    def __init__(self, is_active: bool) -> None:
+        self.is_active = is_active
         self.saved_descriptor = -1
         """A copy of descriptor 1 while stdout is redirected."""
 
     def __enter__(self) -> None:
-        if self.quiet:
+        if self.is_active:
             sys.stdout.flush()
             self.saved_descriptor = os.dup(1)
             os.dup2(2, 1)
@@ -202,7 +203,7 @@ class stdout_to_stderr:
             sys.stdout = sys.stderr
 
     def __exit__(self, *_: object) -> None:
-        if self.quiet:
+        if self.is_active:
             sys.stdout = self._stdout
             sys.stderr.flush()
             os.dup2(self.saved_descriptor, 1)
@@ -211,7 +212,7 @@ class stdout_to_stderr:
 
 def print_json(answer: dict[str, Any], *, one_line: bool = False) -> None:
     """Print the answer for a script. A stream that is not UTF-8 gets JSON's own escapes."""
-    print(json.dumps(answer, indent=None if one_line else 1, ensure_ascii=not is_utf8()), flush=True)
+    print(json.dumps(answer, indent=None if one_line else 1, ensure_ascii=not stdout_shows_unicode()), flush=True)
 
 
 class ClosableStream:

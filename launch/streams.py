@@ -18,7 +18,7 @@ from strategies.errors import ConfigError
 
 STREAM_NAMES = ("stdin", "stdout", "stderr")
 """The standard streams in the order of their descriptors, 0 to 2."""
-UTF8_MODE = "PYTHONUTF8"
+UTF8_MODE_VARIABLE = "PYTHONUTF8"
 """The environment variable of Python that makes UTF-8 the encoding of names, files and streams."""
 
 
@@ -62,9 +62,9 @@ def restart_in_utf8() -> None:
     """
     if sys.getfilesystemencoding().lower() not in ("ascii", "us-ascii", "ansi_x3.4-1968"):
         return
-    if os.environ.get(UTF8_MODE) == "1":  # an option such as -X utf8=0 keeps the mode off
+    if os.environ.get(UTF8_MODE_VARIABLE) == "1":  # an option such as -X utf8=0 keeps the mode off
         return
-    os.environ[UTF8_MODE] = "1"
+    os.environ[UTF8_MODE_VARIABLE] = "1"
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
@@ -96,54 +96,54 @@ def refuse_stripped_docstrings() -> None:
         )
 
 
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_COLOUR_REGEX = re.compile(r"\x1b\[[0-9;]*m")
+_CONTROL_REGEX = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Characters that a terminal obeys, except tab and line feed: C0, C1, and those that turn the direction of writing."""
-_CONTROL_OF_BARS = re.compile(_CONTROL.pattern.replace("\x0b-\x1f", "\x0b\x0c\x0e-\x1f"))
+_CONTROL_EXCEPT_CARRIAGE_RETURN_REGEX = re.compile(_CONTROL_REGEX.pattern.replace("\x0b-\x1f", "\x0b\x0c\x0e-\x1f"))
 """The same without the carriage return, with which progress bars of libraries overwrite their line."""
 
 
-def printable(text: str, pattern: re.Pattern[str] = _CONTROL) -> str:
+def printable_text(text: str, pattern: re.Pattern[str] = _CONTROL_REGEX) -> str:
     """The text without control characters that a terminal would obey: each is spelled out, as `\\u001b`; colours are removed.
 
     `pattern`: the characters that are spelled out.
     """
     if pattern.search(text) is None:
         return text
-    return pattern.sub(lambda match: f"\\u{ord(match[0]):04x}", _COLOUR.sub("", text))
+    return pattern.sub(lambda match: f"\\u{ord(match[0]):04x}", _COLOUR_REGEX.sub("", text))
 
 
 class PrintableStream:
     """Wraps an output stream so that control characters in texts of others cannot move, colour or rename the terminal."""
 
     def __init__(self, stream: TextIO, pattern: re.Pattern[str]) -> None:
-        self.raw = stream
+        self.wrapped_stream = stream
         """The wrapped stream, for code that draws on the terminal itself and has made its texts printable."""
         self._pattern = pattern
 
     def write(self, text: str) -> int:
         """Write the text, with control characters spelled out; returns its length."""
-        self.raw.write(printable(text, self._pattern))
+        self.wrapped_stream.write(printable_text(text, self._pattern))
         return len(text)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.raw, name)
+        return getattr(self.wrapped_stream, name)
 
 
-def raw(stream: Any) -> Any:
+def unwrap_stream(stream: Any) -> Any:
     """The stream behind a `PrintableStream`, for code that draws on the terminal; any other stream as it is."""
-    return stream.raw if isinstance(stream, PrintableStream) else stream
+    return stream.wrapped_stream if isinstance(stream, PrintableStream) else stream
 
 
-def draw(stream: Any, sequence: str) -> None:
+def write_control_sequence(stream: Any, sequence: str) -> None:
     """Write a control sequence to a stream, for the terminal to obey."""
-    raw(stream).write(sequence)
+    unwrap_stream(stream).write(sequence)
 
 
 @contextmanager
-def only_printable() -> Iterator[None]:
+def printable_output() -> Iterator[None]:
     """Within the block stdout and stderr are `PrintableStream`."""
-    out = PrintableStream(sys.stdout, _CONTROL)
-    err = PrintableStream(sys.stderr, _CONTROL_OF_BARS)
+    out = PrintableStream(sys.stdout, _CONTROL_REGEX)
+    err = PrintableStream(sys.stderr, _CONTROL_EXCEPT_CARRIAGE_RETURN_REGEX)
     with redirect_stdout(out), redirect_stderr(err):  # type: ignore[type-var]
         yield

@@ -102,11 +102,11 @@ def _submit_one(arguments: SubmitArguments) -> int:
         refuse_unshared_model(composed.config)
         typed_directory = composed.config.run.dir
         run_dir = Path(typed_directory).expanduser() if typed_directory else default_run_dir(composed.sha256)
-        finished = not arguments.print_only and is_finished(run_dir)
+        was_finished = not arguments.print_only and is_finished(run_dir)
         if not arguments.print_only:
             run_dir = write_run_config(composed, run_dir, may_change_strategy=True)
         # The later parts of a pipeline may be open although the training is done.
-        if finished and not getattr(composed.config.launcher, "pipeline", []):
+        if was_finished and not getattr(composed.config.launcher, "pipeline", []):
             print(f"{run_dir}: already finished with this configuration; nothing to do")
         else:
             submitted = submit_runs(composed.config, [run_dir], print_only=arguments.print_only)

@@ -72,7 +72,7 @@ class TrainArguments(VerbArguments):
         return self.shown_config is not None or self.info is not None or self.dry_run
 
 
-COMMON_SETTINGS = {
+DESCRIPTION_BY_COMMON_SETTING = {
     "model.path=<dir or hub id>": "the model to tune",
     "data.path=<file, dir, glob>": "the training data; data.eval_path or data.eval_share gives the evaluation data",
     "budget.steps|epochs|tokens=N": "how long to train; set exactly one of the three",
@@ -104,12 +104,13 @@ def main(argv: list[str]) -> int:
     if needs_help or problems or arguments.only_shows or arguments.as_json:
         unblock_signals()  # a signal ends the process at once; with --json, training blocks them again
     if needs_help:
-        show_help(usage())
+        show_help(usage_text())
         return 0
     if arguments.as_json and (arguments.multirun or arguments.shown_config is not None):
-        other = "-m" if arguments.shown_config is None else "--cfg"
+        conflicting_flag = "-m" if arguments.shown_config is None else "--cfg"
         problems.append(
-            f"--json: works for a single run; leave {other} out (runs by -m: shardtune compare <their directory> --json)"
+            f"--json: works for a single run; leave {conflicting_flag} out (runs by -m: shardtune compare "
+            "<their directory> --json)"
         )
     if problems:
         raise ConfigError(problems)
@@ -120,7 +121,7 @@ def main(argv: list[str]) -> int:
     is_rank = is_rank_process(os.environ)
     only_trains = not (arguments.only_shows or arguments.as_json or arguments.multirun)
     if is_rank and only_trains:
-        return run_as_rank(arguments.settings)
+        return train_as_rank(arguments.settings)
     return _train_or_show(arguments)
 
 
@@ -138,25 +139,25 @@ def _train_or_show(arguments: TrainArguments) -> int:
 
     settings = arguments.settings
     if arguments.multirun:
-        return _multirun(arguments)
+        return _run_or_show_points(arguments)
     if is_search(settings):
         raise ConfigError("sweeper=: a search is of several runs; add -m, as in shardtune train -m sweeper=optuna ...")
     if arguments.shown_config is not None:
         show_config.print_config(compose_config(settings, check=False), arguments.shown_config)
         return 0
     if arguments.dry_run:
-        return _dry_run(settings, as_json=arguments.as_json)
+        return _print_dry_run(settings, as_json=arguments.as_json)
     with stdout_to_stderr(arguments.as_json):
         with importing_without_gc("hydra"):
             composed = compose_config(settings)
-        run_dir = run_dir_of(composed)
+        run_dir = run_dir_of_config(composed)
         code = launch_run(composed, run_dir)
     if arguments.as_json:
-        print_json(run_result(run_dir, code))
+        print_json(run_result_json(run_dir, code))
     return code
 
 
-def _multirun(arguments: TrainArguments) -> int:
+def _run_or_show_points(arguments: TrainArguments) -> int:
     """Train the runs of a sweep or a search, or print them; returns the exit code."""
     from launch.sweep.multirun import run_all_points
     from launch.sweep.sweeper import is_search
@@ -165,11 +166,11 @@ def _multirun(arguments: TrainArguments) -> int:
     if arguments.shown_config is not None or arguments.dry_run:
         print_point = partial(show_point, shown_config=arguments.shown_config)
     if is_search(arguments.settings):
-        return _search(arguments.settings, print_point)
+        return _run_or_show_search(arguments.settings, print_point)
     return run_all_points(arguments.settings, launch=launch_run, show=print_point, check=arguments.shown_config is None)
 
 
-def _dry_run(overrides: list[str], *, as_json: bool) -> int:
+def _print_dry_run(overrides: list[str], *, as_json: bool) -> int:
     """Print what a run would do (`--dry-run`); returns the exit code, 70 if a defect of ours prevents simulating its step."""
     with stdout_to_stderr(as_json):
         from launch.config.compose import compose_config
@@ -183,7 +184,7 @@ def _dry_run(overrides: list[str], *, as_json: bool) -> int:
     return description.exit_code
 
 
-def run_result(run_dir: Path, code: int) -> dict[str, Any]:
+def run_result_json(run_dir: Path, code: int) -> dict[str, Any]:
     """The answer of `train --json`: how a run ended, and where its record and export are. Its metrics are in its files.
 
     `code`: the exit code of the command.
@@ -197,7 +198,7 @@ def run_result(run_dir: Path, code: int) -> dict[str, Any]:
     return answer
 
 
-def _search(arguments: list[str], print_point: Callable[[ComposedConfig], None] | None) -> int:
+def _run_or_show_search(arguments: list[str], print_point: Callable[[ComposedConfig], None] | None) -> int:
     """Search hyperparameters by Optuna or W&B as the arguments say; returns the exit code.
 
     With `print_point`, print the plan of the search, and its first run by that function, instead.
@@ -226,7 +227,7 @@ def show_point(composed: ComposedConfig, *, shown_config: str | None) -> None:
     print(describe_run(composed.config).text)
 
 
-def run_dir_of(composed: ComposedConfig) -> Path:
+def run_dir_of_config(composed: ComposedConfig) -> Path:
     """The directory of a run: `run.dir`, or the default one below `runs/`."""
     from launch.config.compose import default_run_dir
 
@@ -259,7 +260,7 @@ def launch_run(composed: ComposedConfig, run_dir: Path, *, isolate: bool = False
     # A run that is to be restarted needs a supervisor that outlives its ranks.
     restarts = any(config.launcher.retry.values())
     if config.launcher.in_place and not isolate and not restarts:
-        return _run_here(config, run_dir, composed.sha256)
+        return _train_in_this_process(config, run_dir, composed.sha256)
     from launch.cluster.supervisor import run_supervised
     from launch.compare import run_report
 
@@ -269,7 +270,7 @@ def launch_run(composed: ComposedConfig, run_dir: Path, *, isolate: bool = False
     return code
 
 
-def run_as_rank(arguments: list[str]) -> int:
+def train_as_rank(arguments: list[str]) -> int:
     """Train as one rank, started by our launcher, torchrun or srun; returns the exit code.
 
     `arguments`: the settings on the command line, for a rank without our launcher. Returns 0 also if preempted: another code
@@ -284,7 +285,7 @@ def run_as_rank(arguments: list[str]) -> int:
     _refuse_restarts(os.environ)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
-    run = _run_of_rank(arguments, rank)
+    run = _read_run_of_rank(arguments, rank)
     if run.is_finished:
         print(f"{run.directory}: already finished with this configuration; nothing to do")
         return 0
@@ -314,7 +315,7 @@ class RankRun:
     is_finished: bool
 
 
-def _run_of_rank(arguments: list[str], rank: int) -> RankRun:
+def _read_run_of_rank(arguments: list[str], rank: int) -> RankRun:
     """The run that this rank trains.
 
     Our launcher has frozen it (`SHARDTUNE_CONFIG` names the file); else, as under torchrun, it is composed from the settings on
@@ -330,16 +331,16 @@ def _run_of_rank(arguments: list[str], rank: int) -> RankRun:
     if frozen_config:
         config = load_frozen_config(frozen_config)
         directory = Path(frozen_config).parent
-        return RankRun(config, directory, config_sha256(config), is_finished(directory))
+        return RankRun(config, directory, config_sha256(config), is_finished=is_finished(directory))
     composed = compose_config(arguments)
     config = composed.config
     run_dir = Path(config.run.dir).expanduser() if config.run.dir else None
-    finished = run_dir is not None and is_finished(run_dir)  # before freezing, which writes a new configuration
+    was_finished = run_dir is not None and is_finished(run_dir)  # before freezing, which writes a new configuration
     if rank == 0:
-        run_dir = write_run_config(composed, run_dir or run_dir_of(composed), may_change_strategy=True)
+        run_dir = write_run_config(composed, run_dir or run_dir_of_config(composed), may_change_strategy=True)
     elif run_dir is not None:
         keep_earlier_defaults(composed, run_dir)
-    return RankRun(config, run_dir, composed.sha256, finished)
+    return RankRun(config, run_dir, composed.sha256, was_finished)
 
 
 def _refuse_restarts(env: Mapping[str, str]) -> None:
@@ -351,7 +352,7 @@ def _refuse_restarts(env: Mapping[str, str]) -> None:
         )
 
 
-def _run_here(config: RunConfig, run_dir: Path, sha256: str) -> int:
+def _train_in_this_process(config: RunConfig, run_dir: Path, sha256: str) -> int:
     """Train in this process, which is the run's only rank; returns the exit code. Errors: those of training.
 
     `sha256`: the identity of the run.
@@ -405,7 +406,7 @@ def _train_recording_failure(config: RunConfig, run_dir: Path | None, sha256: st
             remember_config(config)  # once more: code that the run has downloaded was not there when it was frozen
 
 
-def usage() -> str:
+def usage_text() -> str:
     """The text of `shardtune train --help`."""
     more_flags = {
         "--config-dir <dir>": "a directory laid out like conf/, whose files become choices",
@@ -413,7 +414,7 @@ def usage() -> str:
             "search with Optuna: optim.lr='tag(log,interval(1e-5,1e-3))'; sweeper=wandb searches with W&B's agent"
         ),
     }
-    settings = "\n".join(f"  {arguments:<32}{text}" for arguments, text in COMMON_SETTINGS.items())
+    settings = "\n".join(f"  {arguments:<32}{text}" for arguments, text in DESCRIPTION_BY_COMMON_SETTING.items())
     choices = "\n".join(f"  {group + '=':<12}{' '.join(names)}" for group, names in choices_by_group().items() if names)
     return f"""usage: shardtune train [flags] [key=value ...]
 

@@ -12,7 +12,7 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from launch.runs.metrics_tail import read_last_rows
-from launch.streams import draw
+from launch.streams import write_control_sequence
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.pages.numbers import format_duration
 from trainer.reporting.metric_rows import METRICS_FILE
@@ -168,7 +168,7 @@ class RunsProgress:
         """Print a line on stderr. In a terminal, the next line overwrites it if it is `replaceable`."""
         with suppress(OSError, ValueError):  # a terminal that is closed is no reason to end the runs
             if self._is_terminal:
-                draw(self._stderr, "\r\033[K")  # to the start of the line, and erase it
+                write_control_sequence(self._stderr, "\r\033[K")  # to the start of the line, and erase it
             if replaceable and self._is_terminal:
                 print(line[:MAX_LINE_LENGTH], end="", file=self._stderr, flush=True)
             else:

@@ -9,10 +9,10 @@ from typing import Literal
 
 WIDTH = 480
 HEIGHT = 200
-LEFT = 52
-RIGHT = 12
-TOP = 10
-BOTTOM = 34
+LEFT_MARGIN = 52
+RIGHT_MARGIN = 12
+TOP_MARGIN = 10
+BOTTOM_MARGIN = 34
 MAX_POINTS = 300
 """Points of a drawn line at most: a picture has no more columns that an eye tells apart."""
 CURVE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#AA3377", "#FF8FA3")
@@ -59,14 +59,17 @@ class Picture:
     """What the picture shows, for people who do not see it."""
 
 
-def picture(curves: Sequence[Curve], *, x_title: str, description: str) -> Picture | None:
+def draw_picture(curves: Sequence[Curve], *, x_title: str, description: str) -> Picture | None:
     """The picture of these curves; None if none of them has two points to draw a line through.
 
     Left out are points that are not finite, and curves with a single point unless they are drawn as dots. The y axis is
     logarithmic if all values are positive and far apart (`MIN_LOGARITHMIC_RATIO`).
     """
-    finite = [(curve, _finite(curve.points)) for curve in curves]
-    drawable = [(curve, points) for curve, points in finite if len(points) > 1 or (points and curve.style == "dots")]
+    drawable = []  # (curve, its finite points)
+    for curve in curves:
+        points = _finite_points(curve.points)
+        if len(points) > 1 or (points and curve.style == "dots"):
+            drawable.append((curve, points))
     if not any(len(points) > 1 for _, points in drawable):
         return None
     # The axes span the points of all curves.
@@ -75,36 +78,42 @@ def picture(curves: Sequence[Curve], *, x_title: str, description: str) -> Pictu
         all_points += points
     y_values = [y for _, y in all_points]
     is_logarithmic = min(y_values) > 0 and max(y_values) / min(y_values) >= MIN_LOGARITHMIC_RATIO
-    x_axis = _Axis.over([x for x, _ in all_points], LEFT, WIDTH - RIGHT)
-    y_axis = _Axis.over(y_values, HEIGHT - BOTTOM, TOP, is_logarithmic=is_logarithmic)
+    x_axis = _Axis.spanning([x for x, _ in all_points], LEFT_MARGIN, WIDTH - RIGHT_MARGIN)
+    y_axis = _Axis.spanning(y_values, HEIGHT - BOTTOM_MARGIN, TOP_MARGIN, is_logarithmic=is_logarithmic)
 
-    # The curves, with points as positions in the picture. `number` counts colours.
-    drawn = []
-    number = 0
+    # The curves, with points as positions in the picture.
+    drawn_curves = []
+    colour_index = 0
     for curve, points in drawable:
         positions = [(f"{x_axis.position(x):.1f}", f"{y_axis.position(y):.1f}") for x, y in _thinned(points)]
-        drawn.append(
+        drawn_curves.append(
             DrawnCurve(
                 label=curve.label,
                 polyline=" ".join(f"{x},{y}" for x, y in positions),
                 dots=positions if curve.style == "dots" else [],
-                colour=CURVE_COLOURS[number % len(CURVE_COLOURS)],
-                dash="" if curve.style == "faint" else CURVE_DASHES[number % len(CURVE_DASHES)],
+                colour=CURVE_COLOURS[colour_index % len(CURVE_COLOURS)],
+                dash="" if curve.style == "faint" else CURVE_DASHES[colour_index % len(CURVE_DASHES)],
                 is_faint=curve.style == "faint",
             )
         )
         if curve.style != "faint":  # the line over a faint one has its colour
-            number += 1
-    return Picture(drawn, x_axis.marks(), y_axis.marks(), x_title, description)
+            colour_index += 1
+    return Picture(
+        curves=drawn_curves,
+        x_ticks=x_axis.ticks(),
+        y_ticks=y_axis.ticks(),
+        x_title=x_title,
+        description=description,
+    )
 
 
-def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def running_means(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Running mean of each point and those before it, over a fiftieth of all, so that a trend shows through the noise of batches.
 
     Points are (x, y). Those that are not finite are left out.
     """
     window = max(1, len(points) // 50)
-    finite_points = _finite(points)
+    finite_points = _finite_points(points)
     means = []
     window_sum = 0.0
     for index, (x, y) in enumerate(finite_points):
@@ -116,7 +125,7 @@ def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return means
 
 
-def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def _finite_points(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
 
 
@@ -140,21 +149,23 @@ class _Axis:
 
     low: float
     high: float
-    start: float
-    """Position of `low`; `stop` is that of `high`."""
-    stop: float
+    low_position: float
+    """Where `low` lies in the picture."""
+    high_position: float
     is_logarithmic: bool = False
 
     @classmethod
-    def over(cls, values: list[float], start: float, stop: float, *, is_logarithmic: bool = False) -> _Axis:
-        """An axis from the smallest to the largest of `values`, drawn from position `start` to `stop`."""
+    def spanning(
+        cls, values: list[float], low_position: float, high_position: float, *, is_logarithmic: bool = False
+    ) -> _Axis:
+        """An axis from the smallest of `values`, at `low_position` in the picture, to the largest, at `high_position`."""
         low = min(values)
         high = max(values)
         if low == high:  # a flat line lies in the middle
             margin = abs(low) / 10 or 1.0
             low -= margin
             high += margin
-        return cls(low, high, start, stop, is_logarithmic)
+        return cls(low, high, low_position, high_position, is_logarithmic)
 
     def position(self, value: float) -> float:
         """Where a value lies in the picture."""
@@ -162,10 +173,10 @@ class _Axis:
             share = math.log(value / self.low) / math.log(self.high / self.low)
         else:
             share = (value - self.low) / (self.high - self.low)
-        return self.start + share * (self.stop - self.start)
+        return self.low_position + share * (self.high_position - self.low_position)
 
-    def marks(self) -> list[tuple[str, str]]:
-        """(position, text) of four or five round values."""
+    def ticks(self) -> list[tuple[str, str]]:
+        """(position, text) of each tick of the axis: four or five round values."""
         values = self._powers_of_ten() if self.is_logarithmic else self._round_values()
         return [(f"{self.position(value):.1f}", f"{value:g}") for value in values]
 
@@ -176,7 +187,7 @@ class _Axis:
         step = next(factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= least_step)
         first_multiple = math.ceil(self.low / step)
         last_multiple = math.floor(self.high / step)
-        # Rounded, or 0.1 + 0.2 would be the text of a mark.
+        # Rounded, or 0.30000000000000004 (0.1 + 0.2) would be the text of a tick.
         return [round(multiple * step, 12) for multiple in range(first_multiple, last_multiple + 1)]
 
     def _powers_of_ten(self) -> list[float]:

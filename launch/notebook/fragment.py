@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launch.notebook.curve import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Picture
+from launch.notebook.curve import BOTTOM_MARGIN, HEIGHT, LEFT_MARGIN, RIGHT_MARGIN, TOP_MARGIN, WIDTH, Picture
 from trainer.pages.pieces import Callout, PageCard, PageTable
 from trainer.pages.render import render
 
-MOST_ROWS = 50
+MAX_TABLE_ROWS = 50
 """Rows of a table in a notebook; the DataFrame has all of them."""
-MOST_CALLOUTS = 8
+MAX_CALLOUTS = 8
 
 
-def fragment(
+def notebook_html(
     heading: str,
     *,
     lead: Callout | None = None,
@@ -34,23 +34,23 @@ def fragment(
         heading=heading,
         lead=lead,
         cards=list(cards),
-        callouts=list(callouts)[:MOST_CALLOUTS],
-        lines=list(lines)[:MOST_ROWS],
-        tables=[_shortened(table) for table in tables],
+        callouts=list(callouts)[:MAX_CALLOUTS],
+        lines=list(lines)[:MAX_TABLE_ROWS],
+        tables=[_first_table_rows(table) for table in tables],
         picture=picture,
         footer=footer,
         width=WIDTH,
         height=HEIGHT,
-        left=LEFT,
-        right=WIDTH - RIGHT,
-        top=TOP,
-        bottom=HEIGHT - BOTTOM,
+        left=LEFT_MARGIN,
+        right=WIDTH - RIGHT_MARGIN,
+        top=TOP_MARGIN,
+        bottom=HEIGHT - BOTTOM_MARGIN,
     )
 
 
-def _shortened(table: PageTable) -> PageTable:
+def _first_table_rows(table: PageTable) -> PageTable:
     """The first rows of a long table, with a caption that says how many there are."""
-    if len(table.rows) <= MOST_ROWS:
+    if len(table.rows) <= MAX_TABLE_ROWS:
         return table
-    caption = f"{table.caption} the first {MOST_ROWS} of {len(table.rows):,} rows".strip()
-    return PageTable(table.columns, table.rows[:MOST_ROWS], caption)
+    caption = f"{table.caption} the first {MAX_TABLE_ROWS} of {len(table.rows):,} rows".strip()
+    return PageTable(table.columns, table.rows[:MAX_TABLE_ROWS], caption)

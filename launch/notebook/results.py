@@ -10,8 +10,8 @@ from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.notebook.curve import Curve, picture, smoothed
-from launch.notebook.fragment import fragment
+from launch.notebook.curve import Curve, draw_picture, running_means
+from launch.notebook.fragment import notebook_html
 from strategies.errors import ConfigError
 from trainer.pages.numbers import UNKNOWN, format_duration, format_number, format_signed
 from trainer.pages.pieces import Callout, PageCard, PageCell, PageColumn, PageTable, Tone, worst_first
@@ -78,30 +78,30 @@ class ComparisonResult:
         tone, heading, text = conclusion_texts(conclusion)
         # The training loss of each run that has begun, of its first repeat.
         curves = []
-        for run in self.comparison.begun_points[:MOST_CURVES]:
+        for run in self.comparison.begun_points[:MAX_CURVES]:
             losses = [(step, row["loss"]) for step, row in run.first_repeat.steps.items() if row["loss"] is not None]
-            curves.append(Curve(run.name, smoothed(losses)))
-        return fragment(
+            curves.append(Curve(run.name, running_means(losses)))
+        return notebook_html(
             f"{len(self.comparison.points)} runs, compared with {self.comparison.default_baseline_name}",
             lead=Callout(tone, heading, text) if conclusion.sentences else None,
             cards=recommendation_cards(conclusion),
             callouts=worst_first(point_callouts(self.comparison)),
-            lines=_lines_below_answer(conclusion.to_learn_more) if conclusion.sentences else self.verdict,
-            tables=[_table_of_runs(self.comparison.points)],
-            picture=picture(curves, x_title="steps", description="Training loss of each run over its steps"),
-            footer=f"{MOST_CURVES} runs are drawn" if len(self.comparison.begun_points) > MOST_CURVES else "",
+            lines=_next_command_lines(conclusion.to_learn_more) if conclusion.sentences else self.verdict,
+            tables=[_runs_table(self.comparison.points)],
+            picture=draw_picture(curves, x_title="steps", description="Training loss of each run over its steps"),
+            footer=f"{MAX_CURVES} runs are drawn" if len(self.comparison.begun_points) > MAX_CURVES else "",
         )
 
 
-MOST_CURVES = 16
+MAX_CURVES = 16
 
 
-def _lines_below_answer(to_learn_more: str) -> list[str]:
+def _next_command_lines(to_learn_more: str) -> list[str]:
     """The line below the answer that says what to run if it shows no difference; none if there is nothing to run."""
     return [to_learn_more] if to_learn_more else []
 
 
-def _table_of_runs(runs: tuple[ComparedPoint, ...]) -> PageTable:
+def _runs_table(runs: tuple[ComparedPoint, ...]) -> PageTable:
     """What was reached and what it took, a row for each run; columns in which no run has a number are left out.
 
     No cell is marked as the best: the answer names one only if chance does not explain the difference.
@@ -115,7 +115,7 @@ def _table_of_runs(runs: tuple[ComparedPoint, ...]) -> PageTable:
         PageColumn("speed", unit="tokens/s"),
         PageColumn("memory", unit="GiB"),
     ]
-    rows = [_cells_of_run(run) for run in runs]
+    rows = [_run_cells(run) for run in runs]
     is_shown = []  # for each column: run and state always, the others if any run has a number there
     for index in range(len(columns)):
         is_shown.append(index < 2 or any(row[index].text != UNKNOWN for row in rows))
@@ -123,7 +123,8 @@ def _table_of_runs(runs: tuple[ComparedPoint, ...]) -> PageTable:
     return PageTable(list(compress(columns, is_shown)), shown_rows)
 
 
-def _cells_of_run(run: ComparedPoint) -> list[PageCell]:
+def _run_cells(run: ComparedPoint) -> list[PageCell]:
+    """The cells of a run in the columns of `_runs_table`."""
     measured = run.measured
     state = run.state
     return [
@@ -206,7 +207,7 @@ class EvaluationResult:
 
         report = self.report
         if not report:
-            return fragment(str(self))
+            return notebook_html(str(self))
         callouts = [Callout("bad", "Worse than it may be", line) for line in self.regressions]
         callouts += report_callouts(report)
         for name, task in report["tasks"].items():
@@ -214,12 +215,12 @@ class EvaluationResult:
         heading = str(report["model"]["run"] or report["model"]["path"])
         if report.get("against"):
             heading += f", against {report['against']['what']}"
-        return fragment(
+        return notebook_html(
             heading,
             lead=report_verdict(report),
             cards=report_cards(report),
             callouts=worst_first(callouts),
-            tables=[_table_of_metrics(_metric_rows(report))],
+            tables=[_metrics_table(_metric_rows(report))],
             footer=f"page: {self.page}",
         )
 
@@ -258,7 +259,7 @@ def _metric_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _table_of_metrics(rows: list[dict[str, Any]]) -> PageTable:
+def _metrics_table(rows: list[dict[str, Any]]) -> PageTable:
     """A table of the metrics of all tasks: value and interval, and, after a comparison, the difference and its verdict.
 
     `rows`: as by `_metric_rows`.
@@ -324,34 +325,37 @@ class PlanResult:
         model = self.answer["model"]
         job = self.answer["job"]
         cards = f"{job['nodes'] * job['gpus_per_node']} x {self.answer['hardware']['name']}"
-        what = f"{model['parameters']:,} parameters, {model['trained']:,} trained, on {cards}"
+        model_on_cards = f"{model['parameters']:,} parameters, {model['trained']:,} trained, on {cards}"
         if not self.fits:
-            return f"{what}: nothing fits"
-        return f"{what}: {' '.join(self.answer['best'])}"
+            return f"{model_on_cards}: nothing fits"
+        return f"{model_on_cards}: {' '.join(self.answer['best'])}"
 
     def _repr_html_(self) -> str:
-        """Cards of the best way, its settings to copy, and a table of all ways."""
+        """The plan as HTML for a notebook: cards of the fastest way that fits, its command to copy, a table of all ways."""
         cards = []
         if self.fits:
-            best = next(way for way in self.answer["ways"] if way["words"] == self.answer["best"])
-            cards = _cards_of_way(best, self.answer)
+            best_way = next(way for way in self.answer["ways"] if way["words"] == self.answer["best"])
+            cards = _way_cards(best_way, self.answer)
             lead = Callout("good", "Fastest way that fits", "", [f"shardtune train {shlex.join(self.words)}"])
         else:
             advice = "Take more cards, a smaller data.max_length, tuning=lora or a larger card."
             lead = Callout("bad", "Nothing fits", advice)
         callouts = [Callout("note", "To know", note) for note in self.answer["notes"]]
-        return fragment(
+        return notebook_html(
             str(self),
             lead=lead,
             cards=cards,
             callouts=callouts,
-            tables=[_table_of_ways(self.answer["ways"])],
+            tables=[_ways_table(self.answer["ways"])],
             footer="Expected, not measured: memory of tensors is simulated, speeds are reckoned (docs/planning.md).",
         )
 
 
-def _cards_of_way(way: dict[str, Any], answer: dict[str, Any]) -> list[PageCard]:
-    """Memory, speed, time and price of a way to run."""
+def _way_cards(way: dict[str, Any], answer: dict[str, Any]) -> list[PageCard]:
+    """Cards with the memory, the speed, the time and the price of a way to run; the last two only if they are known.
+
+    `way` and `answer` as in `shardtune plan --json`.
+    """
     card_gib = answer["hardware"]["memory_gib"]
     needed_gib = card_gib - way["margin_gib"]
     cards = [
@@ -365,8 +369,8 @@ def _cards_of_way(way: dict[str, Any], answer: dict[str, Any]) -> list[PageCard]
     return cards
 
 
-def _table_of_ways(ways: list[dict[str, Any]]) -> PageTable:
-    """The ways to run: what each needs, and how fast it is."""
+def _ways_table(ways: list[dict[str, Any]]) -> PageTable:
+    """The table of the ways to run, as in `shardtune plan --json`: memory left, speed, and how each compares with the best."""
     columns = [
         PageColumn("strategy"),
         PageColumn("settings"),

@@ -11,23 +11,23 @@ from launch.compare.run_page.verdict import run_callouts, run_verdict
 from launch.compare.run_report import REPORT_FILE
 from launch.compare.settings import PointSource
 from launch.config.prices import gpu_hour_price
-from launch.notebook.curve import Curve, Picture, picture, smoothed
-from launch.notebook.fragment import fragment
+from launch.notebook.curve import Curve, Picture, draw_picture, running_means
+from launch.notebook.fragment import notebook_html
 from strategies.errors import ConfigError
 from trainer.pages.pieces import Callout
 
 
-def run_view(run_dir: Path) -> str:
+def run_notebook_html(run_dir: Path) -> str:
     """A run as HTML for a notebook: verdict, cards and its losses; only a message if it has not begun or cannot be read."""
     try:
         comparison = compare_points([PointSource((run_dir,))], gpu_hour_price)
     except ConfigError as error:
-        return fragment(str(run_dir), lead=Callout("note", "No run to show", "; ".join(error.problems)))
+        return notebook_html(str(run_dir), lead=Callout("note", "No run to show", "; ".join(error.problems)))
     compared = comparison.points[0]
     run = compared.first_repeat
     verdict = run_verdict(run)
     report = run_dir / REPORT_FILE
-    return fragment(
+    return notebook_html(
         str(run_dir),
         cards=run_cards(compared),
         lead=Callout(verdict.tone, verdict.heading, verdict.text, verdict.commands),
@@ -46,7 +46,9 @@ def _loss_picture(run: RecordedRun) -> Picture | None:
             held_out_losses.append((step, metrics["eval/loss"]))
     curves = [
         Curve("training loss of a step", losses, style="faint"),
-        Curve("training loss", smoothed(losses)),
+        Curve("training loss", running_means(losses)),
         Curve("held-out loss", held_out_losses, style="dots"),
     ]
-    return picture(curves, x_title="steps", description="Training loss and held-out loss over the steps of the run")
+    return draw_picture(
+        curves, x_title="steps", description="Training loss and held-out loss over the steps of the run"
+    )

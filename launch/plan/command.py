@@ -21,7 +21,7 @@ from launch.config.verb_arguments import (
     read_setting_group,
 )
 from launch.output import print_json
-from launch.streams import draw
+from launch.streams import write_control_sequence
 from strategies.errors import ConfigError
 from strategies.imports import importing_without_gc
 
@@ -324,7 +324,7 @@ def _progress_printer() -> Any:
 
     def on_progress(done: int, total: int, variant: str) -> None:
         if is_terminal:
-            draw(sys.stderr, "\r\033[K")
+            write_control_sequence(sys.stderr, "\r\033[K")
             line = f"simulated {done} of {total}: {variant}"[:96]  # a line that wraps could not be written over
             print(line, end="" if done < total else "\n", file=sys.stderr, flush=True)
         elif done == total:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launch.output import is_utf8
+from launch.output import stdout_shows_unicode
 
 BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.-~=+*#"
@@ -18,7 +18,7 @@ def sparkline(values: list[float]) -> str:
     """
     if not values:
         return ""
-    bars = BARS if is_utf8() else ASCII_BARS
+    bars = BARS if stdout_shows_unicode() else ASCII_BARS
     lowest = min(values)
     span = (max(values) - lowest) or 1  # a flat curve would be divided by 0
     characters = []

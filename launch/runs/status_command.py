@@ -182,12 +182,12 @@ def _redraw_table_forever(root: Path) -> None:
     from rich.text import Text
 
     from launch.runs.status_tables import status_text
-    from launch.streams import printable, raw
+    from launch.streams import printable_text, unwrap_stream
 
     # Not the alternate screen: after Ctrl-C, the last table stays in the terminal.
-    with Live(console=Console(file=raw(sys.stdout), highlight=False), auto_refresh=False) as display:
+    with Live(console=Console(file=unwrap_stream(sys.stdout), highlight=False), auto_refresh=False) as display:
         for runs_status in runs_status_forever(root):
-            display.update(Text(printable(status_text(runs_status, None, live=True))), refresh=True)
+            display.update(Text(printable_text(status_text(runs_status, None, live=True))), refresh=True)
 
 
 def runs_status_forever(root: Path) -> Iterator[RunsStatus]:

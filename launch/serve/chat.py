@@ -18,7 +18,7 @@ from launch.config.verb_arguments import (
     read_arguments,
 )
 from launch.serve.config import ServedType
-from launch.streams import printable
+from launch.streams import printable_text
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def _print_answers(conversations: list[Conversation], prompt: str, *, as_json: b
             print(f"{conversation.chat_model.name}:")
         for piece in conversation.stream_answer(prompt):
             # A terminal would obey control characters that the model generates; a file gets them as they are.
-            print(printable(piece) if in_terminal else piece, end="", flush=True)
+            print(printable_text(piece) if in_terminal else piece, end="", flush=True)
         print()
         if conversation.is_cut:
             print(f"(cut at max_tokens={conversation.settings.max_tokens})", file=sys.stderr)

@@ -88,12 +88,12 @@ def _table(conversations: list[Conversation], texts: list[str]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from launch.streams import printable
+    from launch.streams import printable_text
 
     table = Table.grid(padding=(0, 2), expand=True)
     for _ in conversations:
         table.add_column(ratio=1, overflow="fold")
     if len(conversations) > 1:
         table.add_row(*(Text(conversation.chat_model.name, style="bold") for conversation in conversations))
-    table.add_row(*(Text(printable(text)) for text in texts))
+    table.add_row(*(Text(printable_text(text)) for text in texts))
     return table

@@ -9,7 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.sweep.search_answer import STATE_BY_OPTUNA_STATE, completed_trials_best_first
+from launch.sweep.search_answer import (
+    STATE_BY_OPTUNA_STATE,
+    completed_trials_best_first,
+    failure_reason,
+    run_dir_of_trial,
+)
 from launch.sweep.space import SearchedSetting
 from launch.sweep.sweeper import Search
 from trainer.pages.numbers import format_number
@@ -21,12 +26,12 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 PAGE_FILE = "search.html"
-RUN_PAGE = "report.html"
+RUN_PAGE_FILE = "report.html"
 """Page of a trial's run in its directory, to which the table links."""
-STATE_TONES: dict[str, Tone] = {"done": "good", "pruned": "note", "failed": "bad", "not done": "warning"}
-WIDTH, HEIGHT = 320, 170
+TONE_BY_STATE: dict[str, Tone] = {"done": "good", "pruned": "note", "failed": "bad", "not done": "warning"}
+DRAWING_WIDTH, DRAWING_HEIGHT = 320, 170
 """Size of a drawing, in its own units."""
-MARGIN = 12
+DRAWING_MARGIN = 12
 """Room around the points of a drawing."""
 MAX_AXIS_IN_MEDIAN_DISTANCES = 4
 """Length of the metric axis from the best trial on, as a multiple of the distance from the best trial to the median."""
@@ -60,44 +65,41 @@ class SettingDrawing:
     lower_metric: str
 
 
-def search_page(study: Study, search: Search, search_dir: Path) -> str:
+def render_search_page(study: Study, search: Search, search_dir: Path) -> str:
     """The page of a search as HTML, with every trial that the study has."""
     trials = study.get_trials(deepcopy=False)
-    done = completed_trials_best_first(trials, search)
+    completed = completed_trials_best_first(trials, search)
     # An infinite metric has no position on an axis.
-    drawn = [trial for trial in done if math.isfinite(trial.value or 0.0)]
-    drawings = [draw_setting(setting, drawn, search) for setting in search.searched_settings] if len(drawn) > 1 else []
-    setting_texts = [(setting.key, setting.text) for setting in search.searched_settings]
+    drawable = [trial for trial in completed if math.isfinite(trial.value or 0.0)]
+    drawings = []
+    if len(drawable) > 1:  # a drawing of one point shows nothing
+        drawings = [setting_drawing(setting, drawable, search) for setting in search.searched_settings]
+    setting_texts = [(setting.key, setting.values_text) for setting in search.searched_settings]
     return render(
         "launch.sweep",
         "page.html.j2",
         directory=str(search_dir),
         space=setting_texts,
         fixed=shlex.join(search.shared_arguments),
-        verdict=_search_verdict(done, trials, search, search_dir),
-        cards=_search_cards(done, trials, search),
+        verdict=_search_verdict(completed, trials, search, search_dir),
+        cards=_search_cards(completed, trials, search),
         drawings=drawings,
         metric=search.metric,
         better="higher" if search.greater_is_better else "lower",
-        table=_trials_table(done, trials, search, search_dir),
-        failures=_failures(trials, search),
-        width=WIDTH,
-        height=HEIGHT,
+        table=_trials_table(completed, trials, search, search_dir),
+        failures=_failed_trials_with_reasons(trials, search),
+        width=DRAWING_WIDTH,
+        height=DRAWING_HEIGHT,
     )
 
 
-def run_directory(trial: FrozenTrial, search_dir: Path) -> Path:
-    """The run directory of a trial. A trial with the arguments of an earlier one (its twin) was not run: it has the twin's."""
-    return search_dir / str(trial.user_attrs.get("twin", trial.number))
-
-
 def _search_verdict(
-    done: Sequence[FrozenTrial], trials: Sequence[FrozenTrial], search: Search, search_dir: Path
+    completed: Sequence[FrozenTrial], trials: Sequence[FrozenTrial], search: Search, search_dir: Path
 ) -> Callout:
     """A call-out with the best trial, its arguments and the command that exports its model; or that there is no best trial.
 
-    It also says how many trials are not done yet. `done`: the trials with a result, the best first. `trials`: all that were
-    begun.
+    It also says how many trials are not done yet. `completed`: the trials with a result, the best first. `trials`: all that
+    were begun.
     """
     num_unfinished = sum(trial.state.name in ("RUNNING", "WAITING") for trial in trials)
     num_unfinished += max(search.settings.trials - len(trials), 0)  # those that were not begun yet
@@ -105,69 +107,69 @@ def _search_verdict(
     if num_unfinished:
         verb = "is" if num_unfinished == 1 else "are"
         progress = f"{num_unfinished} of {search.settings.trials} trials {verb} not done yet. "
-    if not done:
+    if not completed:
         text = f"{progress}No trial is done, so there is no best one."
         return Callout("warning" if num_unfinished else "bad", "No result", text)
-    best = done[0]
+    best = completed[0]
     text = f"{progress}The settings of the trial, and the command that exports its model:"
-    best_run_dir = shlex.quote(str(run_directory(best, search_dir)))
+    best_run_dir = shlex.quote(str(run_dir_of_trial(best, search_dir)))
     commands = [shlex.join(search.trial_arguments(best.params)), f"shardtune export {best_run_dir}"]
     return Callout("good", f"Best: trial {best.number}, {search.metric} {format_number(best.value)}", text, commands)
 
 
-def _search_cards(done: Sequence[FrozenTrial], trials: Sequence[FrozenTrial], search: Search) -> list[PageCard]:
+def _search_cards(completed: Sequence[FrozenTrial], trials: Sequence[FrozenTrial], search: Search) -> list[PageCard]:
     """A card with the best metric beside the median, then one with the number of trials for each way in which trials ended.
 
-    `done`: the trials with a result, the best first.
+    `completed`: the trials with a result, the best first.
     """
     cards = []
-    if done:
-        metrics = sorted(trial.value or 0.0 for trial in done)
-        median = f"median {format_number(metrics[len(metrics) // 2])}, of {len(done)}"
+    if completed:
+        metrics = sorted(trial.value or 0.0 for trial in completed)
+        median = f"median {format_number(metrics[len(metrics) // 2])}, of {len(completed)}"
         direction = "higher is better" if search.greater_is_better else "lower is better"
-        cards.append(PageCard(search.metric, format_number(done[0].value), f"{median}; {direction}", "good"))
-    for state, tone in STATE_TONES.items():
+        cards.append(PageCard(search.metric, format_number(completed[0].value), f"{median}; {direction}", "good"))
+    for state, tone in TONE_BY_STATE.items():
         count = sum(STATE_BY_OPTUNA_STATE[trial.state.name] == state for trial in trials)
         if count or state == "done":  # that none is done is worth a card
             cards.append(PageCard(f"Trials {state}", str(count), f"of {search.settings.trials}", tone if count else ""))
     return cards
 
 
-def _failures(trials: Sequence[FrozenTrial], search: Search) -> list[tuple[str, str]]:
+def _failed_trials_with_reasons(trials: Sequence[FrozenTrial], search: Search) -> list[tuple[str, str]]:
     """(trial with its arguments, reason) of each failed trial."""
     failures = []
     for trial in trials:
         if trial.state.name == "FAIL":
-            reason = trial.user_attrs.get("reason", "its command was killed while it was drawn")
-            failures.append((f"trial {trial.number}: {' '.join(search.trial_arguments(trial.params))}", reason))
+            title = f"trial {trial.number}: {' '.join(search.trial_arguments(trial.params))}"
+            failures.append((title, failure_reason(trial)))
     return failures
 
 
 def _trials_table(
-    done: Sequence[FrozenTrial], trials: Sequence[FrozenTrial], search: Search, search_dir: Path
+    completed: Sequence[FrozenTrial], trials: Sequence[FrozenTrial], search: Search, search_dir: Path
 ) -> PageTable:
     """The table of all trials, the best first: number, metric, state, the value of each setting, and a remark.
 
-    `done`: the trials with a result, the best first. `trials`: all that were begun.
+    `completed`: the trials with a result, the best first. `trials`: all that were begun.
     """
     metric_column = PageColumn(search.metric, best="largest" if search.greater_is_better else "smallest")
     columns = [PageColumn("trial"), metric_column, PageColumn("state")]
     columns += [PageColumn(setting.key, "settings") for setting in search.searched_settings]
     columns.append(PageColumn("what happened"))
-    done_numbers = {trial.number for trial in done}
-    trials_without_result = [trial for trial in trials if trial.number not in done_numbers]
+    completed_numbers = {trial.number for trial in completed}
+    trials_without_result = [trial for trial in trials if trial.number not in completed_numbers]
     rows = []
-    for trial in [*done, *trials_without_result]:
+    for trial in [*completed, *trials_without_result]:
         state = STATE_BY_OPTUNA_STATE[trial.state.name]
-        page = run_directory(trial, search_dir) / RUN_PAGE
-        href = str(page.relative_to(search_dir)) if page.is_file() else ""
+        run_page = run_dir_of_trial(trial, search_dir) / RUN_PAGE_FILE
+        href = str(run_page.relative_to(search_dir)) if run_page.is_file() else ""
         setting_cells = [_setting_cell(setting, trial) for setting in search.searched_settings]
         remark = _trial_remark(trial)
         rows.append(
             [
                 PageCell(str(trial.number), trial.number, href=href),
                 _metric_cell(trial),
-                PageCell(state, state, tone=STATE_TONES[state]),
+                PageCell(state, state, tone=TONE_BY_STATE[state]),
                 *setting_cells,
                 PageCell(remark, remark),
             ]
@@ -206,31 +208,35 @@ def _trial_remark(trial: FrozenTrial) -> str:
     if trial.state.name == "PRUNED" and trial.intermediate_values:
         return f"behind the median at step {max(trial.intermediate_values)}"
     if trial.state.name == "FAIL":
-        return str(trial.user_attrs.get("reason", "its command was killed while it was drawn"))
+        return failure_reason(trial)
     return ""
 
 
-def draw_setting(setting: SearchedSetting, done: Sequence[FrozenTrial], search: Search) -> SettingDrawing:
-    """The drawing of the metric by the value of one setting: a point for each of the `done` trials, which are best first."""
-    metrics = [trial.value or 0.0 for trial in done]
+def setting_drawing(setting: SearchedSetting, completed: Sequence[FrozenTrial], search: Search) -> SettingDrawing:
+    """The drawing of the metric by the value of one setting, with a point for each trial.
+
+    `completed`: the trials with a finite result, the best first.
+    """
+    metrics = [trial.value or 0.0 for trial in completed]
     best_metric = metrics[0]
     axis_end = _metric_axis_end(metrics)
     # Signed: negative if a greater metric is better. A single value would be divided by 0.
     axis_length = axis_end - best_metric or 1.0
     points = []
-    for trial, metric in zip(done, metrics, strict=True):
+    for trial, metric in zip(completed, metrics, strict=True):
         value = trial.params[setting.key]
-        share = (metric - best_metric) / axis_length  # 0 at the best metric, 1 at the end of the axis
+        share_from_best = (metric - best_metric) / axis_length  # 0 at the best metric, 1 at the end of the axis
         # The larger metrics are above, at small y.
-        depth = min(share, 1.0) if search.greater_is_better else 1 - min(share, 1.0)
-        x = MARGIN + _axis_position(setting, value) * (WIDTH - 2 * MARGIN)
-        y = MARGIN + depth * (HEIGHT - 2 * MARGIN)
+        drawn_share = min(share_from_best, 1.0)
+        share_from_top = drawn_share if search.greater_is_better else 1 - drawn_share
+        x = DRAWING_MARGIN + _axis_position(setting, value) * (DRAWING_WIDTH - 2 * DRAWING_MARGIN)
+        y = DRAWING_MARGIN + share_from_top * (DRAWING_HEIGHT - 2 * DRAWING_MARGIN)
         text = f"trial {trial.number}: {setting.argument(value)}, {search.metric} {format_number(metric)}"
-        points.append(TrialPoint(x, y, text, is_best=trial is done[0], is_beyond=share > 1))
-    best_argument = setting.argument(done[0].params[setting.key])
+        points.append(TrialPoint(x, y, text, is_best=trial is completed[0], is_beyond=share_from_best > 1))
+    best_argument = setting.argument(completed[0].params[setting.key])
     return SettingDrawing(
         key=setting.key,
-        description=f"{search.metric} of {len(done)} trials by {setting.key}; the best one has {best_argument}",
+        description=f"{search.metric} of {len(completed)} trials by {setting.key}; the best one has {best_argument}",
         points=points,
         ticks=[setting.value_text(value) for value in setting.choices or (setting.low, setting.high)],
         has_choices=bool(setting.choices),
@@ -257,7 +263,7 @@ def _axis_position(setting: SearchedSetting, value: object) -> float:
     """Position of a value on the axis of its setting, from 0 at the lower end to 1; choices are evenly spread."""
     if setting.choices:
         return (setting.choices.index(str(value)) + 0.5) / len(setting.choices)
-    scale = math.log if setting.log else float
+    scale = math.log if setting.is_logarithmic else float
     low = scale(setting.low)
     high = scale(setting.high)
     if high <= low:

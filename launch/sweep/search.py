@@ -50,12 +50,12 @@ class SearchProgress(RunsProgress):
     def __init__(self, total_trials: int, trial: Trial, run_dir: Path, metric: str, *, prune: bool) -> None:
         super().__init__(total_trials, 0)
         self.run_number = trial.number
-        self.pruned = False
+        self.is_pruned = False
         """Whether the trial was asked to end because it is behind the median of the others."""
         self._trial = trial
         self._trial_dir = run_dir
         self._metric = metric
-        self._prune = prune
+        self._may_prune = prune
         self._reported_file_bytes = -1
         # A resumed trial has reported some steps already.
         self._reported_steps = set(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
@@ -77,8 +77,8 @@ class SearchProgress(RunsProgress):
             self.report_evaluations()
             if self._was_asked_to_end:
                 return
-            self.pruned = self._prune and self._trial.should_prune()
-            if self.pruned or missing_metric_problem(self._trial_dir, self._metric):
+            self.is_pruned = self._may_prune and self._trial.should_prune()
+            if self.is_pruned or missing_metric_problem(self._trial_dir, self._metric):
                 self._was_asked_to_end = True
                 os.kill(os.getpid(), signal.SIGTERM)  # this process passes it on to the run, and starts nothing again
 
@@ -246,11 +246,11 @@ def write_search_page(study: Study, search: Search, search_dir: Path) -> Path | 
 
     No error of the page is an error of the search: it is only printed, and the result is None.
     """
-    from launch.sweep.page import PAGE_FILE, search_page
+    from launch.sweep.page import PAGE_FILE, render_search_page
 
     page_path = search_dir / PAGE_FILE
     try:
-        write_text_atomic(page_path, search_page(study, search, search_dir))
+        write_text_atomic(page_path, render_search_page(study, search, search_dir))
     except Exception as error:  # noqa: BLE001 - hours of trials are still to come
         print(f"no {PAGE_FILE}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return None
@@ -372,10 +372,10 @@ def _run_trial(trial: Trial, search: Search, search_dir: Path, run_trial: RunTri
     study = trial.study
     arguments = search.trial_arguments(trial.params)
     # Rounded values and choices may be drawn twice.
-    twin = _completed_twin(study, arguments, search)
-    if twin is not None:
-        trial.set_user_attr("twin", twin.number)
-        study.tell(trial.number, twin.value)
+    completed_twin = _completed_twin(study, arguments, search)
+    if completed_twin is not None:
+        trial.set_user_attr("twin", completed_twin.number)
+        study.tell(trial.number, completed_twin.value)
         return 0
 
     run_dir = search_dir / str(trial.number)
@@ -397,12 +397,12 @@ def _run_trial(trial: Trial, search: Search, search_dir: Path, run_trial: RunTri
         reason = str(error)
         print(f"{run_dir}: {reason}", file=sys.stderr, flush=True)
 
-    lacks_metric = missing_metric_problem(run_dir, search.metric)
-    if lacks_metric:
-        raise ConfigError(lacks_metric)
+    metric_problem = missing_metric_problem(run_dir, search.metric)
+    if metric_problem:
+        raise ConfigError(metric_problem)
     progress.report_evaluations()
     was_stopped = exit_code in STOP_EXIT_CODES
-    if was_stopped and progress.pruned:
+    if was_stopped and progress.is_pruned:
         study.tell(trial.number, state=_trial_state("PRUNED"))
         print(f"trial {trial.number}: pruned, it is behind the median of the others", file=sys.stderr, flush=True)
         return 0

@@ -32,6 +32,16 @@ def completed_trials_best_first(trials: Sequence[FrozenTrial], search: Search) -
     return sorted(completed, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
 
 
+def run_dir_of_trial(trial: FrozenTrial, search_dir: Path) -> Path:
+    """The run directory of a trial. A trial with the arguments of an earlier one (its twin) was not run: it has the twin's."""
+    return search_dir / str(trial.user_attrs.get("twin", trial.number))
+
+
+def failure_reason(trial: FrozenTrial) -> str:
+    """Why a failed trial failed; a trial whose command was killed before it was started has recorded no reason."""
+    return str(trial.user_attrs.get("reason", "its command was killed while it was drawn"))
+
+
 def search_table(study: Study, search: Search, search_dir: Path) -> str:
     """What is printed after a search: a table of all trials, the best first, and the arguments of the best one."""
     trials = study.get_trials(deepcopy=False)
@@ -48,8 +58,7 @@ def search_table(study: Study, search: Search, search_dir: Path) -> str:
     if not completed:
         return "\n".join([*lines, "no trial is done: there is no best one"])
     best = completed[0]
-    # A trial with the arguments of an earlier one was not run: its run is that of its twin.
-    run_dir = search_dir / str(best.user_attrs.get("twin", best.number))
+    run_dir = run_dir_of_trial(best, search_dir)
     lines += wrap_text(f"best: trial {best.number}, {search.metric} {best.value:.6g}, in {run_dir}; its settings:", 0)
     return "\n".join([*lines, f"  {shlex.join(search.trial_arguments(best.params))}"])
 
@@ -69,6 +78,6 @@ def _trial_row(trial: FrozenTrial, search: Search) -> TableRow:
     if "twin" in trial.user_attrs:
         cell_lines.append(f"the same settings as trial {trial.user_attrs['twin']}, not run again")
     if trial.state.name == "FAIL":
-        cell_lines.append(trial.user_attrs.get("reason", "its command was killed while it was drawn"))
+        cell_lines.append(failure_reason(trial))
     metric_cell = "-" if metric is None else f"{metric:.6g}"
     return TableRow((str(trial.number), metric_cell, STATE_BY_OPTUNA_STATE[trial.state.name], "\n".join(cell_lines)))

@@ -25,7 +25,7 @@ class SearchedSetting:
     """A setting whose values a search tries: one of `choices`, or a number from `low` to `high`, both included."""
 
     key: str
-    text: str
+    values_text: str
     """What is behind the equals sign of the argument, such as `interval(1e-5,1e-3)`."""
     choices: tuple[str, ...] = ()
     """Values as in an argument; empty for a setting of numbers."""
@@ -34,7 +34,7 @@ class SearchedSetting:
     step: float | None = None
     """Distance between the numbers of a range; None for an interval, of which any number may be drawn."""
     is_integer: bool = False
-    log: bool = False
+    is_logarithmic: bool = False
     """Whether values are drawn evenly on a logarithmic scale."""
 
     def distribution(self) -> BaseDistribution:
@@ -44,8 +44,8 @@ class SearchedSetting:
         if self.choices:
             return CategoricalDistribution(self.choices)
         if self.is_integer:
-            return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
-        return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
+            return IntDistribution(int(self.low), int(self.high), log=self.is_logarithmic, step=int(self.step or 1))
+        return FloatDistribution(self.low, self.high, log=self.is_logarithmic, step=self.step)
 
     def value_text(self, value: Any) -> str:
         """A drawn value as on the command line: a choice as it is, a number with `SIGNIFICANT_DIGITS`, such as `0.0002`."""
@@ -90,7 +90,7 @@ def read_space(arguments: list[str]) -> tuple[list[SearchedSetting], list[str]]:
     keys += [argument.partition("=")[0] for argument in shared_arguments]
     for setting in space:
         if keys.count(setting.key) > 1:
-            problems.append(f"{setting.key}={setting.text}: {setting.key} is given twice")
+            problems.append(f"{setting.key}={setting.values_text}: {setting.key} is given twice")
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return space, shared_arguments
@@ -148,7 +148,9 @@ def _read_sweep_function(argument: str, key: str, values_text: str) -> SearchedS
         return SearchedSetting(key, values_text, _without_duplicates(choices))
     if isinstance(sweep, IntervalSweep):
         assert sweep.start is not None and sweep.end is not None  # the grammar wants both
-        return _interval_setting(argument, SearchedSetting(key, values_text, log="log" in tags), sweep.start, sweep.end)
+        return _interval_setting(
+            argument, SearchedSetting(key, values_text, is_logarithmic="log" in tags), sweep.start, sweep.end
+        )
     assert isinstance(sweep, RangeSweep)
     if tags:
         raise ConfigError(
@@ -169,7 +171,7 @@ def _interval_setting(argument: str, setting: SearchedSetting, low: float, high:
         raise ConfigError(
             f"{argument}: goes from {low:g} to {high:g}; write the smaller end first, both of them numbers"
         )
-    if setting.log and low <= 0:
+    if setting.is_logarithmic and low <= 0:
         raise ConfigError(f"{argument}: a logarithm needs ends above 0; raise {low:g}, or leave tag(log,...) out")
     if is_integer and (low != int(low) or high != int(high)):
         raise ConfigError(f"{argument}: {setting.key} is a whole number; give whole ends")
@@ -203,8 +205,10 @@ def _setting_types(key: str) -> set[Any]:
 
 
 def _takes_integers(key: str) -> bool:
+    """Whether a setting of the configuration takes whole numbers alone, such as `tuning.rank`."""
     return _setting_types(key) == {int}
 
 
 def _takes_text(key: str) -> bool:
+    """Whether a setting of the configuration may be a text, such as `data.path`."""
     return bool(_setting_types(key) & {str, Any})

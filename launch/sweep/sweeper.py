@@ -75,7 +75,7 @@ class Search:
             self.searched_settings, key=lambda setting: setting.key
         )  # in whatever order they were given
         for setting in settings_by_key:
-            identity[f"{setting.key}="] = setting.text
+            identity[f"{setting.key}="] = setting.values_text
         better = "larger" if self.greater_is_better else "smaller"
         identity["metric"] = f"{self.metric}, {better} is better"
         identity["sweeper.seed"] = str(self.settings.seed)
@@ -236,5 +236,5 @@ def search_listing(search: Search) -> str:
     trials = search.settings.trials
     lines = [f"sweeper.trials={trials} in {search.directory}, {search.metric} ({better} is better), of"]
     for setting in search.searched_settings:
-        lines.append(f"  {setting.key}={setting.text}")
+        lines.append(f"  {setting.key}={setting.values_text}")
     return "\n".join(lines)

@@ -43,11 +43,11 @@ def write_sweep_file(arguments: list[str], *, print_only: bool = False) -> int:
     path = search.directory / "sweep.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(path, sweep_yaml)
-    view = path.with_name(WORKSPACE_FILE)
-    write_text_atomic(view, trials_workspace_script(search))
+    workspace_path = path.with_name(WORKSPACE_FILE)
+    write_text_atomic(workspace_path, trials_workspace_script(search))
     print(f"written: {path}\nbegin it:   wandb sweep {shlex.quote(str(path))}")
     print("work on it: wandb agent <the name it tells>   (as often as you like, where the model and the data are)")
-    print(f"look at it: python {shlex.quote(str(view))}   (makes a view and a report of the trials in W&B)")
+    print(f"look at it: python {shlex.quote(str(workspace_path))}   (makes a view and a report of the trials in W&B)")
     return 0
 
 
@@ -99,7 +99,7 @@ def trials_workspace_script(search: Search) -> str:
     direction = "largest" if search.greater_is_better else "smallest"
     final = f"final/{search.metric}"
     points = ["| setting | searched |", "|---|---|"]
-    points += [f"| {setting.key} | {markdown_cell(setting.text)} |" for setting in search.searched_settings]
+    points += [f"| {setting.key} | {markdown_cell(setting.values_text)} |" for setting in search.searched_settings]
     return script_text(
         [
             ("Which settings are best?", list(SETTINGS_PANELS)),
@@ -154,16 +154,18 @@ def wandb_sweep_parameter(setting: SearchedSetting) -> dict[str, Any]:
     if setting.step is not None and not has_step_of_one:
         num_values = int((setting.high - setting.low) / setting.step + RANGE_TOLERANCE) + 1
         if num_values > MAX_LISTED_VALUES:
-            raise ConfigError(f"{setting.key}={setting.text}: has {num_values:,} values; write interval({low},{high})")
+            raise ConfigError(
+                f"{setting.key}={setting.values_text}: has {num_values:,} values; write interval({low},{high})"
+            )
         values = []
         for index in range(num_values):
             value_text = setting.value_text(setting.low + index * setting.step)
             values.append(_number_or_text(value_text))
         return {"values": values}
     bounds = {"min": low, "max": high}
-    if setting.log and setting.is_integer:
+    if setting.is_logarithmic and setting.is_integer:
         return {"distribution": "q_log_uniform_values", **bounds, "q": 1}
-    if setting.log:
+    if setting.is_logarithmic:
         return {"distribution": "log_uniform_values", **bounds}
     return {"distribution": "int_uniform" if setting.is_integer else "uniform", **bounds}
 

@@ -14,7 +14,7 @@ from launch.cluster.preflight.targets import preflight_targets
 from launch.compare.points import plan_points
 from launch.config.choices import choices_by_group
 from launch.config.compose import compose_config
-from launch.main import EXIT_CODES, VERBS, module_of
+from launch.main import DESCRIPTION_BY_VERB, EXIT_CODES, module_of_verb
 from launch.plan.command import compose_planned_run, read_plan_request
 from launch.sweep.sweeper import is_search, plan_search
 from tests.helpers.covering import chosen
@@ -300,7 +300,7 @@ def test_every_verb_shown_exists():
         text = page.read_text(encoding="utf-8")
         shown = [block for _, block in FENCED.findall(text)] + re.findall(r"`([^`\n]+)`", FENCED.sub("", text))
         for verb in re.findall(r"^(?:\$ )?shardtune ([a-z]+)\b", "\n".join(shown), re.MULTILINE):
-            assert verb in VERBS and find_spec(module_of(verb)), f"{page.name}: shardtune {verb}"
+            assert verb in DESCRIPTION_BY_VERB and find_spec(module_of_verb(verb)), f"{page.name}: shardtune {verb}"
 
 
 def test_every_setting_named_exists():

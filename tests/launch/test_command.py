@@ -53,9 +53,9 @@ def test_a_wheel_carries_every_package(monkeypatch):
 
 
 def test_help_is_one_screen():
-    lines = command.usage().splitlines()
+    lines = command.usage_text().splitlines()
     assert len(lines) <= 40 and max(map(len, lines)) <= 80
-    assert list(command.VERBS) == [verb for group in command.VERBS_BY_GROUP.values() for verb in group]
+    assert list(command.DESCRIPTION_BY_VERB) == [verb for group in command.VERBS_BY_GROUP.values() for verb in group]
 
 
 def test_help_lists_verbs_groups_and_choices(capsys):
@@ -71,10 +71,10 @@ def test_help_lists_verbs_groups_and_choices(capsys):
 HELP = """
 import sys
 import time
-from launch.main import VERBS, main
+from launch.main import DESCRIPTION_BY_VERB, main
 
 HEAVY = {"torch", "transformers", "hydra", "omegaconf", "peft", "datasets"}
-for words in (["--help"], *([verb, "--help"] for verb in VERBS), ["prepare", "--print", "--help"]):
+for words in (["--help"], *([verb, "--help"] for verb in DESCRIPTION_BY_VERB), ["prepare", "--print", "--help"]):
     began = time.process_time()
     assert main(words) == 0
     assert not HEAVY & set(sys.modules), (words, HEAVY & set(sys.modules))
@@ -89,7 +89,7 @@ def test_help_of_every_verb_fits_80_columns_and_is_there_at_once():
 
 
 def test_help_begins_with_the_command_and_an_example(capsys):
-    for verb in command.VERBS:
+    for verb in command.DESCRIPTION_BY_VERB:
         assert command.main([verb, "--help"]) == 0
         usage, _, rest = capsys.readouterr().out.partition("\n\n")
         assert usage.startswith(f"usage: shardtune {verb} ")
@@ -97,7 +97,7 @@ def test_help_begins_with_the_command_and_an_example(capsys):
 
 
 def test_folding_help_loses_no_word():
-    for text in (evaluate.USAGE, train.usage(), export.USAGE, compare.USAGE, prepare.USAGE, logs_command.USAGE):
+    for text in (evaluate.USAGE, train.usage_text(), export.USAGE, compare.USAGE, prepare.USAGE, logs_command.USAGE):
         assert fold_help(text).replace(" \\\n", " ").split() == text.replace("\\\n", " ").split()
     row = "  --flag   " + "word " * 20
     assert fold_help(row).splitlines()[1].startswith(" " * 11 + "word")

@@ -7,7 +7,7 @@ from contextlib import redirect_stdout
 
 import pytest
 
-from launch.output import LEAST_TEXT_WIDTH, TableColumn, TableRow, format_table, truncate_to_width, wrap_text
+from launch.output import MIN_TEXT_COLUMN_WIDTH, TableColumn, TableRow, format_table, truncate_to_width, wrap_text
 from launch.runs.sparkline import ASCII_BARS, BARS, sparkline
 from tests.helpers.launching import ROOT, clean_environment
 
@@ -45,8 +45,8 @@ def test_a_table_that_cannot_be_80_columns_wide_is_wider_and_nothing_is_cut():
     row = TableRow(("some words that are folded", *["1234567890"] * 8))
     lines = format_table([WORDS, *[NUMBER] * 8], [row])
     assert lines[1].split()[-8:] == ["1234567890"] * 8
-    assert cells_of_words(lines, LEAST_TEXT_WIDTH).replace(" ", "") == "somewordsthatarefolded"
-    assert len(lines[1]) == LEAST_TEXT_WIDTH + 8 * 12
+    assert cells_of_words(lines, MIN_TEXT_COLUMN_WIDTH).replace(" ", "") == "somewordsthatarefolded"
+    assert len(lines[1]) == MIN_TEXT_COLUMN_WIDTH + 8 * 12
 
 
 def test_wide_characters_take_two_columns():

@@ -9,7 +9,7 @@ import pytest
 from launch.plan.page import plan_page
 from launch.review.prompts import ReviewPrompt
 from launch.review.sheet import make_review_sheet, review_page
-from launch.sweep.page import search_page
+from launch.sweep.page import render_search_page
 from launch.sweep.space import SearchedSetting
 from strategies.tensor_inventory import MemoryKind
 from tests.data.test_report import everything
@@ -157,7 +157,7 @@ def test_plan_page_stacks_memory_against_the_card(browser, tmp_path):
 def searched():
     """A search with trials that are done, one that failed and one that diverged, and its study."""
     space = (
-        SearchedSetting("optim.lr", "tag(log,interval(1e-5,1e-2))", low=1e-5, high=1e-2, log=True),
+        SearchedSetting("optim.lr", "tag(log,interval(1e-5,1e-2))", low=1e-5, high=1e-2, is_logarithmic=True),
         SearchedSetting("tuning.rank", "8,16", choices=("8", "16")),
     )
     trials = []
@@ -180,7 +180,7 @@ def test_search_page_draws_each_setting_and_names_failures(browser, tmp_path):
     study, search = searched()
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "report.html").write_text("")
-    page = opened(browser, tmp_path, search_page(study, search, tmp_path))
+    page = opened(browser, tmp_path, render_search_page(study, search, tmp_path))
     assert "Best: trial 1, eval/loss 2.200" in page.texts(".action h2")[0]
     for selector in ("svg", ".best.point", ".point.beyond"):
         assert page.tab.locator(selector).count() == 2, selector

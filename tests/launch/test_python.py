@@ -146,7 +146,7 @@ def _check_results(tmp_path, run):
     ],
 )
 def test_lists_are_axes_where_a_setting_takes_one_value(settings, words):
-    assert shardtune._arguments((), settings, axes=True) == words
+    assert shardtune._command_arguments((), settings, axes=True) == words
 
 
 def test_python_packages_of_the_same_names_are_named_in_the_first_line(tmp_path):

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from launch.main import main
-from launch.streams import draw, only_printable, printable
+from launch.streams import printable_output, printable_text, write_control_sequence
 from tests.helpers.building import model_dir
 from tests.helpers.covering import whole
 from tests.helpers.launching import ROOT, clean_environment, command_here
@@ -199,8 +199,8 @@ def test_terminal_obeys_nothing_in_the_records_of_others(hostile_run, verb, capf
 def test_terminal_output_that_redraws_still_can(monkeypatch):
     written = io.StringIO()
     monkeypatch.setattr("sys.stdout", written)
-    with only_printable():
-        draw(sys.stdout, "\r\x1b[K")
+    with printable_output():
+        write_control_sequence(sys.stdout, "\r\x1b[K")
         print("a\tb\x1b[31m")
     assert written.getvalue() == "\r\x1b[Ka\tb\n"
-    assert printable("plain text, Ümläüte and 日本") == "plain text, Ümläüte and 日本"
+    assert printable_text("plain text, Ümläüte and 日本") == "plain text, Ümläüte and 日本"

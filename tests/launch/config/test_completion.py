@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from launch.config.completion import completion_script
-from launch.main import VERBS, declared_arguments
+from launch.main import DESCRIPTION_BY_VERB, declared_arguments
 from tests.helpers.speed import seconds
 
 ASK = {
@@ -42,7 +42,7 @@ def test_a_real_shell_completes(shell, tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "my.yaml").touch()
     file = tmp_path / "completion"
-    file.write_text(completion_script(shell, VERBS, declared_arguments()))
+    file.write_text(completion_script(shell, DESCRIPTION_BY_VERB, declared_arguments()))
     commands = ASK[shell].format(script=file, directory=tmp_path)
     done = subprocess.run([shell, "-c", commands], capture_output=True, text=True, timeout=seconds(60))
     verbs, keys, choices, switch, flags, own, none, paths, files = done.stdout.splitlines()
@@ -60,7 +60,7 @@ def test_a_real_shell_completes(shell, tmp_path):
 def test_zsh_loads_the_script(tmp_path):
     if shutil.which("zsh") is None:
         pytest.skip("no zsh here")
-    (tmp_path / "_shardtune").write_text(completion_script("zsh", VERBS, declared_arguments()))
+    (tmp_path / "_shardtune").write_text(completion_script("zsh", DESCRIPTION_BY_VERB, declared_arguments()))
     told = "words=(shardtune train strategy=z); CURRENT=3; compadd() { echo $@ }; compset() { }; "
     commands = f"autoload -U compinit; compinit -u -d {tmp_path}/dump; source {tmp_path}/_shardtune; {told} _shardtune"
     done = subprocess.run(["zsh", "-fc", commands], capture_output=True, text=True, timeout=seconds(60))

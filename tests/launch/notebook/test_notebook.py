@@ -8,8 +8,8 @@ import pytest
 
 from launch.compare.comparison import compare_points
 from launch.compare.settings import PointSource
-from launch.notebook.curve import MAX_POINTS, Curve, picture, smoothed
-from launch.notebook.fragment import fragment
+from launch.notebook.curve import MAX_POINTS, Curve, draw_picture, running_means
+from launch.notebook.fragment import notebook_html
 from launch.notebook.results import ComparisonResult, EvaluationResult, PlanResult
 from strategies.errors import ConfigError
 from tests.helpers.browser import axe_problems
@@ -67,21 +67,21 @@ def test_long_comparison_is_a_small_view(tmp_path):
 
 def test_curve_of_a_long_run_keeps_its_spikes():
     points = [(step, 1000.0 if step == 54_321 else 2.0 + step % 7 / 10) for step in range(100_000)]
-    drawn = picture([Curve("loss", points)], x_title="steps", description="a loss").curves[0]
+    drawn = draw_picture([Curve("loss", points)], x_title="steps", description="a loss").curves[0]
     positions = [tuple(map(float, pair.split(","))) for pair in drawn.polyline.split()]
     assert len(positions) <= MAX_POINTS + 2
     heights = sorted(height for _, height in positions)
     assert heights[0] < heights[1] - 50, "one point is far above the others"
     assert [x for x, _ in positions] == sorted(x for x, _ in positions)
-    assert picture([Curve("loss", [(1, 2.0)]), Curve("none", [(1, math.nan)])], x_title="", description="") is None
+    assert draw_picture([Curve("loss", [(1, 2.0)]), Curve("none", [(1, math.nan)])], x_title="", description="") is None
 
 
 def test_curve_that_spans_magnitudes_has_a_logarithmic_axis():
-    marks = picture([Curve("loss", [(1, 10.0), (2, 1000.0), (3, 100.0)])], x_title="", description="").y_ticks
+    marks = draw_picture([Curve("loss", [(1, 10.0), (2, 1000.0), (3, 100.0)])], x_title="", description="").y_ticks
     assert [text for _, text in marks] == ["10", "100", "1000"]
     first, second, third = (float(position) for position, _ in marks)
     assert first - second == pytest.approx(second - third, abs=0.2)
-    assert smoothed([(step, 1.0) for step in range(100)]) == [(step, 1.0) for step in range(100)]
+    assert running_means([(step, 1.0) for step in range(100)]) == [(step, 1.0) for step in range(100)]
 
 
 REPORT = {
@@ -163,7 +163,7 @@ def test_notebook_views_are_readable_by_all(compared, browser, tmp_path):
     """In a window of 400 pixels, on both backgrounds, since a notebook brings its own."""
     table = PageTable([PageColumn("way"), PageColumn("speed", best="largest")], [])
     table.rows.extend([[PageCell(name, name), PageCell(str(speed), speed)] for name, speed in (("a", 1.0), ("b", 2.0))])
-    everything = fragment(
+    everything = notebook_html(
         "A view",
         cards=[PageCard("loss", "2.3", "before 2.8", "good", "down"), PageCard("speed", "1,000 tokens/s")],
         callouts=[

@@ -39,10 +39,10 @@ def judged(site, *more: str) -> list[str]:
 @pytest.mark.parametrize(
     ("word", "meant"),
     [
-        ("optim.lr=interval(1e-5,1e-3)", {"low": 1e-5, "high": 1e-3, "log": False, "is_integer": False}),
-        ("optim.lr=tag(log, interval(1e-5,1e-3))", {"low": 1e-5, "high": 1e-3, "log": True}),
+        ("optim.lr=interval(1e-5,1e-3)", {"low": 1e-5, "high": 1e-3, "is_logarithmic": False, "is_integer": False}),
+        ("optim.lr=tag(log, interval(1e-5,1e-3))", {"low": 1e-5, "high": 1e-3, "is_logarithmic": True}),
         ("tuning.rank=interval(2,8)", {"low": 2, "high": 8, "is_integer": True, "step": None}),
-        ("tuning.rank=tag(log,interval(2,64))", {"low": 2, "high": 64, "is_integer": True, "log": True}),
+        ("tuning.rank=tag(log,interval(2,64))", {"low": 2, "high": 64, "is_integer": True, "is_logarithmic": True}),
         ("tuning.rank=range(1,10,4)", {"low": 1, "high": 9, "is_integer": True, "step": 4}),
         ("tuning.rank=range(1,9,4)", {"low": 1, "high": 5}),
         ("optim.lr=range(0.1,0.5,0.1)", {"low": 0.1, "high": pytest.approx(0.4), "step": 0.1, "is_integer": False}),
