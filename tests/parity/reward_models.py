@@ -75,7 +75,7 @@ def _steps(config: RunConfig, data: PreparedData, runtime: Runtime) -> list[dict
     steps = []
     for batch in loader.steps(0, STEPS):
         result = trainer.train_step(batch).result
-        made = loader.current
+        made = loader.current_round
         by_reward = {}
         for name in config.objective.rewards:
             by_reward[name] = np.stack([scores.by_reward[name] for scores in made.scores]).tolist()

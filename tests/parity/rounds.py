@@ -178,7 +178,7 @@ def steps_of(
         gradients = {name: (weight - after[name]) / config.optim.lr for name, weight in before.items()}
         steps.append(
             {
-                "texts": [[answer.ids for answer in group.answers] for group in loader.current.groups],
+                "texts": [[answer.ids for answer in group.answers] for group in loader.current_round.groups],
                 "values": dict(zip((*names, "grad_norm"), (*values, float(record.result.grad_norm)), strict=True)),
                 "size": size_of_loss(loader, record.counts["tokens"]),
                 "gradients": gradients,
@@ -198,7 +198,7 @@ def weights(engine) -> dict[str, torch.Tensor]:
 
 def size_of_loss(loader: RolloutLoader, tokens: float) -> float:
     """The sum of |advantage| times length over the round, a token: what nearly cancels in the loss."""
-    made = loader.current
+    made = loader.current_round
     lengths = np.array([[len(answer.ids) for answer in group.answers] for group in made.groups])
     assert np.isfinite(stack_rewards(made.scores)).any()
     return float((np.abs(made.advantages) * lengths).sum() / tokens)

@@ -18,7 +18,7 @@ from trainer.evaluation.tasks.registry import TASK_KINDS
 from trainer.objectives.rollouts import RewardEntry, RoundsConfig
 from trainer.rollout.metrics import round_metrics
 from trainer.rollout.record import RoundRecord
-from trainer.rollout.rewards.kinds import KINDS, kind_problems
+from trainer.rollout.rewards.kinds import BUILT_IN_REWARDS, kind_problems
 from trainer.rollout.rewards.process import Call, _RoundOfCalls, worker_environment
 from trainer.rollout.rewards.scorer import WorkerScorer, default_workers, weighted_total
 from trainer.rollout.round import Round
@@ -342,7 +342,7 @@ ANSWERS = [
 @pytest.mark.parametrize(("kind", "score"), [("exact_match", "match"), ("f1", "f1"), ("maths", "right")])
 def test_built_in_rewards_are_the_tasks_of_evaluations(kind, score):
     task = TASK_KINDS[kind](kind, TaskConfig(kind=kind, path="-"))
-    reward = KINDS[kind]({})
+    reward = BUILT_IN_REWARDS[kind]({})
     case = TaskCase("", fields={"references": ["The 42"], "result": 42})
     for answer in ANSWERS:
         assert reward.score(answer, 1, {"answer": "The 42"}) == task.score(case, answer)[score]
@@ -351,13 +351,13 @@ def test_built_in_rewards_are_the_tasks_of_evaluations(kind, score):
 
 def test_built_in_rewards_of_form():
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
-    json_reward = KINDS["json_schema"]({})
+    json_reward = BUILT_IN_REWARDS["json_schema"]({})
     assert [json_reward.score(answer, 1, {"schema": schema}) for answer in ANSWERS[-4:]] == [0.0, 1.0, 1.0, 0.0]
-    length = KINDS["length"]({"limit": 10, "buffer": 4})
+    length = BUILT_IN_REWARDS["length"]({"limit": 10, "buffer": 4})
     assert [length.score("", tokens, {}) for tokens in (1, 6, 8, 10, 12)] == [0.0, 0.0, -0.5, -1.0, -1.0]
-    form = KINDS["format"]({"pattern": "<think>.*</think>.+"})
+    form = BUILT_IN_REWARDS["format"]({"pattern": "<think>.*</think>.+"})
     assert [form.score(text, 1, {}) for text in ("<think>a\nb</think> c\n", "<think>a</think>", "a")] == [1.0, 0.0, 0.0]
-    calls = KINDS["tool_calls"]({})
+    calls = BUILT_IN_REWARDS["tool_calls"]({})
     reference = [
         {"role": "user", "content": "q"},
         {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]},
@@ -368,7 +368,7 @@ def test_built_in_rewards_of_form():
 
 def test_math_verify_compares_results_in_latex():
     pytest.importorskip("math_verify")
-    reward = KINDS["math_verify"]({})
+    reward = BUILT_IN_REWARDS["math_verify"]({})
     answers = {"1/2": r"It is $\frac{2}{4}$.", "$x^2+1$": "$1+x^2$", "#### 42": r"so \boxed{42}", "(1,2)": "$(1, 2)$"}
     assert all(reward.score(answer, 1, {"answer": reference}) == 1 for reference, answer in answers.items())
     assert reward.score("41", 1, {"answer": "42"}) == 0

@@ -159,7 +159,7 @@ def test_the_counts_of_a_step_are_those_of_the_learned_answers(root, runtime):
     leave_out = {"mask_truncated": True, "normalise": Normalise.answer, "rollout": {"stop": ["e"]}}
     trainer = made_trainer(root, runtime, micro=3, reward=reward, **leave_out)
     batch = next(trainer.loader.steps(0, 1))
-    made = trainer.loader.current
+    made = trainer.loader.current_round
     learned = [a for group in made.groups for a in group.answers[1:] if a.has_ended]
     assert 0 < len(learned) < 12
     tokens = sum(len(answer.ids) for answer in learned)
@@ -191,7 +191,7 @@ def test_a_round_of_several_steps_goes_on_from_its_checkpoint(root, runtime, tmp
         for name in ("step", "samples", "round_step", "tokens"):
             setattr(second.progress, name, getattr(loaded, name))
         second.loader.restore(state)
-        assert second.loader.current.facts == first.loader.current.facts
+        assert second.loader.current_round.facts == first.loader.current_round.facts
         assert take_steps(second, 5 - stopped_after) == expected[stopped_after:]
         assert len(second.loader.round_builder.scorer.scored) == 1
 
@@ -239,7 +239,7 @@ def test_each_step_of_a_round_has_the_reward_of_its_round(root, runtime):
 def test_trackers_show_answers_of_a_round_with_the_row_of_its_step(root, runtime):
     trainer = made_trainer(root, runtime)
     next(trainer.loader.steps(0, 1))
-    table = round_table(trainer.loader.current, 11)
+    table = round_table(trainer.loader.current_round, 11)
     assert table.columns == ["step", "prompt", "place", "reward", "answer", "rewards/reward", "advantage", "ended"]
     assert [row[2] for row in table.rows] == ["best", "", "", "worst"] * 4
     rewards = [row[3] for row in table.rows[:4]]
@@ -276,7 +276,7 @@ def test_idle_groups_are_dropped_or_replaced(root, runtime):
 
     replaced = made_trainer(root, runtime, reward=reward, idle_groups=IdleGroups.replace)
     batches = list(replaced.loader.steps(0, 1))
-    made = replaced.loader.current
+    made = replaced.loader.current_round
     assert [group.prompt.prompt_number for group in made.groups] == [1, 3, 5, 7]
     assert batches[0].samples == 8 and batches[0].totals["answers"] == 16
     assert batches[0].facts["groups/replaced"] == 4 and batches[0].facts["groups/missing"] == 0

@@ -16,7 +16,7 @@ from trainer.evaluation.tasks.registry import metric_directions
 from trainer.objectives.base import formats_of
 from trainer.objectives.reward_functions import find_reward_function, reward_function_problems
 from trainer.objectives.rollouts import RewardEntry, RoundsConfig
-from trainer.rollout.rewards.kinds import KINDS, JudgeReward, kind_problems
+from trainer.rollout.rewards.kinds import BUILT_IN_REWARDS, JudgeReward, kind_problems
 from trainer.rollout.rewards.model_files import reward_model_problems
 
 
@@ -32,7 +32,7 @@ def reward_problems(config: RunConfig) -> Iterator[str]:
     if not objective.rewards:
         yield (
             f"objective.rewards: not set, and objective={objective.name} learns from nothing else; give a file of functions "
-            f"(objective.rewards=rewards.py), or built-in ones of {', '.join(KINDS)} (objective.rewards=[maths])"
+            f"(objective.rewards=rewards.py), or built-in ones of {', '.join(BUILT_IN_REWARDS)} (objective.rewards=[maths])"
         )
         return
     for key, data_format in formats_of(config.data).items():
@@ -81,7 +81,7 @@ def _single_reward_problems(name: str, reward: RewardEntry) -> Iterator[str]:
     set_fields = [field for field in ("kind", "function", "path") if getattr(reward, field)]
     if len(set_fields) != 1:
         set_keys = " and ".join(f"{key}.{field}" for field in set_fields) or key
-        yield f"{set_keys}: give one of kind ({', '.join(KINDS)}), function (FILE.py:NAME) and path"
+        yield f"{set_keys}: give one of kind ({', '.join(BUILT_IN_REWARDS)}), function (FILE.py:NAME) and path"
     elif reward.path is not None:
         yield from reward_model_problems(reward, key)
     elif reward.function is not None:
@@ -154,7 +154,7 @@ def _missing_columns(name: str, reward: RewardEntry, columns: set[str]) -> list[
         return [column for column in needed if column not in columns and column not in reward.options]
     if reward.path is not None:  # reads the prompt and the answer alone
         return []
-    alternatives = KINDS[reward.kind](reward.options).needed_columns()
+    alternatives = BUILT_IN_REWARDS[reward.kind](reward.options).needed_columns()
     # A conversation has no column `completion`, but the answer at its end is one.
     has_answer = not columns.isdisjoint({"messages", "conversation", "conversations"})
     if not alternatives or not columns.isdisjoint(alternatives) or ("completion" in alternatives and has_answer):

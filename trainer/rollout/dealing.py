@@ -51,19 +51,19 @@ class AnswerBatcher:
     def num_micro_batches(self, num_answers: int, group_size: int) -> int:
         """Micro-batches of each data-parallel rank in a step of `num_answers` answers, `group_size` to a prompt; at least one."""
         if not self.shares_prompts:
-            return max(1, _divide_up(num_answers, self.micro_batch * self.dp_size))
+            return max(1, _rounded_up_quotient(num_answers, self.micro_batch * self.dp_size))
         chunks = self._chunks_of_group(group_size)
-        num_chunks = _divide_up(num_answers, group_size) * chunks.num_chunks
+        num_chunks = _rounded_up_quotient(num_answers, group_size) * chunks.num_chunks
         chunks_per_micro_batch = self.micro_batch // chunks.chunk_size
-        return max(1, _divide_up(num_chunks, chunks_per_micro_batch * self.dp_size))
+        return max(1, _rounded_up_quotient(num_chunks, chunks_per_micro_batch * self.dp_size))
 
     def _chunks_of_group(self, group_size: int) -> GroupChunks:
         """The fewest chunks of about equal size into which a group is divided so that each fits into a micro-batch.
 
         10 answers with micro-batches of 4 -> 3 chunks of at most 4.
         """
-        num_chunks = _divide_up(group_size, self.micro_batch)
-        return GroupChunks(num_chunks, chunk_size=_divide_up(group_size, num_chunks))
+        num_chunks = _rounded_up_quotient(group_size, self.micro_batch)
+        return GroupChunks(num_chunks, chunk_size=_rounded_up_quotient(group_size, num_chunks))
 
     def divide(self, samples: Sequence[AnswerSample], filler: AnswerSample) -> tuple[list[AnswerMicroBatch], float]:
         """Divide the answers of a step among the data-parallel ranks, so that all take about as many tokens.
@@ -74,10 +74,10 @@ class AnswerBatcher:
         have no target.
         """
         # A unit is the answers that stay together; a slot is the units of one micro-batch.
-        units = self._units_of_answers(samples)
-        unit_tokens = np.array([self._num_tokens(samples, unit) for unit in units], dtype=np.int64)
+        units = self._answer_indices_by_unit(samples)
+        unit_tokens = np.array([self._num_tokens_of_unit(samples, unit) for unit in units], dtype=np.int64)
         units_per_slot = self.micro_batch // max(map(len, units), default=1)
-        num_slots = max(1, _divide_up(len(units), units_per_slot * self.dp_size)) * self.dp_size
+        num_slots = max(1, _rounded_up_quotient(len(units), units_per_slot * self.dp_size)) * self.dp_size
         # `assign_to_slots` sorts slots by their tokens, so the micro-batches that ranks compute at the same time have about as
         # many.
         slots = assign_to_slots(unit_tokens, num_slots, units_per_slot)
@@ -93,7 +93,7 @@ class AnswerBatcher:
             own_micro_batches.append(self._collate(samples, answer_indices, filler))
         return own_micro_batches, balance
 
-    def _units_of_answers(self, samples: Sequence[AnswerSample]) -> list[list[int]]:
+    def _answer_indices_by_unit(self, samples: Sequence[AnswerSample]) -> list[list[int]]:
         """Indices in `samples` of the answers that stay in one micro-batch.
 
         - The model does not share prompts: each answer alone.
@@ -106,11 +106,11 @@ class AnswerBatcher:
             indices_by_prompt.setdefault(sample.prompt_index, []).append(index)
         units: list[list[int]] = []
         for indices in indices_by_prompt.values():
-            size = self._chunks_of_group(len(indices)).chunk_size
-            units += [indices[start : start + size] for start in range(0, len(indices), size)]
+            chunk_size = self._chunks_of_group(len(indices)).chunk_size
+            units += [indices[start : start + chunk_size] for start in range(0, len(indices), chunk_size)]
         return units
 
-    def _num_tokens(self, samples: Sequence[AnswerSample], unit: list[int]) -> int:
+    def _num_tokens_of_unit(self, samples: Sequence[AnswerSample], unit: list[int]) -> int:
         """Tokens that are computed for a unit: the prompt once, and each answer."""
         first = samples[unit[0]]
         num_tokens = len(first.input_ids)
@@ -123,13 +123,13 @@ class AnswerBatcher:
     ) -> AnswerMicroBatch:
         """The micro-batch of the answers with these indices; of `filler` without targets if there are none."""
         if not answer_indices:
-            blank = self.collator.without_targets(filler)
-            return AnswerMicroBatch(pin_batch(self.collator([blank], self.cut), self.device), [None])
-        chosen = [samples[index] for index in answer_indices]
+            blank_sample = self.collator.without_targets(filler)
+            return AnswerMicroBatch(pin_batch(self.collator([blank_sample], self.cut), self.device), [None])
+        answer_samples = [samples[index] for index in answer_indices]
         if self.shares_prompts:
-            batch = self.collator.collate_with_shared_prompts(chosen)
+            batch = self.collator.collate_with_shared_prompts(answer_samples)
         else:
-            batch = self.collator(chosen, self.cut)
+            batch = self.collator(answer_samples, self.cut)
         return AnswerMicroBatch(pin_batch(batch, self.device), list(answer_indices))
 
     def num_local_tokens(self, micro_batches: Sequence[AnswerMicroBatch]) -> int:
@@ -142,6 +142,6 @@ class AnswerBatcher:
         return num_tokens
 
 
-def _divide_up(number: int, divisor: int) -> int:
-    """The quotient, rounded up."""
+def _rounded_up_quotient(number: int, divisor: int) -> int:
+    """The quotient in whole numbers, rounded up: 7 and 3 -> 3."""
     return -(-number // divisor)

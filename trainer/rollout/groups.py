@@ -14,7 +14,7 @@ from trainer.objectives.grpo_config import Baseline, Normalise, Scale
 
 STD_EPSILON = 1e-4
 """Added to a standard deviation before it divides, as TRL does."""
-NO_SPREAD = 1e-9
+EQUAL_REWARDS_TOLERANCE = 1e-9
 """Rewards of a group count as equal if they differ by at most this share of the largest."""
 
 
@@ -36,12 +36,12 @@ def advantages(rewards: np.ndarray, baseline: Baseline, scale: Scale) -> np.ndar
     is_scored = ~np.isnan(rewards)
     known_rewards = np.where(is_scored, rewards, 0.0)
     differences = _subtract_baseline(known_rewards, is_scored, baseline)
-    scaled = differences / _divisor(known_rewards, is_scored, scale)
+    scaled = differences / _scale_divisor(known_rewards, is_scored, scale)
     return np.where(is_scored, scaled, 0.0)
 
 
 def normalised_sum(
-    by_reward: Mapping[str, np.ndarray], weights: Mapping[str, float], rewards: np.ndarray
+    scores_by_reward: Mapping[str, np.ndarray], weight_by_reward: Mapping[str, float], rewards: np.ndarray
 ) -> np.ndarray:
     """float64 [groups, answers]: the weighted sum of rewards, each normalised by mean and standard deviation in its group.
 
@@ -49,31 +49,34 @@ def normalised_sum(
     arXiv:2601.05242), which divides the sum by its deviation in the round too (`Baseline.batch` and `Scale.batch_std`). TRL calls
     it `multi_objective_aggregation="normalize_then_sum"`.
 
-    `by_reward`: float64 [groups, answers] by name, nan where a reward does not apply. `rewards`: their plain weighted sum, nan
-    for an unscored answer, which stays unscored and counts in no mean.
+    `scores_by_reward`: float64 [groups, answers] by name, nan where a reward does not apply. `rewards`: their plain weighted sum,
+    nan for an unscored answer, which stays unscored and counts in no mean.
     """
+    is_unscored = np.isnan(rewards)
     total = np.zeros_like(rewards)
-    for name, reward_values in by_reward.items():
-        if weights[name] == 0:
+    for name, scores in scores_by_reward.items():
+        weight = weight_by_reward[name]
+        if weight == 0:
             continue
-        values_of_scored = np.where(np.isnan(rewards), np.nan, reward_values)
-        normalised = advantages(values_of_scored, Baseline.group, Scale.std)
+        scores_of_scored = np.where(is_unscored, np.nan, scores)
+        normalised = advantages(scores_of_scored, Baseline.group, Scale.std)
         # Equal rewards of a group become exactly 0: without this, rounding would leave small values.
-        total += weights[name] * np.where(is_idle_group(values_of_scored)[:, None], 0.0, normalised)
-    return np.where(np.isnan(rewards), np.nan, total)
+        total += weight * np.where(is_idle_group(scores_of_scored)[:, None], 0.0, normalised)
+    return np.where(is_unscored, np.nan, total)
 
 
 def is_idle_group(rewards: np.ndarray) -> np.ndarray:
     """bool [groups]: whether nothing can be learned from a group, float64 [groups, answers], nan for unscored answers.
 
-    A group is idle if fewer than two of its answers are scored, or all scored ones have the same reward, up to `NO_SPREAD`.
+    A group is idle if fewer than two of its answers are scored, or all scored ones have the same reward, up to
+    `EQUAL_REWARDS_TOLERANCE`.
     """
     is_scored = ~np.isnan(rewards)
     highest = np.where(is_scored, rewards, -np.inf).max(axis=1)
     lowest = np.where(is_scored, rewards, np.inf).min(axis=1)
-    largest = np.where(is_scored, np.abs(rewards), 0.0).max(axis=1)
-    has_spread = (is_scored.sum(axis=1) >= 2) & (highest - lowest > NO_SPREAD * largest)
-    return ~has_spread
+    largest_absolute = np.where(is_scored, np.abs(rewards), 0.0).max(axis=1)
+    do_rewards_differ = highest - lowest > EQUAL_REWARDS_TOLERANCE * largest_absolute
+    return ~((is_scored.sum(axis=1) >= 2) & do_rewards_differ)
 
 
 def answer_weights(lengths: np.ndarray, normalise: Normalise, max_new_tokens: int) -> tuple[np.ndarray, float]:
@@ -126,7 +129,7 @@ def _subtract_baseline(known_rewards: np.ndarray, is_scored: np.ndarray, baselin
     return distance_from_mean * num_scored / np.maximum(num_scored - 1, 1)
 
 
-def _divisor(known_rewards: np.ndarray, is_scored: np.ndarray, scale: Scale) -> np.ndarray:
+def _scale_divisor(known_rewards: np.ndarray, is_scored: np.ndarray, scale: Scale) -> np.ndarray:
     """What differences from the baseline are divided by, float64 [groups, 1], or [1, 1] if it is the same for all groups.
 
     - none: 1.

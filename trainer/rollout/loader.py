@@ -38,9 +38,9 @@ class RolloutLoader:
     share: BatchShare
     progress: Progress
     """Of the run: how many steps it has taken, and how many of the round it stands in."""
-    most_difference: float = math.inf
+    max_logp_difference: float = math.inf
     """The run ends if log-probabilities of generation and of training differ by more than this on average, in nats a token."""
-    current: Round | None = None
+    current_round: Round | None = None
     """The round whose steps are being taken; a resumed run begins with that of its checkpoint."""
 
     @property
@@ -74,34 +74,34 @@ class RolloutLoader:
 
     def attachments(self) -> dict[str, bytes]:
         """The unfinished round, as a file for a checkpoint: {"round.safetensors": content}; {} if no round is unfinished."""
-        if self.current is None or not self.progress.round_step:  # the next step begins a round of its own
+        if self.current_round is None or not self.progress.round_step:  # the next step begins a round of its own
             return {}
-        return {ROUND_FILE: serialize_round(self.current)}
+        return {ROUND_FILE: serialize_round(self.current_round)}
 
     def restore(self, checkpoint: Path) -> None:
-        """Set `current` to the unfinished round in the directory `checkpoint`, which the engine has loaded; None if it has none.
+        """Set `current_round` to the unfinished round of the checkpoint in the directory `checkpoint`; None if it has none.
 
-        All ranks must call. Raises StorageError if the file is missing or damaged.
+        All ranks must call, after the engine has loaded the checkpoint. Raises StorageError if the file is missing or damaged.
         """
-        self.current = None
+        self.current_round = None
         if self.progress.round_step:
             path = checkpoint / ROUND_FILE
             content: bytes = call_on_main(path.read_bytes, self.round_builder.runtime)
-            self.current = deserialize_round(content, str(path))
+            self.current_round = deserialize_round(content, str(path))
 
     def check_rows(self, rows: list[dict[str, Any]]) -> None:
         """Raise Diverged, on all ranks alike, if a step learned from answers that other weights generated.
 
-        That is so if the log-probabilities of generation and of training differ by more than `most_difference`. `rows`: the
+        That is so if the log-probabilities of generation and of training differ by more than `max_logp_difference`. `rows`: the
         metrics of each step since the last call, equal on all ranks.
         """
-        for row in rows:
-            difference = row.get(WRITER_DIFFERENCE, 0.0)
-            if difference > self.most_difference:
+        for step_metrics in rows:
+            difference = step_metrics.get(WRITER_DIFFERENCE, 0.0)
+            if difference > self.max_logp_difference:
                 raise Diverged(
-                    f"step {row['step']}: the log-probabilities of writing and of learning differ by {difference:.3g} nats a "
-                    f"token, more than {self.most_difference:g}: other weights wrote the answers than learn from them, or "
-                    "another temperature; if this precision explains it, raise objective.rollout.most_difference"
+                    f"step {step_metrics['step']}: the log-probabilities of writing and of learning differ by "
+                    f"{difference:.3g} nats a token, more than {self.max_logp_difference:g}: other weights wrote the answers "
+                    "than learn from them, or another temperature; if this precision explains it, raise objective.rollout.most_difference"
                 )
 
     def steps(self, first_sample: int, num_steps: int) -> Generator[StepBatch, None, None]:
@@ -116,23 +116,23 @@ class RolloutLoader:
         steps_per_round = rollout.steps * rollout.iterations
         step_of_round = self.progress.round_step  # 0: the next step begins a round
         for _ in range(num_steps):
-            began = time.perf_counter()
-            if self.current is None or not step_of_round:
-                self.current = self.round_builder.build_round(first_sample, self.progress.step)
+            started_at = time.perf_counter()
+            if self.current_round is None or not step_of_round:
+                self.current_round = self.round_builder.build_round(first_sample, self.progress.step)
                 step_of_round = 0
-            batch = self.step_batch(self.current, step_of_round % rollout.steps)
-            batch.facts = dict(self.current.facts)
+            batch = self.step_batch(self.current_round, step_of_round % rollout.steps)
+            batch.facts = dict(self.current_round.facts)
             if not step_of_round:  # the first step of the round also reports what the round cost
-                batch.facts |= self.current.costs
+                batch.facts |= self.current_round.costs
             if steps_per_round > 1:
                 batch.facts[ROUND_STEP] = step_of_round
             step_of_round += 1
             if step_of_round == steps_per_round:  # with the last step of a round, its prompts count as consumed
                 step_of_round = 0
-                batch.samples = self.current.num_prompts
-                first_sample += self.current.num_prompts
+                batch.samples = self.current_round.num_prompts
+                first_sample += self.current_round.num_prompts
             batch.round_step = step_of_round
-            batch.round_s = time.perf_counter() - began
+            batch.round_s = time.perf_counter() - started_at
             yield batch
 
     def step_batch(self, rollout_round: Round, index: int) -> StepBatch:

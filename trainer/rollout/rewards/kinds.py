@@ -146,11 +146,11 @@ class MathVerifyReward(RewardKind):
         from math_verify import parse, verify
 
         reference = self.references(columns)[0]
-        # A bare number or formula is read only within signs that say that it is one.
-        gold = parse(reference) or parse(f"${reference}$")
-        if not gold:
+        # A bare number or formula is read only between dollar signs, which say that it is one.
+        reference_result = parse(reference) or parse(f"${reference}$")
+        if not reference_result:
             raise BadScore(f"math-verify reads no result in the right answer {reference!r}")
-        return float(verify(gold, parse(text)))
+        return float(verify(reference_result, parse(text)))
 
 
 class JsonSchemaReward(RewardKind):
@@ -188,7 +188,7 @@ class JsonSchemaReward(RewardKind):
     def _schema_of_file(self) -> dict[str, Any]:
         """The schema in the file that `options.schema` names. Raises BadScore, OSError, ValueError."""
         file = Path(str(self.option_values["schema"])).expanduser()
-        schema = _parsed_schema(file.read_text(encoding="utf-8"))
+        schema = _parse_schema(file.read_text(encoding="utf-8"))
         if not isinstance(schema, dict):
             raise BadScore("the schema is no JSON object")
         return schema
@@ -197,14 +197,14 @@ class JsonSchemaReward(RewardKind):
         """The schema of a row, as JSON or parsed. Raises BadScore."""
         schema = columns.get("schema")
         if isinstance(schema, str):
-            schema = _parsed_schema(schema)
+            schema = _parse_schema(schema)
         if not isinstance(schema, dict):
             raise BadScore('needs the column "schema" with a JSON schema, or options.schema=FILE')
         return schema
 
 
-def _parsed_schema(text: str) -> Any:
-    """The value of a JSON text. Raises BadScore."""
+def _parse_schema(text: str) -> Any:
+    """The value of a JSON text, which should be a schema. Raises BadScore if it is no JSON."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -307,7 +307,7 @@ class JudgeReward(RewardKind):
         raise NotImplementedError  # `trainer/rollout/rewards/judged.py` asks the judge
 
 
-KINDS: dict[str, type[RewardKind]] = {
+BUILT_IN_REWARDS: dict[str, type[RewardKind]] = {
     kind.kind: kind
     for kind in (
         ExactMatchReward,
@@ -328,7 +328,7 @@ class KindReward:
     """A built-in reward as worker processes call it."""
 
     def __init__(self, kind: str, options: Mapping[str, Any]) -> None:
-        self.kind = KINDS[kind](options)
+        self.kind = BUILT_IN_REWARDS[kind](options)
 
     def __call__(self, answers: AnswersOfGroup) -> CallResult:
         """The scores of the answers. Raises BadScore."""
@@ -340,22 +340,20 @@ class KindReward:
 
 def kind_problems(kind: str, options: Mapping[str, Any], key: str) -> Iterator[str]:
     """What is wrong with a built-in reward, one line each. `key`: the setting `objective.rewards.NAME`."""
-    if kind not in KINDS:
-        similar = difflib.get_close_matches(kind, KINDS, n=1)
-        hint = (
-            f"did you mean {similar[0]}?"
-            if similar
-            else f"one of {', '.join(KINDS)}, or a function: {key}.function=FILE.py:NAME"
-        )
+    if kind not in BUILT_IN_REWARDS:
+        hint = f"one of {', '.join(BUILT_IN_REWARDS)}, or a function: {key}.function=FILE.py:NAME"
+        close_kinds = difflib.get_close_matches(kind, BUILT_IN_REWARDS, n=1)
+        if close_kinds:
+            hint = f"did you mean {close_kinds[0]}?"
         yield f"{key}.kind={kind}: there is no such reward; {hint}"
         return
-    kind_class = KINDS[kind]
-    known = kind_class.known_options()
-    unknown = [option for option in options if option not in known]
-    for option in unknown:
-        yield f"{key}.options.{option}: {kind} has no such option; it has {', '.join(known) or 'none'}"
+    kind_class = BUILT_IN_REWARDS[kind]
+    known_options = kind_class.known_options()
+    unknown_options = [option for option in options if option not in known_options]
+    for option in unknown_options:
+        yield f"{key}.options.{option}: {kind} has no such option; it has {', '.join(known_options) or 'none'}"
     package = kind_class.required_package
     if package is not None and find_spec(package) is None:
         yield f"{key}.kind={kind}: needs {package}; {install_command(kind_class.pip_extra)}"
-    if not unknown:
+    if not unknown_options:  # else the class could not be made
         yield from kind_class(options).problems(key)

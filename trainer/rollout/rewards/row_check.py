@@ -11,7 +11,7 @@ import numpy as np
 from strategies.errors import DataError
 from trainer.data.store.documents import DocumentTable
 from trainer.rollout.rewards.functions import BadScore
-from trainer.rollout.rewards.kinds import KINDS
+from trainer.rollout.rewards.kinds import BUILT_IN_REWARDS
 
 if TYPE_CHECKING:
     from trainer.data.prepare import PreparedData
@@ -28,7 +28,9 @@ def check_reward_rows(settings: RoundsConfig, data: PreparedData) -> None:
     30,000 rows a second with `maths` and more with other kinds (AMD Zen 4).
     """
     # By the reward's name. Rewards that are functions or models have no kind, and cannot be checked before training.
-    kinds = {name: KINDS[reward.kind](reward.options) for name, reward in settings.rewards.items() if reward.kind}
+    kinds = {
+        name: BUILT_IN_REWARDS[reward.kind](reward.options) for name, reward in settings.rewards.items() if reward.kind
+    }
     if not kinds or not data.has_rows:
         return
     bad_rows: dict[str, list[str]] = {name: [] for name in kinds}

@@ -43,10 +43,10 @@ class WorkerScorer:
         """
         self.rewards: Mapping[str, RewardEntry] = config.rewards
         self.runtime = runtime
-        functions = function_locations(config.rewards, run_dir)
+        location_by_reward = function_locations(config.rewards, run_dir)
         # What workers load, by reward: {"file": "/runs/a/rewards/0/maths.py", "function": "score", "options": {}} for a function,
         # {"kind": "length", "options": {"limit": 512}} for a built-in reward.
-        setup: dict[str, dict[str, Any]] = {}
+        worker_setup: dict[str, dict[str, Any]] = {}
         self._single_answer_rewards = set()
         """Rewards that are called with one answer at a time, so that a time limit is that of an answer."""
         self._judge_rewards = [name for name, reward in config.rewards.items() if reward.kind == JudgeReward.kind]
@@ -59,9 +59,9 @@ class WorkerScorer:
         for name, reward in config.rewards.items():
             if name in self._rewards_by_ranks:  # the judge's, or a model's
                 continue
-            if name in functions:
-                file, function = functions[name]
-                setup[name] = {"file": str(file), "function": function, "options": dict(reward.options)}
+            if name in location_by_reward:
+                file, function = location_by_reward[name]
+                worker_setup[name] = {"file": str(file), "function": function, "options": dict(reward.options)}
                 signature = find_reward_function(f"{file}:{function}", f"objective.rewards.{name}.function")
                 if signature.convention is not Convention.trl:
                     self._single_answer_rewards.add(name)
@@ -69,13 +69,13 @@ class WorkerScorer:
             options = dict(reward.options)
             if reward.kind == "length" and options.get("limit") is None:
                 options["limit"] = config.rollout.max_new_tokens
-            setup[name] = {"kind": reward.kind, "options": options}
+            worker_setup[name] = {"kind": reward.kind, "options": options}
         log_dir = (run_dir or Path()) / "logs"
-        workers = config.reward_workers or default_workers(runtime)
-        if not setup:  # the judge or models alone score
-            workers = 0
-        logs = [log_dir / f"rewards-rank-{runtime.rank}-{number}.log" for number in range(workers)]
-        self._pool = WorkerPool(setup, logs, stop_asked)
+        num_workers = config.reward_workers or default_workers(runtime)
+        if not worker_setup:  # the judge or models alone score
+            num_workers = 0
+        logs = [log_dir / f"rewards-rank-{runtime.rank}-{number}.log" for number in range(num_workers)]
+        self._pool = WorkerPool(worker_setup, logs, stop_asked)
 
     def start(self) -> None:
         """Start the workers and load the rewards. All ranks must call. Raises DataError or Interrupted on all ranks alike."""
@@ -86,28 +86,31 @@ class WorkerScorer:
         self._pool.start()
 
     def score(self, groups: Sequence[AnswerGroup], *, step: int) -> list[GroupScores]:
-        """The scores of each group, in order, the same on all ranks. See `RewardScorer`."""
+        """The scores of each group (the answers to one prompt), in order, the same on all ranks. All ranks must call.
+
+        `step`: optimizer steps taken, which reward functions are told. Raises DataError or Interrupted on all ranks alike.
+        """
         # Functions and built-in rewards: each rank scores its share of the groups.
-        own_numbers = range(self.runtime.rank, len(groups), self.runtime.world_size)
+        own_group_numbers = range(self.runtime.rank, len(groups), self.runtime.world_size)
         # Ranks wait for the one whose calls take longest, at worst until each has reached its time limit.
-        answers = sum(len(group.answers) for group in groups)
-        longest_s = sum(reward.timeout_s for reward in self.rewards.values()) * answers
-        # By index of the group: its scores, and the indices of its answers that get no total.
+        num_answers = sum(len(group.answers) for group in groups)
+        longest_s = sum(reward.timeout_s for reward in self.rewards.values()) * num_answers
+        # By number of the group: its scores, and the indices of its answers that get no total.
         collected: dict[int, tuple[GroupScores, list[int]]] = {}
         with longer_timeout(self.runtime, longest_s):
-            for rank_scores in self._on_all_ranks(lambda: self._score_own_groups(groups, own_numbers, step)):
+            for rank_scores in self._on_all_ranks(lambda: self._score_own_groups(groups, own_group_numbers, step)):
                 collected |= rank_scores
         scores = [collected[number][0] for number in range(len(groups))]
-        left_out = [collected[number][1] for number in range(len(groups))]
 
         # The judge and reward models: all ranks together.
         for name in self._rewards_by_ranks:
-            self._add(name, self._scored_by_ranks(name, groups), scores)
+            self._set_reward_scores(scores, name, self._scored_by_ranks(name, groups))
 
-        for group_scores, without_total in zip(scores, left_out, strict=True):
-            group_scores.total = weighted_total(group_scores.by_reward, self._weights)
+        for number, group_scores in enumerate(scores):
+            group_scores.total = weighted_total(group_scores.by_reward, self._weight_by_reward)
             # An answer for which a reward ran out of time has no total, whatever the other rewards are.
-            group_scores.total[without_total] = np.nan
+            _, answers_without_total = collected[number]
+            group_scores.total[answers_without_total] = np.nan
         return scores
 
     @property
@@ -116,7 +119,7 @@ class WorkerScorer:
         return [*self._judge_rewards, *self._model_rewards]
 
     @property
-    def _weights(self) -> dict[str, float]:
+    def _weight_by_reward(self) -> dict[str, float]:
         return {name: reward.weight for name, reward in self.rewards.items()}
 
     def _scored_by_ranks(self, name: str, groups: Sequence[AnswerGroup]) -> list[np.ndarray]:
@@ -131,10 +134,10 @@ class WorkerScorer:
         return judge_answers(self._judge, self.rewards[name].options, groups)
 
     @staticmethod
-    def _add(name: str, by_group: Sequence[np.ndarray], scores: Sequence[GroupScores]) -> None:
-        """Put the values of reward `name`, float64 [answers] of each group, into the groups' scores."""
-        for group_scores, reward_values in zip(scores, by_group, strict=True):
-            group_scores.by_reward[name] = reward_values
+    def _set_reward_scores(scores: Sequence[GroupScores], name: str, reward_scores: Sequence[np.ndarray]) -> None:
+        """Set the scores of reward `name` in the scores of each group. `reward_scores`: float64 [answers] of each group."""
+        for group_scores, scores_of_reward in zip(scores, reward_scores, strict=True):
+            group_scores.by_reward[name] = scores_of_reward
 
     def _score_own_groups(
         self, groups: Sequence[AnswerGroup], numbers: Sequence[int], step: int
@@ -149,14 +152,15 @@ class WorkerScorer:
         for number in numbers:
             calls += self._calls_of(number, groups[number], step)
         replies = self._pool.run([call for _, _, call in calls])
-        by_number = {}
+        collector_by_group = {}
         for number in numbers:
-            by_number[number] = _GroupScoreCollector(len(groups[number].answers), self.rewards)
+            collector_by_group[number] = _GroupScoreCollector(len(groups[number].answers), self.rewards)
         for (number, answers, call), reply in zip(calls, replies, strict=True):
-            by_number[number].add(call.reward, answers, reply)
-        return {
-            number: (collected.scores(), sorted(collected.without_total)) for number, collected in by_number.items()
-        }
+            collector_by_group[number].add(call.reward, answers, reply)
+        scores_by_group = {}
+        for number, collector in collector_by_group.items():
+            scores_by_group[number] = (collector.scores(), sorted(collector.without_total))
+        return scores_by_group
 
     def _calls_of(self, number: int, group: AnswerGroup, step: int) -> Iterator[tuple[int, list[int], Call]]:
         """The calls of reward functions that a group needs: (number of the group, numbers of its answers, call) of each.
@@ -167,10 +171,10 @@ class WorkerScorer:
         for name, reward in self.rewards.items():
             if name in self._rewards_by_ranks:
                 continue
-            parts = [every_answer]
+            answers_by_call = [every_answer]
             if name in self._single_answer_rewards:
-                parts = [[answer] for answer in every_answer]
-            for answers in parts:
+                answers_by_call = [[answer] for answer in every_answer]
+            for answers in answers_by_call:
                 arguments = _call_arguments(group, answers, step)
                 yield number, answers, Call(name, arguments, group.prompt.origin, reward.timeout_s)
 
