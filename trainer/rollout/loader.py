@@ -101,7 +101,8 @@ class RolloutLoader:
                 raise Diverged(
                     f"step {step_metrics['step']}: the log-probabilities of writing and of learning differ by "
                     f"{difference:.3g} nats a token, more than {self.max_logp_difference:g}: other weights wrote the answers "
-                    "than learn from them, or another temperature; if this precision explains it, raise objective.rollout.most_difference"
+                    "than learn from them, or another temperature; if this precision explains it, raise "
+                    "objective.rollout.most_difference"
                 )
 
     def steps(self, first_sample: int, num_steps: int) -> Generator[StepBatch, None, None]:
