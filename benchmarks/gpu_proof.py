@@ -213,9 +213,9 @@ def _beside_simulation(expected: SimulatedStep, run: RunConfig, lengths: list[in
     began = time.perf_counter()
     measured = record_steps(build_step_parts(run, lengths, runtime, source=Drawn()), runtime)
     row = {
-        "simulated_gib": expected.peak[1].total / GIB,
-        "at": str(expected.peak[0]),
-        "live_gib": measured.peak[1].total / GIB,
+        "simulated_gib": expected.phase_and_peak[1].total_bytes / GIB,
+        "at": str(expected.phase_and_peak[0]),
+        "live_gib": measured.phase_and_peak[1].total_bytes / GIB,
         "allocated_gib": peak_memory_gib_by_metric(device)["memory_gib"],
         "host_reads": sum(measured.host_reads.values()),
         "watched_s": time.perf_counter() - began,
@@ -234,11 +234,11 @@ def speed(run: RunConfig, lengths: list[int], device: torch.device, steps: int) 
     parts = build_step_parts(run, lengths, runtime, source=Drawn())
     engine = build_strategy(parts.strategy, parts.precision, runtime).prepare(
         parts.built.step_module,
-        source=parts.source,
+        source=parts.weight_source,
         make_optimizer=parts.make_optimizer,
         max_grad_norm=parts.max_grad_norm,
     )
-    batches = [to_device(batch, device) for batch in parts.batches]
+    batches = [to_device(batch, device) for batch in parts.micro_batches]
 
     def step() -> None:
         for index, batch in enumerate(batches):

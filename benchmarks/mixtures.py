@@ -103,7 +103,7 @@ def sent_bytes(cost_model: CostModel, units: float) -> float:
         passes = 2 if "allreduce" in name else 1
         total += passes * size * (ranks - 1) / ranks
     for all_to_all in cost_model.token_all_to_alls:
-        total += cost_model.all_to_all_bytes(all_to_all, units) * (all_to_all.ranks - 1) / all_to_all.ranks
+        total += cost_model.all_to_all_bytes(all_to_all, units) * (all_to_all.num_ranks - 1) / all_to_all.num_ranks
     return total
 
 
@@ -167,14 +167,14 @@ def large() -> list[dict[str, Any]]:
                     "model": model,
                     "parameters": cost_model.parameters,
                     "experts": degree,
-                    "tensors_gib": round(choice.peak.total / GIB, 1),
+                    "tensors_gib": round(choice.memory_peak.total_bytes / GIB, 1),
                     "card_gib": round(job.card.memory_gib, 1),
                     "fits": choice.fits,
-                    "step_s": round(choice.step.total_s, 1),
+                    "step_s": round(choice.step_time.total_s, 1),
                 }
                 if degree == DEGREE:
                     variant, cost_model, job = cost_model_of(words, "h200", 32, 4096, float(degree))
-                    row["worst_gib"] = round(choice_of(variant, cost_model, job, 1).peak.total / GIB, 1)
+                    row["worst_gib"] = round(choice_of(variant, cost_model, job, 1).memory_peak.total_bytes / GIB, 1)
                 rows.append(row)
                 print(row, file=sys.stderr, flush=True)
     return rows

@@ -180,9 +180,11 @@ def answers(row: dict[str, str], form: CostModel, job: PlannedRun) -> dict[str, 
     """What is predicted for a row: as this trainer would run, and as the row's did."""
     micro = int(row["micro_batch"] or 1)
     tokens = micro * int(row["seq"])
-    units = micro if form.counts_rows else tokens
-    taken, shards = form.peak_at(units), int(row["gpus"])
-    other = peer_memory(form, units, tokens * form.vocabulary, theirs_of(row), ShardCounts(shards, shards, shards))
+    units = micro if form.units_are_rows else tokens
+    taken, shards = form.memory_peak_at(units), int(row["gpus"])
+    other = peer_memory(
+        form, units, tokens * form.num_vocabulary_rows, theirs_of(row), ShardCounts(shards, shards, shards)
+    )
     step = step_time(
         form,
         MicroBatchLoad(units, micro * int(row["seq"]) ** 2, 1),
@@ -191,7 +193,7 @@ def answers(row: dict[str, str], form: CostModel, job: PlannedRun) -> dict[str, 
         ranks_per_node=job.ranks_per_node,
     )
     return {
-        "predicted_gib": taken.total / GIB,
+        "predicted_gib": taken.total_bytes / GIB,
         "as_theirs_gib": other.total / GIB,
         "peak_at": str(taken.phase),
         "tokens_per_s_per_gpu": tokens / step.total_s,
@@ -215,7 +217,7 @@ def judged(row: dict[str, str], answer: dict[str, Any], job: PlannedRun) -> dict
     }
     made |= {"holds_logits": holds_logits(row), "card_gib": job.card.memory_gib}
     for key in ("predicted_gib", "as_theirs_gib"):
-        needed = fit_in_memory(round(answer[key] * GIB), 0, job.card.memory_gib).total / GIB
+        needed = fit_in_memory(round(answer[key] * GIB), 0, job.card.memory_gib).needed_bytes / GIB
         made |= {key: round(needed, 2), key.replace("_gib", "_fits"): needed <= job.card.memory_gib}
     return made
 

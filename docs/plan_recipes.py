@@ -65,19 +65,19 @@ def plan_recipe(recipe: Recipe) -> dict[str, Any]:
     choice = answer.best_choices[0]
     price = request.card.price_per_hour
     per_million = None
-    if price is not None and choice.round is None:
+    if price is not None and choice.round_time is None:
         per_million = price * ranks / 3600 / choice.tokens_per_s * 1e6
     return {
         "of": fingerprint(recipe),
         "fits": choice.fits,
-        "gib": round(choice.fit.total / GIB, 1),
+        "gib": round(choice.memory_fit.needed_bytes / GIB, 1),
         "card_gib": request.card.memory_gib,
-        "host_gib": round(choice.host_gib),
-        "tokens_per_s": None if choice.round is not None else round(choice.tokens_per_s),
-        "round_s": None if choice.round is None else round(choice.round.total_s, 1),
+        "host_gib": round(choice.needed_host_gib),
+        "tokens_per_s": None if choice.round_time is not None else round(choice.tokens_per_s),
+        "round_s": None if choice.round_time is None else round(choice.round_time.total_s, 1),
         "usd_per_million_tokens": None if per_million is None else round(per_million, 3),
-        "parameters": answer.cost_model.parameters,
-        "trained": answer.cost_model.trained,
+        "parameters": answer.cost_model.num_parameters,
+        "trained": answer.cost_model.num_trained_parameters,
     }
 
 

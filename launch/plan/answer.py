@@ -30,16 +30,16 @@ def plan_text(answer: PlanAnswer, overrides: list[str], calibration_lines: tuple
 
     `overrides`: those of the command line. `calibration_lines`: lines on what a run of `from=` has measured; empty without one.
     """
-    job = answer.job
+    job = answer.planned_run
     cost_model = answer.cost_model
-    cards = f"{job.ranks} x {job.card.name}"
-    nodes = f"{job.nodes} {_plural('node', job.nodes)}"
+    cards = f"{job.world_size} x {job.card.name}"
+    nodes = f"{job.num_nodes} {_plural('node', job.num_nodes)}"
     gpus = f"{job.ranks_per_node} {_plural('GPU', job.ranks_per_node)}"
-    billions = cost_model.parameters / 1e9
-    trained_billions = cost_model.trained / 1e9
+    billions = cost_model.num_parameters / 1e9
+    trained_billions = cost_model.num_trained_parameters / 1e9
     lines = [
         f"{billions:.2f} billion parameters, {trained_billions:.3f} trained; {job.precision} on {cards}",
-        f"({nodes} x {gpus}); a step is {job.global_batch} x {job.lengths.mean:,.0f} tokens; {cost_model.layout} rows",
+        f"({nodes} x {gpus}); a step is {job.global_batch} x {job.document_lengths.mean:,.0f} tokens; {cost_model.layout} rows",
         "",
         *_ways_table(answer),
         "",
@@ -48,7 +48,7 @@ def plan_text(answer: PlanAnswer, overrides: list[str], calibration_lines: tuple
     ]
     if cost_model.notes:
         lines += ["", "chosen for you:", *wrap_sentences(cost_model.notes)]
-    if answer.refused:
+    if answer.unsupported_variants:
         refused_lines = [f"{ways}: {reason}" for reason, ways in refused_ways_by_reason(answer).items()]
         lines += ["", "left out:", *wrap_sentences(refused_lines)]
     measured_clause = ""
@@ -71,15 +71,15 @@ def _ways_table(answer: PlanAnswer) -> list[str]:
     columns = (
         *NAMING_COLUMNS,
         TableColumn("GiB", is_number=True),
-        TableColumn(f"of {answer.job.card.memory_gib:.1f}", is_number=True),
+        TableColumn(f"of {answer.planned_run.card.memory_gib:.1f}", is_number=True),
         TableColumn("largest", is_number=True),
         TableColumn("tokens/s", is_number=True),
         TableColumn("why"),
     )
     rows = []
     for choice in answer.best_choices:
-        needed_gib = f"{choice.fit.total / GIB:.1f}"
-        margin_gib = f"{choice.fit.margin / GIB:+.1f}"
+        needed_gib = f"{choice.memory_fit.needed_bytes / GIB:.1f}"
+        margin_gib = f"{choice.memory_fit.margin_bytes / GIB:+.1f}"
         tokens_per_s = f"{choice.tokens_per_s:,.0f}" if choice.fits else "-"
         rows.append(
             TableRow(
@@ -87,7 +87,7 @@ def _ways_table(answer: PlanAnswer) -> list[str]:
                     *_naming_cells(choice),
                     needed_gib,
                     margin_gib,
-                    str(choice.largest_micro),
+                    str(choice.largest_micro_batch),
                     tokens_per_s,
                     verdict_on_choice(choice, answer),
                 )
@@ -99,13 +99,13 @@ def _ways_table(answer: PlanAnswer) -> list[str]:
 def _naming_cells(choice: PlannedChoice) -> tuple[str, str, str, str]:
     """The cells of a choice in the columns `NAMING_COLUMNS`: strategy, recomputation, storage, micro-batch."""
     recompute = str(choice.variant.config.strategy.activation_checkpointing)
-    return choice.variant.name, recompute, memory_savings_text(choice.variant), str(choice.micro)
+    return choice.variant.name, recompute, memory_savings_text(choice.variant), str(choice.micro_batch)
 
 
 def refused_ways_by_reason(answer: PlanAnswer) -> dict[str, str]:
     """The names of ways to run that were left out, by the reason: {reason: "fsdp2, full; ddp, none"}."""
     names_by_reason: dict[str, list[str]] = {}
-    for variant, reason in answer.refused:
+    for variant, reason in answer.unsupported_variants:
         mode = str(variant.config.strategy.activation_checkpointing)
         parts = [part for part in (variant.name, mode, memory_savings_text(variant)) if part]
         names_by_reason.setdefault(reason, []).append(", ".join(parts))
@@ -128,7 +128,7 @@ def memory_savings_text(variant: RunVariant) -> str:
         parts.append("tiles")
     if config.strategy.offload_activations:
         parts.append("inputs")
-    if variant.offload:
+    if variant.offloads_to_host:
         parts.append("offload")
     quantisation = variant.config.model.quantisation
     if quantisation is not Quantisation.none:
@@ -148,9 +148,9 @@ def _peer_memory_table(answer: PlanAnswer) -> list[str]:
         peer = choice.peer_memory
         if peer is None:
             continue
-        our_gib = f"{choice.peak.total / GIB:.1f}"
+        our_gib = f"{choice.memory_peak.total_bytes / GIB:.1f}"
         peer_gib = f"{peer.total / GIB:.1f}"
-        peer_fits = "yes" if peer_memory_gib(choice, answer.job) <= answer.job.card.memory_gib else "no"
+        peer_fits = "yes" if peer_memory_gib(choice, answer.planned_run) <= answer.planned_run.card.memory_gib else "no"
         parts = [f"{part} {size / GIB:.1f}" for part, size in peer.parts.items() if size >= min_shown_bytes]
         peer_peak = f"{peer.phase}: {', '.join(parts)}" if parts else peer.phase
         rows.append(TableRow((*_naming_cells(choice), our_gib, peer_gib, peer_fits, peer_peak)))
@@ -173,12 +173,12 @@ def peer_memory_gib(choice: PlannedChoice, job: PlannedRun) -> float:
     assert choice.peer_memory is not None
     tensor_bytes = round(job.card.tensors * choice.peer_memory.total)  # `tensors`: measured over simulated, usually 1
     peer_fit = fit_in_memory(tensor_bytes, 0, job.card.memory_gib, job.card.allocator)
-    return (peer_fit.total + choice.fit.nccl_buffers) / GIB
+    return (peer_fit.needed_bytes + choice.memory_fit.nccl_bytes) / GIB
 
 
 def verdict_on_choice(choice: PlannedChoice, answer: PlanAnswer) -> str:
     """How a choice compares with the best one: `fastest`, `too large`, `as fast`, or its relative speed (`0.85 x`)."""
-    best = answer.best
+    best = answer.fastest_fitting_choice
     if choice is best:
         return "fastest"
     if not choice.fits:
@@ -191,16 +191,16 @@ def verdict_on_choice(choice: PlannedChoice, answer: PlanAnswer) -> str:
 
 def _best_choice_lines(answer: PlanAnswer, overrides: list[str]) -> list[str]:
     """Lines with the command of the best choice and where its memory and time go, or with why nothing fits."""
-    best, job = answer.best, answer.job
+    best, job = answer.fastest_fitting_choice, answer.planned_run
     if best is None:
         return [*_nothing_fits_lines(answer.best_choices[0]), *wrap_sentences(expert_parallel_notes(answer), indent=0)]
-    step = best.step
+    step = best.step_time
     return [
         *planned_command_lines(overrides, best, job),
         "",
         *_memory_tables(best),
         *wrap_text(
-            f"host memory about {best.host_gib:.0f} GiB a node; a checkpoint is {checkpoint_gib(answer, best):.2f} GiB, "
+            f"host memory about {best.needed_host_gib:.0f} GiB a node; a checkpoint is {checkpoint_gib(answer, best):.2f} GiB, "
             f"{checkpoint_s(answer, best):,.0f} s to write",
             indent=2,
         ),
@@ -219,10 +219,10 @@ def _best_choice_lines(answer: PlanAnswer, overrides: list[str]) -> list[str]:
 
 def _round_lines(best: PlannedChoice, job: PlannedRun) -> list[str]:
     """Lines on the seconds of a round (answers generated, scored, trained on); empty if the run generates no answers."""
-    if job.round is None or best.round is None:
+    if job.round_load is None or best.round_time is None:
         return []
     lines = []
-    for line in round_lines(job.round, best.round):
+    for line in round_lines(job.round_load, best.round_time):
         lines += wrap_text(line, indent=2)
     return lines
 
@@ -230,15 +230,16 @@ def _round_lines(best: PlannedChoice, job: PlannedRun) -> list[str]:
 def _nothing_fits_lines(least: PlannedChoice) -> list[str]:
     """Lines on what `least`, the choice with the smallest memory, lacks (host memory or GPU memory), and what would help."""
     overrides = " ".join(least.overrides)
-    if least.node_gib is not None and not least.fits_host:
+    if least.node_memory_gib is not None and not least.fits_host:
         return wrap_text(
-            f"Nothing fits: the smallest, {overrides}, takes {least.host_gib:,.0f} GiB of a node's {least.node_gib:,.0f} GiB of "
+            f"Nothing fits: the smallest, {overrides}, takes {least.needed_host_gib:,.0f} GiB of a node's "
+            f"{least.node_memory_gib:,.0f} GiB of "
             "host memory. Take fewer ranks a node, a smaller data.max_length, or leave strategy.offload_activations out; "
             "launcher.mem and hardware.node_memory_gib say what a node has.",
             indent=0,
         )
     return wrap_text(
-        f"Nothing fits: the smallest, {overrides}, is {-least.fit.margin / GIB:.1f} GiB too much. Take more cards "
+        f"Nothing fits: the smallest, {overrides}, is {-least.memory_fit.margin_bytes / GIB:.1f} GiB too much. Take more cards "
         "(launcher.nodes, launcher.gpus_per_node), a smaller data.max_length, tuning=lora, a card with more memory, or look "
         "at plan.offload=true.",
         indent=0,
@@ -247,24 +248,24 @@ def _nothing_fits_lines(least: PlannedChoice) -> list[str]:
 
 def _long_step_notes(answer: PlanAnswer, best: PlannedChoice) -> list[str]:
     """A note if the step of the best choice takes longer than SLURM leaves a job to save."""
-    return long_step_notes(best.variant.config, best.step.total_s, checkpoint_s(answer, best))
+    return long_step_notes(best.variant.config, best.step_time.total_s, checkpoint_s(answer, best))
 
 
 def _memory_tables(best: PlannedChoice) -> list[str]:
     """Two tables of memory at the peak: tensors by kind, largest first, and what the process holds beside them."""
     columns = (TableColumn(), TableColumn(is_number=True), TableColumn())
-    bytes_by_kind = sorted(best.peak.kinds.items(), key=lambda kind_and_size: -kind_and_size[1])
+    bytes_by_kind = sorted(best.memory_peak.bytes_by_kind.items(), key=lambda kind_and_size: -kind_and_size[1])
     min_shown_bytes = 0.005 * GIB  # less would be shown as 0.00
     tensor_rows = [
         TableRow((str(kind), _gib_text(size), "")) for kind, size in bytes_by_kind if size >= min_shown_bytes
     ]
     process_rows = [
-        TableRow(("process", _gib_text(best.fit.context), "context and libraries")),
-        TableRow(("allocator", _gib_text(best.fit.allocator), "reserved beyond what is allocated")),
-        TableRow(("NCCL", _gib_text(best.fit.nccl_buffers), "buffers of its groups")),
+        TableRow(("process", _gib_text(best.memory_fit.process_bytes), "context and libraries")),
+        TableRow(("allocator", _gib_text(best.memory_fit.allocator_bytes), "reserved beyond what is allocated")),
+        TableRow(("NCCL", _gib_text(best.memory_fit.nccl_bytes), "buffers of its groups")),
     ]
     return [
-        f"its peak, {_gib_text(best.peak.total)} of tensors, in {best.peak.phase}:",
+        f"its peak, {_gib_text(best.memory_peak.total_bytes)} of tensors, in {best.memory_peak.phase}:",
         *format_table(columns, tensor_rows, indent=2),
         "beside them, reckoned:",
         *format_table(columns, process_rows, indent=2),
@@ -282,7 +283,7 @@ def format_dollars(price: float) -> str:
 
 def cards_text(job: PlannedRun) -> str:
     """The number of GPUs of all nodes: "1 card", "8 cards"."""
-    return "1 card" if job.ranks == 1 else f"{job.ranks} cards"
+    return "1 card" if job.world_size == 1 else f"{job.world_size} cards"
 
 
 def budget_and_price_lines(best: PlannedChoice, job: PlannedRun) -> list[str]:
@@ -295,17 +296,17 @@ def budget_and_price_lines(best: PlannedChoice, job: PlannedRun) -> list[str]:
     epochs = best.variant.config.budget.epochs
     price_per_hour = job.card.price_per_hour  # of one card
     lines = []
-    if best.hours is not None:
-        price = "" if best.price is None else f": {format_dollars(best.price)}"
-        lines.append(f"the budget takes {best.hours:,.2f} hours on {cards_text(job)}{price}")
+    if best.budget_hours is not None:
+        price = "" if best.budget_dollars is None else f": {format_dollars(best.budget_dollars)}"
+        lines.append(f"the budget takes {best.budget_hours:,.2f} hours on {cards_text(job)}{price}")
     elif epochs is not None:
         lines.append(f"how long budget.epochs={epochs:g} takes depends on the data: give data.path")
     if price_per_hour is None:
         lines.append(
             f"what it costs is not known: no price was found for {job.card.name}; give hardware.price_per_hour"
         )
-    elif best.hours is None:
-        dollars_per_second = job.ranks * price_per_hour / 3600
+    elif best.budget_hours is None:
+        dollars_per_second = job.world_size * price_per_hour / 3600
         token_price_line = f"a million tokens cost ${dollars_per_second / best.tokens_per_s * 1e6:.3f}"
         if epochs is None:
             token_price_line += "; with a budget (budget.tokens=...) the price of the whole run is shown"
@@ -315,26 +316,26 @@ def budget_and_price_lines(best: PlannedChoice, job: PlannedRun) -> list[str]:
 
 def checkpoint_gib(answer: PlanAnswer, best: PlannedChoice) -> float:
     """GiB of a checkpoint: of the trained parameters, their weights in fp32 and the optimizer's state."""
-    return checkpoint_bytes(answer.cost_model.trained, str(best.variant.config.optim.name)) / GIB
+    return checkpoint_bytes(answer.cost_model.num_trained_parameters, str(best.variant.config.optim.name)) / GIB
 
 
 def checkpoint_s(answer: PlanAnswer, best: PlannedChoice) -> float:
     """Seconds to write a checkpoint, all nodes at once, at the rate that the card's file assumes of a node's disk."""
-    bytes_per_s = answer.job.card.disk_gb_s * 1e9 * answer.job.nodes
+    bytes_per_s = answer.planned_run.card.disk_gb_s * 1e9 * answer.planned_run.num_nodes
     return checkpoint_gib(answer, best) * GIB / bytes_per_s
 
 
 def plan_as_json(answer: PlanAnswer, overrides: list[str], calibration_lines: tuple[str, ...] = ()) -> dict[str, Any]:
     """What `plan --json` prints, as JSON values. Sizes are GiB, times seconds or hours, prices US dollars."""
-    job = answer.job
+    job = answer.planned_run
     cost_model = answer.cost_model
-    best = answer.best
+    best = answer.fastest_fitting_choice
     first = answer.best_choices[0]
     return {
         "model": {
-            "parameters": cost_model.parameters,
-            "trained": cost_model.trained,
-            "blocks": cost_model.blocks,
+            "parameters": cost_model.num_parameters,
+            "trained": cost_model.num_trained_parameters,
+            "blocks": cost_model.num_blocks,
             "notes": list(cost_model.notes),
         },
         "hardware": {
@@ -350,13 +351,13 @@ def plan_as_json(answer: PlanAnswer, overrides: list[str], calibration_lines: tu
             "calibrated": [line.strip() for line in calibration_lines],
         },
         "job": {
-            "nodes": job.nodes,
+            "nodes": job.num_nodes,
             "gpus_per_node": job.ranks_per_node,
             "precision": str(job.precision),
             "global_batch": job.global_batch,
             "layout": cost_model.layout,
-            "mean_tokens": job.lengths.mean,
-            "longest_tokens": int(job.lengths.longest[0]),
+            "mean_tokens": job.document_lengths.mean,
+            "longest_tokens": int(job.document_lengths.longest[0]),
         },
         "typed": overrides,
         "best": None if best is None else list(best.overrides),
@@ -366,13 +367,15 @@ def plan_as_json(answer: PlanAnswer, overrides: list[str], calibration_lines: tu
         "experts": {
             "imbalance": job.expert_imbalance,
             "imbalance_measured_over": job.imbalance_measured_over,
-            "all_on_one_rank_gib": answer.worst_imbalance and answer.worst_imbalance.total / GIB,
+            "all_on_one_rank_gib": answer.worst_imbalance_fit and answer.worst_imbalance_fit.needed_bytes / GIB,
             "notes": expert_parallel_notes(answer),
         },
-        "resting_gib": _gib_by_name(cost_model.resting),
+        "resting_gib": _gib_by_name(cost_model.resting_bytes_by_kind),
         "ways": [_choice_as_json(choice, answer) for choice in answer.best_choices],
         "all": [_choice_as_json(choice, answer) for choice in answer.all_choices],
-        "left_out": [{"words": list(variant.overrides), "why": reason} for variant, reason in answer.refused],
+        "left_out": [
+            {"words": list(variant.overrides), "why": reason} for variant, reason in answer.unsupported_variants
+        ],
     }
 
 
@@ -389,37 +392,37 @@ def _choice_as_json(choice: PlannedChoice, answer: PlanAnswer) -> dict[str, Any]
             "total": choice.peer_memory.total / GIB,
             "at": choice.peer_memory.phase,
             "parts": _gib_by_name(choice.peer_memory.parts),
-            "with_beside": peer_memory_gib(choice, answer.job),
+            "with_beside": peer_memory_gib(choice, answer.planned_run),
         }
     return {
         "words": list(choice.overrides),
         "strategy": choice.variant.name,
         "fits": choice.fits,
         "why": verdict_on_choice(choice, answer),
-        "margin_gib": choice.fit.margin / GIB,
-        "peak_gib": choice.peak.total / GIB,
-        "peak_at": str(choice.peak.phase),
+        "margin_gib": choice.memory_fit.margin_bytes / GIB,
+        "peak_gib": choice.memory_peak.total_bytes / GIB,
+        "peak_at": str(choice.memory_peak.phase),
         "theirs_gib": peer_gib,
-        "kinds_gib": _gib_by_name(choice.peak.kinds),
+        "kinds_gib": _gib_by_name(choice.memory_peak.bytes_by_kind),
         "beside_gib": {
-            "context": choice.fit.context / GIB,
-            "allocator": choice.fit.allocator / GIB,
-            "nccl": choice.fit.nccl_buffers / GIB,
+            "context": choice.memory_fit.process_bytes / GIB,
+            "allocator": choice.memory_fit.allocator_bytes / GIB,
+            "nccl": choice.memory_fit.nccl_bytes / GIB,
         },
-        "micro": choice.micro,
+        "micro": choice.micro_batch,
         "accumulation": choice.accumulation,
-        "largest_micro": choice.largest_micro,
+        "largest_micro": choice.largest_micro_batch,
         "tokens_per_s": choice.tokens_per_s,
         "step_s": {
-            "products": choice.step.products_s,
-            "moves": choice.step.moves_s,
-            "exchange": choice.step.collective_s,
-            "exposed": choice.step.exposed_s,
-            "update": choice.step.update_s,
-            "total": choice.step.total_s,
+            "products": choice.step_time.products_s,
+            "moves": choice.step_time.moves_s,
+            "exchange": choice.step_time.collective_s,
+            "exposed": choice.step_time.exposed_s,
+            "update": choice.step_time.update_s,
+            "total": choice.step_time.total_s,
         },
-        "round_s": round_as_json(choice.round),
-        "host_gib": choice.host_gib,
-        "hours": choice.hours,
-        "price": choice.price,
+        "round_s": round_as_json(choice.round_time),
+        "host_gib": choice.needed_host_gib,
+        "hours": choice.budget_hours,
+        "price": choice.budget_dollars,
     }

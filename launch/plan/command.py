@@ -117,10 +117,10 @@ def main(argv: list[str]) -> int:
     answer = plan_variants(variants, refused, job, micro_batch, request.settings, _progress_printer())
     # If nothing fits, the reason is as a rule that rows are long. Then ways in which ranks share a row are tried.
     for sequence_parallel_settings in FURTHER_LONG_ROW_SETTINGS:
-        if answer.best is not None:
+        if answer.fastest_fitting_choice is not None:
             break
         variants, refused = further_variants(
-            config, request.settings, fixed_keys, job.ranks, sequence_parallel_settings
+            config, request.settings, fixed_keys, job.world_size, sequence_parallel_settings
         )
         if variants:
             print(f"nothing fits: looking at {len(variants)} further ways, with rows that ranks share", file=sys.stderr)
@@ -142,7 +142,7 @@ def main(argv: list[str]) -> int:
         page_file = request.arguments.to.expanduser() / PAGE_FILE
         write_text_atomic(page_file, plan_page(answer, request.run_overrides, calibration.lines))
         print(f"written: {page_file}", file=sys.stderr if request.arguments.as_json else sys.stdout, flush=True)
-    return 0 if answer.best is not None else NOTHING_FITS_EXIT_CODE
+    return 0 if answer.fastest_fitting_choice is not None else NOTHING_FITS_EXIT_CODE
 
 
 def card_of_request(request: PlanRequest, command: list[str]) -> CalibratedCard:

@@ -121,25 +121,25 @@ def simulate_step_memory(config: RunConfig, lengths: list[int], world_size: int)
         return SimulatedStepMemory([f"memory per rank: {reason}"], {"unknown": reason}, is_defect=is_defect)
     unit_bytes = 2**20
     unit = "MiB"
-    if step.total >= 2**30:
+    if step.peak_bytes >= 2**30:
         unit_bytes = 2**30
         unit = "GiB"
     # With `auto`, the run itself chooses by its free memory which activations are recomputed.
     mode = config.strategy.activation_checkpointing
     auto_note = ", with nothing recomputed yet" if mode is ActivationCheckpointing.auto else ""
     lines = [
-        f"memory per rank of the longest micro-batch{auto_note}, simulated: most in {step.peak}; libraries and what "
+        f"memory per rank of the longest micro-batch{auto_note}, simulated: most in {step.peak_phase}; libraries and what "
         "the allocator reserves come on top"
     ]
-    bytes_by_kind = dict(sorted(step.kinds.items(), key=lambda kind_and_size: -kind_and_size[1]))
+    bytes_by_kind = dict(sorted(step.peak_bytes_by_kind.items(), key=lambda kind_and_size: -kind_and_size[1]))
     for kind, size_bytes in bytes_by_kind.items():
         if size_bytes >= 0.005 * unit_bytes:  # smaller ones would be shown as 0.00
             lines.append(f"  {kind:<14}{size_bytes / unit_bytes:8.2f} {unit}")
-    lines.append(f"  {'total':<14}{step.total / unit_bytes:8.2f} {unit}")
+    lines.append(f"  {'total':<14}{step.peak_bytes / unit_bytes:8.2f} {unit}")
     if step.host_inputs.tensors:
         pinned_gib = step.host_inputs.pinned_size() / 2**30
         lines.append(f"  beside it {pinned_gib:.2f} GiB of pinned host memory a rank, for inputs of recomputed blocks")
-    return SimulatedStepMemory(lines, {"bytes": step.total, "peak": str(step.peak), "kinds": bytes_by_kind})
+    return SimulatedStepMemory(lines, {"bytes": step.peak_bytes, "peak": str(step.peak_phase), "kinds": bytes_by_kind})
 
 
 def deferred_gradient_lines(strategy: StrategyConfig, num_trained_parameters: int, *, accumulation: int) -> list[str]:

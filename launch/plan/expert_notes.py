@@ -69,7 +69,7 @@ def _cross_host_notes(job: PlannedRun, degrees: set[int]) -> list[str]:
     """A note for each expert group size in `degrees` (`parallel.experts`) whose groups do not lie within hosts."""
     notes = []
     for degree in sorted(degrees):
-        note = expert_groups_across_hosts_note(degree, job.ranks_per_node, job.nodes)
+        note = expert_groups_across_hosts_note(degree, job.ranks_per_node, job.num_nodes)
         if note is not None:
             notes.append(f"parallel.experts={degree}: {note}")
     return notes
@@ -99,10 +99,12 @@ def expert_parallel_notes(answer: PlanAnswer) -> list[str]:
     elif gathering_choices and fastest.fits:
         notes.append(f"{override} fits, and nothing does that gathers all experts of a layer on each rank")
     degrees = {choice.variant.config.parallel.experts for choice in expert_parallel_choices}
-    notes += _cross_host_notes(answer.job, degrees)
-    notes += imbalance_notes(answer.job, degrees)
-    if answer.worst_imbalance is not None:
-        worst = answer.worst_imbalance
-        verdict = "fits" if worst.margin >= 0 else f"is {-worst.margin / GIB:.1f} GiB too much"
-        notes.append(f"if one rank got all tokens, this way would take {worst.total / GIB:.1f} GiB, which {verdict}")
+    notes += _cross_host_notes(answer.planned_run, degrees)
+    notes += imbalance_notes(answer.planned_run, degrees)
+    if answer.worst_imbalance_fit is not None:
+        worst = answer.worst_imbalance_fit
+        verdict = "fits" if worst.margin_bytes >= 0 else f"is {-worst.margin_bytes / GIB:.1f} GiB too much"
+        notes.append(
+            f"if one rank got all tokens, this way would take {worst.needed_bytes / GIB:.1f} GiB, which {verdict}"
+        )
     return notes

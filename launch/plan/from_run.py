@@ -67,25 +67,27 @@ def calibrate_card(
         if step_s is None:
             uncalibrated_reasons.append("it tells no time of a step")
         else:
-            card = replace(card, pace=step_s / choice.step.total_s)
-            seconds = f"{step_s:.3g} s, {choice.step.total_s:.3g} reckoned"
+            card = replace(card, pace=step_s / choice.step_time.total_s)
+            seconds = f"{step_s:.3g} s, {choice.step_time.total_s:.3g} reckoned"
             lines.append(f"steps take {card.pace:.2f} x what is reckoned ({seconds})")
         peak_gib = _positive_or_none(measured.memory_gib)
         if peak_gib is not None:
-            simulated_gib = choice.peak.total / 2**30
+            simulated_gib = choice.memory_peak.total_bytes / 2**30
             # Its longest documents need not have met in one micro-batch: a smaller peak is no proof that less is needed.
             card = replace(card, tensors=max(1.0, peak_gib / simulated_gib))
             peaks = f"{peak_gib:.2f} GiB at most, {simulated_gib:.2f} simulated"
             lines.append(f"tensors take {card.tensors:.2f} x what is simulated ({peaks})")
 
-        if choice.round is not None:
+        if choice.round_time is not None:
             rounds = _measured_rounds(Path(run_dir).expanduser())
             if rounds is None:
                 uncalibrated_reasons.append(
                     "it has written no round after its first, so writing is reckoned as without it"
                 )
             else:
-                planned_s = choice.round.write_s * rounds.longest_answer / max_generated_tokens(config.objective)
+                planned_s = (
+                    choice.round_time.generation_s * rounds.longest_answer / max_generated_tokens(config.objective)
+                )
                 answers = num_prompts_per_round(config) * int(getattr(config.objective, "group_size", 1))
                 card = replace(card, writing_pace=rounds.write_s / planned_s, scoring_s=rounds.score_s / answers)
                 lines.append(
@@ -239,7 +241,7 @@ def _planned_choice_of_run(
     config.run.device = Device.cuda
     job = with_imbalance(planned_run_of(config, card), settings, expert_imbalance)
     micro = record.micro_batch
-    accumulation = 2 if job.global_batch > dp_size_of(config, job.ranks) * micro else 1
+    accumulation = 2 if job.global_batch > dp_size_of(config, job.world_size) * micro else 1
     variant = RunVariant(config, overrides=())
     # One variant, one micro-batch: one choice.
     (cost_model,) = simulate_variants([variant], job, [accumulation], settings, lambda *_: None)

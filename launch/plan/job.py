@@ -47,12 +47,12 @@ def planned_run_of(config: RunConfig, card: Card) -> PlannedRun:
     return PlannedRun(
         card=card,
         precision=config.precision,
-        nodes=config.launcher.nodes,
+        num_nodes=config.launcher.nodes,
         ranks_per_node=config.launcher.per_node,
         global_batch=config.batch["global"],
-        node_gib=_node_memory_gib(config, card),
-        lengths=lengths,
-        round=round_load(config, load_model_config(config.model), mean_prompt_tokens, longest_prompt),
+        node_memory_gib=_node_memory_gib(config, card),
+        document_lengths=lengths,
+        round_load=round_load(config, load_model_config(config.model), mean_prompt_tokens, longest_prompt),
     )
 
 

@@ -85,7 +85,7 @@ def plan_page(answer: PlanAnswer, overrides: list[str], calibration_lines: tuple
         bars=bars,
         legend=_colour_legend(bars),
         left_out_bars=len(answer.best_choices) - len(bars),
-        card_gib=answer.job.card.memory_gib,
+        card_gib=answer.planned_run.card.memory_gib,
         card_position=100 / _axis_end_in_card_memories(answer),
         ways=_ways_table(answer),
         refused=refused,
@@ -105,13 +105,14 @@ def _colour_legend(bars: list[MemoryBar]) -> list[tuple[int, str]]:
 
 def _job_text(answer: PlanAnswer) -> str:
     """The job in one line: the model, the cards, a step."""
-    job = answer.job
+    job = answer.planned_run
     cost_model = answer.cost_model
-    nodes = f"{job.nodes} node{'s' if job.nodes > 1 else ''}"
+    nodes = f"{job.num_nodes} node{'s' if job.num_nodes > 1 else ''}"
     return (
-        f"{cost_model.parameters / 1e9:.2f} billion parameters, {cost_model.trained / 1e9:.3f} trained, {job.precision}, on "
-        f"{job.ranks} x {job.card.name} ({nodes}); a step is {format_number(job.global_batch)} x "
-        f"{format_number(round(job.lengths.mean))} tokens"
+        f"{cost_model.num_parameters / 1e9:.2f} billion parameters, {cost_model.num_trained_parameters / 1e9:.3f} trained, "
+        f"{job.precision}, on "
+        f"{job.world_size} x {job.card.name} ({nodes}); a step is {format_number(job.global_batch)} x "
+        f"{format_number(round(job.document_lengths.mean))} tokens"
     )
 
 
@@ -121,21 +122,22 @@ def choice_name(choice: PlannedChoice) -> str:
     parts = [choice.variant.name, "nothing recomputed" if mode == "none" else f"{mode} recomputation"]
     savings = memory_savings_text(choice.variant)
     parts += [savings] if savings else []
-    return ", ".join([*parts, f"micro-batch {choice.micro}"])
+    return ", ".join([*parts, f"micro-batch {choice.micro_batch}"])
 
 
 def _best_choice_callout(answer: PlanAnswer, overrides: list[str]) -> Callout:
     """A callout with the command of the best choice; or one that says that nothing fits, by how much, and what would help."""
-    best = answer.best
+    best = answer.fastest_fitting_choice
     if best is None:
         least = answer.best_choices[0]
-        lacks = f"{format_number(-least.fit.margin / GIB, 3)} GiB more than the card has"
+        lacks = f"{format_number(-least.memory_fit.margin_bytes / GIB, 3)} GiB more than the card has"
         advice = "Take more cards, a smaller data.max_length, tuning=lora, or a card with more memory."
-        if not least.fits_host and least.fit.margin >= 0:
-            lacks = f"{format_number(least.host_gib, 3)} GiB of a node's memory, which has {format_number(least.node_gib, 3)}"
+        if not least.fits_host and least.memory_fit.margin_bytes >= 0:
+            needed_gib = format_number(least.needed_host_gib, 3)
+            lacks = f"{needed_gib} GiB of a node's memory, which has {format_number(least.node_memory_gib, 3)}"
             advice = "Take fewer ranks a node, a smaller data.max_length, or leave strategy.offload_activations out."
         return Callout("bad", "Nothing fits", f"The smallest way, {choice_name(least)}, takes {lacks}. {advice}")
-    command = planned_command(overrides, best, answer.job)
+    command = planned_command(overrides, best, answer.planned_run)
     text = f"The fastest way that fits, {format_number(round(best.tokens_per_s))} tokens a second of all cards"
     text = f"{text} ({command.user_must_add})." if command.user_must_add else f"{text}."
     return Callout("good", f"Take {choice_name(best)}", text, ["\n".join(command.lines)])
@@ -146,37 +148,44 @@ def _page_cards(answer: PlanAnswer) -> list[PageCard]:
 
     "Card" has two meanings here: a `PageCard` is a box on the page, `job.card` is the GPU.
     """
-    job = answer.job
-    choice = answer.best or answer.best_choices[0]
-    left_gib = choice.fit.margin / GIB
+    job = answer.planned_run
+    choice = answer.fastest_fitting_choice or answer.best_choices[0]
+    left_gib = choice.memory_fit.margin_bytes / GIB
     left_text = f"{format_number(left_gib, 3)} GiB left on each card"
     if left_gib < 0:
         left_text = f"{format_number(-left_gib, 3)} GiB too much"
-    needed = format_number(choice.fit.total / GIB, 3)
+    needed = format_number(choice.memory_fit.needed_bytes / GIB, 3)
     unit = f"of {format_number(job.card.memory_gib, 3)} GiB"
     cards = [PageCard("Memory of a card", needed, left_text, "good" if left_gib >= 0 else "bad", unit=unit)]
-    if answer.best is not None:
-        speed_of_one_gpu = f"{format_number(round(choice.tokens_per_s / job.ranks))} each card"
+    if answer.fastest_fitting_choice is not None:
+        speed_of_one_gpu = f"{format_number(round(choice.tokens_per_s / job.world_size))} each card"
         cards.append(PageCard("Speed", format_number(round(choice.tokens_per_s)), speed_of_one_gpu, unit="tokens/s"))
-        cards.append(PageCard("A step", format_duration(choice.step.total_s), _largest_step_part_text(choice)))
-    if choice.round is not None:
-        parts = f"writing {format_duration(choice.round.write_s)}, training {format_duration(choice.round.train_s)}"
+        cards.append(PageCard("A step", format_duration(choice.step_time.total_s), _largest_step_part_text(choice)))
+    if choice.round_time is not None:
+        round_time = choice.round_time
+        parts = f"writing {format_duration(round_time.generation_s)}, training {format_duration(round_time.training_s)}"
         rewards = "; rewards not known"
-        if choice.round.score_s is not None:
-            rewards = f", rewards {format_duration(choice.round.score_s)}"
-        cards.append(PageCard("A round", format_duration(choice.round.total_s), f"at most, planned: {parts}{rewards}"))
-    if choice.hours is not None:
-        price = "price not known" if choice.price is None else f"{format_dollars(choice.price)} for {cards_text(job)}"
-        cards.append(PageCard("The budget", format_duration(3600 * choice.hours), price))
+        if choice.round_time.scoring_s is not None:
+            rewards = f", rewards {format_duration(choice.round_time.scoring_s)}"
+        cards.append(
+            PageCard("A round", format_duration(choice.round_time.total_s), f"at most, planned: {parts}{rewards}")
+        )
+    if choice.budget_hours is not None:
+        price = (
+            "price not known"
+            if choice.budget_dollars is None
+            else f"{format_dollars(choice.budget_dollars)} for {cards_text(job)}"
+        )
+        cards.append(PageCard("The budget", format_duration(3600 * choice.budget_hours), price))
     checkpoint = f"{format_duration(checkpoint_s(answer, choice))} to write"
     cards.append(PageCard("A checkpoint", format_bytes(checkpoint_gib(answer, choice) * GIB), checkpoint))
-    cards.append(PageCard("Host memory", format_number(choice.host_gib, 3), "of a node, about", unit="GiB"))
+    cards.append(PageCard("Host memory", format_number(choice.needed_host_gib, 3), "of a node, about", unit="GiB"))
     return cards
 
 
 def _largest_step_part_text(choice: PlannedChoice) -> str:
     """The largest part of a step's time, with its share: "most: matrix products, 72%"."""
-    step = choice.step
+    step = choice.step_time
     parts = {
         "matrix products": step.products_s,
         "memory-bound operations": step.moves_s,
@@ -192,8 +201,14 @@ def _note_callouts(answer: PlanAnswer) -> list[Callout]:
     notes = []
     if answer.cost_model.notes:
         notes.append(Callout("note", "Chosen for you", "; ".join(answer.cost_model.notes)))
-    if answer.best is not None and answer.best.hours is None:
-        notes.append(Callout("note", "What the run costs", "; ".join(budget_and_price_lines(answer.best, answer.job))))
+    if answer.fastest_fitting_choice is not None and answer.fastest_fitting_choice.budget_hours is None:
+        notes.append(
+            Callout(
+                "note",
+                "What the run costs",
+                "; ".join(budget_and_price_lines(answer.fastest_fitting_choice, answer.planned_run)),
+            )
+        )
     expert_notes = expert_parallel_notes(answer)
     if expert_notes:
         notes.append(Callout("note", "Experts over ranks", "; ".join(expert_notes)))
@@ -206,21 +221,25 @@ def gib_by_memory_part(choice: PlannedChoice) -> dict[str, float]:
     Their sum is the memory that this way to run needs. A run of `from=` may have measured more tensors than the simulation
     has; each kind of tensor then gets its share of the difference.
     """
-    measured_over_simulated = choice.fit.live / max(choice.peak.total, 1)
-    gib_by_part = {str(kind): measured_over_simulated * size / GIB for kind, size in choice.peak.kinds.items()}
-    gib_by_part["process"] = (choice.fit.context + choice.fit.allocator + choice.fit.nccl_buffers) / GIB
+    measured_over_simulated = choice.memory_fit.live_bytes / max(choice.memory_peak.total_bytes, 1)
+    gib_by_part = {
+        str(kind): measured_over_simulated * size / GIB for kind, size in choice.memory_peak.bytes_by_kind.items()
+    }
+    gib_by_part["process"] = (
+        choice.memory_fit.process_bytes + choice.memory_fit.allocator_bytes + choice.memory_fit.nccl_bytes
+    ) / GIB
     return gib_by_part
 
 
 def _axis_end_in_card_memories(answer: PlanAnswer) -> float:
     """The length of the axis of the bars, as a multiple of the card's memory: from 1.1 to `MAX_BAR_IN_CARD_MEMORIES`."""
-    largest = max(choice.fit.total for choice in answer.best_choices[:MAX_DRAWN_BARS]) / GIB
-    return min(MAX_BAR_IN_CARD_MEMORIES, max(1.1, 1.04 * largest / answer.job.card.memory_gib))
+    largest = max(choice.memory_fit.needed_bytes for choice in answer.best_choices[:MAX_DRAWN_BARS]) / GIB
+    return min(MAX_BAR_IN_CARD_MEMORIES, max(1.1, 1.04 * largest / answer.planned_run.card.memory_gib))
 
 
 def memory_bars(answer: PlanAnswer) -> list[MemoryBar]:
     """A bar for each way to run, in the order of the answer: its parts of memory side by side, cut at the end of the axis."""
-    axis_gib = _axis_end_in_card_memories(answer) * answer.job.card.memory_gib
+    axis_gib = _axis_end_in_card_memories(answer) * answer.planned_run.card.memory_gib
     bars = []
     for choice in answer.best_choices[:MAX_DRAWN_BARS]:
         gib_by_part = gib_by_memory_part(choice)
@@ -234,7 +253,7 @@ def memory_bars(answer: PlanAnswer) -> list[MemoryBar]:
             width_percent = 100 * (end_gib - position_gib) / axis_gib
             segments.append(BarSegment(colour_number, label, size_gib, width_percent))
             position_gib = end_gib
-        total_gib = choice.fit.total / GIB
+        total_gib = choice.memory_fit.needed_bytes / GIB
         bars.append(
             MemoryBar(
                 name=choice_name(choice),
@@ -282,8 +301,8 @@ def _way_cells(choice: PlannedChoice, answer: PlanAnswer) -> list[PageCell]:
 
     A cell's second value is the one that it is sorted by.
     """
-    needed_gib = choice.fit.total / GIB
-    left_gib = choice.fit.margin / GIB
+    needed_gib = choice.memory_fit.needed_bytes / GIB
+    left_gib = choice.memory_fit.margin_bytes / GIB
     speed = PageCell("\N{EN DASH}")
     if choice.fits:
         speed = PageCell(format_number(round(choice.tokens_per_s)), choice.tokens_per_s)
@@ -297,7 +316,7 @@ def _way_cells(choice: PlannedChoice, answer: PlanAnswer) -> list[PageCell]:
         speed,
         PageCell(recomputation, recomputation),
         PageCell(storage, storage),
-        PageCell(str(choice.micro), choice.micro, note=f"largest {choice.largest_micro}"),
+        PageCell(str(choice.micro_batch), choice.micro_batch, note=f"largest {choice.largest_micro_batch}"),
         PageCell(f"{needed_gib:.1f}", needed_gib),
         PageCell(f"{left_gib:+.1f}", left_gib),
     ]
@@ -305,7 +324,7 @@ def _way_cells(choice: PlannedChoice, answer: PlanAnswer) -> list[PageCell]:
 
 def _plan_inputs(answer: PlanAnswer, overrides: list[str]) -> list[tuple[str, str]]:
     """(name, value) of what the plan was made from, for the folded section at the end: [("rows", "packed"), ...]."""
-    job: PlannedRun = answer.job
+    job: PlannedRun = answer.planned_run
     card = job.card
     price = "not known" if card.price_per_hour is None else f"${card.price_per_hour:,.2f} an hour"
     facts = [
@@ -314,8 +333,8 @@ def _plan_inputs(answer: PlanAnswer, overrides: list[str]) -> list[tuple[str, st
         ("figures of the card from", ", ".join([*card.sources, card.date])),
         (
             "documents",
-            f"{format_number(round(job.lengths.mean))} tokens on average, "
-            f"{format_number(int(job.lengths.longest[0]))} the longest",
+            f"{format_number(round(job.document_lengths.mean))} tokens on average, "
+            f"{format_number(int(job.document_lengths.longest[0]))} the longest",
         ),
         ("rows", answer.cost_model.layout),
     ]

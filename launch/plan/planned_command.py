@@ -69,4 +69,4 @@ def _is_for_slurm(overrides: list[str], job: PlannedRun) -> bool:
         return "launcher=slurm" in overrides
     common_settings = {f"launcher.{setting.name}" for setting in fields(LauncherConfig)}
     launcher_keys = {override.split("=")[0] for override in overrides if override.startswith("launcher.")}
-    return job.nodes > 1 or not launcher_keys <= common_settings
+    return job.num_nodes > 1 or not launcher_keys <= common_settings

@@ -29,16 +29,18 @@ def round_lines(load: RoundLoad, planned: RoundTime) -> list[str]:
 
     `load`: what a round generates and trains on; `planned`: its predicted seconds and bytes.
     """
-    scoring = SCORING_NOT_MEASURED_TEXT if planned.score_s is None else f"{planned.score_s:.1f} s"
+    scoring = SCORING_NOT_MEASURED_TEXT if planned.scoring_s is None else f"{planned.scoring_s:.1f} s"
     weights_place = (
-        "whole on each rank" if planned.gathers_once else "gathered block by block for each token, which is slow"
+        "whole on each rank"
+        if planned.gathers_weights_once
+        else "gathered block by block for each token, which is slow"
     )
-    steps = "1 step" if load.steps == 1 else f"{load.steps} steps"
+    steps = "1 step" if load.num_steps == 1 else f"{load.num_steps} steps"
     return [
-        f"a round of {load.prompts} prompts x {load.group_size} answers of {load.new_tokens:,} tokens takes at most "
-        f"{planned.total_s:.1f} s, planned: writing {planned.write_s:.1f} s, training {planned.train_s:.1f} s ({steps}); "
+        f"a round of {load.num_prompts} prompts x {load.group_size} answers of {load.max_new_tokens:,} tokens takes at most "
+        f"{planned.total_s:.1f} s, planned: writing {planned.generation_s:.1f} s, training {planned.training_s:.1f} s ({steps}); "
         f"scoring is {scoring}",
-        f"while it writes, a rank needs {planned.writing_bytes / GIB:.2f} GiB for weights ({weights_place}) and "
+        f"while it writes, a rank needs {planned.generation_bytes / GIB:.2f} GiB for weights ({weights_place}) and "
         "keys of the answers",
     ]
 
@@ -48,13 +50,13 @@ def round_as_json(planned: RoundTime | None) -> dict[str, Any] | None:
     if planned is None:
         return None
     return {
-        "writing": planned.write_s,
-        "scoring": planned.score_s,
-        "training": planned.train_s,
+        "writing": planned.generation_s,
+        "scoring": planned.scoring_s,
+        "training": planned.training_s,
         "total": planned.total_s,
-        "steps": planned.steps,
-        "writing_gib": planned.writing_bytes / GIB,
-        "gathers_once": planned.gathers_once,
+        "steps": planned.num_steps,
+        "writing_gib": planned.generation_bytes / GIB,
+        "gathers_once": planned.gathers_weights_once,
     }
 
 

@@ -35,13 +35,13 @@ def test_as_much_is_exchanged_as_is_expected_and_counted(tmp_path, strategy, tun
             step = simulate(parts, runtime, repeat=0)
     done = Counter()
     for each in step.collectives:
-        if each.bytes > 1024:  # flags and norms are not expected
-            done[NAMES[each.name]] += each.bytes
+        if each.num_bytes > 1024:  # flags and norms are not expected
+            done[NAMES[each.name]] += each.num_bytes
     # Shards are of equal size: what has no equal parts is padded.
     assert expected.keys() == done.keys()
     assert dict(done) == pytest.approx(expected, rel=0.05)
     steps = 2
-    small = steps * sum(each.bytes for each in step.collectives if each.bytes <= 1024) + 4096
+    small = steps * sum(each.num_bytes for each in step.collectives if each.num_bytes <= 1024) + 4096
     assert all(steps * done[name] <= counted.bytes_by_collective[name] <= steps * done[name] + small for name in done)
 
 
@@ -66,9 +66,11 @@ def test_as_much_is_exchanged_of_dealt_experts_as_is_expected(tmp_path, strategy
         after = expected_bytes_by_collective(parts.built, config.strategy, Precision.bf16, runtime, 2, sum(LENGTHS))
     done = Counter()
     for each in step.collectives:
-        done[NAMES.get(each.name, ALL_TO_ALL)] += each.bytes
+        done[NAMES.get(each.name, ALL_TO_ALL)] += each.num_bytes
     assert after == expected, "a run asks when its model is sharded"
-    done[ALL_REDUCE] -= sum(each.bytes for each in step.collectives if each.name == "allreduce" and each.bytes < 64)
+    done[ALL_REDUCE] -= sum(
+        each.num_bytes for each in step.collectives if each.name == "allreduce" and each.num_bytes < 64
+    )
     assert {name: size for name, size in done.items() if size} == pytest.approx(expected, rel=0.05)
 
 
@@ -80,10 +82,10 @@ def test_as_much_of_shared_rows_is_exchanged_as_is_expected(tmp_path, mode, degr
     with simulated_rank(0, RANKS, local_world_size=2) as all_ranks:
         runtime = with_sequence_parallelism(all_ranks, degree)
         parts = build_step_parts(config, LENGTHS, runtime)
-        micro_batches = len(parts.batches)
+        micro_batches = len(parts.micro_batches)
         expected = expected_bytes_by_collective(
             parts.built, config.strategy, Precision.bf16, runtime, micro_batches, sum(LENGTHS)
         )
         step = simulate(parts, runtime, repeat=0)
-    done = sum(each.bytes for each in step.collectives if each.name.startswith(SIMULATED_EXCHANGE))
+    done = sum(each.num_bytes for each in step.collectives if each.name.startswith(SIMULATED_EXCHANGE))
     assert expected[ALL_TO_ALL] == pytest.approx(done, rel=0.05) and done > 0

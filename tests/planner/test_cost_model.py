@@ -65,7 +65,7 @@ def formed(model, case, layout, rows, length):
         config = replace(config, strategy=replace(config.strategy, defer_sync=False))
     config.batch["micro"], config.batch["global"] = rows, rows * world * case.accumulation
     form = simulate_cost_model_of_run(config, length, accumulation=case.accumulation, world_size=world)
-    return config, form, form.peak_at(rows if form.counts_rows else rows * length)
+    return config, form, form.memory_peak_at(rows if form.units_are_rows else rows * length)
 
 
 def both(model, case, layout, rows, length):
@@ -94,12 +94,12 @@ def dear(one):
 @pytest.mark.parametrize(("case", "layout"), chosen(MATRIX, marks, dear), ids=str)
 def test_cost_model_equals_the_simulation_of_any_micro_batch(model, case, layout):
     form, taken, found = both(model, case, layout, 4, 512)
-    assert form.layout == layout and form.counts_rows == (layout == "padded")
-    assert taken.total == pytest.approx(found.total, rel=WITHIN)
-    assert sum(taken.kinds.values()) == pytest.approx(taken.total, rel=1e-3)
-    assert form.work(2048 if not form.counts_rows else 4, 4 * 512**2)[0] * case.accumulation == pytest.approx(
-        found.flops, rel=WITHIN
-    )
+    assert form.layout == layout and form.units_are_rows == (layout == "padded")
+    assert taken.total_bytes == pytest.approx(found.peak_bytes, rel=WITHIN)
+    assert sum(taken.bytes_by_kind.values()) == pytest.approx(taken.total_bytes, rel=1e-3)
+    assert form.micro_batch_work(2048 if not form.units_are_rows else 4, 4 * 512**2)[
+        0
+    ] * case.accumulation == pytest.approx(found.flops, rel=WITHIN)
     calls = {name: 0 for name, *_ in found.collective_totals}
     for (name, *_), (number, _) in form.collective_totals.items():
         calls[name] += number
@@ -125,7 +125,7 @@ def test_cost_model_of_a_large_model(tmp_path, case, rows):
         vocab_size=128256,
     )
     _, taken, found = both(tmp_path, case, "padding_free", rows, 4096)
-    assert taken.total == pytest.approx(found.total, rel=0.01)
+    assert taken.total_bytes == pytest.approx(found.peak_bytes, rel=0.01)
 
 
 @pytest.mark.parametrize("checkpointing", ["full", *(["none"] if EVERYTHING else [])])
@@ -135,17 +135,17 @@ def test_cost_model_adds_waiting_gradients_to_everything_else(model, checkpointi
     config = case.config(model, 8)
     config = replace(config, strategy=replace(config.strategy, defer_sync=True))
     found = simulate_depth(config, [512] * 2, world_size=8)
-    later = with_deferred_reduction(form, deferred_gradient_bytes(form, 8)).peak_at(1024)
-    assert later.total == pytest.approx(found.total, rel=WITHIN)
-    assert sum(later.kinds.values()) == pytest.approx(later.total, rel=1e-3)
-    assert deferred_gradient_bytes(form, 8) > 2 * WITHIN * found.total, "there is something to tell"
+    later = with_deferred_reduction(form, deferred_gradient_bytes(form, 8)).memory_peak_at(1024)
+    assert later.peak_bytes == pytest.approx(found.peak_bytes, rel=WITHIN)
+    assert sum(later.bytes_by_kind.values()) == pytest.approx(later.total_bytes, rel=1e-3)
+    assert deferred_gradient_bytes(form, 8) > 2 * WITHIN * found.peak_bytes, "there is something to tell"
 
 
 def test_cost_model_largest_micro_batch_is_where_the_peak_meets_the_limit(model):
     _, form, taken = formed(model, Case("fsdp2", "full", "bf16", "none"), "padding_free", 4, 512)
-    most = form.largest_units(taken.total)
-    assert form.peak_at(most).total <= taken.total + ALLOCATION_GRAIN
-    assert form.peak_at(most + 64).total > taken.total
+    most = form.largest_units(taken.total_bytes)
+    assert form.memory_peak_at(most).total_bytes <= taken.total_bytes + ALLOCATION_GRAIN
+    assert form.memory_peak_at(most + 64).total_bytes > taken.total_bytes
     assert form.largest_units(1) == 0
 
 
@@ -154,16 +154,16 @@ def test_cost_model_parameters_are_those_of_the_full_model(model):
     with torch.device("meta"):
         made = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(model))
     adapters = 4 * 7 * 2 * (256 + 256)  # rank 4 beside each of the projections of width 256
-    assert form.parameters - form.trained == sum(p.numel() for p in made.parameters())
-    assert form.trained >= adapters
-    assert form.resting[MemoryKind.parameters] > 0
+    assert form.num_parameters - form.num_trained_parameters == sum(p.numel() for p in made.parameters())
+    assert form.num_trained_parameters >= adapters
+    assert form.resting_bytes_by_kind[MemoryKind.parameters] > 0
 
 
 def test_cost_model_of_few_blocks_simulates_the_full_model(tmp_path):
     path = model_dir(tmp_path)
     form, taken, found = both(path, Case("fsdp2", "full", "fp32"), "padding_free", 4, 512)
-    assert form.blocks < 5
-    assert taken.total == pytest.approx(found.total, rel=WITHIN)
+    assert form.num_blocks < 5
+    assert taken.total_bytes == pytest.approx(found.peak_bytes, rel=WITHIN)
 
 
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 256, "vocab_size": 512, "pad_token_id": 0}
@@ -210,8 +210,8 @@ def test_cost_model_of_mixtures_some_of_whose_blocks_have_no_experts(tmp_path, k
     few, exact = (
         simulate_cost_model_of_run(run, 64, accumulation=1, world_size=8, exact=exact) for exact in (False, True)
     )
-    found, whole = few.peak_at(256), exact.peak_at(256)
-    assert found.phase == whole.phase and found.total == pytest.approx(whole.total, rel=1e-3)
+    found, whole = few.memory_peak_at(256), exact.memory_peak_at(256)
+    assert found.phase == whole.phase and found.total_bytes == pytest.approx(whole.total_bytes, rel=1e-3)
 
 
 @pytest.mark.parametrize("ranks_per_host", [1, 2, 4, 6, 8])

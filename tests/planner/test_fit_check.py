@@ -44,20 +44,22 @@ def test_fit_check_decides_by_the_simulation(made, monkeypatch):
     config, data = made
     lengths = sorted(data.train.lengths.tolist())[-4:][::-1]
     found = simulate_depth(replace(config, precision=Precision.bf16), lengths)
-    needed = (1.05 * found.total + 0.75 * GIB) / GIB
+    needed = (1.05 * found.peak_bytes + 0.75 * GIB) / GIB
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "1")
     card(monkeypatch, needed + 1e-6)
     told = must_fit(config, data, Precision.bf16, rank(), print)["must_fit"]
-    assert told.live_gib == found.total / GIB and told.when == str(found.peak)
+    assert told.live_gib == found.peak_bytes / GIB and told.when == str(found.peak_phase)
     assert told.needed_gib == pytest.approx(needed, abs=1e-8)
-    monkeypatch.setattr(fit_check, "simulate_in_process", lambda *_: SimulatedPeak(found.total, str(found.peak), 0))
+    monkeypatch.setattr(
+        fit_check, "simulate_in_process", lambda *_: SimulatedPeak(found.peak_bytes, str(found.peak_phase), 0)
+    )
     card(monkeypatch, needed - 1e-6)
     with pytest.raises(
         DoesNotFit, match=f"needs {needed:.2f} GiB on a GPU of {needed:.2f} GiB.*batch.micro below 4"
     ) as no:
         must_fit(config, data, Precision.bf16, rank(), print)
-    assert no.value.exit_code == 69 and str(found.peak) in str(no.value)
+    assert no.value.exit_code == 69 and str(found.peak_phase) in str(no.value)
     assert "model.quantisation=nf4" in str(no.value) and "tuning=lora" not in str(no.value)
 
 
@@ -97,7 +99,7 @@ def test_fit_check_simulates_expert_parallelism(tmp_path, monkeypatch):
     for experts, imbalance in ((2, 2.0), (2, 1.0), (1, 1.0)):
         way = replace(config, parallel=ParallelConfig(experts=experts))
         found = simulate_depth(way, lengths, world_size=2, local_world_size=2, expert_imbalance=imbalance)
-        live[experts, imbalance] = found.total / GIB
+        live[experts, imbalance] = found.peak_bytes / GIB
     assert told.live_gib == live[2, 2.0]
     assert len(set(live.values())) == 3
     card(monkeypatch, told.needed_gib - 1e-6)

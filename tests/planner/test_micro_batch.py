@@ -79,7 +79,7 @@ def test_micro_batch_proposed_is_the_largest_that_fits(made, monkeypatch):
         lengths = sorted(data.train.lengths.tolist())[-micro:][::-1]
         asked = replace(config, batch={"global": 2 * micro, "micro": micro}, precision=Precision.fp32)
         found = simulate_depth(asked, lengths, device=torch.device("cpu"))
-        needed[micro] = 1.05 * found.total / GIB + CONTEXT
+        needed[micro] = 1.05 * found.peak_bytes / GIB + CONTEXT
     assert needed[8] - CONTEXT > 1.2 * (needed[4] - CONTEXT), "else another micro-batch could be the answer"
 
     def choice(gib):

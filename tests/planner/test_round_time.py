@@ -13,8 +13,8 @@ from trainer.planner.hardware import card_named
 from trainer.planner.round_time import BLOCK_LAUNCH_S, WritingModel, round_load, round_time
 
 CARD = card_named("NVIDIA H100 80GB HBM3")
-LARGE = WritingModel(parameters=8_000_000_000, blocks=32, vocabulary=128_256, itemsize=2)
-SMALL = WritingModel(parameters=100_000_000, blocks=30, vocabulary=32_000, itemsize=2)
+LARGE = WritingModel(num_parameters=8_000_000_000, num_blocks=32, num_vocabulary_rows=128_256, weight_itemsize=2)
+SMALL = WritingModel(num_parameters=100_000_000, num_blocks=30, num_vocabulary_rows=32_000, weight_itemsize=2)
 
 
 @pytest.fixture(scope="module")
@@ -38,25 +38,25 @@ def test_the_load_of_a_round_is_that_of_its_settings(config):
         config.objective, kl=KlConfig(weight=0.1), rollout=replace(config.objective.rollout, steps=2, iterations=3)
     )
     load = round_load(replace(config, objective=objective), load_model_config(config.model), 100.0, 200)
-    assert (load.prompts, load.group_size, load.answers, load.new_tokens) == (128, 8, 1024, 256)
-    assert (load.steps, load.extra_forward_passes) == (6, 2)
+    assert (load.num_prompts, load.group_size, load.num_answers, load.max_new_tokens) == (128, 8, 1024, 256)
+    assert (load.num_steps, load.extra_forward_passes) == (6, 2)
     assert round_load(config, load_model_config(config.model), 100.0, 200).extra_forward_passes == 0
 
 
 def test_a_large_model_writes_as_fast_as_memory_reads_its_weights(config):
     """64 rows a rank in one batch: 16 GB of weights at 3,350 GB/s are 4.8 ms, the kernels' launches 16 ms: 256 tokens of them."""
-    fast_host = planned(config, replace(LARGE, blocks=1))
+    fast_host = planned(config, replace(LARGE, num_blocks=1))
     reading_s = 256 * 16e9 / 3350e9
-    assert reading_s < fast_host.write_s < 2.5 * reading_s
+    assert reading_s < fast_host.generation_s < 2.5 * reading_s
     launching_s = 256 * 32 * BLOCK_LAUNCH_S
-    assert launching_s < planned(config).write_s < 1.2 * launching_s
+    assert launching_s < planned(config).generation_s < 1.2 * launching_s
     # A small model is bound by launches however few its bytes are.
-    assert planned(config, SMALL).write_s > 256 * 30 * BLOCK_LAUNCH_S
+    assert planned(config, SMALL).generation_s > 256 * 30 * BLOCK_LAUNCH_S
 
 
 def test_fewer_rows_at_a_time_take_more_batches(config):
     few_rows = replace(config, objective=replace(config.objective, rollout=replace(config.objective.rollout, rows=16)))
-    assert planned(few_rows).write_s == pytest.approx(4 * planned(config).write_s, rel=0.1)
+    assert planned(few_rows).generation_s == pytest.approx(4 * planned(config).generation_s, rel=0.1)
 
 
 def test_answers_at_a_time_are_halved_until_their_keys_fit_beside_the_weights(config):
@@ -67,36 +67,36 @@ def test_answers_at_a_time_are_halved_until_their_keys_fit_beside_the_weights(co
         16 * 2**20 / 64
     )  # 64 answers of 4,296 tokens take 67 GiB, which do not fit beside 16 GB of weights; 32 do
     automatic = planned(long_answers, key_bytes=key_bytes)
-    assert automatic.gathers_once
-    assert automatic.writing_bytes == LARGE.weight_bytes + 32 * 4296 * key_bytes
+    assert automatic.gathers_weights_once
+    assert automatic.generation_bytes == LARGE.weight_bytes + 32 * 4296 * key_bytes
     rows = {rows: replace(rollout, rows=rows) for rows in (32, 64)}
     chosen = {
         n: planned(replace(config, objective=replace(config.objective, rollout=r)), key_bytes=key_bytes)
         for n, r in rows.items()
     }
     assert automatic == chosen[32]
-    assert not chosen[64].gathers_once  # what the user set is taken as it is
+    assert not chosen[64].gathers_weights_once  # what the user set is taken as it is
 
 
 def test_weights_that_do_not_fit_whole_are_gathered_for_every_token(config):
     fits = planned(config)
     too_full = planned(config, other_bytes=70 * 2**30)
-    assert fits.gathers_once and not too_full.gathers_once
+    assert fits.gathers_weights_once and not too_full.gathers_weights_once
     gather_s = 16e9 * 7 / 8 / 450e9
-    assert too_full.write_s > 256 * gather_s > fits.write_s
-    assert planned(replace(config, strategy=SingleConfig()), ranks=1, other_bytes=70 * 2**30).gathers_once
+    assert too_full.generation_s > 256 * gather_s > fits.generation_s
+    assert planned(replace(config, strategy=SingleConfig()), ranks=1, other_bytes=70 * 2**30).gathers_weights_once
 
 
 def test_training_counts_every_step_and_every_look_back(config):
-    assert planned(config).train_s == pytest.approx(4.0)
+    assert planned(config).training_s == pytest.approx(4.0)
     several = replace(config.objective, rollout=replace(config.objective.rollout, steps=2, iterations=2))
-    assert planned(replace(config, objective=several)).train_s == pytest.approx(4 * 4.0 + 2 * 4.0 / 3)
+    assert planned(replace(config, objective=several)).training_s == pytest.approx(4 * 4.0 + 2 * 4.0 / 3)
 
 
 def test_rewards_count_once_they_were_measured(config):
-    assert planned(config).score_s is None
+    assert planned(config).scoring_s is None
     measured = planned(config, card=replace(CARD, scoring_s=0.01, writing_pace=2.0))
-    assert measured.score_s == pytest.approx(5.12)
-    assert measured.write_s == pytest.approx(2 * planned(config).write_s)
-    assert measured.total_s == pytest.approx(measured.write_s + 5.12 + 4.0)
+    assert measured.scoring_s == pytest.approx(5.12)
+    assert measured.generation_s == pytest.approx(2 * planned(config).generation_s)
+    assert measured.total_s == pytest.approx(measured.generation_s + 5.12 + 4.0)
     assert measured.seconds_per_step == measured.total_s

@@ -59,7 +59,7 @@ def test_blocks_of_a_tower_for_images_do_not_count_as_blocks_of_the_text(tmp_pat
     # Models of 8 and 10 blocks stand for this one of 18.
     extrapolated = simulate_depth(config, [40, 24])
     assert extrapolated == simulate_depth(config, [40, 24], exact=True)
-    assert extrapolated.peak.place in ("head", "after", *range(18))
+    assert extrapolated.peak_phase.place in ("head", "after", *range(18))
 
 
 def test_blocks_of_a_teacher_do_not_count_as_blocks_of_the_student(tmp_path):
@@ -71,7 +71,7 @@ def test_blocks_of_a_teacher_do_not_count_as_blocks_of_the_student(tmp_path):
     teacher.save_pretrained(tmp_path / "teacher")
     objective = DistillationConfig(teacher=TeacherConfig(path=str(tmp_path / "teacher")))
     step = simulate_run(run_of(tmp_path / "student", student, objective=objective), [40, 24])
-    places = {phase.place for phase in step.phases}
+    places = {phase.place for phase in step.peak_by_phase}
     assert "teacher" in places
     assert {place for place in places if isinstance(place, int)} == {0, 1}
 
@@ -125,5 +125,5 @@ def test_a_step_with_long_rope_takes_what_one_with_plain_rope_takes(tmp_path):
         )
         settings.architectures = ["Phi3ForCausalLM"]
         steps.append(simulate_run(run_of(tmp_path / rope["rope_type"], settings), [40, 24]))
-    plain, long = (step.peak[1].total for step in steps)
+    plain, long = (step.phase_and_peak[1].total_bytes for step in steps)
     assert long == pytest.approx(plain, rel=0.01)

@@ -141,10 +141,11 @@ def comparable(found: SimulatedStep) -> dict:
     """Everything that a simulation of a CPU and the CPU itself have in common, as JSON values."""
     return {
         "moments": {
-            str(moment): [h.total, {str(k): v for k, v in h.kinds.items()}] for moment, h in found.phases.items()
+            str(moment): [h.total_bytes, {str(k): v for k, v in h.bytes_by_kind.items()}]
+            for moment, h in found.peak_by_phase.items()
         },
-        "resting": {str(kind): size for kind, size in found.resting.items()},
-        "collectives": [[c.name, list(c.ranks), c.dtype, c.bytes, str(c.phase)] for c in found.collectives],
+        "resting": {str(kind): size for kind, size in found.resting_bytes_by_kind.items()},
+        "collectives": [[c.name, list(c.ranks), c.dtype, c.num_bytes, str(c.phase)] for c in found.collectives],
         "host_reads": sum(found.host_reads.values()),
         "flops": found.flops,
     }

@@ -34,14 +34,14 @@ def summary(found: SimulatedStep) -> dict[str, Any]:
     """One rank's step in a few numbers, as JSON values."""
     step = full_depth_step(found, 0)
     return {
-        "peak": str(step.peak),
-        "bytes": step.total,
-        "kinds": {str(kind): size for kind, size in sorted(step.kinds.items())},
+        "peak": str(step.peak_phase),
+        "bytes": step.peak_bytes,
+        "kinds": {str(kind): size for kind, size in sorted(step.peak_bytes_by_kind.items())},
         "exchanged": {
             f"{name} over {ranks} in {dtype}": list(n) for (name, ranks, dtype), n in step.collective_totals.items()
         },
-        "host_reads": step.host_reads,
-        "host_bytes": step.host,
+        "host_reads": step.num_host_reads,
+        "host_bytes": step.host_bytes,
     }
 
 
@@ -65,7 +65,7 @@ def main() -> None:
             for case, world in [*chosen_cases(), *DEALT]
         }
         found = {name: simulated_experiment(name) for name in NAMES}
-    experiments = {name: [str(step.peak), step.total] for name, step in found.items()}
+    experiments = {name: [str(step.peak_phase), step.peak_bytes] for name, step in found.items()}
     TABLE.write_text(json.dumps({"versions": versions(), "steps": steps, "experiments": experiments}, indent=1) + "\n")
 
 

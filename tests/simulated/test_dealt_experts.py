@@ -33,7 +33,7 @@ def sizes_of(place):
 
 
 def gathered_bytes(step, name="allgather"):
-    return sum(each.bytes for each in step.collectives if each.name.startswith(name))
+    return sum(each.num_bytes for each in step.collectives if each.name.startswith(name))
 
 
 def test_expert_bytes_are_gathered_by_the_ranks_of_a_place_alone(place):
@@ -48,7 +48,7 @@ def test_expert_bytes_are_gathered_by_the_ranks_of_a_place_alone(place):
     assert gathered_bytes(steps[2]) == rest + all_experts // 2
     assert gathered_bytes(steps[8]) == rest
     of_places = [each for each in steps[2].collectives if each.ranks == (0, 2, 4, 6) and "gather" in each.name]
-    assert sum(each.bytes for each in of_places) == all_experts // 2
+    assert sum(each.num_bytes for each in of_places) == all_experts // 2
     reduced = {degree: gathered_bytes(step, "reduce_scatter") for degree, step in steps.items()}
     assert reduced[1] - reduced[2] == layers * layer * 2 // 2  # in float32
     # With one rank in a place nothing is scattered: its gradient is whole already.
@@ -65,8 +65,8 @@ def test_bytes_of_the_exchange_are_those_of_the_formula(place, mode, passes):
     rows = [each for each in exchanges if each.dtype == "bfloat16"]
     counts = [each for each in exchanges if each.dtype == "int64"]
     assert len(rows) == layers * 2 * passes and all(each.ranks == (0, 1, 2, 3) for each in exchanges)
-    assert sum(each.bytes for each in rows) == layers * 2 * passes * 2 * sum(LENGTHS) * chosen * width * 2
-    assert [each.bytes for each in counts] == [8 * EXPERTS] * layers * (passes - 1)
+    assert sum(each.num_bytes for each in rows) == layers * 2 * passes * 2 * sum(LENGTHS) * chosen * width * 2
+    assert [each.num_bytes for each in counts] == [8 * EXPERTS] * layers * (passes - 1)
     assert sum(step.host_reads.values()) == len(counts), "the host waits once for each layer's counts"
 
 
@@ -79,22 +79,25 @@ def test_a_plan_counts_whole_experts_and_holds_what_the_step_holds(place):
         simulate_cost_model_of_run(each, length, accumulation=1, world_size=RANKS, expert_imbalance=2.0)
         for each in (whole, config)
     ]
-    assert costs[0].parameters == costs[1].parameters and costs[0].trained == costs[1].trained
+    assert (
+        costs[0].num_parameters == costs[1].num_parameters
+        and costs[0].num_trained_parameters == costs[1].num_trained_parameters
+    )
     layer, layers, *_ = sizes_of(place)
-    assert costs[1].trained_expert_parallel == layers * layer // 2 and costs[0].trained_expert_parallel == 0
+    assert costs[1].num_trained_expert_parameters == layers * layer // 2 and costs[0].num_trained_expert_parameters == 0
     step = simulate_run(config, [length], world_size=RANKS, expert_imbalance=2.0)
-    assert costs[1].peak_at(length).total == pytest.approx(step.peak[1].total, rel=0.01)
+    assert costs[1].memory_peak_at(length).total_bytes == pytest.approx(step.phase_and_peak[1].total_bytes, rel=0.01)
     # Gradients that wait are those of a place's experts alone.
-    rest = 4 * (costs[1].trained - costs[1].trained_expert_parallel) * 7 / 8
+    rest = 4 * (costs[1].num_trained_parameters - costs[1].num_trained_expert_parameters) * 7 / 8
     assert deferred_gradient_bytes(costs[1], 8, 4) == round(
-        rest + 4 * costs[1].trained_expert_parallel * (1 / 4 - 1 / 8)
+        rest + 4 * costs[1].num_trained_expert_parameters * (1 / 4 - 1 / 8)
     )
     # The exchange is time that no arithmetic hides, and its group one of its own.
     card = card_named("NVIDIA H100 80GB HBM3")
     (exchange,) = costs[1].token_all_to_alls
     waited = token_all_to_all_s(costs[1], length, card)
     of_links = costs[1].all_to_all_bytes(exchange, length) * 3 / 4 / (card.link_gb_s * 1e9 * LINK_EFFICIENCY)
-    assert waited == pytest.approx(of_links + exchange.calls * COLLECTIVE_LATENCY_S)
+    assert waited == pytest.approx(of_links + exchange.num_calls * COLLECTIVE_LATENCY_S)
     alone = replace(costs[1], token_all_to_alls=())
     load = MicroBatchLoad(length, length**2, 3)
     times = [step_time(each, load, card, "bf16", ranks_per_node=RANKS) for each in (costs[1], alone)]

@@ -31,26 +31,28 @@ FORWARD = 32 * 2 * 128 * (2 * 32 + 2 * 8)
 @pytest.mark.parametrize(("name", "words", "tensors", "pinned"), BARS)
 def test_a_million_tokens_fit_eight_cards(name, words, tensors, pinned):
     found = simulated_experiment(name, *words)
-    assert round(found.total / 2**30, 1) <= tensors
+    assert round(found.peak_bytes / 2**30, 1) <= tensors
     assert found.host_inputs.pinned_size() == pinned * 2**30
     (exchange,) = [each for key, each in found.collective_totals.items() if key[0].startswith(ALL_TO_ALL)]
     tokens = {"1m": 2**20, "3m": 3 * 2**20}[name.split("_")[2]]
     # Forward, once more where blocks are recomputed, and gradients.
     assert exchange == (32 * 4 * 3, 3 * FORWARD * tokens // 8)
     if not words and (row := golden_experiment(name)) is not None:
-        assert [str(found.peak), found.total] == row, "numbers moved: see tests/simulated/goldens.py"
+        assert [str(found.peak_phase), found.peak_bytes] == row, "numbers moved: see tests/simulated/goldens.py"
 
 
 @pytest.mark.parametrize("name", SMALL[: None if EVERYTHING else 1])
 def test_the_step_fits_the_cards_that_the_experiment_names(name):
     found = simulated_experiment(name)
-    assert WEIGHTS[name] * 2 < found.resting[MemoryKind.parameters] < WEIGHTS[name] * 2 * 1.05, (
+    assert WEIGHTS[name] * 2 < found.resting_bytes_by_kind[MemoryKind.parameters] < WEIGHTS[name] * 2 * 1.05, (
         "16 bits each, and adapters"
     )
-    assert found.total < 0.85 * CARD
-    assert found.host_reads == 0
+    assert found.peak_bytes < 0.85 * CARD
+    assert found.num_host_reads == 0
     if (row := golden_experiment(name)) is not None:
-        assert [str(found.peak), found.total] == row, "numbers moved: see tests/simulated/goldens.py and docs/gpu.md"
+        assert [str(found.peak_phase), found.peak_bytes] == row, (
+            "numbers moved: see tests/simulated/goldens.py and docs/gpu.md"
+        )
 
 
 @whole("tests/simulated/test_dealt_experts.py shows the exchanges of a tiny mixture")
@@ -58,8 +60,8 @@ def test_experts_that_do_not_fit_are_dealt():
     """What conf/experiment/deepseek_v3_lora_fsdp2.yaml says: an eighth of the experts are gathered, and tokens are sent."""
     name = "deepseek_v3_lora_fsdp2"
     found = simulated_experiment(name)
-    assert found.resting[MemoryKind.parameters] > 671e9 * 2 / 64
-    assert round(found.total / 2**30, 1) <= 38.5
-    assert found.host_reads == 58 * 2, "a layer of experts waits for its counts, and again where it is recomputed"
+    assert found.resting_bytes_by_kind[MemoryKind.parameters] > 671e9 * 2 / 64
+    assert round(found.peak_bytes / 2**30, 1) <= 38.5
+    assert found.num_host_reads == 58 * 2, "a layer of experts waits for its counts, and again where it is recomputed"
     if (row := golden_experiment(name)) is not None:
-        assert [str(found.peak), found.total] == row, "numbers moved: see tests/simulated/goldens.py"
+        assert [str(found.peak_phase), found.peak_bytes] == row, "numbers moved: see tests/simulated/goldens.py"

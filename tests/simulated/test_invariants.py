@@ -34,10 +34,14 @@ def test_simulated_step_has_its_invariants_and_recorded_numbers(place, case, wor
     found = simulated(case, model, world)
     assert wrong(case, found, simulated(case, model, world, world - 1, repeat=0) if world > 1 else found) == []
     if not case.offload:
-        assert found.bytes_to_host == 0 and found.host < 4096, "only what counts, such as steps, lies on the host"
-    assert found.resting[MemoryKind.parameters] > 0
-    assert sum(found.resting.values()) <= found.peak[1].total == max(h.total for h in found.phases.values())
-    assert (MemoryKind.optimizer in found.resting) != case.offload
+        assert found.bytes_to_host == 0 and found.host_bytes < 4096, "only what counts, such as steps, lies on the host"
+    assert found.resting_bytes_by_kind[MemoryKind.parameters] > 0
+    assert (
+        sum(found.resting_bytes_by_kind.values())
+        <= found.phase_and_peak[1].total_bytes
+        == max(h.total_bytes for h in found.peak_by_phase.values())
+    )
+    assert (MemoryKind.optimizer in found.resting_bytes_by_kind) != case.offload
     if (row := golden(case, world)) is not None:
         assert summary(found) == row, "numbers moved: see tests/simulated/goldens.py"
 
@@ -49,7 +53,7 @@ def wrong(case, found, last):
         said.append("rank 0 and the last rank call different collectives: such a job hangs")
     if case.strategy in NATIVE and found.host_reads:
         said.append(f"the host waits for the device: {dict(found.host_reads)}")
-    if not case.offload and not all(each.on_device for each in found.collectives):
+    if not case.offload and not all(each.is_on_device for each in found.collectives):
         said.append("a tensor of the host in a collective of the device's group")
     return said
 
@@ -115,4 +119,4 @@ def test_simulation_leaves_nothing_to_the_next_one_or_to_real_tensors(place):
 
 def calls(found):
     """What must be alike on all ranks; groups only by their size, since replicas form several."""
-    return [(each.name, len(each.ranks), each.dtype, each.bytes) for each in found.collectives]
+    return [(each.name, len(each.ranks), each.dtype, each.num_bytes) for each in found.collectives]

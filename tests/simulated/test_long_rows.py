@@ -53,7 +53,9 @@ def test_inputs_of_blocks_wait_on_the_host(model, mode):
     assert on_device.host_inputs.tensors == 0 and on_host.flops == on_device.flops
     # What transformers lets require a gradient, the embeddings' output, autograd keeps for it: the input of the first block.
     backward = StepPhase("backward", 0, "before")
-    assert on_device.phases[backward].total - on_host.phases[backward].total == size // BLOCKS * (BLOCKS - 1)
+    assert on_device.peak_by_phase[backward].total_bytes - on_host.peak_by_phase[
+        backward
+    ].total_bytes == size // BLOCKS * (BLOCKS - 1)
 
 
 def test_tiles_lower_the_peak_of_a_wide_mlp(tmp_path):
@@ -63,5 +65,5 @@ def test_tiles_lower_the_peak_of_a_wide_mlp(tmp_path):
     for tokens in (None, 64):
         case = LongRows("single", "lora", "bf16", "full", mlp_tokens=tokens)
         with simulated_rank(0, 1, device=SIMULATED) as runtime:
-            peaks[tokens] = simulate(build_step_parts(case.config(wide, 1), [512], runtime), runtime).peak[1]
-    assert peaks[64].kinds[MemoryKind.activations] < 0.5 * peaks[None].kinds[MemoryKind.activations]
+            peaks[tokens] = simulate(build_step_parts(case.config(wide, 1), [512], runtime), runtime).phase_and_peak[1]
+    assert peaks[64].bytes_by_kind[MemoryKind.activations] < 0.5 * peaks[None].bytes_by_kind[MemoryKind.activations]

@@ -169,8 +169,8 @@ def test_an_average_of_the_weights_is_counted(place, strategy):
             of_run = (parts.built.step_module, config.strategy, Precision.bf16)
             found["estimated", decay] = estimated_state_bytes(*of_run, world_size=world, num_replicas=1)
             simulated_step = simulate(parts, runtime)
-        found["rest", decay] = simulated_step.resting[MemoryKind.optimizer]
-        found["peak", decay] = max(moment.total for moment in simulated_step.phases.values())
+        found["rest", decay] = simulated_step.resting_bytes_by_kind[MemoryKind.optimizer]
+        found["peak", decay] = max(moment.total_bytes for moment in simulated_step.peak_by_phase.values())
     least = 4 * sum(sizes) / (1 if strategy == "ddp" else world)
     for what in ("rest", "peak", "estimated"):
         more = found[what, 0.99] - found[what, 0.0]

@@ -56,10 +56,10 @@ def test_a_rank_holds_and_computes_its_share(model):
     assert shared.flops * RANKS == pytest.approx(whole.flops, rel=1e-6)
 
     def held(step):
-        kinds = step.peak[1].kinds
+        kinds = step.phase_and_peak[1].bytes_by_kind
         return kinds[MemoryKind.activations] + kinds.get(MemoryKind.communication, 0)
 
-    activations = whole.peak[1].kinds[MemoryKind.activations]
+    activations = whole.phase_and_peak[1].bytes_by_kind[MemoryKind.activations]
     assert activations > 2**29
     of_weights = held(whole) - activations  # gradients on their way to their shards
     assert held(shared) - of_weights <= 1.01 / RANKS * activations
@@ -72,10 +72,10 @@ def test_bytes_of_the_exchange_are_those_of_the_formula(model):
     assert len(exchanges) == BLOCKS * 4 * 3
     assert all(each.ranks == tuple(range(RANKS)) for each in exchanges)
     elements = TOKENS // RANKS * HEAD_SIZE * (2 * HEADS + 2 * KEY_HEADS)  # those that a rank keeps included
-    assert sum(each.bytes for each in exchanges) == BLOCKS * 3 * 2 * elements
+    assert sum(each.num_bytes for each in exchanges) == BLOCKS * 3 * 2 * elements
     cost = simulate_cost_model_of_run(config_of(model, RANKS), TOKENS // 2, accumulation=1, world_size=RANKS)
     (exchange,) = cost.token_all_to_alls
-    assert exchange.calls == BLOCKS * 4 * 3 and exchange.ranks == RANKS
+    assert exchange.num_calls == BLOCKS * 4 * 3 and exchange.num_ranks == RANKS
     assert cost.all_to_all_bytes(exchange, TOKENS) == BLOCKS * 3 * 2 * elements
     assert not any(name.startswith(ALL_TO_ALL) for name, *_ in cost.collective_totals)
 
@@ -87,7 +87,7 @@ def test_a_plan_holds_what_the_step_holds(model, tokens):
     config = replace(config, strategy=replace(config.strategy, mlp_tokens=tokens))
     step = simulate_run(config, [TOKENS], world_size=RANKS)
     cost = simulate_cost_model_of_run(config, TOKENS, accumulation=1, world_size=RANKS)
-    assert cost.peak_at(TOKENS).total == pytest.approx(step.peak[1].total, rel=0.01)
+    assert cost.memory_peak_at(TOKENS).total_bytes == pytest.approx(step.phase_and_peak[1].total_bytes, rel=0.01)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
@@ -106,7 +106,7 @@ def test_uneven_heads_and_tokens_are_exchanged_by_the_formula(tmp_path, rank):
         of_slice = own_tokens * sum(end - first for first, end in shares)
         of_row = sum(lengths) * own_heads
         forward.append(max(of_slice, of_row) * head_size * 2)
-    found = sorted(each.bytes for each in row_exchanges(step))
+    found = sorted(each.num_bytes for each in row_exchanges(step))
     assert found == sorted(forward * 2 * 2)  # two blocks, and the gradients of each exchange
 
 
@@ -116,9 +116,9 @@ def test_a_plan_goes_by_the_rank_with_most_heads(tmp_path):
     first, busiest = (simulate_run(config, [TOKENS], rank=rank, world_size=3) for rank in (0, 2))
     assert busiest.flops > 1.5 * first.flops
     planned = simulate_depth(config, [TOKENS], world_size=3)
-    assert planned.total == busiest.peak[1].total
+    assert planned.peak_bytes == busiest.phase_and_peak[1].total_bytes
     cost = simulate_cost_model_of_run(config, TOKENS, accumulation=1, world_size=3)
-    assert cost.peak_at(TOKENS).total == pytest.approx(busiest.peak[1].total, rel=0.01)
+    assert cost.memory_peak_at(TOKENS).total_bytes == pytest.approx(busiest.phase_and_peak[1].total_bytes, rel=0.01)
 
 
 def test_the_exchange_of_rows_is_waited_for(model):
@@ -131,10 +131,10 @@ def test_the_exchange_of_rows_is_waited_for(model):
     waited = token_all_to_all_s(cost, TOKENS, card)
     size = cost.all_to_all_bytes(exchange, TOKENS)
     of_links = size * 7 / 8 / (card.link_gb_s * 1e9 * LINK_EFFICIENCY)
-    assert waited == pytest.approx(of_links + exchange.calls * COLLECTIVE_LATENCY_S)
+    assert waited == pytest.approx(of_links + exchange.num_calls * COLLECTIVE_LATENCY_S)
     times = [step_time(each, load, card, "bf16", ranks_per_node=RANKS) for each in (cost, alone)]
     assert times[0].exposed_s - times[1].exposed_s == pytest.approx(3 * waited)
     assert group_count(cost) == group_count(alone) + 1
     # Over two hosts all eight cards of a host send through its links at a time.
-    apart = replace(cost, token_all_to_alls=(replace(exchange, hosts=2),))
+    apart = replace(cost, token_all_to_alls=(replace(exchange, num_hosts=2),))
     assert token_all_to_all_s(apart, TOKENS, card) > waited

@@ -49,6 +49,6 @@ def test_peak_is_that_of_torchs_tracker(tmp_path, monkeypatch, tuning, checkpoin
     case = Case("fsdp2", tuning, "bf16", checkpointing)
     # Once: torch's tracker leaves something behind, so that a step after it would hold more.
     found = simulated(case, model_dir(tmp_path), 8, 7, device=torch.device("cpu"), repeat=0)
-    assert (found.peak[0].name, found.peak[0].place) == ("forward", "head")
+    assert (found.phase_and_peak[0].name, found.phase_and_peak[0].place) == ("forward", "head")
     assert Followed.kept < FEW
-    assert found.peak[1].total == Followed.peak + Followed.kept
+    assert found.phase_and_peak[1].total_bytes == Followed.peak + Followed.kept

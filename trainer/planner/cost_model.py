@@ -49,10 +49,10 @@ class TokenAllToAll:
     and gradients it grows with the tokens, and attention or the experts wait for it.
     """
 
-    ranks: int
-    hosts: int
-    calls: int
-    size: tuple[int, int]
+    num_ranks: int
+    num_hosts: int
+    num_calls: int
+    bytes_at_sizes: tuple[int, int]
     """Bytes of all calls at either size of micro-batch, with the part that a rank keeps. Of each call the larger of what is
     sent and what arrives."""
 
@@ -61,9 +61,9 @@ class TokenAllToAll:
 class MicroBatchSize:
     """The size of a simulated micro-batch, in the unit of its cost model."""
 
-    units: int
+    num_units: int
     """Tokens of a row without padding; else rows."""
-    squares: int
+    sum_of_squared_lengths: int
     """Sum of the squared lengths of its sequences."""
 
 
@@ -71,10 +71,10 @@ class MicroBatchSize:
 class MemoryPeak:
     """The most that one rank holds in a step, at one size of micro-batch."""
 
-    total: int
+    total_bytes: int
     """Live bytes on the device at the peak."""
     phase: StepPhase
-    kinds: dict[MemoryKind, int]
+    bytes_by_kind: dict[MemoryKind, int]
     """Bytes of the peak by kind."""
 
 
@@ -82,25 +82,25 @@ class MemoryPeak:
 class CostModel:
     """A rank's step of `accumulation` micro-batches, at any size of them."""
 
-    blocks: int
+    num_blocks: int
     accumulation: int
     """Micro-batches that were simulated; more of them hold no more."""
-    counts_rows: bool
+    units_are_rows: bool
     """Whether sizes are counted in rows, which are as long as the longest sequence; else in tokens."""
-    sizes: tuple[MicroBatchSize, MicroBatchSize]
-    phases: tuple[dict[StepPhase, PhasePeak], dict[StepPhase, PhasePeak]]
+    simulated_sizes: tuple[MicroBatchSize, MicroBatchSize]
+    phase_peaks_at_sizes: tuple[dict[StepPhase, PhasePeak], dict[StepPhase, PhasePeak]]
     """At either size, in the whole model."""
     peak_candidates: dict[StepPhase, list[tuple[int, int]]]
     """Bytes at either size after each operation of a phase that may be its highest in larger micro-batches."""
-    resting: dict[MemoryKind, int]
+    resting_bytes_by_kind: dict[MemoryKind, int]
     """Bytes between steps."""
-    flops: tuple[float, float]
+    flops_at_sizes: tuple[float, float]
     """Of one micro-batch of either size, those recomputed included."""
-    moved_bytes: tuple[float, float]
+    moved_bytes_at_sizes: tuple[float, float]
     """Bytes read and written by other operations in one micro-batch of either size."""
     update_bytes: float
     """Bytes that operations other than products read and write in the update."""
-    host_copy_bytes: tuple[float, float]
+    host_copy_bytes_at_sizes: tuple[float, float]
     """Bytes between host and device in one micro-batch of either size."""
     collective_totals: dict[CollectiveKind, tuple[int, int]]
     """(calls, bytes of all calls) in a step, without `token_all_to_alls`."""
@@ -108,15 +108,15 @@ class CostModel:
     """One for each size of group."""
     host_bytes: int
     """Bytes that the engine keeps on the host."""
-    host_inputs: tuple[HostTensors, HostTensors]
+    host_inputs_at_sizes: tuple[HostTensors, HostTensors]
     """Inputs of recomputed blocks that wait on the host, of one micro-batch of either size."""
-    parameters: int = 0
+    num_parameters: int = 0
     """Of the whole model."""
-    trained: int = 0
+    num_trained_parameters: int = 0
     """Parameters that train."""
-    trained_expert_parallel: int = 0
+    num_trained_expert_parameters: int = 0
     """Those of experts that are distributed over ranks among them."""
-    vocabulary: int = 0
+    num_vocabulary_rows: int = 0
     """Rows of the model's vocabulary."""
     layout: str = ""
     """How documents lie in a row."""
@@ -125,26 +125,26 @@ class CostModel:
     needs_single_rows: bool = False
     """Whether the model is right for one row at a time only."""
 
-    def peak_at(self, units: float) -> MemoryPeak:
-        """The peak memory of a rank's step with micro-batches of `units` rows (if `counts_rows`) or tokens.
+    def memory_peak_at(self, units: float) -> MemoryPeak:
+        """The peak memory of a rank's step with micro-batches of `units` rows (if `units_are_rows`) or tokens.
 
         The live bytes of each phase lie on the line through the two simulated sizes; the phase with the most bytes is the peak.
         """
-        small_phases, large_phases = self.phases
+        small_phases, large_phases = self.phase_peaks_at_sizes
         bytes_by_phase: dict[StepPhase, float] = {}
         for phase, large_peak in large_phases.items():
             # At another size, another operation of the phase may be its highest.
-            candidates = [(small_phases[phase].total, large_peak.total), *self.peak_candidates[phase]]
+            candidates = [(small_phases[phase].total_bytes, large_peak.total_bytes), *self.peak_candidates[phase]]
             bytes_by_phase[phase] = max(self._interpolated(small, large, units) for small, large in candidates)
         peak_phase = max(bytes_by_phase, key=lambda phase: bytes_by_phase[phase])
         peak_bytes = bytes_by_phase[peak_phase]
         # The kinds are those of the larger size. What grows from there are activations, because logits come in chunks.
-        bytes_by_kind = dict(large_phases[peak_phase].kinds)
-        growth = peak_bytes - large_phases[peak_phase].total
+        bytes_by_kind = dict(large_phases[peak_phase].bytes_by_kind)
+        growth = peak_bytes - large_phases[peak_phase].total_bytes
         bytes_by_kind[MemoryKind.activations] = bytes_by_kind.get(MemoryKind.activations, 0) + round(growth)
         block = peak_phase.place
         if isinstance(block, int) and block < 0:  # counted from the last block
-            peak_phase = replace(peak_phase, place=self.blocks + block)
+            peak_phase = replace(peak_phase, place=self.num_blocks + block)
         return MemoryPeak(round(peak_bytes), peak_phase, bytes_by_kind)
 
     def largest_units(self, limit: float) -> float:
@@ -152,46 +152,52 @@ class CostModel:
 
         0 if not even an empty one fits; infinite if no phase takes more memory with a larger micro-batch.
         """
-        small_phases, large_phases = self.phases
+        small_phases, large_phases = self.phase_peaks_at_sizes
         # Every peak is linear in the units: each candidate gives a bound, and the lowest one counts.
         most_units = float("inf")
         for phase, large_peak in large_phases.items():
-            simulated_peak = (small_phases[phase].total, large_peak.total)
+            simulated_peak = (small_phases[phase].total_bytes, large_peak.total_bytes)
             if self._interpolated(*simulated_peak, units=0) > limit:
                 return 0.0
             for small, large in [simulated_peak, *self.peak_candidates[phase]]:
                 bytes_of_empty = self._interpolated(small, large, units=0)
-                bytes_per_unit = (large - bytes_of_empty) / self.sizes[1].units
+                bytes_per_unit = (large - bytes_of_empty) / self.simulated_sizes[1].num_units
                 if bytes_per_unit > 0:
                     most_units = min(most_units, (limit - bytes_of_empty) / bytes_per_unit)
         return most_units
 
-    def work(self, units: float, squares: float) -> tuple[float, float, float]:
+    def micro_batch_work(self, units: float, squares: float) -> tuple[float, float, float]:
         """The work of one micro-batch of `units` units, whose sequences' squared lengths add up to `squares`.
 
         Returns (floating-point operations of matrix products and attention, bytes that other operations read and write,
         bytes copied between host and device).
         """
-        small, large = self.sizes
-        determinant = small.units * large.squares - large.units * small.squares
+        small, large = self.simulated_sizes
+        determinant = small.num_units * large.sum_of_squared_lengths - large.num_units * small.sum_of_squared_lengths
         # If all rows have one length, attention grows with the number of rows, as everything else does.
-        if self.counts_rows or not determinant:
-            flops = self._interpolated(*self.flops, units)
+        if self.units_are_rows or not determinant:
+            flops = self._interpolated(*self.flops_at_sizes, units)
         else:
             # Solve flops = flops_per_unit * units + flops_per_square * squares for the two simulated sizes.
-            small_flops, large_flops = self.flops
-            flops_per_unit = (small_flops * large.squares - large_flops * small.squares) / determinant
-            flops_per_square = (small.units * large_flops - large.units * small_flops) / determinant
+            small_flops, large_flops = self.flops_at_sizes
+            flops_per_unit = (
+                small_flops * large.sum_of_squared_lengths - large_flops * small.sum_of_squared_lengths
+            ) / determinant
+            flops_per_square = (small.num_units * large_flops - large.num_units * small_flops) / determinant
             flops = flops_per_unit * units + flops_per_square * squares
-        return flops, self._interpolated(*self.moved_bytes, units), self._interpolated(*self.host_copy_bytes, units)
+        return (
+            flops,
+            self._interpolated(*self.moved_bytes_at_sizes, units),
+            self._interpolated(*self.host_copy_bytes_at_sizes, units),
+        )
 
     def all_to_all_bytes(self, all_to_all: TokenAllToAll, units: float) -> float:
         """Bytes of all calls of one of `token_all_to_alls` in a micro-batch of `units` rows or tokens."""
-        return self._interpolated(*all_to_all.size, units)
+        return self._interpolated(*all_to_all.bytes_at_sizes, units)
 
     def pinned_bytes(self, units: float) -> int:
         """Bytes of pinned host memory for the offloaded inputs of blocks, in a micro-batch of `units` rows or tokens."""
-        small_inputs, large_inputs = self.host_inputs
+        small_inputs, large_inputs = self.host_inputs_at_sizes
         return large_inputs.pinned_size(self._interpolated(small_inputs.size, large_inputs.size, units))
 
     def units_in_host_memory(self, limit: float) -> float:
@@ -199,7 +205,7 @@ class CostModel:
 
         Inputs wait there only with `strategy.offload_activations`: infinite without it. 0 if `limit` has not a byte per tensor.
         """
-        small_inputs, large_inputs = self.host_inputs
+        small_inputs, large_inputs = self.host_inputs_at_sizes
         num_tensors = large_inputs.tensors
         if not num_tensors:
             return math.inf
@@ -210,15 +216,15 @@ class CostModel:
         allocated_bytes_per_tensor = 1 << (most_bytes_per_tensor.bit_length() - 1)
         allocated_bytes = num_tensors * allocated_bytes_per_tensor
         # Invert the line through the two simulated sizes.
-        small_units = self.sizes[0].units
-        large_units = self.sizes[1].units
+        small_units = self.simulated_sizes[0].num_units
+        large_units = self.simulated_sizes[1].num_units
         bytes_per_unit = (large_inputs.size - small_inputs.size) / (large_units - small_units)
         return large_units + (allocated_bytes - large_inputs.size) / bytes_per_unit
 
     def _interpolated(self, small: float, large: float, units: float) -> float:
         """The value at `units` rows or tokens, on the line through `small` and `large`, the values at the two simulated sizes."""
-        small_units = self.sizes[0].units
-        large_units = self.sizes[1].units
+        small_units = self.simulated_sizes[0].num_units
+        large_units = self.simulated_sizes[1].num_units
         return large + (large - small) * (units - large_units) / (large_units - small_units)
 
 
@@ -273,7 +279,7 @@ def simulate_sizes(
     """
     with fake_tensors(runtime.device):
         batches_by_size = replaced_by_fakes(parts.built, sizes)
-        with recording_engine(replace(parts, batches=batches_by_size[0]), runtime) as recorded:
+        with recording_engine(replace(parts, micro_batches=batches_by_size[0]), runtime) as recorded:
             recorded.take_step(batches_by_size[0][:1])
             steps = [recorded.take_step_and_peaks(batches) for batches in batches_by_size[:-1]]
             smaller_peaks, _ = steps[-1]
@@ -292,9 +298,9 @@ def simulate_sizes(
                 recorded.recorder.restore_kinds(known_kinds)
                 tallied, _ = recorded.take_step_and_peaks(largest_batches, peak_operations(peaks))
                 for phase, peak in tallied.items():
-                    peaks[phase].kinds = peak.kinds
+                    peaks[phase].bytes_by_kind = peak.bytes_by_kind
             steps.append((peaks, record))
-            return [recorded.report(peaks, record) for peaks, record in steps]
+            return [recorded.step_result(peaks, record) for peaks, record in steps]
 
 
 def _tallied_at_peaks(
@@ -302,7 +308,7 @@ def _tallied_at_peaks(
 ) -> bool:
     """Whether each needed phase was tallied at its peak: it exists, and its peak is not before the `expected` operation."""
     for phase, operation in expected.items():
-        if is_needed(phase) and (phase not in peaks or peaks[phase].operation < operation):
+        if is_needed(phase) and (phase not in peaks or peaks[phase].operation_index < operation):
             return False
     return True
 
@@ -330,14 +336,14 @@ def fit_cost_model(
     if depths is None:  # no period, or too few blocks to extrapolate
         shallow, sizes, rows = simulate_at_depth(blocks, None)
         deep = shallow
-        phases = [step.phases for step in deep]
+        phases = [step.peak_by_phase for step in deep]
         further_periods = 0.0
         extrapolate: Callable[[int, int], int] = _as_simulated
     else:
         # Simulate two shallow models: every further block costs what the last one did.
         shallow, sizes, rows = simulate_at_depth(depths[0], None)
         # A further block changes how many bytes are live, not after which operation of a phase they are most.
-        expected = peak_operations(phases_of_deeper_model(shallow[1].phases, depths, ends))
+        expected = peak_operations(phases_of_deeper_model(shallow[1].peak_by_phase, depths, ends))
         deep, _, _ = simulate_at_depth(depths[1], expected)
         phases = [phases_at_depth(shallow[i], deep[i], depths, blocks, ends) for i in range(2)]
         further_periods = (blocks - depths[1]) / (depths[1] - depths[0])
@@ -354,25 +360,27 @@ def fit_cost_model(
     small_phases, large_phases = phases
     # Memory between steps, collectives and host memory do not depend on the size: those of the larger one (index 1) are taken.
     return CostModel(
-        blocks=blocks,
+        num_blocks=blocks,
         accumulation=accumulation,
-        counts_rows=rows,
-        sizes=(sizes[0], sizes[1]),
-        phases=(small_phases, large_phases),
+        units_are_rows=rows,
+        simulated_sizes=(sizes[0], sizes[1]),
+        phase_peaks_at_sizes=(small_phases, large_phases),
         peak_candidates={phase: peak_candidates(small_phases[phase], peak) for phase, peak in large_phases.items()},
-        resting=extrapolate_by_key(shallow[1].resting, deep[1].resting, extrapolate),
-        flops=at_full_depth(lambda step: step.flops / accumulation),
-        moved_bytes=at_full_depth(lambda step: _moved_before_update(step) / accumulation),
+        resting_bytes_by_kind=extrapolate_by_key(
+            shallow[1].resting_bytes_by_kind, deep[1].resting_bytes_by_kind, extrapolate
+        ),
+        flops_at_sizes=at_full_depth(lambda step: step.flops / accumulation),
+        moved_bytes_at_sizes=at_full_depth(lambda step: _moved_before_update(step) / accumulation),
         update_bytes=at_full_depth(lambda step: step.moved_bytes_by_phase["update"])[1],
-        host_copy_bytes=at_full_depth(lambda step: (step.bytes_to_host + step.bytes_to_device) / accumulation),
+        host_copy_bytes_at_sizes=at_full_depth(lambda step: (step.bytes_to_host + step.bytes_to_device) / accumulation),
         collective_totals=extrapolate_pairs(
             _collective_totals(shallow[1], accumulation, local_world_size),
             _collective_totals(deep[1], accumulation, local_world_size),
             extrapolate,
         ),
         token_all_to_alls=_token_all_to_alls_at_depth(shallow, deep, extrapolate, accumulation, local_world_size),
-        host_bytes=extrapolate(shallow[1].host, deep[1].host),
-        host_inputs=(
+        host_bytes=extrapolate(shallow[1].host_bytes, deep[1].host_bytes),
+        host_inputs_at_sizes=(
             host_inputs_at_depth(shallow[0], deep[0], extrapolate),
             host_inputs_at_depth(shallow[1], deep[1], extrapolate),
         ),
@@ -433,7 +441,7 @@ def _collective_totals(
         hosts = len({rank // local_world_size for rank in collective.ranks})
         key = collective.name, len(collective.ranks), hosts, collective.dtype, when
         calls[key] += 1
-        size_bytes[key] += collective.bytes
+        size_bytes[key] += collective.num_bytes
     return {key: (calls[key], size_bytes[key]) for key in calls}
 
 
@@ -444,7 +452,7 @@ def _token_all_to_alls(step: SimulatedStep, accumulation: int) -> dict[int, tupl
     for collective in step.collectives:
         if collective.name.startswith(ALL_TO_ALL):
             calls[len(collective.ranks)] += 1
-            size_bytes[len(collective.ranks)] += collective.bytes
+            size_bytes[len(collective.ranks)] += collective.num_bytes
     return {ranks: (calls[ranks] // accumulation, size_bytes[ranks] // accumulation) for ranks in calls}
 
 

@@ -19,8 +19,8 @@ def deferred_gradient_bytes(cost_model: CostModel, shards: int, expert_ranks: in
     rank has full gradients of its own experts only.
     """
     bytes_per_element = 4
-    elements = (cost_model.trained - cost_model.trained_expert_parallel) * (1 - 1 / shards)
-    elements += cost_model.trained_expert_parallel * (1 / expert_ranks - 1 / shards)
+    elements = (cost_model.num_trained_parameters - cost_model.num_trained_expert_parameters) * (1 - 1 / shards)
+    elements += cost_model.num_trained_expert_parameters * (1 / expert_ranks - 1 / shards)
     return round(bytes_per_element * elements)
 
 
@@ -37,7 +37,7 @@ def with_deferred_reduction(cost_model: CostModel, waiting: int) -> CostModel:
         when = key[4]
         if when != "each" or "reduce" not in collective:
             collective_totals[key] = calls_and_bytes
-    small_phases, large_phases = cost_model.phases
+    small_phases, large_phases = cost_model.phase_peaks_at_sizes
 
     def released_bytes(phase: StepPhase) -> int:
         """Bytes of buffers that the reduction of the micro-batch before holds during a forward pass; 0 in other phases."""
@@ -45,8 +45,8 @@ def with_deferred_reduction(cost_model: CostModel, waiting: int) -> CostModel:
             return 0
         # No reduction precedes the first micro-batch: its buffers are those of gathered weights, which stay.
         first_micro_batch = large_phases.get(replace(phase, micro=0), large_phases[phase])
-        gathered_bytes = first_micro_batch.kinds.get(MemoryKind.communication, 0)
-        return large_phases[phase].kinds.get(MemoryKind.communication, 0) - gathered_bytes
+        gathered_bytes = first_micro_batch.bytes_by_kind.get(MemoryKind.communication, 0)
+        return large_phases[phase].bytes_by_kind.get(MemoryKind.communication, 0) - gathered_bytes
 
     growth = {phase: waiting - released_bytes(phase) for phase in large_phases}
 
@@ -54,11 +54,11 @@ def with_deferred_reduction(cost_model: CostModel, waiting: int) -> CostModel:
         """The peaks with full gradients, and without the buffers of reductions."""
         peaks = {}
         for phase, peak in phases.items():
-            kinds = dict(peak.kinds)
+            kinds = dict(peak.bytes_by_kind)
             if kinds:  # the larger size alone has bytes by kind
                 kinds[MemoryKind.gradients] = kinds.get(MemoryKind.gradients, 0) + waiting
                 kinds[MemoryKind.communication] = kinds.get(MemoryKind.communication, 0) - released_bytes(phase)
-            peaks[phase] = PhasePeak(peak.total + growth[phase], peak.operation, kinds)
+            peaks[phase] = PhasePeak(peak.total_bytes + growth[phase], peak.operation_index, kinds)
         return peaks
 
     candidates = {}
@@ -67,6 +67,6 @@ def with_deferred_reduction(cost_model: CostModel, waiting: int) -> CostModel:
     return replace(
         cost_model,
         collective_totals=collective_totals,
-        phases=(deferred_peaks(small_phases), deferred_peaks(large_phases)),
+        phase_peaks_at_sizes=(deferred_peaks(small_phases), deferred_peaks(large_phases)),
         peak_candidates=candidates,
     )

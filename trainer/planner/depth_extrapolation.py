@@ -25,20 +25,20 @@ have no neighbour. An engine that keeps more blocks gathered has more of them (`
 
 @dataclass(frozen=True, slots=True)
 class ExtrapolatedStep:
-    """A step of a model of `blocks` blocks, extrapolated from two simulations of fewer."""
+    """A step of a model of `num_blocks` blocks, extrapolated from two simulations of fewer."""
 
-    blocks: int
-    peak: StepPhase
-    total: int
+    num_blocks: int
+    peak_phase: StepPhase
+    peak_bytes: int
     """Live bytes on the device at the peak."""
-    kinds: dict[MemoryKind, int]
+    peak_bytes_by_kind: dict[MemoryKind, int]
     """Bytes of the peak by kind."""
-    resting: dict[MemoryKind, int]
+    resting_bytes_by_kind: dict[MemoryKind, int]
     collective_totals: dict[tuple[str, int, str], tuple[int, int]]
     """By collective, ranks and type: calls, and bytes together."""
-    host_reads: int
+    num_host_reads: int
     flops: float
-    host: int
+    host_bytes: int
     """Bytes that the engine keeps on the host."""
     host_inputs: HostTensors
     """Inputs of recomputed blocks that wait on the host."""
@@ -84,8 +84,8 @@ def _extrapolate_peak(shallow: PhasePeak, deep: PhasePeak, extrapolate: Callable
     The live bytes after each operation are extrapolated by themselves, so the peak may be after another operation than in the
     simulated models. `extrapolate`: from an amount in both models to that of the whole one.
     """
-    total = extrapolate(shallow.total, deep.total)
-    kinds = extrapolate_by_key(shallow.kinds, deep.kinds, extrapolate)
+    total = extrapolate(shallow.total_bytes, deep.total_bytes)
+    kinds = extrapolate_by_key(shallow.bytes_by_kind, deep.bytes_by_kind, extrapolate)
     # If the two models have different operations, these cannot be matched: only the peaks are extrapolated.
     if len(shallow.live_after_operation) != len(deep.live_after_operation):
         return PhasePeak(total, 0, kinds, [])
@@ -138,7 +138,7 @@ def extrapolate_step(
     """The step of a model of `blocks` blocks, from the steps of two shallow models of `depths` blocks."""
     phases = phases_at_depth(shallow, deep, depths, blocks, ends)
     extrapolate = extrapolation_to(depths, blocks)
-    peak_phase, phase_peak = max(phases.items(), key=lambda phase_and_peak: phase_and_peak[1].total)
+    peak_phase, phase_peak = max(phases.items(), key=lambda phase_and_peak: phase_and_peak[1].total_bytes)
     if isinstance(peak_phase.place, int) and peak_phase.place < 0:  # counted from the last block
         peak_phase = replace(peak_phase, place=blocks + peak_phase.place)
     shallow_totals = _totals_by_collective(shallow.collectives)
@@ -149,15 +149,17 @@ def extrapolate_step(
         deep_calls, deep_bytes = deep_totals[key]
         collective_totals[key] = (extrapolate(shallow_calls, deep_calls), extrapolate(shallow_bytes, deep_bytes))
     return ExtrapolatedStep(
-        blocks=blocks,
-        peak=peak_phase,
-        total=phase_peak.total,
-        kinds=phase_peak.kinds,
-        resting=extrapolate_by_key(shallow.resting, deep.resting, extrapolate),
+        num_blocks=blocks,
+        peak_phase=peak_phase,
+        peak_bytes=phase_peak.total_bytes,
+        peak_bytes_by_kind=phase_peak.bytes_by_kind,
+        resting_bytes_by_kind=extrapolate_by_key(
+            shallow.resting_bytes_by_kind, deep.resting_bytes_by_kind, extrapolate
+        ),
         collective_totals=collective_totals,
-        host_reads=extrapolate(sum(shallow.host_reads.values()), sum(deep.host_reads.values())),
+        num_host_reads=extrapolate(sum(shallow.host_reads.values()), sum(deep.host_reads.values())),
         flops=deep.flops + (deep.flops - shallow.flops) * (blocks - depths[1]) / (depths[1] - depths[0]),
-        host=extrapolate(shallow.host, deep.host),
+        host_bytes=extrapolate(shallow.host_bytes, deep.host_bytes),
         host_inputs=host_inputs_at_depth(shallow, deep, extrapolate),
     )
 
@@ -174,17 +176,17 @@ def host_inputs_at_depth(
 
 def full_depth_step(step: SimulatedStep, blocks: int) -> ExtrapolatedStep:
     """`step` of a model that was simulated with all its `blocks` blocks, in the form of an extrapolated step."""
-    peak_phase, phase_peak = step.peak
+    peak_phase, phase_peak = step.phase_and_peak
     return ExtrapolatedStep(
-        blocks=blocks,
-        peak=peak_phase,
-        total=phase_peak.total,
-        kinds=phase_peak.kinds,
-        resting=step.resting,
+        num_blocks=blocks,
+        peak_phase=peak_phase,
+        peak_bytes=phase_peak.total_bytes,
+        peak_bytes_by_kind=phase_peak.bytes_by_kind,
+        resting_bytes_by_kind=step.resting_bytes_by_kind,
         collective_totals=dict(_totals_by_collective(step.collectives)),
-        host_reads=sum(step.host_reads.values()),
+        num_host_reads=sum(step.host_reads.values()),
         flops=step.flops,
-        host=step.host,
+        host_bytes=step.host_bytes,
         host_inputs=step.host_inputs,
     )
 
@@ -217,7 +219,7 @@ def phases_from_ends(step: SimulatedStep, depth: int, ends: int = END_BLOCKS) ->
     phases of the blocks between are left out. A block that is near both ends has two entries. Phases outside blocks stay.
     """
     phases: dict[StepPhase, PhasePeak] = {}
-    for phase, peak in step.phases.items():
+    for phase, peak in step.peak_by_phase.items():
         place = phase.place
         if not isinstance(place, int):
             phases[phase] = peak  # outside blocks, such as the head
@@ -270,5 +272,5 @@ def _totals_by_collective(collectives: list[Collective]) -> dict[tuple[str, int,
     for collective in collectives:
         key = collective.name, len(collective.ranks), collective.dtype
         calls[key] += 1
-        size_bytes[key] += collective.bytes
+        size_bytes[key] += collective.num_bytes
     return {key: (calls[key], size_bytes[key]) for key in calls}

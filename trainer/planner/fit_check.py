@@ -39,7 +39,7 @@ class SimulatedPeak:
     live_bytes: int
     """Bytes of tensors."""
     phase: str
-    groups: int
+    num_groups: int
     """Groups of ranks that exchange something: NCCL takes memory for each."""
 
 
@@ -103,11 +103,11 @@ def must_fit(
         raise DoesNotFit(
             f"run.must_fit=true: it is not known whether the run fits, since {peak}; leave it out to try it"
         )
-    fit = fit_in_memory(peak.live_bytes, peak.groups, least_gib)
-    if fit.margin < 0:
+    fit = fit_in_memory(peak.live_bytes, peak.num_groups, least_gib)
+    if fit.margin_bytes < 0:
         raise DoesNotFit(does_not_fit_message(fit, peak, config))
     check = MemoryCheck(
-        live_gib=peak.live_bytes / GIB, needed_gib=fit.total / GIB, device_gib=least_gib, when=str(peak.phase)
+        live_gib=peak.live_bytes / GIB, needed_gib=fit.needed_bytes / GIB, device_gib=least_gib, when=str(peak.phase)
     )
     return {"must_fit": check}
 
@@ -131,10 +131,11 @@ def does_not_fit_message(fit: MemoryFit, peak: SimulatedPeak, config: RunConfig)
         remedies.append("tuning=lora")
     elif config.model.quantisation is Quantisation.none:
         remedies.append("model.quantisation=nf4")
-    other_gib = (fit.total - fit.live) / GIB
+    other_gib = (fit.needed_bytes - fit.live_bytes) / GIB
     return (
-        f"run.must_fit=true: the run needs {fit.total / GIB:.2f} GiB on a GPU of {fit.limit / GIB:.2f} GiB: tensors take "
-        f"{fit.live / GIB:.2f} GiB in {peak.phase}, libraries, allocator and groups of ranks about {other_gib:.2f} GiB. "
+        f"run.must_fit=true: the run needs {fit.needed_bytes / GIB:.2f} GiB on a GPU of {fit.device_bytes / GIB:.2f} GiB: "
+        f"tensors take "
+        f"{fit.live_bytes / GIB:.2f} GiB in {peak.phase}, libraries, allocator and groups of ranks about {other_gib:.2f} GiB. "
         f"What helps: {', '.join(remedies)}. `shardtune plan` compares them; run.must_fit=false tries it all the same"
     )
 
@@ -200,4 +201,4 @@ def _simulate_peak(config: RunConfig, lengths: list[int], rank_counts: RankCount
         )
     except Exception as error:  # noqa: BLE001 - an architecture may do what cannot be simulated; that is an answer
         return f"its step {why_not_simulated(error)}"
-    return SimulatedPeak(step.total, str(step.peak), group_count(step))
+    return SimulatedPeak(step.peak_bytes, str(step.peak_phase), group_count(step))

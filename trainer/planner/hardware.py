@@ -101,31 +101,33 @@ def card_named(name: str) -> Card | None:
 class MemoryFit:
     """A rank's memory on a card, in bytes."""
 
-    live: int
+    live_bytes: int
     """Bytes of tensors at the peak."""
-    context: int
+    process_bytes: int
     """Bytes of the process itself and its libraries."""
-    allocator: int
+    allocator_bytes: int
     """Bytes that the allocator reserves beyond what is allocated."""
-    nccl_buffers: int
+    nccl_bytes: int
     """Bytes of NCCL's buffers for groups of ranks."""
-    limit: int
+    device_bytes: int
     """Memory of the card."""
 
     @property
-    def total(self) -> int:
+    def needed_bytes(self) -> int:
         """Bytes that the run needs."""
-        return self.live + self.context + self.allocator + self.nccl_buffers
+        return self.live_bytes + self.process_bytes + self.allocator_bytes + self.nccl_bytes
 
     @property
-    def margin(self) -> int:
+    def margin_bytes(self) -> int:
         """Bytes that are left; negative if the run needs too much."""
-        return self.limit - self.total
+        return self.device_bytes - self.needed_bytes
 
 
 def memory_fit(cost_model: CostModel, peak: MemoryPeak, card: Card) -> MemoryFit:
     """How a peak fits in the card's memory, with what the process takes beside tensors."""
-    return fit_in_memory(round(card.tensors * peak.total), group_count(cost_model), card.memory_gib, card.allocator)
+    return fit_in_memory(
+        round(card.tensors * peak.total_bytes), group_count(cost_model), card.memory_gib, card.allocator
+    )
 
 
 def fit_in_memory(live_bytes: int, groups: int, memory_gib: float, allocator: float = ALLOCATOR_OVERHEAD) -> MemoryFit:
@@ -135,11 +137,11 @@ def fit_in_memory(live_bytes: int, groups: int, memory_gib: float, allocator: fl
     bytes that torch's allocator reserves beyond them.
     """
     return MemoryFit(
-        live=live_bytes,
-        context=round(PROCESS_CONTEXT_GIB * GIB),
-        allocator=round(allocator * live_bytes),
-        nccl_buffers=round(NCCL_GROUP_GIB * GIB * groups),
-        limit=round(memory_gib * GIB),
+        live_bytes=live_bytes,
+        process_bytes=round(PROCESS_CONTEXT_GIB * GIB),
+        allocator_bytes=round(allocator * live_bytes),
+        nccl_bytes=round(NCCL_GROUP_GIB * GIB * groups),
+        device_bytes=round(memory_gib * GIB),
     )
 
 

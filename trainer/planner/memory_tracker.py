@@ -59,9 +59,9 @@ class StepPhase:
 class PhasePeak:
     """The most bytes that were live at once in a phase, and after which of its operations that was."""
 
-    total: int = 0
-    operation: int = -1
-    kinds: dict[MemoryKind, int] = field(default_factory=dict)
+    total_bytes: int = 0
+    operation_index: int = -1
+    bytes_by_kind: dict[MemoryKind, int] = field(default_factory=dict)
     live_after_operation: list[int] = field(default_factory=list, repr=False, compare=False)
     """Live bytes after each operation of the phase, in order."""
 
@@ -215,18 +215,18 @@ class LiveBytes(TorchDispatchMode):
         peak = self._current_peak
         live_bytes = self.live_bytes + self.extra_bytes
         operation = len(peak.live_after_operation)
-        is_highest = live_bytes > peak.total or peak.operation < 0
+        is_highest = live_bytes > peak.total_bytes or peak.operation_index < 0
         if is_highest:
-            peak.total = live_bytes
-            peak.operation = operation
+            peak.total_bytes = live_bytes
+            peak.operation_index = operation
         peak.live_after_operation.append(live_bytes)
         # Tally where the peak was expected, and again if a later operation exceeds it.
         passed_expected_peak = 0 <= self._tally_after < operation
         if operation == self._tally_after or (is_highest and passed_expected_peak):
-            peak.kinds = self.tally()
+            peak.bytes_by_kind = self.tally()
             if self.extra_bytes:
-                communication = peak.kinds.get(MemoryKind.communication, 0)
-                peak.kinds[MemoryKind.communication] = communication + self.extra_bytes
+                communication = peak.bytes_by_kind.get(MemoryKind.communication, 0)
+                peak.bytes_by_kind[MemoryKind.communication] = communication + self.extra_bytes
 
     def __enter__(self) -> Any:
         self._resize_reports = resizes_reported(self._on_resize)

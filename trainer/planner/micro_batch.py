@@ -173,9 +173,9 @@ def propose_micro_batch(
 
     Modes of recomputation are simulated in order, without recomputation first, until one of these cases ends the search:
 
-    - the step cannot be simulated: the largest micro-batch up to UNPLANNED_MICRO;
+    - the step cannot be simulated: the largest micro-batch up to `FIRST_MICRO_BATCH_IF_UNPLANNED`;
     - the model is right for one row at a time only: 1;
-    - some micro-batch fits: the largest of them.
+    - some micro-batch fits: the largest that does.
 
     If none fits with any mode, 1 is proposed. `timeout_s`: how long one simulation may take.
     """
@@ -216,9 +216,9 @@ def needed_gib(cost_model: CostModel, micro: int, lengths: DocumentLengths, avai
 
     `available_gib`: memory of its device.
     """
-    units = float(micro) if cost_model.counts_rows else lengths.num_tokens_of_longest(micro)
-    live_bytes = cost_model.peak_at(units).total
-    return fit_in_memory(live_bytes, group_count(cost_model), available_gib).total / GIB
+    units = float(micro) if cost_model.units_are_rows else lengths.num_tokens_of_longest(micro)
+    live_bytes = cost_model.memory_peak_at(units).total_bytes
+    return fit_in_memory(live_bytes, group_count(cost_model), available_gib).needed_bytes / GIB
 
 
 def try_simulate_cost_model(config: RunConfig, length: int, rank_counts: RankCounts, kind: str) -> CostModel | str:

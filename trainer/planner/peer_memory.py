@@ -83,7 +83,9 @@ def peer_memory(
     loss_bytes = round(sum(LOSS_BYTES_PER_LOGIT.get(setting, 0.0) for setting in settings) * logit_count)
     resting, activations = _memory_at_the_loss(cost_model, units)
     if PeerSetting.pure_bf16 in settings:
-        bf16_bytes = 2 * cost_model.parameters  # of the weights; gradients take as many, the two moments twice as many
+        bf16_bytes = (
+            2 * cost_model.num_parameters
+        )  # of the weights; gradients take as many, the two moments twice as many
         sharded_state = {
             "weights": bf16_bytes // shard_counts.weights,
             "moments": 2 * bf16_bytes // shard_counts.moments,
@@ -99,7 +101,7 @@ def peer_memory(
     else:
         other_phase = "as ours"
         other_parts = {}
-        other_total = cost_model.peak_at(units).total
+        other_total = cost_model.memory_peak_at(units).total_bytes
         loss_parts = {"what stays": resting, "activations": activations, "logits": loss_bytes}
     loss_total = sum(loss_parts.values())
     if loss_total > other_total:
@@ -109,13 +111,16 @@ def peer_memory(
 
 def _memory_at_the_loss(cost_model: CostModel, units: float) -> tuple[int, int]:
     """(bytes of weights and optimizer state, bytes of activations) of our own step after a forward pass, without logits."""
-    phases = cost_model.phases[1]
+    phases = cost_model.phase_peaks_at_sizes[1]
     loss_phase = next(phase for phase in phases if phase.name == "forward" and phase.place in ("head", "after"))
-    kinds = phases[loss_phase].kinds
+    kinds = phases[loss_phase].bytes_by_kind
     resting = 0
     for kind, size in kinds.items():
         if kind not in (MemoryKind.activations, MemoryKind.logits):
             resting += size
     # Bytes by kind are those of the larger simulated size. Beyond it, only activations grow.
-    growth = cost_model.peak_at(units).total - cost_model.peak_at(cost_model.sizes[1].units).total
+    growth = (
+        cost_model.memory_peak_at(units).total_bytes
+        - cost_model.memory_peak_at(cost_model.simulated_sizes[1].num_units).total_bytes
+    )
     return resting, kinds.get(MemoryKind.activations, 0) + max(growth, 0)

@@ -30,8 +30,14 @@ from trainer.planner.dealt_experts import with_expert_parallelism
 from trainer.planner.deferred_reduction import deferred_gradient_bytes, with_deferred_reduction
 from trainer.planner.hardware import Card, MemoryFit, host_gib, memory_fit, room_for_inputs, room_for_tensors
 from trainer.planner.lengths import MAX_MICRO_BATCH, DocumentLengths, micro_batch_divisors
-from trainer.planner.peer_memory import LOSS_BYTES_PER_LOGIT, PeerMemory, PeerSetting, ShardCounts, peer_memory
-from trainer.planner.peer_memory import peer_setting_problems as problems_of_theirs
+from trainer.planner.peer_memory import (
+    LOSS_BYTES_PER_LOGIT,
+    PeerMemory,
+    PeerSetting,
+    ShardCounts,
+    peer_memory,
+    peer_setting_problems,
+)
 from trainer.planner.round_time import RoundLoad, RoundTime, WritingModel, round_time
 from trainer.planner.speed import MicroBatchLoad, StepTime, step_time
 from trainer.tuning.base import TuningName
@@ -68,7 +74,7 @@ class RunVariant:
     config: RunConfig
     overrides: tuple[str, ...]
     """The settings to add to the command line for it, such as `strategy=fsdp2`."""
-    offload: bool = False
+    offloads_to_host: bool = False
 
     @property
     def name(self) -> str:
@@ -82,26 +88,26 @@ class PlannedChoice:
 
     variant: RunVariant
     overrides: tuple[str, ...]
-    micro: int
+    micro_batch: int
     accumulation: int
-    largest_micro: int
+    largest_micro_batch: int
     """The largest micro-batch that fits; 0 if none does."""
-    peak: MemoryPeak
-    fit: MemoryFit
-    step: StepTime
+    memory_peak: MemoryPeak
+    memory_fit: MemoryFit
+    step_time: StepTime
     tokens_per_s: float
     """Of all ranks."""
-    host_gib: float
+    needed_host_gib: float
     """Of one node."""
-    node_gib: float | None
+    node_memory_gib: float | None
     """Memory of a node; None if it is not known."""
-    hours: float | None
+    budget_hours: float | None
     """For the budget."""
-    price: float | None
+    budget_dollars: float | None
     """US dollars for the budget, all cards."""
-    defers: bool | None = None
+    defers_reduction: bool | None = None
     """Whether gradients are reduced only in the last micro-batch; None if the plan did not choose it."""
-    round: RoundTime | None = None
+    round_time: RoundTime | None = None
     """Seconds of a round, if the model writes what it learns from."""
     peer_memory: PeerMemory | None = None
     """The memory of the same step in another trainer, if `plan.theirs` asks for it."""
@@ -109,12 +115,12 @@ class PlannedChoice:
     @property
     def fits(self) -> bool:
         """Whether the card holds it, and the host what waits there."""
-        return self.fit.margin >= 0 and self.fits_host
+        return self.memory_fit.margin_bytes >= 0 and self.fits_host
 
     @property
     def fits_host(self) -> bool:
         """Whether a node's memory is enough, as far as it is known."""
-        return self.node_gib is None or self.host_gib <= self.node_gib
+        return self.node_memory_gib is None or self.needed_host_gib <= self.node_memory_gib
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,23 +129,23 @@ class PlannedRun:
 
     card: Card
     precision: Precision
-    nodes: int
+    num_nodes: int
     ranks_per_node: int
     global_batch: int
-    lengths: DocumentLengths
-    node_gib: float | None = None
+    document_lengths: DocumentLengths
+    node_memory_gib: float | None = None
     """Memory of a node in GiB; None if it is not known."""
     expert_imbalance: float = ASSUMED_IMBALANCE
     """With `parallel.experts`: rows that arrive at the busiest rank over the mean of its group."""
     imbalance_measured_over: int | None = None
     """Ranks of a group in the run that measured the imbalance; None if it was set or assumed, and so holds for any group."""
-    round: RoundLoad | None = None
+    round_load: RoundLoad | None = None
     """What a round asks for, if the model writes what it learns from."""
 
     @property
-    def ranks(self) -> int:
+    def world_size(self) -> int:
         """All ranks."""
-        return self.nodes * self.ranks_per_node
+        return self.num_nodes * self.ranks_per_node
 
     def imbalance_over(self, expert_ranks: int) -> float:
         """Rows that arrive at the busiest of `expert_ranks` ranks, divided by the mean over the ranks.
@@ -237,7 +243,7 @@ def further_variants(
 ) -> tuple[list[RunVariant], list[tuple[RunVariant, str]]]:
     """Variants for a run of which nothing fits: several ranks share each row, and the strategy gets settings for long rows.
 
-    `long_rows`: one of FURTHER_SETTINGS. `cli_keys`: keys of settings on the command line. Returns (variants to simulate,
+    `long_rows`: one of `FURTHER_LONG_ROW_SETTINGS`. `cli_keys`: keys of settings on the command line. Returns (variants to simulate,
     variants that are ruled out and why). All blocks are recomputed, unless the command line sets the recomputation. No variants
     if ranks share rows already, or if the command line sets `parallel.sequence` or a setting of `long_rows`.
     """
@@ -323,7 +329,7 @@ def micro_batches(job: PlannedRun, given: int | None, sequence: int = 1) -> list
     A reader is a rank, or the `sequence` ranks that share a row and so read the same samples. The list is empty if the global
     batch does not divide evenly, or if `given` does not divide a reader's part.
     """
-    samples_per_reader, remainder = divmod(job.global_batch, job.ranks // sequence)
+    samples_per_reader, remainder = divmod(job.global_batch, job.world_size // sequence)
     if remainder:
         return []
     if given is None:
@@ -349,7 +355,7 @@ def rank_choices(
             choice = replace(choice, peer_memory=peer_memory_of(choice, cost_model, job, peer_settings))
         choices.append(choice)
     fitting = sorted((choice for choice in choices if choice.fits), key=lambda choice: -choice.tokens_per_s)
-    too_large = sorted((choice for choice in choices if not choice.fits), key=lambda choice: choice.micro)
+    too_large = sorted((choice for choice in choices if not choice.fits), key=lambda choice: choice.micro_batch)
     return [*fitting, *too_large]
 
 
@@ -360,20 +366,20 @@ def choice_of(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro
     """
     card = job.card
     strategy = variant.config.strategy
-    accumulation = job.global_batch // (dp_size_of(variant.config, job.ranks) * micro)
-    units = float(micro) if cost_model.counts_rows else job.lengths.num_tokens_of_longest(micro)
+    accumulation = job.global_batch // (dp_size_of(variant.config, job.world_size) * micro)
+    units = float(micro) if cost_model.units_are_rows else job.document_lengths.num_tokens_of_longest(micro)
     overrides = [*variant.overrides, f"batch.global={job.global_batch}", f"batch.micro={micro}"]
     # Memory, by the longest documents.
-    peak = cost_model.peak_at(units)
+    peak = cost_model.memory_peak_at(units)
     defers = None
     if accumulation > 1 and isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None:
         # Reduce gradients only in the last micro-batch if full ones fit. The run itself would decide by an estimate; the plan has
         # simulated it, so its choice is added to the command line.
-        shards = job.ranks // replica_count(strategy, job.ranks, job.nodes)
+        shards = job.world_size // replica_count(strategy, job.world_size, job.num_nodes)
         waiting = deferred_gradient_bytes(cost_model, shards, variant.config.parallel.experts)
         deferred_model = with_deferred_reduction(cost_model, waiting)
-        deferred_peak = deferred_model.peak_at(units)
-        defers = memory_fit(deferred_model, deferred_peak, card).margin >= 0
+        deferred_peak = deferred_model.memory_peak_at(units)
+        defers = memory_fit(deferred_model, deferred_peak, card).margin_bytes >= 0
         if defers:
             cost_model = deferred_model
             peak = deferred_peak
@@ -381,51 +387,51 @@ def choice_of(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro
     # Time, by documents of average length.
     load = _average_load(cost_model, job, micro, accumulation)
     step = step_time(cost_model, load, card, job.precision, ranks_per_node=job.ranks_per_node)
-    tokens = job.lengths.mean * job.global_batch
+    tokens = job.document_lengths.mean * job.global_batch
     seconds_of_round = _round_time(variant.config, cost_model, job, step)
     step_s = step.total_s if seconds_of_round is None else seconds_of_round.seconds_per_step
     hours = _budget_hours(variant.config, job, step_s, tokens)
     price = None
     if hours is not None and card.price_per_hour is not None:
-        price = hours * job.ranks * card.price_per_hour
+        price = hours * job.world_size * card.price_per_hour
     return PlannedChoice(
         variant=variant,
         overrides=tuple(overrides),
-        micro=micro,
+        micro_batch=micro,
         accumulation=accumulation,
-        largest_micro=_largest_micro(cost_model, job),
-        peak=peak,
-        fit=memory_fit(cost_model, peak, card),
-        step=step,
+        largest_micro_batch=_largest_micro(cost_model, job),
+        memory_peak=peak,
+        memory_fit=memory_fit(cost_model, peak, card),
+        step_time=step,
         tokens_per_s=tokens / step.total_s,
-        host_gib=host_gib(cost_model, job.ranks_per_node, units),
-        node_gib=job.node_gib,
-        hours=hours,
-        price=price,
-        round=seconds_of_round,
-        defers=defers,
+        needed_host_gib=host_gib(cost_model, job.ranks_per_node, units),
+        node_memory_gib=job.node_memory_gib,
+        budget_hours=hours,
+        budget_dollars=price,
+        round_time=seconds_of_round,
+        defers_reduction=defers,
     )
 
 
 def _round_time(config: RunConfig, cost_model: CostModel, job: PlannedRun, step: StepTime) -> RoundTime | None:
     """Seconds of a round, in which the model writes answers and learns from them; None for objectives without rounds."""
-    if job.round is None:
+    if job.round_load is None:
         return None
     model = WritingModel(
-        cost_model.parameters,
-        cost_model.blocks,
-        cost_model.vocabulary,
-        itemsize=4 if job.precision is Precision.fp32 else 2,
+        cost_model.num_parameters,
+        cost_model.num_blocks,
+        cost_model.num_vocabulary_rows,
+        weight_itemsize=4 if job.precision is Precision.fp32 else 2,
     )
     return round_time(
-        job.round,
+        job.round_load,
         model,
         replace(config, precision=job.precision),
         job.card,
-        ranks=job.ranks,
-        nodes=job.nodes,
+        ranks=job.world_size,
+        nodes=job.num_nodes,
         step_s=step.total_s,
-        other_bytes=sum(cost_model.resting.values()),
+        other_bytes=sum(cost_model.resting_bytes_by_kind.values()),
     )
 
 
@@ -433,28 +439,28 @@ def peer_memory_of(
     choice: PlannedChoice, cost_model: CostModel, job: PlannedRun, peer_settings: Sequence[PeerSetting]
 ) -> PeerMemory:
     """What a rank of another trainer would hold in the step of `choice`, if it shards weights, gradients and moments alike."""
-    if cost_model.counts_rows:
-        units = float(choice.micro)
-        tokens = choice.micro * float(job.lengths.longest[0])
+    if cost_model.units_are_rows:
+        units = float(choice.micro_batch)
+        tokens = choice.micro_batch * float(job.document_lengths.longest[0])
     else:
-        units = tokens = job.lengths.num_tokens_of_longest(choice.micro)
+        units = tokens = job.document_lengths.num_tokens_of_longest(choice.micro_batch)
     strategy = choice.variant.config.strategy
     shard_counts = ShardCounts()
     if isinstance(strategy, Fsdp2Config):
-        shards = job.ranks // replica_count(strategy, job.ranks, job.nodes)
+        shards = job.world_size // replica_count(strategy, job.world_size, job.num_nodes)
         shard_counts = ShardCounts(weights=shards, gradients=shards, moments=shards)
     elif isinstance(strategy, ZeroConfig):
         shard_counts = ShardCounts(
-            weights=job.ranks if strategy.stage >= 3 else 1,
-            gradients=job.ranks if strategy.stage >= 2 else 1,
-            moments=job.ranks if strategy.stage >= 1 else 1,
+            weights=job.world_size if strategy.stage >= 3 else 1,
+            gradients=job.world_size if strategy.stage >= 2 else 1,
+            moments=job.world_size if strategy.stage >= 1 else 1,
         )
-    return peer_memory(cost_model, units, tokens * cost_model.vocabulary, peer_settings, shard_counts)
+    return peer_memory(cost_model, units, tokens * cost_model.num_vocabulary_rows, peer_settings, shard_counts)
 
 
 def _peer_problems(config: RunConfig, peer_settings: Sequence[PeerSetting]) -> list[str]:
     """Sentences that say why `plan.theirs` does not go with this run; empty if it does."""
-    problems = problems_of_theirs(peer_settings, full_tuning=config.tuning.name is TuningName.full)
+    problems = peer_setting_problems(peer_settings, full_tuning=config.tuning.name is TuningName.full)
     losses = [setting for setting in peer_settings if setting in LOSS_BYTES_PER_LOGIT]
     if losses and objective_family(config.objective).kind is ModelKind.classifier:
         problems.append(
@@ -465,18 +471,18 @@ def _peer_problems(config: RunConfig, peer_settings: Sequence[PeerSetting]) -> l
 
 def _average_load(cost_model: CostModel, job: PlannedRun, micro: int, accumulation: int) -> MicroBatchLoad:
     """The size of a micro-batch of `micro` documents of average length, and how many of them a step has (`accumulation`)."""
-    units = float(micro) if cost_model.counts_rows else micro * job.lengths.mean
-    return MicroBatchLoad(units, micro * job.lengths.mean_square, accumulation)
+    units = float(micro) if cost_model.units_are_rows else micro * job.document_lengths.mean
+    return MicroBatchLoad(units, micro * job.document_lengths.mean_square, accumulation)
 
 
 def _largest_micro(cost_model: CostModel, job: PlannedRun) -> int:
     """The most documents in a forward pass that the card has memory for, and the host for what is offloaded; 0 if none."""
     units = cost_model.largest_units(room_for_tensors(cost_model, job.card))
-    if job.node_gib is not None:
+    if job.node_memory_gib is not None:
         units = min(
-            units, cost_model.units_in_host_memory(room_for_inputs(cost_model, job.ranks_per_node, job.node_gib))
+            units, cost_model.units_in_host_memory(room_for_inputs(cost_model, job.ranks_per_node, job.node_memory_gib))
         )
-    return int(min(units, MAX_MICRO_BATCH)) if cost_model.counts_rows else job.lengths.units_within(units)
+    return int(min(units, MAX_MICRO_BATCH)) if cost_model.units_are_rows else job.document_lengths.units_within(units)
 
 
 def _budget_hours(config: RunConfig, job: PlannedRun, step_s: float, tokens: float) -> float | None:
@@ -489,8 +495,8 @@ def _budget_hours(config: RunConfig, job: PlannedRun, step_s: float, tokens: flo
         steps = float(budget.steps)
     elif budget.tokens is not None:
         steps = budget.tokens / tokens
-    elif budget.epochs is not None and job.lengths.units_per_epoch is not None:
-        steps = budget.epochs * job.lengths.units_per_epoch / num_documents_per_step(config)
+    elif budget.epochs is not None and job.document_lengths.units_per_epoch is not None:
+        steps = budget.epochs * job.document_lengths.units_per_epoch / num_documents_per_step(config)
     else:
         return None
     return steps * step_s / 3600

@@ -33,19 +33,19 @@ FORWARD_SHARE = 1 / 3
 class RoundLoad:
     """The sizes of a round of online learning, which are known without simulating a step."""
 
-    prompts: int
+    num_prompts: int
     """Prompts of a round."""
     group_size: int
     """Answers to a prompt."""
-    max_rows: int
+    max_generation_rows: int
     """Most answers that a rank generates at a time."""
-    may_lower_rows: bool
-    """Whether the run halves `max_rows` until their KV cache fits; not if `objective.rollout.rows` is set."""
-    prompt_tokens: float
+    may_lower_generation_rows: bool
+    """Whether the run halves `max_generation_rows` until their KV cache fits; not if `objective.rollout.rows` is set."""
+    mean_prompt_tokens: float
     """Mean length of a prompt."""
-    longest_prompt: int
+    longest_prompt_tokens: int
     """Tokens of the longest one."""
-    new_tokens: int
+    max_new_tokens: int
     """Longest answer in tokens."""
     kv_cache_bytes_per_token: float
     """Bytes of the keys and values of one token in all layers."""
@@ -57,12 +57,12 @@ class RoundLoad:
     """Passes without gradients over all answers of a round, for log-probabilities of the policy and of the reference model."""
 
     @property
-    def answers(self) -> int:
+    def num_answers(self) -> int:
         """Answers of a round."""
-        return self.prompts * self.group_size
+        return self.num_prompts * self.group_size
 
     @property
-    def steps(self) -> int:
+    def num_steps(self) -> int:
         """Optimizer steps of a round, repeated ones included."""
         return self.steps_per_iteration * self.iterations
 
@@ -71,43 +71,43 @@ class RoundLoad:
 class WritingModel:
     """The sizes of a model that decide how long it takes to write an answer."""
 
-    parameters: int
+    num_parameters: int
     """Of the whole model; of experts, all of them: the rows of a batch choose most."""
-    blocks: int
-    vocabulary: int
-    itemsize: int
+    num_blocks: int
+    num_vocabulary_rows: int
+    weight_itemsize: int
     """Bytes of a weight in the type that computes."""
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights."""
-        return self.parameters * self.itemsize
+        return self.num_parameters * self.weight_itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class RoundTime:
     """Seconds of one round, and where its weights lie meanwhile."""
 
-    write_s: float
-    score_s: float | None
+    generation_s: float
+    scoring_s: float | None
     """None if no run has measured the rewards."""
-    train_s: float
+    training_s: float
     """All optimizer steps of the round, and the passes without gradients before them."""
-    gathers_once: bool
+    gathers_weights_once: bool
     """Whether every rank has all weights while it writes; else each token gathers them block by block."""
-    writing_bytes: int
+    generation_bytes: int
     """Bytes that weights and keys take on a rank while it writes."""
-    steps: int
+    num_steps: int
 
     @property
     def total_s(self) -> float:
         """Seconds of the round, without the rewards if these are not known."""
-        return self.write_s + (self.score_s or 0.0) + self.train_s
+        return self.generation_s + (self.scoring_s or 0.0) + self.training_s
 
     @property
     def seconds_per_step(self) -> float:
         """Seconds of the round for each of its optimizer steps."""
-        return self.total_s / self.steps
+        return self.total_s / self.num_steps
 
 
 def round_load(config: RunConfig, model_config: Any, prompt_tokens: float, longest_prompt: int) -> RoundLoad | None:
@@ -125,13 +125,13 @@ def round_load(config: RunConfig, model_config: Any, prompt_tokens: float, longe
     needs_old_logprobs = rollout.steps * rollout.iterations > 1
     needs_reference_logprobs = objective.kl.weight > 0
     return RoundLoad(
-        prompts=num_prompts_per_round(config),
+        num_prompts=num_prompts_per_round(config),
         group_size=int(objective.group_size),
-        max_rows=rollout.rows or MAX_GENERATION_ROWS["cuda"],
-        may_lower_rows=not rollout.rows,
-        prompt_tokens=prompt_tokens,
-        longest_prompt=longest_prompt,
-        new_tokens=max_generated_tokens(config.objective),
+        max_generation_rows=rollout.rows or MAX_GENERATION_ROWS["cuda"],
+        may_lower_generation_rows=not rollout.rows,
+        mean_prompt_tokens=prompt_tokens,
+        longest_prompt_tokens=longest_prompt,
+        max_new_tokens=max_generated_tokens(config.objective),
         kv_cache_bytes_per_token=float(
             kv_cache_bytes_upper_bound(model_config, rows=1, tokens=1, itemsize=bytes_per_value)
         ),
@@ -160,16 +160,20 @@ def round_time(
     """
     # As a run does it (`max_concurrent_completions`): answers are halved until their keys fit beside all weights.
     usable_bytes = USABLE_MEMORY_SHARE * (card.memory_gib * 2**30 - other_bytes)
-    answer_bytes = load.kv_cache_bytes_per_token * (load.longest_prompt + load.new_tokens)
-    most_rows = load.max_rows
-    while load.may_lower_rows and most_rows > 1 and most_rows * answer_bytes > usable_bytes - model.weight_bytes:
+    answer_bytes = load.kv_cache_bytes_per_token * (load.longest_prompt_tokens + load.max_new_tokens)
+    most_rows = load.max_generation_rows
+    while (
+        load.may_lower_generation_rows
+        and most_rows > 1
+        and most_rows * answer_bytes > usable_bytes - model.weight_bytes
+    ):
         most_rows //= 2
 
     # The batches of answers that a rank writes one after the other.
     dp_size = dp_size_of(config, ranks)  # ranks that write answers to different prompts
     rows_per_part = min(most_rows, load.group_size)
     parts_per_batch = max(1, most_rows // rows_per_part)
-    parts = load.prompts * -(-load.group_size // rows_per_part)
+    parts = load.num_prompts * -(-load.group_size // rows_per_part)
     rows = min(parts_per_batch, -(-parts // dp_size)) * rows_per_part
     batches = -(-parts // (parts_per_batch * dp_size))
 
@@ -182,25 +186,27 @@ def round_time(
         gather_s = model.weight_bytes * (ranks - 1) / ranks / ring_bytes_per_s(card, ranks, nodes)
 
     # Seconds to write: for each new token the slower of decoding and gathering; before that, the prompts (prefill).
-    mean_tokens = load.prompt_tokens + load.new_tokens / 2  # whose keys are read for a token, halfway through an answer
+    mean_tokens = (
+        load.mean_prompt_tokens + load.max_new_tokens / 2
+    )  # whose keys are read for a token, halfway through an answer
     kv_cache_bytes = rows * load.kv_cache_bytes_per_token * mean_tokens
     token_s = decode_step_s(model, card, config.precision, rows=rows, kv_cache_bytes=kv_cache_bytes)
     # A prompt is computed once for its group if the rank has all weights, else for each of its answers.
-    prompts_per_rank = load.prompts / dp_size * (1 if gathers_once else load.group_size)
-    flops = 2 * model.parameters * prompts_per_rank * load.prompt_tokens
+    prompts_per_rank = load.num_prompts / dp_size * (1 if gathers_once else load.group_size)
+    flops = 2 * model.num_parameters * prompts_per_rank * load.mean_prompt_tokens
     prefill_s = flops / (card.tflops(config.precision) * 1e12 * PRODUCT_EFFICIENCY)
     if gathers_once:
-        write_s = batches * load.new_tokens * token_s + prefill_s + gather_s
+        write_s = batches * load.max_new_tokens * token_s + prefill_s + gather_s
     else:
-        write_s = batches * load.new_tokens * max(token_s, gather_s) + prefill_s
-    score_s = None if card.scoring_s is None else load.answers * card.scoring_s
+        write_s = batches * load.max_new_tokens * max(token_s, gather_s) + prefill_s
+    score_s = None if card.scoring_s is None else load.num_answers * card.scoring_s
     return RoundTime(
-        write_s=card.writing_pace * write_s,
-        score_s=score_s,
-        train_s=step_s * (load.steps + load.extra_forward_passes * FORWARD_SHARE * load.steps_per_iteration),
-        gathers_once=gathers_once,
-        writing_bytes=writing_bytes,
-        steps=load.steps,
+        generation_s=card.writing_pace * write_s,
+        scoring_s=score_s,
+        training_s=step_s * (load.num_steps + load.extra_forward_passes * FORWARD_SHARE * load.steps_per_iteration),
+        gathers_weights_once=gathers_once,
+        generation_bytes=writing_bytes,
+        num_steps=load.num_steps,
     )
 
 
@@ -210,12 +216,12 @@ def decode_step_s(model: WritingModel, card: Card, precision: Precision, *, rows
     It takes as long as the slowest of three: memory traffic, matrix products, and the launches of kernels. `kv_cache_bytes`:
     bytes of the KV cache of all rows.
     """
-    logit_bytes = 4 * rows * model.vocabulary  # fp32
+    logit_bytes = 4 * rows * model.num_vocabulary_rows  # fp32
     moved_bytes = model.weight_bytes + KEY_COPIES * kv_cache_bytes + LOGIT_PASSES * logit_bytes
     memory_s = moved_bytes / (card.memory_gb_s * 1e9 * MEMORY_EFFICIENCY)
-    flops = 2 * model.parameters * rows  # a multiplication and an addition for each weight and row
+    flops = 2 * model.num_parameters * rows  # a multiplication and an addition for each weight and row
     products_s = flops / (card.tflops(precision) * 1e12 * PRODUCT_EFFICIENCY)
-    launches_s = model.blocks * BLOCK_LAUNCH_S
+    launches_s = model.num_blocks * BLOCK_LAUNCH_S
     return max(memory_s, products_s, launches_s)
 
 

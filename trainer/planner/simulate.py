@@ -55,9 +55,9 @@ class StepParts:
     precision: Precision
     make_optimizer: OptimizerFactory
     max_grad_norm: float
-    batches: list[dict[str, Any]]
+    micro_batches: list[dict[str, Any]]
     """One rank's micro-batches of a step, on the CPU."""
-    source: Any = field(default_factory=ShapesOnly)
+    weight_source: Any = field(default_factory=ShapesOnly)
     """A `ParameterSource`."""
     full_trained_elements: int | None = None
     """Trained elements of the deeper model that this one stands for; None if it stands for itself."""
@@ -67,9 +67,9 @@ class StepParts:
 class SimulatedStep:
     """One rank's step, from the second on: the optimizer has its state."""
 
-    phases: dict[StepPhase, PhasePeak]
+    peak_by_phase: dict[StepPhase, PhasePeak]
     """The most live bytes on the device in each phase, in order."""
-    resting: dict[MemoryKind, int]
+    resting_bytes_by_kind: dict[MemoryKind, int]
     """Bytes between steps."""
     collectives: list[Collective]
     host_reads: Counter[str]
@@ -78,15 +78,15 @@ class SimulatedStep:
     """Bytes on the device that operations other than products and attention read and write, by phase."""
     bytes_to_host: int
     bytes_to_device: int
-    host: int
+    host_bytes: int
     """Bytes that the engine keeps on the host."""
     host_inputs: HostTensors
     """Inputs of recomputed blocks that wait on the host (`strategy.offload_activations`)."""
 
     @property
-    def peak(self) -> tuple[StepPhase, PhasePeak]:
+    def phase_and_peak(self) -> tuple[StepPhase, PhasePeak]:
         """The phase with the most live bytes."""
-        return max(self.phases.items(), key=lambda phase_and_peak: phase_and_peak[1].total)
+        return max(self.peak_by_phase.items(), key=lambda phase_and_peak: phase_and_peak[1].total_bytes)
 
 
 def simulate(parts: StepParts, runtime: Runtime, *, repeat: int = 1) -> SimulatedStep:
@@ -97,8 +97,8 @@ def simulate(parts: StepParts, runtime: Runtime, *, repeat: int = 1) -> Simulate
     what the engine raises, and ConfigError for what it refuses.
     """
     with fake_tensors(runtime.device):
-        (batches,) = replaced_by_fakes(parts.built, [parts.batches])
-        return record_steps(replace(parts, batches=batches), runtime, repeat=repeat)
+        (batches,) = replaced_by_fakes(parts.built, [parts.micro_batches])
+        return record_steps(replace(parts, micro_batches=batches), runtime, repeat=repeat)
 
 
 def record_steps(parts: StepParts, runtime: Runtime, *, warmup_steps: int = 1, repeat: int = 1) -> SimulatedStep:
@@ -126,14 +126,14 @@ def recording_engine(parts: StepParts, runtime: Runtime) -> Iterator[RecordedEng
         places |= {block: index for index, block in enumerate(repeated_blocks(parts.built.step_module))}
         engine = strategy.prepare(
             parts.built.step_module,
-            source=parts.source,
+            source=parts.weight_source,
             make_optimizer=parts.make_optimizer,
             max_grad_norm=parts.max_grad_norm,
         )
         for kind, tensor in engine_tensors(engine):
             recorder.track(tensor, kind)
         recorded = RecordedEngine(engine, recorder, places)
-        with recorded.hooked_blocks(), track_bucket_reductions(engine, recorder, parts.full_trained_elements):
+        with recorded.block_hooks(), track_bucket_reductions(engine, recorder, parts.full_trained_elements):
             yield recorded
 
 
@@ -157,27 +157,29 @@ def _report_lowest_peaks(parts: StepParts, recorded: RecordedEngine, warmup_step
     """
     recorder = recorded.recorder
     for _ in range(warmup_steps):
-        recorded.take_step(parts.batches)
-    record = recorded.take_step(parts.batches)
+        recorded.take_step(parts.micro_batches)
+    record = recorded.take_step(parts.micro_batches)
     lowest_peaks = recorder.peaks
     for _ in range(repeat):
         # It is known now after which operation each phase peaks: there, bytes are also told apart by kind.
-        recorded.take_step(parts.batches, tally_after=peak_operations(lowest_peaks))
+        recorded.take_step(parts.micro_batches, tally_after=peak_operations(lowest_peaks))
         new_peaks = recorder.peaks
         if recorded.runtime.simulated:
-            differing = [phase for phase, peak in lowest_peaks.items() if peak.total != new_peaks[phase].total]
+            differing = [
+                phase for phase, peak in lowest_peaks.items() if peak.total_bytes != new_peaks[phase].total_bytes
+            ]
             if differing:
                 phases = ", ".join(map(str, differing))
                 raise RuntimeError(f"two steps of one run hold different amounts of memory: {phases}")
         for phase, peak in new_peaks.items():
-            peak.total = min(peak.total, lowest_peaks[phase].total)
+            peak.total_bytes = min(peak.total_bytes, lowest_peaks[phase].total_bytes)
         lowest_peaks = new_peaks
-    return recorded.report(lowest_peaks, record)
+    return recorded.step_result(lowest_peaks, record)
 
 
 def peak_operations(peaks: dict[StepPhase, PhasePeak]) -> dict[StepPhase, int]:
     """The operation of each phase after which most bytes were live, by its number within the phase."""
-    return {phase: peak.operation for phase, peak in peaks.items()}
+    return {phase: peak.operation_index for phase, peak in peaks.items()}
 
 
 class RecordedEngine:
@@ -186,7 +188,7 @@ class RecordedEngine:
     def __init__(self, engine: Any, recorder: StepRecorder, block_places: dict[nn.Module, int | str]) -> None:
         self.engine = engine
         self.recorder = recorder
-        self.block_places = block_places
+        self.place_by_block = block_places
         """What `StepPhase.place` is while a block is at work."""
         self.runtime: Runtime = engine.runtime
         self.rank = engine.rank
@@ -224,7 +226,7 @@ class RecordedEngine:
         record = self.take_step(batches, tally_after)
         return self.recorder.peaks, record
 
-    def report(self, phases: dict[StepPhase, PhasePeak], record: StepRecord) -> SimulatedStep:
+    def step_result(self, phases: dict[StepPhase, PhasePeak], record: StepRecord) -> SimulatedStep:
         """The result of a step that was recorded, with the memory that stays between steps. To be called before the next step.
 
         `phases`: the peak of each. Host memory is that of the engine's tensors; tensors that share a storage count once.
@@ -236,15 +238,15 @@ class RecordedEngine:
                 storage = tensor.untyped_storage()
                 host_bytes_by_storage[storage_key(storage)] = storage.nbytes()
         return SimulatedStep(
-            phases=phases,
-            resting=resting,
+            peak_by_phase=phases,
+            resting_bytes_by_kind=resting,
             collectives=record.collectives,
             host_reads=record.host_reads,
             flops=record.flops,
             moved_bytes_by_phase=record.moved_bytes_by_phase,
             bytes_to_host=record.bytes_to_host,
             bytes_to_device=record.bytes_to_device,
-            host=sum(host_bytes_by_storage.values()),
+            host_bytes=sum(host_bytes_by_storage.values()),
             host_inputs=record.host_inputs,
         )
 
@@ -290,10 +292,10 @@ class RecordedEngine:
         return self.engine.step(lr_factor, update_filter)
 
     @contextmanager
-    def hooked_blocks(self) -> Iterator[None]:
+    def block_hooks(self) -> Iterator[None]:
         """A context in which hooks report to the recorder which block, or the head, computes. They keep no tensor alive."""
         with ExitStack() as stack:
-            for block, place in self.block_places.items():
+            for block, place in self.place_by_block.items():
                 self._hook(stack, block, place)
             model = self.step_module.model
             if hasattr(model, "get_base_model"):  # peft's wrapper

@@ -191,7 +191,7 @@ def simulate_cost_model_of_run(
                 micro_batch = _micro_batch_of(parts, lengths, accumulation * runtime.dp_size, runtime)
                 batches.append([micro_batch] * accumulation)
                 units = len(lengths) // sequences if rows else sum(lengths)
-                sizes.append(MicroBatchSize(units, squares=sum(tokens**2 for tokens in lengths)))
+                sizes.append(MicroBatchSize(units, sum_of_squared_lengths=sum(tokens**2 for tokens in lengths)))
             is_needed = partial(is_near_an_end, depth=depth, ends=end_blocks)
             return simulate_sizes(parts, batches, runtime, expected, is_needed), sizes, rows
 
@@ -207,10 +207,10 @@ def simulate_cost_model_of_run(
     counts = _extrapolated_counts(counts_by_depth, blocks)
     return replace(
         cost_model,
-        parameters=counts.total,
-        trained=counts.trained,
-        trained_expert_parallel=counts.trained_expert_parallel,
-        vocabulary=num_vocabulary_rows(config.model),
+        num_parameters=counts.num_parameters,
+        num_trained_parameters=counts.num_trained,
+        num_trained_expert_parameters=counts.num_trained_expert_parallel,
+        num_vocabulary_rows=num_vocabulary_rows(config.model),
         **details,
     )
 
@@ -230,9 +230,9 @@ def _fields_of_any_depth(built: BuiltModel, objective: ObjectiveConfig) -> dict[
 class ParameterCounts:
     """How many parameters a model has, all ranks together."""
 
-    total: int
-    trained: int
-    trained_expert_parallel: int
+    num_parameters: int
+    num_trained: int
+    num_trained_expert_parallel: int
     """Those of the trained ones that are in experts distributed over ranks (`parallel.experts`)."""
 
 
@@ -248,9 +248,9 @@ def _extrapolated_counts(counts_by_depth: dict[int, ParameterCounts], blocks: in
         return round(deep_number + (deep_number - shallow_number) * further_periods)
 
     return ParameterCounts(
-        at_full_depth(shallow.total, deep.total),
-        at_full_depth(shallow.trained, deep.trained),
-        at_full_depth(shallow.trained_expert_parallel, deep.trained_expert_parallel),
+        at_full_depth(shallow.num_parameters, deep.num_parameters),
+        at_full_depth(shallow.num_trained, deep.num_trained),
+        at_full_depth(shallow.num_trained_expert_parallel, deep.num_trained_expert_parallel),
     )
 
 
@@ -397,12 +397,12 @@ def build_step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *,
         precision=precision,
         make_optimizer=partial(build_optimizer, config.optim, model_names=names, lr_factor=built.tuning.lr_factor),
         max_grad_norm=config.optim.max_grad_norm,
-        batches=[],
-        source=weight_source,
+        micro_batches=[],
+        weight_source=weight_source,
     )
     accumulation = accumulation_steps(config, runtime.world_size)
     micro_batch = _micro_batch_of(parts, lengths, accumulation * runtime.dp_size, runtime)
-    return replace(parts, batches=[micro_batch] * max(1, accumulation))
+    return replace(parts, micro_batches=[micro_batch] * max(1, accumulation))
 
 
 def _micro_batch_of(parts: StepParts, lengths: list[int], micro_batches: int, runtime: Runtime) -> dict[str, Any]:

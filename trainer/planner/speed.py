@@ -52,11 +52,11 @@ class StepTime:
 class MicroBatchLoad:
     """A rank's micro-batches, as they are on average."""
 
-    units: float
-    """Tokens, or rows if `CostModel.counts_rows`."""
-    squares: float
+    num_units: float
+    """Tokens, or rows if `CostModel.units_are_rows`."""
+    sum_of_squared_lengths: float
     """Sum of the squared lengths of a micro-batch's sequences."""
-    micro_batches: int
+    num_micro_batches: int
     """How many a rank takes in a step."""
 
 
@@ -71,21 +71,21 @@ def step_time(
     product_flops_per_s = card.tflops(precision) * 1e12 * PRODUCT_EFFICIENCY
     memory_bytes_per_s = card.memory_gb_s * 1e9 * MEMORY_EFFICIENCY
     host_bytes_per_s = card.host_gb_s * 1e9 * LINK_EFFICIENCY
-    flops, moved_bytes, host_copy_bytes = cost_model.work(load.units, load.squares)
+    flops, moved_bytes, host_copy_bytes = cost_model.micro_batch_work(load.num_units, load.sum_of_squared_lengths)
     # Forward and backward passes.
-    products_s = load.micro_batches * flops / product_flops_per_s
-    moves_s = load.micro_batches * moved_bytes / memory_bytes_per_s
+    products_s = load.num_micro_batches * flops / product_flops_per_s
+    moves_s = load.num_micro_batches * moved_bytes / memory_bytes_per_s
     compute_s = products_s + moves_s
     # Collectives on weights and gradients run beside the computation. Exposed are the seconds by which they take longer, and one
     # block's collectives, beside which nothing is computed at the begin or end of a micro-batch.
-    overlappable_s, update_collective_s = collective_s(cost_model, load.micro_batches, card)
-    one_block_s = overlappable_s / max(1, cost_model.blocks * load.micro_batches)
+    overlappable_s, update_collective_s = collective_s(cost_model, load.num_micro_batches, card)
+    one_block_s = overlappable_s / max(1, cost_model.num_blocks * load.num_micro_batches)
     exposed_s = max(overlappable_s - compute_s, 0.0) + min(one_block_s, compute_s) + update_collective_s
     # All-to-alls of tokens are all exposed: attention and experts wait for tokens of other ranks, and the next layer for its own.
-    token_all_to_all_total_s = load.micro_batches * token_all_to_all_s(cost_model, load.units, card)
+    token_all_to_all_total_s = load.num_micro_batches * token_all_to_all_s(cost_model, load.num_units, card)
     # The update, and copies between host and device.
     update_s = cost_model.update_bytes / memory_bytes_per_s
-    update_s += load.micro_batches * host_copy_bytes / host_bytes_per_s
+    update_s += load.num_micro_batches * host_copy_bytes / host_bytes_per_s
     keeps_state_on_host = cost_model.host_bytes > 2**20  # not just step counters
     if keeps_state_on_host:
         passes = 3  # states are read and written, gradients are read
@@ -126,13 +126,13 @@ def token_all_to_all_s(cost_model: CostModel, units: float, card: Card) -> float
     """Seconds of the all-to-alls between ranks that share rows or experts, in a micro-batch of `units` (rows or tokens)."""
     seconds = 0.0
     for all_to_all in cost_model.token_all_to_alls:
-        latency_s = all_to_all.calls * COLLECTIVE_LATENCY_S * (1 + math.log2(all_to_all.hosts))
+        latency_s = all_to_all.num_calls * COLLECTIVE_LATENCY_S * (1 + math.log2(all_to_all.num_hosts))
         size = cost_model.all_to_all_bytes(all_to_all, units)
         # The part for ranks on the same host goes over links between cards, the part for other hosts over the network, which all
         # cards of a host share. Both are sent at the same time.
-        ranks_per_host = all_to_all.ranks / all_to_all.hosts
-        link_bytes = size * (ranks_per_host - 1) / all_to_all.ranks
-        network_bytes = size * (1 - 1 / all_to_all.hosts) * card.gpus_per_node
+        ranks_per_host = all_to_all.num_ranks / all_to_all.num_hosts
+        link_bytes = size * (ranks_per_host - 1) / all_to_all.num_ranks
+        network_bytes = size * (1 - 1 / all_to_all.num_hosts) * card.gpus_per_node
         link_s = link_bytes / (card.link_gb_s * 1e9 * LINK_EFFICIENCY)
         network_s = network_bytes / (card.node_gb_s * 1e9 * LINK_EFFICIENCY)
         seconds += latency_s + max(link_s, network_s)

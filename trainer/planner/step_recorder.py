@@ -35,10 +35,10 @@ class Collective:
     ranks: tuple[int, ...]
     """Ranks of the process group."""
     dtype: str
-    bytes: int
+    num_bytes: int
     """Bytes of its largest tensor: all that is gathered or reduced."""
     phase: StepPhase
-    on_device: bool
+    is_on_device: bool
     """Whether all its tensors lie on the rank's device."""
 
 
@@ -146,9 +146,9 @@ class StepRecorder(LiveBytes):
                 name=func.__name__.partition(".")[0].strip("_"),
                 ranks=tuple(torch.distributed.get_process_group_ranks(group)),
                 dtype="/".join(dtypes),
-                bytes=max((tensor.numel() * tensor.element_size() for tensor in tensors), default=0),
+                num_bytes=max((tensor.numel() * tensor.element_size() for tensor in tensors), default=0),
                 phase=self.phase,
-                on_device=all(device_of(tensor) == self.device for tensor in tensors),
+                is_on_device=all(device_of(tensor) == self.device for tensor in tensors),
             )
         )
 

@@ -352,7 +352,7 @@ class Planner:
             )
         yield from simulated.unplanned
         if simulated.too_large:
-            strategy, cost = max(simulated.too_large, key=lambda too_large: too_large.cost.fit.margin)
+            strategy, cost = max(simulated.too_large, key=lambda too_large: too_large.cost.memory_fit.margin_bytes)
             yield StrategyProposal(strategy, f"planned {_gib_text(cost)} GiB, the least of all")
 
     def _simulate_all(self, strategies: list[StrategyConfig]) -> SimulatedStrategies:
@@ -395,10 +395,10 @@ class Planner:
         job = PlannedRun(
             card=replace(self.devices.card, memory_gib=self.devices.memory_gib),
             precision=self.precision,
-            nodes=self.devices.world_size // self.devices.ranks_per_host,
+            num_nodes=self.devices.world_size // self.devices.ranks_per_host,
             ranks_per_node=self.devices.ranks_per_host,
             global_batch=self.config.batch["global"],
-            lengths=self.lengths,
+            document_lengths=self.lengths,
         )
         variant = RunVariant(replace(self.config, strategy=replace(strategy, activation_checkpointing=mode)), ())
         candidates = micro_batches(job, self.user_micro_batch, self.config.parallel.sequence)
@@ -410,4 +410,4 @@ class Planner:
 
 def _gib_text(choice: PlannedChoice) -> str:
     """Memory that a rank needs, and that its device has, such as `12.30 of 79.10`."""
-    return f"{choice.fit.total / GIB:.2f} of {choice.fit.limit / GIB:.2f}"
+    return f"{choice.memory_fit.needed_bytes / GIB:.2f} of {choice.memory_fit.device_bytes / GIB:.2f}"

@@ -37,21 +37,21 @@ WORKER_KILLED = "its simulation was killed; the host may lack memory, set plan.w
 class PlanAnswer:
     """Every variant with its best micro-batch, in order: those that fit, the fastest first; then those that do not."""
 
-    job: PlannedRun
+    planned_run: PlannedRun
     best_choices: list[PlannedChoice]
     """The best choice of each variant."""
     all_choices: list[PlannedChoice]
     """Every micro-batch of every variant."""
-    refused: list[tuple[RunVariant, str]]
+    unsupported_variants: list[tuple[RunVariant, str]]
     """Ways that were ruled out or could not be simulated, and why."""
     cost_model: CostModel
     """That of the first in order, for what is known of the model."""
-    worst_imbalance: MemoryFit | None = None
+    worst_imbalance_fit: MemoryFit | None = None
     """The memory of the best way, or of the smallest one if none fits, where all rows of a layer go to the experts of one rank;
     None if it does not distribute experts."""
 
     @property
-    def best(self) -> PlannedChoice | None:
+    def fastest_fitting_choice(self) -> PlannedChoice | None:
         """The fastest that fits."""
         return next((choice for choice in self.best_choices if choice.fits), None)
 
@@ -73,7 +73,7 @@ def plan_variants(
     micros_by_variant = [micro_batches(job, micro, variant.config.parallel.sequence) for variant in variants]
     accumulations = []
     for variant, micros in zip(variants, micros_by_variant, strict=True):
-        dp_size = dp_size_of(variant.config, job.ranks)
+        dp_size = dp_size_of(variant.config, job.world_size)
         accumulations.append(2 if job.global_batch // (dp_size * micros[0]) > 1 else 1)
     cost_models = simulate_variants(variants, job, accumulations, settings, on_progress)
 
@@ -95,10 +95,10 @@ def plan_variants(
     all_choices = [choice for _, choices in planned for choice in choices]
     planned.sort(key=lambda model_and_choices: _rank_key(model_and_choices[1][0]))
     return PlanAnswer(
-        job=job,
+        planned_run=job,
         best_choices=[choices[0] for _, choices in planned],
         all_choices=sorted(all_choices, key=_rank_key),
-        refused=all_refused,
+        unsupported_variants=all_refused,
         cost_model=planned[0][0],
     )
 
@@ -120,12 +120,12 @@ def with_further_variants(
         further = plan_variants(variants, refused, job, micro, settings, on_progress)
     except ConfigError as error:
         not_simulated = [(variant, error.problems[0]) for variant in variants]
-        return replace(answer, refused=[*answer.refused, *refused, *not_simulated])
+        return replace(answer, unsupported_variants=[*answer.unsupported_variants, *refused, *not_simulated])
     return replace(
         further,
         best_choices=sorted([*answer.best_choices, *further.best_choices], key=_rank_key),
         all_choices=sorted([*answer.all_choices, *further.all_choices], key=_rank_key),
-        refused=[*answer.refused, *further.refused],
+        unsupported_variants=[*answer.unsupported_variants, *further.unsupported_variants],
     )
 
 
@@ -139,24 +139,24 @@ def with_worst_imbalance(answer: PlanAnswer, settings: PlanConfig) -> PlanAnswer
     expert_ranks = choice.variant.config.parallel.experts
     if expert_ranks == 1:
         return answer
-    job = replace(answer.job, expert_imbalance=float(expert_ranks), imbalance_measured_over=None)
+    job = replace(answer.planned_run, expert_imbalance=float(expert_ranks), imbalance_measured_over=None)
     accumulation = min(2, choice.accumulation)
     variant = choice.variant
-    if choice.defers is not None:
-        strategy = replace(variant.config.strategy, defer_sync=choice.defers)  # type: ignore[call-arg]
+    if choice.defers_reduction is not None:
+        strategy = replace(variant.config.strategy, defer_sync=choice.defers_reduction)  # type: ignore[call-arg]
         variant = replace(variant, config=replace(variant.config, strategy=strategy))
     (cost_model,) = simulate_variants([variant], job, [accumulation], settings, lambda *_: None)
     if isinstance(cost_model, str):
         return answer
-    worst = choice_of(variant, cost_model, job, choice.micro)
-    return replace(answer, worst_imbalance=worst.fit)
+    worst = choice_of(variant, cost_model, job, choice.micro_batch)
+    return replace(answer, worst_imbalance_fit=worst.memory_fit)
 
 
 def _rank_key(choice: PlannedChoice) -> tuple[bool, float]:
     """Those that fit first, the fastest first; then those that do not, the one that lacks least memory first."""
     if choice.fits:
         return False, -choice.tokens_per_s
-    return True, -choice.fit.margin
+    return True, -choice.memory_fit.margin_bytes
 
 
 def simulate_variants(
@@ -170,7 +170,7 @@ def simulate_variants(
 
     `accumulations`: how many micro-batches of a step to simulate, for each variant. `on_progress` is called after each variant.
     """
-    length = int(job.lengths.longest[0])
+    length = int(job.document_lengths.longest[0])
     cost_models: list[CostModel | str] = [""] * len(variants)
     workers = settings.workers or len(os.sched_getaffinity(0))
     # Import and build once here, before the workers are forked: otherwise each of them would do it.
@@ -237,13 +237,13 @@ def _simulate(config: RunConfig, length: int, accumulation: int, job: PlannedRun
     gc.freeze()
     # Reductions in the last micro-batch alone are computed afterwards from this cost model (`with_deferred_reduction`).
     config = replace(config, strategy=strategy_for_simulation(config.strategy), precision=job.precision)
-    sequences_per_unit = job.lengths.sequences_per_unit
+    sequences_per_unit = job.document_lengths.sequences_per_unit
     try:
         return simulate_cost_model_of_run(
             config,
             length // sequences_per_unit,
             accumulation=accumulation,
-            world_size=job.ranks,
+            world_size=job.world_size,
             local_world_size=job.ranks_per_node,
             exact=exact,
             expert_imbalance=job.imbalance_over(config.parallel.experts),

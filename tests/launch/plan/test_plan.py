@@ -354,7 +354,7 @@ def test_plan_variants_are_all_but_those_typed_or_ruled_out(model):
     assert len(found) == 18
     assert {way.name for way, _ in refused} == {"single"} and "runs in one process" in refused[0][1]
     found, _ = run_variants(config, PlanConfig(offload=True), typed, 8)
-    assert {way.name for way in found if way.offload} == {"fsdp2", "hsdp", "zero1", "zero2", "zero3"}
+    assert {way.name for way in found if way.offloads_to_host} == {"fsdp2", "hsdp", "zero1", "zero2", "zero3"}
     config, typed = compose_planned_run(
         [f"model.path={model}", "strategy=zero2", "strategy.activation_checkpointing=full"], card
     )
@@ -395,21 +395,21 @@ def test_plan_rows_name_all_settings_stored_otherwise(model):
     config, typed = compose_planned_run([f"model.path={model}", "tuning=lora", "strategy=fsdp2"], card)
     settings = PlanConfig(offload=True, quantisation=[Quantisation.none, Quantisation.nf4])
     found, _ = run_variants(config, settings, typed, 1)
-    labels = {(way.offload, str(way.config.model.quantisation)): memory_savings_text(way) for way in found}
+    labels = {(way.offloads_to_host, str(way.config.model.quantisation)): memory_savings_text(way) for way in found}
     assert labels == {
         (False, "none"): "",
         (True, "none"): "offload",
         (False, "nf4"): "nf4",
         (True, "nf4"): "offload+nf4",
     }
-    form = SimpleNamespace(parameters=1, trained=1, layout="padded", notes=())
+    form = SimpleNamespace(num_parameters=1, num_trained_parameters=1, layout="padded", notes=())
     answer = PlanAnswer(job(card), [], [], [(way, "too odd") for way in found], form)
     assert refused_ways_by_reason(answer)["too odd"].count(", none, offload+nf4") == 1
 
 
 def test_a_small_job_costs_less_than_a_cent_on_one_card():
     assert (format_dollars(0.001), format_dollars(1234.5)) == ("less than $0.01", "$1,234.50")
-    assert [cards_text(SimpleNamespace(ranks=ranks)) for ranks in (1, 8)] == ["1 card", "8 cards"]
+    assert [cards_text(SimpleNamespace(world_size=ranks)) for ranks in (1, 8)] == ["1 card", "8 cards"]
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ def test_plan_says_what_the_cost_of_a_run_lacks(model, words, card, said):
     config, _ = compose_planned_run([f"model.path={model}", *GPUS, *words], a10g)
     hours = 0.0125 if "budget.steps=3" in words else None
     price = None if hours is None or card else 0.1
-    found = SimpleNamespace(variant=RunVariant(config, ()), hours=hours, price=price, tokens_per_s=1e4)
+    found = SimpleNamespace(variant=RunVariant(config, ()), budget_hours=hours, budget_dollars=price, tokens_per_s=1e4)
     told = " ".join(budget_and_price_lines(found, job(a10g)))
     assert all(part in told for part in said), told
     assert told.replace("the price of the whole run", "").count("price") == len(card) + (
@@ -499,7 +499,7 @@ def test_dry_run_reports_the_simulated_step(capsys, model, tmp_path, monkeypatch
     config.batch["global"] = 4
     lengths = sorted(prepare_data(config, load_tokenizer(config.model)).train.lengths.tolist())[-2:]
     found = simulate_depth(config, lengths, device=torch.device("cpu"))
-    assert told is not None and told[1] == str(found.peak)
+    assert told is not None and told[1] == str(found.peak_phase)
     assert "learning rate: 0.0002 after 0 steps of warm-up, then cosine\nnote: the run takes only 1 step," in out
     assert "resolved: optim.lr: 0.0002 (usual for lora" in out
     assert "launcher.signal_lead_s" not in out
@@ -509,4 +509,4 @@ def test_dry_run_reports_the_simulated_step(capsys, model, tmp_path, monkeypatch
     out = capsys.readouterr().out
     assert "batch: 32 = 2 micro x 1 accumulation x 16 ranks" in out
     assert "set launcher.signal_lead_s=" in out and "warning: a step takes about" in out
-    assert total is not None and float(total[1]) == pytest.approx(found.total / 2**20, abs=0.006)
+    assert total is not None and float(total[1]) == pytest.approx(found.peak_bytes / 2**20, abs=0.006)

@@ -134,7 +134,7 @@ def answer_of(*choices, nodes=1):
         config = SimpleNamespace(parallel=SimpleNamespace(experts=degree))
         best_choices.append(SimpleNamespace(variant=SimpleNamespace(config=config), fits=fits, tokens_per_s=speed))
     job = PlannedRun(card_named("NVIDIA L4"), Precision.bf16, nodes, 8, 8, DocumentLengths.uniform(64, 1))
-    return SimpleNamespace(best_choices=best_choices, job=job, worst_imbalance=None)
+    return SimpleNamespace(best_choices=best_choices, planned_run=job, worst_imbalance_fit=None)
 
 
 def test_a_plan_says_where_groups_cross_hosts():
