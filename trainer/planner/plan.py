@@ -243,9 +243,9 @@ def further_variants(
 ) -> tuple[list[RunVariant], list[tuple[RunVariant, str]]]:
     """Variants for a run of which nothing fits: several ranks share each row, and the strategy gets settings for long rows.
 
-    `long_rows`: one of `FURTHER_LONG_ROW_SETTINGS`. `cli_keys`: keys of settings on the command line. Returns (variants to simulate,
-    variants that are ruled out and why). All blocks are recomputed, unless the command line sets the recomputation. No variants
-    if ranks share rows already, or if the command line sets `parallel.sequence` or a setting of `long_rows`.
+    `long_rows`: one of `FURTHER_LONG_ROW_SETTINGS`. `cli_keys`: keys of settings on the command line. Returns (variants to
+    simulate, variants that are ruled out and why). All blocks are recomputed, unless the command line sets the recomputation. No
+    variants if ranks share rows already, or if the command line sets `parallel.sequence` or a setting of `long_rows`.
     """
     shares_rows = config.parallel.sequence > 1 or "parallel.sequence" in cli_keys
     if shares_rows or any(f"strategy.{key}" in cli_keys for key in long_rows):
