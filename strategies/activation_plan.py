@@ -26,33 +26,40 @@ from strategies.parameters import COMPUTE_DTYPE, set_parameter_dtypes
 class ActivationBytes:
     """Bytes of activations that one micro-batch keeps for its backward pass, by mode of recomputation; each list by block."""
 
-    none: list[float]
+    bytes_by_block_if_none: list[float]
     """Kept by a block that recomputes nothing."""
-    selective: list[float]
+    bytes_by_block_if_selective: list[float]
     """Kept by a block that saves products and attention, and recomputes the rest."""
-    full: list[float]
+    bytes_by_block_if_full: list[float]
     """Kept by a block that saves only its input."""
-    outside_blocks: float
+    bytes_outside_blocks: float
     """Kept outside the blocks: embeddings, head, loss."""
-    transient: float
+    transient_bytes: float
     """The largest tensors that are made outside the blocks and not kept (the logits of a chunk, twice)."""
 
     def with_inputs_on_host(self) -> ActivationBytes:
         """The same if inputs of blocks that recompute wait on the host (`strategy.offload_activations`)."""
-        selective = [kept - inputs for kept, inputs in zip(self.selective, self.full, strict=True)]
-        return replace(self, selective=[max(0.0, kept) for kept in selective], full=[0.0] * len(self.full))
+        selective = [
+            kept - inputs
+            for kept, inputs in zip(self.bytes_by_block_if_selective, self.bytes_by_block_if_full, strict=True)
+        ]
+        return replace(
+            self,
+            bytes_by_block_if_selective=[max(0.0, kept) for kept in selective],
+            bytes_by_block_if_full=[0.0] * len(self.bytes_by_block_if_full),
+        )
 
     @property
     def num_blocks(self) -> int:
         """Transformer blocks, each with an entry in the lists."""
-        return len(self.none)
+        return len(self.bytes_by_block_if_none)
 
     def peak_bytes(self, modes: list[ActivationCheckpointing]) -> float:
         """Bytes of activations at the peak of a step, if each block recomputes as its entry of `modes` says."""
         bytes_by_mode = {
-            ActivationCheckpointing.none: self.none,
-            ActivationCheckpointing.selective: self.selective,
-            ActivationCheckpointing.full: self.full,
+            ActivationCheckpointing.none: self.bytes_by_block_if_none,
+            ActivationCheckpointing.selective: self.bytes_by_block_if_selective,
+            ActivationCheckpointing.full: self.bytes_by_block_if_full,
         }
         kept_bytes = 0.0
         recomputed_bytes = 0.0
@@ -60,8 +67,8 @@ class ActivationBytes:
             kept_bytes += bytes_by_mode[mode][block_index]
             if mode is not ActivationCheckpointing.none:
                 # In the backward pass of a block that recomputes, all its activations exist again: of one block at a time.
-                recomputed_bytes = max(recomputed_bytes, self.none[block_index])
-        return self.outside_blocks + kept_bytes + recomputed_bytes + self.transient
+                recomputed_bytes = max(recomputed_bytes, self.bytes_by_block_if_none[block_index])
+        return self.bytes_outside_blocks + kept_bytes + recomputed_bytes + self.transient_bytes
 
 
 class _FlashAttentionShapes(torch.autograd.Function):
@@ -194,11 +201,11 @@ def count_activations(step_module: nn.Module, batch: dict[str, Any], precision: 
     ):
         selective.append(min(saved_bytes, kept_op_bytes + input_bytes))
     return ActivationBytes(
-        none=block_saved_bytes,
-        selective=selective,
-        full=block_input_bytes,
-        outside_blocks=counter.saved_bytes[-1],
-        transient=2 * counter.largest_tensor_outside,
+        bytes_by_block_if_none=block_saved_bytes,
+        bytes_by_block_if_selective=selective,
+        bytes_by_block_if_full=block_input_bytes,
+        bytes_outside_blocks=counter.saved_bytes[-1],
+        transient_bytes=2 * counter.largest_tensor_outside,
     )
 
 

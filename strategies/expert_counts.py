@@ -98,11 +98,11 @@ class AssumedRowCounts:
         )
 
 
-def row_count_source(group: Any, ranks: int, *, imbalance: float | None) -> RowCountSource:
-    """The source of row counts for a group of `ranks` ranks. `imbalance`: the one a simulation assumes; None in a real run."""
+def row_count_source(group: Any, num_ranks: int, *, imbalance: float | None) -> RowCountSource:
+    """The source of row counts for a group of ranks. `imbalance`: the one that a simulation assumes; None in a real run."""
     if imbalance is None:
         return ExchangedRowCounts(group)
-    return AssumedRowCounts(ranks, imbalance, group)
+    return AssumedRowCounts(num_ranks, imbalance, group)
 
 
 def _split_evenly(num_rows: int, num_ranks: int) -> list[int]:

@@ -40,7 +40,7 @@ def distribute_experts(
         group_size=expert_ranks,
         group_rank=runtime.rank % expert_ranks,
         group=group,
-        counts=row_count_source(group, expert_ranks, imbalance=assumed_imbalance),
+        row_count_source=row_count_source(group, expert_ranks, imbalance=assumed_imbalance),
     )
     for module in modules:
         _keep_own_experts(module, share)
@@ -57,7 +57,7 @@ def keep_one_rank_of_experts_on_meta(step_module: nn.Module) -> None:
     if plan.expert_ranks == 1:
         return
     counts = AssumedRowCounts(plan.expert_ranks, ASSUMED_IMBALANCE)
-    share = ExpertShare(group_size=plan.expert_ranks, group_rank=0, group=None, counts=counts)
+    share = ExpertShare(group_size=plan.expert_ranks, group_rank=0, group=None, row_count_source=counts)
     for name in plan.expert_parallel_modules:
         _keep_own_experts(step_module.get_submodule(name), share)
 

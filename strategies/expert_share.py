@@ -23,7 +23,7 @@ class ExpertShare:
     """The index of this rank within the group."""
     group: Any
     """The process group; None on meta, where nothing is exchanged."""
-    counts: RowCountSource
+    row_count_source: RowCountSource
     """How many rows the ranks of the group send each other."""
 
     def full_shape(self, own_shape: torch.Size) -> torch.Size:

@@ -144,7 +144,7 @@ class Fsdp2Engine(NativeEngine):
     def _local_part(self, tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
-    def _reduce_norm(self, squared: Tensor) -> Tensor:
+    def _sum_squared_norm_over_ranks(self, squared: Tensor) -> Tensor:
         dist.all_reduce(squared, group=self.shard_group)
         return squared
 

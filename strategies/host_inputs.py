@@ -77,7 +77,7 @@ class HostInputs:
         num_bytes = tensor.numel() * tensor.element_size()
         self.num_live_tensors += 1
         self.live_bytes += num_bytes
-        if self.live_bytes > self.peak.size:
+        if self.live_bytes > self.peak.num_bytes:
             self.peak = HostTensors(self.num_live_tensors, self.live_bytes)
         weakref.finalize(host_copy, self._uncount, num_bytes).atexit = False  # uncounts it when nothing refers to it
         return host_copy

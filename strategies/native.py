@@ -83,7 +83,7 @@ class NativeEngine:
         self.world_size = runtime.world_size
         self.trainable = trainable_parameters(step_module)
         self.optimizer = make_optimizer(self.trainable)
-        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.base_learning_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.max_grad_norm = max_grad_norm
         self.precision = precision
         device = runtime.device
@@ -137,10 +137,12 @@ class NativeEngine:
         See `Engine.inference`.
         """
         self.step_module.eval()
-        weights_in_place: AbstractContextManager[None] = self._averaged() if averaged else nullcontext()
+        weights_in_place: AbstractContextManager[None] = (
+            self._averaged_weights_in_model() if averaged else nullcontext()
+        )
         if with_initial_weights:
             assert self.initial_weights is not None, "the plan does not say `keeps_initial_weights`"
-            weights_in_place = self._swapped(self.initial_weights)
+            weights_in_place = self._swapped_weights_in_model(self.initial_weights)
         try:
             with torch.no_grad(), self._autocast(), weights_in_place:
                 yield self.step_module
@@ -148,13 +150,13 @@ class NativeEngine:
             self.step_module.train()
 
     @contextmanager
-    def _averaged(self) -> Iterator[None]:
+    def _averaged_weights_in_model(self) -> Iterator[None]:
         """A context with the averaged weights in the model: our own average, or that of a schedule-free optimizer.
 
         Afterwards the trained weights are restored bit for bit. Without an average, the trained weights stay.
         """
         if self.weight_average is not None:
-            with self._swapped(self.weight_average):
+            with self._swapped_weights_in_model(self.weight_average):
                 yield
             return
         if not hasattr(self.optimizer, "eval"):
@@ -172,7 +174,7 @@ class NativeEngine:
             self._after_weight_change()
 
     @contextmanager
-    def _swapped(self, average: WeightAverage) -> Iterator[None]:
+    def _swapped_weights_in_model(self, average: WeightAverage) -> Iterator[None]:
         """A context with the weights of `average` in the model; afterwards the trained weights are back."""
         average.swap()
         self._after_weight_change()
@@ -191,15 +193,15 @@ class NativeEngine:
         """This rank's part of a parameter or gradient, as a plain tensor."""
         return tensor
 
-    def _reduce_norm(self, squared: Tensor) -> Tensor:
+    def _sum_squared_norm_over_ranks(self, squared: Tensor) -> Tensor:
         """Sum the ranks' squared norms. Here the identity, because every rank holds everything."""
         return squared
 
     def _grad_norm(self, grads: list[Tensor]) -> Tensor:
         """The global L2 norm. A rank without gradients takes part as well, since the sum may be a collective."""
         if not grads:
-            return self._reduce_norm(torch.zeros((), device=self.runtime.device)).sqrt()
-        return self._reduce_norm(squared_norm(grads).to(self.runtime.device)).sqrt()
+            return self._sum_squared_norm_over_ranks(torch.zeros((), device=self.runtime.device)).sqrt()
+        return self._sum_squared_norm_over_ranks(squared_norm(grads).to(self.runtime.device)).sqrt()
 
     @torch.no_grad()
     def step(self, lr_factor: float, update_filter: UpdateFilter | None = None) -> StepResult:
@@ -239,14 +241,14 @@ class NativeEngine:
         if self.weight_average is not None:
             self.weight_average.update(self._num_updates, is_applied)
         if self.loss_scale is not None:
-            self._adjust_scale(is_finite)
+            self._adjust_loss_scale(is_finite)
         return StepResult(grad_norm=norm.float(), skipped=(~is_applied).float())
 
     def _update(self, is_applied: Tensor, lr_factor: float) -> None:
         """Set each group's learning rate to its base times `lr_factor`; step if `is_applied`, a 0-d bool tensor, is true."""
-        for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+        for group, base_lr in zip(self.optimizer.param_groups, self.base_learning_rates, strict=True):
             group["lr"] = base_lr * lr_factor
-        if self._skips_on_device():
+        if self._optimizer_skips_on_device():
             # The fused kernels look at `found_inf`, and change nothing if it is 1: the host does not wait for the device.
             self.optimizer.found_inf = self._on_parameter_device((~is_applied).float())  # type: ignore[attr-defined]
             self.optimizer.step()
@@ -261,20 +263,20 @@ class NativeEngine:
         _, first_parameter = self.trainable[0]
         return flag.to(self._local_part(first_parameter).device)
 
-    def _skips_on_device(self) -> bool:
+    def _optimizer_skips_on_device(self) -> bool:
         """Whether the optimizer's kernels read `found_inf` and skip the update themselves, as torch's fused ones do."""
         return bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
 
-    def _adjust_scale(self, finite: Tensor) -> None:
+    def _adjust_loss_scale(self, is_finite: Tensor) -> None:
         """Halve the loss scale on overflow, double it after many steps without one (Micikevicius et al. 2017). Does not wait.
 
-        `finite`: whether the gradients of this step were finite, 0-d bool on the device.
+        `is_finite`: whether the gradients of this step were finite, 0-d bool on the device.
         """
         assert self.loss_scale is not None
-        self._steps_since_overflow = torch.where(finite, self._steps_since_overflow + 1, 0.0)
+        self._steps_since_overflow = torch.where(is_finite, self._steps_since_overflow + 1, 0.0)
         should_grow = self._steps_since_overflow >= _GROWTH_INTERVAL
         scale_without_overflow = torch.where(should_grow, self.loss_scale * 2, self.loss_scale)
-        self.loss_scale = torch.where(finite, scale_without_overflow, self.loss_scale / 2)
+        self.loss_scale = torch.where(is_finite, scale_without_overflow, self.loss_scale / 2)
         self._steps_since_overflow = torch.where(should_grow, 0.0, self._steps_since_overflow)
 
     # -- training state ------------------------------------------------------------------------------------------
@@ -292,7 +294,7 @@ class NativeEngine:
         """
         for index, (name, parameter) in enumerate(self.trainable):
             local_range = self._local_range(name, parameter)
-            saved = self._saved_tensors(index, local_range)
+            saved = self._saved_tensors_of_parameter(index, local_range)
             start = local_range.start
             elementwise_by_key = saved.elementwise_by_key
             if for_writing and self.is_replicated:
@@ -304,9 +306,11 @@ class NativeEngine:
                 name, local_range.full_numel, start, elementwise_by_key, is_written=self._writes_its_ranges()
             )
             for key, moment in saved.moments_of_other_shape.items():
-                yield FlatRange(name, moment.numel(), start=0, tensors={key: moment}, is_written=self.runtime.is_main)
+                yield FlatRange(
+                    name, moment.numel(), start=0, tensors_by_key={key: moment}, is_written=self.runtime.is_main
+                )
 
-    def _saved_tensors(self, index: int, local_range: LocalRange) -> SavedTensorsOfParameter:
+    def _saved_tensors_of_parameter(self, index: int, local_range: LocalRange) -> SavedTensorsOfParameter:
         """What a checkpoint has of the trainable parameter with this index, as views of the live tensors.
 
         `local_range`: this rank's range of the parameter. Counts that an optimizer keeps as numbers or 0-d tensors are left out.
@@ -346,7 +350,7 @@ class NativeEngine:
             group["lr"] = 0.0
         for _, parameter in self.trainable:
             parameter.grad = torch.zeros_like(parameter)
-        if self._skips_on_device():
+        if self._optimizer_skips_on_device():
             self.optimizer.found_inf = self._on_parameter_device(torch.zeros(()))  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -407,7 +411,7 @@ class NativeEngine:
         exhaust it.
         """
         parameters = self.trainable if trainable_only else list(named_parameters(self.step_module))
-        with self._averaged():
+        with self._averaged_weights_in_model():
             for name, parameter in parameters:
                 full = self._full_parameter(name, parameter)
                 if not self.runtime.is_main:

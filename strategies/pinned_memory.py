@@ -20,22 +20,22 @@ def pinned_bytes(size: int) -> int:
 class HostTensors:
     """Tensors that a rank keeps on the host, at the moment in a step when they are most."""
 
-    tensors: int = 0
-    size: int = 0
+    num_tensors: int = 0
+    num_bytes: int = 0
     """Their bytes together, without the rounding of pinned memory."""
 
     def pinned_size(self, total_bytes: float | None = None) -> int:
-        """Bytes of pinned memory that as many tensors of one size take. `total_bytes`: of all together; None: `size`."""
-        if not self.tensors:
+        """Bytes of pinned memory that as many tensors of one size take. `total_bytes`: of all together; None: `num_bytes`."""
+        if not self.num_tensors:
             return 0
         if total_bytes is None:
-            total_bytes = self.size
-        return self.tensors * pinned_bytes(math.ceil(total_bytes / self.tensors))
+            total_bytes = self.num_bytes
+        return self.num_tensors * pinned_bytes(math.ceil(total_bytes / self.num_tensors))
 
 
 def expected_host_inputs(*, blocks: int, tokens: int, width: int, itemsize: int) -> HostTensors:
     """What one rank keeps on the host: an input of `tokens x width` values for each block that recomputes."""
-    return HostTensors(tensors=blocks, size=blocks * tokens * width * itemsize)
+    return HostTensors(num_tensors=blocks, num_bytes=blocks * tokens * width * itemsize)
 
 
 def node_memory_bytes(on_host: HostTensors, ranks: int) -> float:

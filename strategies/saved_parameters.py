@@ -77,7 +77,7 @@ class SavedParameters(Mapping[str, Tensor]):
         # `read_tensors` reads ranges that a rank holds; here the range is the full tensor, whose size a meta tensor gives.
         shape = self._shapes[name]
         values_on_meta = torch.empty(shape, device="meta").view(-1)
-        full_range = LocalElements(f"{name}/{key}", numel=shape.numel(), start=0, values=values_on_meta)
+        full_range = LocalElements(f"{name}/{key}", full_numel=shape.numel(), start=0, values=values_on_meta)
         try:
             (values,) = read_tensors(self.checkpoint, self._index, [full_range])
         except OSError as error:

@@ -36,19 +36,21 @@ class FlatRange:
     """Elements `[start, start + len)` of one flattened parameter and of its optimizer moments, held by this rank."""
 
     name: str
-    numel: int
+    full_numel: int
     """Elements of the full parameter."""
     start: int
     """Index of the first element held here."""
-    tensors: dict[str, torch.Tensor]
+    tensors_by_key: dict[str, torch.Tensor]
     """`weight` and the moments (`exp_avg`, ...), each 1-d of equal length; or one tensor that is not element-wise."""
     is_written: bool = True
     """Whether this rank writes it into a checkpoint: of several ranks that hold the same elements, one does."""
 
     def local_elements(self) -> list[LocalElements]:
         """Each tensor of the range under its name on disk, such as `h.0.attn.weight/exp_avg`; empty tensors are left out."""
-        tensors_by_name = {f"{self.name}/{key}": tensor for key, tensor in self.tensors.items() if tensor.numel()}
-        return [LocalElements(name, self.numel, self.start, tensor) for name, tensor in tensors_by_name.items()]
+        tensors_by_name = {
+            f"{self.name}/{key}": tensor for key, tensor in self.tensors_by_key.items() if tensor.numel()
+        }
+        return [LocalElements(name, self.full_numel, self.start, tensor) for name, tensor in tensors_by_name.items()]
 
 
 @dataclass(slots=True)
@@ -100,7 +102,7 @@ class RankState:
         for index, elements in enumerate(self.local):
             size = elements.values.numel()
             copied_values = buffer[offset : offset + size].copy_(elements.values.detach())
-            self.local[index] = LocalElements(elements.name, elements.numel, elements.start, copied_values)
+            self.local[index] = LocalElements(elements.name, elements.full_numel, elements.start, copied_values)
             offset += size
 
     def require_space_on_disk(self, path: Path) -> None:

@@ -75,30 +75,30 @@ def sequence_group_of(row_slices: list[int]) -> Any:
 class AllToAll(torch.autograd.Function):
     """All-to-all of a flat tensor within a group of ranks. All ranks of the group must call, forward and backward.
 
-    `sent` and `received` are numbers of elements for each rank of the group, in rank order. They may be uneven, and zero. The
-    adjoint is the same exchange with the two swapped: a gradient goes back to the rank that its element came from.
+    `send_counts` and `receive_counts` are numbers of elements for each rank of the group, in rank order. They may be uneven, and
+    zero. The adjoint is the same exchange with the two swapped: a gradient goes back to the rank that its element came from.
     """
 
     @staticmethod
-    def forward(ctx: Any, flat: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
-        """Returns what the other ranks sent to this one, one after another: `[sum(received)]`."""
-        ctx.sent = sent
-        ctx.received = received
+    def forward(ctx: Any, flat: Tensor, send_counts: list[int], receive_counts: list[int], group: Any) -> Tensor:
+        """Returns what the other ranks sent to this one, one after another: `[sum(receive_counts)]`."""
+        ctx.send_counts = send_counts
+        ctx.receive_counts = receive_counts
         ctx.group = group
-        return _all_to_all_without_gradient(flat, sent, received, group)
+        return _all_to_all_without_gradient(flat, send_counts, receive_counts, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         """The gradient of `flat`, and None for what is no tensor."""
-        return _all_to_all_without_gradient(grad, ctx.received, ctx.sent, ctx.group), None, None, None
+        return _all_to_all_without_gradient(grad, ctx.receive_counts, ctx.send_counts, ctx.group), None, None, None
 
 
-def _all_to_all_without_gradient(flat: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
+def _all_to_all_without_gradient(flat: Tensor, send_counts: list[int], receive_counts: list[int], group: Any) -> Tensor:
     """The elements that this rank receives, in rank order. On the meta device nothing is exchanged."""
-    output = flat.new_empty(sum(received))
+    output = flat.new_empty(sum(receive_counts))
     if not flat.is_meta:
         # The synchronous call, which is ordered in the stream. An asynchronous one returns a tensor that has no memory yet.
-        dist.all_to_all_single(output, flat.contiguous(), received, sent, group=group)
+        dist.all_to_all_single(output, flat.contiguous(), receive_counts, send_counts, group=group)
     return output
 
 
@@ -140,17 +140,19 @@ def sum_over_group(local: Tensor, row_slices: list[int] | None) -> Tensor:
     return total
 
 
-def all_to_all_vectors(vectors: Tensor, sent: list[int], received: list[int], row_slices: list[int]) -> Tensor:
-    """Send hidden states between the ranks that share a row of tokens; returns those that arrive here, `[sum(received), H]`.
+def all_to_all_vectors(
+    vectors: Tensor, send_counts: list[int], receive_counts: list[int], row_slices: list[int]
+) -> Tensor:
+    """Send hidden states between the ranks that share a row of tokens; returns what arrives here, `[sum(receive_counts), H]`.
 
-    `vectors`: `[N, H]`, sorted by the rank that they go to: `sent[r]` of them to rank r; `received[r]` come from rank r.
-    `row_slices`: the borders of the ranks' slices of the row, which identify the group. Without gradient, unlike `AllToAll`. All
+    `vectors`: `[N, H]`, sorted by the rank that they go to: `send_counts[r]` of them to rank r. `receive_counts[r]` come from
+    rank r. `row_slices`: the borders of the ranks' slices of the row, which identify the group. Without gradient, unlike `AllToAll`. All
     ranks of the group must call.
     """
     width = vectors.shape[-1]
-    sent_elements = [count * width for count in sent]
-    received_elements = [count * width for count in received]
+    num_sent_elements = [count * width for count in send_counts]
+    num_received_elements = [count * width for count in receive_counts]
     group = sequence_group_of(row_slices)
     with torch.no_grad():
-        flat = _all_to_all_without_gradient(vectors.reshape(-1), sent_elements, received_elements, group)
+        flat = _all_to_all_without_gradient(vectors.reshape(-1), num_sent_elements, num_received_elements, group)
     return flat.view(-1, width)

@@ -223,8 +223,8 @@ def _refuse_state_of_other_run(path: Path, index: TensorIndex, ranges: list[Flat
     """
     numel_by_name: dict[str, int] = {}
     for flat_range in ranges:
-        if flat_range.numel:
-            numel_by_name |= {f"{flat_range.name}/{key}": flat_range.numel for key in flat_range.tensors}
+        if flat_range.full_numel:
+            numel_by_name |= {f"{flat_range.name}/{key}": flat_range.full_numel for key in flat_range.tensors_by_key}
     missing_names = sorted(set(numel_by_name) - set(index))
     surplus_names = sorted(set(index) - set(numel_by_name))
     if missing_names:

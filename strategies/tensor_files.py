@@ -47,10 +47,10 @@ TensorIndex = dict[str, list[FilePart]]
 
 @dataclass(slots=True)
 class LocalElements:
-    """Elements `[start, start + len)` of a flattened tensor of `numel` elements, in this rank's memory."""
+    """Elements `[start, start + len)` of a flattened tensor of `full_numel` elements, in this rank's memory."""
 
     name: str
-    numel: int
+    full_numel: int
     start: int
     values: Tensor
     """1-d, of any type and on any device."""
@@ -75,9 +75,9 @@ def is_count(value: Any) -> bool:
 class PlannedFile(NamedTuple):
     """What is known of a safetensors file before any value is written."""
 
-    head: bytes
+    header_bytes: bytes
     """The first bytes of the file, which list names, shapes and offsets."""
-    parts: dict[str, FilePart]
+    part_by_tensor: dict[str, FilePart]
     """Where each tensor will be in the file, by its name, for the index."""
 
 

@@ -270,10 +270,10 @@ class ZeroEngine:
         """Read the exact initial values of the fp32 masters from `source`: DeepSpeed cloned them from rounded compute copies."""
         full_shapes = {name: _full_shape(parameter) for name, parameter in self.trainable}
         for flat_range in self._flat_ranges():
-            master = flat_range.tensors["weight"]
+            master = flat_range.tensors_by_key["weight"]
             if master.numel():
                 name = flat_range.name
-                shape = full_shapes.get(name, torch.Size([flat_range.numel]))
+                shape = full_shapes.get(name, torch.Size([flat_range.full_numel]))
                 start = flat_range.start
                 master.copy_(source.read_slice(name, shape, start, start + master.numel()))
 

@@ -78,7 +78,7 @@ class Fp32Masters:
                 name = name_by_id[id(parameter)]
                 fragment = fp32_fragment(parameter)
                 if fragment is None:  # no part of it is on this rank
-                    yield FlatRange(name, parameter.numel(), start=0, tensors=partition.narrow(0, 0))
+                    yield FlatRange(name, parameter.numel(), start=0, tensors_by_key=partition.narrow(0, 0))
                     continue
                 range_in_flat = fragment.hp_fragment_address
                 range_in_parameter = fragment.lp_fragment_address

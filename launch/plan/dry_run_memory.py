@@ -136,7 +136,7 @@ def simulate_step_memory(config: RunConfig, lengths: list[int], world_size: int)
         if size_bytes >= 0.005 * unit_bytes:  # smaller ones would be shown as 0.00
             lines.append(f"  {kind:<14}{size_bytes / unit_bytes:8.2f} {unit}")
     lines.append(f"  {'total':<14}{step.peak_bytes / unit_bytes:8.2f} {unit}")
-    if step.host_inputs.tensors:
+    if step.host_inputs.num_tensors:
         pinned_gib = step.host_inputs.pinned_size() / 2**30
         lines.append(f"  beside it {pinned_gib:.2f} GiB of pinned host memory a rank, for inputs of recomputed blocks")
     return SimulatedStepMemory(lines, {"bytes": step.peak_bytes, "peak": str(step.peak_phase), "kinds": bytes_by_kind})

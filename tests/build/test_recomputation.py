@@ -78,8 +78,10 @@ def test_counted_on_meta_as_saved_for_real(tmp_path, here, architecture, tuning)
     found = counted_activations(built, largest_workload(config, data), Precision.fp32)
     batch = longest_micro_batch(built, largest_workload(config, data))
     load_in_full(built.step_module, source, Precision.fp32, here)
-    assert sum(found.none) + found.outside_blocks == pytest.approx(saved_bytes(built.step_module, batch), rel=1e-3)
-    assert all(f < s < n for n, s, f in zip(found.none, found.selective, found.full, strict=True))
+    kept_bytes = sum(found.bytes_by_block_if_none) + found.bytes_outside_blocks
+    assert kept_bytes == pytest.approx(saved_bytes(built.step_module, batch), rel=1e-3)
+    by_mode = (found.bytes_by_block_if_none, found.bytes_by_block_if_selective, found.bytes_by_block_if_full)
+    assert all(f < s < n for n, s, f in zip(*by_mode, strict=True))
 
 
 def test_every_attention_kernel_is_kept_by_selective_checkpointing():
@@ -94,7 +96,13 @@ def test_every_attention_kernel_is_kept_by_selective_checkpointing():
 
 
 def test_the_least_that_fits_is_chosen():
-    found = ActivationBytes(none=[100.0] * 3, selective=[40.0] * 3, full=[10.0] * 3, outside_blocks=50.0, transient=5.0)
+    found = ActivationBytes(
+        bytes_by_block_if_none=[100.0] * 3,
+        bytes_by_block_if_selective=[40.0] * 3,
+        bytes_by_block_if_full=[10.0] * 3,
+        bytes_outside_blocks=50.0,
+        transient_bytes=5.0,
+    )
     assert choose_recomputation(found, 355.0) == ([NONE] * 3, True)
     # A recomputed block stands there whole once more: the first step down saves nothing here, the second does.
     assert choose_recomputation(found, 354.0) == ([SELECTIVE, SELECTIVE, NONE], True)
@@ -134,7 +142,8 @@ def test_recomputation_plan_is_recorded_and_autograd_keeps_what_it_says(tmp_path
     )
     batch = longest_micro_batch(built, largest_workload(config, data))
     # Checkpointing also keeps what all blocks share: rotary tables and positions.
-    assert saved_bytes(engine.step_module, batch) < found.outside_blocks + sum(found.full) + 0.25 * sum(found.none)
+    recomputed = found.bytes_outside_blocks + sum(found.bytes_by_block_if_full)
+    assert saved_bytes(engine.step_module, batch) < recomputed + 0.25 * sum(found.bytes_by_block_if_none)
 
 
 def test_a_plan_by_block_keeps_inputs_on_the_host(tmp_path, here, monkeypatch):
@@ -150,13 +159,21 @@ def test_a_plan_by_block_keeps_inputs_on_the_host(tmp_path, here, monkeypatch):
         for (loss, norm), (right_loss, right_norm) in zip(take_steps(trainer, 3), plain, strict=True):
             assert loss == pytest.approx(right_loss, rel=1e-6) and norm == pytest.approx(right_norm, rel=1e-6)
         host_inputs = trainer.engine.step_module.plan.host_inputs
-        assert (host_inputs and host_inputs.peak.tensors) == kept
+        assert (host_inputs and host_inputs.peak.num_tensors) == kept
         assert host_inputs is None or host_inputs.num_live_tensors == host_inputs.live_bytes == 0
 
 
 def test_inputs_on_the_host_are_no_activations_of_the_device():
-    found = ActivationBytes(none=[100.0] * 3, selective=[40.0] * 3, full=[10.0] * 3, outside_blocks=50.0, transient=5.0)
-    assert found.with_inputs_on_host() == replace(found, selective=[30.0] * 3, full=[0.0] * 3)
+    found = ActivationBytes(
+        bytes_by_block_if_none=[100.0] * 3,
+        bytes_by_block_if_selective=[40.0] * 3,
+        bytes_by_block_if_full=[10.0] * 3,
+        bytes_outside_blocks=50.0,
+        transient_bytes=5.0,
+    )
+    assert found.with_inputs_on_host() == replace(
+        found, bytes_by_block_if_selective=[30.0] * 3, bytes_by_block_if_full=[0.0] * 3
+    )
 
 
 def test_inputs_that_do_not_fit_the_host_are_refused(tmp_path, monkeypatch):
@@ -211,8 +228,9 @@ def test_recomputation_is_counted_for_other_objectives_and_quantised_bases(
     config.model.quantisation = Quantisation(quantisation)
     built, _ = build_model(config, load_tokenizer(config.model), data, meta_context(), half_on_gpu=False)
     found = counted_activations(built, largest_workload(config, data), Precision.bf16)
-    assert len(found.none) == 2
-    assert all(n > f > 0 for n, f in zip(found.none, found.full, strict=True)), (found.none, found.full)
+    assert len(found.bytes_by_block_if_none) == 2
+    by_mode = (found.bytes_by_block_if_none, found.bytes_by_block_if_full)
+    assert all(n > f > 0 for n, f in zip(*by_mode, strict=True)), by_mode
 
 
 def labelled_set(root):

@@ -141,10 +141,16 @@ def counted(tmp_path, monkeypatch, name, kernel, micro):
 def test_flex_attention_memory_is_counted_on_meta(tmp_path, monkeypatch):
     """Of one document the same as what the built-in one keeps, which is counted of SDPA; with sinks, what these add."""
     flexed, built_in = (counted(tmp_path, monkeypatch, "llama", kernel, 1) for kernel in ("flex", "varlen"))
-    assert flexed.none == built_in.none and flexed.outside_blocks == built_in.outside_blocks
+    assert (
+        flexed.bytes_by_block_if_none == built_in.bytes_by_block_if_none
+        and flexed.bytes_outside_blocks == built_in.bytes_outside_blocks
+    )
     for name in ("gpt_oss", "gemma2"):
         found = counted(tmp_path, monkeypatch, name, "flex", 4)
-        assert all(0 < full < none for none, full in zip(found.none, found.full, strict=True))
+        assert all(
+            0 < full < none
+            for none, full in zip(found.bytes_by_block_if_none, found.bytes_by_block_if_full, strict=True)
+        )
 
 
 def test_flex_attention_names_why_a_model_cannot_have_it():

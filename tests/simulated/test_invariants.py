@@ -78,7 +78,7 @@ def read(engine, squared):
 )
 def test_an_engine_that_does_wrong_is_seen(place, monkeypatch, broken, said):
     """Each rule of `test_simulated_step_has_its_invariants_and_recorded_numbers`, broken once in the engine's own step."""
-    monkeypatch.setattr(Fsdp2Engine, "_reduce_norm", broken)
+    monkeypatch.setattr(Fsdp2Engine, "_sum_squared_norm_over_ranks", broken)
     case = Case("fsdp2", "full", "bf16")
     found, last = (simulated(case, case.model_in(place), 8, rank, repeat=0) for rank in (0, 7))
     assert len(seen := wrong(case, found, last)) == 1 and said in seen[0]

@@ -48,9 +48,9 @@ def test_inputs_of_blocks_wait_on_the_host(model, mode):
         == on_host.bytes_to_device - on_device.bytes_to_device
         == 2 * size
     )
-    assert (on_host.host_inputs.tensors, on_host.host_inputs.size) == (BLOCKS, size)
+    assert (on_host.host_inputs.num_tensors, on_host.host_inputs.num_bytes) == (BLOCKS, size)
     assert on_host.host_inputs.pinned_size() == size  # 4,096 bytes a block, a power of two already
-    assert on_device.host_inputs.tensors == 0 and on_host.flops == on_device.flops
+    assert on_device.host_inputs.num_tensors == 0 and on_host.flops == on_device.flops
     # What transformers lets require a gradient, the embeddings' output, autograd keeps for it: the input of the first block.
     backward = StepPhase("backward", 0, "before")
     assert on_device.peak_by_phase[backward].total_bytes - on_host.peak_by_phase[

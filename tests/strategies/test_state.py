@@ -79,7 +79,7 @@ def test_state_written_by_any_number_of_ranks_is_read_by_any_other(tmp_path, wri
             assert load_state(tmp_path, runs, ALONE).progress.step == 3
             for run, expected in zip(runs, cut(values, readers, rank), strict=True):
                 for key in KEYS:
-                    assert torch.equal(run.tensors[key], expected.tensors[key])
+                    assert torch.equal(run.tensors_by_key[key], expected.tensors_by_key[key])
 
 
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.ESTALE])
@@ -309,7 +309,7 @@ def test_state_file_runs_no_code_raises_only_known_errors_and_leaves_no_memory_u
         finally:
             WATCHING[0] = False
         for run in runs:
-            assert not any((value.view(torch.int32) == UNREAD).any() for value in run.tensors.values())
+            assert not any((value.view(torch.int32) == UNREAD).any() for value in run.tensors_by_key.values())
         for path in [*there.iterdir()]:
             path.unlink()
         there.rmdir()
@@ -334,6 +334,6 @@ def test_state_test_of_code_in_files_can_fail(tmp_path, monkeypatch):
 
 def test_state_elements_are_named_by_parameter_and_moment():
     held = FlatRange("a", 9, 3, {"weight": torch.ones(2), "exp_avg": torch.ones(0)}).local_elements()
-    assert [(each.name, each.numel, each.start) for each in held] == [("a/weight", 9, 3)] and isinstance(
+    assert [(each.name, each.full_numel, each.start) for each in held] == [("a/weight", 9, 3)] and isinstance(
         held[0], LocalElements
     )

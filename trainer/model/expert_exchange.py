@@ -58,7 +58,7 @@ def expert_parallel_forward(
     row_experts, order = torch.sort(expert_indices.reshape(-1), stable=True)
     all_experts = torch.arange(module.num_experts, device=row_experts.device)
     ends = torch.searchsorted(row_experts, all_experts, right=True)
-    counts = share.counts.row_counts(ends.diff(prepend=ends.new_zeros(1)), len(row_experts))
+    counts = share.row_count_source.row_counts(ends.diff(prepend=ends.new_zeros(1)), len(row_experts))
 
     order = order[
         : sum(counts.sent_to_rank)

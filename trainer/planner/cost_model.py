@@ -198,7 +198,7 @@ class CostModel:
     def pinned_bytes(self, units: float) -> int:
         """Bytes of pinned host memory for the offloaded inputs of blocks, in a micro-batch of `units` rows or tokens."""
         small_inputs, large_inputs = self.host_inputs_at_sizes
-        return large_inputs.pinned_size(self._interpolated(small_inputs.size, large_inputs.size, units))
+        return large_inputs.pinned_size(self._interpolated(small_inputs.num_bytes, large_inputs.num_bytes, units))
 
     def units_in_host_memory(self, limit: float) -> float:
         """The largest micro-batch, in rows or tokens, whose block inputs fit in `limit` bytes of pinned host memory.
@@ -206,7 +206,7 @@ class CostModel:
         Inputs wait there only with `strategy.offload_activations`: infinite without it. 0 if `limit` has not a byte per tensor.
         """
         small_inputs, large_inputs = self.host_inputs_at_sizes
-        num_tensors = large_inputs.tensors
+        num_tensors = large_inputs.num_tensors
         if not num_tensors:
             return math.inf
         # Pinned memory is allocated in powers of two: find the largest power that all tensors may have.
@@ -218,8 +218,8 @@ class CostModel:
         # Invert the line through the two simulated sizes.
         small_units = self.simulated_sizes[0].num_units
         large_units = self.simulated_sizes[1].num_units
-        bytes_per_unit = (large_inputs.size - small_inputs.size) / (large_units - small_units)
-        return large_units + (allocated_bytes - large_inputs.size) / bytes_per_unit
+        bytes_per_unit = (large_inputs.num_bytes - small_inputs.num_bytes) / (large_units - small_units)
+        return large_units + (allocated_bytes - large_inputs.num_bytes) / bytes_per_unit
 
     def _interpolated(self, small: float, large: float, units: float) -> float:
         """The value at `units` rows or tokens, on the line through `small` and `large`, the values at the two simulated sizes."""

@@ -169,8 +169,8 @@ def host_inputs_at_depth(
 ) -> HostTensors:
     """The inputs of recomputed blocks that wait in host memory (`strategy.offload_activations`), in the whole model."""
     return HostTensors(
-        tensors=extrapolate(shallow.host_inputs.tensors, deep.host_inputs.tensors),
-        size=extrapolate(shallow.host_inputs.size, deep.host_inputs.size),
+        num_tensors=extrapolate(shallow.host_inputs.num_tensors, deep.host_inputs.num_tensors),
+        num_bytes=extrapolate(shallow.host_inputs.num_bytes, deep.host_inputs.num_bytes),
     )
 
 
