@@ -199,7 +199,7 @@ def sync_file(path: Path) -> None:
 
 
 def make_directories(path: Path) -> None:
-    """The directory `path` with those above it, durably; nothing where it exists. Raises OSError if that fails."""
+    """Create the directory `path` and those above it, durably; nothing happens if it exists. Raises OSError if that fails."""
     missing = [directory for directory in (path, *path.parents) if not directory.exists()]
     for directory in reversed(missing):
         with suppress(FileExistsError):
@@ -208,7 +208,7 @@ def make_directories(path: Path) -> None:
 
 
 def publish_directory(source: Path, target: Path) -> None:
-    """Give a finished directory its name: what it holds is durable before the name is. Raises OSError if that fails."""
+    """Rename the finished directory `source` to `target`. Its files are synced before the name. Raises OSError if that fails."""
     sync_directory(source)
     disk.rename(source, target)
     sync_directory(target.parent)

@@ -189,7 +189,7 @@ def _library_choice(requested: Matmul) -> MatmulChoice:
 
 
 def _library_by_table(processor: Processor) -> MatmulChoice:
-    """oneDNN on processors where it was measured to be at least MIN_RATIO times as fast; BLAS on all others."""
+    """oneDNN on processors where it was measured to be at least MIN_SPEED_RATIO times as fast; BLAS on all others."""
     measured = next((row for row in MEASURED_RATIOS if row.processor == processor), None)
     if measured is None:
         return MatmulChoice(Matmul.blas, f"oneDNN was not measured on {processor}")

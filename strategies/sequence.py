@@ -146,8 +146,8 @@ def all_to_all_vectors(
     """Send hidden states between the ranks that share a row of tokens; returns what arrives here, `[sum(receive_counts), H]`.
 
     `vectors`: `[N, H]`, sorted by the rank that they go to: `send_counts[r]` of them to rank r. `receive_counts[r]` come from
-    rank r. `row_slices`: the borders of the ranks' slices of the row, which identify the group. Without gradient, unlike `AllToAll`. All
-    ranks of the group must call.
+    rank r. `row_slices`: the borders of the ranks' slices of the row, which identify the group. Without gradient, unlike
+    `AllToAll`. All ranks of the group must call.
     """
     width = vectors.shape[-1]
     num_sent_elements = [count * width for count in send_counts]
