@@ -13,6 +13,7 @@ from tests.helpers.launching import command_here
 from trainer.evaluation.endpoint.client import EndpointFailed
 from trainer.evaluation.endpoint.config import JudgeConfig
 from trainer.evaluation.endpoint.judge import Judge
+from trainer.evaluation.tasks.judged import parse_grade
 from trainer.evaluation.tasks.preference import pair_scores, parse_preference
 
 ALONE = SimpleNamespace(world_size=1, is_main=True, simulated=False)
@@ -121,6 +122,23 @@ def test_judge_server_of_several_models_needs_one_named(stub, tmp_path, monkeypa
     monkeypatch.setattr(stub, "models", [{"id": "one"}, {"id": "two"}])
     with pytest.raises(ConfigError, match=r"evaluation.judge.model: not set, and .* serves one, two; name it"):
         judge(stub, tmp_path).collect_verdicts(["a"])
+
+
+@pytest.mark.parametrize(
+    ("verdict", "grade"),
+    [
+        ("It is right. Grade: 8", 8.0),
+        ("Grade: 8.", 8.0),
+        ("**Grade: 10.**", 10.0),
+        ("Grade: 3, or rather:\nGrade: 4/10", 4.0),
+        ("Grade: 7.5", None),
+        ("Grade: 80", None),
+        ("Grade: 10.5", None),
+        ("It is right.", None),
+    ],
+)
+def test_judge_grade_is_a_whole_number_that_a_full_stop_may_follow(verdict, grade):
+    assert parse_grade(verdict) == grade
 
 
 def test_judge_win_needs_the_same_verdict_in_both_orders():

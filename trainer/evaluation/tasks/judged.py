@@ -12,7 +12,7 @@ from trainer.evaluation.tasks.base import TaskCase, TaskMetric, TaskRow, documen
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.written import REFERENCES, GenerationTask
 
-GRADE_REGEX = re.compile(r"grade\W{0,6}(10|[1-9])(?![\d.])", re.IGNORECASE)
+GRADE_REGEX = re.compile(r"grade\W{0,6}(10|[1-9])(?!\.?\d)", re.IGNORECASE)
 NOTE_CHARACTERS = 300
 """A verdict in a report is cut to this many characters, its last ones."""
 
