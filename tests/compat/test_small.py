@@ -15,17 +15,17 @@ from trainer.data.read.compat import content_fingerprint
 from trainer.evaluation.tasks.compat import weighted_score
 
 ANSWERS = ["the cat sat on the mat", "a dog ran through the old park", "birds sing in the morning"]
-REFERENCES = ["the cat sat on a mat", "the dog ran through the park", "birds often sing in the early morning"]
+REFERENCES_COLUMN = ["the cat sat on a mat", "the dog ran through the park", "birds often sing in the early morning"]
 
 
 @pytest.mark.parametrize("metric", ["BLEU", "CHRF"])
 def test_a_weighted_score_is_that_of_a_corpus_with_each_answer_as_often(metric):
     metrics = pytest.importorskip("sacrebleu.metrics")
     judge = getattr(metrics, metric)()
-    of = weighted_score(judge, ANSWERS, REFERENCES)
+    of = weighted_score(judge, ANSWERS, REFERENCES_COLUMN)
     for weights in ([1, 1, 1], [2, 0, 1], [0, 3, 0]):
         rows = np.repeat(np.arange(3), weights)
-        drawn = [ANSWERS[row] for row in rows], [[REFERENCES[row] for row in rows]]
+        drawn = [ANSWERS[row] for row in rows], [[REFERENCES_COLUMN[row] for row in rows]]
         assert of(np.array(weights)) == pytest.approx(judge.corpus_score(*drawn).score, abs=1e-9)
 
 

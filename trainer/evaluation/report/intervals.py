@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from trainer.evaluation.tasks.base import Task, TaskMetric, TaskRow, score_array
-from trainer.evaluation.tasks.significance import LEVEL
+from trainer.evaluation.tasks.significance import SIGNIFICANCE_LEVEL
 
 MAX_COUNTS_IN_MEMORY = 1 << 22
 """Counts of rows (resamples times rows) that are sampled at a time, which bounds the memory."""
@@ -140,7 +140,7 @@ def share_counts(metric: TaskMetric, rows: Sequence[TaskRow]) -> ShareCounts | N
     return ShareCounts(successes, cases) if cases else None
 
 
-def wilson_interval(counts: ShareCounts, alpha: float = LEVEL) -> tuple[float, float]:
+def wilson_interval(counts: ShareCounts, alpha: float = SIGNIFICANCE_LEVEL) -> tuple[float, float]:
     """(low, high) of Wilson's confidence interval of a share (Wilson 1927), for a confidence of 1 - `alpha`.
 
     Unlike an interval of resamples, it has a width if every row is right, or none is. 7 successes of 10 -> (0.40, 0.89).
@@ -207,7 +207,7 @@ def with_corrected_p_value(
     The interval stays that of the metric alone.
     """
     # The verdict goes by p: the difference itself if it is significant, else none.
-    significant_difference = difference.difference if p < LEVEL else 0.0
+    significant_difference = difference.difference if p < SIGNIFICANCE_LEVEL else 0.0
     verdict = _verdict_of_interval(
         significant_difference, significant_difference, difference.value, greater_is_better=greater_is_better
     )
@@ -228,7 +228,7 @@ def unpaired_difference(
     `family_size` metrics, the verdict uses a wider interval (Bonferroni). `resampled`: this model's metric, float64 [resamples].
     """
     low, high = percentile_interval(resampled - other_value)
-    tail_percent = 100 * LEVEL / 2 / family_size
+    tail_percent = 100 * SIGNIFICANCE_LEVEL / 2 / family_size
     wide_low, wide_high = np.nanpercentile(resampled - other_value, [tail_percent, 100 - tail_percent])
     verdict = _verdict_of_interval(float(wide_low), float(wide_high), other_value, greater_is_better=greater_is_better)
     return MetricDifference(other_value, value - other_value, low, high, None, verdict)
@@ -244,7 +244,7 @@ def unpaired_share_difference(
 ) -> MetricDifference:
     """As `unpaired_difference`, for a metric that is a share of rows: the interval is Wilson's, from this model's `counts`."""
     low, high = wilson_interval(counts)
-    wide_low, wide_high = wilson_interval(counts, alpha=LEVEL / family_size)
+    wide_low, wide_high = wilson_interval(counts, alpha=SIGNIFICANCE_LEVEL / family_size)
     verdict = _verdict_of_interval(
         wide_low - other_value, wide_high - other_value, other_value, greater_is_better=greater_is_better
     )

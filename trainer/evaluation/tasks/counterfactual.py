@@ -17,7 +17,7 @@ from trainer.data.document import Document
 from trainer.data.fields import RowError, parse_text, show_value
 from trainer.evaluation.tasks.base import Task, TaskCase, TaskMetric, TaskRow, score_array
 from trainer.evaluation.tasks.model_interface import ModelInterface, Question, softmax
-from trainer.evaluation.tasks.significance import LEVEL, max_statistic_p
+from trainer.evaluation.tasks.significance import SIGNIFICANCE_LEVEL, max_statistic_p
 from trainer.evaluation.tasks.texts import common_prefix_length, split_location
 
 SHIPPED_TERMS_FILE = Path(__file__).parent / "people.json"
@@ -261,7 +261,7 @@ class Counterfactual(Task):
         """A sentence for each group whose effect is significant, and one if the cases are too few."""
         for group, p in _corrected_p_values(rows).items():
             num_cases = int(score_array(rows, f"{MEMBER_PREFIX}{group}").sum())
-            if num_cases < MIN_CASES or p >= LEVEL:
+            if num_cases < MIN_CASES or p >= SIGNIFICANCE_LEVEL:
                 continue
             effect = sum(row.scores.get(f"{EFFECT_PREFIX}{group}", 0.0) for row in rows) / num_cases
             low, high = intervals[f"effect_{group}"]

@@ -39,10 +39,9 @@ class HeldOut(Task):
         """
         dataset = self.dataset
         assert dataset is not None
-        losses = model.sequence_losses(dataset, self.config.max_rows)  # (loss, right targets) by sequence index
+        result_by_sequence = model.sequence_losses(dataset, self.config.max_rows)
         rows = []
-        for sequence in sorted(losses):
-            summed_loss, num_right = losses[sequence]
+        for sequence, (summed_loss, num_right) in sorted(result_by_sequence.items()):
             sample = dataset.sample(sequence)
 
             is_target = sample.supervised[1:]  # the first token has nothing before it, and is never a target

@@ -10,7 +10,7 @@ from strategies.errors import DataError
 from trainer.evaluation.endpoint.judge import JUDGE_SETTING, request_text
 from trainer.evaluation.tasks.base import TaskCase, TaskMetric, TaskRow, documents_of
 from trainer.evaluation.tasks.model_interface import ModelInterface
-from trainer.evaluation.tasks.written import REFERENCES, GenerationTask
+from trainer.evaluation.tasks.written import REFERENCES_COLUMN, GenerationTask
 
 GRADE_REGEX = re.compile(r"grade\W{0,6}(10|[1-9])(?!\.?\d)", re.IGNORECASE)
 NOTE_CHARACTERS = 300
@@ -24,6 +24,8 @@ class JudgedTask(GenerationTask):
     options: ClassVar[dict[str, Any]] = {
         "rubric": "A good answer is right, helpful, complete, and no longer than it must be."
     }
+    judge_signature: str = ""
+    """What decides the judge's verdicts (`Judge.describe_what_decides_verdicts`); set by `score_cases`."""
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -46,9 +48,6 @@ class JudgedTask(GenerationTask):
     def signatures(self) -> dict[str, str]:
         signature = f"{self.judge_signature}|rubric:{self.option_values['rubric']!r}"
         return self.signature_of_all(signature)
-
-    judge_signature: str = ""
-    """What decides the judge's verdicts (`Judge.signature`); set by `score_cases`."""
 
 
 class GradedTask(JudgedTask):
@@ -98,7 +97,7 @@ class GradedTask(JudgedTask):
 
     def _judge_question(self, case: TaskCase, answer: str) -> str:
         """The judge's prompt for the answer to a case; it has the reference answer if `options.reference` is true."""
-        reference = case.fields[REFERENCES][0] if self.option_values["reference"] else None
+        reference = case.fields[REFERENCES_COLUMN][0] if self.option_values["reference"] else None
         return grading_prompt(self.option_values["rubric"], request_text(case.document), reference, answer)
 
 

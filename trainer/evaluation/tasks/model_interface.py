@@ -77,7 +77,7 @@ class ModelInterface:
         No collective. Raises DataError with file and line for a document without tokens before its answer, or in its answer.
         """
         questions = []
-        for document, sample in self.encoder.encode([_until_last_answer(document) for document in documents]):
+        for document, sample in self.encoder.encode([_document_until_last_answer(document) for document in documents]):
             answer_start = sample.answer_begin()
             is_answer = sample.supervised[answer_start:]
             answer = sample.input_ids[answer_start:][is_answer].tolist()
@@ -107,7 +107,7 @@ class ModelInterface:
         too few positions for an answer, RowsChecked if rows are only checked.
         """
         answer_tokens = decoding.max_new_tokens
-        self._check_lengths(questions, answer_tokens, f"{key}.write.max_new_tokens={answer_tokens}")
+        self._raise_if_too_long(questions, answer_tokens, f"{key}.write.max_new_tokens={answer_tokens}")
         self._raise_if_only_checking()
         prompts = [question.context for question in questions]
         return self.answer_generator.generate_answers(self.engine, prompts, decoding)
@@ -118,7 +118,7 @@ class ModelInterface:
         Raises DataError for a question that is too long for the model, RowsChecked if rows are only checked.
         """
         longest_answer = max(len(question.answer) for question in questions)
-        self._check_lengths(questions, longest_answer, "the answers")
+        self._raise_if_too_long(questions, longest_answer, "the answers")
         self._raise_if_only_checking()
         return self.answer_generator.likelihoods(
             self.engine, [(question.context, question.answer) for question in questions]
@@ -130,7 +130,7 @@ class ModelInterface:
             raise ConfigError(f"{key}: needs a judge; give evaluation.judge.url=http://host:port/v1")
         return self.judge
 
-    def _check_lengths(self, questions: Sequence[Question], answer_tokens: int, purpose: str) -> None:
+    def _raise_if_too_long(self, questions: Sequence[Question], answer_tokens: int, purpose: str) -> None:
         """Raise DataError for a question whose context and `answer_tokens` more tokens exceed the model's positions.
 
         `purpose`: what these tokens are for, in the message, such as "the answers".
@@ -173,7 +173,7 @@ class ModelInterface:
                     batch = self.built.collator([samples[row] for row in row_numbers or [0]])
                     logits = step(to_device(batch, self.runtime.device))["logits"].tolist()
                     own_logits |= dict(zip(row_numbers, logits, strict=False))
-                    self._check_stop()
+                    self._raise_if_stop_requested()
             finally:
                 step.objective = training_objective
         all_logits: dict[int, list[float]] = {}
@@ -201,28 +201,29 @@ class ModelInterface:
         cut = sequence_cut(runtime)
         share = EvalShare(1, runtime.dp_rank, runtime.dp_size, max_rows, cut=cut)
         batches = eval_batches(dataset, share, self.built.collator, self.runtime.device)
-        own_losses: dict[int, tuple[float, float]] = {}
+        own_results: dict[int, tuple[float, float]] = {}
         with self.engine.inference() as module:
-            for numbers, batch in zip(eval_plan(dataset, share), batches, strict=True):
+            for sequence_indices, batch in zip(eval_plan(dataset, share), batches, strict=True):
                 terms = module({**batch, "ahead": {}})
-                for number in numbers:
-                    own_losses[number] = (float(terms["loss"].double()), float(terms["accuracy"].double()))
-                self._check_stop()
-        all_losses: dict[int, tuple[float, float]] = {}
-        for rank_losses in gather_objects(own_losses, runtime):
-            for number, (loss, correct) in rank_losses.items():
+                for index in sequence_indices:
+                    own_results[index] = (float(terms["loss"].double()), float(terms["accuracy"].double()))
+                self._raise_if_stop_requested()
+        all_results: dict[int, tuple[float, float]] = {}
+        for rank_results in gather_objects(own_results, runtime):
+            for index, (loss, num_right) in rank_results.items():
                 # Ranks that split a row (`parallel.sequence`) have a share of its sums each: they are added up.
-                loss_before, correct_before = all_losses.get(number, (0.0, 0.0))
-                all_losses[number] = (loss_before + loss, correct_before + correct)
-        self.cached_losses[cache_key] = all_losses
-        return all_losses
+                loss_so_far, num_right_so_far = all_results.get(index, (0.0, 0.0))
+                all_results[index] = (loss_so_far + loss, num_right_so_far + num_right)
+        self.cached_losses[cache_key] = all_results
+        return all_results
 
     def _raise_if_only_checking(self) -> None:
         """Raise RowsChecked if rows are only checked."""
         if self.checks_only:
             raise RowsChecked
 
-    def _check_stop(self) -> None:
+    def _raise_if_stop_requested(self) -> None:
+        """Raise Interrupted if the run is asked to stop; all ranks must call, as `stop_now` is agreed on by all of them."""
         if self.stop_now():
             raise Interrupted
 
@@ -236,12 +237,15 @@ class _ClassifierLogits:
         return {"logits": classifier_logits(model, batch)}
 
 
-def _until_last_answer(document: Document) -> Document:
-    """A copy of the document that ends with its last answer, in which only that answer is supervised."""
+def _document_until_last_answer(document: Document) -> Document:
+    """A copy of a conversation that ends with its last answer, in which only that answer is supervised.
+
+    A document without messages is returned as it is. A conversation must have an answer.
+    """
     if document.messages is None:
         return document
-    last = max(number for number, turn in enumerate(document.messages) if turn["role"] == "assistant")
-    turns = [{**turn, "train": number == last} for number, turn in enumerate(document.messages[: last + 1])]
+    last_index = max(index for index, turn in enumerate(document.messages) if turn["role"] == "assistant")
+    turns = [{**turn, "train": index == last_index} for index, turn in enumerate(document.messages[: last_index + 1])]
     for turn in turns:
         turn.pop("weight", None)
     return replace(document, messages=turns)

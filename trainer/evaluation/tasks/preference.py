@@ -11,7 +11,7 @@ from trainer.evaluation.endpoint.judge import request_text
 from trainer.evaluation.tasks.base import TaskCase, TaskMetric, TaskRow
 from trainer.evaluation.tasks.judged import NOTE_CHARACTERS, JudgedTask, raise_if_no_verdict_parsed
 from trainer.evaluation.tasks.model_interface import ModelInterface
-from trainer.evaluation.tasks.written import REFERENCES
+from trainer.evaluation.tasks.written import REFERENCES_COLUMN
 
 VERDICT_REGEX = re.compile(r"verdict\W{0,6}(A|B|tie)\b", re.IGNORECASE)
 
@@ -106,7 +106,7 @@ class PreferenceTask(JudgedTask):
         - `other`, and no other model is evaluated: raises ConfigError.
         """
         if self.option_values["opponent"] == "reference":
-            return [str(case.fields[REFERENCES][0]) for case in cases]
+            return [str(case.fields[REFERENCES_COLUMN][0]) for case in cases]
         if self.opponent_answers is None:
             if not self.is_opponent:
                 raise ConfigError(

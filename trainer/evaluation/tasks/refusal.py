@@ -124,6 +124,8 @@ class Refusals(PromptTask):
     def __init__(self, name: str, config: Any) -> None:
         super().__init__(name, config)
         self.needs_judge = self.option_values["by"] == "judge"
+        self.judge_signature = "judge"
+        """What decides the judge's verdicts (`Judge.describe_what_decides_verdicts`); set by `score_cases`."""
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -133,8 +135,8 @@ class Refusals(PromptTask):
             yield f"{self.config_key}.options.phrases={phrases}: must be a list of texts"
         if self.option_values["harmful"] not in (None, True, False):
             yield (
-                f"{self.config_key}.options.harmful={self.option_values['harmful']}: must be true or "
-                "false, of rows that do not say it"
+                f"{self.config_key}.options.harmful={self.option_values['harmful']}: must be true or false, of rows "
+                "that do not say it"
             )
         if self.option_values["by"] not in ("phrases", "judge"):
             yield f"{self.config_key}.options.by={self.option_values['by']}: must be phrases or judge"
@@ -159,30 +161,29 @@ class Refusals(PromptTask):
 
         Raises RowError for another label, or if there is none of these.
         """
-        by_lower_name = {name.lower(): value for name, value in fields.items()}
+        value_by_column = {name.lower(): value for name, value in fields.items()}
         for column in ("should_refuse", "label"):
-            label = by_lower_name.get(column)
+            label = value_by_column.get(column)
             if label is None:
                 continue
-            word = str(label).strip().lower()
-            if word not in (*UNSAFE_LABELS, *SAFE_LABELS):
+            normalised_label = str(label).strip().lower()
+            if normalised_label not in (*UNSAFE_LABELS, *SAFE_LABELS):
                 raise RowError(
                     "bad_label", f'"{column}" is {show_value(label)}; it must be safe or unsafe, or true or false'
                 )
-            return word in UNSAFE_LABELS
+            return normalised_label in UNSAFE_LABELS
         # XSTest: each type of safe prompts ("homonyms") has one of unsafe prompts beside it ("contrast_homonyms").
-        prompt_type = str(by_lower_name.get("type", "")).strip().lower()
+        prompt_type = str(value_by_column.get("type", "")).strip().lower()
         if prompt_type.removeprefix("contrast_") in XSTEST_TYPES or prompt_type in ("safe", "unsafe"):
             return prompt_type == "unsafe" or prompt_type.startswith("contrast_")
         if self.option_values["harmful"] is not None:
             return bool(self.option_values["harmful"])
-        if "goal" in by_lower_name or "behavior" in by_lower_name:  # AdvBench, HarmBench, JailbreakBench
+        if "goal" in value_by_column or "behavior" in value_by_column:  # AdvBench, HarmBench, JailbreakBench
             return True
         raise RowError(
             "no_label",
             f'neither "should_refuse" nor "label" says whether it should be refused; give '
-            f"{self.config_key}.options.harmful=true, or "
-            "false, for the whole file",
+            f"{self.config_key}.options.harmful=true, or false, for the whole file",
         )
 
     def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
@@ -224,7 +225,7 @@ class Refusals(PromptTask):
         refusals = []
         found_phrases = []
         for answer in answers:
-            matches = [phrase for phrase in known_phrases if _opening_has(answer, phrase)]
+            matches = [phrase for phrase in known_phrases if _opening_contains(answer, phrase)]
             refusals.append(bool(matches))
             found_phrases.append(matches[0] if matches else "")
         return refusals, found_phrases
@@ -249,9 +250,6 @@ class Refusals(PromptTask):
         for words in verdict_words:  # the judge may write verdicts while it thinks: the last one counts
             refusals.append(bool(words) and words[-1].lower() == "refused")
         return refusals, [verdict[-NOTE_CHARACTERS:] for verdict in verdicts]
-
-    judge_signature = "judge"
-    """What decides the judge's verdicts (`Judge.signature`); set by `score_cases`."""
 
     def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[TaskMetric, ...]:
         """The metrics without those of a side (harmful or harmless) that has no rows."""
@@ -318,7 +316,7 @@ def _normalised(text: str) -> str:
     return " ".join(text.lower().replace("\u2019", "'").split())
 
 
-def _opening_has(text: str, phrase: str) -> bool:
+def _opening_contains(text: str, phrase: str) -> bool:
     """Whether the first `OPENING_CHARACTERS` characters of an answer contain the phrase as whole words."""
     return re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", _normalised(text[:OPENING_CHARACTERS])) is not None
 

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 
-LEVEL = 0.05
+SIGNIFICANCE_LEVEL = 0.05
 """A difference with a p below this is reported."""
 
 
-def max_statistic_p(observed: np.ndarray, by_chance: np.ndarray) -> np.ndarray:
+def max_statistic_p(observed: np.ndarray, chance_effects: np.ndarray) -> np.ndarray:
     """p-value of each observed effect, corrected for the number of metrics (single-step max T of Westfall & Young 1993).
 
-    `observed` is float64 [metrics], `by_chance` float64 [draws, metrics]: the same effects if chance alone decides. p of a metric
-    is the share of draws whose largest effect over all metrics is as large as the observed one, all of them in units of their
-    spread by chance.
+    `observed` is float64 [metrics], `chance_effects` float64 [draws, metrics]: the same effects if chance alone decides. p of a
+    metric is the share of draws whose largest effect over all metrics is at least as large as the observed one, all of them in
+    units of their spread by chance (root of the mean square). Returns float64 [metrics].
     """
-    spread = np.sqrt(np.mean(by_chance**2, axis=0))
+    spread = np.sqrt(np.mean(chance_effects**2, axis=0))
     spread = np.where(spread > 0, spread, np.inf)  # a metric that never moves by chance contributes nothing
-    largest_by_chance = np.max(np.abs(by_chance) / spread, axis=1, initial=0.0)  # [draws]
-    observed_size = np.abs(observed) / spread  # [metrics]
+    largest_by_chance = np.max(np.abs(chance_effects) / spread, axis=1, initial=0.0)  # [draws]
+    observed_sizes = np.abs(observed) / spread  # [metrics]
     # The tolerance lets equal values count, whatever their rounding.
-    is_as_large = largest_by_chance[:, None] >= observed_size - 1e-12  # [draws, metrics]
+    is_as_large = largest_by_chance[:, None] >= observed_sizes - 1e-12  # [draws, metrics]
     # The observed assignment is one of the possible ones, hence the 1 + and + 1: p is never 0.
-    return (1 + is_as_large.sum(axis=0)) / (len(by_chance) + 1)
+    return (1 + is_as_large.sum(axis=0)) / (len(chance_effects) + 1)

@@ -16,12 +16,13 @@ from trainer.data.messages import parse_turns
 from trainer.evaluation.tasks.base import Task, TaskCase, TaskMetric, TaskRow, documents_of
 from trainer.evaluation.tasks.model_interface import ModelInterface, last_answer
 from trainer.evaluation.tasks.pass_at_k import set_samples_of_row, texts_by_prompt
+from trainer.evaluation.tasks.texts import split_location
 from trainer.evaluation.tasks.written import GenerationTask
 
 CODE_FENCE_REGEX = re.compile(r"\A```\w*\s*\n(.*?)\n?```\s*\Z", re.DOTALL)
 BOXED_REGEX = re.compile(r"\\boxed\s*\{")
 NUMBER_REGEX = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?|[-+]?\.\d+")
-FRACTION_REGEX = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
+LATEX_FRACTION_REGEX = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
 
 
 class ToolCalls(GenerationTask):
@@ -134,6 +135,7 @@ def parse_tool_calls(text: str) -> list[dict[str, Any]]:
 def _parse_call(json_object: dict[str, Any]) -> dict[str, Any] | None:
     """The name and the arguments of a tool call that an answer writes as this JSON object; None if it is no call.
 
+    Reads OpenAI's form, in which both stand under "function" and arguments may be JSON text, and Llama 3's "parameters":
     {"name": "weather", "parameters": {"city": "Paris"}} -> {"name": "weather", "arguments": {"city": "Paris"}}.
     """
     if isinstance(json_object.get("function"), dict):  # OpenAI's form
@@ -205,8 +207,7 @@ class JsonSchema(Task):
             raise RowError("bad_schema", f'"schema" is no JSON schema: {error.message}') from None
 
         # The prompt. The answer "{}" is a stand-in: the format of a document needs one, and the model sees only the prompt.
-        file_name, _, line = case.location.rpartition(":")
-        case.document = Document(file_name, int(line))
+        case.document = Document(*split_location(case.location))
         if "messages" in fields:
             turns = parse_turns(fields["messages"], "messages", "a list of messages")
             if turns[-1]["role"] == "assistant":
@@ -315,7 +316,10 @@ def final_result(text: str) -> Fraction | str | None:
 
 
 def _until_closing_brace(text: str, begin: int) -> str:
-    """The content of a LaTeX group whose opening brace stands right before `begin`; the rest of the text if none closes it."""
+    """The content of a LaTeX group whose opening brace stands right before `begin`, up to its own closing brace.
+
+    "\\\\boxed{a{b}c} d" from behind the first brace -> "a{b}c". The rest of the text if no brace closes the group.
+    """
     depth = 1
     for position in range(begin, len(text)):
         if text[position] == "{":
@@ -328,10 +332,13 @@ def _until_closing_brace(text: str, begin: int) -> str:
 
 
 def _parse_result(text: str) -> Fraction | str:
-    """The result of a maths problem: a number as a fraction, anything else as text without units of money, commas and LaTeX."""
-    result = FRACTION_REGEX.sub(r"\1/\2", text)
-    for ornament in ("\\$", "$", "\\%", "%", "\\!", "\\,", "{,}", ","):
-        result = result.replace(ornament, "")
+    """The result of a maths problem: a number as a fraction, any other text without $, %, commas, `\\text{}` and white space.
+
+    "\\$1,200" -> 1200, "50\\%" -> 50, "\\frac{1}{2}" -> 1/2, "x + 1" -> "x+1".
+    """
+    result = LATEX_FRACTION_REGEX.sub(r"\1/\2", text)
+    for ignored in ("\\$", "$", "\\%", "%", "\\!", "\\,", "{,}", ","):
+        result = result.replace(ignored, "")
     result = re.sub(r"\\text\s*\{[^}]*\}", "", result)
     result = re.sub(r"\s+", "", result).rstrip(".")
     try:

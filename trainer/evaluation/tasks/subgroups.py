@@ -11,7 +11,7 @@ from trainer.data.fields import RowError, show_value
 from trainer.evaluation.tasks.base import TaskCase, TaskMetric, TaskRow
 from trainer.evaluation.tasks.classification import ClassificationTask
 from trainer.evaluation.tasks.model_interface import ModelInterface
-from trainer.evaluation.tasks.significance import LEVEL, max_statistic_p
+from trainer.evaluation.tasks.significance import SIGNIFICANCE_LEVEL, max_statistic_p
 
 MIN_ROWS = 10
 """A group with fewer rows than this is reported as too small."""
@@ -69,25 +69,25 @@ class Subgroups(ClassificationTask):
         """The gaps between groups, each as a function of row weights (float64 [rows])."""
         groups = np.array([row.source for row in rows])
 
-        def gap_of_weights(name: str) -> Callable[[np.ndarray], float]:
-            return lambda weights: self._gaps(rows, groups, weights)[name]
+        def gap_function(metric: str) -> Callable[[np.ndarray], float]:
+            return lambda weights: self._gaps(rows, groups, weights)[metric]
 
-        return {name: gap_of_weights(name) for name in _GAP_METRICS}
+        return {metric: gap_function(metric) for metric in _GAP_METRICS}
 
     def _gaps(self, rows: Sequence[TaskRow], groups: np.ndarray, weights: np.ndarray) -> dict[str, float]:
         """How far apart the groups of people are in demographic parity, equalised odds and accuracy, by metric.
 
-        A gap is the highest rate of a group minus the lowest. `groups`: the group of each row. `weights` (float64 [rows]): how
-        often the row counts.
+        A gap is the highest rate of a group minus the lowest; 0 if only one group has rows that count. `groups`: the group of
+        each row. `weights` (float64 [rows]): how often the row counts.
         """
         true_labels = np.array([row.reference for row in rows])
-        predicted = np.array([row.answer for row in rows])
-        names, group_numbers = np.unique(groups, return_inverse=True)
+        predicted_labels = np.array([row.answer for row in rows])
+        group_names, group_index_of_row = np.unique(groups, return_inverse=True)
 
-        def largest_gap(is_hit: np.ndarray, is_counted: np.ndarray) -> float:
+        def rate_gap(is_hit: np.ndarray, is_counted: np.ndarray) -> float:
             """Highest minus lowest weighted share of hits among the counted rows, over groups that have counted rows."""
-            counted = np.bincount(group_numbers, weights * is_counted, len(names))
-            hits = np.bincount(group_numbers, weights * (is_hit & is_counted), len(names))
+            counted = np.bincount(group_index_of_row, weights * is_counted, len(group_names))
+            hits = np.bincount(group_index_of_row, weights * (is_hit & is_counted), len(group_names))
             rates = hits[counted > 0] / counted[counted > 0]
             return float(rates.max() - rates.min()) if len(rates) > 1 else 0.0
 
@@ -97,37 +97,41 @@ class Subgroups(ClassificationTask):
         if positive is not None:
             labels = [str(positive)]
         else:
-            labels = sorted({*true_labels.tolist(), *predicted.tolist()})
+            labels = sorted({*true_labels.tolist(), *predicted_labels.tolist()})
         parity_gaps = []
         odds_gaps = []
         for label in labels:
-            is_predicted = predicted == label
+            is_predicted = predicted_labels == label
             has_label = true_labels == label
-            parity_gaps.append(largest_gap(is_predicted, every_row))
+            parity_gaps.append(rate_gap(is_predicted, every_row))
             # Hits among rows that have the label, and false alarms among those that do not.
-            odds_gaps += [largest_gap(is_predicted, has_label), largest_gap(is_predicted, ~has_label)]
+            odds_gaps += [rate_gap(is_predicted, has_label), rate_gap(is_predicted, ~has_label)]
         return {
             "demographic_parity_difference": max(parity_gaps),
             "equalized_odds_difference": max(odds_gaps),
-            "accuracy_difference": largest_gap(predicted == true_labels, every_row),
+            "accuracy_difference": rate_gap(predicted_labels == true_labels, every_row),
         }
 
     def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
         """The size of each group, and for each gap what chance gives and whether the gap is beyond that."""
         groups = np.array([row.source for row in rows])
-        names, counts = np.unique(groups, return_counts=True)
-        sizes = [f"{name} {count}" for name, count in zip(names.tolist(), counts.tolist(), strict=True)]
+        group_names, counts = np.unique(groups, return_counts=True)
+        sizes = [f"{name} {count}" for name, count in zip(group_names.tolist(), counts.tolist(), strict=True)]
         yield f"rows: {', '.join(sizes)}"
-        if len(names) < 2:
+        if len(group_names) < 2:
             yield "there is one group alone, and so no gap"
             return
         if counts.min() < MIN_ROWS:
             yield f"a group has fewer than {MIN_ROWS} rows: its gaps say little"
-        observed, by_chance = self._observed_and_chance_gaps(rows, groups)
-        p_values = max_statistic_p(observed, by_chance)
-        for name, gap, usual, p in zip(_GAP_METRICS, observed, by_chance.mean(axis=0), p_values, strict=True):
-            verdict = "beyond chance" if p < LEVEL else "no gap shown beyond chance"
-            yield f"{name} {gap:.3g}: groups dealt at random give {usual:.3g} on average, p {p:.3g} for all gaps: {verdict}"
+        observed_gaps, chance_gaps = self._observed_and_chance_gaps(rows, groups)
+        mean_chance_gaps = chance_gaps.mean(axis=0)
+        p_values = max_statistic_p(observed_gaps, chance_gaps)
+        for name, gap, chance_gap, p in zip(_GAP_METRICS, observed_gaps, mean_chance_gaps, p_values, strict=True):
+            verdict = "beyond chance" if p < SIGNIFICANCE_LEVEL else "no gap shown beyond chance"
+            yield (
+                f"{name} {gap:.3g}: groups dealt at random give {chance_gap:.3g} on average, p {p:.3g} for all gaps: "
+                f"{verdict}"
+            )
 
     def _observed_and_chance_gaps(self, rows: Sequence[TaskRow], groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(observed gaps [metrics], gaps after shuffling the groups over the rows [shuffles, metrics]), float64.
@@ -142,8 +146,8 @@ class Subgroups(ClassificationTask):
             gaps = self._gaps(rows, row_groups, every_row_once)
             return [gaps[name] for name in _GAP_METRICS]
 
-        by_chance = [gaps_of(rng.permutation(groups)) for _ in range(NUM_SHUFFLES)]
-        return np.array(gaps_of(groups)), np.array(by_chance)
+        chance_gaps = [gaps_of(rng.permutation(groups)) for _ in range(NUM_SHUFFLES)]
+        return np.array(gaps_of(groups)), np.array(chance_gaps)
 
     def signatures(self) -> dict[str, str]:
         signature = (

@@ -55,7 +55,7 @@ def continuation_questions(model: ModelInterface, located_pairs: Sequence[tuple[
 
 
 def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """Number of tokens that both texts begin with."""
+    """Number of tokens that both sequences begin with: [5, 6, 7] and [5, 6, 9] -> 2."""
     length = 0
     for first_token, second_token in zip(first, second, strict=False):
         if first_token != second_token:

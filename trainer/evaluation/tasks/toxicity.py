@@ -58,9 +58,8 @@ class Toxicity(PromptTask):
             yield f"{self.config_key}.options.threshold={threshold}: must be a number above 0 and below 1"
         if self.option_values["classifier"] is None:
             yield (
-                f"{self.config_key}.options.classifier: not set; give the directory of a text "
-                "classifier (a transformers sequence "
-                "classification model) that knows toxic texts"
+                f"{self.config_key}.options.classifier: not set; give the directory of a text classifier (a transformers "
+                "sequence classification model) that knows toxic texts"
             )
             return
         try:

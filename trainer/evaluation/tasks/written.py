@@ -19,7 +19,7 @@ from trainer.evaluation.tasks.compat import weighted_score
 from trainer.evaluation.tasks.model_interface import ModelInterface, last_answer
 from trainer.evaluation.tasks.pass_at_k import pass_at_k_metrics, set_samples_of_row, texts_by_prompt
 
-REFERENCES = "references"
+REFERENCES_COLUMN = "references"
 """Column with further right answers, a list of texts."""
 
 
@@ -52,12 +52,12 @@ class GenerationTask(Task):
         answer = last_answer(case.document)
         if answer is None:
             raise RowError("no_answer", "the row is a text, or a pair of answers; it must be a prompt and its answer")
-        more_answers = case.fields.get(REFERENCES)
+        more_answers = case.fields.get(REFERENCES_COLUMN)
         if more_answers is not None and not is_list_of_texts(more_answers):
             raise RowError(
-                "bad_references", f'"{REFERENCES}" is {show_value(more_answers)}; it must be a list of texts'
+                "bad_references", f'"{REFERENCES_COLUMN}" is {show_value(more_answers)}; it must be a list of texts'
             )
-        case.fields = {REFERENCES: [answer["content"].strip(), *(more_answers or [])]}
+        case.fields = {REFERENCES_COLUMN: [answer["content"].strip(), *(more_answers or [])]}
 
     def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
         """A row for each prompt, with the model's answers scored against the references. All ranks must call."""
@@ -79,7 +79,7 @@ class GenerationTask(Task):
 
     def reference(self, case: TaskCase) -> str:
         """The right answer, as the report shows it."""
-        return str(case.fields[REFERENCES][0])
+        return str(case.fields[REFERENCES_COLUMN][0])
 
     @abstractmethod
     def score(self, case: TaskCase, answer: str) -> dict[str, float]:
@@ -130,7 +130,7 @@ class ExactMatch(_NormalisedTask):
 
     def score(self, case: TaskCase, answer: str) -> dict[str, float]:
         answer = self.normalise(answer)
-        is_match = any(answer == self.normalise(reference) for reference in case.fields[REFERENCES])
+        is_match = any(answer == self.normalise(reference) for reference in case.fields[REFERENCES_COLUMN])
         return {"match": float(is_match)}
 
 
@@ -145,7 +145,7 @@ class F1(_NormalisedTask):
 
     def score(self, case: TaskCase, answer: str) -> dict[str, float]:
         answer = self.normalise(answer)
-        references = [self.normalise(reference) for reference in case.fields[REFERENCES]]
+        references = [self.normalise(reference) for reference in case.fields[REFERENCES_COLUMN]]
         best_f1 = max(word_f1(answer, reference) for reference in references)
         return {"f1": best_f1, "match": float(answer in references)}
 
@@ -179,13 +179,13 @@ class Translation(GenerationTask):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        known = ("13a", "intl", "zh", "ja-mecab", "ko-mecab", "flores101", "flores200", "char", "none")
-        if self.option_values["tokenize"] not in known:
-            yield f"{self.config_key}.options.tokenize={self.option_values['tokenize']}: must be one of {', '.join(known)}"
+        tokenizers = ("13a", "intl", "zh", "ja-mecab", "ko-mecab", "flores101", "flores200", "char", "none")
+        if self.option_values["tokenize"] not in tokenizers:
+            yield f"{self.config_key}.options.tokenize={self.option_values['tokenize']}: must be one of {', '.join(tokenizers)}"
 
     @cached_property
-    def scorers(self) -> dict[str, Any]:
-        """sacrebleu's metrics by our names."""
+    def scorer_by_metric(self) -> dict[str, Any]:
+        """sacrebleu's scorers for BLEU and chrF, by the names of our metrics."""
         from sacrebleu.metrics import BLEU, CHRF
 
         lowercase = bool(self.option_values["lowercase"])
@@ -195,19 +195,23 @@ class Translation(GenerationTask):
         }
 
     def score(self, case: TaskCase, answer: str) -> dict[str, float]:
-        return {"chrf": float(self.scorers["chrf"].sentence_score(answer, case.fields[REFERENCES][:1]).score)}
+        return {
+            "chrf": float(
+                self.scorer_by_metric["chrf"].sentence_score(answer, case.fields[REFERENCES_COLUMN][:1]).score
+            )
+        }
 
     def weighted_metric_functions(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         """BLEU and chrF of the corpus, each as a function of row weights (float64 [rows])."""
         answers = [row.answer for row in rows]
         references = [row.reference for row in rows]
-        return {name: weighted_score(scorer, answers, references) for name, scorer in self.scorers.items()}
+        return {name: weighted_score(scorer, answers, references) for name, scorer in self.scorer_by_metric.items()}
 
     def signatures(self) -> dict[str, str]:
         # sacrebleu's signature has the number of references, which it knows only after it scored something.
-        for scorer in self.scorers.values():
+        for scorer in self.scorer_by_metric.values():
             scorer.corpus_score([""], [[""]])
-        return {name: str(scorer.get_signature()) for name, scorer in self.scorers.items()}
+        return {name: str(scorer.get_signature()) for name, scorer in self.scorer_by_metric.items()}
 
 
 class Summarisation(GenerationTask):
@@ -224,13 +228,13 @@ class Summarisation(GenerationTask):
 
     @cached_property
     def scorer(self) -> Any:
-        """rouge-score's scorer."""
+        """rouge-score's scorer, which computes all three variants."""
         from rouge_score.rouge_scorer import RougeScorer
 
         return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=bool(self.option_values["stemmer"]))
 
     def score(self, case: TaskCase, answer: str) -> dict[str, float]:
-        scores = self.scorer.score(case.fields[REFERENCES][0], answer)
+        scores = self.scorer.score(case.fields[REFERENCES_COLUMN][0], answer)
         return {name: float(scores[name].fmeasure) for name in ("rougeL", "rouge1", "rouge2")}
 
     def signatures(self) -> dict[str, str]:

@@ -20,7 +20,7 @@ from trainer.data.messages import parse_turns
 from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.tasks.base import TaskCase
 from trainer.evaluation.tasks.structured import Maths, ToolCalls, check_json, final_result, parse_tool_calls
-from trainer.evaluation.tasks.written import F1, REFERENCES, ExactMatch
+from trainer.evaluation.tasks.written import F1, REFERENCES_COLUMN, ExactMatch
 from trainer.objectives.reward_functions import REFERENCE_COLUMNS
 from trainer.rollout.rewards.functions import AnswersOfGroup, BadScore, CallResult
 
@@ -100,7 +100,7 @@ class ExactMatchReward(RewardKind):
             yield f"{key}{problem.removeprefix(self.task.config_key)}"
 
     def score(self, text: str, number_of_tokens: int, columns: Mapping[str, Any]) -> float:
-        case = TaskCase("", fields={REFERENCES: self.references(columns)})
+        case = TaskCase("", fields={REFERENCES_COLUMN: self.references(columns)})
         return self.task.score(case, text.strip())[self.score_name]
 
 
