@@ -105,14 +105,16 @@ def prepare_job_start(overrides: list[str]) -> dict[str, Any]:
         "run_dir": run.directory,
         "logs": logs,
         "job": job.name,
-        "start": job.restart,
+        "start": job.num_earlier_starts,
         "finished": "",
         "code": "",
     }
     if read_status(run.directory).get("state") == RunState.done:
         print(f"{run.directory}: already finished with this configuration; nothing to do")
         pipeline_part.record_part_end("train", run.directory, 0)
-        record_job_end(run.directory, job.name, job.restart, 0, reason="already finished", will_restart=False)
+        record_job_end(
+            run.directory, job.name, job.num_earlier_starts, 0, reason="already finished", will_restart=False
+        )
         return {**shell_variables, "finished": 1}
 
     logs.mkdir(parents=True, exist_ok=True)
@@ -127,7 +129,7 @@ def prepare_job_start(overrides: list[str]) -> dict[str, Any]:
     # After the checks of the run directory: a start that they refuse must not replace the record of the run's own job.
     if started_by_train_sbatch:  # `submit` has left this record for its own jobs
         write_submitted_job_ids([run.directory], job.name)
-    record_job_start(run.directory, job.name, job.restart, os.environ.get("SLURM_JOB_NODELIST", ""))
+    record_job_start(run.directory, job.name, job.num_earlier_starts, os.environ.get("SLURM_JOB_NODELIST", ""))
     print_idle_gpus(run.processes, os.environ)
     for cause, max_retries in launcher["retry"].items():
         shell_variables[f"retry_{cause}"] = max_retries
@@ -148,7 +150,7 @@ def refuse_lost_starts(run: FrozenRun, job: JobStart, logs: Path) -> None:
     A start is lost if its node failed or it was killed unsaved. SLURM requeues such a job by itself, without end.
     Writes the record into `logs`. Raises ShardtuneError after too many lost starts, StorageError if the record cannot be written.
     """
-    if not job.restart:
+    if not job.num_earlier_starts:
         return
     # The start before this one has ended. If `status.json` still says that it runs, it was lost before it could say otherwise.
     status = read_status(run.directory)
@@ -195,7 +197,7 @@ def code_directory_of_job(run: FrozenRun, job: JobStart) -> Path | str:
     """
     if run.settings["launcher"].get("code") != "snapshot":
         return ""
-    copy = snapshot.newest_code_copy(run.directory) if job.restart else None
+    copy = snapshot.newest_code_copy(run.directory) if job.num_earlier_starts else None
     if copy is None:
         return snapshot.copy_code(run.directory)
     snapshot.refuse_changed_code(copy)
@@ -393,7 +395,9 @@ def record_refusal(error: ShardtuneError) -> None:
     name = job_name()
     if not config_file or name is None or not Path(config_file).is_file():
         return
-    restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    num_earlier_starts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     reason = " ".join(str(error).split())
     with contextlib.suppress(StorageError):
-        record_job_end(Path(config_file).parent, name, restart, error.exit_code, reason=reason, will_restart=False)
+        record_job_end(
+            Path(config_file).parent, name, num_earlier_starts, error.exit_code, reason=reason, will_restart=False
+        )

@@ -54,7 +54,7 @@ class JobStart:
     name: str
     """The job as scontrol takes it; in an array a bare job id can mean all its tasks."""
     id: str
-    restart: int
+    num_earlier_starts: int
     """How often SLURM has started the job before."""
     nodes: list[str] = field(default_factory=list)
     """Its hosts, in SLURM's order."""
@@ -68,7 +68,7 @@ class JobStart:
         return cls(
             name=job_name() or env["SLURM_JOB_ID"],
             id=env["SLURM_JOB_ID"],
-            restart=int(env.get("SLURM_RESTART_COUNT") or 0),
+            num_earlier_starts=int(env.get("SLURM_RESTART_COUNT") or 0),
             nodes=hosts_of_job(),
         )
 
@@ -108,7 +108,7 @@ def record_lost_start(logs: Path, job: JobStart, file_prefix: str = "lost") -> i
     path = logs / f"{file_prefix}-{job.name}"
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(f"{job.restart}\n")
+            file.write(f"{job.num_earlier_starts}\n")
         return len(path.read_text(encoding="utf-8").splitlines())
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror or error}); free space") from error
@@ -118,8 +118,8 @@ def record_lost_start(logs: Path, job: JobStart, file_prefix: str = "lost") -> i
 class JobOutcome:
     """How a start of a job ended."""
 
-    code: int
-    """Exit code of the job script."""
+    exit_code: int
+    """Of the job script."""
     reason: str
     """Why, on one line."""
     should_requeue: bool = False
@@ -142,7 +142,7 @@ def record_end_and_requeue(step_code: int, *, received_term: bool, has_started_r
     run_dir = Path(os.environ["SHARDTUNE_RUN_DIR"])
     term = TermSignal()
     if has_started_ranks:
-        print(efficiency.record_start_usage(run_dir, job.name, job.restart, step_code), flush=True)
+        print(efficiency.record_start_usage(run_dir, job.name, job.num_earlier_starts, step_code), flush=True)
     outcome = _determine_outcome(
         job, run_dir, step_code, received_term=received_term, has_started_ranks=has_started_ranks
     )
@@ -152,12 +152,12 @@ def record_end_and_requeue(step_code: int, *, received_term: bool, has_started_r
         print(f"job {job.name}: {outcome.reason}; it is to be requeued", flush=True)
         refusal = request_requeue_repeatedly(job, signal_lead_s(run_dir), term)
         if refusal is None:
-            return outcome.code
+            return outcome.exit_code
         print(f"job {job.name}: not requeued: {refusal}", flush=True)
         has_saved = outcome.step is not None
         outcome = replace(
             outcome,
-            code=EXIT_PREEMPTED if has_saved else outcome.code,
+            exit_code=EXIT_PREEMPTED if has_saved else outcome.exit_code,
             reason=f"{outcome.reason}; not requeued: {refusal}",
             # Of a job that SLURM ends, only SLURM knows whether it starts again.
             will_restart=None if refusal == ENDED_BY_SLURM else False,
@@ -165,8 +165,8 @@ def record_end_and_requeue(step_code: int, *, received_term: bool, has_started_r
     else:
         print(f"job {job.name}: {outcome.reason}", flush=True)
     _record_end(run_dir, job, outcome)
-    pipeline_part.record_part_end("train", run_dir, outcome.code)
-    return outcome.code
+    pipeline_part.record_part_end("train", run_dir, outcome.exit_code)
+    return outcome.exit_code
 
 
 def _record_end(run_dir: Path, job: JobStart, outcome: JobOutcome) -> None:
@@ -175,8 +175,8 @@ def _record_end(run_dir: Path, job: JobStart, outcome: JobOutcome) -> None:
         record_job_end(
             run_dir,
             job.name,
-            job.restart,
-            outcome.code,
+            job.num_earlier_starts,
+            outcome.exit_code,
             reason=outcome.reason,
             will_restart=outcome.will_restart,
             step=outcome.step,
@@ -261,15 +261,17 @@ def _outcome_after_stop(
         reason = f"stopped by SLURM or by scancel, {state}; not requeued from here"
         return replace(outcome, reason=reason, will_restart=None)
     max_restarts = _max_retries("preempted")
-    if job.restart >= max_restarts:
-        reason = f"{state}; not requeued, since it restarted {job.restart} times already (limit {max_restarts})"
-        return replace(outcome, code=EXIT_PREEMPTED, reason=reason)
+    if job.num_earlier_starts >= max_restarts:
+        reason = (
+            f"{state}; not requeued, since it restarted {job.num_earlier_starts} times already (limit {max_restarts})"
+        )
+        return replace(outcome, exit_code=EXIT_PREEMPTED, reason=reason)
     if idle_starts >= MAX_IDLE_STARTS:
         reason = (
             f"{state}; not requeued, since {idle_starts} starts in a row made no step: set a longer launcher.time, or a shorter "
             "launcher.signal_lead_s"
         )
-        return replace(outcome, code=EXIT_PREEMPTED, reason=reason)
+        return replace(outcome, exit_code=EXIT_PREEMPTED, reason=reason)
     return replace(outcome, should_requeue=True)
 
 

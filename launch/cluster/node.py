@@ -138,7 +138,7 @@ def run_ranks(job: dict[str, Any], rendezvous: dict[str, Any]) -> int:
     `job`: the path of the run's configuration (`config`) and the `module` that ranks run. `rendezvous`: this host's `rank` among
     the hosts, `rdzv` (host:port at which the ranks meet), and `run_id`.
     """
-    from launch.cluster.torchrun import RankProgram, start
+    from launch.cluster.torchrun import RankProgram, run_ranks_on_this_host
     from launch.config.frozen import load_frozen_config
 
     config_file = Path(job["config"])
@@ -146,8 +146,8 @@ def run_ranks(job: dict[str, Any], rendezvous: dict[str, Any]) -> int:
     config.launcher.node_rank = rendezvous["rank"]
     config.launcher.rdzv = rendezvous["rdzv"]
     program = RankProgram(job["module"], config_file.name)
-    code, _ = start(config, config_file.parent, rendezvous["run_id"], program=program)
-    return code
+    ranks_end = run_ranks_on_this_host(config, config_file.parent, rendezvous["run_id"], program=program)
+    return ranks_end.exit_code
 
 
 def _relay_signals(message_fd: int) -> None:

@@ -37,7 +37,7 @@ class StartedJob(Protocol):
     def name(self) -> str: ...
 
     @property
-    def restart(self) -> int: ...
+    def num_earlier_starts(self) -> int: ...
 
 
 class TermSignal:
@@ -144,6 +144,6 @@ def was_killed_for_memory(job: StartedJob) -> bool:
     except OSError:
         return False
     # All starts of a job append to one file. The job script prints this line at each start.
-    first_line = f"job {job.name}, start {job.restart}, on "
+    first_line = f"job {job.name}, start {job.num_earlier_starts}, on "
     _, _, output_of_start = output.rpartition(first_line)
     return MEMORY_KILL_REGEX.search(output_of_start) is not None

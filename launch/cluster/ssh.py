@@ -37,6 +37,7 @@ from launch.cluster.torchrun import (
     STOP_GRACE_S,
     TRAIN,
     RankProgram,
+    RanksEnd,
     RedirectedOutput,
     collected_signals,
     only_says_peer_was_lost,
@@ -50,18 +51,17 @@ NODE_END_S = 8.0
 """Seconds that a node has to end its ranks in, beside `STOP_GRACE_S`."""
 
 
-def start(
+def run_ranks_on_hosts(
     config: RunConfig,
     run_dir: Path,
     run_id: str,
     redirected: RedirectedOutput | None = None,
     *,
     program: RankProgram = TRAIN,
-) -> tuple[int, set[int]]:
+) -> RanksEnd:
     """Run the configuration in `run_dir` to its end on all of `launcher.hosts`, by ssh. Every process has ended when it returns.
 
     `run_id`: names the rendezvous. `redirected`: where the output goes; None for the terminal. `program`: what the ranks run.
-    Returns (the exit code, or 130 after Ctrl-C; the numbers of all signals that were received).
     Raises ConfigError without ssh, NodesUnfit if a host cannot be reached or cannot run the run.
     """
     launcher = config.launcher
@@ -90,21 +90,22 @@ def start(
             for node in nodes:
                 node.send(job)
             if not wait_for_host_facts(nodes, signals.pending):
-                return 130 if signal.SIGINT in signals.received else 1, signals.received
+                exit_code = 130 if signal.SIGINT in signals.received else 1
+                return RanksEnd(exit_code, signals.received)
             # All hosts are judged before any of them starts a rank.
             refuse_unfit_hosts(nodes, launcher, config_digest)
             rdzv = launcher.rdzv or rendezvous_address(nodes)
             for node_rank, node in enumerate(nodes):
                 node.send({"rank": node_rank, "rdzv": rdzv, "run_id": run_id})
             on_tick = redirected.poll if redirected is not None else None
-            code = _wait_for_nodes(nodes, signals.pending, on_tick)
-            if code != 130:
+            exit_code = _wait_for_nodes(nodes, signals.pending, on_tick)
+            if exit_code != 130:
                 # Nobody else records the failure of a lost host. The first one is the cause.
                 for node_rank, node in enumerate(nodes):
                     if node.is_disconnected:
                         _record_lost_host(run_dir, node, node_rank * launcher.per_node)
                         break
-            return code, signals.received
+            return RanksEnd(exit_code, signals.received)
         finally:
             _end_nodes(nodes)
 

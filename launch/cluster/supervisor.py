@@ -68,10 +68,12 @@ def run_supervised(
     `sha256`: of the configuration; it names the rendezvous. `redirected`: a file for the output instead of the terminal.
     `program`: what the ranks run; default: training.
     """
-    from launch.cluster.torchrun import TRAIN, start
+    from launch.cluster.torchrun import TRAIN
 
     if config.launcher.hosts:
-        from launch.cluster.ssh import start
+        from launch.cluster.ssh import run_ranks_on_hosts as run_ranks
+    else:
+        from launch.cluster.torchrun import run_ranks_on_this_host as run_ranks
     program = program or TRAIN
 
     retries_left = dict(config.launcher.retry)
@@ -82,11 +84,11 @@ def run_supervised(
             os.environ[RESTART_COUNT_VARIABLE] = str(num_restarts)
             before = state_before_start(run_dir)
             run_id = f"{sha256[:8]}-{num_restarts}" if num_restarts else sha256[:8]
-            torchrun_code, signals = start(config, run_dir, run_id, redirected, program=program)
+            ranks_end = run_ranks(config, run_dir, run_id, redirected, program=program)
             verb = program.module.rpartition(".")[2]
-            code = record_run_outcome(run_dir, torchrun_code, before, verb=verb)
+            code = record_run_outcome(run_dir, ranks_end.exit_code, before, verb=verb)
 
-            cause = _retry_cause_key(run_dir, code, signals)
+            cause = _retry_cause_key(run_dir, code, ranks_end.received_signals)
             if cause is None or retries_left.get(cause, 0) < 1:
                 return code
             change_text = ""

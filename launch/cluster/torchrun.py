@@ -2,8 +2,8 @@
 
 torchrun loses exit codes and prints a long report of its own when a rank fails. So it runs inside a small wrapper
 here and in SLURM's job scripts (`python -m launch.torchrun <torchrun arguments>`), and the run directory says how the
-run ended. When `start` returns, every process that it started is gone, at most about ten seconds after a failure or
-Ctrl-C.
+run ended. When `run_ranks_on_this_host` returns, every process that it started is gone, at most about ten seconds
+after a failure or Ctrl-C.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch.cluster.hosts import ThisHost, locate_this_host
 from launch.cluster.rendezvous import MissingHostsReport, StuckTorchrunGuard, rdzv_port
@@ -125,19 +125,27 @@ def torchrun_arguments(
     return [*arguments, "-m", module]
 
 
-def start(
+class RanksEnd(NamedTuple):
+    """How the ranks of one start ended."""
+
+    exit_code: int
+    """That of torchrun, or 130 after Ctrl-C."""
+    received_signals: set[int]
+    """Numbers of the signals that this process received meanwhile."""
+
+
+def run_ranks_on_this_host(
     config: RunConfig,
     run_dir: Path,
     run_id: str,
     redirected: RedirectedOutput | None = None,
     *,
     program: RankProgram = TRAIN,
-) -> tuple[int, set[int]]:
+) -> RanksEnd:
     """Run the frozen configuration of `run_dir` to its end, as ranks of `program` on this host.
 
     `run_id`: names the rendezvous of several hosts. `redirected`: where the output goes; None for the terminal.
     Signals that ask the run to save are passed on to the ranks; Ctrl-C gives them `STOP_GRACE_S` seconds to save, then kills.
-    Returns (the exit code of torchrun, or 130 after Ctrl-C; the numbers of all signals that were received).
     Raises ConfigError for network settings with which the ranks could not meet.
     """
     # torchrun's command line and environment.
@@ -168,7 +176,8 @@ def start(
         if this_host is not None:
             watchers += _multi_host_watchers(agent.pid, config.launcher, this_host, run_dir)
         try:
-            return _wait_for_agent(agent, signals.pending, watchers), signals.received
+            exit_code = _wait_for_agent(agent, signals.pending, watchers)
+            return RanksEnd(exit_code, signals.received)
         finally:
             _kill_remaining_processes(agent)
 

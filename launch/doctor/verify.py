@@ -170,7 +170,7 @@ def run_ranks(config: RunConfig, small: SmallRun, directory: Path, user_ranks: i
     `config`: the run's. `small`: its small copy. Writes configuration and request into `directory`, where the ranks read them.
     Errors: VerificationFailed if a rank failed before there was a report.
     """
-    from launch.cluster.torchrun import RankProgram, RedirectedOutput, start
+    from launch.cluster.torchrun import RankProgram, RedirectedOutput, run_ranks_on_this_host
     from launch.config.frozen import config_sha256, config_yaml
     from trainer.reporting.status import read_failure
 
@@ -183,8 +183,8 @@ def run_ranks(config: RunConfig, small: SmallRun, directory: Path, user_ranks: i
     progress = _Progress(directory / PROGRESS)
     output = RedirectedOutput(directory / LOG_FILE, progress.poll)
     program = RankProgram("launch.doctor", CONFIG)
-    code, _ = start(small.config, directory, sha256[:8], output, program=program)
-    if code == 130:
+    ranks_end = run_ranks_on_this_host(small.config, directory, sha256[:8], output, program=program)
+    if ranks_end.exit_code == 130:
         return None
     # The report, else why there is none.
     if (directory / REPORT).exists():

@@ -288,9 +288,9 @@ def test_flight_recorders_of_gloo_and_nccl_are_both_read(monkeypatch):
     )
     monkeypatch.setattr(c10d, "_dump_nccl_trace_json", said(entry(7, "nccl", 5, False), entry(8, "nccl", 6, False)))
     last = flight_recorder.last_collective()
-    assert (last.number, last.counter) == (7, ("default_pg", "nccl")) and last.waits_s > 0
+    assert (last.number, last.numbering) == (7, ("default_pg", "nccl")) and last.waits_s > 0
     monkeypatch.setattr(c10d, "_dump_nccl_trace_json", said())
-    assert flight_recorder.last_collective().counter == ("default_pg", "gloo")
+    assert flight_recorder.last_collective().numbering == ("default_pg", "gloo")
 
 
 def test_rank_that_asks_where_all_are_has_reported_its_own_place(tmp_path, monkeypatch):

@@ -160,7 +160,10 @@ def _ranks_forked() -> Iterator[None]:
             os._exit(0)
     theirs.close()
     found = cache(lambda: warm.Nursery.of(ours, pid))
-    with mock.patch.object(warm, "nursery", found), mock.patch("launch.cluster.torchrun.start", warm.interrupted):
+    with (
+        mock.patch.object(warm, "nursery", found),
+        mock.patch("launch.cluster.torchrun.run_ranks_on_this_host", warm.interrupted),
+    ):
         yield
 
 

@@ -174,8 +174,8 @@ def nursery() -> Nursery:
 
 def start(
     config: Any, run_dir: Path, run_id: str, redirected: Any = None, *, program: torchrun.RankProgram = torchrun.TRAIN
-) -> tuple[int, set[int]]:
-    """In place of `launch.cluster.torchrun.start`: the same ranks in the same environment, without torchrun."""
+) -> torchrun.RanksEnd:
+    """In place of `launch.cluster.torchrun.run_ranks_on_this_host`: the same ranks in the same environment, without torchrun."""
     world = config.launcher.processes or 1
     env = {**os.environ, "SHARDTUNE_CONFIG": str(run_dir / program.config), "SHARDTUNE_RUN_DIR": str(run_dir)}
     env |= {"SHARDTUNE_LAUNCHER": str(os.getpid()), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
@@ -191,18 +191,18 @@ def start(
         try:
             verb, poll = program.module.rpartition(".")[2], (lambda: None) if redirected is None else redirected.poll
             also = "deepspeed" if config.strategy.name.startswith("zero") else ""
-            return forks.run(verb, world, env, outputs, poll, also=also), set()
+            return torchrun.RanksEnd(forks.run(verb, world, env, outputs, poll, also=also), set())
         except BaseException:  # the test's limit, say
             forks.close()
             raise
 
 
-def interrupted(*given: Any, **named: Any) -> tuple[int, set[int]]:
-    """`start`, to which Ctrl-C is an end of the ranks as to `launch.cluster.torchrun.start`."""
+def interrupted(*given: Any, **named: Any) -> torchrun.RanksEnd:
+    """`start`, to which Ctrl-C is an end of the ranks as to `launch.cluster.torchrun.run_ranks_on_this_host`."""
     try:
         return start(*given, **named)
     except KeyboardInterrupt:
-        return 130, {signal.SIGINT}
+        return torchrun.RanksEnd(130, {signal.SIGINT})
 
 
 def _descriptor(stream: Any, usual: int) -> int:
@@ -215,7 +215,7 @@ def _descriptor(stream: Any, usual: int) -> int:
 @contextlib.contextmanager
 def forked_ranks() -> Iterator[None]:
     """Runs of several ranks that are launched in this process have theirs forked."""
-    with mock.patch("launch.cluster.torchrun.start", start):
+    with mock.patch("launch.cluster.torchrun.run_ranks_on_this_host", start):
         yield
 
 

@@ -54,7 +54,7 @@ def run(hosts, tmp_path, monkeypatch):
         begun = threading.Thread(target=_once_begun, args=(place, at), daemon=True)
         if at is not None:
             begun.start()
-        ended = ssh.start(
+        ended = ssh.run_ranks_on_hosts(
             SimpleNamespace(launcher=launcher), place, "id-1", RedirectedOutput(place / "shown", lambda: None)
         )
         if at is not None:
