@@ -22,8 +22,8 @@ from launch.plan.command import read_plan_request
 from strategies.base import Precision
 from trainer.planner.cost_model import CostModel
 from trainer.planner.lengths import DocumentLengths
-from trainer.planner.plan import PlannedRun, RunVariant, choice_of
-from trainer.planner.speed import MicroBatchLoad, step_time
+from trainer.planner.plan import PlannedRun, RunVariant, plan_choice
+from trainer.planner.speed import MicroBatchLoad, estimate_step_time
 from trainer.planner.sweep import simulate_variants
 
 GIB = 2**30
@@ -133,7 +133,7 @@ def crossovers() -> list[dict[str, Any]]:
 
             def seconds(cost_model: CostModel, units: float, job: PlannedRun = job) -> float:
                 load = MicroBatchLoad(units, units * min(units, DOCUMENT), 1)
-                return step_time(cost_model, load, job.card, job.precision, ranks_per_node=8).total_s
+                return estimate_step_time(cost_model, load, job.card, job.precision, ranks_per_node=8).total_s
 
             gathers = models[1, 1.0]
             rows.append(
@@ -162,7 +162,7 @@ def large() -> list[dict[str, Any]]:
                 words = [f"model.path={path}", "tuning=lora", "tuning.rank=16", f"parallel.experts={degree}"]
                 words += ["strategy.activation_checkpointing=full"]
                 variant, cost_model, job = cost_model_of(words, "h200", 32, 4096, 2.0)
-                choice = choice_of(variant, cost_model, job, 1)
+                choice = plan_choice(variant, cost_model, job, 1)
                 row = {
                     "model": model,
                     "parameters": cost_model.parameters,
@@ -174,7 +174,7 @@ def large() -> list[dict[str, Any]]:
                 }
                 if degree == DEGREE:
                     variant, cost_model, job = cost_model_of(words, "h200", 32, 4096, float(degree))
-                    row["worst_gib"] = round(choice_of(variant, cost_model, job, 1).memory_peak.total_bytes / GIB, 1)
+                    row["worst_gib"] = round(plan_choice(variant, cost_model, job, 1).memory_peak.total_bytes / GIB, 1)
                 rows.append(row)
                 print(row, file=sys.stderr, flush=True)
     return rows

@@ -26,11 +26,11 @@ from launch.config.compose import compose_config
 from launch.plan.command import read_plan_request
 from strategies.base import Precision
 from trainer.planner.cost_model import CostModel
-from trainer.planner.hardware import fit_in_memory
+from trainer.planner.hardware import device_memory_fit
 from trainer.planner.lengths import DocumentLengths
-from trainer.planner.peer_memory import LOSS_BYTES_PER_LOGIT, PeerSetting, ShardCounts, peer_memory
+from trainer.planner.peer_memory import LOSS_BYTES_PER_LOGIT, PeerSetting, ShardCounts, estimate_peer_memory
 from trainer.planner.plan import PlannedRun, RunVariant
-from trainer.planner.speed import MicroBatchLoad, step_time
+from trainer.planner.speed import MicroBatchLoad, estimate_step_time
 from trainer.planner.sweep import simulate_variants
 
 GIB = 2**30
@@ -182,10 +182,10 @@ def answers(row: dict[str, str], form: CostModel, job: PlannedRun) -> dict[str, 
     tokens = micro * int(row["seq"])
     units = micro if form.units_are_rows else tokens
     taken, shards = form.memory_peak_at(units), int(row["gpus"])
-    other = peer_memory(
+    other = estimate_peer_memory(
         form, units, tokens * form.num_vocabulary_rows, theirs_of(row), ShardCounts(shards, shards, shards)
     )
-    step = step_time(
+    step = estimate_step_time(
         form,
         MicroBatchLoad(units, micro * int(row["seq"]) ** 2, 1),
         job.card,
@@ -217,7 +217,7 @@ def judged(row: dict[str, str], answer: dict[str, Any], job: PlannedRun) -> dict
     }
     made |= {"holds_logits": holds_logits(row), "card_gib": job.card.memory_gib}
     for key in ("predicted_gib", "as_theirs_gib"):
-        needed = fit_in_memory(round(answer[key] * GIB), 0, job.card.memory_gib).needed_bytes / GIB
+        needed = device_memory_fit(round(answer[key] * GIB), 0, job.card.memory_gib).needed_bytes / GIB
         made |= {key: round(needed, 2), key.replace("_gib", "_fits"): needed <= job.card.memory_gib}
     return made
 

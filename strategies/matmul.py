@@ -2,7 +2,7 @@
 
 torch's published builds use MKL, which leaves AVX-512 unused on AMD processors. oneDNN uses it, and every build has oneDNN for
 other types. torch takes oneDNN for float32 products if they may be rounded to bfloat16 on the way. A processor without AMX
-computes them in float32 all the same, and `choose_library` checks that before it takes oneDNN.
+computes them in float32 all the same, and `choose_matmul_library` checks that before it takes oneDNN.
 
 The two libraries round differently, so one run must keep one library. `auto` therefore looks the processor up in a table. It
 never measures, because other work on the host would influence the choice.
@@ -92,7 +92,7 @@ MEASURED_RATIOS = (
 """Measured on quiet machines only. A processor that is not listed keeps BLAS."""
 
 
-def choose_library(requested: Matmul) -> MatmulChoice:
+def choose_matmul_library(requested: Matmul) -> MatmulChoice:
     """Choose the library of this process and switch to it. Call it on CPUs only, before the first product is computed.
 
     Sets the limit of oneDNN's compiled kernels in the environment, unless the user has set it.
@@ -107,19 +107,19 @@ def choose_library(requested: Matmul) -> MatmulChoice:
     return choice
 
 
-def agree_on_library(choices: list[MatmulChoice], rank: int) -> MatmulChoice:
+def agree_on_matmul_library(choices: list[MatmulChoice], rank: int) -> MatmulChoice:
     """This rank's final choice. Switches to BLAS if the ranks have chosen different libraries, which round differently.
 
     `choices`: those of all ranks, in rank order. `rank`: this rank.
     """
     if len({choice.library for choice in choices}) == 1:
         return choices[rank]
-    choose_library(Matmul.blas)
+    choose_matmul_library(Matmul.blas)
     blas_rank = next(number for number, choice in enumerate(choices) if choice.library is Matmul.blas)
     return MatmulChoice(Matmul.blas, f"rank {blas_rank}: {choices[blas_rank].reason}")
 
 
-def use_default_library() -> None:
+def use_default_matmul_library() -> None:
     """Switch back to torch's own choice."""
     global _onednn_is_chosen
     if _onednn_is_chosen:

@@ -18,7 +18,13 @@ from strategies.atomic_io import error_summary
 from strategies.compat.process_groups import living_groups, make_fake_backend_known, set_group_timeout
 from strategies.errors import ConfigError, StorageError
 from strategies.flight_recorder import enable_recorder
-from strategies.matmul import Matmul, MatmulChoice, agree_on_library, choose_library, use_default_library
+from strategies.matmul import (
+    Matmul,
+    MatmulChoice,
+    agree_on_matmul_library,
+    choose_matmul_library,
+    use_default_matmul_library,
+)
 from strategies.network import refuse_unknown_interface
 
 MIN_RANKS_FOR_LAZY_CONNECTIONS = 64
@@ -114,11 +120,11 @@ def join_job(
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     torch_device = _device_of_rank(device, local_rank)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    torch.set_num_threads(threads or threads_from_environment() or max(1, usable_cores() // local_world_size))
+    torch.set_num_threads(threads or threads_from_environment() or max(1, num_usable_cores() // local_world_size))
     is_on_gpu = torch_device.type == "cuda"
     if is_on_gpu:
         torch.cuda.set_device(torch_device)
-    library_choice = None if is_on_gpu else choose_library(matmul)
+    library_choice = None if is_on_gpu else choose_matmul_library(matmul)
     # Other libraries import DeepSpeed if it is installed. It would guess the device, and print its guess.
     os.environ.setdefault("DS_ACCELERATOR", torch_device.type)
     if world_size >= MIN_RANKS_FOR_LAZY_CONNECTIONS:
@@ -141,7 +147,7 @@ def join_job(
     )
     if library_choice is None:
         return runtime
-    return replace(runtime, matmul=agree_on_library(gather_objects(library_choice, runtime), rank))
+    return replace(runtime, matmul=agree_on_matmul_library(gather_objects(library_choice, runtime), rank))
 
 
 def _device_of_rank(requested: str, local_rank: int) -> torch.device:
@@ -150,7 +156,7 @@ def _device_of_rank(requested: str, local_rank: int) -> torch.device:
     Raises ConfigError if `cuda` is requested and no GPU can be used.
     """
     if requested == "cuda":
-        why_missing = missing_cuda()
+        why_missing = why_cuda_is_missing()
         if why_missing is not None:
             raise ConfigError(f"run.device=cuda: {why_missing}; set run.device=cpu, or run where there is a GPU")
     if requested == "cuda" or (requested == "auto" and torch.cuda.is_available()):
@@ -186,7 +192,7 @@ def with_matmul(library: Matmul, runtime: Runtime) -> Runtime:
 
     All ranks must call, with the same library.
     """
-    choice = agree_on_library(gather_objects(choose_library(library), runtime), runtime.rank)
+    choice = agree_on_matmul_library(gather_objects(choose_matmul_library(library), runtime), runtime.rank)
     return replace(runtime, matmul=choice)
 
 
@@ -202,7 +208,7 @@ def _form_process_group_of_one(backend: str, timeout: timedelta) -> None:
         dist.init_process_group(FAKE_BACKEND, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def missing_cuda() -> str | None:
+def why_cuda_is_missing() -> str | None:
     """Why no CUDA device can be used here; None if one can."""
     if torch.cuda.is_available():
         return None
@@ -240,7 +246,7 @@ _OWN_CGROUP_FILE = Path("/proc/self/cgroup")
 _HOST_COUNTERS_FILE = Path("/proc/vmstat")
 
 
-def usable_cores() -> int:
+def num_usable_cores() -> int:
     """Cores that this process may use: its affinity, or the CPU quota of its cgroups if that is less; at least 1."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -350,7 +356,7 @@ def leave_job(*, failed: bool = False) -> None:
     After a failure in a job of several ranks the groups are not destroyed. Peers may sit in a collective, and NCCL waits for it
     before it destroys a group; but the process is to leave at once.
     """
-    use_default_library()
+    use_default_matmul_library()
     if dist.is_initialized() and not (failed and dist.get_world_size() > 1):
         dist.destroy_process_group()
 

@@ -155,7 +155,7 @@ def one_thread():
 
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "usable_cores", lambda: 1)
+        patch.setattr(runtime, "num_usable_cores", lambda: 1)
         yield
 
 

@@ -38,7 +38,7 @@ from trainer.monitors.stragglers import Stragglers
 from trainer.objectives.reference import RecordingSettings, record_reference_logps
 from trainer.objectives.registry import objective_family
 from trainer.objectives.rollouts import RoundsConfig
-from trainer.planner.fit_check import must_fit
+from trainer.planner.fit_check import check_run_fits
 from trainer.planner.micro_batch import resolve_micro_batch
 from trainer.planner.oom_probe import ProbeInputs
 from trainer.planner.oom_report import reporting_out_of_memory
@@ -120,7 +120,7 @@ def _run(
     config = choose_strategy_and_micro_batch(config, inputs, context, write_config)
     # Refused here, before there are weights, rather than by the allocator an hour later.
     attempt.phase = "simulating whether the run fits"
-    checked |= must_fit(config, data, precision, runtime, console.print_line) | staged.record()
+    checked |= check_run_fits(config, data, precision, runtime, console.print_line) | staged.record()
 
     attempt.phase = "building the model"
     local_config = staged.with_local_model(config)

@@ -71,7 +71,7 @@ def main() -> None:
     torch.set_num_threads(1)
     from strategies import matmul
 
-    print(f"float32 products: {matmul.choose_library(matmul.Matmul(args.matmul))}\n")
+    print(f"float32 products: {matmul.choose_matmul_library(matmul.Matmul(args.matmul))}\n")
     print("| layers | type | base | peft | fused | shared | peft / fused | fused / shared |")
     print("| --- " * 8 + "|")
     for (name, (width, out, number)), dtype in [

@@ -9,7 +9,7 @@ from typing import Any
 
 from strategies.base import Precision, StrategyName
 from strategies.hardware import Gpu, best_precision, count_nvidia_gpus
-from strategies.runtime import missing_cuda
+from strategies.runtime import why_cuda_is_missing
 from trainer.config.run import Device, LauncherName, RunConfig
 
 
@@ -60,7 +60,7 @@ def _note_on_idle_gpus() -> str:
     num_gpus = count_nvidia_gpus()
     if not num_gpus:
         return ""
-    return f", beside {num_gpus} GPUs that their driver lists here: {missing_cuda()}"
+    return f", beside {num_gpus} GPUs that their driver lists here: {why_cuda_is_missing()}"
 
 
 def device_problems(config: RunConfig) -> Iterator[str]:
@@ -69,7 +69,7 @@ def device_problems(config: RunConfig) -> Iterator[str]:
         return
     import torch
 
-    reason = missing_cuda()
+    reason = why_cuda_is_missing()
     if reason:
         yield f"run.device=cuda: {reason}; set run.device=cpu, or run where there is a GPU"
         return

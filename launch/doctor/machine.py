@@ -139,7 +139,7 @@ def _add_hardware(machine: Machine) -> None:
         import torch
 
         from strategies.hardware import best_precision
-        from strategies.runtime import cgroup_memory_limit, usable_cores
+        from strategies.runtime import cgroup_memory_limit, num_usable_cores
     except Exception as error:  # noqa: BLE001 - a broken build raises whatever its libraries do
         machine.problems.append(f"torch cannot be imported: {' '.join(str(error).split())[:200]}")
         return
@@ -148,7 +148,7 @@ def _add_hardware(machine: Machine) -> None:
     # Memory: of the host, or less if a container limits it.
     memory = psutil.virtual_memory()
     limit = cgroup_memory_limit()
-    machine.facts["cores"] = usable_cores()
+    machine.facts["cores"] = num_usable_cores()
     machine.facts["memory_gib"] = min(memory.total, limit or memory.total) / GIB
     machine.facts["memory_free_gib"] = min(memory.available, limit or memory.available) / GIB
     machine.facts["torch_cuda"] = torch.version.cuda or torch.version.hip

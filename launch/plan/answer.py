@@ -11,7 +11,7 @@ from launch.plan.expert_notes import expert_parallel_notes
 from launch.plan.planned_command import planned_command_lines
 from launch.plan.round_lines import round_as_json, round_lines
 from trainer.model.config import Quantisation
-from trainer.planner.hardware import GIB, fit_in_memory
+from trainer.planner.hardware import GIB, device_memory_fit
 from trainer.planner.plan import PlannedChoice, PlannedRun, RunVariant
 from trainer.planner.predicted_vs_measured import checkpoint_bytes
 from trainer.planner.sweep import PlanAnswer
@@ -172,7 +172,7 @@ def peer_memory_gib(choice: PlannedChoice, job: PlannedRun) -> float:
     """
     assert choice.peer_memory is not None
     tensor_bytes = round(job.card.tensors * choice.peer_memory.total)  # `tensors`: measured over simulated, usually 1
-    peer_fit = fit_in_memory(tensor_bytes, 0, job.card.memory_gib, job.card.allocator)
+    peer_fit = device_memory_fit(tensor_bytes, 0, job.card.memory_gib, job.card.allocator)
     return (peer_fit.needed_bytes + choice.memory_fit.nccl_bytes) / GIB
 
 

@@ -221,7 +221,7 @@ def _planned_choice_of_run(
     from strategies.base import ActivationCheckpointing, Precision
     from trainer.config.parallel import dp_size_of
     from trainer.config.run import Device
-    from trainer.planner.plan import RunVariant, rank_choices, with_imbalance
+    from trainer.planner.plan import RunVariant, order_choices, with_imbalance
     from trainer.planner.sweep import simulate_variants
 
     if config.strategy.activation_checkpointing is ActivationCheckpointing.auto:
@@ -247,4 +247,4 @@ def _planned_choice_of_run(
     (cost_model,) = simulate_variants([variant], job, [accumulation], settings, lambda *_: None)
     if isinstance(cost_model, str):
         return cost_model
-    return rank_choices(variant, cost_model, job, [micro])[0]
+    return order_choices(variant, cost_model, job, [micro])[0]

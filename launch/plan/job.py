@@ -15,7 +15,7 @@ from trainer.objectives.registry import data_spec_of, max_generated_tokens
 from trainer.planner.hardware import Card
 from trainer.planner.lengths import DocumentLengths, sampled_lengths
 from trainer.planner.plan import PlannedRun
-from trainer.planner.round_time import round_load
+from trainer.planner.round_time import round_load_of_run
 
 
 def planned_run_of(config: RunConfig, card: Card) -> PlannedRun:
@@ -52,7 +52,7 @@ def planned_run_of(config: RunConfig, card: Card) -> PlannedRun:
         global_batch=config.batch["global"],
         node_memory_gib=_node_memory_gib(config, card),
         document_lengths=lengths,
-        round_load=round_load(config, load_model_config(config.model), mean_prompt_tokens, longest_prompt),
+        round_load=round_load_of_run(config, load_model_config(config.model), mean_prompt_tokens, longest_prompt),
     )
 
 

@@ -13,7 +13,7 @@ from strategies.base import Precision
 from trainer.config.run import RunConfig
 from trainer.model.architecture import text_model_config, width_and_num_blocks
 from trainer.planner.hardware import GIB, Card
-from trainer.planner.round_time import RoundLoad, RoundTime, WritingModel, round_load, round_time
+from trainer.planner.round_time import RoundLoad, RoundTime, WritingModel, estimate_round_time, round_load_of_run
 from trainer.session.run_facts import model_flops_per_token
 from trainer.step import BuiltModel
 
@@ -76,7 +76,7 @@ def round_lines_of_dry_run(
     with its answer. `gpu_kinds`: the cluster's names for the GPUs of the job, such as "h100"; without any, the GPU of this
     machine counts. `num_trained`: how many of the `num_parameters` parameters are trained.
     """
-    load = round_load(config, built.config, float(prompt_lengths.mean()), int(prompt_lengths.max(initial=0)))
+    load = round_load_of_run(config, built.config, float(prompt_lengths.mean()), int(prompt_lengths.max(initial=0)))
     if load is None:
         return []
     card = _slowest_card(config, gpu_kinds)
@@ -92,7 +92,7 @@ def round_lines_of_dry_run(
     itemsize = 4 if config.precision is Precision.fp32 else 2
     vocabulary = int(getattr(text_model_config(built.config), "vocab_size", 0))
     _, blocks = width_and_num_blocks(built.plain)
-    planned = round_time(
+    planned = estimate_round_time(
         load,
         WritingModel(num_parameters, blocks, vocabulary, itemsize),
         config,

@@ -87,7 +87,7 @@ def test_advice_of_the_settings_group_goes_before_that_of_the_class():
     assert line.endswith("1 is greedy; 4 is usual for summaries and translation")
 
 
-def choice_of(key):
+def plan_choice(key):
     """The words that a key needs to mean something: the choice of its group."""
     setting = overrides.all_settings()[key]
     return f"{key.split('.')[0]}={setting.available_under[-1]}" if setting.available_under else ""
@@ -95,7 +95,7 @@ def choice_of(key):
 
 RANGED_BY_CHOICE = defaultdict(list)
 for ranged in sorted(set(RANGED) - {"objective.rewards.*.weight"}):  # which may be negative: a penalty
-    RANGED_BY_CHOICE[choice_of(ranged)].append(ranged)
+    RANGED_BY_CHOICE[plan_choice(ranged)].append(ranged)
 
 
 @pytest.mark.parametrize("choice", RANGED_BY_CHOICE)

@@ -10,7 +10,7 @@ from launch.runs.freeze import write_run_config
 from strategies.errors import ConfigError, OutOfMemory
 from tests.faults.runs import read
 from tests.helpers.nursery import FAULT
-from trainer.planner.hardware import card_named
+from trainer.planner.hardware import find_card
 from trainer.reporting.status import record_failure
 
 WORDS = ["launcher.processes=2", "batch.global=8", "batch.micro=4", "budget.steps=2"]
@@ -81,5 +81,5 @@ def test_strategy_auto_refuses_what_no_strategy_can_run(runs, words, said):
 
 
 def test_strategy_auto_in_a_plan_looks_at_all_strategies(runs):
-    typed = planned([f"model.path={runs.model}", "strategy=auto"], card_named("NVIDIA A10G"))[1]
+    typed = planned([f"model.path={runs.model}", "strategy=auto"], find_card("NVIDIA A10G"))[1]
     assert "strategy" not in typed

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from strategies.runtime import cgroup_memory_limit, usable_cores
+from strategies.runtime import cgroup_memory_limit, num_usable_cores
 
 TOGETHER = ("tests/slurm", "tests/parity")
 """Rooms that start one thing for all their files: a cluster, and ranks that stay up."""
@@ -53,7 +53,7 @@ def memory() -> int:
 
 def num_workers() -> int:
     """One a core as far as memory goes; 0, which is pytest alone, where that is one."""
-    found = min(usable_cores(), memory() // BYTES_EACH, MOST)
+    found = min(num_usable_cores(), memory() // BYTES_EACH, MOST)
     return found if found > 1 else 0
 
 

@@ -32,7 +32,7 @@ def test_rooms_that_share_a_session_are_handed_out_first_and_exist():
     ("cores", "gib", "expected"), [(1, 64, 0), (2, 64, 2), (4, 9, 2), (4, 7, 0), (64, 500, parallel.MOST)]
 )
 def test_workers_are_as_many_as_cores_and_memory_allow(monkeypatch, cores, gib, expected):
-    monkeypatch.setattr(parallel, "usable_cores", lambda: cores)
+    monkeypatch.setattr(parallel, "num_usable_cores", lambda: cores)
     monkeypatch.setattr(parallel, "memory", lambda: gib << 30)
     assert parallel.num_workers() == expected
 

@@ -31,10 +31,10 @@ def libraries(monkeypatch):
     choices = []
 
     def choose(asked):
-        choices.append(matmul.choose_library(asked))
+        choices.append(matmul.choose_matmul_library(asked))
         return choices[-1]
 
-    monkeypatch.setattr(processes, "choose_library", choose)
+    monkeypatch.setattr(processes, "choose_matmul_library", choose)
     return choices
 
 

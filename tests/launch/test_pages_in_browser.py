@@ -17,7 +17,7 @@ from tests.evaluation.test_page import TASKS, evaluation
 from tests.helpers.browser import axe_problems, keyboard_problems, unaligned_cells
 from trainer.config.review import ReviewConfig
 from trainer.evaluation.report.page import render_page
-from trainer.planner.hardware import GIB, Card, fit_in_memory
+from trainer.planner.hardware import GIB, Card, device_memory_fit
 
 OPEN_ALL = "document.querySelectorAll('details').forEach(each => { each.open = true; })"
 
@@ -121,7 +121,7 @@ def planned():
         )
         kinds = {MemoryKind.parameters: round(4 * GIB), MemoryKind.activations: round(activations * GIB)}
         peak = SimpleNamespace(total=sum(kinds.values()), kinds=kinds)
-        fit = fit_in_memory(peak.total, 1, 22.0)
+        fit = device_memory_fit(peak.total, 1, 22.0)
         step = SimpleNamespace(total_s=2.0, products_s=1.5, moves_s=0.3, exposed_s=0.1, update_s=0.1)
         choice = SimpleNamespace(
             variant=SimpleNamespace(config=config, name=name, offload=False, overrides=()), overrides=(f"strategy={name}",),

@@ -317,5 +317,5 @@ def library(job: Job) -> list[list[str]]:
     ):
         runtime = processes.join_job("cpu", timeout_s=600, threads=1)
     found = processes.gather_objects([str(runtime.matmul), torch.get_float32_matmul_precision()], runtime)
-    matmul.choose_library(matmul.Matmul.blas)
+    matmul.choose_matmul_library(matmul.Matmul.blas)
     return found

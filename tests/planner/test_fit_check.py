@@ -16,7 +16,7 @@ from tests.helpers.tokenizers import write_chat_data
 from trainer.config.parallel import ParallelConfig
 from trainer.objectives.kto import KtoConfig
 from trainer.planner import fit_check
-from trainer.planner.fit_check import SimulatedPeak, must_fit
+from trainer.planner.fit_check import SimulatedPeak, check_run_fits
 from trainer.planner.simulation import simulate_depth
 
 GIB = 2**30
@@ -48,7 +48,7 @@ def test_fit_check_decides_by_the_simulation(made, monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "1")
     card(monkeypatch, needed + 1e-6)
-    told = must_fit(config, data, Precision.bf16, rank(), print)["must_fit"]
+    told = check_run_fits(config, data, Precision.bf16, rank(), print)["must_fit"]
     assert told.live_gib == found.peak_bytes / GIB and told.when == str(found.peak_phase)
     assert told.needed_gib == pytest.approx(needed, abs=1e-8)
     monkeypatch.setattr(
@@ -58,7 +58,7 @@ def test_fit_check_decides_by_the_simulation(made, monkeypatch):
     with pytest.raises(
         DoesNotFit, match=f"needs {needed:.2f} GiB on a GPU of {needed:.2f} GiB.*batch.micro below 4"
     ) as no:
-        must_fit(config, data, Precision.bf16, rank(), print)
+        check_run_fits(config, data, Precision.bf16, rank(), print)
     assert no.value.exit_code == 69 and str(found.peak_phase) in str(no.value)
     assert "model.quantisation=nf4" in str(no.value) and "tuning=lora" not in str(no.value)
 
@@ -74,10 +74,12 @@ def test_a_step_of_kto_is_simulated_with_the_pass_over_mismatched_answers(made):
 def test_fit_check_counts_the_memory_of_process_groups(made, monkeypatch):
     monkeypatch.setattr(fit_check, "simulate_in_process", lambda *_: SimulatedPeak(2 * GIB, "forward", 2))
     card(monkeypatch, 2.1 + 0.75 + 0.81)
-    assert must_fit(*made, Precision.bf16, rank(), print)["must_fit"].needed_gib == pytest.approx(2.1 + 0.75 + 0.8)
+    assert check_run_fits(*made, Precision.bf16, rank(), print)["must_fit"].needed_gib == pytest.approx(
+        2.1 + 0.75 + 0.8
+    )
     card(monkeypatch, 2.1 + 0.75 + 0.79)
     with pytest.raises(DoesNotFit):
-        must_fit(*made, Precision.bf16, rank(), print)
+        check_run_fits(*made, Precision.bf16, rank(), print)
 
 
 def test_fit_check_simulates_expert_parallelism(tmp_path, monkeypatch):
@@ -93,7 +95,7 @@ def test_fit_check_simulates_expert_parallelism(tmp_path, monkeypatch):
     monkeypatch.setattr(fit_check, "broadcast_object", lambda value, runtime: value)
     monkeypatch.setattr(fit_check, "simulate_in_process", lambda *given: fit_check._simulate_peak(*given[:3]))
     card(monkeypatch, 80.0)
-    told = must_fit(config, data, Precision.bf16, two_ranks, print)["must_fit"]
+    told = check_run_fits(config, data, Precision.bf16, two_ranks, print)["must_fit"]
     lengths = sorted(data.train.lengths.tolist())[-4:][::-1]
     live = {}
     for experts, imbalance in ((2, 2.0), (2, 1.0), (1, 1.0)):
@@ -104,7 +106,7 @@ def test_fit_check_simulates_expert_parallelism(tmp_path, monkeypatch):
     assert len(set(live.values())) == 3
     card(monkeypatch, told.needed_gib - 1e-6)
     with pytest.raises(DoesNotFit, match=r"run.must_fit=true: the run needs"):
-        must_fit(config, data, Precision.bf16, two_ranks, print)
+        check_run_fits(config, data, Precision.bf16, two_ranks, print)
 
 
 def test_fit_check_that_cannot_be_simulated_is_refused_with_the_reason(made, monkeypatch):
@@ -114,11 +116,11 @@ def test_fit_check_that_cannot_be_simulated_is_refused_with_the_reason(made, mon
     with pytest.raises(
         DoesNotFit, match="it is not known whether the run fits, since its step cannot be simulated yet"
     ):
-        must_fit(config, data, Precision.bf16, rank(), print)
+        check_run_fits(config, data, Precision.bf16, rank(), print)
     with pytest.raises(ConfigError, match=r"run.must_fit=true: asks for the memory of GPUs"):
-        must_fit(config, data, Precision.bf16, rank("cpu"), print)
+        check_run_fits(config, data, Precision.bf16, rank("cpu"), print)
     not_asked = replace(config, run=replace(config.run, must_fit=False))
-    assert must_fit(not_asked, data, Precision.bf16, rank("cpu"), print) == {}
+    assert check_run_fits(not_asked, data, Precision.bf16, rank("cpu"), print) == {}
 
 
 def test_fit_check_simulates_open_choices_at_their_smallest(made):

@@ -9,10 +9,10 @@ from tests.helpers.building import model_dir, run_config
 from trainer.model.loading import load_model_config
 from trainer.objectives.grpo_config import GrpoConfig, KlConfig
 from trainer.objectives.rollouts import RolloutConfig
-from trainer.planner.hardware import card_named
-from trainer.planner.round_time import BLOCK_LAUNCH_S, WritingModel, round_load, round_time
+from trainer.planner.hardware import find_card
+from trainer.planner.round_time import BLOCK_LAUNCH_S, WritingModel, estimate_round_time, round_load_of_run
 
-CARD = card_named("NVIDIA H100 80GB HBM3")
+CARD = find_card("NVIDIA H100 80GB HBM3")
 LARGE = WritingModel(num_parameters=8_000_000_000, num_blocks=32, num_vocabulary_rows=128_256, weight_itemsize=2)
 SMALL = WritingModel(num_parameters=100_000_000, num_blocks=30, num_vocabulary_rows=32_000, weight_itemsize=2)
 
@@ -28,19 +28,19 @@ def config(tmp_path_factory):
 
 
 def planned(config, model=LARGE, card=CARD, *, ranks=8, step_s=4.0, other_bytes=0.0, key_bytes=131_072.0):
-    load = round_load(config, load_model_config(config.model), 100.0, 200)
+    load = round_load_of_run(config, load_model_config(config.model), 100.0, 200)
     load = replace(load, kv_cache_bytes_per_token=key_bytes)
-    return round_time(load, model, config, card, ranks=ranks, nodes=1, step_s=step_s, other_bytes=other_bytes)
+    return estimate_round_time(load, model, config, card, ranks=ranks, nodes=1, step_s=step_s, other_bytes=other_bytes)
 
 
 def test_the_load_of_a_round_is_that_of_its_settings(config):
     objective = replace(
         config.objective, kl=KlConfig(weight=0.1), rollout=replace(config.objective.rollout, steps=2, iterations=3)
     )
-    load = round_load(replace(config, objective=objective), load_model_config(config.model), 100.0, 200)
+    load = round_load_of_run(replace(config, objective=objective), load_model_config(config.model), 100.0, 200)
     assert (load.num_prompts, load.group_size, load.num_answers, load.max_new_tokens) == (128, 8, 1024, 256)
     assert (load.num_steps, load.extra_forward_passes) == (6, 2)
-    assert round_load(config, load_model_config(config.model), 100.0, 200).extra_forward_passes == 0
+    assert round_load_of_run(config, load_model_config(config.model), 100.0, 200).extra_forward_passes == 0
 
 
 def test_a_large_model_writes_as_fast_as_memory_reads_its_weights(config):

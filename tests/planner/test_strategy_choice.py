@@ -14,10 +14,10 @@ from trainer.model.loading import load_tokenizer
 from trainer.optim.config import MuonConfig
 from trainer.planner import oom_probe
 from trainer.planner import strategy_choice as strategy_module
-from trainer.planner.hardware import card_named
-from trainer.planner.micro_batch import needed_gib
+from trainer.planner.hardware import find_card
+from trainer.planner.micro_batch import needed_device_gib
 from trainer.planner.oom_probe import ProbeInputs
-from trainer.planner.strategy_choice import Planner, RankDevices, StrategyProposal, proposals, resolve_strategy
+from trainer.planner.strategy_choice import Planner, RankDevices, StrategyProposal, propose_strategies, resolve_strategy
 from trainer.reporting.resolution import ResolvedSetting
 
 
@@ -61,7 +61,7 @@ def test_strategy_auto_on_an_unknown_device_shards_least_of_what_fits(shared, at
     config, data = shared
 
     def proposed(gib):
-        return proposals(config, data, Precision.fp32, RankDevices(3, 3, "cpu", gib, None), 1.0)
+        return propose_strategies(config, data, Precision.fp32, RankDevices(3, 3, "cpu", gib, None), 1.0)
 
     first = next(proposed(16.0))
     assert len(at_once) == 1, "the others are simulated where they are asked for"
@@ -69,7 +69,7 @@ def test_strategy_auto_on_an_unknown_device_shards_least_of_what_fits(shared, at
     assert names(proposed(16.0)) == ["ddp", "fsdp2"]  # muon needs whole parameters, which ZeRO cuts
     planner = Planner(config, data, Precision.fp32, RankDevices(3, 3, "cpu", 16.0, None), 1.0)
     needed = {
-        str(each.name): needed_gib(
+        str(each.name): needed_device_gib(
             planner.simulate_cost_model(each, each.activation_checkpointing), 4, planner.lengths, 16.0
         )
         for each in strategy_module.runnable_strategies(config, 3)[0]
@@ -82,11 +82,11 @@ def test_strategy_auto_on_an_unknown_device_shards_least_of_what_fits(shared, at
 
 def test_strategy_auto_on_a_known_card_takes_the_fastest_that_fits(shared, at_once):
     config, data = shared
-    card = card_named("NVIDIA A10G")
-    assert card.memory_gib > 20 and card_named("NVIDIA A") is None
+    card = find_card("NVIDIA A10G")
+    assert card.memory_gib > 20 and find_card("NVIDIA A") is None
 
     def proposed(gib):
-        return list(proposals(config, data, Precision.fp32, RankDevices(3, 3, "cpu", gib, card), 1.0))
+        return list(propose_strategies(config, data, Precision.fp32, RankDevices(3, 3, "cpu", gib, card), 1.0))
 
     found = proposed(20.0)
     speeds = [float(re.search(r"([\d,]+) tokens/s", each.reason)[1].replace(",", "")) for each in found]
@@ -101,9 +101,9 @@ def two(made, runtime, monkeypatch):
     """Chooses as on two ranks, whose steps this one takes alone; tells what was tried."""
     config, data = made
     taken, real = [], oom_probe.take_probe_steps
-    monkeypatch.setattr(strategy_module, "devices_of", lambda _: RankDevices(2, 2, "cpu", 16.0, None))
+    monkeypatch.setattr(strategy_module, "gather_rank_devices", lambda _: RankDevices(2, 2, "cpu", 16.0, None))
     order = [StrategyProposal(DdpConfig(), "planned"), StrategyProposal(SingleConfig(), "planned too")]
-    monkeypatch.setattr(strategy_module, "proposals", lambda *_: iter(order))
+    monkeypatch.setattr(strategy_module, "propose_strategies", lambda *_: iter(order))
 
     def choose(holds, config=config):
         said, frozen = [], []

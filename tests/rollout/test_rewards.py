@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from strategies.errors import DataError, Interrupted
-from strategies.runtime import Runtime, usable_cores
+from strategies.runtime import Runtime, num_usable_cores
 from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.tasks.base import TaskCase
 from trainer.evaluation.tasks.registry import TASK_KINDS
@@ -185,7 +185,7 @@ def test_several_workers_share_the_calls_of_a_rank(reward_file, tmp_path):
     assert [of_group.total.tolist() for of_group in scores] == [[2.25, 0.25]] * 5
     assert len([*(tmp_path / "logs").glob("rewards-rank-0-*.log")]) == 2
     runtime = Runtime(0, 8, 0, 8, torch.device("cpu"), None)
-    assert default_workers(runtime) == max(1, min(4, usable_cores() // 8))
+    assert default_workers(runtime) == max(1, min(4, num_usable_cores() // 8))
 
 
 def test_answers_are_messages_where_prompts_are(reward_file, tmp_path):

@@ -12,9 +12,15 @@ from trainer.model.config import ModelConfig
 from trainer.model.loading import load_model_config
 from trainer.planner.cost_model import ALL_TO_ALL
 from trainer.planner.deferred_reduction import deferred_gradient_bytes
-from trainer.planner.hardware import card_named, group_count
+from trainer.planner.hardware import find_card, num_rank_groups
 from trainer.planner.simulation import simulate_cost_model_of_run, simulate_run
-from trainer.planner.speed import COLLECTIVE_LATENCY_S, LINK_EFFICIENCY, MicroBatchLoad, step_time, token_all_to_all_s
+from trainer.planner.speed import (
+    COLLECTIVE_LATENCY_S,
+    LINK_EFFICIENCY,
+    MicroBatchLoad,
+    estimate_step_time,
+    token_all_to_all_s,
+)
 
 RANKS = 8
 
@@ -93,16 +99,16 @@ def test_a_plan_counts_whole_experts_and_holds_what_the_step_holds(place):
         rest + 4 * costs[1].num_trained_expert_parameters * (1 / 4 - 1 / 8)
     )
     # The exchange is time that no arithmetic hides, and its group one of its own.
-    card = card_named("NVIDIA H100 80GB HBM3")
+    card = find_card("NVIDIA H100 80GB HBM3")
     (exchange,) = costs[1].token_all_to_alls
     waited = token_all_to_all_s(costs[1], length, card)
     of_links = costs[1].all_to_all_bytes(exchange, length) * 3 / 4 / (card.link_gb_s * 1e9 * LINK_EFFICIENCY)
     assert waited == pytest.approx(of_links + exchange.num_calls * COLLECTIVE_LATENCY_S)
     alone = replace(costs[1], token_all_to_alls=())
     load = MicroBatchLoad(length, length**2, 3)
-    times = [step_time(each, load, card, "bf16", ranks_per_node=RANKS) for each in (costs[1], alone)]
+    times = [estimate_step_time(each, load, card, "bf16", ranks_per_node=RANKS) for each in (costs[1], alone)]
     assert times[0].exposed_s - times[1].exposed_s == pytest.approx(3 * waited)
-    assert group_count(costs[1]) == group_count(alone) + 1
+    assert num_rank_groups(costs[1]) == num_rank_groups(alone) + 1
 
 
 @pytest.mark.parametrize(("case", "world"), DEALT, ids=str)

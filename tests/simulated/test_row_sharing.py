@@ -11,9 +11,15 @@ from tests.helpers.building import model_dir, run_config
 from tests.simulated.cases import Case
 from trainer.config.parallel import ParallelConfig
 from trainer.planner.cost_model import ALL_TO_ALL
-from trainer.planner.hardware import card_named, group_count
+from trainer.planner.hardware import find_card, num_rank_groups
 from trainer.planner.simulation import simulate_cost_model_of_run, simulate_depth, simulate_run
-from trainer.planner.speed import COLLECTIVE_LATENCY_S, LINK_EFFICIENCY, MicroBatchLoad, step_time, token_all_to_all_s
+from trainer.planner.speed import (
+    COLLECTIVE_LATENCY_S,
+    LINK_EFFICIENCY,
+    MicroBatchLoad,
+    estimate_step_time,
+    token_all_to_all_s,
+)
 
 RANKS = 8
 TOKENS = 32768
@@ -123,7 +129,7 @@ def test_a_plan_goes_by_the_rank_with_most_heads(tmp_path):
 
 def test_the_exchange_of_rows_is_waited_for(model):
     """A plan counts it as time that no arithmetic hides, and its group as one of its own."""
-    card = card_named("NVIDIA H100 80GB HBM3")
+    card = find_card("NVIDIA H100 80GB HBM3")
     cost = simulate_cost_model_of_run(config_of(model, RANKS), TOKENS // 2, accumulation=1, world_size=RANKS)
     (exchange,) = cost.token_all_to_alls
     alone = replace(cost, token_all_to_alls=())
@@ -132,9 +138,9 @@ def test_the_exchange_of_rows_is_waited_for(model):
     size = cost.all_to_all_bytes(exchange, TOKENS)
     of_links = size * 7 / 8 / (card.link_gb_s * 1e9 * LINK_EFFICIENCY)
     assert waited == pytest.approx(of_links + exchange.num_calls * COLLECTIVE_LATENCY_S)
-    times = [step_time(each, load, card, "bf16", ranks_per_node=RANKS) for each in (cost, alone)]
+    times = [estimate_step_time(each, load, card, "bf16", ranks_per_node=RANKS) for each in (cost, alone)]
     assert times[0].exposed_s - times[1].exposed_s == pytest.approx(3 * waited)
-    assert group_count(cost) == group_count(alone) + 1
+    assert num_rank_groups(cost) == num_rank_groups(alone) + 1
     # Over two hosts all eight cards of a host send through its links at a time.
     apart = replace(cost, token_all_to_alls=(replace(exchange, num_hosts=2),))
     assert token_all_to_all_s(apart, TOKENS, card) > waited

@@ -14,7 +14,7 @@ from strategies import build, runtime
 from strategies.base import Precision
 from strategies.errors import ConfigError
 from strategies.hardware import Gpu, best_precision, cpu_has_bf16, gpu_of_device, slow_precision_warning
-from strategies.runtime import Runtime, missing_cuda
+from strategies.runtime import Runtime, why_cuda_is_missing
 from trainer.config.run import Device
 from trainer.model import attention
 
@@ -114,7 +114,7 @@ def test_a_missing_device_is_named_before_any_work(tmp_path, monkeypatch):
         runtime.join_job("cuda", timeout_s=60)
     monkeypatch.setattr(torch.version, "cuda", "12.9")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "CUDA_VISIBLE_DEVICES=''" in missing_cuda()
+    assert "CUDA_VISIBLE_DEVICES=''" in why_cuda_is_missing()
     compose_config([*words, "launcher=slurm"])  # to be run on other hosts
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

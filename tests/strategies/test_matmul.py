@@ -18,9 +18,9 @@ from trainer.session import run_facts as report
 @pytest.fixture(autouse=True)
 def as_before():
     """Whatever ran before in this process."""
-    matmul.use_default_library()
+    matmul.use_default_matmul_library()
     yield
-    matmul.use_default_library()
+    matmul.use_default_matmul_library()
 
 
 def taken() -> str:
@@ -51,10 +51,10 @@ def on(monkeypatch, processor):
 )
 def test_matmul_auto_goes_by_the_processor(monkeypatch, processor, chosen):
     on(monkeypatch, processor)
-    choice = matmul.choose_library(Matmul.auto)
+    choice = matmul.choose_matmul_library(Matmul.auto)
     assert str(choice).startswith(chosen)
     assert taken() == choice.library
-    matmul.use_default_library()
+    matmul.use_default_matmul_library()
     assert taken() == "blas"
 
 
@@ -63,7 +63,7 @@ def test_auto_does_not_take_the_time(monkeypatch):
     on(monkeypatch, ZEN5)
     for clock in ("perf_counter", "monotonic", "process_time", "time"):
         monkeypatch.setattr(time, clock, lambda: pytest.fail("the choice asked a clock"))
-    assert {str(matmul.choose_library(Matmul.auto)) for _ in range(3)} == {
+    assert {str(matmul.choose_matmul_library(Matmul.auto)) for _ in range(3)} == {
         "onednn (oneDNN is 2.2 times as fast on AMD Zen 5)"
     }
 
@@ -89,9 +89,9 @@ def test_the_processor_is_read_from_the_kernel_and_torch(monkeypatch, tmp_path):
 def test_matmul_library_is_the_same_on_ranks_with_different_processors():
     matmul._set_float32_library(onednn=True)
     blas, onednn = MatmulChoice(Matmul.blas, "unknown here"), MatmulChoice(Matmul.onednn, "fast here")
-    assert matmul.agree_on_library([onednn, onednn], 1) == onednn
+    assert matmul.agree_on_matmul_library([onednn, onednn], 1) == onednn
     assert taken() == "onednn"
-    assert str(matmul.agree_on_library([onednn, blas], 0)) == "blas (rank 1: unknown here)"
+    assert str(matmul.agree_on_matmul_library([onednn, blas], 0)) == "blas (rank 1: unknown here)"
     assert taken() == "blas"
 
 
@@ -108,7 +108,7 @@ def test_a_processor_that_would_round_is_refused(monkeypatch, asked):
 
     monkeypatch.setattr(matmul, "_set_float32_library", switched)
     monkeypatch.setattr(torch, "eye", lambda n: eye(n) * (1.001 if rounding["on"] else 1.0))
-    assert str(matmul.choose_library(asked)) == "blas (oneDNN would round float32 products to bfloat16 here)"
+    assert str(matmul.choose_matmul_library(asked)) == "blas (oneDNN would round float32 products to bfloat16 here)"
     assert taken() == "blas"
 
 
@@ -132,7 +132,7 @@ def test_matmul_library_is_recorded_in_run_json(tmp_path, asked, settled, record
 def test_kept_kernels_are_few(monkeypatch):
     monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
-    matmul.choose_library(Matmul.blas)
+    matmul.choose_matmul_library(Matmul.blas)
     assert os.environ["LRU_CACHE_CAPACITY"] == "64"
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"  # the user's word stands
 
@@ -177,7 +177,7 @@ def test_attention_of_short_documents_stays_with_blas(monkeypatch, softcap, long
     monkeypatch.setattr(
         matmul, "_onednn_keeps_float32", lambda: True
     )  # where AMX would round, that is not this test's matter
-    matmul.choose_library(Matmul.onednn)
+    matmul.choose_matmul_library(Matmul.onednn)
     switched = run()
     expected = {"before": "onednn", 5: "blas", 7: of_seven, "after": "onednn"}
     assert {(where, way) for where, way, _ in seen} == {(w, way) for w in expected for way in ("forward", "backward")}

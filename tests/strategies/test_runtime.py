@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from strategies import runtime
-from strategies.runtime import usable_cores
+from strategies.runtime import num_usable_cores
 from tests.helpers.building import data_set, model_dir, run_config, take_steps, trainer_for
 
 
@@ -18,14 +18,14 @@ def test_cpu_quotas_are_those_of_the_cgroups_around_the_process(tmp_path, monkey
     monkeypatch.setattr(runtime, "_CGROUP_ROOT", tmp_path)
     monkeypatch.setattr(runtime, "_OWN_CGROUP_FILE", tmp_path / "membership")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-    assert usable_cores() == 64 and runtime.cgroup_memory_limit() is None
+    assert num_usable_cores() == 64 and runtime.cgroup_memory_limit() is None
     (inner / "cpu.max").write_text("max 100000\n")
     (inner.parent / "cpu.max").write_text("350000 100000\n")
     (inner / "memory.max").write_text("max\n")
     (inner.parent / "memory.max").write_text("8589934592\n")
-    assert usable_cores() == 3 and runtime.cgroup_memory_limit() == 2**33
+    assert num_usable_cores() == 3 and runtime.cgroup_memory_limit() == 2**33
     (inner / "cpu.max").write_text("50000 100000\n")
-    assert usable_cores() == 1
+    assert num_usable_cores() == 1
 
 
 def test_torchruns_single_thread_is_no_limit(monkeypatch):
@@ -33,7 +33,7 @@ def test_torchruns_single_thread_is_no_limit(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.delenv("SHARDTUNE_RUN_DIR", raising=False)
-    monkeypatch.setattr(runtime, "usable_cores", lambda: 6)
+    monkeypatch.setattr(runtime, "num_usable_cores", lambda: 6)
     before = torch.get_num_threads()
     try:
         for key, value in {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
@@ -71,7 +71,7 @@ def test_many_ranks_connect_when_they_first_talk(monkeypatch):
     try:
         for world, lazy in (("63", None), ("64", "1")):
             monkeypatch.setenv("WORLD_SIZE", world)
-            monkeypatch.setattr(runtime, "agree_on_library", lambda heard, rank: heard[0])
+            monkeypatch.setattr(runtime, "agree_on_matmul_library", lambda heard, rank: heard[0])
             runtime.join_job("cpu", timeout_s=30, threads=1)
             assert os.environ.get("TORCH_GLOO_LAZY_INIT") == lazy
     finally:

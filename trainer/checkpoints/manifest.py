@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from strategies.atomic_io import RetryingReader, WrittenFile, error_summary, file_difference, read_bytes, write_new_file
-from strategies.runtime import Runtime, broadcast_object, gather_objects, usable_cores
+from strategies.runtime import Runtime, broadcast_object, gather_objects, num_usable_cores
 from strategies.saving import PROGRESS_FILE
 from strategies.tensor_files import MalformedFile, is_count, parse_json, stays_in_directory
 from trainer.checkpoints.layout import STEP_DIR_REGEX, checkpoint_dirs_of, checkpoints_in, list_directory
@@ -155,7 +155,7 @@ def checkpoint_problem(directory: Path, *, only: str | None = None, may_be_delet
         return str(error)
     if only is not None:
         files = [file for file in files if file.name == only]
-    difference = _first_difference_from_manifest(directory, files, usable_cores(), reader)
+    difference = _first_difference_from_manifest(directory, files, num_usable_cores(), reader)
     return difference or _wrong_step_problem(directory)
 
 
@@ -175,7 +175,7 @@ def checkpoint_problem_on_all_ranks(directory: Path, runtime: Runtime) -> str | 
     problem, files = broadcast_object((problem, files), runtime)
     if problem is None:
         own_files = _files_to_verify_on_rank(files, runtime)
-        threads = usable_cores() // runtime.local_world_size
+        threads = num_usable_cores() // runtime.local_world_size
         problem = _first_difference_from_manifest(directory, own_files, threads)
     if problem is None and runtime.is_main:
         problem = _wrong_step_problem(directory)

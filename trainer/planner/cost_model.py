@@ -365,7 +365,9 @@ def fit_cost_model(
         units_are_rows=rows,
         simulated_sizes=(sizes[0], sizes[1]),
         phase_peaks_at_sizes=(small_phases, large_phases),
-        peak_candidates={phase: peak_candidates(small_phases[phase], peak) for phase, peak in large_phases.items()},
+        peak_candidates={
+            phase: find_peak_candidates(small_phases[phase], peak) for phase, peak in large_phases.items()
+        },
         resting_bytes_by_kind=extrapolate_by_key(
             shallow[1].resting_bytes_by_kind, deep[1].resting_bytes_by_kind, extrapolate
         ),
@@ -397,7 +399,7 @@ def _moved_before_update(step: SimulatedStep) -> int:
     return sum(moved for phase, moved in step.moved_bytes_by_phase.items() if phase != "update")
 
 
-def peak_candidates(small: PhasePeak, large: PhasePeak) -> list[tuple[int, int]]:
+def find_peak_candidates(small: PhasePeak, large: PhasePeak) -> list[tuple[int, int]]:
     """Live bytes after those operations of a phase that may be its peak at some size, as (at the small, at the large size).
 
     `small` and `large` are the same phase at the two simulated sizes. Which operation is highest depends on the size: what a

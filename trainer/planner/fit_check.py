@@ -21,7 +21,7 @@ from trainer.config.run import RunConfig
 from trainer.data.prepare import PreparedData
 from trainer.model.config import Quantisation
 from trainer.objectives.registry import data_spec_of
-from trainer.planner.hardware import GIB, MemoryFit, fit_in_memory, group_count
+from trainer.planner.hardware import GIB, MemoryFit, device_memory_fit, num_rank_groups
 from trainer.planner.rank_devices import RankCounts
 from trainer.reporting.run_record import MemoryCheck
 from trainer.stopping.signals import STOP_SIGNALS
@@ -76,7 +76,7 @@ def single_step_config(config: RunConfig, world_size: int, *, mode_if_auto: Acti
     return replace(config, strategy=strategy, batch={"global": global_batch, "micro": micro_batch})
 
 
-def must_fit(
+def check_run_fits(
     config: RunConfig, prepared: PreparedData, precision: Precision, runtime: Runtime, announce: Callable[[str], None]
 ) -> dict[str, Any]:
     """Check by simulation that the run fits its GPUs, if `run.must_fit` asks for it; returns `{"must_fit": ...}` for `run.json`.
@@ -103,7 +103,7 @@ def must_fit(
         raise DoesNotFit(
             f"run.must_fit=true: it is not known whether the run fits, since {peak}; leave it out to try it"
         )
-    fit = fit_in_memory(peak.live_bytes, peak.num_groups, least_gib)
+    fit = device_memory_fit(peak.live_bytes, peak.num_groups, least_gib)
     if fit.margin_bytes < 0:
         raise DoesNotFit(does_not_fit_message(fit, peak, config))
     check = MemoryCheck(
@@ -201,4 +201,4 @@ def _simulate_peak(config: RunConfig, lengths: list[int], rank_counts: RankCount
         )
     except Exception as error:  # noqa: BLE001 - an architecture may do what cannot be simulated; that is an answer
         return f"its step {why_not_simulated(error)}"
-    return SimulatedPeak(step.peak_bytes, str(step.peak_phase), group_count(step))
+    return SimulatedPeak(step.peak_bytes, str(step.peak_phase), num_rank_groups(step))

@@ -85,7 +85,7 @@ class Card:
         return peak_tflops(self.name) or 0.0
 
 
-def card_named(name: str) -> Card | None:
+def find_card(name: str) -> Card | None:
     """The card in `conf/hardware/` whose driver calls it `name`, such as `NVIDIA A100-SXM4-80GB`; None if there is none."""
     from omegaconf import OmegaConf
 
@@ -123,14 +123,16 @@ class MemoryFit:
         return self.device_bytes - self.needed_bytes
 
 
-def memory_fit(cost_model: CostModel, peak: MemoryPeak, card: Card) -> MemoryFit:
+def card_memory_fit(cost_model: CostModel, peak: MemoryPeak, card: Card) -> MemoryFit:
     """How a peak fits in the card's memory, with what the process takes beside tensors."""
-    return fit_in_memory(
-        round(card.tensors * peak.total_bytes), group_count(cost_model), card.memory_gib, card.allocator
+    return device_memory_fit(
+        round(card.tensors * peak.total_bytes), num_rank_groups(cost_model), card.memory_gib, card.allocator
     )
 
 
-def fit_in_memory(live_bytes: int, groups: int, memory_gib: float, allocator: float = ALLOCATOR_OVERHEAD) -> MemoryFit:
+def device_memory_fit(
+    live_bytes: int, groups: int, memory_gib: float, allocator: float = ALLOCATOR_OVERHEAD
+) -> MemoryFit:
     """How `live_bytes` bytes of tensors fit in a device of `memory_gib`, beside what the process itself takes.
 
     `groups`: groups of ranks that exchange something, for each of which NCCL takes buffers. `allocator`: the share of live
@@ -145,15 +147,15 @@ def fit_in_memory(live_bytes: int, groups: int, memory_gib: float, allocator: fl
     )
 
 
-def room_for_tensors(cost_model: CostModel, card: Card) -> float:
+def available_tensor_bytes(cost_model: CostModel, card: Card) -> float:
     """Bytes of simulated tensors for which the card has memory, beside the process itself, NCCL and the allocator's overhead."""
-    other_gib = PROCESS_CONTEXT_GIB + NCCL_GROUP_GIB * group_count(cost_model)
+    other_gib = PROCESS_CONTEXT_GIB + NCCL_GROUP_GIB * num_rank_groups(cost_model)
     # The allocator reserves more than tensors take, and real tensors may take more than simulated ones (`card.tensors`).
     room_bytes = (card.memory_gib - other_gib) * GIB / (1 + card.allocator) / card.tensors
     return max(0.0, room_bytes)
 
 
-def group_count(cost_model: CostModel | ExtrapolatedStep) -> int:
+def num_rank_groups(cost_model: CostModel | ExtrapolatedStep) -> int:
     """How many groups of ranks exchange something in a step."""
     groups = set()
     for key in cost_model.collective_totals:
@@ -167,12 +169,12 @@ def group_count(cost_model: CostModel | ExtrapolatedStep) -> int:
     return len(groups) + token_groups
 
 
-def host_gib(cost_model: CostModel, ranks: int, units: float) -> float:
+def needed_host_gib(cost_model: CostModel, ranks: int, units: float) -> float:
     """GiB of a node's memory with so many ranks: what is offloaded in micro-batches of `units`, and the processes."""
     offloaded_bytes = cost_model.host_bytes + cost_model.pinned_bytes(units)
     return ranks * (offloaded_bytes / GIB + PROCESS_GIB)
 
 
-def room_for_inputs(cost_model: CostModel, ranks: int, node_gib: float) -> float:
+def available_input_bytes(cost_model: CostModel, ranks: int, node_gib: float) -> float:
     """Bytes of pinned memory that each of `ranks` ranks may take for inputs of blocks, on a host of `node_gib` GiB."""
     return max(0.0, (node_gib / ranks - PROCESS_GIB) * GIB - cost_model.host_bytes)

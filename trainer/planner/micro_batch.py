@@ -22,7 +22,7 @@ from trainer.data.prepare import PreparedData
 from trainer.objectives.registry import data_spec_of
 from trainer.planner.cost_model import CostModel
 from trainer.planner.fit_check import TIMEOUT_SHARE, call_in_process, single_step_config, why_not_simulated
-from trainer.planner.hardware import GIB, fit_in_memory, group_count
+from trainer.planner.hardware import GIB, device_memory_fit, num_rank_groups
 from trainer.planner.lengths import DocumentLengths, micro_batch_divisors, sampled_lengths
 from trainer.planner.oom_probe import (
     PROBE_STEPS,
@@ -194,7 +194,7 @@ def propose_micro_batch(
         if cost_model.needs_single_rows:
             return 1, "the model is right for one document at a time only"
         largest = _largest_fitting(cost_model, micro_batches, lengths, device.available_gib)
-        planned_gib = needed_gib(cost_model, largest or 1, lengths, device.available_gib)
+        planned_gib = needed_device_gib(cost_model, largest or 1, lengths, device.available_gib)
         reason = f"planned {planned_gib:.2f} of {device.available_gib:.2f} GiB"
         if largest is not None:
             return largest, reason
@@ -206,19 +206,21 @@ def _largest_fitting(
 ) -> int | None:
     """The largest of the micro-batches whose step fits in a device of `available_gib` GiB; None if none fits."""
     fitting = [
-        micro for micro in micro_batches if needed_gib(cost_model, micro, lengths, available_gib) <= available_gib
+        micro
+        for micro in micro_batches
+        if needed_device_gib(cost_model, micro, lengths, available_gib) <= available_gib
     ]
     return max(fitting, default=None)
 
 
-def needed_gib(cost_model: CostModel, micro: int, lengths: DocumentLengths, available_gib: float) -> float:
+def needed_device_gib(cost_model: CostModel, micro: int, lengths: DocumentLengths, available_gib: float) -> float:
     """GiB that a rank needs if each forward pass takes the `micro` longest documents, beside what its process takes.
 
     `available_gib`: memory of its device.
     """
     units = float(micro) if cost_model.units_are_rows else lengths.num_tokens_of_longest(micro)
     live_bytes = cost_model.memory_peak_at(units).total_bytes
-    return fit_in_memory(live_bytes, group_count(cost_model), available_gib).needed_bytes / GIB
+    return device_memory_fit(live_bytes, num_rank_groups(cost_model), available_gib).needed_bytes / GIB
 
 
 def try_simulate_cost_model(config: RunConfig, length: int, rank_counts: RankCounts, kind: str) -> CostModel | str:

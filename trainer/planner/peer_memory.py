@@ -67,7 +67,7 @@ def peer_setting_problems(settings: Sequence[PeerSetting], *, full_tuning: bool)
     return problems
 
 
-def peer_memory(
+def estimate_peer_memory(
     cost_model: CostModel,
     units: float,
     logit_count: float,

@@ -28,18 +28,25 @@ from trainer.objectives.registry import objective_family
 from trainer.planner.cost_model import CostModel, MemoryPeak
 from trainer.planner.dealt_experts import with_expert_parallelism
 from trainer.planner.deferred_reduction import deferred_gradient_bytes, with_deferred_reduction
-from trainer.planner.hardware import Card, MemoryFit, host_gib, memory_fit, room_for_inputs, room_for_tensors
+from trainer.planner.hardware import (
+    Card,
+    MemoryFit,
+    available_input_bytes,
+    available_tensor_bytes,
+    card_memory_fit,
+    needed_host_gib,
+)
 from trainer.planner.lengths import MAX_MICRO_BATCH, DocumentLengths, micro_batch_divisors
 from trainer.planner.peer_memory import (
     LOSS_BYTES_PER_LOGIT,
     PeerMemory,
     PeerSetting,
     ShardCounts,
-    peer_memory,
+    estimate_peer_memory,
     peer_setting_problems,
 )
-from trainer.planner.round_time import RoundLoad, RoundTime, WritingModel, round_time
-from trainer.planner.speed import MicroBatchLoad, StepTime, step_time
+from trainer.planner.round_time import RoundLoad, RoundTime, WritingModel, estimate_round_time
+from trainer.planner.speed import MicroBatchLoad, StepTime, estimate_step_time
 from trainer.tuning.base import TuningName
 
 RECOMPUTATION_MODES = (ActivationCheckpointing.none, ActivationCheckpointing.selective, ActivationCheckpointing.full)
@@ -337,7 +344,7 @@ def micro_batches(job: PlannedRun, given: int | None, sequence: int = 1) -> list
     return [given] if samples_per_reader % given == 0 else []
 
 
-def rank_choices(
+def order_choices(
     variant: RunVariant,
     cost_model: CostModel,
     job: PlannedRun,
@@ -350,16 +357,16 @@ def rank_choices(
     """
     choices = []
     for micro in micros:
-        choice = choice_of(variant, cost_model, job, micro)
+        choice = plan_choice(variant, cost_model, job, micro)
         if peer_settings:
-            choice = replace(choice, peer_memory=peer_memory_of(choice, cost_model, job, peer_settings))
+            choice = replace(choice, peer_memory=peer_memory_of_choice(choice, cost_model, job, peer_settings))
         choices.append(choice)
     fitting = sorted((choice for choice in choices if choice.fits), key=lambda choice: -choice.tokens_per_s)
     too_large = sorted((choice for choice in choices if not choice.fits), key=lambda choice: choice.micro_batch)
     return [*fitting, *too_large]
 
 
-def choice_of(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro: int) -> PlannedChoice:
+def plan_choice(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro: int) -> PlannedChoice:
     """The cost of a variant with `micro` documents per forward pass: memory and seconds of a step, hours and price of the run.
 
     Under FSDP2 it also decides whether gradients are reduced only in the last micro-batch, if the run leaves that open.
@@ -379,14 +386,14 @@ def choice_of(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro
         waiting = deferred_gradient_bytes(cost_model, shards, variant.config.parallel.experts)
         deferred_model = with_deferred_reduction(cost_model, waiting)
         deferred_peak = deferred_model.memory_peak_at(units)
-        defers = memory_fit(deferred_model, deferred_peak, card).margin_bytes >= 0
+        defers = card_memory_fit(deferred_model, deferred_peak, card).margin_bytes >= 0
         if defers:
             cost_model = deferred_model
             peak = deferred_peak
         overrides.append(f"strategy.defer_sync={str(defers).lower()}")
     # Time, by documents of average length.
     load = _average_load(cost_model, job, micro, accumulation)
-    step = step_time(cost_model, load, card, job.precision, ranks_per_node=job.ranks_per_node)
+    step = estimate_step_time(cost_model, load, card, job.precision, ranks_per_node=job.ranks_per_node)
     tokens = job.document_lengths.mean * job.global_batch
     seconds_of_round = _round_time(variant.config, cost_model, job, step)
     step_s = step.total_s if seconds_of_round is None else seconds_of_round.seconds_per_step
@@ -401,10 +408,10 @@ def choice_of(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro
         accumulation=accumulation,
         largest_micro_batch=_largest_micro(cost_model, job),
         memory_peak=peak,
-        memory_fit=memory_fit(cost_model, peak, card),
+        memory_fit=card_memory_fit(cost_model, peak, card),
         step_time=step,
         tokens_per_s=tokens / step.total_s,
-        needed_host_gib=host_gib(cost_model, job.ranks_per_node, units),
+        needed_host_gib=needed_host_gib(cost_model, job.ranks_per_node, units),
         node_memory_gib=job.node_memory_gib,
         budget_hours=hours,
         budget_dollars=price,
@@ -423,7 +430,7 @@ def _round_time(config: RunConfig, cost_model: CostModel, job: PlannedRun, step:
         cost_model.num_vocabulary_rows,
         weight_itemsize=4 if job.precision is Precision.fp32 else 2,
     )
-    return round_time(
+    return estimate_round_time(
         job.round_load,
         model,
         replace(config, precision=job.precision),
@@ -435,7 +442,7 @@ def _round_time(config: RunConfig, cost_model: CostModel, job: PlannedRun, step:
     )
 
 
-def peer_memory_of(
+def peer_memory_of_choice(
     choice: PlannedChoice, cost_model: CostModel, job: PlannedRun, peer_settings: Sequence[PeerSetting]
 ) -> PeerMemory:
     """What a rank of another trainer would hold in the step of `choice`, if it shards weights, gradients and moments alike."""
@@ -455,7 +462,7 @@ def peer_memory_of(
             gradients=job.world_size if strategy.stage >= 2 else 1,
             moments=job.world_size if strategy.stage >= 1 else 1,
         )
-    return peer_memory(cost_model, units, tokens * cost_model.num_vocabulary_rows, peer_settings, shard_counts)
+    return estimate_peer_memory(cost_model, units, tokens * cost_model.num_vocabulary_rows, peer_settings, shard_counts)
 
 
 def _peer_problems(config: RunConfig, peer_settings: Sequence[PeerSetting]) -> list[str]:
@@ -477,10 +484,11 @@ def _average_load(cost_model: CostModel, job: PlannedRun, micro: int, accumulati
 
 def _largest_micro(cost_model: CostModel, job: PlannedRun) -> int:
     """The most documents in a forward pass that the card has memory for, and the host for what is offloaded; 0 if none."""
-    units = cost_model.largest_units(room_for_tensors(cost_model, job.card))
+    units = cost_model.largest_units(available_tensor_bytes(cost_model, job.card))
     if job.node_memory_gib is not None:
         units = min(
-            units, cost_model.units_in_host_memory(room_for_inputs(cost_model, job.ranks_per_node, job.node_memory_gib))
+            units,
+            cost_model.units_in_host_memory(available_input_bytes(cost_model, job.ranks_per_node, job.node_memory_gib)),
         )
     return int(min(units, MAX_MICRO_BATCH)) if cost_model.units_are_rows else job.document_lengths.units_within(units)
 

@@ -110,7 +110,9 @@ class RoundTime:
         return self.total_s / self.num_steps
 
 
-def round_load(config: RunConfig, model_config: Any, prompt_tokens: float, longest_prompt: int) -> RoundLoad | None:
+def round_load_of_run(
+    config: RunConfig, model_config: Any, prompt_tokens: float, longest_prompt: int
+) -> RoundLoad | None:
     """The sizes of a round, in which the model generates answers and then learns from them; None for objectives without rounds.
 
     `model_config`: the model's configuration of transformers. `prompt_tokens`: mean length of a prompt. `longest_prompt`: tokens
@@ -141,7 +143,7 @@ def round_load(config: RunConfig, model_config: Any, prompt_tokens: float, longe
     )
 
 
-def round_time(
+def estimate_round_time(
     load: RoundLoad,
     model: WritingModel,
     config: RunConfig,
@@ -179,7 +181,7 @@ def round_time(
 
     # Sharded weights are gathered once a round if memory allows it, else again for each token that is written.
     writing_bytes = model.weight_bytes + round(rows * answer_bytes)
-    is_sharded = shards_weights(config.strategy) and ranks > 1
+    is_sharded = are_weights_sharded(config.strategy) and ranks > 1
     gathers_once = not is_sharded or writing_bytes <= usable_bytes
     gather_s = 0.0
     if is_sharded:
@@ -225,6 +227,6 @@ def decode_step_s(model: WritingModel, card: Card, precision: Precision, *, rows
     return max(memory_s, products_s, launches_s)
 
 
-def shards_weights(strategy: StrategyConfig) -> bool:
+def are_weights_sharded(strategy: StrategyConfig) -> bool:
     """Whether a rank holds a part of the weights between two steps."""
     return isinstance(strategy, Fsdp2Config) or (isinstance(strategy, ZeroConfig) and strategy.stage == 3)

@@ -60,7 +60,7 @@ class MicroBatchLoad:
     """How many a rank takes in a step."""
 
 
-def step_time(
+def estimate_step_time(
     cost_model: CostModel, load: MicroBatchLoad, card: Card, precision: Precision, *, ranks_per_node: int
 ) -> StepTime:
     """The seconds of one rank's step on that card, by part.
@@ -78,7 +78,7 @@ def step_time(
     compute_s = products_s + moves_s
     # Collectives on weights and gradients run beside the computation. Exposed are the seconds by which they take longer, and one
     # block's collectives, beside which nothing is computed at the begin or end of a micro-batch.
-    overlappable_s, update_collective_s = collective_s(cost_model, load.num_micro_batches, card)
+    overlappable_s, update_collective_s = collective_seconds(cost_model, load.num_micro_batches, card)
     one_block_s = overlappable_s / max(1, cost_model.num_blocks * load.num_micro_batches)
     exposed_s = max(overlappable_s - compute_s, 0.0) + min(one_block_s, compute_s) + update_collective_s
     # All-to-alls of tokens are all exposed: attention and experts wait for tokens of other ranks, and the next layer for its own.
@@ -100,7 +100,7 @@ def step_time(
     )
 
 
-def collective_s(cost_model: CostModel, micro_batches: int, card: Card) -> tuple[float, float]:
+def collective_seconds(cost_model: CostModel, micro_batches: int, card: Card) -> tuple[float, float]:
     """Seconds of the collectives on weights and gradients, in a step of `micro_batches` micro-batches.
 
     Returns (seconds in forward and backward passes, which computation may hide; seconds in the update, which nothing hides).

@@ -29,10 +29,10 @@ from trainer.data.prepare import PreparedData
 from trainer.objectives.registry import data_spec_of
 from trainer.planner.cost_model import CostModel
 from trainer.planner.fit_check import TIMEOUT_SHARE, call_in_process, single_step_config
-from trainer.planner.hardware import GIB, Card, card_named
+from trainer.planner.hardware import GIB, Card, find_card
 from trainer.planner.lengths import DocumentLengths, sampled_lengths
 from trainer.planner.micro_batch import (
-    needed_gib,
+    needed_device_gib,
     recomputation_modes,
     runtime_of_first_rank,
     try_simulate_cost_model,
@@ -44,7 +44,7 @@ from trainer.planner.oom_probe import (
     available_device_gib,
     probe_runs_out_of_memory,
 )
-from trainer.planner.plan import PlannedChoice, PlannedRun, RunVariant, micro_batches, rank_choices
+from trainer.planner.plan import PlannedChoice, PlannedRun, RunVariant, micro_batches, order_choices
 from trainer.planner.rank_devices import RankCounts
 from trainer.reporting.resolution import OutOfMemoryTrial, ResolvedSetting
 
@@ -115,14 +115,14 @@ def resolve_strategy(
         config = _with_strategy(config, AutoConfig(**common_settings(strategy)), None)
 
     # Rank 0 plans the strategies.
-    devices = devices_of(runtime)
+    devices = gather_rank_devices(runtime)
     failed_trials = [] if earlier_resolution is None else list(earlier_resolution.tried)
     proposals_in_order: Iterator[StrategyProposal] = iter(())
     if runtime.is_main:
         simulating = ": simulating steps" if devices.world_size > 1 else ""
         announce(f"choosing the strategy (strategy=auto){simulating}")
         timeout_s = TIMEOUT_SHARE * runtime.timeout_s
-        proposals_in_order = proposals(config, inputs.data, inputs.precision, devices, timeout_s)
+        proposals_in_order = propose_strategies(config, inputs.data, inputs.precision, devices, timeout_s)
 
     # Try one after the other by real steps, until one does not run out of memory. A single rank needs no trial.
     while True:
@@ -157,7 +157,7 @@ def with_proposed_strategy(config: RunConfig, prepared: PreparedData) -> RunConf
     - A configuration that names a strategy is returned as it is.
     - For several GPUs, on a host without any, it gets FSDP2 (or else the first strategy that can run it), with a note that the
       real choice is made on the host with the GPUs.
-    - Else it gets the first proposal of `proposals`, with its reason.
+    - Else it gets the first proposal of `propose_strategies`, with its reason.
     """
     if not isinstance(config.strategy, AutoConfig):
         return config
@@ -175,7 +175,7 @@ def with_proposed_strategy(config: RunConfig, prepared: PreparedData) -> RunConf
     card = _card(gpu_name(runtime))
     devices = RankDevices(world_size, runtime.local_world_size, device_kind, available_device_gib(runtime), card)
     timeout_s = TIMEOUT_SHARE * config.run.timeout_s
-    first = next(proposals(config, prepared, config.precision, devices, timeout_s))
+    first = next(propose_strategies(config, prepared, config.precision, devices, timeout_s))
     reason = first.reason
     if world_size > 1:  # a single rank needs no trial
         reason += f"; {PROBE_STEPS} steps of the longest documents will be tried"
@@ -211,7 +211,7 @@ def gpu_name(runtime: Runtime) -> str | None:
     return None if gpu is None else gpu.name
 
 
-def devices_of(runtime: Runtime) -> RankDevices:
+def gather_rank_devices(runtime: Runtime) -> RankDevices:
     """The devices of all ranks, for a plan: the memory of the smallest, and the GPU if all are alike. All ranks must call."""
     memory_and_name_by_rank = gather_objects((available_device_gib(runtime), gpu_name(runtime)), runtime)
     names = {name for _, name in memory_and_name_by_rank}
@@ -222,7 +222,7 @@ def devices_of(runtime: Runtime) -> RankDevices:
 
 def _card(name: str | None) -> Card | None:
     """The rates of a GPU by its driver's name; None for a CPU (None), and for a GPU that is not in `conf/hardware/`."""
-    return None if name is None else card_named(name)
+    return None if name is None else find_card(name)
 
 
 def _runs_out_of_memory(config: RunConfig, proposal: StrategyProposal, inputs: ProbeInputs) -> bool:
@@ -242,7 +242,7 @@ def _runs_out_of_memory(config: RunConfig, proposal: StrategyProposal, inputs: P
         raise OutOfMemory(str(error), ran_out_with={STRATEGY_KEY: proposal.name}) from error
 
 
-def proposals(
+def propose_strategies(
     config: RunConfig, prepared: PreparedData, precision: Precision, devices: RankDevices, timeout_s: float
 ) -> Iterator[StrategyProposal]:
     """Strategies that can run this configuration, in the order in which they are to be tried, each with the reason.
@@ -323,7 +323,7 @@ class Planner:
                 if isinstance(cost_model, str):
                     unplanned_by_name[str(strategy.name)] = StrategyProposal(strategy, f"not planned: {cost_model}")
                     continue
-                planned_gib = needed_gib(cost_model, self.user_micro_batch or 1, self.lengths, available_gib)
+                planned_gib = needed_device_gib(cost_model, self.user_micro_batch or 1, self.lengths, available_gib)
                 if planned_gib > available_gib:
                     too_large.append((planned_gib, strategy))
                     continue
@@ -404,7 +404,7 @@ class Planner:
         candidates = micro_batches(job, self.user_micro_batch, self.config.parallel.sequence)
         if cost_model.needs_single_rows:
             candidates = [1]
-        best, *_ = rank_choices(variant, cost_model, job, candidates)
+        best, *_ = order_choices(variant, cost_model, job, candidates)
         return best
 
 

@@ -23,9 +23,9 @@ from trainer.planner.plan import (
     PlannedChoice,
     PlannedRun,
     RunVariant,
-    choice_of,
     micro_batches,
-    rank_choices,
+    order_choices,
+    plan_choice,
 )
 
 ProgressCallback = Callable[[int, int, str], None]
@@ -84,7 +84,7 @@ def plan_variants(
         if isinstance(cost_model, str):
             all_refused.append((variant, cost_model))
         else:
-            planned.append((cost_model, rank_choices(variant, cost_model, job, micros, settings.theirs)))
+            planned.append((cost_model, order_choices(variant, cost_model, job, micros, settings.theirs)))
     if not planned:
         reasons = {reason for _, reason in all_refused}
         if len(reasons) == 1:
@@ -148,7 +148,7 @@ def with_worst_imbalance(answer: PlanAnswer, settings: PlanConfig) -> PlanAnswer
     (cost_model,) = simulate_variants([variant], job, [accumulation], settings, lambda *_: None)
     if isinstance(cost_model, str):
         return answer
-    worst = choice_of(variant, cost_model, job, choice.micro_batch)
+    worst = plan_choice(variant, cost_model, job, choice.micro_batch)
     return replace(answer, worst_imbalance_fit=worst.memory_fit)
 
 

@@ -52,7 +52,7 @@ def test_doctor_describes_this_machine(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     (tmp_path / "hf" / "hub" / "models--a--b").mkdir(parents=True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(runtime, "usable_cores", lambda: 3)
+    monkeypatch.setattr(runtime, "num_usable_cores", lambda: 3)
     monkeypatch.setattr(runtime, "cgroup_memory_limit", lambda: 2 * GIB)
     found = looked(capsys)
     assert found["packages"] == {"torch": metadata.version("torch"), "packaging": metadata.version("packaging")}

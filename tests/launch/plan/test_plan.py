@@ -37,15 +37,15 @@ from trainer.model.loading import load_tokenizer
 from trainer.planner import plan as plan_module
 from trainer.planner import sweep
 from trainer.planner.lengths import DocumentLengths
-from trainer.planner.plan import PlanConfig, PlannedRun, RunVariant, micro_batches, rank_choices, run_variants
+from trainer.planner.plan import PlanConfig, PlannedRun, RunVariant, micro_batches, order_choices, run_variants
 from trainer.planner.simulation import simulate_depth
 from trainer.planner.speed import (
     COLLECTIVE_LATENCY_S,
     LINK_EFFICIENCY,
     MicroBatchLoad,
-    collective_s,
+    collective_seconds,
+    estimate_step_time,
     ring_bytes_per_s,
-    step_time,
 )
 from trainer.planner.sweep import PlanAnswer
 from trainer.reporting.gpu_peaks import PEAK_TFLOPS
@@ -378,7 +378,7 @@ def test_gradients_that_wait_lie_among_the_ranks_of_a_replica(monkeypatch, name,
     strategy = Fsdp2Config(name=StrategyName(name), replicate=asked)
     card = read_plan_request(["hardware=l4"]).card
     with pytest.raises(LookupError) as found:
-        rank_choices(RunVariant(RunConfig(strategy=strategy), ()), RowsAlone(), job(card), [1])
+        order_choices(RunVariant(RunConfig(strategy=strategy), ()), RowsAlone(), job(card), [1])
     assert found.value.args == (shards,)
 
 
@@ -453,7 +453,7 @@ def test_rates_of_groups_within_and_between_nodes():
 class Form:
     """As much of a form as speeds ask for."""
 
-    blocks, accumulation, update_bytes, host_bytes = 4, 2, 0.0, 0
+    num_blocks, accumulation, update_bytes, host_bytes = 4, 2, 0.0, 0
     token_all_to_alls = ()
     collective_totals = {  # noqa: RUF012 - never changed
         ("allgather_base", 8, 1, "bfloat16", "each"): (4, 8_000_000_000),
@@ -464,18 +464,18 @@ class Form:
     def __init__(self, flops):
         self.flops = flops
 
-    def work(self, units, squares):
+    def micro_batch_work(self, units, squares):
         return self.flops, 0.0, 0.0
 
 
 def test_plan_hides_exchange_behind_arithmetic_where_there_is_enough():
     card = replace(read_plan_request(["hardware=h100_80g"]).card, link_gb_s=400.0)
     one = 4 * COLLECTIVE_LATENCY_S + 7 / 8 * 8e9 / (400e9 * LINK_EFFICIENCY)
-    inside, after = collective_s(Form(0.0), 4, card)
+    inside, after = collective_seconds(Form(0.0), 4, card)
     assert inside == pytest.approx(4 * one) and after == pytest.approx(COLLECTIVE_LATENCY_S, rel=1e-3)
-    slow = step_time(Form(1e15), MicroBatchLoad(1, 1, 4), card, Precision.bf16, ranks_per_node=8)
+    slow = estimate_step_time(Form(1e15), MicroBatchLoad(1, 1, 4), card, Precision.bf16, ranks_per_node=8)
     assert slow.exposed_s == pytest.approx(inside / 16 + after)
-    fast = step_time(Form(1e9), MicroBatchLoad(1, 1, 4), card, Precision.bf16, ranks_per_node=8)
+    fast = estimate_step_time(Form(1e9), MicroBatchLoad(1, 1, 4), card, Precision.bf16, ranks_per_node=8)
     assert fast.exposed_s == pytest.approx(inside + after, rel=0.02)
     assert fast.total_s < slow.total_s
 

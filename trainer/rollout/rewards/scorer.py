@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError, Interrupted
-from strategies.runtime import Runtime, gather_objects, longer_timeout, usable_cores
+from strategies.runtime import Runtime, gather_objects, longer_timeout, num_usable_cores
 from trainer.objectives.reward_functions import Convention, find_reward_function
 from trainer.rollout.rewards.copies import function_locations
 from trainer.rollout.rewards.judged import VerdictSource, judge_answers
@@ -248,7 +248,7 @@ class _GroupScoreCollector:
 
 def default_workers(runtime: Runtime) -> int:
     """Worker processes of a rank: its share of the processors that this process may use, at least one and at most four."""
-    return max(1, min(MAX_WORKERS, usable_cores() // runtime.local_world_size))
+    return max(1, min(MAX_WORKERS, num_usable_cores() // runtime.local_world_size))
 
 
 def weighted_total(by_reward: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
