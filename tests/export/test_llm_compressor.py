@@ -114,7 +114,7 @@ def test_llm_compressor_stores_the_values_of_its_scheme(tmp_path, kind):
     rows = [list(range(5, 5 + size)) for size in (30, 200, 90, 9)]
     compressor = Compressor(find_llm_compressor_python(os.environ["SHARDTUNE_LLM_COMPRESSOR"]), rows)
     folder, cost = write_quantised_model(directory, kind, SAMPLES, "held-out", compressor)
-    assert 0 < abs(cost.after - cost.before) < 0.2
+    assert 0 < abs(cost.quantised_loss - cost.export_loss) < 0.2
     name = "model.layers.1.mlp.down_proj.weight"
     plain, there = load_file(directory / "model.safetensors")[name].float(), load_file(folder / "model.safetensors")
     scale = there[f"{name}_scale"].float()

@@ -83,7 +83,7 @@ def test_quantised_export_has_the_values_of_its_scheme_and_the_cost_of_its_files
     assert [cost.export_loss, cost.quantised_loss] == pytest.approx(
         losses, abs=2e-4
     ) and cost.export_loss != cost.quantised_loss
-    assert f"By torchao, in `{kind}/`: loss {cost.before:.4f} ->" in (folder / "README.md").read_text()
+    assert f"By torchao, in `{kind}/`: loss {cost.export_loss:.4f} ->" in (folder / "README.md").read_text()
     assert (folder / "tokenizer.json").is_file()
 
 

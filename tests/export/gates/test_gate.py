@@ -64,7 +64,7 @@ def record(run):
 def test_gate_that_fails_stops_the_export_and_says_what_to_do(trained):
     assert not (trained / "export").exists()
     log = next((trained / "logs").glob("rank-0*.log")).read_text()
-    assert re.search("not exported, since [12] of 3 gates failed:", log) and f"then: shardtune export {trained}" in log
+    assert re.search(r"not exported, since \d of \d gates failed:", log) and f"then: shardtune export {trained}" in log
     gates = {gate["metric"]: gate for gate in record(trained)["gates"]["gates"]}
     after = record(trained)["outcome"]["after"]["eval/loss"]
     assert gates["eval/loss"]["value"] == after and not gates["eval/loss"]["passed"]
