@@ -6,9 +6,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.losses import divergence, next_token
-from trainer.losses.divergence import Measure, TeacherComparison
+from trainer.losses.divergence import DivergenceMeasure, TeacherComparison
 from trainer.losses.next_token import LossHead, RowWeighting
-from trainer.losses.z_loss import squared_logsumexp
+from trainer.losses.z_loss import sum_of_squared_logsumexp
 
 
 def reference(hidden, head, targets, softcap, scale):
@@ -59,7 +59,11 @@ def test_fused_head_weight_of_another_precision_is_cast_once_a_pass(monkeypatch,
     head = LossHead.replace(nn.Linear(16, 31, bias=False), softcap=None, logit_scale=1.0)
     hidden = torch.randn(50, 16, dtype=torch.bfloat16, requires_grad=True)
     comparison = TeacherComparison(
-        Measure(), torch.randn(50, 16), LossHead.replace(nn.Linear(16, 31), softcap=None, logit_scale=1.0), 1.0, 1.0
+        DivergenceMeasure(),
+        torch.randn(50, 16),
+        LossHead.replace(nn.Linear(16, 31), softcap=None, logit_scale=1.0),
+        1.0,
+        1.0,
     )
     more = {"by row": {"by_row": True}, "beside a teacher": {"comparison": comparison}}.get(way, {})
     with Watching():
@@ -218,10 +222,10 @@ def test_the_size_of_logits_is_summed_over_kept_rows(monkeypatch, softcap, scale
             logits = reference(states, plain, torch.zeros(50, dtype=torch.int64), softcap, scale)[1]
             total = (logits.logsumexp(-1).square() * kept).sum()
         else:
-            total = squared_logsumexp(head, states, kept)
+            total = sum_of_squared_logsumexp(head, states, kept)
         (total * 0.3).backward()
         found[name] = [total.detach(), states.grad, *(p.grad.clone() for p in plain.parameters())]
     for ours, expected in zip(found["fused"], found["plain"], strict=True):
         assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-4)
     if softcap is None:  # as an adapter on the head leaves it
-        assert torch.allclose(squared_logsumexp(plain, hidden, kept), found["plain"][0])
+        assert torch.allclose(sum_of_squared_logsumexp(plain, hidden, kept), found["plain"][0])

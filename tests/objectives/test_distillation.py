@@ -24,7 +24,7 @@ from tests.helpers.seq2seq import seq2seq_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
-from trainer.losses.divergence import Divergence, Measure, TeacherComparison
+from trainer.losses.divergence import Divergence, DivergenceMeasure, TeacherComparison
 from trainer.losses.fuse import fuse_head
 from trainer.losses.next_token import LossHead
 from trainer.objectives.base import ReferenceModels, TeacherConfig
@@ -87,7 +87,7 @@ def test_distillation_recorded_cases_differ():
     assert len({round(loss, 3) for loss in losses}) == len(losses) and min(losses) > 0.01
 
 
-def plainly(measure: Measure, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+def plainly(measure: DivergenceMeasure, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Divergence of each row by the definitions, without tricks."""
     q, p = (student / measure.temperature).softmax(-1), (teacher / measure.temperature).softmax(-1)
 
@@ -118,7 +118,7 @@ def test_distillation_gradients_are_those_of_the_definition(divergence, kind, we
     other = LossHead.replace(nn.Linear(4, 13, bias=False), softcap=None, logit_scale=1.0)
     states = torch.randn(7, 6, requires_grad=True)
     theirs, targets = torch.randn(7, 4), torch.arange(7)
-    measure = Measure(divergence, temperature=1.7, interpolation=0.3)
+    measure = DivergenceMeasure(divergence, temperature=1.7, interpolation=0.3)
     weights = torch.rand(5) if weighed else torch.ones(5)
     total, nll, apart, _, others = head(
         states,
@@ -159,9 +159,11 @@ def test_distillation_gradients_are_those_of_the_definition(divergence, kind, we
 def test_distillation_of_disjoint_distributions_stays_finite():
     student, teacher = torch.tensor([[300.0, 0.0, 0.0]]), torch.tensor([[0.0, 300.0, 0.0]])
     for divergence in Divergence:
-        value, slope = Measure(divergence)(student, teacher)
+        value, slope = DivergenceMeasure(divergence)(student, teacher)
         assert torch.isfinite(value).all() and torch.isfinite(slope).all(), divergence
-    assert float(Measure(Divergence.jensen_shannon)(student, teacher)[0]) == pytest.approx(math.log(2), rel=1e-6)
+    assert float(DivergenceMeasure(Divergence.jensen_shannon)(student, teacher)[0]) == pytest.approx(
+        math.log(2), rel=1e-6
+    )
 
 
 def distilling(root: Path, teacher: Path, **changes):
@@ -276,7 +278,7 @@ def test_distillation_run_and_its_export(tmp_path, monkeypatch):
         ids, rows = torch.tensor(sample.input_ids, dtype=torch.int64), torch.from_numpy(sample.supervised.copy())[1:]
         with torch.no_grad():
             student, teacher = (m(ids[None]).logits[0, :-1][rows] for m in models)
-        sums[0] += float(plainly(Measure(Divergence.reverse_kl), student.double(), teacher.double()).sum())
+        sums[0] += float(plainly(DivergenceMeasure(Divergence.reverse_kl), student.double(), teacher.double()).sum())
         sums[1] += float(nn.functional.cross_entropy(student, ids[1:][rows], reduction="sum"))
     apart, nll = (total / int(held_out.counts["loss"].sum()) for total in sums)
     assert values["eval/divergence"] == pytest.approx(apart, rel=1e-4)

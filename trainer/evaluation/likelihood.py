@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trainer.data.batches.cutting import IGNORED_TARGET
 from trainer.evaluation.decoding import stock_attention
-from trainer.losses.row_scores import row_scores
+from trainer.losses.row_scores import target_scores
 from trainer.objectives.causal import supervised_rows, unwrap_adapter
 from trainer.objectives.seq2seq import supervised_answer_rows
 
@@ -46,7 +46,7 @@ class ScoreContinuations:
                 head, hidden, targets, bias = supervised_answer_rows(model, batch)
             else:
                 head, hidden, targets = supervised_rows(model, batch)
-            token_logprobs, is_argmax = row_scores(head, hidden, targets, bias)
+            token_logprobs, is_argmax = target_scores(head, hidden, targets, bias)
         # There is one score for each target token. Add them up by the sequence that the token belongs to.
         sequence_of_target = batch["row_sequence"]
         zeros = torch.zeros(batch["num_sequences"], dtype=torch.float64)

@@ -2,7 +2,8 @@
 
 As in `trainer/losses/next_token.py`, each head is called as a module exactly once a micro-batch, whatever the micro-batch holds,
 because sharding gathers the head's weight for that call on all ranks together. Inside the call of the student's head the
-teacher's head is called too, and lends its weight.
+teacher's head is called too, so that both weights are gathered. Letters for shapes and the logits `l = c tanh(s z / c)` are those
+of that file: N and M rows, n rows of a chunk, H size of a hidden state, V of the vocabulary.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from trainer.losses.next_token import (
     LossHead,
     RowWeighting,
     _LinearCrossEntropy,
-    _logits,
-    _weighted,
+    head_logits,
+    weight_rows,
 )
 
 
@@ -39,7 +40,7 @@ class Divergence(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
+class DivergenceMeasure:
     """A divergence between distributions that are softened by a temperature."""
 
     divergence: Divergence = Divergence.forward_kl
@@ -54,25 +55,28 @@ class Measure:
         (Hinton et al. 2015, arXiv:1503.02531).
         """
         temperature = self.temperature
+        # P and Q are the softmax of logits / T. All tensors are [n, V], sums over the vocabulary [n].
         log_q = (student / temperature).log_softmax(-1)
         log_p = (teacher / temperature).log_softmax(-1)
         q = log_q.exp()
         p = log_p.exp()
+        # `gradient` is the derivative by the student's logits / T: dQ_i / d(l_j / T) = Q_i (1[i = j] - Q_j).
         if self.divergence is Divergence.forward_kl:
-            divergence = (p * (log_p - log_q)).sum(-1)
+            divergence = (p * (log_p - log_q)).sum(-1)  # KL(P, Q)
             gradient = q - p
         elif self.divergence is Divergence.reverse_kl:
-            divergence = (q * (log_q - log_p)).sum(-1)
+            divergence = (q * (log_q - log_p)).sum(-1)  # KL(Q, P)
             gradient = q * (log_q - log_p - divergence[:, None])
         else:
             beta = self.interpolation
             log_m = torch.log(beta * p + (1 - beta) * q)
-            # Where a probability has underflown to 0, its term is 0, not NaN.
-            from_student = torch.where(q > 0, log_q - log_m, 0.0)
-            from_teacher = torch.where(p > 0, log_p - log_m, 0.0)
-            inner = (q * from_student).sum(-1)
-            divergence = beta * (p * from_teacher).sum(-1) + (1 - beta) * inner
-            gradient = (1 - beta) * q * (from_student - inner[:, None])
+            # If a probability has underflown to 0, its term is 0, not NaN.
+            log_q_over_m = torch.where(q > 0, log_q - log_m, 0.0)
+            log_p_over_m = torch.where(p > 0, log_p - log_m, 0.0)
+            kl_q_m = (q * log_q_over_m).sum(-1)
+            divergence = beta * (p * log_p_over_m).sum(-1) + (1 - beta) * kl_q_m  # b KL(P, M) + (1 - b) KL(Q, M)
+            gradient = (1 - beta) * q * (log_q_over_m - kl_q_m[:, None])
+        # By the logits themselves the derivative has another factor 1 / T, so that of T^2 one T is left.
         return divergence * temperature * temperature, gradient * temperature
 
 
@@ -83,7 +87,7 @@ class TeacherComparison:
     That call then returns `DistillationLosses`, as a plain tuple.
     """
 
-    measure: Measure
+    measure: DivergenceMeasure
     hidden: Tensor
     """`[M, H]`: the teacher's states at the compared rows."""
     head: nn.Module | None
@@ -129,27 +133,37 @@ class DistillationLosses(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _HeadParameters:
-    """Everything that turns hidden states into logits."""
+    """The parameters and settings of a LossHead that turn hidden states `[n, H]` into logits `[n, V]`."""
 
     weight: Tensor
+    """`[V, H]`"""
     bias: Tensor | None
     softcap: float | None
     scale: float
 
     @classmethod
-    def of(cls, head: Any) -> _HeadParameters:
-        """Those of a LossHead, perhaps inside a wrapper of peft, which passes attributes on."""
+    def of_head(cls, head: Any) -> _HeadParameters:
+        """The parameters of `head`: a LossHead, or a wrapper of peft around one, which passes attributes on."""
         return cls(weight=head.training_weight, bias=head.bias, softcap=head.softcap, scale=head.logit_scale)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return _logits(hidden, self.weight, self.bias, self.softcap, self.scale)
+        """The logits `[n, V]` of hidden states `[n, H]`, in float32 or wider."""
+        return head_logits(hidden, self.weight, self.bias, self.softcap, self.scale)
+
+
+class _DistillationSettings(NamedTuple):
+    """What `_LinearDivergence` needs beside tensors with gradients."""
+
+    student: _HeadParameters
+    teacher: _HeadParameters
+    comparison: TeacherComparison
+    needs_gradients: bool
 
 
 class _LinearDivergence(torch.autograd.Function):
-    """Weighted sum of plain loss and divergence over rows. Gradients are made in the forward pass, chunk by chunk.
+    """The loss of distillation, a weighted sum of cross-entropy and divergence over rows.
 
-    `row_weight [N]`: the weight of each row; None: each counts as 1. Returns that sum, and for the log the plain loss, the
-    divergence, and the number of correct argmaxes (counted only without gradients).
+    The forward pass also computes the gradients, chunk by chunk, while a chunk's logits exist.
     """
 
     @staticmethod
@@ -159,11 +173,19 @@ class _LinearDivergence(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        row_weight: Tensor | None,
-        settings: Any,
+        row_weights: Tensor | None,
+        settings: _DistillationSettings,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(weighted sum, plain loss, divergence, correct argmaxes) of `hidden [N, H]`; the gradients are saved for `backward`."""
-        student, teacher, comparison, training = settings
+        """(weighted sum, cross-entropy, divergence, correct argmaxes): sums over the rows of the student's `hidden [N, H]`.
+
+        `weight` `[V, H]` and `bias` `[V]`: of the student's head. `row_weights [N]`: None: each row counts as 1. Only the first
+        result has a gradient; correct argmaxes are counted only without gradients. Saves for `backward`, of those that are
+        needed: the gradients of the weighted sum by hidden `[N, H]`, weight and bias.
+        """
+        student = settings.student
+        teacher = settings.teacher
+        comparison = settings.comparison
+        training = settings.needs_gradients
         need_hidden = training and ctx.needs_input_grad[0]
         need_weight = training and ctx.needs_input_grad[1]
         need_bias = training and ctx.needs_input_grad[2]
@@ -182,36 +204,38 @@ class _LinearDivergence(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
         for start in range(0, len(targets), chunk_rows):
             chunk = hidden[start : start + chunk_rows]
-            target = targets[start : start + chunk_rows]
-            # The chunk's losses.
-            logits = student.logits(chunk)
-            teacher_logits = teacher.logits(comparison.hidden[start : start + chunk_rows])
-            log_total = logits.logsumexp(dim=-1)
-            chunk_weight = None if row_weight is None else row_weight[start : start + chunk_rows]
-            nll += _weighted(log_total - logits.gather(1, target[:, None])[:, 0], chunk_weight).sum()
+            chunk_targets = targets[start : start + chunk_rows]
+            # The chunk's losses. Cross-entropy of a row: log sum exp(l) - l(target).
+            logits = student.logits(chunk)  # [n, V]
+            teacher_logits = teacher.logits(comparison.hidden[start : start + chunk_rows])  # [n, V of the teacher]
+            logsumexp = logits.logsumexp(dim=-1)  # [n]
+            chunk_weights = None if row_weights is None else row_weights[start : start + chunk_rows]
+            nll += weight_rows(logsumexp - logits.gather(1, chunk_targets[:, None])[:, 0], chunk_weights).sum()
             # Either head may be padded beyond the tokenizer's vocabulary: the padding is not compared.
             shared_vocabulary = min(logits.shape[1], teacher_logits.shape[1])
             row_divergence, divergence_gradient = comparison.measure(
                 logits[:, :shared_vocabulary], teacher_logits[:, :shared_vocabulary]
             )
-            divergence += _weighted(row_divergence, chunk_weight).sum()
+            divergence += weight_rows(row_divergence, chunk_weights).sum()
             if not training:
-                correct += _weighted(logits.argmax(dim=-1) == target, chunk_weight).sum()
+                correct += weight_rows(logits.argmax(dim=-1) == chunk_targets, chunk_weights).sum()
                 continue
 
-            # Its gradient by the logits first; then the chain rule for soft cap, factor and the weights of rows.
+            # dL/dl [n, V]: softmax(l), minus 1 at the target, for the cross-entropy; plus the gradient of the divergence.
             grad = torch.zeros_like(logits)
             if comparison.loss_weight:
-                grad = torch.exp(logits - log_total[:, None])
-                grad[torch.arange(len(target), device=grad.device), target] -= 1.0
+                grad = torch.exp(logits - logsumexp[:, None])
+                grad[torch.arange(len(chunk_targets), device=grad.device), chunk_targets] -= 1.0
                 grad *= comparison.loss_weight
             grad[:, :shared_vocabulary] += comparison.divergence_weight * divergence_gradient
+            # By the product z, since l = c tanh(s z / c): dl/dz = s (1 - (l / c)^2). Then the weight of each row: G = dL/dz.
             if student.softcap is not None:
                 grad = grad * (1.0 - (logits / student.softcap).square())
             if student.scale != 1.0:
                 grad = grad * student.scale
-            if chunk_weight is not None:
-                grad.mul_(chunk_weight[:, None])
+            if chunk_weights is not None:
+                grad.mul_(chunk_weights[:, None])
+            # Of the chunk's parameters and states: dL/dx = G W, dL/dW = G^T x, dL/db = sum of G over rows.
             grad = grad.to(chunk.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[start : start + chunk_rows])
@@ -226,6 +250,7 @@ class _LinearDivergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> Any:  # type: ignore[override]
+        """Gradients by hidden `[N, H]`, weight `[V, H]` and bias `[V]`: those of the forward pass times `grad_total` (0-d)."""
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
@@ -243,13 +268,13 @@ def distillation_losses(
 
     Called inside the forward pass of the student's head `head`. Without `comparison.head`, teacher and student share the head.
     """
-    training = torch.is_grad_enabled()
-    student_head = _HeadParameters.of(head)
+    training = torch.is_grad_enabled()  # read here: inside an autograd function gradients are always off
+    student_head = _HeadParameters.of_head(head)
 
     def compared_losses(teacher_head: _HeadParameters) -> tuple[Tensor, ...]:
         """(total, cross-entropy, divergence, correct argmaxes) of the compared rows."""
         rows = comparison.compared_rows
-        settings = student_head, teacher_head, comparison, training
+        settings = _DistillationSettings(student_head, teacher_head, comparison, needs_gradients=training)
         return _LinearDivergence.apply(
             hidden if rows is None else hidden[rows],
             head.training_weight,
@@ -279,8 +304,8 @@ def distillation_losses(
 
 
 def _call_with_gathered_head(head: nn.Module, function: Callable[[_HeadParameters], Any]) -> Any:
-    """What `function` returns for the parameters of another LossHead, such as the teacher's.
+    """Call `function` with the parameters of another LossHead, such as the teacher's, and return its result.
 
-    It is called inside that head's own forward pass: only there the weight of a sharded head is whole.
+    The call is made inside that head's own forward pass: only there is the weight of a sharded head gathered.
     """
-    return head(None, call_while_gathered=lambda: function(_HeadParameters.of(head)))
+    return head(None, call_while_gathered=lambda: function(_HeadParameters.of_head(head)))

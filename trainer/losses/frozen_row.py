@@ -1,4 +1,4 @@
-"""Keeps one row of a weight from training."""
+"""Freezes one row of a weight: it gets no gradient."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 
-class _RowStays(torch.autograd.Function):
-    """The identity for a weight. One of its rows gets no gradient."""
+class _FreezeRow(torch.autograd.Function):
+    """The identity for a weight; in the backward pass the gradient of one of its rows is set to 0."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, row: int) -> Tensor:
@@ -23,6 +23,6 @@ class _RowStays(torch.autograd.Function):
         return grad, None
 
 
-def without_row(weight: Tensor, row: int) -> Tensor:
+def freeze_row(weight: Tensor, row: int) -> Tensor:
     """`weight [V, H]` unchanged; its row `row` gets no gradient."""
-    return _RowStays.apply(weight, row)  # type: ignore[no-any-return]
+    return _FreezeRow.apply(weight, row)  # type: ignore[no-any-return]

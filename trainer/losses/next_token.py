@@ -3,7 +3,9 @@
 Under sharding nothing but the head's own forward pass may touch its weight: FSDP2 would mix plain and distributed tensors, and
 ZeRO-3 shows an empty one. So the loss is computed by *calling the head as a module*.
 
-In this file N is the number of rows (supervised positions of a micro-batch), H the size of a hidden state, V the vocabulary.
+In this file N is the number of rows (supervised positions of a micro-batch), n the rows of one chunk, H the size of a hidden
+state, V the size of the vocabulary. With the weight W `[V, H]` and the bias b `[V]` of the head, the factor s and the soft cap
+c, a row x has the *product* `z = W x + b` and the logits `l = c tanh(s z / c)`, or `l = s z` without a soft cap.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.losses.frozen_row import without_row
+from trainer.losses.frozen_row import freeze_row
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +48,14 @@ CHUNK_LOGITS = 2**25
 """Limit of logits in memory at one time (rows times vocabulary): 128 MiB in float32."""
 
 
-def _logits(chunk: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
-    """Logits `[rows, V]` of a chunk of hidden states `[rows, H]`, scaled and soft-capped, in float32 or wider."""
+def head_logits(chunk: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
+    """Logits `c tanh(s z / c)`, `[n, V]`, of a chunk of hidden states `[n, H]`, in float32 or wider.
+
+    `weight [V, H]`, `bias [V]`: of the head. `scale`: the factor s. `softcap`: c; None: the logits are `s z`.
+    """
     if bias is not None:
         bias = bias.to(chunk.dtype)
-    logits = F.linear(chunk, weight.to(chunk.dtype), bias)
+    logits = F.linear(chunk, weight.to(chunk.dtype), bias)  # z
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if scale != 1.0:
         logits = logits * scale
@@ -59,7 +64,7 @@ def _logits(chunk: Tensor, weight: Tensor, bias: Tensor | None, softcap: float |
     return softcap * torch.tanh(logits / softcap)
 
 
-def _nll_gradient_of_product(
+def _nll_gradient_by_product(
     logits: Tensor,
     log_probabilities: Tensor,
     targets: Tensor,
@@ -67,22 +72,28 @@ def _nll_gradient_of_product(
     scale: float,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Derivative of each row's own (smoothed) negative log-likelihood by the product `hidden @ weight.T`, `[n, V]`.
+    """Derivative of each row's own (smoothed) negative log-likelihood by the product z of the head, `[n, V]`.
 
-    Overwrites `log_probabilities`: logits of a large vocabulary are the largest tensors of a step.
+    `logits [n, V]`, their `log_probabilities [n, V]`, which are overwritten because logits of a large vocabulary are the largest
+    tensors of a step, and `targets [n]`. `smoothing`: share e of each target that is spread evenly over the vocabulary.
     """
-    # By the logits it is the probabilities, minus 1 at the target. Then the chain rule for soft cap and factor.
-    grad = log_probabilities.exp_()
+    # With p = softmax(l) and the smoothed target q = (1 - e) at the target token + e / V everywhere: dL/dl = p - q.
+    grad = log_probabilities.exp_()  # p
     grad[torch.arange(len(targets), device=grad.device), targets] -= 1.0 - smoothing
     if smoothing:
         grad.sub_(smoothing / grad.shape[-1])
+    # Chain rule for l = c tanh(s z / c): dl/dz = s (1 - tanh^2) = s (1 - (l / c)^2).
     if softcap is not None:
         grad.mul_(1.0 - (logits / softcap).square())
     return grad.mul_(scale) if scale != 1.0 else grad
 
 
-def _sum_of_products(total: Tensor | None, grad: Tensor, chunk: Tensor) -> Tensor:
-    """`total + grad.T @ chunk`, in place, in float32 or wider. The first product, without a `total`, is the sum itself."""
+def _add_weight_gradient(total: Tensor | None, grad: Tensor, chunk: Tensor) -> Tensor:
+    """Adds a chunk's gradient of the head's weight, `grad.T @ chunk` `[V, H]`, to `total` in place; returns the sum.
+
+    `grad [n, V]`: derivative of the loss by the product z. `chunk [n, H]`: hidden states. `total`: sum of the chunks before, in
+    float32 or wider; None for the first chunk.
+    """
     if total is None:
         return (grad.T @ chunk).to(torch.promote_types(chunk.dtype, torch.float32))
     if total.dtype == chunk.dtype:
@@ -90,18 +101,18 @@ def _sum_of_products(total: Tensor | None, grad: Tensor, chunk: Tensor) -> Tenso
     return total.add_(grad.T @ chunk)
 
 
-def _weighted(rows: Tensor, weight: Tensor | None) -> Tensor:
-    """Rows times their weights; None: all weights are 1."""
+def weight_rows(rows: Tensor, weight: Tensor | None) -> Tensor:
+    """The values of rows, each times the weight of its row; `weight=None`: all weights are 1. Shapes must broadcast."""
     if weight is None:
         return rows
     return rows * weight
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of `hidden @ weight.T`. Gradients are made in the forward pass, chunk by chunk.
+    """Summed cross-entropy of the rows of `hidden` under the head, for a loss whose row weights are known beforehand.
 
-    Returns the loss, the number of correct argmaxes (counted only without gradients), the loss of each group `[num]`, and the
-    loss without smoothing (None if labels are not smoothed).
+    The forward pass also computes the gradients, chunk by chunk: a chunk's logits exist only then, and the backward pass would
+    have to compute them again. Autograd calls `backward` with one number, by which the gradients are scaled.
     """
 
     @staticmethod
@@ -114,12 +125,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weighting: RowWeighting,
         settings: HeadSettings,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """(loss, correct argmaxes, loss by group, loss without smoothing or None): sums over rows `hidden [N, H]`.
+        """(loss, correct argmaxes, loss by group, loss without smoothing or None): sums over the rows of `hidden [N, H]`.
 
-        `targets [N]` is int64. In training the gradients are computed here too, while a chunk's logits exist, and saved for
-        `backward`.
+        `targets [N]` is int64, `weight` `[V, H]` and `bias` `[V]` are of the head. Correct argmaxes are counted only without
+        gradients. Saves for `backward`, of those that are needed: the gradients of the loss by hidden `[N, H]`, weight and bias.
         """
-        softcap, scale, training = settings
+        softcap = settings.softcap
+        scale = settings.logit_scale
+        training = settings.needs_gradients
         row_weights = weighting.row_weights
         row_groups = weighting.row_groups
         smoothing = weighting.smoothing
@@ -140,15 +153,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
         for start in range(0, hidden.shape[0], chunk_rows):
             chunk = hidden[start : start + chunk_rows]
-            target = targets[start : start + chunk_rows]
-            # The chunk's loss.
-            logits = _logits(chunk, weight, bias, softcap, scale)
-            log_probabilities = F.log_softmax(logits, dim=-1)
+            chunk_targets = targets[start : start + chunk_rows]
+            # The chunk's loss: -log p(target) of each of its n rows, times the row's weight.
+            logits = head_logits(chunk, weight, bias, softcap, scale)  # [n, V]
+            log_probabilities = F.log_softmax(logits, dim=-1)  # [n, V]
             chunk_weights = None if row_weights is None else row_weights[start : start + chunk_rows, None]
-            target_log_probability = _weighted(log_probabilities.gather(1, target[:, None]), chunk_weights)
+            target_log_probability = weight_rows(
+                log_probabilities.gather(1, chunk_targets[:, None]), chunk_weights
+            )  # [n, 1]
             if unsmoothed is not None:
+                # Smoothed by e: (1 - e) log p(target) + e * mean of log p over the vocabulary.
                 unsmoothed -= target_log_probability.sum()
-                mean_log_probability = _weighted(log_probabilities.mean(-1, keepdim=True), chunk_weights)
+                mean_log_probability = weight_rows(log_probabilities.mean(-1, keepdim=True), chunk_weights)
                 target_log_probability = (1 - smoothing) * target_log_probability + smoothing * mean_log_probability
             loss -= target_log_probability.sum()
             if row_groups is not None:
@@ -156,33 +172,37 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     0, row_groups[start : start + chunk_rows], -target_log_probability[:, 0].float()
                 )
             if not training:
-                correct += _weighted((logits.argmax(dim=-1) == target)[:, None], chunk_weights).sum()
+                correct += weight_rows((logits.argmax(dim=-1) == chunk_targets)[:, None], chunk_weights).sum()
                 continue
 
-            # Its gradients: first by the logits, from which the others follow.
-            grad = _nll_gradient_of_product(logits, log_probabilities, target, softcap, scale, smoothing)
+            # The chunk's gradients, from G = dL/dz [n, V], each row times its weight:
+            # dL/dx = G W, dL/dW = G^T x, dL/db = sum of G over the rows.
+            grad_product = _nll_gradient_by_product(logits, log_probabilities, chunk_targets, softcap, scale, smoothing)
             if chunk_weights is not None:
-                grad.mul_(chunk_weights)
-            grad = grad.to(chunk.dtype)
+                grad_product.mul_(chunk_weights)
+            grad_product = grad_product.to(chunk.dtype)
             if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[start : start + chunk_rows])
+                torch.mm(grad_product, weight, out=grad_hidden[start : start + chunk_rows])  # [n, V] [V, H]
             if need_weight:
-                grad_weight = _sum_of_products(grad_weight, grad, chunk)
+                grad_weight = _add_weight_gradient(grad_weight, grad_product, chunk)
             if grad_bias is not None:
-                grad_bias += grad.float().sum(0)
+                grad_bias += grad_product.float().sum(0)
         if need_weight and grad_weight is None:
-            # No supervised row on this rank. The other ranks wait for a gradient all the same.
+            # No supervised row on this rank: a gradient of zeros, since the other ranks wait for it in the reduction.
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        only_reported = [correct, loss_by_group]
+        logged_sums = [correct, loss_by_group]  # they have no gradient
         if unsmoothed is not None:
-            only_reported.append(unsmoothed)
-        ctx.mark_non_differentiable(*only_reported)
+            logged_sums.append(unsmoothed)
+        ctx.mark_non_differentiable(*logged_sums)
         return loss, correct, loss_by_group, unsmoothed
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> Any:  # type: ignore[override]
-        """Scale the gradients of the forward pass by the 0-d `grad_total`."""
+        """The gradients of hidden `[N, H]`, weight `[V, H]` and bias `[V]`: those of the forward pass, times `grad_total`.
+
+        `grad_total`: 0-d, derivative of the step's loss by the sum that `forward` returned, such as 1 / (number of targets).
+        """
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         # Scaled in place. Autograd counts that as a change: a second backward pass fails instead of scaling twice.
         if grad_hidden is not None:
@@ -195,11 +215,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _RowCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of each row of `hidden @ weight.T`, for losses in which the weight of a row depends on the other rows.
+    """Cross-entropy of each row, for losses in which the weight of a row depends on other rows (preferences, policies).
 
-    The weights of the rows are known only in the backward pass. The gradient of a hidden state is the row's own gradient times
-    its weight, so it is made in the forward pass. The gradient of the head is a sum over weighted rows: if the head trains at
-    all, logits are computed a second time.
+    The weights w of the rows are known only in the backward pass. With G = dL/dz of each row's own loss:
+    - hidden states: dL/dx = w (G W), so G W is computed in the forward pass, and multiplied by w in the backward pass.
+    - weight of the head: dL/dW = sum over rows of w G^T x, for which the logits are computed a second time, if the head trains.
     """
 
     @staticmethod
@@ -217,8 +237,9 @@ class _RowCrossEntropy(torch.autograd.Function):
         `with_entropy`: also returns the entropy in nats of each row's distribution, `[N]`, which has no gradient. Rows are
         processed in chunks, so that about `CHUNK_LOGITS` logits exist at a time.
         """
-        softcap, scale, training = settings
-        # The gradient of `hidden` is made here, while a chunk's logits exist; that of the head needs them again.
+        softcap = settings.softcap
+        scale = settings.logit_scale
+        training = settings.needs_gradients
         chunk_rows = max(1, CHUNK_LOGITS // weight.shape[0])
         head_weight = weight  # in its own type, for the backward pass
         weight = weight.to(hidden.dtype)
@@ -227,17 +248,19 @@ class _RowCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if training and ctx.needs_input_grad[0] else None
         for start in range(0, len(targets), chunk_rows):
             chunk = hidden[start : start + chunk_rows]
-            target = targets[start : start + chunk_rows]
-            logits = _logits(chunk, weight, bias, softcap, scale)
-            log_probabilities = F.log_softmax(logits, dim=-1)
-            nll[start : start + chunk_rows] = -log_probabilities.gather(1, target[:, None])[:, 0]
+            chunk_targets = targets[start : start + chunk_rows]
+            logits = head_logits(chunk, weight, bias, softcap, scale)  # [n, V]
+            log_probabilities = F.log_softmax(logits, dim=-1)  # [n, V]
+            nll[start : start + chunk_rows] = -log_probabilities.gather(1, chunk_targets[:, None])[:, 0]
             if entropy is not None:
-                # The mean of -log p: logits are finite, so p log p needs no care at 0.
-                products = log_probabilities.exp().mul_(log_probabilities)
-                entropy[start : start + chunk_rows] = -products.sum(-1)
+                # -sum of p log p over the vocabulary. Logits are finite, so p log p needs no care at p = 0.
+                p_log_p = log_probabilities.exp().mul_(log_probabilities)
+                entropy[start : start + chunk_rows] = -p_log_p.sum(-1)
             if grad_hidden is not None:
-                grad = _nll_gradient_of_product(logits, log_probabilities, target, softcap, scale).to(chunk.dtype)
-                torch.mm(grad, weight, out=grad_hidden[start : start + chunk_rows])
+                grad_product = _nll_gradient_by_product(logits, log_probabilities, chunk_targets, softcap, scale)
+                torch.mm(
+                    grad_product.to(chunk.dtype), weight, out=grad_hidden[start : start + chunk_rows]
+                )  # G W, [n, H]
         head_trains = training and any(ctx.needs_input_grad[1:3])
         if head_trains:
             ctx.save_for_backward(grad_hidden, hidden, head_weight, bias, targets)
@@ -250,44 +273,47 @@ class _RowCrossEntropy(torch.autograd.Function):
         return nll, entropy
 
     @staticmethod
-    def backward(ctx: Any, row_weight: Tensor, *_: Tensor) -> Any:  # type: ignore[override]
-        """Gradients of the rows' losses, weighted by `row_weight [N]` (what flows back into each row's loss).
+    def backward(ctx: Any, row_weights: Tensor, *_: Tensor) -> Any:  # type: ignore[override]
+        """The gradients of hidden `[N, H]`, weight `[V, H]` and bias `[V]`; None for those that do not train.
 
-        That of the hidden states was computed in the forward pass. Those of the head's weight and bias, where it trains, are
-        summed over chunks of rows whose logits are computed again.
+        `row_weights [N]`: derivative of the step's loss by the loss of each row, which autograd passes in.
         """
-        grad_hidden, *saved_for_head = ctx.saved_tensors
-        hidden_gradient = None
-        if grad_hidden is not None:
-            hidden_gradient = grad_hidden * row_weight[:, None].to(grad_hidden.dtype)
-        if not saved_for_head:
-            return hidden_gradient, None, None, None, None, None
+        grad_hidden_of_rows, *saved_for_head = ctx.saved_tensors
+        grad_hidden = None
+        if grad_hidden_of_rows is not None:
+            grad_hidden = grad_hidden_of_rows * row_weights[:, None].to(grad_hidden_of_rows.dtype)
+        if not saved_for_head:  # the head does not train
+            return grad_hidden, None, None, None, None, None
 
         hidden, weight, bias, targets = saved_for_head
-        (softcap, scale, _), chunk_rows = ctx.settings_and_chunk_rows
+        settings, chunk_rows = ctx.settings_and_chunk_rows
+        softcap = settings.softcap
+        scale = settings.logit_scale
         head_dtype = weight.dtype
         weight = weight.to(hidden.dtype)
         grad_weight: Tensor | None = None
         grad_bias: Tensor | None = None
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight, dtype=row_weight.dtype)
+            grad_weight = torch.zeros_like(weight, dtype=row_weights.dtype)
         if bias is not None and ctx.needs_input_grad[2]:
-            grad_bias = torch.zeros_like(bias, dtype=row_weight.dtype)
+            grad_bias = torch.zeros_like(bias, dtype=row_weights.dtype)
         for start in range(0, len(targets), chunk_rows):
             chunk = hidden[start : start + chunk_rows]
-            target = targets[start : start + chunk_rows]
-            logits = _logits(chunk, weight, bias, softcap, scale)
-            grad = _nll_gradient_of_product(logits, F.log_softmax(logits, dim=-1), target, softcap, scale)
-            grad = grad * row_weight[start : start + chunk_rows, None]
+            chunk_targets = targets[start : start + chunk_rows]
+            logits = head_logits(chunk, weight, bias, softcap, scale)  # [n, V], as in the forward pass
+            grad_product = _nll_gradient_by_product(
+                logits, F.log_softmax(logits, dim=-1), chunk_targets, softcap, scale
+            )
+            grad_product = grad_product * row_weights[start : start + chunk_rows, None]  # w G
             if grad_weight is not None:
-                grad_weight += grad.to(chunk.dtype).T @ chunk
+                grad_weight += grad_product.to(chunk.dtype).T @ chunk  # [V, n] [n, H]
             if grad_bias is not None:
-                grad_bias += grad.sum(0)
+                grad_bias += grad_product.sum(0)
         if grad_weight is not None:
             grad_weight = grad_weight.to(head_dtype)
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
-        return hidden_gradient, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 class LossComparison(Protocol):
@@ -310,7 +336,7 @@ class LossHead(nn.Linear):
         """The weight `[V, H]` for losses: a frozen row gets no gradient."""
         if self.frozen_row is None or not self.weight.requires_grad:
             return self.weight
-        return without_row(self.weight, self.frozen_row)
+        return freeze_row(self.weight, self.frozen_row)
 
     @classmethod
     def replace(cls, head: nn.Linear, *, softcap: float | None, logit_scale: float) -> LossHead:
@@ -401,16 +427,16 @@ def logits_loss(logits: Tensor, targets: Tensor, weighting: RowWeighting | None 
     correct = (logits.argmax(-1) == targets).float()
     if weighting.row_weights is None and weighting.row_groups is None and not weighting.smoothing:
         return F.cross_entropy(logits, targets, reduction="sum"), correct.sum()
-    unsmoothed = _weighted(F.cross_entropy(logits, targets, reduction="none"), weighting.row_weights)
+    unsmoothed = weight_rows(F.cross_entropy(logits, targets, reduction="none"), weighting.row_weights)
     nll = unsmoothed
     smoothing = weighting.smoothing
     if smoothing:
         smoothed = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
-        nll = _weighted(smoothed, weighting.row_weights)
+        nll = weight_rows(smoothed, weighting.row_weights)
     loss_by_group = nll.new_zeros(weighting.num_groups)
     if weighting.row_groups is not None:
         loss_by_group = loss_by_group.index_add(0, weighting.row_groups, nll.detach())
     unsmoothed_sum = unsmoothed.detach().sum() if smoothing else None
     return _requested_results(
-        (nll.sum(), _weighted(correct, weighting.row_weights).sum(), loss_by_group, unsmoothed_sum), weighting
+        (nll.sum(), weight_rows(correct, weighting.row_weights).sum(), loss_by_group, unsmoothed_sum), weighting
     )

@@ -19,6 +19,7 @@ class _RowLogps:
     """Passed to a head's call to compute log-probabilities by row in place of the plain loss."""
 
     temperature: float
+    """Logits are divided by it."""
 
     def __call__(self, head: LossHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """What `row_logps` returns, for rows `hidden [N, H]` with `targets [N]`."""

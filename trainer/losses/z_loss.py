@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.losses.next_token import HeadSettings, LossHead, _logits, _RowCrossEntropy, _weighted, computes_loss
+from trainer.losses.next_token import HeadSettings, LossHead, _RowCrossEntropy, computes_loss, head_logits, weight_rows
 
 
 @dataclass(frozen=True, slots=True)
-class _SquaredLogsumexp:
+class _SumOfSquaredLogsumexp:
     """Passed to a head's call to compute, in place of the plain loss, the sum over rows of the squared logsumexp."""
 
-    row_weight: Tensor | None
+    row_weights: Tensor | None
     """`[N]`: 1 for rows that count, 0 for others; None: all count."""
 
     def __call__(self, head: LossHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
@@ -27,18 +27,19 @@ class _SquaredLogsumexp:
         # The negative log-likelihood of a token is the logsumexp minus the token's logit. Adding the logit back gives the
         # logsumexp. The targets are token 0 here, so only one row of the weight is needed for that.
         first_bias = None if bias is None else bias[:1]
-        first_logit = _logits(hidden, weight[:1], first_bias, head.softcap, head.logit_scale)[:, 0]
-        return (_weighted((nll + first_logit).square(), self.row_weight).sum(),)
+        first_logit = head_logits(hidden, weight[:1], first_bias, head.softcap, head.logit_scale)[:, 0]
+        return (weight_rows((nll + first_logit).square(), self.row_weights).sum(),)
 
 
-def squared_logsumexp(head: nn.Module, hidden: Tensor, counted_rows: Tensor | None) -> Tensor:
-    """The sum, 0-d float32, over the rows of `hidden [N, H]` that `counted_rows [N]` marks; None marks all.
+def sum_of_squared_logsumexp(head: nn.Module, hidden: Tensor, counted_rows: Tensor | None) -> Tensor:
+    """The sum over rows of the squared logsumexp of their logits, 0-d float32: the z-loss before it is weighted.
 
+    `hidden [N, H]`: the rows. `counted_rows [N]`: bool, the rows that count; None: all.
     Calls `head` once, as a module.
     """
-    row_weight = None if counted_rows is None else counted_rows.float()
+    row_weights = None if counted_rows is None else counted_rows.float()
     if computes_loss(head):
-        comparison = _SquaredLogsumexp(row_weight)
+        comparison = _SumOfSquaredLogsumexp(row_weights)
         (total,) = head(hidden, targets=hidden.new_zeros(len(hidden), dtype=torch.int64), comparison=comparison)
         return total
-    return _weighted(head(hidden).float().logsumexp(-1).square(), row_weight).sum()
+    return weight_rows(head(hidden).float().logsumexp(-1).square(), row_weights).sum()

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from strategies.settings import DESCRIBES, FREE, group, number, setting
-from trainer.losses.divergence import DistillationLosses, Divergence, Measure, TeacherComparison
+from trainer.losses.divergence import DistillationLosses, Divergence, DivergenceMeasure, TeacherComparison
 from trainer.model.config import may_be_hub_id
 from trainer.objectives.base import (
     Objective,
@@ -90,7 +90,7 @@ class Distillation(Objective):
         config = self.config
         # The head compares both distributions a chunk of rows at a time: neither model's logits exist as a whole.
         comparison = TeacherComparison(
-            measure=Measure(config.divergence, config.temperature, config.interpolation),
+            measure=DivergenceMeasure(config.divergence, config.temperature, config.interpolation),
             hidden=teacher_hidden,
             head=teacher_head,
             divergence_weight=1.0,

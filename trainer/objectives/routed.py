@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.runtime import sum_over_ranks
-from trainer.losses.z_loss import squared_logsumexp
+from trainer.losses.z_loss import sum_of_squared_logsumexp
 from trainer.model.balance import RouterLosses, logit_z_weight, router_losses_of_run
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.routing import (
@@ -136,7 +136,7 @@ def _logit_z_loss(model: nn.Module, record: RoutingRecord, step_tokens: float) -
     sums = []
     for hidden in record.hidden:
         rows = hidden.reshape(-1, hidden.shape[-1])  # [tokens, width]
-        sums.append(squared_logsumexp(head, rows, record.token_mask(len(rows))))
+        sums.append(sum_of_squared_logsumexp(head, rows, record.token_mask(len(rows))))
     return torch.stack(sums).sum() / float(step_tokens)
 
 

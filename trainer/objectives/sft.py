@@ -17,7 +17,7 @@ from trainer.data.batches.collate import Collator
 from trainer.data.batches.cutting import AXES, Axis, RowCut, all_to_all_row_counts, num_rows_before
 from trainer.data.config import Layout
 from trainer.data.store.sequences import REPLAY, Sample, TokenDataset
-from trainer.losses.divergence import DistillationLosses, Divergence, Measure, TeacherComparison
+from trainer.losses.divergence import DistillationLosses, Divergence, DivergenceMeasure, TeacherComparison
 from trainer.objectives.base import (
     Objective,
     ObjectiveConfig,
@@ -224,7 +224,7 @@ class SftWithReplayKl(Sft):
         if not self.config.replay_loss:
             plain_scale = num_learned / ((num_learned - num_replayed) or 1)
         comparison = TeacherComparison(
-            measure=Measure(Divergence.forward_kl),
+            measure=DivergenceMeasure(Divergence.forward_kl),
             hidden=initial_hidden,
             head=initial_head,
             divergence_weight=self.config.kl_weight * replay_scale,
