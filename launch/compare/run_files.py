@@ -13,7 +13,7 @@ from typing import Any
 from strategies import atomic_io
 from strategies.errors import ConfigError, StorageError
 from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
-from trainer.config.resuming import KINDS, flatten_settings
+from trainer.config.resuming import KINDS_OF_CHANGE, flatten_settings
 from trainer.reporting.metric_names import POSITION_METRICS
 from trainer.reporting.metric_rows import METRICS_FILE, MetricRows, read_rows
 from trainer.reporting.run_record import (
@@ -181,7 +181,7 @@ def _read_identity(path: Path) -> dict[str, dict[str, Any]]:
         identity = json.loads(atomic_io.read_bytes(path, max_bytes=MAX_RECORD_BYTES))
         if not isinstance(identity, dict):
             raise ValueError("it holds no object")
-        for kind in KINDS:
+        for kind in KINDS_OF_CHANGE:
             if not isinstance(identity.get(kind) or {}, dict):
                 raise ValueError(f"{kind} is not an object")
     except (OSError, ValueError, RecursionError) as error:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "job.yaml"
 JOB_FILE = "job.json"
-COLUMNS = (
+REWARD_COLUMNS = (
     TableColumn("reward"),
     TableColumn("mean", is_number=True),
     TableColumn("least", is_number=True),
@@ -177,13 +177,13 @@ def reward_trial_text(report: dict[str, Any]) -> str:
         f"({100 * report['truncated_share']:.0f} % cut off at {report['max_new_tokens']})",
         "",
     ]
-    rows = [_row("all together", report["reward"])]
+    rows = [_reward_row("all together", report["reward"])]
     # report["rewards"]: a summary of each reward, by its name. With one reward its row is the whole table.
     if len(report["rewards"]) > 1:
-        rows += [_row(name, of_reward) for name, of_reward in report["rewards"].items()]
+        rows += [_reward_row(name, reward_summary) for name, reward_summary in report["rewards"].items()]
     else:
-        rows = [_row(*entry) for entry in report["rewards"].items()]
-    lines += [*format_table(COLUMNS, rows), ""]
+        rows = [_reward_row(*entry) for entry in report["rewards"].items()]
+    lines += [*format_table(REWARD_COLUMNS, rows), ""]
     shares = [
         f"{size}: {format_percent(share)}"
         for size, share in report["idle_share_by_group_size"].items()
@@ -197,21 +197,21 @@ def reward_trial_text(report: dict[str, Any]) -> str:
     for line in _advice(report):
         lines += wrap_text(line)
     for group in report["groups"][:SHOWN_GROUPS]:
-        lines += ["", *wrap_text(f"{group['where']}: {_one_line(group['prompt'])}")]
+        lines += ["", *wrap_text(f"{group['where']}: {_shorten_to_line(group['prompt'])}")]
         for name in ("best", "worst"):
             if name in group:
                 answer = group[name]
-                lines += wrap_text(f"  {name}, {answer['reward']:.3g}: {_one_line(answer['answer'])}")
+                lines += wrap_text(f"  {name}, {answer['reward']:.3g}: {_shorten_to_line(answer['answer'])}")
     return "\n".join(lines)
 
 
-def _row(name: str, summary: dict[str, Any]) -> TableRow:
+def _reward_row(name: str, summary: dict[str, Any]) -> TableRow:
     """A row of the table of rewards. A number that is None in the `summary` of a reward is shown as "-"."""
     numbers = ["-" if summary[key] is None else f"{summary[key]:.3g}" for key in ("mean", "least", "most", "spread")]
     return TableRow([name, *numbers, format_percent(summary["idle_share"]), str(summary["unscored"])])
 
 
-def _one_line(text: str) -> str:
+def _shorten_to_line(text: str) -> str:
     """A text without line breaks and with no more than 200 characters."""
     line = " ".join(text.split())
     return line if len(line) <= 200 else f"{line[:200]}..."

@@ -172,7 +172,7 @@ def export_command(argv: list[str]) -> dict[str, Any]:
     request.accepted_differences = pin_and_check_recorded_base(config, run_dir, arguments.accept, with_teacher=False)
     request.accepts_changed_data = "data" in arguments.accept
     if bits is not None:
-        request.reason_to_read_rows = export_gguf.rows_needed(bits)
+        request.reason_to_read_rows = export_gguf.reason_to_read_rows(bits)
     for line in request.accepted_differences:
         print(f"accepted: {line}", flush=True)
     if bits is not None:
@@ -470,7 +470,7 @@ def write_model_directory(config: RunConfig, request: ExportRequest, num_process
             gates={} if request.gate_verdicts is None else request.gate_verdicts.as_json(),
             benchmarks=request.benchmarks,
             accepted=request.accepted_differences,
-            rows_needed=None if request.reason_to_read_rows is None else asdict(request.reason_to_read_rows),
+            reason_to_read_rows=None if request.reason_to_read_rows is None else asdict(request.reason_to_read_rows),
             accept_data=request.accepts_changed_data,
         )
         # Rows calibrate the quantised model (`bits=`), which this process makes afterwards: so it must have read them.

@@ -156,7 +156,7 @@ def refuse_unsupported_sizes(kind: QuantisedFormat, config: RunConfig) -> None:
     refuse_unsupported_4bit(f"bits={kind}", model, device)
 
 
-def rows_needed(request: QuantisedRequest) -> ReasonToReadRows:
+def reason_to_read_rows(request: QuantisedRequest) -> ReasonToReadRows:
     """What a quantised type needs rows of the run for, for the error message if they are gone."""
     from trainer.export.quantised import MAX_CALIBRATION_DOCUMENTS, MAX_MEASURED_DOCUMENTS
     from trainer.session.run_data import ReasonToReadRows

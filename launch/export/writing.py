@@ -57,7 +57,7 @@ class ExportJob:
     """The hub's data sets behind tasks."""
     accepted: list[str] = field(default_factory=list)
     """How the base differs from the one that the run was trained on, if the user accepts that."""
-    rows_needed: dict[str, str] | None = None
+    reason_to_read_rows: dict[str, str] | None = None
     """Why the run's own rows are read (`ReasonToReadRows`); None if nothing needs them."""
     accept_data: bool = False
     """Whether today's rows may be used if those of the training are gone."""
@@ -171,7 +171,7 @@ def write_as_rank(config: RunConfig, job: ExportJob, runtime: Runtime) -> Prepar
         config,
         read_data_record(run_dir),
         tokenizer,
-        reason_to_read=None if job.rows_needed is None else ReasonToReadRows(**job.rows_needed),
+        reason_to_read=None if job.reason_to_read_rows is None else ReasonToReadRows(**job.reason_to_read_rows),
         accept_changed_rows=job.accept_data,
     )
     config.objective = run_data.objective

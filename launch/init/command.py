@@ -57,6 +57,12 @@ end of the new file.
 {help_rows(InitArguments)}"""
 WIDTH = 80
 """Columns of the answer in a terminal."""
+HOW_TO_EDIT = [
+    "A setting behind a `#` has the value shown unless it is set: remove the mark to set it. All are in docs/config.md."
+]
+"""Lines at the top of each file."""
+NOT_NEEDED_TITLE = "needs no setting here"
+"""Title of the settings of another trainer that a run does without."""
 
 
 @dataclass(slots=True)
@@ -180,12 +186,6 @@ def _overrides_that_compose(converted: ConvertedSettings, cli_settings: list[str
             raise ConfigError(problems)
         for key in [key for key in file_overrides if key in reason_by_key]:
             converted.withdraw(key, reason_by_key[key])
-
-
-HOW_TO_EDIT = [
-    "A setting behind a `#` has the value shown unless it is set: remove the mark to set it. All are in docs/config.md."
-]
-NOT_NEEDED_TITLE = "needs no setting here"
 
 
 def _refuse_resets(arguments: list[str]) -> None:
@@ -323,13 +323,13 @@ def result_lines(result: InitResult) -> list[str]:
             entries = [", ".join(note.setting for note in converted.not_needed)]
         lines.append(f"{title}:")
         for entry in entries:
-            lines += _folded(entry)
+            lines += _wrap_entry(entry)
     if not converted.unsupported:
         lines.append("everything in it has an equal here")
     return lines
 
 
-def _folded(entry: str) -> list[str]:
+def _wrap_entry(entry: str) -> list[str]:
     """An entry of a section as lines of at most `WIDTH` columns; names and paths are never broken."""
     return textwrap.wrap(
         entry, WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False, break_long_words=False

@@ -44,7 +44,7 @@ class PrepareArguments(VerbArguments):
     as_json: bool = flag("print the numbers of the audit and the directory of the data as JSON", key="--json")
 
 
-MORE = {"--print": "show documents and their masks; see prepare --print --help"}
+OTHER_FORMS = {"--print": "show documents and their masks; see prepare --print --help"}
 USAGE = f"""usage: shardtune prepare [--shard i/n] [--json] [key=value ...]
        shardtune prepare --print <directory> | <settings of a run>
 
@@ -57,7 +57,7 @@ prepare reads, checks, cleans and tokenises the data of a run. `train` uses the 
 the data itself if not. The cache (data.cache_dir) gets documents.arrow, manifest.json, audit.json, audit.html and
 datacard.md. quarantine.jsonl lists the rows that cannot be used, and dropped.jsonl the documents that were dropped.
 
-{help_rows(PrepareArguments, MORE)}"""
+{help_rows(PrepareArguments, OTHER_FORMS)}"""
 
 
 def main(argv: list[str]) -> int:
@@ -127,13 +127,13 @@ def _prepare(arguments: list[str], shard: tuple[int, int] | None) -> PreparedDat
         request.arm_end_of_stuck_process(_end_stuck_process)
         tokenizer = load_tokenizer(config.model)
 
-        def stop() -> bool:
+        def is_stop_requested() -> bool:
             return request.signal_name is not None
 
         if shard is not None:
-            prepare_shard(config, tokenizer, shard, stop=stop)
+            prepare_shard(config, tokenizer, shard, stop=is_stop_requested)
             return None
-        return prepare_data(config, tokenizer, stop=stop)
+        return prepare_data(config, tokenizer, stop=is_stop_requested)
 
 
 def _end_stuck_process(signal_name: str) -> None:

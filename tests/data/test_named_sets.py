@@ -36,7 +36,7 @@ def test_named_eval_sets_are_one_split_with_the_leakage_of_each(files):
     assert {name: names.count(name) for name in sets} == {"medical": 8, "general": 6}
     assert held_out.manifest["sets"] == ["medical", "general"]
     audit = Audit.read(data.directory)
-    assert {name: found.documents for name, found in audit.leakage.items()} == {"eval/medical": 0, "eval/general": 2}
+    assert {name: found.num_leaked for name, found in audit.leakage.items()} == {"eval/medical": 0, "eval/general": 2}
     assert [(source.name, source.split, source.kept) for source in audit.sources[1:]] == [
         ("medical", "eval", 8),
         ("general", "eval", 6),

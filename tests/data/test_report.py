@@ -143,7 +143,7 @@ def test_report_distinguishes_a_shared_prompt_from_a_leak(tmp_path):
     other = [{"prompt": f"question {n}", "completion": "another one"} for n in range(5)]
     path = str(write_jsonl(tmp_path / "eval.jsonl", other))
     made, audit = prepare(tmp_path, rows, eval_path=path)
-    assert audit.leakage["eval"].train["prompt"] == 5 and audit.leakage["eval"].documents == 0
+    assert audit.leakage["eval"].train["prompt"] == 5 and audit.leakage["eval"].num_leaked == 0
     assert "5 training documents have a prompt of the eval split, with another answer or system turn" in summary_text(
         made.report
     )

@@ -17,7 +17,7 @@ from strategies.file_fingerprints import BLOCK_BYTES, MAX_BLOCKS, sampled_digest
 from strategies.settings import FREE
 from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
-from trainer.config.resuming import KINDS, flatten_settings, settings_as_dict
+from trainer.config.resuming import KINDS_OF_CHANGE, flatten_settings, settings_as_dict
 from trainer.config.run import RunConfig, RunSettings
 from trainer.config.tree import kind_of, traits_by_key
 from trainer.session import identity
@@ -100,8 +100,8 @@ def test_identity_of_every_settings_group_says_what_may_change_at_a_resume():
     silent = [key for key, traits in traits_by_key().items() if "." not in key and traits.resume is None]
     assert silent == [], "say at these fields of RunConfig which kind of change another value is, or FREE: resume=..."
     kinds = {key: kind_of(key) for key in flatten_settings(settings_as_dict(RunConfig()))}
-    assert set(kinds.values()) - {None} <= set(KINDS)
-    assert {traits.resume for traits in traits_by_key().values()} - {None, FREE} <= set(KINDS)
+    assert set(kinds.values()) - {None} <= set(KINDS_OF_CHANGE)
+    assert {traits.resume for traits in traits_by_key().values()} - {None, FREE} <= set(KINDS_OF_CHANGE)
     assert (
         kind_of("data.workers") is None and kind_of("data.mixing.over") == "order" and kind_of("data.checks") == "data"
     )
@@ -111,7 +111,7 @@ def test_identity_of_every_settings_group_says_what_may_change_at_a_resume():
 
 
 def test_identity_of_ranks_with_another_version_or_clone_is_named():
-    here = {kind: {} for kind in KINDS} | {"versions": {"torch": "2.13"}, "base": {"model": "1"}}
+    here = {kind: {} for kind in KINDS_OF_CHANGE} | {"versions": {"torch": "2.13"}, "base": {"model": "1"}}
     here["code"] = {"source": "1"}
     other = here | {"versions": {"torch": "2.12"}, "base": {}, "code": {}}  # only one rank a host reads files
     with pytest.raises(ConfigError) as caught:
@@ -167,7 +167,7 @@ def test_identity_error_on_rank_0_fails_alike_on_all_ranks(tmp_path, monkeypatch
     def found(*_, reads_files):
         if reads_files and broken == "base":
             raise FileNotFoundError(2, "No such file or directory", "model.safetensors")
-        return {kind: {} for kind in KINDS} | {"base": {"model": "1"}, "code": {"source": "1"}}
+        return {kind: {} for kind in KINDS_OF_CHANGE} | {"base": {"model": "1"}, "code": {"source": "1"}}
 
     monkeypatch.setattr(identity, "run_identity", found)
     monkeypatch.setattr(identity, "_run_dir_of_checkpoint", lambda *_: tmp_path if broken == "read" else None)
@@ -196,7 +196,7 @@ def test_identity_file_that_is_empty_is_refused_or_accepted_as_unknown(tmp_path,
     monkeypatch.setattr(identity, "_run_dir_of_checkpoint", lambda *_: tmp_path)
     if content is not None:
         (tmp_path / "identity.json").write_text(content)
-    mine = {kind: {} for kind in KINDS}
+    mine = {kind: {} for kind in KINDS_OF_CHANGE}
     with pytest.raises(ConfigError, match=r"cannot be read .* run.accept=\[unknown\]"):
         identity._compare_with_earlier_start(RunConfig(), mine, tmp_path)
     config = RunConfig(run=RunSettings(accept=["unknown"]))

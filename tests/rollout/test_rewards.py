@@ -20,7 +20,7 @@ from trainer.rollout.metrics import round_metrics
 from trainer.rollout.record import RoundRecord
 from trainer.rollout.rewards.kinds import BUILT_IN_REWARDS, kind_problems
 from trainer.rollout.rewards.process import Call, _RoundOfCalls, worker_environment
-from trainer.rollout.rewards.scorer import WorkerScorer, default_workers, weighted_total
+from trainer.rollout.rewards.scorer import WorkerScorer, default_num_workers, weighted_total
 from trainer.rollout.round import Round
 from trainer.rollout.round_table import round_table
 from trainer.rollout.types import Answer, AnswerGroup, Prompt
@@ -185,7 +185,7 @@ def test_several_workers_share_the_calls_of_a_rank(reward_file, tmp_path):
     assert [of_group.total.tolist() for of_group in scores] == [[2.25, 0.25]] * 5
     assert len([*(tmp_path / "logs").glob("rewards-rank-0-*.log")]) == 2
     runtime = Runtime(0, 8, 0, 8, torch.device("cpu"), None)
-    assert default_workers(runtime) == max(1, min(4, num_usable_cores() // 8))
+    assert default_num_workers(runtime) == max(1, min(4, num_usable_cores() // 8))
 
 
 def test_answers_are_messages_where_prompts_are(reward_file, tmp_path):

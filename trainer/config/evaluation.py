@@ -151,8 +151,7 @@ def _runs_chat_tasks(config: RunConfig) -> bool:
 
     - Forgetting is off, or `chat` is false: no.
     - `chat` is null, the default: if forgetting is measured by something else too, the model learns to chat, and no task of
-    the user
-      has the name of one of these.
+      the user has the name of one of these.
     - `chat` is true: yes.
     """
     watched = config.challenges.forgetting

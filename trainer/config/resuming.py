@@ -12,7 +12,7 @@ from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
-KINDS = {
+KINDS_OF_CHANGE = {
     "data": "what was prepared: rows, tokenizer, template, how they are read",
     "base": "files of the base model, of a teacher and of adapters, and what is done to them",
     "tuning": "what is trained: the method and its settings",

@@ -110,7 +110,7 @@ def nearest_trait(key: str, read_trait: Callable[[SettingMetadata], Answer | Non
 
 
 def kind_of(key: str) -> str | None:
-    """The kind of change (`resuming.KINDS`) that another value of the setting is; None if the setting may change.
+    """The kind of change (`resuming.KINDS_OF_CHANGE`) that another value of the setting is; None if the setting may change.
 
     Raises KeyError for a setting that stands in no group of the tree.
     """

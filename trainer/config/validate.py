@@ -24,7 +24,7 @@ from trainer.config.gates import document_problems, gate_problems
 from trainer.config.launching import launcher_problems
 from trainer.config.parallel import dp_size_of
 from trainer.config.ranges import range_problems
-from trainer.config.resuming import KINDS, flatten_settings, settings_as_dict
+from trainer.config.resuming import KINDS_OF_CHANGE, flatten_settings, settings_as_dict
 from trainer.config.rewards import reward_problems
 from trainer.config.rounds import answer_batch_problems, round_problems
 from trainer.config.run import AUTO, Device, LauncherName, RunConfig
@@ -321,9 +321,10 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
     """Error messages about the run directory, its checkpoints and its device, one setting after the other."""
     yield from _resume_problems(config)
     yield from _output_directory_problems(config)
-    for kind in set(config.run.accept) - set(KINDS):
-        closest = difflib.get_close_matches(kind, KINDS, n=1)
-        yield f"run.accept=[{kind}]: there is no such kind of change; {closest[0] if closest else 'one of ' + ', '.join(KINDS)}"
+    for kind in set(config.run.accept) - set(KINDS_OF_CHANGE):
+        closest = difflib.get_close_matches(kind, KINDS_OF_CHANGE, n=1)
+        remedy = closest[0] if closest else f"one of {', '.join(KINDS_OF_CHANGE)}"
+        yield f"run.accept=[{kind}]: there is no such kind of change; {remedy}"
     if config.run.dir is not None and not config.run.dir.strip():
         yield "run.dir: is empty; name a directory, or null for the default"
     checkpoint = config.checkpoint

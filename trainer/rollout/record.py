@@ -26,10 +26,10 @@ _FILE_NAME_REGEX = re.compile(r"round-(\d+)\.parquet")
 class RoundRecord:
     """The rounds of a run as Parquet files."""
 
-    def __init__(self, run_dir: Path, most_groups: int | None = None) -> None:
-        """`most_groups`: groups of each round that are recorded, the first ones; None: all, 0: none."""
+    def __init__(self, run_dir: Path, max_groups: int | None = None) -> None:
+        """`max_groups`: groups of each round that are recorded, the first ones; None: all, 0: none."""
         self.directory = run_dir / ROUNDS_DIRECTORY
-        self.most_groups = most_groups
+        self.max_groups = max_groups
 
     def remove_after(self, step: int) -> None:
         """Remove the files of the rounds that begin after `step` steps. Raises StorageError if one cannot be removed."""
@@ -42,12 +42,12 @@ class RoundRecord:
 
     def write(self, rollout_round: Round, step: int) -> None:
         """Write the file of a round that begins after `step` steps, unless no groups are recorded. Raises StorageError."""
-        if self.most_groups == 0:
+        if self.max_groups == 0:
             return
         import pyarrow as pa
         import pyarrow.parquet as parquet
 
-        table = pa.Table.from_pylist(answer_rows(rollout_round, self.most_groups))
+        table = pa.Table.from_pylist(answer_rows(rollout_round, self.max_groups))
         file = self.directory / f"round-{step + 1:06d}.parquet"
         unfinished = file.with_suffix(".unfinished")
         try:
@@ -61,14 +61,14 @@ class RoundRecord:
             ) from error
 
 
-def answer_rows(rollout_round: Round, most_groups: int | None = None) -> list[dict[str, Any]]:
+def answer_rows(rollout_round: Round, max_groups: int | None = None) -> list[dict[str, Any]]:
     """A row for each answer of a round, for a Parquet file or a table: prompt, answer, rewards, advantage.
 
-    `most_groups`: only the first groups (a group is all answers to one prompt); None: all.
+    `max_groups`: only the first groups (a group is all answers to one prompt); None: all.
     """
     rows = []
     for group_index, (group, scores) in enumerate(zip(rollout_round.groups, rollout_round.scores, strict=True)):
-        if most_groups is not None and group_index >= most_groups:
+        if max_groups is not None and group_index >= max_groups:
             break
         for index, answer in enumerate(group.answers):
             row: dict[str, Any] = {

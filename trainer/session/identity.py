@@ -24,7 +24,7 @@ from strategies.runtime import Runtime, broadcast_object, first_rank_error, gath
 from trainer.build.reward_models import reward_model_digests
 from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.checkpoints.resume_selection import resolve_resume_setting
-from trainer.config.resuming import KINDS, default_settings, flatten_settings, settings_as_dict
+from trainer.config.resuming import KINDS_OF_CHANGE, default_settings, flatten_settings, settings_as_dict
 from trainer.config.run import RunConfig
 from trainer.config.tree import kind_of
 from trainer.data.config import identifying_data_settings
@@ -49,11 +49,11 @@ COMPUTING_PACKAGES = (
 DIGESTED_SOURCE_PACKAGES = ("strategies", "trainer")
 MAX_SHOWN_DIFFERENCES = 8
 RunIdentity = dict[str, dict[str, Any]]
-"""Everything that decides a run's result: kind (`KINDS`), then key, then value."""
+"""Everything that decides a run's result: kind (`KINDS_OF_CHANGE`), then key, then value."""
 
 
 def run_identity(config: RunConfig, data: PreparedData, *, reads_files: bool = True) -> RunIdentity:
-    """Everything that decides a run's result, by kind (`KINDS`) and key, as JSON values. No collective.
+    """Everything that decides a run's result, by kind (`KINDS_OF_CHANGE`) and key, as JSON values. No collective.
 
     For example {"data": {"data.seed": 0, "fingerprint": "a1b2"}, "code": {"source": "c3d4"}, "versions": {"torch": "2.9"}}.
     `reads_files`: whether files are read and digested. If not:
@@ -80,8 +80,10 @@ def run_identity(config: RunConfig, data: PreparedData, *, reads_files: bool = T
 
 
 def _identifying_settings(config: RunConfig) -> RunIdentity:
-    """The settings that decide a run's result, by kind (`KINDS`) and key. A kind without such settings is empty."""
-    identity: RunIdentity = {kind: {} for kind in KINDS if kind != "unknown"}  # nothing is recorded under `unknown`
+    """The settings that decide a run's result, by kind (`KINDS_OF_CHANGE`) and key. A kind without such settings is empty."""
+    identity: RunIdentity = {
+        kind: {} for kind in KINDS_OF_CHANGE if kind != "unknown"
+    }  # nothing is recorded under `unknown`
     settings = settings_as_dict(config)
     settings["data"] = identifying_data_settings(settings["data"])
     for key, value in flatten_settings(settings).items():
@@ -96,7 +98,7 @@ class IdentityDifference:
     """A value of a run's identity that differs between a record or another rank (`there`) and this start (`here`)."""
 
     kind: str
-    """One of `KINDS`, which `run.accept` names."""
+    """One of `KINDS_OF_CHANGE`, which `run.accept` names."""
     key: str
     there: Any
     here: Any
@@ -111,7 +113,7 @@ def identity_differences(recorded: RunIdentity, current: RunIdentity, *, accept:
     `accept`: kinds whose differences are not reported. A missing value is `-`.
     """
     differing = []
-    for kind in KINDS:
+    for kind in KINDS_OF_CHANGE:
         if kind in accept:
             continue
         recorded_values = recorded.get(kind, {})
@@ -263,7 +265,7 @@ def _read_identity(path: Path) -> tuple[RunIdentity, list[str]]:
     Raises OSError if it cannot be read, and ValueError for a file of another form.
     """
     identity = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(identity, dict) or not all(isinstance(identity.get(kind, {}), dict) for kind in KINDS):
+    if not isinstance(identity, dict) or not all(isinstance(identity.get(kind, {}), dict) for kind in KINDS_OF_CHANGE):
         raise ValueError("it does not say what belongs to each kind")
     accepted = identity.pop(ACCEPTED_KEY, [])
     if not isinstance(accepted, list) or not all(isinstance(line, str) for line in accepted):

@@ -32,7 +32,7 @@ _REPORTED_FIELDS = ("conserved", "flow", "duplicates", "leakage", "groups", "pri
 """Fields of an audit that a run records, if they are not empty. Its settings and files are recorded elsewhere."""
 
 
-class _Strict:
+class _StrictRecord:
     """Part of the audit; pydantic checks what is read."""
 
     __slots__ = ()
@@ -40,7 +40,7 @@ class _Strict:
 
 
 @dataclass(kw_only=True, slots=True)
-class StageReport(_Strict):
+class StageReport(_StrictRecord):
     """One stage of preparation: documents that it took out and that it noted (and kept), by reason, with first places."""
 
     stage: str
@@ -52,7 +52,7 @@ class StageReport(_Strict):
 
 
 @dataclass(kw_only=True, slots=True)
-class SourceFile(_Strict):
+class SourceFile(_StrictRecord):
     """One input file; size and digest are not known of a data set of the hub."""
 
     path: str
@@ -62,7 +62,7 @@ class SourceFile(_Strict):
 
 
 @dataclass(kw_only=True, slots=True)
-class Source(_Strict):
+class Source(_StrictRecord):
     """One source, or a held-out split's files. `kept` became documents, of which the choice of splits may drop some yet."""
 
     name: str
@@ -78,7 +78,7 @@ class Source(_Strict):
 
 
 @dataclass(kw_only=True, slots=True)
-class Histogram(_Strict):
+class Histogram(_StrictRecord):
     """`counts[i]` values lie from `edges[i]` to `edges[i + 1]`."""
 
     edges: list[float]
@@ -86,7 +86,7 @@ class Histogram(_Strict):
 
 
 @dataclass(kw_only=True, slots=True)
-class Split(_Strict):
+class Split(_StrictRecord):
     """One split, lengths in tokens; `ends_supervised` counts the sequences whose end of turn is learned. `weighted_tokens` is
     the sum of the supervised tokens' weights; null where each weighs 1."""
 
@@ -108,7 +108,7 @@ class Split(_Strict):
 
 
 @dataclass(kw_only=True, slots=True)
-class Copies(_Strict):
+class Copies(_StrictRecord):
     """Training documents that copy another, of one kind; `examples` are {"a": place, "b": place of its copy}."""
 
     policy: str
@@ -120,7 +120,7 @@ class Copies(_Strict):
 
 
 @dataclass(kw_only=True, slots=True)
-class Leaks(_Strict):
+class Leaks(_StrictRecord):
     """Training documents that a held-out split has too, by the strictest kind; the near search of `incomplete` was cut."""
 
     policy: str
@@ -130,13 +130,13 @@ class Leaks(_Strict):
     incomplete: int
 
     @property
-    def documents(self) -> int:
-        """Training documents that are in the held-out split."""
+    def num_leaked(self) -> int:
+        """Number of training documents that are in the held-out split."""
         return sum(self.train[kind] for kind in DOCUMENT_LEAK_KINDS)
 
 
 @dataclass(kw_only=True, slots=True)
-class Groups(_Strict):
+class Groups(_StrictRecord):
     """Groups (`data.group_by`) of a split; `in_training` documents of the training data were of groups of this held-out split."""
 
     documents: int
@@ -145,7 +145,7 @@ class Groups(_Strict):
 
 
 @dataclass(kw_only=True, slots=True)
-class PersonalType(_Strict):
+class PersonalType(_StrictRecord):
     """Findings of one type of personal data, with place and mask of the first few."""
 
     findings: int
@@ -154,7 +154,7 @@ class PersonalType(_Strict):
 
 
 @dataclass(kw_only=True, slots=True)
-class PersonalData(_Strict):
+class PersonalData(_StrictRecord):
     """The search for personal data; documents by source."""
 
     mode: str
@@ -169,28 +169,28 @@ class PersonalData(_Strict):
     types: dict[str, PersonalType]
 
     @property
-    def people_and_places(self) -> bool:
-        """Whether names were looked for anywhere."""
+    def looked_for_names(self) -> bool:
+        """Whether names of people, places or organisations were looked for."""
         return bool(NEEDS_PRESIDIO & {*self.looked_for})
 
     @property
-    def unsought(self) -> dict[str, str]:
+    def missed_types(self) -> dict[str, str]:
         """Types that were asked for and could not be looked for, with the reason."""
         return {type_: reason for type_, reason in self.not_looked_for.items() if reason != NOT_ASKED}
 
     @property
-    def scanned(self) -> int:
-        """Documents looked into, of all sources."""
+    def num_scanned(self) -> int:
+        """Number of documents looked into, of all sources."""
         return sum(self.documents_scanned.values())
 
     @property
-    def documents(self) -> int:
-        """Documents with at least one finding, of all sources."""
+    def num_with_findings(self) -> int:
+        """Number of documents with at least one finding, of all sources."""
         return sum(self.documents_with_findings.values())
 
 
 @dataclass(kw_only=True, slots=True)
-class DecodedSample(_Strict):
+class DecodedSample(_StrictRecord):
     """A training sequence as text, in pieces {"text": text, "learned": whether it is learned}; with the "weight" of those that
     count for less than 1."""
 
@@ -201,7 +201,7 @@ class DecodedSample(_Strict):
 
 
 @dataclass(kw_only=True, slots=True)
-class Audit(_Strict):
+class Audit(_StrictRecord):
     """All that preparation reports about a data set. A part is empty if no setting asked for it, or nothing was there."""
 
     schema: int
@@ -220,7 +220,7 @@ class Audit(_Strict):
     unread_columns: dict[str, list[str]]
     """Columns of the files that nobody read, by source."""
     mixing: dict[str, dict[str, float | None]]
-    """Of each weighted source what `batches.mixing.Mix.report_by_source` says."""
+    """Of each weighted source what `batches.mixing.SourceMix.report_by_source` says."""
     labels: dict[str, dict[str, int]]
     """{"before", "after"}: training documents of each label."""
     balance: dict[str, dict[str, float | str | None]]
@@ -240,8 +240,8 @@ class Audit(_Strict):
         return self.conserved["dropped"] / max(self.conserved["rows_in"], 1)
 
     @property
-    def truncated(self) -> int:
-        """Documents of which `data.max_length` cut something off."""
+    def num_truncated(self) -> int:
+        """Number of documents of which `data.max_length` cut something off."""
         return sum(stage.noted.get("truncated", 0) for stage in self.flow)
 
     def write(self, directory: Path) -> None:

@@ -259,10 +259,10 @@ def _learned_tile(audit: Audit) -> Tile:
 
 def _truncated_tile(audit: Audit) -> Tile:
     """The tile for documents that lost something to `data.max_length`: good if there are none, act above 10 %, else look."""
-    if not audit.truncated:
+    if not audit.num_truncated:
         return Tile("Truncated", "0", "every document is whole", Level.good, "splits")
-    share = audit.truncated / max(audit.conserved["kept"], 1)
-    note = f"{plural(audit.truncated, 'document')} cut to data.max_length={audit.words['data.max_length']}"
+    share = audit.num_truncated / max(audit.conserved["kept"], 1)
+    note = f"{plural(audit.num_truncated, 'document')} cut to data.max_length={audit.words['data.max_length']}"
     advice = "raise data.max_length, or choose data.over_length; a cut answer does not teach to stop"
     level = _level_of_share(share, look_above=0, act_above=0.1)
     return Tile("Truncated", format_percent(share), note, level, "splits", advice)
@@ -280,7 +280,7 @@ def _leakage_tile(audit: Audit) -> Tile:
     if not audit.leakage:
         return Tile("Leakage", NOT_MEASURED, "no held-out split to compare with", Level.none, "leakage")
     all_leaks = audit.leakage.values()
-    num_documents = sum(leaks.documents for leaks in all_leaks)
+    num_documents = sum(leaks.num_leaked for leaks in all_leaks)
     num_prompts = sum(leaks.train["prompt"] for leaks in all_leaks)
     num_of_held_out_groups = sum(groups.in_training for groups in audit.groups.values())
     are_leaks_kept = all(leaks.policy in KEEPING_POLICIES for leaks in all_leaks)
@@ -334,14 +334,14 @@ def _personal_data_tile(audit: Audit) -> Tile:
     `HARMFUL_TYPES_REGEX`.
     """
     privacy = audit.privacy
-    if privacy is None or not privacy.scanned:
+    if privacy is None or not privacy.num_scanned:
         advice = "set data.privacy.mode=report"
         return Tile("Personal data", NOT_MEASURED, "not looked for", Level.none, "privacy", advice)
-    limits = "" if privacy.people_and_places else "; people and places were not looked for"
-    scope = f"in {plural(privacy.scanned, 'document')} searched"
-    if not privacy.documents:
+    limits = "" if privacy.looked_for_names else "; people and places were not looked for"
+    scope = f"in {plural(privacy.num_scanned, 'document')} searched"
+    if not privacy.num_with_findings:
         return Tile("Personal data", "0", f"none found {scope}{limits}", Level.good, "privacy")
-    shown_number = f"{privacy.documents:,}"
+    shown_number = f"{privacy.num_with_findings:,}"
     treatment = {"redact": "redacted", "pseudonymise": "pseudonymised", "drop": "dropped"}.get(privacy.mode)
     if treatment:
         note = f"documents with findings, {treatment}{limits}"
@@ -411,11 +411,11 @@ def _privacy_gaps(audit: Audit) -> list[str]:
     gaps = []
     privacy = audit.privacy
     num_documents = sum(split.documents for split in audit.splits.values())
-    if privacy is None or not privacy.scanned:
+    if privacy is None or not privacy.num_scanned:
         gaps.append("personal data was not looked for")
-    elif privacy.scanned < num_documents:
-        gaps.append(f"personal data was looked for in {privacy.scanned:,} of {plural(num_documents, 'document')}")
-    if privacy is not None and not privacy.people_and_places:
+    elif privacy.num_scanned < num_documents:
+        gaps.append(f"personal data was looked for in {privacy.num_scanned:,} of {plural(num_documents, 'document')}")
+    if privacy is not None and not privacy.looked_for_names:
         gaps.append("names of people, places and organisations were not looked for (data.privacy.engine=presidio)")
     if any(source.format == DataFormat.prompt for source in audit.sources):
         gaps.append("personal data was not looked for in columns that are kept for rewards")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.errors import DataError
-from trainer.rollout.rewards.worker import LENGTH_BYTES, send
+from trainer.rollout.rewards.worker import LENGTH_BYTES, send_message
 
 ROOT = Path(__file__).resolve().parents[3]
 """Directory of the packages, for the search path of a worker."""
@@ -110,12 +110,12 @@ class RewardProcess:
         self.answer_fd = answer_read
         self._received = b""
         with contextlib.suppress(BrokenPipeError):  # it died at once: `read` says how
-            send(self._calls, self._setup)
+            send_message(self._calls, self._setup)
 
     def ask(self, call: dict[str, Any]) -> None:
         """Send a call. A worker reads each call before it runs anything, so that this does not wait for a reward."""
         with contextlib.suppress(BrokenPipeError):  # it died meanwhile: `read` says how
-            send(self._calls, call)
+            send_message(self._calls, call)
 
     def read(self) -> dict[str, Any] | None:
         """Receive bytes from the worker. Returns its next message if all of it has arrived, else None.

@@ -71,7 +71,7 @@ class WorkerScorer:
                 options["limit"] = config.rollout.max_new_tokens
             worker_setup[name] = {"kind": reward.kind, "options": options}
         log_dir = (run_dir or Path()) / "logs"
-        num_workers = config.reward_workers or default_workers(runtime)
+        num_workers = config.reward_workers or default_num_workers(runtime)
         if not worker_setup:  # the judge or models alone score
             num_workers = 0
         logs = [log_dir / f"rewards-rank-{runtime.rank}-{number}.log" for number in range(num_workers)]
@@ -246,7 +246,7 @@ class _GroupScoreCollector:
         )
 
 
-def default_workers(runtime: Runtime) -> int:
+def default_num_workers(runtime: Runtime) -> int:
     """Worker processes of a rank: its share of the processors that this process may use, at least one and at most four."""
     return max(1, min(MAX_WORKERS, num_usable_cores() // runtime.local_world_size))
 

@@ -25,23 +25,23 @@ from trainer.rollout.rewards.functions import AnswersOfGroup, BadScore, CallResu
 from trainer.rollout.rewards.kinds import KindReward
 
 LENGTH_BYTES = 8
-LOG_BYTES = 4 << 20
+MAX_LOG_BYTES = 4 << 20
 """Of what a worker's rewards print, so much is kept."""
 TRACEBACK_LINES = 24
 Reward = Callable[[AnswersOfGroup], CallResult]
 
 
-class CutLog(io.TextIOBase):
-    """A text stream into a file that takes the first `LOG_BYTES` bytes and forgets the rest.
+class LimitedLog(io.TextIOBase):
+    """A text stream into a file that takes the first `MAX_LOG_BYTES` bytes and forgets the rest.
 
     A worker goes on with the log of the one before it, but begins it anew once it is full: a run may start many.
     """
 
     def __init__(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        is_full = file.exists() and file.stat().st_size >= LOG_BYTES
+        is_full = file.exists() and file.stat().st_size >= MAX_LOG_BYTES
         self._file = file.open("wb" if is_full else "ab", buffering=0)
-        self._left = LOG_BYTES
+        self._bytes_left = MAX_LOG_BYTES
 
     def writable(self) -> bool:
         return True
@@ -50,23 +50,23 @@ class CutLog(io.TextIOBase):
         return self._file.fileno()
 
     def write(self, text: str) -> int:
-        if self._left > 0:
-            kept = text[: self._left].encode("utf-8", "replace")
-            self._left -= len(kept)
+        if self._bytes_left > 0:
+            kept = text[: self._bytes_left].encode("utf-8", "replace")
+            self._bytes_left -= len(kept)
             self._file.write(kept)
-            if self._left <= 0:
+            if self._bytes_left <= 0:
                 self._file.write(b"\n[what is printed from here on is not kept]\n")
         return len(text)
 
 
-def send(stream: BinaryIO, message: Any) -> None:
+def send_message(stream: BinaryIO, message: Any) -> None:
     """Write one message: `LENGTH_BYTES` bytes with its length, then JSON. Raises BrokenPipeError if nobody reads any more."""
     text = json.dumps(message).encode()
     stream.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
     stream.flush()
 
 
-def receive(stream: BinaryIO) -> Any:
+def receive_message(stream: BinaryIO) -> Any:
     """Read one message. Raises EOFError if the other end is closed."""
     head = stream.read(LENGTH_BYTES)
     if len(head) < LENGTH_BYTES:
@@ -119,8 +119,8 @@ def main(read_fd: int, write_fd: int, parent: int) -> None:
         signal.signal(number, signal.SIG_DFL)
     with os.fdopen(read_fd, "rb") as calls, os.fdopen(write_fd, "wb") as answers:
         # Setup: {"log": path of the log file, "rewards": {name: settings}}. What is printed from here on goes to the log.
-        setup = receive(calls)
-        log = CutLog(Path(setup["log"]))
+        setup = receive_message(calls)
+        log = LimitedLog(Path(setup["log"]))
         sys.stdout = sys.stderr = log  # type: ignore[assignment]
         faulthandler.enable(log)  # of a crash in native code, the log has the place
         rewards: dict[str, Reward] = {}
@@ -128,16 +128,16 @@ def main(read_fd: int, write_fd: int, parent: int) -> None:
             try:
                 rewards[name] = load_reward(settings)
             except BaseException:  # noqa: BLE001 - whatever a file raises is told
-                send(answers, {"reward": name, "problem": "cannot be loaded", "traceback": short_traceback()})
+                send_message(answers, {"reward": name, "problem": "cannot be loaded", "traceback": short_traceback()})
                 return
-        send(answers, {"ready": True})
+        send_message(answers, {"ready": True})
         # Calls, until the trainer closes its end.
         while True:
             try:
-                call = receive(calls)
+                call = receive_message(calls)
             except EOFError:
                 return
-            send(answers, answer_call(rewards, call))
+            send_message(answers, answer_call(rewards, call))
 
 
 if __name__ == "__main__":

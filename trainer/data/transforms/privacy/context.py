@@ -23,7 +23,7 @@ from trainer.data.transforms.privacy.rule import (
     PrivacyFinding,
     PrivacyRule,
     rule,
-    words,
+    whole_words,
 )
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ DATE_SHAPE = "|".join(
     )
 )
 """A date more precise than a year; groups 2 to 4 hold its separators, so group 1 has to be the whole."""
-BIRTH = words(
+BIRTH = whole_words(
     r"dob|d\.o\.b\.?|date[ -]of[ -]birth|birth ?dates?|birth ?days?|born(?: on| in)?|geb(?:oren|\.)?(?: am)?|geburtsdatum|"
     r"née?(?: le)?|date de naissance|nacid[oa](?: el)?|fecha de nacimiento|nat[oa] il|geboortedatum"
 ).pattern
@@ -184,7 +184,7 @@ PHONE_CANDIDATE = re.compile(
 )
 """A run of digits that may be a telephone number (group 1), and its extension."""
 DATE = re.compile(r"(?:\d{4}[-./ ]\d{1,2}[-./ ]\d{1,2}|\d{1,2}[-./]\d{1,2}[-./]\d{2,4})(?:\s+\d{1,2}.*)?$")
-PHONE_WORDS = words(
+PHONE_WORDS = whole_words(
     r"tel|tel\.|telephone|phones?|phone number|calls?|called|mobile|cell|cellphone|dial|ring|text|whatsapp|sms|contact|"
     r"reach(?: me| us| him| her)?|telefon|handy|rufnummer|téléphone|portable|móvil|teléfono|cellulare|telefono|telefoon|pager|"
     "hotline|ph|t:|m:|voicemail"

@@ -40,7 +40,7 @@ IBAN_LENGTHS: dict[str, int] = {
 """Length of an IBAN by country (ISO 13616 registry, as stdnum has it)."""
 
 
-def compact(text: str) -> str:
+def letters_and_digits(text: str) -> str:
     """The letters and digits of a text, in capitals."""
     return "".join(character for character in text if character.isalnum()).upper()
 
@@ -53,7 +53,7 @@ def stdnum_check(module: str, **options: bool) -> Callable[[str], bool]:
     is_valid = import_module(f"stdnum.{module}").is_valid
 
     def is_valid_number(text: str) -> bool:
-        number = compact(text)
+        number = letters_and_digits(text)
         return number.isascii() and len(set(number)) > 1 and is_valid(number, **options)
 
     return is_valid_number
@@ -67,7 +67,7 @@ is_dni = stdnum_check("es.dni")
 
 def is_card(text: str) -> bool:
     """Whether a number is that of a payment card: a known first range, a length issued there, and the Luhn digit."""
-    number = compact(text)
+    number = letters_and_digits(text)
     for lowest, highest, lengths in CARD_LENGTHS:
         first_digits = number[: len(lowest)]
         if lowest <= first_digits <= highest and len(number) in lengths:
@@ -77,12 +77,12 @@ def is_card(text: str) -> bool:
 
 def is_spanish_nif(text: str) -> bool:
     """Whether a text is a Spanish NIE, or a DNI, which may lack its leading zeros."""
-    return is_nie(text) or is_dni(compact(text).rjust(9, "0"))
+    return is_nie(text) or is_dni(letters_and_digits(text).rjust(9, "0"))
 
 
 def is_nino(text: str) -> bool:
     """Whether the prefix of a UK national insurance number is one that is allocated."""
-    return compact(text)[:2] not in {"BG", "GB", "NK", "KN", "TN", "NT", "ZZ"}
+    return letters_and_digits(text)[:2] not in {"BG", "GB", "NK", "KN", "TN", "NT", "ZZ"}
 
 
 def is_itin(text: str) -> bool:
@@ -90,7 +90,7 @@ def is_itin(text: str) -> bool:
 
     stdnum knows the groups before 2011 only.
     """
-    number = compact(text)
+    number = letters_and_digits(text)
     group = int(number[3:5])
     is_issued_group = 50 <= group <= 65 or 70 <= group <= 88 or 90 <= group <= 92 or 94 <= group <= 99
     return number[0] == "9" and is_issued_group
@@ -98,15 +98,15 @@ def is_itin(text: str) -> bool:
 
 def is_npi(text: str) -> bool:
     """Whether ten digits are a US National Provider Identifier: Luhn over 80840 and these."""
-    return has_luhn_digit("80840" + compact(text))
+    return has_luhn_digit("80840" + letters_and_digits(text))
 
 
-OPEN = r"(?<![\w.])(?<!\w-)"
-CLOSE = r"(?!\w|-\w|\.\d)"
+NUMBER_START = r"(?<![\w.])(?<!\w-)"
+NUMBER_END = r"(?!\w|-\w|\.\d)"
 """Bounds of a number: not part of a longer word, decimal or hyphenated code."""
 
 
-def _number(
+def _number_rule(
     type_: str, regex: str, score: float, check: Callable[[str], bool], near: str = "", boosted: float = 0.95
 ) -> PrivacyRule:
     """A rule that finds identity numbers of one type, such as a tax number.
@@ -116,7 +116,7 @@ def _number(
     """
     return rule(
         type_,
-        f"{OPEN}({regex}){CLOSE}",
+        f"{NUMBER_START}({regex}){NUMBER_END}",
         score,
         check=check,
         near=near,
@@ -180,7 +180,7 @@ def _iban_pattern() -> str:
 
 
 MONEY = [
-    _number("CREDIT_CARD", r"\d(?:[ -]?\d){11,18}", 0.85, is_card, "card|visa|mastercard|amex"),
+    _number_rule("CREDIT_CARD", r"\d(?:[ -]?\d){11,18}", 0.85, is_card, "card|visa|mastercard|amex"),
     rule("IBAN", rf"(?i)(?<![\w-])({_iban_pattern()})(?!\w)", 0.95, check=is_iban, needs="number"),
 ]
 
@@ -192,45 +192,49 @@ NIF = r"(?:[XYZ][-. ]?\d{7}|\d{8}|\d{1,2}\.\d{3}\.\d{3})[-. ]?[A-HJ-NP-TV-Z]"
 SSN_WORDS = r"ssn|social security(?: number| no\.?)?"
 AADHAAR_WORDS = "aadhaar|aadhar|uidai"
 NATIONAL = [
-    _number("US_SSN", r"\d{3}-\d{2}-\d{4}", 0.85, stdnum_check("us.ssn"), SSN_WORDS),
-    _number("US_SSN", r"\d{3} \d{2} \d{4}", 0.55, stdnum_check("us.ssn"), SSN_WORDS),
-    _number("US_SSN", r"\d{9}", 0.2, stdnum_check("us.ssn"), SSN_WORDS, boosted=0.9),
-    _number("US_ITIN", r"9\d{2}[- ]?\d{2}[- ]?\d{4}", 0.4, is_itin, r"itin|taxpayer (?:id|identification)\w*"),
-    _number("US_ITIN", r"9\d{2}-\d{2}-\d{4}", 0.8, is_itin),
-    _number("UK_NHS", r"\d{3}[ -]\d{3}[ -]\d{4}", 0.6, stdnum_check("gb.nhs"), "nhs"),
-    _number("UK_NHS", r"\d{10}", 0.3, stdnum_check("gb.nhs"), "nhs"),
+    _number_rule("US_SSN", r"\d{3}-\d{2}-\d{4}", 0.85, stdnum_check("us.ssn"), SSN_WORDS),
+    _number_rule("US_SSN", r"\d{3} \d{2} \d{4}", 0.55, stdnum_check("us.ssn"), SSN_WORDS),
+    _number_rule("US_SSN", r"\d{9}", 0.2, stdnum_check("us.ssn"), SSN_WORDS, boosted=0.9),
+    _number_rule("US_ITIN", r"9\d{2}[- ]?\d{2}[- ]?\d{4}", 0.4, is_itin, r"itin|taxpayer (?:id|identification)\w*"),
+    _number_rule("US_ITIN", r"9\d{2}-\d{2}-\d{4}", 0.8, is_itin),
+    _number_rule("UK_NHS", r"\d{3}[ -]\d{3}[ -]\d{4}", 0.6, stdnum_check("gb.nhs"), "nhs"),
+    _number_rule("UK_NHS", r"\d{10}", 0.3, stdnum_check("gb.nhs"), "nhs"),
     rule("UK_NINO", NINO, 0.75, check=is_nino, near="national insurance|ni (?:number|no)|nino", needs="digit"),
-    _number("DE_TAX_ID", r"[1-9]\d ?\d{3} ?\d{3} ?\d{3}", 0.6, stdnum_check("de.idnr"), r"steuer\S*|idnr|tax id|tin"),
-    _number("FR_NIR", r"[1-478] ?\d{2} ?\d{2} ?(?:\d{2}|2[ABab]) ?\d{3} ?\d{3} ?\d{2}", 0.85, stdnum_check("fr.nir")),
-    _number("ES_NIF", NIF, 0.65, is_spanish_nif, "dni|nie|nif"),
+    _number_rule(
+        "DE_TAX_ID", r"[1-9]\d ?\d{3} ?\d{3} ?\d{3}", 0.6, stdnum_check("de.idnr"), r"steuer\S*|idnr|tax id|tin"
+    ),
+    _number_rule(
+        "FR_NIR", r"[1-478] ?\d{2} ?\d{2} ?(?:\d{2}|2[ABab]) ?\d{3} ?\d{3} ?\d{2}", 0.85, stdnum_check("fr.nir")
+    ),
+    _number_rule("ES_NIF", NIF, 0.65, is_spanish_nif, "dni|nie|nif"),
     rule("IT_FISCAL_CODE", FISCAL_CODE, 0.95, check=stdnum_check("it.codicefiscale"), needs="digit"),
-    _number(
+    _number_rule(
         "NL_BSN",
         r"\d{9}|\d{4}[. ]\d{2}[. ]\d{3}|\d{3}[. ]\d{3}[. ]\d{3}",
         0.3,
         stdnum_check("nl.bsn"),
         r"bsn|burgerservicenummer|sofi\S*",
     ),
-    _number("PL_PESEL", r"\d{11}", 0.55, stdnum_check("pl.pesel"), "pesel"),
-    _number("IN_AADHAAR", r"[2-9]\d{3}([ -])\d{4}\2\d{4}", 0.7, stdnum_check("in_.aadhaar"), AADHAAR_WORDS),
-    _number("IN_AADHAAR", r"[2-9]\d{11}", 0.3, stdnum_check("in_.aadhaar"), AADHAAR_WORDS),
-    _number("BR_CPF", r"\d{3}\.\d{3}\.\d{3}-\d{2}", 0.9, stdnum_check("br.cpf")),
-    _number("BR_CPF", r"\d{11}", 0.4, stdnum_check("br.cpf"), "cpf"),
+    _number_rule("PL_PESEL", r"\d{11}", 0.55, stdnum_check("pl.pesel"), "pesel"),
+    _number_rule("IN_AADHAAR", r"[2-9]\d{3}([ -])\d{4}\2\d{4}", 0.7, stdnum_check("in_.aadhaar"), AADHAAR_WORDS),
+    _number_rule("IN_AADHAAR", r"[2-9]\d{11}", 0.3, stdnum_check("in_.aadhaar"), AADHAAR_WORDS),
+    _number_rule("BR_CPF", r"\d{3}\.\d{3}\.\d{3}-\d{2}", 0.9, stdnum_check("br.cpf")),
+    _number_rule("BR_CPF", r"\d{11}", 0.4, stdnum_check("br.cpf"), "cpf"),
 ]
 
 MBI = "[AC-HJKMNP-RT-Y]"
-THINGS = [
+PLANS_AND_DEVICES = [
     rule(
         "HEALTH_PLAN",
         rf"(?<![\w-])([1-9]{MBI}[AC-HJKMNP-RT-Y\d]\d-?{MBI}[AC-HJKMNP-RT-Y\d]\d-?{MBI}{{2}}\d{{2}})(?![\w-])",
         0.75,
         needs="digit",
     ),
-    _number("DEVICE", r"\d{2}-\d{6}-\d{6}-\d|\d{15}", 0.4, has_luhn_digit, "imei|device|handset|phone serial"),
+    _number_rule("DEVICE", r"\d{2}-\d{6}-\d{6}-\d|\d{15}", 0.4, has_luhn_digit, "imei|device|handset|phone serial"),
 ]
 
 TOKEN = r"[A-Za-z0-9_-]"
-ISSUED = {  # prefixes of the tokens that issuers document -> the shape of the whole
+ISSUED_TOKENS = {  # prefixes of the tokens that issuers document -> the shape of the whole
     "akia|asia|abia|acca": r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}",
     "ghp_|gho_|ghu_|ghs_|ghr_|github_pat_": r"gh[pousr]_[A-Za-z0-9]{36,251}|github_pat_\w{60,90}",
     "glpat-": rf"glpat-{TOKEN}{{20,64}}",
@@ -250,10 +254,10 @@ PASSWORD = (
 )
 SECRETS = [
     rule("SECRET", PRIVATE_KEY, 0.99, hints="-----begin "),
-    *(rule("SECRET", rf"(?<!\w)({shape})(?!\w)", 0.95, hints=prefixes) for prefixes, shape in ISSUED.items()),
+    *(rule("SECRET", rf"(?<!\w)({shape})(?!\w)", 0.95, hints=prefixes) for prefixes, shape in ISSUED_TOKENS.items()),
     rule("SECRET", rf"(?<![\w.])(eyJ{TOKEN}{{8,4000}}\.eyJ{TOKEN}{{8,8000}}\.{TOKEN}{{0,2000}})", 0.95, hints="eyj"),
     rule("SECRET", r"(?i)://[^\s:/@]{1,64}:([^\s:/@]{3,128})@", 0.9, hints="://", needs="at"),
     rule("SECRET", PASSWORD, 0.8, hints="pass|pwd|key|secret|token|bearer|contrase"),
 ]
 
-RULES: tuple[PrivacyRule, ...] = (*NETWORK, *MONEY, *NATIONAL, *THINGS, *SECRETS)
+RULES: tuple[PrivacyRule, ...] = (*NETWORK, *MONEY, *NATIONAL, *PLANS_AND_DEVICES, *SECRETS)

@@ -128,7 +128,7 @@ VERSION = re.compile(rf"{_OTHER_NUMBER_WORDS}[ \w.-]{{0,12}}$", re.IGNORECASE)
 """The same with up to twelve characters between, as in `version of driver 10.0.1.2`."""
 
 
-def words(alternatives: str) -> re.Pattern[str]:
+def whole_words(alternatives: str) -> re.Pattern[str]:
     """A pattern that matches any of these alternatives, separated by |, as whole words in any case."""
     return re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", re.IGNORECASE)
 
@@ -144,7 +144,7 @@ def rule(type_: str, regex: str, score: float, *, hints: str = "", near: str = "
         re.compile(regex),
         score,
         hints=tuple(filter(None, hints.split("|"))),
-        near=words(near) if near else None,
+        near=whole_words(near) if near else None,
         **fields,
     )
 

@@ -21,7 +21,7 @@ from trainer.data.config import REGIONS, PrivacyConfig, PrivacyEngine, PrivacyMo
 from trainer.data.document import Document, Findings, Tally, add_first_examples
 from trainer.data.transforms.privacy import context, patterns
 from trainer.data.transforms.privacy.context import canonical_phone_number, find_phone_numbers
-from trainer.data.transforms.privacy.patterns import compact
+from trainer.data.transforms.privacy.patterns import letters_and_digits
 from trainer.data.transforms.privacy.rule import (
     FOUND_BY_NONE,
     NATIONAL_IDS,
@@ -295,7 +295,7 @@ def normalise(type_: str, personal_text: str, regions: Sequence[str]) -> str:
         return text
     if normal_type == "USERNAME":
         return text.removeprefix("@").casefold()
-    return compact(text)
+    return letters_and_digits(text)
 
 
 def pseudonym(type_: str, personal_text: str, key: bytes, regions: Sequence[str]) -> str:
