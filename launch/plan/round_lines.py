@@ -13,7 +13,7 @@ from strategies.base import Precision
 from trainer.config.run import RunConfig
 from trainer.model.architecture import text_model_config, width_and_num_blocks
 from trainer.planner.hardware import GIB, Card
-from trainer.planner.round_time import RoundLoad, RoundTime, WritingModel, estimate_round_time, round_load_of_run
+from trainer.planner.round_time import GeneratorSizes, RoundLoad, RoundTime, estimate_round_time, round_load_of_run
 from trainer.session.run_facts import model_flops_per_token
 from trainer.step import BuiltModel
 
@@ -94,7 +94,7 @@ def round_lines_of_dry_run(
     _, blocks = width_and_num_blocks(built.plain)
     planned = estimate_round_time(
         load,
-        WritingModel(num_parameters, blocks, vocabulary, itemsize),
+        GeneratorSizes(num_parameters, blocks, vocabulary, itemsize),
         config,
         card,
         ranks=ranks,

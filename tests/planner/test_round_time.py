@@ -10,11 +10,11 @@ from trainer.model.loading import load_model_config
 from trainer.objectives.grpo_config import GrpoConfig, KlConfig
 from trainer.objectives.rollouts import RolloutConfig
 from trainer.planner.hardware import find_card
-from trainer.planner.round_time import BLOCK_LAUNCH_S, WritingModel, estimate_round_time, round_load_of_run
+from trainer.planner.round_time import BLOCK_LAUNCH_S, GeneratorSizes, estimate_round_time, round_load_of_run
 
 CARD = find_card("NVIDIA H100 80GB HBM3")
-LARGE = WritingModel(num_parameters=8_000_000_000, num_blocks=32, num_vocabulary_rows=128_256, weight_itemsize=2)
-SMALL = WritingModel(num_parameters=100_000_000, num_blocks=30, num_vocabulary_rows=32_000, weight_itemsize=2)
+LARGE = GeneratorSizes(num_parameters=8_000_000_000, num_blocks=32, num_vocabulary_rows=128_256, weight_itemsize=2)
+SMALL = GeneratorSizes(num_parameters=100_000_000, num_blocks=30, num_vocabulary_rows=32_000, weight_itemsize=2)
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def test_gradients_are_dealt_out_as_by_deepspeed(sizes, rank):
                     given = [torch.empty(1, size, device=SIMULATED) for size in sizes]
                     recorder.begin_step()
                     parts = deal(given, torch.distributed.group.WORLD)
-                    (highest,) = recorder.peaks.values()
+                    (highest,) = recorder.peak_by_phase.values()
                     storages = {part.untyped_storage()._cdata for part in parts}
                     collective_totals = [
                         (each.name, each.num_bytes, each.ranks) for each in recorder.record.collectives

@@ -35,7 +35,7 @@ class Followed(simulate.RecordedEngine):
             Followed.peak = self.tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
         if (phase, place) == ("forward", "head") and self.steps == 2:  # where the step's peak will be
             told = {storage._cdata for storage in self.tracker._WINFO}
-            Followed.kept = sum(held.size for key, held in self.recorder._live.items() if key not in told)
+            Followed.kept = sum(held.num_bytes for key, held in self.recorder._live.items() if key not in told)
         super().set_phase(phase, place)
 
 

@@ -17,7 +17,7 @@ from strategies.communication_counters import ALL_GATHER, ALL_REDUCE, REDUCE_SCA
 from strategies.matmul import Matmul
 from strategies.runtime import Runtime
 from tests.simulated.cases import LENGTHS, Case, Zeros
-from trainer.planner.minimal_step import minimal_trainer, step_batch
+from trainer.planner.minimal_step import build_step_batch, minimal_trainer
 from trainer.planner.simulation import build_step_parts
 
 CASES = {
@@ -78,15 +78,15 @@ def counts(case: Case, directory: Path, runtime: Runtime) -> dict:
     parts = build_step_parts(config, LENGTHS, runtime, source=Zeros())
     engine = build_strategy(parts.strategy, parts.precision, runtime).prepare(
         parts.built.step_module,
-        source=parts.source,
+        source=parts.weight_source,
         make_optimizer=parts.make_optimizer,
         max_grad_norm=parts.max_grad_norm,
     )
     trainer = minimal_trainer(engine)
     for _ in range(2):
-        trainer.train_step(step_batch(parts.batches, runtime.device))
+        trainer.train_step(build_step_batch(parts.micro_batches, runtime.device))
     with methods_counted() as by_methods, count_communication() as exchanged:
-        trainer.train_step(step_batch(parts.batches, runtime.device))
+        trainer.train_step(build_step_batch(parts.micro_batches, runtime.device))
     gradients = sum(p.numel() * p.element_size() for p in engine.step_module.parameters() if p.requires_grad)
     engine.close()
     return {

@@ -81,8 +81,8 @@ class _RecordedBuckets:
         Inside blocks, the reduction of a shallow model is not counted: `on_gradient` has counted a full bucket instead.
         """
         recorder = self.recorder
-        earlier_kind = recorder.new_kind
-        recorder.new_kind = MemoryKind.communication
+        earlier_kind = recorder.kind_of_new_tensors
+        recorder.kind_of_new_tensors = MemoryKind.communication
         if self.full_trained_elements is not None:
             # What the shallow model reduces is live already; only the difference to a full bucket is added.
             trained = sum(flat.numel() for flat in self.optimizer.bit16_groups_flat)
@@ -91,11 +91,11 @@ class _RecordedBuckets:
             full_elements = max(bucket_elements, min(self.full_trained_elements, self.optimizer.reduce_bucket_size))
             full_bytes = self._reduction_bytes(full_elements, self.full_trained_elements)
             recorder.extra_bytes = full_bytes - self._reduction_bytes(bucket_elements, trained)
-            recorder.ignored = self._has_several_buckets and self._is_in_block
+            recorder.ignores_operations = self._has_several_buckets and self._is_in_block
         self._reduce(*args, **kwargs)
-        recorder.new_kind = earlier_kind
+        recorder.kind_of_new_tensors = earlier_kind
         recorder.extra_bytes = 0
-        recorder.ignored = False
+        recorder.ignores_operations = False
 
     def _reduction_bytes(self, bucket_elements: int, trained_elements: int) -> int:
         """Most bytes that the reduction of a bucket allocates, in a model of `trained_elements` trained elements.

@@ -28,7 +28,7 @@ from trainer.planner.depth_extrapolation import (
     phases_of_deeper_model,
     shallow_depths,
 )
-from trainer.planner.fake_tensors import replaced_by_fakes
+from trainer.planner.fake_tensors import replace_tensors_by_fakes
 from trainer.planner.memory_tracker import PhasePeak, StepPhase
 from trainer.planner.simulate import SimulatedStep, StepParts, peak_operations, recording_engine
 
@@ -278,7 +278,7 @@ def simulate_sizes(
     meta, and cannot be used afterwards. Raises what the engine raises, and ConfigError for what it refuses.
     """
     with fake_tensors(runtime.device):
-        batches_by_size = replaced_by_fakes(parts.built, sizes)
+        batches_by_size = replace_tensors_by_fakes(parts.built, sizes)
         with recording_engine(replace(parts, micro_batches=batches_by_size[0]), runtime) as recorded:
             recorded.take_step(batches_by_size[0][:1])
             steps = [recorded.take_step_and_peaks(batches) for batches in batches_by_size[:-1]]
@@ -317,7 +317,7 @@ def fit_cost_model(
     simulate_at_depth: Callable[
         [int, dict[StepPhase, int] | None], tuple[list[SimulatedStep], list[MicroBatchSize], bool]
     ],
-    blocks: int,
+    num_blocks: int,
     *,
     period: int | None,
     accumulation: int,
@@ -325,16 +325,16 @@ def fit_cost_model(
     ends: int = END_BLOCKS,
     ends_overlap: bool = False,
 ) -> CostModel:
-    """The cost model of a step in a model of `blocks` blocks, from steps of two sizes in models of two depths.
+    """The cost model of a step in a model of `num_blocks` blocks, from steps of two sizes in models of two depths.
 
     `simulate_at_depth(depth, expected)` simulates both sizes of micro-batch in a model of `depth` blocks, and returns (the
     steps, the sizes, whether they are in rows); for `expected` see `simulate_sizes`. `period`: after how many blocks their
     kinds repeat; None simulates the whole model. `accumulation`: micro-batches of a step. `local_world_size`: ranks of a host.
     `ends`: blocks at either end that may differ from those between. `ends_overlap`: whether a block may belong to both ends.
     """
-    depths = shallow_depths(blocks, period, ends, ends_overlap=ends_overlap) if period else None
+    depths = shallow_depths(num_blocks, period, ends, ends_overlap=ends_overlap) if period else None
     if depths is None:  # no period, or too few blocks to extrapolate
-        shallow, sizes, rows = simulate_at_depth(blocks, None)
+        shallow, sizes, rows = simulate_at_depth(num_blocks, None)
         deep = shallow
         phases = [step.peak_by_phase for step in deep]
         further_periods = 0.0
@@ -345,9 +345,9 @@ def fit_cost_model(
         # A further block changes how many bytes are live, not after which operation of a phase they are most.
         expected = peak_operations(phases_of_deeper_model(shallow[1].peak_by_phase, depths, ends))
         deep, _, _ = simulate_at_depth(depths[1], expected)
-        phases = [phases_at_depth(shallow[i], deep[i], depths, blocks, ends) for i in range(2)]
-        further_periods = (blocks - depths[1]) / (depths[1] - depths[0])
-        extrapolate = extrapolation_to(depths, blocks)
+        phases = [phases_at_depth(shallow[i], deep[i], depths, num_blocks, ends) for i in range(2)]
+        further_periods = (num_blocks - depths[1]) / (depths[1] - depths[0])
+        extrapolate = extrapolation_to(depths, num_blocks)
 
     def at_full_depth(amount_of: Callable[[SimulatedStep], float]) -> tuple[float, float]:
         """An amount of the whole model, at either size."""
@@ -360,7 +360,7 @@ def fit_cost_model(
     small_phases, large_phases = phases
     # Memory between steps, collectives and host memory do not depend on the size: those of the larger one (index 1) are taken.
     return CostModel(
-        num_blocks=blocks,
+        num_blocks=num_blocks,
         accumulation=accumulation,
         units_are_rows=rows,
         simulated_sizes=(sizes[0], sizes[1]),
@@ -436,7 +436,7 @@ def _collective_totals(
             continue
         if collective.phase.name in ("update", "between"):
             when = "update"
-        elif collective.phase.micro == accumulation - 1:
+        elif collective.phase.micro_batch_index == accumulation - 1:
             when = "last"
         else:
             when = "each"

@@ -44,7 +44,7 @@ def with_deferred_reduction(cost_model: CostModel, waiting: int) -> CostModel:
         if phase.name != "forward":
             return 0
         # No reduction precedes the first micro-batch: its buffers are those of gathered weights, which stay.
-        first_micro_batch = large_phases.get(replace(phase, micro=0), large_phases[phase])
+        first_micro_batch = large_phases.get(replace(phase, micro_batch_index=0), large_phases[phase])
         gathered_bytes = first_micro_batch.bytes_by_kind.get(MemoryKind.communication, 0)
         return large_phases[phase].bytes_by_kind.get(MemoryKind.communication, 0) - gathered_bytes
 

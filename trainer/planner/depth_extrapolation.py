@@ -45,12 +45,12 @@ class ExtrapolatedStep:
 
 
 def shallow_depths(
-    blocks: int, period: int = 1, ends: int = END_BLOCKS, *, ends_overlap: bool = False
+    num_blocks: int, period: int = 1, ends: int = END_BLOCKS, *, ends_overlap: bool = False
 ) -> tuple[int, int] | None:
-    """Two numbers of blocks to simulate in place of a model of `blocks` blocks, whose kinds repeat after `period` blocks.
+    """Two numbers of blocks to simulate in place of a model of `num_blocks` blocks, whose kinds repeat after `period` blocks.
 
     None if the two together have about as many blocks as the whole model, which is then simulated itself. Both have the same
-    remainder by `period` as `blocks`, so that the last block is of the same kind. `ends_overlap`: a block may belong to both
+    remainder by `period` as `num_blocks`, so that the last block is of the same kind. `ends_overlap`: a block may belong to both
     ends, because all blocks are of one kind and nothing reaches from one end to the other.
     """
     if ends_overlap and period == 1:
@@ -58,21 +58,21 @@ def shallow_depths(
     else:
         fewest_blocks = 2 * ends * period
     # Add the remainder, so that the last block is at the same position of its period as in the whole model.
-    shallower = fewest_blocks + (blocks - fewest_blocks) % period
-    if 2 * shallower + period > blocks:  # the two together would cost as much as the whole model
+    shallower = fewest_blocks + (num_blocks - fewest_blocks) % period
+    if 2 * shallower + period > num_blocks:  # the two together would cost as much as the whole model
         return None
     return shallower, shallower + period
 
 
 def phases_at_depth(
-    shallow: SimulatedStep, deep: SimulatedStep, depths: tuple[int, int], blocks: int, ends: int = END_BLOCKS
+    shallow: SimulatedStep, deep: SimulatedStep, depths: tuple[int, int], num_blocks: int, ends: int = END_BLOCKS
 ) -> dict[StepPhase, PhasePeak]:
-    """The peak memory of each phase in a step of a model of `blocks` blocks, from the steps of two shallow models.
+    """The peak memory of each phase in a step of a model of `num_blocks` blocks, from the steps of two shallow models.
 
     `depths`: blocks of the shallow models. `ends`: blocks at either end that may differ from those between. A phase is a
     stretch of a step in which one block or the head is at work; phases of the last blocks have negative places, from -1.
     """
-    extrapolate = extrapolation_to(depths, blocks)
+    extrapolate = extrapolation_to(depths, num_blocks)
     shallow_phases = phases_from_ends(shallow, depths[0], ends)
     deep_phases = phases_from_ends(deep, depths[1], ends)
     return {phase: _extrapolate_peak(shallow_phases[phase], peak, extrapolate) for phase, peak in deep_phases.items()}
@@ -97,12 +97,12 @@ def _extrapolate_peak(shallow: PhasePeak, deep: PhasePeak, extrapolate: Callable
     return PhasePeak(highest, 0, kinds, live_after_operation)
 
 
-def extrapolation_to(depths: tuple[int, int], blocks: int) -> Callable[[int, int], int]:
-    """A function that takes an amount at the two depths (shallower, deeper) and returns the amount at `blocks` blocks.
+def extrapolation_to(depths: tuple[int, int], num_blocks: int) -> Callable[[int, int], int]:
+    """A function that takes an amount at the two depths (shallower, deeper) and returns the amount at `num_blocks` blocks.
 
     Each further period of blocks adds as much as the deeper model has more than the shallower one.
     """
-    further_periods = (blocks - depths[1]) / (depths[1] - depths[0])
+    further_periods = (num_blocks - depths[1]) / (depths[1] - depths[0])
     return lambda shallow, deep: round(deep + (deep - shallow) * further_periods)
 
 
@@ -133,14 +133,14 @@ def extrapolate_pairs(
 
 
 def extrapolate_step(
-    shallow: SimulatedStep, deep: SimulatedStep, depths: tuple[int, int], blocks: int, ends: int = END_BLOCKS
+    shallow: SimulatedStep, deep: SimulatedStep, depths: tuple[int, int], num_blocks: int, ends: int = END_BLOCKS
 ) -> ExtrapolatedStep:
-    """The step of a model of `blocks` blocks, from the steps of two shallow models of `depths` blocks."""
-    phases = phases_at_depth(shallow, deep, depths, blocks, ends)
-    extrapolate = extrapolation_to(depths, blocks)
+    """The step of a model of `num_blocks` blocks, from the steps of two shallow models of `depths` blocks."""
+    phases = phases_at_depth(shallow, deep, depths, num_blocks, ends)
+    extrapolate = extrapolation_to(depths, num_blocks)
     peak_phase, phase_peak = max(phases.items(), key=lambda phase_and_peak: phase_and_peak[1].total_bytes)
     if isinstance(peak_phase.place, int) and peak_phase.place < 0:  # counted from the last block
-        peak_phase = replace(peak_phase, place=blocks + peak_phase.place)
+        peak_phase = replace(peak_phase, place=num_blocks + peak_phase.place)
     shallow_totals = _totals_by_collective(shallow.collectives)
     deep_totals = _totals_by_collective(deep.collectives)
     collective_totals = {}
@@ -149,7 +149,7 @@ def extrapolate_step(
         deep_calls, deep_bytes = deep_totals[key]
         collective_totals[key] = (extrapolate(shallow_calls, deep_calls), extrapolate(shallow_bytes, deep_bytes))
     return ExtrapolatedStep(
-        num_blocks=blocks,
+        num_blocks=num_blocks,
         peak_phase=peak_phase,
         peak_bytes=phase_peak.total_bytes,
         peak_bytes_by_kind=phase_peak.bytes_by_kind,
@@ -158,7 +158,7 @@ def extrapolate_step(
         ),
         collective_totals=collective_totals,
         num_host_reads=extrapolate(sum(shallow.host_reads.values()), sum(deep.host_reads.values())),
-        flops=deep.flops + (deep.flops - shallow.flops) * (blocks - depths[1]) / (depths[1] - depths[0]),
+        flops=deep.flops + (deep.flops - shallow.flops) * (num_blocks - depths[1]) / (depths[1] - depths[0]),
         host_bytes=extrapolate(shallow.host_bytes, deep.host_bytes),
         host_inputs=host_inputs_at_depth(shallow, deep, extrapolate),
     )
@@ -174,11 +174,11 @@ def host_inputs_at_depth(
     )
 
 
-def full_depth_step(step: SimulatedStep, blocks: int) -> ExtrapolatedStep:
-    """`step` of a model that was simulated with all its `blocks` blocks, in the form of an extrapolated step."""
+def full_depth_step(step: SimulatedStep, num_blocks: int) -> ExtrapolatedStep:
+    """`step` of a model that was simulated with all its `num_blocks` blocks, in the form of an extrapolated step."""
     peak_phase, phase_peak = step.phase_and_peak
     return ExtrapolatedStep(
-        num_blocks=blocks,
+        num_blocks=num_blocks,
         peak_phase=peak_phase,
         peak_bytes=phase_peak.total_bytes,
         peak_bytes_by_kind=phase_peak.bytes_by_kind,
@@ -193,23 +193,23 @@ def full_depth_step(step: SimulatedStep, blocks: int) -> ExtrapolatedStep:
 
 def step_at_depth(
     simulate: Callable[[int], SimulatedStep],
-    blocks: int,
+    num_blocks: int,
     period: int = 1,
     *,
     ends: int = END_BLOCKS,
     ends_overlap: bool = False,
     exact: bool = False,
 ) -> ExtrapolatedStep:
-    """The step of a model of `blocks` blocks, extrapolated from two shallow ones where that is possible.
+    """The step of a model of `num_blocks` blocks, extrapolated from two shallow ones where that is possible.
 
     `simulate(depth)` takes the step of the model with `depth` blocks. `period`: after how many blocks their kinds repeat.
     `ends`: blocks at either end that may differ from those between. `ends_overlap`: as for `shallow_depths`. With `exact`
     the whole model is simulated.
     """
-    depths = None if exact else shallow_depths(blocks, period, ends, ends_overlap=ends_overlap)
+    depths = None if exact else shallow_depths(num_blocks, period, ends, ends_overlap=ends_overlap)
     if depths is None:
-        return full_depth_step(simulate(blocks), blocks)
-    return extrapolate_step(simulate(depths[0]), simulate(depths[1]), depths, blocks, ends)
+        return full_depth_step(simulate(num_blocks), num_blocks)
+    return extrapolate_step(simulate(depths[0]), simulate(depths[1]), depths, num_blocks, ends)
 
 
 def phases_from_ends(step: SimulatedStep, depth: int, ends: int = END_BLOCKS) -> dict[StepPhase, PhasePeak]:

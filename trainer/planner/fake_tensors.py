@@ -12,7 +12,9 @@ from trainer.data.batches.collate import map_tensors
 from trainer.step import BuiltModel
 
 
-def replaced_by_fakes(built: BuiltModel, batches_by_size: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+def replace_tensors_by_fakes(
+    built: BuiltModel, batches_by_size: list[list[dict[str, Any]]]
+) -> list[list[dict[str, Any]]]:
     """The micro-batches with fake tensors in place of real ones; the model's buffers are replaced in place.
 
     Must be called within `fake_tensors`.

@@ -14,7 +14,7 @@ from trainer.planner.depth_extrapolation import ExtrapolatedStep
 from trainer.reporting.gpu_peaks import peak_tflops
 
 GIB = 2**30
-CARDS = Path(__file__).resolve().parents[2] / "conf" / "hardware"
+CARDS_DIR = Path(__file__).resolve().parents[2] / "conf" / "hardware"
 PROCESS_CONTEXT_GIB = 0.75
 """GiB that a process takes on a card before its first tensor: driver, kernels, libraries' workspaces. An allowance."""
 NCCL_GROUP_GIB = 0.4
@@ -89,7 +89,7 @@ def find_card(name: str) -> Card | None:
     """The card in `conf/hardware/` whose driver calls it `name`, such as `NVIDIA A100-SXM4-80GB`; None if there is none."""
     from omegaconf import OmegaConf
 
-    for file in sorted(CARDS.glob("*.yaml")):
+    for file in sorted(CARDS_DIR.glob("*.yaml")):
         if f"name: {name}\n" in file.read_text(encoding="utf-8"):
             card: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Card), OmegaConf.load(file)))
             assert isinstance(card, Card)

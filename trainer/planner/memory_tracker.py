@@ -23,14 +23,14 @@ from strategies.compat.dispatch import (
 from strategies.compat.fake_tensors import FakeTensor
 from strategies.tensor_inventory import MemoryKind
 
-_DEVICE = torch.ops.prim.device.default
-_TO_COPY = CAST.default
+_DEVICE_OPERATION = torch.ops.prim.device.default
+_CAST_OPERATION = CAST.default
 ALLOCATION_GRAIN = 512
 """Bytes that an allocation is a multiple of, as torch's allocator for GPUs hands them out."""
 
 
-def rounded(size: int) -> int:
-    """Bytes that an allocation of `size` takes."""
+def allocated_bytes(size: int) -> int:
+    """Bytes that an allocation of `size` bytes takes, such as 1,024 for 600: a multiple of `ALLOCATION_GRAIN`."""
     return -(-size // ALLOCATION_GRAIN) * ALLOCATION_GRAIN
 
 
@@ -45,14 +45,14 @@ class StepPhase:
 
     name: str
     """`forward`, `backward`, `update`, or `between` steps."""
-    micro: int
+    micro_batch_index: int
     """The micro-batch, from 0."""
     place: int | str
     """The block at work, from 0; or `before`, `teacher` (any of its blocks), `head`, `after`."""
 
     def __str__(self) -> str:
         where = f"block {self.place}" if isinstance(self.place, int) else self.place
-        return self.name if self.name in ("update", "between") else f"{self.name} {self.micro}: {where}"
+        return self.name if self.name in ("update", "between") else f"{self.name} {self.micro_batch_index}: {where}"
 
 
 @dataclass(slots=True)
@@ -68,7 +68,7 @@ class PhasePeak:
 
 @dataclass(slots=True)
 class _LiveStorage:
-    size: int
+    num_bytes: int
     kind: MemoryKind
     reference: Any
     """Weak reference to the storage, whose callback ends the count when the storage is freed."""
@@ -77,8 +77,8 @@ class _LiveStorage:
 class LiveBytes(TorchDispatchMode):
     """Counts bytes on `device` while it is entered, from what is made within it and what is shown to it.
 
-    `phase` is set from outside; the peak of each phase is in `peaks`. After `begin_tallied_step`, a tally by kind of memory
-    is taken after the given operations, which an earlier step found to be the highest of their phases, and after later
+    `phase` is set from outside; the peak of each phase is in `peak_by_phase`. After `begin_tallied_step`, a tally by kind
+    of memory is taken after the given operations, which an earlier step found to be the highest of their phases, and after later
     ones that are higher.
     """
 
@@ -87,17 +87,17 @@ class LiveBytes(TorchDispatchMode):
         self.device = device
         self.live_bytes = 0
         self.phase = StepPhase("between", 0, "before")
-        self.peaks: dict[StepPhase, PhasePeak] = {}
-        self.new_kind = MemoryKind.other
+        self.peak_by_phase: dict[StepPhase, PhasePeak] = {}
+        self.kind_of_new_tensors = MemoryKind.other
         """The kind of new tensors, unless more is known of them."""
         self.extra_bytes = 0
         """Bytes that count beside those that are live, of a reduction that is only supposed."""
-        self.ignored = False
+        self.ignores_operations = False
         """Whether operations count in no phase for now."""
         self._current_phase: StepPhase | None = None
-        """The phase that `_current_peak` and `_tally_after` are of."""
+        """The phase that `_current_peak` and `_operation_to_tally` are of."""
         self._current_peak = PhasePeak()
-        self._tally_after = -1
+        self._operation_to_tally = -1
         """The operation after which to tally by kind; -1: none."""
         self._live: dict[int, _LiveStorage] = {}
         self._operations_to_tally: dict[StepPhase, int] = {}
@@ -128,8 +128,10 @@ class LiveBytes(TorchDispatchMode):
         key = storage_key(storage)
         live_storage = self._live.get(key)
         if live_storage is None:
-            size = rounded(storage.nbytes())
-            self._live[key] = _LiveStorage(size, kind or self.new_kind, weakref.ref(storage, self._on_free(key)))
+            size = allocated_bytes(storage.nbytes())
+            self._live[key] = _LiveStorage(
+                size, kind or self.kind_of_new_tensors, weakref.ref(storage, self._on_free(key))
+            )
             self.live_bytes += size
         elif kind is not None:
             live_storage.kind = kind
@@ -140,7 +142,7 @@ class LiveBytes(TorchDispatchMode):
         def free(_reference: Any) -> None:
             live_storage = self._live.pop(key, None)
             if live_storage is not None:
-                self.live_bytes -= live_storage.size
+                self.live_bytes -= live_storage.num_bytes
 
         return free
 
@@ -149,9 +151,9 @@ class LiveBytes(TorchDispatchMode):
         live_storage = self._live.get(storage_key(storage))
         if live_storage is None:
             return
-        size = rounded(storage.nbytes())
-        self.live_bytes += size - live_storage.size
-        live_storage.size = size
+        size = allocated_bytes(storage.nbytes())
+        self.live_bytes += size - live_storage.num_bytes
+        live_storage.num_bytes = size
         live_storage.kind = MemoryKind.gathered  # FSDP2 resizes the buffers that it gathers into
         self.note_live_bytes()
 
@@ -159,7 +161,7 @@ class LiveBytes(TorchDispatchMode):
 
     def begin_step(self) -> None:
         """Forget the peaks so far, and count the operations of each phase from 0."""
-        self.peaks = {}
+        self.peak_by_phase = {}
         self._operations_to_tally = {}
         self._current_phase = None
 
@@ -185,7 +187,7 @@ class LiveBytes(TorchDispatchMode):
             if self._live.get(key) is live_storage:
                 live_storage.kind = kind
 
-    def tally(self) -> dict[MemoryKind, int]:
+    def tally_bytes_by_kind(self) -> dict[MemoryKind, int]:
         """Live bytes on the device by kind of memory (parameters, gradients, activations and so on), now."""
         self._is_counting = False  # asking for a tensor can be an operation
         owned_tensors = list(self._owned_tensors())
@@ -195,7 +197,7 @@ class LiveBytes(TorchDispatchMode):
                 self.track(tensor, kind)
         bytes_by_kind: dict[MemoryKind, int] = {}
         for live_storage in self._live.values():
-            bytes_by_kind[live_storage.kind] = bytes_by_kind.get(live_storage.kind, 0) + live_storage.size
+            bytes_by_kind[live_storage.kind] = bytes_by_kind.get(live_storage.kind, 0) + live_storage.num_bytes
         return {kind: size for kind, size in bytes_by_kind.items() if size}
 
     def note_peak_with(self, extra_bytes: int) -> None:
@@ -206,12 +208,12 @@ class LiveBytes(TorchDispatchMode):
 
     def note_live_bytes(self) -> None:
         """Append the live bytes to the list of the current phase, and update its peak: called after each operation."""
-        if not self._is_counting or self.ignored:
+        if not self._is_counting or self.ignores_operations:
             return
         if self.phase is not self._current_phase:
             self._current_phase = self.phase
-            self._current_peak = self.peaks.setdefault(self.phase, PhasePeak())
-            self._tally_after = self._operations_to_tally.get(self.phase, -1)
+            self._current_peak = self.peak_by_phase.setdefault(self.phase, PhasePeak())
+            self._operation_to_tally = self._operations_to_tally.get(self.phase, -1)
         peak = self._current_peak
         live_bytes = self.live_bytes + self.extra_bytes
         operation = len(peak.live_after_operation)
@@ -221,9 +223,9 @@ class LiveBytes(TorchDispatchMode):
             peak.operation_index = operation
         peak.live_after_operation.append(live_bytes)
         # Tally where the peak was expected, and again if a later operation exceeds it.
-        passed_expected_peak = 0 <= self._tally_after < operation
-        if operation == self._tally_after or (is_highest and passed_expected_peak):
-            peak.bytes_by_kind = self.tally()
+        passed_expected_peak = 0 <= self._operation_to_tally < operation
+        if operation == self._operation_to_tally or (is_highest and passed_expected_peak):
+            peak.bytes_by_kind = self.tally_bytes_by_kind()
             if self.extra_bytes:
                 communication = peak.bytes_by_kind.get(MemoryKind.communication, 0)
                 peak.bytes_by_kind[MemoryKind.communication] = communication + self.extra_bytes
@@ -241,7 +243,7 @@ class LiveBytes(TorchDispatchMode):
         """Run an operation, track the tensors that it makes, and note what is live after it."""
         if DTensor in types:
             return NotImplemented  # its local operations come by themselves
-        if func is _DEVICE and isinstance(args[0], FakeTensor):  # most calls are of this operation
+        if func is _DEVICE_OPERATION and isinstance(args[0], FakeTensor):  # most calls are of this operation
             self.note_live_bytes()
             return args[0].fake_device
         if func.namespace == "profiler":  # labels of parts of a step, which have no tensors
@@ -249,14 +251,14 @@ class LiveBytes(TorchDispatchMode):
             with within_no_dispatch_mode():
                 return func(*args, **(kwargs or {}))
         with within_no_function_mode():  # reading a property of a tensor must not count as an operation of the step
-            out = self.run(func, args, kwargs or {})
+            out = self.run_operation(func, args, kwargs or {})
             if func.namespace in ("c10d", "_c10d_functional"):
                 self._mark_communication(args)
             self._track_output(func, args, out)
         self.note_live_bytes()
         return out
 
-    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def run_operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run the operation; `StepRecorder` overrides this to record it."""
         return func(*args, **kwargs)
 
@@ -264,7 +266,7 @@ class LiveBytes(TorchDispatchMode):
         """Track the tensors that an operation returned. The copy of a parameter in another type counts as gathered."""
         if isinstance(out, Tensor):
             self.track(out)
-            if func is _TO_COPY and self._is_parameter(args[0]):
+            if func is _CAST_OPERATION and self._is_parameter(args[0]):
                 self.track(out, MemoryKind.gathered)
         elif isinstance(out, tuple | list):
             for tensor in out:

@@ -21,7 +21,7 @@ from trainer.monitors.stragglers import Stragglers
 from trainer.optim.schedule import ScheduleConfig
 
 
-def step_batch(batches: list[dict[str, Any]], device: torch.device) -> StepBatch:
+def build_step_batch(batches: list[dict[str, Any]], device: torch.device) -> StepBatch:
     """One rank's micro-batches, which are on the CPU, as the `StepBatch` on `device` that the training loop takes."""
     micro_batches = [to_device(batch, device) for batch in batches]
     tokens = sum(int(batch["input_ids"].numel()) for batch in batches)

@@ -22,7 +22,7 @@ from trainer.data.batches.cutting import sequence_cut
 from trainer.data.prepare import PreparedData
 from trainer.planner.fit_check import TIMEOUT_SHARE
 from trainer.planner.hardware import GIB
-from trainer.planner.minimal_step import minimal_trainer, step_batch
+from trainer.planner.minimal_step import build_step_batch, minimal_trainer
 from trainer.planner.oom_report import is_out_of_memory
 
 PROBE_STEPS = 2
@@ -102,7 +102,7 @@ def take_probe_steps(config: RunConfig, inputs: ProbeInputs) -> None:
     trainer = minimal_trainer(engine)
     try:
         for _ in range(PROBE_STEPS):
-            trainer.train_step(step_batch([longest] * micro_batches, runtime.device))
+            trainer.train_step(build_step_batch([longest] * micro_batches, runtime.device))
         if runtime.device.type == "cuda":
             torch.cuda.synchronize(runtime.device)
     finally:

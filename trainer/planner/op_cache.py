@@ -52,15 +52,15 @@ class _TensorTemplate:
     """Index of the operand whose storage it shares, as a view does; None: it has a storage of its own."""
     shape: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    storage_offset: int
     """Elements in the storage, beyond the offset of that operand."""
     dtype: torch.dtype
-    state: dict[str, Any]
+    fake_tensor_attributes: dict[str, Any]
     """Attributes of the fake tensor, but for its `fake_mode`."""
 
 
 @dataclass(frozen=True, slots=True)
-class OperationResult:
+class CachedResult:
     """The cached result of an operation."""
 
     output: Any
@@ -74,20 +74,20 @@ class OperationResult:
 class Operation:
     """An operation with its operands."""
 
-    key: Any
+    cache_key: Any
     """All that the output's metadata depends on."""
-    tensors: list[FakeTensor]
+    tensor_operands: list[FakeTensor]
     """Operands that are tensors, in order."""
-    mode: FakeTensorMode
+    fake_mode: FakeTensorMode
     slice_start: int
     """Elements by which a slice begins behind its operand: slices of one length share a cached result."""
 
 
-_RESULTS: dict[Any, OperationResult] = {}
+_RESULTS: dict[Any, CachedResult] = {}
 """By `Operation.key`, for all simulations of this process."""
 
 
-def simulating() -> bool:
+def is_simulating_step() -> bool:
     """Whether tensors have no memory now."""
     return mode_at_work(FAKE_MODE) is not None
 
@@ -172,12 +172,12 @@ def _append_to_key(argument: Any, key: list[Any], tensors: list[Any]) -> None:
         raise _NotCacheable
 
 
-def cached_result(operation: Operation) -> OperationResult | None:
+def cached_result(operation: Operation) -> CachedResult | None:
     """The result of an earlier operation with the same key; None if there was none."""
-    return _RESULTS.get(operation.key)
+    return _RESULTS.get(operation.cache_key)
 
 
-def rebuild_output(cached: OperationResult, operation: Operation) -> Any:
+def rebuild_output(cached: CachedResult, operation: Operation) -> Any:
     """The output of a cached result as new tensors, for the operands of `operation`."""
     with within_no_dispatch_mode():
         return _rebuild_output(cached.output, operation)
@@ -193,21 +193,21 @@ def _rebuild_output(template: Any, operation: Operation) -> Any:
     if not isinstance(template, _TensorTemplate):
         return template
     if template.same_as_operand is not None:
-        return operation.tensors[template.same_as_operand]
+        return operation.tensor_operands[template.same_as_operand]
     # What FakeTensor's constructor does; the rest of it depends on the metadata alone, and stands in `state`.
     meta_tensor = torch.empty_strided(template.shape, template.stride, dtype=template.dtype, device="meta")
     if template.storage_of_operand is not None:
-        operand = operation.tensors[template.storage_of_operand]
-        offset = operand.storage_offset() + operation.slice_start + template.offset
+        operand = operation.tensor_operands[template.storage_of_operand]
+        offset = operand.storage_offset() + operation.slice_start + template.storage_offset
         meta_tensor.set_(operand.untyped_storage(), offset, template.shape, template.stride)
-    device = template.state["_fake_device"]
+    device = template.fake_tensor_attributes["_fake_device"]
     tensor = make_subclass(FakeTensor, meta_tensor, False, dispatch_device=True, device_for_backend_keys=device)
-    if pointer_may_be_read(operation.mode):
+    if pointer_may_be_read(operation.fake_mode):
         warn_when_pointer_is_read(tensor)
     else:
         refuse_when_pointer_is_read(tensor)
-    vars(tensor).update(template.state)
-    tensor.fake_mode = operation.mode
+    vars(tensor).update(template.fake_tensor_attributes)
+    tensor.fake_mode = operation.fake_mode
     return tensor
 
 
@@ -217,7 +217,7 @@ def store_result(operation: Operation, output: Any, flops: float, moved_bytes: i
         template = _template_of(output, operation, set())
     except _NotCacheable:
         return
-    _RESULTS[operation.key] = OperationResult(template, flops, moved_bytes)
+    _RESULTS[operation.cache_key] = CachedResult(template, flops, moved_bytes)
 
 
 def _template_of(output: Any, operation: Operation, new_storages: set[int]) -> Any:
@@ -239,17 +239,17 @@ def _template_of(output: Any, operation: Operation, new_storages: set[int]) -> A
         shape=output.shape,
         stride=output.stride(),
         dtype=output.dtype,
-        state={name: attribute for name, attribute in vars(output).items() if name != "fake_mode"},
+        fake_tensor_attributes={name: attribute for name, attribute in vars(output).items() if name != "fake_mode"},
     )
     if template.same_as_operand is not None:
         return template
     if output.requires_grad or key in new_storages:
         raise _NotCacheable
     # Rebuild it once: it is cached only if that gives the same tensor.
-    rebuilt = rebuild_output(OperationResult(template, 0, 0), operation)
+    rebuilt = rebuild_output(CachedResult(template, 0, 0), operation)
     if template.storage_of_operand is None:
         new_storages.add(key)
-        if rebuilt.untyped_storage().nbytes() != storage.nbytes() or template.offset:
+        if rebuilt.untyped_storage().nbytes() != storage.nbytes() or template.storage_offset:
             raise _NotCacheable
     if dispatch_keys(rebuilt) != dispatch_keys(output):
         raise _NotCacheable
@@ -269,7 +269,7 @@ def _shared_storage(output: FakeTensor, key: int, operation: Operation) -> dict[
     `key`: of the output's storage. Raises _NotCacheable if several operands share it: another time, they may not share one.
     """
     sharing_operands = []
-    for index, tensor in enumerate(operation.tensors):
+    for index, tensor in enumerate(operation.tensor_operands):
         if storage_key(tensor.untyped_storage()) == key:
             sharing_operands.append(index)
     if len(sharing_operands) > 1:
@@ -278,7 +278,7 @@ def _shared_storage(output: FakeTensor, key: int, operation: Operation) -> dict[
     if not sharing_operands:
         return {"same_as_operand": None, "storage_of_operand": None, "offset": offset}
     (operand_index,) = sharing_operands
-    operand = operation.tensors[operand_index]
+    operand = operation.tensor_operands[operand_index]
     return {
         "same_as_operand": operand_index if operand is output else None,
         "storage_of_operand": operand_index,

@@ -45,7 +45,7 @@ from trainer.planner.peer_memory import (
     estimate_peer_memory,
     peer_setting_problems,
 )
-from trainer.planner.round_time import RoundLoad, RoundTime, WritingModel, estimate_round_time
+from trainer.planner.round_time import GeneratorSizes, RoundLoad, RoundTime, estimate_round_time
 from trainer.planner.speed import MicroBatchLoad, StepTime, estimate_step_time
 from trainer.tuning.base import TuningName
 
@@ -424,7 +424,7 @@ def _round_time(config: RunConfig, cost_model: CostModel, job: PlannedRun, step:
     """Seconds of a round, in which the model writes answers and learns from them; None for objectives without rounds."""
     if job.round_load is None:
         return None
-    model = WritingModel(
+    model = GeneratorSizes(
         cost_model.num_parameters,
         cost_model.num_blocks,
         cost_model.num_vocabulary_rows,

@@ -16,7 +16,15 @@ from trainer.reporting.metrics import Meter
 from trainer.reporting.run_record import MeasuredCost, PredictedCost, RunRecord
 from trainer.step import BuiltModel
 
-STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "lion": 4, "sgd": 4, "muon": 4, "schedule_free": 8, "adafactor": 0}
+STATE_BYTES_BY_OPTIMIZER = {
+    "adamw": 8,
+    "adamw_8bit": 2,
+    "lion": 4,
+    "sgd": 4,
+    "muon": 4,
+    "schedule_free": 8,
+    "adafactor": 0,
+}
 """Bytes of optimizer state that a checkpoint keeps for each trained parameter, beside its weight in fp32."""
 BY_SHAPES = "estimate: state by arithmetic, activations counted on shapes; no logits, libraries or allocator"
 BY_RULE = "estimate: state by arithmetic, activations by a rule of thumb; no logits, libraries or allocator"
@@ -27,8 +35,8 @@ ON_CPU = "resident set of the process, libraries included, since it began"
 
 
 def checkpoint_bytes(num_trained_parameters: int, optimizer: str) -> int:
-    """Bytes of a checkpoint: the trained weights in fp32, and their optimizer state. `optimizer`: a key of STATE_BYTES."""
-    return num_trained_parameters * (4 + STATE_BYTES[optimizer])
+    """Bytes of a checkpoint: the trained weights in fp32, and their optimizer state. `optimizer`: such as `adamw`."""
+    return num_trained_parameters * (4 + STATE_BYTES_BY_OPTIMIZER[optimizer])
 
 
 def predicted_cost(built: BuiltModel, record: RunRecord, optimizer: str, device_gib: float) -> PredictedCost:
@@ -37,7 +45,7 @@ def predicted_cost(built: BuiltModel, record: RunRecord, optimizer: str, device_
     - Memory: from the simulated step of `run.must_fit` if there was one, else by arithmetic.
     - Seconds of a step, without communication: None for a device whose peak is not known, with the reason instead of a method.
 
-    `record`: the run's record at the start. `optimizer`: a key of STATE_BYTES. `device_gib`: memory of this rank's device.
+    `record`: the run's record at the start. `optimizer`: such as `adamw`. `device_gib`: memory of this rank's device.
     """
     assert built.expected is not None
     estimated_state_bytes, activation_bytes = (
@@ -68,7 +76,7 @@ def predicted_cost(built: BuiltModel, record: RunRecord, optimizer: str, device_
     )
 
 
-def memory_lines(record: RunRecord) -> list[str]:
+def memory_screen_lines(record: RunRecord) -> list[str]:
     """Lines on memory for the start screen: the simulated need, or a warning if the estimate exceeds the device; else none."""
     simulated_step = record.must_fit
     if simulated_step:

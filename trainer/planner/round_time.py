@@ -68,7 +68,7 @@ class RoundLoad:
 
 
 @dataclass(frozen=True, slots=True)
-class WritingModel:
+class GeneratorSizes:
     """The sizes of a model that decide how long it takes to write an answer."""
 
     num_parameters: int
@@ -145,7 +145,7 @@ def round_load_of_run(
 
 def estimate_round_time(
     load: RoundLoad,
-    model: WritingModel,
+    model: GeneratorSizes,
     config: RunConfig,
     card: Card,
     *,
@@ -212,7 +212,9 @@ def estimate_round_time(
     )
 
 
-def decode_step_s(model: WritingModel, card: Card, precision: Precision, *, rows: int, kv_cache_bytes: float) -> float:
+def decode_step_s(
+    model: GeneratorSizes, card: Card, precision: Precision, *, rows: int, kv_cache_bytes: float
+) -> float:
     """Seconds of a decode step, in which a rank generates one token of each of `rows` answers.
 
     It takes as long as the slowest of three: memory traffic, matrix products, and the launches of kernels. `kv_cache_bytes`:

@@ -23,9 +23,9 @@ from strategies.runtime import Runtime
 from strategies.simulation import fake_tensors
 from strategies.tensor_inventory import MemoryKind, engine_tensors
 from trainer.planner.buckets import track_bucket_reductions
-from trainer.planner.fake_tensors import replaced_by_fakes
+from trainer.planner.fake_tensors import replace_tensors_by_fakes
 from trainer.planner.memory_tracker import PhasePeak, StepPhase
-from trainer.planner.minimal_step import minimal_trainer, step_batch
+from trainer.planner.minimal_step import build_step_batch, minimal_trainer
 from trainer.planner.model_blocks import repeated_blocks, teacher_blocks
 from trainer.planner.step_recorder import Collective, StepRecord, StepRecorder
 from trainer.step import BuiltModel
@@ -97,7 +97,7 @@ def simulate(parts: StepParts, runtime: Runtime, *, repeat: int = 1) -> Simulate
     what the engine raises, and ConfigError for what it refuses.
     """
     with fake_tensors(runtime.device):
-        (batches,) = replaced_by_fakes(parts.built, [parts.micro_batches])
+        (batches,) = replace_tensors_by_fakes(parts.built, [parts.micro_batches])
         return record_steps(replace(parts, micro_batches=batches), runtime, repeat=repeat)
 
 
@@ -159,11 +159,11 @@ def _report_lowest_peaks(parts: StepParts, recorded: RecordedEngine, warmup_step
     for _ in range(warmup_steps):
         recorded.take_step(parts.micro_batches)
     record = recorded.take_step(parts.micro_batches)
-    lowest_peaks = recorder.peaks
+    lowest_peaks = recorder.peak_by_phase
     for _ in range(repeat):
         # It is known now after which operation each phase peaks: there, bytes are also told apart by kind.
         recorded.take_step(parts.micro_batches, tally_after=peak_operations(lowest_peaks))
-        new_peaks = recorder.peaks
+        new_peaks = recorder.peak_by_phase
         if recorded.runtime.simulated:
             differing = [
                 phase for phase, peak in lowest_peaks.items() if peak.total_bytes != new_peaks[phase].total_bytes
@@ -194,11 +194,11 @@ class RecordedEngine:
         self.rank = engine.rank
         self.world_size = engine.world_size
         self.step_module = engine.step_module
-        self._micro = 0
+        self._micro_batch_index = 0
         self._trainer = minimal_trainer(self)
 
     def take_step(self, batches: list[dict[str, Any]], tally_after: dict[StepPhase, int] | None = None) -> StepRecord:
-        """Take one training step of these micro-batches, and return what was recorded of it; peaks are in `recorder.peaks`.
+        """Take one training step of these micro-batches, and return what was recorded of it. Sets `recorder.peak_by_phase`.
 
         `tally_after`: the operation of each phase after which memory is told apart by kind; None: after none.
         """
@@ -210,7 +210,7 @@ class RecordedEngine:
         host_inputs = plan_of(self.step_module).host_inputs
         if host_inputs is not None:
             host_inputs.begin_step()
-        batch = step_batch(batches, self.recorder.device)
+        batch = build_step_batch(batches, self.recorder.device)
         self._trainer.train_step(batch)
         if host_inputs is not None:
             self.recorder.record.host_inputs = host_inputs.peak
@@ -224,14 +224,14 @@ class RecordedEngine:
     ) -> tuple[dict[StepPhase, PhasePeak], StepRecord]:
         """As `take_step`; returns (the peak of each phase, what was recorded of the step)."""
         record = self.take_step(batches, tally_after)
-        return self.recorder.peaks, record
+        return self.recorder.peak_by_phase, record
 
     def step_result(self, phases: dict[StepPhase, PhasePeak], record: StepRecord) -> SimulatedStep:
         """The result of a step that was recorded, with the memory that stays between steps. To be called before the next step.
 
         `phases`: the peak of each. Host memory is that of the engine's tensors; tensors that share a storage count once.
         """
-        resting = self.recorder.tally()
+        resting = self.recorder.tally_bytes_by_kind()
         host_bytes_by_storage = {}
         for _, tensor in engine_tensors(self.engine):
             if tensor.device != self.recorder.device:
@@ -252,7 +252,7 @@ class RecordedEngine:
 
     def begin_step(self) -> None:
         """Report to the recorder that the first micro-batch of a step begins."""
-        self._micro = 0
+        self._micro_batch_index = 0
         self.set_phase("forward", "before")
 
     def set_phase(self, phase: str, place: int | str = "before") -> None:
@@ -261,13 +261,13 @@ class RecordedEngine:
         `place`: as in `StepPhase.place`. Also sets the kind of memory that new tensors count as: outputs of the head are logits,
         all else in a step activations.
         """
-        self.recorder.phase = StepPhase(phase, self._micro, place)
+        self.recorder.phase = StepPhase(phase, self._micro_batch_index, place)
         if phase == "between":
-            self.recorder.new_kind = MemoryKind.other
+            self.recorder.kind_of_new_tensors = MemoryKind.other
         elif place == "head" and phase == "forward":
-            self.recorder.new_kind = MemoryKind.logits
+            self.recorder.kind_of_new_tensors = MemoryKind.logits
         else:
-            self.recorder.new_kind = MemoryKind.activations
+            self.recorder.kind_of_new_tensors = MemoryKind.activations
 
     def forward(self, batch: dict[str, Any], *, last: bool) -> dict[str, Tensor]:
         self.set_phase("forward")
@@ -284,10 +284,10 @@ class RecordedEngine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.set_phase("backward")
         self.engine.backward(loss, last=last)
-        self._micro += 1
+        self._micro_batch_index += 1
 
     def step(self, lr_factor: float, update_filter: UpdateFilter | None = None) -> StepResult:
-        self._micro -= 1
+        self._micro_batch_index -= 1
         self.set_phase("update")
         return self.engine.step(lr_factor, update_filter)
 

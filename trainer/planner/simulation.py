@@ -106,11 +106,11 @@ def simulate_depth(
     Encoder-decoder models, and those whose kinds of blocks do not repeat, are simulated as they are.
     """
     pattern = block_pattern(config.model)
-    blocks = pattern.num_blocks
+    num_blocks = pattern.num_blocks
 
     def simulate_model_of(depth: int) -> SimulatedStep:
         """One step of the model with `depth` blocks."""
-        with _truncated_run(config, depth, blocks) as truncated:
+        with _truncated_run(config, depth, num_blocks) as truncated:
             return simulate_run(
                 truncated,
                 lengths,
@@ -125,7 +125,7 @@ def simulate_depth(
     exact = exact or pattern.period is None
     return step_at_depth(
         simulate_model_of,
-        blocks,
+        num_blocks,
         pattern.period or 1,
         ends=END_BLOCKS if exact else end_blocks_of(config),
         ends_overlap=ends_may_overlap(config),
@@ -152,7 +152,7 @@ def simulate_cost_model_of_run(
     process that is part of a job.
     """
     pattern = block_pattern(config.model)
-    blocks = pattern.num_blocks
+    num_blocks = pattern.num_blocks
     period = None if exact else pattern.period
     rank = _rank_with_most_memory(config, world_size)
     end_blocks = end_blocks_of(config) if period else END_BLOCKS
@@ -169,7 +169,7 @@ def simulate_cost_model_of_run(
             simulated_rank(
                 rank, world_size, local_world_size=local_world_size, device=device, expert_imbalance=expert_imbalance
             ) as all_ranks,
-            _truncated_run(config, depth, blocks) as truncated,
+            _truncated_run(config, depth, num_blocks) as truncated,
         ):
             runtime = with_sequence_parallelism(all_ranks, config.parallel.sequence)
             parts = build_step_parts(truncated, [length] * sequences, runtime)
@@ -197,14 +197,14 @@ def simulate_cost_model_of_run(
 
     cost_model = fit_cost_model(
         simulate_model_of,
-        blocks,
+        num_blocks,
         period=period,
         ends=end_blocks,
         ends_overlap=ends_may_overlap(config),
         accumulation=accumulation,
         local_world_size=local_world_size,
     )
-    counts = _extrapolated_counts(counts_by_depth, blocks)
+    counts = _extrapolated_counts(counts_by_depth, num_blocks)
     return replace(
         cost_model,
         num_parameters=counts.num_parameters,
@@ -236,13 +236,13 @@ class ParameterCounts:
     """Those of the trained ones that are in experts distributed over ranks (`parallel.experts`)."""
 
 
-def _extrapolated_counts(counts_by_depth: dict[int, ParameterCounts], blocks: int) -> ParameterCounts:
-    """The numbers of parameters of the whole model of `blocks` blocks, from those of one or two models by their depth."""
+def _extrapolated_counts(counts_by_depth: dict[int, ParameterCounts], num_blocks: int) -> ParameterCounts:
+    """The numbers of parameters of the whole model of `num_blocks` blocks, from those of one or two models by their depth."""
     shallow_depth = min(counts_by_depth)
     deep_depth = max(counts_by_depth)
     shallow = counts_by_depth[shallow_depth]
     deep = counts_by_depth[deep_depth]
-    further_periods = (blocks - deep_depth) / max(1, deep_depth - shallow_depth)
+    further_periods = (num_blocks - deep_depth) / max(1, deep_depth - shallow_depth)
 
     def at_full_depth(shallow_number: int, deep_number: int) -> int:
         return round(deep_number + (deep_number - shallow_number) * further_periods)
@@ -354,9 +354,9 @@ def num_vocabulary_rows(config: ModelConfig) -> int:
 
 
 @contextmanager
-def _truncated_run(config: RunConfig, depth: int, blocks: int) -> Iterator[RunConfig]:
-    """The run with a model of `depth` blocks of its `blocks`."""
-    if depth == blocks:
+def _truncated_run(config: RunConfig, depth: int, num_blocks: int) -> Iterator[RunConfig]:
+    """The run with a model of `depth` blocks of its `num_blocks`."""
+    if depth == num_blocks:
         yield config
         return
     with TemporaryDirectory() as directory:

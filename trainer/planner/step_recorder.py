@@ -18,7 +18,7 @@ from strategies.compat.python import calling_frame
 from strategies.pinned_memory import HostTensors
 from trainer.model import flex_shapes
 from trainer.planner import op_cache
-from trainer.planner.memory_tracker import LiveBytes, StepPhase, device_of, rounded
+from trainer.planner.memory_tracker import LiveBytes, StepPhase, allocated_bytes, device_of
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _PROJECT_FOLDERS = ("strategies", "trainer")
@@ -76,7 +76,7 @@ class StepRecorder(LiveBytes):
         super().begin_step()
         self.record = StepRecord()
 
-    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def run_operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one torch operation of the step, and record what it costs: a collective, a host read, a copy, or arithmetic.
 
         In a simulation, tensors have no values and no other rank exists: a host read returns a placeholder (0 or False), and a
@@ -92,7 +92,7 @@ class StepRecorder(LiveBytes):
                 self.record.host_reads[_calling_line()] += 1
             if hasattr(args[0], "fake_device"):
                 return _harmless_value(args[0].dtype)
-        if properties.returns_input_and_work and op_cache.simulating():
+        if properties.returns_input_and_work and op_cache.is_simulating_step():
             # As torch's kernel for fake tensors would return it, but faster.
             return args[0], Work.boxed(FakeWork())
         output, flops, moved_bytes = self._cached_or_run(func, args, kwargs, properties)
@@ -162,7 +162,7 @@ class StepRecorder(LiveBytes):
         if torch.distributed.get_backend(CollectiveOp.get_process_group(func, args)) != FAKE_BACKEND:
             return
         full_input = args[1]
-        self.note_peak_with(rounded(full_input.numel() * full_input.element_size()))
+        self.note_peak_with(allocated_bytes(full_input.numel() * full_input.element_size()))
 
     def _record_host_copy(self, func: Any, args: Any, out: Tensor) -> None:
         """Count the bytes of a copy if it crosses between the device and the host."""

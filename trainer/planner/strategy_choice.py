@@ -119,8 +119,8 @@ def resolve_strategy(
     failed_trials = [] if earlier_resolution is None else list(earlier_resolution.tried)
     proposals_in_order: Iterator[StrategyProposal] = iter(())
     if runtime.is_main:
-        simulating = ": simulating steps" if devices.world_size > 1 else ""
-        announce(f"choosing the strategy (strategy=auto){simulating}")
+        simulating_note = ": simulating steps" if devices.world_size > 1 else ""
+        announce(f"choosing the strategy (strategy=auto){simulating_note}")
         timeout_s = TIMEOUT_SHARE * runtime.timeout_s
         proposals_in_order = propose_strategies(config, inputs.data, inputs.precision, devices, timeout_s)
 

@@ -30,7 +30,7 @@ from trainer.data.report.preview import is_prompts_alone
 from trainer.model.architecture import text_model_config, width_and_num_blocks
 from trainer.model.weights import WeightSource
 from trainer.planner.communication_volume import expected_bytes_by_collective
-from trainer.planner.predicted_vs_measured import memory_lines, predicted_cost
+from trainer.planner.predicted_vs_measured import memory_screen_lines, predicted_cost
 from trainer.reporting.code_revision import code_revision
 from trainer.reporting.documents.facts import ModelFacts, read_run_facts
 from trainer.reporting.documents.questions import read_answers
@@ -328,7 +328,7 @@ def start_screen_text(record: RunRecord) -> str:
     ]
     lines += rate_lines(LearningRate(**record.learning_rate), record.total_steps)
     lines += repetition_warning(record.global_batch, record.epochs, record.total_steps)
-    lines += memory_lines(record)
+    lines += memory_screen_lines(record)
     if record.advice:
         lines.append(f"advice: {record.advice}")
     if record.quantisation:
