@@ -222,10 +222,12 @@ def test_types_auto_is_that_of_the_base_and_untouched_values_are_exact(bases, ru
 def test_large_models_are_split_and_indexed(bases, runtime, tmp_path, monkeypatch):
     base = bases("llama")
     parts = trained(base, FullConfig(), runtime)
-    group, waits, publish = dist.group.WORLD._get_backend(torch.device("cpu")), [], export_write._publish
+    group, waits, publish = dist.group.WORLD._get_backend(torch.device("cpu")), [], export_write._publish_export
     monkeypatch.setattr(export_write, "SLOWEST_DISK_BYTES_PER_S", 1)
     monkeypatch.setattr(
-        export_write, "_publish", lambda *given: (waits.append(group.options._timeout.total_seconds()), publish(*given))
+        export_write,
+        "_publish_export",
+        lambda *given: (waits.append(group.options._timeout.total_seconds()), publish(*given)),
     )
     directory = export(parts, base, tmp_path / "export", runtime, max_shard_gib=3e-5, verify=True)
     files = sorted(directory.glob("model-*.safetensors"))
@@ -280,7 +282,7 @@ def test_an_export_that_drifts_is_not_published(bases, runtime, tmp_path, monkey
     def tampering(*given):
         return {n: t * 1.1 if "down_proj" in n else t for n, t in stored_tensors_of_group(*given).items()}
 
-    monkeypatch.setattr(module, "convert_group", tampering)
+    monkeypatch.setattr(module, "stored_tensors_of_group", tampering)
     with pytest.raises(DriftError):
         export(parts, base, tmp_path / "export", runtime, verify=True)
     assert not list(tmp_path.iterdir())

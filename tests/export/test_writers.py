@@ -76,7 +76,7 @@ def kill_at(number, monkeypatch):
         names.append(file.name)
         write_export_file(plan, file, values, staging_dir)
 
-    monkeypatch.setattr(write_module, "write_file", write_or_die)
+    monkeypatch.setattr(write_module, "write_export_file", write_or_die)
     return names
 
 
@@ -140,7 +140,7 @@ def test_two_exports_into_one_directory_do_not_meet(model, runtime, tmp_path, mo
             assert sorted(staging_dir.rglob("*")) == before
         write_export_file(plan, file, values, staging_dir)
 
-    monkeypatch.setattr(write_module, "write_file", write_meanwhile)
+    monkeypatch.setattr(write_module, "write_export_file", write_meanwhile)
     write(model, tmp_path / "out", runtime)
     first = digests(tmp_path / "out")
     write(model, tmp_path / "out", runtime)
