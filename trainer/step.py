@@ -16,7 +16,7 @@ from trainer.data.objective_spec import DataSpec
 from trainer.model.architecture import KEY_SELECTOR_CLASSES
 from trainer.model.encoder_decoder import EncoderDecoder
 from trainer.model.layout import AttentionLayout
-from trainer.model.noise import noise
+from trainer.model.noise import add_embedding_noise
 from trainer.model.quantisation import Scheme
 from trainer.model.weights import BaseWeights, tied_names
 from trainer.objectives.base import Objective
@@ -50,7 +50,7 @@ class TrainStep(nn.Module):
         self._block_classes = block_classes
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        with noise(self.model, batch, self.neftune_alpha):
+        with add_embedding_noise(self.model, batch, self.neftune_alpha):
             return self._forward(batch)
 
     def _forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from trainer.data.batches.collate import Collator
 from trainer.data.batches.cutting import RowCut
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
-from trainer.model.noise import noise, noise_of_batch
+from trainer.model.noise import add_embedding_noise, embedding_noise_of_batch
 
 WIDTH, ALPHA = 64, 5.0
 DOCUMENTS = [torch.arange(5, 5 + length) for length in (40, 9, 40)]
@@ -27,14 +27,15 @@ def padded(documents, by=BY):
 
 
 def test_noise_is_the_same_in_any_layout_and_company():
-    alone = [noise_of_batch(in_one_row([each]), WIDTH, ALPHA)[0] for each in DOCUMENTS]
-    together = noise_of_batch(in_one_row(DOCUMENTS[::-1]), WIDTH, ALPHA)[0].split([40, 9, 40])[::-1]
-    apart = noise_of_batch(padded(DOCUMENTS), WIDTH, ALPHA)
+    alone = [embedding_noise_of_batch(in_one_row([each]), WIDTH, ALPHA)[0] for each in DOCUMENTS]
+    together = embedding_noise_of_batch(in_one_row(DOCUMENTS[::-1]), WIDTH, ALPHA)[0].split([40, 9, 40])[::-1]
+    apart = embedding_noise_of_batch(padded(DOCUMENTS), WIDTH, ALPHA)
     for number, each in enumerate(DOCUMENTS):
         assert torch.equal(alone[number], together[number]) and torch.equal(alone[number], apart[number, : len(each)])
     for by in ((42, 8), (43, 7)):
         assert not torch.equal(
-            noise_of_batch(in_one_row(DOCUMENTS, by), WIDTH, ALPHA), noise_of_batch(in_one_row(DOCUMENTS), WIDTH, ALPHA)
+            embedding_noise_of_batch(in_one_row(DOCUMENTS, by), WIDTH, ALPHA),
+            embedding_noise_of_batch(in_one_row(DOCUMENTS), WIDTH, ALPHA),
         )
 
 
@@ -43,7 +44,10 @@ def test_noise_is_uniform_up_to_the_size_of_the_paper(number):
     length = len(DOCUMENTS[number])
     size = ALPHA / (length * WIDTH) ** 0.5
     many = torch.cat(
-        [noise_of_batch(in_one_row([DOCUMENTS[number]], (42, step)), WIDTH, ALPHA).view(-1) for step in range(20)]
+        [
+            embedding_noise_of_batch(in_one_row([DOCUMENTS[number]], (42, step)), WIDTH, ALPHA).view(-1)
+            for step in range(20)
+        ]
     )
     assert many.abs().max() <= size and many.abs().max() > 0.99 * size
     assert many.mean().abs() < 0.05 * size and many.var().item() == pytest.approx(size**2 / 3, rel=0.05)
@@ -64,12 +68,12 @@ def test_noise_is_added_in_training_alone():
     model.get_input_embeddings = lambda: model.table
     batch = in_one_row(DOCUMENTS)
     plain = model.table(batch["input_ids"])
-    with noise(model, batch, ALPHA):
-        assert torch.equal(model.table(batch["input_ids"]), plain + noise_of_batch(batch, WIDTH, ALPHA))
+    with add_embedding_noise(model, batch, ALPHA):
+        assert torch.equal(model.table(batch["input_ids"]), plain + embedding_noise_of_batch(batch, WIDTH, ALPHA))
         with torch.no_grad():
             assert torch.equal(model.table(batch["input_ids"]), plain)
     assert torch.equal(model.table(batch["input_ids"]), plain)
-    with torch.no_grad(), noise(model, batch, ALPHA):
+    with torch.no_grad(), add_embedding_noise(model, batch, ALPHA):
         assert torch.equal(model.table(batch["input_ids"]), plain)
 
 
@@ -79,9 +83,9 @@ def test_noise_of_a_slice_is_the_slice_of_the_row_s_noise(size):
     collator = Collator(Layout.padding_free, 0)
     collator.keeps_row_ids = True
     samples = [Sample(document.numpy(), document.numpy() > 0) for document in DOCUMENTS]
-    expected = noise_of_batch(in_one_row(DOCUMENTS), WIDTH, ALPHA)[0]
+    expected = embedding_noise_of_batch(in_one_row(DOCUMENTS), WIDTH, ALPHA)[0]
     parts = []
     for rank in range(size):
         part = collator(samples, RowCut(rank, size)) | {"drawn_by": BY}
-        parts.append(noise_of_batch(part, WIDTH, ALPHA)[0])
+        parts.append(embedding_noise_of_batch(part, WIDTH, ALPHA)[0])
     assert torch.equal(torch.cat(parts)[: len(expected)], expected)

@@ -14,7 +14,7 @@ from trainer.model import attention, kept_layers
 from trainer.model.architecture import transformers_class
 from trainer.model.config import ModelKind
 from trainer.model.kept_layers import KeptLayers
-from trainer.model.shrink import WINDOW, NotShrinkable, small_copies
+from trainer.model.shrink import SMALL_WINDOW_TOKENS, NotShrinkable, small_copies
 from trainer.objectives import forward_path
 
 TABLE = sweep.read()["types"]
@@ -68,7 +68,7 @@ def test_the_small_copy_has_each_kind_that_settings_name_and_short_windows(whole
     large = config.get_text_config().to_dict()
     for names in KINDS:
         assert set(map(str, large.get(names) or ())) <= set(map(str, small.get(names) or ())), names
-    assert all((small.get(window) or 0) <= WINDOW for window in WINDOWS)
+    assert all((small.get(window) or 0) <= SMALL_WINDOW_TOKENS for window in WINDOWS)
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ class Workload:
     """Tokens of each pack; None if documents are not packed."""
     cut: RowCut | None = None
     """Which slice of its rows the rank takes; None if it takes them whole."""
-    written_tokens: int = 0
+    generated_tokens: int = 0
     """Tokens of the longest answer that the model writes to each document, several to one."""
 
 
@@ -56,9 +56,9 @@ def longest_lengths(data_spec: DataSpec, work: Workload) -> list[int]:
     if work.row_tokens is not None:
         return [work.row_tokens] * work.micro_batch
     lengths = np.asarray(work.train.lengths)
-    if work.written_tokens:
+    if work.generated_tokens:
         # All completions of a micro-batch may be of one prompt.
-        return [int(lengths.max(initial=0)) + work.written_tokens] * work.micro_batch
+        return [int(lengths.max(initial=0)) + work.generated_tokens] * work.micro_batch
     num_sequences = min(work.micro_batch * data_spec.sequences_per_document, len(lengths))
     longest = np.partition(lengths, -num_sequences)[-num_sequences:]
     longest_first: list[int] = np.sort(longest)[::-1].tolist()

@@ -105,14 +105,15 @@ def generation_memory_lines(config: RunConfig, built: BuiltModel, longest_prompt
     rollout = settings.rollout
     num_completions = config.batch["global"] * rollout.steps
     device_type = "cpu" if str(config.run.device) == "cpu" else "cuda"
-    rows = rollout.rows or min(num_completions, MAX_GENERATION_ROWS[device_type])
-    tokens = longest_prompt + rollout.max_new_tokens
+    num_rows = rollout.rows or min(num_completions, MAX_GENERATION_ROWS[device_type])
+    row_tokens = longest_prompt + rollout.max_new_tokens
     itemsize = 4 if config.precision is Precision.fp32 else 2
     weights_gib = sum(p.numel() for p in built.plain.parameters()) * itemsize / 2**30
-    kv_cache_gib = kv_cache_bytes_upper_bound(built.config, rows, tokens, itemsize) / 2**30
+    kv_cache_gib = kv_cache_bytes_upper_bound(built.config, num_rows, row_tokens, itemsize) / 2**30
     lines = [
-        f"writing: {num_prompts_per_round(config)} prompts x {settings.group_size} answers a round, at most {rows} at a time: "
-        f"keys of {rows} x {tokens:,} tokens take {kv_cache_gib:.2f} GiB, and whole weights {weights_gib:.2f} GiB"
+        f"writing: {num_prompts_per_round(config)} prompts x {settings.group_size} answers a round, at "
+        f"most {num_rows} at a time: "
+        f"keys of {num_rows} x {row_tokens:,} tokens take {kv_cache_gib:.2f} GiB, and whole weights {weights_gib:.2f} GiB"
     ]
     for name, model in built.step_module.reward_models.items():
         size_gib = sum(p.numel() for p in model.parameters()) * itemsize / 2**30
@@ -134,25 +135,26 @@ def build_round_loader(
     num_prompts = num_prompts_per_round(config)
 
     # Notes on settings that have no effect.
-    generation = load_generation_config(config.model, built.config, None)
-    ignored = ignored_generation_settings(generation)
-    if ignored:
+    generation_config = load_generation_config(config.model, built.config, None)
+    ignored_settings = ignored_generation_settings(generation_config)
+    if ignored_settings:
         built.substitutions["generation_config.json"] = (
-            f"only its end tokens hold while training, without {', '.join(ignored)}: answers are drawn by the probabilities that "
+            f"only its end tokens hold while training, without {', '.join(ignored_settings)}: answers are "
+            "drawn by the probabilities that "
             "are learned"
         )
-    unused = settings_without_effect(settings)
-    if unused:
+    settings_of_no_effect = settings_without_effect(settings)
+    if settings_of_no_effect:
         built.substitutions["objective.rollout.steps"] = (
-            f"1, so that {', '.join(unused)} changes nothing: the policy that learns is the one that wrote"
+            f"1, so that {', '.join(settings_of_no_effect)} changes nothing: the policy that learns is the one that wrote"
         )
 
-    # What writes answers, and what makes rounds of them.
+    # What generates answers, and what makes rounds of them.
     share = BatchShare(num_prompts, config.batch["micro"], runtime.dp_rank, runtime.dp_size, sequence_cut(runtime))
     longest_row = int(data.train.lengths.max(initial=0)) + settings.rollout.max_new_tokens
     group_generator = EngineGroupGenerator(
         inputs.tokenizer,
-        generation,
+        generation_config,
         settings.rollout,
         runtime,
         seed=config.run.seed,
@@ -184,14 +186,14 @@ def build_round_loader(
     )
 
     # The loader, and the run's steps.
-    most_difference = settings.rollout.most_difference
-    if most_difference is None:
-        most_difference = MAX_LOGP_DIFFERENCE[inputs.precision]
-    loader = RolloutLoader(round_builder, share, inputs.progress, most_difference)
-    steps = num_steps_of_run(config, order, loader.unit_tokens)
+    max_logp_difference = settings.rollout.most_difference
+    if max_logp_difference is None:
+        max_logp_difference = MAX_LOGP_DIFFERENCE[inputs.precision]
+    loader = RolloutLoader(round_builder, share, inputs.progress, max_logp_difference)
+    num_steps = num_steps_of_run(config, order, loader.unit_tokens)
     if built.step_module.plan.optimizer_hooks is not None:
-        built.step_module.plan.optimizer_hooks.begin(steps)
-    return loader, steps
+        built.step_module.plan.optimizer_hooks.begin(num_steps)
+    return loader, num_steps
 
 
 def may_share_prompts(config: RunConfig, built: BuiltModel, cut: RowCut | None, runtime: Runtime) -> bool:

@@ -45,7 +45,7 @@ class SafetensorsFiles:
         self.bytes_read = 0
         """Bytes of tensors read so far, by this process."""
         self._open: dict[Path, Any] = {}
-        self._files = self._index()
+        self._files = self._file_by_stored_name()
 
     def __contains__(self, stored: str) -> bool:
         return stored in self._files
@@ -55,28 +55,29 @@ class SafetensorsFiles:
         return list(self._files)
 
     def read_ahead(self) -> None:
-        """Ask the kernel to read all of it ahead, where memory has room for twice as much; returns at once."""
+        """Ask the kernel to read all files ahead, if the memory that is free has room for twice as much; returns at once."""
         import psutil
 
         paths = sorted(set(self._files.values()))
         if sum(path.stat().st_size for path in paths) < psutil.virtual_memory().available // 2:
             threading.Thread(target=_read_ahead, args=(paths,), daemon=True).start()
 
-    def _index(self) -> dict[str, Path]:
+    def _file_by_stored_name(self) -> dict[str, Path]:
         """The file of each stored tensor: by the index if there is one, else by the files' headers."""
-        listing = self.directory / INDEX_FILE
-        if listing.exists():
-            return _files_of_index(listing)
+        index_file = self.directory / INDEX_FILE
+        if index_file.exists():
+            return _file_by_tensor_of_index(index_file)
         file_by_tensor: dict[str, Path] = {}
         for file in sorted(self.directory.glob("*.safetensors")):
             file_by_tensor.update(dict.fromkeys(self._handle(file).keys(), file))
         if not file_by_tensor:
             raise ConfigError(
-                f"model.path={self.directory}: holds no .safetensors weights; {_what_to_do(self.directory)}"
+                f"model.path={self.directory}: holds no .safetensors weights; {_missing_weights_remedy(self.directory)}"
             )
         return file_by_tensor
 
     def _handle(self, file: Path) -> Any:
+        """The open safetensors file; opened when it is first asked for."""
         if file not in self._open:
             self._open[file] = _open_safetensors(file)
         return self._open[file]
@@ -124,34 +125,36 @@ class SafetensorsFiles:
         if not shape:
             return self.rows(stored).reshape(-1)[start:stop]
         row_size = math.prod(shape[1:])
-        first = start // row_size
-        last = -(-stop // row_size)
-        rows = self.rows(stored, first, last).reshape(-1)
-        return rows[start - first * row_size : stop - first * row_size]
+        first_row = start // row_size
+        end_row = (stop + row_size - 1) // row_size  # rounded up
+        elements = self.rows(stored, first_row, end_row).reshape(-1)
+        first_element = first_row * row_size
+        return elements[start - first_element : stop - first_element]
 
 
-def _files_of_index(listing: Path) -> dict[str, Path]:
+def _file_by_tensor_of_index(index_file: Path) -> dict[str, Path]:
     """The file of each tensor, as an index of shards has it. Raises ConfigError for what is no such index."""
-    directory = listing.parent
-    weight_map = read_json_object(listing).get("weight_map")
+    directory = index_file.parent
+    weight_map = read_json_object(index_file).get("weight_map")
     remedy = "it was cut off or changed: download it again"
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ConfigError(f"{listing}: has no weight_map that names a file for each tensor; {remedy}")
+        raise ConfigError(f"{index_file}: has no weight_map that names a file for each tensor; {remedy}")
     root = directory.resolve()
-    files: dict[str, Path] = {}
+    file_by_tensor: dict[str, Path] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str):
-            raise ConfigError(f"{listing}: names no file for {name}, but {json.dumps(file)[:80]}; {remedy}")
-        files[name] = directory / file
-    for path in set(files.values()):
+            raise ConfigError(f"{index_file}: names no file for {name}, but {json.dumps(file)[:80]}; {remedy}")
+        file_by_tensor[name] = directory / file
+    for path in set(file_by_tensor.values()):
         if root not in path.absolute().parents or ".." in path.parts:
-            raise ConfigError(f"{listing}: names a file outside the model directory: {path}")
+            raise ConfigError(f"{index_file}: names a file outside the model directory: {path}")
         if not path.exists():
-            raise ConfigError(f"{listing}: names {path.name}, which is missing; download the model again")
-    return files
+            raise ConfigError(f"{index_file}: names {path.name}, which is missing; download the model again")
+    return file_by_tensor
 
 
 def _read_ahead(paths: list[Path]) -> None:
+    """Ask the kernel to read these files ahead, in requests of `READ_AHEAD_BYTES`; a file that cannot be read is passed over."""
     for path in paths:
         with suppress(OSError), path.open("rb") as file:
             for start in range(0, path.stat().st_size, READ_AHEAD_BYTES):
@@ -167,8 +170,8 @@ def _open_safetensors(file: Path) -> Any:
         return safe_open(str(file), framework="pt").__enter__()
     except Exception as error:
         try:
-            with file.open("rb") as raw:
-                first_bytes = raw.read(len(LFS_POINTER_START))
+            with file.open("rb") as opened:
+                first_bytes = opened.read(len(LFS_POINTER_START))
         except OSError as unreadable:
             raise ConfigError(
                 f"{file}: cannot be read ({unreadable.strerror or unreadable}); see to its permissions"
@@ -185,7 +188,7 @@ def _open_safetensors(file: Path) -> Any:
         ) from error
 
 
-def _what_to_do(directory: Path) -> str:
+def _missing_weights_remedy(directory: Path) -> str:
     """What to do about a directory without weights that can be read."""
     if (directory / "adapter_model.safetensors").exists() or (directory / "adapter_config.json").exists():
         return "it is an adapter: give its base as model.path, and this directory as tuning.from or in model.adapters"

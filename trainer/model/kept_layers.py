@@ -26,7 +26,7 @@ DEPTH_SETTING_NAMES = (
     "num_encoder_layers",
 )
 """Names of the number of layers."""
-BORDERS_FROM_START = (
+BORDER_SETTINGS_FROM_START = (
     "first_k_dense_replace",
     "num_dense_layers",
     "moe_layer_start_index",
@@ -36,16 +36,24 @@ BORDERS_FROM_START = (
     "loop_layer_index_end",
 )
 """Settings that say before which layer something changes."""
-BORDERS_FROM_END = ("num_kv_shared_layers", "n_output_layers")
+BORDER_SETTINGS_FROM_END = ("num_kv_shared_layers", "n_output_layers")
 """Settings that say how many of the last layers are of some sort."""
-STRETCHES = (*BORDERS_FROM_END, "n_input_layers", "loop_layer_index_start", "loop_layer_index_end")
-"""Those of them that layers do not show."""
-INDEX_LISTS = ("cross_attention_layers", "attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids", "mlp_only_layers")
+STRETCH_SETTINGS = (*BORDER_SETTINGS_FROM_END, "n_input_layers", "loop_layer_index_start", "loop_layer_index_end")
+"""Those of them that divide layers which look alike, so that the built modules do not show the border."""
+LAYER_INDEX_SETTINGS = (
+    "cross_attention_layers",
+    "attn_layer_indices",
+    "full_attn_idxs",
+    "hybrid_layer_ids",
+    "mlp_only_layers",
+)
 """Lists of layers by their index."""
-ONE_BASED_LISTS = ("ple_layer_ids",)
+ONE_BASED_LAYER_INDEX_SETTINGS = ("ple_layer_ids",)
 """Such lists that count from one."""
-MIN_LAYERS, LONG_PREFIX = 2, 12
-"""The fewest layers of a small copy, and the longest prefix of layers that is tried before one layer of each kind."""
+MIN_LAYERS = 2
+"""The fewest layers of a small copy."""
+MAX_PREFIX_TRIED_FIRST = 12
+"""The longest prefix of layers that is tried before one layer of each kind: a longer one takes longer to compute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +63,11 @@ class KeptLayers:
     indices: tuple[int, ...]
     depth: int
 
-    def num_before(self, index: int) -> int:
+    def num_kept_before(self, index: int) -> int:
         """How many kept layers lie before the layer `index` of the full model."""
         return sum(kept < index for kept in self.indices)
 
-    def by_layer(self, settings: dict[str, Any]) -> dict[str, Any]:
+    def settings_of_kept_layers(self, settings: dict[str, Any]) -> dict[str, Any]:
         """New values of the settings that depend on the number or the order of layers. `settings`: those of a config.json.
 
         Where layers 0, 1 and 31 of 32 are kept: `num_hidden_layers` 32 -> 3, `first_k_dense_replace` 1 -> 1 (a border counted
@@ -69,15 +77,15 @@ class KeptLayers:
         for name, value in settings.items():
             if name in DEPTH_SETTING_NAMES and isinstance(value, int):
                 changed[name] = len(self.indices) if value == self.depth else min(MIN_LAYERS, value)
-            elif name in BORDERS_FROM_START and isinstance(value, int):
-                changed[name] = self.num_before(value)
-            elif name in BORDERS_FROM_END and isinstance(value, int):
-                changed[name] = len(self.indices) - self.num_before(self.depth - value)
+            elif name in BORDER_SETTINGS_FROM_START and isinstance(value, int):
+                changed[name] = self.num_kept_before(value)
+            elif name in BORDER_SETTINGS_FROM_END and isinstance(value, int):
+                changed[name] = len(self.indices) - self.num_kept_before(self.depth - value)
             elif name == "moe_layer_end_index" and isinstance(value, int) and value >= 0:
-                changed[name] = self.num_before(value + 1) - 1
-            elif name in INDEX_LISTS and isinstance(value, list):
+                changed[name] = self.num_kept_before(value + 1) - 1
+            elif name in LAYER_INDEX_SETTINGS and isinstance(value, list):
                 changed[name] = [position for position, index in enumerate(self.indices) if index in value]
-            elif name in ONE_BASED_LISTS and isinstance(value, list):
+            elif name in ONE_BASED_LAYER_INDEX_SETTINGS and isinstance(value, list):
                 changed[name] = [position for position, index in enumerate(self.indices, 1) if index + 1 in value]
             elif name == "per_layer_config" and isinstance(value, dict):
                 changed[name] = self._kept_entries(value)
@@ -101,7 +109,7 @@ def layer_choices(full_model: nn.Module, settings: dict[str, Any]) -> Iterator[K
     """Choices of layers that keep every kind of layer of `full_model`, a model on meta of these settings, the likeliest first:
 
     - the shortest prefix with all kinds, which keeps what recurs with a period.
-    - one layer of each kind: tried before the prefix if that has more than `LONG_PREFIX` layers.
+    - one layer of each kind: tried before the prefix if that has more than `MAX_PREFIX_TRIED_FIRST` layers.
     - the shortest prefix with two of each kind.
 
     The first layers alone if nothing tells layers apart.
@@ -111,19 +119,19 @@ def layer_choices(full_model: nn.Module, settings: dict[str, Any]) -> Iterator[K
     if not kinds:
         yield KeptLayers(tuple(range(min(MIN_LAYERS, depth))), depth)
         return
-    prefix = _shortest_prefix(kinds, times=1)
+    prefix = _shortest_prefix_length(kinds, times=1)
     short_prefix = tuple(range(max(prefix, min(MIN_LAYERS, depth))))
     # A layer may share weights with another one of its kind: then two of each are needed.
-    long_prefix = tuple(range(_shortest_prefix(kinds, times=2)))
-    if prefix <= LONG_PREFIX:
-        candidates = (short_prefix, _one_of_each(kinds), long_prefix)
+    long_prefix = tuple(range(_shortest_prefix_length(kinds, times=2)))
+    if prefix <= MAX_PREFIX_TRIED_FIRST:
+        candidates = (short_prefix, _first_layer_of_each_kind(kinds), long_prefix)
     else:
-        candidates = (_one_of_each(kinds), short_prefix, long_prefix)
+        candidates = (_first_layer_of_each_kind(kinds), short_prefix, long_prefix)
     for indices in candidates:
         yield KeptLayers(indices, depth)
 
 
-def _shortest_prefix(kinds: list[tuple[Any, ...]], times: int) -> int:
+def _shortest_prefix_length(kinds: list[tuple[Any, ...]], times: int) -> int:
     """How many layers from the start contain every kind at least `times` times; all of them, if no shorter prefix does."""
     for length in range(1, len(kinds)):
         counts = Counter(kinds[:length])
@@ -132,7 +140,7 @@ def _shortest_prefix(kinds: list[tuple[Any, ...]], times: int) -> int:
     return len(kinds)
 
 
-def _one_of_each(kinds: list[tuple[Any, ...]]) -> tuple[int, ...]:
+def _first_layer_of_each_kind(kinds: list[tuple[Any, ...]]) -> tuple[int, ...]:
     """Indices of the first layer of each kind, and of further ones from the start until there are `MIN_LAYERS`: (0, 3)."""
     first_of_kind: dict[Any, int] = {}
     for index, kind in enumerate(kinds):
@@ -193,16 +201,16 @@ def layer_kinds_with_settings(full_model: nn.Module, settings: dict[str, Any], d
 
 
 def _sides_of_borders(settings: dict[str, Any], depth: int, index: int) -> tuple[bool, ...]:
-    """For each setting of `STRETCHES` that is there: whether layer `index` lies at or behind the border that it sets.
+    """For each setting of `STRETCH_SETTINGS` that is there: whether layer `index` lies at or behind the border that it sets.
 
     With 8 layers and `n_output_layers` 2 the border is 6: layers 6 and 7 give True.
     """
     sides = []
-    for name in STRETCHES:
+    for name in STRETCH_SETTINGS:
         border = settings.get(name)
         if not isinstance(border, int):
             continue
-        if name in BORDERS_FROM_END:
+        if name in BORDER_SETTINGS_FROM_END:
             border = depth - border
         sides.append(index >= border)
     return tuple(sides)

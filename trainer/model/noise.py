@@ -1,8 +1,8 @@
 """Noise on the embeddings while a model trains: NEFTune (Jain et al. 2023, arXiv:2310.05914).
 
 Each document's embeddings `[L, d]` get noise drawn evenly from -1 to 1, times `alpha / sqrt(L d)`. What is drawn is a function of
-the run's seed, the step, the document's tokens, the position and the dimension alone: however documents are dealt to ranks and
-micro-batches, and in whatever layout they lie, the noise is the same.
+the run's seed, the step, the document's tokens, the position and the dimension alone: however documents are distributed over
+ranks and micro-batches, and in whatever layout they lie, the noise is the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SPLITMIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
 
 
 @contextmanager
-def noise(model: nn.Module, batch: dict[str, Any], alpha: float) -> Iterator[None]:
+def add_embedding_noise(model: nn.Module, batch: dict[str, Any], alpha: float) -> Iterator[None]:
     """Inside the context, the model's input embedding adds noise of strength `alpha` (NEFTune's) to the embeddings of `batch`.
 
     Only in training: not without gradients, and not for other inputs than those of the batch (a reference's, a teacher's).
@@ -29,20 +29,20 @@ def noise(model: nn.Module, batch: dict[str, Any], alpha: float) -> Iterator[Non
         return
     ids = batch["input_ids"]
 
-    def add(_module: nn.Module, args: tuple[Any, ...], looked_up: Tensor) -> Tensor | None:
+    def add_noise(_module: nn.Module, args: tuple[Any, ...], looked_up: Tensor) -> Tensor | None:
         # Not where a reference or a teacher looks up, nor another batch than the one that is trained on.
         if not torch.is_grad_enabled() or not args or args[0].shape != ids.shape or looked_up.dim() != 3:
             return None
-        return looked_up + noise_of_batch(batch, looked_up.shape[-1], alpha).to(looked_up.dtype)
+        return looked_up + embedding_noise_of_batch(batch, looked_up.shape[-1], alpha).to(looked_up.dtype)
 
-    hook = model.get_input_embeddings().register_forward_hook(add)  # type: ignore[operator]
+    hook = model.get_input_embeddings().register_forward_hook(add_noise)  # type: ignore[operator]
     try:
         yield
     finally:
         hook.remove()
 
 
-def noise_of_batch(batch: dict[str, Any], width: int, alpha: float) -> Tensor:
+def embedding_noise_of_batch(batch: dict[str, Any], width: int, alpha: float) -> Tensor:
     """The noise of a micro-batch, float32 `[B, T, width]`; rows of padding get some too, which nothing reads.
 
     If the batch is a slice of a row, `row_input_ids [1, row]` are the ids of the whole row, `cu_seq_lens_q` says where its
@@ -52,10 +52,10 @@ def noise_of_batch(batch: dict[str, Any], width: int, alpha: float) -> Tensor:
     rows, columns = ids.shape
     first = 0
     last = ids.numel()
-    # Of each position: the number of its document, its position in it, and whether it is a token. Found by the layout: padded
+    # Of each position: the index of its document, its position in it, and whether it is a token. Found by the layout: padded
     # rows, a slice of a row, or a whole row of several documents.
     if "attention_mask" in batch and batch["attention_mask"] is not None:
-        document = torch.arange(rows, device=ids.device)[:, None].expand(rows, columns).reshape(-1)
+        document_index = torch.arange(rows, device=ids.device)[:, None].expand(rows, columns).reshape(-1)
         position = torch.arange(columns, device=ids.device).repeat(rows)
         is_token = batch["attention_mask"].reshape(-1).long()
     elif "row_slices" in batch:
@@ -63,41 +63,42 @@ def noise_of_batch(batch: dict[str, Any], width: int, alpha: float) -> Tensor:
         ids = batch["row_input_ids"]
         first, last = batch["row_span"]
         bounds = batch["cu_seq_lens_q"].long()
-        place = torch.arange(ids.numel(), device=ids.device)
-        document = torch.bucketize(place, bounds, right=True) - 1
-        position = place - bounds[document]
+        row_position = torch.arange(ids.numel(), device=ids.device)
+        document_index = torch.bucketize(row_position, bounds, right=True) - 1
+        position = row_position - bounds[document_index]
         is_token = torch.ones_like(position)
     else:
         position = batch["position_ids"].reshape(-1)
-        document = (position == 0).long().cumsum(0) - 1
+        document_index = (position == 0).long().cumsum(0) - 1
         is_token = torch.ones_like(position)
-    count = int(ids.numel()) + 1  # more than there are documents: no wait for the device
-    lengths = torch.zeros(count, dtype=torch.int64, device=ids.device).index_add_(0, document, is_token)
+    # More than there are documents. Their exact number lies on the device, and reading it would wait for the device.
+    max_documents = int(ids.numel()) + 1
+    lengths = torch.zeros(max_documents, dtype=torch.int64, device=ids.device).index_add_(0, document_index, is_token)
     # A document is told by a hash of its tokens, so that its noise does not depend on where it lies.
     token_hashes = is_token * _scrambled(ids.reshape(-1) * _SPLITMIX[0] + position)
-    document_hashes = torch.zeros_like(lengths).index_add_(0, document, token_hashes)
+    document_hashes = torch.zeros_like(lengths).index_add_(0, document_index, token_hashes)
     # Random bits of each position and dimension, from the run, the step, the document and the position.
     seed, step = batch["drawn_by"]
     run_and_step = _signed(seed * 1_000_003 + step)
-    document = document[first:last]
+    document_index = document_index[first:last]
     position = position[first:last]
-    key = _scrambled(document_hashes[document] + run_and_step) + position * _SPLITMIX[1]
+    position_key = _scrambled(document_hashes[document_index] + run_and_step) + position * _SPLITMIX[1]
     dimensions = torch.arange(width, device=ids.device) * _SPLITMIX[0]
-    bits = _scrambled(_scrambled(key)[:, None] + dimensions)
+    bits = _scrambled(_scrambled(position_key)[:, None] + dimensions)
     uniform = (bits >> 40).float() / 2**23  # 24 bits with their sign: -1 to 1
-    scale = alpha / (lengths[document].clamp(min=1) * width).float().sqrt()
+    scale = alpha / (lengths[document_index].clamp(min=1) * width).float().sqrt()
     return (uniform * scale[:, None]).view(rows, columns, width)
 
 
 def _scrambled(bits: Tensor) -> Tensor:
-    """The finaliser of splitmix64 on int64, whose products wrap around."""
+    """Numbers hashed bit by bit: the finaliser of splitmix64 on int64, whose products wrap around."""
     bits = (bits ^ _shifted(bits, 30)) * _SPLITMIX[1]
     bits = (bits ^ _shifted(bits, 27)) * _SPLITMIX[2]
     return bits ^ _shifted(bits, 31)
 
 
 def _shifted(number: Tensor, bits: int) -> Tensor:
-    """Right by so many bits, without the sign."""
+    """Each int64 shifted right by so many bits, with zeros from the left instead of its sign."""
     return (number >> bits) & (2 ** (64 - bits) - 1)
 
 

@@ -18,16 +18,16 @@ from torch import nn
 
 from trainer.model.kept_layers import KeptLayers, layer_choices, layer_kinds, num_layers_of
 
-VOCABULARY = 128
-WINDOW = 8
+SMALL_VOCABULARY_SIZE = 128
+SMALL_WINDOW_TOKENS = 8
 """Tokens that a sliding window or a chunk of attention is shrunk to."""
 SOFTCAP_SUFFIXES = ("softcapping", "softcap", "soft_cap")
 """How the names of settings end that bound scores and logits."""
 MAX_SOFTCAP = 0.1
 """A bound that the scores of small random weights come near, so that its effect is seen."""
 MAX_TOKEN_ID = 3
-"""Ids of special tokens are at most this in a small copy, whose vocabulary has `VOCABULARY` entries."""
-PATCHING_THRESHOLD = 0.97 * math.log(VOCABULARY)
+"""Ids of special tokens are at most this in a small copy, whose vocabulary has `SMALL_VOCABULARY_SIZE` entries."""
+PATCHING_THRESHOLD = 0.97 * math.log(SMALL_VOCABULARY_SIZE)
 """For models of patches of bytes (BLT), where a patch begins if the predicted entropy is above this: about half of all positions
 with small random weights."""
 MAX_LAYER_CHOICES = 3
@@ -69,32 +69,40 @@ MAX_SIZE_BY_SETTING: dict[str, int] = {
     **dict.fromkeys(("top_k_experts", "top_k", "zero_expert_num"), 2),
     **dict.fromkeys(("n_group", "topk_group", "num_expert_groups", "num_expert_group"), 1),
     **dict.fromkeys(
-        ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size", "decoder_vocab_size"), VOCABULARY
+        ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size", "decoder_vocab_size"), SMALL_VOCABULARY_SIZE
     ),
-    **dict.fromkeys(("encoder_hash_byte_group_vocab", "ngram_vocab_size_base"), VOCABULARY),
-    **dict.fromkeys(("pronunciation_vocab_size", "shape_vocab_size"), VOCABULARY),
+    **dict.fromkeys(("encoder_hash_byte_group_vocab", "ngram_vocab_size_base"), SMALL_VOCABULARY_SIZE),
+    **dict.fromkeys(("pronunciation_vocab_size", "shape_vocab_size"), SMALL_VOCABULARY_SIZE),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_target_positions", "seq_length"), 256),
     **dict.fromkeys(("context_length", "max_seq_len", "model_max_length", "max_source_positions"), 256),
-    **dict.fromkeys(("sliding_window", "attention_window_size", "sliding_window_size", "attention_chunk_size"), WINDOW),
-    **dict.fromkeys(("window_size", "local_attention", "local_attention_window_len", "index_topk"), WINDOW),
-    **dict.fromkeys(("chunk_size", "mamba_chunk_size", "rel_extent", "index_block_size", "indexer_budget"), WINDOW),
+    **dict.fromkeys(
+        ("sliding_window", "attention_window_size", "sliding_window_size", "attention_chunk_size"), SMALL_WINDOW_TOKENS
+    ),
+    **dict.fromkeys(
+        ("window_size", "local_attention", "local_attention_window_len", "index_topk"), SMALL_WINDOW_TOKENS
+    ),
+    **dict.fromkeys(
+        ("chunk_size", "mamba_chunk_size", "rel_extent", "index_block_size", "indexer_budget"), SMALL_WINDOW_TOKENS
+    ),
     **dict.fromkeys(("indexer_compress_ratio", "split_ngram_parts"), 2),
-    **dict.fromkeys(("floor_scale", "log_scaling_n_floor"), WINDOW),
+    **dict.fromkeys(("floor_scale", "log_scaling_n_floor"), SMALL_WINDOW_TOKENS),
     **dict.fromkeys(("base_channels", "codebook_size"), 32),
 }
 """What a size becomes at most, by the name of its setting; positions and windows too where what begins with them would be
 longer than the documents."""
 IMAGE_TOKENS_SETTING = "vocabulary_map"
 """The setting of tokens for images, by name: of those that differ in their number alone one is kept."""
-HEADS = ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "num_heads")
-HEAD_SIZES = ("mamba_d_head", "mamba_head_dim", "mamba_headdim", "head_dim")
-EXPANSIONS = ("mamba_expand", "expand")
-"""What multiplies to the inner width of a state-space layer: heads and their sizes, or the width and this."""
-WIDTHS = re.compile(r"hidden_size$|(embedding|state)_(size|dim)|(^|_)heads$|^n_heads?$|^(n_embd|d_model|dim)$")
-"""Names of what is divided where heads keep their size."""
+STATE_SPACE_HEAD_COUNT_SETTINGS = ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "num_heads")
+STATE_SPACE_HEAD_SIZE_SETTINGS = ("mamba_d_head", "mamba_head_dim", "mamba_headdim", "head_dim")
+STATE_SPACE_EXPANSION_SETTINGS = ("mamba_expand", "expand")
+"""The inner width of a state-space layer is the number of its heads times their size, or the model's width times this factor."""
+WIDTH_OR_HEADS_REGEX = re.compile(
+    r"hidden_size$|(embedding|state)_(size|dim)|(^|_)heads$|^n_heads?$|^(n_embd|d_model|dim)$"
+)
+"""Names of widths and of numbers of heads, all divided by one number where heads keep their size: `hidden_size`, `n_heads`."""
 
 
-COUNTS = (
+COUNT_SETTINGS = (
     *("num_attention_heads", "n_head", "n_heads", "num_heads", "swa_num_attention_heads"),
     *("decoder_attention_heads", "encoder_attention_heads", "num_encoder_attention_heads"),
     *("num_decoder_attention_heads", "num_key_value_heads", "num_kv_heads", "kv_n_heads", "swa_num_key_value_heads"),
@@ -103,9 +111,9 @@ COUNTS = (
     *("n_group", "topk_group", "num_expert_groups", "num_expert_group"),
 )
 """Numbers of heads and of experts, by which ranks may divide a layer's work: a copy can keep them."""
-MODEL_WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "n_embed", "dim_model")
+MODEL_WIDTH_SETTINGS = ("hidden_size", "d_model", "n_embd", "dim", "n_embed", "dim_model")
 """Names of a model's own width."""
-LENGTHS_OF_HEADS = ("head_dim", "attention_head_dim", "d_kv", "v_head_dim", "kv_channels", "d_head")
+HEAD_SIZE_SETTINGS = ("head_dim", "attention_head_dim", "d_kv", "v_head_dim", "kv_channels", "d_head")
 """Names of the size of a head; where a configuration has none, it is the width over the number of heads."""
 
 
@@ -117,8 +125,8 @@ def small_copies(config: Any, full_model: nn.Module, *, keep_counts: bool = Fals
     """Yield small copies of `config`, of which `full_model` is the model on meta, the likeliest to work first; none is tried out.
 
     There is one for each way to shrink sizes and each choice of layers, without those that the configuration's class refuses.
-    `keep_counts`: the first ones keep the numbers of heads and of experts (`COUNTS`). Raises NotShrinkable, with the first
-    refusal, if the class refuses all of them.
+    `keep_counts`: the first ones keep the numbers of heads and of experts (`COUNT_SETTINGS`). Raises NotShrinkable, with the
+    first refusal, if the class refuses all of them.
     """
     shrink_functions: list[Callable[..., Any]] = [_sizes_by_name, _sizes_in_proportion]
     if keep_counts:
@@ -159,13 +167,13 @@ def kept_counts(config: Any, small_config: Any) -> dict[str, int]:
     """The numbers of heads and of experts that a small copy shares with `config`, by name."""
     kept: dict[str, int] = {}
     for full, small in _nested_settings(_settings(config), _settings(small_config), type(config)):
-        for name in COUNTS:
+        for name in COUNT_SETTINGS:
             if isinstance(full.get(name), int) and full[name] == small.get(name):
                 kept.setdefault(name, full[name])
     return kept
 
 
-def lost_kinds(config: Any, full_model: nn.Module, small_config: Any, small: nn.Module) -> int:
+def num_lost_layer_kinds(config: Any, full_model: nn.Module, small_config: Any, small: nn.Module) -> int:
     """How many kinds of layers of `full_model` (built of `config`) are missing in `small` (of `small_config`); both on meta."""
     lost = 0
     for full_settings, small_settings in _nested_settings(_settings(config), _settings(small_config), type(config)):
@@ -219,7 +227,7 @@ def _small_settings(
     Configurations within this one (of a text model, say; `config_class.sub_configs`) are shrunk in the same way.
     """
     kept_layers = _kept_layers(settings, full_model, layer_choice)
-    small = dict(settings) | kept_layers.by_layer(settings)
+    small = dict(settings) | kept_layers.settings_of_kept_layers(settings)
     small |= shrink_sizes(small, settings)
     sub_configs = getattr(config_class, "sub_configs", None) or {}
     for name, value in small.items():
@@ -270,7 +278,7 @@ def _sizes_by_name(settings: dict[str, Any], full: dict[str, Any]) -> dict[str, 
     rotated_size = full.get("qk_rope_head_dim")
     if rotated_size and full.get("head_dim"):  # both are the same size, or one is a share of the other
         small["head_dim"] = max(1, small["qk_rope_head_dim"] * full["head_dim"] // rotated_size)
-    return small | _attention_width(small, full) | _inner_width(settings | small, full)
+    return small | _attention_width_sizes(small, full) | _inner_width_sizes(settings | small, full)
 
 
 def _sizes_with_counts(settings: dict[str, Any], full: dict[str, Any], *, widened: bool) -> dict[str, Any]:
@@ -279,12 +287,12 @@ def _sizes_with_counts(settings: dict[str, Any], full: dict[str, Any], *, widene
     The width becomes a whole number of heads if the size of a head follows from it, or if `widened`.
     """
     small = _sizes_by_name(settings, full)
-    for name in COUNTS:
+    for name in COUNT_SETTINGS:
         if name in settings:
             small[name] = settings[name]
     heads_name = _first_set(full, ("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "num_heads"))
-    width_name = _first_set(full, MODEL_WIDTHS)
-    has_head_size = _first_set(full, LENGTHS_OF_HEADS) is not None
+    width_name = _first_set(full, MODEL_WIDTH_SETTINGS)
+    has_head_size = _first_set(full, HEAD_SIZE_SETTINGS) is not None
     if heads_name is None or width_name is None or (has_head_size and not widened):
         return small
     width = full[width_name]
@@ -299,7 +307,7 @@ def _first_set(settings: dict[str, Any], names: Iterable[str]) -> str | None:
     return next((name for name in names if settings.get(name)), None)
 
 
-def _attention_width(small: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
+def _attention_width_sizes(small: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
     """Small sizes of an attention that has a width of its own: its ratio to the model's width is that of the `full` model.
 
     Empty if `full` names no width of attention. The size of a head follows, if in `full` heads times their size is this width.
@@ -324,23 +332,23 @@ def _at_most(limit: int, value: Any) -> Any:
     return value
 
 
-def _inner_width(small: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
+def _inner_width_sizes(small: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
     """Sizes of a state-space layer that keep heads times their size equal to the inner width, if it was so in `full`.
 
     The inner width is `mamba_d_ssm`, or the hidden size times an expansion factor. Empty if neither is that product.
     """
-    heads = _first_set(full, HEADS)
-    head_size = _first_set(full, HEAD_SIZES)
-    expansion = _first_set(full, EXPANSIONS)
-    if heads is None or head_size is None:
+    heads_name = _first_set(full, STATE_SPACE_HEAD_COUNT_SETTINGS)
+    head_size_name = _first_set(full, STATE_SPACE_HEAD_SIZE_SETTINGS)
+    expansion_name = _first_set(full, STATE_SPACE_EXPANSION_SETTINGS)
+    if heads_name is None or head_size_name is None:
         return {}
-    inner_width = full[heads] * full[head_size]
+    inner_width = full[heads_name] * full[head_size_name]
     if "mamba_d_ssm" in full and full["mamba_d_ssm"] == inner_width:
-        return {"mamba_d_ssm": small[heads] * small[head_size]}
-    if expansion is not None and inner_width == full[expansion] * full["hidden_size"]:
-        small_heads = MAX_SIZE_BY_SETTING["mamba_n_heads"]
-        small_inner_width = int(small[expansion] * small["hidden_size"])
-        return {heads: small_heads, head_size: small_inner_width // small_heads}
+        return {"mamba_d_ssm": small[heads_name] * small[head_size_name]}
+    if expansion_name is not None and inner_width == full[expansion_name] * full["hidden_size"]:
+        num_small_heads = MAX_SIZE_BY_SETTING["mamba_n_heads"]
+        small_inner_width = int(small[expansion_name] * small["hidden_size"])
+        return {heads_name: num_small_heads, head_size_name: small_inner_width // num_small_heads}
     return {}
 
 
@@ -360,7 +368,7 @@ def _sizes_in_proportion(settings: dict[str, Any], full: dict[str, Any]) -> dict
     small: dict[str, Any] = {}
     divided = {}
     for name, value in settings.items():
-        is_width = WIDTHS.search(name)
+        is_width = WIDTH_OR_HEADS_REGEX.search(name)
         if name in MAX_SIZE_BY_SETTING and not is_width and "dim" not in name:
             small[name] = _at_most(MAX_SIZE_BY_SETTING[name], value)
         if is_width and isinstance(value, int) and value % divisor == 0:
@@ -401,5 +409,5 @@ def _few_image_tokens(token_ids: dict[str, int]) -> dict[str, int]:
     # Reversed, so that the first of each pattern overwrites the others.
     token_by_pattern = {re.sub(r"\d{6}", "#", token): token for token in reversed(special_tokens)}
     kept_tokens = sorted(token_by_pattern.values())
-    num_ids = VOCABULARY - MAX_TOKEN_ID
+    num_ids = SMALL_VOCABULARY_SIZE - MAX_TOKEN_ID
     return {token: MAX_TOKEN_ID + position % num_ids for position, token in enumerate(kept_tokens)}

@@ -21,7 +21,7 @@ from strategies.errors import ConfigError
 from trainer.model.architecture import set_dropout, text_model_config, transformers_class
 from trainer.model.compat import without_kernel_packages
 from trainer.model.config import ModelKind
-from trainer.model.shrink import VOCABULARY, small_copies
+from trainer.model.shrink import SMALL_VOCABULARY_SIZE, small_copies
 from trainer.tuning.compat.transformers import block_class_names
 
 MLP_NAMES = ("mlp", "feed_forward")
@@ -142,7 +142,7 @@ def _difference_in_tiles(small: Any) -> str:
 
     Replaces the forward passes of the model's MLPs.
     """
-    vocabulary = min(text_model_config(small.config).vocab_size, VOCABULARY)
+    vocabulary = min(text_model_config(small.config).vocab_size, SMALL_VOCABULARY_SIZE)
     ids = torch.arange(PROOF_TOKENS)[None] * 7 % vocabulary
     plain_output = small(input_ids=ids, use_cache=False)[0]
     num_tiled = 0

@@ -30,7 +30,7 @@ from trainer.model.architecture import set_dropout, text_model_config, transform
 from trainer.model.compat import without_kernel_packages
 from trainer.model.config import ModelKind
 from trainer.model.kernels import kernel_versions
-from trainer.model.shrink import VOCABULARY, NotShrinkable, lost_kinds, small_copies
+from trainer.model.shrink import SMALL_VOCABULARY_SIZE, NotShrinkable, num_lost_layer_kinds, small_copies
 from trainer.objectives.causal import FORWARD_PATHS, ForwardPath, summed_loss, supervised_rows, unwrap_adapter
 from trainer.objectives.proof_cache import keep_proof, proof_file, read_proof
 
@@ -167,7 +167,7 @@ class _Proof:
         self.auto = transformers_class(ModelKind.causal, config)
         self.config = small
         set_dropout(self.config, 0.0)
-        self.vocabulary = min(text_model_config(self.config).vocab_size, VOCABULARY)
+        self.vocabulary = min(text_model_config(self.config).vocab_size, SMALL_VOCABULARY_SIZE)
         self._refuse_unfit_copy(config, plain)
         # The stock model, on which other paths are measured.
         stock = self._build("eager", dtype)
@@ -198,7 +198,7 @@ class _Proof:
         size = sum(p.numel() for p in small.parameters())
         if size > MAX_COPY_ELEMENTS:
             raise NotShrinkable(f"a small copy would have {size:,} elements")
-        if lost := lost_kinds(config, plain, self.config, small):
+        if lost := num_lost_layer_kinds(config, plain, self.config, small):
             raise NotShrinkable(f"a small copy lacks {lost} of its kinds of layers")
 
     def _measure_causality(self, stock: Any) -> bool:

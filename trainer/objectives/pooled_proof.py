@@ -20,7 +20,7 @@ from trainer.data.store.sequences import Sample
 from trainer.model import rotary, sequence_proof
 from trainer.model.architecture import set_dropout, text_model_config, transformers_class
 from trainer.model.config import ModelKind
-from trainer.model.shrink import VOCABULARY, NotShrinkable, lost_kinds
+from trainer.model.shrink import SMALL_VOCABULARY_SIZE, NotShrinkable, num_lost_layer_kinds
 from trainer.objectives.causal import MODEL_INPUTS, token_states
 from trainer.objectives.forward_path import MAX_COPY_ELEMENTS, TOLERANCE, error_line, on_small_copy
 from trainer.objectives.pooled import HEAD, PooledCollator, classifier_logits
@@ -83,9 +83,9 @@ class _PoolingProof:
         size = sum(parameter.numel() for parameter in copy_on_meta.parameters())
         if size > MAX_COPY_ELEMENTS:
             raise NotShrinkable(f"a small copy would have {size:,} elements")
-        if lost := lost_kinds(config, plain, small, copy_on_meta):
+        if lost := num_lost_layer_kinds(config, plain, small, copy_on_meta):
             raise NotShrinkable(f"a small copy lacks {lost} of its kinds of layers")
-        vocabulary = min(text_model_config(small).vocab_size, VOCABULARY)
+        vocabulary = min(text_model_config(small).vocab_size, SMALL_VOCABULARY_SIZE)
         generator = np.random.default_rng(0)
         self.samples = []
         for length in LENGTHS:

@@ -111,7 +111,7 @@ def truncated_model(config: ModelConfig, depth: int, directory: Path) -> ModelCo
     text: Any = settings.get_text_config()
     # Some settings are lists with an entry for each layer (its kind of attention, for example): they are cut alike.
     kept_layers = KeptLayers(tuple(range(depth)), text.num_hidden_layers)
-    for name, value in kept_layers.by_layer(text.to_dict()).items():
+    for name, value in kept_layers.settings_of_kept_layers(text.to_dict()).items():
         setattr(text, name, value)
     settings.save_pretrained(directory)
     return replace(config, path=str(directory))

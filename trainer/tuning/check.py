@@ -151,11 +151,11 @@ def _model_problems(method: Method, method_setting: str, run: SettingsBesideTuni
 
 
 def check_positions(
-    tuning: TuningConfig, longest_tokens: int, max_positions: int | None, *, rotary: bool, written_tokens: int = 0
+    tuning: TuningConfig, longest_tokens: int, max_positions: int | None, *, rotary: bool, generated_tokens: int = 0
 ) -> None:
     """Raise ConfigError if the longest document, with virtual tokens before it, has more tokens than the model has positions.
 
-    `longest_tokens`: tokens of the longest document. `written_tokens`: those of them that are the longest answer the model may
+    `longest_tokens`: tokens of the longest document. `generated_tokens`: those of them that are the longest answer the model may
     generate; 0 without rounds. `max_positions` of None: the model has no limit. `rotary`: its positions are rotary, so that it
     can be given more of them.
     """
@@ -164,7 +164,7 @@ def check_positions(
     # The document alone, whatever the tuning method.
     if longest_tokens > max_positions:
         raise ConfigError(
-            _positions_message(longest_tokens, max_positions, rotary=rotary, written_tokens=written_tokens)
+            _positions_message(longest_tokens, max_positions, rotary=rotary, generated_tokens=generated_tokens)
         )
     # The document behind its virtual tokens.
     if isinstance(tuning, VirtualConfig) and longest_tokens + tuning.num_virtual_tokens > max_positions:
@@ -174,17 +174,17 @@ def check_positions(
         )
 
 
-def _positions_message(longest_tokens: int, max_positions: int, *, rotary: bool, written_tokens: int) -> str:
-    """The error message for a longest document of `longest_tokens` tokens, `written_tokens` of them generated, which the model's
-    `max_positions` positions do not hold. `rotary`: the model can be given more positions.
+def _positions_message(longest_tokens: int, max_positions: int, *, rotary: bool, generated_tokens: int) -> str:
+    """The error message for a longest document of `longest_tokens` tokens, `generated_tokens` of them generated, which the
+    model's `max_positions` positions do not hold. `rotary`: the model can be given more positions.
     """
     remedy = f"Set data.max_length={max_positions}"
     document = "document"
-    if written_tokens:
-        document = f"prompt with an answer of {written_tokens} tokens"
+    if generated_tokens:
+        document = f"prompt with an answer of {generated_tokens} tokens"
         remedy = "Set a smaller objective.rollout.max_new_tokens"
-        if written_tokens < max_positions:
-            remedy += f", or data.max_length={max_positions - written_tokens}"
+        if generated_tokens < max_positions:
+            remedy += f", or data.max_length={max_positions - generated_tokens}"
     if rotary:
         settings = f"model.positions={longest_tokens}, as a rule with model.rope.type=yarn"
         remedy += f", or give the model room: {settings} (docs/long-context.md)"

@@ -19,7 +19,7 @@ from trainer.verification.small_run import SmallRun, small_run_config
 from trainer.verification.steps import compare_steps
 from trainer.verification.verdict import verdict_on_steps
 
-MODEL, TEACHER, DOCUMENTS = "model", "teacher", "documents"
+MODEL_DIR_NAME, TEACHER_DIR_NAME, DOCUMENTS_DIR_NAME = "model", "teacher", "documents"
 """Names in the directory of a verification."""
 DOCUMENTS_PER_SAMPLE = 6
 """Drawn documents for each sample of the step: a pack holds about three."""
@@ -49,7 +49,7 @@ def write_small_models_and_documents(
     family = objective_family(config.objective)
     label_names = drawn_label_names(config)
     outputs = family.num_outputs or (len(label_names) if label_names else None)
-    model = write_small_model(config.model, family.kind, directory / MODEL, outputs=outputs)
+    model = write_small_model(config.model, family.kind, directory / MODEL_DIR_NAME, outputs=outputs)
     teacher = family.teacher(config.objective)
     if teacher is not None:
         teacher_model = ModelConfig(
@@ -59,22 +59,22 @@ def write_small_models_and_documents(
             download=config.model.download,
         )
         # With another seed than the student: from a teacher with equal weights, it would get no gradient.
-        write_small_model(teacher_model, ModelKind.causal, directory / TEACHER, outputs=None, seed=1)
+        write_small_model(teacher_model, ModelKind.causal, directory / TEACHER_DIR_NAME, outputs=None, seed=1)
     small = small_run_of_directory(directory, config, user_ranks=user_ranks)
     vocabulary = load_model_config(small.config.model).get_text_config().vocab_size
     write_documents(
-        directory / DOCUMENTS,
+        directory / DOCUMENTS_DIR_NAME,
         data_spec_of(config.objective),
         DOCUMENTS_PER_SAMPLE * small.config.batch["global"],
         vocabulary=vocabulary,
         labels=len(label_names or LABELS),
         multi_label=family.multi_label(config.objective),
-        must_learn=_must_learn(config),
+        must_learn=_every_document_needs_target(config),
     )
     return model, small
 
 
-def _must_learn(config: RunConfig) -> bool:
+def _every_document_needs_target(config: RunConfig) -> bool:
     """Whether every document needs a target: for pairs, ratings, labels, and answers of an encoder-decoder model."""
     family = objective_family(config.objective)
     data_spec = data_spec_of(config.objective)
@@ -84,8 +84,8 @@ def _must_learn(config: RunConfig) -> bool:
 def small_run_of_directory(directory: Path, config: RunConfig, *, user_ranks: int | None) -> SmallRun:
     """The run on the small copies and documents that `write_small_models_and_documents` wrote into `directory`."""
     has_teacher = objective_family(config.objective).teacher(config.objective) is not None
-    teacher_directory = directory / TEACHER if has_teacher else None
-    return small_run_config(copy.deepcopy(config), directory / MODEL, teacher_directory, user_ranks=user_ranks)
+    teacher_directory = directory / TEACHER_DIR_NAME if has_teacher else None
+    return small_run_config(copy.deepcopy(config), directory / MODEL_DIR_NAME, teacher_directory, user_ranks=user_ranks)
 
 
 def verify_step_against_single_process(
@@ -104,7 +104,7 @@ def verify_step_against_single_process(
     small = small_run_of_directory(directory, config, user_ranks=user_ranks)
     runtime = with_sequence_parallelism(runtime, small.config.parallel.sequence)
     compared = compare_steps(
-        small, directory / DOCUMENTS, drawn_label_names(config), directory, runtime, report_progress
+        small, directory / DOCUMENTS_DIR_NAME, drawn_label_names(config), directory, runtime, report_progress
     )
     if not runtime.is_main:
         return {}

@@ -32,7 +32,7 @@ from trainer.model.architecture import (
 )
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.loading import find_weights_directory, load_model_config
-from trainer.model.shrink import NotShrinkable, changed_sizes, kept_counts, lost_kinds, small_copies
+from trainer.model.shrink import NotShrinkable, changed_sizes, kept_counts, num_lost_layer_kinds, small_copies
 from trainer.tuning.expert_parts import router_weight_names
 
 MAX_PARAMETERS = 100_000_000
@@ -201,7 +201,7 @@ def _build_small_copy(
     num_parameters = sum(parameter.numel() for parameter in on_meta.parameters())
     if num_parameters > MAX_PARAMETERS:
         raise NotShrinkable(f"a small copy would have {num_parameters:,} elements")
-    num_lost_kinds = lost_kinds(settings, full_model, small_settings, on_meta)
+    num_lost_kinds = num_lost_layer_kinds(settings, full_model, small_settings, on_meta)
     if num_lost_kinds:
         raise NotShrinkable(f"a small copy lacks {num_lost_kinds} of its kinds of layers")
     # Then with weights: does a forward pass give finite numbers?
