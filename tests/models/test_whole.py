@@ -105,7 +105,7 @@ def test_shrunk_model_settings_of_layers_follow_the_kept_layers():
         "per_layer_config": {"05": {"head_dim": 512}, "7": {"head_dim": 256}},
         "n_embd": 10,
     }
-    assert kept.by_layer(settings) == {
+    assert kept.settings_of_kept_layers(settings) == {
         "num_hidden_layers": 3,
         "layer_types": ["a", "f", "j"],
         "num_kv_shared_layers": 1,
