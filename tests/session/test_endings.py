@@ -33,7 +33,7 @@ DIVERGED = {
 def test_trackers_are_told_what_ended_a_run(tmp_path, error, challenges, state):
     endings = []
     trackers = SimpleNamespace(summarise=lambda values: None, close=endings.append, hints=[])
-    console = SimpleNamespace(leave=lambda: None, print_line=print)
+    console = SimpleNamespace(end_progress_bar=lambda: None, print_line=print)
     context = SimpleNamespace(run_dir=tmp_path, console=console, runtime=SimpleNamespace(is_main=False))
     meter = SimpleNamespace(speed=dict, peaks={})
     checkpoints = SimpleNamespace(wait_at_most=lambda seconds: None)
