@@ -18,7 +18,6 @@ STILL_SO = {
     "plan.md": {"No GPU run was used yet"},
     "reinforcement.md": {"not run on a GPU yet"},
     "faults.md": {"no run directory yet"},
-    "security.md": {"not yet"},
     "slurm.md": {"no step of this run was measured yet"},
     "speed.md": {"nothing has been measured yet"},
     "tracking.md": {"W&B does not know it yet"},
