@@ -108,7 +108,7 @@ def test_llm_compressor_refuses_unsuitable_exports_before_anything_is_written(wo
     "SHARDTUNE_LLM_COMPRESSOR" not in os.environ or find_spec("compressed_tensors") is None,
     reason="needs llm-compressor's Python (SHARDTUNE_LLM_COMPRESSOR) and compressed-tensors here",
 )
-@pytest.mark.parametrize("kind", [kind for kind in QuantisedFormat if kind.stored_by_other_python])
+@pytest.mark.parametrize("kind", [kind for kind in QuantisedFormat if kind.needs_other_python])
 def test_llm_compressor_stores_the_values_of_its_scheme(tmp_path, kind):
     directory = made(tmp_path, hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
     rows = [list(range(5, 5 + size)) for size in (30, 200, 90, 9)]
