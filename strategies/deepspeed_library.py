@@ -169,7 +169,7 @@ def route_collectives_through(memory: HostMemory | None) -> None:
     replace_backend(through_memory)
 
 
-def global_norm(
+def gradient_norm_over_ranks(
     gradients: list[Tensor], parameters: list[Any], norm_type: float = 2.0, *, device: torch.device = _CPU
 ) -> Tensor:
     """The norm over all ranks' `gradients`, 0-d on `device`; -1 if it is not finite. All ranks must call.
@@ -198,31 +198,31 @@ class DeviceClipping:
         self._update_filter: UpdateFilter | None = None
         self._is_applied: Tensor | None = None
         """Whether the update of the current step is applied, 0-d bool; None until the filter was called."""
-        zero_optimizer.optimizer.register_step_pre_hook(self._before_step)
+        zero_optimizer.optimizer.register_step_pre_hook(self._skip_or_clip_before_step)
 
     def begin_step(self, update_filter: UpdateFilter | None) -> None:
         """Set the filter that may skip the update of the coming step. Call it before each step."""
         self._update_filter = update_filter
         self._is_applied = None
 
-    def norm(self) -> Tensor:
+    def gradient_norm(self) -> Tensor:
         """Norm of this step's gradients before clipping, 0-d float32; infinite if one is not finite. Does not wait."""
         return torch.as_tensor(grad_norm_in_step(self.zero_optimizer), dtype=torch.float32, device=self.device)
 
-    def is_applied(self) -> Tensor:
-        """Whether this step's update is applied, 0-d bool. Calls the filter once a step, on all ranks alike."""
+    def decide_update(self) -> Tensor:
+        """Whether this step's update is applied, 0-d bool. Calls the filter the first time in a step, on all ranks alike."""
         if self._is_applied is None:
-            norm = self.norm()
+            norm = self.gradient_norm()
             self._is_applied = norm.isfinite()
             if self._update_filter is not None:
                 self._is_applied = self._is_applied & ~self._update_filter(norm)
         return self._is_applied
 
-    def _before_step(self, inner_optimizer: Any, *_: Any) -> None:
+    def _skip_or_clip_before_step(self, inner_optimizer: Any, *_: Any) -> None:
         """Hook before the inner optimizer's step: tell it whether to skip the update (`found_inf`), and clip the gradients."""
-        inner_optimizer.found_inf = (~self.is_applied()).float()
+        inner_optimizer.found_inf = (~self.decide_update()).float()
         if self.max_norm > 0:
-            factor = (self.max_norm / (self.norm() + 1e-6)).clamp(max=1.0)
+            factor = (self.max_norm / (self.gradient_norm() + 1e-6)).clamp(max=1.0)
             parameters = [parameter for group in inner_optimizer.param_groups for parameter in group["params"]]
             multiply_each([parameter.grad for parameter in parameters if parameter.grad is not None], factor)
 
@@ -238,7 +238,7 @@ class UpdateGate:
         self.zero_optimizer = zero_optimizer
         self.device = device
         self.is_skipped: bool | None = None
-        """Whether this step's update is is_skipped; None if the filter was not called."""
+        """Whether this step's update was skipped; None if the filter was not called."""
         self._update_filter: UpdateFilter | None = None
         self._inner_step = zero_optimizer.optimizer.step
         zero_optimizer.optimizer.step = self._step_unless_skipped

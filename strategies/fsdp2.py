@@ -31,7 +31,13 @@ from strategies.full_params import FsdpFullParameters
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.mesh import replica_count, shard_mesh
 from strategies.native import LocalRange, NativeEngine
-from strategies.parameters import COMPUTE_DTYPE, materialize, meta_context, named_parameters, set_parameter_dtypes
+from strategies.parameters import (
+    COMPUTE_DTYPE,
+    allocate_parameters,
+    meta_context,
+    named_parameters,
+    set_parameter_dtypes,
+)
 from strategies.runtime import Runtime
 from strategies.simulation import real_tensors
 
@@ -206,12 +212,12 @@ class Fsdp2Strategy:
         compute_dtype = COMPUTE_DTYPE[self.precision]
         set_parameter_dtypes(step_module, trainable=torch.float32, frozen=compute_dtype)
         apply_checkpointing_and_compile(step_module, self.config)
-        shard_group = self._shard(step_module, compute_dtype)
+        shard_group = self._shard_blocks(step_module, compute_dtype)
         host_memory = open_host_memory(self.runtime, shard_group)
         if host_memory is not None:
-            self._use_shared_memory(host_memory, step_module)
+            self._route_collectives_through_memory(host_memory, step_module)
         device = torch.device("cpu") if self.config.cpu_offload else self.runtime.device
-        materialize(step_module, device)
+        allocate_parameters(step_module, device)
         if self.config.cpu_offload:
             replace_buffers(step_module, lambda buffer: buffer.to(self.runtime.device))
         self._load_shards(step_module, source)
@@ -241,7 +247,7 @@ class Fsdp2Strategy:
         )
         return engine
 
-    def _shard(self, step_module: nn.Module, compute_dtype: torch.dtype) -> dist.ProcessGroup:
+    def _shard_blocks(self, step_module: nn.Module, compute_dtype: torch.dtype) -> dist.ProcessGroup:
         """Let FSDP2 shard the experts, each block, and the root with what is left (embeddings, norm, head).
 
         `compute_dtype`: the type in which blocks are gathered. Returns the group of ranks that together hold one copy of the
@@ -290,7 +296,7 @@ class Fsdp2Strategy:
             )
         self.expert_mesh = mesh
 
-    def _use_shared_memory(self, memory: HostMemory, step_module: nn.Module) -> None:
+    def _route_collectives_through_memory(self, memory: HostMemory, step_module: nn.Module) -> None:
         """Let FSDP2 use shared memory for its collectives instead of gloo, between CPU ranks of one host.
 
         `memory`: of the ranks that hold one copy of the model. With `parallel.experts`, modules of experts are sharded over fewer

@@ -33,7 +33,7 @@ def estimated_activation_bytes(
     per_block = KEPT_VALUES_PER_WIDTH.get(checkpointing, ALL_VALUES_PER_WIDTH)
     # In addition, everything of one block: even if blocks recompute, the one that computes has all of it for a moment.
     kept_values = tokens * width * (blocks * per_block + ALL_VALUES_PER_WIDTH)
-    return float(kept_values * _compute_bytes(precision))
+    return float(kept_values * _bytes_per_value(precision))
 
 
 def estimated_state_bytes(
@@ -41,16 +41,16 @@ def estimated_state_bytes(
 ) -> float:
     """Bytes of parameters, gradients and optimizer state on one rank's device, copies in the compute type included.
 
-    - ZeRO: by its stage, see `_zero_bytes`.
+    - ZeRO: by its stage, see `_zero_state_bytes`.
     - FSDP2 with offloading to the CPU: only what is gathered at one time.
     - FSDP2: what is gathered at one time, and this rank's shard.
     - Others: everything in full, and in half precision the copies that autocast makes.
 
     `step_module`: not yet sharded. `num_replicas`: the number of full copies of the model among the ranks (hsdp).
     """
-    sizes = _model_sizes(step_module, _compute_bytes(precision))
+    sizes = _model_sizes(step_module, _bytes_per_value(precision))
     if isinstance(config, ZeroConfig):
-        return _zero_bytes(sizes, config, precision, world_size)
+        return _zero_state_bytes(sizes, config, precision, world_size)
     # A weight that trains, and its gradient, take four bytes each.
     unsharded_bytes = sizes.frozen_bytes + sizes.num_trained * (4.0 + 4.0 + sizes.optimizer_bytes_per_element)
     if isinstance(config, Fsdp2Config):
@@ -88,14 +88,14 @@ class _ModelSizes:
     """Bytes of optimizer state for each trained element: AdamW's two moments, and the average if there is one."""
 
 
-def _model_sizes(step_module: nn.Module, compute_bytes: int) -> _ModelSizes:
+def _model_sizes(step_module: nn.Module, bytes_per_value: int) -> _ModelSizes:
     """Sizes of a step module that is not sharded, from which `estimated_state_bytes` computes what a rank holds.
 
-    `compute_bytes`: bytes of an element in the type that the model computes in.
+    `bytes_per_value`: bytes of a value in the type that the model computes in.
     """
 
     def full_bytes(parameter: nn.Parameter) -> int:
-        itemsize = compute_bytes if parameter.is_floating_point() else parameter.element_size()
+        itemsize = bytes_per_value if parameter.is_floating_point() else parameter.element_size()
         return parameter.numel() * itemsize
 
     expert_parallel = expert_parallel_parameters(step_module)
@@ -110,24 +110,24 @@ def _model_sizes(step_module: nn.Module, compute_bytes: int) -> _ModelSizes:
         full_bytes(p) for _, p in named_parameters(step_module, include_frozen_models=True) if not p.requires_grad
     )
     num_trained = sum(p.numel() for _, p in named_parameters(step_module) if p.requires_grad)
-    all_bytes = frozen_bytes + num_trained * compute_bytes
+    all_bytes = frozen_bytes + num_trained * bytes_per_value
     block_bytes = [sum(map(bytes_when_gathered, block.parameters())) for block in step_module.shard_units()]  # type: ignore[operator]
     gathered_in_step = 0.0
     for name, parameter in named_parameters(step_module, include_frozen_models=True):
         if not name.startswith(REWARD_MODELS_PREFIX):  # those are gathered between steps
             gathered_in_step += bytes_when_gathered(parameter)
-    outside_blocks = gathered_in_step - sum(block_bytes)
-    averaged = plan_of(step_module).ema_decay > 0
+    bytes_outside_blocks = gathered_in_step - sum(block_bytes)
+    has_weight_average = plan_of(step_module).ema_decay > 0
     return _ModelSizes(
         frozen_bytes=frozen_bytes,
         num_trained=num_trained,
         all_bytes=all_bytes,
-        gathered_bytes=float(2 * max(block_bytes, default=all_bytes) + outside_blocks),
-        optimizer_bytes_per_element=12 if averaged else 8,
+        gathered_bytes=float(2 * max(block_bytes, default=all_bytes) + bytes_outside_blocks),
+        optimizer_bytes_per_element=12 if has_weight_average else 8,
     )
 
 
-def _zero_bytes(sizes: _ModelSizes, config: ZeroConfig, precision: Precision, num_ranks: int) -> float:
+def _zero_state_bytes(sizes: _ModelSizes, config: ZeroConfig, precision: Precision, num_ranks: int) -> float:
     """Bytes of parameters, gradients and optimizer state on one of `num_ranks` ranks, under the ZeRO stage of `config`."""
     # Under stage 3 in fp32, the parameters themselves are the fp32 masters.
     master_bytes_per_element = 0 if precision is Precision.fp32 and config.stage == 3 else 4
@@ -145,6 +145,6 @@ def _zero_bytes(sizes: _ModelSizes, config: ZeroConfig, precision: Precision, nu
     return parameter_bytes + optimizer_bytes + gradient_bytes + gathered_bytes
 
 
-def _compute_bytes(precision: Precision) -> int:
+def _bytes_per_value(precision: Precision) -> int:
     """Bytes of one value in the type that the model computes in."""
     return torch.finfo(COMPUTE_DTYPE[precision]).bits // 8

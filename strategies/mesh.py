@@ -14,12 +14,12 @@ from strategies.runtime import Runtime
 from strategies.simulation import real_tensors
 
 
-def checked_replica_count(requested: int, world_size: int, hosts: int) -> int:
-    """The number of replicas among `world_size` ranks on `hosts` hosts. 0 requests one replica a host, or 2 on a single host.
+def checked_replica_count(requested: int, world_size: int, num_hosts: int) -> int:
+    """The number of replicas among `world_size` ranks on `num_hosts` hosts. 0 requests one replica a host, or 2 on a single host.
 
     Raises ConfigError if it does not divide the number of ranks.
     """
-    num_replicas = requested or (hosts if hosts > 1 else 2)
+    num_replicas = requested or (num_hosts if num_hosts > 1 else 2)
     if num_replicas < 1 or world_size % num_replicas:
         legal = [divisor for divisor in range(1, world_size + 1) if world_size % divisor == 0]
         raise ConfigError(
@@ -29,7 +29,7 @@ def checked_replica_count(requested: int, world_size: int, hosts: int) -> int:
     return num_replicas
 
 
-def replica_count(config: StrategyConfig, world_size: int, hosts: int) -> int:
+def replica_count(config: StrategyConfig, world_size: int, num_hosts: int) -> int:
     """The number of replicas of the model under fsdp2 and hsdp; 1 under any other strategy.
 
     Raises ConfigError if `strategy.replicate` does not divide `world_size`.
@@ -37,9 +37,9 @@ def replica_count(config: StrategyConfig, world_size: int, hosts: int) -> int:
     if not isinstance(config, Fsdp2Config):
         return 1
     if config.replicate != 1:
-        return checked_replica_count(config.replicate, world_size, hosts)
+        return checked_replica_count(config.replicate, world_size, num_hosts)
     # Under hsdp 1 is the default of fsdp2, and stands for the choice by hosts.
-    return checked_replica_count(0, world_size, hosts) if config.name is StrategyName.hsdp else 1
+    return checked_replica_count(0, world_size, num_hosts) if config.name is StrategyName.hsdp else 1
 
 
 def shard_mesh(device: torch.device, runtime: Runtime, num_replicas: int) -> DeviceMesh:

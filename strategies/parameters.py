@@ -34,7 +34,7 @@ MIN_COOPERATIVE_ELEMENTS = 2**20
 TENSOR_CONSTRUCTORS = (torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 """Functions that make parameters, like `torch.empty`, but also masks."""
 
-RANDOM_FILL_NAMES = frozenset(
+RANDOM_FILL_FUNCTION_NAMES = frozenset(
     ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_", "xavier_normal_")
 )
 """Functions that draw initial values. Meta tensors have no values, and yet drawing takes a third of the time of building."""
@@ -58,7 +58,7 @@ class _LargeParametersOnMeta(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if getattr(func, "__name__", "") in RANDOM_FILL_NAMES:
+        if getattr(func, "__name__", "") in RANDOM_FILL_FUNCTION_NAMES:
             tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 return tensor
@@ -151,24 +151,24 @@ def set_parameter_dtypes(step_module: nn.Module, *, trainable: torch.dtype, froz
     Packed (quantised) parameters keep theirs.
     """
 
-    def retyped(parameter: nn.Parameter) -> torch.Tensor:
+    def with_stored_dtype(parameter: nn.Parameter) -> torch.Tensor:
         if not parameter.is_floating_point():
             return parameter.data
         dtype = trainable if parameter.requires_grad else frozen
         return torch.empty_like(parameter.data, dtype=dtype)
 
-    replace_parameters(step_module, retyped)
+    replace_parameters(step_module, with_stored_dtype)
 
 
-def materialize(step_module: nn.Module, device: torch.device) -> None:
+def allocate_parameters(step_module: nn.Module, device: torch.device) -> None:
     """Allocate meta parameters on `device`, without values, and move buffers there."""
 
-    def allocated(parameter: nn.Parameter) -> torch.Tensor:
+    def on_device(parameter: nn.Parameter) -> torch.Tensor:
         if not parameter.is_meta:
             return parameter.data
         return torch.empty_like(parameter.data, device=device)
 
-    replace_parameters(step_module, allocated)
+    replace_parameters(step_module, on_device)
     replace_buffers(step_module, lambda buffer: buffer.to(device))
 
 

@@ -10,7 +10,13 @@ from torch import nn
 from strategies.activation import apply_checkpointing_and_compile
 from strategies.base import OptimizerFactory, ParameterSource, Precision, StrategyConfig
 from strategies.native import NativeEngine
-from strategies.parameters import COMPUTE_DTYPE, load_full_parameters, materialize, meta_context, set_parameter_dtypes
+from strategies.parameters import (
+    COMPUTE_DTYPE,
+    allocate_parameters,
+    load_full_parameters,
+    meta_context,
+    set_parameter_dtypes,
+)
 from strategies.runtime import Runtime
 
 
@@ -50,5 +56,5 @@ class SingleStrategy:
 def load_in_full(step_module: nn.Module, source: ParameterSource, precision: Precision, runtime: Runtime) -> None:
     """Load all parameters onto this rank's device: trainable ones in fp32, frozen ones in the compute type."""
     set_parameter_dtypes(step_module, trainable=torch.float32, frozen=COMPUTE_DTYPE[precision])
-    materialize(step_module, runtime.device)
+    allocate_parameters(step_module, runtime.device)
     load_full_parameters(step_module, source, runtime)

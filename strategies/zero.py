@@ -29,7 +29,7 @@ from strategies.deepspeed_library import (
     DeviceClipping,
     UpdateGate,
     free_engine_memory,
-    global_norm,
+    gradient_norm_over_ranks,
     import_deepspeed,
     route_collectives_through,
     set_deepspeed_device,
@@ -40,8 +40,8 @@ from strategies.full_params import ZeroFullParameters
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.parameters import (
     COMPUTE_DTYPE,
+    allocate_parameters,
     load_full_parameters,
-    materialize,
     meta_context,
     named_parameters,
     set_parameter_dtypes,
@@ -69,7 +69,7 @@ class ZeroEngine:
         self.rank = runtime.rank
         self.world_size = runtime.world_size
         self.trainable: list[tuple[str, Any]] = list(trainable_parameters(step_module))
-        self.base_lrs = [group["lr"] for group in engine.optimizer.param_groups]
+        self.base_learning_rates = [group["lr"] for group in engine.optimizer.param_groups]
         self.device_clipping: DeviceClipping | None = None
         """Clips gradients and skips updates on the device; None if DeepSpeed does so itself."""
         self.update_gate = UpdateGate(engine.optimizer, runtime.device)
@@ -110,14 +110,14 @@ class ZeroEngine:
         With `device_clipping`, the device decides whether to skip the update. Otherwise DeepSpeed decides on the host, which then
         waits for the device.
         """
-        for group, base_lr in zip(self.engine.optimizer.param_groups, self.base_lrs, strict=True):
+        for group, base_lr in zip(self.engine.optimizer.param_groups, self.base_learning_rates, strict=True):
             group["lr"] = base_lr * lr_factor
         if self.device_clipping is not None:
             self.device_clipping.begin_step(update_filter)
             self.engine.step()
-            is_applied = self.device_clipping.is_applied()
+            is_applied = self.device_clipping.decide_update()
             self._num_updates += is_applied
-            return StepResult(grad_norm=self.device_clipping.norm(), skipped=(~is_applied).float())
+            return StepResult(grad_norm=self.device_clipping.gradient_norm(), skipped=(~is_applied).float())
 
         self.update_gate.begin_step(update_filter)
         self.engine.step()
@@ -137,10 +137,12 @@ class ZeroEngine:
         See `Engine.inference`. Stage 3 gathers each layer as it runs.
         """
         self.step_module.eval()
-        weights_in_place: AbstractContextManager[None] = self._averaged() if averaged else nullcontext()
+        weights_in_place: AbstractContextManager[None] = (
+            self._averaged_weights_in_model() if averaged else nullcontext()
+        )
         if with_initial_weights:
             assert self.initial_weights is not None, "the plan does not say `keeps_initial_weights`"
-            weights_in_place = self._swapped(self.initial_weights)
+            weights_in_place = self._swapped_weights_in_model(self.initial_weights)
         try:
             with torch.no_grad(), weights_in_place:
                 yield self.step_module
@@ -148,16 +150,16 @@ class ZeroEngine:
             self.step_module.train()
 
     @contextmanager
-    def _averaged(self) -> Iterator[None]:
+    def _averaged_weights_in_model(self) -> Iterator[None]:
         """A context with the averaged weights in the model, if the run has them; then the trained ones again. All ranks enter."""
         if self.weight_average is None:
             yield
             return
-        with self._swapped(self.weight_average):
+        with self._swapped_weights_in_model(self.weight_average):
             yield
 
     @contextmanager
-    def _swapped(self, average: WeightAverage) -> Iterator[None]:
+    def _swapped_weights_in_model(self, average: WeightAverage) -> Iterator[None]:
         """A context with the weights of `average` in the model; afterwards the trained weights are back. All ranks enter."""
         average.swap()
         self.refresh_compute_copies()
@@ -282,7 +284,7 @@ class ZeroEngine:
 
         Parameters that train come from their fp32 masters, averaged if the run has an average. All ranks must exhaust it.
         """
-        with self._averaged():
+        with self._averaged_weights_in_model():
             yield from self._gather_current_weights(trainable_only=trainable_only)
 
     def _gather_current_weights(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
@@ -348,7 +350,7 @@ class ZeroStrategy:
         set_parameter_dtypes(step_module, trainable=compute_dtype, frozen=compute_dtype)
         apply_checkpointing_and_compile(step_module, self.config)
         num_trained = sum(parameter.numel() for _, parameter in trainable_parameters(step_module))
-        settings_with = partial(
+        deepspeed_settings_with = partial(
             deepspeed_config,
             self.config,
             precision=self.precision,
@@ -357,16 +359,16 @@ class ZeroStrategy:
             trained_per_rank=num_trained // self.runtime.world_size,
         )
         if self.config.stage == 3:
-            self._load_partitioned(step_module, source, settings_with(), compute_dtype)
+            self._load_partitioned_parameters(step_module, source, deepspeed_settings_with(), compute_dtype)
         else:
-            materialize(step_module, self.runtime.device)
+            allocate_parameters(step_module, self.runtime.device)
             load_full_parameters(step_module, source, self.runtime)
 
         # Whether steps are decided on the device depends on the optimizer, and the optimizer on the partitioned parameters:
         # the settings are made again.
         optimizer = make_optimizer(trainable_parameters(step_module))
         clips_on_device = steps_on_device(self.config, self.precision, optimizer)
-        settings = settings_with(clips_on_device=clips_on_device)
+        settings = deepspeed_settings_with(clips_on_device=clips_on_device)
         host_memory = open_host_memory(self.runtime)
         route_collectives_through(host_memory)
         if self.runtime.simulated:
@@ -375,7 +377,7 @@ class ZeroStrategy:
         set_group_timeouts(self.runtime)
         # DeepSpeed's own norm is slow on a CPU, and would make the host wait for a GPU.
         if (self.on_cpu or clips_on_device) and hasattr(engine.optimizer, "get_grad_norm_direct"):
-            engine.optimizer.get_grad_norm_direct = partial(global_norm, device=self.runtime.device)
+            engine.optimizer.get_grad_norm_direct = partial(gradient_norm_over_ranks, device=self.runtime.device)
 
         zero_engine = ZeroEngine(step_module, engine, self.config, self.runtime)
         if clips_on_device:
@@ -390,7 +392,7 @@ class ZeroStrategy:
             zero_engine.initial_weights = WeightAverage(1.0, zero_engine._flat_masters())
         return zero_engine
 
-    def _load_partitioned(
+    def _load_partitioned_parameters(
         self, step_module: nn.Module, source: ParameterSource, settings: dict[str, Any], compute_dtype: torch.dtype
     ) -> None:
         """Under stage 3: prepare the modules, partition their parameters and load this rank's parts. All ranks must call.

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from strategies import host_memory
 from strategies import runtime as processes
-from strategies.deepspeed_library import SharedMemoryBackend, global_norm
+from strategies.deepspeed_library import SharedMemoryBackend, gradient_norm_over_ranks
 from strategies.host_memory import HostMemory, open_host_memory
 
 SIZES = (1, 5, 300, 4099)
@@ -123,7 +123,10 @@ def compared(here: processes.Runtime, directory: Path) -> None:
     host_memory._CPU_KEEPS_STORE_ORDER = True
     if here.rank != 1:
         report["pair"] = differences(open_host_memory(here, pair), pair, 2)
-    norms = [float(global_norm(grads, [])) for grads in ([torch.full((9,), 1.0 + here.rank)], [torch.tensor([1e30])])]
+    norms = [
+        float(gradient_norm_over_ranks(grads, []))
+        for grads in ([torch.full((9,), 1.0 + here.rank)], [torch.tensor([1e30])])
+    ]
     report["norms"] = norms
     (directory / f"rank{here.rank}.json").write_text(json.dumps(report))
 

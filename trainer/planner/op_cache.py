@@ -276,11 +276,11 @@ def _shared_storage(output: FakeTensor, key: int, operation: Operation) -> dict[
         raise _NotCacheable
     offset = int(output.storage_offset())
     if not sharing_operands:
-        return {"same_as_operand": None, "storage_of_operand": None, "offset": offset}
+        return {"same_as_operand": None, "storage_of_operand": None, "storage_offset": offset}
     (operand_index,) = sharing_operands
     operand = operation.tensor_operands[operand_index]
     return {
         "same_as_operand": operand_index if operand is output else None,
         "storage_of_operand": operand_index,
-        "offset": offset - int(operand.storage_offset()) - operation.slice_start,
+        "storage_offset": offset - int(operand.storage_offset()) - operation.slice_start,
     }
