@@ -114,14 +114,14 @@ def main() -> None:
     import tests.helpers.building as building
 
     settings = runpy.run_path(str(ROOT / "docs" / "make_methods.py"))["SETTINGS"]
-    from trainer.config.combinations import methods_by_row
+    from trainer.config.combinations import methods_by_name
 
     folder = Path(tempfile.mkdtemp())
     model = options.model or building.model_dir(folder, **SHAPE)
     building.data_set(folder, uneven=False, num=64)
     assert strategies.runtime
     found = []
-    for row in methods_by_row():
+    for row in methods_by_name():
         found.append(in_a_process(row, settings[row][0], model, folder, options.steps, options.rounds))
         print(json.dumps(found[-1]), flush=True)
     record = {

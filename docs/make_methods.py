@@ -13,8 +13,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from trainer.config.combinations import FEATURES, METHODS_THAT_COMPILE, NOT_COMPILED_REASON, states_text  # noqa: E402
-from trainer.config.combinations import methods_by_row as all_methods  # noqa: E402
+from trainer.config.combinations import (  # noqa: E402
+    FEATURES,
+    METHODS_THAT_COMPILE,
+    NOT_COMPILED_REASON,
+    states_under_strategies_text,
+)
+from trainer.config.combinations import methods_by_name as all_methods  # noqa: E402
 from trainer.tuning.base import FullConfig, LoraConfig, TuningConfig  # noqa: E402
 from trainer.tuning.build import build_tuning  # noqa: E402
 from trainer.tuning.config import (  # noqa: E402
@@ -145,7 +150,7 @@ def parameters(config: TuningConfig) -> tuple[int, int]:
     return sum(p.numel() for p in tuned.parameters() if p.requires_grad), size
 
 
-def methods_by_row(table: dict[str, Method], key: str) -> list[str]:
+def methods_by_name(table: dict[str, Method], key: str) -> list[str]:
     """What each method is, one line each."""
     lines = ["| choice | what is trained | export | can be merged | trained parameters |", "|---|---|---|---|---|"]
     for name, method in table.items():
@@ -162,7 +167,10 @@ def cells() -> list[str]:
     shown = [name for name in FEATURES if name != "plain"]
     lines = [f"| method | every strategy | {' | '.join(shown)} |", "|---" * (2 + len(shown)) + "|"]
     for name in all_methods():
-        found = [states_text(name), *(states_text(name, feature=feature) for feature in shown)]
+        found = [
+            states_under_strategies_text(name),
+            *(states_under_strategies_text(name, feature=feature) for feature in shown),
+        ]
         lines.append(f"| `{name}` | {' | '.join(found)} |")
     return lines
 
@@ -278,12 +286,12 @@ def page() -> str:
         f"The numbers of trained parameters are for a small Llama (2 blocks, width 64, vocabulary 256; {size:,} parameters).",
         "They are for default settings, unless the cell names a setting.",
         "",
-        *methods_by_row(METHODS, "tuning"),
+        *methods_by_name(METHODS, "tuning"),
         "",
         "`tuning=peft tuning.type=NAME` selects one of ten more methods of `peft`. `tuning.options.<option>=<value>` sets",
         "an option of `peft`. If `peft` does not know the option, the run is refused.",
         "",
-        *methods_by_row(PEFT_METHODS, "tuning.type"),
+        *methods_by_name(PEFT_METHODS, "tuning.type"),
         "",
         EXPERTS,
         "",

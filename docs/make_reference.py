@@ -29,7 +29,7 @@ from launch.config.choices import (  # noqa: E402
 )
 from launch.config.overrides import describe_type  # noqa: E402
 from strategies.settings import SettingMetadata, setting_metadata  # noqa: E402
-from trainer.config.descriptions import field_docstrings, own_field_docstrings  # noqa: E402
+from trainer.config.descriptions import direct_field_docstrings, field_docstrings  # noqa: E402
 from trainer.config.run import BatchSettings, RunConfig  # noqa: E402
 from trainer.config.tree import nested_settings_class  # noqa: E402
 from trainer.model.known_shapes import shape_names  # noqa: E402
@@ -158,7 +158,7 @@ def choices(group: str) -> list[str]:
 
 def page() -> str:
     """The text of the whole page."""
-    lines, hints, docs, made = [HEAD], get_type_hints(RunConfig), own_field_docstrings(RunConfig), RunConfig()
+    lines, hints, docs, made = [HEAD], get_type_hints(RunConfig), direct_field_docstrings(RunConfig), RunConfig()
     for name, hint in hints.items():
         if name == "substitutions":
             continue

@@ -18,7 +18,7 @@ from launch.config.prices import gpu_hour_price_of_kind
 from launch.runs.slurm_time import format_slurm_time, parse_slurm_time
 from strategies.errors import ConfigError
 from trainer.config.run import RunConfig, SlurmConfig
-from trainer.config.sbatch_options import options_of
+from trainer.config.sbatch_options import parse_sbatch_options
 
 SINFO_FORMAT = "%R|%l|%L|%D|%c|%m|%G|%a"
 """Fields of a line of sinfo: name, time limit, default time, nodes, CPUs, memory in MB, GPUs and the like, availability."""
@@ -146,7 +146,7 @@ def partitions_of_job(slurm: SlurmConfig, partitions: list[Partition]) -> list[P
 
 def settings_as_submitted(slurm: SlurmConfig) -> SlurmConfig:
     """The launcher's settings as sbatch will take them: overridden by `launcher.extra`, completed by `SBATCH_*` variables."""
-    extra = options_of(slurm.extra)
+    extra = parse_sbatch_options(slurm.extra)
     return replace(
         slurm,
         time=extra.get("time", slurm.time),
@@ -158,7 +158,7 @@ def settings_as_submitted(slurm: SlurmConfig) -> SlurmConfig:
 
 def rank_layout_notes(slurm: SlurmConfig) -> list[str]:
     """Notes on how many ranks each node runs and why, and on GPUs that no rank uses; empty for a job without GPUs."""
-    request = slurm.gpu_request
+    request = slurm.gpus_per_node_request
     if request is None:
         return []
     ranks_text = f"ranks   {slurm.nodes} x {slurm.per_node}"
@@ -184,7 +184,7 @@ def _never_starting_problems(slurm: SlurmConfig, candidates: list[Partition]) ->
         problems.append(
             f"launcher.time={slurm.time}: partition {names} gives {format_slurm_time(longest_s)} at most: it would never start"
         )
-    request = slurm.gpu_request
+    request = slurm.gpus_per_node_request
     gpus = 0 if request is None else request.count
     most_gpus = max(partition.gpus for partition in candidates)
     if request is not None and gpus > most_gpus:
@@ -238,7 +238,7 @@ def _time_limit_lines(slurm: SlurmConfig, candidates: list[Partition]) -> list[s
     """
     limit_s = parse_slurm_time(slurm.time)
     consequence = "is requeued"
-    if "no-requeue" in options_of(slurm.extra):
+    if "no-requeue" in parse_sbatch_options(slurm.extra):
         consequence = "ends with 75, not requeued (launcher.extra: --no-requeue)"
     line = f"time    {format_slurm_time(limit_s)} a start, {slurm.signal_lead_s} s before its end it saves and {consequence}"
     if not slurm.signal_lead_s:
@@ -309,7 +309,7 @@ def gpu_kinds_of_job(slurm: SlurmConfig, candidates: list[Partition]) -> set[str
 
     Empty if the job requests no GPUs, or if neither its settings nor sinfo name a kind.
     """
-    request = slurm.gpu_request
+    request = slurm.gpus_per_node_request
     if request is None:
         return set()
     if request.kind:
@@ -323,7 +323,7 @@ def _price_lines(slurm: SlurmConfig, candidates: list[Partition], num_runs: int)
 
     The price of a GPU hour is known only if all kinds of GPU that the job may get cost the same.
     """
-    request = slurm.gpu_request
+    request = slurm.gpus_per_node_request
     if request is None:
         return []
     gpu_kinds = gpu_kinds_of_job(slurm, candidates)

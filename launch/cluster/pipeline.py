@@ -21,7 +21,7 @@ from launch.output import format_table as draw_table
 from launch.runs.pipeline_jobs import PIPELINE_FILE
 from strategies.errors import ConfigError, StorageError
 from trainer.config.run import RunConfig, SlurmConfig
-from trainer.config.sbatch_options import MEMORY_OPTIONS, options_of, without_gpus, without_memory
+from trainer.config.sbatch_options import MEMORY_OPTIONS, drop_gpu_options, drop_memory_options, parse_sbatch_options
 from trainer.reporting.status import write_text_atomic
 
 PIPELINE_COLUMNS = (
@@ -80,7 +80,7 @@ def part_settings(config: RunConfig, part: str, run_dir: Path) -> SlurmConfig:
         settings,
         gpus_per_node=0,
         gres=None,
-        extra=[*without_gpus(slurm.extra), *part_options],
+        extra=[*drop_gpu_options(slurm.extra), *part_options],
         exclusive=False,
     )
     if part == "export":
@@ -101,13 +101,13 @@ def _with_export_resources(
     resources = export_resources(config)
     if resources is None:
         return replace(settings, processes=1)
-    has_own_memory = bool(MEMORY_OPTIONS & options_of(part_options).keys())
+    has_own_memory = bool(MEMORY_OPTIONS & parse_sbatch_options(part_options).keys())
     return replace(
         settings,
         processes=resources.processes,
         cpus_per_task=resources.processes,
         mem=None if has_own_memory else f"{resources.memory_gib}G",
-        extra=[*without_memory(without_gpus(slurm.extra)), *part_options],
+        extra=[*drop_memory_options(drop_gpu_options(slurm.extra)), *part_options],
     )
 
 
@@ -173,8 +173,8 @@ def pipeline_table(jobs: list[PartJob], config: RunConfig, run_dir: Path) -> str
     rows = []
     for index, (part, job_id) in enumerate(jobs):
         settings = part_settings(config, part, run_dir)
-        gpu_request = settings.gpu_request
-        num_gpus = gpu_request.count * settings.nodes if gpu_request is not None else 0
+        gpus_per_node_request = settings.gpus_per_node_request
+        num_gpus = gpus_per_node_request.count * settings.nodes if gpus_per_node_request is not None else 0
         if index > 0:
             start_condition = f"when {jobs[index - 1].part} has ended well"
         elif slurm.after:

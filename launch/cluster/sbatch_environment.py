@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from strategies.errors import ConfigError
-from trainer.config.sbatch_options import GPU_OPTIONS, options_of
+from trainer.config.sbatch_options import GPU_OPTIONS, parse_sbatch_options
 
 SBATCH_PREFIX = "SBATCH_"
 OPTION_BY_SUFFIX = {"TIMELIMIT": "time", "ARRAY_INX": "array", "MEM_PER_NODE": "mem"}
@@ -53,7 +53,9 @@ class SbatchVariables:
 def script_options(script_text: str) -> dict[str, str]:
     """The options of sbatch in the `#SBATCH` lines of a job script, by name: {"nodes": "2", "requeue": ""}."""
     marker = "#SBATCH "
-    return options_of(line.removeprefix(marker) for line in script_text.splitlines() if line.startswith(marker))
+    return parse_sbatch_options(
+        line.removeprefix(marker) for line in script_text.splitlines() if line.startswith(marker)
+    )
 
 
 def sort_sbatch_variables(script_text: str, environment: Mapping[str, str] = os.environ) -> SbatchVariables:

@@ -72,7 +72,7 @@ def submit_runs(config: RunConfig, run_dirs: list[Path], *, print_only: bool) ->
         return []
 
     # Everything that can refuse the job comes before the first file is written.
-    if slurm.gpu_request is None:
+    if slurm.gpus_per_node_request is None:
         refuse_gpus_of_environment()
     notes = [*advice.job_notes_if_startable(config, run_dirs), *sbatch_variable_lines(scripts["train"])]
     _prepare_container(config)

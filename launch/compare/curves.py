@@ -181,14 +181,14 @@ def _data_source_settings(run: RecordedRun) -> dict[str, Any]:
 
 def _identity_from_config(run: RecordedRun) -> dict[str, Any]:
     """The settings, by dotted key, that `identity.json` would be made of, for a run that ended before it wrote that file."""
-    from trainer.config.tree import kind_of  # loads torch, which a comparison needs for such runs alone
+    from trainer.config.tree import change_kind_of_setting  # loads torch, which a comparison needs for such runs alone
 
     identity = {}
     if "data.path" in run.config:
         identity["data.path"] = run.config["data.path"]
     for key, value in run.config.items():
         try:
-            if kind_of(key) in IDENTITY_KINDS:
+            if change_kind_of_setting(key) in IDENTITY_KINDS:
                 identity[key] = value
         except KeyError:  # a setting that only another version of shardtune has
             continue

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.config.code_digest import NoDigest, local_model_directory, model_code_digest, task_code_digest
 from strategies.settings import Reach
-from trainer.config.reach import GROUPS_OF_EACH_START, NAMED_TABLES, reach_of
+from trainer.config.reach import GROUPS_OF_EACH_START, USER_NAMED_TABLES, reach_of
 from trainer.config.resuming import default_settings, flatten_settings, settings_as_dict
 from trainer.data.read.paths import is_hub_path, is_remote_address
 from trainer.rollout.rewards.copies import code_digest
@@ -158,7 +158,7 @@ def _with_undotted_names(tree: dict[str, Any]) -> dict[str, Any]:
 
     Otherwise a task that is called `x.kind` would be taken for the setting `kind` of a task `x`.
     """
-    for table in NAMED_TABLES:
+    for table in USER_NAMED_TABLES:
         group, _, name = table.partition(".")
         entries = tree[group].get(name) or {}
         if any("." in entry for entry in entries):

@@ -159,9 +159,9 @@ def help_rows(declaration: type[VerbArguments], extra_rows: Mapping[str, str] | 
 
 def setting_group_help_rows(prefix: str, settings: type) -> dict[str, str]:
     """Rows for `help_rows` about the arguments `<prefix>.<field>=`: the sentence under each field, by `key=default`."""
-    from trainer.config.descriptions import own_field_docstrings
+    from trainer.config.descriptions import direct_field_docstrings
 
-    sentences = own_field_docstrings(settings)
+    sentences = direct_field_docstrings(settings)
     rows = {}
     for setting in fields(settings):
         default_text = _default_text(_default_of(setting))

@@ -309,7 +309,7 @@ def _set_strategy_for_evaluation(config: RunConfig, world_size: int, cli_setting
     """Set a strategy and parallel settings that fit `world_size` ranks. What the user has set (`cli_settings`) stays."""
     from strategies.base import DdpConfig, SingleConfig
     from trainer.config.parallel import parallel_for_evaluation
-    from trainer.config.sharding import number_of_replicas
+    from trainer.config.sharding import num_replicas_of
     from trainer.model.quantised_checkpoints import quantising_library
 
     is_strategy_set_by_user = any(setting.startswith(("strategy=", "strategy.")) for setting in cli_settings)
@@ -320,7 +320,7 @@ def _set_strategy_for_evaluation(config: RunConfig, world_size: int, cli_setting
 
     is_parallel_set_by_user = any(setting.startswith("parallel.") for setting in cli_settings)
     if not is_parallel_set_by_user:
-        ranks_per_replica = max(1, world_size // number_of_replicas(config.strategy, config))
+        ranks_per_replica = max(1, world_size // num_replicas_of(config.strategy, config))
         config.parallel = parallel_for_evaluation(config.parallel, config.strategy, ranks_per_replica)
 
 

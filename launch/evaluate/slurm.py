@@ -77,7 +77,7 @@ def submit_evaluation(evaluation_plan: EvaluationPlan, arguments: list[str], *, 
             print(f"# {line}", file=sys.stderr)
         print(script_text, end="")
         return 0
-    if evaluation_plan.config.launcher.gpu_request is None:
+    if evaluation_plan.config.launcher.gpus_per_node_request is None:
         refuse_gpus_of_environment()
     logs = evaluation_plan.directory / "logs"
     script = evaluation_plan.directory.absolute() / SCRIPT

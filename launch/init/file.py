@@ -17,7 +17,7 @@ from launch.config.choices import (
 )
 from launch.config.compose import hydra_arguments
 from launch.config.user_files import GROUPS_CHOSEN_BY_NAME
-from trainer.config.descriptions import field_docstrings, own_field_docstrings
+from trainer.config.descriptions import direct_field_docstrings, field_docstrings
 from trainer.config.run import RunConfig
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def settings_file_text(
     listed_choices = {group: choice for group, choice in parsed.choices.items() if group not in GROUPS_CHOSEN_BY_NAME}
     if listed_choices:
         lines += ["defaults:", *(f"  - {group}: {choice}" for group, choice in listed_choices.items()), ""]
-    sentences = own_field_docstrings(RunConfig)  # the explanation of each group, by its name
+    sentences = direct_field_docstrings(RunConfig)  # the explanation of each group, by its name
     for name, annotation in get_type_hints(RunConfig).items():
         if name == "substitutions":  # what a run resolved itself: no setting
             continue

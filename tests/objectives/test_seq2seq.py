@@ -21,7 +21,7 @@ from tests.helpers.covering import EVERYTHING, chosen
 from tests.helpers.methods import CASES
 from tests.helpers.seq2seq import CONFIGS, seq2seq_dir
 from tests.helpers.tokenizers import tiny_tokenizer, write_jsonl
-from trainer.config.combinations import method_row
+from trainer.config.combinations import method_name_of
 from trainer.data.config import DataConfig, Layout, OverLength
 from trainer.data.document import Document
 from trainer.objectives.seq2seq import (
@@ -235,7 +235,7 @@ STEPS = 3 if EVERYTHING else 2
 ALLOWED.remove("freeze modules")  # by names that these models do not have
 
 
-@pytest.mark.parametrize("case", chosen(ALLOWED, lambda case: {method_row(CASES[case])}))
+@pytest.mark.parametrize("case", chosen(ALLOWED, lambda case: {method_name_of(CASES[case])}))
 def test_a_method_that_is_not_refused_takes_steps_that_do_not_depend_on_the_micro_batch(root, runtime, case):
     curves = []
     for micro in (GLOBAL_BATCH, 4):

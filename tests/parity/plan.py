@@ -17,7 +17,13 @@ from tests.helpers.building import STRATEGIES
 from tests.helpers.covering import EVERYTHING, SEED, cover, takes
 from tests.helpers.methods import CASES as PARTIAL
 from tests.parity.optimizers import INSTALLED
-from trainer.config.combinations import Cell, CellState, combination_verdict, method_row, methods_by_row
+from trainer.config.combinations import (
+    CombinationState,
+    CombinationVerdict,
+    combination_verdict,
+    method_name_of,
+    methods_by_name,
+)
 from trainer.config.parallel import ParallelConfig
 from trainer.config.run import RunConfig
 from trainer.data.config import Layout
@@ -64,16 +70,16 @@ class Run:
 
     @property
     def row(self) -> str:
-        return method_row(CASES[self.case])
+        return method_name_of(CASES[self.case])
 
     @property
     def legal(self) -> bool:
         """Whether the table says tested, and two ranks can show it: under hsdp each of them is a replica that deals nothing."""
         deals_nothing = self.feature == "experts" and self.strategy == "hsdp"
-        return self.verdict.state is CellState.tested and not deals_nothing
+        return self.verdict.state is CombinationState.tested and not deals_nothing
 
     @property
-    def verdict(self) -> Cell:
+    def verdict(self) -> CombinationVerdict:
         return combination_verdict(self.row, StrategyName(self.strategy), self.feature, INSTALLED[self.optim].name)
 
     def config(self, base: RunConfig) -> RunConfig:
@@ -121,7 +127,7 @@ def main_cases() -> dict[str, str]:
     """The first case of each row, by row."""
     found: dict[str, str] = {}
     for case, config in CASES.items():
-        found.setdefault(method_row(config), case)
+        found.setdefault(method_name_of(config), case)
     return found
 
 
@@ -196,7 +202,7 @@ def plan() -> list[Run]:
 
 def missing(runs: list[Run], *, axes: tuple[str, ...]) -> list[str]:
     """Rows without a case, and what a method could have met along an axis (a field of `Run`) and has not."""
-    gaps = [f"{row}: no case in tests/helpers/methods.py" for row in methods_by_row() if row not in main_cases()]
+    gaps = [f"{row}: no case in tests/helpers/methods.py" for row in methods_by_name() if row not in main_cases()]
     for row, case in main_cases().items():
         met = [run for run in runs if run.case == case]
         for axis in axes:

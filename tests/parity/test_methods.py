@@ -10,7 +10,7 @@ from tests.helpers.ranks import CASE_S
 from tests.parity import plan as planned
 from tests.parity.methods import FEWER, RESUMED, STEPS
 from tests.parity.plan import CASES, GATHERING, covering, engine_of, everything, kind_of, main_cases, missing, plan
-from trainer.config.combinations import FEATURES, CellState, combination_verdict, methods_by_row
+from trainer.config.combinations import FEATURES, CombinationState, combination_verdict, methods_by_name
 from trainer.config.validate import config_problems
 from trainer.optim.support import SUPPORT
 from trainer.tuning.table import METHODS, Method
@@ -41,7 +41,9 @@ def test_a_method_takes_the_same_steps_as_single_from_the_same_start(ask, run):
 
 
 DEALT_UNDER_HSDP = [
-    case for case in main_cases().values() if planned.Run(case, "hsdp", "experts").verdict.state is CellState.tested
+    case
+    for case in main_cases().values()
+    if planned.Run(case, "hsdp", "experts").verdict.state is CombinationState.tested
 ]
 
 
@@ -120,9 +122,9 @@ def test_methods_that_the_table_refuses_are_refused_when_composed_and_no_others(
     def compare(run: planned.Run) -> None:
         world_size = 4 if run.feature == "experts" else 2  # under hsdp a replica has two ranks then
         found, verdict = config_problems(run.config(base), world_size=world_size), run.verdict
-        if verdict.state is CellState.refused:
+        if verdict.state is CombinationState.refused:
             assert any(verdict.reason in line and verdict.instead in line for line in found), (run, found)
-        elif verdict.state is CellState.tested:
+        elif verdict.state is CombinationState.tested:
             assert found == [], run
 
     for strategy in planned.SHARDING:
@@ -133,12 +135,12 @@ def test_methods_that_the_table_refuses_are_refused_when_composed_and_no_others(
 
 
 def test_only_known_words_are_refused_and_legal_choices_are_named():
-    words = {feature.word for feature in FEATURES.values()} - {""}
-    for row, method in methods_by_row().items():
+    words = {feature.property_name for feature in FEATURES.values()} - {""}
+    for row, method in methods_by_name().items():
         assert set(method.refusal_by_property) <= words | {"quantised"}, row
         assert set(method.refusal_by_optimizer) <= set(map(str, SUPPORT)), row
         for strategy in STRATEGIES:
             for feature in FEATURES:
                 verdict = combination_verdict(row, strategy, feature)
-                assert (verdict.state is CellState.refused) == bool(verdict.instead)
-                assert (verdict.state is CellState.tested) == (not verdict.reason)
+                assert (verdict.state is CombinationState.refused) == bool(verdict.instead)
+                assert (verdict.state is CombinationState.tested) == (not verdict.reason)

@@ -8,7 +8,7 @@ from strategies.base import StrategyName
 from tests.helpers.covering import chosen, takes, values
 from tests.parity.plan import CASES
 from tests.parity.rounds import FEATURES, STEPS, VARIANTS
-from trainer.config.combinations import CellState, combination_verdict, method_row
+from trainer.config.combinations import CombinationState, combination_verdict, method_name_of
 
 TOLERANCE = 1e-5
 STRATEGIES = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
@@ -75,7 +75,8 @@ def test_rounds_are_those_of_one_process(ranks, variant, tuning, strategy, featu
 METHODS = [
     (case, strategy)
     for case, strategy in itertools.product(CASES, STRATEGIES)
-    if combination_verdict(method_row(CASES[case]), StrategyName(strategy), "rounds").state is CellState.tested
+    if combination_verdict(method_name_of(CASES[case]), StrategyName(strategy), "rounds").state
+    is CombinationState.tested
 ]
 
 

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from trainer.rollout.evaluator import expected_best, reward_metrics
+from trainer.rollout.evaluator import expected_best_of_k, reward_metrics
 from trainer.rollout.types import Answer, AnswerGroup, GroupScores, Prompt
 
 
@@ -19,7 +19,9 @@ def group(place, lengths, source=""):
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
 def test_the_expected_best_is_the_mean_over_all_choices(k):
     rewards = np.array([0.5, -1.0, 2.0, 0.5, 0.0])
-    assert expected_best(rewards, k) == pytest.approx(np.mean([max(choice) for choice in combinations(rewards, k)]))
+    assert expected_best_of_k(rewards, k) == pytest.approx(
+        np.mean([max(choice) for choice in combinations(rewards, k)])
+    )
 
 
 def test_metrics_leave_out_answers_without_a_score():

@@ -20,7 +20,7 @@ from trainer.rollout.metrics import round_metrics
 from trainer.rollout.record import RoundRecord
 from trainer.rollout.rewards.kinds import BUILT_IN_REWARDS, kind_problems
 from trainer.rollout.rewards.process import Call, _RoundOfCalls, worker_environment
-from trainer.rollout.rewards.scorer import WorkerScorer, default_num_workers, weighted_total
+from trainer.rollout.rewards.scorer import WorkerScorer, default_num_workers, weighted_reward_sum
 from trainer.rollout.round import Round
 from trainer.rollout.round_table import round_table
 from trainer.rollout.types import Answer, AnswerGroup, Prompt
@@ -323,7 +323,7 @@ def test_totals_leave_out_what_does_not_apply():
         "b": np.array([4.0, 4.0, np.nan, 4.0]),
         "c": np.full(4, 9.0),
     }
-    np.testing.assert_equal(weighted_total(by_reward, {"a": 2.0, "b": -1.0, "c": 0.0}), [-2.0, -4.0, np.nan, 0.0])
+    np.testing.assert_equal(weighted_reward_sum(by_reward, {"a": 2.0, "b": -1.0, "c": 0.0}), [-2.0, -4.0, np.nan, 0.0])
 
 
 ANSWERS = [

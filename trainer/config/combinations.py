@@ -14,11 +14,11 @@ from enum import StrEnum
 from strategies.base import StrategyConfig, StrategyName
 from strategies.registry import STRATEGIES
 from trainer.config.parallel import (
-    EXPERT_PARALLEL_ADVICE,
+    EXPERT_PARALLEL_REMEDY,
     NO_EXPERT_PARALLELISM_SETTING,
     NO_EXPERTS_REASON_BY_STRATEGY,
     NO_MATRIX_OPTIMIZER_REASON,
-    NO_SEQUENCE_PARALLELISM_SETTING,
+    NO_SEQUENCE_PARALLELISM_REMEDY,
     ONE_PROCESS_REASON,
 )
 from trainer.optim.config import OptimConfig, OptimName
@@ -28,8 +28,8 @@ from trainer.tuning.config import PeftConfig
 from trainer.tuning.table import METHODS, PEFT_METHODS, SHARDED, Method
 
 
-class CellState(StrEnum):
-    """What is known of a cell."""
+class CombinationState(StrEnum):
+    """What is known of a combination of method, strategy, feature and optimizer."""
 
     tested = "tested"
     refused = "refused"
@@ -43,11 +43,11 @@ class Feature:
     title: str
     settings: str
     """What switches it on."""
-    word: str = ""
+    property_name: str = ""
     """The key of `Method.refusal_by_property` for this feature; empty if no method can refuse it."""
     instead: str = ""
     """What to choose instead if a method refuses it."""
-    only_under: tuple[str, ...] = ()
+    only_under_strategies: tuple[str, ...] = ()
     """Strategies under which a method's refusal counts; empty: all."""
 
 
@@ -93,29 +93,29 @@ STRATEGY_ADVICE = "strategy=ddp, or tuning=lora"
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
-    """The verdict on one combination."""
+class CombinationVerdict:
+    """The verdict on one combination of method, strategy, feature and optimizer."""
 
-    state: CellState
+    state: CombinationState
     reason: str = ""
     """Why it is refused, or cannot run on a CPU."""
     instead: str = ""
-    """The nearest legal choice of one that is refused."""
+    """What to choose instead if the combination is refused."""
 
 
-def methods_by_row() -> dict[str, Method]:
-    """Every method by the name of its row: the choice of `tuning=`, or of `tuning.type` under `tuning=peft`."""
+def methods_by_name() -> dict[str, Method]:
+    """Every tuning method by its name: the choice of `tuning=`, such as `lora`, or of `tuning.type` under `tuning=peft`."""
     return {**METHODS, **PEFT_METHODS}
 
 
-def method_row(config: TuningConfig) -> str:
-    """The row of a method's settings in `methods_by_row`: its name, or its type under tuning=peft."""
+def method_name_of(config: TuningConfig) -> str:
+    """The name of the method that has these settings, as in `methods_by_name`: under tuning=peft its type."""
     return str(config.type) if isinstance(config, PeftConfig) else str(config.name)
 
 
 def combination_verdict(
     method_name: str, strategy: StrategyName, feature: str = "plain", optim: OptimName = OptimName.adamw
-) -> Cell:
+) -> CombinationVerdict:
     """The verdict on one combination: refused, with the reason and what to use instead; testable on GPUs only; or tested.
 
     `method_name`: a tuning method, such as "lora". `feature`: a key of `FEATURES`, such as "packing". The first reason for a
@@ -124,44 +124,49 @@ def combination_verdict(
     - the method refuses the feature, or the feature by itself does not go with strategy, optimizer or method
     - the method refuses the optimizer
     """
-    method = methods_by_row()[method_name]
+    method = methods_by_name()[method_name]
     asked_feature = FEATURES[feature]
     support = SUPPORT[optim]
     reason = method.refusal_by_strategy.get(str(strategy))
     if reason:
-        return Cell(CellState.refused, reason, STRATEGY_ADVICE)
+        return CombinationVerdict(CombinationState.refused, reason=reason, instead=STRATEGY_ADVICE)
     if strategy in support.refusal_by_strategy:
-        return Cell(
-            CellState.refused, support.refusal_by_strategy[strategy], f"{support.strategy_instead}, or optim=adamw"
+        return CombinationVerdict(
+            CombinationState.refused,
+            reason=support.refusal_by_strategy[strategy],
+            instead=f"{support.strategy_instead}, or optim=adamw",
         )
-    reason = method.refusal_by_property.get(asked_feature.word)
-    concerns_strategy = not asked_feature.only_under or strategy in asked_feature.only_under
+    reason = method.refusal_by_property.get(asked_feature.property_name)
+    only_under = asked_feature.only_under_strategies
+    concerns_strategy = not only_under or strategy in only_under
     if reason and concerns_strategy:
-        return Cell(CellState.refused, reason, asked_feature.instead)
-    feature_refusal = _feature_refusal(method_name, strategy, feature, optim)
+        return CombinationVerdict(CombinationState.refused, reason=reason, instead=asked_feature.instead)
+    feature_refusal = _feature_refusal_or_none(method_name, strategy, feature, optim)
     if feature_refusal is not None:
         return feature_refusal
     reason = method.refusal_by_optimizer.get(str(optim))
     if reason:
-        return Cell(CellState.refused, reason, "optim=adamw")
+        return CombinationVerdict(CombinationState.refused, reason=reason, instead="optim=adamw")
     if feature == "fp16":
-        return Cell(CellState.gpu_only, "not supported on CPUs")
-    return Cell(CellState.tested)
+        return CombinationVerdict(CombinationState.gpu_only, reason="not supported on CPUs")
+    return CombinationVerdict(CombinationState.tested)
 
 
-def _feature_refusal(method_name: str, strategy: StrategyName, feature: str, optim: OptimName) -> Cell | None:
+def _feature_refusal_or_none(
+    method_name: str, strategy: StrategyName, feature: str, optim: OptimName
+) -> CombinationVerdict | None:
     """The refusal of a feature that does not go with the strategy, the optimizer or the method; None if it does.
 
     `method_name`: a tuning method, such as "lora". `feature`: a key of `FEATURES`.
     """
 
-    def refused(reason: str, instead: str) -> Cell:
-        return Cell(CellState.refused, reason=reason, instead=instead)
+    def refused(reason: str, instead: str) -> CombinationVerdict:
+        return CombinationVerdict(CombinationState.refused, reason=reason, instead=instead)
 
     if feature == "sequence" and strategy is StrategyName.single:
-        return refused(ONE_PROCESS_REASON, instead=NO_SEQUENCE_PARALLELISM_SETTING)
+        return refused(ONE_PROCESS_REASON, instead=NO_SEQUENCE_PARALLELISM_REMEDY)
     if feature == "experts" and strategy in NO_EXPERTS_REASON_BY_STRATEGY:
-        return refused(NO_EXPERTS_REASON_BY_STRATEGY[strategy], instead=EXPERT_PARALLEL_ADVICE)
+        return refused(NO_EXPERTS_REASON_BY_STRATEGY[strategy], instead=EXPERT_PARALLEL_REMEDY)
     if feature == "experts" and SUPPORT[optim].needs is Needs.matrices:  # such as Muon
         return refused(NO_MATRIX_OPTIMIZER_REASON, instead="optim=adamw")
     if feature == "compile" and method_name not in METHODS_THAT_COMPILE:
@@ -174,10 +179,10 @@ def combination_problems(tuning: TuningConfig, strategy: StrategyConfig, optim: 
 
     That is the strategy, compiled blocks, full activation checkpointing, and the optimizer.
     """
-    method_name = method_row(tuning)
-    if method_name not in methods_by_row():
+    method_name = method_name_of(tuning)
+    if method_name not in methods_by_name():
         return
-    method = methods_by_row()[method_name]
+    method = methods_by_name()[method_name]
     tuning_text = f"tuning.type={method_name}" if method_name in PEFT_METHODS else f"tuning={method_name}"
     reason = method.refusal_by_strategy.get(str(strategy.name))
     if reason:
@@ -195,19 +200,21 @@ def combination_problems(tuning: TuningConfig, strategy: StrategyConfig, optim: 
         yield f"optim={optim.name} with {tuning_text}: {reason}; use optim=adamw"
 
 
-def states_text(method_name: str, *, feature: str = "plain", optim: OptimName = OptimName.adamw) -> str:
-    """A cell of a table over all strategies that run the optimizer: `tested`, or, if they differ, "refused under `ddp`, `zero3`".
+def states_under_strategies_text(
+    method_name: str, *, feature: str = "plain", optim: OptimName = OptimName.adamw
+) -> str:
+    """The verdicts under all strategies that run the optimizer: `tested`, or, if they differ, "refused under `ddp`, `zero3`".
 
     With a feature, or another optimizer than AdamW, the strategies that do not run the method at all are left out.
     """
     names = [name for name in STRATEGIES if name not in SUPPORT[optim].refusal_by_strategy]
     if feature != "plain" or optim is not OptimName.adamw:
-        names = [name for name in names if str(name) not in methods_by_row()[method_name].refusal_by_strategy]
+        names = [name for name in names if str(name) not in methods_by_name()[method_name].refusal_by_strategy]
     state_by_strategy = {name: combination_verdict(method_name, name, feature, optim).state for name in names}
     if len(set(state_by_strategy.values())) == 1:
         return str(next(iter(state_by_strategy.values())))
     phrases = []
-    for state in (CellState.gpu_only, CellState.refused):
+    for state in (CombinationState.gpu_only, CombinationState.refused):
         strategies = [f"`{name}`" for name in names if state_by_strategy[name] is state]
         if strategies:
             phrases.append(f"{state} under {', '.join(strategies)}")

@@ -9,7 +9,7 @@ from dataclasses import is_dataclass
 from itertools import pairwise
 
 
-def own_field_docstrings(settings_class: type) -> dict[str, str]:
+def direct_field_docstrings(settings_class: type) -> dict[str, str]:
     """The sentence under each field of a settings class, its own fields only: {"lr": "The learning rate."}."""
     (class_node,) = ast.parse(textwrap.dedent(inspect.getsource(settings_class))).body
     assert isinstance(class_node, ast.ClassDef)
@@ -26,5 +26,5 @@ def field_docstrings(settings_class: type) -> dict[str, str]:
     sentence_by_field: dict[str, str] = {}
     for base in reversed(settings_class.__mro__):
         if is_dataclass(base):
-            sentence_by_field |= own_field_docstrings(base)
+            sentence_by_field |= direct_field_docstrings(base)
     return sentence_by_field

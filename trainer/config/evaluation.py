@@ -322,11 +322,13 @@ def _watched_task_problems(config: RunConfig, *, has_data: bool) -> Iterator[str
             f"evaluation.watch={watched_metric}: there is no evaluation data, only tasks; watch one of {task_metrics}, or give "
             "data.eval_path or data.eval_share"
         )
-    elif _task_of_metric(watched_metric) in tasks.keys() - {"loss"}:  # `eval/loss/<set>` is the loss on a named set
+    elif _task_name_in_metric(watched_metric) in tasks.keys() - {
+        "loss"
+    }:  # `eval/loss/<set>` is the loss on a named set
         yield f"evaluation.watch={watched_metric}: the tasks yield {task_metrics}; watch one of them"
 
 
-def _task_of_metric(metric: str) -> str | None:
+def _task_name_in_metric(metric: str) -> str | None:
     """The task of a metric `eval/<task>/<metric>`; None for a metric of fewer parts, such as `eval/loss`."""
     names = metric.split("/")
     return names[1] if len(names) > 2 else None

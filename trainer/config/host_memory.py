@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from strategies.pinned_memory import GIB, expected_host_inputs, node_memory_bytes
 from trainer.model.rules import read_config
 
 
-def node_gib(tree: dict[str, Any], ranks: int) -> float:
-    """GiB of a node's memory that its `ranks` ranks take for inputs of blocks that wait on the host; 0 if none do.
+def host_input_gib_of_node(tree: dict[str, Any], ranks: int) -> float:
+    """GiB of a node's memory for the inputs of recomputed blocks that its `ranks` ranks keep on the host; 0 if they keep none.
 
     0 as well if the model's config.json does not state its sizes. `tree`: the configuration as plain values. Documents count as
     long as `data.max_length` allows.
@@ -27,6 +28,7 @@ def node_gib(tree: dict[str, Any], ranks: int) -> float:
     documents = micro if isinstance(micro, int) else 1  # `auto` chooses what fits
     itemsize = 4 if tree["precision"] == "fp32" else 2  # bytes of a number
     # Ranks that share a row hold a slice of it each, rounded up. A run submitted by an earlier version has no `parallel`.
-    tokens = -(-documents * tree["data"]["max_length"] // tree.get("parallel", {}).get("sequence", 1))
-    on_host = expected_host_inputs(blocks=blocks, tokens=tokens, width=width, itemsize=itemsize)
-    return node_memory_bytes(on_host, ranks) / GIB
+    sequence_size = tree.get("parallel", {}).get("sequence", 1)
+    tokens = math.ceil(documents * tree["data"]["max_length"] / sequence_size)
+    host_inputs = expected_host_inputs(blocks=blocks, tokens=tokens, width=width, itemsize=itemsize)
+    return node_memory_bytes(host_inputs, ranks) / GIB

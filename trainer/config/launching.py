@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from trainer.config.run import RETRIES, LauncherConfig, RunConfig, SlurmConfig
-from trainer.config.sbatch_options import options_of, total_gpus
+from trainer.config.sbatch_options import gpus_of_whole_job, parse_sbatch_options
 
 SLURM_TIME_REGEX = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
 JOB_NAME_REGEX = re.compile(r"[\w.-]+")
-PIPELINE_PARTS = ("prepare", "train", "evaluate", "export")
+PIPELINE_JOB_NAMES = ("prepare", "train", "evaluate", "export")
 HOST_REGEX = re.compile(r"[\w\[][\w.@:%\[\]-]*")
 ADVICE_BY_FORBIDDEN_OPTION = {
     "array": "the script is for one run, or for those of -m; launcher.array_limit bounds how many run at a time",
@@ -119,11 +119,11 @@ def _sbatch_option_problems(launcher: SlurmConfig) -> Iterator[str]:
     arguments_by_key = {"launcher.extra": launcher.extra}
     arguments_by_key |= {f"launcher.part_options.{part}": extra for part, extra in launcher.part_options.items()}
     for key, arguments in arguments_by_key.items():
-        for option, value in options_of(arguments).items():
+        for option, value in parse_sbatch_options(arguments).items():
             if option in ADVICE_BY_FORBIDDEN_OPTION:
                 option_text = f"--{option}={value}" if value else f"--{option}"
                 yield f"{key}: {option_text}: {ADVICE_BY_FORBIDDEN_OPTION[option]}"
-    num_gpus = total_gpus(asdict(launcher))
+    num_gpus = gpus_of_whole_job(asdict(launcher))
     if num_gpus is not None and launcher.nodes > 1 and num_gpus % launcher.nodes:
         yield (
             f"launcher.extra: --gpus={num_gpus} cannot be shared evenly by launcher.nodes={launcher.nodes}; "
@@ -135,9 +135,9 @@ def _pipeline_problems(config: RunConfig, launcher: SlurmConfig) -> Iterator[str
     """Error messages about `launcher.pipeline`, the jobs that follow each other, such as [prepare, train, evaluate]."""
     parts = launcher.pipeline
     pipeline_text = f"launcher.pipeline=[{','.join(parts)}]"
-    in_order = [part for part in PIPELINE_PARTS if part in parts]
+    in_order = [part for part in PIPELINE_JOB_NAMES if part in parts]
     if parts and (parts != in_order or "train" not in parts):
-        yield f"{pipeline_text}: must be train and others of [{','.join(PIPELINE_PARTS)}], in this order, each once"
+        yield f"{pipeline_text}: must be train and others of [{','.join(PIPELINE_JOB_NAMES)}], in this order, each once"
     if "evaluate" in parts:
         held_out = config.data.eval_path is not None or config.data.eval_share > 0
         if not config.evaluation.tasks and not held_out:
@@ -145,9 +145,9 @@ def _pipeline_problems(config: RunConfig, launcher: SlurmConfig) -> Iterator[str
                 f"{pipeline_text}: there is nothing to evaluate; give data.eval_path or data.eval_share, or tasks: "
                 "evaluation.tasks=[...] (docs/evaluation.md)"
             )
-    unknown = sorted(launcher.part_options.keys() - set(PIPELINE_PARTS))
+    unknown = sorted(launcher.part_options.keys() - set(PIPELINE_JOB_NAMES))
     if unknown:
-        yield f"launcher.part_options: {', '.join(unknown)}: no part of a pipeline; they are {', '.join(PIPELINE_PARTS)}"
+        yield f"launcher.part_options: {', '.join(unknown)}: no part of a pipeline; they are {', '.join(PIPELINE_JOB_NAMES)}"
 
 
 def leaves_export_to_job(config: RunConfig) -> bool:

@@ -1,7 +1,8 @@
 """How the ranks share a single row of documents and a layer's experts, and what follows for the arithmetic of batches.
 
 Data parallelism (`strategy`) gives each rank documents of its own. With `parallel.sequence=n`, `n` neighbouring ranks form a
-sequence-parallel group: they read the same documents, and each holds a slice of their tokens. Such a group is one *reader*.
+sequence-parallel group: they read the same documents, and each holds a slice of their tokens. Such a group counts as one
+data-parallel rank.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from strategies.base import Fsdp2Config, StrategyConfig, StrategyName
 from strategies.settings import number
 
 ONE_PROCESS_REASON = "strategy=single is one process, and a row is shared by several"
-NO_SEQUENCE_PARALLELISM_SETTING = "parallel.sequence=1, or use strategy=fsdp2"
+NO_SEQUENCE_PARALLELISM_REMEDY = "parallel.sequence=1, or use strategy=fsdp2"
 """Why `strategy=single` shares no rows, and what to set instead."""
 NO_EXPERTS_REASON_BY_STRATEGY = {
     StrategyName.single: "it is one process, and experts are distributed over several",
@@ -25,8 +26,8 @@ NO_EXPERTS_REASON_BY_STRATEGY = {
         "DeepSpeed shards by its own rules, which know no experts that ranks hold whole",
     ),
 }
-"""Strategies that do not distribute experts over ranks, and why."""
-EXPERT_PARALLEL_ADVICE = "strategy=fsdp2 or hsdp, or set parallel.experts=1"
+"""Why a strategy does not distribute experts over ranks; the other strategies do."""
+EXPERT_PARALLEL_REMEDY = "strategy=fsdp2 or hsdp, or set parallel.experts=1"
 """What to use where a strategy does not distribute experts."""
 NO_MATRIX_OPTIMIZER_REASON = (
     "it needs whole matrices, and is not proven where ranks hold other experts than their neighbours"
@@ -73,7 +74,7 @@ def parallel_for_evaluation(training: ParallelConfig, strategy: StrategyConfig, 
 
 
 def dp_size_of(config: BatchedRun, world_size: int) -> int:
-    """How many read documents of their own among `world_size` ranks: each rank, or each sequence-parallel group."""
+    """Number of data-parallel ranks among `world_size` ranks; a sequence-parallel group counts as one."""
     return world_size // config.parallel.sequence
 
 
@@ -92,12 +93,12 @@ def samples_per_dp_rank(config: BatchedRun, world_size: int) -> int:
 
 
 def sequence_parallel_problems(config: BatchedRun, world_size: int | None, strategy_name: str) -> Iterator[str]:
-    """What is wrong with `parallel`, one line each. `world_size` is the number of ranks, None if it is not known."""
+    """Error messages about `parallel.sequence`, one line each. `world_size`: number of ranks; None if it is not known."""
     degree = config.parallel.sequence
     if degree == 1:
         return
     if strategy_name == "single":
-        yield f"parallel.sequence={degree}: {ONE_PROCESS_REASON}; set {NO_SEQUENCE_PARALLELISM_SETTING}"
+        yield f"parallel.sequence={degree}: {ONE_PROCESS_REASON}; set {NO_SEQUENCE_PARALLELISM_REMEDY}"
     elif world_size is not None and world_size % degree:
         legal = [str(divisor) for divisor in range(1, world_size + 1) if world_size % divisor == 0]
         yield (

@@ -7,8 +7,8 @@ from trainer.config.tree import nearest_trait, traits_by_key
 
 GROUPS_OF_EACH_START = ("run", "launcher")
 """Groups that no verb takes from a run that it reads: each start has its own."""
-NAMED_TABLES = tuple({key.partition(".*")[0]: None for key in traits_by_key() if ".*" in key})
-"""Tables whose entries have a name that the user chooses."""
+USER_NAMED_TABLES = tuple({key.partition(".*")[0]: None for key in traits_by_key() if ".*" in key})
+"""Keys of tables whose entries have a name that the user chooses, such as `evaluation.tasks`."""
 
 
 def reach_of(key: str) -> Reach:
@@ -17,6 +17,6 @@ def reach_of(key: str) -> Reach:
     Raises KeyError for a setting that the tree does not know.
     """
     parts = key.split(".")
-    if ".".join(parts[:2]) in NAMED_TABLES and len(parts) > 2:
+    if ".".join(parts[:2]) in USER_NAMED_TABLES and len(parts) > 2:
         parts[2] = "*"
     return nearest_trait(".".join(parts), lambda traits: traits.reach)

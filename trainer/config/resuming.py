@@ -1,6 +1,6 @@
 """What of a run may change when it is resumed: the kinds of change, and a configuration as keys and values to compare.
 
-The field of a setting says its kind (`resume`), or that of its group does: `trainer.config.tree.kind_of`.
+The field of a setting says its kind (`resume`), or that of its group does: `trainer.config.tree.change_kind_of_setting`.
 
 A run that goes on with other data, another base or another order is another run; it is refused with the difference, unless
 `run.accept` names the kind. Where and how fast the same is computed may change: strategy, ranks, batch.micro.
@@ -25,7 +25,7 @@ KINDS_OF_CHANGE = {
     "versions": "Python, torch and the other libraries that compute",
     "unknown": "a checkpoint that lies in no run's directory, of which none of these is known",
 }
-"""What `run.accept` may name."""
+"""The kinds of change that `run.accept` may name, each with what changes."""
 
 
 def settings_as_dict(config: Any) -> dict[str, Any]:
@@ -44,7 +44,10 @@ def _as_json_value(value: Any) -> Any:
 
 
 def flatten_settings(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested dictionaries by dotted key. An empty dictionary is a leaf."""
+    """The values of nested dictionaries by dotted key: {"optim": {"lr": 0.1}} -> {"optim.lr": 0.1}.
+
+    An empty one stays a value.
+    """
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
@@ -60,11 +63,11 @@ def default_settings(config: Any) -> dict[str, Any]:
     A group that several classes can fill (`tuning`, `optim`, `schedule` ...) has the defaults of the class that `config` holds.
     """
     defaults: dict[str, Any] = {}
-    _collect_defaults(config, MISSING, "", defaults)
+    _add_defaults(config, MISSING, "", defaults)
     return defaults
 
 
-def _collect_defaults(value: Any, default: Any, key: str, defaults: dict[str, Any]) -> None:
+def _add_defaults(value: Any, default: Any, key: str, defaults: dict[str, Any]) -> None:
     """Add the default of `value`, which stands at `key`, to `defaults`, or the defaults of the settings inside of it.
 
     `default`: of `value` itself, as the field that holds it declares; MISSING if it has none.
@@ -77,11 +80,11 @@ def _collect_defaults(value: Any, default: Any, key: str, defaults: dict[str, An
             else:
                 own_default = _default_of_field(setting)
             own_key = f"{key}.{setting.name}" if key else setting.name
-            _collect_defaults(getattr(value, setting.name), own_default, own_key, defaults)
+            _add_defaults(getattr(value, setting.name), own_default, own_key, defaults)
     elif isinstance(value, dict) and value:
         # A table whose names the user chose, such as `evaluation.tasks`: no entry has a default, the fields of an entry do.
         for name, entry in value.items():
-            _collect_defaults(entry, MISSING, f"{key}.{name}", defaults)
+            _add_defaults(entry, MISSING, f"{key}.{name}", defaults)
     elif default is not MISSING:
         defaults[key] = _as_json_value(default)
 

@@ -41,18 +41,18 @@ def reward_problems(config: RunConfig) -> Iterator[str]:
                 f"{key}.format={data_format}: objective={objective.name} reads prompts; set {key}.format=prompt, which "
                 "takes what stands before the answer"
             )
-    own_problems: list[str] = []
+    single_problems: list[str] = []
     for name, reward in objective.rewards.items():
-        own_problems += _single_reward_problems(name, reward)
+        single_problems += _single_reward_problems(name, reward)
         if reward.kind == JudgeReward.kind and config.evaluation.judge.url is None:
-            own_problems.append(
+            single_problems.append(
                 f"objective.rewards.{name}.kind=judge: asks a judge, and there is none; give "
                 "evaluation.judge.url=http://host:port/v1 of an OpenAI-compatible server"
             )
-    yield from own_problems
+    yield from single_problems
     if all(reward.weight == 0 for reward in objective.rewards.values()):
         yield "objective.rewards: every weight is 0, so that nothing is learned from; leave the weight of one out"
-    if not own_problems:
+    if not single_problems:
         yield from _column_problems(config, objective)
 
 
@@ -103,7 +103,7 @@ def _column_problems(config: RunConfig, objective: RoundsConfig) -> Iterator[str
     except ShardtuneError:
         return
     for data_input in inputs:
-        columns = _first_columns(data_input)
+        columns = _columns_of_first_row(data_input)
         if columns is None:
             continue
         for name, reward in objective.rewards.items():
@@ -119,7 +119,7 @@ def _column_problems(config: RunConfig, objective: RoundsConfig) -> Iterator[str
             )
 
 
-def _first_columns(data_input: SourceInput) -> set[str] | None:
+def _columns_of_first_row(data_input: SourceInput) -> set[str] | None:
     """The columns of the first row of an input, as rewards see them; None if it is not on this machine or cannot be read."""
     if any(is_hub_path(str(path)) or is_remote_address(str(path)) for path in data_input.origin.paths):
         return None

@@ -43,7 +43,7 @@ def answer_batch_problems(config: RunConfig) -> Iterator[str]:
     )
 
 
-def _budget_problems(config: RunConfig, settings: RoundsConfig) -> Iterator[str]:
+def _budget_problems(config: RunConfig, objective: RoundsConfig) -> Iterator[str]:
     """Error messages for budgets that cannot be turned into a number of steps.
 
     - Tokens: nobody knows before how long the answers will be.
@@ -54,7 +54,7 @@ def _budget_problems(config: RunConfig, settings: RoundsConfig) -> Iterator[str]
             f"budget.tokens={config.budget.tokens}: nobody knows how long answers will be; set budget.steps, or budget.epochs "
             "for passes over the prompts"
         )
-    if config.budget.epochs is not None and settings.idle_groups is IdleGroups.replace:
+    if config.budget.epochs is not None and objective.idle_groups is IdleGroups.replace:
         yield (
             f"budget.epochs={config.budget.epochs:g} with objective.idle_groups=replace: a step takes any number of prompts; "
             "set budget.steps, or objective.idle_groups=drop"

@@ -22,7 +22,7 @@ from strategies.settings import DESCRIBES, FREE, Reach, group, number, setting
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.config.parallel import ParallelConfig
 from trainer.config.review import ReviewConfig
-from trainer.config.sbatch_options import GpuRequest, gpu_request, ranks_per_node
+from trainer.config.sbatch_options import GpuRequest, gpus_per_node_request, ranks_per_node
 from trainer.data.batches.order import BudgetConfig
 from trainer.data.config import DataConfig
 from trainer.data.tokens.clock import TemplateDate
@@ -241,9 +241,9 @@ class SlurmConfig(LauncherConfig):
         return ranks_per_node(asdict(self))
 
     @property
-    def gpu_request(self) -> GpuRequest | None:
+    def gpus_per_node_request(self) -> GpuRequest | None:
         """The GPUs that the job asks for on each node; None if it asks for none."""
-        return gpu_request(asdict(self))
+        return gpus_per_node_request(asdict(self))
 
 
 @dataclass(kw_only=True, slots=True)

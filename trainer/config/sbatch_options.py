@@ -35,7 +35,7 @@ MEMORY_OPTIONS = frozenset({"mem", "mem-per-cpu", "mem-per-gpu"})
 """Options that ask for memory, of which sbatch takes one."""
 
 
-def options_of(arguments: Iterable[str]) -> dict[str, str]:
+def parse_sbatch_options(arguments: Iterable[str]) -> dict[str, str]:
     """Values of sbatch's options by long name: ["-t 10", "--gres=gpu:8"] gives {"time": "10", "gres": "gpu:8"}.
 
     "" for an option without a value. Of an option given twice the last one counts, as for sbatch.
@@ -43,10 +43,10 @@ def options_of(arguments: Iterable[str]) -> dict[str, str]:
     options: dict[str, str] = {}
     for argument in arguments:
         name = None
-        for piece in _shell_split(argument):
+        for piece in _split_like_shell(argument):
             if piece.startswith("--"):
                 key, _, value = piece[2:].partition("=")
-                name = _long_name(key)
+                name = _full_option_name(key)
                 options[name] = value
             elif piece[:2] in LONG_NAME_BY_SHORT:
                 name = LONG_NAME_BY_SHORT[piece[:2]]
@@ -56,7 +56,7 @@ def options_of(arguments: Iterable[str]) -> dict[str, str]:
     return options
 
 
-def _shell_split(argument: str) -> list[str]:
+def _split_like_shell(argument: str) -> list[str]:
     """The parts of an argument as a shell splits it: `--time 10` has two."""
     try:
         return shlex.split(argument)
@@ -64,7 +64,7 @@ def _shell_split(argument: str) -> list[str]:
         return argument.split()
 
 
-def _long_name(key: str) -> str:
+def _full_option_name(key: str) -> str:
     """The whole name of an option; sbatch takes any beginning that only one option has."""
     whole_names = {name for name in LONG_NAMES if name.startswith(key)}
     if key in whole_names or len(whole_names) != 1:
@@ -83,7 +83,7 @@ class GpuRequest:
     """The site's word for the card; None if the request names none, or several."""
 
 
-def gpu_request(launcher: Mapping[str, Any]) -> GpuRequest | None:
+def gpus_per_node_request(launcher: Mapping[str, Any]) -> GpuRequest | None:
     """The GPUs of each node of a SLURM job, from the launcher's settings as plain values; None if nothing asks for GPUs.
 
     The first of these that is given counts: `--gpus-per-node` in `launcher.extra`, `launcher.gpus_per_node`, `--gres` in
@@ -92,15 +92,15 @@ def gpu_request(launcher: Mapping[str, Any]) -> GpuRequest | None:
     """
     # Options of the job that trains: those of all jobs, and in a pipeline its own.
     train_options = launcher.get("part_options", {}).get("train", []) if launcher.get("pipeline") else []
-    extra = options_of([*launcher.get("extra", []), *train_options])  # such as {"gres": "gpu:h100:8"}
+    extra = parse_sbatch_options([*launcher.get("extra", []), *train_options])  # such as {"gres": "gpu:h100:8"}
     if "gpus-per-node" in extra:
         return _request_of_option("gpus-per-node", extra, nodes=1)
     if launcher.get("gpus_per_node"):
         count = int(launcher["gpus_per_node"])
-        return GpuRequest(count, f"launcher.gpus_per_node={count}", _gpus_in_gres(launcher.get("gres") or "")[1])
+        return GpuRequest(count, f"launcher.gpus_per_node={count}", _parse_gres(launcher.get("gres") or "")[1])
     gres_setting = "launcher.extra: --gres" if "gres" in extra else "launcher.gres"
     gres = extra.get("gres", launcher.get("gres") or "")
-    count, kind = _gpus_in_gres(gres)
+    count, kind = _parse_gres(gres)
     if count:
         return GpuRequest(count, f"{gres_setting}={gres}", kind)
     if "gpus-per-task" in extra:  # a job script has one task a node
@@ -114,24 +114,24 @@ def ranks_per_node(launcher: Mapping[str, Any]) -> int:
     """Ranks of each node: `launcher.processes`, else one for each GPU that the job asks for, else 1."""
     if launcher.get("processes"):
         return int(launcher["processes"])
-    request = gpu_request(launcher)
+    request = gpus_per_node_request(launcher)
     return request.count if request is not None else 1
 
 
-def without_gpus(arguments: Iterable[str]) -> list[str]:
+def drop_gpu_options(arguments: Iterable[str]) -> list[str]:
     """The arguments of sbatch that do not ask for GPUs."""
-    return [argument for argument in arguments if not GPU_OPTIONS & options_of([argument]).keys()]
+    return [argument for argument in arguments if not GPU_OPTIONS & parse_sbatch_options([argument]).keys()]
 
 
-def without_memory(arguments: Iterable[str]) -> list[str]:
+def drop_memory_options(arguments: Iterable[str]) -> list[str]:
     """The arguments of sbatch that do not ask for memory."""
-    return [argument for argument in arguments if not MEMORY_OPTIONS & options_of([argument]).keys()]
+    return [argument for argument in arguments if not MEMORY_OPTIONS & parse_sbatch_options([argument]).keys()]
 
 
-def total_gpus(launcher: Mapping[str, Any]) -> int | None:
+def gpus_of_whole_job(launcher: Mapping[str, Any]) -> int | None:
     """The GPUs of the whole job that `--gpus` in `launcher.extra` asks for; None if it does not."""
-    extra = options_of(launcher.get("extra", []))
-    return _gpus_in_option(extra["gpus"])[0] if "gpus" in extra else None
+    extra = parse_sbatch_options(launcher.get("extra", []))
+    return _parse_gpu_option(extra["gpus"])[0] if "gpus" in extra else None
 
 
 def _request_of_option(option: str, extra: Mapping[str, str], nodes: int) -> GpuRequest | None:
@@ -139,13 +139,13 @@ def _request_of_option(option: str, extra: Mapping[str, str], nodes: int) -> Gpu
 
     `nodes`: over how many nodes the number in the option counts; 1 for an option that counts per node.
     """
-    count, kind = _gpus_in_option(extra[option])
+    count, kind = _parse_gpu_option(extra[option])
     if count < nodes:
         return None
     return GpuRequest(count // nodes, f"launcher.extra: --{option}={extra[option]}", kind)
 
 
-def _gpus_in_option(value: str) -> tuple[int, str | None]:
+def _parse_gpu_option(value: str) -> tuple[int, str | None]:
     """(number of GPUs, their kind) in the value of an option such as `--gpus`: `h100:8` -> (8, "h100").
 
     A part that is no number counts as none. The kind is None if the GPUs have none, or several.
@@ -157,10 +157,10 @@ def _gpus_in_option(value: str) -> tuple[int, str | None]:
         if number.isdecimal():
             count += int(number)
             kinds.add(kind)
-    return count, _single_kind(kinds)
+    return count, _common_gpu_kind(kinds)
 
 
-def _gpus_in_gres(gres: str) -> tuple[int, str | None]:
+def _parse_gres(gres: str) -> tuple[int, str | None]:
     """(number of GPUs, their kind) that a list of generic resources asks for: `gpu:h100:8` -> (8, "h100").
 
     `gres`: such as `gpu`, `gpu:8`, `gres/gpu=4` or `gpu:h100:4,gpu:a100:4`; other resources, such as shards, are not counted.
@@ -177,10 +177,10 @@ def _gpus_in_gres(gres: str) -> tuple[int, str | None]:
             number = int(fields.pop())
         count += number
         kinds.add(fields[0] if fields else "")  # empty: of any kind
-    return count, _single_kind(kinds)
+    return count, _common_gpu_kind(kinds)
 
 
-def _single_kind(kinds: set[str]) -> str | None:
+def _common_gpu_kind(kinds: set[str]) -> str | None:
     """The kind of all GPUs; None if there are several kinds, or if it is empty."""
     if len(kinds) != 1:
         return None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig, StrategyName, ZeroConfig
 from trainer.config.parallel import (
-    EXPERT_PARALLEL_ADVICE,
+    EXPERT_PARALLEL_REMEDY,
     NO_EXPERT_PARALLELISM_SETTING,
     NO_EXPERTS_REASON_BY_STRATEGY,
     NO_MATRIX_OPTIMIZER_REASON,
@@ -116,7 +116,7 @@ def _expert_parallel_problems(config: RunConfig, world_size: int | None) -> Iter
     strategy = config.strategy
     if strategy.name in NO_EXPERTS_REASON_BY_STRATEGY:
         reason = NO_EXPERTS_REASON_BY_STRATEGY[strategy.name]
-        yield f"{setting} with strategy={strategy.name}: {reason}; use {EXPERT_PARALLEL_ADVICE}"
+        yield f"{setting} with strategy={strategy.name}: {reason}; use {EXPERT_PARALLEL_REMEDY}"
         return
     if SUPPORT[config.optim.name].needs is Needs.matrices:
         remedy = f"use optim=adamw, or set {NO_EXPERT_PARALLELISM_SETTING}"
@@ -126,7 +126,7 @@ def _expert_parallel_problems(config: RunConfig, world_size: int | None) -> Iter
     if not isinstance(strategy, Fsdp2Config):  # it is chosen later
         return
 
-    replicas = number_of_replicas(strategy, config)
+    replicas = num_replicas_of(strategy, config)
     if world_size is None or world_size % replicas:  # the latter is reported by itself
         return
     sharded_over = world_size // replicas
@@ -134,16 +134,16 @@ def _expert_parallel_problems(config: RunConfig, world_size: int | None) -> Iter
         return
 
     # Remedies: another size of the groups, or other replicas.
-    ranks = "the ranks of a replica" if replicas > 1 else "the number of ranks"
-    legal = [str(divisor) for divisor in range(2, sharded_over + 1) if sharded_over % divisor == 0]
-    remedy = f"set one of {', '.join(legal)}" if legal else f"set {NO_EXPERT_PARALLELISM_SETTING}"
+    ranks_text = "the ranks of a replica" if replicas > 1 else "the number of ranks"
+    legal_degrees = [str(divisor) for divisor in range(2, sharded_over + 1) if sharded_over % divisor == 0]
+    remedy = f"set one of {', '.join(legal_degrees)}" if legal_degrees else f"set {NO_EXPERT_PARALLELISM_SETTING}"
     if world_size % expert_ranks == 0:
         fewer_replicas = world_size // expert_ranks
         remedy += f", or strategy.replicate={fewer_replicas}" if fewer_replicas > 1 else ", or strategy=fsdp2"
-    yield f"{setting}: must divide {ranks}, {sharded_over}, so that every group is whole; {remedy}"
+    yield f"{setting}: must divide {ranks_text}, {sharded_over}, so that every group is whole; {remedy}"
 
 
-def number_of_replicas(strategy: StrategyConfig, config: RunConfig) -> int:
+def num_replicas_of(strategy: StrategyConfig, config: RunConfig) -> int:
     """How many replicas of the model the settings ask for; 1 unless the strategy is hsdp.
 
     Under hsdp it is `strategy.replicate`, or without it one for each node, and at least two.
@@ -159,7 +159,7 @@ def _replicas_problems(strategy: Fsdp2Config, config: RunConfig, world_size: int
         if strategy.replicate != 1:
             yield f"strategy.replicate={strategy.replicate}: replicas need strategy=hsdp; set one of the two"
         return
-    replicas = number_of_replicas(strategy, config)
+    replicas = num_replicas_of(strategy, config)
     if world_size is not None and (world_size == 1 or world_size % replicas):
         legal = [str(divisor) for divisor in range(2, world_size + 1) if world_size % divisor == 0]
         remedy = f"set one of {', '.join(legal)}" if legal else "choose strategy=fsdp2, or more launcher.processes"

@@ -109,7 +109,7 @@ def nearest_trait(key: str, read_trait: Callable[[SettingMetadata], Answer | Non
     raise KeyError(key)
 
 
-def kind_of(key: str) -> str | None:
+def change_kind_of_setting(key: str) -> str | None:
     """The kind of change (`resuming.KINDS_OF_CHANGE`) that another value of the setting is; None if the setting may change.
 
     Raises KeyError for a setting that stands in no group of the tree.

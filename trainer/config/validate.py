@@ -18,7 +18,7 @@ from strategies.errors import ConfigError, DataError, StorageError, key_of_probl
 from strategies.registry import every_strategy
 from trainer.checkpoints.layout import checkpoint_dirs_of
 from trainer.checkpoints.resume_selection import resolve_resume_setting, resume_setting_problem
-from trainer.config.combinations import combination_problems, method_row, methods_by_row
+from trainer.config.combinations import combination_problems, method_name_of, methods_by_name
 from trainer.config.evaluation import evaluation_problems
 from trainer.config.gates import document_problems, gate_problems
 from trainer.config.launching import launcher_problems
@@ -159,12 +159,12 @@ def _batch_problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
     dp_ranks_text = "the ranks" if world_size is None else format_dp_ranks(dp_size, config.parallel.sequence)
     if micro_batch == AUTO:  # a legal one is chosen later, if there can be any
         if global_batch % dp_size:
-            legal = _nearest_multiples(global_batch, dp_size)
+            legal = _nearest_multiples_text(global_batch, dp_size)
             yield f"batch.global={global_batch}: must be a multiple of the {dp_ranks_text}; set {legal}"
         return
     documents_per_pass = micro_batch * dp_size
     if global_batch % documents_per_pass:
-        legal = _nearest_multiples(global_batch, documents_per_pass)
+        legal = _nearest_multiples_text(global_batch, documents_per_pass)
         largest = min(micro_batch, global_batch // dp_size, MAX_TRIED_MICRO_BATCH)
         legal_micros = [str(micro) for micro in range(1, largest + 1) if global_batch % (micro * dp_size) == 0]
         if legal_micros:
@@ -175,7 +175,7 @@ def _batch_problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
         )
 
 
-def _nearest_multiples(global_batch: int, divisor: int) -> str:
+def _nearest_multiples_text(global_batch: int, divisor: int) -> str:
     """The overrides for the next smaller and the next larger multiple of `divisor`: `batch.global=24 or batch.global=32`.
 
     Only for the larger one, if there is no smaller one above 0.
@@ -240,7 +240,7 @@ def _base_problems(config: RunConfig) -> Iterator[str]:
             yield f"model.quantisation={model.quantisation}: {missing}, or set model.quantisation=none"
     for directory in model.adapters:
         yield from merge_problems(directory)
-    method = methods_by_row().get(method_row(config.tuning))
+    method = methods_by_name().get(method_name_of(config.tuning))
     if model.adapters and method is not None and method.adapter and config.export.at_end and not config.export.merge:
         merge = "" if method.merge_refusal else "set export.merge=true, or "
         yield (

@@ -88,10 +88,10 @@ def reward_metrics(groups: Sequence[AnswerGroup], scores: Sequence[GroupScores],
     score count. For rewards of 0 and 1 that is pass@k (Chen et al. 2021). `num_samples`: answers to each prompt.
     """
     totals = np.concatenate([group_scores.total for group_scores in scores])
-    metrics = {REWARD_METRIC: _nan_mean(totals)}
+    metrics = {REWARD_METRIC: _mean_of_known(totals)}
     for name in scores[0].by_reward:
         reward_values = np.concatenate([group_scores.by_reward[name] for group_scores in scores])
-        metrics[f"eval/rewards/{name}/mean"] = _nan_mean(reward_values)
+        metrics[f"eval/rewards/{name}/mean"] = _mean_of_known(reward_values)
     answers = all_answers(groups)
     metrics["eval/completions/mean_length"] = float(np.mean([len(answer.ids) for answer in answers]))
     metrics["eval/completions/clipped_ratio"] = float(np.mean([not answer.has_ended for answer in answers]))
@@ -100,8 +100,8 @@ def reward_metrics(groups: Sequence[AnswerGroup], scores: Sequence[GroupScores],
     # The totals of each group whose answers all have a score.
     complete_totals = [group_scores.total for group_scores in scores if not np.isnan(group_scores.total).any()]
     for k in sample_counts_for_pass_at_k(num_samples):
-        best_of_k = [expected_best(total, k) for total in complete_totals]
-        metrics[f"eval/{PASS_PREFIX}{k}"] = _nan_mean(np.array(best_of_k))
+        best_of_k = [expected_best_of_k(total, k) for total in complete_totals]
+        metrics[f"eval/{PASS_PREFIX}{k}"] = _mean_of_known(np.array(best_of_k))
     return metrics
 
 
@@ -112,11 +112,12 @@ def _means_by_source(groups: Sequence[AnswerGroup], scores: Sequence[GroupScores
         if group.prompt.source:
             by_source.setdefault(group.prompt.source, []).append(group_scores.total)
     return {
-        f"{REWARD_METRIC}/{source}": _nan_mean(np.concatenate(totals)) for source, totals in sorted(by_source.items())
+        f"{REWARD_METRIC}/{source}": _mean_of_known(np.concatenate(totals))
+        for source, totals in sorted(by_source.items())
     }
 
 
-def expected_best(rewards: np.ndarray, k: int) -> float:
+def expected_best_of_k(rewards: np.ndarray, k: int) -> float:
     """The expected maximum of k of these rewards, chosen without repetition: the unbiased estimate for k fresh answers."""
     ordered = np.sort(rewards)
     num_rewards = len(ordered)
@@ -125,7 +126,7 @@ def expected_best(rewards: np.ndarray, k: int) -> float:
     return float(np.dot(ordered, num_choices_with_maximum) / comb(num_rewards, k))
 
 
-def _nan_mean(values: np.ndarray) -> float:
+def _mean_of_known(values: np.ndarray) -> float:
     """The mean of the values that are not nan; nan if all are."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")

@@ -22,15 +22,15 @@ def round_metrics(
     """
     rewards = stack_rewards(scores)
     metrics = {
-        "reward": _nan_mean(rewards),
-        "reward_std": _nan_mean(_nan_std(rewards, axis=1)),
+        "reward": _mean_of_known(rewards),
+        "reward_std": _mean_of_known(_nan_std(rewards, axis=1)),
         "frac_reward_zero_std": float(is_idle.mean()),
         "answers/unscored": float(np.isnan(rewards).sum()),
         "answers/timed_out": float(sum(score.timed_out for score in scores)),
     }
     for name in scores[0].by_reward:
         reward_values = np.concatenate([score.by_reward[name] for score in scores])
-        metrics[f"rewards/{name}/mean"] = _nan_mean(reward_values)
+        metrics[f"rewards/{name}/mean"] = _mean_of_known(reward_values)
         metrics[f"rewards/{name}/std"] = float(_nan_std(reward_values, axis=0))
     metrics |= _source_metrics(groups, rewards, is_idle)
     metrics |= _logged_metrics(scores)
@@ -59,7 +59,7 @@ def _source_metrics(groups: Sequence[AnswerGroup], rewards: np.ndarray, is_idle:
     sources = np.array([group.prompt.source for group in groups])
     metrics = {}
     for source in sorted({*sources.tolist()} - {""}):
-        metrics[f"reward/{source}"] = _nan_mean(rewards[sources == source])
+        metrics[f"reward/{source}"] = _mean_of_known(rewards[sources == source])
         metrics[f"frac_reward_zero_std/{source}"] = float(is_idle[sources == source].mean())
     return metrics
 
@@ -80,10 +80,10 @@ def _logged_metrics(scores: Sequence[GroupScores]) -> dict[str, float]:
             # The numbers in verl's dictionaries are logged under the same name already.
             if numbers and f"logged/{name}" not in values_by_name:
                 values_by_name.setdefault(f"extra/{name}", []).extend(numbers)
-    return {name: _nan_mean(np.array(values, dtype=np.float64)) for name, values in values_by_name.items()}
+    return {name: _mean_of_known(np.array(values, dtype=np.float64)) for name, values in values_by_name.items()}
 
 
-def _nan_mean(values: np.ndarray) -> float:
+def _mean_of_known(values: np.ndarray) -> float:
     """The mean of the values that are not nan; nan if all are."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")

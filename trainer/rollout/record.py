@@ -47,7 +47,7 @@ class RoundRecord:
         import pyarrow as pa
         import pyarrow.parquet as parquet
 
-        table = pa.Table.from_pylist(answer_rows(rollout_round, self.max_groups))
+        table = pa.Table.from_pylist(answer_records(rollout_round, self.max_groups))
         file = self.directory / f"round-{step + 1:06d}.parquet"
         unfinished = file.with_suffix(".unfinished")
         try:
@@ -61,7 +61,7 @@ class RoundRecord:
             ) from error
 
 
-def answer_rows(rollout_round: Round, max_groups: int | None = None) -> list[dict[str, Any]]:
+def answer_records(rollout_round: Round, max_groups: int | None = None) -> list[dict[str, Any]]:
     """A row for each answer of a round, for a Parquet file or a table: prompt, answer, rewards, advantage.
 
     `max_groups`: only the first groups (a group is all answers to one prompt); None: all.
@@ -76,16 +76,16 @@ def answer_rows(rollout_round: Round, max_groups: int | None = None) -> list[dic
                 "where": group.prompt.origin,
                 "source": group.prompt.source,
                 "draw": answer.sample_index,
-                "prompt": prompt_text(group.prompt.text),
+                "prompt": prompt_as_text(group.prompt.text),
                 "answer": answer.text,
                 "ids": [int(token) for token in answer.ids],
                 "ended": answer.has_ended,
-                "reward": _none_if_nan(scores.total[index]),
-                "advantage": _none_if_nan(rollout_round.advantages[group_index, index]),
+                "reward": _json_number_or_none(scores.total[index]),
+                "advantage": _json_number_or_none(rollout_round.advantages[group_index, index]),
                 "learned": bool(rollout_round.is_learned[group_index, index]),
             }
             for name, reward_values in scores.by_reward.items():
-                row[f"rewards/{name}"] = _none_if_nan(reward_values[index])
+                row[f"rewards/{name}"] = _json_number_or_none(reward_values[index])
             for name, values in scores.extra.items():
                 row[f"{EXTRA_PREFIX}{name}"] = values[index]
             rows.append(row)
@@ -113,12 +113,12 @@ def _unify_extra_columns(rows: list[dict[str, Any]]) -> None:
                 row[column] = float(value) if is_numeric else str(value)
 
 
-def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
+def prompt_as_text(prompt: str | list[dict[str, Any]]) -> str:
     """A prompt as one text: itself, or its messages as JSON."""
     return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
 
 
-def _none_if_nan(value: Any) -> float | None:
+def _json_number_or_none(value: Any) -> float | None:
     """A reward or an advantage as a number; None for nan, which stands for an answer without a reward."""
     number = float(value)
     return None if math.isnan(number) else number

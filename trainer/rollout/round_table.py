@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer.reporting.trackers.base import LoggedTable
-from trainer.rollout.record import EXTRA_PREFIX, answer_rows
+from trainer.rollout.record import EXTRA_PREFIX, answer_records
 
 if TYPE_CHECKING:
     from trainer.rollout.round import Round
@@ -26,7 +26,7 @@ def round_table(rollout_round: Round, step: int) -> LoggedTable:
 
     `step`: the first step that learns from the round.
     """
-    rows = answer_rows(rollout_round, MAX_GROUPS)
+    rows = answer_records(rollout_round, MAX_GROUPS)
     reward_columns = [column for column in rows[0] if column.startswith((REWARD_PREFIX, EXTRA_PREFIX))]
     columns = ["step", "prompt", "place", "reward", "answer", *reward_columns, "advantage", "ended"]
     cells = []

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from trainer.rollout.groups import is_idle_group
-from trainer.rollout.record import prompt_text
+from trainer.rollout.record import prompt_as_text
 from trainer.rollout.round import stack_rewards
 from trainer.rollout.types import AnswerGroup, GroupScores, all_answers
 
@@ -93,7 +93,7 @@ def _group_record(group: AnswerGroup, scores: GroupScores) -> dict[str, Any]:
     """
     record: dict[str, Any] = {
         "where": group.prompt.origin,
-        "prompt": prompt_text(group.prompt.text)[-SHOWN_CHARACTERS:],
+        "prompt": prompt_as_text(group.prompt.text)[-SHOWN_CHARACTERS:],
     }
     scored = np.flatnonzero(~np.isnan(scores.total))  # indices of the scored answers
     if not len(scored):
@@ -103,7 +103,7 @@ def _group_record(group: AnswerGroup, scores: GroupScores) -> dict[str, Any]:
     worst = int(scored[np.argmin(scores.total[scored])])
     for name, index in (("best", best), ("worst", worst)):
         answer = group.answers[index]
-        answer_rewards = {reward: _none_if_nan(values[index]) for reward, values in scores.by_reward.items()}
+        answer_rewards = {reward: _json_number_or_none(values[index]) for reward, values in scores.by_reward.items()}
         record[name] = {
             "reward": float(scores.total[index]),
             "rewards": answer_rewards,
@@ -113,6 +113,6 @@ def _group_record(group: AnswerGroup, scores: GroupScores) -> dict[str, Any]:
     return record
 
 
-def _none_if_nan(reward: float) -> float | None:
+def _json_number_or_none(reward: float) -> float | None:
     """A reward as a JSON value: None for nan."""
     return None if np.isnan(reward) else float(reward)

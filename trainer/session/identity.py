@@ -26,7 +26,7 @@ from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.checkpoints.resume_selection import resolve_resume_setting
 from trainer.config.resuming import KINDS_OF_CHANGE, default_settings, flatten_settings, settings_as_dict
 from trainer.config.run import RunConfig
-from trainer.config.tree import kind_of
+from trainer.config.tree import change_kind_of_setting
 from trainer.data.config import identifying_data_settings
 from trainer.data.prepare import PreparedData
 from trainer.reporting.status import write_text_atomic
@@ -87,7 +87,7 @@ def _identifying_settings(config: RunConfig) -> RunIdentity:
     settings = settings_as_dict(config)
     settings["data"] = identifying_data_settings(settings["data"])
     for key, value in flatten_settings(settings).items():
-        kind = kind_of(key)
+        kind = change_kind_of_setting(key)
         if kind is not None:  # None: the setting does not decide the result
             identity[kind][key] = value
     return identity
@@ -252,7 +252,7 @@ def _with_defaults_of_new_settings(recorded: RunIdentity, config: RunConfig) -> 
     completed = {change_kind: dict(settings) for change_kind, settings in recorded.items()}
     recorded_keys = set[str]().union(*recorded.values())
     for key, default in default_settings(config).items():
-        change_kind = kind_of(key)  # None: the setting does not decide the result
+        change_kind = change_kind_of_setting(key)  # None: the setting does not decide the result
         if change_kind is not None and key not in recorded_keys:
             default_as_json = json.loads(json.dumps(default, default=str))  # as it would be read from the file
             completed.setdefault(change_kind, {})[key] = default_as_json

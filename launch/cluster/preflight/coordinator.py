@@ -29,8 +29,8 @@ from launch.cluster.preflight.node_facts import (
 )
 from launch.cluster.preflight.verdict import FailedRank, NodeReports, PreflightVerdict, judge_preflight
 from strategies.errors import StorageError
-from trainer.config.host_memory import node_gib
-from trainer.config.sbatch_options import gpu_request, ranks_per_node
+from trainer.config.host_memory import host_input_gib_of_node
+from trainer.config.sbatch_options import gpus_per_node_request, ranks_per_node
 from trainer.data.read.paths import is_hub_path, is_remote_address
 
 FACTS_TIMEOUT_S = 30.0
@@ -59,7 +59,7 @@ def preflight_request(settings: dict[str, Any], num_nodes: int) -> PreflightRequ
     launcher, model, data, run = (settings[section] for section in ("launcher", "model", "data", "run"))
     # GPUs of a node: those that the job requests, else one for each rank.
     processes = ranks_per_node(launcher)
-    requested_gpus = gpu_request(launcher)
+    requested_gpus = gpus_per_node_request(launcher)
     if requested_gpus is not None:
         num_gpus = requested_gpus.count
     else:
@@ -79,7 +79,7 @@ def preflight_request(settings: dict[str, Any], num_nodes: int) -> PreflightRequ
         nodes=num_nodes,
         processes=processes,
         gpus=num_gpus,
-        memory_gib=node_gib(settings, processes) if num_gpus else 0.0,
+        memory_gib=host_input_gib_of_node(settings, processes) if num_gpus else 0.0,
         run_dir=run_dir,
         model=None if downloads_model else model["path"],
         tokenizer=None if downloads_model else model["tokenizer"],

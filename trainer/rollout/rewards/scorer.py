@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -57,7 +57,7 @@ class WorkerScorer:
         self.model_scorer: RewardModelScorer | None = None
         """Scores by them; set once there is an engine that holds them."""
         for name, reward in config.rewards.items():
-            if name in self._rewards_by_ranks:  # the judge's, or a model's
+            if name in self._collective_rewards:  # the judge's, or a model's
                 continue
             if name in location_by_reward:
                 file, function = location_by_reward[name]
@@ -80,10 +80,7 @@ class WorkerScorer:
     def start(self) -> None:
         """Start the workers and load the rewards. All ranks must call. Raises DataError or Interrupted on all ranks alike."""
         with longer_timeout(self.runtime, 600):
-            self._on_all_ranks(self._start_own_workers)
-
-    def _start_own_workers(self) -> None:
-        self._pool.start()
+            self._gather_results(self._pool.start)
 
     def score(self, groups: Sequence[AnswerGroup], *, step: int) -> list[GroupScores]:
         """The scores of each group (the answers to one prompt), in order, the same on all ranks. All ranks must call.
@@ -91,38 +88,37 @@ class WorkerScorer:
         `step`: optimizer steps taken, which reward functions are told. Raises DataError or Interrupted on all ranks alike.
         """
         # Functions and built-in rewards: each rank scores its share of the groups.
-        own_group_numbers = range(self.runtime.rank, len(groups), self.runtime.world_size)
+        own_group_indices = range(self.runtime.rank, len(groups), self.runtime.world_size)
         # Ranks wait for the one whose calls take longest, at worst until each has reached its time limit.
         num_answers = sum(len(group.answers) for group in groups)
         longest_s = sum(reward.timeout_s for reward in self.rewards.values()) * num_answers
-        # By number of the group: its scores, and the indices of its answers that get no total.
-        collected: dict[int, tuple[GroupScores, list[int]]] = {}
+        scored_by_group: dict[int, _ScoredGroup] = {}  # by index of the group
         with longer_timeout(self.runtime, longest_s):
-            for rank_scores in self._on_all_ranks(lambda: self._score_own_groups(groups, own_group_numbers, step)):
-                collected |= rank_scores
-        scores = [collected[number][0] for number in range(len(groups))]
+            for scored_by_rank in self._gather_results(lambda: self._score_own_groups(groups, own_group_indices, step)):
+                scored_by_group |= scored_by_rank
+        scores = [scored_by_group[index].scores for index in range(len(groups))]
 
         # The judge and reward models: all ranks together.
-        for name in self._rewards_by_ranks:
-            self._set_reward_scores(scores, name, self._scored_by_ranks(name, groups))
+        for name in self._collective_rewards:
+            for group_scores, reward_scores in zip(scores, self._score_on_all_ranks(name, groups), strict=True):
+                group_scores.by_reward[name] = reward_scores
 
-        for number, group_scores in enumerate(scores):
-            group_scores.total = weighted_total(group_scores.by_reward, self._weight_by_reward)
+        for index, group_scores in enumerate(scores):
+            group_scores.total = weighted_reward_sum(group_scores.by_reward, self._weight_by_reward)
             # An answer for which a reward ran out of time has no total, whatever the other rewards are.
-            _, answers_without_total = collected[number]
-            group_scores.total[answers_without_total] = np.nan
+            group_scores.total[scored_by_group[index].answers_without_total] = np.nan
         return scores
 
     @property
-    def _rewards_by_ranks(self) -> list[str]:
-        """Names of the rewards that no worker process computes: those of the judge and of reward models."""
+    def _collective_rewards(self) -> list[str]:
+        """Names of the rewards that all ranks compute together, without worker processes: of the judge and of reward models."""
         return [*self._judge_rewards, *self._model_rewards]
 
     @property
     def _weight_by_reward(self) -> dict[str, float]:
         return {name: reward.weight for name, reward in self.rewards.items()}
 
-    def _scored_by_ranks(self, name: str, groups: Sequence[AnswerGroup]) -> list[np.ndarray]:
+    def _score_on_all_ranks(self, name: str, groups: Sequence[AnswerGroup]) -> list[np.ndarray]:
         """The scores of a reward that all ranks compute together, float64 [answers] of each group. All ranks must call.
 
         They come from a reward model, or from the judge.
@@ -133,53 +129,45 @@ class WorkerScorer:
         assert self._judge is not None, "composing refuses a judge without an address"
         return judge_answers(self._judge, self.rewards[name].options, groups)
 
-    @staticmethod
-    def _set_reward_scores(scores: Sequence[GroupScores], name: str, reward_scores: Sequence[np.ndarray]) -> None:
-        """Set the scores of reward `name` in the scores of each group. `reward_scores`: float64 [answers] of each group."""
-        for group_scores, scores_of_reward in zip(scores, reward_scores, strict=True):
-            group_scores.by_reward[name] = scores_of_reward
-
     def _score_own_groups(
-        self, groups: Sequence[AnswerGroup], numbers: Sequence[int], step: int
-    ) -> dict[int, tuple[GroupScores, list[int]]]:
+        self, groups: Sequence[AnswerGroup], own_indices: Sequence[int], step: int
+    ) -> dict[int, _ScoredGroup]:
         """Score this rank's share of the groups, in its worker processes, without communication.
 
-        `numbers`: of the groups (all answers to one prompt) that this rank scores. Returns by group number (scores, numbers of
-        answers without a total, because a reward function took too long).
+        `groups`: all groups of the round; a group is all answers to one prompt. `own_indices`: indices of the groups that this
+        rank scores, which are the keys of the result.
         """
-        # (number of the group, numbers of its answers, the call that scores them)
-        calls: list[tuple[int, list[int], Call]] = []
-        for number in numbers:
-            calls += self._calls_of(number, groups[number], step)
-        replies = self._pool.run([call for _, _, call in calls])
+        group_calls: list[_GroupCall] = []
+        for index in own_indices:
+            group_calls += self._calls_of_group(index, groups[index], step)
+        replies = self._pool.run([group_call.call for group_call in group_calls])
         collector_by_group = {}
-        for number in numbers:
-            collector_by_group[number] = _GroupScoreCollector(len(groups[number].answers), self.rewards)
-        for (number, answers, call), reply in zip(calls, replies, strict=True):
-            collector_by_group[number].add(call.reward, answers, reply)
-        scores_by_group = {}
-        for number, collector in collector_by_group.items():
-            scores_by_group[number] = (collector.scores(), sorted(collector.without_total))
-        return scores_by_group
+        for index in own_indices:
+            collector_by_group[index] = _GroupScoreCollector(len(groups[index].answers), self.rewards)
+        for group_call, reply in zip(group_calls, replies, strict=True):
+            collector = collector_by_group[group_call.group_index]
+            collector.add_reply(group_call.call.reward, group_call.answer_indices, reply)
+        return {index: collector.scored_group() for index, collector in collector_by_group.items()}
 
-    def _calls_of(self, number: int, group: AnswerGroup, step: int) -> Iterator[tuple[int, list[int], Call]]:
-        """The calls of reward functions that a group needs: (number of the group, numbers of its answers, call) of each.
+    def _calls_of_group(self, group_index: int, group: AnswerGroup, step: int) -> Iterator[_GroupCall]:
+        """The calls of functions and built-in rewards that score a group (all answers to one prompt).
 
         A reward is called once with all answers of the group, or, if it is of a kind in `_single_answer_rewards`, once for each.
         """
-        every_answer = list(range(len(group.answers)))
+        all_indices = list(range(len(group.answers)))
         for name, reward in self.rewards.items():
-            if name in self._rewards_by_ranks:
+            if name in self._collective_rewards:
                 continue
-            answers_by_call = [every_answer]
+            indices_by_call = [all_indices]
             if name in self._single_answer_rewards:
-                answers_by_call = [[answer] for answer in every_answer]
-            for answers in answers_by_call:
-                arguments = _call_arguments(group, answers, step)
-                yield number, answers, Call(name, arguments, group.prompt.origin, reward.timeout_s)
+                indices_by_call = [[index] for index in all_indices]
+            for answer_indices in indices_by_call:
+                arguments = _call_arguments(group, answer_indices, step)
+                call = Call(name, arguments, group.prompt.origin, reward.timeout_s)
+                yield _GroupCall(group_index=group_index, answer_indices=answer_indices, call=call)
 
-    def _on_all_ranks(self, work: Callable[[], Any]) -> list[Any]:
-        """Call `work` on each rank; returns the results of all ranks, in their order. All ranks must call.
+    def _gather_results(self, work: Callable[[], Any]) -> list[Any]:
+        """Call `work` on each rank; returns what it returned on all ranks, in rank order. All ranks must call.
 
         If `work` raises DataError or Stopped on a rank, all ranks end their worker processes and raise DataError or Interrupted.
         """
@@ -210,40 +198,58 @@ class WorkerScorer:
         self._pool.close()
 
 
+class _GroupCall(NamedTuple):
+    """A call of a reward for some answers of a group."""
+
+    group_index: int
+    answer_indices: list[int]
+    """Indices in the group of the answers that the call scores."""
+    call: Call
+
+
+class _ScoredGroup(NamedTuple):
+    """The scores of a group by the rewards that worker processes compute."""
+
+    scores: GroupScores
+    answers_without_total: list[int]
+    """Indices of answers for which a reward with a weight took longer than its time limit."""
+
+
 class _GroupScoreCollector:
-    """The scores of one group, as they come in."""
+    """Collects the scores of one group from the replies of worker processes."""
 
-    def __init__(self, answers: int, rewards: Mapping[str, RewardEntry]) -> None:
+    def __init__(self, num_answers: int, rewards: Mapping[str, RewardEntry]) -> None:
         self.rewards = rewards
-        self.by_reward = {name: np.full(answers, np.nan) for name in rewards}
+        self.by_reward = {name: np.full(num_answers, np.nan) for name in rewards}
         self.num_timed_out = 0
-        self.without_total: set[int] = set()
+        self.answers_without_total: set[int] = set()
         self.logged: dict[str, list[float]] = {}
+        """Numbers that reward functions log, by `REWARD/NAME`."""
         self.extra: dict[str, list[Any]] = {}
+        """Values that reward functions add to the record of an answer, by `REWARD/NAME`: one of each answer, or None."""
 
-    def add(self, reward: str, answers: list[int], reply: Reply) -> None:
-        """Add what became of one call of a reward: scores of `answers`, or none if it took longer than its time limit."""
+    def add_reply(self, reward: str, answer_indices: list[int], reply: Reply) -> None:
+        """Add the reply to one call of a reward. It has no scores if the call took longer than its time limit."""
         if reply.scores is None:
-            self.num_timed_out += len(answers)
+            self.num_timed_out += len(answer_indices)
             if self.rewards[reward].weight != 0:
-                self.without_total.update(answers)
+                self.answers_without_total.update(answer_indices)
             return
-        for answer, score in zip(answers, reply.scores, strict=True):
-            if score is not None:
-                self.by_reward[reward][answer] = score
+        for index, score in zip(answer_indices, reply.scores, strict=True):
+            if score is not None:  # None: the reward does not apply to this answer
+                self.by_reward[reward][index] = score
         for name, numbers in reply.logged.items():
             self.logged.setdefault(f"{reward}/{name}", []).extend(numbers)
         for name, values in reply.extra.items():
             column = self.extra.setdefault(f"{reward}/{name}", [None] * len(self.by_reward[reward]))
-            for answer, value in zip(answers, values, strict=True):
-                column[answer] = value
+            for index, value in zip(answer_indices, values, strict=True):
+                column[index] = value
 
-    def scores(self) -> GroupScores:
-        """The scores of the group. Its totals are made once all of its rewards are there."""
-        number_of_answers = len(next(iter(self.by_reward.values())))
-        return GroupScores(
-            np.full(number_of_answers, np.nan), self.by_reward, self.num_timed_out, self.logged, self.extra
-        )
+    def scored_group(self) -> _ScoredGroup:
+        """The scores of the group. Its totals are nan: they are computed once all rewards are there."""
+        num_answers = len(next(iter(self.by_reward.values())))
+        scores = GroupScores(np.full(num_answers, np.nan), self.by_reward, self.num_timed_out, self.logged, self.extra)
+        return _ScoredGroup(scores=scores, answers_without_total=sorted(self.answers_without_total))
 
 
 def default_num_workers(runtime: Runtime) -> int:
@@ -251,7 +257,7 @@ def default_num_workers(runtime: Runtime) -> int:
     return max(1, min(MAX_WORKERS, num_usable_cores() // runtime.local_world_size))
 
 
-def weighted_total(by_reward: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
+def weighted_reward_sum(by_reward: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
     """float64 [answers]: the sum of rewards times their weights; nan where none that has a weight applied.
 
     A reward that does not apply to an answer counts for nothing, as in TRL.
@@ -268,12 +274,12 @@ def weighted_total(by_reward: Mapping[str, np.ndarray], weights: Mapping[str, fl
     return total
 
 
-def _call_arguments(group: AnswerGroup, answers: list[int], step: int) -> dict[str, Any]:
+def _call_arguments(group: AnswerGroup, answer_indices: list[int], step: int) -> dict[str, Any]:
     """Some answers of a group as JSON values, which the worker process makes an `AnswersOfGroup` of."""
-    chosen = [group.answers[answer] for answer in answers]
-    texts = [answer.text for answer in chosen]
-    ids = [answer.ids for answer in chosen]
-    truncated = [not answer.has_ended for answer in chosen]
+    answers = [group.answers[index] for index in answer_indices]
+    texts = [answer.text for answer in answers]
+    ids = [answer.ids for answer in answers]
+    truncated = [not answer.has_ended for answer in answers]
     return {
         "prompt": group.prompt.text,
         "columns": group.prompt.columns,
