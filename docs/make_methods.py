@@ -49,7 +49,7 @@ This page lists every tuning method, what you can combine it with, and what it c
 run that you want, and the reason if it does not. To choose a method, read [peft.md](peft.md) first: it explains what each family
 of methods is good for, and gives a learning rate for each method.
 
-`tuning=NAME` selects the method. For example:
+`tuning=<name>` selects the method. For example:
 
 ```bash
 shardtune train model.path=<dir> data.path=<files> budget.epochs=1 tuning=ia3 optim.lr=5e-3
@@ -288,7 +288,7 @@ def page() -> str:
         "",
         *methods_by_name(METHODS, "tuning"),
         "",
-        "`tuning=peft tuning.type=NAME` selects one of ten more methods of `peft`. `tuning.options.<option>=<value>` sets",
+        "`tuning=peft tuning.type=<name>` selects one of ten more methods of `peft`. `tuning.options.<option>=<value>` sets",
         "an option of `peft`. If `peft` does not know the option, the run is refused.",
         "",
         *methods_by_name(PEFT_METHODS, "tuning.type"),
