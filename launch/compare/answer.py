@@ -124,7 +124,7 @@ def text_tables(comparison: Comparison) -> list[TextTable]:
     """The tables of the comparison, for the terminal and Markdown. In order:
 
     - The main table, without a title, with a row for every point.
-    - `what it took`, `a step in ms` and `exchanged`, for the points that took a step. A column that is unknown for all of these
+    - `costs`, `a step in ms` and `exchanged`, for the points that took a step. A column that is unknown for all of these
       is left out, and so is a table without columns.
     """
     begun_points = comparison.begun_points
@@ -132,7 +132,7 @@ def text_tables(comparison: Comparison) -> list[TextTable]:
     main_columns = [column for column in MAIN_COLUMNS if column.heading not in left_out_headings]
     text_tables = [TextTable("", main_columns, list(comparison.points))]
 
-    columns_by_title: dict[str, tuple[TextColumn, ...]] = {"what it took": COST_COLUMNS}
+    columns_by_title: dict[str, tuple[TextColumn, ...]] = {"costs": COST_COLUMNS}
     if any(point.summary.parts_s for point in begun_points):
         columns_by_title["a step in ms"] = STEP_PART_COLUMNS
     if any(point.measured.exchanged_gib for point in begun_points):

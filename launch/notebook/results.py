@@ -102,7 +102,7 @@ def _next_command_lines(to_learn_more: str) -> list[str]:
 
 
 def _runs_table(runs: tuple[ComparedPoint, ...]) -> PageTable:
-    """What was reached and what it took, a row for each run; columns in which no run has a number are left out.
+    """The result and the costs of each run, a row for each; columns in which no run has a number are left out.
 
     No cell is marked as the best: the answer names one only if chance does not explain the difference.
     """

@@ -1,4 +1,4 @@
-"""The `receipt` in `run.json`: what a run was predicted to take, beside what it took.
+"""The `receipt` in `run.json`: the predicted costs of a run beside the measured ones.
 
 The prediction is arithmetic on what is known when a run starts, and costs it nothing. `trainer/planner` simulates
 runs.

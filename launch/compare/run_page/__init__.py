@@ -1,1 +1,1 @@
-"""`report.html`, the page of one run: what came of it, what to do about it, and what it took."""
+"""`report.html`, the page of one run: its result, what to do about it, and its costs."""

@@ -166,7 +166,7 @@ def test_compare_points_directory_read_again_gives_the_same_comparison(compared,
     assert [run["verdict"] for run in again["runs"]] == [run["verdict"] for run in compared[1]["runs"]]
     assert [run["measured"] for run in again["runs"]] == [run["measured"] for run in compared[1]["runs"]]
     page = (site / "to/compare.md").read_text()
-    assert "## What it took" in page and "refused: strategy=single" in page
+    assert "## Costs" in page and "refused: strategy=single" in page
 
 
 def test_wandb_has_a_named_group(compared, site):
