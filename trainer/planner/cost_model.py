@@ -250,12 +250,12 @@ def micro_batches_to_simulate(
     if padded or not is_linear:
         documents = 1
         if fills_chunks:
-            documents = -(-2 * chunk_tokens // (per_document * length))
+            documents = math.ceil(2 * chunk_tokens / (per_document * length))
         sequences = per_document * documents
         return padded, [[length] * sequences, [length] * (sequences + per_document)]
     # From here on rows have no padding, and a micro-batch is one row with the sequences of one document.
     if in_tiles:
-        return False, [[-(-length // 2)] * per_document, [length] * per_document]
+        return False, [[math.ceil(length / 2)] * per_document, [length] * per_document]
     if fills_chunks:
         short = 2 * chunk_tokens // per_document
         long = 3 * chunk_tokens // per_document

@@ -7,8 +7,9 @@ long as the slowest of the three. What rewards take is not known before they hav
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from strategies.base import Fsdp2Config, Precision, StrategyConfig, ZeroConfig
 from trainer.build.rounds import MAX_GENERATION_ROWS, num_prompts_per_round
@@ -69,7 +70,7 @@ class RoundLoad:
 
 @dataclass(frozen=True, slots=True)
 class GeneratorSizes:
-    """The sizes of a model that decide how long it takes to write an answer."""
+    """The sizes of a model that decide how long it takes to generate an answer."""
 
     num_parameters: int
     """Of the whole model; of experts, all of them: the rows of a batch choose most."""
@@ -94,9 +95,9 @@ class RoundTime:
     training_s: float
     """All optimizer steps of the round, and the passes without gradients before them."""
     gathers_weights_once: bool
-    """Whether every rank has all weights while it writes; else each token gathers them block by block."""
+    """Whether every rank has all weights while it generates; else each token gathers them block by block."""
     generation_bytes: int
-    """Bytes that weights and keys take on a rank while it writes."""
+    """Bytes that weights and KV cache take on a rank while it generates."""
     num_steps: int
 
     @property
@@ -143,6 +144,42 @@ def round_load_of_run(
     )
 
 
+class _GenerationBatches(NamedTuple):
+    """The batches of answers that a rank generates one after the other in a round."""
+
+    rows: int
+    """Answers that are generated at the same time."""
+    num_batches: int
+
+
+def _generation_batches(load: RoundLoad, max_rows: int, dp_size: int) -> _GenerationBatches:
+    """How the answers of a rank are divided into batches of at most `max_rows` answers.
+
+    The answers to one prompt are a part of a batch, or several parts if they are more than a batch holds. `dp_size`: ranks that
+    generate answers to different prompts.
+    """
+    rows_per_part = min(max_rows, load.group_size)
+    max_parts_per_batch = max(1, max_rows // rows_per_part)
+    num_parts = load.num_prompts * math.ceil(load.group_size / rows_per_part)
+    parts_per_batch = min(max_parts_per_batch, math.ceil(num_parts / dp_size))
+    return _GenerationBatches(
+        rows=parts_per_batch * rows_per_part,
+        num_batches=math.ceil(num_parts / (max_parts_per_batch * dp_size)),
+    )
+
+
+def _max_rows_beside_weights(load: RoundLoad, available_bytes: float, answer_bytes: float) -> int:
+    """Most answers that a rank generates at a time, if the KV cache of each takes `answer_bytes`.
+
+    `load.max_generation_rows`, halved until the KV cache fits in `available_bytes`, as a run does it
+    (`max_concurrent_completions`); not halved if the user has set the number.
+    """
+    max_rows = load.max_generation_rows
+    while load.may_lower_generation_rows and max_rows > 1 and max_rows * answer_bytes > available_bytes:
+        max_rows //= 2
+    return max_rows
+
+
 def estimate_round_time(
     load: RoundLoad,
     model: GeneratorSizes,
@@ -154,60 +191,44 @@ def estimate_round_time(
     step_s: float,
     other_bytes: float,
 ) -> RoundTime:
-    """The seconds of a round on `ranks` cards of `nodes` hosts: writing answers, scoring them and learning from them.
+    """The seconds of a round on `ranks` cards of `nodes` hosts: generating answers, scoring them and learning from them.
 
-    A rank writes in batches of at most `load.max_rows` answers. The answers to one prompt are a part of a batch, or several
-    parts if they are more than a batch holds. `step_s`: seconds of an optimizer step. `other_bytes`: what a rank holds
-    between two steps, whole weights not counted.
+    `step_s`: seconds of an optimizer step. `other_bytes`: what a rank holds between two steps, whole weights not counted.
     """
-    # As a run does it (`max_concurrent_completions`): answers are halved until their keys fit beside all weights.
+    # The batches of answers that a rank generates one after the other.
     usable_bytes = USABLE_MEMORY_SHARE * (card.memory_gib * 2**30 - other_bytes)
     answer_bytes = load.kv_cache_bytes_per_token * (load.longest_prompt_tokens + load.max_new_tokens)
-    most_rows = load.max_generation_rows
-    while (
-        load.may_lower_generation_rows
-        and most_rows > 1
-        and most_rows * answer_bytes > usable_bytes - model.weight_bytes
-    ):
-        most_rows //= 2
+    max_rows = _max_rows_beside_weights(load, usable_bytes - model.weight_bytes, answer_bytes)
+    dp_size = dp_size_of(config, ranks)
+    batches = _generation_batches(load, max_rows, dp_size)
 
-    # The batches of answers that a rank writes one after the other.
-    dp_size = dp_size_of(config, ranks)  # ranks that write answers to different prompts
-    rows_per_part = min(most_rows, load.group_size)
-    parts_per_batch = max(1, most_rows // rows_per_part)
-    parts = load.num_prompts * -(-load.group_size // rows_per_part)
-    rows = min(parts_per_batch, -(-parts // dp_size)) * rows_per_part
-    batches = -(-parts // (parts_per_batch * dp_size))
-
-    # Sharded weights are gathered once a round if memory allows it, else again for each token that is written.
-    writing_bytes = model.weight_bytes + round(rows * answer_bytes)
+    # Sharded weights are gathered once a round if memory allows it, else again for each generated token.
+    generation_bytes = model.weight_bytes + round(batches.rows * answer_bytes)
     is_sharded = are_weights_sharded(config.strategy) and ranks > 1
-    gathers_once = not is_sharded or writing_bytes <= usable_bytes
+    gathers_weights_once = not is_sharded or generation_bytes <= usable_bytes
     gather_s = 0.0
     if is_sharded:
         gather_s = model.weight_bytes * (ranks - 1) / ranks / ring_bytes_per_s(card, ranks, nodes)
 
-    # Seconds to write: for each new token the slower of decoding and gathering; before that, the prompts (prefill).
-    mean_tokens = (
-        load.mean_prompt_tokens + load.max_new_tokens / 2
-    )  # whose keys are read for a token, halfway through an answer
-    kv_cache_bytes = rows * load.kv_cache_bytes_per_token * mean_tokens
-    token_s = decode_step_s(model, card, config.precision, rows=rows, kv_cache_bytes=kv_cache_bytes)
-    # A prompt is computed once for its group if the rank has all weights, else for each of its answers.
-    prompts_per_rank = load.num_prompts / dp_size * (1 if gathers_once else load.group_size)
-    flops = 2 * model.num_parameters * prompts_per_rank * load.mean_prompt_tokens
-    prefill_s = flops / (card.tflops(config.precision) * 1e12 * PRODUCT_EFFICIENCY)
-    if gathers_once:
-        write_s = batches * load.max_new_tokens * token_s + prefill_s + gather_s
+    # The prompts (prefill). A prompt is computed once for its group if the rank has all weights, else for each of its answers.
+    prompts_per_rank = load.num_prompts / dp_size * (1 if gathers_weights_once else load.group_size)
+    prefill_flops = 2 * model.num_parameters * prompts_per_rank * load.mean_prompt_tokens
+    prefill_s = prefill_flops / (card.tflops(config.precision) * 1e12 * PRODUCT_EFFICIENCY)
+
+    # The new tokens: for each the slower of decoding and gathering. The mean KV cache is that of half an answer.
+    mean_cached_tokens = load.mean_prompt_tokens + load.max_new_tokens / 2
+    kv_cache_bytes = batches.rows * load.kv_cache_bytes_per_token * mean_cached_tokens
+    token_s = decode_step_s(model, card, config.precision, rows=batches.rows, kv_cache_bytes=kv_cache_bytes)
+    if gathers_weights_once:
+        generation_s = batches.num_batches * load.max_new_tokens * token_s + prefill_s + gather_s
     else:
-        write_s = batches * load.max_new_tokens * max(token_s, gather_s) + prefill_s
-    score_s = None if card.scoring_s is None else load.num_answers * card.scoring_s
+        generation_s = batches.num_batches * load.max_new_tokens * max(token_s, gather_s) + prefill_s
     return RoundTime(
-        generation_s=card.writing_pace * write_s,
-        scoring_s=score_s,
+        generation_s=card.writing_pace * generation_s,
+        scoring_s=None if card.scoring_s is None else load.num_answers * card.scoring_s,
         training_s=step_s * (load.num_steps + load.extra_forward_passes * FORWARD_SHARE * load.steps_per_iteration),
-        gathers_weights_once=gathers_once,
-        generation_bytes=writing_bytes,
+        gathers_weights_once=gathers_weights_once,
+        generation_bytes=generation_bytes,
         num_steps=load.num_steps,
     )
 
