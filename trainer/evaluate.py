@@ -34,7 +34,7 @@ from trainer.evaluation.report.unfinished import UNFINISHED_FILE as UNFINISHED
 from trainer.evaluation.report.unfinished import UnfinishedReport
 from trainer.evaluation.served import ServedModel, connect_served_model
 from trainer.evaluation.task_evaluator import FinishedTask, TaskEvaluator
-from trainer.evaluation.tasks.base import Task, TaskRow
+from trainer.evaluation.tasks.base import Task, TaskRow, answers_by_key
 from trainer.evaluation.tasks.prepared import TaskContext, keys_of_tasks_on_run_documents
 from trainer.model.loading import load_tokenizer
 from trainer.model.quantised_checkpoints import quantising_library
@@ -358,7 +358,7 @@ def _set_opponent_answers(
         prepared.task.is_opponent = job.asked_first or job.base
         if prepared.task.name in earlier_rows_by_task:
             earlier_rows = earlier_rows_by_task[prepared.task.name]
-            prepared.task.opponent_answers = {row.where: row.answer for row in earlier_rows}
+            prepared.task.opponent_answers = answers_by_key(earlier_rows)
 
 
 def _evaluate_models(
@@ -378,7 +378,7 @@ def _evaluate_models(
         prepared.task.is_opponent = job.asked_first
         if job.base:  # tasks that compare two answers now have the base's
             base_rows = models[BASE].rows[prepared.task.name]
-            prepared.task.opponent_answers = {row.where: row.answer for row in base_rows}
+            prepared.task.opponent_answers = answers_by_key(base_rows)
     models[TUNED] = _evaluate_model(evaluator, TUNED, listener)
     return models
 

@@ -217,5 +217,9 @@ def test_judge_answers_the_tasks_that_need_one(stub, tmp_path, monkeypatch, caps
         "evaluation.judge.max_calls=0",
     ]
     assert command_here(["evaluate", *other, "evaluation.judge.model=judge-1"]) == 0
+    # Rows of a JSON list on one line share a location, and still meet their own answers.
+    (tmp_path / "asked.json").write_text(json.dumps(rows))
+    one_line = [word.replace("asked.jsonl", "asked.json") for word in other if ".graded." not in word]
+    assert command_here(["evaluate", *one_line, "evaluation.judge.model=judge-1"]) == 0
     report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert report["tasks"]["preferred"]["metrics"]["win_rate"]["value"] == 0.5

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.evaluation.report.comparison import right_or_wrong_score
-from trainer.evaluation.tasks.base import Task, TaskRow
+from trainer.evaluation.tasks.base import Task, TaskRow, answers_by_key, row_keys, shorten_prompt
 from trainer.pages.numbers import format_number
 
 MAX_WORST_ROWS = 20
@@ -115,23 +115,26 @@ def _rows_to_show(
     answer", ...}], "num_lost": 1, "won": [], "num_won": 0}. Empty without a comparison.
     """
     score_name, score_of_row = first_metric_score(task, rows)
-    other_answers = {row.where: row.answer for row in other_rows}
+    other_answers = answers_by_key(other_rows)
+    key_by_row_id = {id(row): key for row, key in zip(rows, row_keys(row.where for row in rows), strict=True)}
     right_score = right_or_wrong_score(task, rows)
 
-    # Which rows were lost or won, by their location (`file:line`).
-    sides_by_location: dict[str, list[str]] = {}
+    # Which rows were lost or won. Location, prompt and answer tell them apart, since several rows may share a location.
+    sides_by_text: dict[tuple[str, str, str], list[str]] = {}
+    other_answer_by_text: dict[tuple[str, str, str], str] = {}
     for side in (LOST, WON):
         for changed_row in changed.get(side, ())[:limit]:
-            other_answers.setdefault(changed_row["where"], changed_row["other"])
-            sides_by_location.setdefault(changed_row["where"], []).append(side)
+            text = changed_row["where"], changed_row["prompt"], changed_row["answer"]
+            other_answer_by_text[text] = changed_row["other"]
+            sides_by_text.setdefault(text, []).append(side)
 
     # The rows to show. All shown rows that are wrong pass the filter "wrong".
     ordered = worst_rows_first(task, rows)
-    worst_locations = {row.where for row in ordered[:limit]}
     shown = []
-    for row in ordered:
-        row_sides = sides_by_location.get(row.where, [])
-        if row.where not in worst_locations and not row_sides:
+    for position, row in enumerate(ordered):
+        text = row.where, shorten_prompt(row.prompt), row.answer
+        row_sides = sides_by_text.get(text, [])
+        if position >= limit and not row_sides:
             continue
         value = format_number(score_of_row(row))
         if right_score is not None:
@@ -139,7 +142,8 @@ def _rows_to_show(
             value = "right" if is_right else WRONG
             if not is_right:
                 row_sides = [*row_sides, WRONG]
-        shown.append(_shown_row(row, tuple(row_sides), value, other_answers.get(row.where, "")))
+        other_answer = other_answers.get(key_by_row_id[id(row)], other_answer_by_text.get(text, ""))
+        shown.append(_shown_row(row, tuple(row_sides), value, other_answer))
 
     # The filters that show at least one row.
     filters = []

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from trainer.data.document import Document, SourceRow
     from trainer.evaluation.base import TaskConfig
     from trainer.evaluation.tasks.model_interface import ModelInterface
+
+
+RowKey = tuple[str, int]
+"""(location of a row, how many rows before it have the same location)."""
 
 
 @dataclass(slots=True)
@@ -144,8 +149,8 @@ class Task(ABC):
     """Whether it asks the judge of `evaluation.judge`."""
     max_resamples: ClassVar[int] = 1000
     """Most resamples of a metric that is no ratio: each one is computed from scratch, which is slow."""
-    opponent_answers: Mapping[str, str] | None = None
-    """Answers of the other model in a comparison, by `where`; None until it was asked."""
+    opponent_answers: Mapping[RowKey, str] | None = None
+    """Answers of the other model in a comparison, by the keys that `row_keys` gives their rows; None until it was asked."""
     is_opponent: bool = False
     """Whether the model that is asked now is the one that another model is compared with."""
 
@@ -294,6 +299,26 @@ def last_user_turn(document: Document | None) -> str:
         if turn["role"] == "user":
             return str(turn["content"])
     return ""
+
+
+def row_keys(locations: Iterable[str]) -> list[RowKey]:
+    """A key for each row of a task: its location, and how many rows before it have the same location.
+
+    All rows of a JSON list that is written on one line have one location: ["a.json:1", "a.json:1"] -> [("a.json:1", 0),
+    ("a.json:1", 1)].
+    """
+    num_by_location: Counter[str] = Counter()
+    keys = []
+    for location in locations:
+        keys.append((location, num_by_location[location]))
+        num_by_location[location] += 1
+    return keys
+
+
+def answers_by_key(rows: Sequence[TaskRow]) -> dict[RowKey, str]:
+    """The answer of each row by its key (see `row_keys`)."""
+    keys = row_keys(row.where for row in rows)
+    return {key: row.answer for key, row in zip(keys, rows, strict=True)}
 
 
 def shorten_prompt(prompt: str) -> str:

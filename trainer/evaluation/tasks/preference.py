@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from strategies.errors import ConfigError
 from trainer.evaluation.endpoint.judge import request_text
-from trainer.evaluation.tasks.base import TaskCase, TaskMetric, TaskRow
+from trainer.evaluation.tasks.base import TaskCase, TaskMetric, TaskRow, row_keys
 from trainer.evaluation.tasks.judged import NOTE_CHARACTERS, JudgedTask, raise_if_no_verdict_parsed
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.written import REFERENCES_COLUMN
@@ -114,13 +114,14 @@ class PreferenceTask(JudgedTask):
                     "against=base, a run, a model or a report"
                 )
             return [None] * len(cases)  # the opponent answers first, and there is nobody to compare it with yet
-        for case in cases:
-            if case.location not in self.opponent_answers:
+        keys = row_keys(case.location for case in cases)
+        for key in keys:
+            if key not in self.opponent_answers:
                 raise ConfigError(
-                    f"{self.config_key}.options.opponent=other: the other model has not answered {case.location}; "
+                    f"{self.config_key}.options.opponent=other: the other model has not answered {key[0]}; "
                     "ask it the same rows"
                 )
-        return [self.opponent_answers[case.location] for case in cases]
+        return [self.opponent_answers[key] for key in keys]
 
     def _judge_question(self, request: str, answer: str, opponent: str, *, swapped: bool) -> str:
         """The judge's prompt with both answers as A and B. `swapped`: the opponent's answer is A, the model's own is B."""
