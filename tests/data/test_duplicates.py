@@ -35,12 +35,12 @@ def text_document(text, line=1, **more):
 def decide(documents, config=NEAR):
     columns, policies = Signer(config).sign(documents), duplicate_policies(config)
     found = find_duplicates(config, columns, lambda row: compared_text(documents[row], config.text))
-    kinds = {kind: found.kind == 1 + COPY_KINDS.index(kind) for kind in policies}
+    kinds = {kind: found.copy_kind == 1 + COPY_KINDS.index(kind) for kind in policies}
     dropped = [copies for kind, copies in kinds.items() if policies[kind] is DuplicatePolicy.drop]
     kept = ~np.any([np.zeros(len(documents), bool), *dropped], axis=0)
     report = {kind: int(copies.sum()) for kind, copies in kinds.items()}
     return SimpleNamespace(
-        representative=found.representative, kind=found.kind, kept=kept, report=report, search=found.search
+        representative=found.representative, kind=found.copy_kind, kept=kept, report=report, search=found.search_report
     )
 
 

@@ -126,7 +126,7 @@ def planned():
         choice = SimpleNamespace(
             variant=SimpleNamespace(config=config, name=name, offload=False, overrides=()), overrides=(f"strategy={name}",),
             micro=1, largest_micro=2, peak=peak, fit=fit, step=step, tokens_per_s=4605.0, host_gib=6.0, node_gib=None,
-            hours=0.6, price=2.43, fits=fit.margin >= 0, fits_host=True, round=None,
+            hours=0.6, price=2.43, fits=fit.margin_bytes >= 0, fits_host=True, round=None,
         )  # fmt: skip
         choices.append(choice)
     lengths = SimpleNamespace(mean=2048.0, longest=[2048])

@@ -210,7 +210,10 @@ def words(root, monkeypatch):
         ("model.path=t5 objective=seq2seq data.over_length=split", "would separate a prompt from its answer"),
         ("model.path=t5 objective=seq2seq data.format=text", "data.format=text: objective=seq2seq reads a prompt"),
         ("model.path=t5 objective=seq2seq tuning=lora model.add_tokens=[x]", "set tuning=full with objective=seq2seq"),
-        ("model.path=t5 objective=seq2seq tuning=prompt", "tuning=prompt with objective=seq2seq: it is made for models"),
+        (
+            "model.path=t5 objective=seq2seq tuning=prompt",
+            "tuning=prompt with objective=seq2seq: it is made for models",
+        ),
         ("model.path=t5 objective=seq2seq strategy.activation_checkpointing=auto", "set it to none, selective or full"),
         ("model.path=t5 objective=seq2seq objective.max_target=1", "objective.max_target=1: must be at least 2"),
         ("model.path=t5 objective=seq2seq evaluation.generate.samples=5", "there is no evaluation data"),

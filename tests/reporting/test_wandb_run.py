@@ -226,7 +226,8 @@ def test_wandb_run_says_how_it_ended():
         and RunEnding.from_error(LeaseLost("x")).state is RunState.preempted
     )
     assert (
-        RunEnding.from_error(Diverged("x")).alert is Alert.diverged and RunEnding.by(RuntimeError("x")).exit_code == 70
+        RunEnding.from_error(Diverged("x")).alert is Alert.diverged
+        and RunEnding.from_error(RuntimeError("x")).exit_code == 70
     )
     assert RunEnding.from_error(KeyboardInterrupt()).exit_code == 130 and RunEnding(RunState.done).alert is None
     went_on = RunEnding(RunState.done, diverged=True)
