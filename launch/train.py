@@ -135,12 +135,12 @@ def _train_or_show(arguments: TrainArguments) -> int:
     """
     with importing_without_gc("torch"):
         from launch.config.compose import compose_config
-        from launch.sweep.sweeper import is_search
+        from launch.sweep.sweeper import is_search_requested
 
     settings = arguments.settings
     if arguments.multirun:
         return _run_or_show_points(arguments)
-    if is_search(settings):
+    if is_search_requested(settings):
         raise ConfigError("sweeper=: a search is of several runs; add -m, as in shardtune train -m sweeper=optuna ...")
     if arguments.shown_config is not None:
         show_config.print_config(compose_config(settings, check=False), arguments.shown_config)
@@ -160,14 +160,16 @@ def _train_or_show(arguments: TrainArguments) -> int:
 def _run_or_show_points(arguments: TrainArguments) -> int:
     """Train the runs of a sweep or a search, or print them; returns the exit code."""
     from launch.sweep.multirun import run_all_points
-    from launch.sweep.sweeper import is_search
+    from launch.sweep.sweeper import is_search_requested
 
     print_point = None
     if arguments.shown_config is not None or arguments.dry_run:
         print_point = partial(show_point, shown_config=arguments.shown_config)
-    if is_search(arguments.settings):
+    if is_search_requested(arguments.settings):
         return _run_or_show_search(arguments.settings, print_point)
-    return run_all_points(arguments.settings, launch=launch_run, show=print_point, check=arguments.shown_config is None)
+    return run_all_points(
+        arguments.settings, run_point=launch_run, show_point=print_point, check=arguments.shown_config is None
+    )
 
 
 def _print_dry_run(overrides: list[str], *, as_json: bool) -> int:
@@ -203,18 +205,18 @@ def _run_or_show_search(arguments: list[str], print_point: Callable[[ComposedCon
 
     With `print_point`, print the plan of the search, and its first run by that function, instead.
     """
-    from launch.sweep.search import run_search, start_trial
-    from launch.sweep.sweeper import chosen_sweeper_name, plan_search, search_listing
+    from launch.sweep.search import run_search, run_trial_to_end
+    from launch.sweep.sweeper import plan_search, requested_sweeper_name, search_summary_text
     from launch.sweep.wandb_sweep_file import write_sweep_file
 
-    if chosen_sweeper_name(arguments) == "wandb":
+    if requested_sweeper_name(arguments) == "wandb":
         return write_sweep_file(arguments, print_only=print_point is not None)
     search = plan_search(arguments)
     if print_point is not None:
-        print(f"# {search_listing(search)}\n# the first one could be:".replace("\n  ", "\n#   "))
+        print(f"# {search_summary_text(search)}\n# the first one could be:".replace("\n  ", "\n#   "))
         print_point(search.first_trial)
         return 0
-    return run_search(search, search.directory, start_trial)
+    return run_search(search, search.directory, run_trial_to_end)
 
 
 def show_point(composed: ComposedConfig, *, shown_config: str | None) -> None:

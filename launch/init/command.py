@@ -55,7 +55,7 @@ that you type override that file. A setting that has no equal here is listed wit
 end of the new file.
 
 {help_rows(InitArguments)}"""
-WIDTH = 80
+ANSWER_WIDTH_COLUMNS = 80
 """Columns of the answer in a terminal."""
 HOW_TO_EDIT = [
     "A setting behind a `#` has the value shown unless it is set: remove the mark to set it. All are in docs/config.md."
@@ -69,27 +69,27 @@ NOT_NEEDED_TITLE = "needs no setting here"
 class InitResult:
     """The file that was written, and what the user should know about it."""
 
-    to: str
+    written_file: str
     settings: dict[str, Any]
     """The settings of the file, by full key, the choices of groups included."""
     converted: ConvertedSettings | None = None
-    to_settle: list[str] = field(default_factory=list)
+    problems_to_settle: list[str] = field(default_factory=list)
     """Problems for which `train` would refuse the file as it is; the user has to settle them."""
-    replaced: list[str] = field(default_factory=list)
+    overridden_names: list[str] = field(default_factory=list)
     """Settings of the other trainer's file that a setting of the command line overrides."""
 
 
 def main(argv: list[str]) -> int:
     """Run `shardtune init` with the arguments `argv`: write a settings file, and print what is in it; returns the exit code.
 
-    The file comes from another trainer's file, or from settings on the command line alone. Errors: ConfigError, StorageError.
+    The file comes from another trainer's file, or from settings on the command line alone. Raises ConfigError or StorageError.
     """
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
     arguments, problems = read_arguments("init", InitArguments, argv)
     if arguments.to is not None:
-        problems += _target_problems(arguments.to)
+        problems += _target_file_problems(arguments.to)
     if problems:
         raise ConfigError(problems)
     if arguments.source is not None:
@@ -100,75 +100,78 @@ def main(argv: list[str]) -> int:
     if arguments.as_json:
         print_json(init_result_as_json(result))
     else:
-        print("\n".join(result_lines(result)))
+        print("\n".join(init_result_lines(result)))
     return 0
 
 
-def _target_problems(to: Path) -> Iterator[str]:
-    """Error messages for a file that cannot be written as `to`: a wrong suffix, an existing file, no directory for it."""
-    if to.suffix not in YAML_SUFFIXES:
-        yield f"to={to}: must end in .yaml, so that `shardtune train {to}.yaml` takes it"
-    if to.exists() or to.is_symlink():
-        yield f"to={to}: is there already, and is not overwritten; name another file, or remove it"
-    if not to.parent.is_dir():
-        yield f"to={to}: there is no directory {to.parent}; make it first"
+def _target_file_problems(target: Path) -> Iterator[str]:
+    """Error messages for a file that cannot be written as `to=`: a wrong suffix, an existing file, no directory for it."""
+    if target.suffix not in YAML_SUFFIXES:
+        yield f"to={target}: must end in .yaml, so that `shardtune train {target}.yaml` takes it"
+    if target.exists() or target.is_symlink():
+        yield f"to={target}: is there already, and is not overwritten; name another file, or remove it"
+    if not target.parent.is_dir():
+        yield f"to={target}: there is no directory {target.parent}; make it first"
 
 
 def _file_from_settings(arguments: list[str], target: Path) -> tuple[InitResult, str]:
     """(result, text of the settings file) from settings alone. Raises ConfigError if a run could not start with them."""
     from launch.config.compose import compose_config
 
-    _refuse_resets(arguments)
+    _raise_if_any_reset(arguments)
     compose_config(arguments)
-    head = [f"Settings of a run, written by `shardtune init`. Train with: shardtune train {target}", *HOW_TO_EDIT]
-    return _build_file(arguments, target, None, head)
+    head_sentences = [
+        f"Settings of a run, written by `shardtune init`. Train with: shardtune train {target}",
+        *HOW_TO_EDIT,
+    ]
+    return _build_settings_file(arguments, target, None, head_sentences)
 
 
 def _file_from_other_trainer(source: str, cli_settings: list[str], target: Path) -> tuple[InitResult, str]:
     """(result, text of the settings file) from the file `source` of another trainer, whose settings `cli_settings` ones override.
 
     The file may still have problems for which a run is refused: they are listed, and do not keep it from being written.
-    Errors: ConfigError if the file cannot be read, or a setting of the command line cannot be used.
+    Raises ConfigError if the file cannot be read, or a setting of the command line cannot be used.
     """
     from launch.config.compose import compose_config
     from launch.config.hints import num_requested_ranks
     from launch.config.importers.files import convert_settings_file
 
-    _refuse_resets(cli_settings)
+    _raise_if_any_reset(cli_settings)
     values_by_key = dict(setting.partition("=")[::2] for setting in cli_settings)
     # The number of ranks is needed, because the other trainer's batch is that of a rank, and ours of all.
     ranks = num_requested_ranks(values_by_key, {})
     converted = convert_settings_file(Path(source), ranks)
-    replaced = _drop_overridden_settings(converted, cli_settings)
+    overridden_names = _drop_overridden_settings(converted, cli_settings)
     arguments = _overrides_that_compose(converted, cli_settings)
-    to_settle: list[str] = []
+    problems_to_settle: list[str] = []
     try:
         compose_config(arguments)
     except ConfigError as error:
-        to_settle = error.problems
-    head = [
+        problems_to_settle = error.problems
+    head_sentences = [
         f"Settings of a run, written by `shardtune init from={source}`, a file of {converted.trainer}. Train with: shardtune "
         f"train {target}",
         "A comment behind a setting says what it was there. What has no equal here is listed at the end.",
         *HOW_TO_EDIT,
     ]
-    result, contents = _build_file(arguments, target, converted, head, to_settle)
-    result.to_settle = to_settle
-    result.replaced = replaced
+    result, contents = _build_settings_file(arguments, target, converted, head_sentences, problems_to_settle)
+    result.problems_to_settle = problems_to_settle
+    result.overridden_names = overridden_names
     return result, contents
 
 
 def _overrides_that_compose(converted: ConvertedSettings, cli_settings: list[str]) -> list[str]:
     """The overrides of the other trainer's file, without those that cannot be used, then those of the command line.
 
-    Those are withdrawn from `converted`, each with its reason, until the rest composes to a configuration.
-    Errors: ConfigError if a setting of the command line cannot be used.
+    Overrides that cannot be used are withdrawn from `converted`, each with its reason, until the rest composes.
+    Raises ConfigError if a setting of the command line cannot be used.
     """
     from launch.config.compose import compose_config
 
     # Repeated, because a value that could not be read may have hidden a problem of another setting.
     while True:
-        file_overrides = _escaped_overrides(converted)
+        file_overrides = _escaped_overrides_by_key(converted)
         arguments = [f"{key}={value}" for key, value in file_overrides.items()] + cli_settings
         try:
             compose_config(arguments, check=False)
@@ -188,14 +191,14 @@ def _overrides_that_compose(converted: ConvertedSettings, cli_settings: list[str
             converted.withdraw(key, reason_by_key[key])
 
 
-def _refuse_resets(arguments: list[str]) -> None:
-    """Refuse arguments such as `~optim.lr`, which reset a setting of an experiment file. Errors: ConfigError."""
+def _raise_if_any_reset(arguments: list[str]) -> None:
+    """Raise ConfigError for arguments such as `~optim.lr`, which reset a setting of an experiment file."""
     resets = [argument for argument in arguments if argument.startswith("~")]
     if resets:
         raise ConfigError([f"{argument}: a new file has nothing to go back from; leave it out" for argument in resets])
 
 
-def _escaped_overrides(converted: ConvertedSettings) -> dict[str, str]:
+def _escaped_overrides_by_key(converted: ConvertedSettings) -> dict[str, str]:
     """Values by key from the other trainer's file. `${...}` in them is escaped, so that it reads no variables of this machine."""
     from trainer.reporting.settings_file import escape_interpolations
 
@@ -225,50 +228,52 @@ def _drop_overridden_settings(converted: ConvertedSettings, cli_settings: list[s
     return replaced
 
 
-def _build_file(
+def _build_settings_file(
     arguments: list[str],
     target: Path,
     converted: ConvertedSettings | None,
-    head: list[str],
-    to_settle: list[str] | None = None,
+    head_sentences: list[str],
+    problems_to_settle: list[str] | None = None,
 ) -> tuple[InitResult, str]:
     """(result, text of the settings file) from settings (`arguments`) that compose to a configuration.
 
-    `head` are the sentences at the top of the file, `to_settle` the problems that are listed at its end.
+    `head_sentences`: those at the top of the file. `problems_to_settle`: those that are listed at its end.
     """
     from launch.config.overrides import parse_overrides
-    from launch.init.file import as_comments, settings_file_text
+    from launch.init.file import comment_lines_of_sentences, settings_file_text
 
     parsed = parse_overrides(arguments)
     foreign_text_by_key = {}  # such as {"optim.lr": "learning_rate: 2e-5"}
     if converted is not None:
         foreign_text_by_key = {key: "; ".join(map(str, sources)) for key, sources in converted.sources_by_key.items()}
-    tail = _closing_sentences(converted, to_settle or [])
-    contents = settings_file_text(as_comments(head), parsed, foreign_text_by_key, as_comments(tail))
+    tail = _closing_sentences(converted, problems_to_settle or [])
+    contents = settings_file_text(
+        comment_lines_of_sentences(head_sentences), parsed, foreign_text_by_key, comment_lines_of_sentences(tail)
+    )
     settings: dict[str, Any] = dict(parsed.choices)
     for setting in parsed.values:
         settings[setting.key.removesuffix("_")] = setting.value
     return InitResult(str(target), settings, converted), contents
 
 
-def _closing_sentences(converted: ConvertedSettings | None, to_settle: list[str]) -> list[str]:
-    """Lines at the end of the file: problems for the user to solve (`to_settle`), and what of the other file has no equal here.
+def _closing_sentences(converted: ConvertedSettings | None, problems_to_settle: list[str]) -> list[str]:
+    """Lines at the end of the file: problems for the user to solve, and what of the other file has no equal here.
 
     Empty for a file that was not converted.
     """
     if converted is None:
         return []
     lines: list[str] = []
-    for title, entries in _report_sections(converted, to_settle):
+    for title, entries in _report_sections(converted, problems_to_settle):
         if entries:
             lines += ["", f"{title}:", *(f"- {entry}" for entry in entries)]
     return lines[1:]  # an empty line stands between sections, not before the first one
 
 
-def _report_sections(converted: ConvertedSettings, to_settle: list[str]) -> list[tuple[str, list[str]]]:
+def _report_sections(converted: ConvertedSettings, problems_to_settle: list[str]) -> list[tuple[str, list[str]]]:
     """(title, entries) of what the user should know about a converted file, the most important first; entries may be empty."""
     return [
-        ("to settle before it trains", to_settle),
+        ("to settle before it trains", problems_to_settle),
         (
             "empty there, so nothing was said",
             [", ".join(converted.names_without_value)] if converted.names_without_value else [],
@@ -280,7 +285,7 @@ def _report_sections(converted: ConvertedSettings, to_settle: list[str]) -> list
 
 
 def _write_new_file(path: Path, contents: str) -> None:
-    """Write a file that must not exist yet. Errors: ConfigError if it does, StorageError."""
+    """Write a file that must not exist yet. Raises ConfigError if it does, StorageError if it cannot be written."""
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(contents)
@@ -292,7 +297,7 @@ def _write_new_file(path: Path, contents: str) -> None:
 
 def init_result_as_json(result: InitResult) -> dict[str, Any]:
     """What `init --json` prints: the file, its settings and, for a converted file, what became of each setting."""
-    answer: dict[str, Any] = {"to": result.to, "settings": result.settings}
+    answer: dict[str, Any] = {"to": result.written_file, "settings": result.settings}
     converted = result.converted
     if converted is not None:
         answer |= {
@@ -302,24 +307,30 @@ def init_result_as_json(result: InitResult) -> dict[str, Any]:
             "differs": list(map(asdict, converted.remarks)),
             "needless": list(map(asdict, converted.not_needed)),
             "empty": converted.names_without_value,
-            "replaced": result.replaced,
-            "to_settle": result.to_settle,
+            "replaced": result.overridden_names,
+            "to_settle": result.problems_to_settle,
         }
     return answer
 
 
-def result_lines(result: InitResult) -> list[str]:
+def init_result_lines(result: InitResult) -> list[str]:
     """What `init` prints, in 80 columns: the file, the command that trains with it, and what to know of a converted file."""
     converted = result.converted
     trainer_text = f" of {converted.trainer}" if converted else ""
-    lines = [f"{result.to}: written, {len(result.settings)} settings{trainer_text}", f"  shardtune train {result.to}"]
+    lines = [
+        f"{result.written_file}: written, {len(result.settings)} settings{trainer_text}",
+        f"  shardtune train {result.written_file}",
+    ]
     if converted is None:
         return lines
-    for title, entries in [("typed instead", result.replaced), *_report_sections(converted, result.to_settle)]:
+    for title, entries in [
+        ("typed instead", result.overridden_names),
+        *_report_sections(converted, result.problems_to_settle),
+    ]:
         if not entries:
             continue
         if title == NOT_NEEDED_TITLE:  # only the names, because there are usually dozens; the file has the reasons
-            title = f"{title} (why: {result.to})"
+            title = f"{title} (why: {result.written_file})"
             entries = [", ".join(note.setting for note in converted.not_needed)]
         lines.append(f"{title}:")
         for entry in entries:
@@ -330,7 +341,12 @@ def result_lines(result: InitResult) -> list[str]:
 
 
 def _wrap_entry(entry: str) -> list[str]:
-    """An entry of a section as lines of at most `WIDTH` columns; names and paths are never broken."""
+    """An entry of a section as lines of at most `ANSWER_WIDTH_COLUMNS` columns; names and paths are never broken."""
     return textwrap.wrap(
-        entry, WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False, break_long_words=False
+        entry,
+        ANSWER_WIDTH_COLUMNS,
+        initial_indent="  ",
+        subsequent_indent="    ",
+        break_on_hyphens=False,
+        break_long_words=False,
     )

@@ -23,9 +23,9 @@ from trainer.config.run import RunConfig
 if TYPE_CHECKING:
     from launch.config.overrides import ParsedOverrides
 
-WIDTH = 100
+COMMENT_WIDTH_COLUMNS = 100
 """Columns of the comments in the file."""
-OFTEN_CHANGED = """
+_SHOWN_KEYS_TEXT = """
 run.dir run.seed model.path model.tokenizer model.attention model.quantisation data.path data.eval_path data.eval_share
 data.format data.max_length data.packing data.over_length batch.global batch.micro budget.steps budget.epochs budget.tokens
 precision tuning.targets tuning.rank tuning.alpha tuning.dropout tuning.modules_to_save objective.beta
@@ -35,11 +35,11 @@ evaluation.every_steps evaluation.patience checkpoint.every_steps checkpoint.eve
 logging.every_steps logging.wandb logging.project launcher.processes launcher.nodes launcher.partition launcher.account
 launcher.time launcher.gpus_per_node
 """
-SHOWN_KEYS = frozenset(OFTEN_CHANGED.split())
+SHOWN_KEYS = frozenset(_SHOWN_KEYS_TEXT.split())
 """Settings that the file shows as comments if they are not set, unless the choices of the file do not have them."""
 
 
-def default_config(choices: Mapping[str, str]) -> RunConfig:
+def default_run_config(choices: Mapping[str, str]) -> RunConfig:
     """Every setting with its default under these choices (`{"tuning": "lora"}`), `auto` not resolved yet."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
@@ -52,11 +52,11 @@ def default_config(choices: Mapping[str, str]) -> RunConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class FileContext:
+class SettingsFileContext:
     """What every part of a settings file is written from."""
 
     choices: Mapping[str, str]
-    """The choices that were typed, by group."""
+    """The choices of the user, by group, such as {"tuning": "lora"}."""
     defaults: RunConfig
     """Every setting under these choices, with its default."""
     foreign_text_by_key: Mapping[str, str]
@@ -71,8 +71,8 @@ def settings_file_text(
     `parsed`: the settings, which must compose. `foreign_text_by_key` is what a setting was in another trainer's file, by our
     key. `head` and `tail` are lines of comments.
     """
-    context = FileContext(parsed.choices, default_config(parsed.choices), foreign_text_by_key)
-    set_values = nested_values(parsed)
+    context = SettingsFileContext(parsed.choices, default_run_config(parsed.choices), foreign_text_by_key)
+    set_values = nested_setting_values(parsed)
     lines = [*head, ""]
     # Without the groups in GROUPS_CHOSEN_BY_NAME, whose choice stands in their block, as `name`.
     listed_choices = {group: choice for group, choice in parsed.choices.items() if group not in GROUPS_CHOSEN_BY_NAME}
@@ -102,7 +102,7 @@ def settings_file_text(
     return "\n".join([*lines, *tail]).rstrip() + "\n"
 
 
-def nested_values(parsed: ParsedOverrides) -> dict[str, Any]:
+def nested_setting_values(parsed: ParsedOverrides) -> dict[str, Any]:
     """The values of all overrides as nested dictionaries, as YAML has them: `optim.lr=1e-4` becomes `{"optim": {"lr": 1e-4}}`."""
     tree: dict[str, Any] = {}
     for key, value, *_ in parsed.values:
@@ -118,7 +118,7 @@ def nested_values(parsed: ParsedOverrides) -> dict[str, Any]:
     return tree
 
 
-def yaml_value(value: Any) -> str:
+def one_line_yaml(value: Any) -> str:
     """A value in YAML on one line: `[q_proj, v_proj]`, `2.0e-05`, `null`."""
     import yaml
 
@@ -140,7 +140,7 @@ def _without_enums(value: Any) -> Any:
     return value
 
 
-def _lines_of_group(name: str, annotation: type, set_values: dict[str, Any], context: FileContext) -> list[str]:
+def _lines_of_group(name: str, annotation: type, set_values: dict[str, Any], context: SettingsFileContext) -> list[str]:
     """The lines of one group of settings, such as `optim`; empty if nothing in it is set or shown.
 
     `annotation` is the group's class, `set_values` are its values that are set. For example:
@@ -152,7 +152,7 @@ def _lines_of_group(name: str, annotation: type, set_values: dict[str, Any], con
     # The choice of a group such as `optim` is written as its `name`, and decides which class its settings have.
     if name in GROUPS_CHOSEN_BY_NAME:
         chosen = context.choices.get(name)
-        choice = chosen or str(yaml_value(group_defaults.name))
+        choice = chosen or str(one_line_yaml(group_defaults.name))
         if name in settings_classes_by_group():
             settings_class = settings_class_of(name, choice)
         choices = ", ".join(choices_by_group()[name])
@@ -174,7 +174,13 @@ def _lines_of_group(name: str, annotation: type, set_values: dict[str, Any], con
 
 
 def _lines_of_block(
-    prefix: str, settings_class: type, defaults: Any, set_values: dict[str, Any], context: FileContext, *, depth: int
+    prefix: str,
+    settings_class: type,
+    defaults: Any,
+    set_values: dict[str, Any],
+    context: SettingsFileContext,
+    *,
+    depth: int,
 ) -> list[str]:
     """The lines of the settings of a class that are set or shown; an inner class is there if something in it is set.
 
@@ -205,7 +211,7 @@ def _lines_of_block(
     return lines
 
 
-def _lines_of_batch(set_values: dict[str, Any], context: FileContext) -> list[str]:
+def _lines_of_batch(set_values: dict[str, Any], context: SettingsFileContext) -> list[str]:
     """The lines of the group `batch`, which is a dictionary and no class: both of its settings, set or commented out."""
     lines = []
     for name in ("global", "micro"):
@@ -214,24 +220,24 @@ def _lines_of_batch(set_values: dict[str, Any], context: FileContext) -> list[st
 
 
 def _lines_of_setting(
-    key: str, name: str, set_values: Mapping[str, Any], default: Any, indent: str, context: FileContext
+    key: str, name: str, set_values: Mapping[str, Any], default: Any, indent: str, context: SettingsFileContext
 ) -> list[str]:
     """The lines of one setting: its value if it is set, otherwise its default as a comment.
 
     A dictionary has a line for its name and one for each entry. `key`: the full key. `name`: the name in `set_values`.
     """
     if name not in set_values:
-        return [f"{indent}# {name}: {yaml_value(default)}"]
+        return [f"{indent}# {name}: {one_line_yaml(default)}"]
     value = set_values[name]
     if not isinstance(value, dict) or not value:
-        return [f"{indent}{yaml_value(name)}: {yaml_value(value)}{_origin_comment(key, context)}"]
-    lines = [f"{indent}{yaml_value(name)}:{_origin_comment(key, context)}"]
+        return [f"{indent}{one_line_yaml(name)}: {one_line_yaml(value)}{_origin_comment(key, context)}"]
+    lines = [f"{indent}{one_line_yaml(name)}:{_origin_comment(key, context)}"]
     for entry_name in value:
         lines += _lines_of_setting(f"{key}.{entry_name}", entry_name, value, None, f"{indent}  ", context)
     return lines
 
 
-def _origin_comment(key: str, context: FileContext) -> str:
+def _origin_comment(key: str, context: SettingsFileContext) -> str:
     """A comment on what a setting was in another trainer's file: `  # learning_rate: 2e-5`; empty if it comes from elsewhere."""
     if key not in context.foreign_text_by_key:
         return ""
@@ -239,7 +245,7 @@ def _origin_comment(key: str, context: FileContext) -> str:
     return f"  # {one_line}"
 
 
-def as_comments(sentences: list[str]) -> list[str]:
+def comment_lines_of_sentences(sentences: list[str]) -> list[str]:
     """Sentences as lines of comments; an empty sentence is an empty comment."""
     lines = []
     for sentence in sentences:
@@ -248,11 +254,11 @@ def as_comments(sentences: list[str]) -> list[str]:
 
 
 def _comment_lines(sentence: str, indent: str) -> list[str]:
-    """A sentence as comment lines of at most `WIDTH` columns, each after `indent`; names and paths are never broken."""
+    """A sentence as comment lines, each after `indent`, in `COMMENT_WIDTH_COLUMNS` columns; names and paths are never broken."""
     line_start = f"{indent}# "
     return textwrap.wrap(
         " ".join(sentence.split()),
-        WIDTH,
+        COMMENT_WIDTH_COLUMNS,
         initial_indent=line_start,
         subsequent_indent=line_start,
         break_on_hyphens=False,

@@ -63,13 +63,13 @@ datacard.md. quarantine.jsonl lists the rows that cannot be used, and dropped.js
 def main(argv: list[str]) -> int:
     """Run `shardtune prepare` with the arguments `argv`: prepare a run's data, a shard of it, or print it; returns the exit code.
 
-    Errors: ConfigError, DataError, StorageError.
+    Raises ConfigError for wrong settings, DataError for data that cannot be used, StorageError.
     """
     if "--print" in argv:  # has arguments of its own, which `read_arguments` would refuse
         from launch.prepare import print_documents
 
         other_arguments = [argument for argument in argv if argument != "--print"]
-        return print_documents.main(other_arguments, lambda arguments: prepared_data(arguments)[1])
+        return print_documents.main(other_arguments, lambda settings: prepare_data_of_run(settings).directory)
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
@@ -80,30 +80,32 @@ def main(argv: list[str]) -> int:
         from trainer.data.cache import parse_shard
 
         shard = parse_shard(arguments.shard)
-        _prepare(arguments.settings, shard)
+        _prepare_data_or_shard(arguments.settings, shard=shard)
         shard_number, shard_count = shard
         print(f"shard {shard_number} of {shard_count}: done; when all are, the same command without --shard merge them")
         return 0
-    report, directory, cached = prepared_data(arguments.settings)
+    data = prepare_data_of_run(arguments.settings)
+    was_in_cache = data.report["cached"]
     if arguments.as_json:
-        print(json.dumps({"directory": str(directory), "cached": cached, "report": report}, ensure_ascii=False))
+        answer = {"directory": str(data.directory), "cached": was_in_cache, "report": data.report}
+        print(json.dumps(answer, ensure_ascii=False))
     else:
-        print_audit(report, directory, cached=cached)
+        print_audit(data.report, data.directory, cached=was_in_cache)
     return 0
 
 
-def prepared_data(arguments: list[str]) -> tuple[dict[str, Any], Path, bool]:
-    """Prepare the data of a run, unless it is in the cache; returns (audit report, directory, whether it was in the cache).
+def prepare_data_of_run(settings: list[str]) -> PreparedData:
+    """Prepare the data of a run with these settings, or take it from the cache. Its `report` is that of the audit.
 
-    `arguments`: the settings of the run.
+    Raises ConfigError for settings of the data, the model or the objective that cannot be used.
     """
-    data = _prepare(arguments, None)
-    assert data is not None
-    return data.report, data.directory, data.report["cached"]
+    data = _prepare_data_or_shard(settings, shard=None)
+    assert data is not None  # None is returned for a shard alone
+    return data
 
 
-def _prepare(arguments: list[str], shard: tuple[int, int] | None) -> PreparedData | None:
-    """Prepare the data of a run with these arguments, or take it from the cache.
+def _prepare_data_or_shard(settings: list[str], *, shard: tuple[int, int] | None) -> PreparedData | None:
+    """Prepare the data of a run with these settings, or take it from the cache.
 
     `shard`: (index, number of shards) of the only part to prepare, which a later call merges with the others; None is returned
     then. Raises ConfigError for settings of the data, the model or the objective that cannot be used.
@@ -112,7 +114,7 @@ def _prepare(arguments: list[str], shard: tuple[int, int] | None) -> PreparedDat
         from launch.config.compose import compose_config
         from trainer.config.validate import config_problems
 
-    config = compose_config(arguments, check=False).config
+    config = compose_config(settings, check=False).config
     # Preparing needs no budget or batch, so what is wrong with other settings does not matter here.
     relevant_keys = ("data.", "model.", "objective")
     problems = [problem for problem in config_problems(config) if key_of_problem(problem).startswith(relevant_keys)]

@@ -26,7 +26,7 @@ from trainer.reporting.run_record import RUN_RECORD, read_run_record
 if TYPE_CHECKING:
     from trainer.data.report.inspection import PreparedEntry
 
-MAX_ROWS = 1000
+MAX_SHOWN_SEQUENCES = 1000
 """Sequences that one call decodes at most."""
 
 
@@ -74,7 +74,7 @@ def read_print_arguments(argv: list[str]) -> PrintArguments:
     return arguments
 
 
-def directory_in_arguments(arguments: list[str]) -> Path | None:
+def directory_argument_or_none(arguments: list[str]) -> Path | None:
     """The directory if `arguments` is the path of one; None if they are settings of a run. Raises ConfigError for a mixture.
 
     ["runs/first"] -> Path("runs/first"); ["data.path=a.jsonl", "settings.yaml"] -> None.
@@ -101,7 +101,7 @@ def directory_in_arguments(arguments: list[str]) -> Path | None:
 
 
 def main(argv: list[str], prepare: Callable[[list[str]], Path]) -> int:
-    """Run `shardtune prepare --print` with the other arguments; returns the exit code. Errors: ConfigError, DataError.
+    """Run `shardtune prepare --print` with the other arguments; returns the exit code. Raises ConfigError or DataError.
 
     `prepare` prepares the data of a run from its settings, and returns the directory of the data.
     """
@@ -109,13 +109,13 @@ def main(argv: list[str], prepare: Callable[[list[str]], Path]) -> int:
         show_help(USAGE)
         return 0 if argv else 64
     arguments = read_print_arguments(argv)
-    directory = directory_in_arguments(arguments.data)
+    directory = directory_argument_or_none(arguments.data)
     if directory is None:
         directory = prepare(arguments.data)
-    return print_prepared(directory, arguments)
+    return print_prepared_data(directory, arguments)
 
 
-def print_prepared(directory: Path, arguments: PrintArguments) -> int:
+def print_prepared_data(directory: Path, arguments: PrintArguments) -> int:
     """Print splits, lengths and decoded sequences of prepared data, as `arguments` says; returns the exit code.
 
     `directory`: of prepared data, or of a run. Everything that can be refused is looked up before the first line is printed.
@@ -129,11 +129,11 @@ def print_prepared(directory: Path, arguments: PrintArguments) -> int:
 
     # Which split, and which of its sequences (`num_matches`: how many contain the text of find=; None without it).
     if (directory / RUN_RECORD).is_file():
-        directory = data_directory_of(directory)
+        directory = data_directory_of_run(directory)
     prepared = find_prepared(directory)
     split = arguments.split or prepared.requested_split or next(iter(prepared.splits))
-    rows, num_matches = _sequences_to_show(prepared, split, arguments)
-    tokenizer = load_tokenizer(prepared, arguments.tokenizer) if rows else None
+    sequence_numbers, num_matches = _sequences_to_show(prepared, split, arguments)
+    tokenizer = load_tokenizer(prepared, arguments.tokenizer) if sequence_numbers else None
 
     # Print. In a pipe, rich would take 80 columns whatever COLUMNS says.
     columns = None if sys.stdout.isatty() else shutil.get_terminal_size((100, 24)).columns
@@ -147,12 +147,22 @@ def print_prepared(directory: Path, arguments: PrintArguments) -> int:
         if arguments.find is None:
             console.print(inspection.length_histogram(prepared, split, min(console.width, 100)))
     if num_matches is not None:
-        more = f", the first {len(rows)} shown; limit= shows more" if num_matches > len(rows) else ""
-        console.print(f"{num_matches:,} of {len(prepared.split(split)):,} sequences of {split} hold it{more}")
+        limit_note = (
+            f", the first {len(sequence_numbers)} shown; limit= shows more"
+            if num_matches > len(sequence_numbers)
+            else ""
+        )
+        console.print(f"{num_matches:,} of {len(prepared.split(split)):,} sequences of {split} hold it{limit_note}")
     if tokenizer is not None:
-        for row in rows:
+        for number in sequence_numbers:
             sample = inspection.render_sample(
-                prepared, split, row, tokenizer, console, show_document=arguments.documents, max_lines=arguments.lines
+                prepared,
+                split,
+                number,
+                tokenizer,
+                console,
+                show_document=arguments.documents,
+                max_lines=arguments.lines,
             )
             console.print(sample)
     elif num_matches is None:
@@ -160,11 +170,11 @@ def print_prepared(directory: Path, arguments: PrintArguments) -> int:
     return 0
 
 
-def data_directory_of(run_dir: Path) -> Path:
+def data_directory_of_run(run_dir: Path) -> Path:
     """The directory of the prepared data of a run, from its `run.json`.
 
-    A relative path there counts from the working directory or, if nothing is there, from the run directory. Errors:
-    ConfigError if the data is not there, DataError if the run's record cannot be read.
+    A relative path there counts from the working directory or, if nothing is there, from the run directory.
+    Raises ConfigError if the data is missing, DataError if the run's record cannot be read.
     """
     try:
         recorded = read_run_record(run_dir).data_directory
@@ -198,11 +208,11 @@ def _sequences_to_show(prepared: PreparedEntry, split: str, arguments: PrintArgu
 
     sequences = prepared.split(split)
     if arguments.rows is not None:
-        return parse_rows(arguments.rows, len(sequences), split), None
+        return parse_sequence_numbers(arguments.rows, len(sequences), split), None
     if arguments.random is not None:
         import numpy as np
 
-        num_samples = min(arguments.random, len(sequences), MAX_ROWS)
+        num_samples = min(arguments.random, len(sequences), MAX_SHOWN_SEQUENCES)
         sampled = np.random.default_rng(arguments.seed).choice(len(sequences), num_samples, replace=False)
         return sorted(sampled.tolist()), None
     if arguments.find is not None:
@@ -213,34 +223,36 @@ def _sequences_to_show(prepared: PreparedEntry, split: str, arguments: PrintArgu
     return [], None
 
 
-def parse_rows(rows_argument: str, length: int, split: str) -> list[int]:
-    """The sequence numbers in `[0,5,10-12]`, all below `length`. Errors: ConfigError that names every wrong entry.
+def parse_sequence_numbers(rows_argument: str, num_sequences: int, split: str) -> list[int]:
+    """The sequence numbers in `[0,5,10-12]`, all below `num_sequences`. Raises ConfigError that names every wrong entry.
 
-    `split` is the name of the split with `length` sequences, for messages.
+    "[0,5,10-12]" -> [0, 5, 10, 11, 12]. `split`: the name of the split that has `num_sequences` sequences, for messages.
     """
-    rows: list[int] = []
+    numbers: list[int] = []
     problems: list[str] = []
     for raw_entry in rows_argument.removeprefix("[").removesuffix("]").split(","):
         entry = raw_entry.strip()
         first_text, dash, last_text = entry.partition("-")
         if not dash:
             last_text = first_text
-        if not (_is_row_number(first_text) and _is_row_number(last_text)):
+        if not (_is_sequence_number(first_text) and _is_sequence_number(last_text)):
             problems.append(f"rows={entry or 'nothing'}: must be a number or a range such as 3-7, counted from 0")
             continue
         first = int(first_text)
         last = int(last_text)
-        if first > last or last >= length:
-            problems.append(f"rows={entry}: {split} has {length:,} sequences, numbered from 0 to {length - 1:,}")
-        elif len(rows) + last - first >= MAX_ROWS:
-            problems.append(f"rows={entry}: at most {MAX_ROWS} sequences in one call")
+        if first > last or last >= num_sequences:
+            problems.append(
+                f"rows={entry}: {split} has {num_sequences:,} sequences, numbered from 0 to {num_sequences - 1:,}"
+            )
+        elif len(numbers) + last - first >= MAX_SHOWN_SEQUENCES:
+            problems.append(f"rows={entry}: at most {MAX_SHOWN_SEQUENCES} sequences in one call")
         else:
-            rows += range(first, last + 1)
+            numbers += range(first, last + 1)
     if problems:
         raise ConfigError(problems)
-    return rows
+    return numbers
 
 
-def _is_row_number(text: str) -> bool:
-    """Whether a text is a row number; one of more than 15 digits is not, because it cannot be a row."""
+def _is_sequence_number(text: str) -> bool:
+    """Whether a text is a number that a sequence may have; one of more than 15 digits is too large for any data."""
     return text.isascii() and text.isdigit() and len(text) < 16

@@ -20,17 +20,24 @@ if TYPE_CHECKING:
 
 
 class RunPoint(Protocol):
-    """Runs one point to its end in `run_dir`, with `isolate` in processes of its own; returns its exit code."""
+    """Runs one point (a combination of values) to its end in `run_dir`; returns its exit code.
+
+    `isolate`: in processes of its own.
+    """
 
     def __call__(self, composed: ComposedConfig, run_dir: Path, *, isolate: bool) -> int: ...
 
 
 def run_all_points(
-    arguments: list[str], *, launch: RunPoint, show: Callable[[ComposedConfig], None] | None, check: bool
+    arguments: list[str],
+    *,
+    run_point: RunPoint,
+    show_point: Callable[[ComposedConfig], None] | None,
+    check: bool,
 ) -> int:
-    """Run every combination of the settings' values (a point) by `launch`; returns the first exit code that is not 0.
+    """Run every combination of the settings' values (a point) by `run_point`; returns the first exit code that is not 0.
 
-    `arguments`: the arguments of the command. `show`: called with each point instead of running it. `check`: whether each
+    `arguments`: the arguments of the command. `show_point`: called with each point instead of running it. `check`: whether each
     point is validated, which running needs. Raises ConfigError with the problems of all points.
     """
     from launch.cluster.array_size import refuse_large_arrays
@@ -40,7 +47,7 @@ def run_all_points(
     # Compose every point before the first one starts.
     axes = read_axes(arguments)
     points = axes.points()
-    if show is None:  # before anything is composed: that takes long for many points
+    if show_point is None:  # before anything is composed: that takes long for many points
         refuse_large_arrays(points)
     labels = [axes.describe_point(point) for point in points]
     composed_points = []
@@ -54,10 +61,10 @@ def run_all_points(
         raise ConfigError(problems)
     for line in axes.partial_setting_lines():
         print(line, file=sys.stderr)
-    if show is not None:
+    if show_point is not None:
         for number, composed in enumerate(composed_points):
             print(f"# point {number}: {labels[number]}")
-            show(composed)
+            show_point(composed)
         return 0
 
     # A directory for each point, and names for the trackers.
@@ -65,51 +72,53 @@ def run_all_points(
         base_dir = Path(composed_points[0].config.run.dir).expanduser()
     else:
         # Named by the hash of all points together, so that a requeued SLURM job finds the directory again.
-        hashes = json.dumps([composed.sha256 for composed in composed_points])
-        base_dir = default_run_dir(hashlib.sha256(hashes.encode()).hexdigest())
+        hashes_of_points = json.dumps([composed.sha256 for composed in composed_points])
+        base_dir = default_run_dir(hashlib.sha256(hashes_of_points.encode()).hexdigest())
     run_dirs = [base_dir / str(number) for number in range(len(points))]
     for point, composed in zip(points, composed_points, strict=True):
-        settings = axes.values_on_axes(point)
-        axis_arguments = [f"{key}={setting}" for key, setting in settings.items()]
-        set_point_name_in_trackers(composed.config.logging, base_dir, point_label(settings), axis_arguments)
+        value_by_key = axes.values_on_axes(point)
+        axis_arguments = [f"{key}={value}" for key, value in value_by_key.items()]
+        set_point_name_in_trackers(composed.config.logging, base_dir, point_label(value_by_key), axis_arguments)
 
     if composed_points[0].config.launcher.name.value == "slurm":
         from launch.cluster.submission import submit_array
 
         exit_code = submit_array(composed_points, run_dirs)
-        _write_workspace_and_print(run_dirs)  # each job that ends writes it anew, with what is known then
+        _write_wandb_workspace_script(run_dirs)  # each job that ends writes it anew, with what is known then
         return exit_code
-    return _run_one_by_one(composed_points, run_dirs, labels, launch)
+    return _run_points_one_by_one(composed_points, run_dirs, labels, run_point)
 
 
-def _run_one_by_one(
-    composed_points: list[ComposedConfig], run_dirs: list[Path], labels: list[str], launch: RunPoint
+def _run_points_one_by_one(
+    composed_points: list[ComposedConfig], run_dirs: list[Path], labels: list[str], run_point: RunPoint
 ) -> int:
     """Run the points one after another, print their table, and return the first exit code that is not 0.
 
-    After a point that fails, the later points still run. After a point that is stopped, they don't. Each point has processes of
+    After a point that fails, the later points still run. After a point that is stopped, they do not. Each point has processes of
     its own (`isolate`), so that neither memory nor a crash of one reaches the next.
     """
     from launch.compare.points import STOP_EXIT_CODES
-    from launch.sweep.multirun_answer import points_table
+    from launch.sweep.multirun_answer import points_table_text
 
     exit_codes: list[int] = []
     for composed, run_dir, label in zip(composed_points, run_dirs, labels, strict=True):
         print(f"[{len(exit_codes) + 1}/{len(composed_points)}] {label} -> {run_dir}", flush=True)
         try:
-            exit_code = launch(composed, run_dir, isolate=True)
+            exit_code = run_point(
+                composed, run_dir, isolate=True
+            )  # in processes of its own: its failure stops no other
         except ShardtuneError as error:
             print(f"shardtune train: {error}", file=sys.stderr)
             exit_code = error.exit_code
         exit_codes.append(exit_code)
         if exit_code in STOP_EXIT_CODES:  # the later points are not wanted now
             break
-    print(f"\n{points_table(labels, run_dirs, exit_codes)}")
-    _write_workspace_and_print(run_dirs)
+    print(f"\n{points_table_text(labels, run_dirs, exit_codes)}")
+    _write_wandb_workspace_script(run_dirs)
     return next((exit_code for exit_code in exit_codes if exit_code), 0)
 
 
-def _write_workspace_and_print(run_dirs: list[Path]) -> None:
+def _write_wandb_workspace_script(run_dirs: list[Path]) -> None:
     """Write the script that shows the points in W&B into their common directory, and print a line about it.
 
     Nothing is written or printed if the points do not log to W&B.

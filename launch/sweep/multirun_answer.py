@@ -9,7 +9,7 @@ from launch.output import TableColumn, TableRow, wrap_sentences
 from launch.output import format_table as text_table
 from strategies.errors import ConfigError
 
-COLUMNS = (
+POINT_COLUMNS = (
     TableColumn(),
     TableColumn("steps", is_number=True),
     TableColumn("loss", is_number=True),
@@ -18,11 +18,11 @@ COLUMNS = (
     TableColumn("GiB", is_number=True),
     TableColumn("point"),
 )
-REASON_INDENT = 10
-SHORT_STATES = {"failed": "failed", "preempted": "stopped", "not started": "not run"}
+REASON_INDENT_COLUMNS = 10
+LABEL_BY_RUN_STATE = {"failed": "failed", "preempted": "stopped", "not started": "not run"}
 
 
-def points_table(labels: list[str], run_dirs: list[Path], exit_codes: list[int]) -> str:
+def points_table_text(labels: list[str], run_dirs: list[Path], exit_codes: list[int]) -> str:
     """What `train -m` prints at its end: a row for each point, with its reason below if it is not done.
 
     `exit_codes` are those of the points that were started, in their order; it is shorter if the command was stopped.
@@ -38,9 +38,9 @@ def points_table(labels: list[str], run_dirs: list[Path], exit_codes: list[int])
                 reason = run.reason
             except ConfigError as error:
                 reason = " ".join(error.problems)
-        notes = wrap_sentences([reason], indent=REASON_INDENT) if reason else []
+        notes = wrap_sentences([reason], indent=REASON_INDENT_COLUMNS) if reason else []
         rows.append(TableRow((_state_cell(exit_code, run), *_metric_cells(run), label), notes))
-    return "\n".join([*text_table(COLUMNS, rows), "", f"side by side: shardtune compare {run_dirs[0].parent}"])
+    return "\n".join([*text_table(POINT_COLUMNS, rows), "", f"side by side: shardtune compare {run_dirs[0].parent}"])
 
 
 def _state_cell(exit_code: int | None, run: RecordedRun | None) -> str:
@@ -52,8 +52,8 @@ def _state_cell(exit_code: int | None, run: RecordedRun | None) -> str:
         return "not run"
     if exit_code == 0:
         return "done"
-    if run is not None and run.state in SHORT_STATES:
-        return SHORT_STATES[run.state]
+    if run is not None and run.state in LABEL_BY_RUN_STATE:
+        return LABEL_BY_RUN_STATE[run.state]
     return f"exit {exit_code}"
 
 

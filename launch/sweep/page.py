@@ -16,7 +16,7 @@ from launch.sweep.search_answer import (
     run_dir_of_trial,
 )
 from launch.sweep.space import SearchedSetting
-from launch.sweep.sweeper import Search
+from launch.sweep.sweeper import PlannedSearch
 from trainer.pages.numbers import format_number
 from trainer.pages.pieces import Callout, PageCard, PageCell, PageColumn, PageTable, Tone
 from trainer.pages.render import render
@@ -65,7 +65,7 @@ class SettingDrawing:
     lower_metric: str
 
 
-def render_search_page(study: Study, search: Search, search_dir: Path) -> str:
+def render_search_page(study: Study, search: PlannedSearch, search_dir: Path) -> str:
     """The page of a search as HTML, with every trial that the study has."""
     trials = study.get_trials(deepcopy=False)
     completed = completed_trials_best_first(trials, search)
@@ -94,7 +94,7 @@ def render_search_page(study: Study, search: Search, search_dir: Path) -> str:
 
 
 def _search_verdict(
-    completed: Sequence[FrozenTrial], trials: Sequence[FrozenTrial], search: Search, search_dir: Path
+    completed: Sequence[FrozenTrial], trials: Sequence[FrozenTrial], search: PlannedSearch, search_dir: Path
 ) -> Callout:
     """A call-out with the best trial, its arguments and the command that exports its model; or that there is no best trial.
 
@@ -117,7 +117,9 @@ def _search_verdict(
     return Callout("good", f"Best: trial {best.number}, {search.metric} {format_number(best.value)}", text, commands)
 
 
-def _search_cards(completed: Sequence[FrozenTrial], trials: Sequence[FrozenTrial], search: Search) -> list[PageCard]:
+def _search_cards(
+    completed: Sequence[FrozenTrial], trials: Sequence[FrozenTrial], search: PlannedSearch
+) -> list[PageCard]:
     """A card with the best metric beside the median, then one with the number of trials for each way in which trials ended.
 
     `completed`: the trials with a result, the best first.
@@ -135,7 +137,7 @@ def _search_cards(completed: Sequence[FrozenTrial], trials: Sequence[FrozenTrial
     return cards
 
 
-def _failed_trials_with_reasons(trials: Sequence[FrozenTrial], search: Search) -> list[tuple[str, str]]:
+def _failed_trials_with_reasons(trials: Sequence[FrozenTrial], search: PlannedSearch) -> list[tuple[str, str]]:
     """(trial with its arguments, reason) of each failed trial."""
     failures = []
     for trial in trials:
@@ -146,7 +148,7 @@ def _failed_trials_with_reasons(trials: Sequence[FrozenTrial], search: Search) -
 
 
 def _trials_table(
-    completed: Sequence[FrozenTrial], trials: Sequence[FrozenTrial], search: Search, search_dir: Path
+    completed: Sequence[FrozenTrial], trials: Sequence[FrozenTrial], search: PlannedSearch, search_dir: Path
 ) -> PageTable:
     """The table of all trials, the best first: number, metric, state, the value of each setting, and a remark.
 
@@ -212,7 +214,9 @@ def _trial_remark(trial: FrozenTrial) -> str:
     return ""
 
 
-def setting_drawing(setting: SearchedSetting, completed: Sequence[FrozenTrial], search: Search) -> SettingDrawing:
+def setting_drawing(
+    setting: SearchedSetting, completed: Sequence[FrozenTrial], search: PlannedSearch
+) -> SettingDrawing:
     """The drawing of the metric by the value of one setting, with a point for each trial.
 
     `completed`: the trials with a finite result, the best first.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launch.compare.points import STOP_EXIT_CODES
 from launch.compare.progress import RunsProgress, run_with_progress
-from launch.sweep.sweeper import Prune, Search, search_listing
+from launch.sweep.sweeper import PlannedSearch, TrialPruning, search_summary_text
 from strategies.errors import ConfigError, NotRunOwner, ShardtuneError, StorageError
 from trainer.reporting.results import read_metric_rows
 from trainer.reporting.status import write_text_atomic
@@ -92,7 +92,7 @@ class SearchProgress(RunsProgress):
             self._trial.report(metric_value, step)
 
 
-def start_trial(name: str, composed: ComposedConfig, run_dir: Path, progress: RunsProgress) -> int:
+def run_trial_to_end(name: str, composed: ComposedConfig, run_dir: Path, progress: RunsProgress) -> int:
     """Run a trial to its end in processes of its own; returns its exit code.
 
     Raises ConfigError where `run_dir` holds another run.
@@ -148,7 +148,7 @@ def _open_journal(search_dir: Path) -> JournalStorage:
     return JournalStorage(JournalFileBackend(str(search_dir / JOURNAL_FILE)))
 
 
-def open_study(search: Search, search_dir: Path) -> Study:
+def open_study(search: PlannedSearch, search_dir: Path) -> Study:
     """Optuna's study in the directory of a search, created if there is none.
 
     Raises ConfigError if the directory holds another search or a damaged journal, StorageError if it cannot be written.
@@ -158,7 +158,7 @@ def open_study(search: Search, search_dir: Path) -> Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if (search_dir / "config.yaml").exists():
         raise ConfigError(f"run.dir={search_dir}: is the directory of a run; name another one for the search")
-    prunes = search.settings.prune is Prune.median
+    prunes = search.settings.prune is TrialPruning.median
     try:
         search_dir.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
@@ -185,7 +185,7 @@ def open_study(search: Search, search_dir: Path) -> Study:
 def _raise_if_another_search(study: Study, identity: dict[str, str], search_dir: Path) -> None:
     """Raise ConfigError, with every difference, if the study in `search_dir` is of another search.
 
-    If the study is new, `identity` is written into it. `identity`: what must be the same, see `Search.search_identity`.
+    If the study is new, `identity` is written into it. `identity`: what must be the same, see `PlannedSearch.search_identity`.
     """
     recorded_identity = study.user_attrs.get("asked")
     if recorded_identity is None:  # the study is new
@@ -200,7 +200,7 @@ def _raise_if_another_search(study: Study, identity: dict[str, str], search_dir:
     raise ConfigError("\n    ".join(lines))
 
 
-def run_search(search: Search, search_dir: Path, run_trial: RunTrial) -> int:
+def run_search(search: PlannedSearch, search_dir: Path, run_trial: RunTrial) -> int:
     """Run the trials that are left, each by `run_trial`, print their table, write the pages, and return the exit code.
 
     It is, by the first case that applies:
@@ -213,10 +213,10 @@ def run_search(search: Search, search_dir: Path, run_trial: RunTrial) -> int:
     """
     from launch.compare.workspace import write_workspace_script_of_runs
     from launch.output import wrap_text
-    from launch.sweep.search_answer import search_table
+    from launch.sweep.search_answer import search_table_text
 
     study = open_study(search, search_dir)
-    print(search_listing(search), file=sys.stderr, flush=True)
+    print(search_summary_text(search), file=sys.stderr, flush=True)
     try:
         exit_code = _run_trials(study, search, search_dir, run_trial)
     except OSError as error:  # of the journal: an OSError of a run is printed by the run
@@ -229,7 +229,7 @@ def run_search(search: Search, search_dir: Path, run_trial: RunTrial) -> int:
     workspace_line = write_workspace_script_of_runs([search_dir / str(trial.number) for trial in trials], search_dir)
     if workspace_line is not None:  # before the table: its last line is the one to copy
         print("\n".join(wrap_text(workspace_line, 0)), file=sys.stderr, flush=True)
-    print(search_table(study, search, search_dir), flush=True)
+    print(search_table_text(study, search, search_dir), flush=True)
     page = write_search_page(study, search, search_dir)
     if page is not None:
         print(f"written: {page}", file=sys.stderr, flush=True)
@@ -241,7 +241,7 @@ def run_search(search: Search, search_dir: Path, run_trial: RunTrial) -> int:
     return 0
 
 
-def write_search_page(study: Study, search: Search, search_dir: Path) -> Path | None:
+def write_search_page(study: Study, search: PlannedSearch, search_dir: Path) -> Path | None:
     """Write `search.html` into the directory of the search; returns its path.
 
     No error of the page is an error of the search: it is only printed, and the result is None.
@@ -264,7 +264,7 @@ class _ClaimedTrial(NamedTuple):
     lease: Lease
 
 
-def _run_trials(study: Study, search: Search, search_dir: Path, run_trial: RunTrial) -> int:
+def _run_trials(study: Study, search: PlannedSearch, search_dir: Path, run_trial: RunTrial) -> int:
     """Run trials until the search has enough: first those that another command left unfinished, then new ones.
 
     Returns 0, 75 if this command was asked to stop, or the exit code of a trial that was stopped or that ends the whole search.
@@ -278,7 +278,7 @@ def _run_trials(study: Study, search: Search, search_dir: Path, run_trial: RunTr
             return 0
         with claimed.lease:
             try:
-                exit_code = _run_trial(claimed.trial, search, search_dir, run_trial)
+                exit_code = _run_trial_and_report(claimed.trial, search, search_dir, run_trial)
             except KeyboardInterrupt:  # between two runs
                 exit_code = 130
         write_search_page(study, search, search_dir)  # after each trial, so that the page can be followed
@@ -288,7 +288,7 @@ def _run_trials(study: Study, search: Search, search_dir: Path, run_trial: RunTr
 
 
 def _take_over_unfinished_trial(
-    study: Study, search: Search, search_dir: Path, unfinished_numbers: list[int]
+    study: Study, search: PlannedSearch, search_dir: Path, unfinished_numbers: list[int]
 ) -> _ClaimedTrial | None:
     """Claim the first unfinished trial that no other command runs any more; None if there is none.
 
@@ -306,7 +306,7 @@ def _take_over_unfinished_trial(
         if is_unfinished and has_all_values:
             return _ClaimedTrial(_trial_to_continue(study, search_dir, number), lease)  # resumed in its directory
         if is_unfinished:
-            study.tell(number, state=_trial_state("FAIL"))
+            study.tell(number, state=_optuna_trial_state("FAIL"))
         lease.release()
     return None
 
@@ -321,7 +321,7 @@ def _trial_to_continue(study: Study, search_dir: Path, number: int) -> Trial:
     return Trial(study, trial_id)
 
 
-def _start_new_trial(study: Study, search: Search, search_dir: Path) -> _ClaimedTrial | None:
+def _start_new_trial(study: Study, search: PlannedSearch, search_dir: Path) -> _ClaimedTrial | None:
     """Draw the values of a new trial and claim it; None if the search has enough trials.
 
     A lock lets one command draw at a time, because all commands that work on the search share the number of trials.
@@ -347,7 +347,7 @@ def _start_new_trial(study: Study, search: Search, search_dir: Path) -> _Claimed
             return _ClaimedTrial(trial, lease)
 
 
-def _acquire_trial_lease(search: Search, search_dir: Path, number: int) -> Lease | None:
+def _acquire_trial_lease(search: PlannedSearch, search_dir: Path, number: int) -> Lease | None:
     """The lease that allows this command to run trial `number`; None if another command holds it."""
     lease_dir = search_dir / "commands" / str(number)
     try:
@@ -356,7 +356,7 @@ def _acquire_trial_lease(search: Search, search_dir: Path, number: int) -> Lease
         return None
 
 
-def _run_trial(trial: Trial, search: Search, search_dir: Path, run_trial: RunTrial) -> int:
+def _run_trial_and_report(trial: Trial, search: PlannedSearch, search_dir: Path, run_trial: RunTrial) -> int:
     """Run one trial and report its result to the study; returns the exit code of its run. The cases, in order:
 
     - An earlier trial had the same arguments: its result counts for both, and nothing is run (0).
@@ -372,14 +372,14 @@ def _run_trial(trial: Trial, search: Search, search_dir: Path, run_trial: RunTri
     study = trial.study
     arguments = search.trial_arguments(trial.params)
     # Rounded values and choices may be drawn twice.
-    completed_twin = _completed_twin(study, arguments, search)
+    completed_twin = _completed_trial_with_arguments(study, arguments, search)
     if completed_twin is not None:
         trial.set_user_attr("twin", completed_twin.number)
         study.tell(trial.number, completed_twin.value)
         return 0
 
     run_dir = search_dir / str(trial.number)
-    prunes = search.settings.prune is Prune.median
+    prunes = search.settings.prune is TrialPruning.median
     progress = SearchProgress(search.settings.trials, trial, run_dir, search.metric, prune=prunes)
     name = point_label(dict(argument.split("=", 1) for argument in arguments))  # type: ignore[arg-type]
     reason = None
@@ -403,7 +403,7 @@ def _run_trial(trial: Trial, search: Search, search_dir: Path, run_trial: RunTri
     progress.report_evaluations()
     was_stopped = exit_code in STOP_EXIT_CODES
     if was_stopped and progress.is_pruned:
-        study.tell(trial.number, state=_trial_state("PRUNED"))
+        study.tell(trial.number, state=_optuna_trial_state("PRUNED"))
         print(f"trial {trial.number}: pruned, it is behind the median of the others", file=sys.stderr, flush=True)
         return 0
     if was_stopped:
@@ -411,7 +411,7 @@ def _run_trial(trial: Trial, search: Search, search_dir: Path, run_trial: RunTri
     return _report_result(trial, search, run_dir, exit_code, reason)
 
 
-def _report_result(trial: Trial, search: Search, run_dir: Path, exit_code: int, reason: str | None) -> int:
+def _report_result(trial: Trial, search: PlannedSearch, run_dir: Path, exit_code: int, reason: str | None) -> int:
     """Report to the study how a trial ended that was neither stopped nor pruned; returns the trial's exit code.
 
     The trial's result is the metric of its last evaluation. Without a finite one the trial has failed, with the exit code
@@ -426,14 +426,14 @@ def _report_result(trial: Trial, search: Search, run_dir: Path, exit_code: int, 
         trial.set_user_attr("code", exit_code)
         reason_line = " ".join(str(reason or f"ended with {exit_code}").split())
         trial.set_user_attr("reason", reason_line)
-        trial.study.tell(trial.number, state=_trial_state("FAIL"))
+        trial.study.tell(trial.number, state=_optuna_trial_state("FAIL"))
         return exit_code
     trial.study.tell(trial.number, last_value)
     print(f"trial {trial.number}: {search.metric} {last_value:.6g}", file=sys.stderr, flush=True)
     return 0
 
 
-def _completed_twin(study: Study, arguments: list[str], search: Search) -> FrozenTrial | None:
+def _completed_trial_with_arguments(study: Study, arguments: list[str], search: PlannedSearch) -> FrozenTrial | None:
     """A completed trial with the same arguments, so that running them again would give the same result; None without one."""
     for earlier_trial in study.get_trials(deepcopy=False):
         if earlier_trial.state.name == "COMPLETE" and search.trial_arguments(earlier_trial.params) == arguments:
@@ -441,7 +441,7 @@ def _completed_twin(study: Study, arguments: list[str], search: Search) -> Froze
     return None
 
 
-def _trial_state(name: str) -> Any:
+def _optuna_trial_state(name: str) -> Any:
     from optuna.trial import TrialState
 
     return TrialState[name]

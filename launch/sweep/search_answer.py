@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from launch.output import TableColumn, TableRow, wrap_text
 from launch.output import format_table as text_table
-from launch.sweep.sweeper import Search
+from launch.sweep.sweeper import PlannedSearch
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -24,7 +24,7 @@ STATE_BY_OPTUNA_STATE = {
 }
 
 
-def completed_trials_best_first(trials: Sequence[FrozenTrial], search: Search) -> list[FrozenTrial]:
+def completed_trials_best_first(trials: Sequence[FrozenTrial], search: PlannedSearch) -> list[FrozenTrial]:
     """The trials with a result, the best first; equal ones in the order of their numbers."""
     completed = [trial for trial in trials if trial.state.name == "COMPLETE" and trial.value is not None]
     # Sorting is ascending: with the sign, the best trial comes first.
@@ -42,7 +42,7 @@ def failure_reason(trial: FrozenTrial) -> str:
     return str(trial.user_attrs.get("reason", "its command was killed while it was drawn"))
 
 
-def search_table(study: Study, search: Search, search_dir: Path) -> str:
+def search_table_text(study: Study, search: PlannedSearch, search_dir: Path) -> str:
     """What is printed after a search: a table of all trials, the best first, and the arguments of the best one."""
     trials = study.get_trials(deepcopy=False)
     completed = completed_trials_best_first(trials, search)
@@ -63,7 +63,7 @@ def search_table(study: Study, search: Search, search_dir: Path) -> str:
     return "\n".join([*lines, f"  {shlex.join(search.trial_arguments(best.params))}"])
 
 
-def _trial_row(trial: FrozenTrial, search: Search) -> TableRow:
+def _trial_row(trial: FrozenTrial, search: PlannedSearch) -> TableRow:
     """A trial's row of the table: number, metric, state and arguments, and below the arguments how it ended.
 
     The metric of a pruned trial is that of its last evaluation.

@@ -13,7 +13,7 @@ from strategies.errors import ConfigError
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-EXAMPLES = "interval(1e-5,1e-3), tag(log,interval(1e-5,1e-3)), range(1,9,2), choice(a,b), or a,b"
+SEARCHED_VALUE_EXAMPLES = "interval(1e-5,1e-3), tag(log,interval(1e-5,1e-3)), range(1,9,2), choice(a,b), or a,b"
 SIGNIFICANT_DIGITS = 6
 """Significant digits to which a drawn value is rounded, so that the run has the very value that is shown and can be pasted."""
 RANGE_TOLERANCE = 1e-9
@@ -67,7 +67,7 @@ class SearchedSetting:
         return [self.argument(value) for value in values]
 
 
-def read_space(arguments: list[str]) -> tuple[list[SearchedSetting], list[str]]:
+def split_searched_settings(arguments: list[str]) -> tuple[list[SearchedSetting], list[str]]:
     """Split arguments into (the searched settings, which have several values; the arguments with one, which all trials share).
 
     Raises ConfigError with every problem at once.
@@ -105,10 +105,10 @@ def _read_setting(argument: str) -> SearchedSetting | None:
     if len(points) == 1:
         return None
     choices = [point.partition("=")[2] for point in points]
-    return SearchedSetting(key, values_text, _without_duplicates(choices))
+    return SearchedSetting(key, values_text, _unique_choices(choices))
 
 
-def _without_duplicates(choices: list[str]) -> tuple[str, ...]:
+def _unique_choices(choices: list[str]) -> tuple[str, ...]:
     """The choices in their order, each once."""
     return tuple(dict.fromkeys(choices))
 
@@ -130,7 +130,7 @@ def _read_sweep_function(argument: str, key: str, values_text: str) -> SearchedS
             return None  # a path or a text that looks like a function
         # Hydra's message names its grammar rule first and the functions that it has last: keep what is between.
         reason = re.sub(r"^\w+ while evaluating .*?': ", "", str(error).splitlines()[0]).split(" Available")[0]
-        raise ConfigError(f"{argument}: is no distribution ({reason}); write {EXAMPLES}") from error
+        raise ConfigError(f"{argument}: is no distribution ({reason}); write {SEARCHED_VALUE_EXAMPLES}") from error
     if sweep is None:
         return None
     tags = sweep.tags
@@ -145,7 +145,7 @@ def _read_sweep_function(argument: str, key: str, values_text: str) -> SearchedS
         if tags:
             raise ConfigError(f"{argument}: log is of numbers between two ends; write tag(log,interval(1e-5,1e-3))")
         choices = [point.partition("=")[2] for point in read_axes([argument]).alternative_arguments[0]]
-        return SearchedSetting(key, values_text, _without_duplicates(choices))
+        return SearchedSetting(key, values_text, _unique_choices(choices))
     if isinstance(sweep, IntervalSweep):
         assert sweep.start is not None and sweep.end is not None  # the grammar wants both
         return _interval_setting(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.config.verb_arguments import read_setting_group
-from launch.sweep.space import EXAMPLES, SearchedSetting, read_space
+from launch.sweep.space import SEARCHED_VALUE_EXAMPLES, SearchedSetting, split_searched_settings
 from strategies.errors import ConfigError
 from strategies.extras import install_command
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SWEEPER_NAMES = ("optuna", "wandb")
 
 
-class Prune(Enum):
+class TrialPruning(Enum):
     """Which trials of a search are ended early."""
 
     none = "none"
@@ -38,12 +38,12 @@ class SweeperConfig:
     """Seed of what is drawn; the runs have their own, `run.seed`."""
     metric: str | None = None
     """Metric of the last evaluation that the search makes better; null takes `evaluation.watch`."""
-    prune: Prune = Prune.none
+    prune: TrialPruning = TrialPruning.none
     """`median` ends a trial whose evaluation is worse than the median of the earlier trials at that step; `none` ends none."""
 
 
 @dataclass(frozen=True, slots=True)
-class Search:
+class PlannedSearch:
     """A hyperparameter search that has been checked and can be started."""
 
     settings: SweeperConfig
@@ -71,10 +71,8 @@ class Search:
         For example `{"optim.lr=": "interval(1e-5,1e-3)", "metric": "eval/loss, smaller is better", ...}`.
         """
         identity = {}
-        settings_by_key = sorted(
-            self.searched_settings, key=lambda setting: setting.key
-        )  # in whatever order they were given
-        for setting in settings_by_key:
+        # Sorted, because the order in which the settings were given does not matter.
+        for setting in sorted(self.searched_settings, key=lambda setting: setting.key):
             identity[f"{setting.key}="] = setting.values_text
         better = "larger" if self.greater_is_better else "smaller"
         identity["metric"] = f"{self.metric}, {better} is better"
@@ -96,12 +94,12 @@ class Search:
         return Path("runs") / f"search-{digest[:8]}"
 
 
-def is_search(arguments: list[str]) -> bool:
+def is_search_requested(arguments: list[str]) -> bool:
     """Whether any argument is `sweeper=...` or `sweeper.<setting>=...`, right or wrong, so that a search is meant."""
     return any(argument.partition("=")[0].split(".")[0] == "sweeper" for argument in arguments)
 
 
-def chosen_sweeper_name(arguments: list[str]) -> str:
+def requested_sweeper_name(arguments: list[str]) -> str:
     """The value of the last argument `sweeper=`, which names what draws the trials; `optuna` if there is none."""
     for argument in reversed(arguments):
         if argument.startswith("sweeper="):
@@ -109,7 +107,7 @@ def chosen_sweeper_name(arguments: list[str]) -> str:
     return SWEEPER_NAMES[0]
 
 
-def plan_search(all_arguments: list[str]) -> Search:
+def plan_search(all_arguments: list[str]) -> PlannedSearch:
     """Read the arguments of a search, and compose enough trials to know that every one is legal.
 
     Raises ConfigError with every problem at once.
@@ -117,21 +115,21 @@ def plan_search(all_arguments: list[str]) -> Search:
     from launch.config.compose import compose_config
 
     settings, run_arguments = read_sweeper_settings(all_arguments)
-    searched_settings, shared_arguments = read_space(run_arguments)
+    searched_settings, shared_arguments = split_searched_settings(run_arguments)
     if not searched_settings:
         raise ConfigError(
-            f"sweeper={chosen_sweeper_name(all_arguments)}: no setting has several values to search; write one as "
-            f"<setting>={EXAMPLES}"
+            f"sweeper={requested_sweeper_name(all_arguments)}: no setting has several values to search; write one as "
+            f"<setting>={SEARCHED_VALUE_EXAMPLES}"
         )
     argument_by_key = {argument.partition("=")[0]: argument for argument in run_arguments}
     if settings.metric is not None:
         # The search judges by the monitored metric, so `sweeper.metric` sets that.
-        watch = f"evaluation.watch={settings.metric}"
-        if argument_by_key.get("evaluation.watch", watch) != watch:
-            given = argument_by_key["evaluation.watch"]
-            raise ConfigError(f"sweeper.metric={settings.metric}: and {given}; give one of them")
-        if "evaluation.watch" not in argument_by_key:
-            shared_arguments.append(watch)
+        watch_argument = f"evaluation.watch={settings.metric}"
+        given_argument = argument_by_key.get("evaluation.watch")
+        if given_argument is None:
+            shared_arguments.append(watch_argument)
+        elif given_argument != watch_argument:
+            raise ConfigError(f"sweeper.metric={settings.metric}: and {given_argument}; give one of them")
     if "export.at_end" not in argument_by_key:  # most trials are thrown away
         shared_arguments.append("export.at_end=false")
     searched_keys = {setting.key for setting in searched_settings}
@@ -144,17 +142,22 @@ def plan_search(all_arguments: list[str]) -> Search:
     arguments_by_setting = [setting.arguments_at_ends() for setting in searched_settings]
     first_arguments = [arguments[0] for arguments in arguments_by_setting]
     first_trial = compose_config([*shared_arguments, *first_arguments])
-    problems = _search_problems(first_trial, settings, chosen_sweeper_name(all_arguments))
-    for number, arguments in enumerate(arguments_by_setting):
-        other_arguments = first_arguments[:number] + first_arguments[number + 1 :]
+    problems = _trial_config_problems(first_trial, settings, requested_sweeper_name(all_arguments))
+    for index, arguments in enumerate(arguments_by_setting):
+        first_arguments_of_others = first_arguments[:index] + first_arguments[index + 1 :]
         for argument in arguments[1:]:
             try:
-                compose_config([*shared_arguments, *other_arguments, argument])
+                compose_config([*shared_arguments, *first_arguments_of_others, argument])
             except ConfigError as error:
                 problems += [f"with {argument}: {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems)
-    return Search(settings, tuple(searched_settings), tuple(shared_arguments), first_trial)
+    return PlannedSearch(
+        settings=settings,
+        searched_settings=tuple(searched_settings),
+        shared_arguments=tuple(shared_arguments),
+        first_trial=first_trial,
+    )
 
 
 def read_sweeper_settings(all_arguments: list[str]) -> tuple[SweeperConfig, list[str]]:
@@ -166,8 +169,8 @@ def read_sweeper_settings(all_arguments: list[str]) -> tuple[SweeperConfig, list
     sweeper_arguments: list[str] = []
     run_arguments: list[str] = []
     for argument in other_arguments:
-        is_sweeper = argument == "sweeper" or argument.startswith("sweeper=")
-        if is_sweeper:
+        chooses_sweeper = argument == "sweeper" or argument.startswith("sweeper=")
+        if chooses_sweeper:
             sweeper_arguments.append(argument)
         else:
             run_arguments.append(argument)
@@ -184,14 +187,14 @@ def read_sweeper_settings(all_arguments: list[str]) -> tuple[SweeperConfig, list
     if not sweeper_arguments:  # sweeper.trials=20 alone would start no search
         setting_argument = next(argument for argument in all_arguments if argument.startswith("sweeper"))
         problems.append(f"{setting_argument}: is of a search; add sweeper=optuna")
-    if chosen_sweeper_name(all_arguments) == "optuna" and find_spec("optuna") is None:
+    if requested_sweeper_name(all_arguments) == "optuna" and find_spec("optuna") is None:
         problems.append(f"sweeper=optuna: needs the package optuna; {install_command('search')}")
     if problems:
         raise ConfigError(problems)
     return settings, run_arguments
 
 
-def _search_problems(first_trial: ComposedConfig, settings: SweeperConfig, sweeper_name: str) -> list[str]:
+def _trial_config_problems(first_trial: ComposedConfig, settings: SweeperConfig, sweeper_name: str) -> list[str]:
     """Why a legal configuration cannot be a trial of a search, as error messages:
 
     - There is no evaluation data by which trials could be judged.
@@ -217,7 +220,7 @@ def _search_problems(first_trial: ComposedConfig, settings: SweeperConfig, sweep
     # `auto` measures the held-out loss during training, but no metric of a task: that takes too long.
     every_steps = config.evaluation.every_steps
     is_measured_during_training = bool(every_steps) and (every_steps != AUTO or is_held_out_loss(config))
-    if settings.prune is Prune.median and not is_measured_during_training:
+    if settings.prune is TrialPruning.median and not is_measured_during_training:
         problems.append(
             f"sweeper.prune=median: judges trials amid their way, where evaluation.every_steps={every_steps} does not measure "
             f"{config.evaluation.watched}; set evaluation.every_steps to a number of steps, or leave it out"
@@ -230,7 +233,7 @@ def _search_problems(first_trial: ComposedConfig, settings: SweeperConfig, sweep
     return problems
 
 
-def search_listing(search: Search) -> str:
+def search_summary_text(search: PlannedSearch) -> str:
     """What is printed before a search starts: number of trials, directory, metric, and the searched settings."""
     better = "larger" if search.greater_is_better else "smaller"
     trials = search.settings.trials

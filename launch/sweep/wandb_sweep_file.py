@@ -15,7 +15,7 @@ from launch.compare.workspace_script import (
     script_text,
 )
 from launch.sweep.space import RANGE_TOLERANCE, SearchedSetting
-from launch.sweep.sweeper import Prune, Search, plan_search
+from launch.sweep.sweeper import PlannedSearch, TrialPruning, plan_search
 from strategies.errors import ConfigError
 from strategies.extras import install_command
 from trainer.reporting.config import COLUMNS
@@ -51,7 +51,7 @@ def write_sweep_file(arguments: list[str], *, print_only: bool = False) -> int:
     return 0
 
 
-def wandb_sweep_config(search: Search) -> dict[str, Any]:
+def wandb_sweep_config(search: PlannedSearch) -> dict[str, Any]:
     """The search as W&B's sweep configuration: parameters, metric, and the command that runs a trial.
 
     Raises ConfigError for settings that W&B's agent does not have.
@@ -59,7 +59,7 @@ def wandb_sweep_config(search: Search) -> dict[str, Any]:
     settings = search.settings
     logging = search.first_trial.config.logging
     problems = []
-    if settings.prune is not Prune.none:
+    if settings.prune is not TrialPruning.none:
         problems.append(
             f"sweeper.prune={settings.prune.value}: W&B's agent ends trials by hyperband alone; leave it out, write "
             "early_terminate into the file, or take sweeper=optuna"
@@ -84,12 +84,12 @@ def wandb_sweep_config(search: Search) -> dict[str, Any]:
     return sweep
 
 
-def trials_group_name(search: Search) -> str:
+def trials_group_name(search: PlannedSearch) -> str:
     """The group of the trials in W&B, by which `workspace.py` finds them."""
     return search.first_trial.config.logging.group or search.directory.resolve().name
 
 
-def trials_workspace_script(search: Search) -> str:
+def trials_workspace_script(search: PlannedSearch) -> str:
     """The script that shows the trials in W&B: a view and a report.
 
     Unlike the script that `launch/compare/workspace.py` writes, it has no results: the trials run on the hosts of W&B's agents.

@@ -16,7 +16,7 @@ from launch.config.choices import choices_by_group
 from launch.config.compose import compose_config
 from launch.main import DESCRIPTION_BY_VERB, EXIT_CODES, module_of_verb
 from launch.plan.command import compose_planned_run, read_plan_request
-from launch.sweep.sweeper import is_search, plan_search
+from launch.sweep.sweeper import is_search_requested, plan_search
 from tests.helpers.covering import chosen
 from tests.helpers.launching import ROOT
 
@@ -262,7 +262,7 @@ def test_every_command_shown_is_legal(page, words, tmp_path, monkeypatch):
         points = plan_points([word for word in settings if not word.startswith("to=")]).points
         assert not any(point.refusals for point in points)
         return
-    if is_search(settings):
+    if is_search_requested(settings):
         plan_search(settings)
         return
     choices = [

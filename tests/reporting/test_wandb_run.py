@@ -246,12 +246,12 @@ def test_points_of_a_sweep_share_a_group_and_are_columns(site, monkeypatch):
         return 0
 
     given = [*words(site, "sweep")[:-1], f"run.dir={site / 'sweep'}", "optim.lr=1e-4,2e-4", "tuning=lora,full"]
-    assert run_all_points(given, launch=launch, show=None, check=True) == 0
+    assert run_all_points(given, run_point=launch, show_point=None, check=True) == 0
     assert [each.name for each in seen] == ["lr1e-4-lora", "lr1e-4-full", "lr2e-4-lora", "lr2e-4-full"]
     assert {each.group for each in seen} == {"sweep"} and seen[0].columns == ["optim.lr", "tuning"]
     monkeypatch.setenv("WANDB_RUN_GROUP", "theirs")
     seen.clear()
-    assert run_all_points([*given, "logging.name=try"], launch=launch, show=None, check=True) == 0
+    assert run_all_points([*given, "logging.name=try"], run_point=launch, show_point=None, check=True) == 0
     assert {each.group for each in seen} == {"theirs"} and seen[0].name == "try-lr1e-4-lora"
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from launch.main import main as command
 from launch.prepare.command import main
-from launch.prepare.print_documents import parse_rows
+from launch.prepare.print_documents import parse_sequence_numbers
 from strategies.errors import ConfigError, DataError
 from tests.helpers.tokenizers import tiny_tokenizer
 from trainer.data.document import Document
@@ -183,9 +183,9 @@ def test_refusals_of_directories_and_words(prepared, tmp_path):
 
 
 def test_print_ranges_of_rows():
-    assert parse_rows("0, 5,10-12", 20, "train") == [0, 5, 10, 11, 12]
+    assert parse_sequence_numbers("0, 5,10-12", 20, "train") == [0, 5, 10, 11, 12]
     with pytest.raises(ConfigError, match="at most"):
-        parse_rows("0-1000", 5000, "train")
+        parse_sequence_numbers("0-1000", 5000, "train")
 
 
 def test_looking_at_sizes_loads_no_tokenizer_library(prepared):

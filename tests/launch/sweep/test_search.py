@@ -9,7 +9,7 @@ import pytest
 
 from launch.main import main
 from launch.sweep.search import metric_by_step, run_search, write_search_page
-from launch.sweep.space import SearchedSetting, read_space
+from launch.sweep.space import SearchedSetting, split_searched_settings
 from launch.sweep.sweeper import plan_search
 from launch.train import launch_run
 from strategies.errors import ConfigError
@@ -54,7 +54,7 @@ def judged(site, *more: str) -> list[str]:
     ],
 )
 def test_search_space_words(word, meant):
-    space, shared_arguments = read_space([word])
+    space, shared_arguments = split_searched_settings([word])
     assert (not space, shared_arguments) == ((True, [word]) if meant is None else (False, []))
     for name, value in (meant or {}).items():
         assert getattr(space[0], name) == value, name

@@ -8,7 +8,7 @@ import yaml
 
 from launch.config.compose import compose_config
 from launch.main import main
-from launch.sweep.space import read_space
+from launch.sweep.space import split_searched_settings
 from launch.sweep.sweeper import plan_search
 from launch.sweep.wandb_sweep_file import wandb_sweep_config, wandb_sweep_parameter
 from strategies.errors import ConfigError
@@ -92,7 +92,7 @@ def test_wandb_sweep_dry_run_prints_the_file_and_refuses_what_wandb_lacks(words,
 
 
 def test_ranges_are_listed_from_their_lower_end():
-    (steps, many), _ = read_space(["optim.warmup=range(1,9,3)", "optim.x=range(0,90000,3)"])
+    (steps, many), _ = split_searched_settings(["optim.warmup=range(1,9,3)", "optim.x=range(0,90000,3)"])
     assert wandb_sweep_parameter(steps) == {"values": [1, 4, 7]}
     with pytest.raises(ConfigError, match=r"has 30,000 values; write interval\("):
         wandb_sweep_parameter(many)
