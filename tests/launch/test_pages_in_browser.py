@@ -120,23 +120,38 @@ def planned():
             data=SimpleNamespace(path="train.jsonl", sources=None),
         )
         kinds = {MemoryKind.parameters: round(4 * GIB), MemoryKind.activations: round(activations * GIB)}
-        peak = SimpleNamespace(total=sum(kinds.values()), kinds=kinds)
-        fit = device_memory_fit(peak.total, 1, 22.0)
+        peak = SimpleNamespace(total_bytes=sum(kinds.values()), bytes_by_kind=kinds)
+        fit = device_memory_fit(peak.total_bytes, 1, 22.0)
         step = SimpleNamespace(total_s=2.0, products_s=1.5, moves_s=0.3, exposed_s=0.1, update_s=0.1)
         choice = SimpleNamespace(
-            variant=SimpleNamespace(config=config, name=name, offload=False, overrides=()), overrides=(f"strategy={name}",),
-            micro=1, largest_micro=2, peak=peak, fit=fit, step=step, tokens_per_s=4605.0, host_gib=6.0, node_gib=None,
-            hours=0.6, price=2.43, fits=fit.margin_bytes >= 0, fits_host=True, round=None,
+            variant=SimpleNamespace(config=config, name=name, offloads_to_host=False, overrides=()),
+            overrides=(f"strategy={name}",),
+            micro_batch=1, largest_micro_batch=2, memory_peak=peak, memory_fit=fit, step_time=step, tokens_per_s=4605.0,
+            needed_host_gib=6.0, node_memory_gib=None, budget_hours=0.6, budget_dollars=2.43,
+            fits=fit.margin_bytes >= 0, fits_host=True, round_time=None,
         )  # fmt: skip
         choices.append(choice)
     lengths = SimpleNamespace(mean=2048.0, longest=[2048])
     job = SimpleNamespace(
-        card=card, precision="bf16", nodes=1, ranks=4, ranks_per_node=4, global_batch=32, lengths=lengths
+        card=card,
+        precision="bf16",
+        num_nodes=1,
+        world_size=4,
+        ranks_per_node=4,
+        global_batch=32,
+        document_lengths=lengths,
     )
-    model = SimpleNamespace(parameters=8.07e9, trained=42_000_000, notes=("attention is flash",), layout="packed")
+    model = SimpleNamespace(
+        num_parameters=8.07e9, num_trained_parameters=42_000_000, notes=("attention is flash",), layout="packed"
+    )
     refused = [(choices[1].variant, "runs in one process")]
     return SimpleNamespace(
-        job=job, best=choices[0], best_choices=choices, all_choices=choices, refused=refused, cost_model=model
+        planned_run=job,
+        fastest_fitting_choice=choices[0],
+        best_choices=choices,
+        all_choices=choices,
+        unsupported_variants=refused,
+        cost_model=model,
     )
 
 

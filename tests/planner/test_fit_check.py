@@ -147,7 +147,7 @@ def test_fit_check_ends_the_command_with_69_before_the_model_is_built(monkeypatc
     def refuse(config, data, precision, runtime, print_line):
         raise DoesNotFit("run.must_fit=true: the run needs 90.00 GiB")
 
-    monkeypatch.setattr(trainer.run, "must_fit", refuse)
+    monkeypatch.setattr(trainer.run, "check_run_fits", refuse)
     monkeypatch.setattr(trainer.run, "build_engine", None)
     assert main(["train", *words]) == 69
     said = capfd.readouterr().err
