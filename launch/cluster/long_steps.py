@@ -72,8 +72,7 @@ def _lead_notes(config: RunConfig, step_s: float, save_s: float) -> list[str]:
 def sufficient_signal_lead_s(step_s: float, save_s: float) -> int:
     """`launcher.signal_lead_s` that suffices for steps and saves of so many seconds, in whole minutes.
 
-    A step that is longer than expected (`STEP_MARGIN`), two saves, and one minute, since SLURM may send its signal up to a
-    minute early.
+    That is a step which is longer than expected (`STEP_MARGIN`), two saves, and a minute in reserve.
     """
     return MINUTE_S * (math.ceil((STEP_MARGIN * step_s + 2 * save_s) / MINUTE_S) + 1)
 

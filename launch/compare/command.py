@@ -190,7 +190,7 @@ def _write_page(sources: list[PointSource], page_path: Path, reload_after_s: flo
 
 def _only_comparison_dir(named_runs: list[str]) -> Path | None:
     """The directory of an earlier comparison (it has a `comparison.json`), if that is the only argument; else None."""
-    from launch.compare.settings import COMPARISON_FILE
+    from trainer.reporting.shared_choice import COMPARISON_FILE
 
     if len(named_runs) != 1:
         return None

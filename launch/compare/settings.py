@@ -14,7 +14,6 @@ from trainer.reporting.file_version import FILE_VERSION, VERSION_KEY, readable_f
 from trainer.reporting.shared_choice import COMPARISON_FILE
 from trainer.reporting.status import write_text_atomic
 
-COMPARISON_FILE = COMPARISON_FILE
 MAX_FILE_BYTES = 2**26
 """A longer `comparison.json` is refused: somebody else may have written it."""
 
