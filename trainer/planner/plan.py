@@ -17,7 +17,6 @@ from strategies.errors import ConfigError
 from strategies.expert_counts import ASSUMED_IMBALANCE
 from strategies.mesh import replica_count
 from strategies.registry import every_strategy
-from trainer.build.rounds import num_documents_per_step
 from trainer.build.sequence import sequence_problems
 from trainer.config.parallel import dp_size_of
 from trainer.config.run import RunConfig
@@ -45,7 +44,7 @@ from trainer.planner.peer_memory import (
     estimate_peer_memory,
     peer_setting_problems,
 )
-from trainer.planner.round_time import GeneratorSizes, RoundLoad, RoundTime, estimate_round_time
+from trainer.planner.round_time import GeneratorSizes, RoundLoad, RoundTime, budget_hours, estimate_round_time
 from trainer.planner.speed import MicroBatchLoad, StepTime, estimate_step_time
 from trainer.tuning.base import TuningName
 
@@ -397,7 +396,7 @@ def plan_choice(variant: RunVariant, cost_model: CostModel, job: PlannedRun, mic
     tokens = job.document_lengths.mean * job.global_batch
     seconds_of_round = _round_time(variant.config, cost_model, job, step)
     step_s = step.total_s if seconds_of_round is None else seconds_of_round.seconds_per_step
-    hours = _budget_hours(variant.config, job, step_s, tokens)
+    hours = budget_hours(variant.config, job.document_lengths.units_per_epoch, step_s, tokens)
     price = None
     if hours is not None and card.price_per_hour is not None:
         price = hours * job.world_size * card.price_per_hour
@@ -491,20 +490,3 @@ def _largest_micro(cost_model: CostModel, job: PlannedRun) -> int:
             cost_model.units_in_host_memory(available_input_bytes(cost_model, job.ranks_per_node, job.node_memory_gib)),
         )
     return int(min(units, MAX_MICRO_BATCH)) if cost_model.units_are_rows else job.document_lengths.units_within(units)
-
-
-def _budget_hours(config: RunConfig, job: PlannedRun, step_s: float, tokens: float) -> float | None:
-    """How many hours the whole run takes, with steps of `step_s` seconds and `tokens` tokens each.
-
-    None without a budget, or if the budget is in epochs and no data was given to count them by.
-    """
-    budget = config.budget
-    if budget.steps is not None:
-        steps = float(budget.steps)
-    elif budget.tokens is not None:
-        steps = budget.tokens / tokens
-    elif budget.epochs is not None and job.document_lengths.units_per_epoch is not None:
-        steps = budget.epochs * job.document_lengths.units_per_epoch / num_documents_per_step(config)
-    else:
-        return None
-    return steps * step_s / 3600

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from strategies.base import Fsdp2Config, Precision, StrategyConfig, ZeroConfig
-from trainer.build.rounds import MAX_GENERATION_ROWS, num_prompts_per_round
+from trainer.build.rounds import MAX_GENERATION_ROWS, num_documents_per_step, num_prompts_per_round
 from trainer.config.parallel import dp_size_of
 from trainer.config.run import RunConfig
 from trainer.evaluation.full_weights import USABLE_MEMORY_SHARE, kv_cache_bytes_upper_bound
@@ -253,3 +253,20 @@ def decode_step_s(
 def are_weights_sharded(strategy: StrategyConfig) -> bool:
     """Whether a rank holds a part of the weights between two steps."""
     return isinstance(strategy, Fsdp2Config) or (isinstance(strategy, ZeroConfig) and strategy.stage == 3)
+
+
+def budget_hours(config: RunConfig, units_per_epoch: int | None, step_s: float, tokens: float) -> float | None:
+    """How many hours the whole run takes, with steps of `step_s` seconds and `tokens` tokens each.
+
+    None without a budget, or if the budget is in epochs and no data was given to count them by.
+    """
+    budget = config.budget
+    if budget.steps is not None:
+        steps = float(budget.steps)
+    elif budget.tokens is not None:
+        steps = budget.tokens / tokens
+    elif budget.epochs is not None and units_per_epoch is not None:
+        steps = budget.epochs * units_per_epoch / num_documents_per_step(config)
+    else:
+        return None
+    return steps * step_s / 3600
