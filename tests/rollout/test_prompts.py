@@ -13,6 +13,7 @@ from trainer.data.document import Document, RejectedRow, SourceRow
 from trainer.data.fields import KeptColumns
 from trainer.data.formats import RowReader
 from trainer.data.store.documents import DOCUMENTS_FILE, schema, to_record_batch
+from trainer.objectives.answers import PromptDataSpec
 from trainer.objectives.reward_functions import kept_columns, reward_function_problems, reward_functions_in_file
 from trainer.objectives.rollouts import RewardEntry, RoundsConfig
 from trainer.rollout.rewards.copies import (
@@ -73,6 +74,12 @@ def test_prompts_are_what_stands_before_the_answer():
         "data_source": "gsm8k",
     }
     assert read({"prompt": "p", "a": 1, "b": None}, KeptColumns(keeps_all=True)).columns == {"prompt": "p", "a": 1}
+
+
+def test_fingerprints_keep_the_names_of_earlier_versions():
+    """With other names, prompts that an earlier version prepared are not found again."""
+    kept = KeptColumns(required=("answer",), optional=("level",), keeps_all=True)
+    assert PromptDataSpec(kept).identity() == {"kept": {"required": ("answer",), "optional": ("level",), "all": True}}
 
 
 def test_rows_without_what_a_reward_needs_are_bad_rows():

@@ -9,7 +9,7 @@ row. A step's counts, in `batch["totals"]`, are `loss` (what the loop divides al
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -189,7 +189,8 @@ class PromptDataSpec(UnlabelledDataSpec):
 
     def identity(self) -> dict[str, Any]:
         kept = self.kept or KeptColumns()
-        return {"kept": asdict(kept)}
+        # The names are part of fingerprints: with others, data that an earlier version prepared is not found again.
+        return {"kept": {"required": kept.required, "optional": kept.optional, "all": kept.keeps_all}}
 
     def reason_to_reject(self, document: Document) -> tuple[str, str] | None:
         if document.chosen and document.rejected:
