@@ -2,8 +2,9 @@
 
 The table has a row a measurement, with its conditions in columns (id, model, method, strategy, gpus, gpu, seq, micro_batch,
 grad_accum, precision, act_ckpt, lora_rank, peak_gib, tokens_per_s_per_gpu, notes). Each is planned as this trainer would run
-it, and then (`peer_memory_of`) as its own trainer held it, which is `plan.theirs` of `shardtune plan`; nothing is fitted to the
-table. Writes benchmarks/results/planning.json, worst first; `python docs/make_planning.py` makes the page's tables of it.
+it, and then (`estimate_peer_memory`) as its own trainer held it, which is `plan.theirs` of `shardtune plan`; nothing is
+fitted to the table. Writes benchmarks/results/planning.json, worst first; `python docs/make_planning.py` makes the
+page's tables of it.
 `--no-fit no_fit.csv` plans runs of one GPU that died of memory in place of the table, and writes whether they are predicted to
 fit to benchmarks/results/planning_no_fit.json.
 """

@@ -113,7 +113,7 @@ def convert_settings_file(path: Path, num_ranks: int | None = None) -> Converted
     if trainer is None:
         raise ConfigError(
             f"from={path}: no setting in it is one of axolotl, LLaMA-Factory, Hugging Face's Trainer, TRL or DeepSpeed; "
-            "a file of ours is given as a bare word: shardtune train my.yaml"
+            "a file of ours is given by its name alone: shardtune train my.yaml"
         )
     conversion = ConvertedSettings(trainer)
     if trainer == DEEPSPEED:
