@@ -151,7 +151,7 @@ class Origin:
         return records
 
     def _hub_rows(self, path: InputPath, needed_columns: Collection[str] | None) -> Iterator[SourceRow | RejectedRow]:
-        """Rows of a hub data set, numbered from 1, with the values of Arrow as JSON has them: dates as text, bytes as base64."""
+        """Rows of a hub data set, numbered from 1, with the values of Arrow as JSON has them: dates and bytes as text."""
         dataset = self.load_hub_split(path)
         split = str(dataset.split or self.split or "")
         # What stands in place of a file name in messages: hub:NAME/SUBSET/SPLIT.

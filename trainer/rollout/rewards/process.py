@@ -179,8 +179,9 @@ class Reply:
     scores: list[float | None] | None
     """None: it took longer than its time limit."""
     logged: dict[str, list[float]]
+    """Numbers that the reward logged for the metrics, by name; any number of them."""
     extra: dict[str, list[Any]]
-    """Values that the reward gave beside its scores, by name, one for each answer: numbers for the metrics, and others."""
+    """Further values for the record of answers, by name: one for each answer, or None."""
 
     @classmethod
     def unscored(cls) -> Reply:
