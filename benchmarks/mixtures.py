@@ -22,7 +22,7 @@ from launch.plan.command import read_plan_request
 from strategies.base import Precision
 from trainer.planner.cost_model import CostModel
 from trainer.planner.lengths import DocumentLengths
-from trainer.planner.plan import PlannedRun, RunVariant, plan_choice
+from trainer.planner.plan import PlannedJob, RunVariant, plan_choice
 from trainer.planner.speed import MicroBatchLoad, estimate_step_time
 from trainer.planner.sweep import simulate_variants
 
@@ -77,7 +77,7 @@ def cost_model_of(words: list[str], hardware: str, nodes: int, length: int, imba
     config = compose_config([*words, *shared], check=False).config
     config.launcher.nodes = nodes
     config.batch |= {"global": 8 * nodes, "micro": 1}
-    job = PlannedRun(
+    job = PlannedJob(
         request.card,
         Precision.bf16,
         nodes,
@@ -131,7 +131,7 @@ def crossovers() -> list[dict[str, Any]]:
                     [*words, f"parallel.experts={degree}"], "h100_80g", 1, 4096, imbalance
                 )
 
-            def seconds(cost_model: CostModel, units: float, job: PlannedRun = job) -> float:
+            def seconds(cost_model: CostModel, units: float, job: PlannedJob = job) -> float:
                 load = MicroBatchLoad(units, units * min(units, DOCUMENT), 1)
                 return estimate_step_time(cost_model, load, job.card, job.precision, ranks_per_node=8).total_s
 

@@ -30,7 +30,7 @@ from trainer.planner.cost_model import CostModel
 from trainer.planner.hardware import device_memory_fit
 from trainer.planner.lengths import DocumentLengths
 from trainer.planner.peer_memory import LOSS_BYTES_PER_LOGIT, PeerSetting, ShardCounts, estimate_peer_memory
-from trainer.planner.plan import PlannedRun, RunVariant
+from trainer.planner.plan import PlannedJob, RunVariant
 from trainer.planner.speed import MicroBatchLoad, estimate_step_time
 from trainer.planner.sweep import simulate_variants
 
@@ -133,7 +133,7 @@ def question(row: dict[str, str]) -> Question | None:
     )
 
 
-def forms(questions: list[Question], place: Path) -> Iterator[tuple[Question, CostModel | str, PlannedRun]]:
+def forms(questions: list[Question], place: Path) -> Iterator[tuple[Question, CostModel | str, PlannedJob]]:
     """Each with its form, or why there is none, as they are found."""
     for asked in questions:
         path = place / asked.model
@@ -152,7 +152,7 @@ def forms(questions: list[Question], place: Path) -> Iterator[tuple[Question, Co
             words += ["strategy.defer_sync=true"]
         config = compose_config(words, check=False).config
         config.batch |= {"global": asked.ranks * asked.accumulation, "micro": 1}
-        job = PlannedRun(
+        job = PlannedJob(
             card, Precision.bf16, 1, asked.ranks, config.batch["global"], DocumentLengths.uniform(asked.length, 1)
         )
         (found,) = simulate_variants(
@@ -177,7 +177,7 @@ def holds_logits(row: dict[str, str]) -> bool:
     return any(each in LOSS_BYTES_PER_LOGIT for each in theirs_of(row))
 
 
-def answers(row: dict[str, str], form: CostModel, job: PlannedRun) -> dict[str, Any]:
+def answers(row: dict[str, str], form: CostModel, job: PlannedJob) -> dict[str, Any]:
     """What is predicted for a row: as this trainer would run, and as the row's did."""
     micro = int(row["micro_batch"] or 1)
     tokens = micro * int(row["seq"])
@@ -211,7 +211,7 @@ def as_published(row: dict[str, str]) -> dict[str, str]:
     return row | shared | ({"precision": "pure bf16"} if row["method"] == "full" else {})
 
 
-def judged(row: dict[str, str], answer: dict[str, Any], job: PlannedRun) -> dict[str, Any]:
+def judged(row: dict[str, str], answer: dict[str, Any], job: PlannedJob) -> dict[str, Any]:
     """Whether a run that died would have been said to fit, as this trainer runs it and as its own did."""
     made: dict[str, Any] = {
         key: row[key] for key in ("id", "model", "method", "seq", "micro_batch", "framework_config")

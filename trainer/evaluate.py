@@ -62,7 +62,7 @@ from trainer.session.looks_at_test_set import (
 from trainer.session.run_data import DataRecord, ReasonToReadRows, load_run_data, read_data_record
 from trainer.session.run_facts import versions
 from trainer.step import BuiltModel
-from trainer.stopping.preempt import StopAgreement
+from trainer.stopping.preempt import RankStopAgreement
 from trainer.stopping.signals import StopRequest
 
 GIVE_TASK_FILE_ADVICE = "Give the task a file of its own (evaluation.tasks.NAME.path=FILE)"
@@ -90,7 +90,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
         job = replace(job, accepted=[*job.accepted, *evaluation_data.accepted_differences])
     console = Console(enabled=runtime.is_main, log=job_dir / "logs" / f"rank-{runtime.rank}.log")
     precision = resolve_precision(config.precision, runtime)
-    stop_now = StopAgreement(request, runtime).for_loop().ask_and_wait
+    stop_now = RankStopAgreement(request, runtime).for_loop().ask_and_wait
     attempt.phase = "building the model"
     built: tuple[Engine, BuiltModel] | None = None
     if config.evaluation.server.url is not None:
@@ -105,7 +105,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
         _set_total_steps_of_optimizer_hooks(config, data, step, engine, runtime, evaluation_data)
         if job.split == TEST_REPORT:
             attempt.phase = "evaluating the test documents"
-            _evaluate_test(config, job, data, tokenizer, built, job_dir, runtime, StopAgreement(request, runtime))
+            _evaluate_test(config, job, data, tokenizer, built, job_dir, runtime, RankStopAgreement(request, runtime))
             staged.remove()
             return
         evaluator = TaskEvaluator(
@@ -149,7 +149,7 @@ def _evaluate_test(
     model: tuple[Engine, BuiltModel],
     job_dir: Path,
     runtime: processes.Runtime,
-    agreement: StopAgreement,
+    agreement: RankStopAgreement,
 ) -> None:
     """Measure a checkpoint on the run's test documents, and let rank 0 keep a record of this look. All ranks must call.
 

@@ -31,7 +31,7 @@ from trainer.rollout.trial_report import trial_report
 from trainer.rollout.types import AnswerGroup, GroupScores
 from trainer.run import prepare_data_and_meet_ranks
 from trainer.session.attempt import Attempt, open_rank_of_job
-from trainer.stopping.preempt import StopAgreement
+from trainer.stopping.preempt import RankStopAgreement
 from trainer.stopping.signals import StopRequest
 
 REPORT = "rewards.json"
@@ -64,7 +64,7 @@ def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: Stop
     tokenizer = load_tokenizer(config.model)
     data, _, staged, runtime = prepare_data_and_meet_ranks(config, tokenizer, request, attempt)
     precision = resolve_precision(config.precision, runtime)
-    agreement = StopAgreement(request, runtime)
+    agreement = RankStopAgreement(request, runtime)
     judge = None
     if config.evaluation.judge.url:
         judge = Judge(config.evaluation.judge, runtime, agreement.for_loop().ask_and_wait)

@@ -23,7 +23,7 @@ from trainer.checkpoints.patience import waiting_for_disk
 from trainer.checkpoints.recovery import publish_complete_staging_dirs
 from trainer.checkpoints.resume_selection import choose_checkpoint
 from trainer.config.evaluation import more_is_better
-from trainer.config.launching import exports_at_end, leaves_export_to_job
+from trainer.config.launching import run_writes_export, separate_job_writes_export
 from trainer.config.run import RunConfig, settled_matmul
 from trainer.data.batches.loader import StepLoader
 from trainer.data.prepare import PreparedData
@@ -69,7 +69,7 @@ from trainer.session.rounds import open_rounds, show_rounds
 from trainer.session.run_facts import RunParts, build_run_record
 from trainer.session.template_date import record_template_date, template_date_chooser
 from trainer.step import BuiltModel
-from trainer.stopping.preempt import StopAgreement
+from trainer.stopping.preempt import RankStopAgreement
 from trainer.stopping.signals import StopRequest
 from trainer.tuning.initial_adapter import adapter_sha256
 
@@ -113,7 +113,7 @@ def _run(
     config = record_template_date(config, data.date, run_dir, runtime, write_config)
     config, runtime = resolve_matmul(config, run_dir, runtime, write_config)
     console = open_console(config, run_dir, data, tokenizer, runtime)
-    context = RunContext(sha256, runtime, console, StopAgreement(request, runtime), attempt)
+    context = RunContext(sha256, runtime, console, RankStopAgreement(request, runtime), attempt)
     precision = resolve_precision(config.precision, runtime)
     checked = compare_with_resumed_run(config, data, context)
     inputs = ProbeInputs(tokenizer, data, precision, runtime)
@@ -341,8 +341,8 @@ def loop_settings(config: RunConfig, total_steps: int, interval: EvaluationInter
         loss_on_the_way=interval.loss_alone,
         log_every=config.logging.every_steps,
         # The export job of a pipeline has nothing but this checkpoint to read.
-        save_final=config.checkpoint.save_final or leaves_export_to_job(config),
-        save_for_export=exports_at_end(config),
+        save_final=config.checkpoint.save_final or separate_job_writes_export(config),
+        save_for_export=run_writes_export(config),
     )
 
 

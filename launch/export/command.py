@@ -218,11 +218,11 @@ def register_in_tracker(config: RunConfig, request: ExportRequest) -> None:
     Only if the run left its export to a job (`export` in `launcher.pipeline`): any other run exports itself, and has registered
     that. Reads no checkpoint: after the export the run may have deleted it.
     """
-    from trainer.config.launching import leaves_export_to_job
+    from trainer.config.launching import separate_job_writes_export
     from trainer.session.announcements import track_export
 
     is_in_run_dir = request.output_directory.resolve() == (request.run_dir / "export").resolve()
-    if not config.logging.artifacts or not leaves_export_to_job(config) or not is_in_run_dir:
+    if not config.logging.artifacts or not separate_job_writes_export(config) or not is_in_run_dir:
         return
     track_export(config, request.output_directory, request.trained_wandb_id, lambda line: print(line, flush=True))
 

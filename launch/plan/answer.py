@@ -12,7 +12,7 @@ from launch.plan.planned_command import planned_command_lines
 from launch.plan.round_lines import round_as_json, round_lines
 from trainer.model.config import Quantisation
 from trainer.planner.hardware import GIB, device_memory_fit
-from trainer.planner.plan import PlannedChoice, PlannedRun, RunVariant
+from trainer.planner.plan import PlannedChoice, PlannedJob, RunVariant
 from trainer.planner.predicted_vs_measured import checkpoint_bytes
 from trainer.planner.sweep import PlanAnswer
 
@@ -165,7 +165,7 @@ def _peer_memory_table(answer: PlanAnswer) -> list[str]:
     ]
 
 
-def peer_memory_gib(choice: PlannedChoice, job: PlannedRun) -> float:
+def peer_memory_gib(choice: PlannedChoice, job: PlannedJob) -> float:
     """GiB that a choice would take on the card in another trainer (the peer).
 
     That is the peer's tensors and what a process holds beside them: context, fragmentation, buffers of NCCL.
@@ -217,7 +217,7 @@ def _best_choice_lines(answer: PlanAnswer, overrides: list[str]) -> list[str]:
     ]
 
 
-def _round_lines(best: PlannedChoice, job: PlannedRun) -> list[str]:
+def _round_lines(best: PlannedChoice, job: PlannedJob) -> list[str]:
     """Lines on the seconds of a round (answers generated, scored, trained on); empty if the run generates no answers."""
     if job.round_load is None or best.round_time is None:
         return []
@@ -281,12 +281,12 @@ def format_dollars(price: float) -> str:
     return f"${price:,.2f}" if price >= 0.01 else "less than $0.01"
 
 
-def cards_text(job: PlannedRun) -> str:
+def cards_text(job: PlannedJob) -> str:
     """The number of GPUs of all nodes: "1 card", "8 cards"."""
     return "1 card" if job.world_size == 1 else f"{job.world_size} cards"
 
 
-def budget_and_price_lines(best: PlannedChoice, job: PlannedRun) -> list[str]:
+def budget_and_price_lines(best: PlannedChoice, job: PlannedJob) -> list[str]:
     """Lines on how long the budget takes and what it costs.
 
     - the hours of the budget, with its price; or, for budget.epochs without data, which setting would tell them;

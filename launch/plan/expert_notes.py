@@ -10,7 +10,7 @@ from strategies.runtime import Runtime
 from trainer.build.experts import expert_groups_across_hosts_note, expert_parallelism_lines, plan_expert_parallelism
 from trainer.config.run import RunConfig
 from trainer.planner.hardware import GIB
-from trainer.planner.plan import PlannedRun
+from trainer.planner.plan import PlannedJob
 from trainer.planner.sweep import PlanAnswer
 from trainer.step import BuiltModel
 
@@ -38,7 +38,7 @@ def expert_lines_of_dry_run(config: RunConfig, built: BuiltModel, world_size: in
     return expert_parallelism_lines(built, precision, world_size // replica_count(config.strategy, world_size, nodes))
 
 
-def imbalance_notes(job: PlannedRun, degrees: set[int]) -> list[str]:
+def imbalance_notes(job: PlannedJob, degrees: set[int]) -> list[str]:
     """Notes on how many tokens the plan assumes for the busiest rank of an expert group.
 
     `degrees`: the values of `parallel.experts` (ranks in a group) in the plan. Without `from=` there is one note. With it,
@@ -65,7 +65,7 @@ def imbalance_notes(job: PlannedRun, degrees: set[int]) -> list[str]:
     return notes
 
 
-def _cross_host_notes(job: PlannedRun, degrees: set[int]) -> list[str]:
+def _cross_host_notes(job: PlannedJob, degrees: set[int]) -> list[str]:
     """A note for each expert group size in `degrees` (`parallel.experts`) whose groups do not lie within hosts."""
     notes = []
     for degree in sorted(degrees):

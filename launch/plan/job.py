@@ -14,11 +14,11 @@ from trainer.model.loading import load_model_config, load_tokenizer
 from trainer.objectives.registry import data_spec_of, max_generated_tokens
 from trainer.planner.hardware import Card
 from trainer.planner.lengths import DocumentLengths, sampled_lengths
-from trainer.planner.plan import PlannedRun
+from trainer.planner.plan import PlannedJob
 from trainer.planner.round_time import round_load_of_run
 
 
-def planned_run_of(config: RunConfig, card: Card) -> PlannedRun:
+def planned_run_of(config: RunConfig, card: Card) -> PlannedJob:
     """What a plan needs to know of a run: card, ranks, batch, and the lengths of its documents.
 
     With `data.path` or `data.sources`, the data is prepared and its lengths are measured, which may take an hour. Without, all
@@ -44,7 +44,7 @@ def planned_run_of(config: RunConfig, card: Card) -> PlannedRun:
         # If the data has no answers, the model generates one behind each prompt.
         longest = data_spec.longest_sequence(config.data.max_length) + max_generated_tokens(config.objective)
         lengths = DocumentLengths.uniform(longest, sequences_per_document)
-    return PlannedRun(
+    return PlannedJob(
         card=card,
         precision=config.precision,
         num_nodes=config.launcher.nodes,

@@ -22,7 +22,7 @@ from trainer.pages.numbers import format_bytes, format_duration, format_number
 from trainer.pages.pieces import Callout, PageCard, PageCell, PageColumn, PageTable
 from trainer.pages.render import render
 from trainer.planner.hardware import GIB
-from trainer.planner.plan import PlannedChoice, PlannedRun
+from trainer.planner.plan import PlannedChoice, PlannedJob
 from trainer.planner.sweep import PlanAnswer
 
 PAGE_FILE = "plan.html"
@@ -324,7 +324,7 @@ def _way_cells(choice: PlannedChoice, answer: PlanAnswer) -> list[PageCell]:
 
 def _plan_inputs(answer: PlanAnswer, overrides: list[str]) -> list[tuple[str, str]]:
     """(name, value) of what the plan was made from, for the folded section at the end: [("rows", "packed"), ...]."""
-    job: PlannedRun = answer.planned_run
+    job: PlannedJob = answer.planned_run
     card = job.card
     price = "not known" if card.price_per_hour is None else f"${card.price_per_hour:,.2f} an hour"
     facts = [

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import NamedTuple
 
 from trainer.config.run import LauncherConfig
-from trainer.planner.plan import PlannedChoice, PlannedRun
+from trainer.planner.plan import PlannedChoice, PlannedJob
 
 
 class PlannedCommand(NamedTuple):
@@ -19,13 +19,13 @@ class PlannedCommand(NamedTuple):
     """What is missing in the command, such as `with a budget of your own`; empty if it is complete."""
 
 
-def planned_command_lines(overrides: list[str], best: PlannedChoice, job: PlannedRun) -> list[str]:
+def planned_command_lines(overrides: list[str], best: PlannedChoice, job: PlannedJob) -> list[str]:
     """The lines of `planned_command`, then one in brackets on what the user must add, if anything."""
     command = planned_command(overrides, best, job)
     return [*command.lines, f"({command.user_must_add})"] if command.user_must_add else command.lines
 
 
-def planned_command(overrides: list[str], best: PlannedChoice, job: PlannedRun) -> PlannedCommand:
+def planned_command(overrides: list[str], best: PlannedChoice, job: PlannedJob) -> PlannedCommand:
     """The command that runs the best choice, in lines of at most 80 columns; a longer argument has a line of its own.
 
     `overrides`: those on the command line of the plan. The overrides that the plan has chosen (`best.overrides`) replace those
@@ -60,7 +60,7 @@ def planned_command(overrides: list[str], best: PlannedChoice, job: PlannedRun) 
     return PlannedCommand(lines, f"with {' and '.join(missing_settings)} of your own" if missing_settings else "")
 
 
-def _is_for_slurm(overrides: list[str], job: PlannedRun) -> bool:
+def _is_for_slurm(overrides: list[str], job: PlannedJob) -> bool:
     """Whether the command of the plan is for SLURM (`submit`) and not for this machine (`train`).
 
     An override `launcher=` decides. Without it, several nodes mean SLURM, and so do settings that only its launcher has.

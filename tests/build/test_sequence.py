@@ -17,7 +17,7 @@ from trainer.objectives.base import TeacherConfig
 from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.distillation import DistillationConfig
 from trainer.planner.plan import PlanConfig, further_variants
-from trainer.tuning.check import SettingsBesideTuning, tuning_problems
+from trainer.tuning.check import SettingsBesideTuning, tuning_combination_problems
 from trainer.tuning.config import AdaptionPromptConfig, PrefixConfig, PromptConfig
 
 
@@ -96,9 +96,13 @@ def test_methods_with_rows_of_their_own_are_refused_when_composed(tuning):
     config = config_of("model", 2)
     rest = {"strategy": config.strategy, "precision": config.precision, "data": config.data}
     facts = SettingsBesideTuning(**rest, merges_adapter=False, sequence_ranks=2)
-    assert [line for line in tuning_problems(tuning, facts) if line.startswith("parallel.sequence=2 with tuning=")]
+    assert [
+        line
+        for line in tuning_combination_problems(tuning, facts)
+        if line.startswith("parallel.sequence=2 with tuning=")
+    ]
     facts = replace(facts, sequence_ranks=1)
-    assert not [line for line in tuning_problems(tuning, facts) if "parallel" in line]
+    assert not [line for line in tuning_combination_problems(tuning, facts) if "parallel" in line]
 
 
 def test_heads_of_latent_attention_are_as_wide_as_queries_and_values_are():

@@ -7,7 +7,7 @@ import torch
 
 from strategies.runtime import Runtime
 from trainer.stopping import preempt
-from trainer.stopping.preempt import StopAgreement
+from trainer.stopping.preempt import RankStopAgreement
 
 
 class Job:
@@ -19,7 +19,7 @@ class Job:
         monkeypatch.setattr(preempt.dist, "all_reduce", self.all_reduce)
         monkeypatch.setattr(preempt.time, "monotonic", lambda: self.now)
         runtimes = [Runtime(n, world, n, world, torch.device("cpu"), None) for n in range(world)]
-        self.agreements = [StopAgreement(*pair) for pair in zip(self.requests, runtimes, strict=True)]
+        self.agreements = [RankStopAgreement(*pair) for pair in zip(self.requests, runtimes, strict=True)]
 
     def all_reduce(self, tensor, **_):
         self.joined.append(tensor)
@@ -78,7 +78,7 @@ def test_stop_agreement_is_asked_in_each_slow_step_after_fast_ones(monkeypatch):
 
 def test_stop_agreement_of_one_process_is_immediate():
     request = SimpleNamespace(signal_name=None)
-    agreement = StopAgreement(request, Runtime(0, 1, 0, 1, torch.device("cpu"), None))
+    agreement = RankStopAgreement(request, Runtime(0, 1, 0, 1, torch.device("cpu"), None))
     assert not agreement.ask_and_wait()
     request.signal_name = "SIGTERM"
     assert agreement.ask_and_wait() and agreement.for_loop().ask_and_wait()

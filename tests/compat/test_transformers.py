@@ -331,8 +331,8 @@ def test_text_part_of_a_larger_model_gets_its_class_and_others_stay_as_they_are(
 
 
 def test_larger_models_stand_beside_their_text_part():
-    assert compat.larger_models(transformers.CONFIG_MAPPING["qwen3_vl_text"]) == ["qwen3_vl"]
-    assert compat.larger_models(type(MIXTRAL)) == []
+    assert compat.language_model_types_of_architecture(transformers.CONFIG_MAPPING["qwen3_vl_text"]) == ["qwen3_vl"]
+    assert compat.language_model_types_of_architecture(type(MIXTRAL)) == []
 
 
 @pytest.mark.parametrize(("name", "expected"), [("jamba without attention", False), ("jamba", True), ("mamba", True)])

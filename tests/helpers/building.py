@@ -49,7 +49,7 @@ from trainer.run import loop_settings, record_reference_logps_of_data
 from trainer.session.announcements import RunContext
 from trainer.session.attempt import Attempt
 from trainer.step import BuiltModel
-from trainer.stopping.preempt import StopAgreement
+from trainer.stopping.preempt import RankStopAgreement
 from trainer.stopping.signals import StopRequest
 from trainer.tuning.base import FullConfig, LoraConfig
 
@@ -220,7 +220,7 @@ def built_trainer(
         restore_torch_linear()
     tokenizer = load_tokenizer(config.model)
     engine, built, _ = build_engine(config, tokenizer, data, config.precision, runtime)
-    agreement = StopAgreement(StopRequest(), runtime)
+    agreement = RankStopAgreement(StopRequest(), runtime)
     where = data.directory / f"run-{os.environ.get('RANK', 0)}"  # a lone oracle on every rank
     key = f"{config.strategy.name} {config.model} {config.tuning} {runtime.world_size}"
     record_reference_logps_of_data(

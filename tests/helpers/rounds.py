@@ -29,7 +29,7 @@ from trainer.reporting.metrics import Meter
 from trainer.reporting.tracking import Trackers
 from trainer.rollout.types import AnswerGroup, GroupScores
 from trainer.run import loop_settings
-from trainer.stopping.preempt import StopAgreement
+from trainer.stopping.preempt import RankStopAgreement
 from trainer.stopping.signals import StopRequest
 
 Reward = Callable[[AnswerGroup], list[float]]
@@ -105,7 +105,7 @@ def round_trainer(
             Meter(runtime, 1.0, None, built.step_module.objective.metrics), Trackers(), Console(enabled=False), None
         ),  # type: ignore[arg-type]
         monitors=Monitors(
-            StopAgreement(StopRequest(), runtime),
+            RankStopAgreement(StopRequest(), runtime),
             Guards(config.guards, config.optim.max_skipped_steps, runtime),
             Stragglers(0, runtime),
             ChallengeDetectors(ChallengesConfig(), planned_evaluations=1, judged_loss_term="loss"),

@@ -57,7 +57,7 @@ def attach_reward_models(step: TrainStep, objective: ObjectiveConfig, source: An
     """
     for name, reward in reward_entries_with_models(objective).items():
         key = _path_setting(name)
-        with _errors_naming(key):
+        with _errors_that_name_setting(key):
             files = reward_model_files(str(reward.path), key)
             model = _reward_model_on_meta(files, half_on_gpu=half_on_gpu)
             weights = _reward_model_weights(files, key, model)
@@ -117,7 +117,7 @@ def _open_reader(config: RunConfig, name: str, reward: RewardEntry) -> RewardMod
     """The reader that tokenises prompts and answers for a reward model. Raises ConfigError if it has no usable chat template."""
     key = _path_setting(name)
     options = {**OPTIONS, **reward.options}
-    with _errors_naming(key):
+    with _errors_that_name_setting(key):
         model_config = _model_config(reward_model_files(str(reward.path), key), options)
         settings = load_model_config(model_config)
         tokenizer = load_tokenizer(model_config)
@@ -171,7 +171,7 @@ def reward_model_digests(objective: ObjectiveConfig) -> dict[str, str]:
     digests: dict[str, str] = {}
     for name, reward in reward_entries_with_models(objective).items():
         key = _path_setting(name)
-        with _errors_naming(key):
+        with _errors_that_name_setting(key):
             files = reward_model_files(str(reward.path), key)
             directories = {name: files.tokenizer}
             if files.adapter is not None:
@@ -198,7 +198,7 @@ def _path_setting(name: str) -> str:
 
 
 @contextmanager
-def _errors_naming(key: str) -> Iterator[None]:
+def _errors_that_name_setting(key: str) -> Iterator[None]:
     """A context in which messages of ConfigErrors name `key`, the setting of a reward model, in place of the trained model's.
 
     A reward model is loaded by the same functions as the trained model, whose messages name `model.path=...`.

@@ -28,7 +28,7 @@ from trainer.checkpoints.patience import REPORT_INTERVAL_S, waiting_for_disk
 from trainer.checkpoints.recovery import remove_part_notes
 from trainer.checkpoints.resume_selection import choose_checkpoint, record_resumed_checkpoint, restore_replaced
 from trainer.checkpoints.schedule import Schedule
-from trainer.checkpoints.staging import create_staging_dir, fallback_dir_error, raise_if_any_rank_failed, run_on_rank_0
+from trainer.checkpoints.staging import create_staging_dir, probe_fallback_dir, raise_if_any_rank_failed, run_on_rank_0
 
 GIVEN_UP_DIR_FORMAT = "given-up-{}"
 UNFINISHED_DIR_PATTERNS = (".step-*.writing", ".step-*.deleting", REPLACED_DIR_FORMAT.format("step-*"))
@@ -85,7 +85,7 @@ class Checkpoints:
         """
         error: StorageError | None = None
         if self.runtime.is_main:
-            error = fallback_dir_error(self.checkpoint_dirs[1:], self.config.fallback_dir, self.print_line)
+            error = probe_fallback_dir(self.checkpoint_dirs[1:], self.config.fallback_dir, self.print_line)
             try:
                 if error is None:
                     self._move_newer_aside(resumed)

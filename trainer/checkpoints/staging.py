@@ -73,7 +73,7 @@ def raise_if_any_rank_failed(error: BaseException | None, staging: Path, runtime
     )
 
 
-def fallback_dir_error(
+def probe_fallback_dir(
     checkpoint_dirs: list[Path], fallback_dir: str | None, print_line: Callable[[str], None]
 ) -> StorageError | None:
     """Why checkpoints cannot be written into `checkpoint.fallback_dir`, found out at the start by writing a small file.

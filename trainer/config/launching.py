@@ -150,11 +150,11 @@ def _pipeline_problems(config: RunConfig, launcher: SlurmConfig) -> Iterator[str
         yield f"launcher.part_options: {', '.join(unknown)}: no part of a pipeline; they are {', '.join(PIPELINE_JOB_NAMES)}"
 
 
-def leaves_export_to_job(config: RunConfig) -> bool:
+def separate_job_writes_export(config: RunConfig) -> bool:
     """Whether the run is a pipeline with a job that writes the export."""
     return isinstance(config.launcher, SlurmConfig) and "export" in config.launcher.pipeline
 
 
-def exports_at_end(config: RunConfig) -> bool:
+def run_writes_export(config: RunConfig) -> bool:
     """Whether the processes that train also write the export; not if a job of the pipeline does, so that GPUs are released."""
-    return config.export.at_end and not leaves_export_to_job(config)
+    return config.export.at_end and not separate_job_writes_export(config)

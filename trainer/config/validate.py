@@ -39,7 +39,7 @@ from trainer.reporting.energy import energy_problems
 from trainer.reporting.numbers import format_dp_ranks
 from trainer.reporting.profile import profile_problems
 from trainer.reporting.trackers.registry import tracker_problems
-from trainer.tuning.check import SettingsBesideTuning, tuning_problems
+from trainer.tuning.check import SettingsBesideTuning, tuning_combination_problems
 from trainer.tuning.initial_adapter import merge_problems
 from trainer.tuning.table import needs_padded_rows
 
@@ -387,4 +387,4 @@ def _tuning_problems(config: RunConfig) -> Iterator[str]:
         sequence_ranks=config.parallel.sequence,
         expert_ranks=config.parallel.experts,
     )
-    yield from tuning_problems(config.tuning, run_settings)
+    yield from tuning_combination_problems(config.tuning, run_settings)

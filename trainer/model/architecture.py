@@ -12,7 +12,7 @@ from torch import nn
 from strategies.compat.modules import own_parameters
 from strategies.errors import ConfigError
 from trainer.model import experts
-from trainer.model.compat import ignore_in_checkpoints, larger_models, register_text_part
+from trainer.model.compat import ignore_in_checkpoints, language_model_types_of_architecture, register_text_part
 from trainer.model.config import Attention, ModelConfig, ModelKind
 from trainer.model.rope import check_rotary_embeddings
 from trainer.tuning.compat.transformers import block_class_names
@@ -121,7 +121,7 @@ def _raise_if_no_model_class(kind: ModelKind, model_config: Any, config: ModelCo
     }
     if type(model_config) in mappings[model_class.__name__]:
         return
-    larger = larger_models(type(model_config))
+    larger = language_model_types_of_architecture(type(model_config))
     if kind is ModelKind.causal and larger:
         remedy = f"it is a part of {' or '.join(larger)}: give the whole model, whose language model is then trained"
     elif kind is not ModelKind.classifier and type(model_config) in mappings["AutoModelForSequenceClassification"]:

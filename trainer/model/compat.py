@@ -95,7 +95,7 @@ def needs_own_class(config_class: type) -> bool:
     return is_of_transformers and config_class in mapping and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def larger_models(config_class: type) -> list[str]:
+def language_model_types_of_architecture(config_class: type) -> list[str]:
     """`model_type`s of the language models that stand beside a configuration in its architecture, which may be a part of them."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,

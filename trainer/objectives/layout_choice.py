@@ -83,7 +83,7 @@ class Proofs:
         if not proven.causal:
             raise ConfigError(
                 f"model.path={self.config.path}: tokens of this {self.settings.model_type} see what follows them, so that "
-                f"predicting it would teach nothing; {' or '.join(_alternatives_to_causal(self.settings))}"
+                f"predicting it would teach nothing; {' or '.join(_remedies_for_noncausal_model(self.settings))}"
             )
         if proven.tried and proven.for_layout(layout) is None:
             raise ConfigError(
@@ -113,7 +113,7 @@ class Proofs:
             )
 
 
-def _alternatives_to_causal(settings: Any) -> list[str]:
+def _remedies_for_noncausal_model(settings: Any) -> list[str]:
     """What to do instead with a model whose tokens see what follows them, as texts for an error: `take a causal model`."""
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 

@@ -130,7 +130,7 @@ class PlannedChoice:
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedRun:
+class PlannedJob:
     """The job that a plan is for: its ranks, and the lengths of its documents."""
 
     card: Card
@@ -176,7 +176,7 @@ class MeasuredImbalance:
     """Ranks of a group (`parallel.experts`)."""
 
 
-def with_imbalance(job: PlannedRun, settings: PlanConfig, measured: MeasuredImbalance | None) -> PlannedRun:
+def with_imbalance(job: PlannedJob, settings: PlanConfig, measured: MeasuredImbalance | None) -> PlannedJob:
     """`job` with the imbalance of its experts: as set in the plan's settings, else as a run measured it, else the assumed one."""
     if settings.expert_imbalance is not None:
         return replace(job, expert_imbalance=settings.expert_imbalance)
@@ -329,7 +329,7 @@ def _with_offload(strategy: StrategyConfig) -> StrategyConfig | None:
     return None
 
 
-def micro_batches(job: PlannedRun, given: int | None, sequence: int = 1) -> list[int]:
+def micro_batches(job: PlannedJob, given: int | None, sequence: int = 1) -> list[int]:
     """Micro-batches to plan for: the `given` one, or all that divide a reader's part of the global batch.
 
     A reader is a rank, or the `sequence` ranks that share a row and so read the same samples. The list is empty if the global
@@ -346,7 +346,7 @@ def micro_batches(job: PlannedRun, given: int | None, sequence: int = 1) -> list
 def order_choices(
     variant: RunVariant,
     cost_model: CostModel,
-    job: PlannedRun,
+    job: PlannedJob,
     micros: list[int],
     peer_settings: Sequence[PeerSetting] = (),
 ) -> list[PlannedChoice]:
@@ -365,7 +365,7 @@ def order_choices(
     return [*fitting, *too_large]
 
 
-def plan_choice(variant: RunVariant, cost_model: CostModel, job: PlannedRun, micro: int) -> PlannedChoice:
+def plan_choice(variant: RunVariant, cost_model: CostModel, job: PlannedJob, micro: int) -> PlannedChoice:
     """The cost of a variant with `micro` documents per forward pass: memory and seconds of a step, hours and price of the run.
 
     Under FSDP2 it also decides whether gradients are reduced only in the last micro-batch, if the run leaves that open.
@@ -419,7 +419,7 @@ def plan_choice(variant: RunVariant, cost_model: CostModel, job: PlannedRun, mic
     )
 
 
-def _round_time(config: RunConfig, cost_model: CostModel, job: PlannedRun, step: StepTime) -> RoundTime | None:
+def _round_time(config: RunConfig, cost_model: CostModel, job: PlannedJob, step: StepTime) -> RoundTime | None:
     """Seconds of a round, in which the model writes answers and learns from them; None for objectives without rounds."""
     if job.round_load is None:
         return None
@@ -442,7 +442,7 @@ def _round_time(config: RunConfig, cost_model: CostModel, job: PlannedRun, step:
 
 
 def peer_memory_of_choice(
-    choice: PlannedChoice, cost_model: CostModel, job: PlannedRun, peer_settings: Sequence[PeerSetting]
+    choice: PlannedChoice, cost_model: CostModel, job: PlannedJob, peer_settings: Sequence[PeerSetting]
 ) -> PeerMemory:
     """What a rank of another trainer would hold in the step of `choice`, if it shards weights, gradients and moments alike."""
     if cost_model.units_are_rows:
@@ -475,13 +475,13 @@ def _peer_problems(config: RunConfig, peer_settings: Sequence[PeerSetting]) -> l
     return problems
 
 
-def _average_load(cost_model: CostModel, job: PlannedRun, micro: int, accumulation: int) -> MicroBatchLoad:
+def _average_load(cost_model: CostModel, job: PlannedJob, micro: int, accumulation: int) -> MicroBatchLoad:
     """The size of a micro-batch of `micro` documents of average length, and how many of them a step has (`accumulation`)."""
     units = float(micro) if cost_model.units_are_rows else micro * job.document_lengths.mean
     return MicroBatchLoad(units, micro * job.document_lengths.mean_square, accumulation)
 
 
-def _largest_micro(cost_model: CostModel, job: PlannedRun) -> int:
+def _largest_micro(cost_model: CostModel, job: PlannedJob) -> int:
     """The most documents in a forward pass that the card has memory for, and the host for what is offloaded; 0 if none."""
     units = cost_model.largest_units(available_tensor_bytes(cost_model, job.card))
     if job.node_memory_gib is not None:

@@ -27,7 +27,7 @@ from trainer.planner.fake_tensors import replace_tensors_by_fakes
 from trainer.planner.memory_tracker import PhasePeak, StepPhase
 from trainer.planner.minimal_step import build_step_batch, minimal_trainer
 from trainer.planner.model_blocks import repeated_blocks, teacher_blocks
-from trainer.planner.step_recorder import Collective, StepRecord, StepRecorder
+from trainer.planner.step_recorder import Collective, SimulatedStepRecord, StepRecorder
 from trainer.step import BuiltModel
 
 
@@ -197,7 +197,9 @@ class RecordedEngine:
         self._micro_batch_index = 0
         self._trainer = minimal_trainer(self)
 
-    def take_step(self, batches: list[dict[str, Any]], tally_after: dict[StepPhase, int] | None = None) -> StepRecord:
+    def take_step(
+        self, batches: list[dict[str, Any]], tally_after: dict[StepPhase, int] | None = None
+    ) -> SimulatedStepRecord:
         """Take one training step of these micro-batches, and return what was recorded of it. Sets `recorder.peak_by_phase`.
 
         `tally_after`: the operation of each phase after which memory is told apart by kind; None: after none.
@@ -221,12 +223,12 @@ class RecordedEngine:
 
     def take_step_and_peaks(
         self, batches: list[dict[str, Any]], tally_after: dict[StepPhase, int] | None = None
-    ) -> tuple[dict[StepPhase, PhasePeak], StepRecord]:
+    ) -> tuple[dict[StepPhase, PhasePeak], SimulatedStepRecord]:
         """As `take_step`; returns (the peak of each phase, what was recorded of the step)."""
         record = self.take_step(batches, tally_after)
         return self.recorder.peak_by_phase, record
 
-    def step_result(self, phases: dict[StepPhase, PhasePeak], record: StepRecord) -> SimulatedStep:
+    def step_result(self, phases: dict[StepPhase, PhasePeak], record: SimulatedStepRecord) -> SimulatedStep:
         """The result of a step that was recorded, with the memory that stays between steps. To be called before the next step.
 
         `phases`: the peak of each. Host memory is that of the engine's tensors; tensors that share a storage count once.

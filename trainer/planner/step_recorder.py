@@ -43,7 +43,7 @@ class Collective:
 
 
 @dataclass(slots=True)
-class StepRecord:
+class SimulatedStepRecord:
     """What one step did."""
 
     collectives: list[Collective] = field(default_factory=list)
@@ -69,12 +69,12 @@ class StepRecorder(LiveBytes):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self.record = StepRecord()
+        self.record = SimulatedStepRecord()
         self.sum_of_squared_lengths = 0
 
     def begin_step(self) -> None:
         super().begin_step()
-        self.record = StepRecord()
+        self.record = SimulatedStepRecord()
 
     def run_operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one torch operation of the step, and record what it costs: a collective, a host read, a copy, or arithmetic.

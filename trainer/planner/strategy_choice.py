@@ -44,7 +44,7 @@ from trainer.planner.oom_probe import (
     available_device_gib,
     probe_runs_out_of_memory,
 )
-from trainer.planner.plan import PlannedChoice, PlannedRun, RunVariant, micro_batches, order_choices
+from trainer.planner.plan import PlannedChoice, PlannedJob, RunVariant, micro_batches, order_choices
 from trainer.planner.rank_devices import RankCounts
 from trainer.reporting.resolution import OutOfMemoryTrial, ResolvedSetting
 
@@ -392,7 +392,7 @@ class Planner:
         For `batch.micro=auto`: with the fastest micro-batch that fits; with the smallest if none fits.
         """
         assert self.devices.card is not None
-        job = PlannedRun(
+        job = PlannedJob(
             card=replace(self.devices.card, memory_gib=self.devices.memory_gib),
             precision=self.precision,
             num_nodes=self.devices.world_size // self.devices.ranks_per_host,

@@ -21,7 +21,7 @@ from trainer.planner.hardware import MemoryFit
 from trainer.planner.plan import (
     PlanConfig,
     PlannedChoice,
-    PlannedRun,
+    PlannedJob,
     RunVariant,
     micro_batches,
     order_choices,
@@ -37,7 +37,7 @@ WORKER_KILLED = "its simulation was killed; the host may lack memory, set plan.w
 class PlanAnswer:
     """Every variant with its best micro-batch, in order: those that fit, the fastest first; then those that do not."""
 
-    planned_run: PlannedRun
+    planned_run: PlannedJob
     best_choices: list[PlannedChoice]
     """The best choice of each variant."""
     all_choices: list[PlannedChoice]
@@ -59,7 +59,7 @@ class PlanAnswer:
 def plan_variants(
     variants: list[RunVariant],
     refused: list[tuple[RunVariant, str]],
-    job: PlannedRun,
+    job: PlannedJob,
     micro: int | None,
     settings: PlanConfig,
     on_progress: ProgressCallback,
@@ -107,7 +107,7 @@ def with_further_variants(
     answer: PlanAnswer,
     variants: list[RunVariant],
     refused: list[tuple[RunVariant, str]],
-    job: PlannedRun,
+    job: PlannedJob,
     micro: int | None,
     settings: PlanConfig,
     on_progress: ProgressCallback,
@@ -161,7 +161,7 @@ def _rank_key(choice: PlannedChoice) -> tuple[bool, float]:
 
 def simulate_variants(
     variants: list[RunVariant],
-    job: PlannedRun,
+    job: PlannedJob,
     accumulations: list[int],
     settings: PlanConfig,
     on_progress: ProgressCallback,
@@ -225,7 +225,7 @@ def _start_worker(parent: int) -> None:
     os.dup2(nowhere, 2)
 
 
-def _simulate(config: RunConfig, length: int, accumulation: int, job: PlannedRun, exact: bool) -> CostModel | str:
+def _simulate(config: RunConfig, length: int, accumulation: int, job: PlannedJob, exact: bool) -> CostModel | str:
     """The cost model of a variant, or a text that says why it cannot be simulated. Runs in a worker process.
 
     `length`: tokens of the longest unit (a document, or both of a pair). `accumulation`: micro-batches to simulate.

@@ -237,9 +237,11 @@ class Meter:
         # Writing and scoring answers is no training: speeds are those of the rest.
         round_s = sum(record.round_s for record in records) / len(records)
         train_s = max(step_s - round_s, 1e-9)
+        mean_tokens = sum(record.tokens for record in records) / len(records)
+        mean_supervised_tokens = sum(record.supervised_tokens for record in records) / len(records)
         mean_step = _MeanStep(
-            tokens=sum(record.tokens for record in records) / len(records),
-            supervised_tokens=sum(record.supervised_tokens for record in records) / len(records),
+            tokens=mean_tokens,
+            supervised_tokens=mean_supervised_tokens,
             train_s=train_s,
         )
         self._mean_steps.append(mean_step)

@@ -13,7 +13,7 @@ from strategies import runtime as processes
 from strategies.base import Progress
 from strategies.errors import LimitExceeded, ShardtuneError
 from trainer.checkpoints.manager import Checkpoints
-from trainer.config.launching import exports_at_end
+from trainer.config.launching import run_writes_export
 from trainer.config.resuming import settings_as_dict
 from trainer.config.run import RunConfig
 from trainer.data.prepare import PreparedData
@@ -43,7 +43,7 @@ from trainer.session.attempt import Attempt
 from trainer.session.last_lines import end_text
 from trainer.session.run_facts import outcome_record, start_screen_text, write_run_record
 from trainer.session.tracker_columns import name_of, tracker_settings
-from trainer.stopping.preempt import StopAgreement
+from trainer.stopping.preempt import RankStopAgreement
 
 FAILED_SAVE_PATIENCE_S = 20.0
 """Seconds that a failed run waits for a checkpoint that is still being written."""
@@ -57,7 +57,7 @@ class RunContext:
     """Hash of the configuration."""
     runtime: processes.Runtime
     console: Console
-    agreement: StopAgreement
+    agreement: RankStopAgreement
     attempt: Attempt
 
     @property
@@ -200,7 +200,7 @@ def recording_end_of_training(
         last_row = {**outcome.last_row, **meter.peaks}
         trackers.summarise(final_summary(last_row, speed, outcome.after | outcome.test))
         export_dir = context.run_dir / "export"
-        has_export = ending.state is RunState.done and exports_at_end(config) and export_dir.is_dir()
+        has_export = ending.state is RunState.done and run_writes_export(config) and export_dir.is_dir()
         trackers.close(replace(ending, exported=export_dir if has_export else None))
         if ending.state is not RunState.done:
             for name, link in trackers.hints:

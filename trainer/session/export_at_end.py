@@ -9,7 +9,7 @@ from strategies.atomic_io import NOT_YET_VISIBLE_ERRNOS, call_until_visible
 from strategies.runtime import call_on_main, gather_objects
 from trainer.checkpoints.layout import checkpoint_dirs_of, checkpoints_in
 from trainer.checkpoints.manifest import MANIFEST_FILE, checkpoint_problem_on_all_ranks
-from trainer.config.launching import exports_at_end, leaves_export_to_job
+from trainer.config.launching import run_writes_export, separate_job_writes_export
 from trainer.config.run import RunConfig
 from trainer.export.files import ExportInUse
 from trainer.export.gates.judge import judge_at_end
@@ -30,10 +30,10 @@ def export_at_end(run: TrainedRun, model_facts: ModelFacts, record: RunRecord) -
     it. Notes in `record` the result of the gates and the reason. Closes the engine. All ranks must call; each writes its share of
     the model's files. Errors: those of writing.
     """
-    run.outcome.export_follows = leaves_export_to_job(run.config)
+    run.outcome.export_follows = separate_job_writes_export(run.config)
     record.gates = {}
     record.not_exported = []
-    if not exports_at_end(run.config):
+    if not run_writes_export(run.config):
         return None
     exported = _export_if_allowed(run, model_facts)
     # A checkpoint that was saved for the export alone is only needed if the user has to export it later.

@@ -16,7 +16,7 @@ MAX_STEPS_BETWEEN_QUESTIONS = 8
 """Most steps between two questions, so that little time is lost even if steps suddenly become slow."""
 
 
-class StopAgreement:
+class RankStopAgreement:
     """Asks all ranks, every few steps, whether any of them was asked to stop. The answer arrives while a step runs.
 
     The ranks also agree on the number of steps until the next question, by the slowest rank's pace, so that all ask in the
@@ -38,9 +38,9 @@ class StopAgreement:
         """Whether this process was asked to stop. No collective: the other ranks may not know yet."""
         return self._request.signal_name is not None
 
-    def for_loop(self) -> StopAgreement:
+    def for_loop(self) -> RankStopAgreement:
         """An agreement for another loop, such as that over an evaluation's batches: it counts its own steps between questions."""
-        return StopAgreement(self._request, self._runtime)
+        return RankStopAgreement(self._request, self._runtime)
 
     def ask(self) -> None:
         """Start a collective on whether any rank was asked to stop, if it is due. All ranks must call, then `stop_now`.

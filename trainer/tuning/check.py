@@ -57,7 +57,7 @@ class SettingsBesideTuning:
     """Ranks over which the experts of a layer are sharded (`parallel.experts`)."""
 
 
-def tuning_problems(tuning: TuningConfig, run: SettingsBesideTuning) -> Iterator[str]:
+def tuning_combination_problems(tuning: TuningConfig, run: SettingsBesideTuning) -> Iterator[str]:
     """Every problem of a method's settings, alone and with the rest of the run, as `key=value: constraint; what to do`.
 
     `run`: the settings of the run beside `tuning`.

@@ -96,7 +96,7 @@ def verdict_on_steps(compared: list[ComparedSteps]) -> VerificationResult:
         if steps.precision is not Precision.fp32:
             rounding_errors = _relative_differences(single, reference)
         _add_differences(verdict, steps.precision, steps.configured, reference, rounding_errors)
-        _note_moved_tokens(verdict, str(steps.precision), steps.configured, single)
+        _note_rerouted_tokens(verdict, str(steps.precision), steps.configured, single)
     gradient_differences = [difference for difference in verdict.differences if difference.quantity != LOSS]
     if all(difference.distance is None for difference in gradient_differences):
         verdict.problems.append("no parameter has a gradient, so that nothing was compared")
@@ -167,7 +167,7 @@ def _bounds_by_quantity(precision: Precision, rounding_errors: dict[str, float |
     return bounds
 
 
-def _note_moved_tokens(verdict: VerificationResult, precision: str, step: TakenStep, single: TakenStep) -> None:
+def _note_rerouted_tokens(verdict: VerificationResult, precision: str, step: TakenStep, single: TakenStep) -> None:
     """Note in the verdict how many tokens went to other experts than in one process of the same precision.
 
     By such tokens, gradients may differ without a fault.

@@ -37,7 +37,7 @@ from trainer.model.loading import load_tokenizer
 from trainer.planner import plan as plan_module
 from trainer.planner import sweep
 from trainer.planner.lengths import DocumentLengths
-from trainer.planner.plan import PlanConfig, PlannedRun, RunVariant, micro_batches, order_choices, run_variants
+from trainer.planner.plan import PlanConfig, PlannedJob, RunVariant, micro_batches, order_choices, run_variants
 from trainer.planner.simulation import simulate_depth
 from trainer.planner.speed import (
     COLLECTIVE_LATENCY_S,
@@ -343,7 +343,7 @@ def test_plan_reports_what_cannot_be_simulated(capsys, tmp_path, model):
 
 
 def job(card, *, nodes=2, per_node=4, batch=32):
-    return PlannedRun(card, Precision.bf16, nodes, per_node, batch, DocumentLengths.uniform(64, 1))
+    return PlannedJob(card, Precision.bf16, nodes, per_node, batch, DocumentLengths.uniform(64, 1))
 
 
 def test_plan_variants_are_all_but_those_typed_or_ruled_out(model):

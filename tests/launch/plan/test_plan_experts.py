@@ -17,7 +17,7 @@ from tests.helpers.tokenizers import write_chat_data
 from trainer.planner.dealt_experts import with_expert_parallelism
 from trainer.planner.hardware import find_card
 from trainer.planner.lengths import DocumentLengths
-from trainer.planner.plan import PlanConfig, PlannedRun, run_variants, with_imbalance
+from trainer.planner.plan import PlanConfig, PlannedJob, run_variants, with_imbalance
 from trainer.reporting.run_record import RunOutcome, RunRecord
 
 WORDS = ["data.max_length=64", "hardware=h100_80g", "launcher.gpus_per_node=4", "strategy=fsdp2", "batch.micro=1"]
@@ -89,7 +89,7 @@ def test_the_imbalance_that_a_run_measured_is_taken():
     assert measured.busiest_over_mean == 1.7
     assert _measured_imbalance(RunRecord(outcome=RunOutcome(experts=[{"max_over_mean": 3.0}])), 4) is None
     assert _measured_imbalance(RunRecord(), 4) is None
-    job = PlannedRun(find_card("NVIDIA L4"), Precision.bf16, 1, 4, 8, DocumentLengths.uniform(64, 1))
+    job = PlannedJob(find_card("NVIDIA L4"), Precision.bf16, 1, 4, 8, DocumentLengths.uniform(64, 1))
     assert with_imbalance(job, PlanConfig(), None).imbalance_over(2) == 2
     assert with_imbalance(job, PlanConfig(expert_imbalance=3.0), measured).imbalance_over(8) == 3
     of_run = with_imbalance(job, PlanConfig(), measured)
@@ -97,7 +97,7 @@ def test_the_imbalance_that_a_run_measured_is_taken():
 
 
 def test_a_plan_says_of_which_groups_the_imbalance_was_not_measured():
-    job = PlannedRun(find_card("NVIDIA L4"), Precision.bf16, 1, 8, 8, DocumentLengths.uniform(64, 1))
+    job = PlannedJob(find_card("NVIDIA L4"), Precision.bf16, 1, 8, 8, DocumentLengths.uniform(64, 1))
     assert imbalance_notes(job, {2, 4})[0].endswith("(plan.expert_imbalance)")
     measured = replace(job, expert_imbalance=1.7, imbalance_measured_over=4)
     notes = imbalance_notes(measured, {2, 4, 8})
@@ -133,7 +133,7 @@ def answer_of(*choices, nodes=1):
     for degree, fits, speed in choices:
         config = SimpleNamespace(parallel=SimpleNamespace(experts=degree))
         best_choices.append(SimpleNamespace(variant=SimpleNamespace(config=config), fits=fits, tokens_per_s=speed))
-    job = PlannedRun(find_card("NVIDIA L4"), Precision.bf16, nodes, 8, 8, DocumentLengths.uniform(64, 1))
+    job = PlannedJob(find_card("NVIDIA L4"), Precision.bf16, nodes, 8, 8, DocumentLengths.uniform(64, 1))
     return SimpleNamespace(best_choices=best_choices, planned_run=job, worst_imbalance_fit=None)
 
 

@@ -116,7 +116,8 @@ def _rows_to_show(
     """
     score_name, score_of_row = first_metric_score(task, rows)
     other_answers = answers_by_key(other_rows)
-    key_by_row_id = {id(row): key for row, key in zip(rows, row_keys(row.where for row in rows), strict=True)}
+    keys = row_keys([row.where for row in rows])
+    key_by_row_id = dict(zip(map(id, rows), keys, strict=True))
     right_score = right_or_wrong_score(task, rows)
 
     # Which rows were lost or won. Location, prompt and answer tell them apart, since several rows may share a location.

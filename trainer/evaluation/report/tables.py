@@ -41,10 +41,11 @@ def worst_rows_table(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskR
     """A table of the task's `MAX_WORST_ROWS` worst rows, the worst one first, with the earlier answer beside the new one."""
     score_name, score_of_row = first_metric_score(task, rows)
     answers_before = answers_by_key(before or ())
-    key_by_row = {id(row): key for row, key in zip(rows, row_keys(row.where for row in rows), strict=True)}
+    keys = row_keys([row.where for row in rows])
+    key_by_row_id = dict(zip(map(id, rows), keys, strict=True))
     cells = []
     for row in worst_rows_first(task, rows)[:MAX_WORST_ROWS]:
-        answer_before = answers_before.get(key_by_row[id(row)], "")
+        answer_before = answers_before.get(key_by_row_id[id(row)], "")
         prompt = shorten_prompt(row.prompt)
         cells.append([row.where, score_of_row(row), prompt, row.answer, answer_before, row.reference, row.note])
     return LoggedTable(["row", score_name, "prompt", "answer", "answer before", "reference", "note"], cells)
