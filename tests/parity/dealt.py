@@ -215,7 +215,7 @@ def _counts_over_ranks() -> Any:
         counts = right(self, chosen, rows)
         by_expert = counts.received_by_expert.sum(dim=0, keepdim=True).expand_as(counts.received_by_expert)
         # As many rows in all, so that nothing but the result can tell.
-        ids = torch.arange(by_expert.shape[1]).repeat(self.ranks).repeat_interleave(by_expert.reshape(-1))
+        ids = torch.arange(by_expert.shape[1]).repeat(self.num_ranks).repeat_interleave(by_expert.reshape(-1))
         ids = ids[: sum(counts.received_from_rank)]
         mistaken = torch.zeros_like(counts.received_by_expert)
         mistaken[0] = torch.bincount(ids, minlength=by_expert.shape[1])

@@ -121,10 +121,10 @@ def planted(fault: str) -> Iterator[None]:
 
 def _own_part(ctx: Any, grad: Any) -> tuple[Any, None, None, None]:
     """What `AllToAll` gives back if a rank keeps the gradients of what it sent to itself, and loses the others."""
-    found = grad.new_zeros(sum(ctx.sent))
+    found = grad.new_zeros(sum(ctx.send_counts))
     rank = dist.get_rank(ctx.group)
-    first_sent, first_received = sum(ctx.sent[:rank]), sum(ctx.received[:rank])
-    size = ctx.sent[rank]
+    first_sent, first_received = sum(ctx.send_counts[:rank]), sum(ctx.receive_counts[:rank])
+    size = ctx.send_counts[rank]
     found[first_sent : first_sent + size] = grad[first_received : first_received + size]
     return found, None, None, None
 
