@@ -10,11 +10,13 @@ from strategies.errors import ConfigError, LimitReached
 from tests.helpers.building import model_dir
 from tests.helpers.endpoint import serving
 from tests.helpers.launching import command_here
+from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.endpoint.client import EndpointFailed
 from trainer.evaluation.endpoint.config import JudgeConfig
 from trainer.evaluation.endpoint.judge import Judge
+from trainer.evaluation.tasks.base import TaskCase, TaskRow, answers_by_key
 from trainer.evaluation.tasks.judged import parse_grade
-from trainer.evaluation.tasks.preference import pair_scores, parse_preference
+from trainer.evaluation.tasks.preference import PreferenceTask, pair_scores, parse_preference
 
 ALONE = SimpleNamespace(world_size=1, is_main=True, simulated=False)
 
@@ -149,6 +151,18 @@ def test_judge_win_needs_the_same_verdict_in_both_orders():
     assert pair_scores(1, 1) == {"won": 1, "tied": 0, "swayed": 0, "read": 1}
     assert pair_scores(1, -1) == {"won": 0.5, "tied": 1, "swayed": 1, "read": 1}  # prefers whatever stands first
     assert pair_scores(-1, -1)["won"] == 0 and pair_scores(None, 1)["read"] == 0
+
+
+def test_opponent_of_each_row_of_a_json_list_on_one_line_is_its_own():
+    """They all have the same location, `rows.json:1`."""
+    preferred = PreferenceTask("preferred", TaskConfig(kind="preference", options={"opponent": "other"}))
+    cases = [TaskCase("rows.json:1"), TaskCase("rows.json:1"), TaskCase("more.json:1")]
+    rows = [TaskRow(case.location, "?", answer, "", {}) for case, answer in zip(cases, "abc", strict=True)]
+    preferred.opponent_answers = answers_by_key(rows)
+    assert preferred._opponent_answers(cases) == ["a", "b", "c"]
+    preferred.opponent_answers = answers_by_key([rows[0], rows[2]])
+    with pytest.raises(ConfigError, match=r"has not answered rows\.json:1; ask it the same rows"):
+        preferred._opponent_answers(cases)
 
 
 def between(text, tag):

@@ -7,10 +7,12 @@ import pytest
 from trainer.data.document import Document
 from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.report.change_scale import Change, ChangeScale
-from trainer.evaluation.report.comparison import compare_task
+from trainer.evaluation.report.comparison import changed_rows, compare_task
 from trainer.evaluation.report.intervals import Bootstrap, confidence_intervals, resample_metrics
 from trainer.evaluation.report.page import render_page
+from trainer.evaluation.report.page_rows import shown_rows
 from trainer.evaluation.report.record import BASE, TUNED, EvaluatedModel, build_task_record
+from trainer.evaluation.report.tables import worst_rows_table
 from trainer.evaluation.tasks.base import TaskRow, last_user_turn
 from trainer.evaluation.tasks.registry import build_tasks
 
@@ -60,6 +62,22 @@ TASKS = {
     "sums": ("exact_match", [0, 1, 0, 1], [1, 0, 0, 1]),
     "held": ("loss", [12] * 5, [10, 11, 10, 11, 10]),
 }
+
+
+def test_rows_of_a_json_list_on_one_line_are_shown_one_by_one():
+    """They all have the same location, `facts.json:1`."""
+    _, tasks, models, others = evaluation({"facts": ("exact_match", [1] * 100 + [0, 1], [1] * 100 + [1, 0])})
+    rows, other_rows = models[TUNED].rows["facts"], others["facts"]
+    for number, (row, other) in enumerate(zip(rows, other_rows, strict=True)):
+        row.where = other.where = "facts.json:1"
+        row.answer, other.answer = f"new {number}", f"old {number}"
+    compared = {"facts": {"changed": changed_rows(rows, other_rows, "match")}}
+    shown = {row.texts["answer"]: row for row in shown_rows(tasks, {"facts": rows}, others, compared)["facts"].rows}
+    assert len(shown) == 21  # the 20 worst, and the one that was won
+    assert shown["new 100"].sides == ("lost", "wrong") and shown["new 101"].sides == ("won",)
+    assert all(row.texts["other"] == answer.replace("new", "old") for answer, row in shown.items())
+    table = worst_rows_table(tasks[0], rows, other_rows)
+    assert all(row[4] == row[3].replace("new", "old") for row in table.rows)
 
 
 def test_the_verdict_and_all_tasks_come_first():
