@@ -26,8 +26,11 @@ COLUMN_GAP = 2
 """Blanks between two columns of a table."""
 MIN_TEXT_COLUMN_WIDTH = 16
 """Characters that a column of words keeps, however many columns of numbers stand beside it."""
-BREAK_AFTER_CHARACTERS = "/-_"
-"""Characters after which a word that is longer than its column may be folded: such words are paths and names of runs."""
+BREAK_AFTER_CHARACTERS = "/_-"
+"""Characters after which a word that is longer than its column may be folded: such words are paths and names of runs.
+
+The hyphen is the last one, because it would stand for a range of characters between two others in a regex.
+"""
 _BREAKABLE_PIECE_REGEX = re.compile(
     rf"[^{BREAK_AFTER_CHARACTERS}]*[{BREAK_AFTER_CHARACTERS}]|[^{BREAK_AFTER_CHARACTERS}]+"
 )

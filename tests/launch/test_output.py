@@ -7,7 +7,15 @@ from contextlib import redirect_stdout
 
 import pytest
 
-from launch.output import MIN_TEXT_COLUMN_WIDTH, TableColumn, TableRow, format_table, truncate_to_width, wrap_text
+from launch.output import (
+    MIN_TEXT_COLUMN_WIDTH,
+    TableColumn,
+    TableRow,
+    break_word,
+    format_table,
+    truncate_to_width,
+    wrap_text,
+)
 from launch.runs.sparkline import ASCII_BARS, BARS, sparkline
 from tests.helpers.launching import ROOT, clean_environment
 
@@ -39,6 +47,20 @@ def test_words_are_folded_and_numbers_keep_their_line():
     [numbers] = [line for line in lines[1:] if "12345678901234567890     1.5" in line]
     width = numbers.index("  12345678901234567890")
     assert cells_of_words(lines, width) == path
+
+
+@pytest.mark.parametrize(
+    ("word", "lines"),
+    [
+        ("runs/first/export", ["runs/", "first/", "export"]),
+        ("first-export-model", ["first-", "export-", "model"]),
+        ("optim.lr_scheduler", ["optim.lr_", "scheduler"]),
+        ("step-000040", ["step-", "000040"]),
+        ("1234567890ABC", ["1234567890ABC"]),  # digits and capitals stay together
+    ],
+)
+def test_long_words_are_folded_after_slashes_underscores_and_hyphens(word, lines):
+    assert break_word(word, 9).split("\n") == lines
 
 
 def test_a_table_that_cannot_be_80_columns_wide_is_wider_and_nothing_is_cut():
