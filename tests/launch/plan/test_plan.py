@@ -366,7 +366,7 @@ def test_gradients_that_wait_lie_among_the_ranks_of_a_replica(monkeypatch, name,
     """As the mesh has it (tests/strategies/test_mesh.py): a plan that knew better would promise room that is not there."""
 
     class RowsAlone:
-        counts_rows = True
+        units_are_rows = True
 
         def peak_at(self, units):
             return None
