@@ -101,6 +101,12 @@ def test_packed_cache_without_room_or_permission_is_reported_and_every_rank_pack
     assert not (tmp_path / "small").exists()
 
 
+def test_scheme_of_quantisation_in_words():
+    assert str(Scheme(Quantisation.nf4)) == "nf4 with double quantisation"
+    assert str(Scheme(Quantisation.nf4, is_double_quantised=False)) == "nf4"
+    assert str(Scheme(Quantisation.int8)) == "int8"
+
+
 def test_packed_cache_fingerprint_depends_on_weights_and_settings(tmp_path):
     tiny_model_dir(tmp_path, "llama")
     first = weights_fingerprint([tmp_path], SCHEME)

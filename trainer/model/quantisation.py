@@ -52,7 +52,7 @@ class Scheme:
 
     def __str__(self) -> str:
         nested = self.kind is not Quantisation.int8 and self.is_double_quantised
-        return f"{self.kind}{' with is_double_quantised quantisation' if nested else ''}"
+        return f"{self.kind}{' with double quantisation' if nested else ''}"
 
     def part_bytes(self, shape: tuple[int, int]) -> list[int]:
         """Bytes of each part of a packed weight of this shape, in the order in which they lie:
@@ -283,6 +283,6 @@ def unquantised_note(plain: nn.Module, packed_names: set[str]) -> str | None:
 
 def _trains(name: str, module: nn.Module) -> bool:
     """Whether a layer is an adapter's own, or one that is trained in full (and its original)."""
-    part_bytes = name.split(".")
-    is_trained_in_full = "modules_to_save" in part_bytes or "original_module" in part_bytes
+    name_parts = name.split(".")
+    is_trained_in_full = "modules_to_save" in name_parts or "original_module" in name_parts
     return is_trained_in_full or any(p.requires_grad for p in module.parameters())
