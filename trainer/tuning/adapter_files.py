@@ -158,12 +158,16 @@ def check_adapters_mergeable(model: nn.Module, trained_names: set[str]) -> None:
                 f"export.merge=true: {layer_name} shares its weight with the embeddings, and folding the adapter into one would "
                 "change the other; leave the head out of tuning.targets, or use export.merge=false"
             )
-        has_dora = any(trained_name.startswith(f"{layer_name}.lora_magnitude_vector") for trained_name in trained_names)
-        if ".lora_embedding_" in name and has_dora:
+        if ".lora_embedding_" in name and _has_dora(layer_name, trained_names):
             raise ConfigError(
                 "export.merge=true: DoRA on an embedding cannot be folded here; leave the embeddings out of "
                 "tuning.targets, or use export.merge=false"
             )
+
+
+def _has_dora(layer_name: str, trained_names: set[str]) -> bool:
+    """Whether the adapter of a layer is DoRA, by the names of the parameters that train."""
+    return any(name.startswith(f"{layer_name}.lora_magnitude_vector") for name in trained_names)
 
 
 def _adapts_single_parameter(layer: nn.Module) -> bool:
