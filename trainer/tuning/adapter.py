@@ -169,7 +169,7 @@ class Adapter:
         return names
 
     def _record_adapters(self, tuned: nn.Module, settings: Any) -> None:
-        """Record the parameters that peft added to each layer, and make `self.layer_builder`, which give them their initial
+        """Record the parameters that peft added to each layer, and make `self.layer_builder`, which gives them their initial
         values.
 
         Also changes `tuned`: parameters that peft left on the CPU move to meta; buffers that are on meta get their values, since

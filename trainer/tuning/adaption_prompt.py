@@ -59,14 +59,14 @@ class AdaptionPrompt(AddedParameters):
             )
         # Wrap the model; new heads train beside the prompts.
         is_classifier = "SequenceClass" in type(model).__name__
-        stored_peft_config = PeftSettings(
+        peft_settings = PeftSettings(
             adapter_len=self.config.adapter_len,
             adapter_layers=self.config.adapter_layers or num_layers,
             task_type="SEQ_CLS" if is_classifier else "CAUSAL_LM",
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tuned: Any = get_peft_model(model, stored_peft_config)  # type: ignore[arg-type]
+            tuned: Any = get_peft_model(model, peft_settings)  # type: ignore[arg-type]
         for name in self.new_heads:
             model.get_submodule(name).requires_grad_(True)
         # The wrapped attention modules get our forward pass, which can leave the prompt out (`is_active`).

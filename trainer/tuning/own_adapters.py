@@ -23,7 +23,7 @@ class AddedParameters:
     keeps_base = True
 
     wrapper_prefix = ""
-    """Prefix that the method's wrapper_prefix puts before the names of the base."""
+    """Prefix that the method's wrapper puts before the names of the base."""
 
     def __init__(
         self, config: TuningConfig, *, train_embeddings: bool = False, new_heads: tuple[str, ...] = ()

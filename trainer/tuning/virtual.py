@@ -1,6 +1,6 @@
 """Virtual tokens: prompt tuning, P-tuning and prefix tuning, with peft's own encoders and files.
 
-peft puts the tokens before the inputs in its wrapper_prefix's forward, which sharded training never calls: an objective asks the
+peft puts the tokens before the inputs in its wrapper's forward, which sharded training never calls: an objective asks the
 decoder and the head in turn. Here a hook on the decoder does it (`trainer.tuning.prepend`), and the encoder is called as a
 module inside that forward pass.
 
@@ -33,7 +33,7 @@ from trainer.tuning.prepend import PrefixShape, Prepend, cache_argument
 from trainer.tuning.replica import ADAPTER
 
 ENCODER_MODULE = f"prompt_encoder.{ADAPTER}"
-"""Where peft's wrapper_prefix holds the module that makes the virtual tokens."""
+"""Where peft's wrapper holds the module that makes the virtual tokens."""
 INITIAL_KEY_STD = 0.1
 """Standard deviation of the first keys of a prefix that starts at zero: SmolLM2-135M has the same loss as with keys of zero."""
 
@@ -92,7 +92,7 @@ class Virtual(AddedParameters):
             warnings.simplefilter("ignore")
             tuned: Any = get_peft_model(model, settings)  # type: ignore[arg-type]
         detach_word_embeddings(tuned)
-        # The hook on the decoder prepends the tokens; peft's wrapper_prefix would prepend them a second time.
+        # The hook on the decoder prepends the tokens; peft's wrapper would prepend them a second time.
         tuned.forward = model.__call__
         if not is_classifier:
             tuned.generate = model.generate
