@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from launch.cluster.killed_rank import only_says_peer_was_lost
 from launch.cluster.node import HOST_FACTS_PREFIX, variables_to_carry
 from launch.cluster.ssh_nodes import (
     HEARTBEAT_S,
@@ -40,7 +41,6 @@ from launch.cluster.torchrun import (
     RanksEnd,
     RedirectedOutput,
     collected_signals,
-    only_says_peer_was_lost,
 )
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.config.run import RunConfig

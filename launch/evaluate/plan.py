@@ -155,7 +155,7 @@ def config_and_checkpoint_of_run(run: Path, evaluate_arguments: EvaluateArgument
     """
     from launch.config.compose import recompose_frozen_config
     from launch.config.read_run import RunReader, read_run, use_trusted_reward_copies
-    from launch.export.command import find_checkpoint, warn_if_training_did_not_help
+    from launch.export.checkpoint_choice import find_checkpoint, warn_if_training_did_not_help
     from trainer.config.run import settled_matmul
     from trainer.session.base_files import pin_and_check_recorded_base
 

@@ -101,7 +101,7 @@ def read_make_arguments(argv: list[str]) -> ReviewRequest:
     """Read the arguments of `review make`, find the checkpoint, and check the arms. Raises ConfigError with every problem."""
     from launch.config.compose import recompose_frozen_config
     from launch.config.read_run import RunReader, read_run, split_allowing_arguments
-    from launch.export.command import find_checkpoint
+    from launch.export.checkpoint_choice import find_checkpoint
     from trainer.checkpoints.manifest import manifest_sha256
     from trainer.config.ranges import range_problems
     from trainer.session.base_files import pin_and_check_recorded_base

@@ -17,7 +17,7 @@ from strategies.atomic_io import WrittenFile
 from tests.helpers.building import model_dir
 from tests.helpers.tokenizers import write_chat_data
 from trainer.checkpoints.manifest import write_manifest
-from trainer.data.tokens import template as rendering
+from trainer.data.tokens import template_limits
 from trainer.reporting.status import RunState, record_failure, write_status
 
 
@@ -173,12 +173,14 @@ def test_hostile_configuration_resolves_no_interpolation_and_expands_no_alias(ro
     ],
 )
 def test_a_chat_template_that_never_ends_or_multiplies_is_refused(root, tmp_path, monkeypatch, capfd, template, said):
-    monkeypatch.setattr(rendering, "MAX_CPU_SECONDS", 1)
-    monkeypatch.setattr(rendering, "MAX_EXTRA_BYTES", 2**28)
+    monkeypatch.setattr(template_limits, "MAX_CPU_SECONDS", 1)
+    monkeypatch.setattr(template_limits, "MAX_EXTRA_BYTES", 2**28)
     exceeded = []
-    known = rendering.TemplateLimitExceeded.__init__
+    known = template_limits.TemplateLimitExceeded.__init__
     monkeypatch.setattr(
-        rendering.TemplateLimitExceeded, "__init__", lambda self, *why: (exceeded.append(why), known(self, *why))[1]
+        template_limits.TemplateLimitExceeded,
+        "__init__",
+        lambda self, *why: (exceeded.append(why), known(self, *why))[1],
     )
     (tmp_path / "theirs.jinja").write_text(template)
     rows = [

@@ -13,7 +13,7 @@ import torch
 
 from launch.cluster import supervisor
 from launch.config.compose import compose_config
-from launch.export.command import find_checkpoint
+from launch.export.checkpoint_choice import find_checkpoint
 from launch.export.writing import ExportJob, ExportProcessesFailed, export_in_processes
 from strategies import atomic_io
 from strategies.runtime import Runtime

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster import torchrun
+from launch.cluster import killed_rank
 from strategies import runtime
 from strategies.heartbeat import Heartbeat, SilentRank
 from tests.faults.runs import ROOT, environment, rank_of, read, wait
@@ -113,7 +113,7 @@ def test_out_of_memory_rank_that_a_peer_took_for_a_lost_node_is_corrected(
     if launcher is not None:
         monkeypatch.setenv("SHARDTUNE_LAUNCHER", launcher)
     killed = types.SimpleNamespace(exitcode=-signal.SIGKILL, pid=7, timestamp=5)
-    torchrun._record_killed_rank(types.SimpleNamespace(failures={1: killed}), kernel_killed_for_memory=memory)
+    killed_rank.record_killed_rank(types.SimpleNamespace(failures={1: killed}), kernel_killed_for_memory=memory)
     failure = read_failure(tmp_path)
     assert (failure["phase"], failure["step"]) == ("training", 9)
     assert ("out of memory" in failure["message"], failure["retry"]) == (

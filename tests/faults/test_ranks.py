@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch.cluster import torchrun
+from launch.cluster import killed_rank
 from strategies import atomic_io, flight_recorder, heartbeat
 from strategies.flight_recorder import CollectiveCall
 from strategies.heartbeat import HEARTBEAT_DIRECTORY_VARIABLE, HeartbeatMonitor, read_last_heartbeat
@@ -255,7 +255,7 @@ def test_failure_of_a_waiting_exchange_is_recorded_before_nccl_ends_the_process(
     wait(lambda: path.exists() and "exchanges" in read(path), "the failure with the last exchanges")
     monkeypatch.setenv("SHARDTUNE_RUN_DIR", str(tmp_path))
     killed = types.SimpleNamespace(exitcode=-signal.SIGABRT, pid=7, timestamp=5)
-    torchrun._record_killed_rank(types.SimpleNamespace(failures={0: killed}), kernel_killed_for_memory=False)
+    killed_rank.record_killed_rank(types.SimpleNamespace(failures={0: killed}), kernel_killed_for_memory=False)
     failure = read(path)
     assert failure["message"].startswith("timed out: nccl:all_reduce number 12 of default_pg (4x2) is not over after")
     assert (failure["step"], failure["retry"]) == (7, "node_fail")
@@ -380,6 +380,6 @@ def test_killed_rank_has_its_phase_and_step_also_where_no_peer_saw_it(tmp_path, 
     monkeypatch.setenv("SHARDTUNE_LAUNCHER", "1")
     (tmp_path / "1").write_text('{"host": "n1", "pid": 7, "count": 9, "phase": "evaluation", "step": 4}')
     killed = types.SimpleNamespace(exitcode=-signal.SIGKILL, pid=7, timestamp=5)
-    torchrun._record_killed_rank(types.SimpleNamespace(failures={1: killed}), kernel_killed_for_memory=False)
+    killed_rank.record_killed_rank(types.SimpleNamespace(failures={1: killed}), kernel_killed_for_memory=False)
     failure = read(tmp_path / "failure.json")
     assert (failure["rank"], failure["phase"], failure["step"]) == (1, "evaluation", 4), failure

@@ -132,7 +132,7 @@ def test_best_checkpoint_that_was_damaged_since_is_not_exported(run, tmp_path, c
 
 
 def test_verbs_take_what_was_exported_and_of_an_earlier_version_the_last(run, tmp_path):
-    from launch.export.command import find_checkpoint
+    from launch.export.checkpoint_choice import find_checkpoint
     from trainer.checkpoints.config import CheckpointConfig
 
     run_dir, _ = run

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from launch.cluster.torchrun import LOST_PEER_REGEX
 from strategies import host_memory
+from strategies.heartbeat import LOST_PEER_REGEX
 from strategies.host_memory import HostMemory
 from tests.helpers.warm import run_ranks
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.cluster import torchrun
+from launch.cluster import killed_rank, torchrun
 from strategies.errors import ConfigError
 from tests.faults.runs import wait
 from tests.helpers.covering import EVERYTHING, whole
@@ -167,7 +167,9 @@ def test_launcher_names_a_killed_rank_as_the_cause_unless_another_recorded_one(
     killed = types.SimpleNamespace(exitcode=-signal.SIGABRT, pid=7, timestamp=5)
     ended = types.SimpleNamespace(exitcode=70, pid=8, timestamp=5)
     monkeypatch.setenv("SHARDTUNE_RUN_DIR", str(tmp_path))
-    torchrun._record_killed_rank(types.SimpleNamespace(failures={1: ended, 0: killed}), kernel_killed_for_memory=False)
+    killed_rank.record_killed_rank(
+        types.SimpleNamespace(failures={1: ended, 0: killed}), kernel_killed_for_memory=False
+    )
     assert read_failure(tmp_path)["rank"] == first_cause
 
 

@@ -5,7 +5,8 @@ turn shows its marks once, in order.
 
 Rendering everything twice is slow. So the text that a template puts around contents, its skeleton, is remembered for each shape
 of conversation: the roles, which turns are learned, and the whitespace around each content. The spans of a later conversation
-of the same shape are read off the skeleton, but only if skeleton and contents together are exactly its rendering.
+of the same shape are read off the skeleton, but only if skeleton and contents together are exactly its rendering
+(`trainer/data/tokens/skeleton.py`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import NamedTuple
 
 from strategies.errors import DataError
 from trainer.data.document import Message, RefusedDocument
+from trainer.data.tokens.skeleton import Skeleton, Spans, cut_skeleton
 
 RESERVED = "\U0010fb01\U0010fb02\U0010fb03\U0010fb04\U0010fb05"
 """Private-use characters of the last plane, which no font uses and no template looks for; data must not have them."""
@@ -40,26 +41,10 @@ Render = Callable[..., str]
 """Renders messages as the chat template writes them; with `prompt=True`, with the header of the turn to come."""
 Marker = Callable[[str], str]
 """Puts marks into the content of a message."""
-Spans = list[tuple[int, int]]
-"""[begin, end) of each learned turn, ascending."""
 Shape = tuple[object, ...]
 """Roles, indices of learned turns, and the whitespace around each content."""
 ContentWhitespace = dict[int, tuple[str, str]]
 """Whitespace (before, after) the content of each turn that has some, by the turn's index."""
-
-
-class _SpanEdges(NamedTuple):
-    """Where a span begins and ends in a conversation of any contents: how much text is before it.
-
-    In the rendered conversation, the begin is at `characters_before_begin` plus the lengths of the first
-    `contents_before_begin` contents; the end likewise.
-    """
-
-    contents_before_begin: int
-    characters_before_begin: int
-    """Characters of the template's own text."""
-    contents_before_end: int
-    characters_before_end: int
 
 
 @dataclass(slots=True)
@@ -69,42 +54,6 @@ class _MarkedTurn:
     thought_begin: int | None
     content_begin: int
     content_end: int
-
-
-@dataclass(slots=True)
-class _Skeleton:
-    """What a template writes around the n contents of a conversation, and where the learned spans lie in it."""
-
-    literals: list[str]
-    """n + 1 of them: before the first content, between the contents, after the last."""
-    ending: str
-    """What the last literal becomes once the last turn is closed."""
-    edges: list[_SpanEdges]
-    """Of each learned span."""
-
-    def fit(self, contents: list[str], text: str) -> tuple[str, Spans] | None:
-        """(closed text, supervised spans in it) of a conversation; None if `text` isn't the skeleton filled with `contents`.
-
-        `contents`: the messages' texts without outer whitespace. `text`: the conversation as the template wrote it. The
-        closed text is the same with an end-of-turn token after the last turn, even if the template writes none.
-        """
-        pieces = [self.literals[0]]
-        # lengths_before[n]: how many characters the first n contents have together.
-        lengths_before = [0]
-        for content, literal in zip(contents, self.literals[1:], strict=True):
-            pieces += (content, literal)
-            lengths_before.append(lengths_before[-1] + len(content))
-        if "".join(pieces) != text:
-            return None
-        last_literal = self.literals[-1]
-        if self.ending != last_literal:
-            text = text[: len(text) - len(last_literal)] + self.ending
-        spans = []
-        for edges in self.edges:
-            begin = lengths_before[edges.contents_before_begin] + edges.characters_before_begin
-            end = lengths_before[edges.contents_before_end] + edges.characters_before_end
-            spans.append((begin, end))
-        return text, spans
 
 
 class SpanFinder:
@@ -122,7 +71,7 @@ class SpanFinder:
         self._end_patterns = end_patterns
         self._eos = eos
         self._any_token = leading_token_pattern(added_tokens)
-        self._skeletons: dict[Shape, _Skeleton | None] = {}
+        self._skeletons: dict[Shape, Skeleton | None] = {}
         """None for a shape that has no skeleton: its conversations are always rendered twice."""
         self._times_seen: dict[Shape, int] = {}
         """How often a shape without a skeleton came."""
@@ -193,7 +142,7 @@ class SpanFinder:
 
     def _learn_skeleton(
         self, shape: Shape, roles: list[str], learned_indices: list[int], whitespace: ContentWhitespace
-    ) -> _Skeleton | None:
+    ) -> Skeleton | None:
         """Learn the skeleton of a shape of conversation (see `_spans_by_skeleton`) by rendering placeholders as contents.
 
         Remembers the skeleton, and returns it. None for a shape that has not come `_SKELETON_AT_USE` times yet, and if the
@@ -217,7 +166,7 @@ class SpanFinder:
         try:
             text = self._render(messages)
             closed_text, spans = self._spans_by_marking(messages, learned_indices, text, "")
-            self._skeletons[shape] = self._cut_skeleton(placeholders, text, closed_text, spans)
+            self._skeletons[shape] = cut_skeleton(placeholders, text, closed_text, spans, self._added_tokens)
         except Exception:  # noqa: BLE001 - a template that dislikes placeholders is asked about each conversation
             return None
         return self._skeletons[shape]
@@ -354,62 +303,6 @@ class SpanFinder:
                     end = len(text)
             closed_spans.append((begin, end))
         return text, closed_spans
-
-    def _cut_skeleton(self, placeholders: list[str], text: str, closed_text: str, spans: Spans) -> _Skeleton | None:
-        """The skeleton of a conversation whose contents are `placeholders`; None unless the text has each of them once, in order.
-
-        `text`: as rendered. `spans`: supervised spans in `closed_text`, which ends with an end-of-turn token.
-
-        Example, with <0> and <1> as placeholders: "U:<0>|A:<1>$" with the span "<1>$" gives the literals "U:", "|A:" and "$", and
-        the edges (1, 5, 2, 6): one content and 5 characters before its begin, two contents and 6 characters before its end.
-        """
-        # The literals: what stands between the placeholders.
-        literals: list[str] = []
-        placeholder_begins: list[int] = []
-        position = 0
-        for placeholder in placeholders:
-            begin = text.find(placeholder, position)
-            if begin < 0 or text.count(placeholder) != 1:
-                return None
-            literals.append(text[position:begin])
-            placeholder_begins.append(begin)
-            position = begin + len(placeholder)
-        if closed_text[:position] != text[:position]:
-            return None
-        literals.append(text[position:])
-
-        edges = []
-        for begin, end in spans:
-            before_begin = _text_before(begin, placeholders, placeholder_begins)
-            before_end = _text_before(end, placeholders, placeholder_begins)
-            if before_begin is None or before_end is None:
-                return None
-            contents_before_end, _ = before_end
-            if contents_before_end < len(placeholders) and self._may_become_token(literals[contents_before_end]):
-                return None
-            edges.append(_SpanEdges(*before_begin, *before_end))
-        return _Skeleton(literals, closed_text[position:], edges)
-
-    def _may_become_token(self, literal: str) -> bool:
-        """Whether a literal is the beginning of an added token, which a content right behind it may complete.
-
-        Such a token would close the turn before it in one conversation and not in another, so that no skeleton holds for all.
-        """
-        trimmed = literal.lstrip()
-        return any(len(token) > len(trimmed) and token.startswith(trimmed) for token in self._added_tokens)
-
-
-def _text_before(position: int, placeholders: list[str], placeholder_begins: list[int]) -> tuple[int, int] | None:
-    """(number of placeholders before a position, characters of literals before it); None for a position inside a placeholder.
-
-    `placeholder_begins`: where each placeholder begins in the text, ascending.
-    """
-    num_before = bisect_left(placeholder_begins, position)
-    if num_before:
-        last = num_before - 1
-        if position < placeholder_begins[last] + len(placeholders[last]):
-            return None
-    return num_before, position - sum(map(len, placeholders[:num_before]))
 
 
 def _widest_turn(content: str, find_turn: Callable[[int, int], _MarkedTurn | None]) -> _MarkedTurn | None:
