@@ -214,7 +214,7 @@ def test_decontamination_ignores_wording_shared_by_a_set():
     assert stage.find_best_match(f"{intro} {prose(draw, 30)}") is None
     assert stage.find_best_match(f"so {texts[5][1]}") == ("bench.jsonl:5", 1.0)
     assert stage.skipped["only_shared_wording"] == 1
-    assert build(texts[:10]).match(f"{intro} {prose(draw, 30)}") is not None
+    assert build(texts[:10]).find_best_match(f"{intro} {prose(draw, 30)}") is not None
 
 
 def test_decontamination_with_nothing_to_search_for_is_an_error():

@@ -149,8 +149,8 @@ def test_loader_closing_stops_its_thread(dataset):
 
 def test_loader_thread_errors_reach_the_consumer(dataset, monkeypatch):
     broken = loader(dataset)
-    real = broken._step
-    monkeypatch.setattr(broken, "_step", lambda first: real(first) if first < 12 else 1 / 0)
+    real = broken._make_step_batch
+    monkeypatch.setattr(broken, "_make_step_batch", lambda first: real(first) if first < 12 else 1 / 0)
     steps = broken.steps(0, 5)
     next(steps)
     with pytest.raises(ZeroDivisionError):

@@ -64,26 +64,26 @@ def agree(path, case, world, lengths):
         return
     # ZeRO joins parameters into a few flat buffers, each of which is rounded once, whatever the depth.
     slack = FLAT * ALLOCATION_GRAIN if case.strategy.startswith("zero") else 0
-    for part in ("kinds", "resting"):
+    for part in ("peak_bytes_by_kind", "resting_bytes_by_kind"):
         one, other = found.pop(part), exact.pop(part)
         assert one.keys() == other.keys()
         assert all(abs(one[kind] - other[kind]) <= slack for kind in one), part
-    assert abs(found.pop("total") - exact.pop("total")) <= slack
+    assert abs(found.pop("peak_bytes") - exact.pop("peak_bytes")) <= slack
     assert found == exact
 
 
 def _near(found, exact):
     """As `agree`, where buckets are filled: the peak is what a full one takes wherever it comes."""
-    assert abs(found.pop("peak")["place"] - exact.pop("peak")["place"]) <= 1
-    assert found.pop("total") == pytest.approx(exact.pop("total"), rel=NEAR)
-    assert sum(found.pop("kinds").values()) == pytest.approx(sum(exact.pop("kinds").values()), rel=NEAR)
-    calls = [part.pop("exchanged") for part in (found, exact)]
+    assert abs(found.pop("peak_phase")["place"] - exact.pop("peak_phase")["place"]) <= 1
+    assert found.pop("peak_bytes") == pytest.approx(exact.pop("peak_bytes"), rel=NEAR)
+    assert sum(found.pop("peak_bytes_by_kind").values()) == pytest.approx(sum(exact.pop("peak_bytes_by_kind").values()), rel=NEAR)
+    calls = [part.pop("collective_totals") for part in (found, exact)]
     assert calls[0].keys() == calls[1].keys()
     assert all(calls[0][key][1] == calls[1][key][1] for key in calls[0]), "bytes exchanged"
     assert all(
-        abs(size - exact["resting"][kind]) <= FLAT * ALLOCATION_GRAIN for kind, size in found.pop("resting").items()
+        abs(size - exact["resting_bytes_by_kind"][kind]) <= FLAT * ALLOCATION_GRAIN for kind, size in found.pop("resting_bytes_by_kind").items()
     )
-    del exact["resting"]
+    del exact["resting_bytes_by_kind"]
     assert found == exact
 
 

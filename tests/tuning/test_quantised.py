@@ -278,12 +278,12 @@ def words(base, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("typed", "part"),
     [
-        ("tuning=full", "model.quantisation=nf4 with tuning=full: it trains the base itself"),
-        ("tuning=freeze tuning.layers=last-1", "with tuning=freeze: it trains the base itself"),
+        ("tuning=full", "model.quantisation=nf4 with tuning=full: it trains the base weights"),
+        ("tuning=freeze tuning.layers=last-1", "with tuning=freeze: it trains the base weights"),
         ("tuning=lora tuning.dora=true", "DoRA needs the norms of the base weights"),
         ("tuning=lora tuning.init=pissa", "would be rounded anew"),
-        ("tuning=lokr", "with tuning=lokr: peft reads the base weight itself"),
-        ("tuning=peft tuning.type=hra", "with tuning.type=hra: peft reads the base weight itself"),
+        ("tuning=lokr", "with tuning=lokr: peft reads the base weight, or its shape"),
+        ("tuning=peft tuning.type=hra", "with tuning.type=hra: peft reads the base weight, or its shape"),
     ],
 )
 def test_quantised_base_refuses_methods_that_cannot_stand_on_it(words, typed, part):

@@ -368,7 +368,7 @@ def test_gradients_that_wait_lie_among_the_ranks_of_a_replica(monkeypatch, name,
     class RowsAlone:
         units_are_rows = True
 
-        def peak_at(self, units):
+        def memory_peak_at(self, units):
             return None
 
     def heard(form, among, expert_ranks):
