@@ -165,7 +165,7 @@ def large() -> list[dict[str, Any]]:
                 choice = plan_choice(variant, cost_model, job, 1)
                 row = {
                     "model": model,
-                    "parameters": cost_model.parameters,
+                    "parameters": cost_model.num_parameters,
                     "experts": degree,
                     "tensors_gib": round(choice.memory_peak.total_bytes / GIB, 1),
                     "card_gib": round(job.card.memory_gib, 1),
