@@ -31,7 +31,7 @@ from strategies.saved_parameters import SavedParameters
 from tests.helpers.exports import trained, weight_source
 from tests.helpers.gathered_export import write_gathered
 from tests.helpers.tokenizers import tiny_tokenizer
-from trainer.build.parts import build_step_module
+from trainer.build.step_module import build_step_module
 from trainer.data.config import Layout
 from trainer.export.config import ExportConfig
 from trainer.export.trained_model import TrainedModel, trained_shapes

@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import TYPE_CHECKING, NoReturn
 
 from strategies.base import Engine, Progress
@@ -14,16 +14,16 @@ from strategies.errors import Interrupted, Preempted, ReplicasDiffer
 from strategies.runtime import broadcast_object, seed_dropout_of_step
 from trainer.evaluation.base import Evaluator, intermediate_evaluators, tables_of_evaluators
 from trainer.evaluation.best import (
+    SavedProgress,
     early_stopping_reason,
     raise_if_watched_metric_is_missing,
     record_evaluation,
-    restore_best_evaluation,
 )
 from trainer.loop_types import BatchLoader, LoopSettings, Monitors, Sinks, WrittenCheckpoint
 from trainer.model.routing import EXPERT_TOKENS
 from trainer.monitors.anomalies import OUTLIER_KEYS, Outlier, RollBack
 from trainer.monitors.levels import LEVEL_LOOK_BACK_STEPS
-from trainer.objectives.step_totals import look_ahead, pop_loss, routing_context
+from trainer.objectives.step_totals import accumulate_gradients
 from trainer.optim.schedule import lr_factor_at
 from trainer.reporting.console import RunSchedule
 from trainer.reporting.expert_load import expert_load_by_layer
@@ -32,8 +32,6 @@ from trainer.reporting.numbers import format_metric
 from trainer.reporting.outcome import TrainingOutcome
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from trainer.data.batches.loader import StepBatch
 
 
@@ -78,12 +76,7 @@ class Trainer:
         self.current_batch: StepBatch | None = None
         """The batch of the step being taken; None between steps."""
         self._first_step = progress.step
-        # A run that resumes at this step has its checkpoint already. -1: there is none of the current step.
-        self._last_saved_step = progress.step if progress.step else -1
-        self._progress_being_saved = replace(progress)
-        """`progress` as it was when the last checkpoint was begun."""
-        self._published_progress = replace(progress)
-        """`progress` of the last checkpoint that was published: the best step in it is on the disk."""
+        self._saved = SavedProgress(progress)
         self._reported_checkpoint: WrittenCheckpoint | None = None
         """The last checkpoint whose cost stands in a row."""
 
@@ -112,7 +105,7 @@ class Trainer:
         if self.guards.may_roll_back:
             self.checkpoints.look_back_steps = LEVEL_LOOK_BACK_STEPS
             if not self.checkpoints.has_any():
-                self._last_saved_step = -1
+                self._saved.last_step = -1
                 self._save_checkpoint()
 
         # Objects made so far live as long as the run: the garbage collector need not walk them again and again.
@@ -133,10 +126,10 @@ class Trainer:
         self.evaluation_monitor.record_findings_of_whole_run(self.progress)
         self._publish_pending_checkpoint()
         if self.settings.save_for_export and not self.checkpoints.has_checkpoint_of(self.progress.step):
-            self._last_saved_step = -1  # a run can have begun from the last step of another one
+            self._saved.last_step = -1  # a run can have begun from the last step of another one
         if self.settings.save_final:
             self._save_checkpoint()
-        elif self.settings.save_for_export and self._last_saved_step != self.progress.step:
+        elif self.settings.save_for_export and self._saved.last_step != self.progress.step:
             self.outcome.saved_for_export = True
             self._save_checkpoint(must_succeed=False, replaces_older=False)
         self._publish_pending_checkpoint()
@@ -189,40 +182,17 @@ class Trainer:
             self._stop_for_signal()
 
     def train_step(self, batch: StepBatch) -> StepRecord:
-        """One optimizer step over a list of micro-batches. All ranks must call. Reads nothing from the device.
-
-        The loss contract (strategies/base.py): sums over the micro-batch, divided by the count of the whole step, times
-        the number of ranks, because every strategy averages over them.
-        """
+        """One optimizer step over a list of micro-batches. All ranks must call. Reads nothing from the device."""
         settings = self.settings
         step = self.progress.step
         self.current_batch = batch
         self.before_step(step + 1)
         # Dropout depends on the seed, the step and the rank alone, so that a resumed run draws what an unbroken one does.
         seed_dropout_of_step(settings.seed, step, self.engine.rank)
-        # A step without any target has a count of 0 and a loss of 0.
-        loss_count = batch.totals["loss"]
-        scale = self.engine.world_size / (loss_count or 1)
-        sums: dict[str, Tensor] = {}
-
-        # Some losses need a mean over the whole step before its first backward pass. Most batches have nothing ahead.
-        means_ahead = look_ahead(self.engine, batch.ahead, loss_count, averaged=False) if batch.ahead else {}
-        step_context = {
-            "ahead": means_ahead,
-            "drawn_by": (settings.seed, step),
-            **routing_context(self.engine, batch),
-        }
-        for index, micro_batch in enumerate(batch.micro_batches):
-            # Most engines exchange gradients on the last micro-batch alone; before it they add up locally.
-            last = index == len(batch.micro_batches) - 1
-            terms = self.engine.forward({**micro_batch, **step_context}, last=last)
-            self.engine.backward(pop_loss(terms, scale, self.engine.world_size), last=last)
-            # Sums for the log stay on the device, where the meter reads them once an interval.
-            for name, value in terms.items():
-                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+        sums = accumulate_gradients(self.engine, batch, drawn_by=(settings.seed, step))
 
         lr_factor = lr_factor_at(settings.schedule, step, settings.total_steps)
-        update_filter = self.guards.update_filter(sums["loss"], loss_count)
+        update_filter = self.guards.update_filter(sums["loss"], batch.totals["loss"])
         step_result = self.engine.step(lr_factor, update_filter)
 
         self.guards.record_step(self.progress.samples)
@@ -296,8 +266,7 @@ class Trainer:
             # The checkpoint stands in the round of the outlier itself, whose prompts are left out: begin another one.
             self.progress.round_step = 0
         self.loader.restore(checkpoint)
-        self._last_saved_step = self.progress.step
-        self._progress_being_saved = self._published_progress = replace(self.progress)
+        self._saved.set_published(self.progress)
 
         self._restore_guards_and_order()
         self.metrics.rewind(self.progress.step)
@@ -392,7 +361,7 @@ class Trainer:
             return False
         is_last = self.progress.step == self.settings.total_steps
         self._evaluate_and_record(is_last)
-        self._last_saved_step = -1  # this step's checkpoint still owes the evaluation: write it again
+        self._saved.last_step = -1  # this step's checkpoint still owes the evaluation: write it again
         self._save_checkpoint()
         self._stop_if_finding_ends_run()
         return self._ends_early()
@@ -438,7 +407,7 @@ class Trainer:
             return
         # The checkpoint owes an evaluation, so that the next start looks again. It may exist already: write it anew.
         self.progress.owes_evaluation = True
-        self._last_saved_step = -1
+        self._saved.last_step = -1
         self._save_checkpoint()
         self._publish_pending_checkpoint()
         self.evaluation_monitor.raise_if_finding_ends_run()
@@ -479,13 +448,13 @@ class Trainer:
         """
         self._log_buffered_steps()
         self._publish_pending_checkpoint()
-        if self._last_saved_step != self.progress.step:
+        if self._saved.last_step != self.progress.step:
             self.check_ownership()
             self._check_replicas(now=True)  # a checkpoint of replicas that differ would be worth nothing
             self.progress.recent_steps = self.guards.recent_steps()
             self.progress.level_rows = self.guards.level_shifts.rows
             self.metrics.sync()  # rows up to this step are on the disk before the checkpoint is
-            self._progress_being_saved = replace(self.progress)
+            self._saved.begin(self.progress)
             attachments = self.loader.attachments()
             has_succeeded = self.checkpoints.save_checkpoint(
                 self.engine,
@@ -494,28 +463,19 @@ class Trainer:
                 replaces_older=replaces_older,
                 attachments=attachments,
             )
-            self._record_save_outcome(has_succeeded)
+            self._saved.record_outcome(
+                self.progress, has_succeeded, is_pending=self.checkpoints.pending_step is not None
+            )
         self.meter.restart_clock()
 
     def _publish_pending_checkpoint(self) -> None:
         """Publish the checkpoint that is pending, if there is one. All ranks must call."""
         if self.checkpoints.pending_step is not None:
             self.check_ownership()
-            self._record_save_outcome(self.checkpoints.publish_pending())
-
-    def _record_save_outcome(self, has_succeeded: bool) -> None:
-        """Set the step of the last checkpoint, after one was begun or published (`has_succeeded`), or failed.
-
-        - Published: sets the progress of the last published checkpoint.
-        - Begun, and pending: nothing more, since it may still fail.
-        - Failed: if it was the best step, the best metric is again that of the last published checkpoint.
-        """
-        step = self._progress_being_saved.step
-        self._last_saved_step = step if has_succeeded else -1
-        if has_succeeded and self.checkpoints.pending_step is None:
-            self._published_progress = self._progress_being_saved
-        elif not has_succeeded and self.progress.best_step == step:
-            restore_best_evaluation(self.progress, self._published_progress)
+            has_succeeded = self.checkpoints.publish_pending()
+            self._saved.record_outcome(
+                self.progress, has_succeeded, is_pending=self.checkpoints.pending_step is not None
+            )
 
     def _check_replicas(self, *, now: bool = False) -> None:
         """Compare the weights of the replicas if that is due, or `now`. Raises ReplicasDiffer. All ranks must call."""

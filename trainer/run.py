@@ -46,6 +46,8 @@ from trainer.planner.strategy_choice import resolve_strategy
 from trainer.reporting.console import Console
 from trainer.reporting.metrics import Meter
 from trainer.reporting.profile import Profiler
+from trainer.reporting.run_record import RunRecord
+from trainer.reporting.tracking import Trackers
 from trainer.rollout.loader import RolloutLoader
 from trainer.rollout.rewards.copies import use_copies_of_run
 from trainer.session.announcements import (
@@ -123,8 +125,30 @@ def _run(
     checked |= check_run_fits(config, data, precision, runtime, console.print_line) | staged.record()
 
     attempt.phase = "building the model"
-    local_config = staged.with_local_model(config)
-    engine, built, source = build_engine(local_config, tokenizer, data, precision, runtime, scores_answers=True)
+    _train_and_export(config, staged.with_local_model(config), inputs, tasks, checked, context, request)
+    staged.remove()
+
+
+def _train_and_export(
+    config: RunConfig,
+    local_config: RunConfig,
+    inputs: ProbeInputs,
+    tasks: list[PreparedTask],
+    checked: dict[str, Any],
+    context: RunContext,
+    request: StopRequest,
+) -> None:
+    """Build the model of a settled configuration, train it, measure it and export it. All ranks must call.
+
+    `local_config`: `config` with the copy of the model on this node's disk, if there is one. `checked`: fields of `run.json` that
+    are known already.
+    """
+    data = inputs.data
+    runtime = inputs.runtime
+    attempt = context.attempt
+    engine, built, source = build_engine(
+        local_config, inputs.tokenizer, data, inputs.precision, runtime, scores_answers=True
+    )
     # Before a checkpoint is loaded: the reference is the initial model.
     record_reference_logps_of_data(config, data, engine, built, context)
     checkpoints, resumed_from, progress = resume_from_checkpoint(config, engine, context)
@@ -134,8 +158,8 @@ def _run(
         config,
         checked,
         RunParts(
-            sha256=sha256,
-            precision=precision,
+            sha256=context.sha256,
+            precision=inputs.precision,
             runtime=runtime,
             data=data,
             engine=engine,
@@ -150,13 +174,10 @@ def _run(
     request.disarm_end_of_stuck_process()
     trackers = open_trackers_and_records(config, run_record, progress, context)
     show_rounds(config, loader, trackers, context)
-    meter = Meter(runtime, run_record.flops_per_token, run_record.mfu_tflops, built.step_module.objective.metrics)
-    meter.time_blocks(built.step_module.shard_units(), expert_ranks=config.parallel.experts)
+    meter = build_meter(config, run_record, built, runtime)
     challenges = build_detectors(config, built, total_steps, interval, context)
-    profiler = Profiler(config.profile, run_dir, runtime, attempt.at_step, console.print_line)
-    sinks = Sinks(
-        meter, trackers, console, checkpoints, profiler.at_step, partial(attempt.require_run_dir_ownership, runtime)
-    )
+    profiler = Profiler(config.profile, context.run_dir, runtime, attempt.at_step, context.console.print_line)
+    sinks = build_sinks(meter, trackers, checkpoints, profiler, context)
     trainer = Trainer(
         loop_settings(config, total_steps, interval),
         engine=meter.wrap_with_timing(engine) if config.logging.step_parts else engine,
@@ -182,13 +203,9 @@ def _run(
             context=context,
             local_model=local_config.model,
         )
-        model_facts = choose_and_measure_checkpoint(trained, run_record)
-        attempt.phase = "export"
-        attempt.require_run_dir_ownership(runtime)
-        exported = export_at_end(trained, model_facts, run_record)
+        exported = measure_and_export(trained, run_record)
     attempt.require_run_dir_ownership(runtime)
     close_records(run_record, outcome, exported, trackers, context)
-    staged.remove()
 
 
 def check_before_data_is_prepared(config: RunConfig) -> None:
@@ -309,6 +326,21 @@ def build_batch_loader(
     return open_rounds(config, inputs, built, engine, progress, resumed_from, context)
 
 
+def build_meter(config: RunConfig, run_record: RunRecord, built: BuiltModel, runtime: processes.Runtime) -> Meter:
+    """What measures steps, and the time of the model's blocks."""
+    meter = Meter(runtime, run_record.flops_per_token, run_record.mfu_tflops, built.step_module.objective.metrics)
+    meter.time_blocks(built.step_module.shard_units(), expert_ranks=config.parallel.experts)
+    return meter
+
+
+def build_sinks(
+    meter: Meter, trackers: Trackers, checkpoints: Checkpoints, profiler: Profiler, context: RunContext
+) -> Sinks:
+    """Where what the run produces goes."""
+    check_ownership = partial(context.attempt.require_run_dir_ownership, context.runtime)
+    return Sinks(meter, trackers, context.console, checkpoints, profiler.at_step, check_ownership)
+
+
 def build_monitors(
     config: RunConfig,
     data: PreparedData,
@@ -344,6 +376,19 @@ def loop_settings(config: RunConfig, total_steps: int, interval: EvaluationInter
         save_final=config.checkpoint.save_final or separate_job_writes_export(config),
         save_for_export=run_writes_export(config),
     )
+
+
+def measure_and_export(trained: TrainedRun, run_record: RunRecord) -> Path | None:
+    """Measure the checkpoint that is to be exported, and export it. All ranks must call.
+
+    Returns the directory of the export; None if nothing is exported. Errors: those of `choose_and_measure_checkpoint` and
+    `export_at_end`; LeaseLost on every rank if another attempt took the run directory.
+    """
+    model_facts = choose_and_measure_checkpoint(trained, run_record)
+    attempt = trained.context.attempt
+    attempt.phase = "export"
+    attempt.require_run_dir_ownership(trained.context.runtime)
+    return export_at_end(trained, model_facts, run_record)
 
 
 def join_process_group(config: RunConfig, store: Any = None) -> processes.Runtime:

@@ -20,8 +20,8 @@ from strategies.base import Precision
 from strategies.errors import ConfigError
 from strategies.parameters import meta_context, named_parameters, num_elements_by_name
 from trainer.build.parallel import check_parallel
-from trainer.build.parts import build_step_module
 from trainer.build.sequence import step_layout
+from trainer.build.step_module import build_step_module
 from trainer.config.parallel import accumulation_steps, dp_size_of
 from trainer.config.run import LEARNING_RATE_KEY, RunConfig
 from trainer.model.known_shapes import KnownShape, shape_note

@@ -9,7 +9,7 @@ from strategies.base import Precision, Progress, SingleConfig
 from strategies.build import build_strategy
 from strategies.parameters import COMPUTE_DTYPE
 from strategies.saved_parameters import SavedParameters
-from trainer.build.parts import build_step_module
+from trainer.build.step_module import build_step_module
 from trainer.data.config import Layout
 from trainer.export.config import ExportConfig
 from trainer.export.trained_model import TrainedModel, trained_shapes

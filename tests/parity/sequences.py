@@ -33,7 +33,6 @@ from tests.helpers.objectives import variants_of
 from tests.helpers.stores import write
 from tests.parity.base import Curve, Job
 from tests.parity.teachers import objective_of
-from trainer import loop
 from trainer.config.parallel import ParallelConfig
 from trainer.config.run import RunConfig
 from trainer.data.batches.collate import Collator
@@ -48,7 +47,7 @@ from trainer.loop import Trainer
 from trainer.model.attention import varlen_attention
 from trainer.model.config import Quantisation
 from trainer.model.sequence_attention import head_shares, over_slices
-from trainer.objectives import preference
+from trainer.objectives import preference, step_totals
 from trainer.objectives.pretrain import PretrainConfig
 from trainer.objectives.sft import SftConfig, SftDataSpec
 
@@ -207,8 +206,8 @@ def curve(trainer: Trainer, world: int, first_step: int = 0, steps: int = STEPS)
 
 def _scaled_by_readers(degree: int) -> Any:
     """The loss times the number of readers, as if gradients were averaged over them."""
-    right = loop.pop_loss
-    return mock.patch.object(loop, "pop_loss", lambda terms, scale, world: right(terms, scale, world) / degree)
+    right = step_totals.pop_loss
+    return mock.patch.object(step_totals, "pop_loss", lambda terms, scale, world: right(terms, scale, world) / degree)
 
 
 def _identity_as_adjoint(_: int) -> Any:

@@ -11,7 +11,7 @@ from tests.helpers.building import collate, samples
 from tests.helpers.covering import chosen, values
 from tests.helpers.exports import LABELS, export, logits_of, trained
 from tests.helpers.methods import ADDED
-from trainer.build.parts import build_step_module
+from trainer.build.step_module import build_step_module
 from trainer.data.config import Layout
 from trainer.export.verify import probe_ids, reference_logits
 from trainer.model.config import ModelConfig

@@ -10,7 +10,8 @@ from strategies.base import Engine, Precision
 from strategies.native import NativeEngine
 from strategies.parameters import COMPUTE_DTYPE, meta_context
 from strategies.runtime import Runtime
-from trainer.build.parts import build_step_module, check_model_takes_data
+from trainer.build.parts import check_model_takes_data
+from trainer.build.step_module import build_step_module
 from trainer.config.run import RunConfig
 from trainer.data.prepare import PreparedData
 from trainer.model.loading import find_weights_directory

@@ -124,6 +124,22 @@ class SavedCheckpoint:
         """What the checkpoint cost, as columns of `metrics.jsonl`."""
         return {"checkpoint_stall_s": self.stall_s, "checkpoint_write_s": self.took_s}
 
+    def summary_line(self, checkpoint_dir: Path, interval_s: float | None) -> str:
+        """Where the checkpoint was written, its size, its cost, and when the next one is due, for the user.
+
+        `checkpoint_dir`: the run's own directory for checkpoints. `interval_s`: seconds between two checkpoints, if known.
+        """
+        text = f"checkpoint {self.path.name}"
+        if self.path.parent != checkpoint_dir:
+            text += f" in {self.path.parent}"
+        text += f": {size_text(self.size_bytes)} in {self.took_s:.1f} s"
+        if self.stall_s != self.took_s:
+            text += f"; training waited {self.stall_s:.1f} s"
+        if interval_s is not None:
+            minutes = max(1, round(interval_s / 60))
+            text += f"; the next in about {minutes} {'minute' if minutes == 1 else 'minutes'}"
+        return text
+
 
 @dataclass(slots=True)
 class PendingCheckpoint:

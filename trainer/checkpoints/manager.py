@@ -6,21 +6,21 @@ To publish a checkpoint: add its manifest, by which its files are checked later,
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
 from strategies import atomic_io
-from strategies.atomic_io import WrittenFile, error_summary, size_text, sync_directory
+from strategies.atomic_io import WrittenFile, error_summary
 from strategies.base import Engine, Progress
 from strategies.errors import StorageError
 from strategies.runtime import Runtime, call_on_main, first_rank_error, gather_objects
 from strategies.saving import RankState
 from trainer.checkpoints.async_writer import FLOAT32_BYTES, PendingCheckpoint, SavedCheckpoint, StateBuffer
 from trainer.checkpoints.config import CheckpointConfig
+from trainer.checkpoints.given_up import move_to_given_up_dir, remove_unfinished_dirs
 from trainer.checkpoints.in_use import is_read_by_another_process, remove_stale_reader_marks
 from trainer.checkpoints.layout import REPLACED_DIR_FORMAT, STEP_DIR_FORMAT, checkpoints_in
 from trainer.checkpoints.manifest import write_manifest
@@ -29,9 +29,6 @@ from trainer.checkpoints.recovery import remove_part_notes
 from trainer.checkpoints.resume_selection import choose_checkpoint, record_resumed_checkpoint, restore_replaced
 from trainer.checkpoints.schedule import Schedule
 from trainer.checkpoints.staging import create_staging_dir, probe_fallback_dir, raise_if_any_rank_failed, run_on_rank_0
-
-GIVEN_UP_DIR_FORMAT = "given-up-{}"
-UNFINISHED_DIR_PATTERNS = (".step-*.writing", ".step-*.deleting", REPLACED_DIR_FORMAT.format("step-*"))
 
 
 class Checkpoints:
@@ -124,34 +121,10 @@ class Checkpoints:
             elif resumed_step is None or step >= resumed_step:  # also one of the same step in another directory
                 given_up_paths.append(path)
         for checkpoint_dir in self.checkpoint_dirs:
-            for pattern in UNFINISHED_DIR_PATTERNS:
-                for unfinished in list(checkpoint_dir.glob(pattern)):
-                    with suppress(OSError):  # it is in nobody's way
-                        atomic_io.disk.remove_tree(unfinished)
+            remove_unfinished_dirs(checkpoint_dir)
             paths_to_move = [path for path in given_up_paths if path.parent == checkpoint_dir]
             if paths_to_move:
-                self._move_to_given_up_dir(checkpoint_dir, paths_to_move)
-
-    def _move_to_given_up_dir(self, checkpoint_dir: Path, checkpoints: list[Path]) -> None:
-        """Move checkpoints of one directory into a new directory `given-up-<n>` in it, durably. Raises OSError if that fails."""
-        directory_number = 1
-        while (checkpoint_dir / GIVEN_UP_DIR_FORMAT.format(directory_number)).exists():
-            directory_number += 1
-        given_up_dir = checkpoint_dir / GIVEN_UP_DIR_FORMAT.format(directory_number)
-        atomic_io.disk.make_directory(given_up_dir)
-        metrics_file = checkpoint_dir.parent / "metrics.jsonl"
-        if metrics_file.is_file():  # the run will cut off the rows of the steps that it takes again
-            shutil.copyfile(metrics_file, given_up_dir / metrics_file.name)
-            atomic_io.sync_file(given_up_dir / metrics_file.name)
-        for path in checkpoints:
-            atomic_io.disk.rename(path, given_up_dir / path.name)
-        sync_directory(given_up_dir)
-        sync_directory(checkpoint_dir)
-        names = ", ".join(path.name for path in checkpoints[:6])
-        self.print_line(
-            f"checkpoints that this run does not continue from ({names}) were "
-            f"moved to {given_up_dir}, with the metrics so far; delete it when you need them no more"
-        )
+                move_to_given_up_dir(checkpoint_dir, paths_to_move, self.print_line)
 
     def has_any(self) -> bool:
         """Whether there are checkpoints of this run. All ranks must call. Raises StorageError on every rank if that fails."""
@@ -182,9 +155,8 @@ class Checkpoints:
 
     def follow_renamed_run_dir(self, run_dir: Path) -> None:
         """Use the new paths after somebody renamed the run directory to `run_dir`. Moves nothing on the disk. No collective."""
-        old_dir = self.checkpoint_dirs[
-            0
-        ]  # in the run directory; the fallback directory is elsewhere, and keeps its path
+        # In the run directory; the fallback directory is elsewhere, and keeps its path.
+        old_dir = self.checkpoint_dirs[0]
         new_dir = run_dir / old_dir.name
 
         def new_path_of(checkpoint_dir: Path) -> Path:
@@ -392,7 +364,7 @@ class Checkpoints:
         """After a checkpoint got its name: report it, and delete older ones that `checkpoint.keep` no longer keeps."""
         self._num_failures_in_a_row = 0
         self.last_published = saved
-        self._print_saved_checkpoint(saved)
+        self.print_line(saved.summary_line(self.checkpoint_dirs[0], self.schedule.checkpoint_interval_s))
         if not self.runtime.is_main:
             return
         # The same step may have been written in another directory before.
@@ -447,25 +419,11 @@ class Checkpoints:
                 )
                 return
             if final.exists():  # another branch's, made since this one began
-                self._move_to_given_up_dir(checkpoint_dir, [final])
+                move_to_given_up_dir(checkpoint_dir, [final], self.print_line)
             atomic_io.publish_directory(staging, final)
 
         run_on_rank_0(publish, staging, self.runtime)
         return final, sum(file.size for file in files)
-
-    def _print_saved_checkpoint(self, saved: SavedCheckpoint) -> None:
-        """Print where a checkpoint was written, its size, its cost, and when the next one is due."""
-        text = f"checkpoint {saved.path.name}"
-        if saved.path.parent != self.checkpoint_dirs[0]:
-            text += f" in {saved.path.parent}"
-        text += f": {size_text(saved.size_bytes)} in {saved.took_s:.1f} s"
-        if saved.stall_s != saved.took_s:
-            text += f"; training waited {saved.stall_s:.1f} s"
-        interval_s = self.schedule.checkpoint_interval_s
-        if interval_s is not None:
-            minutes = max(1, round(interval_s / 60))
-            text += f"; the next in about {minutes} {'minute' if minutes == 1 else 'minutes'}"
-        self.print_line(text)
 
     def discard_checkpoint_of_step(self, step: int) -> None:
         """Delete the checkpoint of a step, unless it is the only one. No collective; rank 0 deletes. A failure is a warning."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from strategies.base import Progress
 from strategies.errors import ConfigError
 from trainer.evaluation.base import EvaluationConfig
@@ -63,3 +65,39 @@ def restore_best_evaluation(progress: Progress, saved: Progress) -> None:
     progress.best_step = saved.best_step
     progress.seen_metric = saved.seen_metric
     progress.seen_step = saved.seen_step
+
+
+class SavedProgress:
+    """The progress of a run in its last checkpoints, from which the best evaluation is restored if a save fails."""
+
+    def __init__(self, progress: Progress) -> None:
+        """`progress`: at the start of this attempt. A run that resumes at its step has its checkpoint already."""
+        self.last_step = progress.step if progress.step else -1
+        """Step of the last checkpoint. -1: there is none of the current step."""
+        self._being_saved = replace(progress)
+        """`progress` as it was when the last checkpoint was begun."""
+        self._published = replace(progress)
+        """`progress` of the last checkpoint that was published: the best step in it is on the disk."""
+
+    def begin(self, progress: Progress) -> None:
+        """Keep `progress` as it is when a checkpoint is begun."""
+        self._being_saved = replace(progress)
+
+    def set_published(self, progress: Progress) -> None:
+        """Set all to a checkpoint that was loaded, whose progress `progress` is."""
+        self.last_step = progress.step
+        self._being_saved = self._published = replace(progress)
+
+    def record_outcome(self, progress: Progress, has_succeeded: bool, *, is_pending: bool) -> None:
+        """Set the step of the last checkpoint, after one was begun or published (`has_succeeded`), or failed.
+
+        - Published: sets the progress of the last published checkpoint.
+        - Begun, and pending (`is_pending`): nothing more, since it may still fail.
+        - Failed: if it was the best step, the best metric in `progress` is again that of the last published checkpoint.
+        """
+        step = self._being_saved.step
+        self.last_step = step if has_succeeded else -1
+        if has_succeeded and not is_pending:
+            self._published = self._being_saved
+        elif not has_succeeded and progress.best_step == step:
+            restore_best_evaluation(progress, self._published)

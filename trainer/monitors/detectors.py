@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from strategies.base import Engine, Progress
-from strategies.errors import LimitExceeded, StorageError
+from strategies.errors import LimitExceeded
 from trainer.evaluation.generation import AnswerWithReference
 from trainer.evaluation.task_evaluator import FinishedTask
 from trainer.evaluation.tasks.base import TaskRow
@@ -18,19 +17,16 @@ from trainer.monitors import degenerate_answers, divergence, forgetting, instabi
 from trainer.monitors.base import Evidence, Finding, ModelAnswer
 from trainer.monitors.base_model_rows import BaseModelResults
 from trainer.monitors.config import CHAT_ANSWERS, ChallengesConfig, Reaction
+from trainer.monitors.finding_events import EVENT_KEYS, append_event, is_in_events, recorded_events
 from trainer.monitors.first_evaluation import HeldOutEvaluation, HeldOutFile
 from trainer.monitors.first_rows import FirstRows
 from trainer.monitors.kept_answers import GENERATED, KeptAnswer, KeptAnswers
-from trainer.reporting.jsonl import json_text
-from trainer.reporting.metric_rows import read_rows
 
 DETECTORS: dict[str, Any] = {"overfitting": overfitting, "forgetting": forgetting, "output": degenerate_answers}
 """What looks at an evaluation, by the name of its settings."""
 EARLY_STOPPING = "early_stopping"
 """Name of the finding that patience (`evaluation.patience`) has ended the run."""
 EARLY_STOPPING_REMEDIES = ("more and other data", "a lower optim.lr", "tuning=lora with a lower tuning.rank")
-EVENT_KEYS = ("event", "time", "challenge")
-"""Keys of a finding in `events.jsonl` that are not in the record."""
 
 
 class ChallengeDetectors:
@@ -113,7 +109,7 @@ class ChallengeDetectors:
         If overfitting has ended the run at that step, `stopping_finding` is set again: no further step could find it again.
         """
         # An event is {"event": "challenge", "challenge": "divergence", "step": 40, ...}, for example.
-        for event in self._recorded_events():
+        for event in recorded_events(self.events):
             if event.get("event") == "challenge" and event["step"] <= progress.step:
                 finding_record = {key: event[key] for key in event if key not in EVENT_KEYS}
                 self.findings_by_detector.setdefault(str(event["challenge"]), finding_record)
@@ -440,34 +436,8 @@ class ChallengeDetectors:
         self.print_line(
             f"warning: {finding.detector} at step {finding.step}: {finding.message}. Try: {'; '.join(finding.remedies)}"
         )
-        if not self._is_in_events(finding):
-            self._append_event(finding)
-
-    def _is_in_events(self, finding: Finding) -> bool:
-        """Whether an earlier start of the run has written this finding into `events.jsonl`."""
-        return any(
-            event.get("challenge") == finding.detector and event["step"] == finding.step
-            for event in self._recorded_events()
-        )
-
-    def _recorded_events(self) -> list[dict[str, Any]]:
-        """The rows of `events.jsonl`, on rank 0; empty elsewhere, and if there are none."""
-        if self.events is None:
-            return []
-        try:
-            return read_rows(self.events).rows
-        except OSError:
-            return []
-
-    def _append_event(self, finding: Finding) -> None:
-        """Append a finding to `events.jsonl`. Raises StorageError if that fails."""
-        if self.events is not None:
-            event = {"event": "challenge", "time": time.time(), "challenge": finding.detector, **finding.record()}
-            try:
-                with self.events.open("a", encoding="utf-8") as file:
-                    file.write(json_text(event) + "\n")
-            except OSError as error:
-                raise StorageError(f"{self.events}: cannot be written ({error}); free space") from error
+        if not is_in_events(self.events, finding):
+            append_event(self.events, finding)
 
     def record_early_stopping(self, progress: Progress, reason: str) -> None:
         """Record that early stopping ends the run, for this `reason`; the loop prints it. Raises StorageError if that fails."""
@@ -482,8 +452,8 @@ class ChallengeDetectors:
         )
         is_new = EARLY_STOPPING not in self.findings_by_detector
         self.findings_by_detector[EARLY_STOPPING] = finding.record()
-        if is_new and not self._is_in_events(finding):
-            self._append_event(finding)
+        if is_new and not is_in_events(self.events, finding):
+            append_event(self.events, finding)
         self.write_findings(self.findings_by_detector)
 
     # -- what is done ----------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""Totals of a whole step that are needed before its first backward pass, because no sum of micro-batches gives them."""
+"""The passes of a whole step over its micro-batches, and its totals.
+
+Some totals are needed before the first backward pass, because no sum of micro-batches gives them.
+"""
 
 from __future__ import annotations
 
@@ -84,3 +87,35 @@ def pop_loss(terms: dict[str, torch.Tensor], scale: float, world_size: int) -> t
     if added_loss is None:
         return loss
     return loss + added_loss * world_size
+
+
+def accumulate_gradients(engine: Engine, batch: StepBatch, drawn_by: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Let the engine add up the gradients of a step over its micro-batches. All ranks must call. Reads nothing from the device.
+
+    Returns the sum of each loss term over this rank's micro-batches, by name. `drawn_by`: (the run's seed, the step), by which
+    noise is drawn.
+
+    The loss contract (strategies/base.py): sums over the micro-batch, divided by the count of the whole step, times
+    the number of ranks, because every strategy averages over them.
+    """
+    # A step without any target has a count of 0 and a loss of 0.
+    loss_count = batch.totals["loss"]
+    scale = engine.world_size / (loss_count or 1)
+    sums: dict[str, torch.Tensor] = {}
+
+    # Some losses need a mean over the whole step before its first backward pass. Most batches have nothing ahead.
+    means_ahead = look_ahead(engine, batch.ahead, loss_count, averaged=False) if batch.ahead else {}
+    step_context = {
+        "ahead": means_ahead,
+        "drawn_by": drawn_by,
+        **routing_context(engine, batch),
+    }
+    for index, micro_batch in enumerate(batch.micro_batches):
+        # Most engines exchange gradients on the last micro-batch alone; before it they add up locally.
+        last = index == len(batch.micro_batches) - 1
+        terms = engine.forward({**micro_batch, **step_context}, last=last)
+        engine.backward(pop_loss(terms, scale, engine.world_size), last=last)
+        # Sums for the log stay on the device, where the meter reads them once an interval.
+        for name, value in terms.items():
+            sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+    return sums

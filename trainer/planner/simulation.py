@@ -21,11 +21,12 @@ from strategies.sequence import with_sequence_parallelism
 from strategies.simulation import simulated_rank
 from strategies.zero_config import MAX_LIVE_PARAMETERS
 from trainer.build.experts import plan_expert_parallelism
-from trainer.build.parts import build_step_module, needs_one_row_batches, tile_mlps_of_built_model
+from trainer.build.parts import needs_one_row_batches, tile_mlps_of_built_model
 from trainer.build.recomputation import micro_batch_of
 from trainer.build.references import attach_reference_model
 from trainer.build.reward_models import attach_reward_models
 from trainer.build.sequence import attention_heads_of, step_layout
+from trainer.build.step_module import build_step_module
 from trainer.config.parallel import ParallelConfig, accumulation_steps
 from trainer.config.run import RunConfig
 from trainer.data.batches.cutting import sequence_cut

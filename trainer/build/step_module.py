@@ -1,0 +1,197 @@
+"""Builds the module that a strategy shards: architecture, vocabulary, tuning, quantisation. All on meta, without weights."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from trainer.build.references import reference_models
+from trainer.data.config import Layout
+from trainer.losses.fuse import fuse_head
+from trainer.model import attention as attention_module
+from trainer.model import encoder_decoder, experts, flex
+from trainer.model.architecture import (
+    freeze_key_selectors,
+    grow_vocabulary,
+    head_names,
+    set_head_settings,
+    vocabulary_parameter_names,
+)
+from trainer.model.compat import names_kept_in_float32
+from trainer.model.config import ModelConfig, ModelKind
+from trainer.model.frozen_rows import always_zero_rows
+from trainer.model.known_shapes import shape_in_use
+from trainer.model.layout import AttentionLayout
+from trainer.model.loading import find_weights_directory, load_model_config
+from trainer.model.quantisation import Scheme, quantise_layers, unquantised_note
+from trainer.model.quantised_experts import quantise_experts
+from trainer.model.rope import check_adapter_positions, positions_are_set
+from trainer.model.rules import check_kind
+from trainer.model.sequence_attention import register_flash
+from trainer.objectives.base import ObjectiveConfig
+from trainer.objectives.layout_choice import build_causal_model, build_padded_model
+from trainer.objectives.registry import build_objective, objective_family
+from trainer.objectives.routed import install_added_losses
+from trainer.step import BuiltModel, TrainStep
+from trainer.tuning.base import Tuning, TuningConfig
+from trainer.tuning.build import build_tuning, merged_adapter_reader, optimizer_hooks
+from trainer.tuning.compat.transformers import block_class_names
+from trainer.tuning.expert_lora import use_low_rank_forward
+from trainer.tuning.fast_lora import fuse_lora
+from trainer.tuning.table import needs_padded_rows
+
+
+def build_step_module(
+    config: ModelConfig,
+    *,
+    objective_config: ObjectiveConfig,
+    tuning_config: TuningConfig,
+    layout: Layout,
+    tokenizer: Any,
+    num_labels: int | None,
+    context: AbstractContextManager[None],
+    half_on_gpu: bool,
+) -> BuiltModel:
+    """The architecture with added vocabulary and tuning, all on the meta device. Touches no weights. Errors: ConfigError."""
+    _register_kernels()
+    family = objective_family(objective_config)
+    is_classifier = family.kind is ModelKind.classifier
+    is_encoder_decoder = family.kind is ModelKind.encoder_decoder
+
+    # The architecture.
+    base_config = _base_config(config, tuning_config)
+    model_config = copy.deepcopy(base_config)
+    new_ids = list(range(len(tokenizer) - len(config.add_tokens), len(tokenizer)))
+    grow_vocabulary(config, model_config, len(tokenizer), len(new_ids))
+    check_kind(model_config.to_dict(), config.path, family.kind, family.name, {})
+    if is_classifier:
+        outputs = family.num_outputs or num_labels
+        set_head_settings(model_config, outputs, tokenizer.pad_token_id, several=family.multi_label(objective_config))
+    if family.kind is ModelKind.causal:
+        needs_padding = needs_padded_rows(tuning_config)
+        model, arrangement = build_causal_model(
+            config, model_config, layout, needs_padding=needs_padding, half_on_gpu=half_on_gpu, context=context
+        )
+    else:
+        model, arrangement = build_padded_model(
+            family.kind, config, model_config, layout, context, family.name, half_on_gpu=half_on_gpu
+        )
+    model.tie_weights()
+    two_sides = encoder_decoder.finish(model, _weights_directory_or_none(config)) if is_encoder_decoder else None
+
+    # Facts of the architecture that are needed before its layers are replaced and wrapped.
+    plain = copy.deepcopy(model)
+    zeroed = always_zero_rows(model, arrangement)
+    if is_encoder_decoder or (not is_classifier and model.forward_path.fused):
+        fuse_head(model, model_config, frozen_row=next(iter(zeroed.values()), None))
+    vocabulary = vocabulary_parameter_names(model)
+    heads = head_names(model) if is_classifier else ()
+    blocks = encoder_decoder.block_classes(model) if is_encoder_decoder else block_class_names(model)
+    folded = merged_adapter_reader(model, config.adapters)
+    head = model.get_output_embeddings()
+
+    # The tuning method. Modules that it must not train are frozen.
+    tuning = build_tuning(tuning_config, new_tokens=bool(new_ids), new_heads=heads, tokenizer=tokenizer)
+    model = tuning.apply(model)
+    _freeze_without_gradient(model, tuning, plain, arrangement)
+    model.train()
+
+    # The step module, and the collator that makes its batches.
+    step = TrainStep(model, build_objective(objective_config, reference_models(tuning)), blocks)
+    step.plan.optimizer_hooks = optimizer_hooks(tuning)
+    data_spec = family.data_spec(objective_config)
+    decoder_start = two_sides.decoder_start if two_sides else None
+    built = BuiltModel(
+        step_module=step,
+        tuning=tuning,
+        data_spec=data_spec,
+        collator=data_spec.collator(arrangement.layout, tokenizer.pad_token_id, decoder_start),
+        arrangement=arrangement,
+        new_token_ids=new_ids,
+        vocabulary=vocabulary,
+        plain=plain,
+        head_prefixes=heads,
+        config=model_config,
+        base_config=base_config if positions_are_set(config) else None,
+        two_sides=two_sides,
+        zeroed=zeroed,
+        folded=folded,
+    )
+    _finish_step_module(built, config, head, family.kind)
+    return built
+
+
+def _weights_directory_or_none(config: ModelConfig) -> Path | None:
+    """The directory of a model's files; None if only its published shape is used, as in a plan without files."""
+    return find_weights_directory(config) if shape_in_use(config) is None else None
+
+
+def _register_kernels() -> None:
+    """Register our attention and experts functions with transformers, by their names."""
+    attention_module.register()
+    flex.register()
+    register_flash()
+    experts.register()
+
+
+def _base_config(config: ModelConfig, tuning_config: TuningConfig) -> Any:
+    """The transformers config of the base. Raises ConfigError if an adapter was trained under other positions than it has."""
+    base_config = load_model_config(config)
+    for directory in config.adapters:
+        check_adapter_positions(directory, "model.adapters", base_config, config)
+    start = getattr(tuning_config, "from_", None)
+    if start:
+        check_adapter_positions(start, "tuning.from", base_config, config)
+    return base_config
+
+
+def _freeze_without_gradient(model: Any, tuning: Tuning, plain: Any, arrangement: AttentionLayout) -> None:
+    """Freeze what gets no gradient or must not train: fixed tables, towers for images and sound, and indexers of keys."""
+    encoder_decoder.freeze_fixed(model)
+    freeze_beside_text(model, tuning, getattr(plain, "modules_beside_text", ()))
+    indexers = freeze_key_selectors(model)
+    if indexers:
+        arrangement.notes["model.indexers"] = f"stay as they were loaded: no gradient reaches {', '.join(indexers)}"
+
+
+def _finish_step_module(built: BuiltModel, config: ModelConfig, head: Any, kind: ModelKind) -> None:
+    """The last changes to a tuned model: quantise its base, fuse adapters, and add losses of routers and logits."""
+    step = built.step_module
+    tuning_note = getattr(built.tuning, "note", "")
+    if tuning_note:
+        built.substitutions["tuning.targets"] = tuning_note
+    _quantise(built, config, head)
+    fuse_lora(step.model)
+    use_low_rank_forward(step.model)
+    step.added_losses, routing_notes = install_added_losses(config, built.config, built.plain, step.model, kind)
+    built.substitutions.update(routing_notes)
+
+
+def freeze_beside_text(model: Any, tuning: Tuning, names: tuple[str, ...]) -> None:
+    """Freeze the towers for images and sound, the modules `names`: texts give them no gradient."""
+    prefixes = tuple(f"{name}." for name in names)
+    if not prefixes:
+        return
+    for name, parameter in model.named_parameters():
+        if tuning.base_name(name).startswith(prefixes):
+            parameter.requires_grad_(False)
+
+
+def _quantise(built: BuiltModel, config: ModelConfig, head: Any) -> None:
+    """Quantise frozen layers if `model.quantisation` asks for it. After tuning, since peft sizes its adapters by plain layers."""
+    scheme = Scheme.from_settings(config.quantisation, config.double_quantisation)
+    built.scheme = scheme
+    if scheme is None:
+        return
+    model = built.step_module.model
+    base_name = built.tuning.base_name
+    built.quantised = quantise_layers(model, scheme, keep=head, heads=built.head_prefixes, base_name=base_name)
+    built.quantised |= quantise_experts(
+        model, scheme, kept_in_float32=names_kept_in_float32(model), base_name=base_name
+    )
+    trained_names = {base_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    unpacked_note = unquantised_note(built.plain, {*built.quantised, *built.vocabulary, *trained_names})
+    if unpacked_note is not None:
+        built.substitutions["model.quantisation"] = f"{scheme} -> {unpacked_note}"
