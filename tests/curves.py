@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMES = {
     *("tokens_per_s", "supervised_tokens_per_s", "tokens_per_s_per_rank", "mfu", "memory_gib", "memory_reserved_gib"),
     *("data_wait_s", "step_s", "time", "blocks_s", "blocks_s/worst", "blocks_s/rank"),
+    *("written_tokens_per_s", "write_s", "reward_s", "look_back_s", "train_s"),
 }
 """What of a row depends on the hour."""
 VERSION = "version"
