@@ -327,7 +327,7 @@ def build_batch_loader(
 
 
 def build_meter(config: RunConfig, run_record: RunRecord, built: BuiltModel, runtime: processes.Runtime) -> Meter:
-    """What measures steps, and the time of the model's blocks."""
+    """Build the meter, which measures every step and times the model's blocks."""
     meter = Meter(runtime, run_record.flops_per_token, run_record.mfu_tflops, built.step_module.objective.metrics)
     meter.time_blocks(built.step_module.shard_units(), expert_ranks=config.parallel.experts)
     return meter
@@ -336,7 +336,7 @@ def build_meter(config: RunConfig, run_record: RunRecord, built: BuiltModel, run
 def build_sinks(
     meter: Meter, trackers: Trackers, checkpoints: Checkpoints, profiler: Profiler, context: RunContext
 ) -> Sinks:
-    """Where what the run produces goes."""
+    """Collect the objects that receive what the loop produces: metrics, lines on the screen, checkpoints and traces."""
     check_ownership = partial(context.attempt.require_run_dir_ownership, context.runtime)
     return Sinks(meter, trackers, context.console, checkpoints, profiler.at_step, check_ownership)
 
