@@ -148,7 +148,7 @@ class BuiltModel:
     expected: tuple[float, float] | None = None
     """(model state, activations) in bytes on one rank, as estimated before there are weights."""
     folded: MergedAdapters | None = None
-    """Adapters that are folded into the base as it is loaded."""
+    """Adapters that are merged into the base as it is loaded."""
 
     @property
     def layout(self) -> Layout:

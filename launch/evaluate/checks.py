@@ -102,6 +102,6 @@ def _quantised_model_problems(config: RunConfig, cli_settings: list[str]) -> Ite
     if any(argument.startswith("precision=") for argument in cli_settings):
         yield f"precision={config.precision}: model.path={path} computes in the types it is stored with; leave it out"
     if config.model.adapters:
-        yield f"adapter={config.model.adapters[0]}: model.path={path} in few bits, nothing is folded into it; leave it out"
+        yield f"adapter={config.model.adapters[0]}: model.path={path} in few bits, nothing is merged into it; leave it out"
     if not TaskContext.from_settings(config.data, config.objective).is_language_model:
         yield f"model.path={path}: lies in few bits ({library}), of which only causal language models are evaluated"

@@ -91,7 +91,7 @@ def write_and_verify_gguf(request: GgufRequest, directory: Path, *, verify: bool
     is_adapter = (directory / SETTINGS_FILE).is_file() or (directory / CONFIG_FILE).is_file()
     if is_adapter:
         raise ConfigError(
-            f"gguf={request.kind}: {directory} is an adapter, and this method cannot be folded into its base"
+            f"gguf={request.kind}: {directory} is an adapter, and this method cannot be merged into its base"
         )
     file, missing_part = write_gguf(directory, request.name, request.kind, request.converter)
     verdict = verify_gguf(file, request.kind) if verify else "not verified"
@@ -106,7 +106,7 @@ def _refuse_adapter(argument: str, config: RunConfig) -> None:
     from trainer.tuning.base import LoraConfig
 
     if isinstance(config.tuning, LoraConfig) and not config.export.merge:
-        raise ConfigError(f"{argument}: is of a whole model; fold the adapter in with merge=true")
+        raise ConfigError(f"{argument}: is of a whole model; merge the adapter with merge=true")
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ def write_quantised(request: QuantisedRequest, directory: Path, data: PreparedDa
 
     kind = request.kind
     if find_export(str(directory)).base is not None:
-        raise ConfigError(f"bits={kind}: {directory} is an adapter, and this method cannot be folded into its base")
+        raise ConfigError(f"bits={kind}: {directory} is an adapter, and this method cannot be merged into its base")
     # What the loss is measured on.
     measured_split = data.train if data.evaluation is None else data.evaluation
     number_of_samples = min(len(measured_split), MAX_MEASURED_DOCUMENTS)

@@ -111,6 +111,6 @@ def test_quantised_checkpoint_refuses_unsuitable_settings_at_once(site, capsys, 
         "needs torchao; pip install -e '.[torchao]'",
         "strategy=ddp",
         "leave it out",
-        "nothing is folded",
+        "nothing is merged",
     ):
         assert part in said

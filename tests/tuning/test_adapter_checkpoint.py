@@ -163,7 +163,7 @@ def test_adapter_on_folded_adapters_is_not_exported_alone(words, made):
 
 def test_adapter_that_cannot_be_folded_is_refused(base, made, words, runtime, tmp_path):
     beft = made("peft beft")
-    with pytest.raises(ConfigError, match="was made by beft, which cannot be folded"):
+    with pytest.raises(ConfigError, match="was made by beft, which cannot be merged"):
         compose_config([*words, "tuning=lora", "export.merge=true", f"model.adapters=[{beft}]"])
     settings = json.loads((made("lora") / "adapter_config.json").read_text())
     other = tmp_path / "prompts"

@@ -95,7 +95,7 @@ def fill_buffers(model: nn.Module, checkpoint: Checkpoint, base_name: Callable[[
 
 
 class BaseWeights(Checkpoint):
-    """A checkpoint as it is trained on: adapters folded in, and rounded where it is stored quantised."""
+    """A checkpoint as it is trained on: adapters merged in, and rounded where it is stored quantised."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class BaseWeights(Checkpoint):
         """Where packed weights are kept on this host, if they are."""
 
     def read_slice(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements `[start, stop)` of the flattened parameter, adapters folded in, not rounded."""
+        """Elements `[start, stop)` of the flattened parameter, adapters merged in, not rounded."""
         stored_name = self._stored_name(name)
         if stored_name not in self._adapted:
             return super().read_slice(stored_name, start, stop)
@@ -182,7 +182,7 @@ class BaseWeights(Checkpoint):
 
 
 class _WithoutAdapters:
-    """A checkpoint without the adapters that are folded into it, as a base."""
+    """A checkpoint without the adapters that are merged into it, as a base."""
 
     def __init__(self, checkpoint: BaseWeights) -> None:
         self.checkpoint = checkpoint
@@ -198,7 +198,7 @@ class _WithoutAdapters:
 class StartingWeights:
     """`strategies.base.ParameterSource` of the model that a run begins with, as a plain model without adapters.
 
-    These are the base's values with the adapter of `tuning.from` folded in. A base that is stored quantised counts as rounded.
+    These are the base's values with the adapter of `tuning.from` merged in. A base that is stored quantised counts as rounded.
     """
 
     def __init__(self, source: WeightSource, folded: MergedAdapters | None) -> None:

@@ -160,7 +160,7 @@ def check_adapters_mergeable(model: nn.Module, trained_names: set[str]) -> None:
             )
         if ".lora_embedding_" in name and _has_dora(layer_name, trained_names):
             raise ConfigError(
-                "export.merge=true: DoRA on an embedding cannot be folded here; leave the embeddings out of "
+                "export.merge=true: DoRA on an embedding cannot be merged here; leave the embeddings out of "
                 "tuning.targets, or use export.merge=false"
             )
 

@@ -154,7 +154,7 @@ def continuation_problems(tuning: AdapterConfig) -> Iterator[str]:
     setting = f"tuning.from={tuning.from_}"
     # Every method of `tuning=peft` can continue, and an unknown `tuning.type` would have no row in the table of methods.
     if not isinstance(tuning, PeftConfig) and (reason := method_of(tuning).continuation_refusal):
-        yield f"{setting} with tuning={tuning.name}: {reason}; fold that adapter with export.merge=true, and give model.path"
+        yield f"{setting} with tuning={tuning.name}: {reason}; merge that adapter with export.merge=true, and give model.path"
         return
     stored = read_adapter_settings(tuning.from_)
     if isinstance(stored, str):
@@ -193,8 +193,12 @@ def merge_problems(directory: str) -> Iterator[str]:
     method = METHODS.get(method_name) or PEFT_METHODS.get(method_name)
     if method is None or method.merge_refusal or method.continuation_refusal:
         reason = "which is not proven here"
-        if method is not None:
-            reason = f"which cannot be folded: {method.merge_refusal or method.continuation_refusal}"
+        if method is not None and method.merge_refusal:
+            reason = f"which cannot be merged: {method.merge_refusal}"
+        elif method is not None:
+            reason = (
+                f"which cannot be merged, since its files cannot be loaded into a model: {method.continuation_refusal}"
+            )
         yield (
             f"{setting}: was made by {method_name}, {reason}; leave it out, or merge it with peft and give that as model.path"
         )

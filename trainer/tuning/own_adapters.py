@@ -42,7 +42,7 @@ class AddedParameters:
 
     def merge(self, model: nn.Module) -> nn.Module:
         """Never called: composing and exporting refuse to merge, with the reason in the table."""
-        raise AssertionError(f"tuning={self.config.name} cannot be folded into the base")
+        raise AssertionError(f"tuning={self.config.name} cannot be merged into the base")
 
     @contextmanager
     def reference(self, model: nn.Module) -> Iterator[None]:

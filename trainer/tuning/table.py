@@ -32,7 +32,7 @@ class Method:
     reads_base: bool = False
     """Whether initial values depend on the base weights."""
     merge_refusal: str = ""
-    """Why the adapter cannot be folded into the base; empty where it can."""
+    """Why the adapter cannot be merged into the base; empty where it can."""
     new_head_refusal: str = ""
     """Why it cannot train and keep a new head (classification, reward models); empty where it can."""
     new_tokens_refusal: str = ""

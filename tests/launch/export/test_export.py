@@ -201,7 +201,7 @@ def test_export_gguf_beside_a_merged_model(run_dir, tmp_path, capsys):
     assert (tmp_path / "whole" / "gguf" / "run-q8_0.gguf").read_bytes() == b"GGUF"
     assert "ollama create run -f Modelfile" in capsys.readouterr().out
     for more, said in (
-        (words, "fold the adapter in with merge=true"),
+        (words, "merge the adapter with merge=true"),
         (["merge=true", "gguf=q2"], "must be one of f32"),
         (["merge=true", "gguf.python=python"], "goes with gguf=q8_0"),
     ):
@@ -284,4 +284,4 @@ def test_export_of_a_quantised_model_reports_its_cost(run_dir, tmp_path, capsys)
     assert "bits=nf4: on a processor with avx512_bf16" in capsys.readouterr().err and not (tmp_path / "odd").exists()
     assert run(run_dir, "bits=nf4") == 64 and run(run_dir, "merge=true", "bits=3") == 64
     told = capsys.readouterr().err
-    assert "fold the adapter in with merge=true" in told and "must be one of nf4, int8" in told
+    assert "merge the adapter with merge=true" in told and "must be one of nf4, int8" in told
