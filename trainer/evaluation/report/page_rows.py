@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.evaluation.report.comparison import right_or_wrong_score
-from trainer.evaluation.tasks.base import Task, TaskRow, answers_by_key, row_keys, shorten_prompt
+from trainer.evaluation.tasks.base import Task, TaskRow, other_answer_by_row_id, shorten_prompt
 from trainer.pages.numbers import format_number
 
 MAX_WORST_ROWS = 20
@@ -115,9 +115,7 @@ def _rows_to_show(
     answer", ...}], "num_lost": 1, "won": [], "num_won": 0}. Empty without a comparison.
     """
     score_name, score_of_row = first_metric_score(task, rows)
-    other_answers = answers_by_key(other_rows)
-    keys = row_keys([row.where for row in rows])
-    key_by_row_id = dict(zip(map(id, rows), keys, strict=True))
+    other_answers = other_answer_by_row_id(rows, other_rows)
     right_score = right_or_wrong_score(task, rows)
 
     # Which rows were lost or won. Location, prompt and answer tell them apart, since several rows may share a location.
@@ -143,7 +141,7 @@ def _rows_to_show(
             value = "right" if is_right else WRONG
             if not is_right:
                 row_sides = [*row_sides, WRONG]
-        other_answer = other_answers.get(key_by_row_id[id(row)], other_answer_by_text.get(text, ""))
+        other_answer = other_answers.get(id(row), other_answer_by_text.get(text, ""))
         shown.append(_shown_row(row, tuple(row_sides), value, other_answer))
 
     # The filters that show at least one row.

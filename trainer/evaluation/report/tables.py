@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from trainer.evaluation.report.comparison import changed_rows, right_or_wrong_score
 from trainer.evaluation.report.page_rows import MAX_WORST_ROWS, first_metric_score, worst_rows_first
-from trainer.evaluation.tasks.base import Task, TaskRow, answers_by_key, row_keys, shorten_prompt
+from trainer.evaluation.tasks.base import Task, TaskRow, other_answer_by_row_id, shorten_prompt
 from trainer.reporting.trackers.base import LoggedTable
 
 
@@ -40,12 +40,10 @@ def row_tables(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | 
 def worst_rows_table(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | None) -> LoggedTable:
     """A table of the task's `MAX_WORST_ROWS` worst rows, the worst one first, with the earlier answer beside the new one."""
     score_name, score_of_row = first_metric_score(task, rows)
-    answers_before = answers_by_key(before or ())
-    keys = row_keys([row.where for row in rows])
-    key_by_row_id = dict(zip(map(id, rows), keys, strict=True))
+    answers_before = other_answer_by_row_id(rows, before or ())
     cells = []
     for row in worst_rows_first(task, rows)[:MAX_WORST_ROWS]:
-        answer_before = answers_before.get(key_by_row_id[id(row)], "")
+        answer_before = answers_before.get(id(row), "")
         prompt = shorten_prompt(row.prompt)
         cells.append([row.where, score_of_row(row), prompt, row.answer, answer_before, row.reference, row.note])
     return LoggedTable(["row", score_name, "prompt", "answer", "answer before", "reference", "note"], cells)

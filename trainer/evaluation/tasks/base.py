@@ -321,6 +321,13 @@ def answers_by_key(rows: Sequence[TaskRow]) -> dict[RowKey, str]:
     return {key: row.answer for key, row in zip(keys, rows, strict=True)}
 
 
+def other_answer_by_row_id(rows: Sequence[TaskRow], other_rows: Sequence[TaskRow]) -> dict[int, str]:
+    """The other model's answer to each row, by the row's `id()`; rows that the other model was not asked are missing."""
+    other_answers = answers_by_key(other_rows)
+    keys = row_keys(row.where for row in rows)
+    return {id(row): other_answers[key] for row, key in zip(rows, keys, strict=True) if key in other_answers}
+
+
 def shorten_prompt(prompt: str) -> str:
     """The last characters of a prompt, for tables of trackers and the report's list of rows that changed sides."""
     return prompt if len(prompt) <= SHOWN_PROMPT_CHARACTERS else f"…{prompt[-SHOWN_PROMPT_CHARACTERS:]}"
