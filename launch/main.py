@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from launch import streams
+from strategies import exit_codes
 from trainer.stopping.signals import block_signals
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     if verb not in DESCRIPTION_BY_VERB:
         problem = _unknown_verb_message(verb)
         print(f"shardtune: {problem}", file=sys.stderr)
-        return _report_failure(arguments, [problem], 64)
+        return _report_failure(arguments, [problem], exit_codes.WRONG_SETTING)
     if "--version" in arguments:
         print(version_text())
         return 0
@@ -236,7 +237,7 @@ def _run_with_messages(verb: str, argv: list[str], interrupts: list[int]) -> int
         return _report_failure(argv, [str(error)], error.exit_code)
     except KeyboardInterrupt:
         print(f"shardtune {verb}: interrupted", file=sys.stderr)
-        return _report_failure(argv, ["interrupted"], 130)
+        return _report_failure(argv, ["interrupted"], exit_codes.INTERRUPTED)
     except BrokenPipeError:  # the reader of our output went away, as in `shardtune train --cfg | head`
         # Python writes buffered output at exit, which would fail once more: let it go to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -250,9 +251,9 @@ def _run_with_messages(verb: str, argv: list[str], interrupts: list[int]) -> int
             raise
         if interrupts:  # a library turned Ctrl-C into this error
             print(f"shardtune {verb}: interrupted", file=sys.stderr)
-            return _report_failure(argv, ["interrupted"], 130)
+            return _report_failure(argv, ["interrupted"], exit_codes.INTERRUPTED)
         print(redact(traceback.format_exc()), end="", file=sys.stderr)
-        return _report_failure(argv, [redact(f"{type(error).__name__}: {error}")], 70)
+        return _report_failure(argv, [redact(f"{type(error).__name__}: {error}")], exit_codes.FAILED)
 
 
 def _run_verb(verb: str, argv: list[str]) -> int:

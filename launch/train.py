@@ -29,6 +29,7 @@ from launch.config.verb_arguments import (
     read_arguments,
 )
 from launch.output import print_json, stdout_to_stderr
+from strategies import exit_codes
 from strategies.compat.python import end_process, run_exit_functions
 from strategies.errors import ConfigError
 from strategies.imports import importing_without_gc
@@ -267,7 +268,7 @@ def launch_run(composed: ComposedConfig, run_dir: Path, *, isolate: bool = False
     from launch.compare import run_report
 
     code = run_supervised(config, run_dir, composed.sha256)
-    if code != 130:  # who pressed Ctrl-C waits for nothing more
+    if code != exit_codes.INTERRUPTED:  # who pressed Ctrl-C waits for nothing more
         run_report.write_report_at_end(config, run_dir)
     return code
 
@@ -297,7 +298,7 @@ def train_as_rank(arguments: list[str]) -> int:
     except Exception:
         is_recorded = run.directory is not None and (run.directory / "failure.json").exists()
         if has_launcher and is_recorded:
-            return 70  # the launcher shows the first failure, last; the other ranks only lost their peer
+            return exit_codes.FAILED  # the launcher shows the first failure, last; the other ranks only lost their peer
         raise
     if rank == 0 and not has_launcher:
         from launch.compare import run_report
@@ -370,14 +371,14 @@ def _train_in_this_process(config: RunConfig, run_dir: Path, sha256: str) -> int
         _train_recording_failure(config, run_dir, sha256, 0)
     except Preempted as stop:
         # 0 for a preemption, so that the scheduler counts it as a normal end; 130 is the shell's code for Ctrl-C.
-        code = 130 if stop.signal_name == "SIGINT" else 0
+        code = exit_codes.INTERRUPTED if stop.signal_name == "SIGINT" else 0
     except NotRunOwner:  # without a report, because the directory belongs to another attempt
         raise
     except Exception:  # the command line says what it is
         run_report.write_report_at_end(config, find_run_directory(run_dir, earlier_state))
         raise
     code = record_run_outcome(run_dir, code, earlier_state)
-    if code != 130:  # who pressed Ctrl-C waits for nothing more
+    if code != exit_codes.INTERRUPTED:  # who pressed Ctrl-C waits for nothing more
         run_report.write_report_at_end(config, find_run_directory(run_dir, earlier_state))
     return code
 

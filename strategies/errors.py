@@ -6,6 +6,7 @@ traceback. Anything else is a defect of ours and ends with exit code 70 and a tr
 
 import re
 
+from strategies import exit_codes
 from strategies.redaction import redact
 
 _SETTING_KEY_REGEX = re.compile(r"[a-z][\w-]*(?:\.[\w-]+)*(?=[=:]| with )", re.ASCII)
@@ -15,7 +16,7 @@ _SETTING_KEY_REGEX = re.compile(r"[a-z][\w-]*(?:\.[\w-]+)*(?=[=:]| with )", re.A
 class ShardtuneError(Exception):
     """Base of the errors that a user sees as a message: the value, the rule, the setting to change. Secrets in it are hidden."""
 
-    exit_code = 70
+    exit_code = exit_codes.FAILED
     retry: str | None = None
     """The key of `launcher.retry` that starts a run again after this error. None: another start would meet the same error."""
     recorded_name: str | None = None
@@ -31,7 +32,7 @@ class ConfigError(ShardtuneError):
     A line about a setting begins with the setting's full key. What follows the key is for people: no code reads it.
     """
 
-    exit_code = 64
+    exit_code = exit_codes.WRONG_SETTING
 
     def __init__(self, problems: str | list[str]) -> None:
         self.problems = [redact(problem) for problem in ([problems] if isinstance(problems, str) else problems)]
@@ -60,25 +61,25 @@ def tokenizer_panic(error: BaseException, place: str) -> ConfigError:
 class DataError(ShardtuneError):
     """The data cannot be read or would teach nothing; messages name file and line."""
 
-    exit_code = 65
+    exit_code = exit_codes.WRONG_DATA
 
 
 class DoesNotFit(ShardtuneError):
     """The run takes more memory than its devices have."""
 
-    exit_code = 69
+    exit_code = exit_codes.CHECK_FAILED
 
 
 class LimitExceeded(ShardtuneError):
     """A limit that the user set on what training may do to the model was exceeded; the state is saved."""
 
-    exit_code = 69
+    exit_code = exit_codes.CHECK_FAILED
 
 
 class LimitReached(ShardtuneError):
     """A budget that the user set does not suffice."""
 
-    exit_code = 69
+    exit_code = exit_codes.CHECK_FAILED
 
 
 class OutOfMemory(DoesNotFit):
@@ -98,13 +99,13 @@ class OutOfMemory(DoesNotFit):
 class NodesUnfit(ShardtuneError):
     """The nodes of a job cannot run it, as its preflight found."""
 
-    exit_code = 69
+    exit_code = exit_codes.CHECK_FAILED
 
 
 class StorageError(ShardtuneError):
     """A write failed (full disk, no permission). Nothing half-written stays under a final name."""
 
-    exit_code = 74
+    exit_code = exit_codes.STORAGE_FAILED
 
 
 class NotRunOwner(ShardtuneError):
@@ -114,7 +115,7 @@ class NotRunOwner(ShardtuneError):
 class Preempted(ShardtuneError):
     """The run was asked to stop, has saved its state and can be resumed."""
 
-    exit_code = 75
+    exit_code = exit_codes.PREEMPTED
     signal_name: str | None = None
     """Name of the signal that asked this process, where one did."""
 
@@ -129,11 +130,11 @@ class Interrupted(Exception):
 class ReplicasDiffer(ShardtuneError):
     """Ranks that should hold the same parameters do not: the hardware's fault, or hosts that differ."""
 
-    exit_code = 70
+    exit_code = exit_codes.FAILED
     retry = "node_fail"
 
 
 class Diverged(ShardtuneError):
     """Too many steps in a row had gradients that are not finite."""
 
-    exit_code = 70
+    exit_code = exit_codes.FAILED

@@ -22,11 +22,10 @@ from launch.cluster.requeue import (
 from launch.config.process_role import expand_hosts
 from launch.runs import efficiency
 from launch.runs.job_record import read_job_record, record_job_end
+from strategies import exit_codes
 from strategies.errors import ConfigError, OutOfMemory, StorageError
 from trainer.reporting.status import RunState, read_failure, read_status, record_failure, restart_count
 
-EXIT_PREEMPTED = 75
-"""Exit code of a run that has saved and can be resumed."""
 MAX_IDLE_STARTS = 3
 """Starts in a row that were told to save before they had made a step, after which a job is not requeued."""
 
@@ -157,7 +156,7 @@ def record_end_and_requeue(step_code: int, *, received_term: bool, has_started_r
         has_saved = outcome.step is not None
         outcome = replace(
             outcome,
-            exit_code=EXIT_PREEMPTED if has_saved else outcome.exit_code,
+            exit_code=exit_codes.PREEMPTED if has_saved else outcome.exit_code,
             reason=f"{outcome.reason}; not requeued: {refusal}",
             # Of a job that SLURM ends, only SLURM knows whether it starts again.
             will_restart=None if refusal == ENDED_BY_SLURM else False,
@@ -242,8 +241,8 @@ def _outcome_after_stop(
 
     The job is requeued, except in the first of these cases that holds:
     - SLURM ends or preempts the job: only SLURM knows whether it starts again;
-    - the job restarted as often as `launcher.retry` allows: the exit code is `EXIT_PREEMPTED`, the run can be resumed by hand;
-    - `MAX_IDLE_STARTS` starts in a row made no step: the exit code is `EXIT_PREEMPTED` too.
+    - the job restarted as often as `launcher.retry` allows: the exit code is 75, the run can be resumed by hand;
+    - `MAX_IDLE_STARTS` starts in a row made no step: the exit code is 75 too.
     `state`: what the run has reached, for the reason, such as "state saved".
     """
     # Progress since the start before this one, which the job's record tells.
@@ -265,13 +264,13 @@ def _outcome_after_stop(
         reason = (
             f"{state}; not requeued, since it restarted {job.num_earlier_starts} times already (limit {max_restarts})"
         )
-        return replace(outcome, exit_code=EXIT_PREEMPTED, reason=reason)
+        return replace(outcome, exit_code=exit_codes.PREEMPTED, reason=reason)
     if idle_starts >= MAX_IDLE_STARTS:
         reason = (
             f"{state}; not requeued, since {idle_starts} starts in a row made no step: set a longer launcher.time, or a shorter "
             "launcher.signal_lead_s"
         )
-        return replace(outcome, exit_code=EXIT_PREEMPTED, reason=reason)
+        return replace(outcome, exit_code=exit_codes.PREEMPTED, reason=reason)
     return replace(outcome, should_requeue=True)
 
 

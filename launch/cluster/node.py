@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
+from strategies import exit_codes
 from strategies.compat.python import end_process
 from strategies.hardware import count_nvidia_gpus
 from trainer.stopping.signals import block_signals
@@ -60,7 +61,7 @@ def main(module: str = "launch.cluster.node") -> int:
     try:
         return _run_node(module)
     except (EOFError, KeyboardInterrupt):
-        return 130
+        return exit_codes.INTERRUPTED
 
 
 def _run_node(module: str) -> int:
@@ -167,7 +168,7 @@ def _relay_signals(message_fd: int) -> None:
     for _ in range(2):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(RANKS_END_S)
-    end_process(130)
+    end_process(exit_codes.INTERRUPTED)
 
 
 def _read_line(descriptor: int, timeout_s: float | None = None) -> bytes:

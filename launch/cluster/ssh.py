@@ -42,6 +42,7 @@ from launch.cluster.torchrun import (
     RedirectedOutput,
     collected_signals,
 )
+from strategies import exit_codes
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.config.run import RunConfig
 from trainer.reporting.code_revision import ROOT
@@ -90,7 +91,7 @@ def run_ranks_on_hosts(
             for node in nodes:
                 node.send(job)
             if not wait_for_host_facts(nodes, signals.pending):
-                exit_code = 130 if signal.SIGINT in signals.received else 1
+                exit_code = exit_codes.INTERRUPTED if signal.SIGINT in signals.received else 1
                 return RanksEnd(exit_code, signals.received)
             # All hosts are judged before any of them starts a rank.
             refuse_unfit_hosts(nodes, launcher, config_digest)
@@ -99,7 +100,7 @@ def run_ranks_on_hosts(
                 node.send({"rank": node_rank, "rdzv": rdzv, "run_id": run_id})
             on_tick = redirected.poll if redirected is not None else None
             exit_code = _wait_for_nodes(nodes, signals.pending, on_tick)
-            if exit_code != 130:
+            if exit_code != exit_codes.INTERRUPTED:
                 # Nobody else records the failure of a lost host. The first one is the cause.
                 for node_rank, node in enumerate(nodes):
                     if node.is_disconnected:
@@ -138,15 +139,15 @@ def _wait_for_nodes(nodes: list[Node], pending_signals: list[int], on_tick: Call
             for node in nodes:
                 node.send({})
 
-        exit_codes = [node.process.poll() for node in nodes]  # None while a node runs
-        all_ended = None not in exit_codes
-        failed_codes = [code for code in exit_codes if code]
+        node_codes = [node.process.poll() for node in nodes]  # None while a node runs
+        all_ended = None not in node_codes
+        failed_codes = [code for code in node_codes if code]
         if failed_codes and failed_at is None:
             failed_at = now
         # Has the run ended? After Ctrl-C the nodes first let their ranks save, then end them.
         if interrupted_at is not None:
             if all_ended or now - interrupted_at > STOP_GRACE_S + NODE_END_S:
-                return 130
+                return exit_codes.INTERRUPTED
         elif all_ended or (failed_at is not None and now - failed_at > STOP_GRACE_S):
             return failed_codes[0] if failed_codes else 0
         time.sleep(0.1)

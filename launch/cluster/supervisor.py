@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from strategies import atomic_io
+from strategies import atomic_io, exit_codes
 from strategies.errors import StorageError
 from trainer.config.run import RunConfig
 from trainer.reporting.status import (
@@ -39,12 +39,6 @@ class StateBeforeStart:
     """`failure.json`."""
 
 
-EXIT_INTERRUPTED = 130
-"""Exit code after Ctrl-C."""
-EXIT_PREEMPTED = 75
-"""Exit code of a run that has saved and can be resumed."""
-EXIT_FAILED = 70
-"""Exit code of a run that failed, if its record names no other."""
 FINAL_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 """Signals after which a run is over; the others ask it to save and to be started again, if `launcher.retry` says so."""
 EXPORT_STOPPED_MESSAGE = (
@@ -131,13 +125,13 @@ def record_run_outcome(run_dir: Path, code: int, before: StateBeforeStart, *, ve
     `code`: torchrun's, which is 0, 130 for Ctrl-C, or a failure about which the run directory says more. `before`: from
     `state_before_start`; a record that has not changed since is of an earlier attempt. `verb`: for messages.
     """
-    was_interrupted = code == EXIT_INTERRUPTED
+    was_interrupted = code == exit_codes.INTERRUPTED
     directory = find_run_directory(run_dir, before)
     if directory is None:
         print(
             f"{run_dir}: the directory was deleted while the run was under way; nothing of it is left", file=sys.stderr
         )
-        return EXIT_INTERRUPTED if was_interrupted else StorageError.exit_code
+        return exit_codes.INTERRUPTED if was_interrupted else StorageError.exit_code
     status = read_status(directory)
     if status == before.status:
         status = {}
@@ -152,13 +146,13 @@ def record_run_outcome(run_dir: Path, code: int, before: StateBeforeStart, *, ve
     was_killed = bool(failure) and not step
     if status.get("state") == RunState.preempted and not was_killed:
         print(_stopped_message(directory, run_dir, step, verb), file=sys.stderr)
-        return EXIT_INTERRUPTED if was_interrupted else EXIT_PREEMPTED
+        return exit_codes.INTERRUPTED if was_interrupted else exit_codes.PREEMPTED
     owner = None
     with contextlib.suppress(OSError):  # a directory that cannot be read must not hide the failure
         owner = possible_owner_text(directory)
     if owner is not None:
         print(f"{directory}: ended here; its records are left to {owner}", file=sys.stderr)
-        return EXIT_INTERRUPTED if was_interrupted else EXIT_FAILED
+        return exit_codes.INTERRUPTED if was_interrupted else exit_codes.FAILED
 
     if was_interrupted:
         reason = "interrupted"
@@ -167,7 +161,7 @@ def record_run_outcome(run_dir: Path, code: int, before: StateBeforeStart, *, ve
             message = EXPORT_STOPPED_MESSAGE
     else:
         # A run that nobody reports as ended has failed, even if torchrun returned 0.
-        code = failure.get("exit_code", EXIT_FAILED)
+        code = failure.get("exit_code", exit_codes.FAILED)
         reason = failure.get("message") or "the ranks ended without a report"
         message = (
             _failure_message(directory, failure, verb) if failure else f"{directory}: {reason}; see the output above"
@@ -231,9 +225,9 @@ def _retry_cause_key(run_dir: Path, code: int, signals: set[int]) -> str | None:
     - failed: the cause that the record of the failure names, such as "node_fail", if any.
     `code`: the exit code of the run. `signals`: those that this process received.
     """
-    if code == EXIT_INTERRUPTED or signals & FINAL_SIGNALS:
+    if code == exit_codes.INTERRUPTED or signals & FINAL_SIGNALS:
         return None
-    if code == EXIT_PREEMPTED:
+    if code == exit_codes.PREEMPTED:
         return "preempted" if signals else None
     if code == 0:
         return None

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from launch.cluster.hosts import ThisHost, locate_this_host
 from launch.cluster.killed_rank import record_killed_rank
 from launch.cluster.rendezvous import MissingHostsReport, StuckTorchrunGuard, rdzv_port
+from strategies import exit_codes
 from strategies.heartbeat import HEARTBEAT_DIRECTORY_VARIABLE
 from strategies.network import refuse_taken_port, refuse_unknown_interface, refuse_without_loopback
 from strategies.parent_death import die_with_parent
@@ -307,10 +308,10 @@ def _wait_for_agent(
             poll()
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = agent.wait(timeout=0.2)  # raises TimeoutExpired while torchrun runs
-            return 130 if interrupted_at is not None else code
+            return exit_codes.INTERRUPTED if interrupted_at is not None else code
         is_second_interrupt = interrupted_at is not None and pending_signals.count(signal.SIGINT) > 0
         if is_second_interrupt:
-            return 130
+            return exit_codes.INTERRUPTED
         if signal.SIGINT in pending_signals:
             interrupted_at = time.monotonic()
             # Changed one by one: a signal that the handler appends meanwhile is not lost.
@@ -320,7 +321,7 @@ def _wait_for_agent(
         if pending_signals and _signal_ranks(agent.pid, pending_signals[0]):
             pending_signals.pop(0)
         if interrupted_at is not None and time.monotonic() - interrupted_at > STOP_GRACE_S:
-            return 130
+            return exit_codes.INTERRUPTED
 
 
 def _signal_ranks(agent_pid: int, signal_number: int) -> bool:

@@ -24,6 +24,7 @@ from launch.config.verb_arguments import (
     setting_group_help_rows,
 )
 from launch.output import TableColumn, TableRow, format_table, wrap_sentences, wrap_text
+from strategies import exit_codes
 from strategies.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def main(argv: list[str]) -> int:
     """Run `shardtune compare` with the arguments behind it; returns the exit code. Errors: ConfigError, StorageError."""
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
-        return 0 if argv else 64
+        return 0 if argv else exit_codes.WRONG_SETTING
     arguments, problems = read_arguments("compare", CompareArguments, argv)
     if arguments.to is not None and arguments.to.exists() and not arguments.to.is_dir():
         problems.append(f"to={arguments.to}: is a file; name a directory")
@@ -204,7 +205,7 @@ def _compare_new_points(arguments: CompareArguments) -> int:
     With `--dry-run`, only list the points.
     """
     from launch.compare.follow import PeriodicPage
-    from launch.compare.points import STOP_EXIT_CODES, plan_points, run_planned_points
+    from launch.compare.points import plan_points, run_planned_points
     from trainer.stopping.signals import block_signals, unblock_signals
 
     if not arguments.dry_run:
@@ -224,7 +225,7 @@ def _compare_new_points(arguments: CompareArguments) -> int:
         periodic_page = PeriodicPage(lambda reload_after_s: _write_page(sources, page_path, reload_after_s))
     exit_code = run_planned_points(plan, output_dir, periodic_page)
     unblock_signals()  # from here on, a signal ends this command at once
-    if exit_code in STOP_EXIT_CODES:
+    if exit_code in exit_codes.STOPPED_CODES:
         print("stopped; the same command continues", file=sys.stderr, flush=True)
 
     if arguments.follow and exit_code == 0:  # SLURM may still be running the points

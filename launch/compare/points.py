@@ -17,15 +17,13 @@ from launch.cluster.array_size import refuse_large_arrays
 from launch.compare.settings import CompareConfig, PointSource, setting_keys, write_comparison_file
 from launch.config.axes import Axes, point_exclusion_flags, point_label, read_axes, set_point_name_in_trackers
 from launch.config.verb_arguments import read_setting_group
+from strategies import exit_codes
 from strategies.errors import ConfigError, NotRunOwner
 
 if TYPE_CHECKING:
     from launch.compare.follow import PeriodicPage
     from launch.compare.progress import RunsProgress
     from launch.config.frozen import ComposedConfig
-
-STOP_EXIT_CODES = (75, 130)
-"""Exit codes of a run that was asked to stop (preempted, Ctrl-C): the points after it are not wanted now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,10 +347,10 @@ def _run_one_by_one(runs: list[PlannedRun], progress: RunsProgress) -> int:
                 continue
             exit_code = run_with_progress(point.name, point.composed, run.run_dir, progress, verb="compare")
             exit_code_by_point[point.name] = exit_code
-            if exit_code in STOP_EXIT_CODES:
+            if exit_code in exit_codes.STOPPED_CODES:
                 return exit_code
     except KeyboardInterrupt:  # between two runs
-        return 130
-    exit_codes = list(exit_code_by_point.values())
-    all_failed = bool(exit_codes) and all(exit_codes)
-    return exit_codes[0] if all_failed else 0
+        return exit_codes.INTERRUPTED
+    point_codes = list(exit_code_by_point.values())
+    all_failed = bool(point_codes) and all(point_codes)
+    return point_codes[0] if all_failed else 0

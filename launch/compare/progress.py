@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from launch.runs.metrics_tail import read_last_rows
 from launch.streams import write_control_sequence
+from strategies import exit_codes
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.pages.numbers import format_duration
 from trainer.reporting.metric_rows import METRICS_FILE
@@ -111,7 +112,7 @@ class RunsProgress:
             tokens_per_s = outcome.speed.get("tokens_per_s") if outcome is not None else None
             speed = f", {tokens_per_s:,.0f} tokens/s" if tokens_per_s else ""
             self._print(f"{self._heading()}: done in {format_duration(duration_s)}{speed}")
-        elif exit_code in (75, 130):  # preempted, or stopped by Ctrl-C: the run can be continued
+        elif exit_code in exit_codes.STOPPED_CODES:  # preempted, or stopped by Ctrl-C: the run can be continued
             self._print(f"{self._heading()}: {reason or 'stopped'}")
         else:
             self._print(f"{self._heading()}: {reason or f'ended with {exit_code}'}; what it printed: {output_file}")

@@ -12,6 +12,7 @@ from typing import Any
 from launch.config.help_text import show_help
 from launch.demo.embedded import MODEL_NAME, embedded_model
 from launch.demo.results import greedy_answer, held_out_evaluations, load_tokenizer, num_processes, run_dir_of
+from strategies import exit_codes
 from strategies.cache_dir import cache_directory
 from strategies.errors import ShardtuneError
 
@@ -115,7 +116,7 @@ class DemoFiles:
 class NothingLearned(ShardtuneError):
     """The reward on held-out prompts did not rise as it should."""
 
-    exit_code = 69
+    exit_code = exit_codes.CHECK_FAILED
 
 
 def main(argv: list[str]) -> int:

@@ -17,6 +17,7 @@ from launch.config.verb_arguments import (
     read_arguments,
 )
 from launch.output import TableColumn, TableRow, format_table, print_json, wrap_sentences
+from strategies import exit_codes
 from strategies.errors import ConfigError
 from strategies.extras import install_command
 
@@ -55,7 +56,6 @@ model's config.json, and neither weights nor data.
 {help_rows(DoctorArguments)}
 
 exit codes: 0 a run can start, 69 something prevents it, or --verify found a difference"""
-EXIT_UNFIT = 69
 
 
 def main(argv: list[str]) -> int:
@@ -90,11 +90,11 @@ def main(argv: list[str]) -> int:
         print_json({**machine.facts, "problems": machine.problems, "notes": machine.notes})
     else:
         print("\n".join(machine_report_lines(machine.facts, machine.problems, machine.notes)))
-    return EXIT_UNFIT if machine.problems else 0
+    return exit_codes.CHECK_FAILED if machine.problems else 0
 
 
 def preflight(overrides: list[str], as_json: bool) -> int:
-    """Check the nodes that the overrides describe, and print the result; returns 0, or `EXIT_UNFIT` if there are problems.
+    """Check the nodes that the overrides describe, and print the result; returns 0, or 69 if there are problems.
 
     Raises ConfigError for launcher settings that are wrong, StorageError if the run directory cannot be written.
     """
@@ -109,7 +109,7 @@ def preflight(overrides: list[str], as_json: bool) -> int:
         print_json(preflight_json(request, reports, verdict))
     else:
         print(report_text(request, reports, verdict))
-    return EXIT_UNFIT if verdict.problems else 0
+    return exit_codes.CHECK_FAILED if verdict.problems else 0
 
 
 def machine_report_lines(facts: dict[str, Any], problems: list[str], notes: list[str]) -> list[str]:

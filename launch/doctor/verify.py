@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from launch.doctor.verify_rank import CONFIG, PROGRESS, REPORT, REQUEST
 from launch.output import TableColumn, TableRow, format_table, print_json, stdout_to_stderr, wrap_sentences
+from strategies import exit_codes
 from strategies.errors import ConfigError, ShardtuneError, key_of_problem
 
 if TYPE_CHECKING:
     from trainer.config.run import RunConfig
     from trainer.verification.small_run import SmallRun
 
-EXIT_DIFFERS = 69
-"""Exit code if loss or gradients are further apart than rounding explains."""
 CHECKED_SETTINGS = (
     "model",
     "tuning",
@@ -57,12 +56,12 @@ def verify(arguments: list[str], *, as_json: bool) -> int:
     with stdout_to_stderr(as_json), tempfile.TemporaryDirectory(prefix="shardtune-verify-") as directory:
         report = _report(arguments, Path(directory))
     if report is None:
-        return 130
+        return exit_codes.INTERRUPTED
     if as_json:
         print_json(report)
     else:
         print("\n".join(verification_lines(report)))
-    return 0 if report["agrees"] else EXIT_DIFFERS
+    return 0 if report["agrees"] else exit_codes.CHECK_FAILED
 
 
 def _report(arguments: list[str], directory: Path) -> dict[str, Any] | None:
@@ -184,7 +183,7 @@ def run_ranks(config: RunConfig, small: SmallRun, directory: Path, user_ranks: i
     output = RedirectedOutput(directory / LOG_FILE, progress.poll)
     program = RankProgram("launch.doctor", CONFIG)
     ranks_end = run_ranks_on_this_host(small.config, directory, sha256[:8], output, program=program)
-    if ranks_end.exit_code == 130:
+    if ranks_end.exit_code == exit_codes.INTERRUPTED:
         return None
     # The report, else why there is none.
     if (directory / REPORT).exists():

@@ -19,12 +19,11 @@ from launch.config.verb_arguments import (
     option,
     read_arguments,
 )
+from strategies import exit_codes
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.download.pieces import FetchedAsset, HubAsset
-
-DAMAGED_EXIT_CODE = 69
 
 
 @dataclass(kw_only=True)
@@ -64,7 +63,7 @@ def main(argv: list[str]) -> int:
     """
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
-        return 0 if argv else 64
+        return 0 if argv else exit_codes.WRONG_SETTING
     arguments, problems = read_arguments("download", DownloadArguments, argv)
     if arguments.to.suffix not in YAML_SUFFIXES:
         problems.append(f"to={arguments.to}: is a file of settings; give it a name that ends in .yaml")
@@ -205,4 +204,4 @@ def _verify(arguments: list[str], as_json: bool) -> int:
     else:
         verdict = f"{len(damaged)} missing or not as fetched" if damaged else "as fetched"
         print("\n".join([*damaged, f"{file_count} files: {verdict}"]))
-    return DAMAGED_EXIT_CODE if damaged else 0
+    return exit_codes.CHECK_FAILED if damaged else 0

@@ -15,6 +15,7 @@ from launch.config.verb_arguments import asks_for_help, help_rows
 from launch.evaluate.arguments import EvaluateArguments
 from launch.evaluate.kinds import KINDS_READ
 from launch.output import print_json, stdout_to_stderr
+from strategies import exit_codes
 from strategies.imports import importing_without_gc
 from trainer.stopping.signals import block_signals
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from launch.evaluate.plan import EvaluationPlan
     from trainer.evaluation.job import EvaluationJob
 
-EXIT_REGRESSION = 69
-"""Exit code if a metric got worse by more than is allowed, against the model that it is compared with."""
 CONFIG_FILE = "job.yaml"
 JOB_FILE = "job.json"
 KINDS_WIDTH = max(map(len, KINDS_READ))
@@ -69,7 +68,7 @@ def main(argv: list[str]) -> int:
         return run_as_rank(argv)
     if asks or not argv:
         show_help(USAGE)
-        return 0 if argv else 64
+        return 0 if argv else exit_codes.WRONG_SETTING
     with importing_without_gc("torch"):
         from launch.evaluate.arguments import parse_evaluate_arguments
         from launch.evaluate.plan import plan_evaluation
@@ -95,7 +94,7 @@ def main(argv: list[str]) -> int:
 def run_and_report(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
     """Evaluate the model of a plan, and before it the one that it is compared with, if any; print the report.
 
-    Returns the exit code: that of the ranks if they failed, `EXIT_REGRESSION` if a metric got worse by more than is allowed,
+    Returns the exit code: that of the ranks if they failed, 69 if a metric got worse by more than is allowed,
     otherwise 0.
     """
     from launch.evaluate.answer import report_text
@@ -120,7 +119,7 @@ def run_and_report(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
     if report.get("regressions"):
         print(f"shardtune evaluate: fell against {report['against']['what']}:", file=sys.stderr)
         print(*(f"  {line}" for line in report["regressions"]), sep="\n", file=sys.stderr, flush=True)
-        return EXIT_REGRESSION
+        return exit_codes.CHECK_FAILED
     return 0
 
 
@@ -171,7 +170,7 @@ def run_evaluation(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
                 evaluate_worker(config, evaluation_plan.job, directory)
             except Preempted as stop:
                 # 0 for a preemption, so that the scheduler counts it as a normal end; 130 is the shell's code for Ctrl-C.
-                code = 130 if stop.signal_name == "SIGINT" else 0
+                code = exit_codes.INTERRUPTED if stop.signal_name == "SIGINT" else 0
             return record_run_outcome(directory, code, earlier_state, verb="evaluate")
         return run_supervised(config, directory, sha256, program=RankProgram("launch.evaluate", CONFIG_FILE))
 
@@ -219,7 +218,7 @@ def run_as_rank(arguments: list[str]) -> int:
         return 0
     except Exception:
         if "SHARDTUNE_LAUNCHER" in os.environ and read_failure(directory):
-            return 70  # the launcher shows the first failure
+            return exit_codes.FAILED  # the launcher shows the first failure
         raise
     if not launcher_file and os.environ["RANK"] == "0":
         # Torchrun or srun has started the ranks: no launcher of ours prints the report.
@@ -228,7 +227,7 @@ def run_as_rank(arguments: list[str]) -> int:
 
 
 def _print_written_report(job: EvaluationJob) -> int:
-    """Print the report that the ranks of an evaluation have written; returns `EXIT_REGRESSION` if a metric got worse, else 0."""
+    """Print the report that the ranks of an evaluation have written; returns 69 if a metric got worse, else 0."""
     from launch.evaluate.answer import report_text, test_text
     from trainer.evaluation.job import TEST_FILE
     from trainer.evaluation.report.record import REPORT_FILE
@@ -240,4 +239,4 @@ def _print_written_report(job: EvaluationJob) -> int:
         return 0
     report = json.loads((output_directory / REPORT_FILE).read_text(encoding="utf-8"))
     print(report_text(report), flush=True)
-    return EXIT_REGRESSION if report.get("regressions") else 0
+    return exit_codes.CHECK_FAILED if report.get("regressions") else 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.output import TableColumn, TableRow, format_table, print_json, stdout_to_stderr, wrap_text
+from strategies import exit_codes
 from trainer.pages.numbers import format_percent
 from trainer.stopping.signals import block_signals
 
@@ -108,7 +109,7 @@ def try_rewards(arguments: EvaluateArguments) -> int:
                 trial_worker(config, job, directory, output_dir)
             except Preempted as stop:
                 # 0 for a preemption, so that the scheduler counts it as a normal end; 130 is the shell's code for Ctrl-C.
-                code = 130 if stop.signal_name == "SIGINT" else 0
+                code = exit_codes.INTERRUPTED if stop.signal_name == "SIGINT" else 0
             code = record_run_outcome(directory, code, earlier_state, verb="evaluate")
         else:
             code = run_supervised(
@@ -264,7 +265,7 @@ def run_as_rank() -> int:
         return 0
     except Exception:
         if read_failure(frozen.parent):
-            return 70  # the launcher shows the first failure
+            return exit_codes.FAILED  # the launcher shows the first failure
         raise
     return 0
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.export.arguments import required_run_record
+from strategies import exit_codes
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.reporting.run_record import RUN_RECORD, RunRecord
 
@@ -28,15 +29,13 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "export-job.yaml"
 JOB_FILE = "export-job.json"
-STOPPED_CODES = (75, 130)
-"""Exit codes after a signal and after Ctrl-C."""
 
 
 class ExportProcessesFailed(ShardtuneError):
     """The processes that write an export have failed; what they met is on the screen."""
 
     def __init__(self, exit_code: int) -> None:
-        how = "were stopped" if exit_code in STOPPED_CODES else "failed, as the lines above say"
+        how = "were stopped" if exit_code in exit_codes.STOPPED_CODES else "failed, as the lines above say"
         super().__init__(f"nothing was exported: its processes {how}")
         self.exit_code = exit_code
 
@@ -97,7 +96,7 @@ def export_in_processes(config: RunConfig, job: ExportJob, num_processes: int) -
     header = f"# Written by shardtune export.\n# sha256: {sha256}\n"
     (job_dir / CONFIG_FILE).write_text(header + config_yaml(config), encoding="utf-8")
     code = run_supervised(config, job_dir, sha256, program=RankProgram("launch.export", CONFIG_FILE))
-    has_failed = code not in (0, *STOPPED_CODES)
+    has_failed = code not in (0, *exit_codes.STOPPED_CODES)
     if not has_failed:
         shutil.rmtree(job_dir, ignore_errors=True)
     if code:
@@ -144,7 +143,7 @@ def run_as_rank() -> int:
         return 0
     except Exception:
         if read_failure(job_dir):
-            return 70
+            return exit_codes.FAILED
         raise
     return 0
 

@@ -22,6 +22,7 @@ from launch.config.verb_arguments import (
 )
 from launch.output import print_json
 from launch.streams import write_control_sequence
+from strategies import exit_codes
 from strategies.errors import ConfigError
 from strategies.imports import importing_without_gc
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from trainer.planner.hardware import Card
     from trainer.planner.plan import PlanConfig
 
-NOTHING_FITS_EXIT_CODE = 69
 SHIPPED_CARD_NAMES = sorted(file.stem for file in (CONF_DIR / "hardware").glob("*.yaml"))
 
 
@@ -142,7 +142,7 @@ def main(argv: list[str]) -> int:
         page_file = request.arguments.to.expanduser() / PAGE_FILE
         write_text_atomic(page_file, plan_page(answer, request.run_overrides, calibration.lines))
         print(f"written: {page_file}", file=sys.stderr if request.arguments.as_json else sys.stdout, flush=True)
-    return 0 if answer.fastest_fitting_choice is not None else NOTHING_FITS_EXIT_CODE
+    return 0 if answer.fastest_fitting_choice is not None else exit_codes.CHECK_FAILED
 
 
 def card_of_request(request: PlanRequest, command: list[str]) -> CalibratedCard:

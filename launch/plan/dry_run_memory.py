@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from strategies import exit_codes
 from strategies.base import ActivationCheckpointing, Fsdp2Config, StrategyConfig
 from strategies.runtime import SIMULATED
 from trainer.config.parallel import accumulation_steps
@@ -16,7 +17,6 @@ from trainer.planner.fit_check import single_step_config, why_not_simulated
 from trainer.planner.simulation import simulate_depth
 from trainer.session.rate_text import LearningRate
 
-DEFECT_EXIT_CODE = 70
 DEFECT_ERRORS = (LookupError, TypeError, AttributeError, AssertionError, NameError)
 """Errors of a simulated step that are a fault of the code, of ours or of the model's: training would likely meet them too."""
 
@@ -91,7 +91,7 @@ def dry_run_result(
         "memory_per_rank": memory.facts,
         "substitutions": {key: str(note) for key, note in {**config.substitutions, **notes}.items()},
     }
-    return DryRunResult("\n".join(lines), facts, exit_code=DEFECT_EXIT_CODE if memory.is_defect else 0)
+    return DryRunResult("\n".join(lines), facts, exit_code=exit_codes.FAILED if memory.is_defect else 0)
 
 
 def simulate_step_memory(config: RunConfig, lengths: list[int], world_size: int) -> SimulatedStepMemory:

@@ -20,6 +20,7 @@ from launch.config.verb_arguments import (
     option,
     read_arguments,
 )
+from strategies import exit_codes
 from strategies.errors import ConfigError, DataError
 from trainer.reporting.run_record import RUN_RECORD, read_run_record
 
@@ -107,7 +108,7 @@ def main(argv: list[str], prepare: Callable[[list[str]], Path]) -> int:
     """
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
-        return 0 if argv else 64
+        return 0 if argv else exit_codes.WRONG_SETTING
     arguments = read_print_arguments(argv)
     directory = directory_argument_or_none(arguments.data)
     if directory is None:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from launch.config.help_text import show_help
 from launch.config.verb_arguments import asks_for_help, help_rows
 from launch.review.arguments import MakeArguments, ScoreArguments
+from strategies import exit_codes
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.review.arguments import ReviewRequest
     from launch.review.sheet import ReviewSheet
 
-STOPPED_EXIT_CODE = 75
 HELP_BY_SETTING_GROUP = {
     "review.*": "rubric, repeats and how answers are written; beside it strategy, launcher.*, run.*, precision"
 }
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     """
     if not argv or asks_for_help(argv):
         show_help(USAGE)
-        return 0 if argv else 64
+        return 0 if argv else exit_codes.WRONG_SETTING
     subcommand = {"make": make_review, "score": score_and_record_review}.get(argv[0])
     if subcommand is None:
         raise ConfigError(f"review {argv[0]}: must be review make or review score")
@@ -82,7 +82,7 @@ def make_review(argv: list[str]) -> int:
         )
     answers_by_arm = _generate_answers_by_arm(request, prompts)
     if answers_by_arm is None:
-        return STOPPED_EXIT_CODE
+        return exit_codes.PREEMPTED
     entries_on_judged_model = {"run": str(request.run), "model": request.judged_model}
     sheet = make_review_sheet(prompts, answers_by_arm, entries_on_judged_model, request.review_config)
 

@@ -23,6 +23,7 @@ from launch.config.verb_arguments import (
 )
 from launch.runs import status_lineage
 from launch.runs.status_lineage import FILE_AND_LINE_REGEX
+from strategies import exit_codes
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,7 +64,6 @@ WATCH_INTERVAL_S = 2.0
 """Seconds between two readings of the runs with --watch."""
 QUEUE_INTERVAL_S = 15.0
 """Seconds between two calls of squeue: many users share SLURM's controller."""
-DAMAGED_EXIT_CODE = 69
 
 
 def main(argv: list[str]) -> int:
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps(status_as_dict(runs_status, damage_by_checkpoint), indent=1, allow_nan=False))
     else:
         print(status_text(runs_status, damage_by_checkpoint))
-    return DAMAGED_EXIT_CODE if damage_by_checkpoint else 0
+    return exit_codes.CHECK_FAILED if damage_by_checkpoint else 0
 
 
 def status_arguments(argv: list[str]) -> StatusArguments:

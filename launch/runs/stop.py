@@ -12,6 +12,7 @@ from pathlib import Path
 
 from launch.runs.owner import LeaseHolder, launcher_process, read_lease_holder
 from launch.runs.queue import JobQueue, QueuedJob, unfinished_job_id
+from strategies import exit_codes
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.reporting.status import RunState
 from trainer.session.lease import process_identity
@@ -25,7 +26,7 @@ SLURM_TIMEOUT_S = 60
 class CannotStopError(ShardtuneError):
     """The run cannot be stopped from this host, or by this user; the message says what to type instead."""
 
-    exit_code = 69
+    exit_code = exit_codes.CHECK_FAILED
 
 
 @dataclass(frozen=True, slots=True)

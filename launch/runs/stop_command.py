@@ -19,6 +19,7 @@ from launch.config.verb_arguments import (
     read_arguments,
 )
 from launch.output import print_json, stdout_to_stderr
+from strategies import exit_codes
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,8 +57,6 @@ QUEUE_INTERVAL_S = 5.0
 """Seconds between two calls of squeue: many users share SLURM's controller."""
 REPORT_INTERVAL_S = 15.0
 """Seconds between two lines on the screen while the run saves."""
-NOT_IN_TIME_EXIT_CODE = 69
-FAILED_EXIT_CODE = 70
 
 
 def main(argv: list[str]) -> int:
@@ -220,7 +219,7 @@ class StoppingRun:
         return queue.problem is None
 
     def _print_end(self) -> int:
-        """Print how the run ended and what was saved; returns the exit code: `FAILED_EXIT_CODE` if it failed, else 0."""
+        """Print how the run ended and what was saved; returns the exit code: 70 if it failed, else 0."""
         from launch.runs.status import one_line
         from launch.runs.stop import CancelJob
         from trainer.reporting.status import RunState, read_failure, read_status
@@ -244,7 +243,7 @@ class StoppingRun:
             else:
                 reason = "it ended without a message"
             print(f"{self.run_dir}: has not saved: {reason}; {saved}", file=sys.stderr)
-            return FAILED_EXIT_CODE
+            return exit_codes.FAILED
         return 0
 
     def _print_timeout(self) -> int:
@@ -255,10 +254,10 @@ class StoppingRun:
                 f"{self.run_dir}: was asked to end; whether it has ended is not known ({self._queue_problem}); {saved}",
                 file=sys.stderr,
             )
-            return NOT_IN_TIME_EXIT_CODE
+            return exit_codes.CHECK_FAILED
         print(
             f"{self.run_dir}: has not ended within {self.wait_s:.0f} s: it is still saving, or hangs. `shardtune status "
             f"{self.run_dir}` shows when it was last seen, and wait_s= waits longer; {saved}",
             file=sys.stderr,
         )
-        return NOT_IN_TIME_EXIT_CODE
+        return exit_codes.CHECK_FAILED

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from strategies import exit_codes
 from strategies.errors import ConfigError, ShardtuneError
 
 if TYPE_CHECKING:
@@ -97,12 +98,11 @@ def _run_points_one_by_one(
     After a point that fails, the later points still run. After a point that is stopped, they do not. Each point has processes of
     its own (`isolate`), so that neither memory nor a crash of one reaches the next.
     """
-    from launch.compare.points import STOP_EXIT_CODES
     from launch.sweep.multirun_answer import points_table_text
 
-    exit_codes: list[int] = []
+    run_codes: list[int] = []
     for composed, run_dir, label in zip(composed_points, run_dirs, labels, strict=True):
-        print(f"[{len(exit_codes) + 1}/{len(composed_points)}] {label} -> {run_dir}", flush=True)
+        print(f"[{len(run_codes) + 1}/{len(composed_points)}] {label} -> {run_dir}", flush=True)
         try:
             exit_code = run_point(
                 composed, run_dir, isolate=True
@@ -110,12 +110,12 @@ def _run_points_one_by_one(
         except ShardtuneError as error:
             print(f"shardtune train: {error}", file=sys.stderr)
             exit_code = error.exit_code
-        exit_codes.append(exit_code)
-        if exit_code in STOP_EXIT_CODES:  # the later points are not wanted now
+        run_codes.append(exit_code)
+        if exit_code in exit_codes.STOPPED_CODES:  # the later points are not wanted now
             break
-    print(f"\n{points_table_text(labels, run_dirs, exit_codes)}")
+    print(f"\n{points_table_text(labels, run_dirs, run_codes)}")
     _write_wandb_workspace_script(run_dirs)
-    return next((exit_code for exit_code in exit_codes if exit_code), 0)
+    return next((exit_code for exit_code in run_codes if exit_code), 0)
 
 
 def _write_wandb_workspace_script(run_dirs: list[Path]) -> None:

@@ -16,9 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from launch.compare.points import STOP_EXIT_CODES
 from launch.compare.progress import RunsProgress, run_with_progress
 from launch.sweep.sweeper import PlannedSearch, TrialPruning, search_summary_text
+from strategies import exit_codes
 from strategies.errors import ConfigError, NotRunOwner, ShardtuneError, StorageError
 from trainer.reporting.results import read_metric_rows
 from trainer.reporting.status import write_text_atomic
@@ -34,10 +34,8 @@ if TYPE_CHECKING:
 
 RunTrial = Callable[[str, "ComposedConfig", Path, RunsProgress], int]
 """Runs a trial to its end. Takes its name, its job, its run directory and the progress to report to; returns its exit code."""
-FATAL_EXIT_CODES = (65, 74)
+FATAL_EXIT_CODES = (exit_codes.WRONG_DATA, exit_codes.STORAGE_FAILED)
 """Exit codes for data that no run could use and for a full disk: the next trial would end in the same way."""
-NO_RESULT_EXIT_CODE = 70
-"""Exit code of a trial whose run ended well, but whose last evaluation has no finite metric."""
 JOURNAL_FILE = "search.journal"
 """Optuna's record of all trials, in the directory of the search."""
 SEED_STRIDE = 1_000_003
@@ -223,7 +221,7 @@ def run_search(search: PlannedSearch, search_dir: Path, run_trial: RunTrial) -> 
         raise StorageError(
             f"run.dir={search_dir}: the search cannot continue ({error}); free space, and repeat the command"
         ) from error
-    if exit_code in STOP_EXIT_CODES:
+    if exit_code in exit_codes.STOPPED_CODES:
         print("stopped; the same command continues", file=sys.stderr, flush=True)
     trials = study.get_trials(deepcopy=False)
     workspace_line = write_workspace_script_of_runs([search_dir / str(trial.number) for trial in trials], search_dir)
@@ -280,11 +278,11 @@ def _run_trials(study: Study, search: PlannedSearch, search_dir: Path, run_trial
             try:
                 exit_code = _run_trial_and_report(claimed.trial, search, search_dir, run_trial)
             except KeyboardInterrupt:  # between two runs
-                exit_code = 130
+                exit_code = exit_codes.INTERRUPTED
         write_search_page(study, search, search_dir)  # after each trial, so that the page can be followed
-        if exit_code in (*STOP_EXIT_CODES, *FATAL_EXIT_CODES):
+        if exit_code in (*exit_codes.STOPPED_CODES, *FATAL_EXIT_CODES):
             return exit_code
-    return 75
+    return exit_codes.PREEMPTED
 
 
 def _take_over_unfinished_trial(
@@ -387,7 +385,7 @@ def _run_trial_and_report(trial: Trial, search: PlannedSearch, search_dir: Path,
         composed = compose_config([*search.shared_arguments, *arguments])
         set_point_name_in_trackers(composed.config.logging, search_dir, name, arguments)
         exit_code = run_trial(name, composed, run_dir, progress)
-        if exit_code and exit_code not in STOP_EXIT_CODES:
+        if exit_code and exit_code not in exit_codes.STOPPED_CODES:
             reason = read_recorded_run(run_dir).reason
     except NotRunOwner as error:  # started by somebody else: theirs to end
         print(f"trial {trial.number} is left: {error}", file=sys.stderr, flush=True)
@@ -401,7 +399,7 @@ def _run_trial_and_report(trial: Trial, search: PlannedSearch, search_dir: Path,
     if metric_problem:
         raise ConfigError(metric_problem)
     progress.report_evaluations()
-    was_stopped = exit_code in STOP_EXIT_CODES
+    was_stopped = exit_code in exit_codes.STOPPED_CODES
     if was_stopped and progress.is_pruned:
         study.tell(trial.number, state=_optuna_trial_state("PRUNED"))
         print(f"trial {trial.number}: pruned, it is behind the median of the others", file=sys.stderr, flush=True)
@@ -415,12 +413,12 @@ def _report_result(trial: Trial, search: PlannedSearch, run_dir: Path, exit_code
     """Report to the study how a trial ended that was neither stopped nor pruned; returns the trial's exit code.
 
     The trial's result is the metric of its last evaluation. Without a finite one the trial has failed, with the exit code
-    `NO_RESULT_EXIT_CODE`. `exit_code` is the one of its run, and `reason` says why the run failed, if it did.
+    70. `exit_code` is the one of its run, and `reason` says why the run failed, if it did.
     """
     metric_values = list(metric_by_step(run_dir, search.metric).values())
     last_value = metric_values[-1] if metric_values else math.nan
     if exit_code == 0 and not math.isfinite(last_value):
-        exit_code = NO_RESULT_EXIT_CODE
+        exit_code = exit_codes.FAILED
         reason = f"{search.metric} is not a number" if metric_values else "it was never evaluated"
     if exit_code != 0:
         trial.set_user_attr("code", exit_code)

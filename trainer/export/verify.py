@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from strategies import exit_codes
 from strategies.errors import ShardtuneError
 from strategies.runtime import Runtime
 from trainer.data.config import Layout
@@ -36,7 +37,7 @@ PROBE_SENTENCE = "The export of a model must compute exactly what was trained: q
 class DriftError(ShardtuneError):
     """The reloaded export does not compute what was trained."""
 
-    exit_code = 70
+    exit_code = exit_codes.FAILED
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from strategies import atomic_io, shared_files
+from strategies import atomic_io, exit_codes, shared_files
 from strategies.errors import OutOfMemory, ShardtuneError, StorageError
 from strategies.redaction import redact
 
@@ -142,7 +142,7 @@ def record_failure(
         "error": getattr(error, "recorded_name", None) or type(error).__name__,
         "message": redact(str(error)),
         "user_error": isinstance(error, ShardtuneError),
-        "exit_code": getattr(error, "exit_code", 70),
+        "exit_code": getattr(error, "exit_code", exit_codes.FAILED),
         "retry": getattr(error, "retry", None),
         "ran_out_with": error.ran_out_with if isinstance(error, OutOfMemory) else {},
         "traceback": redact("".join(traceback.format_exception(error))),

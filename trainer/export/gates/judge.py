@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from strategies import exit_codes
 from strategies.errors import ShardtuneError
 from strategies.runtime import Runtime, broadcast_object
 from trainer.checkpoints.manifest import manifest_sha256_at_step
@@ -23,7 +24,7 @@ MAX_LISTED_METRICS = 12
 class GateRefused(ShardtuneError):
     """A gate of the run failed, so that nothing is exported."""
 
-    exit_code = 69
+    exit_code = exit_codes.CHECK_FAILED
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from strategies import exit_codes
 from strategies.errors import Diverged, NotRunOwner, Preempted, ShardtuneError
 from trainer.reporting.config import Alert, LoggingConfig
 from trainer.reporting.metric_names import CURRENT_EDITION
@@ -80,7 +81,7 @@ class RunEnding:
             return cls(RunState.preempted, exit_code=Preempted.exit_code, reason=reason)
         exit_code = getattr(error, "exit_code", ShardtuneError.exit_code)
         if isinstance(error, KeyboardInterrupt):
-            exit_code = 130  # as shells report a SIGINT
+            exit_code = exit_codes.INTERRUPTED
         return cls(RunState.failed, exit_code=exit_code, reason=reason, diverged=isinstance(error, Diverged))
 
 
