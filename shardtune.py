@@ -214,7 +214,7 @@ def compare(*runs: Run | str | Path, to: str | Path | None = None, **settings: A
 
 
 def plan(*arguments: str, **settings: Any) -> PlanResult:
-    """What a run will need and how fast it will be on a card, as `shardtune plan` reckons it; nothing is trained.
+    """What a run will need and how fast it will be on a card, as `shardtune plan` estimates it; nothing is trained.
 
     Takes what `compose` takes, and `hardware="h100_80g"`, `plan_offload=True`, `from_="runs/first"`. That nothing fits is no
     error: `fits` says so. Raises RunFailed, with the message of the command.

@@ -86,7 +86,7 @@ class SilentRank(ShardtuneError):
         self.heartbeat = heartbeat
         self.hung = hung
         if hung:
-            finding = f"gives no sign of life (none for {since_s:.0f} s): it was stopped, or hangs"
+            finding = f"sends no heartbeat (none for {since_s:.0f} s): it was stopped, or hangs"
         else:
             finding = "has ended"
         super().__init__(f"{_rank_description(heartbeat)} {finding}; the error of a peer: {error_line}")

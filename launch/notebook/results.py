@@ -347,7 +347,7 @@ class PlanResult:
             cards=cards,
             callouts=callouts,
             tables=[_ways_table(self.answer["ways"])],
-            footer="Expected, not measured: memory of tensors is simulated, speeds are reckoned (docs/planning.md).",
+            footer="Expected, not measured: memory of tensors is simulated, speeds are estimated (docs/planning.md).",
         )
 
 

@@ -57,7 +57,7 @@ def plan_text(answer: PlanAnswer, overrides: list[str], calibration_lines: tuple
         measured_clause = "; the figures above were measured"
     closing_sentence = (
         "Expected, not measured: the memory of tensors is simulated, what is beside them and all speeds are "
-        f"reckoned{measured_clause} (docs/planning.md)."
+        f"estimated{measured_clause} (docs/planning.md)."
     )
     return "\n".join([*lines, "", *wrap_text(closing_sentence, indent=0)])
 
@@ -159,7 +159,7 @@ def _peer_memory_table(answer: PlanAnswer) -> list[str]:
     gib_columns = (TableColumn("ours", is_number=True), TableColumn("theirs", is_number=True))
     return [
         "",
-        *wrap_text("as another trainer would hold it (plan.theirs); reckoned, and of no account above:", indent=0),
+        *wrap_text("as another trainer would hold it (plan.theirs); estimated, and of no account above:", indent=0),
         *format_table((*NAMING_COLUMNS, *gib_columns, TableColumn("fits"), TableColumn("theirs, at its peak")), rows),
         *wrap_text("GiB of tensors; what is beside them counts in whether it fits.", indent=0),
     ]
@@ -267,7 +267,7 @@ def _memory_tables(best: PlannedChoice) -> list[str]:
     return [
         f"its peak, {_gib_text(best.memory_peak.total_bytes)} of tensors, in {best.memory_peak.phase}:",
         *format_table(columns, tensor_rows, indent=2),
-        "beside them, reckoned:",
+        "beside them, estimated:",
         *format_table(columns, process_rows, indent=2),
     ]
 

@@ -61,15 +61,15 @@ def calibrate_card(
         )
     choice = _planned_choice_of_run(config, record, card, settings, expert_imbalance)
     if isinstance(choice, str):
-        uncalibrated_reasons.append(f"steps and tensors are reckoned as without it: {choice}")
+        uncalibrated_reasons.append(f"steps and tensors are estimated as without it: {choice}")
     else:
         step_s = _positive_or_none(measured.step_s)
         if step_s is None:
             uncalibrated_reasons.append("it tells no time of a step")
         else:
             card = replace(card, pace=step_s / choice.step_time.total_s)
-            seconds = f"{step_s:.3g} s, {choice.step_time.total_s:.3g} reckoned"
-            lines.append(f"steps take {card.pace:.2f} x what is reckoned ({seconds})")
+            seconds = f"{step_s:.3g} s, {choice.step_time.total_s:.3g} estimated"
+            lines.append(f"steps take {card.pace:.2f} x the estimate ({seconds})")
         peak_gib = _positive_or_none(measured.memory_gib)
         if peak_gib is not None:
             simulated_gib = choice.memory_peak.total_bytes / 2**30
@@ -82,7 +82,7 @@ def calibrate_card(
             rounds = _measured_rounds(Path(run_dir).expanduser())
             if rounds is None:
                 uncalibrated_reasons.append(
-                    "it has written no round after its first, so writing is reckoned as without it"
+                    "it has written no round after its first, so generation is estimated as without it"
                 )
             else:
                 planned_s = (
@@ -91,8 +91,8 @@ def calibrate_card(
                 answers = num_prompts_per_round(config) * int(getattr(config.objective, "group_size", 1))
                 card = replace(card, writing_pace=rounds.write_s / planned_s, scoring_s=rounds.score_s / answers)
                 lines.append(
-                    f"writing takes {card.writing_pace:.2f} x what is reckoned ({rounds.write_s:.3g} s a round whose longest "
-                    f"answer has {rounds.longest_answer:.0f} tokens, {planned_s:.3g} reckoned), and rewards "
+                    f"writing takes {card.writing_pace:.2f} x the estimate ({rounds.write_s:.3g} s a round whose longest "
+                    f"answer has {rounds.longest_answer:.0f} tokens, {planned_s:.3g} estimated), and rewards "
                     f"{rounds.score_s:.3g} s a round"
                 )
 

@@ -336,9 +336,9 @@ def _lost_reason(lease_holder: LeaseHolder) -> str:
     if owner is None:
         return "ended without a message: its status says running, but no process runs it"
     process = f"process {owner.pid} on {owner.host}"
-    silence = "never gave a sign of life"
+    silence = "never sent a heartbeat"
     if lease_holder.heartbeat_age_s is not None:
-        silence = f"no sign of life for {age_text(lease_holder.heartbeat_age_s)}"
+        silence = f"no heartbeat for {age_text(lease_holder.heartbeat_age_s)}"
     if lease_holder.is_alive is False:
         return f"{process} ended without a message (killed, or its host went down)"
     if lease_holder.is_alive:

@@ -182,7 +182,7 @@ def test_lm_eval_rows_are_paired_with_those_of_the_base(site, report):
     assert report["against"]["tasks"]["choose"]["metrics"]["mcc"]["low"] is not None
     assert report["tasks"]["choose"]["metrics"]["acc"]["signature"].startswith("lm-eval:0.4.")
     page = (site / "one" / "evaluation.html").read_text()
-    assert "standard errors as lm-eval reckons them" in page and "wrong before, right now" in page
+    assert "standard errors as lm-eval computes them" in page and "wrong before, right now" in page
 
 
 def test_lm_eval_tasks_in_training_give_the_numbers_of_the_verb(site, report):

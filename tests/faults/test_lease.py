@@ -41,7 +41,7 @@ def test_lease_is_taken_over_by_another_host_when_the_owner_is_silent(runs):
     runs.wait_for_step("shared", 1, first)
     first.send_signal(signal.SIGSTOP)
     second = start_elsewhere(runs, "taken", "shared", *words)
-    wait(lambda: "watching for a sign of life" in runs.said("taken"), "the other host watches", second)
+    wait(lambda: "watching for a heartbeat" in runs.said("taken"), "the other host watches", second)
     wait(lambda: runs.status("shared").get("host") == "elsewhere", "the other host trains", second)
     first.send_signal(signal.SIGCONT)
     assert runs.end(first) == 74

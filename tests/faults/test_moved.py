@@ -9,7 +9,7 @@ from tests.faults.runs import wait
 from tests.helpers.covering import EVERYTHING
 
 WORDS = ["run.lease_s=4", "budget.steps=12"]
-"""A sign of life, and a look at the directory, three times a second."""
+"""A heartbeat, and a look at the directory, three times a second."""
 
 
 def rows_of(directory):

@@ -35,7 +35,7 @@ def test_a_killed_rank_is_named(runs):
     """By torchrun."""
     started = runs.start("killed", *two())
     runs.wait_for_step("killed", 2, started)
-    time.sleep(seconds(1.5))  # a sign of life comes each second, and later on a busy machine
+    time.sleep(seconds(1.5))  # a heartbeat comes each second, and later on a busy machine
     killed = rank_of(started.pid, 1)
     killed.send_signal(signal.SIGKILL)
     failure = named(runs, "killed", started, killed.pid, "was killed by SIGKILL")
@@ -53,7 +53,7 @@ def stopped(tmp_path_factory):
     try:
         wait(
             lambda: (said := read_last_heartbeat(words, 1)) is not None and said.step,
-            "a sign of life of training",
+            "a heartbeat of training",
             started,
         )
         rank = forked_rank_of(started.pid, 1)
@@ -91,7 +91,7 @@ def named(runs, name, started, pid, said):
     assert runs.end(started) == 70
     failure = read(runs.root / name / "failure.json")
     assert (failure["rank"], failure["phase"], failure["pid"]) == (1, "training", pid), failure
-    assert failure["step"] is not None  # as of its last sign of life
+    assert failure["step"] is not None  # as of its last heartbeat
     assert str(pid) in failure["message"] and said in failure["message"]
     last = runs.said(name).strip().splitlines()
     place = max(number for number, line in enumerate(last) if "shardtune train: rank 1 on " in line)
@@ -311,7 +311,7 @@ def test_rank_that_asks_where_all_are_has_reported_its_own_place(tmp_path, monke
 
 
 def test_a_full_disk_makes_no_rank_silent(tmp_path, monkeypatch):
-    """Where the stacks cannot be written, its signs of life ended with that, or the cause of the failure did."""
+    """Where the stacks cannot be written, its heartbeats ended with that, or the cause of the failure did."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setattr(heartbeat, "last_collective", lambda: exchange(3))
     beats = HeartbeatMonitor(store, 1, 2, lambda: ("training", 7))

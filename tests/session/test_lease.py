@@ -79,7 +79,7 @@ PATIENCE_S = 60.0
 
 @pytest.fixture
 def another_host(monkeypatch):
-    """Owners are judged by their signs of life alone, as between hosts, which come twelve times a second."""
+    """Owners are judged by their heartbeats alone, as between hosts, which come twelve times a second."""
     monkeypatch.setattr(lease_module, "process_identity", lambda pid: "")
     monkeypatch.setattr(lease_module, "HEARTBEATS_PER_TIMEOUT", 12 * PATIENCE_S)
 
@@ -237,7 +237,7 @@ def test_lease_works_on_a_network_file_system(tmp_path, another_host, monkeypatc
     network.stale = 1
     with pytest.raises(RunDirInUse):  # the listing is empty, and the claim is there
         Lease.acquire(tmp_path, PATIENCE_S)
-    network.stale, network.broken = 1, 3  # a few signs of life fail
+    network.stale, network.broken = 1, 3  # a few heartbeats fail
     wait(lambda: network.broken == 0, "they have failed")
     owner.check()
     network.broken = 10**6
@@ -249,7 +249,7 @@ def test_lease_works_on_a_network_file_system(tmp_path, another_host, monkeypatc
         try:
             owner.check()
         except LeaseLost as lost:
-            assert "no sign of life could be written" in str(lost)
+            assert "no heartbeat could be written" in str(lost)
             break
         time.sleep(0.1)
     else:

@@ -114,7 +114,7 @@ class RunSettings:
     shared_memory: bool = setting(True, reach=DESCRIBES)
     """CPU ranks on one host exchange parameters and gradients through shared memory; false: through gloo's sockets."""
     lease_s: int = number(120, least=1, advice="a minute or more on network file systems; 120 is usual")
-    """Seconds without a sign of life after which another host may take over the run directory."""
+    """Seconds without a heartbeat after which another host may take over the run directory."""
     must_fit: bool = setting(False, reach=DESCRIBES)
     """On GPUs: simulate a step before the model is built. If it needs more memory than there is, end with exit code 69."""
     timeout_s: int = number(600, least=1, advice="minutes rather than seconds: 600 is usual")

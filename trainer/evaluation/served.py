@@ -199,7 +199,9 @@ class ServedModel(ModelInterface):
         raise ConfigError(f"{SERVER_SETTING}: a server tells no logits of a classifier's head; evaluate without it")
 
     def sequence_losses(self, dataset: Any, max_rows: int | None) -> dict[int, tuple[float, float]]:
-        raise ConfigError(f"{SERVER_SETTING}: a server tells no losses as training reckons them; evaluate without it")
+        raise ConfigError(
+            f"{SERVER_SETTING}: a server does not tell losses as training computes them; evaluate without it"
+        )
 
 
 def connect_served_model(

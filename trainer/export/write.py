@@ -59,7 +59,7 @@ from trainer.reporting.documents.card import write_documents
 from trainer.reporting.documents.facts import ModelFacts
 
 SMALL_FILES_BYTES = 2**22
-"""Space that is reckoned for the tokenizer, the model card and settings."""
+"""Space that is set aside for the tokenizer, the model card and settings."""
 SLOWEST_DISK_BYTES_PER_S = 10e6
 """Ranks wait for each other as long as a disk of this speed would take to write the export."""
 _REMEDY = "free space and run `shardtune export`. The checkpoints of the run are intact."

@@ -50,9 +50,9 @@ class Card:
     allocator: float = ALLOCATOR_OVERHEAD
     """Share of what is allocated that torch's allocator reserves beyond it; an allowance, set it to what you measured."""
     pace: float = 1.0
-    """Seconds that a step takes for each that is reckoned; 1 where nothing was measured."""
+    """Seconds that a step takes for each estimated second; 1 where nothing was measured."""
     writing_pace: float = 1.0
-    """Seconds that writing a round's answers takes for each that is reckoned; 1 where nothing was measured."""
+    """Seconds that generating a round's answers takes for each estimated second; 1 where nothing was measured."""
     scoring_s: float | None = None
     """Seconds that rewards take for each answer of a round, all ranks together; null where nothing was measured."""
     tensors: float = 1.0

@@ -315,7 +315,7 @@ class Lease:
             except OSError as error:
                 # An error may pass. It counts only when others may soon take this attempt for dead.
                 if time.monotonic() - self._last_heartbeat_at > self.owner.beat_s * (HEARTBEATS_PER_TIMEOUT - 2):
-                    self._loss_reason = f"no sign of life could be written for too long ({error.strerror or error})"
+                    self._loss_reason = f"no heartbeat could be written for too long ({error.strerror or error})"
             self._loss_reason = self._loss_reason or self._find_loss_reason()
             if self._loss_reason is not None:
                 self._on_loss()
@@ -387,7 +387,7 @@ def living_owner_text(run_dir: Path, lease_timeout_s: float, stop: Callable[[], 
         return None  # watched already, by this process or the one that started it
     wait_s = max(lease_timeout_s, 3 * owner.beat_s)
     print(
-        f"{run_dir}: {owner.describe()}, left no word of its end; watching for a sign of life, up to {wait_s:.0f} s",
+        f"{run_dir}: {owner.describe()}, did not record its end; watching for a heartbeat, up to {wait_s:.0f} s",
         flush=True,
     )
     began = time.monotonic()

@@ -58,7 +58,7 @@ def test_step_as_long_as_the_timeout_of_an_exchange_is_told(tmp_path):
     assert long_step_notes(alone, 1e4) == []
 
 
-def test_longest_step_is_reckoned_from_the_sizes_of_the_model_and_the_cards(tmp_path):
+def test_longest_step_is_estimated_from_the_sizes_of_the_model_and_the_cards(tmp_path):
     config = config_of(tmp_path, "data.max_length=1048576", "batch.global=1", "tuning=lora")
     config.strategy = replace(config.strategy, activation_checkpointing=ActivationCheckpointing.full)
     # 8.6e17 FLOPs for attention and 3.1e16 for frozen weights, a third more recomputed, at half of 8 x 989 TFLOP/s.
@@ -71,7 +71,7 @@ def test_longest_step_is_reckoned_from_the_sizes_of_the_model_and_the_cards(tmp_
     assert longest_step_s(config, {"h100"}) is None
 
 
-def test_reckoned_step_goes_by_the_slowest_card(tmp_path):
+def test_estimated_step_goes_by_the_slowest_card(tmp_path):
     config = config_of(tmp_path)
     times = [estimated_step_s(config, 1e10, 1e6, kinds) for kinds in ({"h100"}, {"l4"}, {"h100", "l4"})]
     assert times[0] < times[1] == times[2]

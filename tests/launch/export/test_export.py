@@ -245,7 +245,7 @@ def test_export_of_a_checkpoint_that_the_run_deletes_takes_the_next(run_dir, tmp
 
 
 def test_export_of_a_quantised_model_reports_its_cost(run_dir, tmp_path, capsys):
-    """The loss is reckoned once more by transformers, from labels, on the files as they lie there."""
+    """The loss is computed once more by transformers, from labels, on the files as they lie there."""
     import torch
     from transformers import AutoModelForCausalLM
 

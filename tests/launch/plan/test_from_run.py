@@ -1,4 +1,4 @@
-"""`shardtune plan from=<run>`: all ways reckoned with what a run measured; the runs are written by hand, there is no GPU."""
+"""`shardtune plan from=<run>`: all choices estimated with what a run measured; the runs are written by hand, there is no GPU."""
 
 import json
 import pickle
@@ -79,7 +79,7 @@ def test_plan_from_a_run_uses_what_the_run_measured(capsys, tmp_path, words):
     assert answer["checkpoint_s"] == pytest.approx(answer["checkpoint_gib"] * 2**30 / 3e9)
     code, out, _ = plan(capsys, *asked[:-1], f"from={run}")
     said = " ".join(out.split())
-    assert f"from {run} (fsdp2, 2 x {GPU}): steps take 2.00 x what is reckoned" in said
+    assert f"from {run} (fsdp2, 2 x {GPU}): steps take 2.00 x the estimate" in said
     assert "tensors take 1.10 x what is simulated" in said and "reserves 20.0% beyond" in said
     assert "writes checkpoints at 3 GB/s" in said and "the figures above were measured" in said
 
@@ -112,7 +112,7 @@ def test_a_plan_of_rounds_counts_writing_and_takes_its_pace_from_a_run(capsys, t
     assert after["hours"] == pytest.approx(10 * after["round_s"]["total"] / 3600)
     code, out, _ = plan(capsys, *asked[:-1], f"from={run}")
     said = " ".join(out.split())
-    assert "writing takes 2.00 x what is reckoned" in said and "a round of 2 prompts x 4 answers of 20 tokens" in said
+    assert "writing takes 2.00 x the estimate" in said and "a round of 2 prompts x 4 answers of 20 tokens" in said
 
 
 def test_plan_from_a_run_keeps_and_names_what_the_run_does_not_tell(capsys, tmp_path, words):

@@ -1,4 +1,4 @@
-"""`shardtune plan`: words, cards, the table, JSON and exit codes; and what the answer is reckoned from."""
+"""`shardtune plan`: words, cards, the table, JSON and exit codes; and what the answer is computed from."""
 
 import json
 import os

@@ -199,7 +199,7 @@ def test_logs_following_ends_where_nothing_will_resume_the_run(tmp_path, capsys,
     lost = made(tmp_path, "lost")
     owned(lost, heartbeat_age_s=10**6)
     assert main(["logs", str(lost), "--follow"]) == 0
-    assert "lost: lost at step 3: no sign of life for 12 d" in capsys.readouterr().err
+    assert "lost: lost at step 3: no heartbeat for 12 d" in capsys.readouterr().err
 
 
 def test_where_the_queue_gives_no_answer_a_job_that_pends_is_waited_for(tmp_path, capsys, monkeypatch):

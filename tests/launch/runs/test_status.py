@@ -37,11 +37,11 @@ def test_a_run_that_gives_no_sign_of_life_is_lost(tmp_path):
     owned(silent, 4, heartbeat_age_s=3700)
     found = seen(silent)
     assert (found.state, found.restarts, found.remaining_s) == ("lost", 3, None)
-    assert found.state_reason == "no sign of life for 62 min from process 7 on n1"
+    assert found.state_reason == "no heartbeat for 62 min from process 7 on n1"
 
     hangs = made(tmp_path, "hangs")
     owned(hangs, heartbeat_age_s=600, **here(os.getpid()))
-    assert seen(hangs).state == "lost" and "lives, but no sign of life for 10 min" in seen(hangs).state_reason
+    assert seen(hangs).state == "lost" and "lives, but no heartbeat for 10 min" in seen(hangs).state_reason
 
     reused = made(tmp_path, "reused")  # the number of its process is another one's now
     owned(reused, **{**here(os.getpid()), "process": here(os.getpid())["process"] + "1"})

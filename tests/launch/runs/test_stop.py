@@ -74,7 +74,7 @@ def test_stop_of_a_run_that_is_not_running_names_its_last_checkpoint(tmp_path, c
     begun = made(tmp_path, "begun", state=None, steps=0)
     for run, said in (
         (done, f"is not running: done; saved at step 3: {done}/checkpoints/step-000003"),
-        (silent, "is not running: lost (no sign of life for 12 d from process 7 on n1); no checkpoint"),
+        (silent, "is not running: lost (no heartbeat for 12 d from process 7 on n1); no checkpoint"),
         (begun, "is not running: not started; no step was made, so nothing is lost"),
     ):
         assert main(["stop", str(run)]) == 0

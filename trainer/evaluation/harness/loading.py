@@ -59,7 +59,7 @@ def _hub_data_set_by_task(task_files: TaskFiles) -> dict[str, str]:
         if hub_metrics:
             problems.append(
                 f"{name}: metric {', '.join(hub_metrics)} is not lm-eval's and would be fetched from a hub; name one of its "
-                "own, or reckon it in a function (process_results)"
+                "own, or compute it in a function (process_results)"
             )
     if problems:
         raise ConfigError("; ".join(problems[:5]))  # a group may have hundreds of tasks

@@ -240,11 +240,11 @@ class Harness(Task):
             if "/" not in name:  # those of single tasks are METRIC/TASK
                 errors.append(f"{name} {error:.4g}")
         if errors:
-            yield f"standard errors as lm-eval reckons them: {', '.join(errors)}"
+            yield f"standard errors as lm-eval computes them: {', '.join(errors)}"
         slow_metrics = [*self.weighted_metric_functions(rows)]
         if slow_metrics:
             yield (
-                f"intervals of {', '.join(slow_metrics)}: {self.max_resamples} resamples at most, since they are slow to reckon"
+                f"intervals of {', '.join(slow_metrics)}: {self.max_resamples} resamples at most, since they are slow to compute"
             )
         yield from self.warnings
 
