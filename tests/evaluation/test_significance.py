@@ -10,7 +10,7 @@ from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.report.intervals import ShareCounts, share_counts, unpaired_difference, wilson_interval
 from trainer.evaluation.report.permutation_test import family_p_values
 from trainer.evaluation.tasks import counterfactual
-from trainer.evaluation.tasks.base import TaskMetric, TaskRow
+from trainer.evaluation.tasks.base import RatioOfSums, TaskMetric, TaskRow
 from trainer.evaluation.tasks.counterfactual import _effects_row
 from trainer.evaluation.tasks.registry import TASK_KINDS
 from trainer.evaluation.tasks.source import read_cases
@@ -118,7 +118,10 @@ def test_only_rows_that_are_right_or_wrong_are_a_share():
     def rows(tops, bottoms):
         return [TaskRow("", "", "", "", {"x": x, "of": of}) for x, of in zip(tops, bottoms, strict=True)]
 
-    plain, some = TaskMetric("m", "", ratio_of_sums=("x", None)), TaskMetric("m", "", ratio_of_sums=("x", "of"))
+    plain, some = (
+        TaskMetric("m", "", ratio_of_sums=RatioOfSums("x")),
+        TaskMetric("m", "", ratio_of_sums=RatioOfSums("x", "of")),
+    )
     assert share_counts(plain, rows([1.0, 0.0, 1.0], [1.0] * 3)) == (2, 3)
     assert share_counts(some, rows([1.0, 0.0, 0.0], [1.0, 1.0, 0.0])) == (1, 2)
     assert share_counts(plain, rows([0.5, 0.0], [1.0] * 2)) is None  # the mean of draws

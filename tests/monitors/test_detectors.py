@@ -5,7 +5,7 @@ import pytest
 import scipy
 
 from strategies.base import Progress
-from trainer.evaluation.tasks.base import TaskMetric, TaskRow
+from trainer.evaluation.tasks.base import RatioOfSums, TaskMetric, TaskRow
 from trainer.monitors import degenerate_answers, forgetting, instability
 from trainer.monitors.base import Evidence, ModelAnswer
 from trainer.monitors.config import (
@@ -18,7 +18,7 @@ from trainer.monitors.config import (
 )
 from trainer.monitors.detectors import ChallengeDetectors
 
-LOSS = TaskMetric("loss", "", greater_is_better=False, ratio_of_sums=("nats", "targets"))
+LOSS = TaskMetric("loss", "", greater_is_better=False, ratio_of_sums=RatioOfSums("nats", "targets"))
 
 
 def rows(nats, targets):

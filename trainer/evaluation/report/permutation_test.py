@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from trainer.evaluation.tasks.base import Task, TaskMetric, TaskRow, score_array
+from trainer.evaluation.tasks.base import RatioOfSums, Task, TaskMetric, TaskRow, score_array
 from trainer.evaluation.tasks.significance import max_statistic_p
 
 FunctionByMetric = dict[str, Callable[[np.ndarray], float]]
@@ -88,7 +88,7 @@ def _metric_differences_by_permutation(
 
 def _metric_after_exchanges(
     metric: TaskMetric,
-    ratio_of_sums: tuple[str, str | None],
+    ratio_of_sums: RatioOfSums,
     rows: Sequence[TaskRow],
     other_rows: Sequence[TaskRow],
     exchanged: np.ndarray,

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -68,6 +68,17 @@ class TaskRow:
     """What the user asked last, without system prompt and earlier turns; empty if the prompt is all there is to show."""
 
 
+class RatioOfSums(NamedTuple):
+    """The names of the scores (`TaskRow.scores`) whose sums over all rows are divided to make a metric.
+
+    RatioOfSums("right") is the mean of `right`, RatioOfSums("refused", "harmful") the share of harmful prompts that were refused.
+    """
+
+    numerator: str
+    denominator: str | None = None
+    """None: the number of rows."""
+
+
 @dataclass(frozen=True, slots=True)
 class TaskMetric:
     """A number computed over all rows of a task."""
@@ -77,11 +88,10 @@ class TaskMetric:
     """What it means, with its range, for the report's page."""
     greater_is_better: bool | None = True
     """None if neither direction is better."""
-    ratio_of_sums: tuple[str, str | None] | None = None
-    """(numerator, denominator): names of the scores whose sums are divided. A denominator of None is the number of rows.
+    ratio_of_sums: RatioOfSums | None = None
+    """The two scores whose sums it divides. Ratios are resampled fast, by a matrix product.
 
-    Ratios are resampled fast, by a matrix product. None: the metric is no ratio, and `Task.weighted_metric_functions` computes
-    it."""
+    None: the metric is no ratio, and `Task.weighted_metric_functions` computes it."""
     exponential: bool = False
     """Whether the metric is the exponential of its ratio, as perplexity is."""
     min_cases: int = 1

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.data.document import Document
 from trainer.data.fields import RowError, is_list_of_texts, parse_text, show_value
-from trainer.evaluation.tasks.base import Task, TaskCase, TaskMetric, TaskRow
+from trainer.evaluation.tasks.base import RatioOfSums, Task, TaskCase, TaskMetric, TaskRow
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.texts import split_location
 
@@ -25,14 +25,18 @@ class MultipleChoice(Task):
 
     kind = "multiple_choice"
     metrics: tuple[TaskMetric, ...] = (
-        TaskMetric("accuracy", "share of rows whose likeliest choice is right, 0 to 1", ratio_of_sums=("right", None)),
         TaskMetric(
-            "accuracy_by_token", "the same, log-probabilities divided by tokens", ratio_of_sums=("right_by_token", None)
+            "accuracy", "share of rows whose likeliest choice is right, 0 to 1", ratio_of_sums=RatioOfSums("right")
+        ),
+        TaskMetric(
+            "accuracy_by_token",
+            "the same, log-probabilities divided by tokens",
+            ratio_of_sums=RatioOfSums("right_by_token"),
         ),
         TaskMetric(
             "accuracy_by_byte",
             "the same, log-probabilities divided by UTF-8 bytes",
-            ratio_of_sums=("right_by_byte", None),
+            ratio_of_sums=RatioOfSums("right_by_byte"),
         ),
     )
     reads = (

@@ -10,7 +10,7 @@ import numpy as np
 from strategies.errors import DataError
 from trainer.data.document import Document
 from trainer.data.fields import RowError, parse_label, parse_text, show_value
-from trainer.evaluation.tasks.base import Task, TaskCase, TaskMetric, TaskRow, score_array
+from trainer.evaluation.tasks.base import RatioOfSums, Task, TaskCase, TaskMetric, TaskRow, score_array
 from trainer.evaluation.tasks.model_interface import ModelInterface, softmax
 from trainer.evaluation.tasks.texts import split_location
 
@@ -23,7 +23,7 @@ class ClassificationTask(Task):
 
     kind = "classification"
     metrics = (
-        TaskMetric("accuracy", "share of right labels, 0 to 1", ratio_of_sums=("right", None)),
+        TaskMetric("accuracy", "share of right labels, 0 to 1", ratio_of_sums=RatioOfSums("right")),
         TaskMetric("f1_macro", "mean F1 of the labels that are there or predicted, 0 to 1 (scikit-learn)"),
         TaskMetric("mcc", "Matthews correlation coefficient, -1 to 1 (scikit-learn)"),
         TaskMetric(

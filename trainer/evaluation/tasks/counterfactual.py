@@ -15,7 +15,7 @@ import numpy as np
 
 from trainer.data.document import Document
 from trainer.data.fields import RowError, parse_text, show_value
-from trainer.evaluation.tasks.base import Task, TaskCase, TaskMetric, TaskRow, score_array
+from trainer.evaluation.tasks.base import RatioOfSums, Task, TaskCase, TaskMetric, TaskRow, score_array
 from trainer.evaluation.tasks.model_interface import ModelInterface, Question, softmax
 from trainer.evaluation.tasks.significance import SIGNIFICANCE_LEVEL, max_statistic_p
 from trainer.evaluation.tasks.texts import common_prefix_length, split_location
@@ -58,7 +58,7 @@ class Counterfactual(Task):
             "mean distance between the groups furthest apart in a case: nats of the text's likelihood after the term; with "
             "measure=answer the share of cases with differing answers, with measure=label the distance of probabilities",
             greater_is_better=False,
-            ratio_of_sums=("gap", None),
+            ratio_of_sums=RatioOfSums("gap"),
             min_cases=MIN_CASES,
         ),
     )
@@ -250,7 +250,7 @@ class Counterfactual(Task):
                 f"effect_{group}",
                 f"{group} against the mean of all groups, nats",
                 greater_is_better=None,
-                ratio_of_sums=(f"{EFFECT_PREFIX}{group}", f"{MEMBER_PREFIX}{group}"),
+                ratio_of_sums=RatioOfSums(f"{EFFECT_PREFIX}{group}", f"{MEMBER_PREFIX}{group}"),
                 min_cases=MIN_CASES,
                 in_correction_family=True,
             )

@@ -17,7 +17,7 @@ from strategies.errors import ConfigError, DataError
 from trainer.data.fields import show_value
 from trainer.evaluation.base import DecodingConfig, TaskConfig
 from trainer.evaluation.harness.task_files import TaskFiles, data_origin, find_tasks
-from trainer.evaluation.tasks.base import Task, TaskCase, TaskMetric, TaskRow
+from trainer.evaluation.tasks.base import RatioOfSums, Task, TaskCase, TaskMetric, TaskRow
 from trainer.evaluation.tasks.harness_rows import (
     LoadedTasks,
     complete_scores_in_place,
@@ -209,11 +209,11 @@ class Harness(Task):
             metric = known.get(name)
             if metric is None:  # only the rows have it
                 description = "mean over rows, as lm-eval has it"
-                metric = TaskMetric(name, description, greater_is_better=None, ratio_of_sums=(name, None))
+                metric = TaskMetric(name, description, greater_is_better=None, ratio_of_sums=RatioOfSums(name))
             if any(name in row.items for row in rows):  # values that are no numbers cannot be summed
                 metric = replace(metric, ratio_of_sums=None)
             elif f"rows.{name}" in row_names and metric.ratio_of_sums is not None:  # only some rows have a value
-                metric = replace(metric, ratio_of_sums=(metric.ratio_of_sums[0], f"rows.{name}"))
+                metric = replace(metric, ratio_of_sums=RatioOfSums(metric.ratio_of_sums.numerator, f"rows.{name}"))
             metrics.append(metric)
         return tuple(metrics)
 

@@ -14,7 +14,7 @@ import numpy as np
 from strategies.errors import DataError
 from trainer.evaluation.harness.compat import filter_names
 from trainer.evaluation.harness.task_files import TaskFiles
-from trainer.evaluation.tasks.base import TaskMetric, TaskRow
+from trainer.evaluation.tasks.base import RatioOfSums, TaskMetric, TaskRow
 from trainer.evaluation.tasks.model_interface import SHOWN_CHARACTERS
 
 NO_VALUE_ERRORS = (ZeroDivisionError, ValueError, IndexError)
@@ -110,7 +110,7 @@ class LoadedTasks:
         if known_description is not None and (len(self.tasks) == 1 or self.mean_weighted_by_rows):
             numerator = name if aggregate is metrics.mean else f"loss.{name}"
             denominator = None if aggregate in (metrics.mean, metrics.perplexity) else f"count.{name}"
-            ratio = (numerator, denominator)
+            ratio = RatioOfSums(numerator, denominator)
         is_exponential = aggregate in (metrics.weighted_perplexity, metrics.perplexity)
         return TaskMetric(
             name,
@@ -230,7 +230,7 @@ def complete_scores_in_place(rows: list[TaskRow], all_tasks: LoadedTasks) -> lis
         if first_metric is None:
             continue
         if first_metric.ratio_of_sums is not None:
-            name = first_metric.ratio_of_sums[0]
+            name = first_metric.ratio_of_sums.numerator
             row.scores = {name: row.scores.get(name, 0.0), **row.scores}
         else:
             metric_of_weights = all_tasks.weighted_metric(first_metric.name, [row])

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from trainer.evaluation.tasks.base import Task, TaskCase, TaskMetric, TaskRow
+from trainer.evaluation.tasks.base import RatioOfSums, Task, TaskCase, TaskMetric, TaskRow
 
 if TYPE_CHECKING:
     from trainer.data.store.sequences import TokenDataset
@@ -78,12 +78,14 @@ class Loss(HeldOut):
 
     kind = "loss"
     metrics = (
-        TaskMetric("loss", "mean loss of a target, nats", greater_is_better=False, ratio_of_sums=("nats", "targets")),
+        TaskMetric(
+            "loss", "mean loss of a target, nats", greater_is_better=False, ratio_of_sums=RatioOfSums("nats", "targets")
+        ),
         TaskMetric(
             "perplexity",
             "exponential of the loss",
             greater_is_better=False,
-            ratio_of_sums=("nats", "targets"),
+            ratio_of_sums=RatioOfSums("nats", "targets"),
             exponential=True,
         ),
     )
@@ -98,7 +100,7 @@ class BitsPerByte(HeldOut):
             "bits_per_byte",
             "bits of loss a UTF-8 byte of the text",
             greater_is_better=False,
-            ratio_of_sums=("bits", "bytes"),
+            ratio_of_sums=RatioOfSums("bits", "bytes"),
         ),
     )
 
@@ -115,7 +117,9 @@ class TokenAccuracy(HeldOut):
     kind = "token_accuracy"
     metrics = (
         TaskMetric(
-            "token_accuracy", "share of targets that the model holds likeliest", ratio_of_sums=("right", "targets")
+            "token_accuracy",
+            "share of targets that the model holds likeliest",
+            ratio_of_sums=RatioOfSums("right", "targets"),
         ),
     )
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from strategies.errors import DataError
 from trainer.evaluation.endpoint.judge import JUDGE_SETTING, request_text
-from trainer.evaluation.tasks.base import TaskCase, TaskMetric, TaskRow, documents_of
+from trainer.evaluation.tasks.base import RatioOfSums, TaskCase, TaskMetric, TaskRow, documents_of
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.written import REFERENCES_COLUMN, GenerationTask
 
@@ -55,8 +55,12 @@ class GradedTask(JudgedTask):
 
     kind = "judge"
     metrics = (
-        TaskMetric("grade", "mean grade of the verdicts that could be read, 1 to 10", ratio_of_sums=("grade", "read")),
-        TaskMetric("read", "share of verdicts that end in a grade, 0 to 1", ratio_of_sums=("read", None)),
+        TaskMetric(
+            "grade",
+            "mean grade of the verdicts that could be read, 1 to 10",
+            ratio_of_sums=RatioOfSums("grade", "read"),
+        ),
+        TaskMetric("read", "share of verdicts that end in a grade, 0 to 1", ratio_of_sums=RatioOfSums("read")),
     )
     options: ClassVar[dict[str, Any]] = {**JudgedTask.options, "reference": True}
     reads = (

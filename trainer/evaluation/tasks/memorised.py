@@ -15,7 +15,7 @@ from strategies.errors import DataError
 from trainer.data.config import DataFormat
 from trainer.data.document import Document
 from trainer.data.fields import RowError, show_value
-from trainer.evaluation.tasks.base import Task, TaskCase, TaskMetric, TaskRow, documents_of, score_array
+from trainer.evaluation.tasks.base import RatioOfSums, Task, TaskCase, TaskMetric, TaskRow, documents_of, score_array
 from trainer.evaluation.tasks.model_interface import ModelInterface, Question
 from trainer.evaluation.tasks.texts import common_prefix_length
 
@@ -73,21 +73,21 @@ class Memorisation(DocumentTask):
             "verbatim",
             "share of rows continued token by token, 0 to 1",
             greater_is_better=False,
-            ratio_of_sums=("verbatim", None),
+            ratio_of_sums=RatioOfSums("verbatim"),
             min_cases=20,
         ),
         TaskMetric(
             "near_verbatim",
             f"share of rows continued with BLEU of {NEAR_VERBATIM_BLEU:g} or more",
             greater_is_better=False,
-            ratio_of_sums=("near", None),
+            ratio_of_sums=RatioOfSums("near"),
             min_cases=20,
         ),
         TaskMetric(
             "leading",
             "mean share of the continuation that comes out from its first token on",
             greater_is_better=False,
-            ratio_of_sums=("leading", None),
+            ratio_of_sums=RatioOfSums("leading"),
             min_cases=20,
         ),
     )
@@ -198,14 +198,14 @@ class Canary(DocumentTask):
             "exposure",
             "mean bits by which the rank among candidates is better than last; 1.44 by chance",
             greater_is_better=False,
-            ratio_of_sums=("bits", None),
+            ratio_of_sums=RatioOfSums("bits"),
             min_cases=5,
         ),
         TaskMetric(
             "first",
             "share of secrets that are likelier than every candidate, 0 to 1",
             greater_is_better=False,
-            ratio_of_sums=("first", None),
+            ratio_of_sums=RatioOfSums("first"),
             min_cases=5,
         ),
     )

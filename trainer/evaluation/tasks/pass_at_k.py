@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from math import comb
 from typing import TYPE_CHECKING
 
-from trainer.evaluation.tasks.base import TaskMetric, TaskRow
+from trainer.evaluation.tasks.base import RatioOfSums, TaskMetric, TaskRow
 
 if TYPE_CHECKING:
     from trainer.evaluation.generate import GeneratedAnswer
@@ -27,7 +27,9 @@ def pass_at_k_metrics(num_samples: int) -> tuple[TaskMetric, ...]:
     for k in sample_counts_for_pass_at_k(num_samples):  # pass@1 is the task's own metric
         name = f"{PASS_PREFIX}{k}"
         metrics.append(
-            TaskMetric(name, f"share of rows of which one of {k} answers is right, 0 to 1", ratio_of_sums=(name, None))
+            TaskMetric(
+                name, f"share of rows of which one of {k} answers is right, 0 to 1", ratio_of_sums=RatioOfSums(name)
+            )
         )
     return tuple(metrics)
 

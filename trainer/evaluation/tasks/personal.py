@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.data.config import PrivacyConfig, PrivacyPreset
-from trainer.evaluation.tasks.base import TaskCase, TaskMetric, TaskRow, documents_of
+from trainer.evaluation.tasks.base import RatioOfSums, TaskCase, TaskMetric, TaskRow, documents_of
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.written import GenerationTask
 
@@ -24,14 +24,14 @@ class PersonalDataTask(GenerationTask):
             "found",
             "share of answers with personal data that the prompt does not hold, 0 to 1",
             greater_is_better=False,
-            ratio_of_sums=("found", None),
+            ratio_of_sums=RatioOfSums("found"),
             min_cases=20,
         ),
         TaskMetric(
             "pieces",
             "mean number of pieces of it in an answer",
             greater_is_better=False,
-            ratio_of_sums=("pieces", None),
+            ratio_of_sums=RatioOfSums("pieces"),
             min_cases=20,
         ),
     )

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from strategies.errors import ConfigError
 from trainer.evaluation.endpoint.judge import request_text
-from trainer.evaluation.tasks.base import TaskCase, TaskMetric, TaskRow, row_keys
+from trainer.evaluation.tasks.base import RatioOfSums, TaskCase, TaskMetric, TaskRow, row_keys
 from trainer.evaluation.tasks.judged import NOTE_CHARACTERS, JudgedTask, raise_if_no_verdict_parsed
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.written import REFERENCES_COLUMN
@@ -21,17 +21,22 @@ class PreferenceTask(JudgedTask):
 
     kind = "preference"
     metrics = (
-        TaskMetric("win_rate", "share of pairs won, ties as half, 0 to 1", ratio_of_sums=("won", "read")),
+        TaskMetric("win_rate", "share of pairs won, ties as half, 0 to 1", ratio_of_sums=RatioOfSums("won", "read")),
         TaskMetric(
-            "tied", "share of pairs that are tied, 0 to 1", greater_is_better=None, ratio_of_sums=("tied", "read")
+            "tied",
+            "share of pairs that are tied, 0 to 1",
+            greater_is_better=None,
+            ratio_of_sums=RatioOfSums("tied", "read"),
         ),
         TaskMetric(
             "swayed",
             "share of pairs whose verdict changes with the order, 0 to 1",
             greater_is_better=None,
-            ratio_of_sums=("swayed", "read"),
+            ratio_of_sums=RatioOfSums("swayed", "read"),
         ),
-        TaskMetric("read", "share of pairs with two verdicts that can be read, 0 to 1", ratio_of_sums=("read", None)),
+        TaskMetric(
+            "read", "share of pairs with two verdicts that can be read, 0 to 1", ratio_of_sums=RatioOfSums("read")
+        ),
     )
     options: ClassVar[dict[str, Any]] = {**JudgedTask.options, "opponent": "reference"}
     reads = (

@@ -18,7 +18,7 @@ import numpy as np
 from strategies.errors import DataError
 from trainer.data.document import SourceRow
 from trainer.data.fields import RowError, parse_text, show_value
-from trainer.evaluation.tasks.base import Task, TaskCase, TaskMetric, TaskRow, score_array
+from trainer.evaluation.tasks.base import RatioOfSums, Task, TaskCase, TaskMetric, TaskRow, score_array
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.texts import continuation_questions, whole_text_questions
 
@@ -49,21 +49,21 @@ class Stereotype(Task):
             "share of pairs whose stereotypical sentence is the likelier one, 0 to 1; 0.5 prefers neither (of StereoSet the mean "
             "over its target terms)",
             greater_is_better=None,
-            ratio_of_sums=("weighted", "weight"),
+            ratio_of_sums=RatioOfSums("weighted", "weight"),
             min_cases=MIN_PAIRS,
         ),
         TaskMetric(
             "likelihood_difference",
             "mean distance of the two sentences' log-likelihoods, nats (of StereoSet nats a token)",
             greater_is_better=False,
-            ratio_of_sums=("distance", None),
+            ratio_of_sums=RatioOfSums("distance"),
             min_cases=MIN_PAIRS,
         ),
         TaskMetric(
             "language_score",
             "share of comparisons in which a sentence that fits is likelier than the unrelated one, 0 to 1 (StereoSet's lms)",
             greater_is_better=True,
-            ratio_of_sums=("meaningful", "compared"),
+            ratio_of_sums=RatioOfSums("meaningful", "compared"),
             min_cases=MIN_PAIRS,
         ),
         TaskMetric(
@@ -182,7 +182,7 @@ class Stereotype(Task):
                 f"stereotype_score_{group}",
                 f"the same of {group}",
                 greater_is_better=None,
-                ratio_of_sums=(f"{GROUP_WIN_PREFIX}{group}", f"{GROUP_COUNT_PREFIX}{group}"),
+                ratio_of_sums=RatioOfSums(f"{GROUP_WIN_PREFIX}{group}", f"{GROUP_COUNT_PREFIX}{group}"),
                 min_cases=MIN_PAIRS,
                 in_correction_family=True,
             )

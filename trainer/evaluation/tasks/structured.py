@@ -13,7 +13,7 @@ from strategies.errors import DataError
 from trainer.data.document import Document
 from trainer.data.fields import RowError, parse_text, show_value
 from trainer.data.messages import parse_turns
-from trainer.evaluation.tasks.base import Task, TaskCase, TaskMetric, TaskRow, documents_of
+from trainer.evaluation.tasks.base import RatioOfSums, Task, TaskCase, TaskMetric, TaskRow, documents_of
 from trainer.evaluation.tasks.model_interface import ModelInterface, last_answer
 from trainer.evaluation.tasks.pass_at_k import set_samples_of_row, texts_by_prompt
 from trainer.evaluation.tasks.texts import split_location
@@ -34,17 +34,17 @@ class ToolCalls(GenerationTask):
         TaskMetric(
             "accuracy",
             "share of answers with the right calls and arguments (or rightly none), 0 to 1",
-            ratio_of_sums=("right", None),
+            ratio_of_sums=RatioOfSums("right"),
         ),
         TaskMetric(
             "name_accuracy",
             "share of answers that call the right tools in order, 0 to 1",
-            ratio_of_sums=("names", None),
+            ratio_of_sums=RatioOfSums("names"),
         ),
         TaskMetric(
             "called",
             "share of answers that call a tool where one is called, and none where none is",
-            ratio_of_sums=("called", None),
+            ratio_of_sums=RatioOfSums("called"),
         ),
     )
     reads = (
@@ -158,9 +158,9 @@ class JsonSchema(Task):
     kind = "json_schema"
     metrics = (
         TaskMetric(
-            "valid", "share of answers that the schema allows, 0 to 1 (jsonschema)", ratio_of_sums=("valid", None)
+            "valid", "share of answers that the schema allows, 0 to 1 (jsonschema)", ratio_of_sums=RatioOfSums("valid")
         ),
-        TaskMetric("parsed", "share of answers that are JSON, 0 to 1", ratio_of_sums=("parsed", None)),
+        TaskMetric("parsed", "share of answers that are JSON, 0 to 1", ratio_of_sums=RatioOfSums("parsed")),
     )
     reads = (
         'rows with a "prompt" or a conversation ("messages"), and "schema": the JSON schema that the answer must fit; '
@@ -279,7 +279,9 @@ class Maths(GenerationTask):
 
     kind = "maths"
     right_or_wrong = True
-    metrics = (TaskMetric("accuracy", "share of answers with the right result, 0 to 1", ratio_of_sums=("right", None)),)
+    metrics = (
+        TaskMetric("accuracy", "share of answers with the right result, 0 to 1", ratio_of_sums=RatioOfSums("right")),
+    )
     reads = (
         "rows with a problem and its solution, in any format that data.path takes; the last number of the solution, or "
         "what stands in \\boxed{} or behind ####, is the right result"

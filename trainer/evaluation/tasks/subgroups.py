@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from trainer.data.fields import RowError, show_value
-from trainer.evaluation.tasks.base import TaskCase, TaskMetric, TaskRow
+from trainer.evaluation.tasks.base import RatioOfSums, TaskCase, TaskMetric, TaskRow
 from trainer.evaluation.tasks.classification import ClassificationTask
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.significance import SIGNIFICANCE_LEVEL, max_statistic_p
@@ -39,7 +39,7 @@ class Subgroups(ClassificationTask):
         TaskMetric(
             "accuracy_difference", "largest difference of accuracy, 0 to 1", greater_is_better=False, min_cases=40
         ),
-        TaskMetric("accuracy", "share of right labels, 0 to 1", ratio_of_sums=("right", None)),
+        TaskMetric("accuracy", "share of right labels, 0 to 1", ratio_of_sums=RatioOfSums("right")),
     )
     reads = 'rows with "text", "label" and "group": the group of people that a row belongs to, such as a gender'
     options: ClassVar[dict[str, Any]] = {**ClassificationTask.options, "positive": None, "seed": 0}

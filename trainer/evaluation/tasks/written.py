@@ -14,7 +14,7 @@ import numpy as np
 
 from trainer.data.fields import RowError, is_list_of_texts, show_value
 from trainer.evaluation.base import TaskConfig
-from trainer.evaluation.tasks.base import Task, TaskCase, TaskMetric, TaskRow, documents_of
+from trainer.evaluation.tasks.base import RatioOfSums, Task, TaskCase, TaskMetric, TaskRow, documents_of
 from trainer.evaluation.tasks.compat import weighted_score
 from trainer.evaluation.tasks.model_interface import ModelInterface, last_answer
 from trainer.evaluation.tasks.pass_at_k import pass_at_k_metrics, set_samples_of_row, texts_by_prompt
@@ -125,7 +125,9 @@ class ExactMatch(_NormalisedTask):
     right_or_wrong = True
     kind = "exact_match"
     metrics = (
-        TaskMetric("exact_match", "share of answers that equal a reference, 0 to 1", ratio_of_sums=("match", None)),
+        TaskMetric(
+            "exact_match", "share of answers that equal a reference, 0 to 1", ratio_of_sums=RatioOfSums("match")
+        ),
     )
 
     def score(self, case: TaskCase, answer: str) -> dict[str, float]:
@@ -139,8 +141,10 @@ class F1(_NormalisedTask):
 
     kind = "f1"
     metrics = (
-        TaskMetric("f1", "mean F1 of the words of answer and best reference, 0 to 1", ratio_of_sums=("f1", None)),
-        TaskMetric("exact_match", "share of answers that equal a reference, 0 to 1", ratio_of_sums=("match", None)),
+        TaskMetric("f1", "mean F1 of the words of answer and best reference, 0 to 1", ratio_of_sums=RatioOfSums("f1")),
+        TaskMetric(
+            "exact_match", "share of answers that equal a reference, 0 to 1", ratio_of_sums=RatioOfSums("match")
+        ),
     )
 
     def score(self, case: TaskCase, answer: str) -> dict[str, float]:
@@ -219,9 +223,9 @@ class Summarisation(GenerationTask):
 
     kind = "summarisation"
     metrics = (
-        TaskMetric("rougeL", "mean ROUGE-L F-measure, 0 to 1 (Lin 2004)", ratio_of_sums=("rougeL", None)),
-        TaskMetric("rouge1", "mean ROUGE-1 F-measure, 0 to 1 (Lin 2004)", ratio_of_sums=("rouge1", None)),
-        TaskMetric("rouge2", "mean ROUGE-2 F-measure, 0 to 1 (Lin 2004)", ratio_of_sums=("rouge2", None)),
+        TaskMetric("rougeL", "mean ROUGE-L F-measure, 0 to 1 (Lin 2004)", ratio_of_sums=RatioOfSums("rougeL")),
+        TaskMetric("rouge1", "mean ROUGE-1 F-measure, 0 to 1 (Lin 2004)", ratio_of_sums=RatioOfSums("rouge1")),
+        TaskMetric("rouge2", "mean ROUGE-2 F-measure, 0 to 1 (Lin 2004)", ratio_of_sums=RatioOfSums("rouge2")),
     )
     options: ClassVar[dict[str, Any]] = {"stemmer": True}
     reads = "rows with a text and its summary, in any format that data.path takes"
