@@ -203,7 +203,7 @@ class EvaluationResult:
 
     def _repr_html_(self) -> str:
         """The evaluation as HTML for a notebook: the verdict and the cards of its page, and all metrics in one table."""
-        from trainer.evaluation.report.page import report_callouts, report_cards, report_verdict
+        from trainer.evaluation.report.page import report_callouts, report_cards, report_verdict_callout
 
         report = self.report
         if not report:
@@ -217,7 +217,7 @@ class EvaluationResult:
             heading += f", against {report['against']['what']}"
         return notebook_html(
             heading,
-            lead=report_verdict(report),
+            lead=report_verdict_callout(report),
             cards=report_cards(report),
             callouts=worst_first(callouts),
             tables=[_metrics_table(_metric_rows(report))],

@@ -74,7 +74,7 @@ def test_rows_of_a_json_list_on_one_line_are_shown_one_by_one():
     compared = {"facts": {"changed": changed_rows(rows, other_rows, "match")}}
     shown = {row.texts["answer"]: row for row in shown_rows(tasks, {"facts": rows}, others, compared)["facts"].rows}
     assert len(shown) == 21  # the 20 worst, and the one that was won
-    assert shown["new 100"].sides == ("lost", "wrong") and shown["new 101"].sides == ("won",)
+    assert shown["new 100"].filter_names == ("lost", "wrong") and shown["new 101"].filter_names == ("won",)
     assert all(row.texts["other"] == answer.replace("new", "old") for answer, row in shown.items())
     table = worst_rows_table(tasks[0], rows, other_rows)
     assert all(row[4] == row[3].replace("new", "old") for row in table.rows)
@@ -107,16 +107,17 @@ def test_bars_of_a_table_share_a_scale_that_it_shows():
 
 def test_a_scale_has_round_ends_and_bars_beyond_it_end_at_its_edge():
     up, none = {"value": 0.3, "greater_is_better": True}, {"value": 0.0, "difference": 0.3, "low": 0.2, "high": 0.4}
-    change = Change.of(up, none)
+    change = Change.of_metric(up, none)
     assert (change.low, change.value, change.high) == pytest.approx((2 / 3, 1, 4 / 3)), "of a base of 0, too"
     assert (
         ChangeScale.over([change]).reach == 1 and ChangeScale.over([change]).bar(change, "good").position(4 / 3) == 100
     )
     assert ChangeScale.over([Change(-0.013, 0.004, 0.018), None]).labels == ("-2%", "0", "+2%")
     assert (
-        Change.of({"value": 0.0, "greater_is_better": True}, {"value": 0, "difference": 0, "low": 0, "high": 0}) is None
+        Change.of_metric({"value": 0.0, "greater_is_better": True}, {"value": 0, "difference": 0, "low": 0, "high": 0})
+        is None
     )
-    assert Change.of(up, None) is None and ChangeScale.over([]).reach == 0.01
+    assert Change.of_metric(up, None) is None and ChangeScale.over([]).reach == 0.01
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ class FinishedTaskReporter:
         if done.throughput is not None:
             self.console.print_line(f"{arm}: {name}: {done.throughput}")
         if self.unfinished is not None:
-            self.unfinished.add(arm, done)
+            self.unfinished.add_finished_task(arm, done)
 
 
 @contextmanager

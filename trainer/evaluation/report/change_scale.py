@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
+from trainer.evaluation.report.record import DifferenceRecord, MetricRecord
 from trainer.pages.numbers import format_percent
 from trainer.pages.pieces import IntervalBar, Tone
 
@@ -23,20 +23,20 @@ class Change:
     high: float
 
     @classmethod
-    def of(cls, metric: dict[str, Any], difference: dict[str, Any] | None) -> Change | None:
+    def of_metric(cls, metric: MetricRecord, difference: DifferenceRecord | None) -> Change | None:
         """The change of a metric, with its 95 % interval; None without a comparison, or if both values are 0 or one is infinite.
 
         If neither direction is better, positive is larger.
 
-        `metric`, `difference`: records of `evaluation.json`, such as {"value": 0.6, "greater_is_better": true} and {"value": 0.5
-        of the other model, "difference": 0.1, "low": 0.02, "high": 0.18}: a change of 0.1 / 0.6.
+        A metric of 0.6 (greater is better) that was 0.5 with the other model changed by 0.1 / 0.6.
         """
         if difference is None:
             return None
-        larger_value = max(abs(metric["value"]), abs(difference["value"]))
+        other_value = difference["value"]
+        larger_value = max(abs(metric["value"]), abs(other_value))
         lower_is_better = metric["greater_is_better"] is False  # None: neither direction is better
         sign = -1 if lower_is_better else 1
-        numbers = [sign * difference[name] for name in ("low", "difference", "high")]
+        numbers = [sign * difference["low"], sign * difference["difference"], sign * difference["high"]]
         if larger_value == 0 or not all(math.isfinite(number) for number in (larger_value, *numbers)):
             return None
         low, value, high = (number / larger_value for number in numbers)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, cast
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from trainer.evaluation.report.intervals import (
     with_corrected_p_value,
 )
 from trainer.evaluation.report.permutation_test import family_p_values
-from trainer.evaluation.report.record import EvaluatedModel, asked_the_same_rows
+from trainer.evaluation.report.record import DifferenceRecord, EvaluatedModel, TaskComparison, asked_the_same_rows
 from trainer.evaluation.tasks.base import Task, TaskMetric, TaskRow, shorten_prompt
 
 MAX_CHANGED_ROWS = 20
@@ -31,15 +31,15 @@ MAX_CHANGED_ROWS = 20
 def compare_task(
     task: Task,
     model: EvaluatedModel,
-    resampled: dict[str, np.ndarray],
+    resamples_by_metric: dict[str, np.ndarray],
     other_rows: Sequence[TaskRow] | None,
     other_metrics: dict[str, float],
     bootstrap: Bootstrap,
-) -> dict[str, Any]:
+) -> TaskComparison:
     """What `evaluation.json` says of one task in comparison with another model: `metrics` by name, and rows that `changed`.
 
-    `resampled`: this model's metrics, float64 [resamples] each. `other_rows`: None if only the other model's metrics are known.
-    If both models answered the same rows, they are compared row by row.
+    `model`, `resamples_by_metric`: this model, and the value of each metric in each resample of its rows, float64 [resamples].
+    `other_rows`: None if only the other model's metrics are known. If both answered the same rows, they are compared row by row.
 
     {"paired": true, "metrics": {"accuracy": {"value": 0.5, "difference": 0.1, "low": 0.02, "high": 0.18, "p": 0.01, "verdict":
     "better"}}, "changed": {"num_won": 9, "won": [...], ...}}; `changed` only if paired, and each row is right or wrong.
@@ -50,21 +50,23 @@ def compare_task(
         paired_rows = other_rows
     common_metrics = [metric for metric in task.metrics_for(rows) if metric.name in other_metrics]
     if paired_rows is None:
-        differences = _unpaired_differences(task, model, common_metrics, resampled, other_metrics)
+        differences = _unpaired_differences(task, model, common_metrics, resamples_by_metric, other_metrics)
     else:
-        differences = _paired_differences(task, model, common_metrics, resampled, paired_rows, other_metrics, bootstrap)
+        differences = _paired_differences(
+            task, model, common_metrics, resamples_by_metric, paired_rows, other_metrics, bootstrap
+        )
 
-    metric_records = {}
+    difference_records: dict[str, DifferenceRecord] = {}
     for metric in common_metrics:
-        record = asdict(differences[metric.name])
+        difference = differences[metric.name]
         if _num_cases_of_metric(metric, rows) < metric.min_cases:
-            record["verdict"] = TOO_FEW_CASES
-        metric_records[metric.name] = record
-    comparison: dict[str, Any] = {"paired": paired_rows is not None, "metrics": metric_records}
+            difference = replace(difference, verdict=TOO_FEW_CASES)
+        difference_records[metric.name] = cast(DifferenceRecord, asdict(difference))
+    comparison: TaskComparison = {"paired": paired_rows is not None, "metrics": difference_records}
     if paired_rows is not None:
-        score = right_or_wrong_score(task, [*rows, *paired_rows])
-        if score is not None:
-            comparison["changed"] = changed_rows(rows, paired_rows, score)
+        score_name = right_or_wrong_score_name(task, [*rows, *paired_rows])
+        if score_name is not None:
+            comparison["changed"] = changed_rows(rows, paired_rows, score_name)
     return comparison
 
 
@@ -72,7 +74,7 @@ def _paired_differences(
     task: Task,
     model: EvaluatedModel,
     metrics: Sequence[TaskMetric],
-    resampled: dict[str, np.ndarray],
+    resamples_by_metric: dict[str, np.ndarray],
     other_rows: Sequence[TaskRow],
     other_metrics: dict[str, float],
     bootstrap: Bootstrap,
@@ -81,7 +83,7 @@ def _paired_differences(
 
     If several of the metrics are one family (one for each group of people, say), their p-values are corrected together.
     """
-    other_resampled = resample_metrics(task, other_rows, bootstrap)
+    other_resamples_by_metric = resample_metrics(task, other_rows, bootstrap)
     rows = model.rows[task.name]
     family = [metric for metric in metrics if metric.in_correction_family]
     corrected_p = {}
@@ -93,8 +95,8 @@ def _paired_differences(
         difference = paired_difference(
             model.metrics[task.name][name],
             other_metrics[name],
-            resampled[name],
-            other_resampled[name],
+            resamples_by_metric[name],
+            other_resamples_by_metric[name],
             greater_is_better=metric.greater_is_better,
         )
         if name in corrected_p:
@@ -109,12 +111,13 @@ def _unpaired_differences(
     task: Task,
     model: EvaluatedModel,
     metrics: Sequence[TaskMetric],
-    resampled: dict[str, np.ndarray],
+    resamples_by_metric: dict[str, np.ndarray],
     other_metrics: dict[str, float],
 ) -> dict[str, MetricDifference]:
     """The difference of two models in each metric, from this model's rows and the other one's metrics alone.
 
-    A metric of a family gets a wider interval, by the number of its members.
+    The more metrics a family has (one for each group of people, say), the likelier one of them differs by chance. The verdict on
+    each of them therefore goes by a wider interval.
     """
     rows = model.rows[task.name]
     num_in_family = sum(metric.in_correction_family for metric in metrics)
@@ -128,7 +131,7 @@ def _unpaired_differences(
             differences[name] = unpaired_difference(
                 value,
                 other_metrics[name],
-                resampled[name],
+                resamples_by_metric[name],
                 greater_is_better=metric.greater_is_better,
                 family_size=family_size,
             )
@@ -147,23 +150,22 @@ def _num_cases_of_metric(metric: TaskMetric, rows: Sequence[TaskRow]) -> int:
     """How many rows are cases of a metric: those with its `case_score`, else its denominator, above 0; without either, all."""
     case_score = metric.case_score
     if case_score is None and metric.ratio_of_sums is not None:
-        _, case_score = metric.ratio_of_sums  # the denominator
+        case_score = metric.ratio_of_sums.denominator
     if case_score is None:
         return len(rows)
     return sum(row.scores.get(case_score, 0.0) > 0 for row in rows)
 
 
-def right_or_wrong_score(task: Task, rows: Sequence[TaskRow]) -> str | None:
+def right_or_wrong_score_name(task: Task, rows: Sequence[TaskRow]) -> str | None:
     """The name of the score that says whether a row is right (1) or wrong (0): the numerator of the task's first metric.
 
     None if that metric is not the mean of a score over all rows, or the score has other values than 0 and 1.
     """
     first_metric = task.metrics_for(rows)[0]
-    if first_metric.ratio_of_sums is None:
+    ratio = first_metric.ratio_of_sums
+    if ratio is None or ratio.denominator is not None:
         return None
-    score, denominator = first_metric.ratio_of_sums
-    if denominator is not None:
-        return None
+    score = ratio.numerator
     has_other_values = any(row.scores[score] not in (0.0, 1.0) for row in rows)
     return None if has_other_values else score
 
@@ -180,8 +182,8 @@ def changed_rows(rows: Sequence[TaskRow], other_rows: Sequence[TaskRow], score: 
     for row, other_row in zip(rows, other_rows, strict=True):
         if row.scores[score] == other_row.scores[score]:
             continue
-        side = "won" if row.scores[score] > other_row.scores[score] else "lost"
-        changed[side].append(
+        outcome = "won" if row.scores[score] > other_row.scores[score] else "lost"
+        changed[outcome].append(
             {
                 "where": row.where,
                 "prompt": shorten_prompt(row.prompt),
@@ -197,18 +199,18 @@ def changed_rows(rows: Sequence[TaskRow], other_rows: Sequence[TaskRow], score: 
     }
 
 
-def regression_lines(task: Task, metrics: dict[str, dict[str, Any]]) -> list[str]:
+def regression_lines(task: Task, differences: dict[str, DifferenceRecord]) -> list[str]:
     """A line for each metric of a task that became worse than allowed.
 
     - The task has a `limit` for the metric: it is worse by more than the limit. If neither direction is better, any change
       counts.
     - Else: the whole 95 % interval of the difference is on the worse side.
 
-    `metrics`: the records that `compare_task` returns under `metrics`. A metric without a record is left out.
+    `differences`: how each metric differs from the other model's (`metrics` of `compare_task`). A metric without one is left out.
     """
     lines = []
     for metric in task.metrics:
-        difference = metrics.get(metric.name)
+        difference = differences.get(metric.name)
         if difference is None:
             continue
         change = difference["difference"]
@@ -217,8 +219,8 @@ def regression_lines(task: Task, metrics: dict[str, dict[str, Any]]) -> list[str
         else:
             worsening = -change if metric.greater_is_better else change
         limit = task.config.limit.get(metric.name)
-        new_value = difference["value"] + change
-        line = f"{task.name}: {metric.name} {new_value:.4g}, was {difference['value']:.4g}"
+        other_value = difference["value"]
+        line = f"{task.name}: {metric.name} {other_value + change:.4g}, was {other_value:.4g}"
         if limit is not None and worsening > limit:
             lines.append(f"{line}: worse by {worsening:.4g}, more than {task.config_key}.limit.{metric.name}={limit:g}")
         elif limit is None and difference["verdict"] == WORSE:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.evaluation.tasks.base import Task, TaskMetric, TaskRow, score_array
+from trainer.evaluation.tasks.base import RatioOfSums, Task, TaskMetric, TaskRow, score_array
 from trainer.evaluation.tasks.significance import SIGNIFICANCE_LEVEL
 
 MAX_COUNTS_IN_MEMORY = 1 << 22
@@ -54,7 +54,7 @@ def resample_metrics(task: Task, rows: Sequence[TaskRow], bootstrap: Bootstrap) 
     """Bootstrap: the value of each metric in each resample of the rows, {name: float64 [resamples]}.
 
     The value is NaN if a resample has none. A metric that is no ratio of sums has `task.max_resamples` values at most, because
-    each one is computed from scratch.
+    each one is computed from scratch. `rows` has one row at least.
     """
     rng = np.random.default_rng([bootstrap.seed, len(rows)])
     chunk_resamples = max(1, MAX_COUNTS_IN_MEMORY // len(rows))
@@ -74,15 +74,26 @@ def resample_metrics(task: Task, rows: Sequence[TaskRow], bootstrap: Bootstrap) 
                 metric_of_weights = metric_functions[metric.name]
                 values = np.array([metric_of_weights(row_weights) for row_weights in first_weights])
             else:
-                numerator, denominator = metric.ratio_of_sums
-                if denominator is None:  # every resample has as many rows
-                    denominators = np.full(len(weights), float(len(rows)))
-                else:
-                    denominators = weights @ scores[denominator]
-                values = metric.from_sums(weights @ scores[numerator], denominators)
+                values = _resampled_ratio(metric, metric.ratio_of_sums, scores, weights)
             chunks[metric.name].append(values)
         num_sampled += len(weights)
     return {name: np.concatenate(metric_chunks) for name, metric_chunks in chunks.items()}
+
+
+def _resampled_ratio(
+    metric: TaskMetric, ratio: RatioOfSums, scores: dict[str, np.ndarray], weights: np.ndarray
+) -> np.ndarray:
+    """The value of a metric that is a ratio of sums in each resample, float64 [resamples].
+
+    `scores`: float64 [rows] by name. `weights`: how often each row counts in each resample, float64 [resamples, rows].
+    """
+    num_resamples, num_rows = weights.shape
+    if ratio.denominator is None:  # every resample has as many rows
+        denominators = np.full(num_resamples, float(num_rows))
+    else:
+        denominators = weights @ scores[ratio.denominator]
+    values: np.ndarray = metric.from_sums(weights @ scores[ratio.numerator], denominators)
+    return values
 
 
 def _scores_of_ratios(metrics: Sequence[TaskMetric], rows: Sequence[TaskRow]) -> dict[str, np.ndarray]:
@@ -127,12 +138,12 @@ def share_counts(metric: TaskMetric, rows: Sequence[TaskRow]) -> ShareCounts | N
     """
     if metric.ratio_of_sums is None or metric.exponential:
         return None
-    numerator, denominator = metric.ratio_of_sums
+    ratio = metric.ratio_of_sums
     successes = 0.0
     cases = 0.0
     for row in rows:
-        success = row.scores.get(numerator, 0.0)
-        case = 1.0 if denominator is None else row.scores.get(denominator, 0.0)
+        success = row.scores.get(ratio.numerator, 0.0)
+        case = 1.0 if ratio.denominator is None else row.scores.get(ratio.denominator, 0.0)
         if case not in (0.0, 1.0) or success not in (0.0, case):
             return None
         successes += success
@@ -196,7 +207,7 @@ def paired_difference(
     num_on_rarer_side = min(num_not_greater, num_not_smaller)
     p = min(1.0, 2 * (num_on_rarer_side + 1) / (len(differences) + 1))
     verdict = _verdict_of_interval(low, high, other_value, greater_is_better=greater_is_better)
-    return MetricDifference(other_value, value - other_value, low, high, p, verdict)
+    return MetricDifference(value=other_value, difference=value - other_value, low=low, high=high, p=p, verdict=verdict)
 
 
 def with_corrected_p_value(
@@ -206,11 +217,10 @@ def with_corrected_p_value(
 
     The interval stays that of the metric alone.
     """
-    # The verdict goes by p: the difference itself if it is significant, else none.
-    significant_difference = difference.difference if p < SIGNIFICANCE_LEVEL else 0.0
-    verdict = _verdict_of_interval(
-        significant_difference, significant_difference, difference.value, greater_is_better=greater_is_better
-    )
+    verdict = NO_DIFFERENCE
+    if p < SIGNIFICANCE_LEVEL:  # then the sign of the difference decides, as that of an interval without width
+        change = difference.difference
+        verdict = _verdict_of_interval(change, change, difference.value, greater_is_better=greater_is_better)
     return replace(difference, p=p, verdict=verdict)
 
 
@@ -224,14 +234,17 @@ def unpaired_difference(
 ) -> MetricDifference:
     """The difference of this model's metric from another model's, whose rows are not known.
 
-    The interval is that of this model alone, minus the other value: the verdict says whether that value is outside. For one of
-    `family_size` metrics, the verdict uses a wider interval (Bonferroni). `resampled`: this model's metric, float64 [resamples].
+    The interval is that of this model alone, minus the other value: the verdict says whether that value is outside. If the metric
+    is one of `family_size` that are tested together, the verdict uses a wider interval (Bonferroni), and the p-value is None, as
+    always without paired rows. `resampled`: this model's metric, float64 [resamples].
     """
     low, high = percentile_interval(resampled - other_value)
     tail_percent = 100 * SIGNIFICANCE_LEVEL / 2 / family_size
     wide_low, wide_high = np.nanpercentile(resampled - other_value, [tail_percent, 100 - tail_percent])
     verdict = _verdict_of_interval(float(wide_low), float(wide_high), other_value, greater_is_better=greater_is_better)
-    return MetricDifference(other_value, value - other_value, low, high, None, verdict)
+    return MetricDifference(
+        value=other_value, difference=value - other_value, low=low, high=high, p=None, verdict=verdict
+    )
 
 
 def unpaired_share_difference(
@@ -242,13 +255,24 @@ def unpaired_share_difference(
     greater_is_better: bool | None,
     family_size: int = 1,
 ) -> MetricDifference:
-    """As `unpaired_difference`, for a metric that is a share of rows: the interval is Wilson's, from this model's `counts`."""
+    """The difference of this model's share of rows from another model's, whose rows are not known.
+
+    The interval is Wilson's, from this model's `counts`, minus the other value. If the metric is one of `family_size` that are
+    tested together, the verdict uses a wider one (Bonferroni).
+    """
     low, high = wilson_interval(counts)
     wide_low, wide_high = wilson_interval(counts, alpha=SIGNIFICANCE_LEVEL / family_size)
     verdict = _verdict_of_interval(
         wide_low - other_value, wide_high - other_value, other_value, greater_is_better=greater_is_better
     )
-    return MetricDifference(other_value, value - other_value, low - other_value, high - other_value, None, verdict)
+    return MetricDifference(
+        value=other_value,
+        difference=value - other_value,
+        low=low - other_value,
+        high=high - other_value,
+        p=None,
+        verdict=verdict,
+    )
 
 
 def _verdict_of_interval(low: float, high: float, other_value: float, *, greater_is_better: bool | None) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.evaluation.report.comparison import right_or_wrong_score
+from trainer.evaluation.report.comparison import right_or_wrong_score_name
+from trainer.evaluation.report.record import TaskComparison
 from trainer.evaluation.tasks.base import Task, TaskRow, other_answer_by_row_id, shorten_prompt
 from trainer.pages.numbers import format_number
 
@@ -14,6 +15,8 @@ MAX_WORST_ROWS = 20
 """Rows of each task that are shown, the worst first."""
 MAX_ROWS_OF_ALL_TASKS = 400
 """Rows of all tasks together. With more tasks, each one shows fewer."""
+MIN_ROWS_OF_EACH_KIND = 3
+"""Worst, lost and won rows that each task shows however many tasks there are."""
 MAX_TEXT_BYTES = 400_000
 """Most bytes of all texts that a click shows. If there are more, each text is cut to the largest of `TEXT_LIMITS` that fits."""
 TEXT_LIMITS = (8000, 4000, 2000, 1000, 500, 250, 120, 60)
@@ -32,8 +35,8 @@ class ShownRow:
 
     where: str
     """`file:line`."""
-    sides: tuple[str, ...]
-    """The filters that it passes: `wrong`, `lost`, `won`."""
+    filter_names: tuple[str, ...]
+    """The filters of the page that show it: `wrong`, `lost`, `won`."""
     score: str
     """Right or wrong, or what it contributes to the first metric."""
     question: str
@@ -61,18 +64,20 @@ def shown_rows(
     tasks: Sequence[Task],
     rows_by_task: Mapping[str, Sequence[TaskRow]],
     other_rows: Mapping[str, Sequence[TaskRow]],
-    compared_tasks: Mapping[str, Any],
+    comparisons: Mapping[str, TaskComparison],
 ) -> dict[str, TaskRows]:
     """The rows that the page shows, by task: the worst ones, and those that one model has right and the other wrong.
 
-    `other_rows`: rows of the other model, by task; tasks whose rows are not known are missing. `compared_tasks`: the comparison
-    record of each task in `evaluation.json`, which has the changed rows under `changed`.
+    `other_rows`: rows of the other model, by task; tasks whose rows are not known are missing. `comparisons`: by
+    task, its part of `evaluation.json` on the other model, which has the changed rows under `changed`.
     """
     # A task shows up to three kinds of rows: the worst, lost and won. The limit holds for each kind.
-    limit = min(max(MAX_ROWS_OF_ALL_TASKS // (3 * max(len(tasks), 1)), 3), MAX_WORST_ROWS)
+    limit = MAX_ROWS_OF_ALL_TASKS // (3 * max(len(tasks), 1))
+    limit = min(max(limit, MIN_ROWS_OF_EACH_KIND), MAX_WORST_ROWS)
     rows_of_tasks = {}
     for task in tasks:
-        changed = compared_tasks.get(task.name, {}).get("changed", {})
+        comparison = comparisons.get(task.name)
+        changed = {} if comparison is None else comparison.get("changed", {})
         rows_of_tasks[task.name] = _rows_to_show(
             task, rows_by_task[task.name], other_rows.get(task.name, ()), changed, limit
         )
@@ -108,48 +113,48 @@ def _rows_to_show(
 ) -> TaskRows:
     """The rows of one task to show, the worst first: the `limit` with the worst score, and up to `limit` each of lost and won.
 
-    A lost row was right with the other model and is wrong now; a won row is the reverse. A row's sides are the filters that it
-    appears under: lost, won, wrong.
+    A lost row was right with the other model and is wrong now; a won row is the reverse. The page filters rows
+    by these names: lost, won, wrong.
 
     `changed`: lost and won rows as `changed_rows` returns them: {"lost": [{"where": "rows.jsonl:3", "other": "the other model's
     answer", ...}], "num_lost": 1, "won": [], "num_won": 0}. Empty without a comparison.
     """
     score_name, score_of_row = first_metric_score(task, rows)
     other_answers = other_answer_by_row_id(rows, other_rows)
-    right_score = right_or_wrong_score(task, rows)
+    right_score = right_or_wrong_score_name(task, rows)
 
     # Which rows were lost or won. Location, prompt and answer tell them apart, since several rows may share a location.
-    sides_by_text: dict[tuple[str, str, str], list[str]] = {}
+    filters_by_text: dict[tuple[str, str, str], list[str]] = {}
     other_answer_by_text: dict[tuple[str, str, str], str] = {}
-    for side in (LOST, WON):
-        for changed_row in changed.get(side, ())[:limit]:
+    for outcome in (LOST, WON):
+        for changed_row in changed.get(outcome, ())[:limit]:
             text = changed_row["where"], changed_row["prompt"], changed_row["answer"]
             other_answer_by_text[text] = changed_row["other"]
-            sides_by_text.setdefault(text, []).append(side)
+            filters_by_text.setdefault(text, []).append(outcome)
 
     # The rows to show. All shown rows that are wrong pass the filter "wrong".
     ordered = worst_rows_first(task, rows)
     shown = []
     for position, row in enumerate(ordered):
         text = row.where, shorten_prompt(row.prompt), row.answer
-        row_sides = sides_by_text.get(text, [])
-        if position >= limit and not row_sides:
+        filter_names = filters_by_text.get(text, [])
+        if position >= limit and not filter_names:
             continue
         value = format_number(score_of_row(row))
         if right_score is not None:
             is_right = row.scores[right_score] == 1
             value = "right" if is_right else WRONG
             if not is_right:
-                row_sides = [*row_sides, WRONG]
+                filter_names = [*filter_names, WRONG]
         other_answer = other_answers.get(id(row), other_answer_by_text.get(text, ""))
-        shown.append(_shown_row(row, tuple(row_sides), value, other_answer))
+        shown.append(_shown_row(row, tuple(filter_names), value, other_answer))
 
     # The filters that show at least one row.
     filters = []
     num_wrong = 0 if right_score is None else sum(row.scores[right_score] != 1 for row in rows)
     totals = {LOST: changed.get("num_lost", 0), WON: changed.get("num_won", 0), WRONG: num_wrong}
     for name, description in DESCRIPTION_BY_FILTER.items():
-        num_shown = sum(name in row.sides for row in shown)
+        num_shown = sum(name in row.filter_names for row in shown)
         if num_shown:
             filters.append((name, description, num_shown, totals[name]))
 
@@ -159,11 +164,11 @@ def _rows_to_show(
     return TaskRows(shown, columns, heading, filters, len(rows) - len(shown))
 
 
-def _shown_row(row: TaskRow, sides: tuple[str, ...], score_text: str, compared_answer: str) -> ShownRow:
+def _shown_row(row: TaskRow, filter_names: tuple[str, ...], score_text: str, compared_answer: str) -> ShownRow:
     """A row as the page shows it, its texts not yet cut.
 
     Arguments:
-        sides: the filters under which the row appears, such as ("lost", "wrong").
+        filter_names: the filters of the page that show the row, such as ("lost", "wrong").
         score_text: what the page shows as its score, such as "right" or "0.35".
         compared_answer: the answer of the model that is compared with; "" if it is not known.
     """
@@ -179,7 +184,9 @@ def _shown_row(row: TaskRow, sides: tuple[str, ...], score_text: str, compared_a
         question = _one_line(row.question, keep_end=False)
     else:  # the end of the prompt is the nearest to a question
         question = _one_line(row.prompt, keep_end=True)
-    return ShownRow(where=row.where, sides=sides, score=score_text, question=question, texts=nonempty_texts)
+    return ShownRow(
+        where=row.where, filter_names=filter_names, score=score_text, question=question, texts=nonempty_texts
+    )
 
 
 def shortened_line(text: str) -> str:
@@ -219,7 +226,8 @@ def first_metric_score(task: Task, rows: Sequence[TaskRow]) -> tuple[str, Callab
     if metric.ratio_of_sums is None:
         first_score = next(iter(rows[0].scores))
         return first_score, lambda row: float(next(iter(row.scores.values())))
-    numerator, denominator = metric.ratio_of_sums
-    if denominator is None:
+    numerator, denominator = metric.ratio_of_sums  # names of scores
+    if denominator is None:  # the number of rows
         return numerator, lambda row: row.scores[numerator]
+    # A row without a denominator counts as 0 of 1.
     return metric.name, lambda row: float(metric.from_sums(row.scores[numerator], row.scores[denominator] or 1.0))

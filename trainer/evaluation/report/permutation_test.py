@@ -28,27 +28,29 @@ def family_p_values(
 ) -> dict[str, float]:
     """p-value of the difference of two models in each metric of a family, by name, corrected for the number of metrics.
 
-    Both models must have answered the same rows. If they are equally good, the answers to any row may be exchanged between
-    them: the test compares the differences with the largest ones of the family after random exchanges. `seed`: seeds these.
+    A family: similar metrics that are tested together, such as one for each group of people. Both models must have answered the
+    same rows. If they are equally good, the answers to any row may be exchanged between them: the test compares the differences
+    with the largest ones of the family after random exchanges. `seed`: seeds these.
     """
     rng = np.random.default_rng([seed, len(rows)])
     chunk_size = max(1, MAX_NUMBERS_IN_MEMORY // len(rows))
     all_are_ratios = all(metric.ratio_of_sums for metric in metrics)
+    # Any other metric is computed from scratch for each permutation, which is slow.
     num_permutations = NUM_PERMUTATIONS if all_are_ratios else NUM_PERMUTATIONS // 2
     metric_functions = task.weighted_metric_functions([*rows, *other_rows])
 
     nothing_exchanged = np.zeros((1, len(rows)))
-    observed = _metric_differences_by_permutation(metrics, rows, other_rows, metric_functions, nothing_exchanged)[
-        0
-    ]  # [metrics]
+    observed = _metric_differences_by_permutation(metrics, rows, other_rows, metric_functions, nothing_exchanged)
     chunks = []
     for begin in range(0, num_permutations, chunk_size):
         num_in_chunk = min(chunk_size, num_permutations - begin)
-        exchanged = rng.integers(0, 2, (num_in_chunk, len(rows))).astype(float)  # 1 where a row's answers change sides
-        chunks.append(_metric_differences_by_permutation(metrics, rows, other_rows, metric_functions, exchanged))
+        is_exchanged = rng.integers(0, 2, (num_in_chunk, len(rows))).astype(
+            float
+        )  # 1: the models' answers are exchanged
+        chunks.append(_metric_differences_by_permutation(metrics, rows, other_rows, metric_functions, is_exchanged))
     by_chance = np.nan_to_num(np.concatenate(chunks))  # [permutations, metrics]
-    observed = np.nan_to_num(observed)
-    p_values = max_statistic_p(observed, by_chance).tolist()
+    observed_differences = np.nan_to_num(observed[0])  # [metrics]
+    p_values = max_statistic_p(observed_differences, by_chance).tolist()
     names = [metric.name for metric in metrics]
     return dict(zip(names, p_values, strict=True))
 
@@ -58,7 +60,7 @@ def _metric_differences_by_permutation(
     rows: Sequence[TaskRow],
     other_rows: Sequence[TaskRow],
     metric_functions: FunctionByMetric,
-    exchanged: np.ndarray,
+    is_exchanged: np.ndarray,
 ) -> np.ndarray:
     """This model's metrics minus the other model's after each permutation, float64 [permutations, metrics].
 
@@ -68,19 +70,20 @@ def _metric_differences_by_permutation(
     Arguments:
         metric_functions: by metric, a function of weights, float64 [2 * rows]: those of `rows`, then those of `other_rows`. It
             computes the metric of the rows whose weight is 1.
-        exchanged: float64 [permutations, rows], 1 where the two models' rows are exchanged, else 0.
+        is_exchanged: float64 [permutations, rows], 1 where the two models' rows are exchanged, else 0.
     """
     differences_by_metric = []  # float64 [permutations] each
     for metric in metrics:
         if metric.ratio_of_sums is not None:
-            own = _metric_after_exchanges(metric, metric.ratio_of_sums, rows, other_rows, exchanged)
-            other = _metric_after_exchanges(metric, metric.ratio_of_sums, other_rows, rows, exchanged)
+            own = _metric_after_exchanges(metric, metric.ratio_of_sums, rows, other_rows, is_exchanged)
+            # The other model's own rows are `other_rows`, and an exchange gives it those of this model.
+            other = _metric_after_exchanges(metric, metric.ratio_of_sums, other_rows, rows, is_exchanged)
             differences_by_metric.append(own - other)
             continue
         metric_of_weights = metric_functions[metric.name]
         differences = []
-        for is_exchanged in exchanged:
-            own_weights = np.concatenate([1 - is_exchanged, is_exchanged])
+        for is_row_exchanged in is_exchanged:  # one permutation, [rows]
+            own_weights = np.concatenate([1 - is_row_exchanged, is_row_exchanged])
             differences.append(metric_of_weights(own_weights) - metric_of_weights(1 - own_weights))
         differences_by_metric.append(np.array(differences))
     return np.stack(differences_by_metric, axis=1)
@@ -91,23 +94,23 @@ def _metric_after_exchanges(
     ratio_of_sums: RatioOfSums,
     rows: Sequence[TaskRow],
     other_rows: Sequence[TaskRow],
-    exchanged: np.ndarray,
+    is_exchanged: np.ndarray,
 ) -> np.ndarray:
     """The metric of the model of `rows` after each permutation, float64 [permutations].
 
-    An exchanged row adds the other model's score to the sum instead of the own one. `ratio_of_sums`: names of the scores that are
-    numerator and denominator; a denominator of None is the number of rows.
+    An exchanged row adds the other model's score to the sum instead of the own one. `is_exchanged`: float64 [permutations, rows],
+    1 for an exchanged row, else 0.
     """
     sums = []  # numerator and denominator, float64 [permutations] each
     for score in ratio_of_sums:
         own_scores = _scores_or_ones(rows, score)
         other_scores = _scores_or_ones(other_rows, score)
-        sums.append(own_scores.sum() + exchanged @ (other_scores - own_scores))
+        sums.append(own_scores.sum() + is_exchanged @ (other_scores - own_scores))
     return metric.from_sums(*sums)
 
 
 def _scores_or_ones(rows: Sequence[TaskRow], score: str | None) -> np.ndarray:
-    """A score of each row, float64 [rows]; ones if the ratio's denominator is the number of rows."""
+    """A score of each row, float64 [rows]. None, the number of rows, is a score of 1 for each row."""
     if score is None:
         return np.ones(len(rows))
     return score_array(rows, score)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from strategies.errors import ConfigError
 from trainer.evaluation.tasks.base import Task, TaskRow
@@ -22,6 +22,67 @@ ROWS_FILE = "evaluation_rows.jsonl"
 PAGE_FILE = "evaluation.html"
 REPORT_VERSION = 1
 TUNED, BASE = "tuned", "base"
+
+EvaluationReport = dict[str, Any]
+"""The content of `evaluation.json`: "model", "tasks" ({name: TaskRecord}), "method", versions.
+
+After a comparison also "against": {"what": "base", "tasks": {name: TaskComparison}, "not_there": tasks that only this model has}.
+"""
+
+
+class MetricRecord(TypedDict):
+    """One metric of a task in `evaluation.json`."""
+
+    value: float
+    greater_is_better: bool | None
+    """None: neither direction is better."""
+    says: str
+    """What the metric means."""
+    low: NotRequired[float]
+    """Lower end of the 95 % interval; `high` is the upper one."""
+    high: NotRequired[float]
+    stderr: NotRequired[float]
+    signature: NotRequired[str]
+    """What besides the rows decides the number, such as the prompt."""
+
+
+class DifferenceRecord(TypedDict):
+    """One metric of a comparison in `evaluation.json`: the fields of `intervals.MetricDifference`."""
+
+    value: float
+    """The metric of the OTHER model."""
+    difference: float
+    """The metric of this model minus that of the other; (low, high) is its 95 % interval."""
+    low: float
+    high: float
+    p: float | None
+    verdict: str
+
+
+class TaskRecord(TypedDict):
+    """One task in `evaluation.json`."""
+
+    kind: str
+    path: str | None
+    num_rows: int
+    rows_sha256: str
+    seconds: float
+    written: NotRequired[dict[str, Any]]
+    """How fast answers were generated."""
+    write: dict[str, Any]
+    options: dict[str, Any]
+    metrics: dict[str, MetricRecord]
+    notes: list[str]
+
+
+class TaskComparison(TypedDict):
+    """One task in the comparison of `evaluation.json` with another model."""
+
+    paired: bool
+    """Whether both models answered the same rows, so that they were compared row by row."""
+    metrics: dict[str, DifferenceRecord]
+    changed: NotRequired[dict[str, Any]]
+    """Rows that one model has right and the other wrong (`comparison.changed_rows`)."""
 
 
 @dataclass(slots=True)
@@ -60,22 +121,22 @@ def asked_the_same_rows(rows: Sequence[TaskRow], other_rows: Sequence[TaskRow]) 
     return asked == other_asked
 
 
-def build_task_record(task: Task, model: EvaluatedModel, intervals: dict[str, tuple[float, float]]) -> dict[str, Any]:
+def build_task_record(task: Task, model: EvaluatedModel, intervals: dict[str, tuple[float, float]]) -> TaskRecord:
     """The record of one task in `evaluation.json`: kind, rows, settings, metrics, notes.
 
     `intervals`: the 95 % interval (low, high) of each metric by name.
     """
     rows = model.rows[task.name]
-    record: dict[str, Any] = {
+    generation_throughput: Any = {}
+    if task.name in model.throughput:
+        generation_throughput = {"written": _throughput_record(model.throughput[task.name])}
+    return {
         "kind": task.kind,
         "path": task.data_source,
         "num_rows": len(rows),
         "rows_sha256": rows_sha256(rows),
         "seconds": round(model.seconds[task.name], 3),
-    }
-    if task.name in model.throughput:
-        record["written"] = _throughput_record(model.throughput[task.name])
-    return record | {
+        **generation_throughput,
         "write": asdict(task.config.write),
         "options": task.option_values,
         "metrics": _metric_records(task, rows, model.metrics[task.name], intervals),
@@ -85,20 +146,26 @@ def build_task_record(task: Task, model: EvaluatedModel, intervals: dict[str, tu
 
 def _metric_records(
     task: Task, rows: Sequence[TaskRow], values: dict[str, float], intervals: dict[str, tuple[float, float]]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, MetricRecord]:
     """The record of each metric of a task in `evaluation.json`, by name: value, interval, and what decides the number.
 
     `values`: the metrics by name; a name may end in `/SOURCE`. {"accuracy": 0.8} -> {"accuracy": {"value": 0.8,
     "greater_is_better": true, "says": "share of ...", "low": 0.7, "high": 0.88}}, with `stderr` and `signature` if there are any.
     """
-    signatures = task.signatures()
+    signatures = (
+        task.signatures()
+    )  # by metric: prompt, library versions and the like, which must be equal in a comparison
     standard_errors = task.standard_errors(rows)
     # Reversed, so that of two metrics with the same name the first one is taken.
     metric_by_name = {metric.name: metric for metric in reversed(task.metrics_for(rows))}
     records = {}
     for name, value in values.items():
         metric = metric_by_name.get(name) or metric_by_name[name.partition("/")[0]]
-        record = {"value": value, "greater_is_better": metric.greater_is_better, "says": metric.description}
+        record: MetricRecord = {
+            "value": value,
+            "greater_is_better": metric.greater_is_better,
+            "says": metric.description,
+        }
         if name in intervals:
             record["low"], record["high"] = intervals[name]
         if name in standard_errors:

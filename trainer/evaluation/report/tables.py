@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trainer.evaluation.report.comparison import changed_rows, right_or_wrong_score
+from trainer.evaluation.report.comparison import changed_rows, right_or_wrong_score_name
 from trainer.evaluation.report.page_rows import MAX_WORST_ROWS, first_metric_score, worst_rows_first
 from trainer.evaluation.tasks.base import Task, TaskRow, other_answer_by_row_id, shorten_prompt
 from trainer.reporting.trackers.base import LoggedTable
@@ -25,13 +25,13 @@ def row_tables(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | 
         tables[f"{name}/worst_rows"] = worst_rows_table(task, rows, before)
     if before is None or [row.where for row in rows] != [row.where for row in before]:
         return tables  # only the same rows can be compared
-    score = right_or_wrong_score(task, [*rows, *before])
+    score = right_or_wrong_score_name(task, [*rows, *before])
     if score is None:
         return tables
     changed = changed_rows(rows, before, score)
     cells = []
-    for present_state, side in (("wrong", "lost"), ("right", "won")):
-        for row in changed[side]:
+    for present_state, outcome in (("wrong", "lost"), ("right", "won")):
+        for row in changed[outcome]:
             cells.append([present_state, row["where"], row["prompt"], row["answer"], row["other"]])
     tables[f"{name}/changed_rows"] = LoggedTable(["now", "row", "prompt", "answer", "answer before"], cells)
     return tables
@@ -40,7 +40,7 @@ def row_tables(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | 
 def worst_rows_table(task: Task, rows: Sequence[TaskRow], before: Sequence[TaskRow] | None) -> LoggedTable:
     """A table of the task's `MAX_WORST_ROWS` worst rows, the worst one first, with the earlier answer beside the new one."""
     score_name, score_of_row = first_metric_score(task, rows)
-    answers_before = other_answer_by_row_id(rows, before or ())
+    answers_before = other_answer_by_row_id(rows, before or ())  # by id(), because several rows may share a location
     cells = []
     for row in worst_rows_first(task, rows)[:MAX_WORST_ROWS]:
         answer_before = answers_before.get(id(row), "")

@@ -29,11 +29,11 @@ class UnfinishedReport:
         self._finished: dict[str, dict[str, Any]] = {}
         """By arm (which model: tuned or base) and task: {"base": {"facts": {"metrics": ..., "num_rows": 50, "seconds": 3.2}}}."""
 
-    def add(self, arm: str, finished: FinishedTask) -> None:
+    def add_finished_task(self, arm: str, finished: FinishedTask) -> None:
         """Append the rows of a finished task to the rows' file, and write the unfinished report anew with its metrics.
 
         The first call also removes the files of an earlier evaluation. `arm`: which model has answered, "tuned" or "base".
-        Raises StorageError if a file cannot be written.
+        Raises StorageError if one of the files cannot be written, here or in `write_text_atomic`.
         """
         task = finished.prepared.task
         if not self._finished:
