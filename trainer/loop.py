@@ -283,7 +283,7 @@ class Trainer:
         """
         metrics_of_steps = self.meter.flush()
         self.guards.mark_outliers(metrics_of_steps)
-        self.stragglers.judge_interval(metrics_of_steps, self.meter.by_rank)
+        self.stragglers.add_times_and_find_slow_ranks(metrics_of_steps, self.meter.by_rank)
         self._check_replicas()
         if metrics_of_steps:
             self._add_checkpoint_cost(metrics_of_steps)
@@ -394,7 +394,7 @@ class Trainer:
     def _measure_base_model(self) -> None:
         """Let the evaluation monitor measure the base model before training. A signal meanwhile raises Preempted."""
         try:
-            self.evaluation_monitor.begin(self.engine, self.progress)
+            self.evaluation_monitor.prepare_detectors(self.engine, self.progress)
         except Interrupted:
             self._stop_for_signal()
 

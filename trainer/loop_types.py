@@ -309,18 +309,18 @@ class StepGuards(Protocol):
         """Mark outliers in `rows`, of all steps since the last call, equal on all ranks. Raises RollBack on all ranks."""
 
     def raise_if_diverged(
-        self, rollbacks: int, samples: int, places: Callable[[int, int], list[tuple[int, int]]]
+        self, num_rollbacks: int, num_consumed: int, position_ranges: Callable[[int, int], list[tuple[int, int]]]
     ) -> None:
         """Raise Diverged after too many rollbacks, or too many updates in a row that were left out.
 
-        `samples`: consumed so far; `places`: `SampleOrder.position_ranges`, for the error's text.
+        `num_consumed`: samples so far; `position_ranges`: of the run's order of samples, for the error's text.
         """
 
 
 class StragglerMonitor(Protocol):
     """Finds ranks that compute slower than the others."""
 
-    def judge_interval(self, rows: list[Row], times: list[RankTime]) -> None:
+    def add_times_and_find_slow_ranks(self, rows: list[Row], times: list[RankTime]) -> None:
         """Judge an interval by each rank's time, and add two columns to its first row. All ranks must call."""
 
     def record(self) -> list[dict[str, Any]]:
@@ -337,7 +337,7 @@ class EvaluationMonitor(Protocol):
     def stopping_finding(self) -> object | None:
         """The finding that ends the run once its state is saved; None while nothing does."""
 
-    def begin(self, engine: Engine, progress: Progress) -> None:
+    def prepare_detectors(self, engine: Engine, progress: Progress) -> None:
         """Before the first step: ask the base model, if forgetting is measured. All ranks must call. Raises Interrupted."""
 
     def restore_findings(self, progress: Progress) -> None:

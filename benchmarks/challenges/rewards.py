@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.challenges.language import KNOWN, sentences, train, write
 from trainer.monitors.config import RewardsWatchConfig
-from trainer.monitors.rewards import ENTROPY, IDLE, LENGTH, REWARD, add_step_to_blocks, find_problems
+from trainer.monitors.rewards import ENTROPY, IDLE_GROUP_SHARE, LENGTH, REWARD, add_step_to_blocks, find_problems
 
 VERDICTS = ("cheated", "collapsed", "longer", "idle")
 CONTROL = "rewards/control/mean"
@@ -78,10 +78,10 @@ HONEST: dict[str, Course] = {
         LENGTH: line(100, 300) + noise(d, 15),
     },
     "answers of all lengths, no trend": lambda d: {REWARD: 0.3 + noise(d), LENGTH: 200 + noise(d, 40)},
-    "four of five groups idle": lambda d: {REWARD: line(0.05, 0.1) + noise(d, 0.02), IDLE: 0.8 + noise(d)},
+    "four of five groups idle": lambda d: {REWARD: line(0.05, 0.1) + noise(d, 0.02), IDLE_GROUP_SHARE: 0.8 + noise(d)},
     "everything is solved, so groups are idle": lambda d: {
         REWARD: np.minimum(1, learned(0.3, 1.0) + noise(d, 0.01)),
-        IDLE: np.minimum(1, learned(0.2, 0.97) + noise(d, 0.02)),
+        IDLE_GROUP_SHARE: np.minimum(1, learned(0.2, 0.97) + noise(d, 0.02)),
     },
 }
 """Runs in which there is nothing to find."""
@@ -115,7 +115,7 @@ def _answers_grow(factor: float) -> Course:
 
 
 def _idle(share: float) -> Course:
-    return lambda d: {REWARD: 0.03 + noise(d, 0.01), IDLE: np.minimum(1, share + noise(d, 0.04))}
+    return lambda d: {REWARD: 0.03 + noise(d, 0.01), IDLE_GROUP_SHARE: np.minimum(1, share + noise(d, 0.04))}
 
 
 FAULTY: dict[str, Course] = {

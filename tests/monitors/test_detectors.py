@@ -65,7 +65,7 @@ def test_forgetting_has_few_false_alarms_and_is_found():
     ]
     assert np.mean(null) <= 0.08  # 5 %, and its chance
     found = forgetting.find_problem(config, Evidence(5, {}, looks, compared_tasks=[compared(drawn, rise=0.05)]))
-    assert found is not None and not found.stops and found.numbers["forgetting"] == pytest.approx(0.05, abs=0.01)
+    assert found is not None and not found.ends_run and found.numbers["forgetting"] == pytest.approx(0.05, abs=0.01)
 
 
 def test_forgetting_limit_is_compared_with_the_number_itself():
@@ -74,9 +74,9 @@ def test_forgetting_limit_is_compared_with_the_number_itself():
     assert forgetting.logged_metrics(seen)["forgetting"] == pytest.approx(0.05, abs=0.01)
     for limit, stops in (("3%", True), (0.03, True), ("8%", None), ("3 %", True)):
         found = forgetting.find_problem(ForgettingWatchConfig(limit=limit), seen)
-        assert (found is None) if stops is None else (found is not None and found.stops)
+        assert (found is None) if stops is None else (found is not None and found.ends_run)
     noted = forgetting.find_problem(ForgettingWatchConfig(limit="3%", action=Reaction.note), seen)
-    assert noted is not None and not noted.stops
+    assert noted is not None and not noted.ends_run
     for odd in ("three", "-1%", True, "nan"):
         with pytest.raises(ValueError, match=r"."):
             forgetting_limit(ForgettingWatchConfig(limit=odd))
@@ -134,7 +134,7 @@ def test_run_that_goes_on_after_a_kill_in_its_export_records_what_it_found_befor
 
     def start():
         config = ChallengesConfig(overfitting=OverfittingConfig(action=Reaction("note")))
-        return ChallengeDetectors(config, 10, "loss", events=events)
+        return ChallengeDetectors(config, 10, "loss", events_file=events)
 
     killed = start()
     for number, loss in enumerate([4.0, 3.0, 2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 2.7, 2.8]):
@@ -156,7 +156,7 @@ def test_run_that_goes_on_after_a_kill_in_its_export_records_what_it_found_befor
 
 
 def test_instability_needs_more_than_an_odd_batch():
-    assert instability.find_problem(Progress(step=100, outliers=1)) is None
-    found = instability.find_problem(Progress(step=100, outliers=4, skipped_steps=2))
+    assert instability.find_instability(Progress(step=100, outliers=1)) is None
+    found = instability.find_instability(Progress(step=100, outliers=4, skipped_steps=2))
     assert found is not None and "4 steps" in found.message
-    assert instability.find_problem(Progress(step=100, rollbacks=1)) is not None
+    assert instability.find_instability(Progress(step=100, rollbacks=1)) is not None

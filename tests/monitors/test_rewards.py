@@ -76,7 +76,7 @@ def test_collapse_length_and_idle_groups():
     longer = np.linspace(100, 300, 30)
     assert verdicts(rows_of(level, **{rewards.LENGTH: longer})).keys() == {"longer"}
     assert not verdicts(rows_of(rising, **{rewards.LENGTH: longer}))
-    idle = {rewards.IDLE: np.full(30, 0.95)}
+    idle = {rewards.IDLE_GROUP_SHARE: np.full(30, 0.95)}
     assert verdicts(rows_of(level, **idle)).keys() == {"idle"}
     assert not verdicts(rows_of(rising, **idle))  # everything is solved
 
@@ -122,7 +122,7 @@ def test_a_run_that_rewards_have_stopped_stops_again_on_every_rank(tmp_path):
     """Rank 0 alone reads that an earlier start has reported it, and a rank that saves alone would wait forever."""
     config = ChallengesConfig(rewards=RewardsWatchConfig(action=Reaction.stop))
     progress = Progress()
-    first_start = ChallengeDetectors(config, 4, "loss", events=tmp_path / "events.jsonl")
+    first_start = ChallengeDetectors(config, 4, "loss", events_file=tmp_path / "events.jsonl")
     first_start.metrics_of_control_rewards = [CONTROL]
     for step in range(1, 41):
         progress.step = step
@@ -133,7 +133,7 @@ def test_a_run_that_rewards_have_stopped_stops_again_on_every_rank(tmp_path):
     events = (tmp_path / "events.jsonl").read_text()
     for events_of_rank in (tmp_path / "events.jsonl", None):
         lines = []
-        resumed = ChallengeDetectors(config, 4, "loss", lines.append, events=events_of_rank)
+        resumed = ChallengeDetectors(config, 4, "loss", lines.append, events_file=events_of_rank)
         resumed.metrics_of_control_rewards = [CONTROL]
         resumed.restore_findings(progress)
         resumed.run_detectors(progress, {"eval/reward": 0.5})  # which the checkpoint owes

@@ -46,7 +46,7 @@ def watched(rounds):
     watch._unconfirmed_factors_by_rank = [[], [], []]
     for step, given in enumerate(rounds, 1):
         row: dict = {"step": step}
-        watch.judge_interval([row], given)
+        watch.add_times_and_find_slow_ranks([row], given)
     return watch, told, row
 
 

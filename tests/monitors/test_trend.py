@@ -60,7 +60,7 @@ def test_trend_of_a_drifting_held_out_loss_is_no_overfitting_while_the_gap_hover
 def test_trend_problem_names_the_best_step_and_what_to_type():
     train, held_out = [3.0, 2.0, 1.5, 1.2, 1.0, 0.9, 0.8, 0.7], [3.0, 2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6]
     found = overfitting.find_problem(OverfittingConfig(action=Reaction.stop), seen(train, held_out, 8))
-    assert found is not None and found.stops and found.numbers["best_step"] == 1
+    assert found is not None and found.ends_run and found.numbers["best_step"] == 1
     assert found.numbers["p_held_out"] == pytest.approx(1 / 720)
     assert any("evaluation.patience" in word for word in found.remedies)
     assert overfitting.find_problem(OverfittingConfig(action=Reaction.off), seen(train, held_out, 8)) is None

@@ -50,10 +50,10 @@ def test_trackers_are_told_what_ended_a_run(tmp_path, error, challenges, state):
 
 def test_detectors_write_into_a_directory_that_was_renamed(tmp_path):
     (tmp_path / "new").mkdir()
-    challenges = ChallengeDetectors(ChallengesConfig(), 1, "loss", events=tmp_path / "old" / "events.jsonl")
+    challenges = ChallengeDetectors(ChallengesConfig(), 1, "loss", events_file=tmp_path / "old" / "events.jsonl")
     challenges.kept_answers = KeptAnswers(tmp_path / "old")
     challenges.follow_renamed_run_dir(tmp_path / "new")
     challenges.add_answers("facts", [KeptAnswer("Who?", "I", "you")])
-    challenges.kept_answers.write(10)
-    assert challenges.events == tmp_path / "new" / "events.jsonl"
+    challenges.kept_answers.write_pending_answers(10)
+    assert challenges.events_file == tmp_path / "new" / "events.jsonl"
     assert (tmp_path / "new" / "answers.json").is_file() and not (tmp_path / "old").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -115,7 +116,9 @@ class Guards:
         # Only an update that may be skipped is judged on the device; else the numbers are on the host already.
         device = runtime.device if self.may_skip_updates else torch.device("cpu")
         self._has_action = torch.tensor([action is not Action.note for action in actions], device=device)
-        self._rolling = RollingWindow(config.window, device)
+        """bool [2]: whether more than a note is made of a loss, and of a gradient norm, that stands out."""
+        self._window = RollingWindow(config.window, device)
+        """The last steps that were not bad, with which new ones are compared."""
         self.level_shifts = LevelShiftDetector(config.threshold, config.window)
         self._last_rollback_step = -1
         """Step of the checkpoint that the run went back to last; -1 if it never did."""
@@ -131,21 +134,22 @@ class Guards:
     def restore_recent_steps(self, recent: list[dict[str, float]], level_rows: Sequence[dict[str, float]] = ()) -> None:
         """Put the guards where a checkpoint stands, when a run is resumed or rolled back.
 
-        `recent`: loss and gradient norm of the steps in its window, oldest first, with which later steps are compared.
+        `recent`: loss and gradient norm of the steps in its window, oldest first, with which later steps are compared, such as
+        [{"loss": 2.1, "grad_norm": 0.8}, ...].
         `level_rows`: the `rows` of its `LevelShiftDetector`. What was judged after that checkpoint is forgotten.
         """
         self.level_shifts = LevelShiftDetector(self.config.threshold, self.config.window, level_rows)
         rows = []
         for step in recent:
             rows.append([step[name] for name in WATCHED_METRICS])
-        self._rolling = RollingWindow(self.config.window, self._rolling.window.device, rows)
+        self._window = RollingWindow(self.config.window, self._window.window.device, rows)
         self._unjudged_steps = []
-        self._deviations_before_update = None
+        self._deviations_before_update = None  # no step is being taken
         self._skipped_in_a_row = []
 
     def recent_steps(self) -> list[dict[str, float]]:
         """Loss and gradient norm of each step in the window, oldest first, for a checkpoint. Waits for the device."""
-        return [dict(zip(WATCHED_METRICS, row, strict=True)) for row in self._rolling.rows()]
+        return [dict(zip(WATCHED_METRICS, row, strict=True)) for row in self._window.rows()]
 
     # -- in a step -------------------------------------------------------------------------------------------------------
 
@@ -161,26 +165,29 @@ class Guards:
         """
         if not self.may_skip_updates:
             return None
+        return partial(self._judge_update, local_loss, count)
 
-        def is_left_out(grad_norm: Tensor) -> Tensor:
-            """Whether the update with this gradient norm is left out, as 0-d bool on the device. A collective."""
-            # All ranks should have the same norm. Their mean is taken, so that no rank can come to another answer by rounding.
-            # `count` is 0 if no rank has a supervised token: the loss is then 0 too.
-            values = torch.stack([local_loss.double() / (count or 1), grad_norm.double() / self.runtime.world_size])
-            if self.runtime.world_size > 1:
-                values = sum_over_ranks(values)
-            judged = self._score_and_remember(values)
-            self._deviations_before_update = judged.deviations
-            return judged.is_left_out
+    def _judge_update(self, local_loss: Tensor, count: float, grad_norm: Tensor) -> Tensor:
+        """Whether the update of this step is left out, as 0-d bool on the device; keeps the step's deviations. A collective.
 
-        return is_left_out
+        `local_loss`, `count`: see `update_filter`. `grad_norm`: of the gradients of all ranks.
+        """
+        # Summed over the ranks, the first is the loss a token (or sequence). The second is the mean of the ranks' norms, which
+        # should be equal: with their mean, no rank can come to another answer by rounding.
+        # `count` is 0 if no rank has a supervised token: the loss is then 0 too.
+        values = torch.stack([local_loss.double() / (count or 1), grad_norm.double() / self.runtime.world_size])
+        if self.runtime.world_size > 1:
+            values = sum_over_ranks(values)
+        judged = self._judge_and_add_to_window(values)
+        self._deviations_before_update = judged.deviations
+        return judged.is_left_out
 
     def record_step(self, first_sample: int) -> None:
         """Remember a step that was taken, with its deviations if it was judged before its update, for `mark_outliers`."""
         self._unjudged_steps.append(UnjudgedStep(first_sample, self._deviations_before_update))
         self._deviations_before_update = None
 
-    def _score_and_remember(self, values: Tensor) -> JudgedStep:
+    def _judge_and_add_to_window(self, values: Tensor) -> JudgedStep:
         """Judge a step against the window of the last steps, and add it to the window unless it is bad.
 
         `values` (float64 [2]): its loss and gradient norm. A number stands out if it lies more than `guards.threshold` robust
@@ -191,14 +198,14 @@ class Guards:
         A level is reported once: at its later steps the deviation is NaN, except for a number whose action is to leave out the
         update. Nothing waits for the device.
         """
-        deviations = self._rolling.scores(values)
+        deviations = self._window.scores(values)
         # NaN compares as false: a step whose deviation is unknown never stands out.
         stands_out = deviations > self.config.threshold
         is_left_out = (stands_out & self._has_action).any()
         # The first step of a level has joined the window, and the others have not: it is the newest one there.
-        is_level = stands_out & (self._rolling.newest_scores() > self.config.threshold)
+        is_level = stands_out & (self._window.newest_scores() > self.config.threshold)
         joins_window = values.isfinite().all() & ~is_left_out & ~is_level[0]
-        self._rolling.push(values, joins_window)
+        self._window.push(values, joins_window)
         # A loss at a level has been reported before, and a gradient norm beside it is the same news.
         is_reported_before = (is_level | is_level[0]) & ~self._has_action
         reported_deviations = torch.where(is_reported_before, torch.nan, deviations)
@@ -226,7 +233,10 @@ class Guards:
                     spike_scores[name] = deviation
                     row[OUTLIER_KEYS[name]] = deviation
             if spike_scores:
-                self._report_or_roll_back(self._outlier_of_spike(row, spike_scores, first_sample))
+                outlier = self._outlier_of_spike(row, spike_scores, first_sample)
+                if outlier.action is Action.rollback:
+                    outlier = self._with_cause_before_spike(outlier)
+                self._report_or_roll_back(outlier)
             for rise in self.level_shifts.add_step(row, first_sample, reported_names=list(spike_scores)):
                 row[OUTLIER_KEYS[rise.metric]] = rise.deviation
                 self._report_or_roll_back(self._outlier_of_sustained_rise(rise, row["step"], first_sample))
@@ -244,7 +254,7 @@ class Guards:
 
         - Updates may be left out: the deviations were computed before the update, and are in `taken_steps`. NaN, which never
           stands out, if the engine did not call the update filter.
-        - Otherwise: they are computed now, from the numbers in `rows`.
+        - Otherwise: they are computed now, from the numbers in `rows`, and the steps join the window.
         """
         if self.may_skip_updates:
             unknown = torch.full(
@@ -255,7 +265,7 @@ class Guards:
         deviations_by_step = []
         for row in rows:
             values = torch.tensor([row[name] for name in WATCHED_METRICS]).double()
-            deviations_by_step.append(self._score_and_remember(values).deviations.tolist())
+            deviations_by_step.append(self._judge_and_add_to_window(values).deviations.tolist())
         return deviations_by_step
 
     def _outlier_of_spike(self, row: dict[str, Any], scores: dict[str, float], first_sample: int) -> Outlier:
@@ -264,17 +274,10 @@ class Guards:
         `row`: the step's metrics. `scores`: standard deviations above the median, of the loss, the gradient norm or both,
         whichever stand out; if both do, the stronger of their two actions holds. `first_sample`: samples consumed before the
         step.
-
-        The record begins with this step, unless the action is a rollback, which must return to a checkpoint from before the
-        cause:
-
-        - The number rose already before this step: the record begins where the rise began.
-        - The run went back to one checkpoint several times, and the very next step stood out each time: the checkpoint itself is
-          bad. The record includes the update that led to it.
         """
         step = row["step"]
         actions = [action for name, action in self.action_by_metric.items() if name in scores]
-        outlier = Outlier(
+        return Outlier(
             step=step,
             values={name: row[name] for name in scores},
             scores=scores,
@@ -282,19 +285,29 @@ class Guards:
             first_sample=first_sample,
             began=step,
         )
-        if outlier.action is not Action.rollback:
-            return outlier
-        is_fruitless = step == self._last_rollback_step + 1
-        self._num_fruitless_rollbacks = self._num_fruitless_rollbacks + 1 if is_fruitless else 0
-        began = self.level_shifts.rise_began_at(list(scores))
-        if began is None and self._num_fruitless_rollbacks >= MAX_FRUITLESS_ROLLBACKS_TO_ONE_CHECKPOINT:
-            began = step  # each attempt had other samples and failed alike
-        return outlier if began is None else self._outlier_since_step(outlier, began)
+
+    def _with_cause_before_spike(self, outlier: Outlier) -> Outlier:
+        """The outlier of one step whose action is a rollback, so begun that the run goes back to before the cause.
+
+        - The number rose already before this step: the record begins where the rise began.
+        - The run went back to one checkpoint several times, and the very next step stood out each time: the checkpoint itself is
+          bad. The record includes the update that led to it.
+        - Otherwise it begins with this step, as it does.
+
+        It also counts the rollbacks to one checkpoint that were in vain.
+        """
+        was_last_rollback_in_vain = outlier.step == self._last_rollback_step + 1
+        self._num_fruitless_rollbacks = self._num_fruitless_rollbacks + 1 if was_last_rollback_in_vain else 0
+        first_step = self.level_shifts.first_step_of_rise(list(outlier.scores))
+        if first_step is None and self._num_fruitless_rollbacks >= MAX_FRUITLESS_ROLLBACKS_TO_ONE_CHECKPOINT:
+            first_step = outlier.step  # each attempt had other samples and failed alike
+        return outlier if first_step is None else self._outlier_since_step(outlier, first_step)
 
     def _outlier_of_sustained_rise(self, rise: SustainedRise, step: int, first_sample: int) -> Outlier:
         """The record of a loss or gradient norm that has risen and stayed, which was found in this step.
 
-        Its updates are made already, so only a rollback helps, and the action `skip` counts as `note`.
+        Its updates are made already, so only a rollback helps, and the action `skip` counts as `note`. It begins with the first
+        step of the rise, and its samples with those of the update that led there.
         """
         action = self.action_by_metric[rise.metric]
         outlier = Outlier(
@@ -308,17 +321,17 @@ class Guards:
         )
         return self._outlier_since_step(outlier, rise.first_step)
 
-    def _outlier_since_step(self, outlier: Outlier, began: int) -> Outlier:
-        """The outlier as one that began at step `began`, up to its own step.
+    def _outlier_since_step(self, outlier: Outlier, first_step: int) -> Outlier:
+        """The outlier as one that began at `first_step`, up to its own step.
 
-        Its samples are those of all steps from the one before `began`, whose update led to it. If that step is not remembered,
-        the samples stay those of the outlier's own step.
+        Its samples are those of all steps from the one before `first_step`, whose update led to it. If that step is not
+        remembered, the samples stay those of the outlier's own step.
         """
-        step_before = self.level_shifts.step_before(began)
+        step_before = self.level_shifts.step_before(first_step)
         if step_before is None:
-            return replace(outlier, began=began)
+            return replace(outlier, began=first_step)
         num_steps = outlier.step - step_before.step + 1
-        return replace(outlier, began=began, first_sample=step_before.first_sample, num_steps=num_steps)
+        return replace(outlier, began=first_step, first_sample=step_before.first_sample, num_steps=num_steps)
 
     def _report_or_roll_back(self, outlier: Outlier) -> None:
         """Hand an outlier to `on_outlier`, on rank 0. Then raise RollBack, on all ranks, if its action is a rollback."""
@@ -334,18 +347,18 @@ class Guards:
         self._last_rollback_step = step
 
     def raise_if_diverged(
-        self, rollbacks: int, samples: int, places: Callable[[int, int], list[tuple[int, int]]]
+        self, num_rollbacks: int, num_consumed: int, position_ranges: Callable[[int, int], list[tuple[int, int]]]
     ) -> None:
         """Raise Diverged, on all ranks, if the run went back too often, or too many updates in a row were left out.
 
-        `rollbacks`: how often the run went back. `samples`: how many it has consumed. `places`: `SampleOrder.position_ranges`,
-        which maps consumed samples to ranges (first, count) in the run's order of samples. The two differ once a rollback has
-        passed over some; the error names samples by that order.
+        `num_rollbacks`: how often the run went back. `num_consumed`: samples that it has consumed. `position_ranges(first,
+        count)`: the consumed samples as ranges (first, count) in the run's order of samples, such as [(640, 32)]. The two differ
+        once a rollback has passed over some; the error names samples by that order.
         """
         # Too many returns to a checkpoint.
-        if rollbacks > self.config.max_rollbacks:
+        if num_rollbacks > self.config.max_rollbacks:
             raise Diverged(
-                f"the run would go back for the {rollbacks}. time, since a step stood out once more: this is no longer about "
+                f"the run would go back for the {num_rollbacks}. time, since a step stood out once more: this is no longer about "
                 "single samples; lower optim.lr, raise guards.threshold, or look at the documents in events.jsonl. Limit: "
                 "guards.max_rollbacks"
             )
@@ -355,10 +368,10 @@ class Guards:
             return
 
         first_consumed = self._skipped_in_a_row[0].first_sample
-        last_consumed = max(first_consumed, samples - 1)
-        first_place, _ = places(first_consumed, 1)[0]
-        last_place, _ = places(last_consumed, 1)[0]
-        which_samples = f"(samples {first_place} to {last_place} of the run's order)"
+        last_consumed = max(first_consumed, num_consumed - 1)  # a round's samples count as consumed after its last step
+        first_position, _ = position_ranges(first_consumed, 1)[0]
+        last_position, _ = position_ranges(last_consumed, 1)[0]
+        which_samples = f"(samples {first_position} to {last_position} of the run's order)"
         norms_are_finite = all(math.isfinite(skipped.grad_norm) for skipped in self._skipped_in_a_row)
         if norms_are_finite:
             raise Diverged(

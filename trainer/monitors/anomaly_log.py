@@ -18,7 +18,7 @@ from trainer.monitors.anomalies import Outlier
 from trainer.monitors.guard_config import OUTCOME_TEXT_BY_ACTION, outlier_text
 from trainer.reporting.jsonl import json_text
 
-EVENTS = "events.jsonl"
+EVENTS_FILE = "events.jsonl"
 MAX_DOCUMENTS = 4
 """Documents that are named on the screen."""
 ORIGIN_FIELDS = ("source", "file", "line")
@@ -41,10 +41,12 @@ class SampledDocuments(Protocol):
 class AnomalyLog:
     """Called with each outlier, on rank 0 only. Raises StorageError if the file cannot be written."""
 
-    def __init__(self, run_dir: Path, data: Path, loader: SampledDocuments, print_line: Callable[[str], None]) -> None:
-        """`data`: directory of the prepared data set; `print_line`: prints a line on the screen."""
-        self.path = run_dir / EVENTS
-        self.data = data
+    def __init__(
+        self, run_dir: Path, data_directory: Path, loader: SampledDocuments, print_line: Callable[[str], None]
+    ) -> None:
+        """`data_directory`: of the prepared data set; `print_line`: prints a line on the screen."""
+        self.path = run_dir / EVENTS_FILE
+        self.data_directory = data_directory
         self.loader = loader
         self.print_line = print_line
 
@@ -56,7 +58,7 @@ class AnomalyLog:
         document_numbers = self.loader.documents(outlier.first_sample)
         documents: list[dict[str, Any]] = []
         if document_numbers:
-            table = DocumentTable(self.data)
+            table = DocumentTable(self.data_directory)
             documents = [_document_record(table, number) for number in document_numbers]
         num_samples = outlier.num_steps * self.loader.share.global_batch
         sample_ranges = self.loader.order.position_ranges(outlier.first_sample, num_samples)
@@ -82,8 +84,9 @@ class AnomalyLog:
         `sample_ranges`: ranges (first, count) of the step's samples in the run's order, such as [(640, 32)]. `documents`:
         records with `file` and `line` of each; empty if unknown.
         """
-        finding_text = outlier_text(outlier.values, outlier.scores, outlier.began if outlier.is_level else None)
-        if not outlier.is_level:
+        level_began = outlier.began if outlier.is_level else None
+        finding_text = outlier_text(outlier.values, outlier.scores, level_began)
+        if not outlier.is_level:  # a single step
             finding_text += " stands out" if len(outlier.values) == 1 else " stand out"
         first_sample, _ = sample_ranges[0]
         last_range_first, last_range_count = sample_ranges[-1]
@@ -96,7 +99,7 @@ class AnomalyLog:
                 named_documents += f" and {len(documents) - MAX_DOCUMENTS} more"
         return (
             f"step {outlier.step}: {finding_text}; {OUTCOME_TEXT_BY_ACTION[outlier.action]}. Samples {first_sample} to "
-            f"{last_sample} of the run's order{named_documents} ({EVENTS})"
+            f"{last_sample} of the run's order{named_documents} ({EVENTS_FILE})"
         )
 
 

@@ -18,7 +18,7 @@ class Finding:
     numbers: dict[str, float]
     remedies: tuple[str, ...]
     """Words to type, the cheapest first."""
-    stops: bool = False
+    ends_run: bool = False
     """Whether the run is to end for it."""
     verdict: str = ""
     """Which kind of problem it is, of a detector that finds several."""

@@ -37,6 +37,7 @@ class BaseModelResults:
         """`names`: of the evaluation tasks that measure forgetting. `run_dir`: where the results are kept in a file."""
         self.evaluator = evaluator
         self.names = names
+        """Tasks that the base was or is asked; fewer after an earlier start that asked fewer."""
         self.path = run_dir / FILE
         self.print_line = print_line
         self.runtime = evaluator.model.runtime
@@ -45,7 +46,7 @@ class BaseModelResults:
         self.tasks_of_unchanged_base: list[FinishedTask] = []
         """Tasks asked of a model that is the base still: the evaluation before the first step takes them."""
 
-    def begin(self, engine: Engine, step: int) -> None:
+    def read_or_measure_base(self, engine: Engine, step: int) -> None:
         """Set `tasks` to the base model's answers to the evaluation tasks, with which forgetting is measured later.
 
         `step`: of the checkpoint that this start continues from; 0 for a new run. The cases, in their order:
@@ -54,14 +55,14 @@ class BaseModelResults:
           measured.
         - Else the base runs the tasks now, with an adapter switched off if there is one; the answers are written to the file.
         Full tuning at step 0 also sets `tasks_of_unchanged_base`. All ranks must call; raises Interrupted on all or none.
+        `engine` becomes that of `evaluator`, which the run's evaluations share.
         """
         self.tasks = self._base_tasks_of_earlier_start()
         if self.tasks is not None:
             # A run of an earlier version did not ask the base the questions of a chat, and goes on without them.
             self.names = [name for name in self.names if name in self.tasks]
             return
-        built = self.evaluator.model.built
-        keeps_base = built.tuning.keeps_base
+        keeps_base = self.evaluator.model.built.tuning.keeps_base
         if not keeps_base and step > 0:
             self.print_line(
                 f"challenges.forgetting: is not measured, since this run continues from step {step} of one that did not ask the "
@@ -69,6 +70,12 @@ class BaseModelResults:
             )
             return
 
+        self._measure_base(engine)
+
+    def _measure_base(self, engine: Engine) -> None:
+        """Have the base run the tasks, and keep its results in `tasks` and in the file. All ranks must call."""
+        built = self.evaluator.model.built
+        keeps_base = built.tuning.keeps_base
         self.evaluator.model.engine = engine
         without_adapter = built.tuning.reference(built.step_module.model) if keeps_base else nullcontext()
         with without_adapter:
@@ -91,13 +98,13 @@ class BaseModelResults:
         return broadcast_object(tasks, self.runtime)
 
     def _read_base_tasks(self) -> dict[str, BaseTask] | None:
-        """The base's results by task, as `begin` wrote them; None if the file is damaged, or of other rows or settings.
+        """The base's results by task that an earlier start wrote; None if the file is damaged, or of other rows or settings.
 
-        `begin` then asks the base again, if it can. A file without the chat tasks, of an earlier version, is accepted.
+        The base is then asked again, if it can be. A file without the chat tasks, of an earlier version, is accepted.
         """
         try:
             record = json.loads(self.path.read_text(encoding="utf-8"))
-            own_key = self._results_key()
+            own_key = self._results_key()  # one list a task, which begins with its name
             key_without_chat = [entry for entry in own_key if entry[0] not in (CHAT, CHAT_ANSWERS)]
             if record["key"] not in (own_key, key_without_chat):
                 return None

@@ -15,16 +15,17 @@ from importlib.util import find_spec
 from trainer.monitors.base import Evidence, Finding, ModelAnswer
 from trainer.monitors.config import OutputConfig, Reaction
 
-LEVEL = 0.05
+SIGNIFICANCE_LEVEL = 0.05
+"""How often, at most, a run whose answers are no worse than the references is reported: over all evaluations and kinds."""
 MIN_ANSWERS = 3
 MIN_SHARE = 0.1
 """Answers, and share of all answers, below which nothing is reported."""
-WORDS_PER_PIECE = 4
-"""Words of the pieces that are counted; in scripts without spaces, twice as many letters."""
+WORDS_PER_NGRAM = 4
+"""Words of the n-grams that are counted; in scripts without spaces, twice as many letters."""
 MIN_REPEATED_SHARE = 0.5
-"""Share of an answer's pieces that occurred in it before, from which it repeats itself."""
-MIN_PIECES = 8
-"""Pieces below which an answer is too short to repeat itself."""
+"""Share of an answer's n-grams that occurred in it before, from which it repeats itself."""
+MIN_NGRAMS = 8
+"""N-grams below which an answer is too short to repeat itself."""
 MIN_LANGUAGE_PROBABILITY = 0.9
 """Probability of a language from which it counts."""
 REMEDIES = (
@@ -44,19 +45,19 @@ def repeats_itself(text: str) -> bool:
     """Whether a written answer goes in circles: at least half of its n-grams of four words occur earlier in it.
 
     A text with hardly any spaces, as in Chinese, is taken apart into runs of eight letters instead. A text of fewer than
-    `MIN_PIECES` n-grams is too short to tell.
+    `MIN_NGRAMS` n-grams is too short to tell.
     """
     words = text.split()
     ngrams: list[object] = []
-    has_spaces = len(words) >= len(text) / 30
+    has_spaces = len(words) >= len(text) / 30  # words of 30 letters on average are no words
     if has_spaces:
-        for start in range(len(words) - WORDS_PER_PIECE + 1):
-            ngrams.append(tuple(words[start : start + WORDS_PER_PIECE]))
+        for start in range(len(words) - WORDS_PER_NGRAM + 1):
+            ngrams.append(tuple(words[start : start + WORDS_PER_NGRAM]))
     else:  # such as Chinese
-        num_letters = 2 * WORDS_PER_PIECE
+        num_letters = 2 * WORDS_PER_NGRAM
         for start in range(len(text) - num_letters + 1):
             ngrams.append(text[start : start + num_letters])
-    if len(ngrams) < MIN_PIECES:
+    if len(ngrams) < MIN_NGRAMS:
         return False
     num_different = len(set(ngrams))
     repeated_share = 1 - num_different / len(ngrams)
@@ -104,14 +105,17 @@ def degenerate_counts_by_kind(answers: Sequence[ModelAnswer]) -> dict[str, Degen
         num_answers = sum(is_degenerate(answer.text) for answer in answers)
         num_references = sum(is_degenerate(answer.reference) for answer in answers)
         counts[kind] = DegenerateCount(answers=num_answers, references=num_references, total=len(answers))
-    foreign_count = _foreign_count(answers)
+    foreign_count = _count_answers_in_foreign_language(answers)
     if foreign_count is not None:
         counts["foreign"] = foreign_count
     return counts
 
 
-def _foreign_count(answers: Sequence[ModelAnswer]) -> DegenerateCount | None:
-    """How many answers are in a language that no reference has; None if no pair of answer and reference is recognised."""
+def _count_answers_in_foreign_language(answers: Sequence[ModelAnswer]) -> DegenerateCount | None:
+    """How many answers are in a language that no reference has; None if no pair of answer and reference is recognised.
+
+    Of the references none can be, by definition.
+    """
     answer_languages = []
     reference_languages = []
     for answer in answers:
@@ -145,11 +149,14 @@ def find_problem(config: OutputConfig, evidence: Evidence) -> Finding | None:
     """
     if not evidence.answers or config.action is Reaction.off or evidence.step == 0:
         return None
-    level = LEVEL / evidence.task_evaluations / 3  # Bonferroni over evaluations and the three kinds
+    # Bonferroni: each of the run's evaluations with tasks, and each of the three kinds, is one more try.
+    level = SIGNIFICANCE_LEVEL / evidence.task_evaluations / len(PREDICATE_BY_KIND)
     problem_counts: dict[str, DegenerateCount] = {}  # by kind
     for kind, count in degenerate_counts_by_kind(evidence.answers).items():
         is_frequent = count.answers >= MIN_ANSWERS and count.share >= MIN_SHARE
-        if is_frequent and fisher_p_value_of_more_degenerate(count.answers, count.references, count.total) <= level:
+        if not is_frequent:
+            continue
+        if fisher_p_value_of_more_degenerate(count.answers, count.references, count.total) <= level:
             problem_counts[kind] = count
     if not problem_counts:
         return None
@@ -164,23 +171,23 @@ def find_problem(config: OutputConfig, evidence: Evidence) -> Finding | None:
         message=f"of the answers written, {', '.join(clauses)} (Fisher's exact test, level {level:.2g})",
         numbers={kind: count.share for kind, count in problem_counts.items()},
         remedies=REMEDIES,
-        stops=config.action is Reaction.stop,
+        ends_run=config.action is Reaction.stop,
     )
 
 
 PREDICATE_BY_KIND = {"empty": "are empty", "repeated": "repeat themselves", "foreign": "are in another language"}
 
 
-def fisher_p_value_of_more_degenerate(degenerate: int, in_references: int, total: int) -> float:
+def fisher_p_value_of_more_degenerate(num_degenerate_answers: int, num_degenerate_references: int, total: int) -> float:
     """The p-value of "answers are degenerate no more often than references" (Fisher's exact test, one-sided).
 
-    `degenerate`: how many of `total` answers are. `in_references`: how many of as many references are.
+    Both numbers are of `total` texts.
     """
     # If answers and references are alike, any choice of `total` texts out of all is equally likely to be the answers.
     num_texts = 2 * total
-    num_degenerate = degenerate + in_references
+    num_degenerate = num_degenerate_answers + num_degenerate_references
     num_choices = math.comb(num_texts, total)
     num_as_extreme = 0  # choices with as many degenerate texts, or more
-    for count in range(degenerate, min(num_degenerate, total) + 1):
+    for count in range(num_degenerate_answers, min(num_degenerate, total) + 1):
         num_as_extreme += math.comb(num_degenerate, count) * math.comb(num_texts - num_degenerate, total - count)
     return num_as_extreme / num_choices

@@ -17,7 +17,7 @@ from trainer.monitors import degenerate_answers, divergence, forgetting, instabi
 from trainer.monitors.base import Evidence, Finding, ModelAnswer
 from trainer.monitors.base_model_rows import BaseModelResults
 from trainer.monitors.config import CHAT_ANSWERS, ChallengesConfig, Reaction
-from trainer.monitors.finding_events import EVENT_KEYS, append_event, is_in_events, recorded_events
+from trainer.monitors.finding_events import append_event, findings_of_earlier_starts, is_in_events
 from trainer.monitors.first_evaluation import HeldOutEvaluation, HeldOutFile
 from trainer.monitors.first_rows import FirstRows
 from trainer.monitors.kept_answers import GENERATED, KeptAnswer, KeptAnswers
@@ -38,11 +38,11 @@ class ChallengeDetectors:
         planned_evaluations: int,
         judged_loss_term: str,
         print_line: Callable[[str], None] = lambda text: None,
-        events: Path | None = None,
+        events_file: Path | None = None,
     ) -> None:
         """`planned_evaluations`: of the whole run. `judged_loss_term`: the loss of a row that is measured as the held-out one is.
 
-        `events`: the file that findings are written to, on rank 0.
+        `events_file`: `events.jsonl`, which findings are appended to, on rank 0; None elsewhere.
         """
         self.config = config
         self.planned_evaluations = planned_evaluations
@@ -50,7 +50,7 @@ class ChallengeDetectors:
         """Evaluations of the whole run that ask tasks; fewer if those on the way compute the held-out loss alone."""
         self.judged_loss_term = judged_loss_term
         self.print_line = print_line
-        self.events = events
+        self.events_file = events_file
         self.base_results: BaseModelResults | None = None
         self.findings_by_detector: dict[str, Any] = {}
         """By detector: what was found first, or what was measured last. Into `run.json`."""
@@ -91,35 +91,37 @@ class ChallengeDetectors:
 
     # -- what is seen ----------------------------------------------------------------------------------------------
 
-    def begin(self, engine: Engine, progress: Progress) -> None:
-        """Prepare the detectors before the first step of a start: read what an earlier start of this run kept in its directory.
+    def prepare_detectors(self, engine: Engine, progress: Progress) -> None:
+        """Before the first step of a start, read what an earlier start of this run kept in its directory.
 
         That is the rows of the first evaluation, and the held-out metrics from before training. If forgetting is measured, the
         base model's answers are read or asked for. All ranks must call. Raises Interrupted on all or none.
         """
-        self.first_rows.begin(progress.step)
-        if self.first_evaluation_file is not None and progress.step:
+        self.first_rows.load_rows_of_earlier_start(progress.step)
+        is_resumed = progress.step > 0
+        if is_resumed and self.first_evaluation_file is not None:
             self.evaluation_before_training = self.first_evaluation_file.read()
-        if self.base_results is not None:
-            self.base_results.begin(engine, progress.step)
+        if self.base_results is not None:  # None: forgetting is not measured
+            self.base_results.read_or_measure_base(engine, progress.step)
 
     def restore_findings(self, progress: Progress) -> None:
         """Take over what earlier starts of this run found, up to the step of the checkpoint it resumes from. All ranks must call.
 
         If overfitting has ended the run at that step, `stopping_finding` is set again: no further step could find it again.
         """
-        # An event is {"event": "challenge", "challenge": "divergence", "step": 40, ...}, for example.
-        for event in recorded_events(self.events):
-            if event.get("event") == "challenge" and event["step"] <= progress.step:
-                finding_record = {key: event[key] for key in event if key not in EVENT_KEYS}
-                self.findings_by_detector.setdefault(str(event["challenge"]), finding_record)
-                self._reported_verdicts.add(str(event.get("verdict", "")))
+        for detector, finding_record in findings_of_earlier_starts(self.events_file, progress.step):
+            self.findings_by_detector.setdefault(detector, finding_record)
+            self._reported_verdicts.add(str(finding_record.get("verdict", "")))
         self._judge_kept_evaluation_again(progress)
+        if not self.learns_from_rewards:  # overfitting is judged by losses
+            self._restore_stop_by_overfitting(progress)
 
+    def _restore_stop_by_overfitting(self, progress: Progress) -> None:
+        """Set `stopping_finding` if the run was evaluated at this step and overfits, and is to stop for that."""
         config = self.config.overfitting
         evaluations = progress.evaluations
         is_at_evaluation = bool(evaluations) and evaluations[-1]["step"] == progress.step
-        if config.action is not Reaction.stop or self.learns_from_rewards or not is_at_evaluation:
+        if config.action is not Reaction.stop or not is_at_evaluation:
             return
         evidence = Evidence(
             step=progress.step,
@@ -133,11 +135,14 @@ class ChallengeDetectors:
             self.findings_by_detector[finding.detector] = finding.record()
 
     def _judge_kept_evaluation_again(self, progress: Progress) -> None:
-        """Judge divergence at this step by the kept evaluation, if it is of this step: the run may have recovered by then."""
+        """Judge divergence at the step that a run resumes from, by the evaluation in its directory, if that is of this step.
+
+        The findings that were read from `events.jsonl` do not tell whether the run had recovered by then.
+        """
         if self.last_evaluation_file is None:
             return
         last_evaluation = self.last_evaluation_file.read()
-        if self.first_evaluation_file is not None:  # what it is compared with; `begin` comes later
+        if self.first_evaluation_file is not None:  # what it is compared with; `prepare_detectors` comes later
             self.evaluation_before_training = self.first_evaluation_file.read()
         is_of_this_step = last_evaluation.step == progress.step and bool(last_evaluation.values)
         if is_of_this_step and not self.learns_from_rewards:
@@ -147,12 +152,18 @@ class ChallengeDetectors:
     def add_step_metrics(self, progress: Progress, metrics_of_steps: Iterable[dict[str, Any]]) -> None:
         """Add the losses of a logging interval's steps to `progress`, or their rewards if the run learns from rewards.
 
-        `metrics_of_steps`: by name, such as {"step": 40, "loss": 1.7, ...}, one for each step. A run without any evaluation is
-        judged here, by its training loss alone: it may have diverged.
+        `metrics_of_steps`: by name, such as {"step": 40, "loss": 1.7, ...}, one for each step.
         """
         if self.metrics_of_control_rewards is not None:  # the run learns from rewards
             self._add_rewards(progress, metrics_of_steps, self.metrics_of_control_rewards)
-            return
+        else:
+            self._add_losses(progress, metrics_of_steps)
+
+    def _add_losses(self, progress: Progress, metrics_of_steps: Iterable[dict[str, Any]]) -> None:
+        """Add the losses of steps to `progress`. A run without any evaluation is judged by them alone: it may have diverged.
+
+        The loss of a step is `judged_loss_term`, the part of it that is measured as the held-out loss is; else the whole loss.
+        """
         new_losses: list[dict[str, float]] = []
         for step_metrics in metrics_of_steps:
             loss = step_metrics.get(self.judged_loss_term, step_metrics["loss"])
@@ -160,7 +171,7 @@ class ChallengeDetectors:
                 progress.interval_loss += loss
                 progress.interval_steps += 1
                 new_losses.append({"loss": loss})
-                if step_metrics["step"] == 1:
+                if step_metrics["step"] == 1:  # taken before any update: later losses are compared with it
                     progress.first_loss = loss
         all_losses = [*progress.recent_losses, *new_losses]
         progress.recent_losses = all_losses[-divergence.MAX_WINDOW :]
@@ -173,7 +184,8 @@ class ChallengeDetectors:
     ) -> None:
         """Add the rewards of steps to `progress` in place of losses, which are 0 here, and judge each full block of steps.
 
-        `control_metrics`: names of the metrics of rewards of weight 0, which are measured and not trained.
+        `progress.interval_loss` then sums rewards. `control_metrics`: names of the metrics of rewards of weight 0, which are
+        measured and not trained.
         """
         for step_metrics in metrics_of_steps:
             # Several steps of a round learn from the same answers, whose reward counts once: with the first step, numbered 0.
@@ -187,7 +199,10 @@ class ChallengeDetectors:
                 self._judge_rewards(progress, int(step_metrics["step"]))
 
     def _judge_rewards(self, progress: Progress, step: int) -> None:
-        """Report what is wrong with the rewards of a run (cheated, collapsed, longer, idle: see rewards.py), each once."""
+        """Report what is wrong with the rewards of a run (cheated, collapsed, longer, idle: see rewards.py), each once.
+
+        A finding may set `stopping_finding`. Nothing is done if the run does not learn from rewards, or the detector is off.
+        """
         if self.metrics_of_control_rewards is None or self.config.rewards.action is Reaction.off:
             return
         findings = rewards.find_problems(
@@ -198,11 +213,11 @@ class ChallengeDetectors:
             self.metrics_of_control_rewards,
         )
         for finding in findings:
-            is_new = finding.verdict not in self._reported_verdicts
+            is_first_report = finding.verdict not in self._reported_verdicts
             self._reported_verdicts.add(finding.verdict)
-            if is_new:
+            if is_first_report:
                 self._record_and_print_finding(finding, is_repeat=False)
-            elif finding.stops and self.stopping_finding is None:
+            elif finding.ends_run and self.stopping_finding is None:
                 # An earlier start reported it, as rank 0 alone knows: the run ends again, on all ranks.
                 self.stopping_finding = finding
 
@@ -214,7 +229,7 @@ class ChallengeDetectors:
         """Keep of a finished task what the detectors read at the end of the evaluation.
 
         - A task whose answers are generated: the answers.
-        - The two questions of a chat: sets `chat_rows`. They are for people to read, and too few to measure forgetting.
+        - `CHAT_ANSWERS`, two questions for people to read, too few to measure forgetting: sets `chat_rows`.
         - A task that the base model was asked too: how much of its main metric was lost against the base.
         """
         task = finished_task.prepared.task
@@ -228,7 +243,7 @@ class ChallengeDetectors:
         if base_task_by_name is None or task.name not in base_task_by_name:
             return
         base_task = base_task_by_name[task.name]
-        main_metric = task.metrics[0]
+        main_metric = task.metrics[0]  # a task names first the metric that stands for it
         values = forgetting.BaseAndTunedValue(base=base_task.value, tuned=finished_task.metrics[main_metric.name])
         self._compared_tasks.append(
             forgetting.compare_with_base(task.name, main_metric, base_task.rows, finished_task.rows, values)
@@ -266,8 +281,8 @@ class ChallengeDetectors:
 
     def follow_renamed_run_dir(self, run_dir: Path) -> None:
         """Write further files into the run's directory under its new name."""
-        if self.events is not None:
-            self.events = run_dir / self.events.name
+        if self.events_file is not None:
+            self.events_file = run_dir / self.events_file.name
         for kept in (self.first_rows, self.kept_answers, self.first_evaluation_file, self.last_evaluation_file):
             if kept is not None and kept.path is not None:
                 kept.path = run_dir / kept.path.name
@@ -279,8 +294,22 @@ class ChallengeDetectors:
 
         `values`: its metrics by name. Returns the metrics that the detectors add to them, such as {"forgetting": 0.02}.
         """
-        self._record_evaluation(progress, values)
-        self.kept_answers.write(progress.step)
+        held_out_value = values.get("eval/reward" if self.learns_from_rewards else "eval/loss")
+        overfitting.add_to_history(progress, held_out_value)
+        self.kept_answers.write_pending_answers(progress.step)
+        detector_metrics = self._run_detectors_of_evaluation(self._take_evidence(progress, values))
+        if self.learns_from_rewards:
+            self._judge_rewards(progress, progress.step)
+        elif progress.step == 0:
+            self._write_first_evaluation(values)
+        else:
+            self._write_last_evaluation(progress.step, values)
+            self._judge_divergence(progress, held_out_metrics=values)
+        self.write_findings(self.findings_by_detector)
+        return detector_metrics
+
+    def _take_evidence(self, progress: Progress, values: dict[str, float]) -> Evidence:
+        """What is known of an evaluation: its metrics, and the answers and tasks since the last one, which this empties."""
         evidence = Evidence(
             step=progress.step,
             metrics=values,
@@ -292,6 +321,10 @@ class ChallengeDetectors:
         )
         self._answers = []
         self._compared_tasks = []
+        return evidence
+
+    def _run_detectors_of_evaluation(self, evidence: Evidence) -> dict[str, float]:
+        """Run each detector of `DETECTORS` that is on, record what it found or measured, and return the metrics of all."""
         detector_metrics: dict[str, float] = {}
         for name, detector in DETECTORS.items():
             config = getattr(self.config, name)  # the settings are named as the detectors
@@ -302,18 +335,10 @@ class ChallengeDetectors:
             detector_metrics |= metrics
             was_found = bool(self.findings_by_detector.get(name, {}).get("found"))
             if metrics and not was_found:
-                self.findings_by_detector[name] = {"found": False, "step": progress.step, **metrics}
+                self.findings_by_detector[name] = {"found": False, "step": evidence.step, **metrics}
             finding = detector.find_problem(config, evidence)
             if finding is not None:
                 self._record_and_print_finding(finding, is_repeat=was_found)
-        if self.learns_from_rewards:
-            self._judge_rewards(progress, progress.step)
-        elif progress.step == 0:
-            self._write_first_evaluation(values)
-        else:
-            self._write_last_evaluation(progress.step, values)
-            self._judge_divergence(progress, held_out_metrics=values)
-        self.write_findings(self.findings_by_detector)
         return detector_metrics
 
     def _write_first_evaluation(self, values: dict[str, float]) -> None:
@@ -335,9 +360,9 @@ class ChallengeDetectors:
         `held_out_metrics`: of the evaluation at this step; empty if there is none. Sets `findings_by_detector["divergence"]`:
 
         - Divergence is off, or it is too early to judge: nothing is set.
-        - No finding: the run has recovered, if there was one before.
+        - No finding: `_record_no_divergence`.
         - A verdict (`diverged`, `worse`) that was reported before: only the newest numbers. It may set `stopping_finding`.
-        - A new verdict: it is reported.
+        - A new verdict: it is reported, and may set `stopping_finding`.
         """
         if self.config.divergence.action is Reaction.off or progress.step < self.first_judged_step:
             return
@@ -346,36 +371,42 @@ class ChallengeDetectors:
         held_out = self._held_out_change(progress, held_out_metrics)
         finding = divergence.divergence_finding(self.config.divergence, progress.step, training, held_out)
 
-        earlier_record = self.findings_by_detector.get(divergence.DETECTOR_NAME, {})
         if finding is None:
-            if earlier_record.get("found"):
-                self.findings_by_detector[divergence.DETECTOR_NAME] = {
-                    **earlier_record,
-                    "found": False,
-                    "recovered_at": progress.step,
-                }
-            elif not earlier_record:
-                self.findings_by_detector[divergence.DETECTOR_NAME] = {"found": False, "step": progress.step}
+            self._record_no_divergence(progress.step)
             return
 
         first_step = progress.step
+        earlier_record = self.findings_by_detector.get(divergence.DETECTOR_NAME, {})
         if earlier_record.get("found"):
             # A record that was read from an event has no `first_step`.
             first_step = earlier_record.get("first_step", earlier_record["step"])
         if finding.verdict in self._reported_verdicts:  # reported already: only the numbers are new
             self.findings_by_detector[divergence.DETECTOR_NAME] = finding.record()
-            if finding.stops and self.stopping_finding is None:
+            if finding.ends_run and self.stopping_finding is None:
                 self.stopping_finding = finding
         else:
             self._reported_verdicts.add(finding.verdict)
             self._record_and_print_finding(finding, is_repeat=False)
         self.findings_by_detector[divergence.DETECTOR_NAME]["first_step"] = first_step
 
+    def _record_no_divergence(self, step: int) -> None:
+        """Record that the run is not worse than at its beginning; it has recovered if an earlier step found that it was."""
+        earlier_record = self.findings_by_detector.get(divergence.DETECTOR_NAME, {})
+        if earlier_record.get("found"):
+            self.findings_by_detector[divergence.DETECTOR_NAME] = {
+                **earlier_record,
+                "found": False,
+                "recovered_at": step,
+            }
+        elif not earlier_record:
+            self.findings_by_detector[divergence.DETECTOR_NAME] = {"found": False, "step": step}
+
     def _held_out_change(self, progress: Progress, values: dict[str, float]) -> divergence.HeldOutChange | None:
         """How the held-out margin (of preference objectives) or loss changed since before the first step; None if not known.
 
         `values`: metrics of the evaluation at this step; empty if there is none. The change comes with a paired test over
-        micro-batches if both evaluations had the same ones. Its level is divided by the number of evaluations (Bonferroni).
+        micro-batches if both evaluations had the same ones. Its significance level is divided by the number of evaluations
+        (Bonferroni).
         """
         before = dict(self.evaluation_before_training.values)
         if not before and progress.evaluations and progress.evaluations[0]["step"] == 0:
@@ -383,34 +414,15 @@ class ChallengeDetectors:
         for metric in (divergence.MARGIN_METRIC, divergence.LOSS):
             if metric in before and metric in values:
                 pairs = self.evaluation_before_training.paired_batch_sums(metric, self._batch_sums_by_metric)
-                level = divergence.LEVEL / max(1, self.planned_evaluations)
-                return divergence.held_out_change(metric, before[metric], values[metric], pairs, level)
+                significance_level = divergence.LEVEL / max(1, self.planned_evaluations)
+                return divergence.held_out_change(metric, before[metric], values[metric], pairs, significance_level)
         return None
-
-    def _record_evaluation(self, progress: Progress, values: dict[str, float]) -> None:
-        """Add an evaluation to `progress.evaluations`, the history that overfitting is judged by; it is in checkpoints.
-
-        An entry has the held-out loss (`eval/loss`, or the reward of a run that learns from rewards) and the mean training loss
-        since the last evaluation. Nothing is added if no step was taken since then.
-        """
-        held_out_loss = values.get("eval/reward" if self.learns_from_rewards else "eval/loss")
-        num_steps = progress.interval_steps
-        is_before_training = progress.step == 0
-        if held_out_loss is None or not math.isfinite(held_out_loss) or (num_steps == 0 and not is_before_training):
-            return
-        if is_before_training:
-            training_loss = held_out_loss  # there is no training loss yet
-        else:
-            training_loss = progress.interval_loss / num_steps
-        progress.evaluations.append({"step": float(progress.step), "train": training_loss, "held_out": held_out_loss})
-        progress.interval_loss = 0.0
-        progress.interval_steps = 0
 
     def record_findings_of_whole_run(self, progress: Progress) -> None:
         """When training is over: report instability, judge divergence of a run without evaluations, and say what recovered."""
-        finding = instability.find_problem(progress)
-        if finding is not None:
-            self._record_and_print_finding(finding, is_repeat=False)
+        instability_finding = instability.find_instability(progress)
+        if instability_finding is not None:
+            self._record_and_print_finding(instability_finding, is_repeat=False)
         if not progress.evaluations and not self.learns_from_rewards:
             self._judge_divergence(progress, held_out_metrics={})
         recovered_at = self.findings_by_detector.get(divergence.DETECTOR_NAME, {}).get("recovered_at")
@@ -420,13 +432,13 @@ class ChallengeDetectors:
         self.write_findings(self.findings_by_detector)
 
     def _record_and_print_finding(self, finding: Finding, *, is_repeat: bool) -> None:
-        """Record a finding in `findings_by_detector`. If it stops the run, and none did before, set `stopping_finding`.
+        """Record a finding in `findings_by_detector`. If it ends the run, and none did before, set `stopping_finding`.
 
         - `is_repeat`, the detector has reported at an earlier step: only its newest numbers are recorded.
         - Otherwise: it is recorded and printed. It is appended to `events.jsonl` unless it is there: a process that was killed
           after writing it, and resumed at the checkpoint before, finds it once more.
         """
-        if finding.stops and self.stopping_finding is None:
+        if finding.ends_run and self.stopping_finding is None:
             self.stopping_finding = finding
         if is_repeat:
             newest = {"step": finding.step, "says": finding.message, **finding.numbers}
@@ -436,11 +448,14 @@ class ChallengeDetectors:
         self.print_line(
             f"warning: {finding.detector} at step {finding.step}: {finding.message}. Try: {'; '.join(finding.remedies)}"
         )
-        if not is_in_events(self.events, finding):
-            append_event(self.events, finding)
+        if not is_in_events(self.events_file, finding):
+            append_event(self.events_file, finding)
 
     def record_early_stopping(self, progress: Progress, reason: str) -> None:
-        """Record that early stopping ends the run, for this `reason`; the loop prints it. Raises StorageError if that fails."""
+        """Record that early stopping ends the run, for this `reason`; the loop prints it. Raises StorageError if that fails.
+
+        It is appended to `events.jsonl` once, also if this start has recorded it or an earlier one has written it.
+        """
         message = reason.removeprefix("stopping early: ")
         numbers = {"best_step": float(progress.best_step or 0)}
         finding = Finding(
@@ -450,10 +465,10 @@ class ChallengeDetectors:
             numbers=numbers,
             remedies=EARLY_STOPPING_REMEDIES,
         )
-        is_new = EARLY_STOPPING not in self.findings_by_detector
+        is_first_of_this_start = EARLY_STOPPING not in self.findings_by_detector
         self.findings_by_detector[EARLY_STOPPING] = finding.record()
-        if is_new and not is_in_events(self.events, finding):
-            append_event(self.events, finding)
+        if is_first_of_this_start and not is_in_events(self.events_file, finding):
+            append_event(self.events_file, finding)
         self.write_findings(self.findings_by_detector)
 
     # -- what is done ----------------------------------------------------------------------------------------------

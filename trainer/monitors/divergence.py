@@ -48,7 +48,7 @@ LEVEL = 0.05
 """How often, at most, a run that gets no worse is said to get worse."""
 MIN_BATCHES = 8
 """Micro-batches below which there is no paired test."""
-REMEDIES = (
+DIVERGENCE_REMEDIES = (
     "a lower optim.lr",
     "schedule.warmup_share=0.1",
     "optim.max_grad_norm=1",
@@ -132,28 +132,30 @@ def first_judged_step(warmup_steps: int) -> int:
     return max(MIN_FIRST_JUDGED_STEP, warmup_steps)
 
 
-def training_change(first: float | None, recent: Sequence[float], window: int) -> TrainingChange | None:
+def training_change(first_loss: float | None, recent_losses: Sequence[float], window: int) -> TrainingChange | None:
     """The training loss now, the median of the last `window` steps, beside that of step 1.
 
-    `first`: the loss of step 1. `recent`: losses of the last steps, oldest first, `window` of them or more. The rise is stated in
-    standard deviations of single steps. None if there are too few losses, or the first one is not known.
+    `recent_losses`: of the last steps, oldest first, `window` of them or more. The rise is stated in standard deviations of
+    single steps. None if there are too few losses, or `first_loss`, that of step 1, is not known.
     """
-    if first is None or len(recent) < window:
+    if first_loss is None or len(recent_losses) < window:
         return None
-    compared_first = first
-    compared_losses = list(recent)
-    if first > 0 and min(recent) > 0:
+    compared_first = first_loss
+    compared_losses = list(recent_losses)
+    if first_loss > 0 and min(recent_losses) > 0:
         # A diverged loss jumps by factors: on a linear scale its own deviation would hide it.
-        compared_first = math.log(first)
-        compared_losses = [math.log(loss) for loss in recent]
+        compared_first = math.log(first_loss)
+        compared_losses = [math.log(loss) for loss in recent_losses]
     rise = median(compared_losses[-window:]) - compared_first
     spread = _robust_spread(compared_losses, window)
     deviations = rise / spread if spread else math.copysign(math.inf, rise)
-    return TrainingChange(first=first, now=median(recent[-window:]), deviations=deviations, steps=window)
+    return TrainingChange(first=first_loss, now=median(recent_losses[-window:]), deviations=deviations, steps=window)
 
 
 def _robust_spread(values: Sequence[float], window: int) -> float:
     """Standard deviation of the losses of single steps, estimated by medians, so that a few outliers do not widen it.
+
+    `values`: losses (or their logarithms) of at least two steps, oldest first.
 
     The larger of two: that of the last `window` values around their median, and that of the differences from step to step,
     which has more values and knows no trend. Ten values alone look calm by chance once in some tens of runs.
@@ -172,7 +174,7 @@ def held_out_change(
     before: float,
     now: float,
     paired_batch_sums: tuple[Sequence[float], Sequence[float]] | None,
-    level: float,
+    significance_level: float,
 ) -> HeldOutChange:
     """How much worse a held-out metric is than before the first step, with a lower bound from a paired test if there can be one.
 
@@ -181,13 +183,13 @@ def held_out_change(
         before: its value before the first step.
         now: its value at this step.
         paired_batch_sums: its sums over each micro-batch, before and now; None if they are not the same micro-batches.
-        level: of the one-sided test, such as 0.05.
+        significance_level: of the one-sided test, such as 0.05.
     """
     is_margin = metric == MARGIN_METRIC
     if is_margin:
-        rise = before - now
+        worsening = before - now
     else:
-        rise = (now - before) / _reference_loss(before)
+        worsening = (now - before) / _reference_loss(before)
     bound = None
     # The paired test of a loss divides by the sums before training, which are close to 0 for a small loss.
     is_too_small = not is_margin and abs(before) < MIN_LOSS
@@ -197,8 +199,11 @@ def held_out_change(
         pairs = [(old, new) for old, new in zip(sums_before, sums_now, strict=True) if old or new]
         all_finite = all(math.isfinite(old) and math.isfinite(new) for old, new in pairs)
         if len(pairs) >= MIN_BATCHES and all_finite:
-            bound = _bound_of_margin_drop(pairs, level) if is_margin else _bound_of_loss_rise(rise, pairs, level)
-    return HeldOutChange(metric=metric, before=before, now=now, rise=rise, bound=bound)
+            if is_margin:
+                bound = _bound_of_margin_drop(pairs, significance_level)
+            else:
+                bound = _bound_of_loss_rise(worsening, pairs, significance_level)
+    return HeldOutChange(metric=metric, before=before, now=now, rise=worsening, bound=bound)
 
 
 def _bound_of_margin_drop(pairs: Sequence[tuple[float, float]], level: float) -> float:
@@ -265,7 +270,7 @@ def divergence_finding(
     verdict = divergence_verdict(training, held_out)
     if verdict is None:
         return None
-    remedies: tuple[str, ...] = REMEDIES
+    remedies: tuple[str, ...] = DIVERGENCE_REMEDIES
     meaning = ""
     if verdict is Verdict.worse and training is not None and training.now < training.first:
         remedies = overfitting.REMEDIES
@@ -288,6 +293,6 @@ def divergence_finding(
         message=f"{verdict}: {', '.join(changes)}{meaning}",
         numbers=numbers,
         remedies=remedies,
-        stops=verdict is Verdict.diverged and config.action is Reaction.stop,
+        ends_run=verdict is Verdict.diverged and config.action is Reaction.stop,
         verdict=verdict,
     )

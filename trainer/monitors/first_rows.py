@@ -21,8 +21,11 @@ class FirstRows:
         self.path = None if run_dir is None else run_dir / FILE
         self._rows: dict[str, list[TaskRow]] = {}
 
-    def begin(self, step: int) -> None:
-        """Read the rows of each task's first evaluation, if the run resumes at `step` above 0. A damaged file counts as none."""
+    def load_rows_of_earlier_start(self, step: int) -> None:
+        """Read the rows of each task's first evaluation, if the run resumes at `step`. A damaged file counts as none.
+
+        A run at step 0 begins without any: `remember` writes them as its tasks are evaluated.
+        """
         if self.path is None or step == 0:
             return
         try:

@@ -75,14 +75,14 @@ def compare_with_base(
     loss is a share of the base's metric, so that it can be compared between tasks; an absolute number if the base's metric is 0.
     """
     drop = values.base - values.tuned if metric.greater_is_better else values.tuned - values.base
-    lost = drop / (abs(values.base) or 1.0)
+    lost_share = drop / (abs(values.base) or 1.0)
     standard_error = _standard_error_of_lost_share(metric, base_rows, rows) if values.base else None
     return ComparedTask(
         name=name,
         metric=metric.name,
         base=values.base,
         now=values.tuned,
-        lost=lost,
+        lost=lost_share,
         error=standard_error,
         rows=len(rows),
     )
@@ -176,7 +176,7 @@ def find_problem(config: ForgettingWatchConfig, evidence: Evidence) -> Finding |
         ),
         numbers=numbers,
         remedies=REMEDIES,
-        stops=exceeds_limit and config.action is Reaction.stop,
+        ends_run=exceeds_limit and config.action is Reaction.stop,
     )
 
 

@@ -34,7 +34,7 @@ def outlier_text(values: Mapping[str, Any], scores: Mapping[str, float], level_b
     """
     clauses = []
     for name, value in values.items():
-        if not isinstance(value, int | float):
+        if not isinstance(value, int | float):  # None in `events.jsonl`: it was not finite
             continue
         clause = f"{name} {value:.4g}"
         if level_began is not None:

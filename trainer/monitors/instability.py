@@ -17,7 +17,7 @@ MIN_ODD_STEP_SHARE = 0.02
 """Share of steps that stand out, are left out or undone, from which a run is called unstable; one alone is an odd batch."""
 
 
-def find_problem(progress: Progress) -> Finding | None:
+def find_instability(progress: Progress) -> Finding | None:
     """The finding, at the end of training, that a run was unstable; None if it was not.
 
     Unstable: it went back to an earlier checkpoint, or at least two of its steps and `MIN_ODD_STEP_SHARE` of them stood out by

@@ -40,16 +40,17 @@ class KeptAnswers:
         """`run_dir`: None where nothing is to be kept, as on all ranks but rank 0."""
         self.path = None if run_dir is None else run_dir / FILE
         self._pending: dict[str, list[dict[str, Any]]] = {}
+        """Answers of the evaluation that runs, by task, each as {"prompt": ..., "answer": ..., "reference": ...}."""
 
     def add(self, task: str, answers: Sequence[KeptAnswer]) -> None:
         """Take answers of the evaluation that runs."""
         self._pending[task] = [asdict(answer.cut()) for answer in answers[:MAX_ROWS]]
 
-    def write(self, step: int) -> None:
+    def write_pending_answers(self, step: int) -> None:
         """Write the answers that were taken since the last call to the file, as those at this step.
 
-        The file has two sets: `first`, of the run's first evaluation, and `last`, which this replaces. A reader compares them.
-        Raises StorageError if that fails.
+        The file has two sets, each {"step": 40, "tasks": {task: answers}}: `first`, of the run's first evaluation, and `last`,
+        which this replaces. A reader compares them. Raises StorageError if that fails; the answers are not written later then.
         """
         answers_by_task = self._pending
         self._pending = {}

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from trainer.monitors.rolling import DEVIATIONS_PER_MAD, MIN_SPREAD
 
 LEVEL_STEPS = 10
-"""Steps that make a level: half of them may be outliers."""
-MIN_STEPS_BEFORE_LEVEL = 10
+"""The last steps, whose median is compared with the steps before them: half of them may be outliers."""
+MIN_EARLIER_STEPS = 10
 """Steps before them without which there is nothing to compare with."""
 STEPS_OF_STEADY_SPREAD = 25
 """Steps from which the spread counts as it is. That of fewer steps may be small by chance, and is widened."""
@@ -76,8 +76,8 @@ class LevelShiftDetector:
         if row.get("skipped") or not all(math.isfinite(number) for number in numbers.values()):
             return []
         newest = {"step": float(row["step"]), "samples": float(first_sample), **numbers}
-        # The key `told/<name>` marks a step that was reported for this metric, alone or as part of a level.
-        newest |= {f"told/{name}": 1.0 for name in reported_names}
+        for name in reported_names:
+            newest[_reported_key(name)] = 1.0
         self.rows = [*self.rows, newest][-self._window :]
         new_rises = []
         for name in MIN_RISE_SHARE_BY_METRIC:
@@ -85,10 +85,11 @@ class LevelShiftDetector:
             if rise is None:
                 continue
             steps_of_rise = [remembered for remembered in self.rows if remembered["step"] >= rise.first_step]
-            reported_keys = {f"told/{name}", "told/loss"}  # a norm that rises beside the loss is reported with it
+            # A norm that rises beside the loss is reported with it.
+            reported_keys = {_reported_key(name), _reported_key("loss")}
             if not any(reported_keys & remembered.keys() for remembered in steps_of_rise):
                 new_rises.append(rise)
-            newest[f"told/{name}"] = 1.0
+            newest[_reported_key(name)] = 1.0
         return new_rises
 
     def _current_rise(self, name: str) -> SustainedRise | None:
@@ -102,20 +103,20 @@ class LevelShiftDetector:
         """
         values = [row[name] for row in self.rows]
         values_before = values[:-LEVEL_STEPS]
-        if len(values_before) < MIN_STEPS_BEFORE_LEVEL:
+        if len(values_before) < MIN_EARLIER_STEPS:
             return None
         median_now = median(values[-LEVEL_STEPS:])
         median_before = median(values_before)
-        deviation = _robust_score(median_now, values_before)
+        robust_score = _robust_score(median_now, values_before)
         rose_enough = median_now - median_before >= MIN_RISE_SHARE_BY_METRIC[name] * abs(median_before)
-        if deviation <= self._min_robust_score or not rose_enough:
+        if robust_score <= self._min_robust_score or not rose_enough:
             return None
         first_step = self._first_step_above(name, median_before)
         if self.rows[-1]["step"] - first_step < LEVEL_STEPS // 2:  # it went down in between, and has just come back
             return None
-        return SustainedRise(metric=name, median_now=median_now, deviation=deviation, first_step=first_step)
+        return SustainedRise(metric=name, median_now=median_now, deviation=robust_score, first_step=first_step)
 
-    def rise_began_at(self, names: Sequence[str]) -> int | None:
+    def first_step_of_rise(self, names: Sequence[str]) -> int | None:
         """The step at which a number began to rise, if it rose already before the step that stands out now; else None.
 
         A rollback returns to a checkpoint from before that step. Called before the step that stands out is added. `names`: the
@@ -125,7 +126,7 @@ class LevelShiftDetector:
         first_steps = []
         for name in names:
             values = [row[name] for row in self.rows]
-            if len(values) <= MIN_STEPS_BEFORE_LEVEL:
+            if len(values) <= MIN_EARLIER_STEPS:
                 continue
             if _robust_score(values[-1], values) > RISING_ROBUST_SCORE:
                 first_steps.append(self._first_step_above(name, median(values)))
@@ -146,6 +147,11 @@ class LevelShiftDetector:
             if row["step"] < step:
                 return RememberedStep(step=int(row["step"]), first_sample=int(row["samples"]))
         return None
+
+
+def _reported_key(name: str) -> str:
+    """The key of a remembered step, with the value 1, at which the metric `name` was reported, alone or as part of a level."""
+    return f"told/{name}"
 
 
 def _robust_score(value: float, earlier_values: Sequence[float]) -> float:

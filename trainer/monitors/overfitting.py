@@ -10,14 +10,17 @@ hover in fewer (`tests/monitors/test_trend.py`); what real runs gave: `benchmark
 
 from __future__ import annotations
 
+import math
+
+from strategies.base import Progress
 from trainer.monitors.base import Evidence, Finding
 from trainer.monitors.config import OverfittingConfig, Reaction
 from trainer.monitors.trend import rising_p_value
 
 HELD_OUT_LEVEL = 0.01
-"""Level of the test of the held-out loss."""
+"""p-value below which the held-out loss counts as rising."""
 GAP_LEVEL = 0.05
-"""Level of the test of the gap, which is divided by the evaluations of the run."""
+"""p-value below which the gap counts as growing, divided by the evaluations of the run."""
 MIN_EVALUATIONS = 5
 """Evaluations after the lowest held-out loss, before which nothing is reported: fewer cannot reach the level."""
 REMEDIES = (
@@ -31,6 +34,26 @@ REMEDIES = (
     "objective.label_smoothing=0.1",
     "optim.ema_decay=0.99",
 )
+
+
+def add_to_history(progress: Progress, held_out_value: float | None) -> None:
+    """Add an evaluation to `progress.evaluations`, the history that overfitting is judged by; it is in checkpoints.
+
+    `held_out_value`: the held-out loss, or the reward of a run that learns from rewards. Beside it stands the mean training loss
+    (or reward) since the last evaluation, whose sum starts anew. Nothing is added if the value is unknown or not finite, or if no
+    step was taken since the last evaluation.
+    """
+    num_steps = progress.interval_steps
+    is_before_training = progress.step == 0
+    if held_out_value is None or not math.isfinite(held_out_value) or (num_steps == 0 and not is_before_training):
+        return
+    if is_before_training:
+        training_value = held_out_value  # no step was taken yet
+    else:
+        training_value = progress.interval_loss / num_steps
+    progress.evaluations.append({"step": float(progress.step), "train": training_value, "held_out": held_out_value})
+    progress.interval_loss = 0.0
+    progress.interval_steps = 0
 
 
 def logged_metrics(evidence: Evidence) -> dict[str, float]:
@@ -70,7 +93,7 @@ def find_problem(config: OverfittingConfig, evidence: Evidence) -> Finding | Non
     if p_held_out > HELD_OUT_LEVEL or p_gap > gap_level:
         return None
     later_evaluations = _evaluations_after_lowest(evidence.history)
-    # If the training loss rises too, something else is wrong than overfitting.
+    # If the training loss rises too, something else is wrong than overfitting. Below 0.5 it rises more often than it falls.
     if rising_p_value([evaluation["train"] for evaluation in later_evaluations]) < 0.5:
         return None
     best_evaluation = min(evidence.history, key=lambda evaluation: evaluation["held_out"])
@@ -87,7 +110,7 @@ def find_problem(config: OverfittingConfig, evidence: Evidence) -> Finding | Non
         ),
         numbers=numbers,
         remedies=REMEDIES,
-        stops=config.action is Reaction.stop,
+        ends_run=config.action is Reaction.stop,
     )
 
 

@@ -27,7 +27,7 @@ ShardPosition = tuple[int, ...]
 """Which part of a sharded parameter a rank holds: its position along each mesh dimension that shards it; () for the whole.
 
 Ranks with an equal position should hold equal values."""
-MODULUS = 2**64
+CHECKSUM_MODULUS = 2**64
 MAX_NAMED_PARAMETERS = 3
 """Parameters that are named in an error."""
 
@@ -58,7 +58,7 @@ class ReplicaCheck:
             return
         last_equal_step = self._last_compared_step  # if the copies had differed there, the run would have ended
         self._last_compared_step = step
-        checksum_by_name = self._checksum_by_parameter(engine)
+        checksum_by_name = self._shard_and_checksum_by_name(engine)
         if not checksum_by_name:  # on no rank: all ranks have the same kinds of parameters
             return
         # One sum for all parameters of a shard, so that little is sent while all agree.
@@ -66,7 +66,7 @@ class ReplicaCheck:
         for index, (shard, parameter_checksum) in enumerate(checksum_by_name.values()):
             # Each has an odd factor of its own, so that two parameters that are off by as much do not cancel out.
             factor = 2 * index + 1
-            total_by_shard[shard] = (total_by_shard.get(shard, 0) + factor * parameter_checksum) % MODULUS
+            total_by_shard[shard] = (total_by_shard.get(shard, 0) + factor * parameter_checksum) % CHECKSUM_MODULUS
         if _sums_differ(gather_objects(total_by_shard, self.runtime)):
             self._raise_difference(checksum_by_name, last_equal_step, step)
 
@@ -77,7 +77,7 @@ class ReplicaCheck:
             return False
         return now or step - self._last_compared_step >= self.every_steps
 
-    def _checksum_by_parameter(self, engine: Engine) -> dict[str, tuple[ShardPosition, int]]:
+    def _shard_and_checksum_by_name(self, engine: Engine) -> dict[str, tuple[ShardPosition, int]]:
         """(shard, checksum) of each parameter that other ranks may hold, too, by name. Waits for the device once."""
         parameters = list(replicated_parameters(engine))
         if not parameters:
@@ -107,6 +107,7 @@ class ReplicaCheck:
             if ranks_of_parameter:
                 deviating_ranks |= ranks_of_parameter
                 differing_parameters.append(name)
+
         parameter_names = ", ".join(differing_parameters[:MAX_NAMED_PARAMETERS])
         if len(differing_parameters) > MAX_NAMED_PARAMETERS:
             parameter_names += f" and {len(differing_parameters) - MAX_NAMED_PARAMETERS} more"

@@ -16,7 +16,8 @@ False alarms, by simulation: `tests/monitors/test_rewards.py`, and the table in 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
@@ -50,8 +51,9 @@ ROUND_STEP_METRIC = "round_step"
 """Metric that says which step of its round a step is, from 0, if rounds are several steps."""
 STEPS = "steps"
 """Key of a block: how many steps it has. All other keys are sums over them."""
-REWARD, ENTROPY, LENGTH, IDLE = "reward", "entropy", "completions/mean_length", "frac_reward_zero_std"
-REMEDIES = {
+REWARD, ENTROPY, LENGTH, IDLE_GROUP_SHARE = "reward", "entropy", "completions/mean_length", "frac_reward_zero_std"
+"""Metrics of a step: the mean reward, nats a token, tokens of an answer, the share of groups whose answers all score alike."""
+REMEDIES_BY_VERDICT = {
     "cheated": (
         "read answers: rounds/ in the run directory",
         "give the reward what makes an answer good (`truncated`, a length, a format)",
@@ -79,29 +81,31 @@ REMEDIES = {
 }
 
 
-def add_step_to_blocks(blocks: list[dict[str, float]], row: Mapping[str, Any], controls: Sequence[str]) -> bool:
+def add_step_to_blocks(
+    blocks: list[dict[str, float]], step_metrics: Mapping[str, Any], control_metrics: Sequence[str]
+) -> bool:
     """Add the metrics of a step to the newest block of steps, in place; returns whether the step has filled that block.
 
     `blocks`: sums of metrics over equally many steps each, such as {STEPS: 8.0, REWARD: 3.2}, oldest first, the newest perhaps
-    not full. When all `MAX_BLOCKS` are full, neighbours are joined, so that blocks become twice as long. `row`: the step's
-    metrics. `controls`: names of the metrics of rewards of weight 0, which are measured and not trained.
+    not full. When all `MAX_BLOCKS` are full, neighbours are joined, so that blocks become twice as long. `control_metrics`: names
+    of the metrics of rewards of weight 0, which are measured and not trained.
     """
     block_size = int(blocks[0][STEPS]) if len(blocks) > 1 else 1
     if not blocks or blocks[-1][STEPS] >= block_size:
         if len(blocks) == MAX_BLOCKS:
-            blocks[:] = [_joined_blocks(blocks[index], blocks[index + 1]) for index in range(0, MAX_BLOCKS, 2)]
+            blocks[:] = [_join_two_blocks(blocks[index], blocks[index + 1]) for index in range(0, MAX_BLOCKS, 2)]
             block_size *= 2
         blocks.append({STEPS: 0.0})
     block = blocks[-1]
     block[STEPS] += 1
-    for name in (REWARD, ENTROPY, LENGTH, IDLE, *controls):
-        if name in row:
-            block[name] = block.get(name, 0.0) + float(row[name])
+    for name in (REWARD, ENTROPY, LENGTH, IDLE_GROUP_SHARE, *control_metrics):
+        if name in step_metrics:
+            block[name] = block.get(name, 0.0) + float(step_metrics[name])
     return block[STEPS] >= block_size
 
 
-def _joined_blocks(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:
-    """Two blocks as one."""
+def _join_two_blocks(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:
+    """Two blocks as one: the sums of both, by metric."""
     return {name: first.get(name, 0.0) + second.get(name, 0.0) for name in first | second}
 
 
@@ -142,27 +146,14 @@ def find_problems(
     reward = block_means(blocks, REWARD)
     if len(reward) < MIN_BLOCKS:
         return
-    stops = config.action is Reaction.stop
-
-    def finding(verdict: str, message: str, **numbers: float) -> Finding:
-        """A finding at `step` with the remedies of its verdict."""
-        return Finding(
-            detector=DETECTOR_NAME,
-            step=step,
-            message=message,
-            numbers=numbers,
-            remedies=REMEDIES[verdict],
-            stops=stops,
-            verdict=verdict,
-        )
-
+    make_finding = partial(_make_finding, step, config.action is Reaction.stop)
     # Trained reward against controls.
     if rising_p_value(reward) < RISING_LEVEL:
         control_series = {name: block_means(blocks, name) for name in controls}
         for name, values in control_series.items():
             if falls_beyond_noise(values) or drops_below_first_half(values):
-                says = f"the trained reward rose from {reward[0]:.3g} to {reward[-1]:.3g} while the control {name} fell"
-                yield finding("cheated", f"{says} from {values[0]:.3g} to {values[-1]:.3g}", control=values[-1])
+                text = f"the trained reward rose from {reward[0]:.3g} to {reward[-1]:.3g} while the control {name} fell"
+                yield make_finding("cheated", f"{text} from {values[0]:.3g} to {values[-1]:.3g}", control=values[-1])
     # Trained reward against the held-out one.
     after_start = [evaluation for evaluation in evaluations if evaluation["step"]]
     held_out = [evaluation["held_out"] for evaluation in after_start]
@@ -172,17 +163,30 @@ def find_problems(
         and rising_p_value(trained) < RISING_LEVEL
         and falls_beyond_noise(held_out, RISING_LEVEL)
     ):
-        says = f"the trained reward rose from {trained[0]:.3g} to {trained[-1]:.3g} while eval/reward fell"
-        yield finding("cheated", f"{says} from {held_out[0]:.3g} to {held_out[-1]:.3g}", held_out=held_out[-1])
-    yield from _collapse_findings(finding, reward, block_means(blocks, ENTROPY), block_means(blocks, LENGTH))
+        text = f"the trained reward rose from {trained[0]:.3g} to {trained[-1]:.3g} while eval/reward fell"
+        yield make_finding("cheated", f"{text} from {held_out[0]:.3g} to {held_out[-1]:.3g}", held_out=held_out[-1])
+    yield from _collapse_findings(make_finding, reward, block_means(blocks, ENTROPY), block_means(blocks, LENGTH))
     # Groups that teach nothing.
-    idle = block_means(blocks, IDLE)
+    idle = block_means(blocks, IDLE_GROUP_SHARE)
     recent_blocks = MIN_BLOCKS // 2
     share = float(np.mean(idle[-recent_blocks:])) if idle else 0.0
     if share >= MIN_IDLE_GROUP_SHARE and not _is_solved(reward, float(np.mean(reward[-recent_blocks:]))):
-        yield finding(
+        yield make_finding(
             "idle", f"in {100 * share:.0f} % of the groups all answers score alike, and teach nothing", idle=share
         )
+
+
+def _make_finding(step: int, ends_run: bool, verdict: str, message: str, **numbers: float) -> Finding:
+    """A finding of this detector at `step`, with the remedies of its verdict (`cheated`, `collapsed`, `longer` or `idle`)."""
+    return Finding(
+        detector=DETECTOR_NAME,
+        step=step,
+        message=message,
+        numbers=numbers,
+        remedies=REMEDIES_BY_VERDICT[verdict],
+        ends_run=ends_run,
+        verdict=verdict,
+    )
 
 
 def _is_solved(reward: Sequence[float], recent: float) -> bool:
@@ -193,28 +197,30 @@ def _is_solved(reward: Sequence[float], recent: float) -> bool:
 
 
 def _collapse_findings(
-    finding: Any, reward: list[float], entropy: list[float], length: list[float]
+    make_finding: Callable[..., Finding], mean_rewards: list[float], entropy: list[float], length: list[float]
 ) -> Iterator[Finding]:
     """Findings `collapsed` (a policy that stopped exploring) and `longer` (answers that grow without more reward).
 
-    `reward`, `entropy` (nats a token) and `length` (tokens of an answer): means of each full block of steps, oldest first; empty
-    if not measured. `finding(verdict, text, **numbers)` makes a Finding.
+    `mean_rewards`, `entropy` (nats a token) and `length` (tokens of an answer): means of each full block of steps, oldest first;
+    empty if not measured. `make_finding(verdict, text, **numbers)` makes a Finding.
     """
     if entropy and entropy[0] > 0 and entropy[-1] < COLLAPSED_ENTROPY_SHARE * entropy[0]:
-        says = f"the entropy fell from {entropy[0]:.3g} to {entropy[-1]:.3g} nats a token: the model hardly explores any more"
-        yield finding("collapsed", says, entropy=entropy[-1])
+        text = f"the entropy fell from {entropy[0]:.3g} to {entropy[-1]:.3g} nats a token: the model hardly explores any more"
+        yield make_finding("collapsed", text, entropy=entropy[-1])
     if not length:
         return
     # Single blocks are noisy: where lengths vary much, one of 40 is twice another by chance.
     first_length = float(np.mean(length[:END_BLOCKS]))
     last_length = float(np.mean(length[-END_BLOCKS:]))
-    if last_length > LONGER_ANSWERS_FACTOR * first_length and rising_p_value(reward) > 0.5:
-        says = f"answers grew from {first_length:.0f} to {last_length:.0f} tokens, and the reward did not rise"
-        yield finding("longer", says, length=last_length)
+    # Above 0.5, rewards fall more often than they rise.
+    reward_did_not_rise = rising_p_value(mean_rewards) > 0.5
+    if last_length > LONGER_ANSWERS_FACTOR * first_length and reward_did_not_rise:
+        text = f"answers grew from {first_length:.0f} to {last_length:.0f} tokens, and the reward did not rise"
+        yield make_finding("longer", text, length=last_length)
 
 
-def p_value_without_autocorrelation(p_value: float, values: Sequence[float]) -> float:
-    """A p-value of a trend in `values`, corrected for noise that carries over from one value to the next.
+def p_value_corrected_for_autocorrelation(p_value: float, values: Sequence[float]) -> float:
+    """A p-value of a trend in more than four `values`, corrected for noise that carries over from one value to the next.
 
     Such noise looks like a trend: the variance of the test's score grows by (1 + r) / (1 - r), where r is the correlation of
     neighbours around a straight line (Bayley and Hammersley 1946). In a short series, r comes out too small by (2 + 4 r) / n
@@ -228,9 +234,10 @@ def p_value_without_autocorrelation(p_value: float, values: Sequence[float]) -> 
     if sum_of_squares <= 1e-12 * float(np.ptp(values)) ** 2:  # a straight line has no noise but rounding
         return p_value
     sample_correlation = float(np.dot(residuals[1:], residuals[:-1])) / sum_of_squares
-    # sample_correlation = r - (2 + 4 r) / n, solved for r.
+    # sample_correlation = r - (2 + 4 r) / n, solved for r. At r = 1 the variance would be infinite.
     correlation = min(0.98, max(0.0, (sample_correlation + 2 / count) / (1 - 4 / count)))
     normal = NormalDist()
+    # A p-value of exactly 0 or 1 would have an infinite score.
     score = normal.inv_cdf(1 - min(1 - 1e-15, max(1e-15, p_value)))
     return 1 - normal.cdf(score * math.sqrt((1 - correlation) / (1 + correlation)))
 
@@ -238,8 +245,8 @@ def p_value_without_autocorrelation(p_value: float, values: Sequence[float]) -> 
 def drops_below_first_half(values: Sequence[float]) -> bool:
     """Whether the last values of a series lie far below its first half: a fall that comes late, which a trend does not show.
 
-    `values`: a control's mean in each block of steps, oldest first. Far is six standard deviations of the first half. If the
-    control drifts, that widens the deviation, so that a drop within its usual drift does not count.
+    `values`: the mean of a control (a reward of weight 0) in each block of steps, oldest first. Far is six standard deviations of
+    the first half. If the control drifts, that widens the deviation, so that a drop within its usual drift does not count.
     """
     if len(values) < MIN_BLOCKS:
         return False
@@ -250,13 +257,15 @@ def drops_below_first_half(values: Sequence[float]) -> bool:
 
 
 def falls_beyond_noise(values: Sequence[float], level: float = FALLING_LEVEL) -> bool:
-    """Whether a series (a control, or `eval/reward`; oldest value first) falls: by its trend, and by more than its noise.
+    """Whether a series falls: by its trend, and by more than its noise.
 
-    `level`: of the trend's test. The fall is that from the mean of the first quarter of the values to that of the last.
+    `values`: of a control (a reward of weight 0) or `eval/reward`, oldest first. `level`: of the trend's test. The fall is that
+    from the mean of the first quarter of the values to that of the last.
     """
     if len(values) < MIN_EVALUATIONS:
         return False
-    if p_value_without_autocorrelation(rising_p_value([-value for value in values]), values) > level:
+    p_value_of_fall = rising_p_value([-value for value in values])
+    if p_value_corrected_for_autocorrelation(p_value_of_fall, values) > level:
         return False
     quarter = max(1, len(values) // 4)
     first_mean = float(np.mean(values[:quarter]))

@@ -44,6 +44,7 @@ class RollingWindow:
         deviation = DEVIATIONS_PER_MAD * _median_of_columns((self.window - middle).abs())
         spread = torch.maximum(deviation, MIN_SPREAD * middle.abs())
         num_steps = (~self.window.isnan()).sum(0)
+        # The deviation of few steps may be small by chance: it counts for more until there are `steady_steps`.
         widening = (self.steady_steps / num_steps.clamp(min=1).double()).clamp(min=1.0)
         scores = ((values - middle) / (spread * widening)).clamp(max=MAX_SCORE)
         has_enough_steps = num_steps >= MIN_STEPS

@@ -48,17 +48,17 @@ ReportSlow = Callable[[SlowRank, list[SlowRank], int], None]
 class Stragglers:
     """Judges in each logging interval which ranks of a run compute slower than the others."""
 
-    def __init__(self, factor: float, runtime: Runtime, on_change: ReportSlow = lambda *_: None) -> None:
-        """A rank is slow from `factor` times the others' median on; 0 never judges. `on_change` is called on rank 0."""
-        self.factor = factor
+    def __init__(self, slow_from_factor: float, runtime: Runtime, on_change: ReportSlow = lambda *_: None) -> None:
+        """A rank is slow above `slow_from_factor` times the others' median; 0 never judges. `on_change` is called on rank 0."""
+        self.slow_from_factor = slow_from_factor
         self.runtime = runtime
         self.on_change = on_change
-        self.slow: list[SlowRank] = []
+        self.slow_ranks: list[SlowRank] = []
         """All that were found, in the order in which they were."""
         self._unconfirmed_factors_by_rank: list[list[float]] = [[] for _ in range(runtime.world_size)]
         """By rank: its factors in the last intervals in a row that speak for a change, from normal to slow or back."""
 
-    def judge_interval(self, rows: list[dict[str, Any]], times: list[RankTime]) -> None:
+    def add_times_and_find_slow_ranks(self, rows: list[dict[str, Any]], times: list[RankTime]) -> None:
         """Look for slow ranks in a logging interval, and add the ranks' compute times to its first row.
 
         `rows`: metrics of the interval's steps. `times`: by rank, how long its forward pass took in the model's blocks
@@ -74,7 +74,7 @@ class Stragglers:
             "blocks_s/worst": slowest.seconds,
             "blocks_s/rank": times.index(slowest),
         }
-        if self.factor:
+        if self.slow_from_factor:
             for rank in range(len(self._unconfirmed_factors_by_rank)):
                 self._update_rank(rank, slowness_factor(rank, times), rows[-1]["step"])
 
@@ -86,7 +86,7 @@ class Stragglers:
         """
         slow_rank = next((slow for slow in self._slow_ranks_now() if slow.rank == rank), None)
         was_slow = slow_rank is not None
-        is_slow = factor > self.factor
+        is_slow = factor > self.slow_from_factor
         unconfirmed_factors = self._unconfirmed_factors_by_rank[rank]
         if is_slow == was_slow:  # no change, or one that did not last
             unconfirmed_factors.clear()
@@ -100,18 +100,18 @@ class Stragglers:
         else:
             host_by_rank = gather_objects(socket.gethostname(), self.runtime)
             slow_rank = SlowRank(rank=rank, host=host_by_rank[rank], factor=min(unconfirmed_factors), from_step=step)
-            self.slow.append(slow_rank)
+            self.slow_ranks.append(slow_rank)
         unconfirmed_factors.clear()
         if self.runtime.is_main:
             self.on_change(slow_rank, self._slow_ranks_now(), step)
 
     def _slow_ranks_now(self) -> list[SlowRank]:
         """The ranks that are slow at this moment."""
-        return [slow for slow in self.slow if slow.until_step is None]
+        return [slow for slow in self.slow_ranks if slow.until_step is None]
 
     def record(self) -> list[dict[str, Any]]:
         """All that were found, as JSON values."""
-        return [asdict(slow) for slow in self.slow]
+        return [asdict(slow) for slow in self.slow_ranks]
 
 
 def slowness_factor(rank: int, times: list[RankTime]) -> float:

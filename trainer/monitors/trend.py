@@ -8,8 +8,8 @@ from functools import cache
 
 import numpy as np
 
-MAX_EXACT = 60
-"""Numbers up to which the distribution is exact; beyond, and with ties, the normal one is taken."""
+MAX_VALUES_OF_EXACT_TEST = 60
+"""Values up to which the distribution is exact; beyond, and with ties, the normal one is taken."""
 
 
 def rising_p_value(values: Sequence[float]) -> float:
@@ -26,7 +26,7 @@ def rising_p_value(values: Sequence[float]) -> float:
     signs = np.sign(series[later] - series[earlier])  # of each pair: 1 if it rises, -1 if it falls, 0 for a tie
     num_ties = len(signs) - int(np.count_nonzero(signs))
     num_falls = int(np.count_nonzero(signs < 0))
-    if not num_ties and count <= MAX_EXACT:
+    if not num_ties and count <= MAX_VALUES_OF_EXACT_TEST:
         return float(_falls_distribution(count)[: num_falls + 1].sum())
 
     # The sum of the signs is about normal, with a known variance that ties make smaller.
@@ -40,7 +40,9 @@ def rising_p_value(values: Sequence[float]) -> float:
 
 @cache
 def _falls_distribution(count: int) -> np.ndarray:
-    """Probability of each number of falling pairs (0, 1, 2 ...) among `count` different numbers in random order, float64.
+    """Probability of each number of falling pairs (0, 1, 2 ...) among `count` different values in random order, float64.
+
+    It is the exact distribution of the Mann-Kendall test without ties.
 
     The k-th number that is added has a random rank among the k, so it falls below 0 to k - 1 of those before it, each equally
     likely.

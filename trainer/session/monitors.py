@@ -16,7 +16,7 @@ from trainer.evaluation.task_evaluator import TaskEvaluator
 from trainer.evaluation.tasks.model_interface import ModelInterface
 from trainer.evaluation.tasks.prepared import PreparedTask
 from trainer.monitors import divergence
-from trainer.monitors.anomaly_log import EVENTS
+from trainer.monitors.anomaly_log import EVENTS_FILE
 from trainer.monitors.base_model_rows import BaseModelResults
 from trainer.monitors.config import CHAT, CHAT_ANSWERS, GENERAL, Reaction
 from trainer.monitors.detectors import ChallengeDetectors
@@ -42,7 +42,7 @@ def build_detectors(
     planned_evaluations = 1  # without an interval, one at the end
     if interval.steps:
         planned_evaluations = -(-total_steps // interval.steps)  # rounded up
-    events = context.run_dir / EVENTS if context.runtime.is_main else None
+    events = context.run_dir / EVENTS_FILE if context.runtime.is_main else None
     comparable_term = built.step_module.objective.comparable_term
     challenges = ChallengeDetectors(
         config.challenges, planned_evaluations, comparable_term, context.console.print_line, events
