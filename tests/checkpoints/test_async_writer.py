@@ -10,6 +10,7 @@ import torch
 
 from strategies import atomic_io
 from strategies.base import Progress
+from strategies.errors import StorageError
 from strategies.runtime import Runtime
 from strategies.saving import FlatRange, RankState
 from strategies.state import StateHeader, load_state
@@ -23,6 +24,7 @@ from trainer.checkpoints.manager import Checkpoints
 from trainer.checkpoints.manifest import checkpoint_problem
 from trainer.checkpoints.recovery import publish_complete_staging_dirs, write_part_note
 from trainer.checkpoints.resume_selection import choose_checkpoint
+from trainer.checkpoints.staging import create_staging_dir
 
 ALONE = Runtime(0, 1, 0, 1, torch.device("cpu"), None)
 PLACES = 3
@@ -82,7 +84,7 @@ def test_background_save_writes_the_state_of_the_step_in_which_it_began(job):
     made, engine, progress, disk, said = job(keep=1)
     for step in (1, 2):
         assert made.save_checkpoint(engine, engine.train(progress), must_succeed=False) and made.pending_step == step
-        buffer = made._pending.state.local[0].values.data_ptr()
+        buffer = made._pending_checkpoint.state.local[0].values.data_ptr()
         asked = [engine.train(progress).step for _ in range(3) if not made.pending_is_written(progress.step)]
         assert len(asked) == 3 and step not in dict(checkpoints_in(made.checkpoint_dirs)), (
             "training goes on, and nothing has a name"
@@ -99,7 +101,7 @@ def test_background_save_writes_the_state_of_the_step_in_which_it_began(job):
         )
     assert disk.threads == ["checkpoint"] * 2, "not the thread that trains"
     made.save_checkpoint(engine, engine.train(progress), must_succeed=False)
-    assert made._pending.state.local[0].values.data_ptr() == buffer, "one buffer, used again"
+    assert made._pending_checkpoint.state.local[0].values.data_ptr() == buffer, "one buffer, used again"
     disk.let.set()
     assert made.publish_pending() and [step for step, _ in checkpoints_in(made.checkpoint_dirs)] == [1, 3], (
         "newest and best"
@@ -126,7 +128,7 @@ def test_background_save_that_is_killed_is_not_chosen_and_leaves_nothing(job, mo
         atomic_io, "VISIBILITY_TIMEOUT_S", 0.0
     )  # else it looks for its directory while others are tested
     disk.let.set()
-    made._pending.wait_for_outcome()
+    made._pending_checkpoint.wait_for_outcome()
 
 
 def test_background_save_on_the_fallback_disk_writes_the_same_step(job):
@@ -151,20 +153,35 @@ def test_background_save_that_no_disk_takes_is_reported_when_it_is_settled(job):
     assert made.save_checkpoint(engine, engine.train(progress), must_succeed=False) and made.publish_pending()
 
 
+def test_error_names_each_directory_that_could_not_take_a_background_save(job, monkeypatch):
+    made, engine, progress, disk, _ = job("/spare/", max_failures=0)
+
+    def refuse_run_dir(staging, *arguments):
+        if "/run/" in str(staging):
+            raise StorageError("no room in run")
+        create_staging_dir(staging, *arguments)
+
+    monkeypatch.setattr(manager, "create_staging_dir", refuse_run_dir)
+    assert made.save_checkpoint(engine, engine.train(progress), must_succeed=False)
+    disk.let.set()
+    with pytest.raises(StorageError, match="no room in run; No space left on device"):
+        made.publish_pending()
+
+
 def test_background_save_asks_all_ranks_less_and_less_often_until_they_are_done(job, monkeypatch):
     made, engine, progress, disk, _ = job()
     asked = []
     monkeypatch.setattr(
         "trainer.checkpoints.async_writer.gather_objects", lambda done, runtime: [asked.append(step), done]
     )
-    made._pending = None
+    made._pending_checkpoint = None
     made.state_buffer.copy_state = lambda state: True
     made.save_checkpoint(engine, engine.train(progress), must_succeed=False)
     for step in range(2, 40):
         made.pending_is_written(step)
     assert asked == [2, 3, 5, 9, 17, 25, 33]
     disk.let.set()
-    made._pending.wait_for_outcome()
+    made._pending_checkpoint.wait_for_outcome()
 
 
 def test_background_save_short_of_host_memory_is_written_in_the_step_and_noted_once(job):

@@ -44,7 +44,9 @@ class Job:
                 made.append((self.step, self.now))
                 self.now += price or 0
                 for rank in self.ranks:
-                    rank.record_attempt(self.step, price)
+                    if price is not None:
+                        rank.record_cost(price, price)
+                    rank.restart_interval(self.step)
         return made
 
 
@@ -127,5 +129,6 @@ def test_improvements_are_saved_no_more_often_than_the_interval_but_at_once_whil
             count += 1
             job.now += save_s
             for rank in job.ranks:
-                rank.record_attempt(step, save_s)
+                rank.record_cost(save_s, save_s)
+                rank.restart_interval(step)
     assert count == saved

@@ -12,7 +12,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -50,11 +50,11 @@ class StateBuffer:
 
         If a host has no room, or a copy failed, `refusal_reason` is set, and every later call returns False at once.
         """
-        if self.refusal_reason is not None:
+        if self.refusal_reason is not None:  # the same on all ranks, so that none waits for the others below
             return False
         buffer_is_large_enough = self._buffer is not None and self._buffer.numel() >= state.num_elements
         needed_bytes = 0 if buffer_is_large_enough else state.num_elements * FLOAT32_BYTES
-        self.refusal_reason = self._no_room_reason(needed_bytes)
+        self.refusal_reason = self._no_room_reason(needed_bytes)  # a collective, with the same result on all ranks
         if self.refusal_reason is not None:
             return False
         # A rank whose copy fails must still call the collective below, in which the other ranks wait for it.
@@ -87,7 +87,7 @@ class StateBuffer:
             needed_on_host = sum(need.needed_bytes for need in needs)
             # Ranks of a host may read different numbers, since memory changes meanwhile: the least counts.
             known_free_bytes = [need.free_bytes for need in needs if need.free_bytes is not None]
-            if not known_free_bytes:
+            if not known_free_bytes:  # unknown on this host: the copy is tried
                 continue
             free_bytes = min(known_free_bytes)
             if needed_on_host > MAX_MEMORY_SHARE * free_bytes:
@@ -153,30 +153,45 @@ class PendingCheckpoint:
     """When it was begun, by the monotonic clock."""
     untried_checkpoint_dirs: list[Path]
     """Directories in which its writing can still be tried, in this order: the run's own, then the fallback."""
-    size_bytes: int = 0
+    size_bytes: int
     """Of the tensors of all ranks together."""
-    replaces_older: bool = True
+    replaces_older: bool
     """Whether older checkpoints are deleted for it. They are not for one that is written only for the export."""
     stall_s: float = 0.0
     """Seconds that training has waited for it so far."""
     outcome: RankFileOutcome | None = None
     """How the write of this rank's file ended; None while its thread runs."""
     checkpoint_dir: Path = Path()
-    """The directory in which it is being written."""
+    """The parent directory of checkpoints, such as `<run>/checkpoints`, in which it is being written."""
+    failure_texts: list[str] = field(default_factory=list)
+    """For each directory that could not take it: why."""
     _thread: threading.Thread | None = None
     _next_query_step: int = 0
+    """The step from which on the ranks ask each other again whether all have written their files."""
 
     @classmethod
     def begin(
-        cls, progress: Progress, state: RankState, began_at: float, checkpoint_dirs: list[Path]
+        cls,
+        progress: Progress,
+        state: RankState,
+        began_at: float,
+        checkpoint_dirs: list[Path],
+        *,
+        size_bytes: int,
+        replaces_older: bool,
     ) -> PendingCheckpoint:
-        """A checkpoint of `state`, which was copied when the run stood at `progress`."""
+        """A checkpoint of `state`, the state of the run at `progress`; nothing of it is written yet.
+
+        `began_at`: now, by the monotonic clock. `checkpoint_dirs`: where its writing can be tried, in this order.
+        """
         return cls(
             step=progress.step,
             best_step=progress.best_step,
             state=state,
             began_at=began_at,
             untried_checkpoint_dirs=list(checkpoint_dirs),
+            size_bytes=size_bytes,
+            replaces_older=replaces_older,
             _next_query_step=progress.step + 1,
         )
 
@@ -184,6 +199,10 @@ class PendingCheckpoint:
     def staging_dir(self) -> Path:
         """The directory in which it is written until it is complete, such as `checkpoints/.step-000040.writing`."""
         return self.checkpoint_dir / f".{STEP_DIR_FORMAT.format(self.step)}.writing"
+
+    def use_next_directory(self) -> None:
+        """Set `checkpoint_dir`, and so `staging_dir`, to the next directory that was not tried."""
+        self.checkpoint_dir = self.untried_checkpoint_dirs.pop(0)
 
     def start_writing_thread(self) -> None:
         """Start a thread that writes this rank's file into `staging_dir`, which exists, and sets `outcome`."""

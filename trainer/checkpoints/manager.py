@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from strategies import atomic_io
 from strategies.atomic_io import WrittenFile, error_summary
@@ -31,11 +32,20 @@ from trainer.checkpoints.schedule import Schedule
 from trainer.checkpoints.staging import create_staging_dir, probe_fallback_dir, raise_if_any_rank_failed, run_on_rank_0
 
 
+class _PublishedFiles(NamedTuple):
+    """A checkpoint that has its name."""
+
+    path: Path
+    """Such as `checkpoints/step-000040`."""
+    size_bytes: int
+    """Of its files, of all ranks together."""
+
+
 class Checkpoints:
     """Writes and deletes the checkpoints of one run.
 
-    They form one branch in the order of steps, of which the newest and the best are kept. Checkpoints of a branch that was
-    given up are moved aside.
+    They form one branch: a sequence of steps, each taken from the weights of the one before. The newest and the best are kept. A
+    run that goes back to an earlier checkpoint gives the later ones up; they are moved aside.
     """
 
     def __init__(
@@ -45,7 +55,7 @@ class Checkpoints:
         runtime: Runtime,
         print_line: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`print_line`: prints a line that the user should see, on rank 0."""
+        """`print_line`: prints a line that the user should see, on rank 0. It may be called on every rank."""
         self.checkpoint_dirs = checkpoint_dirs
         """The directories for checkpoints; the first is the run's own, the others are tried when it cannot take one."""
         self.config = config
@@ -55,7 +65,7 @@ class Checkpoints:
         self.last_published: SavedCheckpoint | None = None
         """The last checkpoint that this process published; None before the first."""
         self.state_buffer = StateBuffer(runtime)
-        self._pending: PendingCheckpoint | None = None
+        self._pending_checkpoint: PendingCheckpoint | None = None
         self._reported_age_s = 0.0
         """Age of the pending checkpoint, in seconds, when the last message said that it is still being written."""
         self._complete_checkpoints: set[Path] = set()
@@ -85,7 +95,7 @@ class Checkpoints:
             error = probe_fallback_dir(self.checkpoint_dirs[1:], self.config.fallback_dir, self.print_line)
             try:
                 if error is None:
-                    self._move_newer_aside(resumed)
+                    self._give_up_newer_checkpoints(resumed)
             except (OSError, StorageError) as caught:
                 error = StorageError(
                     f"checkpoint: what is newer than {resumed} could not be moved aside ({error_summary(caught)}); move it away "
@@ -93,19 +103,22 @@ class Checkpoints:
                 )
             # Last: if this start is cut short before it, the next one goes back to the named checkpoint once more.
             try:
-                if error is None and resumed is not None:
+                if error is None and resumed is not None:  # records nothing if `resume` is `auto` or `never`
                     record_resumed_checkpoint(self.checkpoint_dirs, resume, resumed)
             except OSError as caught:
                 error = StorageError(
                     f"{self.checkpoint_dirs[0].parent}: cannot be written ({error_summary(caught)}); free space"
                 )
-        failure = first_rank_error(error, self.runtime)
+        failure = first_rank_error(error, self.runtime)  # a collective: only rank 0 can have an error
         if failure is not None:
             raise StorageError(failure.text)
 
-    def _move_newer_aside(self, resumed: Path | None) -> None:
-        """Move checkpoints newer than `resumed` (None: all) aside, and remove unfinished files of killed runs. On rank 0."""
-        restore_replaced(self.checkpoint_dirs)
+    def _give_up_newer_checkpoints(self, resumed: Path | None) -> None:
+        """Move checkpoints newer than `resumed` into `given-up-<n>`, and remove unfinished files of killed runs. On rank 0.
+
+        None: all are moved. Another checkpoint of the same step, in the other directory, counts as newer.
+        """
+        restore_replaced(self.checkpoint_dirs)  # a power cut may have left a checkpoint under a temporary name
         checkpoints = checkpoints_in(self.checkpoint_dirs)
         resumed_path = None if resumed is None else resumed.resolve()
         resumed_step = None  # stays None if it is another run's checkpoint: then all of this run's are moved aside
@@ -118,7 +131,7 @@ class Checkpoints:
         for step, path in checkpoints:
             if path.resolve() == resumed_path:
                 self._complete_checkpoints.add(path)
-            elif resumed_step is None or step >= resumed_step:  # also one of the same step in another directory
+            elif resumed_step is None or step >= resumed_step:
                 given_up_paths.append(path)
         for checkpoint_dir in self.checkpoint_dirs:
             remove_unfinished_dirs(checkpoint_dir)
@@ -150,7 +163,7 @@ class Checkpoints:
                 f"step {step} (checkpoint.keep={self.config.keep})"
             )
         self.continue_from_checkpoint(path)
-        self.schedule.record_attempt(step, took_s=None)
+        self.schedule.restart_interval(step)
         return path
 
     def follow_renamed_run_dir(self, run_dir: Path) -> None:
@@ -164,7 +177,7 @@ class Checkpoints:
 
         self.checkpoint_dirs[0] = new_dir
         self._complete_checkpoints = {new_path_of(path.parent) / path.name for path in self._complete_checkpoints}
-        pending = self._pending
+        pending = self._pending_checkpoint
         if pending is not None:
             pending.untried_checkpoint_dirs = [new_path_of(directory) for directory in pending.untried_checkpoint_dirs]
             pending.checkpoint_dir = new_path_of(pending.checkpoint_dir)
@@ -182,32 +195,33 @@ class Checkpoints:
     @property
     def pending_step(self) -> int | None:
         """The step whose checkpoint is being written while training continues; None if there is none."""
-        return None if self._pending is None else self._pending.step
+        return None if self._pending_checkpoint is None else self._pending_checkpoint.step
 
     def pending_is_written(self, step: int) -> bool:
-        """Whether all ranks have written the pending checkpoint, so that it can be published.
+        """Whether all ranks have written the pending checkpoint, so that it can be published; False if none is pending.
 
-        All ranks must call, after the same steps.
+        `step`: the run's current one. Prints a line from time to time if the write takes long. All ranks must call, after the
+        same steps: they ask each other only after some of them.
         """
-        if self._pending is None:
+        if self._pending_checkpoint is None:
             return False
-        is_written = self._pending.is_written(step, self.runtime)
-        written_s = time.monotonic() - self._pending.began_at
+        is_written = self._pending_checkpoint.is_written(step, self.runtime)
+        written_s = time.monotonic() - self._pending_checkpoint.began_at
         if not is_written and written_s >= self._reported_age_s + REPORT_INTERVAL_S:
             self._reported_age_s = written_s
             self.print_line(
-                f"checkpoint {STEP_DIR_FORMAT.format(self._pending.step)}: still being written after {written_s:.0f} s"
+                f"checkpoint {STEP_DIR_FORMAT.format(self._pending_checkpoint.step)}: still being written after {written_s:.0f} s"
             )
         return is_written
 
-    def _longer_disk_timeout(self, step: int, size_bytes: int) -> AbstractContextManager[None]:
+    def _with_longer_disk_timeout(self, step: int, size_bytes: int) -> AbstractContextManager[None]:
         """Within the context the ranks wait longer for each other, while `size_bytes` of the checkpoint of `step` are written."""
         return waiting_for_disk(f"checkpoint {STEP_DIR_FORMAT.format(step)}", size_bytes, self.runtime, self.print_line)
 
     def wait_at_most(self, limit_s: float) -> None:
         """Wait at most `limit_s` for the file that this rank is writing. The next start can publish it. No collective."""
-        if self._pending is not None:
-            self._pending.wait_at_most(limit_s)
+        if self._pending_checkpoint is not None:
+            self._pending_checkpoint.wait_at_most(limit_s)
 
     def save_checkpoint(
         self,
@@ -230,51 +244,59 @@ class Checkpoints:
           more than `checkpoint.max_failures` failures in a row. Else prints a warning and returns False.
 
         Arguments:
+            must_succeed: the run cannot go on without it; usually its last one.
             replaces_older: False for a checkpoint that is deleted after the export, so that no older one is deleted for it.
             attachments: files beside the state by name, which rank 0 writes.
         """
         began_at = time.monotonic()
-        with self._longer_disk_timeout(progress.step, size_bytes=0):  # rank 0 may still be writing its rows to the disk
+        # The size is only known after the collectives in here, which wait for rank 0: it may still be writing metrics to the disk.
+        with self._with_longer_disk_timeout(progress.step, size_bytes=0):
             state = engine.state(progress)
             num_elements = sum(gather_objects(state.num_elements, self.runtime))
         if attachments and self.runtime.is_main:
             state.attachments = dict(attachments)
-        checkpoint = PendingCheckpoint.begin(progress, state, began_at, self.checkpoint_dirs)
-        checkpoint.size_bytes = FLOAT32_BYTES * num_elements
-        checkpoint.replaces_older = replaces_older
-        with self._longer_disk_timeout(progress.step, checkpoint.size_bytes):
+        checkpoint = PendingCheckpoint.begin(
+            progress,
+            state,
+            began_at,
+            self.checkpoint_dirs,
+            size_bytes=FLOAT32_BYTES * num_elements,
+            replaces_older=replaces_older,
+        )
+        with self._with_longer_disk_timeout(progress.step, checkpoint.size_bytes):
             return self._save_or_begin(checkpoint, must_succeed=must_succeed)
 
     def _save_or_begin(self, checkpoint: PendingCheckpoint, *, must_succeed: bool) -> bool:
         """Write the checkpoint while training waits, or copy the state and begin to write it in the background.
 
+        It is written at once with `must_succeed`, with `checkpoint.background=false`, or if host memory has no room for a copy.
         Returns whether it was written or begun. All ranks must call.
         """
         if must_succeed:  # probably the last one, and the export needs the memory
             self.state_buffer.release()
         if must_succeed or not self.config.background or not self._copy_state(checkpoint.state):
-            return self._save_in_step(checkpoint, must_succeed=must_succeed)
-        self._pending = checkpoint
+            return self._write_while_training_waits(checkpoint, must_succeed=must_succeed)
+        self._pending_checkpoint = checkpoint
         self._reported_age_s = 0.0
-        failure_texts: list[str] = []
-        has_begun = self._start_writing(checkpoint, failure_texts)
-        # Training has waited for the copy so far; publishing adds its own wait later.
+        has_begun = self._start_writing(checkpoint)
+        # Training has waited for the copy so far; publishing adds its own wait later, and records the cost of both.
         checkpoint.stall_s = time.monotonic() - checkpoint.began_at
-        self.schedule.record_attempt(checkpoint.step, took_s=None)
+        self.schedule.restart_interval(checkpoint.step)
         if not has_begun:
-            self._pending = None
-            self._count_failure(failure_texts, must_succeed=False)
+            self._pending_checkpoint = None
+            self._count_failure(checkpoint.failure_texts, must_succeed=False)
         return has_begun
 
     def publish_pending(self) -> bool:
-        """Wait for the pending checkpoint and publish it. Returns whether it was published. All ranks must call.
+        """Wait for the pending checkpoint, and publish it: give it its manifest and its name. All ranks must call.
 
-        If one directory could not take it, the next is tried with the same copy. Raises StorageError as `save` does.
+        Returns whether it was published. If one directory could not take it, the next is tried with the same copy. Raises
+        StorageError on every rank after more than `checkpoint.max_failures` failures in a row.
         """
-        checkpoint = self._pending
-        self._pending = None
+        checkpoint = self._pending_checkpoint
+        self._pending_checkpoint = None
         assert checkpoint is not None
-        with self._longer_disk_timeout(checkpoint.step, checkpoint.size_bytes):
+        with self._with_longer_disk_timeout(checkpoint.step, checkpoint.size_bytes):
             return self._wait_and_publish(checkpoint)
 
     def _wait_and_publish(self, checkpoint: PendingCheckpoint) -> bool:
@@ -283,24 +305,23 @@ class Checkpoints:
         If its directory could not take it, the remaining ones are tried with the same copy of the state. All ranks must call.
         """
         wait_began_at = time.monotonic()
-        failure_texts: list[str] = []
         while True:
             # Each rank passes on how its own file ended: an error of one is raised on all.
             finish_files = partial(checkpoint.state.finish, outcome=checkpoint.wait_for_outcome())
             try:
-                path, size_bytes = self._complete_and_publish(checkpoint, finish_files)
+                published = self._complete_and_publish(checkpoint, finish_files)
                 break
             except StorageError as error:
-                self._warn_and_record_failure(error, failure_texts)
+                self._warn_of_failure(checkpoint, error)
             # The copy is still in the buffer, so that another directory can be tried.
-            if not self._start_writing(checkpoint, failure_texts):
-                self._count_failure(failure_texts, must_succeed=False)
+            if not self._start_writing(checkpoint):
+                self._count_failure(checkpoint.failure_texts, must_succeed=False)
                 return False
         now = time.monotonic()
-        checkpoint.stall_s += now - wait_began_at
+        # Training has waited for the copy, and waits here; between the two it went on while the thread wrote.
+        stall_s = checkpoint.stall_s + now - wait_began_at
         took_s = now - checkpoint.began_at
-        self._record_success(checkpoint, SavedCheckpoint(path, size_bytes, took_s=took_s, stall_s=checkpoint.stall_s))
-        self.schedule.record_cost(checkpoint.stall_s, write_s=took_s)
+        self._record_success(checkpoint, published, took_s=took_s, stall_s=stall_s)
         return True
 
     def _copy_state(self, state: RankState) -> bool:
@@ -309,7 +330,7 @@ class Checkpoints:
         If there is none, a line says so, once.
         """
         known_refusal = self.state_buffer.refusal_reason
-        if self.state_buffer.copy_state(state):
+        if self.state_buffer.copy_state(state):  # sets `refusal_reason` if it returns False
             return True
         if known_refusal is None:
             self.print_line(
@@ -317,54 +338,60 @@ class Checkpoints:
             )
         return False
 
-    def _start_writing(self, checkpoint: PendingCheckpoint, failure_texts: list[str]) -> bool:
+    def _start_writing(self, checkpoint: PendingCheckpoint) -> bool:
         """Start to write a checkpoint in the background, in the first directory not yet tried that has room for it.
 
-        Returns whether one had. `failure_texts`: gets a line for each directory that could not take it. All ranks must call.
+        Returns whether one had. A warning names each directory that could not take it. All ranks must call.
         """
         while checkpoint.untried_checkpoint_dirs:
-            # Decides `checkpoint.staging_dir` too, which lies in it.
-            checkpoint.checkpoint_dir = checkpoint.untried_checkpoint_dirs.pop(0)
+            checkpoint.use_next_directory()
             try:
                 create_staging_dir(checkpoint.staging_dir, self.runtime, checkpoint.state.require_space_on_disk)
             except StorageError as error:  # raised on all ranks or none, so that all try the next directory
-                self._warn_and_record_failure(error, failure_texts)
+                self._warn_of_failure(checkpoint, error)
                 continue
             checkpoint.start_writing_thread()
             return True
         return False
 
-    def _save_in_step(self, checkpoint: PendingCheckpoint, *, must_succeed: bool) -> bool:
-        """Write a checkpoint while training waits, in the first directory that can; False if none can. All ranks must call."""
-        failure_texts: list[str] = []
+    def _write_while_training_waits(self, checkpoint: PendingCheckpoint, *, must_succeed: bool) -> bool:
+        """Write and publish a checkpoint while training waits, in the first directory that can take it. All ranks must call.
+
+        Returns False if none can; StorageError then with `must_succeed`, or after too many failures in a row.
+        """
         while checkpoint.untried_checkpoint_dirs:
-            # Decides `checkpoint.staging_dir` too, which lies in it.
-            checkpoint.checkpoint_dir = checkpoint.untried_checkpoint_dirs.pop(0)
+            checkpoint.use_next_directory()
             try:
                 create_staging_dir(checkpoint.staging_dir, self.runtime)
-                path, size_bytes = self._complete_and_publish(checkpoint, checkpoint.state.save)
+                published = self._complete_and_publish(checkpoint, checkpoint.state.save)
             except StorageError as error:  # raised on all ranks or none, so that all try the next directory
-                self._warn_and_record_failure(error, failure_texts)
+                self._warn_of_failure(checkpoint, error)
                 continue
             took_s = time.monotonic() - checkpoint.began_at
-            # Training has waited all the time.
-            self._record_success(checkpoint, SavedCheckpoint(path, size_bytes, took_s=took_s, stall_s=took_s))
-            self.schedule.record_attempt(checkpoint.step, took_s)
+            self._record_success(checkpoint, published, took_s=took_s, stall_s=took_s)
+            self.schedule.restart_interval(checkpoint.step)
             return True
-        self.schedule.record_attempt(checkpoint.step, took_s=None)
-        self._count_failure(failure_texts, must_succeed=must_succeed)
+        self.schedule.restart_interval(checkpoint.step)
+        self._count_failure(checkpoint.failure_texts, must_succeed=must_succeed)
         return False
 
-    def _warn_and_record_failure(self, error: StorageError, failure_texts: list[str]) -> None:
-        """Print why a directory could not take the checkpoint, and add that to `failure_texts`, for the error if all fail."""
-        failure_texts.append(str(error))
+    def _warn_of_failure(self, checkpoint: PendingCheckpoint, error: StorageError) -> None:
+        """Print why a directory could not take the checkpoint, and keep that for the error that is raised if all fail."""
+        checkpoint.failure_texts.append(str(error))
         self.print_line(f"warning: {error}")
 
-    def _record_success(self, checkpoint: PendingCheckpoint, saved: SavedCheckpoint) -> None:
-        """After a checkpoint got its name: report it, and delete older ones that `checkpoint.keep` no longer keeps."""
+    def _record_success(
+        self, checkpoint: PendingCheckpoint, published: _PublishedFiles, *, took_s: float, stall_s: float
+    ) -> None:
+        """After a checkpoint got its name: report it, record its cost, and delete those that are no longer kept.
+
+        `took_s`: seconds from its beginning until it had its name. `stall_s`: seconds of these in which training waited.
+        """
         self._num_failures_in_a_row = 0
+        saved = SavedCheckpoint(published.path, published.size_bytes, took_s=took_s, stall_s=stall_s)
         self.last_published = saved
         self.print_line(saved.summary_line(self.checkpoint_dirs[0], self.schedule.checkpoint_interval_s))
+        self.schedule.record_cost(stall_s, write_s=took_s)
         if not self.runtime.is_main:
             return
         # The same step may have been written in another directory before.
@@ -376,9 +403,10 @@ class Checkpoints:
             self._delete_superseded_checkpoints(checkpoint.best_step)
 
     def _count_failure(self, failure_texts: list[str], *, must_succeed: bool) -> None:
-        """Count a failed checkpoint. Raises StorageError if it had to succeed, or if more than `checkpoint.max_failures` failed.
+        """Count a failed checkpoint, and print a line that the run continues without it.
 
-        `failure_texts`: for each directory, why it could not take the checkpoint.
+        `failure_texts`: for each directory, why it could not take the checkpoint. Raises StorageError instead if it had to
+        succeed, or if more than `checkpoint.max_failures` failed in a row.
         """
         self._num_failures_in_a_row += 1
         num_failures = self._num_failures_in_a_row
@@ -392,38 +420,39 @@ class Checkpoints:
 
     def _complete_and_publish(
         self, checkpoint: PendingCheckpoint, complete_files: Callable[[Path], list[WrittenFile]]
-    ) -> tuple[Path, int]:
+    ) -> _PublishedFiles:
         """Let `complete_files` finish a checkpoint's files, add the manifest, and rename the staging directory to `step-<n>`.
 
-        `complete_files` takes the staging directory, in which the checkpoint was begun, and returns its files. Returns (the
-        checkpoint's path, bytes of all its files). All ranks must call. Raises StorageError on every rank if that fails.
+        `complete_files` takes the staging directory, in which the checkpoint was begun, and returns its files: all on rank 0, none
+        on other ranks. All ranks must call. Raises StorageError on every rank if that fails.
         """
-        checkpoint_dir = checkpoint.checkpoint_dir
-        staging = checkpoint.staging_dir
-        final = checkpoint_dir / STEP_DIR_FORMAT.format(checkpoint.step)
+        staging_dir = checkpoint.staging_dir
         error: BaseException | None = None
         try:
-            files = complete_files(staging)
+            files = complete_files(staging_dir)
         except (OSError, RuntimeError, StorageError) as caught:
             error = caught
-        raise_if_any_rank_failed(error, staging, self.runtime)
+        raise_if_any_rank_failed(error, staging_dir, self.runtime)
+        named_dir = checkpoint.checkpoint_dir / STEP_DIR_FORMAT.format(checkpoint.step)
+        run_on_rank_0(partial(self._publish_staging_dir, staging_dir, named_dir, files), staging_dir, self.runtime)
+        return _PublishedFiles(named_dir, sum(file.size for file in files))
 
-        def publish() -> None:
-            """Write the manifest, by which all files are checked later, and give the checkpoint its name. On rank 0."""
-            remove_part_notes(staging, self.runtime.world_size)
-            write_manifest(staging, files)
-            if final in self._complete_checkpoints and final.exists():
-                # This branch wrote the same step before, when it still owed an evaluation.
-                atomic_io.publish_directory_replacing(
-                    staging, final, final.with_name(REPLACED_DIR_FORMAT.format(final.name))
-                )
-                return
-            if final.exists():  # another branch's, made since this one began
-                move_to_given_up_dir(checkpoint_dir, [final], self.print_line)
-            atomic_io.publish_directory(staging, final)
+    def _publish_staging_dir(self, staging_dir: Path, named_dir: Path, files: list[WrittenFile]) -> None:
+        """Write the manifest of `files` into `staging_dir`, and rename it to `named_dir`, durably. On rank 0.
 
-        run_on_rank_0(publish, staging, self.runtime)
-        return final, sum(file.size for file in files)
+        If this branch wrote the same step before, the new checkpoint replaces it; one of another branch is moved aside.
+        """
+        # The notes told a start after a crash which files of a rank were complete; the manifest tells that of all files.
+        remove_part_notes(staging_dir, self.runtime.world_size)
+        write_manifest(staging_dir, files)
+        if named_dir in self._complete_checkpoints and named_dir.exists():
+            # Written when the run still owed the evaluation of this step, and now once more with its result.
+            replaced_dir = named_dir.with_name(REPLACED_DIR_FORMAT.format(named_dir.name))
+            atomic_io.publish_directory_replacing(staging_dir, named_dir, replaced_dir)
+            return
+        if named_dir.exists():  # another branch's, made since this one began
+            move_to_given_up_dir(named_dir.parent, [named_dir], self.print_line)
+        atomic_io.publish_directory(staging_dir, named_dir)
 
     def discard_checkpoint_of_step(self, step: int) -> None:
         """Delete the checkpoint of a step, unless it is the only one. No collective; rank 0 deletes. A failure is a warning."""
@@ -463,6 +492,7 @@ class Checkpoints:
         if self.look_back_steps:
             last_rollback_step = verified_steps[-1] - self.look_back_steps
             rollback_steps = [step for step in verified_steps if step <= last_rollback_step]
+            # If none is that old yet, all are kept.
             oldest_kept_step = min(oldest_kept_step, max(rollback_steps, default=0))
         for step, path in checkpoints:
             if step >= oldest_kept_step or step == best_step:

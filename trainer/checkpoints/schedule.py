@@ -55,8 +55,10 @@ class Schedule:
         self._total_stall_s = 0.0
         """Seconds that all checkpoints of this process held training up."""
         self._last_save_at = clock()
-        self._asked_at = self._last_save_at
-        self._asked_step: int | None = None
+        """When the interval to the next checkpoint began."""
+        self._last_query_at = self._last_save_at
+        """When the ranks last asked rank 0 whether a checkpoint is due."""
+        self._last_query_step: int | None = None
         self._next_query_step = 0
 
     @property
@@ -84,7 +86,7 @@ class Schedule:
             return step % self.config.every_steps == 0
         if self.checkpoint_interval_s is None or step < self._next_query_step:
             return False
-        answer: _DueAnswer = broadcast_object(self._due_answer(step), self.runtime)
+        answer: _DueAnswer = broadcast_object(self._ask_clock(step), self.runtime)
         self._next_query_step = answer.next_query_step
         return answer.is_due
 
@@ -97,7 +99,13 @@ class Schedule:
         return broadcast_object(self._may_save_improvement(), self.runtime)
 
     def _may_save_improvement(self) -> bool:
-        """Whether an improvement may be saved now, by the clock of this rank (rank 0 decides for all)."""
+        """Whether an improvement may be saved now, by the clock of this rank (rank 0 decides for all).
+
+        - `every_minutes` is 0, so that time asks for no checkpoint: no.
+        - `every_minutes` is set: if these minutes have passed since the last checkpoint.
+        - Checkpoints have held training up for less than `UNRATIONED_STALL_S` in all: yes.
+        - Else: if the interval that loses the least time has passed (`optimal_interval_s`).
+        """
         minutes = self.config.every_minutes
         since_save_s = self.clock() - self._last_save_at
         if minutes is not None:
@@ -107,21 +115,21 @@ class Schedule:
         best_s = optimal_interval_s(median(self._recent_stalls_s), self.config.mtbf_h * 3600)
         return since_save_s >= max(best_s, self._last_write_s)
 
-    def _due_answer(self, step: int) -> _DueAnswer:
+    def _ask_clock(self, step: int) -> _DueAnswer:
         """Whether a checkpoint is due after this step, by the clock of this rank (rank 0 decides for all).
 
         Each question is a collective, so the ranks do not ask after each step. They ask again after half of the remaining time at
-        most, so that steps which became slow are noticed. Sets `_asked_at` and `_asked_step` for the next question.
+        most, so that steps which became slow are noticed. Sets `_last_query_at` and `_last_query_step` for the next question.
         """
         interval_s = self.checkpoint_interval_s
         assert interval_s is not None
         now = self.clock()
         steps_since = 1
-        if self._asked_step is not None:
-            steps_since = max(1, step - self._asked_step)
-        step_s = (now - self._asked_at) / steps_since
-        self._asked_at = now
-        self._asked_step = step
+        if self._last_query_step is not None:
+            steps_since = max(1, step - self._last_query_step)
+        step_s = (now - self._last_query_at) / steps_since
+        self._last_query_at = now
+        self._last_query_step = step
         left_s = interval_s - (now - self._last_save_at)
         if left_s <= step_s / 2:  # nearer to this step's end than to the next one's
             return _DueAnswer(is_due=True, next_query_step=step + 1)
@@ -135,14 +143,9 @@ class Schedule:
         self._total_stall_s += stall_s
         self._last_write_s = write_s
 
-    def record_attempt(self, step: int, took_s: float | None) -> None:
-        """Start the interval to the next checkpoint, after one was written, begun, or failed. All ranks must call.
-
-        `took_s`: seconds that training waited for it; None if it was only begun or could not be written.
-        """
-        if took_s is not None:
-            self.record_cost(took_s, took_s)
+    def restart_interval(self, step: int) -> None:
+        """Begin the interval to the next checkpoint anew, after one was written, begun, or failed at `step`. All ranks must call."""
         self._last_save_at = self.clock()
-        self._asked_at = self._last_save_at
-        self._asked_step = step
+        self._last_query_at = self._last_save_at
+        self._last_query_step = step
         self._next_query_step = step + 1
