@@ -78,7 +78,7 @@ def _steps(config: RunConfig, data: PreparedData, runtime: Runtime) -> list[dict
         made = loader.current_round
         by_reward = {}
         for name in config.objective.rewards:
-            by_reward[name] = np.stack([scores.by_reward[name] for scores in made.scores]).tolist()
+            by_reward[name] = np.stack([scores.scores_by_reward[name] for scores in made.scores]).tolist()
         steps.append(
             {
                 "texts": [[answer.ids for answer in group.answers] for group in made.groups],

@@ -151,21 +151,21 @@ def test_functions_of_three_conventions_score_alike(score, monkeypatch):
     columns = {"answer": "right", "ground_truth": "right", "level": 3}
     groups = [group(["right", "wrong", "cut"], columns), group(["right"], columns | {"level": None}, place=1)]
     first, second = score(["trl", "verifiers", "verl", "environment"], groups, step=2)
-    np.testing.assert_equal(first.by_reward["trl"], [3.0, 2.0, np.nan])
-    np.testing.assert_equal(first.by_reward["verifiers"], [1.5, 0.5, 0.5])
-    np.testing.assert_equal(first.by_reward["verl"], [1.0, 0.0, 0.0])
-    np.testing.assert_equal(first.by_reward["environment"], [1.0, 1.0, 1.0])
+    np.testing.assert_equal(first.scores_by_reward["trl"], [3.0, 2.0, np.nan])
+    np.testing.assert_equal(first.scores_by_reward["verifiers"], [1.5, 0.5, 0.5])
+    np.testing.assert_equal(first.scores_by_reward["verl"], [1.0, 0.0, 0.0])
+    np.testing.assert_equal(first.scores_by_reward["environment"], [1.0, 1.0, 1.0])
     np.testing.assert_equal(first.total, [6.5, 3.5, 1.5])
-    assert first.logged == {"trl/seen": [3.0], "verl/acc": [1.0, 1.0, 1.0]}
-    np.testing.assert_equal(second.by_reward["verifiers"], [1.25])
-    assert first.extra == {"verl/acc": [1.0, 1.0, 1.0]}
+    assert first.logged_numbers == {"trl/seen": [3.0], "verl/acc": [1.0, 1.0, 1.0]}
+    np.testing.assert_equal(second.scores_by_reward["verifiers"], [1.25])
+    assert first.extra_columns == {"verl/acc": [1.0, 1.0, 1.0]}
 
 
 def test_columns_that_functions_give_are_in_the_record_and_the_metrics(score, tmp_path):
     groups = [group(["right", "wrong", "cut"]), group(["cut", "cut", "a"], place=1)]
     scores = score(["extracts", "extracts_one"], groups)
-    assert scores[0].extra["extracts/upper"] == ["RIGHT", "WRONG", "CUT"]
-    assert scores[0].extra["extracts_one/first"] == ["r", "w", "c"]
+    assert scores[0].extra_columns["extracts/upper"] == ["RIGHT", "WRONG", "CUT"]
+    assert scores[0].extra_columns["extracts_one/first"] == ["r", "w", "c"]
     metrics = round_metrics(groups, scores, np.zeros(2, bool))
     assert metrics["extra/extracts/chars"] == pytest.approx(11 / 3)
     assert metrics["extra/extracts/mixed"] == 1 and "extra/extracts/upper" not in metrics
@@ -205,7 +205,7 @@ def test_a_call_that_takes_too_long_is_killed_and_counted(score):
     first, second = score(["hangs"], groups, timeout_s=1.5)
     np.testing.assert_equal(first.total, [1.0, np.nan, 1.0])
     np.testing.assert_equal(second.total, [1.0])
-    assert (first.timed_out, second.timed_out) == (1, 0)
+    assert (first.num_timed_out, second.num_timed_out) == (1, 0)
 
 
 def test_a_reward_that_is_never_in_time_ends_the_run_however_few_calls_a_round_has():
@@ -214,17 +214,17 @@ def test_a_reward_that_is_never_in_time_ends_the_run_however_few_calls_a_round_h
     never_in_time = Counter({"hangs": 0})
     for _ in range(3):
         for number in range(2):
-            _RoundOfCalls(calls, never_in_time).leave_unscored(number)
+            _RoundOfCalls(calls, never_in_time).give_up_call(number)
     recovering = Counter(never_in_time)
     last = _RoundOfCalls(calls, never_in_time)
-    last.leave_unscored(0)
+    last.give_up_call(0)
     with pytest.raises(
         DataError, match=r"hangs: 8 calls took longer than timeout_s=1, .* \(the last one: data.jsonl:1\)"
     ):
-        last.leave_unscored(1)
+        last.give_up_call(1)
     _RoundOfCalls(calls, recovering).keep_reply(0, {"scores": [1.0], "logged": {}, "extra": {}})
     for _ in range(10):
-        _RoundOfCalls(calls, recovering).leave_unscored(0)
+        _RoundOfCalls(calls, recovering).give_up_call(0)
 
 
 def test_a_process_that_crashes_is_tried_once_more(score):
@@ -296,7 +296,7 @@ def test_a_judge_gives_grades_beside_functions(reward_file, tmp_path):
     scorer = scorer_of(rewards, tmp_path, judge=judge)
     (scores,) = scorer.score([group(["10", "1", "none", "hang"], {"answer": "the right one"})], step=0)
     scorer.close()
-    np.testing.assert_equal(scores.by_reward["judge"], [1.0, 0.0, np.nan, np.nan])
+    np.testing.assert_equal(scores.scores_by_reward["judge"], [1.0, 0.0, np.nan, np.nan])
     np.testing.assert_equal(scores.total, [3.0, 1.0, 1.0, np.nan])
     assert "<reference>\nthe right one\n</reference>" in judge.asked[0]
     alone = scorer_of({"judge": RewardEntry(kind="judge")}, tmp_path, judge=judge)

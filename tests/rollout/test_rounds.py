@@ -191,7 +191,7 @@ def test_a_round_of_several_steps_goes_on_from_its_checkpoint(root, runtime, tmp
         for name in ("step", "samples", "round_step", "tokens"):
             setattr(second.progress, name, getattr(loaded, name))
         second.loader.restore(state)
-        assert second.loader.current_round.facts == first.loader.current_round.facts
+        assert second.loader.current_round.metrics == first.loader.current_round.metrics
         assert take_steps(second, 5 - stopped_after) == expected[stopped_after:]
         assert len(second.loader.round_builder.scorer.scored) == 1
 

@@ -135,7 +135,7 @@ def _open_reader(config: RunConfig, name: str, reward: RewardEntry) -> RewardMod
             max_positions=getattr(text_model_config(settings), "max_position_embeddings", None),
             max_batch_tokens=int(options["batch_tokens"]),
         )
-    reader.check(f"{key}={reward.path}")
+    reader.raise_if_unable_to_score(f"{key}={reward.path}")
     return reader
 
 

@@ -249,7 +249,8 @@ class Checkpoints:
             attachments: files beside the state by name, which rank 0 writes.
         """
         began_at = time.monotonic()
-        # The size is only known after the collectives in here, which wait for rank 0: it may still be writing metrics to the disk.
+        # The size is only known after the collectives in here, which wait for rank 0: it may still be writing metrics to the
+        # disk.
         with self._with_longer_disk_timeout(progress.step, size_bytes=0):
             state = engine.state(progress)
             num_elements = sum(gather_objects(state.num_elements, self.runtime))
@@ -423,8 +424,8 @@ class Checkpoints:
     ) -> _PublishedFiles:
         """Let `complete_files` finish a checkpoint's files, add the manifest, and rename the staging directory to `step-<n>`.
 
-        `complete_files` takes the staging directory, in which the checkpoint was begun, and returns its files: all on rank 0, none
-        on other ranks. All ranks must call. Raises StorageError on every rank if that fails.
+        `complete_files` takes the staging directory, in which the checkpoint was begun, and returns its files: all on rank 0,
+        none on other ranks. All ranks must call. Raises StorageError on every rank if that fails.
         """
         staging_dir = checkpoint.staging_dir
         error: BaseException | None = None

@@ -144,7 +144,10 @@ class Schedule:
         self._last_write_s = write_s
 
     def restart_interval(self, step: int) -> None:
-        """Begin the interval to the next checkpoint anew, after one was written, begun, or failed at `step`. All ranks must call."""
+        """Begin the interval to the next checkpoint anew, after one was written, begun, or failed at `step`.
+
+        All ranks must call.
+        """
         self._last_save_at = self.clock()
         self._last_query_at = self._last_save_at
         self._last_query_step = step

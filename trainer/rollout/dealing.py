@@ -24,6 +24,14 @@ class AnswerMicroBatch:
     """For each sequence of the batch, the index of its answer among the samples of the step; None for a filler."""
 
 
+class RankShare(NamedTuple):
+    """What one rank computes of a step."""
+
+    micro_batches: list[AnswerMicroBatch]
+    balance: float
+    """Mean of the ranks' tokens as a share of the highest, summed over micro-batches: 1.0 if no rank waits for another."""
+
+
 class GroupChunks(NamedTuple):
     """How a group of answers to one prompt is divided so that each chunk fits into a micro-batch."""
 
@@ -65,17 +73,16 @@ class AnswerBatcher:
         num_chunks = _rounded_up_quotient(group_size, self.micro_batch)
         return GroupChunks(num_chunks, chunk_size=_rounded_up_quotient(group_size, num_chunks))
 
-    def divide(self, samples: Sequence[AnswerSample], filler: AnswerSample) -> tuple[list[AnswerMicroBatch], float]:
-        """Divide the answers of a step among the data-parallel ranks, so that all take about as many tokens.
+    def divide(self, samples: Sequence[AnswerSample], filler: AnswerSample) -> RankShare:
+        """This rank's share of the answers of a step, which are divided so that all ranks take about as many tokens.
 
-        Returns (this rank's micro-batches, balance of the step). The balance is the mean of the ranks' tokens as a share of the
-        highest, summed over micro-batches: 1.0 if no rank waits for another. Answers that share a prompt's computation stay in
-        one micro-batch. Every rank has the same number of micro-batches. One without an answer has only `filler`, whose tokens
-        have no target.
+        Answers that share a prompt's computation stay in one micro-batch. Every rank has the same number of micro-batches. One
+        without an answer has only `filler`, whose tokens have no target.
         """
         # A unit is the answers that stay together; a slot is the units of one micro-batch.
-        units = self._answer_indices_by_unit(samples)
+        units = self._units_kept_together(samples)
         unit_tokens = np.array([self._num_tokens_of_unit(samples, unit) for unit in units], dtype=np.int64)
+        # As many as fit if each unit were as large as the largest: `assign_to_slots` counts units, not answers.
         units_per_slot = self.micro_batch // max(map(len, units), default=1)
         num_slots = max(1, _rounded_up_quotient(len(units), units_per_slot * self.dp_size)) * self.dp_size
         # `assign_to_slots` sorts slots by their tokens, so the micro-batches that ranks compute at the same time have about as
@@ -91,10 +98,10 @@ class AnswerBatcher:
             for unit in slot:
                 answer_indices += units[unit]
             own_micro_batches.append(self._collate(samples, answer_indices, filler))
-        return own_micro_batches, balance
+        return RankShare(own_micro_batches, balance)
 
-    def _answer_indices_by_unit(self, samples: Sequence[AnswerSample]) -> list[list[int]]:
-        """Indices in `samples` of the answers that stay in one micro-batch.
+    def _units_kept_together(self, samples: Sequence[AnswerSample]) -> list[list[int]]:
+        """The units of a step: for each, the indices in `samples` of answers that stay in one micro-batch.
 
         - The model does not share prompts: each answer alone.
         - It does: all answers to a prompt, or chunks of them if they are more than a micro-batch holds.
@@ -124,9 +131,10 @@ class AnswerBatcher:
         """The micro-batch of the answers with these indices; of `filler` without targets if there are none."""
         if not answer_indices:
             blank_sample = self.collator.without_targets(filler)
-            return AnswerMicroBatch(pin_batch(self.collator([blank_sample], self.cut), self.device), [None])
+            filler_batch = pin_batch(self.collator([blank_sample], self.cut), self.device)
+            return AnswerMicroBatch(filler_batch, answer_indices=[None])  # its sequence is no answer
         answer_samples = [samples[index] for index in answer_indices]
-        if self.shares_prompts:
+        if self.shares_prompts:  # then no ranks split rows, so that there is nothing to cut
             batch = self.collator.collate_with_shared_prompts(answer_samples)
         else:
             batch = self.collator(answer_samples, self.cut)

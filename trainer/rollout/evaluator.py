@@ -89,8 +89,8 @@ def reward_metrics(groups: Sequence[AnswerGroup], scores: Sequence[GroupScores],
     """
     totals = np.concatenate([group_scores.total for group_scores in scores])
     metrics = {REWARD_METRIC: _mean_of_known(totals)}
-    for name in scores[0].by_reward:
-        reward_values = np.concatenate([group_scores.by_reward[name] for group_scores in scores])
+    for name in scores[0].scores_by_reward:
+        reward_values = np.concatenate([group_scores.scores_by_reward[name] for group_scores in scores])
         metrics[f"eval/rewards/{name}/mean"] = _mean_of_known(reward_values)
     answers = all_answers(groups)
     metrics["eval/completions/mean_length"] = float(np.mean([len(answer.ids) for answer in answers]))

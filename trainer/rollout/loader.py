@@ -106,7 +106,8 @@ class RolloutLoader:
                 )
 
     def steps(self, first_sample: int, num_steps: int) -> Generator[StepBatch, None, None]:
-        """The batches of `num_steps` optimizer steps. Builds the next round when all steps of the current one are taken.
+        """The batches of `num_steps` optimizer steps, with metrics for their rows (`facts`). Builds the next round when all
+        steps of the current one are taken.
 
         A round is divided into `rollout.steps` batches, and used `rollout.iterations` times: with 2 and 3, its 6 steps learn from
         the batches 0, 1, 0, 1, 0, 1. It is generated with the weights of that moment, so the caller must take each step before
@@ -122,15 +123,15 @@ class RolloutLoader:
                 self.current_round = self.round_builder.build_round(first_sample, self.progress.step)
                 step_of_round = 0
             batch = self.step_batch(self.current_round, step_of_round % rollout.steps)
-            batch.facts = dict(self.current_round.facts)
+            batch.facts = dict(self.current_round.metrics)
             if not step_of_round:  # the first step of the round also reports what the round cost
-                batch.facts |= self.current_round.costs
+                batch.facts |= self.current_round.cost_metrics
             if steps_per_round > 1:
                 batch.facts[ROUND_STEP] = step_of_round
             step_of_round += 1
             if step_of_round == steps_per_round:  # with the last step of a round, its prompts count as consumed
                 step_of_round = 0
-                batch.samples = self.current_round.num_prompts
+                batch.samples = self.current_round.num_prompts  # prompts that the run has consumed with this step
                 first_sample += self.current_round.num_prompts
             batch.round_step = step_of_round
             batch.round_s = time.perf_counter() - started_at
@@ -142,19 +143,20 @@ class RolloutLoader:
         It counts no prompts as consumed: `steps` does so with the last step of the round.
         """
         settings = self.round_builder.settings
-        answers = rollout_round.answers_of_step(index, settings.rollout.steps)
-        samples, totals = rollout_round.samples(answers, settings.normalise, settings.rollout.max_new_tokens)
+        answer_numbers = rollout_round.answers_of_step(index, settings.rollout.steps)
+        step_data = rollout_round.step_data(answer_numbers, settings.normalise, settings.rollout.max_new_tokens)
         batcher = self.round_builder.batcher
-        own_micro_batches, balance = batcher.divide(samples, filler=rollout_round.sequence(0))
+        # A micro-batch for which no answer is left computes the round's first one, without targets.
+        share = batcher.divide(step_data.samples, filler=rollout_round.sequence(0))
         micro_batches = []
-        for micro_batch in own_micro_batches:
-            micro_batches.append(to_device({**micro_batch.batch, "totals": totals}, batcher.device))
+        for micro_batch in share.micro_batches:
+            micro_batches.append(to_device({**micro_batch.batch, "totals": step_data.totals}, batcher.device))
         return StepBatch(
             micro_batches=micro_batches,
-            totals=totals,
-            tokens=sum(len(sample.input_ids) for sample in samples),
-            local_tokens=batcher.num_local_tokens(own_micro_batches),
-            supervised_tokens=int(totals["tokens"]),
-            samples=0,
-            balance=balance,
+            totals=step_data.totals,
+            tokens=sum(len(sample.input_ids) for sample in step_data.samples),
+            local_tokens=batcher.num_local_tokens(share.micro_batches),
+            supervised_tokens=int(step_data.totals["tokens"]),
+            samples=0,  # prompts consumed by the step: the last step of a round sets it
+            balance=share.balance,
         )

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 MAX_PROMPTS_RATIO = 3
 """Most prompts answered for a round with `idle_groups=replace`, as a multiple of those that the round needs."""
-MIN_SPREAD_SHARE = 0.25
-"""Share of groups with differing rewards that is expected at least, so that no attempt answers more than four times as many
-prompts as are missing."""
+MIN_USEFUL_SHARE = 0.25
+"""Share of useful groups, whose rewards differ, that is expected at least, so that no attempt answers more than four times as
+many prompts as are missing."""
 MAX_IDLE_ATTEMPTS = 10
 """Attempts without one group of differing rewards after which the run ends: its rewards tell no answers apart."""
 
@@ -53,10 +53,13 @@ class _ScoredGroups:
         return selected
 
 
-class _KeptGroups(NamedTuple):
-    """The groups that a round learns from, after idle groups were replaced."""
+class _GroupsOfRound(NamedTuple):
+    """The groups of a round. Some of those that were generated may be idle: all answers score alike, and so teach nothing."""
 
-    groups: _ScoredGroups
+    generated: _ScoredGroups
+    """All, in the order of their prompts."""
+    kept: _ScoredGroups
+    """Those that the round learns from: all of them, or, if idle groups are replaced, the useful ones."""
     num_consumed_prompts: int
     """Prompts from the first one up to that of the last kept group, those of replaced groups included."""
 
@@ -84,6 +87,7 @@ class RoundBuilder:
     _seconds_by_stage: dict[str, float] = field(
         default_factory=lambda: {"write_s": 0.0, "reward_s": 0.0, "look_back_s": 0.0}
     )
+    """Seconds that generating answers, scoring them, and computing log-probabilities of them took in this round."""
 
     def build_round(self, first_sample: int, step: int) -> Round:
         """Generate and score the answers of the round after `first_sample` consumed prompts and `step` optimizer steps.
@@ -92,22 +96,23 @@ class RoundBuilder:
         fails or no group has rewards that differ, and Interrupted if the run is asked to stop.
         """
         self._seconds_by_stage = dict.fromkeys(self._seconds_by_stage, 0.0)
-        scored = self._generate_and_score(first_sample, self.num_prompts_per_round, step)
+        generated = self._generate_and_score(first_sample, self.num_prompts_per_round, step)
+        result = _GroupsOfRound(generated, kept=generated, num_consumed_prompts=self.num_prompts_per_round)
         replaced_metrics: dict[str, float] = {}
-        kept = _KeptGroups(scored, self.num_prompts_per_round)
         if self.settings.idle_groups is IdleGroups.replace:
-            # Appends the groups of further prompts to `scored`.
-            kept = self._replace_idle_groups(scored, first_sample, step)
-            num_kept = len(kept.groups.groups)
-            replaced_metrics["groups/replaced"] = kept.num_consumed_prompts - num_kept
+            result = self._replace_idle_groups(generated, first_sample, step)
+            num_kept = len(result.kept.groups)
+            replaced_metrics["groups/replaced"] = result.num_consumed_prompts - num_kept
             replaced_metrics["groups/missing"] = self.num_prompts_per_round - num_kept
         rollout_round = self.build_round_from_scores(
-            kept.groups.groups, kept.groups.scores, first_sample, kept.num_consumed_prompts
+            result.kept.groups, result.kept.scores, first_sample, result.num_consumed_prompts
         )
         self.report_phase("training")
-        is_idle = is_idle_group(self._learned_rewards(scored.scores))
-        rollout_round.facts = round_metrics(scored.groups, scored.scores, is_idle) | replaced_metrics
-        rollout_round.costs = self._time_metrics(scored.groups)
+        # The metrics are of all groups, also those that were replaced.
+        is_idle = is_idle_group(self._rewards_for_advantages(result.generated.scores))
+        answer_metrics = round_metrics(result.generated.groups, result.generated.scores, is_idle)
+        rollout_round.metrics = answer_metrics | replaced_metrics
+        rollout_round.cost_metrics = self._time_metrics(result.generated.groups)
         for listener in self.on_round:
             listener(rollout_round, step)
         return rollout_round
@@ -118,7 +123,8 @@ class RoundBuilder:
         """A round of answers that were scored, with its advantages and, if the loss reads them, log-probabilities.
 
         `groups`: the answers to one prompt each. `first_sample`: prompts consumed before the round. `num_prompts`: prompts that
-        it consumes. All ranks must call. Raises Interrupted, on all ranks alike, if the run is asked to stop.
+        it consumes; 0 if the groups were not generated for this run. All ranks must call. Raises Interrupted, on all ranks alike,
+        if the run is asked to stop.
         """
         rollout_round = Round(
             first_sample=first_sample,
@@ -128,7 +134,7 @@ class RoundBuilder:
             advantages=np.zeros((len(groups), self.settings.group_size)),  # replaced below
             is_learned=~np.isnan(stack_rewards(scores)),  # an answer without a reward is not learned
         )
-        # Those of groups that all score alike, and those that were cut off, if the settings say so.
+        # Excludes answers of groups that all score alike, and answers that were cut off, if the settings say so.
         self._exclude_answers_from_loss(rollout_round)
         self._set_logps_and_advantages(rollout_round)
         return rollout_round
@@ -136,45 +142,45 @@ class RoundBuilder:
     def _generate_and_score(self, first_sample: int, num_prompts: int, step: int) -> _ScoredGroups:
         """Answers to the `num_prompts` prompts after `first_sample` consumed ones, with their scores. All ranks must call."""
         prompts = self.prompts.read(first_sample, num_prompts)
-        with self._timed_stage(f"writing answers (after step {step})", timer="write_s"):
+        with self._timed_stage(f"writing answers (after step {step})", stage_key="write_s"):
             groups = self.group_generator.generate_groups(self.engine, prompts, self.settings.group_size)
-        with self._timed_stage(f"scoring answers (after step {step})", timer="reward_s"):
+        with self._timed_stage(f"scoring answers (after step {step})", stage_key="reward_s"):
             scores = self.scorer.score(groups, step=step)
         return _ScoredGroups(groups, scores)
 
-    def _replace_idle_groups(self, scored: _ScoredGroups, first_sample: int, step: int) -> _KeptGroups:
+    def _replace_idle_groups(self, first_attempt: _ScoredGroups, first_sample: int, step: int) -> _GroupsOfRound:
         """Replace idle groups, whose answers all score alike and so teach nothing, by answers to further prompts.
 
-        Appends the groups of further prompts to `scored`. Keeps the first groups whose rewards differ, as many as a round has;
-        fewer if `MAX_PROMPTS_RATIO` is reached. Prompts after that of the last kept group are not consumed: the next round
-        answers them again, with its own weights. All ranks must call. Raises DataError if no group has rewards that differ after
-        `MAX_IDLE_ATTEMPTS` attempts.
+        Keeps the first groups whose rewards differ, as many as a round has; fewer if `MAX_PROMPTS_RATIO` is reached. Prompts
+        after that of the last kept group are not consumed: the next round answers them again, with its own weights. All ranks
+        must call. Raises DataError if no group has rewards that differ after `MAX_IDLE_ATTEMPTS` attempts.
         """
         num_wanted = self.num_prompts_per_round
         max_prompts = MAX_PROMPTS_RATIO * num_wanted
-        num_attempts = 1  # the groups in `scored` are the first one
+        generated = _ScoredGroups(list(first_attempt.groups), list(first_attempt.scores))
+        num_attempts = 1
         while True:
-            is_idle = is_idle_group(self._learned_rewards(scored.scores))
+            is_idle = is_idle_group(self._rewards_for_advantages(generated.scores))
             useful_groups = np.flatnonzero(~is_idle).tolist()  # indices of groups whose rewards differ
-            num_answered = len(scored.groups)
+            num_answered = len(generated.groups)
             if len(useful_groups) >= num_wanted or (useful_groups and num_answered >= max_prompts):
                 break
             if not useful_groups and num_attempts >= MAX_IDLE_ATTEMPTS:
-                raise DataError(self._no_differing_rewards_message(scored))
+                raise DataError(self._nothing_to_learn_message(generated))
             # As many prompts as are needed if the share of useful groups stays what it was so far.
-            useful_share = max(MIN_SPREAD_SHARE, len(useful_groups) / num_answered)
+            useful_share = max(MIN_USEFUL_SHARE, len(useful_groups) / num_answered)
             num_further = math.ceil((num_wanted - len(useful_groups)) / useful_share)
-            if useful_groups:
+            if useful_groups:  # with none, `MAX_IDLE_ATTEMPTS` is the limit
                 num_further = min(num_further, max_prompts - num_answered)
             further = self._generate_and_score(first_sample + num_answered, num_further, step)
-            scored.groups += further.groups
-            scored.scores += further.scores
+            generated.groups += further.groups
+            generated.scores += further.scores
             num_attempts += 1
         kept = useful_groups[:num_wanted]
         num_consumed = kept[-1] + 1 if len(kept) == num_wanted else num_answered
-        return _KeptGroups(scored.select(kept), num_consumed)
+        return _GroupsOfRound(generated, kept=generated.select(kept), num_consumed_prompts=num_consumed)
 
-    def _no_differing_rewards_message(self, scored: _ScoredGroups) -> str:
+    def _nothing_to_learn_message(self, scored: _ScoredGroups) -> str:
         """The error message if all answers to each prompt have the same reward, so that there is nothing to learn."""
         rewards = stack_rewards(scored.scores)
         known_rewards = rewards[~np.isnan(rewards)]
@@ -188,12 +194,12 @@ class RoundBuilder:
         )
 
     def _exclude_answers_from_loss(self, rollout_round: Round) -> None:
-        """Set `is_learned` of a round to False for answers that the settings leave out of the loss.
+        """Set `is_learned`, bool [groups, answers], of a round to False for answers that the settings leave out of the loss.
 
         With `idle_groups=drop`: the answers of groups that all score alike. With `mask_truncated`: answers without an end.
         """
         if self.settings.idle_groups is IdleGroups.drop:
-            is_idle = is_idle_group(self._learned_rewards(rollout_round.scores))
+            is_idle = is_idle_group(self._rewards_for_advantages(rollout_round.scores))
             rollout_round.is_learned &= ~is_idle[:, None]
         if self.settings.mask_truncated:
             has_ended = [answer.has_ended for answer in all_answers(rollout_round.groups)]
@@ -207,31 +213,32 @@ class RoundBuilder:
         subtracted from the rewards first. `is_learned` must be final. All ranks must call.
         """
         settings = self.settings
-        rewards = self._learned_rewards(rollout_round.scores)
+        rewards = self._rewards_for_advantages(rollout_round.scores)
         has_several_updates = settings.rollout.steps * settings.rollout.iterations > 1
         kl_in_reward = settings.kl.weight > 0 and settings.kl.place is KlPlace.reward
-        answers = rollout_round.learned_numbers(range(rewards.size))
+        # Answers whose log-probabilities are needed. They are numbered as in the raveled `rewards`, [groups, answers].
+        answer_numbers = rollout_round.learned_answer_numbers(range(rewards.size))
         if kl_in_reward:
             # The divergence in the reward is that of every scored answer, whether it counts in the loss or not.
-            answers = np.flatnonzero(~np.isnan(rewards).ravel()).tolist()
+            answer_numbers = np.flatnonzero(~np.isnan(rewards).ravel()).tolist()
         temperature = settings.rollout.temperature
         old_logps: dict[int, np.ndarray] = {}
         if has_several_updates or kl_in_reward:
-            old_logps = self._compute_logps(rollout_round, answers, PolicyLogps(temperature))
+            old_logps = self._compute_logps(rollout_round, answer_numbers, PolicyLogps(temperature))
         if has_several_updates:
             rollout_round.old_logps = old_logps
         if settings.kl.weight > 0:
             reference = ReferenceLogps(temperature, self.references)
-            rollout_round.reference_logps = self._compute_logps(rollout_round, answers, reference)
+            rollout_round.reference_logps = self._compute_logps(rollout_round, answer_numbers, reference)
         if kl_in_reward:
-            rewards = self._subtract_divergence(rewards, old_logps, rollout_round.reference_logps)
+            rewards = self._rewards_minus_divergence(rewards, old_logps, rollout_round.reference_logps)
         if settings.combine is Combine.normalised:
-            # Each reward was already normalised within its group (`_learned_rewards`); here their sum is, over the batch.
+            # Each reward was already normalised within its group (`_rewards_for_advantages`); here their sum is, over the batch.
             rollout_round.advantages = advantages(rewards, Baseline.batch, Scale.batch_std)
         else:
             rollout_round.advantages = advantages(rewards, settings.baseline, settings.scale)
 
-    def _learned_rewards(self, scores: Sequence[GroupScores]) -> np.ndarray:
+    def _rewards_for_advantages(self, scores: Sequence[GroupScores]) -> np.ndarray:
         """The reward of each answer that advantages are computed from, float64 [groups, answers], nan where unscored.
 
         It is the weighted sum of the reward functions' scores; with `objective.combine=normalised`, of scores that are
@@ -241,12 +248,12 @@ class RoundBuilder:
         if self.settings.combine is Combine.sum:
             return rewards
         scores_by_reward = {}
-        for name in scores[0].by_reward:
-            scores_by_reward[name] = np.stack([group_scores.by_reward[name] for group_scores in scores])
+        for name in scores[0].scores_by_reward:
+            scores_by_reward[name] = np.stack([group_scores.scores_by_reward[name] for group_scores in scores])
         weight_by_reward = {name: reward.weight for name, reward in self.settings.rewards.items()}
         return normalised_sum(scores_by_reward, weight_by_reward, rewards)
 
-    def _subtract_divergence(
+    def _rewards_minus_divergence(
         self, rewards: np.ndarray, old_logps: dict[int, np.ndarray], reference_logps: dict[int, np.ndarray]
     ) -> np.ndarray:
         """Rewards minus `kl.weight` times the divergence of each answer from the reference model, float64 [groups, answers].
@@ -255,31 +262,33 @@ class RoundBuilder:
         arguments have float32 [tokens] by number of the answer in the round.
         """
         flat_rewards = rewards.copy().ravel()
-        for answer, old_logps_of_answer in old_logps.items():
-            divergence = float(np.sum(old_logps_of_answer.astype(np.float64) - reference_logps[answer]))
-            flat_rewards[answer] -= self.settings.kl.weight * divergence
+        for answer_number, old_logps_of_answer in old_logps.items():
+            divergence = float(np.sum(old_logps_of_answer.astype(np.float64) - reference_logps[answer_number]))
+            flat_rewards[answer_number] -= self.settings.kl.weight * divergence
         return flat_rewards.reshape(rewards.shape)
 
-    def _compute_logps(self, rollout_round: Round, answers: list[int], row_scorer: RowScorer) -> dict[int, np.ndarray]:
+    def _compute_logps(
+        self, rollout_round: Round, answer_numbers: list[int], row_scorer: RowScorer
+    ) -> dict[int, np.ndarray]:
         """The log-probability of each token of some answers, from forward passes: {answer number: float32 [tokens]}.
 
-        `answers`: numbers of answers in the round; without any, nothing is computed. `row_scorer`: by which weights, those of the
+        `answer_numbers`: of answers in the round; without any, nothing is computed. `row_scorer`: by which weights, those of the
         policy or of the reference model. All ranks must call.
         """
-        if not answers:
+        if not answer_numbers:
             return {}
-        with self._timed_stage("looking back at the answers", timer="look_back_s"):
-            samples = [rollout_round.sequence(answer) for answer in answers]
-            own_micro_batches, _ = self.batcher.divide(samples, filler=samples[0])
+        with self._timed_stage("looking back at the answers", stage_key="look_back_s"):
+            samples = [rollout_round.sequence(number) for number in answer_numbers]
+            own_micro_batches = self.batcher.divide(samples, filler=samples[0]).micro_batches
             # The answer numbers of each micro-batch's sequences; None for a filler.
-            answers_of_batches: list[list[int | None]] = []
+            numbers_by_batch: list[list[int | None]] = []
             for micro_batch in own_micro_batches:
-                answers_of_batches.append(
-                    [None if index is None else answers[index] for index in micro_batch.answer_indices]
+                numbers_by_batch.append(
+                    [None if index is None else answer_numbers[index] for index in micro_batch.answer_indices]
                 )
             batches = [to_device(micro_batch.batch, self.batcher.device) for micro_batch in own_micro_batches]
             return answer_logps(
-                self.engine, batches, answers_of_batches, row_scorer, self.runtime, self._raise_if_stopping
+                self.engine, batches, numbers_by_batch, row_scorer, self.runtime, self._raise_if_stopping
             )
 
     def _raise_if_stopping(self) -> None:
@@ -288,17 +297,17 @@ class RoundBuilder:
             raise Interrupted
 
     @contextmanager
-    def _timed_stage(self, status: str, *, timer: str) -> Iterator[None]:
-        """A context around a stage of a round: reports `status` as what the run is doing, and adds its seconds to a timer.
+    def _timed_stage(self, phase: str, *, stage_key: str) -> Iterator[None]:
+        """A context around a stage of a round: reports `phase` as what the run is doing, and counts the seconds of the stage.
 
-        `timer`: key of `_seconds_by_stage`. No seconds are added if the stage raises. Raises Interrupted before the stage
-        begins, if the run is asked to stop.
+        They are added to `_seconds_by_stage[stage_key]`. No seconds are added if the stage raises. Raises Interrupted before
+        the stage begins, if the run is asked to stop.
         """
         self._raise_if_stopping()
-        self.report_phase(status)
+        self.report_phase(phase)
         started_at = time.perf_counter()
         yield
-        self._seconds_by_stage[timer] += time.perf_counter() - started_at
+        self._seconds_by_stage[stage_key] += time.perf_counter() - started_at
 
     def _time_metrics(self, groups: Sequence[AnswerGroup]) -> dict[str, Any]:
         """Seconds of each stage of a round on its slowest rank, and the speed of generation. All ranks must call.
@@ -307,7 +316,7 @@ class RoundBuilder:
         """
         slowest_seconds = dict.fromkeys(self._seconds_by_stage, 0.0)
         for rank_seconds in gather_objects(self._seconds_by_stage, self.runtime):
-            for timer, seconds in rank_seconds.items():
-                slowest_seconds[timer] = max(slowest_seconds[timer], seconds)
+            for stage_key, seconds in rank_seconds.items():
+                slowest_seconds[stage_key] = max(slowest_seconds[stage_key], seconds)
         num_tokens = sum(len(answer.ids) for answer in all_answers(groups))
         return {**slowest_seconds, "written_tokens_per_s": num_tokens / max(slowest_seconds["write_s"], 1e-9)}

@@ -26,10 +26,10 @@ def round_metrics(
         "reward_std": _mean_of_known(_nan_std(rewards, axis=1)),
         "frac_reward_zero_std": float(is_idle.mean()),
         "answers/unscored": float(np.isnan(rewards).sum()),
-        "answers/timed_out": float(sum(score.timed_out for score in scores)),
+        "answers/timed_out": float(sum(score.num_timed_out for score in scores)),
     }
-    for name in scores[0].by_reward:
-        reward_values = np.concatenate([score.by_reward[name] for score in scores])
+    for name in scores[0].scores_by_reward:
+        reward_values = np.concatenate([score.scores_by_reward[name] for score in scores])
         metrics[f"rewards/{name}/mean"] = _mean_of_known(reward_values)
         metrics[f"rewards/{name}/std"] = float(_nan_std(reward_values, axis=0))
     metrics |= _source_metrics(groups, rewards, is_idle)
@@ -72,10 +72,10 @@ def _logged_metrics(scores: Sequence[GroupScores]) -> dict[str, float]:
     """
     values_by_name: dict[str, list[float]] = {}
     for score in scores:
-        for name, values in score.logged.items():
+        for name, values in score.logged_numbers.items():
             values_by_name.setdefault(f"logged/{name}", []).extend(values)
     for score in scores:
-        for name, column in score.extra.items():
+        for name, column in score.extra_columns.items():
             numbers = [value for value in column if isinstance(value, int | float) and math.isfinite(value)]
             # The numbers in verl's dictionaries are logged under the same name already.
             if numbers and f"logged/{name}" not in values_by_name:

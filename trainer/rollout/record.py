@@ -84,9 +84,9 @@ def answer_records(rollout_round: Round, max_groups: int | None = None) -> list[
                 "advantage": _json_number_or_none(rollout_round.advantages[group_index, index]),
                 "learned": bool(rollout_round.is_learned[group_index, index]),
             }
-            for name, reward_values in scores.by_reward.items():
+            for name, reward_values in scores.scores_by_reward.items():
                 row[f"rewards/{name}"] = _json_number_or_none(reward_values[index])
-            for name, values in scores.extra.items():
+            for name, values in scores.extra_columns.items():
                 row[f"{EXTRA_PREFIX}{name}"] = values[index]
             rows.append(row)
     _unify_extra_columns(rows)

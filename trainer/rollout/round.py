@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,15 @@ from trainer.objectives.answers import (
 from trainer.objectives.grpo_config import Normalise
 from trainer.rollout.groups import answer_weights
 from trainer.rollout.types import Answer, AnswerGroup, GroupScores
+
+
+class StepData(NamedTuple):
+    """What one optimizer step learns from, the same on all ranks."""
+
+    samples: list[AnswerSample]
+    """A sequence for each answer that counts in the loss."""
+    totals: dict[str, float]
+    """What sums over all ranks are divided by, such as {"loss": 512.0, "tokens": 512, "answers": 8}."""
 
 
 @dataclass(slots=True)
@@ -38,9 +48,9 @@ class Round:
     """float32 [tokens] by number of the answer: log-probabilities by the weights that generated it; empty without need."""
     reference_logps: dict[int, np.ndarray] = field(default_factory=dict)
     """float32 [tokens] by number of the answer: log-probabilities by the reference model; empty without one."""
-    facts: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     """Metrics of its answers, for the row of each of its steps."""
-    costs: dict[str, float] = field(default_factory=dict)
+    cost_metrics: dict[str, float] = field(default_factory=dict)
     """Metrics of how long it took to build, for the row of its first step."""
 
     @property
@@ -63,10 +73,10 @@ class Round:
         end_group = len(self.groups) * (index + 1) // num_steps
         return list(range(first_group * self.group_size, end_group * self.group_size))
 
-    def learned_numbers(self, numbers: Sequence[int]) -> list[int]:
-        """The numbers of those answers among `numbers` that count in the loss."""
+    def learned_answer_numbers(self, answer_numbers: Sequence[int]) -> list[int]:
+        """Those of the answers with these numbers that count in the loss: their numbers."""
         is_learned = self.is_learned.ravel()
-        return [number for number in numbers if is_learned[number]]
+        return [number for number in answer_numbers if is_learned[number]]
 
     def sequence(self, number: int) -> AnswerSample:
         """The tokens of answer `number` after those of its prompt, of which only the answer is supervised; no `row_entries`."""
@@ -76,17 +86,14 @@ class Round:
         supervised[len(group.prompt.ids) :] = True
         return AnswerSample(ids, supervised, prompt_index=number // self.group_size)
 
-    def samples(
-        self, numbers: Sequence[int], normalise: Normalise, max_new_tokens: int
-    ) -> tuple[list[AnswerSample], dict[str, float]]:
-        """The data of one optimizer step: (sequences of the answers that count in the loss, denominators of the step).
+    def step_data(self, answer_numbers: Sequence[int], normalise: Normalise, max_new_tokens: int) -> StepData:
+        """The data of one optimizer step: the answers with these numbers that count in the loss, with what the loss multiplies.
 
-        `numbers`: numbers of the step's answers in the round. Each sequence has `row_entries`, with a float32 for each token of
-        its answer: advantage, loss weight, and the log-probabilities that the loss compares. The denominators, over all ranks,
-        are what summed terms are divided by: {"loss": 512.0, "tokens": 512, "answers": 8}. `normalise`: what the loss is divided
-        by, `max_new_tokens`: the longest answer, by which it may be.
+        Each sequence has `row_entries`, with a float32 for each token of its answer: advantage, loss weight, and the
+        log-probabilities that the loss compares. `normalise`: what the loss is divided by, `max_new_tokens`: the longest
+        answer, by which it may be.
         """
-        learned_numbers = self.learned_numbers(numbers)
+        learned_numbers = self.learned_answer_numbers(answer_numbers)
         answers = [self.answer(number)[1] for number in learned_numbers]
         lengths = np.array([len(answer.ids) for answer in answers], dtype=np.int64)
         weights, loss_denominator = answer_weights(lengths, normalise, max_new_tokens)
@@ -105,7 +112,8 @@ class Round:
             if self.reference_logps:
                 sample.row_entries[REFERENCE_LOGPS] = self.reference_logps[number]
             samples.append(sample)
-        return samples, {"loss": loss_denominator, "tokens": int(lengths.sum()), "answers": len(learned_numbers)}
+        totals = {"loss": loss_denominator, "tokens": int(lengths.sum()), "answers": len(learned_numbers)}
+        return StepData(samples, totals)
 
 
 def stack_rewards(scores: Sequence[GroupScores]) -> np.ndarray:

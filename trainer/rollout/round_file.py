@@ -17,8 +17,9 @@ ROUND_FILE = "round.safetensors"
 def serialize_round(rollout_round: Round) -> bytes:
     """A round as the content of `ROUND_FILE`: tokens, rewards, advantages, log-probabilities and metrics, but no texts.
 
-    Sequences of unequal length are stored as one array and one of lengths: prompts [5, 6] and [7] are `prompt_ids` [5, 6, 7] and
-    `prompt_lengths` [2, 1]. `deserialize_round` is the inverse.
+    Sequences of unequal length are stored as one array and one of lengths: prompts [5, 6] and [7] are `prompt_ids` [5, 6, 7]
+    and `prompt_lengths` [2, 1]. `deserialize_round` is the inverse. The names of arrays are older than some names in the code,
+    and stay readable for earlier checkpoints: "places" are the numbers of the prompts.
     """
     from safetensors.numpy import save
 
@@ -40,9 +41,9 @@ def serialize_round(rollout_round: Round) -> bytes:
     }
     # Metrics of the answers, which `metrics.jsonl` gets at each remaining step. A file of arrays holds no texts: the names are
     # the bytes of a JSON list.
-    names = json.dumps(list(rollout_round.facts)).encode()
+    names = json.dumps(list(rollout_round.metrics)).encode()
     arrays["fact_names"] = np.frombuffer(names, np.uint8)
-    arrays["facts"] = np.array([*rollout_round.facts.values()], np.float64)
+    arrays["facts"] = np.array([*rollout_round.metrics.values()], np.float64)
     arrays["places"] = np.array([prompt.prompt_number for prompt in prompts], np.int64)
     arrays["ended"] = np.array([answer.has_ended for answer in answers], np.uint8)
     arrays["writer_logps"] = _concatenate([answer.logprobs for answer in answers], np.float32)
@@ -69,7 +70,7 @@ def deserialize_round(content: bytes, where: str) -> Round:
         # Prompts with their answers.
         answer_lengths = arrays["answer_lengths"]
         answer_ids = _split(arrays["answer_ids"], answer_lengths)
-        writer_logps = _split(arrays["writer_logps"], answer_lengths)
+        generation_logps = _split(arrays["writer_logps"], answer_lengths)
         has_ended = arrays["ended"].astype(bool).tolist()
         prompt_ids = _split(arrays["prompt_ids"], arrays["prompt_lengths"])
         groups = []
@@ -77,14 +78,14 @@ def deserialize_round(content: bytes, where: str) -> Round:
         for group_index, (prompt_number, ids) in enumerate(zip(prompt_numbers, prompt_ids, strict=True)):
             answers = []
             for sample_index in range(group_size):
-                answer = group_index * group_size + sample_index  # its number in the round
+                answer_number = group_index * group_size + sample_index
                 answers.append(
                     Answer(
                         sample_index,
-                        answer_ids[answer].tolist(),
-                        logprobs=writer_logps[answer],
+                        answer_ids[answer_number].tolist(),
+                        logprobs=generation_logps[answer_number],
                         text="",
-                        has_ended=has_ended[answer],
+                        has_ended=has_ended[answer_number],
                     )
                 )
             prompt = Prompt(prompt_number, ids.tolist(), text="", columns={}, origin="")
@@ -96,10 +97,10 @@ def deserialize_round(content: bytes, where: str) -> Round:
             numbers = arrays[f"{name}_answers"]
             logps_of_answers = _split(arrays[f"{name}_logps"], answer_lengths[numbers])
             logps[name] = dict(zip(numbers.tolist(), logps_of_answers, strict=True))
-        facts: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         if "facts" in arrays:  # not in checkpoints of earlier versions
             names = json.loads(arrays["fact_names"].tobytes())
-            facts = dict(zip(names, arrays["facts"].tolist(), strict=True))
+            metrics = dict(zip(names, arrays["facts"].tolist(), strict=True))
         return Round(
             first_sample=first_sample,
             num_prompts=num_prompts,
@@ -109,7 +110,7 @@ def deserialize_round(content: bytes, where: str) -> Round:
             is_learned=arrays["is_learned"].astype(bool),
             old_logps=logps["old"],
             reference_logps=logps["reference"],
-            facts=facts,
+            metrics=metrics,
         )
     except (SafetensorError, KeyError, ValueError, IndexError) as error:
         raise StorageError(f"{where}: holds no round of answers ({error}); it is damaged") from error

@@ -28,8 +28,8 @@ def trial_report(groups: Sequence[AnswerGroup], scores: Sequence[GroupScores]) -
     answers = all_answers(groups)
     lengths = np.array([len(answer.ids) for answer in answers])
     by_reward: dict[str, Any] = {}
-    for name in scores[0].by_reward:
-        reward_values = np.stack([score.by_reward[name] for score in scores])  # [groups, answers]
+    for name in scores[0].scores_by_reward:
+        reward_values = np.stack([score.scores_by_reward[name] for score in scores])  # [groups, answers]
         by_reward[name] = _reward_summary(reward_values)
     is_truncated = [not answer.has_ended for answer in answers]
     idle_shares = {str(size): expected_idle_share(rewards, size) for size in GROUP_SIZES}
@@ -39,7 +39,7 @@ def trial_report(groups: Sequence[AnswerGroup], scores: Sequence[GroupScores]) -
         "draws": len(groups[0].answers),
         "reward": _reward_summary(rewards),
         "rewards": by_reward,
-        "timed_out": sum(score.timed_out for score in scores),
+        "timed_out": sum(score.num_timed_out for score in scores),
         "idle_share_by_group_size": idle_shares,
         "mean_length": float(lengths.mean()),
         "longest": int(lengths.max()),
@@ -103,7 +103,9 @@ def _group_record(group: AnswerGroup, scores: GroupScores) -> dict[str, Any]:
     worst = int(scored[np.argmin(scores.total[scored])])
     for name, index in (("best", best), ("worst", worst)):
         answer = group.answers[index]
-        answer_rewards = {reward: _json_number_or_none(values[index]) for reward, values in scores.by_reward.items()}
+        answer_rewards = {
+            reward: _json_number_or_none(values[index]) for reward, values in scores.scores_by_reward.items()
+        }
         record[name] = {
             "reward": float(scores.total[index]),
             "rewards": answer_rewards,

@@ -68,13 +68,13 @@ class GroupScores:
 
     total: np.ndarray
     """float64 [answers]: the weighted sum that is learned from; nan where no reward applied to an answer (unscored)."""
-    by_reward: dict[str, np.ndarray] = field(default_factory=dict)
+    scores_by_reward: dict[str, np.ndarray] = field(default_factory=dict)
     """float64 [answers] by the name of the reward, before its weight; nan where it did not apply."""
-    timed_out: int = 0
+    num_timed_out: int = 0
     """Answers that a reward had no time to score."""
-    logged: dict[str, list[float]] = field(default_factory=dict)
+    logged_numbers: dict[str, list[float]] = field(default_factory=dict)
     """What reward functions logged themselves (`log_metric`), by name."""
-    extra: dict[str, list[Any]] = field(default_factory=dict)
+    extra_columns: dict[str, list[Any]] = field(default_factory=dict)
     """Further columns of the record (`log_extra`), by `REWARD/NAME`: a JSON value for each answer, or None."""
 
 

@@ -79,7 +79,7 @@ def open_rounds(
 
 def _warn_of_reward_timeouts(rollout_round: Round, step: int, context: RunContext) -> None:
     """Print a warning if rewards had no time for some answers of a round: a resumed run might not leave out the same ones."""
-    timed_out = int(rollout_round.facts.get("answers/timed_out", 0))
+    timed_out = int(rollout_round.metrics.get("answers/timed_out", 0))
     if timed_out and context.runtime.is_main:
         context.console.print_line(
             f"warning: the round of step {step + 1} is not reproducible: scores that a reward did not give within its "

@@ -12,7 +12,6 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,17 @@ class AnswersOfGroup:
     """Answers to one prompt, as rewards see them."""
 
     prompt: str | list[dict[str, Any]]
+    """A text, or the messages of a conversation."""
     columns: dict[str, Any]
+    """Of the prompt's data row, such as {"answer": "4"}."""
     texts: list[str]
+    """One for each answer, as are `ids` and `truncated`."""
     ids: list[list[int]]
+    """Token ids."""
     truncated: list[bool]
+    """Whether the answer reached the longest length instead of ending by itself."""
     step: int
+    """Optimizer steps taken so far."""
 
     def completions(self) -> list[Any]:
         """The answers in the form of the prompt: texts, or lists of one message."""
@@ -48,16 +53,16 @@ class CallResult:
 
     scores: list[float | None]
     """One for each answer; None: the reward does not apply to it."""
-    logged: dict[str, list[float]] = field(default_factory=dict)
+    logged_numbers: dict[str, list[float]] = field(default_factory=dict)
     """Numbers that the function logged itself, by name."""
-    extra: dict[str, list[Any]] = field(default_factory=dict)
+    extra_columns: dict[str, list[Any]] = field(default_factory=dict)
     """Further columns of the record that the function gave, by name: a JSON value for each answer; None: none for it."""
 
 
 def load_function(file: Path, name: str) -> Callable[..., Any]:
-    """The function `name` of a Python file, which is run for it. Modules beside the file can be imported.
+    """The function `name` of a Python file, which is run for it. Modules beside the file can be imported, now and later.
 
-    Raises what the file raises.
+    The file becomes the module of its stem, in place of another one of that name. Raises what the file raises.
     """
     directory = str(file.parent)
     if directory not in sys.path:
@@ -95,60 +100,37 @@ class FunctionReward:
         - verifiers: for each answer, with `prompt` and `completion`; it returns the same.
         """
         result = CallResult([])
-        call = partial(self._call, answers, result)
+        num_answers = len(answers.texts)
         if self.signature.convention is Convention.trl:
-            columns = {name: [value] * len(answers.texts) for name, value in answers.columns.items()}
-            given: dict[str, Any] = {
-                "prompts": [answers.prompt] * len(answers.texts),
+            logging_functions = _logging_functions(result, range(num_answers), num_answers)
+            available: dict[str, Any] = {name: [value] * num_answers for name, value in answers.columns.items()}
+            available |= {
+                "prompts": [answers.prompt] * num_answers,
                 "completions": answers.completions(),
                 "completion_ids": answers.ids,
                 "truncated": answers.truncated,
+                "step": answers.step,
             }
-            every_answer = range(len(answers.texts))
-            result.scores = _parse_score_list(call(columns, given, every_answer), len(answers.texts))
+            returned = self._call_function({**available, **logging_functions, **self.options})
+            result.scores = _parse_score_list(returned, num_answers)
             return result
-        for number, completion in enumerate(answers.completions()):
-            given = {"completion_ids": answers.ids[number], "truncated": answers.truncated[number]}
+        for index, completion in enumerate(answers.completions()):
+            logging_functions = _logging_functions(result, range(index, index + 1), num_answers)
+            available = {**answers.columns, "completion_ids": answers.ids[index], "truncated": answers.truncated[index]}
             if self.signature.convention is Convention.verl:
-                given["solution_str"] = answers.texts[number]
+                available["solution_str"] = answers.texts[index]
             else:
-                given |= {"prompt": answers.prompt, "completion": completion}
-            returned = call(answers.columns, given, range(number, number + 1))
-            result.scores.append(_parse_answer_score(returned, result, number, len(answers.texts)))
+                available |= {"prompt": answers.prompt, "completion": completion}
+            available["step"] = answers.step
+            returned = self._call_function({**available, **logging_functions, **self.options})
+            result.scores.append(_parse_answer_score(returned, result, index, num_answers))
         return result
 
-    def _call(
-        self,
-        answers: AnswersOfGroup,
-        result: CallResult,
-        columns: dict[str, Any],
-        given: dict[str, Any],
-        numbers: range,
-    ) -> Any:
-        """Call the function with those of the arguments that it names, and return its result. What it logs goes into `result`.
+    def _call_function(self, available: dict[str, Any]) -> Any:
+        """Call the function with those of the available arguments that it names; returns what it returns.
 
-        Arguments, of which a later one wins over an earlier one of the same name: `columns` of the row, such as {"answer": "4"};
-        `given`, such as {"completion": "It is 4."}, with `step`, `log_metric` and `log_extra`; and the reward's options.
-        `numbers`: of the answers that it scores. Raises BadScore if it calls `log_extra` without a value for each of them.
+        `available`: by name, such as {"completion": "It is 4.", "answer": "4", "step": 12}.
         """
-
-        def log_metric(name: str, value: float) -> None:
-            """For the function to call: keep a number, whose mean over the round is logged."""
-            result.logged.setdefault(str(name), []).append(float(value))
-
-        def log_extra(column: str, values: Any) -> None:
-            """For the function to call: keep a value for each answer, as a further column of the round's record."""
-            is_list = hasattr(values, "__len__") and not isinstance(values, str | bytes | dict)
-            if not is_list or len(values) != len(numbers):
-                raise BadScore(
-                    f"called log_extra({str(column)!r}, {_short_repr(values)}); it takes a list with a value for each of "
-                    f"{len(numbers)} answers"
-                )
-            for number, value in zip(numbers, values, strict=True):
-                _set_extra_value(result, column, number, len(answers.texts), value)
-
-        given |= {"step": answers.step, "log_metric": log_metric, "log_extra": log_extra}
-        available = {**columns, **given, **self.options}
         if self.signature.takes_all:
             arguments = available
         else:
@@ -157,6 +139,33 @@ class FunctionReward:
         if inspect.isawaitable(returned):
             returned = asyncio.run(_wait_for(returned))
         return returned
+
+
+def _logging_functions(result: CallResult, answer_indices: range, num_answers: int) -> dict[str, Callable[..., None]]:
+    """The functions `log_metric` and `log_extra`, by name, which a reward function may call; they write into `result`.
+
+    `answer_indices`: of the answers that the call scores, of the `num_answers` in the group.
+    """
+
+    def log_metric(name: str, value: float) -> None:
+        """Keep a number, whose mean over the round is logged."""
+        result.logged_numbers.setdefault(str(name), []).append(float(value))
+
+    def log_extra(column: str, values: Any) -> None:
+        """Keep a value for each answer, as a further column of the round's record.
+
+        Raises BadScore for other than a list of them.
+        """
+        is_list = hasattr(values, "__len__") and not isinstance(values, str | bytes | dict)
+        if not is_list or len(values) != len(answer_indices):
+            raise BadScore(
+                f"called log_extra({str(column)!r}, {_short_repr(values)}); it takes a list with a value for each of "
+                f"{len(answer_indices)} answers"
+            )
+        for index, value in zip(answer_indices, values, strict=True):
+            _set_value_in_extra_column(result, column, index, num_answers, value)
+
+    return {"log_metric": log_metric, "log_extra": log_extra}
 
 
 async def _wait_for(awaitable: Any) -> Any:
@@ -178,23 +187,26 @@ def _parse_score_list(returned: Any, num_answers: int) -> list[float | None]:
     return [parse_score(score) for score in returned]
 
 
-def _set_extra_value(result: CallResult, column: Any, number: int, num_answers: int, value: Any) -> None:
-    """Set the value of answer `number` in a further column of the record, `result.extra`; as a text if JSON has no such type.
+def _set_value_in_extra_column(
+    result: CallResult, column: Any, answer_index: int, num_answers: int, value: Any
+) -> None:
+    """Set the value of an answer in a further column of the record, `result.extra_columns`; as a text if JSON has no such type.
 
     Creates the column, with None for each of the `num_answers` answers, if it is new.
     """
     if hasattr(value, "item") and getattr(value, "size", None) == 1:  # of numpy and torch
         value = value.item()
     is_plain = value is None or isinstance(value, str | bool | int | float)
-    values = result.extra.setdefault(str(column), [None] * num_answers)
-    values[number] = value if is_plain else str(value)
+    values = result.extra_columns.setdefault(str(column), [None] * num_answers)
+    values[answer_index] = value if is_plain else str(value)
 
 
-def _parse_answer_score(returned: Any, result: CallResult, number: int, num_answers: int) -> float | None:
-    """The score of answer `number` that a function returned which scores one answer at a time.
+def _parse_answer_score(returned: Any, result: CallResult, answer_index: int, num_answers: int) -> float | None:
+    """The score of one answer of a group that a function returned which scores one answer at a time.
 
-    It is a score, or a dictionary as of verl, {"score": 1.0, "steps": 3}: then the other values are added to `extra` of
-    `result`, and the numbers among them to `logged`. Raises BadScore if there is no score.
+    It is a score, or a dictionary as of verl, {"score": 1.0, "steps": 3}: then the other values go into the record of the answer
+    (`extra_columns` of `result`), and the numbers among them into the metrics (`logged_numbers`). Raises BadScore if there is no
+    score.
     """
     if not isinstance(returned, dict):
         return parse_score(returned)
@@ -203,9 +215,9 @@ def _parse_answer_score(returned: Any, result: CallResult, number: int, num_answ
     for name, value in returned.items():
         if name == "score":
             continue
-        _set_extra_value(result, name, number, num_answers, value)
+        _set_value_in_extra_column(result, name, answer_index, num_answers, value)
         if isinstance(value, Real):
-            result.logged.setdefault(str(name), []).append(float(value))
+            result.logged_numbers.setdefault(str(name), []).append(float(value))
     return parse_score(returned["score"])
 
 
@@ -213,6 +225,7 @@ def parse_score(returned: Any) -> float | None:
     """A score as a float; None where the reward does not apply. Raises BadScore for a text, and for NaN and infinities."""
     if returned is None:
         return None
+    # Numbers of numpy and torch too; a text such as "nan" would be taken by `float`.
     is_number = hasattr(returned, "__float__") and not isinstance(returned, str | bytes)
     try:
         score = float(returned) if is_number else math.nan

@@ -48,9 +48,10 @@ class RewardModelReader:
         rendered = []
         for answer in group.answers:
             text = self._render_conversation(turns, answer.text, group.prompt.origin)
-            # The encoder undoes escaping: what has an escape mark becomes ordinary characters.
+            # `_render_conversation` has escaped control tokens, with a mark. The encoder undoes that: they become ordinary
+            # characters.
             rendered.append(RenderedText(text, spans=[], escaped=ESCAPE_MARK in text))
-        encodings, _encoded_texts = self.encoder.tokenize(rendered)
+        encodings, _ = self.encoder.tokenize(rendered)
         ids_of_answers: list[list[int] | None] = []
         for encoding in encodings:
             self._raise_if_unknown_token(encoding.ids, group.prompt.origin)
@@ -78,7 +79,8 @@ class RewardModelReader:
         conversation = []
         for turn in turns:
             content = str(turn["content"])
-            escaped = self.encoder.escape_text(Document(origin, 0, text=content), content)
+            document = Document(origin, 0, text=content)  # for errors, and to look for control tokens
+            escaped = self.encoder.escape_text(document, content)
             conversation.append({**turn, "content": escaped})
         # `ESCAPE_MARK`, a private character that marks escaped text, is removed from the answer, which could else forge the mark.
         answer = answer.replace(ESCAPE_MARK, "")
@@ -87,8 +89,12 @@ class RewardModelReader:
         conversation.append({"role": "assistant", "content": answer})
         return self.encoder.template.render_text(conversation, origin)
 
-    def check(self, setting: str) -> None:
-        """Raise ConfigError, which begins with `setting`, if the model cannot read a question and its answer."""
+    def raise_if_unable_to_score(self, setting: str) -> None:
+        """Raise ConfigError, which begins with `setting`, if the model cannot read a question and its answer.
+
+        That is so if its padding token is out of its vocabulary, if its chat template refuses the conversation or leaves the
+        answer out, or if its tokenizer makes tokens that the model has no embedding for.
+        """
         if not 0 <= self.pad_token_id < self.vocabulary_size:
             raise ConfigError(
                 f"{setting}: its pad_token_id is {self.pad_token_id}, and the model has tokens 0 to "
@@ -107,7 +113,7 @@ class RewardModelReader:
                 "options.chat_template=FILE"
             )
         rendered = RenderedText(text, spans=[], escaped=ESCAPE_MARK in text)
-        encodings, _encoded_texts = self.encoder.tokenize([rendered])
+        encodings, _ = self.encoder.tokenize([rendered])
         try:
             self._raise_if_unknown_token(encodings[0].ids, "a question and its answer")
         except DataError as error:
@@ -154,12 +160,20 @@ class _ModelScores:
 class _AnswerText(NamedTuple):
     """A prompt with an answer that this rank scores."""
 
-    group: int
-    """Index of the group."""
-    answer: int
-    """Index of the answer in its group."""
+    group_index: int
+    answer_index: int
+    """Of the answer in its group."""
     ids: list[int]
     """Token ids of prompt and answer."""
+
+
+class _AnswerScore(NamedTuple):
+    """The score of an answer by a reward model."""
+
+    group_index: int
+    answer_index: int
+    """Of the answer in its group."""
+    score: float
 
 
 class RewardModelScorer:
@@ -196,8 +210,8 @@ class RewardModelScorer:
         own_scores = self._score_texts(name, [text.ids for text in own_texts])
         own_results = []
         for text, score in zip(own_texts, own_scores, strict=True):
-            own_results.append((text.group, text.answer, score))
-        scores = [np.full(len(group.answers), np.nan) for group in groups]
+            own_results.append(_AnswerScore(text.group_index, text.answer_index, score))
+        scores = [np.full(len(group.answers), np.nan) for group in groups]  # stays nan for a text that is too long
         for rank_results in gather_objects(own_results, self.runtime):
             for group_index, answer_index, score in rank_results:
                 scores[group_index][answer_index] = score
@@ -226,21 +240,22 @@ class RewardModelScorer:
         scores = [0.0] * len(texts)
         with self.engine.inference(averaged=False) as module:
             # The model is called through the root module's own forward, because only there a sharding engine gathers parameters.
-            step: Any = module
-            training_objective = step.objective
-            added_losses = step.added_losses
-            step.objective = _ModelScores(step.reward_models[name])
-            step.added_losses = None
+            # While answers are scored, the reward model takes the place of the objective, and nothing is added to a loss.
+            step_module: Any = module
+            training_objective = step_module.objective
+            added_losses = step_module.added_losses
+            step_module.objective = _ModelScores(step_module.reward_models[name])
+            step_module.added_losses = None
             try:
                 for number in range(num_passes):
                     indices = batches[number] if number < len(batches) else []
                     batch = reader.padded_batch([texts[index] for index in indices] or filler, self.runtime.device)
-                    batch_scores = step(batch)[SCORES].tolist()
+                    batch_scores = step_module(batch)[SCORES].tolist()
                     for index, score in zip(indices, batch_scores, strict=False):  # that of a filler is dropped
                         scores[index] = score
                     if self.stop_now():
                         raise Interrupted
             finally:
-                step.objective = training_objective
-                step.added_losses = added_losses
+                step_module.objective = training_objective
+                step_module.added_losses = added_losses
         return scores

@@ -18,7 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from strategies.errors import DataError
 from trainer.rollout.rewards.worker import LENGTH_BYTES, send_message
@@ -68,8 +68,12 @@ class RewardProcess:
     def __init__(self, rewards: dict[str, dict[str, Any]], log: Path) -> None:
         """`rewards`: what `load_reward` takes, by name. `log`: where it writes what the rewards print."""
         self._setup = {"rewards": rewards, "log": str(log)}
+        """The first message to the worker."""
         self.log = log
         self._process: subprocess.Popen[bytes] | None = None
+        # Set by `start`: the pipe to the process, and the file descriptor of the pipe from it.
+        self._call_pipe: BinaryIO
+        self.reply_fd: int
         self._received = b""
         """Bytes of messages that have not arrived completely."""
 
@@ -81,48 +85,50 @@ class RewardProcess:
     def start(self) -> None:
         """Start the process unless it runs, and send it the rewards to load.
 
-        Its first message will say that they are loaded, or why not.
+        Its first message will be {"ready": true}, or why one cannot be loaded: {"reward": "maths", "problem": "cannot be loaded",
+        "traceback": "..."}.
         """
         if self._process is not None:
             return
         call_read, call_write = os.pipe()
-        answer_read, answer_write = os.pipe()
+        reply_read, reply_write = os.pipe()
         command = [
             sys.executable,
             "-m",
             "trainer.rollout.rewards.worker",
-            str(call_read),
-            str(answer_write),
-            str(os.getpid()),
+            str(call_read),  # it reads calls from here
+            str(reply_write),  # and writes replies here
+            str(os.getpid()),  # it ends with this process
         ]
         self._process = subprocess.Popen(
             command,
             env=worker_environment(os.environ),
-            pass_fds=(call_read, answer_write),
+            pass_fds=(call_read, reply_write),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the trainer, and `kill` ends what the worker started too
         )
         os.close(call_read)
-        os.close(answer_write)
-        self._calls = os.fdopen(call_write, "wb")
-        self.answer_fd = answer_read
+        os.close(reply_write)
+        self._call_pipe = os.fdopen(call_write, "wb")
+        self.reply_fd = reply_read
         self._received = b""
-        with contextlib.suppress(BrokenPipeError):  # it died at once: `read` says how
-            send_message(self._calls, self._setup)
+        with contextlib.suppress(BrokenPipeError):  # it died at once: `read_message` says how
+            send_message(self._call_pipe, self._setup)
 
     def ask(self, call: dict[str, Any]) -> None:
         """Send a call. A worker reads each call before it runs anything, so that this does not wait for a reward."""
-        with contextlib.suppress(BrokenPipeError):  # it died meanwhile: `read` says how
-            send_message(self._calls, call)
+        with contextlib.suppress(BrokenPipeError):  # it died meanwhile: `read_message` says how
+            send_message(self._call_pipe, call)
 
-    def read(self) -> dict[str, Any] | None:
+    def read_message(self) -> dict[str, Any] | None:
         """Receive bytes from the worker. Returns its next message if all of it has arrived, else None.
 
-        Call it when `answer_fd` can be read, so that it does not wait. Raises WorkerDied if the process has ended.
+        Bytes after the message are kept for the next call. Call it when `reply_fd` can be read, so that it does not wait.
+        Raises WorkerDied if the process has ended.
         """
-        chunk = os.read(self.answer_fd, 1 << 20)
+        chunk = os.read(self.reply_fd, 1 << 20)
         if not chunk:
             raise WorkerDied(self._cause_of_death())
         self._received += chunk
@@ -155,8 +161,8 @@ class RewardProcess:
         self._process.kill()
         self._process.wait()
         with contextlib.suppress(OSError):
-            self._calls.close()
-        os.close(self.answer_fd)
+            self._call_pipe.close()
+        os.close(self.reply_fd)
         self._process = None
 
 
@@ -178,15 +184,15 @@ class Reply:
 
     scores: list[float | None] | None
     """None: it took longer than its time limit."""
-    logged: dict[str, list[float]]
+    logged_numbers: dict[str, list[float]]
     """Numbers that the reward logged for the metrics, by name; any number of them."""
-    extra: dict[str, list[Any]]
+    extra_columns: dict[str, list[Any]]
     """Further values for the record of answers, by name: one for each answer, or None."""
 
     @classmethod
     def unscored(cls) -> Reply:
         """The reply to a call that took longer than its time limit."""
-        return cls(scores=None, logged={}, extra={})
+        return cls(scores=None, logged_numbers={}, extra_columns={})
 
 
 class Stopped(Exception):
@@ -230,13 +236,13 @@ class WorkerPool:
         """
         deadline = time.monotonic() + LOAD_TIMEOUT_S
         with selectors.DefaultSelector() as selector:
-            selector.register(worker.answer_fd, selectors.EVENT_READ)
+            selector.register(worker.reply_fd, selectors.EVENT_READ)
             while time.monotonic() < deadline:
                 self._raise_if_stopping()
                 if not selector.select(POLL_INTERVAL_S):
                     continue
                 try:
-                    message = worker.read()
+                    message = worker.read_message()
                 except WorkerDied as death:
                     raise DataError(f"objective.rewards: cannot be loaded: {death}") from None
                 if message is None:
@@ -258,15 +264,15 @@ class WorkerPool:
         """
         round_of_calls = _RoundOfCalls(calls, self._timeouts_without_success)
         idle_workers = [self._restart_if_killed(worker) for worker in self._workers]
-        running: dict[int, _RunningCall] = {}  # by file descriptor of the worker's answers
+        running: dict[int, _RunningCall] = {}  # by `reply_fd` of the worker
         with selectors.DefaultSelector() as selector:
             while round_of_calls.waiting_numbers or running:
                 self._raise_if_stopping()
                 # Give calls to idle workers.
                 while idle_workers and round_of_calls.waiting_numbers:
                     call = self._send_call(idle_workers.pop(), round_of_calls)
-                    selector.register(call.worker.answer_fd, selectors.EVENT_READ)
-                    running[call.worker.answer_fd] = call
+                    selector.register(call.worker.reply_fd, selectors.EVENT_READ)
+                    running[call.worker.reply_fd] = call
                 # Receive replies, for at most `POLL_INTERVAL_S` seconds, then end calls that are past their deadline.
                 finished = []
                 for key, _ in selector.select(POLL_INTERVAL_S):
@@ -281,10 +287,12 @@ class WorkerPool:
                 for fd in overdue:
                     selector.unregister(fd)
                     call = running.pop(fd)
-                    call.worker.kill()
+                    call.worker.kill()  # there is no other way to stop a function that hangs
                     idle_workers.append(self._restart_if_killed(call.worker))
-                    round_of_calls.leave_unscored(call.number)
-        return [reply for reply in round_of_calls.replies if reply is not None]
+                    round_of_calls.give_up_call(call.number)
+        replies = [reply for reply in round_of_calls.replies if reply is not None]
+        assert len(replies) == len(calls), "each call has a reply, or an error was raised"
+        return replies
 
     def _send_call(self, worker: RewardProcess, round_of_calls: _RoundOfCalls) -> _RunningCall:
         """Take the next waiting call of the round and send it to a worker."""
@@ -299,7 +307,7 @@ class WorkerPool:
         Notes the reply in `round_of_calls`, or the death, after which the process is killed for good.
         """
         try:
-            message = call.worker.read()
+            message = call.worker.read_message()
         except WorkerDied as death:
             call.worker.kill()
             round_of_calls.retry_after_death(call.number, f"{death}; its log is {call.worker.log}")
@@ -333,11 +341,12 @@ class _RoundOfCalls:
     def __init__(self, calls: Sequence[Call], timeouts_without_success: Counter[str]) -> None:
         """`timeouts_without_success`: calls of all rounds that took too long, of rewards that were never in time.
 
-        The counter is kept up to date: a reward that is in time is taken out.
+        `give_up_call` counts in it, and `keep_reply` takes a reward out for good once it is in time.
         """
         self.calls = calls
         self._timeouts_without_success = timeouts_without_success
         self.replies: list[Reply | None] = [None] * len(calls)
+        """Of each call, once it has one."""
         self.waiting_numbers = deque(range(len(calls)))
         self._timeouts_in_round: Counter[str] = Counter()
         self._rewards_in_time: set[str] = set()
@@ -353,11 +362,11 @@ class _RoundOfCalls:
         self._timeouts_without_success.pop(call.reward, None)
         self.replies[number] = Reply(message["scores"], message["logged"], message["extra"])
 
-    def leave_unscored(self, number: int) -> None:
-        """Leave the answers of a call unscored, and count it.
+    def give_up_call(self, number: int) -> None:
+        """Leave the answers of a call that took longer than its time limit unscored, and count it.
 
-        Raises DataError if `MAX_TIMEOUTS_WITHOUT_SUCCESS` calls of the reward took too long and none was in time, in this round
-        or in all.
+        `number`: index of the call in the round. Raises DataError if `MAX_TIMEOUTS_WITHOUT_SUCCESS` calls of the reward took
+        too long and none was in time, in this round or in all.
         """
         call = self.calls[number]
         self._timeouts_in_round[call.reward] += 1

@@ -101,10 +101,10 @@ class WorkerScorer:
         # The judge and reward models: all ranks together.
         for name in self._collective_rewards:
             for group_scores, reward_scores in zip(scores, self._score_on_all_ranks(name, groups), strict=True):
-                group_scores.by_reward[name] = reward_scores
+                group_scores.scores_by_reward[name] = reward_scores
 
         for index, group_scores in enumerate(scores):
-            group_scores.total = weighted_reward_sum(group_scores.by_reward, self._weight_by_reward)
+            group_scores.total = weighted_reward_sum(group_scores.scores_by_reward, self._weight_by_reward)
             # An answer for which a reward ran out of time has no total, whatever the other rewards are.
             group_scores.total[scored_by_group[index].answers_without_total] = np.nan
         return scores
@@ -153,6 +153,7 @@ class WorkerScorer:
         """The calls of functions and built-in rewards that score a group (all answers to one prompt).
 
         A reward is called once with all answers of the group, or, if it is of a kind in `_single_answer_rewards`, once for each.
+        Rewards that all ranks compute together, of the judge and of models, are left out: `_score_on_all_ranks` has them.
         """
         all_indices = list(range(len(group.answers)))
         for name, reward in self.rewards.items():
@@ -171,31 +172,41 @@ class WorkerScorer:
 
         If `work` raises DataError or Stopped on a rank, all ranks end their worker processes and raise DataError or Interrupted.
         """
-        returned: Any = None
-        problem: str | None = None
-        was_stopped = False
+        own_result = _RankResult()
         try:
-            returned = work()
+            own_result = _RankResult(returned=work())
         except Stopped:
-            was_stopped = True
+            own_result = _RankResult(was_stopped=True)
         except DataError as error:
-            problem = str(error)
+            own_result = _RankResult(problem=str(error))
         except BaseException:  # unforeseen: raised on this rank alone
             self.close()
             raise
-        results = gather_objects((returned, problem, was_stopped), self.runtime)
-        problems = [rank_problem for _, rank_problem, _ in results if rank_problem is not None]
-        if problems or any(stopped for _, _, stopped in results):
+        results = gather_objects(own_result, self.runtime)
+        problems = [result.problem for result in results if result.problem is not None]
+        was_stopped = any(result.was_stopped for result in results)
+        if problems or was_stopped:
             self.close()
         if problems:
             raise DataError(problems[0])
-        if any(stopped for _, _, stopped in results):
+        if was_stopped:
             raise Interrupted
-        return [rank_returned for rank_returned, _, _ in results]
+        return [result.returned for result in results]
 
     def close(self) -> None:
         """End the worker processes of this rank. Local; may be called twice."""
         self._pool.close()
+
+
+class _RankResult(NamedTuple):
+    """What became of a function that each rank has called."""
+
+    returned: Any = None
+    """What it returned; None if it raised."""
+    problem: str | None = None
+    """The message of the DataError that it raised."""
+    was_stopped: bool = False
+    """Whether it raised Stopped."""
 
 
 class _GroupCall(NamedTuple):
@@ -220,12 +231,12 @@ class _GroupScoreCollector:
 
     def __init__(self, num_answers: int, rewards: Mapping[str, RewardEntry]) -> None:
         self.rewards = rewards
-        self.by_reward = {name: np.full(num_answers, np.nan) for name in rewards}
+        self.scores_by_reward = {name: np.full(num_answers, np.nan) for name in rewards}
         self.num_timed_out = 0
         self.answers_without_total: set[int] = set()
-        self.logged: dict[str, list[float]] = {}
+        self.logged_numbers: dict[str, list[float]] = {}
         """Numbers that reward functions log, by `REWARD/NAME`."""
-        self.extra: dict[str, list[Any]] = {}
+        self.extra_columns: dict[str, list[Any]] = {}
         """Values that reward functions add to the record of an answer, by `REWARD/NAME`: one of each answer, or None."""
 
     def add_reply(self, reward: str, answer_indices: list[int], reply: Reply) -> None:
@@ -237,18 +248,24 @@ class _GroupScoreCollector:
             return
         for index, score in zip(answer_indices, reply.scores, strict=True):
             if score is not None:  # None: the reward does not apply to this answer
-                self.by_reward[reward][index] = score
-        for name, numbers in reply.logged.items():
-            self.logged.setdefault(f"{reward}/{name}", []).extend(numbers)
-        for name, values in reply.extra.items():
-            column = self.extra.setdefault(f"{reward}/{name}", [None] * len(self.by_reward[reward]))
+                self.scores_by_reward[reward][index] = score
+        for name, numbers in reply.logged_numbers.items():
+            self.logged_numbers.setdefault(f"{reward}/{name}", []).extend(numbers)
+        for name, values in reply.extra_columns.items():
+            column = self.extra_columns.setdefault(f"{reward}/{name}", [None] * len(self.scores_by_reward[reward]))
             for index, value in zip(answer_indices, values, strict=True):
                 column[index] = value
 
     def scored_group(self) -> _ScoredGroup:
         """The scores of the group. Its totals are nan: they are computed once all rewards are there."""
-        num_answers = len(next(iter(self.by_reward.values())))
-        scores = GroupScores(np.full(num_answers, np.nan), self.by_reward, self.num_timed_out, self.logged, self.extra)
+        num_answers = len(next(iter(self.scores_by_reward.values())))
+        scores = GroupScores(
+            total=np.full(num_answers, np.nan),
+            scores_by_reward=self.scores_by_reward,
+            num_timed_out=self.num_timed_out,
+            logged_numbers=self.logged_numbers,
+            extra_columns=self.extra_columns,
+        )
         return _ScoredGroup(scores=scores, answers_without_total=sorted(self.answers_without_total))
 
 
@@ -298,7 +315,9 @@ def open_scorer(
     stop_asked: Callable[[], bool] = lambda: False,
     judge: VerdictSource | None = None,
 ) -> WorkerScorer:
-    """The scorer of a run, its rewards loaded. All ranks must call. Raises DataError or Interrupted on all ranks alike.
+    """Start the scorer of a run and load its rewards; the caller must close it. All ranks must call.
+
+    Raises DataError or Interrupted on all ranks alike.
 
     `run_dir`: has the copies of reward files. `stop_asked`: whether this process was asked to stop; no collective. `judge`: for
     rewards of that kind.

@@ -93,7 +93,7 @@ def answer_call(rewards: dict[str, Reward], call: dict[str, Any]) -> dict[str, A
         return {"problem": str(error)}
     except BaseException:  # noqa: BLE001 - also SystemExit: whatever it is, the run ends with it
         return {"problem": "raised an exception", "traceback": short_traceback()}
-    return {"scores": result.scores, "logged": result.logged, "extra": result.extra}
+    return {"scores": result.scores, "logged": result.logged_numbers, "extra": result.extra_columns}
 
 
 def short_traceback() -> str:
