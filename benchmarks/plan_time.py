@@ -43,7 +43,7 @@ def measured(size: str, more: list[str], place: Path) -> dict[str, Any]:
     return {
         "model": SIZES[size],
         "words": " ".join(words),
-        "ways": len(answer["ways"]),
+        "options": len(answer["options"]),
         "wall_s": round(wall, 1),
         "processor_s": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
         "load_before": round(load, 1),

@@ -312,7 +312,7 @@ def _recommendation_lines(conclusion: Conclusion) -> list[str]:
     """Lines of Markdown: a table of which point to take for which goal, then what to run to learn more."""
     lines = []
     if conclusion.recommendations:
-        lines += ["", _markdown_row(["for", "take", "why", "words"]), _markdown_row(["---"] * 4)]
+        lines += ["", _markdown_row(["for", "take", "why", "settings"]), _markdown_row(["---"] * 4)]
         for recommendation in conclusion.recommendations:
             point_name = f"`{recommendation.point.name}`"
             arguments = f"`{recommendation.arguments}`" if recommendation.arguments else "-"

@@ -29,7 +29,7 @@ def _conclusion_as_dict(conclusion: Conclusion) -> dict[str, Any]:
     """The answer of a comparison (its conclusion) as JSON values.
 
     - `sentences`: the answer in words.
-    - `take`: which point to take for which goal; its `words` are the settings to paste behind `shardtune train`.
+    - `take`: which point to take for which goal; its `settings` are those to paste behind `shardtune train`.
     - `quality`: the jobs by a held-out metric, the best first; null if the quality of the jobs was not compared.
     """
     recommendations = []
@@ -39,7 +39,7 @@ def _conclusion_as_dict(conclusion: Conclusion) -> dict[str, Any]:
                 "for": recommendation.goal,
                 "run": recommendation.point.name,
                 "why": recommendation.why,
-                "words": recommendation.arguments,
+                "settings": recommendation.arguments,
             }
         )
     quality = None if conclusion.ranked is None else _quality_as_dict(conclusion.ranked)

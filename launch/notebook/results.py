@@ -290,33 +290,33 @@ def _metrics_table(rows: list[dict[str, Any]]) -> PageTable:
 
 @dataclass(frozen=True, slots=True)
 class PlanResult:
-    """What a run is expected to take on a card, and the ways to run it."""
+    """What a run is expected to take on a card, and the options: combinations of strategy, checkpointing and micro-batch."""
 
     answer: dict[str, Any]
     """As `shardtune plan --json` prints it. Sizes are GiB, times seconds or hours, prices US dollars."""
 
     @property
     def fits(self) -> bool:
-        """Whether any way to run fits the card."""
+        """Whether any option fits the card."""
         return self.answer["best"] is not None
 
     @property
-    def words(self) -> list[str]:
-        """The settings of the fastest way that fits, for `shardtune.train(*plan.words)`. Errors: ConfigError if none fits."""
+    def settings(self) -> list[str]:
+        """The settings of the fastest option that fits, for `shardtune.train(*plan.settings)`. ConfigError if none fits."""
         if not self.fits:
             raise ConfigError("nothing fits: take more cards, a smaller data.max_length or tuning=lora")
         chosen_keys = {override.partition("=")[0] for override in self.answer["best"]}
         typed = [override for override in self.answer["typed"] if override.partition("=")[0] not in chosen_keys]
         return [*typed, *self.answer["best"]]
 
-    def ways(self, *, every: bool = False) -> pd.DataFrame:
-        """One row for each way to run, the best first; with `every`, also with each micro-batch that was looked at."""
+    def options(self, *, every: bool = False) -> pd.DataFrame:
+        """One row for each option, the best first; with `every`, also with each micro-batch that was looked at."""
         import pandas as pd
 
-        return pd.json_normalize(self.answer["all" if every else "ways"], sep="/")
+        return pd.json_normalize(self.answer["all" if every else "options"], sep="/")
 
     def left_out(self) -> pd.DataFrame:
-        """The ways that cannot run, and why."""
+        """The options that cannot run, and why."""
         import pandas as pd
 
         return pd.DataFrame(self.answer["left_out"])
@@ -331,12 +331,12 @@ class PlanResult:
         return f"{model_on_cards}: {' '.join(self.answer['best'])}"
 
     def _repr_html_(self) -> str:
-        """The plan as HTML for a notebook: cards of the fastest way that fits, its command to copy, a table of all ways."""
+        """The plan as HTML for a notebook: cards of the fastest option that fits, its command to copy, a table of all options."""
         cards = []
         if self.fits:
-            best_way = next(way for way in self.answer["ways"] if way["words"] == self.answer["best"])
-            cards = _way_cards(best_way, self.answer)
-            lead = Callout("good", "Fastest way that fits", "", [f"shardtune train {shlex.join(self.words)}"])
+            best_option = next(option for option in self.answer["options"] if option["settings"] == self.answer["best"])
+            cards = _option_cards(best_option, self.answer)
+            lead = Callout("good", "Fastest option that fits", "", [f"shardtune train {shlex.join(self.settings)}"])
         else:
             advice = "Take more cards, a smaller data.max_length, tuning=lora or a larger card."
             lead = Callout("bad", "Nothing fits", advice)
@@ -346,31 +346,33 @@ class PlanResult:
             lead=lead,
             cards=cards,
             callouts=callouts,
-            tables=[_ways_table(self.answer["ways"])],
+            tables=[_options_table(self.answer["options"])],
             footer="Expected, not measured: memory of tensors is simulated, speeds are estimated (docs/planning.md).",
         )
 
 
-def _way_cards(way: dict[str, Any], answer: dict[str, Any]) -> list[PageCard]:
-    """Cards with the memory, the speed, the time and the price of a way to run; the last two only if they are known.
+def _option_cards(option: dict[str, Any], answer: dict[str, Any]) -> list[PageCard]:
+    """Cards with the memory, the speed, the time and the price of an option; the last two only if they are known.
 
-    `way` and `answer` as in `shardtune plan --json`.
+    `option` and `answer` as in `shardtune plan --json`.
     """
     card_gib = answer["hardware"]["memory_gib"]
-    needed_gib = card_gib - way["margin_gib"]
+    needed_gib = card_gib - option["margin_gib"]
     cards = [
-        PageCard("memory", f"{needed_gib:.1f} GiB", f"of {card_gib:.1f}; most in {way['peak_at']}"),
-        PageCard("speed", f"{format_number(way['tokens_per_s'])} tokens/s", f"{way['step_s']['total']:.2f} s a step"),
+        PageCard("memory", f"{needed_gib:.1f} GiB", f"of {card_gib:.1f}; most in {option['peak_at']}"),
+        PageCard(
+            "speed", f"{format_number(option['tokens_per_s'])} tokens/s", f"{option['step_s']['total']:.2f} s a step"
+        ),
     ]
-    if way["hours"] is not None:
-        cards.append(PageCard("duration", format_duration(way["hours"] * 3600), "the whole budget"))
-    if way["price"] is not None:
-        cards.append(PageCard("price", f"${way['price']:,.2f}", "all cards"))
+    if option["hours"] is not None:
+        cards.append(PageCard("duration", format_duration(option["hours"] * 3600), "the whole budget"))
+    if option["price"] is not None:
+        cards.append(PageCard("price", f"${option['price']:,.2f}", "all cards"))
     return cards
 
 
-def _ways_table(ways: list[dict[str, Any]]) -> PageTable:
-    """The table of the ways to run, as in `shardtune plan --json`: memory left, speed, and how each compares with the best."""
+def _options_table(options: list[dict[str, Any]]) -> PageTable:
+    """The table of the options, as in `shardtune plan --json`: memory left, speed, and how each compares with the best."""
     columns = [
         PageColumn("strategy"),
         PageColumn("settings"),
@@ -379,16 +381,16 @@ def _ways_table(ways: list[dict[str, Any]]) -> PageTable:
         PageColumn("why"),
     ]
     rows = []
-    for way in ways:
-        settings = " ".join(override for override in way["words"] if not override.startswith("strategy="))
-        speed = way["tokens_per_s"] if way["fits"] else None
+    for option in options:
+        settings = " ".join(override for override in option["settings"] if not override.startswith("strategy="))
+        speed = option["tokens_per_s"] if option["fits"] else None
         rows.append(
             [
-                PageCell(way["strategy"], way["strategy"]),
+                PageCell(option["strategy"], option["strategy"]),
                 PageCell(settings, settings),
-                PageCell(f"{way['margin_gib']:+.1f}", way["margin_gib"]),
+                PageCell(f"{option['margin_gib']:+.1f}", option["margin_gib"]),
                 _number_cell(speed),
-                PageCell(way["why"], way["why"]),
+                PageCell(option["why"], option["why"]),
             ]
         )
     return PageTable(columns, rows)

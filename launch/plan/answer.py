@@ -1,4 +1,4 @@
-"""Prints a plan as text and as JSON: every way to run, the best one's command, memory, time and price."""
+"""Prints a plan as text and as JSON: every option, the best one's command, memory, time and price."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAMING_COLUMNS = (
 
 
 def plan_text(answer: PlanAnswer, overrides: list[str], calibration_lines: tuple[str, ...] = ()) -> str:
-    """What `shardtune plan` prints: the job, a table of the ways to run it, the best one in detail, and the limits.
+    """What `shardtune plan` prints: the job, a table of the options, the best one in detail, and the limits.
 
     `overrides`: those of the command line. `calibration_lines`: lines on what a run of `from=` has measured; empty without one.
     """
@@ -49,7 +49,7 @@ def plan_text(answer: PlanAnswer, overrides: list[str], calibration_lines: tuple
     if cost_model.notes:
         lines += ["", "chosen for you:", *wrap_sentences(cost_model.notes)]
     if answer.unsupported_variants:
-        refused_lines = [f"{ways}: {reason}" for reason, ways in refused_ways_by_reason(answer).items()]
+        refused_lines = [f"{options}: {reason}" for reason, options in refused_ways_by_reason(answer).items()]
         lines += ["", "left out:", *wrap_sentences(refused_lines)]
     measured_clause = ""
     if calibration_lines:
@@ -67,7 +67,7 @@ def _plural(noun: str, count: int) -> str:
 
 
 def _ways_table(answer: PlanAnswer) -> list[str]:
-    """A table with a row for the best choice of each way to run: memory, memory left, largest micro-batch, speed, verdict."""
+    """A table with a row for the best choice of each option: memory, memory left, largest micro-batch, speed, verdict."""
     columns = (
         *NAMING_COLUMNS,
         TableColumn("GiB", is_number=True),
@@ -103,7 +103,7 @@ def _naming_cells(choice: PlannedChoice) -> tuple[str, str, str, str]:
 
 
 def refused_ways_by_reason(answer: PlanAnswer) -> dict[str, str]:
-    """The names of ways to run that were left out, by the reason: {reason: "fsdp2, full; ddp, none"}."""
+    """The names of options that were left out, by the reason: {reason: "fsdp2, full; ddp, none"}."""
     names_by_reason: dict[str, list[str]] = {}
     for variant, reason in answer.unsupported_variants:
         mode = str(variant.config.strategy.activation_checkpointing)
@@ -113,7 +113,7 @@ def refused_ways_by_reason(answer: PlanAnswer) -> dict[str, str]:
 
 
 def memory_savings_text(variant: RunVariant) -> str:
-    """How a way to run saves memory, as a cell of a table: `rows/2+offload+nf4`; empty if everything is whole and on the card.
+    """How an option saves memory, as a cell of a table: `rows/2+offload+nf4`; empty if everything is whole and on the card.
 
     `experts/N` and `rows/N`: sharded over N ranks. `tiles`: MLPs by tiles of tokens. `inputs`: inputs of recomputed blocks in
     host memory. `offload`: states in host memory. Last, how a frozen base is quantised.
@@ -371,10 +371,10 @@ def plan_as_json(answer: PlanAnswer, overrides: list[str], calibration_lines: tu
             "notes": expert_parallel_notes(answer),
         },
         "resting_gib": _gib_by_name(cost_model.resting_bytes_by_kind),
-        "ways": [_choice_as_json(choice, answer) for choice in answer.best_choices],
+        "options": [_choice_as_json(choice, answer) for choice in answer.best_choices],
         "all": [_choice_as_json(choice, answer) for choice in answer.all_choices],
         "left_out": [
-            {"words": list(variant.overrides), "why": reason} for variant, reason in answer.unsupported_variants
+            {"settings": list(variant.overrides), "why": reason} for variant, reason in answer.unsupported_variants
         ],
     }
 
@@ -395,7 +395,7 @@ def _choice_as_json(choice: PlannedChoice, answer: PlanAnswer) -> dict[str, Any]
             "with_beside": peer_memory_gib(choice, answer.planned_run),
         }
     return {
-        "words": list(choice.overrides),
+        "settings": list(choice.overrides),
         "strategy": choice.variant.name,
         "fits": choice.fits,
         "why": verdict_on_choice(choice, answer),

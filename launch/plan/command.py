@@ -115,7 +115,7 @@ def main(argv: list[str]) -> int:
     job = with_imbalance(planned_run_of(config, calibration.card), request.settings, calibration.expert_imbalance)
     micro_batch = config.batch["micro"] if "batch.micro" in fixed_keys else None
     answer = plan_variants(variants, refused, job, micro_batch, request.settings, _progress_printer())
-    # If nothing fits, the reason is as a rule that rows are long. Then ways in which ranks share a row are tried.
+    # If nothing fits, the reason is as a rule that rows are long. Then options in which ranks share a row are tried.
     for sequence_parallel_settings in FURTHER_LONG_ROW_SETTINGS:
         if answer.fastest_fitting_choice is not None:
             break
@@ -123,7 +123,9 @@ def main(argv: list[str]) -> int:
             config, request.settings, fixed_keys, job.world_size, sequence_parallel_settings
         )
         if variants:
-            print(f"nothing fits: looking at {len(variants)} further ways, with rows that ranks share", file=sys.stderr)
+            print(
+                f"nothing fits: looking at {len(variants)} further options, with rows that ranks share", file=sys.stderr
+            )
             answer = with_further_variants(
                 answer, variants, refused, job, micro_batch, request.settings, _progress_printer()
             )
@@ -282,7 +284,7 @@ def compose_planned_run(overrides: list[str], card: Card) -> tuple[RunConfig, se
     Those are the keys and groups that `overrides` set, except to `auto`: for ["strategy=fsdp2", "data.max_length=4096",
     "batch.micro=auto"] they are {"strategy", "data.max_length"}. If they are not set, `batch.micro` becomes 1, and
     `batch.global` is rounded up to a multiple that the ranks can share. The settings are not validated here:
-    `trainer.planner.plan.run_variants` does that for each way to run. Raises ConfigError for overrides that cannot be used.
+    `trainer.planner.plan.run_variants` does that for each option. Raises ConfigError for overrides that cannot be used.
     """
     with importing_without_gc("torch"):
         from launch.config.compose import compose_config, num_launched_ranks
@@ -316,7 +318,7 @@ def compose_planned_run(overrides: list[str], card: Card) -> tuple[RunConfig, se
 
 
 def _progress_printer() -> Any:
-    """A function that prints progress on stderr, to be called with (ways simulated, all ways, name of the last one).
+    """A function that prints progress on stderr, to be called with (options simulated, all options, name of the last one).
 
     In a terminal it writes over one line; in a log file it prints a single line at the end.
     """
@@ -328,6 +330,6 @@ def _progress_printer() -> Any:
             line = f"simulated {done} of {total}: {variant}"[:96]  # a line that wraps could not be written over
             print(line, end="" if done < total else "\n", file=sys.stderr, flush=True)
         elif done == total:
-            print(f"simulated {total} ways to run", file=sys.stderr, flush=True)
+            print(f"simulated {total} options", file=sys.stderr, flush=True)
 
     return on_progress

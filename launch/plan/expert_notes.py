@@ -95,7 +95,7 @@ def expert_parallel_notes(answer: PlanAnswer) -> list[str]:
         comparison = f"{relative_speed:.2f} times as fast as"
         if relative_speed < 1:
             comparison = f"slower, {relative_speed:.2f} times the speed of"
-        notes.append(f"{override} is {comparison} the fastest way that gathers all experts of a layer on each rank")
+        notes.append(f"{override} is {comparison} the fastest option that gathers all experts of a layer on each rank")
     elif gathering_choices and fastest.fits:
         notes.append(f"{override} fits, and nothing does that gathers all experts of a layer on each rank")
     degrees = {choice.variant.config.parallel.experts for choice in expert_parallel_choices}
@@ -105,6 +105,6 @@ def expert_parallel_notes(answer: PlanAnswer) -> list[str]:
         worst = answer.worst_imbalance_fit
         verdict = "fits" if worst.margin_bytes >= 0 else f"is {-worst.margin_bytes / GIB:.1f} GiB too much"
         notes.append(
-            f"if one rank got all tokens, this way would take {worst.needed_bytes / GIB:.1f} GiB, which {verdict}"
+            f"if one rank got all tokens, this option would take {worst.needed_bytes / GIB:.1f} GiB, which {verdict}"
         )
     return notes

@@ -1,7 +1,7 @@
 """`shardtune plan from=<run directory>`: a plan calibrated by a finished run, from the receipt in its `run.json`.
 
 The run is simulated as it ran. The ratios between its measured and its simulated steps, memory and checkpoints are
-then applied to every way of the plan. What the receipt does not contain stays uncalibrated, and is named.
+then applied to every option of the plan. What the receipt does not contain stays uncalibrated, and is named.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`plan.html`: a plan in one file that needs no network: what to run, the memory of each way beside the card's, speeds."""
+"""`plan.html`: a plan in one file that needs no network: what to run, the memory of each option beside the card's, speeds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from trainer.planner.sweep import PlanAnswer
 
 PAGE_FILE = "plan.html"
 MAX_DRAWN_BARS = 40
-"""Ways whose memory is drawn; the table has all."""
+"""Options whose memory is drawn; the table has all."""
 MAX_BAR_IN_CARD_MEMORIES = 1.6
 """What a bar may be at most, as a multiple of the card's memory. Longer ones are cut, and say so."""
 LABEL_BY_MEMORY_PART: dict[str, str] = {
@@ -57,7 +57,7 @@ class BarSegment(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class MemoryBar:
-    """The memory of one way to run, as a bar of parts beside the memory of the card."""
+    """The memory of one option, as a bar of parts beside the memory of the card."""
 
     name: str
     parts: list[BarSegment]
@@ -74,7 +74,7 @@ def plan_page(answer: PlanAnswer, overrides: list[str], calibration_lines: tuple
     `overrides`: those of the command line. `calibration_lines`: lines on what the run of `from=` has measured; empty without one.
     """
     bars = memory_bars(answer)
-    refused = [(ways, reason) for reason, ways in refused_ways_by_reason(answer).items()]
+    refused = [(options, reason) for reason, options in refused_ways_by_reason(answer).items()]
     return render(
         "launch.plan",
         "page.html.j2",
@@ -87,7 +87,7 @@ def plan_page(answer: PlanAnswer, overrides: list[str], calibration_lines: tuple
         left_out_bars=len(answer.best_choices) - len(bars),
         card_gib=answer.planned_run.card.memory_gib,
         card_position=100 / _axis_end_in_card_memories(answer),
-        ways=_ways_table(answer),
+        options=_options_table(answer),
         refused=refused,
         facts=_plan_inputs(answer, overrides),
         calibrated=[line.strip() for line in calibration_lines],
@@ -136,15 +136,15 @@ def _best_choice_callout(answer: PlanAnswer, overrides: list[str]) -> Callout:
             needed_gib = format_number(least.needed_host_gib, 3)
             lacks = f"{needed_gib} GiB of a node's memory, which has {format_number(least.node_memory_gib, 3)}"
             advice = "Take fewer ranks a node, a smaller data.max_length, or leave strategy.offload_activations out."
-        return Callout("bad", "Nothing fits", f"The smallest way, {choice_name(least)}, takes {lacks}. {advice}")
+        return Callout("bad", "Nothing fits", f"The smallest option, {choice_name(least)}, takes {lacks}. {advice}")
     command = planned_command(overrides, best, answer.planned_run)
-    text = f"The fastest way that fits, {format_number(round(best.tokens_per_s))} tokens a second of all cards"
+    text = f"The fastest option that fits, {format_number(round(best.tokens_per_s))} tokens a second of all cards"
     text = f"{text} ({command.user_must_add})." if command.user_must_add else f"{text}."
     return Callout("good", f"Take {choice_name(best)}", text, ["\n".join(command.lines)])
 
 
 def _page_cards(answer: PlanAnswer) -> list[PageCard]:
-    """Cards with memory, speed, time and price of the best way to run; of the first of `best_choices` if none fits.
+    """Cards with memory, speed, time and price of the best option; of the first of `best_choices` if none fits.
 
     "Card" has two meanings here: a `PageCard` is a box on the page, `job.card` is the GPU.
     """
@@ -218,7 +218,7 @@ def _note_callouts(answer: PlanAnswer) -> list[Callout]:
 def gib_by_memory_part(choice: PlannedChoice) -> dict[str, float]:
     """GiB on a GPU by part, under the keys of `LABEL_BY_MEMORY_PART`: {"parameters": 12.5, ..., "process": 1.8}.
 
-    Their sum is the memory that this way to run needs. A run of `from=` may have measured more tensors than the simulation
+    Their sum is the memory that this option needs. A run of `from=` may have measured more tensors than the simulation
     has; each kind of tensor then gets its share of the difference.
     """
     measured_over_simulated = choice.memory_fit.live_bytes / max(choice.memory_peak.total_bytes, 1)
@@ -238,7 +238,7 @@ def _axis_end_in_card_memories(answer: PlanAnswer) -> float:
 
 
 def memory_bars(answer: PlanAnswer) -> list[MemoryBar]:
-    """A bar for each way to run, in the order of the answer: its parts of memory side by side, cut at the end of the axis."""
+    """A bar for each option, in the order of the answer: its parts of memory side by side, cut at the end of the axis."""
     axis_gib = _axis_end_in_card_memories(answer) * answer.planned_run.card.memory_gib
     bars = []
     for choice in answer.best_choices[:MAX_DRAWN_BARS]:
@@ -267,12 +267,12 @@ def memory_bars(answer: PlanAnswer) -> list[MemoryBar]:
     return bars
 
 
-def _ways_table(answer: PlanAnswer) -> PageTable:
-    """A table of every way to run: memory, speed, and those parts of memory that are large enough to show in some way."""
-    gib_by_part_of_ways = [gib_by_memory_part(choice) for choice in answer.best_choices]
+def _options_table(answer: PlanAnswer) -> PageTable:
+    """A table of every option: memory, speed, and those parts of memory that are large enough to show in some way."""
+    gib_by_part_of_options = [gib_by_memory_part(choice) for choice in answer.best_choices]
     shown_parts = []
     for part in LABEL_BY_MEMORY_PART:
-        largest_gib = max(gib_by_part.get(str(part), 0.0) for gib_by_part in gib_by_part_of_ways)
+        largest_gib = max(gib_by_part.get(str(part), 0.0) for gib_by_part in gib_by_part_of_options)
         if largest_gib >= MIN_SHOWN_GIB:
             shown_parts.append(str(part))
     columns = [
@@ -287,17 +287,17 @@ def _ways_table(answer: PlanAnswer) -> PageTable:
         *(PageColumn(LABEL_BY_MEMORY_PART[part], "of that, GiB") for part in shown_parts),
     ]
     rows = []
-    for choice, gib_by_part in zip(answer.best_choices, gib_by_part_of_ways, strict=True):
+    for choice, gib_by_part in zip(answer.best_choices, gib_by_part_of_options, strict=True):
         part_cells = []
         for part in shown_parts:
             size_gib = max(gib_by_part.get(part, 0.0), 0.0)
             part_cells.append(PageCell(f"{size_gib:.2f}", size_gib))
         rows.append([*_way_cells(choice, answer), *part_cells])
-    return PageTable(columns, rows, "Every way with its best micro-batch.")
+    return PageTable(columns, rows, "Every option with its best micro-batch.")
 
 
 def _way_cells(choice: PlannedChoice, answer: PlanAnswer) -> list[PageCell]:
-    """The cells of a way to run in `_ways_table`, up to its parts of memory.
+    """The cells of an option in `_options_table`, up to its parts of memory.
 
     A cell's second value is the one that it is sorted by.
     """

@@ -133,30 +133,36 @@ def test_evaluation_is_tables_and_a_view(tmp_path):
 
 
 def way(words, *, fits=True, speed=1000.0):
-    taken = {"words": words, "strategy": words[0].partition("=")[2], "fits": fits, "why": "fastest", "margin_gib": 2.0}
+    taken = {
+        "settings": words,
+        "strategy": words[0].partition("=")[2],
+        "fits": fits,
+        "why": "fastest",
+        "margin_gib": 2.0,
+    }
     taken |= {"peak_at": "backward", "tokens_per_s": speed, "step_s": {"total": 0.5}, "hours": 2.0, "price": 12.5}
     return taken
 
 
 def plan_of(*ways):
-    best = next((each["words"] for each in ways if each["fits"]), None)
+    best = next((each["settings"] for each in ways if each["fits"]), None)
     answer = {"model": {"parameters": 7 * 10**9, "trained": 10**6}, "job": {"nodes": 1, "gpus_per_node": 2}}
     answer |= {"hardware": {"name": "A10G", "memory_gib": 22.0}, "typed": ["model.path=m dir", "strategy=auto"]}
-    answer |= {"best": best, "ways": list(ways), "all": list(ways) * 2, "notes": ["a note"], "left_out": []}
+    answer |= {"best": best, "options": list(ways), "all": list(ways) * 2, "notes": ["a note"], "left_out": []}
     return PlanResult(answer)
 
 
 def test_plan_is_tables_and_a_view():
     result = plan_of(way(["strategy=ddp", "batch.micro=2"]), way(["strategy=zero3"], fits=False))
-    assert result.fits and result.words == ["model.path=m dir", "strategy=ddp", "batch.micro=2"]
-    assert list(result.ways()["step_s/total"]) == [0.5, 0.5] and len(result.ways(every=True)) == 4
+    assert result.fits and result.settings == ["model.path=m dir", "strategy=ddp", "batch.micro=2"]
+    assert list(result.options()["step_s/total"]) == [0.5, 0.5] and len(result.options(every=True)) == 4
     html = without_scripts(result._repr_html_())
     assert "shardtune train &#39;model.path=m dir&#39; strategy=ddp batch.micro=2" in html
     assert "20.0 GiB" in html and "$12.50" in html and "2 h" in html and "a note" in html
     nothing = plan_of(way(["strategy=ddp"], fits=False))
     assert not nothing.fits and "Nothing fits" in without_scripts(nothing._repr_html_())
     with pytest.raises(ConfigError, match=r"nothing fits"):
-        nothing.words  # noqa: B018
+        nothing.settings  # noqa: B018
 
 
 def test_notebook_views_are_readable_by_all(compared, browser, tmp_path):

@@ -61,14 +61,14 @@ def test_plan_from_a_run_uses_what_the_run_measured(capsys, tmp_path, words):
     asked = [*words, *CARD, "launcher.gpus_per_node=2", "--json"]
     code, out, answer = plan(capsys, *asked)
     assert code == 0, out
-    (before,) = answer["ways"]
+    (before,) = answer["options"]
     peak, total = before["peak_gib"], before["step_s"]["total"]
     took = {"device_name": GPU, "step_s": 2 * total, "memory_gib": 1.1 * peak, "memory_reserved_gib": 1.32 * peak}
     took |= {"checkpoint_bytes": 6e9, "checkpoint_s": 2.0}
     run = write_run(tmp_path / "run", words, took)
     code, out, answer = plan(capsys, *asked, f"from={run}")
     assert code == 0, out
-    (after,) = answer["ways"]
+    (after,) = answer["options"]
     assert after["tokens_per_s"] == pytest.approx(before["tokens_per_s"] / 2)
     assert after["step_s"] == pytest.approx({key: 2 * value for key, value in before["step_s"].items()})
     assert after["hours"] == pytest.approx(2 * before["hours"]) and after["peak_gib"] == pytest.approx(peak)
@@ -93,7 +93,7 @@ def test_a_plan_of_rounds_counts_writing_and_takes_its_pace_from_a_run(capsys, t
     asked = [*of_run, *CARD, "launcher.gpus_per_node=2", "--json"]
     code, out, answer = plan(capsys, *asked)
     assert code == 0, out
-    (before,) = answer["ways"]
+    (before,) = answer["options"]
     planned = before["round_s"]
     assert planned["scoring"] is None and planned["training"] == pytest.approx(before["step_s"]["total"])
     assert planned["total"] == pytest.approx(planned["writing"] + planned["training"])
@@ -106,7 +106,7 @@ def test_a_plan_of_rounds_counts_writing_and_takes_its_pace_from_a_run(capsys, t
     (run / "metrics.jsonl").write_text("".join(json.dumps({"step": n, **row}) + "\n" for n, row in enumerate(rows)))
     code, out, answer = plan(capsys, *asked, f"from={run}")
     assert code == 0, out
-    (after,) = answer["ways"]
+    (after,) = answer["options"]
     assert after["round_s"]["writing"] == pytest.approx(2 * planned["writing"])
     assert after["round_s"]["scoring"] == pytest.approx(0.4)
     assert after["hours"] == pytest.approx(10 * after["round_s"]["total"] / 3600)
@@ -119,7 +119,7 @@ def test_plan_from_a_run_keeps_and_names_what_the_run_does_not_tell(capsys, tmp_
     """A peak below the simulated one is no proof: its longest documents need not have come together."""
     run = write_run(tmp_path / "run", words, {"device_name": GPU, "memory_gib": 1e-6, "step_s": None})
     asked = [*words, *CARD, "launcher.gpus_per_node=2", "--json"]
-    known = [plan(capsys, *asked, *more)[2]["ways"][0] for more in ([], [f"from={run}"])]
+    known = [plan(capsys, *asked, *more)[2]["options"][0] for more in ([], [f"from={run}"])]
     assert known[0] == known[1]
     said = plan(capsys, *asked, f"from={run}")[2]["hardware"]["calibrated"]
     assert [line for line in said if line.startswith("not calibrated")] == [

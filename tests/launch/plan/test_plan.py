@@ -191,8 +191,8 @@ def test_where_nothing_fits_ranks_may_share_rows(capsys, tmp_path):
     asked = ["hardware=l4", "hardware.memory_gib=5", *GPUS, *words, "batch.global=8"]
     code, out = plan(capsys, wide, *asked, "--json")
     answer = json.loads(out[out.index("{") : out.rindex("}") + 1])
-    assert code == 0 and "nothing fits: looking at 2 further ways, with rows that ranks share" in out
-    assert [way["words"][2] if way["fits"] else way["fits"] for way in answer["ways"]] == [
+    assert code == 0 and "nothing fits: looking at 2 further options, with rows that ranks share" in out
+    assert [way["settings"][2] if way["fits"] else way["fits"] for way in answer["options"]] == [
         "parallel.sequence=4",
         False,
         False,
@@ -200,7 +200,7 @@ def test_where_nothing_fits_ranks_may_share_rows(capsys, tmp_path):
     assert "has 4 query heads in a layer, so that some rank would have none" in json.dumps(answer)
     assert refused_by_train("submit", f"model.path={wide}", *words, *GPUS, *answer["best"]) == (8, [])
     code, out = plan(capsys, wide, *asked, "parallel.sequence=2")
-    assert code == 69 and "further ways" not in out, "what was typed stays"
+    assert code == 69 and "further options" not in out, "what was typed stays"
 
 
 def test_host_memory_that_is_not_there_keeps_a_way_from_fitting(capsys, model):
@@ -208,7 +208,7 @@ def test_host_memory_that_is_not_there_keeps_a_way_from_fitting(capsys, model):
     asked = ["hardware=l4", *GPUS, "strategy=fsdp2", "strategy.activation_checkpointing=full", "data.max_length=256"]
     asked += ["strategy.offload_activations=true", "batch.global=8"]
     code, out = plan(capsys, model, *asked, "--json")
-    way = json.loads(out[out.index("{") : out.rindex("}") + 1])["ways"][0]
+    way = json.loads(out[out.index("{") : out.rindex("}") + 1])["options"][0]
     # Two blocks of 256 x 32 values in bf16: 16 KiB each.
     assert code == 0 and way["host_gib"] == pytest.approx(4 * (3 + 2 * 2**14 / 2**30))
     code, out = plan(capsys, model, *asked, "launcher.mem=10G", "parallel.sequence=1")
@@ -241,7 +241,7 @@ def test_the_words_to_paste_make_a_run(capsys, model):
         "launcher.signal_lead_s",
         "run.timeout_s",
     ]
-    best = answer["ways"][0]
+    best = answer["options"][0]
     assert sum(best["kinds_gib"].values()) == pytest.approx(best["peak_gib"], rel=1e-3, abs=1e-5)
     card = read_plan_request(["hardware=a10g"]).card
     assert best["hours"] > 0 and best["price"] == pytest.approx(best["hours"] * 8 * card.price_per_hour)
@@ -301,7 +301,7 @@ def test_plan_shows_separately_what_another_trainer_holds(capsys, model):
     ]
     assert [code for code, _ in told] == [0, 0, 0]
     answers = [json.JSONDecoder().raw_decode(out)[0] for _, out in told]
-    ours, loss, pure = (answer["ways"][0] for answer in answers)
+    ours, loss, pure = (answer["options"][0] for answer in answers)
     theirs = [one.pop("theirs_gib") for one in (ours, loss, pure)]
     assert ours == loss == pure and theirs[0] is None, "what is told of this trainer is what it is without"
     assert theirs[1]["total"] > ours["peak_gib"] and theirs[1]["at"] == "loss"

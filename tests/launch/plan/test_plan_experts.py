@@ -40,16 +40,18 @@ def test_a_plan_of_a_mixture_deals_its_experts(capsys, model, tmp_path):
     assert code == 0, err
     answer = json.loads(out)
     by_degree = {}
-    for way in answer["ways"]:
-        (degree,) = [word.partition("=")[2] for word in way["words"] if word.startswith("parallel.experts=")] or ["1"]
+    for way in answer["options"]:
+        (degree,) = [word.partition("=")[2] for word in way["settings"] if word.startswith("parallel.experts=")] or [
+            "1"
+        ]
         by_degree[degree] = way
     assert set(by_degree) == {"1", "2", "4"}, "of the ranks of a host"
     assert by_degree["4"]["peak_gib"] < by_degree["1"]["peak_gib"], "fewer experts are whole at a time"
     assert answer["experts"]["imbalance"] == 2
     notes = answer["experts"]["notes"]
-    assert any("parallel.experts=" in note and "the fastest way that gathers all experts" in note for note in notes)
+    assert any("parallel.experts=" in note and "the fastest option that gathers all experts" in note for note in notes)
     assert any("2 times the mean of tokens in every layer (plan.expert_imbalance)" in note for note in notes)
-    first_deals = any(word.startswith("parallel.experts=") for word in answer["ways"][0]["words"])
+    first_deals = any(word.startswith("parallel.experts=") for word in answer["options"][0]["settings"])
     assert (answer["experts"]["all_on_one_rank_gib"] is not None) == first_deals
     assert "Experts over ranks" in (tmp_path / "plan.html").read_text()
 
@@ -59,7 +61,7 @@ def test_a_typed_number_is_planned_alone_with_its_worst_case(capsys, model):
     assert code == 0, err
     flat = " ".join(out.split())
     assert "1.5 times the mean of tokens" in flat
-    assert "if one rank got all tokens, this way would take" in flat and "which fits" in flat
+    assert "if one rank got all tokens, this option would take" in flat and "which fits" in flat
     assert "parallel.experts=2" in flat and "experts/4" not in flat
     rows = [line for line in out.splitlines() if line.startswith("fsdp2")]
     assert len(rows) == 1 and "experts/2" in rows[0]
@@ -161,9 +163,9 @@ def test_a_plan_offers_expert_parallelism_where_nothing_else_fits():
     only = "parallel.experts=4 fits, and nothing does that gathers all experts of a layer on each rank"
     assert expert_parallel_notes(answer_of((4, True, 100.0), (1, False, 50.0)))[0] == only
     both = expert_parallel_notes(answer_of((4, True, 100.0), (1, True, 50.0)))
-    assert both[0].startswith("parallel.experts=4 is 2.00 times as fast as the fastest way that gathers")
+    assert both[0].startswith("parallel.experts=4 is 2.00 times as fast as the fastest option that gathers")
     slower = expert_parallel_notes(answer_of((1, True, 100.0), (4, True, 50.0)))
-    assert slower[0].startswith("parallel.experts=4 is slower, 0.50 times the speed of the fastest way that gathers")
+    assert slower[0].startswith("parallel.experts=4 is slower, 0.50 times the speed of the fastest option that gathers")
     for notes in (expert_parallel_notes(answer_of((4, False, 1.0), (1, False, 1.0))), both, slower):
         assert only not in notes
     assert expert_parallel_notes(answer_of((1, True, 100.0))) == []
