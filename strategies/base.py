@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -311,6 +311,11 @@ class Progress:
     def as_json(self) -> dict[str, Any]:
         """The fields under their keys in `progress.json` and `run.json`."""
         return {PROGRESS_KEYS.get(name, name): value for name, value in asdict(self).items()}
+
+    def overwrite_with(self, other: Progress) -> None:
+        """Set every field to that of `other`, for objects that hold this one."""
+        for progress_field in fields(self):
+            setattr(self, progress_field.name, getattr(other, progress_field.name))
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Progress:

@@ -6,7 +6,6 @@ import gc
 import time
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import fields
 from typing import TYPE_CHECKING, NoReturn
 
 from strategies.base import Engine, Progress
@@ -19,20 +18,20 @@ from trainer.evaluation.best import (
     raise_if_watched_metric_is_missing,
     record_evaluation,
 )
-from trainer.loop_types import BatchLoader, LoopSettings, Monitors, Sinks, WrittenCheckpoint
-from trainer.model.routing import EXPERT_TOKENS
+from trainer.loop_types import BatchLoader, LoopSettings, Monitors, Row, Sinks, WrittenCheckpoint
 from trainer.monitors.anomalies import OUTLIER_KEYS, Outlier, RollBack
 from trainer.monitors.levels import LEVEL_LOOK_BACK_STEPS
-from trainer.objectives.step_totals import accumulate_gradients
+from trainer.objectives.step_totals import accumulate_gradients, step_record
 from trainer.optim.schedule import lr_factor_at
 from trainer.reporting.console import RunSchedule
 from trainer.reporting.expert_load import expert_load_by_layer
-from trainer.reporting.metrics import StepRecord
 from trainer.reporting.numbers import format_metric
 from trainer.reporting.outcome import TrainingOutcome
 
 if TYPE_CHECKING:
     from trainer.data.batches.loader import StepBatch
+    from trainer.reporting.earlier_rows import EarlierResults
+    from trainer.reporting.metrics import StepRecord
 
 
 class Trainer:
@@ -59,24 +58,24 @@ class Trainer:
         self.metrics = sinks.metrics
         self.display = sinks.display
         self.checkpoints = sinks.checkpoints
-        self.before_step = sinks.before_step
-        self.check_ownership = sinks.check_ownership
+        self.announce_step = sinks.announce_step
+        self.require_run_dir_ownership = sinks.require_run_dir_ownership
 
-        self.agreement = monitors.agreement
+        self.stop_agreement = monitors.stop_agreement
         self.guards = monitors.guards
         self.stragglers = monitors.stragglers
         self.evaluation_monitor = monitors.evaluations
 
         self.outcome = TrainingOutcome(
             progress,
-            challenges=self.evaluation_monitor.findings_by_detector,
-            watch=settings.evaluation.watched,
+            findings_by_detector=self.evaluation_monitor.findings_by_detector,
+            watched_metric=settings.evaluation.watched,
             greater_is_better=bool(settings.evaluation.greater_is_better),
         )
         self.current_batch: StepBatch | None = None
         """The batch of the step being taken; None between steps."""
         self._first_step = progress.step
-        self._saved = SavedProgress(progress)
+        self._saved_progress = SavedProgress(progress)
         self._reported_checkpoint: WrittenCheckpoint | None = None
         """The last checkpoint whose cost stands in a row."""
 
@@ -84,29 +83,10 @@ class Trainer:
         """Train to the end of the budget. All ranks must call. Raises Preempted after a saved stop, Diverged, StorageError."""
         # What a resumed run had measured before it was interrupted. Only rank 0 has read it.
         earlier = broadcast_object(self.metrics.earlier, self.meter.runtime)
-        self.outcome.before = earlier.before
-        self.outcome.after = earlier.after
-        self.outcome.last_row = earlier.last_row
-        self._restore_guards_and_order()
-        has_measured_before = bool(earlier.last_row)
-        if has_measured_before:
-            self.evaluation_monitor.restore_findings(self.progress)
-        else:
-            # A run may begin with the state of another one, which patience has ended: it counts its own evaluations.
-            self.progress.stale_evaluations = 0
-
-        evaluation_began = time.perf_counter()
-        self._measure_base_model()
-        if self.progress.step == 0 and self.settings.evaluation.at_start:
-            self.outcome.before = self._evaluate(self.evaluators)
-        evaluation_s = time.perf_counter() - evaluation_began
-
-        # A rollback needs a checkpoint to go back to, also in a run that begins with another run's state.
+        self._restore_earlier_results(earlier)
+        evaluation_s = self._evaluate_before_first_step()
         if self.guards.may_roll_back:
-            self.checkpoints.look_back_steps = LEVEL_LOOK_BACK_STEPS
-            if not self.checkpoints.has_any():
-                self._saved.last_step = -1
-                self._save_checkpoint()
+            self._prepare_checkpoints_for_rollbacks()
 
         # Objects made so far live as long as the run: the garbage collector need not walk them again and again.
         gc.collect()
@@ -125,13 +105,7 @@ class Trainer:
             gc.unfreeze()  # this process may train again, so that the engine of this run must be freed
         self.evaluation_monitor.record_findings_of_whole_run(self.progress)
         self._publish_pending_checkpoint()
-        if self.settings.save_for_export and not self.checkpoints.has_checkpoint_of(self.progress.step):
-            self._saved.last_step = -1  # a run can have begun from the last step of another one
-        if self.settings.save_final:
-            self._save_checkpoint()
-        elif self.settings.save_for_export and self._saved.last_step != self.progress.step:
-            self.outcome.saved_for_export = True
-            self._save_checkpoint(must_succeed=False, replaces_older=False)
+        self._save_last_step()
         self._publish_pending_checkpoint()
         # An attempt that took no step has no speed of its own.
         self.outcome.speed = self.meter.speed() or earlier.speed
@@ -140,36 +114,71 @@ class Trainer:
             self.outcome.experts = expert_load_by_layer(self.meter.expert_tokens, self.meter.expert_ranks)
         return self.outcome
 
+    # -- before the first step -------------------------------------------------------------------------------------------
+
+    def _restore_earlier_results(self, earlier: EarlierResults) -> None:
+        """Go on with what earlier starts of this run measured and found; `earlier` is empty at the first. All ranks must call."""
+        self.outcome.metrics_before_training = earlier.before
+        self.outcome.last_metrics = earlier.after
+        self.outcome.last_row = earlier.last_row
+        self._restore_guards_and_order()
+        has_measured_before = bool(earlier.last_row)
+        if has_measured_before:
+            self.evaluation_monitor.restore_findings(self.progress)
+        else:
+            # A run may begin with the state of another one, which patience has ended: it counts its own evaluations.
+            self.progress.stale_evaluations = 0
+
+    def _evaluate_before_first_step(self) -> float:
+        """Measure the base model where findings compare with it, and the untrained model at step 0. All ranks must call.
+
+        Returns the seconds that it took. Raises Preempted if the run was asked to stop meanwhile.
+        """
+        began = time.perf_counter()
+        try:
+            self.evaluation_monitor.prepare_detectors(self.engine, self.progress)
+        except Interrupted:
+            self._stop_for_signal()
+        if self.progress.step == 0 and self.settings.evaluation.at_start:
+            self.outcome.metrics_before_training = self._evaluate(self.evaluators)
+        return time.perf_counter() - began
+
+    def _prepare_checkpoints_for_rollbacks(self) -> None:
+        """Keep enough checkpoints for a rollback from now on, and save one if the run has none. All ranks must call."""
+        self.checkpoints.look_back_steps = LEVEL_LOOK_BACK_STEPS
+        if not self.checkpoints.has_any():
+            # Also in a run that begins with another run's state, whose step counts as saved.
+            self._saved_progress.require_new_checkpoint()
+            self._save_checkpoint()
+
     def _take_remaining_steps(self) -> None:
-        """Take steps, evaluate and save on schedule, until the budget is spent or evaluation ends the run. Raises RollBack."""
+        """Take steps, evaluate and save on schedule, until the budget is spent or evaluation ends the run. Raises RollBack.
+
+        All ranks must call. Raises Preempted, after a save, if any rank was asked to stop.
+        """
         total_steps = self.settings.total_steps
+        self._make_up_interrupted_evaluation()
         # A run that patience or overfitting has ended, and that was killed in its export, takes no further step.
-        has_ended_early = self._make_up_interrupted_evaluation() or self._ends_early()
-        self.outcome.stopped_early = has_ended_early
-        num_remaining = 0 if has_ended_early else total_steps - self.progress.step
+        self.outcome.stopped_early = self._report_early_stop()
+        num_remaining = 0 if self.outcome.stopped_early else total_steps - self.progress.step
         # Closing the generator ends its thread, also when a step raises.
         with closing(self._batches_of_steps(num_remaining)) as batches:
             for batch in batches:
-                # The question whether to stop travels while the step computes; the answer is read below.
-                self.agreement.ask()
+                # The question whether any rank was asked to stop travels while the step computes.
+                self.stop_agreement.ask()
                 with self.meter.step():
-                    self.meter.add(self.train_step(batch))
+                    self.meter.add(self.train_step(batch))  # from here on `progress.step` is the step just taken
                 is_last = self.progress.step == total_steps
                 if is_last or self.meter.num_buffered_steps >= self.settings.log_every:
                     self._log_buffered_steps()
                 if self.checkpoints.pending_is_written(self.progress.step):
                     self._publish_pending_checkpoint()
-                best_before = (self.progress.best_metric, self.progress.best_step)
-                improved = self._evaluate_if_due(is_last)
-                saves_best = improved and self._may_save_best(is_last)
-                if saves_best or self.checkpoints.is_due(self.progress.step):
-                    self._save_checkpoint(must_succeed=False)
-                elif improved:  # nothing is saved, so the best checkpoint stays the earlier one
-                    self.progress.best_metric, self.progress.best_step = best_before
+                self._evaluate_and_save_if_due(is_last)
                 self._stop_if_finding_ends_run()
-                if self.agreement.stop_now():
+                # The answer to the question: the same on all ranks, so that they stop after the same step.
+                if self.stop_agreement.stop_now():
                     self._stop_for_signal()
-                if self._ends_early():
+                if self._report_early_stop():
                     self.outcome.stopped_early = True
                     break
         self._log_buffered_steps()
@@ -182,46 +191,36 @@ class Trainer:
             self._stop_for_signal()
 
     def train_step(self, batch: StepBatch) -> StepRecord:
-        """One optimizer step over a list of micro-batches. All ranks must call. Reads nothing from the device."""
+        """One optimizer step over a list of micro-batches. All ranks must call. Reads nothing from the device.
+
+        Returns the numbers of the step, for the meter. `batch.totals["loss"]`: tokens (or sequences) with a loss, on all ranks.
+        """
         settings = self.settings
         step = self.progress.step
         self.current_batch = batch
-        self.before_step(step + 1)
+        self.announce_step(step + 1)
         # Dropout depends on the seed, the step and the rank alone, so that a resumed run draws what an unbroken one does.
         seed_dropout_of_step(settings.seed, step, self.engine.rank)
-        sums = accumulate_gradients(self.engine, batch, drawn_by=(settings.seed, step))
+        local_sums = accumulate_gradients(self.engine, batch, drawn_by=(settings.seed, step))
 
         lr_factor = lr_factor_at(settings.schedule, step, settings.total_steps)
-        update_filter = self.guards.update_filter(sums["loss"], batch.totals["loss"])
+        # Decides, once the engine has the gradient norm, whether the update is left out.
+        update_filter = self.guards.update_filter(local_sums["loss"], batch.totals["loss"])
         step_result = self.engine.step(lr_factor, update_filter)
 
         self.guards.record_step(self.progress.samples)
+        self._advance_progress(batch)
+        self.current_batch = None
+        lr = settings.lr * lr_factor
+        return step_record(batch, local_sums, step_result, self.progress, lr=lr, epoch=self._epochs_done())
+
+    def _advance_progress(self, batch: StepBatch) -> None:
+        """Count a step that was taken, and the samples and tokens of its global batch."""
         self.progress.step += 1
         self.progress.samples += batch.samples
         self.progress.round_step = batch.round_step
         self.progress.tokens += batch.tokens
         self.progress.supervised_tokens += batch.supervised_tokens
-        self.current_batch = None
-        return StepRecord(
-            step=self.progress.step,
-            lr=settings.lr * lr_factor,
-            tokens=batch.tokens,
-            supervised_tokens=batch.supervised_tokens,
-            total_tokens=self.progress.tokens,
-            total_supervised_tokens=self.progress.supervised_tokens,
-            counts=batch.totals,
-            expert_tokens=sums.pop(EXPERT_TOKENS, None),
-            local_sums=sums,
-            result=step_result,
-            local_tokens=batch.local_tokens,
-            wait_s=batch.wait_s,
-            source_tokens=batch.source_tokens,
-            source_counts=batch.source_counts,
-            balance=batch.balance,
-            epoch=self._epochs_done(),
-            facts=batch.facts,
-            round_s=batch.round_s,
-        )
 
     def _epochs_done(self) -> float:
         """Passes over the training data so far, as a fraction: 2.5 is the middle of the third."""
@@ -233,41 +232,41 @@ class Trainer:
         """Set the anomaly guards and the sample order to the step and the samples of `self.progress`."""
         self.guards.restore_recent_steps(self.progress.recent_steps, self.progress.level_rows)
         self.guards.replicas.start_at(self.progress.step)
-        # All samples that rollbacks left out so far, since this replaces the order's earlier list.
+        # All samples that rollbacks left out so far, since `set_skipped` replaces the order's earlier list.
         skipped_ranges = [(skipped["first"], skipped["count"]) for skipped in self.progress.skipped_samples]
         self.loader.order.set_skipped(skipped_ranges)
 
     def _roll_back(self, outlier: Outlier) -> None:
-        """Go back to a checkpoint from before the outlier and skip its samples from now on. All ranks must call."""
-        self.agreement.stop_now()  # completes a question to the ranks that may still be under way
-        self.check_ownership()
+        """Go back to a checkpoint from before the outlier and skip its samples from now on. All ranks must call.
+
+        Raises Diverged if the run has gone back too often, LeaseLost if another attempt owns the run directory.
+        """
+        self.stop_agreement.stop_now()  # completes a question to the ranks that may still be under way
+        self.require_run_dir_ownership()
+        self.guards.raise_if_diverged(
+            self.progress.rollbacks + 1, self.progress.samples, self.loader.order.position_ranges
+        )
         # Loading the checkpoint overwrites the progress: what the run learned since is kept here.
-        skipped_before = self.progress.skipped_samples
         rollbacks = self.progress.rollbacks + 1
-        # Steps of one round consume its samples once, so that several steps may have fewer than a batch each.
-        global_batch = self.loader.share.global_batch
-        num_consumed = self.progress.samples - outlier.first_sample
-        num_samples = min(outlier.num_steps * global_batch, max(num_consumed, global_batch))
-        new_skipped_ranges = self.loader.order.position_ranges(outlier.first_sample, num_samples)
-        self.guards.raise_if_diverged(rollbacks, self.progress.samples, self.loader.order.position_ranges)
+        num_samples = outlier.num_samples(self.progress.samples, self.loader.share.global_batch)
+        position_ranges = self.loader.order.position_ranges(outlier.first_sample, num_samples)
+        new_skipped_samples = [{"first": first, "count": count} for first, count in position_ranges]
+        skipped_samples = self.progress.skipped_samples + new_skipped_samples
 
         self._publish_pending_checkpoint()  # a checkpoint that is being written is of a step before this one
         checkpoint = self.checkpoints.roll_back(outlier.last_good_step)
-        loaded = self.engine.load(checkpoint)
-        # Field by field, since `self.outcome` holds the same object.
-        for field in fields(Progress):
-            setattr(self.progress, field.name, getattr(loaded, field.name))
-        new_skipped_samples = [{"first": first, "count": count} for first, count in new_skipped_ranges]
-        self.progress.skipped_samples = [*skipped_before, *new_skipped_samples]
-        self.guards.record_rollback(self.progress.step)
+        self.progress.overwrite_with(self.engine.load(checkpoint))  # in place: `self.outcome` holds the same object
         self.progress.rollbacks = rollbacks
+        self.progress.skipped_samples = skipped_samples
         self.progress.outliers += 1
         if self.progress.samples == outlier.first_sample:
             # The checkpoint stands in the round of the outlier itself, whose prompts are left out: begin another one.
             self.progress.round_step = 0
         self.loader.restore(checkpoint)
-        self._saved.set_published(self.progress)
+        self._saved_progress.set_to_loaded_checkpoint(self.progress)
 
+        # Now that the progress is whole: set everything that goes by it back to its step.
+        self.guards.record_rollback(self.progress.step)
         self._restore_guards_and_order()
         self.metrics.rewind(self.progress.step)
         self.meter.restart_clock()
@@ -279,14 +278,15 @@ class Trainer:
 
         - `guards.mark_outliers` raises RollBack, before anything is logged: the steps will be taken again.
         - `_check_replicas` raises ReplicasDiffer, also without new steps.
-        - `loader.check_rows` and `guards.raise_if_diverged` end the run after the metrics are logged, so that they show why.
+        - `loader.check_generated_answers` and `guards.raise_if_diverged` end the run after the metrics are logged, so that they
+          show why.
         """
         metrics_of_steps = self.meter.flush()
         self.guards.mark_outliers(metrics_of_steps)
-        self.stragglers.add_times_and_find_slow_ranks(metrics_of_steps, self.meter.by_rank)
+        self.stragglers.add_times_and_find_slow_ranks(metrics_of_steps, self.meter.times_by_rank)
         self._check_replicas()
         if metrics_of_steps:
-            self._add_checkpoint_cost(metrics_of_steps)
+            self._add_checkpoint_cost(metrics_of_steps)  # becomes columns of a row, and rows are logged once
         for step_metrics in metrics_of_steps:
             self.metrics.log(step_metrics, step=step_metrics["step"])
             self.progress.skipped_steps += int(bool(step_metrics.get("skipped")))
@@ -296,10 +296,10 @@ class Trainer:
             return
         self.outcome.last_row = metrics_of_steps[-1]
         self.display.show_step(metrics_of_steps[-1], self._schedule)
-        self.loader.check_rows(metrics_of_steps)
+        self.loader.check_generated_answers(metrics_of_steps)
         self.guards.raise_if_diverged(self.progress.rollbacks, self.progress.samples, self.loader.order.position_ranges)
 
-    def _add_checkpoint_cost(self, metrics_of_steps: list[dict]) -> None:
+    def _add_checkpoint_cost(self, metrics_of_steps: list[Row]) -> None:
         """Add the seconds that the last checkpoint took to the metrics of the first step, once for each checkpoint."""
         checkpoint = self.checkpoints.last_published
         if checkpoint is None or checkpoint is self._reported_checkpoint:
@@ -307,64 +307,68 @@ class Trainer:
         self._reported_checkpoint = checkpoint
         metrics_of_steps[0] = {**metrics_of_steps[0], **checkpoint.metric_columns}
 
-    def _evaluate_if_due(self, is_last: bool) -> bool:
-        """Evaluate if the schedule asks for it after this step; whether the watched metric improved, so that a save is worth it.
-
-        Always False if the run evaluates only at its end (`evaluate_every` is 0): the last checkpoint is then the only one to
-        choose.
-        """
+    def _evaluate_and_save_if_due(self, is_last: bool) -> None:
+        """Evaluate the step just taken if due; save it if it is the best so far, or a checkpoint is due. All ranks must call."""
         every_steps = self.settings.evaluate_every
-        is_due = is_last or (every_steps > 0 and self.progress.step % every_steps == 0)
-        if not is_due:
-            return False
-        return self._evaluate_and_record(is_last) and every_steps > 0
+        is_evaluation_due = is_last or (every_steps > 0 and self.progress.step % every_steps == 0)
+        best_metric_before = self.progress.best_metric
+        best_step_before = self.progress.best_step
+        improved = is_evaluation_due and self._evaluate_and_record(is_last)
+        if every_steps == 0:  # evaluated only at its end, a run has but the last checkpoint to choose
+            improved = False
+        if (improved and self._may_save_best(is_last)) or self.checkpoints.is_due(self.progress.step):
+            self._save_checkpoint(must_succeed=False)
+        elif improved:  # nothing is saved, so the best checkpoint stays the earlier one
+            self.progress.best_metric = best_metric_before
+            self.progress.best_step = best_step_before
+
+    def _may_save_best(self, is_last: bool) -> bool:
+        """Whether an improvement is saved at once. A number of steps that a user gave says how often; `auto` rations it."""
+        if not self.settings.intermediate_loss_only or (is_last and self.settings.save_final):
+            return True
+        return self.checkpoints.is_improvement_due()
+
+    def _evaluators_of_step(self, is_last: bool) -> list[Evaluator]:
+        """All evaluators; before the last step only that of the held-out loss, if the settings say so (may be none at all)."""
+        if not is_last and self.settings.intermediate_loss_only:
+            return intermediate_evaluators(self.evaluators)
+        return self.evaluators
 
     def _evaluate_and_record(self, is_last: bool) -> bool:
-        """Run the evaluators of this step, and record their metrics. All ranks must call.
+        """Run the evaluators of this step, and record their metrics in the progress and the outcome. All ranks must call.
 
-        Returns whether the watched metric is the best so far. With `loss_on_the_way`, steps before the last compute the held-out
-        loss alone; if early stopping ends the run with it, all evaluators run after all.
+        If some were left out, and early stopping ends the run with this evaluation, then all run after all. Returns whether the
+        watched metric is the best so far; False without evaluators.
         """
-        evaluators = self.evaluators
-        if not is_last and self.settings.loss_on_the_way:
-            evaluators = intermediate_evaluators(self.evaluators)
+        evaluators = self._evaluators_of_step(is_last)
         if not evaluators:
             return False
         self._log_buffered_steps()
         # A signal during the evaluation saves a checkpoint, which says so: the next start makes the evaluation up.
         self.progress.owes_evaluation = True
-        self.outcome.after = self._evaluate(evaluators)
+        self.outcome.last_metrics = self._evaluate(evaluators)
         improved = False
-        if self.settings.evaluation.watched in self.outcome.after:  # on the way a task's metric is not there
-            improved = record_evaluation(self.settings.evaluation, self.progress, self.outcome.after)
+        # An evaluation of the held-out loss alone has no metric of a task, which the run may watch.
+        if self.settings.evaluation.watched in self.outcome.last_metrics:
+            improved = record_evaluation(self.settings.evaluation, self.progress, self.outcome.last_metrics)
         left_some_out = len(evaluators) < len(self.evaluators)
         if left_some_out and self._early_stop_reason() is not None:
-            # Early stopping makes this step the last one, whose evaluation leaves nothing out. Before the checkpoint of this
-            # step: a run that is stopped or killed meanwhile still owes it.
-            self.outcome.after = self._evaluate(self.evaluators)
+            # Early stopping makes this step the last one, whose evaluation leaves nothing out. It is not recorded: this step has
+            # been counted. Before its checkpoint: a run that is stopped or killed meanwhile still owes the evaluation.
+            self.outcome.last_metrics = self._evaluate(self.evaluators)
         self.progress.owes_evaluation = False
         self.meter.restart_clock()
         return improved
 
-    def _may_save_best(self, is_last: bool) -> bool:
-        """Whether an improvement is saved at once. A number of steps that a user gave says how often; `auto` rations it."""
-        if not self.settings.loss_on_the_way or (is_last and self.settings.save_final):
-            return True
-        return self.checkpoints.is_improvement_due()
-
-    def _make_up_interrupted_evaluation(self) -> bool:
-        """Run the evaluation that a stop interrupted, before the next step, and save its checkpoint again.
-
-        Returns whether early stopping ends the run with it.
-        """
+    def _make_up_interrupted_evaluation(self) -> None:
+        """Run the evaluation of this step if a stop interrupted it, and save its checkpoint again. All ranks must call."""
         if not self.progress.owes_evaluation or not self.evaluators:
-            return False
+            return
         is_last = self.progress.step == self.settings.total_steps
         self._evaluate_and_record(is_last)
-        self._saved.last_step = -1  # this step's checkpoint still owes the evaluation: write it again
+        self._saved_progress.require_new_checkpoint()  # the one of this step still says that it owes the evaluation
         self._save_checkpoint()
         self._stop_if_finding_ends_run()
-        return self._ends_early()
 
     def _evaluate(self, evaluators: list[Evaluator]) -> dict[str, float]:
         """Run these evaluators, log their metrics, print and return them. All ranks must call.
@@ -387,27 +391,22 @@ class Trainer:
         shown = "  ".join(f"{name} {format_metric(value)}" for name, value in metrics.items())
         self.display.print_line(f"evaluation at step {step}:  {shown}")
         is_full_evaluation = len(evaluators) == len(self.evaluators)
-        if is_full_evaluation:  # the loss alone need not have the watched metric
+        if is_full_evaluation:  # one of the held-out loss alone need not have the watched metric
             raise_if_watched_metric_is_missing(self.settings.evaluation, metrics)
         return metrics
-
-    def _measure_base_model(self) -> None:
-        """Let the evaluation monitor measure the base model before training. A signal meanwhile raises Preempted."""
-        try:
-            self.evaluation_monitor.prepare_detectors(self.engine, self.progress)
-        except Interrupted:
-            self._stop_for_signal()
 
     def _stop_if_finding_ends_run(self) -> None:
         """If a finding of the evaluation monitor ends the run with an error, save and raise LimitExceeded. All ranks must call.
 
-        A finding that ends the run as early stopping does raises nothing here: `_ends_early` ends the run.
+        A finding that ends the run as early stopping does raises nothing here: `_report_early_stop` ends the run.
         """
-        if self.evaluation_monitor.stopping_finding is None or self.evaluation_monitor.early_stopping_text():
+        has_stopping_finding = self.evaluation_monitor.stopping_finding is not None
+        counts_as_early_stop = self.evaluation_monitor.early_stopping_text() is not None
+        if not has_stopping_finding or counts_as_early_stop:
             return
-        # The checkpoint owes an evaluation, so that the next start looks again. It may exist already: write it anew.
+        # The checkpoint says that it owes an evaluation, so that the next start looks again.
         self.progress.owes_evaluation = True
-        self._saved.last_step = -1
+        self._saved_progress.require_new_checkpoint()  # that of this step may exist already, and does not say so
         self._save_checkpoint()
         self._publish_pending_checkpoint()
         self.evaluation_monitor.raise_if_finding_ends_run()
@@ -418,19 +417,20 @@ class Trainer:
             self.settings.evaluation, self.progress
         )
 
-    def _ends_early(self) -> bool:
+    def _report_early_stop(self) -> bool:
         """Whether the run ends before its budget is spent. If so, prints why, and records it if patience ended the run."""
         reason = self._early_stop_reason()
         if reason is None:
             return False
-        if self.evaluation_monitor.early_stopping_text() is None:
+        is_patience = self.evaluation_monitor.early_stopping_text() is None
+        if is_patience:
             self.evaluation_monitor.record_early_stopping(self.progress, reason)
         self.display.print_line(reason)
         return True
 
     def _stop_for_signal(self) -> NoReturn:
         """Save a checkpoint, unless no step was taken, and raise Preempted. All ranks must call."""
-        self.check_ownership()
+        self.require_run_dir_ownership()
         self._log_buffered_steps()
         if self.progress.step:
             self._save_checkpoint()
@@ -440,6 +440,17 @@ class Trainer:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
+    def _save_last_step(self) -> None:
+        """Save the last step if `save_final` says so, or the export reads it and no checkpoint has it. All ranks must call."""
+        if self.settings.save_for_export and not self.checkpoints.has_checkpoint_of(self.progress.step):
+            # A run can have begun from the last step of another one, which counts as saved.
+            self._saved_progress.require_new_checkpoint()
+        if self.settings.save_final:
+            self._save_checkpoint()
+        elif self.settings.save_for_export and not self._saved_progress.is_saved(self.progress.step):
+            self.outcome.saved_for_export = True
+            self._save_checkpoint(must_succeed=False, replaces_older=False)
+
     def _save_checkpoint(self, *, must_succeed: bool = True, replaces_older: bool = True) -> None:
         """Log the buffered steps, publish the pending checkpoint, and write one of this step, if there is none yet.
 
@@ -447,35 +458,36 @@ class Trainer:
         must call.
         """
         self._log_buffered_steps()
-        self._publish_pending_checkpoint()
-        if self._saved.last_step != self.progress.step:
-            self.check_ownership()
+        self._publish_pending_checkpoint()  # only one may be under way
+        if not self._saved_progress.is_saved(self.progress.step):
+            self.require_run_dir_ownership()
             self._check_replicas(now=True)  # a checkpoint of replicas that differ would be worth nothing
+            # What the anomaly guards compare the next steps with, so that a resumed run finds the same outliers.
             self.progress.recent_steps = self.guards.recent_steps()
             self.progress.level_rows = self.guards.level_shifts.rows
             self.metrics.sync()  # rows up to this step are on the disk before the checkpoint is
-            self._saved.begin(self.progress)
-            attachments = self.loader.attachments()
+            self._saved_progress.remember_begun_checkpoint(self.progress)
             has_succeeded = self.checkpoints.save_checkpoint(
                 self.engine,
                 self.progress,
                 must_succeed=must_succeed,
                 replaces_older=replaces_older,
-                attachments=attachments,
+                attachments=self.loader.attachments(),
             )
-            self._saved.record_outcome(
-                self.progress, has_succeeded, is_pending=self.checkpoints.pending_step is not None
-            )
+            self._record_save(has_succeeded)
         self.meter.restart_clock()
 
     def _publish_pending_checkpoint(self) -> None:
         """Publish the checkpoint that is pending, if there is one. All ranks must call."""
         if self.checkpoints.pending_step is not None:
-            self.check_ownership()
+            self.require_run_dir_ownership()
             has_succeeded = self.checkpoints.publish_pending()
-            self._saved.record_outcome(
-                self.progress, has_succeeded, is_pending=self.checkpoints.pending_step is not None
-            )
+            self._record_save(has_succeeded)
+
+    def _record_save(self, has_succeeded: bool) -> None:
+        """Record that a checkpoint was begun or published, or failed: the best evaluation is then that of an earlier one."""
+        is_pending = self.checkpoints.pending_step is not None
+        self._saved_progress.record_outcome(self.progress, has_succeeded, is_pending=is_pending)
 
     def _check_replicas(self, *, now: bool = False) -> None:
         """Compare the weights of the replicas if that is due, or `now`. Raises ReplicasDiffer. All ranks must call."""

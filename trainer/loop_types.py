@@ -48,7 +48,7 @@ class LoopSettings:
     """`greater_is_better` is resolved: never None."""
     evaluate_every: int = 0
     """Steps between evaluations; 0 evaluates only at the end."""
-    loss_on_the_way: bool = False
+    intermediate_loss_only: bool = False
     """Whether evaluations before the last step compute the held-out loss alone (`evaluation.every_steps=auto`)."""
     log_every: int
     """Steps between two reads of the device's metric buffer."""
@@ -98,7 +98,7 @@ class BatchLoader(Protocol):
     def restore(self, checkpoint: Path) -> None:
         """Go on from a checkpoint that the engine has loaded: read its attachments. All ranks must call. Errors: StorageError."""
 
-    def check_rows(self, rows: list[Row]) -> None:
+    def check_generated_answers(self, rows: list[Row]) -> None:
         """Look at the rows of steps since the last call. Raises Diverged, on all ranks alike, for answers of other weights."""
 
 
@@ -112,7 +112,7 @@ class StepMeter(Protocol):
     """[layers, experts]: tokens that chose each expert in the last interval, all ranks together; None without experts."""
     expert_ranks: int
     """Ranks over which the experts of a layer are distributed."""
-    by_rank: list[RankTime]
+    times_by_rank: list[RankTime]
     """Compute time of each rank in the last interval, equal on all ranks."""
 
     @property
@@ -242,9 +242,9 @@ class Sinks:
     metrics: MetricSink
     display: ProgressDisplay
     checkpoints: CheckpointStore
-    before_step: Callable[[int], None] = lambda step: None
+    announce_step: Callable[[int], None] = lambda step: None
     """Called with the number of the step about to be taken, so that a failure can name it. Local."""
-    check_ownership: Callable[[], None] = lambda: None
+    require_run_dir_ownership: Callable[[], None] = lambda: None
     """Called before a checkpoint is written. All ranks must call. Raises LeaseLost if another attempt owns the directory."""
 
 
@@ -366,7 +366,7 @@ class EvaluationMonitor(Protocol):
 class Monitors:
     """What may end a run before its budget is spent, or leave an update out. All ranks come to the same answers."""
 
-    agreement: StopAgreement
+    stop_agreement: StopAgreement
     guards: StepGuards
     stragglers: StragglerMonitor
     evaluations: EvaluationMonitor

@@ -337,8 +337,8 @@ def build_sinks(
     meter: Meter, trackers: Trackers, checkpoints: Checkpoints, profiler: Profiler, context: RunContext
 ) -> Sinks:
     """Collect the objects that receive what the loop produces: metrics, lines on the screen, checkpoints and traces."""
-    check_ownership = partial(context.attempt.require_run_dir_ownership, context.runtime)
-    return Sinks(meter, trackers, context.console, checkpoints, profiler.at_step, check_ownership)
+    require_run_dir_ownership = partial(context.attempt.require_run_dir_ownership, context.runtime)
+    return Sinks(meter, trackers, context.console, checkpoints, profiler.at_step, require_run_dir_ownership)
 
 
 def build_monitors(
@@ -352,7 +352,7 @@ def build_monitors(
     anomaly_log = AnomalyLog(context.run_dir, data.directory, loader, context.console.print_line)
     guards = Guards(config.guards, config.optim.max_skipped_steps, context.runtime, anomaly_log)
     stragglers = Stragglers(config.logging.slow_rank, context.runtime, build_slow_rank_reporter(context))
-    return Monitors(context.agreement, guards, stragglers, challenges)
+    return Monitors(context.stop_agreement, guards, stragglers, challenges)
 
 
 def loop_settings(config: RunConfig, total_steps: int, interval: EvaluationInterval | None = None) -> LoopSettings:
@@ -370,7 +370,7 @@ def loop_settings(config: RunConfig, total_steps: int, interval: EvaluationInter
         schedule=config.schedule,
         evaluation=replace(config.evaluation, greater_is_better=more_is_better(config)),
         evaluate_every=interval.steps,
-        loss_on_the_way=interval.loss_alone,
+        intermediate_loss_only=interval.intermediate_loss_only,
         log_every=config.logging.every_steps,
         # The export job of a pipeline has nothing but this checkpoint to read.
         save_final=config.checkpoint.save_final or separate_job_writes_export(config),
@@ -427,7 +427,9 @@ def record_reference_logps_of_data(
     )
     splits = {"train": data.train, "eval": data.evaluation, "test": data.test}
     try:
-        record_reference_logps(splits, engine, recording, context.runtime, context.agreement.for_loop().ask_and_wait)
+        record_reference_logps(
+            splits, engine, recording, context.runtime, context.stop_agreement.for_loop().ask_and_wait
+        )
     except Preempted:
         # Raised on all ranks alike. If the directory was lost meanwhile, that is the reason to give.
         context.attempt.require_run_dir_ownership(context.runtime)

@@ -220,7 +220,7 @@ def built_trainer(
         restore_torch_linear()
     tokenizer = load_tokenizer(config.model)
     engine, built, _ = build_engine(config, tokenizer, data, config.precision, runtime)
-    agreement = RankStopAgreement(StopRequest(), runtime)
+    stop_agreement = RankStopAgreement(StopRequest(), runtime)
     where = data.directory / f"run-{os.environ.get('RANK', 0)}"  # a lone oracle on every rank
     key = f"{config.strategy.name} {config.model} {config.tuning} {runtime.world_size}"
     record_reference_logps_of_data(
@@ -228,7 +228,7 @@ def built_trainer(
         data,
         engine,
         built,
-        RunContext(key, runtime, Console(enabled=False), agreement, Attempt(run_dir=where)),
+        RunContext(key, runtime, Console(enabled=False), stop_agreement, Attempt(run_dir=where)),
     )
     loader, total = build_loader(config, data, built, engine, runtime)
     meter = Meter(runtime, 1.0, None, built.step_module.objective.metrics)
@@ -240,7 +240,7 @@ def built_trainer(
         evaluators=[],
         sinks=Sinks(meter, Trackers(), Console(enabled=False), checkpoints=None),  # type: ignore[arg-type]
         monitors=Monitors(
-            agreement,
+            stop_agreement,
             Guards(config.guards, config.optim.max_skipped_steps, runtime),
             Stragglers(0, runtime),
             ChallengeDetectors(ChallengesConfig(), planned_evaluations=1, judged_loss_term="loss"),

@@ -213,7 +213,7 @@ def test_divergence_is_judged_after_the_warm_up_that_a_run_is_set_to(tmp_path, s
         attempt=SimpleNamespace(on_run_dir_renamed=[]),
     )
     built = SimpleNamespace(step_module=SimpleNamespace(objective=SimpleNamespace(comparable_term="loss")))
-    interval = EvaluationInterval(steps=10, loss_alone=False)
+    interval = EvaluationInterval(steps=10, intermediate_loss_only=False)
     assert build_detectors(config, built, 80, interval, context).first_judged_step == first_step
 
 

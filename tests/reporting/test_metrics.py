@@ -82,7 +82,7 @@ def test_metrics_of_gpus_of_all_hosts_need_no_further_reduction(monkeypatch):
         assert [second[name] for name in names] == [50, 2, 300, 60]
         assert second["gpu/1/utilization_percent"] == 90 and second["gpu/1/memory_gib"] == 4
         assert "gpu/1/power_w" not in second and not any(name.startswith("gpu/") for name in first)
-        assert [each.tokens for each in meter.by_rank] == [60, 60]
+        assert [each.tokens for each in meter.times_by_rank] == [60, 60]
         assert all(math.isnan(value) for value in meter.gpu.means())  # nothing was seen since
 
 

@@ -38,7 +38,7 @@ def test_trackers_are_told_what_ended_a_run(tmp_path, error, challenges, state):
     meter = SimpleNamespace(speed=dict, peaks={})
     checkpoints = SimpleNamespace(wait_at_most=lambda seconds: None)
     record = RunRecord(objective="sft")
-    outcome = TrainingOutcome(Progress(step=30), challenges=challenges)
+    outcome = TrainingOutcome(Progress(step=30), findings_by_detector=challenges)
     try:
         with recording_end_of_training(RunConfig(), trackers, outcome, record, meter, checkpoints, context):
             if error is not None:

@@ -29,25 +29,25 @@ auto, best, last = ExportedCheckpoint.auto, ExportedCheckpoint.best, ExportedChe
 )
 def test_checkpoint_that_leaves_a_run(setting, value, facts, saved, chosen):
     after = {} if value is None else {"eval/loss": value}
-    outcome = TrainingOutcome(Progress(step=30, best_metric=1.5, best_step=20), after=after, **facts)
+    outcome = TrainingOutcome(Progress(step=30, best_metric=1.5, best_step=20), last_metrics=after, **facts)
     found = choose_exported_checkpoint(setting, outcome, saved)
     assert (found.step, found.which) == chosen and found.reason
 
 
 def test_checkpoint_whose_loss_is_no_number_is_never_the_best():
     progress = Progress(step=30, best_metric=float("nan"), best_step=20)
-    outcome = TrainingOutcome(progress, after={"eval/loss": 2.0}, stopped_early=True)
+    outcome = TrainingOutcome(progress, last_metrics={"eval/loss": 2.0}, stopped_early=True)
     assert choose_exported_checkpoint(auto, outcome, [20, 30]).step == 30
 
 
 def test_last_checkpoint_is_not_called_the_best_where_a_better_one_was_not_saved():
     progress = Progress(step=30, best_metric=1.5, best_step=30, seen_metric=1.2, seen_step=20)
-    chosen = choose_exported_checkpoint(auto, TrainingOutcome(progress, after={"eval/loss": 1.5}), [30])
+    chosen = choose_exported_checkpoint(auto, TrainingOutcome(progress, last_metrics={"eval/loss": 1.5}), [30])
     assert chosen.which == "last" and "step 20 had a better eval/loss (1.2000), and was not saved" in chosen.reason
     progress.seen_metric, progress.seen_step = 1.5, 30
     assert (
         "also the best"
-        in choose_exported_checkpoint(auto, TrainingOutcome(progress, after={"eval/loss": 1.5}), [30]).reason
+        in choose_exported_checkpoint(auto, TrainingOutcome(progress, last_metrics={"eval/loss": 1.5}), [30]).reason
     )
 
 

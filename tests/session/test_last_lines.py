@@ -23,7 +23,9 @@ def lines_of(outcome, *, export=EXPORT, **facts):
 
 def outcome(before, best, best_step, *, after=2.0, **facts):
     progress = Progress(step=30, best_metric=best, best_step=best_step)
-    return TrainingOutcome(progress, before={"eval/loss": before}, after={"eval/loss": after}, **facts)
+    return TrainingOutcome(
+        progress, metrics_before_training={"eval/loss": before}, last_metrics={"eval/loss": after}, **facts
+    )
 
 
 def test_best_weights_are_those_before_training_if_no_step_is_better():
@@ -31,7 +33,7 @@ def test_best_weights_are_those_before_training_if_no_step_is_better():
     assert best == ["best:       no checkpoint has a better eval/loss than before training (1.5000)"]
     assert last == "next:       train again in another run.dir, with a lower optim.lr"
     found = {"overfitting": {"found": True, "first_step": 9, "says": "x", "remedies": ["fewer epochs", "y"]}}
-    _, last = lines_of(outcome(1.5, 1.75, 20, challenges=found))
+    _, last = lines_of(outcome(1.5, 1.75, 20, findings_by_detector=found))
     assert last.endswith("with fewer epochs")
     best, last = lines_of(outcome(1.5, 1.75, 20, after=1.6, greater_is_better=True))
     assert best == [f"best:       step 20 had eval/loss 1.7500: {OF_BEST}"]

@@ -52,7 +52,7 @@ def test_lease_is_checked_by_all_ranks_at_a_stop_before_training(monkeypatch):
     built.tuning.keeps_base = False
     where = Attempt(lease=SimpleNamespace(check=lost))
     place = SimpleNamespace(attempt=where, runtime=SimpleNamespace(world_size=1), run_dir=Path(), sha256="")
-    place.console = place.agreement = MagicMock()
+    place.console = place.stop_agreement = MagicMock()
     with pytest.raises(LeaseLost):
         run_module.record_reference_logps_of_data(RunConfig(), MagicMock(), MagicMock(), built, place)
     with pytest.raises(LeaseLost):  # and so before what the run is, and that it runs, is written down

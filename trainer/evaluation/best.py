@@ -72,20 +72,28 @@ class SavedProgress:
 
     def __init__(self, progress: Progress) -> None:
         """`progress`: at the start of this attempt. A run that resumes at its step has its checkpoint already."""
-        self.last_step = progress.step if progress.step else -1
-        """Step of the last checkpoint. -1: there is none of the current step."""
+        self._saved_step: int | None = progress.step or None
+        """Step of the last checkpoint, begun or written. None: the current step has none that counts."""
         self._being_saved = replace(progress)
         """`progress` as it was when the last checkpoint was begun."""
         self._published = replace(progress)
         """`progress` of the last checkpoint that was published: the best step in it is on the disk."""
 
-    def begin(self, progress: Progress) -> None:
+    def is_saved(self, step: int) -> bool:
+        """Whether the checkpoint of this step, the run's newest, was begun or written."""
+        return self._saved_step == step
+
+    def require_new_checkpoint(self) -> None:
+        """Let the next save write a checkpoint of the current step, also where one counts as saved."""
+        self._saved_step = None
+
+    def remember_begun_checkpoint(self, progress: Progress) -> None:
         """Keep `progress` as it is when a checkpoint is begun."""
         self._being_saved = replace(progress)
 
-    def set_published(self, progress: Progress) -> None:
+    def set_to_loaded_checkpoint(self, progress: Progress) -> None:
         """Set all to a checkpoint that was loaded, whose progress `progress` is."""
-        self.last_step = progress.step
+        self._saved_step = progress.step
         self._being_saved = self._published = replace(progress)
 
     def record_outcome(self, progress: Progress, has_succeeded: bool, *, is_pending: bool) -> None:
@@ -96,7 +104,7 @@ class SavedProgress:
         - Failed: if it was the best step, the best metric in `progress` is again that of the last published checkpoint.
         """
         step = self._being_saved.step
-        self.last_step = step if has_succeeded else -1
+        self._saved_step = step if has_succeeded else None
         if has_succeeded and not is_pending:
             self._published = self._being_saved
         elif not has_succeeded and progress.best_step == step:

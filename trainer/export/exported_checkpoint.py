@@ -50,7 +50,7 @@ def choose_exported_checkpoint(
     last_step = progress.step
     best_step = progress.best_step
     best_metric = progress.best_metric
-    last_metric = outcome.after.get(outcome.watch)
+    last_metric = outcome.last_metrics.get(outcome.watched_metric)
     if setting is ExportedCheckpoint.last:
         return ChosenCheckpoint(step=last_step, which="last", reason="export.checkpoint=last")
     if best_metric is None or best_step is None or last_metric is None:
@@ -64,14 +64,14 @@ def choose_exported_checkpoint(
     takes_best = ended_worse or (outcome.stopped_early and not ended_better) or setting is ExportedCheckpoint.best
     if not takes_best:
         return ChosenCheckpoint(
-            step=last_step, which="last", reason=f"no earlier checkpoint has a better {outcome.watch}"
+            step=last_step, which="last", reason=f"no earlier checkpoint has a better {outcome.watched_metric}"
         )
     if best_step not in saved_steps:
         return ChosenCheckpoint(
             step=last_step, which="last", reason=f"step {best_step} was better, and its checkpoint is not there"
         )
     last_metric_text = f"{format_metric(last_metric)} at the last step, {last_step}"
-    comparison = f"{outcome.watch} was {format_metric(best_metric)} there, and {last_metric_text}"
+    comparison = f"{outcome.watched_metric} was {format_metric(best_metric)} there, and {last_metric_text}"
     return ChosenCheckpoint(step=best_step, which="best", reason=comparison)
 
 
@@ -92,10 +92,10 @@ def _reason_if_last_is_best(outcome: TrainingOutcome, last_metric: float) -> str
     if best_seen_metric is not None and _is_better(best_seen_metric, last_metric, outcome):
         step = outcome.progress.seen_step
         return (
-            f"step {step} had a better {outcome.watch} ({format_metric(best_seen_metric)}), and was not saved "
+            f"step {step} had a better {outcome.watched_metric} ({format_metric(best_seen_metric)}), and was not saved "
             "(checkpoint.every_minutes)"
         )
-    return f"it is also the best by {outcome.watch} ({format_metric(last_metric)})"
+    return f"it is also the best by {outcome.watched_metric} ({format_metric(last_metric)})"
 
 
 def recorded_export_step(run_record: Mapping[str, Any]) -> int | None:

@@ -78,6 +78,12 @@ class Outlier:
         """The last step whose checkpoint is from before it. What makes a level is the update of the step before its first."""
         return self.began - 1 if self.num_steps == 1 else self.began - 2
 
+    def num_samples(self, consumed_samples: int, global_batch: int) -> int:
+        """How many samples from `first_sample` on may be the cause. `consumed_samples`: of the run so far."""
+        # Steps of one round consume its samples once, so that several steps may have fewer than a batch each.
+        num_since_first = consumed_samples - self.first_sample
+        return min(self.num_steps * global_batch, max(num_since_first, global_batch))
+
 
 class RollBack(Exception):
     """Raised on all ranks alike: the run is to continue from a checkpoint before this, without its samples."""

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from strategies.runtime import sum_over_ranks
-from trainer.model.routing import ADDED_LOSS
+from trainer.model.routing import ADDED_LOSS, EXPERT_TOKENS
+from trainer.reporting.metrics import StepRecord
 
 if TYPE_CHECKING:
-    from strategies.base import Engine
+    from strategies.base import Engine, Progress, StepResult
     from trainer.data.batches.loader import StepBatch
     from trainer.objectives.routed import AddedLosses
 
@@ -119,3 +120,39 @@ def accumulate_gradients(engine: Engine, batch: StepBatch, drawn_by: tuple[int, 
         for name, value in terms.items():
             sums[name] = sums[name] + value.detach() if name in sums else value.detach()
     return sums
+
+
+def step_record(
+    batch: StepBatch,
+    local_sums: dict[str, torch.Tensor],
+    step_result: StepResult,
+    progress: Progress,
+    *,
+    lr: float,
+    epoch: float,
+) -> StepRecord:
+    """The numbers of a step on `batch`, for the meter. It keeps none of the batch's micro-batches alive.
+
+    `local_sums`: what `accumulate_gradients` returned; the tokens by expert are taken out of it. `progress`: counts the step
+    already. `lr`: of the step. `epoch`: passes over the training data so far.
+    """
+    return StepRecord(
+        step=progress.step,
+        lr=lr,
+        tokens=batch.tokens,
+        supervised_tokens=batch.supervised_tokens,
+        total_tokens=progress.tokens,
+        total_supervised_tokens=progress.supervised_tokens,
+        counts=batch.totals,
+        expert_tokens=local_sums.pop(EXPERT_TOKENS, None),
+        local_sums=local_sums,
+        result=step_result,
+        local_tokens=batch.local_tokens,
+        wait_s=batch.wait_s,
+        source_tokens=batch.source_tokens,
+        source_counts=batch.source_counts,
+        balance=batch.balance,
+        epoch=epoch,
+        facts=batch.facts,
+        round_s=batch.round_s,
+    )

@@ -65,7 +65,7 @@ def minimal_trainer(engine: Any) -> Trainer:
         evaluators=[],
         sinks=Sinks(meter=unused, metrics=unused, display=unused, checkpoints=unused),
         monitors=Monitors(
-            agreement=unused,
+            stop_agreement=unused,
             guards=Guards(GuardsConfig(), 1, engine.runtime),
             stragglers=Stragglers(0, engine.runtime),
             evaluations=ChallengeDetectors(ChallengesConfig(), planned_evaluations=1, judged_loss_term="loss"),

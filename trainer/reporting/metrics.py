@@ -139,7 +139,7 @@ class Meter:
     """Ranks over which the experts of a layer are distributed."""
     communication_totals: CommunicationTotals | None = None
     """What this rank exchanged in the step that was counted; None before it, and of a single rank."""
-    by_rank: list[RankTime] = field(default_factory=list)
+    times_by_rank: list[RankTime] = field(default_factory=list)
     """What each rank computed in the last interval, by rank; equal on all ranks."""
     gpu: gpu_meters.GpuWatcher | None = None
     """Looks at this rank's GPU; None where it has none."""
@@ -334,11 +334,11 @@ class Meter:
         return summed_table.view(table.shape), measurements_by_rank
 
     def _set_measurements(self, measurements_by_rank: list[RankMeasurements]) -> None:
-        """Set `peaks`, `by_rank` and `_gpu_metrics` to what all ranks measured in this interval."""
+        """Set `peaks`, `times_by_rank` and `_gpu_metrics` to what all ranks measured in this interval."""
         self.peaks = {}
         for name in measurements_by_rank[0].peaks_gib:
             self.peaks[name] = max(measurements.peaks_gib[name] for measurements in measurements_by_rank)
-        self.by_rank = [measurements.time for measurements in measurements_by_rank]
+        self.times_by_rank = [measurements.time for measurements in measurements_by_rank]
         gpu_means_by_rank = [measurements.gpu_means for measurements in measurements_by_rank]
         self._gpu_metrics = gpu_meters.gpu_metrics_of_row(gpu_means_by_rank) if gpu_means_by_rank[0] else {}
 

@@ -89,7 +89,7 @@ class RolloutLoader:
             content: bytes = call_on_main(path.read_bytes, self.round_builder.runtime)
             self.current_round = deserialize_round(content, str(path))
 
-    def check_rows(self, rows: list[dict[str, Any]]) -> None:
+    def check_generated_answers(self, rows: list[dict[str, Any]]) -> None:
         """Raise Diverged, on all ranks alike, if a step learned from answers that other weights generated.
 
         That is so if the log-probabilities of generation and of training differ by more than `max_logp_difference`. `rows`: the

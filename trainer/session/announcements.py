@@ -57,7 +57,7 @@ class RunContext:
     """Hash of the configuration."""
     runtime: processes.Runtime
     console: Console
-    agreement: RankStopAgreement
+    stop_agreement: RankStopAgreement
     attempt: Attempt
 
     @property
@@ -198,14 +198,14 @@ def recording_end_of_training(
         # Summarise and close the trackers. A run that failed has no speed in its outcome yet.
         speed = outcome.speed or meter.speed()
         last_row = {**outcome.last_row, **meter.peaks}
-        trackers.summarise(final_summary(last_row, speed, outcome.after | outcome.test))
+        trackers.summarise(final_summary(last_row, speed, outcome.last_metrics | outcome.test))
         export_dir = context.run_dir / "export"
         has_export = ending.state is RunState.done and run_writes_export(config) and export_dir.is_dir()
         trackers.close(replace(ending, exported=export_dir if has_export else None))
         if ending.state is not RunState.done:
             for name, link in trackers.hints:
                 context.console.print_line(f"{name + ':':<11} {link}")
-        record.challenges = outcome.challenges
+        record.challenges = outcome.findings_by_detector
         record_measured_cost(record, meter, checkpoints, context)
 
 
@@ -214,7 +214,7 @@ def _with_divergence(ending: RunEnding, outcome: TrainingOutcome) -> RunEnding:
 
     The finding becomes the reason if the ending has none.
     """
-    for finding in findings_in(outcome.challenges):
+    for finding in findings_in(outcome.findings_by_detector):
         if finding.name == Verdict.diverged:
             return replace(ending, diverged=True, reason=ending.reason or finding.sentence)
     return ending

@@ -26,7 +26,7 @@ class EvaluationInterval:
 
     steps: int
     """Steps between evaluations; 0 evaluates only at the end."""
-    loss_alone: bool = False
+    intermediate_loss_only: bool = False
     """Whether evaluations before the last step compute the held-out loss alone."""
 
 
@@ -50,7 +50,7 @@ def resolve_evaluation_interval(
     held_out = data.evaluation
     if held_out is None or len(held_out) == 0 or isinstance(loader, RolloutLoader):
         # Held-out rewards need written answers, which is too expensive unless the user sets an interval.
-        return EvaluationInterval(0, loss_alone=True)
+        return EvaluationInterval(0, intermediate_loss_only=True)
     eval_share = EvalShare(
         config.evaluation.batch,
         runtime.dp_rank,
@@ -71,4 +71,4 @@ def resolve_evaluation_interval(
     interval = progress.evaluate_every
     reason = auto_interval_reason(interval, size, config.evaluation.patience)
     built.substitutions[EVERY_STEPS] = str(ResolvedSetting(EVERY_STEPS, AUTO, interval, reason))
-    return EvaluationInterval(interval, loss_alone=True)
+    return EvaluationInterval(interval, intermediate_loss_only=True)

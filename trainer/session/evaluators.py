@@ -45,7 +45,7 @@ def build_run_evaluators(
     tokenizer = inputs.tokenizer
 
     def watch_for_stop() -> Callable[[], bool]:
-        return context.agreement.for_loop().ask_and_wait
+        return context.stop_agreement.for_loop().ask_and_wait
 
     def make_model_interface() -> ModelInterface:
         return model_interface_for_run(config, data, built, tokenizer, engine, context.runtime, watch_for_stop())

@@ -30,17 +30,17 @@ def end_text(
     if outcome.speed:
         speed = f", {outcome.speed['tokens_per_s']:,.0f} tokens/s (median)"
     lines = ["", f"done: {outcome.progress.step} steps, {outcome.progress.tokens:,} tokens{speed}"]
-    width = max([MIN_METRIC_WIDTH, *map(len, outcome.after), *map(len, outcome.test)])
-    for name, metric_value in outcome.after.items():
-        before = outcome.before.get(name)
+    width = max([MIN_METRIC_WIDTH, *map(len, outcome.last_metrics), *map(len, outcome.test)])
+    for name, metric_value in outcome.last_metrics.items():
+        before = outcome.metrics_before_training.get(name)
         before_text = "" if before is None else f"   (before: {format_metric(before)})"
         lines.append(f"  {name:<{width}} {format_metric(metric_value)}{before_text}")
     lines += _test_lines(record, width)
     lines += _finding_lines(outcome)
     lines += _better_weights_lines(record, run_dir, outcome)
     lines += _answer_lines(outcome)
-    if outcome.closing:
-        lines.append(f"overfits?   {outcome.closing}")
+    if outcome.overfitting_sentence:
+        lines.append(f"overfits?   {outcome.overfitting_sentence}")
     lines += [f"slow:       {SlowRank(**slow_rank).text_with_steps()}" for slow_rank in outcome.slow_ranks]
     if export is not None:
         lines.append(f"model:      {export}{_exported_checkpoint_suffix(record)}")
@@ -70,7 +70,7 @@ def _test_lines(record: RunRecord, width: int) -> list[str]:
 def _finding_lines(outcome: TrainingOutcome) -> list[str]:
     """Warnings of the detectors, each with its remedies."""
     lines = []
-    for finding in findings_in(outcome.challenges):
+    for finding in findings_in(outcome.findings_by_detector):
         lines.append(f"warning:    {finding.sentence}")
         lines.append(f"            try: {'; '.join(finding.remedies[:MAX_SHOWN_REMEDIES])}")
     return lines
@@ -79,7 +79,7 @@ def _finding_lines(outcome: TrainingOutcome) -> list[str]:
 def _answer_lines(outcome: TrainingOutcome) -> list[str]:
     """What the base and the tuned model answer to two questions outside of the task; none if they were not asked."""
     lines = []
-    for pair in outcome.answers:
+    for pair in outcome.chat_answers:
         lines.append(f"asked:      {shorten(pair['question'], MAX_SHOWN_ANSWER_CHARACTERS)}")
         for model in ("base", "tuned"):
             lines.append(f"  {model:<9} {shorten(pair[model], MAX_SHOWN_ANSWER_CHARACTERS) or '(nothing)'}")
@@ -92,14 +92,16 @@ def _better_weights_lines(record: RunRecord, run_dir: Path, outcome: TrainingOut
     The better weights are the model before training, or those of an earlier step.
     """
     best = outcome.progress.best_metric
-    if outcome.watch not in outcome.after or best is None:
+    if outcome.watched_metric not in outcome.last_metrics or best is None:
         return []
     if not _has_improved(outcome):
-        before = format_metric(outcome.before[outcome.watch])
-        return [f"best:       no checkpoint has a better {outcome.watch} than before training ({before})"]
+        before = format_metric(outcome.metrics_before_training[outcome.watched_metric])
+        return [f"best:       no checkpoint has a better {outcome.watched_metric} than before training ({before})"]
     if _has_better_step(record, outcome):
         step = outcome.progress.best_step
-        return [f"best:       step {step} had {outcome.watch} {format_metric(best)}: {_export_of_best(run_dir)}"]
+        return [
+            f"best:       step {step} had {outcome.watched_metric} {format_metric(best)}: {_export_of_best(run_dir)}"
+        ]
     return []
 
 
@@ -126,7 +128,7 @@ def _chosen_checkpoint_text(chosen: Mapping[str, Any]) -> str:
 def _has_improved(outcome: TrainingOutcome) -> bool:
     """Whether the best monitored metric is better than before training; True if it was not measured before."""
     best = outcome.progress.best_metric
-    before = outcome.before.get(outcome.watch)
+    before = outcome.metrics_before_training.get(outcome.watched_metric)
     if best is None or before is None:
         return True
     return best > before if outcome.greater_is_better else best < before
@@ -140,7 +142,7 @@ def _has_better_step(record: RunRecord, outcome: TrainingOutcome) -> bool:
     if is_best_exported or is_last_step_best:
         return False
     best = outcome.progress.best_metric
-    last = outcome.after.get(outcome.watch)
+    last = outcome.last_metrics.get(outcome.watched_metric)
     if best is None or last is None:
         return True
     return best > last if outcome.greater_is_better else best < last
@@ -157,7 +159,7 @@ def _next_action(record: RunRecord, run_dir: Path, outcome: TrainingOutcome, exp
     In this order, since a model that is worse is not worth a chat: train again if training made it worse; export an earlier step
     that is better; wait for the export job; export; try the exported model.
     """
-    findings = findings_in(outcome.challenges)
+    findings = findings_in(outcome.findings_by_detector)
     if not _has_improved(outcome):
         remedy = findings[0].remedies[0] if findings and findings[0].remedies else "a lower optim.lr"
         return f"train again in another run.dir, with {remedy}"

@@ -47,7 +47,7 @@ def build_detectors(
     challenges = ChallengeDetectors(
         config.challenges, planned_evaluations, comparable_term, context.console.print_line, events
     )
-    if interval.loss_alone:
+    if interval.intermediate_loss_only:
         challenges.planned_task_evaluations = 1
     challenges.first_evaluation_file = HeldOutFile(context.run_dir, context.runtime)
     challenges.kept_answers = KeptAnswers(context.run_dir if context.runtime.is_main else None)

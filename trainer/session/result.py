@@ -64,14 +64,14 @@ def choose_and_measure_checkpoint(run: TrainedRun, record: RunRecord) -> ModelFa
     """
     # Sum up the training.
     from_rewards = objective_family(run.config.objective).rollout is not None
-    run.outcome.closing = closing_sentence(run.outcome, from_rewards=from_rewards)
+    run.outcome.overfitting_sentence = closing_sentence(run.outcome, from_rewards=from_rewards)
 
     # Load the checkpoint, and let it answer the questions outside of the task.
     run.context.attempt.phase = "choosing the checkpoint to export"
     chosen, tokens = load_checkpoint_to_export(run)
     record.exported_checkpoint = asdict(chosen)
     weights_changed = chosen.step != run.outcome.progress.step
-    run.outcome.answers = final_chat_answers(run.challenges, run.engine, refresh=weights_changed)
+    run.outcome.chat_answers = final_chat_answers(run.challenges, run.engine, refresh=weights_changed)
 
     # Evaluate it on the test documents.
     run.context.attempt.phase = "evaluating the test documents"
@@ -120,7 +120,7 @@ def measure_test_documents(run: TrainedRun, step: int) -> dict[str, Any] | None:
     )
 
     def watch_for_stop() -> Callable[[], bool]:
-        return context.agreement.for_loop().ask_and_wait
+        return context.stop_agreement.for_loop().ask_and_wait
 
     def make_evaluators() -> list[Evaluator]:
         scorer = run.loader.round_builder.scorer if isinstance(run.loader, RolloutLoader) else None

@@ -44,7 +44,7 @@ def open_rounds(
     assert isinstance(config.objective, RoundsConfig), "the settings of every family with rollouts"
 
     def watch_for_stop() -> Callable[[], bool]:
-        return context.agreement.for_loop().ask_and_wait
+        return context.stop_agreement.for_loop().ask_and_wait
 
     # The rewards: programs and servers, a judge model, and reward models.
     judge = None
@@ -54,7 +54,7 @@ def open_rounds(
         config.objective,
         context.runtime,
         context.run_dir,
-        stop_asked=context.agreement.is_asked_on_this_rank,
+        stop_asked=context.stop_agreement.is_asked_on_this_rank,
         judge=judge,
     )
     context.attempt.at_end.callback(scorer.close)

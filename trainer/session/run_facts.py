@@ -395,16 +395,16 @@ def outcome_record(outcome: TrainingOutcome) -> RunOutcome:
         del progress[key]
     return RunOutcome(
         progress=progress,
-        before=outcome.before,
-        after=outcome.after,
+        before=outcome.metrics_before_training,
+        after=outcome.last_metrics,
         last_row=outcome.last_row,
         speed=outcome.speed,
         experts=outcome.experts,
         slow_ranks=outcome.slow_ranks,
         stopped_early=outcome.stopped_early,
-        answers=outcome.answers,
-        closing=outcome.closing,
-        watch=outcome.watch,
+        answers=outcome.chat_answers,
+        closing=outcome.overfitting_sentence,
+        watch=outcome.watched_metric,
         greater_is_better=outcome.greater_is_better,
     )
 
@@ -414,7 +414,7 @@ def model_facts(
 ) -> ModelFacts:
     """The facts from which the documents of the exported model are written: its weights are of `step`, after `tokens`."""
     ended_record = replace(
-        record, outcome=outcome_record(outcome), energy=energy_of_run(run_dir), challenges=outcome.challenges
+        record, outcome=outcome_record(outcome), energy=energy_of_run(run_dir), challenges=outcome.findings_by_detector
     )
     answers, _ = read_answers(config.export.answers)  # its problems were reported before the run
     facts = read_run_facts(run_dir, ended_record, answers)

@@ -189,7 +189,7 @@ class StepLoader:
     def restore(self, checkpoint: Path) -> None:
         """Does nothing: the order of the data has no state but the samples consumed, see `attachments`."""
 
-    def check_rows(self, rows: list[dict[str, Any]]) -> None:
+    def check_generated_answers(self, rows: list[dict[str, Any]]) -> None:
         """Does nothing: the data has what is learned, so that the rows of metrics say nothing about it."""
 
     def steps(self, first_sample: int, num_steps: int) -> Generator[StepBatch, None, None]:
