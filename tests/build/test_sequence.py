@@ -72,7 +72,7 @@ def test_an_architecture_that_is_not_proven_is_refused_with_the_proof_s_reason(r
 
 def test_submitting_asks_the_same_where_the_model_is_here(root):
     config = config_of(other_model(root, "llama4_text"), 2)
-    with pytest.raises(ConfigError, match=sequence_proof.MEETS_ELSEWHERE):
+    with pytest.raises(ConfigError, match=sequence_proof.TOKENS_MEET_OUTSIDE_ATTENTION):
         refuse_unshared_model(config)
     refuse_unshared_model(replace(config, model=replace(config.model, path="some/model-of-the-hub")))
     distillation = DistillationConfig(teacher=TeacherConfig(path="some/teacher-of-the-hub"))
@@ -83,7 +83,7 @@ def test_submitting_asks_the_same_where_the_model_is_here(root):
 def test_a_plan_offers_no_shared_rows_that_the_run_would_refuse(root):
     config = replace(config_of(other_model(root, "llama4_text"), 1), parallel=ParallelConfig())
     possible, refused = further_variants(config, PlanConfig(), set(), 8, {})
-    assert not possible and any(sequence_proof.MEETS_ELSEWHERE in reason for _, reason in refused)
+    assert not possible and any(sequence_proof.TOKENS_MEET_OUTSIDE_ATTENTION in reason for _, reason in refused)
 
 
 def test_encoder_classifiers_are_refused_before_data_is_read(root):

@@ -33,7 +33,7 @@ def gradients(path, data, layout, units):
     from transformers import AutoModelForCausalLM
 
     attention.register()
-    name = attention.NAME if layout is Layout.padding_free else "eager"
+    name = attention.VARLEN_ATTENTION if layout is Layout.padding_free else "eager"
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=name)
     softcap, scale = head_transform(model.config)
     model.set_output_embeddings(LossHead.replace(model.get_output_embeddings(), softcap=softcap, logit_scale=scale))

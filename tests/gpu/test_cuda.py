@@ -173,7 +173,8 @@ def test_varlen_kernel_equals_one_call_for_each_document(kv_heads, window, width
 
 
 @pytest.mark.parametrize(
-    ("kind", "kernel"), [("gpt_oss", flex.NAME), ("gemma2", flex.NAME), ("llama4_text", attention.NAME)]
+    ("kind", "kernel"),
+    [("gpt_oss", flex.FLEX_ATTENTION), ("gemma2", flex.FLEX_ATTENTION), ("llama4_text", attention.VARLEN_ATTENTION)],
 )
 def test_flex_attention_proves_sinks_soft_caps_and_chunks_on_this_gpu(kind, kernel):
     """Through the kernel itself, in bf16."""

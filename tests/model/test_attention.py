@@ -56,7 +56,7 @@ def pair(request, tmp_path):
     path = tiny_model_dir(tmp_path, request.param)
     stock = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
     config = copy.deepcopy(AutoConfig.from_pretrained(path))
-    ours = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).eval()
+    ours = AutoModelForCausalLM.from_config(config, attn_implementation=attention.VARLEN_ATTENTION).eval()
     ours.load_state_dict(stock.state_dict())
     return stock, ours
 

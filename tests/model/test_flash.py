@@ -100,6 +100,6 @@ def test_flash_that_cannot_be_used_is_refused_where_asked_for_and_noted_where_no
             layout(Attention.flash_attention_2, wanted, "it is not built for x")
         assert layout(Attention.flash_attention_2, wanted, None)[1] == "flash_attention_2"
     kind, name, notes = layout(Attention.auto, Layout.auto, "it is not built for x")
-    assert (kind, name) == (Layout.padding_free, attention.NAME)
+    assert (kind, name) == (Layout.padding_free, attention.VARLEN_ATTENTION)
     assert notes == {"model.attention": "varlen (built in; not FlashAttention: it is not built for x)"}
     assert layout(Attention.auto, Layout.auto, None) == (Layout.padding_free, "flash_attention_2", {})

@@ -55,7 +55,7 @@ def proven(kind):
     config = CONFIGS[kind]()
     with meta_context():
         plain = transformers.AutoModelForCausalLM.from_config(config)
-    return forward_path._prove_paths(config, lambda: plain, flex.NAME, on_gpu=False), plain, config
+    return forward_path._prove_paths(config, lambda: plain, flex.FLEX_ATTENTION, on_gpu=False), plain, config
 
 
 @pytest.mark.parametrize("kind", ["sinks", "caps", "chunks"])
@@ -175,7 +175,7 @@ def chosen(kernels, right, choice=Attention.auto, layout=Layout.auto):
     return found.attention, found.notes
 
 
-FLASH, FLEX, OURS = "flash_attention_2", flex.NAME, attention.NAME
+FLASH, FLEX, OURS = "flash_attention_2", flex.FLEX_ATTENTION, attention.VARLEN_ATTENTION
 EVERY = {FLASH, FLEX, OURS}
 
 

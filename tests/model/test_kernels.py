@@ -46,7 +46,7 @@ else:
     sys.exit("the stand-in was not called at all")
 with without_kernel_packages():
     model(input_ids=ids, use_cache=False)
-found = forward_path._prove_paths(config, lambda: plain, attention.NAME, on_gpu=False)
+found = forward_path._prove_paths(config, lambda: plain, attention.VARLEN_ATTENTION, on_gpu=False)
 print(found.padded, kernels.missing_kernels(plain))
 """
 

@@ -126,7 +126,7 @@ def test_table_of_models_says_of_each_padding_free_type_whether_it_may_be_cut():
         if outcome == "padding-free" and row["sequence"] != "proven":
             refused[model_type] = row["sequence"]
         assert outcome != "padded" or row["sequence"] == "padded"
-    assert refused == dict.fromkeys(("llama4", "llama4_text"), sequence_proof.MEETS_ELSEWHERE)
+    assert refused == dict.fromkeys(("llama4", "llama4_text"), sequence_proof.TOKENS_MEET_OUTSIDE_ATTENTION)
 
 
 def documents(width=96):
@@ -143,7 +143,7 @@ def slices_of(config):
     found = sequence_proof.register()
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation=sequence_proof.NAME, dtype=torch.float64
+        config, attn_implementation=sequence_proof.TOKEN_LOCAL_ATTENTION, dtype=torch.float64
     )
 
     def forward(inputs):
@@ -209,8 +209,8 @@ def masks_of(config, inputs, monkeypatch):
         assert attention_mask.seq_lengths == (length, length)
         return query.transpose(1, 2).contiguous(), None
 
-    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, flex.NAME, look)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=flex.NAME)
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, flex.FLEX_ATTENTION, look)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=flex.FLEX_ATTENTION)
     rows = torch.arange(inputs["input_ids"].numel())
     with torch.no_grad():
         supervised_rows(model, inputs | {"target_rows": rows, "targets": torch.zeros_like(rows)})

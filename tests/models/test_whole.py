@@ -51,12 +51,12 @@ def test_published_model_size_is_proven_as_its_tiny_model(whole):
     attention.register()
     name, config, plain = whole
     row = TABLE[WHOLE[name][0]]["full"]
-    found = forward_path._prove_paths(config, lambda: plain, attention.NAME, on_gpu=False)
+    found = forward_path._prove_paths(config, lambda: plain, attention.VARLEN_ATTENTION, on_gpu=False)
     assert found.tried, found.reason
     assert found.causal == (row["outcome"] != "refused")
     if found.causal:
         free = found.padding_free is not None
-        assert ("padding-free" if free else "padded", attention.NAME if free else found.stock) == (
+        assert ("padding-free" if free else "padded", attention.VARLEN_ATTENTION if free else found.stock) == (
             row["outcome"],
             row["attention"],
         )
@@ -89,7 +89,7 @@ def test_where_names_do_not_do_widths_are_divided(monkeypatch):
     attention.register()
     config, plain = built("Mixtral-8x22B")
     monkeypatch.setattr("trainer.model.shrink._sizes_by_name", lambda made, full: made | {"num_key_value_heads": 3})
-    found = forward_path._prove_paths(config, lambda: plain, attention.NAME, on_gpu=False)
+    found = forward_path._prove_paths(config, lambda: plain, attention.VARLEN_ATTENTION, on_gpu=False)
     assert found.padding_free is not None, found.reason
 
 

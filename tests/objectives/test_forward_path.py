@@ -58,7 +58,11 @@ def arranged(kind, **settings):
 @pytest.mark.parametrize("kind", ["mistral", "gpt_oss", "mixtral"])
 def test_forward_path_with_windows_sinks_and_experts_is_proven_in_one_row(kind):
     model, found = arranged(kind)
-    assert (found.layout, found.attention, model.forward_path) == (Layout.padding_free, attention.NAME, FUSED_PATH)
+    assert (found.layout, found.attention, model.forward_path) == (
+        Layout.padding_free,
+        attention.VARLEN_ATTENTION,
+        FUSED_PATH,
+    )
 
 
 AS_IN_ROWS = {
@@ -150,9 +154,12 @@ def test_forward_path_proof_finds_an_unknown_factor_on_the_logits(monkeypatch):
     config = transformers.GraniteConfig(**SIZES, num_key_value_heads=2, logits_scaling=8.0)
     with meta_context():
         plain = transformers.AutoModelForCausalLM.from_config(config)
-    assert forward_path._prove_paths(config, lambda: plain, attention.NAME, on_gpu=False).padding_free == FUSED_PATH
+    assert (
+        forward_path._prove_paths(config, lambda: plain, attention.VARLEN_ATTENTION, on_gpu=False).padding_free
+        == FUSED_PATH
+    )
     monkeypatch.setattr("trainer.losses.fuse.head_transform", lambda _config: (None, 1.0))
-    found = forward_path._prove_paths(config, lambda: plain, attention.NAME, on_gpu=False)
+    found = forward_path._prove_paths(config, lambda: plain, attention.VARLEN_ATTENTION, on_gpu=False)
     assert found.padding_free == ForwardPath(fused=False, positions=True)
 
 
@@ -172,10 +179,12 @@ def test_forward_path_proof_is_cached_and_done_again_if_damaged(home, monkeypatc
 
 def test_forward_path_of_a_model_that_cannot_be_shrunk_is_not_proven_and_noted(monkeypatch):
     config = transformers.MistralConfig(**SIZES, **WINDOWED)
-    assert forward_path._prove_paths(config, lambda: torch.nn.Linear(1, 1), attention.NAME, on_gpu=False).causal
+    assert forward_path._prove_paths(
+        config, lambda: torch.nn.Linear(1, 1), attention.VARLEN_ATTENTION, on_gpu=False
+    ).causal
     broken = copy.deepcopy(config)
     monkeypatch.setattr(type(broken), "from_dict", classmethod(lambda *_: 1 / 0))
-    found = forward_path._prove_paths(broken, lambda: torch.nn.Linear(1, 1), attention.NAME, on_gpu=False)
+    found = forward_path._prove_paths(broken, lambda: torch.nn.Linear(1, 1), attention.VARLEN_ATTENTION, on_gpu=False)
     assert found.padding_free is None and "takes no small sizes" in found.reason
 
 
@@ -213,6 +222,9 @@ def test_forward_path_proof_on_a_full_card_is_not_kept(monkeypatch):
         plain = transformers.AutoModelForCausalLM.from_config(config)
     with monkeypatch.context() as busy:
         busy.setattr(forward_path._Proof, "_difference_from_stock", full)
-        found = forward_path.proven_paths(config, lambda: plain, attention.NAME, on_gpu=False)
+        found = forward_path.proven_paths(config, lambda: plain, attention.VARLEN_ATTENTION, on_gpu=False)
     assert not found.tried and "CUDA out of memory" in found.reason
-    assert forward_path.proven_paths(config, lambda: plain, attention.NAME, on_gpu=False).padding_free == FUSED_PATH
+    assert (
+        forward_path.proven_paths(config, lambda: plain, attention.VARLEN_ATTENTION, on_gpu=False).padding_free
+        == FUSED_PATH
+    )

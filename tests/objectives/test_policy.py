@@ -16,7 +16,7 @@ from trainer.losses.next_token import LossHead
 from trainer.losses.row_logps import row_logps
 from trainer.objectives.answers import AnswerCollator, AnswerSample
 from trainer.objectives.base import ReferenceModels
-from trainer.objectives.grpo import problems, settings_without_effect
+from trainer.objectives.grpo import grpo_problems, settings_without_effect
 from trainer.objectives.grpo_config import (
     Baseline,
     ClipForm,
@@ -229,7 +229,7 @@ def test_bounds_of_a_ratio_that_is_always_one_are_told():
 
 def test_settings_that_do_nothing_or_cannot_be_are_refused():
     def first_of(**settings) -> str:
-        return next(iter(problems(GrpoConfig(**settings), RunConfig())), "")
+        return next(iter(grpo_problems(GrpoConfig(**settings), RunConfig())), "")
 
     assert first_of() == ""
     assert "objective.baseline=group" in first_of(group_size=1)

@@ -15,7 +15,7 @@ from trainer.model.architecture import transformers_class
 from trainer.model.config import ModelKind
 from trainer.objectives import pooled
 from trainer.objectives.classification import LabelCollator
-from trainer.objectives.pooled_proof import pooling_problem
+from trainer.objectives.pooled_proof import classifier_packing_problem
 
 PADDING = 2
 LENGTHS = (9, 1, 5, 20)
@@ -36,7 +36,7 @@ def problem_of(config):
         with meta_context():
             return transformers_class(ModelKind.classifier, config).from_config(config, attn_implementation="eager")
 
-    return pooling_problem(config, build, attention.NAME)
+    return classifier_packing_problem(config, build, attention.VARLEN_ATTENTION)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "gemma3_text"])
@@ -94,7 +94,9 @@ def test_each_sequence_belongs_to_the_rank_with_its_last_token():
 def test_a_rank_without_a_sequence_of_its_own_has_logits_with_gradients():
     config = tiny_config("llama")
     config.pad_token_id = PADDING
-    model = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation=attention.NAME)
+    model = transformers.AutoModelForSequenceClassification.from_config(
+        config, attn_implementation=attention.VARLEN_ATTENTION
+    )
     row = LabelCollator(Layout.padding_free, PADDING)(samples())
     logits = pooled.classifier_logits(model, row)
     assert logits.shape == (4, config.num_labels)

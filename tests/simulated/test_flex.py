@@ -36,14 +36,14 @@ def stepped(model, kernel, checkpointing="none"):
 def test_flex_attention_is_simulated_for_sinks_and_soft_caps_without_a_gpu(name, tmp_path):
     """Without a GPU in this machine; and the host waits for no value."""
     kernel, found = stepped(model_dir(tmp_path, name, head_dim=16), "auto")
-    assert kernel == flex.NAME
+    assert kernel == flex.FLEX_ATTENTION
     assert not found.host_reads
 
 
 def test_flex_attention_work_is_that_of_the_documents_and_repeats_with_recomputation(tmp_path):
     model = model_dir(tmp_path, "llama", head_dim=16)
     (kernel, plain), (other, expected) = stepped(model, "flex"), stepped(model, "varlen")
-    assert (kernel, other) == (flex.NAME, attention.NAME)
+    assert (kernel, other) == (flex.FLEX_ATTENTION, attention.VARLEN_ATTENTION)
     assert plain.flops == expected.flops, "half of each document's square, in both passes"
     again = {mode: stepped(model, "flex", mode)[1].flops for mode in ("selective", "full")}
     squares, layers, micro_batches, heads, width = sum(n * n for n in LENGTHS), 2, 2, 4, 16

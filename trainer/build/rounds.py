@@ -24,8 +24,8 @@ from trainer.data.store.documents import DocumentTable
 from trainer.evaluation.full_weights import USABLE_MEMORY_SHARE, kv_cache_bytes_upper_bound
 from trainer.evaluation.group_answers import can_share_prompts
 from trainer.model.architecture import text_model_config
-from trainer.model.attention import NAME as ATTENTION
-from trainer.model.flex import NAME as FLEX
+from trainer.model.attention import VARLEN_ATTENTION
+from trainer.model.flex import FLEX_ATTENTION
 from trainer.model.loading import load_generation_config
 from trainer.objectives.causal import unwrap_adapter
 from trainer.objectives.grpo import settings_without_effect
@@ -221,7 +221,7 @@ def _prompt_sharing_problem(config: RunConfig, built: BuiltModel, cut: RowCut | 
     """
     if cut is not None:
         return "ranks share rows (parallel.sequence)"
-    if built.layout is not Layout.padding_free or built.attention not in (ATTENTION, FLEX):
+    if built.layout is not Layout.padding_free or built.attention not in (VARLEN_ATTENTION, FLEX_ATTENTION):
         return f"data.layout={built.layout} with attention {built.attention} does not know answers that share a prompt"
     if built.step_module.added_losses is not None:
         return "losses of routers count tokens, and a prompt would count less"

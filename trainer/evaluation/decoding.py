@@ -273,7 +273,7 @@ def stock_attention(model: Any) -> Iterator[None]:
     """
     config = model.config
     attention_name = attention_of(config)
-    if attention_name in (attention.NAME, flex.NAME):
+    if attention_name in (attention.VARLEN_ATTENTION, flex.FLEX_ATTENTION):
         attention_name = "eager" if flex.needs_eager(model, text_model_config(config)) else "sdpa"
     has_compiled_blocks = any(is_compiled(module) for module in model.modules())
     eager_blocks = torch.compiler.set_stance("force_eager") if has_compiled_blocks else nullcontext()

@@ -22,7 +22,7 @@ def head_transform(config: Any) -> tuple[float | None, float]:
     return softcap, scale
 
 
-def fuse_head(model: Any, model_config: Any, *, frozen_row: int | None = None) -> None:
+def fuse_head(model: Any, hf_config: Any, *, frozen_row: int | None = None) -> None:
     """Replace a model's output layer by a LossHead if it is a plain linear one.
 
     `frozen_row`: the row that does not train, if the layer is tied to the input embedding.
@@ -30,7 +30,7 @@ def fuse_head(model: Any, model_config: Any, *, frozen_row: int | None = None) -
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         return
-    softcap, scale = head_transform(model_config)
+    softcap, scale = head_transform(hf_config)
     loss_head = LossHead.replace(head, softcap=softcap, logit_scale=scale)
     if frozen_row is not None and head.weight is model.get_input_embeddings().weight:
         loss_head.frozen_row = frozen_row

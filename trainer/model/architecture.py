@@ -37,32 +37,32 @@ WIDTH_OF_8B = 4096
 
 
 def build_plain_model(
-    kind: ModelKind, model_config: Any, config: ModelConfig, attention: str, objective: str
+    kind: ModelKind, hf_config: Any, config: ModelConfig, attention: str, objective: str
 ) -> tuple[Any, str]:
     """(the model as transformers builds it, with the run's dropout; the name of the attention that it got).
 
-    The attention is `attention`, or `eager` if `sdpa` was not set by the user and the class has none. `model_config`:
+    The attention is `attention`, or `eager` if `sdpa` was not set by the user and the class has none. `hf_config`:
     transformers' configuration; its dropout settings have the base's own values again afterwards. `config`: the settings
     `model.*`. `objective`: its name, for messages. Raises ConfigError if the model cannot be trained here, has no class of this
     kind, or cannot be built.
     """
-    reason_unfit = REASON_BY_UNTRAINABLE_TYPE.get(model_config.model_type)
+    reason_unfit = REASON_BY_UNTRAINABLE_TYPE.get(hf_config.model_type)
     if reason_unfit is not None:
         raise ConfigError(
-            f"model.path={config.path}: a {model_config.model_type} {reason_unfit}, and cannot be trained here; take a "
+            f"model.path={config.path}: a {hf_config.model_type} {reason_unfit}, and cannot be trained here; take a "
             "model of another architecture (docs/models.md lists those that train)"
         )
-    _raise_if_no_model_class(kind, model_config, config, objective)
+    _raise_if_no_model_class(kind, hf_config, config, objective)
     try:
-        with _dropout_while_building(model_config, config.dropout):
-            model, attention = _build_with_attention(kind, model_config, config, attention)
+        with _dropout_while_building(hf_config, config.dropout):
+            model, attention = _build_with_attention(kind, hf_config, config, attention)
     # A class fails in its own way over a configuration that it does not know: a rope type, an activation, a missing part.
     except (ValueError, ImportError, AttributeError, LookupError, TypeError, ArithmeticError, MemoryError) as error:
         reason = str(error).partition("\nModel type should be one of")[0]  # hundreds of names follow
         if isinstance(error, LookupError):
             reason = f"its config.json names {reason}, which this transformers does not know"
         raise ConfigError(
-            f"model.path={config.path}: a {model_config.model_type} model cannot be built for objective="
+            f"model.path={config.path}: a {hf_config.model_type} model cannot be built for objective="
             f"{objective} with attention {attention}: {' '.join(reason.split())[:300]}"
         ) from error
     check_rotary_embeddings(model, config)
@@ -70,12 +70,12 @@ def build_plain_model(
 
 
 @contextmanager
-def _dropout_while_building(model_config: Any, probability: float) -> Iterator[None]:
-    """A context with every dropout probability in `model_config` set to `probability`; then the base's values are back.
+def _dropout_while_building(hf_config: Any, probability: float) -> Iterator[None]:
+    """A context with every dropout probability in `hf_config` set to `probability`; then the base's values are back.
 
     Layers read the settings when they are built, and an export keeps the base's values. They are back after an error, too.
     """
-    earlier_dropout = set_dropout(model_config, probability)
+    earlier_dropout = set_dropout(hf_config, probability)
     try:
         yield
     finally:
@@ -83,8 +83,8 @@ def _dropout_while_building(model_config: Any, probability: float) -> Iterator[N
             setattr(owner, name, value)
 
 
-def transformers_class(kind: ModelKind, model_config: Any) -> Any:
-    """transformers' auto class that builds a model of this kind for `model_config`, the model's configuration.
+def transformers_class(kind: ModelKind, hf_config: Any) -> Any:
+    """transformers' auto class that builds a model of this kind for `hf_config`, the model's configuration.
 
     A model that also reads images or sound is built whole, since its checkpoint is of the whole.
     """
@@ -96,40 +96,40 @@ def transformers_class(kind: ModelKind, model_config: Any) -> Any:
         ModelKind.encoder_decoder: "AutoModelForSeq2SeqLM",
     }
     is_multimodal = (
-        type(model_config) in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING
-        and model_config.model_type not in TEXT_ONLY_MODEL_TYPES
+        type(hf_config) in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING
+        and hf_config.model_type not in TEXT_ONLY_MODEL_TYPES
     )
     if kind is ModelKind.causal and is_multimodal:
         return transformers.AutoModelForMultimodalLM
     if kind is ModelKind.causal:
-        register_text_part(type(model_config))
+        register_text_part(type(hf_config))
     return getattr(transformers, class_name_by_kind[kind])
 
 
-def _raise_if_no_model_class(kind: ModelKind, model_config: Any, config: ModelConfig, objective: str) -> None:
+def _raise_if_no_model_class(kind: ModelKind, hf_config: Any, config: ModelConfig, objective: str) -> None:
     """Raise ConfigError, with what does work, if transformers has no class of a kind for a configuration of its own."""
     import transformers
 
     if config.trust_remote_code:  # the model may bring its own class
         return
-    model_class = transformers_class(kind, model_config)
+    model_class = transformers_class(kind, hf_config)
     mappings: dict[str, Any] = {
         "AutoModelForCausalLM": transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
         "AutoModelForMultimodalLM": transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING,
         "AutoModelForSequenceClassification": transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
         "AutoModelForSeq2SeqLM": transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     }
-    if type(model_config) in mappings[model_class.__name__]:
+    if type(hf_config) in mappings[model_class.__name__]:
         return
-    larger = language_model_types_of_architecture(type(model_config))
+    larger = language_model_types_of_architecture(type(hf_config))
     if kind is ModelKind.causal and larger:
         remedy = f"it is a part of {' or '.join(larger)}: give the whole model, whose language model is then trained"
-    elif kind is not ModelKind.classifier and type(model_config) in mappings["AutoModelForSequenceClassification"]:
+    elif kind is not ModelKind.classifier and type(hf_config) in mappings["AutoModelForSequenceClassification"]:
         remedy = "it is an encoder, which objective=classification trains"
     else:
         remedy = "take a model of another architecture (docs/models.md lists those that train)"
     raise ConfigError(
-        f"model.path={config.path}: transformers has no class for objective={objective} of a {model_config.model_type} "
+        f"model.path={config.path}: transformers has no class for objective={objective} of a {hf_config.model_type} "
         f"({model_class.__name__} does not know it); {remedy}"
     )
 
@@ -164,45 +164,45 @@ def from_config_options(config: ModelConfig) -> dict[str, Any]:
     return options
 
 
-def _build_with_attention(kind: ModelKind, model_config: Any, config: ModelConfig, attention: str) -> tuple[Any, str]:
+def _build_with_attention(kind: ModelKind, hf_config: Any, config: ModelConfig, attention: str) -> tuple[Any, str]:
     """(the model, the attention that it got): `attention`, or else `eager`.
 
     Eager replaces SDPA if the setting is `auto` and the model's class has no SDPA. Raises ValueError if the class does not have
     an attention that the user chose.
     """
     options = from_config_options(config)
-    model_class = transformers_class(kind, model_config)
+    model_class = transformers_class(kind, hf_config)
     try:
-        model = model_class.from_config(model_config, attn_implementation=attention, **options)
+        model = model_class.from_config(hf_config, attn_implementation=attention, **options)
     except ValueError as error:
         if attention != "sdpa" or config.attention is not Attention.auto or "scaled_dot_product" not in str(error):
             raise
         attention = "eager"
-        model = model_class.from_config(model_config, attn_implementation=attention, **options)
-    if model_config.model_type in TEXT_ONLY_MODEL_TYPES:  # what it has no place for goes into the export as it is
+        model = model_class.from_config(hf_config, attn_implementation=attention, **options)
+    if hf_config.model_type in TEXT_ONLY_MODEL_TYPES:  # what it has no place for goes into the export as it is
         ignore_in_checkpoints(model, {"."})
     return model, attention
 
 
-def set_head_settings(model_config: Any, outputs: int | None, pad_token_id: int, *, several: bool) -> None:
-    """Set in `model_config` what the architecture, and later the export, must know of its classification head.
+def set_head_settings(hf_config: Any, outputs: int | None, pad_token_id: int, *, several: bool) -> None:
+    """Set in `hf_config` what the architecture, and later the export, must know of its classification head.
 
     `outputs`: number of labels. `several`: any number of labels may be true of one document, so that each is a yes or no.
     """
-    model_config.num_labels = outputs
+    hf_config.num_labels = outputs
     if several:
-        model_config.problem_type = "multi_label_classification"
-    model_config.pad_token_id = pad_token_id
+        hf_config.problem_type = "multi_label_classification"
+    hf_config.pad_token_id = pad_token_id
 
 
-def grow_vocabulary(config: ModelConfig, model_config: Any, size: int, num_new: int) -> None:
-    """Set the vocabulary in `model_config` to at least `size` tokens, of which `num_new` are added by `model.add_tokens`.
+def grow_vocabulary(config: ModelConfig, hf_config: Any, size: int, num_new: int) -> None:
+    """Set the vocabulary in `hf_config` to at least `size` tokens, of which `num_new` are added by `model.add_tokens`.
 
     It never shrinks: a model may have more rows than its tokenizer has tokens. The model is then built at its final size, and
     needs no resizing after sharding. Raises ConfigError if the tokenizer without the new tokens has more entries than the model
     has rows.
     """
-    text = text_model_config(model_config)
+    text = text_model_config(hf_config)
     rows = text.vocab_size
     if size - num_new > rows:
         raise ConfigError(
@@ -212,9 +212,9 @@ def grow_vocabulary(config: ModelConfig, model_config: Any, size: int, num_new: 
     text.vocab_size = max(rows, size)
 
 
-def text_model_config(model_config: Any) -> Any:
+def text_model_config(hf_config: Any) -> Any:
     """The part of a configuration that speaks of text: itself, but for models that also see or hear."""
-    return model_config if hasattr(model_config, "vocab_size") else model_config.get_text_config()
+    return hf_config if hasattr(hf_config, "vocab_size") else hf_config.get_text_config()
 
 
 def experts_per_token(settings: Any) -> int:
@@ -241,7 +241,7 @@ def width_and_num_blocks(plain: Any) -> tuple[int, int]:
     return width, blocks
 
 
-def attention_crossover_tokens(model_config: Any) -> int:
+def attention_crossover_tokens(hf_config: Any) -> int:
     """The length in tokens at which a document's attention costs as much as its products with the weights.
 
     A document of n tokens costs about n + n^2 / crossover, in units of one token's products with the weights.
@@ -250,23 +250,23 @@ def attention_crossover_tokens(model_config: Any) -> int:
     w n^2 times for a document of n tokens. So the crossover is 12 w: 49,152 for a model of 8B. Layers whose attention has a
     window count as layers without attention, so the crossover grows by the ratio of all layers to those of full attention.
     """
-    text = text_model_config(model_config)
+    text = text_model_config(hf_config)
     width = getattr(text, "hidden_size", None) or WIDTH_OF_8B
     layer_types = getattr(text, "layer_types", None) or ["full_attention"]
     num_full_layers = sum(layer_type == "full_attention" for layer_type in layer_types)
     return 12 * int(width) * len(layer_types) // max(1, num_full_layers)
 
 
-def set_dropout(model_config: Any, probability: float) -> list[tuple[Any, str, float]]:
-    """Set every dropout probability in `model_config`, and switch off whatever else the model draws at random.
+def set_dropout(hf_config: Any, probability: float) -> list[tuple[Any, str, float]]:
+    """Set every dropout probability in `hf_config`, and switch off whatever else the model draws at random.
 
     Returns (the configuration that has the setting, the setting's name, its value before) for each setting that was found, such
-    as `(model_config, "attention_dropout", 0.1)`.
+    as `(hf_config, "attention_dropout", 0.1)`.
     """
     earlier_values = []
-    owners = [model_config]
-    for name in getattr(model_config, "sub_configs", None) or {}:
-        sub_config = getattr(model_config, name, None)
+    owners = [hf_config]
+    for name in getattr(hf_config, "sub_configs", None) or {}:
+        sub_config = getattr(hf_config, name, None)
         if sub_config is not None:
             owners.append(sub_config)
     for owner in owners:

@@ -22,7 +22,7 @@ from strategies.runtime import device_kind
 from trainer.model.compat import load_models_without_scipy
 from trainer.model.sequence_attention import over_slices
 
-NAME = "shardtune_varlen"
+VARLEN_ATTENTION = "shardtune_varlen"
 
 
 MAX_TOKENS_UNDER_ONE_MASK = 128
@@ -32,11 +32,11 @@ MIN_QUERIES_PER_CHUNK = 1024
 
 
 def register() -> None:
-    """Make the function known to transformers under `NAME`. Idempotent."""
+    """Make the function known to transformers under `VARLEN_ATTENTION`. Idempotent."""
     load_models_without_scipy()
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, over_slices(varlen_attention))
+    AttentionInterface.register(VARLEN_ATTENTION, over_slices(varlen_attention))
 
 
 def varlen_attention(
@@ -64,14 +64,14 @@ def varlen_attention(
     """
     if cu_seq_lens_q is None:
         raise ValueError(
-            f"attention '{NAME}' needs the document boundaries of a padding-free batch; for padded rows or generation "
-            "switch the model to 'sdpa' with set_attn_implementation"
+            f"attention '{VARLEN_ATTENTION}' needs the document boundaries of a padding-free batch; for padded rows or "
+            "generation switch the model to 'sdpa' with set_attn_implementation"
         )
     # What the model asks for. GPT-OSS passes its sinks as `s_aux`.
     sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
     for unknown in ("head_mask", "position_bias"):
         if kwargs.get(unknown) is not None:
-            raise ValueError(f"attention '{NAME}' does not implement {unknown}; set data.layout=padded")
+            raise ValueError(f"attention '{VARLEN_ATTENTION}' does not implement {unknown}; set data.layout=padded")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     output_dtype = value.dtype  # under autocast, rotary embeddings leave the other two in float32
     if device_kind(query.device) == "cuda":

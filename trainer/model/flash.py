@@ -12,12 +12,12 @@ HEAD_SIZES = ("head_dim", "global_head_dim", "v_head_dim", "qk_head_dim")
 """Names under which configurations have sizes of heads."""
 
 
-def head_sizes(model_config: Any) -> list[int]:
+def head_sizes(hf_config: Any) -> list[int]:
     """The sizes of attention heads that a transformers config states, ascending, such as `[64, 128]`; empty if it states none.
 
     Without an entry of its own the size is the hidden size over the number of heads.
     """
-    text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
     sizes: set[Any] = set()
     for name in HEAD_SIZES:
         sizes.update(layer_values(text, name))
@@ -33,7 +33,7 @@ def head_sizes(model_config: Any) -> list[int]:
     return sorted(size for size in sizes if isinstance(size, int) and size > 0)
 
 
-def why_not_flash(model_config: Any, gpu: Gpu | None, *, half: bool, dropout: float = 0.0) -> str | None:
+def why_not_flash(hf_config: Any, gpu: Gpu | None, *, half: bool, dropout: float = 0.0) -> str | None:
     """Why FlashAttention 2 cannot compute this model's attention on this GPU; None if it can.
 
     Checked in order: the GPU and the precision, the sizes of heads, the backward pass, the installed package. `half`: whether the
@@ -43,7 +43,7 @@ def why_not_flash(model_config: Any, gpu: Gpu | None, *, half: bool, dropout: fl
         return "it needs a GPU and precision=bf16 or fp16"
     if not gpu.has_flash:
         return f"it is not built for {gpu.name}"
-    sizes = head_sizes(model_config)
+    sizes = head_sizes(hf_config)
     unsupported = [size for size in sizes if size > MAX_FLASH_HEAD_SIZE or size % 8]
     if unsupported:
         return f"heads of {unsupported[-1]} are none of the sizes it has: multiples of 8 up to {MAX_FLASH_HEAD_SIZE}"

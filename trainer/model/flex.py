@@ -25,7 +25,7 @@ from trainer.model.compat import declares_flex_attention, tell_documents
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-NAME = "shardtune_flex"
+FLEX_ATTENTION = "shardtune_flex"
 MIN_HEAD_SIZE = 16
 """Smallest head that the kernel's products take."""
 REQUIREMENTS = "flex attention needs a GPU and precision=bf16 or fp16"
@@ -80,13 +80,13 @@ Masks are made before the first block, so that a block which is recomputed needs
 
 
 def register() -> None:
-    """Make the function, and the blocks it needs, known to transformers under `NAME`. Idempotent."""
+    """Make the function, and the blocks it needs, known to transformers under `FLEX_ATTENTION`. Idempotent."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     from trainer.model.sequence_attention import over_slices
 
-    AttentionInterface.register(NAME, over_slices(flex_attention))
-    AttentionMaskInterface.register(NAME, block_mask)
+    AttentionInterface.register(FLEX_ATTENTION, over_slices(flex_attention))
+    AttentionMaskInterface.register(FLEX_ATTENTION, block_mask)
     tell_documents(_document_of, _positions_of)
 
 
@@ -160,7 +160,7 @@ def block_mask(
     row = _CURRENT_PACKED_ROW.get()
     if row is None or attention_mask is not None:
         raise ValueError(
-            f"attention '{NAME}' needs the document boundaries of a padding-free batch; for padded rows or generation "
+            f"attention '{FLEX_ATTENTION}' needs the document boundaries of a padding-free batch; for padded rows or generation "
             "switch the model to 'sdpa' with set_attn_implementation"
         )
     device = torch.device(device)
@@ -207,9 +207,9 @@ def flex_attention(
     from torch.nn.attention.flex_attention import BlockMask
 
     if not isinstance(attention_mask, BlockMask):
-        raise ValueError(f"attention '{NAME}' needs a mask of blocks, and this architecture makes none")
+        raise ValueError(f"attention '{FLEX_ATTENTION}' needs a mask of blocks, and this architecture makes none")
     if dropout or kwargs.get("position_bias") is not None:
-        raise ValueError(f"attention '{NAME}' has no {'dropout' if dropout else 'position_bias'}")
+        raise ValueError(f"attention '{FLEX_ATTENTION}' has no {'dropout' if dropout else 'position_bias'}")
     # Sinks `[H]`: a learned score for each head that takes weight away from the keys. Models use one of two names for them.
     sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings leave them wider under autocast

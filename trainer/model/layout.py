@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from strategies.errors import ConfigError
 from trainer.data.config import Layout
-from trainer.model.attention import NAME
+from trainer.model.attention import VARLEN_ATTENTION
 from trainer.model.config import Attention, ModelConfig
-from trainer.model.flex import NAME as FLEX
+from trainer.model.flex import FLEX_ATTENTION
 
 KERNELS_BY_SETTING = {
-    Attention.varlen: [NAME],
-    Attention.flex: [FLEX],
+    Attention.varlen: [VARLEN_ATTENTION],
+    Attention.flex: [FLEX_ATTENTION],
     Attention.flash_attention_2: ["flash_attention_2"],
 }
 """transformers' name of a kernel for documents in one row, by the setting that asks for it."""
@@ -43,19 +43,19 @@ class KernelChoices:
     prefers_flex: bool = False
     """Whether the model has what the built-in kernel computes slowly."""
 
-    def in_order(self) -> list[str]:
-        """The kernels to try, by transformers' names, the best first, such as `["flash_attention_2", NAME, FLEX]`.
+    def kernels_in_order(self) -> list[str]:
+        """The kernels to try, by transformers' names, the best first, as in `["flash_attention_2", "shardtune_varlen"]`.
 
-        FlashAttention if it can run; the built-in one and FlexAttention, in the other order with `prefers_flex`.
+        FlashAttention if it can run; then the built-in one and FlexAttention, which comes first with `prefers_flex`.
         """
         kernels = []
         if not self.flash_refusal:
             kernels.append("flash_attention_2")
         if self.flex_refusal:
-            return [*kernels, NAME]
+            return [*kernels, VARLEN_ATTENTION]
         if self.prefers_flex:
-            return [*kernels, FLEX, NAME]
-        return [*kernels, NAME, FLEX]
+            return [*kernels, FLEX_ATTENTION, VARLEN_ATTENTION]
+        return [*kernels, VARLEN_ATTENTION, FLEX_ATTENTION]
 
 
 def choose_attention_layout(
@@ -96,11 +96,11 @@ def choose_attention_layout(
             notes["data.layout"] = f"padded (attention={model.attention})"
         return _padded(model, notes)
     reasons: dict[str, str] = {}  # why documents cannot lie in one row, by kernel
-    for attention in KERNELS_BY_SETTING.get(model.attention) or kernels.in_order():
+    for attention in KERNELS_BY_SETTING.get(model.attention) or kernels.kernels_in_order():
         reasons[attention] = unproven(attention)
         if not reasons[attention]:
-            return AttentionLayout(Layout.padding_free, attention, _kernel_note(model, attention, kernels))
-    reason = reasons.get(NAME) or next(iter(reasons.values()))
+            return AttentionLayout(Layout.padding_free, attention, _note_on_chosen_kernel(model, attention, kernels))
+    reason = reasons.get(VARLEN_ATTENTION) or next(iter(reasons.values()))
     setting = None
     if layout is Layout.padding_free:
         setting = "data.layout=padding_free"
@@ -114,12 +114,15 @@ def choose_attention_layout(
     return _padded(model, {"data.layout": f"padded ({model_type} is not proven padding-free: {reason})"})
 
 
-def _kernel_note(model: ModelConfig, attention: str, kernels: KernelChoices) -> dict[str, str]:
-    """A note, by setting, on the kernel that `model.attention=auto` chose; empty for FlashAttention or another setting."""
+def _note_on_chosen_kernel(model: ModelConfig, attention: str, kernels: KernelChoices) -> dict[str, str]:
+    """A note for the user on the kernel that `model.attention=auto` chose, {"model.attention": "varlen (built in; ...)"}.
+
+    Empty for FlashAttention, which needs no explanation, and if the user chose the kernel.
+    """
     flash = kernels.flash_refusal or "not proven right here"
     note_by_kernel = {
-        NAME: f"varlen (built in; not FlashAttention: {flash})",
-        FLEX: f"flex (torch's, compiled when it is first called; not FlashAttention: {flash})",
+        VARLEN_ATTENTION: f"varlen (built in; not FlashAttention: {flash})",
+        FLEX_ATTENTION: f"flex (torch's, compiled when it is first called; not FlashAttention: {flash})",
     }
     if model.attention is not Attention.auto or attention not in note_by_kernel:
         return {}

@@ -109,7 +109,7 @@ def load_model_config(config: ModelConfig) -> Any:
         check_files_read_by_libraries(Path(path))
         _refuse_adapter(Path(path))
     try:
-        model_config = AutoConfig.from_pretrained(
+        hf_config = AutoConfig.from_pretrained(
             path,
             revision=config.revision,
             local_files_only=not config.download,
@@ -125,9 +125,9 @@ def load_model_config(config: ModelConfig) -> Any:
         shape = shape_in_use(config) if isinstance(error, OSError) else None
         if shape is None:
             raise _config_error(path, error, config) from error
-        model_config = config_of_shape(shape)
+        hf_config = config_of_shape(shape)
     # Check its sizes, then set positions.
-    text = model_config.get_text_config()
+    text = hf_config.get_text_config()
     below_one = []
     for setting in REQUIRED_SIZES:
         name = text.attribute_map.get(setting, setting)
@@ -138,9 +138,9 @@ def load_model_config(config: ModelConfig) -> Any:
         raise ConfigError(
             f"model.path={path}: config.json has {', '.join(below_one)}, where at least 1 is needed; mend it there"
         )
-    raise_if_config_too_large(model_config, path)
-    set_positions(model_config, config)
-    return model_config
+    raise_if_config_too_large(hf_config, path)
+    set_positions(hf_config, config)
+    return hf_config
 
 
 def raise_if_config_too_large(settings: Any, path: str) -> None:
@@ -276,7 +276,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return tokenizer
 
 
-def load_generation_config(config: ModelConfig, model_config: Any, decoder_start: int | None) -> Any:
+def load_generation_config(config: ModelConfig, hf_config: Any, decoder_start: int | None) -> Any:
     """How the model generates: by its generation_config.json, as its export will, else by its config.
 
     `decoder_start`: first token of the decoder, of encoder-decoder models.
@@ -293,7 +293,7 @@ def load_generation_config(config: ModelConfig, model_config: Any, decoder_start
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"{file}: cannot be used ({reason}); mend or delete it") from error
     else:
-        generation = GenerationConfig.from_model_config(model_config)
+        generation = GenerationConfig.from_model_config(hf_config)
     if decoder_start is not None:
         generation.decoder_start_token_id = decoder_start
     return generation

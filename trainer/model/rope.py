@@ -38,15 +38,15 @@ REASON_BY_UNFIT_SCALING = {
 CONFIG_FILE = "config.json"
 
 
-def set_positions(model_config: Any, config: ModelConfig) -> None:
-    """Set the number of positions and the rope parameters that `config` names in transformers' `model_config`, in place.
+def set_positions(hf_config: Any, config: ModelConfig) -> None:
+    """Set the number of positions and the rope parameters that `config` names in transformers' `hf_config`, in place.
 
     Does nothing if neither setting is set. Raises ConfigError for a model whose positions are not rotary, and for values that
     do not follow from each other.
     """
     if not positions_are_set(config):
         return
-    text = model_config.get_text_config()
+    text = hf_config.get_text_config()
     parameters = _rope_parameters(text, config)
     own_positions = getattr(text, "max_position_embeddings", None)
     if not isinstance(own_positions, int) or own_positions < 1:
@@ -104,7 +104,7 @@ def check_rotary_embeddings(model: Any, config: ModelConfig) -> None:
     )
 
 
-def check_adapter_positions(directory: str, key: str, model_config: Any, config: ModelConfig) -> None:
+def check_adapter_positions(directory: str, key: str, hf_config: Any, config: ModelConfig) -> None:
     """Raise ConfigError if an adapter was trained under other positions than the base has, and no setting says so.
 
     `directory` is the value of the setting `key`. Only an adapter whose training set `model.positions` or `model.rope` has a
@@ -115,7 +115,7 @@ def check_adapter_positions(directory: str, key: str, model_config: Any, config:
         return
     trained = read_json_object(file)
     trained_text = trained.get("text_config") or trained
-    text = model_config.get_text_config().to_dict()
+    text = hf_config.get_text_config().to_dict()
     differing = []
     for name in ("max_position_embeddings", "rope_parameters"):
         if trained_text.get(name) != text.get(name):

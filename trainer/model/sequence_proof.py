@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trainer.model.sequence_attention import SINK_NAMES, UNSUPPORTED_INPUTS
 
-NAME = "shardtune_token_local"
+TOKEN_LOCAL_ATTENTION = "shardtune_token_local"
 """transformers' name of the attention in which each token sees itself alone."""
 TOLERANCE = 1e-6
 """Largest difference of an element, relative to the largest element of the row.
@@ -32,8 +32,8 @@ FLOAT32_TOLERANCE = 1e-5
 """The same for an architecture whose code does not run in float64."""
 CUT_SHARES = ((0.5,), (0.02, 0.3, 0.8))
 """Where the row is cut, as shares of its length: in two equal slices, and in four of which one is a single token."""
-MEETS_ELSEWHERE = "its tokens meet outside attention"
-"""How the reason begins if a slice is not the slice of the whole row."""
+TOKENS_MEET_OUTSIDE_ATTENTION = "its tokens meet outside attention"
+"""How the reason begins if what is computed of a slice is not the slice of what is computed of the row."""
 ROW_INPUTS = ("input_ids", "position_ids")
 """What of a model's inputs is cut with the row: `[1, T]`. Everything else describes the whole row."""
 
@@ -43,23 +43,29 @@ class CannotBeCut(Exception):
 
 
 class TokenLocalAttention:
-    """Attention in which each token sees itself alone, and a record of the settings that each call was given."""
+    """A probe in place of attention: each token sees itself alone, and the settings of each call are recorded.
+
+    In a model with this attention, a token that depends on another one does so outside attention.
+    """
 
     def __init__(self) -> None:
-        self.calls: list[dict[str, Any]] = []
+        self.settings_of_calls: list[dict[str, float]] = []
         """The numbers among the arguments of each call (scaling, window, whether it is causal), in order."""
 
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        """q `[1, H, T, D]`, k and v `[1, G, T, D]` -> `[1, T, H, D]`. Raises CannotBeCut without the row's slices."""
+        """q `[1, H, T, D]`, k and v `[1, G, T, D]` -> `[1, T, H, D]`: each token's value, scaled by a score of itself.
+
+        Raises CannotBeCut if the model does not hand on the row's slices, or gives an input that ranks do not exchange.
+        """
         if kwargs.get("row_slices") is None:
             raise CannotBeCut("its attention is not told how the row is cut (it does not hand on unknown arguments)")
         for name in UNSUPPORTED_INPUTS:
             if kwargs.get(name) is not None:
                 raise CannotBeCut(f"its attention is given a {name}, which is not exchanged")
-        numbers = {name: number for name, number in kwargs.items() if isinstance(number, bool | int | float)}
-        self.calls.append(numbers)
+        settings = {name: value for name, value in kwargs.items() if isinstance(value, bool | int | float)}
+        self.settings_of_calls.append(settings)
         groups = query.shape[1] // key.shape[1]
         key = key.repeat_interleave(groups, dim=1)
         value = value.repeat_interleave(groups, dim=1)
@@ -74,11 +80,11 @@ class TokenLocalAttention:
 
 
 def register() -> TokenLocalAttention:
-    """Make a new `TokenLocalAttention` known to transformers under `NAME`, and return it."""
+    """Make a new `TokenLocalAttention` known to transformers under `TOKEN_LOCAL_ATTENTION`, and return it."""
     from transformers import AttentionInterface
 
     attention = TokenLocalAttention()
-    AttentionInterface.register(NAME, attention)  # type: ignore[arg-type]
+    AttentionInterface.register(TOKEN_LOCAL_ATTENTION, attention)  # type: ignore[arg-type]
     return attention
 
 
@@ -87,14 +93,16 @@ def sequence_problem(
 ) -> str | None:
     """Why a model may not be cut along the sequence, as text that can follow its name; None if it may.
 
-    The row is computed as a whole, then cut in several ways, slice by slice: both have to agree, and so have the settings of
-    each call of attention. `forward` runs a model that was built with the attention `NAME`, and returns what it computes of
-    each token, `[T, width]`. `row` is the inputs of a row of several documents without padding. Raises what the model raises.
+    The row is computed as a whole, then cut in several ways, slice by slice. Both have to agree, and so have the settings
+    (scaling, window) that each call of attention is given. `forward` runs a model that was built with
+    `TOKEN_LOCAL_ATTENTION`, in which a token sees itself alone, and returns its states `[T, width]`. `attention` is that
+    attention, which records its calls. `row`: the inputs of a row of several documents without padding. Raises what the model
+    raises.
     """
     length = row["input_ids"].shape[1]
     whole = _forward_pass(forward, row, 0, length, [0, length])
-    expected_calls = list(attention.calls)
-    if not expected_calls:
+    expected_settings = list(attention.settings_of_calls)
+    if not expected_settings:
         return "it does not call its attention through transformers' interface"
     if not whole.isfinite().all():
         return "a small copy with random weights computes what is no number"
@@ -102,15 +110,15 @@ def sequence_problem(
     worst = 0.0
     for row_slices in _cuts(length):  # such as [0, 5, 16]: two slices
         for start, stop in pairwise(row_slices):
-            attention.calls.clear()
+            attention.settings_of_calls.clear()
             part = _forward_pass(forward, row, start, stop, row_slices)
-            if attention.calls != expected_calls:
+            if attention.settings_of_calls != expected_settings:
                 return "the settings of its attention depend on the slice's length"
             difference = float((part - whole[start:stop]).abs().max() / whole.abs().max())
             worst = max(worst, difference)
     if worst <= tolerance:
         return None
-    return f"{MEETS_ELSEWHERE} (a slice of a row differs by {worst:.1e} from the slice of the whole row)"
+    return f"{TOKENS_MEET_OUTSIDE_ATTENTION} (a slice of a row differs by {worst:.1e} from the slice of the whole row)"
 
 
 def _cuts(length: int) -> Iterator[list[int]]:
@@ -123,9 +131,9 @@ def _cuts(length: int) -> Iterator[list[int]]:
 def _forward_pass(
     forward: Callable[[dict[str, Any]], Tensor], row: dict[str, Any], start: int, stop: int, row_slices: list[int]
 ) -> Tensor:
-    """What the model computes of the tokens [start, stop) of a row, `[stop - start, width]`, given only these tokens.
+    """The states of the tokens [start, stop) of a row, `[stop - start, width]`, computed from these tokens alone.
 
-    `row_slices`: the borders of all slices, as attention is told. Raises CannotBeCut for an output of another length.
+    `row_slices`: the borders of all slices, [0, 5, 16] for two. Raises CannotBeCut for an output of another length.
     """
     inputs = dict(row)
     for name in ROW_INPUTS:

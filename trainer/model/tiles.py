@@ -36,17 +36,17 @@ _refusal_by_architecture: dict[str, str] = {}
 """What the proof found, by architecture: a reason against tiles, or nothing. A plan asks for each of its simulations."""
 
 
-def tile_mlps(step_module: nn.Module, model_config: Any, plain: nn.Module, kind: ModelKind, tokens: int | None) -> None:
+def tile_mlps(step_module: nn.Module, hf_config: Any, plain: nn.Module, kind: ModelKind, tokens: int | None) -> None:
     """Let the MLPs of a step module take `tokens` tokens at a time; None leaves them as they are. Call it before sharding.
 
-    `model_config`: transformers' configuration. `plain`: the untouched model on meta. Raises ConfigError for a model
+    `hf_config`: transformers' configuration. `plain`: the untouched model on meta. Raises ConfigError for a model
     without MLPs that could be tiled, or for which tiles are not proven.
     """
     if tokens is None:
         return
     setting = f"strategy.mlp_tokens={tokens}"
     classes = block_class_names(plain)
-    reason = _untileable_reason(plain, classes) or _cached_proof(model_config, plain, kind)
+    reason = _untileable_reason(plain, classes) or _cached_proof(hf_config, plain, kind)
     if reason:
         raise ConfigError(f"{setting}: {reason}; set strategy.mlp_tokens=null")
     # A teacher of the same architecture is tiled too: it makes no gradients, but widens its tokens likewise.
@@ -98,15 +98,15 @@ def _untileable_reason(plain: nn.Module, classes: set[str]) -> str:
     return ""
 
 
-def _cached_proof(model_config: Any, plain: nn.Module, kind: ModelKind) -> str:
+def _cached_proof(hf_config: Any, plain: nn.Module, kind: ModelKind) -> str:
     """Why tiles are not proven for this architecture; empty if they are. Proven once: a plan asks for each of its simulations."""
-    key = json.dumps([kind, model_config.to_dict()], sort_keys=True, default=str)
+    key = json.dumps([kind, hf_config.to_dict()], sort_keys=True, default=str)
     if key not in _refusal_by_architecture:
-        _refusal_by_architecture[key] = _difference_of_small_copy(model_config, plain, kind)
+        _refusal_by_architecture[key] = _difference_of_small_copy(hf_config, plain, kind)
     return _refusal_by_architecture[key]
 
 
-def _difference_of_small_copy(model_config: Any, plain: nn.Module, kind: ModelKind) -> str:
+def _difference_of_small_copy(hf_config: Any, plain: nn.Module, kind: ModelKind) -> str:
     """Why a small random copy of the model does not compute the same in tiles, or fails; empty if it computes the same.
 
     Leaves the random state as it was.
@@ -114,19 +114,19 @@ def _difference_of_small_copy(model_config: Any, plain: nn.Module, kind: ModelKi
     with torch.random.fork_rng(devices=[]), without_kernel_packages():
         torch.default_generator.manual_seed(0)  # of the CPU alone
         try:
-            return _difference_in_tiles(_small_model(model_config, plain, kind))
+            return _difference_in_tiles(_small_model(hf_config, plain, kind))
         except Exception as error:  # noqa: BLE001 - an architecture may fail in any way; then tiles are not proven
             message = (str(error).strip() or "no message").splitlines()[0]
             return f"tiles cannot be proven, since a small copy of the model fails ({type(error).__name__}: {message[:120]})"
 
 
-def _small_model(model_config: Any, plain: nn.Module, kind: ModelKind) -> Any:
+def _small_model(hf_config: Any, plain: nn.Module, kind: ModelKind) -> Any:
     """The first small copy that can be built, with random weights. Raises the error of the first one if none can."""
     first_error: Exception | None = None
-    for small_config in small_copies(model_config, plain):
+    for small_config in small_copies(hf_config, plain):
         set_dropout(small_config, 0.0)
         try:
-            model = transformers_class(kind, model_config).from_config(
+            model = transformers_class(kind, hf_config).from_config(
                 small_config, attn_implementation="eager", dtype=torch.float64
             )
             return model.eval()

@@ -60,24 +60,32 @@ def unwrap_adapter(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
-def supervised_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module, Tensor, Tensor]:
-    """Run the model: (output head, hidden states `[N, H]` for the head, targets `[N]`), at the N positions that are learned.
+class SupervisedRows(NamedTuple):
+    """What the loss is made of, at the N positions of a batch that have a target (its "rows")."""
 
-    Where the model's own forward pass must be taken the "hidden states" are logits already, and the head passes them on.
-    """
+    head: nn.Module
+    """The output head, still to be called; an identity if the model's own forward pass gave logits."""
+    hidden: Tensor
+    """`[N, H]` hidden states for the head; or logits `[N, V]` for an identity."""
+    targets: Tensor
+    """int64 `[N]`: ids of the tokens to predict."""
+
+
+def supervised_rows(model: nn.Module, batch: dict[str, Any]) -> SupervisedRows:
+    """Run the model up to its output head, for the positions of the batch that have a target."""
     causal_lm = unwrap_adapter(model)
     path: ForwardPath = getattr(causal_lm, "forward_path", FUSED_PATH)
     inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
-    if not path.positions:
+    if not path.positions:  # the model counts positions itself
         inputs.pop("position_ids", None)
-    rows = batch["target_rows"]
+    supervised_positions = batch["target_rows"]
     # Where answers share their prompt, its last position has a target for each of them.
-    row_targets = batch["row_targets"] if "row_targets" in batch else batch["targets"].view(-1)[rows]
+    targets = batch["row_targets"] if "row_targets" in batch else batch["targets"].view(-1)[supervised_positions]
     if not path.fused:
-        return nn.Identity(), _logits_at_rows(causal_lm, inputs, rows), row_targets
+        return SupervisedRows(nn.Identity(), _logits_at(supervised_positions, causal_lm, inputs), targets)
     hidden = token_states(causal_lm.get_decoder(), inputs)  # type: ignore[operator]
     head: nn.Module = causal_lm.get_output_embeddings()  # type: ignore[operator]
-    return head, hidden.reshape(-1, hidden.shape[-1])[rows], row_targets
+    return SupervisedRows(head, hidden.reshape(-1, hidden.shape[-1])[supervised_positions], targets)
 
 
 def token_states(decoder: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -87,34 +95,35 @@ def token_states(decoder: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return states
 
 
-def forward_pass(model: nn.Module, batch: dict[str, Any]) -> None:
+def run_for_hooks(model: nn.Module, batch: dict[str, Any]) -> None:
     """Run a batch only for what hooks record on the way (routers, hidden states). A causal model computes no head and no loss."""
-    if hasattr(unwrap_adapter(model), "forward_path"):
+    is_causal = hasattr(unwrap_adapter(model), "forward_path")
+    if is_causal:
         # Without target rows the head has nothing to do.
         supervised_rows(model, {**batch, "target_rows": batch["target_rows"][:0]})
-    elif "attention_mask" not in batch:  # a classifier on rows without padding
+    elif "attention_mask" not in batch:  # a classifier on rows without padding: its head would need padded rows
         classifier: Any = unwrap_adapter(model)
         token_states(classifier.base_model, {key: batch[key] for key in MODEL_INPUTS if key in batch})
     else:
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
 
-def _logits_at_rows(causal_lm: Any, inputs: dict[str, Any], rows: Tensor) -> Tensor:
-    """Logits `[N, V]` at `rows`, from the model's own forward pass.
+def _logits_at(supervised_positions: Tensor, causal_lm: Any, inputs: dict[str, Any]) -> Tensor:
+    """Logits `[N, V]` at N positions (int64 `[N]`, of the flattened batch), from the model's own forward pass.
 
-    A hook on the head passes it the supervised rows alone, which saves most of the logits' memory. Where the hook cannot
-    tell which rows are which, all logits are made and the rows are taken from them.
+    A hook on the head passes it these positions alone, which saves most of the logits' memory. Where the hook cannot
+    tell which positions are which, all logits are made and those of the positions are taken.
     """
     head = causal_lm.get_output_embeddings()
     num_tokens = inputs["input_ids"].numel()
 
     def select(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The head's arguments with the supervised rows alone."""
+        """The head's arguments with the hidden states of the supervised positions alone."""
         hidden, *more_args = args
         # Some models call the head with several predictions for each token, of which one is its logits.
         if hidden.numel() != num_tokens * hidden.shape[-1]:
             return args
-        return (hidden.reshape(1, -1, hidden.shape[-1])[:, rows], *more_args)
+        return (hidden.reshape(1, -1, hidden.shape[-1])[:, supervised_positions], *more_args)
 
     hook = None if head is None else head.register_forward_pre_hook(select)
     try:
@@ -124,11 +133,11 @@ def _logits_at_rows(causal_lm: Any, inputs: dict[str, Any], rows: Tensor) -> Ten
         if hook is not None:
             hook.remove()
     logits = logits.reshape(-1, logits.shape[-1])
-    return logits if len(logits) == len(rows) else logits[rows]
+    return logits if len(logits) == len(supervised_positions) else logits[supervised_positions]
 
 
 def row_weighting_of(batch: dict[str, Any], smoothing: float = 0.0) -> RowWeighting:
-    """How rows count in the loss: their weights and sources, if the batch has them, and label smoothing.
+    """How rows (supervised positions) count in the loss: their weights and sources, if the batch has them, and label smoothing.
 
     Evaluations measure the loss without smoothing, so `smoothing` applies only while gradients are made.
     """
@@ -154,7 +163,11 @@ class NextTokenLosses(NamedTuple):
 
     @classmethod
     def of(cls, results: tuple[Tensor, ...], weighting: RowWeighting) -> NextTokenLosses:
-        """Name what a head returned for `weighting`: (loss, correct), with groups their losses, with smoothing that without."""
+        """Name the tensors that a loss head returned for `weighting`.
+
+        They are in this order: loss, right argmaxes; the loss by source, if there are sources; the loss without smoothing, if
+        labels are smoothed.
+        """
         loss, correct, *extra_losses = results
         by_source = extra_losses.pop(0) if weighting.row_groups is not None else None
         unsmoothed = extra_losses.pop(0) if extra_losses else None
@@ -195,12 +208,12 @@ def summed_loss(model: nn.Module, batch: dict[str, Any], smoothing: float = 0.0)
 def sequence_logps(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Log-probability of each sequence's supervised tokens, and their number, both `[S]` float32.
 
-    Sequences lie in the batch one after another; `batch["row_sequence"]` says to which one each supervised token belongs. Under
-    sequence parallelism a sequence may lie on several ranks: each has the sum over all, so all ranks of the group must call, and
-    only the first rank of the group may count it (`counted_here`).
+    Sequences lie in the batch one after another; `batch["row_sequence"]` (int64 `[N]`) says to which one each supervised token
+    belongs. Under sequence parallelism a sequence may lie on several ranks: each has the sum over all, so all ranks of the group
+    must call, and only the first rank of the group may count it (`counted_here`).
     """
     head, hidden, targets = supervised_rows(model, batch)
-    if computes_loss(head):
+    if computes_loss(head):  # it makes each token's loss without keeping logits
         nll = head(hidden, targets=targets, by_row=True)
     else:
         nll = F.cross_entropy(head(hidden).float(), targets, reduction="none")
@@ -225,7 +238,7 @@ def reference_logps(model: nn.Module, batch: dict[str, Any], reference: Referenc
     """`sequence_logps` of the model before training, `[S]` float32.
 
     Without a `reference` they were recorded before the first step and come with the batch. With one, they are computed
-    here, with the adapter and dropout off.
+    here without dropout: `reference(model)` is a context in which the model is the one before training (its adapter is off).
     """
     if reference is None:
         return batch["reference_logps"]
@@ -233,6 +246,7 @@ def reference_logps(model: nn.Module, batch: dict[str, Any], reference: Referenc
     model.eval()
     try:
         with torch.no_grad(), reference(model):
-            return sequence_logps(model, batch)[0]
+            logps, _num_tokens = sequence_logps(model, batch)
+            return logps
     finally:
         model.train(training)

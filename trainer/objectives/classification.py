@@ -48,7 +48,7 @@ class ClassificationConfig(ObjectiveConfig):
     have the label."""
 
 
-def problems(config: ClassificationConfig, other_settings: OtherSettings) -> Iterator[str]:
+def classification_problems(config: ClassificationConfig, other_settings: OtherSettings) -> Iterator[str]:
     """What is wrong with the data settings for labelled rows, and with the labels' names and weights."""
     data = other_settings.data
     if data.packing:
@@ -411,7 +411,7 @@ CLASSIFICATION = ObjectiveFamily(
     settings=ClassificationConfig,
     data_spec=lambda config: LabelDataSpec(config.labels, multi_label=config.multi_label),
     build=build,
-    problems=problems,
+    problems=classification_problems,
     kind=ModelKind.classifier,
     multi_label=lambda config: config.multi_label,
     settle=settle_class_weights,

@@ -47,7 +47,7 @@ class DistillationConfig(ObjectiveConfig):
     """Weight of the cross-entropy loss on the same tokens, added to the divergence. 0: not added."""
 
 
-def problems(config: DistillationConfig, other_settings: OtherSettings) -> Iterator[str]:
+def distillation_problems(config: DistillationConfig, other_settings: OtherSettings) -> Iterator[str]:
     """What is wrong with the divergence, the teacher's path, and settings of the student that the teacher cannot share."""
     uses_interpolation = config.divergence is Divergence.jensen_shannon
     if not uses_interpolation and config.interpolation != DistillationConfig().interpolation:
@@ -115,7 +115,7 @@ DISTILLATION = ObjectiveFamily(
     settings=DistillationConfig,
     data_spec=lambda config: UnlabelledDataSpec(),
     build=build,
-    problems=problems,
+    problems=distillation_problems,
     compares_distributions=lambda config: True,
     teacher=lambda config: config.teacher,
 )

@@ -34,7 +34,7 @@ from trainer.model.shrink import SMALL_VOCABULARY_SIZE, NotShrinkable, num_lost_
 from trainer.objectives.causal import FORWARD_PATHS, ForwardPath, summed_loss, supervised_rows, unwrap_adapter
 from trainer.objectives.proof_cache import keep_proof, proof_file, read_proof
 
-Proved = TypeVar("Proved")
+Result = TypeVar("Result")
 
 TOLERANCE = 1e-5
 """Largest relative difference of losses, and of gradients by their norm. Computed in float64 if the model can."""
@@ -45,6 +45,8 @@ It is accepted only if the stock model's gradients in float32 are as far from it
 compute parts in float32 whatever they are told, and magnify what is rounded there."""
 HALF_TOLERANCE = 0.1
 """`TOLERANCE` for kernels that exist in half precision only. A mask that is ignored changes gradients by half and more."""
+FIRST_ORDINARY_ID = 4
+"""Ids below it are special in many models (padding, begin, end), so that random documents do not use them."""
 MAX_COPY_ELEMENTS = 20_000_000
 """Most elements of a small copy. A larger one has sizes in its configuration that shrinking does not know by name."""
 
@@ -76,14 +78,14 @@ class ProvenPaths:
 
 
 def proven_paths(config: Any, build: Callable[[], nn.Module], attention: str, *, on_gpu: bool) -> ProvenPaths:
-    """What is proven of an architecture: read from this host's cache, else proven now, which takes about a second.
+    """Which forward passes of an architecture are right: from this host's cache, else tested now, which takes about a second.
 
-    A proof is written to the cache, unless no small copy of the model could be run: that may be different next time.
+    A result is written to the cache, unless no small copy of the model could be run: that may be different next time.
     `config`: transformers' configuration. `build` makes its model on meta. `attention`: the kernel for documents in one row.
     """
-    # Hosts with other cards may share the cache, and packages come and go.
-    gpu_versions = [repr(gpu_of_device(torch.device("cuda"))), kernel_versions()] if on_gpu else False
-    file = proof_file(config, attention=attention, gpu=gpu_versions)
+    # Hosts with other cards may share the cache, and packages come and go. False: proven on a CPU, whatever card there is.
+    gpu_and_versions = [repr(gpu_of_device(torch.device("cuda"))), kernel_versions()] if on_gpu else False
+    file = proof_file(config, attention=attention, gpu=gpu_and_versions)
     stored = read_proof(file)
     if stored is not None:
         try:
@@ -109,7 +111,7 @@ def _prove_paths(config: Any, build: Callable[[], nn.Module], attention: str, *,
     """Find, on a small copy of the model, the forward paths that compute what transformers' own does.
 
     If no copy can be run, nothing is proven: the result has `tried=False` and the error as reasons, and nothing is raised. The
-    random state and the default type are left as they were.
+    random state and the default type are as before afterwards; the code of a model may have set the type.
     """
     rng_state = torch.random.get_rng_state()
     default_dtype = torch.get_default_dtype()
@@ -126,23 +128,23 @@ def _prove_paths(config: Any, build: Callable[[], nn.Module], attention: str, *,
         torch.set_default_dtype(default_dtype)
 
 
-def _first_runnable_proof(config: Any, plain: Any) -> _Proof:
+def _first_runnable_proof(config: Any, meta_model: Any) -> _Proof:
     """A proof on the first small copy that can be run. If none can, raises the error of the first."""
-    return on_small_copy(config, plain, partial(_Proof, config, plain))
+    return on_small_copy(config, meta_model, partial(_Proof, config, meta_model))
 
 
-def on_small_copy(config: Any, plain: nn.Module, compute: Callable[[Any, torch.dtype], Proved]) -> Proved:
+def on_small_copy(config: Any, meta_model: nn.Module, compute: Callable[[Any, torch.dtype], Result]) -> Result:
     """What `compute(small configuration, type)` returns for the first small copy of a model for which it does not fail.
 
     Each copy is tried in float64, and in float32 if that fails, since the code of some models fixes a type. If all fail, raises
-    the first error. `config`: transformers' configuration. `plain`: its model on meta.
+    the first error. `config`: transformers' configuration. `meta_model`: its model on meta.
     """
     first_error: Exception | None = None
     with without_kernel_packages():
-        for small in small_copies(config, plain):
+        for small_config in small_copies(config, meta_model):
             for dtype in (torch.float64, torch.float32):
                 try:
-                    return compute(small, dtype)
+                    return compute(small_config, dtype)
                 except NotShrinkable as error:  # another type would not help
                     first_error = first_error or error
                     break
@@ -161,29 +163,32 @@ def error_line(error: Exception) -> str:
 class _Proof:
     """A small random copy of the stock model, with its loss and gradients on some documents, to compare paths with."""
 
-    def __init__(self, config: Any, plain: Any, small: Any, dtype: torch.dtype) -> None:
-        """`small`: a small copy of `config`, of which `plain` is the model on meta."""
+    def __init__(self, config: Any, meta_model: Any, small_config: Any, dtype: torch.dtype) -> None:
+        """`small_config`: a small copy of `config`, of which `meta_model` is the model on meta."""
         self.dtype = dtype
         self.auto = transformers_class(ModelKind.causal, config)
-        self.config = small
+        self.config = small_config
         set_dropout(self.config, 0.0)
         self.vocabulary = min(text_model_config(self.config).vocab_size, SMALL_VOCABULARY_SIZE)
-        self._refuse_unfit_copy(config, plain)
+        self._refuse_unfit_copy(config, meta_model)
         # The stock model, on which other paths are measured.
         stock = self._build("eager", dtype)
         with torch.no_grad():
             # A parameter that starts at zero, such as a bias, would have no effect, and an error in it would not show.
             for parameter in stock.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.02)
-        # Three documents of 5, 23 and 14 random tokens (from 4 on, behind special ones), of which 70 % are learned.
+        # Three documents of 5, 23 and 14 random tokens, of which 70 % are learned.
         generator = np.random.default_rng(0)
         self.documents = [
-            Sample(generator.integers(4, self.vocabulary, length).astype(np.int32), generator.random(length) < 0.7)
+            Sample(
+                generator.integers(FIRST_ORDINARY_ID, self.vocabulary, length).astype(np.int32),
+                generator.random(length) < 0.7,
+            )
             for length in (5, 23, 14)
         ]
         self.weights = {name: value.clone() for name, value in stock.state_dict().items()}
-        self.is_causal = self._measure_causality(stock.eval())
-        self.is_random = self._measure_randomness(stock)
+        self.is_causal = self._is_causal(stock.eval())
+        self.is_random = self._differs_in_training_mode(stock)
         self.stock_loss, self.stock_gradients = self._loss_and_gradients(stock.eval())
         self._rounding: float | None = None
 
@@ -191,22 +196,32 @@ class _Proof:
         options = {"attn_implementation": attention, "experts_implementation": "eager", "dtype": dtype}
         return self.auto.from_config(copy.deepcopy(self.config), **options)
 
-    def _refuse_unfit_copy(self, config: Any, plain: Any) -> None:
+    def _refuse_unfit_copy(self, config: Any, meta_model: Any) -> None:
         """Raise NotShrinkable if the copy is too large to run, or lacks a kind of layer that the model has."""
         with torch.device("meta"):
             small = self._build("eager", torch.float32)
         size = sum(p.numel() for p in small.parameters())
         if size > MAX_COPY_ELEMENTS:
             raise NotShrinkable(f"a small copy would have {size:,} elements")
-        if lost := num_lost_layer_kinds(config, plain, self.config, small):
+        if lost := num_lost_layer_kinds(config, meta_model, self.config, small):
             raise NotShrinkable(f"a small copy lacks {lost} of its kinds of layers")
 
-    def _measure_causality(self, stock: Any) -> bool:
-        """Whether the logits of a document stay the same when its last token changes."""
-        ids = torch.from_numpy(self.documents[1].input_ids.astype(np.int64))[None]
-        # Change the last token alone: in a causal model the logits before it stay as they were.
+    def _longest_document_ids(self) -> Tensor:
+        """int64 `[1, 23]`: the document that is longer than the windows of the small copy."""
+        longest = max(self.documents, key=lambda document: len(document.input_ids))
+        return torch.from_numpy(longest.input_ids.astype(np.int64))[None]
+
+    def _is_causal(self, stock: Any) -> bool:
+        """Whether the logits of a document stay the same when its last token changes. `stock`: in evaluation mode.
+
+        Raises NotShrinkable if the logits are not finite.
+        """
+        ids = self._longest_document_ids()
+        # Change the last token alone, to the next id: in a causal model the logits before it stay as they were. Ids below
+        # FIRST_ORDINARY_ID are special, so the last id is followed by that one.
         changed_ids = ids.clone()
-        changed_ids[0, -1] = (changed_ids[0, -1] - 3) % (self.vocabulary - 4) + 4
+        next_offset = (changed_ids[0, -1] - FIRST_ORDINARY_ID + 1) % (self.vocabulary - FIRST_ORDINARY_ID)
+        changed_ids[0, -1] = next_offset + FIRST_ORDINARY_ID
         with torch.no_grad():
             logits = stock(input_ids=ids, use_cache=False).logits[0, :-1]
             changed_logits = stock(input_ids=changed_ids, use_cache=False).logits[0, :-1]
@@ -214,9 +229,12 @@ class _Proof:
             raise NotShrinkable("a small copy with random weights computes what is no number")
         return bool(torch.allclose(logits, changed_logits, rtol=TOLERANCE, atol=TOLERANCE))
 
-    def _measure_randomness(self, stock: Any) -> bool:
-        """Whether two passes in training mode differ from evaluation, although dropout is 0."""
-        ids = torch.from_numpy(self.documents[1].input_ids.astype(np.int64))[None]
+    def _differs_in_training_mode(self, stock: Any) -> bool:
+        """Whether one of two passes in training mode differs from evaluation, although dropout is 0: then it draws at random.
+
+        Takes `stock` in evaluation mode, and leaves it in training mode.
+        """
+        ids = self._longest_document_ids()
         with torch.no_grad():
             eval_logits = stock(input_ids=ids, use_cache=False).logits
             stock.train()
@@ -226,7 +244,9 @@ class _Proof:
         )
 
     def _loss_and_gradients(self, stock: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The summed loss of the documents, each in a pass of its own, and its gradients by parameter."""
+        """(the summed loss of the documents, each in a pass of its own; its gradients by parameter). `stock`: transformers' own
+        model, on which other paths are measured.
+        """
         loss = torch.zeros((), dtype=torch.float64)
         for document in self.documents:
             ids = torch.from_numpy(document.input_ids.astype(np.int64))
@@ -239,17 +259,19 @@ class _Proof:
     def find_paths(self, attention: str, *, on_gpu: bool) -> ProvenPaths:
         """Find for both layouts of rows the fastest forward path that computes what transformers' own does.
 
-        Each is tried on a small copy of the model. `attention` is the kernel for padding-free rows.
+        A path: whether the output head computes the loss, and whether the model is given positions. Each is tried on a small
+        copy of the model. `attention` is the kernel for padding-free rows; padded ones have SDPA, or eager attention if SDPA is
+        not right.
         """
         padding_free, reason = self._fastest_correct_path(Layout.padding_free, attention, on_gpu=on_gpu)
-        for stock in ("sdpa", "eager"):
-            padded, padded_reason = self._fastest_correct_path(Layout.padded, stock, on_gpu=False)
+        for padded_attention in ("sdpa", "eager"):
+            padded, padded_reason = self._fastest_correct_path(Layout.padded, padded_attention, on_gpu=False)
             if padded is not None:
                 break
         return ProvenPaths(
-            padding_free,
-            padded,
-            stock=stock,
+            padding_free=padding_free,
+            padded=padded,
+            stock=padded_attention,
             causal=self.is_causal,
             random=self.is_random,
             sequence_problem=self._sequence_problem(padding_free, reason),
@@ -259,12 +281,13 @@ class _Proof:
     def _sequence_problem(self, path: ForwardPath | None, reason: str) -> str | None:
         """Why rows may not be cut along the sequence, so that ranks share them; None if they may. Compared on the CPU.
 
-        `path` is the one that is proven for documents in one row; None if none is, for the given `reason`. If the comparison
-        fails on several documents in a row, it is made on a row with one document, whose reason tells a user more.
+        `path` is the one that is proven for documents in one row; None if none is, for the given `reason`. What is compared: the
+        states of a whole row with those of its slices. If that fails on several documents in a row, it is done on a row with one
+        document, whose reason tells a user more.
         """
         if path is None:
             return f"it is not proven padding-free ({reason})"
-        row = Collator(Layout.padding_free, 0)(self.documents)
+        row = Collator(Layout.padding_free, pad_token_id=0)(self.documents)
         length = row["input_ids"].numel()
         positions = torch.arange(length)[None]
         single_document = {"input_ids": row["input_ids"], "position_ids": positions, "max_length_q": length}
@@ -287,29 +310,27 @@ class _Proof:
         and on slices, and compares the states. If they differ, something but attention lets tokens see each other, and ranks
         cannot share a row. `path`: how the row goes through the model.
         """
-        # Makes the stand-in known to transformers by its name.
-        attention = sequence_proof.register()
-        model = self._build(sequence_proof.NAME, self.dtype)
+        attention = sequence_proof.register()  # known to transformers as TOKEN_LOCAL_ATTENTION
+        model = self._build(sequence_proof.TOKEN_LOCAL_ATTENTION, self.dtype)
         model.load_state_dict(self.weights)
         model.forward_path = path
         model.train(not self.is_random)  # random draws, such as dropout's, would make two runs differ
-        if problem := rotary.whole_row_problem(model):
+        if problem := rotary.whole_row_problem(model):  # frequencies that no slice could compute by itself
             return problem
 
         def hidden_states(inputs: dict[str, Any]) -> Tensor:
             num_tokens = inputs["input_ids"].numel()
             targets = torch.zeros(num_tokens, dtype=torch.int64)
             every_row = {"target_rows": torch.arange(num_tokens), "targets": targets}
-            _head, hidden, _targets = supervised_rows(model, inputs | every_row)
-            return hidden
+            return supervised_rows(model, inputs | every_row).hidden
 
         return sequence_proof.sequence_problem(hidden_states, row, attention)
 
     def _fastest_correct_path(self, layout: Layout, attention: str, *, on_gpu: bool) -> tuple[ForwardPath | None, str]:
         """(the fastest path that is correct, empty text), or (None, why the fastest path is not correct).
 
-        A path is correct if its loss and gradients agree with the stock model's in one of the types that are tried. Running out
-        of GPU memory is raised: it proves nothing.
+        A path is correct if its loss and gradients agree with the stock model's in one of the types that are tried: the code of
+        some models runs in one type alone. Running out of GPU memory is raised: it proves nothing.
         """
         paths = list(FORWARD_PATHS)  # the fastest first
         if layout is Layout.padding_free:  # only positions tell the model where a document begins
@@ -342,38 +363,44 @@ class _Proof:
         return self._compare_with_stock(layout, path, attention, dtype)
 
     def _compare_with_stock(self, layout: Layout, path: ForwardPath, attention: str, dtype: torch.dtype) -> str:
-        """`_difference_from_stock`, with the kernels that can be imported now."""
+        """How a path's loss or gradients differ from the stock model's, with the kernels that can be imported now; or ""."""
+        tolerance = HALF_TOLERANCE if dtype is torch.bfloat16 else TOLERANCE
+        loss, gradients = self._loss_and_gradients_on_path(layout, path, attention, dtype)
+        difference = abs(loss - float(self.stock_loss)) / float(self.stock_loss)
+        if not difference <= tolerance:  # a NaN is no agreement
+            return f"the loss differs by {difference:.1e} from that of the documents in separate rows"
+        difference = self._gradient_distance(gradients)
+        if difference <= tolerance or (difference <= MAX_ROUNDING and difference <= self._stock_rounding()):
+            return ""
+        return f"gradients differ by {difference:.1e} from those of the documents in separate rows"
+
+    def _loss_and_gradients_on_path(
+        self, layout: Layout, path: ForwardPath, attention: str, dtype: torch.dtype
+    ) -> tuple[float, dict[str, Tensor]]:
+        """(the summed loss of all documents on a path, its gradients by parameter); in bfloat16 on the GPU, else on the CPU."""
         # Build the model on this path, with the stock model's weights.
         in_half = dtype is torch.bfloat16
-        tolerance = HALF_TOLERANCE if in_half else TOLERANCE
         model = self._build(attention, dtype)
         model.load_state_dict(self.weights)
         model.forward_path = path
-        if path.fused:
+        if path.fused:  # the head computes the loss itself
             fuse_head(model, self.config)
         model.train(not self.is_random)
         if in_half:
             model = model.to("cuda")
         # The loss and the gradients of all documents.
         batches = [self.documents]
-        if path.alone:
+        if path.alone:  # the model takes one document at a time
             batches = [[document] for document in self.documents]
         loss = torch.zeros((), dtype=torch.float64)
         for documents in batches:
-            batch = Collator(layout, 0)(documents)
+            batch = Collator(layout, pad_token_id=0)(documents)
             if in_half:
                 batch = to_device(batch, torch.device("cuda"))
             batch_loss = summed_loss(model, batch).loss
             batch_loss.backward()
             loss = loss + batch_loss.detach().cpu()
-        # Compare both with the stock model's.
-        difference = abs(float(loss) - float(self.stock_loss)) / float(self.stock_loss)
-        if not difference <= tolerance:  # a NaN is no agreement
-            return f"the loss differs by {difference:.1e} from that of the documents in separate rows"
-        difference = self._gradient_distance(_gradients_by_name(unwrap_adapter(model)))
-        if difference <= tolerance or (difference <= MAX_ROUNDING and difference <= self._stock_rounding()):
-            return ""
-        return f"gradients differ by {difference:.1e} from those of the documents in separate rows"
+        return float(loss), _gradients_by_name(unwrap_adapter(model))
 
     def _gradient_distance(self, gradients: dict[str, Tensor]) -> float:
         """Norm of the difference to the stock model's gradients, over the norm of these; a missing gradient counts as zero."""
@@ -398,14 +425,14 @@ class _Proof:
         return self._rounding
 
 
-def error_on_tokens_alone(plain: Any) -> str:
-    """The error that a model (on meta) raises if it is given tokens and nothing else; empty if it accepts them.
+def error_on_tokens_alone(meta_model: Any) -> str:
+    """The error that a model (on meta) raises if it is given a row of tokens and nothing else; empty if it accepts it.
 
     A decoder that reads another model's states raises one, for example. Only ValueError and TypeError count: others come from
     tensors that have no values on meta.
     """
     try:
-        plain.train()(input_ids=torch.zeros(1, 23, dtype=torch.int64, device="meta"), use_cache=False)
+        meta_model.train()(input_ids=torch.zeros(1, 23, dtype=torch.int64, device="meta"), use_cache=False)
     except (ValueError, TypeError) as error:
         return error_line(error).rstrip(".")
     except Exception:  # noqa: BLE001 - a model may look at values, which meta does not have

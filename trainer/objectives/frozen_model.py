@@ -11,9 +11,9 @@ from strategies.parameters import meta_context
 from trainer.data.config import Layout
 from trainer.losses.fuse import fuse_head
 from trainer.model.architecture import from_config_options, set_dropout, transformers_class
-from trainer.model.attention import NAME
+from trainer.model.attention import VARLEN_ATTENTION
 from trainer.model.config import ModelConfig, ModelKind, RopeConfig
-from trainer.model.flex import NAME as FLEX
+from trainer.model.flex import FLEX_ATTENTION
 from trainer.model.frozen_rows import always_zero_rows
 from trainer.model.layout import AttentionLayout
 from trainer.model.loading import find_weights_directory, load_model_config, load_tokenizer
@@ -34,7 +34,10 @@ SHOWN_TOKENS = 3
 
 
 def teacher_model(config: ModelConfig, objective: ObjectiveConfig) -> ModelConfig | None:
-    """The model settings of the teacher; None if the objective has none."""
+    """The model settings of the teacher; None if the objective has none.
+
+    Data type, attention and quantisation are those of the trained model, so that both compute alike on one row.
+    """
     teacher = objective_family(objective).teacher(objective)
     if teacher is None:
         return None
@@ -54,14 +57,14 @@ def teacher_model(config: ModelConfig, objective: ObjectiveConfig) -> ModelConfi
 def common_layout(layout: Layout, teacher: ModelConfig | None, *, half_on_gpu: bool) -> tuple[Layout, dict[str, str]]:
     """(layout of rows for model and teacher, note by setting if it is not the requested one).
 
-    Padded rows if the teacher is not proven to keep documents in one row apart. Raises ConfigError if the settings ask for one
-    row.
+    Padded rows if a test on a small copy of the teacher does not show that it keeps documents in one row apart. Raises
+    ConfigError if the settings ask for rows without padding. `half_on_gpu`: models compute in half precision on a GPU.
     """
     if teacher is None or layout is Layout.padded:
         return layout, {}
-    settings = load_model_config(teacher)
-    kind = settings.model_type
-    reason = Proofs(teacher, settings, half_on_gpu=half_on_gpu).why_not_one_row(NAME)
+    hf_config = load_model_config(teacher)
+    kind = hf_config.model_type
+    reason = Proofs(teacher, hf_config, half_on_gpu=half_on_gpu).why_documents_need_own_rows(VARLEN_ATTENTION)
     if not reason:
         return layout, {}
     if layout is Layout.padding_free:
@@ -85,85 +88,92 @@ class FrozenReference:
 def frozen_model(
     config: ModelConfig,
     objective: ObjectiveConfig,
-    settings: Any,
-    arrangement: AttentionLayout,
+    hf_config: Any,
+    attention_layout: AttentionLayout,
     initial: WeightSource,
-    folded: MergedAdapters | None,
+    merged_adapters: MergedAdapters | None,
     tokenizer: Any,
 ) -> FrozenReference:
-    """The teacher, or without one a second copy of the model that the run begins with.
+    """The teacher, or without one a second copy of the model that the run begins with; on meta, without gradients.
 
-    The copy has the run's `initial` weights; if the run continues from an adapter, `folded` adds it to them. `settings` are
-    transformers' of the tuned model. Raises ConfigError if a teacher has another vocabulary, or a head that cannot compare
+    The copy has the run's `initial` weights; if the run continues from an adapter, `merged_adapters` adds it to them.
+    `hf_config` is that of the tuned model. Raises ConfigError if a teacher has another vocabulary, or a head that cannot compare
     distributions.
     """
     teacher = teacher_model(config, objective)
     if teacher is None:
-        model = _architecture(config, settings, arrangement)
-        weights: WeightSource | StartingWeights = StartingWeights(initial, folded)
-    else:
-        model = _architecture(teacher, load_model_config(teacher), arrangement)
-        if not isinstance(initial, WeightSource):  # a plan, which needs neither weights nor tokenizers
-            return _frozen(model, StartingWeights(initial, None))
-        check_vocabulary(tokenizer, load_tokenizer(teacher), str(teacher.path))
-        teacher_weights = WeightSource(
-            BaseWeights(find_weights_directory(teacher), copy.deepcopy(model)), Full(), seed=initial.seed, init_std=0.0
-        )
-        teacher_weights.zero_row_by_name = always_zero_rows(
-            model, AttentionLayout(arrangement.layout, arrangement.attention, {})
-        )
-        # No `head_prefixes`: a weight that the teacher's checkpoint lacks is an error, never drawn anew.
-        teacher_weights.check_names_and_shapes(
-            {name: tuple(p.shape) for name, p in model.named_parameters()}, head_prefixes=()
-        )
-        weights = teacher_weights
-    return _frozen(model, weights)
+        model = _frozen_architecture(config, hf_config, attention_layout)
+        return _frozen_reference(model, StartingWeights(initial, merged_adapters))
+    model = _frozen_architecture(teacher, load_model_config(teacher), attention_layout)
+    is_plan = not isinstance(initial, WeightSource)  # a plan simulates weights, and needs no files and no tokenizer
+    if is_plan:
+        return _frozen_reference(model, StartingWeights(initial, None))
+    check_vocabulary(tokenizer, load_tokenizer(teacher), str(teacher.path))
+    return _frozen_reference(model, _teacher_weights(teacher, model, attention_layout, initial.seed))
 
 
-def _frozen(model: Any, weights: WeightSource | StartingWeights) -> FrozenReference:
-    """A model without gradients. Raises ConfigError if its head cannot compare distributions."""
+def _teacher_weights(teacher: ModelConfig, model: Any, attention_layout: AttentionLayout, seed: int) -> WeightSource:
+    """The weights in the teacher's files. Raises ConfigError if they are not those of `model`, the teacher on meta."""
+    base_weights = BaseWeights(find_weights_directory(teacher), copy.deepcopy(model))
+    weights = WeightSource(base_weights, Full(), seed=seed, init_std=0.0)
+    # With a layout of its own, since notes of the teacher's rows are not told to the user.
+    unseen_notes: dict[str, str] = {}
+    weights.zero_row_by_name = always_zero_rows(
+        model, AttentionLayout(attention_layout.layout, attention_layout.attention, unseen_notes)
+    )
+    # No `head_prefixes`: a weight that the teacher's checkpoint lacks is an error, never drawn anew.
+    shapes_by_name = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    weights.check_names_and_shapes(shapes_by_name, head_prefixes=())
+    return weights
+
+
+def _frozen_reference(model: Any, weights: WeightSource | StartingWeights) -> FrozenReference:
+    """`model`, from now on without gradients, with its weights. Raises ConfigError if its head cannot compare distributions."""
     model.requires_grad_(False)
     check_head_computes_divergence(model, "objective.teacher.path")
     return FrozenReference(model, weights, block_class_names(model))
 
 
-def _architecture(config: ModelConfig, settings: Any, arrangement: AttentionLayout) -> Any:
-    """A frozen causal model on meta, without dropout, its head fused with the loss. Raises ConfigError for other models."""
-    settings = copy.deepcopy(settings)
-    attention = arrangement.attention
-    # The student's kernel may not be right for the teacher.
-    if attention == FLEX and Proofs(config, settings, half_on_gpu=True).why_not_one_row(FLEX):
-        attention = NAME
-    set_dropout(settings, 0.0)
-    model_class = transformers_class(ModelKind.causal, settings)
+def _frozen_architecture(config: ModelConfig, hf_config: Any, attention_layout: AttentionLayout) -> Any:
+    """A causal model on meta without dropout, for the teacher or the copy. Raises ConfigError for other kinds of models.
+
+    Its head computes the loss itself (is fused) if that was found right for the architecture. `hf_config` is not changed.
+    """
+    hf_config = copy.deepcopy(hf_config)
+    attention = attention_layout.attention
+    if attention == FLEX_ATTENTION:  # chosen for the trained model, and perhaps not right for the teacher
+        on_gpu = Proofs(config, hf_config, half_on_gpu=True)
+        if on_gpu.why_documents_need_own_rows(FLEX_ATTENTION):
+            attention = VARLEN_ATTENTION
+    set_dropout(hf_config, 0.0)
+    model_class = transformers_class(ModelKind.causal, hf_config)
     remedy = "take a causal model of the student's family"
-    if getattr(settings, "is_encoder_decoder", False):  # transformers could build the decoder of some alone
+    if getattr(hf_config, "is_encoder_decoder", False):  # transformers could build the decoder of some alone
         raise ConfigError(
-            f"objective.teacher.path={config.path}: is an encoder-decoder ({settings.model_type}); {remedy}"
+            f"objective.teacher.path={config.path}: is an encoder-decoder ({hf_config.model_type}); {remedy}"
         )
 
     def build() -> Any:
         with meta_context():
-            return model_class.from_config(settings, attn_implementation=attention, **from_config_options(config))
+            return model_class.from_config(hf_config, attn_implementation=attention, **from_config_options(config))
 
-    # Build, once more if the checkpoint has an output head of its own.
+    # Build; once more if the checkpoint has an output head of its own, which changes `hf_config`.
     try:
         model = build()
     except ValueError as error:
         reason = str(error).partition("\nModel type should be one of")[0][:300]  # hundreds of names follow
         raise ConfigError(
-            f"objective.teacher.path={config.path}: a {settings.model_type} model cannot be built as a teacher with "
+            f"objective.teacher.path={config.path}: a {hf_config.model_type} model cannot be built as a teacher with "
             f"attention {attention}: {reason}; {remedy}"
         ) from error
-    if untie_as_stored(config, settings, model):
+    if untie_as_stored(config, hf_config, model):
         model = build()
     model.tie_weights()
-    copy_arrangement = AttentionLayout(arrangement.layout, attention, {})
-    model.forward_path = Proofs(config, settings, half_on_gpu=attention not in (NAME, "sdpa", "eager")).choose_path(
-        copy_arrangement
-    )
+    own_layout = AttentionLayout(attention_layout.layout, attention, notes={})  # its notes are not told to the user
+    half_on_gpu = attention not in (VARLEN_ATTENTION, "sdpa", "eager")  # other kernels run nowhere else
+    model.forward_path = Proofs(config, hf_config, half_on_gpu=half_on_gpu).choose_path(own_layout)
     if model.forward_path.fused:
-        fuse_head(model, settings)
+        fuse_head(model, hf_config)
     return model
 
 

@@ -16,7 +16,7 @@ from trainer.objectives.reward_functions import prompt_spec
 from trainer.objectives.rollouts import IdleGroups, stop_problems
 
 
-def problems(config: GrpoConfig, other_settings: OtherSettings) -> Iterator[str]:
+def grpo_problems(config: GrpoConfig, other_settings: OtherSettings) -> Iterator[str]:
     """What is wrong with the objective's own settings, and with what becomes of long prompts, one line each."""
     over_length = other_settings.data.over_length
     if over_length not in PromptDataSpec.over_length:
@@ -125,7 +125,7 @@ GRPO = ObjectiveFamily(
     settings=GrpoConfig,
     data_spec=prompt_spec,
     build=Policy,
-    problems=problems,
+    problems=grpo_problems,
     compares_with_initial_model=lambda config: config.kl.weight > 0,
     max_positions=max_positions,
     rollout=lambda config: config.rollout,

@@ -58,7 +58,7 @@ class KtoConfig(ObjectiveConfig):
     """Weight of undesirable answers. Keep weight times count of desirable to undesirable answers between 1:1 and 4:3."""
 
 
-def problems(config: KtoConfig, other_settings: OtherSettings) -> Iterator[str]:
+def kto_problems(config: KtoConfig, other_settings: OtherSettings) -> Iterator[str]:
     """What is wrong with the data settings for answers with a verdict."""
     data = other_settings.data
     if data.packing:
@@ -288,6 +288,6 @@ KTO = ObjectiveFamily(
     settings=KtoConfig,
     data_spec=lambda config: RatedDataSpec(),
     build=lambda config, references: Kto(config, references.reference),
-    problems=problems,
+    problems=kto_problems,
     better_when_larger=("accuracy", "margin", "desirable_reward"),
 )

@@ -22,38 +22,41 @@ from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
 from trainer.objectives.causal import MODEL_INPUTS, token_states, unwrap_adapter
 
-POOLED = "pooled_positions"
-"""Entry of a batch without padding: where in the row the token of each sequence is, int64 `[S]`, ascending."""
+LAST_TOKEN_POSITIONS = "pooled_positions"
+"""Entry of a batch without padding: where in the row the last token of each sequence is, int64 `[S]`, ascending."""
 OWN_SEQUENCES = "own_sequences"
 """Entry of a cut batch: the first of the sequences whose token this rank's slice has, and the one after the last."""
-SUPERVISED = "is_supervised"
+IS_SUPERVISED = "is_supervised"
 """Entry of a batch without padding: whether any token of a sequence is supervised, bool `[S]`. A filler has none."""
-HEAD = "score"
+SCORE_HEAD = "score"
 """transformers' name of the head in classifiers that keep the score of the last token."""
 
 
 class PooledCollator(Collator):
     """Adds to rows without padding `pooled_positions` and `is_supervised`, and to cut ones `own_sequences`."""
 
-    axes = AXES | {POOLED: Axis.sequence, SUPERVISED: Axis.sequence}
+    axes = AXES | {LAST_TOKEN_POSITIONS: Axis.sequence, IS_SUPERVISED: Axis.sequence}
 
     def add_loss_inputs(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
-        """Add to a batch without padding where each document's last token lies, from which the classifier's head reads."""
+        """Add to a batch without padding where each document's last token lies, and whether any of its tokens is supervised.
+
+        The classifier's head reads the last tokens. A batch of padded rows is left as it is.
+        """
         if self.layout is not Layout.padding_free:
             return
-        starts = batch["document_bounds"]
+        document_starts = batch["document_bounds"][:-1]  # the last bound is the end of the row
         positions = []
-        for start, sample in zip(starts, samples, strict=False):
+        for start, sample in zip(document_starts, samples, strict=True):
             positions.append(start + last_token(sample.input_ids, self.pad_token_id))
-        batch[POOLED] = torch.tensor(positions, dtype=torch.int64)
-        batch[SUPERVISED] = torch.tensor([bool(sample.supervised[1:].any()) for sample in samples])
+        batch[LAST_TOKEN_POSITIONS] = torch.tensor(positions, dtype=torch.int64)
+        batch[IS_SUPERVISED] = torch.tensor([bool(sample.supervised[1:].any()) for sample in samples])
 
     def cut(self, batch: dict[str, Any], cut: RowCut) -> dict[str, Any]:
         """This rank's slice, and which sequences are its own; see the class."""
         slices = super().cut(batch, cut)
         start, stop = slices["row_span"]
-        first, end = num_rows_before(batch[POOLED], [start, stop])
-        slices[POOLED] = batch[POOLED][first:end] - start
+        first, end = num_rows_before(batch[LAST_TOKEN_POSITIONS], [start, stop])
+        slices[LAST_TOKEN_POSITIONS] = batch[LAST_TOKEN_POSITIONS][first:end] - start
         slices[OWN_SEQUENCES] = (first, end)
         return slices
 
@@ -68,16 +71,20 @@ def last_token(ids: np.ndarray, pad_token_id: int) -> int:
 
 
 def classifier_logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """Logits `[S, outputs]` float32 of each sequence in a batch; of a cut one, those of this rank's own sequences."""
-    if POOLED not in batch:
+    """Logits `[S, outputs]` float32 of each sequence in a batch.
+
+    Of a batch that is cut because ranks share its row: logits of the sequences whose last token this rank holds.
+    """
+    if LAST_TOKEN_POSITIONS not in batch:  # padded rows: transformers finds the last tokens itself
         logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         return logits.float()
     classifier: Any = unwrap_adapter(model)
     inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
     states = token_states(classifier.base_model, inputs)
     # A rank may have no sequence of its own. Its head then gets no rows, and its part of the graph is still there.
-    pooled_logits: Tensor = getattr(classifier, HEAD)(states[0, batch[POOLED]])
-    return pooled_logits.float()
+    score_head: nn.Module = getattr(classifier, SCORE_HEAD)
+    sequence_logits: Tensor = score_head(states[0, batch[LAST_TOKEN_POSITIONS]])
+    return sequence_logits.float()
 
 
 def of_own_sequences(batch: dict[str, Any], by_sequence: Tensor) -> Tensor:

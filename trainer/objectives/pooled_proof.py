@@ -22,18 +22,19 @@ from trainer.model.architecture import set_dropout, text_model_config, transform
 from trainer.model.config import ModelKind
 from trainer.model.shrink import SMALL_VOCABULARY_SIZE, NotShrinkable, num_lost_layer_kinds
 from trainer.objectives.causal import MODEL_INPUTS, token_states
-from trainer.objectives.forward_path import MAX_COPY_ELEMENTS, TOLERANCE, error_line, on_small_copy
-from trainer.objectives.pooled import HEAD, PooledCollator, classifier_logits
+from trainer.objectives.forward_path import FIRST_ORDINARY_ID, MAX_COPY_ELEMENTS, TOLERANCE, error_line, on_small_copy
+from trainer.objectives.pooled import SCORE_HEAD, PooledCollator, classifier_logits
 from trainer.objectives.proof_cache import keep_proof, proof_file, read_proof
 
-LENGTHS = (5, 23, 14)
-OUTPUTS = 3
-PADDING = 0
+DOCUMENT_LENGTHS = (5, 23, 14)
+NUM_LABELS = 3
+PADDING_ID = 0
 
 
-def pooling_problem(config: Any, build: Callable[[], nn.Module], attention: str) -> str | None:
-    """Why ranks may not share rows of a classifier; None if they may. From this host's cache, else proven now.
+def classifier_packing_problem(config: Any, build: Callable[[], nn.Module], attention: str) -> str | None:
+    """Why ranks may not share rows of several documents in a classifier; None if they may.
 
+    From this host's cache, else tested now on a small copy. The result is cached, {"problem": None}, unless the copy failed.
     `config`: transformers' configuration. `build` makes its classifier on meta. `attention`: the kernel for documents in a row.
     """
     file = proof_file(config, attention=attention, subject="pooled classifier")
@@ -45,7 +46,7 @@ def pooling_problem(config: Any, build: Callable[[], nn.Module], attention: str)
     default_dtype = torch.get_default_dtype()
     try:
         torch.default_generator.manual_seed(0)
-        problem = _prove_pooling(config, build(), attention)
+        problem = _why_rows_cannot_be_packed(config, build(), attention)
     except Exception as error:  # noqa: BLE001 - an architecture may fail in any way. Not kept: the reason may pass
         return f"its small copy fails: {error_line(error)}"
     finally:
@@ -55,46 +56,49 @@ def pooling_problem(config: Any, build: Callable[[], nn.Module], attention: str)
     return problem
 
 
-def _prove_pooling(config: Any, plain: nn.Module, attention: str) -> str | None:
-    """Why ranks may not share rows of a classifier, by the first small copy of it that can be run; None if they may.
+def _why_rows_cannot_be_packed(config: Any, meta_model: nn.Module, attention: str) -> str | None:
+    """Why documents may not lie in one row of a classifier that ranks share; None if they may.
 
-    If no copy can be run, raises the error of the first. `plain`: the classifier on meta.
+    Decided on the first small copy of `meta_model`, the classifier on meta, that can be run. If none can, raises the error of
+    the first.
     """
-    if not isinstance(getattr(plain, HEAD, None), nn.Module):
-        return f"its classifier ({type(plain).__name__}) does not score the last token"
-    return on_small_copy(
-        config, plain, lambda small, dtype: _PoolingProof(config, plain, small, dtype).packing_problem(attention)
-    )
+    if not isinstance(getattr(meta_model, SCORE_HEAD, None), nn.Module):
+        return f"its classifier ({type(meta_model).__name__}) does not score the last token"
+
+    def problem_of_copy(small_config: Any, dtype: torch.dtype) -> str | None:
+        return _PackingProof(config, meta_model, small_config, dtype).packing_problem(attention)
+
+    return on_small_copy(config, meta_model, problem_of_copy)
 
 
-class _PoolingProof:
+class _PackingProof:
     """A small random copy of a classifier, with some documents to compare it on."""
 
-    def __init__(self, config: Any, plain: nn.Module, small: Any, dtype: torch.dtype) -> None:
-        """`small`: a small copy of `config`, of which `plain` is the classifier on meta."""
+    def __init__(self, config: Any, meta_model: nn.Module, small_config: Any, dtype: torch.dtype) -> None:
+        """`small_config`: a small copy of `config`, of which `meta_model` is the classifier on meta."""
         self.dtype = dtype
         self.auto = transformers_class(ModelKind.classifier, config)
-        self.config = small
-        set_dropout(small, 0.0)
-        small.num_labels = OUTPUTS
-        text_model_config(small).pad_token_id = PADDING
+        self.config = small_config
+        set_dropout(small_config, 0.0)
+        small_config.num_labels = NUM_LABELS
+        text_model_config(small_config).pad_token_id = PADDING_ID
         with torch.device("meta"):
             copy_on_meta = self._build("eager")
         size = sum(parameter.numel() for parameter in copy_on_meta.parameters())
         if size > MAX_COPY_ELEMENTS:
             raise NotShrinkable(f"a small copy would have {size:,} elements")
-        if lost := num_lost_layer_kinds(config, plain, small, copy_on_meta):
+        if lost := num_lost_layer_kinds(config, meta_model, small_config, copy_on_meta):
             raise NotShrinkable(f"a small copy lacks {lost} of its kinds of layers")
-        vocabulary = min(text_model_config(small).vocab_size, SMALL_VOCABULARY_SIZE)
+        vocabulary = min(text_model_config(small_config).vocab_size, SMALL_VOCABULARY_SIZE)
         generator = np.random.default_rng(0)
         self.samples = []
-        for length in LENGTHS:
-            ids = generator.integers(4, vocabulary, length).astype(np.int32)
+        for length in DOCUMENT_LENGTHS:
+            ids = generator.integers(FIRST_ORDINARY_ID, vocabulary, length).astype(np.int32)
             self.samples.append(Sample(ids, np.ones(length, dtype=bool)))
         # A document may end with the token that pads: the last but one is then kept.
-        self.samples[1].input_ids[-1] = PADDING
+        self.samples[1].input_ids[-1] = PADDING_ID
         # Multiplied with the logits, they make a scalar for the backward pass in which each logit counts differently.
-        self.random_logit_weights = torch.from_numpy(generator.standard_normal((len(LENGTHS), OUTPUTS)))
+        self.random_logit_weights = torch.from_numpy(generator.standard_normal((len(DOCUMENT_LENGTHS), NUM_LABELS)))
 
     def _build(self, attention: str) -> Any:
         options = {"attn_implementation": attention, "experts_implementation": "eager", "dtype": self.dtype}
@@ -103,9 +107,9 @@ class _PoolingProof:
     def packing_problem(self, attention: str) -> str | None:
         """Why documents may not share rows in this classifier, nor ranks a row; None if they may. Compared on a small copy.
 
-        - Logits and gradients of several documents in one row must be those of transformers' own classifier on each document
-          alone.
-        - Slices of the row must give the states that the whole row gives.
+        - Logits and gradients of several documents in one row must be those of `stock`, transformers' own classifier in eager
+          attention, on each document alone.
+        - Slices of the row must give the states that the whole row gives. Each logit is made of one state, so states are enough.
         """
         stock = self._build("eager").eval()
         with torch.no_grad():
@@ -114,11 +118,14 @@ class _PoolingProof:
                 parameter.add_(torch.randn_like(parameter) * 0.02)
         model = self._build(attention).eval()
         model.load_state_dict(stock.state_dict())
-        row = PooledCollator(Layout.padding_free, PADDING)(self.samples)
+        row = PooledCollator(Layout.padding_free, pad_token_id=PADDING_ID)(self.samples)
         return self._difference_from_stock(stock, model, row) or self._row_slicing_problem(stock.state_dict(), row)
 
     def _difference_from_stock(self, stock: nn.Module, model: nn.Module, row: dict[str, Any]) -> str | None:
-        """How a row's logits or gradients differ from the stock classifier's on single documents; None if they do not."""
+        """How logits or gradients of `model` on a row of all documents differ from those of `stock` on single ones; None if not.
+
+        `stock`: transformers' own classifier with the same weights. Leaves gradients in both.
+        """
         expected = torch.cat([self._stock_logits(stock, sample) for sample in self.samples])
         logits = classifier_logits(model, row).to(expected.dtype)
         difference = float((logits - expected).detach().abs().max() / expected.detach().abs().max())
@@ -135,15 +142,15 @@ class _PoolingProof:
 
     @staticmethod
     def _stock_logits(stock: Any, sample: Sample) -> Tensor:
-        """`[1, OUTPUTS]` of a document alone."""
+        """Logits `[1, NUM_LABELS]` of a document alone."""
         ids = torch.from_numpy(sample.input_ids.astype(np.int64))[None]
         logits: Tensor = stock(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
         return logits
 
     def _row_slicing_problem(self, weights: dict[str, Tensor], row: dict[str, Any]) -> str | None:
-        """Why slices of the row are not the slices of the whole row; None if they are."""
+        """Why the states of the row's slices are not those of the whole row; None if they are. `weights`: of the stock model."""
         attention = sequence_proof.register()
-        model = self._build(sequence_proof.NAME).eval()
+        model = self._build(sequence_proof.TOKEN_LOCAL_ATTENTION).eval()
         model.load_state_dict(weights)
         if problem := rotary.whole_row_problem(model):
             return problem
@@ -152,7 +159,10 @@ class _PoolingProof:
 
 
 def _gradient_distance(stock: nn.Module, model: nn.Module) -> float:
-    """Norm of the difference of two models' gradients, over the norm of the stock model's; a missing gradient counts as zero."""
+    """Norm of the difference of two models' gradients, over the norm of those of `stock`; a missing gradient counts as zero.
+
+    `stock`: transformers' own model, by which `model` is measured.
+    """
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     norms = []
     distances = []

@@ -79,7 +79,7 @@ class SimpoConfig(ObjectiveConfig):
     """Weight of the chosen answer's cross-entropy loss (mean over its tokens), added to the loss of each pair. 0: not added."""
 
 
-def problems(config: DpoConfig | OrpoConfig | SimpoConfig, other_settings: OtherSettings) -> Iterator[str]:
+def preference_problems(config: DpoConfig | OrpoConfig | SimpoConfig, other_settings: OtherSettings) -> Iterator[str]:
     """What is wrong with the data settings for pairs, and with the objective's own."""
     yield from pair_problems(config, other_settings)
     if isinstance(config, DpoConfig) and config.label_smoothing and config.loss_type is not PairLoss.sigmoid:
@@ -257,7 +257,7 @@ def pair_family(settings: type[ObjectiveConfig], loss: type[Preference]) -> Obje
         settings=settings,
         data_spec=lambda config: PairDataSpec(uses_reference=loss.uses_reference),
         build=build,
-        problems=problems,
+        problems=preference_problems,
         better_when_larger=("accuracy", "margin"),
     )
 

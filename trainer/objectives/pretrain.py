@@ -32,7 +32,7 @@ class TextDataSpec(sft.SftDataSpec):
         return WRONG_KIND_REASON, problem
 
 
-def problems(config: PretrainConfig, other_settings: OtherSettings) -> Iterator[str]:
+def pretrain_problems(config: PretrainConfig, other_settings: OtherSettings) -> Iterator[str]:
     """What is wrong with settings that plain texts cannot use (formats, turns to learn, chat templates), or as for sft."""
     for key, data_format in formats_of(other_settings.data).items():
         if data_format not in (DataFormat.auto, DataFormat.text):
@@ -41,13 +41,13 @@ def problems(config: PretrainConfig, other_settings: OtherSettings) -> Iterator[
         yield "data.learn: says which turns of a conversation are learned, and objective=pretrain reads none; leave it out"
     if other_settings.model.chat_template is not None:
         yield "model.chat_template: objective=pretrain learns plain texts, which need none; leave it out"
-    yield from sft.problems(config, other_settings)
+    yield from sft.sft_problems(config, other_settings)
 
 
 PRETRAIN = replace(
     sft.SFT,
     settings=PretrainConfig,
     data_spec=lambda config: TextDataSpec(separate_replayed=sft.uses_replay_kl(config)),
-    problems=problems,
+    problems=pretrain_problems,
     generates_answers=False,
 )

@@ -92,10 +92,10 @@ def objective_problems(config: ObjectiveConfig, other_settings: OtherSettings) -
             yield f"{key}.format=prompt: reads no answers to learn from; add objective=grpo, which writes its own, or drop it"
 
 
-def model_problems(config: ObjectiveConfig, other_settings: OtherSettings, model_config: dict | None) -> Iterator[str]:
-    """What in a model's config.json (`model_config`; None if it is not known) does not go with the objective."""
-    if model_config is None:
+def model_problems(config: ObjectiveConfig, other_settings: OtherSettings, hf_config: dict | None) -> Iterator[str]:
+    """What in a model's config.json (`hf_config`; None if it is not known) does not go with the objective."""
+    if hf_config is None:
         return
     family = objective_family(config)
     lengths = family.max_positions(config, other_settings.data)
-    yield from kind_problems(model_config, other_settings.model.path, family.kind, config.name, lengths)
+    yield from kind_problems(hf_config, other_settings.model.path, family.kind, config.name, lengths)

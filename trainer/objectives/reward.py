@@ -16,7 +16,7 @@ from trainer.model.config import ModelKind
 from trainer.objectives.base import Objective, ObjectiveConfig, ObjectiveFamily, OtherSettings
 from trainer.objectives.causal import counted_here
 from trainer.objectives.pairs import PairDataSpec, pair_problems, pair_terms
-from trainer.objectives.pooled import SUPERVISED, PooledCollator, classifier_logits, of_all_sequences
+from trainer.objectives.pooled import IS_SUPERVISED, PooledCollator, classifier_logits, of_all_sequences
 
 
 @dataclass(kw_only=True, slots=True)
@@ -28,7 +28,7 @@ class RewardConfig(ObjectiveConfig):
     """Weight of the squared sum of a pair's scores, which keeps scores around zero (arXiv:2312.09244). 0: not added."""
 
 
-def problems(config: RewardConfig, other_settings: OtherSettings) -> Iterator[str]:
+def reward_problems(config: RewardConfig, other_settings: OtherSettings) -> Iterator[str]:
     """What pairs ask of the data, and a score of its layout."""
     yield from pair_problems(config, other_settings)
     if other_settings.data.layout is Layout.padding_free:
@@ -46,17 +46,20 @@ class Reward(Objective):
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The reward model's loss over pairs: the score of the chosen answer should exceed that of the rejected one.
 
-        Rows alternate, chosen and rejected; a pair without targets (a filler) counts nothing.
-
-        If ranks share the row, all of them compute the loss of each pair, and one counts it.
+        Sequences alternate, chosen and rejected; a pair without targets (a filler) counts nothing. If ranks share the row, all
+        of them compute the loss of each pair, and one counts it.
         """
         scores = of_all_sequences(batch, classifier_logits(model, batch)[:, 0])
         chosen, rejected = scores.view(-1, 2).unbind(1)
-        is_supervised = batch[SUPERVISED] if SUPERVISED in batch else (batch["targets"] != IGNORED_TARGET).any(dim=1)
+        if IS_SUPERVISED in batch:  # all sequences lie in one row
+            is_supervised = batch[IS_SUPERVISED]
+        else:
+            is_supervised = (batch["targets"] != IGNORED_TARGET).any(dim=1)
         is_counted = is_supervised.view(-1, 2).all(dim=1).float() * counted_here(batch)
         losses = -F.logsigmoid(chosen - rejected)
-        if self.config.centre:
-            losses = losses + self.config.centre * (chosen + rejected).square()
+        centring_weight = self.config.centre
+        if centring_weight:
+            losses = losses + centring_weight * (chosen + rejected).square()
         return pair_terms(losses, chosen, rejected, is_counted)
 
 
@@ -64,7 +67,7 @@ REWARD = ObjectiveFamily(
     settings=RewardConfig,
     data_spec=lambda config: PairDataSpec(collator=PooledCollator),
     build=lambda config, references: Reward(config),
-    problems=problems,
+    problems=reward_problems,
     kind=ModelKind.classifier,
     num_outputs=1,
     better_when_larger=("accuracy", "margin"),

@@ -23,7 +23,7 @@ from trainer.model.routing import (
     number_experts,
     recording_routing,
 )
-from trainer.objectives.causal import forward_pass, unwrap_adapter
+from trainer.objectives.causal import run_for_hooks, unwrap_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class AddedLosses:
     def choices(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """How many tokens of a micro-batch chose each expert, in a forward pass of its own without gradients."""
         with recording_routing(RoutingRecord(_token_mask(batch), without_gradients=True)) as record:
-            forward_pass(model, batch)
+            run_for_hooks(model, batch)
         return {"choices": self.router_losses.choices(record)}
 
     def start_lines(self, accumulation: int) -> list[str]:

@@ -57,7 +57,7 @@ class Seq2seqConfig(ObjectiveConfig):
     beyond either."""
 
 
-def problems(config: Seq2seqConfig, other_settings: OtherSettings) -> Iterator[str]:
+def seq2seq_problems(config: Seq2seqConfig, other_settings: OtherSettings) -> Iterator[str]:
     """What is wrong with the settings of data, model, strategy and tuning for an encoder-decoder model."""
     data = other_settings.data
     model = other_settings.model
@@ -384,7 +384,7 @@ SEQ2SEQ = ObjectiveFamily(
     settings=Seq2seqConfig,
     data_spec=lambda config: TwoSidedDataSpec(prefix=config.prefix, max_target=config.max_target),
     build=lambda config, references: Seq2seq(),
-    problems=problems,
+    problems=seq2seq_problems,
     kind=ModelKind.encoder_decoder,
     max_positions=lambda config, data: {"data.max_length": data.max_length, "objective.max_target": config.max_target},
     generates_answers=True,

@@ -66,7 +66,7 @@ def uses_replay_kl(config: ObjectiveConfig) -> bool:
     return forgetting_settings(config).kl_weight > 0
 
 
-def problems(config: ObjectiveConfig, other_settings: OtherSettings) -> Iterator[str]:
+def sft_problems(config: ObjectiveConfig, other_settings: OtherSettings) -> Iterator[str]:
     """What is wrong with the settings of replay, forgetting and label smoothing together, one line each.
 
     A source is replayed if `data.sources.<name>.replay` is true: its documents keep the model near what it was before.
@@ -257,7 +257,7 @@ SFT = ObjectiveFamily(
     settings=SftConfig,
     data_spec=lambda config: SftDataSpec(separate_replayed=uses_replay_kl(config)),
     build=build,
-    problems=problems,
+    problems=sft_problems,
     compares_distributions=uses_replay_kl,
     replays=True,
     generates_answers=True,
