@@ -317,7 +317,7 @@ def _command_arguments(arguments: tuple[str, ...], settings: dict[str, Any], *, 
     if not settings:
         return command_arguments
     from launch.config.choices import choices_by_group
-    from launch.config.overrides import all_settings, find_setting
+    from launch.config.known_settings import all_settings, find_setting
 
     settings_by_key = all_settings()
     # `evaluation.tasks` stands for `evaluation.tasks.*.kind` and its like: a table, or a list of choices.

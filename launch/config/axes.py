@@ -100,7 +100,7 @@ class Axes:
         Only for settings that some choices of the axis have and others lack: `tuning=full,lora tuning.rank=8` ->
         {"tuning.rank": RequiredChoices("tuning", ("lora", ...))}, since `full` has no rank.
         """
-        from launch.config.overrides import all_settings, find_setting
+        from launch.config.known_settings import all_settings, find_setting
 
         axes = self.axes
         required_choices_by_key = {}

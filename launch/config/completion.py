@@ -154,7 +154,7 @@ def possible_values_by_key() -> dict[str, list[str]]:
     Such as {"tuning": ["full", "lora"], "run.must_fit": ["true", "false"], "optim.lr": []}. Left out: settings whose key holds a
     name of the user's (`data.sources.*.path`), and the `name` of a group, which is typed as `<group>=<choice>`.
     """
-    from launch.config.overrides import all_settings
+    from launch.config.known_settings import all_settings
 
     values_by_key: dict[str, list[str]] = {group: list(choices) for group, choices in choices_by_group().items()}
     for key, setting in all_settings().items():

@@ -28,6 +28,7 @@ from launch.config.choices import (
 from launch.config.earlier_overrides import earlier_config_of_same_overrides, keep_first_budget
 from launch.config.frozen import ComposedConfig, default_run_dir, is_finished, load_frozen_config
 from launch.config.host_devices import device_problems, resolve_auto_for_this_host
+from launch.config.known_settings import Setting, all_settings, find_setting
 from launch.config.learning_rate import keep_learning_rate_of_run, learning_rate_problems, set_usual_learning_rate
 from launch.config.resume import keep_learning_rate_of_checkpoint
 from launch.config.reward_copies import use_copies_of_missing_reward_files
@@ -71,24 +72,24 @@ def compose_config(argv: list[str], *, check: bool = True) -> ComposedConfig:
         if config.evaluation.watch is None:
             config.evaluation.watch = objective_family(config.objective).watched_metric
         if check:
-            for problem in _start_problems_unless_resumed(config, argv):
-                if not _repeats_problem_of_override(problem, parsed.meant_keys):
+            for problem in _start_problems_adopting_earlier_defaults(config, argv):
+                if not _repeats_problem_of_override(problem, parsed.probably_meant_keys):
                     problems.append(problem)
     if problems or config is None:
         raise ConfigError(problems)
     return ComposedConfig(config, list(argv))
 
 
-def _repeats_problem_of_override(problem: str, meant_keys: set[str]) -> bool:
-    """Whether a problem of validation only repeats that an override could not be used.
+def _repeats_problem_of_override(problem: str, probably_meant_keys: set[str]) -> bool:
+    """Whether a problem of validation (`budget: set ...`) only repeats that an override could not be used (`buget.steps=10`).
 
-    `meant_keys`: the settings that such overrides were probably meant for. They are unset now, so validation complains about
-    them, about settings below them, or about their whole group (`budget`, for `budget.steps`).
+    `probably_meant_keys`: the settings that such overrides were probably meant for. They are unset now, so validation complains
+    about them, about settings below them, or about their whole group (`budget`, for `budget.steps`).
     """
-    key = key_of_problem(problem)
-    groups = {meant_key.rpartition(".")[0] for meant_key in meant_keys if "." in meant_key}
-    is_below_meant_key = any(key.startswith(f"{meant_key}.") for meant_key in meant_keys)
-    return key in meant_keys or key in groups or is_below_meant_key
+    problem_key = key_of_problem(problem)
+    groups = {meant_key.rpartition(".")[0] for meant_key in probably_meant_keys if "." in meant_key}
+    is_below_meant_key = any(problem_key.startswith(f"{meant_key}.") for meant_key in probably_meant_keys)
+    return problem_key in probably_meant_keys or problem_key in groups or is_below_meant_key
 
 
 def recompose_frozen_config(config: RunConfig, argv: list[str], allowed_groups: frozenset[str]) -> RunConfig:
@@ -99,20 +100,16 @@ def recompose_frozen_config(config: RunConfig, argv: list[str], allowed_groups: 
     """
     parsed = overrides.parse_overrides(argv)
     composed_tree, problems = _compose_choices(parsed.choices)
-    override_by_key = {value.key: value.source_text for value in parsed.values}
-    override_by_key |= {group: f"{group}={choice}" for group, choice in parsed.choices.items()}
-    for key, override in override_by_key.items():
-        group = key.split(".")[0]
-        if group not in allowed_groups:
-            problems.append(_unsettable_override_problem(key, override, allowed_groups))
+    problems += _problems_of_groups(parsed, allowed_groups)
 
-    # The groups of this start replace those of the frozen configuration.
+    # The launcher is always this start's, because the run's may be of another machine; other groups only if they are chosen here.
     tree = _frozen_config_as_tree(config)
     for group in {"launcher", *parsed.choices} & {*settings_classes_by_group()}:
         tree[group] = composed_tree[group]
     # The run may have trained elsewhere: this process looks for its own device.
     tree.run.device = Device.auto
-    # The date that the chat template writes is the run's, whatever else this start chooses anew.
+    # `substitutions` are what a start chose for settings of `auto`. This start chooses anew, except for the date that the chat
+    # template writes, which stays the run's.
     tree.substitutions = {key: note for key, note in config.substitutions.items() if key == TEMPLATE_DATE_KEY}
     if not problems:
         problems = _apply_values(tree, parsed)
@@ -122,6 +119,17 @@ def recompose_frozen_config(config: RunConfig, argv: list[str], allowed_groups: 
         raise ConfigError(problems)
     resolve_auto_for_this_host(recomposed)
     return recomposed
+
+
+def _problems_of_groups(parsed: overrides.ParsedOverrides, allowed_groups: frozenset[str]) -> list[str]:
+    """A problem for each override beside a frozen run, of a value or a choice, whose group is not in `allowed_groups`."""
+    override_by_key = {value.key: value.source_text for value in parsed.values}
+    override_by_key |= {group: f"{group}={choice}" for group, choice in parsed.choices.items()}
+    problems = []
+    for key, override in override_by_key.items():
+        if key.split(".")[0] not in allowed_groups:
+            problems.append(_unsettable_override_problem(key, override, allowed_groups))
+    return problems
 
 
 def apply_overrides(config: RunConfig, argv: list[str]) -> RunConfig:
@@ -154,19 +162,20 @@ def keys_set_by(argv: list[str]) -> set[str]:
 
 
 def _unsettable_override_problem(key: str, override: str, allowed_groups: frozenset[str]) -> str:
-    """The message about an override beside a frozen run whose group is not in `allowed_groups`.
+    """The message about an override beside a run whose settings are in its config.yaml already, and which may not be set there.
 
-    Its key does not exist, or it is a setting that the run keeps as it was. `override`: such as `optim.lr=1`, whose key is `key`.
+    Either the key does not exist, or it is a setting that the run keeps as it was. `override`: such as `optim.lr=1`, whose key is
+    `key`. `allowed_groups`: the groups that may be set, for the message.
     """
-    settings_by_key = overrides.all_settings()
-    if overrides.find_setting(settings_by_key, key) is None and key not in settings_classes_by_group():
+    settings_by_key = all_settings()
+    if find_setting(settings_by_key, key) is None and key not in settings_classes_by_group():
         return hints.explain_unknown_key(key, override, settings_by_key).problem
     return (
         f"{override}: is the run's, and stays as it was; beside a run one can set {', '.join(sorted(allowed_groups))}"
     )
 
 
-def _start_problems_unless_resumed(config: RunConfig, argv: list[str]) -> list[str]:
+def _start_problems_adopting_earlier_defaults(config: RunConfig, argv: list[str]) -> list[str]:
     """Why a run of these overrides (`argv`) would be refused; empty if it may start.
 
     If an earlier version began a run of the same overrides in this directory, the budget and the learning rate of that run are
@@ -219,6 +228,7 @@ def _compose_choices(choices: dict[str, str]) -> tuple[DictConfig, list[str]]:
 
     A settings file of the user (an experiment, say) that is broken is a problem; the tree then has the defaults of the code.
     """
+    # The cache is asked with the time of each file's last change, so that a changed file is composed anew.
     modification_times = []
     for directory in (CONF_DIR, *USER_CONFIG_DIRS):
         # Choices lie at most one folder deep. A search below would take long if the user's directory is a whole project.
@@ -275,15 +285,15 @@ def _apply_values(tree: DictConfig, parsed: overrides.ParsedOverrides) -> list[s
     - it names the choice of a group as a setting: `tuning.name=lora`, which must be typed as `tuning=lora`;
     - it is of the wrong type.
 
-    Adds the keys of unknown and mistyped values to `parsed.meant_keys`.
+    Adds the keys of unknown and mistyped values to `parsed.probably_meant_keys`.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    settings_by_key = overrides.all_settings()
+    settings_by_key = all_settings()
     problems: list[str] = []
     choice_by_group = {group: str(tree[group].name) for group in (*settings_classes_by_group(), "schedule")}
-    has_begun = _run_has_begun(parsed)
+    run_has_begun = _run_has_begun(parsed)
     # Tables and defaults first, so that an override of one entry of the table is set after them.
     for table in parsed.replaced_tables:
         OmegaConf.update(tree, table, {}, merge=False)
@@ -294,12 +304,12 @@ def _apply_values(tree: DictConfig, parsed: overrides.ParsedOverrides) -> list[s
         key = setting_value.key
         value = setting_value.value
         source_text = setting_value.source_text
-        setting = overrides.find_setting(settings_by_key, key)
+        setting = find_setting(settings_by_key, key)
         if setting is None:
-            unknown = hints.explain_unknown_key(key, source_text, settings_by_key)
-            problems.append(unknown.problem)
-            parsed.meant_keys |= unknown.meant_keys
-        elif _needs_another_choice(setting, key, value, choice_by_group, has_begun=has_begun):
+            message = hints.explain_unknown_key(key, source_text, settings_by_key)
+            problems.append(message.problem)
+            parsed.probably_meant_keys |= message.probably_meant_keys
+        elif _needs_another_choice(setting, key, value, choice_by_group, run_has_begun=run_has_begun):
             problems.append(overrides.needed_choice_problem(key, source_text, setting))
         elif key.endswith(".name") and key.split(".")[0] in settings_classes_by_group():
             # `tuning.name=lora` would keep the settings class of another choice; `tuning=lora` is what works.
@@ -309,7 +319,7 @@ def _apply_values(tree: DictConfig, parsed: overrides.ParsedOverrides) -> list[s
                 _set_value(tree, key, value)
             except (OmegaConfBaseException, ValueError):
                 problems.append(f"{source_text}: {key} must be {overrides.describe_type(setting.type)}")
-                parsed.meant_keys.add(key)
+                parsed.probably_meant_keys.add(key)
     _drop_outranked_budgets(tree, parsed)
     return problems
 
@@ -343,18 +353,18 @@ def _drop_outranked_budgets(tree: DictConfig, parsed: overrides.ParsedOverrides)
     file_keys = {value.key for value in parsed.values[: parsed.num_file_values]}
     cli_keys = {value.key for value in parsed.values[parsed.num_file_values :]}
     budgets_to_keep = (budgets & cli_keys) or (budgets & file_keys)
-    if budgets_to_keep:
+    if budgets_to_keep:  # otherwise the experiment's stays
         for budget in budgets - budgets_to_keep:
             OmegaConf.update(tree, budget, None)
 
 
 def _needs_another_choice(
-    setting: overrides.Setting, key: str, value: Any, choice_by_group: dict[str, str], *, has_begun: bool
+    setting: Setting, key: str, value: Any, choice_by_group: dict[str, str], *, run_has_begun: bool
 ) -> bool:
     """Whether a setting has no meaning under the chosen choice of its group, such as `tuning.rank` under `tuning=full`.
 
     All schedules share one class, so a setting of another schedule can be set. It is accepted with its default, which a file
-    of all settings holds, and in a run that began with it (`has_begun`: the run's directory has a configuration already).
+    of all settings holds, and in a run that began with it (`run_has_begun`: its directory has a configuration already).
     """
     group, _, name = key.partition(".")
     if not setting.available_under or choice_by_group[group] in setting.available_under:
@@ -362,7 +372,7 @@ def _needs_another_choice(
     if group != "schedule":
         return True
     is_default = value == getattr(ScheduleConfig(), name)
-    return not has_begun and not is_default
+    return not run_has_begun and not is_default
 
 
 def _run_has_begun(parsed: overrides.ParsedOverrides) -> bool:

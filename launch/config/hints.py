@@ -9,13 +9,13 @@ from typing import Any
 
 from launch.config import misspelled
 from launch.config.choices import MODEL_GROUP, choices_by_group
-from launch.config.importers.equivalent import ForeignSettings, TranslatedSetting, parse_number
-from launch.config.importers.names import RULES_BY_FOREIGN_NAME, normalised_name, translate
+from launch.config.importers.equivalent import OtherTrainerSettings, TranslatedSetting, parse_number
+from launch.config.importers.names import RULES_BY_OTHER_NAME, normalised_name, translate
 from launch.config.importers.rules import RULE_BY_GROUP
 from launch.config.removed import REASON_BY_NOT_OFFERED_KEY, SUCCESSOR_BY_REMOVED_KEY
 
 SettingsByKey = Mapping[str, Any]
-"""Every setting of a run (`overrides.Setting`) by its full key, such as `optim.lr`."""
+"""Every setting of a run (`known_settings.Setting`) by its full key, such as `optim.lr`."""
 KNOWN_FLAGS = ("--help", "--cfg", "--info", "--config-dir", "--dry-run", "--multirun", "--version")
 NAMES_SHARED_WITH_SUBMITIT = (
     "partition",
@@ -36,7 +36,7 @@ class OverrideHint:
 
     override: str
     reason: str
-    meant_keys: frozenset[str]
+    probably_meant_keys: frozenset[str]
     """The settings that the override was probably meant for.
 
     Validation complains about them as well, because they are not set; that would only repeat this problem and is not shown.
@@ -48,7 +48,7 @@ class OverrideHint:
         return f"{self.override}: {self.reason}"
 
 
-class ForeignOverrides:
+class OverridesOfOtherTrainers:
     """The overrides of a command line that are settings of other trainers.
 
     They are collected first, because the translation of one may depend on another: a batch size on the number of ranks.
@@ -58,9 +58,9 @@ class ForeignOverrides:
         """`overrides` as typed, in which `--name value` is one setting. `is_ours` says whether a key is a setting here."""
         self.overrides: list[str] = []
         """All arguments in their order, in which `--name value` of another trainer has become one argument."""
-        self._foreign_values: dict[str, str] = {}
+        self._value_by_other_name: dict[str, str] = {}
         """The values of the other trainers' settings, by normalised name."""
-        self._foreign_name_by_override: dict[str, str] = {}
+        self._other_name_by_override: dict[str, str] = {}
         """The normalised name of each setting of another trainer, by its override."""
 
         # Pick out the overrides of other trainers; of `--name value` one override is made.
@@ -69,7 +69,7 @@ class ForeignOverrides:
             override = remaining.pop(0)
             key, equals_sign, value = override.partition("=")
             # Other trainers' flags come as `--name value`; ours are `key=value`.
-            if override.startswith("--") and not equals_sign and normalised_name(key) in RULES_BY_FOREIGN_NAME:
+            if override.startswith("--") and not equals_sign and normalised_name(key) in RULES_BY_OTHER_NAME:
                 value = "true"  # a switch, unless a value follows
                 if remaining and not remaining[0].startswith("--") and "=" not in remaining[0]:
                     value = remaining.pop(0)
@@ -81,28 +81,32 @@ class ForeignOverrides:
             name = normalised_name(key)
             bare_key = key.lstrip("-+~")
             is_our_key = is_ours(bare_key) or bare_key in choices_by_group()
-            if name in RULES_BY_FOREIGN_NAME and not is_our_key:
-                self._foreign_values[name] = value.strip("'\"")
-                self._foreign_name_by_override[override] = name
+            if name in RULES_BY_OTHER_NAME and not is_our_key:
+                self._value_by_other_name[name] = value.strip("'\"")
+                self._other_name_by_override[override] = name
 
         # How many ranks there will be, for translations that depend on it.
         cli_values: dict[str, str] = {}
         for override in overrides:
             key, _, value = override.lstrip("+").partition("=")
             cli_values[key] = value
-        self._ranks = num_requested_ranks(cli_values, self._foreign_values)
+        self._ranks = num_requested_ranks(cli_values, self._value_by_other_name)
 
     def hint(self, override: str) -> OverrideHint | None:
         """What to type instead of an override of another trainer's setting; None if it is no such setting, or not known here."""
-        name = self._foreign_name_by_override.get(override)
+        name = self._other_name_by_override.get(override)
         if name is None:
             return None
-        translation = translate(name, ForeignSettings(self._foreign_values, self._ranks))
+        translation = translate(name, OtherTrainerSettings(self._value_by_other_name, self._ranks))
         if translation is None:
             return None
         # Validation will say that no budget or batch size is set, which repeats this problem as well.
         groups = {key.split(".")[0] for key in translation.overrides if key.startswith(("budget.", "batch."))}
-        return OverrideHint(override, translation_sentence(translation), frozenset(translation.overrides) | groups)
+        return OverrideHint(
+            override,
+            reason=translation_sentence(translation),
+            probably_meant_keys=frozenset(translation.overrides) | groups,
+        )
 
 
 def translation_sentence(translation: TranslatedSetting) -> str:
@@ -129,8 +133,9 @@ def explain_unknown_choice(group: str, choice: str, override: str) -> str:
     - otherwise a similar choice, if there is one.
     """
     if group in RULE_BY_GROUP:
-        overrides = RULE_BY_GROUP[group](choice, ForeignSettings({})).overrides
-        if overrides:  # another trainer's name for one of our choices
+        # Other trainers' names of choices have rules of translation, which need none of the other trainer's settings.
+        overrides = RULE_BY_GROUP[group](choice, OtherTrainerSettings({})).overrides
+        if overrides:
             return f"{override}: no such choice; here it is {_overrides_text(overrides)}"
     choices = choices_by_group()[group]
     if group == MODEL_GROUP and "/" in choice:
@@ -145,13 +150,13 @@ def explain_unknown_choice(group: str, choice: str, override: str) -> str:
 def explain_hydra_setting(key: str, value: str, override: str) -> str:
     """The message about an override that sets one of Hydra's own settings, such as `hydra.run.dir`: what does the same here."""
     name = key.replace("/", ".").removeprefix("hydra.")
-    equivalent = _equivalent_of_hydra(name, value)
+    equivalent = _shardtune_equivalent_of_hydra(name, value)
     if equivalent is None:
         return f"{override}: Hydra's own settings cannot be changed; remove it"
     return f"{override}: Hydra's own settings cannot be changed; instead: {equivalent}"
 
 
-def _equivalent_of_hydra(name: str, value: str) -> str | None:
+def _shardtune_equivalent_of_hydra(name: str, value: str) -> str | None:
     """What to type instead of Hydra's setting `name` (without `hydra.`) with this value; None if nothing does the same.
 
     ("sweeper.n_trials", "20") -> "sweeper.trials=20 with -m sweeper=optuna".
@@ -206,24 +211,27 @@ def explain_argument_without_value(argument: str) -> str:
     from launch.config.choices import settings_classes_by_group
 
     name = argument.lstrip("-")
-    if name in misspelled.OTHER_LAUNCHERS_FLAGS:
-        return f"{argument}: leave it out: {misspelled.OTHER_LAUNCHERS_FLAGS[name]}"
+    if name in misspelled.ADVICE_BY_FLAG_OF_OTHER_LAUNCHERS:
+        return f"{argument}: leave it out: {misspelled.ADVICE_BY_FLAG_OF_OTHER_LAUNCHERS[name]}"
     if argument.startswith("@"):
         return f"{argument}: a file of settings is YAML, and is given by its name alone, as in my.yaml"
     if name != argument and "=" in name:
         return f"{argument}: settings have no dashes; type {name}"
     if name in choices_by_group():
+        # Of groups with classes the first class is an example that people use, such as `adamw`, and not the alphabet's first.
         choices = [*settings_classes_by_group().get(name, choices_by_group()[name])]
         if not choices:
             return f"{argument}: no choices"
         return f"{argument}: give its choice, as in {name}={choices[0]}"
-    similar = difflib.get_close_matches(argument, KNOWN_FLAGS, n=1)
-    hint = f"; did you mean {similar[0]}?" if similar else ""
+    similar_flags = difflib.get_close_matches(argument, KNOWN_FLAGS, n=1)
+    hint = f"; did you mean {similar_flags[0]}?" if similar_flags else ""
     return f"{argument}: not of the form key=value{hint}"
 
 
-def take_out_split_settings(arguments: list[str], settings_by_key: SettingsByKey) -> tuple[list[str], list[str]]:
-    """Take the settings out that a shell has split at spaces; returns (the remaining arguments, a message for each such setting).
+def separate_settings_split_at_spaces(
+    arguments: list[str], settings_by_key: SettingsByKey
+) -> tuple[list[str], list[str]]:
+    """(the arguments without settings that a shell has split at spaces, a message for each such setting).
 
     `optim.lr = 1e-4` is three arguments; `optim.lr= 1e-4`, `optim.lr =1e-4` and `--optim.lr 1e-4` are two. The message says how
     to type the setting.
@@ -265,17 +273,18 @@ def _can_be_value(argument: str) -> bool:
 def _is_setting_typed_as_flag(argument: str, settings_by_key: SettingsByKey) -> bool:
     """Whether an argument is a setting of ours typed with dashes, such as `--optim.lr` or `--lr`.
 
-    False for a flag of another trainer, and for a near miss of one of our flags (`--dryrun`), which is explained elsewhere.
+    False for a flag of another trainer or launcher, which is translated or refused with its own advice, and for a near miss of
+    one of our flags (`--dryrun`), which `explain_argument_without_value` explains.
     """
     key = argument.lstrip("-").replace("-", "_")
-    is_of_another_trainer = (
-        normalised_name(argument) in RULES_BY_FOREIGN_NAME or key in misspelled.OTHER_LAUNCHERS_FLAGS
-    )
-    if not argument.startswith("--") or "=" in argument or is_of_another_trainer:
+    is_of_other_trainer = normalised_name(argument) in RULES_BY_OTHER_NAME
+    is_of_other_launcher = key in misspelled.ADVICE_BY_FLAG_OF_OTHER_LAUNCHERS
+    if not argument.startswith("--") or "=" in argument or is_of_other_trainer or is_of_other_launcher:
         return False
     last_names = {setting_key.rpartition(".")[2] for setting_key in settings_by_key}
     is_setting = key in settings_by_key or key in last_names
-    return is_setting and not difflib.get_close_matches(argument, KNOWN_FLAGS, n=1, cutoff=0.8)
+    is_near_miss_of_flag = bool(difflib.get_close_matches(argument, KNOWN_FLAGS, n=1, cutoff=0.8))
+    return is_setting and not is_near_miss_of_flag
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +293,7 @@ class UnknownKeyMessage:
 
     override: str
     reason: str
-    meant_key: str | None = None
+    probably_meant_key: str | None = None
     """The setting that was probably meant."""
 
     @property
@@ -293,9 +302,9 @@ class UnknownKeyMessage:
         return f"{self.override}: {self.reason}"
 
     @property
-    def meant_keys(self) -> set[str]:
+    def probably_meant_keys(self) -> set[str]:
         """The setting that was probably meant, as a set."""
-        return set() if self.meant_key is None else {self.meant_key}
+        return set() if self.probably_meant_key is None else {self.probably_meant_key}
 
 
 def explain_unknown_key(key: str, override: str, settings_by_key: SettingsByKey) -> UnknownKeyMessage:
@@ -330,14 +339,18 @@ def explain_unknown_key(key: str, override: str, settings_by_key: SettingsByKey)
     similar_keys = _similar_keys(key, settings_by_key)
     if not similar_keys:
         return UnknownKeyMessage(override, no_such_setting)
-    suggestions = []
-    for similar_key in similar_keys[:3]:
-        choices_with_key = settings_by_key[similar_key].available_under
-        suggestion = similar_key
-        if choices_with_key:
-            suggestion = f"{similar_key} (with {needed_choice(similar_key, choices_with_key)})"
-        suggestions.append(suggestion)
-    return UnknownKeyMessage(override, f"{no_such_setting}; did you mean {' or '.join(suggestions)}?", similar_keys[0])
+    suggestions = [_suggested_key_text(similar_key, settings_by_key) for similar_key in similar_keys[:3]]
+    return UnknownKeyMessage(
+        override,
+        reason=f"{no_such_setting}; did you mean {' or '.join(suggestions)}?",
+        probably_meant_key=similar_keys[0],
+    )
+
+
+def _suggested_key_text(key: str, settings_by_key: SettingsByKey) -> str:
+    """A key as a message suggests it: `optim.lr`, or `tuning.rank (with tuning=lora|dora)` if only some choices have it."""
+    choices_with_key = settings_by_key[key].available_under
+    return f"{key} (with {needed_choice(key, choices_with_key)})" if choices_with_key else key
 
 
 def _similar_keys(key: str, settings_by_key: SettingsByKey) -> list[str]:
@@ -385,13 +398,13 @@ def _group_suggestion(key: str, value: str, settings_by_key: SettingsByKey) -> s
     return f"did you mean {group}=<choice>, one of {', '.join(choices_by_group()[group])}?"
 
 
-def num_requested_ranks(cli_values: Mapping[str, str], foreign_values: Mapping[str, str]) -> int | None:
+def num_requested_ranks(cli_values: Mapping[str, str], value_by_other_name: Mapping[str, str]) -> int | None:
     """The number of ranks that the overrides ask for; None if they do not say.
 
-    `cli_values`: the values of the command line by our keys. `foreign_values`: those of other trainers' settings by normalised
-    name.
+    `cli_values`: the values of the command line by our keys. `value_by_other_name`: those of other trainers' settings by
+    normalised name.
     """
-    settings = ForeignSettings({**foreign_values, **cli_values})
+    settings = OtherTrainerSettings({**value_by_other_name, **cli_values})  # `get` reads the first name that is set
     ranks_per_node = parse_number(
         settings.get("launcher.processes", "launcher.gpus_per_node", "nproc_per_node", "num_processes")
     )

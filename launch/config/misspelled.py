@@ -18,7 +18,7 @@ MISNAMED = {
     "early_stopping": "evaluation.patience=<evaluations without improvement> and evaluation.every_steps=<steps>",
 }
 """What to type in place of a key; `{value}` is what was typed behind it."""
-OTHER_LAUNCHERS_FLAGS = {
+ADVICE_BY_FLAG_OF_OTHER_LAUNCHERS = {
     "multi_gpu": "every GPU of this host gets a process, if the strategy shares; launcher.processes=<number> says fewer",
 }
 """Switches of other launchers, without a value, and what happens here instead."""

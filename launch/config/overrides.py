@@ -7,9 +7,9 @@ line with what was probably meant. Hydra's own parser reads everything that is n
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cache
 from typing import Any, NamedTuple, get_args, get_origin
 
 from launch.config import hints, user_files
@@ -18,15 +18,12 @@ from launch.config.choices import (
     WHOLE_RUN_GROUPS,
     choices_by_group,
     is_published_shape_choice,
-    settings_class_of,
-    settings_classes_by_group,
-    shipped_choices_by_group,
 )
+from launch.config.known_settings import Setting, all_settings, find_setting, key_with_underscore
 from strategies.errors import ConfigError
 from trainer.export.gates.bounds import parse_gate_argument
 from trainer.model.known_shapes import read_shape
 from trainer.objectives.reward_functions import WHAT_IS_A_REWARD, parse_function_path, reward_functions_in_file
-from trainer.optim.schedule import SCHEDULES_BY_SETTING
 
 TASKS_TABLE = "evaluation.tasks"
 """A table for which a list of kinds can be typed: `[json,json:strict]` makes the entries `json` and `strict` of kind json."""
@@ -41,6 +38,7 @@ MODEL_PATH_KEY = "model.path"
 """What `model=<name of a published shape>` sets."""
 NO_TARGET_REASON = "`_target_` is not used here and never runs anything; remove it"
 OVERRIDE_REGEX = re.compile(r"[+]{0,2}(?P<key>[^=\s]+?)=(?P<value>.*)", re.DOTALL)
+"""`optim.lr=1e-4`, or with Hydra's plus signs `+optim.lr=1e-4`: the key `optim.lr`, the value `1e-4`."""
 
 
 class SettingValue(NamedTuple):
@@ -70,100 +68,17 @@ class ParsedOverrides:
     """How many of `values` come from the user's settings files. Those stand first; the others were set on the command line."""
     resets: list[tuple[str, str]] = field(default_factory=list)
     """(key, override) of each `~key`, which sets a setting back to the default of the code."""
-    meant_keys: set[str] = field(default_factory=set)
+    probably_meant_keys: set[str] = field(default_factory=set)
     """Settings that a wrong override was probably meant for. Validation complains that they are not set, which is not shown."""
 
+    def add_problem(self, problem: str, probably_meant: Iterable[str] = ()) -> None:
+        """Add the message about an override that cannot be used. `probably_meant`: settings that validation need not miss."""
+        self.problems.append(problem)
+        self.probably_meant_keys.update(probably_meant)
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """One key of the tree: its type, and the group choices under which it exists (empty: always)."""
-
-    type: Any
-    available_under: tuple[str, ...] = ()
-
-
-@cache
-def all_settings() -> dict[str, Setting]:
-    """Every setting of a run by its full key, under whatever choice it exists; `*` stands for names that the user chooses.
-
-    Such as {"optim.lr": Setting(float | None), "tuning.rank": Setting(int, ("lora", "dora")), "data.sources.*.path": ...}.
-    """
-    from trainer.config.run import RunConfig
-    from trainer.config.tree import keyed_fields
-
-    settings_by_key: dict[str, Setting] = {}
-    groups_with_classes = settings_classes_by_group()  # groups whose choices have different settings, such as `tuning`
-    for keyed_field in keyed_fields(RunConfig):
-        group, _, key_in_group = keyed_field.key.partition(".")
-        if group in groups_with_classes and not key_in_group:
-            settings_by_key |= _settings_under_choices(group)
-        elif group not in groups_with_classes and not keyed_field.is_group:
-            settings_by_key[keyed_field.key] = Setting(keyed_field.type)
-    for key, setting in settings_by_key.items():
-        # A setting that every choice of its group has needs none of them.
-        all_choices = shipped_choices_by_group().get(key.split(".")[0], ())
-        if set(setting.available_under) == set(all_choices):
-            settings_by_key[key] = Setting(setting.type)
-    # The schedules share one class, in which some settings mean something under some of them only.
-    for name, schedules in SCHEDULES_BY_SETTING.items():
-        key = f"schedule.{name}"
-        settings_by_key[key] = Setting(settings_by_key[key].type, tuple(str(schedule) for schedule in schedules))
-    del settings_by_key["substitutions"]  # what a run records about itself; nobody types it
-    return settings_by_key
-
-
-def _settings_under_choices(group: str) -> dict[str, Setting]:
-    """The settings of a group such as `tuning` whose choices have different settings, each with the choices that have it.
-
-    Such as {"tuning.rank": Setting(int, ("lora", "dora")), ...}.
-    """
-    from trainer.config.tree import keyed_fields
-
-    # In the order of the classes, and not of the alphabet, because messages list the choices in this order.
-    ordered_choices = [*settings_classes_by_group()[group], *shipped_choices_by_group()[group]]
-    settings_by_key: dict[str, Setting] = {}
-    for choice in sorted(shipped_choices_by_group()[group], key=ordered_choices.index):
-        for keyed_field in keyed_fields(settings_class_of(group, choice), group):
-            if keyed_field.is_group:
-                continue
-            key = keyed_field.key
-            earlier_choices = settings_by_key[key].available_under if key in settings_by_key else ()
-            settings_by_key[key] = Setting(keyed_field.type, (*earlier_choices, choice))
-    return settings_by_key
-
-
-def field_key(settings_by_key: dict[str, Setting], key: str) -> str:
-    """The key of the dataclass field behind a typed key.
-
-    A field whose name would be a keyword of Python ends in an underscore (`tuning.from_`); it is typed without.
-    """
-    if key not in settings_by_key and f"{key}_" in settings_by_key:
-        return f"{key}_"
-    return key
-
-
-def find_setting(settings_by_key: dict[str, Setting], key: str) -> Setting | None:
-    """The setting that a key on the command line or in a file means; None if there is none. Such as:
-
-    - `optim.lr`: the setting of this key;
-    - `data.sources.chat.path`: the setting `data.sources.*.path`, because the user chooses the name `chat`;
-    - `data.columns.text`: an entry of the dictionary `data.columns`, with the type of its values.
-    """
-    key = field_key(settings_by_key, key)
-    names = key.split(".")
-    # Any name but the first may be the user's own.
-    wildcard_keys = [".".join([*names[:n], "*", *names[n + 1 :]]) for n in range(1, len(names))]
-    for candidate in (key, *wildcard_keys):
-        if candidate in settings_by_key:
-            return settings_by_key[candidate]
-        table = settings_by_key.get(candidate.rpartition(".")[0])
-        if table is not None and get_origin(table.type) is dict:
-            entry_type = get_args(table.type)[1]
-            # A setting of type `Any` holds text as typed (see `_is_text_type`), but in a table of anything numbers are numbers.
-            if entry_type is Any:
-                entry_type = object
-            return Setting(entry_type, table.available_under)
-    return None
+    def add_value(self, key: str, value: Any, source_text: str) -> None:
+        """Add the value of a setting. `source_text`: what sets it, for messages, such as `optim.lr=1e-4`."""
+        self.values.append(SettingValue(key, value, source_text))
 
 
 def parse_overrides(overrides: list[str]) -> ParsedOverrides:
@@ -173,20 +88,21 @@ def parse_overrides(overrides: list[str]) -> ParsedOverrides:
     """
     parsed = ParsedOverrides()
     settings_by_key = all_settings()
-    overrides, parsed.problems = hints.take_out_split_settings(overrides, settings_by_key)
-    foreign = hints.ForeignOverrides(overrides, lambda key: find_setting(settings_by_key, key) is not None)
+    overrides, parsed.problems = hints.separate_settings_split_at_spaces(overrides, settings_by_key)
+    of_other_trainers = hints.OverridesOfOtherTrainers(
+        overrides, is_ours=lambda key: find_setting(settings_by_key, key) is not None
+    )
     # Files first, because the last value of a key counts, and the command line goes before a file.
     for override in overrides:
         if user_files.is_settings_file(override):
             _add_settings_file(parsed, settings_by_key, override)
     parsed.num_file_values = len(parsed.values)
-    for override in foreign.overrides:
+    for override in of_other_trainers.overrides:
         if user_files.is_settings_file(override):
             continue
-        hint = foreign.hint(override)
-        if hint is not None:
-            parsed.problems.append(hint.problem)
-            parsed.meant_keys |= hint.meant_keys
+        hint = of_other_trainers.hint(override)
+        if hint is not None:  # a setting of another trainer, such as `--learning_rate 1e-4`
+            parsed.add_problem(hint.problem, hint.probably_meant_keys)
         elif override.startswith("~"):
             _add_reset(parsed, settings_by_key, override)
         else:
@@ -202,14 +118,14 @@ def _add_override(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], 
     """
     match = OVERRIDE_REGEX.fullmatch(override)
     if match is None or override.startswith("-"):
-        parsed.problems.append(hints.explain_argument_without_value(override))
+        parsed.add_problem(hints.explain_argument_without_value(override))
         return
-    key = field_key(settings_by_key, match["key"])
+    key = key_with_underscore(settings_by_key, match["key"])
     value = match["value"]
     if re.match(r"hydra([./]|$)", key):
-        parsed.problems.append(hints.explain_hydra_setting(key, value, override))
+        parsed.add_problem(hints.explain_hydra_setting(key, value, override))
     elif "_target_" in override:
-        parsed.problems.append(f"{override}: {NO_TARGET_REASON}")
+        parsed.add_problem(f"{override}: {NO_TARGET_REASON}")
     elif key in choices_by_group():
         _add_choice(parsed, key, value, override)
     else:
@@ -228,7 +144,7 @@ def _contradiction_problems(parsed: ParsedOverrides) -> list[str]:
 
 
 def _two_models_problems(values: list[SettingValue]) -> list[str]:
-    """A problem if `values` name the model twice, by a shape (`model=llama3_8b`) and by `model.path`; otherwise empty.
+    """A problem if `values` name the model twice, by `model=llama3_8b` (which sets `model.path` too) and by `model.path=...`.
 
     `values`: those of the command line, or those of one file. A file and the command line may name two: the latter counts.
     """
@@ -266,8 +182,7 @@ def describe_type(annotation: Any) -> str:
 def _add_settings_file(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], override: str) -> None:
     """Add the choices and values of the settings file that `override` names (`my.yaml`) to `parsed`, or problems.
 
-    Problems: a file that cannot be read, an unknown group, a setting of another trainer, an interpolation that differs between
-    processes, and `_target_`. The keys of settings are checked later, when they are applied.
+    Problems: a file that cannot be read, an unknown group, and a value that cannot be used.
     """
     try:
         choices, values = user_files.read_settings_file(override)
@@ -279,30 +194,39 @@ def _add_settings_file(parsed: ParsedOverrides, settings_by_key: dict[str, Setti
         if group in choices_by_group():
             _add_choice(parsed, group, choice, f"{override}: {group}: {choice}")
         else:
-            parsed.problems.append(
+            parsed.add_problem(
                 f"{override}: defaults: there is no group {group}; one of {', '.join(choices_by_group())}"
             )
+    _add_file_values(parsed, settings_by_key, override, values)
+    parsed.problems += _two_models_problems(parsed.values[num_earlier_values:])
 
-    def is_ours(key: str) -> bool:
-        return find_setting(settings_by_key, field_key(settings_by_key, key)) is not None
 
-    foreign = hints.ForeignOverrides([f"{key}={value}" for key, value in values], is_ours)
+def _add_file_values(
+    parsed: ParsedOverrides, settings_by_key: dict[str, Setting], file_name: str, values: list[tuple[str, Any]]
+) -> None:
+    """Add the `values` of a settings file, as (full key, value) in its order, to `parsed`, or problems.
+
+    Problems: a setting of another trainer, an interpolation that differs between processes, and `_target_`. The keys of settings
+    are checked later, when they are applied.
+    """
+    of_other_trainers = hints.OverridesOfOtherTrainers(
+        [f"{key}={value}" for key, value in values],
+        is_ours=lambda key: find_setting(settings_by_key, key) is not None,
+    )
     for key, value in values:
-        source_text = f"{override}: {key}: {value}"
-        hint = foreign.hint(f"{key}={value}")
-        if hint is not None:
-            parsed.problems.append(f"{source_text}: {hint.reason}")
-            parsed.meant_keys |= hint.meant_keys
+        source_text = f"{file_name}: {key}: {value}"
+        hint = of_other_trainers.hint(f"{key}={value}")
+        if hint is not None:  # a setting of another trainer, such as `learning_rate: 1e-4`
+            parsed.add_problem(f"{source_text}: {hint.reason}", hint.probably_meant_keys)
         elif RESOLVED_BY_EACH_RANK_REGEX.search(str(value)):
-            parsed.problems.append(f"{source_text}: {RANKS_DISAGREE_REASON}")
+            parsed.add_problem(f"{source_text}: {RANKS_DISAGREE_REASON}")
         elif "_target_" in source_text:
-            parsed.problems.append(f"{source_text}: {NO_TARGET_REASON}")
+            parsed.add_problem(f"{source_text}: {NO_TARGET_REASON}")
         elif key in (TASKS_TABLE, REWARDS_TABLE) and isinstance(value, list):
             # Such a list has a syntax of its own, which is read in the form that it has on the command line.
             _add_setting(parsed, settings_by_key, key, f"[{','.join(map(str, value))}]", source_text)
         else:
-            parsed.values.append(SettingValue(field_key(settings_by_key, key), value, source_text))
-    parsed.problems += _two_models_problems(parsed.values[num_earlier_values:])
+            parsed.add_value(key_with_underscore(settings_by_key, key), value, source_text)
 
 
 def _add_reset(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], override: str) -> None:
@@ -313,114 +237,133 @@ def _add_reset(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], ove
     - `~optim.lr`, a setting, or `~data.columns`, a table of settings: it is set back to its default;
     - anything else: a problem.
     """
-    key = field_key(settings_by_key, override.lstrip("~").partition("=")[0])
+    key = key_with_underscore(settings_by_key, override.lstrip("~").partition("=")[0])
     is_table = any(setting_key.startswith(f"{key}.") for setting_key in settings_by_key)
     if key in WHOLE_RUN_GROUPS:
         parsed.choices[key] = "null"
     elif key in choices_by_group():
         example = "model.path=<directory or hub id>" if key == MODEL_GROUP else f"{key}={choices_by_group()[key][0]}"
-        parsed.problems.append(f"{override}: cannot be removed; choose another one, for example {example}")
+        parsed.add_problem(f"{override}: cannot be removed; choose another one, for example {example}")
     elif key in settings_by_key or is_table:
         parsed.resets.append((key, override))
     else:
-        unknown = hints.explain_unknown_key(key, override, settings_by_key)
-        parsed.problems.append(unknown.problem)
-        parsed.meant_keys |= unknown.meant_keys
+        message = hints.explain_unknown_key(key, override, settings_by_key)
+        parsed.add_problem(message.problem, message.probably_meant_keys)
 
 
 def _add_choice(parsed: ParsedOverrides, group: str, choice: str, source_text: str) -> None:
     """Add the choice of a group to `parsed`, such as `tuning=lora`. `source_text`: what chooses it, for messages.
 
-    A published shape (`model=llama3_8b`) becomes a value of `model.path`. Several choices, and an unknown one, are problems.
+    The name of a published model whose layer sizes we know (its shape, `model=llama3_8b`) becomes a value of `model.path`.
+    Several choices, and an unknown one, are problems.
     """
     if is_published_shape_choice(group, choice):
-        hub_id = read_shape(choice).hub[0]
+        hub_id = read_shape(choice).hub[0]  # several hub ids may have this shape; the first is meant
         parsed.values.append(SettingValue(MODEL_PATH_KEY, hub_id, source_text, is_published_shape=True))
     elif choice in choices_by_group()[group] or (group in WHOLE_RUN_GROUPS and choice == "null"):
         parsed.choices[group] = choice
     elif "," in choice:
-        parsed.problems.append(f"{source_text}: several values are a sweep; add -m, or choose one")
+        parsed.add_problem(f"{source_text}: several values are a sweep; add -m, or choose one")
     else:
-        parsed.problems.append(hints.explain_unknown_choice(group, choice, source_text))
-        parsed.meant_keys.add(group)
+        parsed.add_problem(hints.explain_unknown_choice(group, choice, source_text), [group])
 
 
 def _add_setting(
     parsed: ParsedOverrides, settings_by_key: dict[str, Setting], key: str, text: str, source_text: str
 ) -> None:
-    """Add the value of a setting, typed as `text`, to `parsed`. Text stays as typed; the rest is read by Hydra's grammar.
+    """Add the value of a setting, typed as `text`, to `parsed`, read by the syntax of its key. The cases, in order:
 
-    Gates, and lists of tasks or rewards, have a syntax of their own. `source_text`: what sets it, for messages.
+    - an interpolation that every process would resolve for itself, such as `${now:%H}`: a problem;
+    - gates, a list of tasks, and rewards: each has a syntax of its own;
+    - a setting of text: as typed, because paths hold spaces, colons and equals signs that Hydra's grammar would take apart;
+    - anything else: by Hydra's grammar.
+
+    `source_text`: what sets it, for messages: the override, or file, key and value.
     """
-    if RESOLVED_BY_EACH_RANK_REGEX.search(text):
-        parsed.problems.append(f"{source_text}: {RANKS_DISAGREE_REASON}")
-        return
-    # Gates such as `gates={eval/loss: "<3"}`, since `<` and `>` are no characters of Hydra's grammar.
-    if key.split(".")[0] == GATES_GROUP:
-        gates, problem = parse_gate_argument(source_text.lstrip("+"))
-        if gates is None:
-            parsed.problems.append(problem)
-        parsed.values.append(SettingValue(GATES_GROUP, gates or {}, source_text))
-        return
-    # Tasks such as `evaluation.tasks=[json,json:strict]`: each is a kind, with a name behind a colon if it is used twice.
-    task_kinds = _list_entries(text) if key == TASKS_TABLE else None
-    if task_kinds is not None:
-        parsed.replaced_tables.add(key)
-        for entry in task_kinds:
-            kind, _, name = entry.partition(":")
-            parsed.values.append(SettingValue(f"{key}.{name or kind}.kind", kind, source_text))
-        return
-    # Rewards such as `objective.rewards=[maths,rewards.py]`, or one of them without brackets.
-    if key == REWARDS_TABLE and not text.startswith("{") and text != "null":
-        entries = _list_entries(text)
-        _add_rewards(parsed, [text] if entries is None else entries, source_text)
-        return
-    # Text stays as typed, because paths hold spaces, colons and equals signs that the grammar would take apart.
     setting = find_setting(settings_by_key, key)
-    if setting is not None and _is_text_type(setting.type) and not _is_hydra_syntax(text):
-        parsed.values.append(SettingValue(key, text, source_text))
-        return
-    _add_setting_by_grammar(parsed, settings_by_key, key, text, source_text)
+    task_entries = _list_entries(text) if key == TASKS_TABLE else None
+    if RESOLVED_BY_EACH_RANK_REGEX.search(text):
+        parsed.add_problem(f"{source_text}: {RANKS_DISAGREE_REASON}")
+    elif key.split(".")[0] == GATES_GROUP:
+        _add_gates(parsed, source_text)
+    elif task_entries is not None:
+        _add_tasks(parsed, task_entries, source_text)
+    elif key == REWARDS_TABLE and not text.startswith("{") and text != "null":
+        entries = _list_entries(text)
+        _add_rewards(parsed, [text] if entries is None else entries, source_text)  # one may be typed without brackets
+    elif setting is not None and _is_text_type(setting.type) and not _is_hydra_syntax(text):
+        parsed.add_value(key, text, source_text)
+    else:
+        _add_setting_by_grammar(parsed, settings_by_key, key, text, source_text)
+
+
+def _add_gates(parsed: ParsedOverrides, source_text: str) -> None:
+    """Add the gates of an override such as `gates.eval/loss=<3` or `gates={eval/loss: "<3"}` to `parsed`, or a problem.
+
+    They are read from the whole override, as typed or as a file's line has it: `<` and `>` are no characters of Hydra's grammar.
+    """
+    gates, problem = parse_gate_argument(source_text.lstrip("+"))
+    if gates is None:
+        parsed.add_problem(problem)
+    parsed.add_value(GATES_GROUP, gates or {}, source_text)
+
+
+def _add_tasks(parsed: ParsedOverrides, entries: list[str], source_text: str) -> None:
+    """Add the tasks of `evaluation.tasks=[json,json:strict]` to `parsed`. They replace all tasks of an experiment.
+
+    Each entry is a kind, with a name behind a colon if it is used twice: `json:strict` sets `evaluation.tasks.strict.kind`.
+    """
+    parsed.replaced_tables.add(TASKS_TABLE)
+    for entry in entries:
+        kind, _, name = entry.partition(":")
+        parsed.add_value(f"{TASKS_TABLE}.{name or kind}.kind", kind, source_text)
 
 
 def _add_rewards(parsed: ParsedOverrides, entries: list[str], source_text: str) -> None:
-    """Add the rewards of `objective.rewards=[maths,rewards.py,more.py:brief]` to `parsed`.
-
-    Each entry is a kind (with a name behind a colon if it is used twice), a Python file that stands for all its reward functions,
-    or one function of a file. `maths` sets `objective.rewards.maths.kind`, `more.py:brief` `objective.rewards.brief.function`.
-    """
+    """Add the rewards of `objective.rewards=[maths,rewards.py,more.py:brief]` to `parsed`. They replace all earlier rewards."""
     parsed.replaced_tables.add(REWARDS_TABLE)
     # Of several such overrides the last one counts, as of any setting. Entries that were typed by themselves stay:
     # `objective.rewards.maths.weight=2` does not match.
     whole_table_regex = re.compile(rf"[+]*{re.escape(REWARDS_TABLE)}\s*[=:]")
     parsed.values = [value for value in parsed.values if not whole_table_regex.match(value.source_text)]
     for entry in entries:
-        path, function = parse_function_path(entry)  # `more.py:brief` -> (more.py, "brief"); the function may be empty
-        if path.suffix != ".py":
-            kind, _, name = entry.partition(":")
-            parsed.values.append(SettingValue(f"{REWARDS_TABLE}.{name or kind}.kind", kind, source_text))
-            continue
-        function_names = [function]
-        if not function:
-            try:
-                function_names = [*reward_functions_in_file(path)]
-            except ConfigError as error:
-                parsed.problems += [f"{source_text}: {problem}" for problem in error.problems]
-                parsed.meant_keys.add(REWARDS_TABLE)
-                continue
-            if not function_names:
-                parsed.meant_keys.add(REWARDS_TABLE)
-                parsed.problems.append(f"{source_text}: {path.name} has no reward function; {WHAT_IS_A_REWARD}")
-        for name in function_names:
-            parsed.values.append(SettingValue(f"{REWARDS_TABLE}.{name}.function", f"{path}:{name}", source_text))
+        _add_reward_entry(parsed, entry, source_text)
+
+
+def _add_reward_entry(parsed: ParsedOverrides, entry: str, source_text: str) -> None:
+    """Add one entry of a list of rewards to `parsed`. By what it is:
+
+    - a kind, with a name behind a colon if it is used twice: `maths` sets `objective.rewards.maths.kind`;
+    - one function of a Python file: `more.py:brief` sets `objective.rewards.brief.function`;
+    - a Python file: the same for each of its reward functions; a problem if it cannot be read or has none.
+    """
+    path, function = parse_function_path(entry)  # `more.py:brief` -> (more.py, "brief"); the function may be empty
+    if path.suffix != ".py":
+        kind, _, name = entry.partition(":")
+        parsed.add_value(f"{REWARDS_TABLE}.{name or kind}.kind", kind, source_text)
+        return
+    function_names = [function]
+    if not function:
+        try:
+            function_names = [*reward_functions_in_file(path)]
+        except ConfigError as error:
+            for problem in error.problems:
+                parsed.add_problem(f"{source_text}: {problem}", [REWARDS_TABLE])
+            return
+        if not function_names:
+            parsed.add_problem(
+                f"{source_text}: {path.name} has no reward function; {WHAT_IS_A_REWARD}", [REWARDS_TABLE]
+            )
+    for name in function_names:
+        parsed.add_value(f"{REWARDS_TABLE}.{name}.function", f"{path}:{name}", source_text)
 
 
 def _add_setting_by_grammar(
     parsed: ParsedOverrides, settings_by_key: dict[str, Setting], key: str, text: str, source_text: str
 ) -> None:
-    """Add a value that Hydra's own parser reads to `parsed`: a number, a list, a dictionary or null.
+    """Add a value that Hydra's own parser reads to `parsed`: a number, a list, a dictionary or null. A sweep is a problem here.
 
-    A sweep of values is a problem here. What the parser cannot read is a list of paths, for a setting of text, or a problem.
+    `text`: the value as typed. `source_text`: what sets it, for messages.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -430,23 +373,39 @@ def _add_setting_by_grammar(
         if parsed_override.is_sweep_override():  # choice(...), range(...), or a value with commas
             is_range = re.match(r"(interval|tag)\(", text) is not None
             remedy = "a range is searched: add -m sweeper=optuna" if is_range else "several values are a sweep; add -m"
-            parsed.problems.append(f"{source_text}: {remedy}, or give one")
+            parsed.add_problem(f"{source_text}: {remedy}, or give one")
             return
         parsed.values += _values_of_override(key, parsed_override.value(), source_text)
     except (HydraException, NotImplementedError) as error:
-        setting = find_setting(settings_by_key, key)
-        if setting is None:
-            unknown = hints.explain_unknown_key(key, source_text, settings_by_key)
-            parsed.problems.append(unknown.problem)
-            parsed.meant_keys |= unknown.meant_keys
-        elif _is_text_type(setting.type) and text.startswith("["):
-            # A list of paths with characters that the grammar would want quoted.
-            paths = [entry.strip().strip("'\"") for entry in text[1:-1].split(",")]
-            parsed.values.append(SettingValue(key, paths, source_text))
-        else:
-            reason = str(error).splitlines()[0].split(" See https")[0]
-            parsed.problems.append(f"{source_text}: cannot be read ({reason}); {key} is {describe_type(setting.type)}")
-            parsed.meant_keys.add(key)
+        reason = str(error).splitlines()[0].split(" See https")[0]
+        _add_unparsable_setting(parsed, settings_by_key, key, text, source_text, reason=reason)
+
+
+def _add_unparsable_setting(
+    parsed: ParsedOverrides,
+    settings_by_key: dict[str, Setting],
+    key: str,
+    text: str,
+    source_text: str,
+    *,
+    reason: str,
+) -> None:
+    """Add a value that Hydra's parser cannot read (`reason`) to `parsed`. By its key:
+
+    - no setting: a problem, with the key that was probably meant;
+    - a setting of text, and the value is a list: the paths in it, whose characters the grammar would want quoted;
+    - another setting: a problem.
+    """
+    setting = find_setting(settings_by_key, key)
+    if setting is None:
+        message = hints.explain_unknown_key(key, source_text, settings_by_key)
+        parsed.add_problem(message.problem, message.probably_meant_keys)
+    elif _is_text_type(setting.type) and text.startswith("["):
+        paths = [entry.strip().strip("'\"") for entry in text[1:-1].split(",")]
+        parsed.add_value(key, paths, source_text)
+    else:
+        problem = f"{source_text}: cannot be read ({reason}); {key} is {describe_type(setting.type)}"
+        parsed.add_problem(problem, [key])
 
 
 def _values_of_override(key: str, value: Any, source_text: str) -> list[SettingValue]:

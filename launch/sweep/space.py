@@ -195,7 +195,7 @@ def _range_setting(argument: str, setting: SearchedSetting, start: float, stop: 
 
 def _setting_types(key: str) -> set[Any]:
     """The types that a setting of the configuration takes, None left out; empty if there is no such setting."""
-    from launch.config.overrides import all_settings, find_setting
+    from launch.config.known_settings import all_settings, find_setting
 
     setting = find_setting(all_settings(), key)
     if setting is None:

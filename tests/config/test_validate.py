@@ -9,8 +9,8 @@ from collections import defaultdict
 
 import pytest
 
-from launch.config import overrides
 from launch.config.compose import compose_config
+from launch.config.known_settings import all_settings
 from launch.config.removed import REASON_BY_NOT_OFFERED_KEY
 from strategies.errors import ConfigError, key_of_problem
 from strategies.registry import STRATEGIES
@@ -47,7 +47,7 @@ def test_smallest_command_of_a_run_is_legal():
 
 def test_every_number_has_a_range():
     numeric = set()
-    for key, setting in overrides.all_settings().items():
+    for key, setting in all_settings().items():
         parts = typing.get_args(setting.type) if isinstance(setting.type, types.UnionType) else (setting.type,)
         if {int, float} & set(parts):
             numeric.add(key)
@@ -89,7 +89,7 @@ def test_advice_of_the_settings_group_goes_before_that_of_the_class():
 
 def plan_choice(key):
     """The words that a key needs to mean something: the choice of its group."""
-    setting = overrides.all_settings()[key]
+    setting = all_settings()[key]
     return f"{key.split('.')[0]}={setting.available_under[-1]}" if setting.available_under else ""
 
 
@@ -103,7 +103,7 @@ def test_numbers_outside_their_ranges_are_refused_all_at_once(choice):
     for value in (-1, -0.5):
         keys = RANGED_BY_CHOICE[choice]
         if value != int(value):
-            keys = [key for key in keys if overrides.all_settings()[key].type in (float, float | None)]
+            keys = [key for key in keys if all_settings()[key].type in (float, float | None)]
         typed = [f"{key.replace('*', 'first')}={value}" for key in keys]
         found = problems(*filter(None, [choice]), *typed, world_size=None)
         unrefused = [word for word in typed if not any(line.startswith(f"{word}: must be ") for line in found)]
@@ -301,7 +301,7 @@ def test_a_combination_that_cannot_run_is_refused_with_a_way_out(words, said):
     found = problems(*words.split())
     assert any(said in line for line in found), found
     assert all(": " in line and "\n" not in line for line in found)
-    keys = {*(key.partition(".*")[0] for key in overrides.all_settings()), *VARIANTS}
+    keys = {*(key.partition(".*")[0] for key in all_settings()), *VARIANTS}
     unknown = [line for line in found if not is_of_a_setting(key_of_problem(line), keys)]
     assert unknown == [], "a line begins with the key of its setting"
 

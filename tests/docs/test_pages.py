@@ -304,7 +304,7 @@ def test_every_verb_shown_exists():
 
 
 def test_every_setting_named_exists():
-    from launch.config.overrides import all_settings, find_setting
+    from launch.config.known_settings import all_settings, find_setting
 
     known = all_settings()
     tops = {key.split(".")[0] for key in known}

@@ -1,4 +1,4 @@
-"""The result of a translation: each foreign setting has settings of ours, is not needed here, or has no equivalent."""
+"""The result of a translation: each setting of another trainer has settings of ours, is not needed, or has no equivalent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from strategies.redaction import redact
 
 
 @dataclass(frozen=True, slots=True)
-class ForeignValue:
+class SettingOfOtherTrainer:
     """A setting of another trainer's file with its value, of which secrets are hidden."""
 
     setting: str
@@ -43,12 +43,12 @@ class ConvertedSettings:
     """The trainer that the file was written for, such as `axolotl`."""
     overrides: dict[str, str] = field(default_factory=dict)
     """Our settings as they are typed on the command line, by key."""
-    sources_by_key: dict[str, list[ForeignValue]] = field(default_factory=dict)
+    sources_by_key: dict[str, list[SettingOfOtherTrainer]] = field(default_factory=dict)
     """For each key of `overrides`: the settings of the file that it comes from."""
     unsupported: list[SettingNote] = field(default_factory=list)
     """Settings that shardtune has no equivalent for, and why."""
     not_needed: list[SettingNote] = field(default_factory=list)
-    """Foreign settings that need none of ours: nothing is lost without them."""
+    """The other trainer's settings that need none of ours: nothing is lost without them."""
     remarks: list[SettingNote] = field(default_factory=list)
     """Settings that were translated, but work differently here."""
     names_without_value: list[str] = field(default_factory=list)
@@ -60,9 +60,9 @@ class ConvertedSettings:
         Each of our keys in the translation that an earlier setting of the file gave as well:
 
         - with another value: the earlier value stays, and this setting is noted as unsupported;
-        - with the same value: this setting is named as a source too, if that is so for all keys of the translation.
+        - with the same value: if that is so for all keys of the translation, this setting is a source of the last of them too.
         """
-        source = ForeignValue(setting, cli_text_without_secrets(setting, value))
+        source = SettingOfOtherTrainer(setting, cli_text_without_secrets(setting, value))
         new_overrides: dict[str, str] = {}
         contradicting_overrides: dict[str, str] = {}
         for key, text in translation.overrides.items():
@@ -80,15 +80,16 @@ class ConvertedSettings:
             self.add_unsupported(setting, source.value, why)
         repeats_earlier_settings = translation.overrides and not new_overrides and not contradicting_overrides
         if repeats_earlier_settings:
+            # The last key alone: the keys before it name the method, such as tuning=lora before tuning.rank.
             last_key = list(translation.overrides)[-1]
             self.sources_by_key[last_key].append(source)
         self._add_note(source, translation)
 
-    def _add_note(self, source: ForeignValue, translation: TranslatedSetting) -> None:
-        """Add what the user should know about a translated setting. The cases, in order:
+    def _add_note(self, source: SettingOfOtherTrainer, translation: TranslatedSetting) -> None:
+        """Add what the user should know about `source`, a setting of the file that was translated. The cases, in order:
 
-        - It has become settings of ours: its note, if it has one, goes to `remarks`.
-        - It needs none of ours, or has no note: `not_needed`.
+        - It has become settings of shardtune: its note, if it has one, goes to `remarks`.
+        - It needs no setting of shardtune, or has no note: `not_needed`.
         - It has no equivalent: `unsupported`.
         """
         note = translation.note

@@ -23,7 +23,7 @@ FORMAT_BY_AXOLOTL_TYPE = {
     "input_output": "",
 }
 """Our formats by the first part of axolotl's `type`; empty: there is none."""
-AXOLOTL_COLUMNS = {
+COLUMN_BY_AXOLOTL_SETTING = {
     "field": "text",
     "field_messages": "messages",
     "field_instruction": "instruction",
@@ -32,7 +32,7 @@ AXOLOTL_COLUMNS = {
     "field_rejected": "rejected",
 }
 """axolotl's settings that name a column, and our name for what the column holds."""
-FACTORY_COLUMNS = {
+COLUMNS_BY_LLAMA_FACTORY_FORMAT = {
     "alpaca": {
         "prompt": "instruction",
         "query": "input",
@@ -53,16 +53,16 @@ FACTORY_COLUMNS = {
 """LLaMA-Factory's columns, and ours, by what is read: a format, two answers to compare, or plain text."""
 
 
-def our_data_path(path: str, file_dir: Path) -> str:
-    """The path of another trainer's data set as `data.path` takes it. `file_dir`: the directory of the settings file.
+def shardtune_data_path(path: str, file_dir: Path) -> str:
+    """The path of another trainer's data set as shardtune's `data.path` takes it. `file_dir`: the directory of the settings file.
 
     - a file or directory that exists, in the working directory or below `file_dir`: its path;
     - the name of a data file, a local path or an address: as it is;
     - anything else, such as `org/name`: a data set of the hub, `hub:org/name`.
     """
-    existing_path = _existing_path(path, file_dir)
-    if exists(Path(existing_path)):
-        return existing_path
+    possible_path = _path_beside_settings_file(path, file_dir)
+    if exists(Path(possible_path)):
+        return possible_path
     is_file_name = path.endswith(DATA_FILE_SUFFIXES)
     is_local_path = path.startswith(("/", ".", "~"))
     is_address = path.startswith("hub:") or "://" in path
@@ -91,44 +91,46 @@ def translate_axolotl_datasets(entries: Any, setting: str, conversion: Converted
     is_held_out = setting == "test_datasets"
     held_out_paths: list[str] = []
     for number, dataset in enumerate(datasets):
-        name = f"{setting}[{number}]" if len(datasets) > 1 else setting
+        dataset_name = f"{setting}[{number}]" if len(datasets) > 1 else setting  # in messages
         entry = dataset if isinstance(dataset, dict) else {"path": dataset}
-        path = _axolotl_path(entry, name, conversion, file_dir)
+        path = _axolotl_path(entry, dataset_name, conversion, file_dir)
         if is_held_out:
             held_out_paths.append(path)
-            _add_held_out_settings(entry, name, conversion)
+            _add_held_out_settings(entry, dataset_name, conversion)
             continue
         has_other_split = entry.get("split") not in (None, "train")
         is_part_of_dataset = entry.get("name") or has_other_split or "revision" in entry
         needs_source = len(datasets) > 1 or is_part_of_dataset
-        prefix = f"data.sources.{source_name(path, conversion)}" if needs_source else "data"
-        conversion.add_translation(f"{name}.path", entry.get("path"), TranslatedSetting({f"{prefix}.path": path}))
-        _add_axolotl_settings(entry, name, prefix, conversion)
+        our_prefix = f"data.sources.{unused_source_name(path, conversion)}" if needs_source else "data"
+        translation = TranslatedSetting({f"{our_prefix}.path": path})
+        conversion.add_translation(f"{dataset_name}.path", entry.get("path"), translation)
+        _add_axolotl_settings(entry, dataset_name, our_prefix, conversion)
     if held_out_paths:
         paths = _one_or_list(held_out_paths)
         conversion.add_translation(f"{setting}.path", paths, TranslatedSetting({"data.eval_path": paths}))
 
 
-def _axolotl_path(entry: Mapping[str, Any], name: str, conversion: ConvertedSettings, file_dir: Path) -> str:
+def _axolotl_path(entry: Mapping[str, Any], dataset_name: str, conversion: ConvertedSettings, file_dir: Path) -> str:
     """The path of an axolotl data set as `data.path` takes it: `data_files` if `path` only names a reader such as `json`.
 
-    `name`: the data set in messages. `file_dir`: the directory of the settings file, where relative paths may start. Any other
-    `data_files` are noted as unsupported in `conversion`.
+    `dataset_name`: the data set in messages. `file_dir`: the directory of the settings file, where relative paths may start.
+    Any other `data_files` are noted as unsupported in `conversion`.
     """
     path = to_cli_text(entry.get("path"))
     data_files = entry.get("data_files")
     if data_files is None:
-        return our_data_path(path, file_dir)
-    if path in LOADER_NAMES and isinstance(data_files, dict):  # files by split, which have no form in `data.path`
+        return shardtune_data_path(path, file_dir)
+    if path in LOADER_NAMES and isinstance(data_files, dict):
+        # Files by split, which have no form in `data.path`: passed on as they are, for the run to refuse.
         return to_cli_text(data_files)
     if path in LOADER_NAMES:
         file_names = data_files if isinstance(data_files, list) else [data_files]
-        return _one_or_list([_existing_path(str(file_name), file_dir) for file_name in file_names])
-    conversion.add_unsupported(f"{name}.data_files", data_files, "name the files themselves in data.path")
-    return our_data_path(path, file_dir)
+        return _one_or_list([_path_beside_settings_file(str(file_name), file_dir) for file_name in file_names])
+    conversion.add_unsupported(f"{dataset_name}.data_files", data_files, "name the files themselves in data.path")
+    return shardtune_data_path(path, file_dir)
 
 
-def _existing_path(path: str, file_dir: Path) -> str:
+def _path_beside_settings_file(path: str, file_dir: Path) -> str:
     """A local path: below `file_dir` if it exists there and not in the working directory; otherwise as it is."""
     if not exists(Path(path)) and exists(file_dir / path):
         return str(file_dir / path)
@@ -140,22 +142,25 @@ def _one_or_list(paths: list[str]) -> str:
     return paths[0] if len(paths) == 1 else f"[{','.join(paths)}]"
 
 
-def _add_held_out_settings(entry: Mapping[str, Any], name: str, conversion: ConvertedSettings) -> None:
+def _add_held_out_settings(entry: Mapping[str, Any], dataset_name: str, conversion: ConvertedSettings) -> None:
     """Note the settings of a held-out data set other than its path: held-out files are read as the training data is."""
     why = "held-out files are read as the training data's are, and of the hub's data sets by data.eval_path alone"
     for key, value in entry.items():
         if key not in ("path", "data_files", "ds_type"):
-            conversion.add_translation(f"{name}.{key}", value, TranslatedSetting(note=why, not_needed=key == "type"))
+            translation = TranslatedSetting(note=why, not_needed=key == "type")
+            conversion.add_translation(f"{dataset_name}.{key}", value, translation)
 
 
-def _add_axolotl_settings(entry: Mapping[str, Any], name: str, our_prefix: str, conversion: ConvertedSettings) -> None:
+def _add_axolotl_settings(
+    entry: Mapping[str, Any], dataset_name: str, our_prefix: str, conversion: ConvertedSettings
+) -> None:
     """Translate the settings of an axolotl data set (`entry`) other than its path, and add them to `conversion`.
 
-    `our_prefix`: what our settings of the data set begin with, `data` or `data.sources.<name>`. `name`: the data set in messages,
-    such as `datasets[0]`.
+    `our_prefix`: what our settings of the data set begin with, `data` or `data.sources.<name>`. `dataset_name`: the data set in
+    messages, such as `datasets[0]`.
     """
     for key, value in entry.items():
-        axolotl_key = f"{name}.{key}"
+        axolotl_key = f"{dataset_name}.{key}"
         if key in ("path", "data_files"):
             continue  # translated by the caller
         if value is None:
@@ -170,24 +175,24 @@ def _add_axolotl_settings(entry: Mapping[str, Any], name: str, our_prefix: str, 
             conversion.add_translation(axolotl_key, value, translation)
 
 
-def _translate_axolotl_setting(key: str, text: str, prefix: str) -> TranslatedSetting:
+def _translate_axolotl_setting(key: str, text: str, our_prefix: str) -> TranslatedSetting:
     """Our settings for one setting of an axolotl data set: `revision: v2` -> {"data.sources.<name>.revision": "v2"}.
 
-    `text`: its value as typed. `prefix`: what our settings of the data set begin with, `data` or `data.sources.<name>`.
-    Without an equivalent the translation has a note that says why, or that none is needed.
+    `text`: its value as typed. `our_prefix`: what our settings of the data set begin with, `data` or `data.sources.<name>`.
+    Without an equivalent the translation has a note that says why; an empty translation means that it is so here anyway.
     """
-    is_named_source = prefix != "data"
-    if key in AXOLOTL_COLUMNS:
-        column = AXOLOTL_COLUMNS[key]
+    is_named_source = our_prefix != "data"
+    if key in COLUMN_BY_AXOLOTL_SETTING:
+        column = COLUMN_BY_AXOLOTL_SETTING[key]
         if column == text:  # the column has our name already
             return TranslatedSetting()
-        return TranslatedSetting({f"{prefix}.columns.{column}": text})
+        return TranslatedSetting({f"{our_prefix}.columns.{column}": text})
     if key == "name" and is_named_source:
-        return TranslatedSetting({f"{prefix}.subset": text})
+        return TranslatedSetting({f"{our_prefix}.subset": text})
     if key == "revision" and is_named_source:
-        return TranslatedSetting({f"{prefix}.revision": text})
+        return TranslatedSetting({f"{our_prefix}.revision": text})
     if key == "split" and is_named_source:
-        return TranslatedSetting({f"{prefix}.split": text})
+        return TranslatedSetting({f"{our_prefix}.split": text})
     if key == "split":
         # Without a source of its own the split is `train`, which `data.path` takes without a setting.
         return TranslatedSetting()
@@ -205,8 +210,12 @@ def _translate_axolotl_setting(key: str, text: str, prefix: str) -> TranslatedSe
     return TranslatedSetting(note="data has no such setting; docs/reference/data-formats.md says how rows are read")
 
 
-def _add_axolotl_type(value: Any, setting_name: str, prefix: str, conversion: ConvertedSettings) -> None:
-    """Translate the `type` of an axolotl data set, such as `chat_template` or `alpaca.load_no_prompt`, to `data.format`."""
+def _add_axolotl_type(value: Any, setting_name: str, our_prefix: str, conversion: ConvertedSettings) -> None:
+    """Translate the `type` of an axolotl data set, such as `chat_template` or `alpaca.load_no_prompt`, to `data.format`.
+
+    `setting_name`: the setting in messages, such as `datasets[0].type`. `our_prefix`: what our settings of the data set begin
+    with, `data` or `data.sources.<name>`. A type without a format of ours is noted as unsupported in `conversion`.
+    """
     if isinstance(value, dict):
         why = "a prompt of one's own is written into the rows, as prompt and completion"
         conversion.add_unsupported(setting_name, value, why)
@@ -217,14 +226,15 @@ def _add_axolotl_type(value: Any, setting_name: str, prefix: str, conversion: Co
         why = "how rows are read is recognised by their columns; data.format names one of ours"
         conversion.add_unsupported(setting_name, value, why)
         return
-    overrides = {f"{prefix}.format": our_format}
-    if our_format == "text" and prefix == "data":
+    overrides = {f"{our_prefix}.format": our_format}
+    # The objective holds for all sources, so it follows from the format only if there is one source.
+    if our_format == "text" and our_prefix == "data":
         overrides["objective"] = "pretrain"
     note = "the format alone: prompts are those of the chat template" if dot else ""
     conversion.add_translation(setting_name, value, TranslatedSetting(overrides, note))
 
 
-def translate_factory_datasets(
+def translate_llama_factory_datasets(
     names: str, setting: str, directory: str, conversion: ConvertedSettings, file_dir: Path
 ) -> None:
     """Translate LLaMA-Factory's `dataset:` or `eval_dataset:`, which name entries of `dataset_info.json` in `directory`.
@@ -253,16 +263,16 @@ def translate_factory_datasets(
             conversion.add_unsupported(setting, name, f"{reason}; give its file: {key}=<file>")
             continue
         entry_directory = info_file.parent if info_file else Path(directory)
-        path = _factory_path(entry, entry_directory)
+        path = _llama_factory_path(entry, entry_directory)
         if is_held_out:
             held_out_paths.append(path)
             continue
         # Only an entry of `data.sources` can name a subset or split.
         is_part_of_dataset = bool(entry.get("subset") or entry.get("split"))
         needs_source = len(dataset_names) > 1 or is_part_of_dataset
-        prefix = f"data.sources.{source_name(name, conversion)}" if needs_source else "data"
-        conversion.add_translation(setting, name, TranslatedSetting({f"{prefix}.path": path}))
-        _add_factory_entry(entry, f"dataset_info.json: {name}", prefix, conversion)
+        our_prefix = f"data.sources.{unused_source_name(name, conversion)}" if needs_source else "data"
+        conversion.add_translation(setting, name, TranslatedSetting({f"{our_prefix}.path": path}))
+        _add_llama_factory_entry(entry, f"dataset_info.json: {name}", our_prefix, conversion)
     if held_out_paths:
         paths = _one_or_list(held_out_paths)
         conversion.add_translation(setting, names, TranslatedSetting({"data.eval_path": paths}))
@@ -276,7 +286,7 @@ def _find_dataset_info(directory: str, file_dir: Path) -> Path | None:
     return None
 
 
-def _factory_path(entry: Mapping[str, Any], directory: Path) -> str:
+def _llama_factory_path(entry: Mapping[str, Any], directory: Path) -> str:
     """The file of an entry of `dataset_info.json`, which lies in `directory`, or the entry's data set on the hub."""
     if "file_name" in entry:
         return str(directory / str(entry["file_name"]))
@@ -284,32 +294,34 @@ def _factory_path(entry: Mapping[str, Any], directory: Path) -> str:
     return f"hub:{hub_name}"
 
 
-def _add_factory_entry(entry: Mapping[str, Any], name: str, prefix: str, conversion: ConvertedSettings) -> None:
+def _add_llama_factory_entry(
+    entry: Mapping[str, Any], entry_name: str, our_prefix: str, conversion: ConvertedSettings
+) -> None:
     """Translate the settings of an entry of LLaMA-Factory's `dataset_info.json` other than its path into `conversion`.
 
-    `name`: the entry in messages. `prefix`: what our settings of it begin with, `data` or `data.sources.<name>`. The format,
-    and so the names of columns, are those of plain text under objective=pretrain, of a ranking if it is one, else of
-    `formatting`.
+    `entry_name`: the entry in messages, such as `dataset_info.json: alpaca`. `our_prefix`: what our settings of it begin with,
+    `data` or `data.sources.<name>`. The format, and so the names of columns, are those of plain text under objective=pretrain,
+    of a ranking if it is one, else of `formatting`.
     """
     formatting = str(entry.get("formatting", "alpaca"))
     if conversion.overrides.get("objective") == "pretrain":
-        column_table = "pretrain"
+        row_format = "pretrain"
     elif entry.get("ranking"):
-        column_table = "ranking"
+        row_format = "ranking"
     else:
-        column_table = formatting
+        row_format = formatting
     # None for a ranking, because pairs of answers are recognised by their columns.
-    our_format = {"pretrain": "text", "alpaca": "alpaca", "sharegpt": "sharegpt"}.get(column_table)
-    format_overrides = {f"{prefix}.format": our_format} if our_format else {}
-    conversion.add_translation(f"{name}.formatting", formatting, TranslatedSetting(format_overrides))
-    _add_factory_columns(entry, column_table, name, prefix, conversion)
+    our_format = {"pretrain": "text", "alpaca": "alpaca", "sharegpt": "sharegpt"}.get(row_format)
+    format_overrides = {f"{our_prefix}.format": our_format} if our_format else {}
+    conversion.add_translation(f"{entry_name}.formatting", formatting, TranslatedSetting(format_overrides))
+    _add_llama_factory_columns(entry, row_format, entry_name, our_prefix, conversion)
 
     for key, value in entry.items():
-        setting_name = f"{name}.{key}"
+        setting_name = f"{entry_name}.{key}"
         if key in ("file_name", "hf_hub_url", "ms_hub_url", "formatting", "columns"):
             continue  # translated above, or by the caller
-        if key in ("subset", "split") and prefix != "data":
-            translation = TranslatedSetting({f"{prefix}.{key}": to_cli_text(value)})
+        if key in ("subset", "split") and our_prefix != "data":
+            translation = TranslatedSetting({f"{our_prefix}.{key}": to_cli_text(value)})
             conversion.add_translation(setting_name, value, translation)
         elif key == "ranking":
             note = "two answers are recognised by their columns"
@@ -319,32 +331,37 @@ def _add_factory_entry(entry: Mapping[str, Any], name: str, prefix: str, convers
             conversion.add_unsupported(setting_name, value, why)
 
 
-def _add_factory_columns(
-    entry: Mapping[str, Any], column_table: str, name: str, prefix: str, conversion: ConvertedSettings
+def _add_llama_factory_columns(
+    entry: Mapping[str, Any], row_format: str, entry_name: str, our_prefix: str, conversion: ConvertedSettings
 ) -> None:
-    """Translate the `columns` of an entry, such as {"prompt": "question"}, by the table `column_table` of `FACTORY_COLUMNS`."""
-    columns: dict[str, Any] = {}
-    if column_table == "ranking" and entry.get("formatting", "alpaca") == "alpaca":
-        columns["prompt"] = "instruction"  # LLaMA-Factory's default, which differs from ours
-    columns |= entry.get("columns") or {}
-    our_columns = FACTORY_COLUMNS.get(column_table, {})
-    for foreign_column, column in columns.items():
-        our_column = our_columns.get(foreign_column)
-        setting_name = f"{name}.columns.{foreign_column}"
-        if our_column is None:
+    """Translate the `columns` of an entry of LLaMA-Factory's `dataset_info.json`, such as {"prompt": "question"}.
+
+    That becomes {"data.columns.instruction": "question"}: the column of the file by what it holds. `row_format`: which of
+    `COLUMNS_BY_LLAMA_FACTORY_FORMAT` says so. `entry_name`: the entry in messages. `our_prefix`: what our settings of it begin
+    with, `data` or `data.sources.<name>`. A column without an equivalent is noted as unsupported in `conversion`.
+    """
+    column_by_role: dict[str, Any] = {}
+    if row_format == "ranking" and entry.get("formatting", "alpaca") == "alpaca":
+        column_by_role["prompt"] = "instruction"  # LLaMA-Factory's default, which differs from ours
+    column_by_role |= entry.get("columns") or {}
+    our_role_by_role = COLUMNS_BY_LLAMA_FACTORY_FORMAT.get(row_format, {})
+    for role, column in column_by_role.items():
+        our_role = our_role_by_role.get(role)
+        setting_name = f"{entry_name}.columns.{role}"
+        if our_role is None:
             conversion.add_unsupported(setting_name, column, "rows have no such column here")
             continue
         # A column that has our name already needs no setting.
-        overrides = {} if our_column == column else {f"{prefix}.columns.{our_column}": str(column)}
+        overrides = {} if our_role == column else {f"{our_prefix}.columns.{our_role}": str(column)}
         conversion.add_translation(setting_name, column, TranslatedSetting(overrides))
 
 
-def source_name(path: str, conversion: ConvertedSettings) -> str:
+def unused_source_name(path: str, conversion: ConvertedSettings) -> str:
     """A name below `data.sources` for a data set, from its path: `data/My chat.jsonl` -> `my_chat`.
 
     A name that an earlier source of `conversion` has gets a number: `my_chat_2`.
     """
-    file_name = path.rstrip("/]").rsplit("/", 1)[-1]
+    file_name = path.rstrip("/]").rsplit("/", 1)[-1]  # of a list `[a/b.json,a/c.json]` the last file
     stem = re.sub(r"\.(json|jsonl|csv|tsv|parquet|arrow|txt)(\.\w+)?$", "", file_name)
     name = re.sub(r"\W+", "_", stem).strip("_").lower() or "source"
     if name[0].isdigit():

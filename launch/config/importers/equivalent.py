@@ -1,4 +1,4 @@
-"""One foreign setting as settings of shardtune, and the settings of a foreign file that its translation may depend on."""
+"""One setting of another trainer as settings of shardtune, and the settings of its file that its translation may depend on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TranslatedSetting:
 
 
 @dataclass(frozen=True, slots=True)
-class ForeignSettings:
+class OtherTrainerSettings:
     """All settings of another trainer that were written, since the translation of one may depend on others."""
 
     value_by_name: Mapping[str, str]

@@ -9,15 +9,15 @@ from typing import Any
 
 from launch.config.importers import datasets, deepspeed, rules
 from launch.config.importers.conversion import ConvertedSettings, scalar_settings, to_cli_text
-from launch.config.importers.equivalent import ForeignSettings, TranslatedSetting, format_number, parse_number
-from launch.config.importers.names import RULES_BY_FOREIGN_NAME, normalised_name, translate
+from launch.config.importers.equivalent import OtherTrainerSettings, TranslatedSetting, format_number, parse_number
+from launch.config.importers.names import RULES_BY_OTHER_NAME, normalised_name, translate
 from strategies import atomic_io
 from strategies.errors import ConfigError
 
 MAX_SETTINGS_FILE_BYTES = 2**20
 """Bytes of a file of settings: hundreds of times what people write."""
 AXOLOTL = "axolotl"
-FACTORY = "LLaMA-Factory"
+LLAMA_FACTORY = "LLaMA-Factory"
 DEEPSPEED = "DeepSpeed"
 ACCELERATE = "accelerate"
 HUGGING_FACE = "Hugging Face's Trainer and TRL"
@@ -32,13 +32,18 @@ TELLING_SETTINGS_BY_TRAINER = {
     ),
     ACCELERATE: ("distributed_type", "compute_environment"),
     AXOLOTL: ("base_model", "sequence_len", "datasets", "micro_batch_size"),
-    FACTORY: ("finetuning_type", "stage", "template", "cutoff_len", "dataset_dir"),
+    LLAMA_FACTORY: ("finetuning_type", "stage", "template", "cutoff_len", "dataset_dir"),
 }
-"""Settings by which the trainer of a file is known: the first trainer of which the file has one."""
+"""Settings by which the trainer of a file is known: the first trainer of which the file has one, because trainers share names."""
 COMMON_DEFAULTS = {"learning_rate": "5e-5", "lr_scheduler_type": "linear", "num_train_epochs": "3", "warmup_steps": "0"}
 DEFAULTS_BY_TRAINER = {
     AXOLOTL: {"sequence_len": "512", "num_epochs": "1", "micro_batch_size": "1", "lr_scheduler": "cosine"},
-    FACTORY: {**COMMON_DEFAULTS, "finetuning_type": "lora", "cutoff_len": "2048", "per_device_train_batch_size": "8"},
+    LLAMA_FACTORY: {
+        **COMMON_DEFAULTS,
+        "finetuning_type": "lora",
+        "cutoff_len": "2048",
+        "per_device_train_batch_size": "8",
+    },
     HUGGING_FACE: {**COMMON_DEFAULTS, "per_device_train_batch_size": "8"},
 }
 """Defaults of the other trainers that differ from ours: what they do if their file says nothing."""
@@ -62,7 +67,7 @@ OVERRIDING_SETTINGS = {
     "num_epochs": ("max_steps",),
     "lr_scheduler": ("lr_scheduler_type",),
 }
-"""Settings in whose presence a default of theirs does not hold."""
+"""By setting: other settings of the same trainer that take effect instead, so that its default does not."""
 GROUP_DECIDING_SETTINGS = (
     "pref_loss",
     "stage",
@@ -74,7 +79,7 @@ GROUP_DECIDING_SETTINGS = (
     "fsdp",
 )
 """Settings that decide on a whole group of ours. They are translated before the settings within such a group."""
-FSDP_WRAPPING_SETTINGS = {
+FSDP_SETTINGS_NOT_NEEDED = {
     *(
         "transformer_layer_cls_to_wrap",
         "auto_wrap_policy",
@@ -85,7 +90,7 @@ FSDP_WRAPPING_SETTINGS = {
     *("sync_module_states", "cpu_ram_efficient_loading", "version", "backward_prefetch", "backward_prefetch_policy"),
     *("limit_all_gathers", "forward_prefetch"),
 }
-"""How FSDP is told of the model, and how it loads and saves."""
+"""How FSDP is told of the model's blocks, and how it loads and saves: shardtune does that without a setting."""
 PROCESS_STARTING_SETTINGS = {
     *(
         "compute_environment",
@@ -98,6 +103,12 @@ PROCESS_STARTING_SETTINGS = {
     *("tpu_env", "tpu_use_cluster", "tpu_use_sudo", "enable_cpu_affinity"),
 }
 """How accelerate starts processes."""
+ZERO_KEY_BY_ACCELERATE_KEY = {
+    "zero_stage": "stage",
+    "offload_optimizer_device": "offload_optimizer",
+    "offload_param_device": "offload_param",
+}
+"""accelerate's names of ZeRO settings, with DeepSpeed's in the block `zero_optimization`."""
 UNKNOWN_SETTING_REASON = "no setting of this name is known here; docs/config.md lists all there are"
 NO_EQUIVALENT_OF_BLOCK_REASON = "a block of settings has no equal as a whole"
 
@@ -119,7 +130,7 @@ def convert_settings_file(path: Path, num_ranks: int | None = None) -> Converted
     if trainer == DEEPSPEED:
         deepspeed.translate_deepspeed_settings(tree, conversion)
     else:
-        _translate_tree(tree, conversion, path.parent, num_ranks)
+        _translate_settings(tree, conversion, path.parent, num_ranks)
     return conversion
 
 
@@ -157,8 +168,8 @@ def read_settings_tree(path: Path) -> dict[str, Any]:
 def detect_trainer(tree: Mapping[str, Any]) -> str | None:
     """The trainer that a settings file (`tree`) was written for, by the names of the settings in it.
 
-    - The first trainer in `TELLING_SETTINGS_BY_TRAINER` of whose settings the file has one.
-    - Otherwise Hugging Face's Trainer, if any setting is known.
+    - The first trainer in `TELLING_SETTINGS_BY_TRAINER` (DeepSpeed before axolotl) of whose settings the file has one.
+    - Otherwise Hugging Face's Trainer, if any setting has a rule for its translation.
     - Otherwise None.
     """
     setting_names = {str(key) for key in tree}
@@ -168,37 +179,44 @@ def detect_trainer(tree: Mapping[str, Any]) -> str | None:
     for trainer, telling_settings in TELLING_SETTINGS_BY_TRAINER.items():
         if setting_names & set(telling_settings):
             return trainer
-    has_known_name = any(normalised_name(str(key)) in RULES_BY_FOREIGN_NAME for key in tree)
+    has_known_name = any(normalised_name(str(key)) in RULES_BY_OTHER_NAME for key in tree)
     return HUGGING_FACE if has_known_name else None
 
 
-def _translate_tree(
+def _translate_settings(
     tree: Mapping[str, Any], conversion: ConvertedSettings, file_dir: Path, num_ranks: int | None = None
 ) -> None:
     """Translate every setting of a trainer other than DeepSpeed into `conversion`, then its defaults that differ from ours.
 
-    `tree`: the settings of the file. `file_dir`: the directory of the file, from which relative paths start. `num_ranks`: the
-    number of ranks of the run, None if it is not known.
+    `tree`: the settings of the file, as read from YAML. `file_dir`: the directory of the file, from which relative paths start.
+    `num_ranks`: the number of ranks of the run, None if it is not known.
     """
-    written_values = {normalised_name(key): value for key, value in scalar_settings(tree).items()}  # by name
-    defaults = _defaults_that_hold(conversion.trainer, written_values)
-    foreign = ForeignSettings({**defaults, **written_values}, num_ranks)
+    written_values = {
+        normalised_name(key): value for key, value in scalar_settings(tree).items()
+    }  # such as {"lr": "1e-4"}
+    defaults = _defaults_in_effect(conversion.trainer, written_values)
+    other_trainer = OtherTrainerSettings({**defaults, **written_values}, num_ranks)
     if conversion.trainer == AXOLOTL and "adapter" not in written_values:
         conversion.add_translation("adapter", "(none)", TranslatedSetting({"tuning": "full"}))
     # In this order, because the first of two contradicting settings stays.
     for key in sorted(tree, key=_translation_order):
-        _add_setting(str(key), tree, foreign, conversion, file_dir)
+        _add_setting(str(key), tree, other_trainer, conversion, file_dir)
     # The defaults last, so that they do not go before what the file says.
     for key, value in defaults.items():
-        translation = translate(key, foreign) or TranslatedSetting(not_needed=True)
+        translation = translate(key, other_trainer) or TranslatedSetting(not_needed=True)
         conversion.add_translation(key, f"{value} (what {conversion.trainer} does)", translation)
-    if conversion.trainer == FACTORY and conversion.overrides.get("tuning") == "lora":
-        _add_factory_lora_defaults(foreign, conversion, has_alpha="lora_alpha" in written_values)
+    if conversion.trainer == LLAMA_FACTORY and conversion.overrides.get("tuning") == "lora":
+        _add_llama_factory_lora_defaults(other_trainer, conversion, has_alpha="lora_alpha" in written_values)
 
 
-def _add_factory_lora_defaults(foreign: ForeignSettings, conversion: ConvertedSettings, *, has_alpha: bool) -> None:
-    """Write out LLaMA-Factory's LoRA defaults, which differ from ours: rank 8, and an alpha of twice the rank."""
-    rank = parse_number(foreign.get("lora_rank")) or 8
+def _add_llama_factory_lora_defaults(
+    other_trainer: OtherTrainerSettings, conversion: ConvertedSettings, *, has_alpha: bool
+) -> None:
+    """Add LLaMA-Factory's LoRA defaults, which differ from shardtune's, to `conversion`: rank 8, and an alpha of twice the rank.
+
+    `has_alpha`: the file sets an alpha.
+    """
+    rank = parse_number(other_trainer.get("lora_rank")) or 8
     rank_text = format_number(rank)
     conversion.add_translation("lora_rank", rank_text, TranslatedSetting({"tuning.rank": rank_text}))
     if not has_alpha:
@@ -211,10 +229,11 @@ def _translation_order(key: str) -> int:
     return GROUP_DECIDING_SETTINGS.index(key) if key in GROUP_DECIDING_SETTINGS else len(GROUP_DECIDING_SETTINGS)
 
 
-def _defaults_that_hold(trainer: str, written_values: Mapping[str, str]) -> dict[str, str]:
-    """The defaults of a trainer, as text by normalised name, that nothing in its file overrides: {"num_epochs": "1"}.
+def _defaults_in_effect(trainer: str, written_values: Mapping[str, str]) -> dict[str, str]:
+    """The defaults of a trainer, as text by name, that nothing in its file overrides: {"num_epochs": "1"}.
 
-    `written_values`: the settings of the file, as text by normalised name.
+    `written_values`: the settings of the file, as text by normalised name (lower case, `_` for `-`). Empty for a trainer
+    without known defaults, such as accelerate.
     """
     defaults = {}
     for key, value in DEFAULTS_BY_TRAINER.get(trainer, {}).items():
@@ -231,12 +250,16 @@ def _defaults_that_hold(trainer: str, written_values: Mapping[str, str]) -> dict
 
 
 def _add_setting(
-    key: str, tree: Mapping[str, Any], foreign: ForeignSettings, conversion: ConvertedSettings, file_dir: Path
+    key: str,
+    tree: Mapping[str, Any],
+    other_trainer: OtherTrainerSettings,
+    conversion: ConvertedSettings,
+    file_dir: Path,
 ) -> None:
     """Translate the setting `key` of the outermost level of a file (`tree`) into `conversion`.
 
-    Data sets, DeepSpeed and FSDP have their own translators. `foreign`: all settings of the file as text, on which a rule may
-    depend. `file_dir`: the directory of the file.
+    Settings for data sets, DeepSpeed and FSDP are read by functions of their own, the others by a rule each. `other_trainer`: all
+    settings of the file as text, on which a rule may depend. `file_dir`: the directory of the file.
     """
     value = tree[key]
     name = normalised_name(key)
@@ -244,71 +267,79 @@ def _add_setting(
         conversion.names_without_value.append(key)
     elif name in ("datasets", "test_datasets"):
         datasets.translate_axolotl_datasets(value, name, conversion, file_dir)
-    elif name in ("dataset", "eval_dataset") and conversion.trainer == FACTORY:
+    elif name in ("dataset", "eval_dataset") and conversion.trainer == LLAMA_FACTORY:
         dataset_names = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         dataset_directory = str(tree.get("dataset_dir", "data"))
-        datasets.translate_factory_datasets(dataset_names, name, dataset_directory, conversion, file_dir)
+        datasets.translate_llama_factory_datasets(dataset_names, name, dataset_directory, conversion, file_dir)
     elif name == "deepspeed":
-        _add_deepspeed(value, foreign, conversion, file_dir)
+        _add_deepspeed_settings(value, other_trainer, conversion, file_dir)
     elif name in ("fsdp", "fsdp_config"):
-        _add_fsdp(key, tree, foreign, conversion)
+        _add_fsdp(key, tree, other_trainer, conversion)
     elif name == "deepspeed_config" and isinstance(value, dict):
-        _add_accelerate_deepspeed(value, foreign, conversion, file_dir)
+        _add_accelerate_deepspeed(value, other_trainer, conversion, file_dir)
     else:
-        conversion.add_translation(key, value, _translate_setting(name, value, foreign, file_dir))
+        conversion.add_translation(key, value, _translate_setting(name, value, other_trainer, file_dir))
 
 
-def _translate_setting(name: str, value: Any, foreign: ForeignSettings, file_dir: Path) -> TranslatedSetting:
-    """Our settings for one setting of another trainer's file, or a note that says why there are none.
+def _translate_setting(name: str, value: Any, other_trainer: OtherTrainerSettings, file_dir: Path) -> TranslatedSetting:
+    """The settings of shardtune for one setting of another trainer's file, or a note that says why there are none.
 
-    `name`: its normalised name. `foreign`: all settings of the file, on which a rule may depend. `file_dir`: the directory of the
-    file, where relative paths start. The first cases are special; most settings have a rule in `RULES_BY_FOREIGN_NAME`.
+    `name`: its normalised name. `other_trainer`: all settings of the file as text, on which a rule may depend. `file_dir`: the
+    directory of the file, where relative paths start. Most settings have a rule in `RULES_BY_OTHER_NAME`.
     """
+    # Cases that a rule cannot decide, because it knows neither the file's directory nor the type of the value in the file.
     if name == "dataset_dir":
         return TranslatedSetting(note="files are named whole in data.path", not_needed=True)
     if name in ("dataset", "dataset_name", "dataset_path"):
-        return TranslatedSetting({"data.path": datasets.our_data_path(to_cli_text(value), file_dir)})
+        return TranslatedSetting({"data.path": datasets.shardtune_data_path(to_cli_text(value), file_dir)})
     if name == "gradient_checkpointing" and value in ("unsloth", "offload"):
         return TranslatedSetting(
             note="activations are recomputed, and never kept in host memory: strategy.activation_checkpointing=full"
         )
     if name in PROCESS_STARTING_SETTINGS:
         return TranslatedSetting(note="processes are started by launcher.*", not_needed=True)
-    if name not in RULES_BY_FOREIGN_NAME:
+    if name not in RULES_BY_OTHER_NAME:
         return TranslatedSetting(note=UNKNOWN_SETTING_REASON)
     if not isinstance(value, dict):
-        return translate(name, foreign) or TranslatedSetting(note=UNKNOWN_SETTING_REASON)
-    return _note_on_block(name, value, foreign)
+        return translate(name, other_trainer) or TranslatedSetting(note=UNKNOWN_SETTING_REASON)
+    return _translate_block_by_rule(name, value, other_trainer)
 
 
-def _note_on_block(name: str, block: dict[str, Any], foreign: ForeignSettings) -> TranslatedSetting:
-    """A translation to none of our settings for a block whose name has a rule.
+def _translate_block_by_rule(
+    name: str, block: dict[str, Any], other_trainer: OtherTrainerSettings
+) -> TranslatedSetting:
+    """The note on a block of settings whose name has a rule, such as `warmup_steps: {a: 1}`: a translation to no setting.
 
-    The rule may say why there is no equivalent, or that none is needed. Settings of ours that it gives are left out, since a rule
-    reads one value and not a block.
+    The rule may say why there is no equivalent, or that none is needed. Settings that it gives are left out, since a rule reads
+    one value and not a block.
     """
-    translation = translate(name, ForeignSettings({**foreign.value_by_name, name: to_cli_text(block)}))
+    translation = translate(name, OtherTrainerSettings({**other_trainer.value_by_name, name: to_cli_text(block)}))
     if translation is None:
         return TranslatedSetting(note=NO_EQUIVALENT_OF_BLOCK_REASON)
     return TranslatedSetting(note=translation.note or NO_EQUIVALENT_OF_BLOCK_REASON, not_needed=translation.not_needed)
 
 
-def _add_deepspeed(value: Any, foreign: ForeignSettings, conversion: ConvertedSettings, file_dir: Path) -> None:
+def _add_deepspeed_settings(
+    value: Any, other_trainer: OtherTrainerSettings, conversion: ConvertedSettings, file_dir: Path
+) -> None:
     """Translate the setting `deepspeed` of another trainer into `conversion`, by what its value is:
 
     - a block of DeepSpeed's settings: each of them;
     - the path of a file of such settings: each setting in the file;
     - a file that is not here: the ZeRO stage, if the file's name says it.
+
+    `other_trainer`: that trainer's settings as text; they override those of DeepSpeed. `file_dir`: the directory of its file.
     """
     if isinstance(value, dict):
         deepspeed.translate_deepspeed_settings(
-            value, conversion, outer_values=foreign.value_by_name, prefix="deepspeed."
+            value, conversion, outer_values=other_trainer.value_by_name, prefix="deepspeed."
         )
         return
     candidates = (Path(str(value)).expanduser(), file_dir / str(value))
+    # `exists` first, because `is_file` alone raises for text that can be no path.
     existing_files = [path for path in candidates if datasets.exists(path) and path.is_file()]
     if not existing_files:
-        conversion.add_translation("deepspeed", value, rules.deepspeed_stage(to_cli_text(value), foreign))
+        conversion.add_translation("deepspeed", value, rules.deepspeed_stage(to_cli_text(value), other_trainer))
         return
     deepspeed_file = existing_files[0]
     conversion.add_translation(
@@ -317,63 +348,72 @@ def _add_deepspeed(value: Any, foreign: ForeignSettings, conversion: ConvertedSe
     deepspeed.translate_deepspeed_settings(
         read_settings_tree(deepspeed_file),
         conversion,
-        outer_values=foreign.value_by_name,
+        outer_values=other_trainer.value_by_name,
         prefix=f"{deepspeed_file.name}: ",
     )
 
 
 def _add_accelerate_deepspeed(
-    block: dict[str, Any], foreign: ForeignSettings, conversion: ConvertedSettings, file_dir: Path
+    block: dict[str, Any], other_trainer: OtherTrainerSettings, conversion: ConvertedSettings, file_dir: Path
 ) -> None:
-    """Translate `deepspeed_config` of accelerate, such as {"zero_stage": 3, "offload_optimizer_device": "cpu"}.
+    """Translate accelerate's block `deepspeed_config` into `conversion`: {"zero_stage": 3, "offload_optimizer_device": "cpu"}.
 
-    It may name a file of DeepSpeed. Its other settings have names of accelerate (`deepspeed_names`), or names of other trainers.
+    It may name a file of DeepSpeed's settings. Its other settings are of `zero_optimization`, or have a rule because other
+    trainers have them too; those without a rule are noted as unsupported. `other_trainer`: all settings of the file as text.
     """
-    deepspeed_names = {
-        # accelerate's names, with DeepSpeed's in `zero_optimization`.
-        "zero_stage": "stage",
-        "offload_optimizer_device": "offload_optimizer",
-        "offload_param_device": "offload_param",
-    }
     for key, value in block.items():
         setting_name = f"deepspeed_config.{key}"
         if key == "deepspeed_config_file":
-            _add_deepspeed(value, foreign, conversion, file_dir)
-        elif key in deepspeed_names:
-            # As a block of DeepSpeed with this setting alone, so that the overrides are exactly those of this setting.
-            zero_block: dict[str, Any] = {"stage": block.get("zero_stage", 2)}
-            if key != "zero_stage":
-                zero_block[deepspeed_names[key]] = {"device": to_cli_text(value)}
-            zero_conversion = ConvertedSettings(conversion.trainer)
-            deepspeed.translate_deepspeed_settings({"zero_optimization": zero_block}, zero_conversion)
-            overrides = zero_conversion.overrides
+            _add_deepspeed_settings(value, other_trainer, conversion, file_dir)
+        elif key in ZERO_KEY_BY_ACCELERATE_KEY:
+            overrides = _overrides_of_accelerate_zero_setting(key, value, block)
             conversion.add_translation(setting_name, value, TranslatedSetting(overrides, not_needed=not overrides))
-        elif normalised_name(key) in RULES_BY_FOREIGN_NAME:
-            settings = ForeignSettings({**foreign.value_by_name, normalised_name(key): to_cli_text(value)})
+        elif normalised_name(key) in RULES_BY_OTHER_NAME:
+            settings = OtherTrainerSettings({**other_trainer.value_by_name, normalised_name(key): to_cli_text(value)})
             translation = translate(key, settings) or TranslatedSetting(note=UNKNOWN_SETTING_REASON)
             conversion.add_translation(setting_name, value, translation)
         else:
             conversion.add_unsupported(setting_name, value, deepspeed.NOT_PASSED_ON_REASON)
 
 
-def _add_fsdp(key: str, tree: Mapping[str, Any], foreign: ForeignSettings, conversion: ConvertedSettings) -> None:
-    """Translate `fsdp` or `fsdp_config` (`key`) of the file `tree` into `conversion`.
+def _overrides_of_accelerate_zero_setting(key: str, value: Any, block: Mapping[str, Any]) -> dict[str, str]:
+    """The settings of shardtune for one ZeRO setting of accelerate's `block`: `zero_stage`, 3 -> {"strategy": "zero3"}.
 
-    The strategy follows from both together. It is added once: with `fsdp` if that is set, otherwise with `fsdp_config`. Then each
-    setting of the block `fsdp_config` gets a note: not needed, translated or unsupported.
+    The setting is translated as a DeepSpeed file that has it alone, beside the stage on which its meaning depends.
+    """
+    default_stage = 2  # accelerate's own
+    zero_block: dict[str, Any] = {"stage": block.get("zero_stage", default_stage)}
+    if key != "zero_stage":
+        zero_block[ZERO_KEY_BY_ACCELERATE_KEY[key]] = {"device": to_cli_text(value)}
+    zero_conversion = ConvertedSettings(ACCELERATE)
+    deepspeed.translate_deepspeed_settings({"zero_optimization": zero_block}, zero_conversion)
+    return zero_conversion.overrides
+
+
+def _add_fsdp(
+    key: str, tree: Mapping[str, Any], other_trainer: OtherTrainerSettings, conversion: ConvertedSettings
+) -> None:
+    """Translate `fsdp` or `fsdp_config` (`key`) of the file `tree` of Hugging Face's Trainer or of accelerate into `conversion`.
+
+    Called once for each of the two that the file has. The strategy follows from both together and is added once: with `fsdp` if
+    that is set, otherwise with `fsdp_config`. The settings within `fsdp_config` are translated or noted one by one.
     """
     has_fsdp = tree.get("fsdp") not in (None, "", [])
     block = tree.get("fsdp_config")
     if not isinstance(block, dict):
         block = {}
     if key == "fsdp" or not has_fsdp:
-        conversion.add_translation(key, tree[key], rules.fsdp_strategy(_fsdp_option_text(tree, block), foreign))
-    if key != "fsdp_config":
-        return
+        conversion.add_translation(key, tree[key], rules.fsdp_strategy(_fsdp_option_text(tree, block), other_trainer))
+    if key == "fsdp_config":
+        _add_fsdp_block(block, conversion)
+
+
+def _add_fsdp_block(block: Mapping[str, Any], conversion: ConvertedSettings) -> None:
+    """Translate the settings within the block `fsdp_config`, or note each as not needed or unsupported, in `conversion`."""
     for name, value in block.items():
         setting_name = f"fsdp_config.{name}"
         bare_name = name.removeprefix("fsdp_")
-        if bare_name in FSDP_WRAPPING_SETTINGS:
+        if bare_name in FSDP_SETTINGS_NOT_NEEDED:
             note = "the repeated blocks of the model are sharded, and export/ is written, without it"
             translation = TranslatedSetting(note=note, not_needed=True)
         elif bare_name in ("sharding_strategy", "offload_params", "reshard_after_forward"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from launch.config.importers import rules
-from launch.config.importers.equivalent import ForeignSettings, TranslatedSetting, parse_number
+from launch.config.importers.equivalent import OtherTrainerSettings, TranslatedSetting, parse_number
 from launch.config.importers.rules import Rule, choice, not_needed, renamed_to, switch, without_equivalent
 
 LORA = {"tuning": "lora"}
@@ -26,7 +26,7 @@ RUN = {
     **_rules("nproc_per_node num_processes n_gpu num_gpus", renamed_to("launcher.processes")),
     **_rules("nnodes num_machines", renamed_to("launcher.nodes")),
     **_rules("machine_rank", renamed_to("launcher.node_rank")),
-    **_rules("main_process_ip main_process_port", lambda value, foreign: _rendezvous(foreign)),
+    **_rules("main_process_ip main_process_port", lambda value, other_trainer: _rendezvous(other_trainer)),
     **_rules("use_cpu", switch({"run.device": "cpu"})),
     **_rules("ddp_timeout", renamed_to("run.timeout_s")),
     **_rules("max_steps", rules.step_budget),
@@ -215,7 +215,7 @@ REPORTING = {
     ),
     **_rules("eval_steps", rules.evaluation_interval),
     **_rules("evals_per_epoch", without_equivalent("evaluation.every_steps says how often")),
-    **_rules("eval_strategy evaluation_strategy", lambda value, foreign: _evaluation_strategy(value)),
+    **_rules("eval_strategy evaluation_strategy", lambda value, other_trainer: _evaluation_strategy(value)),
     **_rules("per_device_eval_batch_size eval_batch_size", renamed_to("evaluation.batch")),
     **_rules(
         "metric_for_best_model",
@@ -233,7 +233,7 @@ REPORTING = {
     ),
     **_rules("predict_with_generate", without_equivalent("evaluation.generate.samples=N writes and scores answers")),
 }
-RULES_BY_FOREIGN_NAME: dict[str, Rule] = {**RUN, **MODEL, **DATA, **REINFORCEMENT, **OPTIMIZER, **REPORTING}
+RULES_BY_OTHER_NAME: dict[str, Rule] = {**RUN, **MODEL, **DATA, **REINFORCEMENT, **OPTIMIZER, **REPORTING}
 
 
 def normalised_name(name: str) -> str:
@@ -241,14 +241,14 @@ def normalised_name(name: str) -> str:
     return name.lstrip("-+~").replace("-", "_").rsplit(".", 1)[-1].lower()
 
 
-def translate(name: str, foreign: ForeignSettings) -> TranslatedSetting | None:
-    """Our settings for the setting `name` of another trainer; None if no other trainer has a setting of that name.
+def translate(name: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting | None:
+    """The settings of shardtune for the setting `name` of another trainer; None if there is no rule for that name.
 
-    `foreign`: all settings of the other trainer, with the value of this one among them.
+    `other_trainer`: all settings of the other trainer, with the value of this one among them.
     """
     key = normalised_name(name)
-    rule = RULES_BY_FOREIGN_NAME.get(key)
-    return None if rule is None else rule(foreign.value_by_name[key], foreign)
+    rule = RULES_BY_OTHER_NAME.get(key)
+    return None if rule is None else rule(other_trainer.value_by_name[key], other_trainer)
 
 
 def _pair_loss(value: str) -> TranslatedSetting:
@@ -276,12 +276,12 @@ def _saving_strategy(value: str) -> TranslatedSetting:
     return TranslatedSetting(note="checkpoint.every_steps or checkpoint.every_minutes says how often")
 
 
-def _rendezvous(foreign: ForeignSettings) -> TranslatedSetting:
+def _rendezvous(other_trainer: OtherTrainerSettings) -> TranslatedSetting:
     """Our `launcher.rdzv` from the address and port of accelerate's main process; one host alone finds a free port."""
-    if (parse_number(foreign.get("num_machines")) or 1) < 2:
+    if (parse_number(other_trainer.get("num_machines")) or 1) < 2:
         return TranslatedSetting(note="one host alone finds a free port", not_needed=True)
-    host = foreign.get("main_process_ip")
-    port = foreign.get("main_process_port")
+    host = other_trainer.get("main_process_ip")
+    port = other_trainer.get("main_process_port")
     if not host or not port:
         return TranslatedSetting(note="launcher.rdzv=<host>:<port> says where several hosts meet")
     return TranslatedSetting({"launcher.rdzv": f"{host}:{port}"})

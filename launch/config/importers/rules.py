@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launch.config.importers.equivalent import (
-    ForeignSettings,
+    OtherTrainerSettings,
     TranslatedSetting,
     format_number,
     is_set,
@@ -17,10 +17,10 @@ from launch.config.importers.equivalent import (
     parse_number,
 )
 
-Rule = Callable[[str, ForeignSettings], TranslatedSetting]
+Rule = Callable[[str, OtherTrainerSettings], TranslatedSetting]
 """Translates one setting of another trainer: takes its value as text, and all settings of that trainer.
 
-Many rules need the value alone; they take the other settings too, because all rules are called alike.
+Many rules need the value alone, some the other settings alone; they take both, because all rules are called alike.
 """
 MICRO_BATCH_NAMES = (
     "per_device_train_batch_size",
@@ -94,7 +94,7 @@ def renamed_to(key: str) -> Rule:
 def switch(overrides_if_on: dict[str, str], note: str = "") -> Rule:
     """A rule for a switch: our settings are `overrides_if_on` if it is true; if it is false, none is needed."""
 
-    def rule(value: str, _: ForeignSettings) -> TranslatedSetting:
+    def rule(value: str, _: OtherTrainerSettings) -> TranslatedSetting:
         if is_true(value):
             return TranslatedSetting(overrides_if_on, note)
         return TranslatedSetting(not_needed=True)
@@ -102,17 +102,17 @@ def switch(overrides_if_on: dict[str, str], note: str = "") -> Rule:
     return rule
 
 
-def choice(key: str, table: dict[str, str], note: str = "") -> Rule:
-    """A rule for a setting with named choices. `table`: for each choice of our setting `key`, the names that others use for it.
+def choice(key: str, other_names_by_choice: dict[str, str], note: str = "") -> Rule:
+    """A rule for a setting with named choices: for each choice of shardtune's setting `key`, the names that others use for it.
 
-    Such as {"adamw": "adamw_torch adamw_hf"}: the names have blanks between them.
+    `other_names_by_choice`: such as {"adamw": "adamw_torch adamw_hf"}, with blanks between the names.
     """
 
-    def rule(value: str, _: ForeignSettings) -> TranslatedSetting:
-        for our_name, foreign_names in table.items():
-            if value.lower() in foreign_names.split():
-                return TranslatedSetting({key: our_name}, note)
-        return TranslatedSetting(note=f"there is no {value} here; {key} is one of {', '.join(table)}")
+    def rule(value: str, _: OtherTrainerSettings) -> TranslatedSetting:
+        for our_choice, other_names in other_names_by_choice.items():
+            if value.lower() in other_names.split():
+                return TranslatedSetting({key: our_choice}, note)
+        return TranslatedSetting(note=f"there is no {value} here; {key} is one of {', '.join(other_names_by_choice)}")
 
     return rule
 
@@ -127,16 +127,16 @@ def not_needed(why: str) -> Rule:
     return lambda value, _: TranslatedSetting(note=why, not_needed=True)
 
 
-def batch_sizes(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+def batch_sizes(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
     """Our `batch.micro` and `batch.global` from another trainer's batch size per device, accumulation steps and ranks.
 
     2 per device, 8 accumulation steps and 4 ranks are batch.micro=2 batch.global=64. If the other trainer's settings have a
     global batch, that is taken instead of the product. Without a batch per device there is only a note. `value` is not read,
     because this is the rule of each of these settings, which are read together.
     """
-    micro = parse_number(foreign.get(*MICRO_BATCH_NAMES))
-    accumulation = parse_number(foreign.get("gradient_accumulation_steps")) or 1
-    global_batch = parse_number(foreign.get("train_batch_size"))
+    micro = parse_number(other_trainer.get(*MICRO_BATCH_NAMES))
+    accumulation = parse_number(other_trainer.get("gradient_accumulation_steps")) or 1
+    global_batch = parse_number(other_trainer.get("train_batch_size"))
     overrides = {} if micro is None else {"batch.micro": format_number(micro)}
     if global_batch is not None:
         return TranslatedSetting({**overrides, "batch.global": format_number(global_batch)})
@@ -144,27 +144,27 @@ def batch_sizes(value: str, foreign: ForeignSettings) -> TranslatedSetting:
         return TranslatedSetting(
             note="it is derived: set batch.global, the documents of a whole step (per device x accumulation x ranks)"
         )
-    ranks = foreign.ranks or 1
+    ranks = other_trainer.ranks or 1
     overrides["batch.global"] = format_number(micro * accumulation * ranks)
     ranks_text = f"{ranks} ranks" if ranks > 1 else f"{ranks} rank"
     note = (
         f"batch.global: {format_number(micro)} per device x {format_number(accumulation)} accumulation x {ranks_text}"
     )
-    if not foreign.ranks:
+    if not other_trainer.ranks:
         note += "; with more ranks, times their number"
     return TranslatedSetting(overrides, note)
 
 
-def step_budget(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+def step_budget(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
     """A budget in steps. -1 means no limit in the other trainers."""
     if (parse_number(value) or 0) > 0:
         return TranslatedSetting({"budget.steps": value})
     return TranslatedSetting(note="no limit; budget.epochs says how long", not_needed=True)
 
 
-def epoch_budget(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+def epoch_budget(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
     """A budget in passes over the data, unless steps are given."""
-    if (parse_number(foreign.get("max_steps")) or 0) > 0:
+    if (parse_number(other_trainer.get("max_steps")) or 0) > 0:
         return TranslatedSetting(
             note="max_steps goes before it there, and exactly one budget is given here", not_needed=True
         )
@@ -173,12 +173,15 @@ def epoch_budget(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     return TranslatedSetting({"budget.epochs": epochs})
 
 
-def held_out_share(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """A share of the training data that is kept for evaluation. A number of documents cannot become one here."""
+def held_out_share(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
+    """Our `data.eval_share`: the share of the training data that is kept for evaluation; a note for a number of documents.
+
+    `other_trainer` is not read; every rule takes it.
+    """
     share = parse_number(value) or 0
     if share == 0:
         return TranslatedSetting(not_needed=True)
-    if share <= 0.5:
+    if share <= 0.5:  # more is a number of documents: nobody keeps more than half of the data back
         return TranslatedSetting({"data.eval_share": format_number(share)})
     return TranslatedSetting(
         note=f"a number of documents is no share; set data.eval_share to {value} over the number of documents"
@@ -186,29 +189,32 @@ def held_out_share(value: str, foreign: ForeignSettings) -> TranslatedSetting:
 
 
 def precision_switch(kind: str) -> Rule:
-    """A rule for `fp16` or `bf16` (`kind`), which are two switches in other trainers and one setting, `precision`, here.
+    """A rule for the switch `fp16` or `bf16` (`kind`) of other trainers: see `_translate_precision_switch`."""
+    return lambda value, other_trainer: _translate_precision_switch(kind, value, other_trainer)
+
+
+def _translate_precision_switch(kind: str, value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
+    """Shardtune's one setting `precision` for the switch `fp16` or `bf16` (`kind`), which are two switches in other trainers.
 
     - The switch is auto: precision=auto.
     - It is on: precision=<kind>.
-    - It is off and the other one is on or auto: nothing, since the other one decides.
+    - It is off and the other one is on or auto: no setting is needed, since the other one decides.
     - It is off, and so is the other one: precision=fp32.
+
+    `other_trainer`: all settings of the other trainer, of which the other switch is read.
     """
-
-    def rule(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-        if value.lower() == "auto":
-            return TranslatedSetting({"precision": "auto"})
-        if is_true(value) or value.lower() == "full":
-            return TranslatedSetting({"precision": kind})
-        other_kind = "bf16" if kind == "fp16" else "fp16"
-        is_other_auto = str(foreign.value_by_name.get(other_kind)).lower() == "auto"
-        if is_true(foreign.get(other_kind)) or is_other_auto:
-            return TranslatedSetting(not_needed=True)
-        return TranslatedSetting({"precision": "fp32"}, "off means fp32 there; auto takes what the card has")
-
-    return rule
+    if value.lower() == "auto":
+        return TranslatedSetting({"precision": "auto"})
+    if is_true(value) or value.lower() == "full":
+        return TranslatedSetting({"precision": kind})
+    other_kind = "bf16" if kind == "fp16" else "fp16"
+    is_other_auto = str(other_trainer.value_by_name.get(other_kind)).lower() == "auto"  # `get` takes auto as not set
+    if is_true(other_trainer.get(other_kind)) or is_other_auto:
+        return TranslatedSetting(not_needed=True)
+    return TranslatedSetting({"precision": "fp32"}, "off means fp32 there; auto takes what the card has")
 
 
-def lora_targets(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+def lora_targets(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
     """The layers that get LoRA adapters: all linear ones, a regular expression, or a list of names."""
     names = list_entries(value)
     if names in (["all"], ["all-linear"], ["all_linear"]):
@@ -218,7 +224,7 @@ def lora_targets(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     return TranslatedSetting({"tuning": "lora", "tuning.targets": layers})
 
 
-def tuning_method(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+def tuning_method(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
     """Our `tuning` for a method's name elsewhere: `qlora` is tuning=lora model.quantisation=nf4; a note for an unknown name."""
     overrides_by_name = {
         "lora": {"tuning": "lora"},
@@ -240,7 +246,7 @@ def tuning_method(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     return TranslatedSetting(overrides)
 
 
-def quantisation_bits(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+def quantisation_bits(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
     """Our `model.quantisation` for a number of bits in which the frozen base model is stored."""
     quantisation = {"4": "nf4", "8": "int8"}.get(value)
     if quantisation is None:
@@ -248,8 +254,11 @@ def quantisation_bits(value: str, foreign: ForeignSettings) -> TranslatedSetting
     return TranslatedSetting({"model.quantisation": quantisation})
 
 
-def report_to(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """Our `logging` settings for a list of trackers: `[wandb]` is logging.wandb=online; `all` and `none` stand for lists."""
+def report_to(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
+    """Our `logging` settings for a list of trackers: `[wandb]` is logging.wandb=online, `none` is logging.wandb=disabled.
+
+    `all` turns on wandb and tensorboard alone, since the others need a server or an account. Other names get a note.
+    """
     trackers = [name.lower() for name in list_entries(value)]
     has_all = "all" in trackers
     overrides = {"logging.wandb": "online" if has_all or "wandb" in trackers else "disabled"}
@@ -264,26 +273,29 @@ def report_to(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     return TranslatedSetting(overrides, note)
 
 
-def adam_betas(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+def adam_betas(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
     """Adam's two decay rates, which are two settings in other trainers and one list, `optim.betas`, here."""
-    first = foreign.get("adam_beta1") or 0.9
-    second = foreign.get("adam_beta2") or 0.999
+    first = other_trainer.get("adam_beta1") or 0.9
+    second = other_trainer.get("adam_beta2") or 0.999
     return TranslatedSetting({"optim.betas": f"[{first},{second}]"})
 
 
-def warmup_length(value: str, foreign: ForeignSettings) -> TranslatedSetting:
-    """Our warmup for a number of steps, or a share of all steps if below 1. 0 is no warmup, unless `warmup_ratio` is set."""
+def warmup_length(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
+    """Our warmup for a number of steps, or a share of all steps if below 1. 0 is no warmup, unless `warmup_ratio` is set.
+
+    Text that is no number stays as it is, so that our own validation refuses it.
+    """
     steps_or_share = parse_number(value)
     if steps_or_share is not None and 0 < steps_or_share < 1:
         return TranslatedSetting({"schedule.warmup_share": format_number(steps_or_share)})
     if steps_or_share == 0:
-        if foreign.get("warmup_ratio"):
+        if other_trainer.get("warmup_ratio"):
             return TranslatedSetting(not_needed=True)  # the ratio says it
         return TranslatedSetting({"schedule.warmup_share": "0"})
     return TranslatedSetting({"schedule.warmup_steps": value})
 
 
-def save_interval(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+def save_interval(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
     """Our `checkpoint.every_steps` for a number of steps; a note for a share of the run (below 1), which has no equivalent."""
     steps_or_share = parse_number(value)
     if steps_or_share is None or steps_or_share < 1:
@@ -291,7 +303,7 @@ def save_interval(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     return TranslatedSetting({"checkpoint.every_steps": format_number(steps_or_share)})
 
 
-def evaluation_interval(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+def evaluation_interval(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
     """Our `evaluation.every_steps` for a number of steps; a note for a share of the run (below 1), which has no equivalent."""
     steps_or_share = parse_number(value)
     if steps_or_share is None or steps_or_share < 1:
@@ -299,11 +311,13 @@ def evaluation_interval(value: str, foreign: ForeignSettings) -> TranslatedSetti
     return TranslatedSetting({"evaluation.every_steps": format_number(steps_or_share)})
 
 
-def deepspeed_stage(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+def deepspeed_stage(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
     """The strategy for the settings file of DeepSpeed at the path `value`.
 
     - The file is here: by the ZeRO stage in it; a note if it cannot be read or has no such stage.
     - It is not here: by the stage in its name, so that `ds_z3.json` is strategy=zero3; a note if the name says none.
+
+    `other_trainer` is not read; every rule takes it.
     """
     path = Path(value).expanduser()
     tree = None
@@ -336,8 +350,8 @@ def zero_overrides(zero_block: dict[str, object]) -> dict[str, str]:
         return {"strategy": "ddp"}
     overrides = {"strategy": f"zero{stage}"}
     our_names = {"offload_optimizer": "offload_optimizer", "offload_param": "offload_parameters"}
-    for foreign_name, our_name in our_names.items():
-        offload = zero_block.get(foreign_name)
+    for deepspeed_key, our_name in our_names.items():
+        offload = zero_block.get(deepspeed_key)
         if not isinstance(offload, dict) or offload.get("device") not in ("cpu", "nvme"):
             continue
         overrides[f"strategy.{our_name}"] = str(offload["device"])
@@ -346,19 +360,22 @@ def zero_overrides(zero_block: dict[str, object]) -> dict[str, str]:
     return overrides
 
 
-def fsdp_strategy(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+def fsdp_strategy(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
     """The strategy for FSDP's options: `full_shard,offload` is strategy=fsdp2 strategy.cpu_offload=true. By the options:
 
     - none, or false: nothing is needed;
     - `no_shard`: ddp, with a note if `offload` is beside it, since ddp keeps its parameters on the GPUs;
-    - one with `hybrid`: hsdp; anything else: fsdp2.
+    - one with `hybrid`: hsdp; anything else: fsdp2, which keeps gathered parameters for the backward pass (as ZeRO 2 does)
+      under `shard_grad_op`.
+
+    `other_trainer` is not read; every rule takes it.
     """
     options = value.lower()
     if not list_entries(value) or options == "false":
         return TranslatedSetting(not_needed=True)
     if "no_shard" in options:
         note = "ddp offloads nothing; strategy=fsdp2 strategy.cpu_offload=true shards and offloads"
-        return TranslatedSetting({"strategy": "ddp"}, note if "offload" in options else "")
+        return TranslatedSetting({"strategy": "ddp"}, note=note if "offload" in options else "")
     overrides = {"strategy": "hsdp" if "hybrid" in options else "fsdp2"}
     if "shard_grad_op" in options:
         overrides["strategy.reshard_after_forward"] = "false"
@@ -367,7 +384,7 @@ def fsdp_strategy(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     return TranslatedSetting(overrides)
 
 
-def train_on_prompts(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+def train_on_prompts(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
     """Our `data.learn.roles` for a switch that lets the loss cover prompts as well as answers."""
     if not is_true(value):
         return TranslatedSetting(not_needed=True)
@@ -376,16 +393,16 @@ def train_on_prompts(value: str, foreign: ForeignSettings) -> TranslatedSetting:
     )
 
 
-def objective_or_dpo_loss(value: str, foreign: ForeignSettings) -> TranslatedSetting:
+def objective_or_dpo_loss(value: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting:
     """Our `objective` for another trainer's name. A variant of DPO's loss is an objective elsewhere, a setting of dpo here."""
     if value.lower() in LOSS_TYPES_OF_DPO:
         return TranslatedSetting({"objective": "dpo", "objective.loss_type": value.lower()})
-    return choice("objective", OBJECTIVE_NAMES)(value, foreign)
+    return choice("objective", OBJECTIVE_NAMES)(value, other_trainer)
 
 
 def translate_optimizer_name(name: str) -> TranslatedSetting:
     """Our `optim` for another trainer's name of an optimizer: `adamw_torch` is optim=adamw; a note for an unknown name."""
-    return choice("optim", OPTIMIZER_NAMES)(name, ForeignSettings({}))
+    return choice("optim", OPTIMIZER_NAMES)(name, OtherTrainerSettings({}))
 
 
 RULE_BY_GROUP: dict[str, Rule] = {

@@ -13,10 +13,11 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from launch.config import overrides, trusted_values
+from launch.config import trusted_values
 from launch.config.code_digest import NoDigest, task_code_digest
 from launch.config.compose import apply_overrides, compose_config, load_frozen_config, recompose_frozen_config
 from launch.config.frozen import _identifying_settings, _settings_sha256
+from launch.config.known_settings import all_settings
 from launch.config.outside_values import outside_values
 from launch.config.read_run import may_write_results
 from launch.evaluate.plan import GROUPS_BESIDE_RUN
@@ -432,7 +433,7 @@ def test_training_goes_on_where_allowed_values_cannot_be_stored(site, monkeypatc
 
 
 def test_settings_say_at_their_own_field_what_they_reach():
-    silent = {key for key in overrides.all_settings() if traits_by_key()[key].reach is None}
+    silent = {key for key in all_settings() if traits_by_key()[key].reach is None}
     assert silent == set(), (
         "say at these fields whether they describe a run or reach out of it: setting(..., reach=...)"
     )

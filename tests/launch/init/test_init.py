@@ -10,9 +10,9 @@ import pytest
 from launch.config.compose import compose_config
 from launch.config.importers.conversion import ConvertedSettings
 from launch.config.importers.datasets import translate_axolotl_datasets
-from launch.config.importers.equivalent import ForeignSettings
+from launch.config.importers.equivalent import OtherTrainerSettings
 from launch.config.importers.rules import fsdp_strategy
-from launch.config.overrides import all_settings
+from launch.config.known_settings import all_settings
 from launch.init.file import SHOWN_KEYS
 from launch.main import main
 from tests.helpers.building import model_dir
@@ -315,9 +315,9 @@ def test_rules_of_whole_files(tmp_path, capsys, text, set_, unset):
 
 
 def test_offload_beside_no_shard_is_told_as_a_difference():
-    translation = fsdp_strategy("no_shard,offload", ForeignSettings({}))
+    translation = fsdp_strategy("no_shard,offload", OtherTrainerSettings({}))
     assert translation.overrides == {"strategy": "ddp"} and "strategy.cpu_offload=true" in translation.note
-    assert fsdp_strategy("NO_SHARD", ForeignSettings({})).note == ""
+    assert fsdp_strategy("NO_SHARD", OtherTrainerSettings({})).note == ""
 
 
 @pytest.mark.parametrize("data_files", ["a.jsonl", ["a.jsonl", "gone.jsonl"]])
