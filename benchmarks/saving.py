@@ -48,7 +48,7 @@ class Turns:
                 return save(made, engine, progress, must_succeed=True)
             self.began.append((way, time.perf_counter()))
             if way == "not at all":
-                tensors = [each.values for each in engine.state(progress).local]
+                tensors = [each.values for each in engine.state(progress).local_elements]
                 self.began[-1] = (way, self._copied(tensors, torch))
                 return False
             made.config.background = way == "background"

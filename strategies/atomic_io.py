@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -214,32 +215,32 @@ def publish_directory(source: Path, target: Path) -> None:
     sync_directory(target.parent)
 
 
-def publish_directory_replacing(source: Path, target: Path, replaced: Path) -> None:
+def publish_directory_replacing(source: Path, target: Path, set_aside: Path) -> None:
     """Give the finished directory `source` the name `target`, which another directory has, and delete the other one.
 
     The two names are swapped atomically, so a power cut leaves one of the directories under `target`, complete. If the file
-    system cannot swap names, the old directory is first renamed to `replaced`, then the new one to `target`. After a power cut
-    between the two, the caller finds `replaced` and must rename it back. Raises OSError if that fails.
+    system cannot swap names, the old directory is first renamed to `set_aside`, then the new one to `target`. After a power cut
+    between the two, the caller finds `set_aside` and must rename it back. Raises OSError if a step before the deletion fails.
     """
     sync_directory(source)
-    if replaced.exists():
-        disk.remove_tree(replaced)  # an earlier call was cut short before it deleted this; `target` is complete
+    if set_aside.exists():
+        disk.remove_tree(set_aside)  # an earlier call was cut short before it deleted this; `target` is complete
     try:
         disk.swap_names(source, target)
     except OSError as error:
         if error.errno not in RENAME_EXCHANGE_UNSUPPORTED_ERRNOS:
             raise
-        disk.rename(target, replaced)
+        disk.rename(target, set_aside)
         try:
             disk.rename(source, target)
         except OSError:
-            disk.rename(replaced, target)
+            disk.rename(set_aside, target)
             raise
     else:
-        disk.rename(source, replaced)
+        disk.rename(source, set_aside)
     sync_directory(target.parent)
     with suppress(OSError):  # if it stays, it is in nobody's way
-        disk.remove_tree(replaced)
+        disk.remove_tree(set_aside)
 
 
 def call_until_visible(
@@ -284,7 +285,7 @@ class RetryingReader:
         self._disk_has_failed = False
         """Whether a file could not be read in three attempts, so that the next files get only one."""
 
-    def read(
+    def read_with_retries(
         self,
         path: Path,
         read_file: Callable[[], Returned],
@@ -292,13 +293,14 @@ class RetryingReader:
     ) -> Returned:
         """Call `read_file`, which opens `path` and reads it from its beginning, and return its result.
 
-        `read_file` is called again after errors that may be temporary. `invisible_errnos`: errors by which a network file system
-        hides a file that another host has just written. Raises the OSError of the last attempt.
+        `read_file` is called again after errors that may be temporary: a file that is not visible yet, unless the checkpoint was
+        deleted; and a disk error, unless the disk has failed at an earlier file. `invisible_errnos`: errors by which a network
+        file system hides a file that another host has just written. Raises the OSError of the last attempt.
         """
         for pause_s in RETRY_PAUSES_S:
             try:
                 return call_until_visible(read_file, invisible_errnos, self._was_deleted)
-            except FileTooShort:
+            except FileTooShort:  # has the number of a disk error, but will not become longer
                 raise
             except OSError as error:
                 if error.errno not in TRANSIENT_ERRNOS or self._disk_has_failed:
@@ -338,8 +340,8 @@ class OpenDirectory:
         self.close = weakref.finalize(self, os.close, self._descriptor)
         """Lets go of the directory."""
 
-    def find(self) -> Path | None:
-        """Where the directory is now; None if it was deleted, or is where this process cannot find it. Sets `path` to it.
+    def find_directory(self) -> Path | None:
+        """Where the open directory is now; None if it was deleted, or is where this process cannot find it. Sets `path` to it.
 
         Raises OSError if the directory cannot be looked at.
         """
@@ -349,7 +351,7 @@ class OpenDirectory:
             if error.errno == errno.ESTALE:  # a network file system: deleted there
                 return None
             raise
-        for path in self._candidate_paths():
+        for path in self._candidate_paths():  # whichever of them has the same identity: device and inode
             with suppress(FileNotFoundError, NotADirectoryError):
                 status = path.stat()
                 is_same_directory = (status.st_dev, status.st_ino) == (own_status.st_dev, own_status.st_ino)
@@ -359,7 +361,10 @@ class OpenDirectory:
         return None
 
     def _candidate_paths(self) -> Iterator[Path]:
-        """Where the directory may be: its last known path, the path that Linux names, and for other systems its siblings."""
+        """Where the directory may be: its last known path, the path that Linux names, and for other systems its siblings.
+
+        None is checked here.
+        """
         yield self.path
         parent = self.path.absolute().parent
         with suppress(OSError):
@@ -385,13 +390,13 @@ def read_exactly(descriptor: int, into: memoryview, offset: int) -> None:
         offset += num_read
 
 
-def read_bytes(path: Path, *, max_bytes: int, patient: bool = False) -> bytes:
+def read_bytes(path: Path, *, max_bytes: int, wait_until_visible: bool = False) -> bytes:
     """The content of a regular file of at most `max_bytes` bytes. Raises OSError if that fails.
 
-    `patient`: another host may have just written it, so wait until it is visible.
+    `wait_until_visible`: another host may have just written it, so that it is not visible yet.
     """
-    if patient:
-        return RetryingReader().read(path, lambda: read_bytes(path, max_bytes=max_bytes))
+    if wait_until_visible:
+        return RetryingReader().read_with_retries(path, lambda: read_bytes(path, max_bytes=max_bytes))
     with open_regular_file(path) as (descriptor, size):
         if size > max_bytes:
             raise OSError(errno.EFBIG, f"has {size} bytes, more than {max_bytes}", str(path))
@@ -406,29 +411,32 @@ def file_difference(directory: Path, expected: WrittenFile, reader: RetryingRead
     Reads the whole file and raises nothing: a file that cannot be read differs. `reader`: shared by the files of a checkpoint,
     so that a disk that has failed is waited for once.
     """
-    buffer = memoryview(bytearray(min(CHUNK_BYTES, max(1, expected.size))))
-
-    def compare() -> str | None:
-        """How the file differs; None if it does not. Reads it from its beginning. Raises OSError if that fails."""
-        digest = hashlib.sha256()
-        with open_regular_file(path) as (descriptor, size):
-            if size != expected.size:
-                return f"{expected.name} has {size} bytes instead of {expected.size}"
-            for offset in range(0, size, len(buffer)):
-                chunk = buffer[: min(len(buffer), size - offset)]
-                read_exactly(descriptor, chunk, offset)
-                digest.update(chunk)
-        if digest.hexdigest() != expected.sha256:
-            return f"{expected.name} does not have the bytes that were written"
-        return None
-
     path = directory / expected.name
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, max(1, expected.size))))
     try:
-        return (reader or RetryingReader()).read(path, compare)  # calls `compare`, again after an error that may pass
+        return (reader or RetryingReader()).read_with_retries(path, partial(_read_and_compare, path, expected, buffer))
     except OSError as error:
         if error.errno == errno.ENOENT:
             return f"{expected.name} is missing"
         return f"{expected.name} cannot be read ({error_summary(error)})"
+
+
+def _read_and_compare(path: Path, expected: WrittenFile, buffer: memoryview) -> str | None:
+    """A sentence on how the file differs from `expected`; None if it does not. Reads it, by chunks as large as `buffer`.
+
+    Raises OSError if that fails.
+    """
+    digest = hashlib.sha256()
+    with open_regular_file(path) as (descriptor, size):
+        if size != expected.size:
+            return f"{expected.name} has {size} bytes instead of {expected.size}"
+        for offset in range(0, size, len(buffer)):
+            chunk = buffer[: min(len(buffer), size - offset)]
+            read_exactly(descriptor, chunk, offset)  # fills the chunk
+            digest.update(chunk)
+    if digest.hexdigest() != expected.sha256:
+        return f"{expected.name} does not have the bytes that were written"
+    return None
 
 
 def disk_space_problem(directory: Path, needed: int) -> str | None:

@@ -201,6 +201,11 @@ def plan_of(step_module: nn.Module) -> StepPlan:
     return cast(StepModule, step_module).plan
 
 
+def units_gathered_one_at_a_time(step_module: nn.Module) -> list[nn.Module]:
+    """Modules whose parameters are gathered one at a time: the repeated blocks in forward order, then the `further_units`."""
+    return [*cast(StepModule, step_module).shard_units(), *plan_of(step_module).further_units]
+
+
 class StepModule(Protocol):
     """What a strategy shards: one root module whose forward takes a batch and returns the summed terms."""
 
@@ -396,7 +401,7 @@ class Engine(Protocol):
         Raises on every rank: StorageError if files cannot be used, ConfigError if the state is of another kind of run.
         """
 
-    def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
+    def gather_full_parameters(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
         """(plain name, full parameter on the CPU), one by one; None in place of the tensor on all ranks but 0.
 
         Gathering communicates: all ranks must exhaust the iterator.

@@ -64,7 +64,7 @@ def _import_blocked(module: str) -> Iterator[None]:
         del sys.modules[module]
 
 
-def free_engine_memory(engine: Any) -> None:
+def free_deepspeed_engine(engine: Any) -> None:
     """Free the memory of an engine that is not used any more. No collective.
 
     References from inside autograd (hooks, and others under stage 3), which garbage collection does not find, keep its parameters
@@ -149,7 +149,10 @@ class SharedMemoryBackend:
         group: Any = None,
         async_op: bool = False,
     ) -> Any:
-        """Reduce `input_tensor` over the ranks of `group`, and put this rank's part into `output_tensor`. All must call."""
+        """Reduce `input_tensor` over the ranks of `group`, and put this rank's part into `output_tensor`. All must call.
+
+        Stands in for the function of that name in `torch.distributed`.
+        """
         if not self._uses_shared_memory(input_tensor, group, op):
             return self.backend.reduce_scatter_tensor(output_tensor, input_tensor, op, group=group, async_op=async_op)
         self.memory.reduce_scatter(output_tensor, input_tensor, average=_IS_AVERAGE_BY_OPERATION[op.name])
@@ -157,7 +160,7 @@ class SharedMemoryBackend:
 
 
 def route_collectives_through(memory: HostMemory | None) -> None:
-    """Let DeepSpeed's collectives go through shared memory; with None, through its own backend again."""
+    """Let DeepSpeed's collectives (`deepspeed.comm`) go through shared memory; with None, through its own backend again."""
 
     def through_memory(current: Any) -> Any:
         # An earlier engine of this process may have put our stand-in there.

@@ -14,7 +14,14 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from strategies.activation import apply_checkpointing_and_compile
-from strategies.base import Fsdp2Config, OptimizerFactory, ParameterSource, Precision, plan_of
+from strategies.base import (
+    Fsdp2Config,
+    OptimizerFactory,
+    ParameterSource,
+    Precision,
+    plan_of,
+    units_gathered_one_at_a_time,
+)
 from strategies.compat.fsdp import (
     AllGather,
     DefaultAllocMixin,
@@ -113,7 +120,10 @@ class _SharedMemoryReduceScatter(DefaultAllocMixin, ReduceScatter):
         op: Any,
         async_op: bool = False,
     ) -> None:
-        """Sum or average `input_tensor` over the ranks, and put this rank's part into `output_tensor`. Over when it returns."""
+        """Sum or average `input_tensor` over the ranks, and put this rank's part into `output_tensor`.
+
+        The signature is FSDP2's. It is over when it returns, so `async_op` has nothing to say.
+        """
         assert op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG), op
         self.memory.reduce_scatter(output_tensor, input_tensor, average=op == dist.ReduceOp.AVG)
 
@@ -136,11 +146,11 @@ class Fsdp2Engine(NativeEngine):
         self.wrapped.set_requires_all_reduce(last)
         super().backward(loss, last=last)
 
-    def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
+    def gather_full_parameters(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
         # Since the last gather, a hook may have resharded the model on rank 0 only (`state_dict` does so). Reshard it on all
         # ranks, so that all of them take part in the same all-gathers.
         self._after_weight_change()
-        yield from super().gather(trainable_only=trainable_only)
+        yield from super().gather_full_parameters(trainable_only=trainable_only)
 
     def _after_weight_change(self) -> None:
         for module in self.wrapped.modules():  # type: ignore[attr-defined]
@@ -247,14 +257,8 @@ class Fsdp2Strategy:
         )
         return engine
 
-    def _shard_blocks(self, step_module: nn.Module, compute_dtype: torch.dtype) -> dist.ProcessGroup:
-        """Let FSDP2 shard the experts, each block, and the root with what is left (embeddings, norm, head).
-
-        `compute_dtype`: the type in which blocks are gathered. Returns the group of ranks that together hold one copy of the
-        model.
-        """
-        refuse_fewer_experts_than_ranks(step_module, self.runtime.world_size // self.num_replicas, self.config.name)
-        mesh = shard_mesh(self.runtime.device, self.runtime, self.num_replicas)
+    def _fully_shard_policies(self, compute_dtype: torch.dtype) -> dict[str, Any]:
+        """The arguments of `fully_shard` about types and offloading. `compute_dtype`: in which blocks are gathered."""
         offload_policy: OffloadPolicy = OffloadPolicy()
         if self.config.cpu_offload:
             offload_policy = CPUOffloadPolicy(pin_memory=self.runtime.kind == "cuda")
@@ -264,23 +268,33 @@ class Fsdp2Strategy:
             mixed_precision = MixedPrecisionPolicy(
                 param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
-        fully_shard_settings: dict[str, Any] = {"mp_policy": mixed_precision, "offload_policy": offload_policy}
+        return {"mp_policy": mixed_precision, "offload_policy": offload_policy}
+
+    def _shard_blocks(self, step_module: nn.Module, compute_dtype: torch.dtype) -> dist.ProcessGroup:
+        """Let FSDP2 shard the experts, each block, and the root with what is left (embeddings, norm, head).
+
+        `compute_dtype`: the type in which blocks are gathered. Returns the group of ranks that together hold one copy of the
+        model. All ranks must call.
+        """
+        refuse_fewer_experts_than_ranks(step_module, self.runtime.world_size // self.num_replicas, self.config.name)
+        mesh = shard_mesh(self.runtime.device, self.runtime, self.num_replicas)
+        fully_shard_settings = self._fully_shard_policies(compute_dtype)
         self._shard_experts(step_module, fully_shard_settings)
         fully_shard_settings["mesh"] = mesh
-        for block in [*step_module.shard_units(), *plan_of(step_module).further_units]:  # type: ignore[operator]
+        for block in units_gathered_one_at_a_time(step_module):
             fully_shard(block, reshard_after_forward=self.config.reshard_after_forward, **fully_shard_settings)
         # The root's own parameters (embeddings, norm, head) are needed first in the backward pass: keep them gathered.
         fully_shard(step_module, reshard_after_forward=False, **fully_shard_settings)
         if self.runtime.simulated:
-            gather_on(step_module, self.runtime.device)
-        with real_tensors():
+            gather_on(step_module, self.runtime.device)  # by default on the CPU: the simulated group is not for GPUs
+        with real_tensors():  # the mesh reads its ranks, which are a small tensor
             return mesh["shard"].get_group()
 
     def _shard_experts(self, step_module: nn.Module, fully_shard_settings: dict[str, Any]) -> None:
         """With `parallel.experts`: let this rank keep its experts, and shard each module of experts separately from its block.
 
-        `fully_shard_settings`: the arguments of `fully_shard` except the mesh: experts are sharded over the ranks that hold
-        the same ones.
+        Experts are sharded over the ranks that hold the same ones, which are fewer than those of a block: `expert_mesh` becomes
+        their mesh. `fully_shard_settings`: the arguments of `fully_shard` except the mesh. All ranks must call.
         """
         plan = plan_of(step_module)
         if plan.expert_ranks == 1:
@@ -300,7 +314,8 @@ class Fsdp2Strategy:
         """Let FSDP2 use shared memory for its collectives instead of gloo, between CPU ranks of one host.
 
         `memory`: of the ranks that hold one copy of the model. With `parallel.experts`, modules of experts are sharded over fewer
-        ranks, which get a shared memory of their own, since the other ranks do not take part in their collectives.
+        ranks, which get a shared memory of their own, since the other ranks do not take part in their collectives. They stay with
+        gloo if there is none for them, as for a single rank. All ranks must call.
         """
         expert_memory: HostMemory | None = None
         if self.expert_mesh is not None:

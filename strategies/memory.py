@@ -52,14 +52,15 @@ def estimated_state_bytes(
     if isinstance(config, ZeroConfig):
         return _zero_state_bytes(sizes, config, precision, world_size)
     # A weight that trains, and its gradient, take four bytes each.
-    unsharded_bytes = sizes.frozen_bytes + sizes.num_trained * (4.0 + 4.0 + sizes.optimizer_bytes_per_element)
+    bytes_per_trained_element = 4.0 + 4.0 + sizes.optimizer_bytes_per_element
+    unsharded_bytes = sizes.frozen_bytes + sizes.num_trained_elements * bytes_per_trained_element
     if isinstance(config, Fsdp2Config):
         if config.cpu_offload:
             return sizes.gathered_bytes
         num_shards = world_size // num_replicas
         return sizes.gathered_bytes + unsharded_bytes / num_shards
     if precision is not Precision.fp32:
-        unsharded_bytes += 2 * sizes.num_trained  # autocast's copies
+        unsharded_bytes += 2 * sizes.num_trained_elements  # autocast's copies; frozen weights are in that type already
     return unsharded_bytes
 
 
@@ -78,7 +79,7 @@ class _ModelSizes:
 
     frozen_bytes: int
     """Bytes of the parameters that do not train, in the compute type; of packed weights as they are."""
-    num_trained: int
+    num_trained_elements: int
     """Number of parameter elements that train."""
     all_bytes: int
     """Bytes of all parameters in the compute type."""
@@ -94,37 +95,44 @@ def _model_sizes(step_module: nn.Module, bytes_per_value: int) -> _ModelSizes:
     `bytes_per_value`: bytes of a value in the type that the model computes in.
     """
 
-    def full_bytes(parameter: nn.Parameter) -> int:
-        itemsize = bytes_per_value if parameter.is_floating_point() else parameter.element_size()
-        return parameter.numel() * itemsize
-
     expert_parallel = expert_parallel_parameters(step_module)
     expert_ranks = plan_of(step_module).expert_ranks
 
     def bytes_when_gathered(parameter: nn.Parameter) -> float:
         """Bytes on a rank while the parameter is gathered. With expert parallelism, a rank gathers its own experts only."""
-        return full_bytes(parameter) / (expert_ranks if id(parameter) in expert_parallel else 1)
+        return _full_bytes(parameter, bytes_per_value) / (expert_ranks if id(parameter) in expert_parallel else 1)
 
     # Frozen models (a teacher, reward models) take memory as well.
     frozen_bytes = sum(
-        full_bytes(p) for _, p in named_parameters(step_module, include_frozen_models=True) if not p.requires_grad
+        _full_bytes(p, bytes_per_value)
+        for _, p in named_parameters(step_module, include_frozen_models=True)
+        if not p.requires_grad
     )
-    num_trained = sum(p.numel() for _, p in named_parameters(step_module) if p.requires_grad)
-    all_bytes = frozen_bytes + num_trained * bytes_per_value
+    num_trained_elements = sum(p.numel() for _, p in named_parameters(step_module) if p.requires_grad)
+    all_bytes = frozen_bytes + num_trained_elements * bytes_per_value
     block_bytes = [sum(map(bytes_when_gathered, block.parameters())) for block in step_module.shard_units()]  # type: ignore[operator]
     gathered_in_step = 0.0
     for name, parameter in named_parameters(step_module, include_frozen_models=True):
         if not name.startswith(REWARD_MODELS_PREFIX):  # those are gathered between steps
             gathered_in_step += bytes_when_gathered(parameter)
     bytes_outside_blocks = gathered_in_step - sum(block_bytes)
+    # While one block runs, the next one is gathered already.
+    gathered_bytes = 2 * max(block_bytes, default=all_bytes) + bytes_outside_blocks
     has_weight_average = plan_of(step_module).ema_decay > 0
     return _ModelSizes(
         frozen_bytes=frozen_bytes,
-        num_trained=num_trained,
+        num_trained_elements=num_trained_elements,
         all_bytes=all_bytes,
-        gathered_bytes=float(2 * max(block_bytes, default=all_bytes) + bytes_outside_blocks),
+        gathered_bytes=float(gathered_bytes),
+        # AdamW's two moments, and the average, of four bytes each.
         optimizer_bytes_per_element=12 if has_weight_average else 8,
     )
+
+
+def _full_bytes(parameter: nn.Parameter, bytes_per_value: int) -> int:
+    """Bytes of a full parameter in the type that the model computes in; of packed weights, which are integers, as they are."""
+    itemsize = bytes_per_value if parameter.is_floating_point() else parameter.element_size()
+    return parameter.numel() * itemsize
 
 
 def _zero_state_bytes(sizes: _ModelSizes, config: ZeroConfig, precision: Precision, num_ranks: int) -> float:
@@ -132,11 +140,13 @@ def _zero_state_bytes(sizes: _ModelSizes, config: ZeroConfig, precision: Precisi
     # Under stage 3 in fp32, the parameters themselves are the fp32 masters.
     master_bytes_per_element = 0 if precision is Precision.fp32 and config.stage == 3 else 4
     parameter_bytes = sizes.all_bytes / (num_ranks if config.stage == 3 else 1)
-    optimizer_bytes = sizes.num_trained * (sizes.optimizer_bytes_per_element + master_bytes_per_element) / num_ranks
-    gradient_bytes = sizes.num_trained * 4 / num_ranks
+    optimizer_bytes = (
+        sizes.num_trained_elements * (sizes.optimizer_bytes_per_element + master_bytes_per_element) / num_ranks
+    )
+    gradient_bytes = sizes.num_trained_elements * 4 / num_ranks  # stages 2 and 3 shard them, summed up in fp32
     if config.stage == 1:
         # Every rank has full gradients: in fp16 as the backward pass makes them, otherwise summed up in fp32.
-        gradient_bytes = sizes.num_trained * (2.0 if precision is Precision.fp16 else 4.0)
+        gradient_bytes = sizes.num_trained_elements * (2.0 if precision is Precision.fp16 else 4.0)
     if config.offload_optimizer != "none":
         optimizer_bytes = 0.0
     if config.offload_parameters != "none":

@@ -92,8 +92,9 @@ class NativeEngine:
         """The loss scale; None except in fp16."""
         self._steps_since_overflow = torch.zeros((), device=device)
         self._num_updates = torch.zeros((), device=device)
-        """Updates that were applied: fewer than `_num_steps` if some were skipped."""
+        """Updates that were applied, of the whole run, 0-d: fewer than `_num_steps` if some were skipped."""
         self._num_steps = 0
+        """Steps of the whole run, those whose update was skipped too."""
         plan = plan_of(step_module)
         self.optimizer_hooks = plan.optimizer_hooks
         """What the tuning method does around each step, such as AdaLoRA's pruning of ranks; None for most methods."""
@@ -134,15 +135,15 @@ class NativeEngine:
     def inference(self, *, averaged: bool = True, with_initial_weights: bool = False) -> Iterator[nn.Module]:
         """The step module in eval mode, without gradients, with the weights that the arguments say. All ranks enter.
 
-        See `Engine.inference`.
+        `with_initial_weights`: those that the run began with, whatever `averaged` says. See `Engine.inference`.
         """
         self.step_module.eval()
-        weights_in_place: AbstractContextManager[None] = (
-            self._averaged_weights_in_model() if averaged else nullcontext()
-        )
+        weights_in_place: AbstractContextManager[None] = nullcontext()
         if with_initial_weights:
             assert self.initial_weights is not None, "the plan does not say `keeps_initial_weights`"
             weights_in_place = self._swapped_weights_in_model(self.initial_weights)
+        elif averaged:
+            weights_in_place = self._averaged_weights_in_model()
         try:
             with torch.no_grad(), self._autocast(), weights_in_place:
                 yield self.step_module
@@ -163,7 +164,8 @@ class NativeEngine:
             yield
             return
         trained = [self._local_part(parameter.detach()) for _, parameter in self.trainable]
-        # Keep copies: the optimizer can compute the trained weights from the averages, but with rounding errors.
+        # `eval` of a schedule-free optimizer puts its averages into the parameters. It could compute the trained weights from
+        # them, but with rounding errors: keep copies.
         trained_copies = [weight.clone() for weight in trained]
         self.optimizer.eval()
         try:
@@ -234,6 +236,7 @@ class NativeEngine:
         self._update(is_applied, lr_factor)
         self._num_steps += 1
         if self.optimizer_hooks is not None:
+            # The hooks, unlike the optimizer, decide on the host: it waits for the device here.
             self.optimizer_hooks.after_update(self._num_steps, is_applied=bool(is_applied))
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -286,11 +289,11 @@ class NativeEngine:
         return LocalRange(parameter.view(-1), start=0, full_numel=parameter.numel())
 
     def _flat_ranges(self, *, for_writing: bool) -> Iterator[FlatRange]:
-        """The parts of the training state that this rank writes (`for_writing`) or reads, one trainable parameter after the
-        other.
+        """The parts of the training state that this rank writes (`for_writing`) or reads, parameter by parameter.
 
         For each parameter one FlatRange with its weights, moments and averages, whose range counts in the flattened full
-        parameter; and one for each moment of another shape, which is written whole by rank 0.
+        parameter; and one for each moment of another shape, which is written whole by rank 0. Replicated parameters are read in
+        full by every rank and written in equal shares; sharded ones are read and written by the rank that holds the shard.
         """
         for index, (name, parameter) in enumerate(self.trainable):
             local_range = self._local_range(name, parameter)
@@ -298,10 +301,11 @@ class NativeEngine:
             start = local_range.start
             elementwise_by_key = saved.elementwise_by_key
             if for_writing and self.is_replicated:
-                # Every rank has all elements: each writes an equal share of them.
+                # Every rank has all elements: each writes an equal share of them, so that `start` is no longer 0.
                 start = local_range.full_numel * self.rank // self.world_size
                 stop = local_range.full_numel * (self.rank + 1) // self.world_size
                 elementwise_by_key = {key: tensor[start:stop] for key, tensor in elementwise_by_key.items()}
+            # Under hsdp, the ranks of one replica write for all.
             yield FlatRange(
                 name, local_range.full_numel, start, elementwise_by_key, is_written=self._writes_its_ranges()
             )
@@ -326,9 +330,11 @@ class NativeEngine:
                 elementwise[key] = self._local_part(moment).view(-1)
             else:
                 moments_of_other_shape[key] = moment.view(-1)
-        if self.weight_average is not None:
+        if self.weight_average is not None:  # its averages are of this rank's parts already
             elementwise[EMA_KEY] = self.weight_average.averages[index].reshape(-1)
-        if self.optimizer_hooks is not None:
+        if (
+            self.optimizer_hooks is not None
+        ):  # what the tuning method keeps, such as AdaLoRA's importance of each weight
             for key, hook_state in self.optimizer_hooks.state_of(name).items():
                 elementwise[key] = hook_state.view(-1)
         return SavedTensorsOfParameter(elementwise, moments_of_other_shape)
@@ -340,7 +346,8 @@ class NativeEngine:
     def _ensure_moments(self) -> None:
         """Create the optimizer's state before it is saved or loaded. Optimizers create their state in the first step.
 
-        So this takes a step with zero gradients and a learning rate of 0, which changes no weight, and resets the step count.
+        So this takes a step with zero gradients and a learning rate of 0, which changes no weight (weight decay is multiplied by
+        the rate), and resets the step count. Nothing is done if there is state.
         """
         if any(self.optimizer.state.values()):
             return
@@ -351,6 +358,7 @@ class NativeEngine:
         for _, parameter in self.trainable:
             parameter.grad = torch.zeros_like(parameter)
         if self._optimizer_skips_on_device():
+            # 0: do not skip this step. An earlier one may have left a 1.
             self.optimizer.found_inf = self._on_parameter_device(torch.zeros(()))  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -396,6 +404,7 @@ class NativeEngine:
         self._num_steps = header.progress.step
         if self.optimizer_hooks is not None:
             self.optimizer_hooks.after_restore()
+        # A state that ZeRO or an earlier version wrote has no groups: their counts then stay as they are.
         for group, saved_group in zip(self.optimizer.param_groups, header.groups, strict=False):
             group.update(_saved_group_counts(saved_group))
         if self.loss_scale is not None and header.loss_scale is not None:
@@ -404,7 +413,7 @@ class NativeEngine:
         self._after_weight_change()
         return header.progress
 
-    def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
+    def gather_full_parameters(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
         """(plain name, full parameter on the CPU), one by one; None in place of the parameter on all ranks but 0.
 
         The values are the averaged weights if the run averages them. Each step of the iterator is a collective, so all ranks must

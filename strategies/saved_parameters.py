@@ -41,7 +41,7 @@ class SavedParameters(Mapping[str, Tensor]):
         self.checkpoint = checkpoint
         self._shapes = dict(shapes)
         self._schedule_free_beta = schedule_free_beta
-        self._index = read_index(checkpoint, patient=True)
+        self._index = read_index(checkpoint, wait_until_visible=True)
         for name, shape in self._shapes.items():
             parts = self._index.get(f"{name}/{WEIGHT_KEY}")
             if parts is None or num_elements_of_parts(parts) != shape.numel():
@@ -93,7 +93,7 @@ class SavedParameters(Mapping[str, Tensor]):
 
     def progress(self) -> Progress:
         """How far the run was. Raises StorageError if that fails."""
-        return read_state_header(self.checkpoint, patient=True).progress
+        return read_state_header(self.checkpoint, wait_until_visible=True).progress
 
 
 class MeanOfCheckpoints(Mapping[str, Tensor]):

@@ -7,7 +7,7 @@ Each rank writes one file of tensors. Rank 0 adds the index of where each tensor
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -76,13 +76,14 @@ class RankState:
         """`flat_ranges`: what this rank holds of each saved tensor; those that another rank writes (`is_written` is false) are
         left out. `header`: the content of `progress.json`.
         """
-        self.local: list[LocalElements] = []
+        self.local_elements: list[LocalElements] = []
         for flat_range in flat_ranges:
             if flat_range.is_written:
-                self.local += flat_range.local_elements()
+                self.local_elements += flat_range.local_elements()
         self.runtime = runtime
         self._file = RANK_FILE_FORMAT.format(runtime.rank)
-        self._head, self.parts = planned_tensor_file(self.local, self._file)
+        self._file_header, self.parts = planned_tensor_file(self.local_elements, self._file)
+        """The first bytes of this rank's file of tensors, and where each tensor lies in it."""
         self.header = header
         """The content of `progress.json`."""
         self.attachments: dict[str, bytes] = {}
@@ -91,7 +92,7 @@ class RankState:
     @property
     def num_elements(self) -> int:
         """Elements of all tensors that this rank writes."""
-        return sum(elements.values.numel() for elements in self.local)
+        return sum(elements.values.numel() for elements in self.local_elements)
 
     def copy_values_to(self, buffer: torch.Tensor) -> None:
         """Copy the values of all tensors into `buffer`, and use the copies from now on: training may change the live tensors.
@@ -99,10 +100,10 @@ class RankState:
         `buffer`: a float32 tensor on the host with at least `num_elements` elements.
         """
         offset = 0
-        for index, elements in enumerate(self.local):
+        for index, elements in enumerate(self.local_elements):
             size = elements.values.numel()
             copied_values = buffer[offset : offset + size].copy_(elements.values.detach())
-            self.local[index] = LocalElements(elements.name, elements.full_numel, elements.start, copied_values)
+            self.local_elements[index] = replace(elements, values=copied_values)
             offset += size
 
     def require_space_on_disk(self, path: Path) -> None:
@@ -111,7 +112,7 @@ class RankState:
         Raises StorageError on every rank if it has not.
         """
         attached_bytes = sum(map(len, self.attachments.values()))
-        sizes = gather_objects(size_on_disk(self._head, self.local) + attached_bytes, self.runtime)
+        sizes = gather_objects(size_on_disk(self._file_header, self.local_elements) + attached_bytes, self.runtime)
         problem = None
         if self.runtime.is_main:
             problem = disk_space_problem(path, sum(sizes) + SPARE_BYTES)
@@ -125,9 +126,11 @@ class RankState:
         """
         try:
             attached = [write_new_file(path / name, content) for name, content in self.attachments.items()]
-            if not self.local:
+            if not self.local_elements:
                 return RankFileOutcome(attached=attached)
-            return RankFileOutcome(write_tensors(path / self._file, self._head, self.local), attached=attached)
+            return RankFileOutcome(
+                write_tensors(path / self._file, self._file_header, self.local_elements), attached=attached
+            )
         except Exception as error:  # noqa: BLE001 - any error, such as a lost device, must reach all ranks
             return RankFileOutcome(problem=error_summary(error))
 
@@ -137,7 +140,7 @@ class RankState:
         `outcome`: the result of this rank's `write_part`. Returns every file of the state on rank 0, an empty list on other
         ranks. Raises StorageError on every rank if any of them could not write.
         """
-        # Collect what the ranks have written.
+        # Collect what the ranks have written: where their tensors lie, their file of tensors, and their attachments.
         written_by_rank = gather_objects((self.parts, outcome.written, outcome.attached), self.runtime)
         parts_by_rank: list[dict[str, FilePart]] = [parts for parts, _, _ in written_by_rank]
         files: list[WrittenFile] = []
@@ -153,7 +156,7 @@ class RankState:
             if self.runtime.is_main:
                 files.append(write_new_file(path / INDEX_FILE, index_json(parts_by_rank)))
                 files.append(write_new_file(path / PROGRESS_FILE, self.header))
-            elif self.local:
+            elif self.local_elements:  # this rank has written a file
                 # On a network file system, each host has its own cache of the directory, which it must sync.
                 sync_directory(path)
         except OSError as error:

@@ -39,7 +39,7 @@ from strategies.tensor_files import (
 MAX_PROGRESS_BYTES = 2**20
 MAX_INDEX_BYTES = 2**30
 """Larger JSON files are not read: they are not ours."""
-KEYS_OF_LIST_ROWS = {
+KEYS_OF_LIST_ENTRIES = {
     "recent": {"loss", "grad_norm"},
     "passed": {"first", "count"},
     "evaluations": {"step", "train", "held_out"},
@@ -66,19 +66,22 @@ class StateHeader:
         return json.dumps({**asdict(self), "progress": self.progress.as_json()}, indent=1).encode()
 
 
-def read_state_header(path: Path, *, patient: bool = False) -> StateHeader:
+def read_state_header(path: Path, *, wait_until_visible: bool = False) -> StateHeader:
     """The header of a saved state, from a small JSON file; reads no tensors. Raises StorageError if that fails.
 
-    `patient`: another host has seen the file, so wait until it is visible here.
+    `wait_until_visible`: another host has seen the file, so it must become visible here.
     """
     try:
-        header_fields = parse_json(read_bytes(path / PROGRESS_FILE, max_bytes=MAX_PROGRESS_BYTES, patient=patient))
-        _refuse_unlike_dataclass(StateHeader, header_fields, except_field="progress")
-        _refuse_unlike_dataclass(Progress, header_fields.get("progress"), keys=PROGRESS_KEYS)
+        header_fields = parse_json(
+            read_bytes(path / PROGRESS_FILE, max_bytes=MAX_PROGRESS_BYTES, wait_until_visible=wait_until_visible)
+        )
+        required = frozenset({"optimizer_steps", "world_size", "strategy", "progress"})
+        _require_dataclass_fields(StateHeader, header_fields, {}, required=required, except_field="progress")
+        _require_dataclass_fields(Progress, header_fields.get("progress"), PROGRESS_KEYS)
         loss_scale = header_fields.get("loss_scale")
         if loss_scale is not None and not 0 < loss_scale < math.inf:
             raise MalformedFile("has a loss_scale that is none")
-        _refuse_unlike_list_rows(header_fields["progress"])
+        _refuse_malformed_list_entries(header_fields["progress"])
     except OSError as error:
         raise StorageError(f"{path / PROGRESS_FILE}: {error_summary(error)}") from error
     except MalformedFile as error:
@@ -89,39 +92,43 @@ def read_state_header(path: Path, *, patient: bool = False) -> StateHeader:
     return StateHeader(**header_fields)
 
 
-def _refuse_unlike_dataclass(
-    kind: type, raw: Any, *, except_field: str | None = None, keys: Mapping[str, str] | None = None
+def _require_dataclass_fields(
+    dataclass_type: type,
+    json_value: Any,
+    key_by_field: Mapping[str, str],
+    *,
+    required: frozenset[str] = frozenset(),
+    except_field: str | None = None,
 ) -> None:
-    """Raise MalformedFile if the JSON value `raw` does not have the fields of the dataclass `kind`, with values of their types.
+    """Raise MalformedFile if a JSON value is no object with fields of `dataclass_type` alone, and values of their types.
 
-    Most fields may be missing. `except_field`: a field whose type is checked elsewhere. `keys`: the JSON key of each field that
-    has another name in JSON, such as `{"recent_steps": "recent"}`.
+    `required`: keys that it must have; others may be missing. `except_field`: a field whose type is checked elsewhere.
+    `key_by_field`: the JSON key of each field that has another name in JSON, such as `{"recent_steps": "recent"}`.
     """
-    if not isinstance(raw, dict):
+    if not isinstance(json_value, dict):
         raise MalformedFile("is no table")
-    key_by_field = keys or {}
-    hints = get_type_hints(kind)
-    type_by_key = {key_by_field.get(declared.name, declared.name): hints[declared.name] for declared in fields(kind)}
-    known = set(type_by_key)
-    required = {"optimizer_steps", "world_size", "strategy", "progress"} & known
-    unknown_or_missing = sorted((set(raw) - known) | (required - set(raw)))
+    hints = get_type_hints(dataclass_type)
+    type_by_key = {}
+    for declared in fields(dataclass_type):
+        type_by_key[key_by_field.get(declared.name, declared.name)] = hints[declared.name]
+    unknown_or_missing = sorted((set(json_value) - set(type_by_key)) | (required - set(json_value)))
     if unknown_or_missing:
         raise MalformedFile(f"has or lacks {unknown_or_missing[0][:80]}")
-    for key, entry in raw.items():
+    for key, entry in json_value.items():
         if key != except_field and not _has_type(entry, type_by_key[key]):
-            raise MalformedFile(f"has a {key} that is none")
+            raise MalformedFile(f"has a {key} that is none")  # such as: a step that is no step
 
 
-def _refuse_unlike_list_rows(progress: dict[str, Any]) -> None:
-    """Raise MalformedFile if an entry of a list in `progress.json` has other keys than the entries of that list have.
+def _refuse_malformed_list_entries(progress: dict[str, Any]) -> None:
+    """Raise MalformedFile if an entry of a list in `progress.json` has other keys than `KEYS_OF_LIST_ENTRIES` says.
 
     Also if a range of skipped samples (`passed`) has a value that is no count.
     """
-    for key, row_fields in KEYS_OF_LIST_ROWS.items():
-        if any(set(row) != row_fields for row in progress.get(key, ())):
-            raise MalformedFile(f"has a {key} that is none")
-    for row in progress.get("passed", ()):
-        if not all(is_count(number) for number in row.values()):
+    for list_key, entry_keys in KEYS_OF_LIST_ENTRIES.items():
+        if any(set(entry) != entry_keys for entry in progress.get(list_key, ())):
+            raise MalformedFile(f"has a {list_key} that is none")
+    for skipped_range in progress.get("passed", ()):
+        if not all(is_count(number) for number in skipped_range.values()):
             raise MalformedFile("has a passed that is none")
 
 
@@ -130,11 +137,11 @@ def _has_type(entry: Any, expected: Any) -> bool:
     if expected is bool:
         return isinstance(entry, bool)
     if expected is int:
-        return is_count(entry)
+        return is_count(entry)  # no bool, and not below 0
     if expected is float:
         return type(entry) in (int, float)  # no bool, which is an int as well
     if expected is str:
-        return isinstance(entry, str) and len(entry) < 1000
+        return isinstance(entry, str) and len(entry) < 1000  # a strategy's name or a W&B id, which are much shorter
     if isinstance(expected, type(int | None)):
         return any(_has_type(entry, alternative) for alternative in get_args(expected))
     if expected is type(None):
@@ -147,13 +154,15 @@ def _is_row_of_numbers(row: Any) -> bool:
     return isinstance(row, dict) and all(type(number) in (int, float) for number in row.values())
 
 
-def read_index(path: Path, *, patient: bool = False) -> TensorIndex:
+def read_index(path: Path, *, wait_until_visible: bool = False) -> TensorIndex:
     """The index of a saved state: its tensors, and where they are in the files. Raises StorageError if that fails.
 
-    `patient`: another host has seen the file, so wait until it is visible here.
+    `wait_until_visible`: another host has seen the file, so it must become visible here.
     """
     try:
-        return parse_index(read_bytes(path / INDEX_FILE, max_bytes=MAX_INDEX_BYTES, patient=patient))
+        return parse_index(
+            read_bytes(path / INDEX_FILE, max_bytes=MAX_INDEX_BYTES, wait_until_visible=wait_until_visible)
+        )
     except OSError as error:
         raise StorageError(f"{path / INDEX_FILE}: {error_summary(error)}") from error
     except MalformedFile as error:
@@ -172,8 +181,8 @@ def load_state(path: Path, ranges: Iterable[FlatRange], runtime: Runtime) -> Sta
     visible_names = call_on_main(lambda: set(atomic_io.disk.names(path)), runtime)
     error: ConfigError | StorageError | None = None
     try:
-        header = read_state_header(path, patient=PROGRESS_FILE in visible_names)
-        loaded = _saved_values(path, flat_ranges, visible_names)
+        header = read_state_header(path, wait_until_visible=PROGRESS_FILE in visible_names)
+        loaded = _read_saved_values(path, flat_ranges, visible_names)
     except (ConfigError, StorageError) as caught:
         error = caught
     # If a rank failed, raise on all, before any live tensor has changed: this rank's own error, or else that of the lowest rank.
@@ -187,33 +196,33 @@ def load_state(path: Path, ranges: Iterable[FlatRange], runtime: Runtime) -> Sta
     return header
 
 
-class _SavedValues(NamedTuple):
-    """The values that a live tensor has in a saved state."""
+class _LiveAndSaved(NamedTuple):
+    """A live tensor, and the values that it has in a saved state."""
 
     live: torch.Tensor
     saved: torch.Tensor
 
 
-def _saved_values(path: Path, ranges: list[FlatRange], visible_names: set[str]) -> list[_SavedValues]:
+def _read_saved_values(path: Path, ranges: list[FlatRange], visible_names: set[str]) -> list[_LiveAndSaved]:
     """Read the values of each tensor of `ranges`, this rank's part of the training state.
 
     Changes no live tensor: the caller copies the values when all ranks have theirs. `visible_names`: names of the files that
     rank 0 sees in `path`. Raises ConfigError if the state is another run's, StorageError if it cannot be read.
     """
-    index = read_index(path, patient=INDEX_FILE in visible_names)
+    index = read_index(path, wait_until_visible=INDEX_FILE in visible_names)
     _refuse_state_of_other_run(path, index, ranges)
     files = {part.file for parts in index.values() for part in parts}
     missing_files = files - visible_names
     if missing_files:
         raise StorageError(f"{path}: {min(missing_files)[:80]}, which {INDEX_FILE} names, is missing")
-    local: list[LocalElements] = []
+    local_elements: list[LocalElements] = []
     for flat_range in ranges:
-        local += flat_range.local_elements()
+        local_elements += flat_range.local_elements()
     try:
-        saved_values = read_tensors(path, index, local)
+        saved_values = read_tensors(path, index, local_elements)
     except OSError as error:
         raise StorageError(f"{path}: its tensors cannot be read ({error_summary(error)})") from error
-    return [_SavedValues(elements.values, saved) for elements, saved in zip(local, saved_values, strict=True)]
+    return [_LiveAndSaved(elements.values, saved) for elements, saved in zip(local_elements, saved_values, strict=True)]
 
 
 def _refuse_state_of_other_run(path: Path, index: TensorIndex, ranges: list[FlatRange]) -> None:
@@ -223,7 +232,7 @@ def _refuse_state_of_other_run(path: Path, index: TensorIndex, ranges: list[Flat
     """
     numel_by_name: dict[str, int] = {}
     for flat_range in ranges:
-        if flat_range.full_numel:
+        if flat_range.full_numel:  # a parameter without elements is in no file
             numel_by_name |= {f"{flat_range.name}/{key}": flat_range.full_numel for key in flat_range.tensors_by_key}
     missing_names = sorted(set(numel_by_name) - set(index))
     surplus_names = sorted(set(index) - set(numel_by_name))

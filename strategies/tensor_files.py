@@ -81,12 +81,12 @@ class PlannedFile(NamedTuple):
     """Where each tensor will be in the file, by its name, for the index."""
 
 
-def planned_tensor_file(local: Iterable[LocalElements], file: str) -> PlannedFile:
-    """Plan a safetensors file with the tensors of `local`, under the name `file`. Reads no values."""
-    local = list(local)
+def planned_tensor_file(local_elements: Iterable[LocalElements], file: str) -> PlannedFile:
+    """Plan a safetensors file with the tensors of `local_elements`, under the name `file`. Reads no values."""
+    local_elements = list(local_elements)
     entries: dict[str, dict[str, Any]] = {}
     data_end = 0
-    for elements in local:
+    for elements in local_elements:
         assert elements.name not in entries, elements.name
         length = elements.values.numel()
         data_start = data_end
@@ -99,25 +99,29 @@ def planned_tensor_file(local: Iterable[LocalElements], file: str) -> PlannedFil
     head = len(table).to_bytes(8, "little") + table
 
     parts = {}
-    for elements in local:
+    for elements in local_elements:
         data_start, _ = entries[elements.name]["data_offsets"]
         offset = len(head) + data_start
         parts[elements.name] = FilePart(file, elements.start, elements.values.numel(), offset)
     return PlannedFile(head, parts)
 
 
-def write_tensors(path: Path, head: bytes, local: Iterable[LocalElements]) -> WrittenFile:
+def write_tensors(path: Path, head: bytes, local_elements: Iterable[LocalElements]) -> WrittenFile:
     """Write a safetensors file: `head`, from `planned_tensor_file` of the same tensors, then their values. Raises OSError."""
     with NewFile(path) as file:
         file.write(head)
-        for elements in local:
+        for elements in local_elements:
             values = elements.values.detach().to("cpu", torch.float32).contiguous()
             file.write(values.numpy().data.cast("B"))
     return file.written
 
 
 def index_json(parts_by_rank: Iterable[Mapping[str, FilePart]]) -> bytes:
-    """The index of what all ranks wrote: one line a tensor."""
+    """The index of what all ranks wrote: one line a tensor, with a row for each part, sorted by its first element.
+
+    Such as `"h.0.attn.weight/exp_avg": [["rank-00000.safetensors", 0, 4096, 512], ...]`: file, first element, number of elements,
+    offset in bytes.
+    """
     rows_by_tensor: dict[str, list[list[Any]]] = {}
     for parts in parts_by_rank:
         for name, part in parts.items():
@@ -137,10 +141,10 @@ def parse_index(data: bytes) -> TensorIndex:
     raw = parse_json(data)
     if not isinstance(raw, dict):
         raise MalformedFile("is no table of tensors")
-    return {name: _parsed_parts(name, rows) for name, rows in raw.items()}
+    return {name: _parts_covering_tensor(name, rows) for name, rows in raw.items()}
 
 
-def _parsed_parts(name: str, rows: Any) -> list[FilePart]:
+def _parts_covering_tensor(name: str, rows: Any) -> list[FilePart]:
     """The parts of the tensor `name` from its `rows` in an index, each [file, first element, elements, byte offset].
 
     Raises MalformedFile unless they cover the tensor exactly once, in order: then no element is read twice or left out.
@@ -148,15 +152,15 @@ def _parsed_parts(name: str, rows: Any) -> list[FilePart]:
     if not isinstance(rows, list) or not rows:
         raise MalformedFile(f"has no parts of {name[:80]}")
     parts: list[FilePart] = []
-    end = 0
+    covered_end = 0  # the elements before it are covered
     for row in rows:
         if not _is_index_row(row) or not stays_in_directory(row[0]):
             raise MalformedFile(f"has a part of {name[:80]} that is none")
         part = FilePart(*row)
-        if part.start != end or part.length == 0:
-            raise MalformedFile(f"does not cover {name[:80]} once: its element {end} is missing or comes twice")
+        if part.start != covered_end or part.length == 0:
+            raise MalformedFile(f"does not cover {name[:80]} once: its element {covered_end} is missing or comes twice")
         parts.append(part)
-        end += part.length
+        covered_end += part.length
     return parts
 
 
@@ -175,15 +179,15 @@ def num_elements_of_parts(parts: list[FilePart]) -> int:
     return parts[-1].start + parts[-1].length
 
 
-def read_tensors(directory: Path, index: TensorIndex, local: Iterable[LocalElements]) -> list[Tensor]:
-    """The saved values for each range of elements in `local`: new float32 tensors, 1-d, on the CPU.
+def read_tensors(directory: Path, index: TensorIndex, local_elements: Iterable[LocalElements]) -> list[Tensor]:
+    """The saved values for each range of elements in `local_elements`: new float32 tensors, 1-d, on the CPU.
 
     `index` says which files hold which elements; a range may lie across the files of several ranks that wrote them. Opens one
     file after the other and reads each in the order of its bytes. Raises OSError or MalformedFile if that fails.
     """
     buffers: list[Tensor] = []
     targets_by_file: dict[str, list[_ReadTarget]] = {}
-    for elements in local:
+    for elements in local_elements:
         num_elements = elements.values.numel()
         buffer = torch.empty(num_elements, dtype=torch.float32)
         num_filled = 0
@@ -203,7 +207,8 @@ def read_tensors(directory: Path, index: TensorIndex, local: Iterable[LocalEleme
     reader = RetryingReader()
     for file, targets in targets_by_file.items():
         targets.sort(key=lambda target: target.offset)
-        reader.read(directory / file, partial(_fill_targets, directory / file, targets))
+        # After a disk error, all targets of the file are filled again.
+        reader.read_with_retries(directory / file, partial(_fill_targets, directory / file, targets))
     return buffers
 
 
@@ -223,6 +228,6 @@ def _fill_targets(file: Path, targets: list[_ReadTarget]) -> None:
             read_exactly(descriptor, target.values.numpy().data.cast("B"), target.offset)
 
 
-def size_on_disk(head: bytes, local: Iterable[LocalElements]) -> int:
+def size_on_disk(head: bytes, local_elements: Iterable[LocalElements]) -> int:
     """Bytes of the file that `write_tensors` makes."""
-    return len(head) + ELEMENT_BYTES * sum(elements.values.numel() for elements in local)
+    return len(head) + ELEMENT_BYTES * sum(elements.values.numel() for elements in local_elements)

@@ -28,7 +28,7 @@ from strategies.compat.modules import disable_device_moves
 from strategies.deepspeed_library import (
     DeviceClipping,
     UpdateGate,
-    free_engine_memory,
+    free_deepspeed_engine,
     gradient_norm_over_ranks,
     import_deepspeed,
     route_collectives_through,
@@ -51,7 +51,7 @@ from strategies.runtime import Runtime, set_group_timeouts
 from strategies.saving import FlatRange, RankState
 from strategies.state import StateHeader, load_state
 from strategies.zero_config import deepspeed_config, steps_on_device
-from strategies.zero_load import gather_listed_modules_as_one, load_partitioned
+from strategies.zero_load import gather_modules_of_plan_as_one, load_partitioned
 from strategies.zero_masters import Fp32Masters
 
 
@@ -74,6 +74,7 @@ class ZeroEngine:
         """Clips gradients and skips updates on the device; None if DeepSpeed does so itself."""
         self.update_gate = UpdateGate(engine.optimizer, runtime.device)
         self._num_updates = torch.zeros((), device=runtime.device)
+        """Updates that were applied, of the whole run, 0-d; the inner optimizer has a count of its own for bias correction."""
         self.masters = Fp32Masters(engine, config.stage, runtime.rank, self.trainable)
         self.weight_average: WeightAverage | None = None
         """The moving average of the fp32 master weights; None if the run has none."""
@@ -90,7 +91,7 @@ class ZeroEngine:
 
     def close(self) -> None:
         """Free parameters, gradients and optimizer state. See `Engine.close`."""
-        free_engine_memory(self.engine)
+        free_deepspeed_engine(self.engine)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -107,18 +108,24 @@ class ZeroEngine:
     def _step(self, lr_factor: float, update_filter: UpdateFilter | None) -> StepResult:
         """Clip gradients, update weights and zero gradients, without the moving average.
 
-        With `device_clipping`, the device decides whether to skip the update. Otherwise DeepSpeed decides on the host, which then
-        waits for the device.
+        The update is skipped if a gradient is not finite, or if `update_filter`, called with the gradient norm, says so.
         """
         for group, base_lr in zip(self.engine.optimizer.param_groups, self.base_learning_rates, strict=True):
             group["lr"] = base_lr * lr_factor
         if self.device_clipping is not None:
-            self.device_clipping.begin_step(update_filter)
-            self.engine.step()
-            is_applied = self.device_clipping.decide_update()
-            self._num_updates += is_applied
-            return StepResult(grad_norm=self.device_clipping.gradient_norm(), skipped=(~is_applied).float())
+            return self._step_decided_on_device(self.device_clipping, update_filter)
+        return self._step_decided_on_host(update_filter)
 
+    def _step_decided_on_device(self, clipping: DeviceClipping, update_filter: UpdateFilter | None) -> StepResult:
+        """Take DeepSpeed's step; the device decides whether to skip the update, and the host does not wait."""
+        clipping.begin_step(update_filter)
+        self.engine.step()
+        is_applied = clipping.decide_update()
+        self._num_updates += is_applied
+        return StepResult(grad_norm=clipping.gradient_norm(), skipped=(~is_applied).float())
+
+    def _step_decided_on_host(self, update_filter: UpdateFilter | None) -> StepResult:
+        """Take DeepSpeed's step; the host waits for the norm, and decides: DeepSpeed on overflow, our gate by the filter."""
         self.update_gate.begin_step(update_filter)
         self.engine.step()
         is_skipped = bool(self.engine.optimizer.overflow) or bool(self.update_gate.is_skipped)
@@ -134,15 +141,16 @@ class ZeroEngine:
     def inference(self, *, averaged: bool = True, with_initial_weights: bool = False) -> Iterator[nn.Module]:
         """The step module in eval mode, without gradients, with the weights that the arguments say. All ranks enter.
 
-        See `Engine.inference`. Stage 3 gathers each layer as it runs.
+        `with_initial_weights`: those that the run began with, whatever `averaged` says. See `Engine.inference`. Stage 3 gathers
+        each layer as it runs.
         """
         self.step_module.eval()
-        weights_in_place: AbstractContextManager[None] = (
-            self._averaged_weights_in_model() if averaged else nullcontext()
-        )
+        weights_in_place: AbstractContextManager[None] = nullcontext()
         if with_initial_weights:
             assert self.initial_weights is not None, "the plan does not say `keeps_initial_weights`"
             weights_in_place = self._swapped_weights_in_model(self.initial_weights)
+        elif averaged:
+            weights_in_place = self._averaged_weights_in_model()
         try:
             with torch.no_grad(), weights_in_place:
                 yield self.step_module
@@ -178,7 +186,11 @@ class ZeroEngine:
         return self.masters.flat_ranges(self.weight_average)
 
     def _ensure_moments(self) -> None:
-        """Create the inner optimizer's state before it is saved or loaded, by a step with zero gradients at learning rate 0."""
+        """Create the inner optimizer's state before it is saved or loaded, by a step with zero gradients at learning rate 0.
+
+        The state is the moments of each flat master, such as `exp_avg`, and the count of updates, which becomes 0. Nothing is
+        done if there is state.
+        """
         inner_optimizer = self.engine.optimizer.optimizer
         if inner_optimizer.state:
             return
@@ -219,8 +231,11 @@ class ZeroEngine:
         return scaler if getattr(scaler, "dynamic", False) else None
 
     def state(self, progress: Progress) -> RankState:
-        """The training state of this moment, ready to be written. All ranks must call. See `Engine.state`."""
-        self._ensure_moments()
+        """The training state of this moment, ready to be written. All ranks must call. See `Engine.state`.
+
+        It has this rank's ranges of the flat masters, with moments and averages, and the header: progress and counts.
+        """
+        self._ensure_moments()  # an optimizer has no moments before its first step, and a checkpoint needs them
         scaler = self._loss_scaler()
         header = StateHeader(
             progress=progress,
@@ -240,7 +255,7 @@ class ZeroEngine:
         # The state is read into the tensors of the flat ranges, in place, so the optimizer's moments must exist before.
         self._ensure_moments()
         state_header = load_state(path, self._flat_ranges(), self.runtime)
-        self._num_updates.fill_(state_header.optimizer_steps)
+        self._num_updates.fill_(state_header.optimizer_steps)  # our count, and DeepSpeed's inner optimizer's own
         self._set_update_count(state_header.optimizer_steps)
         loss_scaler = self._loss_scaler()
         if state_header.loss_scale is not None and loss_scaler is not None:
@@ -257,11 +272,14 @@ class ZeroEngine:
         """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 
-        if self.config.stage == 3:
+        is_sharded = (
+            self.config.stage == 3
+        )  # under stages 1 and 2 each rank has full parameters, and parts of the masters
+        if is_sharded:
             # An earlier forward pass may have left old values gathered.
             self.engine.optimizer.parameter_offload.partition_all_parameters()
         for _, parameter in self.trainable:
-            if self.config.stage == 3:
+            if is_sharded:
                 shard = parameter.ds_tensor
                 shard.data.copy_(safe_get_local_fp32_param(parameter).to(shard.dtype))
             else:
@@ -275,11 +293,10 @@ class ZeroEngine:
             master = flat_range.tensors_by_key["weight"]
             if master.numel():
                 name = flat_range.name
-                shape = full_shapes.get(name, torch.Size([flat_range.full_numel]))
                 start = flat_range.start
-                master.copy_(source.read_slice(name, shape, start, start + master.numel()))
+                master.copy_(source.read_slice(name, full_shapes[name], start, start + master.numel()))
 
-    def gather(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
+    def gather_full_parameters(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
         """(plain name, full parameter on the CPU), one by one; None in place of the parameter on all ranks but 0.
 
         Parameters that train come from their fp32 masters, averaged if the run has an average. All ranks must exhaust it.
@@ -393,13 +410,17 @@ class ZeroStrategy:
         return zero_engine
 
     def _load_partitioned_parameters(
-        self, step_module: nn.Module, source: ParameterSource, settings: dict[str, Any], compute_dtype: torch.dtype
+        self,
+        step_module: nn.Module,
+        source: ParameterSource,
+        deepspeed_settings: dict[str, Any],
+        compute_dtype: torch.dtype,
     ) -> None:
         """Under stage 3: prepare the modules, partition their parameters and load this rank's parts. All ranks must call.
 
-        `settings`: DeepSpeed's. `compute_dtype`: the type in which the parameters are stored and computed with.
+        `compute_dtype`: the type in which the parameters are stored and computed with.
         """
-        if not settings["zero_optimization"]["memory_efficient_linear"]:
+        if not deepspeed_settings["zero_optimization"]["memory_efficient_linear"]:
             # An earlier engine of this process may have had the setting, which replaces torch's linear function for good.
             restore_torch_linear()
         # A fused LoRA layer computes with the parameters of its submodules. DeepSpeed gathers parameters only while their own
@@ -407,6 +428,8 @@ class ZeroStrategy:
         for module in step_module.modules():
             if getattr(module, "fused", False):
                 module.fused = False  # type: ignore[assignment]
-        gather_listed_modules_as_one(step_module)
+        gather_modules_of_plan_as_one(step_module)
         offload_to_nvme = self.config.offload_parameters == "nvme"
-        load_partitioned(step_module, source, settings, compute_dtype, self.runtime, offload_to_nvme=offload_to_nvme)
+        load_partitioned(
+            step_module, source, deepspeed_settings, compute_dtype, self.runtime, offload_to_nvme=offload_to_nvme
+        )

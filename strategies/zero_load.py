@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from strategies.base import ParameterSource, plan_of
+from strategies.base import ParameterSource, plan_of, units_gathered_one_at_a_time
 from strategies.compat.modules import own_parameters, replace_buffers
 from strategies.parameters import load_parameter_cooperatively, named_parameters
 from strategies.runtime import Runtime
@@ -32,8 +32,7 @@ def load_partitioned(
 
     name_by_id = {id(parameter): name for name, parameter in named_parameters(step_module, include_frozen_models=True)}
     # The root comes last: what is still on meta then (embeddings, norm, head) belongs to no block.
-    blocks = [*step_module.shard_units(), *plan_of(step_module).further_units]  # type: ignore[operator]
-    for module in [*blocks, step_module]:
+    for module in [*units_gathered_one_at_a_time(step_module), step_module]:
         parameter_by_name = _allocate_meta_parameters(module, name_by_id, runtime.device)
         if offload_to_nvme:
             for name, parameter in parameter_by_name.items():
@@ -56,7 +55,7 @@ def _allocate_meta_parameters(
     """
     allocated: dict[int, nn.Parameter] = {}  # by the id of the meta parameter
     for owner in module.modules():
-        parameters = own_parameters(owner)
+        parameters = own_parameters(owner)  # the module's own dict: what is set in it is in the module
         for key, meta_parameter in list(parameters.items()):
             is_partitioned = hasattr(meta_parameter, "ds_id")
             if meta_parameter is None or not meta_parameter.is_meta or is_partitioned:
@@ -69,7 +68,7 @@ def _allocate_meta_parameters(
     return {name_by_id[meta_id]: parameter for meta_id, parameter in allocated.items()}
 
 
-def gather_listed_modules_as_one(step_module: nn.Module) -> None:
+def gather_modules_of_plan_as_one(step_module: nn.Module) -> None:
     """Let DeepSpeed gather modules of the classes in `StepPlan.gathered_as_one` together with their submodules."""
     from deepspeed.utils import set_z3_leaf_module
 

@@ -38,7 +38,8 @@ class Fp32Masters:
     def flat_ranges(self, average: WeightAverage | None) -> Iterator[FlatRange]:
         """This rank's part of the training state, one parameter after the other, as views that a checkpoint reads or writes.
 
-        Each has fp32 weights (masters), the optimizer's moments and, with `average`, the moving average.
+        A flat master has this rank's elements of several parameters, one after the other, and the moments and averages lie as it
+        does. Each range is cut out of all of them: weights, moments and, with `average`, the moving average.
         """
         partitions = []
         for index, flat_master in enumerate(self.flat_masters()):
@@ -58,11 +59,13 @@ class Fp32Masters:
         """
         optimizer = self.engine.optimizer
         for name, parameter in self.trainable:
-            group_index, offset, padded_numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            start = min(self.rank * padded_numel, parameter.ds_numel)
-            local_numel = min(padded_numel, parameter.ds_numel - start)
-            tensors = partitions[group_index].narrow(offset, local_numel)
-            yield FlatRange(name, parameter.ds_numel, start, tensors)
+            # Where the parameter's part lies: index of the flat master, offset in it, and length with padding.
+            group_index, offset, padded_length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            full_numel = parameter.ds_numel
+            start = min(self.rank * padded_length, full_numel)
+            num_own_elements = min(padded_length, full_numel - start)
+            tensors = partitions[group_index].narrow(offset, num_own_elements)
+            yield FlatRange(name, full_numel, start, tensors)
 
     def _ranges_of_stages_1_and_2(self, partitions: list[_FlatPartition]) -> Iterator[FlatRange]:
         """Under stages 1 and 2, a group's parameters are concatenated, and the flat tensor is divided equally among the ranks.
@@ -76,12 +79,14 @@ class Fp32Masters:
         for partition, parameters in zip(partitions, parameter_groups, strict=True):
             for parameter in parameters:
                 name = name_by_id[id(parameter)]
-                fragment = fp32_fragment(parameter)
+                fragment = fp32_fragment(parameter)  # where this rank's elements lie, as DeepSpeed has it
                 if fragment is None:  # no part of it is on this rank
                     yield FlatRange(name, parameter.numel(), start=0, tensors_by_key=partition.narrow(0, 0))
                     continue
-                range_in_flat = fragment.hp_fragment_address
-                range_in_parameter = fragment.lp_fragment_address
+                range_in_flat = fragment.hp_fragment_address  # high precision: in the flat fp32 master
+                range_in_parameter = (
+                    fragment.lp_fragment_address
+                )  # low precision: in the flattened bf16 or fp16 parameter
                 tensors = partition.narrow(range_in_flat.start, range_in_flat.numel)
                 yield FlatRange(name, parameter.numel(), range_in_parameter.start, tensors)
 

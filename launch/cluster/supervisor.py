@@ -196,7 +196,7 @@ def find_run_directory(run_dir: Path, before: StateBeforeStart) -> Path | None:
         return run_dir
     found_dir = None
     with contextlib.suppress(OSError):  # a directory that cannot be read must not hide how the run ended
-        found_dir = before.directory.find()
+        found_dir = before.directory.find_directory()
     # A file system may give a directory another inode number: then the directory under its name is the run's.
     if found_dir is None and (run_dir / "config.yaml").exists():
         return run_dir

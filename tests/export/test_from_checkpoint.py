@@ -136,7 +136,7 @@ def test_mean_of_checkpoints_is_that_of_what_each_would_export(bases, runtime, t
     means = {}
     for number, parts in enumerate(engines):
         models.append(model_of(*parts, base, tmp_path / f"checkpoint-{number}"))
-        for name, tensor in parts[0].gather(trainable_only=True):
+        for name, tensor in parts[0].gather_full_parameters(trainable_only=True):
             means[name] = means.get(name, 0) + tensor.double() / 3
     mean = replace(models[-1], trained=MeanOfCheckpoints([model.trained for model in models]))
     engine = engines[-1][0]

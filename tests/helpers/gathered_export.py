@@ -30,8 +30,8 @@ def whole_model(engine, built, base):
     trainable_names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     merger = None
     if tuning.adapter:
-        merger = AdapterMerger(tuning, model, dict(engine.gather(trainable_only=True)), base)
-    for name, tensor in engine.gather(trainable_only=False):
+        merger = AdapterMerger(tuning, model, dict(engine.gather_full_parameters(trainable_only=True)), base)
+    for name, tensor in engine.gather_full_parameters(trainable_only=False):
         if tuning.is_added_parameter(name):
             continue
         if name in trainable_names:

@@ -181,7 +181,7 @@ def test_the_teacher_does_not_move_and_is_not_saved(tmp_path, runtime):
     assert (
         names
         == {name for name, _ in named_parameters(step)}
-        == {n for n, _ in trainer.engine.gather(trainable_only=False)}
+        == {n for n, _ in trainer.engine.gather_full_parameters(trainable_only=False)}
     )
     take_steps(trainer, 2)
     (tmp_path / "state").mkdir()

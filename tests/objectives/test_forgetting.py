@@ -132,7 +132,7 @@ def educated(tmp_path_factory, runtime) -> Path:
     trainer = trainer_for(config, stored(root / "up", counting(48, 1, seed=1)), runtime)
     take_steps(trainer, 60)
     model = AutoModelForCausalLM.from_pretrained(root / "llama")
-    model.load_state_dict(dict(trainer.engine.gather(trainable_only=False)))
+    model.load_state_dict(dict(trainer.engine.gather_full_parameters(trainable_only=False)))
     model.save_pretrained(root / "llama")
     return root
 

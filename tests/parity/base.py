@@ -117,7 +117,7 @@ class Job:
     def gathered_apart(self, trainer: Trainer, expected: dict[str, torch.Tensor], *, of: set[str]) -> float:
         """The largest difference of a gathered value from `expected`, among the parameters `of`; all must be there."""
         worst, seen = 0.0, set()
-        for name, value in trainer.engine.gather(trainable_only=False):
+        for name, value in trainer.engine.gather_full_parameters(trainable_only=False):
             if value is not None:
                 assert value.shape == expected[name].shape, name
                 if name in of:

@@ -108,7 +108,7 @@ def curve(job: Job, case: str, name: str) -> dict[str, Any]:
 
 def _same(job: Job, trainer: Any, expected: dict[str, torch.Tensor]) -> bool:
     seen, same = set(), True
-    for name, value in trainer.engine.gather(trainable_only=False):
+    for name, value in trainer.engine.gather_full_parameters(trainable_only=False):
         if value is not None:
             same &= torch.equal(value, expected[name]) and value.dtype is expected[name].dtype
             seen.add(name)

@@ -145,7 +145,7 @@ def files(job: Job) -> list[float]:
     for _ in range(2):
         with trainer.engine.inference() as module:
             found.append(float(module(batch)["loss"]))
-        state = dict(trainer.engine.gather(trainable_only=True))
+        state = dict(trainer.engine.gather_full_parameters(trainable_only=True))
         if job.runtime.is_main:
             get_peft_model_state_dict(trainer.engine.step_module.model, state_dict=state, save_embedding_layers=False)
     return found

@@ -98,7 +98,7 @@ def averaging(job: Job, strategy: str) -> dict[str, list[float]]:
             rows["looked at"].append(float(record.result.grad_norm))
         with looked_at.engine.inference() as module:
             rows["averaged"].append(float(module(batch)["loss"]))
-        list(looked_at.engine.gather(trainable_only=True))
+        list(looked_at.engine.gather_full_parameters(trainable_only=True))
         if strategy != "single":
             with torch.no_grad():
                 rows["trained"].append(float(looked_at.engine.forward(batch, last=True)["loss"]))

@@ -193,7 +193,8 @@ def steps_of(
 
 def weights(engine) -> dict[str, torch.Tensor]:
     """A copy of every trained parameter; empty on all ranks but 0. All ranks must call."""
-    return {name: weight.float().clone() for name, weight in engine.gather(trainable_only=True) if weight is not None}
+    gathered = engine.gather_full_parameters(trainable_only=True)
+    return {name: weight.float().clone() for name, weight in gathered if weight is not None}
 
 
 def size_of_loss(loader: RolloutLoader, tokens: float) -> float:

@@ -99,7 +99,7 @@ def test_scores_are_those_of_transformers_and_peft(site):
     assert len(frozen) == len(before) and not any(p.requires_grad for p in frozen)
     for name, parameter in built.step_module.reward_models.named_parameters():
         assert torch.equal(parameter, before[name])
-    names = [name for name, _ in engine.gather(trainable_only=False)]
+    names = [name for name, _ in engine.gather_full_parameters(trainable_only=False)]
     assert not any("reward" in name for name in names)
 
 

@@ -130,7 +130,7 @@ def test_a_file_that_ends_too_early_is_not_waited_for(tmp_path, on):
             atomic_io.read_exactly(descriptor, memoryview(bytearray(size + 1)), 0)
 
     with pytest.raises(atomic_io.FileTooShort):
-        RetryingReader().read(tmp_path / "a", look)
+        RetryingReader().read_with_retries(tmp_path / "a", look)
     assert disk.slept == 0
 
 

@@ -63,7 +63,9 @@ def checkpoints_in(checkpoint_dirs: list[Path]) -> list[StepCheckpoint]:
 
 def list_directory(directory: Path) -> list[str]:
     """The names in a directory. Waits for a stale NFS handle or a disk error that passes. Raises OSError if that fails."""
-    return atomic_io.RetryingReader().read(directory, lambda: atomic_io.disk.names(directory), (errno.ESTALE,))
+    return atomic_io.RetryingReader().read_with_retries(
+        directory, lambda: atomic_io.disk.names(directory), (errno.ESTALE,)
+    )
 
 
 def list_directory_if_present(directory: Path) -> list[str]:

@@ -75,7 +75,7 @@ def read_manifest(directory: Path, reader: RetryingReader | None = None) -> list
     # The manifest.
     present_names.remove(MANIFEST_FILE)
     try:
-        manifest_bytes = reader.read(
+        manifest_bytes = reader.read_with_retries(
             directory / MANIFEST_FILE, lambda: read_bytes(directory / MANIFEST_FILE, max_bytes=MAX_MANIFEST_BYTES)
         )
         files = _files_by_name_of_manifest(parse_json(manifest_bytes))

@@ -264,10 +264,10 @@ class Lease:
 
     def _find_renamed_run_dir(self) -> Path | None:
         """The current path of the run directory, which somebody may have renamed; None if it was deleted."""
-        home = self._directory_handle.find()
+        home = self._directory_handle.find_directory()
         if home is not None and not (home / "config.yaml").exists():  # `rm -r` may be running
             atomic_io.disk.sleep(REMOVAL_CHECK_DELAY_S)
-            home = self._directory_handle.find()
+            home = self._directory_handle.find_directory()
         return home
 
     def _restore_claim(self, latest_number: int, latest_owner: LeaseOwner | None) -> str | None:

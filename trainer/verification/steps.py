@@ -155,7 +155,7 @@ def _measured_step(
 def _trained_weights(engine: Engine) -> dict[str, Tensor]:
     """A copy of every trained parameter in float32; empty on all ranks but 0. All ranks must call."""
     weights = {}
-    for name, weight in engine.gather(trainable_only=True):
+    for name, weight in engine.gather_full_parameters(trainable_only=True):
         if weight is not None:
             weights[name] = weight.float().clone()
     return weights

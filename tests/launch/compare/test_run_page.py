@@ -306,10 +306,10 @@ def test_answers_that_the_run_itself_wrote(tmp_path):
     assert (pairs[0].answer_before, pairs[0].answer_after, pairs[0].reference_answer) == ("hm", "Paris", "Paris")
     assert pairs[0].summary.startswith("held-out document: … x") and len((directory / FILE).read_bytes()) < 60_000
     assert "Before training" in html(directory)
-    KeptAnswers(None).write(0)
+    KeptAnswers(None).write_pending_answers(0)
     anew = KeptAnswers(directory)
     anew.add("qa", [KeptAnswer("q", "a", "r")])
-    anew.write(0)
+    anew.write_pending_answers(0)
     assert answer_pairs(read(directory)) == []
     (directory / FILE).write_text("[")
     assert answer_pairs(read(directory)) == []
