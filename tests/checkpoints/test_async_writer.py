@@ -84,7 +84,7 @@ def test_background_save_writes_the_state_of_the_step_in_which_it_began(job):
     made, engine, progress, disk, said = job(keep=1)
     for step in (1, 2):
         assert made.save_checkpoint(engine, engine.train(progress), must_succeed=False) and made.pending_step == step
-        buffer = made._pending_checkpoint.state.local[0].values.data_ptr()
+        buffer = made._pending_checkpoint.state.local_elements[0].values.data_ptr()
         asked = [engine.train(progress).step for _ in range(3) if not made.pending_is_written(progress.step)]
         assert len(asked) == 3 and step not in dict(checkpoints_in(made.checkpoint_dirs)), (
             "training goes on, and nothing has a name"
@@ -101,7 +101,7 @@ def test_background_save_writes_the_state_of_the_step_in_which_it_began(job):
         )
     assert disk.threads == ["checkpoint"] * 2, "not the thread that trains"
     made.save_checkpoint(engine, engine.train(progress), must_succeed=False)
-    assert made._pending_checkpoint.state.local[0].values.data_ptr() == buffer, "one buffer, used again"
+    assert made._pending_checkpoint.state.local_elements[0].values.data_ptr() == buffer, "one buffer, used again"
     disk.let.set()
     assert made.publish_pending() and [step for step, _ in checkpoints_in(made.checkpoint_dirs)] == [1, 3], (
         "newest and best"
