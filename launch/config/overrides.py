@@ -80,6 +80,17 @@ class ParsedOverrides:
         """Add the value of a setting. `source_text`: what sets it, for messages, such as `optim.lr=1e-4`."""
         self.values.append(SettingValue(key, value, source_text))
 
+    def replace_table(self, table: str) -> None:
+        """Mark a table as typed as a whole, and drop an earlier list for it: the last one counts, as of any setting.
+
+        Entries that were typed by themselves stay, such as `objective.rewards.maths.weight=2`.
+        """
+        self.replaced_tables.add(table)
+        list_regex = re.compile(
+            rf"([^=]+: )?[+]*{re.escape(table)}\s*[=:]"
+        )  # in a file: `my.yaml: objective.rewards: [maths]`
+        self.values = [value for value in self.values if not list_regex.match(value.source_text)]
+
 
 def parse_overrides(overrides: list[str]) -> ParsedOverrides:
     """Sort command-line overrides into choices of groups and values of settings. What cannot be read becomes a problem.
@@ -96,7 +107,10 @@ def parse_overrides(overrides: list[str]) -> ParsedOverrides:
     for override in overrides:
         if user_files.is_settings_file(override):
             _add_settings_file(parsed, settings_by_key, override)
-    parsed.num_file_values = len(parsed.values)
+    file_values = parsed.values
+    tables_of_files = parsed.replaced_tables
+    parsed.values = []
+    parsed.replaced_tables = set()
     for override in of_other_trainers.overrides:
         if user_files.is_settings_file(override):
             continue
@@ -107,6 +121,12 @@ def parse_overrides(overrides: list[str]) -> ParsedOverrides:
             _add_reset(parsed, settings_by_key, override)
         else:
             _add_override(parsed, settings_by_key, override)
+    # A table that was typed as a whole replaces that of a file, as a value does.
+    for table in parsed.replaced_tables:
+        file_values = [value for value in file_values if not value.key.startswith(f"{table}.")]
+    parsed.values = [*file_values, *parsed.values]
+    parsed.num_file_values = len(file_values)
+    parsed.replaced_tables |= tables_of_files
     parsed.problems += _contradiction_problems(parsed)
     return parsed
 
@@ -313,7 +333,7 @@ def _add_tasks(parsed: ParsedOverrides, entries: list[str], source_text: str) ->
 
     Each entry is a kind, with a name behind a colon if it is used twice: `json:strict` sets `evaluation.tasks.strict.kind`.
     """
-    parsed.replaced_tables.add(TASKS_TABLE)
+    parsed.replace_table(TASKS_TABLE)
     for entry in entries:
         kind, _, name = entry.partition(":")
         parsed.add_value(f"{TASKS_TABLE}.{name or kind}.kind", kind, source_text)
@@ -321,11 +341,7 @@ def _add_tasks(parsed: ParsedOverrides, entries: list[str], source_text: str) ->
 
 def _add_rewards(parsed: ParsedOverrides, entries: list[str], source_text: str) -> None:
     """Add the rewards of `objective.rewards=[maths,rewards.py,more.py:brief]` to `parsed`. They replace all earlier rewards."""
-    parsed.replaced_tables.add(REWARDS_TABLE)
-    # Of several such overrides the last one counts, as of any setting. Entries that were typed by themselves stay:
-    # `objective.rewards.maths.weight=2` does not match.
-    whole_table_regex = re.compile(rf"[+]*{re.escape(REWARDS_TABLE)}\s*[=:]")
-    parsed.values = [value for value in parsed.values if not whole_table_regex.match(value.source_text)]
+    parsed.replace_table(REWARDS_TABLE)
     for entry in entries:
         _add_reward_entry(parsed, entry, source_text)
 

@@ -511,6 +511,24 @@ def test_a_file_of_settings_is_a_bare_word_that_typed_words_go_before(own):
         compose_config(["gone.yaml"], check=False)
 
 
+@pytest.mark.parametrize("rewards", ["{maths: {kind: maths, weight: 2}, f1: {kind: f1}}", "[maths, f1]"])
+def test_typed_table_replaces_that_of_a_settings_file(tmp_path, rewards):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"objective:\n  rewards: {rewards}\nevaluation: {{tasks: {{strict: {{kind: json}}}}}}\n")
+
+    def names_of(*typed):
+        config = compose_config([str(mine), "objective=grpo", *typed], check=False).config
+        return [*config.objective.rewards], [*config.evaluation.tasks]
+
+    assert names_of() == (["maths", "f1"], ["strict"])
+    assert names_of("objective.rewards=[length]") == (["length"], ["strict"])
+    assert names_of("objective.rewards=[maths]", "objective.rewards=[length]") == (["length"], ["strict"])
+    # An entry that is typed by itself adds to those of the file, or to a typed list.
+    assert names_of("objective.rewards.length.kind=length")[0] == ["maths", "f1", "length"]
+    assert names_of("objective.rewards.length.weight=2", "objective.rewards=[length]")[0] == ["length"]
+    assert names_of("evaluation.tasks=[code]", "evaluation.tasks=[json:brief]") == (["maths", "f1"], ["brief"])
+
+
 def test_config_dir_of_a_user_offers_choices(own):
     rest = take_config_dirs(["tuning=small", "--config-dir", str(own), "optim.lr=1e-4"])
     assert rest == ["tuning=small", "optim.lr=1e-4"]
