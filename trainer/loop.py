@@ -108,7 +108,7 @@ class Trainer:
         self._save_last_step()
         self._publish_pending_checkpoint()
         # An attempt that took no step has no speed of its own.
-        self.outcome.speed = self.meter.speed() or earlier.speed
+        self.outcome.speed = self.meter.median_speeds() or earlier.speed
         self.outcome.slow_ranks = self.stragglers.record()
         if self.meter.expert_tokens is not None:
             self.outcome.experts = expert_load_by_layer(self.meter.expert_tokens, self.meter.expert_ranks)
@@ -166,7 +166,7 @@ class Trainer:
             for batch in batches:
                 # The question whether any rank was asked to stop travels while the step computes.
                 self.stop_agreement.ask()
-                with self.meter.step():
+                with self.meter.measuring_step():
                     self.meter.add(self.train_step(batch))  # from here on `progress.step` is the step just taken
                 is_last = self.progress.step == total_steps
                 if is_last or self.meter.num_buffered_steps >= self.settings.log_every:

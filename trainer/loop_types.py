@@ -125,7 +125,7 @@ class StepMeter(Protocol):
     def begin(self, evaluation_s: float) -> None:
         """Start the clock before the first step; `evaluation_s` seconds went into the evaluation before it."""
 
-    def step(self) -> AbstractContextManager[None]:
+    def measuring_step(self) -> AbstractContextManager[None]:
         """Entered around each step. Counts the bytes that one step of each attempt exchanges."""
 
     def add(self, record: StepRecord) -> None:
@@ -137,7 +137,7 @@ class StepMeter(Protocol):
     def restart_clock(self) -> None:
         """Leave the time since the last flush out of the speed of the next steps."""
 
-    def speed(self) -> dict[str, float]:
+    def median_speeds(self) -> dict[str, float]:
         """Median speeds of this attempt, by name; empty before the first flush."""
 
 

@@ -20,8 +20,8 @@ from launch.compare.run_files import RecordedRun
 from strategies.errors import ConfigError
 from trainer.config.resuming import flatten_settings
 from trainer.reporting.metric_names import (
-    CURRENT_EDITION,
-    METRIC_NAMES,
+    CURRENT_NAMES_EDITION,
+    TRACKED_METRIC_BY_NAME,
     TRAINING_S,
     recorded_name,
     restore_rated_reward_names,
@@ -140,10 +140,10 @@ def _recorded_run(
             run_json[key] = value
     # A column of the user's own may have the name of a key of `run.json`: what does not fit its type is left out.
     record = parse_run_record(run_json, type_errors=[])
-    if record.metric_names > CURRENT_EDITION:
+    if record.metric_names > CURRENT_NAMES_EDITION:
         raise ConfigError(
             f"{directory}: W&B has its metrics under names of edition {record.metric_names}, and this shardtune knows editions "
-            f"up to {CURRENT_EDITION}: use a later shardtune"
+            f"up to {CURRENT_NAMES_EDITION}: use a later shardtune"
         )
     settings = flatten_settings(config)
     steps = logged_steps.steps
@@ -222,7 +222,7 @@ class _LoggedSteps:
             step = row.pop(FIRST_EDITION_STEP_NAME)
             step_metrics, other_metrics = _split_first_edition_row(row)
         else:
-            step = row.get(METRIC_NAMES["step"].name)
+            step = row.get(TRACKED_METRIC_BY_NAME["step"].name)
             step_metrics, other_metrics = _split_row(row)
         if not isinstance(step, int | float):
             return
@@ -330,7 +330,7 @@ def _status_from_wandb(exit_record: dict[str, Any], summary: dict[str, Any], sta
     else:
         exit_code = exit_record.get("exit_code", 0)
         state = RunState.done if exit_code == 0 else RunState.failed
-    step = summary.get(METRIC_NAMES["step"].name, summary.get(FIRST_EDITION_STEP_NAME))
+    step = summary.get(TRACKED_METRIC_BY_NAME["step"].name, summary.get(FIRST_EDITION_STEP_NAME))
     return {"step": step, "time": last_seen_at, "state": state}
 
 

@@ -27,7 +27,7 @@ from launch.compare.workspace_script import (
 from strategies.errors import ShardtuneError
 from strategies.extras import install_command
 from trainer.reporting.config import COLUMNS
-from trainer.reporting.metric_names import CURRENT_EDITION, FIRST_EDITION, XAxis, tracked_name
+from trainer.reporting.metric_names import CURRENT_NAMES_EDITION, FIRST_NAMES_EDITION, XAxis, tracked_name
 from trainer.reporting.numbers import format_metric, format_setting
 from trainer.reporting.status import write_text_atomic
 
@@ -157,8 +157,8 @@ def _wandb_mode(run: RecordedRun) -> str:
 def _metric_names_in_wandb(metric: str, runs: list[RecordedRun]) -> list[str]:
     """The names that a metric of steps has in W&B, each once: a run keeps the names of the edition with which it began."""
     # A run that was not started yet has no record, and will begin with today's names.
-    editions = {CURRENT_EDITION if run.record.is_empty else run.record.metric_names for run in runs}
-    names = [metric if edition == FIRST_EDITION else tracked_name(metric) for edition in sorted(editions)]
+    editions = {CURRENT_NAMES_EDITION if run.record.is_empty else run.record.metric_names for run in runs}
+    names = [metric if edition == FIRST_NAMES_EDITION else tracked_name(metric) for edition in sorted(editions)]
     return list(dict.fromkeys(names))  # later editions differ in few names
 
 

@@ -156,7 +156,7 @@ def write_as_rank(config: RunConfig, job: ExportJob, runtime: Runtime) -> Prepar
     from trainer.checkpoints.manifest import manifest_sha256
     from trainer.export.write import write_export
     from trainer.model.loading import load_tokenizer
-    from trainer.reporting.documents.facts import read_run_facts
+    from trainer.reporting.documents.facts import read_model_card_facts
     from trainer.reporting.documents.questions import read_answers
     from trainer.reporting.results import held_out_metrics_at_step
     from trainer.session.exported_model import describe_trained_model
@@ -186,7 +186,7 @@ def write_as_rank(config: RunConfig, job: ExportJob, runtime: Runtime) -> Prepar
     are_of_one_checkpoint = len(checkpoints) == 1 and not job.accepted
     progress = model.trained.progress()
     record = replace(record, label_names=data.label_names)
-    facts = read_run_facts(run_dir, record, read_answers(config.export.answers)[0])
+    facts = read_model_card_facts(run_dir, record, read_answers(config.export.answers)[0])
     facts.step = progress.step
     facts.tokens = progress.tokens
     facts.metrics_at_step = held_out_metrics_at_step(run_dir, progress.step)

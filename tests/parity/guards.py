@@ -29,7 +29,7 @@ from trainer.loop import Trainer
 from trainer.monitors.guard_config import Action, GuardsConfig
 from trainer.monitors.replicas import replicated_parameters
 from trainer.objectives.sft import SftDataSpec
-from trainer.reporting.metric_names import FIRST_EDITION
+from trainer.reporting.metric_names import FIRST_NAMES_EDITION
 from trainer.reporting.metrics import StepRecord
 from trainer.reporting.tracking import Trackers
 
@@ -149,7 +149,7 @@ def rolled_back(job: Job, strategy: str, experts: int = 1) -> dict:
     places = [Path(processes.broadcast_object(tempfile.mkdtemp(dir=job.root), job.runtime)) / "checkpoints"]
     trainer.checkpoints = Checkpoints(places, CheckpointConfig(every_steps=3), job.runtime)
     rows = Rows()
-    trainer.metrics = Trackers(trackers=[rows], metric_names=FIRST_EDITION)
+    trainer.metrics = Trackers(trackers=[rows], metric_names=FIRST_NAMES_EDITION)
     progress = trainer.fit().progress
 
     never_had = documents(job, odd=False)

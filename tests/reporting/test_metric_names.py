@@ -3,7 +3,7 @@
 import pytest
 
 from trainer.reporting.metric_names import (
-    METRIC_NAMES,
+    TRACKED_METRIC_BY_NAME,
     XAxis,
     recorded_name,
     restore_rated_reward_names,
@@ -15,7 +15,7 @@ FAMILIES = ("step_tokens/web", "loss/web", "experts/unused", "gpu/3/power_w", "r
 
 
 def test_a_name_of_a_step_has_one_name_in_trackers_and_comes_back():
-    names = [*METRIC_NAMES, *FAMILIES]
+    names = [*TRACKED_METRIC_BY_NAME, *FAMILIES]
     tracked = [tracked_name(name) for name in names]
     assert len(set(tracked)) == len(names)
     assert [recorded_name(name) for name in tracked] == names

@@ -68,9 +68,9 @@ def test_metrics_of_gpus_of_all_hosts_need_no_further_reduction(monkeypatch):
         monkeypatch.setattr(metrics, "sum_over_ranks", reduce)
         monkeypatch.setattr(metrics, "peak_memory_gib_by_metric", lambda device: {"memory_gib": 1.0})
         meter = Meter(rank(number, 2), 1.0, None)
-        meter.gpu = gpu_meters.GpuWatcher(torch.device("cuda:0"))
-        meter.gpu.sample()
-        meter.gpu.sample()
+        meter.gpu_watcher = gpu_meters.GpuWatcher(torch.device("cuda:0"))
+        meter.gpu_watcher.sample()
+        meter.gpu_watcher.sample()
         meter.add(step(1))
         meter.add(step(2))
         return meter.flush(), meter
@@ -83,7 +83,7 @@ def test_metrics_of_gpus_of_all_hosts_need_no_further_reduction(monkeypatch):
         assert second["gpu/1/utilization_percent"] == 90 and second["gpu/1/memory_gib"] == 4
         assert "gpu/1/power_w" not in second and not any(name.startswith("gpu/") for name in first)
         assert [each.tokens for each in meter.times_by_rank] == [60, 60]
-        assert all(math.isnan(value) for value in meter.gpu.means())  # nothing was seen since
+        assert all(math.isnan(value) for value in meter.gpu_watcher.means())  # nothing was seen since
 
 
 def test_gpu_driver_without_figures_is_asked_once_and_one_that_fails_later_again(monkeypatch):
@@ -108,7 +108,7 @@ def test_the_speed_of_a_run_is_a_median_that_forgets_the_first_interval(monkeypa
     clock = iter([0.0, 10.0, 10.0, 11.0, 11.0, 12.0, 12.0, 16.0, 16.0])
     monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: next(clock)))  # of nobody else here
     meter = Meter(rank(), 2e9, 1.0)
-    assert meter.speed() == {}
+    assert meter.median_speeds() == {}
     meter._interval_began_at = 0.0
     meter.restart_clock()
     seen = []
@@ -116,9 +116,9 @@ def test_the_speed_of_a_run_is_a_median_that_forgets_the_first_interval(monkeypa
         meter.add(step(number, tokens=tokens))
         seen.append(meter.flush()[0]["tokens_per_s"])
         if number == 1:
-            assert meter.speed()["tokens_per_s"] == 10.0  # all there is
+            assert meter.median_speeds()["tokens_per_s"] == 10.0  # all there is
     assert seen == [10.0, 100.0, 120.0, 25.0]
-    speed = meter.speed()
+    speed = meter.median_speeds()
     usual = {"intervals": 3, "tokens_per_s": 100.0, "tokens_per_s_per_rank": 100.0, "mfu": pytest.approx(0.2)}
     assert speed == usual | {"step_s": 1.0, "supervised_tokens_per_s": 50.0}
 

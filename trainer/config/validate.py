@@ -85,7 +85,7 @@ def config_problems(config: RunConfig, *, world_size: int | None = None) -> list
     problems += optimizer_problems(config.optim, config.strategy, str(config.schedule.name), here=runs_here)
     problems += combination_problems(config.tuning, config.strategy, config.optim)
     problems += tracker_problems(config.logging) if runs_here else []
-    problems += energy_problems(config.logging, starts_here=runs_here)
+    problems += energy_problems(config.logging, uses_this_host=runs_here)
     problems += profile_problems(config.profile, config.budget.steps)
     return [*problems, *_tuning_problems(config), *launcher_problems(config)]
 

@@ -307,7 +307,7 @@ def _write_small_files(
         write_end_tokens(model.tokenizer, staging_dir, model.base_path)
     facts.resize_to = _num_tokens_to_resize_to(model) if is_adapter else None
     if needs_own_class(type(model.built.config)):
-        facts.own_class = type(model.model_without_adapter).__name__
+        facts.custom_auto_class = type(model.model_without_adapter).__name__
     write_documents(staging_dir, config.papers, facts, adapter=is_adapter, base_path=model.base_path)
 
 

@@ -117,8 +117,8 @@ def measured_cost(meter: Meter, device: torch.device, checkpoint: SavedCheckpoin
     if meter.communication_totals is not None:
         cost.exchanged_bytes = dict(meter.communication_totals.bytes_by_collective)
         cost.exposed_s = meter.communication_totals.waited_s
-    if meter.start_s is not None:
-        cost.start_s = meter.start_s
+    if meter.seconds_until_first_step is not None:
+        cost.start_s = meter.seconds_until_first_step
         cost.evaluation_before_s = (
             meter.evaluation_s
         )  # of the evaluation before the first step, which `start_s` includes

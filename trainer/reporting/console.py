@@ -31,7 +31,7 @@ class RunSchedule:
     first_step: int
     """The step that this attempt began behind."""
     started_at: float
-    """`time.perf_counter` at that moment."""
+    """`time.perf_counter` when this attempt began."""
     evaluate_every: int = 0
     """Steps between evaluations; 0 where there are none before the end."""
 
@@ -40,6 +40,7 @@ class Console:
     """Prints lines and a progress bar on rank 0; writes the lines of every rank, with the time, to the rank's own log file."""
 
     def __init__(self, *, enabled: bool, log: Path | None = None) -> None:
+        """`enabled`: whether lines are printed, on rank 0. `log`: the log file of this rank; None: none is written."""
         self.enabled = enabled
         self._shows_bar = enabled and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self._shown_bar = ""
@@ -133,19 +134,21 @@ def _progress_bar(row: dict[str, Any], schedule: RunSchedule, width: int) -> str
     from rich.console import Console as Terminal
     from rich.progress_bar import ProgressBar
 
+    # A field begins with its name: "loss 2.3100".
     field_by_name = {field.split()[0]: field for field in _progress_fields(row, schedule)}
     step_field = field_by_name["step"]
     # Columns that are left beside the step and a short bar, which has a blank on either side.
-    room = width - MIN_BAR_WIDTH - 2 - len(step_field)
+    free_columns = width - MIN_BAR_WIDTH - 2 - len(step_field)
     other_fields = ""
     for field in _bar_fields_by_importance(row, schedule, field_by_name):
-        if len(other_fields) + 2 + len(field) > room:
+        field_after_blanks = f"  {field}"
+        if len(other_fields) + len(field_after_blanks) > free_columns:
             break
-        other_fields += f"  {field}"
+        other_fields += field_after_blanks
     if not other_fields:
         return step_field[:width]
     # The bar gets the columns that the fields leave.
-    bar_width = max(1, min(MAX_BAR_WIDTH, room - len(other_fields) + MIN_BAR_WIDTH))
+    bar_width = max(1, min(MAX_BAR_WIDTH, free_columns - len(other_fields) + MIN_BAR_WIDTH))
     bar = ProgressBar(total=schedule.total_steps, completed=row["step"], width=bar_width)
     terminal = Terminal(file=sys.stdout, width=width, legacy_windows=False)
     with terminal.capture() as drawn:

@@ -34,16 +34,17 @@ START_TIMEOUT_S = 30
 """Seconds for which the end of a short run waits for a tracker that is still starting."""
 
 
-def energy_problems(config: LoggingConfig, *, starts_here: bool) -> Iterator[str]:
-    """An error message if energy cannot be measured as `logging.energy` asks.
+def energy_problems(config: LoggingConfig, *, uses_this_host: bool) -> Iterator[str]:
+    """The error message if energy cannot be measured as `logging.energy` asks:
 
-    `starts_here`: whether the run starts on this host, so that its packages are those of the run.
+    - `logging.energy` is no code of a country.
+    - codecarbon is not installed. It is only looked for if the run uses this host's Python packages (`uses_this_host`).
     """
     if config.energy is None:
         return
     if not re.fullmatch(r"[A-Z]{3}", config.energy):
         yield f"logging.energy={config.energy}: must be the three letters of a country (ISO 3166), as in logging.energy=DEU"
-    elif starts_here and find_spec("codecarbon") is None:
+    elif uses_this_host and find_spec("codecarbon") is None:
         yield f"logging.energy={config.energy}: needs the package codecarbon ({install_command('energy')})"
 
 
@@ -53,8 +54,9 @@ def measure_energy(
 ) -> Iterator[None]:
     """A context in which codecarbon measures the energy of this host, on its first rank; other ranks measure nothing.
 
-    Writes the totals to a file in `energy/` of the run directory. `country`: three letters (ISO 3166), whose electricity decides
-    the emissions; None measures nothing. If it fails, `print_line` gets the reason, and the run trains on. No collective.
+    Its `with` block is the training. Writes the totals to a file in `energy/` of the run directory. `country`: three letters
+    (ISO 3166), whose electricity decides the emissions; None measures nothing. If it fails, `print_line` gets a line with the
+    reason, and the run trains on. No collective.
     """
     if country is None or runtime.local_rank != 0:
         yield
@@ -91,7 +93,10 @@ def energy_of_run(run_dir: Path) -> dict[str, Any] | None:
 
 
 class _Meter(threading.Thread):
-    """A thread that loads and starts codecarbon's tracker beside training: both take seconds."""
+    """A thread that loads and starts codecarbon's tracker beside training, since both take seconds, and then ends.
+
+    The tracker measures in threads of its own until `stop`.
+    """
 
     def __init__(self, country: str, path: Path, print_line: Callable[[str], None]) -> None:
         super().__init__(name="energy", daemon=True)
@@ -133,7 +138,10 @@ class _Meter(threading.Thread):
         from codecarbon.output import BaseOutput
 
         class TotalsToFile(BaseOutput):  # type: ignore[misc]
-            """codecarbon's interface of an output: it calls `live_out` now and then, and `out` at the end."""
+            """codecarbon's interface of an output: it calls `live_out` now and then, and `out` at the end.
+
+            Its own instance is `_`, since `self` is the meter.
+            """
 
             def out(_, total: Any, delta: Any) -> None:
                 self.write_totals(total)
@@ -151,21 +159,25 @@ class _Meter(threading.Thread):
             log_level="critical",
         )
 
-    def write_totals(self, total: Any) -> None:
-        """Replace the file of this host by its totals since the start. `total`: codecarbon's `EmissionsData`."""
-        measured_devices = [total.cpu_model, "memory"]
-        if total.gpu_count:
-            measured_devices.insert(0, f"{total.gpu_count} x {total.gpu_model}")
+    def write_totals(self, emissions: Any) -> None:
+        """Replace the file of this host by its totals since the start.
+
+        `emissions`: codecarbon's `EmissionsData`. The file has, for example, {"host": "n1", "kwh": 0.6, "of": "2 x A100, EPYC,
+        memory", "by": "codecarbon 3.0", ...}.
+        """
+        measured_devices = [emissions.cpu_model, "memory"]
+        if emissions.gpu_count:
+            measured_devices.insert(0, f"{emissions.gpu_count} x {emissions.gpu_model}")
         measurement = {
             "host": socket.gethostname(),
-            "kwh": total.energy_consumed,
-            "gpu_kwh": total.gpu_energy,
-            "cpu_kwh": total.cpu_energy,
-            "memory_kwh": total.ram_energy,
-            "kg_co2e": total.emissions,
-            "hours": total.duration / 3600,
-            "country": total.country_iso_code,
+            "kwh": emissions.energy_consumed,
+            "gpu_kwh": emissions.gpu_energy,
+            "cpu_kwh": emissions.cpu_energy,
+            "memory_kwh": emissions.ram_energy,
+            "kg_co2e": emissions.emissions,
+            "hours": emissions.duration / 3600,
+            "country": emissions.country_iso_code,
             "of": ", ".join(device for device in measured_devices if device),
-            "by": f"codecarbon {total.codecarbon_version}",
+            "by": f"codecarbon {emissions.codecarbon_version}",
         }
         write_text_atomic(self.path, json.dumps(measurement, indent=1) + "\n")

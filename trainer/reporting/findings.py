@@ -32,17 +32,19 @@ class RecordedFinding:
 def findings_in(challenges: Mapping[str, Any] | None) -> list[RecordedFinding]:
     """The findings of a run's detectors that it has not recovered from.
 
-    `challenges`: what `run.json` has under this key; None if the run wrote nothing there.
+    `challenges`: what `run.json` has under this key, by detector, such as {"overfitting": {"found": true, "first_step": 40,
+    "says": "overfitting: the held-out loss rises", "remedies": ["stop earlier"]}}; None if the run wrote nothing there.
     """
     findings = []
-    for detector, record in (challenges or {}).items():
-        if not isinstance(record, Mapping) or not record.get("found"):
+    for detector, detector_record in (challenges or {}).items():
+        if not isinstance(detector_record, Mapping) or not detector_record.get("found"):
             continue
-        name = str(record.get("verdict") or detector)
-        first_step = int(record.get("first_step", record.get("step", 0)))
+        name = str(detector_record.get("verdict") or detector)
+        # A detector that looks once, such as at the first evaluation, records `step` alone.
+        first_step = int(detector_record.get("first_step", detector_record.get("step", 0)))
         # The sentence begins with the name, which is shown beside it.
-        observation = str(record.get("says", "")).removeprefix(f"{name}: ")
-        remedies = [*record.get("remedies", [])]
+        observation = str(detector_record.get("says", "")).removeprefix(f"{name}: ")
+        remedies = [*detector_record.get("remedies", [])]
         findings.append(RecordedFinding(name=name, step=first_step, observation=observation, remedies=remedies))
     return findings
 

@@ -44,7 +44,7 @@ class JsonlTracker:
         Lines that are no rows are moved to `metrics.unreadable.jsonl`, with a warning. Raises OSError with all rows still there.
         """
         recorded = read_rows(self.path)
-        if recorded.unreadable:
+        if recorded.unreadable:  # they are in that file before they disappear from this one
             self._save_unreadable_lines(recorded.unreadable)
         kept_rows = []
         kept_lines = []

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-FIRST_EDITION = 1
-"""Edition of the names of runs that record none: trackers have the names of `metrics.jsonl`."""
+FIRST_NAMES_EDITION = 1
+"""Edition of the names in trackers of runs that record no edition: they are those of `metrics.jsonl`."""
 RATED_REWARDS_EDITION = 3
 """From this edition on, rewards of answers that are rated one by one have the names of pairs (`PAIR_REWARD_BY_RATED_REWARD`)."""
-CURRENT_EDITION = 3
+CURRENT_NAMES_EDITION = 3
 """Edition of the names that a new run uses. A run that goes on keeps the edition it began with."""
 
 
@@ -30,7 +30,7 @@ class TrackedMetric:
     """Whether W&B draws no panel of it: a counter, which is of use as an x axis alone."""
 
 
-METRIC_NAMES: dict[str, TrackedMetric] = {
+TRACKED_METRIC_BY_NAME: dict[str, TrackedMetric] = {
     "step": TrackedMetric("train/global_step", "steps", hidden=True),
     "epoch": TrackedMetric("train/epoch", "epochs", hidden=True),
     "tokens": TrackedMetric("train/num_tokens", "tokens since the start", hidden=True),
@@ -77,8 +77,8 @@ PAIR_ACCURACY = TrackedMetric("train/rewards/accuracies", "share")
 """`accuracy` of an objective that compares rewards, as TRL calls it."""
 PAIR_REWARD_BY_RATED_REWARD = {"desirable_reward": "chosen_reward", "undesirable_reward": "rejected_reward"}
 """Rewards of answers that are rated one by one (KTO), by the metric of pairs whose name they share, as in TRL."""
-GROUP_PREFIX_BY_FAMILY = {"step_tokens/": "data/", "experts/": "", "gpu/": ""}
-"""What trackers put before names that begin so: `data/step_tokens/web`. Any other name of a step is put below `train/`."""
+TRACKER_GROUP_BY_NAME_PREFIX = {"step_tokens/": "data/", "experts/": "", "gpu/": ""}
+"""What trackers put before a name with this prefix: `step_tokens/web` is `data/step_tokens/web`. Other names get `train/`."""
 EVALUATION_PREFIXES = ("eval/", "test/", "final/", "overfitting/", "output/", "forgetting")
 """How the names of metrics of evaluations and of the summary begin."""
 POSITION_METRICS = ("step", "tokens", "epoch")
@@ -98,7 +98,7 @@ class XAxis(StrEnum):
     @property
     def tracked_name(self) -> str:
         """The metric of the axis in trackers."""
-        return TRAINING_S.name if self is XAxis.seconds else METRIC_NAMES[str(self)].name
+        return TRAINING_S.name if self is XAxis.seconds else TRACKED_METRIC_BY_NAME[str(self)].name
 
 
 def tracked_name(name: str) -> str:
@@ -106,27 +106,29 @@ def tracked_name(name: str) -> str:
 
     `loss` is `train/loss`, a term `kl` of an objective `train/kl`, `step_tokens/web` is `data/step_tokens/web`.
     """
-    if name in METRIC_NAMES:
-        return METRIC_NAMES[name].name
+    if name in TRACKED_METRIC_BY_NAME:
+        return TRACKED_METRIC_BY_NAME[name].name
     if name.startswith(EVALUATION_PREFIXES):
         return name
-    for family, group in GROUP_PREFIX_BY_FAMILY.items():
-        if name.startswith(family):
-            return group + name
+    for name_prefix, tracker_group in TRACKER_GROUP_BY_NAME_PREFIX.items():
+        if name.startswith(name_prefix):
+            return tracker_group + name
     return f"train/{name}"
 
 
 def tracked_row(
-    row: Mapping[str, Any], *, step: int, training_s: float, edition: int = CURRENT_EDITION
+    row: Mapping[str, Any], *, step: int, training_s: float, edition: int = CURRENT_NAMES_EDITION
 ) -> dict[str, Any]:
     """A row of `metrics.jsonl` under the names that trackers show, with the step and the seconds of all steps so far.
 
     A step's {"loss": 2.3, "kl": 0.1} becomes {"train/loss": 2.3, "train/kl": 0.1}. A row without a `loss` is of an evaluation:
-    of its names only those in `POSITION_METRICS` change. `edition`: which set of names the run began with, 2 or 3.
+    of its names only those in `POSITION_METRICS` change. `edition`: which set of names the run began with, 2 or 3; from 3 on,
+    KTO's `desirable_reward` is `train/rewards/chosen`, as the reward of a preferred answer is. `training_s`: only trackers get
+    it.
     """
     is_of_step = "loss" in row
     compares_rewards = is_of_step and "margin" in row  # of preference pairs, as in DPO
-    tracked = {METRIC_NAMES["step"].name: step, TRAINING_S.name: training_s}
+    tracked = {TRACKED_METRIC_BY_NAME["step"].name: step, TRAINING_S.name: training_s}
     for name, metric in row.items():
         if compares_rewards and name == "accuracy":
             tracked[PAIR_ACCURACY.name] = metric
@@ -139,21 +141,21 @@ def tracked_row(
     return tracked
 
 
-def recorded_name(tracked: str) -> str | None:
+def recorded_name(tracker_name: str) -> str | None:
     """The name in `metrics.jsonl` of a step's metric in a tracker: `kl` for `train/kl`, the inverse of `tracked_name`.
 
-    None for a metric of an evaluation, and for one that is not in that file.
+    None for a metric of an evaluation, and for the training seconds, which that file does not have.
     """
-    if tracked == TRAINING_S.name or not tracked.startswith(TRACKER_GROUP_PREFIXES):
+    if tracker_name == TRAINING_S.name or not tracker_name.startswith(TRACKER_GROUP_PREFIXES):
         return None
-    if tracked == PAIR_ACCURACY.name:
+    if tracker_name == PAIR_ACCURACY.name:
         return "accuracy"
-    if tracked in _NAME_BY_TRACKED_NAME:
-        return _NAME_BY_TRACKED_NAME[tracked]
-    for family, group in GROUP_PREFIX_BY_FAMILY.items():
-        if tracked.startswith(group + family):
-            return tracked.removeprefix(group)
-    return tracked.removeprefix("train/")
+    if tracker_name in _NAME_BY_TRACKER_NAME:
+        return _NAME_BY_TRACKER_NAME[tracker_name]
+    for name_prefix, tracker_group in TRACKER_GROUP_BY_NAME_PREFIX.items():
+        if tracker_name.startswith(tracker_group + name_prefix):  # `data/step_tokens/web`
+            return tracker_name.removeprefix(tracker_group)
+    return tracker_name.removeprefix("train/")
 
 
 def restore_rated_reward_names(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,4 +168,4 @@ def restore_rated_reward_names(row: Mapping[str, Any]) -> dict[str, Any]:
     return {rated_name_by_pair_name.get(name, name): metric for name, metric in row.items()}
 
 
-_NAME_BY_TRACKED_NAME = {metric.name: name for name, metric in METRIC_NAMES.items()}
+_NAME_BY_TRACKER_NAME = {metric.name: name for name, metric in TRACKED_METRIC_BY_NAME.items()}

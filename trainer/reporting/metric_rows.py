@@ -40,7 +40,7 @@ class MetricRows:
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     lines: list[bytes] = field(default_factory=list)
-    """The line of the file that each of `rows` was read from, byte for byte."""
+    """The line of the file that each of `rows` was read from: who rewrites the file copies lines byte for byte."""
     unreadable: list[UnreadableLine] = field(default_factory=list)
     """Lines that are no rows, without a last line that has no newline: it is being written, or was when the run was killed."""
     version: int = 0
@@ -48,7 +48,7 @@ class MetricRows:
 
 
 def read_rows(path: Path) -> MetricRows:
-    """All rows of a `metrics.jsonl`, and the lines that are no rows; empty if there is no file.
+    """All rows of a `metrics.jsonl` with their lines, and the lines that are no rows; empty if there is no file.
 
     Errors: OSError; ConfigError if a later version of shardtune wrote the file.
     """
@@ -62,13 +62,13 @@ def read_rows(path: Path) -> MetricRows:
         if not line.strip():
             continue
         try:
-            row = _parse_row_with_version(line)
+            row = _parse_metrics_row(line)
         except ValueError as error:
             is_last = number == len(lines)  # it has no newline yet: it is being written
             if not is_last:
                 metrics.unreadable.append(UnreadableLine(number=number, reason=str(error), line_bytes=line))
             continue
-        if VERSION_KEY in row:
+        if VERSION_KEY in row:  # the first row
             metrics.version = _require_readable_version(row, path)
             del row[VERSION_KEY]
         metrics.rows.append(row)
@@ -97,13 +97,17 @@ def _require_readable_version(row: dict[str, Any], path: Path) -> int:
 
 def parse_metrics_row(line: bytes) -> dict[str, Any]:
     """The row in a line such as b'{"step": 3, "loss": 2.1}'. Raises ValueError with what is wrong, to follow "line 7"."""
-    row = _parse_row_with_version(line)
+    row = _parse_metrics_row(line)
     row.pop(VERSION_KEY, None)
     return row
 
 
-def _parse_row_with_version(line: bytes) -> dict[str, Any]:
-    """The row in a line, with the file's version if it has one. Raises ValueError with what is wrong, to follow "line 7"."""
+def _parse_metrics_row(line: bytes) -> dict[str, Any]:
+    """The row in a line; the first row of a file also has the file's version, under `VERSION_KEY`.
+
+    Raises ValueError for a line that is no JSON object with a whole-numbered step. Its text says what is wrong, to follow "line
+    7".
+    """
     if b"\0" in line:
         raise ValueError("has NUL bytes, as a power cut leaves them")
     try:

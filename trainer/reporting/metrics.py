@@ -20,7 +20,7 @@ from strategies.runtime import Runtime, peak_memory_gib_by_metric, sum_over_rank
 from trainer.reporting import expert_load, gpu_meters
 from trainer.reporting.block_times import BlockTimer
 from trainer.reporting.gpu_peaks import peak_tflops
-from trainer.reporting.run_record import REFERENCE_TFLOPS
+from trainer.reporting.run_record import REFERENCE_TFLOPS_KEY
 from trainer.reporting.step_times import STEP_PARTS, StepPartTimes, timed_engine
 
 COUNTED_STEP = 2
@@ -86,13 +86,14 @@ class RankMeasurements:
 
     peaks_gib: dict[str, float]
     """Peaks of memory in GiB, as `peak_memory_gib_by_metric` names them; every rank has the same names in the same order."""
-    time: RankTime
+    block_time: RankTime
     gpu_means: list[float]
     """`GpuWatcher.means`; empty if the rank has no GPU."""
 
     def to_row(self) -> list[float]:
-        """The numbers in the order peaks, time, GPU."""
-        return [*self.peaks_gib.values(), self.time.seconds, self.time.tokens, self.time.step_s, *self.gpu_means]
+        """The numbers in the order peaks, block time, GPU."""
+        block_time = [self.block_time.seconds, self.block_time.tokens, self.block_time.step_s]
+        return [*self.peaks_gib.values(), *block_time, *self.gpu_means]
 
     def from_row(self, row: list[float]) -> RankMeasurements:
         """The measurements of another rank, from its `to_row`. Its peaks have the same names as this rank's."""
@@ -100,7 +101,7 @@ class RankMeasurements:
         seconds, tokens, step_s = row[num_peaks : num_peaks + 3]
         return RankMeasurements(
             peaks_gib=dict(zip(self.peaks_gib, row[:num_peaks], strict=True)),
-            time=RankTime(seconds=seconds, tokens=tokens, step_s=step_s),
+            block_time=RankTime(seconds=seconds, tokens=tokens, step_s=step_s),
             gpu_means=row[num_peaks + 3 :],
         )
 
@@ -121,18 +122,18 @@ class Meter:
     runtime: Runtime
     flops_per_token: float
     reference_tflops: float | None
-    metrics: tuple[str, ...] = ()
+    objective_metrics: tuple[str, ...] = ()
     """Terms of the objective that are logged beside the loss, each divided by the loss's count."""
     expert_tokens: Tensor | None = None
     """`[layers, experts]`: how many tokens chose each expert in the last interval, all ranks together."""
     peaks: dict[str, float] = field(default_factory=dict)
     """Largest of all ranks' peaks of memory up to the last flush, as `peak_memory_gib_by_metric` names them."""
-    start_s: float | None = None
+    seconds_until_first_step: float | None = None
     """Age of this process at the first step; None before it, and where the system does not tell."""
     part_times: StepPartTimes | None = None
     """Times the parts of steps (`logging.step_parts`); None if that is off."""
     evaluation_s: float = 0.0
-    """Seconds of `start_s` that the evaluation before the first step took."""
+    """Seconds of `seconds_until_first_step` that the evaluation before the first step took."""
     block_timer: BlockTimer | None = None
     """Times what this rank's blocks compute, in the first step of each interval."""
     expert_ranks: int = 1
@@ -141,27 +142,27 @@ class Meter:
     """What this rank exchanged in the step that was counted; None before it, and of a single rank."""
     times_by_rank: list[RankTime] = field(default_factory=list)
     """What each rank computed in the last interval, by rank; equal on all ranks."""
-    gpu: gpu_meters.GpuWatcher | None = None
+    gpu_watcher: gpu_meters.GpuWatcher | None = None
     """Looks at this rank's GPU; None where it has none."""
     _gpu_metrics: dict[str, float] = field(default_factory=dict)
     """What all ranks' GPUs did in the last interval, as rows have it."""
     _records: list[StepRecord] = field(default_factory=list)
     _num_steps: int = 0
-    """Steps taken in this attempt."""
+    """Steps taken by this process."""
     _interval_began_at: float = field(default_factory=time.perf_counter)
     _mean_steps: list[_MeanStep] = field(default_factory=list)
     """The mean step of each flushed interval, the earliest first."""
 
     def begin(self, evaluation_s: float) -> None:
-        """Start the clock of steps, and the measurements of this rank's GPU. Called before the first step.
+        """Start the clock of steps, and the measurements of this rank's GPU. Called before the first step of this process.
 
-        `evaluation_s`: seconds that the evaluation before it took.
+        `evaluation_s`: seconds that the evaluation before the first step took.
         """
-        self.start_s = process_age_s()
+        self.seconds_until_first_step = process_age_s()
         self.evaluation_s = evaluation_s
         if self.runtime.kind == "cuda":
-            self.gpu = gpu_meters.GpuWatcher(self.runtime.device)
-            self.gpu.start()
+            self.gpu_watcher = gpu_meters.GpuWatcher(self.runtime.device)
+            self.gpu_watcher.start()
         self.restart_clock()
 
     def wrap_with_timing(self, engine: Engine) -> Engine:
@@ -180,13 +181,16 @@ class Meter:
             self.block_timer.watch(blocks, has_collectives_inside=self.runtime.sequence_size > 1)
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Around each step: time the blocks in the first one of an interval, and count what one of an attempt exchanges."""
+    def measuring_step(self) -> Iterator[None]:
+        """A context around each step: times the blocks in the first step of a logging interval.
+
+        Step `COUNTED_STEP` of this process also sets `communication_totals`, if there are several ranks.
+        """
         self._num_steps += 1
         if self.block_timer is not None:
             is_first_of_interval = not self._records
             self.block_timer.is_on = is_first_of_interval
-        # Counting costs a little in each collective, so it is on in one step of an attempt only.
+        # Counting costs a little in each collective, so it is on in one step of a process only.
         if self._num_steps != COUNTED_STEP or self.runtime.world_size == 1:
             yield
         else:
@@ -221,9 +225,10 @@ class Meter:
         term_names = sorted(records[0].local_sums)  # of the loss, such as `kl` and `loss`
         expert_tokens_by_step = [record.expert_tokens for record in records if record.expert_tokens is not None]
         # Everything that is summed over ranks goes into one table, for one reduction: a row for each step, with the columns
-        # sums of the terms, tokens of each expert, seconds of the step's parts, wait for data, tokens.
+        # sums of the terms, tokens of each expert, seconds of the step's parts (forward, backward, update), wait for data,
+        # tokens.
         table = self._sums_on_device(records, term_names, expert_tokens_by_step)
-        host_columns = self._host_columns(records)
+        host_columns = self._host_measurements(records)
         num_host_columns = host_columns.shape[1]
         table = torch.cat([table, host_columns.to(table.device)], dim=1)
         table, measurements_by_rank = self._sum_and_gather(table, self._own_measurements(records[0].local_tokens))
@@ -294,15 +299,16 @@ class Meter:
         tokens_by_expert = torch.stack(expert_tokens_by_step).double().flatten(start_dim=1)
         return torch.cat([table, tokens_by_expert], dim=1)
 
-    def _host_columns(self, records: list[StepRecord]) -> Tensor:
+    def _host_measurements(self, records: list[StepRecord]) -> Tensor:
         """What the host knows of each step of this rank: float64 [steps, parts + 2].
 
-        The columns are the seconds of the step's parts (none if they are not timed), of the wait for data, and the tokens.
+        The columns are the seconds of the step's parts (`STEP_PARTS`: forward, backward, update; none if they are not timed), of
+        the wait for data, and the tokens.
         """
         if self.part_times is None:
             part_seconds: list[list[float]] = [[] for _ in records]
         else:
-            part_seconds = self.part_times.read()
+            part_seconds = self.part_times.take_seconds_by_step()
         step_columns = []
         for record, seconds in zip(records, part_seconds, strict=True):
             step_columns.append([*seconds, record.wait_s, float(record.local_tokens)])
@@ -312,12 +318,12 @@ class Meter:
         """What this rank measured of itself since the last flush. `tokens`: its tokens of the interval's first step."""
         return RankMeasurements(
             peaks_gib=peak_memory_gib_by_metric(self.runtime.device),
-            time=RankTime(
+            block_time=RankTime(
                 seconds=0.0 if self.block_timer is None else self.block_timer.read(),
                 tokens=tokens,
                 step_s=self._mean_steps[-1].train_s if self._mean_steps else 0.0,
             ),
-            gpu_means=[] if self.gpu is None else self.gpu.means(),
+            gpu_means=[] if self.gpu_watcher is None else self.gpu_watcher.means(),
         )
 
     def _sum_and_gather(self, table: Tensor, own: RankMeasurements) -> tuple[Tensor, list[RankMeasurements]]:
@@ -338,14 +344,15 @@ class Meter:
         self.peaks = {}
         for name in measurements_by_rank[0].peaks_gib:
             self.peaks[name] = max(measurements.peaks_gib[name] for measurements in measurements_by_rank)
-        self.times_by_rank = [measurements.time for measurements in measurements_by_rank]
+        self.times_by_rank = [measurements.block_time for measurements in measurements_by_rank]
         gpu_means_by_rank = [measurements.gpu_means for measurements in measurements_by_rank]
         self._gpu_metrics = gpu_meters.gpu_metrics_of_row(gpu_means_by_rank) if gpu_means_by_rank[0] else {}
 
-    def speed(self) -> dict[str, float]:
-        """Tokens a second, MFU and seconds of a step: medians over logging intervals. Empty before the first flush.
+    def median_speeds(self) -> dict[str, float]:
+        """Tokens a second, MFU and seconds of a step: medians over logging intervals, of each interval's mean step.
 
-        The first interval is left out if there are others.
+        {"intervals": 9, "tokens_per_s": 5100.0, "mfu": 0.41, "step_s": 0.8, ...}. Empty before the first flush. The first
+        interval is left out if there are others.
         """
         mean_steps = self._mean_steps_after_warmup()
         if not mean_steps:
@@ -414,7 +421,7 @@ class Meter:
             if count and f"loss/{source}" in sums:
                 row[f"loss/{source}"] = sums[f"loss/{source}"] / count
         # Metrics of the objective, such as `kl`.
-        for name in self.metrics:
+        for name in self.objective_metrics:
             row[name] = sums[name] / loss_count
         # These are shares of the whole batch already: nothing is left to divide by.
         for name, share in sums.items():
@@ -435,22 +442,32 @@ def process_age_s() -> float | None:
         return None
 
 
-def reference_tflops(configured: float | None, device: torch.device) -> tuple[float | None, str]:
-    """The peak speed that MFU is measured against: (TFLOP/s of one device, source of the figure as text).
+class ReferenceSpeed(NamedTuple):
+    """The peak speed that MFU is measured against."""
+
+    tflops: float | None
+    """TFLOP/s of one device; None if it is not known."""
+    source: str
+    """Where the figure comes from, as text."""
+
+
+def reference_tflops(configured: float | None, device: torch.device) -> ReferenceSpeed:
+    """The peak speed that MFU is measured against, and where the figure comes from.
 
     - `configured` (`logging.reference_tflops`), if it is set.
     - On a GPU, the figure of its data sheet; None if the GPU is not known, with what to set instead of the source.
     - On a CPU, the speed of a matrix product, which is measured now.
     """
     if configured is not None:
-        return configured, REFERENCE_TFLOPS
+        return ReferenceSpeed(configured, REFERENCE_TFLOPS_KEY)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         tflops = peak_tflops(name)
         if not tflops:
-            return tflops, f"the peak of {name} is not known: set {REFERENCE_TFLOPS}"
-        return tflops, f"data sheet, dense bf16 or fp16, {name}"
-    return measured_matmul_tflops(), f"fp32 matrix product measured at start, {torch.get_num_threads()} threads"
+            return ReferenceSpeed(tflops, f"the peak of {name} is not known: set {REFERENCE_TFLOPS_KEY}")
+        return ReferenceSpeed(tflops, f"data sheet, dense bf16 or fp16, {name}")
+    source = f"fp32 matrix product measured at start, {torch.get_num_threads()} threads"
+    return ReferenceSpeed(measured_matmul_tflops(), source)
 
 
 def measured_matmul_tflops(size: int = 768) -> float:

@@ -53,26 +53,26 @@ class ResolvedSetting:
         return f"{outcome} ({'; '.join(reasons)})" if reasons else outcome
 
 
-def parse_resolution(setting: str, note: Any) -> ResolvedSetting | None:
-    """The resolution of a setting as a file or a configuration holds it; None if `note` is none.
+def parse_resolution(setting: str, recorded: Any) -> ResolvedSetting | None:
+    """The resolution of a setting as a file or a configuration holds it; None if `recorded` is none.
 
-    `note` is a ResolvedSetting; its fields as read from YAML or JSON, such as {"asked": "auto", "chosen": 4, "reason":
+    `recorded` is a ResolvedSetting; its fields as read from YAML or JSON, such as {"asked": "auto", "chosen": 4, "reason":
     "planned"}; or the sentence of an early run directory, such as "auto -> 4 (planned)".
     """
-    if isinstance(note, ResolvedSetting):
-        return note
-    if isinstance(note, str):
-        return _parse_earlier_sentence(setting, note)
-    if not isinstance(note, Mapping) or "asked" not in note:
+    if isinstance(recorded, ResolvedSetting):
+        return recorded
+    if isinstance(recorded, str):
+        return _parse_earlier_sentence(setting, recorded)
+    if not isinstance(recorded, Mapping) or "asked" not in recorded:
         return None
-    trials = note.get("tried")
+    trials = recorded.get("tried")
     if not isinstance(trials, list | tuple):
         trials = ()
     return ResolvedSetting(
         setting=setting,
-        asked=note["asked"],
-        chosen=note.get("chosen"),
-        reason=str(note.get("reason") or ""),
+        asked=recorded["asked"],
+        chosen=recorded.get("chosen"),
+        reason=str(recorded.get("reason") or ""),
         tried=tuple(map(_parse_trial, trials)),
     )
 
@@ -104,7 +104,11 @@ def _parse_earlier_sentence(setting: str, sentence: str) -> ResolvedSetting | No
         step = None if trial["step"] is None else int(trial["step"])
         tried += [OutOfMemoryTrial(_as_int_or_text(choice), step) for choice in trial["choices"].split(", ")]
     return ResolvedSetting(
-        setting, _as_int_or_text(match["asked"]), _as_int_or_text(match["chosen"]), "; ".join(reasons), tuple(tried)
+        setting,
+        asked=_as_int_or_text(match["asked"]),
+        chosen=_as_int_or_text(match["chosen"]),
+        reason="; ".join(reasons),
+        tried=tuple(tried),
     )
 
 

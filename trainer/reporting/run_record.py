@@ -15,13 +15,13 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from strategies import atomic_io
 from trainer.reporting.file_version import FILE_VERSION, readable_file_version
-from trainer.reporting.metric_names import FIRST_EDITION
+from trainer.reporting.metric_names import FIRST_NAMES_EDITION
 from trainer.reporting.numbers import format_dp_ranks
 
 RUN_RECORD = "run.json"
 MAX_RECORD_BYTES = 2**24
 """A larger `run.json` is not read, since somebody else may have written the file."""
-REFERENCE_TFLOPS = "logging.reference_tflops"
+REFERENCE_TFLOPS_KEY = "logging.reference_tflops"
 """Setting of the peak that MFU is measured against, and the source of a peak that it gave."""
 NAME_BY_TYPE = {
     int: "a whole number",
@@ -222,7 +222,7 @@ class RunRecord:
         The peak of a CPU is one matrix product at the start. Others may have used the processor then, so that the MFU of two
         runs could not be compared, and could be above 100 %.
         """
-        is_measured = self.device.startswith("cpu") and self.reference_tflops_source != REFERENCE_TFLOPS
+        is_measured = self.device.startswith("cpu") and self.reference_tflops_source != REFERENCE_TFLOPS_KEY
         return None if is_measured else self.reference_tflops
 
     # What it was computed with.
@@ -235,7 +235,7 @@ class RunRecord:
 
     # From here on a key is in the file once there is something to say.
     identity: dict[str, Any] | None = None
-    metric_names: int = FIRST_EDITION
+    metric_names: int = FIRST_NAMES_EDITION
     """Edition of the names of metrics in trackers (`trainer/reporting/metric_names.py`)."""
     from_environment: dict[str, str] | None = None
     """Settings that a variable such as WANDB_ENTITY decided, and their values, by key (`logging.entity`)."""
@@ -279,6 +279,7 @@ class RunRecord:
           value was set since.
         """
         content = asdict(self)
+        # Two fields are no keys of the file (`FIELDS_NOT_IN_FILE`): they say how it was read.
         keys_in_file = content.pop("keys")
         unknown_content = content.pop("other")
         was_read = bool(keys_in_file)
@@ -323,7 +324,7 @@ def readable_run_record(run_dir: Path) -> RunRecord:
         return RunRecord()
     if not isinstance(content, dict):
         return RunRecord()
-    return parse_run_record(content, type_errors=[])
+    return parse_run_record(content, type_errors=[])  # what has another type is left out, and nobody is told
 
 
 def parse_run_record(content: Mapping[str, Any], type_errors: list[str]) -> RunRecord:
@@ -331,7 +332,7 @@ def parse_run_record(content: Mapping[str, Any], type_errors: list[str]) -> RunR
 
     If a value has another type than its field, the field keeps its default, and a line is appended to `type_errors`.
     """
-    arguments = _checked_arguments(RunRecord, content, "", type_errors)
+    arguments = _arguments_of_right_type(RunRecord, content, "", type_errors)
     known_keys = get_type_hints(RunRecord).keys() - {*FIELDS_NOT_IN_FILE}
     unknown = {key: value for key, value in content.items() if key not in known_keys}
     # A key whose content is of another type counts as absent: nobody takes its default for what the file says.
@@ -339,10 +340,11 @@ def parse_run_record(content: Mapping[str, Any], type_errors: list[str]) -> RunR
     for key, value in content.items():
         if value is None or key in arguments or key in unknown:
             readable_keys.add(key)
+    # A file without a version is of before there were versions: 0, not the version of a new record.
     return RunRecord(**{"version": 0, **arguments}, other=unknown, keys=frozenset(readable_keys))
 
 
-def _checked_arguments(
+def _arguments_of_right_type(
     record_class: type, content: Mapping[str, Any], prefix: str, type_errors: list[str]
 ) -> dict[str, Any]:
     """Keyword arguments for a dataclass of this module, from the JSON values of its fields in `content`.
@@ -362,7 +364,7 @@ def _checked_arguments(
         field_type = _type_without_none(hint)
         is_nested = is_dataclass(field_type)
         if is_nested and isinstance(value, Mapping):
-            nested_arguments = _checked_arguments(field_type, value, f"{prefix}{name}.", type_errors)
+            nested_arguments = _arguments_of_right_type(field_type, value, f"{prefix}{name}.", type_errors)
             arguments[name] = field_type(**nested_arguments)
         elif not is_nested and _is_of_type(value, field_type):
             arguments[name] = value
@@ -392,6 +394,7 @@ def _type_without_none(hint: Any) -> Any:
 def _is_of_type(value: Any, hint: Any) -> bool:
     """Whether a JSON value is of the type `hint`, such as `list[int]`: [1, null] is, ["a"] is not.
 
+    `hint`: Any, list[X], dict[str, X], or a class such as `str`; no union.
     Inside lists and objects null is of any type, since it stands for a number that is not finite.
     """
     origin = get_origin(hint)

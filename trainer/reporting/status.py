@@ -132,6 +132,9 @@ def record_failure(
     raised if the disk fails. `phase`: what the rank was doing. `replace`: overwrite what is there. The launcher does so if a rank
     was killed, of which only its peers could write. `process_fields`: fields such as `host` and `pid` of another process, if that
     one is the cause; they override those of this process.
+
+    Written from the error: `retry`, which key of `launcher.retry` allows another start after it, such as `node_fail`; and
+    `ran_out_with`, the settings with which memory ran out.
     """
     record = {
         "rank": rank,

@@ -9,17 +9,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from strategies.base import Engine
 
+Moment = Any
+"""A mark of `moment_on_device`: a recorded event on a GPU, else seconds of the clock."""
 STEP_PARTS = ("forward_s", "backward_s", "optimizer_s")
 """Seconds of all micro-batches of a step, and of its update with clipping; communication is part of where it is waited for."""
 
 
-def moment_on_device(device: torch.device) -> Any:
+def moment_on_device(device: torch.device) -> Moment:
     """A mark of this moment, for `seconds_between`: a recorded event on a GPU, else the clock's seconds.
 
     The event is reached when the GPU has computed what was queued before it. Recording it waits for nothing.
@@ -31,7 +33,7 @@ def moment_on_device(device: torch.device) -> Any:
     return event
 
 
-def seconds_between(device: torch.device, start: Any, end: Any) -> float:
+def seconds_between(device: torch.device, start: Moment, end: Moment) -> float:
     """Seconds between two moments of `moment_on_device`. Waits until the device has reached `end`."""
     if device.type != "cuda":
         return float(end - start)
@@ -39,36 +41,46 @@ def seconds_between(device: torch.device, start: Any, end: Any) -> float:
     return float(start.elapsed_time(end)) / 1000  # of milliseconds
 
 
+class _TimedPart(NamedTuple):
+    """One forward pass, backward pass or update."""
+
+    part: str
+    """Which of `STEP_PARTS` it is."""
+    start: Moment
+    end: Moment
+
+
 @dataclass(slots=True)
 class StepPartTimes:
     """Times the parts of steps (forward passes, backward passes, update), and keeps them until they are read."""
 
     device: torch.device
-    _current_step: list[tuple[str, Any, Any]] = field(default_factory=list)
-    """(part, its start, its end) of each pass of the step that is under way; moments of `moment_on_device`."""
-    _steps: list[list[tuple[str, Any, Any]]] = field(default_factory=list)
+    _current_step: list[_TimedPart] = field(default_factory=list)
+    """The parts so far of the step that is under way."""
+    _steps: list[list[_TimedPart]] = field(default_factory=list)
+    """The parts of each complete step since the last read."""
 
     @contextmanager
-    def time_pass(self, part: str) -> Iterator[None]:
-        """A context in which one pass is timed.
+    def timing_part(self, part: str) -> Iterator[None]:
+        """A context in which one pass, or the update, is timed.
 
         `part`: which of `STEP_PARTS` it is; the update, the last of them, ends the step.
         """
         start = moment_on_device(self.device)
         yield
-        self._current_step.append((part, start, moment_on_device(self.device)))
+        self._current_step.append(_TimedPart(part, start, moment_on_device(self.device)))
         if part == STEP_PARTS[-1]:
             self._steps.append(self._current_step)
             self._current_step = []
 
-    def read(self) -> list[list[float]]:
-        """The seconds of each step since the last call: a list in the order of `STEP_PARTS`. Waits for the device."""
+    def take_seconds_by_step(self) -> list[list[float]]:
+        """The seconds of each step since the last call, in the order of `STEP_PARTS`; forgets them. Waits for the device."""
         steps = self._steps
         self._steps = []
         seconds_by_step = []
-        for passes in steps:
+        for timed_parts in steps:
             seconds = dict.fromkeys(STEP_PARTS, 0.0)
-            for part, start, end in passes:
+            for part, start, end in timed_parts:
                 seconds[part] += seconds_between(self.device, start, end)
             seconds_by_step.append(list(seconds.values()))
         return seconds_by_step
@@ -85,15 +97,15 @@ class _TimedEngine:
         return getattr(self._engine, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with self._parts.time_pass("forward_s"):
+        with self._parts.timing_part("forward_s"):
             return self._engine.forward(*args, **kwargs)
 
     def backward(self, *args: Any, **kwargs: Any) -> None:
-        with self._parts.time_pass("backward_s"):
+        with self._parts.timing_part("backward_s"):
             self._engine.backward(*args, **kwargs)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._parts.time_pass("optimizer_s"):
+        with self._parts.timing_part("optimizer_s"):
             return self._engine.step(*args, **kwargs)
 
 

@@ -13,7 +13,7 @@ from strategies.errors import StorageError
 from strategies.redaction import redact
 from trainer.reporting.earlier_rows import EarlierResults
 from trainer.reporting.jsonl import JsonlTracker
-from trainer.reporting.metric_names import CURRENT_EDITION, FIRST_EDITION, tracked_row
+from trainer.reporting.metric_names import CURRENT_NAMES_EDITION, FIRST_NAMES_EDITION, tracked_row
 from trainer.reporting.trackers.base import LoggedTable, RunEnding, TrackedRun, Tracker
 from trainer.reporting.trackers.environment import apply_environment
 from trainer.reporting.trackers.registry import enabled_trackers
@@ -30,24 +30,27 @@ class Trackers:
 
     def __init__(
         self,
-        rows: JsonlTracker | None = None,
+        rows_file: JsonlTracker | None = None,
         trackers: Sequence[Tracker] = (),
         print_line: Callable[[str], None] = print,
-        metric_names: int = CURRENT_EDITION,
+        metric_names: int = CURRENT_NAMES_EDITION,
     ) -> None:
-        """`metric_names`: edition of the names in trackers."""
-        self._rows = rows
+        """`rows_file`: `metrics.jsonl`; None on other ranks than 0, and until it is attached. `metric_names`: edition of the
+        names of metrics in trackers.
+        """
+        self._rows_file = rows_file
         self._trackers = list(trackers)
         self._print_line = print_line
         self._hints: list[tuple[str, str]] = []
-        self._metric_names = metric_names
-        self._training_s = 0.0 if rows is None else rows.earlier.training_s
+        self._names_edition = metric_names
+        self._training_s = 0.0 if rows_file is None else rows_file.earlier.training_s
+        """Seconds of all steps up to the last row, those of earlier starts included."""
         self._waiting_tables: dict[str, tuple[int, LoggedTable]] = {}
         """Tables to be shown with the row of a step, by name."""
 
     def attach_rows_file(self, rows_file: JsonlTracker) -> None:
         """Write further rows to this `metrics.jsonl` too, and continue the count of training seconds from its earlier rows."""
-        self._rows = rows_file
+        self._rows_file = rows_file
         self._training_s = rows_file.earlier.training_s
 
     def log(self, metrics: dict[str, Any], *, step: int) -> None:
@@ -55,15 +58,17 @@ class Trackers:
 
         A failing tracker is dropped with a message. Errors: StorageError.
         """
-        if self._rows is not None:
+        if self._rows_file is not None:
             try:
-                self._rows.log(metrics, step=step)
+                self._rows_file.log(metrics, step=step)
             except OSError as error:
-                raise StorageError(f"{self._rows.path}: cannot be written ({error}); free space") from error
-        tracked_metrics = metrics  # a run of the first edition has the names of the file in its trackers
-        if self._metric_names != FIRST_EDITION:
+                raise StorageError(f"{self._rows_file.path}: cannot be written ({error}); free space") from error
+        tracked_metrics = (
+            metrics  # a run that began with the first edition of names has those of the file in its trackers
+        )
+        if self._names_edition != FIRST_NAMES_EDITION:
             self._training_s += float(metrics.get("step_s") or 0.0)
-            tracked_metrics = tracked_row(metrics, step=step, training_s=self._training_s, edition=self._metric_names)
+            tracked_metrics = tracked_row(metrics, step=step, training_s=self._training_s, edition=self._names_edition)
         self._call_each_tracker(lambda tracker: tracker.log(tracked_metrics, step=step))
         # Tables that waited for the row of this step.
         due_tables = {}
@@ -102,32 +107,33 @@ class Trackers:
                 self._trackers.remove(tracker)
 
     def rewind(self, step: int) -> None:
-        """Remove the rows after a step from `metrics.jsonl`, since training continues from there. Errors: StorageError.
+        """Remove the rows after a step from `metrics.jsonl`, since training continues from there, and the tables that wait.
 
-        Trackers keep such rows until the steps are logged again.
+        Trackers keep such rows until the steps are logged again. Without a file nothing is removed. Errors: StorageError.
         """
         self._waiting_tables.clear()
-        if self._rows is not None:
+        if self._rows_file is not None:
             try:
-                self._rows.rewind(step)
+                self._rows_file.rewind(step)
             except OSError as error:
-                raise StorageError(f"{self._rows.path}: cannot be written ({error}); free space") from error
-            self._training_s = self._rows.earlier.training_s
+                raise StorageError(f"{self._rows_file.path}: cannot be written ({error}); free space") from error
+            # The count continues from the rows that are left in the file.
+            self._training_s = self._rows_file.earlier.training_s
 
     def follow_renamed_run_dir(self, run_dir: Path) -> None:
         """Set the path of `metrics.jsonl` after the run's directory was renamed; the open file takes further rows as before."""
-        if self._rows is not None:
-            self._rows.path = run_dir / self._rows.path.name
+        if self._rows_file is not None:
+            self._rows_file.path = run_dir / self._rows_file.path.name
 
     def sync(self) -> None:
         """Sync `metrics.jsonl` to the disk, so that the rows so far outlive a power cut."""
-        if self._rows is not None:
-            self._rows.sync()
+        if self._rows_file is not None:
+            self._rows_file.sync()
 
     @property
     def earlier(self) -> EarlierResults:
         """Results in the rows of `metrics.jsonl` that were there before this process; nothing on other ranks than 0."""
-        return EarlierResults() if self._rows is None else self._rows.earlier
+        return EarlierResults() if self._rows_file is None else self._rows_file.earlier
 
     @property
     def hints(self) -> list[tuple[str, str]]:
@@ -136,11 +142,11 @@ class Trackers:
 
     def close(self, ending: RunEnding) -> None:
         """Close `metrics.jsonl` and all trackers, and set `hints`. A tracker that fails to close is named in a printed line."""
-        if self._rows is not None:
-            self._rows.close()
+        if self._rows_file is not None:
+            self._rows_file.close()
         self._call_each_tracker(lambda tracker: tracker.close(ending))
         self._hints = [tracker.hint for tracker in self._trackers if tracker.hint is not None]
-        self._rows = None
+        self._rows_file = None
         self._trackers = []
 
 
@@ -180,7 +186,7 @@ class OpenedTrackers:
     from_environment: dict[str, str] = field(default_factory=dict)
     """Values that variables gave to settings, by setting."""
     passed_over: str | None = None
-    """One line on variables that lose to a setting."""
+    """One line on environment variables that lose to a setting; None if none does."""
 
 
 def open_trackers(tracked_run: TrackedRun, environment: dict[str, str] | None = None) -> OpenedTrackers:
@@ -202,18 +208,19 @@ def open_trackers_without_rows(tracked_run: TrackedRun, environment: dict[str, s
     # Environment variables such as WANDB_PROJECT complete the settings, and may give the run's id.
     if environment is None:
         environment = dict(os.environ)
-    logging = apply_environment(tracked_run.config, environment)
-    tracker_kinds = enabled_trackers(logging.config)
+    completed = apply_environment(tracked_run.config, environment)
+    tracker_kinds = enabled_trackers(completed.config)
     run_id = tracked_run.run_id
     if not run_id and tracker_kinds:
         run_id = environment.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]
     tracked_run = replace(
-        tracked_run, config=logging.config, run_id=run_id, name=logging.config.name or tracked_run.name
+        tracked_run, config=completed.config, run_id=run_id, name=completed.config.name or tracked_run.name
     )
-    opened = OpenedTrackers(Trackers(), run_id or None, passed_over=logging.passed_over)
+    opened = OpenedTrackers(Trackers(), run_id or None, passed_over=completed.passed_over)
     if tracker_kinds:  # without trackers, variables such as WANDB_PROJECT decide nothing
-        opened.substitutions = {key: str(resolution) for key, resolution in logging.resolutions.items()}
-        opened.from_environment = {key: str(resolution.chosen) for key, resolution in logging.resolutions.items()}
+        for setting, resolution in completed.resolutions.items():
+            opened.substitutions[setting] = str(resolution)  # such as `mine (WANDB_PROJECT)`
+            opened.from_environment[setting] = str(resolution.chosen)
 
     trackers: list[Tracker] = []
     for tracker_kind in tracker_kinds:
@@ -228,7 +235,7 @@ def open_trackers_without_rows(tracked_run: TrackedRun, environment: dict[str, s
             opened.substitutions[setting] = redact(offline_reason)
         trackers.append(tracker)
     opened.trackers = Trackers(
-        rows=None,
+        rows_file=None,
         trackers=trackers,
         print_line=tracked_run.print_line,
         metric_names=tracked_run.metric_names,

@@ -26,7 +26,7 @@ from trainer.reporting.config import LoggingConfig
 from trainer.reporting.console import Console
 from trainer.reporting.energy import energy_of_run, measure_energy
 from trainer.reporting.findings import findings_in, findings_summary
-from trainer.reporting.metric_names import CURRENT_EDITION
+from trainer.reporting.metric_names import CURRENT_NAMES_EDITION
 from trainer.reporting.metrics import Meter
 from trainer.reporting.outcome import TrainingOutcome
 from trainer.reporting.run_record import RunRecord
@@ -91,7 +91,7 @@ def open_trackers_and_records(
     if not context.runtime.is_main:
         return Trackers()
     if progress.wandb_id is None:  # a run that begins in trackers now; any other keeps the names it has there
-        progress.metric_names = CURRENT_EDITION
+        progress.metric_names = CURRENT_NAMES_EDITION
     record.metric_names = progress.metric_names
     opened = open_trackers(
         TrackedRun(
@@ -196,7 +196,7 @@ def recording_end_of_training(
         if may_have_diverged:
             ending = _with_divergence(ending, outcome)
         # Summarise and close the trackers. A run that failed has no speed in its outcome yet.
-        speed = outcome.speed or meter.speed()
+        speed = outcome.speed or meter.median_speeds()
         last_row = {**outcome.last_row, **meter.peaks}
         trackers.summarise(final_summary(last_row, speed, outcome.last_metrics | outcome.test))
         export_dir = context.run_dir / "export"
@@ -336,8 +336,8 @@ def _open_own_wandb_run(
             run_id="",
             name=f"{job_type}-{trained_name}",
             resumed_at=0,
-            settings={**settings, "metric_names": CURRENT_EDITION, "config": settings_as_dict(config)},
-            model_of=trained_id,
+            settings={**settings, "metric_names": CURRENT_NAMES_EDITION, "config": settings_as_dict(config)},
+            trained_by_run=trained_id,
             print_line=print_line,
         )
     )

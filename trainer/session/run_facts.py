@@ -32,7 +32,7 @@ from trainer.model.weights import WeightSource
 from trainer.planner.communication_volume import expected_bytes_by_collective
 from trainer.planner.predicted_vs_measured import memory_screen_lines, predicted_cost
 from trainer.reporting.code_revision import code_revision
-from trainer.reporting.documents.facts import ModelFacts, read_run_facts
+from trainer.reporting.documents.facts import ModelFacts, read_model_card_facts
 from trainer.reporting.documents.questions import read_answers
 from trainer.reporting.energy import energy_of_run
 from trainer.reporting.jsonl import json_text
@@ -41,7 +41,7 @@ from trainer.reporting.outcome import TrainingOutcome
 from trainer.reporting.resolution import ResolvedSetting
 from trainer.reporting.results import held_out_metrics_at_step
 from trainer.reporting.run_record import (
-    REFERENCE_TFLOPS,
+    REFERENCE_TFLOPS_KEY,
     RUN_RECORD,
     Receipt,
     RunOutcome,
@@ -342,7 +342,7 @@ def start_screen_text(record: RunRecord) -> str:
     if tflops:
         lines.append(f"MFU against {tflops:.2f} TFLOP/s a device ({record.reference_tflops_source})")
     elif record.reference_tflops:
-        lines.append(f"no MFU: the peak of a CPU is not known: set {REFERENCE_TFLOPS}")
+        lines.append(f"no MFU: the peak of a CPU is not known: set {REFERENCE_TFLOPS_KEY}")
     else:
         lines.append(f"no MFU: {record.reference_tflops_source}")
     unused = record.weights_left_out
@@ -417,7 +417,7 @@ def model_facts(
         record, outcome=outcome_record(outcome), energy=energy_of_run(run_dir), challenges=outcome.findings_by_detector
     )
     answers, _ = read_answers(config.export.answers)  # its problems were reported before the run
-    facts = read_run_facts(run_dir, ended_record, answers)
+    facts = read_model_card_facts(run_dir, ended_record, answers)
     facts.step = step
     facts.tokens = tokens
     facts.metrics_at_step = held_out_metrics_at_step(run_dir, step)

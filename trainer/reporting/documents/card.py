@@ -14,8 +14,10 @@ from trainer.reporting.documents.facts import ModelFacts
 from trainer.reporting.documents.hub_results import model_index_entries, write_hub_results
 from trainer.reporting.documents.write import render_document, write_papers
 
-BOTTLENECK = "bottleneck"
+BOTTLENECK_METHOD = "bottleneck"
+"""A tuning method whose adapters peft cannot load: shardtune loads them into a model of transformers."""
 VIRTUAL_TOKEN_METHODS = ("prefix", "prompt", "p_tuning")
+"""Tuning methods that put trained vectors before the tokens. peft loses them from the cache when it generates."""
 AUTO_CLASS_BY_OBJECTIVE = {"classification": "AutoModelForSequenceClassification", "seq2seq": "AutoModelForSeq2SeqLM"}
 HUB_TASK_BY_OBJECTIVE = {"classification": "text-classification", "seq2seq": "text2text-generation"}
 """The hub's name of the task; objectives that are missing here train a causal language model."""
@@ -24,21 +26,24 @@ HUB_TASK_BY_OBJECTIVE = {"classification": "text-classification", "seq2seq": "te
 def write_documents(directory: Path, papers: list[str], facts: ModelFacts, *, adapter: bool, base_path: str) -> None:
     """Write the model card (README.md), the papers by these names, and the hub's files of results. Errors: OSError.
 
-    `adapter`: whether the export holds an adapter, not all weights. `base_path`: directory or hub id of the base model.
+    Papers are compliance documents such as `datasheet`. `adapter`: whether the export
+    holds an adapter, not all weights. `base_path`: directory or hub id of the base model, whose card's licence is set in
+    `facts` if they have none.
     """
     if not facts.base_licence:
         facts.base_licence = licence_in_model_card(base_path)
     write_papers(directory, papers, facts)
     write_hub_results(directory, facts)
-    own_positions = adapter and (directory / "config.json").is_file()
-    card = render_card(facts, adapter=adapter, base_path=base_path, own_positions=own_positions)
+    changes_positions = adapter and (directory / "config.json").is_file()
+    card = render_card(facts, adapter=adapter, base_path=base_path, changes_positions=changes_positions)
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 
-def render_card(facts: ModelFacts, *, adapter: bool, base_path: str, own_positions: bool = False) -> str:
+def render_card(facts: ModelFacts, *, adapter: bool, base_path: str, changes_positions: bool = False) -> str:
     """The text of README.md, with the hub's metadata block in front and the run's configuration at its end.
 
-    `own_positions`: whether the adapter was trained under other positions than the base's, and has a config.json beside it.
+    `adapter`: whether the export holds an adapter, not all weights. `changes_positions`: whether the adapter was trained with
+    other settings of position embeddings than the base's, which its config.json has.
     """
     objective = facts.run.objective
     method = facts.run.tuning or "full"
@@ -53,9 +58,9 @@ def render_card(facts: ModelFacts, *, adapter: bool, base_path: str, own_positio
         method=method,
         base=base_name,
         base_to_load=_base_name(base_path),
-        own_positions=own_positions,
+        changes_positions=changes_positions,
         loader=_loading_library(method=method, objective=objective, adapter=adapter),
-        auto_class=facts.own_class or AUTO_CLASS_BY_OBJECTIVE.get(objective, "AutoModelForCausalLM"),
+        auto_class=facts.custom_auto_class or AUTO_CLASS_BY_OBJECTIVE.get(objective, "AutoModelForCausalLM"),
         num_labels=num_labels,
     )
     metadata = _metadata_yaml(facts, base_name=base_name, adapter=adapter, method=method)
@@ -63,13 +68,13 @@ def render_card(facts: ModelFacts, *, adapter: bool, base_path: str, own_positio
 
 
 def _loading_library(*, method: str, objective: str, adapter: bool) -> str:
-    """The library that loads the export, as the card names it, such as `peft`. `method`: of tuning.
+    """The library that loads the export, as the card names it, such as `peft`.
 
-    `adapter`: not all weights.
+    `method`: of tuning, such as `lora`. `adapter`: whether the export holds an adapter, not all weights.
     """
     if not adapter:
         return "transformers"
-    if method == BOTTLENECK:
+    if method == BOTTLENECK_METHOD:
         return "shardtune"
     if method in VIRTUAL_TOKEN_METHODS and objective != "classification":
         return "peft, but not to generate"
@@ -113,7 +118,8 @@ def _metadata_yaml(facts: ModelFacts, *, base_name: str, adapter: bool, method: 
         model_name=model_name,
         eval_results=eval_results or None,
         base_model=base_name,
-        library_name="peft" if adapter and method != BOTTLENECK else "transformers",
+        # A bottleneck adapter is loaded into a model of transformers, not by peft.
+        library_name="peft" if adapter and method != BOTTLENECK_METHOD else "transformers",
         pipeline_tag=task,
         license=licence,
         license_name=licence_name,

@@ -64,7 +64,7 @@ class ModelFacts:
     """Licence of the base model, which binds the export too; the export reads it from the base's own card."""
     resize_to: int | None = None
     """Vocabulary size that an adapter's base must be resized to before loading; set by the export."""
-    own_class: str | None = None
+    custom_auto_class: str | None = None
     """transformers' class of the model if its Auto classes do not know it; set by the export."""
 
     def answer(self, question: str) -> str:
@@ -80,12 +80,12 @@ class ModelFacts:
         return self.answers.get("licence") or self.base_licence
 
     @property
-    def before(self) -> dict[str, float]:
-        """Held-out metrics before the first step; empty if `after` is, so that nothing stands beside them."""
-        return self.run.outcome.before if self.after and self.run.outcome is not None else {}
+    def held_out_metrics_before(self) -> dict[str, float]:
+        """Held-out metrics before the first step; empty if `held_out_metrics` is, so that nothing stands beside them."""
+        return self.run.outcome.before if self.held_out_metrics and self.run.outcome is not None else {}
 
     @property
-    def after(self) -> dict[str, float]:
+    def held_out_metrics(self) -> dict[str, float]:
         """Held-out metrics of these weights, as training measured them.
 
         - Weights that are of no single checkpoint, or a run without a recorded end: empty.
@@ -97,6 +97,7 @@ class ModelFacts:
             return {}
         if outcome.progress.get("step") == self.step:
             return outcome.after
+        # The row of that evaluation may hold texts and lists too, such as names of metrics that are not finite.
         return {name: value for name, value in self.metrics_at_step.items() if isinstance(value, int | float)}
 
     @property
@@ -108,13 +109,14 @@ class ModelFacts:
     def data_counts(self) -> dict[str, dict[str, int]]:
         """Number of documents, of tokens, and of rows with each problem, by split: {"train": {"documents": 9, "too_long": 2}}.
 
-        A split that counted nothing has no entry.
+        They are from the report of data preparation that `run.json` has (`data_report`). A split that counted nothing has no
+        entry.
         """
         counts_by_split = {}
-        for split, recorded in self.run.data_report.items():
-            if not isinstance(recorded, Mapping):  # an entry about all splits
+        for split, split_report in self.run.data_report.items():
+            if not isinstance(split_report, Mapping):  # an entry about all splits
                 continue
-            split_counts = _split_counts(recorded)
+            split_counts = _split_counts(split_report)
             if split_counts:
                 counts_by_split[split] = split_counts
         return counts_by_split
@@ -152,7 +154,7 @@ class ModelFacts:
         newest_by_name: dict[str, dict[str, Any]] = {}
         for report in self.reports_of_kind(EVALUATION_REPORT):
             for metric in _report_metrics(report.report):
-                newest_metric = newest_by_name.setdefault(metric["name"], metric)
+                newest_metric = newest_by_name.setdefault(metric["name"], metric)  # reports come newest first
                 # A newer report without the base does not hide what an older one measured of it on the same rows.
                 if newest_metric["base"] is None and newest_metric["rows_sha256"] == metric["rows_sha256"]:
                     newest_metric |= {"base": metric["base"], "change": metric["change"]}
@@ -193,16 +195,16 @@ class ModelFacts:
         return [report for report in self.reports if report.artefact == self.artefact]
 
 
-def _split_counts(recorded: Mapping[str, Any]) -> dict[str, int]:
+def _split_counts(split_report: Mapping[str, Any]) -> dict[str, int]:
     """Counts of one split of the data report: its sizes, then how many rows had each problem, if any had.
 
     {"documents": 9, "tokens": 800, "too_long": {"count": 2}} gives {"documents": 9, "tokens": 800, "too_long": 2}.
     """
     counts = {}
     for name in ("documents", "tokens", "supervised_tokens"):
-        if name in recorded:
-            counts[name] = recorded[name]
-    for name, problem in recorded.items():
+        if name in split_report:
+            counts[name] = split_report[name]
+    for name, problem in split_report.items():
         if isinstance(problem, Mapping) and problem.get("count"):
             counts[name] = problem["count"]
     return counts
@@ -239,7 +241,7 @@ def _report_metrics(report: dict[str, Any]) -> list[dict[str, Any]]:
     return metrics
 
 
-def read_run_facts(run_dir: Path, run: RunRecord, answers: dict[str, Any]) -> ModelFacts:
+def read_model_card_facts(run_dir: Path, run: RunRecord, answers: dict[str, Any]) -> ModelFacts:
     """Facts of a run, read from its directory and that of its data. The caller then sets the fields about the weights.
 
     `run`: the record of the run. `answers`: the owner's, by question.

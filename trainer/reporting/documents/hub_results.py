@@ -70,7 +70,7 @@ def write_hub_results(directory: Path, facts: ModelFacts) -> list[Path]:
         # A benchmark is `owner/name`, or `owner/name/task` if the data set has several tasks.
         owner_and_name = benchmark.rstrip("/").split("/")[:2]
         task_of_data_set = benchmark.rstrip("/").split("/")[2:]
-        notes = f"{metric_name} over {metric.get('rows')} rows"
+        notes = f"{metric_name} over {metric.get('rows')} rows"  # the number of rows, as the report counts them
         if "low" in metric:
             notes += f", 95 % interval {metric['low']:.4g} to {metric['high']:.4g}"
         entry = EvalResultEntry(

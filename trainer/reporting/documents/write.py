@@ -52,6 +52,7 @@ def render_document(name: str, facts: ModelFacts, **template_variables: Any) -> 
         audit=facts.audit,
         compute=facts.compute,
         answer=facts.answer,
+        # FLOP of training from which the EU presumes a general-purpose model, and one with systemic risk.
         GENERAL_PURPOSE=GENERAL_PURPOSE_FLOP,
         SYSTEMIC=SYSTEMIC_RISK_FLOP,
         **template_variables,

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from strategies import exit_codes
 from strategies.errors import Diverged, NotRunOwner, Preempted, ShardtuneError
 from trainer.reporting.config import Alert, LoggingConfig
-from trainer.reporting.metric_names import CURRENT_EDITION
+from trainer.reporting.metric_names import CURRENT_NAMES_EDITION
 from trainer.reporting.status import RunState
 
 
@@ -30,11 +30,11 @@ class TrackedRun:
     """Flat columns of the run table, and under `config` the whole configuration."""
     data: Path | None = None
     """Directory of the prepared data."""
-    model_of: str = ""
+    trained_by_run: str = ""
     """Id of the run that trained the exported model, for the name of its artifact; empty: this one."""
     print_line: Callable[[str], None]
     """Prints a line that the user should see."""
-    metric_names: int = CURRENT_EDITION
+    metric_names: int = CURRENT_NAMES_EDITION
     """Edition of the names of metrics (`trainer/reporting/metric_names.py`)."""
 
     @property

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from strategies.redaction import redact
 from trainer.reporting.config import Alert, WandbMode
-from trainer.reporting.metric_names import FIRST_EDITION, METRIC_NAMES, TRAINING_S
+from trainer.reporting.metric_names import FIRST_NAMES_EDITION, TRACKED_METRIC_BY_NAME, TRAINING_S
 from trainer.reporting.status import RunState
 from trainer.reporting.trackers.base import LoggedTable, RunEnding, TrackedRun
 from trainer.reporting.trackers.wandb_server import fetch_run_labels, wandb_server_address, wandb_server_problem
@@ -140,12 +140,14 @@ class WandbRun:
 
     def _define_axes(self) -> None:
         """Tell W&B to draw all metrics over what `logging.x` names, and to draw no panels of counters."""
-        if self._tracked_run.metric_names == FIRST_EDITION:  # drawn over tokens, whatever `logging.x` says
+        # Rows of the first edition have the names of `metrics.jsonl`, and were always drawn over tokens, whatever `logging.x`
+        # says.
+        if self._tracked_run.metric_names == FIRST_NAMES_EDITION:
             self._run.define_metric("tokens")
             self._run.define_metric("*", step_metric="tokens")
             return
         self._run.define_metric("*", step_metric=self._tracked_run.config.x.tracked_name)
-        for metric in (*METRIC_NAMES.values(), TRAINING_S):
+        for metric in (*TRACKED_METRIC_BY_NAME.values(), TRAINING_S):
             if metric.hidden:
                 self._run.define_metric(metric.name, hidden=True)
 
@@ -158,7 +160,8 @@ class WandbRun:
 
     def _log_row(self, metrics: dict[str, Any], step: int) -> None:
         """Hand a row to W&B's process. Raises ConnectionError if that has ended."""
-        if self._tracked_run.metric_names == FIRST_EDITION:
+        # Later editions have the step in every row, as `train/global_step`.
+        if self._tracked_run.metric_names == FIRST_NAMES_EDITION:
             metrics = {"train_step": step, **metrics}
         self._run.log(metrics, step=step)
 
@@ -232,20 +235,25 @@ class WandbRun:
         if ending.state is not RunState.preempted:
             self._set_diverged_tag(is_set=ending.diverged)
         if ending.alert in self._tracked_run.config.alerts:
-            level = "WARN" if ending.state is RunState.preempted else "ERROR"
-            self._run.alert(
-                f"{self._tracked_run.name}: {ending.alert}",
-                f"{self._tracked_run.run_dir}: {ending.reason}",
-                level=level,
-            )
+            self._send_alert(ending)
         if self._tracked_run.config.artifacts and ending.exported is not None:
-            name = f"model-{self._tracked_run.model_of or self._tracked_run.run_id}"
+            # An export after training is registered under the run that trained the model.
+            name = f"model-{self._tracked_run.trained_by_run or self._tracked_run.run_id}"
             self._run.log_artifact(_artifact_of_directory(ending.exported, name, "model", self._tracked_run.settings))
         try:
             self._run.finish(exit_code=ending.exit_code)
-        except TimeoutError:
+        except TimeoutError:  # the rest lies in files, and the user is told how to upload it
             run_files = _relative_to_here(Path(self._run.dir).parent)
             self.hint = ("W&B", f"wandb sync {shlex.quote(run_files)}   (not all was uploaded in time)")
+
+    def _send_alert(self, ending: RunEnding) -> None:
+        """Have W&B write to the user how the run ended: `mine: failed`, with the directory and the reason."""
+        level = "WARN" if ending.state is RunState.preempted else "ERROR"
+        self._run.alert(
+            f"{self._tracked_run.name}: {ending.alert}",
+            f"{self._tracked_run.run_dir}: {ending.reason}",
+            level=level,
+        )
 
     def _set_diverged_tag(self, *, is_set: bool) -> None:
         """Add the tag `diverged` to the run (`is_set`), or remove the one that an earlier end of this run left.
