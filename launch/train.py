@@ -391,10 +391,10 @@ def _train_recording_failure(config: RunConfig, run_dir: Path | None, sha256: st
     from trainer.reporting.status import record_failure
 
     with importing_without_gc("trainer.run"):
-        from trainer.run import run_worker
+        from trainer.run import train_as_rank
 
     try:
-        run_worker(config, run_dir, sha256, rewrite_config_with_own_choices)
+        train_as_rank(config, run_dir, sha256, rewrite_config_with_own_choices)
     except Preempted:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             raise

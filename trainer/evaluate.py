@@ -88,14 +88,14 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
     tokenizer = load_tokenizer(config.model)
     check_parallel(config, scores_answers=False)
     evaluation_data = _EvaluationData(job)
-    data, tasks, staged, runtime = prepare_data_and_meet_ranks(
+    data, tasks, staged_copies, runtime = prepare_data_and_meet_ranks(
         config, tokenizer, request, attempt, evaluation_data.open
     )
     if evaluation_data.accepted_differences:
         job = replace(job, accepted=[*job.accepted, *evaluation_data.accepted_differences])
     console = Console(enabled=runtime.is_main, log=job_dir / "logs" / f"rank-{runtime.rank}.log")
     precision = resolve_precision(config.precision, runtime)
-    stop_now = RankStopAgreement(request, runtime).for_loop().ask_and_wait
+    stop_now = RankStopAgreement(request, runtime).new_stop_check()
     attempt.phase = "building the model"
     built: tuple[Engine, BuiltModel] | None = None
     if config.evaluation.server.url is not None:
@@ -105,13 +105,15 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
             if quantising_library(config.model.path) is not None:
                 engine, step, precision = build_as_stored(config, tokenizer, data, runtime)
             else:
-                engine, step, _ = build_engine(staged.with_local_model(config), tokenizer, data, precision, runtime)
+                engine, step, _ = build_engine(
+                    staged_copies.with_local_model(config), tokenizer, data, precision, runtime
+                )
         built = engine, step
         _set_total_steps_of_optimizer_hooks(config, data, step, engine, runtime, evaluation_data)
         if job.split == TEST_REPORT:
             attempt.phase = "evaluating the test documents"
             _evaluate_test(config, job, data, tokenizer, built, job_dir, runtime, RankStopAgreement(request, runtime))
-            staged.remove()
+            staged_copies.release()
             return
         evaluator = TaskEvaluator(
             tasks, model_interface_for_run(config, data, step, tokenizer, engine, runtime, stop_now)
@@ -141,7 +143,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
         if config.logging.tables and not job.asked_first:
             track_evaluation(config, job_dir, report, shown_tables, console.print_line)
     processes.barrier(runtime)
-    staged.remove()
+    staged_copies.release()
 
 
 def _evaluate_test(
@@ -152,7 +154,7 @@ def _evaluate_test(
     model: tuple[Engine, BuiltModel],
     job_dir: Path,
     runtime: processes.Runtime,
-    agreement: RankStopAgreement,
+    stop_agreement: RankStopAgreement,
 ) -> None:
     """Measure a checkpoint on the run's test documents, and let rank 0 keep a record of this look. All ranks must call.
 
@@ -175,25 +177,23 @@ def _evaluate_test(
             directory=job_dir / "reference",
             key="/".join([job.checkpoint, *job.accepted]),  # another base has other log-probabilities
         )
-        stop_now = agreement.for_loop().ask_and_wait
-        record_reference_logps({"test": data.test}, engine, recording, runtime, stop_now)
+        record_reference_logps({"test": data.test}, engine, recording, runtime, stop_agreement.new_stop_check())
     _raise_if_checkpoint_was_deleted(job, runtime)
     progress = engine.load(Path(job.checkpoint))
-
-    def watch_for_stop() -> Callable[[], bool]:
-        return agreement.for_loop().ask_and_wait
 
     with ExitStack() as at_end:
         scorer = None
         if isinstance(config.objective, RoundsConfig):
             judge = None
             if config.evaluation.judge.url:
-                judge = Judge(config.evaluation.judge, runtime, watch_for_stop())
+                judge = Judge(config.evaluation.judge, runtime, stop_agreement.new_stop_check())
             scorer = open_scorer(
-                config.objective, runtime, job_dir, stop_asked=agreement.is_asked_on_this_rank, judge=judge
+                config.objective, runtime, job_dir, stop_asked=stop_agreement.is_asked_on_this_rank, judge=judge
             )
             at_end.callback(scorer.close)
-        evaluators = build_test_evaluators(config, data, built, tokenizer, engine, runtime, scorer, watch_for_stop)
+        evaluators = build_test_evaluators(
+            config, data, built, tokenizer, engine, runtime, scorer, stop_agreement.new_stop_check
+        )
         metrics = measure_test_metrics(evaluators, engine)
     weights = CheckpointWeights(
         run_dir=Path(job.run),

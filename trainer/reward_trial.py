@@ -62,24 +62,24 @@ def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: Stop
     settings = config.objective
     assert isinstance(settings, RoundsConfig)
     tokenizer = load_tokenizer(config.model)
-    data, _, staged, runtime = prepare_data_and_meet_ranks(config, tokenizer, request, attempt)
+    data, _, staged_copies, runtime = prepare_data_and_meet_ranks(config, tokenizer, request, attempt)
     precision = resolve_precision(config.precision, runtime)
-    agreement = RankStopAgreement(request, runtime)
+    stop_agreement = RankStopAgreement(request, runtime)
     judge = None
     if config.evaluation.judge.url:
-        judge = Judge(config.evaluation.judge, runtime, agreement.for_loop().ask_and_wait)
-    scorer = open_scorer(settings, runtime, attempt.run_dir, stop_asked=agreement.is_asked_on_this_rank, judge=judge)
+        judge = Judge(config.evaluation.judge, runtime, stop_agreement.new_stop_check())
+    scorer = open_scorer(
+        settings, runtime, attempt.run_dir, stop_asked=stop_agreement.is_asked_on_this_rank, judge=judge
+    )
     attempt.at_end.callback(scorer.close)
     attempt.phase = "building the model"
     engine, built, _ = build_engine(
-        staged.with_local_model(config), tokenizer, data, precision, runtime, scores_answers=True
+        staged_copies.with_local_model(config), tokenizer, data, precision, runtime, scores_answers=True
     )
-    scorer.model_scorer = open_model_scorer(config, engine, runtime, agreement.for_loop().ask_and_wait)
+    scorer.model_scorer = open_model_scorer(config, engine, runtime, stop_agreement.new_stop_check())
     if job.checkpoint is not None:
         engine.load(Path(job.checkpoint))
-    inputs = RoundInputs(
-        tokenizer, precision, scorer, Progress(), lambda: agreement.for_loop().ask_and_wait, attempt.set_phase
-    )
+    inputs = RoundInputs(tokenizer, precision, scorer, Progress(), stop_agreement.new_stop_check, attempt.set_phase)
     loader, _ = build_round_loader(config, data, built, engine, runtime, inputs)
     round_builder = loader.round_builder
     wanted = num_prompts_per_round(config)
@@ -111,7 +111,7 @@ def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: Stop
         }
         write_text_atomic(to / REPORT, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     barrier(runtime)
-    staged.remove()
+    staged_copies.release()
 
 
 def _measure_training_s(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from strategies import runtime as processes
 from strategies.base import Engine, Progress
@@ -16,7 +16,7 @@ from strategies.sequence import with_sequence_parallelism
 from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_engine, build_loader, prepare_data
 from trainer.build.reward_models import check_reward_models
-from trainer.build.staging import Staged, stage
+from trainer.build.staging import StagedCopies, stage
 from trainer.checkpoints.layout import checkpoint_dirs_of
 from trainer.checkpoints.manager import Checkpoints
 from trainer.checkpoints.patience import waiting_for_disk
@@ -67,9 +67,9 @@ from trainer.session.identity import agree_on_run, compare_and_write_identity
 from trainer.session.matmul import resolve_matmul
 from trainer.session.monitors import build_detectors, tasks_for_tokenizer
 from trainer.session.result import TrainedRun, choose_and_measure_checkpoint
-from trainer.session.rounds import open_rounds, show_rounds
+from trainer.session.rounds import open_rounds, show_answers_of_rounds
 from trainer.session.run_facts import RunParts, build_run_record
-from trainer.session.template_date import record_template_date, template_date_chooser
+from trainer.session.template_date import choose_template_date, record_template_date
 from trainer.step import BuiltModel
 from trainer.stopping.preempt import RankStopAgreement
 from trainer.stopping.signals import StopRequest
@@ -79,54 +79,57 @@ WriteConfig = Callable[[Path, RunConfig], None]
 """Writes `config.yaml` of a run directory again, with what the run has chosen itself."""
 
 
-def run_worker(config: RunConfig, run_dir: Path | None, sha256: str, write_config: WriteConfig) -> None:
+def train_as_rank(config: RunConfig, run_dir: Path | None, config_sha256: str, write_config: WriteConfig) -> None:
     """Train as one rank of the job that the environment describes; raises what ended the run, and records it.
 
-    `run_dir` is needed on rank 0 only, which calls `write_config` with what the run chooses itself. `sha256`: hash of the
+    `run_dir` is needed on rank 0 only, which calls `write_config` with what the run chooses itself. `config_sha256`: hash of the
     configuration.
     """
     with open_rank_of_job(run_dir, config.run.lease_s) as (request, attempt):
-        if attempt.lease is not None:
-            home = attempt.lease.home
-            raise_if_config_was_replaced(home, sha256)
-            publish_complete_staging_dirs(
-                checkpoint_dirs_of(home, config.checkpoint.fallback_dir), partial(print, flush=True)
-            )
-        _run(config, run_dir, sha256, request, attempt, write_config)
+        if attempt.lease is not None:  # rank 0, which owns the run directory
+            owned_run_dir = attempt.lease.run_dir
+            raise_if_config_was_replaced(owned_run_dir, config_sha256)
+            # An earlier start may have been killed between writing a checkpoint and giving it its name.
+            checkpoint_dirs = checkpoint_dirs_of(owned_run_dir, config.checkpoint.fallback_dir)
+            publish_complete_staging_dirs(checkpoint_dirs, partial(print, flush=True))
+        _run(config, run_dir, config_sha256, request, attempt, write_config)
 
 
 def _run(
     config: RunConfig,
     run_dir: Path | None,
-    sha256: str,
+    config_sha256: str,
     request: StopRequest,
     attempt: Attempt,
     write_config: WriteConfig,
 ) -> None:
-    """Everything between the first record of this rank's attempt and the last. All ranks must call."""
-    # Data first. Preparing it may take hours, and no collective may wait that long: the ranks meet only after it.
+    """Everything between the first record of this rank's attempt and the last. All ranks must call.
+
+    Data first. Preparing it may take hours, and no collective may wait that long: the ranks meet only after it.
+    """
     tokenizer = load_tokenizer(config.model)
     check_before_data_is_prepared(config)
-    data, tasks, staged, runtime = prepare_data_and_meet_ranks(config, tokenizer, request, attempt)
-    run_dir = attempt.set_run_dir(agree_on_run(run_dir, sha256, runtime), runtime.rank)
+    data, tasks, staged_copies, runtime = prepare_data_and_meet_ranks(config, tokenizer, request, attempt)
+    run_dir = attempt.set_run_dir(agree_on_run(run_dir, config_sha256, runtime), runtime.rank)
 
-    # What `auto` stands for is written into the frozen configuration, if the directory is still this attempt's.
+    # What the run chooses itself is written into `config.yaml`, if the directory is still this attempt's: a later start keeps it.
     attempt.require_run_dir_ownership(runtime)
     config = record_template_date(config, data.date, run_dir, runtime, write_config)
     config, runtime = resolve_matmul(config, run_dir, runtime, write_config)
     console = open_console(config, run_dir, data, tokenizer, runtime)
-    context = RunContext(sha256, runtime, console, RankStopAgreement(request, runtime), attempt)
-    precision = resolve_precision(config.precision, runtime)
-    checked = compare_with_resumed_run(config, data, context)
-    inputs = ProbeInputs(tokenizer, data, precision, runtime)
+    context = RunContext(config_sha256, runtime, console, RankStopAgreement(request, runtime), attempt)
+    inputs = ProbeInputs(tokenizer, data, resolve_precision(config.precision, runtime), runtime)
+    identity_facts = compare_with_resumed_run(config, data, context)
     config = choose_strategy_and_micro_batch(config, inputs, context, write_config)
     # Refused here, before there are weights, rather than by the allocator an hour later.
     attempt.phase = "simulating whether the run fits"
-    checked |= check_run_fits(config, data, precision, runtime, console.print_line) | staged.record()
+    fit_facts = check_run_fits(config, data, inputs.precision, runtime, console.print_line)
 
     attempt.phase = "building the model"
-    _train_and_export(config, staged.with_local_model(config), inputs, tasks, checked, context, request)
-    staged.remove()
+    checked_facts = identity_facts | fit_facts | staged_copies.run_record_entry()
+    local_config = staged_copies.with_local_model(config)
+    _train_and_export(config, local_config, inputs, tasks, checked_facts, context, request)
+    staged_copies.release()
 
 
 def _train_and_export(
@@ -134,14 +137,14 @@ def _train_and_export(
     local_config: RunConfig,
     inputs: ProbeInputs,
     tasks: list[PreparedTask],
-    checked: dict[str, Any],
+    checked_facts: dict[str, Any],
     context: RunContext,
     request: StopRequest,
 ) -> None:
     """Build the model of a settled configuration, train it, measure it and export it. All ranks must call.
 
-    `local_config`: `config` with the copy of the model on this node's disk, if there is one. `checked`: fields of `run.json` that
-    are known already.
+    `local_config`: `config` with the copy of the model on this node's disk, if there is one. `checked_facts`: fields of
+    `run.json` that are known already, such as what the run was compared by.
     """
     data = inputs.data
     runtime = inputs.runtime
@@ -156,9 +159,9 @@ def _train_and_export(
     interval = resolve_evaluation_interval(config, data, built, loader, total_steps, progress, runtime)
     run_record = build_run_record(
         config,
-        checked,
+        checked_facts,
         RunParts(
-            sha256=context.sha256,
+            config_sha256=context.config_sha256,
             precision=inputs.precision,
             runtime=runtime,
             data=data,
@@ -173,9 +176,9 @@ def _train_and_export(
     # From here on there is something to save: only the main thread ends the process, with trackers and checkpoints in order.
     request.disarm_end_of_stuck_process()
     trackers = open_trackers_and_records(config, run_record, progress, context)
-    show_rounds(config, loader, trackers, context)
+    show_answers_of_rounds(config, loader, trackers, context)
     meter = build_meter(config, run_record, built, runtime)
-    challenges = build_detectors(config, built, total_steps, interval, context)
+    detectors = build_detectors(config, built, total_steps, interval, context)
     profiler = Profiler(config.profile, context.run_dir, runtime, attempt.at_step, context.console.print_line)
     sinks = build_sinks(meter, trackers, checkpoints, profiler, context)
     trainer = Trainer(
@@ -183,9 +186,9 @@ def _train_and_export(
         engine=meter.wrap_with_timing(engine) if config.logging.step_parts else engine,
         loader=loader,
         progress=progress,
-        evaluators=build_run_evaluators(config, inputs, tasks, built, engine, loader, challenges, context),
+        evaluators=build_run_evaluators(config, inputs, tasks, built, engine, loader, detectors, context),
         sinks=sinks,
-        monitors=build_monitors(config, data, loader, challenges, context),
+        monitors=build_monitors(config, data, loader, detectors, context),
     )
     with recording_end_of_training(config, trackers, trainer.outcome, run_record, meter, checkpoints, context):
         attempt.phase = "training"
@@ -198,7 +201,7 @@ def _train_and_export(
             engine=engine,
             loader=loader,
             checkpoints=checkpoints,
-            challenges=challenges,
+            detectors=detectors,
             outcome=outcome,
             context=context,
             local_model=local_config.model,
@@ -218,18 +221,29 @@ def check_before_data_is_prepared(config: RunConfig) -> None:
     check_reward_models(config)
 
 
+class PreparedRun(NamedTuple):
+    """What a run has once its data is prepared and its ranks have met."""
+
+    data: PreparedData
+    """Its tokens are read from the copy on this node's disk, if there is one."""
+    tasks: list[PreparedTask]
+    staged_copies: StagedCopies
+    """The copies of model and data on this node's disk (`launcher.stage`), to be released at the end."""
+    runtime: processes.Runtime
+
+
 def prepare_data_and_meet_ranks(
     config: RunConfig,
     tokenizer: Any,
     request: StopRequest,
     attempt: Attempt,
     open_data: Callable[..., PreparedData] = prepare_data,
-) -> tuple[PreparedData, list[PreparedTask], Staged, processes.Runtime]:
+) -> PreparedRun:
     """Prepare the data and that of tasks, copy them to this node's disk, and only then form the process group.
 
-    Returns (the data, the tasks, what was copied, the process group's runtime). All ranks must call. Preparing may take hours,
-    and no collective can time out meanwhile, since there is none before the process group. Raises Preempted on every rank if any
-    was told to stop meanwhile, LeaseLost on every rank if another attempt took the directory.
+    All ranks must call. Preparing may take hours, and no collective can time out meanwhile, since there is none before the
+    process group. Raises Preempted on every rank if any was told to stop meanwhile, LeaseLost on every rank if another attempt
+    took the directory.
     """
 
     def is_told_to_stop() -> bool:
@@ -241,19 +255,28 @@ def prepare_data_and_meet_ranks(
         def stop() -> bool:
             return rendezvous.poll_stop_decision(is_told_to_stop())
 
-        choose_date = template_date_chooser(config, attempt.run_dir, rendezvous, stop)
+        # Called only for a template that writes today's date, which has to be one for all ranks and all starts.
+        choose_date = partial(choose_template_date, config, attempt.run_dir, rendezvous, stop)
         log = None if attempt.run_dir is None else attempt.run_dir / "logs" / f"rank-{rendezvous.rank}.log"
         print_line = Console(enabled=rendezvous.rank == 0, log=log).print_line
         data = open_data(config, tokenizer, stop=stop, choose_date=choose_date, print_line=print_line)
-        task_context = TaskContext.from_settings(config.data, config.objective, data.date)
-        own_rows = data if data.has_rows else None
-        tasks = prepare_tasks(tasks_for_tokenizer(config, tokenizer), task_context, own_rows, tokenizer, stop=stop)
+        tasks = _prepare_tasks_of_run(config, tokenizer, data, stop)
         attempt.phase = "copying to the disk of the node"
-        staged = stage(config, data, should_stop=stop)
+        staged_copies = stage(config, data, should_stop=stop)
         attempt.phase = "start of the processes"
         if not rendezvous.wait_for_all(is_told_to_stop):
             raise Preempted("asked to stop before the processes had met; nothing is lost but the preparation")
-    return staged.with_local_tokens(data), tasks, staged, join_process_group(config, rendezvous.store)
+    local_data = staged_copies.with_local_tokens(data)
+    return PreparedRun(local_data, tasks, staged_copies, join_process_group(config, rendezvous.store))
+
+
+def _prepare_tasks_of_run(
+    config: RunConfig, tokenizer: Any, data: PreparedData, stop: Callable[[], bool]
+) -> list[PreparedTask]:
+    """Prepare the rows of the run's evaluation tasks. Raises Preempted once `stop()` is true, DataError."""
+    task_context = TaskContext.from_settings(config.data, config.objective, data.date)
+    held_out_data = data if data.has_rows else None  # from which a task without a file takes its rows
+    return prepare_tasks(tasks_for_tokenizer(config, tokenizer), task_context, held_out_data, tokenizer, stop=stop)
 
 
 def compare_with_resumed_run(config: RunConfig, data: PreparedData, context: RunContext) -> dict[str, Any]:
@@ -318,10 +341,13 @@ def build_batch_loader(
 ) -> tuple[StepLoader | RolloutLoader, int]:
     """Build what gives this rank its batches; returns (the loader, the optimizer steps of the whole run). All ranks must call.
 
-    Batches are of prepared documents, or of rounds of generated answers. `resumed_from`: the checkpoint that was loaded. Raises
-    StorageError, or an error of a reward that cannot be opened.
+    - An objective without rollouts (`sft`, `dpo`): batches of prepared documents.
+    - One with rollouts (`grpo`): rounds of generated answers, from where `progress` and the checkpoint `resumed_from` stand.
+
+    Raises StorageError, or an error of a reward that cannot be opened.
     """
-    if objective_family(config.objective).rollout is None:
+    learns_from_documents = objective_family(config.objective).rollout is None
+    if learns_from_documents:
         return build_loader(config, inputs.data, built, engine, context.runtime)
     return open_rounds(config, inputs, built, engine, progress, resumed_from, context)
 
@@ -345,14 +371,17 @@ def build_monitors(
     config: RunConfig,
     data: PreparedData,
     loader: StepLoader | RolloutLoader,
-    challenges: ChallengeDetectors,
+    detectors: ChallengeDetectors,
     context: RunContext,
 ) -> Monitors:
-    """What may end the run early, or leave an update out."""
+    """Build what may end the run early, or leave an update out."""
+    # Steps whose loss or gradient norm stands out: noted with their documents, left out or rolled back (`guards.*`).
     anomaly_log = AnomalyLog(context.run_dir, data.directory, loader, context.console.print_line)
     guards = Guards(config.guards, config.optim.max_skipped_steps, context.runtime, anomaly_log)
+    # Ranks that compute slower than the others: only reported.
     stragglers = Stragglers(config.logging.slow_rank, context.runtime, build_slow_rank_reporter(context))
-    return Monitors(context.stop_agreement, guards, stragglers, challenges)
+    # Beside these: signals on any rank (`stop_agreement`), and overfitting, forgetting and divergence (`detectors`).
+    return Monitors(context.stop_agreement, guards, stragglers, detectors)
 
 
 def loop_settings(config: RunConfig, total_steps: int, interval: EvaluationInterval | None = None) -> LoopSettings:
@@ -360,9 +389,9 @@ def loop_settings(config: RunConfig, total_steps: int, interval: EvaluationInter
 
     `interval`: what `evaluation.every_steps` was resolved to. Without it, `auto` evaluates nothing between start and end.
     """
-    every = config.evaluation.every_steps
+    every_steps = config.evaluation.every_steps
     if interval is None:
-        interval = EvaluationInterval(every if isinstance(every, int) else 0)
+        interval = EvaluationInterval(every_steps if isinstance(every_steps, int) else 0)
     return LoopSettings(
         total_steps=total_steps,
         seed=config.run.seed,
@@ -410,26 +439,28 @@ def record_reference_logps_of_data(
 ) -> None:
     """Record the initial model's log-probabilities of the data, which the objective compares with. All ranks must call.
 
-    Nothing is recorded if the objective needs none, or if the base stays in the model under its adapter.
+    Nothing is recorded if the objective needs none (`sft`), or if the base stays in the model under its adapter: each step then
+    computes them anew. Raises Preempted on every rank if any was asked to stop meanwhile, or LeaseLost.
     """
     if not built.step_module.objective.uses_reference or built.tuning.keeps_base:
         return
     context.attempt.phase = "recording the reference"
+    # What decides the initial model: the configuration, and the weights of the adapter that it begins from.
+    initial_model_key = context.config_sha256
     first_adapter = getattr(config.tuning, "from_", None)
+    if first_adapter is not None:
+        initial_model_key += f"/{adapter_sha256(first_adapter)}"
     context.console.print_line("reference: recording what the model says of every answer before training, once")
     recording = RecordingSettings(
-        built.collator,
-        built.data_spec.ahead,
+        collator=built.collator,
+        look_ahead_of=built.data_spec.ahead,  # kto also compares with an answer to another prompt
         max_batch=max(config.batch["micro"], config.evaluation.batch),
         directory=context.run_dir / "reference",
-        # What decides the initial model: the configuration, and the weights of the adapter that it begins from.
-        key=context.sha256 if first_adapter is None else f"{context.sha256}/{adapter_sha256(first_adapter)}",
+        key=initial_model_key,
     )
     splits = {"train": data.train, "eval": data.evaluation, "test": data.test}
     try:
-        record_reference_logps(
-            splits, engine, recording, context.runtime, context.stop_agreement.for_loop().ask_and_wait
-        )
+        record_reference_logps(splits, engine, recording, context.runtime, context.stop_agreement.new_stop_check())
     except Preempted:
         # Raised on all ranks alike. If the directory was lost meanwhile, that is the reason to give.
         context.attempt.require_run_dir_ownership(context.runtime)

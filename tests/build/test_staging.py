@@ -52,7 +52,7 @@ def test_staging_copies_only_the_files_that_are_read_byte_for_byte(made):
         "copy.json",
     }
     assert (model / "model.safetensors").read_bytes() == (made.source / "model" / "model.safetensors").read_bytes()
-    assert staged.record()["staged"]["model"] == {
+    assert staged.run_record_entry()["staged"]["model"] == {
         "from": str(made.source / "model"),
         "to": str(model),
         "bytes": 5_000_100,
@@ -67,9 +67,9 @@ def test_staging_copies_once_a_node_and_the_last_process_removes_the_copy(made, 
     for each in both:
         each.join()
     assert capfd.readouterr().err.count("staging model") == 1
-    found[0].remove()
+    found[0].release()
     assert copies(made.root) == {"model", "data"}  # the other one reads them
-    found[1].remove()
+    found[1].release()
     assert copies(made.root) == set()
 
 

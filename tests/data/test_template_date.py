@@ -25,7 +25,7 @@ from trainer.data.report.preview import summary_text
 from trainer.data.tokens.clock import TemplateDate, reads_clock, replace_clock_calls
 from trainer.evaluation.tasks.prepared import TaskContext
 from trainer.objectives.sft import SftConfig
-from trainer.session.template_date import template_date_chooser
+from trainer.session.template_date import choose_template_date
 
 DATED = (  # as Llama 3's
     "{%- if not date_string is defined %}{%- if strftime_now is defined %}{%- set date_string = strftime_now('%d %b %Y') %}"
@@ -142,23 +142,22 @@ def test_template_date_of_all_ranks_and_points_is_that_of_the_first(tmp_path):
     store, found = Store(), {}
 
     def choose(rank, day, run_dir=None):
-        choice = template_date_chooser(config, run_dir, Rendezvous(store, rank, 2, 60.0), lambda: False)
-        found[rank] = choice(lambda: TemplateDate(day))
+        rendezvous = Rendezvous(store, rank, 2, 60.0)
+        found[rank] = choose_template_date(config, run_dir, rendezvous, lambda: False, lambda: TemplateDate(day))
 
     other = threading.Thread(target=choose, args=(1, date(2026, 1, 3)))
     other.start()
     choose(0, CHRISTMAS)
     other.join()
     assert found == {0: TemplateDate(CHRISTMAS), 1: TemplateDate(CHRISTMAS)}
+    waiting = Rendezvous(Store(), 1, 2, 60.0)
     with pytest.raises(Preempted):
-        template_date_chooser(config, None, Rendezvous(Store(), 1, 2, 60.0), lambda: True)(
-            lambda: TemplateDate(CHRISTMAS)
-        )
+        choose_template_date(config, None, waiting, lambda: True, lambda: TemplateDate(CHRISTMAS))
 
     (tmp_path / "comparison.json").write_text("{}")
     alone = Rendezvous(None, 0, 1, 60.0)
     for name, day in (("a", CHRISTMAS), ("b", date(2026, 1, 3))):
-        point = template_date_chooser(config, tmp_path / name, alone, lambda: False)(lambda day=day: TemplateDate(day))
+        point = choose_template_date(config, tmp_path / name, alone, lambda: False, lambda day=day: TemplateDate(day))
         assert point == TemplateDate(CHRISTMAS), name
 
 

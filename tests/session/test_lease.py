@@ -51,7 +51,7 @@ def test_lease_is_checked_by_all_ranks_at_a_stop_before_training(monkeypatch):
     built = MagicMock()
     built.tuning.keeps_base = False
     where = Attempt(lease=SimpleNamespace(check=lost))
-    place = SimpleNamespace(attempt=where, runtime=SimpleNamespace(world_size=1), run_dir=Path(), sha256="")
+    place = SimpleNamespace(attempt=where, runtime=SimpleNamespace(world_size=1), run_dir=Path(), config_sha256="")
     place.console = place.stop_agreement = MagicMock()
     with pytest.raises(LeaseLost):
         run_module.record_reference_logps_of_data(RunConfig(), MagicMock(), MagicMock(), built, place)

@@ -56,7 +56,7 @@ class RoundInputs:
     """Of the run, resolved."""
     scorer: RewardScorer
     progress: Progress
-    watch_for_stop: Callable[[], Callable[[], bool]]
+    new_stop_check: Callable[[], Callable[[], bool]]
     """Makes a function that says, on all ranks alike, whether the run must stop."""
     report_phase: Callable[[str], None] = lambda phase: None
     """Called with what the run is doing now, such as `training`."""
@@ -159,7 +159,7 @@ def build_round_loader(
         runtime,
         seed=config.run.seed,
         rows=settings.rollout.rows or max_concurrent_completions(built, engine, runtime, longest_row),
-        stop_now=inputs.watch_for_stop(),
+        stop_now=inputs.new_stop_check(),
     )
     collator: Any = built.collator
     objective: Any = built.step_module.objective
@@ -181,7 +181,7 @@ def build_round_loader(
         ),
         runtime=runtime,
         references=objective.references,
-        stop_now=inputs.watch_for_stop(),
+        stop_now=inputs.new_stop_check(),
         report_phase=inputs.report_phase,
     )
 

@@ -55,7 +55,7 @@ class StagedCopy:
 
 
 @dataclass(slots=True)
-class Staged:
+class StagedCopies:
     """The copies that this process reads, by their content: `model` or `data`."""
 
     copies: dict[str, StagedCopy] = field(default_factory=dict)
@@ -75,8 +75,8 @@ class Staged:
         test = TokenDataset.open(directory / "test") if data.test is not None else None
         return replace(data, train=TokenDataset.open(directory / "train"), evaluation=held_out, test=test)
 
-    def record(self) -> dict[str, Any]:
-        """The entry of `run.json` about the copies of this node; empty if there are none."""
+    def run_record_entry(self) -> dict[str, Any]:
+        """The entry of `run.json` about the copies of this node, `{"staged": {"model": {"from": ...}}}`; {} if there are none."""
         if not self.copies:
             return {}
         rows = {}
@@ -84,7 +84,7 @@ class Staged:
             rows[content_kind] = {"from": str(copy.source), "to": str(copy.path), "bytes": copy.num_bytes}
         return {"staged": rows}
 
-    def remove(self) -> None:
+    def release(self) -> None:
         """Release the copies when the run is done. The last process of the node that reads a copy deletes it.
 
         Files that are open stay readable.
@@ -99,14 +99,14 @@ class Staged:
         self.copies = {}
 
 
-def stage(config: RunConfig, data: PreparedData, *, should_stop: Callable[[], bool]) -> Staged:
+def stage(config: RunConfig, data: PreparedData, *, should_stop: Callable[[], bool]) -> StagedCopies:
     """Make the copies that `launcher.stage` asks for on this node's disk, or use those that exist.
 
     `should_stop`: called now and then; True if the run shall stop. Raises ConfigError for a directory with a variable that this
     node does not have, StorageError if the disk has no room or cannot be written, Preempted if `should_stop` says so.
     """
     if config.launcher.stage is None:
-        return Staged()
+        return StagedCopies()
     root = staging_directory(config.launcher.stage)
     files_to_stage = {"model": _weight_files(find_weights_directory(config.model))}
     if data.has_rows:
@@ -130,7 +130,7 @@ def stage(config: RunConfig, data: PreparedData, *, should_stop: Callable[[], bo
             f"launcher.stage={config.launcher.stage}: {error.filename or root} on {socket.gethostname()}: "
             f"{error.strerror or error}; name a disk of the node that can be written, or leave launcher.stage out"
         ) from error
-    return Staged({content_kind: copies[content_kind] for content_kind in files_to_stage})
+    return StagedCopies({content_kind: copies[content_kind] for content_kind in files_to_stage})
 
 
 def staging_directory(setting: str) -> Path:

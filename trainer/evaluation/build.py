@@ -37,11 +37,11 @@ def build_evaluators(
     tokenizer: Any,
     engine: Engine,
     runtime: Runtime,
-    watch_for_stop: Callable[[], Callable[[], bool]],
+    new_stop_check: Callable[[], Callable[[], bool]],
 ) -> list[Evaluator]:
     """The evaluator of the loss and, if configured, that of generated answers; none without held-out data.
 
-    `watch_for_stop` makes, for each of them, a function that says on all ranks alike whether the run must stop.
+    `new_stop_check` makes, for each of them, a function that says on all ranks alike whether the run must stop.
     """
     if held_out is None or len(held_out) == 0:
         return []
@@ -81,7 +81,7 @@ def build_evaluators(
         loss_denominator=exact_sum(held_out.counts["loss"][sequences]),
         ranks_per_row=runtime.sequence_size,
         perplexity=built.step_module.objective.perplexity,
-        stop_now=watch_for_stop(),
+        stop_now=new_stop_check(),
         ahead=None if data_spec.ahead is None else partial(batches, ahead=data_spec.ahead),
         reported_sources=reported_sources,
     )
@@ -101,7 +101,7 @@ def build_evaluators(
             config.generate,
             generation_config=load_generation_config(model, built.config, decoder_start),
             runtime=runtime,
-            stop_now=watch_for_stop(),
+            stop_now=new_stop_check(),
         )
         evaluators.append(generation_evaluator)
     return evaluators

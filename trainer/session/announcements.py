@@ -53,8 +53,8 @@ FAILED_SAVE_PATIENCE_S = 20.0
 class RunContext:
     """What the parts of a run share: its ranks, its console, its agreement on stopping, and the attempt that it is."""
 
-    sha256: str
-    """Hash of the configuration."""
+    config_sha256: str
+    """SHA-256 of `config.yaml`, as 64 hexadecimal digits: it tells configurations apart."""
     runtime: processes.Runtime
     console: Console
     stop_agreement: RankStopAgreement

@@ -123,7 +123,7 @@ class Attempt:
         reason_lost = self.reason_run_dir_was_lost()
         current_run_dir = None
         if reason_lost is None and self.lease is not None:
-            current_run_dir = self.lease.home
+            current_run_dir = self.lease.run_dir
         reason_lost, current_run_dir = broadcast_object((reason_lost, current_run_dir), runtime)
         if reason_lost is not None:
             raise LeaseLost(reason_lost)
@@ -215,7 +215,7 @@ def run_attempt(run_dir: Path | None, lease_timeout_s: int, request: StopRequest
             request.disarm_end_of_stuck_process()  # from here on, only this thread ends the process
             if attempt.lease is not None:
                 attempt.lease.check()
-                attempt.follow_renamed_run_dir(attempt.lease.home)
+                attempt.follow_renamed_run_dir(attempt.lease.run_dir)
             if not isinstance(error, Preempted | KeyboardInterrupt):
                 _record_failure(attempt, rank, error)
             elif writes_status:
@@ -398,6 +398,6 @@ def _owning_run_dir(run_dir: Path | None, lease_timeout_s: int, stop_request: St
         lease_timeout_s,
         stop=lambda: stop_request.signal_name is not None,
         on_loss=lambda: stop_request.ask("the directory was taken over"),
-        on_run_dir_renamed=lambda home: stop_request.ask(f"the directory was renamed to {home}"),
+        on_run_dir_renamed=lambda run_dir: stop_request.ask(f"the directory was renamed to {run_dir}"),
     ) as lease:
         yield lease

@@ -33,29 +33,28 @@ def build_run_evaluators(
     built: BuiltModel,
     engine: Engine,
     loader: StepLoader | RolloutLoader,
-    challenges: ChallengeDetectors,
+    detectors: ChallengeDetectors,
     context: RunContext,
 ) -> list[Evaluator]:
     """The evaluators that the configuration asks for; empty without held-out data and tasks.
 
     A run that learns from rewards is evaluated by the rewards of its `loader`, any other by its held-out loss and metrics.
-    `challenges`: the detectors that receive what tasks measure. Errors: those of `build_evaluators`, and of rewards.
+    `detectors`: the detectors that receive what tasks measure. Errors: those of `build_evaluators`, and of rewards.
     """
     data = inputs.data
     tokenizer = inputs.tokenizer
-
-    def watch_for_stop() -> Callable[[], bool]:
-        return context.stop_agreement.for_loop().ask_and_wait
+    # Each evaluator asks in a loop of its own whether the run must stop, so that each needs a check of its own.
+    new_stop_check = context.stop_agreement.new_stop_check
 
     def make_model_interface() -> ModelInterface:
-        return model_interface_for_run(config, data, built, tokenizer, engine, context.runtime, watch_for_stop())
+        return model_interface_for_run(config, data, built, tokenizer, engine, context.runtime, new_stop_check())
 
     if isinstance(loader, RolloutLoader):
         scorer = loader.round_builder.scorer
         reward_evaluators = build_reward_evaluators(
-            config, data, built, tokenizer, engine, context.runtime, scorer, watch_for_stop()
+            config, data, built, tokenizer, engine, context.runtime, scorer, new_stop_check()
         )
-        return add_task_evaluator(config, challenges, reward_evaluators, tasks, make_model_interface, context)
+        return add_task_evaluator(config, detectors, reward_evaluators, tasks, make_model_interface, context)
     evaluators = build_evaluators(
         replace(config.evaluation, tasks=tasks_to_run(config)),
         config.model,
@@ -64,9 +63,9 @@ def build_run_evaluators(
         tokenizer,
         engine,
         context.runtime,
-        watch_for_stop,
+        new_stop_check,
     )
-    return add_task_evaluator(config, challenges, evaluators, tasks, make_model_interface, context)
+    return add_task_evaluator(config, detectors, evaluators, tasks, make_model_interface, context)
 
 
 def model_interface_for_run(
@@ -99,11 +98,11 @@ def build_test_evaluators(
     engine: Engine,
     runtime: processes.Runtime,
     scorer: RewardScorer | None,
-    watch_for_stop: Callable[[], Callable[[], bool]],
+    new_stop_check: Callable[[], Callable[[], bool]],
 ) -> list[Evaluator]:
     """The evaluators of the test documents, which use all of them; empty without test documents.
 
-    `scorer`: computes the rewards, if the run learns from rewards; else None. `watch_for_stop`: as in `build_evaluators`. Metrics
+    `scorer`: computes the rewards, if the run learns from rewards; else None. `new_stop_check`: as in `build_evaluators`. Metrics
     have the names of those of evaluation documents (`eval/loss`).
     """
     # No metric of the test documents is monitored, and no document is left out.
@@ -114,6 +113,6 @@ def build_test_evaluators(
         generate = replace(settings.generate, samples=0)
         test_config = replace(config, evaluation=replace(settings, generate=generate))
         return build_reward_evaluators(
-            test_config, test_data, built, tokenizer, engine, runtime, scorer, watch_for_stop()
+            test_config, test_data, built, tokenizer, engine, runtime, scorer, new_stop_check()
         )
-    return build_evaluators(settings, config.model, data.test, built, tokenizer, engine, runtime, watch_for_stop)
+    return build_evaluators(settings, config.model, data.test, built, tokenizer, engine, runtime, new_stop_check)

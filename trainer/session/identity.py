@@ -125,13 +125,13 @@ def identity_differences(recorded: RunIdentity, current: RunIdentity, *, accept:
     return differing
 
 
-def agree_on_run(run_dir: Path | None, sha256: str, runtime: Runtime) -> Path:
+def agree_on_run(run_dir: Path | None, config_sha256: str, runtime: Runtime) -> Path:
     """The run directory of rank 0, on every rank. All ranks must call.
 
-    `sha256`: hash of this rank's configuration. Raises ConfigError if ranks have different configurations, or rank 0 no
+    `config_sha256`: hash of this rank's configuration. Raises ConfigError if ranks have different configurations, or rank 0 no
     directory.
     """
-    hashes = gather_objects(sha256, runtime)
+    hashes = gather_objects(config_sha256, runtime)
     if len(set(hashes)) > 1:
         other_ranks = [rank for rank, rank_sha256 in enumerate(hashes) if rank_sha256 != hashes[0]]
         differing_rank = other_ranks[0]

@@ -126,10 +126,10 @@ class Lease:
         number: int,
         owner: LeaseOwner,
         on_loss: Callable[[], None],
-        on_run_dir_renamed: Callable[[Path], None] = lambda home: None,
+        on_run_dir_renamed: Callable[[Path], None] = lambda run_dir: None,
     ) -> None:
         """Errors: OSError if the directory cannot be opened."""
-        self.home = run_dir
+        self.run_dir = run_dir
         """The current path of the run directory."""
         self.number = number
         self.owner = owner
@@ -152,7 +152,7 @@ class Lease:
         *,
         stop: Callable[[], bool] = lambda: False,
         on_loss: Callable[[], None] = lambda: None,
-        on_run_dir_renamed: Callable[[Path], None] = lambda home: None,
+        on_run_dir_renamed: Callable[[Path], None] = lambda run_dir: None,
     ) -> Lease:
         """Claim the directory. Waits up to `lease_timeout_s` if only time tells whether the last owner lives.
 
@@ -189,14 +189,14 @@ class Lease:
     @property
     def directory(self) -> Path:
         """The directory of the claims."""
-        return self.home / "lease"
+        return self.run_dir / "lease"
 
     def check(self) -> None:
         """Raise LeaseLost if the directory is not this attempt's any more. To be called before anything is published."""
         if self._loss_reason is None:
             self._loss_reason = self._find_loss_reason()
         if self._loss_reason is not None:
-            raise LeaseLost(f"run.dir={self.home}: {self._loss_reason}; this attempt ends and writes nothing more")
+            raise LeaseLost(f"run.dir={self.run_dir}: {self._loss_reason}; this attempt ends and writes nothing more")
 
     def release(self) -> None:
         """Mark this attempt as over, so that the next one need not wait."""
@@ -233,7 +233,7 @@ class Lease:
 
         - The claim exists: None, unless another attempt has made a later one.
         - It is missing and the directory was deleted: that is the reason.
-        - It is missing because the directory was renamed: follows it (sets `home`, calls `on_run_dir_renamed`), and looks there.
+        - It is missing because the directory was renamed: follows it (sets `run_dir`), and looks there.
         - It is still missing: makes it again, unless another attempt has taken the directory over.
         """
         number, owner = latest_claim(self.directory)
@@ -242,13 +242,13 @@ class Lease:
                 return f"{owner.describe()} took it over"
             return None
         # The directory was renamed, deleted or emptied, or another attempt has removed the claim.
-        home = self._find_renamed_run_dir()
-        if home is None:
+        current_run_dir = self._find_renamed_run_dir()
+        if current_run_dir is None:
             return "the directory was deleted"
-        if home != self.home:
-            print(f"{self.home}: the directory was renamed to {home}", flush=True)
-            self.home = home
-            self._on_run_dir_renamed(home)
+        if current_run_dir != self.run_dir:
+            print(f"{self.run_dir}: the directory was renamed to {current_run_dir}", flush=True)
+            self.run_dir = current_run_dir
+            self._on_run_dir_renamed(current_run_dir)
             number, owner = latest_claim(self.directory)
             if number == self.number and self._claim_exists():
                 return None
@@ -264,11 +264,11 @@ class Lease:
 
     def _find_renamed_run_dir(self) -> Path | None:
         """The current path of the run directory, which somebody may have renamed; None if it was deleted."""
-        home = self._directory_handle.find_directory()
-        if home is not None and not (home / "config.yaml").exists():  # `rm -r` may be running
+        run_dir = self._directory_handle.find_directory()
+        if run_dir is not None and not (run_dir / "config.yaml").exists():  # `rm -r` may be running
             atomic_io.disk.sleep(REMOVAL_CHECK_DELAY_S)
-            home = self._directory_handle.find_directory()
-        return home
+            run_dir = self._directory_handle.find_directory()
+        return run_dir
 
     def _restore_claim(self, latest_number: int, latest_owner: LeaseOwner | None) -> str | None:
         """Make this attempt's missing claim again; returns None, or why the directory is now another attempt's.

@@ -35,34 +35,40 @@ from trainer.step import BuiltModel
 def build_detectors(
     config: RunConfig, built: BuiltModel, total_steps: int, interval: EvaluationInterval, context: RunContext
 ) -> ChallengeDetectors:
-    """The detectors of overfitting, forgetting and instability for a run of `total_steps`, which is evaluated every `interval`.
+    """The detectors of challenges (overfitting, forgetting, instability) in a run of `total_steps`, evaluated every `interval`.
 
     Only rank 0 writes their events. They are also registered with the attempt, so that they follow a renamed run directory.
     """
     planned_evaluations = 1  # without an interval, one at the end
     if interval.steps:
         planned_evaluations = -(-total_steps // interval.steps)  # rounded up
-    events = context.run_dir / EVENTS_FILE if context.runtime.is_main else None
-    comparable_term = built.step_module.objective.comparable_term
-    challenges = ChallengeDetectors(
-        config.challenges, planned_evaluations, comparable_term, context.console.print_line, events
+    events_file = context.run_dir / EVENTS_FILE if context.runtime.is_main else None
+    detectors = ChallengeDetectors(
+        config.challenges,
+        planned_evaluations,
+        # The part of the training loss that is computed as the held-out loss is, so that the two can be compared.
+        built.step_module.objective.comparable_term,
+        context.console.print_line,
+        events_file,
     )
     if interval.intermediate_loss_only:
-        challenges.planned_task_evaluations = 1
-    challenges.first_evaluation_file = HeldOutFile(context.run_dir, context.runtime)
-    challenges.kept_answers = KeptAnswers(context.run_dir if context.runtime.is_main else None)
-    challenges.last_evaluation_file = HeldOutFile(context.run_dir, context.runtime, LAST_HELD_OUT)
-    challenges.loss_window = divergence.num_steps_of_loss_median(total_steps)
-    challenges.first_judged_step = divergence.first_judged_step(warmup_steps(config.schedule, total_steps))
+        detectors.planned_task_evaluations = 1  # tasks are asked at the end alone
+    # What the run directory keeps of the evaluations before training and at the end, and of the answers.
+    detectors.first_evaluation_file = HeldOutFile(context.run_dir, context.runtime)
+    detectors.kept_answers = KeptAnswers(context.run_dir if context.runtime.is_main else None)
+    detectors.last_evaluation_file = HeldOutFile(context.run_dir, context.runtime, LAST_HELD_OUT)
+    # Over how many steps, and from which one on, the training loss is judged for divergence.
+    detectors.loss_window = divergence.num_steps_of_loss_median(total_steps)
+    detectors.first_judged_step = divergence.first_judged_step(warmup_steps(config.schedule, total_steps))
     if isinstance(config.objective, RoundsConfig):
         # A reward without a weight does not train the model, so it tells whether the others are gamed.
         rewards = config.objective.rewards
-        challenges.metrics_of_control_rewards = [
+        detectors.metrics_of_control_rewards = [
             f"rewards/{name}/mean" for name, reward in rewards.items() if reward.weight == 0
         ]
-    challenges.write_findings = build_findings_reporter(context)
-    context.attempt.on_run_dir_renamed.append(challenges.follow_renamed_run_dir)
-    return challenges
+    detectors.write_findings = build_findings_reporter(context)
+    context.attempt.on_run_dir_renamed.append(detectors.follow_renamed_run_dir)
+    return detectors
 
 
 def tasks_for_tokenizer(config: RunConfig, tokenizer: Any) -> dict[str, TaskConfig]:
@@ -78,29 +84,39 @@ def tasks_for_tokenizer(config: RunConfig, tokenizer: Any) -> dict[str, TaskConf
             "challenges.forgetting.chat=true: the tokenizer has no chat template to ask questions with; give one with "
             "model.chat_template=FILE, or leave it out"
         )
+    # CHAT_ANSWERS asks the first two questions of CHAT.
     return {name: task for name, task in tasks.items() if name not in (CHAT, CHAT_ANSWERS)}
 
 
-def final_chat_answers(challenges: ChallengeDetectors, engine: Engine, *, refresh: bool) -> list[dict[str, str]]:
+def final_chat_answers(detectors: ChallengeDetectors, engine: Engine, *, refresh: bool) -> list[dict[str, str]]:
     """Two chat questions for the end of a run's output, each with the answers of the base and of the tuned model.
 
     Empty if the run asks no chat questions. The answers are those of the last evaluation. If there are none, or with `refresh`
     (the engine has other weights since), the questions are asked now. All ranks must call. Raises Preempted, on all ranks or on
     none, if the run is asked to stop meanwhile.
     """
-    if refresh or not challenges.chat_rows:
+    if refresh or not detectors.chat_rows:
         try:
-            challenges.refresh_chat_rows(engine)
+            detectors.refresh_chat_rows(engine)
         except Interrupted:  # the generation of answers was stopped
             raise Preempted(
                 "stopped while two answers were written; start the same command again to continue"
             ) from None
-    return challenges.chat_answer_pairs()
+    return detectors.chat_answer_pairs()
+
+
+def _report_to_detectors(evaluators: list[Evaluator], detectors: ChallengeDetectors) -> None:
+    """Set the callbacks of the evaluators of losses and of generated answers, so that the detectors see what they measure."""
+    for evaluator in evaluators:
+        if isinstance(evaluator, GenerationEvaluator):
+            evaluator.on_answers = detectors.add_generated_answers
+        if isinstance(evaluator, LossEvaluator):
+            evaluator.on_batch_sums = detectors.add_batch_sums
 
 
 def add_task_evaluator(
     config: RunConfig,
-    challenges: ChallengeDetectors,
+    detectors: ChallengeDetectors,
     evaluators: list[Evaluator],
     tasks: list[PreparedTask],
     make_model_interface: Callable[[], ModelInterface],
@@ -108,14 +124,10 @@ def add_task_evaluator(
 ) -> list[Evaluator]:
     """The evaluators of a run, with one more for its tasks, if there are any. All of them report to the detectors.
 
-    Sets the callbacks of `evaluators`. `make_model_interface`: builds the model's interface for tasks; called only if there are
-    tasks. Raises the errors of rows that cannot be encoded.
+    Also tells `detectors` where rows of tasks are kept. `make_model_interface`: builds the model's interface for tasks; called
+    only if there are tasks. Raises the errors of rows that cannot be encoded.
     """
-    for evaluator in evaluators:
-        if isinstance(evaluator, GenerationEvaluator):
-            evaluator.on_answers = challenges.add_generated_answers
-        if isinstance(evaluator, LossEvaluator):
-            evaluator.on_batch_sums = challenges.add_batch_sums
+    _report_to_detectors(evaluators, detectors)
     if not tasks:
         return evaluators
     task_evaluator = TaskEvaluator(tasks, make_model_interface())
@@ -123,12 +135,13 @@ def add_task_evaluator(
     forgetting = config.challenges.forgetting
     # Forgetting is measured on the tasks that the trainer adds for it and on those that the user names for it.
     built_in_names = (GENERAL, CHAT, CHAT_ANSWERS)
-    forgetting_tasks = [task.task.name for task in tasks if task.task.name in built_in_names]
+    task_names = [prepared.task.name for prepared in tasks]
+    forgetting_tasks = [name for name in task_names if name in built_in_names]
     forgetting_tasks += forgetting.tasks
     if forgetting_tasks and forgetting.action is not Reaction.off:
-        challenges.base_results = BaseModelResults(
+        detectors.base_results = BaseModelResults(
             task_evaluator, forgetting_tasks, context.run_dir, context.console.print_line
         )
     if config.logging.tables and context.runtime.is_main:
-        challenges.first_rows = FirstRows(context.run_dir)
-    return [*evaluators, WatchedTasks(task_evaluator, challenges, makes_tables=config.logging.tables)]
+        detectors.first_rows = FirstRows(context.run_dir)
+    return [*evaluators, WatchedTasks(task_evaluator, detectors, makes_tables=config.logging.tables)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,7 +43,7 @@ class TrainedRun:
     engine: Engine
     loader: StepLoader | RolloutLoader
     checkpoints: Checkpoints
-    challenges: ChallengeDetectors
+    detectors: ChallengeDetectors
     outcome: TrainingOutcome
     context: RunContext
     local_model: ModelConfig
@@ -71,7 +70,7 @@ def choose_and_measure_checkpoint(run: TrainedRun, record: RunRecord) -> ModelFa
     chosen, tokens = load_checkpoint_to_export(run)
     record.exported_checkpoint = asdict(chosen)
     weights_changed = chosen.step != run.outcome.progress.step
-    run.outcome.chat_answers = final_chat_answers(run.challenges, run.engine, refresh=weights_changed)
+    run.outcome.chat_answers = final_chat_answers(run.detectors, run.engine, refresh=weights_changed)
 
     # Evaluate it on the test documents.
     run.context.attempt.phase = "evaluating the test documents"
@@ -119,14 +118,18 @@ def measure_test_documents(run: TrainedRun, step: int) -> dict[str, Any] | None:
         artefact=manifest_sha256_at_step(context.run_dir, step, run.config.checkpoint.fallback_dir),
     )
 
-    def watch_for_stop() -> Callable[[], bool]:
-        return context.stop_agreement.for_loop().ask_and_wait
-
     def make_evaluators() -> list[Evaluator]:
         scorer = run.loader.round_builder.scorer if isinstance(run.loader, RolloutLoader) else None
         tokenizer = run.inputs.tokenizer
         return build_test_evaluators(
-            run.config, run.inputs.data, run.built, tokenizer, run.engine, context.runtime, scorer, watch_for_stop
+            run.config,
+            run.inputs.data,
+            run.built,
+            tokenizer,
+            run.engine,
+            context.runtime,
+            scorer,
+            context.stop_agreement.new_stop_check,
         )
 
     return test_result_at_end(run.inputs.data, weights, context.runtime, make_evaluators, run.engine)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,13 +42,11 @@ def open_rounds(
 
     assert isinstance(config.objective, RoundsConfig), "the settings of every family with rollouts"
 
-    def watch_for_stop() -> Callable[[], bool]:
-        return context.stop_agreement.for_loop().ask_and_wait
-
+    new_stop_check = context.stop_agreement.new_stop_check
     # The rewards: programs and servers, a judge model, and reward models.
     judge = None
     if config.evaluation.judge.url:
-        judge = Judge(config.evaluation.judge, context.runtime, watch_for_stop())
+        judge = Judge(config.evaluation.judge, context.runtime, new_stop_check())
     scorer = open_scorer(
         config.objective,
         context.runtime,
@@ -58,9 +55,9 @@ def open_rounds(
         judge=judge,
     )
     context.attempt.at_end.callback(scorer.close)
-    scorer.model_scorer = open_model_scorer(config, engine, context.runtime, watch_for_stop())
+    scorer.model_scorer = open_model_scorer(config, engine, context.runtime, new_stop_check())
     round_inputs = RoundInputs(
-        inputs.tokenizer, inputs.precision, scorer, progress, watch_for_stop, context.attempt.set_phase
+        inputs.tokenizer, inputs.precision, scorer, progress, new_stop_check, context.attempt.set_phase
     )
     loader, steps = build_round_loader(config, inputs.data, built, engine, context.runtime, round_inputs)
     # The record of rounds. A resumed run forgets the rounds after its checkpoint.
@@ -87,12 +84,15 @@ def _warn_of_reward_timeouts(rollout_round: Round, step: int, context: RunContex
         )
 
 
-def show_rounds(config: RunConfig, loader: StepLoader | RolloutLoader, trackers: Trackers, context: RunContext) -> None:
+def show_answers_of_rounds(
+    config: RunConfig, loader: StepLoader | RolloutLoader, trackers: Trackers, context: RunContext
+) -> None:
     """Let trackers show the answers of each round as a table, if `logging.tables` asks for it. On rank 0 alone."""
     if not isinstance(loader, RolloutLoader) or not config.logging.tables or not context.runtime.is_main:
         return
     from trainer.rollout.round_table import TABLE_NAME, round_table
 
+    # `step` steps were taken before the round: the row of its first step, which has its rewards, is that of `step + 1`.
     loader.round_builder.on_round.append(
         lambda rollout_round, step: trackers.log_table_with_row(
             TABLE_NAME, round_table(rollout_round, step + 1), step=step + 1

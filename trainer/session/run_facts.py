@@ -72,7 +72,7 @@ def versions() -> dict[str, str]:
 class RunParts:
     """The parts of a run before its first step, of which `run.json` is made."""
 
-    sha256: str
+    config_sha256: str
     """Hash of the configuration."""
     precision: Precision
     runtime: Runtime
@@ -124,7 +124,7 @@ def _run_record_without_prediction(config: RunConfig, checked: Mapping[str, Any]
         device_name = torch.cuda.get_device_name(runtime.device)
     added_losses = built.step_module.added_losses
     return RunRecord(
-        config_sha256=run_parts.sha256,
+        config_sha256=run_parts.config_sha256,
         strategy=str(config.strategy.name),
         tuning=str(config.tuning.name),
         objective=str(config.objective.name),

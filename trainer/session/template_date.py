@@ -17,36 +17,42 @@ from trainer.config.run import TEMPLATE_DATE_KEY, RunConfig, settled_template_da
 from trainer.data.tokens.clock import TemplateDate
 from trainer.reporting.shared_choice import agree_on_shared_choice
 
-FirstDate = Callable[[], TemplateDate]
+ReadCacheDate = Callable[[], TemplateDate]
 """Returns the date on which the data was first prepared into the cache of this host."""
 
 
-def template_date_chooser(
-    config: RunConfig, run_dir: Path | None, rendezvous: Rendezvous, stop: Callable[[], bool]
-) -> Callable[[FirstDate], TemplateDate]:
-    """The function by which `Preparation` chooses the date for templates. All ranks must call it.
+def choose_template_date(
+    config: RunConfig,
+    run_dir: Path | None,
+    rendezvous: Rendezvous,
+    stop: Callable[[], bool],
+    read_cache_date: ReadCacheDate,
+) -> TemplateDate:
+    """The date that templates write as today's, the same on every rank. All ranks must call, before they form a process group.
 
-    It takes the date that an earlier start of this run recorded, else that of the comparison which the run belongs to, else the
-    date of the data cache. Rank 0 chooses and the other ranks wait for it, until `stop` says that the ranks stop (Preempted).
-    Errors: StorageError.
+    Rank 0 chooses it, and the other ranks wait, until `stop` says that the ranks stop (Preempted). Errors: StorageError.
     """
 
-    def choose_for_all_ranks(cache_date: FirstDate) -> TemplateDate:
-        """The same date on every rank. `cache_date` gives that of this host's data cache."""
+    def choose_on_rank_0() -> str:
+        return _date_by_history(config, run_dir, read_cache_date)
 
-        def choose_on_rank_0() -> str:
-            recorded_date = settled_template_date(config)
-            if recorded_date is not None:
-                return str(recorded_date)
-            proposal = str(cache_date())
-            if run_dir is None:
-                return proposal
-            # All runs of a comparison share one date: the first run that gets here decides.
-            return str(agree_on_shared_choice(run_dir, TEMPLATE_DATE_KEY, proposal))
+    return TemplateDate.parse(rendezvous.chosen_by_rank_0(TEMPLATE_DATE_KEY, choose_on_rank_0, stop))
 
-        return TemplateDate.parse(rendezvous.chosen_by_rank_0(TEMPLATE_DATE_KEY, choose_on_rank_0, stop))
 
-    return choose_for_all_ranks
+def _date_by_history(config: RunConfig, run_dir: Path | None, read_cache_date: ReadCacheDate) -> str:
+    """The date as text, such as `2026-03-01`, from the first of these that has one:
+
+    - what an earlier start of this run recorded in its configuration;
+    - the comparison to which the run directory belongs; its first run that gets here decides, by its cache;
+    - the data cache of this host.
+    """
+    recorded_date = settled_template_date(config)
+    if recorded_date is not None:
+        return str(recorded_date)
+    cache_date = str(read_cache_date())
+    if run_dir is None:
+        return cache_date
+    return str(agree_on_shared_choice(run_dir, TEMPLATE_DATE_KEY, cache_date))
 
 
 def record_template_date(
@@ -58,9 +64,11 @@ def record_template_date(
 ) -> RunConfig:
     """The configuration with the date among its substitutions. All ranks must call.
 
-    If the configuration did not have that date yet, rank 0 also calls `write_config(run_dir, config)`, which writes
-    `config.yaml`. `date` is None, on all ranks, if the template writes no date: then an earlier date is removed from the
-    substitutions, and nothing is written. Raises StorageError on every rank.
+    - `date` is None, on all ranks, if the template writes no date: an earlier date is removed from the substitutions. Nothing is
+      written, since the next start would remove it again.
+    - The configuration has another date, or none: rank 0 also calls `write_config(run_dir, config)`, which writes `config.yaml`.
+
+    Raises StorageError on every rank.
     """
     substitutions = {key: note for key, note in config.substitutions.items() if key != TEMPLATE_DATE_KEY}
     if date is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,10 @@ class RankStopAgreement:
     def for_loop(self) -> RankStopAgreement:
         """An agreement for another loop, such as that over an evaluation's batches: it counts its own steps between questions."""
         return RankStopAgreement(self._request, self._runtime)
+
+    def new_stop_check(self) -> Callable[[], bool]:
+        """A function for another loop, which asks and waits whether any rank was asked to stop. All ranks must call it alike."""
+        return self.for_loop().ask_and_wait
 
     def ask(self) -> None:
         """Start a collective on whether any rank was asked to stop, if it is due. All ranks must call, then `stop_now`.

@@ -3,7 +3,7 @@
 STAND_IN = """
 import os, signal, sys, time, types
 
-def run_worker(config, run_dir, sha256, freeze):
+def train_as_rank(config, run_dir, sha256, freeze):
     import torch, torch.distributed as dist
     from strategies.errors import ConfigError, Preempted
     from trainer.stopping.signals import StopRequest
@@ -49,6 +49,6 @@ def run_worker(config, run_dir, sha256, freeze):
         dist.destroy_process_group()
 
 module = types.ModuleType("trainer.run")
-module.run_worker = run_worker
+module.train_as_rank = train_as_rank
 sys.modules["trainer.run"] = module
 """

@@ -127,8 +127,8 @@ def test_exit_of_a_run_from_its_process_groups_says_whether_it_failed(error, fai
     monkeypatch.setattr(run, "_run", ended)
     monkeypatch.setattr(run.processes, "leave_job", lambda *, failed: told.append(failed))
     if error is None:
-        run.run_worker(RunConfig(), tmp_path, "x", print)
+        run.train_as_rank(RunConfig(), tmp_path, "x", print)
     else:
         with pytest.raises(type(error)):
-            run.run_worker(RunConfig(), tmp_path, "x", print)
+            run.train_as_rank(RunConfig(), tmp_path, "x", print)
     assert told == [failed]
