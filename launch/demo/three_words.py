@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.config.help_text import show_help
-from launch.demo.embedded import MODEL_NAME, embedded_model
+from launch.demo.embedded import MODEL_NAME, fetch_demo_model
 from launch.demo.results import greedy_answer, held_out_evaluations, load_tokenizer, num_processes, run_dir_of
 from strategies import exit_codes
 from strategies.cache_dir import cache_directory
@@ -129,8 +129,8 @@ def main(argv: list[str]) -> int:
         return 0
     # What is trained, and by which rewards.
     started_at = time.monotonic()
-    model = embedded_model()
-    files = write_files(cache_directory() / "demo" / "three-words")
+    model = fetch_demo_model()
+    files = write_demo_files(cache_directory() / "demo" / "three-words")
     arguments = [*training_arguments(model, files, Path("runs") / time.strftime("three-words-%Y%m%d-%H%M%S")), *argv]
     run_dir = run_dir_of(arguments)
     indented_rewards = REWARD_SOURCE.rstrip("\n").replace("\n", "\n  | ")
@@ -150,7 +150,7 @@ def main(argv: list[str]) -> int:
     print_answers(run_dir / "export")
     # The mean reward of each evaluation, from the base model on.
     rewards = [metrics[REWARD_METRIC] for metrics in held_out_evaluations(run_dir, REWARD_METRIC)]
-    print(closing_text(run_dir, time.monotonic() - started_at))
+    print(summary_text(run_dir, time.monotonic() - started_at))
     cheatable = [
         *training_arguments(model, files, Path(f"{run_dir}-cheatable"), cheatable=True),
         *without_run_dir(argv),
@@ -164,7 +164,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def write_files(directory: Path) -> DemoFiles:
+def write_demo_files(directory: Path) -> DemoFiles:
     """Write the prompts and the rewards into `directory`. Errors: StorageError."""
     from trainer.reporting.status import write_text_atomic
 
@@ -190,7 +190,7 @@ def prompt_about(subject: str) -> str:
 def training_arguments(model: Path, files: DemoFiles, run_dir: Path, *, cheatable: bool = False) -> list[str]:
     """The arguments after `shardtune train`.
 
-    `cheatable`: with the reward that can be cheated, the control that sees it, and answers so short that it is met.
+    `cheatable`: with a reward that can be cheated, a control that shows it, and so few tokens that answers are cut off.
     """
     answers_per_step = PROMPTS_PER_STEP * GROUP_SIZE
     processes = num_processes()
@@ -253,7 +253,7 @@ def print_answers(export: Path) -> None:
         print(f"\n  {prompt}\n    base model:  {base_answer}\n    tuned model: {tuned_answer}", flush=True)
 
 
-def closing_text(run_dir: Path, duration_s: float) -> str:
+def summary_text(run_dir: Path, duration_s: float) -> str:
     """The last lines of the demo: rewards by step, held-out metrics before and after, what that shows, and where all is."""
     from trainer.reporting.results import read_metric_rows
 

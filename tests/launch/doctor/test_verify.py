@@ -100,13 +100,16 @@ def test_ranks_without_a_gpu_each_are_compared_on_cpus(model, monkeypatch):
     config = replace(run_config(model, "fsdp2", "full", micro=2), precision=Precision.fp16)
     config.run.device = Device.cuda
     config.substitutions["run.device"] = "auto -> cuda"
-    assert verify.fit_to_devices(config, 2)[0] == "run.device -> cpu: 2 ranks are compared, and this host has 1 GPU"
+    assert (
+        verify.move_to_cpus_without_gpus(config, 2)[0]
+        == "run.device -> cpu: 2 ranks are compared, and this host has 1 GPU"
+    )
     assert (config.run.device, config.precision) == (Device.cpu, Precision.bf16)
     config.run.device = Device.cuda
-    assert verify.fit_to_devices(config, 1) == [] and config.run.device is Device.cuda
+    assert verify.move_to_cpus_without_gpus(config, 1) == [] and config.run.device is Device.cuda
     del config.substitutions["run.device"]  # as where run.device=cuda was typed
     with pytest.raises(verify.ConfigError, match="this host has 1; leave "):
-        verify.fit_to_devices(config, 2)
+        verify.move_to_cpus_without_gpus(config, 2)
 
 
 def test_the_fewest_ranks_have_two_readers_replicas_and_places(model):
