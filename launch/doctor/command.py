@@ -113,8 +113,11 @@ def preflight(overrides: list[str], as_json: bool) -> int:
 
 
 def machine_report_lines(facts: dict[str, Any], problems: list[str], notes: list[str]) -> list[str]:
-    """What doctor found on this machine as lines for people: a table of facts, then notes, then problems."""
-    rows = [*_package_rows(facts), *_hardware_rows(facts), *_surroundings_rows(facts)]
+    """What doctor found on this machine as lines for people: a table of facts, then notes, then problems.
+
+    `facts`: those of `launch.doctor.machine.Machine`, as `doctor --json` prints them.
+    """
+    rows = [*_package_rows(facts), *_hardware_rows(facts), *_environment_rows(facts)]
     lines = format_table((TableColumn(), TableColumn()), [TableRow(row) for row in rows])
     for title, sentences in (("notes", notes), ("problems", problems)):
         if sentences:
@@ -147,11 +150,11 @@ def _hardware_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     return [("cores", str(facts["cores"])), ("memory", memory), *_gpu_rows(facts)]
 
 
-def _surroundings_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+def _environment_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """(name, text) of directories, SLURM, and variables that keep libraries offline."""
     rows = []
     for name, place in facts["places"].items():
-        models = f", {facts['models']} models" if name == "models" else ""
+        models = f", {facts['models']} models" if name == "models" else ""  # how many the cache of the hub has
         missing = "" if place["exists"] else ", not made yet"
         rows.append((name, f"{place['path']}: {place['free_gib']:.1f} GiB free{models}{missing}"))
     rows.append(("slurm", "yes" if facts["slurm"] else "no"))

@@ -10,9 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launch.cluster.preflight.node_facts import GIB, installed_version, nvidia_smi
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
 
 DISTRIBUTION = "shardtune"
 EXTRAS = {
@@ -49,11 +52,20 @@ LOW_FREE_SPACE_GIB = 5.0
 """Free space of a directory below which a note says so."""
 
 
+class RequiredPackage(NamedTuple):
+    """A package that shardtune needs, always or for one of its extras."""
+
+    name: str
+    allowed_versions: SpecifierSet
+    """Such as `>=2.8,<3`."""
+
+
 @dataclass(slots=True)
 class Machine:
     """What doctor knows about this machine."""
 
     facts: dict[str, Any] = field(default_factory=dict)
+    """What `doctor --json` prints, beside the problems and notes: {"host": "gpu1", "cores": 64, "gpus": [...], ...}."""
     problems: list[str] = field(default_factory=list)
     """What keeps runs from starting."""
     notes: list[str] = field(default_factory=list)
@@ -88,30 +100,30 @@ def _add_packages(machine: Machine) -> None:
         )
         return
     machine.facts[DISTRIBUTION] = metadata.version(DISTRIBUTION)
-    required, required_by_extra = _requirements(own_metadata.get_all("Provides-Extra") or [])
-    machine.facts["packages"] = {name: installed_version(name) for name, _ in required}
-    for name, allowed_versions in required:
-        problem = _package_problem(name, allowed_versions)
+    required, required_by_extra = _required_packages(own_metadata.get_all("Provides-Extra") or [])
+    machine.facts["packages"] = {package.name: installed_version(package.name) for package in required}
+    for package in required:
+        problem = _package_problem(package)
         if problem:
-            machine.problems.append(f"{problem}: pip install '{name}{allowed_versions}'")
+            machine.problems.append(f"{problem}: pip install '{package.name}{package.allowed_versions}'")
     machine.facts["extras"] = {}
     for extra, brings in EXTRAS.items():
-        problems = [_package_problem(name, versions) for name, versions in required_by_extra.get(extra, [])]
+        problems = [_package_problem(package) for package in required_by_extra.get(extra, [])]
         machine.facts["extras"][extra] = {"brings": brings, "lacks": [problem for problem in problems if problem]}
 
 
-def _requirements(extras: list[str]) -> tuple[list[tuple[str, Any]], dict[str, list[tuple[str, Any]]]]:
-    """The packages that shardtune needs, each as (name, allowed versions): (those needed always, those by extra).
+def _required_packages(extras: list[str]) -> tuple[list[RequiredPackage], dict[str, list[RequiredPackage]]]:
+    """(the packages that every run needs, the further ones by extra) from the metadata of the installed shardtune.
 
-    ([("torch", ">=2.8")], {"gpu": [("flash-attn", ">=2.7")]}); the versions are SpecifierSets of `packaging`.
+    Such as ([torch >=2.8], {"gpu": [flash-attn >=2.7]}). `extras`: the names in the metadata.
     """
     from packaging.requirements import Requirement
 
-    required: list[tuple[str, Any]] = []
-    required_by_extra: dict[str, list[tuple[str, Any]]] = {}
+    required: list[RequiredPackage] = []
+    required_by_extra: dict[str, list[RequiredPackage]] = {}
     for requirement_text in metadata.requires(DISTRIBUTION) or []:
         requirement = Requirement(requirement_text)
-        package = (requirement.name, requirement.specifier)
+        package = RequiredPackage(requirement.name, requirement.specifier)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):  # needed without any extra
             required.append(package)
             continue
@@ -122,14 +134,14 @@ def _requirements(extras: list[str]) -> tuple[list[tuple[str, Any]], dict[str, l
     return required, required_by_extra
 
 
-def _package_problem(name: str, allowed_versions: Any) -> str | None:
+def _package_problem(package: RequiredPackage) -> str | None:
     """What is wrong with a package that is needed: not installed, or another version; None if nothing is."""
-    version = installed_version(name)
+    version = installed_version(package.name)
     if version is None:
-        return f"{name} is not installed"
-    if allowed_versions.contains(version, prereleases=True):
+        return f"{package.name} is not installed"
+    if package.allowed_versions.contains(version, prereleases=True):
         return None
-    return f"{name} is {version}, and {allowed_versions} is needed"
+    return f"{package.name} is {version}, and {package.allowed_versions} is needed"
 
 
 def _add_hardware(machine: Machine) -> None:
@@ -145,7 +157,7 @@ def _add_hardware(machine: Machine) -> None:
         return
     import psutil
 
-    # Memory: of the host, or less if a container limits it.
+    # Memory: of the host, or less if a container limits it. What a container uses itself is not known here.
     memory = psutil.virtual_memory()
     limit = cgroup_memory_limit()
     machine.facts["cores"] = num_usable_cores()
@@ -201,7 +213,8 @@ def _add_directories(machine: Machine, env: Mapping[str, str]) -> None:
     """Add the directories that runs use to the machine's facts, with their free space, and the number of models in the cache.
 
     facts["places"]: {"cache": {"path": "/home/me/.cache/shardtune", "free_gib": 120.0, "exists": True}, ...}.
-    Problems: a directory whose disk cannot be looked at, or that cannot be written (except that of models). Notes: little space.
+    Problems: a directory whose disk cannot be looked at, or that cannot be written. Notes: little space. Models may lie in a
+    directory that others fill, so that one need not be writable.
     """
     from strategies.cache_dir import cache_directory
 
