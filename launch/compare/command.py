@@ -243,10 +243,11 @@ def points_listing(plan: PointsPlan, output_dir: Path) -> str:
         heading += f", each {settings.repeats} times in alternating order"
     rows = []
     for point in plan.points:
-        arguments = " ".join([*point.arguments, *plan.learning_rate_remark(point)])
+        remark = plan.learning_rate_remark(point)
+        arguments = " ".join([*point.arguments, *([remark] if remark else [])])
         refusal_lines = wrap_sentences([f"refused: {refusal}" for refusal in point.refusals], indent=4)
         rows.append(TableRow((point.name, arguments), refusal_lines))
-    lines = [heading, *format_table((TableColumn(), TableColumn()), rows, indent=2), *plan.partial_settings]
+    lines = [heading, *format_table((TableColumn(), TableColumn()), rows, indent=2), *plan.lines_on_partial_settings]
     if plan.num_left_out:
         lines.append(f"left out by compare.skip and compare.where: {plan.num_left_out}")
     return "\n".join(lines)

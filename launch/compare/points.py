@@ -18,7 +18,7 @@ from launch.compare.settings import CompareConfig, PointSource, setting_keys, wr
 from launch.config.axes import Axes, point_exclusion_flags, point_label, read_axes, set_point_name_in_trackers
 from launch.config.verb_arguments import read_setting_group
 from strategies import exit_codes
-from strategies.errors import ConfigError, NotRunOwner
+from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.compare.follow import PeriodicPage
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class RequestedPoint:
+class PlannedPoint:
     """A planned point: one combination of values on the axes, with its whole configuration. It may be refused."""
 
     name: str
@@ -42,7 +42,7 @@ class RequestedPoint:
 class PlannedRun:
     """One run of a comparison: a repeat of a point."""
 
-    point: RequestedPoint
+    point: PlannedPoint
     run_dir: Path
 
 
@@ -51,13 +51,13 @@ class PointsPlan:
     """All points of a new comparison, and the settings by which they are run."""
 
     settings: CompareConfig
-    points: tuple[RequestedPoint, ...]
+    points: tuple[PlannedPoint, ...]
     num_left_out: int
     """How many points `compare.skip` and `compare.where` left out."""
     arguments: tuple[str, ...]
     """All arguments of the command; `comparison.json` keeps them."""
-    partial_settings: tuple[str, ...] = ()
-    """A line for each setting that some points do not have."""
+    lines_on_partial_settings: tuple[str, ...] = ()
+    """A line for each setting that some points do not have: `tuning.rank: only where tuning is lora`."""
 
     @property
     def name(self) -> str:
@@ -66,8 +66,8 @@ class PointsPlan:
         digest = hashlib.sha256(json.dumps(identities).encode()).hexdigest()
         return f"compare-{digest[:8]}"
 
-    def learning_rate_remark(self, point: RequestedPoint) -> list[str]:
-        """`["(optim.lr=0.0002)"]` if the learning rate follows from a point's other settings, and differs between points.
+    def learning_rate_remark(self, point: PlannedPoint) -> str:
+        """`(optim.lr=0.0002)` if the learning rate follows from a point's other settings, and differs between points.
 
         Empty if all points have the same rate, if the rate is an axis (then `arguments` of the point has it), or if it is not
         set.
@@ -76,20 +76,20 @@ class PointsPlan:
         is_axis = any(argument.startswith("optim.lr=") for argument in point.arguments)
         rate = point.composed.config.optim.lr
         if len(all_rates) == 1 or is_axis or rate is None:
-            return []
-        return [f"(optim.lr={rate:g})"]
+            return ""
+        return f"(optim.lr={rate:g})"
 
     def point_sources(self, comparison_dir: Path) -> list[PointSource]:
-        """The row of each point of the comparison in `comparison_dir`: the directories of its runs, or why it was refused."""
+        """What `comparison.json` in `comparison_dir` holds of each point: the directories of its runs, or why it was refused."""
         return [self._point_source(point, comparison_dir) for point in self.points]
 
-    def _run_dirs(self, point: RequestedPoint, comparison_dir: Path) -> tuple[Path, ...]:
+    def _run_dirs(self, point: PlannedPoint, comparison_dir: Path) -> tuple[Path, ...]:
         """The run directory of each repeat of a point: `ddp`, `ddp-repeat2`, `ddp-repeat3` ... below `comparison_dir`."""
         suffixes = ["", *(f"-repeat{number}" for number in range(2, self.settings.repeats + 1))]
         return tuple(comparison_dir / f"{point.name}{suffix}" for suffix in suffixes)
 
-    def _point_source(self, point: RequestedPoint, comparison_dir: Path) -> PointSource:
-        """The row of one point. A refused point has no run directories, but its configuration and the reasons."""
+    def _point_source(self, point: PlannedPoint, comparison_dir: Path) -> PointSource:
+        """What `comparison.json` holds of one point: its run directories, or if it was refused its configuration and why."""
         from trainer.config.resuming import flatten_settings, settings_as_dict
 
         run_dirs: tuple[Path, ...] = ()
@@ -133,7 +133,7 @@ def plan_points(arguments: list[str]) -> PointsPlan:
     """
     settings, run_arguments = read_compare_settings(arguments)
     axes = read_axes(run_arguments)
-    default_arguments = _default_arguments(axes, settings)
+    shared_arguments = _arguments_of_every_point(axes, settings)
     is_left_out = point_exclusion_flags(axes, settings.skip, settings.where)  # for each of `axes.points()`
     arguments_of_points = [
         point_arguments for point_arguments, left_out in zip(axes.points(), is_left_out, strict=True) if not left_out
@@ -143,24 +143,25 @@ def plan_points(arguments: list[str]) -> PointsPlan:
         raise ConfigError(f"nothing to compare: {reason}; give an axis, as in strategy=ddp,fsdp2, or compare.repeats=3")
     refuse_large_arrays(arguments_of_points, num_repeats=settings.repeats)
 
-    axis_values = [axes.values_on_axes(point_arguments) for point_arguments in arguments_of_points]
-    points = _compose_points(arguments_of_points, axis_values, default_arguments)
+    axis_values_by_point = [axes.values_on_axes(point_arguments) for point_arguments in arguments_of_points]
+    points = _compose_points(arguments_of_points, axis_values_by_point, shared_arguments)
     if all(point.refusals for point in points):
         refusals_by_point = {point.name: list(point.refusals) for point in points}
-        raise ConfigError(_problem_lines(refusals_by_point))
+        raise ConfigError(_problem_lines_by_point(refusals_by_point))
     return PointsPlan(
         settings=settings,
         points=tuple(points),
         num_left_out=sum(is_left_out),
         arguments=tuple(arguments),
-        partial_settings=tuple(axes.partial_setting_lines()),
+        lines_on_partial_settings=tuple(axes.partial_setting_lines()),
     )
 
 
 def read_compare_settings(arguments: list[str]) -> tuple[CompareConfig, list[str]]:
     """Split arguments into (the `compare.*` settings, the other arguments, which are settings of the runs).
 
-    Raises ConfigError with every problem at once.
+    `["compare.steps=50", "strategy=ddp,fsdp2"]` gives (CompareConfig(steps=50), ["strategy=ddp,fsdp2"]). Raises ConfigError with
+    every problem at once.
     """
     settings, run_arguments, problems = read_setting_group("compare", CompareConfig(), arguments)
     minimum_by_setting = {"steps": 1, "repeats": 1, "warmup": 0, "price_per_hour": 0}
@@ -173,13 +174,13 @@ def read_compare_settings(arguments: list[str]) -> tuple[CompareConfig, list[str
     return settings, run_arguments
 
 
-def _default_arguments(axes: Axes, settings: CompareConfig) -> list[str]:
+def _arguments_of_every_point(axes: Axes, settings: CompareConfig) -> list[str]:
     """The `key=value` arguments that every point gets besides its own, such as `["budget.steps=50", "export.at_end=false"]`.
 
     `compare.steps` is the budget, nothing is exported, and the parts of a step are timed. A setting that is on the command line
-    keeps its value there. Raises ConfigError if the command line has `run.dir`, or a budget beside `compare.steps`.
+    (`axes`) keeps its value there. Raises ConfigError if that has `run.dir`, or a budget beside `compare.steps`.
     """
-    # The arguments of a setting, one for each of its values, have the same key.
+    # For `strategy=ddp,fsdp2` there are the arguments ("strategy=ddp", "strategy=fsdp2"), which have the same key.
     cli_keys = {arguments_of_setting[0].partition("=")[0] for arguments_of_setting in axes.alternative_arguments}
     budget_keys = sorted(key for key in cli_keys if key.startswith("budget."))
     problems = []
@@ -190,32 +191,35 @@ def _default_arguments(axes: Axes, settings: CompareConfig) -> list[str]:
     if problems:
         raise ConfigError(problems)
 
-    default_arguments = []
+    arguments_of_every_point = []
     if settings.steps is not None:
-        default_arguments.append(f"budget.steps={settings.steps}")
+        arguments_of_every_point.append(f"budget.steps={settings.steps}")
     if "export.at_end" not in cli_keys:
-        default_arguments.append("export.at_end=false")
+        arguments_of_every_point.append("export.at_end=false")
     if "logging.step_parts" not in cli_keys:
-        default_arguments.append("logging.step_parts=true")
-    return default_arguments
+        arguments_of_every_point.append("logging.step_parts=true")
+    return arguments_of_every_point
 
 
 def _compose_points(
-    arguments_of_points: list[list[str]], axis_values: list[dict[str, str]], default_arguments: list[str]
-) -> list[RequestedPoint]:
+    arguments_of_points: list[list[str]], axis_values_by_point: list[dict[str, str]], shared_arguments: list[str]
+) -> list[PlannedPoint]:
     """Compose the configuration of every point. Raises ConfigError with the problems of all points.
 
-    `arguments_of_points`: the arguments of each point. `axis_values`: for each point {axis: value}, by which it is named.
-    `default_arguments`: arguments that every point gets as well.
+    A configuration that is valid but that `train` would refuse makes a refused point, and no error. `arguments_of_points`: the
+    arguments of each point. `axis_values_by_point`: for each point {axis: value}, by which it is named. `shared_arguments`:
+    arguments that every point gets as well.
     """
     from launch.config.compose import compose_config, start_problems
 
     problems_by_point: dict[str, list[str]] = {}
     points = []
-    for name, arguments, values in zip(_unique_labels(axis_values), arguments_of_points, axis_values, strict=True):
+    for name, arguments, values in zip(
+        _unique_labels(axis_values_by_point), arguments_of_points, axis_values_by_point, strict=True
+    ):
         try:
             # Unchecked: settings that cannot be trained with make a refused point, and no error.
-            composed = compose_config([*arguments, *default_arguments], check=False)
+            composed = compose_config([*arguments, *shared_arguments], check=False)
         except ConfigError as error:
             problems_by_point[name] = error.problems
             continue
@@ -224,14 +228,19 @@ def _compose_points(
             # Speeds are medians over rows of logging intervals, and the first interval is left out: a short run needs short ones.
             logging = composed.config.logging
             logging.every_steps = min(logging.every_steps, max(1, num_steps // 10))
-        axis_arguments = tuple(f"{key}={value}" for key, value in values.items())
-        points.append(RequestedPoint(name, axis_arguments, composed, tuple(start_problems(composed.config))))
+        point = PlannedPoint(
+            name=name,
+            arguments=tuple(f"{key}={value}" for key, value in values.items()),
+            composed=composed,
+            refusals=tuple(start_problems(composed.config)),
+        )
+        points.append(point)
 
     if problems_by_point:
         # Points without a problem are added, so that a problem of all points can be told from one of some.
         for point in points:
             problems_by_point[point.name] = []
-        raise ConfigError(_problem_lines(problems_by_point))
+        raise ConfigError(_problem_lines_by_point(problems_by_point))
     if repeated_names := _repeated_point_names(points):
         raise ConfigError(
             f"{', '.join(repeated_names)}: the same as another point; name a value once, or set compare.repeats"
@@ -239,7 +248,7 @@ def _compose_points(
     return points
 
 
-def _repeated_point_names(points: list[RequestedPoint]) -> list[str]:
+def _repeated_point_names(points: list[PlannedPoint]) -> list[str]:
     """Names of points that have the same values on the axes as an earlier one."""
     seen_arguments: set[tuple[str, ...]] = set()
     names = []
@@ -250,13 +259,13 @@ def _repeated_point_names(points: list[RequestedPoint]) -> list[str]:
     return names
 
 
-def _unique_labels(axis_values: list[dict[str, str]]) -> list[str]:
+def _unique_labels(axis_values_by_point: list[dict[str, str]]) -> list[str]:
     """A name for each point made of its values on the axes, such as `fsdp2-lora`.
 
     A second point of this name is `fsdp2-lora-2`.
     """
     labels: list[str] = []
-    for values in axis_values:
+    for values in axis_values_by_point:
         base_label = point_label(values)
         label = base_label
         number = 2
@@ -267,7 +276,7 @@ def _unique_labels(axis_values: list[dict[str, str]]) -> list[str]:
     return labels
 
 
-def _problem_lines(problems_by_point: dict[str, list[str]]) -> list[str]:
+def _problem_lines_by_point(problems_by_point: dict[str, list[str]]) -> list[str]:
     """Lines of an error message: each problem once, after the names of the points that have it unless all points have it.
 
     `problems_by_point` has every point: one without a problem has an empty list.
@@ -290,50 +299,61 @@ def run_planned_points(plan: PointsPlan, comparison_dir: Path, periodic_page: Pe
     the exit code: that of the submission for a job array; else that of a run that was stopped, that of the first run if every run
     failed, else 0. Raises ConfigError if a directory holds another run, and StorageError.
     """
-    from launch.cluster.submission import submit_array
     from launch.compare.progress import RunsProgress
     from launch.config.frozen import is_finished
-    from launch.runs.freeze import job_with_same_config, write_run_config
     from trainer.config.run import LauncherName
-    from trainer.stopping.signals import unblock_signals
 
     runs = list(plan.planned_runs(comparison_dir))
+    uses_slurm = any(run.point.composed.config.launcher.name == LauncherName.slurm for run in runs)
+    unfinished_runs = [run for run in runs if not is_finished(run.run_dir)]
+    # Every config.yaml is written before the first run starts: a directory that holds another run ends the command here.
+    _write_run_configs(runs, comparison_dir, uses_slurm=uses_slurm)
+    write_comparison_file(comparison_dir, plan.point_sources(comparison_dir), list(plan.arguments))
+    if uses_slurm and unfinished_runs:
+        return _submit_runs(unfinished_runs, comparison_dir)
+    num_finished = len(runs) - len(unfinished_runs)
+    return _run_one_by_one(unfinished_runs, RunsProgress(len(runs), num_finished, periodic_page))
+
+
+def _write_run_configs(runs: list[PlannedRun], comparison_dir: Path, *, uses_slurm: bool) -> None:
+    """Name each run in the trackers, and write its `config.yaml`, except for a run that waits in SLURM's queue unchanged.
+
+    Raises ConfigError if a directory holds another run, NotRunOwner if another process trains in one, and StorageError.
+    """
+    from launch.runs.freeze import job_with_same_config, write_run_config
+
     for run in runs:
         set_point_name_in_trackers(
             run.point.composed.config.logging, comparison_dir, run.run_dir.name, run.point.arguments
         )
-    unfinished_runs = [run for run in runs if not is_finished(run.run_dir)]
-    uses_slurm = any(run.point.composed.config.launcher.name == LauncherName.slurm for run in runs)
-    # Every config.yaml is written before the first run starts: a directory that holds another run ends the command here.
     try:
         for run in runs:
             is_queued_unchanged = uses_slurm and job_with_same_config(run.point.composed, run.run_dir)
             if not is_queued_unchanged:
                 write_run_config(run.point.composed, run.run_dir)
-    except NotRunOwner:
-        raise
     except ConfigError as error:
         refusal = f"to={comparison_dir}: holds other runs; name another directory, or undo:"
         raise ConfigError("\n    ".join([refusal, *error.problems])) from error
-    write_comparison_file(comparison_dir, plan.point_sources(comparison_dir), list(plan.arguments))
 
-    if uses_slurm and unfinished_runs:
-        unblock_signals()  # a signal is no longer kept for a run that this process starts: it starts none
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the comparison, which --json prints there
-            configs = [run.point.composed for run in unfinished_runs]
-            exit_code = submit_array(configs, [run.run_dir for run in unfinished_runs])
-            command = f"shardtune compare {shlex.quote(str(comparison_dir))}"
-            print(f"to compare the points, now or when their jobs have ended: {command}")
-            return exit_code
-    num_finished = len(runs) - len(unfinished_runs)
-    return _run_one_by_one(unfinished_runs, RunsProgress(len(runs), num_finished, periodic_page))
+
+def _submit_runs(runs: list[PlannedRun], comparison_dir: Path) -> int:
+    """Submit the runs as one SLURM job array, and print the command that compares them. Returns the submission's exit code."""
+    from launch.cluster.submission import submit_array
+    from trainer.stopping.signals import unblock_signals
+
+    unblock_signals()  # a signal is no longer kept for a run that this process starts: it starts none
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the comparison, which --json prints there
+        exit_code = submit_array([run.point.composed for run in runs], [run.run_dir for run in runs])
+        command = f"shardtune compare {shlex.quote(str(comparison_dir))}"
+        print(f"to compare the points, now or when their jobs have ended: {command}")
+    return exit_code
 
 
 def _run_one_by_one(runs: list[PlannedRun], progress: RunsProgress) -> int:
     """Start the runs one after another, and wait for each. Further repeats of a point that failed are skipped.
 
-    Returns the exit code: that of a run that was stopped, 130 after Ctrl-C between two runs, the first point's code if all
-    failed, else 0.
+    Returns the exit code: that of a run that was stopped (by a signal or Ctrl-C), 130 after Ctrl-C between two runs, the first
+    point's code if all failed, else 0.
     """
     from launch.compare.progress import run_with_progress
 

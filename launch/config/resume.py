@@ -73,7 +73,10 @@ def settle_resumed_config(
     if earlier_config is None:
         return
     if has_progress:
-        _keep_earlier_defaults_of_run(composed, earlier_config, path.parent)
+        has_kept_interval = _keep_earlier_defaults(composed, earlier_config)
+        if has_kept_interval:
+            interval = DifferingSetting(EVERY_STEPS, value_in_run_dir=0, value_in_command=AUTO)
+            print(f"{path.parent}: keeps the defaults that it began with: {interval}", file=sys.stderr)
     differing = differing_settings(config, earlier_config)
     if differing and has_progress and _only_defaults_changed(composed, differing, earlier_config, path):
         _copy_identifying_settings(config, earlier_config)
@@ -82,10 +85,11 @@ def settle_resumed_config(
 
     is_same_run = not differing
     if is_same_run or may_change_strategy:
-        _keep_matmul(config, earlier_config)
+        # Also before a first checkpoint: data may have been prepared already, for the date that the run has recorded.
+        _keep_matmul_library(config, earlier_config)
         _keep_template_date(config, earlier_config, path.parent, has_progress=has_progress)
     if is_same_run:
-        _keep_own_choices(config, earlier_config)
+        _keep_chosen_strategy_and_micro_batch(config, earlier_config)
         if has_progress:
             _keep_control_tokens(config, earlier_config)
     elif has_progress and may_change_strategy and all(setting.is_about_computation for setting in differing):
@@ -95,12 +99,13 @@ def settle_resumed_config(
 
 
 def _load_unless_replaceable(path: Path, *, has_progress: bool) -> RunConfig | None:
-    """The configuration that is frozen at `path`. If it cannot be read: None without progress, ConfigError with it."""
+    """The configuration in the run's `config.yaml` (`path`). If it cannot be read: None without progress, ConfigError with it."""
     try:
         return load_frozen_config(path)
     except ConfigError as error:
         if not has_progress:
             return None
+        # The hash is written last, so a file without it was not written to its end.
         if CONFIG_SHA256_REGEX.search(path.read_text(encoding="utf-8", errors="replace")) is None:
             raise ConfigError(
                 f"{path}: is torn, as by a power cut; delete it, and the same command writes it again and continues"
@@ -108,16 +113,14 @@ def _load_unless_replaceable(path: Path, *, has_progress: bool) -> RunConfig | N
         raise
 
 
-def _keep_earlier_defaults_of_run(composed: ComposedConfig, earlier_config: RunConfig, run_dir: Path) -> None:
-    """Set the learning rate, the exported checkpoint and the evaluation interval that a run began with by default.
+def _keep_earlier_defaults(composed: ComposedConfig, earlier_config: RunConfig) -> bool:
+    """Set in `composed.config` the defaults of settings that a run began with, where shardtune's have changed since.
 
-    Prints a line if the evaluation interval changes by that.
+    These are the learning rate, the exported checkpoint and the evaluation interval. Returns whether the interval was set.
     """
     keep_learning_rate_of_run(composed.config, earlier_config)
     _keep_exported_checkpoint(composed, earlier_config)
-    if _keep_evaluation_interval(composed, earlier_config):
-        interval = DifferingSetting(EVERY_STEPS, value_in_run_dir=0, value_in_command=AUTO)
-        print(f"{run_dir}: keeps the defaults that it began with: {interval}", file=sys.stderr)
+    return _keep_evaluation_interval(composed, earlier_config)
 
 
 def _join_differences(differing: list[DifferingSetting]) -> str:
@@ -137,8 +140,11 @@ def _different_run_message(run_dir: Path, differing: list[DifferingSetting]) -> 
     return "\n    ".join(lines)
 
 
-def _keep_own_choices(config: RunConfig, earlier_config: RunConfig) -> None:
-    """Give `config` the micro-batch and the strategy that the run chose itself, since they are chosen once."""
+def _keep_chosen_strategy_and_micro_batch(config: RunConfig, earlier_config: RunConfig) -> None:
+    """Give `config` the micro-batch and the strategy that the run chose itself for `auto`, since they are chosen once.
+
+    `substitutions` of a configuration: a note on each setting that the run chose itself, by key.
+    """
     if MICRO_BATCH_KEY in earlier_config.substitutions:
         config.batch["micro"] = earlier_config.batch["micro"]
         config.substitutions[MICRO_BATCH_KEY] = earlier_config.substitutions[MICRO_BATCH_KEY]
@@ -150,17 +156,16 @@ def _keep_own_choices(config: RunConfig, earlier_config: RunConfig) -> None:
 def keep_earlier_defaults(composed: ComposedConfig, run_dir: Path) -> None:
     """Give `composed.config` the defaults that the run in `run_dir` began with, if shardtune's defaults have changed since.
 
-    For ranks that compose the run themselves, under torchrun: rank 0 does the same when it writes the run's `config.yaml`, and
-    all ranks must train the same. Writes no file. Raises ConfigError if the `config.yaml` cannot be read.
+    For ranks that compose the run themselves, under torchrun: rank 0 does the same (`settle_resumed_config`) when it writes the
+    run's `config.yaml`, and all ranks must train the same. Does nothing for a run without progress. If settings differ for other
+    reasons than defaults, they stay, and rank 0 refuses the command. Raises ConfigError if the `config.yaml` cannot be read.
     """
     path = run_dir / "config.yaml"
     has_checkpoint = bool(checkpoints_in(checkpoint_dirs_of(run_dir, composed.config.checkpoint.fallback_dir)))
     if not path.exists() or not (has_checkpoint or is_finished(run_dir)):
         return
     earlier_config = load_frozen_config(path)
-    keep_learning_rate_of_run(composed.config, earlier_config)
-    _keep_exported_checkpoint(composed, earlier_config)
-    _keep_evaluation_interval(composed, earlier_config)
+    _keep_earlier_defaults(composed, earlier_config)
     differing = differing_settings(composed.config, earlier_config)
     if differing and _only_defaults_changed(composed, differing, earlier_config, path):
         _copy_identifying_settings(composed.config, earlier_config)
@@ -204,24 +209,25 @@ def _only_defaults_changed(
     has_interpolation = any("${" in override for override in overrides)
     if has_interpolation or user_files_may_apply(overrides):
         return False
-    if _adds_outside_values(earlier_config, composed.config):
+    if _would_copy_untrusted_value(earlier_config, composed.config):
         return False
-    chosen_by_machine = {*composed.config.substitutions, *earlier_config.substitutions}
-    return not any(difference.key in chosen_by_machine for difference in differing)
+    keys_chosen_by_machine = {*composed.config.substitutions, *earlier_config.substitutions}
+    return not any(difference.key in keys_chosen_by_machine for difference in differing)
 
 
-def _adds_outside_values(earlier_config: RunConfig, config: RunConfig) -> bool:
-    """Whether `earlier_config` holds a file, address or code outside of the run that this user never typed.
+def _would_copy_untrusted_value(earlier_config: RunConfig, config: RunConfig) -> bool:
+    """Whether copying `earlier_config` to `config` would let this process read a file, reach an address or run code unasked.
 
-    Only settings that would be copied to `config` count. The overrides in the head of a `config.yaml` do not prove that this user
-    typed a value, because whoever wrote the directory wrote them as well.
+    An outside value is a setting with such an effect. It is trusted if the command sets it too, or this user allowed it before.
+    The overrides in the head of a `config.yaml` are no proof, because whoever wrote the directory wrote them as well.
     """
     from launch.config.outside_values import outside_values
 
     values_of_command = outside_values(config)
     for value in outside_values(earlier_config):
-        would_be_copied = any(key.partition(".")[0] not in GROUPS_WITHOUT_EFFECT_ON_RESULT for key in value.settings)
-        if would_be_copied and value not in values_of_command and not was_allowed_before(value.identity):
+        # Groups without effect on the result, such as `logging`, are not copied.
+        is_copied = any(key.partition(".")[0] not in GROUPS_WITHOUT_EFFECT_ON_RESULT for key in value.settings)
+        if is_copied and value not in values_of_command and not was_allowed_before(value.identity):
             return True
     return False
 
@@ -232,7 +238,7 @@ def has_same_overrides(overrides: list[str], path: Path) -> bool:
 
 
 def _copy_identifying_settings(config: RunConfig, earlier_config: RunConfig) -> None:
-    """Copy all settings that decide a run's result, and the notes on what that run chose itself, to `config`.
+    """Copy all settings that decide a run's result, and the notes (`substitutions`) on what that run chose itself, to `config`.
 
     `run.*` except for the seed, and which checkpoint is exported, stay as they are in `config`, since they decide no result.
     """
@@ -248,7 +254,7 @@ def _copy_identifying_settings(config: RunConfig, earlier_config: RunConfig) -> 
 
 
 def _identifying_overrides(overrides: list[str]) -> set[str]:
-    """The overrides that decide a run's result.
+    """The overrides that decide a run's result, and so tell whether two commands are for the same run.
 
     Left out: groups of `GROUPS_WITHOUT_EFFECT_ON_RESULT`, `export.checkpoint`, and `run.*` except for `run.seed`.
     """
@@ -289,8 +295,9 @@ def _recorded_overrides(path: Path) -> list[str]:
 def _keep_template_date(config: RunConfig, earlier_config: RunConfig, run_dir: Path, *, has_progress: bool) -> None:
     """Give `config` the date that the chat template took for today at the first start of the run, on which prepared data depends.
 
-    A run of an earlier version has not recorded it. If that run has progress, the day of its oldest file is taken, and is left
-    out of the fingerprint of its data. Does nothing if no date is recorded and there is no progress.
+    A run of an earlier version has not recorded it. If that run has progress, the day of its oldest file is taken. It is left out
+    of the fingerprint of its data, in which that version had no date. Does nothing if no date is recorded and there is no
+    progress.
     """
     if TEMPLATE_DATE_KEY in earlier_config.substitutions:
         config.substitutions[TEMPLATE_DATE_KEY] = earlier_config.substitutions[TEMPLATE_DATE_KEY]
@@ -303,7 +310,7 @@ def _keep_template_date(config: RunConfig, earlier_config: RunConfig, run_dir: P
         config.substitutions[TEMPLATE_DATE_KEY] = str(template_date)
 
 
-def _keep_matmul(config: RunConfig, earlier_config: RunConfig) -> None:
+def _keep_matmul_library(config: RunConfig, earlier_config: RunConfig) -> None:
     """Record in `config` the library of float32 products that the run began with, unless the overrides name one."""
     library = settled_matmul(earlier_config)
     if config.run.matmul is not Matmul.auto or library is Matmul.auto:

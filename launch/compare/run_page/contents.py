@@ -52,7 +52,7 @@ def _metric_card(run: RecordedRun, change: MetricChange) -> PageCard:
         notes.append(change.judgement)
     best = best_step(run)
     is_monitored = change.name == monitored_metric(run)
-    if is_monitored and best is not None and not best.is_last_as_good and best.is_better_than_before_training:
+    if is_monitored and best is not None and not best.is_last_step_as_good and best.is_better_than_before_training:
         notes.append(f"best {change.format_value(best.value)} at step {best.step}")
     return PageCard(change.title, change.format_value(change.value_after), ", ".join(notes), change.tone, change.arrow)
 

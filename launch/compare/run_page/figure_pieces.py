@@ -14,13 +14,13 @@ Spec = dict[str, Any]
 """A specification in Vega-Lite, or a part of one."""
 Row = dict[str, Any]
 """One row of a plot's data."""
-MAX_POINTS = 400
+MAX_DRAWN_STEPS = 400
 """Steps of a curve that are drawn; of a longer run evenly spread ones, and those that stood out."""
-HEIGHT = 300
-STRIP_HEIGHT = 110
+PLOT_HEIGHT_PX = 300
+STRIP_HEIGHT_PX = 110
 """Pixels of a plot, and of each of several beneath each other."""
-TRAINING = "training"
-HELD_OUT = "held-out"
+TRAINING_SERIES = "training"
+HELD_OUT_SERIES = "held-out"
 HELD_OUT_LOSS = "eval/loss"
 
 
@@ -40,9 +40,9 @@ X_AXIS_MENU: Spec = {
     "value": "step",
     "bind": {"input": "select", "options": ["step", "tokens", "seconds"], "name": "over"},
 }
-"""The menu that chooses what the x axis shows."""
+"""The menu that chooses what the x axis shows. Its Vega parameter is called `over`."""
 X_AXIS_TITLE: Spec = {"expr": "{step: 'step', tokens: 'tokens', seconds: 'seconds of training'}[over]"}
-ZOOM: Spec = {
+ZOOM_PARAMETER: Spec = {
     "name": "zoom",
     "select": {"type": "interval", "encodings": ["x"], "zoom": "wheel![event.ctrlKey]"},
     "bind": "scales",
@@ -52,29 +52,32 @@ ZOOM_HINT = "Drag to move, Ctrl and the wheel to zoom, double-click to go back."
 X_AXIS_TRANSFORM: Spec = {"calculate": "datum[over]", "as": "x"}
 
 
-def step_positions(run: RecordedRun) -> dict[int, Row]:
-    """Step, tokens and seconds of training at each step of a run; the evaluation before the first step is at 0."""
-    positions: dict[int, Row] = {0: {"step": 0, "tokens": 0, "seconds": 0.0}}
+def x_values_of_steps(run: RecordedRun) -> dict[int, Row]:
+    """What the x axis can show of each step of a run: {1: {"step": 1, "tokens": 512, "seconds": 0.8}, ...}.
+
+    The evaluation before the first step is at 0. Seconds are those of training.
+    """
+    x_values_by_step: dict[int, Row] = {0: {"step": 0, "tokens": 0, "seconds": 0.0}}
     elapsed = accumulate(row.get("step_s") or 0.0 for row in run.steps.values())
     for (step, row), seconds in zip(run.steps.items(), elapsed, strict=True):
-        positions[step] = {"step": step, "tokens": row.get("tokens"), "seconds": round(seconds, 3)}
-    return positions
+        x_values_by_step[step] = {"step": step, "tokens": row.get("tokens"), "seconds": round(seconds, 3)}
+    return x_values_by_step
 
 
 def drawn_steps(run: RecordedRun) -> list[int]:
     """The steps that are drawn: evenly spread ones, the last, and those that stood out; of a short run, all.
 
-    About `MAX_POINTS` are evenly spread, and at most `MAX_POINTS` stood out.
+    About `MAX_DRAWN_STEPS` are evenly spread, and at most `MAX_DRAWN_STEPS` stood out.
     """
     steps = list(run.steps)
-    stride = max(1, math.ceil(len(steps) / MAX_POINTS))
+    stride = max(1, math.ceil(len(steps) / MAX_DRAWN_STEPS))
     # A run may have thousands of outliers; a page has room for the latest.
-    notable = {step.step for step in notable_steps(run)[-MAX_POINTS:]}
+    notable = {step.step for step in notable_steps(run)[-MAX_DRAWN_STEPS:]}
     last_index = len(steps) - 1
     return [step for index, step in enumerate(steps) if index % stride == 0 or index == last_index or step in notable]
 
 
-def six_digits(value: float) -> float:
+def round_to_six_digits(value: float) -> float:
     """A number with the six digits that a plot can show: the page is half as large."""
     return float(f"{value:.6g}")
 
@@ -85,11 +88,11 @@ X_AXIS: Spec = {
     "axis": {"title": X_AXIS_TITLE, "tickMinStep": {"expr": "over == 'seconds' ? 0.001 : 1"}},
     "scale": {"zero": False, "nice": False},
 }
-SERIES_COLOR: Spec = {
+COLOR_BY_SERIES: Spec = {
     "field": "series",
     "type": "nominal",
     "title": None,
-    "scale": {"domain": [TRAINING, HELD_OUT]},
+    "scale": {"domain": [TRAINING_SERIES, HELD_OUT_SERIES]},
     "legend": {"symbolOpacity": 1, "symbolType": "stroke", "symbolSize": 300},
 }
 """Colour of the two curves. Held-out losses have points as well, for those who see no difference of colours."""
@@ -105,23 +108,23 @@ def tooltip_fields(value_field: str, title: str) -> list[Spec]:
     ]
 
 
-def held_out_rows_of(run: RecordedRun, positions: dict[int, Row], metric: str) -> list[Row]:
-    """A data row for each evaluation with a finite value of a held-out metric; of very many, about `MAX_POINTS`."""
+def held_out_rows_of(run: RecordedRun, x_values_by_step: dict[int, Row], metric: str) -> list[Row]:
+    """A data row for each evaluation with a finite value of a held-out metric; of very many, about `MAX_DRAWN_STEPS`."""
     rows = []
     for step, metrics in run.evaluations.items():
         value = metrics.get(metric)
         if value is not None and math.isfinite(value):
-            position = position_of(positions, step)
-            rows.append({"series": HELD_OUT, **position, "value": six_digits(value), "metric": metric})
+            position = x_values_of(x_values_by_step, step)
+            rows.append({"series": HELD_OUT_SERIES, **position, "value": round_to_six_digits(value), "metric": metric})
     return evenly_spread_rows(rows)
 
 
-def position_of(positions: dict[int, Row], step: int) -> Row:
+def x_values_of(x_values_by_step: dict[int, Row], step: int) -> Row:
     """The position of a step on the x axes. Tokens and seconds are None for a step without a row in `metrics.jsonl`."""
-    return positions.get(step, {"step": step, "tokens": None, "seconds": None})
+    return x_values_by_step.get(step, {"step": step, "tokens": None, "seconds": None})
 
 
-def evenly_spread_rows(rows: list[Row], max_rows: int = MAX_POINTS) -> list[Row]:
+def evenly_spread_rows(rows: list[Row], max_rows: int = MAX_DRAWN_STEPS) -> list[Row]:
     """About `max_rows` of the rows: every n-th, and always the last one."""
     stride = max(1, math.ceil(len(rows) / max_rows))
     last_index = len(rows) - 1

@@ -9,42 +9,50 @@ from launch.compare.events import notable_steps
 from launch.compare.profiles import ProfiledSteps
 from launch.compare.run_files import RecordedRun
 from launch.compare.run_page.figure_pieces import (
-    HEIGHT,
+    COLOR_BY_SERIES,
     HELD_OUT_LOSS,
-    MAX_POINTS,
-    SERIES_COLOR,
-    STRIP_HEIGHT,
-    TRAINING,
+    MAX_DRAWN_STEPS,
+    PLOT_HEIGHT_PX,
+    STRIP_HEIGHT_PX,
+    TRAINING_SERIES,
     X_AXIS,
     X_AXIS_MENU,
     X_AXIS_TRANSFORM,
-    ZOOM,
     ZOOM_HINT,
+    ZOOM_PARAMETER,
     Figure,
     Row,
     Spec,
     drawn_steps,
     evenly_spread_rows,
     held_out_rows_of,
-    position_of,
-    six_digits,
-    step_positions,
+    round_to_six_digits,
     tooltip_fields,
+    x_values_of,
+    x_values_of_steps,
 )
 from launch.compare.run_page.held_out import BestStep, best_step, monitored_metric
 from launch.compare.run_page.smoothing import smoothed, smoothing_weight
 
-SMOOTHINGS = {"none": (0.0, 0), "some": (0.03, 3), "much": (0.12, 6)}
-"""What the reader can choose: the share of the run's steps that the exponential mean is over, and the steps at least."""
-COURSE_TITLES = {"grad_norm": "gradient norm", "lr": "learning rate", "tokens_per_s": "tokens/s"}
+
+class Smoothing(NamedTuple):
+    """How many steps the exponential mean of a curve is over."""
+
+    share_of_steps: float
+    min_steps: int
+
+
+SMOOTHING_BY_MENU_ENTRY = {"none": Smoothing(0.0, 0), "some": Smoothing(0.03, 3), "much": Smoothing(0.12, 6)}
+"""What the reader can choose."""
+AXIS_TITLE_BY_COURSE_METRIC = {"grad_norm": "gradient norm", "lr": "learning rate", "tokens_per_s": "tokens/s"}
 """Metrics of steps that are drawn beneath each other, and the titles of their axes."""
-COURSE_LABEL_FORMATS: dict[str, Spec] = {
+AXIS_BY_COURSE_METRIC: dict[str, Spec] = {
     "grad_norm": {"format": ".4~g"},
     "lr": {"format": "~e"},
     # An axis makes 1.5e+4 of 15,000 with "," as its format, since it keeps only digits that tell ticks apart.
     "tokens_per_s": {"labelExpr": "format(datum.value, ',')"},
 }
-"""How the labels of those axes are written."""
+"""The `axis` of each of these plots in Vega-Lite: how its labels are written."""
 REWARD_METRIC = "reward"
 """Metric of the steps of a run that learns from rewards."""
 ANSWER_METRIC_PREFIXES = (
@@ -64,14 +72,18 @@ MAX_ANSWER_POINTS = 200
 SMOOTHING_MENU: Spec = {
     "name": "smoothing",
     "value": "some",
-    "bind": {"input": "select", "options": [*SMOOTHINGS], "name": "smoothing"},
+    "bind": {"input": "select", "options": [*SMOOTHING_BY_MENU_ENTRY], "name": "smoothing"},
 }
+"""Its Vega parameter `smoothing` is the name of a field of each row, so `datum[smoothing]` is the loss as the reader chose."""
 SCALE_MENU: Spec = {
     "name": "scale",
     "value": "linear",
     "bind": {"input": "select", "options": ["linear", "log"], "name": "loss axis"},
 }
-"""Vega cannot change the type of an axis, so `_loss_y_transforms` computes logarithms. The labels of `LOSS_AXIS` undo it."""
+"""The menu for a logarithmic axis, whose Vega parameter is called `scale`.
+
+Vega cannot change the type of an axis, so `_loss_y_transforms` computes logarithms. The labels of `LOSS_AXIS` undo it.
+"""
 
 
 class PageFigures(NamedTuple):
@@ -85,84 +97,92 @@ class PageFigures(NamedTuple):
 def run_figures(run: RecordedRun, parts_s: dict[str, float], profile: ProfiledSteps | None) -> PageFigures:
     """The plots of a run's page. Plots without numbers are left out.
 
-    At the head are the training loss, or the reward of a run that learns from rewards, and the monitored metric if it is not the
-    held-out loss, which is in the plot of the loss. `parts_s`: seconds of each part of a step, by its name. `profile`: None if
-    the run was not profiled.
+    At the head are the training loss, or the reward of a run that learns from rewards, and the plot of the held-out metrics
+    unless the monitored one is the held-out loss, which is in the plot of the loss. All others are folded. `parts_s`: seconds of
+    each part of a step, by its name. `profile`: None if the run was not profiled.
     """
-    position_by_step = step_positions(run)
-    loss_figure = _loss_figure(run, position_by_step)
-    reward_figure = _reward_figure(run, position_by_step)
-    held_out_figure = _held_out_figure(run, position_by_step)
-    main: list[Figure | None] = [loss_figure]
+    x_values_by_step = x_values_of_steps(run)
+    loss_figure = _loss_figure(run, x_values_by_step)
+    reward_figure = _reward_figure(run, x_values_by_step)
+    held_out_figure = _held_out_figure(run, x_values_by_step)
+    head: list[Figure | None] = [loss_figure]
     folded = [
-        _training_course_figure(run, position_by_step),
+        _training_course_figure(run, x_values_by_step),
         _step_time_figure(parts_s),
         _profile_memory_figure(profile),
     ]
     if reward_figure is not None:
         # The loss of such a run is near 0 by construction and tells nothing.
-        main = [reward_figure]
+        head = [reward_figure]
         folded.insert(0, loss_figure)
     if monitored_metric(run) == HELD_OUT_LOSS:
         folded.insert(0, held_out_figure)
     else:
-        main.append(held_out_figure)
-    return PageFigures(_without_missing(main), _without_missing(folded))
+        head.append(held_out_figure)
+    return PageFigures(
+        head_figures=[figure for figure in head if figure is not None],
+        folded_figures=[figure for figure in folded if figure is not None],
+    )
 
 
-def _without_missing(candidates: list[Figure | None]) -> list[Figure]:
-    return [figure for figure in candidates if figure is not None]
+def _loss_figure(run: RecordedRun, x_values_by_step: dict[int, Row]) -> Figure | None:
+    """Training and held-out loss in one plot, with the best step marked; None if no drawn step has a training loss.
 
-
-def _loss_figure(run: RecordedRun, position_by_step: dict[int, Row]) -> Figure | None:
-    """Training and held-out loss in one plot, with the best step marked; None if no drawn step has a finite loss."""
-    training_rows = _training_loss_rows(run, position_by_step)
+    `x_values_by_step`: step, tokens and seconds of each step, among which the reader chooses for the x axis.
+    """
+    training_rows = _training_loss_rows(run, x_values_by_step)
     if not training_rows:
         return None
-    held_out_rows = held_out_rows_of(run, position_by_step, HELD_OUT_LOSS)
-    layers = _training_layers(training_rows, has_held_out=bool(held_out_rows)) + _held_out_layers(held_out_rows)
+    held_out_rows = held_out_rows_of(run, x_values_by_step, HELD_OUT_LOSS)
+    layers = _training_loss_layers(training_rows, has_held_out=bool(held_out_rows))
     caption = "The pale line is each step's own loss."
     if held_out_rows:
+        layers.append(_held_out_loss_layer(held_out_rows))
         caption += " Held-out loss is that of documents the model is not trained on."
     best = best_step(run)
     if best is not None and best.is_better_than_before_training and _has_held_out_loss(run, best.step):
-        layers += _best_step_layers(run, best, position_by_step)
+        layers += _best_step_layers(run, best, x_values_by_step)
         caption += f" ★ marks step {best.step}, the best by {monitored_metric(run)}."
-    notable_rows = _notable_rows(run, position_by_step)
+    notable_rows = _notable_step_rows(run, x_values_by_step)
     if notable_rows:
-        layers.append(_notable_layer(notable_rows))
+        layers.append(_notable_steps_layer(notable_rows))
         caption += " Dotted lines: steps that stood out; the pointer says why."
-    spec = {"height": HEIGHT, "params": [X_AXIS_MENU, SMOOTHING_MENU, SCALE_MENU], "layer": layers}
+    spec = {"height": PLOT_HEIGHT_PX, "params": [X_AXIS_MENU, SMOOTHING_MENU, SCALE_MENU], "layer": layers}
     title = "Training and held-out loss" if held_out_rows else "Training loss"
     return Figure("loss", title, f"{caption} {ZOOM_HINT}", spec)
 
 
-def _training_loss_rows(run: RecordedRun, position_by_step: dict[int, Row]) -> list[Row]:
-    """A data row for each drawn step with a finite training loss: its position, its loss, and the loss by each smoothing."""
+def _training_loss_rows(run: RecordedRun, x_values_by_step: dict[int, Row]) -> list[Row]:
+    """A data row for each drawn step with a training loss: its x values, its loss, and its loss by each smoothing.
+
+    Such as {"series": "training", "step": 5, "tokens": 2560, "seconds": 4.1, "loss": 2.3, "none": 2.3, "some": 2.4, "much": 2.5}.
+    """
     loss_by_step = {}
     for step, row in run.steps.items():
-        if isinstance(row.get("loss"), int | float):
+        if isinstance(row.get("loss"), int | float):  # None if it was not finite
             loss_by_step[step] = float(row["loss"])
-    smoothed_losses = {}
-    for smoothing, (share, min_steps) in SMOOTHINGS.items():
-        weight = smoothing_weight(share * len(loss_by_step), min_steps)
-        smoothed_losses[smoothing] = smoothed(loss_by_step, weight)
+    losses_by_smoothing = {}
+    for menu_entry, smoothing in SMOOTHING_BY_MENU_ENTRY.items():
+        weight = smoothing_weight(smoothing.share_of_steps * len(loss_by_step), smoothing.min_steps)
+        losses_by_smoothing[menu_entry] = smoothed(loss_by_step, weight)
     rows = []
     for step in drawn_steps(run):
         if step in loss_by_step:
-            smoothed_values = {smoothing: six_digits(losses[step]) for smoothing, losses in smoothed_losses.items()}
-            loss = six_digits(loss_by_step[step])
-            rows.append({"series": TRAINING, **position_by_step[step], "loss": loss, **smoothed_values})
+            row = {"series": TRAINING_SERIES, **x_values_by_step[step], "loss": round_to_six_digits(loss_by_step[step])}
+            for menu_entry, smoothed_loss_by_step in losses_by_smoothing.items():
+                row[menu_entry] = round_to_six_digits(smoothed_loss_by_step[step])
+            rows.append(row)
     return rows
 
 
-def _loss_y_transforms(expression: str) -> list[Spec]:
+def _loss_y_transforms(loss_expression: str) -> list[Spec]:
     """Vega-Lite transforms that compute `y`, a loss or its logarithm, as the reader chose in the menu of the axis.
 
-    `expression`: that of the loss, such as `datum.value`. A row whose `y` is not valid is left out.
+    `loss_expression`: that of the loss, such as `datum.value`. `scale` is the parameter of `SCALE_MENU`. A row whose `y` is not
+    valid is left out.
     """
     return [
-        {"calculate": expression, "as": "v"},
+        {"calculate": loss_expression, "as": "v"},
         {"calculate": "scale == 'log' ? (datum.v > 0 ? log(datum.v) / LN10 : null) : datum.v", "as": "y"},
         {"filter": "isValid(datum.y)"},
     ]
@@ -177,16 +197,19 @@ LOSS_AXIS: Spec = {
 }
 
 
-def _training_layers(rows: list[Row], *, has_held_out: bool) -> list[Spec]:
-    """Layers of the training loss: a pale line of each step's loss, the smoothed line over it, and its points for the pointer."""
+def _training_loss_layers(rows: list[Row], *, has_held_out: bool) -> list[Spec]:
+    """Vega-Lite layers of the training loss: a pale line of each step's loss, the smoothed line over it, points for the pointer.
+
+    `rows`: those of `_training_loss_rows`. `has_held_out`: whether the held-out loss is drawn in another colour.
+    """
     # A single curve needs no legend.
-    color = SERIES_COLOR if has_held_out else {**SERIES_COLOR, "legend": None}
+    color = COLOR_BY_SERIES if has_held_out else {**COLOR_BY_SERIES, "legend": None}
     line_encoding = {"x": X_AXIS, "y": LOSS_AXIS, "color": color}
     smoothed_transforms = [X_AXIS_TRANSFORM, *_loss_y_transforms("datum[smoothing]")]
     return [
         {
             "data": {"values": rows},
-            "params": [ZOOM],
+            "params": [ZOOM_PARAMETER],
             "transform": [X_AXIS_TRANSFORM, *_loss_y_transforms("datum.loss")],
             "mark": {"type": "line", "strokeWidth": 1, "opacity": 0.35},
             "encoding": line_encoding,
@@ -207,19 +230,15 @@ def _training_layers(rows: list[Row], *, has_held_out: bool) -> list[Spec]:
     ]
 
 
-def _held_out_layers(rows: list[Row]) -> list[Spec]:
-    """The layer of the held-out loss: a line with points; no layer without rows."""
-    if not rows:
-        return []
+def _held_out_loss_layer(rows: list[Row]) -> Spec:
+    """The Vega-Lite layer of the held-out loss: a line with points. A row has the loss as `value`, and its x values."""
     tooltip = tooltip_fields("value", "held-out loss")
-    return [
-        {
-            "data": {"values": rows},
-            "transform": [X_AXIS_TRANSFORM, *_loss_y_transforms("datum.value")],
-            "mark": {"type": "line", "strokeWidth": 2.2, "point": {"size": 55, "filled": True}},
-            "encoding": {"x": X_AXIS, "y": LOSS_AXIS, "color": SERIES_COLOR, "tooltip": tooltip},
-        }
-    ]
+    return {
+        "data": {"values": rows},
+        "transform": [X_AXIS_TRANSFORM, *_loss_y_transforms("datum.value")],
+        "mark": {"type": "line", "strokeWidth": 2.2, "point": {"size": 55, "filled": True}},
+        "encoding": {"x": X_AXIS, "y": LOSS_AXIS, "color": COLOR_BY_SERIES, "tooltip": tooltip},
+    }
 
 
 def _has_held_out_loss(run: RecordedRun, step: int) -> bool:
@@ -228,15 +247,19 @@ def _has_held_out_loss(run: RecordedRun, step: int) -> bool:
     return loss is not None and math.isfinite(loss)
 
 
-def _best_step_layers(run: RecordedRun, best: BestStep, position_by_step: dict[int, Row]) -> list[Spec]:
-    """Layers that mark the best step: a ring at the height of its held-out loss, and a label beside it."""
+def _best_step_layers(run: RecordedRun, best: BestStep, x_values_by_step: dict[int, Row]) -> list[Spec]:
+    """Vega-Lite layers that mark the best step: a ring at the height of its held-out loss, and a label beside it.
+
+    `x_values_by_step`: step, tokens and seconds of each step. The evaluation of the best step must have a held-out loss.
+    """
     loss = run.evaluations[best.step][HELD_OUT_LOSS]
     shared: Spec = {
-        "data": {"values": [{**position_of(position_by_step, best.step), "value": six_digits(loss)}]},
+        "data": {"values": [{**x_values_of(x_values_by_step, best.step), "value": round_to_six_digits(loss)}]},
         "transform": [X_AXIS_TRANSFORM, *_loss_y_transforms("datum.value")],
         "encoding": {"x": X_AXIS, "y": LOSS_AXIS},
     }
     ring = {"type": "point", "size": 190, "strokeWidth": 2, "filled": False, "style": "best"}
+    # The label takes about a fifth of the width.
     is_near_right_edge = best.step > 0.8 * max(run.steps, default=best.step)
     label = {
         "type": "text",
@@ -252,16 +275,16 @@ def _best_step_layers(run: RecordedRun, best: BestStep, position_by_step: dict[i
     return [{**shared, "mark": ring}, {**shared, "mark": label}]
 
 
-def _notable_rows(run: RecordedRun, position_by_step: dict[int, Row]) -> list[Row]:
-    """A data row for each of the latest steps that stood out: its position, and what was found there."""
+def _notable_step_rows(run: RecordedRun, x_values_by_step: dict[int, Row]) -> list[Row]:
+    """A data row for each of the latest steps at which a guard or detector found something: its x values, and what it found."""
     rows = []
-    for notable in notable_steps(run)[-MAX_POINTS:]:
-        rows.append({**position_of(position_by_step, notable.step), "what": notable.text[:200]})
+    for notable in notable_steps(run)[-MAX_DRAWN_STEPS:]:
+        rows.append({**x_values_of(x_values_by_step, notable.step), "what": notable.text[:200]})
     return rows
 
 
-def _notable_layer(rows: list[Row]) -> Spec:
-    """The layer of dotted vertical lines at the steps that stood out; `rows` are those of `_notable_rows`."""
+def _notable_steps_layer(rows: list[Row]) -> Spec:
+    """The Vega-Lite layer of dotted vertical lines at the steps of `_notable_step_rows` (`rows`)."""
     tooltip = [{"field": "step", "type": "quantitative"}, {"field": "what", "type": "nominal"}]
     return {
         "data": {"values": rows},
@@ -271,24 +294,27 @@ def _notable_layer(rows: list[Row]) -> Spec:
     }
 
 
-def _held_out_figure(run: RecordedRun, position_by_step: dict[int, Row]) -> Figure | None:
-    """A held-out metric other than the loss, chosen by the reader in a menu; None if there is none beside the loss."""
+def _held_out_figure(run: RecordedRun, x_values_by_step: dict[int, Row]) -> Figure | None:
+    """The plot of the held-out metrics other than the loss, of which the reader chooses one in a menu; None if there is none.
+
+    `x_values_by_step`: step, tokens and seconds of each step, among which the reader chooses for the x axis.
+    """
     metrics: dict[str, None] = {monitored_metric(run): None}  # first, so that the menu shows it first
     for values in run.evaluations.values():
         metrics |= dict.fromkeys(values)
     metrics.pop(HELD_OUT_LOSS, None)
     rows: list[Row] = []
     for metric in metrics:
-        rows += held_out_rows_of(run, position_by_step, metric)
+        rows += held_out_rows_of(run, x_values_by_step, metric)
     if not rows:
         return None
     metrics_with_rows = list(dict.fromkeys(row["metric"] for row in rows))
     bind = {"input": "select", "options": metrics_with_rows, "name": "metric"}
     menu = {"name": "metric", "value": metrics_with_rows[0], "bind": bind}
     spec = {
-        "height": HEIGHT // 2,
+        "height": PLOT_HEIGHT_PX // 2,
         "data": {"values": rows},
-        "params": [X_AXIS_MENU, menu, ZOOM],
+        "params": [X_AXIS_MENU, menu, ZOOM_PARAMETER],
         "transform": [{"filter": "datum.metric == metric"}, X_AXIS_TRANSFORM],
         "mark": {"type": "line", "point": {"size": 45, "filled": True}},
         "encoding": {
@@ -301,31 +327,33 @@ def _held_out_figure(run: RecordedRun, position_by_step: dict[int, Row]) -> Figu
     return Figure("held-out", title, "Before the first step, and after each evaluation.", spec)
 
 
-def _reward_figure(run: RecordedRun, position_by_step: dict[int, Row]) -> Figure | None:
-    """A metric of generated answers, in training and held out, chosen by the reader in a menu; None for runs without rewards.
+def _reward_figure(run: RecordedRun, x_values_by_step: dict[int, Row]) -> Figure | None:
+    """The plot of the metrics of generated answers, in training and held out; None for a run without rewards.
 
-    The reward is shown first. If a round takes several steps, each step has the numbers of its round.
+    The reader chooses one metric in a menu, which shows the reward first. If a round takes several steps, each step has the
+    numbers of its round. `x_values_by_step`: step, tokens and seconds of each step.
     """
     metrics = _answer_metrics(run)
     if REWARD_METRIC not in metrics:
         return None
     rows: list[Row] = []
     for metric in metrics:
-        rows += evenly_spread_rows(_training_metric_rows(run, position_by_step, metric), MAX_ANSWER_POINTS)
-        held_out_rows = evenly_spread_rows(held_out_rows_of(run, position_by_step, f"eval/{metric}"), MAX_ANSWER_POINTS)
+        rows += evenly_spread_rows(_training_metric_rows(run, x_values_by_step, metric), MAX_ANSWER_POINTS)
+        held_out_rows = evenly_spread_rows(held_out_rows_of(run, x_values_by_step, f"eval/{metric}"), MAX_ANSWER_POINTS)
         # Under the name that the menu has, and not `eval/...`.
         rows += [{**row, "metric": metric} for row in held_out_rows]
-    menu = {"name": "of", "value": metrics[0], "bind": {"input": "select", "options": metrics, "name": "metric"}}
+    bind = {"input": "select", "options": metrics, "name": "metric"}
+    menu = {"name": "shown_metric", "value": metrics[0], "bind": bind}
     spec = {
-        "height": HEIGHT,
+        "height": PLOT_HEIGHT_PX,
         "data": {"values": rows},
-        "params": [X_AXIS_MENU, menu, ZOOM],
-        "transform": [{"filter": "datum.metric == of"}, X_AXIS_TRANSFORM],
+        "params": [X_AXIS_MENU, menu, ZOOM_PARAMETER],
+        "transform": [{"filter": "datum.metric == shown_metric"}, X_AXIS_TRANSFORM],
         "mark": {"type": "line", "strokeWidth": 2, "point": {"size": 30, "filled": True}},
         "encoding": {
             "x": X_AXIS,
             "y": {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}},
-            "color": SERIES_COLOR,
+            "color": COLOR_BY_SERIES,
             "tooltip": [{"field": "metric", "type": "nominal"}, *tooltip_fields("value", "value")],
         },
     }
@@ -333,13 +361,20 @@ def _reward_figure(run: RecordedRun, position_by_step: dict[int, Row]) -> Figure
     return Figure("reward", "Reward of written answers", f"{caption} {ZOOM_HINT}", spec)
 
 
-def _training_metric_rows(run: RecordedRun, position_by_step: dict[int, Row], metric: str) -> list[Row]:
+def _training_metric_rows(run: RecordedRun, x_values_by_step: dict[int, Row], metric: str) -> list[Row]:
     """A data row for each training step with a finite value of a metric."""
     rows = []
     for step, step_row in run.steps.items():
         value = step_row.get(metric)
         if isinstance(value, int | float) and math.isfinite(value):
-            rows.append({"series": TRAINING, **position_by_step[step], "value": six_digits(value), "metric": metric})
+            rows.append(
+                {
+                    "series": TRAINING_SERIES,
+                    **x_values_by_step[step],
+                    "value": round_to_six_digits(value),
+                    "metric": metric,
+                }
+            )
     return rows
 
 
@@ -357,16 +392,19 @@ def _answer_metrics(run: RecordedRun) -> list[str]:
     return ordered[:MAX_ANSWER_METRICS]
 
 
-def _training_course_figure(run: RecordedRun, position_by_step: dict[int, Row]) -> Figure | None:
-    """Gradient norm, learning rate and speed beneath each other; None if no row has any of them."""
+def _training_course_figure(run: RecordedRun, x_values_by_step: dict[int, Row]) -> Figure | None:
+    """The plots of gradient norm, learning rate and speed beneath each other; None if no step has any of them.
+
+    `x_values_by_step`: step, tokens and seconds of each step, among which the reader chooses for the x axis.
+    """
     strips: list[Spec] = []
     steps = drawn_steps(run)
-    for metric, title in COURSE_TITLES.items():
+    for metric, title in AXIS_TITLE_BY_COURSE_METRIC.items():
         rows = []
         for step in steps:
             value = run.steps[step].get(metric)
             if isinstance(value, int | float) and math.isfinite(value):
-                rows.append({**position_by_step[step], metric: six_digits(value)})
+                rows.append({**x_values_by_step[step], metric: round_to_six_digits(value)})
         if rows:
             strips.append(_training_course_strip(metric, title, rows))
     if not strips:
@@ -377,11 +415,14 @@ def _training_course_figure(run: RecordedRun, position_by_step: dict[int, Row]) 
 
 
 def _training_course_strip(metric: str, title: str, rows: list[Row]) -> Spec:
-    """The plot of one metric of `COURSE_TITLES`, without a title of its horizontal axis."""
+    """The Vega-Lite plot of one metric, such as `grad_norm`, as a strip without a title of its x axis. `title`: of its y axis.
+
+    `rows`: the metric and the x values of each step: {"grad_norm": 0.8, "step": 5, "tokens": 2560, "seconds": 4.1}.
+    """
     return {
-        "height": STRIP_HEIGHT,
+        "height": STRIP_HEIGHT_PX,
         "data": {"values": rows},
-        "params": [ZOOM | {"name": "along"}],
+        "params": [ZOOM_PARAMETER | {"name": "along"}],
         "transform": [X_AXIS_TRANSFORM],
         "mark": {"type": "line", "strokeWidth": 1.5},
         "encoding": {
@@ -390,7 +431,7 @@ def _training_course_strip(metric: str, title: str, rows: list[Row]) -> Spec:
                 "field": metric,
                 "type": "quantitative",
                 "title": title,
-                "axis": COURSE_LABEL_FORMATS[metric],
+                "axis": AXIS_BY_COURSE_METRIC[metric],
                 "scale": {"zero": False},
             },
             "tooltip": tooltip_fields(metric, title),
@@ -404,9 +445,9 @@ def _step_time_figure(parts_s: dict[str, float]) -> Figure | None:
         return None
     rows = []
     for index, (part, seconds) in enumerate(parts_s.items()):
-        rows.append({"part": part, "ms": six_digits(1000 * seconds), "order": index})
+        rows.append({"part": part, "ms": round_to_six_digits(1000 * seconds), "order": index})
     spec = {
-        "height": 46,
+        "height": 46,  # pixels: a single bar
         "data": {"values": rows},
         "mark": {"type": "bar"},
         "encoding": {
@@ -420,11 +461,14 @@ def _step_time_figure(parts_s: dict[str, float]) -> Figure | None:
 
 
 def _profile_memory_figure(profile: ProfiledSteps | None) -> Figure | None:
-    """Allocated memory over the traced steps, a line for each rank; None if the run was not profiled."""
+    """The plot of allocated memory over the traced steps, a line for each rank; None if the run was not profiled.
+
+    A row of `profile.memory` is {"rank": "0", "ms": 12.5, "GiB": 3.1}.
+    """
     if profile is None or not profile.memory:
         return None
     spec = {
-        "height": HEIGHT // 2,
+        "height": PLOT_HEIGHT_PX // 2,
         "data": {"values": profile.memory},
         "mark": {"type": "line", "interpolate": "step-after"},
         "encoding": {

@@ -95,7 +95,7 @@ class BestStep:
 
     step: int
     value: float
-    is_last_as_good: bool
+    is_last_step_as_good: bool
     """Whether the last evaluation has the same value: then nothing is gained by going back."""
     is_better_than_before_training: bool
     """Whether it is better than before the first step; true if that was not evaluated."""
@@ -189,6 +189,6 @@ def best_step(run: RecordedRun) -> BestStep | None:
     return BestStep(
         step,
         best_value,
-        is_last_as_good=last_value == best_value,
+        is_last_step_as_good=last_value == best_value,
         is_better_than_before_training=is_better_than_before_training,
     )

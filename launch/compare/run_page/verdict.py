@@ -234,7 +234,7 @@ def _export_best_commands(run: RecordedRun) -> tuple[str, ...]:
     no step is better than the model before training.
     """
     best = best_step(run)
-    if best is None or best.is_last_as_good or not best.is_better_than_before_training or _has_exported_best(run):
+    if best is None or best.is_last_step_as_good or not best.is_better_than_before_training or _has_exported_best(run):
         return ()
     return (f"{_export_command(run)} checkpoint=best",)
 
@@ -257,7 +257,7 @@ def _best_step_callouts(run: RecordedRun) -> list[Callout]:
         text = f"{monitored.title} was {before} before training, and {best_value} at best, at step {best.step}."
         heading = "No step is better than the model before training"
         return [Callout("warning", heading, text, (_lower_learning_rate_command(run),))]
-    if best.is_last_as_good:
+    if best.is_last_step_as_good:
         return []
     text = f"{monitored.title} was {best_value} there, and {monitored.format_value(monitored.value_after)} at the end."
     if _has_exported_best(run):

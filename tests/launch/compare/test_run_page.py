@@ -169,9 +169,9 @@ def test_better_and_worse_go_by_the_direction_of_the_metric(name, before, after,
 
 def test_best_step_is_held_against_the_model_before_training(tmp_path):
     best = best_step(read(run_of(tmp_path / "worse", (2.0, 3.0, 2.5))))
-    assert (best.step, best.is_better_than_before_training, best.is_last_as_good) == (20, False, True)
+    assert (best.step, best.is_better_than_before_training, best.is_last_step_as_good) == (20, False, True)
     tied = best_step(read(run_of(tmp_path / "tied", (3.0, 2.0, 2.0))))
-    assert (tied.step, tied.is_last_as_good) == (10, True) and run_callouts(read(tmp_path / "tied")) == []
+    assert (tied.step, tied.is_last_step_as_good) == (10, True) and run_callouts(read(tmp_path / "tied")) == []
     config = CONFIG | {"evaluation": {"watch": "eval/loss", "greater_is_better": True}}
     best = best_step(read(run_of(tmp_path / "larger", (2.0, 3.0, 2.5), config=config)))
     assert (best.step, best.is_better_than_before_training) == (10, True)
@@ -328,7 +328,7 @@ def test_a_long_run_is_still_a_page(tmp_path):
     assert len(text) < 1_500_000
     run = read(directory)
     drawn = figures.drawn_steps(run)
-    assert drawn[-1] == steps and len(drawn) <= 2 * figures.MAX_POINTS + 1
+    assert drawn[-1] == steps and len(drawn) <= 2 * figures.MAX_DRAWN_STEPS + 1
     assert "950 earlier ones are in events.jsonl" in text
 
 
@@ -413,7 +413,7 @@ def test_curves_are_smoothed_over_all_steps():
     assert smooth == {1: 4.0, 2: pytest.approx((0.5 * 4 + 2) / 1.5)}
     assert [figures.smoothing_weight(*steps) for steps in ((0.0, 0), (30, 3))] == [0.0, pytest.approx(29 / 31)]
     # Of a run of a few steps, each choice still shows another curve.
-    short = [figures.smoothing_weight(6 * share, least) for share, least in figures.SMOOTHINGS.values()]
+    short = [figures.smoothing_weight(6 * share, least) for share, least in figures.SMOOTHING_BY_MENU_ENTRY.values()]
     assert short == [0.0, 0.5, pytest.approx(5 / 7)]
     constant = figures.smoothed(dict.fromkeys(range(50), 3.0), 0.95)
     assert list(constant.values()) == pytest.approx([3.0] * 50)

@@ -131,7 +131,7 @@ def test_run_of_the_version_with_one_rate_an_optimizer_goes_on_with_it(tmp_path,
 
 def test_points_of_a_comparison_name_the_rates_that_differ():
     plan = plan_points([*BASE, "tuning=full,lora"])
-    assert [plan.learning_rate_remark(point) for point in plan.points] == [["(optim.lr=2e-05)"], ["(optim.lr=0.0002)"]]
+    assert [plan.learning_rate_remark(point) for point in plan.points] == ["(optim.lr=2e-05)", "(optim.lr=0.0002)"]
     for words in (["strategy=single,ddp"], ["tuning=full,lora", "optim.lr=1e-4,2e-4"]):
         plan = plan_points([*BASE, *words])
         assert not any(plan.learning_rate_remark(point) for point in plan.points), words
