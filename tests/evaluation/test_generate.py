@@ -108,7 +108,7 @@ def test_generation_likelihoods_are_those_of_transformers(tmp_path, runtime, arc
     pairs = [*PAIRS, *zip(PROMPTS[:2], likeliest, strict=True)]
     found = writer.likelihoods(engine, pairs)
     for (context, more), one in zip(pairs, found, strict=True):
-        assert one.tokens == len(more)
+        assert one.num_tokens == len(more)
         if not more:
             assert (one.logprob, one.greedy) == (0.0, True)
             continue

@@ -16,6 +16,7 @@ from trainer.evaluation.report.comparison import compare_task
 from trainer.evaluation.report.intervals import TOO_FEW_CASES, Bootstrap, resample_metrics
 from trainer.evaluation.report.record import EvaluatedModel
 from trainer.evaluation.tasks.base import TaskCase, TaskRow
+from trainer.evaluation.tasks.bbq import _set_answer_and_bias_scores
 from trainer.evaluation.tasks.registry import TASK_KINDS
 from trainer.evaluation.tasks.source import read_cases
 
@@ -210,7 +211,7 @@ def test_the_worked_example_of_bbq():
         chosen = 2 if number >= 5 else int(number == 4)
         fields = {"choices": ["a", "b", "c"], "unknown": 2, "biased": 0, "condition": "ambiguous", "category": "Age"}
         row = TaskRow(f"a:{number}", "", "", "", {"right": float(chosen == 2)})
-        kind._add_bias_scores(TaskCase(row.where, fields=fields), row, chosen)
+        _set_answer_and_bias_scores(row, fields, chosen)
         rows.append(row)
     metrics = kind.compute_metrics(rows)
     assert metrics["bias_ambiguous"] == pytest.approx(0.15) and metrics["accuracy_ambiguous"] == 0.75

@@ -125,9 +125,9 @@ def test_generated_answers_are_those_of_plain_transformers_in_eager_attention(ki
     settings = generation_config_for_answers(plain.generation_config, asked, tokenizer)
     with torch.no_grad():
         expected = plain.generate(**batch, generation_config=settings)[:, 9:]
-        found = GenerateAnswers(settings, asked, tokenizer, synced=False).terms(trained, {**batch, "seeds": [0, 0]})[
-            "answers"
-        ]
+        found = GenerateAnswers(settings, asked, tokenizer, synced_gpus=False).terms(
+            trained, {**batch, "seeds": [0, 0]}
+        )["answers"]
         assert torch.equal(found, expected)
         with stock_attention(trained):
             assert torch.allclose(trained(**batch).logits[:, 4:], plain(**batch).logits[:, 4:], atol=1e-4)
@@ -147,7 +147,7 @@ def test_generation_compiles_nothing_on_a_gpu(monkeypatch):
     )
     batch = {"input_ids": torch.ones(1, 4, dtype=torch.int64), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
     with torch.no_grad():
-        GenerateAnswers(settings, asked, SimpleNamespace(), synced=False).terms(model, {**batch, "seeds": [0]})
+        GenerateAnswers(settings, asked, SimpleNamespace(), synced_gpus=False).terms(model, {**batch, "seeds": [0]})
     assert traced.frame_count == 0
     model(**batch, use_cache=False)
     assert traced.frame_count > 0

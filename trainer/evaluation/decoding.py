@@ -76,21 +76,21 @@ def end_token_ids(config: Any) -> frozenset[int]:
 
 
 class GenerateAnswers:
-    """Takes the place of the objective in a step module: generates answers instead of computing a loss.
+    """Takes the place of the objective in a step module, which calls `terms`: generates answers instead of computing a loss.
 
-    `config`: transformers' GenerationConfig. `synced`: every forward pass is a collective, so a rank whose answers are finished
-    keeps calling until those of all ranks are. `keep_logprobs`: also return the log-probability of each sampled token; needs a
-    temperature above 0.
+    `config`: transformers' GenerationConfig. `synced_gpus`: every forward pass is a collective, so a rank whose answers are
+    finished keeps calling until those of all ranks are. `keep_logprobs`: also return the log-probability of each sampled token;
+    needs a temperature above 0.
     """
 
     def __init__(
-        self, config: Any, settings: DecodingConfig, tokenizer: Any, *, synced: bool, keep_logprobs: bool = False
+        self, config: Any, settings: DecodingConfig, tokenizer: Any, *, synced_gpus: bool, keep_logprobs: bool = False
     ) -> None:
         assert settings.temperature or not keep_logprobs, "greedy answers have no law that they were drawn by"
         self.config = config
         self.settings = settings
         self.tokenizer = tokenizer
-        self.synced = synced
+        self.synced_gpus = synced_gpus
         self.keep_logprobs = keep_logprobs
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -98,8 +98,8 @@ class GenerateAnswers:
 
         If `keep_logprobs` is set, also `logprobs`, float32 [S, M]; values after the end of an answer mean nothing.
 
-        `batch["input_ids"]` are the prompts, padded on the left. `batch["seeds"]` has a seed for each row. `batch["room"]` is the
-        largest number of new tokens; without it, that of the GenerationConfig holds.
+        `batch["input_ids"]` are the prompts, padded on the left. `batch["seeds"]` has a seed for each row.
+        `batch["max_new_tokens"]` is the largest number of new tokens; without it, that of the GenerationConfig holds.
         """
         from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
@@ -112,7 +112,7 @@ class GenerateAnswers:
         if self.settings.stop:
             criteria.append(StopAtText(self.tokenizer, self.settings.stop, answer_start))
         config = copy.copy(self.config)
-        config.max_new_tokens = batch.get("room", config.max_new_tokens)
+        config.max_new_tokens = batch.get("max_new_tokens", config.max_new_tokens)
         if not writes_with_cache(causal_model):
             config.use_cache = False
         processors = list(self._sampling_processors(batch["seeds"], answer_start))
@@ -122,7 +122,7 @@ class GenerateAnswers:
                 generation_config=config,
                 logits_processor=LogitsProcessorList(processors),
                 stopping_criteria=StoppingCriteriaList(criteria),
-                synced_gpus=self.synced,
+                synced_gpus=self.synced_gpus,
             )
         terms = {"answers": ids[:, answer_start:]}
         if self.keep_logprobs:  # the last processor is a SamplerWithLogprobs
@@ -273,7 +273,7 @@ def stock_attention(model: Any) -> Iterator[None]:
     """
     config = model.config
     attention_name = attention_of(config)
-    if attention_name in (attention.VARLEN_ATTENTION, flex.FLEX_ATTENTION):
+    if attention_name in (attention.VARLEN_ATTENTION, flex.FLEX_ATTENTION):  # the two padding-free kernels of training
         attention_name = "eager" if flex.needs_eager(model, text_model_config(config)) else "sdpa"
     has_compiled_blocks = any(is_compiled(module) for module in model.modules())
     eager_blocks = torch.compiler.set_stance("force_eager") if has_compiled_blocks else nullcontext()

@@ -88,11 +88,15 @@ def free_memory_bytes(runtime: Runtime) -> int:
     return (free_host_memory_bytes() or 0) // runtime.local_world_size
 
 
-def kv_cache_bytes_upper_bound(config: Any, rows: int, tokens: int, itemsize: int) -> int:
+def bytes_per_parameter(model: Any) -> int:
+    """Bytes of one number of the model's smallest float type, in which it caches keys and values."""
+    return int(min(p.element_size() for p in model.parameters() if p.is_floating_point()))
+
+
+def kv_cache_bytes_upper_bound(config: Any, rows: int, tokens: int, bytes_per_number: int) -> int:
     """Bytes of the KV cache of `rows` rows of `tokens` tokens each, in all layers.
 
-    It is an upper bound: MLA and sliding windows need less. `config`: the transformers configuration of the model. `itemsize`:
-    bytes of one cached number.
+    It is an upper bound: MLA and sliding windows need less. `config`: the transformers configuration of the model.
     """
     text_config = text_model_config(config)
     num_heads = getattr(text_config, "num_attention_heads", 1) or 1
@@ -101,4 +105,4 @@ def kv_cache_bytes_upper_bound(config: Any, rows: int, tokens: int, itemsize: in
     num_key_heads = max(filter(None, layer_values(text_config, "num_key_value_heads")), default=num_heads)
     num_layers = getattr(text_config, "num_hidden_layers", 0)
     numbers_per_token = 2 * num_layers * num_key_heads * head_width  # keys and values
-    return numbers_per_token * rows * tokens * itemsize
+    return numbers_per_token * rows * tokens * bytes_per_number

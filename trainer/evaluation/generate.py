@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,10 +20,15 @@ from strategies.runtime import Runtime, derived_seed, gather_objects
 from trainer.data.batches.collate import to_device
 from trainer.evaluation.base import DecodingConfig
 from trainer.evaluation.decoding import GenerateAnswers, end_token_ids, generation_config_for_answers
-from trainer.evaluation.full_weights import GatherDecision, decide_weight_gathering, kv_cache_bytes_upper_bound
+from trainer.evaluation.full_weights import (
+    GatherDecision,
+    bytes_per_parameter,
+    decide_weight_gathering,
+    kv_cache_bytes_upper_bound,
+)
 from trainer.evaluation.likelihood import (
+    ContinuationPair,
     Likelihood,
-    Pair,
     ScoreContinuations,
     continuation_batch,
     pad_sequences,
@@ -146,20 +151,20 @@ class AnswerGenerator:
             return derived_seed(settings.seed, "draw", row.prompt_index, row.sample_index)
 
         def make_batch(row_numbers: list[int]) -> dict[str, Any]:
-            """What `GenerateAnswers` reads for these rows: padded prompts, seeds, and the most new tokens (`room`)."""
+            """What `GenerateAnswers.terms` reads for these rows: padded prompts, seeds, and the most new tokens."""
             batch_prompts = [prompts[rows[number].prompt_index] for number in row_numbers]
             return {
                 "input_ids": pad_sequences(batch_prompts, self.tokenizer.pad_token_id, left=is_decoder_only),
                 "attention_mask": padding_mask(batch_prompts, left=is_decoder_only),
                 "seeds": [seed_of(rows[number]) for number in row_numbers],
-                "room": row_limits[row_numbers[0]],
+                "max_new_tokens": row_limits[row_numbers[0]],
             }
 
         # Generate this rank's answers, then gather those of all ranks.
         own_answers: dict[int, GeneratedAnswer] = {}  # by row number
         end_ids = end_token_ids(config)
         objective = GenerateAnswers(
-            config, settings, self.tokenizer, synced=gathering.forward_is_collective, keep_logprobs=keep_logprobs
+            config, settings, self.tokenizer, synced_gpus=gathering.forward_is_collective, keep_logprobs=keep_logprobs
         )
         for row_numbers, terms in self.run_batches(
             engine, batches, objective, make_batch, gathering=gathering, averaged=averaged
@@ -176,20 +181,27 @@ class AnswerGenerator:
         return answers
 
     def _decide_weight_gathering(
-        self, engine: Engine, model: Any, batches: list[list[int]], row_lengths: Sequence[int], beams: int
+        self,
+        engine: Engine,
+        model: Any,
+        row_numbers_by_batch: list[list[int]],
+        row_lengths: Sequence[int],
+        num_beams: int,
     ) -> GatherDecision:
         """Decide by memory how weights are gathered while these batches generate. All ranks must call.
 
-        `batches`: row numbers of each batch of this rank, the longest row first. `row_lengths`: tokens of each row, prompt and
-        answer together.
+        `row_numbers_by_batch`: the batches of this rank, the longest row of each first. `row_lengths`: tokens of each row, prompt
+        and answer together.
         """
-        tokens_of_batches = [len(numbers) * row_lengths[numbers[0]] for numbers in batches if numbers]
-        most_cached_tokens = max(tokens_of_batches, default=0) * beams
-        itemsize = min(p.element_size() for p in model.parameters() if p.is_floating_point())
-        kv_cache_bytes = kv_cache_bytes_upper_bound(model.config, rows=1, tokens=most_cached_tokens, itemsize=itemsize)
+        # The rows of a batch are padded to its longest one, and beam search caches each row once for each beam.
+        tokens_of_batches = [len(numbers) * row_lengths[numbers[0]] for numbers in row_numbers_by_batch if numbers]
+        most_cached_tokens = max(tokens_of_batches, default=0) * num_beams
+        kv_cache_bytes = kv_cache_bytes_upper_bound(
+            model.config, rows=1, tokens=most_cached_tokens, bytes_per_number=bytes_per_parameter(model)
+        )
         return decide_weight_gathering(engine, self.runtime, kv_cache_bytes)
 
-    def likelihoods(self, engine: Engine, pairs: Sequence[Pair]) -> list[Likelihood]:
+    def likelihoods(self, engine: Engine, pairs: Sequence[ContinuationPair]) -> list[Likelihood]:
         """How likely each continuation is after its context, in the order of the pairs, the same list on every rank.
 
         All ranks must call with the same pairs of token ids; an encoder reads the context, if the model has one. Raises, on
@@ -215,10 +227,10 @@ class AnswerGenerator:
         ):
             # Of each pair: its log-probability, and how many tokens of its continuation are not the model's likeliest.
             logprobs = terms["logprobs"].tolist()
-            miss_counts = terms["misses"].tolist()
-            for number, logprob, num_misses in zip(pair_numbers, logprobs, miss_counts, strict=True):
+            not_greedy_counts = terms["num_not_greedy"].tolist()
+            for number, logprob, num_not_greedy in zip(pair_numbers, logprobs, not_greedy_counts, strict=True):
                 _, continuation = pairs[number]
-                own_likelihoods[number] = Likelihood(logprob, len(continuation), greedy=num_misses == 0)
+                own_likelihoods[number] = Likelihood(logprob, num_tokens=len(continuation), greedy=num_not_greedy == 0)
         return self.gather_in_order(own_likelihoods)
 
     def _own_batches_of_rows(
@@ -231,7 +243,8 @@ class AnswerGenerator:
         """This rank's batches of row numbers; see `batches_of_rank`. One row a batch if the model needs that."""
         max_rows = self.batch
         forward_path = getattr(transformers_model_of(engine), "forward_path", STOCK_PATH)
-        if forward_path.alone:  # the model computes correctly only for one row at a time
+        needs_single_rows = forward_path.alone  # the model computes correctly only for one row at a time
+        if needs_single_rows:
             max_rows = 1
             max_tokens = None
         batches = batches_of_rank(
@@ -259,28 +272,23 @@ class AnswerGenerator:
         `objective` takes the place of the training objective; it generates or scores instead of computing a loss. `batches`: row
         numbers of each batch, as many batches on every rank, some of them empty. `make_batch` builds the tensors of some rows.
         `averaged`: use the averaged weights, if the run keeps them. All ranks must exhaust the generator. Raises Interrupted, on
-        all ranks or none, if the run is asked to stop.
+        all ranks or none, if the run is asked to stop: the ranks agree on it after each batch (`stop_now` is a collective).
         """
         with (
             engine.inference(averaged=averaged) as module,
             engine.full_parameters.gathered() if gathering.gathered_once else nullcontext(),
         ):
-            step: Any = module
-            # The model is called through the root module's own forward, because only there its parameters are gathered.
-            training_objective = step.objective
-            step.objective = objective
-            try:
+            step_module: Any = module
+            with replaced_objective(step_module, objective):
                 for num_finished, row_numbers in enumerate(batches, 1):
                     # If a forward pass is a collective, a rank without rows runs it on row 0 and drops the result.
                     if row_numbers or gathering.forward_is_collective:
-                        terms = step(to_device(make_batch(row_numbers or [0]), self.runtime.device))
+                        terms = step_module(to_device(make_batch(row_numbers or [0]), self.runtime.device))
                     if row_numbers:
                         yield row_numbers, terms
                     self.on_batch(num_finished, len(batches))
                     if self._stop_now():
                         raise Interrupted
-            finally:
-                step.objective = training_objective
 
     def gather_in_order(self, own_results: dict[int, Any]) -> list[Any]:
         """The results of all ranks, sorted by their row numbers. All ranks must call.
@@ -291,6 +299,20 @@ class AnswerGenerator:
         for rank_results in gather_objects(own_results, self.runtime):
             result_by_row |= rank_results
         return [result_by_row[row] for row in range(len(result_by_row))]
+
+
+@contextmanager
+def replaced_objective(step_module: Any, objective: Any) -> Iterator[None]:
+    """Inside the context the step module calls `objective.terms` in place of the training objective's.
+
+    The model is called through the root module's own forward, because only there its sharded parameters are gathered.
+    """
+    training_objective = step_module.objective
+    step_module.objective = objective
+    try:
+        yield
+    finally:
+        step_module.objective = training_objective
 
 
 class _SampleRow(NamedTuple):
@@ -310,8 +332,8 @@ def answer_from_tokens(
 ) -> GeneratedAnswer:
     """An answer from its new token ids, cut at the first end token or stop string.
 
-    `ids` may have padding after the end. The answer's `ids` include the end token, or the tokens that complete the stop string;
-    its text ends before the stop string.
+    It is sample number `sample_index` of prompt number `prompt_index`, both from 0. `ids` may have padding after the end. The
+    answer's `ids` include the end token, or the tokens that complete the stop string; its text ends before the stop string.
     """
     num_tokens = next((position + 1 for position, token in enumerate(ids) if token in end_ids), None)
     ids = ids[:num_tokens]
@@ -343,7 +365,7 @@ def _num_tokens_until_stop(ids: list[int], stop_strings: Sequence[str], tokenize
     return low
 
 
-def _check_pairs_fit_positions(pairs: Sequence[Pair], config: Any, *, is_decoder_only: bool) -> None:
+def _check_pairs_fit_positions(pairs: Sequence[ContinuationPair], config: Any, *, is_decoder_only: bool) -> None:
     """Raise DataError for a pair whose context has no tokens, or that the model has too few positions for.
 
     `config`: the transformers config of the model. An encoder-decoder model reads the context with its encoder, without a limit.
@@ -353,6 +375,7 @@ def _check_pairs_fit_positions(pairs: Sequence[Pair], config: Any, *, is_decoder
         # The last token of a continuation is only predicted, never read: it takes no position.
         inputs = [[*context, *continuation[:-1]] for context, continuation in pairs]
         positions = max_positions(config)
+        # One more, because the check keeps a position free for a further token, and nothing follows these inputs.
         check_sequences_fit_positions("pair", inputs, positions=None if positions is None else positions + 1)
 
 
@@ -420,16 +443,17 @@ def batches_of_rank(
     of a batch. `max_tokens`: if set, a batch has instead as many rows of its longest length as fit into that many tokens, at
     least one. `group_of_row`: if set, all rows of a batch are of the same group.
 
-    Lengths [5, 9, 7, 3], 2 ranks, 1 row: rank 0 has [[1], [0]], rank 1 has [[2], [3]].
+    Lengths [5, 9, 7, 3], 2 ranks, batches of 1 row: rank 0 has [[1], [0]], rank 1 has [[2], [3]].
     """
     groups = group_of_row or [0] * len(row_lengths)
     ordered_rows = sorted(range(len(row_lengths)), key=lambda row: (groups[row], -row_lengths[row], row))
     begin = 0
     while begin < len(ordered_rows):
         longest_row = ordered_rows[begin]
+        rows_per_batch = max_rows
         if max_tokens is not None:
-            max_rows = max(1, max_tokens // row_lengths[longest_row])
-        candidates = ordered_rows[begin : begin + max_rows * world_size]
+            rows_per_batch = max(1, max_tokens // row_lengths[longest_row])
+        candidates = ordered_rows[begin : begin + rows_per_batch * world_size]
         rows_of_all_ranks = [row for row in candidates if groups[row] == groups[longest_row]]
         yield rows_of_all_ranks[rank::world_size]
         begin += len(rows_of_all_ranks)

@@ -23,7 +23,12 @@ from trainer.evaluation.decoding import (
     sample_in_two_levels,
     stock_attention,
 )
-from trainer.evaluation.full_weights import GatherDecision, decide_weight_gathering, kv_cache_bytes_upper_bound
+from trainer.evaluation.full_weights import (
+    GatherDecision,
+    bytes_per_parameter,
+    decide_weight_gathering,
+    kv_cache_bytes_upper_bound,
+)
 from trainer.evaluation.generate import (
     AnswerGenerator,
     GeneratedAnswer,
@@ -73,16 +78,29 @@ class SharedPromptGenerator(AnswerGenerator):
         limits = max_answer_tokens(model.config, prompts, settings.max_new_tokens)  # by prompt
         gathering = None
         if can_share_prompts(model):
-            most_tokens = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=0)
-            itemsize = min(p.element_size() for p in model.parameters() if p.is_floating_point())
-            kv_cache_bytes = kv_cache_bytes_upper_bound(
-                model.config, self._rows_per_batch(settings), most_tokens, itemsize
-            )
-            gathering = decide_weight_gathering(engine, self.runtime, kv_cache_bytes)
+            gathering = self._decide_gathering_for_samples(engine, model, prompts, limits, settings)
         if gathering is None or gathering.forward_is_collective:
             return self.generate_answers(engine, prompts, settings, seeds=seeds, averaged=False, keep_logprobs=True)
         check_sequences_fit_positions("prompt", prompts, max_positions(model.config))
         return self._generate_with_shared_prompts(engine, prompts, settings, seeds, limits, gathering)
+
+    def _decide_gathering_for_samples(
+        self,
+        engine: Engine,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        settings: DecodingConfig,
+    ) -> GatherDecision:
+        """Decide whether sharded weights are gathered once: if they fit beside the KV cache of the largest batch.
+
+        `limits`: most tokens of an answer, by prompt. All ranks must call.
+        """
+        most_tokens = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=0)
+        kv_cache_bytes = kv_cache_bytes_upper_bound(
+            model.config, self._rows_per_batch(settings), most_tokens, bytes_per_parameter(model)
+        )
+        return decide_weight_gathering(engine, self.runtime, kv_cache_bytes)
 
     def _chunks_per_batch(self, settings: DecodingConfig) -> int:
         """How many prompt chunks a batch holds; a chunk has at most `self.batch` samples of one prompt."""
@@ -122,21 +140,9 @@ class SharedPromptGenerator(AnswerGenerator):
         )
 
         def make_batch(chunk_numbers: list[int]) -> dict[str, Any]:
-            """What `SampleGroups` reads: a row for each chunk's prompt; for each sample, the row of its prompt and its seed."""
             batch_chunks = [chunks[number] for number in chunk_numbers]
-            batch_prompts = [prompts[chunk.prompt_index] for chunk in batch_chunks]
-            prompt_row_of_sample: list[int] = []
-            sample_seeds: list[int] = []
-            for prompt_row, chunk in enumerate(batch_chunks):
-                prompt_row_of_sample += [prompt_row] * len(chunk.sample_indices)
-                sample_seeds += [seeds[chunk.prompt_index][sample] for sample in chunk.sample_indices]
-            return {
-                "input_ids": pad_sequences(batch_prompts, self.tokenizer.pad_token_id, left=True),
-                "attention_mask": padding_mask(batch_prompts, left=True),
-                "row_prompts": torch.tensor(prompt_row_of_sample),
-                "seeds": torch.tensor(sample_seeds),
-                "room": chunk_limits[chunk_numbers[0]],
-            }
+            batch = _batch_of_chunks(batch_chunks, prompts, seeds, pad_token_id=self.tokenizer.pad_token_id)
+            return {**batch, "max_new_tokens": chunk_limits[chunk_numbers[0]]}
 
         end_ids = end_token_ids(generation_config_for_answers(self.generation_config, settings, self.tokenizer))
         objective = SampleGroups(settings, self.tokenizer, end_ids)
@@ -158,6 +164,31 @@ class SharedPromptGenerator(AnswerGenerator):
         return self.gather_in_order(own_answers)
 
 
+def _batch_of_chunks(
+    chunks: Sequence[_PromptChunk],
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[Sequence[int]],
+    *,
+    pad_token_id: int,
+) -> dict[str, Any]:
+    """What `SampleGroups.terms` reads: a row for each chunk's prompt; for each sample, the row of its prompt and its seed.
+
+    `prompts`: token ids of all prompts. `seeds`: seeds[prompt][sample].
+    """
+    chunk_prompts = [prompts[chunk.prompt_index] for chunk in chunks]
+    prompt_row_of_sample: list[int] = []
+    sample_seeds: list[int] = []
+    for prompt_row, chunk in enumerate(chunks):
+        prompt_row_of_sample += [prompt_row] * len(chunk.sample_indices)
+        sample_seeds += [seeds[chunk.prompt_index][sample] for sample in chunk.sample_indices]
+    return {
+        "input_ids": pad_sequences(chunk_prompts, pad_token_id, left=True),
+        "attention_mask": padding_mask(chunk_prompts, left=True),
+        "prompt_row_of_sample": torch.tensor(prompt_row_of_sample),
+        "seeds": torch.tensor(sample_seeds),
+    }
+
+
 def can_share_prompts(model: Any) -> bool:
     """Whether the KV cache of a prompt can be computed once for all its samples, by the loop here instead of `generate`.
 
@@ -166,16 +197,18 @@ def can_share_prompts(model: Any) -> bool:
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    path = getattr(model, "forward_path", STOCK_PATH)
+    forward_path = getattr(model, "forward_path", STOCK_PATH)
+    needs_single_rows = forward_path.alone
+    takes_positions = forward_path.positions
     arguments = inspect.signature(model.forward).parameters
-    if path.alone or not path.positions or any(name not in arguments for name in NEEDED_ARGUMENTS):
+    if needs_single_rows or not takes_positions or any(name not in arguments for name in NEEDED_ARGUMENTS):
         return False
     layer_types = {type(layer) for layer in DynamicCache(config=model.config).layers}
     return layer_types <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 class SampleGroups:
-    """Takes the place of the objective in a step module: samples several answers to each prompt of a batch."""
+    """Takes the place of the objective in a step module, which calls `terms`: samples several answers to each prompt."""
 
     def __init__(self, settings: DecodingConfig, tokenizer: Any, end_ids: frozenset[int]) -> None:
         self.settings = settings
@@ -184,10 +217,10 @@ class SampleGroups:
         self.stop_criterion = StopAtText(tokenizer, settings.stop, 0) if settings.stop else None
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """`answers`, int64 [samples, room], and `logprobs`, float32 likewise; values after the end of an answer mean nothing.
+        """`answers` int64 and `logprobs` float32 [samples, max_new_tokens]; values after the end of an answer mean nothing.
 
-        `batch["input_ids"]`: the prompts, int64 [prompts, N], padded on the left, with their `attention_mask`. `row_prompts`,
-        int64 [samples]: the row of each sample's prompt. `seeds`, int64 [samples]. `room`: the most new tokens.
+        `batch["input_ids"]`: the prompts, int64 [prompts, N], padded on the left, with their `attention_mask`. Also
+        `prompt_row_of_sample` and `seeds`, int64 [samples], and the number `max_new_tokens`.
         """
         causal_model: Any = unwrap_adapter(model)
         with stock_attention(causal_model):
@@ -204,47 +237,47 @@ class SampleGroups:
         logits = _next_token_logits(causal_model, batch["input_ids"], prompt_mask, prompt_positions, cache)
 
         # From here on there is one row for each sample, with a copy of its prompt's cache.
-        prompt_row_of_sample = batch["row_prompts"]
+        prompt_row_of_sample = batch["prompt_row_of_sample"]
         cache.batch_select_indices(prompt_row_of_sample)
         logits = logits[prompt_row_of_sample]
         mask = prompt_mask[prompt_row_of_sample]
         prompt_lengths = mask.sum(dim=-1)
         num_samples = len(prompt_row_of_sample)
-        max_new_tokens = batch["room"]
+        max_new_tokens = batch["max_new_tokens"]
         answers = torch.full((num_samples, max_new_tokens), self.tokenizer.pad_token_id, device=mask.device)
         logprobs = torch.zeros(num_samples, max_new_tokens, device=mask.device)
         has_ended = torch.zeros(num_samples, dtype=torch.bool, device=mask.device)
 
-        samples = torch.arange(num_samples, device=mask.device)  # the sample of each row that is still in the batch
+        sample_of_row = torch.arange(num_samples, device=mask.device)  # of each row that is still in the batch
         for position in range(max_new_tokens):
             tokens, token_logprobs = sample_in_two_levels(
-                logits / self.settings.temperature, batch["seeds"][samples], position
+                logits / self.settings.temperature, batch["seeds"][sample_of_row], position
             )
-            answers[samples, position] = tokens
-            logprobs[samples, position] = token_logprobs
-            has_ended[samples] |= self._ends_with(tokens, answers[samples, : position + 1])
-            unfinished_rows = (~has_ended[samples]).nonzero()[:, 0]
+            answers[sample_of_row, position] = tokens
+            logprobs[sample_of_row, position] = token_logprobs
+            has_ended[sample_of_row] |= self._has_just_ended(tokens, answers[sample_of_row, : position + 1])
+            unfinished_rows = (~has_ended[sample_of_row]).nonzero()[:, 0]
             if not len(unfinished_rows) or position + 1 == max_new_tokens:
                 break
-            if len(unfinished_rows) <= (1 - MIN_ENDED_SHARE) * len(samples):
+            if len(unfinished_rows) <= (1 - MIN_ENDED_SHARE) * len(sample_of_row):
                 cache.batch_select_indices(unfinished_rows)
-                samples = samples[unfinished_rows]
+                sample_of_row = sample_of_row[unfinished_rows]
                 mask = mask[unfinished_rows]
                 tokens = tokens[unfinished_rows]
-            mask = torch.cat([mask, mask.new_ones(len(samples), 1)], dim=1)
-            token_positions = (prompt_lengths[samples] + position)[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(sample_of_row), 1)], dim=1)
+            token_positions = (prompt_lengths[sample_of_row] + position)[:, None]
             logits = _next_token_logits(causal_model, tokens[:, None], mask, token_positions, cache)
         return {"answers": answers, "logprobs": logprobs}
 
-    def _ends_with(self, tokens: Tensor, answers: Tensor) -> Tensor:
+    def _has_just_ended(self, last_tokens: Tensor, answers: Tensor) -> Tensor:
         """bool [rows]: whether each answer ends with its last token, because it is an end token or completes a stop string.
 
-        `tokens`: the last tokens, int64 [rows]. `answers`: all tokens so far, int64 [rows, positions].
+        `last_tokens`: int64 [rows]. `answers`: all tokens so far, int64 [rows, positions].
         """
-        end_ids = torch.tensor(sorted(self.end_ids), dtype=tokens.dtype, device=tokens.device)
-        is_end = torch.isin(tokens, end_ids)
+        end_ids = torch.tensor(sorted(self.end_ids), dtype=last_tokens.dtype, device=last_tokens.device)
+        is_end = torch.isin(last_tokens, end_ids)
         if self.stop_criterion is not None:
-            is_end = is_end | self.stop_criterion(answers, tokens)
+            is_end = is_end | self.stop_criterion(answers, last_tokens)
         return is_end
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,12 @@ from trainer.losses.row_scores import target_scores
 from trainer.objectives.causal import supervised_rows, unwrap_adapter
 from trainer.objectives.seq2seq import supervised_answer_rows
 
-Pair = tuple[Sequence[int], Sequence[int]]
-"""(token ids of a context, token ids of the continuation that is scored after it)."""
+
+class ContinuationPair(NamedTuple):
+    """A context and the continuation that is scored after it, as token ids."""
+
+    context: Sequence[int]
+    continuation: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,19 +29,19 @@ class Likelihood:
 
     logprob: float
     """Natural logarithm of its probability: the sum over its tokens."""
-    tokens: int
-    """How many tokens it has."""
+    num_tokens: int
     greedy: bool
     """Whether each of its tokens is the likeliest one at its position."""
 
 
 class ScoreContinuations:
-    """Takes the place of the objective in a step module: scores each continuation instead of computing a loss."""
+    """Takes the place of the objective in a step module, which calls `terms`: scores continuations, computes no loss."""
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The scores of each continuation in a batch of `continuation_batch`, float64 [S] each.
 
-        `logprobs`: the sum of the log-probabilities of its tokens. `misses`: how many of its tokens are not the model's argmax.
+        `logprobs`: the sum of the log-probabilities of its tokens. `num_not_greedy`: how many of its tokens are not the
+        likeliest one.
         """
         causal_model: Any = unwrap_adapter(model)
         bias: Tensor | None = None
@@ -48,16 +52,18 @@ class ScoreContinuations:
                 head, hidden, targets = supervised_rows(model, batch)
             token_logprobs, is_argmax = target_scores(head, hidden, targets, bias)
         # There is one score for each target token. Add them up by the sequence that the token belongs to.
-        sequence_of_target = batch["row_sequence"]
+        sequence_of_target = batch["row_sequence"]  # int64 [T]: the index of the pair
         zeros = torch.zeros(batch["num_sequences"], dtype=torch.float64)
         zeros = zeros.to(token_logprobs.device)
         return {
             "logprobs": zeros.index_add(0, sequence_of_target, token_logprobs.double()),
-            "misses": zeros.index_add(0, sequence_of_target, (~is_argmax).double()),
+            "num_not_greedy": zeros.index_add(0, sequence_of_target, (~is_argmax).double()),
         }
 
 
-def continuation_batch(pairs: Sequence[Pair], *, pad_token_id: int, decoder_start: int | None) -> dict[str, Any]:
+def continuation_batch(
+    pairs: Sequence[ContinuationPair], *, pad_token_id: int, decoder_start: int | None
+) -> dict[str, Any]:
     """The tensors of some pairs, on the CPU, padded on the right, where no token attends to the padding.
 
     A decoder-only model (`decoder_start` None) reads context and continuation in one sequence: context [5, 6] and continuation

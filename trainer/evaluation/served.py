@@ -20,7 +20,7 @@ from trainer.evaluation.endpoint.client import Client, first_choice, tokens_used
 from trainer.evaluation.endpoint.judge import Judge
 from trainer.evaluation.full_weights import GatherDecision
 from trainer.evaluation.generate import GeneratedAnswer, GenerationThroughput
-from trainer.evaluation.likelihood import Likelihood, Pair
+from trainer.evaluation.likelihood import ContinuationPair, Likelihood
 from trainer.evaluation.tasks.model_interface import ModelInterface
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class ServedAnswerGenerator:
             for sample_index in range(settings.draws):
                 requests.append(_CompletionRequest(list(prompt), prompt_index, sample_index))
         completions = self._send_all(lambda request: self._request_completion(request, settings), requests)
-        # There are no local weights to gather; the description says which server generated.
+        # There are no local weights to gather. Reports print the decision with the throughput: it says which server generated.
         description = f"written by {self.model} at {self.client.config.url}"
         gathering = GatherDecision(sharded=False, gathered_once=True, description=description)
         total_tokens = sum(completion.num_tokens for completion in completions)
@@ -115,9 +115,8 @@ class ServedAnswerGenerator:
         text = getattr(choice, "text", None)
         if not isinstance(text, str):
             raise ConfigError(
-                f"{SERVER_SETTING}.url={self.client.config.url}: answers /v1/completions without a text; give the "
-                "address of a server "
-                "that completes prompts, as vLLM does"
+                f"{SERVER_SETTING}.url={self.client.config.url}: answers /v1/completions without a text; give the address of a "
+                "server that completes prompts, as vLLM does"
             )
         has_ended = getattr(choice, "finish_reason", None) == "stop"
         answer = GeneratedAnswer(
@@ -125,17 +124,17 @@ class ServedAnswerGenerator:
         )
         return _Completion(answer, num_tokens=tokens_used(response, "completion_tokens") or 0)
 
-    def likelihoods(self, engine: Any, pairs: Sequence[Pair]) -> list[Likelihood]:
+    def likelihoods(self, engine: Any, pairs: Sequence[ContinuationPair]) -> list[Likelihood]:
         """The likelihood of each continuation after its context, in the order of the pairs.
 
-        `pairs`: (token ids of the context, token ids of the continuation). ([5, 8], [13, 2]) -> the likelihood of [13, 2]. Raises
+        Context [5, 8] and continuation [13, 2] -> the likelihood of [13, 2]. Raises
         ConfigError if the server sends no log-probabilities of a prompt's tokens, EndpointFailed if it does not answer,
         Interrupted if the run is asked to stop.
         """
         return self._send_all(self._request_likelihood, pairs)
 
-    def _request_likelihood(self, pair: Pair) -> Likelihood:
-        """The likelihood of one continuation.
+    def _request_likelihood(self, pair: ContinuationPair) -> Likelihood:
+        """The likelihood of one continuation, from the server.
 
         Raises ConfigError if the server sends no log-probabilities of the prompt.
         """
@@ -153,10 +152,9 @@ class ServedAnswerGenerator:
         continuation_logprobs = token_logprobs[continuation_slice]
         if len(token_logprobs) < len(ids) or any(logprob is None for logprob in continuation_logprobs):
             raise ConfigError(
-                f"{SERVER_SETTING}.url={self.client.config.url}: tells no log-probabilities of a prompt's tokens "
-                "(echo with logprobs, "
-                "as vLLM does), which tasks of likelihood need; ask it for written answers alone, or evaluate "
-                "without it"
+                f"{SERVER_SETTING}.url={self.client.config.url}: tells no log-probabilities of a prompt's tokens (echo with "
+                "logprobs, as vLLM does), which tasks of likelihood need; ask it for written answers alone, or evaluate without "
+                "it"
             )
         # {"likeliest token": its log-probability} of each position. Where a server leaves it out, the token counts as greedy.
         top_logprobs = getattr(response_logprobs, "top_logprobs", None) or [None] * len(ids)
@@ -164,19 +162,21 @@ class ServedAnswerGenerator:
         for logprob, top in zip(continuation_logprobs, top_logprobs[continuation_slice], strict=True):
             if top is not None and not logprob >= max(top.values()):  # written so that a NaN is not greedy
                 is_greedy = False
-        return Likelihood(float(sum(continuation_logprobs)), len(continuation_logprobs), is_greedy)
+        return Likelihood(
+            logprob=float(sum(continuation_logprobs)), num_tokens=len(continuation_logprobs), greedy=is_greedy
+        )
 
     def _send_all(self, request: Callable[[Any], Any], arguments: Sequence[Any]) -> list[Any]:
-        """Call `request` with each argument, `parallel` of them at a time. Returns what it returned, in the order of the
-        arguments.
+        """Call `request` with each argument, and return the results in the order of the arguments.
 
-        Calls are made in batches, four for each connection. After each batch, `on_batch` is called, and Interrupted is raised
-        if the run is asked to stop.
+        As many calls run at a time as `evaluation.server.parallel` says. They are made in batches, four for each connection.
+        After each batch, `on_batch` is called, and Interrupted is raised if the run is asked to stop.
         """
         results: list[Any] = []
-        batch_size = 4 * self.client.config.parallel
+        num_connections = self.client.config.parallel
+        batch_size = 4 * num_connections
         batch_starts = range(0, len(arguments), batch_size)
-        with ThreadPoolExecutor(self.client.config.parallel) as pool:
+        with ThreadPoolExecutor(num_connections) as pool:
             for num_finished, start in enumerate(batch_starts, 1):
                 results += pool.map(request, arguments[start : start + batch_size])
                 self.on_batch(num_finished, len(batch_starts))

@@ -136,7 +136,7 @@ def round_load_of_run(
         longest_prompt_tokens=longest_prompt,
         max_new_tokens=max_generated_tokens(config.objective),
         kv_cache_bytes_per_token=float(
-            kv_cache_bytes_upper_bound(model_config, rows=1, tokens=1, itemsize=bytes_per_value)
+            kv_cache_bytes_upper_bound(model_config, rows=1, tokens=1, bytes_per_number=bytes_per_value)
         ),
         steps_per_iteration=int(rollout.steps),
         iterations=int(rollout.iterations),

@@ -19,13 +19,17 @@ def load_tasks(task_files: TaskFiles, options: dict[str, Any]) -> dict[str, Any]
     """
     from lm_eval.tasks import TaskManager
 
-    hub_data_sets = _hub_data_set_by_task(task_files)
+    problems = _problems_of_data_and_metrics(task_files)
+    if problems:
+        raise ConfigError("; ".join(problems[:5]))  # a group may have hundreds of tasks
     manager = TaskManager(include_defaults=False)
     manager.task_index.update(task_files.index)
+    # With the harness's own seeds, a task that draws at random while it loads gets the rows that lm-eval's command gives it.
     with collect_warnings(), harness_seeds(), without_network():
         try:
             loaded: dict[str, Any] = dict(manager.load([task_files.name])["tasks"])
         except Exception as error:  # noqa: BLE001  what a task's own functions and `datasets` raise
+            hub_data_sets = _hub_data_sets(task_files)
             if hub_data_sets:  # most likely a data set is not in the cache
                 raise ConfigError(_would_fetch_message(task_files, hub_data_sets)) from None
             one_line = " ".join(str(error).split())[:400]
@@ -37,36 +41,34 @@ def load_tasks(task_files: TaskFiles, options: dict[str, Any]) -> dict[str, Any]
             raise ConfigError(f"{name}: runs what the model writes as code, which is not done here; leave it out")
         if getattr(task, "MULTIMODAL", False):
             raise ConfigError(f"{name}: shows pictures or sounds, and these models read text; leave it out")
-        _apply_options(name, task, options)
+        _apply_task_options(name, task, options)
     return loaded
 
 
-def _hub_data_set_by_task(task_files: TaskFiles) -> dict[str, str]:
-    """The hub data set that each lm-eval task reads, by task; tasks with local files are not in it.
+def _hub_data_sets(task_files: TaskFiles) -> list[str]:
+    """The data sets of a hub that the lm-eval tasks read, each once: ["cais/mmlu (law)"]. Tasks with local files have none."""
+    origins = [data_origin(yaml_settings) for yaml_settings in task_files.single_tasks.values()]
+    return list(dict.fromkeys(origin.hub_data_set for origin in origins if origin.hub_data_set))
 
-    Raises ConfigError for data files and metrics that are not on this machine.
-    """
-    hub_data_sets = {}
+
+def _problems_of_data_and_metrics(task_files: TaskFiles) -> list[str]:
+    """A problem for each file of rows that is missing on this machine, and each metric that would be fetched from a hub."""
     problems = []
     # Groups are expanded into their tasks here, each with the settings of its YAML.
     for name, yaml_settings in task_files.single_tasks.items():
         origin = data_origin(yaml_settings)
         if origin.problem:
             problems.append(f"{name}: {origin.problem}")
-        if origin.hub_data_set:
-            hub_data_sets[name] = origin.hub_data_set
-        hub_metrics = _metrics_fetched_from_hub(yaml_settings)
+        hub_metrics = _metrics_of_hub(yaml_settings)
         if hub_metrics:
             problems.append(
                 f"{name}: metric {', '.join(hub_metrics)} is not lm-eval's and would be fetched from a hub; name one of its "
                 "own, or compute it in a function (process_results)"
             )
-    if problems:
-        raise ConfigError("; ".join(problems[:5]))  # a group may have hundreds of tasks
-    return hub_data_sets
+    return problems
 
 
-def _metrics_fetched_from_hub(yaml_settings: dict[str, Any]) -> list[str]:
+def _metrics_of_hub(yaml_settings: dict[str, Any]) -> list[str]:
     """Metrics of an lm-eval task that the harness would fetch from a hub, by the settings of the task's YAML.
 
     These are metrics that the YAML marks with `hf_evaluate`, and names that are not lm-eval's own.
@@ -89,18 +91,18 @@ def _metrics_fetched_from_hub(yaml_settings: dict[str, Any]) -> list[str]:
     return hub_metrics
 
 
-def _would_fetch_message(task_files: TaskFiles, hub_data_sets: dict[str, str]) -> str:
+def _would_fetch_message(task_files: TaskFiles, hub_data_sets: list[str]) -> str:
     """The error message for tasks whose data would be fetched from a hub, with what to do instead."""
-    names = list(dict.fromkeys(hub_data_sets.values()))
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    more = f" and {len(hub_data_sets) - 5} more" if len(hub_data_sets) > 5 else ""
     return (
-        f"{task_files.name}: would fetch dataset_path={', '.join(names[:5])}{more} from a hub, and nothing is fetched here; give "
-        "its data as files in a YAML of your own (dataset_path: json, dataset_kwargs: {data_files: {test: rows.jsonl}}) and name "
-        "it with path, or load the data set once with `datasets` where there is a network, into the cache of this machine"
+        f"{task_files.name}: would fetch dataset_path={', '.join(hub_data_sets[:5])}{more} from a hub, and nothing is fetched "
+        "here; give its data as files in a YAML of your own (dataset_path: json, dataset_kwargs: {data_files: {test: "
+        "rows.jsonl}}) and name it with path, or load the data set once with `datasets` where there is a network, into the "
+        "cache of this machine"
     )
 
 
-def _apply_options(name: str, task: Any, options: dict[str, Any]) -> None:
+def _apply_task_options(name: str, task: Any, options: dict[str, Any]) -> None:
     """Set few-shot examples and generation of an lm-eval task to our options, in place, as the harness's own command does.
 
     `name`: the task's name, for errors. `options`: {"num_fewshot": 5 or None, "generation": {"max_gen_toks": 64}, ...}. Raises
@@ -121,7 +123,7 @@ def _apply_options(name: str, task: Any, options: dict[str, Any]) -> None:
         return
     if options["generation"]:
         task.set_config(key="generation_kwargs", value=dict(options["generation"]), update=True)
-    with collect_warnings():
+    with collect_warnings():  # which are dropped: the harness warns again when it generates
         settings = normalized_generation_kwargs(task.get_config("generation_kwargs") or {})
     unknown = sorted(settings.keys() - KNOWN_GENERATION_SETTINGS)
     if unknown:

@@ -19,7 +19,7 @@ from lm_eval.api.model import TemplateLM
 from strategies.errors import ConfigError, DataError
 from trainer.evaluation.base import DecodingConfig
 from trainer.evaluation.harness.compat import begins_with_prefix, longest_context, normalized_generation_kwargs
-from trainer.evaluation.likelihood import Likelihood, Pair
+from trainer.evaluation.likelihood import ContinuationPair, Likelihood
 
 
 def _remember_error(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,12 +41,12 @@ class EngineLM(TemplateLM):
 
     tokenizer: Any  # the harness declares it as None
 
-    def __init__(self, answer_generator: Any, engine: Any, config: Any, writing: DecodingConfig) -> None:
-        """`config`: the model's, of transformers. `writing`: its seed and batch size are used; all else is the task's."""
+    def __init__(self, answer_generator: Any, engine: Any, config: Any, decoding: DecodingConfig) -> None:
+        """`config`: the model's, of transformers. `decoding`: its seed and batch size are used; all else is the task's."""
         super().__init__()
         self.answer_generator = answer_generator
         self.engine = engine
-        self.writing = writing
+        self.decoding = decoding
         self.tokenizer = answer_generator.tokenizer
         self.backend = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
         self.max_length = longest_context(config, self.tokenizer)
@@ -79,7 +79,10 @@ class EngineLM(TemplateLM):
             )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids, with the token that the tokenizer puts before a text, unless the text already begins with it."""
+        """Token ids of a text, for lm-eval, which calls it.
+
+        The token that the tokenizer puts before a text comes first, unless the text already begins with it.
+        """
         if add_special_tokens is None:
             prefix_text = self.tokenizer.decode(self.prefix_token_id)
             if begins_with_prefix(string, prefix_text):
@@ -103,38 +106,40 @@ class EngineLM(TemplateLM):
         pairs = [self._fit_to_positions(context, continuation) for _, context, continuation in requests]
         return [(likelihood.logprob, likelihood.greedy) for likelihood in self._likelihoods(pairs)]
 
-    def _fit_to_positions(self, context: list[int], continuation: list[int]) -> Pair:
-        """(context, continuation) as token ids, with the beginning of the context cut off if both are too long for the model.
+    def _fit_to_positions(self, context: list[int], continuation: list[int]) -> ContinuationPair:
+        """Context and continuation, with the beginning of the context cut off if both are too long for the model.
 
-        A cut context is counted in `shortened_texts`. Raises DataError for a continuation without tokens, or with too many by
-        itself.
+        A cut context is counted in `shortened_texts`. An encoder reads the context alone, so there the continuation is not
+        counted. Raises DataError for a continuation without tokens, or with too many by itself.
         """
         if not continuation:
             raise DataError("a choice has no tokens, so that there is nothing to score")
         if self.backend == "seq2seq":
-            self.shortened_texts["contexts"] += len(context) > self.max_length
-            return context[-self.max_length :], continuation
+            if len(context) > self.max_length:
+                self.shortened_texts["contexts"] += 1
+            return ContinuationPair(context[-self.max_length :], continuation)
         if len(continuation) > self.max_length:
             raise DataError(
                 f"a choice has {len(continuation)} tokens, more than the model's {self.max_length} positions"
             )
         # The last token of the continuation is only predicted: it takes no position.
         excess = len(context) + len(continuation) - (self.max_length + 1)
-        self.shortened_texts["contexts"] += excess > 0
-        return context[max(0, excess) :], continuation
+        if excess > 0:
+            self.shortened_texts["contexts"] += 1
+        return ContinuationPair(context[max(0, excess) :], continuation)
 
-    def _likelihoods(self, pairs: Sequence[Pair]) -> list[Likelihood]:
+    def _likelihoods(self, pairs: Sequence[ContinuationPair]) -> list[Likelihood]:
         """The likelihood of each continuation after its context. A collective."""
         likelihoods: list[Likelihood] = self.answer_generator.likelihoods(self.engine, pairs)
         return likelihoods
 
     @_remember_error
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of each whole text.
+        """The log-likelihood of each whole text, for lm-eval, which calls it: a number for each request.
 
         A long text is cut into windows of the model's length that do not overlap, and their log-likelihoods are added up.
         """
-        pairs = []  # (context, continuation) of each window
+        pairs = []  # of each window
         request_of_pair = []  # number of the request that the window is of
         for number, request in enumerate(requests):
             windows = utils.get_rolling_token_windows(
@@ -144,7 +149,7 @@ class EngineLM(TemplateLM):
                 context_len=1,
             )
             for window in windows:
-                pairs.append(utils.make_disjoint_window(window))
+                pairs.append(ContinuationPair(*utils.make_disjoint_window(window)))
                 request_of_pair.append(number)
 
         logprobs = [0.0] * len(requests)
@@ -155,51 +160,53 @@ class EngineLM(TemplateLM):
 
     @_remember_error
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes to each context; requests with the same settings are written together.
+        """What the model writes to each context, for lm-eval, which calls it. Requests with the same settings are answered
+        together.
 
         A context that is too long loses its beginning, and is counted in `shortened_texts`. The arguments of a request are
         (context, generation settings), such as ("Q: 2 + 2?", {"until": ["\\n"], "max_gen_toks": 64}).
         """
-        numbers_by_settings: dict[str, list[int]] = {}
-        for number, request in enumerate(requests):
+        request_indices_by_settings: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
             settings = json.dumps(request.args[1], sort_keys=True, default=str)
-            numbers_by_settings.setdefault(settings, []).append(number)
+            request_indices_by_settings.setdefault(settings, []).append(index)
         texts = [""] * len(requests)
-        for numbers in numbers_by_settings.values():
-            writing = self._decoding_config(requests[numbers[0]].args[1])
+        for request_indices in request_indices_by_settings.values():
+            decoding = self._decoding_config(requests[request_indices[0]].args[1])
             longest_prompt = self.max_length
             if self.backend != "seq2seq":  # prompt and answer share the positions
-                longest_prompt -= writing.max_new_tokens
+                longest_prompt -= decoding.max_new_tokens
             if longest_prompt <= 0:
                 raise ConfigError(
-                    f"generation_kwargs max_gen_toks={writing.max_new_tokens}: the model has {self.max_length} positions, which "
+                    f"generation_kwargs max_gen_toks={decoding.max_new_tokens}: the model has {self.max_length} positions, which "
                     "leaves no room for a question; give options.generation={max_gen_toks: ...}"
                 )
             prompts = []
-            for number in numbers:
-                prompt_ids = self.tok_encode(requests[number].args[0])
-                self.shortened_texts["contexts"] += len(prompt_ids) > longest_prompt
+            for index in request_indices:
+                prompt_ids = self.tok_encode(requests[index].args[0])
+                if len(prompt_ids) > longest_prompt:
+                    self.shortened_texts["contexts"] += 1
                 prompts.append(prompt_ids[-longest_prompt:])
-            answers = self.answer_generator.generate_answers(self.engine, prompts, writing)
-            for number, answer in zip(numbers, answers, strict=True):
-                texts[number] = answer.text
+            answers = self.answer_generator.generate_answers(self.engine, prompts, decoding)
+            for index, answer in zip(request_indices, answers, strict=True):
+                texts[index] = answer.text
         return texts
 
     def _decoding_config(self, generation_kwargs: dict[str, Any]) -> DecodingConfig:
         """A task's `generation_kwargs` as our settings, with the defaults that lm-eval's `hf` model has."""
         settings = normalized_generation_kwargs(generation_kwargs)
-        writing = DecodingConfig(
+        decoding = DecodingConfig(
             max_new_tokens=int(settings["max_gen_toks"]),
             beams=int(settings.get("num_beams") or 1),
             stop=[text for text in settings["until"] if text],
-            seed=self.writing.seed,
-            batch_tokens=self.writing.batch_tokens,
+            seed=self.decoding.seed,
+            batch_tokens=self.decoding.batch_tokens,
         )
-        if settings["do_sample"]:
-            writing.temperature = float(settings.get("temperature") or 1.0)
-            writing.top_p = float(settings.get("top_p") or 1.0)
-            writing.top_k = int(settings.get("top_k") or 0)
-        return writing
+        if settings["do_sample"]:  # else the answer is greedy, whatever temperature the task names
+            decoding.temperature = float(settings.get("temperature") or 1.0)
+            decoding.top_p = float(settings.get("top_p") or 1.0)
+            decoding.top_k = int(settings.get("top_k") or 0)
+        return decoding
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as text by the chat template, which lm-eval then tokenises.

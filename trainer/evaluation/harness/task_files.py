@@ -20,6 +20,7 @@ from strategies.small_files import texts_in_parsed
 from trainer.data.read.paths import expand_paths
 from trainer.evaluation.harness.compat import read_task_file
 
+# Such as "include: _default_yaml", "include: [a.yaml, b.yaml]", or "include:" and lines such as "  - a.yaml".
 _INCLUDE_REGEX = re.compile(rb"^include:((?:[ ]*\S.*)?(?:\n[ ]*-[ ]*\S+)*)", re.MULTILINE)
 FILE_FORMAT_BUILDERS = ("json", "csv", "parquet", "arrow", "text", "xml", "pandas", "webdataset")
 """Values of `dataset_path` that stand for a format of files rather than for a data set of a hub."""
@@ -31,7 +32,7 @@ class TaskFiles:
 
     name: str
     index: dict[str, Any]
-    """Entries of the harness by name: the named one, and the tasks and groups that belong to it."""
+    """lm-eval's entries (`lm_eval.tasks._index.Entry`) by name: the named one, and the tasks and groups that belong to it."""
     single_tasks: dict[str, dict[str, Any]]
     """The YAML settings of each single task, by its name; functions are paths."""
     mean_weighted_by_rows: bool
@@ -46,28 +47,30 @@ def find_tasks(name: str | None, path: str | None) -> TaskFiles:
     YAML, the first task in it is taken. Raises ConfigError, whose text begins with the name or the path.
     """
     # The user's YAMLs.
-    index: dict[str, Any] = {}
+    entry_by_name: dict[str, Any] = {}
     unreadable: list[str] = []  # an error message for each YAML that cannot be read
     if path is not None:
-        unreadable = _read_files(_yaml_files(path), index)
+        unreadable = _read_files_into_index(_yaml_files(path), entry_by_name)
         if name is None and Path(path).expanduser().is_file():
-            name = next(iter(index), None)
+            name = next(iter(entry_by_name), None)
     if name is None:
         problem = unreadable[0] if unreadable else "has neither `task` nor `group`; name the task"
         raise ConfigError(f"{path}: {problem}")
 
     # The harness's own YAMLs that the task needs.
-    index = _with_built_in_tasks(name, index)
-    if name not in index:
-        raise ConfigError(f"{name}: {_unknown_task_message(name, index, path, unreadable)}")
-    single_tasks = dict(_single_tasks(name, {}, index))
+    entry_by_name = _with_built_in_tasks(name, entry_by_name)
+    if name not in entry_by_name:
+        raise ConfigError(f"{name}: {_unknown_task_message(name, entry_by_name, path, unreadable)}")
+    settings_by_task = dict(_single_tasks(name, group_settings={}, index=entry_by_name))
 
     # A group's YAML may have how it averages over its tasks: {"metric": "acc", "weight_by_size": false}, or a list of these.
-    aggregates = (index[name].cfg or {}).get("aggregate_metric_list") or []
+    aggregates = (entry_by_name[name].cfg or {}).get("aggregate_metric_list") or []
     if not isinstance(aggregates, list):
         aggregates = [aggregates]
     mean_weighted_by_rows = all(aggregate.get("weight_by_size", True) for aggregate in aggregates)
-    return TaskFiles(name, index, single_tasks, mean_weighted_by_rows)
+    return TaskFiles(
+        name, index=entry_by_name, single_tasks=settings_by_task, mean_weighted_by_rows=mean_weighted_by_rows
+    )
 
 
 def _with_built_in_tasks(name: str, user_index: dict[str, Any]) -> dict[str, Any]:
@@ -75,6 +78,9 @@ def _with_built_in_tasks(name: str, user_index: dict[str, Any]) -> dict[str, Any
 
     If `name` is a group, its members are needed too, and theirs. Reading all YAMLs of the harness would take ten seconds, so only
     files that mention a missing name are read, again and again until none is missing. The user's entries win over the others.
+
+    For "mmlu", the first round reads the files that say mmlu, and finds a group whose members are "mmlu_stem" and others. The
+    second round reads the files that say mmlu_stem, and so on down to single tasks.
     """
     index = dict(user_index)
     searched: set[str] = set()
@@ -82,12 +88,13 @@ def _with_built_in_tasks(name: str, user_index: dict[str, Any]) -> dict[str, Any
     while missing:
         searched |= missing
         built_in: dict[str, Any] = {}
-        _read_files(_files_naming(missing), built_in)
+        _read_files_into_index(_files_naming(missing), built_in)
         for entry_name, entry in built_in.items():
             is_new = entry_name not in index and entry_name not in user_index
             if entry_name in missing or is_new:
                 index[entry_name] = entry
         members: set[str] = set()
+        # A file may also declare entries that nobody asked for: only members of those that were searched are needed.
         known_names = ({name} | searched | user_index.keys()) & index.keys()
         for entry_name in known_names:
             members.update(_member_names(index[entry_name]))
@@ -109,8 +116,8 @@ def _yaml_files(path: str) -> list[Path]:
     return files
 
 
-def _read_files(files: list[Path], index: dict[str, Any]) -> list[str]:
-    """Put the entries of YAML files into the index; returns an error message for each file that cannot be read."""
+def _read_files_into_index(files: list[Path], index: dict[str, Any]) -> list[str]:
+    """Put the entries of YAML files into `index`, by name; returns an error message for each file that cannot be read."""
     unreadable = []
     for file in files:
         try:
@@ -127,29 +134,29 @@ def _built_in_files() -> dict[str, bytes]:
     import lm_eval
 
     files = sorted((Path(lm_eval.__file__).parent / "tasks").rglob("*"))
-    texts = {}
+    content_by_path = {}
     for file in files:
         may_be_yaml = not file.suffix or file.suffix.endswith("yaml")  # files that are included often have no suffix
         if may_be_yaml and file.is_file():
-            texts[str(file)] = file.read_bytes()
-    return texts
+            content_by_path[str(file)] = file.read_bytes()
+    return content_by_path
 
 
 @lru_cache(maxsize=1)
-def _included_by() -> dict[str, list[str]]:
+def _including_files_by_file() -> dict[str, list[str]]:
     """For each file of the harness that others include, the files that include it; all as paths.
 
     `include:` in a YAML has one name, a list in brackets, or a list of lines that begin with a dash.
     """
-    including: dict[str, list[str]] = {}
+    including_files: dict[str, list[str]] = {}
     for file, text in _built_in_files().items():
         for names in _INCLUDE_REGEX.findall(text):
             for name in re.split(r"[\s,\[\]'\"]+|- ", names.decode()):
                 if not name:
                     continue
                 included = os.path.normpath(f"{Path(file).parent}/{name}")
-                including.setdefault(included, []).append(file)
-    return including
+                including_files.setdefault(included, []).append(file)
+    return including_files
 
 
 @lru_cache(maxsize=1)
@@ -173,7 +180,7 @@ def _files_naming(names: set[str]) -> list[Path]:
     files = {file for file, text in _built_in_files().items() if pattern.search(text)}
     to_visit = list(files)
     while to_visit:
-        for including in _included_by().get(to_visit.pop(), ()):
+        for including in _including_files_by_file().get(to_visit.pop(), ()):
             if including not in files:
                 files.add(including)
                 to_visit.append(including)
@@ -190,7 +197,11 @@ def _member_names(entry: Any) -> Iterator[str]:
 
 
 def _members_of_group(task: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, settings) of each member of a group. `task`: what the group's YAML has under `task`, a list or one member."""
+    """(name, settings) of each member of a group of lm-eval.
+
+    `task`: what the group's YAML has under `task`, a list or one member, such as ["arc_easy", {"task": "boolq", "num_fewshot":
+    3}, {"group": "mmlu"}] -> ("arc_easy", {}), ("boolq", {"task": ...}), ("mmlu", {"group": ...}).
+    """
     if not task:
         return
     members = task if isinstance(task, list) else [task]
@@ -203,23 +214,32 @@ def _members_of_group(task: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             yield member.get("task") or member.get("group"), member
 
 
-def _single_tasks(name: str, settings: dict[str, Any], index: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, settings) of each single task below a name. Settings of a group override those of its tasks."""
+def _single_tasks(
+    name: str, group_settings: dict[str, Any], index: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, settings) of each single task below a name: a task, a group or a tag.
+
+    `group_settings`: what the groups above say of it, which wins over the task's own YAML. `index`: lm-eval's entries by name.
+    """
     entry = index.get(name)
     if entry is None:  # a task that is defined within its group
-        yield name, settings
+        yield name, group_settings
     elif entry.kind.name == "TAG":
         for member in sorted(entry.tags):
-            yield from _single_tasks(member, settings, index)
+            yield from _single_tasks(member, group_settings, index)
     elif entry.kind.name == "GROUP":
         for member, member_settings in _members_of_group((entry.cfg or {}).get("task")):
-            yield from _single_tasks(member, {**settings, **member_settings}, index)
+            yield from _single_tasks(member, {**group_settings, **member_settings}, index)
     else:
-        yield name, {**(entry.cfg or {}), **settings}
+        yield name, {**(entry.cfg or {}), **group_settings}
 
 
 def _unknown_task_message(name: str, index: dict[str, Any], path: str | None, unreadable: list[str]) -> str:
-    """The error message for a task name that is not in the index. `unreadable`: messages for YAMLs that could not be read."""
+    """The error message for a task name that is in no YAML.
+
+    `index`: lm-eval's entries by name. `path`: the user's YAML or directory of YAMLs. `unreadable`: messages for those of them
+    that could not be read.
+    """
     if unreadable:
         return f"is not in {path}; {unreadable[0]}"
     searched = "lm-evaluation-harness has no such task"
@@ -263,14 +283,13 @@ def data_origin(settings: dict[str, Any]) -> DataOrigin:
 def _origin_of_named_files(file_format: str, dataset_kwargs: dict[str, Any]) -> DataOrigin:
     """Where the files are that `dataset_kwargs` of a YAML names. `file_format`: such as "json".
 
-    They are those of `data_files`, below `data_dir` if that is set too; without `data_files`, all files of `data_dir`.
+    They are those of `data_files`, below `data_dir` if that is set too; without `data_files`, all files of `data_dir`. An empty
+    DataOrigin says that all of them are on this machine.
     """
-    files = [*texts_in_parsed(dataset_kwargs.get("data_files"))]
-    parent_directory = ""
-    if dataset_kwargs.get("data_files"):
-        parent_directory = dataset_kwargs.get("data_dir") or ""
-    if not files:
-        files = [*texts_in_parsed(dataset_kwargs.get("data_dir"))]
+    data_files = dataset_kwargs.get("data_files")
+    data_dir = dataset_kwargs.get("data_dir")
+    parent_directory = data_dir or "" if data_files else ""
+    files = [*texts_in_parsed(data_files)] or [*texts_in_parsed(data_dir)]
     if not files:
         return DataOrigin(
             problem=f"dataset_path: {file_format} without files; give dataset_kwargs: {{data_files: {{test: rows.jsonl}}}}"

@@ -67,7 +67,7 @@ class MultipleChoice(Task):
         }
 
     def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
-        """A row for each question, with the likeliest of its choices by three measures. All ranks must call."""
+        """A row for each question, with the likeliest of its choices: as they are, by token and by byte. All ranks must call."""
         documents = []
         for case in cases:
             file, line = split_location(case.location)
@@ -94,13 +94,14 @@ class MultipleChoice(Task):
 def _choice_row(case: TaskCase, likelihoods: Sequence[Likelihood]) -> TaskRow:
     """The report's row of a question, whose scores say whether the right choice is the likeliest by each measure.
 
-    `likelihoods` are those of the choices, in their order. `margin` is the distance in nats between the right choice and the
-    likeliest wrong one; it is negative if a wrong choice is likelier.
+    The measures: the log-probability of the choice, the same divided by its tokens, and divided by its bytes. `likelihoods` are
+    those of the choices, in their order. Further scores: `logprob_N` and `tokens_N` of choice N, and `margin`, the distance in
+    nats between the right choice and the likeliest wrong one (negative if a wrong one is likelier).
     """
     choices = case.fields["choices"]
     right_choice = case.fields["answer"]
     logprobs = [likelihood.logprob for likelihood in likelihoods]
-    by_token = [likelihood.logprob / likelihood.tokens for likelihood in likelihoods]
+    by_token = [likelihood.logprob / likelihood.num_tokens for likelihood in likelihoods]
     by_byte = []
     wrong_logprobs = []
     for number, (logprob, choice) in enumerate(zip(logprobs, choices, strict=True)):
@@ -116,7 +117,7 @@ def _choice_row(case: TaskCase, likelihoods: Sequence[Likelihood]) -> TaskRow:
     for number, likelihood in enumerate(likelihoods):
         scores[f"logprob_{number}"] = likelihood.logprob
     for number, likelihood in enumerate(likelihoods):
-        scores[f"tokens_{number}"] = float(likelihood.tokens)
+        scores[f"tokens_{number}"] = float(likelihood.num_tokens)
     likeliest = choices[_argmax(logprobs)]
     return TaskRow(
         where=case.location,
@@ -139,7 +140,7 @@ def _choice_offsets(cases: Sequence[TaskCase]) -> list[int]:
 
 
 def _right_choice_index(answer: Any, choices: list[str], labels: Any) -> int:
-    """The number of the right choice, from 0. Raises RowError if `answer` names none of the choices.
+    """The index of the right choice. Raises RowError if `answer` names none of the choices.
 
     `answer` is read as the first of these that it can be:
     - one of `labels`, which data sets such as ARC have beside their choices (None if there are none),

@@ -19,6 +19,8 @@ from trainer.evaluation.base import DecodingConfig, TaskConfig
 from trainer.evaluation.harness.task_files import TaskFiles, data_origin, find_tasks
 from trainer.evaluation.tasks.base import RatioOfSums, Task, TaskCase, TaskMetric, TaskRow
 from trainer.evaluation.tasks.harness_rows import (
+    HAS_VALUE_PREFIX,
+    LOSS_PREFIX,
     LoadedTasks,
     complete_scores_in_place,
     declared_metrics,
@@ -56,10 +58,10 @@ class Harness(Task):
     pip_extra = "lm_eval"
 
     def __init__(self, name: str, config: TaskConfig) -> None:
-        """Find the harness's task by its name or in the user's YAML. What is wrong with either is kept in `problem`."""
+        """Find the harness's task by its name or in the user's YAML. What is wrong with either is kept in `load_problem`."""
         super().__init__(name, config)
         self.task_files: TaskFiles | None = None
-        self.problem = ""
+        self.load_problem = ""
         """What is wrong with the name or the YAML; empty if nothing is."""
         self.loaded_tasks: LoadedTasks | None = None
         """The harness's tasks with their data; set by `load_cases`."""
@@ -80,7 +82,7 @@ class Harness(Task):
             # The error begins with the value that is wrong.
             is_about_path = path is not None and str(error).startswith(path)
             setting = "path" if is_about_path else "options.task"
-            self.problem = f"{self.config_key}.{setting}={error}"
+            self.load_problem = f"{self.config_key}.{setting}={error}"
 
     def problems(self) -> Iterator[str]:
         """An error message for each invalid setting. Settings of `write` that the harness's task decides are refused."""
@@ -88,11 +90,12 @@ class Harness(Task):
             # The metrics of a task in Python are not known before it is loaded, so its limits cannot be checked yet.
             if self.metrics or not problem.startswith(f"{self.config_key}.limit."):
                 yield problem
-        if self.problem:
-            yield self.problem
+        if self.load_problem:
+            yield self.load_problem
+        decoding = self.config.write
         defaults = DecodingConfig()
         for field in fields(DecodingConfig):
-            value = getattr(self.config.write, field.name)
+            value = getattr(decoding, field.name)
             if field.name not in APPLIED_WRITE_SETTINGS and value != getattr(defaults, field.name):
                 yield (
                     f"{self.config_key}.write.{field.name}={value}: how answers are written is the "
@@ -116,9 +119,9 @@ class Harness(Task):
 
         None if the tasks read several data sets and are named, not given as a YAML.
         """
-        single_tasks = {} if self.task_files is None else self.task_files.single_tasks
+        settings_by_task = {} if self.task_files is None else self.task_files.single_tasks
         data_sets = set()
-        for settings in single_tasks.values():
+        for settings in settings_by_task.values():
             is_on_hub = data_origin(settings).hub_data_set is not None
             data_sets.add(str(settings["dataset_path"]) if is_on_hub else None)
         only_data_set = data_sets.pop() if len(data_sets) == 1 else None
@@ -129,7 +132,8 @@ class Harness(Task):
     def load_cases(self) -> list[TaskCase]:
         """A case for each row that the harness reads, at most `max_rows` of each of its tasks. Sets `loaded_tasks` and `metrics`.
 
-        Raises ConfigError or DataError if a task cannot be loaded.
+        A case has nothing but its location, such as "arc_easy:0", since the harness keeps the rows. Raises ConfigError or
+        DataError if a task cannot be loaded.
         """
         from trainer.evaluation.harness.loading import load_tasks
 
@@ -137,6 +141,7 @@ class Harness(Task):
         try:
             tasks = load_tasks(self.task_files, self.option_values)
         except (ConfigError, DataError) as error:
+            # The same kind of error, with the setting that it is about.
             raise type(error)(f"{self.config_key}.kind={self.kind}: {error}") from None
         self.loaded_tasks = LoadedTasks(tasks, mean_weighted_by_rows=self.task_files.mean_weighted_by_rows)
         self.metrics = self.loaded_tasks.metrics
@@ -159,7 +164,7 @@ class Harness(Task):
         from trainer.evaluation.harness.model import EngineLM
 
         assert self.loaded_tasks is not None
-        lm = EngineLM(model.answer_generator, model.engine, model.model_config, self.config.write)
+        lm = EngineLM(model.answer_generator, model.engine, model.model_config, decoding=self.config.write)
         with collect_warnings() as warnings, harness_seeds():
             # Without this, each evaluation would draw other few-shot examples.
             for task in self.loaded_tasks.tasks.values():
@@ -167,7 +172,7 @@ class Harness(Task):
             try:
                 results: Any = evaluator.evaluate(
                     lm,
-                    {"tasks": self.loaded_tasks.tasks, "groups": {}},
+                    {"tasks": self.loaded_tasks.tasks, "groups": {}},  # means over a group are ours
                     limit=self.config.max_rows,
                     bootstrap_iters=0,  # intervals are ours
                     system_instruction=self.option_values["system"],
@@ -175,7 +180,7 @@ class Harness(Task):
                     fewshot_as_multiturn=True,
                 )
             except Exception as error:
-                if lm.ended_by is not None:  # a request to our own model failed, not the scoring
+                if lm.ended_by is not None:  # an error of our own model in a request, which the harness passes on
                     raise
                 one_line = " ".join(str(error).split())[:300]
                 raise DataError(
@@ -190,7 +195,8 @@ class Harness(Task):
     def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[TaskMetric, ...]:
         """The metrics that these rows have values of: a task of the harness may score other things than its YAML says.
 
-        Score names of rows: `acc` is a metric, and `loss.word_perplexity`, `rows.acc` (1 where the row has it) are parts of one.
+        Scores of a row, and items (values that are no numbers, such as a pair of labels), have the name of their metric. A name
+        with a dot is a part of one (`LOSS_PREFIX`, `HAS_VALUE_PREFIX`).
         """
         known = {metric.name: metric for metric in self.metrics}
         row_names = _score_and_item_names(rows)
@@ -198,7 +204,7 @@ class Harness(Task):
         # First the known metrics in their order, then those that only the rows have. Names with a dot are parts of metrics.
         names = []
         for name in known:
-            if name in row_names or f"loss.{name}" in row_names:
+            if name in row_names or f"{LOSS_PREFIX}{name}" in row_names:
                 names.append(name)
         for name in row_names:
             if name not in known and "." not in name:
@@ -212,8 +218,11 @@ class Harness(Task):
                 metric = TaskMetric(name, description, greater_is_better=None, ratio_of_sums=RatioOfSums(name))
             if any(name in row.items for row in rows):  # values that are no numbers cannot be summed
                 metric = replace(metric, ratio_of_sums=None)
-            elif f"rows.{name}" in row_names and metric.ratio_of_sums is not None:  # only some rows have a value
-                metric = replace(metric, ratio_of_sums=RatioOfSums(metric.ratio_of_sums.numerator, f"rows.{name}"))
+            elif (
+                f"{HAS_VALUE_PREFIX}{name}" in row_names and metric.ratio_of_sums is not None
+            ):  # only some rows have a value
+                mean_over_rows_with_value = RatioOfSums(metric.ratio_of_sums.numerator, f"{HAS_VALUE_PREFIX}{name}")
+                metric = replace(metric, ratio_of_sums=mean_over_rows_with_value)
             metrics.append(metric)
         return tuple(metrics)
 
@@ -234,14 +243,16 @@ class Harness(Task):
         return lm_eval_standard_errors(self.loaded_tasks, self.metrics_for(rows), rows)
 
     def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
-        """lm-eval's own standard errors, metrics with fewer resamples, and warnings of the last run."""
+        """lm-eval's own standard errors, metrics with fewer resamples, and warnings of the last run; needs no `intervals`."""
         errors = []
         for name, error in self.standard_errors(rows).items():
             if "/" not in name:  # those of single tasks are METRIC/TASK
                 errors.append(f"{name} {error:.4g}")
         if errors:
             yield f"standard errors as lm-eval computes them: {', '.join(errors)}"
-        slow_metrics = [*self.weighted_metric_functions(rows)]
+        slow_metrics = [
+            *self.weighted_metric_functions(rows)
+        ]  # a function of lm-eval computes each resample from scratch
         if slow_metrics:
             yield (
                 f"intervals of {', '.join(slow_metrics)}: {self.max_resamples} resamples at most, since they are slow to compute"
@@ -249,7 +260,11 @@ class Harness(Task):
         yield from self.warnings
 
     def signatures(self) -> dict[str, str]:
-        """Versions of lm-eval and of its tasks, and the settings that change prompts and answers; the same for all metrics."""
+        """What must be equal for numbers to be comparable: versions of lm-eval and its tasks, and what changes prompts and
+        answers.
+
+        The same text for all metrics: "lm-eval:0.4.13|arc_easy:version 1.0, 5-shot|no chat template".
+        """
         from importlib.metadata import version
 
         assert self.loaded_tasks is not None

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,15 @@ from trainer.evaluation.tasks.model_interface import SHOWN_CHARACTERS
 
 NO_VALUE_ERRORS = (ZeroDivisionError, ValueError, IndexError)
 """What a metric of the harness raises for rows without a value, for example rows that all have the same class."""
+# Names of the scores of a report's row that are parts of a metric. A score with the metric's own name is its value.
+LOSS_PREFIX = "loss."
+"""`loss.METRIC`: the loss of the row, the numerator of a perplexity."""
+COUNT_PREFIX = "count."
+"""`count.METRIC`: the words or bytes of the row, its denominator."""
+HAS_VALUE_PREFIX = "rows."
+"""`rows.METRIC`: 1 for a row that has a value, if others have none. The denominator of a mean over these rows."""
+OF_ROW_PREFIX = "each."
+"""`each.METRIC`: the metric of the row by itself, by which rows are sorted if the metric is no ratio."""
 
 
 def metric_name(metric: str, filter_key: str) -> str:
@@ -47,11 +57,11 @@ def declared_metrics(task_files: TaskFiles) -> tuple[TaskMetric, ...]:
             # The metric may be a path of a function or a hub's metric: only its last part is its name.
             metric_path = str(metric_settings["metric"])
             metric = metric_path.rpartition("/")[2].rpartition(".")[2]
-            with collect_warnings():
-                greater = metric_settings.get("higher_is_better", is_higher_better(metric))
+            with collect_warnings():  # the registry warns of a metric that it does not know, such as a function's
+                greater_is_better = metric_settings.get("higher_is_better", is_higher_better(metric))
             for filter_settings in filters:
                 name = metric_name(metric, filter_settings["name"])
-                metrics.setdefault(name, TaskMetric(name, "lm-eval's", greater_is_better=greater))
+                metrics.setdefault(name, TaskMetric(name, "lm-eval's", greater_is_better=greater_is_better))
     return tuple(metrics.values())
 
 
@@ -73,27 +83,28 @@ class LoadedTasks:
     mean_weighted_by_rows: bool
     """Whether the mean over several tasks weighs each task by its number of rows; else all tasks weigh the same."""
     metrics: tuple[TaskMetric, ...] = field(init=False)
-    aggregates: dict[str, Callable[..., Any]] = field(init=False)
+    aggregate_by_metric: dict[str, Callable[..., Any]] = field(init=False)
     """The harness's function that computes a metric from the values of its rows, by our name of the metric."""
 
     def __post_init__(self) -> None:
         """Collect the metrics of all tasks, one for each metric and filter. The first task that has a metric defines it."""
         metrics: dict[str, TaskMetric] = {}
-        self.aggregates = {}
+        self.aggregate_by_metric = {}
         for task in self.tasks.values():
             higher_is_better = task.higher_is_better()
             filters = filter_names(task)
             for metric, aggregate in task.aggregation().items():
                 for filter_key in filters:
                     name = metric_name(metric, filter_key)
-                    self.aggregates.setdefault(name, aggregate)
-                    metrics.setdefault(name, self._own_metric(name, aggregate, higher_is_better.get(metric)))
+                    self.aggregate_by_metric.setdefault(name, aggregate)
+                    metrics.setdefault(name, self._task_metric(name, aggregate, higher_is_better.get(metric)))
         self.metrics = tuple(metrics.values())
 
-    def _own_metric(self, name: str, aggregate: Any, greater: bool | None) -> TaskMetric:
-        """Our metric of that name for lm-eval's aggregation function `aggregate`. `greater`: whether greater values are better.
+    def _task_metric(self, name: str, aggregate: Any, greater_is_better: bool | None) -> TaskMetric:
+        """Our metric of that name for lm-eval's aggregation function `aggregate`.
 
-        It is a ratio of sums if the function is known to compute one, since ratios are resampled fast.
+        It is a ratio of sums if the function is known to compute one, since ratios are resampled fast. `contribution_of_value`
+        makes the scores of the rows that are summed: the value itself, or `LOSS_PREFIX` and `COUNT_PREFIX`.
         """
         from lm_eval.api import metrics
 
@@ -108,14 +119,14 @@ class LoadedTasks:
         # The mean of several tasks is a ratio over all rows only if tasks are weighted by their size.
         ratio = None
         if known_description is not None and (len(self.tasks) == 1 or self.mean_weighted_by_rows):
-            numerator = name if aggregate is metrics.mean else f"loss.{name}"
-            denominator = None if aggregate in (metrics.mean, metrics.perplexity) else f"count.{name}"
+            numerator = name if aggregate is metrics.mean else f"{LOSS_PREFIX}{name}"
+            denominator = None if aggregate in (metrics.mean, metrics.perplexity) else f"{COUNT_PREFIX}{name}"
             ratio = RatioOfSums(numerator, denominator)
         is_exponential = aggregate in (metrics.weighted_perplexity, metrics.perplexity)
         return TaskMetric(
             name,
             f"{description}, as lm-eval has it",
-            greater_is_better=greater,
+            greater_is_better=greater_is_better,
             ratio_of_sums=ratio,
             exponential=is_exponential,
         )
@@ -132,53 +143,35 @@ class LoadedTasks:
         """
         from lm_eval.api import metrics
 
-        aggregate = self.aggregates.get(name, metrics.mean)
-        is_resampled_slowly = any(metric.name == name and metric.ratio_of_sums is None for metric in self.metrics)
-        if is_resampled_slowly:
+        aggregate = self.aggregate_by_metric.get(name, metrics.mean)
+        is_no_ratio = any(metric.name == name and metric.ratio_of_sums is None for metric in self.metrics)
+        if is_no_ratio:  # lm-eval's function computes it from the items of all rows
             return MetricContribution(item=_as_json_value(value, name))
         if aggregate is metrics.mean and _is_number(value):
-            return MetricContribution({name: float(value)})
+            return MetricContribution(scores={name: float(value)})
         if aggregate is metrics.perplexity and _is_number(value):
-            return MetricContribution({f"loss.{name}": -float(value)})
+            return MetricContribution(scores={f"{LOSS_PREFIX}{name}": -float(value)})
         if aggregate in (metrics.weighted_perplexity, metrics.bits_per_byte):
             log_likelihood, count = value  # of a document, and its number of words or bytes
             loss = -float(log_likelihood)  # nats
             if aggregate is metrics.bits_per_byte:
                 loss /= math.log(2)
-            return MetricContribution({f"loss.{name}": loss, f"count.{name}": float(count)})
+            return MetricContribution(scores={f"{LOSS_PREFIX}{name}": loss, f"{COUNT_PREFIX}{name}": float(count)})
         return MetricContribution(item=_as_json_value(value, name))
 
     def weighted_metric(self, name: str, rows: Sequence[TaskRow]) -> Callable[[np.ndarray], float]:
-        """A metric that is no ratio, as a function of row weights (float64 [rows], whole numbers).
-
-        lm-eval's aggregation function gets the items of the rows. For several tasks, the metric is the mean of their values.
-        """
+        """A metric that is no ratio, as a function of row weights (float64 [rows], whole numbers): see `_metric_of_weights`."""
         from lm_eval.api import metrics
 
-        aggregate = self.aggregates.get(name, metrics.mean)
-        items = [row.items.get(name) for row in rows]
-        has_value = np.array([item is not None for item in items])
-        sources = np.array([row.source for row in rows])
-
-        def metric_of_weights(weights: np.ndarray) -> float:
-            """The metric of a resample: each row repeated as often as its weight says. NaN if no row has a value."""
-            values = []
-            task_weights = []
-            for source in dict.fromkeys(sources.tolist()):
-                row_numbers = np.flatnonzero((sources == source) & has_value)
-                resample = np.repeat(row_numbers, weights[row_numbers].astype(int))
-                if not len(resample):
-                    continue
-                try:
-                    values.append(float(aggregate([items[number] for number in resample])))
-                except NO_VALUE_ERRORS:
-                    values.append(math.nan)
-                task_weights.append(len(resample) if self.mean_weighted_by_rows else 1)
-            if not values:
-                return math.nan
-            return float(np.average(values, weights=task_weights))
-
-        return metric_of_weights
+        row_items = [row.items.get(name) for row in rows]
+        return partial(
+            _metric_of_weights,
+            aggregate=self.aggregate_by_metric.get(name, metrics.mean),
+            row_items=row_items,
+            has_item=np.array([item is not None for item in row_items]),
+            task_of_row=np.array([row.source for row in rows]),
+            mean_weighted_by_rows=self.mean_weighted_by_rows,
+        )
 
     def version_notes(self) -> Iterator[str]:
         """Versions and numbers of few-shot examples, of the first three tasks."""
@@ -187,11 +180,49 @@ class LoadedTasks:
             yield f"{name}:version {task.VERSION}, {task.get_config('num_fewshot') or 0}-shot"
 
 
+def _metric_of_weights(
+    weights: np.ndarray,
+    aggregate: Callable[..., Any],
+    row_items: list[Any],
+    has_item: np.ndarray,
+    task_of_row: np.ndarray,
+    *,
+    mean_weighted_by_rows: bool,
+) -> float:
+    """The metric of a resample: lm-eval's function `aggregate` of the rows' items, each as often as its weight says.
+
+    If the rows are of several tasks, it is the mean of their values. NaN if no row has an item, or a task's items have no value.
+
+    Arguments:
+        weights: float64 [rows], whole numbers.
+        row_items: what each row contributes to the metric, such as a pair of labels; None for a row without a value.
+        has_item: which rows have one, bool [rows].
+        task_of_row: the lm-eval task of each row, [rows].
+        mean_weighted_by_rows: whether the mean weighs each task by its number of rows; else all tasks weigh the same.
+    """
+    values = []
+    task_weights = []
+    for task in dict.fromkeys(task_of_row.tolist()):
+        row_numbers = np.flatnonzero((task_of_row == task) & has_item)
+        resample = np.repeat(row_numbers, weights[row_numbers].astype(int))
+        if not len(resample):
+            continue
+        try:
+            values.append(float(aggregate([row_items[number] for number in resample])))
+        except NO_VALUE_ERRORS:
+            values.append(math.nan)
+        task_weights.append(len(resample) if mean_weighted_by_rows else 1)
+    if not values:
+        return math.nan
+    return float(np.average(values, weights=task_weights))
+
+
 def report_rows_of_task(name: str, samples: Sequence[dict[str, Any]], all_tasks: LoadedTasks) -> list[TaskRow]:
     """A report row for each document of the lm-eval task `name`, sorted by the document's number.
 
     `samples`: what lm-eval logged, one for each document and filter. Samples of one document share a row. If there are several
-    tasks, the row's source is the task, so that metrics can be reported for each.
+    tasks, the row's source is the task, so that metrics can be reported for each. Each row gets what its document contributes to
+    each metric: scores that can be summed, or an item for a function of all items.
     """
     has_several_tasks = len(all_tasks.tasks) > 1
     rows: dict[int, TaskRow] = {}  # by the document's number
@@ -209,7 +240,8 @@ def report_rows_of_task(name: str, samples: Sequence[dict[str, Any]], all_tasks:
 def complete_scores_in_place(rows: list[TaskRow], all_tasks: LoadedTasks) -> list[TaskRow]:
     """Add to the scores of each row, in place, what depends on all rows; returns the same list.
 
-    - If some rows have no value of a metric, the others get the score `rows.METRIC` = 1, so that a mean counts only these.
+    - If some rows have no value of a metric, the others get the score `rows.METRIC` = 1, the denominator of a mean over these
+      rows (`Harness.metrics_for`). If all have one, the number of rows is the denominator.
     - The score of the first metric is put first, since the first score sorts the rows. If the metric is no ratio of sums, that
       is a new score `each.METRIC`: the metric of the row alone.
     """
@@ -226,7 +258,7 @@ def complete_scores_in_place(rows: list[TaskRow], all_tasks: LoadedTasks) -> lis
 
     for row in rows:
         for name in incomplete_metrics & row.scores.keys():
-            row.scores[f"rows.{name}"] = 1.0
+            row.scores[f"{HAS_VALUE_PREFIX}{name}"] = 1.0
         if first_metric is None:
             continue
         if first_metric.ratio_of_sums is not None:
@@ -234,13 +266,14 @@ def complete_scores_in_place(rows: list[TaskRow], all_tasks: LoadedTasks) -> lis
             row.scores = {name: row.scores.get(name, 0.0), **row.scores}
         else:
             metric_of_weights = all_tasks.weighted_metric(first_metric.name, [row])
-            row.scores = {f"each.{first_metric.name}": metric_of_weights(np.ones(1)), **row.scores}
+            row_counted_once = np.ones(1)
+            row.scores = {f"{OF_ROW_PREFIX}{first_metric.name}": metric_of_weights(row_counted_once), **row.scores}
     return rows
 
 
 def _has_value_of_metric(name: str, row: TaskRow) -> bool:
     """Whether a row has a value of this metric, in any of the forms that `contribution_of_value` returns."""
-    return name in row.items or name in row.scores or f"loss.{name}" in row.scores
+    return name in row.items or name in row.scores or f"{LOSS_PREFIX}{name}" in row.scores
 
 
 def _report_row(task_name: str, sample: dict[str, Any], *, has_several_tasks: bool) -> TaskRow:
@@ -286,15 +319,15 @@ def _report_row(task_name: str, sample: dict[str, Any], *, has_several_tasks: bo
     )
 
 
-def _choice_texts(arguments: Sequence[tuple[Any, Any]]) -> list[str]:
-    """The choices of a document, from the (context, continuation) of each request.
+def _choice_texts(requests: Sequence[tuple[Any, Any]]) -> list[str]:
+    """The choices of a document, from the (context, continuation) of each request that lm-eval made for it.
 
     They are the continuations; if these are all the same, as in WinoGrande, the contexts are the choices.
     """
-    continuations = {continuation for _, continuation in arguments}
-    contexts_are_choices = len(continuations) == 1 and len(arguments) > 1
+    continuations = {continuation for _, continuation in requests}
+    contexts_are_choices = len(continuations) == 1 and len(requests) > 1
     choices = []
-    for context, continuation in arguments:
+    for context, continuation in requests:
         choices.append(str(context if contexts_are_choices else continuation).strip())
     return choices
 
@@ -312,9 +345,9 @@ def lm_eval_standard_errors(
 
     standard_errors: dict[str, float] = {}
     for metric in metrics:
-        if all_tasks.aggregates.get(metric.name, mean) is not mean:
+        if all_tasks.aggregate_by_metric.get(metric.name, mean) is not mean:
             continue
-        values_by_task = _values_by_source(metric.name, rows)
+        values_by_task = _values_by_task(metric.name, rows)
         errors = {}
         for task, values in values_by_task.items():
             if len(values) > 1:
@@ -331,7 +364,7 @@ def lm_eval_standard_errors(
     return standard_errors
 
 
-def _values_by_source(metric: str, rows: Sequence[TaskRow]) -> dict[str, list[float]]:
+def _values_by_task(metric: str, rows: Sequence[TaskRow]) -> dict[str, list[float]]:
     """The numbers that rows have of a metric, by the lm-eval task of the row; rows without one are left out."""
     values: dict[str, list[float]] = {}
     for row in rows:

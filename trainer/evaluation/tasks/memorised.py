@@ -370,7 +370,7 @@ class Membership(DocumentTask):
         rows = []
         for case, question, likelihood in zip(cases, questions, model.likelihoods(questions), strict=True):
             is_member = case.fields["member"]
-            scores = {"loss": -likelihood.logprob / likelihood.tokens, "member": float(is_member)}
+            scores = {"loss": -likelihood.logprob / likelihood.num_tokens, "member": float(is_member)}
             group = "trained on" if is_member else "not trained on"
             prompt = model.decode_prompt_end(question.context)
             rows.append(

@@ -77,13 +77,14 @@ class ModelInterface:
         No collective. Raises DataError with file and line for a document without tokens before its answer, or in its answer.
         """
         questions = []
-        for document, sample in self.encoder.encode([_document_until_last_answer(document) for document in documents]):
+        documents_to_ask = [_document_until_last_answer(document) for document in documents]
+        for document, sample in self.encoder.encode(documents_to_ask):  # each document with its tokens
             answer_start = sample.answer_begin()
             is_answer = sample.supervised[answer_start:]
             answer = sample.input_ids[answer_start:][is_answer].tolist()
             while answer and answer[-1] in self.encoder.end_ids:
                 answer.pop()
-            if answer_start == 0 or not answer:
+            if not answer or answer_start == 0:
                 where_empty = "before its answer" if answer else "in its answer"
                 raise DataError(f"{document.location}: has no tokens {where_empty}, so that there is nothing to ask")
             context = sample.input_ids[:answer_start].tolist()
@@ -99,30 +100,31 @@ class ModelInterface:
         return ids
 
     def generate_answers(
-        self, questions: Sequence[Question], decoding: DecodingConfig, key: str
+        self, questions: Sequence[Question], decoding: DecodingConfig, task_key: str
     ) -> list[GeneratedAnswer]:
-        """`decoding.draws` answers of the model to each question, question by question. All ranks must call.
+        """As many answers to each question as `decoding.draws` says, question by question. All ranks must call.
 
-        `key`: the settings of the task (`evaluation.tasks.NAME`), for the error. Raises DataError for a question that leaves
+        `task_key`: the settings of the task (`evaluation.tasks.NAME`), for the error. Raises DataError for a question that leaves
         too few positions for an answer, RowsChecked if rows are only checked.
         """
         answer_tokens = decoding.max_new_tokens
-        self._raise_if_too_long(questions, answer_tokens, f"{key}.write.max_new_tokens={answer_tokens}")
+        self._raise_if_too_long(questions, answer_tokens, f"{task_key}.write.max_new_tokens={answer_tokens}")
         self._raise_if_only_checking()
         prompts = [question.context for question in questions]
         return self.answer_generator.generate_answers(self.engine, prompts, decoding)
 
     def likelihoods(self, questions: Sequence[Question]) -> list[Likelihood]:
-        """The likelihood of each question's answer after its context. All ranks must call.
+        """The likelihood of each question's answer after its context. All ranks must call. `questions` must not be empty.
 
-        Raises DataError for a question that is too long for the model, RowsChecked if rows are only checked.
+        Raises DataError for a question that is too long for the model, RowsChecked if rows are only checked (`checks_only`).
         """
         longest_answer = max(len(question.answer) for question in questions)
         self._raise_if_too_long(questions, longest_answer, "the answers")
         self._raise_if_only_checking()
-        return self.answer_generator.likelihoods(
-            self.engine, [(question.context, question.answer) for question in questions]
-        )
+        from trainer.evaluation.likelihood import ContinuationPair
+
+        pairs = [ContinuationPair(question.context, question.answer) for question in questions]
+        return self.answer_generator.likelihoods(self.engine, pairs)
 
     def require_judge(self, key: str) -> Judge:
         """The judge. Raises ConfigError if none is configured."""
@@ -157,25 +159,20 @@ class ModelInterface:
         self._raise_if_only_checking()
         from strategies.runtime import gather_objects
         from trainer.data.batches.collate import to_device
-        from trainer.evaluation.generate import batches_of_rank
+        from trainer.evaluation.generate import batches_of_rank, replaced_objective
 
         own_logits: dict[int, list[float]] = {}  # by index of the sample
         lengths = [len(sample.input_ids) for sample in samples]
         batches = batches_of_rank(lengths, self.engine.rank, self.engine.world_size, max_rows=self.batch)
         with self.engine.inference() as module:
-            step: Any = module
-            # The head is called through the root module's own forward, because only there sharded parameters are gathered.
-            training_objective = step.objective
-            step.objective = _ClassifierLogits()
-            try:
+            step_module: Any = module
+            with replaced_objective(step_module, _ClassifierLogits()):
                 for row_numbers in batches:
                     # The forward pass is a collective: a rank without rows in this batch runs it on row 0 and drops the result.
                     batch = self.built.collator([samples[row] for row in row_numbers or [0]])
-                    logits = step(to_device(batch, self.runtime.device))["logits"].tolist()
+                    logits = step_module(to_device(batch, self.runtime.device))["logits"].tolist()
                     own_logits |= dict(zip(row_numbers, logits, strict=False))
                     self._raise_if_stop_requested()
-            finally:
-                step.objective = training_objective
         all_logits: dict[int, list[float]] = {}
         for rank_logits in gather_objects(own_logits, self.runtime):
             all_logits |= rank_logits
@@ -204,7 +201,7 @@ class ModelInterface:
         own_results: dict[int, tuple[float, float]] = {}
         with self.engine.inference() as module:
             for sequence_indices, batch in zip(eval_plan(dataset, share), batches, strict=True):
-                terms = module({**batch, "ahead": {}})
+                terms = module({**batch, "ahead": {}})  # "ahead": means of a first pass, which these losses do without
                 for index in sequence_indices:
                     own_results[index] = (float(terms["loss"].double()), float(terms["accuracy"].double()))
                 self._raise_if_stop_requested()
@@ -247,7 +244,7 @@ def _document_until_last_answer(document: Document) -> Document:
     last_index = max(index for index, turn in enumerate(document.messages) if turn["role"] == "assistant")
     turns = [{**turn, "train": index == last_index} for index, turn in enumerate(document.messages[: last_index + 1])]
     for turn in turns:
-        turn.pop("weight", None)
+        turn.pop("weight", None)  # of a turn in the loss of training: an answer that is asked counts whole
     return replace(document, messages=turns)
 
 

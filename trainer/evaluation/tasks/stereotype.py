@@ -251,7 +251,7 @@ def _scored_pair_row(case: TaskCase, likelihoods: Sequence[Likelihood], weight: 
     """
     texts = case.fields["texts"]
     if len(texts) > 2:
-        logprobs = [likelihood.logprob / likelihood.tokens for likelihood in likelihoods]
+        logprobs = [likelihood.logprob / likelihood.num_tokens for likelihood in likelihoods]
     else:
         logprobs = [likelihood.logprob for likelihood in likelihoods]
     stereotype, anti_stereotype, *unrelated = logprobs
