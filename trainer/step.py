@@ -171,7 +171,7 @@ class BuiltModel:
             directory,
             self.plain,
             tied_names(self.step_module.model, self.tuning.base_name),
-            folded=self.folded,
+            merged_adapters=self.folded,
             scheme=self.scheme,
             quantised=self.quantised,
         )

@@ -63,7 +63,9 @@ def test_quantised_model_that_cannot_be_multiplied_here_is_refused_before_it_is_
     samples = [Sample(np.arange(3, 20, dtype=np.int32), np.arange(17) > 4)]
     folder, _ = write_quantised_model(site / "llama", QuantisedFormat.nf4, samples, "held-out")
     monkeypatch.setattr(functional, "has_avx512bf16", lambda: True)
-    monkeypatch.setattr(quantised_checkpoints, "COLUMNS_MULTIPLE", 128)  # of another version: this model's 64 do not do
+    monkeypatch.setattr(
+        quantised_checkpoints, "AVX512_COLUMNS_MULTIPLE", 128
+    )  # of another version: this model's 64 do not do
     assert command_here(["evaluate", *words(site, folder)]) == 64
     assert "on a processor with avx512_bf16 bitsandbytes multiplies 4-bit matrices" in capsys.readouterr().err
 

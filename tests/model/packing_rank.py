@@ -19,7 +19,9 @@ def main(directory: str, index: str, count: str, pause: str) -> None:
         time.sleep(float(pause))
         return made(name)
 
-    weights = packed_cache.PackedWeights(Path(directory), SIZES, pack, share=(int(index), int(count)))
+    weights = packed_cache.PackedWeights(
+        Path(directory), SIZES, pack, host_rank=packed_cache.HostRank(int(index), int(count))
+    )
     same = all(weights.read_slice(name, 16, size - 3).equal(made(name)[16 : size - 3]) for name, size in SIZES.items())
     print(json.dumps({"packed": log, "same": same, "reason": weights.reason_not_cached}))
 

@@ -43,25 +43,25 @@ def package(monkeypatch):
 
 def test_flash_version_4_under_the_same_name_is_not_version_2(package):
     package("flash_attn", "2.8.3")
-    assert why_not_flash(heads(128), H100, half=True) is None
+    assert why_not_flash(heads(128), H100, half_precision=True) is None
     for distribution, version in (("flash-attn-4", "4.0.0"), ("flash_attn", "2.1.0"), (None, "N/A")):
         package(distribution, version)
-        assert "is not installed" in why_not_flash(heads(128), H100, half=True)
+        assert "is not installed" in why_not_flash(heads(128), H100, half_precision=True)
 
 
 def test_flash_checks_gpu_precision_and_heads_when_composing(package):
     package("flash_attn", "2.8.3")
-    assert "needs a GPU" in why_not_flash(heads(128), None, half=True)
-    assert "needs a GPU" in why_not_flash(heads(128), H100, half=False)
-    assert "not built for Tesla T4" in why_not_flash(heads(128), T4, half=True)
-    assert "heads of 512" in why_not_flash(heads(256, global_head_dim=512), H100, half=True)
-    assert "heads of 100" in why_not_flash(heads(100), H100, half=True)
-    assert "no heads of 208 on NVIDIA GeForce" in why_not_flash(heads(208), RTX_4090, half=True)
-    assert "no heads of 208 on NVIDIA GB10" in why_not_flash(heads(208), SPARK, half=True)
-    assert why_not_flash(heads(208), H100, half=True) is None
-    assert why_not_flash(heads(256), RTX_4090, half=True) is None
-    assert "with dropout" in why_not_flash(heads(256), RTX_4090, half=True, dropout=0.1)
-    assert why_not_flash(heads(256), H100, half=True, dropout=0.1) is None
+    assert "needs a GPU" in why_not_flash(heads(128), None, half_precision=True)
+    assert "needs a GPU" in why_not_flash(heads(128), H100, half_precision=False)
+    assert "not built for Tesla T4" in why_not_flash(heads(128), T4, half_precision=True)
+    assert "heads of 512" in why_not_flash(heads(256, global_head_dim=512), H100, half_precision=True)
+    assert "heads of 100" in why_not_flash(heads(100), H100, half_precision=True)
+    assert "no heads of 208 on NVIDIA GeForce" in why_not_flash(heads(208), RTX_4090, half_precision=True)
+    assert "no heads of 208 on NVIDIA GB10" in why_not_flash(heads(208), SPARK, half_precision=True)
+    assert why_not_flash(heads(208), H100, half_precision=True) is None
+    assert why_not_flash(heads(256), RTX_4090, half_precision=True) is None
+    assert "with dropout" in why_not_flash(heads(256), RTX_4090, half_precision=True, dropout=0.1)
+    assert why_not_flash(heads(256), H100, half_precision=True, dropout=0.1) is None
 
 
 def test_sizes_of_heads_are_read_from_real_configurations():

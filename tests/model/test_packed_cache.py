@@ -70,7 +70,9 @@ def weights(directory, pack=made):
 
 def test_ranks_begin_with_different_weights(tmp_path):
     order = []
-    second = PackedWeights(tmp_path, SIZES, lambda name: (order.append(name), made(name))[1], share=(1, 2))
+    second = PackedWeights(
+        tmp_path, SIZES, lambda name: (order.append(name), made(name))[1], host_rank=packed_cache.HostRank(1, 2)
+    )
     second.read_slice("layers.0.weight", 0, 9)
     assert order == [f"layers.{index}.weight" for index in (3, 4, 5, 0, 1, 2)] and second.num_packed == 6
 

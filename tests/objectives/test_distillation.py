@@ -130,8 +130,8 @@ def test_distillation_gradients_are_those_of_the_definition(divergence, kind, we
             divergence_weight=0.8,
             loss_weight=0.25,
             compared_rows=torch.tensor([0, 2, 4]),
-            plain_rows=torch.tensor([1, 3]),
-            plain_weight=1.5,
+            uncompared_rows=torch.tensor([1, 3]),
+            uncompared_weight=1.5,
             row_weights=weights if weighed else None,
         ),
     )

@@ -92,7 +92,7 @@ def test_quantised_layer_has_values_and_gradients_of_a_plain_one_with_rounded_we
     scheme = SCHEMES[name]
     torch.manual_seed(0)
     plain = torch.nn.Linear(48, 40)
-    layer = QuantisedLinear.replace(plain, scheme)
+    layer = QuantisedLinear.of_linear(plain, scheme)
     layer.weight = torch.nn.Parameter(scheme.pack(plain.weight.detach()), requires_grad=False)
     before = layer.weight.detach().clone()
     plain.weight.data = scheme.round_trip(plain.weight.detach())
@@ -110,7 +110,7 @@ def test_quantised_layer_has_values_and_gradients_of_a_plain_one_with_rounded_we
 def test_quantised_layer_compiles_to_one_graph():
     """Parted where the codes' values are looked up, a block would be compiled anew for each length, and then no more."""
     plain = torch.nn.Linear(64, 32, bias=False)
-    layer = QuantisedLinear.replace(plain, SCHEMES["nf4"])
+    layer = QuantisedLinear.of_linear(plain, SCHEMES["nf4"])
     layer.weight = torch.nn.Parameter(SCHEMES["nf4"].pack(plain.weight.detach()), requires_grad=False)
     x = torch.randn(3, 64, requires_grad=True)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")

@@ -38,6 +38,7 @@ from trainer.data.store.sequences import TokenDataset
 from trainer.model.architecture import attention_crossover_tokens, text_model_config
 from trainer.model.config import ModelKind
 from trainer.model.loading import find_weights_directory
+from trainer.model.packed_cache import HostRank
 from trainer.model.rules import check_kind
 from trainer.model.tiles import tile_mlps
 from trainer.model.weights import WeightSource, fill_buffers
@@ -160,7 +161,8 @@ def build_engine(
         config, tokenizer, data, strategy.init_context(), half_on_gpu=half_on_gpu, scores_answers=scores_answers
     )
     if built.scheme is not None and config.model.keep_packed:
-        source.checkpoint.use_packed_cache(config.model.adapters, (runtime.local_rank, runtime.local_world_size))
+        host_rank = HostRank(runtime.local_rank, runtime.local_world_size)
+        source.checkpoint.use_packed_cache(config.model.adapters, host_rank)
 
     # Decisions about the step that need the model before it is sharded. The engine reads them from `built.step_module.plan`.
     plan_expert_parallelism(built, config, runtime)

@@ -187,7 +187,9 @@ def _quantise(built: BuiltModel, config: ModelConfig, head: Any) -> None:
         return
     model = built.step_module.model
     base_name = built.tuning.base_name
-    built.quantised = quantise_layers(model, scheme, keep=head, heads=built.head_prefixes, base_name=base_name)
+    built.quantised = quantise_layers(
+        model, scheme, output_head=head, kept_prefixes=built.head_prefixes, base_name=base_name
+    )
     built.quantised |= quantise_experts(
         model, scheme, kept_in_float32=names_kept_in_float32(model), base_name=base_name
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +69,7 @@ class DivergenceMeasure:
             divergence = (q * (log_q - log_p)).sum(-1)  # KL(Q, P)
             gradient = q * (log_q - log_p - divergence[:, None])
         else:
+            # The generalised Jensen-Shannon divergence, with the mixture M.
             beta = self.interpolation
             log_m = torch.log(beta * p + (1 - beta) * q)
             # If a probability has underflown to 0, its term is 0, not NaN.
@@ -97,10 +99,10 @@ class TeacherComparison:
     """Weight of the cross-entropy of the compared rows."""
     compared_rows: Tensor | None = None
     """int64 `[M]`: the student's rows that are compared; None: all of them."""
-    plain_rows: Tensor | None = None
+    uncompared_rows: Tensor | None = None
     """int64: the rows that are not compared, and only have their cross-entropy."""
-    plain_weight: float = 1.0
-    """Weight of the cross-entropy of `plain_rows`."""
+    uncompared_weight: float = 1.0
+    """Weight of the cross-entropy of `uncompared_rows`."""
     row_weights: Tensor | None = None
     """`[N]`: weight of each of the student's rows, in every part of the loss; None: each counts as 1."""
 
@@ -127,7 +129,7 @@ class DistillationLosses(NamedTuple):
     """Divergence of the student from the teacher at the compared rows."""
     correct: Tensor
     """Correct argmaxes of the compared rows, counted only in evaluation."""
-    plain_nll: Tensor
+    uncompared_nll: Tensor
     """Cross-entropy of the rows that are not compared; 0 without such rows."""
 
 
@@ -258,7 +260,7 @@ class _LinearDivergence(torch.autograd.Function):
             grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
         if grad_bias is not None:
             grad_bias = (grad_bias * grad_total).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None  # none by targets, row weights and settings
 
 
 def distillation_losses(
@@ -269,38 +271,51 @@ def distillation_losses(
     Called inside the forward pass of the student's head `head`. Without `comparison.head`, teacher and student share the head.
     """
     training = torch.is_grad_enabled()  # read here: inside an autograd function gradients are always off
-    student_head = _HeadParameters.of_head(head)
-
-    def compared_losses(teacher_head: _HeadParameters) -> tuple[Tensor, ...]:
-        """(total, cross-entropy, divergence, correct argmaxes) of the compared rows."""
-        rows = comparison.compared_rows
-        settings = _DistillationSettings(student_head, teacher_head, comparison, needs_gradients=training)
-        return _LinearDivergence.apply(
-            hidden if rows is None else hidden[rows],
-            head.training_weight,
-            head.bias,
-            targets if rows is None else targets[rows],
-            comparison.weights_of(rows),
-            settings,
-        )
-
+    student = _HeadParameters.of_head(head)
+    compare = partial(_compared_sums, head, hidden, targets, comparison, student, needs_gradients=training)
     if comparison.head is None:
-        total, compared_nll, divergence, correct = compared_losses(student_head)
-    else:
-        total, compared_nll, divergence, correct = _call_with_gathered_head(comparison.head, compared_losses)
-    plain_rows = comparison.plain_rows
-    if plain_rows is None:
-        return DistillationLosses(total, compared_nll, divergence, correct, plain_nll=torch.zeros_like(compared_nll))
-    plain_nll, *_ = _LinearCrossEntropy.apply(
-        hidden[plain_rows],
+        total, compared_nll, divergence, correct = compare(student)
+    else:  # a sharded teacher's head has its whole weight only during its own call
+        total, compared_nll, divergence, correct = _call_with_gathered_head(comparison.head, compare)
+    rows = comparison.uncompared_rows
+    if rows is None:
+        no_loss = torch.zeros_like(compared_nll)
+        return DistillationLosses(total, compared_nll, divergence, correct, uncompared_nll=no_loss)
+    uncompared_nll, *_ = _LinearCrossEntropy.apply(
+        hidden[rows],
         head.training_weight,
         head.bias,
-        targets[plain_rows],
-        RowWeighting(comparison.weights_of(plain_rows)),
+        targets[rows],
+        RowWeighting(comparison.weights_of(rows)),
         HeadSettings(head.softcap, head.logit_scale, needs_gradients=training),
     )
-    total = total + comparison.plain_weight * plain_nll
-    return DistillationLosses(total, compared_nll, divergence, correct, plain_nll=plain_nll.detach())
+    total = total + comparison.uncompared_weight * uncompared_nll
+    return DistillationLosses(total, compared_nll, divergence, correct, uncompared_nll=uncompared_nll.detach())
+
+
+def _compared_sums(
+    head: LossHead,
+    hidden: Tensor,
+    targets: Tensor,
+    comparison: TeacherComparison,
+    student: _HeadParameters,
+    teacher: _HeadParameters,
+    *,
+    needs_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(total, cross-entropy, divergence, correct argmaxes): sums over the rows of `hidden [N, H]` that are compared.
+
+    `head`, with the parameters `student`: the student's. `teacher`: parameters of the teacher's head.
+    """
+    rows = comparison.compared_rows
+    return _LinearDivergence.apply(  # type: ignore[no-any-return]
+        hidden if rows is None else hidden[rows],
+        head.training_weight,
+        head.bias,
+        targets if rows is None else targets[rows],
+        comparison.weights_of(rows),
+        _DistillationSettings(student, teacher, comparison, needs_gradients),
+    )
 
 
 def _call_with_gathered_head(head: nn.Module, function: Callable[[_HeadParameters], Any]) -> Any:

@@ -72,10 +72,11 @@ def _nll_gradient_by_product(
     scale: float,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Derivative of each row's own (smoothed) negative log-likelihood by the product z of the head, `[n, V]`.
+    """Derivative of each row's own (smoothed) negative log-likelihood by the head's product z = W x + b, `[n, V]`.
 
-    `logits [n, V]`, their `log_probabilities [n, V]`, which are overwritten because logits of a large vocabulary are the largest
-    tensors of a step, and `targets [n]`. `smoothing`: share e of each target that is spread evenly over the vocabulary.
+    `logits [n, V]`: made of z by `scale` and `softcap`. `log_probabilities [n, V]`: of these logits; they are overwritten,
+    because logits of a large vocabulary are the largest tensors of a step. `targets`: int64 `[n]`. `smoothing`: share e of each
+    target that is spread evenly over the vocabulary.
     """
     # With p = softmax(l) and the smoothed target q = (1 - e) at the target token + e / V everywhere: dL/dl = p - q.
     grad = log_probabilities.exp_()  # p
@@ -89,7 +90,7 @@ def _nll_gradient_by_product(
 
 
 def _add_weight_gradient(total: Tensor | None, grad: Tensor, chunk: Tensor) -> Tensor:
-    """Adds a chunk's gradient of the head's weight, `grad.T @ chunk` `[V, H]`, to `total` in place; returns the sum.
+    """Add a chunk's gradient of the head's weight, `grad.T @ chunk` `[V, H]`, to `total` in place; returns the sum.
 
     `grad [n, V]`: derivative of the loss by the product z. `chunk [n, H]`: hidden states. `total`: sum of the chunks before, in
     float32 or wider; None for the first chunk.
@@ -98,7 +99,7 @@ def _add_weight_gradient(total: Tensor | None, grad: Tensor, chunk: Tensor) -> T
         return (grad.T @ chunk).to(torch.promote_types(chunk.dtype, torch.float32))
     if total.dtype == chunk.dtype:
         return total.addmm_(grad.T, chunk)
-    return total.add_(grad.T @ chunk)
+    return total.add_(grad.T @ chunk)  # `addmm_` takes no mixed types, such as a float32 sum of bfloat16 products
 
 
 def weight_rows(rows: Tensor, weight: Tensor | None) -> Tensor:
@@ -278,6 +279,7 @@ class _RowCrossEntropy(torch.autograd.Function):
 
         `row_weights [N]`: derivative of the step's loss by the loss of each row, which autograd passes in.
         """
+        # G W of each row, from the forward pass; and what the head's gradients are made of, if it trains.
         grad_hidden_of_rows, *saved_for_head = ctx.saved_tensors
         grad_hidden = None
         if grad_hidden_of_rows is not None:
@@ -317,7 +319,7 @@ class _RowCrossEntropy(torch.autograd.Function):
 
 
 class LossComparison(Protocol):
-    """Computes something else than the plain loss inside a head's call, such as `trainer/losses/divergence.py`."""
+    """Computes another loss than the plain one inside a head's call, such as `trainer/losses/divergence.py`."""
 
     def __call__(self, head: LossHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """Sums over the rows of `hidden [N, H]` with `targets [N]`. Gradients flow through the first of them."""
@@ -377,35 +379,47 @@ class LossHead(nn.Linear):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         if comparison is not None:
             return comparison(self, hidden, targets)
-        # Read here: inside an autograd function gradients are always off.
-        training = torch.is_grad_enabled()
-        settings = HeadSettings(self.softcap, self.logit_scale, needs_gradients=training)
-        bias: Tensor | None = self.bias
-        if bias is None:
-            bias = added_bias
-        elif added_bias is not None:
-            bias = bias + added_bias
+        # Gradients are asked for here: inside an autograd function they are always off.
+        settings = HeadSettings(self.softcap, self.logit_scale, needs_gradients=torch.is_grad_enabled())
+        bias = self._bias_with(added_bias)
         if by_row:
             return _RowCrossEntropy.apply(hidden, self.training_weight, bias, targets, settings)
         weighting = weighting or RowWeighting()
-        results = _LinearCrossEntropy.apply(hidden, self.training_weight, bias, targets, weighting, settings)
-        return _requested_results(results, weighting)
+        sums = _LinearCrossEntropy.apply(hidden, self.training_weight, bias, targets, weighting, settings)
+        return _tuple_of_asked_sums(_LossSums(*sums), weighting)
+
+    def _bias_with(self, added_bias: Tensor | None) -> Tensor | None:
+        """The sum of this layer's bias and `added_bias`, `[V]`; None if there is neither."""
+        bias: Tensor | None = self.bias
+        if bias is None:
+            return added_bias
+        return bias if added_bias is None else bias + added_bias
 
 
-def _requested_results(
-    results: tuple[Tensor, Tensor, Tensor, Tensor | None], weighting: RowWeighting
-) -> tuple[Tensor, ...]:
+class _LossSums(NamedTuple):
+    """Sums over rows, weighted. Only `loss` has a gradient."""
+
+    loss: Tensor
+    """0-d."""
+    correct: Tensor
+    """Correct argmaxes, 0-d."""
+    loss_by_group: Tensor
+    """`[num_groups]`, empty without groups."""
+    unsmoothed: Tensor | None
+    """The loss without label smoothing, 0-d; None if labels are not smoothed."""
+
+
+def _tuple_of_asked_sums(sums: _LossSums, weighting: RowWeighting) -> tuple[Tensor, ...]:
     """(loss, correct), then the loss of each group if there are groups, then the loss without smoothing if there is smoothing.
 
-    `results`: these four, with None as the last if there is no smoothing.
+    A plain tuple without None: wrappers of modules copy what a head returns, and look for tensors in it.
     """
-    loss, correct, loss_by_group, unsmoothed = results
-    requested = [loss, correct]
+    asked = [sums.loss, sums.correct]
     if weighting.row_groups is not None:
-        requested.append(loss_by_group)
-    if unsmoothed is not None:
-        requested.append(unsmoothed)
-    return tuple(requested)
+        asked.append(sums.loss_by_group)
+    if sums.unsmoothed is not None:
+        asked.append(sums.unsmoothed)
+    return tuple(asked)
 
 
 def computes_loss(head: nn.Module) -> bool:
@@ -428,15 +442,18 @@ def logits_loss(logits: Tensor, targets: Tensor, weighting: RowWeighting | None 
     if weighting.row_weights is None and weighting.row_groups is None and not weighting.smoothing:
         return F.cross_entropy(logits, targets, reduction="sum"), correct.sum()
     unsmoothed = weight_rows(F.cross_entropy(logits, targets, reduction="none"), weighting.row_weights)
-    nll = unsmoothed
+    row_losses = unsmoothed
     smoothing = weighting.smoothing
     if smoothing:
         smoothed = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
-        nll = weight_rows(smoothed, weighting.row_weights)
-    loss_by_group = nll.new_zeros(weighting.num_groups)
+        row_losses = weight_rows(smoothed, weighting.row_weights)
+    loss_by_group = row_losses.new_zeros(weighting.num_groups)
     if weighting.row_groups is not None:
-        loss_by_group = loss_by_group.index_add(0, weighting.row_groups, nll.detach())
-    unsmoothed_sum = unsmoothed.detach().sum() if smoothing else None
-    return _requested_results(
-        (nll.sum(), weight_rows(correct, weighting.row_weights).sum(), loss_by_group, unsmoothed_sum), weighting
+        loss_by_group = loss_by_group.index_add(0, weighting.row_groups, row_losses.detach())
+    sums = _LossSums(
+        loss=row_losses.sum(),
+        correct=weight_rows(correct, weighting.row_weights).sum(),
+        loss_by_group=loss_by_group,
+        unsmoothed=unsmoothed.detach().sum() if smoothing else None,
     )
+    return _tuple_of_asked_sums(sums, weighting)

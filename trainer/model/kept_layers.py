@@ -38,8 +38,8 @@ BORDER_SETTINGS_FROM_START = (
 """Settings that say before which layer something changes."""
 BORDER_SETTINGS_FROM_END = ("num_kv_shared_layers", "n_output_layers")
 """Settings that say how many of the last layers are of some sort."""
-STRETCH_SETTINGS = (*BORDER_SETTINGS_FROM_END, "n_input_layers", "loop_layer_index_start", "loop_layer_index_end")
-"""Those of them that divide layers which look alike, so that the built modules do not show the border."""
+UNSEEN_BORDER_SETTINGS = (*BORDER_SETTINGS_FROM_END, "n_input_layers", "loop_layer_index_start", "loop_layer_index_end")
+"""Those of them that divide layers which are built alike, so that the modules do not show the border."""
 LAYER_INDEX_SETTINGS = (
     "cross_attention_layers",
     "attn_layer_indices",
@@ -58,17 +58,19 @@ MAX_PREFIX_TRIED_FIRST = 12
 
 @dataclass(frozen=True, slots=True)
 class KeptLayers:
-    """Layers of a model by their index, in order, of `depth`."""
+    """Which layers of a model its small copy keeps."""
 
     indices: tuple[int, ...]
+    """Of the kept layers in the full model, ascending: (0, 1, 31)."""
     depth: int
+    """Number of layers of the full model."""
 
     def num_kept_before(self, index: int) -> int:
         """How many kept layers lie before the layer `index` of the full model."""
         return sum(kept < index for kept in self.indices)
 
     def settings_of_kept_layers(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """New values of the settings that depend on the number or the order of layers. `settings`: those of a config.json.
+        """New values of the settings that depend on the number or the order of layers. `settings`: the full model's, by name.
 
         Where layers 0, 1 and 31 of 32 are kept: `num_hidden_layers` 32 -> 3, `first_k_dense_replace` 1 -> 1 (a border counted
         from the start), `mlp_only_layers` [0, 31] -> [0, 2] (layers by index), and of a list of 32 entries these three stay.
@@ -76,12 +78,13 @@ class KeptLayers:
         changed: dict[str, Any] = {}
         for name, value in settings.items():
             if name in DEPTH_SETTING_NAMES and isinstance(value, int):
+                # Another number of layers is that of another part (an encoder, say), of which the first layers stay.
                 changed[name] = len(self.indices) if value == self.depth else min(MIN_LAYERS, value)
             elif name in BORDER_SETTINGS_FROM_START and isinstance(value, int):
                 changed[name] = self.num_kept_before(value)
             elif name in BORDER_SETTINGS_FROM_END and isinstance(value, int):
                 changed[name] = len(self.indices) - self.num_kept_before(self.depth - value)
-            elif name == "moe_layer_end_index" and isinstance(value, int) and value >= 0:
+            elif name == "moe_layer_end_index" and isinstance(value, int) and value >= 0:  # the last layer with experts
                 changed[name] = self.num_kept_before(value + 1) - 1
             elif name in LAYER_INDEX_SETTINGS and isinstance(value, list):
                 changed[name] = [position for position, index in enumerate(self.indices) if index in value]
@@ -96,7 +99,7 @@ class KeptLayers:
         return changed
 
     def _kept_entries(self, by_index: dict[Any, Any]) -> dict[str, Any]:
-        """The settings of the kept layers, by the index that each gets in the small copy. `by_index`: of all layers."""
+        """The settings of the kept layers, by the index that each gets in the small copy, {"0": {...}}. `by_index`: of all."""
         position_by_index = {index: str(position) for position, index in enumerate(self.indices)}
         settings_by_position = {}
         for index, settings in by_index.items():
@@ -106,13 +109,13 @@ class KeptLayers:
 
 
 def layer_choices(full_model: nn.Module, settings: dict[str, Any]) -> Iterator[KeptLayers]:
-    """Choices of layers that keep every kind of layer of `full_model`, a model on meta of these settings, the likeliest first:
+    """Choices of layers for a small copy, each with every kind of layer of `full_model` (on meta), the likeliest to work first:
 
     - the shortest prefix with all kinds, which keeps what recurs with a period.
     - one layer of each kind: tried before the prefix if that has more than `MAX_PREFIX_TRIED_FIRST` layers.
     - the shortest prefix with two of each kind.
 
-    The first layers alone if nothing tells layers apart.
+    The first layers alone if nothing tells layers apart. `settings`: those of the model, by name.
     """
     depth = num_layers_of(settings)
     kinds = layer_kinds_with_settings(full_model, settings, depth)
@@ -141,7 +144,10 @@ def _shortest_prefix_length(kinds: list[tuple[Any, ...]], times: int) -> int:
 
 
 def _first_layer_of_each_kind(kinds: list[tuple[Any, ...]]) -> tuple[int, ...]:
-    """Indices of the first layer of each kind, and of further ones from the start until there are `MIN_LAYERS`: (0, 3)."""
+    """Indices of the first layer of each kind, and of further ones from the start until there are `MIN_LAYERS`.
+
+    For 4 layers of which the last is of another kind: (0, 3). `kinds`: what describes each layer; equal for layers of one kind.
+    """
     first_of_kind: dict[Any, int] = {}
     for index, kind in enumerate(kinds):
         first_of_kind.setdefault(kind, index)
@@ -161,8 +167,9 @@ def num_layers_of(settings: dict[str, Any]) -> int:
 def layer_kinds(full_model: nn.Module, depth: int) -> list[tuple[Any, ...]]:
     """What tells each of `depth` layers from the others, by index; layers with equal entries are built alike. Empty if unknown.
 
-    An entry has a part for each list of `depth` layers that the model has (encoder and decoder, as a rule), where several shorter
-    lists of one module that have `depth` layers together count as one.
+    An entry has a part for each list of `depth` layers that the model has: one for Llama, two for T5 (encoder and decoder).
+    Lists that one module has side by side also count as one list, since some models divide their layers into several (first
+    dense ones, then those with experts).
     """
     layer_lists = []
     for module in full_model.modules():
@@ -171,7 +178,8 @@ def layer_kinds(full_model: nn.Module, depth: int) -> list[tuple[Any, ...]]:
             if isinstance(child, nn.ModuleList) and len(child) and _is_layer_list(child):
                 lists.append(list(child))
         if len(lists) != 1:
-            lists.append([layer for layers in lists for layer in layers])
+            joined_list = [layer for layers in lists for layer in layers]
+            lists.append(joined_list)
         layer_lists += [layers for layers in lists if len(layers) == depth > 1]
     if not layer_lists:
         return []
@@ -184,36 +192,38 @@ def layer_kinds(full_model: nn.Module, depth: int) -> list[tuple[Any, ...]]:
 def layer_kinds_with_settings(full_model: nn.Module, settings: dict[str, Any], depth: int) -> list[tuple[Any, ...]]:
     """What tells each layer from the others, by index; layers with equal entries can stand for each other in a small copy.
 
-    An entry has the layer's modules, what lists such as `layer_types` call it, its own settings, and the stretch of layers that
-    it lies in, as settings such as `n_input_layers` divide them.
+    An entry has the layer's modules, what lists such as `layer_types` call it, its own settings, and on which side of each
+    border it lies that settings such as `n_input_layers` draw between layers.
     """
-    kinds = layer_kinds(full_model, depth) or [()] * depth
-    named_kinds = []  # lists such as `layer_types`
+    kinds_by_modules = layer_kinds(full_model, depth) or [()] * depth
+    per_layer_lists = []  # such as `layer_types`
     for setting in settings.values():
         if isinstance(setting, list) and len(setting) == depth and isinstance(setting[0], str):
-            named_kinds.append(setting)
+            per_layer_lists.append(setting)
     own_settings = {int(index): str(value) for index, value in (settings.get("per_layer_config") or {}).items()}
-    described = []
-    for index, kind in enumerate(kinds):
-        names = [layer_names[index] for layer_names in named_kinds]
-        described.append((kind, *names, own_settings.get(index), _sides_of_borders(settings, depth, index)))
-    return described
+    kinds = []
+    for index, kind_by_modules in enumerate(kinds_by_modules):
+        names = [layer_names[index] for layer_names in per_layer_lists]
+        is_behind_borders = _is_behind_each_border(settings, depth, index)
+        kinds.append((kind_by_modules, *names, own_settings.get(index), is_behind_borders))
+    return kinds
 
 
-def _sides_of_borders(settings: dict[str, Any], depth: int, index: int) -> tuple[bool, ...]:
-    """For each setting of `STRETCH_SETTINGS` that is there: whether layer `index` lies at or behind the border that it sets.
+def _is_behind_each_border(settings: dict[str, Any], depth: int, index: int) -> tuple[bool, ...]:
+    """For each setting of `UNSEEN_BORDER_SETTINGS` that is there: whether layer `index` lies at or behind its border.
 
-    With 8 layers and `n_output_layers` 2 the border is 6: layers 6 and 7 give True.
+    A border lies between layers that do different things. With 8 layers and `n_output_layers` 2 it is 6: layers 6 and 7 give
+    True.
     """
-    sides = []
-    for name in STRETCH_SETTINGS:
+    is_behind = []
+    for name in UNSEEN_BORDER_SETTINGS:
         border = settings.get(name)
         if not isinstance(border, int):
             continue
         if name in BORDER_SETTINGS_FROM_END:
             border = depth - border
-        sides.append(index >= border)
-    return tuple(sides)
+        is_behind.append(index >= border)
+    return tuple(is_behind)
 
 
 def _is_layer_list(modules: nn.ModuleList) -> bool:
@@ -222,28 +232,29 @@ def _is_layer_list(modules: nn.ModuleList) -> bool:
 
 
 def _kind_of_layer(layer: nn.Module) -> frozenset[Any]:
-    """What tells a layer from another: name, class and switches of each of its modules.
+    """What tells a layer from another: name, class and behaviour (flags, texts) of each of its modules.
 
     Numbers in names do not count, so that a layer with more experts is of the same kind.
     """
     module_kinds = set()
     for name, module in layer.named_modules():
         numberless_name = re.sub(r"\d+", "#", name)
-        module_kinds.add((numberless_name, type(module).__name__, _switches(module)))
+        module_kinds.add((numberless_name, type(module).__name__, _behaviour_attributes(module)))
     return frozenset(module_kinds)
 
 
-def _switches(module: nn.Module) -> tuple[Any, ...]:
+def _behaviour_attributes(module: nn.Module) -> tuple[tuple[str, bool | str], ...]:
     """Attributes that change what a module computes: flags, texts, and whether it has a window or chunks.
 
-    Such as `(("is_causal", True), ("sliding_window", False))`: a number of a window counts as False, None as True.
+    Such as `(("is_causal", True), ("sliding_window", False))`. An attribute None counts as True, and the size of a window or
+    chunk as False: sizes differ between a model and its small copy, whose layers are compared.
     """
-    switches = []
+    attributes: list[tuple[str, bool | str]] = []
     for name, value in sorted(vars(module).items()):
         if name.startswith("_") or name == "training":
             continue
         if isinstance(value, bool | str):
-            switches.append((name, value))
+            attributes.append((name, value))
         elif value is None or (isinstance(value, int) and ("window" in name or "chunk" in name)):
-            switches.append((name, value is None))
-    return tuple(switches)
+            attributes.append((name, value is None))
+    return tuple(attributes)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 
-def layer_values(text: Any, name: str) -> list[Any]:
+def layer_values(text_config: Any, name: str) -> list[Any]:
     """The different values of the setting `name` in the layers of a text configuration, first layer first; `[None]` without it.
 
     Layers of one model may differ: Gemma 4 has larger heads where attention is full. transformers then raises an error if the
     setting of the whole model is read.
     """
-    if name not in (getattr(text, "per_layer_attributes", None) or ()):
-        return [getattr(text, name, None)]
+    if name not in (getattr(text_config, "per_layer_attributes", None) or ()):
+        return [getattr(text_config, name, None)]
     values: list[Any] = []
-    for layer in text.per_layer_config:
+    for layer in text_config.per_layer_config:
         value = getattr(layer, name, None)
         if value not in values:
             values.append(value)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -25,18 +26,30 @@ from trainer.model.quantisation import Scheme
 FORMAT_VERSION = 1
 """Version of the files' content; files of another version are not read, and their weights packed anew."""
 MIN_CACHED_BYTES = 64 * 2**20
-"""Bytes packed below which nothing is kept: packing takes a second."""
-SAMPLES, SAMPLE_BYTES = 16, 2**16
-"""Samples that a fingerprint reads of each file, and bytes of each."""
+"""Packed weights of fewer bytes in all are not cached: packing them takes a second."""
+SAMPLES_PER_FILE = 16
+"""Samples that a fingerprint reads of each file."""
+SAMPLE_BYTES = 2**16
 TENSOR_KEY = "packed"
 """Name of the only tensor in a file of the cache."""
+
+
+class HostRank(NamedTuple):
+    """A rank among the ranks of its host."""
+
+    rank: int
+    """From 0."""
+    num_ranks: int
+
+
+ONLY_RANK = HostRank(rank=0, num_ranks=1)
 
 
 def weights_fingerprint(directories: list[Path], scheme: Scheme) -> str:
     """32 hex digits that identify the weights in these directories and the scheme that they are quantised by.
 
-    The digest covers each file's name, size, time of change and `SAMPLES` samples of its bytes, since reading all would take as
-    long as packing. It also covers the versions of the libraries that pack.
+    The digest covers each file's name, size, time of change and `SAMPLES_PER_FILE` samples of its bytes, since reading
+    all would take as long as packing. It also covers the versions of the libraries that pack.
     """
     digest = hashlib.sha256(f"{FORMAT_VERSION} {scheme} {version('bitsandbytes')} {version('transformers')}".encode())
     for directory in directories:
@@ -46,8 +59,8 @@ def weights_fingerprint(directories: list[Path], scheme: Scheme) -> str:
             with file.open("rb") as weights_file:
                 # The samples are spread evenly: the first one at the begin of the file, the last one at its end.
                 last_offset = max(0, stat.st_size - SAMPLE_BYTES)
-                for index in range(SAMPLES):
-                    weights_file.seek(index * last_offset // (SAMPLES - 1))
+                for index in range(SAMPLES_PER_FILE):
+                    weights_file.seek(index * last_offset // (SAMPLES_PER_FILE - 1))
                     digest.update(weights_file.read(SAMPLE_BYTES))
     return digest.hexdigest()[:32]
 
@@ -58,45 +71,54 @@ def packed_weights_directory(key: str) -> Path:
 
 
 def cached_weights(
-    places: list[Path],
+    source_directories: list[Path],
     scheme: Scheme,
     shapes: Mapping[str, tuple[int, ...]],
     pack: Callable[[str], Tensor],
-    share: tuple[int, int],
+    host_rank: HostRank,
 ) -> PackedWeights:
     """The cache of the packed matrices among `shapes`. Stacks of experts are not cached: the ranks that hold them pack them.
 
-    `places`: directories of the base and of adapters that are merged into it. `shapes`: by base name. `pack(name)` packs a
-    matrix. `share` (i, n): this is rank i of n on the host.
+    `source_directories`: those of the base and of adapters that are merged into it. `shapes`: by base name. `pack(name)`
+    quantises a matrix into bytes.
     """
-    sizes = {name: scheme.num_bytes((shape[0], shape[1])) for name, shape in shapes.items() if len(shape) == 2}
-    return PackedWeights(packed_weights_directory(weights_fingerprint(places, scheme)), sizes, pack, share=share)
+    num_bytes_by_name = {}
+    for name, shape in shapes.items():
+        if len(shape) == 2:
+            num_bytes_by_name[name] = scheme.num_bytes((shape[0], shape[1]))
+    directory = packed_weights_directory(weights_fingerprint(source_directories, scheme))
+    return PackedWeights(directory, num_bytes_by_name, pack, host_rank=host_rank)
 
 
 class PackedWeights:
     """The packed weights of one base, kept on this host: each is packed by the first rank that needs it.
 
-    `directory`: where the files are. `sizes`: bytes of each packed weight, by name. `pack(name)` makes one, uint8 `[bytes]`, on
-    the CPU. `share` (i, n): this is rank i of n on the host, and begins with another weight than the others.
+    `directory`: where the files are. `num_bytes_by_name`: of each packed weight. `pack(name)` quantises one into bytes, uint8
+    `[num_bytes]`, on the CPU. `host_rank`: this rank, which begins with another weight than the others of its host.
     """
 
     def __init__(
-        self, directory: Path, sizes: dict[str, int], pack: Callable[[str], Tensor], *, share: tuple[int, int] = (0, 1)
+        self,
+        directory: Path,
+        num_bytes_by_name: dict[str, int],
+        pack: Callable[[str], Tensor],
+        *,
+        host_rank: HostRank = ONLY_RANK,
     ) -> None:
         self.directory = directory
-        self.sizes = sizes
+        self.num_bytes_by_name = num_bytes_by_name
         self.pack = pack
-        self.share = share
+        self.host_rank = host_rank
         self.num_packed = 0
         """Weights that this process has packed."""
         self.reason_not_cached = ""
         """Why nothing is cached; empty if it is."""
-        self._started = False
+        self._has_packed_missing = False
 
     @property
-    def total(self) -> int:
-        """Bytes of all weights."""
-        return sum(self.sizes.values())
+    def total_bytes(self) -> int:
+        """Bytes of all packed weights."""
+        return sum(self.num_bytes_by_name.values())
 
     def read_slice(self, name: str, start: int, stop: int) -> Tensor:
         """Bytes `[start, stop)` of a packed weight, read from its file in the cache.
@@ -105,12 +127,12 @@ class PackedWeights:
         weight is packed in memory instead.
         """
         try:
-            if not self._started:
-                self._started = True
-                self._pack_missing()
+            if not self._has_packed_missing:
+                self._has_packed_missing = True
+                self._pack_missing_into_cache()
             if not self.reason_not_cached:
                 packed_bytes = self._read_cached(name, start, stop)
-                if packed_bytes is None:
+                if packed_bytes is None:  # no file yet, or a broken one
                     self._pack_into_cache(name, wait=True)
                     packed_bytes = self._read_cached(name, start, stop)
                 if packed_bytes is not None:
@@ -122,27 +144,26 @@ class PackedWeights:
         self.num_packed += 1
         return self.pack(name)[start:stop]
 
-    def _pack_missing(self) -> None:
-        """Pack the weights that no other rank has packed or is packing, so that the ranks of a host pack each one once.
+    def _pack_missing_into_cache(self) -> None:
+        """Quantise the weights that no other rank has packed or is packing, so that the ranks of a host pack each one once.
 
         Sets `reason_not_cached` instead if the weights are too small to be worth it, or if the disk has too little space.
         """
-        if self.total < MIN_CACHED_BYTES:
-            self.reason_not_cached = f"{self.total / 2**20:.1f} MiB are packed as fast as they are read"
+        if self.total_bytes < MIN_CACHED_BYTES:
+            self.reason_not_cached = f"{self.total_bytes / 2**20:.1f} MiB are packed as fast as they are read"
             return
-        missing = [name for name in self.sizes if not self._is_cached(name)]
+        missing = [name for name in self.num_bytes_by_name if not self._is_cached(name)]
         if not missing:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        needed_bytes = sum(self.sizes[name] for name in missing)
+        needed_bytes = sum(self.num_bytes_by_name[name] for name in missing)
         free_bytes = shutil.disk_usage(self.directory).free
         if needed_bytes > free_bytes:
             needed = f"{needed_bytes / 2**30:.2f} GiB more are needed"
             self.reason_not_cached = f"{needed} and {free_bytes / 2**30:.2f} GiB free in {self.directory}"
             return
         # Each rank begins at another weight, so that ranks seldom meet at the same one.
-        rank, ranks = self.share
-        first = len(missing) * rank // ranks
+        first = len(missing) * self.host_rank.rank // self.host_rank.num_ranks
         for name in missing[first:] + missing[:first]:
             self._pack_into_cache(name, wait=False)
 
@@ -153,7 +174,7 @@ class PackedWeights:
     def _is_cached(self, name: str) -> bool:
         """Whether the file of a packed weight is there, and large enough to be complete."""
         file = self._cache_file(name)
-        return file.exists() and file.stat().st_size > self.sizes[name]
+        return file.exists() and file.stat().st_size > self.num_bytes_by_name[name]
 
     def _read_cached(self, name: str, start: int, stop: int) -> Tensor | None:
         """Bytes `[start, stop)` of a packed weight from its file; None if there is no file, or it is broken."""
@@ -162,7 +183,7 @@ class PackedWeights:
         try:
             with safe_open(str(self._cache_file(name)), framework="pt") as opened:
                 view = opened.get_slice(TENSOR_KEY)
-                is_complete = view.get_shape() == [self.sizes[name]]
+                is_complete = view.get_shape() == [self.num_bytes_by_name[name]]
                 return view[start:stop] if is_complete else None
         except (FileNotFoundError, SafetensorError):
             return None

@@ -31,6 +31,8 @@ BLOCK_ELEMENTS = 64
 """Consecutive elements of a 4-bit weight that share a scale."""
 SCALE_BLOCK_ELEMENTS = 256
 """Consecutive scales that share a scale, with double quantisation."""
+INT8_STEP = 1.0 / 127.0
+"""An int8 code is the share of its row's largest absolute value (the scale), in steps of this."""
 ALIGNMENT_BYTES = 16
 """Bytes to which the whole is padded, so that any shard of it starts at a whole element."""
 NOTABLE_SHARE = 0.05
@@ -103,6 +105,7 @@ class Scheme:
         sizes = [len(piece) for piece in flat]
         shape = (weight.shape[0], weight.shape[1])
         assert sizes == self.part_bytes(shape)
+        # Zeros up to a multiple of `ALIGNMENT_BYTES`.
         padding = torch.zeros(self.num_bytes(shape) - sum(sizes), dtype=torch.uint8)
         return torch.cat([*flat, padding])
 
@@ -117,12 +120,11 @@ class Scheme:
         if packed.is_meta:
             return torch.empty(shape, dtype=dtype, device=packed.device)
         part_sizes = self.part_bytes(shape)
-        parts = packed.detach()[: sum(part_sizes)].split(
-            part_sizes
-        )  # without the padding; `part_bytes` says which they are
+        without_padding = packed.detach()[: sum(part_sizes)]
+        parts = without_padding.split(part_sizes)  # `part_bytes` says which they are
         codes = parts[0]
         if self.kind is Quantisation.int8:
-            row_scales = as_float32(parts[1])[:, None] * (1.0 / 127.0)
+            row_scales = as_float32(parts[1])[:, None] * INT8_STEP
             return (codes.view(torch.int8).view(shape) * row_scales).to(dtype)
         if self.is_double_quantised:
             _, scales_of_scales, offset, quantised_scales = parts
@@ -205,16 +207,18 @@ class QuantisedLinear(nn.Linear):
     """How many elements of the model a parameter of this layer stands for."""
 
     @classmethod
-    def replace(cls, layer: nn.Linear, scheme: Scheme) -> QuantisedLinear:
-        """The same layer on meta, for packed values; keeps its bias."""
-        new = cls.__new__(cls)
-        new.__dict__.update(layer.__dict__)
-        new._parameters = dict(layer._parameters)
-        new.scheme = scheme
-        new.packed_elements = {"weight": layer.in_features * layer.out_features}
-        size = scheme.num_bytes(new.shape)
-        new.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), requires_grad=False)
-        return new
+    def of_linear(cls, layer: nn.Linear, scheme: Scheme) -> QuantisedLinear:
+        """The layer `layer` with a weight of packed bytes on meta, to be filled later; it keeps its bias and hooks."""
+        # Without `__init__`, which would make new parameters and forget what others have set on the layer.
+        quantised = cls.__new__(cls)
+        quantised.__dict__.update(layer.__dict__)
+        quantised._parameters = dict(layer._parameters)
+        quantised.scheme = scheme
+        quantised.packed_elements = {"weight": layer.in_features * layer.out_features}
+        num_bytes = scheme.num_bytes((layer.out_features, layer.in_features))
+        packed = torch.empty(num_bytes, dtype=torch.uint8, device="meta")
+        quantised.weight = nn.Parameter(packed, requires_grad=False)
+        return quantised
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -230,9 +234,14 @@ class QuantisedLinear(nn.Linear):
 
 
 def quantise_layers(
-    model: nn.Module, scheme: Scheme, *, keep: nn.Module | None, heads: tuple[str, ...], base_name: Callable[[str], str]
+    model: nn.Module,
+    scheme: Scheme,
+    *,
+    output_head: nn.Module | None,
+    kept_prefixes: tuple[str, ...],
+    base_name: Callable[[str], str],
 ) -> dict[str, tuple[int, ...]]:
-    """Replace the frozen linear layers of a tuned model on meta, but for the output head `keep` and modules in `heads`.
+    """Replace the frozen linear layers of a tuned model on meta, but for `output_head` and modules under `kept_prefixes`.
 
     Modules that the architecture keeps in float32 (T5's `wo`) stay as they are, as transformers leaves them: their blocks
     convert activations to the type of the stored weight. Returns the shapes of the weights that are stored packed, by base
@@ -244,13 +253,14 @@ def quantise_layers(
     shapes: dict[str, tuple[int, ...]] = {}
     kept_in_float32 = names_kept_in_float32(model)
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or module is keep or _trains(name, module):
+        if type(module) is not nn.Linear or module is output_head or _trains(name, module):
             continue
         weight = base_name(f"{name}.weight")
-        if kept_in_float32 & set(name.split(".")) or weight in shapes or weight.startswith(heads):
+        is_replaced = weight in shapes  # under another name of the same base weight
+        if kept_in_float32 & set(name.split(".")) or is_replaced or weight.startswith(kept_prefixes):
             continue
         parent, _, key = name.rpartition(".")
-        quantised = QuantisedLinear.replace(module, scheme)
+        quantised = QuantisedLinear.of_linear(module, scheme)
         setattr(model.get_submodule(parent), key, quantised)
         shapes[weight] = quantised.shape
     if not shapes:
@@ -261,23 +271,24 @@ def quantise_layers(
     return shapes
 
 
-def unquantised_note(plain: nn.Module, packed_names: set[str]) -> str | None:
+def unquantised_note(meta_model: nn.Module, packed_names: set[str]) -> str | None:
     """A note on the matrices that stay unpacked, with their size and the largest of them; None if they are few.
 
-    `packed_names`: the packed weights. "Few": less than `NOTABLE_SHARE` of all parameters.
+    `meta_model`: the model before it is quantised. `packed_names`: of its parameters that are stored packed. "Few": less than
+    `NOTABLE_SHARE` of all parameters.
     """
     sizes = {}
-    for name, parameter in plain.named_parameters():
+    for name, parameter in meta_model.named_parameters():
         if parameter.dim() > 1 and name not in packed_names and not name.endswith("bias"):
             sizes[name] = parameter.numel()
-    unquantised = sum(sizes.values())
-    share = unquantised / sum(parameter.numel() for parameter in plain.parameters())
+    num_unquantised = sum(sizes.values())
+    share = num_unquantised / sum(parameter.numel() for parameter in meta_model.parameters())
     if share < NOTABLE_SHARE:
         return None
     largest = max(sizes, key=lambda name: sizes[name])
     return (
-        f"linear layers, and experts that compute by transformers' interface: {unquantised:,} parameters ({share:.0%}) stay "
-        f"as they are, {unquantised * 2 / 2**30:.2f} GiB in 16 bits ({largest} the largest)"
+        f"linear layers, and experts that compute by transformers' interface: {num_unquantised:,} parameters ({share:.0%}) stay "
+        f"as they are, {num_unquantised * 2 / 2**30:.2f} GiB in 16 bits ({largest} the largest)"
     )
 
 

@@ -23,8 +23,8 @@ EXTRAS = {"bitsandbytes": "qlora", "torchao": "torchao", "compressed-tensors": "
 """The library that reads a model, as its config.json names it, and the extra that brings it."""
 
 
-ROWS_MULTIPLE = 32
-COLUMNS_MULTIPLE = 64
+AVX512_ROWS_MULTIPLE = 32
+AVX512_COLUMNS_MULTIPLE = 64
 """bitsandbytes packs a matrix for avx512_bf16 in blocks of so many rows and columns: the matrix must consist of whole blocks."""
 
 
@@ -59,23 +59,23 @@ def unsupported_4bit_layers(model: nn.Module, device: torch.device) -> list[str]
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.Linear) or layer is head:
             continue
-        if layer.out_features % ROWS_MULTIPLE or layer.in_features % COLUMNS_MULTIPLE:
+        if layer.out_features % AVX512_ROWS_MULTIPLE or layer.in_features % AVX512_COLUMNS_MULTIPLE:
             unsupported.append(f"{name} {layer.out_features}x{layer.in_features}")
     return unsupported
 
 
 def refuse_unsupported_4bit(setting: str, model: nn.Module, device: torch.device) -> None:
     """Raise ConfigError if bitsandbytes cannot multiply the model in 4 bits here. `setting`: what was set, as bits=nf4."""
-    unsupported = unsupported_4bit_layers(model, device)
-    if not unsupported:
+    layers_with_sizes = unsupported_4bit_layers(model, device)  # such as "fc1 100x64"
+    if not layers_with_sizes:
         return
-    examples = ", ".join(unsupported[:3])
-    if len(unsupported) > 3:
-        examples += f" and {len(unsupported) - 3} more"
+    examples = ", ".join(layers_with_sizes[:3])
+    if len(layers_with_sizes) > 3:
+        examples += f" and {len(layers_with_sizes) - 3} more"
     raise ConfigError(
-        f"{setting}: on a processor with avx512_bf16 bitsandbytes multiplies 4-bit matrices only if {ROWS_MULTIPLE} divides "
-        f"their rows and {COLUMNS_MULTIPLE} their columns, and not {examples}; use a GPU or a processor without avx512_bf16, or "
-        "store the model in another type, such as bits=int8"
+        f"{setting}: on a processor with avx512_bf16 bitsandbytes multiplies 4-bit matrices only if {AVX512_ROWS_MULTIPLE} "
+        f"divides their rows and {AVX512_COLUMNS_MULTIPLE} their columns, and not {examples}; use a GPU or a processor "
+        "without avx512_bf16, or store the model in another type, such as bits=int8"
     )
 
 
@@ -87,18 +87,28 @@ def _in_four_bits(settings: Any) -> bool:
     return bool(getattr(quantisation, "load_in_4bit", False))
 
 
-def replace_with_quantised(model: nn.Module, directory: str, settings: Any, device: torch.device) -> torch.dtype:
-    """Put the values and layers of the model in few bits, as transformers loads it, into its architecture on meta.
+def replace_with_quantised(model: nn.Module, directory: str, hf_config: Any, device: torch.device) -> torch.dtype:
+    """Load a model that is stored in few bits, and put its layers and values into `model`, its architecture on meta.
 
-    `settings`: transformers' configuration of the model. Returns the type of what is not in few bits. Raises ConfigError if
-    the two do not fit, or if the output layer itself is in few bits: losses are computed in it.
+    Returns the type of what is not in few bits. Raises ConfigError if the two do not fit, or if the output layer itself is in
+    few bits: losses are computed in it.
     """
+    if _in_four_bits(hf_config):
+        refuse_unsupported_4bit(f"model.path={directory}", model, device)
+    loaded = _load_in_few_bits(directory, hf_config, device)
+    _put_layers_into(model, loaded)
+    unfilled = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if unfilled:
+        raise ConfigError(f"model.path={directory}: transformers loads nothing for {', '.join(unfilled[:3])}")
+    return loaded.dtype  # type: ignore[no-any-return]
+
+
+def _load_in_few_bits(directory: str, hf_config: Any, device: torch.device) -> Any:
+    """The model in `directory` as transformers loads it. Raises ConfigError if its output layer lies in few bits too."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if _in_four_bits(settings):
-        refuse_unsupported_4bit(f"model.path={directory}", model, device)
-    loaded = transformers_class(ModelKind.causal, settings).from_pretrained(
+    loaded = transformers_class(ModelKind.causal, hf_config).from_pretrained(
         directory, dtype="auto", device_map=str(device), local_files_only=True
     )
     with torch.no_grad():  # compressed-tensors unpacks its layers where the whole model is first called
@@ -109,13 +119,20 @@ def replace_with_quantised(model: nn.Module, directory: str, settings: Any, devi
             f"model.path={directory}: its output layer lies in few bits too, which losses cannot be computed in here; serve it, "
             "and give evaluation.server=http://..."
         )
-    # Linear layers are replaced by the loaded ones; other modules take over parameters and buffers.
+    return loaded
+
+
+def _put_layers_into(model: nn.Module, loaded: Any) -> None:
+    """Replace the linear layers of `model` by those of `loaded`; its other modules take over parameters and buffers.
+
+    A parameter that the same module of `loaded` has not becomes None. A module that `loaded` has not stays on meta.
+    """
     loaded_modules = dict(loaded.named_modules())
     for name, module in list(model.named_modules()):
         loaded_module = loaded_modules.get(name)
         if loaded_module is None:
             continue
-        if type(module) is nn.Linear:  # whatever it is by now, it computes what the layer stands for
+        if type(module) is nn.Linear:  # whatever the class of the loaded one, it computes what the layer stands for
             owner, _, key = name.rpartition(".")
             setattr(model.get_submodule(owner), key, loaded_module)
             continue
@@ -125,7 +142,3 @@ def replace_with_quantised(model: nn.Module, directory: str, settings: Any, devi
         buffers = own_buffers(module)
         loaded_buffers = own_buffers(loaded_module)
         buffers.update({key: loaded_buffers.get(key, buffer) for key, buffer in buffers.items()})
-    unfilled = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if unfilled:
-        raise ConfigError(f"model.path={directory}: transformers loads nothing for {', '.join(unfilled[:3])}")
-    return loaded.dtype  # type: ignore[no-any-return]

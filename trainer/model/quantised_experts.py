@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trainer.model.config import Quantisation
 from trainer.model.quantisation import (
     BLOCK_ELEMENTS,
+    INT8_STEP,
     SCALE_BLOCK_ELEMENTS,
     Scheme,
     as_float32,
@@ -27,6 +28,7 @@ from trainer.model.quantisation import (
 from trainer.tuning.expert_parts import expert_modules_by_name, expert_weight_names
 
 Shape = tuple[int, int, int]
+"""Of a weight: (experts, rows, columns)."""
 MAX_ELEMENTS_PER_CALL = 2**31 - 1
 """Elements that bitsandbytes' kernels for GPUs count in one call; of more they would make some, and leave the rest undefined."""
 
@@ -51,64 +53,73 @@ def num_bytes(scheme: Scheme, shape: Shape) -> int:
     return shape[0] * scheme.num_bytes(shape[1:])
 
 
-def pack_slice(scheme: Scheme, shape: Shape, start: int, stop: int, expert: Callable[[int], Tensor]) -> Tensor:
+def pack_slice(scheme: Scheme, shape: Shape, start: int, stop: int, read_expert: Callable[[int], Tensor]) -> Tensor:
     """Bytes `[start, stop)` of the packed weight of a layer's experts, for which only the experts in them are packed.
 
-    `shape`: of the weight, `[experts, ., .]`. `expert(i)` returns the matrix of expert i.
+    They are what a rank's shard holds, and may begin and end within an expert. `shape`: of the weight, `[experts, ., .]`.
+    `read_expert(i)` returns the matrix of expert i.
     """
     expert_bytes = scheme.num_bytes(shape[1:])
-    first = start // expert_bytes
-    end = math.ceil(stop / expert_bytes)
-    packed = [scheme.pack(expert(number)) for number in range(first, end)]
+    first_expert = start // expert_bytes
+    end_expert = math.ceil(stop / expert_bytes)
+    packed = [scheme.pack(read_expert(expert)) for expert in range(first_expert, end_expert)]
     # The empty tensor is for a rank that holds nothing.
     joined = torch.cat([torch.zeros(0, dtype=torch.uint8), *packed])
-    offset = start - first * expert_bytes
+    offset = start - first_expert * expert_bytes
     return joined[offset : offset + stop - start]
 
 
 @torch.no_grad()
 def unpack_stack(scheme: Scheme, packed: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
-    """The weight `[experts, ., .]`, on the device of `packed`; on meta its shape.
+    """Dequantise a weight `[experts, ., .]` of `shape` from its bytes `packed`, on their device; on meta an empty one.
 
     Equal to each expert's `Scheme.unpack`, without a call for each where rows are whole blocks.
     """
-    count, matrix = shape[0], (shape[1], shape[2])
+    num_experts, matrix = shape[0], (shape[1], shape[2])
     if packed.is_meta:
         return torch.empty(shape, dtype=dtype, device=packed.device)
-    rows = packed.detach().view(count, -1)
-    sizes = scheme.part_bytes(matrix)
-    pieces = rows[:, : sum(sizes)].split(sizes, dim=1)
+    expert_bytes = packed.detach().view(num_experts, -1)
+    part_sizes = scheme.part_bytes(matrix)
+    parts = expert_bytes[:, : sum(part_sizes)].split(part_sizes, dim=1)  # each [experts, bytes], without the padding
     if scheme.kind is Quantisation.int8:
-        scales = as_float32(pieces[1].contiguous()).view(count, -1, 1) * (1.0 / 127.0)
-        return (pieces[0].contiguous().view(torch.int8).view(shape) * scales).to(dtype)
+        codes, row_scales = parts
+        scales = as_float32(row_scales.contiguous()).view(num_experts, -1, 1) * INT8_STEP
+        return (codes.contiguous().view(torch.int8).view(shape) * scales).to(dtype)
     if matrix[1] % BLOCK_ELEMENTS:  # then on CPUs bitsandbytes reads a row's scales by the row's place in the whole
-        return torch.stack([scheme.unpack(row, matrix, dtype) for row in rows])
-    if (experts_per_call := max(1, MAX_ELEMENTS_PER_CALL // (matrix[0] * matrix[1]))) < count:
+        return torch.stack([scheme.unpack(packed_expert, matrix, dtype) for packed_expert in expert_bytes])
+    experts_per_call = max(1, MAX_ELEMENTS_PER_CALL // (matrix[0] * matrix[1]))
+    if experts_per_call < num_experts:
         weight = torch.empty(shape, dtype=dtype, device=packed.device)
-        for part, packed_part in zip(weight.split(experts_per_call), rows.split(experts_per_call), strict=True):
+        for part, packed_part in zip(weight.split(experts_per_call), expert_bytes.split(experts_per_call), strict=True):
             part.copy_(unpack_stack(scheme, packed_part.reshape(-1), (len(packed_part), *matrix), dtype))
         return weight
     from bitsandbytes import functional as bnb
 
-    if scheme.is_double_quantised:
-        coarse_scales = (
-            as_float32(pieces[1].contiguous()).view(count, -1).repeat_interleave(SCALE_BLOCK_ELEMENTS, dim=1)
-        )
-        scale_codes = scale_code_values(packed.device)[pieces[3].long()]
-        scales = scale_codes * coarse_scales[:, : scale_codes.shape[1]] + as_float32(pieces[2].contiguous()).view(
-            count, 1
-        )
-    else:
-        scales = as_float32(pieces[1].contiguous())
+    codes = parts[0]
     state = bnb.QuantState(
-        absmax=scales.reshape(-1),
-        shape=torch.Size((count * matrix[0], matrix[1])),
+        absmax=_block_scales(scheme, parts).reshape(-1),
+        shape=torch.Size((num_experts * matrix[0], matrix[1])),
         code=code_values(str(scheme.kind), packed.device),
         blocksize=BLOCK_ELEMENTS,
         quant_type=str(scheme.kind),
         dtype=dtype,
     )
-    return bnb.dequantize_4bit(pieces[0].reshape(-1, 1), state).view(shape)
+    return bnb.dequantize_4bit(codes.reshape(-1, 1), state).view(shape)
+
+
+def _block_scales(scheme: Scheme, parts: tuple[Tensor, ...]) -> Tensor:
+    """Scales of the 4-bit blocks of all experts, float32 `[experts, blocks]`; `parts` as in `Scheme.part_bytes`, by expert.
+
+    With double quantisation a scale is: the value of its 8-bit code, times the scale of its group of scales, plus an offset.
+    """
+    if not scheme.is_double_quantised:
+        return as_float32(parts[1].contiguous())
+    _, scales_of_scales, offsets, scale_codes = parts
+    num_experts = len(scale_codes)
+    group_scales = as_float32(scales_of_scales.contiguous()).view(num_experts, -1)
+    group_scales = group_scales.repeat_interleave(SCALE_BLOCK_ELEMENTS, dim=1)
+    values = scale_code_values(scale_codes.device)[scale_codes.long()]
+    return values * group_scales[:, : values.shape[1]] + as_float32(offsets.contiguous()).view(num_experts, 1)
 
 
 def round_trip_stack(scheme: Scheme, weight: Tensor) -> Tensor:
@@ -121,8 +132,8 @@ def quantise_experts(
 ) -> dict[str, Shape]:
     """Replace the frozen weights of experts by packed bytes (uint8), in place, on meta; returns their old shapes by base name.
 
-    Experts stay as they are if they train, if they compute in a way of their own, or if a part of their name (between dots) is in
-    `kept_in_float32`.
+    Experts stay as they are if they train, if a part of their name (between dots) is in `kept_in_float32`, or if their module
+    computes in a way of its own, so that `expert_modules_by_name` leaves it out.
     """
     shape_by_name: dict[str, Shape] = {}
     modules: dict[str, Any] = dict(expert_modules_by_name(model))
@@ -133,6 +144,7 @@ def quantise_experts(
             continue
         shapes: dict[str, Shape] = {key: tuple(p.shape) for key, p in parameters.items()}  # type: ignore[misc]
         module.packed_experts = PackedExperts(scheme, shapes)
+        # By this, counts of the model's parameters count elements and not bytes.
         module.packed_elements = {key: p.numel() for key, p in parameters.items()}
         for key, shape in shapes.items():
             packed = torch.empty(num_bytes(scheme, shape), dtype=torch.uint8, device="meta")

@@ -25,8 +25,9 @@ SOFTCAP_SUFFIXES = ("softcapping", "softcap", "soft_cap")
 """How the names of settings end that bound scores and logits."""
 MAX_SOFTCAP = 0.1
 """A bound that the scores of small random weights come near, so that its effect is seen."""
-MAX_TOKEN_ID = 3
-"""Ids of special tokens are at most this in a small copy, whose vocabulary has `SMALL_VOCABULARY_SIZE` entries."""
+MAX_SPECIAL_TOKEN_ID = 3
+"""Ids of special tokens (padding, begin, end) are at most this in a small copy, whose vocabulary has `SMALL_VOCABULARY_SIZE`
+entries."""
 PATCHING_THRESHOLD = 0.97 * math.log(SMALL_VOCABULARY_SIZE)
 """For models of patches of bytes (BLT), where a patch begins if the predicted entropy is above this: about half of all positions
 with small random weights."""
@@ -96,13 +97,14 @@ STATE_SPACE_HEAD_COUNT_SETTINGS = ("mamba_n_heads", "mamba_num_heads", "n_mamba_
 STATE_SPACE_HEAD_SIZE_SETTINGS = ("mamba_d_head", "mamba_head_dim", "mamba_headdim", "head_dim")
 STATE_SPACE_EXPANSION_SETTINGS = ("mamba_expand", "expand")
 """The inner width of a state-space layer is the number of its heads times their size, or the model's width times this factor."""
+QUERY_HEAD_COUNT_SETTINGS = ("num_attention_heads", "n_head", "n_heads")
 WIDTH_OR_HEADS_REGEX = re.compile(
     r"hidden_size$|(embedding|state)_(size|dim)|(^|_)heads$|^n_heads?$|^(n_embd|d_model|dim)$"
 )
 """Names of widths and of numbers of heads, all divided by one number where heads keep their size: `hidden_size`, `n_heads`."""
 
 
-COUNT_SETTINGS = (
+HEAD_AND_EXPERT_COUNT_SETTINGS = (
     *("num_attention_heads", "n_head", "n_heads", "num_heads", "swa_num_attention_heads"),
     *("decoder_attention_heads", "encoder_attention_heads", "num_encoder_attention_heads"),
     *("num_decoder_attention_heads", "num_key_value_heads", "num_kv_heads", "kv_n_heads", "swa_num_key_value_heads"),
@@ -124,15 +126,18 @@ class NotShrinkable(Exception):
 def small_copies(config: Any, full_model: nn.Module, *, keep_counts: bool = False) -> Iterator[Any]:
     """Yield small copies of `config`, of which `full_model` is the model on meta, the likeliest to work first; none is tried out.
 
-    There is one for each way to shrink sizes and each choice of layers, without those that the configuration's class refuses.
-    `keep_counts`: the first ones keep the numbers of heads and of experts (`COUNT_SETTINGS`). Raises NotShrinkable, with the
-    first refusal, if the class refuses all of them.
+    There is one for each way to shrink sizes and each choice of layers that keeps every kind of layer (the number
+    `layer_choice` of `layer_choices`), without those that the configuration's class refuses. `keep_counts`: the first ones
+    keep the numbers of heads and of experts. Raises NotShrinkable, with the first refusal, if the class refuses all of them.
     """
     shrink_functions: list[Callable[..., Any]] = [_sizes_by_name, _sizes_in_proportion]
     if keep_counts:
-        with_counts = [partial(_sizes_with_counts, widened=False), partial(_sizes_with_counts, widened=True)]
+        with_counts = [
+            partial(_sizes_with_counts, scales_width=False),
+            partial(_sizes_with_counts, scales_width=True),
+        ]
         shrink_functions = [*with_counts, *shrink_functions]
-    settings = _settings(config)
+    settings = _settings_of(config)
     config_class = type(config)
     num_copies = 0
     first_refusal = ""
@@ -155,7 +160,7 @@ def small_copies(config: Any, full_model: nn.Module, *, keep_counts: bool = Fals
 def changed_sizes(config: Any, small_config: Any) -> dict[str, tuple[Any, Any]]:
     """(full, small) value of each setting that a small copy changes, by name; without ids of tokens, and lists by layer."""
     changed: dict[str, tuple[Any, Any]] = {}
-    for full, small in _nested_settings(_settings(config), _settings(small_config), type(config)):
+    for full, small in _nested_settings(_settings_of(config), _settings_of(small_config), type(config)):
         for name, value in full.items():
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if is_number and small.get(name) != value and not name.endswith(("_token_id", "_token_index")):
@@ -166,8 +171,8 @@ def changed_sizes(config: Any, small_config: Any) -> dict[str, tuple[Any, Any]]:
 def kept_counts(config: Any, small_config: Any) -> dict[str, int]:
     """The numbers of heads and of experts that a small copy shares with `config`, by name."""
     kept: dict[str, int] = {}
-    for full, small in _nested_settings(_settings(config), _settings(small_config), type(config)):
-        for name in COUNT_SETTINGS:
+    for full, small in _nested_settings(_settings_of(config), _settings_of(small_config), type(config)):
+        for name in HEAD_AND_EXPERT_COUNT_SETTINGS:
             if isinstance(full.get(name), int) and full[name] == small.get(name):
                 kept.setdefault(name, full[name])
     return kept
@@ -176,7 +181,9 @@ def kept_counts(config: Any, small_config: Any) -> dict[str, int]:
 def num_lost_layer_kinds(config: Any, full_model: nn.Module, small_config: Any, small: nn.Module) -> int:
     """How many kinds of layers of `full_model` (built of `config`) are missing in `small` (of `small_config`); both on meta."""
     lost = 0
-    for full_settings, small_settings in _nested_settings(_settings(config), _settings(small_config), type(config)):
+    for full_settings, small_settings in _nested_settings(
+        _settings_of(config), _settings_of(small_config), type(config)
+    ):
         kinds = set(layer_kinds(full_model, num_layers_of(full_settings)))
         small_kinds = set(layer_kinds(small, num_layers_of(small_settings)))
         if len(kinds) > 1 and small_kinds:
@@ -184,7 +191,7 @@ def num_lost_layer_kinds(config: Any, full_model: nn.Module, small_config: Any, 
     return lost
 
 
-def _settings(config: Any) -> dict[str, Any]:
+def _settings_of(config: Any) -> dict[str, Any]:
     """The settings of a configuration object, as in `to_dict()`, but numbers and lists as its attributes have them.
 
     Configurations within it are dictionaries in the same way.
@@ -194,7 +201,7 @@ def _settings(config: Any) -> dict[str, Any]:
     for name, dict_value in settings.items():
         attribute = vars(config).get(name)  # not getattr: a property may raise, as for a value that varies by layer
         if isinstance(dict_value, dict) and name in sub_configs and hasattr(attribute, "to_dict"):
-            settings[name] = _settings(attribute)
+            settings[name] = _settings_of(attribute)
         elif isinstance(attribute, int | list) and type(attribute) is type(dict_value):
             settings[name] = attribute
     return settings
@@ -218,7 +225,7 @@ def _small_settings(
     shrink_sizes: Callable[..., Any],
     layer_choice: int,
 ) -> dict[str, Any]:
-    """The settings of a small copy of a model, made from `settings` in three steps:
+    """The settings of a small copy of a model, made from `settings` (those of the full one) in three steps:
 
     1. Fewer layers: the choice number `layer_choice` of those that keep every kind of layer of `full_model` (on meta).
     2. Smaller sizes, by `shrink_sizes(settings to shrink, full settings)`.
@@ -233,21 +240,21 @@ def _small_settings(
     for name, value in small.items():
         if isinstance(value, dict) and name in sub_configs:
             small[name] = _small_settings(settings[name], sub_configs[name], full_model, shrink_sizes, layer_choice)
-        elif name.endswith(SOFTCAP_SUFFIXES) and isinstance(value, float) and value:
+        elif name.endswith(SOFTCAP_SUFFIXES) and isinstance(value, float) and value:  # else it would never be reached
             small[name] = min(MAX_SOFTCAP, value)
         elif name == "patching_threshold" and isinstance(value, float):
             small[name] = PATCHING_THRESHOLD
         elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
-            small[name] = min(value, MAX_TOKEN_ID)
+            small[name] = min(value, MAX_SPECIAL_TOKEN_ID)
         elif name.endswith(("_token_id", "_token_index")) and isinstance(value, list):
-            small[name] = [min(token_id, MAX_TOKEN_ID) for token_id in value]
+            small[name] = [min(token_id, MAX_SPECIAL_TOKEN_ID) for token_id in value]
         elif name == "per_layer_config":
             small_by_layer = {}
             for index, layer_settings in value.items():
                 small_by_layer[index] = _small_layer_settings(layer_settings, settings, small)
             small[name] = small_by_layer
         elif name == IMAGE_TOKENS_SETTING and value:
-            small[name] = _few_image_tokens(value)
+            small[name] = _small_ids_of_special_tokens(value)
     small.pop("quantization_config", None)  # the copy has drawn weights, which are not quantised
     return small
 
@@ -261,18 +268,18 @@ def _kept_layers(settings: dict[str, Any], full_model: nn.Module, layer_choice: 
 def _sizes_by_name(settings: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
     """The small size of each setting that `MAX_SIZE_BY_SETTING` names. Sizes that depend on each other are adapted:
 
-    - without groups of queries, keys and values have as many heads as queries.
+    - if keys and values have as many heads as queries (no grouped-query attention), they still do.
     - the size of a head keeps its ratio to the size of its rotated share.
     - heads times their size is the width of attention, and the inner width of a state-space layer, if it is in `full`.
 
-    `settings`: to be shrunk; `full`: the model's own.
+    `settings`: to be shrunk, already those of the kept layers alone. `full`: the model's own.
     """
     small: dict[str, Any] = {}
-    heads_name = _first_set(full, ("num_attention_heads", "n_head", "n_heads"))
-    heads = None if heads_name is None else full[heads_name]
+    heads_name = _first_set(full, QUERY_HEAD_COUNT_SETTINGS)
+    num_query_heads = None if heads_name is None else full[heads_name]
     for name, value in settings.items():
-        if name in ("num_key_value_heads", "num_kv_heads") and value == heads:
-            small[name] = MAX_SIZE_BY_SETTING["num_attention_heads"]  # no groups
+        if name in ("num_key_value_heads", "num_kv_heads") and value == num_query_heads:
+            small[name] = MAX_SIZE_BY_SETTING["num_attention_heads"]
         elif name in MAX_SIZE_BY_SETTING:
             small[name] = _at_most(MAX_SIZE_BY_SETTING[name], value)
     rotated_size = full.get("qk_rope_head_dim")
@@ -281,24 +288,28 @@ def _sizes_by_name(settings: dict[str, Any], full: dict[str, Any]) -> dict[str, 
     return small | _attention_width_sizes(small, full) | _inner_width_sizes(settings | small, full)
 
 
-def _sizes_with_counts(settings: dict[str, Any], full: dict[str, Any], *, widened: bool) -> dict[str, Any]:
-    """Sizes as `_sizes_by_name` has them, with the model's own numbers of heads and of experts.
+def _sizes_with_counts(settings: dict[str, Any], full: dict[str, Any], *, scales_width: bool) -> dict[str, Any]:
+    """Small sizes by setting as `_sizes_by_name` has them, but the model's own numbers of heads and of experts.
 
-    The width becomes a whole number of heads if the size of a head follows from it, or if `widened`.
+    The model's width, and every setting that equals it, becomes heads times 16 if the size of a head is not set and so follows
+    from the width, or if `scales_width`. `settings`: to be shrunk, already those of the kept layers. `full`: the model's own.
     """
     small = _sizes_by_name(settings, full)
-    for name in COUNT_SETTINGS:
+    for name in HEAD_AND_EXPERT_COUNT_SETTINGS:
         if name in settings:
             small[name] = settings[name]
-    heads_name = _first_set(full, ("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "num_heads"))
+    heads_name = _first_set(full, (*QUERY_HEAD_COUNT_SETTINGS, "decoder_attention_heads", "num_heads"))
     width_name = _first_set(full, MODEL_WIDTH_SETTINGS)
     has_head_size = _first_set(full, HEAD_SIZE_SETTINGS) is not None
-    if heads_name is None or width_name is None or (has_head_size and not widened):
+    if heads_name is None or width_name is None or (has_head_size and not scales_width):
         return small
     width = full[width_name]
+    small_width = full[heads_name] * MAX_SIZE_BY_SETTING["head_dim"]
     for name, value in settings.items():
-        if MAX_SIZE_BY_SETTING.get(name) == MAX_SIZE_BY_SETTING["hidden_size"] and value == width:
-            small[name] = full[heads_name] * MAX_SIZE_BY_SETTING["head_dim"]
+        # Settings of widths are those that shrink to what `hidden_size` shrinks to.
+        is_width = MAX_SIZE_BY_SETTING.get(name) == MAX_SIZE_BY_SETTING["hidden_size"]
+        if is_width and value == width:
+            small[name] = small_width
     return small
 
 
@@ -308,9 +319,10 @@ def _first_set(settings: dict[str, Any], names: Iterable[str]) -> str | None:
 
 
 def _attention_width_sizes(small: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
-    """Small sizes of an attention that has a width of its own: its ratio to the model's width is that of the `full` model.
+    """Small sizes of an attention that has a width of its own (RWKV, Zamba): its ratio to the model's width is that in `full`.
 
-    Empty if `full` names no width of attention. The size of a head follows, if in `full` heads times their size is this width.
+    Empty if `full`, the settings of the model, names no such width. The size of a head follows, if in `full` heads times their
+    size is this width. `small`: the settings that are already shrunk.
     """
     attention_width = full.get("attention_hidden_size")
     if not attention_width or not full.get("hidden_size"):
@@ -335,7 +347,9 @@ def _at_most(limit: int, value: Any) -> Any:
 def _inner_width_sizes(small: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
     """Sizes of a state-space layer that keep heads times their size equal to the inner width, if it was so in `full`.
 
-    The inner width is `mamba_d_ssm`, or the hidden size times an expansion factor. Empty if neither is that product.
+    The inner width is `mamba_d_ssm`, or the hidden size times an expansion factor. Empty if neither is that product. `full`:
+    settings of the model; `small`: those of its copy, shrunk one by one. With `mamba_d_ssm` that width follows the heads; with a
+    factor the number of heads is fixed and their size follows the width.
     """
     heads_name = _first_set(full, STATE_SPACE_HEAD_COUNT_SETTINGS)
     head_size_name = _first_set(full, STATE_SPACE_HEAD_SIZE_SETTINGS)
@@ -353,9 +367,10 @@ def _inner_width_sizes(small: dict[str, Any], full: dict[str, Any]) -> dict[str,
 
 
 def _sizes_in_proportion(settings: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
-    """Widths and numbers of heads divided by one number; the size of a head stays as it is.
+    """Small sizes by setting: widths and numbers of heads are divided by one number; the size of a head stays as it is.
 
-    The divisor is the largest power of two up to 32 that divides all numbers of heads in `full`: 32 and 8 heads give 8.
+    The divisor is the largest power of two up to 32 that divides all numbers of heads in `full`, the settings of the model: 32
+    and 8 heads give 8. `settings`: to be shrunk, already those of the kept layers.
     """
     head_counts = []
     for name, value in full.items():
@@ -368,28 +383,29 @@ def _sizes_in_proportion(settings: dict[str, Any], full: dict[str, Any]) -> dict
     small: dict[str, Any] = {}
     divided = {}
     for name, value in settings.items():
-        is_width = WIDTH_OR_HEADS_REGEX.search(name)
-        if name in MAX_SIZE_BY_SETTING and not is_width and "dim" not in name:
+        is_width_or_heads = WIDTH_OR_HEADS_REGEX.search(name)
+        may_be_head_size = "dim" in name  # such as `head_dim`, which stays as it is
+        if name in MAX_SIZE_BY_SETTING and not is_width_or_heads and not may_be_head_size:
             small[name] = _at_most(MAX_SIZE_BY_SETTING[name], value)
-        if is_width and isinstance(value, int) and value % divisor == 0:
+        if is_width_or_heads and isinstance(value, int) and value % divisor == 0:
             divided[name] = value // divisor
     return small | divided
 
 
 def _small_layer_settings(
-    layer_settings: dict[str, Any], full: dict[str, Any], small: dict[str, Any]
+    layer_settings: dict[str, Any], full_settings: dict[str, Any], small_settings: dict[str, Any]
 ) -> dict[str, Any]:
     """Small settings of one layer that has some of its own (`per_layer_config`).
 
     - a size that the whole model has too: keeps its ratio to it. A layer's 512 in a model of 1024 that shrinks to 64 becomes 32.
     - another value: at most what `MAX_SIZE_BY_SETTING` has for its name, or unchanged.
 
-    `full`, `small`: settings of the full and of the small model.
+    `full_settings`, `small_settings`: of the full and of the small model.
     """
     small_layer_settings = {}
     for name, value in layer_settings.items():
-        full_size = full.get(name)
-        small_size = small.get(name)
+        full_size = full_settings.get(name)
+        small_size = small_settings.get(name)
         is_size_of_both = name in MAX_SIZE_BY_SETTING and isinstance(full_size, int) and isinstance(small_size, int)
         if isinstance(value, int) and is_size_of_both and full_size:
             small_layer_settings[name] = max(1, small_size * value // full_size)  # type: ignore[operator]
@@ -400,8 +416,8 @@ def _small_layer_settings(
     return small_layer_settings
 
 
-def _few_image_tokens(token_ids: dict[str, int]) -> dict[str, int]:
-    """The special tokens among `token_ids` (id by token), with new ids from 3 on that fit the small vocabulary.
+def _small_ids_of_special_tokens(token_ids: dict[str, int]) -> dict[str, int]:
+    """The special tokens among `token_ids` (id by token) with new ids, {"<image>": 3, "<image #>": 4}, of the small vocabulary.
 
     Special tokens stand in angle brackets. Of those that differ only in a six-digit number (`<image 000000>`), the first is kept.
     """
@@ -409,5 +425,6 @@ def _few_image_tokens(token_ids: dict[str, int]) -> dict[str, int]:
     # Reversed, so that the first of each pattern overwrites the others.
     token_by_pattern = {re.sub(r"\d{6}", "#", token): token for token in reversed(special_tokens)}
     kept_tokens = sorted(token_by_pattern.values())
-    num_ids = SMALL_VOCABULARY_SIZE - MAX_TOKEN_ID
-    return {token: MAX_TOKEN_ID + position % num_ids for position, token in enumerate(kept_tokens)}
+    # From the largest id of the other special tokens on. Should there be more tokens than ids, some share one.
+    num_ids = SMALL_VOCABULARY_SIZE - MAX_SPECIAL_TOKEN_ID
+    return {token: MAX_SPECIAL_TOKEN_ID + position % num_ids for position, token in enumerate(kept_tokens)}

@@ -20,7 +20,7 @@ from strategies.parameters import FROZEN_MODEL_PREFIXES
 from strategies.runtime import derived_seed
 from trainer.model.conversions import Conversions
 from trainer.model.files import SafetensorsFiles
-from trainer.model.packed_cache import PackedWeights, cached_weights
+from trainer.model.packed_cache import HostRank, PackedWeights, cached_weights
 from trainer.model.quantisation import Scheme
 from trainer.model.quantised_experts import pack_slice, round_trip_stack
 from trainer.tuning.base import Tuning
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 class Checkpoint:
     """The weights of a model directory by their names in the model, whatever the files call and make of them."""
 
-    def __init__(self, directory: Path, plain: Any, tied: dict[str, list[str]] | None = None) -> None:
-        """`plain`: the architecture on meta, as transformers builds it; `tied`: other names of shared parameters."""
+    def __init__(self, directory: Path, meta_model: Any, tied: dict[str, list[str]] | None = None) -> None:
+        """`meta_model`: the model on meta, as transformers builds it; `tied`: other names of shared parameters."""
         self.directory = directory
-        self.conversions = Conversions(plain, SafetensorsFiles(directory))
+        self.conversions = Conversions(meta_model, SafetensorsFiles(directory))
         self._tied = tied or {}
 
     def resolve(self, name: str) -> str | None:
@@ -100,19 +100,19 @@ class BaseWeights(Checkpoint):
     def __init__(
         self,
         directory: Path,
-        plain: Any,
+        meta_model: Any,
         tied: dict[str, list[str]] | None = None,
         *,
-        folded: MergedAdapters | None = None,
+        merged_adapters: MergedAdapters | None = None,
         scheme: Scheme | None = None,
         quantised: dict[str, tuple[int, ...]] | None = None,
     ) -> None:
-        super().__init__(directory, plain, tied)
-        self.merged_adapters = folded
+        super().__init__(directory, meta_model, tied)
+        self.merged_adapters = merged_adapters
         self.scheme = scheme
         self.quantised_shapes = quantised or {}
         """Shapes of the weights that are stored quantised, by base name."""
-        changed = folded.changed_base_names() if folded is not None else set()
+        changed = merged_adapters.changed_base_names() if merged_adapters is not None else set()
         if missing := sorted(name for name in changed if self.resolve(name) is None):
             raise ConfigError(
                 f"model.adapters: change {missing[0]}, which {directory} does not have; merge them with peft, and give the "
@@ -144,40 +144,43 @@ class BaseWeights(Checkpoint):
         super().close()
         self._last = None
 
-    def packed(self, name: str, start: int, stop: int) -> Tensor:
-        """Bytes `[start, stop)` of a weight that is stored quantised, uint8, packed now; of experts, only those in it are
-        read."""
+    def pack_now(self, name: str, start: int, stop: int) -> Tensor:
+        """Quantise a weight: the bytes `[start, stop)` of its codes and scales, uint8.
+
+        A weight is a matrix, or `[experts, ., .]` with a matrix for each expert, of which only those in the bytes are read.
+        """
         assert self.scheme is not None
         shape = self.quantised_shapes[name]
-        if len(shape) == 3:
-            size = shape[1] * shape[2]
+        if len(shape) != 3:
+            return self.pack_matrix(name)[start:stop]
+        expert_elements = shape[1] * shape[2]
 
-            def expert(number: int) -> Tensor:
-                return self.read_slice(name, number * size, (number + 1) * size).view(shape[1:])
+        def read_expert(expert: int) -> Tensor:
+            values = self.read_slice(name, expert * expert_elements, (expert + 1) * expert_elements)
+            return values.view(shape[1:])
 
-            return pack_slice(self.scheme, shape, start, stop, expert)
-        return self.packed_whole(name)[start:stop]
+        return pack_slice(self.scheme, shape, start, stop, read_expert)
 
-    def packed_whole(self, name: str) -> Tensor:
-        """The bytes of a matrix that is stored quantised, `[num_bytes]` uint8."""
+    def pack_matrix(self, name: str) -> Tensor:
+        """Quantise a matrix: the bytes of its codes and scales, `[num_bytes]` uint8. The last one is kept for the next call."""
         assert self.scheme is not None
         if self._last is None or self._last[0] != name:
             self._last = name, self.scheme.pack(super().full_tensor(name))
         return self._last[1]
 
-    def use_packed_cache(self, adapters: list[str], share: tuple[int, int]) -> None:
-        """Let the ranks of this host pack each matrix once between them, and keep it; `share` (i, n): this is rank i of n."""
+    def use_packed_cache(self, adapters: list[str], host_rank: HostRank) -> None:
+        """Let the ranks of this host quantise each matrix once between them, and keep the bytes in its cache."""
         assert self.scheme is not None
-        places = [self.directory, *(Path(adapter).expanduser() for adapter in adapters)]
-        self.packed_cache = cached_weights(places, self.scheme, self.quantised_shapes, self.packed_whole, share)
+        directories = [self.directory, *(Path(adapter).expanduser() for adapter in adapters)]
+        self.packed_cache = cached_weights(directories, self.scheme, self.quantised_shapes, self.pack_matrix, host_rank)
 
     def read_packed(self, name: str, start: int, stop: int) -> Tensor:
         """Bytes `[start, stop)` of a weight that is stored quantised, uint8: from this host's cache if it keeps the weight there.
 
         The cache has matrices. Experts are packed anew by the ranks that hold them.
         """
-        if self.packed_cache is None or name not in self.packed_cache.sizes:
-            return self.packed(name, start, stop)
+        if self.packed_cache is None or name not in self.packed_cache.num_bytes_by_name:
+            return self.pack_now(name, start, stop)
         return self.packed_cache.read_slice(name, start, stop)
 
 
@@ -201,11 +204,11 @@ class StartingWeights:
     These are the base's values with the adapter of `tuning.from` merged in. A base that is stored quantised counts as rounded.
     """
 
-    def __init__(self, source: WeightSource, folded: MergedAdapters | None) -> None:
-        """`source`: where the tuned model's values come from; `folded`: the adapter that it begins with, if there is one."""
+    def __init__(self, source: WeightSource, merged_adapters: MergedAdapters | None) -> None:
+        """`source`: where the tuned model's values come from; `merged_adapters`: the adapter that it begins with, or None."""
         self.source = source
-        self.merged_adapters = folded
-        self.adapted = set[str]() if folded is None else folded.changed_base_names()
+        self.merged_adapters = merged_adapters
+        self.adapted = set[str]() if merged_adapters is None else merged_adapters.changed_base_names()
 
     def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU."""
@@ -259,7 +262,8 @@ class WeightSource:
         """Compare the model's parameters with the checkpoint, before anything is allocated. Sets `initialised` to new heads.
 
         - the tuning method has added the parameter: nothing to compare.
-        - the checkpoint lacks it: right if its value is computed, or if it is of a new head (a name under `head_prefixes`).
+        - the checkpoint lacks it: right if its value is given by the run (`computed_values`) or by the tuning method, or if it
+          is of a new head (a name under `head_prefixes`), which is then drawn.
         - else its shape must be the checkpoint's, unless it grows with added tokens.
 
         `shape_by_name`: of the model's parameters; a weight that is stored packed has another shape there than in the checkpoint.
@@ -270,20 +274,15 @@ class WeightSource:
             if self.tuning.is_added_parameter(name):
                 continue
             base_name = self.tuning.base_name(name)
-            if self.checkpoint.resolve(base_name) is None:
-                is_computed = base_name in self.computed_values or self.tuning.rewrites(name)
-                if is_computed:
-                    continue
-                if not base_name.startswith(head_prefixes):
-                    problems.append(f"{base_name} is not in the checkpoint")
-                elif base_name not in self.initialised:
-                    self.initialised.append(base_name)
+            if self.checkpoint.resolve(base_name) is not None:
+                problems += self._shape_problem(base_name, model_shape)
                 continue
-            shape = self.checkpoint.quantised_shapes.get(base_name, model_shape)
-            stored_shape = self.checkpoint.shape(base_name)
-            has_new_rows = bool(self.new_token_ids) and base_name in self.vocabulary_parameter_names
-            if stored_shape != shape and not has_new_rows:
-                problems.append(f"{base_name} has shape {stored_shape}, the architecture wants {shape}")
+            if base_name in self.computed_values or self.tuning.rewrites(name):
+                continue
+            if not base_name.startswith(head_prefixes):
+                problems.append(f"{base_name} is not in the checkpoint")
+            elif base_name not in self.initialised:
+                self.initialised.append(base_name)
         if problems:
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             raise ConfigError(
@@ -291,40 +290,53 @@ class WeightSource:
                 f"{'; '.join(problems[:5])}{more}"
             )
 
+    def _shape_problem(self, base_name: str, model_shape: tuple[int, ...]) -> list[str]:
+        """How the shape of a stored parameter differs from that of the architecture, one line; [] if it does not."""
+        if self.new_token_ids and base_name in self.vocabulary_parameter_names:  # rows are added to the stored ones
+            return []
+        shape = self.checkpoint.quantised_shapes.get(base_name, model_shape)
+        stored_shape = self.checkpoint.shape(base_name)
+        if stored_shape == shape:
+            return []
+        return [f"{base_name} has shape {stored_shape}, the architecture wants {shape}"]
+
     def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
         """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU. The first case that holds:
 
-        - a frozen model beside the tuned one: from its own source.
+        - of a frozen model beside the tuned one (a teacher, a reward model): from its own source.
         - the tuning method owns or rewrites it: the method's initial value.
         - quantised: the packed bytes.
         - not in the checkpoint: a fixed value, or drawn from the seed.
         - the vocabulary grows: the stored rows, then new ones.
         - else: as stored.
 
-        In the last two a row in `zeroed` (as a rule the padding token's) is set to zero.
+        In the last two a row that is always zero (`zero_row_by_name`; as a rule the padding token's) is set to zero.
         """
         if name.startswith(FROZEN_MODEL_PREFIXES):
-            for prefix, frozen in self.frozen_sources.items():
+            for prefix, frozen_source in self.frozen_sources.items():
                 if name.startswith(prefix):
-                    return frozen.read_slice(name.removeprefix(prefix), shape, start, stop)
+                    return frozen_source.read_slice(name.removeprefix(prefix), shape, start, stop)
         if self.tuning.is_added_parameter(name) or self.tuning.rewrites(name):
             return self.tuning.initial_value(name, tuple(shape), self, self.seed).reshape(-1)[start:stop]
-        base = self.tuning.base_name(name)
-        stored = self.checkpoint.resolve(base)
-        if base in self.checkpoint.quantised_shapes:
-            return self.checkpoint.read_packed(base, start, stop)
-        if stored is None:
-            initial = self.computed_values[base] if base in self.computed_values else self._draw(base, tuple(shape))
+        base_name = self.tuning.base_name(name)
+        stored_name = self.checkpoint.resolve(base_name)
+        if base_name in self.checkpoint.quantised_shapes:
+            return self.checkpoint.read_packed(base_name, start, stop)
+        if stored_name is None:
+            if base_name in self.computed_values:
+                initial = self.computed_values[base_name]
+            else:
+                initial = self._draw(base_name, tuple(shape))
             return initial.reshape(-1)[start:stop]
-        if self.new_token_ids and base in self.vocabulary_parameter_names:
-            values = self._with_new_rows(stored, tuple(shape), start, stop)
+        if self.new_token_ids and base_name in self.vocabulary_parameter_names:
+            values = self._with_new_rows(stored_name, tuple(shape), start, stop)
         else:
-            values = self.checkpoint.read_slice(stored, start, stop)
-        if base in self.zero_row_by_name:
-            columns = math.prod(shape[1:])
-            first = self.zero_row_by_name[base] * columns  # of the row's elements
+            values = self.checkpoint.read_slice(stored_name, start, stop)
+        if base_name in self.zero_row_by_name:
+            row_size = math.prod(shape[1:])
+            row_start = self.zero_row_by_name[base_name] * row_size  # in the flattened parameter
             values = values.clone()
-            values[max(0, first - start) : max(0, first + columns - start)] = 0
+            values[max(0, row_start - start) : max(0, row_start + row_size - start)] = 0
         return values
 
     def close(self) -> None:

@@ -107,7 +107,7 @@ def frozen_model(
     model = _frozen_architecture(teacher, load_model_config(teacher), attention_layout)
     is_plan = not isinstance(initial, WeightSource)  # a plan simulates weights, and needs no files and no tokenizer
     if is_plan:
-        return _frozen_reference(model, StartingWeights(initial, None))
+        return _frozen_reference(model, StartingWeights(initial, merged_adapters=None))
     check_vocabulary(tokenizer, load_tokenizer(teacher), str(teacher.path))
     return _frozen_reference(model, _teacher_weights(teacher, model, attention_layout, initial.seed))
 

@@ -134,7 +134,7 @@ def _kernel_choices(
     model on meta; None for other kinds of models, which use no FlexAttention.
     """
     gpu = gpu_of_device(torch.device("cuda")) if half_on_gpu and torch.cuda.is_available() else None
-    flash_refusal = why_not_flash(hf_config, gpu, half=half_on_gpu, dropout=config.dropout)
+    flash_refusal = why_not_flash(hf_config, gpu, half_precision=half_on_gpu, dropout=config.dropout)
     if build_eager is None:
         return KernelChoices(flash_refusal, "it is for objectives over next tokens")
     if not half_on_gpu:  # FlexAttention needs half precision on a GPU, so the model need not be looked at

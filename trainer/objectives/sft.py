@@ -230,15 +230,15 @@ class SftWithReplayKl(Sft):
             divergence_weight=self.config.kl_weight * replay_scale,
             loss_weight=float(self.config.replay_loss),
             compared_rows=batch["replay_rows"],
-            plain_rows=batch["other_rows"],
-            plain_weight=plain_scale,
+            uncompared_rows=batch["other_rows"],
+            uncompared_weight=plain_scale,
             row_weights=batch.get("target_weights"),
         )
         losses = DistillationLosses(*head(hidden, targets=targets, comparison=comparison))
         if self.config.replay_loss:
-            sft_loss = losses.plain_nll + losses.compared_nll
+            sft_loss = losses.uncompared_nll + losses.compared_nll
         else:
-            sft_loss = losses.plain_nll * plain_scale
+            sft_loss = losses.uncompared_nll * plain_scale
         return {
             "loss": losses.total,
             "sft_loss": sft_loss.detach(),

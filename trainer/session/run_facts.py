@@ -200,7 +200,7 @@ def _packed_weight_facts(source: WeightSource, runtime: Runtime) -> dict[str, An
     reasons = [reason for _, reason in by_rank if reason]
     return {
         "directory": str(cache.directory),
-        "bytes": cache.total,
+        "bytes": cache.total_bytes,
         "packed_now": packed_now,
         "not_kept": reasons[0] if reasons else "",
     }

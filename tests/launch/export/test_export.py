@@ -278,7 +278,7 @@ def test_export_of_a_quantised_model_reports_its_cost(run_dir, tmp_path, capsys)
         assert f"loss {losses[0]:.4f} -> {losses[1]:.4f}" in card.read_text()
     with (
         patch("bitsandbytes.functional.has_avx512bf16", lambda: True),
-        patch.object(quantised_checkpoints, "COLUMNS_MULTIPLE", 128),
+        patch.object(quantised_checkpoints, "AVX512_COLUMNS_MULTIPLE", 128),
     ):
         assert run(run_dir, "merge=true", "bits=nf4", f"to={tmp_path / 'odd'}") == 64
     assert "bits=nf4: on a processor with avx512_bf16" in capsys.readouterr().err and not (tmp_path / "odd").exists()
