@@ -31,7 +31,7 @@ from launch.config.overrides import describe_type  # noqa: E402
 from strategies.settings import SettingMetadata, setting_metadata  # noqa: E402
 from trainer.config.descriptions import direct_field_docstrings, field_docstrings  # noqa: E402
 from trainer.config.run import BatchSettings, RunConfig  # noqa: E402
-from trainer.config.tree import nested_settings_class  # noqa: E402
+from trainer.config.tree import nested_settings  # noqa: E402
 from trainer.model.known_shapes import shape_names  # noqa: E402
 from trainer.optim.support import table as optimizer_table  # noqa: E402
 
@@ -107,7 +107,7 @@ def table_rows(
     for n in names:
         key, hint = f"{prefix}.{n}", hints[n]
         traits = setting_metadata(settings, n, better_advice)
-        below = nested_settings_class(hint)
+        below = nested_settings(hint)
         if below is not None:
             inner, between = below
             rows.append(f"| **`{key}`** | | | {docs[n]} |")
@@ -248,7 +248,7 @@ def field_of(settings: type, key: str) -> str | None:
 
 def shown_below(settings: type, name: str) -> type | None:
     """The class of the keys that are shown below a field; None if it holds a value, or a table of the user's names."""
-    below = nested_settings_class(get_type_hints(settings)[name])
+    below = nested_settings(get_type_hints(settings)[name])
     if below is None:
         return setting_metadata(settings, name).entries
     inner, between = below

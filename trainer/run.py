@@ -22,7 +22,7 @@ from trainer.checkpoints.manager import Checkpoints
 from trainer.checkpoints.patience import waiting_for_disk
 from trainer.checkpoints.recovery import publish_complete_staging_dirs
 from trainer.checkpoints.resume_selection import choose_checkpoint
-from trainer.config.evaluation import more_is_better
+from trainer.config.evaluation import is_greater_better
 from trainer.config.launching import run_writes_export, separate_job_writes_export
 from trainer.config.run import RunConfig, settled_matmul
 from trainer.data.batches.loader import StepLoader
@@ -397,7 +397,7 @@ def loop_settings(config: RunConfig, total_steps: int, interval: EvaluationInter
         seed=config.run.seed,
         lr=config.optim.peak_lr,
         schedule=config.schedule,
-        evaluation=replace(config.evaluation, greater_is_better=more_is_better(config)),
+        evaluation=replace(config.evaluation, greater_is_better=is_greater_better(config)),
         evaluate_every=interval.steps,
         intermediate_loss_only=interval.intermediate_loss_only,
         log_every=config.logging.every_steps,

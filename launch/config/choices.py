@@ -99,9 +99,9 @@ def add_user_config_dir(directory: Path) -> None:
 
 def settings_classes_by_group() -> dict[str, dict[str, type]]:
     """The settings class of each choice, by group and name, for the groups whose choices differ in their settings."""
-    from trainer.config.tree import VARIANTS
+    from trainer.config.tree import SETTINGS_CLASSES_BY_GROUP
 
-    return VARIANTS
+    return SETTINGS_CLASSES_BY_GROUP
 
 
 SETTINGS_BORROWED_FROM_CHOICE = {
@@ -110,11 +110,11 @@ SETTINGS_BORROWED_FROM_CHOICE = {
 }
 """Choices that have the settings of another one, by group."""
 REGISTRY_LOCATION_BY_GROUP = {
-    "strategy": "VARIANTS in trainer/config/tree.py",
+    "strategy": "SETTINGS_CLASSES_BY_GROUP in trainer/config/tree.py",
     "tuning": "TUNINGS in trainer/tuning/config.py",
     "objective": "FAMILIES in trainer/objectives/registry.py",
     "optim": "OPTIMIZERS in trainer/optim/config.py",
-    "launcher": "VARIANTS in trainer/config/tree.py",
+    "launcher": "SETTINGS_CLASSES_BY_GROUP in trainer/config/tree.py",
 }
 """The place that lists a group's settings by name."""
 

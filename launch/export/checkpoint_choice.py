@@ -98,7 +98,7 @@ def warn_if_training_did_not_help(run_dir: Path, checkpoint: Path, config: RunCo
 
     Then training gained nothing by the watched metric. Both values come from `metrics.jsonl`; if one is missing, nothing is said.
     """
-    from trainer.config.evaluation import more_is_better
+    from trainer.config.evaluation import is_greater_better
     from trainer.reporting.results import held_out_metrics_at_step
 
     watched_metric = config.evaluation.watched
@@ -107,7 +107,7 @@ def warn_if_training_did_not_help(run_dir: Path, checkpoint: Path, config: RunCo
     best_value = held_out_metrics_at_step(run_dir, best_step).get(watched_metric)
     if base_value is None or best_value is None:
         return
-    gain = best_value - base_value if more_is_better(config) else base_value - best_value
+    gain = best_value - base_value if is_greater_better(config) else base_value - best_value
     if gain <= 0:
         print(
             f"checkpoint=best: no evaluation was better than the one before the first step ({watched_metric} {base_value:.4f}; "

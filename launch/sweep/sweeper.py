@@ -61,9 +61,9 @@ class PlannedSearch:
     @property
     def greater_is_better(self) -> bool:
         """Whether a larger metric is better."""
-        from trainer.config.evaluation import more_is_better
+        from trainer.config.evaluation import is_greater_better
 
-        return more_is_better(self.first_trial.config)
+        return is_greater_better(self.first_trial.config)
 
     def search_identity(self) -> dict[str, str]:
         """What must be the same so that another command may continue this search in its directory; also shown in messages.
@@ -203,7 +203,7 @@ def _trial_config_problems(first_trial: ComposedConfig, settings: SweeperConfig,
 
     `first_trial` stands for all trials. `sweeper_name`, such as `optuna`, is for messages.
     """
-    from trainer.config.evaluation import is_held_out_loss
+    from trainer.config.evaluation import watches_held_out_loss
     from trainer.config.run import LauncherName
     from trainer.evaluation.interval import AUTO
     from trainer.evaluation.tasks.registry import metric_directions
@@ -219,7 +219,7 @@ def _trial_config_problems(first_trial: ComposedConfig, settings: SweeperConfig,
         )
     # `auto` measures the held-out loss during training, but no metric of a task: that takes too long.
     every_steps = config.evaluation.every_steps
-    is_measured_during_training = bool(every_steps) and (every_steps != AUTO or is_held_out_loss(config))
+    is_measured_during_training = bool(every_steps) and (every_steps != AUTO or watches_held_out_loss(config))
     if settings.prune is TrialPruning.median and not is_measured_during_training:
         problems.append(
             f"sweeper.prune=median: judges trials amid their way, where evaluation.every_steps={every_steps} does not measure "

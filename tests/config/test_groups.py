@@ -24,7 +24,7 @@ from trainer.model.known_shapes import names_by_hub_id
 from trainer.objectives.registry import FAMILIES
 from trainer.optim.config import OptimName
 from trainer.optim.schedule import SCHEDULES_BY_SETTING, ScheduleName
-from trainer.optim.support import SUPPORT
+from trainer.optim.support import OPTIMIZER_SUPPORT
 
 LEFT_OUT = RECIPE_NAMES - chosen_names()
 EXPERIMENTS = [name for name in choices_by_group()["experiment"] if name not in LEFT_OUT]
@@ -94,7 +94,7 @@ def test_config_choice_composes_to_its_own_settings(group, choice):
         words.append("objective.teacher.path=m")
     if group == "optim":
         words.append("schedule=constant")  # the only one under which schedule-free is legal
-        package = SUPPORT[OptimName(choice)].package
+        package = OPTIMIZER_SUPPORT[OptimName(choice)].package
         if package is not None and find_spec(package) is None:
             pytest.skip(f"needs {package}")
     words += NEEDS.get(f"{group}={choice}", [])

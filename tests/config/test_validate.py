@@ -17,11 +17,11 @@ from strategies.registry import STRATEGIES
 from strategies.settings import Range, SettingMetadata, number, setting_metadata
 from tests.helpers.covering import chosen
 from trainer.config.run import RunConfig
-from trainer.config.tree import VARIANTS, keyed_fields, traits_by_key
+from trainer.config.tree import SETTINGS_CLASSES_BY_GROUP, keyed_fields, metadata_by_key
 from trainer.config.validate import config_problems
 from trainer.optim.config import OptimName
 
-RANGED = [key for key, traits in traits_by_key().items() if traits.bounds is not None]
+RANGED = [key for key, traits in metadata_by_key().items() if traits.bounds is not None]
 
 
 @pytest.fixture(autouse=True)
@@ -56,12 +56,12 @@ def test_every_number_has_a_range():
 
 def test_settings_classes_that_share_a_key_agree_on_its_traits():
     """Who asks by key gets the first class's answer; a second one that says otherwise would not be heard."""
-    for group, choices in VARIANTS.items():
+    for group, choices in SETTINGS_CLASSES_BY_GROUP.items():
         for settings in choices.values():
             for each in keyed_fields(settings, group):
-                first = traits_by_key()[each.key]
-                assert (each.traits.reach, each.traits.resume) == (first.reach, first.resume), (settings, each.key)
-                assert each.traits.bounds == first.bounds, (settings, each.key)
+                first = metadata_by_key()[each.key]
+                assert (each.metadata.reach, each.metadata.resume) == (first.reach, first.resume), (settings, each.key)
+                assert each.metadata.bounds == first.bounds, (settings, each.key)
 
 
 def test_settings_subclass_with_another_default_keeps_the_traits_of_the_field():
@@ -301,7 +301,7 @@ def test_a_combination_that_cannot_run_is_refused_with_a_way_out(words, said):
     found = problems(*words.split())
     assert any(said in line for line in found), found
     assert all(": " in line and "\n" not in line for line in found)
-    keys = {*(key.partition(".*")[0] for key in all_settings()), *VARIANTS}
+    keys = {*(key.partition(".*")[0] for key in all_settings()), *SETTINGS_CLASSES_BY_GROUP}
     unknown = [line for line in found if not is_of_a_setting(key_of_problem(line), keys)]
     assert unknown == [], "a line begins with the key of its setting"
 

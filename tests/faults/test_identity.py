@@ -19,7 +19,7 @@ from tests.helpers.speed import seconds
 from tests.helpers.tokenizers import write_chat_data
 from trainer.config.resuming import KINDS_OF_CHANGE, flatten_settings, settings_as_dict
 from trainer.config.run import RunConfig, RunSettings
-from trainer.config.tree import change_kind_of_setting, traits_by_key
+from trainer.config.tree import change_kind_of_setting, metadata_by_key
 from trainer.session import identity
 from trainer.session.identity import (
     _raise_if_ranks_differ,
@@ -97,11 +97,11 @@ def test_identity_check_finds_a_flipped_bit_in_prepared_tokens_before_training(r
 
 
 def test_identity_of_every_settings_group_says_what_may_change_at_a_resume():
-    silent = [key for key, traits in traits_by_key().items() if "." not in key and traits.resume is None]
+    silent = [key for key, traits in metadata_by_key().items() if "." not in key and traits.resume is None]
     assert silent == [], "say at these fields of RunConfig which kind of change another value is, or FREE: resume=..."
     kinds = {key: change_kind_of_setting(key) for key in flatten_settings(settings_as_dict(RunConfig()))}
     assert set(kinds.values()) - {None} <= set(KINDS_OF_CHANGE)
-    assert {traits.resume for traits in traits_by_key().values()} - {None, FREE} <= set(KINDS_OF_CHANGE)
+    assert {traits.resume for traits in metadata_by_key().values()} - {None, FREE} <= set(KINDS_OF_CHANGE)
     assert (
         change_kind_of_setting("data.workers") is None
         and change_kind_of_setting("data.mixing.over") == "order"

@@ -19,7 +19,7 @@ from trainer.optim.config import (
     ScheduleFreeConfig,
     SgdConfig,
 )
-from trainer.optim.support import SUPPORT
+from trainer.optim.support import OPTIMIZER_SUPPORT
 
 KEPT = Fsdp2Config(reshard_after_forward=False)
 COMMON = {"lr": 1e-3, "weight_decay": 0.1, "max_grad_norm": 0.5}
@@ -33,7 +33,11 @@ OPTIMIZERS: dict[str, OptimConfig] = {
     "schedule_free": ScheduleFreeConfig(**COMMON),
     "adamw_8bit": Adamw8bitConfig(**COMMON, min_8bit_elements=1024),
 }
-INSTALLED = {n: o for n, o in OPTIMIZERS.items() if not SUPPORT[o.name].package or find_spec(SUPPORT[o.name].package)}
+INSTALLED = {
+    n: o
+    for n, o in OPTIMIZERS.items()
+    if not OPTIMIZER_SUPPORT[o.name].package or find_spec(OPTIMIZER_SUPPORT[o.name].package)
+}
 STEPS = 5
 NAMES = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 GROUPED = {
@@ -54,7 +58,7 @@ GROUPED = {
 
 def runs(optim: OptimConfig) -> list[str]:
     """The strategies that run it."""
-    return [name for name in NAMES if name not in SUPPORT[optim.name].refusal_by_strategy]
+    return [name for name in NAMES if name not in OPTIMIZER_SUPPORT[optim.name].refusal_by_strategy]
 
 
 def _config(job: Job, strategy: Any, tuning: str, name: str, *, micro: int = 4, steps: int = STEPS):

@@ -13,7 +13,7 @@ from tests.parity.methods import released_at_once
 from tests.parity.optimizers import OPTIMIZERS
 from trainer.config.run import RunConfig
 from trainer.loop import Trainer
-from trainer.optim.support import SUPPORT
+from trainer.optim.support import OPTIMIZER_SUPPORT
 
 SIDES = {
     "single": ("single", 1),
@@ -35,7 +35,8 @@ BEFORE, STEPS = 3, 3
 def legal(what: str, side: str) -> bool:
     """Whether a strategy runs an optimizer."""
     return (
-        what not in OPTIMIZERS or StrategyName(SIDES[side][0]) not in SUPPORT[OPTIMIZERS[what].name].refusal_by_strategy
+        what not in OPTIMIZERS
+        or StrategyName(SIDES[side][0]) not in OPTIMIZER_SUPPORT[OPTIMIZERS[what].name].refusal_by_strategy
     )
 
 

@@ -12,7 +12,7 @@ from tests.parity.methods import FEWER, RESUMED, STEPS
 from tests.parity.plan import CASES, GATHERING, covering, engine_of, everything, kind_of, main_cases, missing, plan
 from trainer.config.combinations import FEATURES, CombinationState, combination_verdict, methods_by_name
 from trainer.config.validate import config_problems
-from trainer.optim.support import SUPPORT
+from trainer.optim.support import OPTIMIZER_SUPPORT
 from trainer.tuning.table import METHODS, Method
 
 TOLERANCE = 1e-5
@@ -138,7 +138,7 @@ def test_only_known_words_are_refused_and_legal_choices_are_named():
     words = {feature.property_name for feature in FEATURES.values()} - {""}
     for row, method in methods_by_name().items():
         assert set(method.refusal_by_property) <= words | {"quantised"}, row
-        assert set(method.refusal_by_optimizer) <= set(map(str, SUPPORT)), row
+        assert set(method.refusal_by_optimizer) <= set(map(str, OPTIMIZER_SUPPORT)), row
         for strategy in STRATEGIES:
             for feature in FEATURES:
                 verdict = combination_verdict(row, strategy, feature)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from strategies.base import StrategyConfig, StrategyName
+from strategies.base import ActivationCheckpointing, StrategyConfig, StrategyName
 from strategies.registry import STRATEGIES
 from trainer.config.parallel import (
     EXPERT_PARALLEL_REMEDY,
@@ -22,7 +22,7 @@ from trainer.config.parallel import (
     ONE_PROCESS_REASON,
 )
 from trainer.optim.config import OptimConfig, OptimName
-from trainer.optim.support import SUPPORT, Needs
+from trainer.optim.support import OPTIMIZER_SUPPORT, Needs
 from trainer.tuning.base import TuningConfig
 from trainer.tuning.config import PeftConfig
 from trainer.tuning.table import METHODS, PEFT_METHODS, SHARDED, Method
@@ -44,7 +44,7 @@ class Feature:
     settings: str
     """What switches it on."""
     property_name: str = ""
-    """The key of `Method.refusal_by_property` for this feature; empty if no method can refuse it."""
+    """The key in `Method.refusal_by_property` that says why a method refuses this feature; empty if no method can refuse it."""
     instead: str = ""
     """What to choose instead if a method refuses it."""
     only_under_strategies: tuple[str, ...] = ()
@@ -83,7 +83,7 @@ FEATURES: dict[str, Feature] = {
     "compile": Feature("torch.compile", "strategy.compile=true", instead="strategy.compile=false"),
     "rounds": Feature("reinforcement learning, on answers that the model generates", "objective=grpo"),
 }
-"""Every feature."""
+"""Every feature by its name in tests and tables. Several features may have one property: bf16 and fp16 are both `half`."""
 
 METHODS_THAT_COMPILE = ("full", "freeze", "lora")
 """Methods that were run compiled and took the same steps."""
@@ -126,7 +126,8 @@ def combination_verdict(
     """
     method = methods_by_name()[method_name]
     asked_feature = FEATURES[feature]
-    support = SUPPORT[optim]
+    support = OPTIMIZER_SUPPORT[optim]
+    # The method or the optimizer under the strategy.
     reason = method.refusal_by_strategy.get(str(strategy))
     if reason:
         return CombinationVerdict(CombinationState.refused, reason=reason, instead=STRATEGY_ADVICE)
@@ -136,12 +137,13 @@ def combination_verdict(
             reason=support.refusal_by_strategy[strategy],
             instead=f"{support.strategy_instead}, or optim=adamw",
         )
+    # The method with the feature, then the feature by itself.
     reason = method.refusal_by_property.get(asked_feature.property_name)
     only_under = asked_feature.only_under_strategies
     concerns_strategy = not only_under or strategy in only_under
     if reason and concerns_strategy:
         return CombinationVerdict(CombinationState.refused, reason=reason, instead=asked_feature.instead)
-    feature_refusal = _feature_refusal_or_none(method_name, strategy, feature, optim)
+    feature_refusal = _refusal_of_feature(method_name, strategy, feature, optim)
     if feature_refusal is not None:
         return feature_refusal
     reason = method.refusal_by_optimizer.get(str(optim))
@@ -152,25 +154,22 @@ def combination_verdict(
     return CombinationVerdict(CombinationState.tested)
 
 
-def _feature_refusal_or_none(
+def _refusal_of_feature(
     method_name: str, strategy: StrategyName, feature: str, optim: OptimName
 ) -> CombinationVerdict | None:
     """The refusal of a feature that does not go with the strategy, the optimizer or the method; None if it does.
 
     `method_name`: a tuning method, such as "lora". `feature`: a key of `FEATURES`.
     """
-
-    def refused(reason: str, instead: str) -> CombinationVerdict:
-        return CombinationVerdict(CombinationState.refused, reason=reason, instead=instead)
-
+    refused = CombinationState.refused
     if feature == "sequence" and strategy is StrategyName.single:
-        return refused(ONE_PROCESS_REASON, instead=NO_SEQUENCE_PARALLELISM_REMEDY)
+        return CombinationVerdict(refused, ONE_PROCESS_REASON, instead=NO_SEQUENCE_PARALLELISM_REMEDY)
     if feature == "experts" and strategy in NO_EXPERTS_REASON_BY_STRATEGY:
-        return refused(NO_EXPERTS_REASON_BY_STRATEGY[strategy], instead=EXPERT_PARALLEL_REMEDY)
-    if feature == "experts" and SUPPORT[optim].needs is Needs.matrices:  # such as Muon
-        return refused(NO_MATRIX_OPTIMIZER_REASON, instead="optim=adamw")
+        return CombinationVerdict(refused, NO_EXPERTS_REASON_BY_STRATEGY[strategy], instead=EXPERT_PARALLEL_REMEDY)
+    if feature == "experts" and OPTIMIZER_SUPPORT[optim].needs is Needs.whole_matrices:  # such as Muon
+        return CombinationVerdict(refused, NO_MATRIX_OPTIMIZER_REASON, instead="optim=adamw")
     if feature == "compile" and method_name not in METHODS_THAT_COMPILE:
-        return refused(NOT_COMPILED_REASON, instead=FEATURES["compile"].instead)
+        return CombinationVerdict(refused, NOT_COMPILED_REASON, instead=FEATURES["compile"].instead)
     return None
 
 
@@ -192,7 +191,7 @@ def combination_problems(tuning: TuningConfig, strategy: StrategyConfig, optim: 
         instead = FEATURES["compile"].instead
         yield f"strategy.compile=true with {tuning_text}: {NOT_COMPILED_REASON}; set {instead}, or use {proven}"
     reason = method.refusal_by_property.get("checkpointing")
-    if strategy.activation_checkpointing == "full" and reason:
+    if strategy.activation_checkpointing is ActivationCheckpointing.full and reason:
         instead = FEATURES["checkpointing"].instead
         yield f"strategy.activation_checkpointing=full with {tuning_text}: {reason}; set {instead}"
     reason = method.refusal_by_optimizer.get(str(optim.name))
@@ -203,16 +202,20 @@ def combination_problems(tuning: TuningConfig, strategy: StrategyConfig, optim: 
 def states_under_strategies_text(
     method_name: str, *, feature: str = "plain", optim: OptimName = OptimName.adamw
 ) -> str:
-    """The verdicts under all strategies that run the optimizer: `tested`, or, if they differ, "refused under `ddp`, `zero3`".
+    """A cell of the tables of `docs/methods.md`: whether a method works with a feature, and with an optimizer, under each
+    strategy.
 
-    With a feature, or another optimizer than AdamW, the strategies that do not run the method at all are left out.
+    `tested`, `refused` or `GPU only` if that holds under all strategies that run the optimizer; else those under which it is
+    not tested, such as "refused under `ddp`, `zero3`". `feature`: a key of `FEATURES`. With a feature or another optimizer than
+    AdamW, strategies that do not run the method at all are left out, since another cell says so.
     """
-    names = [name for name in STRATEGIES if name not in SUPPORT[optim].refusal_by_strategy]
+    names = [name for name in STRATEGIES if name not in OPTIMIZER_SUPPORT[optim].refusal_by_strategy]
     if feature != "plain" or optim is not OptimName.adamw:
         names = [name for name in names if str(name) not in methods_by_name()[method_name].refusal_by_strategy]
     state_by_strategy = {name: combination_verdict(method_name, name, feature, optim).state for name in names}
-    if len(set(state_by_strategy.values())) == 1:
-        return str(next(iter(state_by_strategy.values())))
+    states = set(state_by_strategy.values())
+    if len(states) == 1:
+        return str(states.pop())
     phrases = []
     for state in (CombinationState.gpu_only, CombinationState.refused):
         strategies = [f"`{name}`" for name in names if state_by_strategy[name] is state]

@@ -18,17 +18,17 @@ from trainer.model.config import ModelKind
 from trainer.monitors.config import (
     ANSWER_TOKENS,
     ANSWERED_QUESTIONS,
-    CHAT,
-    CHAT_ANSWERS,
+    CHAT_ANSWERS_TASK,
     CHAT_QUESTIONS,
-    GENERAL,
+    CHAT_TASK,
+    GENERAL_TEXT_TASK,
     Reaction,
     forgetting_limit,
 )
 from trainer.objectives.registry import FAMILIES, build_objective, objective_family
 from trainer.objectives.rollouts import RoundsConfig
 
-FORGETTING_METRICS = ("forgetting",)
+FORGETTING_METRIC_NAMES = ("forgetting",)
 """What `challenges.forgetting` yields; less is better."""
 REWARD_METRIC_PREFIXES = ("eval/reward", "eval/pass_at_")
 """Beginnings of the metrics of objectives whose batches are rounds; more is better."""
@@ -58,7 +58,12 @@ def evaluation_problems(config: RunConfig) -> Iterator[str]:
         )
     if evaluation.patience > 0 and evaluation.every_steps == 0:
         yield f"evaluation.patience={evaluation.patience}: counts evaluations; set evaluation.every_steps as well"
-    elif evaluation.patience > 0 and evaluation.every_steps == AUTO and has_anything and not is_held_out_loss(config):
+    elif (
+        evaluation.patience > 0
+        and evaluation.every_steps == AUTO
+        and has_anything
+        and not watches_held_out_loss(config)
+    ):
         yield (
             f"evaluation.patience={evaluation.patience}: counts evaluations of {evaluation.watched}, which "
             "evaluation.every_steps=auto makes at the start and at the end alone; give evaluation.every_steps a number of steps"
@@ -70,12 +75,12 @@ def evaluation_problems(config: RunConfig) -> Iterator[str]:
             f"evaluation.watch={evaluation.watched}: the test documents are measured once, when training has ended, and nothing "
             "may be chosen by them; watch a metric of the evaluation documents, such as eval/loss"
         )
-    elif not re.fullmatch(r"eval/[\w./-]+", evaluation.watched) and evaluation.watched not in FORGETTING_METRICS:
+    elif not re.fullmatch(r"eval/[\w./-]+", evaluation.watched) and evaluation.watched not in FORGETTING_METRIC_NAMES:
         yield f"evaluation.watch={evaluation.watched}: must name an evaluation metric, such as eval/loss or eval/accuracy"
-    elif evaluation.greater_is_better not in (None, more_is_better(config)):
+    elif evaluation.greater_is_better not in (None, is_greater_better(config)):
         value = str(evaluation.greater_is_better).lower()
-        correct_value = str(more_is_better(config)).lower()
-        better_value = "larger" if more_is_better(config) else "smaller"
+        correct_value = str(is_greater_better(config)).lower()
+        better_value = "larger" if is_greater_better(config) else "smaller"
         yield (
             f"evaluation.greater_is_better={value}: with evaluation.watch={evaluation.watched} a {better_value} value is "
             f"better; leave it out, or set it to {correct_value}"
@@ -91,11 +96,12 @@ def evaluation_problems(config: RunConfig) -> Iterator[str]:
         yield f"evaluation.watch={evaluation.watched}: only classifiers have it; watch eval/loss or eval/accuracy"
 
 
-def is_held_out_loss(config: RunConfig) -> bool:
+def watches_held_out_loss(config: RunConfig) -> bool:
     """Whether the watched metric comes from the forward pass over evaluation documents, as `eval/loss` and `eval/accuracy` do.
 
-    False for metrics of generated answers and of tasks. A metric for which it is true is measured by
-    `evaluation.every_steps=auto` during training, and not only at its start and end.
+    False for metrics of generated answers and of tasks, and without evaluation documents (`data.eval_path` or
+    `data.eval_share`). A metric for which it is true is measured by `evaluation.every_steps=auto` during training, and not only
+    at its start and end.
     """
     if isinstance(config.objective, RoundsConfig):
         return False  # all metrics of such an objective are of generated answers
@@ -103,14 +109,14 @@ def is_held_out_loss(config: RunConfig) -> bool:
     has_data = config.data.eval_path is not None or config.data.eval_share > 0
     task_metrics = registry.metric_directions(tasks_to_run(config))
     needs_generation_or_task = (
-        watch in (*GENERATION_METRICS, *FORGETTING_METRICS)
+        watch in (*GENERATION_METRICS, *FORGETTING_METRIC_NAMES)
         or watch.startswith(REWARD_METRIC_PREFIXES)
         or watch in task_metrics
     )
     return has_data and not needs_generation_or_task
 
 
-def more_is_better(config: RunConfig) -> bool:
+def is_greater_better(config: RunConfig) -> bool:
     """Whether a larger value of `evaluation.watch` is better. The first of these that applies:
 
     - a metric of a task: what the task declares;
@@ -124,7 +130,8 @@ def more_is_better(config: RunConfig) -> bool:
         return larger_by_task
     if watch.startswith(REWARD_METRIC_PREFIXES):
         return True
-    name = watch.removeprefix("eval/").rpartition("/")[2]  # that of a named set stands before
+    # The name of a named set of evaluation documents stands before the metric's: eval/chat/rougeL, but eval/loss/chat.
+    name = watch.removeprefix("eval/").rpartition("/")[2]
     if "loss" in (name, *watch.split("/")[1:2]):
         return False
     return f"eval/{name}" in GENERATION_METRICS or any(
@@ -134,15 +141,15 @@ def more_is_better(config: RunConfig) -> bool:
 
 def tasks_to_run(config: RunConfig) -> dict[str, TaskConfig]:
     """The tasks of each evaluation by name: those of the user, and those that measure forgetting (`challenges.forgetting`)."""
-    watched = config.challenges.forgetting
+    forgetting = config.challenges.forgetting
     tasks = dict(config.evaluation.tasks)
-    if watched.data is not None and watched.action is not Reaction.off:
-        tasks[GENERAL] = TaskConfig(kind="loss", path=watched.data, max_rows=watched.max_rows)
+    if forgetting.data is not None and forgetting.action is not Reaction.off:
+        tasks[GENERAL_TEXT_TASK] = TaskConfig(kind="loss", path=forgetting.data, max_rows=forgetting.max_rows)
     if _runs_chat_tasks(config):
         questions = TaskConfig(kind="loss", path=str(CHAT_QUESTIONS), format=DataFormat.messages)
         writing = DecodingConfig(max_new_tokens=ANSWER_TOKENS)
-        tasks[CHAT] = questions
-        tasks[CHAT_ANSWERS] = replace(questions, kind="f1", max_rows=ANSWERED_QUESTIONS, write=writing)
+        tasks[CHAT_TASK] = questions
+        tasks[CHAT_ANSWERS_TASK] = replace(questions, kind="f1", max_rows=ANSWERED_QUESTIONS, write=writing)
     return tasks
 
 
@@ -154,12 +161,16 @@ def _runs_chat_tasks(config: RunConfig) -> bool:
       the user has the name of one of these.
     - `chat` is true: yes.
     """
-    watched = config.challenges.forgetting
-    if watched.action is Reaction.off or watched.chat is False:
+    forgetting = config.challenges.forgetting
+    if forgetting.action is Reaction.off or forgetting.chat is False:
         return False
-    if watched.chat is None:
-        is_measured = watched.data is not None or bool(watched.tasks)
-        return is_measured and _learns_to_chat(config) and not {CHAT, CHAT_ANSWERS} & config.evaluation.tasks.keys()
+    if forgetting.chat is None:
+        is_measured = forgetting.data is not None or bool(forgetting.tasks)
+        return (
+            is_measured
+            and _learns_to_chat(config)
+            and not {CHAT_TASK, CHAT_ANSWERS_TASK} & config.evaluation.tasks.keys()
+        )
     return True
 
 
@@ -170,42 +181,44 @@ def _learns_to_chat(config: RunConfig) -> bool:
 
 
 def _forgetting_problems(config: RunConfig) -> Iterator[str]:
-    """Error messages for `challenges.forgetting`: its limit, its tasks, its chat questions, and its file of plain text (`data`).
-
-    Checks that the file exists on this machine.
-    """
+    """Error messages for `challenges.forgetting`: its limit, its tasks, its chat questions, and its file of plain text
+    (`data`)."""
     key = "challenges.forgetting"
-    watched = config.challenges.forgetting
+    settings = config.challenges.forgetting
     try:
-        limit = forgetting_limit(watched)
+        limit = forgetting_limit(settings)
     except ValueError:
         limit = None
-        yield f"{key}.limit={watched.limit}: must be a share of the base's metric, at least 0, as 3% or 0.03"
-    if limit is not None and watched.data is None and not watched.tasks and not watched.chat:
-        yield f"{key}.limit={watched.limit}: nothing is measured; give {key}.data=general.jsonl, or {key}.tasks=[...]"
-    for name in watched.tasks:
+        yield f"{key}.limit={settings.limit}: must be a share of the base's metric, at least 0, as 3% or 0.03"
+    if limit is not None and settings.data is None and not settings.tasks and not settings.chat:
+        yield f"{key}.limit={settings.limit}: nothing is measured; give {key}.data=general.jsonl, or {key}.tasks=[...]"
+    for name in settings.tasks:
         if name not in config.evaluation.tasks:
             known = ", ".join(config.evaluation.tasks) or "none"
             yield f"{key}.tasks=[{name}]: there is no such task in evaluation.tasks, which has {known}"
-    if watched.chat:
+    if settings.chat:
         yield from _chat_question_problems(config)
-    if watched.data is None:
-        return
+    if settings.data is not None:
+        yield from _general_text_problems(config, settings.data)
 
-    # The file of plain text becomes a task named GENERAL, which needs a language model's loss.
-    if GENERAL in config.evaluation.tasks:
-        yield f"evaluation.tasks.{GENERAL}: is the name of the task that {key}.data makes; call yours otherwise"
+
+def _general_text_problems(config: RunConfig, path: str) -> Iterator[str]:
+    """Error messages for `challenges.forgetting.data`, the file `path` of plain text, which must exist on this machine."""
+    key = "challenges.forgetting"
+    # The file becomes a task named GENERAL, which needs a language model's loss.
+    if GENERAL_TEXT_TASK in config.evaluation.tasks:
+        yield f"evaluation.tasks.{GENERAL_TEXT_TASK}: is the name of the task that {key}.data makes; call yours otherwise"
     if (
         objective_family(config.objective).kind is ModelKind.classifier
         or not build_objective(config.objective).perplexity
     ):
         yield (
-            f"{key}.data={watched.data}: objective={config.objective.name} has no loss on plain text; name tasks with {key}.tasks"
+            f"{key}.data={path}: objective={config.objective.name} has no loss on plain text; name tasks with {key}.tasks"
         )
     try:
-        expand_paths(watched.data, f"{key}.data", allow_remote=config.data.remote)
+        expand_paths(path, f"{key}.data", allow_remote=config.data.remote)
     except ShardtuneError as error:
-        yield _file_problem(f"{key}.data={watched.data}", error)
+        yield _file_problem(f"{key}.data={path}", error)
 
 
 def _chat_question_problems(config: RunConfig) -> Iterator[str]:
@@ -213,7 +226,7 @@ def _chat_question_problems(config: RunConfig) -> Iterator[str]:
     key = "challenges.forgetting.chat=true"
     if not _learns_to_chat(config):
         yield f"{key}: objective={config.objective.name} trains no model that answers in a chat; leave it out"
-    for name in (CHAT, CHAT_ANSWERS):
+    for name in (CHAT_TASK, CHAT_ANSWERS_TASK):
         if name in config.evaluation.tasks:
             yield f"evaluation.tasks.{name}: is the name of a task that {key} makes; call yours otherwise"
 
@@ -234,11 +247,9 @@ def _generation_problems(config: RunConfig, *, has_data: bool) -> Iterator[str]:
             f"evaluation.generate.samples={samples}: there is no evaluation data; give data.eval_path or "
             "data.eval_share=0.05, or set it to 0"
         )
-    if (
-        samples
-        and not objective_family(config.objective).generates_answers
-        and not isinstance(config.objective, RoundsConfig)
-    ):
+    # The model of an objective with rounds generates answers in each round.
+    writes_answers = objective_family(config.objective).generates_answers or isinstance(config.objective, RoundsConfig)
+    if samples and not writes_answers:
         yield f"evaluation.generate.samples={samples}: objective={config.objective.name} writes no answers; set it to 0"
     yield from config.evaluation.generate.problems("evaluation.generate")
 
@@ -322,9 +333,10 @@ def _watched_task_problems(config: RunConfig, *, has_data: bool) -> Iterator[str
             f"evaluation.watch={watched_metric}: there is no evaluation data, only tasks; watch one of {task_metrics}, or give "
             "data.eval_path or data.eval_share"
         )
-    elif _task_name_in_metric(watched_metric) in tasks.keys() - {
-        "loss"
-    }:  # `eval/loss/<set>` is the loss on a named set
+        return
+    names_a_task = _task_name_in_metric(watched_metric) in tasks
+    is_loss_of_set = watched_metric.startswith("eval/loss/")  # of a named set of evaluation documents
+    if names_a_task and not is_loss_of_set:
         yield f"evaluation.watch={watched_metric}: the tasks yield {task_metrics}; watch one of them"
 
 

@@ -30,6 +30,7 @@ def gate_problems(config: RunConfig) -> Iterator[str]:
             continue
         kind = TASK_KINDS.get(task_config.kind)
         metrics = [] if kind is None else [declared.name for declared in kind(task_name, task_config).metrics]
+        # A metric may have parts that only the rows tell: of `acc/arc_easy` the task declares `acc`.
         if not metrics or metric.partition("/")[0] in metrics:
             continue
         similar = difflib.get_close_matches(metric, metrics, n=1)

@@ -27,37 +27,38 @@ def _range_problems(settings: Any, key: str, advice_override: Mapping[str, str] 
     for field in fields(settings):
         own_key = f"{key}.{field.name}" if key else field.name
         value = getattr(settings, field.name)
-        # What the field declares: bounds of its number, texts that are allowed instead (`auto`), advice.
-        traits = setting_metadata(type(settings), field.name, advice_override)
+        # What the field declares: bounds of its number, texts that are allowed instead such as `auto` (`words`), advice.
+        metadata = setting_metadata(type(settings), field.name, advice_override)
         if is_dataclass(value):  # a group, such as `optim`
-            yield from _range_problems(value, own_key, traits.advice_below)
-        elif traits.entries is not None:  # `batch`, a dictionary whose entries are declared by a class
-            yield from _entry_problems(value, own_key, traits.entries)
+            yield from _range_problems(value, own_key, metadata.advice_below)
+        elif metadata.entries is not None:  # `batch`, a dictionary whose entries are declared by a class
+            yield from _entry_problems(value, own_key, metadata.entries)
         elif isinstance(value, dict):  # a table whose names the user chooses, such as `data.sources`
             for name, entry in value.items():
                 if is_dataclass(entry):
                     yield from _range_problems(entry, f"{own_key}.{name}")
-        elif isinstance(value, str) and traits.words:
-            if value not in traits.words:
-                yield f"{own_key}={value}: must be a whole number, or {' or '.join(traits.words)}; {traits.advice}"
-        elif traits.bounds is not None and value is not None and not traits.bounds.contains(value):
-            yield f"{own_key}={value:g}: must be {traits.bounds}; {traits.advice}"
+        elif isinstance(value, str) and metadata.words:
+            if value not in metadata.words:
+                yield f"{own_key}={value}: must be a whole number, or {' or '.join(metadata.words)}; {metadata.advice}"
+        elif metadata.bounds is not None and value is not None and not metadata.bounds.contains(value):
+            yield f"{own_key}={value:g}: must be {metadata.bounds}; {metadata.advice}"
 
 
-def _entry_problems(table: dict[str, Any], table_key: str, entries: type) -> Iterator[str]:
+def _entry_problems(sizes: dict[str, Any], group_key: str, entries_class: type) -> Iterator[str]:
     """A line for each entry of the dictionary `batch` that is no whole number, or out of its range.
 
-    `entries`: the class whose fields declare the ranges; the entry `global` is declared by the field `global_`, because
-    `global` is a keyword of Python. Types are checked as well, because Hydra does not check those in a dictionary.
+    `group_key`: `batch`. `entries_class`: the class whose fields declare the ranges; the entry `global` is declared by the field
+    `global_`, because `global` is a keyword of Python. Types are checked as well, because Hydra does not check those in a
+    dictionary.
     """
-    for field in fields(entries):
+    for field in fields(entries_class):
         name = field.name.removesuffix("_")
-        key = f"{table_key}.{name}"
-        size = table.get(name)
-        bounds = setting_metadata(entries, field.name).bounds
+        key = f"{group_key}.{name}"
+        size = sizes.get(name)
+        metadata = setting_metadata(entries_class, field.name)
         if size is None or (key, size) == (MICRO_BATCH_KEY, AUTO):
             continue
         if isinstance(size, bool) or not isinstance(size, int):
             yield f"{key}={size}: {key} must be a whole number{', or auto' if key == MICRO_BATCH_KEY else ''}"
-        elif bounds is not None and not bounds.contains(size):
-            yield f"{key}={size:g}: must be {bounds}; {setting_metadata(entries, field.name).advice}"
+        elif metadata.bounds is not None and not metadata.bounds.contains(size):
+            yield f"{key}={size:g}: must be {metadata.bounds}; {metadata.advice}"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from strategies.settings import Reach
-from trainer.config.tree import nearest_trait, traits_by_key
+from trainer.config.tree import metadata_by_key, nearest_metadata
 
 GROUPS_OF_EACH_START = ("run", "launcher")
 """Groups that no verb takes from a run that it reads: each start has its own."""
-USER_NAMED_TABLES = tuple({key.partition(".*")[0]: None for key in traits_by_key() if ".*" in key})
+USER_NAMED_TABLES = tuple({key.partition(".*")[0]: None for key in metadata_by_key() if ".*" in key})
 """Keys of tables whose entries have a name that the user chooses, such as `evaluation.tasks`."""
 
 
@@ -19,4 +19,4 @@ def reach_of(key: str) -> Reach:
     parts = key.split(".")
     if ".".join(parts[:2]) in USER_NAMED_TABLES and len(parts) > 2:
         parts[2] = "*"
-    return nearest_trait(".".join(parts), lambda traits: traits.reach)
+    return nearest_metadata(".".join(parts), lambda metadata: metadata.reach)

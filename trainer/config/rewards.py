@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from strategies.errors import ConfigError, ShardtuneError
-from trainer.config.evaluation import FORGETTING_METRICS, REWARD_METRIC_PREFIXES, tasks_to_run
+from trainer.config.evaluation import FORGETTING_METRIC_NAMES, REWARD_METRIC_PREFIXES, tasks_to_run
 from trainer.config.run import RunConfig
 from trainer.data.config import DataFormat
 from trainer.data.document import SourceRow
@@ -35,12 +35,7 @@ def reward_problems(config: RunConfig) -> Iterator[str]:
             f"(objective.rewards=rewards.py), or built-in ones of {', '.join(BUILT_IN_REWARDS)} (objective.rewards=[maths])"
         )
         return
-    for key, data_format in formats_of(config.data).items():
-        if data_format not in (DataFormat.auto, DataFormat.prompt):
-            yield (
-                f"{key}.format={data_format}: objective={objective.name} reads prompts; set {key}.format=prompt, which "
-                "takes what stands before the answer"
-            )
+    yield from _format_problems(config)
     single_problems: list[str] = []
     for name, reward in objective.rewards.items():
         single_problems += _single_reward_problems(name, reward)
@@ -56,10 +51,20 @@ def reward_problems(config: RunConfig) -> Iterator[str]:
         yield from _column_problems(config, objective)
 
 
+def _format_problems(config: RunConfig) -> Iterator[str]:
+    """An error message for each source of data whose format (`data.format`, `data.sources.NAME.format`) has no prompts."""
+    for key, data_format in formats_of(config.data).items():
+        if data_format not in (DataFormat.auto, DataFormat.prompt):
+            yield (
+                f"{key}.format={data_format}: objective={config.objective.name} reads prompts; set {key}.format=prompt, which "
+                "takes what stands before the answer"
+            )
+
+
 def _watch_problems(config: RunConfig) -> Iterator[str]:
     """An error message if `evaluation.watch` is a metric of rewards and the objective has none, or the other way round."""
-    watch = config.evaluation.watched
-    if watch in metric_directions(tasks_to_run(config)) or watch in FORGETTING_METRICS:
+    watch = config.evaluation.watched  # `evaluation.watch`, or the default of the objective
+    if watch in metric_directions(tasks_to_run(config)) or watch in FORGETTING_METRIC_NAMES:
         return
     is_of_rewards = watch.startswith((*REWARD_METRIC_PREFIXES, "eval/completions/"))
     name = config.objective.name
@@ -130,6 +135,7 @@ def _columns_of_first_row(data_input: SourceInput) -> set[str] | None:
     parsed = row.parse()
     if not isinstance(parsed, SourceRow) or not parsed.fields:
         return None
+    # `data.columns` gives columns other names, by which rewards know them: {"answer": "solution_text"}.
     columns = {*parsed.fields, *parsed.unread_columns} | data_input.columns.keys()
     # In verl's files the keys of the column `reward_model` count as columns.
     verl_model = parsed.fields.get("reward_model")

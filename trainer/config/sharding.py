@@ -17,7 +17,7 @@ from trainer.config.run import Device, RunConfig
 from trainer.data.config import Layout
 from trainer.model.config import Attention, ModelKind
 from trainer.objectives.registry import objective_family
-from trainer.optim.support import SUPPORT, Needs
+from trainer.optim.support import OPTIMIZER_SUPPORT, Needs
 
 
 def sharding_problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
@@ -36,6 +36,7 @@ def sharding_problems(config: RunConfig, world_size: int | None) -> Iterator[str
     on_cpu = config.run.device is Device.cpu
     if config.precision is Precision.fp16 and on_cpu:
         yield "precision=fp16: not supported on CPUs; set precision=bf16 or precision=fp32"
+    # Two settings are chosen by a plan of the memory, which `strategy.memory_gib` gives.
     plans_by_memory = strategy.activation_checkpointing is ActivationCheckpointing.auto
     plans_by_memory |= isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None
     if strategy.memory_gib is not None and not plans_by_memory:
@@ -118,7 +119,7 @@ def _expert_parallel_problems(config: RunConfig, world_size: int | None) -> Iter
         reason = NO_EXPERTS_REASON_BY_STRATEGY[strategy.name]
         yield f"{setting} with strategy={strategy.name}: {reason}; use {EXPERT_PARALLEL_REMEDY}"
         return
-    if SUPPORT[config.optim.name].needs is Needs.matrices:
+    if OPTIMIZER_SUPPORT[config.optim.name].needs is Needs.whole_matrices:
         remedy = f"use optim=adamw, or set {NO_EXPERT_PARALLELISM_SETTING}"
         yield f"{setting} with optim={config.optim.name}: {NO_MATRIX_OPTIMIZER_REASON}; {remedy}"
     if strategy.compile:
@@ -129,18 +130,18 @@ def _expert_parallel_problems(config: RunConfig, world_size: int | None) -> Iter
     replicas = num_replicas_of(strategy, config)
     if world_size is None or world_size % replicas:  # the latter is reported by itself
         return
-    sharded_over = world_size // replicas
-    if sharded_over % expert_ranks == 0:
+    ranks_per_replica = world_size // replicas
+    if ranks_per_replica % expert_ranks == 0:
         return
 
     # Remedies: another size of the groups, or other replicas.
     ranks_text = "the ranks of a replica" if replicas > 1 else "the number of ranks"
-    legal_degrees = [str(divisor) for divisor in range(2, sharded_over + 1) if sharded_over % divisor == 0]
+    legal_degrees = [str(divisor) for divisor in range(2, ranks_per_replica + 1) if ranks_per_replica % divisor == 0]
     remedy = f"set one of {', '.join(legal_degrees)}" if legal_degrees else f"set {NO_EXPERT_PARALLELISM_SETTING}"
     if world_size % expert_ranks == 0:
         fewer_replicas = world_size // expert_ranks
         remedy += f", or strategy.replicate={fewer_replicas}" if fewer_replicas > 1 else ", or strategy=fsdp2"
-    yield f"{setting}: must divide {ranks_text}, {sharded_over}, so that every group is whole; {remedy}"
+    yield f"{setting}: must divide {ranks_text}, {ranks_per_replica}, so that every group is whole; {remedy}"
 
 
 def num_replicas_of(strategy: StrategyConfig, config: RunConfig) -> int:
@@ -154,12 +155,16 @@ def num_replicas_of(strategy: StrategyConfig, config: RunConfig) -> int:
 
 
 def _replicas_problems(strategy: Fsdp2Config, config: RunConfig, world_size: int | None) -> Iterator[str]:
-    """Error messages if the ranks do not divide into replicas, or if the strategy (fsdp2) has none."""
+    """Error messages if the ranks do not divide into replicas (hsdp), or if replicas are asked of fsdp2, which has none.
+
+    Both strategies have the class `Fsdp2Config`.
+    """
     if strategy.name is StrategyName.fsdp2:
         if strategy.replicate != 1:
             yield f"strategy.replicate={strategy.replicate}: replicas need strategy=hsdp; set one of the two"
         return
     replicas = num_replicas_of(strategy, config)
+    # A single rank cannot be divided into replicas, although `strategy.replicate=1` divides 1.
     if world_size is not None and (world_size == 1 or world_size % replicas):
         legal = [str(divisor) for divisor in range(2, world_size + 1) if world_size % divisor == 0]
         remedy = f"set one of {', '.join(legal)}" if legal else "choose strategy=fsdp2, or more launcher.processes"

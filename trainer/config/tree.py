@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from strategies.base import AutoConfig, DdpConfig, Fsdp2Config, SingleConfig, ZeroConfig
 from strategies.settings import FREE, SettingMetadata, setting_metadata
@@ -17,7 +17,7 @@ from trainer.objectives.registry import FAMILIES
 from trainer.optim.config import OPTIMIZERS
 from trainer.tuning.config import TUNINGS
 
-VARIANTS: dict[str, dict[str, type]] = {
+SETTINGS_CLASSES_BY_GROUP: dict[str, dict[str, type]] = {
     "strategy": {
         "auto": AutoConfig,
         "single": SingleConfig,
@@ -31,7 +31,15 @@ VARIANTS: dict[str, dict[str, type]] = {
     "launcher": {"local": LauncherConfig, "slurm": SlurmConfig},
 }
 """For the groups whose choices differ in their keys: the settings class behind each choice, by the name of its schema."""
-Answer = TypeVar("Answer")
+Attribute = TypeVar("Attribute")
+
+
+class NestedSettings(NamedTuple):
+    """The settings that a field of a settings class holds."""
+
+    settings_class: type
+    key_suffix: str
+    """What follows the field's key in the keys of these settings: empty, or `.*` for a table whose names the user chooses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,22 +48,23 @@ class KeyedField:
 
     key: str
     type: Any
-    traits: SettingMetadata
+    metadata: SettingMetadata
+    """What its declaration says of it: bounds, advice, what another value means for a resumed run."""
     is_group: bool
     """Whether it holds further settings instead of a value."""
 
 
-def nested_settings_class(field_type: Any) -> tuple[type, str] | None:
-    """(class of the settings that a field of this type holds, what follows the field's key in theirs); None for a plain value.
+def nested_settings(field_type: Any) -> NestedSettings | None:
+    """The settings that a field of this type holds; None for a plain value.
 
     OptimConfig -> (OptimConfig, ""), so that the keys are `optim.lr`. dict[str, SourceConfig], a table whose names the user
     chooses -> (SourceConfig, ".*"), so that they are `data.sources.*.path`.
     """
     if isinstance(field_type, type) and is_dataclass(field_type):
-        return field_type, ""
+        return NestedSettings(field_type, key_suffix="")
     entry_type = get_args(field_type)[1] if get_origin(field_type) is dict else None
     if isinstance(entry_type, type) and is_dataclass(entry_type):
-        return entry_type, ".*"
+        return NestedSettings(entry_type, key_suffix=".*")
     return None
 
 
@@ -71,41 +80,45 @@ def keyed_fields(
     for field in fields(settings):
         hint = hints[field.name]
         key = f"{prefix}.{field.name}" if prefix else field.name
-        traits = setting_metadata(settings, field.name, advice_override)
-        nested = nested_settings_class(hint)
-        yield KeyedField(key, hint, traits, is_group=nested is not None or traits.entries is not None)
+        metadata = setting_metadata(settings, field.name, advice_override)
+        nested = nested_settings(hint)
+        yield KeyedField(key, hint, metadata, is_group=nested is not None or metadata.entries is not None)
         if nested is not None:
-            nested_class, key_suffix = nested
-            yield from keyed_fields(nested_class, key + key_suffix, traits.advice_below)
-        elif traits.entries is not None:
-            for inner in keyed_fields(traits.entries, key):
-                yield replace(inner, key=inner.key.removesuffix("_"))  # a keyword of Python, typed as it is
+            yield from keyed_fields(nested.settings_class, key + nested.key_suffix, metadata.advice_below)
+        elif metadata.entries is not None:  # `batch`, a dictionary whose entries are declared by the fields of a class
+            for inner in keyed_fields(metadata.entries, key):
+                # The field of `batch.global` is `global_`, since `global` is a keyword of Python.
+                yield replace(inner, key=inner.key.removesuffix("_"))
 
 
 @cache
-def traits_by_key() -> dict[str, SettingMetadata]:
-    """The traits of each field by full key, groups included. Of classes that share a key, the first one counts."""
-    traits: dict[str, SettingMetadata] = {}
+def metadata_by_key() -> dict[str, SettingMetadata]:
+    """What the field of each setting declares, by full key such as `optim.lr`, groups included.
+
+    A key that several choices of a group have, such as `optim.lr`, has the metadata of the first one.
+    """
+    metadata: dict[str, SettingMetadata] = {}
     for keyed in keyed_fields(RunConfig):
-        traits[keyed.key] = keyed.traits
-    for name, choices in VARIANTS.items():
-        for settings in choices.values():
-            for keyed in keyed_fields(settings, name):
-                traits.setdefault(keyed.key, keyed.traits)
-    return traits
+        metadata[keyed.key] = keyed.metadata
+    for group, choices in SETTINGS_CLASSES_BY_GROUP.items():
+        for settings_class in choices.values():
+            for keyed in keyed_fields(settings_class, group):
+                metadata.setdefault(keyed.key, keyed.metadata)
+    return metadata
 
 
-def nearest_trait(key: str, read_trait: Callable[[SettingMetadata], Answer | None]) -> Answer:
-    """A trait of the setting `key`, or else of the nearest table or group above it; KeyError if none of them has it.
+def nearest_metadata(key: str, read_attribute: Callable[[SettingMetadata], Attribute | None]) -> Attribute:
+    """An attribute of the metadata of the setting `key`, or else of the nearest table or group above it that has it.
 
-    `read_trait`: reads it from a field's traits, None if the field has none. For `optim.lr`: `optim.lr`, then `optim`.
+    `read_attribute`: reads it from the metadata of a field, None if the field does not declare it. For `optim.lr`: `optim.lr`,
+    then `optim`. Raises KeyError if none of them has it.
     """
     names = key.split(".")
     for length in range(len(names), 0, -1):
-        traits = traits_by_key().get(".".join(names[:length]))
-        trait = read_trait(traits) if traits else None
-        if trait is not None:
-            return trait
+        metadata = metadata_by_key().get(".".join(names[:length]))
+        attribute = read_attribute(metadata) if metadata else None
+        if attribute is not None:
+            return attribute
     raise KeyError(key)
 
 
@@ -114,5 +127,5 @@ def change_kind_of_setting(key: str) -> str | None:
 
     Raises KeyError for a setting that stands in no group of the tree.
     """
-    kind = nearest_trait(key, lambda traits: traits.resume)
+    kind = nearest_metadata(key, lambda metadata: metadata.resume)
     return None if kind == FREE else kind

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from strategies.base import AutoConfig, StrategyConfig, StrategyName
 from strategies.errors import ConfigError, DataError, StorageError, key_of_problem
@@ -34,7 +35,7 @@ from trainer.data.sources import data_problems
 from trainer.model.config import ModelKind, Quantisation, may_be_hub_id
 from trainer.model.rules import missing_package, position_problems, read_config
 from trainer.objectives.registry import model_problems, objective_family, objective_problems
-from trainer.optim.support import problems as optimizer_problems
+from trainer.optim.support import optimizer_problems
 from trainer.reporting.energy import energy_problems
 from trainer.reporting.numbers import format_dp_ranks
 from trainer.reporting.profile import profile_problems
@@ -62,8 +63,8 @@ def config_problems(config: RunConfig, *, world_size: int | None = None) -> list
     `world_size` is the number of ranks, None if it is not known. `strategy=auto` can run if one of the strategies that it
     stands for can. Batches and sharding are not checked if a number in `batch`, `launcher` or `strategy` is out of its range.
     """
-    if isinstance(config.strategy, AutoConfig):
-        return runnable_strategies(config, world_size)[1]
+    if isinstance(config.strategy, AutoConfig):  # checks each strategy by a call of this function
+        return runnable_strategies(config, world_size).problems
     out_of_range = range_problems(config)
     problems = [
         *out_of_range,
@@ -82,7 +83,7 @@ def config_problems(config: RunConfig, *, world_size: int | None = None) -> list
     if not any(key_of_problem(problem).startswith(("batch.", "launcher.", "strategy.")) for problem in out_of_range):
         problems += [*_batch_problems(config, world_size), *sharding_problems(config, world_size)]
     runs_here = config.launcher.name is LauncherName.local  # else other machines decide which packages there are
-    problems += optimizer_problems(config.optim, config.strategy, str(config.schedule.name), here=runs_here)
+    problems += optimizer_problems(config.optim, config.strategy, str(config.schedule.name), starts_here=runs_here)
     problems += combination_problems(config.tuning, config.strategy, config.optim)
     problems += tracker_problems(config.logging) if runs_here else []
     problems += energy_problems(config.logging, uses_this_host=runs_here)
@@ -90,8 +91,16 @@ def config_problems(config: RunConfig, *, world_size: int | None = None) -> list
     return [*problems, *_tuning_problems(config), *launcher_problems(config)]
 
 
-def runnable_strategies(config: RunConfig, world_size: int | None) -> tuple[list[StrategyConfig], list[str]]:
-    """The strategies that `strategy=auto` may become on `world_size` ranks (None: not known yet); returns (strategies, problems).
+class RunnableStrategies(NamedTuple):
+    """What `strategy=auto` may become."""
+
+    strategies: list[StrategyConfig]
+    problems: list[str]
+    """Why none can run, or not yet; empty if the strategies can run."""
+
+
+def runnable_strategies(config: RunConfig, world_size: int | None) -> RunnableStrategies:
+    """The strategies that `strategy=auto` may become on `world_size` ranks (None: not known yet), and what is wrong.
 
     - Problems that every strategy has, such as a missing data file: they are returned, with the strategies that have no other.
     - Each strategy has a problem and they share none: no strategy, and the first problem under each.
@@ -118,8 +127,8 @@ def runnable_strategies(config: RunConfig, world_size: int | None) -> tuple[list
         else:
             first_problems.append(f"under {strategy.name}: {problems[0]}")
     if shared_problems or runnable:
-        return runnable, shared_problems
-    return [], ["strategy=auto: no strategy can run this", *first_problems]
+        return RunnableStrategies(runnable, shared_problems)
+    return RunnableStrategies([], ["strategy=auto: no strategy can run this", *first_problems])
 
 
 def _budget_problems(config: RunConfig) -> Iterator[str]:
@@ -235,13 +244,14 @@ def _base_problems(config: RunConfig) -> Iterator[str]:
     model = config.model
     runs_here = config.launcher.name is LauncherName.local
     if model.quantisation is not Quantisation.none and runs_here:
-        missing = missing_package()
-        if missing is not None:
-            yield f"model.quantisation={model.quantisation}: {missing}, or set model.quantisation=none"
+        missing_text = missing_package()  # `needs the package bitsandbytes (pip install ...)`
+        if missing_text is not None:
+            yield f"model.quantisation={model.quantisation}: {missing_text}, or set model.quantisation=none"
     for directory in model.adapters:
         yield from merge_problems(directory)
     method = methods_by_name().get(method_name_of(config.tuning))
-    if model.adapters and method is not None and method.adapter and config.export.at_end and not config.export.merge:
+    exports_adapter = method is not None and method.adapter and config.export.at_end and not config.export.merge
+    if model.adapters and method is not None and exports_adapter:
         merge = "" if method.merge_refusal else "set export.merge=true, or "
         yield (
             f"model.adapters={model.adapters}: an adapter trained on top of others does not belong to model.path alone; "
@@ -250,7 +260,7 @@ def _base_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _data_problems(config: RunConfig) -> Iterator[str]:
-    """Error messages if files of the data are missing, or do not fit the objective."""
+    """Error messages if files of the data are missing, if settings of `data` conflict, or do not fit the objective."""
     data = config.data
     paths = {"data.path": data.path}  # by setting: a path or glob, a list of them, or None
     for split in ("eval", "test"):
@@ -264,7 +274,8 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
         if path_or_list is None:
             continue
         for pattern in path_or_list if isinstance(path_or_list, list) else [path_or_list]:
-            # Composing reaches no network: whether an address or a data set of the hub exists shows when it is read.
+            # Composing reaches no network: whether an address or a data set of the hub exists shows when it is read. Addresses
+            # are only read with `data.remote`; without it, they are missing files.
             if not (data.remote and is_remote_address(str(pattern))) and not is_hub_path(str(pattern)):
                 yield from _missing_file_problems(key, pattern)
     yield from data_problems(data)
@@ -277,7 +288,7 @@ def _missing_file_problems(key: str, pattern: object) -> Iterator[str]:
     if path.exists() or glob.glob(str(path), recursive=True):  # noqa: PTH207
         return
     try:
-        expand_paths(pattern, key)
+        expand_paths(pattern, key)  # says what is wrong; a file that appeared meanwhile is no problem
     except DataError as error:
         reason = str(error).removeprefix(f"{key}={pattern}").lstrip(": ")
         yield f"{key}={pattern}: {reason}; paths are relative to {Path.cwd()}"
@@ -288,7 +299,9 @@ def _resume_problems(config: RunConfig) -> Iterator[str]:
     resume = config.run.resume
     run_dir = config.run.dir
     try:
-        if run_dir is not None and run_dir.strip():
+        if (
+            run_dir is not None and run_dir.strip()
+        ):  # it may have begun from that checkpoint before, and then resumes as `auto`
             resume = resolve_resume_setting(
                 checkpoint_dirs_of(Path(run_dir).expanduser(), config.checkpoint.fallback_dir), resume
             )
@@ -321,12 +334,25 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
     """Error messages about the run directory, its checkpoints and its device, one setting after the other."""
     yield from _resume_problems(config)
     yield from _output_directory_problems(config)
+    # `run.accept` names kinds of changes, such as `data`, with which a resumed run may go on.
     for kind in set(config.run.accept) - set(KINDS_OF_CHANGE):
         closest = difflib.get_close_matches(kind, KINDS_OF_CHANGE, n=1)
         remedy = closest[0] if closest else f"one of {', '.join(KINDS_OF_CHANGE)}"
         yield f"run.accept=[{kind}]: there is no such kind of change; {remedy}"
     if config.run.dir is not None and not config.run.dir.strip():
         yield "run.dir: is empty; name a directory, or null for the default"
+    yield from _checkpoint_problems(config)
+    if config.run.must_fit and config.run.device is Device.cpu:
+        yield "run.must_fit=true: asks for the memory of GPUs, and run.device=cpu has none; leave it out"
+    if config.run.device is Device.cuda and config.launcher.name is LauncherName.local:
+        import torch
+
+        if not torch.cuda.is_available():
+            yield "run.device=cuda: no CUDA device is visible here; set run.device=cpu, or check CUDA_VISIBLE_DEVICES"
+
+
+def _checkpoint_problems(config: RunConfig) -> Iterator[str]:
+    """Error messages if two settings say when checkpoints are due, or if the fallback directory cannot be written."""
     checkpoint = config.checkpoint
     if checkpoint.every_steps and checkpoint.every_minutes is not None:
         yield (
@@ -341,13 +367,6 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
             yield (
                 f"checkpoint.fallback_dir={fallback_dir}: must be a directory on another disk that this user can write, or null"
             )
-    if config.run.must_fit and config.run.device is Device.cpu:
-        yield "run.must_fit=true: asks for the memory of GPUs, and run.device=cpu has none; leave it out"
-    if config.run.device is Device.cuda and runs_here:
-        import torch
-
-        if not torch.cuda.is_available():
-            yield "run.device=cuda: no CUDA device is visible here; set run.device=cpu, or check CUDA_VISIBLE_DEVICES"
 
 
 def _is_writable(directory: Path) -> bool:
@@ -373,9 +392,10 @@ def _schedule_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _tuning_problems(config: RunConfig) -> Iterator[str]:
-    """Error messages about what the tuning method does not go with: strategy, precision, data, objective and others."""
+    """Error messages about what the tuning method does not go with: strategy, precision, data, objective, export,
+    added tokens, quantisation, and ranks that share rows or experts."""
     kind = objective_family(config.objective).kind
-    run_settings = SettingsBesideTuning(
+    other_settings = SettingsBesideTuning(
         strategy=config.strategy,
         precision=config.precision,
         data=config.data,
@@ -387,4 +407,4 @@ def _tuning_problems(config: RunConfig) -> Iterator[str]:
         sequence_ranks=config.parallel.sequence,
         expert_ranks=config.parallel.experts,
     )
-    yield from tuning_combination_problems(config.tuning, run_settings)
+    yield from tuning_combination_problems(config.tuning, other_settings)

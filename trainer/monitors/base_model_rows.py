@@ -13,7 +13,7 @@ from strategies.runtime import broadcast_object
 from trainer.evaluation.task_evaluator import FinishedTask, TaskEvaluator
 from trainer.evaluation.tasks.base import Task, TaskRow
 from trainer.evaluation.tasks.held_out import HeldOut
-from trainer.monitors.config import CHAT, CHAT_ANSWERS
+from trainer.monitors.config import CHAT_ANSWERS_TASK, CHAT_TASK
 from trainer.reporting.jsonl import json_text
 from trainer.reporting.status import write_text_atomic
 
@@ -105,7 +105,7 @@ class BaseModelResults:
         try:
             record = json.loads(self.path.read_text(encoding="utf-8"))
             own_key = self._results_key()  # one list a task, which begins with its name
-            key_without_chat = [entry for entry in own_key if entry[0] not in (CHAT, CHAT_ANSWERS)]
+            key_without_chat = [entry for entry in own_key if entry[0] not in (CHAT_TASK, CHAT_ANSWERS_TASK)]
             if record["key"] not in (own_key, key_without_chat):
                 return None
             tasks = {}

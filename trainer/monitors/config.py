@@ -92,11 +92,11 @@ class ChallengesConfig:
     be learned."""
 
 
-GENERAL = "general"
+GENERAL_TEXT_TASK = "general"
 """Name of the task that measures `challenges.forgetting.data`."""
-CHAT = "chat"
+CHAT_TASK = "chat"
 """Name of the task that measures the twenty questions of `challenges.forgetting.chat`."""
-CHAT_ANSWERS = "chat_answers"
+CHAT_ANSWERS_TASK = "chat_answers"
 """Name of the task in which the model answers the first two of them."""
 CHAT_QUESTIONS = Path(__file__).parent / "chat_questions.jsonl"
 """The questions and short right answers, as conversations. They were written for shardtune and have its licence."""

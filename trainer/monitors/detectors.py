@@ -16,7 +16,7 @@ from trainer.evaluation.tasks.written import GenerationTask
 from trainer.monitors import degenerate_answers, divergence, forgetting, instability, overfitting, rewards
 from trainer.monitors.base import Evidence, Finding, ModelAnswer
 from trainer.monitors.base_model_rows import BaseModelResults
-from trainer.monitors.config import CHAT_ANSWERS, ChallengesConfig, Reaction
+from trainer.monitors.config import CHAT_ANSWERS_TASK, ChallengesConfig, Reaction
 from trainer.monitors.finding_events import append_event, findings_of_earlier_starts, is_in_events
 from trainer.monitors.first_evaluation import HeldOutEvaluation, HeldOutFile
 from trainer.monitors.first_rows import FirstRows
@@ -229,14 +229,14 @@ class ChallengeDetectors:
         """Keep of a finished task what the detectors read at the end of the evaluation.
 
         - A task whose answers are generated: the answers.
-        - `CHAT_ANSWERS`, two questions for people to read, too few to measure forgetting: sets `chat_rows`.
+        - `CHAT_ANSWERS_TASK`, two questions for people to read, too few to measure forgetting: sets `chat_rows`.
         - A task that the base model was asked too: how much of its main metric was lost against the base.
         """
         task = finished_task.prepared.task
         if isinstance(task, GenerationTask):
             answers = [KeptAnswer(row.prompt, row.answer, row.reference) for row in finished_task.rows]
             self.add_answers(task.name, answers)
-        if task.name == CHAT_ANSWERS:
+        if task.name == CHAT_ANSWERS_TASK:
             self.chat_rows = finished_task.rows
             return
         base_task_by_name = None if self.base_results is None else self.base_results.tasks
@@ -251,20 +251,20 @@ class ChallengeDetectors:
 
     def refresh_chat_rows(self, engine: Engine) -> None:
         """Have the model write its two answers with the weights of `engine`. All ranks must call. Raises Interrupted."""
-        if self.base_results is None or CHAT_ANSWERS not in self.base_results.names:
+        if self.base_results is None or CHAT_ANSWERS_TASK not in self.base_results.names:
             return
         self.base_results.evaluator.model.engine = engine
-        for finished_task in self.base_results.evaluator.run_tasks([CHAT_ANSWERS]):
+        for finished_task in self.base_results.evaluator.run_tasks([CHAT_ANSWERS_TASK]):
             self.chat_rows = finished_task.rows
 
     def chat_answer_pairs(self) -> list[dict[str, str]]:
         """Two questions with the answers of base and tuned model (`question`, `base`, `tuned`); empty if they were not asked."""
         base_task_by_name = None if self.base_results is None else self.base_results.tasks
-        if base_task_by_name is None or CHAT_ANSWERS not in base_task_by_name:
+        if base_task_by_name is None or CHAT_ANSWERS_TASK not in base_task_by_name:
             return []
         pairs = []
         # The tuned model may not have been asked: then there are no rows of it.
-        for base_row, tuned_row in zip(base_task_by_name[CHAT_ANSWERS].rows, self.chat_rows, strict=False):
+        for base_row, tuned_row in zip(base_task_by_name[CHAT_ANSWERS_TASK].rows, self.chat_rows, strict=False):
             pairs.append({"question": tuned_row.question, "base": base_row.answer, "tuned": tuned_row.answer})
         return pairs
 

@@ -33,14 +33,14 @@ class UsualRate:
         return UsualRate(usual, low, high, source)
 
 
-_FULL = UsualRate(2e-5, 1e-5, 1e-4, "Touvron et al. 2023, arXiv:2307.09288")
-_LORA = UsualRate(2e-4, 1e-4, 3e-3, "Dettmers et al. 2023, arXiv:2305.14314")
+_FULL_RATE = UsualRate(2e-5, 1e-5, 1e-4, "Touvron et al. 2023, arXiv:2307.09288")
+_LORA_RATE = UsualRate(2e-4, 1e-4, 3e-3, "Dettmers et al. 2023, arXiv:2305.14314")
 RATE_BY_METHOD: dict[str, UsualRate] = {
-    "full": _FULL,
-    "freeze": replace(_FULL, source="the rate of full tuning"),
-    "lora": _LORA,
+    "full": _FULL_RATE,
+    "freeze": replace(_FULL_RATE, source="the rate of full tuning"),
+    "lora": _LORA_RATE,
     "adalora": UsualRate(5e-4, 2e-4, 3e-3, "Zhang et al. 2023, arXiv:2303.10512"),
-    "loha": replace(_LORA, source="the rate of LoRA, a similar method; not measured"),
+    "loha": replace(_LORA_RATE, source="the rate of LoRA, a similar method; not measured"),
     "lokr": UsualRate(3e-3, 5e-4, 6e-3, PEFT_COMPARISON_SOURCE),
     "oft": UsualRate(1e-4, 1e-4, 1e-3, PEFT_COMPARISON_SOURCE),
     "boft": UsualRate(1e-4, 1e-4, 1e-3, "the rate of OFT, a similar method; not measured"),
@@ -82,9 +82,9 @@ _REINFORCEMENT = ObjectiveRates(
 )
 RATES_BY_OBJECTIVE: dict[str, ObjectiveRates] = {
     "classification": ObjectiveRates(
-        full=UsualRate(3e-5, 1e-5, 2e-4, "Devlin et al. 2018, arXiv:1810.04805"), lora=_LORA
+        full=UsualRate(3e-5, 1e-5, 2e-4, "Devlin et al. 2018, arXiv:1810.04805"), lora=_LORA_RATE
     ),
-    "seq2seq": ObjectiveRates(full=UsualRate(1e-4, 3e-5, 3e-4, "transformers' page on T5"), lora=_LORA),
+    "seq2seq": ObjectiveRates(full=UsualRate(1e-4, 3e-5, 3e-4, "transformers' page on T5"), lora=_LORA_RATE),
     "dpo": _PREFERENCES,
     "simpo": _PREFERENCES,
     "kto": _PREFERENCES,
@@ -127,11 +127,9 @@ def usual_learning_rate(optim: OptimConfig, method: str, objective: str) -> Usua
     if isinstance(optim, MuonConfig) and optim.scale is MuonScale.original:
         return None  # its updates are of another size, and nobody has given a rate for fine-tuning
     if optim.name not in FACTOR_OF_ADAMW_RATE:
-        return (
-            RATE_BY_OPTIMIZER_AND_METHOD.get((optim.name, method))
-            if objective in (*IMITATING_OBJECTIVES, "seq2seq")
-            else None
-        )
+        if objective not in (*IMITATING_OBJECTIVES, "seq2seq"):  # the papers trained by imitation alone
+            return None
+        return RATE_BY_OPTIMIZER_AND_METHOD.get((optim.name, method))
     rate = _adamw_rate(method, objective)
     factor, source = FACTOR_OF_ADAMW_RATE[optim.name]
     if rate is None or factor == 1:
@@ -155,14 +153,14 @@ def _adamw_rate(method: str, objective: str) -> UsualRate | None:
         return rates.full
     if method == "lora":
         return rates.lora
-    factor = rates.lora.usual / _LORA.usual
+    factor = rates.lora.usual / _LORA_RATE.usual
     return rate if factor == 1 else rate.times(factor, f"{factor:g} times the rate for sft, as with LoRA; not measured")
 
 
 def missing_rate_message(optim: OptimConfig, method: str, objective: str) -> str:
     """The message for a run that sets no `optim.lr` and for which no table has a usual rate. It names the rates of similar runs.
 
-    Similar runs have this run's optimizer with another method, the default optimizer with this run's method, or the default
+    Similar runs have this run's optimizer with LoRA or full tuning, the default optimizer with this run's method, or the default
     optimizer with LoRA, in this order.
     """
     default_optim = OptimConfig()
@@ -173,8 +171,8 @@ def missing_rate_message(optim: OptimConfig, method: str, objective: str) -> str
         if rate is not None:
             rate_by_run[f"optim={similar_optim.name} and {similar_method}"] = rate.usual
     rate_texts = [f"{usual:g} with {run}" for run, usual in rate_by_run.items()]
-    near = f"; usual rates nearby: {', '.join(rate_texts)}" if rate_texts else ""
+    rates_of_similar_runs = f"; usual rates nearby: {', '.join(rate_texts)}" if rate_texts else ""
     return (
         f"optim.lr: not set, and no usual rate is known for optim={optim.name}, {method} and objective={objective}; give "
-        f"one, as in optim.lr=1e-4{near}"
+        f"one, as in optim.lr=1e-4{rates_of_similar_runs}"
     )

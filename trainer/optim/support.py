@@ -21,7 +21,7 @@ class Needs(StrEnum):
     """What an optimizer needs to see of a parameter in one piece."""
 
     elements = "any part of the flattened parameter"
-    matrices = "whole matrices"
+    whole_matrices = "whole matrices"
     averages = "two sets of weights, swapped for evaluation"
     blocks = "whole parameters, in blocks of 256 elements"
 
@@ -43,12 +43,12 @@ class OptimizerSupport:
 
 _ZERO = (StrategyName.zero1, StrategyName.zero2, StrategyName.zero3)
 _CUTS_MATRICES = "ZeRO steps on flat partitions that cut through matrices"
-SUPPORT: dict[OptimName, OptimizerSupport] = {
+OPTIMIZER_SUPPORT: dict[OptimName, OptimizerSupport] = {
     OptimName.adamw: OptimizerSupport(Needs.elements, {}),
     OptimName.lion: OptimizerSupport(Needs.elements, {}),
     OptimName.sgd: OptimizerSupport(Needs.elements, {}),
-    OptimName.muon: OptimizerSupport(Needs.matrices, dict.fromkeys(_ZERO, _CUTS_MATRICES), "strategy=fsdp2"),
-    OptimName.adafactor: OptimizerSupport(Needs.matrices, dict.fromkeys(_ZERO, _CUTS_MATRICES), "strategy=fsdp2"),
+    OptimName.muon: OptimizerSupport(Needs.whole_matrices, dict.fromkeys(_ZERO, _CUTS_MATRICES), "strategy=fsdp2"),
+    OptimName.adafactor: OptimizerSupport(Needs.whole_matrices, dict.fromkeys(_ZERO, _CUTS_MATRICES), "strategy=fsdp2"),
     OptimName.schedule_free: OptimizerSupport(
         Needs.averages,
         dict.fromkeys(_ZERO, "ZeRO keeps the weights that evaluation would swap in flat partitions of its own"),
@@ -72,7 +72,7 @@ SUPPORT: dict[OptimName, OptimizerSupport] = {
 
 def import_package(name: OptimName) -> Any:
     """Import the package that an optimizer comes from. Raises ConfigError, with the extra to install, if it is missing."""
-    package = SUPPORT[name].package
+    package = OPTIMIZER_SUPPORT[name].package
     assert package is not None
     try:
         return importlib.import_module(package)
@@ -82,7 +82,7 @@ def import_package(name: OptimName) -> Any:
 
 def _missing_package(name: OptimName) -> str:
     """What to tell a user who asked for an optimizer whose package is not installed."""
-    support = SUPPORT[name]
+    support = OPTIMIZER_SUPPORT[name]
     assert support.extra is not None, "an optimizer without an extra needs no package"
     return (
         f"optim={name}: needs the package {support.package} ({install_command(support.extra)}); install it, or use "
@@ -90,27 +90,29 @@ def _missing_package(name: OptimName) -> str:
     )
 
 
-def problems(config: OptimConfig, strategy: StrategyConfig, schedule: str, *, here: bool) -> Iterator[str]:
+def optimizer_problems(
+    config: OptimConfig, strategy: StrategyConfig, schedule: str, *, starts_here: bool
+) -> Iterator[str]:
     """What is wrong with an optimizer's settings, one line each.
 
-    `schedule`: name of the learning rate schedule. `here`: the run will start in this environment, so its package has to be
-    there.
+    `schedule`: name of the learning rate schedule. `starts_here`: whether the run will start in this environment, so that the
+    optimizer's package has to be installed.
     """
     # The optimizer with the strategy, the schedule and the installed packages.
-    support = SUPPORT[config.name]
+    support = OPTIMIZER_SUPPORT[config.name]
     reason = support.refusal_by_strategy.get(strategy.name)
     if reason is not None:
         yield f"optim={config.name}: needs {support.needs}, and {reason}; use {support.strategy_instead}, or optim=adamw"
-    if support.needs is Needs.matrices and getattr(strategy, "cpu_offload", False):
+    if support.needs is Needs.whole_matrices and getattr(strategy, "cpu_offload", False):
         yield (
             f"optim={config.name}: gathers whole matrices, which offloaded shards do not allow; set "
             "strategy.cpu_offload=false, or use optim=adamw"
         )
     if config.name is OptimName.schedule_free and schedule != "constant":
         yield f"optim=schedule_free: averages in place of a decaying rate; set schedule=constant, not {schedule}"
-    if here and support.package is not None and find_spec(support.package) is None:
+    if starts_here and support.package is not None and find_spec(support.package) is None:
         yield _missing_package(config.name)
-    # An average of the weights (`ema_decay`) with it.
+    # The average of the weights (`ema_decay`).
     if config.ema_decay and config.name is OptimName.schedule_free:
         yield f"optim.ema_decay={config.ema_decay:g}: optim=schedule_free averages weights itself; set optim.ema_decay=0"
     if config.ema_decay and getattr(strategy, "offload_optimizer", "none") == "nvme":
@@ -151,7 +153,7 @@ def table() -> list[str]:
     """The lines of the Markdown table with a row for each optimizer and a column for each strategy."""
     header = " | ".join(f"`{name}`" for name in STRATEGIES)
     lines = [f"| optimizer | needs | {header} |", f"|{'---|' * (len(STRATEGIES) + 2)}"]
-    for optim, support in SUPPORT.items():
+    for optim, support in OPTIMIZER_SUPPORT.items():
         cells = ["-" if name in support.refusal_by_strategy else "yes" for name in STRATEGIES]
         lines.append(f"| `{optim}` | {support.needs} | {' | '.join(cells)} |")
     return lines

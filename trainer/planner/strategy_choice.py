@@ -165,7 +165,7 @@ def with_proposed_strategy(config: RunConfig, prepared: PreparedData) -> RunConf
     runtime = runtime_of_first_rank(config)
     world_size = runtime.world_size
     if device_kind == "cuda" and not torch.cuda.is_available() and world_size > 1:
-        runnable, _ = runnable_strategies(config, world_size)
+        runnable = runnable_strategies(config, world_size).strategies
         strategy_by_name = {str(strategy.name): strategy for strategy in runnable}
         placeholder = strategy_by_name.get("fsdp2") or runnable[0]
         note = (
@@ -253,7 +253,7 @@ def propose_strategies(
 
     `timeout_s`: how long one simulation may take.
     """
-    runnable, _ = runnable_strategies(config, devices.world_size)
+    runnable = runnable_strategies(config, devices.world_size).strategies
     strategy_by_name = {str(strategy.name): strategy for strategy in runnable}
     least_sharded_first = [strategy_by_name[name] for name in LEAST_SHARDED_FIRST if name in strategy_by_name]
     if devices.world_size == 1 or len(least_sharded_first) == 1:

@@ -18,7 +18,7 @@ from trainer.evaluation.tasks.prepared import PreparedTask
 from trainer.monitors import divergence
 from trainer.monitors.anomaly_log import EVENTS_FILE
 from trainer.monitors.base_model_rows import BaseModelResults
-from trainer.monitors.config import CHAT, CHAT_ANSWERS, GENERAL, Reaction
+from trainer.monitors.config import CHAT_ANSWERS_TASK, CHAT_TASK, GENERAL_TEXT_TASK, Reaction
 from trainer.monitors.detectors import ChallengeDetectors
 from trainer.monitors.first_evaluation import HeldOutFile
 from trainer.monitors.first_rows import FirstRows
@@ -77,15 +77,15 @@ def tasks_for_tokenizer(config: RunConfig, tokenizer: Any) -> dict[str, TaskConf
     Raises ConfigError in that case if the user has asked for them (`challenges.forgetting.chat=true`).
     """
     tasks = tasks_to_run(config)
-    if tokenizer.chat_template is not None or CHAT not in tasks:
+    if tokenizer.chat_template is not None or CHAT_TASK not in tasks:
         return tasks
     if config.challenges.forgetting.chat:
         raise ConfigError(
             "challenges.forgetting.chat=true: the tokenizer has no chat template to ask questions with; give one with "
             "model.chat_template=FILE, or leave it out"
         )
-    # CHAT_ANSWERS asks the first two questions of CHAT.
-    return {name: task for name, task in tasks.items() if name not in (CHAT, CHAT_ANSWERS)}
+    # CHAT_ANSWERS_TASK asks the first two questions of CHAT_TASK.
+    return {name: task for name, task in tasks.items() if name not in (CHAT_TASK, CHAT_ANSWERS_TASK)}
 
 
 def final_chat_answers(detectors: ChallengeDetectors, engine: Engine, *, refresh: bool) -> list[dict[str, str]]:
@@ -134,7 +134,7 @@ def add_task_evaluator(
     task_evaluator.check_rows()  # an error should come now, not at the first evaluation
     forgetting = config.challenges.forgetting
     # Forgetting is measured on the tasks that the trainer adds for it and on those that the user names for it.
-    built_in_names = (GENERAL, CHAT, CHAT_ANSWERS)
+    built_in_names = (GENERAL_TEXT_TASK, CHAT_TASK, CHAT_ANSWERS_TASK)
     task_names = [prepared.task.name for prepared in tasks]
     forgetting_tasks = [name for name in task_names if name in built_in_names]
     forgetting_tasks += forgetting.tasks

@@ -26,7 +26,7 @@ from tests.helpers.building import model_dir
 from tests.helpers.endpoint import serving
 from tests.helpers.launching import ROOT, command_here
 from trainer.config.reach import reach_of
-from trainer.config.tree import traits_by_key
+from trainer.config.tree import metadata_by_key
 from trainer.data.config import SourceConfig
 from trainer.evaluation.base import TaskConfig
 from trainer.model.config import ModelConfig
@@ -433,7 +433,7 @@ def test_training_goes_on_where_allowed_values_cannot_be_stored(site, monkeypatc
 
 
 def test_settings_say_at_their_own_field_what_they_reach():
-    silent = {key for key in all_settings() if traits_by_key()[key].reach is None}
+    silent = {key for key in all_settings() if metadata_by_key()[key].reach is None}
     assert silent == set(), (
         "say at these fields whether they describe a run or reach out of it: setting(..., reach=...)"
     )
