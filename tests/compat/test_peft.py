@@ -57,7 +57,7 @@ assert gc.isenabled() and gc.get_freeze_count() == 0, "the model that gets an ad
 def test_peft_adapts_only_the_named_modules():
     """Without the patch peft 0.21 takes a dense layer's `down_proj` for the experts of transformers 4."""
     dense = "base_model.model.model.layers.0.mlp.down_proj"
-    with compat.targets_as_named():
+    with compat.without_target_renaming():
         assert adapted_names(lora(qwen3_moe(), target_modules=["down_proj"])) == {dense}
 
 
@@ -116,7 +116,7 @@ def test_peft_stores_modules_trained_in_full_as_the_same_tensors():
 
     tuned = lora(llama(), target_modules=["q_proj"], modules_to_save=["lm_head"])
     trained = {name: p.detach() for name, p in tuned.named_parameters() if p.requires_grad}
-    stored = compat.fully_trained_tensors(tuned, trained, "default")
+    stored = compat.peft_tensors_of_fully_trained_modules(tuned, trained, "default")
     by_peft = get_peft_model_state_dict(tuned, state_dict=trained, save_embedding_layers=False)
     assert {key: value for key, value in by_peft.items() if "lora_" not in key}.keys() == stored.keys() != set()
     assert all(torch.equal(stored[key], by_peft[key]) for key in stored)
@@ -157,8 +157,8 @@ def test_peft_takes_ia3_targets_of_an_architecture_whose_feedforward_it_does_not
     with pytest.raises(ValueError, match="feedforward_modules"):
         peft.get_peft_model(qwen3_moe(), peft.IA3Config(target_modules=["k_proj", "v_proj"]))
     settings = peft.IA3Config(target_modules=["k_proj", "v_proj"])
-    compat.name_no_feedforward(settings, "qwen3_moe")
+    compat.scale_outputs_if_architecture_unknown(settings, "qwen3_moe")
     trained = [name for name, p in peft.get_peft_model(qwen3_moe(), settings).named_parameters() if p.requires_grad]
     assert len(trained) == 2 * SIZES["num_hidden_layers"] and all("ia3" in name for name in trained)
-    compat.name_no_feedforward(known := peft.IA3Config(target_modules=["k_proj"]), "llama")
+    compat.scale_outputs_if_architecture_unknown(known := peft.IA3Config(target_modules=["k_proj"]), "llama")
     assert known.feedforward_modules is None

@@ -39,7 +39,7 @@ def whole_model(engine, built, base):
             continue
         weight = base_or_live_value(base, tuning.base_name(name), tensor)
         if merger is not None:
-            weight = merger.tensor(name, weight)
+            weight = merger.merged_tensor(name, weight)
         if weight is not None:
             yield tuning.base_name(name), weight
     for name, buffer in persistent_buffers(model):

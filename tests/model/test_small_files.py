@@ -15,7 +15,7 @@ from trainer.model.files import SafetensorsFiles
 from trainer.model.loading import check_model_files, load_generation_config, load_model_config, load_tokenizer
 from trainer.model.rules import read_config
 from trainer.tuning.adapter_checkpoint import stored_peft_config
-from trainer.tuning.initial_adapter import read_adapter_settings
+from trainer.tuning.initial_adapter import UnusableAdapter, read_adapter_settings
 
 INDEX_FILE = "model.safetensors.index.json"
 DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
@@ -182,8 +182,8 @@ def test_adapter_config_that_is_damaged_is_refused_wherever_it_is_read(tmp_path,
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     text = changes if isinstance(changes, str) else json.dumps(ADAPTER | changes)
     (tmp_path / "adapter_config.json").write_text(text)
-    wrong = read_adapter_settings(tmp_path)
-    assert isinstance(wrong, str) and "adapter_config.json" in wrong
+    with pytest.raises(UnusableAdapter, match=r"adapter_config\.json"):
+        read_adapter_settings(tmp_path)
     for read in (lambda: stored_peft_config(tmp_path, "model.adapters"), lambda: find_export(str(tmp_path))):
         with pytest.raises(ConfigError, match=said):
             read()

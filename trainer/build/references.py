@@ -14,7 +14,7 @@ from trainer.objectives.registry import build_objective, objective_family
 from trainer.objectives.teacher import check_head_computes_divergence
 from trainer.step import BuiltModel
 from trainer.tuning.base import LoraConfig, Tuning, TuningConfig
-from trainer.tuning.build import initial_adapter_reader
+from trainer.tuning.build import initial_weights_reader
 
 
 def reference_models(tuning: Tuning, teacher: Any = None) -> ReferenceModels:
@@ -66,7 +66,7 @@ def attach_reference_model(
 
     has_teacher = family.teacher(objective) is not None
     # A teacher has weights of its own; a copy begins with the adapter of `tuning.from`, if there is one.
-    initial_adapter = None if has_teacher else initial_adapter_reader(built.plain, tuning_config)
+    initial_adapter = None if has_teacher else initial_weights_reader(built.plain, tuning_config)
     frozen = frozen_model(config, objective, built.config, built.arrangement, source, initial_adapter, tokenizer)
     step.teacher = frozen.model
     source.frozen_sources[TEACHER_PREFIX] = frozen.weights

@@ -11,14 +11,14 @@ import warnings
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from strategies.errors import ConfigError
 from strategies.small_files import read_json_object
 from trainer.model.rope import CONFIG_FILE, adapter_config_source
-from trainer.tuning.initial_adapter import SETTINGS_FILE, WEIGHTS_FILE, read_adapter_settings
+from trainer.tuning.initial_adapter import SETTINGS_FILE, WEIGHTS_FILE, UnusableAdapter, read_adapter_settings
 
 
 class Combination(StrEnum):
@@ -31,7 +31,7 @@ class Combination(StrEnum):
     dare_ties = "dare_ties"
 
 
-PRUNING_COMBINATIONS = (Combination.ties, Combination.dare_linear, Combination.dare_ties)
+COMBINATIONS_WITH_DENSITY = (Combination.ties, Combination.dare_linear, Combination.dare_ties)
 """Combinations that drop entries of the factors; `density` is the share that they keep."""
 COMBINED_ADAPTER_NAME = "combined"
 """peft's name for the combined adapter in its model."""
@@ -62,25 +62,37 @@ def combination_problems(settings: CombineSettings) -> list[str]:
     ranks, bases or tasks.
     """
     problems = []
-    peft_settings_by_directory = {}  # of the adapters that can be combined
+    peft_settings_by_directory: dict[str, dict[str, Any]] = {}  # of the adapters that can be combined
     for directory in settings.adapters:
-        stored_peft_config = read_adapter_settings(directory)
-        if isinstance(stored_peft_config, str):
-            why_unreadable = stored_peft_config
-            problems.append(f"adapters={directory}: {why_unreadable}")
-        elif stored_peft_config.get("peft_type") != "LORA":
-            method = str(stored_peft_config.get("peft_type")).lower()
-            problems.append(f"adapters={directory}: was made by {method}; only LoRA adapters can be combined")
-        elif stored_peft_config.get("use_dora"):
-            problems.append(f"adapters={directory}: has magnitudes (DoRA), which do not add up; merge it alone")
-        else:
-            peft_settings_by_directory[directory] = stored_peft_config
+        try:
+            peft_settings_by_directory[directory] = _settings_of_combinable_adapter(directory)
+        except UnusableAdapter as error:
+            problems.append(f"adapters={directory}: {error}")
     if settings.weights and len(settings.weights) != len(settings.adapters):
         problems.append(
             f"weights={settings.weights}: {len(settings.weights)} for {len(settings.adapters)} adapters; give one for each"
         )
     if not 0 < settings.density <= 1:
         problems.append(f"density={settings.density:g}: must be above 0 and at most 1; 0.5 as a rule")
+    return problems + _problems_between_adapters(settings, peft_settings_by_directory)
+
+
+def _settings_of_combinable_adapter(directory: str) -> dict[str, Any]:
+    """peft's settings of the adapter in `directory`. Raises UnusableAdapter if it cannot be read or combined with any other."""
+    peft_settings = read_adapter_settings(directory)
+    if peft_settings.get("peft_type") != "LORA":
+        method = str(peft_settings.get("peft_type")).lower()
+        raise UnusableAdapter(f"was made by {method}; only LoRA adapters can be combined")
+    if peft_settings.get("use_dora"):
+        raise UnusableAdapter("has magnitudes (DoRA), which do not add up; merge it alone")
+    return peft_settings
+
+
+def _problems_between_adapters(
+    settings: CombineSettings, peft_settings_by_directory: dict[str, dict[str, Any]]
+) -> list[str]:
+    """Error messages about adapters that do not go together: of different ranks, bases or tasks."""
+    problems = []
     rank_by_directory = {
         directory: peft_settings["r"] for directory, peft_settings in peft_settings_by_directory.items()
     }
@@ -136,7 +148,8 @@ def write_combination(
             merged.save_pretrained(output_dir, max_shard_size=int(max_shard_gib * 2**30))
         else:
             _write_combined_adapter(model, base, output_dir)
-            if _base_config_directory(settings, base) != base:
+            has_other_positions = _base_config_directory(settings, base) != base
+            if has_other_positions:  # loaders of the adapter need the configuration that it was trained with
                 base_config.save_pretrained(str(output_dir))
     tokenizer.save_pretrained(str(output_dir))
     verification = verify_export(output_dir, base_path=base, token_ids=token_ids, reference=reference)
@@ -171,7 +184,7 @@ def _combine_adapters(settings: CombineSettings, base_model: Any) -> Any:
     from peft import PeftModel
 
     names = [f"adapter_{number}" for number in range(len(settings.adapters))]
-    density_argument = {"density": settings.density} if settings.combination in PRUNING_COMBINATIONS else {}
+    density_argument = {"density": settings.density} if settings.combination in COMBINATIONS_WITH_DENSITY else {}
     model: Any = PeftModel.from_pretrained(base_model, settings.adapters[0], adapter_name=names[0])
     for name, directory in zip(names[1:], settings.adapters[1:], strict=True):
         model.load_adapter(directory, adapter_name=name)
@@ -211,13 +224,9 @@ def _base_config_directory(settings: CombineSettings, base: str) -> str:
     That is the base, or the first adapter's directory if training changed the positions. Raises ConfigError if the adapters were
     trained with different positions: no one model computes what each of them learned.
     """
+    # `base` for an adapter that kept the positions of the base, else the adapter's own directory.
     sources = [adapter_config_source(Path(directory).expanduser(), base) for directory in settings.adapters]
-    positions_of_adapters = []
-    for source in sources:
-        config = read_json_object(Path(source) / CONFIG_FILE) if Path(source).is_dir() else {}
-        text_config = config.get("text_config") or config
-        # (number of positions, rope parameters)
-        positions_of_adapters.append((text_config.get("max_position_embeddings"), text_config.get("rope_parameters")))
+    positions_of_adapters = [_positions_in_config(source) for source in sources]
     first_uses_base = sources[0] == base
     for directory, source, positions in zip(settings.adapters, sources, positions_of_adapters, strict=True):
         uses_base = source == base
@@ -227,6 +236,20 @@ def _base_config_directory(settings: CombineSettings, base: str) -> str:
                 f"{settings.adapters[0]}; combine adapters of the same positions"
             )
     return sources[0]
+
+
+class _Positions(NamedTuple):
+    """The positions of a model, as its config.json has them; None where it says nothing."""
+
+    num_positions: Any
+    rope_parameters: Any
+
+
+def _positions_in_config(source: str) -> _Positions:
+    """The positions in the config.json of a directory; unknown, for a hub id."""
+    config = read_json_object(Path(source) / CONFIG_FILE) if Path(source).is_dir() else {}
+    text_config = config.get("text_config") or config
+    return _Positions(text_config.get("max_position_embeddings"), text_config.get("rope_parameters"))
 
 
 def _first_adapter_has_tokenizer(settings: CombineSettings) -> bool:

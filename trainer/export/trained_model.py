@@ -155,7 +155,7 @@ class ModelValues:
         if self._merger is None:
             return frozen
         with one_thread():
-            merged = self._merger.tensor(plain_name, frozen)
+            merged = self._merger.merged_tensor(plain_name, frozen)
         # None only for the original of a module that trained in full, which `__init__` leaves out.
         assert merged is not None
         return merged

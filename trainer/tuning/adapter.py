@@ -18,7 +18,7 @@ from strategies.compat.modules import own_buffers, own_parameters
 from strategies.errors import ConfigError
 from trainer.tuning.adapter_checkpoint import StoredAdapter, check_same_adapter_settings
 from trainer.tuning.base import AdapterConfig, BaseReader, LoraConfig
-from trainer.tuning.compat.peft import adapters_off, name_no_feedforward, targets_as_named
+from trainer.tuning.compat.peft import adapters_off, scale_outputs_if_architecture_unknown, without_target_renaming
 from trainer.tuning.expert_lora import choose_expert_targets
 from trainer.tuning.peft_configs import peft_config
 from trainer.tuning.replica import ADAPTER, AdaptedLayerBuilder, SingleParameterLayer
@@ -45,7 +45,7 @@ class Adapter:
         run continues from an adapter."""
         self.new_heads = new_heads
         """Modules that the base checkpoint does not have. They train in full and are saved with the adapter."""
-        self.train_embeddings = train_embeddings
+        self.has_grown_embeddings = train_embeddings
         """Whether the vocabulary grew: the embeddings, and a head that is not tied to them, then train in full."""
         self.layer_builder = AdaptedLayerBuilder(None, {}, reads_base=False)
         """Builds single adapted layers outside the model, for their initial values and for merging; `wrap_in_peft` sets it."""
@@ -69,24 +69,35 @@ class Adapter:
         """
         if self.config.targets != []:  # empty: experts or routers alone
             check_targets_match_modules(model, self.config.targets)
-        settings = self._peft_settings(model)
-        sizes = num_weights_by_linear_layer(model)
+        settings, self.note = self._peft_settings_and_note(model)
+        num_weights_by_layer = num_weights_by_linear_layer(model)  # asked for before peft wraps these layers
         unsuitable = unsuitable_layers(model)
-        with targets_as_named():
+        with without_target_renaming():
             tuned = self.wrap_in_peft(model, settings)
-        if self.config.targets not in ("all-linear", []):
-            self.note = low_reach_note(self.config.targets, sizes, self.layer_builder.base_layers, unsuitable)
+        has_typed_targets = self.config.targets not in ("all-linear", [])
+        if has_typed_targets:  # then nothing was left out, and there is no other note
+            adapted = self.layer_builder.base_layers
+            self.note = low_reach_note(self.config.targets, num_weights_by_layer, adapted, unsuitable)
         if self.config.from_ is not None:
-            check_same_adapter_settings(tuned.peft_config[ADAPTER], self.config.from_, "tuning.from")  # type: ignore[index,union-attr]
-            self._continued_adapter = StoredAdapter(self.config.from_, "tuning.from")
-            self._continued_adapter.match_names(tuned)
-            self._continued_adapter.fill_buffers(tuned)
+            self._continued_adapter = self._open_continued_adapter(tuned, self.config.from_)
         return tuned
+
+    def _open_continued_adapter(self, tuned: Any, directory: str) -> StoredAdapter:
+        """The adapter in `directory` that training continues from, matched with the parameters of the PeftModel `tuned`.
+
+        Also gives the buffers of `tuned` their stored values. Raises ConfigError if the adapter does not fit.
+        """
+        check_same_adapter_settings(tuned.peft_config[ADAPTER], directory, setting_name="tuning.from")
+        adapter = StoredAdapter(directory, setting_name="tuning.from")
+        adapter.match_names(tuned)
+        adapter.fill_buffers(tuned)
+        return adapter
 
     def wrap_in_peft(self, model: nn.Module, settings: Any) -> nn.Module:
         """Wrap a model, which is on meta, in a PeftModel with the adapters that peft's `settings` describe.
 
-        Records which parameters and buffers peft added. Raises ConfigError if peft refuses the settings for this model.
+        Records which parameters and buffers peft added: `is_added_parameter` and `layer_builder` know them from then on. Raises
+        ConfigError if peft refuses the settings for this model.
         """
         from peft import get_peft_model
 
@@ -94,7 +105,7 @@ class Adapter:
         base_buffers = {name for name, _ in model.named_buffers()}
         lora_init = getattr(settings, "init_lora_weights", None)
         if self.needs_conversion:
-            # PiSSA and OLoRA read base weights, which meta does not have. The replicas make these initial values later.
+            # PiSSA and OLoRA read base weights, which meta does not have. `layer_builder` makes these initial values later.
             settings.init_lora_weights = True
         try:
             with warnings.catch_warnings():
@@ -110,24 +121,24 @@ class Adapter:
                 f"{reason}"
             ) from error
         # Record what was added.
-        replica_settings = copy.deepcopy(tuned.peft_config[ADAPTER])
+        settings_of_initial_values = copy.deepcopy(tuned.peft_config[ADAPTER])
         if self.needs_conversion:
-            replica_settings.init_lora_weights = lora_init
-        self._record_adapters(tuned, replica_settings)
+            settings_of_initial_values.init_lora_weights = lora_init
+        self._record_adapters(tuned, settings_of_initial_values)
 
         for name, _ in tuned.named_buffers(remove_duplicate=False):
             if self.base_name(name) not in base_buffers:
                 self._added_buffer_names.add(name)
         return tuned
 
-    def _peft_settings(self, model: Any) -> Any:
-        """peft's config for this run: the method's options, which modules get adapters, which train in full, and the task.
+    def _peft_settings_and_note(self, model: Any) -> tuple[Any, str]:
+        """(peft's config for this run, a note for the user on modules that `all-linear` leaves out; empty if there are none).
 
-        Also sets `self.note`: what a user is told of modules that `all-linear` leaves out. Errors: ConfigError.
+        The config has the method's options, which modules get adapters, which train in full, and the task. Raises ConfigError.
         """
         settings = peft_config(self.config)
         targets = self.config.targets
-        feedforward = getattr(settings, "feedforward_modules", None)
+        feedforward = getattr(settings, "feedforward_modules", None)  # of IA3, whose config alone has them
         if targets == "auto" and feedforward is not None:
             raise ConfigError(
                 f"tuning.feedforward={list(feedforward)}: needs tuning.targets to name them too; list both, or neither"
@@ -135,37 +146,38 @@ class Adapter:
         if targets != "auto":  # with auto peft chooses by the architecture
             settings.target_modules = targets if isinstance(targets, str) else set(targets)
             if hasattr(settings, "feedforward_modules") and feedforward is None:
-                name_no_feedforward(settings, model.config.model_type)
+                scale_outputs_if_architecture_unknown(settings, model.config.model_type)
         settings.modules_to_save = self._fully_trained_module_names(model, settings) or None
-        if hasattr(settings, "exclude_modules"):
-            settings.exclude_modules, self.note = excluded_modules(
-                model, settings, every_linear=targets == "all-linear"
-            )
+        note = ""
+        if hasattr(settings, "exclude_modules"):  # not every method of peft can exclude modules
+            excluded = excluded_modules(model, settings, every_linear=targets == "all-linear")
+            settings.exclude_modules = excluded.name_regex
+            note = excluded.note
         settings.task_type = _peft_task_type(model)
         if isinstance(self.config, LoraConfig):
             choose_expert_targets(settings, model, self.config)
-        return settings
+        return settings, note
 
-    def _fully_trained_module_names(self, model: Any, settings: Any) -> list[str]:
+    def _fully_trained_module_names(self, model: Any, peft_settings: Any) -> list[str]:
         """Names of the modules that train in full beside the adapters: those of the settings, new heads, grown embeddings.
 
-        Such as `["score", "model.embed_tokens"]`.
-        If grown embeddings are tied to the head, this also tells peft's `settings` to keep them tied. Errors: ConfigError.
+        Such as `["score", "model.embed_tokens"]`. If grown embeddings are tied to the head, this also tells `peft_settings` to
+        keep them tied. Raises ConfigError if peft cannot.
         """
         names = list(dict.fromkeys([*self.config.modules_to_save, *self.new_heads]))
-        if not self.train_embeddings:
+        if not self.has_grown_embeddings:
             return names
         # The new rows must train in the head as well: it is another matrix, or tied to the embeddings.
         names.append(_submodule_name(model, model.get_input_embeddings()))
         if not getattr(model.config, "tie_word_embeddings", False):
             names.append(_submodule_name(model, model.get_output_embeddings()))
             return names
-        if not hasattr(settings, "ensure_weight_tying"):
+        if not hasattr(peft_settings, "ensure_weight_tying"):
             raise ConfigError(
                 f"model.add_tokens with tuning={self.config.name}: peft keeps trained embeddings tied to the head only "
                 "for LoRA; use tuning=lora, or tuning=full"
             )
-        settings.ensure_weight_tying = True
+        peft_settings.ensure_weight_tying = True
         return names
 
     def _record_adapters(self, tuned: nn.Module, settings: Any) -> None:
@@ -276,10 +288,11 @@ class Adapter:
             return self._continued_adapter.tensor(name).view(shape)
         if name in self._layer_and_key_by_name:
             layer, key = self._layer_and_key_by_name[name]
-        else:
+        else:  # such as base_model.model.h.0.attn.base_layer.weight -> (h.0.attn, base_layer.weight)
             layer, _, key_in_base_layer = name.removeprefix(PEFT_PREFIX).rpartition(".base_layer.")
             key = f"base_layer.{key_in_base_layer}"
         tensor = self.layer_builder.initial_layer(layer, base, seed).get_parameter(key).detach()
+        # A single number may come in another shape: an engine that flattens parameters has it as [1].
         assert tuple(tensor.shape) == shape or tuple(tensor.shape) == (), (name, tensor.shape, shape)
         return tensor
 
@@ -311,7 +324,7 @@ class Adapter:
 
         `name`: in the base model, such as `h.0.attn`. `trained`: full tensors of adapters by full name, also those of other
         layers. `base` reads the base weights. `model`: the tuned model, from which the adapter's buffers are copied. An export
-        with `export.merge` calls it layer by layer.
+        with `export.merge` calls it layer by layer. Frozen factors that the seed gives, as VeRA has them, are drawn again.
         """
         trained_in_layer = {}
         for full_name, (layer, key) in self._layer_and_key_by_name.items():
@@ -381,7 +394,10 @@ def _move_parameter_to_meta(layer: nn.Module, key: str) -> None:
 
 
 def _refuse_shared_weights(tuned: nn.Module, base_layers: dict[str, nn.Module]) -> None:
-    """Raise ConfigError if an adapted layer shares its weight: splitting a part off it would change the other module too."""
+    """Raise ConfigError if an adapted layer shares its weight: splitting a part off it would change the other module too.
+
+    PiSSA and OLoRA split it off. `base_layers`: the adapted layers by name in the base model, such as `h.0.attn.c_attn`.
+    """
     # A shared parameter is one object that comes under several names.
     first_names: dict[int, str] = {}
     for name, parameter in tuned.named_parameters(remove_duplicate=False):

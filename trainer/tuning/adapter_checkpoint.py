@@ -14,6 +14,7 @@ from strategies.errors import ConfigError
 from trainer.tuning.initial_adapter import (
     SETTINGS_FILE,
     WEIGHTS_FILE,
+    UnusableAdapter,
     names_of_differing_settings,
     read_adapter_settings,
 )
@@ -24,44 +25,49 @@ _WRAPPING_ONLY_FIELDS = ("ensure_weight_tying", "task_type", "trainable_token_in
 """Fields of peft's settings that say how a model is wrapped, not what an adapter computes."""
 
 
-def file_key_by_name(tuned: nn.Module) -> dict[str, str]:
+def _keys_stored_by_peft(peft_model: nn.Module) -> dict[str, str]:
     """The key in the adapter file of each parameter and buffer that peft stores, by its name in the PeftModel.
 
     An entry: base_model.model.fc.lora_A.default.weight -> base_model.model.fc.lora_A.weight.
     """
     from peft import get_peft_model_state_dict
 
-    tensors: dict[str, Any] = dict(tuned.named_parameters(remove_duplicate=False))
-    tensors |= dict(tuned.named_buffers(remove_duplicate=False))
+    tensors: dict[str, Any] = dict(peft_model.named_parameters(remove_duplicate=False))
+    tensors |= dict(peft_model.named_buffers(remove_duplicate=False))
     # An empty tensor for each name, to follow it through peft. Not the parameters: tied ones are a single object.
     markers = {name: torch.empty(0, device="meta") for name in tensors}
     name_of_marker = {id(marker): name for name, marker in markers.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # A copy of `markers`, since peft takes entries out of the dict that it gets.
-        stored_markers = get_peft_model_state_dict(tuned, state_dict=dict(markers), save_embedding_layers=False)
-    replaced_keys = replacement_keys(tuned, tuned.peft_config[ADAPTER], stored_markers)  # type: ignore[index,union-attr]
+        stored_markers = get_peft_model_state_dict(peft_model, state_dict=dict(markers), save_embedding_layers=False)
+    # Where plain peft would not load its own key back, the file has another one.
+    peft_config = peft_model.peft_config[ADAPTER]  # type: ignore[index,union-attr]
+    replaced_keys = replacement_keys(peft_model, peft_config, stored_markers)
     keys_by_name = {}  # by name in the PeftModel
     for key, marker in stored_markers.items():
         keys_by_name[name_of_marker[id(marker)]] = replaced_keys.get(key) or key
     return keys_by_name
 
 
-def stored_peft_config(directory: str | Path, key: str) -> Any:
+def stored_peft_config(directory: str | Path, setting_name: str) -> Any:
     """peft's config object for the adapter in `directory`, read from its adapter_config.json.
 
-    `key`: the setting that names the directory, for the message of the ConfigError that is raised if peft cannot read it.
+    `setting_name`: the setting that names the directory, such as `tuning.from`, for the message of the ConfigError that is raised
+    if it cannot be read.
     """
     from peft import PeftConfig
 
     path = Path(directory).expanduser()
-    if isinstance(problem := read_adapter_settings(path), str):
-        raise ConfigError(f"{key}={directory}: {problem}")
+    try:
+        read_adapter_settings(path)
+    except UnusableAdapter as error:
+        raise ConfigError(f"{setting_name}={directory}: {error}") from error
     try:
         return PeftConfig.from_pretrained(str(path))
     except Exception as error:  # a field that no method has, or a value that none takes
         raise ConfigError(
-            f"{key}={directory}: peft cannot read its {SETTINGS_FILE} "
+            f"{setting_name}={directory}: peft cannot read its {SETTINGS_FILE} "
             f"({' '.join(str(error).split())[:200]}); write the adapter again"
         ) from error
 
@@ -69,17 +75,19 @@ def stored_peft_config(directory: str | Path, key: str) -> Any:
 class StoredAdapter:
     """The tensors of one adapter directory under the plain names of a model that is wrapped in such an adapter."""
 
-    def __init__(self, directory: str | Path, key: str) -> None:
+    def __init__(self, directory: str | Path, setting_name: str) -> None:
         from safetensors import safe_open
 
         self.directory = Path(directory).expanduser()
-        self.key = key
-        """The setting that named the directory, for messages."""
+        self.setting_name = setting_name
+        """The setting that named the directory, such as `tuning.from`, for messages."""
         path = self.directory / WEIGHTS_FILE
         try:
             self._file: Any = safe_open(str(path), framework="pt").__enter__()
         except Exception as error:  # a type of safetensors' own, or OSError
-            raise ConfigError(f"{key}={directory}: {path} cannot be read ({error}); write the adapter again") from error
+            raise ConfigError(
+                f"{setting_name}={directory}: {path} cannot be read ({error}); write the adapter again"
+            ) from error
         self._keys_in_file = set(self._file.keys())
         self.file_key_by_name: dict[str, str] = {}
         """The key in the file of each stored parameter and buffer, by its name in the PeftModel; `match_names` fills it."""
@@ -91,7 +99,7 @@ class StoredAdapter:
         differs. An entry: base_model.model.fc.lora_A.default.weight -> base_model.model.fc.lora_A.weight.
         """
         # Compare the names.
-        keys_by_name = file_key_by_name(tuned)
+        keys_by_name = _keys_stored_by_peft(tuned)
         shapes: dict[str, tuple[int, ...]] = {}
         missing = []
         for name, parameter in tuned.named_parameters(remove_duplicate=False):
@@ -102,7 +110,7 @@ class StoredAdapter:
         unknown = sorted(self._keys_in_file - set(keys_by_name.values()))
         if missing or unknown:
             advice = "set tuning.targets and tuning.modules_to_save to those it was made with"
-            if self.key != "tuning.from":  # `model.adapters`: the file decides the targets
+            if self.setting_name != "tuning.from":  # `model.adapters`: the file decides the targets
                 advice = "give the base model and the objective that it was made with"
             differences = []
             if missing:
@@ -110,7 +118,7 @@ class StoredAdapter:
             if unknown:
                 differences.append(f"in the file only: {', '.join(unknown[:3])}")
             raise ConfigError(
-                f"{self.key}={self.directory}: its adapter does not fit this model and these settings: "
+                f"{self.setting_name}={self.directory}: its adapter does not fit this model and these settings: "
                 f"{'; '.join(differences)}; {advice}"
             )
 
@@ -120,7 +128,7 @@ class StoredAdapter:
             stored_shape = tuple(self._file.get_slice(key).get_shape())
             if name in shapes and stored_shape != shapes[name]:
                 raise ConfigError(
-                    f"{self.key}={self.directory}: {key} has shape {stored_shape} in the file, {shapes[name]} in this "
+                    f"{self.setting_name}={self.directory}: {key} has shape {stored_shape} in the file, {shapes[name]} in this "
                     "run; use the settings, the base model and the vocabulary that it was made with"
                 )
 
@@ -137,13 +145,13 @@ class StoredAdapter:
                 own_buffers(tuned.get_submodule(owner))[key] = self.tensor(name)
 
 
-def check_same_adapter_settings(run_peft_config: Any, directory: str | Path, directory_key: str) -> None:
+def check_same_adapter_settings(run_peft_config: Any, directory: str | Path, setting_name: str) -> None:
     """Raise ConfigError if the same tensors would compute something else in this run than in the adapter of `directory`.
 
-    `run_peft_config`: peft's config of this run's adapter. `directory_key`: the setting that names the directory, for the
+    `run_peft_config`: peft's config of this run's adapter. `setting_name`: the setting that names the directory, for the
     message, such as `tuning.from`.
     """
-    stored = stored_peft_config(directory, directory_key).to_dict()
+    stored = stored_peft_config(directory, setting_name).to_dict()
     expected = run_peft_config.to_dict()
     differences = []
     for name in names_of_differing_settings(expected, stored):
@@ -151,5 +159,5 @@ def check_same_adapter_settings(run_peft_config: Any, directory: str | Path, dir
             differences.append(f"{name}={stored[name]} in its adapter_config.json, {expected[name]} here")
     if differences:
         raise ConfigError(
-            f"{directory_key}={directory}: {'; '.join(differences)}; use the settings that it was made with"
+            f"{setting_name}={directory}: {'; '.join(differences)}; use the settings that it was made with"
         )

@@ -50,10 +50,10 @@ def write_adapter(
         state = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     settings: Any = copy.deepcopy(model.peft_config[ADAPTER])  # type: ignore[index,union-attr]
     # The checkpoint's key of a layer replaces peft's own if plain peft would not load that one back.
-    replaced_keys = replacement_keys(model, settings, state)
+    replacement_by_key = replacement_keys(model, settings, state)
     stored = {}
     for key, tensor in state.items():
-        stored[replaced_keys.get(key) or key] = tensor.contiguous()
+        stored[replacement_by_key.get(key) or key] = tensor.contiguous()
     save_file(stored, directory / "adapter_model.safetensors", {"format": "pt"})
     if double_rank:
         _double_rank(settings)
@@ -70,7 +70,7 @@ def as_plain_lora(tuning: Adapter, trained: dict[str, Tensor], base: BaseReader)
     These starts take a part B0 A0 off each base weight. Against the unchanged base an adapter is
     B A - B0 A0 = [B, -B0] [A; A0]. `trained`: full tensors by plain name. `base` reads the unchanged weights.
     """
-    initial = tuning.initial_values(trained, base)
+    initial = tuning.initial_values(trained, base)  # A0 and B0, by the names of A and B
     converted = dict(trained)
     for name, value in trained.items():
         if ".lora_A." in name:
@@ -112,14 +112,15 @@ class AdapterMerger:
         self._cached_parameters: dict[str, Tensor] = {}
         """The merged parameters of `_cached_layer`, the layer that was merged last: they are asked for one by one."""
 
-    def tensor(self, name: str, base_tensor: Tensor) -> Tensor | None:
+    def merged_tensor(self, name: str, base_tensor: Tensor) -> Tensor | None:
         """One parameter of the model as it is after merging the adapter, for a merged export.
 
-        - the original of a module that trained in full: None, since the trained copy replaces it.
-        - not in an adapted layer: `base_tensor`, its value in the base.
-        - else: the merged value, float32.
+        - the original of a module that trained in full, such as `base_model.model.score.original_module.weight`: None, since the
+          trained copy replaces it.
+        - not in an adapted layer, such as `base_model.model.wte.weight`: `base_tensor`, its value in the base.
+        - else, such as `base_model.model.h.0.attn.base_layer.weight`: the merged value, float32.
 
-        `name`: the parameter's plain name in the tuned model, such as `base_model.model.h.0.attn.base_layer.weight`.
+        `name`: the parameter's plain name in the tuned model.
         """
         if ".original_module." in name:
             return None
@@ -153,7 +154,8 @@ def check_adapters_mergeable(model: nn.Module, trained_names: set[str]) -> None:
         layer_name = name.split(".lora_")[0]
         if _adapts_single_parameter(model.get_submodule(layer_name)):  # experts or a router
             continue
-        if f"{layer_name}.base_layer.weight" not in first_names:
+        shares_weight = f"{layer_name}.base_layer.weight" not in first_names
+        if shares_weight:
             raise ConfigError(
                 f"export.merge=true: {layer_name} shares its weight with the embeddings, and folding the adapter into one would "
                 "change the other; leave the head out of tuning.targets, or use export.merge=false"

@@ -23,7 +23,7 @@ from trainer.tuning.compat.peft import is_adapted_attention
 from trainer.tuning.config import AdaptionPromptConfig
 from trainer.tuning.own_adapters import AddedParameters
 
-MODEL_TYPES = ("llama", "mistral", "gpt2")
+ADAPTABLE_MODEL_TYPES = ("llama", "mistral", "gpt2")
 """Architectures whose attention peft knows how to adapt."""
 
 
@@ -38,36 +38,9 @@ class AdaptionPrompt(AddedParameters):
 
         Raises ConfigError for architectures that peft cannot adapt, and for more layers than there are.
         """
-        from peft import AdaptionPromptConfig as PeftSettings
-        from peft import get_peft_model
-
-        # Can peft adapt this architecture, and are there so many layers?
-        model_config: Any = model.config
-        model_type = model_config.model_type
-        num_layers = model_config.num_hidden_layers
-        num_heads = model_config.num_attention_heads
-        head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // num_heads
-        if model_type not in MODEL_TYPES or head_dim * num_heads != model_config.hidden_size:
-            raise ConfigError(
-                f"tuning=adaption_prompt: peft adapts the attention of {', '.join(MODEL_TYPES)} with heads that divide the "
-                f"model's width, not of this {model_type}; use tuning=prefix"
-            )
-        if self.config.adapter_layers > num_layers:
-            raise ConfigError(
-                f"tuning.adapter_layers={self.config.adapter_layers}: this model has {num_layers} layers; use at most "
-                f"{num_layers}, or 0 for all"
-            )
-        # Wrap the model; new heads train beside the prompts.
-        is_classifier = "SequenceClass" in type(model).__name__
-        peft_settings = PeftSettings(
-            adapter_len=self.config.adapter_len,
-            adapter_layers=self.config.adapter_layers or num_layers,
-            task_type="SEQ_CLS" if is_classifier else "CAUSAL_LM",
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tuned: Any = get_peft_model(model, peft_settings)  # type: ignore[arg-type]
-        for name in self.new_heads:
+        self._refuse_unsuitable_model(model.config)
+        tuned = self._wrap_in_peft(model)
+        for name in self.new_heads:  # they train beside the prompts
             model.get_submodule(name).requires_grad_(True)
         # The wrapped attention modules get our forward pass, which can leave the prompt out (`is_active`).
         for name, module in tuned.named_modules():
@@ -77,6 +50,38 @@ class AdaptionPrompt(AddedParameters):
         for name, parameter in tuned.named_parameters():
             assert name not in self._added_names or parameter.is_meta, "values are drawn when the run asks for them"
         return tuned
+
+    def _refuse_unsuitable_model(self, model_config: Any) -> None:
+        """Raise ConfigError if peft cannot adapt this architecture, or if it has fewer layers than are to be adapted."""
+        model_type = model_config.model_type
+        num_layers = model_config.num_hidden_layers
+        num_heads = model_config.num_attention_heads
+        head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // num_heads
+        if model_type not in ADAPTABLE_MODEL_TYPES or head_dim * num_heads != model_config.hidden_size:
+            raise ConfigError(
+                f"tuning=adaption_prompt: peft adapts the attention of {', '.join(ADAPTABLE_MODEL_TYPES)} with heads that divide "
+                f"the model's width, not of this {model_type}; use tuning=prefix"
+            )
+        if self.config.adapter_layers > num_layers:
+            raise ConfigError(
+                f"tuning.adapter_layers={self.config.adapter_layers}: this model has {num_layers} layers; use at most "
+                f"{num_layers}, or 0 for all"
+            )
+
+    def _wrap_in_peft(self, model: Any) -> nn.Module:
+        """peft's wrapper of the model, whose last layers have prompts."""
+        from peft import AdaptionPromptConfig as PeftSettings
+        from peft import get_peft_model
+
+        is_classifier = "SequenceClass" in type(model).__name__  # as in LlamaForSequenceClassification
+        peft_settings = PeftSettings(
+            adapter_len=self.config.adapter_len,
+            adapter_layers=self.config.adapter_layers or model.config.num_hidden_layers,
+            task_type="SEQ_CLS" if is_classifier else "CAUSAL_LM",
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return get_peft_model(model, peft_settings)
 
     def base_name(self, name: str) -> str:
         """The name in the base model's checkpoint: without the wrappers of model and attention."""

@@ -76,9 +76,10 @@ class Bottleneck(AddedParameters):
         """
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+        # Each forward pass asks anew: `reference` changes the flag.
         added = insert_adapters(model, self.config, is_active=lambda: self.is_active, device="meta")
-        self._width: Any = model.config.hidden_size  # type: ignore[union-attr]
-        for adapter_name, adapter in added.items():
+        self._hidden_size: Any = model.config.hidden_size  # type: ignore[union-attr]
+        for adapter_name, adapter in added.items():  # `is_added_parameter` reads the names
             self._added_names |= {f"{adapter_name}.{key}" for key, _ in adapter.named_parameters()}
         for name in self.new_heads:
             model.get_submodule(name).requires_grad_(True)
@@ -87,16 +88,17 @@ class Bottleneck(AddedParameters):
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
         """The initial value of an adapter's parameter: `down` as torch starts a linear layer, `up` zero, so that it adds nothing.
 
-        `name`: its full name, which ends in `down.weight`, `up.bias` and so on. Drawn from `seed` and the layer's name.
+        `name`: its full name, such as `h.0.mlp.bottleneck.down.weight`. Drawn from `seed` and the adapter's name, without the
+        base's weights (`base`).
         """
         layer, projection, key = name.rsplit(".", 2)
         if projection == "up":
             return torch.zeros(shape)
-        size = shape[0]
-        width = shape[1] if key == "weight" else self._width
+        bottleneck_size = shape[0]
+        hidden_size = shape[1] if key == "weight" else self._hidden_size
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derived_seed(seed, layer))
-            return nn.Linear(width, size).get_parameter(key).detach()
+            return nn.Linear(hidden_size, bottleneck_size).get_parameter(key).detach()
 
     def save_adapter(
         self, model: nn.Module, trained: dict[str, Tensor], directory: Path, base_name: str, revision: str | None
@@ -116,9 +118,8 @@ class Bottleneck(AddedParameters):
         settings["revision"] = revision
         settings["task_type"] = "CAUSAL_LM"
         settings["num_labels"] = None
-        if (
-            "SequenceClass" in type(model).__name__
-        ):  # how transformers names its classifiers, such as BertForSequenceClassification
+        # How transformers names its classifiers, such as BertForSequenceClassification.
+        if "SequenceClass" in type(model).__name__:
             settings["task_type"] = "SEQ_CLS"
             settings["num_labels"] = model.config.num_labels  # type: ignore[union-attr]
         (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -222,7 +223,7 @@ def _adapted_module_names(module: nn.Module, config: BottleneckConfig) -> Adapte
 
 
 def _no_parts_message(model: nn.Module, config: BottleneckConfig) -> str:
-    """The message for a model none of whose blocks has the parts that bottleneck adapters go behind."""
+    """The message for a model none of whose blocks has an attention and a feed-forward part to put adapters behind."""
     set_options = []
     for key in ("attention", "feedforward"):
         if getattr(config, key):

@@ -28,7 +28,8 @@ def build_tuning(
     `new_tokens`: the vocabulary grew, so embeddings must train too. `new_heads`: names of modules that the checkpoint does not
     have, which must train. `tokenizer`: needed if a prompt starts at a text (`tuning.init_text`).
     """
-    # Each method is imported when it is used: most of them import peft, which takes seconds.
+    # Each method is imported when it is used: most of them import peft, which takes seconds. AdaLora's settings are a kind of
+    # an adapter's, so they are asked for first.
     if isinstance(config, VirtualConfig):
         from trainer.tuning.virtual import Virtual
 
@@ -53,7 +54,7 @@ def build_tuning(
         from trainer.tuning.freeze import Freeze
 
         return Freeze(config, train_embeddings=new_tokens, new_heads=new_heads)
-    from trainer.tuning.full import Full
+    from trainer.tuning.full import Full  # trains all weights, so that new tokens and heads need nothing
 
     return Full()
 
@@ -63,7 +64,7 @@ def optimizer_hooks(tuning: Tuning) -> OptimizerStepHooks | None:
     return getattr(tuning, "allocation", None)
 
 
-def initial_adapter_reader(model: nn.Module, tuning: TuningConfig) -> MergedAdapters | None:
+def initial_weights_reader(model: nn.Module, tuning: TuningConfig) -> MergedAdapters | None:
     """A reader of the weights with which a run with `tuning.from` begins: the base's, with that adapter merged in as they are
     read.
 

@@ -27,35 +27,49 @@ from trainer.tuning.low_rank import LowRank
 from trainer.tuning.replica import ADAPTER
 
 
-def expert_parameter_targets(model: nn.Module, config: LoraConfig) -> list[str]:
+def expert_and_router_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     """Names of the expert and router parameters that get adapters, such as `layers.0.mlp.experts.gate_up_proj`.
 
     Raises ConfigError if the settings ask for experts or routers, and the model has none that can be adapted.
     """
     targets: list[str] = []
     if config.experts:
-        modules = expert_modules_by_name(model)
-        unsupported = names_of_unsupported_experts(model)  # names
-        if unsupported:
-            raise ConfigError(
-                f"tuning.experts=true: {unsupported[0]} ({type(model).__name__}) computes its experts in a way of its own, which "
-                "low-rank products cannot follow; set tuning.experts=false"
-            )
-        if not modules:
-            raise ConfigError(f"tuning.experts=true: {type(model).__name__} has no experts; set tuning.experts=false")
-        for name, module in modules.items():
-            targets += [f"{name}.{key}" for key in expert_weight_names(module)]
+        targets += _expert_targets(model)
     if config.router:
-        router_names = router_weight_names(model)
-        if not router_names:
-            raise ConfigError(
-                f"tuning.router=true: {type(model).__name__} has no router beside its experts that is known here; set "
-                "tuning.router=false"
-            )
-        # A router that is a plain linear layer gets an ordinary adapter, as a module.
-        linear_weights = {f"{name}.weight" for name in linear_router_names(model)}
-        targets += [name for name in router_names if name not in linear_weights]
+        targets += _router_targets(model)
     return targets
+
+
+def _expert_targets(model: nn.Module) -> list[str]:
+    """Names of the weights of all experts. Raises ConfigError if there are none, or some that cannot be adapted."""
+    modules = expert_modules_by_name(model)
+    unsupported_names = names_of_unsupported_experts(model)
+    if unsupported_names:
+        raise ConfigError(
+            f"tuning.experts=true: {unsupported_names[0]} ({type(model).__name__}) computes its experts in a way of its own, "
+            "which low-rank products cannot follow; set tuning.experts=false"
+        )
+    if not modules:
+        raise ConfigError(f"tuning.experts=true: {type(model).__name__} has no experts; set tuning.experts=false")
+    targets = []
+    for name, module in modules.items():
+        targets += [f"{name}.{key}" for key in expert_weight_names(module)]
+    return targets
+
+
+def _router_targets(model: nn.Module) -> list[str]:
+    """Names of the weights of routers that are no plain linear layers. Raises ConfigError if there is no router at all.
+
+    A router that is a plain linear layer gets an ordinary adapter, as a module.
+    """
+    router_names = router_weight_names(model)
+    if not router_names:
+        raise ConfigError(
+            f"tuning.router=true: {type(model).__name__} has no router beside its experts that is known here; set "
+            "tuning.router=false"
+        )
+    linear_weights = {f"{name}.weight" for name in linear_router_names(model)}
+    return [name for name in router_names if name not in linear_weights]
 
 
 def choose_expert_targets(settings: Any, model: nn.Module, config: LoraConfig) -> None:
@@ -70,9 +84,9 @@ def choose_expert_targets(settings: Any, model: nn.Module, config: LoraConfig) -
 
     Raises ConfigError if the settings ask for experts or routers and the model has none that can be adapted.
     """
-    settings.target_parameters = expert_parameter_targets(model, config) or None
+    settings.target_parameters = expert_and_router_targets(model, config) or None
     router_names = linear_router_names(model)
-    router_patterns = [re.escape(name) for name in router_names]
+    router_patterns = [re.escape(name) for name in router_names]  # full names: peft matches the whole name
     if not config.router:
         if router_names and config.targets == "all-linear":
             excluded = [settings.exclude_modules] if settings.exclude_modules else []
@@ -86,9 +100,9 @@ def choose_expert_targets(settings: Any, model: nn.Module, config: LoraConfig) -
 def name_targets_for_peft(settings: Any, model: Any) -> None:
     """Name the targets in peft's `settings` so that plain peft, when it loads them, adapts what is adapted in `model`.
 
-    peft takes some names of linear layers for experts as transformers 4 had them. The weight of such a layer is named as a
-    parameter (`target_parameters`) instead, which gives the same tensors under the same keys. Nothing changes if the architecture
-    has no such names, or if the method is not LoRA.
+    peft takes some names of linear layers for experts as transformers 4 had them, such as the `gate_proj` of a dense layer. The
+    weight of such a layer is named as a parameter (`target_parameters`) instead, which gives the same tensors under the same
+    keys. Nothing changes if the architecture has no such names, or if the method is not LoRA.
     """
     from peft.tuners.lora import LoraLayer, ParamWrapper
 
@@ -97,6 +111,7 @@ def name_targets_for_peft(settings: Any, model: Any) -> None:
         return
     layers = set()
     for name, layer in model.get_base_model().named_modules():
+        # peft's ParamWrapper adapts one parameter, which is named as such already.
         if isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper):
             layers.add(name)
     misread = {name for name in layers if name.rsplit(".", 1)[-1] in expert_names}
@@ -106,7 +121,7 @@ def name_targets_for_peft(settings: Any, model: Any) -> None:
     settings.target_parameters = sorted(parameters)
 
 
-class _Matrix(nn.Linear):
+class _MatrixModule(nn.Linear):
     """A matrix of an adapter, as a module whose forward pass returns it: engines gather parameters module by module."""
 
     def forward(self) -> Tensor:  # type: ignore[override]
@@ -147,8 +162,8 @@ def _router_with_update(router_class: Any) -> type[nn.Module]:
 
 
 @cache
-def _wrapper_class() -> type:
-    """peft's wrapper of a parameter with another forward pass; made on first use, since peft is a heavy import."""
+def _low_rank_wrapper_class() -> type:
+    """A subclass of peft's ParamWrapper with another forward pass; made on first use, since peft is a heavy import."""
     from peft.tuners.lora import ParamWrapper
 
     class LowRankWrapper(ParamWrapper):
@@ -157,7 +172,8 @@ def _wrapper_class() -> type:
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
             """The output of the adapted experts or router: they get A, B and scaling (the low-rank parts), and add the products.
 
-            peft would add `B A` to a copy of all weights instead, which for experts is large.
+            peft would add `B A` to a copy of all weights instead, which for experts is large. Experts take `low_rank`
+            (`frozen_experts` multiplies by it), routers `update` (`_router_with_update`).
             """
             if self.disable_adapters or self.merged:
                 return super().forward(x, *args, **kwargs)
@@ -186,7 +202,11 @@ def _wrapper_class() -> type:
 
 
 def use_low_rank_forward(model: nn.Module) -> int:
-    """Give every adapted parameter of a PeftModel the low-rank forward pass, in place. Returns how many there are."""
+    """Let the adapted experts and routers of a PeftModel compute with A and B, in place; returns how many parameters those are.
+
+    That is the low-rank forward pass: `x W + (x A) B`, where peft's own adds `A B` to a copy of W first. 0 for a model without
+    adapters.
+    """
     if not hasattr(model, "peft_config"):
         return 0
     from peft.tuners.lora import ParamWrapper
@@ -194,9 +214,9 @@ def use_low_rank_forward(model: nn.Module) -> int:
     wrappers: list[Any] = [m for m in model.modules() if type(m) is ParamWrapper]
     # Only classes are exchanged: parameters, their names and peft's files stay as they are.
     for wrapper in wrappers:
-        wrapper.__class__ = _wrapper_class()
+        wrapper.__class__ = _low_rank_wrapper_class()
         for matrix in (wrapper.lora_A[ADAPTER], wrapper.lora_B[ADAPTER]):
-            matrix.__class__ = _Matrix
+            matrix.__class__ = _MatrixModule
         base = wrapper.get_base_layer()
         if not expert_weight_names(base):  # a router
             router_class: Any = type(base)

@@ -79,21 +79,27 @@ def names_of_differing_settings(expected: dict[str, Any], stored: dict[str, Any]
     return differing
 
 
-def read_adapter_settings(directory: str | Path) -> dict[str, Any] | str:
+class UnusableAdapter(Exception):
+    """A directory holds no adapter that can be used here. The text ends a message: `holds no adapter_config.json ...`."""
+
+
+def read_adapter_settings(directory: str | Path) -> dict[str, Any]:
     """The fields of an adapter directory's adapter_config.json, such as `{"peft_type": "LORA", "r": 16}`.
 
-    Returns a text instead if the directory is no adapter's or the file cannot be read: the end of a message, such as
-    `holds no adapter_config.json and ...`.
+    Raises UnusableAdapter if the directory is no adapter's, the file cannot be read, or a field has a value of a wrong type.
     """
     path = Path(directory).expanduser()
     if not (path / SETTINGS_FILE).is_file() or not (path / WEIGHTS_FILE).is_file():
-        return f"holds no {SETTINGS_FILE} and {WEIGHTS_FILE}; give the directory of an adapter, such as runs/x/export"
+        raise UnusableAdapter(
+            f"holds no {SETTINGS_FILE} and {WEIGHTS_FILE}; give the directory of an adapter, such as runs/x/export"
+        )
     try:
         settings = read_json_object(path / SETTINGS_FILE)
     except ConfigError as error:
-        return f"its {SETTINGS_FILE} cannot be read ({error}); write the adapter again"
-    if (wrong := wrong_type_message(settings)) is not None:
-        return f"its {SETTINGS_FILE} has {wrong}; write the adapter again"
+        raise UnusableAdapter(f"its {SETTINGS_FILE} cannot be read ({error}); write the adapter again") from error
+    wrong_type = wrong_type_message(settings)  # such as: r=null, which must be a number
+    if wrong_type is not None:
+        raise UnusableAdapter(f"its {SETTINGS_FILE} has {wrong_type}; write the adapter again")
     return settings
 
 
@@ -112,11 +118,14 @@ def adopt_adapter_settings(tuning: TuningConfig, cli_keys: set[str]) -> dict[str
     """
     if not isinstance(tuning, AdapterConfig) or tuning.from_ is None:
         return {}
-    stored = read_adapter_settings(tuning.from_)
-    if isinstance(stored, str) or not _is_of_same_method(tuning, stored):
+    try:
+        stored = read_adapter_settings(tuning.from_)
+    except UnusableAdapter:
+        return {}
+    if not _is_of_same_method(tuning, stored):
         return {}
     if isinstance(tuning, LoraConfig):
-        stored = _with_expert_settings(stored)
+        stored = _with_expert_settings(stored)  # `experts` and `router`, which peft has not
     adopted: dict[str, str] = {}
     defaults = type(tuning)()
     # Our field -> the key in adapter_config.json, such as rank -> r.
@@ -156,9 +165,10 @@ def continuation_problems(tuning: AdapterConfig) -> Iterator[str]:
     if not isinstance(tuning, PeftConfig) and (reason := method_of(tuning).continuation_refusal):
         yield f"{setting} with tuning={tuning.name}: {reason}; merge that adapter with export.merge=true, and give model.path"
         return
-    stored = read_adapter_settings(tuning.from_)
-    if isinstance(stored, str):
-        yield f"{setting}: {stored}"
+    try:
+        stored = read_adapter_settings(tuning.from_)
+    except UnusableAdapter as error:
+        yield f"{setting}: {error}"
         return
     if not _is_of_same_method(tuning, stored):
         stored_type = str(stored.get("peft_type")).lower()
@@ -183,9 +193,10 @@ def merge_problems(directory: str) -> Iterator[str]:
     cannot continue from its files cannot be merged from them either.
     """
     setting = f"model.adapters={directory}"
-    stored = read_adapter_settings(directory)
-    if isinstance(stored, str):
-        yield f"{setting}: {stored}"
+    try:
+        stored = read_adapter_settings(directory)
+    except UnusableAdapter as error:
+        yield f"{setting}: {error}"
         return
     method_name = str(stored.get("peft_type")).lower()
     if method_name == "ln_tuning":  # peft's name for it

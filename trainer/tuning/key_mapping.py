@@ -23,8 +23,8 @@ _PREFIX = "base_model.model."
 def replacement_keys(model: nn.Module, settings: Any, keys: Iterable[str]) -> dict[str, str | None]:
     """For each of peft's own `keys` that plain peft would not load back: the key to store instead, or None if none would do.
 
-    Keys that are loaded back are left out, so that an empty dict is the usual result. `model`: with or without adapters.
-    `settings`: peft's config.
+    Keys that are loaded back are left out, so that an empty dict is the usual result. peft renames keys as it loads them;
+    `loaded_key_by_stored_key` says to what. `model`: with or without adapters. `settings`: peft's config.
     """
     keys = list(keys)
     loaded_key_by_key = loaded_key_by_stored_key(model, settings, keys, ADAPTER)
@@ -62,7 +62,7 @@ def check_adapters_loadable(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if ".lora_" in name and parameter.requires_grad:
             keys.append(name.replace(f".{ADAPTER}", ""))  # files do not have the adapter's name
-    replaced_keys = replacement_keys(model, settings, keys)
+    replaced_keys = replacement_keys(model, settings, keys)  # None for a key that is lost whatever it is called
     lost = [key for key, replacement in replaced_keys.items() if replacement is None]
     if lost:
         layer = lost[0].removeprefix(_PREFIX).split(".lora_")[0]

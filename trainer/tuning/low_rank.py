@@ -67,29 +67,14 @@ def frozen_experts(
     all_experts = torch.arange(module.num_experts, device=row_experts.device)
     offsets = torch.searchsorted(row_experts, all_experts, right=True).to(torch.int32)
 
-    packed: UnpacksExperts | None = getattr(module, "packed_experts", None)
-
-    def product(rows: Tensor, name: str) -> Tensor:
-        """`rows @ W.T` with each row's expert's weight `name`, its update and its bias."""
-        weight = getattr(module, name)
-        dtype = weight.dtype if packed is None else hidden.dtype
-        # Packed weights are unpacked inside the product, and again in its backward pass: they are never kept.
-        read_weights = _unpacked if packed is None else partial(packed.unpack, name, dtype=dtype)
-        frozen = FrozenWeights(read_weights, offsets, module.is_transposed)
-        if low_rank is None:
-            output = _GroupedFrozen.apply(rows.to(dtype), weight, frozen)
-        else:
-            update = low_rank[name].with_aligned_rank(dtype)
-            output = _GroupedLowRank.apply(rows.to(dtype), weight, update.down, update.up, update.scaling, frozen)
-        if module.has_bias:
-            output = output + getattr(module, f"{name}_bias")[row_experts].to(dtype)
-        return output
-
+    expert_product = partial(
+        _expert_product, module, row_experts=row_experts, offsets=offsets, low_rank=low_rank, dtype=hidden.dtype
+    )
     if module.has_gate:
-        inner = gated(module, product(rows, "gate_up_proj"))
+        inner = gated(module, expert_product("gate_up_proj", rows))
     else:
-        inner = module.act_fn(product(rows, "up_proj"))
-    row_outputs = product(inner, "down_proj")
+        inner = module.act_fn(expert_product("up_proj", rows))
+    row_outputs = expert_product("down_proj", inner)
     if getattr(module, "has_post_expert_norm", False):
         row_outputs = module.post_expert_norm(row_outputs)
     row_outputs = row_outputs * weights.reshape(-1)[order, None]
@@ -98,6 +83,38 @@ def frozen_experts(
     inverse_order = torch.empty_like(order)
     inverse_order[order] = torch.arange(order.numel(), device=order.device)
     return row_outputs[inverse_order].view(*expert_ids.shape, -1).sum(dim=1).to(hidden.dtype)
+
+
+def _expert_product(
+    module: Any,
+    name: str,
+    rows: Tensor,
+    *,
+    row_experts: Tensor,
+    offsets: Tensor,
+    low_rank: dict[str, LowRank] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`rows @ W.T` for rows `[S, in]` sorted by expert: each with its expert's weight `name`, its update and its bias.
+
+    `row_experts [S]`: the expert of each row. `offsets [E]`: where each expert's rows end. `low_rank`: updates by name of the
+    weight. `dtype`: in which packed weights are unpacked; others are computed with in their own type.
+    """
+    weight = getattr(module, name)
+    packed: UnpacksExperts | None = getattr(module, "packed_experts", None)
+    if packed is None:
+        dtype = weight.dtype
+    # Packed weights are unpacked inside the product, and again in its backward pass: they are never kept.
+    read_weights = _unpacked if packed is None else partial(packed.unpack, name, dtype=dtype)
+    frozen = FrozenWeights(read_weights, offsets, module.is_transposed)
+    if low_rank is None:
+        output = _GroupedFrozen.apply(rows.to(dtype), weight, frozen)
+    else:
+        update = low_rank[name].with_aligned_rank(dtype)
+        output = _GroupedLowRank.apply(rows.to(dtype), weight, update.down, update.up, update.scaling, frozen)
+    if module.has_bias:
+        output = output + getattr(module, f"{name}_bias")[row_experts].to(dtype)
+    return output
 
 
 def _unpacked(weight: Tensor) -> Tensor:
@@ -127,18 +144,18 @@ class FrozenWeights:
 
 
 class _GroupedFrozen(torch.autograd.Function):
-    """The product without an update. Saves the parameter, not the weights: the backward pass unpacks these again."""
+    """The product without an update. Saves the parameter, which may be packed, not the unpacked weights: the backward pass unpacks these again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parameter: Tensor, frozen: FrozenWeights) -> Tensor:
-        ctx.save_for_backward(parameter)
+    def forward(ctx: Any, x: Tensor, frozen_weight: Tensor, frozen: FrozenWeights) -> Tensor:
+        ctx.save_for_backward(frozen_weight)
         ctx.frozen = frozen
-        return frozen.product(x, parameter)
+        return frozen.product(x, frozen_weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        (parameter,) = ctx.saved_tensors
-        return ctx.frozen.gradient(grad.contiguous(), parameter), None, None
+        (frozen_weight,) = ctx.saved_tensors
+        return ctx.frozen.gradient(grad.contiguous(), frozen_weight), None, None
 
 
 class _GroupedLowRank(torch.autograd.Function):
@@ -150,11 +167,11 @@ class _GroupedLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, parameter: Tensor, down: Tensor, up: Tensor, scaling: float, frozen: FrozenWeights
+        ctx: Any, x: Tensor, frozen_weight: Tensor, down: Tensor, up: Tensor, scaling: float, frozen: FrozenWeights
     ) -> Tensor:
         projected = grouped_product(x, down.mT, frozen.offsets)
-        frozen_output = frozen.product(x, parameter)
-        ctx.save_for_backward(x, parameter, down, up, projected)
+        frozen_output = frozen.product(x, frozen_weight)
+        ctx.save_for_backward(x, frozen_weight, down, up, projected)
         ctx.scaling = scaling
         ctx.frozen = frozen
         return torch.add(frozen_output, grouped_product(projected, up.mT, frozen.offsets), alpha=scaling)
@@ -163,13 +180,14 @@ class _GroupedLowRank(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         """The gradients of x, A (`down`) and B (`up`) of all experts; the frozen weight has none. `grad [S, out]`: of the
         output."""
-        x, parameter, down, up, projected = ctx.saved_tensors
+        x, frozen_weight, down, up, projected = ctx.saved_tensors
         offsets = ctx.frozen.offsets
         grad = grad.contiguous()
+        # Of `x @ A.T`, whose product with B was multiplied by `scaling`.
         grad_projected = grouped_product(grad, up, offsets) * ctx.scaling
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = ctx.frozen.gradient(grad, parameter)
+            grad_x = ctx.frozen.gradient(grad, frozen_weight)
             grad_x = torch.add(grad_x, grouped_product(grad_projected, down, offsets))
         grad_down = _grouped_outer(grad_projected, x, offsets)
         grad_up = _grouped_outer(grad, projected, offsets) * ctx.scaling

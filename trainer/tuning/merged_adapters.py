@@ -18,9 +18,9 @@ from trainer.tuning.replica import ADAPTER
 class MergedAdapters:
     """Base weights with the adapters of some directories merged in, in their order, layer by layer as they are read."""
 
-    def __init__(self, model: nn.Module, directories: list[str], key: str = "model.adapters") -> None:
-        """`model`: the architecture on meta, without adapters; `key`: the setting that names the directories."""
-        self._adapters = [_MergedAdapter(model, directory, key) for directory in directories]
+    def __init__(self, model: nn.Module, directories: list[str], setting_name: str = "model.adapters") -> None:
+        """`model`: the architecture on meta, without adapters; `setting_name`: of the setting that names the directories."""
+        self._adapters = [_MergedAdapter(model, directory, setting_name) for directory in directories]
 
     def changed_base_names(self) -> set[str]:
         """Base names of the parameters that an adapter changes."""
@@ -52,39 +52,40 @@ class _MergedReader:
 class _MergedAdapter:
     """The adapter of one directory on one architecture. Keeps the layer that it merged last."""
 
-    def __init__(self, model: nn.Module, directory: str, key: str) -> None:
+    def __init__(self, model: nn.Module, directory: str, setting_name: str) -> None:
         path = Path(directory).expanduser()
-        settings: Any = stored_peft_config(path, key)
+        settings: Any = stored_peft_config(path, setting_name)
         settings.inference_mode = False
         self.tuning = Adapter(AdapterConfig())
         self.model = self.tuning.wrap_in_peft(copy.deepcopy(model), settings)
-        self.stored = StoredAdapter(path, key)
-        self.stored.match_names(self.model)
-        self.stored.fill_buffers(self.model)
-        self.fully_trained_names: dict[str, str] = {}
-        """Full names of parameters that trained in full, by their base names: they replace the base's."""
-        for name in self.stored.file_key_by_name:
+        self.stored_adapter = StoredAdapter(path, setting_name)
+        self.stored_adapter.match_names(self.model)
+        self.stored_adapter.fill_buffers(self.model)
+        self.full_name_by_fully_trained_base_name: dict[str, str] = {}
+        """Name in the PeftModel of each parameter that trained in full, by its base name: it replaces the base's."""
+        for name in self.stored_adapter.file_key_by_name:
             if f".modules_to_save.{ADAPTER}." in name:
-                self.fully_trained_names[self.tuning.base_name(name)] = name
-        self.changed_base_names = self.tuning.changed_base_names() | set(self.fully_trained_names)
-        self._refuse_foreign_tensors(f"{key}={directory}")
-        self._refuse_shared_parameters(f"{key}={directory}")
+                self.full_name_by_fully_trained_base_name[self.tuning.base_name(name)] = name
+        self.changed_base_names = self.tuning.changed_base_names() | set(self.full_name_by_fully_trained_base_name)
+        self._refuse_other_tensors(f"{setting_name}={directory}")
+        self._refuse_shared_parameters(f"{setting_name}={directory}")
         self._cached_layer = ""
         self._cached_parameters: dict[str, Tensor] = {}
         """The merged parameters of `_cached_layer`, the layer that was merged last: they are asked for one by one."""
 
-    def _refuse_foreign_tensors(self, setting: str) -> None:
+    def _refuse_other_tensors(self, setting: str) -> None:
         """Raise ConfigError if the files hold tensors that are neither of an adapter nor of a module that trained in full.
 
-        `setting`: key and directory, which begin the message, such as `model.adapters=/path`.
+        peft stores no others but biases, with `bias=all` or `bias=lora_only`. `setting`: key and directory, which begin the
+        message, such as `model.adapters=/path`.
         """
-        fully_trained = set(self.fully_trained_names.values())
-        foreign_names = []
-        for name in self.stored.file_key_by_name:
+        fully_trained = set(self.full_name_by_fully_trained_base_name.values())
+        other_names = []
+        for name in self.stored_adapter.file_key_by_name:
             if not self.tuning.is_added_parameter(name) and name not in fully_trained:
-                foreign_names.append(name)
-        if foreign_names:
-            base_name = self.tuning.base_name(min(foreign_names))
+                other_names.append(name)
+        if other_names:
+            base_name = self.tuning.base_name(min(other_names))
             raise ConfigError(
                 f"{setting}: holds {base_name}, which is no part of an adapter (bias=all or lora_only); "
                 "merge it with peft, and give the merged model as model.path"
@@ -112,16 +113,16 @@ class _MergedAdapter:
         - not changed by the adapter: the base's value.
         - else: its layer is merged, and kept for the layer's next parameter.
         """
-        if name in self.fully_trained_names:
-            return self.stored.tensor(self.fully_trained_names[name])
+        if name in self.full_name_by_fully_trained_base_name:
+            return self.stored_adapter.tensor(self.full_name_by_fully_trained_base_name[name])
         if name not in self.changed_base_names:
             return base.full_tensor(name)
         layer, key = self.tuning.layer_and_key_of(name)
         if self._cached_layer != layer:
             trained = {}
             for full_name in self.tuning.added_parameter_names(layer):
-                if full_name in self.stored.file_key_by_name:
-                    trained[full_name] = self.stored.tensor(full_name)
+                if full_name in self.stored_adapter.file_key_by_name:
+                    trained[full_name] = self.stored_adapter.tensor(full_name)
             self._cached_parameters = self.tuning.merged_parameters(layer, base, trained, self.model)
             self._cached_layer = layer
         return self._cached_parameters[key]

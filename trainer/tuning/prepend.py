@@ -51,8 +51,9 @@ class Prepend:
         self.cache_argument = cache_argument(decoder)
         self.strips_rows = is_causal(decoder)
         """Not for an encoder for classification (BERT's kind): its head reads the first row, a virtual token's, as under peft."""
-        self.num_added_rows = 0
-        """Rows of the hidden states that the current forward pass has in addition to the caller's; 0 between passes."""
+        self.num_added_positions = 0
+        """Positions of the hidden states that the current forward pass has before the caller's, which `_strip_rows` removes; 0
+        between passes."""
         decoder.register_forward_pre_hook(self._prepend_tokens, with_kwargs=True)
         decoder.register_forward_hook(self._strip_rows)
         if prefix is not None:
@@ -72,7 +73,7 @@ class Prepend:
         Raises ValueError for a row of several documents, each of which would need virtual tokens of its own.
         """
         inputs = {**dict(zip(self.argument_names, args, strict=False)), **kwargs}
-        self.num_added_rows = 0
+        self.num_added_positions = 0
         if not self.is_active():
             return (), inputs
         if inputs.get("cu_seq_lens_q") is not None:
@@ -91,9 +92,9 @@ class Prepend:
 
     def _strip_rows(self, _decoder: nn.Module, _args: Any, output: Any) -> Any:
         """The hook behind the decoder: its output without the rows of the virtual tokens."""
-        if self.num_added_rows and self.strips_rows:
-            output.last_hidden_state = output.last_hidden_state[:, self.num_added_rows :]
-        self.num_added_rows = 0
+        if self.num_added_positions and self.strips_rows:
+            output.last_hidden_state = output.last_hidden_state[:, self.num_added_positions :]
+        self.num_added_positions = 0
         return output
 
     def _extend_mask_and_positions(self, inputs: dict[str, Any]) -> None:
@@ -118,7 +119,7 @@ class Prepend:
         positions = inputs.get("position_ids")
         if positions is not None:  # shifted already; the virtual tokens have the positions before them
             inputs["position_ids"] = torch.cat([token_numbers.expand(positions.shape[0], -1), positions], dim=1)
-        self.num_added_rows = self.num_virtual_tokens
+        self.num_added_positions = self.num_virtual_tokens
 
     def _prepend_prefix(self, inputs: dict[str, Any], cache: Any, prefix_shape: PrefixShape) -> None:
         """Let every layer attend to the keys and values of the virtual tokens, through the decoder's KV cache:
@@ -152,7 +153,7 @@ class Prepend:
         encoded = self.encoder(torch.arange(self.num_virtual_tokens, device=input_tensor.device)[None])
         by_token = encoded.view(1, self.num_virtual_tokens, prefix_shape.num_layers, 2, prefix_shape.num_heads, -1)
         by_layer = by_token.permute(2, 3, 0, 4, 1, 5)
-        return by_layer.expand(-1, -1, batch_size, -1, -1, -1)
+        return by_layer.expand(-1, -1, batch_size, -1, -1, -1)  # views: every row of the batch has the same prefix
 
 
 def cache_argument(decoder: nn.Module) -> str | None:

@@ -85,14 +85,14 @@ class AdaptedLayerBuilder:
         layers = [name for name, base in self.base_layers.items() if not isinstance(base, SingleParameterLayer)]
         if not layers:
             return
-        tuner = self._wrap(layers, None, seed=0)
+        tuner = self._wrapped_layers(layers, base=None, seed=0)
         for name, buffer in tuner.named_buffers():
             if ".base_layer." not in name:
                 yield name, buffer
 
     def _build_layer(self, name: str, base: BaseReader | None, seed: int) -> nn.Module:
         """peft's wrapper of the layer `name` alone, on the CPU. `base` of None: its base weights have no values."""
-        wrapper: Any = self._wrap([name], base, seed)
+        wrapper: Any = self._wrapped_layers([name], base, seed)
         return wrapper.model.get_submodule(self._module_name(name))  # type: ignore[no-any-return]
 
     def _module_name(self, name: str) -> str:
@@ -101,7 +101,7 @@ class AdaptedLayerBuilder:
             return name.rpartition(".")[0]
         return name
 
-    def _wrap(self, names: list[str], base: BaseReader | None, seed: int) -> nn.Module:
+    def _wrapped_layers(self, names: list[str], base: BaseReader | None, seed: int) -> nn.Module:
         """A small model on the CPU with nothing but the layers `names`, wrapped by peft: it makes their initial adapter values.
 
         peft draws values when it wraps a model, and some methods read base weights for it, which a sharded model on meta does not
@@ -109,22 +109,32 @@ class AdaptedLayerBuilder:
         """
         from peft import PEFT_TYPE_TO_TUNER_MAPPING
 
-        # A model of nothing but these layers. Adapted as modules, or as single parameters.
+        # A model of nothing but these layers. `names` are keys of `base_layers`: of a module, or of a parameter in one.
         model = nn.Module()
-        modules = []
-        parameters = []
+        module_targets = []
+        parameter_targets = []
         for name in names:
             module_name = self._module_name(name)
             _add_at_path(model, module_name, _copy_with_values(self.base_layers[name], module_name, base))
             if isinstance(self.base_layers[name], SingleParameterLayer):
-                parameters.append(name)
+                parameter_targets.append(name)
             else:
-                modules.append(name)
+                module_targets.append(name)
+        settings = self._settings_for_targets(module_targets, parameter_targets)
 
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # The values of one layer depend on its name; those of buffers, which layers share, do not.
+            seed_name = names[0] if len(names) == 1 else ""
+            torch.default_generator.manual_seed(derived_seed(seed, seed_name))
+            return PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type](model, settings, ADAPTER)
+
+    def _settings_for_targets(self, module_targets: list[str], parameter_targets: list[str]) -> Any:
+        """A copy of peft's config that adapts exactly these modules and parameters, by full name."""
         settings = copy.deepcopy(self.settings)
-        settings.target_modules = modules
+        settings.target_modules = module_targets
         if hasattr(settings, "target_parameters"):
-            settings.target_parameters = parameters or None
+            settings.target_parameters = parameter_targets or None
         # Off: settings that choose, tie or train other modules. The layers here are the chosen ones.
         settings.exclude_modules = None
         settings.modules_to_save = None
@@ -133,13 +143,7 @@ class AdaptedLayerBuilder:
                 setattr(settings, key, None)
         if hasattr(settings, "ensure_weight_tying"):
             settings.ensure_weight_tying = False
-
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # The values of one layer depend on its name; those of buffers, which layers share, do not.
-            seed_name = names[0] if len(names) == 1 else ""
-            torch.default_generator.manual_seed(derived_seed(seed, seed_name))
-            return PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type](model, settings, ADAPTER)
+        return settings
 
 
 def _add_at_path(model: nn.Module, name: str, layer: nn.Module) -> None:

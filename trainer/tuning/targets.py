@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Iterable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -21,8 +21,17 @@ ROUTING_CLASS_REGEX = re.compile(r"Router|Gate|Grouped")
 """Found in the class names of linear layers that compute more than a product, such as `Llama4Router`, which returns a choice."""
 
 
-def excluded_modules(model: nn.Module, settings: Any, *, every_linear: bool) -> tuple[str | None, str]:
-    """(a regular expression of the names of modules that get no adapter, or None; a note on them for the user, or empty).
+class ExcludedModules(NamedTuple):
+    """Modules that get no adapter."""
+
+    name_regex: str | None
+    """Matches their names, such as `visual(\\..*)?|layers\\.\\d+\\.mixer\\.out_proj`; None: there are none."""
+    note: str
+    """What the user is told of them; empty if nothing."""
+
+
+def excluded_modules(model: nn.Module, settings: Any, *, every_linear: bool) -> ExcludedModules:
+    """The modules that get no adapter.
 
     Towers for images and sound never get an adapter: texts give them no gradient. With `every_linear`
     (`tuning.targets=all-linear`), these are left out too:
@@ -37,25 +46,26 @@ def excluded_modules(model: nn.Module, settings: Any, *, every_linear: bool) -> 
     tower_names = tuple(getattr(model, "modules_beside_text", ()))
     patterns = [rf"{re.escape(name)}(\..*)?" for name in tower_names]
     if not every_linear:
-        return "|".join(patterns) or None, ""
+        return ExcludedModules("|".join(patterns) or None, note="")
 
-    special, bypassed = _unsuitable_layers(model)
+    unsuitable = _unsuitable_layers(model)
     unloadable = [name for name in unloadable_layer_names(model, settings) if not name.startswith(tower_names)]
     exceptions = []
-    if bypassed:
-        exceptions.append(f"{_last_name_parts(bypassed)} (the model takes the weight past the layer)")
+    if unsuitable.bypassed:
+        exceptions.append(f"{_last_name_parts(unsuitable.bypassed)} (the model takes the weight past the layer)")
     if unloadable:
         exceptions.append(f"{_last_name_parts(unloadable)} (peft would not read its adapter back)")
     note = f"all-linear but for {' and '.join(exceptions)}" if exceptions else ""
     # One pattern for all layers of the model, so that the expression stays short.
-    patterns += [_pattern_for_all_layers(name) for name in (*special, *bypassed, *unloadable)]
-    return "|".join(dict.fromkeys(patterns)) or None, note
+    excluded_names = (*unsuitable.beyond_product, *unsuitable.bypassed, *unloadable)
+    patterns += [_pattern_for_all_layers(name) for name in excluded_names]
+    return ExcludedModules("|".join(dict.fromkeys(patterns)) or None, note)
 
 
 def num_weights_by_linear_layer(model: nn.Module) -> dict[str, int]:
     """Number of weights of each linear layer of a model without adapters, by name; for the note on how many the targets reach.
 
-    The output head, towers for images or sound, and routers of experts do not count.
+    The output head, towers for images or sound, and routers of experts do not count. Biases do not either.
     """
     tower_names = tuple(getattr(model, "modules_beside_text", ()))
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -64,25 +74,29 @@ def num_weights_by_linear_layer(model: nn.Module) -> dict[str, int]:
         is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's linear layer
         is_router = ROUTING_CLASS_REGEX.search(type(module).__name__) is not None
         if is_linear and not is_router and module is not head and not name.startswith(tower_names):
-            sizes[name] = next(module.parameters()).numel()
+            sizes[name] = next(
+                module.parameters()
+            ).numel()  # the weight is registered first; if packed, as it is stored
     return sizes
 
 
-def low_reach_note(targets: object, sizes: dict[str, int], adapted: Iterable[str], unsuitable: Iterable[str]) -> str:
+def low_reach_note(
+    targets: object, num_weights_by_layer: dict[str, int], adapted: Iterable[str], unsuitable: Iterable[str]
+) -> str:
     """What to tell a user whose targets reach few of the linear weights, with names that reach more; empty if they reach many.
 
-    `sizes`: number of weights of each linear layer, by name. `adapted`: names of the layers that got an adapter. `unsuitable`:
+    `num_weights_by_layer`: of each linear layer, by name. `adapted`: names of the layers that got an adapter. `unsuitable`:
     names of the layers that can get none. Such as `['q_proj']: reaches 6% of the weights of linear layers; further names would
     add: up_proj 25%, ...`.
     """
-    total = sum(sizes.values())
-    reached = sum(sizes[name] for name in adapted if name in sizes)
+    total = sum(num_weights_by_layer.values())
+    reached = sum(num_weights_by_layer[name] for name in adapted if name in num_weights_by_layer)
     if total == 0 or reached >= LOW_REACH_SHARE * total:
         return ""
     weights_by_name: dict[str, int] = {}
-    for name in sizes.keys() - set(adapted) - set(unsuitable):
+    for name in num_weights_by_layer.keys() - set(adapted) - set(unsuitable):
         last_part = name.rpartition(".")[2]
-        weights_by_name[last_part] = weights_by_name.get(last_part, 0) + sizes[name]
+        weights_by_name[last_part] = weights_by_name.get(last_part, 0) + num_weights_by_layer[name]
     largest = sorted(weights_by_name, key=lambda name: (-weights_by_name[name], name))[:MAX_SUGGESTED_NAMES]
     further = ", ".join(f"{name} {weights_by_name[name] / total:.0%}" for name in largest)
     all_linear = (reached + sum(weights_by_name.values())) / total
@@ -94,17 +108,22 @@ def low_reach_note(targets: object, sizes: dict[str, int], adapted: Iterable[str
 
 def unsuitable_layers(model: nn.Module) -> list[str]:
     """Names of the linear layers that no adapter should be put on, because the model does not call them as a product."""
-    special, bypassed = _unsuitable_layers(model)
-    return [*special, *bypassed]
+    unsuitable = _unsuitable_layers(model)
+    return [*unsuitable.beyond_product, *unsuitable.bypassed]
 
 
-def _unsuitable_layers(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Names of the linear layers that `tuning.targets=all-linear` must leave out, as two lists:
+class _UnsuitableLayers(NamedTuple):
+    """Names of the linear layers that `tuning.targets=all-linear` must leave out."""
 
-    - special: those that compute more than a product, and those of a state-space mixer but its `in_proj`.
-    - bypassed: the model reads their weight without calling them.
-    """
-    special = []
+    beyond_product: list[str]
+    """They compute more than a product, or belong to a state-space mixer and are not its `in_proj`."""
+    bypassed: list[str]
+    """The model reads their weight without calling them."""
+
+
+def _unsuitable_layers(model: nn.Module) -> _UnsuitableLayers:
+    """The linear layers that the model does not call as a product, but for its head."""
+    beyond_product = []
     bypassed = []
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for owner_name, owner in model.named_modules():
@@ -116,10 +135,10 @@ def _unsuitable_layers(model: nn.Module) -> tuple[list[str], list[str]]:
                 continue
             full_name = f"{owner_name}.{name}".lstrip(".")  # the root's name is empty
             if ROUTING_CLASS_REGEX.search(type(child).__name__) or (is_mixer and name != "in_proj"):
-                special.append(full_name)
+                beyond_product.append(full_name)
             elif name in _weights_used_directly(owner_class):
                 bypassed.append(full_name)
-    return special, bypassed
+    return _UnsuitableLayers(beyond_product, bypassed)
 
 
 @cache

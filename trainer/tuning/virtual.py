@@ -24,7 +24,7 @@ from strategies.errors import ConfigError
 from strategies.runtime import derived_seed
 from strategies.small_files import read_json_object
 from trainer.tuning.base import BaseReader
-from trainer.tuning.compat.peft import detach_word_embeddings, fully_trained_tensors
+from trainer.tuning.compat.peft import detach_word_embeddings, peft_tensors_of_fully_trained_modules
 from trainer.tuning.config import PrefixConfig, PrefixInit, PromptConfig, PromptInit, VirtualConfig
 from trainer.tuning.lstm import EncoderLstm
 from trainer.tuning.own_adapters import AddedParameters, is_causal
@@ -72,16 +72,28 @@ class Virtual(AddedParameters):
 
         Raises ConfigError for architectures that cannot read a prefix (keys and values from outside).
         """
-        from peft import PEFT_TYPE_TO_TUNER_MAPPING, get_peft_model
-
-        # What peft needs to know of the model.
-        is_classifier = "SequenceClass" in type(model).__name__
         decoder = _decoder_of(model)
-        self._check_prefix(model, decoder)
+        self._refuse_unusable_prefix(model, decoder)
         embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
         embeddings_name = next(name for name, module in model.named_modules() if module is embeddings)
         self._embedding_weight = f"{embeddings_name}.weight"
         self._vocabulary_size = embeddings.num_embeddings
+        tuned = self._wrap_in_peft(model, embeddings)
+        encoder = tuned.prompt_encoder[ADAPTER]
+        self._take_over_encoder(encoder, tuned.peft_config[ADAPTER])
+        prefix = None
+        if self.is_prefix:
+            num_heads = self._peft_config.num_attention_heads
+            prefix = PrefixShape(num_layers=self._peft_config.num_layers, num_heads=num_heads)
+        # Puts its hooks on the decoder.
+        Prepend(decoder, encoder, embeddings, self.num_virtual_tokens, prefix, is_active=lambda: self.is_active)
+        return tuned
+
+    def _wrap_in_peft(self, model: nn.Module, embeddings: Any) -> Any:
+        """The PeftModel around `model`, which holds the encoder of the virtual tokens, but leaves prepending them to our hook."""
+        from peft import get_peft_model
+
+        is_classifier = "SequenceClass" in type(model).__name__
         settings = virtual_config(self.config, "SEQ_CLS" if is_classifier else "CAUSAL_LM")
         if not self.is_prefix:  # peft would look for attribute names that DistilBERT does not have
             settings.token_dim = embeddings.embedding_dim
@@ -96,23 +108,20 @@ class Virtual(AddedParameters):
         tuned.forward = model.__call__
         if not is_classifier:
             tuned.generate = model.generate
+        return tuned
 
-        # The encoder that makes the tokens: its parameters are ours to start, and the hook runs it.
-        encoder = tuned.prompt_encoder[ADAPTER]
+    def _take_over_encoder(self, encoder: nn.Module, peft_config: Any) -> None:
+        """Remember the parameters and the class of the encoder that makes the tokens, for their initial values."""
+        from peft import PEFT_TYPE_TO_TUNER_MAPPING
+
         self._added_names = {f"{ENCODER_MODULE}.{name}" for name, _ in encoder.named_parameters()}
-        self._peft_config = copy.deepcopy(tuned.peft_config[ADAPTER])
+        self._peft_config = copy.deepcopy(peft_config)
         self._encoder_class = PEFT_TYPE_TO_TUNER_MAPPING[self._peft_config.peft_type]
         for module in encoder.modules():
             if isinstance(module, nn.LSTM):
                 module.__class__ = EncoderLstm
-        prefix = None
-        if self.is_prefix:
-            num_heads = self._peft_config.num_attention_heads
-            prefix = PrefixShape(num_layers=self._peft_config.num_layers, num_heads=num_heads)
-        Prepend(decoder, encoder, embeddings, self.num_virtual_tokens, prefix, is_active=lambda: self.is_active)
-        return tuned
 
-    def _check_prefix(self, model: Any, decoder: nn.Module) -> None:
+    def _refuse_unusable_prefix(self, model: Any, decoder: nn.Module) -> None:
         """Raise ConfigError if prefix tuning, which gives each layer keys and values to read, cannot work in this model.
 
         - the model takes no keys and values from outside, or is a falcon, whose heads share keys: refused.
@@ -123,7 +132,7 @@ class Virtual(AddedParameters):
         if not self.is_prefix:
             return
         model_type = model.config.model_type
-        if not is_causal(decoder) or cache_argument(decoder) is None:
+        if not is_causal(decoder) or cache_argument(decoder) is None:  # its forward pass has no argument for a cache
             raise ConfigError(
                 f"tuning=prefix: {model_type} takes no keys and values from outside; use tuning=prompt or tuning=p_tuning"
             )
@@ -153,7 +162,8 @@ class Virtual(AddedParameters):
     def _draw_encoder(self, base: BaseReader, seed: int) -> nn.Module:
         """The encoder of the virtual tokens with its initial values, on the CPU, drawn from `seed`: the same on every rank.
 
-        `base` reads the embeddings of the model, at which a prompt may start (`tuning.init`).
+        `base` reads the embeddings of the model, at which a prompt may start (`tuning.init`). A prefix that starts at zero gets
+        different keys for its tokens.
         """
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -193,7 +203,7 @@ class Virtual(AddedParameters):
         """The token id at whose embedding each virtual token starts, chosen as peft does; as many ids as virtual tokens.
 
         - `tuning.init=sampled`: ids drawn from the whole vocabulary.
-        - else: the ids of `tuning.init_text`, repeated or cut.
+        - else: the ids of `tuning.init_text`, with the special tokens that the tokenizer adds, repeated or cut.
 
         Raises ConfigError if the tokenizer makes no token of `tuning.init_text`.
         """
@@ -221,7 +231,7 @@ class Virtual(AddedParameters):
         prompt_encoder = self._trained_encoder(trained)
         with torch.no_grad():
             tensors = {"prompt_embeddings": prompt_encoder(torch.arange(self.num_virtual_tokens)[None])[0]}
-        tensors |= fully_trained_tensors(model, trained, ADAPTER)
+        tensors |= peft_tensors_of_fully_trained_modules(model, trained, ADAPTER)
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, directory / "adapter_model.safetensors", {"format": "pt"})
         peft_config = copy.deepcopy(self._peft_config)
@@ -253,8 +263,8 @@ class _LoadedTokens(nn.Embedding):
 def load(model: Any, directory: str | Path) -> Any:
     """Put the exported virtual tokens of `directory` before the inputs of a base model that transformers loaded.
 
-    The model itself is returned; it computes, and generates, what was trained. Raises ConfigError if the directory holds an
-    adapter of another method, or one that was trained for another kind of model.
+    Hooks on its decoder do that from now on. The model itself is returned; it computes, and generates, what was trained. Raises
+    ConfigError if the directory holds an adapter of another method, or one that was trained for another kind of model.
     """
     from safetensors.torch import load_file
 

@@ -34,7 +34,10 @@ def load_peft() -> ModuleType:
 
 @contextmanager
 def _compile_at_first_call() -> Iterator[None]:
-    """Let `torch.compile` return functions that compile when they are first called, while entered."""
+    """Let `torch.compile` return functions that compile when they are first called, while entered.
+
+    bitsandbytes calls it while it is imported, which would load torch's compiler for functions that are hardly ever called.
+    """
     torch_compile = torch.compile
 
     def compile_later(function: Callable[..., Any] | None = None, **settings: Any) -> Any:
@@ -51,7 +54,7 @@ def _compile_at_first_call() -> Iterator[None]:
 
 
 @contextmanager
-def targets_as_named() -> Iterator[None]:
+def without_target_renaming() -> Iterator[None]:
     """Within it, `get_peft_model` adapts exactly the modules and parameters that its settings name.
 
     Replaces `peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers`. Some models had experts made of
@@ -123,7 +126,9 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = flag
 
 
-def fully_trained_tensors(model: nn.Module, trained: dict[str, Tensor], adapter: str) -> dict[str, Tensor]:
+def peft_tensors_of_fully_trained_modules(
+    model: nn.Module, trained: dict[str, Tensor], adapter: str
+) -> dict[str, Tensor]:
     """The tensors of modules that train in full, under the names that peft stores them by.
 
     `trained`: full tensors by plain name. Uses `peft.utils.other.AuxiliaryTrainingWrapper`. The public
@@ -157,10 +162,11 @@ def is_adapted_attention(module: nn.Module) -> bool:
     return isinstance(module, _BaseAdaptedAttention)
 
 
-def name_no_feedforward(settings: Any, model_type: str) -> None:
-    """Let IA3 scale the output of every target of an architecture for which peft knows no feed-forward modules.
+def scale_outputs_if_architecture_unknown(settings: Any, model_type: str) -> None:
+    """Let IA3 scale the output of every target, if peft knows no feed-forward modules of this `model_type`, in `settings`.
 
-    peft takes no feed-forward modules for "those that I know", and ends where it knows none.
+    (IA3 scales the inputs of feed-forward modules instead.) If none are set, peft takes those that it knows, and raises an error
+    for an architecture of which it knows none.
     """
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
 
