@@ -144,7 +144,7 @@ class FrozenWeights:
 
 
 class _GroupedFrozen(torch.autograd.Function):
-    """The product without an update. Saves the parameter, which may be packed, not the unpacked weights: the backward pass unpacks these again."""
+    """The product without an update. Saves the parameter, which may be packed: the backward pass unpacks it again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, frozen_weight: Tensor, frozen: FrozenWeights) -> Tensor:
