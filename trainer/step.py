@@ -121,13 +121,13 @@ class BuiltModel:
     """How the objective reads data."""
     collator: Collator
     """What makes micro-batches in this layout."""
-    arrangement: AttentionLayout
+    attention_layout: AttentionLayout
     """How documents lie in a row, and the attention kernel."""
     new_token_ids: list[int]
     """Ids of the tokens that the run adds to the vocabulary."""
-    vocabulary: frozenset[str]
+    vocabulary_parameters: frozenset[str]
     """Base names of the parameters that have a row for each token."""
-    plain: Any
+    base_on_meta: Any
     """The architecture as transformers builds it, on meta and untouched: what checkpoints are read into."""
     head_prefixes: tuple[str, ...]
     """Top-level names of a head that the checkpoint need not have (classification)."""
@@ -135,43 +135,43 @@ class BuiltModel:
     """The transformers config of the model."""
     base_config: Any = None
     """The transformers config of the base with the run's positions, which an adapter needs; None if no setting changes them."""
-    two_sides: EncoderDecoder | None = None
+    encoder_decoder: EncoderDecoder | None = None
     """Set for encoder-decoder models trained as such."""
     scheme: Scheme | None = None
-    """How the weights in `quantised` are stored."""
-    quantised: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """How the weights in `quantised_shapes` are stored."""
+    quantised_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Shapes of the weights that are stored packed, by base name."""
-    zeroed: dict[str, int] = field(default_factory=dict)
+    zero_row_by_name: dict[str, int] = field(default_factory=dict)
     """The row that stays zero, by base name."""
-    activations: float | None = None
+    activation_bytes: float | None = None
     """Bytes that the longest micro-batch holds at its peak on one rank; None if they were not counted."""
-    expected: tuple[float, float] | None = None
+    expected_bytes: tuple[float, float] | None = None
     """(model state, activations) in bytes on one rank, as estimated before there are weights."""
-    folded: MergedAdapters | None = None
+    merged_adapters: MergedAdapters | None = None
     """Adapters that are merged into the base as it is loaded."""
 
     @property
     def layout(self) -> Layout:
         """How documents lie in a row."""
-        return self.arrangement.layout
+        return self.attention_layout.layout
 
     @property
     def attention(self) -> str:
         """transformers' name of the attention kernel."""
-        return self.arrangement.attention
+        return self.attention_layout.attention
 
     @property
     def substitutions(self) -> dict[str, str]:
         """What was chosen for the user, and why; grows while the run is built."""
-        return self.arrangement.notes
+        return self.attention_layout.notes
 
     def base_weights(self, directory: Path) -> BaseWeights:
         """The values of the base as it is trained on, read from the model in `directory`."""
         return BaseWeights(
             directory,
-            self.plain,
+            self.base_on_meta,
             tied_names(self.step_module.model, self.tuning.base_name),
-            merged_adapters=self.folded,
+            merged_adapters=self.merged_adapters,
             scheme=self.scheme,
-            quantised=self.quantised,
+            quantised=self.quantised_shapes,
         )

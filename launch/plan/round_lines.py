@@ -91,7 +91,7 @@ def round_lines_of_dry_run(
     step_s = flops / (ranks * REACHED_PEAK_SHARE * card.tflops(config.precision) * 1e12)
     itemsize = 4 if config.precision is Precision.fp32 else 2
     vocabulary = int(getattr(text_model_config(built.config), "vocab_size", 0))
-    _, blocks = width_and_num_blocks(built.plain)
+    _, blocks = width_and_num_blocks(built.base_on_meta)
     planned = estimate_round_time(
         load,
         GeneratorSizes(num_parameters, blocks, vocabulary, itemsize),

@@ -218,7 +218,7 @@ def test_the_estimate_of_memory_counts_the_experts_of_a_rank(root):
     activations = activation_peak_bytes(built, work, config.strategy.activation_checkpointing, Precision.bf16)
     trained = sum(parameter.numel() for parameter in step.parameters())
     of_rank = trained - len(modules) * row_counts * 3 / 4
-    built.activations = activations
+    built.activation_bytes = activations
     need = (
         state[4] + expected_activation_bytes(built, work, config.strategy, Precision.bf16) + 4 * (of_rank - trained / 8)
     )
@@ -284,7 +284,7 @@ def test_the_bytes_that_a_step_exchanges_leave_reward_models_out(root):
                 _expert_exchange_bytes(built, config.strategy, Precision.bf16, 100.0),
             )
         )
-        step.add_reward_model("judge", copy.deepcopy(built.plain), set())
+        step.add_reward_model("judge", copy.deepcopy(built.base_on_meta), set())
     assert found[1] == (2 * found[0][0], found[0][1])
 
 

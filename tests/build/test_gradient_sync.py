@@ -32,7 +32,7 @@ def made(tmp_path_factory):
 def planned(made, strategy, monkeypatch, *, steps=4, memories=(64.0,)):
     """(decision, what is said of it) where the ranks have these GiB."""
     built, work = made
-    built.step_module.plan.defer_sync = built.activations = None
+    built.step_module.plan.defer_sync = built.activation_bytes = None
     built.substitutions.clear()
     monkeypatch.setattr(gradient_sync.processes, "gather_objects", lambda value, runtime: list(memories))
     plan_gradient_reduction(built, work, strategy, Precision.bf16, RANKS, micro_batches=steps)
@@ -80,7 +80,7 @@ def test_gradient_sync_is_not_planned_where_there_is_no_choice(made, monkeypatch
 def test_activations_that_cannot_be_counted_are_estimated(made, monkeypatch):
     monkeypatch.setattr(gradient_sync, "activation_peak_bytes", lambda *_: None)
     built, work = made
-    built.activations = None
+    built.activation_bytes = None
     trained = sum(p.numel() for _, p in named_parameters(built.step_module))
     need = model_state_bytes(built, FSDP2, Precision.bf16, RANKS) + expected_activation_bytes(
         built, work, FSDP2, Precision.bf16

@@ -87,7 +87,7 @@ def weight_source(built, base):
         seed=1,
         init_std=0.02,
         new_token_ids=built.new_token_ids,
-        vocabulary_parameter_names=built.vocabulary,
+        vocabulary_parameter_names=built.vocabulary_parameters,
     )
 
 

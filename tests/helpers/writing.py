@@ -36,7 +36,7 @@ def made(
     config = run_config(model, strategy, "lora", micro=4, **sides)
     tokenizer = load_tokenizer(config.model)
     engine, built, _ = build_engine(config, tokenizer, two_sided_set(root), config.precision, runtime)
-    start = built.two_sides.decoder_start if built.two_sides else None
+    start = built.encoder_decoder.decoder_start if built.encoder_decoder else None
     return engine, AnswerGenerator(
         tokenizer, load_generation_config(config.model, built.config, start), runtime, **words
     )

@@ -95,4 +95,4 @@ def test_tied_head_with_equal_values_is_one_tensor(tmp_path, trained):
     stored_head(directory, 1.0)
     _, built = built_trainer(trained._config(directory, "single", "full"), trained.data, trained.runtime)
     assert "model.tied_head" not in built.substitutions and built.config.tie_word_embeddings
-    assert built.plain.lm_head.weight is built.plain.model.embed_tokens.weight
+    assert built.base_on_meta.lm_head.weight is built.base_on_meta.model.embed_tokens.weight

@@ -144,7 +144,7 @@ class Job:
             raise Differs(f"losses {losses}")
         self._export(trainer, built, directory, tuning)
         answer = {"layout": str(built.layout), "attention": built.attention, "worst": worst, "losses": losses}
-        return answer | {"sequence": sequence_word(built.arrangement)}
+        return answer | {"sequence": sequence_word(built.attention_layout)}
 
     def _export(self, trainer: Any, built: Any, directory: Path, tuning: str) -> None:
         """Write the export and compare its logits, reloaded by plain transformers and peft, with the trained model's."""

@@ -93,7 +93,7 @@ def generate(job: Job, case: str) -> dict[str, Any]:
         tokenizer,
         settings,
         generation_config=load_generation_config(
-            config.model, built.config, built.two_sides.decoder_start if built.two_sides else None
+            config.model, built.config, built.encoder_decoder.decoder_start if built.encoder_decoder else None
         ),
         runtime=job.runtime,
     )

@@ -247,7 +247,7 @@ def test_tokens_of_a_prefix_that_starts_at_zero_learn_different_things(bases, ru
     encoder = engine.step_module.model.get_submodule(virtual.ENCODER_MODULE)
     with torch.no_grad():
         tokens = encoder(torch.arange(4)[None])[0]
-    values = tokens.view(4, built.plain.config.num_hidden_layers, 2, -1)[:, :, 1]
+    values = tokens.view(4, built.base_on_meta.config.num_hidden_layers, 2, -1)[:, :, 1]
     for first in range(4):
         for second in range(first):
             assert float((values[first] - values[second]).abs().max()) > 1e-6
@@ -263,7 +263,7 @@ def test_a_prefix_starts_nearer_to_its_base_at_zero_than_at_random(bases, runtim
         logits = reference_logits(engine, built, ids, runtime)
         distance[init] = float((logits - logits_of(plain(base), ids)).square().mean())
         (prefix,) = [value for _, value in named_parameters(engine.step_module) if value.requires_grad]
-        values = prefix.view(4, built.plain.config.num_hidden_layers, 2, -1)[:, :, 1]
+        values = prefix.view(4, built.base_on_meta.config.num_hidden_layers, 2, -1)[:, :, 1]
         assert bool(values.any()) == (init is PrefixInit.random)
     assert 0 < distance[PrefixInit.zero] < distance[PrefixInit.random], distance
 

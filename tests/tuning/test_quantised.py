@@ -140,7 +140,7 @@ def test_quantised_model_is_the_one_that_transformers_loads(name, base, runtime)
     reference = reference_logits(engine, built, ids, runtime)
     assert_same_logits(reference, logits_of(theirs, ids))
     names = {f"{n}.weight" for n, m in theirs.named_modules() if type(m) in (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)}
-    assert names == set(built.quantised)
+    assert names == set(built.quantised_shapes)
 
 
 @pytest.mark.parametrize("name", ["nf4", "int8"])
@@ -161,12 +161,14 @@ def test_quantised_model_keeps_the_modules_in_float32_that_transformers_keeps(na
         directory, LoraConfig(rank=4), runtime, steps=0, objective=objective, **settings_of(scheme)
     )
     names = {f"{n}.weight" for n, m in theirs.named_modules() if type(m) in (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)}
-    assert names == set(built.quantised) and not [n for n in names if ".wo." in n]
+    assert names == set(built.quantised_shapes) and not [n for n in names if ".wo." in n]
     logits = reference_logits(engine, built, probe_ids(tokenizer), runtime)
     ids = torch.tensor([probe_ids(tokenizer)])
     theirs.train()
     with torch.no_grad():
-        expected = theirs(input_ids=ids, decoder_input_ids=shift_right(ids, built.two_sides.decoder_start)).logits[0]
+        expected = theirs(
+            input_ids=ids, decoder_input_ids=shift_right(ids, built.encoder_decoder.decoder_start)
+        ).logits[0]
     assert_same_logits(logits, expected)
 
 
@@ -237,7 +239,7 @@ def test_a_model_without_linear_layers_is_refused(tmp_path, runtime):
 def test_modules_that_train_in_full_are_not_quantised(base, runtime):
     config = replace(LoraConfig(rank=4), targets=["q_proj"], modules_to_save=["down_proj"])
     engine, built, _ = trained(base, config, runtime, **settings_of(SCHEMES["nf4"]))
-    assert not [name for name in built.quantised if "down_proj" in name]
+    assert not [name for name in built.quantised_shapes if "down_proj" in name]
     assert [n for n, p in named_parameters(engine.step_module) if p.requires_grad and "down_proj" in n]
 
 

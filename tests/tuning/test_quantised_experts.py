@@ -117,7 +117,9 @@ def test_an_adapter_on_quantised_experts_is_plain_pefts_on_a_rounded_base(bases,
     base, scheme = bases(architecture), SCHEMES[name]
     parts = trained(base, LoraConfig(**BOTH), runtime, **settings_of(scheme))
     built, ids = parts[1], probe_ids(parts[2])
-    assert sum("experts" in key for key in built.quantised) == 4 and "model.quantisation" not in built.substitutions
+    assert (
+        sum("experts" in key for key in built.quantised_shapes) == 4 and "model.quantisation" not in built.substitutions
+    )
     reference = reference_logits(parts[0], built, ids, runtime)
     plain = plain_rounded(base, scheme)
     assert (logits_of(copy.deepcopy(plain), ids) - reference).abs().max() > 1e-3 * reference.abs().max()
@@ -156,7 +158,7 @@ def test_quantised_experts_with_a_computation_of_their_own_are_named(bases, runt
     tiny_tokenizer().save_pretrained(tmp_path)
     _, built, _ = trained(tmp_path, LoraConfig(rank=4), runtime, steps=0, **settings_of(SCHEMES["nf4"]))
     stacks = sum(p.numel() for p in model.parameters() if p.dim() == 3)  # its routers are linear layers
-    assert {len(shape) for shape in built.quantised.values()} == {2}
+    assert {len(shape) for shape in built.quantised_shapes.values()} == {2}
     said = built.substitutions["model.quantisation"]
     assert f"{stacks:,} parameters" in said
     assert "mlp.input_linear.weight the largest" in said

@@ -57,8 +57,8 @@ def plan_gradient_reduction(
     defer_sync = extra_bytes < NEGLIGIBLE_SHARE * budget_bytes
     reason = f"whole gradients take {extra_bytes / 2**30:.2f} GiB more"
     if not defer_sync:
-        if built.activations is None:
-            built.activations = activation_peak_bytes(built, work, strategy.activation_checkpointing, precision)
+        if built.activation_bytes is None:
+            built.activation_bytes = activation_peak_bytes(built, work, strategy.activation_checkpointing, precision)
         state_bytes = model_state_bytes(built, strategy, precision, runtime)
         peak_bytes = state_bytes + expected_activation_bytes(built, work, strategy, precision) + extra_bytes
         defer_sync = peak_bytes <= budget_bytes

@@ -249,10 +249,10 @@ def build_model(
         seed=config.run.seed,
         init_std=getattr(built.config, "initializer_range", 0.02),
         new_token_ids=built.new_token_ids,
-        vocabulary_parameter_names=built.vocabulary,
-        computed_values=built.two_sides.computed if built.two_sides else None,
+        vocabulary_parameter_names=built.vocabulary_parameters,
+        computed_values=built.encoder_decoder.computed if built.encoder_decoder else None,
     )
-    source.zero_row_by_name = built.zeroed
+    source.zero_row_by_name = built.zero_row_by_name
     shape_by_name = {name: tuple(parameter.shape) for name, parameter in named_parameters(built.step_module)}
     source.check_names_and_shapes(shape_by_name, head_prefixes=built.head_prefixes)
 
@@ -267,7 +267,7 @@ def build_model(
 def tile_mlps_of_built_model(built: BuiltModel, config: RunConfig) -> None:
     """Let the MLPs of a model compute `strategy.mlp_tokens` tokens at a time. Raises ConfigError if they cannot."""
     kind = objective_family(config.objective).kind
-    tile_mlps(built.step_module, built.config, built.plain, kind, config.strategy.mlp_tokens)
+    tile_mlps(built.step_module, built.config, built.base_on_meta, kind, config.strategy.mlp_tokens)
 
 
 def _sequence_notes(config: RunConfig, built: BuiltModel, data: PreparedData) -> list[str]:
@@ -286,10 +286,10 @@ def check_model_takes_data(config: RunConfig, built: BuiltModel, data: PreparedD
     - packing is set, and the model is trained with padded rows.
     - batches have several rows, and the model computes correctly only with one.
     """
-    if config.parallel.sequence > 1 and built.arrangement.sequence_problem is not None:
+    if config.parallel.sequence > 1 and built.attention_layout.sequence_problem is not None:
         raise ConfigError(
             f"parallel.sequence={config.parallel.sequence}: ranks cannot share rows of this {built.config.model_type}: "
-            f"{built.arrangement.sequence_problem}; set parallel.sequence=1"
+            f"{built.attention_layout.sequence_problem}; set parallel.sequence=1"
         )
     text = text_model_config(built.config)
     family = objective_family(config.objective)

@@ -100,7 +100,7 @@ def counted_activations(built: BuiltModel, work: Workload, precision: Precision)
     Raises ConfigError for a model whose forward pass reads values, which meta tensors do not have.
     """
     try:
-        if built.two_sides is not None:
+        if built.encoder_decoder is not None:
             raise ValueError("its two sides have lengths of their own")
         return count_activations(built.step_module, longest_micro_batch(built, work), precision)
     except (RuntimeError, NotImplementedError, KeyError, TypeError, ValueError) as error:
@@ -125,10 +125,10 @@ def expected_activation_bytes(
     built: BuiltModel, work: Workload, strategy: StrategyConfig, precision: Precision
 ) -> float:
     """Bytes of activations of the longest micro-batch: as `plan_checkpointing` counted them, or else by a rule of thumb."""
-    if built.activations is not None:
-        return built.activations
+    if built.activation_bytes is not None:
+        return built.activation_bytes
     tokens = num_tokens_of_longest(built, work)
-    width, num_blocks = width_and_num_blocks(built.plain)
+    width, num_blocks = width_and_num_blocks(built.base_on_meta)
     if strategy.offload_activations and strategy.activation_checkpointing is ActivationCheckpointing.full:
         num_blocks = 0  # the inputs of blocks, all that is kept of them, lie in host memory
     return estimated_activation_bytes(tokens, width, num_blocks, strategy.activation_checkpointing, precision)
@@ -139,7 +139,7 @@ def plan_checkpointing(
 ) -> None:
     """Resolve `activation_checkpointing=auto`: choose for each block what it recomputes, so that the step fits in memory.
 
-    Sets `recomputation` in the plan of the step module (a mode for each block), `built.activations` (peak bytes), and a line for
+    Sets `recomputation` in the plan of the step module (a mode for each block), `built.activation_bytes` (peak bytes), and a line for
     the user in `built.substitutions`. Does nothing for another setting than `auto`. All ranks must call; they follow rank 0.
     """
     if strategy.activation_checkpointing is not ActivationCheckpointing.auto:
@@ -152,10 +152,10 @@ def plan_checkpointing(
     modes, fits = choose_recomputation(activations, budget_gib * 2**30 - state_size)
     modes = processes.broadcast_object(modes, runtime)
     built.step_module.plan.recomputation = modes
-    built.activations = activations.peak_bytes(modes)
+    built.activation_bytes = activations.peak_bytes(modes)
     blocks_by_mode = {mode: modes.count(mode) for mode in ActivationCheckpointing}
     mode_texts = [f"{mode} in {count} of {len(modes)} blocks" for mode, count in blocks_by_mode.items() if count]
-    peak_gib = (state_size + built.activations) / 2**30
+    peak_gib = (state_size + built.activation_bytes) / 2**30
     warning = "" if fits else "; more than there is: lower batch.micro or data.max_length, or shard more"
     built.substitutions["strategy.activation_checkpointing"] = (
         f"auto -> {', '.join(mode_texts) or 'none'} (estimated peak {peak_gib:.2f} of {budget_gib:.2f} GiB{warning})"
@@ -200,7 +200,7 @@ def check_host_memory_for_inputs(
     blocks = len(built.step_module.shard_units())
     if modes is not None:
         blocks = sum(mode is not ActivationCheckpointing.none for mode in modes)
-    width, _ = width_and_num_blocks(built.plain)
+    width, _ = width_and_num_blocks(built.base_on_meta)
     itemsize = 4 if precision is Precision.fp32 else 2
     tokens = num_tokens_of_longest(built, work)
     on_host = expected_host_inputs(blocks=blocks, tokens=tokens, width=width, itemsize=itemsize)
@@ -219,9 +219,9 @@ def check_host_memory_for_inputs(
 def set_expected_memory(
     built: BuiltModel, work: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
 ) -> None:
-    """Set `built.expected`: estimated bytes of a rank for (model state, activations). Must be called before the model is sharded.
+    """Set `built.expected_bytes`: estimated bytes of a rank for (model state, activations). Must be called before the model is sharded.
 
     No collective.
     """
     bytes_of_state = model_state_bytes(built, strategy, precision, runtime)
-    built.expected = (bytes_of_state, expected_activation_bytes(built, work, strategy, precision))
+    built.expected_bytes = (bytes_of_state, expected_activation_bytes(built, work, strategy, precision))

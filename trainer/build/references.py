@@ -66,8 +66,8 @@ def attach_reference_model(
 
     has_teacher = family.teacher(objective) is not None
     # A teacher has weights of its own; a copy begins with the adapter of `tuning.from`, if there is one.
-    initial_adapter = None if has_teacher else initial_weights_reader(built.plain, tuning_config)
-    frozen = frozen_model(config, objective, built.config, built.arrangement, source, initial_adapter, tokenizer)
+    initial_adapter = None if has_teacher else initial_weights_reader(built.base_on_meta, tuning_config)
+    frozen = frozen_model(config, objective, built.config, built.attention_layout, source, initial_adapter, tokenizer)
     step.teacher = frozen.model
     source.frozen_sources[TEACHER_PREFIX] = frozen.weights
     step.objective = build_objective(objective, reference_models(tuning, frozen.model))

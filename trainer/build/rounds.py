@@ -108,7 +108,7 @@ def generation_memory_lines(config: RunConfig, built: BuiltModel, longest_prompt
     num_rows = rollout.rows or min(num_completions, MAX_GENERATION_ROWS[device_type])
     row_tokens = longest_prompt + rollout.max_new_tokens
     itemsize = 4 if config.precision is Precision.fp32 else 2
-    weights_gib = sum(p.numel() for p in built.plain.parameters()) * itemsize / 2**30
+    weights_gib = sum(p.numel() for p in built.base_on_meta.parameters()) * itemsize / 2**30
     kv_cache_gib = kv_cache_bytes_upper_bound(built.config, num_rows, row_tokens, itemsize) / 2**30
     lines = [
         f"writing: {num_prompts_per_round(config)} prompts x {settings.group_size} answers a round, at "

@@ -108,16 +108,16 @@ def build_step_module(
         tuning=tuning,
         data_spec=data_spec,
         collator=data_spec.collator(arrangement.layout, tokenizer.pad_token_id, decoder_start),
-        arrangement=arrangement,
+        attention_layout=arrangement,
         new_token_ids=new_ids,
-        vocabulary=vocabulary,
-        plain=plain,
+        vocabulary_parameters=vocabulary,
+        base_on_meta=plain,
         head_prefixes=heads,
         config=model_config,
         base_config=base_config if positions_are_set(config) else None,
-        two_sides=two_sides,
-        zeroed=zeroed,
-        folded=folded,
+        encoder_decoder=two_sides,
+        zero_row_by_name=zeroed,
+        merged_adapters=folded,
     )
     _finish_step_module(built, config, head, family.kind)
     return built
@@ -165,7 +165,7 @@ def _finish_step_module(built: BuiltModel, config: ModelConfig, head: Any, kind:
     _quantise(built, config, head)
     fuse_lora(step.model)
     use_low_rank_forward(step.model)
-    step.added_losses, routing_notes = install_added_losses(config, built.config, built.plain, step.model, kind)
+    step.added_losses, routing_notes = install_added_losses(config, built.config, built.base_on_meta, step.model, kind)
     built.substitutions.update(routing_notes)
 
 
@@ -187,13 +187,15 @@ def _quantise(built: BuiltModel, config: ModelConfig, head: Any) -> None:
         return
     model = built.step_module.model
     base_name = built.tuning.base_name
-    built.quantised = quantise_layers(
+    built.quantised_shapes = quantise_layers(
         model, scheme, output_head=head, kept_prefixes=built.head_prefixes, base_name=base_name
     )
-    built.quantised |= quantise_experts(
+    built.quantised_shapes |= quantise_experts(
         model, scheme, kept_in_float32=names_kept_in_float32(model), base_name=base_name
     )
     trained_names = {base_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
-    unpacked_note = unquantised_note(built.plain, {*built.quantised, *built.vocabulary, *trained_names})
+    unpacked_note = unquantised_note(
+        built.base_on_meta, {*built.quantised_shapes, *built.vocabulary_parameters, *trained_names}
+    )
     if unpacked_note is not None:
         built.substitutions["model.quantisation"] = f"{scheme} -> {unpacked_note}"

@@ -64,7 +64,7 @@ def build_evaluators(
     loss_batches = batches
     longest_document = int(held_out.lengths[sequences].max(initial=0))
     bounds: list[int] = []
-    if not built.two_sides:  # batches of encoder-decoder models have no `position_ids`
+    if not built.encoder_decoder:  # batches of encoder-decoder models have no `position_ids`
         bounds = position_group_bounds(longest_document, loss_by_position=config.loss_by_position)
     if bounds:
         loss_batches = partial(with_position_groups, batches, bounds)
@@ -93,7 +93,7 @@ def build_evaluators(
         generation_share = EvalShare(
             config.batch, engine.rank, engine.world_size, config.generate.samples, by_source=has_named_sets
         )
-        decoder_start = built.two_sides.decoder_start if built.two_sides else None
+        decoder_start = built.encoder_decoder.decoder_start if built.encoder_decoder else None
         generation_evaluator = GenerationEvaluator(
             held_out,
             generation_share,
@@ -147,7 +147,7 @@ def build_model_interface(
     `labels`: names of the labels of a classification head, in the order of their ids; None for a language model. `stop_now`:
     whether the run must stop, the same on all ranks.
     """
-    decoder_start = built.two_sides.decoder_start if built.two_sides else None
+    decoder_start = built.encoder_decoder.decoder_start if built.encoder_decoder else None
     answer_generator = AnswerGenerator(
         encoder.tokenizer,
         load_generation_config(model, built.config, decoder_start),
@@ -156,7 +156,7 @@ def build_model_interface(
         stop_now=stop_now,
     )
     max_positions = getattr(text_model_config(built.config), "max_position_embeddings", None)
-    is_encoder_decoder = bool(built.two_sides)
+    is_encoder_decoder = bool(built.encoder_decoder)
     if is_encoder_decoder or (max_positions is not None and max_positions <= 0):  # 0 or -1: the model has no limit
         max_positions = None
     return ModelInterface(

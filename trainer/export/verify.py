@@ -131,8 +131,8 @@ def _batch_of_one_document(built: BuiltModel, ids: Tensor) -> dict[str, Any]:
     - packed layout: positions, and the bounds of the one document, which attention over documents of different lengths takes.
     """
     batch: dict[str, Any] = {"input_ids": ids}
-    if built.two_sides is not None:
-        batch["decoder_input_ids"] = shift_right(ids, built.two_sides.decoder_start)
+    if built.encoder_decoder is not None:
+        batch["decoder_input_ids"] = shift_right(ids, built.encoder_decoder.decoder_start)
     if built.layout is Layout.padded:
         batch["attention_mask"] = torch.ones_like(ids)
     else:
@@ -277,9 +277,9 @@ def verify_against_reference(
     Raises DriftError if they differ; transformers and peft have error types of their own for files that they cannot load.
     """
     assert reference.logits is not None
-    decoder_start = built.two_sides.decoder_start if built.two_sides else None
+    decoder_start = built.encoder_decoder.decoder_start if built.encoder_decoder else None
     quantised_base = None
-    if adapter and built.quantised:
+    if adapter and built.quantised_shapes:
         quantised_base = built.base_weights(Path(base_path))
     verification = verify_export(
         directory,

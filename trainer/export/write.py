@@ -302,7 +302,7 @@ def _write_small_files(
             (staging_dir / INDEX_FILE).write_text(index_json, encoding="utf-8")
         _write_model_config(model, plan.dtype, staging_dir, facts)
     model.tokenizer.save_pretrained(str(staging_dir))
-    writes_chats = model.built.two_sides is None and model.model_without_adapter.can_generate()
+    writes_chats = model.built.encoder_decoder is None and model.model_without_adapter.can_generate()
     if writes_chats:
         write_end_tokens(model.tokenizer, staging_dir, model.base_path)
     facts.resize_to = _num_tokens_to_resize_to(model) if is_adapter else None

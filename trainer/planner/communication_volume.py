@@ -36,7 +36,7 @@ def expected_bytes_by_collective(
     if the bytes cannot be computed: for quantised bases, and for ZeRO-3, which decides while it runs how often it gathers.
     """
     is_zero3 = isinstance(strategy, ZeroConfig) and strategy.stage == 3
-    if built.quantised or is_zero3:
+    if built.quantised_shapes or is_zero3:
         return None
     if runtime.world_size == 1:
         return {}
@@ -148,7 +148,7 @@ def _shared_row_bytes(
     known. Left out: replayed documents, which a reference model reads by themselves.
     """
     step = built.step_module
-    _, blocks = width_and_num_blocks(built.plain)
+    _, blocks = width_and_num_blocks(built.base_on_meta)
     # A backward pass exchanges the gradients of what a forward pass exchanges.
     passes = _num_forward_passes(built, strategy) + 1
     elements = _all_to_all_elements_per_layer(built.config, degree, tokens) * passes * blocks
@@ -185,7 +185,7 @@ def _expert_exchange_bytes(built: BuiltModel, strategy: StrategyConfig, precisio
 def _num_forward_passes(built: BuiltModel, strategy: StrategyConfig) -> float:
     """How often blocks run forward in a micro-batch, recomputed ones included; on average over the blocks."""
     step = built.step_module
-    _, blocks = width_and_num_blocks(built.plain)
+    _, blocks = width_and_num_blocks(built.base_on_meta)
     modes = step.plan.recomputation or [strategy.activation_checkpointing] * blocks
     recomputed_blocks = sum(mode is not ActivationCheckpointing.none for mode in modes)
     # Passes without gradients: of the reference model, and of a look ahead, which the reference model takes as well.

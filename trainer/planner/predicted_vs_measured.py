@@ -47,9 +47,9 @@ def predicted_cost(built: BuiltModel, record: RunRecord, optimizer: str, device_
 
     `record`: the run's record at the start. `optimizer`: such as `adamw`. `device_gib`: memory of this rank's device.
     """
-    assert built.expected is not None
+    assert built.expected_bytes is not None
     estimated_state_bytes, activation_bytes = (
-        built.expected
+        built.expected_bytes
     )  # by arithmetic; the first are of weights and optimizer state
     simulated_step = record.must_fit
     if simulated_step is not None:  # more precise than the arithmetic
@@ -57,7 +57,7 @@ def predicted_cost(built: BuiltModel, record: RunRecord, optimizer: str, device_
         memory_by = SIMULATED
     else:
         memory_gib = (estimated_state_bytes + activation_bytes) / GIB
-        memory_by = BY_RULE if built.activations is None else BY_SHAPES
+        memory_by = BY_RULE if built.activation_bytes is None else BY_SHAPES
     step_s = None
     step_by = record.reference_tflops_source  # without a peak, this text says why none is known
     if record.reference_tflops:

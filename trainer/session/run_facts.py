@@ -149,7 +149,7 @@ def _run_record_without_prediction(config: RunConfig, checked: Mapping[str, Any]
         base_model=config.model.path,
         base_commit=base_commit(config),
         quantisation=None if built.scheme is None else str(built.scheme),
-        quantised_experts=sum(len(shape) == 3 for shape in built.quantised.values()),
+        quantised_experts=sum(len(shape) == 3 for shape in built.quantised_shapes.values()),
         folded_adapters={path: adapter_sha256(path) for path in config.model.adapters},
         tuning_from=tuning_from,
         data_fingerprint=data.train.fingerprint,
@@ -164,7 +164,7 @@ def _run_record_without_prediction(config: RunConfig, checked: Mapping[str, Any]
         dealt_experts=_expert_parallel_lines(config, built, precision, runtime),
         routers=added_losses.start_lines(loader.accumulation) if added_losses else [],
         substitutions=_substitutions(config, built.substitutions, precision, runtime),
-        base_parameters=sum(parameter.numel() for parameter in built.plain.parameters()),
+        base_parameters=sum(parameter.numel() for parameter in built.base_on_meta.parameters()),
         flops_per_token=model_flops_per_token(built, mean_tokens, supervised_share),
         reference_tflops=tflops,
         reference_tflops_source=tflops_source,
@@ -247,7 +247,7 @@ def model_flops_per_token(built: BuiltModel, mean_length: float, answer_share: f
     of all are the decoder's. Of experts, only those that are chosen for a token compute.
     """
     text_config = text_model_config(built.config)
-    width, blocks = width_and_num_blocks(built.plain)
+    width, blocks = width_and_num_blocks(built.base_on_meta)
     experts_per_token = getattr(text_config, "num_experts_per_tok", None) or getattr(text_config, "moe_topk", None)
     # Elements of weight matrices that one token is multiplied with: all, and those that are trained.
     matmul_elements = 0.0
@@ -259,16 +259,16 @@ def model_flops_per_token(built: BuiltModel, mean_length: float, answer_share: f
         expert_share = expert_share_of_parameter(built.step_module, name)
         if expert_share is not None:  # this rank has some of the experts only: count all of them
             shape = expert_share.full_shape(shape)
-        if base_name in built.quantised:
-            shape = built.quantised[base_name]
-        is_lookup = base_name in built.vocabulary and not _multiplies_as_head(built, name)
+        if base_name in built.quantised_shapes:
+            shape = built.quantised_shapes[base_name]
+        is_lookup = base_name in built.vocabulary_parameters and not _multiplies_as_head(built, name)
         if len(shape) < 2 or is_lookup:  # norms, biases and embedding look-ups multiply nothing
             continue
         numel = float(full_counts[name])
         if len(shape) == 3 and isinstance(experts_per_token, int):  # [experts, ...]
             num_experts = shape[0]
             numel *= min(experts_per_token, num_experts) / num_experts
-        if built.two_sides is not None:
+        if built.encoder_decoder is not None:
             is_encoder = ".encoder." in f".{name}"
             numel *= 1 - answer_share if is_encoder else answer_share
         matmul_elements += numel

@@ -36,7 +36,7 @@ def kind_by_parameter(built: BuiltModel, names: list[str]) -> dict[str, str]:
     The first of these that applies: an adapter's parameter; a router's weight; a new classification head; the kind of the
     innermost module that contains the parameter and has a known kind.
     """
-    plain = built.plain
+    plain = built.base_on_meta
     modules = dict(plain.named_modules())
     routers = set(router_weight_names(plain))
     embeddings = plain.get_input_embeddings()

@@ -180,7 +180,7 @@ def _record_reference(
 def kernels_description(built: BuiltModel) -> str:
     """The kernels of a forward pass in words: attention, layout of documents, head, quantisation."""
     parts = [f"attention {built.attention}", f"{built.layout.value} rows".replace("_", "-")]
-    path = getattr(built.plain, "forward_path", None)
+    path = getattr(built.base_on_meta, "forward_path", None)
     if path is not None:
         parts.append("loss in the head" if path.fused else "the model's own head")
     if built.scheme is not None:
