@@ -16,7 +16,7 @@ from strategies.build import resolve_precision
 from strategies.errors import ConfigError, Interrupted, Preempted
 from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_engine, build_loader, prepare_data
-from trainer.build.quantised_model import build_as_stored
+from trainer.build.quantised_model import build_quantised_for_evaluation
 from trainer.build.rounds import num_steps_of_run
 from trainer.checkpoints.manifest import manifest_sha256
 from trainer.config.evaluation import tasks_to_run
@@ -103,7 +103,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
     else:
         with reporting_evaluation_out_of_memory(lambda: attempt.phase, config, runtime):
             if quantising_library(config.model.path) is not None:
-                engine, step, precision = build_as_stored(config, tokenizer, data, runtime)
+                engine, step, precision = build_quantised_for_evaluation(config, tokenizer, data, runtime)
             else:
                 engine, step, _ = build_engine(
                     staged_copies.with_local_model(config), tokenizer, data, precision, runtime

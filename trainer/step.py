@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -78,33 +78,43 @@ class TrainStep(nn.Module):
         """
         of_reward_models = {id(part) for part in self.reward_models.modules()}
         blocks = [block for block in outermost_blocks(self, self._block_classes) if id(block) not in of_reward_models]
-        uses = _parameter_uses(self)
-        return [block for block in blocks if _shares_nothing(block, uses)]
+        places_of_whole_model = _num_places_by_parameter(self)
+        return [block for block in blocks if _keeps_parameters_to_itself(block, places_of_whole_model)]
 
 
-def outermost_blocks(module: nn.Module, classes: set[str]) -> list[nn.Module]:
+def outermost_blocks(module: nn.Module, class_names: set[str]) -> list[nn.Module]:
     """The modules of these classes that are inside no other module of them, in the order of the model.
 
-    `classes`: names of classes, such as {"LlamaDecoderLayer"}.
+    `class_names`: such as {"LlamaDecoderLayer"}.
     """
     blocks: list[nn.Module] = []
     inside_blocks: set[int] = set()
     for part in module.modules():
         class_name = type(part).__name__.removeprefix("FSDP")  # FSDP2 renames the classes of what it has sharded
-        if id(part) not in inside_blocks and class_name in classes:
+        if id(part) not in inside_blocks and class_name in class_names:
             blocks.append(part)
             inside_blocks.update(id(inner) for inner in part.modules())
     return blocks
 
 
-def _parameter_uses(module: nn.Module) -> Counter[int]:
-    """How many places in `module` hold each parameter, by its id."""
+def _num_places_by_parameter(module: nn.Module) -> Counter[int]:
+    """How many modules in `module` hold each parameter, by the `id()` of the parameter: 2 for an embedding tied to the head."""
     return Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
 
 
-def _shares_nothing(block: nn.Module, uses: Counter[int]) -> bool:
+def _keeps_parameters_to_itself(block: nn.Module, places_of_whole_model: Counter[int]) -> bool:
     """Whether every place of the whole model that holds a parameter of `block` is inside it."""
-    return all(count == uses[parameter] for parameter, count in _parameter_uses(block).items())
+    places_in_block = _num_places_by_parameter(block)
+    return all(count == places_of_whole_model[parameter_id] for parameter_id, count in places_in_block.items())
+
+
+class ExpectedBytes(NamedTuple):
+    """Estimated memory of one rank in bytes."""
+
+    model_state: float
+    """Parameters, gradients and optimizer state."""
+    activations: float
+    """Peak of the longest micro-batch."""
 
 
 @dataclass(slots=True)
@@ -128,7 +138,7 @@ class BuiltModel:
     vocabulary_parameters: frozenset[str]
     """Base names of the parameters that have a row for each token."""
     base_on_meta: Any
-    """The architecture as transformers builds it, on meta and untouched: what checkpoints are read into."""
+    """The base model as transformers builds it, without added modules or values: checkpoints are read by its names and shapes."""
     head_prefixes: tuple[str, ...]
     """Top-level names of a head that the checkpoint need not have (classification)."""
     config: Any
@@ -145,8 +155,8 @@ class BuiltModel:
     """The row that stays zero, by base name."""
     activation_bytes: float | None = None
     """Bytes that the longest micro-batch holds at its peak on one rank; None if they were not counted."""
-    expected_bytes: tuple[float, float] | None = None
-    """(model state, activations) in bytes on one rank, as estimated before there are weights."""
+    expected_bytes: ExpectedBytes | None = None
+    """Memory of one rank, as estimated before there are weights."""
     merged_adapters: MergedAdapters | None = None
     """Adapters that are merged into the base as it is loaded."""
 
@@ -166,7 +176,10 @@ class BuiltModel:
         return self.attention_layout.notes
 
     def base_weights(self, directory: Path) -> BaseWeights:
-        """The values of the base as it is trained on, read from the model in `directory`."""
+        """The values of the base as it is trained on, read from the model files in `directory`.
+
+        That is with the adapters of `model.adapters` merged (`folded`), and with the weights of `quantised_shapes` packed.
+        """
         return BaseWeights(
             directory,
             self.base_on_meta,

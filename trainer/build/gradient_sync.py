@@ -15,7 +15,7 @@ from trainer.build.recomputation import (
     expected_activation_bytes,
     model_state_bytes,
 )
-from trainer.step import BuiltModel
+from trainer.step import BuiltModel, TrainStep
 
 NEGLIGIBLE_SHARE = 0.01
 """Full gradients that take less than this share of the memory fit, whatever else is there."""
@@ -32,9 +32,9 @@ def plan_gradient_reduction(
 ) -> None:
     """Resolve `strategy.defer_sync=null`: reduce gradients only in a step's last micro-batch if full ones fit until then.
 
-    Writes the choice into the plan of the step module, and its reason into the substitutions. Does nothing if the choice is set,
-    or makes no difference. `micro_batches`: how many a rank computes in a step. All ranks must call; all decide by the memory of
-    the smallest device.
+    Writes the choice into the plan of the step module, and its reason into `built.substitutions`. Does nothing if the choice is
+    set, or makes no difference; only FSDP2 has one. `work`: the longest micro-batch. `micro_batches`: how many a rank computes in
+    a step. All ranks must call; all decide by the memory of the smallest device.
     """
     is_open = isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None
     if not is_open or micro_batches == 1:
@@ -44,10 +44,7 @@ def plan_gradient_reduction(
     if num_shards == 1 or not num_trained:
         return
 
-    # Bytes of full gradients in fp32 beyond the rank's shard. Of distributed experts, a rank has gradients of its own only.
-    num_in_experts = sum(p.numel() for p in expert_parallel_parameters(built.step_module).values() if p.requires_grad)
-    full_elements = num_trained - num_in_experts + num_in_experts / built.step_module.plan.expert_ranks
-    extra_bytes = 4.0 * (full_elements - num_trained / num_shards)
+    extra_bytes = _extra_bytes_of_full_gradients(built.step_module, num_trained, num_shards)
     usable_gib = strategy.memory_gib
     if not usable_gib:
         usable_gib = USABLE_SHARE * min(processes.gather_objects(device_memory_gib(runtime), runtime))
@@ -58,6 +55,7 @@ def plan_gradient_reduction(
     reason = f"whole gradients take {extra_bytes / 2**30:.2f} GiB more"
     if not defer_sync:
         if built.activation_bytes is None:
+            # Kept, since later estimates use the count as well.
             built.activation_bytes = activation_peak_bytes(built, work, strategy.activation_checkpointing, precision)
         state_bytes = model_state_bytes(built, strategy, precision, runtime)
         peak_bytes = state_bytes + expected_activation_bytes(built, work, strategy, precision) + extra_bytes
@@ -66,3 +64,11 @@ def plan_gradient_reduction(
     built.step_module.plan.defer_sync = defer_sync
     choice = "true" if defer_sync else "false, reduced in each micro-batch"
     built.substitutions["strategy.defer_sync"] = f"null -> {choice} ({reason})"
+
+
+def _extra_bytes_of_full_gradients(step_module: TrainStep, num_trained: int, num_shards: int) -> float:
+    """Bytes of a rank's full gradients in fp32 beyond its shard of them. `num_trained`: trained elements of the whole model."""
+    # Of experts that are distributed over ranks, a rank has gradients of its own only.
+    num_in_experts = sum(p.numel() for p in expert_parallel_parameters(step_module).values() if p.requires_grad)
+    full_elements = num_trained - num_in_experts + num_in_experts / step_module.plan.expert_ranks
+    return 4.0 * (full_elements - num_trained / num_shards)

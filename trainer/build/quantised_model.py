@@ -20,12 +20,12 @@ from trainer.objectives.registry import objective_family
 from trainer.step import BuiltModel
 
 
-def build_as_stored(
+def build_quantised_for_evaluation(
     config: RunConfig, tokenizer: Any, data: PreparedData, runtime: Runtime
 ) -> tuple[Engine, BuiltModel, Precision]:
-    """(engine, the model in it, the precision that it computes in). Nothing is trained. Errors: ConfigError.
+    """Build a model whose files are quantised, as they are. Nothing is trained. Errors: ConfigError.
 
-    The precision is the type of the weights that are not in few bits: nothing is cast.
+    Returns (the engine, the model in it, the precision that it computes in): the type of the weights that are not quantised.
     """
     objective, objective_notes = objective_family(config.objective).settle(
         config.objective, data.train, data.label_names
@@ -43,6 +43,7 @@ def build_as_stored(
     built.substitutions.update(objective_notes)
     check_model_takes_data(config, built, data)
     module = built.step_module
+    # Replaces the model on meta by the stored one, and returns the type that it computes in.
     dtype = replace_with_quantised(
         module.model, str(find_weights_directory(config.model)), built.config, runtime.device
     )
@@ -51,7 +52,7 @@ def build_as_stored(
         module,
         make_optimizer=lambda named_parameters: torch.optim.SGD([parameter for _, parameter in named_parameters]),
         max_grad_norm=0.0,
-        precision=Precision.fp32,  # no autocast
+        precision=Precision.fp32,  # to the engine this means no autocast: the layers compute in the type that they have
         runtime=runtime,
         strategy=config.strategy.name,
     )

@@ -20,7 +20,7 @@ from trainer.data.config import Layout
 from trainer.data.objective_spec import DataSpec
 from trainer.data.store.sequences import TokenDataset
 from trainer.model.architecture import width_and_num_blocks
-from trainer.step import BuiltModel
+from trainer.step import BuiltModel, ExpectedBytes
 
 USABLE_SHARE = 0.9
 """Share of the device's memory that plans may use. The rest is for libraries, collectives and fragmentation."""
@@ -139,8 +139,8 @@ def plan_checkpointing(
 ) -> None:
     """Resolve `activation_checkpointing=auto`: choose for each block what it recomputes, so that the step fits in memory.
 
-    Sets `recomputation` in the plan of the step module (a mode for each block), `built.activation_bytes` (peak bytes), and a line for
-    the user in `built.substitutions`. Does nothing for another setting than `auto`. All ranks must call; they follow rank 0.
+    Sets `recomputation` in the plan of the step module (a mode for each block), `built.activation_bytes`, and a line for the user
+    in `built.substitutions`. Does nothing for another setting than `auto`. All ranks must call; they follow rank 0.
     """
     if strategy.activation_checkpointing is not ActivationCheckpointing.auto:
         return
@@ -219,9 +219,8 @@ def check_host_memory_for_inputs(
 def set_expected_memory(
     built: BuiltModel, work: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
 ) -> None:
-    """Set `built.expected_bytes`: estimated bytes of a rank for (model state, activations). Must be called before the model is sharded.
-
-    No collective.
-    """
-    bytes_of_state = model_state_bytes(built, strategy, precision, runtime)
-    built.expected_bytes = (bytes_of_state, expected_activation_bytes(built, work, strategy, precision))
+    """Set `built.expected_bytes` by estimates. Must be called before the model is sharded. No collective."""
+    built.expected_bytes = ExpectedBytes(
+        model_state=model_state_bytes(built, strategy, precision, runtime),
+        activations=expected_activation_bytes(built, work, strategy, precision),
+    )

@@ -47,7 +47,10 @@ def attach_reference_model(
 
     - `no_reference`, `adapter_off`: nothing changes.
     - `initial_adapter`: sets `keeps_initial_weights` in the step's plan, so that the engine keeps the values.
-    - `frozen_model`: adds a frozen model to the step module, and where its weights come from to `source`.
+    - `frozen_model`: adds a frozen model to the step module, as `teacher` also where it is a copy, and where its weights come
+      from to `source`.
+
+    In the last two cases the objective is built anew, since it takes its reference when it is built.
 
     Raises ConfigError if a teacher has another vocabulary, or if the trained model has a head whose distributions cannot be
     compared.
@@ -61,16 +64,27 @@ def attach_reference_model(
     if reference_source is ReferenceSource.initial_adapter:
         step.plan.keeps_initial_weights = True
         step.objective = build_objective(objective, ReferenceModels(keeps_initial_weights=True))
-    if reference_source is not ReferenceSource.frozen_model:
-        return
+    elif reference_source is ReferenceSource.frozen_model:
+        _attach_frozen_model(built, config, objective, tuning_config, source, tokenizer)
 
-    has_teacher = family.teacher(objective) is not None
+
+def _attach_frozen_model(
+    built: BuiltModel,
+    config: ModelConfig,
+    objective: ObjectiveConfig,
+    tuning_config: TuningConfig,
+    source: WeightSource,
+    tokenizer: Any,
+) -> None:
+    """Add a teacher, or a frozen copy of the model before training, to the step module; its weights' origin to `source`."""
+    step = built.step_module
+    has_teacher = objective_family(objective).teacher(objective) is not None
     # A teacher has weights of its own; a copy begins with the adapter of `tuning.from`, if there is one.
     initial_adapter = None if has_teacher else initial_weights_reader(built.base_on_meta, tuning_config)
     frozen = frozen_model(config, objective, built.config, built.attention_layout, source, initial_adapter, tokenizer)
     step.teacher = frozen.model
     source.frozen_sources[TEACHER_PREFIX] = frozen.weights
-    step.objective = build_objective(objective, reference_models(tuning, frozen.model))
+    step.objective = build_objective(objective, reference_models(built.tuning, frozen.model))
     step.add_block_classes(frozen.block_classes)
 
 
@@ -86,6 +100,7 @@ def _reference_source(
         if _base_is_initial_model(tuning, tuning_config):
             return ReferenceSource.adapter_off
         return ReferenceSource.initial_adapter
+    # Distributions come from a forward pass with the adapter off, which needs the base to be in the model still.
     if family.teacher(objective) is None and tuning.keeps_base:
         return ReferenceSource.adapter_off
     return ReferenceSource.frozen_model

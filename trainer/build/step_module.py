@@ -157,12 +157,16 @@ def _freeze_without_gradient(model: Any, tuning: Tuning, plain: Any, arrangement
 
 
 def _finish_step_module(built: BuiltModel, config: ModelConfig, head: Any, kind: ModelKind) -> None:
-    """The last changes to a tuned model: quantise its base, fuse adapters, and add losses of routers and logits."""
+    """The last changes to a tuned model: quantise its base, fuse adapters, and add losses of routers and logits.
+
+    What the user is told of them goes into `built.substitutions`, by setting. `head`: the model's output layer.
+    """
     step = built.step_module
     tuning_note = getattr(built.tuning, "note", "")
     if tuning_note:
         built.substitutions["tuning.targets"] = tuning_note
-    _quantise(built, config, head)
+    _quantise_frozen_weights(built, config, head)
+    # After quantising, since both change the forward passes of the layers that are there then.
     fuse_lora(step.model)
     use_low_rank_forward(step.model)
     step.added_losses, routing_notes = install_added_losses(config, built.config, built.base_on_meta, step.model, kind)
@@ -179,8 +183,14 @@ def freeze_beside_text(model: Any, tuning: Tuning, names: tuple[str, ...]) -> No
             parameter.requires_grad_(False)
 
 
-def _quantise(built: BuiltModel, config: ModelConfig, head: Any) -> None:
-    """Quantise frozen layers if `model.quantisation` asks for it. After tuning, since peft sizes its adapters by plain layers."""
+def _quantise_frozen_weights(built: BuiltModel, config: ModelConfig, head: Any) -> None:
+    """Replace frozen layers and experts by quantised ones, if `model.quantisation` asks for it. Sets `scheme` of `built`.
+
+    - Their shapes go into `built.quantised_shapes`, and into `built.substitutions` which large weights stay as they are.
+    - Not replaced: the output layer `head` of a language model, and the new heads of a classifier (`built.head_prefixes`).
+
+    Called after tuning, since peft sizes its adapters by plain layers.
+    """
     scheme = Scheme.from_settings(config.quantisation, config.double_quantisation)
     built.scheme = scheme
     if scheme is None:
@@ -194,8 +204,8 @@ def _quantise(built: BuiltModel, config: ModelConfig, head: Any) -> None:
         model, scheme, kept_in_float32=names_kept_in_float32(model), base_name=base_name
     )
     trained_names = {base_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
-    unpacked_note = unquantised_note(
+    note_on_unpacked = unquantised_note(
         built.base_on_meta, {*built.quantised_shapes, *built.vocabulary_parameters, *trained_names}
     )
-    if unpacked_note is not None:
-        built.substitutions["model.quantisation"] = f"{scheme} -> {unpacked_note}"
+    if note_on_unpacked is not None:
+        built.substitutions["model.quantisation"] = f"{scheme} -> {note_on_unpacked}"
