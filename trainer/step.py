@@ -178,7 +178,7 @@ class BuiltModel:
     def base_weights(self, directory: Path) -> BaseWeights:
         """The values of the base as it is trained on, read from the model files in `directory`.
 
-        That is with the adapters of `model.adapters` merged (`folded`), and with the weights of `quantised_shapes` packed.
+        That is with the adapters of `model.adapters` merged, and with the weights of `quantised_shapes` packed.
         """
         return BaseWeights(
             directory,
