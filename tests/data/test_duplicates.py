@@ -128,7 +128,7 @@ def test_files_of_the_search_go_with_its_index(tmp_path):
     texts = ["one two three four five six"] * 2
     index = NearIndex(np.arange(2), lambda row: texts[row], np.zeros(2, np.uint64), 0.8, tmp_path)
     index.add(0)
-    assert index.find(1) == 0, "and its memory of sketches has been used"
+    assert index.find_most_similar(1) == 0, "and its memory of sketches has been used"
     gone = weakref.ref(index._index)
     gc.disable()
     try:

@@ -19,7 +19,7 @@ from trainer.data.config import (
     LeakagePolicy,
 )
 from trainer.data.document import Document, Tally
-from trainer.data.selection.leakage import LEAK_KINDS, apply_leakage_policy, find_leaks, first_matching_documents
+from trainer.data.selection.leakage import LEAK_KINDS, find_leaks, first_matching_documents, train_documents_to_drop
 from trainer.data.selection.signatures import Signer, compared_text
 from trainer.data.transforms.decontamination import Decontaminator, evaluation_texts
 
@@ -85,18 +85,19 @@ def test_leakage_policies(planted):
     train, held_out, truth = planted
     leaks, both = leaks_of(train, held_out), [*train, *held_out]
     where = lambda number: both[number].location  # noqa: E731
-    taken, report = apply_leakage_policy(leaks, LeakagePolicy.report, len(train), where)
+    report = leaks.to_report(where)
+    taken = train_documents_to_drop(leaks, LeakagePolicy.report, len(train), report)
     assert not len(taken) and report["train"] == report["held_out"] == dict.fromkeys(LEAK_KINDS, 5)
     assert report["examples"]["exact"][0] == "train.jsonl:8 = eval.jsonl:1"
-    taken, _ = apply_leakage_policy(leaks, LeakagePolicy.drop_train, len(train), where)
+    taken = train_documents_to_drop(leaks, LeakagePolicy.drop_train, len(train), report)
     leaking = {place for place, (_, kind) in truth.items() if kind != "prompt"}  # a shared prompt is only reported
     assert set(taken.tolist()) == leaking and len(leaking) == 15
     with pytest.raises(
         DataError, match=r"15 of 400 .*exact 5, normalized 5.*train.jsonl:8 = eval.jsonl:1.*=drop_train"
     ):
-        apply_leakage_policy(leaks, LeakagePolicy.fail, len(train), where)
+        train_documents_to_drop(leaks, LeakagePolicy.fail, len(train), report)
     clean = leaks_of(train[:5], held_out[40:])
-    assert not len(apply_leakage_policy(clean, LeakagePolicy.fail, 5, where)[0])
+    assert not len(train_documents_to_drop(clean, LeakagePolicy.fail, 5, clean.to_report(where)))
 
 
 def test_leakage_through_a_held_out_template_is_cut_and_reported():

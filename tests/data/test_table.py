@@ -6,7 +6,7 @@ import pytest
 from trainer.data.config import DuplicatePolicy, DuplicatesConfig
 from trainer.data.document import Document
 from trainer.data.selection.signatures import Signer
-from trainer.data.store.documents import schema, to_record_batch
+from trainer.data.store.documents import document_schema, to_record_batch
 
 
 def turns(*contents):
@@ -30,10 +30,10 @@ def test_table_rows_are_what_arrow_itself_makes_of_them(number):
     import pyarrow as pa
 
     documents = (documents_of_every_format() * 5)[:number]
-    columns = {name: [getattr(document, name) for document in documents] for name in schema().names}
+    columns = {name: [getattr(document, name) for document in documents] for name in document_schema().names}
     batch = to_record_batch(documents)
     batch.validate(full=True)
-    assert batch.equals(pa.RecordBatch.from_pydict(columns, schema=schema()))
+    assert batch.equals(pa.RecordBatch.from_pydict(columns, schema=document_schema()))
     assert [column.null_count for column in batch] == [sum(v is None for v in column) for column in columns.values()]
 
 

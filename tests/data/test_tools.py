@@ -14,7 +14,7 @@ from trainer.data.config import DataFormat, LearnConfig, Reasoning
 from trainer.data.document import Document, RejectedRow, SourceRow
 from trainer.data.formats import RowReader
 from trainer.data.selection.signatures import content_json
-from trainer.data.store.documents import DOCUMENTS_FILE, DocumentTable, schema, to_record_batch
+from trainer.data.store.documents import DOCUMENTS_FILE, DocumentTable, document_schema, to_record_batch
 from trainer.data.tokens.encode import Encoder
 
 TOOLS = [{"type": "function", "function": {
@@ -379,7 +379,7 @@ def test_texts_of_arguments_and_thoughts_are_cleaned_and_stored(tmp_path):
         "cc": ["c at d.org", 3],
         "n": 1,
     }
-    writer = pa.ipc.new_stream(str(tmp_path / DOCUMENTS_FILE), schema())
+    writer = pa.ipc.new_stream(str(tmp_path / DOCUMENTS_FILE), document_schema())
     writer.write_batch(to_record_batch([doc, read({"messages": [USER, {"role": "assistant", "content": "a"}]})]))
     writer.close()
     back = DocumentTable(tmp_path)

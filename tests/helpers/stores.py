@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from trainer.data.document import Document
-from trainer.data.store.documents import DOCUMENTS_FILE, schema, to_record_batch
+from trainer.data.store.documents import DOCUMENTS_FILE, document_schema, to_record_batch
 from trainer.data.store.sequences import Sample, Sequences, StoreWriter
 
 
@@ -25,7 +25,7 @@ def write(
     sequences.columns |= {"document": np.arange(number), "source": none, "ended": none}
     store.append(sequences)
     store.finish()
-    with pa.ipc.new_stream(str(directory / DOCUMENTS_FILE), schema()) as table:
+    with pa.ipc.new_stream(str(directory / DOCUMENTS_FILE), document_schema()) as table:
         table.write_batch(to_record_batch([Document("made", line, text="") for line in range(1, number + 1)]))
     about = {"sources": ["data"], **manifest, "documents": number}
     (directory / "manifest.json").write_text(json.dumps(about, default=str))

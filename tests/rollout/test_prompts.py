@@ -12,7 +12,7 @@ from trainer.data.config import DataFormat
 from trainer.data.document import Document, RejectedRow, SourceRow
 from trainer.data.fields import KeptColumns
 from trainer.data.formats import RowReader
-from trainer.data.store.documents import DOCUMENTS_FILE, schema, to_record_batch
+from trainer.data.store.documents import DOCUMENTS_FILE, document_schema, to_record_batch
 from trainer.objectives.answers import PromptDataSpec
 from trainer.objectives.reward_functions import kept_columns, reward_function_problems, reward_functions_in_file
 from trainer.objectives.rollouts import RewardEntry, RoundsConfig
@@ -194,7 +194,7 @@ def test_prompts_that_no_answer_could_be_scored_for_are_named_before_a_run(tmp_p
     documents = [
         Document("p.jsonl", number, prompt="q", columns=columns) for number, columns in enumerate(rows, start=1)
     ]
-    with pa.ipc.new_stream(tmp_path / DOCUMENTS_FILE, schema()) as file:
+    with pa.ipc.new_stream(tmp_path / DOCUMENTS_FILE, document_schema()) as file:
         file.write_batch(to_record_batch(documents[:2]))
         file.write_batch(to_record_batch(documents[2:]))
     train, evaluation = (SimpleNamespace(documents=np.array(numbers)) for numbers in ([2, 0, 1], [3]))

@@ -94,7 +94,7 @@ class DataSpec:
     def number_labels(
         self, columns: DocumentColumns, table: DocumentTable
     ) -> tuple[list[str] | None, np.ndarray | None]:
-        """(label names in the order of their ids, id of each text in `columns.labels`); (None, None) without labels."""
+        """(label names in the order of their ids, id of each text in `columns.label_names`); (None, None) without labels."""
         return None, None
 
     # -- when it is prepared ---------------------------------------------------------------------------------------

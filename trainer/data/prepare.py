@@ -307,11 +307,11 @@ class Preparation:
                 for block in blocks:
                     self.raise_if_stopped()
                     assembly.append(block)
-                    self.progress.add_done_rows(block.rows)
+                    self.progress.add_done_rows(block.num_rows)
 
             # The second pass looks at columns of numbers alone, and at the texts of two documents that are to be compared.
             self.progress.phase = "choosing documents (copies, held-out shares, balance)"
-            columns = assembly.columns()
+            columns = assembly.finish_documents()
             table = DocumentTable(target)
             if self.config.privacy.mode is PrivacyMode.fail:
                 from trainer.data.transforms.privacy.stage import raise_if_personal_data
@@ -319,7 +319,7 @@ class Preparation:
                 raise_if_personal_data(assembly.totals.tally.findings, self.config.privacy)
             label_names, label_ids = self.data_spec.number_labels(columns, table)
             selection = choose_splits(self.config, columns, table, seed=self.seed, log_drop=assembly.log_drop)
-            assembly.finish(label_ids)
+            assembly.finish_store(label_ids)
 
         self.progress.phase = "writing the reports"
         self._write_splits(target, columns, selection)
@@ -333,7 +333,7 @@ class Preparation:
         manifest = {
             "fingerprint": self.fingerprint,
             "tokenizer": {"path": str(self.tokenizer.name_or_path), "vocab_size": len(self.tokenizer)},
-            "sources": columns.sources,
+            "sources": columns.source_names,
             "splits": {split: len(documents) for split, documents in selection.splits.items()},
             "label_names": label_names,
             "report": report,
@@ -367,8 +367,8 @@ class Preparation:
         for split, documents in selection.splits.items():
             directory = target / split
             directory.mkdir()
-            np.save(directory / "index.npy", sequence_numbers(documents, columns.pieces))
-            manifest = {"fingerprint": f"{self.fingerprint}/{split}", "sources": columns.sources}
+            np.save(directory / "index.npy", sequence_numbers(documents, columns.num_sequences_by_document))
+            manifest = {"fingerprint": f"{self.fingerprint}/{split}", "sources": columns.source_names}
             if split == "eval" and named_evaluation_sets:
                 manifest["sets"] = named_evaluation_sets
             (directory / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")

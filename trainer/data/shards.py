@@ -21,7 +21,7 @@ from strategies.errors import DataError
 from trainer.data.document import MAX_EXAMPLES, WRONG_KIND_REASON, Findings, RejectedRow, Tally
 from trainer.data.fields import MAX_REMEMBERED_NAMES
 from trainer.data.selection.splits import DocumentColumns
-from trainer.data.store.documents import DOCUMENTS_FILE, schema
+from trainer.data.store.documents import DOCUMENTS_FILE, document_schema
 from trainer.data.store.sequences import LABEL, MARK_PREFIX, Sequences, StoreWriter, columns_with_prefix
 
 if TYPE_CHECKING:
@@ -35,43 +35,48 @@ class PreparedBlock:
     number: int
     split: str
     source: str
-    rows: int
+    num_rows: int
     """Rows read."""
-    rows_of_file: dict[str, int] = field(default_factory=dict)
+    num_rows_by_file: dict[str, int] = field(default_factory=dict)
     """Rows read, by file."""
-    bad: list[RejectedRow] = field(default_factory=list)
+    rejected_rows: list[RejectedRow] = field(default_factory=list)
     """Rows in quarantine, lost although no setting asked for it (but a check's `quarantine`): unreadable, refused by the chat
     template, or with nothing left to learn."""
     tally: Tally = field(default_factory=Tally)
+    """What the stages dropped (rejected rows too) and noted."""
     documents: pa.RecordBatch | None = None
-    """What is kept, as rows of `documents.arrow`, with `pieces[i]` sequences of document i."""
-    pieces: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """What is kept, as rows of `documents.arrow`."""
+    num_sequences_by_document: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """int64 [documents], each at least 1: more where a long document was split, and 2 for a pair of answers."""
     sequences: Sequences | None = None
-    unread: list[str] = field(default_factory=list)
-    """Columns that nothing read."""
-    labels: list[str] = field(default_factory=list)
-    """Label names in the block's own numbering."""
+    """The tokens of all documents, one document after another."""
+    unread_columns: list[str] = field(default_factory=list)
+    """Names of columns of the rows that nothing read."""
+    label_names: list[str] = field(default_factory=list)
+    """By the number that a label has in this block."""
     signatures: dict[str, np.ndarray] = field(default_factory=dict)
-    """Columns by document, see `trainer.data.selection.signatures.Signer`."""
+    """[documents] each, by name: hashes by which copies and leaks are found later, see `selection.signatures.Signer`."""
 
 
-LABEL_COLUMN = MARK_PREFIX + LABEL
-QUARANTINE = "quarantine.jsonl"
-DROPPED = "dropped.jsonl"
+LABEL_MARK_COLUMN = MARK_PREFIX + LABEL
+QUARANTINE_FILE = "quarantine.jsonl"
+DROPPED_FILE = "dropped.jsonl"
 GIVE_UP_ROWS = 1000
-"""Bad rows after which a run that allows none (or fewer) stops reading."""
+"""Rejected rows after which a run that allows none (or fewer) stops reading."""
 LOST_REASONS = {
     "nothing_to_learn": "no supervised token is within data.max_length={}: the answer starts later",
     "same_answers": "both answers are the same within data.max_length={}",
 }
 """Reasons for which tokenising drops a document although nobody asked for it, each with its message."""
-REMEDIES = {
-    "nothing_to_learn": "raise data.max_length or set data.over_length=split",
+REMEDY_BY_REASON = {
+    "nothing_to_learn": "raise data.max_length",
     "same_answers": "raise data.max_length",
     "control_tokens": "set data.control_tokens=text",
     "wrong_format": "give rows of each format as a source of its own (data.sources.one.path=... data.sources.two.path=...)",
 }
 """The setting that keeps rows which were lost for a reason."""
+_SPLIT_REMEDY = " or set data.over_length=split"
+"""Added to the remedy of `nothing_to_learn` where the objective can learn from pieces of a document."""
 
 
 @dataclass(slots=True)
@@ -79,24 +84,25 @@ class PreparationTotals:
     """Sums of what all blocks counted."""
 
     tally: Tally = field(default_factory=Tally)
-    rows: Counter[tuple[str, str]] = field(default_factory=Counter)
+    num_rows_by_input: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Rows read, by (split, source)."""
-    kept: Counter[tuple[str, str]] = field(default_factory=Counter)
+    num_kept_by_input: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Documents kept, by (split, source)."""
-    rows_of_file: Counter[str] = field(default_factory=Counter)
-    bad: list[RejectedRow] = field(default_factory=list)
-    """The first few bad rows."""
-    bad_reasons: Counter[str] = field(default_factory=Counter)
-    """How many rows were bad, by reason."""
-    unread: dict[str, dict[str, None]] = field(default_factory=dict)
-    """Columns that nothing read, by source, in order of appearance."""
+    num_rows_by_file: Counter[str] = field(default_factory=Counter)
+    """Rows read."""
+    first_rejected_rows: list[RejectedRow] = field(default_factory=list)
+    """At most `MAX_EXAMPLES`, for error messages."""
+    num_rejected_by_reason: Counter[str] = field(default_factory=Counter)
+    """All rejected rows, by code: {"not_json": 3}."""
+    unread_columns_by_source: dict[str, dict[str, None]] = field(default_factory=dict)
+    """Names of columns that nothing read, in order of appearance (a dict as an ordered set)."""
 
 
 class Assembly:
-    """Writes blocks into a directory, in input order. `columns` gives what was kept; no more blocks after it.
+    """Writes blocks into a directory, in input order. No more blocks come after `finish_documents`.
 
-    `rejected_file`: where the list of bad rows is kept if the data is refused. `advise_split`: whether an error may advise
-    `data.over_length=split`.
+    `rejected_file`: where the list of rejected rows is kept if the data is refused. `advise_split`: whether an error may
+    advise `data.over_length=split`.
     """
 
     def __init__(self, directory: Path, max_bad_share: float, rejected_file: Path, *, advise_split: bool) -> None:
@@ -108,215 +114,242 @@ class Assembly:
         import pyarrow as pa
 
         self.store = StoreWriter(directory)
-        self._documents = pa.ipc.new_stream(str(directory / DOCUMENTS_FILE), schema())
-        # Written as rows are found, so that memory does not grow with bad rows.
-        self._quarantine = (directory / QUARANTINE).open("w", encoding="utf-8")
-        self._dropped = (directory / DROPPED).open("w", encoding="utf-8")
+        self._documents = pa.ipc.new_stream(str(directory / DOCUMENTS_FILE), document_schema())
+        # Files of rejected rows and of dropped documents, written as they are found, so that memory does not grow with them.
+        self._quarantine_file = (directory / QUARANTINE_FILE).open("w", encoding="utf-8")
+        self._dropped_file = (directory / DROPPED_FILE).open("w", encoding="utf-8")
         self._split_numbers: dict[str, int] = {}
         self._source_numbers: dict[str, int] = {}
         self._label_numbers: dict[str, int] = {}
         """Numbers by name, in order of appearance, as those of splits and sources are."""
-        self._columns: dict[str, list[np.ndarray]] = {}
-        """Columns of documents by name, in one array a block."""
+        self._arrays_by_document_column: dict[str, list[np.ndarray]] = {}
+        """What is known of each document, by column name: one array [documents of the block] for each block so far."""
         self._num_documents = 0
         """Documents so far."""
 
     def append(self, block: PreparedBlock) -> None:
-        """Write one block: its bad rows, dropped documents, documents and tokens. Changes columns of `block.sequences` in place.
+        """Write one block: its rejected rows, dropped documents, documents and tokens.
 
-        Blocks number labels and documents from 0; here these become the numbers of the whole data set. Raises DataError as soon
-        as too many rows are bad.
+        Blocks number labels and documents from 0; here these become the numbers of the whole data set, in place, in the columns
+        of `block.sequences`. Raises DataError as soon as too many rows are rejected.
         """
         self._add_to_totals(block)
-        for bad_row in block.bad:
-            self._quarantine.write(json.dumps({"source": block.source, **asdict(bad_row)}, ensure_ascii=False) + "\n")
-        for drop in block.tally.drops:
-            self.log_drop(*drop)
-        self._raise_if_too_many_bad_so_far()
+        self._log_rejected_and_dropped(block)
+        self._raise_if_too_many_rejected_so_far()
 
         assert block.sequences is not None and block.documents is not None
-        num_documents = len(block.pieces)
+        num_documents = len(block.num_sequences_by_document)
         source = self._source_numbers.setdefault(block.source, len(self._source_numbers))
-        labels = self._renumber_labels(block, block.sequences)
-        sequence_columns = block.sequences.columns
         document_numbers = np.arange(self._num_documents, self._num_documents + num_documents)
-        sequence_columns["document"] = np.repeat(document_numbers, block.pieces)
-        sequence_columns["source"] = np.full(len(block.sequences.lengths), source, np.int64)
+        block.sequences.columns["document"] = np.repeat(document_numbers, block.num_sequences_by_document)
+        block.sequences.columns["source"] = np.full(len(block.sequences.lengths), source, np.int64)
+        label_of_document = self._renumber_labels(block, block.sequences)
+        self._append_document_columns(block, source, label_of_document)
         self._num_documents += num_documents
-        self._append_document_columns(block, source, labels)
 
         # Tokens are written once, here; splits refer to them by number.
         self.store.append(block.sequences)
         if num_documents:
             self._documents.write_batch(block.documents)
 
-    def _raise_if_too_many_bad_so_far(self) -> None:
-        """Raise DataError if clearly more rows are bad than the run allows, although not all rows are read yet.
+    def _log_rejected_and_dropped(self, block: PreparedBlock) -> None:
+        """Write a block's rejected rows to `quarantine.jsonl`, and all its dropped documents to `dropped.jsonl`."""
+        for rejected_row in block.rejected_rows:
+            row_fields = {"source": block.source, **asdict(rejected_row)}
+            self._quarantine_file.write(json.dumps(row_fields, ensure_ascii=False) + "\n")
+        for stage, reason, location in block.tally.drops:
+            self.log_drop(stage, reason, location)
 
-        Nothing is decided before there are `GIVE_UP_ROWS` bad rows. The share of bad ones is then taken of at least ten times as
-        many rows, since a share of the first few rows says little about the file.
+    def _raise_if_too_many_rejected_so_far(self) -> None:
+        """Raise DataError if clearly more rows are rejected than the run allows, although not all rows are read yet.
+
+        Nothing is decided before there are `GIVE_UP_ROWS` of them. Their share is then taken of at least ten times as many
+        rows, since a share of the first few rows says little about the file.
         """
-        num_bad = self.totals.bad_reasons.total()
-        num_rows = max(self.totals.rows.total(), 10 * GIVE_UP_ROWS)
-        if num_bad > GIVE_UP_ROWS and num_bad > self.max_bad_share * num_rows:
-            self._raise_if_too_many_bad()
+        num_rejected = self.totals.num_rejected_by_reason.total()
+        num_rows = max(self.totals.num_rows_by_input.total(), 10 * GIVE_UP_ROWS)
+        if num_rejected > GIVE_UP_ROWS and num_rejected > self.max_bad_share * num_rows:
+            self._raise_if_too_many_rejected()
 
     def _renumber_labels(self, block: PreparedBlock, sequences: Sequences) -> np.ndarray:
-        """Give a block's labels their numbers in the whole data set, in place. Returns them: int64 [documents], -1 for none."""
-        if LABEL_COLUMN not in sequences.columns:
-            return np.full(len(block.pieces), -1, np.int64)
-        # By the block's own number of a label, its number in the whole data set.
-        global_numbers = []
-        for name in block.labels:
-            global_numbers.append(self._label_numbers.setdefault(name, len(self._label_numbers)))
-        label_of_sequence = np.array(global_numbers, np.int64)[sequences.columns[LABEL_COLUMN]]
-        sequences.columns[LABEL_COLUMN] = label_of_sequence
+        """Replace the label numbers in the columns of `sequences`, the block's own, by those of the whole data set.
+
+        Returns the label number of each document, int64 [documents]; -1 for each if the data has no labels.
+        """
+        if LABEL_MARK_COLUMN not in sequences.columns:
+            return np.full(len(block.num_sequences_by_document), -1, np.int64)
+        global_number_by_block_number = []
+        for name in block.label_names:
+            global_number_by_block_number.append(self._label_numbers.setdefault(name, len(self._label_numbers)))
+        block_numbers = sequences.columns[LABEL_MARK_COLUMN]
+        label_of_sequence = np.array(global_number_by_block_number, np.int64)[block_numbers]
+        sequences.columns[LABEL_MARK_COLUMN] = label_of_sequence
         # All sequences of a document have its label, so that the first one tells it.
-        first_sequence_of_document = np.cumsum(block.pieces) - block.pieces
+        first_sequence_of_document = np.cumsum(block.num_sequences_by_document) - block.num_sequences_by_document
         return label_of_sequence[first_sequence_of_document]
 
-    def _append_document_columns(self, block: PreparedBlock, source: int, labels: np.ndarray) -> None:
-        """Add the columns of a block's documents, one entry a document, to those of earlier blocks."""
-        num_documents = len(block.pieces)
+    def _append_document_columns(self, block: PreparedBlock, source: int, label_of_document: np.ndarray) -> None:
+        """Add what is known of a block's documents, one entry a document, to the columns of earlier blocks.
+
+        `source`: the number of the block's source. `label_of_document`: int64 [documents].
+        """
+        num_documents = len(block.num_sequences_by_document)
         split = self._split_numbers.setdefault(block.split, len(self._split_numbers))
         document_columns = {
+            # int16, since these stay in memory for all documents, and there are few splits and sources.
             "split": np.full(num_documents, split, np.int16),
             "source": np.full(num_documents, source, np.int16),
-            "pieces": block.pieces,
-            "label": labels,
+            "num_sequences": block.num_sequences_by_document,
+            "label": label_of_document,
         }
         for name, column in block.signatures.items():
             document_columns[f"signature.{name}"] = column
         for name, column in document_columns.items():
-            self._columns.setdefault(name, []).append(column)
+            self._arrays_by_document_column.setdefault(name, []).append(column)
 
     def _add_to_totals(self, block: PreparedBlock) -> None:
-        """Add the counts of a block to `totals`, which are for the report.
+        """Add the counts of a block to `totals`, which are for the report and for error messages.
 
         Raises AssertionError if the rows read are not those kept and those dropped.
         """
         totals = self.totals
         input_id = (block.split, block.source)
-        num_documents = len(block.pieces)
-        totals.rows[input_id] += block.rows
-        totals.kept[input_id] += num_documents
-        if block.rows != num_documents + len(block.tally.drops):
+        num_documents = len(block.num_sequences_by_document)
+        totals.num_rows_by_input[input_id] += block.num_rows
+        totals.num_kept_by_input[input_id] += num_documents
+        num_dropped = len(block.tally.drops)
+        if block.num_rows != num_documents + num_dropped:
             raise AssertionError(
-                f"block {block.number}: {block.rows} rows in, {num_documents} kept, the rest unaccounted for"
+                f"block {block.number}: {block.num_rows} rows in, {num_documents} kept, the rest unaccounted for"
             )
-        totals.rows_of_file.update(block.rows_of_file)
+        totals.num_rows_by_file.update(block.num_rows_by_file)
         totals.tally.merge(block.tally)
-        unread_names = totals.unread.setdefault(block.source, {})
-        if len(unread_names) < MAX_REMEMBERED_NAMES:
-            unread_names.update(dict.fromkeys(block.unread))
-        totals.bad_reasons.update(bad_row.reason for bad_row in block.bad)
-        num_examples_lacking = MAX_EXAMPLES - len(totals.bad)
-        totals.bad += block.bad[:num_examples_lacking]
+        unread_columns = totals.unread_columns_by_source.setdefault(block.source, {})
+        if len(unread_columns) < MAX_REMEMBERED_NAMES:  # rows may have a new column each
+            unread_columns.update(dict.fromkeys(block.unread_columns))
+        totals.num_rejected_by_reason.update(rejected_row.reason for rejected_row in block.rejected_rows)
+        num_examples_lacking = MAX_EXAMPLES - len(totals.first_rejected_rows)
+        totals.first_rejected_rows += block.rejected_rows[:num_examples_lacking]
 
     def log_drop(self, stage: str, reason: str, location: str) -> None:
-        """Write one dropped document down in `dropped.jsonl`."""
-        self._dropped.write(json.dumps({"where": location, "stage": stage, "reason": reason}) + "\n")
+        """Write one dropped document down in `dropped.jsonl`. `location`: its `file:line`."""
+        self._dropped_file.write(json.dumps({"where": location, "stage": stage, "reason": reason}) + "\n")
 
-    def _raise_if_too_many_bad(self) -> None:
-        """Raise DataError if too many rows are bad, or all are of a kind that the objective cannot learn from.
+    def _raise_if_too_many_rejected(self) -> None:
+        """Raise DataError if too many rows are rejected, or all are of a kind that the objective cannot learn from.
 
-        Writes the list of bad rows to `rejected_file` first, because the data set's directory is about to be removed.
+        Before it raises, it copies the list of rejected rows (`quarantine.jsonl`) to `rejected_file`, because the data set's
+        directory is about to be removed.
         """
-        reasons = self.totals.bad_reasons
-        num_rows = self.totals.rows.total()
-        num_bad = reasons.total()
+        num_rejected_by_reason = self.totals.num_rejected_by_reason
+        num_rows = self.totals.num_rows_by_input.total()
+        num_rejected = num_rejected_by_reason.total()
         if not num_rows:
             return
-        is_above_limit = num_bad / num_rows > self.max_bad_share
-        are_all_of_wrong_kind = reasons[WRONG_KIND_REASON] >= num_rows
+        is_above_limit = num_rejected / num_rows > self.max_bad_share
+        are_all_of_wrong_kind = num_rejected_by_reason[WRONG_KIND_REASON] >= num_rows
         if not is_above_limit and not are_all_of_wrong_kind:
             return
-        self._quarantine.flush()
+        self._quarantine_file.flush()
         self.rejected_file.parent.mkdir(parents=True, exist_ok=True)
-        self.rejected_file.write_bytes((self.directory / QUARANTINE).read_bytes())
-        counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
-        allowed = f", more than data.max_bad_share={self.max_bad_share:g} allows" if is_above_limit else ""
-        lines = "\n".join([*self._example_lines(num_bad), self._advice(num_bad, num_rows)])
-        raise DataError(f"{num_bad} of {num_rows} rows cannot be used ({counts}){allowed}:\n{lines}")
+        self.rejected_file.write_bytes((self.directory / QUARANTINE_FILE).read_bytes())
+        counts = ", ".join(f"{reason} {count}" for reason, count in num_rejected_by_reason.most_common())
+        exceeded_limit = f", more than data.max_bad_share={self.max_bad_share:g} allows" if is_above_limit else ""
+        lines = "\n".join([*self._example_lines(num_rejected), self._advice(num_rejected, num_rows)])
+        raise DataError(f"{num_rejected} of {num_rows} rows cannot be used ({counts}){exceeded_limit}:\n{lines}")
 
-    def _example_lines(self, num_bad: int) -> list[str]:
-        """Lines of the error: the first bad row of each message, and how many more there are of all `num_bad`."""
-        reasons = self.totals.bad_reasons
+    def _example_lines(self, num_rejected: int) -> list[str]:
+        """Lines of the error: the first rejected row with each message, and how many more there are of all `num_rejected`.
+
+        Only the first few rejected rows are remembered, but all are counted by reason.
+        """
         first_row_by_message: dict[str, RejectedRow] = {}
-        for bad_row in self.totals.bad:
-            first_row_by_message.setdefault(bad_row.message, bad_row)
-        lines = [f"  {bad_row}" for bad_row in first_row_by_message.values()]
-        num_more = num_bad - len(lines)
+        for rejected_row in self.totals.first_rejected_rows:
+            first_row_by_message.setdefault(rejected_row.message, rejected_row)
+        lines = [f"  {rejected_row}" for rejected_row in first_row_by_message.values()]
+        num_more = num_rejected - len(lines)
         if num_more > 0:
-            are_all_alike = len(lines) == len(reasons) == 1
+            are_all_alike = len(lines) == 1 and len(self.totals.num_rejected_by_reason) == 1
             lines.append(f"  ... and {num_more:,} more{' like it' if are_all_alike else ''}")
         return lines
 
-    def _advice(self, num_bad: int, num_rows: int) -> str:
-        """The last line of the error: where all bad rows are listed, and what can be done about them."""
-        remedies = [remedy for reason, remedy in REMEDIES.items() if reason in self.totals.bad_reasons]
-        if not self.advise_split:
-            remedies = [remedy.removesuffix(" or set data.over_length=split") for remedy in remedies]
-        steps = ", ".join([*dict.fromkeys(remedies), "fix the data"])
-        advice = f"full list: {self.rejected_file}; {steps}"
-        if num_bad < num_rows:
-            sufficient_share = math.ceil(100 * num_bad / num_rows) / 100
+    def _advice(self, num_rejected: int, num_rows: int) -> str:
+        """The last line of the error: where all rejected rows are listed, and what can be done about them."""
+        remedies = []
+        for reason, remedy in REMEDY_BY_REASON.items():
+            if reason in self.totals.num_rejected_by_reason:
+                is_split_advised = self.advise_split and reason == "nothing_to_learn"
+                remedies.append(remedy + _SPLIT_REMEDY if is_split_advised else remedy)
+        # Two reasons may have one remedy.
+        all_remedies = ", ".join([*dict.fromkeys(remedies), "fix the data"])
+        advice = f"full list: {self.rejected_file}; {all_remedies}"
+        if num_rejected < num_rows:
+            sufficient_share = math.ceil(100 * num_rejected / num_rows) / 100
             advice += f", or continue without them with data.max_bad_share={sufficient_share:g}"
         return advice
 
-    def columns(self) -> DocumentColumns:
-        """What is known of every document, once the last block is written. Closes `documents.arrow`: call it once.
+    def finish_documents(self) -> DocumentColumns:
+        """Close `documents.arrow` after the last block, and return what is known of every document. Call it once.
 
-        Raises DataError if too many rows were bad, or if there are no rows.
+        Raises DataError if too many rows were rejected, or if there are no rows.
         """
-        self._raise_if_too_many_bad()
+        self._raise_if_too_many_rejected()
         self._documents.close()
-        joined = {name: np.concatenate(arrays) for name, arrays in self._columns.items()}
+        joined = {name: np.concatenate(arrays) for name, arrays in self._arrays_by_document_column.items()}
         if not joined:
             raise DataError("data.path: holds no rows")
         return DocumentColumns(
-            split=joined["split"],
-            source=joined["source"],
-            pieces=joined["pieces"],
-            label=joined["label"],
+            split_numbers=joined["split"],
+            source_numbers=joined["source"],
+            num_sequences_by_document=joined["num_sequences"],
+            label_numbers=joined["label"],
             signatures=columns_with_prefix(joined, "signature."),
-            splits=list(self._split_numbers),
-            sources=list(self._source_numbers),
-            labels=list(self._label_numbers),
+            split_names=list(self._split_numbers),
+            source_names=list(self._source_numbers),
+            label_names=list(self._label_numbers),
         )
 
-    def finish(self, label_ids: np.ndarray | None) -> None:
+    def finish_store(self, label_ids: np.ndarray | None) -> None:
         """Write the tables of the store and close all files. Removes logs that are empty.
 
         `label_ids` (int64 [L]): the final id of each label, by the number that it has so far; None without labels.
         """
-        replaced_columns = {}
+        replaced_columns = {}  # written by the store in place of the column that it has gathered
         if label_ids is not None:
-            replaced_columns[LABEL_COLUMN] = label_ids[self.store.column(LABEL_COLUMN)]
+            replaced_columns[LABEL_MARK_COLUMN] = label_ids[self.store.column(LABEL_MARK_COLUMN)]
         self.close()
         self.store.finish(**replaced_columns)
-        for name in (QUARANTINE, DROPPED):
+        for name in (QUARANTINE_FILE, DROPPED_FILE):
             if not (self.directory / name).stat().st_size:
                 (self.directory / name).unlink()
 
     def close(self) -> None:
         """Close the logs."""
-        self._quarantine.close()
-        self._dropped.close()
-
-
-_JSON_FIELDS = ("number", "split", "source", "rows", "rows_of_file", "unread", "labels")
-"""Fields of a block that JSON can hold as they are."""
+        self._quarantine_file.close()
+        self._dropped_file.close()
 
 
 def save_block(block: PreparedBlock, path: Path) -> None:
-    """Write a block to an `.npz` file, for another job, which reads it with `load_block`. Raises OSError."""
+    """Write a block to an `.npz` file, for another job, which reads it with `load_block`. Raises OSError.
+
+    The arrays are entries of their own. All that is no array is one JSON text, the entry `about`.
+    """
     assert block.sequences is not None and block.documents is not None, "a worker has filled the block"
-    json_fields = {name: getattr(block, name) for name in (*_JSON_FIELDS, "bad", "tally")}
+    json_fields = {
+        "number": block.number,
+        "split": block.split,
+        "source": block.source,
+        "rows": block.num_rows,
+        "rows_of_file": block.num_rows_by_file,
+        "bad": block.rejected_rows,
+        "tally": block.tally,
+        "unread": block.unread_columns,
+        "labels": block.label_names,
+    }
     arrays: dict[str, Any] = {
         "about": np.frombuffer(orjson.dumps(json_fields), np.uint8),
         "documents": np.frombuffer(block.documents.serialize(), np.uint8),
-        "pieces": block.pieces,
+        "pieces": block.num_sequences_by_document,
         "tokens": block.sequences.tokens,
         "supervised": block.sequences.supervised,
         "lengths": block.sequences.lengths,
@@ -347,11 +380,17 @@ def load_block(path: Path) -> PreparedBlock:
         weights=arrays.get("weights"),
     )
     return PreparedBlock(
-        **{name: json_fields[name] for name in _JSON_FIELDS},
-        bad=[RejectedRow(**rejected_fields) for rejected_fields in json_fields["bad"]],
+        number=json_fields["number"],
+        split=json_fields["split"],
+        source=json_fields["source"],
+        num_rows=json_fields["rows"],
+        num_rows_by_file=json_fields["rows_of_file"],
+        rejected_rows=[RejectedRow(**rejected_fields) for rejected_fields in json_fields["bad"]],
         tally=Tally(**tally_fields),
-        documents=pa.ipc.read_record_batch(pa.py_buffer(arrays["documents"]), schema()),
-        pieces=arrays["pieces"],
+        unread_columns=json_fields["unread"],
+        label_names=json_fields["labels"],
+        documents=pa.ipc.read_record_batch(pa.py_buffer(arrays["documents"]), document_schema()),
+        num_sequences_by_document=arrays["pieces"],
         sequences=sequences,
         signatures=columns_with_prefix(arrays, "signature."),
     )

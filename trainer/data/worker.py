@@ -71,16 +71,15 @@ class BlockMaker:
     def __call__(self, row_range: RowRange) -> PreparedBlock:
         """Turn a range of rows into a block: documents, their tokens, and hashes by which copies are found later.
 
-        Runs in a worker process. Rows that cannot be used are in `block.bad`, and `block.tally` counts what stages dropped or
-        noted. Raises DataError and ConfigError.
+        Runs in a worker process. Rows that cannot be used are in `block.rejected_rows`, and `block.tally` counts what stages
+        dropped or noted. Raises DataError and ConfigError.
         """
-        rows_of_file = Counter(row.file for row in row_range.rows)
         block = PreparedBlock(
             row_range.number,
             row_range.split,
             row_range.source,
-            rows=len(row_range.rows),
-            rows_of_file=dict(rows_of_file),
+            num_rows=len(row_range.rows),
+            num_rows_by_file=dict(Counter(row.file for row in row_range.rows)),
         )
         documents = self._read(row_range, block)
         for stage in self._stages(row_range):
@@ -94,9 +93,9 @@ class BlockMaker:
         return block
 
     def _read(self, row_range: RowRange, block: PreparedBlock) -> list[Document]:
-        """Turn rows into documents. Rows that cannot be read, or that the objective cannot use, go to `block.bad`.
+        """Turn rows into documents. Rows that cannot be read, or that the objective cannot use, go to `block.rejected_rows`.
 
-        Sets `block.unread`, the columns that nothing read.
+        Sets `block.unread_columns`, the columns that nothing read.
         """
         reader = self.readers[row_range.split, row_range.source]
         reader.unread.names.clear()
@@ -109,7 +108,7 @@ class BlockMaker:
                 self._quarantine(block, document_or_rejected, "read")
             else:
                 documents.append(document_or_rejected)
-        block.unread = list(reader.unread.names)
+        block.unread_columns = list(reader.unread.names)
         return documents
 
     def _reject_if_unusable(self, document: Document) -> Document | RejectedRow:
@@ -118,31 +117,26 @@ class BlockMaker:
         if reason_and_message is None:
             return document
         reason, message = reason_and_message
-        return RejectedRow(
-            file=document.file,
-            line=document.line,
-            reason=reason,
-            message=message,
-            excerpt=document.text or content_json(document),
-        )
+        excerpt = document.text or content_json(document)
+        return RejectedRow(document.file, document.line, reason, message, excerpt)
 
     def _run_stage(self, stage: Stage, documents: list[Document], block: PreparedBlock) -> list[Document]:
-        """The documents that a stage keeps. Drops are counted in the block's tally; those of checks go to `block.bad` as well.
+        """The documents that a stage keeps. It counts its drops in `block.tally`.
 
-        Raises AssertionError if the stage counted another number of drops than it made.
+        Documents that the stage "checks" (`data.checks`) drops go to `block.rejected_rows` as well. Raises AssertionError if the
+        stage counted another number of drops than it made.
         """
         num_drops_before = len(block.tally.drops)
         remaining: list[Document] = []
         for document in documents:
-            changed = stage(document, block.tally)
-            if changed is not None:
-                remaining.append(changed)
-            elif stage.name == "checks":
-                # The stage has just counted its drop.
-                _stage, reason, _location = block.tally.drops[-1]
+            changed_document = stage(document, block.tally)
+            if changed_document is not None:
+                remaining.append(changed_document)
+            elif stage.name == Checks.name:
+                _stage, reason, _location = block.tally.drops[-1]  # which the stage has just counted
                 excerpt = content_json(document)[:EXCERPT_CHARACTERS]
                 message = "quarantined by data.checks"
-                block.bad.append(RejectedRow(document.file, document.line, reason, message, excerpt))
+                block.rejected_rows.append(RejectedRow(document.file, document.line, reason, message, excerpt))
         num_dropped = len(documents) - len(remaining)
         if num_dropped != len(block.tally.drops) - num_drops_before:
             raise AssertionError(f"{block.source}: stage {stage.name} lost count of a document")
@@ -165,73 +159,68 @@ class BlockMaker:
             yield self.decontaminator  # held-out rows may well be the evaluation texts themselves
 
     def _quarantine(self, block: PreparedBlock, row: RejectedRow, stage: str) -> None:
-        """Put a row among the block's bad ones, and count it as dropped by `stage`."""
+        """Put a row among the block's rejected ones, and count it as dropped by `stage`."""
         block.tally.drop(stage, row.reason, f"{row.file}:{row.line}")
         row.excerpt = row.excerpt[:EXCERPT_CHARACTERS]
-        block.bad.append(row)
+        block.rejected_rows.append(row)
 
     def _tokenise(self, documents: list[Document], block: PreparedBlock) -> list[Document]:
         """Tokenise documents into `block.sequences`; returns the documents that became at least one sequence.
 
-        Also sets `block.pieces`, how many sequences each of these became (a long document may be split in several pieces), and
-        `block.labels`.
+        Also sets `block.num_sequences_by_document` (a long document may be split in several sequences) and `block.label_names`.
         """
-        encoder = self.encoder
-        samples: list[Sample] = []
-        num_pieces: list[int] = []
-        tokenised: list[Document] = []
         # Labels get numbers of the block's own, because no worker knows those of the others; `Assembly` renumbers them.
-        block.labels = sorted({document.label for document in documents if document.label is not None})
-        encoder.set_label_names(block.labels)
-        # Only sources of training data can be marked as replay.
-        is_replay = False
-        if self.has_replay and block.split == "train":
-            is_replay = self.config.sources[block.source].replay
-        for document, sequences in self._make_sequences(documents, block):
-            if self.has_replay:
-                for sample in sequences:
-                    sample.marks[REPLAY] = is_replay
-            samples += sequences
-            num_pieces.append(len(sequences))
+        block.label_names = sorted({document.label for document in documents if document.label is not None})
+        self.encoder.set_label_names(block.label_names)
+        samples: list[Sample] = []
+        num_sequences: list[int] = []
+        tokenised: list[Document] = []
+        for document, samples_of_document in self._make_samples(documents, block):
+            samples += samples_of_document
+            num_sequences.append(len(samples_of_document))
             tokenised.append(document)
-        block.pieces = np.array(num_pieces, np.int64)
+        block.num_sequences_by_document = np.array(num_sequences, np.int64)
+        if self.has_replay:
+            # Only sources of training data can be marked as replay.
+            is_replay = block.split == "train" and self.config.sources[block.source].replay
+            for sample in samples:
+                sample.marks[REPLAY] = is_replay
         block.sequences = Sequences.of(samples, self.data_spec.counts)
-        is_ended = [last_learned_id(sample) in encoder.end_ids for sample in samples]
+        is_ended = [last_learned_id(sample) in self.encoder.end_ids for sample in samples]
         block.sequences.columns["ended"] = np.array(is_ended, np.int64)
         return tokenised
 
-    def _make_sequences(
-        self, documents: list[Document], block: PreparedBlock
-    ) -> Iterator[tuple[Document, list[Sample]]]:
-        """(document, its sequences) of each document that has any. Drops go to the block's tally, lost rows to its bad ones.
+    def _make_samples(self, documents: list[Document], block: PreparedBlock) -> Iterator[tuple[Document, list[Sample]]]:
+        """(document, its tokenised sequences) of each document that has any.
 
-        All documents are tokenised together. If the objective refuses one of them, each is tokenised alone, to tell which.
+        Drops are counted in `block.tally`; those that no setting asked for go to `block.rejected_rows` as well. All documents are
+        tokenised together. If the objective refuses one of them, each is tokenised alone, to tell which.
         """
         tally = Tally()  # not that of the block: it is thrown away if the documents are tokenised again one by one
         try:
-            documents_and_sequences = list(self.data_spec.sequences(self.encoder, documents, self.config, tally))
+            documents_and_samples = list(self.data_spec.sequences(self.encoder, documents, self.config, tally))
         except RefusedDocument as refused:
             if len(documents) > 1:
                 for document in documents:
-                    yield from self._make_sequences([document], block)
+                    yield from self._make_samples([document], block)
                 return
             (document,) = documents
             row = RejectedRow(document.file, document.line, refused.reason, refused.message, content_json(document))
             self._quarantine(block, row, "tokenise")
             return
         block.tally.merge(tally)
-        block.tally.drops += tally.drops
-        reason_by_location = {location: reason for _, reason, location in tally.drops}
-        for document, sequences in documents_and_sequences:
-            if sequences:
-                yield document, sequences
+        block.tally.drops += tally.drops  # which `merge` leaves out
+        reason_by_location = {location: reason for _stage, reason, location in tally.drops}
+        for document, samples in documents_and_samples:
+            if samples:
+                yield document, samples
                 continue
-            # It was dropped. If no setting asked for that, it goes among the bad rows.
+            # It was dropped. If no setting asked for that, it is a rejected row.
             reason = reason_by_location[document.location]
             if reason in LOST_REASONS:
                 message = LOST_REASONS[reason].format(self.config.max_length)
                 excerpt = content_json(document)[:EXCERPT_CHARACTERS]
-                block.bad.append(RejectedRow(document.file, document.line, reason, message, excerpt))
+                block.rejected_rows.append(RejectedRow(document.file, document.line, reason, message, excerpt))
 
 
 Argument = TypeVar("Argument")
@@ -294,10 +283,10 @@ def ordered_map(
     function is raised here. Any exception, and closing this generator, kills the workers amid their work. Raises ShardtuneError
     if a worker dies.
     """
+    # Forked workers inherit the function, with the tokenizer and the evaluation texts in it: nothing is pickled. There,
+    # `_call_function` calls it.
     global _worker_function
     _worker_function = function
-    # Forked, not spawned: the tokenizer and the evaluation texts are inherited instead of being pickled for each
-    # worker.
     pool = ProcessPoolExecutor(workers, mp_context=WorkerContext(), initializer=_start_worker, initargs=(os.getpid(),))
     pending_results: deque[Future[Returned]] = deque()
     processes: list[Worker] = []
@@ -328,14 +317,14 @@ def ordered_map(
 def _wait_for_result(
     future: Future[Returned], pool: ProcessPoolExecutor, workers: list[Worker], while_waiting: Callable[[], None]
 ) -> Returned:
-    """The result of a call, once a worker has it. If any worker has died, all are killed, and the pool raises BrokenProcessPool.
+    """The result of a call, once a worker has it. If any worker has died, all are killed, and BrokenProcessPool is raised.
 
     `while_waiting` is called about once a second, and may raise.
     """
     while not wait([future], LIVENESS_CHECK_S).done:
         while_waiting()
         if not all(worker.is_alive() for worker in workers):
-            _kill_workers(pool, workers)
+            _kill_workers(pool, workers)  # the pool notices, and sets BrokenProcessPool as the result of each call
     return future.result()
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from strategies.errors import StorageError
 from trainer.data.batches.loader import BatchShare
 from trainer.data.batches.order import Order
-from trainer.data.store.documents import DocumentTable, schema
+from trainer.data.store.documents import DocumentTable, document_schema
 from trainer.monitors.anomalies import Outlier
 from trainer.monitors.guard_config import OUTCOME_TEXT_BY_ACTION, outlier_text
 from trainer.reporting.jsonl import json_text
@@ -111,7 +111,7 @@ def _document_record(table: DocumentTable, number: int) -> dict[str, Any]:
     document = table.document(number)
     origin = {key: getattr(document, key) for key in ORIGIN_FIELDS}
     content_fields = {}
-    for key in set(schema().names) - set(ORIGIN_FIELDS):
+    for key in set(document_schema().names) - set(ORIGIN_FIELDS):
         field_value = getattr(document, key)
         if field_value not in (None, ""):
             content_fields[key] = field_value

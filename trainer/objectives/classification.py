@@ -213,22 +213,22 @@ def split_labels(joined_labels: str) -> list[str]:
 def number_labels(
     columns: DocumentColumns, table: DocumentTable, names: list[str] | None, *, multi_label: bool
 ) -> tuple[list[str] | None, np.ndarray | None]:
-    """(label names in the order of their ids, the id of each text in `columns.labels`; None without labels).
+    """(label names in the order of their ids, the id of each text in `columns.label_names`; None without labels).
 
     With `multi_label` bit i of an id is set if the text has the label `names[i]`: with the names cat and dog, `cat` is 1, `dog`
     is 2 and `cat|dog` is 3. If `names` is None, they are the labels of the training split. Raises DataError for labels that the
     training split does not have, for more than fit into the bits, and for too few to tell apart.
     """
-    if not columns.labels:
+    if not columns.label_names:
         return names, None
     # The label names in each text.
-    label_sets = [[label] for label in columns.labels]
+    label_sets = [[label] for label in columns.label_names]
     if multi_label:
-        label_sets = [split_labels(label) for label in columns.labels]
+        label_sets = [split_labels(label) for label in columns.label_names]
     if names is None:
         names = _training_label_names(columns, table, label_sets, multi_label=multi_label)
     if not multi_label:
-        return names, np.array([names.index(label) for label in columns.labels], np.int64)
+        return names, np.array([names.index(label) for label in columns.label_names], np.int64)
     if len(names) > MAX_LABELS:
         raise DataError(
             f"objective.multi_label=true: the data has {len(names)} labels, at most {MAX_LABELS} fit; leave rare ones out, or "
@@ -247,10 +247,10 @@ def _training_label_names(
 ) -> list[str]:
     """The sorted labels of the training split. Raises DataError if another split has other labels, or if they are too few.
 
-    `label_sets`: the labels in each text of `columns.labels`.
+    `label_sets`: the labels in each text of `columns.label_names`.
     """
-    # `columns.label` has, for each document, the index of its text in `columns.labels`; -1 without a label.
-    train_texts = np.unique(columns.label[columns.of_split("train")])
+    # `columns.label_numbers` has, for each document, the index of its text in `columns.label_names`; -1 without a label.
+    train_texts = np.unique(columns.label_numbers[columns.of_split("train")])
     train_labels: set[str] = set()
     for number in train_texts:
         if number >= 0:
@@ -258,7 +258,7 @@ def _training_label_names(
     names = _sorted_labels(train_labels)
     # A label that only the evaluation split has could never be predicted.
     unknown_texts = [number for number, label_set in enumerate(label_sets) if not set(label_set) <= train_labels]
-    rows = np.flatnonzero(np.isin(columns.label, unknown_texts))
+    rows = np.flatnonzero(np.isin(columns.label_numbers, unknown_texts))
     if rows.size:
         row = table.row(int(rows[0]))
         raise DataError(

@@ -16,7 +16,7 @@ from strategies.errors import ConfigError, DataError
 from tests.helpers.tokenizers import tiny_tokenizer
 from trainer.data.document import Document
 from trainer.data.report.inspection import find_prepared, find_sequences
-from trainer.data.store.documents import DOCUMENTS_FILE, schema, to_record_batch
+from trainer.data.store.documents import DOCUMENTS_FILE, document_schema, to_record_batch
 from trainer.data.store.sequences import Sample, Sequences, StoreWriter
 
 ROOT = Path(__file__).parents[3]
@@ -48,7 +48,7 @@ def prepared(tmp_path_factory):
         )
         for number, (q, a) in enumerate(TURNS)
     ]
-    table = pa.ipc.new_stream(str(directory / DOCUMENTS_FILE), schema())
+    table = pa.ipc.new_stream(str(directory / DOCUMENTS_FILE), document_schema())
     table.write_batch(to_record_batch(documents[:2]))  # two batches: rows must be numbered through
     table.write_batch(to_record_batch(documents[2:]))
     table.close()

@@ -22,7 +22,7 @@ from trainer.data.report.pages import audit_page_html, datacard_text
 from trainer.data.report.preview import decode_weighted_pieces
 from trainer.data.report.wording import SETTING_BY_STAGE
 from trainer.data.selection.splits import DocumentColumns, Selection
-from trainer.data.shards import QUARANTINE, PreparationTotals
+from trainer.data.shards import QUARANTINE_FILE, PreparationTotals
 from trainer.data.sources import SourceInput
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset
@@ -125,10 +125,12 @@ class ReportWriter:
             words=_settings_by_key(asdict(self.config), "data"),
             conserved=conserved,
             flow=_stage_reports(conserved["rows_in"], totals.tally, selection.tally),
-            quarantine={"rows": totals.bad_reasons.total(), "file": QUARANTINE},
+            quarantine={"rows": totals.num_rejected_by_reason.total(), "file": QUARANTINE_FILE},
             splits=splits,
             sources=sources,
-            unread_columns={source: shorten_name_list(names) for source, names in totals.unread.items() if names},
+            unread_columns={
+                source: shorten_name_list(names) for source, names in totals.unread_columns_by_source.items() if names
+            },
             mixing=self._shares_of_epoch(datasets["train"]),
             **_selection_fields(selection),
             privacy=self._describe_personal_data(totals),
@@ -207,11 +209,11 @@ class ReportWriter:
         """Rows and tokens that one input gave, with sizes and digests of its files. `dataset`: its split; None if it is empty."""
         files = []
         for record in source_input.origin.file_records(self.digest_of):
-            num_rows = totals.rows_of_file.get(record["path"])
+            num_rows = totals.num_rows_by_file.get(record["path"])
             files.append(audit_schema.SourceFile(**record, rows=num_rows))
         num_tokens = num_supervised = 0
-        if source_input.source in columns.sources and dataset is not None:
-            is_of_source = dataset.sources == columns.sources.index(source_input.source)
+        if source_input.source in columns.source_names and dataset is not None:
+            is_of_source = dataset.sources == columns.source_names.index(source_input.source)
             num_tokens = int(dataset.lengths[is_of_source].sum())
             num_supervised = int(dataset.num_supervised[is_of_source].sum())
         return audit_schema.Source(
@@ -219,8 +221,8 @@ class ReportWriter:
             split=source_input.split,
             format=str(self.format_by_input[source_input.id]),
             files=files,
-            rows=totals.rows[source_input.id],
-            kept=totals.kept[source_input.id],
+            rows=totals.num_rows_by_input[source_input.id],
+            kept=totals.num_kept_by_input[source_input.id],
             tokens=num_tokens,
             supervised_tokens=num_supervised,
             weight=source_input.weight,
@@ -305,7 +307,7 @@ class ReportWriter:
 
 def _count_conserved(totals: PreparationTotals, selection: Selection) -> dict[str, int]:
     """{"rows_in", "kept", "dropped"}: what became of all rows. Raises AssertionError if a row was neither kept nor dropped."""
-    num_rows = totals.rows.total()
+    num_rows = totals.num_rows_by_input.total()
     num_dropped = _num_dropped(totals.tally) + _num_dropped(selection.tally)
     # Balance may repeat documents, which are kept once all the same.
     num_kept = len(np.unique(np.concatenate(list(selection.splits.values()))))

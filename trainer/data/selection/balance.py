@@ -34,15 +34,18 @@ class ResampledDocuments(NamedTuple):
     report_by_group: dict[str, GroupReport]
 
 
-def resample_groups(groups: list[str], group_of: np.ndarray, config: BalanceConfig, seed: int) -> ResampledDocuments:
+def resample_groups(
+    groups: list[str], group_of_document: np.ndarray, config: BalanceConfig, seed: int
+) -> ResampledDocuments:
     """Repeat or leave out training documents until groups (labels or sources) have the shares of `data.balance`.
 
-    `groups`: their names. `group_of`: the group of each document, int64 [n], n at least 1. Which documents are left out or
-    repeated once more depends on the seed and on their numbers alone. `cap` bounds the sizes that the shares are computed from,
-    as in Raffel et al. 2020 (arXiv:1910.10683, section 3.5.2), and the sizes after balancing. Raises ConfigError for settings
+    `groups`: their names. `group_of_document`: the index of each document's group in `groups`, int64 [n], n at least 1. Which
+    documents are left out or repeated once more depends on the seed and on their numbers alone. Raises ConfigError for settings
     that cannot be met; a target missed because of `cap` or `max_repeats` is stated in the report.
     """
-    sizes_before = np.bincount(group_of, minlength=len(groups)).astype(np.int64)
+    sizes_before = np.bincount(group_of_document, minlength=len(groups)).astype(np.int64)
+    # `cap` bounds the sizes that the shares are computed from, as in Raffel et al. 2020 (arXiv:1910.10683, section 3.5.2); and
+    # below, the sizes after balancing.
     capped_sizes = sizes_before if config.cap is None else np.minimum(sizes_before, config.cap)
     target_shares = _target_shares(groups, capped_sizes, config)
     sizes = _target_sizes(capped_sizes, target_shares, config)
@@ -54,9 +57,9 @@ def resample_groups(groups: list[str], group_of: np.ndarray, config: BalanceConf
         for group in np.flatnonzero(sizes > largest_sizes).tolist():
             limited_by[group] = setting
         sizes = np.minimum(sizes, largest_sizes)
-    num_uses = _num_uses_of_documents(group_of, sizes_before, sizes, seed)
-    used_documents = np.repeat(np.arange(len(group_of)), num_uses)
-    report_by_group = _report_by_group(groups, group_of, num_uses, target_shares, limited_by)
+    num_uses = _num_uses_of_documents(group_of_document, sizes_before, sizes, seed)
+    used_documents = np.repeat(np.arange(len(group_of_document)), num_uses)
+    report_by_group = _report_by_group(groups, group_of_document, num_uses, target_shares, limited_by)
     return ResampledDocuments(used_documents, report_by_group)
 
 
@@ -112,7 +115,7 @@ def _target_sizes(sizes: np.ndarray, target_shares: np.ndarray, config: BalanceC
     grow to match it: sizes [10, 100] with equal shares become [100, 100]. With `max_repeats=1` the smallest group relative to its
     share stays whole, and the others shrink: [10, 10]. A group with a share above 0 keeps at least one document.
     """
-    if config.target is BalanceTarget.natural:
+    if config.target is BalanceTarget.natural:  # the target shares are those of `sizes`
         return sizes
     only_shrinks = config.max_repeats == 1
     has_share = target_shares > 0
@@ -126,23 +129,26 @@ def _target_sizes(sizes: np.ndarray, target_shares: np.ndarray, config: BalanceC
     return np.where(has_share, np.maximum(target_sizes, 1), 0)
 
 
-def _num_uses_of_documents(group_of: np.ndarray, sizes_before: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarray:
+def _num_uses_of_documents(
+    group_of_document: np.ndarray, sizes_before: np.ndarray, sizes: np.ndarray, seed: int
+) -> np.ndarray:
     """How often each document is used, int64 [n], so that groups of `sizes_before` documents come to have `sizes`.
 
-    Within a group, all are used equally often; a random draw decides which are used once more. A group of 2 documents that is
-    to have 5 uses one of them twice and the other three times.
+    `group_of_document` (int64 [n]): the index of each document's group in the two sizes. Within a group, all are used equally
+    often; a random draw decides which are used once more. A group of 2 documents that is to have 5 uses one of them twice and
+    the other three times.
     """
     # Raw bits, because their stream is promised never to change between versions of numpy.
     random = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_RANDOM_STREAM_KEY,)))
-    draws = random.random_raw(len(group_of))
+    draws = random.random_raw(len(group_of_document))
     # Sorted by group, and within a group by the draw.
-    by_group = np.lexsort((draws, group_of))
+    by_group = np.lexsort((draws, group_of_document))
     group_begins = np.cumsum(sizes_before) - sizes_before
-    rank_in_group = np.empty(len(group_of), dtype=np.int64)
-    rank_in_group[by_group] = np.arange(len(group_of)) - np.repeat(group_begins, sizes_before)
-    # Each document `passes` times, and the `extra` first of the draw once more.
-    passes, extra = np.divmod(sizes, np.maximum(sizes_before, 1))
-    return passes[group_of] + (rank_in_group < extra[group_of])
+    rank_in_group = np.empty(len(group_of_document), dtype=np.int64)
+    rank_in_group[by_group] = np.arange(len(group_of_document)) - np.repeat(group_begins, sizes_before)
+    # By group: how often each document is used, and how many of the lowest draws are used once more.
+    num_uses, num_used_once_more = np.divmod(sizes, np.maximum(sizes_before, 1))
+    return num_uses[group_of_document] + (rank_in_group < num_used_once_more[group_of_document])
 
 
 def _shares_of_sum(amounts: np.ndarray) -> np.ndarray:
@@ -152,7 +158,7 @@ def _shares_of_sum(amounts: np.ndarray) -> np.ndarray:
 
 def _report_by_group(
     groups: list[str],
-    group_of: np.ndarray,
+    group_of_document: np.ndarray,
     num_uses: np.ndarray,
     target_shares: np.ndarray,
     limited_by: list[str | None],
@@ -161,11 +167,11 @@ def _report_by_group(
 
     `limited_by`: by group, the setting (`cap`, `max_repeats`) because of which it misses its target share; None if none.
     """
-    sizes_before = np.bincount(group_of, minlength=len(groups))
-    sizes_after = np.bincount(group_of, weights=num_uses, minlength=len(groups)).astype(np.int64)
-    num_dropped = np.bincount(group_of[num_uses == 0], minlength=len(groups))
+    sizes_before = np.bincount(group_of_document, minlength=len(groups))
+    sizes_after = np.bincount(group_of_document, weights=num_uses, minlength=len(groups)).astype(np.int64)
+    num_dropped = np.bincount(group_of_document[num_uses == 0], minlength=len(groups))
     most_uses = np.zeros(len(groups), dtype=np.int64)
-    np.maximum.at(most_uses, group_of, num_uses)  # by group, the highest number among its documents
+    np.maximum.at(most_uses, group_of_document, num_uses)  # by group, the highest number among its documents
     shares_before = _shares_of_sum(sizes_before)
     shares_after = _shares_of_sum(sizes_after)
     report_by_group: dict[str, GroupReport] = {}

@@ -37,7 +37,7 @@ class BandIndex:
     ) -> None:
         # A hash key of each band of each document.
         self._bands = bands
-        keys = _new_file((bands, num_documents), np.uint64, directory)
+        keys = _zeros_in_unnamed_file((bands, num_documents), np.uint64, directory)
         has_keys = np.zeros(num_documents, bool)
         for begin, keys_of_chunk, has_keys_of_chunk in _band_keys_by_chunk(digests, bands):
             chunk = slice(begin, begin + len(has_keys_of_chunk))
@@ -49,16 +49,16 @@ class BandIndex:
         for band in range(bands):
             self.shares_band |= _is_repeated(keys[band], has_keys)
 
-        # From here on, documents are numbered among those that share a band; -1 for the others.
+        # Sharing numbers: documents numbered among those that share a band; -1 for the others.
         shared = np.flatnonzero(self.shares_band)
-        self._number = np.full(num_documents, -1, np.int32)
-        self._number[shared] = np.arange(len(shared), dtype=np.int32)
+        self._sharing_number = np.full(num_documents, -1, np.int32)
+        self._sharing_number[shared] = np.arange(len(shared), dtype=np.int32)
         shape = (bands, len(shared))
-        self._first_slot = _new_file(shape, np.int32, directory)
+        self._first_slot = _zeros_in_unnamed_file(shape, np.int32, directory)
         """Where the slots of a document's group begin: a group has the same band, and one slot for each member."""
-        self._slots = _new_file(shape, np.int32, directory)
+        self._members_by_slot = _zeros_in_unnamed_file(shape, np.int32, directory)
         """The kept members of each group, in the order in which they were kept."""
-        self._num_kept = _new_file(shape, np.int32, directory)
+        self._num_kept_at_slot = _zeros_in_unnamed_file(shape, np.int32, directory)
         """How many members of a group are kept, at its first slot."""
         for band in range(bands):
             _, group, sizes = np.unique(keys[band, shared], return_inverse=True, return_counts=True)
@@ -67,32 +67,33 @@ class BandIndex:
 
     def add_kept(self, document: int) -> None:
         """Let a document, which is kept and no copy, be found from now on. One that shares no band need not be found."""
-        number = int(self._number[document])
-        if number < 0:
+        number = int(self._sharing_number[document])
+        if number < 0:  # it shares no band
             return
         for band in range(self._bands):
             first_slot = self._first_slot[band, number]
-            self._slots[band, first_slot + self._num_kept[band, first_slot]] = document
-            self._num_kept[band, first_slot] += 1
+            self._members_by_slot[band, first_slot + self._num_kept_at_slot[band, first_slot]] = document
+            self._num_kept_at_slot[band, first_slot] += 1
 
     def find_candidates(self, document: int) -> set[int]:
         """The kept documents that share a band with a document: the candidates for a near copy of it.
 
         A band is a part of a MinHash sketch; similar documents agree in at least one. `document`: a number from 0.
         """
-        number = int(self._number[document])
+        number = int(self._sharing_number[document])
         found: set[int] = set()
-        if number < 0:
+        if number < 0:  # it shares no band
             return found
         for band in range(self._bands):
+            # All documents with the same band have one run of slots, which holds those that are kept.
             first_slot = self._first_slot[band, number]
-            num_kept = self._num_kept[band, first_slot]
+            num_kept = self._num_kept_at_slot[band, first_slot]
             if num_kept:
-                found.update(self._slots[band, first_slot : first_slot + num_kept].tolist())
+                found.update(self._members_by_slot[band, first_slot : first_slot + num_kept].tolist())
         return found
 
 
-def _new_file(shape: tuple[int, int], dtype: type, directory: Path | None) -> np.ndarray:
+def _zeros_in_unnamed_file(shape: tuple[int, int], dtype: type, directory: Path | None) -> np.ndarray:
     """Zeros of this shape, mapped from a new file without a name, so that the system may write them out and drop them.
 
     Raises OSError if the disk has no room for all of them.
@@ -121,16 +122,17 @@ def _band_keys_by_chunk(
         values = np.array([digest for digest in chunk if digest is not None], np.uint64)
         if len(values):
             # A key is a hash of the band's values. Two bands with the same hash would cost a comparison, no wrong copy.
-            keys_of_bands = np.zeros((len(values), bands), np.uint64)
-            for column in np.split(values.reshape(len(values), bands, -1), values.shape[1] // bands, axis=2):
-                keys_of_bands = mix_bits(keys_of_bands + column[:, :, 0] + np.uint64(1))
-            keys[:, has_keys] = keys_of_bands.T
+            values_by_band = values.reshape(len(values), bands, -1)  # [documents, bands, values of a band]
+            keys_by_document = np.zeros((len(values), bands), np.uint64)
+            for row in range(values_by_band.shape[2]):
+                keys_by_document = mix_bits(keys_by_document + values_by_band[:, :, row] + np.uint64(1))
+            keys[:, has_keys] = keys_by_document.T
         yield begin, keys, has_keys
         begin += len(chunk)
 
 
 def _is_repeated(keys: np.ndarray, has_keys: np.ndarray) -> np.ndarray:
-    """Bool [n]: whether another document has the same key of this band. Only those can be candidates, so only they are kept.
+    """Bool [n]: whether another document has the same key of one band (a part of a MinHash sketch), and so is a candidate.
 
     Keys [7, 5, 7] give [True, False, True]. `keys`: uint64 [n]. `has_keys` (bool [n]): which documents have one; the keys of
     others mean nothing.

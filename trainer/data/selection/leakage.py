@@ -47,7 +47,8 @@ class LeakedDocuments:
         """Counts and examples by kind of `LEAK_KINDS`, as the report of preparation has them.
 
         {"train": {"exact": 2, ...}, "held_out": {"exact": 1, ...}, "examples": {"exact": ["a.jsonl:3 = b.jsonl:7"], ...},
-        "incomplete": 0}: how many documents leak on each side, and the first pairs (training document = held-out document).
+        "incomplete": 0}: how many documents leak on each side (several training documents may share one held-out document), the
+        first pairs (training document = held-out document), and for how many documents the search was cut short.
         `location_of`: gives the `file:line` of a document.
         """
         train_counts: dict[str, int] = {}
@@ -81,11 +82,11 @@ def find_leaks(
 ) -> LeakedDocuments:
     """Find the training documents that are in held-out data too, whatever their source.
 
-    `signatures`: hashes of all documents by name, uint64 each: "digest" of the content, "normal" of the words, "prompt",
-    "verdict". `train` (int64[n]) and `held_out` (int64[m]): numbers of documents. The kinds of leaks are looked for from the
-    strictest on: a document that was found by one is not looked for by the next. `text_of` gives the text of a document; it is
-    called only if near leaks are looked for, which takes the threshold of the search for duplicates. `directory`: where the
-    search for near leaks keeps its files while it works.
+    `signatures`: hashes of all documents by name, uint64 each (see `Signer.sign`): "digest" of the content, "normal" of the
+    words, "prompt", "verdict" (label). `train` (int64[n]) and `held_out` (int64[m]): numbers of documents. The kinds of leaks
+    are looked for from the strictest on: a document that was found by one is not looked for by the next. `text_of` gives the
+    text of a document; it is called only if near leaks are looked for, which takes the threshold of the search for duplicates.
+    `directory`: where the search for near leaks keeps its files while it works.
     """
     # The held-out document that each training document agrees with; -1 for none yet.
     partners = np.full(len(train), -1, np.int64)
@@ -105,41 +106,44 @@ def find_leaks(
             digests = signatures[_DIGEST_COLUMN_BY_KIND[kind]]
             found_partners = first_matching_documents(digests[documents], digests[held_out], held_out)
             if kind == "prompt":
-                has_prompt = digests[documents] != 0
+                has_prompt = digests[documents] != 0  # all documents without a prompt have the hash 0
                 found_partners[~has_prompt] = -1
         partners[positions] = found_partners
         kind_indices[positions[found_partners >= 0]] = kind_index
-    leaks = partners >= 0
+    has_leaked = partners >= 0
     return LeakedDocuments(
-        train=train[leaks], held_out=partners[leaks], kind=kind_indices[leaks], num_incomplete=num_incomplete
+        train=train[has_leaked],
+        held_out=partners[has_leaked],
+        kind=kind_indices[has_leaked],
+        num_incomplete=num_incomplete,
     )
 
 
 def _find_near_partners(
     train: np.ndarray,
     held_out: np.ndarray,
-    verdicts: np.ndarray,
+    label_hashes: np.ndarray,
     text_of: Callable[[int], str],
     threshold: float,
     directory: Path | None,
 ) -> tuple[np.ndarray, int]:
     """(most similar held-out document of each training document, how many searches were cut short).
 
-    int64 [train]; -1 if no held-out document has a Jaccard similarity of `threshold` or more. `verdicts` (by document): only
-    documents with equal ones are compared. `text_of` gives the text of a document.
+    int64 [train]; -1 if no held-out document has a Jaccard similarity of `threshold` or more. `label_hashes` (uint64, by
+    document number): only documents with equal labels are compared. `text_of` gives the text of a document.
     """
     # Positions in the index: held-out documents first. So all of them are in it before the first training document is looked for.
     documents = np.concatenate([held_out, train])
-    index = NearIndex(documents, text_of, verdicts[documents], threshold, directory)
+    index = NearIndex(documents, text_of, label_hashes[documents], threshold, directory)
     partners = np.full(len(train), -1, np.int64)
     for position in np.flatnonzero(index.may_be_near).tolist():
         if position < len(held_out):
             index.add(position)
             continue
-        most_similar = index.find(position)
+        most_similar = index.find_most_similar(position)
         if most_similar is not None:
             partners[position - len(held_out)] = documents[most_similar]
-    return partners, index.report["incomplete"]
+    return partners, index.report["incomplete"]  # searches that ended at `MAX_COMPARISONS`
 
 
 def first_matching_documents(digests: np.ndarray, other_digests: np.ndarray, other_documents: np.ndarray) -> np.ndarray:
@@ -158,15 +162,14 @@ def first_matching_documents(digests: np.ndarray, other_digests: np.ndarray, oth
     return np.where(sorted_digests[positions] == digests, other_documents[order[positions]], -1)
 
 
-def apply_leakage_policy(
-    leaks: LeakedDocuments, policy: LeakagePolicy, num_train_documents: int, location_of: Callable[[int], str]
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """What `data.leakage.policy` does about leaks: (numbers of the training documents to drop, counts for the report).
+def train_documents_to_drop(
+    leaks: LeakedDocuments, policy: LeakagePolicy, num_train_documents: int, report: dict[str, Any]
+) -> np.ndarray:
+    """The training documents that `data.leakage.policy` takes out, int64: with `drop_train` those that share more than a prompt.
 
-    With `drop_train` these are the documents that share more than their prompt, else none. Raises DataError if the policy is
-    `fail` and there are such documents, with counts and first examples. `location_of`: gives the `file:line` of a document.
+    None are taken out with other policies. Raises DataError if the policy is `fail` and there are such documents, with counts
+    and first examples of `report` (`leaks.to_report`).
     """
-    report = leaks.to_report(location_of)
     leaked_documents = leaks.train_documents_sharing_more_than_prompt()
     if len(leaked_documents) and policy is LeakagePolicy.fail:
         counts = ", ".join(f"{kind} {count}" for kind, count in report["train"].items() if count)
@@ -178,6 +181,4 @@ def apply_leakage_policy(
             f"{'; '.join(examples[:MAX_EXAMPLES])}. Take them out of one of the two, or set data.leakage.policy=drop_train, "
             "or data.leakage.policy=report to train nevertheless"
         )
-    if policy is LeakagePolicy.drop_train:
-        return leaked_documents, report
-    return np.zeros(0, np.int64), report
+    return leaked_documents if policy is LeakagePolicy.drop_train else np.zeros(0, np.int64)

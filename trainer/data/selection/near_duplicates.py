@@ -19,16 +19,16 @@ WORDS_PER_NGRAM = 5
 """Words in a run, as Lee et al. (2022, arXiv:2107.06499) compare documents."""
 
 
-def ngrams(normalized: bytes, partition: int = 0) -> list[bytes]:
+def ngrams(normalised_text: bytes, partition: int = 0) -> list[bytes]:
     """The n-grams of 5 words of a normalised text, in order: b"a b c d e f" -> [b"a b c d e", b"b c d e f"].
 
     Two texts are compared by the sets of their n-grams. A text of fewer words is a single n-gram, so that short texts are similar
     only when their words are the same. Texts of different `partition` (a number, such as a hash of the label) share no n-gram.
     """
-    words = normalized.split()
+    words = normalised_text.split()
     if not words:
         return []
-    prefix = b"%d " % partition if partition else b""
+    prefix = b"%d " % partition if partition else b""  # one more word before each n-gram
     num_ngrams = max(1, len(words) - WORDS_PER_NGRAM + 1)
     found_ngrams = []
     for begin in range(num_ngrams):
@@ -74,9 +74,8 @@ class _SketchedTexts:
         """(n-grams of words of a document, their MinHash sketch)."""
         document_ngrams = self.ngrams(position)
         sketch = self._empty_sketch()
-        sketch.update(
-            document_ngrams
-        )  # one document at a time: batches start threads, and processes forked after those hang
+        # One document at a time: batches start threads, and processes forked after those hang.
+        sketch.update(document_ngrams)
         return document_ngrams, sketch
 
     def sketch(self, position: int) -> Any:
@@ -94,7 +93,7 @@ class NearIndex:
     """Finds which of some documents are near copies of each other, in the order in which they are added.
 
     `rows` (int64 [n]) names the documents, `text_of(row)` gives the text of one, and those that are equal in `partition`
-    (uint64 [n]: labels, verdicts) are compared. They are called by their position in `rows`. `directory` holds files
+    (uint64 [n]: hashes of labels) are compared. They are called by their position in `rows`. `directory` holds files
     without names, of 144 to 360 bytes a document. Memory: 40 bytes a document at its peak, and 4,096 sketches.
     """
 
@@ -120,10 +119,11 @@ class NearIndex:
         self.report = {"comparisons": 0, "incomplete": 0}
         """True comparisons, and documents whose comparisons were cut short: among them, copies may be left."""
 
-    def find(self, position: int) -> int | None:
+    def find_most_similar(self, position: int) -> int | None:
         """The position of the most similar document that was added, if their Jaccard similarity is `threshold` or more.
 
-        The similarity is that of their runs of words. A document without words is no near copy of any.
+        The similarity is that of their n-grams of words. It is estimated for all candidates, and computed from the texts for
+        the most similar ones. None if there is no such document. Counts in `report`.
         """
         document_ngrams, sketch = self._texts.ngrams_and_sketch(position)
         # (minus the estimated similarity, position), so that the most similar comes first.
@@ -169,7 +169,7 @@ def find_near_copies(
     index = NearIndex(rows, text_of, partition[rows], threshold, directory)
     representatives = np.arange(len(is_compared), dtype=np.int64)
     for position in np.flatnonzero(index.may_be_near).tolist():
-        earlier_position = index.find(position)
+        earlier_position = index.find_most_similar(position)
         if earlier_position is None:
             index.add(position)
         else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 import unicodedata
@@ -25,6 +26,12 @@ _UNSPACED_SCRIPTS_REGEX = re.compile(
 )
 
 
+_RANGES_WITH_SEPARATORS = (range(0x80, 0x3100), range(0xA000, 0xB000), range(0xFE00, 0x10000))
+"""Beyond ASCII, the blocks of Unicode with punctuation; the others have letters and ideographs alone, and take time."""
+_FURTHER_SEPARATORS = "\u2013\u2014\u200b\ufeff"
+"""En dash and em dash, which are `Pd` but stand between words; zero-width space and byte-order mark, which are `Cf`."""
+
+
 def mix_bits(numbers: np.ndarray) -> np.ndarray:
     """Hash uint64 numbers so that every bit of the result depends on every bit of the number. Different numbers stay different.
 
@@ -40,10 +47,14 @@ def digest64(content_bytes: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content_bytes, digest_size=8).digest(), "big")
 
 
+NO_GROUP = 0
+"""In place of the hash of a group."""
+
+
 def group_digest(name: str | None) -> int:
-    """64 bits that stand for a group (`data.group_by`); 0 for none."""
+    """64 bits that stand for a group (`data.group_by`); `NO_GROUP` for none."""
     if name is None:
-        return 0
+        return NO_GROUP
     return digest64(name.encode("utf-8", "surrogatepass")) or 1  # 0 is taken
 
 
@@ -63,12 +74,13 @@ def _ascii_translation_table() -> bytes:
 def _separator_regex() -> re.Pattern[str]:
     """A pattern for runs of characters that separate words: punctuation, control characters, spaces but the plain one."""
     space = ord(" ")
+    # Of ASCII, what `_ascii_translation_table` makes spaces of.
     separators = [chr(code) for code in range(128) if _ascii_translation_table()[code] == space and code != space]
-    for code in (*range(0x80, 0x3100), *range(0xA000, 0xB000), *range(0xFE00, 0x10000)):
+    for code in itertools.chain(*_RANGES_WITH_SEPARATORS):
         category = unicodedata.category(chr(code))
         is_space_or_control = category[0] == "Z" or category == "Cc"
         is_punctuation = category[0] == "P" and category != "Pd"  # hyphens are parts of words
-        if is_space_or_control or is_punctuation or chr(code) in "\u2013\u2014\u200b\ufeff":
+        if is_space_or_control or is_punctuation or chr(code) in _FURTHER_SEPARATORS:
             separators.append(chr(code))
     return re.compile("[" + re.escape("".join(separators)) + "]+")
 
@@ -123,17 +135,17 @@ def content_json(document: Document) -> str:
     return _as_json(content_fields)
 
 
-def compared_text(document: Document, which: ComparedText) -> str:
-    """The text of a document by which copies are found, as `data.duplicates.text` (`which`) asks.
+def compared_text(document: Document, compared_part: ComparedText) -> str:
+    """The text of a document by which copies are found, as `data.duplicates.text` (`compared_part`) asks.
 
     - `prompt` or `completion`: that text, unless it is missing or blank;
     - else the texts of the whole document in reading order. The words of a rejected answer are marked with ~, because two
       preference pairs with the answers the other way round teach opposite things.
     """
     requested_text = None
-    if which is ComparedText.prompt:
+    if compared_part is ComparedText.prompt:
         requested_text = prompt_text(document)
-    elif which is ComparedText.completion:
+    elif compared_part is ComparedText.completion:
         _, answer = _split_answer(document)
         requested_text = "\n".join(_texts_of_turns(answer))
     if requested_text is not None and requested_text.strip():
@@ -184,10 +196,10 @@ def _prompt_digest(document: Document) -> int:
     return 0 if prompt is None else normal_digest(normalize(prompt)) or 0
 
 
-def _verdict_digest(document: Document) -> int:
-    """64 bits of a document's label and verdict; 0 if it has neither."""
-    verdict = (document.label, document.desirable)
-    return 0 if verdict == (None, None) else digest64(json.dumps(verdict).encode())
+def _label_digest(document: Document) -> int:
+    """64 bits of a document's label and of whether its answer is desirable; 0 if it has neither."""
+    label_and_desirable = (document.label, document.desirable)
+    return 0 if label_and_desirable == (None, None) else digest64(json.dumps(label_and_desirable).encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,13 +220,13 @@ class Signer:
         - "normal": of the text's words after `normalize`; of documents with different labels it differs, if whole documents are
           compared;
         - "prompt": of the words of the prompt; 0 without a prompt or without held-out data;
-        - "verdict", only if near copies are looked for: of the label or verdict; 0 without one, or unless whole
-          documents are compared.
+        - "verdict", only if near copies are looked for: of the label, or whether the answer is desirable; 0 without either, or
+          unless whole documents are compared.
         """
         digests: list[int] = []
-        normal_digests: list[int] = []
+        words_digests: list[int] = []
         prompt_digests: list[int] = []
-        verdict_digests: list[int] = []
+        label_digests: list[int] = []
         compares_whole = self.config.text is ComparedText.document
         looks_for_near = self.finds_near_leaks or self.config.near is not DuplicatePolicy.none
         needs_words = self.has_held_out or looks_for_near or self.config.normalized is not DuplicatePolicy.none
@@ -225,17 +237,18 @@ class Signer:
             identity = content_json(document) if compares_whole else text
             digest = digest64(identity.encode("utf-8", "surrogatepass"))
             digests.append(digest)
+            # A text without a word is compared as it is.
             words_digest = normal_digest(normalize(text)) if needs_words else None
-            normal_digests.append(digest if words_digest is None else words_digest)
+            words_digests.append(digest if words_digest is None else words_digest)
             prompt_digests.append(_prompt_digest(document) if self.has_held_out else 0)
             # Equal texts with different labels are no copies of each other.
-            verdict_digests.append(_verdict_digest(document) if compares_whole else 0)
-        verdicts = np.array(verdict_digests, dtype=np.uint64)
+            label_digests.append(_label_digest(document) if compares_whole else 0)
+        label_hashes = np.array(label_digests, dtype=np.uint64)
         columns = {
             "digest": np.array(digests, dtype=np.uint64),
-            "normal": np.array(normal_digests, dtype=np.uint64) ^ verdicts,
+            "normal": np.array(words_digests, dtype=np.uint64) ^ label_hashes,
             "prompt": np.array(prompt_digests, dtype=np.uint64),
         }
         if looks_for_near:
-            columns["verdict"] = verdicts
+            columns["verdict"] = label_hashes
         return columns

@@ -19,9 +19,9 @@ from strategies.errors import DataError
 from trainer.data.config import HELD_OUT, BalanceBy, DataConfig, DuplicatePolicy, DuplicatesConfig, LeakagePolicy
 from trainer.data.document import MAX_EXAMPLES, Tally
 from trainer.data.selection.balance import resample_groups
-from trainer.data.selection.leakage import apply_leakage_policy, find_leaks
+from trainer.data.selection.leakage import find_leaks, train_documents_to_drop
 from trainer.data.selection.near_duplicates import find_near_copies
-from trainer.data.selection.signatures import compared_text, mix_bits
+from trainer.data.selection.signatures import NO_GROUP, compared_text, mix_bits
 from trainer.data.store.documents import DocumentTable
 
 LogDrop = Callable[[str, str, str], None]
@@ -35,28 +35,28 @@ SEED_OFFSET = 0x632BE59BD9B4E019
 class DocumentColumns:
     """Numbers of every document kept, in input order: what the global decisions are made from."""
 
-    split: np.ndarray
-    """int16 [D], into `splits`."""
-    source: np.ndarray
-    """int16 [D], into `sources`."""
-    pieces: np.ndarray
-    """int64 [D]: sequences of each document."""
-    label: np.ndarray
-    """int64 [D], into `labels`; -1 where there is none."""
+    split_numbers: np.ndarray
+    """int16 [D], into `split_names`."""
+    source_numbers: np.ndarray
+    """int16 [D], into `source_names`."""
+    num_sequences_by_document: np.ndarray
+    """int64 [D]."""
+    label_numbers: np.ndarray
+    """int64 [D], into `label_names`; -1 where there is none."""
     signatures: dict[str, np.ndarray]
-    """The columns of `Signer.sign`, and "group" if rows have groups."""
-    splits: list[str]
-    sources: list[str]
-    labels: list[str]
+    """uint64 [D] each: the hashes of `Signer.sign`, and "group" (0 for none) if rows have groups."""
+    split_names: list[str]
+    source_names: list[str]
+    label_names: list[str]
 
     def __len__(self) -> int:
-        return len(self.split)
+        return len(self.split_numbers)
 
     def of_split(self, name: str) -> np.ndarray:
         """int64: the documents that were read for a split; none for a split without rows."""
-        if name not in self.splits:
+        if name not in self.split_names:
             return np.zeros(0, np.int64)
-        return np.flatnonzero(self.split == self.splits.index(name))
+        return np.flatnonzero(self.split_numbers == self.split_names.index(name))
 
 
 @dataclass(slots=True)
@@ -100,14 +100,15 @@ def duplicate_policies(config: DuplicatesConfig) -> dict[str, DuplicatePolicy]:
     A near copy may be an exact one, so that the policy of a looser kind holds at least for all stricter ones: with near=drop
     alone all three kinds are dropped. A kind that nobody asked for is not in the result.
     """
-    policies_by_severity = list(DuplicatePolicy)  # none, report, drop
-    # In the order of `COPY_KINDS`.
+    policies_by_severity = (DuplicatePolicy.none, DuplicatePolicy.report, DuplicatePolicy.drop)
+    # In the order of `COPY_KINDS`, from strict to loose.
     severities = [policies_by_severity.index(policy) for policy in (config.exact, config.normalized, config.near)]
-    policy_by_kind = {}
+    policy_by_kind: dict[str, DuplicatePolicy] = {}
     for index, kind in enumerate(COPY_KINDS):
         severity_of_this_or_looser = max(severities[index:])
-        if severity_of_this_or_looser:
-            policy_by_kind[kind] = policies_by_severity[severity_of_this_or_looser]
+        policy = policies_by_severity[severity_of_this_or_looser]
+        if policy is not DuplicatePolicy.none:
+            policy_by_kind[kind] = policy
     return policy_by_kind
 
 
@@ -120,8 +121,8 @@ def find_duplicates(
     """Which of n documents, in input order, are copies of an earlier one, and of what kind.
 
     `signatures`: hashes of the documents by name, uint64 [n] each: "digest" of the content, "normal" of its words, "verdict" of
-    its label. `text_of(row)` gives the text of a document by which near copies are compared. `directory`: where the search for
-    near copies keeps its files while it works.
+    its label (documents with different labels are no near copies). `text_of(row)` gives the text of a document by which near
+    copies are compared. `directory`: where the search for near copies keeps its files while it works.
     """
     documents = np.arange(len(signatures["digest"]), dtype=np.int64)
     duplicates = DuplicateColumns(representative=documents.copy(), copy_kind=np.full(len(documents), NO_COPY, np.uint8))
@@ -132,8 +133,8 @@ def find_duplicates(
                 is_original_so_far, text_of, signatures["verdict"], config.threshold, directory
             )
         else:
-            digests = signatures["digest" if kind == "exact" else "normal"]
-            representative = _first_with_equal_digest(digests, is_original_so_far)
+            digests = signatures["digest"] if kind == "exact" else signatures["normal"]
+            representative = _first_documents_with_equal_digest(digests, is_original_so_far)
         is_copy = representative != documents
         duplicates.representative[is_copy] = representative[is_copy]
         duplicates.copy_kind[is_copy] = 1 + COPY_KINDS.index(kind)
@@ -143,17 +144,16 @@ def find_duplicates(
     return duplicates
 
 
-def _first_with_equal_digest(digests: np.ndarray, is_compared: np.ndarray) -> np.ndarray:
+def _first_documents_with_equal_digest(digests: np.ndarray, is_compared: np.ndarray) -> np.ndarray:
     """int64 [n]: for each document the first one with the same digest, itself included; for one that is not compared, itself.
 
     Digests [7, 5, 7] of documents that are all compared give [0, 1, 0].
     """
-    rows = np.arange(len(digests), dtype=np.int64)
-    compared_rows = rows[is_compared]
+    first_documents = np.arange(len(digests), dtype=np.int64)
+    compared_documents = np.flatnonzero(is_compared)
     _, first_positions, digest_numbers = np.unique(digests[is_compared], return_index=True, return_inverse=True)
-    representative = rows.copy()
-    representative[is_compared] = compared_rows[first_positions[digest_numbers]]
-    return representative
+    first_documents[is_compared] = compared_documents[first_positions[digest_numbers]]
+    return first_documents
 
 
 class _SplitChooser:
@@ -169,10 +169,10 @@ class _SplitChooser:
         self.log_drop = log_drop
         self.is_kept = np.ones(len(columns), bool)
         """bool [D]: whether a document is still in."""
-        self.content = columns.signatures["digest"].copy()
-        """uint64 [D]: what draws go by. Copies take the digest of the document that they copy."""
-        self.groups = columns.signatures.get("group")
-        """uint64 [D]: digest of each document's group, 0 for none; None if no setting asks for groups."""
+        self.content_hashes = columns.signatures["digest"].copy()
+        """uint64 [D]: what held-out shares are drawn by. A copy has the hash of the document that it copies."""
+        self.group_hashes = columns.signatures.get("group")
+        """uint64 [D]: hash of each document's group, `NO_GROUP` for none; None without `data.group_by`."""
         self.selection = Selection({})
 
     def drop(self, documents: np.ndarray, stage: str, reason: str) -> None:
@@ -188,7 +188,7 @@ class _SplitChooser:
         row = self.table.row(number)
         return f"{row['file']}:{row['line']}"
 
-    def text(self, number: int) -> str:
+    def compared_text(self, number: int) -> str:
         """The text by which near copies are compared."""
         return compared_text(self.table.document(number), self.config.duplicates.text)
 
@@ -202,49 +202,53 @@ class _SplitChooser:
         train = self.columns.of_split("train")
         if not len(train):
             return
-        # `duplicates` counts from the first training document; `train` gives the document's number.
         signatures = {name: column[train] for name, column in self.columns.signatures.items()}
-        duplicates = find_duplicates(config, signatures, lambda row: self.text(int(train[row])), self.table.directory)
-        representatives = train[duplicates.representative]
-        self.content[train] = self.content[representatives]  # an original is its own representative
+        duplicates = find_duplicates(
+            config, signatures, lambda row: self.compared_text(int(train[row])), self.table.directory
+        )
+        # `duplicates` counts from the first training document; `train` gives the document's number.
+        originals = train[duplicates.representative]
+        self.content_hashes[train] = self.content_hashes[originals]  # an original is its own
         report: dict[str, Any] = {}
         for kind, policy in duplicate_policies(config).items():
-            copies = np.flatnonzero(duplicates.is_copy_of_kind(kind))
-            examples = []
-            for copy in copies[:MAX_EXAMPLES].tolist():
-                original_location = self.location_of(int(representatives[copy]))
-                examples.append({"a": original_location, "b": self.location_of(int(train[copy]))})
-            report[kind] = {
-                "policy": str(policy),
-                "documents": len(copies),
-                "groups": len(np.unique(duplicates.representative[copies])),
-                "examples": examples,
-            }
+            is_copy = duplicates.is_copy_of_kind(kind)
+            report[kind] = {"policy": str(policy), **self._copies_report(train[is_copy], originals[is_copy])}
             if kind == "near":
                 report[kind] |= {"threshold": config.threshold, "search": duplicates.search_report}
             if policy is DuplicatePolicy.drop:
-                self.drop(train[copies], "duplicates", kind)
+                self.drop(train[is_copy], "duplicates", kind)
         self.selection.report["duplicates"] = report
 
-    def hold_out(self) -> None:
-        """Set `selection.splits`: held-out splits from files, held-out shares, and the training documents that are left.
+    def _copies_report(self, copies: np.ndarray, originals: np.ndarray) -> dict[str, Any]:
+        """Counts and first examples of documents (`copies`) and the documents that they copy, for the report."""
+        examples = []
+        for copy, original in zip(copies[:MAX_EXAMPLES].tolist(), originals[:MAX_EXAMPLES].tolist(), strict=True):
+            examples.append({"a": self.location_of(original), "b": self.location_of(copy)})
+        return {"documents": len(copies), "groups": len(np.unique(originals)), "examples": examples}
 
-        `data.eval_share` and `data.test_share` take the documents with the smallest draws. A draw is a hash of the document's
-        content and the seed, so that copies fall on the same side. If rows have groups (`data.group_by`), it is a hash of the
-        group; copies in two groups may then fall apart, and the search for leaks reports them.
-        """
+    def hold_out(self) -> None:
+        """Set `selection.splits`: held-out splits from files, held-out shares, and the training documents that are left."""
         columns = self.columns
         splits = self.selection.splits
         for split in HELD_OUT:
-            if split in columns.splits:
+            if split in columns.split_names:  # it has files of its own
                 splits[split] = columns.of_split(split)
         train = columns.of_split("train")
-        train = splits["train"] = train[self.is_kept[train]]
-        if not (self.config.eval_share or self.config.test_share):
-            return
-        hash_by_document = self.content if self.groups is None else self.groups
+        splits["train"] = train[self.is_kept[train]]
+        if self.config.eval_share or self.config.test_share:
+            self._draw_held_out_shares(splits["train"])
+
+    def _draw_held_out_shares(self, train: np.ndarray) -> None:
+        """Move `data.eval_share` and `data.test_share` of the training documents `train` to splits of their own.
+
+        They are the documents with the smallest draws. A draw is a hash of the document's content and the seed, so that copies
+        fall on the same side. If rows have groups (`data.group_by`), it is a hash of the group; copies in two groups may then
+        fall apart, and the search for leaks reports them. Raises DataError if no training document is left.
+        """
+        splits = self.selection.splits
+        hashes = self.content_hashes if self.group_hashes is None else self.group_hashes
         seed_term = np.uint64((self.seed * SEED_FACTOR + SEED_OFFSET) % 2**64)
-        draws = mix_bits(hash_by_document[train] + seed_term)
+        draws = mix_bits(hashes[train] + seed_term)
         is_held_out = np.zeros(len(train), bool)
         for split in HELD_OUT:
             share = getattr(self.config, f"{split}_share")
@@ -258,40 +262,44 @@ class _SplitChooser:
             is_held_out[held_out] = True
             splits[split] = train[held_out]
         if len(train) and is_held_out.all():
-            raise self._empty_training_error(num_documents=len(train), num_draws=len(np.unique(draws)))
+            raise self._empty_training_error(num_documents=len(train), num_distinct_draws=len(np.unique(draws)))
         splits["train"] = train[~is_held_out]
 
     def _has_smallest_draw(self, draws: np.ndarray, num_wanted: int) -> np.ndarray:
-        """bool [n]: whether a document is one of about `num_wanted` with the smallest draws (uint64 [n]).
+        """bool [n]: whether a document is one of about `num_wanted` with the smallest draws (uint64 [n], seeded hashes).
 
         Documents with equal draws are taken together. Without groups these are copies of each other, and all copies of the last
         one are taken. With groups they are a group, and one that is larger than what is missing is passed over.
         """
-        if self.groups is not None:
+        if self.group_hashes is not None:
             return choose_whole_groups(draws, num_wanted)
         largest_draw = np.partition(draws, num_wanted - 1)[num_wanted - 1]
         return draws <= largest_draw
 
-    def _empty_training_error(self, num_documents: int, num_draws: int) -> DataError:
+    def _empty_training_error(self, num_documents: int, num_distinct_draws: int) -> DataError:
         """The error of held-out shares that leave no training document, since copies and members of a group stay together.
 
-        `num_draws`: how many of the documents differ, or how many groups there are.
+        `num_distinct_draws`: how many of the documents differ, or with `data.group_by` how many groups there are.
+        Example: "data.eval_share=0.5 leaves no training document: 9 documents, 1 of them different; ..."
         """
         share_settings = []
         for split in HELD_OUT:
             share = getattr(self.config, f"{split}_share")
             if share:
                 share_settings.append(f"data.{split}_share={share:g}")
-        different = "of them different" if self.groups is None else f"groups by data.group_by={self.config.group_by}"
+        different = (
+            "of them different" if self.group_hashes is None else f"groups by data.group_by={self.config.group_by}"
+        )
         return DataError(
-            f"{' and '.join(share_settings)} leaves no training document: {num_documents} documents, {num_draws} {different}; "
-            "add data, or set it to 0"
+            f"{' and '.join(share_settings)} leaves no training document: {num_documents} documents, "
+            f"{num_distinct_draws} {different}; add data, or set it to 0"
         )
 
     def drop_leaks(self) -> None:
         """Report, and by `data.leakage.policy` drop, training documents that are in a held-out split too.
 
-        Sets `selection.report["leakage"]`, by held-out set, and takes the dropped documents out of the training split.
+        Sets `selection.report["leakage"]`, by held-out set, and takes the dropped documents out of the training split. Raises
+        DataError if the policy is `fail` and a document leaks.
         """
         splits = self.selection.splits
         policy = self.config.leakage.policy
@@ -301,9 +309,10 @@ class _SplitChooser:
             if not len(train) or not len(held_out):
                 continue
             signatures = self.columns.signatures
-            leaks = find_leaks(signatures, train, held_out, self.config, self.text, self.table.directory)
-            dropped, counts = apply_leakage_policy(leaks, policy, len(train), self.location_of)
-            report[set_name] = {"policy": str(policy), **counts}
+            leaks = find_leaks(signatures, train, held_out, self.config, self.compared_text, self.table.directory)
+            leak_counts = leaks.to_report(self.location_of)
+            report[set_name] = {"policy": str(policy), **leak_counts}
+            dropped = train_documents_to_drop(leaks, policy, len(train), leak_counts)
             self.drop(dropped, "leakage", f"in_{set_name}")
             splits["train"] = np.setdiff1d(train, dropped)
         if report:
@@ -315,32 +324,32 @@ class _SplitChooser:
         That can only be so if the held-out split has files of its own: drawn shares never part a group. Sets
         `selection.report["groups"]`, by split. Raises DataError if the policy is `fail` and a group is shared.
         """
-        if self.groups is None:
+        if self.group_hashes is None:
             return
         splits = self.selection.splits
-        held_out_sets = dict(self._held_out_sets())
-        num_shared: dict[str, int] = {}
+        held_out_sets = dict(self._held_out_sets())  # splits, or the named sets of the eval split
+        num_shared_by_set: dict[str, int] = {}
         for set_name, held_out in held_out_sets.items():
-            train = splits["train"]
-            train_groups = self.groups[train]
-            has_group = train_groups != 0
-            is_shared = np.isin(train_groups, self.groups[held_out]) & has_group
-            num_shared[set_name] = int(is_shared.sum())
-            self._apply_group_policy(train, is_shared, set_name)
+            train = splits["train"]  # what earlier held-out sets have left
+            train_groups = self.group_hashes[train]
+            is_shared = np.isin(train_groups, self.group_hashes[held_out]) & (train_groups != NO_GROUP)
+            num_shared_by_set[set_name] = int(is_shared.sum())
+            self._apply_leakage_policy_to_groups(train, is_shared, set_name)
         report: dict[str, Any] = {}
         for set_name, documents in {**held_out_sets, "train": splits["train"]}.items():
-            groups = self.groups[np.unique(documents)]
+            groups = self.group_hashes[np.unique(documents)]
             report[set_name] = {
                 "documents": len(groups),
-                "groups": len(np.unique(groups[groups != 0])),
-                "in_training": num_shared.get(set_name, 0),
+                "groups": len(np.unique(groups[groups != NO_GROUP])),
+                "in_training": num_shared_by_set.get(set_name, 0),
             }
         self.selection.report["groups"] = report
 
-    def _apply_group_policy(self, train: np.ndarray, is_shared: np.ndarray, set_name: str) -> None:
-        """Carry out `data.leakage.policy` on the training documents (`is_shared`, bool) of groups that a held-out set has too.
+    def _apply_leakage_policy_to_groups(self, train: np.ndarray, is_shared: np.ndarray, set_name: str) -> None:
+        """Carry out `data.leakage.policy` on training documents whose group the held-out set `set_name` has too.
 
-        `drop_train` takes them out of the training split; `fail` raises DataError if there are any.
+        `train` (int64 [n]): numbers of the training documents; `is_shared` (bool [n]): whether the group is in both. `drop_train`
+        takes these out of the training split; `fail` raises DataError if there are any.
         """
         policy = self.config.leakage.policy
         if policy is LeakagePolicy.fail and is_shared.any():
@@ -367,45 +376,47 @@ class _SplitChooser:
             if split != "eval" or not isinstance(evaluation_sets, Mapping):
                 yield split, splits[split]
                 continue
-            sources = columns.source[splits[split]]
+            # Each named set was read as a source of its own.
+            source_numbers = columns.source_numbers[splits[split]]
             for name in evaluation_sets:
-                if name in columns.sources:
-                    yield f"{split}/{name}", splits[split][sources == columns.sources.index(name)]
+                if name in columns.source_names:
+                    yield f"{split}/{name}", splits[split][source_numbers == columns.source_names.index(name)]
 
     def balance(self) -> None:
         """Resample the training documents to `data.balance`, and report label counts before and after.
 
-        Sets `selection.report["balance"]` if balance is on, and `selection.report["labels"]` for data with labels. Raises
-        DataError if a document has no label by which to balance.
+        Documents that are not used any more are dropped. Sets `selection.report["balance"]` if balance is on, and
+        `selection.report["labels"]` for data with labels. Raises DataError if a document has no label by which to balance.
         """
         splits = self.selection.splits
         config = self.config.balance
         train = splits["train"]
         labels_before = self._count_labels(train)
         if config.by is not BalanceBy.none and len(train):
-            names = self.columns.sources
-            group_of = self.columns.source[train]
+            # By source, or by label: the names of the groups, and the index of each training document's group.
+            group_names = self.columns.source_names
+            group_of_document = self.columns.source_numbers[train]
             if config.by is BalanceBy.label:
-                names = self.columns.labels
-                group_of = self.columns.label[train]
-            has_group = group_of >= 0  # -1 stands for no label
-            if not names or not has_group.all():
+                group_names = self.columns.label_names
+                group_of_document = self.columns.label_numbers[train]
+            has_group = group_of_document >= 0  # -1 stands for no label
+            if not group_names or not has_group.all():
                 raise DataError(f"data.balance.by={config.by}: not every training document has a label")
-            # Its documents are positions in `train`.
-            resampled = resample_groups(names, group_of.astype(np.int64), config, self.seed)
-            unused_positions = np.setdiff1d(np.arange(len(train)), resampled.documents)
+            resampled = resample_groups(group_names, group_of_document.astype(np.int64), config, self.seed)
+            positions_in_train = resampled.documents
+            unused_positions = np.setdiff1d(np.arange(len(train)), positions_in_train)
             self.drop(train[unused_positions], "balance", "left_out")
-            splits["train"] = train[resampled.documents]
+            splits["train"] = train[positions_in_train]
             self.selection.report["balance"] = resampled.report_by_group
         if labels_before:
             self.selection.report["labels"] = {"before": labels_before, "after": self._count_labels(splits["train"])}
 
     def _count_labels(self, documents: np.ndarray) -> dict[str, int]:
         """Documents by label; empty for data without labels."""
-        if not self.columns.labels:
+        if not self.columns.label_names:
             return {}
-        counts = np.bincount(self.columns.label[documents], minlength=len(self.columns.labels))
-        return dict(zip(self.columns.labels, counts.tolist(), strict=True))
+        counts = np.bincount(self.columns.label_numbers[documents], minlength=len(self.columns.label_names))
+        return dict(zip(self.columns.label_names, counts.tolist(), strict=True))
 
 
 def choose_splits(

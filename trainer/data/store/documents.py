@@ -25,7 +25,7 @@ JSON_COLUMNS = ("tools", "columns")
 
 
 @cache
-def schema() -> pa.Schema:
+def document_schema() -> pa.Schema:
     """The Arrow schema of the table of documents, one row each; what a document does not have is null.
 
     Tools, tool calls and kept columns are JSON texts, because their form differs from row to row.
@@ -62,11 +62,11 @@ def to_record_batch(documents: list[Document]) -> pa.RecordBatch:
     from pyarrow import json as reader
 
     # The reader refuses an empty text: without documents it reads one row, which is left out below.
-    column_names = schema().names
+    column_names = document_schema().names
     json_lines = b"\n".join(orjson.dumps(_as_table_row(document, column_names)) for document in documents) or b"{}"
     # One block, and so one batch.
     read_options = reader.ReadOptions(use_threads=False, block_size=len(json_lines) + 1)
-    parse_options = reader.ParseOptions(explicit_schema=schema(), unexpected_field_behavior="error")
+    parse_options = reader.ParseOptions(explicit_schema=document_schema(), unexpected_field_behavior="error")
     (batch,) = reader.read_json(io.BytesIO(json_lines), read_options, parse_options).to_batches()
     return batch.slice(0, len(documents))
 
