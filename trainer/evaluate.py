@@ -172,7 +172,7 @@ def _evaluate_test(
         # The loss compares with the initial model, which the engine has until the checkpoint is loaded.
         recording = RecordingSettings(
             built.collator,
-            built.data_spec.ahead,
+            built.data_spec.look_ahead_sample,
             max_batch=config.evaluation.batch,
             directory=job_dir / "reference",
             key="/".join([job.checkpoint, *job.accepted]),  # another base has other log-probabilities

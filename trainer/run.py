@@ -453,7 +453,7 @@ def record_reference_logps_of_data(
     context.console.print_line("reference: recording what the model says of every answer before training, once")
     recording = RecordingSettings(
         collator=built.collator,
-        look_ahead_of=built.data_spec.ahead,  # kto also compares with an answer to another prompt
+        look_ahead_of=built.data_spec.look_ahead_sample,  # kto also compares with an answer to another prompt
         max_batch=max(config.batch["micro"], config.evaluation.batch),
         directory=context.run_dir / "reference",
         key=initial_model_key,

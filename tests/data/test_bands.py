@@ -46,7 +46,7 @@ def test_bands_find_what_the_index_of_rensa_finds(tmp_path, monkeypatch):
 def test_bands_leave_no_file_and_take_nothing_for_documents_apart(tmp_path):
     digests = [[10 * number + place for place in range(BANDS * ROWS)] for number in range(50)]
     index = BandIndex([*digests, None, None], 52, BANDS, tmp_path)
-    assert not index.shares_band.any() and index._slots.size == 0
+    assert not index.shares_band.any() and index._members_by_slot.size == 0
     index.add_kept(3)
     assert index.find_candidates(3) == index.find_candidates(50) == set()
     assert not list(tmp_path.iterdir())
@@ -63,7 +63,7 @@ def test_bands_have_their_room_on_the_disk_before_they_are_written(tmp_path, mon
         return file
 
     monkeypatch.setattr(bands_module.tempfile, "TemporaryFile", remembered)
-    mapped = bands_module._new_file((BANDS, 100_000), np.uint64, tmp_path)
+    mapped = bands_module._zeros_in_unnamed_file((BANDS, 100_000), np.uint64, tmp_path)
     (descriptor,) = descriptors
     assert os.fstat(descriptor).st_blocks * 512 >= mapped.nbytes
     os.close(descriptor)

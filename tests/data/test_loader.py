@@ -202,8 +202,8 @@ def test_loader_balance_is_the_share_of_the_ranks_time_that_is_work(dataset, siz
     plan, batch = made.plan(0), next(made.steps(0, 1))
     loads = [[int(dataset.lengths[slot].sum()) for slot in rank] for rank in plan]
     busiest = sum(max(rank[m] for rank in loads) for m in range(made.accumulation))
-    assert batch.balance == pytest.approx(batch.tokens / size / busiest)
-    assert (batch.balance == 1.0) == (size == 1)
+    assert batch.parallel_efficiency == pytest.approx(batch.tokens / size / busiest)
+    assert (batch.parallel_efficiency == 1.0) == (size == 1)
 
 
 def test_loader_collates_evaluation_in_a_thread_into_pinned_memory(dataset, monkeypatch):

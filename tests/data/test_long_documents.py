@@ -33,7 +33,7 @@ def busiest(plan, cost):
 def test_long_documents_are_dealt_by_their_squares_too(dataset, units):
     by_tokens = loader(dataset, size=3, micro=1, batch=12, units=units)
     by_cost = loader(dataset, size=3, micro=1, batch=12, units=units)
-    by_cost.weigh_attention(TOKENS_PER_SQUARE)
+    by_cost.balance_by_attention_cost(TOKENS_PER_SQUARE)
     assert (by_cost.unit_tokens == by_tokens.unit_tokens).all()  # what budgets count
 
     def cost(documents):

@@ -45,13 +45,13 @@ def test_order_of_every_epoch_is_a_permutation(num, seed):
 
 def test_order_differs_by_epoch_and_seed_and_can_keep_file_order():
     order = GlobalOrder(100, 0, True)
-    assert order.epoch(0).tolist() != order.epoch(1).tolist()
-    assert order.epoch(0).tolist() != GlobalOrder(100, 1, True).epoch(0).tolist()
+    assert order.units_of_epoch(0).tolist() != order.units_of_epoch(1).tolist()
+    assert order.units_of_epoch(0).tolist() != GlobalOrder(100, 1, True).units_of_epoch(0).tolist()
     assert GlobalOrder(5, 0, False).units(3, 5).tolist() == [3, 4, 0, 1, 2]
 
 
 def test_the_order_never_changes_between_versions():
-    assert GlobalOrder(10, 42, True).epoch(0).tolist() == [0, 1, 4, 2, 6, 8, 5, 9, 7, 3]
+    assert GlobalOrder(10, 42, True).units_of_epoch(0).tolist() == [0, 1, 4, 2, 6, 8, 5, 9, 7, 3]
 
 
 @given(lengths=st.lists(st.integers(1, 2000), min_size=1, max_size=64), slots=st.integers(1, 8))
@@ -143,7 +143,7 @@ MIXES = MIXES.filter(lambda mix: sum(mix[1]) > 0)
 @given(num=st.integers(1, 50), seed=st.integers(0, 2**40), epoch=st.integers(0, 9))
 def test_order_of_one_source_is_argsorted_philox_bits(num, seed, epoch):
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num)
-    assert GlobalOrder(num, seed, True).epoch(epoch).tolist() == np.argsort(bits, kind="stable").tolist()
+    assert GlobalOrder(num, seed, True).units_of_epoch(epoch).tolist() == np.argsort(bits, kind="stable").tolist()
 
 
 @given(
@@ -165,7 +165,7 @@ def test_mixed_order_has_its_quotas_each_epoch_and_equal_uses_at_every_sample(mi
     order = MixedOrder(source_of, quotas, seed, shuffle)
     uses = np.zeros(len(source_of), dtype=np.int64)
     for epoch in range(5):
-        drawn = order.epoch(epoch)
+        drawn = order.units_of_epoch(epoch)
         assert np.bincount(source_of[drawn], minlength=len(quotas)).tolist() == quotas
         for unit in drawn.tolist():
             uses[unit] += 1
@@ -175,11 +175,11 @@ def test_mixed_order_has_its_quotas_each_epoch_and_equal_uses_at_every_sample(mi
 
 def test_mixed_order_shows_other_documents_of_a_down_weighted_source_each_epoch():
     order = MixedOrder(np.repeat([0, 1], [20, 100]), [20, 10], 0, True)
-    shown = [[unit for unit in order.epoch(epoch).tolist() if unit >= 20] for epoch in range(20)]
+    shown = [[unit for unit in order.units_of_epoch(epoch).tolist() if unit >= 20] for epoch in range(20)]
     first, second = ([unit for epoch in part for unit in epoch] for part in (shown[:10], shown[10:]))
     assert sorted(first) == sorted(second) == list(range(20, 120))
     assert first != second  # the second pass has an order of its own
-    of_domain = [[unit for unit in order.epoch(epoch).tolist() if unit < 20] for epoch in range(2)]
+    of_domain = [[unit for unit in order.units_of_epoch(epoch).tolist() if unit < 20] for epoch in range(2)]
     assert of_domain[0] != of_domain[1] and sorted(of_domain[0]) == list(range(20))
 
 
@@ -187,18 +187,18 @@ def test_order_puts_every_unit_at_every_place_of_an_epoch_equally_often():
     source_of, quotas = np.repeat([0, 1], [3, 6]), [3, 2]
     counts = np.zeros((9, 5))
     for seed in range(6000):
-        counts[MixedOrder(source_of, quotas, seed, True).epoch(0), np.arange(5)] += 1
+        counts[MixedOrder(source_of, quotas, seed, True).units_of_epoch(0), np.arange(5)] += 1
     expected = 6000 * np.repeat([1 / 5, 2 / 5 / 6], [3, 6])[:, None]
     assert (((counts - expected) ** 2 / expected).sum(axis=0) < 30).all()  # chi squared with 8 degrees of freedom
 
 
 def test_order_draws_of_epochs_sources_and_seeds_are_not_related():
     def of(source, epoch, seed):
-        drawn = MixedOrder(np.repeat([0, 1], 40), [40, 40], seed, True).epoch(epoch)
+        drawn = MixedOrder(np.repeat([0, 1], 40), [40, 40], seed, True).units_of_epoch(epoch)
         return (drawn[drawn // 40 == source] % 40).tolist()
 
     seen = [of(source, epoch, seed) for source in (0, 1) for epoch in (0, 1, 2) for seed in (0, 1)]
-    seen += [GlobalOrder(40, seed, True).epoch(epoch).tolist() for epoch in (0, 1, 2) for seed in (0, 1)]
+    seen += [GlobalOrder(40, seed, True).units_of_epoch(epoch).tolist() for epoch in (0, 1, 2) for seed in (0, 1)]
     assert len({tuple(drawn) for drawn in seen}) == len(seen)
 
 
@@ -217,7 +217,11 @@ def test_mixed_order_spreads_unshuffled_sources_evenly_in_their_order(quotas):
 
 def test_the_mixed_order_never_changes_between_versions():
     order = MixedOrder(np.array([0, 0, 0, 1, 1, 1, 1, 1]), [3, 2], 42, True)
-    assert [order.epoch(epoch).tolist() for epoch in range(3)] == [[2, 5, 1, 4, 0], [0, 1, 6, 2, 7], [1, 0, 3, 4, 2]]
+    assert [order.units_of_epoch(epoch).tolist() for epoch in range(3)] == [
+        [2, 5, 1, 4, 0],
+        [0, 1, 6, 2, 7],
+        [1, 0, 3, 4, 2],
+    ]
 
 
 @given(

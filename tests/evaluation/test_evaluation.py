@@ -10,7 +10,7 @@ from tests.helpers.building import model_dir
 from tests.helpers.launching import clean_environment, command_here
 from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from tests.helpers.warm import command_warm
-from trainer.data.batches.loader import EvalShare, eval_plan
+from trainer.data.batches.loader import EvalShare, eval_micro_batches
 from trainer.data.config import DataConfig, SourceConfig
 from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
@@ -104,7 +104,9 @@ def test_every_document_once_and_no_batch_of_two_sources(site, size, batch, limi
     sources = {name: SourceConfig(path=f"{name}.jsonl") for name in SIZES}
     config = DataConfig(sources=sources, eval_share=0.25, cache_dir="cache")
     data = Preparation(config, tiny_tokenizer(), DataSpec(), seed=0).open_or_prepare().evaluation
-    plans = [list(eval_plan(data, EvalShare(batch, rank, size, limit, by_source=True))) for rank in range(size)]
+    plans = [
+        list(eval_micro_batches(data, EvalShare(batch, rank, size, limit, by_source=True))) for rank in range(size)
+    ]
     assert len({len(plan) for plan in plans}) == 1, "all ranks take the same number of turns"
     held = [numbers for plan in plans for numbers in plan if numbers]
     assert all(len({int(data.sources[number]) for number in numbers}) == 1 for numbers in held)

@@ -221,7 +221,10 @@ def test_evaluation_does_not_depend_on_the_batch(tmp_path, runtime):
             return eval_batches(data.evaluation, EvalShare(batch, 0, 1), trainer.loader.collator, "cpu", **more)
 
         evaluator = LossEvaluator(
-            batches, loss_denominator=48, perplexity=False, ahead=lambda b=batches: b(ahead=mismatched_sample)
+            batches,
+            loss_denominator=48,
+            perplexity=False,
+            ahead=lambda b=batches: b(look_ahead_sample=mismatched_sample),
         )
         results.append(dict(evaluator.run(trainer.engine)))
     assert results[0]["eval/kl"] > 0 and results[0]["eval/loss"] < 0.49

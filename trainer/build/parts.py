@@ -125,10 +125,10 @@ def build_loader(
         ),
         collator=built.collator,
         device=runtime.device,
-        ahead=data_spec.ahead,
+        look_ahead_sample=data_spec.look_ahead_sample,
     )
     if balances_by_squared_lengths(config, data.train):
-        loader.weigh_attention(attention_crossover_tokens(built.config))
+        loader.balance_by_attention_cost(attention_crossover_tokens(built.config))
     steps = steps_from_budget(config.budget, order, loader.unit_tokens, global_batch)
     if built.step_module.plan.optimizer_hooks is not None:
         built.step_module.plan.optimizer_hooks.begin(steps)

@@ -24,8 +24,8 @@ from trainer.data.tokens.truncation import fit_length, keep_learnable
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-AheadOf = Callable[[TokenDataset, int], Sample]
-"""Another sequence for each one of a data set, looked at before the first backward pass of a step."""
+LookAheadSample = Callable[[TokenDataset, int], Sample]
+"""Gives for a sequence (data set, index) another one, which a forward pass looks at before the step's first backward pass."""
 
 
 class DataSpec:
@@ -45,8 +45,9 @@ class DataSpec:
     """Marks that every sequence carries while training, each with a value that it may have."""
     kept: KeptColumns | None = None
     """Columns of the rows that are kept with the documents, beside what is tokenised."""
-    ahead: AheadOf | None = None
-    """What is looked at of each sequence before the first backward pass of a step; mostly nothing."""
+    look_ahead_sample: LookAheadSample | None = None
+    """What is looked at for each sequence before the first backward pass of a step, as KTO does with answers to other prompts;
+    None: nothing."""
 
     has_answers = True
     """Whether the data has what is learned; False if the model writes it."""

@@ -82,7 +82,9 @@ def build_evaluators(
         ranks_per_row=runtime.sequence_size,
         perplexity=built.step_module.objective.perplexity,
         stop_now=new_stop_check(),
-        ahead=None if data_spec.ahead is None else partial(batches, ahead=data_spec.ahead),
+        ahead=None
+        if data_spec.look_ahead_sample is None
+        else partial(batches, look_ahead_sample=data_spec.look_ahead_sample),
         reported_sources=reported_sources,
     )
     evaluators: list[Evaluator] = [loss_evaluator]

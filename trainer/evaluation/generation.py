@@ -57,7 +57,7 @@ class GenerationEvaluator:
         self.settings = settings
         self.runtime = runtime
         self.answer_generator = AnswerGenerator(
-            tokenizer, generation_config, runtime, batch=share.batch, stop_now=stop_now
+            tokenizer, generation_config, runtime, batch=share.documents_per_micro_batch, stop_now=stop_now
         )
         self._named_sets = source_name_by_number(dataset) if share.by_source else {}
         """Names of the sets in `data.eval_path`, by source index; empty if they have no scores of their own."""

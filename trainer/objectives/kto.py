@@ -142,7 +142,7 @@ class RatedDataSpec(UnlabelledDataSpec):
             f"apart; {remedy}"
         )
 
-    def ahead(self, dataset: TokenDataset, index: int) -> Sample:  # type: ignore[override]
+    def look_ahead_sample(self, dataset: TokenDataset, index: int) -> Sample:  # type: ignore[override]
         """The prompt of a sequence with the answer of another: arbitrary answers, for the reference point."""
         return mismatched_sample(dataset, index)
 

@@ -23,13 +23,13 @@ from strategies.base import Engine
 from strategies.errors import Preempted, StorageError
 from trainer.data.batches.collate import Collator, to_device
 from trainer.data.batches.cutting import sequence_cut
-from trainer.data.batches.loader import EvalShare, eval_plan
-from trainer.data.objective_spec import AheadOf
+from trainer.data.batches.loader import EvalShare, eval_micro_batches
+from trainer.data.objective_spec import LookAheadSample
 from trainer.data.store.sequences import REFERENCE, Sample, TokenDataset
 from trainer.objectives.causal import counted_here, sequence_logps
 
 REFERENCE_AHEAD = "reference_ahead"
-"""Mark of a sequence: the recorded log-probability of its look-ahead sequence (see `DataSpec.ahead`)."""
+"""Mark of a sequence: the recorded log-probability of its look-ahead sequence (see `DataSpec.look_ahead_sample`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class RecordingSettings:
     """How the reference is recorded."""
 
     collator: Collator
-    look_ahead_of: AheadOf | None
+    look_ahead_of: LookAheadSample | None
     """Gives the look-ahead sequence of each sequence, whose log-probability is recorded too; None without one."""
     max_batch: int
     """Most sequences in one micro-batch of a rank."""
@@ -55,7 +55,7 @@ class _ReferenceColumn:
     """Of the column in the data set."""
     file_prefix: str
     """Tells its file from those of the other columns."""
-    sample_of: AheadOf
+    sample_of: LookAheadSample
     """Gives for each sequence of the data set the sample whose log-probability is recorded."""
 
 
@@ -113,7 +113,7 @@ def _compute_logps(
     """
     device = runtime.device
     logps_by_sequence = torch.zeros(len(dataset), dtype=torch.float64, device=device)
-    plan = eval_plan(dataset, EvalShare(settings.max_batch, runtime.dp_rank, runtime.dp_size))
+    plan = eval_micro_batches(dataset, EvalShare(settings.max_batch, runtime.dp_rank, runtime.dp_size))
     cut = sequence_cut(runtime)
     with engine.inference() as module:
         # Through the root module's own forward: a sharding engine gathers parameters only there.

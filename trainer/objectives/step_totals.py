@@ -105,7 +105,9 @@ def accumulate_gradients(engine: Engine, batch: StepBatch, drawn_by: tuple[int, 
     sums: dict[str, torch.Tensor] = {}
 
     # Some losses need a mean over the whole step before its first backward pass. Most batches have nothing ahead.
-    means_ahead = look_ahead(engine, batch.ahead, loss_count, averaged=False) if batch.ahead else {}
+    means_ahead = (
+        look_ahead(engine, batch.look_ahead_batches, loss_count, averaged=False) if batch.look_ahead_batches else {}
+    )
     step_context = {
         "ahead": means_ahead,
         "drawn_by": drawn_by,
@@ -151,7 +153,7 @@ def step_record(
         wait_s=batch.wait_s,
         source_tokens=batch.source_tokens,
         source_counts=batch.source_counts,
-        balance=batch.balance,
+        balance=batch.parallel_efficiency,
         epoch=epoch,
         facts=batch.facts,
         round_s=batch.round_s,

@@ -72,11 +72,11 @@ class SampledLengths:
     @property
     def mean(self) -> float:
         """Tokens of a unit of the first epoch."""
-        return float(self.tokens[self.order.epoch(0)].mean())
+        return float(self.tokens[self.order.units_of_epoch(0)].mean())
 
     def lengths(self, config: DataConfig, sequences_per_unit: int) -> DocumentLengths:
         """The lengths of the units that the first epoch draws. A pack (several documents in one row) counts as full."""
-        epoch_units = self.order.epoch(0)
+        epoch_units = self.order.units_of_epoch(0)
         # Another epoch may have fuller packs, so packs count as full.
         longest = np.array([config.max_length]) if config.packing else np.sort(self.tokens)[::-1]
         return DocumentLengths(

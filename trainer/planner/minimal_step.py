@@ -30,7 +30,7 @@ def build_step_batch(batches: list[dict[str, Any]], device: torch.device) -> Ste
     ahead = [{**batch, "ahead_of": True} for batch in micro_batches if batch.get("ahead")]
     return StepBatch(
         micro_batches=micro_batches,
-        ahead=ahead,
+        look_ahead_batches=ahead,
         totals=batches[0]["totals"],
         tokens=tokens,
         local_tokens=tokens,

@@ -158,5 +158,5 @@ class RolloutLoader:
             local_tokens=batcher.num_local_tokens(share.micro_batches),
             supervised_tokens=int(step_data.totals["tokens"]),
             samples=0,  # prompts consumed by the step: the last step of a round sets it
-            balance=share.balance,
+            parallel_efficiency=share.balance,
         )

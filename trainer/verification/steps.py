@@ -169,7 +169,7 @@ def _record_reference(
         return
     settings = RecordingSettings(
         built.collator,
-        built.data_spec.ahead,
+        built.data_spec.look_ahead_sample,
         max_batch=config.batch["micro"],
         directory=directory,
         key="drawn",

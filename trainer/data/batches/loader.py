@@ -43,8 +43,8 @@ class StepBatch:
     """Documents (packs) of the global batch."""
     wait_s: float = 0.0
     """Seconds the trainer waited for this batch."""
-    ahead: list[dict[str, Any]] = field(default_factory=list)
-    """Micro-batches looked at before the first backward pass; mostly none."""
+    look_ahead_batches: list[dict[str, Any]] = field(default_factory=list)
+    """Micro-batches of an extra forward pass before the first backward pass, such as KTO's mismatched answers; mostly none."""
     source_tokens: dict[str, int] = field(default_factory=dict)
     """Tokens of the global batch by source, where the training data has several."""
     source_counts: dict[str, float] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class StepBatch:
     """Steps taken of the round after this one, if batches are rounds; 0 after its last step, and where there are none."""
     round_s: float = 0.0
     """Seconds of this rank in which the batch was made between two steps, as a round is, and not beside them."""
-    balance: float = 1.0
+    parallel_efficiency: float = 1.0
     """Mean over the ranks' tokens (costs, of long documents) as a share of the busiest rank's, micro-batch by micro-batch; 1
     where none waits."""
 
@@ -87,8 +87,9 @@ class BatchShare:
 class StepLoader:
     """Batches of one rank.
 
-    A unit is a document; or, where `units` is given, the sequences that stay together: a pack, or a pair of answers.
-    `ahead` gives for each sequence another one, which is looked at before the first backward pass.
+    A unit is a document; or, where `units` is given, the sequences that stay together: a pack, or a pair of answers. A slot is
+    a place for one micro-batch of one rank: slot m * dp_size + r holds the m-th micro-batch of data-parallel rank r.
+    `look_ahead_sample` gives for each sequence another one, which is looked at before the first backward pass.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class StepLoader:
         share: BatchShare,
         collator: Collator,
         device: torch.device | str,
-        ahead: Callable[[TokenDataset, int], Sample] | None = None,
+        look_ahead_sample: Callable[[TokenDataset, int], Sample] | None = None,
     ) -> None:
         assert order.population == (len(dataset) if units is None else len(units)), "order and units differ in number"
         self.dataset = dataset
@@ -109,7 +110,7 @@ class StepLoader:
         self.share = share
         self.accumulation = share.accumulation
         self.collator = collator
-        self.ahead = ahead
+        self.look_ahead_sample = look_ahead_sample
         self.device = torch.device(device)
         self.source_name_by_number = source_name_by_number(dataset)
         self.unit_tokens: np.ndarray = dataset.lengths
@@ -131,7 +132,7 @@ class StepLoader:
         """Documents (packs) that a step consumes."""
         return self.share.global_batch
 
-    def weigh_attention(self, tokens_per_square: int) -> None:
+    def balance_by_attention_cost(self, tokens_per_square: int) -> None:
         """From now on, balance the ranks of every step by what documents cost with attention, not by their tokens alone.
 
         A document of n tokens then costs n + n^2 / `tokens_per_square`, and a unit (a pack, a pair of answers) the sum of its
@@ -163,9 +164,11 @@ class StepLoader:
         none waits long.
         """
         units = self.order.units(first_sample, self.share.global_batch)
-        num_slots = self.share.global_batch // self.share.micro_batch
+        units_per_slot = self.share.micro_batch
+        num_slots = self.share.global_batch // units_per_slot
+        # By slot, indices into `units`.
         positions_by_slot = self.collator.assign_to_slots(
-            self.dataset, units, self._unit_costs[units], shape=(num_slots, self.share.micro_batch)
+            self.dataset, units, self._unit_costs[units], shape=(num_slots, units_per_slot)
         )
         return units[np.array(positions_by_slot, dtype=np.int64)]
 
@@ -203,19 +206,21 @@ class StepLoader:
                 started_at = time.perf_counter()
                 step_batch = next(prefetched)
                 step_batch.micro_batches = [to_device(batch, self.device) for batch in step_batch.micro_batches]
-                step_batch.ahead = [to_device(batch, self.device) for batch in step_batch.ahead]
+                step_batch.look_ahead_batches = [
+                    to_device(batch, self.device) for batch in step_batch.look_ahead_batches
+                ]
                 step_batch.wait_s = time.perf_counter() - started_at
                 yield step_batch
 
     def _make_step_batch(self, first_sample: int) -> StepBatch:
         """This rank's batch of the step that begins after `first_sample` consumed samples, still on the CPU.
 
-        Runs in the background thread. If the objective looks at other samples before the first backward pass, `ahead` of the
-        result has the same micro-batches with these samples.
+        Runs in the background thread. If the objective looks at other samples before the first backward pass,
+        `look_ahead_batches` of the result has the same micro-batches with these samples instead, marked by "ahead_of".
         """
         dataset = self.dataset
         # Which sequences the step has: those of this rank by micro-batch, and those of all ranks.
-        units_by_slot = self._units_by_slot(first_sample)
+        units_by_slot = self._units_by_slot(first_sample)  # units are documents, packs or pairs
         own_micro_batches = self._micro_batches_of_rank(units_by_slot, self.share.dp_rank)
         global_sequences = self._sequences_of_units(units_by_slot.ravel())
         # Counted over the whole global batch on every rank, so the loss is divided by the same number everywhere
@@ -228,17 +233,17 @@ class StepLoader:
             samples = [dataset.sample(sequence) for sequence in sequences]
             batches.append({**self._collate(samples, sequences), "totals": totals})
             local_tokens += self._num_local_tokens(sequences)
-        ahead: list[dict[str, Any]] = []
-        sample_ahead = self.ahead
-        if sample_ahead is not None:
+        look_ahead_batches: list[dict[str, Any]] = []
+        look_ahead_sample = self.look_ahead_sample
+        if look_ahead_sample is not None:
             for sequences in own_micro_batches:
-                samples = [sample_ahead(dataset, sequence) for sequence in sequences]
-                ahead.append({**self._collate(samples), "ahead_of": True})
+                samples = [look_ahead_sample(dataset, sequence) for sequence in sequences]
+                look_ahead_batches.append({**self._collate(samples), "ahead_of": True})
 
         source_tokens = self._sum_by_source(dataset.lengths, global_sequences)
         return StepBatch(
             micro_batches=batches,
-            ahead=ahead,
+            look_ahead_batches=look_ahead_batches,
             totals=totals,
             tokens=int(dataset.lengths[global_sequences].sum()),
             local_tokens=local_tokens,
@@ -246,7 +251,7 @@ class StepLoader:
             samples=self.share.global_batch,
             source_tokens={name: int(tokens) for name, tokens in source_tokens.items()},
             source_counts=self._sum_by_source(dataset.counts["loss"], global_sequences),
-            balance=self._parallel_efficiency(units_by_slot),
+            parallel_efficiency=self._parallel_efficiency(units_by_slot),
         )
 
     def _num_local_tokens(self, sequences: list[int]) -> int:
@@ -258,14 +263,14 @@ class StepLoader:
         begin, end = cut.span(num_tokens)
         return end - begin
 
-    def _sum_by_source(self, counts: np.ndarray, sequences: np.ndarray) -> dict[str, float]:
-        """The sum of `counts` over the `sequences` of each source, by the source's name; empty if there is only one source.
+    def _sum_by_source(self, count_by_sequence: np.ndarray, sequences: np.ndarray) -> dict[str, float]:
+        """The sum of counts over the `sequences` of each source, by the source's name; empty if there is only one source.
 
-        `counts`: [N], one for each sequence of the data set. `sequences`: numbers of sequences.
+        `count_by_sequence`: [N], one for each sequence of the data set. `sequences`: numbers of sequences.
         """
         if len(self.source_name_by_number) < 2:
             return {}
-        batch_counts = counts[sequences]
+        batch_counts = count_by_sequence[sequences]
         batch_sources = self.dataset.sources[sequences]
         return {
             name: exact_sum(batch_counts[batch_sources == number])
@@ -279,11 +284,11 @@ class StepLoader:
         has `source_names` and `row_source` (int64: of each supervised row, the index of its source in `source_names`), so that
         the loss can be logged by source. A supervised row is a position with a target.
         """
-        batch = self.collator(samples, self.share.cut)
+        batch = self.collator(samples, self.share.cut)  # with a cut, this rank's slice of the tokens
         if sequences is not None and len(self.source_name_by_number) > 1:
             source_numbers = np.array([*self.source_name_by_number])  # ascending
             source_index_by_sample = np.searchsorted(source_numbers, self.dataset.sources[sequences])
-            # By the rows of this rank: with a cut, other ranks hold the rest of a sequence's rows.
+            # `row_sequence`: the index in `samples` of each supervised row that this rank has.
             batch["row_source"] = torch.from_numpy(source_index_by_sample)[batch["row_sequence"]]
             batch["source_names"] = [*self.source_name_by_number.values()]
         return pin_batch(batch, self.device)
@@ -310,8 +315,7 @@ class EvalShare:
     If no ranks share rows, as in generation, `dp_rank` and `dp_size` are those of all ranks.
     """
 
-    batch: int
-    """Documents in one micro-batch."""
+    documents_per_micro_batch: int
     dp_rank: int
     dp_size: int
     max_documents: int | None = None
@@ -322,26 +326,26 @@ class EvalShare:
     cut: RowCut | None = None
     """Which slice of its rows this rank takes; None if it takes them whole."""
 
-    def group_of_documents(self, dataset: TokenDataset) -> np.ndarray:
-        """int64 [documents]: the number of each document's source if `by_source`, else 0, so that all are one group."""
+    def source_of_documents(self, dataset: TokenDataset) -> np.ndarray:
+        """int64 [documents]: the number of each document's source if `by_source`, else 0, as if there were one source."""
         per_document = self.sequences_per_document
         num_documents = len(dataset) // per_document
         source_of_sequence = dataset.sources if self.by_source else np.zeros(len(dataset), np.int64)
         return source_of_sequence[: num_documents * per_document : per_document]
 
     def covered_documents(self, dataset: TokenDataset) -> np.ndarray:
-        """int64: the numbers of the documents that the pass covers, all ranks together, ascending."""
-        group_of_document = self.group_of_documents(dataset)
-        covered_by_group: list[np.ndarray] = []
-        for group in np.unique(group_of_document):
+        """int64: the numbers of the documents that an evaluation covers, all ranks together, ascending."""
+        source_of_document = self.source_of_documents(dataset)
+        covered_by_source: list[np.ndarray] = []
+        for source in np.unique(source_of_document):
             # `max_documents` bounds each source by itself.
-            covered_by_group.append(np.flatnonzero(group_of_document == group)[: self.max_documents])
-        if not covered_by_group:
+            covered_by_source.append(np.flatnonzero(source_of_document == source)[: self.max_documents])
+        if not covered_by_source:
             return np.zeros(0, np.int64)
-        return np.sort(np.concatenate(covered_by_group))
+        return np.sort(np.concatenate(covered_by_source))
 
     def covered_sequences(self, dataset: TokenDataset) -> np.ndarray:
-        """int64: the sequences of the documents that the pass covers: of documents 0 and 2 with two each [0, 1, 4, 5]."""
+        """int64: the sequences of the documents that an evaluation covers: of documents 0 and 2 with two each [0, 1, 4, 5]."""
         per_document = self.sequences_per_document
         first_sequences = self.covered_documents(dataset) * per_document
         return (first_sequences[:, None] + np.arange(per_document)).ravel()
@@ -352,7 +356,7 @@ def source_name_by_number(dataset: TokenDataset) -> dict[int, str]:
     return {number: dataset.source_names[number] for number in np.unique(dataset.sources).tolist()}
 
 
-def eval_plan(dataset: TokenDataset, share: EvalShare) -> Iterator[list[int]]:
+def eval_micro_batches(dataset: TokenDataset, share: EvalShare) -> Iterator[list[int]]:
     """The sequence numbers of each micro-batch of this rank in an evaluation; an empty list once the rank has run out.
 
     All ranks get the same number of micro-batches, because each micro-batch is a collective forward pass. Micro-batch i goes to
@@ -360,11 +364,11 @@ def eval_plan(dataset: TokenDataset, share: EvalShare) -> Iterator[list[int]]:
     answers), which stay together.
     """
     per_document = share.sequences_per_document
-    batches = _documents_by_eval_batch(dataset, share)
-    num_turns = math.ceil(len(batches) / share.dp_size)
-    for turn in range(num_turns):
-        batch_number = turn * share.dp_size + share.dp_rank
-        documents = batches[batch_number] if batch_number < len(batches) else []
+    documents_by_batch = _documents_by_eval_batch(dataset, share)
+    num_batches_of_rank = math.ceil(len(documents_by_batch) / share.dp_size)
+    for index in range(num_batches_of_rank):
+        batch_number = index * share.dp_size + share.dp_rank
+        documents = documents_by_batch[batch_number] if batch_number < len(documents_by_batch) else []
         sequences: list[int] = []
         for document in documents:
             first_sequence = document * per_document
@@ -373,22 +377,22 @@ def eval_plan(dataset: TokenDataset, share: EvalShare) -> Iterator[list[int]]:
 
 
 def _documents_by_eval_batch(dataset: TokenDataset, share: EvalShare) -> list[list[int]]:
-    """The document numbers of each micro-batch of an evaluation, all ranks together, `share.batch` in each.
+    """The document numbers of each micro-batch of an evaluation, all ranks together, `share.documents_per_micro_batch` in each.
 
-    A micro-batch has documents of one group (source) only. Within a group, the longest documents come first.
+    With `share.by_source`, a micro-batch has documents of one source only. Within a source, the longest documents come first.
     """
     documents = share.covered_documents(dataset)
-    group_of_document = share.group_of_documents(dataset)
+    source_of_document = share.source_of_documents(dataset)
     sequence_lengths = dataset.lengths[share.covered_sequences(dataset)]
     tokens = sequence_lengths.reshape(-1, share.sequences_per_document).sum(axis=1)
-    # By group, then by falling length: lexsort takes its last key first.
-    documents = documents[np.lexsort((-tokens, group_of_document[documents]))]
-    group_begins = np.flatnonzero(np.diff(group_of_document[documents])) + 1
-    batches: list[list[int]] = []
-    for group_documents in np.split(documents, group_begins):
-        for start in range(0, len(group_documents), share.batch):
-            batches.append(group_documents[start : start + share.batch].tolist())
-    return batches
+    # By source, then by falling length: lexsort takes its last key first.
+    documents = documents[np.lexsort((-tokens, source_of_document[documents]))]
+    source_begins = np.flatnonzero(np.diff(source_of_document[documents])) + 1
+    documents_by_batch: list[list[int]] = []
+    for documents_of_source in np.split(documents, source_begins):
+        for start in range(0, len(documents_of_source), share.documents_per_micro_batch):
+            documents_by_batch.append(documents_of_source[start : start + share.documents_per_micro_batch].tolist())
+    return documents_by_batch
 
 
 def eval_batches(
@@ -396,32 +400,45 @@ def eval_batches(
     share: EvalShare,
     collator: Collator,
     device: torch.device | str,
-    ahead: Callable[[TokenDataset, int], Sample] | None = None,
+    look_ahead_sample: Callable[[TokenDataset, int], Sample] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """This rank's micro-batches of an evaluation, on the device. Over all ranks every document comes exactly once.
 
     A background thread makes the batches, as in training. Every rank gets the same number of micro-batches; a rank that has run
-    out gets document 0 with nothing to score (targets and labels -100). `ahead`: gives for each sequence another sample, which
-    takes its place. If sources are told apart (`share.by_source`), `source` of a batch is the number of its source.
+    out gets document 0 with nothing to score (targets and labels -100). Beside what the collator makes, a batch has:
+    - `totals`: what the loss is divided by, by its terms: counts over all ranks' sequences;
+    - `source`, with `share.by_source`: the number of its source;
+    - `ahead_of`, with `look_ahead_sample`, which gives for each sequence another sample that takes its place.
     """
     device = torch.device(device)
-    # What the loss is divided by: counts over all ranks' sequences, by term of the loss.
     covered_sequences = share.covered_sequences(dataset)
-    totals = {term: exact_sum(counts[covered_sequences]) for term, counts in dataset.counts.items()}
-    sample_of = ahead or TokenDataset.sample
-
-    def make_batch(sequences: list[int]) -> dict[str, Any]:
-        """A micro-batch on the CPU; without `sequences`, as on a rank that has run out, one with nothing to score."""
-        samples = [sample_of(dataset, sequence) for sequence in sequences]
-        if not samples:
-            samples = collator.filler_samples(dataset, share.sequences_per_document)
-        batch = {**collator(samples, share.cut), "totals": totals}
-        if share.by_source:
-            batch["source"] = int(dataset.sources[sequences[0] if sequences else 0])
-        if ahead is not None:
-            batch["ahead_of"] = True
-        return pin_batch(batch, device)
-
-    with closing(prefetch(map(make_batch, eval_plan(dataset, share)))) as batches:
-        for batch in batches:
+    further_entries: dict[str, Any] = {
+        "totals": {term: exact_sum(counts[covered_sequences]) for term, counts in dataset.counts.items()}
+    }
+    if look_ahead_sample is not None:
+        further_entries["ahead_of"] = True
+    get_sample = look_ahead_sample or TokenDataset.sample
+    batches_on_cpu = (
+        pin_batch({**_collate_eval_batch(dataset, share, collator, sequences, get_sample), **further_entries}, device)
+        for sequences in eval_micro_batches(dataset, share)
+    )
+    with closing(prefetch(batches_on_cpu)) as prefetched:
+        for batch in prefetched:
             yield to_device(batch, device)
+
+
+def _collate_eval_batch(
+    dataset: TokenDataset,
+    share: EvalShare,
+    collator: Collator,
+    sequences: list[int],
+    get_sample: Callable[[TokenDataset, int], Sample],
+) -> dict[str, Any]:
+    """The sequences of these numbers as a micro-batch; without any, as on a rank that has run out, one with nothing to score."""
+    samples = [get_sample(dataset, sequence) for sequence in sequences]
+    if not samples:
+        samples = collator.filler_samples(dataset, share.sequences_per_document)
+    batch = collator(samples, share.cut)
+    if share.by_source:
+        batch["source"] = int(dataset.sources[sequences[0] if sequences else 0])
+    return batch

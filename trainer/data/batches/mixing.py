@@ -64,39 +64,39 @@ MAX_EPOCH_UNITS = 1 << 28
 class SourceMix:
     """Sizes of the sources of a data set, and the weights with which they are mixed; all lists are by the source's number."""
 
-    names: list[str]
-    weights: Sequence[float]
-    units: Sequence[int] | np.ndarray
+    source_names: list[str]
+    weight_by_source: Sequence[float]
+    num_units_by_source: Sequence[int] | np.ndarray
     """Documents, or packs."""
-    documents: Sequence[int] | np.ndarray
+    num_documents_by_source: Sequence[int] | np.ndarray
     """Documents, also those in packs."""
-    tokens: Sequence[int] | np.ndarray
+    num_tokens_by_source: Sequence[int] | np.ndarray
 
     @classmethod
-    def of(
+    def from_units(
         cls,
         config: DataConfig,
         source_names: list[str],
-        sources: np.ndarray,
-        tokens: np.ndarray,
-        documents: np.ndarray | None = None,
+        source_of_unit: np.ndarray,
+        tokens_of_unit: np.ndarray,
+        documents_of_unit: np.ndarray | None = None,
     ) -> SourceMix:
         """A mix whose sizes by source are added up over the units (documents or packs) that are drawn; weights are of `config`.
 
-        `sources`: int [units], the source of each unit as an index into `source_names`. `tokens`: int [units]. `documents`: int
-        [units], how many documents are in each unit; None: one in each.
+        `source_of_unit`: int [units], into `source_names`. `tokens_of_unit`: int [units]. `documents_of_unit`: int [units], how
+        many documents are in each unit; None: one in each.
         """
 
         def sum_by_source(amounts: np.ndarray | None) -> np.ndarray:
             """int64 [sources]: the sum of `amounts` over the units of each source; of None, the number of its units."""
-            return np.bincount(sources, amounts, minlength=len(source_names)).astype(np.int64)
+            return np.bincount(source_of_unit, amounts, minlength=len(source_names)).astype(np.int64)
 
         return cls(
             source_names,
             source_weights(config, source_names),
-            units=sum_by_source(None),
-            documents=sum_by_source(documents),
-            tokens=sum_by_source(tokens),
+            num_units_by_source=sum_by_source(None),
+            num_documents_by_source=sum_by_source(documents_of_unit),
+            num_tokens_by_source=sum_by_source(tokens_of_unit),
         )
 
     def quotas(self, mixing: MixingConfig) -> np.ndarray:
@@ -109,15 +109,19 @@ class SourceMix:
         ends when the first source has been seen once, or all have (`mixing.epoch`). Raises DataError for a weighted source
         without documents or without tokens, ConfigError for an epoch that is too long.
         """
-        units_per_length = self._units_per_epoch_length(mixing)
+        units_per_length = self._units_per_length_of_epoch(mixing)
         # By source with a weight: the length of an epoch in which all of its units are seen once.
         length_seen_once: dict[str, Fraction] = {}
-        for name, num_units, rate in zip(self.names, self.units, units_per_length, strict=True):
-            if rate:
-                length_seen_once[name] = int(num_units) / rate
+        for name, num_units, units_of_length_1 in zip(
+            self.source_names, self.num_units_by_source, units_per_length, strict=True
+        ):
+            if units_of_length_1:
+                length_seen_once[name] = int(num_units) / units_of_length_1
         choose_length = min if mixing.epoch is EpochEnd.first else max
         epoch_length = choose_length(length_seen_once.values())
-        quotas = _round_by_largest_remainder([epoch_length * rate for rate in units_per_length])
+        quotas = _round_by_largest_remainder(
+            [epoch_length * units_of_length_1 for units_of_length_1 in units_per_length]
+        )
         if sum(quotas) > MAX_EPOCH_UNITS:
             smallest = min(length_seen_once, key=lambda name: (length_seen_once[name], name))
             raise ConfigError(
@@ -127,15 +131,19 @@ class SourceMix:
             )
         return np.array(quotas, dtype=np.int64)
 
-    def _units_per_epoch_length(self, mixing: MixingConfig) -> list[Fraction]:
-        """How many units of each source an epoch holds per length 1: weight / (documents or tokens in one unit, on average).
+    def _units_per_length_of_epoch(self, mixing: MixingConfig) -> list[Fraction]:
+        """How many units of each source an epoch of length 1 holds: weight / (documents or tokens in one unit, on average).
 
-        The length of an epoch is its number of documents or tokens (`mixing.over`), divided by the sum of all weights. A source
-        of weight 0 has 0. Raises DataError for a source that has a weight, but no documents or no tokens.
+        The length of an epoch is its number of documents or tokens (`mixing.over`), divided by the sum of all weights. With
+        weights 2 and 1, and packs of 4 and 5 documents: [2/4, 1/5], so that an epoch of length 20 has 10 and 4 packs, of 40 and
+        20 documents. A source of weight 0 has 0. Exact, so that rounding to whole units depends on no floating-point error.
+        Raises DataError for a source that has a weight, but no documents or no tokens.
         """
-        amounts = self.tokens if mixing.over is MixOver.tokens else self.documents
+        amounts = self.num_tokens_by_source if mixing.over is MixOver.tokens else self.num_documents_by_source
         units_per_length: list[Fraction] = []
-        for name, weight, num_units, amount in zip(self.names, self.weights, self.units, amounts, strict=True):
+        for name, weight, num_units, amount in zip(
+            self.source_names, self.weight_by_source, self.num_units_by_source, amounts, strict=True
+        ):
             exact_weight = Fraction(repr(float(weight)))  # the decimal number the user wrote
             if exact_weight == 0:
                 units_per_length.append(Fraction(0))
@@ -160,22 +168,24 @@ class SourceMix:
         """
         # All lists are by the source's number.
         passes: list[float] = []
-        for quota, num_units in zip(quotas, self.units, strict=True):
+        for quota, num_units in zip(quotas, self.num_units_by_source, strict=True):
             passes.append(int(quota) / int(num_units) if num_units else 0.0)
-        documents = [num_passes * int(count) for num_passes, count in zip(passes, self.documents, strict=True)]
-        tokens = [num_passes * int(count) for num_passes, count in zip(passes, self.tokens, strict=True)]
+        documents = [
+            num_passes * int(count) for num_passes, count in zip(passes, self.num_documents_by_source, strict=True)
+        ]
+        tokens = [num_passes * int(count) for num_passes, count in zip(passes, self.num_tokens_by_source, strict=True)]
         column_by_key = {
-            "weight": self.weights,
-            "requested": _shares_of_sum(self.weights),
+            "weight": self.weight_by_source,
+            "requested": _shares_of_total(self.weight_by_source),
             "units": quotas.tolist(),
             "documents": documents,
             "tokens": tokens,
-            "share_documents": _shares_of_sum(documents),
-            "share_tokens": _shares_of_sum(tokens),
+            "share_documents": _shares_of_total(documents),
+            "share_tokens": _shares_of_total(tokens),
             "passes": passes,
         }
         by_name: dict[str, dict[str, float]] = {}
-        for source, name in enumerate(self.names):
+        for source, name in enumerate(self.source_names):
             by_name[name] = {key: column[source] for key, column in column_by_key.items()}
         return by_name
 
@@ -187,20 +197,16 @@ def _round_by_largest_remainder(amounts: list[Fraction]) -> list[int]:
     """
     whole = [math.floor(amount) for amount in amounts]
     rounded_sum = math.floor(sum(amounts, Fraction(0)) + Fraction(1, 2))
-    # The amounts with the largest remainders are rounded up, as many as the sum lacks.
+    # The amounts with the largest remainders are rounded up, as many as the sum lacks: no more than have a remainder, so
+    # that an amount of 0 stays 0.
     num_to_round_up = rounded_sum - sum(whole)
     by_remainder = sorted(range(len(amounts)), key=lambda index: (whole[index] - amounts[index], index))
     for index in by_remainder[:num_to_round_up]:
         whole[index] += 1
-    for index, amount in enumerate(amounts):
-        if amount:
-            whole[index] = max(whole[index], 1)
-        else:
-            whole[index] = 0
-    return whole
+    return [max(count, 1) if amount else 0 for count, amount in zip(whole, amounts, strict=True)]
 
 
-def _shares_of_sum(amounts: Sequence[float]) -> list[float]:
+def _shares_of_total(amounts: Sequence[float]) -> list[float]:
     """Each amount divided by the sum of all; zeros if the sum is 0."""
     total = math.fsum(amounts)
     if not total:
@@ -250,26 +256,24 @@ def build_order(
     None if each sequence is drawn alone. `sequences_per_document`: 2 for pairs, else 1. With `data.sources.*.weight` the order
     mixes the sources in these shares. Raises ConfigError and DataError for weights of sources that cannot be used.
     """
-    # The units, and the source of each.
-    weights = source_weights(config, train.source_names)
-    sources = train.sources
+    has_weights = bool(source_weights(config, train.source_names))
+    source_of_unit = train.sources
     units: list[list[int]] | None = None
-    if sequences_per_document > 1:
+    if sequences_per_document > 1:  # the sequences of a document follow one another
         units = np.arange(len(train)).reshape(-1, sequences_per_document).tolist()
-        sources = sources[::sequences_per_document]
+        source_of_unit = source_of_unit[::sequences_per_document]
     elif config.packing:
         # Without weights a pack may hold documents of several sources: all count as source 0.
-        packed_sources = sources if weights else np.zeros_like(sources)
-        units, sources = pack_by_source(train.lengths, packed_sources, config.max_length)
-    # The order: all units in a random order, or mixed by weight.
-    if not weights:
+        source_of_document = train.sources if has_weights else np.zeros_like(train.sources)
+        units, source_of_unit = pack_by_source(train.lengths, source_of_document, config.max_length)
+    if not has_weights:
         num_units = len(train) if units is None else len(units)
         return units, GlobalOrder(num_units, seed=seed, shuffle=config.shuffle)
-    unit_tokens: np.ndarray = train.lengths
-    unit_documents = np.ones(len(train), np.int64)
+    tokens_of_unit: np.ndarray = train.lengths
+    documents_of_unit = np.ones(len(train), np.int64)
     if units is not None:
-        unit_tokens = np.array([train.lengths[unit].sum() for unit in units])
+        tokens_of_unit = np.array([train.lengths[unit].sum() for unit in units])
         # A pair of answers is one document with two sequences.
-        unit_documents = np.array([len(unit) // sequences_per_document for unit in units])
-    mix = SourceMix.of(config, train.source_names, sources, unit_tokens, unit_documents)
-    return units, MixedOrder(sources, mix.quotas(config.mixing), seed=seed, shuffle=config.shuffle)
+        documents_of_unit = np.array([len(unit) // sequences_per_document for unit in units])
+    mix = SourceMix.from_units(config, train.source_names, source_of_unit, tokens_of_unit, documents_of_unit)
+    return units, MixedOrder(source_of_unit, mix.quotas(config.mixing), seed=seed, shuffle=config.shuffle)

@@ -22,14 +22,18 @@ _PASS_STREAM = 1
 _INTERLEAVE_STREAM = 2
 
 
-def shuffle_numbers(size: int, entropy: np.random.SeedSequence) -> np.ndarray:
-    """A permutation of 0..size-1 that depends on `entropy` alone, int64 [size]."""
+def shuffle_numbers(size: int, seed_sequence: np.random.SeedSequence) -> np.ndarray:
+    """A permutation of 0..size-1 that depends on `seed_sequence` alone, int64 [size]."""
     # Raw bits of a counter-based generator: unlike numpy's `permutation`, their stream is promised never to change.
-    return np.argsort(np.random.Philox(entropy).random_raw(size), kind="stable").astype(np.int64)
+    return np.argsort(np.random.Philox(seed_sequence).random_raw(size), kind="stable").astype(np.int64)
 
 
 class Order(ABC):
-    """An endless sequence of epochs of `num_units` samples each, drawn from `population` documents (or packs)."""
+    """An endless sequence of epochs of `num_units` samples each, drawn from `population` documents (or packs).
+
+    A unit is what is drawn as a whole: a document, a pack, a pair of answers. Each is a number from 0 to `population` - 1. An
+    epoch may use only a part of them, or some of them more than once, where sources are mixed by weight.
+    """
 
     def __init__(self, num_units: int, population: int, seed: int, shuffle: bool) -> None:
         if num_units < 1:
@@ -59,8 +63,8 @@ class Order(ABC):
     def position_ranges(self, first_sample: int, num_samples: int) -> list[tuple[int, int]]:
         """Where consecutive samples of the run are in the endless order of all epochs: ranges as (first position, count).
 
-        Positions that `set_skipped` left out belong to no sample. With the positions 3 and 4 left out, the samples 2 to 4 are
-        at [(2, 1), (5, 2)].
+        Positions that `set_skipped` left out belong to no sample, and are not counted by `first_sample`. With the positions 3 and
+        4 left out, the samples 2 to 4 are at [(2, 1), (5, 2)].
         """
         positions = np.arange(first_sample, first_sample + num_samples, dtype=np.int64)
         # The skipped ranges are ascending, and each one moves on all samples from its first position.
@@ -69,17 +73,17 @@ class Order(ABC):
         range_begins = np.flatnonzero(np.diff(positions) != 1) + 1
         return [(int(block[0]), len(block)) for block in np.split(positions, range_begins) if len(block)]
 
-    def epoch(self, epoch: int) -> np.ndarray:
+    def units_of_epoch(self, epoch: int) -> np.ndarray:
         """Unit numbers of one epoch in order, int64 [num_units]. The epoch that was asked for last is cached."""
         # The loader's thread and the trainer ask for epochs at the same time, so the cache is read once.
         cached = self._cached_epoch
         if cached is None or cached[0] != epoch:
-            cached = self._cached_epoch = (epoch, self._order_epoch(epoch))
+            cached = self._cached_epoch = (epoch, self._draw_epoch(epoch))
         _, units = cached
         return units
 
     @abstractmethod
-    def _order_epoch(self, epoch: int) -> np.ndarray:
+    def _draw_epoch(self, epoch: int) -> np.ndarray:
         """The units of `epoch` in order, int64 [num_units]."""
 
     @abstractmethod
@@ -95,10 +99,10 @@ class Order(ABC):
         for position, num_left in self.position_ranges(start, count):
             while num_left > 0:
                 epoch, offset = divmod(position, self.num_units)
-                units_of_epoch = self.epoch(epoch)[offset : offset + num_left]
-                unit_blocks.append(units_of_epoch)
-                position += len(units_of_epoch)
-                num_left -= len(units_of_epoch)
+                next_units = self.units_of_epoch(epoch)[offset : offset + num_left]  # up to the end of the epoch
+                unit_blocks.append(next_units)
+                position += len(next_units)
+                num_left -= len(next_units)
         return np.concatenate(unit_blocks) if unit_blocks else np.zeros(0, dtype=np.int64)
 
 
@@ -108,7 +112,7 @@ class GlobalOrder(Order):
     def __init__(self, num_units: int, seed: int, shuffle: bool) -> None:
         super().__init__(num_units, num_units, seed, shuffle)
 
-    def _order_epoch(self, epoch: int) -> np.ndarray:
+    def _draw_epoch(self, epoch: int) -> np.ndarray:
         """All units once: shuffled by (seed, epoch), or in the order of the input."""
         if not self.shuffle:
             return np.arange(self.num_units, dtype=np.int64)
@@ -119,7 +123,7 @@ class GlobalOrder(Order):
 
 
 class MixedOrder(Order):
-    """Epochs that hold `quotas[s]` units of each source s.
+    """Epochs that hold `quotas[s]` units (documents or packs) of each source s.
 
     Each source goes through its units pass after pass, each pass in a new order, and every epoch takes the next `quotas[s]`
     units. A source that gives few units an epoch therefore shows others the next time, and at any moment of the run the uses
@@ -145,15 +149,15 @@ class MixedOrder(Order):
     def _shuffled_units(self, source: int, pass_number: int) -> np.ndarray:
         """All units of `source`, each once, in the order of its pass `pass_number`; without `shuffle`, in that of the input.
 
-        The last pass is remembered, because successive epochs take successive parts of it.
+        The last pass is remembered, because successive epochs take successive parts of it. Drawn from (seed, source, pass).
         """
         units = self._units_of_source[source]
         if not self.shuffle:
             return units
         cached_pass = self._last_pass.get(source)
         if cached_pass is None or cached_pass[0] != pass_number:
-            entropy = np.random.SeedSequence(self.seed, spawn_key=(_PASS_STREAM, source, pass_number))
-            cached_pass = self._last_pass[source] = (pass_number, units[shuffle_numbers(len(units), entropy)])
+            seed_sequence = np.random.SeedSequence(self.seed, spawn_key=(_PASS_STREAM, source, pass_number))
+            cached_pass = self._last_pass[source] = (pass_number, units[shuffle_numbers(len(units), seed_sequence)])
         _, units_in_order = cached_pass
         return units_in_order
 
@@ -172,7 +176,7 @@ class MixedOrder(Order):
             count -= len(units_of_pass)
         return np.concatenate(unit_blocks)
 
-    def _order_epoch(self, epoch: int) -> np.ndarray:
+    def _draw_epoch(self, epoch: int) -> np.ndarray:
         """The units of an epoch in order, int64 [num_units]: `quotas[s]` of each source s.
 
         Each source fills its positions with its next units, from where the epoch before left off. So the units of a source keep
@@ -188,22 +192,23 @@ class MixedOrder(Order):
         return units
 
     def _source_of_position(self, epoch: int) -> np.ndarray:
-        """Which source has its turn at each position of an epoch, int64 [num_units]: source s at `quotas[s]` positions.
+        """The source of each position of an epoch, int64 [num_units]: source s at `quotas[s]` of them.
 
-        Drawn from (seed, epoch); without `shuffle`, the positions of each source are spread evenly.
+        The quotas sum to `num_units`. Drawn from (seed, epoch); without `shuffle`, each source is spread evenly.
         """
         sources = np.repeat(np.arange(len(self.quotas)), self.quotas)
         if self.shuffle:
-            entropy = np.random.SeedSequence(self.seed, spawn_key=(_INTERLEAVE_STREAM, epoch))
-            return sources[shuffle_numbers(self.num_units, entropy)]
+            seed_sequence = np.random.SeedSequence(self.seed, spawn_key=(_INTERLEAVE_STREAM, epoch))
+            return sources[shuffle_numbers(self.num_units, seed_sequence)]
         # The k-th of the q units of a source goes to (2k + 1) / 2q of the epoch.
         fractions = [(2 * np.arange(quota) + 1) / (2 * quota) for quota in self.quotas if quota]
         return sources[np.argsort(np.concatenate(fractions), kind="stable")]
 
     def tokens_before(self, epoch: int, unit_tokens: np.ndarray) -> int:
-        """Tokens of all epochs before `epoch`; `unit_tokens`: tokens of each unit, int [population].
+        """Tokens of all epochs before `epoch`; `unit_tokens`: tokens of each unit (document or pack), int [population].
 
-        By then each source has gone through some whole passes and a part of the next one, so that no epoch has to be drawn.
+        By then each source has given `quotas[source]` units an epoch: some whole passes over its units and a part of the next
+        one, so that no epoch has to be drawn.
         """
         if not epoch:
             return 0
@@ -264,10 +269,10 @@ def steps_for_tokens(order: Order, unit_tokens: np.ndarray, global_batch: int, t
         num_epochs *= 2
     # By bisection: the last epoch that begins before `tokens` are consumed.
     last_epoch = bisect.bisect_left(range(num_epochs + 1), tokens, key=tokens_before) - 1
-    cumulative_tokens = np.cumsum(unit_tokens[order.epoch(last_epoch)])
+    cumulative_tokens = np.cumsum(unit_tokens[order.units_of_epoch(last_epoch)])
     tokens_left = tokens - tokens_before(last_epoch)
-    units_of_last_epoch = int(np.searchsorted(cumulative_tokens, tokens_left, side="left")) + 1
-    num_units = last_epoch * order.num_units + units_of_last_epoch
+    num_units_of_last_epoch = int(np.searchsorted(cumulative_tokens, tokens_left, side="left")) + 1
+    num_units = last_epoch * order.num_units + num_units_of_last_epoch
     return _round_up_division(num_units, global_batch)
 
 
@@ -297,6 +302,6 @@ def steps_from_budget(budget: BudgetConfig, order: Order, unit_tokens: np.ndarra
         return budget.steps
     if budget.tokens is not None:
         return steps_for_tokens(order, unit_tokens, global_batch, budget.tokens)
-    epochs = budget.epochs if budget.epochs is not None else 1.0
+    epochs = budget.epochs if budget.epochs is not None else 1.0  # for a budget that no configuration has checked
     # A budget below one step still takes one.
     return max(1, _round_up_division(round(epochs * order.num_units), global_batch))

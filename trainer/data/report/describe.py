@@ -236,7 +236,7 @@ class ReportWriter:
         """
         if all(source.weight is None for source in self.config.sources.values()):
             return {}
-        mix = SourceMix.of(self.config, train.source_names, train.sources, train.lengths)
+        mix = SourceMix.from_units(self.config, train.source_names, train.sources, train.lengths)
         shares_by_source = mix.report_by_source(mix.quotas(self.config.mixing))
         # The data set has held-out inputs as sources too, which are never mixed.
         return {name: shares for name, shares in shares_by_source.items() if name in self.config.sources}

@@ -188,7 +188,7 @@ class ModelInterface:
         self._raise_if_only_checking()
         from strategies.runtime import gather_objects
         from trainer.data.batches.cutting import sequence_cut
-        from trainer.data.batches.loader import EvalShare, eval_batches, eval_plan
+        from trainer.data.batches.loader import EvalShare, eval_batches, eval_micro_batches
 
         cache_key = (id(dataset), max_rows)
         if cache_key in self.cached_losses:
@@ -200,7 +200,7 @@ class ModelInterface:
         batches = eval_batches(dataset, share, self.built.collator, self.runtime.device)
         own_results: dict[int, tuple[float, float]] = {}
         with self.engine.inference() as module:
-            for sequence_indices, batch in zip(eval_plan(dataset, share), batches, strict=True):
+            for sequence_indices, batch in zip(eval_micro_batches(dataset, share), batches, strict=True):
                 terms = module({**batch, "ahead": {}})  # "ahead": means of a first pass, which these losses do without
                 for index in sequence_indices:
                     own_results[index] = (float(terms["loss"].double()), float(terms["accuracy"].double()))
