@@ -22,9 +22,10 @@ from launch.plan.command import read_plan_request
 from strategies.base import Precision
 from trainer.planner.cost_model import CostModel
 from trainer.planner.lengths import DocumentLengths
-from trainer.planner.plan import PlannedJob, RunVariant, plan_choice
+from trainer.planner.plan import PlannedJob, plan_choice
 from trainer.planner.speed import MicroBatchLoad, estimate_step_time
 from trainer.planner.sweep import simulate_variants
+from trainer.planner.variants import RunVariant
 
 GIB = 2**30
 RESULTS = Path(__file__).parent / "results" / "mixtures.json"

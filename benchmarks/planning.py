@@ -30,9 +30,10 @@ from trainer.planner.cost_model import CostModel
 from trainer.planner.hardware import device_memory_fit
 from trainer.planner.lengths import DocumentLengths
 from trainer.planner.peer_memory import LOSS_BYTES_PER_LOGIT, PeerSetting, ShardCounts, estimate_peer_memory
-from trainer.planner.plan import PlannedJob, RunVariant
+from trainer.planner.plan import PlannedJob
 from trainer.planner.speed import MicroBatchLoad, estimate_step_time
 from trainer.planner.sweep import simulate_variants
+from trainer.planner.variants import RunVariant
 
 GIB = 2**30
 RESULTS = Path(__file__).parent / "results" / "planning.json"
@@ -181,7 +182,7 @@ def answers(row: dict[str, str], form: CostModel, job: PlannedJob) -> dict[str, 
     """What is predicted for a row: as this trainer would run, and as the row's did."""
     micro = int(row["micro_batch"] or 1)
     tokens = micro * int(row["seq"])
-    units = micro if form.units_are_rows else tokens
+    units = micro if form.size_is_in_rows else tokens
     taken, shards = form.memory_peak_at(units), int(row["gpus"])
     other = estimate_peer_memory(
         form, units, tokens * form.num_vocabulary_rows, theirs_of(row), ShardCounts(shards, shards, shards)

@@ -23,8 +23,8 @@ from launch.plan.job import planned_run_of  # noqa: E402
 from strategies.errors import ConfigError  # noqa: E402
 from trainer.model.known_shapes import read_shape  # noqa: E402
 from trainer.planner.hardware import GIB  # noqa: E402
-from trainer.planner.plan import run_variants  # noqa: E402
 from trainer.planner.sweep import plan_variants  # noqa: E402
+from trainer.planner.variants import run_variants  # noqa: E402
 
 PLANNED = ROOT / "docs" / "recipes" / "planned.json"
 
@@ -59,9 +59,9 @@ def plan_recipe(recipe: Recipe) -> dict[str, Any]:
     request = read_plan_request(plan_words(recipe))
     config, typed = compose_planned_run(request.run_overrides, request.card)
     ranks = recipe.nodes * recipe.gpus
-    variants, refused = run_variants(config, request.settings, typed, ranks)
+    variants = run_variants(config, request.settings, typed, ranks)
     job = planned_run_of(config, request.card)
-    answer = plan_variants(variants, refused, job, recipe.batch[1], request.settings, lambda *_: None)
+    answer = plan_variants(variants, job, recipe.batch[1], request.settings, lambda *_: None)
     choice = answer.best_choices[0]
     price = request.card.price_per_hour
     per_million = None

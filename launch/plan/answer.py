@@ -1,4 +1,8 @@
-"""Prints a plan as text and as JSON: every option, the best one's command, memory, time and price."""
+"""Prints a plan as text and as JSON: every choice, the best one's command, memory, time and price.
+
+A choice is a variant of the run (strategy, recomputation, offloading, storage of the base) with a micro-batch. What is
+printed calls it an option.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +16,25 @@ from launch.plan.planned_command import planned_command_lines
 from launch.plan.round_lines import round_as_json, round_lines
 from trainer.model.config import Quantisation
 from trainer.planner.hardware import GIB, device_memory_fit
-from trainer.planner.plan import PlannedChoice, PlannedJob, RunVariant
+from trainer.planner.plan import PlannedChoice, PlannedJob
 from trainer.planner.predicted_vs_measured import checkpoint_bytes
+from trainer.planner.speed import StepTime
 from trainer.planner.sweep import PlanAnswer
+from trainer.planner.variants import RunVariant
 
-NAMING_COLUMNS = (
+CHOICE_NAME_COLUMNS = (
     TableColumn("strategy"),
     TableColumn("recompute"),
     TableColumn("stored"),
     TableColumn("micro", is_number=True),
 )
-"""Columns that name a choice, in both tables of a plan."""
+"""Columns that name a choice, in both tables of a plan; `_choice_name_cells` fills them."""
 
 
 def plan_text(answer: PlanAnswer, overrides: list[str], calibration_lines: tuple[str, ...] = ()) -> str:
-    """What `shardtune plan` prints: the job, a table of the options, the best one in detail, and the limits.
+    """What `shardtune plan` prints: the run, a table of the choices, the best one in detail, and what was left out.
 
-    `overrides`: those of the command line. `calibration_lines`: lines on what a run of `from=` has measured; empty without one.
+    `overrides`: the settings on the command line. `calibration_lines`: on what a run of `from=` has measured; empty without one.
     """
     job = answer.planned_run
     cost_model = answer.cost_model
@@ -41,15 +47,15 @@ def plan_text(answer: PlanAnswer, overrides: list[str], calibration_lines: tuple
         f"{billions:.2f} billion parameters, {trained_billions:.3f} trained; {job.precision} on {cards}",
         f"({nodes} x {gpus}); a step is {job.global_batch} x {job.document_lengths.mean:,.0f} tokens; {cost_model.layout} rows",
         "",
-        *_ways_table(answer),
+        *_choices_table(answer),
         "",
         *_best_choice_lines(answer, overrides),
         *_peer_memory_table(answer),
     ]
     if cost_model.notes:
         lines += ["", "chosen for you:", *wrap_sentences(cost_model.notes)]
-    if answer.unsupported_variants:
-        refused_lines = [f"{options}: {reason}" for reason, options in refused_ways_by_reason(answer).items()]
+    if answer.refused_variants:
+        refused_lines = [f"{names}: {reason}" for reason, names in refused_variants_by_reason(answer).items()]
         lines += ["", "left out:", *wrap_sentences(refused_lines)]
     measured_clause = ""
     if calibration_lines:
@@ -66,10 +72,13 @@ def _plural(noun: str, count: int) -> str:
     return noun if count == 1 else f"{noun}s"
 
 
-def _ways_table(answer: PlanAnswer) -> list[str]:
-    """A table with a row for the best choice of each option: memory, memory left, largest micro-batch, speed, verdict."""
+def _choices_table(answer: PlanAnswer) -> list[str]:
+    """A table with a row for the best choice of each variant.
+
+    Its columns: GiB that it needs, GiB left on the card, largest micro-batch that fits, speed, and the verdict on it.
+    """
     columns = (
-        *NAMING_COLUMNS,
+        *CHOICE_NAME_COLUMNS,
         TableColumn("GiB", is_number=True),
         TableColumn(f"of {answer.planned_run.card.memory_gib:.1f}", is_number=True),
         TableColumn("largest", is_number=True),
@@ -78,34 +87,28 @@ def _ways_table(answer: PlanAnswer) -> list[str]:
     )
     rows = []
     for choice in answer.best_choices:
-        needed_gib = f"{choice.memory_fit.needed_bytes / GIB:.1f}"
-        margin_gib = f"{choice.memory_fit.margin_bytes / GIB:+.1f}"
-        tokens_per_s = f"{choice.tokens_per_s:,.0f}" if choice.fits else "-"
-        rows.append(
-            TableRow(
-                (
-                    *_naming_cells(choice),
-                    needed_gib,
-                    margin_gib,
-                    str(choice.largest_micro_batch),
-                    tokens_per_s,
-                    verdict_on_choice(choice, answer),
-                )
-            )
+        cells = (
+            *_choice_name_cells(choice),
+            f"{choice.memory_fit.needed_bytes / GIB:.1f}",
+            f"{choice.memory_fit.margin_bytes / GIB:+.1f}",
+            str(choice.largest_micro_batch),
+            f"{choice.tokens_per_s:,.0f}" if choice.fits else "-",
+            verdict_on_choice(choice, answer),
         )
+        rows.append(TableRow(cells))
     return format_table(columns, rows)
 
 
-def _naming_cells(choice: PlannedChoice) -> tuple[str, str, str, str]:
-    """The cells of a choice in the columns `NAMING_COLUMNS`: strategy, recomputation, storage, micro-batch."""
+def _choice_name_cells(choice: PlannedChoice) -> tuple[str, str, str, str]:
+    """The cells of a choice in the columns `CHOICE_NAME_COLUMNS`: strategy, recomputation, storage, micro-batch."""
     recompute = str(choice.variant.config.strategy.activation_checkpointing)
     return choice.variant.name, recompute, memory_savings_text(choice.variant), str(choice.micro_batch)
 
 
-def refused_ways_by_reason(answer: PlanAnswer) -> dict[str, str]:
-    """The names of options that were left out, by the reason: {reason: "fsdp2, full; ddp, none"}."""
+def refused_variants_by_reason(answer: PlanAnswer) -> dict[str, str]:
+    """The names of the variants that were left out, by the reason: {reason: "fsdp2, full; ddp, none"}."""
     names_by_reason: dict[str, list[str]] = {}
-    for variant, reason in answer.unsupported_variants:
+    for variant, reason in answer.refused_variants:
         mode = str(variant.config.strategy.activation_checkpointing)
         parts = [part for part in (variant.name, mode, memory_savings_text(variant)) if part]
         names_by_reason.setdefault(reason, []).append(", ".join(parts))
@@ -113,10 +116,11 @@ def refused_ways_by_reason(answer: PlanAnswer) -> dict[str, str]:
 
 
 def memory_savings_text(variant: RunVariant) -> str:
-    """How an option saves memory, as a cell of a table: `rows/2+offload+nf4`; empty if everything is whole and on the card.
+    """How a variant saves memory, as a cell of a table: `rows/2+offload+nf4`; empty if everything is whole and on the card.
 
-    `experts/N` and `rows/N`: sharded over N ranks. `tiles`: MLPs by tiles of tokens. `inputs`: inputs of recomputed blocks in
-    host memory. `offload`: states in host memory. Last, how a frozen base is quantised.
+    `experts/N`: the experts of a layer over N ranks. `rows/N`: each row over N ranks (sequence parallelism). `tiles`: MLPs by
+    tiles of tokens. `inputs`: inputs of recomputed blocks in host memory. `offload`: states in host memory. Last, how a frozen
+    base is quantised.
     """
     parts = []
     config = variant.config
@@ -139,8 +143,8 @@ def memory_savings_text(variant: RunVariant) -> str:
 def _peer_memory_table(answer: PlanAnswer) -> list[str]:
     """A table of the memory that another trainer (the peer) would need for each choice; empty without `plan.theirs`.
 
-    Beside the tensors of both trainers: whether the peer would fit on the card with all that its process holds, and where its
-    peak is, with the parts of it.
+    Its columns: GiB of tensors of this trainer (`ours`) and of the peer (`theirs`), whether the peer would fit on the card with
+    all that its process holds, and the peer's peak with its parts. It only informs: no choice or verdict depends on it.
     """
     min_shown_bytes = 0.05 * GIB  # less would be shown as 0.0
     rows = []
@@ -153,14 +157,16 @@ def _peer_memory_table(answer: PlanAnswer) -> list[str]:
         peer_fits = "yes" if peer_memory_gib(choice, answer.planned_run) <= answer.planned_run.card.memory_gib else "no"
         parts = [f"{part} {size / GIB:.1f}" for part, size in peer.parts.items() if size >= min_shown_bytes]
         peer_peak = f"{peer.phase}: {', '.join(parts)}" if parts else peer.phase
-        rows.append(TableRow((*_naming_cells(choice), our_gib, peer_gib, peer_fits, peer_peak)))
+        rows.append(TableRow((*_choice_name_cells(choice), our_gib, peer_gib, peer_fits, peer_peak)))
     if not rows:
         return []
     gib_columns = (TableColumn("ours", is_number=True), TableColumn("theirs", is_number=True))
     return [
         "",
         *wrap_text("as another trainer would hold it (plan.theirs); estimated, and of no account above:", indent=0),
-        *format_table((*NAMING_COLUMNS, *gib_columns, TableColumn("fits"), TableColumn("theirs, at its peak")), rows),
+        *format_table(
+            (*CHOICE_NAME_COLUMNS, *gib_columns, TableColumn("fits"), TableColumn("theirs, at its peak")), rows
+        ),
         *wrap_text("GiB of tensors; what is beside them counts in whether it fits.", indent=0),
     ]
 
@@ -172,7 +178,9 @@ def peer_memory_gib(choice: PlannedChoice, job: PlannedJob) -> float:
     """
     assert choice.peer_memory is not None
     tensor_bytes = round(job.card.tensors * choice.peer_memory.total)  # `tensors`: measured over simulated, usually 1
-    peer_fit = device_memory_fit(tensor_bytes, 0, job.card.memory_gib, job.card.allocator)
+    peer_fit = device_memory_fit(
+        tensor_bytes, num_groups=0, memory_gib=job.card.memory_gib, allocator_overhead=job.card.allocator
+    )
     return (peer_fit.needed_bytes + choice.memory_fit.nccl_bytes) / GIB
 
 
@@ -194,7 +202,6 @@ def _best_choice_lines(answer: PlanAnswer, overrides: list[str]) -> list[str]:
     best, job = answer.fastest_fitting_choice, answer.planned_run
     if best is None:
         return [*_nothing_fits_lines(answer.best_choices[0]), *wrap_sentences(expert_parallel_notes(answer), indent=0)]
-    step = best.step_time
     return [
         *planned_command_lines(overrides, best, job),
         "",
@@ -204,17 +211,23 @@ def _best_choice_lines(answer: PlanAnswer, overrides: list[str]) -> list[str]:
             f"{checkpoint_s(answer, best):,.0f} s to write",
             indent=2,
         ),
-        *wrap_text(
-            f"a step takes {step.total_s:.2f} s: matrix products {step.products_s:.2f}, "
-            f"memory-bound operations {step.moves_s:.2f}, "
-            f"communication {step.exposed_s:.2f} (of {step.collective_s:.2f}, the rest overlaps), optimizer {step.update_s:.2f}",
-            indent=2,
-        ),
+        *_step_time_lines(best.step_time),
         *_round_lines(best, job),
         *wrap_sentences(budget_and_price_lines(best, job), indent=0),
         *wrap_sentences(expert_parallel_notes(answer), indent=0),
-        *wrap_sentences(_long_step_notes(answer, best), indent=0),
+        *wrap_sentences(_slurm_signal_notes(answer, best), indent=0),
     ]
+
+
+def _step_time_lines(step_time: StepTime) -> list[str]:
+    """Lines on the seconds of a step, and what they are spent on."""
+    return wrap_text(
+        f"a step takes {step_time.total_s:.2f} s: matrix products {step_time.matmul_s:.2f}, "
+        f"memory-bound operations {step_time.memory_bound_s:.2f}, "
+        f"communication {step_time.exposed_communication_s:.2f} (of {step_time.communication_s:.2f}, the rest overlaps), "
+        f"optimizer {step_time.optimizer_s:.2f}",
+        indent=2,
+    )
 
 
 def _round_lines(best: PlannedChoice, job: PlannedJob) -> list[str]:
@@ -227,27 +240,30 @@ def _round_lines(best: PlannedChoice, job: PlannedJob) -> list[str]:
     return lines
 
 
-def _nothing_fits_lines(least: PlannedChoice) -> list[str]:
-    """Lines on what `least`, the choice with the smallest memory, lacks (host memory or GPU memory), and what would help."""
-    overrides = " ".join(least.overrides)
-    if least.node_memory_gib is not None and not least.fits_host:
+def _nothing_fits_lines(smallest: PlannedChoice) -> list[str]:
+    """Lines on what the smallest choice lacks (host memory or GPU memory), and what would help.
+
+    `smallest`: the one that lacks least memory of the card.
+    """
+    overrides = " ".join(smallest.overrides)
+    if smallest.node_memory_gib is not None and not smallest.fits_host:
         return wrap_text(
-            f"Nothing fits: the smallest, {overrides}, takes {least.needed_host_gib:,.0f} GiB of a node's "
-            f"{least.node_memory_gib:,.0f} GiB of "
+            f"Nothing fits: the smallest, {overrides}, takes {smallest.needed_host_gib:,.0f} GiB of a node's "
+            f"{smallest.node_memory_gib:,.0f} GiB of "
             "host memory. Take fewer ranks a node, a smaller data.max_length, or leave strategy.offload_activations out; "
             "launcher.mem and hardware.node_memory_gib say what a node has.",
             indent=0,
         )
     return wrap_text(
-        f"Nothing fits: the smallest, {overrides}, is {-least.memory_fit.margin_bytes / GIB:.1f} GiB too much. Take more cards "
-        "(launcher.nodes, launcher.gpus_per_node), a smaller data.max_length, tuning=lora, a card with more memory, or look "
-        "at plan.offload=true.",
+        f"Nothing fits: the smallest, {overrides}, is {-smallest.memory_fit.margin_bytes / GIB:.1f} GiB too much. Take more "
+        "cards (launcher.nodes, launcher.gpus_per_node), a smaller data.max_length, tuning=lora, a card with more memory, or "
+        "look at plan.offload=true.",
         indent=0,
     )
 
 
-def _long_step_notes(answer: PlanAnswer, best: PlannedChoice) -> list[str]:
-    """A note if the step of the best choice takes longer than SLURM leaves a job to save."""
+def _slurm_signal_notes(answer: PlanAnswer, best: PlannedChoice) -> list[str]:
+    """A note if a step and a checkpoint of the best choice take longer than SLURM leaves a job to save; else none."""
     return long_step_notes(best.variant.config, best.step_time.total_s, checkpoint_s(answer, best))
 
 
@@ -293,14 +309,8 @@ def budget_and_price_lines(best: PlannedChoice, job: PlannedJob) -> list[str]:
     - without a price of the card: which setting would give it;
     - with a price but without hours: the price of a million tokens.
     """
-    epochs = best.variant.config.budget.epochs
+    lines = _budget_lines(best, job)
     price_per_hour = job.card.price_per_hour  # of one card
-    lines = []
-    if best.budget_hours is not None:
-        price = "" if best.budget_dollars is None else f": {format_dollars(best.budget_dollars)}"
-        lines.append(f"the budget takes {best.budget_hours:,.2f} hours on {cards_text(job)}{price}")
-    elif epochs is not None:
-        lines.append(f"how long budget.epochs={epochs:g} takes depends on the data: give data.path")
     if price_per_hour is None:
         lines.append(
             f"what it costs is not known: no price was found for {job.card.name}; give hardware.price_per_hour"
@@ -308,10 +318,21 @@ def budget_and_price_lines(best: PlannedChoice, job: PlannedJob) -> list[str]:
     elif best.budget_hours is None:
         dollars_per_second = job.world_size * price_per_hour / 3600
         token_price_line = f"a million tokens cost ${dollars_per_second / best.tokens_per_s * 1e6:.3f}"
-        if epochs is None:
+        if best.variant.config.budget.epochs is None:
             token_price_line += "; with a budget (budget.tokens=...) the price of the whole run is shown"
         lines.append(token_price_line)
     return lines
+
+
+def _budget_lines(best: PlannedChoice, job: PlannedJob) -> list[str]:
+    """A line with the hours and the price of the budget, or on what is missing to tell them; empty without a budget."""
+    epochs = best.variant.config.budget.epochs
+    if best.budget_hours is not None:
+        price = "" if best.budget_dollars is None else f": {format_dollars(best.budget_dollars)}"
+        return [f"the budget takes {best.budget_hours:,.2f} hours on {cards_text(job)}{price}"]
+    if epochs is not None:
+        return [f"how long budget.epochs={epochs:g} takes depends on the data: give data.path"]
+    return []
 
 
 def checkpoint_gib(answer: PlanAnswer, best: PlannedChoice) -> float:
@@ -363,7 +384,7 @@ def plan_as_json(answer: PlanAnswer, overrides: list[str], calibration_lines: tu
         "best": None if best is None else list(best.overrides),
         "checkpoint_gib": checkpoint_gib(answer, first),
         "checkpoint_s": checkpoint_s(answer, first),
-        "notes": [] if best is None else _long_step_notes(answer, best),
+        "notes": [] if best is None else _slurm_signal_notes(answer, best),
         "experts": {
             "imbalance": job.expert_imbalance,
             "imbalance_measured_over": job.imbalance_measured_over,
@@ -374,7 +395,7 @@ def plan_as_json(answer: PlanAnswer, overrides: list[str], calibration_lines: tu
         "options": [_choice_as_json(choice, answer) for choice in answer.best_choices],
         "all": [_choice_as_json(choice, answer) for choice in answer.all_choices],
         "left_out": [
-            {"settings": list(variant.overrides), "why": reason} for variant, reason in answer.unsupported_variants
+            {"settings": list(variant.overrides), "why": reason} for variant, reason in answer.refused_variants
         ],
     }
 
@@ -386,24 +407,18 @@ def _gib_by_name(sizes: Mapping[Any, int]) -> dict[str, float]:
 
 def _choice_as_json(choice: PlannedChoice, answer: PlanAnswer) -> dict[str, Any]:
     """A choice as JSON values. The keys are read by scripts: they stay, whatever the attributes are called."""
-    peer_gib = None
-    if choice.peer_memory is not None:
-        peer_gib = {
-            "total": choice.peer_memory.total / GIB,
-            "at": choice.peer_memory.phase,
-            "parts": _gib_by_name(choice.peer_memory.parts),
-            "with_beside": peer_memory_gib(choice, answer.planned_run),
-        }
+    memory_peak = choice.memory_peak
     return {
         "settings": list(choice.overrides),
         "strategy": choice.variant.name,
         "fits": choice.fits,
         "why": verdict_on_choice(choice, answer),
         "margin_gib": choice.memory_fit.margin_bytes / GIB,
-        "peak_gib": choice.memory_peak.total_bytes / GIB,
-        "peak_at": str(choice.memory_peak.phase),
-        "theirs_gib": peer_gib,
-        "kinds_gib": _gib_by_name(choice.memory_peak.bytes_by_kind),
+        "peak_gib": memory_peak.total_bytes / GIB,
+        "peak_at": str(memory_peak.phase),
+        "theirs_gib": _peer_memory_as_json(choice, answer.planned_run),
+        "kinds_gib": _gib_by_name(memory_peak.bytes_by_kind),
+        # What the process takes beside tensors.
         "beside_gib": {
             "context": choice.memory_fit.process_bytes / GIB,
             "allocator": choice.memory_fit.allocator_bytes / GIB,
@@ -413,16 +428,34 @@ def _choice_as_json(choice: PlannedChoice, answer: PlanAnswer) -> dict[str, Any]
         "accumulation": choice.accumulation,
         "largest_micro": choice.largest_micro_batch,
         "tokens_per_s": choice.tokens_per_s,
-        "step_s": {
-            "products": choice.step_time.products_s,
-            "moves": choice.step_time.moves_s,
-            "exchange": choice.step_time.collective_s,
-            "exposed": choice.step_time.exposed_s,
-            "update": choice.step_time.update_s,
-            "total": choice.step_time.total_s,
-        },
+        "step_s": _step_time_as_json(choice.step_time),
         "round_s": round_as_json(choice.round_time),
         "host_gib": choice.needed_host_gib,
         "hours": choice.budget_hours,
         "price": choice.budget_dollars,
+    }
+
+
+def _step_time_as_json(step_time: StepTime) -> dict[str, float]:
+    """The seconds of a step by part, as JSON values."""
+    return {
+        "products": step_time.matmul_s,
+        "moves": step_time.memory_bound_s,
+        "exchange": step_time.communication_s,
+        "exposed": step_time.exposed_communication_s,
+        "update": step_time.optimizer_s,
+        "total": step_time.total_s,
+    }
+
+
+def _peer_memory_as_json(choice: PlannedChoice, job: PlannedJob) -> dict[str, Any] | None:
+    """What another trainer (the peer) would hold in GiB, as JSON values; None without `plan.theirs`."""
+    peer = choice.peer_memory
+    if peer is None:
+        return None
+    return {
+        "total": peer.total / GIB,
+        "at": peer.phase,
+        "parts": _gib_by_name(peer.parts),
+        "with_beside": peer_memory_gib(choice, job),
     }

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from launch.plan.from_run import CalibratedCard
     from trainer.config.run import RunConfig
     from trainer.planner.hardware import Card
-    from trainer.planner.plan import PlanConfig
+    from trainer.planner.variants import PlanConfig
 
 SHIPPED_CARD_NAMES = sorted(file.stem for file in (CONF_DIR / "hardware").glob("*.yaml"))
 
@@ -103,32 +103,30 @@ def main(argv: list[str]) -> int:
     from launch.plan.job import planned_run_of
     from trainer.model.known_shapes import shape_in_use, shape_note
     from trainer.model.loading import load_model_config
-    from trainer.planner.plan import FURTHER_LONG_ROW_SETTINGS, further_variants, run_variants, with_imbalance
+    from trainer.planner.plan import with_imbalance
     from trainer.planner.sweep import plan_variants, with_further_variants, with_worst_imbalance
+    from trainer.planner.variants import FURTHER_LONG_ROW_SETTINGS, further_variants, run_variants
 
     config, fixed_keys = compose_planned_run(request.run_overrides, request.card)
     # First, because what is wrong with the settings must be reported before the data is prepared, which may take an hour.
-    variants, refused = run_variants(config, request.settings, fixed_keys, num_launched_ranks(config))
+    variants = run_variants(config, request.settings, fixed_keys, num_launched_ranks(config))
     load_model_config(config.model)
     shape = shape_in_use(config.model)
     calibration = card_of_request(request, ["plan", *argv])
     job = with_imbalance(planned_run_of(config, calibration.card), request.settings, calibration.expert_imbalance)
     micro_batch = config.batch["micro"] if "batch.micro" in fixed_keys else None
-    answer = plan_variants(variants, refused, job, micro_batch, request.settings, _progress_printer())
-    # If nothing fits, the reason is as a rule that rows are long. Then options in which ranks share a row are tried.
-    for sequence_parallel_settings in FURTHER_LONG_ROW_SETTINGS:
+    answer = plan_variants(variants, job, micro_batch, request.settings, _progress_printer())
+    # If nothing fits, the reason is as a rule that rows are long. Then variants in which ranks share a row are tried.
+    for long_row_settings in FURTHER_LONG_ROW_SETTINGS:
         if answer.fastest_fitting_choice is not None:
             break
-        variants, refused = further_variants(
-            config, request.settings, fixed_keys, job.world_size, sequence_parallel_settings
-        )
-        if variants:
+        further = further_variants(config, request.settings, fixed_keys, job.world_size, long_row_settings)
+        num_further = len(further.possible)
+        if num_further:
             print(
-                f"nothing fits: looking at {len(variants)} further options, with rows that ranks share", file=sys.stderr
+                f"nothing fits: looking at {num_further} further options, with rows that ranks share", file=sys.stderr
             )
-            answer = with_further_variants(
-                answer, variants, refused, job, micro_batch, request.settings, _progress_printer()
-            )
+            answer = with_further_variants(answer, further, job, micro_batch, request.settings, _progress_printer())
     answer = with_worst_imbalance(answer, request.settings)
     if shape is not None:
         notes = (shape_note(shape, config.model.path), *answer.cost_model.notes)
@@ -184,7 +182,7 @@ def read_plan_request(argv: list[str]) -> PlanRequest:
 
     from launch.plan.from_run import PERMISSION_PREFIX
     from trainer.planner.hardware import Card
-    from trainer.planner.plan import PlanConfig
+    from trainer.planner.variants import PlanConfig
 
     arguments, problems = read_arguments("plan", PlanArguments, argv)
     card_settings = OmegaConf.structured(Card)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from strategies.errors import ConfigError
 from trainer.build.rounds import num_prompts_per_round
@@ -19,8 +19,10 @@ from trainer.reporting.run_record import RUN_RECORD, MeasuredCost, RunRecord, re
 
 if TYPE_CHECKING:
     from trainer.config.run import RunConfig
+    from trainer.planner.fit_check import NotSimulated
     from trainer.planner.hardware import Card
-    from trainer.planner.plan import MeasuredImbalance, PlanConfig, PlannedChoice
+    from trainer.planner.plan import MeasuredImbalance, PlannedChoice
+    from trainer.planner.variants import PlanConfig
 
 
 PERMISSION_PREFIX = "from."
@@ -47,6 +49,8 @@ def calibrate_card(
     "model.trust_remote_code=true". `command`: the command line, for messages. `settings`: those of the planner.
     Raises ConfigError if the run was not on this card, or measured nothing.
     """
+    from trainer.planner.fit_check import NotSimulated
+
     config, record, measured = _read_measured_run(Path(run_dir).expanduser(), permissions, command)
     gpu = measured.device_name
     if gpu != card.name:
@@ -60,8 +64,8 @@ def calibrate_card(
             f"layer, with parallel.experts={expert_imbalance.expert_ranks}"
         )
     choice = _planned_choice_of_run(config, record, card, settings, expert_imbalance)
-    if isinstance(choice, str):
-        uncalibrated_reasons.append(f"steps and tensors are estimated as without it: {choice}")
+    if isinstance(choice, NotSimulated):
+        uncalibrated_reasons.append(f"steps and tensors are estimated as without it: {choice.reason}")
     else:
         step_s = _positive_or_none(measured.step_s)
         if step_s is None:
@@ -89,11 +93,11 @@ def calibrate_card(
                     choice.round_time.generation_s * rounds.longest_answer / max_generated_tokens(config.objective)
                 )
                 answers = num_prompts_per_round(config) * int(getattr(config.objective, "group_size", 1))
-                card = replace(card, writing_pace=rounds.write_s / planned_s, scoring_s=rounds.score_s / answers)
+                card = replace(card, writing_pace=rounds.generation_s / planned_s, scoring_s=rounds.scoring_s / answers)
                 lines.append(
-                    f"writing takes {card.writing_pace:.2f} x the estimate ({rounds.write_s:.3g} s a round whose longest "
-                    f"answer has {rounds.longest_answer:.0f} tokens, {planned_s:.3g} estimated), and rewards "
-                    f"{rounds.score_s:.3g} s a round"
+                    f"writing takes {card.writing_pace:.2f} x the estimate ({rounds.generation_s:.3g} s a round whose "
+                    f"longest answer has {rounds.longest_answer:.0f} tokens, {planned_s:.3g} estimated), and rewards "
+                    f"{rounds.scoring_s:.3g} s a round"
                 )
 
     allocator = _measured_allocator_share(measured)
@@ -128,10 +132,10 @@ def _measured_imbalance(record: RunRecord, expert_ranks: int) -> MeasuredImbalan
 
 @dataclass(frozen=True, slots=True)
 class _MeasuredRounds:
-    """What the rounds of a run took, medians of all but the first."""
+    """What the rounds of a run took (answers generated and scored), medians of all but the first."""
 
-    write_s: float
-    score_s: float
+    generation_s: float
+    scoring_s: float
     longest_answer: float
     """Tokens of the longest answer of a round: the others wait for it."""
 
@@ -140,17 +144,16 @@ def _measured_rounds(run_dir: Path) -> _MeasuredRounds | None:
     """What the rounds in `metrics.jsonl` took; None if fewer than two rounds have all metrics, or a median is 0."""
     needed_metrics = {"write_s", "reward_s", "completions/max_length"}
     metrics_of_rounds = [row for row in read_rows(run_dir / METRICS_FILE).rows if row.keys() >= needed_metrics]
-    later_rounds = metrics_of_rounds[
-        1:
-    ]  # the first round also holds what libraries set up when a model is first called
+    # The first round also holds what libraries set up when a model is first called.
+    later_rounds = metrics_of_rounds[1:]
     if not later_rounds:
         return None
-    write_s = _median_of_metric(later_rounds, "write_s")
+    generation_s = _median_of_metric(later_rounds, "write_s")
     longest_answer = _median_of_metric(later_rounds, "completions/max_length")
-    if write_s <= 0 or longest_answer <= 0:
+    if generation_s <= 0 or longest_answer <= 0:
         return None
-    score_s = _median_of_metric(later_rounds, "reward_s")
-    return _MeasuredRounds(write_s=write_s, score_s=score_s, longest_answer=longest_answer)
+    scoring_s = _median_of_metric(later_rounds, "reward_s")
+    return _MeasuredRounds(generation_s=generation_s, scoring_s=scoring_s, longest_answer=longest_answer)
 
 
 def _median_of_metric(metrics_of_rounds: list[dict[str, Any]], name: str) -> float:
@@ -181,10 +184,18 @@ def _positive_or_none(measured: float | None) -> float | None:
     return float(measured) if measured and measured > 0 else None
 
 
-def _read_measured_run(
-    run_dir: Path, permissions: list[str], command: list[str]
-) -> tuple[RunConfig, RunRecord, MeasuredCost]:
-    """(configuration, `run.json`, its measured costs) of a run on GPUs. Raises ConfigError if it is not one, or has none.
+class _MeasuredRun(NamedTuple):
+    """A run on GPUs that has measured what it takes."""
+
+    config: RunConfig
+    record: RunRecord
+    """Its `run.json`."""
+    measured: MeasuredCost
+    """What it measured: memory, seconds of a step, checkpoints."""
+
+
+def _read_measured_run(run_dir: Path, permissions: list[str], command: list[str]) -> _MeasuredRun:
+    """Read a run on GPUs. Raises ConfigError if it is not one, or if its receipt (predicted and measured cost) is incomplete.
 
     `permissions`: settings that allow what the run uses outside of its directory. `command`: the command line, for messages.
     """
@@ -207,13 +218,13 @@ def _read_measured_run(
         raise ConfigError(f"from={run_dir}: it ran on {record.device}; a plan of GPUs goes by runs on GPUs")
     if record.receipt.measured is None:
         raise ConfigError(f"from={run_dir}: it has measured nothing yet; name a run that has ended, in whatever way")
-    return config, record, record.receipt.measured
+    return _MeasuredRun(config, record, record.receipt.measured)
 
 
 def _planned_choice_of_run(
     config: RunConfig, record: RunRecord, card: Card, settings: PlanConfig, expert_imbalance: MeasuredImbalance | None
-) -> PlannedChoice | str:
-    """What a plan predicts for a run with the very settings that it had, by its `record`.
+) -> PlannedChoice | NotSimulated:
+    """What a plan predicts for a run with the very settings that it had: the ranks and the micro-batch of its `record`.
 
     If that cannot be simulated, returns why, as a clause for a message: "its run.json does not say world_size".
     """
@@ -221,11 +232,15 @@ def _planned_choice_of_run(
     from strategies.base import ActivationCheckpointing, Precision
     from trainer.config.parallel import dp_size_of
     from trainer.config.run import Device
-    from trainer.planner.plan import RunVariant, order_choices, with_imbalance
+    from trainer.planner.fit_check import NotSimulated
+    from trainer.planner.plan import order_choices, with_imbalance
     from trainer.planner.sweep import simulate_variants
+    from trainer.planner.variants import RunVariant
 
     if config.strategy.activation_checkpointing is ActivationCheckpointing.auto:
-        return "its recomputation was chosen by its free memory (strategy.activation_checkpointing=auto); name a run that set it"
+        return NotSimulated(
+            "its recomputation was chosen by its free memory (strategy.activation_checkpointing=auto); name a run that set it"
+        )
     # A record that is damaged or not ours may lack what the run was computed with.
     missing_keys = []
     if record.world_size <= 0:
@@ -235,16 +250,21 @@ def _planned_choice_of_run(
     if record.precision not in [*Precision]:
         missing_keys.append("precision")
     if missing_keys:
-        return f"its {RUN_RECORD} does not say {', '.join(missing_keys)}"
+        return NotSimulated(f"its {RUN_RECORD} does not say {', '.join(missing_keys)}")
     launcher = replace(config.launcher, processes=record.world_size // config.launcher.nodes)
-    config = replace(config, launcher=launcher, precision=Precision(record.precision))
-    config.run.device = Device.cuda
+    config = replace(
+        config,
+        launcher=launcher,
+        precision=Precision(record.precision),
+        run=replace(config.run, device=Device.cuda),  # this machine may have no GPU
+    )
     job = with_imbalance(planned_run_of(config, card), settings, expert_imbalance)
-    micro = record.micro_batch
-    accumulation = 2 if job.global_batch > dp_size_of(config, job.world_size) * micro else 1
+    has_several_micro_batches = job.global_batch > dp_size_of(config, job.world_size) * record.micro_batch
+    accumulation = 2 if has_several_micro_batches else 1  # two tell the last micro-batch from the others
     variant = RunVariant(config, overrides=())
     # One variant, one micro-batch: one choice.
     (cost_model,) = simulate_variants([variant], job, [accumulation], settings, lambda *_: None)
-    if isinstance(cost_model, str):
+    if isinstance(cost_model, NotSimulated):
         return cost_model
-    return order_choices(variant, cost_model, job, [micro])[0]
+    (choice,) = order_choices(variant, cost_model, job, [record.micro_batch])
+    return choice

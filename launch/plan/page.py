@@ -1,4 +1,4 @@
-"""`plan.html`: a plan in one file that needs no network: what to run, the memory of each option beside the card's, speeds."""
+"""`plan.html`: a plan in one file that needs no network: what to run, the memory of each choice beside the card's, speeds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launch.plan.answer import (
     checkpoint_s,
     format_dollars,
     memory_savings_text,
-    refused_ways_by_reason,
+    refused_variants_by_reason,
     verdict_on_choice,
 )
 from launch.plan.expert_notes import expert_parallel_notes
@@ -23,11 +23,12 @@ from trainer.pages.pieces import Callout, PageCard, PageCell, PageColumn, PageTa
 from trainer.pages.render import render
 from trainer.planner.hardware import GIB
 from trainer.planner.plan import PlannedChoice, PlannedJob
+from trainer.planner.round_time import RoundTime
 from trainer.planner.sweep import PlanAnswer
 
 PAGE_FILE = "plan.html"
 MAX_DRAWN_BARS = 40
-"""Options whose memory is drawn; the table has all."""
+"""Choices whose memory is drawn; the table has all."""
 MAX_BAR_IN_CARD_MEMORIES = 1.6
 """What a bar may be at most, as a multiple of the card's memory. Longer ones are cut, and say so."""
 LABEL_BY_MEMORY_PART: dict[str, str] = {
@@ -57,10 +58,10 @@ class BarSegment(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class MemoryBar:
-    """The memory of one option, as a bar of parts beside the memory of the card."""
+    """The memory of one choice (a variant of the run with a micro-batch), as a bar of parts beside the memory of the card."""
 
     name: str
-    parts: list[BarSegment]
+    segments: list[BarSegment]
     """The parts of its memory, from left to right."""
     total_gib: float
     is_cut: bool
@@ -74,11 +75,11 @@ def plan_page(answer: PlanAnswer, overrides: list[str], calibration_lines: tuple
     `overrides`: those of the command line. `calibration_lines`: lines on what the run of `from=` has measured; empty without one.
     """
     bars = memory_bars(answer)
-    refused = [(options, reason) for reason, options in refused_ways_by_reason(answer).items()]
+    refused = [(names, reason) for reason, names in refused_variants_by_reason(answer).items()]
     return render(
         "launch.plan",
         "page.html.j2",
-        about=_job_text(answer),
+        about=_planned_run_text(answer),
         verdict=_best_choice_callout(answer, overrides),
         cards=_page_cards(answer),
         notes=_note_callouts(answer),
@@ -86,8 +87,8 @@ def plan_page(answer: PlanAnswer, overrides: list[str], calibration_lines: tuple
         legend=_colour_legend(bars),
         left_out_bars=len(answer.best_choices) - len(bars),
         card_gib=answer.planned_run.card.memory_gib,
-        card_position=100 / _axis_end_in_card_memories(answer),
-        options=_options_table(answer),
+        card_position=100 / _axis_end_in_card_memories(answer),  # percent of the axis, where the card's memory ends
+        options=_choices_table(answer),
         refused=refused,
         facts=_plan_inputs(answer, overrides),
         calibrated=[line.strip() for line in calibration_lines],
@@ -98,13 +99,13 @@ def _colour_legend(bars: list[MemoryBar]) -> list[tuple[int, str]]:
     """(number of its colour, label) of each part of memory that any bar has, from left to right: [(0, "parameters"), ...]."""
     label_by_colour = {}
     for bar in bars:
-        for segment in bar.parts:
+        for segment in bar.segments:
             label_by_colour[segment.colour_number] = segment.label
     return sorted(label_by_colour.items())
 
 
-def _job_text(answer: PlanAnswer) -> str:
-    """The job in one line: the model, the cards, a step."""
+def _planned_run_text(answer: PlanAnswer) -> str:
+    """The planned run in one line: the model, the GPUs, a step."""
     job = answer.planned_run
     cost_model = answer.cost_model
     nodes = f"{job.num_nodes} node{'s' if job.num_nodes > 1 else ''}"
@@ -129,14 +130,14 @@ def _best_choice_callout(answer: PlanAnswer, overrides: list[str]) -> Callout:
     """A callout with the command of the best choice; or one that says that nothing fits, by how much, and what would help."""
     best = answer.fastest_fitting_choice
     if best is None:
-        least = answer.best_choices[0]
-        lacks = f"{format_number(-least.memory_fit.margin_bytes / GIB, 3)} GiB more than the card has"
+        smallest = answer.best_choices[0]  # if nothing fits, the choice that lacks least memory comes first
+        excess = f"{format_number(-smallest.memory_fit.margin_bytes / GIB, 3)} GiB more than the card has"
         advice = "Take more cards, a smaller data.max_length, tuning=lora, or a card with more memory."
-        if not least.fits_host and least.memory_fit.margin_bytes >= 0:
-            needed_gib = format_number(least.needed_host_gib, 3)
-            lacks = f"{needed_gib} GiB of a node's memory, which has {format_number(least.node_memory_gib, 3)}"
+        if not smallest.fits_host and smallest.memory_fit.margin_bytes >= 0:
+            needed_gib = format_number(smallest.needed_host_gib, 3)
+            excess = f"{needed_gib} GiB of a node's memory, which has {format_number(smallest.node_memory_gib, 3)}"
             advice = "Take fewer ranks a node, a smaller data.max_length, or leave strategy.offload_activations out."
-        return Callout("bad", "Nothing fits", f"The smallest option, {choice_name(least)}, takes {lacks}. {advice}")
+        return Callout("bad", "Nothing fits", f"The smallest option, {choice_name(smallest)}, takes {excess}. {advice}")
     command = planned_command(overrides, best, answer.planned_run)
     text = f"The fastest option that fits, {format_number(round(best.tokens_per_s))} tokens a second of all cards"
     text = f"{text} ({command.user_must_add})." if command.user_must_add else f"{text}."
@@ -144,7 +145,7 @@ def _best_choice_callout(answer: PlanAnswer, overrides: list[str]) -> Callout:
 
 
 def _page_cards(answer: PlanAnswer) -> list[PageCard]:
-    """Cards with memory, speed, time and price of the best option; of the first of `best_choices` if none fits.
+    """Cards with memory, speed, time and price of the best choice; of the first of `best_choices` if none fits.
 
     "Card" has two meanings here: a `PageCard` is a box on the page, `job.card` is the GPU.
     """
@@ -162,14 +163,7 @@ def _page_cards(answer: PlanAnswer) -> list[PageCard]:
         cards.append(PageCard("Speed", format_number(round(choice.tokens_per_s)), speed_of_one_gpu, unit="tokens/s"))
         cards.append(PageCard("A step", format_duration(choice.step_time.total_s), _largest_step_part_text(choice)))
     if choice.round_time is not None:
-        round_time = choice.round_time
-        parts = f"writing {format_duration(round_time.generation_s)}, training {format_duration(round_time.training_s)}"
-        rewards = "; rewards not known"
-        if choice.round_time.scoring_s is not None:
-            rewards = f", rewards {format_duration(choice.round_time.scoring_s)}"
-        cards.append(
-            PageCard("A round", format_duration(choice.round_time.total_s), f"at most, planned: {parts}{rewards}")
-        )
+        cards.append(_round_card(choice.round_time))
     if choice.budget_hours is not None:
         price = (
             "price not known"
@@ -183,14 +177,23 @@ def _page_cards(answer: PlanAnswer) -> list[PageCard]:
     return cards
 
 
+def _round_card(round_time: RoundTime) -> PageCard:
+    """The card on the seconds of a round: generating answers, scoring them (if that was measured), training on them."""
+    parts = f"writing {format_duration(round_time.generation_s)}, training {format_duration(round_time.training_s)}"
+    rewards = "; rewards not known"
+    if round_time.scoring_s is not None:
+        rewards = f", rewards {format_duration(round_time.scoring_s)}"
+    return PageCard("A round", format_duration(round_time.total_s), f"at most, planned: {parts}{rewards}")
+
+
 def _largest_step_part_text(choice: PlannedChoice) -> str:
     """The largest part of a step's time, with its share: "most: matrix products, 72%"."""
     step = choice.step_time
     parts = {
-        "matrix products": step.products_s,
-        "memory-bound operations": step.moves_s,
-        "waiting for communication": step.exposed_s,
-        "the optimizer": step.update_s,
+        "matrix products": step.matmul_s,
+        "memory-bound operations": step.memory_bound_s,
+        "waiting for communication": step.exposed_communication_s,
+        "the optimizer": step.optimizer_s,
     }
     name = max(parts, key=lambda part: parts[part])
     return f"most: {name}, {parts[name] / max(step.total_s, 1e-12):.0%}"
@@ -201,14 +204,10 @@ def _note_callouts(answer: PlanAnswer) -> list[Callout]:
     notes = []
     if answer.cost_model.notes:
         notes.append(Callout("note", "Chosen for you", "; ".join(answer.cost_model.notes)))
-    if answer.fastest_fitting_choice is not None and answer.fastest_fitting_choice.budget_hours is None:
-        notes.append(
-            Callout(
-                "note",
-                "What the run costs",
-                "; ".join(budget_and_price_lines(answer.fastest_fitting_choice, answer.planned_run)),
-            )
-        )
+    best = answer.fastest_fitting_choice
+    if best is not None and best.budget_hours is None:  # without hours there is no price, and no card on the budget
+        lines = budget_and_price_lines(best, answer.planned_run)
+        notes.append(Callout("note", "What the run costs", "; ".join(lines)))
     expert_notes = expert_parallel_notes(answer)
     if expert_notes:
         notes.append(Callout("note", "Experts over ranks", "; ".join(expert_notes)))
@@ -218,8 +217,8 @@ def _note_callouts(answer: PlanAnswer) -> list[Callout]:
 def gib_by_memory_part(choice: PlannedChoice) -> dict[str, float]:
     """GiB on a GPU by part, under the keys of `LABEL_BY_MEMORY_PART`: {"parameters": 12.5, ..., "process": 1.8}.
 
-    Their sum is the memory that this option needs. A run of `from=` may have measured more tensors than the simulation
-    has; each kind of tensor then gets its share of the difference.
+    Their sum is the memory that the choice needs (`memory_fit`); the kinds of tensors are those of the simulated peak. A run of
+    `from=` may have measured more tensors than the simulation has; each kind of tensor then gets its share of the difference.
     """
     measured_over_simulated = choice.memory_fit.live_bytes / max(choice.memory_peak.total_bytes, 1)
     gib_by_part = {
@@ -238,7 +237,10 @@ def _axis_end_in_card_memories(answer: PlanAnswer) -> float:
 
 
 def memory_bars(answer: PlanAnswer) -> list[MemoryBar]:
-    """A bar for each option, in the order of the answer: its parts of memory side by side, cut at the end of the axis."""
+    """A bar for each choice, in the order of the answer: its parts of memory side by side, cut at the end of the axis.
+
+    Parts too small to see are not drawn, but count in the total.
+    """
     axis_gib = _axis_end_in_card_memories(answer) * answer.planned_run.card.memory_gib
     bars = []
     for choice in answer.best_choices[:MAX_DRAWN_BARS]:
@@ -257,7 +259,7 @@ def memory_bars(answer: PlanAnswer) -> list[MemoryBar]:
         bars.append(
             MemoryBar(
                 name=choice_name(choice),
-                parts=segments,
+                segments=segments,
                 total_gib=total_gib,
                 is_cut=total_gib > axis_gib,
                 fits=choice.fits,
@@ -267,12 +269,12 @@ def memory_bars(answer: PlanAnswer) -> list[MemoryBar]:
     return bars
 
 
-def _options_table(answer: PlanAnswer) -> PageTable:
-    """A table of every option: memory, speed, and those parts of memory that are large enough to show in some way."""
-    gib_by_part_of_options = [gib_by_memory_part(choice) for choice in answer.best_choices]
+def _choices_table(answer: PlanAnswer) -> PageTable:
+    """A table of the best choices: memory, speed, and those parts of memory that are large enough to show in some choice."""
+    gib_by_part_of_choices = [gib_by_memory_part(choice) for choice in answer.best_choices]
     shown_parts = []
     for part in LABEL_BY_MEMORY_PART:
-        largest_gib = max(gib_by_part.get(str(part), 0.0) for gib_by_part in gib_by_part_of_options)
+        largest_gib = max(gib_by_part.get(str(part), 0.0) for gib_by_part in gib_by_part_of_choices)
         if largest_gib >= MIN_SHOWN_GIB:
             shown_parts.append(str(part))
     columns = [
@@ -287,19 +289,20 @@ def _options_table(answer: PlanAnswer) -> PageTable:
         *(PageColumn(LABEL_BY_MEMORY_PART[part], "of that, GiB") for part in shown_parts),
     ]
     rows = []
-    for choice, gib_by_part in zip(answer.best_choices, gib_by_part_of_options, strict=True):
+    for choice, gib_by_part in zip(answer.best_choices, gib_by_part_of_choices, strict=True):
         part_cells = []
         for part in shown_parts:
+            # Of a micro-batch below the simulated ones, what it lacks is taken from activations alone: they may fall below 0.
             size_gib = max(gib_by_part.get(part, 0.0), 0.0)
             part_cells.append(PageCell(f"{size_gib:.2f}", size_gib))
-        rows.append([*_way_cells(choice, answer), *part_cells])
+        rows.append([*_choice_cells(choice, answer), *part_cells])
     return PageTable(columns, rows, "Every option with its best micro-batch.")
 
 
-def _way_cells(choice: PlannedChoice, answer: PlanAnswer) -> list[PageCell]:
-    """The cells of an option in `_options_table`, up to its parts of memory.
+def _choice_cells(choice: PlannedChoice, answer: PlanAnswer) -> list[PageCell]:
+    """The cells of a choice in `_choices_table`, up to its parts of memory.
 
-    A cell's second value is the one that it is sorted by.
+    A cell's second value is the one that it is sorted by; a dash has none, and is sorted last.
     """
     needed_gib = choice.memory_fit.needed_bytes / GIB
     left_gib = choice.memory_fit.margin_bytes / GIB

@@ -100,7 +100,7 @@ def round_lines_of_dry_run(
         ranks=ranks,
         nodes=config.launcher.nodes,
         step_s=step_s,
-        other_bytes=(num_parameters * itemsize + num_trained * TRAINING_STATE_BYTES) / ranks,
+        resting_bytes=(num_parameters * itemsize + num_trained * TRAINING_STATE_BYTES) / ranks,
     )
     return [f"{card.name}: {line}" for line in round_lines(load, planned)]
 

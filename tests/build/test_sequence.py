@@ -16,7 +16,7 @@ from trainer.model import sequence_proof
 from trainer.objectives.base import TeacherConfig
 from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.distillation import DistillationConfig
-from trainer.planner.plan import PlanConfig, further_variants
+from trainer.planner.variants import PlanConfig, further_variants
 from trainer.tuning.check import SettingsBesideTuning, tuning_combination_problems
 from trainer.tuning.config import AdaptionPromptConfig, PrefixConfig, PromptConfig
 

@@ -122,7 +122,9 @@ def planned():
         kinds = {MemoryKind.parameters: round(4 * GIB), MemoryKind.activations: round(activations * GIB)}
         peak = SimpleNamespace(total_bytes=sum(kinds.values()), bytes_by_kind=kinds)
         fit = device_memory_fit(peak.total_bytes, 1, 22.0)
-        step = SimpleNamespace(total_s=2.0, products_s=1.5, moves_s=0.3, exposed_s=0.1, update_s=0.1)
+        step = SimpleNamespace(
+            total_s=2.0, matmul_s=1.5, memory_bound_s=0.3, exposed_communication_s=0.1, optimizer_s=0.1
+        )
         choice = SimpleNamespace(
             variant=SimpleNamespace(config=config, name=name, offloads_to_host=False, overrides=()),
             overrides=(f"strategy={name}",),
@@ -150,7 +152,7 @@ def planned():
         fastest_fitting_choice=choices[0],
         best_choices=choices,
         all_choices=choices,
-        unsupported_variants=refused,
+        refused_variants=refused,
         cost_model=model,
     )
 

@@ -13,9 +13,9 @@ from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING, chosen, takes, values
 from tests.simulated.cases import CHECKPOINTING, NATIVE, STRATEGIES, WHOLE, Case
 from trainer.data.config import Layout
-from trainer.planner.cost_model import most_hosts_of_a_group
+from trainer.planner.cost_model_fit import most_hosts_of_a_group
 from trainer.planner.deferred_reduction import deferred_gradient_bytes, with_deferred_reduction
-from trainer.planner.depth_extrapolation import END_BLOCKS, shallow_depths
+from trainer.planner.depth_extrapolation import DEFAULT_END_BLOCKS, shallow_depths
 from trainer.planner.memory_tracker import ALLOCATION_GRAIN
 from trainer.planner.model_blocks import block_pattern
 from trainer.planner.simulation import simulate_cost_model_of_run, simulate_depth
@@ -65,7 +65,7 @@ def formed(model, case, layout, rows, length):
         config = replace(config, strategy=replace(config.strategy, defer_sync=False))
     config.batch["micro"], config.batch["global"] = rows, rows * world * case.accumulation
     form = simulate_cost_model_of_run(config, length, accumulation=case.accumulation, world_size=world)
-    return config, form, form.memory_peak_at(rows if form.units_are_rows else rows * length)
+    return config, form, form.memory_peak_at(rows if form.size_is_in_rows else rows * length)
 
 
 def both(model, case, layout, rows, length):
@@ -94,10 +94,10 @@ def dear(one):
 @pytest.mark.parametrize(("case", "layout"), chosen(MATRIX, marks, dear), ids=str)
 def test_cost_model_equals_the_simulation_of_any_micro_batch(model, case, layout):
     form, taken, found = both(model, case, layout, 4, 512)
-    assert form.layout == layout and form.units_are_rows == (layout == "padded")
+    assert form.layout == layout and form.size_is_in_rows == (layout == "padded")
     assert taken.total_bytes == pytest.approx(found.peak_bytes, rel=WITHIN)
     assert sum(taken.bytes_by_kind.values()) == pytest.approx(taken.total_bytes, rel=1e-3)
-    assert form.micro_batch_work(2048 if not form.units_are_rows else 4, 4 * 512**2)[
+    assert form.micro_batch_work(2048 if not form.size_is_in_rows else 4, 4 * 512**2)[
         0
     ] * case.accumulation == pytest.approx(found.flops, rel=WITHIN)
     calls = {name: 0 for name, *_ in found.collective_totals}
@@ -143,10 +143,10 @@ def test_cost_model_adds_waiting_gradients_to_everything_else(model, checkpointi
 
 def test_cost_model_largest_micro_batch_is_where_the_peak_meets_the_limit(model):
     _, form, taken = formed(model, Case("fsdp2", "full", "bf16", "none"), "padding_free", 4, 512)
-    most = form.largest_units(taken.total_bytes)
+    most = form.max_rows_or_tokens_on_device(taken.total_bytes)
     assert form.memory_peak_at(most).total_bytes <= taken.total_bytes + ALLOCATION_GRAIN
     assert form.memory_peak_at(most + 64).total_bytes > taken.total_bytes
-    assert form.largest_units(1) == 0
+    assert form.max_rows_or_tokens_on_device(1) == 0
 
 
 def test_cost_model_parameters_are_those_of_the_full_model(model):
@@ -206,7 +206,7 @@ def test_cost_model_of_mixtures_some_of_whose_blocks_have_no_experts(tmp_path, k
     case = Case("fsdp2", "lora", "bf16", "full") if EVERYTHING else Case("fsdp2", "full", "bf16", "none")
     run = case.config(tmp_path, 8)
     blocks = block_pattern(run.model)
-    assert shallow_depths(blocks.num_blocks, blocks.period, END_BLOCKS + blocks.num_leading_blocks) is not None
+    assert shallow_depths(blocks.num_blocks, blocks.period, DEFAULT_END_BLOCKS + blocks.num_leading_blocks) is not None
     few, exact = (
         simulate_cost_model_of_run(run, 64, accumulation=1, world_size=8, exact=exact) for exact in (False, True)
     )

@@ -16,7 +16,7 @@ from tests.helpers.tokenizers import write_chat_data
 from trainer.config.parallel import ParallelConfig
 from trainer.objectives.kto import KtoConfig
 from trainer.planner import fit_check
-from trainer.planner.fit_check import SimulatedPeak, check_run_fits
+from trainer.planner.fit_check import NotSimulated, SimulatedPeak, check_run_fits
 from trainer.planner.simulation import simulate_depth
 
 GIB = 2**30
@@ -112,7 +112,9 @@ def test_fit_check_simulates_expert_parallelism(tmp_path, monkeypatch):
 def test_fit_check_that_cannot_be_simulated_is_refused_with_the_reason(made, monkeypatch):
     config, data = made
     card(monkeypatch, 80.0)
-    monkeypatch.setattr(fit_check, "simulate_in_process", lambda *_: "its step cannot be simulated yet (KeyError: x)")
+    monkeypatch.setattr(
+        fit_check, "simulate_in_process", lambda *_: NotSimulated("its step cannot be simulated yet (KeyError: x)")
+    )
     with pytest.raises(
         DoesNotFit, match="it is not known whether the run fits, since its step cannot be simulated yet"
     ):

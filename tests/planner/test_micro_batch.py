@@ -25,6 +25,7 @@ from trainer.config.run import MICRO_BATCH_KEY, Device, LauncherConfig
 from trainer.model.loading import load_tokenizer
 from trainer.planner import micro_batch as micro_module
 from trainer.planner import oom_probe, simulation
+from trainer.planner.fit_check import NotSimulated
 from trainer.planner.hardware import GIB
 from trainer.planner.lengths import micro_batch_divisors
 from trainer.planner.micro_batch import (
@@ -107,7 +108,9 @@ def test_micro_batch_choice_is_described_by_a_dry_run(made, monkeypatch):
 
 
 def test_micro_batch_that_cannot_be_simulated_is_tried(made, monkeypatch):
-    monkeypatch.setattr(micro_module, "call_in_process", lambda *_: "its step cannot be simulated yet (KeyError: x)")
+    monkeypatch.setattr(
+        micro_module, "call_in_process", lambda *_: NotSimulated("its step cannot be simulated yet (KeyError: x)")
+    )
     config, data = made
     micro, why = propose_micro_batch(config, data, Precision.fp32, RankCounts(1, 1), DeviceMemory("cpu", 10.0), 1.0)
     assert (micro, why) == (4, "not planned: its step cannot be simulated yet (KeyError: x)")

@@ -27,10 +27,12 @@ def config(tmp_path_factory):
     return replace(made, strategy=Fsdp2Config(), precision=Precision.bf16)
 
 
-def planned(config, model=LARGE, card=CARD, *, ranks=8, step_s=4.0, other_bytes=0.0, key_bytes=131_072.0):
+def planned(config, model=LARGE, card=CARD, *, ranks=8, step_s=4.0, resting_bytes=0.0, key_bytes=131_072.0):
     load = round_load_of_run(config, load_model_config(config.model), 100.0, 200)
     load = replace(load, kv_cache_bytes_per_token=key_bytes)
-    return estimate_round_time(load, model, config, card, ranks=ranks, nodes=1, step_s=step_s, other_bytes=other_bytes)
+    return estimate_round_time(
+        load, model, config, card, ranks=ranks, nodes=1, step_s=step_s, resting_bytes=resting_bytes
+    )
 
 
 def test_the_load_of_a_round_is_that_of_its_settings(config):
@@ -80,11 +82,11 @@ def test_answers_at_a_time_are_halved_until_their_keys_fit_beside_the_weights(co
 
 def test_weights_that_do_not_fit_whole_are_gathered_for_every_token(config):
     fits = planned(config)
-    too_full = planned(config, other_bytes=70 * 2**30)
+    too_full = planned(config, resting_bytes=70 * 2**30)
     assert fits.gathers_weights_once and not too_full.gathers_weights_once
     gather_s = 16e9 * 7 / 8 / 450e9
     assert too_full.generation_s > 256 * gather_s > fits.generation_s
-    assert planned(replace(config, strategy=SingleConfig()), ranks=1, other_bytes=70 * 2**30).gathers_weights_once
+    assert planned(replace(config, strategy=SingleConfig()), ranks=1, resting_bytes=70 * 2**30).gathers_weights_once
 
 
 def test_training_counts_every_step_and_every_look_back(config):

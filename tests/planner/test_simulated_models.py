@@ -59,7 +59,7 @@ def test_blocks_of_a_tower_for_images_do_not_count_as_blocks_of_the_text(tmp_pat
     # Models of 8 and 10 blocks stand for this one of 18.
     extrapolated = simulate_depth(config, [40, 24])
     assert extrapolated == simulate_depth(config, [40, 24], exact=True)
-    assert extrapolated.peak_phase.place in ("head", "after", *range(18))
+    assert extrapolated.peak_phase.model_part in ("head", "after", *range(18))
 
 
 def test_blocks_of_a_teacher_do_not_count_as_blocks_of_the_student(tmp_path):
@@ -71,7 +71,7 @@ def test_blocks_of_a_teacher_do_not_count_as_blocks_of_the_student(tmp_path):
     teacher.save_pretrained(tmp_path / "teacher")
     objective = DistillationConfig(teacher=TeacherConfig(path=str(tmp_path / "teacher")))
     step = simulate_run(run_of(tmp_path / "student", student, objective=objective), [40, 24])
-    places = {phase.place for phase in step.peak_by_phase}
+    places = {phase.model_part for phase in step.peak_by_phase}
     assert "teacher" in places
     assert {place for place in places if isinstance(place, int)} == {0, 1}
 

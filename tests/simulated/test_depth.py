@@ -10,7 +10,7 @@ from tests.simulated.cases import CHECKPOINTING, STRATEGIES, Case
 from trainer.planner import depth_extrapolation
 from trainer.planner.depth_extrapolation import shallow_depths
 from trainer.planner.memory_tracker import ALLOCATION_GRAIN
-from trainer.planner.simulation import end_blocks_of, simulate_depth
+from trainer.planner.simulation import num_end_blocks_of, simulate_depth
 
 SIZES = {
     "moderate": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 7, "vocab_size": 4096},
@@ -91,7 +91,7 @@ def _near(found, exact):
 def test_depth_extrapolation_equals_the_full_simulation_of_a_moderate_model(tmp_path, case, monkeypatch):
     # Of seven blocks the whole is simulated, which takes no longer than the two shallow models: here they are compared with it.
     monkeypatch.setattr(
-        depth_extrapolation, "shallow_depths", lambda *_, ends_overlap: (3, 4) if ends_overlap else (4, 5)
+        depth_extrapolation, "shallow_depths", lambda *_, ends_may_overlap: (3, 4) if ends_may_overlap else (4, 5)
     )
     agree(model(tmp_path, "moderate"), case, 1 if case.strategy == "single" else 8, [256, 100])
 
@@ -104,18 +104,18 @@ def test_depth_extrapolation_equals_the_full_simulation_of_a_large_model(tmp_pat
 
 def test_two_depths_are_of_the_remainder():
     assert shallow_depths(32) == (4, 5)
-    assert shallow_depths(32, ends_overlap=True) == (3, 4)
-    assert shallow_depths(32, 2, ends_overlap=True) == shallow_depths(32, 2), "a middle block has one kind"
+    assert shallow_depths(32, ends_may_overlap=True) == (3, 4)
+    assert shallow_depths(32, 2, ends_may_overlap=True) == shallow_depths(32, 2), "a middle block has one kind"
     assert shallow_depths(5) is None
     assert shallow_depths(62, 6) == (26, 32)
     assert shallow_depths(20, 6) is None
     assert shallow_depths(8) is None, "two of four and five blocks take longer"
-    assert shallow_depths(32, ends=5) == (10, 11)
+    assert shallow_depths(32, num_end_blocks=5) == (10, 11)
 
 
 def test_depth_extrapolation_allows_for_blocks_that_zero3_keeps_gathered(tmp_path):
     """Where it holds the blocks of both shallow models, their difference says nothing of further blocks."""
     wide = Case("zero3", "lora", "bf16").config(model(tmp_path, "8B"), 8)
-    assert end_blocks_of(wide) == 5  # four of 218 million each beside that in use
+    assert num_end_blocks_of(wide) == 5  # four of 218 million each beside that in use
     narrow = Case("zero3", "lora", "bf16").config(model(tmp_path, "moderate"), 8)
-    assert shallow_depths(80, ends=end_blocks_of(narrow)) is None
+    assert shallow_depths(80, num_end_blocks=num_end_blocks_of(narrow)) is None

@@ -29,14 +29,14 @@ class Followed(simulate.RecordedEngine):
             self.tracker.__enter__()
         super().begin_step()
 
-    def set_phase(self, phase, place="before"):
+    def set_phase(self, phase, model_part="before"):
         if phase == "between" and self.steps == 2:
             self.tracker.__exit__(None, None, None)
             Followed.peak = self.tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-        if (phase, place) == ("forward", "head") and self.steps == 2:  # where the step's peak will be
+        if (phase, model_part) == ("forward", "head") and self.steps == 2:  # where the step's peak will be
             told = {storage._cdata for storage in self.tracker._WINFO}
             Followed.kept = sum(held.num_bytes for key, held in self.recorder._live.items() if key not in told)
-        super().set_phase(phase, place)
+        super().set_phase(phase, model_part)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,6 @@ def test_peak_is_that_of_torchs_tracker(tmp_path, monkeypatch, tuning, checkpoin
     case = Case("fsdp2", tuning, "bf16", checkpointing)
     # Once: torch's tracker leaves something behind, so that a step after it would hold more.
     found = simulated(case, model_dir(tmp_path), 8, 7, device=torch.device("cpu"), repeat=0)
-    assert (found.phase_and_peak[0].name, found.phase_and_peak[0].place) == ("forward", "head")
+    assert (found.phase_and_peak[0].name, found.phase_and_peak[0].model_part) == ("forward", "head")
     assert Followed.kept < FEW
     assert found.phase_and_peak[1].total_bytes == Followed.peak + Followed.kept

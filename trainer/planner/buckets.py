@@ -1,4 +1,4 @@
-"""Gradient buckets of DeepSpeed (ZeRO 1 and 2) in a shallow model that stands for a deeper one.
+"""Gradient buckets of DeepSpeed (ZeRO 1 and 2) in a shallow model: one with few blocks, simulated in place of a deeper one.
 
 Which gradient fills a bucket, and how full it was, does not repeat with the blocks, so the memory of a reduction is
 not linear in their number. In a shallow model each gradient of a block therefore counts as if it filled a bucket,
@@ -41,17 +41,20 @@ def track_bucket_reductions(engine: Any, recorder: LiveBytes, full_trained_eleme
 
 
 class _RecordedBuckets:
-    """The two methods that replace those of DeepSpeed's optimizer, to count the buffers of its reductions in a recorder."""
+    """The two methods that replace those of DeepSpeed's optimizer, to count the buffers of its reductions in a recorder.
+
+    DeepSpeed collects gradients in a bucket, and reduces the bucket when it is full."""
 
     def __init__(self, optimizer: Any, recorder: LiveBytes, full_trained_elements: int | None) -> None:
         self.optimizer = optimizer
         self.recorder = recorder
         self.full_trained_elements = full_trained_elements
+        """Trained elements of the deeper model; None if the engine's model is not a shallow one."""
         self._reduce: Callable[..., None] = optimizer.reduce_ipg_grads
         self._mark_ready: Callable[..., None] = optimizer.reduce_ready_partitions_and_remove_grads
         self._ranks = torch.distributed.get_world_size(optimizer.dp_process_group)
         self._has_several_buckets = False
-        """Whether the gradients of the full model fill more than one bucket."""
+        """Whether the gradients of the deeper model fill more than one bucket; False without one."""
         if full_trained_elements is not None:
             self._has_several_buckets = full_trained_elements > optimizer.reduce_bucket_size
         self._is_in_block = False
@@ -61,15 +64,14 @@ class _RecordedBuckets:
         """DeepSpeed calls this when the gradient of `param` is complete; `group` is its optimizer group.
 
         In a shallow model, a gradient of a block makes the recorder note the peak that the reduction of a full bucket would cause
-        at this moment, because in the full model any gradient of a block may be the one that fills the bucket.
+        at this moment, because in the deeper model any gradient of a block may be the one that fills the bucket.
         """
-        is_in_block = isinstance(self.recorder.phase.place, int)  # outside blocks it is a text: before, head, after
-        full_elements = self.full_trained_elements
-        if full_elements is not None and self._has_several_buckets and is_in_block:
+        is_in_block = isinstance(self.recorder.phase.model_part, int)  # outside blocks a text: before, head, after
+        if self.full_trained_elements is not None and self._has_several_buckets and is_in_block:
             # A gradient that is larger than a bucket is reduced alone.
             large_gradients = [gradient.numel() for gradient in self.optimizer.extra_large_param_to_reduce.values()]
-            largest = max(large_gradients, default=self.optimizer.reduce_bucket_size)
-            self.recorder.note_peak_with(self._reduction_bytes(largest, full_elements))
+            bucket_elements = max(large_gradients, default=self.optimizer.reduce_bucket_size)
+            self.recorder.note_peak_with(self._reduction_bytes(bucket_elements, self.full_trained_elements))
         # DeepSpeed may call `reduce` from here: it must know that a block computes.
         self._is_in_block = is_in_block
         self._mark_ready(param, group)
@@ -80,22 +82,25 @@ class _RecordedBuckets:
 
         Inside blocks, the reduction of a shallow model is not counted: `on_gradient` has counted a full bucket instead.
         """
-        recorder = self.recorder
-        earlier_kind = recorder.kind_of_new_tensors
-        recorder.kind_of_new_tensors = MemoryKind.communication
-        if self.full_trained_elements is not None:
-            # What the shallow model reduces is live already; only the difference to a full bucket is added.
-            trained = sum(flat.numel() for flat in self.optimizer.bit16_groups_flat)
-            bucket_elements = sum(bucket.elements for bucket in self.optimizer.ipg_buckets.values())
-            # The whole model fills its bucket, if it has as many gradients.
-            full_elements = max(bucket_elements, min(self.full_trained_elements, self.optimizer.reduce_bucket_size))
-            full_bytes = self._reduction_bytes(full_elements, self.full_trained_elements)
-            recorder.extra_bytes = full_bytes - self._reduction_bytes(bucket_elements, trained)
-            recorder.ignores_operations = self._has_several_buckets and self._is_in_block
-        self._reduce(*args, **kwargs)
-        recorder.kind_of_new_tensors = earlier_kind
-        recorder.extra_bytes = 0
-        recorder.ignores_operations = False
+        is_counted_by_gradient = self._has_several_buckets and self._is_in_block
+        with self.recorder.counting_as(
+            MemoryKind.communication, self._bytes_lacking_to_full_bucket(), ignores_operations=is_counted_by_gradient
+        ):
+            self._reduce(*args, **kwargs)
+
+    def _bytes_lacking_to_full_bucket(self) -> int:
+        """Bytes by which the deeper model's reduction takes more than that of the shallow model, which is live already.
+
+        0 if the engine's model is not a shallow one.
+        """
+        if self.full_trained_elements is None:
+            return 0
+        trained_elements = sum(flat.numel() for flat in self.optimizer.bit16_groups_flat)
+        bucket_elements = sum(bucket.elements for bucket in self.optimizer.ipg_buckets.values())
+        # The deeper model fills its bucket, if it has as many gradients.
+        full_elements = max(bucket_elements, min(self.full_trained_elements, self.optimizer.reduce_bucket_size))
+        full_bytes = self._reduction_bytes(full_elements, self.full_trained_elements)
+        return full_bytes - self._reduction_bytes(bucket_elements, trained_elements)
 
     def _reduction_bytes(self, bucket_elements: int, trained_elements: int) -> int:
         """Most bytes that the reduction of a bucket allocates, in a model of `trained_elements` trained elements.

@@ -33,12 +33,21 @@ TIMEOUT_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
+class NotSimulated:
+    """What a simulation returns in place of a peak or a cost model if it failed."""
+
+    reason: str
+    """A clause for a message, such as `its step cannot be simulated yet (KeyError: 'x')`."""
+
+
+@dataclass(frozen=True, slots=True)
 class SimulatedPeak:
     """The peak memory of a rank's step."""
 
     live_bytes: int
     """Bytes of tensors."""
     phase: str
+    """In which phase of the step the peak is, such as `backward 0: head`."""
     num_groups: int
     """Groups of ranks that exchange something: NCCL takes memory for each."""
 
@@ -61,7 +70,9 @@ def why_not_simulated(error: Exception) -> str:
 
 
 def single_step_config(config: RunConfig, world_size: int, *, mode_if_auto: ActivationCheckpointing) -> RunConfig:
-    """The run with a step of at most two micro-batches, not compiled, which takes as much memory as its real step.
+    """The run with a step of at most two micro-batches (`accumulation` 2), which takes as much memory as its real step.
+
+    It is in a form that can be simulated: not compiled (`strategy_for_simulation`).
 
     `world_size`: ranks of the run. `mode_if_auto`: the recomputation to simulate if the run chooses by memory which blocks it
     recomputes (`strategy.activation_checkpointing=auto`).
@@ -91,17 +102,18 @@ def check_run_fits(
         raise ConfigError("run.must_fit=true: asks for the memory of GPUs, and this run has none; leave it out")
     announce("simulating whether the run fits its GPUs (run.must_fit)")
     least_gib = min(gather_objects(device_memory_gib(runtime), runtime))
-    peak_of_rank_0: SimulatedPeak | str = ""
+    peak_of_rank_0: SimulatedPeak | NotSimulated | None = None
     if runtime.is_main:
+        # `activation_checkpointing=auto` recomputes everything if it must: the run fits if it fits so.
         step_config = single_step_config(config, runtime.world_size, mode_if_auto=ActivationCheckpointing.full)
         step_config = replace(step_config, precision=precision)
         lengths = longest_lengths(data_spec_of(config.objective), largest_workload(config, prepared))
         timeout_s = TIMEOUT_SHARE * config.run.timeout_s
         peak_of_rank_0 = simulate_in_process(step_config, lengths, RankCounts.of_job(runtime), timeout_s)
-    peak: SimulatedPeak | str = broadcast_object(peak_of_rank_0, runtime)
-    if isinstance(peak, str):
+    peak: SimulatedPeak | NotSimulated = broadcast_object(peak_of_rank_0, runtime)
+    if isinstance(peak, NotSimulated):
         raise DoesNotFit(
-            f"run.must_fit=true: it is not known whether the run fits, since {peak}; leave it out to try it"
+            f"run.must_fit=true: it is not known whether the run fits, since {peak.reason}; leave it out to try it"
         )
     fit = device_memory_fit(peak.live_bytes, peak.num_groups, least_gib)
     if fit.margin_bytes < 0:
@@ -142,19 +154,19 @@ def does_not_fit_message(fit: MemoryFit, peak: SimulatedPeak, config: RunConfig)
 
 def simulate_in_process(
     config: RunConfig, lengths: list[int], rank_counts: RankCounts, timeout_s: float
-) -> SimulatedPeak | str:
-    """The peak memory of a rank's step, simulated in a new process, or a text that says why it could not be simulated.
+) -> SimulatedPeak | NotSimulated:
+    """The peak memory of a rank's step, simulated in a new process, or why it could not be simulated.
 
     `lengths`: tokens of each sequence of a micro-batch.
     """
-    peak: SimulatedPeak | str = call_in_process(_simulate_peak, (config, lengths, rank_counts), timeout_s)
+    peak: SimulatedPeak | NotSimulated = call_in_process(_simulate_peak, (config, lengths, rank_counts), timeout_s)
     return peak
 
 
 def call_in_process(function: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: float) -> Any:
-    """The value of `function(*arguments)` in a new process, or a text that says why it did not return.
+    """The value of `function(*arguments)` in a new process, or `NotSimulated` if it did not return.
 
-    The text tells of two cases: the call took more than `timeout_s` seconds, or the process ended before it sent a value. For
+    It did not if the call took more than `timeout_s` seconds, or if the process ended before it sent a value. For
     simulations, which a process that is part of a job, or holds a GPU, cannot run itself. `function` must be defined at the top
     of a module, so that the new process can import it.
     """
@@ -165,10 +177,10 @@ def call_in_process(function: Callable[..., Any], arguments: tuple[Any, ...], ti
     sender.close()  # the child has its own copy; with this one closed, `recv` raises EOFError when the child ends
     try:
         if not receiver.poll(timeout_s):
-            return f"its simulation took more than {timeout_s:.0f} s (of run.timeout_s)"
+            return NotSimulated(f"its simulation took more than {timeout_s:.0f} s (of run.timeout_s)")
         return receiver.recv()
     except EOFError:
-        return "the process that simulates it ended without an answer"
+        return NotSimulated("the process that simulates it ended without an answer")
     finally:
         child.kill()
         child.join()
@@ -191,7 +203,7 @@ def _send_call_result(sender: Connection, function: Callable[..., Any], argument
     sender.send(function(*arguments))
 
 
-def _simulate_peak(config: RunConfig, lengths: list[int], rank_counts: RankCounts) -> SimulatedPeak | str:
+def _simulate_peak(config: RunConfig, lengths: list[int], rank_counts: RankCounts) -> SimulatedPeak | NotSimulated:
     """The peak memory of a rank's step, or why it cannot be simulated. `simulate_in_process` calls it in its new process."""
     from trainer.planner.simulation import simulate_depth
 
@@ -200,5 +212,5 @@ def _simulate_peak(config: RunConfig, lengths: list[int], rank_counts: RankCount
             config, lengths, world_size=rank_counts.world_size, local_world_size=rank_counts.ranks_per_host
         )
     except Exception as error:  # noqa: BLE001 - an architecture may do what cannot be simulated; that is an answer
-        return f"its step {why_not_simulated(error)}"
-    return SimulatedPeak(step.peak_bytes, str(step.peak_phase), num_rank_groups(step))
+        return NotSimulated(f"its step {why_not_simulated(error)}")
+    return SimulatedPeak(live_bytes=step.peak_bytes, phase=str(step.peak_phase), num_groups=num_rank_groups(step))

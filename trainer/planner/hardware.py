@@ -90,6 +90,7 @@ def find_card(name: str) -> Card | None:
     from omegaconf import OmegaConf
 
     for file in sorted(CARDS_DIR.glob("*.yaml")):
+        # Searched as text, because to load every file takes long.
         if f"name: {name}\n" in file.read_text(encoding="utf-8"):
             card: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Card), OmegaConf.load(file)))
             assert isinstance(card, Card)
@@ -131,18 +132,18 @@ def card_memory_fit(cost_model: CostModel, peak: MemoryPeak, card: Card) -> Memo
 
 
 def device_memory_fit(
-    live_bytes: int, groups: int, memory_gib: float, allocator: float = ALLOCATOR_OVERHEAD
+    live_bytes: int, num_groups: int, memory_gib: float, allocator_overhead: float = ALLOCATOR_OVERHEAD
 ) -> MemoryFit:
     """How `live_bytes` bytes of tensors fit in a device of `memory_gib`, beside what the process itself takes.
 
-    `groups`: groups of ranks that exchange something, for each of which NCCL takes buffers. `allocator`: the share of live
-    bytes that torch's allocator reserves beyond them.
+    `num_groups`: groups of ranks that exchange something, for each of which NCCL takes buffers. `allocator_overhead`: the share
+    of live bytes that torch's allocator reserves beyond them.
     """
     return MemoryFit(
         live_bytes=live_bytes,
         process_bytes=round(PROCESS_CONTEXT_GIB * GIB),
-        allocator_bytes=round(allocator * live_bytes),
-        nccl_bytes=round(NCCL_GROUP_GIB * GIB * groups),
+        allocator_bytes=round(allocator_overhead * live_bytes),
+        nccl_bytes=round(NCCL_GROUP_GIB * GIB * num_groups),
         device_bytes=round(memory_gib * GIB),
     )
 
@@ -151,27 +152,26 @@ def available_tensor_bytes(cost_model: CostModel, card: Card) -> float:
     """Bytes of simulated tensors for which the card has memory, beside the process itself, NCCL and the allocator's overhead."""
     other_gib = PROCESS_CONTEXT_GIB + NCCL_GROUP_GIB * num_rank_groups(cost_model)
     # The allocator reserves more than tensors take, and real tensors may take more than simulated ones (`card.tensors`).
-    room_bytes = (card.memory_gib - other_gib) * GIB / (1 + card.allocator) / card.tensors
-    return max(0.0, room_bytes)
+    tensor_bytes = (card.memory_gib - other_gib) * GIB / (1 + card.allocator) / card.tensors
+    return max(0.0, tensor_bytes)
 
 
 def num_rank_groups(cost_model: CostModel | ExtrapolatedStep) -> int:
-    """How many groups of ranks exchange something in a step."""
+    """How many groups of ranks exchange something in a step, for each of which NCCL takes memory."""
     groups = set()
-    for key in cost_model.collective_totals:
-        collective, ranks = key[:2]
+    for collective in cost_model.collective_totals:
         # A group that shares rows or experts is another one than the group of as many ranks that shares weights.
-        is_token_all_to_all = collective.startswith(ALL_TO_ALL)
-        if ranks > 1:
-            groups.add((ranks, is_token_all_to_all))
-    # A cost model has its all-to-alls of tokens apart, one for each group.
-    token_groups = len(cost_model.token_all_to_alls) if isinstance(cost_model, CostModel) else 0
-    return len(groups) + token_groups
+        is_token_all_to_all = collective.name.startswith(ALL_TO_ALL)
+        if collective.num_ranks > 1:
+            groups.add((collective.num_ranks, is_token_all_to_all))
+    # A cost model has its all-to-alls of tokens apart, one for each group; an extrapolated step has them in `collective_totals`.
+    num_token_groups = len(cost_model.token_all_to_alls) if isinstance(cost_model, CostModel) else 0
+    return len(groups) + num_token_groups
 
 
-def needed_host_gib(cost_model: CostModel, ranks: int, units: float) -> float:
-    """GiB of a node's memory with so many ranks: what is offloaded in micro-batches of `units`, and the processes."""
-    offloaded_bytes = cost_model.host_bytes + cost_model.pinned_bytes(units)
+def needed_host_gib(cost_model: CostModel, ranks: int, num_rows_or_tokens: float) -> float:
+    """GiB that `ranks` ranks need of their node's memory: what is offloaded in micro-batches of this size, and the processes."""
+    offloaded_bytes = cost_model.host_bytes + cost_model.pinned_bytes(num_rows_or_tokens)
     return ranks * (offloaded_bytes / GIB + PROCESS_GIB)
 
 

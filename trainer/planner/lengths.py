@@ -24,36 +24,48 @@ def micro_batch_divisors(samples_per_rank: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class DocumentLengths:
-    """Tokens of the units that a run samples: a document (both, of an objective over pairs), or a pack."""
+    """Lengths in tokens of a run's samples: what its batch sizes count (units of `Order`).
+
+    A sample is a document (of an objective over pairs: both of its sequences), or a pack of documents in one row.
+    """
 
     longest: np.ndarray
-    """int64, descending; one entry if all are as long as `data.max_length` allows."""
+    """int64: tokens of the samples, descending; one entry if all are as long as `data.max_length` allows."""
     mean: float
+    """Mean tokens of a sample."""
     mean_square: float
-    sequences_per_unit: int = 1
+    """Mean over the samples of the sum of their sequences' squared lengths, with which the FLOPs of attention grow."""
+    sequences_per_sample: int = 1
     """2 for an objective over pairs."""
-    units_per_epoch: int | None = None
+    samples_per_epoch: int | None = None
     """None without data."""
 
     @classmethod
-    def uniform(cls, length: int, sequences_per_unit: int) -> DocumentLengths:
-        """The lengths to plan with if no data is given: each unit has `sequences_per_unit` sequences of `length` tokens."""
-        unit_tokens = length * sequences_per_unit
+    def uniform(cls, length: int, sequences_per_sample: int) -> DocumentLengths:
+        """The lengths to plan with if no data is given: each sample has `sequences_per_sample` sequences of `length` tokens."""
+        sample_tokens = length * sequences_per_sample
         return cls(
-            longest=np.array([unit_tokens]),
-            mean=float(unit_tokens),
-            mean_square=float(sequences_per_unit * length**2),
-            sequences_per_unit=sequences_per_unit,
+            longest=np.array([sample_tokens]),
+            mean=float(sample_tokens),
+            mean_square=float(sequences_per_sample * length**2),
+            sequences_per_sample=sequences_per_sample,
         )
 
     def num_tokens_of_longest(self, count: int) -> float:
-        """Tokens of the `count` longest units together: what the worst micro-batch of `count` units holds."""
+        """Tokens of the `count` longest samples together: what the worst micro-batch of `count` samples holds."""
         if len(self.longest) == 1:
             return float(count * self.longest[0])
         return float(self.longest[:count].sum())
 
-    def units_within(self, tokens: float) -> int:
-        """How many of the longest units have at most `tokens` tokens together: the largest micro-batch that memory allows."""
+    def size_of_longest(self, count: int, *, in_rows: bool) -> float:
+        """The size of a micro-batch of the `count` longest samples, as a cost model counts it: in rows, or in tokens."""
+        return float(count) if in_rows else self.num_tokens_of_longest(count)
+
+    def num_samples_within(self, tokens: float) -> int:
+        """How many of the longest samples have at most `tokens` tokens together: the largest micro-batch that memory allows.
+
+        At most `MAX_MICRO_BATCH`.
+        """
         if len(self.longest) == 1:
             return int(min(tokens // float(self.longest[0]), MAX_MICRO_BATCH))
         return min(int(np.searchsorted(np.cumsum(self.longest), tokens, side="right")), MAX_MICRO_BATCH)
@@ -61,39 +73,46 @@ class DocumentLengths:
 
 @dataclass(frozen=True, slots=True)
 class SampledLengths:
-    """The lengths of the units that a run draws from prepared data, and the order in which it draws them."""
+    """The lengths of the samples that a run draws from prepared data, and the order in which it draws them."""
 
     order: Order
     tokens: np.ndarray
-    """int64: tokens of each unit."""
+    """int64: tokens of each sample."""
     squared_tokens: np.ndarray
-    """int64: the sum of the squared lengths of each unit's documents, with which the work of attention grows."""
+    """int64: the sum of the squared lengths of each sample's documents, with which the FLOPs of attention grow."""
 
     @property
     def mean(self) -> float:
-        """Tokens of a unit of the first epoch."""
+        """Mean tokens of a sample of the first epoch."""
         return float(self.tokens[self.order.units_of_epoch(0)].mean())
 
-    def lengths(self, config: DataConfig, sequences_per_unit: int) -> DocumentLengths:
-        """The lengths of the units that the first epoch draws. A pack (several documents in one row) counts as full."""
-        epoch_units = self.order.units_of_epoch(0)
+    def lengths(self, config: DataConfig, sequences_per_sample: int) -> DocumentLengths:
+        """The lengths of the samples that the first epoch draws. A pack (several documents in one row) counts as full."""
+        epoch_samples = self.order.units_of_epoch(0)
         # Another epoch may have fuller packs, so packs count as full.
         longest = np.array([config.max_length]) if config.packing else np.sort(self.tokens)[::-1]
         return DocumentLengths(
-            longest, self.mean, float(self.squared_tokens[epoch_units].mean()), sequences_per_unit, self.order.num_units
+            longest=longest,
+            mean=self.mean,
+            mean_square=float(self.squared_tokens[epoch_samples].mean()),
+            sequences_per_sample=sequences_per_sample,
+            samples_per_epoch=self.order.num_units,
         )
 
 
 def sampled_lengths(config: RunConfig, train: TokenDataset, sequences_per_document: int) -> SampledLengths:
-    """The lengths of prepared data in the units that a run draws: packs if it packs, else single documents (or pairs).
+    """The lengths of prepared data in the samples that a run draws: packs if it packs, else single documents (or pairs).
 
-    If the model generates answers to the documents, each counts with an answer of the greatest length.
-    `sequences_per_document`: 2 for an objective over pairs of answers, else 1. Raises what `build_order` raises.
+    `build_order` groups the sequences of the data, whose lengths are in `train.lengths`, into packs or pairs. If the model
+    generates answers to the documents, each counts with an answer of the greatest length. `sequences_per_document`: 2 for an
+    objective over pairs of answers, else 1. Raises what `build_order` raises.
     """
-    document_tokens = train.lengths.astype(np.int64) + max_generated_tokens(config.objective)
-    packs, order = build_order(config.data, train, sequences_per_document=sequences_per_document, seed=config.run.seed)
-    if packs is None:  # each document (or pair) is a unit of its own
-        return SampledLengths(order, tokens=document_tokens, squared_tokens=document_tokens**2)
-    pack_tokens = np.array([document_tokens[documents].sum() for documents in packs])
-    pack_squares = np.array([(document_tokens[documents] ** 2).sum() for documents in packs])
-    return SampledLengths(order, tokens=pack_tokens, squared_tokens=pack_squares)
+    sequence_tokens = train.lengths.astype(np.int64) + max_generated_tokens(config.objective)
+    samples, order = build_order(
+        config.data, train, sequences_per_document=sequences_per_document, seed=config.run.seed
+    )
+    if samples is None:  # each sequence is a sample of its own
+        return SampledLengths(order, tokens=sequence_tokens, squared_tokens=sequence_tokens**2)
+    sample_tokens = np.array([sequence_tokens[sequences].sum() for sequences in samples])
+    sample_squares = np.array([(sequence_tokens[sequences] ** 2).sum() for sequences in samples])
+    return SampledLengths(order, tokens=sample_tokens, squared_tokens=sample_squares)

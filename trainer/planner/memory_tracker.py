@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,18 +41,34 @@ def device_of(tensor: Tensor) -> torch.device:
 
 @dataclass(frozen=True, slots=True)
 class StepPhase:
-    """A stretch of a step in which a rank does one thing."""
+    """A part of a step in which one part of the model computes: `forward 0: block 3` is one, in each pass of a micro-batch."""
 
     name: str
-    """`forward`, `backward`, `update`, or `between` steps."""
+    """The pass: `forward`, `backward`, `update`, or `between` steps."""
     micro_batch_index: int
     """The micro-batch, from 0."""
-    place: int | str
-    """The block at work, from 0; or `before`, `teacher` (any of its blocks), `head`, `after`."""
+    model_part: int | str
+    """The index of the block that computes, or `before` (the blocks), `teacher` (any of its blocks), `head`, `after`.
+
+    A negative index counts from the last block, -1. Phases of models of different depths are compared by it.
+    """
 
     def __str__(self) -> str:
-        where = f"block {self.place}" if isinstance(self.place, int) else self.place
-        return self.name if self.name in ("update", "between") else f"{self.name} {self.micro_batch_index}: {where}"
+        if not self.is_in_pass:
+            return self.name
+        where = f"block {self.model_part}" if isinstance(self.model_part, int) else self.model_part
+        return f"{self.name} {self.micro_batch_index}: {where}"
+
+    @property
+    def is_in_pass(self) -> bool:
+        """Whether it is part of a forward or backward pass; not of the update, nor between steps."""
+        return self.name not in ("update", "between")
+
+    def with_block_from_start(self, num_blocks: int) -> StepPhase:
+        """The phase in a model of `num_blocks` blocks, with the index of a block that was counted from the last (-1) from 0."""
+        if isinstance(self.model_part, int) and self.model_part < 0:
+            return replace(self, model_part=num_blocks + self.model_part)
+        return self
 
 
 @dataclass(slots=True)
@@ -77,9 +93,9 @@ class _LiveStorage:
 class LiveBytes(TorchDispatchMode):
     """Counts bytes on `device` while it is entered, from what is made within it and what is shown to it.
 
-    `phase` is set from outside; the peak of each phase is in `peak_by_phase`. After `begin_tallied_step`, a tally by kind
-    of memory is taken after the given operations, which an earlier step found to be the highest of their phases, and after later
-    ones that are higher.
+    `phase` is set from outside; the peak of each phase is in `peak_by_phase`. After `begin_tallied_step`, bytes are also counted
+    by kind of memory (a tally) after the given operations, which an earlier step found to be the highest of their phases, and
+    after later ones that are higher. An allocation is a storage, which tensors may share; it is live until Python frees it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -91,7 +107,7 @@ class LiveBytes(TorchDispatchMode):
         self.kind_of_new_tensors = MemoryKind.other
         """The kind of new tensors, unless more is known of them."""
         self.extra_bytes = 0
-        """Bytes that count beside those that are live, of a reduction that is only supposed."""
+        """Bytes that count beside those that are live: those of a reduction that only the deeper model would make."""
         self.ignores_operations = False
         """Whether operations count in no phase for now."""
         self._current_phase: StepPhase | None = None
@@ -100,10 +116,14 @@ class LiveBytes(TorchDispatchMode):
         self._operation_to_tally = -1
         """The operation after which to tally by kind; -1: none."""
         self._live: dict[int, _LiveStorage] = {}
+        """Live storages by `storage_key`."""
         self._operations_to_tally: dict[StepPhase, int] = {}
+        """By phase, the operation after which an earlier step had its peak; empty in a step that is not tallied."""
         self._owned_tensors: Callable[[], Iterable[tuple[MemoryKind, Tensor]]] = lambda: ()
+        """Yields the engine's tensors (parameters, gradients, optimizer state), each with its kind."""
         self._resize_reports: AbstractContextManager[None] = nullcontext()
         self._is_counting = True
+        """False while the tracker itself runs operations."""
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -147,14 +167,17 @@ class LiveBytes(TorchDispatchMode):
         return free
 
     def _on_resize(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage with its new size: FSDP2 frees and fills its buffers by resizing them, without a new tensor."""
+        """Count a storage with its new size; torch calls this after a resize, while the tracker is entered.
+
+        FSDP2 frees and fills the buffers into which it gathers weights by resizing them, without a new tensor.
+        """
         live_storage = self._live.get(storage_key(storage))
         if live_storage is None:
             return
         size = allocated_bytes(storage.nbytes())
         self.live_bytes += size - live_storage.num_bytes
         live_storage.num_bytes = size
-        live_storage.kind = MemoryKind.gathered  # FSDP2 resizes the buffers that it gathers into
+        live_storage.kind = MemoryKind.gathered
         self.note_live_bytes()
 
     # -- through a step ------------------------------------------------------------------------------------------
@@ -166,15 +189,17 @@ class LiveBytes(TorchDispatchMode):
         self._current_phase = None
 
     def begin_tallied_step(
-        self, tally_after: dict[StepPhase, int], owned_tensors: Callable[[], Iterable[tuple[MemoryKind, Tensor]]]
+        self,
+        operations_to_tally: dict[StepPhase, int],
+        owned_tensors: Callable[[], Iterable[tuple[MemoryKind, Tensor]]],
     ) -> None:
         """As `begin_step`; once a phase, live bytes will also be counted by kind. After each operation, that would take too long.
 
-        `tally_after`: by phase, the number of the operation after which they are counted by kind. `owned_tensors`: yields
-        (kind, tensor) for each tensor of the engine.
+        `operations_to_tally`: by phase, the number of the operation after which `note_live_bytes` counts them by kind.
+        `owned_tensors`: yields (kind, tensor) for each tensor of the engine.
         """
         self.begin_step()
-        self._operations_to_tally = tally_after
+        self._operations_to_tally = operations_to_tally
         self._owned_tensors = owned_tensors
 
     def known_kinds(self) -> dict[int, tuple[_LiveStorage, MemoryKind]]:
@@ -188,10 +213,15 @@ class LiveBytes(TorchDispatchMode):
                 live_storage.kind = kind
 
     def tally_bytes_by_kind(self) -> dict[MemoryKind, int]:
-        """Live bytes on the device by kind of memory (parameters, gradients, activations and so on), now."""
+        """Live bytes on the device by kind of memory (parameters, gradients, activations and so on), now.
+
+        A storage that the engine owns gets the kind of its tensor there: when it was allocated, only its phase was known.
+        """
         self._is_counting = False  # asking for a tensor can be an operation
-        owned_tensors = list(self._owned_tensors())
-        self._is_counting = True
+        try:
+            owned_tensors = list(self._owned_tensors())
+        finally:
+            self._is_counting = True
         for kind, tensor in owned_tensors:
             if device_of(tensor) == self.device and storage_key(tensor.untyped_storage()) in self._live:
                 self.track(tensor, kind)
@@ -200,6 +230,25 @@ class LiveBytes(TorchDispatchMode):
             bytes_by_kind[live_storage.kind] = bytes_by_kind.get(live_storage.kind, 0) + live_storage.num_bytes
         return {kind: size for kind, size in bytes_by_kind.items() if size}
 
+    @contextmanager
+    def counting_as(
+        self, kind: MemoryKind, extra_bytes: int = 0, *, ignores_operations: bool = False
+    ) -> Iterator[None]:
+        """A context in which new tensors count as `kind`, and `extra_bytes` more are live than there are.
+
+        With `ignores_operations`, what is live after operations within it counts in no phase.
+        """
+        earlier_kind = self.kind_of_new_tensors
+        self.kind_of_new_tensors = kind
+        self.extra_bytes = extra_bytes
+        self.ignores_operations = ignores_operations
+        try:
+            yield
+        finally:
+            self.kind_of_new_tensors = earlier_kind
+            self.extra_bytes = 0
+            self.ignores_operations = False
+
     def note_peak_with(self, extra_bytes: int) -> None:
         """Note the live bytes as if `extra_bytes` more were live."""
         self.extra_bytes = extra_bytes
@@ -207,7 +256,10 @@ class LiveBytes(TorchDispatchMode):
         self.extra_bytes = 0
 
     def note_live_bytes(self) -> None:
-        """Append the live bytes to the list of the current phase, and update its peak: called after each operation."""
+        """Append the live bytes to the list of the current phase, and update its peak: called after each operation.
+
+        In a tallied step, bytes are counted by kind at the operation that was the phase's peak in an earlier step.
+        """
         if not self._is_counting or self.ignores_operations:
             return
         if self.phase is not self._current_phase:
@@ -240,7 +292,10 @@ class LiveBytes(TorchDispatchMode):
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, track the tensors that it makes, and note what is live after it."""
+        """Run an operation, track the tensors that it makes, and note what is live after it.
+
+        Each call counts as one operation of its phase, also one that makes nothing: operations are matched by their number.
+        """
         if DTensor in types:
             return NotImplemented  # its local operations come by themselves
         if func is _DEVICE_OPERATION and isinstance(args[0], FakeTensor):  # most calls are of this operation

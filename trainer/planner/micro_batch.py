@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,7 +21,13 @@ from trainer.config.run import AUTO, MICRO_BATCH_KEY, RunConfig, requested_micro
 from trainer.data.prepare import PreparedData
 from trainer.objectives.registry import data_spec_of
 from trainer.planner.cost_model import CostModel
-from trainer.planner.fit_check import TIMEOUT_SHARE, call_in_process, single_step_config, why_not_simulated
+from trainer.planner.fit_check import (
+    TIMEOUT_SHARE,
+    NotSimulated,
+    call_in_process,
+    single_step_config,
+    why_not_simulated,
+)
 from trainer.planner.hardware import GIB, device_memory_fit, num_rank_groups
 from trainer.planner.lengths import DocumentLengths, micro_batch_divisors, sampled_lengths
 from trainer.planner.oom_probe import (
@@ -36,6 +42,15 @@ from trainer.reporting.resolution import OutOfMemoryTrial, ResolvedSetting
 
 FIRST_MICRO_BATCH_IF_UNPLANNED = 4
 """Micro-batch that is tried first if the step cannot be simulated."""
+
+
+class MicroBatchProposal(NamedTuple):
+    """A micro-batch that should fit, before any real step was taken with it."""
+
+    micro_batch: int
+    """Documents in each forward pass."""
+    reason: str
+    """Such as `planned 12.30 of 79.10 GiB`."""
 
 
 def resolve_micro_batch(
@@ -64,7 +79,7 @@ def resolve_micro_batch(
     # Rank 0 simulates a step. All ranks take the same micro-batch, so the smallest device decides.
     announce("choosing the micro-batch (batch.micro=auto): simulating a step")
     least_gib = min(gather_objects(available_device_gib(runtime), runtime))
-    own_proposal: tuple[int, str] | None = None
+    own_proposal: MicroBatchProposal | None = None
     if runtime.is_main:
         own_proposal = propose_micro_batch(
             config,
@@ -133,7 +148,10 @@ def _trial_description(micro: int) -> ProbeDescription:
 
 
 def _with_micro(config: RunConfig, micro: Any, note: ResolvedSetting | str | None) -> RunConfig:
-    """The run with `batch.micro=micro`, and with `note` as the reason of that choice; None removes an earlier reason."""
+    """The run with `batch.micro=micro`, and with `note` as the reason of that choice; None removes an earlier reason.
+
+    A `ResolvedSetting` is a choice that a later start takes again, a text a placeholder for a choice that is made elsewhere.
+    """
     substitutions = dict(config.substitutions)
     substitutions.pop(MICRO_BATCH_KEY, None)
     if note:
@@ -144,6 +162,7 @@ def _with_micro(config: RunConfig, micro: Any, note: ResolvedSetting | str | Non
 def runtime_of_first_rank(config: RunConfig) -> Runtime:
     """The runtime that rank 0 of the configured job would have, without a process group: no job is started."""
     ranks_per_host = config.launcher.per_node
+    # `control_group=None`: no collective may be called.
     return Runtime(
         rank=0,
         world_size=ranks_per_host * config.launcher.nodes,
@@ -168,8 +187,8 @@ def propose_micro_batch(
     rank_counts: RankCounts,
     device: DeviceMemory,
     timeout_s: float,
-) -> tuple[int, str]:
-    """(the largest micro-batch that fits according to a simulated step, the reason as a sentence). Nothing is tried.
+) -> MicroBatchProposal:
+    """Propose the largest micro-batch that fits according to a simulated step. Nothing is tried.
 
     Modes of recomputation are simulated in order, without recomputation first, until one of these cases ends the search:
 
@@ -181,24 +200,26 @@ def propose_micro_batch(
     """
     sequences = data_spec_of(config.objective).sequences_per_document
     lengths = sampled_lengths(config, prepared.train, sequences).lengths(config.data, sequences)
-    longest_sequence = int(lengths.longest[0]) // sequences
+    longest_sequence = (
+        int(lengths.longest[0]) // sequences
+    )  # `longest` begins with the longest document (both of a pair)
     micro_batches = micro_batch_divisors(samples_per_dp_rank(config, rank_counts.world_size))
     reason = ""
     for mode in recomputation_modes(config.strategy.activation_checkpointing):
-        step_config = single_step_config(_with_micro(config, 1, None), rank_counts.world_size, mode_if_auto=mode)
+        step_config = single_step_config(_with_micro(config, 1, note=None), rank_counts.world_size, mode_if_auto=mode)
         arguments = (replace(step_config, precision=precision), longest_sequence, rank_counts, device.kind)
-        cost_model: CostModel | str = call_in_process(try_simulate_cost_model, arguments, timeout_s)
-        if isinstance(cost_model, str):
+        cost_model: CostModel | NotSimulated = call_in_process(try_simulate_cost_model, arguments, timeout_s)
+        if isinstance(cost_model, NotSimulated):
             first_tried = max(micro for micro in micro_batches if micro <= FIRST_MICRO_BATCH_IF_UNPLANNED)
-            return first_tried, f"not planned: {cost_model}"
+            return MicroBatchProposal(first_tried, f"not planned: {cost_model.reason}")
         if cost_model.needs_single_rows:
-            return 1, "the model is right for one document at a time only"
+            return MicroBatchProposal(1, "the model is right for one document at a time only")
         largest = _largest_fitting(cost_model, micro_batches, lengths, device.available_gib)
         planned_gib = needed_device_gib(cost_model, largest or 1, lengths, device.available_gib)
         reason = f"planned {planned_gib:.2f} of {device.available_gib:.2f} GiB"
         if largest is not None:
-            return largest, reason
-    return 1, reason  # the reason of the last mode, which recomputes most
+            return MicroBatchProposal(largest, reason)
+    return MicroBatchProposal(1, reason)  # the reason of the last mode, which recomputes most
 
 
 def _largest_fitting(
@@ -214,20 +235,22 @@ def _largest_fitting(
 
 
 def needed_device_gib(cost_model: CostModel, micro: int, lengths: DocumentLengths, available_gib: float) -> float:
-    """GiB that a rank needs if each forward pass takes the `micro` longest documents, beside what its process takes.
+    """GiB that a rank needs if each forward pass takes the `micro` longest documents, with what its process takes.
 
     `available_gib`: memory of its device.
     """
-    units = float(micro) if cost_model.units_are_rows else lengths.num_tokens_of_longest(micro)
-    live_bytes = cost_model.memory_peak_at(units).total_bytes
+    num_rows_or_tokens = lengths.size_of_longest(micro, in_rows=cost_model.size_is_in_rows)
+    live_bytes = cost_model.memory_peak_at(num_rows_or_tokens).total_bytes
     return device_memory_fit(live_bytes, num_rank_groups(cost_model), available_gib).needed_bytes / GIB
 
 
-def try_simulate_cost_model(config: RunConfig, length: int, rank_counts: RankCounts, kind: str) -> CostModel | str:
-    """The cost model of a rank's step, or a text that says why the step cannot be simulated.
+def try_simulate_cost_model(
+    config: RunConfig, length: int, rank_counts: RankCounts, device_kind: str
+) -> CostModel | NotSimulated:
+    """The cost model of a rank's step, or why the step cannot be simulated.
 
-    `length`: tokens of each sequence. `kind`: `cuda` or `cpu`. To be called through `call_in_process`, since a process that is
-    part of a job cannot simulate.
+    `length`: tokens of each sequence. `device_kind`: `cuda` or `cpu`. To be called through `call_in_process`, since a process
+    that is part of a job cannot simulate.
     """
     from trainer.planner.simulation import simulate_cost_model_of_run
 
@@ -238,7 +261,7 @@ def try_simulate_cost_model(config: RunConfig, length: int, rank_counts: RankCou
             accumulation=samples_per_dp_rank(config, rank_counts.world_size),
             world_size=rank_counts.world_size,
             local_world_size=rank_counts.ranks_per_host,
-            device=SIMULATED if kind == "cuda" else torch.device("cpu"),
+            device=SIMULATED if device_kind == "cuda" else torch.device("cpu"),
         )
     except Exception as error:  # noqa: BLE001 - an architecture may do what cannot be simulated; that is an answer
-        return f"its step {why_not_simulated(error)}"
+        return NotSimulated(f"its step {why_not_simulated(error)}")

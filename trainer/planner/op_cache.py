@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,32 +28,40 @@ from strategies.compat.fake_tensors import (
 )
 
 _CACHED_NAMESPACES = ("aten", "prims", "fsdp")
+"""Libraries of operations without side effects beyond their operands; collectives are not among them."""
 _UNCACHED_TAGS = (torch.Tag.data_dependent_output, torch.Tag.inplace_view)
 """Tags of operations whose result depends on values, and of those that change their operand's metadata."""
 _MASK_DTYPES = (torch.bool, torch.int8, torch.uint8)
-"""Types of an index whose result is as long as it has true values."""
-_TAKES_STORAGE_OFFSET = ("as_strided", "as_strided_", "as_strided_scatter", "_reshape_alias")
-"""Operations that take a place in a storage as an argument: their result depends on where the operand begins."""
+"""Types of a mask. A mask as an index gives as many elements as it has true values."""
+_OPERATIONS_WITH_ABSOLUTE_OFFSET = ("as_strided", "as_strided_", "as_strided_scatter", "_reshape_alias")
+"""Operations with an argument that counts from the begin of a storage: their result depends on where the operand begins in it."""
 _SLICE = torch.ops.aten.slice.Tensor
-_PLAIN_TYPES = (type(None), str, int, torch.dtype, torch.device, torch.layout, torch.memory_format)
+_TYPES_OF_KEY_PARTS = (type(None), str, int, torch.dtype, torch.device, torch.layout, torch.memory_format)
+"""Types of arguments whose value can be a part of a cache key as it is."""
 
 
 class _NotCacheable(Exception):
     """The output depends on more than the operands' metadata, or cannot be rebuilt."""
 
 
-@dataclass(frozen=True, slots=True)
-class _TensorTemplate:
-    """An output tensor, as far as it is needed to make one like it."""
+class _StorageOfOutput(NamedTuple):
+    """Where an output tensor lies."""
 
     same_as_operand: int | None
     """Index of the operand that the output is, for operations in place."""
     storage_of_operand: int | None
     """Index of the operand whose storage it shares, as a view does; None: it has a storage of its own."""
-    shape: torch.Size
-    stride: tuple[int, ...]
     storage_offset: int
     """Elements in the storage, beyond the offset of that operand."""
+
+
+@dataclass(frozen=True, slots=True)
+class _TensorTemplate:
+    """An output tensor, as far as it is needed to make one like it for other operands."""
+
+    storage: _StorageOfOutput
+    shape: torch.Size
+    stride: tuple[int, ...]
     dtype: torch.dtype
     fake_tensor_attributes: dict[str, Any]
     """Attributes of the fake tensor, but for its `fake_mode`."""
@@ -61,7 +69,7 @@ class _TensorTemplate:
 
 @dataclass(frozen=True, slots=True)
 class CachedResult:
-    """The cached result of an operation."""
+    """The cached result of an operation: the template of its output, and what it costs."""
 
     output: Any
     """`_TensorTemplate`, None, a whole number, or a list or tuple of these."""
@@ -72,10 +80,10 @@ class CachedResult:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """An operation with its operands."""
+    """An operation on fake tensors whose output's metadata (shape, strides, type) follows from that of its operands alone."""
 
     cache_key: Any
-    """All that the output's metadata depends on."""
+    """All that the output's metadata depends on: the operation, the operands' metadata, and the other arguments."""
     tensor_operands: list[FakeTensor]
     """Operands that are tensors, in order."""
     fake_mode: FakeTensorMode
@@ -84,21 +92,22 @@ class Operation:
 
 
 _RESULTS: dict[Any, CachedResult] = {}
-"""By `Operation.key`, for all simulations of this process."""
+"""By `Operation.cache_key`, for all simulations of this process."""
 
 
 def is_simulating_step() -> bool:
-    """Whether tensors have no memory now."""
+    """Whether torch's fake mode is active, so that new tensors have no memory."""
     return mode_at_work(FAKE_MODE) is not None
 
 
 def cacheable_operation(func: Any, args: Any, kwargs: Any) -> Operation | None:
     """The operation with its cache key, if shape, strides and type of its output follow from those of its operands alone.
 
-    `func`, `args` and `kwargs` are what torch dispatches. None for every other operation, and for real tensors.
+    `func`, `args` and `kwargs` are what torch dispatches. None for every other operation, and for real tensors. All slices of one
+    length share a result, since a step takes slices of a tensor one after the other: their key is that of a slice from 0.
     """
-    mode: Any = mode_at_work(FAKE_MODE)
-    if mode is None or not _depends_on_metadata(func):
+    mode: Any = mode_at_work(FAKE_MODE)  # the fake mode that is active
+    if mode is None or not _is_cacheable(func):
         return None
     key: list[Any] = [func, torch.get_default_dtype(), default_device_at_work()]
     tensors: list[Any] = []
@@ -113,13 +122,14 @@ def cacheable_operation(func: Any, args: Any, kwargs: Any) -> Operation | None:
             _append_to_key(argument, key, tensors)
     except _NotCacheable:
         return None
+    # Indexing with a mask: the output is as long as the mask has true values.
     if torch.Tag.dynamic_output_shape in func.tags and any(tensor.dtype in _MASK_DTYPES for tensor in tensors):
         return None
     if any(tensor.fake_mode is not mode for tensor in tensors):
         return None
-    if operation_name(func) in _TAKES_STORAGE_OFFSET:
+    if operation_name(func) in _OPERATIONS_WITH_ABSOLUTE_OFFSET:
         key += [tensor.storage_offset() for tensor in tensors]
-    return Operation(tuple(key), tensors, mode, slice_start)
+    return Operation(cache_key=tuple(key), tensor_operands=tensors, fake_mode=mode, slice_start=slice_start)
 
 
 def _slice_from_start(tensor: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> tuple[Any, int]:
@@ -132,20 +142,20 @@ def _slice_from_start(tensor: Any, dim: int = 0, start: Any = None, end: Any = N
 
 
 @cache
-def _depends_on_metadata(func: Any) -> bool:
-    """Whether the shape, strides and type of an operation's output follow from its operands' metadata, not their values.
+def _is_cacheable(func: Any) -> bool:
+    """Whether a result may be reused for operands of equal metadata: shape, strides and type follow from it, not from values.
 
-    Indexing does, unless an index is a mask, which the caller checks.
+    They do for indexing (`aten.index`), unless an index is a mask, which the caller checks.
     """
     if func.namespace not in _CACHED_NAMESPACES or any(tag in func.tags for tag in _UNCACHED_TAGS):
         return False
     if torch.Tag.dynamic_output_shape in func.tags and func is not torch.ops.aten.index.Tensor:
         return False
-    return func not in FakeTensorMode.lift_fns
+    return func not in FakeTensorMode.lift_fns  # those make a fake tensor from a real one, with its values
 
 
 def _append_to_key(argument: Any, key: list[Any], tensors: list[Any]) -> None:
-    """Append what the output's metadata depends on in `argument` to `key`, and its tensors to `tensors`.
+    """Append what the output's metadata depends on in `argument` to the cache key `key`, and its tensors to `tensors`.
 
     Raises _NotCacheable for arguments whose values, or more than whose shape, strides, type and device, may matter.
     """
@@ -166,7 +176,7 @@ def _append_to_key(argument: Any, key: list[Any], tensors: list[Any]) -> None:
             _append_to_key(element, key, tensors)
     elif argument_type is float or argument_type is bool:  # which equal whole numbers, and give other types
         key += (argument_type, argument)
-    elif argument_type in _PLAIN_TYPES:
+    elif argument_type in _TYPES_OF_KEY_PARTS:
         key.append(argument)
     else:
         raise _NotCacheable
@@ -192,16 +202,18 @@ def _rebuild_output(template: Any, operation: Operation) -> Any:
         return type(template)(_rebuild_output(element, operation) for element in template)
     if not isinstance(template, _TensorTemplate):
         return template
-    if template.same_as_operand is not None:
-        return operation.tensor_operands[template.same_as_operand]
-    # What FakeTensor's constructor does; the rest of it depends on the metadata alone, and stands in `state`.
+    storage = template.storage
+    if storage.same_as_operand is not None:
+        return operation.tensor_operands[storage.same_as_operand]
+    # What FakeTensor's constructor does; the rest depends on the metadata alone, and is in `fake_tensor_attributes`.
     meta_tensor = torch.empty_strided(template.shape, template.stride, dtype=template.dtype, device="meta")
-    if template.storage_of_operand is not None:
-        operand = operation.tensor_operands[template.storage_of_operand]
-        offset = operand.storage_offset() + operation.slice_start + template.storage_offset
+    if storage.storage_of_operand is not None:
+        operand = operation.tensor_operands[storage.storage_of_operand]
+        offset = operand.storage_offset() + operation.slice_start + storage.storage_offset
         meta_tensor.set_(operand.untyped_storage(), offset, template.shape, template.stride)
     device = template.fake_tensor_attributes["_fake_device"]
     tensor = make_subclass(FakeTensor, meta_tensor, False, dispatch_device=True, device_for_backend_keys=device)
+    # As in the constructor: torch refuses code that asks a fake tensor for the address of its memory, or warns.
     if pointer_may_be_read(operation.fake_mode):
         warn_when_pointer_is_read(tensor)
     else:
@@ -223,8 +235,8 @@ def store_result(operation: Operation, output: Any, flops: float, moved_bytes: i
 def _template_of(output: Any, operation: Operation, new_storages: set[int]) -> Any:
     """An operation's output as it is cached: each tensor as the description from which `rebuild_output` makes one like it.
 
-    `new_storages`: storages of the outputs that came before it in the same list. Two new tensors that share a storage could
-    not be rebuilt. Raises _NotCacheable for these, and if a rebuilt tensor would differ in any way.
+    `new_storages`: storages of the outputs that came before it in the same list. Raises _NotCacheable if a rebuilt tensor would
+    differ in any way.
     """
     if isinstance(output, list | tuple):
         return type(output)(_template_of(element, operation, new_storages) for element in output)
@@ -232,24 +244,33 @@ def _template_of(output: Any, operation: Operation, new_storages: set[int]) -> A
         return output
     if not _is_plain_fake(output):
         raise _NotCacheable
+    return _template_of_tensor(output, operation, new_storages)
+
+
+def _template_of_tensor(output: FakeTensor, operation: Operation, new_storages: set[int]) -> _TensorTemplate:
+    """The template of one output tensor; adds its storage to `new_storages` if no operand has it.
+
+    Raises _NotCacheable if a rebuilt tensor would differ: it is rebuilt once to find out.
+    """
     storage = output.untyped_storage()
-    key = storage_key(storage)
+    output_storage_key = storage_key(storage)
     template = _TensorTemplate(
-        **_shared_storage(output, key, operation),
+        storage=_storage_of_output(output, output_storage_key, operation),
         shape=output.shape,
         stride=output.stride(),
         dtype=output.dtype,
         fake_tensor_attributes={name: attribute for name, attribute in vars(output).items() if name != "fake_mode"},
     )
-    if template.same_as_operand is not None:
+    if template.storage.same_as_operand is not None:
         return template
-    if output.requires_grad or key in new_storages:
+    # A rebuilt tensor requires no gradient, and each one without an operand's storage has a storage to itself.
+    if output.requires_grad or output_storage_key in new_storages:
         raise _NotCacheable
-    # Rebuild it once: it is cached only if that gives the same tensor.
-    rebuilt = rebuild_output(CachedResult(template, 0, 0), operation)
-    if template.storage_of_operand is None:
-        new_storages.add(key)
-        if rebuilt.untyped_storage().nbytes() != storage.nbytes() or template.storage_offset:
+    rebuilt = rebuild_output(CachedResult(template, flops=0, moved_bytes=0), operation)
+    if template.storage.storage_of_operand is None:
+        new_storages.add(output_storage_key)
+        # A new storage is made as large as the tensor needs it, and the tensor begins where it begins.
+        if rebuilt.untyped_storage().nbytes() != storage.nbytes() or template.storage.storage_offset:
             raise _NotCacheable
     if dispatch_keys(rebuilt) != dispatch_keys(output):
         raise _NotCacheable
@@ -263,24 +284,25 @@ def _is_plain_fake(output: Any) -> bool:
     return output.layout is torch.strided and not (output.is_conj() or output.is_neg() or output.is_inference())
 
 
-def _shared_storage(output: FakeTensor, key: int, operation: Operation) -> dict[str, Any]:
-    """Three fields of `_TensorTemplate`: which operand the output is, whose storage it shares, and where it begins in it.
+def _storage_of_output(output: FakeTensor, output_storage_key: int, operation: Operation) -> _StorageOfOutput:
+    """Which operand the output is, whose storage it shares, and where it begins in it.
 
-    `key`: of the output's storage. Raises _NotCacheable if several operands share it: another time, they may not share one.
+    Raises _NotCacheable if several operands share the output's storage: another time, they may not share one.
     """
     sharing_operands = []
     for index, tensor in enumerate(operation.tensor_operands):
-        if storage_key(tensor.untyped_storage()) == key:
+        if storage_key(tensor.untyped_storage()) == output_storage_key:
             sharing_operands.append(index)
     if len(sharing_operands) > 1:
         raise _NotCacheable
     offset = int(output.storage_offset())
     if not sharing_operands:
-        return {"same_as_operand": None, "storage_of_operand": None, "storage_offset": offset}
+        return _StorageOfOutput(same_as_operand=None, storage_of_operand=None, storage_offset=offset)
     (operand_index,) = sharing_operands
     operand = operation.tensor_operands[operand_index]
-    return {
-        "same_as_operand": operand_index if operand is output else None,
-        "storage_of_operand": operand_index,
-        "storage_offset": offset - int(operand.storage_offset()) - operation.slice_start,
-    }
+    return _StorageOfOutput(
+        same_as_operand=operand_index if operand is output else None,
+        storage_of_operand=operand_index,
+        # Without the start of a slice: slices that begin elsewhere share the cached result.
+        storage_offset=offset - int(operand.storage_offset()) - operation.slice_start,
+    )

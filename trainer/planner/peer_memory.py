@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from strategies.tensor_inventory import MemoryKind
 from trainer.planner.cost_model import CostModel
@@ -56,10 +57,12 @@ def peer_setting_problems(settings: Sequence[PeerSetting], *, full_tuning: bool)
 
     `full_tuning`: whether all weights of the model train.
     """
-    losses = [setting for setting in dict.fromkeys(settings) if setting in LOSS_BYTES_PER_LOGIT]
+    loss_settings = [setting for setting in dict.fromkeys(settings) if setting in LOSS_BYTES_PER_LOGIT]
     problems = []
-    if len(losses) > 1:
-        problems.append(f"plan.theirs=[{','.join(settings)}]: a step has one loss; name one of {', '.join(losses)}")
+    if len(loss_settings) > 1:
+        problems.append(
+            f"plan.theirs=[{','.join(settings)}]: a step has one loss; name one of {', '.join(loss_settings)}"
+        )
     if PeerSetting.pure_bf16 in settings and not full_tuning:
         problems.append(
             "plan.theirs=[pure_bf16]: is of full tuning; set tuning=full, or leave it out (a frozen base is in bf16)"
@@ -69,58 +72,77 @@ def peer_setting_problems(settings: Sequence[PeerSetting], *, full_tuning: bool)
 
 def estimate_peer_memory(
     cost_model: CostModel,
-    units: float,
-    logit_count: float,
+    num_rows_or_tokens: float,
+    num_logits: float,
     settings: Sequence[PeerSetting],
     shard_counts: ShardCounts,
 ) -> PeerMemory:
-    """Peak memory of one rank of another trainer, for the step that `cost_model` describes.
+    """Peak memory of one rank of another trainer (the peer), for the step that `cost_model` describes.
 
-    `units`: the size of the micro-batch, in the unit of the cost model (rows or tokens). `logit_count`: its tokens times the size
-    of the vocabulary. `settings`: what that trainer does differently; all else is assumed to be as in our own step. The peak is
-    the larger of two phases: the loss, with all logits, and the update or our own step's peak.
+    `num_rows_or_tokens`: the size of the micro-batch, as the cost model counts it. `num_logits`: its tokens times the size of the
+    vocabulary. `settings`: what the peer does differently; all else is assumed to be as in our own step. The peak is the larger
+    of two phases: the loss, with all logits, and the update (of a `pure_bf16` peer; other peers are as our own step in all but
+    the loss, so their other phase is our own step's peak).
     """
-    loss_bytes = round(sum(LOSS_BYTES_PER_LOGIT.get(setting, 0.0) for setting in settings) * logit_count)
-    resting, activations = _memory_at_the_loss(cost_model, units)
+    loss_bytes = round(sum(LOSS_BYTES_PER_LOGIT.get(setting, 0.0) for setting in settings) * num_logits)
+    at_the_loss = _own_memory_at_the_loss(cost_model, num_rows_or_tokens)
     if PeerSetting.pure_bf16 in settings:
-        bf16_bytes = (
-            2 * cost_model.num_parameters
-        )  # of the weights; gradients take as many, the two moments twice as many
+        # Weights in bf16; gradients take as many bytes, the two moments of the optimizer twice as many.
+        weight_bytes = 2 * cost_model.num_parameters
         sharded_state = {
-            "weights": bf16_bytes // shard_counts.weights,
-            "moments": 2 * bf16_bytes // shard_counts.moments,
+            "weights": weight_bytes // shard_counts.weights,
+            "moments": 2 * weight_bytes // shard_counts.moments,
         }
         other_phase = "update"
         other_parts = {
             **sharded_state,
-            "gradients": bf16_bytes // shard_counts.gradients,
-            "foreach copies": bf16_bytes // shard_counts.moments,
+            "gradients": weight_bytes // shard_counts.gradients,
+            # An update of all parameters at once (torch's foreach kernels) makes copies as large as the weights it updates.
+            "foreach copies": weight_bytes // shard_counts.moments,
         }
         other_total = sum(other_parts.values())
-        loss_parts = {**sharded_state, "activations": activations, "logits": loss_bytes}
+        loss_parts = {**sharded_state, "activations": at_the_loss.activation_bytes, "logits": loss_bytes}
     else:
         other_phase = "as ours"
         other_parts = {}
-        other_total = cost_model.memory_peak_at(units).total_bytes
-        loss_parts = {"what stays": resting, "activations": activations, "logits": loss_bytes}
+        other_total = cost_model.memory_peak_at(num_rows_or_tokens).total_bytes
+        loss_parts = {
+            "what stays": at_the_loss.resting_bytes,
+            "activations": at_the_loss.activation_bytes,
+            "logits": loss_bytes,
+        }
     loss_total = sum(loss_parts.values())
     if loss_total > other_total:
         return PeerMemory(loss_total, "loss", loss_parts)
     return PeerMemory(other_total, other_phase, other_parts)
 
 
-def _memory_at_the_loss(cost_model: CostModel, units: float) -> tuple[int, int]:
-    """(bytes of weights and optimizer state, bytes of activations) of our own step after a forward pass, without logits."""
-    phases = cost_model.phase_peaks_at_sizes[1]
-    loss_phase = next(phase for phase in phases if phase.name == "forward" and phase.place in ("head", "after"))
-    kinds = phases[loss_phase].bytes_by_kind
-    resting = 0
-    for kind, size in kinds.items():
+class _MemoryAtTheLoss(NamedTuple):
+    """Bytes of one rank when its forward pass has reached the loss, without logits."""
+
+    resting_bytes: int
+    """Weights, optimizer state, gradients and buffers."""
+    activation_bytes: int
+    """What blocks keep for the backward pass."""
+
+
+def _own_memory_at_the_loss(cost_model: CostModel, num_rows_or_tokens: float) -> _MemoryAtTheLoss:
+    """What our own step holds after a forward pass, in a micro-batch of so many rows or tokens.
+
+    It is read at the peak of the phase in which the output head, or what follows it, computes.
+    """
+    larger_size = 1  # the larger of the two simulated sizes, for which alone bytes are known by kind
+    phases = cost_model.phase_peaks_at_sizes[larger_size]
+    loss_phase = next(phase for phase in phases if phase.name == "forward" and phase.model_part in ("head", "after"))
+    bytes_by_kind = phases[loss_phase].bytes_by_kind
+    resting_bytes = 0
+    for kind, size_bytes in bytes_by_kind.items():
         if kind not in (MemoryKind.activations, MemoryKind.logits):
-            resting += size
-    # Bytes by kind are those of the larger simulated size. Beyond it, only activations grow.
-    growth = (
-        cost_model.memory_peak_at(units).total_bytes
-        - cost_model.memory_peak_at(cost_model.simulated_sizes[1].num_units).total_bytes
-    )
-    return resting, kinds.get(MemoryKind.activations, 0) + max(growth, 0)
+            resting_bytes += size_bytes
+    # Beyond the larger size, only activations grow.
+    peak_bytes = cost_model.memory_peak_at(num_rows_or_tokens).total_bytes
+    larger_peak_bytes = cost_model.memory_peak_at(
+        cost_model.simulated_sizes[larger_size].num_rows_or_tokens
+    ).total_bytes
+    growth = max(peak_bytes - larger_peak_bytes, 0)
+    return _MemoryAtTheLoss(resting_bytes, bytes_by_kind.get(MemoryKind.activations, 0) + growth)

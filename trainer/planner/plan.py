@@ -1,31 +1,21 @@
-"""Plans a run before it starts: memory, time and price of each way to run it, by simulating its step.
+"""Plans a run before it starts: memory, time and price of each variant of it, by simulating its step.
 
-A way is a strategy with its recomputation, offloading and the storage type of its base. Each is simulated once
-(`trainer/planner/simulation.py`), in processes of their own, and answers for every micro-batch
-(`trainer/planner/cost_model.py`).
+A variant is a strategy with its recomputation, offloading and the storage type of its base. Each is simulated once
+(`trainer/planner/simulation.py`), in a process of its own, which gives a cost model for every micro-batch
+(`trainer/planner/cost_model.py`). A variant with a micro-batch is a choice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import product
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from strategies.base import ActivationCheckpointing, Fsdp2Config, Precision, StrategyConfig, ZeroConfig
-from strategies.errors import ConfigError
+from strategies.base import Fsdp2Config, Precision, StrategyConfig, ZeroConfig
 from strategies.expert_counts import ASSUMED_IMBALANCE
 from strategies.mesh import replica_count
-from strategies.registry import every_strategy
-from trainer.build.sequence import sequence_problems
 from trainer.config.parallel import dp_size_of
 from trainer.config.run import RunConfig
-from trainer.config.validate import config_problems
-from trainer.model.config import ModelKind as ModelKind
-from trainer.model.config import Quantisation
-from trainer.objectives.registry import objective_family
 from trainer.planner.cost_model import CostModel, MemoryPeak
-from trainer.planner.dealt_experts import with_expert_parallelism
 from trainer.planner.deferred_reduction import deferred_gradient_bytes, with_deferred_reduction
 from trainer.planner.hardware import (
     Card,
@@ -36,70 +26,29 @@ from trainer.planner.hardware import (
     needed_host_gib,
 )
 from trainer.planner.lengths import MAX_MICRO_BATCH, DocumentLengths, micro_batch_divisors
-from trainer.planner.peer_memory import (
-    LOSS_BYTES_PER_LOGIT,
-    PeerMemory,
-    PeerSetting,
-    ShardCounts,
-    estimate_peer_memory,
-    peer_setting_problems,
-)
-from trainer.planner.round_time import GeneratorSizes, RoundLoad, RoundTime, budget_hours, estimate_round_time
+from trainer.planner.peer_memory import PeerMemory, PeerSetting, ShardCounts, estimate_peer_memory
+from trainer.planner.round_time import GeneratorSizes, RoundLoad, RoundTime, estimate_round_time, estimate_run_hours
 from trainer.planner.speed import MicroBatchLoad, StepTime, estimate_step_time
-from trainer.tuning.base import TuningName
-
-RECOMPUTATION_MODES = (ActivationCheckpointing.none, ActivationCheckpointing.selective, ActivationCheckpointing.full)
-RUN_ONLY_PROBLEMS = ("budget: not set", "data.path: not set", "run.device=cuda: no CUDA device")
-"""Problems that keep a run from starting, but not a plan: how they begin."""
-
-
-@dataclass(kw_only=True, slots=True)
-class PlanConfig:
-    """Settings of a plan."""
-
-    exact: bool = False
-    """Simulate the whole model instead of two shallow copies. The answer is the same, and slower for deep models."""
-    offload: bool = False
-    """Also plan with the optimizer state (zero) or the parameters (fsdp2, hsdp) in host memory."""
-    quantisation: list[Quantisation] = field(default_factory=list)
-    """More ways to store a frozen base, such as [none,nf4]. Empty: only `model.quantisation`."""
-    theirs: list[PeerSetting] = field(default_factory=list)
-    """What another trainer keeps in memory during a step, such as [stock_loss,pure_bf16]. The plan shows it beside
-    shardtune's."""
-    expert_imbalance: float | None = None
-    """Load of the busiest rank, with `parallel.experts`: tokens that it receives over the mean of its group. null: as measured
-    by the run of `from=`, else 2."""
-    workers: int = 0
-    """Number of processes that simulate. 0: one for each core that the job may use."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunVariant:
-    """One way to run: a strategy with its recomputation, offloading and storage of the base."""
-
-    config: RunConfig
-    overrides: tuple[str, ...]
-    """The settings to add to the command line for it, such as `strategy=fsdp2`."""
-    offloads_to_host: bool = False
-
-    @property
-    def name(self) -> str:
-        """The name of its strategy."""
-        return str(self.config.strategy.name)
+from trainer.planner.variants import PlanConfig, RunVariant
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedChoice:
-    """A variant with a micro-batch, and what it takes."""
+    """A variant with a micro-batch, and what it takes: memory by the longest samples, time by samples of average length."""
 
     variant: RunVariant
     overrides: tuple[str, ...]
+    """The settings to add to the command line, those of the batch included."""
     micro_batch: int
+    """Samples in each forward pass of a data-parallel rank."""
     accumulation: int
+    """Micro-batches of a step."""
     largest_micro_batch: int
     """The largest micro-batch that fits; 0 if none does."""
     memory_peak: MemoryPeak
+    """The simulated peak: bytes of tensors, by kind."""
     memory_fit: MemoryFit
+    """That peak with what the process takes beside tensors, against the memory of the card."""
     step_time: StepTime
     tokens_per_s: float
     """Of all ranks."""
@@ -114,7 +63,7 @@ class PlannedChoice:
     defers_reduction: bool | None = None
     """Whether gradients are reduced only in the last micro-batch; None if the plan did not choose it."""
     round_time: RoundTime | None = None
-    """Seconds of a round, if the model writes what it learns from."""
+    """Seconds of a round (answers generated, scored, trained on), if the model generates what it learns from."""
     peer_memory: PeerMemory | None = None
     """The memory of the same step in another trainer, if `plan.theirs` asks for it."""
 
@@ -131,13 +80,15 @@ class PlannedChoice:
 
 @dataclass(frozen=True, slots=True)
 class PlannedJob:
-    """The job that a plan is for: its ranks, and the lengths of its documents."""
+    """The run that a plan is for, as far as its variants have it in common: GPU, ranks, batch, lengths of its documents."""
 
     card: Card
+    """The GPU of every rank."""
     precision: Precision
     num_nodes: int
     ranks_per_node: int
     global_batch: int
+    """Samples of a step, all ranks together."""
     document_lengths: DocumentLengths
     node_memory_gib: float | None = None
     """Memory of a node in GiB; None if it is not known."""
@@ -146,7 +97,7 @@ class PlannedJob:
     imbalance_measured_over: int | None = None
     """Ranks of a group in the run that measured the imbalance; None if it was set or assumed, and so holds for any group."""
     round_load: RoundLoad | None = None
-    """What a round asks for, if the model writes what it learns from."""
+    """The sizes of a round (answers generated, scored, trained on), if the model generates what it learns from."""
 
     @property
     def world_size(self) -> int:
@@ -156,12 +107,12 @@ class PlannedJob:
     def imbalance_over(self, expert_ranks: int) -> float:
         """Rows that arrive at the busiest of `expert_ranks` ranks, divided by the mean over the ranks.
 
-        If the imbalance was measured over at least as many ranks, it is an upper bound: with fewer ranks, each holds more
-        experts, whose loads even out. With more ranks than measured, the imbalance may be larger, so at least the assumed one
-        is taken.
+        An imbalance that was set or assumed holds for any number of ranks. A measured one is an upper bound for fewer ranks:
+        each then holds more experts, whose loads even out. With more ranks than measured, the imbalance may be larger, so at
+        least the assumed one is taken.
         """
-        is_upper_bound = self.imbalance_measured_over is None or expert_ranks <= self.imbalance_measured_over
-        if is_upper_bound:
+        measured_ranks = self.imbalance_measured_over
+        if measured_ranks is None or expert_ranks <= measured_ranks:
             return self.expert_imbalance
         return max(self.expert_imbalance, ASSUMED_IMBALANCE)
 
@@ -185,178 +136,36 @@ def with_imbalance(job: PlannedJob, settings: PlanConfig, measured: MeasuredImba
     return replace(job, expert_imbalance=measured.busiest_over_mean, imbalance_measured_over=measured.expert_ranks)
 
 
-def run_variants(
-    config: RunConfig, settings: PlanConfig, cli_keys: set[str], world_size: int | None
-) -> tuple[list[RunVariant], list[tuple[RunVariant, str]]]:
-    """The variants of a run that a plan compares: all combinations of strategy, recomputation and so on that the user left open.
+def candidate_micro_batches(
+    job: PlannedJob, requested_micro_batch: int | None, sequence_parallel_size: int = 1
+) -> list[int]:
+    """Micro-batches to plan for: the requested one, or all that divide the samples of a data-parallel rank in a step.
 
-    `cli_keys`: keys of settings on the command line, which stay. `world_size`: ranks of the run; None if not known. Returns
-    (variants to simulate, variants that are ruled out and why). Raises ConfigError with the problems that every variant has, or
-    if no variant is left.
+    The `sequence_parallel_size` ranks that share a row read the same samples, as one data-parallel rank. The list is empty if
+    the global batch does not divide evenly, or if the requested micro-batch does not divide the samples of a rank.
     """
-    variants = list(_all_variants(config, settings, cli_keys))
-    if "parallel.experts" not in cli_keys and world_size is not None:
-        variants += _with_expert_parallelism(variants, world_size)
-
-    # Problems of every variant are problems of the run itself.
-    problems_by_variant = [_plan_problems(variant.config, world_size) for variant in variants]
-    common_problems = _peer_problems(config, settings.theirs)
-    for problem in problems_by_variant[0]:
-        if all(problem in problems for problems in problems_by_variant):
-            common_problems.append(problem)
-    if common_problems:
-        raise ConfigError(common_problems)
-
-    possible = []
-    refused = []
-    for variant, problems in zip(variants, problems_by_variant, strict=True):
-        if problems:
-            refused.append((variant, problems[0]))
-        else:
-            possible.append(variant)
-    if not possible:
-        raise ConfigError([f"{' '.join(variant.overrides)}: {problem}" for variant, problem in refused])
-    return possible, refused
-
-
-def _with_expert_parallelism(variants: list[RunVariant], world_size: int) -> list[RunVariant]:
-    """Further variants: each of `variants` with each degree of expert parallelism (ranks that share a layer's experts).
-
-    Those that cannot run are left out without a reason, since nobody asked for them.
-    """
-    expert_parallel_variants = []
-    configs_by_variant = with_expert_parallelism([variant.config for variant in variants], world_size)
-    for variant, expert_parallel_configs in zip(variants, configs_by_variant, strict=True):
-        for config in expert_parallel_configs:
-            if not _plan_problems(config, world_size):
-                overrides = (*variant.overrides, f"parallel.experts={config.parallel.experts}")
-                expert_parallel_variants.append(replace(variant, config=config, overrides=overrides))
-    return expert_parallel_variants
-
-
-FURTHER_SEQUENCE_DEGREES = (2, 4, 8)
-"""Numbers of ranks that a plan lets share a row, if nothing fits otherwise."""
-FURTHER_LONG_ROW_SETTINGS: tuple[dict[str, Any], ...] = (
-    {},
-    {"mlp_tokens": 8192},
-    {"mlp_tokens": 8192, "offload_activations": True},
-)
-"""Settings of `strategy` for long rows that a plan tries beside, one after the other until something fits."""
-
-
-def further_variants(
-    config: RunConfig, settings: PlanConfig, cli_keys: set[str], world_size: int, long_rows: dict[str, Any]
-) -> tuple[list[RunVariant], list[tuple[RunVariant, str]]]:
-    """Variants for a run of which nothing fits: several ranks share each row, and the strategy gets settings for long rows.
-
-    `long_rows`: one of `FURTHER_LONG_ROW_SETTINGS`. `cli_keys`: keys of settings on the command line. Returns (variants to
-    simulate, variants that are ruled out and why). All blocks are recomputed, unless the command line sets the recomputation. No
-    variants if ranks share rows already, or if the command line sets `parallel.sequence` or a setting of `long_rows`.
-    """
-    shares_rows = config.parallel.sequence > 1 or "parallel.sequence" in cli_keys
-    if shares_rows or any(f"strategy.{key}" in cli_keys for key in long_rows):
-        return [], []
-    strategy = replace(config.strategy, **long_rows)
-    if "strategy.activation_checkpointing" not in cli_keys:
-        strategy = replace(strategy, activation_checkpointing=ActivationCheckpointing.full)
-    overrides = [f"strategy.{key}={str(value).lower()}" for key, value in long_rows.items()]
-    possible = []
-    refused = []
-    for degree in FURTHER_SEQUENCE_DEGREES:
-        if world_size % degree:
-            continue
-        sharing_config = replace(config, strategy=strategy, parallel=replace(config.parallel, sequence=degree))
-        model_problems = sequence_problems(sharing_config)
-        fixed_keys = cli_keys | {"strategy.activation_checkpointing"}
-        for base_variant in _all_variants(sharing_config, settings, fixed_keys):
-            variant = replace(
-                base_variant, overrides=(*base_variant.overrides, f"parallel.sequence={degree}", *overrides)
-            )
-            problems = [*_plan_problems(variant.config, world_size), *model_problems]
-            if problems:
-                refused.append((variant, problems[0]))
-            else:
-                possible.append(variant)
-    return possible, refused
-
-
-def _plan_problems(config: RunConfig, world_size: int | None) -> list[str]:
-    """The problems of a run that rule it out in a plan as well; those that only keep it from starting here are left out."""
-    return [
-        problem
-        for problem in config_problems(config, world_size=world_size)
-        if not problem.startswith(RUN_ONLY_PROBLEMS)
-    ]
-
-
-def _all_variants(config: RunConfig, settings: PlanConfig, cli_keys: set[str]) -> Iterator[RunVariant]:
-    """Each combination of strategy, base quantisation, recomputation and offload that the user left open.
-
-    `cli_keys`: keys of settings on the command line. A strategy that cannot offload has no variant that does.
-    """
-    requested_mode = config.strategy.activation_checkpointing
-    mode_is_open = requested_mode is ActivationCheckpointing.auto or "strategy.activation_checkpointing" not in cli_keys
-    modes = RECOMPUTATION_MODES if mode_is_open else (requested_mode,)
-    quantisations = settings.quantisation or [config.model.quantisation]
-    offloads = (False, True) if settings.offload else (False,)
-    # The strategy on the command line, or else all strategies with the settings that they have in common.
-    strategies = [config.strategy] if "strategy" in cli_keys else every_strategy(config.strategy)
-    for strategy, quantisation, mode, offload in product(strategies, quantisations, modes, offloads):
-        overrides = [f"strategy={strategy.name}", f"strategy.activation_checkpointing={mode}"]
-        variant_strategy = _with_offload(strategy) if offload else strategy
-        if variant_strategy is None:
-            continue
-        if offload:
-            overrides.append(
-                "strategy.offload_optimizer=cpu" if isinstance(strategy, ZeroConfig) else "strategy.cpu_offload=true"
-            )
-        if settings.quantisation:
-            overrides.append(f"model.quantisation={quantisation}")
-        variant_config = replace(
-            config,
-            strategy=replace(variant_strategy, activation_checkpointing=mode),
-            model=replace(config.model, quantisation=quantisation),
-        )
-        yield RunVariant(variant_config, tuple(overrides), offload)
-
-
-def _with_offload(strategy: StrategyConfig) -> StrategyConfig | None:
-    """The strategy with its state in host memory; None if it cannot offload."""
-    if isinstance(strategy, Fsdp2Config):
-        return replace(strategy, cpu_offload=True)
-    if isinstance(strategy, ZeroConfig):
-        return replace(strategy, offload_optimizer="cpu")
-    return None
-
-
-def micro_batches(job: PlannedJob, given: int | None, sequence: int = 1) -> list[int]:
-    """Micro-batches to plan for: the `given` one, or all that divide a reader's part of the global batch.
-
-    A reader is a rank, or the `sequence` ranks that share a row and so read the same samples. The list is empty if the global
-    batch does not divide evenly, or if `given` does not divide a reader's part.
-    """
-    samples_per_reader, remainder = divmod(job.global_batch, job.world_size // sequence)
+    samples_per_dp_rank, remainder = divmod(job.global_batch, job.world_size // sequence_parallel_size)
     if remainder:
         return []
-    if given is None:
-        return micro_batch_divisors(samples_per_reader)
-    return [given] if samples_per_reader % given == 0 else []
+    if requested_micro_batch is None:
+        return micro_batch_divisors(samples_per_dp_rank)
+    return [requested_micro_batch] if samples_per_dp_rank % requested_micro_batch == 0 else []
 
 
 def order_choices(
     variant: RunVariant,
     cost_model: CostModel,
     job: PlannedJob,
-    micros: list[int],
+    micro_batches: list[int],
     peer_settings: Sequence[PeerSetting] = (),
 ) -> list[PlannedChoice]:
-    """The variant with each micro-batch of `micros`: those that fit, the fastest first; then those that do not, smallest first.
+    """The variant with each of the micro-batches: those that fit, the fastest first; then those that do not, smallest first.
 
     `peer_settings`: what another trainer does differently (`plan.theirs`), if its memory is to be computed as well.
     """
     choices = []
-    for micro in micros:
-        choice = plan_choice(variant, cost_model, job, micro)
+    for micro_batch in micro_batches:
+        choice = plan_choice(variant, cost_model, job, micro_batch)
         if peer_settings:
             choice = replace(choice, peer_memory=peer_memory_of_choice(choice, cost_model, job, peer_settings))
         choices.append(choice)
@@ -365,68 +174,71 @@ def order_choices(
     return [*fitting, *too_large]
 
 
-def plan_choice(variant: RunVariant, cost_model: CostModel, job: PlannedJob, micro: int) -> PlannedChoice:
-    """The cost of a variant with `micro` documents per forward pass: memory and seconds of a step, hours and price of the run.
+def plan_choice(variant: RunVariant, cost_model: CostModel, job: PlannedJob, micro_batch: int) -> PlannedChoice:
+    """The cost of a variant with `micro_batch` samples per forward pass: memory and time of a step, hours and price of the run.
 
     Under FSDP2 it also decides whether gradients are reduced only in the last micro-batch, if the run leaves that open.
     """
     card = job.card
     strategy = variant.config.strategy
-    accumulation = job.global_batch // (dp_size_of(variant.config, job.world_size) * micro)
-    units = float(micro) if cost_model.units_are_rows else job.document_lengths.num_tokens_of_longest(micro)
-    overrides = [*variant.overrides, f"batch.global={job.global_batch}", f"batch.micro={micro}"]
+    accumulation = job.global_batch // (dp_size_of(variant.config, job.world_size) * micro_batch)
+    num_rows_or_tokens = job.document_lengths.size_of_longest(micro_batch, in_rows=cost_model.size_is_in_rows)
+    overrides = [*variant.overrides, f"batch.global={job.global_batch}", f"batch.micro={micro_batch}"]
     # Memory, by the longest documents.
-    peak = cost_model.memory_peak_at(units)
+    peak = cost_model.memory_peak_at(num_rows_or_tokens)
     defers = None
     if accumulation > 1 and isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None:
         # Reduce gradients only in the last micro-batch if full ones fit. The run itself would decide by an estimate; the plan has
         # simulated it, so its choice is added to the command line.
         shards = job.world_size // replica_count(strategy, job.world_size, job.num_nodes)
-        waiting = deferred_gradient_bytes(cost_model, shards, variant.config.parallel.experts)
-        deferred_model = with_deferred_reduction(cost_model, waiting)
-        deferred_peak = deferred_model.memory_peak_at(units)
+        waiting_bytes = deferred_gradient_bytes(cost_model, shards, variant.config.parallel.experts)
+        deferred_model = with_deferred_reduction(cost_model, waiting_bytes)
+        deferred_peak = deferred_model.memory_peak_at(num_rows_or_tokens)
         defers = card_memory_fit(deferred_model, deferred_peak, card).margin_bytes >= 0
         if defers:
             cost_model = deferred_model
             peak = deferred_peak
         overrides.append(f"strategy.defer_sync={str(defers).lower()}")
     # Time, by documents of average length.
-    load = _average_load(cost_model, job, micro, accumulation)
+    load = _average_load(cost_model, job, micro_batch, accumulation)
     step = estimate_step_time(cost_model, load, card, job.precision, ranks_per_node=job.ranks_per_node)
-    tokens = job.document_lengths.mean * job.global_batch
-    seconds_of_round = _round_time(variant.config, cost_model, job, step)
-    step_s = step.total_s if seconds_of_round is None else seconds_of_round.seconds_per_step
-    hours = budget_hours(variant.config, job.document_lengths.units_per_epoch, step_s, tokens)
+    tokens_per_step = job.document_lengths.mean * job.global_batch
+    round_time = _round_time(variant.config, cost_model, job, step.total_s)
+    step_s = step.total_s if round_time is None else round_time.seconds_per_step
+    hours = estimate_run_hours(variant.config, job.document_lengths.samples_per_epoch, step_s, tokens_per_step)
     price = None
     if hours is not None and card.price_per_hour is not None:
         price = hours * job.world_size * card.price_per_hour
     return PlannedChoice(
         variant=variant,
         overrides=tuple(overrides),
-        micro_batch=micro,
+        micro_batch=micro_batch,
         accumulation=accumulation,
-        largest_micro_batch=_largest_micro(cost_model, job),
+        largest_micro_batch=_largest_micro_batch(cost_model, job),
         memory_peak=peak,
         memory_fit=card_memory_fit(cost_model, peak, card),
         step_time=step,
-        tokens_per_s=tokens / step.total_s,
-        needed_host_gib=needed_host_gib(cost_model, job.ranks_per_node, units),
+        tokens_per_s=tokens_per_step / step.total_s,
+        needed_host_gib=needed_host_gib(cost_model, job.ranks_per_node, num_rows_or_tokens),
         node_memory_gib=job.node_memory_gib,
         budget_hours=hours,
         budget_dollars=price,
-        round_time=seconds_of_round,
+        round_time=round_time,
         defers_reduction=defers,
     )
 
 
-def _round_time(config: RunConfig, cost_model: CostModel, job: PlannedJob, step: StepTime) -> RoundTime | None:
-    """Seconds of a round, in which the model writes answers and learns from them; None for objectives without rounds."""
+def _round_time(config: RunConfig, cost_model: CostModel, job: PlannedJob, step_s: float) -> RoundTime | None:
+    """Seconds of a round, in which the model generates answers and learns from them; None for objectives without rounds.
+
+    `step_s`: seconds of an optimizer step. `job.round_load`: how many prompts and answers a round has, and how long they are.
+    """
     if job.round_load is None:
         return None
     model = GeneratorSizes(
-        cost_model.num_parameters,
-        cost_model.num_blocks,
-        cost_model.num_vocabulary_rows,
+        num_parameters=cost_model.num_parameters,
+        num_blocks=cost_model.num_blocks,
+        num_vocabulary_rows=cost_model.num_vocabulary_rows,
         weight_itemsize=4 if job.precision is Precision.fp32 else 2,
     )
     return estimate_round_time(
@@ -436,57 +248,63 @@ def _round_time(config: RunConfig, cost_model: CostModel, job: PlannedJob, step:
         job.card,
         ranks=job.world_size,
         nodes=job.num_nodes,
-        step_s=step.total_s,
-        other_bytes=sum(cost_model.resting_bytes_by_kind.values()),
+        step_s=step_s,
+        resting_bytes=sum(cost_model.resting_bytes_by_kind.values()),
     )
 
 
 def peer_memory_of_choice(
     choice: PlannedChoice, cost_model: CostModel, job: PlannedJob, peer_settings: Sequence[PeerSetting]
 ) -> PeerMemory:
-    """What a rank of another trainer would hold in the step of `choice`, if it shards weights, gradients and moments alike."""
-    if cost_model.units_are_rows:
-        units = float(choice.micro_batch)
-        tokens = choice.micro_batch * float(job.document_lengths.longest[0])
+    """What a rank of another trainer (the peer) would hold in the step of `choice`, if it shards all state alike.
+
+    `peer_settings`: what the peer does differently.
+    """
+    lengths = job.document_lengths
+    if cost_model.size_is_in_rows:
+        tokens = choice.micro_batch * float(lengths.longest[0])  # all rows are as long as the longest
     else:
-        units = tokens = job.document_lengths.num_tokens_of_longest(choice.micro_batch)
-    strategy = choice.variant.config.strategy
-    shard_counts = ShardCounts()
+        tokens = lengths.num_tokens_of_longest(choice.micro_batch)
+    return estimate_peer_memory(
+        cost_model,
+        num_rows_or_tokens=lengths.size_of_longest(choice.micro_batch, in_rows=cost_model.size_is_in_rows),
+        num_logits=tokens * cost_model.num_vocabulary_rows,
+        settings=peer_settings,
+        shard_counts=_shard_counts(choice.variant.config.strategy, job),
+    )
+
+
+def _shard_counts(strategy: StrategyConfig, job: PlannedJob) -> ShardCounts:
+    """Among how many ranks a strategy shards weights, gradients and moments: FSDP2 all of them, ZeRO more with each stage."""
     if isinstance(strategy, Fsdp2Config):
         shards = job.world_size // replica_count(strategy, job.world_size, job.num_nodes)
-        shard_counts = ShardCounts(weights=shards, gradients=shards, moments=shards)
-    elif isinstance(strategy, ZeroConfig):
-        shard_counts = ShardCounts(
+        return ShardCounts(weights=shards, gradients=shards, moments=shards)
+    if isinstance(strategy, ZeroConfig):
+        return ShardCounts(
             weights=job.world_size if strategy.stage >= 3 else 1,
             gradients=job.world_size if strategy.stage >= 2 else 1,
             moments=job.world_size if strategy.stage >= 1 else 1,
         )
-    return estimate_peer_memory(cost_model, units, tokens * cost_model.num_vocabulary_rows, peer_settings, shard_counts)
+    return ShardCounts()
 
 
-def _peer_problems(config: RunConfig, peer_settings: Sequence[PeerSetting]) -> list[str]:
-    """Sentences that say why `plan.theirs` does not go with this run; empty if it does."""
-    problems = peer_setting_problems(peer_settings, full_tuning=config.tuning.name is TuningName.full)
-    losses = [setting for setting in peer_settings if setting in LOSS_BYTES_PER_LOGIT]
-    if losses and objective_family(config.objective).kind is ModelKind.classifier:
-        problems.append(
-            f"plan.theirs=[{','.join(losses)}]: is of a loss over words; objective={config.objective.name} has none"
-        )
-    return problems
+def _average_load(cost_model: CostModel, job: PlannedJob, micro_batch: int, accumulation: int) -> MicroBatchLoad:
+    """The size of a micro-batch of `micro_batch` samples of average length, and how many of them a step has (`accumulation`)."""
+    lengths = job.document_lengths
+    num_rows_or_tokens = micro_batch if cost_model.size_is_in_rows else micro_batch * lengths.mean
+    return MicroBatchLoad(
+        num_rows_or_tokens=float(num_rows_or_tokens),
+        sum_of_squared_lengths=micro_batch * lengths.mean_square,
+        num_micro_batches=accumulation,
+    )
 
 
-def _average_load(cost_model: CostModel, job: PlannedJob, micro: int, accumulation: int) -> MicroBatchLoad:
-    """The size of a micro-batch of `micro` documents of average length, and how many of them a step has (`accumulation`)."""
-    units = float(micro) if cost_model.units_are_rows else micro * job.document_lengths.mean
-    return MicroBatchLoad(units, micro * job.document_lengths.mean_square, accumulation)
-
-
-def _largest_micro(cost_model: CostModel, job: PlannedJob) -> int:
-    """The most documents in a forward pass that the card has memory for, and the host for what is offloaded; 0 if none."""
-    units = cost_model.largest_units(available_tensor_bytes(cost_model, job.card))
+def _largest_micro_batch(cost_model: CostModel, job: PlannedJob) -> int:
+    """The most samples in a forward pass that the card has memory for, and the host for what is offloaded; 0 if none."""
+    max_rows_or_tokens = cost_model.max_rows_or_tokens_on_device(available_tensor_bytes(cost_model, job.card))
     if job.node_memory_gib is not None:
-        units = min(
-            units,
-            cost_model.units_in_host_memory(available_input_bytes(cost_model, job.ranks_per_node, job.node_memory_gib)),
-        )
-    return int(min(units, MAX_MICRO_BATCH)) if cost_model.units_are_rows else job.document_lengths.units_within(units)
+        input_bytes = available_input_bytes(cost_model, job.ranks_per_node, job.node_memory_gib)
+        max_rows_or_tokens = min(max_rows_or_tokens, cost_model.max_rows_or_tokens_on_host(input_bytes))
+    if cost_model.size_is_in_rows:
+        return int(min(max_rows_or_tokens, MAX_MICRO_BATCH))
+    return job.document_lengths.num_samples_within(max_rows_or_tokens)

@@ -1,8 +1,9 @@
-"""Seconds of a round of online learning on a GPU, from sizes and the card's rates: writing the answers, and learning from them.
+"""Seconds of a round of online learning on a GPU, from sizes and the card's rates.
 
-Every answer is taken to be as long as it may be, so both are upper bounds for the kernels that are assumed. A decode step reads
-all weights and the keys of its rows, multiplies every weight with each row, and launches kernels block by block. It takes as
-long as the slowest of the three. What rewards take is not known before they have run.
+In a round, the model generates answers to some prompts (a rollout), rewards score them, and the model trains on them. Every
+answer is taken to be as long as it may be, so the seconds are upper bounds for the kernels that are assumed. A decode step
+reads all weights and the KV cache of its rows, multiplies every weight with each row, and launches kernels block by block.
+It takes as long as the slowest of the three. What rewards take is not known before they have run.
 """
 
 from __future__ import annotations
@@ -22,17 +23,18 @@ from trainer.planner.speed import MEMORY_EFFICIENCY, PRODUCT_EFFICIENCY, ring_by
 
 BLOCK_LAUNCH_S = 0.5e-3
 """Seconds in which a host launches the kernels of one block for one token, uncompiled. An assumption."""
-KEY_COPIES = 3
-"""Times that the keys of all rows are read or written for a token: the cache is one tensor, copied to add a column; attention."""
+KV_CACHE_PASSES = 3
+"""Times that the KV cache of all rows is read or written to generate a token: read and written to copy it with a column more
+(it is one tensor), and read by attention."""
 LOGIT_PASSES = 6
-"""Times that the logits of a row are read or written to draw a token from them, in float32."""
+"""Times that the logits of all rows, in float32, are read or written to draw a token from them."""
 FORWARD_SHARE = 1 / 3
 """Share of a training step that a pass without gradients over the same answers takes."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoundLoad:
-    """The sizes of a round of online learning, which are known without simulating a step."""
+    """The sizes of a round of online learning (generate answers, score them, train on them), known without a simulated step."""
 
     num_prompts: int
     """Prompts of a round."""
@@ -112,12 +114,11 @@ class RoundTime:
 
 
 def round_load_of_run(
-    config: RunConfig, model_config: Any, prompt_tokens: float, longest_prompt: int
+    config: RunConfig, model_config: Any, mean_prompt_tokens: float, longest_prompt_tokens: int
 ) -> RoundLoad | None:
     """The sizes of a round, in which the model generates answers and then learns from them; None for objectives without rounds.
 
-    `model_config`: the model's configuration of transformers. `prompt_tokens`: mean length of a prompt. `longest_prompt`: tokens
-    of the longest one.
+    `model_config`: the model's configuration of transformers. `mean_prompt_tokens`: mean length of a prompt.
     """
     if objective_family(config.objective).rollout is None:
         return None
@@ -130,10 +131,10 @@ def round_load_of_run(
     return RoundLoad(
         num_prompts=num_prompts_per_round(config),
         group_size=int(objective.group_size),
-        max_generation_rows=rollout.rows or MAX_GENERATION_ROWS["cuda"],
+        max_generation_rows=rollout.rows or MAX_GENERATION_ROWS["cuda"],  # a plan is for GPUs
         may_lower_generation_rows=not rollout.rows,
-        mean_prompt_tokens=prompt_tokens,
-        longest_prompt_tokens=longest_prompt,
+        mean_prompt_tokens=mean_prompt_tokens,
+        longest_prompt_tokens=longest_prompt_tokens,
         max_new_tokens=max_generated_tokens(config.objective),
         kv_cache_bytes_per_token=float(
             kv_cache_bytes_upper_bound(model_config, rows=1, tokens=1, bytes_per_number=bytes_per_value)
@@ -164,6 +165,7 @@ def _generation_batches(load: RoundLoad, max_rows: int, dp_size: int) -> _Genera
     parts_per_batch = min(max_parts_per_batch, math.ceil(num_parts / dp_size))
     return _GenerationBatches(
         rows=parts_per_batch * rows_per_part,
+        # If there is more than one batch, a batch has the most parts that it may have.
         num_batches=math.ceil(num_parts / (max_parts_per_batch * dp_size)),
     )
 
@@ -189,14 +191,14 @@ def estimate_round_time(
     ranks: int,
     nodes: int,
     step_s: float,
-    other_bytes: float,
+    resting_bytes: float,
 ) -> RoundTime:
     """The seconds of a round on `ranks` cards of `nodes` hosts: generating answers, scoring them and learning from them.
 
-    `step_s`: seconds of an optimizer step. `other_bytes`: what a rank holds between two steps, whole weights not counted.
+    `step_s`: seconds of an optimizer step. `resting_bytes`: what a rank holds between two steps, whole weights not counted.
     """
     # The batches of answers that a rank generates one after the other.
-    usable_bytes = USABLE_MEMORY_SHARE * (card.memory_gib * 2**30 - other_bytes)
+    usable_bytes = USABLE_MEMORY_SHARE * (card.memory_gib * 2**30 - resting_bytes)
     answer_bytes = load.kv_cache_bytes_per_token * (load.longest_prompt_tokens + load.max_new_tokens)
     max_rows = _max_rows_beside_weights(load, usable_bytes - model.weight_bytes, answer_bytes)
     dp_size = dp_size_of(config, ranks)
@@ -238,11 +240,11 @@ def decode_step_s(
 ) -> float:
     """Seconds of a decode step, in which a rank generates one token of each of `rows` answers.
 
-    It takes as long as the slowest of three: memory traffic, matrix products, and the launches of kernels. `kv_cache_bytes`:
-    bytes of the KV cache of all rows.
+    It takes as long as the slowest of three, since they overlap: memory traffic, matrix products (of few rows, so that weights
+    are read while they are multiplied), and the launches of kernels. `kv_cache_bytes`: bytes of the KV cache of all rows.
     """
     logit_bytes = 4 * rows * model.num_vocabulary_rows  # fp32
-    moved_bytes = model.weight_bytes + KEY_COPIES * kv_cache_bytes + LOGIT_PASSES * logit_bytes
+    moved_bytes = model.weight_bytes + KV_CACHE_PASSES * kv_cache_bytes + LOGIT_PASSES * logit_bytes
     memory_s = moved_bytes / (card.memory_gb_s * 1e9 * MEMORY_EFFICIENCY)
     flops = 2 * model.num_parameters * rows  # a multiplication and an addition for each weight and row
     products_s = flops / (card.tflops(precision) * 1e12 * PRODUCT_EFFICIENCY)
@@ -255,18 +257,21 @@ def are_weights_sharded(strategy: StrategyConfig) -> bool:
     return isinstance(strategy, Fsdp2Config) or (isinstance(strategy, ZeroConfig) and strategy.stage == 3)
 
 
-def budget_hours(config: RunConfig, units_per_epoch: int | None, step_s: float, tokens: float) -> float | None:
-    """How many hours the whole run takes, with steps of `step_s` seconds and `tokens` tokens each.
+def estimate_run_hours(
+    config: RunConfig, samples_per_epoch: int | None, step_s: float, tokens_per_step: float
+) -> float | None:
+    """How many hours the whole run (its budget) takes, with steps of `step_s` seconds.
 
-    None without a budget, or if the budget is in epochs and no data was given to count them by.
+    `samples_per_epoch`: documents, pairs or packs, which a step counts in its batch. None without a budget, or if the budget is
+    in epochs and no data was given to count its samples.
     """
     budget = config.budget
     if budget.steps is not None:
         steps = float(budget.steps)
     elif budget.tokens is not None:
-        steps = budget.tokens / tokens
-    elif budget.epochs is not None and units_per_epoch is not None:
-        steps = budget.epochs * units_per_epoch / num_documents_per_step(config)
+        steps = budget.tokens / tokens_per_step
+    elif budget.epochs is not None and samples_per_epoch is not None:
+        steps = budget.epochs * samples_per_epoch / num_documents_per_step(config)
     else:
         return None
     return steps * step_s / 3600

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class ShapesOnly:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepParts:
-    """What a step is made of."""
+    """What a step is made of: the model on meta, the strategy that shards it, the optimizer, and one rank's micro-batches."""
 
     built: BuiltModel
     strategy: StrategyConfig
@@ -58,9 +58,11 @@ class StepParts:
     micro_batches: list[dict[str, Any]]
     """One rank's micro-batches of a step, on the CPU."""
     weight_source: Any = field(default_factory=ShapesOnly)
-    """A `ParameterSource`."""
+    """A `ParameterSource`: where an engine reads weights from."""
     full_trained_elements: int | None = None
-    """Trained elements of the deeper model that this one stands for; None if it stands for itself."""
+    """Trained elements of the deeper model that this shallow one is simulated for; None if the model is simulated for itself.
+
+    DeepSpeed's gradient buckets are as full as the deeper model makes them (`trainer/planner/buckets.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ class SimulatedStep:
     """Bytes between steps."""
     collectives: list[Collective]
     host_reads: Counter[str]
+    """How often the host waited for a value of the device, by line of the code."""
     flops: float
     moved_bytes_by_phase: Counter[str]
     """Bytes on the device that operations other than products and attention read and write, by phase."""
@@ -89,15 +92,28 @@ class SimulatedStep:
         return max(self.peak_by_phase.items(), key=lambda phase_and_peak: phase_and_peak[1].total_bytes)
 
 
+class RecordedStep(NamedTuple):
+    """A step that a `RecordedEngine` took."""
+
+    peaks: dict[StepPhase, PhasePeak]
+    """The most live bytes on the device in each phase, in order."""
+    record: SimulatedStepRecord
+    """Its collectives, copies and FLOPs."""
+
+    def peak_operations(self) -> dict[StepPhase, int]:
+        """By phase, the number of the operation after which most bytes were live, counted from 0 within the phase."""
+        return {phase: peak.operation_index for phase, peak in self.peaks.items()}
+
+
 def simulate(parts: StepParts, runtime: Runtime, *, repeat: int = 1) -> SimulatedStep:
     """Take three training steps on fake tensors (which have shapes but no memory) as one rank, and report the last.
 
     The first step creates the optimizer's state, the second finds where each phase peaks, and the third tells bytes there
-    apart by kind. `repeat=0` leaves out the third. The model of `parts` is on meta, and cannot be used afterwards. Raises
-    what the engine raises, and ConfigError for what it refuses.
+    apart by kind. `repeat`: how often the second step is repeated; 0 leaves out the third. The model of `parts` is on meta, and
+    cannot be used afterwards. Raises what the engine raises, and ConfigError for what it refuses.
     """
     with fake_tensors(runtime.device):
-        (batches,) = replace_tensors_by_fakes(parts.built, [parts.micro_batches])
+        (batches,) = replace_tensors_by_fakes(parts.built, [parts.micro_batches])  # takes and returns a list of steps
         return record_steps(replace(parts, micro_batches=batches), runtime, repeat=repeat)
 
 
@@ -122,8 +138,9 @@ def recording_engine(parts: StepParts, runtime: Runtime) -> Iterator[RecordedEng
     recorder = StepRecorder(runtime.device)
     with _without_garbage_collection(), recorder:
         strategy = build_strategy(parts.strategy, parts.precision, runtime)
-        places: dict[nn.Module, int | str] = dict.fromkeys(teacher_blocks(parts.built.step_module), "teacher")
-        places |= {block: index for index, block in enumerate(repeated_blocks(parts.built.step_module))}
+        # What `StepPhase.model_part` is while a block computes: its index, or `teacher` for all blocks of the teacher.
+        part_by_block: dict[nn.Module, int | str] = dict.fromkeys(teacher_blocks(parts.built.step_module), "teacher")
+        part_by_block |= {block: index for index, block in enumerate(repeated_blocks(parts.built.step_module))}
         engine = strategy.prepare(
             parts.built.step_module,
             source=parts.weight_source,
@@ -132,7 +149,7 @@ def recording_engine(parts: StepParts, runtime: Runtime) -> Iterator[RecordedEng
         )
         for kind, tensor in engine_tensors(engine):
             recorder.track(tensor, kind)
-        recorded = RecordedEngine(engine, recorder, places)
+        recorded = RecordedEngine(engine, recorder, part_by_block)
         with recorded.block_hooks(), track_bucket_reductions(engine, recorder, parts.full_trained_elements):
             yield recorded
 
@@ -153,43 +170,39 @@ def _without_garbage_collection() -> Iterator[None]:
 def _report_lowest_peaks(parts: StepParts, recorded: RecordedEngine, warmup_steps: int, repeat: int) -> SimulatedStep:
     """Take `warmup_steps` steps, then 1 + `repeat` steps of which each phase's lowest peak is reported.
 
-    Collectives and arithmetic are those of the first counted step. Simulated steps must all have the same peaks (RuntimeError).
+    Real steps differ, because threads of process groups free tensors late in some of them: the lowest peak is what a step needs.
+    Simulated steps must all have the same peaks (RuntimeError). Collectives and FLOPs are those of the first counted step.
     """
-    recorder = recorded.recorder
     for _ in range(warmup_steps):
         recorded.take_step(parts.micro_batches)
-    record = recorded.take_step(parts.micro_batches)
-    lowest_peaks = recorder.peak_by_phase
+    first_step = recorded.take_step_and_peaks(parts.micro_batches)
+    lowest = first_step
     for _ in range(repeat):
         # It is known now after which operation each phase peaks: there, bytes are also told apart by kind.
-        recorded.take_step(parts.micro_batches, tally_after=peak_operations(lowest_peaks))
-        new_peaks = recorder.peak_by_phase
+        repeated = recorded.take_step_and_peaks(parts.micro_batches, lowest.peak_operations())
         if recorded.runtime.simulated:
-            differing = [
-                phase for phase, peak in lowest_peaks.items() if peak.total_bytes != new_peaks[phase].total_bytes
-            ]
-            if differing:
-                phases = ", ".join(map(str, differing))
-                raise RuntimeError(f"two steps of one run hold different amounts of memory: {phases}")
-        for phase, peak in new_peaks.items():
-            peak.total_bytes = min(peak.total_bytes, lowest_peaks[phase].total_bytes)
-        lowest_peaks = new_peaks
-    return recorded.step_result(lowest_peaks, record)
+            _check_same_peaks(lowest.peaks, repeated.peaks)
+        for phase, peak in repeated.peaks.items():
+            peak.total_bytes = min(peak.total_bytes, lowest.peaks[phase].total_bytes)
+        lowest = repeated
+    return recorded.step_result(RecordedStep(lowest.peaks, first_step.record))
 
 
-def peak_operations(peaks: dict[StepPhase, PhasePeak]) -> dict[StepPhase, int]:
-    """The operation of each phase after which most bytes were live, by its number within the phase."""
-    return {phase: peak.operation_index for phase, peak in peaks.items()}
+def _check_same_peaks(peaks: dict[StepPhase, PhasePeak], repeated_peaks: dict[StepPhase, PhasePeak]) -> None:
+    """Raise RuntimeError, which names the phases, if two simulated steps of one run hold different amounts of memory."""
+    differing = [str(phase) for phase, peak in peaks.items() if peak.total_bytes != repeated_peaks[phase].total_bytes]
+    if differing:
+        raise RuntimeError(f"two steps of one run hold different amounts of memory: {', '.join(differing)}")
 
 
 class RecordedEngine:
     """An engine with the calls of the training loop, which reports each phase of a step to a recorder."""
 
-    def __init__(self, engine: Any, recorder: StepRecorder, block_places: dict[nn.Module, int | str]) -> None:
+    def __init__(self, engine: Any, recorder: StepRecorder, part_by_block: dict[nn.Module, int | str]) -> None:
         self.engine = engine
         self.recorder = recorder
-        self.place_by_block = block_places
-        """What `StepPhase.place` is while a block is at work."""
+        self.part_by_block = part_by_block
+        """What `StepPhase.model_part` is while a block computes: its index, or `teacher`."""
         self.runtime: Runtime = engine.runtime
         self.rank = engine.rank
         self.world_size = engine.world_size
@@ -198,17 +211,18 @@ class RecordedEngine:
         self._trainer = minimal_trainer(self)
 
     def take_step(
-        self, batches: list[dict[str, Any]], tally_after: dict[StepPhase, int] | None = None
+        self, batches: list[dict[str, Any]], operations_to_tally: dict[StepPhase, int] | None = None
     ) -> SimulatedStepRecord:
         """Take one training step of these micro-batches, and return what was recorded of it. Sets `recorder.peak_by_phase`.
 
-        `tally_after`: the operation of each phase after which memory is told apart by kind; None: after none.
+        `operations_to_tally`: by phase, the number of the operation after which memory is counted by kind; None: after none.
         """
-        if tally_after is None:
+        if operations_to_tally is None:
             self.recorder.begin_step()
         else:
-            self.recorder.begin_tallied_step(tally_after, lambda: engine_tensors(self.engine))
+            self.recorder.begin_tallied_step(operations_to_tally, lambda: engine_tensors(self.engine))
         self.begin_step()
+        # Inputs of recomputed blocks that wait on the host; None without `strategy.offload_activations`.
         host_inputs = plan_of(self.step_module).host_inputs
         if host_inputs is not None:
             host_inputs.begin_step()
@@ -222,26 +236,27 @@ class RecordedEngine:
         return self.recorder.record
 
     def take_step_and_peaks(
-        self, batches: list[dict[str, Any]], tally_after: dict[StepPhase, int] | None = None
-    ) -> tuple[dict[StepPhase, PhasePeak], SimulatedStepRecord]:
-        """As `take_step`; returns (the peak of each phase, what was recorded of the step)."""
-        record = self.take_step(batches, tally_after)
-        return self.recorder.peak_by_phase, record
+        self, batches: list[dict[str, Any]], operations_to_tally: dict[StepPhase, int] | None = None
+    ) -> RecordedStep:
+        """As `take_step`; returns the peak of each phase as well."""
+        record = self.take_step(batches, operations_to_tally)
+        return RecordedStep(self.recorder.peak_by_phase, record)
 
-    def step_result(self, phases: dict[StepPhase, PhasePeak], record: SimulatedStepRecord) -> SimulatedStep:
-        """The result of a step that was recorded, with the memory that stays between steps. To be called before the next step.
+    def step_result(self, step: RecordedStep) -> SimulatedStep:
+        """The result of a recorded step, with the memory that stays between steps. To be called before the next step begins.
 
-        `phases`: the peak of each. Host memory is that of the engine's tensors; tensors that share a storage count once.
+        Host memory is that of the engine's tensors; tensors that share a storage count once.
         """
-        resting = self.recorder.tally_bytes_by_kind()
         host_bytes_by_storage = {}
+        resting_bytes_by_kind = self.recorder.tally_bytes_by_kind()
         for _, tensor in engine_tensors(self.engine):
             if tensor.device != self.recorder.device:
                 storage = tensor.untyped_storage()
                 host_bytes_by_storage[storage_key(storage)] = storage.nbytes()
+        record = step.record
         return SimulatedStep(
-            peak_by_phase=phases,
-            resting_bytes_by_kind=resting,
+            peak_by_phase=step.peaks,
+            resting_bytes_by_kind=resting_bytes_by_kind,
             collectives=record.collectives,
             host_reads=record.host_reads,
             flops=record.flops,
@@ -257,16 +272,16 @@ class RecordedEngine:
         self._micro_batch_index = 0
         self.set_phase("forward", "before")
 
-    def set_phase(self, phase: str, place: int | str = "before") -> None:
-        """Report to the recorder which phase, and which part of the model, computes from now on.
+    def set_phase(self, phase: str, model_part: int | str = "before") -> None:
+        """Report to the recorder which phase (`forward`, ...), and which part of the model, computes from now on.
 
-        `place`: as in `StepPhase.place`. Also sets the kind of memory that new tensors count as: outputs of the head are logits,
+        `model_part`: as in `StepPhase`. Also sets the kind of memory that new tensors count as: outputs of the head are logits,
         all else in a step activations.
         """
-        self.recorder.phase = StepPhase(phase, self._micro_batch_index, place)
+        self.recorder.phase = StepPhase(phase, self._micro_batch_index, model_part)
         if phase == "between":
             self.recorder.kind_of_new_tensors = MemoryKind.other
-        elif place == "head" and phase == "forward":
+        elif model_part == "head" and phase == "forward":
             self.recorder.kind_of_new_tensors = MemoryKind.logits
         else:
             self.recorder.kind_of_new_tensors = MemoryKind.activations
@@ -297,36 +312,36 @@ class RecordedEngine:
     def block_hooks(self) -> Iterator[None]:
         """A context in which hooks report to the recorder which block, or the head, computes. They keep no tensor alive."""
         with ExitStack() as stack:
-            for block, place in self.place_by_block.items():
-                self._hook(stack, block, place)
+            for block, model_part in self.part_by_block.items():
+                self._register_phase_hooks(stack, block, model_part)
             model = self.step_module.model
             if hasattr(model, "get_base_model"):  # peft's wrapper
                 model = model.get_base_model()
             head = model.get_output_embeddings()
             if head is not None:
-                self._hook(stack, head, "head")
+                self._register_phase_hooks(stack, head, "head")
             yield
 
-    def _hook(self, stack: ExitStack, module: nn.Module, place: int | str) -> None:
+    def _register_phase_hooks(self, stack: ExitStack, module: nn.Module, model_part: int | str) -> None:
         """Register hooks that report when `module`, a block or the head, computes, in forward and backward passes.
 
-        `stack` removes them when it closes. `place`: the block's index, `teacher` for the teacher's blocks, or `head`.
+        `stack` removes them when it closes. `model_part`: the block's index, `teacher` for the teacher's blocks, or `head`.
         """
 
         def current_phase() -> str:
             return self.recorder.phase.name
 
         def before_forward(*_: Any) -> None:
-            self.set_phase(current_phase(), place)
+            self.set_phase(current_phase(), model_part)
 
         def after_forward(_module: nn.Module, _args: Any, output: Any) -> None:
             if current_phase() != "forward":  # recomputation within a backward pass, which goes on with this block
                 return
-            self.set_phase("forward", "after" if place == "head" else place)
+            self.set_phase("forward", "after" if model_part == "head" else model_part)
             for tensor in _tensors_in(output):
                 if tensor.requires_grad:
                     # The gradient of its output comes when the module's backward pass begins.
-                    tensor.register_hook(lambda _grad: self.set_phase("backward", place))
+                    tensor.register_hook(lambda _grad: self.set_phase("backward", model_part))
                     break
 
         stack.callback(module.register_forward_pre_hook(before_forward, prepend=True).remove)

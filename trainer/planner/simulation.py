@@ -32,17 +32,21 @@ from trainer.config.run import RunConfig
 from trainer.data.batches.cutting import sequence_cut
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_model_config
-from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.registry import data_spec_of, objective_family
 from trainer.optim.build import build_optimizer
-from trainer.planner.cost_model import (
-    CostModel,
-    MicroBatchSize,
+from trainer.planner.cost_model import CostModel, MicroBatchSize, ParameterCounts
+from trainer.planner.cost_model_fit import (
+    SimulationOfSizes,
     fit_cost_model,
     micro_batches_to_simulate,
-    simulate_sizes,
+    simulate_two_sizes,
 )
-from trainer.planner.depth_extrapolation import END_BLOCKS, ExtrapolatedStep, is_near_an_end, step_at_depth
+from trainer.planner.depth_extrapolation import (
+    DEFAULT_END_BLOCKS,
+    ExtrapolatedStep,
+    is_near_an_end,
+    simulate_or_extrapolate_step,
+)
 from trainer.planner.memory_tracker import StepPhase
 from trainer.planner.model_blocks import BlockPattern, block_pattern, repeated_blocks, truncated_model
 from trainer.planner.simulate import ShapesOnly, SimulatedStep, StepParts, simulate
@@ -74,15 +78,15 @@ def simulate_run(
 ) -> SimulatedStep:
     """Simulate one training step of rank `rank`, as on a GPU (or on `device` "cpu"), on tensors without memory.
 
-    Each micro-batch has sequences of `lengths` tokens. Of `model.path` only the config.json is read. `full_pattern`: if
-    the model is a shallow one, the blocks of the full model that it is simulated for; else None.
+    Each micro-batch has sequences of `lengths` tokens. Of `model.path` only the config.json is read. `full_pattern`: if the
+    model is a shallow one (the full model with only its first blocks), the blocks of the full model; else None.
     `expert_imbalance`: with `parallel.experts`, tokens that arrive at this rank's experts over the mean of its group. Raises
     ConfigError for what the run itself would refuse, RuntimeError in a process that is part of a job.
     """
     with simulated_rank(
         rank, world_size, local_world_size=local_world_size, device=device, expert_imbalance=expert_imbalance
-    ) as all_ranks:
-        runtime = with_sequence_parallelism(all_ranks, config.parallel.sequence)
+    ) as runtime_of_job:
+        runtime = with_sequence_parallelism(runtime_of_job, config.parallel.sequence)
         parts = build_step_parts(config, lengths, runtime)
         return simulate(_with_full_trained_elements(parts, full_pattern), runtime)
 
@@ -104,18 +108,19 @@ def simulate_depth(
     share a row (`busiest_rank`). `expert_imbalance`: with `parallel.experts`, tokens that arrive at the rank's experts over the
     mean of its group. With `exact` the whole model is simulated.
 
-    Encoder-decoder models, and those whose kinds of blocks do not repeat, are simulated as they are.
+    Encoder-decoder models, and those whose kinds of blocks do not repeat, are simulated as they are. The first and the last
+    blocks of a model (its ends) may take other memory than those between: both shallow models have them all.
     """
     pattern = block_pattern(config.model)
-    num_blocks = pattern.num_blocks
+    simulated_rank_number = busiest_rank(config) if rank is None else rank
 
     def simulate_model_of(depth: int) -> SimulatedStep:
-        """One step of the model with `depth` blocks."""
-        with _truncated_run(config, depth, num_blocks) as truncated:
+        """One step of the run's model with only its first `depth` blocks."""
+        with _truncated_run(config, depth, pattern.num_blocks) as truncated:
             return simulate_run(
                 truncated,
                 lengths,
-                rank=busiest_rank(config) if rank is None else rank,
+                rank=simulated_rank_number,
                 world_size=world_size,
                 local_world_size=local_world_size,
                 device=device,
@@ -124,12 +129,12 @@ def simulate_depth(
             )
 
     exact = exact or pattern.period is None
-    return step_at_depth(
+    return simulate_or_extrapolate_step(
         simulate_model_of,
-        num_blocks,
+        pattern.num_blocks,
         pattern.period or 1,
-        ends=END_BLOCKS if exact else end_blocks_of(config),
-        ends_overlap=ends_may_overlap(config),
+        num_end_blocks=DEFAULT_END_BLOCKS if exact else num_end_blocks_of(config),
+        ends_may_overlap=may_ends_overlap(config),
         exact=exact,
     )
 
@@ -153,133 +158,150 @@ def simulate_cost_model_of_run(
     process that is part of a job.
     """
     pattern = block_pattern(config.model)
-    num_blocks = pattern.num_blocks
     period = None if exact else pattern.period
-    rank = _rank_with_most_memory(config, world_size)
-    end_blocks = end_blocks_of(config) if period else END_BLOCKS
-    sequences = data_spec_of(config.objective).sequences_per_document
-    # Filled by the simulations: fields of the cost model that do not depend on the depth, and counts that do.
-    details: dict[str, Any] = {}
-    counts_by_depth: dict[int, ParameterCounts] = {}
-
-    def simulate_model_of(
-        depth: int, expected: dict[StepPhase, int] | None
-    ) -> tuple[list[SimulatedStep], list[MicroBatchSize], bool]:
-        """Steps in a model of `depth` blocks: (steps, sizes, whether sizes are rows). `expected`: see `simulate_sizes`."""
-        with (
-            simulated_rank(
-                rank, world_size, local_world_size=local_world_size, device=device, expert_imbalance=expert_imbalance
-            ) as all_ranks,
-            _truncated_run(config, depth, num_blocks) as truncated,
-        ):
-            runtime = with_sequence_parallelism(all_ranks, config.parallel.sequence)
-            parts = build_step_parts(truncated, [length] * sequences, runtime)
-            parts = _with_full_trained_elements(parts, pattern)
-            built = parts.built
-            details.update(_fields_of_any_depth(built, config.objective))
-            counts_by_depth[depth] = _parameter_counts(built)
-            rows, lengths_by_size = micro_batches_to_simulate(
-                built,
-                num_vocabulary_rows(truncated.model),
-                length,
-                is_linear=parts.precision is not Precision.fp32,  # attention in fp32 keeps its scores, length x length
-                slices=runtime.sequence_size,
-                in_tiles=config.strategy.mlp_tokens is not None,
-            )
-            batches = []
-            sizes = []
-            for lengths in lengths_by_size:
-                micro_batch = _micro_batch_of(parts, lengths, accumulation * runtime.dp_size, runtime)
-                batches.append([micro_batch] * accumulation)
-                units = len(lengths) // sequences if rows else sum(lengths)
-                sizes.append(MicroBatchSize(units, sum_of_squared_lengths=sum(tokens**2 for tokens in lengths)))
-            is_needed = partial(is_near_an_end, depth=depth, ends=end_blocks)
-            return simulate_sizes(parts, batches, runtime, expected, is_needed), sizes, rows
-
-    cost_model = fit_cost_model(
-        simulate_model_of,
-        num_blocks,
+    num_end_blocks = num_end_blocks_of(config) if period else DEFAULT_END_BLOCKS
+    simulator = _SizesSimulator(
+        config=config,
+        length=length,
+        accumulation=accumulation,
+        rank=_rank_with_most_memory(config, world_size),
+        world_size=world_size,
+        local_world_size=local_world_size,
+        device=device,
+        expert_imbalance=expert_imbalance,
+        pattern=pattern,
+        num_end_blocks=num_end_blocks,
+    )
+    return fit_cost_model(
+        simulator.simulate_model_of,
+        pattern.num_blocks,
         period=period,
-        ends=end_blocks,
-        ends_overlap=ends_may_overlap(config),
         accumulation=accumulation,
         local_world_size=local_world_size,
-    )
-    counts = _extrapolated_counts(counts_by_depth, num_blocks)
-    return replace(
-        cost_model,
-        num_parameters=counts.num_parameters,
-        num_trained_parameters=counts.num_trained,
-        num_trained_expert_parameters=counts.num_trained_expert_parallel,
-        num_vocabulary_rows=num_vocabulary_rows(config.model),
-        **details,
+        num_end_blocks=num_end_blocks,
+        ends_may_overlap=may_ends_overlap(config),
     )
 
 
-def _fields_of_any_depth(built: BuiltModel, objective: ObjectiveConfig) -> dict[str, Any]:
-    """The fields `notes`, `layout` and `needs_single_rows` of a cost model, which are the same at any depth."""
-    # Without the note on attention kernels: they were chosen for this machine, not for the GPU of the plan.
-    notes = [f"{key}: {note}" for key, note in built.substitutions.items() if key != "model.attention"]
-    return {
-        "notes": tuple(notes),
-        "layout": str(built.layout),
-        "needs_single_rows": needs_one_row_batches(built, objective),
-    }
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _SizesSimulator:
+    """Simulates steps of two sizes of micro-batch in the run's model with fewer blocks; see `simulate_cost_model_of_run`."""
+
+    config: RunConfig
+    length: int
+    """Tokens of each sequence."""
+    accumulation: int
+    """Micro-batches of a step."""
+    rank: int
+    """The rank that is simulated."""
+    world_size: int
+    local_world_size: int
+    device: torch.device
+    expert_imbalance: float
+    pattern: BlockPattern
+    """How the kinds of the whole model's blocks repeat."""
+    num_end_blocks: int
+    """Blocks at either end of a model that may take other memory than those between."""
+
+    def simulate_model_of(self, depth: int, expected_peaks: dict[StepPhase, int] | None) -> SimulationOfSizes:
+        """The steps of both sizes in the model with its first `depth` blocks; for `expected_peaks` see `simulate_two_sizes`.
+
+        The peaks are needed only of phases near an end of the model: from these, those of the whole model are extrapolated.
+        """
+        with (
+            simulated_rank(
+                self.rank,
+                self.world_size,
+                local_world_size=self.local_world_size,
+                device=self.device,
+                expert_imbalance=self.expert_imbalance,
+            ) as runtime_of_job,
+            _truncated_run(self.config, depth, self.pattern.num_blocks) as truncated,
+        ):
+            runtime = with_sequence_parallelism(runtime_of_job, truncated.parallel.sequence)
+            sequences_per_document = data_spec_of(truncated.objective).sequences_per_document
+            parts = build_step_parts(truncated, [self.length] * sequences_per_document, runtime)
+            parts = _with_full_trained_elements(parts, self.pattern)
+            built = parts.built
+            parameter_counts = _count_parameters(built)  # before the engine shards them
+            num_vocabulary_rows = vocabulary_rows_of(truncated.model)
+            micro_batches = micro_batches_to_simulate(
+                built,
+                num_vocabulary_rows,
+                self.length,
+                is_linear=parts.precision is not Precision.fp32,  # attention in fp32 keeps its scores, length x length
+                slices=runtime.sequence_size,
+                in_tiles=truncated.strategy.mlp_tokens is not None,
+            )
+            sizes = []
+            for lengths in (micro_batches.small_lengths, micro_batches.large_lengths):
+                num_documents = len(lengths) // sequences_per_document
+                sum_of_squared_lengths = sum(tokens**2 for tokens in lengths)
+                num_rows_or_tokens = num_documents if micro_batches.size_is_in_rows else sum(lengths)
+                sizes.append(MicroBatchSize(num_rows_or_tokens, sum_of_squared_lengths))
+            small, large = simulate_two_sizes(
+                parts,
+                (
+                    self._batches_of_step(parts, micro_batches.small_lengths, runtime),
+                    self._batches_of_step(parts, micro_batches.large_lengths, runtime),
+                ),
+                runtime,
+                expected_peaks,
+                is_needed=partial(is_near_an_end, num_blocks=depth, num_end_blocks=self.num_end_blocks),
+            )
+            return SimulationOfSizes(
+                small=small,
+                large=large,
+                sizes=(sizes[0], sizes[1]),
+                size_is_in_rows=micro_batches.size_is_in_rows,
+                parameter_counts=parameter_counts,
+                num_vocabulary_rows=num_vocabulary_rows,
+                layout=str(built.layout),
+                notes=_notes_for_plan(built),
+                needs_single_rows=needs_one_row_batches(built, truncated.objective),
+            )
+
+    def _batches_of_step(self, parts: StepParts, lengths: list[int], runtime: Runtime) -> list[dict[str, Any]]:
+        """The equal micro-batches of a step of this rank, each with sequences of `lengths` tokens."""
+        num_micro_batches_of_all_ranks = self.accumulation * runtime.dp_size
+        return [_micro_batch_of(parts, lengths, num_micro_batches_of_all_ranks, runtime)] * self.accumulation
 
 
-@dataclass(frozen=True, slots=True)
-class ParameterCounts:
-    """How many parameters a model has, all ranks together."""
+def _notes_for_plan(built: BuiltModel) -> tuple[str, ...]:
+    """What was chosen while the model was built, as lines such as `data.layout: padded, ...`.
 
-    num_parameters: int
-    num_trained: int
-    num_trained_expert_parallel: int
-    """Those of the trained ones that are in experts distributed over ranks (`parallel.experts`)."""
+    Without the note on attention kernels: they were chosen for this machine, not for the GPU of the plan.
+    """
+    return tuple(f"{key}: {note}" for key, note in built.substitutions.items() if key != "model.attention")
 
 
-def _extrapolated_counts(counts_by_depth: dict[int, ParameterCounts], num_blocks: int) -> ParameterCounts:
-    """The numbers of parameters of the whole model of `num_blocks` blocks, from those of one or two models by their depth."""
-    shallow_depth = min(counts_by_depth)
-    deep_depth = max(counts_by_depth)
-    shallow = counts_by_depth[shallow_depth]
-    deep = counts_by_depth[deep_depth]
-    further_periods = (num_blocks - deep_depth) / max(1, deep_depth - shallow_depth)
-
-    def at_full_depth(shallow_number: int, deep_number: int) -> int:
-        return round(deep_number + (deep_number - shallow_number) * further_periods)
-
-    return ParameterCounts(
-        at_full_depth(shallow.num_parameters, deep.num_parameters),
-        at_full_depth(shallow.num_trained, deep.num_trained),
-        at_full_depth(shallow.num_trained_expert_parallel, deep.num_trained_expert_parallel),
-    )
-
-
-def end_blocks_of(config: RunConfig) -> int:
+def num_end_blocks_of(config: RunConfig) -> int:
     """How many blocks at either end of a model take other memory than those between, and so must all be simulated.
 
     Blocks near an end have fewer neighbours whose weights are gathered at the same time. There are more such blocks if the
-    first ones are of a kind of their own, and under ZeRO-3, which keeps further blocks gathered.
+    first ones are of a kind of their own (as the dense first layers of a mixture of experts), and under ZeRO-3, which keeps
+    further blocks gathered.
     """
     pattern = block_pattern(config.model)
-    end_blocks = END_BLOCKS + pattern.num_leading_blocks
+    num_end_blocks = DEFAULT_END_BLOCKS + pattern.num_leading_blocks
     if not isinstance(config.strategy, ZeroConfig) or config.strategy.stage < 3:
-        return end_blocks
-    with TemporaryDirectory() as directory, simulated_rank(0, 1) as runtime:
+        return num_end_blocks
+    with TemporaryDirectory() as directory, simulated_rank(rank=0, world_size=1) as runtime:
+        # All kinds of blocks: the leading ones, and one period, the number of blocks after which their kinds repeat.
         depth = pattern.num_leading_blocks + (pattern.period or 1)
         # One rank suffices to build the blocks, whose sizes do not depend on how rows are shared.
         truncated = replace(
             config, model=truncated_model(config.model, depth, Path(directory)), parallel=ParallelConfig(sequence=1)
         )
-        blocks = repeated_blocks(build_step_parts(truncated, [1], runtime).built.step_module)
+        blocks = repeated_blocks(build_step_parts(truncated, lengths=[1], runtime=runtime).built.step_module)
     # ZeRO-3 keeps up to MAX_LIVE_PARAMETERS elements gathered: as many blocks as hold these.
     elements_per_block = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
     smallest = min(elements_per_block, default=1)
-    return max(end_blocks, MAX_LIVE_PARAMETERS // smallest + 1)
+    return max(num_end_blocks, MAX_LIVE_PARAMETERS // smallest + 1)
 
 
-def ends_may_overlap(config: RunConfig) -> bool:
-    """Whether a shallow model may be so short that one block belongs to both of its ends.
+def may_ends_overlap(config: RunConfig) -> bool:
+    """Whether a shallow model may have so few blocks that one belongs to both of its ends (`num_end_blocks_of`).
 
     It may not if several blocks fill a gradient bucket together (ZeRO-2 and 3), nor if the first blocks are of a kind of
     their own.
@@ -290,18 +312,18 @@ def ends_may_overlap(config: RunConfig) -> bool:
 
 
 def busiest_rank(config: RunConfig) -> int:
-    """The rank to simulate where ranks share a row (`parallel.sequence`): the first that has most attention heads.
+    """The rank to simulate where ranks share a row (`parallel.sequence`): one that has as many attention heads as any.
 
-    Rank 0 if ranks share no rows or have equally many heads.
+    Rank 0 if ranks share no rows or have equally many heads, else the last of the ranks that share the first row.
     """
-    degree = config.parallel.sequence
-    if degree == 1:
+    num_ranks = config.parallel.sequence
+    if num_ranks == 1:
         return 0
     heads = attention_heads_of(load_model_config(config.model))
-    if heads is None or heads.num_query_heads % degree == 0:
+    if heads is None or heads.num_query_heads % num_ranks == 0:
         return 0
-    # Heads are distributed by `head_shares`, whose last share is rounded up.
-    return degree - 1
+    # `head_shares` rounds the bounds between ranks down, so that the last rank has one head more: 9 heads are 2, 2, 2 and 3.
+    return num_ranks - 1
 
 
 def _rank_with_most_memory(config: RunConfig, world_size: int) -> int:
@@ -317,9 +339,9 @@ def _rank_with_most_memory(config: RunConfig, world_size: int) -> int:
 def _with_full_trained_elements(parts: StepParts, full_pattern: BlockPattern | None) -> StepParts:
     """The parts of a shallow model's step with `full_trained_elements`: how many elements train in the full model.
 
-    `full_pattern`: the blocks of the full model, whose kinds repeat after `period` blocks. Each period that the shallow model
-    lacks trains as many elements as its last one. `parts` come back as they are if there is no `full_pattern`, if its blocks do
-    not repeat, or if the shallow model has as many blocks.
+    They decide how full DeepSpeed's gradient buckets are. `full_pattern`: the blocks of the full model, whose kinds repeat after
+    `period` blocks. Each period that the shallow model lacks trains as many elements as its last one. `parts` come back as they
+    are if there is no `full_pattern`, if its blocks do not repeat, or if the shallow model has as many blocks.
     """
     module = parts.built.step_module
     blocks = repeated_blocks(module)
@@ -337,26 +359,29 @@ def _num_trained_elements(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
-def _parameter_counts(built: BuiltModel) -> ParameterCounts:
+def _count_parameters(built: BuiltModel) -> ParameterCounts:
     """How many parameters a model has, and how many train. It must not be sharded yet, so that all have their full shapes."""
     module = built.step_module
-    trained = sum(p.numel() for _, p in named_parameters(module) if p.requires_grad)
-    trained_expert_parallel = 0
+    num_trained_expert_parallel = 0
     for name in module.plan.expert_parallel_modules:
         for parameter in module.get_submodule(name).parameters(recurse=False):
             if parameter.requires_grad:
-                trained_expert_parallel += parameter.numel()
-    return ParameterCounts(sum(num_elements_by_name(module).values()), trained, trained_expert_parallel)
+                num_trained_expert_parallel += parameter.numel()
+    return ParameterCounts(
+        num_parameters=sum(num_elements_by_name(module).values()),
+        num_trained=sum(p.numel() for _, p in named_parameters(module) if p.requires_grad),
+        num_trained_expert_parallel=num_trained_expert_parallel,
+    )
 
 
-def num_vocabulary_rows(config: ModelConfig) -> int:
+def vocabulary_rows_of(config: ModelConfig) -> int:
     """Rows of the model's vocabulary, before any is added."""
     return int(load_model_config(config).get_text_config().vocab_size)
 
 
 @contextmanager
 def _truncated_run(config: RunConfig, depth: int, num_blocks: int) -> Iterator[RunConfig]:
-    """The run with a model of `depth` blocks of its `num_blocks`."""
+    """A context with the run whose model has only the first `depth` of its `num_blocks` blocks."""
     if depth == num_blocks:
         yield config
         return
@@ -367,15 +392,15 @@ def _truncated_run(config: RunConfig, depth: int, num_blocks: int) -> Iterator[R
 def build_step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *, source: object = None) -> StepParts:
     """Everything that a rank's training step needs, as `simulate` takes it: model, optimizer factory and micro-batches.
 
-    The model is on meta, without memory for its weights. All micro-batches have sequences of `lengths` tokens. `source`: where
-    an engine reads weights from; None for a source of tensors without values.
+    The model is on meta, without memory for its weights. All micro-batches have sequences of `lengths` tokens. `source`: a
+    `ParameterSource`, from which an engine reads weights; None for one of tensors without values.
     """
     precision = config.precision
     if precision is Precision.auto:
         precision = Precision.bf16 if runtime.kind == "cuda" else Precision.fp32
     tokenizer = NoTokenizer(config.model)
     weight_source = source or ShapesOnly()
-    half_on_gpu = runtime.device == SIMULATED and precision is not Precision.fp32
+    half_on_gpu = runtime.device == SIMULATED and precision is not Precision.fp32  # weights in half precision, on a GPU
     built = build_step_module(
         config.model,
         objective_config=config.objective,
@@ -398,7 +423,7 @@ def build_step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *,
         precision=precision,
         make_optimizer=partial(build_optimizer, config.optim, model_names=names, lr_factor=built.tuning.lr_factor),
         max_grad_norm=config.optim.max_grad_norm,
-        micro_batches=[],
+        micro_batches=[],  # filled below: a micro-batch is made by the built model's rules
         weight_source=weight_source,
     )
     accumulation = accumulation_steps(config, runtime.world_size)
@@ -406,11 +431,13 @@ def build_step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *,
     return replace(parts, micro_batches=[micro_batch] * max(1, accumulation))
 
 
-def _micro_batch_of(parts: StepParts, lengths: list[int], micro_batches: int, runtime: Runtime) -> dict[str, Any]:
+def _micro_batch_of(
+    parts: StepParts, lengths: list[int], num_micro_batches_of_all_ranks: int, runtime: Runtime
+) -> dict[str, Any]:
     """A micro-batch of sequences of `lengths` tokens, cut to this rank's slice if ranks share a row.
 
-    `micro_batches`: how many such micro-batches a step has, all ranks together; losses are divided by their tokens together.
+    `num_micro_batches_of_all_ranks`: such micro-batches in a step; losses are divided by the tokens of all of them.
     """
     batch = micro_batch_of(parts.built, lengths, sequence_cut(runtime))
-    batch["totals"] = dict.fromkeys(batch["totals"], sum(lengths) * micro_batches)
+    batch["totals"] = dict.fromkeys(batch["totals"], sum(lengths) * num_micro_batches_of_all_ranks)
     return batch

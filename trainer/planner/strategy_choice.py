@@ -28,7 +28,7 @@ from trainer.config.validate import runnable_strategies
 from trainer.data.prepare import PreparedData
 from trainer.objectives.registry import data_spec_of
 from trainer.planner.cost_model import CostModel
-from trainer.planner.fit_check import TIMEOUT_SHARE, call_in_process, single_step_config
+from trainer.planner.fit_check import TIMEOUT_SHARE, NotSimulated, call_in_process, single_step_config
 from trainer.planner.hardware import GIB, Card, find_card
 from trainer.planner.lengths import DocumentLengths, sampled_lengths
 from trainer.planner.micro_batch import (
@@ -44,8 +44,9 @@ from trainer.planner.oom_probe import (
     available_device_gib,
     probe_runs_out_of_memory,
 )
-from trainer.planner.plan import PlannedChoice, PlannedJob, RunVariant, micro_batches, order_choices
+from trainer.planner.plan import PlannedChoice, PlannedJob, candidate_micro_batches, order_choices
 from trainer.planner.rank_devices import RankCounts
+from trainer.planner.variants import RunVariant
 from trainer.reporting.resolution import OutOfMemoryTrial, ResolvedSetting
 
 LEAST_SHARDED_FIRST = ("single", "ddp", "zero1", "zero2", "hsdp", "fsdp2", "zero3")
@@ -165,7 +166,7 @@ def with_proposed_strategy(config: RunConfig, prepared: PreparedData) -> RunConf
     runtime = runtime_of_first_rank(config)
     world_size = runtime.world_size
     if device_kind == "cuda" and not torch.cuda.is_available() and world_size > 1:
-        runnable = runnable_strategies(config, world_size).strategies
+        runnable = runnable_strategies(config, world_size).strategies  # never empty: the settings were validated
         strategy_by_name = {str(strategy.name): strategy for strategy in runnable}
         placeholder = strategy_by_name.get("fsdp2") or runnable[0]
         note = (
@@ -197,7 +198,10 @@ def _batch_for_ranks(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 
 def _with_strategy(config: RunConfig, strategy: StrategyConfig, note: ResolvedSetting | str | None) -> RunConfig:
-    """The run with that strategy, and with `note` as the reason of the choice; None removes an earlier reason."""
+    """The run with that strategy, and with `note` as the reason of the choice; None removes an earlier reason.
+
+    A `ResolvedSetting` is a choice that a later start takes again, a text a placeholder for a choice that is made elsewhere.
+    """
     substitutions = dict(config.substitutions)
     substitutions.pop(STRATEGY_KEY, None)
     if note:
@@ -232,7 +236,7 @@ def _runs_out_of_memory(config: RunConfig, proposal: StrategyProposal, inputs: P
     OutOfMemory, which names the strategy, if some ranks run out and others do not.
     """
     micro = 1 if config.batch["micro"] == AUTO else config.batch["micro"]
-    trial_config = replace(_with_strategy(config, proposal.strategy, None), batch={**config.batch, "micro": micro})
+    trial_config = replace(_with_strategy(config, proposal.strategy, note=None), batch={**config.batch, "micro": micro})
     remedy = "launcher.retry={out_of_memory: 3} would start with the next; or name a strategy that shards more"
     trial = ProbeDescription(STRATEGY_KEY, f"strategy={proposal.name}", remedy)
     try:
@@ -253,7 +257,9 @@ def propose_strategies(
 
     `timeout_s`: how long one simulation may take.
     """
-    runnable = runnable_strategies(config, devices.world_size).strategies
+    runnable = runnable_strategies(
+        config, devices.world_size
+    ).strategies  # the others, with their reasons, are left out
     strategy_by_name = {str(strategy.name): strategy for strategy in runnable}
     least_sharded_first = [strategy_by_name[name] for name in LEAST_SHARDED_FIRST if name in strategy_by_name]
     if devices.world_size == 1 or len(least_sharded_first) == 1:
@@ -261,7 +267,7 @@ def propose_strategies(
         yield from (StrategyProposal(strategy, reason) for strategy in least_sharded_first)
         return
     planner = Planner(config, prepared, precision, devices, timeout_s)
-    if planner.rates_known:
+    if planner.is_speed_known:
         yield from planner.strategies_by_speed(least_sharded_first)
     else:
         yield from planner.strategies_by_sharding(least_sharded_first)
@@ -271,7 +277,8 @@ class StrategyCost(NamedTuple):
     """A strategy, and what its step costs with the best micro-batch."""
 
     strategy: StrategyConfig
-    cost: PlannedChoice
+    best_choice: PlannedChoice
+    """The memory and speed of the best micro-batch."""
 
 
 class SimulatedStrategies(NamedTuple):
@@ -281,7 +288,7 @@ class SimulatedStrategies(NamedTuple):
     """Those that fit in memory."""
     too_large: list[StrategyCost]
     """Those that do not."""
-    unplanned: list[StrategyProposal]
+    not_simulated: list[StrategyProposal]
     """Those that cannot be simulated, with the reason."""
 
 
@@ -303,7 +310,7 @@ class Planner:
         """The micro-batch that the user set; None for `batch.micro=auto`."""
 
     @property
-    def rates_known(self) -> bool:
+    def is_speed_known(self) -> bool:
         """Whether the speed of the device is known, so that seconds of a step can be estimated."""
         card = self.devices.card
         return card is not None and card.tflops(self.precision) > 0
@@ -315,13 +322,15 @@ class Planner:
         needs least memory. Each is simulated with every mode of recomputation that is open, without recomputation first.
         """
         available_gib = self.devices.memory_gib
-        unplanned_by_name: dict[str, StrategyProposal] = {}  # a strategy that fails with several modes is proposed once
+        # By name, because a strategy that fails with several modes is proposed once.
+        not_simulated_by_name: dict[str, StrategyProposal] = {}
         too_large: list[tuple[float, StrategyConfig]] = []
         for mode in self.recomputation_modes:
             for strategy in strategies:
                 cost_model = self.simulate_cost_model(strategy, mode)
-                if isinstance(cost_model, str):
-                    unplanned_by_name[str(strategy.name)] = StrategyProposal(strategy, f"not planned: {cost_model}")
+                if isinstance(cost_model, NotSimulated):
+                    proposal = StrategyProposal(strategy, f"not planned: {cost_model.reason}")
+                    not_simulated_by_name[str(strategy.name)] = proposal
                     continue
                 planned_gib = needed_device_gib(cost_model, self.user_micro_batch or 1, self.lengths, available_gib)
                 if planned_gib > available_gib:
@@ -331,7 +340,7 @@ class Planner:
                 yield StrategyProposal(
                     strategy, f"{memory}; this device's rates are not known: of what fits it shards least"
                 )
-        yield from unplanned_by_name.values()
+        yield from not_simulated_by_name.values()
         if too_large:
             planned_gib, strategy = min(too_large, key=lambda gib_and_strategy: gib_and_strategy[0])
             yield StrategyProposal(strategy, f"planned {planned_gib:.2f} of {available_gib:.2f} GiB, the least of all")
@@ -344,16 +353,18 @@ class Planner:
         """
         assert self.devices.card is not None
         simulated = self._simulate_all(strategies)
-        for strategy, cost in sorted(simulated.fitting, key=lambda fitting: -fitting.cost.tokens_per_s):
-            speed = f"{cost.tokens_per_s:,.0f} tokens/s on {self.devices.card.name}"
+        for strategy, choice in sorted(simulated.fitting, key=lambda fitting: -fitting.best_choice.tokens_per_s):
+            speed = f"{choice.tokens_per_s:,.0f} tokens/s on {self.devices.card.name}"
             # A strategy is only asked for after all faster ones ran out of memory.
             yield StrategyProposal(
-                strategy, f"planned {_gib_text(cost)} GiB and {speed}: the fastest of what fits and was not tried"
+                strategy, f"planned {_gib_text(choice)} GiB and {speed}: the fastest of what fits and was not tried"
             )
-        yield from simulated.unplanned
+        yield from simulated.not_simulated
         if simulated.too_large:
-            strategy, cost = max(simulated.too_large, key=lambda too_large: too_large.cost.memory_fit.margin_bytes)
-            yield StrategyProposal(strategy, f"planned {_gib_text(cost)} GiB, the least of all")
+            strategy, choice = max(
+                simulated.too_large, key=lambda too_large: too_large.best_choice.memory_fit.margin_bytes
+            )
+            yield StrategyProposal(strategy, f"planned {_gib_text(choice)} GiB, the least of all")
 
     def _simulate_all(self, strategies: list[StrategyConfig]) -> SimulatedStrategies:
         """Simulate every strategy with every mode of recomputation that is open, several at a time."""
@@ -363,25 +374,28 @@ class Planner:
         with ThreadPoolExecutor(threads) as pool:
             cost_models = list(pool.map(self.simulate_cost_model, *zip(*combinations, strict=True)))
 
-        simulated = SimulatedStrategies([], [], [])
+        simulated = SimulatedStrategies(fitting=[], too_large=[], not_simulated=[])
         for (strategy, mode), cost_model in zip(combinations, cost_models, strict=True):
-            if isinstance(cost_model, str):  # why the strategy cannot be simulated
-                simulated.unplanned.append(StrategyProposal(strategy, f"not planned: {cost_model}"))
+            if isinstance(cost_model, NotSimulated):
+                simulated.not_simulated.append(StrategyProposal(strategy, f"not planned: {cost_model.reason}"))
                 continue
-            cost = self._best_choice(strategy, mode, cost_model)
-            group = simulated.fitting if cost.fits else simulated.too_large
-            group.append(StrategyCost(strategy, cost))
+            choice = self._best_choice(strategy, mode, cost_model)
+            group = simulated.fitting if choice.fits else simulated.too_large
+            group.append(StrategyCost(strategy, choice))
         return simulated
 
-    def simulate_cost_model(self, strategy: StrategyConfig, mode: ActivationCheckpointing) -> CostModel | str:
-        """The cost model of a step under a strategy, simulated in a process of its own; a text if it cannot be simulated: why."""
+    def simulate_cost_model(self, strategy: StrategyConfig, mode: ActivationCheckpointing) -> CostModel | NotSimulated:
+        """The cost model of a step under a strategy, simulated in a process of its own, or why it cannot be simulated.
+
+        It is for every micro-batch, so a configuration with micro-batches of one document is simulated.
+        """
         devices = self.devices
         config = replace(self.config, strategy=strategy, batch={**self.config.batch, "micro": 1}, substitutions={})
         step_config = single_step_config(config, devices.world_size, mode_if_auto=mode)
         step_config = replace(step_config, precision=self.precision)
-        longest_sequence = int(self.lengths.longest[0]) // self.lengths.sequences_per_unit
+        longest_sequence = int(self.lengths.longest[0]) // self.lengths.sequences_per_sample
         arguments = (step_config, longest_sequence, devices.rank_counts, devices.kind)
-        cost_model: CostModel | str = call_in_process(try_simulate_cost_model, arguments, self.timeout_s)
+        cost_model: CostModel | NotSimulated = call_in_process(try_simulate_cost_model, arguments, self.timeout_s)
         return cost_model
 
     def _best_choice(
@@ -400,9 +414,10 @@ class Planner:
             global_batch=self.config.batch["global"],
             document_lengths=self.lengths,
         )
-        variant = RunVariant(replace(self.config, strategy=replace(strategy, activation_checkpointing=mode)), ())
-        candidates = micro_batches(job, self.user_micro_batch, self.config.parallel.sequence)
-        if cost_model.needs_single_rows:
+        variant_config = replace(self.config, strategy=replace(strategy, activation_checkpointing=mode))
+        variant = RunVariant(variant_config, overrides=())  # there is no command line to add to
+        candidates = candidate_micro_batches(job, self.user_micro_batch, self.config.parallel.sequence)
+        if cost_model.needs_single_rows:  # it computes correctly only if a batch has one row
             candidates = [1]
         best, *_ = order_choices(variant, cost_model, job, candidates)
         return best

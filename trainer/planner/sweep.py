@@ -10,45 +10,43 @@ from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from strategies.errors import ConfigError
 from strategies.parent_death import die_with_parent
 from trainer.config.parallel import dp_size_of
 from trainer.config.run import RunConfig
 from trainer.planner.cost_model import CostModel
-from trainer.planner.fit_check import strategy_for_simulation, why_not_simulated
+from trainer.planner.fit_check import NotSimulated, strategy_for_simulation, why_not_simulated
 from trainer.planner.hardware import MemoryFit
-from trainer.planner.plan import (
-    PlanConfig,
-    PlannedChoice,
-    PlannedJob,
-    RunVariant,
-    micro_batches,
-    order_choices,
-    plan_choice,
-)
+from trainer.planner.plan import PlannedChoice, PlannedJob, candidate_micro_batches, order_choices, plan_choice
+from trainer.planner.variants import PlanConfig, RefusedVariant, RunVariant, RunVariants
 
 ProgressCallback = Callable[[int, int, str], None]
 """Called with (variants done, all variants, the overrides of the one that is done)."""
-WORKER_KILLED = "its simulation was killed; the host may lack memory, set plan.workers=1"
+WORKER_KILLED = NotSimulated("its simulation was killed; the host may lack memory, set plan.workers=1")
 
 
 @dataclass(frozen=True, slots=True)
 class PlanAnswer:
-    """Every variant with its best micro-batch, in order: those that fit, the fastest first; then those that do not."""
+    """What a plan found: the choices (a variant of the run with a micro-batch), and the variants that were refused.
+
+    Choices are in order: those that fit, the fastest first; then those that do not, the one that lacks least memory first.
+    """
 
     planned_run: PlannedJob
+    """The run that was planned: its ranks, GPU and batch."""
     best_choices: list[PlannedChoice]
-    """The best choice of each variant."""
+    """The best choice of each variant, in order."""
     all_choices: list[PlannedChoice]
-    """Every micro-batch of every variant."""
-    unsupported_variants: list[tuple[RunVariant, str]]
-    """Ways that were ruled out or could not be simulated, and why."""
+    """Every micro-batch of every variant, in order."""
+    refused_variants: list[RefusedVariant]
+    """Variants that were ruled out or could not be simulated."""
     cost_model: CostModel
-    """That of the first in order, for what is known of the model."""
+    """That of the first choice, for what is known of the model."""
     worst_imbalance_fit: MemoryFit | None = None
-    """The memory of the best way, or of the smallest one if none fits, where all rows of a layer go to the experts of one rank;
-    None if it does not distribute experts."""
+    """The memory of the first choice if all rows of a layer went to the experts of one rank; None if it does not distribute
+    experts."""
 
     @property
     def fastest_fitting_choice(self) -> PlannedChoice | None:
@@ -57,75 +55,87 @@ class PlanAnswer:
 
 
 def plan_variants(
-    variants: list[RunVariant],
-    refused: list[tuple[RunVariant, str]],
+    variants: RunVariants,
     job: PlannedJob,
-    micro: int | None,
+    requested_micro_batch: int | None,
     settings: PlanConfig,
     on_progress: ProgressCallback,
 ) -> PlanAnswer:
-    """Simulate each of `variants`, and order them by memory and speed.
+    """Simulate each of `variants.possible`, and order their choices by memory and speed.
 
-    `refused`: variants that were ruled out before, and why. `job`: ranks, card and batch of the run. `micro`: the micro-batch on
-    the command line; None plans for all. Raises ConfigError if no variant could be simulated.
+    `job`: ranks, GPU and batch of the run. `requested_micro_batch`: that on the command line; None plans for all. Raises
+    ConfigError if no variant could be simulated.
     """
-    # How many micro-batches of a step to simulate. Two are enough to tell the last one from the others.
-    micros_by_variant = [micro_batches(job, micro, variant.config.parallel.sequence) for variant in variants]
+    refused = list(variants.refused)
+    planned: list[_PlannedVariant] = []
+    micro_batches_by_variant = []
     accumulations = []
-    for variant, micros in zip(variants, micros_by_variant, strict=True):
-        dp_size = dp_size_of(variant.config, job.world_size)
-        accumulations.append(2 if job.global_batch // (dp_size * micros[0]) > 1 else 1)
-    cost_models = simulate_variants(variants, job, accumulations, settings, on_progress)
-
-    # Rank the micro-batches of each variant; a variant that cannot be simulated is refused.
-    all_refused = list(refused)
-    planned: list[tuple[CostModel, list[PlannedChoice]]] = []
-    for variant, cost_model, micros in zip(variants, cost_models, micros_by_variant, strict=True):
-        if isinstance(cost_model, str):
-            all_refused.append((variant, cost_model))
+    for variant in variants.possible:
+        micro_batches = candidate_micro_batches(job, requested_micro_batch, variant.config.parallel.sequence)
+        micro_batches_by_variant.append(micro_batches)
+        num_micro_batches = job.global_batch // (dp_size_of(variant.config, job.world_size) * micro_batches[0])
+        accumulations.append(min(2, num_micro_batches))  # two tell the last micro-batch from the others
+    cost_models = simulate_variants(variants.possible, job, accumulations, settings, on_progress)
+    for variant, cost_model, micro_batches in zip(
+        variants.possible, cost_models, micro_batches_by_variant, strict=True
+    ):
+        if isinstance(cost_model, NotSimulated):
+            refused.append(RefusedVariant(variant, cost_model.reason))
         else:
-            planned.append((cost_model, order_choices(variant, cost_model, job, micros, settings.theirs)))
+            choices = order_choices(variant, cost_model, job, micro_batches, settings.theirs)
+            planned.append(_PlannedVariant(cost_model, choices))
     if not planned:
-        reasons = {reason for _, reason in all_refused}
-        if len(reasons) == 1:
-            raise ConfigError([*reasons])
-        raise ConfigError([f"{' '.join(variant.overrides)}: {reason}" for variant, reason in all_refused])
+        raise ConfigError(_problems_of_refused(refused))
 
-    # Order the variants by their best choices.
-    all_choices = [choice for _, choices in planned for choice in choices]
-    planned.sort(key=lambda model_and_choices: _rank_key(model_and_choices[1][0]))
+    all_choices = [choice for planned_variant in planned for choice in planned_variant.choices]
+    planned.sort(key=lambda planned_variant: _rank_key(planned_variant.choices[0]))
     return PlanAnswer(
         planned_run=job,
-        best_choices=[choices[0] for _, choices in planned],
+        best_choices=[planned_variant.choices[0] for planned_variant in planned],
         all_choices=sorted(all_choices, key=_rank_key),
-        unsupported_variants=all_refused,
-        cost_model=planned[0][0],
+        refused_variants=refused,
+        cost_model=planned[0].cost_model,
     )
+
+
+class _PlannedVariant(NamedTuple):
+    """What a plan found of one variant."""
+
+    cost_model: CostModel
+    choices: list[PlannedChoice]
+    """Its micro-batches, the best first."""
+
+
+def _problems_of_refused(refused: list[RefusedVariant]) -> list[str]:
+    """The reasons why no variant can be planned: a single one if it is that of all, else each with the variant's settings."""
+    reasons = {reason for _, reason in refused}
+    if len(reasons) == 1:
+        return [*reasons]
+    return [f"{' '.join(variant.overrides)}: {reason}" for variant, reason in refused]
 
 
 def with_further_variants(
     answer: PlanAnswer,
-    variants: list[RunVariant],
-    refused: list[tuple[RunVariant, str]],
+    further_variants: RunVariants,
     job: PlannedJob,
-    micro: int | None,
+    requested_micro_batch: int | None,
     settings: PlanConfig,
     on_progress: ProgressCallback,
 ) -> PlanAnswer:
-    """`answer`, in which nothing fits, with further `variants` simulated and added; other arguments: see `plan_variants`.
+    """`answer`, in which nothing fits, with `further_variants` simulated and added; other arguments: see `plan_variants`.
 
     If none of the further variants can be simulated, they are listed as refused.
     """
     try:
-        further = plan_variants(variants, refused, job, micro, settings, on_progress)
+        further = plan_variants(further_variants, job, requested_micro_batch, settings, on_progress)
     except ConfigError as error:
-        not_simulated = [(variant, error.problems[0]) for variant in variants]
-        return replace(answer, unsupported_variants=[*answer.unsupported_variants, *refused, *not_simulated])
+        not_simulated = [RefusedVariant(variant, error.problems[0]) for variant in further_variants.possible]
+        return replace(answer, refused_variants=[*answer.refused_variants, *further_variants.refused, *not_simulated])
     return replace(
         further,
         best_choices=sorted([*answer.best_choices, *further.best_choices], key=_rank_key),
         all_choices=sorted([*answer.all_choices, *further.all_choices], key=_rank_key),
-        unsupported_variants=[*answer.unsupported_variants, *further.unsupported_variants],
+        refused_variants=[*answer.refused_variants, *further.refused_variants],
     )
 
 
@@ -140,20 +150,21 @@ def with_worst_imbalance(answer: PlanAnswer, settings: PlanConfig) -> PlanAnswer
     if expert_ranks == 1:
         return answer
     job = replace(answer.planned_run, expert_imbalance=float(expert_ranks), imbalance_measured_over=None)
-    accumulation = min(2, choice.accumulation)
     variant = choice.variant
     if choice.defers_reduction is not None:
+        # The choice must stay as it was planned: without the setting, `plan_choice` would decide again by memory.
         strategy = replace(variant.config.strategy, defer_sync=choice.defers_reduction)  # type: ignore[call-arg]
         variant = replace(variant, config=replace(variant.config, strategy=strategy))
+    accumulation = min(2, choice.accumulation)  # more micro-batches hold no more memory
     (cost_model,) = simulate_variants([variant], job, [accumulation], settings, lambda *_: None)
-    if isinstance(cost_model, str):
+    if isinstance(cost_model, NotSimulated):
         return answer
-    worst = plan_choice(variant, cost_model, job, choice.micro_batch)
-    return replace(answer, worst_imbalance_fit=worst.memory_fit)
+    worst_choice = plan_choice(variant, cost_model, job, choice.micro_batch)
+    return replace(answer, worst_imbalance_fit=worst_choice.memory_fit)
 
 
 def _rank_key(choice: PlannedChoice) -> tuple[bool, float]:
-    """Those that fit first, the fastest first; then those that do not, the one that lacks least memory first."""
+    """The key by which choices are sorted: those that fit first, the fastest first; then those that lack least memory first."""
     if choice.fits:
         return False, -choice.tokens_per_s
     return True, -choice.memory_fit.margin_bytes
@@ -165,14 +176,11 @@ def simulate_variants(
     accumulations: list[int],
     settings: PlanConfig,
     on_progress: ProgressCallback,
-) -> list[CostModel | str]:
-    """The cost model of each variant, or a text that says why it cannot be simulated. Each is simulated in a worker process.
+) -> list[CostModel | NotSimulated]:
+    """The cost model of each variant, or why it cannot be simulated. Each is simulated in a worker process.
 
     `accumulations`: how many micro-batches of a step to simulate, for each variant. `on_progress` is called after each variant.
     """
-    length = int(job.document_lengths.longest[0])
-    cost_models: list[CostModel | str] = [""] * len(variants)
-    workers = settings.workers or len(os.sched_getaffinity(0))
     # Import and build once here, before the workers are forked: otherwise each of them would do it.
     import trainer.planner.simulation  # noqa: F401
     from trainer.planner.model_blocks import block_pattern
@@ -180,30 +188,44 @@ def simulate_variants(
     for variant in variants:
         block_pattern(variant.config.model)
     gc.freeze()  # the workers collect garbage often, and need not search the objects that exist now
-    context = multiprocessing.get_context("fork")
-    process_count = min(workers, max(1, len(variants)))
+    workers = settings.workers or len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(
-        process_count, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)
+        max_workers=min(workers, max(1, len(variants))),
+        mp_context=multiprocessing.get_context("fork"),
+        initializer=_start_worker,
+        initargs=(os.getpid(),),
     ) as pool:
         # The slowest simulations first, so that no worker is busy alone at the end.
         slowest_first = sorted(range(len(variants)), key=lambda index: -_duration_rank(variants[index]))
-        index_by_future: dict[Future[CostModel | str], int] = {}
+        index_by_future: dict[Future[CostModel | NotSimulated], int] = {}
         for index in slowest_first:
-            config = variants[index].config
-            future = pool.submit(_simulate, config, length, accumulations[index], job, settings.exact)
+            future = pool.submit(_simulate, variants[index].config, accumulations[index], job, exact=settings.exact)
             index_by_future[future] = index
         try:
-            for done, future in enumerate(as_completed(index_by_future), 1):
-                index = index_by_future[future]
-                try:
-                    cost_models[index] = future.result()
-                except BrokenProcessPool:  # a worker was killed, and the pool stops all others
-                    cost_models[index] = WORKER_KILLED
-                on_progress(done, len(variants), " ".join(variants[index].overrides))
+            return _collect_cost_models(variants, index_by_future, on_progress)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return cost_models
+
+
+def _collect_cost_models(
+    variants: list[RunVariant],
+    index_by_future: dict[Future[CostModel | NotSimulated], int],
+    on_progress: ProgressCallback,
+) -> list[CostModel | NotSimulated]:
+    """Wait for all simulations; returns their results in the order of `variants`, and reports each when it is done.
+
+    `index_by_future`: the index of the variant that each future simulates.
+    """
+    results: dict[int, CostModel | NotSimulated] = {}
+    for num_done, future in enumerate(as_completed(index_by_future), 1):
+        index = index_by_future[future]
+        try:
+            results[index] = future.result()
+        except BrokenProcessPool:  # a worker was killed, and the pool stops all others
+            results[index] = WORKER_KILLED
+        on_progress(num_done, len(variants), " ".join(variants[index].overrides))
+    return [results[index] for index in range(len(variants))]
 
 
 def _duration_rank(variant: RunVariant) -> int:
@@ -213,22 +235,23 @@ def _duration_rank(variant: RunVariant) -> int:
     return 1 if variant.name.startswith("zero") else 0
 
 
-def _start_worker(parent: int) -> None:
+def _start_worker(parent_pid: int) -> None:
     """Prepare a new worker process: it ends with its parent, computes on one core, and drops what libraries print."""
     import torch
 
-    die_with_parent(parent)
+    die_with_parent(parent_pid)
     torch.set_num_threads(1)
     sys.stdout.flush()
+    # The answer may be JSON on standard output, and the progress is a line on standard error.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
 
 
-def _simulate(config: RunConfig, length: int, accumulation: int, job: PlannedJob, exact: bool) -> CostModel | str:
-    """The cost model of a variant, or a text that says why it cannot be simulated. Runs in a worker process.
+def _simulate(config: RunConfig, accumulation: int, job: PlannedJob, *, exact: bool) -> CostModel | NotSimulated:
+    """The cost model of a variant, or why it cannot be simulated. Runs in a worker process.
 
-    `length`: tokens of the longest unit (a document, or both of a pair). `accumulation`: micro-batches to simulate.
+    `accumulation`: micro-batches to simulate. With `exact` the whole model is simulated, not two shallow ones.
     """
     from trainer.planner.simulation import simulate_cost_model_of_run
 
@@ -237,11 +260,11 @@ def _simulate(config: RunConfig, length: int, accumulation: int, job: PlannedJob
     gc.freeze()
     # Reductions in the last micro-batch alone are computed afterwards from this cost model (`with_deferred_reduction`).
     config = replace(config, strategy=strategy_for_simulation(config.strategy), precision=job.precision)
-    sequences_per_unit = job.document_lengths.sequences_per_unit
+    lengths = job.document_lengths
     try:
         return simulate_cost_model_of_run(
             config,
-            length // sequences_per_unit,
+            length=int(lengths.longest[0]) // lengths.sequences_per_sample,
             accumulation=accumulation,
             world_size=job.world_size,
             local_world_size=job.ranks_per_node,
@@ -249,6 +272,6 @@ def _simulate(config: RunConfig, length: int, accumulation: int, job: PlannedJob
             expert_imbalance=job.imbalance_over(config.parallel.experts),
         )
     except ConfigError as error:
-        return error.problems[0]
+        return NotSimulated(error.problems[0])
     except Exception as error:  # noqa: BLE001 - whatever an architecture does that cannot be simulated is told, not raised
-        return why_not_simulated(error)
+        return NotSimulated(why_not_simulated(error))

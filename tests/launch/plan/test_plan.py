@@ -19,7 +19,7 @@ from launch.plan.answer import (
     cards_text,
     format_dollars,
     memory_savings_text,
-    refused_ways_by_reason,
+    refused_variants_by_reason,
 )
 from launch.plan.command import SHIPPED_CARD_NAMES, compose_planned_run, read_plan_request
 from launch.plan.job import planned_run_of
@@ -36,8 +36,9 @@ from trainer.model.config import Quantisation
 from trainer.model.loading import load_tokenizer
 from trainer.planner import plan as plan_module
 from trainer.planner import sweep
+from trainer.planner.cost_model import CollectiveKind, CollectiveTiming, CollectiveTotal, MicroBatchWork
 from trainer.planner.lengths import DocumentLengths
-from trainer.planner.plan import PlanConfig, PlannedJob, RunVariant, micro_batches, order_choices, run_variants
+from trainer.planner.plan import PlannedJob, candidate_micro_batches, order_choices
 from trainer.planner.simulation import simulate_depth
 from trainer.planner.speed import (
     COLLECTIVE_LATENCY_S,
@@ -48,6 +49,7 @@ from trainer.planner.speed import (
     ring_bytes_per_s,
 )
 from trainer.planner.sweep import PlanAnswer
+from trainer.planner.variants import PlanConfig, RunVariant, run_variants
 from trainer.reporting.gpu_peaks import PEAK_TFLOPS
 
 FIGURES = ("memory_gib", "fp32_tflops", "memory_gb_s", "link_gb_s", "node_gb_s", "host_gb_s", "price_per_hour")
@@ -312,7 +314,7 @@ def test_plan_shows_separately_what_another_trainer_holds(capsys, model):
     assert theirs[2]["parts"].items() >= {"weights": 2 * size, "moments": 4 * size}.items()
 
 
-def killed(config, *asked):
+def killed(config, *asked, **exact):
     """What the kernel does to a process where memory is short."""
     if config.strategy.name == "zero2":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -366,7 +368,7 @@ def test_gradients_that_wait_lie_among_the_ranks_of_a_replica(monkeypatch, name,
     """As the mesh has it (tests/strategies/test_mesh.py): a plan that knew better would promise room that is not there."""
 
     class RowsAlone:
-        units_are_rows = True
+        size_is_in_rows = True
 
         def memory_peak_at(self, units):
             return None
@@ -384,10 +386,10 @@ def test_gradients_that_wait_lie_among_the_ranks_of_a_replica(monkeypatch, name,
 
 def test_micro_batches_divide_the_part_of_a_rank():
     card = read_plan_request(["hardware=l4"]).card
-    assert micro_batches(job(card, batch=96), None) == [1, 2, 3, 4, 6, 12]
-    assert micro_batches(job(card, batch=96), 4) == [4]
-    assert micro_batches(job(card, batch=96), 5) == []
-    assert micro_batches(job(card, batch=10), None) == micro_batches(job(card, batch=4), 1) == []
+    assert candidate_micro_batches(job(card, batch=96), None) == [1, 2, 3, 4, 6, 12]
+    assert candidate_micro_batches(job(card, batch=96), 4) == [4]
+    assert candidate_micro_batches(job(card, batch=96), 5) == []
+    assert candidate_micro_batches(job(card, batch=10), None) == candidate_micro_batches(job(card, batch=4), 1) == []
 
 
 def test_plan_rows_name_all_settings_stored_otherwise(model):
@@ -404,7 +406,7 @@ def test_plan_rows_name_all_settings_stored_otherwise(model):
     }
     form = SimpleNamespace(num_parameters=1, num_trained_parameters=1, layout="padded", notes=())
     answer = PlanAnswer(job(card), [], [], [(way, "too odd") for way in found], form)
-    assert refused_ways_by_reason(answer)["too odd"].count(", none, offload+nf4") == 1
+    assert refused_variants_by_reason(answer)["too odd"].count(", none, offload+nf4") == 1
 
 
 def test_a_small_job_costs_less_than_a_cent_on_one_card():
@@ -456,16 +458,20 @@ class Form:
     num_blocks, accumulation, update_bytes, host_bytes = 4, 2, 0.0, 0
     token_all_to_alls = ()
     collective_totals = {  # noqa: RUF012 - never changed
-        ("allgather_base", 8, 1, "bfloat16", "each"): (4, 8_000_000_000),
-        ("allgather_base", 8, 1, "bfloat16", "last"): (4, 8_000_000_000),
-        ("allreduce", 8, 1, "float32", "update"): (1, 8),
+        CollectiveKind("allgather_base", 8, 1, "bfloat16", CollectiveTiming.each_micro_batch): CollectiveTotal(
+            4, 8 * 10**9
+        ),
+        CollectiveKind("allgather_base", 8, 1, "bfloat16", CollectiveTiming.last_micro_batch): CollectiveTotal(
+            4, 8 * 10**9
+        ),
+        CollectiveKind("allreduce", 8, 1, "float32", CollectiveTiming.update): CollectiveTotal(1, 8),
     }
 
     def __init__(self, flops):
         self.flops = flops
 
     def micro_batch_work(self, units, squares):
-        return self.flops, 0.0, 0.0
+        return MicroBatchWork(self.flops, moved_bytes=0.0, host_copy_bytes=0.0)
 
 
 def test_plan_hides_exchange_behind_arithmetic_where_there_is_enough():
@@ -474,9 +480,9 @@ def test_plan_hides_exchange_behind_arithmetic_where_there_is_enough():
     inside, after = collective_seconds(Form(0.0), 4, card)
     assert inside == pytest.approx(4 * one) and after == pytest.approx(COLLECTIVE_LATENCY_S, rel=1e-3)
     slow = estimate_step_time(Form(1e15), MicroBatchLoad(1, 1, 4), card, Precision.bf16, ranks_per_node=8)
-    assert slow.exposed_s == pytest.approx(inside / 16 + after)
+    assert slow.exposed_communication_s == pytest.approx(inside / 16 + after)
     fast = estimate_step_time(Form(1e9), MicroBatchLoad(1, 1, 4), card, Precision.bf16, ranks_per_node=8)
-    assert fast.exposed_s == pytest.approx(inside + after, rel=0.02)
+    assert fast.exposed_communication_s == pytest.approx(inside + after, rel=0.02)
     assert fast.total_s < slow.total_s
 
 

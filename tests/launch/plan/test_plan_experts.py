@@ -17,7 +17,8 @@ from tests.helpers.tokenizers import write_chat_data
 from trainer.planner.dealt_experts import with_expert_parallelism
 from trainer.planner.hardware import find_card
 from trainer.planner.lengths import DocumentLengths
-from trainer.planner.plan import PlanConfig, PlannedJob, run_variants, with_imbalance
+from trainer.planner.plan import PlannedJob, with_imbalance
+from trainer.planner.variants import PlanConfig, run_variants
 from trainer.reporting.run_record import RunOutcome, RunRecord
 
 WORDS = ["data.max_length=64", "hardware=h100_80g", "launcher.gpus_per_node=4", "strategy=fsdp2", "batch.micro=1"]
