@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from strategies.base import Engine, Precision
 from strategies.expert_share import expert_share_of_parameter
@@ -86,25 +87,28 @@ class RunParts:
     resumed_from: Path | None
 
 
-def build_run_record(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) -> RunRecord:
+def build_run_record(config: RunConfig, checked_facts: Mapping[str, Any], run_parts: RunParts) -> RunRecord:
     """The record that becomes `run.json` before the first step, with a prediction of the run's cost. All ranks must call.
 
-    `checked`: fields of the record that were known before the model was built.
+    `checked_facts`: fields of the record that were known before the model was built.
     """
-    record = _run_record_without_prediction(config, checked, run_parts)
+    record = _run_record_without_prediction(config, checked_facts, run_parts)
     built = run_parts.built
     runtime = run_parts.runtime
     prediction = predicted_cost(built, record, str(config.optim.name), device_memory_gib(runtime))
     loader = run_parts.loader
+    # A unit is what a batch counts: a document, a pack, or a pair of answers.
     tokens_per_micro_batch = float(loader.unit_tokens.mean()) * config.batch["micro"]
     prediction.exchanged_bytes = expected_bytes_by_collective(
         built, config.strategy, run_parts.precision, runtime, loader.accumulation, tokens_per_micro_batch
     )
-    record.receipt = Receipt(predicted=prediction)
+    record.receipt = Receipt(predicted=prediction)  # what was measured is added at the end of training
     return record
 
 
-def _run_record_without_prediction(config: RunConfig, checked: Mapping[str, Any], run_parts: RunParts) -> RunRecord:
+def _run_record_without_prediction(
+    config: RunConfig, checked_facts: Mapping[str, Any], run_parts: RunParts
+) -> RunRecord:
     """The record of a run as it is built, without the prediction of its cost. All ranks must call."""
     runtime = run_parts.runtime
     precision = run_parts.precision
@@ -172,7 +176,7 @@ def _run_record_without_prediction(config: RunConfig, checked: Mapping[str, Any]
         git_revision=code_revision(),
         slurm_job_id=os.environ.get("SLURM_JOB_ID"),
         command=Path(sys.argv[0]).name,
-        **checked,
+        **checked_facts,
     )
 
 
@@ -195,9 +199,9 @@ def _packed_weight_facts(source: WeightSource, runtime: Runtime) -> dict[str, An
     cache = source.checkpoint.packed_cache
     if cache is None:
         return None
-    by_rank = gather_objects((cache.num_packed, cache.reason_not_cached), runtime)
-    packed_now = [packed for packed, _ in by_rank]
-    reasons = [reason for _, reason in by_rank if reason]
+    packed_and_reason_by_rank = gather_objects((cache.num_packed, cache.reason_not_cached), runtime)
+    packed_now = [packed for packed, _ in packed_and_reason_by_rank]
+    reasons = [reason for _, reason in packed_and_reason_by_rank if reason]
     return {
         "directory": str(cache.directory),
         "bytes": cache.total_bytes,
@@ -212,10 +216,11 @@ def _unused_weight_facts(source: WeightSource) -> dict[str, Any] | None:
     `weights`: how many. `first`: the names of the first five. `kept_in_export`: how many of them a whole export copies.
     """
     conversions = source.checkpoint.conversions
-    unused = conversions.left_out()
-    if not unused:
+    unused_names = conversions.left_out()
+    if not unused_names:
         return None
-    return {"weights": len(unused), "first": unused[:5], "kept_in_export": len(conversions.carried())}
+    copied_names = conversions.carried()
+    return {"weights": len(unused_names), "first": unused_names[:5], "kept_in_export": len(copied_names)}
 
 
 def _substitutions(
@@ -228,6 +233,7 @@ def _substitutions(
     substitutions = {**config.substitutions, **model_substitutions}
     if config.precision is Precision.auto:
         substitutions["precision"] = f"auto -> {precision} (on {runtime.device.type})"
+    # Only `auto` leaves such a note, here or in the launcher. On GPUs it means bf16, unless one of them cannot compute in it.
     if "precision" in substitutions and runtime.device.type == "cuda" and precision is not Precision.bf16:
         substitutions["precision"] = f"auto -> {precision} (not all GPUs of this run have bf16 in hardware)"
     if runtime.matmul is None:  # on GPUs; an earlier start may have been on CPUs
@@ -243,44 +249,60 @@ def _substitutions(
 def model_flops_per_token(built: BuiltModel, mean_length: float, answer_share: float) -> float:
     """Floating-point operations of the model for one token, forward and backward.
 
-    `mean_length`: tokens of a document. In an encoder-decoder model, each side processes its own tokens only: `answer_share`
-    of all are the decoder's. Of experts, only those that are chosen for a token compute.
+    `mean_length`: tokens of a document. `answer_share`: the share of all tokens that the decoder of an encoder-decoder model
+    processes.
     """
-    text_config = text_model_config(built.config)
-    width, blocks = width_and_num_blocks(built.base_on_meta)
-    experts_per_token = getattr(text_config, "num_experts_per_tok", None) or getattr(text_config, "moe_topk", None)
-    # Elements of weight matrices that one token is multiplied with: all, and those that are trained.
+    width, num_blocks = width_and_num_blocks(built.base_on_meta)
     matmul_elements = 0.0
-    trained_elements = 0.0
-    full_counts = num_elements_by_name(built.step_module)
+    trained_matmul_elements = 0.0
+    full_count_by_name = num_elements_by_name(built.step_module)
     for name, parameter in named_parameters(built.step_module):
-        base_name = built.tuning.base_name(name)
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the full shape beside an empty parameter
-        expert_share = expert_share_of_parameter(built.step_module, name)
-        if expert_share is not None:  # this rank has some of the experts only: count all of them
-            shape = expert_share.full_shape(shape)
-        if base_name in built.quantised_shapes:
-            shape = built.quantised_shapes[base_name]
-        is_lookup = base_name in built.vocabulary_parameters and not _multiplies_as_head(built, name)
+        shape = _full_shape(built, name, parameter)
+        is_lookup = built.tuning.base_name(name) in built.vocabulary_parameters and not _multiplies_as_head(built, name)
         if len(shape) < 2 or is_lookup:  # norms, biases and embedding look-ups multiply nothing
             continue
-        numel = float(full_counts[name])
-        if len(shape) == 3 and isinstance(experts_per_token, int):  # [experts, ...]
-            num_experts = shape[0]
-            numel *= min(experts_per_token, num_experts) / num_experts
-        if built.encoder_decoder is not None:
-            is_encoder = ".encoder." in f".{name}"
-            numel *= 1 - answer_share if is_encoder else answer_share
-        matmul_elements += numel
+        elements = _elements_per_token(built, name, shape, float(full_count_by_name[name]), answer_share)
+        matmul_elements += elements
         if parameter.requires_grad:
-            trained_elements += numel
+            trained_matmul_elements += elements
     return flops_per_token(
         matmul_parameters=round(matmul_elements),
-        trainable_matmul_parameters=round(trained_elements),
-        layers=blocks,
+        trainable_matmul_parameters=round(trained_matmul_elements),
+        layers=num_blocks,
         width=width,
         mean_length=mean_length,
     )
+
+
+def _full_shape(built: BuiltModel, name: str, parameter: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter before it was sharded, dealt to ranks or quantised."""
+    base_name = built.tuning.base_name(name)
+    if base_name in built.quantised_shapes:
+        return built.quantised_shapes[base_name]
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the full shape beside an empty parameter
+    expert_share = expert_share_of_parameter(built.step_module, name)
+    if expert_share is not None:  # this rank has some of the experts only: count all of them
+        shape = expert_share.full_shape(shape)
+    return tuple(shape)
+
+
+def _elements_per_token(
+    built: BuiltModel, name: str, shape: tuple[int, ...], num_elements: float, answer_share: float
+) -> float:
+    """How many of a matrix's elements one token is multiplied with, on average over the tokens of both sides.
+
+    - Of experts, `[experts, ...]`: those of the experts that are chosen for a token.
+    - Of an encoder-decoder model: each side processes its own tokens only, the decoder `answer_share` of all.
+    """
+    text_config = text_model_config(built.config)
+    experts_per_token = getattr(text_config, "num_experts_per_tok", None) or getattr(text_config, "moe_topk", None)
+    if len(shape) == 3 and isinstance(experts_per_token, int):
+        num_experts = shape[0]
+        num_elements *= min(experts_per_token, num_experts) / num_experts
+    if built.encoder_decoder is not None:
+        is_encoder = ".encoder." in f".{name}"
+        num_elements *= 1 - answer_share if is_encoder else answer_share
+    return num_elements
 
 
 def _multiplies_as_head(built: BuiltModel, name: str) -> bool:
@@ -389,7 +411,7 @@ _RESUME_ONLY_PROGRESS_KEYS = (
 
 
 def outcome_record(outcome: TrainingOutcome) -> RunOutcome:
-    """How training ended, as `run.json` has it."""
+    """How training ended, under the names that `run.json` has for it."""
     progress = outcome.progress.as_json()
     for key in _RESUME_ONLY_PROGRESS_KEYS:
         del progress[key]
@@ -412,7 +434,11 @@ def outcome_record(outcome: TrainingOutcome) -> RunOutcome:
 def model_facts(
     config: RunConfig, record: RunRecord, outcome: TrainingOutcome, step: int, tokens: int, run_dir: Path
 ) -> ModelFacts:
-    """The facts from which the documents of the exported model are written: its weights are of `step`, after `tokens`."""
+    """The facts from which the documents of the exported model are written.
+
+    Its weights are of the checkpoint of `step`, after training on `tokens` tokens. All are read from the run directory, but
+    `record` stands for its `run.json`, which is written later.
+    """
     ended_record = replace(
         record, outcome=outcome_record(outcome), energy=energy_of_run(run_dir), challenges=outcome.findings_by_detector
     )
