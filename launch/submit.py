@@ -27,7 +27,7 @@ from strategies.errors import ConfigError
 class SubmitArguments(VerbArguments):
     """What `shardtune submit` takes."""
 
-    settings: list[str] = forwarded_settings(unknown_flags=True)
+    settings: list[str] = forwarded_settings(forwards_unknown_flags=True)
     print_only: bool = flag("print the script of each job and stop", key="--print", aliases=("--dry-run",))
     as_json: bool = flag("print job ids, run directories and scripts as JSON", key="--json")
     shown_config: str | None = option(

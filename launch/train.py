@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 class TrainArguments(VerbArguments):
     """What `shardtune train` takes beside settings."""
 
-    settings: list[str] = forwarded_settings(unknown_flags=True)
+    settings: list[str] = forwarded_settings(forwards_unknown_flags=True)
     shown_config: str | None = option(
         "print the whole configuration (hydra: Hydra's own) and stop",
         key="--cfg",

@@ -44,9 +44,9 @@ class ArgumentSpec:
     """The key of another argument that must be typed too, or its beginning, as in `to=hub:`."""
     advice_if_missing: str = ""
     """What to do if it is not typed; empty: it may be left out."""
-    beginning: str = ""
-    """For settings: the arguments that begin with this are taken; empty: all."""
-    unknown_flags: bool = False
+    required_prefix: str = ""
+    """For settings: only the arguments that begin with this are taken, such as `serve.`; empty: all."""
+    forwards_unknown_flags: bool = False
     """For settings: whether flags that the verb does not know are handed on too."""
     choices: tuple[str, ...] = ()
     """All values that it takes. For an argument with dashes, the first one is meant if it stands alone, as in `--cfg`."""
@@ -67,7 +67,7 @@ def parse_value(text: str, annotation: Any, spec: ArgumentSpec | None = None) ->
     spec = spec or ArgumentSpec(kind="option", text="")
     if get_origin(annotation) in (Union, types.UnionType):
         (annotation,) = (member for member in get_args(annotation) if member is not type(None))
-        if text == "null" and annotation is not str:
+        if text == "null" and annotation is not str:  # as a text, `null` may be a name
             return None
     if get_origin(annotation) is list:
         (entry_type,) = get_args(annotation)

@@ -64,6 +64,7 @@ def shipped_choices_by_group() -> dict[str, list[str]]:
         choices = _choices_in(directory)
         if choices or directory.name == "local":  # `conf/local` is the user's and may be empty
             shipped[directory.name] = choices
+    # `model=llama3_8b` names a published model whose layer sizes are known (its shape), also without a file of settings.
     shipped[MODEL_GROUP] = sorted([*shipped[MODEL_GROUP], *shape_names()])
     return shipped
 

@@ -34,8 +34,8 @@ def keep_first_budget(config: RunConfig, earlier_config: RunConfig) -> None:
     Earlier versions took one of several budgets silently. Such a run is resumed with that budget, and a message on stderr names
     the others. `earlier_config`: the frozen configuration of the run. Does nothing if its budget is not among those typed.
     """
-    typed_budgets = _set_budget_by_name(config)
-    kept_budgets = _set_budget_by_name(earlier_config)
+    typed_budgets = _budgets_that_are_set(config)
+    kept_budgets = _budgets_that_are_set(earlier_config)
     if len(typed_budgets) < 2 or len(kept_budgets) != 1 or not kept_budgets.items() <= typed_budgets.items():
         return
     config.budget = earlier_config.budget
@@ -55,6 +55,6 @@ def _budget_overrides_text(budgets: dict[str, float]) -> str:
     return " ".join(f"budget.{name}={value:g}" for name, value in budgets.items())
 
 
-def _set_budget_by_name(config: RunConfig) -> dict[str, float]:
+def _budgets_that_are_set(config: RunConfig) -> dict[str, float]:
     """The budgets of a run that are set, by name: steps, epochs or tokens."""
     return {name: value for name, value in asdict(config.budget).items() if value is not None}

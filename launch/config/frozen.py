@@ -93,15 +93,17 @@ def rewrite_config_with_own_choices(run_dir: Path, config: RunConfig) -> None:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); is it still there?") from error
     # The comments in the head: who wrote the file, the hash, and the overrides.
     header = "".join(line for line in content.splitlines(keepends=True)[:3] if line[0] == "#")
-    recorded_hash = CONFIG_SHA256_REGEX.search(header)
-    # The file is loaded only if it must be, because that takes a tenth of a second.
-    if recorded_hash is not None and not _has_all_settings(path, content, config, recorded_hash[1]):
+    recorded_hash = CONFIG_SHA256_REGEX.search(
+        header
+    )  # of the settings that decide the run's result, as the file had them
+    # The file is loaded only if it must be, because that takes a tenth of a second. If it has all settings, its hash stays right.
+    if recorded_hash is not None and not _is_complete_and_unedited(path, content, config, recorded_hash[1]):
         header = header.replace(recorded_hash[1], config_sha256(load_frozen_config(path)))
     write_text_atomic(path, header + config_yaml(config))
 
 
-def _has_all_settings(path: Path, content: str, config: RunConfig, recorded_hash: str) -> bool:
-    """Whether the frozen file at `path` was not edited and lacks no setting that this version has.
+def _is_complete_and_unedited(path: Path, content: str, config: RunConfig, recorded_hash: str) -> bool:
+    """Whether a run's `config.yaml` at `path` was not edited and lacks no setting that this version has.
 
     `content`: the text of the file. `config`: the configuration of the same run in this version. `recorded_hash`: that in the
     head of the file. An edited file has another hash than the recorded one, a file that lacks settings another than `config`.
@@ -136,7 +138,7 @@ def load_frozen_config(path: Path | str) -> RunConfig:
             config.export.checkpoint = ExportedCheckpoint.last
         if isinstance(config.tuning, PrefixConfig) and "init" not in raw["tuning"]:
             config.tuning.init = PrefixInit.random
-        # The hash is of what the file says, because this version may have more settings.
+        # The hash is of what the file says, because this version may have more settings that decide the result.
         sha256 = _settings_sha256(_identifying_settings(raw))
     except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: not a configuration of this version ({' '.join(str(error).split())})") from error
@@ -180,7 +182,10 @@ def differing_settings(command_config: RunConfig, run_dir_config: RunConfig) -> 
 
 
 def _identifying_settings(tree: Any) -> dict[str, Any]:
-    """The settings that decide a run's result, as nested dictionaries. `tree`: those of a whole configuration."""
+    """The settings that decide a run's result, as nested dictionaries. `tree`: those of a whole configuration.
+
+    Their hash is the identity of the run and stands in its `config.yaml`, so a change here would make earlier runs other runs.
+    """
     identifying_tree = {key: value for key, value in tree.items() if key not in GROUPS_WITHOUT_EFFECT_ON_RESULT}
     # What was asked for, and not what the run has resolved `auto` to, because it is still the same run.
     identifying_tree["batch"] = {**tree["batch"], "micro": requested_micro_batch(tree["batch"], tree["substitutions"])}

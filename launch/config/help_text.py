@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import textwrap
 
-COLUMNS = 80
+TERMINAL_COLUMNS = 80
+USAGE_INDENT = 11
+"""Columns before the further lines of `usage: shardtune ...`."""
 TABLE_ROW_REGEX = re.compile(r"(?P<head> +\S.*?(?: {2,}|(?<==) ))(?P<text>\S.*)")
 """A line of a table: an indented word or more, a gap, and what it means. A group's `experiment=` may fill its column."""
 CONTINUED_ROW_REGEX = re.compile(r" {10,}\S")
@@ -13,7 +15,7 @@ CONTINUED_ROW_REGEX = re.compile(r" {10,}\S")
 COMMAND_REGEX = re.compile(r" +(\w+=\S+ )*(shardtune|torchrun|sbatch) ")
 MAX_UNBROKEN_COLUMNS = 60
 """Columns up to which what stands in brackets is kept in one line."""
-WIDEST_ALIGNED_HEAD = 36
+MAX_ALIGNED_HEAD_COLUMNS = 36
 """Columns of a row's head up to which its text begins in the same line."""
 
 
@@ -42,12 +44,12 @@ def _join_continued_lines(lines: list[str]) -> list[str]:
     previous = ""
     for line in lines:
         is_row_continued = CONTINUED_ROW_REGEX.match(line) and TABLE_ROW_REGEX.fullmatch(previous or " ")
-        is_paragraph_continued = len(previous) > COLUMNS and _is_prose(previous) and _is_prose(line)
+        is_paragraph_continued = len(previous) > TERMINAL_COLUMNS and _is_prose(previous) and _is_prose(line)
         if is_row_continued or is_paragraph_continued:
             blocks[-1] = f"{blocks[-1]} {line.strip()}"
         else:
             blocks.append(line)
-        if not is_row_continued:
+        if not is_row_continued:  # a row may go on for several lines, each of which is compared with its first
             previous = line
     return blocks
 
@@ -62,11 +64,11 @@ def _fold_block(block: str) -> list[str]:
 
     A row has a head (`batch.micro=4`) and a text in a column of its own; under a wide head the text starts on the next line.
     """
-    if len(block) <= COLUMNS:
+    if len(block) <= TERMINAL_COLUMNS:
         return [block.rstrip()]
     indent = len(block) - len(block.lstrip())
-    if block.startswith(("usage:", "       shardtune")):
-        return _fill(_unbreakable_pieces(block), indent=11)
+    if block.startswith(("usage:", "       shardtune")):  # a second line of usage is lined up with the first
+        return _fill(_unbreakable_pieces(block), indent=USAGE_INDENT)
     if COMMAND_REGEX.match(block):
         return _fold_command(block, indent)
     row = TABLE_ROW_REGEX.fullmatch(block)
@@ -74,7 +76,7 @@ def _fold_block(block: str) -> list[str]:
         hanging_indent = indent + 2 if indent else 0
         return _fill(_unbreakable_pieces(block), indent=hanging_indent)
     head = row["head"]
-    if len(head) > WIDEST_ALIGNED_HEAD:
+    if len(head) > MAX_ALIGNED_HEAD_COLUMNS:
         return [*_fold_block(head.rstrip()), *_indented_lines(row["text"])]
     # The head keeps its column: it is padded as one piece, less the blank that `_fill` puts behind it.
     padded_head = head.rstrip().ljust(len(head) - 1)
@@ -92,14 +94,14 @@ def _fold_command(block: str, indent: int) -> list[str]:
     is_synopsis = " [" in command
     line_end = "" if is_synopsis else " \\"
     pieces = _unbreakable_pieces(" " * indent + command)
-    lines = _fill(pieces, indent=indent + 4, width=COLUMNS - len(line_end))
+    lines = _fill(pieces, indent=indent + 4, width=TERMINAL_COLUMNS - len(line_end))
     continued_lines = [line + line_end for line in lines[:-1]]
     return [*continued_lines, lines[-1], *_indented_lines(meaning.strip())]
 
 
 def _indented_lines(text: str) -> list[str]:
     """The lines of a text that stands, indented by 6, below what it explains."""
-    return textwrap.wrap(text, COLUMNS, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return textwrap.wrap(text, TERMINAL_COLUMNS, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
 def _unbreakable_pieces(text: str) -> list[str]:
@@ -116,7 +118,7 @@ def _unbreakable_pieces(text: str) -> list[str]:
     return [indent + pieces[0], *pieces[1:]]
 
 
-def _fill(pieces: list[str], *, indent: int, width: int = COLUMNS) -> list[str]:
+def _fill(pieces: list[str], *, indent: int, width: int = TERMINAL_COLUMNS) -> list[str]:
     """The pieces in lines of at most `width` columns, all but the first line indented."""
     lines = [pieces[0]]
     for piece in pieces[1:]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
-from typing import Any
 
 from strategies.base import Precision, StrategyName
 from strategies.hardware import Gpu, best_precision, count_nvidia_gpus
@@ -26,21 +25,19 @@ def resolve_auto_for_this_host(config: RunConfig) -> None:
     # Imported here: to submit a job needs no torch.
     import torch
 
-    def note(key: str, value: Any) -> None:
-        config.substitutions[key] = f"auto -> {getattr(value, 'value', value)}"
-
+    notes = config.substitutions
     if config.run.device is Device.auto:
         config.run.device = Device.cuda if torch.cuda.is_available() else Device.cpu
-        note("run.device", config.run.device)
+        notes["run.device"] = f"auto -> {config.run.device.value}"
         if config.run.device is Device.cpu:
-            config.substitutions["run.device"] += _note_on_idle_gpus()
+            notes["run.device"] += _note_on_idle_gpus()
     if config.precision is Precision.auto:
         config.precision = best_precision_here(config.run.device)
         if config.precision is not Precision.auto:  # it stays so if the GPUs differ: each rank then settles it
-            note("precision", config.precision)
+            notes["precision"] = f"auto -> {config.precision.value}"
     if config.launcher.processes is None:
         config.launcher.processes = _num_processes_here(config)
-        note("launcher.processes", config.launcher.processes)
+        notes["launcher.processes"] = f"auto -> {config.launcher.processes}"
 
 
 def _num_processes_here(config: RunConfig) -> int:

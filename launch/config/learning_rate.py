@@ -8,11 +8,15 @@ from trainer.optim.rates import missing_rate_message, usual_learning_rate
 from trainer.reporting.resolution import ResolvedSetting
 
 EARLIER_DEFAULT_RATE_BY_OPTIMIZER = {OptimName.lion: 3e-6, OptimName.adafactor: 1e-3, OptimName.sgd: 1e-2}
-"""What an unset rate was in run directories of versions that had one rate for each optimizer; 2e-5 for all others."""
+EARLIER_DEFAULT_RATE = 2e-5
+"""What an unset rate was in run directories of versions that had one rate for each optimizer, and for all other optimizers."""
 
 
 def set_usual_learning_rate(config: RunConfig) -> None:
-    """Set `optim.lr` to the usual rate, with a note in `config.substitutions`, if it is not set and a usual rate is known."""
+    """Set `optim.lr` to the usual rate if it is not set and a usual rate is known.
+
+    Adds a note to `config.substitutions`, which tells a rate that was chosen here from one that the user has set.
+    """
     if config.optim.lr is not None:
         return
     rate = usual_learning_rate(config.optim, config.tuning.method, str(config.objective.name))
@@ -35,14 +39,15 @@ def keep_learning_rate_of_run(config: RunConfig, earlier_config: RunConfig) -> N
     """Set the learning rate with which the run of `earlier_config` began, if neither of them has a rate that a user has set.
 
     The table of usual rates may have changed since, and a run must not change its rate when it is resumed. Nothing is changed if
-    optimizer, tuning method or objective differ.
+    optimizer, tuning method or objective differ. `substitutions` of a configuration hold a note on each setting that shardtune
+    chose itself, so a rate without a note was set by the user.
     """
     is_set_by_user = config.optim.lr is not None and LEARNING_RATE_KEY not in config.substitutions
     choices_of_command = (config.optim.name, config.tuning.method, config.objective.name)
     choices_of_run = (earlier_config.optim.name, earlier_config.tuning.method, earlier_config.objective.name)
     if is_set_by_user or choices_of_command != choices_of_run:
         return
-    earlier_default = EARLIER_DEFAULT_RATE_BY_OPTIMIZER.get(earlier_config.optim.name, 2e-5)
+    earlier_default = EARLIER_DEFAULT_RATE_BY_OPTIMIZER.get(earlier_config.optim.name, EARLIER_DEFAULT_RATE)
     was_set_by_user = (
         earlier_config.resolution(LEARNING_RATE_KEY) is None and earlier_config.optim.lr != earlier_default
     )

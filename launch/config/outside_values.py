@@ -33,13 +33,14 @@ SILENT_TRACKER_MODES = ("auto", "disabled")
 
 
 @dataclass(frozen=True, slots=True)
-class OutsideValue:
-    """One value of a run that reaches out of it, such as an address to which data would be sent.
+class ValueNeedingConsent:
+    """A value of a run that reaches out of it, such as an address that data would be sent to: the user must have typed it once.
 
     It has several settings if they only mean something together.
     """
 
     reach: Reach
+    """In which way it reaches out: it runs code, sends to an address, reads a file, and so on."""
     settings: dict[str, Any]
     """The settings with their values, by full key. A user allows the value by setting them on the command line."""
     identity: dict[str, Any] | None
@@ -103,12 +104,12 @@ def _cli_list_entry(value: Any) -> str:
     return text if needs_no_quotes else f"'{text}'"
 
 
-def outside_values(config: RunConfig) -> list[OutsideValue]:
+def values_needing_consent(config: RunConfig) -> list[ValueNeedingConsent]:
     """Every value of a configuration that reaches out of its run: code that would run, files, addresses and trackers.
 
     Such as the file in `objective.rewards.x.function`, which is Python code that the run executes.
     """
-    values: list[OutsideValue] = []
+    values: list[ValueNeedingConsent] = []
     for key, value in _settings_with_outside_effect(config).items():
         values += _outside_values_of_setting(config, key, value, reach_of(key))
     return values
@@ -143,7 +144,9 @@ def _settings_with_outside_effect(config: RunConfig) -> dict[str, Any]:
     for key, value in flatten_settings(_with_undotted_names(settings_as_dict(config))).items():
         if value in EMPTY_VALUES or value == defaults.get(key):
             continue
-        if key.partition(".")[0] in GROUPS_OF_EACH_START:
+        if (
+            key.partition(".")[0] in GROUPS_OF_EACH_START
+        ):  # `run` and `launcher`, which are never taken from somebody's run
             continue
         reach = reach_of(key)
         is_silent_tracker = reach is Reach.tracker and value in SILENT_TRACKER_MODES
@@ -166,7 +169,7 @@ def _with_undotted_names(tree: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _outside_values_of_setting(config: RunConfig, key: str, value: Any, reach: Reach) -> Iterator[OutsideValue]:
+def _outside_values_of_setting(config: RunConfig, key: str, value: Any, reach: Reach) -> Iterator[ValueNeedingConsent]:
     """The values of one setting that reaches out of the run; several for a list of paths, or a flag that allows several things.
 
     `reach`: in which way the setting reaches out; each way is described and remembered differently.
@@ -182,15 +185,18 @@ def _outside_values_of_setting(config: RunConfig, key: str, value: Any, reach: R
     elif reach is Reach.file:
         yield from _file_values(config, key, value)
     elif reach is Reach.place:
-        yield OutsideValue(reach, {key: value}, {key: _absolute_path(value)}, f"writes into {value}")
-    else:
-        yield OutsideValue(reach, {key: value}, {key: value}, "sends to a tracker, or decides who gets its messages")
+        identity = {key: _absolute_path(value)}
+        yield ValueNeedingConsent(reach, settings={key: value}, identity=identity, effect=f"writes into {value}")
+    else:  # Reach.tracker
+        effect = "sends to a tracker, or decides who gets its messages"
+        yield ValueNeedingConsent(reach, settings={key: value}, identity={key: value}, effect=effect)
 
 
-def _server_address_values(config: RunConfig, key: str) -> Iterator[OutsideValue]:
+def _server_address_values(config: RunConfig, key: str) -> Iterator[ValueNeedingConsent]:
     """A server's address (`key` ends in `.url`) and the environment variable that is sent to it as its key, as one value.
 
-    Empty for any other setting of the server.
+    The user consents to both together, and the consent is remembered for exactly this pair. Empty for any other setting of the
+    server.
     """
     group, _, name = key.rpartition(".")
     if name != "url":
@@ -201,17 +207,20 @@ def _server_address_values(config: RunConfig, key: str) -> Iterator[OutsideValue
     if server.key_env is not None:
         settings[f"{group}.key_env"] = server.key_env
         sent_data += f", and your environment variable {server.key_env}"
-    yield OutsideValue(Reach.address, settings, settings, f"sends {sent_data} to that address")
+    effect = f"sends {sent_data} to that address"
+    yield ValueNeedingConsent(Reach.address, settings=settings, identity=settings, effect=effect)
 
 
-def _reward_code_value(key: str, function: str) -> OutsideValue:
+def _reward_code_value(key: str, function: str) -> ValueNeedingConsent:
     """The Python file whose reward function `key` names, as `FILE.py:NAME`.
 
     It is remembered by its content and that of what it imports from beside, not by its path.
     """
     file = function if function.endswith(".py") else function.rpartition(":")[0]
     identity = reward_code_identity(Path(file).expanduser().resolve())
-    return OutsideValue(Reach.code, {key: function}, identity, f"runs the Python code in {file}")
+    return ValueNeedingConsent(
+        Reach.code, settings={key: function}, identity=identity, effect=f"runs the Python code in {file}"
+    )
 
 
 def reward_code_identity(file: Path) -> dict[str, Any] | None:
@@ -221,7 +230,7 @@ def reward_code_identity(file: Path) -> dict[str, Any] | None:
     return None
 
 
-def _model_code_values(config: RunConfig, key: str) -> Iterator[OutsideValue]:
+def _model_code_values(config: RunConfig, key: str) -> Iterator[ValueNeedingConsent]:
     """The Python code that a `trust_remote_code` flag (`key`) lets run: that of the model and the tokenizer, or of the teacher.
 
     For each of these:
@@ -244,7 +253,7 @@ def _model_code_values(config: RunConfig, key: str) -> Iterator[OutsideValue]:
         if config.model.download and not Path(path).expanduser().is_dir():
             # Even if code is in the cache, files that are missing there are still fetched.
             effect = f"fetches and runs the Python code of {path}"
-            yield OutsideValue(Reach.code, {key: True}, {"code_of": path}, effect)
+            yield ValueNeedingConsent(Reach.code, settings={key: True}, identity={"code_of": path}, effect=effect)
         if directory is None:
             continue  # there is nothing here that could be run
         effect = f"runs the Python code in {path}"
@@ -252,21 +261,21 @@ def _model_code_values(config: RunConfig, key: str) -> Iterator[OutsideValue]:
         try:
             digest = model_code_digest(directory, download=config.model.download)
         except NoDigest:
-            yield OutsideValue(Reach.code, {key: True}, None, effect)
+            yield ValueNeedingConsent(Reach.code, settings={key: True}, identity=None, effect=effect)
             continue
         if digest is not None:
-            yield OutsideValue(Reach.code, {key: True}, {"code": digest}, effect)
+            yield ValueNeedingConsent(Reach.code, settings={key: True}, identity={"code": digest}, effect=effect)
 
 
-def _network_values(config: RunConfig, key: str) -> Iterator[OutsideValue]:
-    """A value for each source that the flag `key` allows to be fetched over the network. The sources, by the flag:
+def _network_values(config: RunConfig, flag_key: str) -> Iterator[ValueNeedingConsent]:
+    """A value for each model or data set that a flag (`flag_key`) allows to be fetched over the network. By the flag:
 
     - `model.download`: the model, tokenizer and teacher, as far as they are no directory here;
     - `data.remote`: addresses of data;
     - any other flag: data sets of the hub.
     """
     sources: list[str]
-    if key == "model.download":
+    if flag_key == "model.download":
         names = [config.model.path, config.model.tokenizer]
         if hasattr(config.objective, "teacher"):
             names.append(config.objective.teacher.path)
@@ -274,12 +283,13 @@ def _network_values(config: RunConfig, key: str) -> Iterator[OutsideValue]:
         for name in names:
             if name is not None and not Path(name).expanduser().is_dir():
                 sources.append(str(name))
-    elif key == "data.remote":
+    elif flag_key == "data.remote":
         sources = [path for path in _data_paths(config) if is_remote_address(path)]
     else:
         sources = [path for path in _data_paths(config) if is_hub_path(path)]
     for source in dict.fromkeys(sources):
-        yield OutsideValue(Reach.network, {key: True}, {key: source}, f"fetches {source} over the network")
+        effect = f"fetches {source} over the network"
+        yield ValueNeedingConsent(Reach.network, settings={flag_key: True}, identity={flag_key: source}, effect=effect)
 
 
 def _data_paths(config: RunConfig) -> Iterator[str]:
@@ -292,8 +302,8 @@ def _data_paths(config: RunConfig) -> Iterator[str]:
         yield from _paths_in_value(path_value)
 
 
-def _file_values(config: RunConfig, key: str, value: Any) -> Iterator[OutsideValue]:
-    """A value for each file that the setting `key` names, since its texts would stand in what the verb writes.
+def _file_values(config: RunConfig, key: str, value: Any) -> Iterator[ValueNeedingConsent]:
+    """A value for each file that the setting `key` names, since its texts would stand in what a verb writes, such as a report.
 
     - The path of a task of lm_eval: a value that runs code, because the YAML there names functions.
     - An option of a task that names no file: nothing.
@@ -312,7 +322,8 @@ def _file_values(config: RunConfig, key: str, value: Any) -> Iterator[OutsideVal
     shared_key = key if task is None else key.replace(f".{task_name}.", ".*.", 1)
     for path in _paths_in_value(value):
         effect = f"reads your file {path}, whose texts then stand in what is written"
-        yield OutsideValue(Reach.file, {key: value}, {shared_key: _absolute_path(path)}, effect)
+        identity = {shared_key: _absolute_path(path)}
+        yield ValueNeedingConsent(Reach.file, settings={key: value}, identity=identity, effect=effect)
 
 
 def _file_option_names(kind: str) -> tuple[str, ...]:
@@ -323,17 +334,19 @@ def _file_option_names(kind: str) -> tuple[str, ...]:
     return () if task is None else task.file_options
 
 
-def _task_code_value(key: str, path: str) -> OutsideValue:
-    """The Python functions that the YAML of an lm_eval task names, as a value that runs code.
+def _task_code_value(key: str, path: str) -> ValueNeedingConsent:
+    """The Python functions that the YAML of an lm_eval task names, as a value that runs code and needs consent.
 
-    `key`: the setting that names the task. `path`: its YAML, or a directory of them.
+    `key`: the setting that names the task. `path`: its YAML, or a directory of them. The consent is remembered for the content of
+    the code. It is not remembered (identity None) if that cannot be read whole, so the user is asked each time.
     """
     identity: dict[str, Any] | None
     try:
         identity = {"code": task_code_digest(Path(path).expanduser())}
     except NoDigest:
         identity = None
-    return OutsideValue(Reach.code, {key: path}, identity, f"runs the functions that the task in {path} names")
+    effect = f"runs the functions that the task in {path} names"
+    return ValueNeedingConsent(Reach.code, settings={key: path}, identity=identity, effect=effect)
 
 
 def _paths_in_value(value: Any) -> Iterator[str]:

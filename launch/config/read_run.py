@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 from launch.config import trusted_values
 from launch.config.outside_values import (
-    OutsideValue,
-    outside_values,
+    ValueNeedingConsent,
     reset_to_default,
     reward_code_identity,
     shell_argument,
+    values_needing_consent,
 )
 from strategies.errors import ConfigError
 from strategies.settings import Reach
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 TASKS_PREFIX = "evaluation.tasks."
 WRITTEN_BY_EVALUATION = ("evaluation", "against", "reports")
 """Directories of a run that an evaluation writes into."""
-UsesValuePredicate = Callable[[OutsideValue, "RunConfig"], bool]
+UsesValuePredicate = Callable[[ValueNeedingConsent, "RunConfig"], bool]
 """Whether a verb uses a value of a run's configuration."""
 
 
-def uses_model_alone(value: OutsideValue, config: RunConfig) -> bool:
+def uses_model_alone(value: ValueNeedingConsent, config: RunConfig) -> bool:
     """Whether a verb that loads the model, and reads no data, uses a value of a run: the model's code, or its chat template.
 
     For verbs such as `export`. `value`: one that reaches out of the run.
@@ -112,17 +112,17 @@ def read_run(
 
     allowing_arguments, other_arguments = _split_overrides(overrides, reader.own_groups)
     frozen = load_frozen_config(run_dir / "config.yaml")
-    # First, because another commit of a model on the hub may have other code, and `outside_values` looks at the code.
+    # First, because another commit of a model on the hub may have other code, and `values_needing_consent` looks at the code.
     pin_base_to_recorded_commit(frozen, run_dir, may_fetch=False)
     config = change(_with_allowing_arguments(frozen, allowing_arguments), other_arguments)
 
     allowed_keys = keys_set_by(overrides) | reader.settled_groups
-    allowed_values: list[OutsideValue] = []
-    refused_values: list[OutsideValue] = []
-    unused_values: list[OutsideValue] = []
-    for value in outside_values(config):
+    allowed_values: list[ValueNeedingConsent] = []
+    refused_values: list[ValueNeedingConsent] = []
+    unused_values: list[ValueNeedingConsent] = []
+    for value in values_needing_consent(config):
         is_of_task = any(key.startswith(TASKS_PREFIX) for key in value.settings)
-        if value.is_set_by_user(allowed_keys) or trusted_values.was_allowed_before(value.identity):
+        if value.is_set_by_user(allowed_keys) or trusted_values.was_value_allowed_before(value.identity):
             allowed_values.append(value)
         elif reader.uses(value, config):
             refused_values.append(value)
@@ -150,7 +150,7 @@ def use_trusted_reward_copies(config: RunConfig, run_dir: Path, overrides: list[
     rewards: dict[str, RewardEntry] = getattr(config.objective, "rewards", {})
     for name, (file, function) in function_locations(rewards, run_dir).items():
         is_set_by_user = any(override.startswith(f"objective.rewards.{name}.") for override in overrides)
-        if not is_set_by_user and trusted_values.was_allowed_before(reward_code_identity(file)):
+        if not is_set_by_user and trusted_values.was_value_allowed_before(reward_code_identity(file)):
             rewards[name].function = f"{file}:{function}"
 
 
@@ -176,6 +176,7 @@ def contains_link_out_of_run(directory: Path, run_dir: Path) -> bool:
 def _split_overrides(overrides: list[str], own_groups: frozenset[str]) -> tuple[list[str], list[str]]:
     """Split the overrides of a verb in two: (those that only allow a value of the run, all others).
 
+    `model.trust_remote_code=true` beside an export allows the run's own value.
     An override of a group that the verb sets itself (`own_groups`) is never one that only allows.
     """
     allowing_arguments: list[str] = []
@@ -192,7 +193,8 @@ def _split_overrides(overrides: list[str], own_groups: frozenset[str]) -> tuple[
 def _with_allowing_arguments(config: RunConfig, allowing_arguments: list[str]) -> RunConfig:
     """The configuration of a run with the overrides that allow its values, such as `model.trust_remote_code=true`.
 
-    Raises ConfigError for an override that names another file than the run has, because that would change the run's result.
+    Raises ConfigError for an override that names another file than the run has, because that would change the run's result. A
+    setting of another reach (code, an address, a place to write) may differ from the run's.
     """
     from launch.config.compose import apply_overrides
 
@@ -210,8 +212,11 @@ def _with_allowing_arguments(config: RunConfig, allowing_arguments: list[str]) -
     return allowed_config
 
 
-def _refusal_message(run_dir: Path, reader: RunReader, refused_values: list[OutsideValue]) -> str:
-    """The error message that lists values that this user never set, and the command that allows them."""
+def _refusal_message(run_dir: Path, reader: RunReader, refused_values: list[ValueNeedingConsent]) -> str:
+    """The error message about values of a run that this user never typed (`refused_values`), with the command that allows them.
+
+    A value reaches out of the run if it runs code, reads or writes files elsewhere, or talks to a server. `reader`: the verb.
+    """
     # A dictionary as an ordered set, because two values may need the same override.
     allowing_arguments: dict[str, None] = {}
     for value in refused_values:
@@ -227,7 +232,7 @@ def _refusal_message(run_dir: Path, reader: RunReader, refused_values: list[Outs
     return "\n    ".join(lines)
 
 
-def _print_unused_settings(run_dir: Path, unused_values: list[OutsideValue]) -> None:
+def _print_unused_settings(run_dir: Path, unused_values: list[ValueNeedingConsent]) -> None:
     """Print on stderr which settings of the run are not used, because this user never set them."""
     if not unused_values:
         return

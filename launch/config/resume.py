@@ -24,7 +24,7 @@ from launch.config.frozen import (
     load_frozen_config,
 )
 from launch.config.learning_rate import keep_learning_rate_of_run
-from launch.config.trusted_values import was_allowed_before
+from launch.config.trusted_values import was_value_allowed_before
 from launch.config.user_files import user_files_may_apply
 from strategies.errors import ConfigError
 from strategies.matmul import Matmul
@@ -221,13 +221,13 @@ def _would_copy_untrusted_value(earlier_config: RunConfig, config: RunConfig) ->
     An outside value is a setting with such an effect. It is trusted if the command sets it too, or this user allowed it before.
     The overrides in the head of a `config.yaml` are no proof, because whoever wrote the directory wrote them as well.
     """
-    from launch.config.outside_values import outside_values
+    from launch.config.outside_values import values_needing_consent
 
-    values_of_command = outside_values(config)
-    for value in outside_values(earlier_config):
+    values_of_command = values_needing_consent(config)
+    for value in values_needing_consent(earlier_config):
         # Groups without effect on the result, such as `logging`, are not copied.
         is_copied = any(key.partition(".")[0] not in GROUPS_WITHOUT_EFFECT_ON_RESULT for key in value.settings)
-        if is_copied and value not in values_of_command and not was_allowed_before(value.identity):
+        if is_copied and value not in values_of_command and not was_value_allowed_before(value.identity):
             return True
     return False
 

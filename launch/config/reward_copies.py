@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from launch.config.outside_values import reward_code_identity
-from launch.config.trusted_values import was_allowed_before
+from launch.config.trusted_values import was_value_allowed_before
 from trainer.objectives.reward_functions import parse_function_path, use_stand_ins
 from trainer.rollout.rewards.copies import copies_of_missing_files
 
 
 def use_copies_of_missing_reward_files(overrides: list[str]) -> None:
-    """Let a run's own copies replace reward files that are missing, for the rest of this process.
+    """Let a run's own copies replace reward files that are missing: for the rest of this process, their paths mean the copies.
 
     Nothing happens unless `overrides` name a `run.dir` and a reward file that does not exist, as in
     `objective.rewards=[a.py,b.py:brief]` or `objective.rewards.x.function=a.py:x`. Only copies are used whose code this user has
@@ -20,8 +20,11 @@ def use_copies_of_missing_reward_files(overrides: list[str]) -> None:
     run_dir, reward_files = _run_dir_and_reward_files(overrides)
     if run_dir is None or all(file.exists() for file in reward_files):
         return
-    copy_by_file = copies_of_missing_files(run_dir, reward_files)
-    use_stand_ins({file: copy for file, copy in copy_by_file.items() if was_allowed_before(reward_code_identity(copy))})
+    trusted_copy_by_file = {}
+    for file, copy in copies_of_missing_files(run_dir, reward_files).items():
+        if was_value_allowed_before(reward_code_identity(copy)):
+            trusted_copy_by_file[file] = copy
+    use_stand_ins(trusted_copy_by_file)
 
 
 def _run_dir_and_reward_files(overrides: list[str]) -> tuple[Path | None, list[Path]]:

@@ -43,7 +43,10 @@ def hydra_yaml(overrides: list[str]) -> str:
 
 
 def composition_lines(overrides: list[str]) -> list[str]:
-    """The lines of `--info`: versions of Hydra, the directories of settings files, and the file of each group's choice."""
+    """The lines of `--info`: versions of Hydra, the directories of settings files, and the file of each group's choice.
+
+    Such as `  tuning      lora  conf/tuning/lora.yaml`.
+    """
     from importlib.metadata import version
 
     from launch.config.choices import CONF_DIR, USER_CONFIG_DIRS
@@ -75,7 +78,7 @@ def _choice_text(group: str, choice: str | None) -> str:
 
 
 def _hydra_settings(overrides: list[str]) -> dict[str, dict[str, dict[str, str]]]:
-    """Hydra's own configuration for these overrides, as nested dictionaries."""
+    """Hydra's own configuration for these overrides, as nested dictionaries: ["runtime"]["choices"]["tuning"] is `lora`."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from launch.config.outside_values import OutsideValue
+    from launch.config.outside_values import ValueNeedingConsent
     from trainer.config.run import RunConfig
 
-STATE_VARIABLE = "SHARDTUNE_STATE"
+STATE_DIRECTORY_VARIABLE = "SHARDTUNE_STATE"
 """The environment variable that names another directory."""
 VALUES_DIR_NAME = "typed"
 MAX_VALUES = 2000
 """Most values that are kept. Beyond that, those that were not used for longest are forgotten."""
-USE_NOTED_AFTER_S = 86400.0
+USE_NOTED_AGAIN_AFTER_S = 86400.0
 """Seconds after which the use of a value is noted again, so that not every start writes."""
 WRITABLE_BY_OTHERS = 0o022
 """Bits of a directory's mode. Values in such a directory may be somebody else's, and are not believed."""
@@ -33,11 +33,11 @@ WRITABLE_BY_OTHERS = 0o022
 
 def state_directory() -> Path | None:
     """The directory in which this user's trusted values are kept; it need not exist yet. None if the user has no home."""
-    configured = os.environ.get(STATE_VARIABLE)
+    configured = os.environ.get(STATE_DIRECTORY_VARIABLE)
     if configured:
         return Path(configured).absolute()
     state_home = Path(os.environ.get("XDG_STATE_HOME", ""))
-    if state_home.is_absolute():  # else the specification says to ignore it
+    if state_home.is_absolute():  # the XDG specification says to ignore a relative path
         return state_home / "shardtune"
     try:
         return Path.home() / ".local" / "state" / "shardtune"
@@ -45,12 +45,12 @@ def state_directory() -> Path | None:
         return None
 
 
-def was_allowed_before(identity: dict[str, Any] | None) -> bool:
+def was_value_allowed_before(identity: dict[str, Any] | None) -> bool:
     """Whether this user has allowed a value that reaches out of a run before, by setting it on the command line.
 
     `identity`: what such a value is remembered by, such as {"code": SHA-256}; None is never remembered. Looks for the file of the
-    value in the user's state directory, which several machines may share. Also sets the file's modification time, at most once a
-    day, because the values that were not used for longest are forgotten.
+    value in the user's state directory, which several machines may share. If it is there, it also notes the use, by the file's
+    modification time and at most once a day, because the values that were not used for longest are forgotten.
     """
     state_dir = state_directory()
     if identity is None or state_dir is None:
@@ -60,21 +60,21 @@ def was_allowed_before(identity: dict[str, Any] | None) -> bool:
         # The content is compared too, because a file that was put there by hand may have any name.
         if _others_can_write(file.parent) or json.loads(file.read_bytes()) != _as_read_from_json(identity):
             return False
-        if time.time() - file.stat().st_mtime > USE_NOTED_AFTER_S:
+        if time.time() - file.stat().st_mtime > USE_NOTED_AGAIN_AFTER_S:
             os.utime(file)
     except (OSError, ValueError):
         return False
     return True
 
 
-def remember_values(values: Iterable[OutsideValue]) -> None:
+def remember_values(values: Iterable[ValueNeedingConsent]) -> None:
     """Remember values of a run that this user has set on the command line, so that verbs need not ask for them again.
 
     Writes a file for each new identity into the state directory, and deletes the oldest beyond `MAX_VALUES`. If the directory
     cannot be written, or others can write it, a warning says so; it is no error.
     """
     identities = [value.identity for value in values if value.identity is not None]
-    new_identities = [identity for identity in identities if not was_allowed_before(identity)]
+    new_identities = [identity for identity in identities if not was_value_allowed_before(identity)]
     if not new_identities:
         return
     state_dir = state_directory()
@@ -87,7 +87,8 @@ def remember_values(values: Iterable[OutsideValue]) -> None:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if _others_can_write(values_directory):
             _warn(
-                f"{values_directory} is another user's, or can be written by others; chmod 700 it, or set {STATE_VARIABLE}"
+                f"{values_directory} is another user's, or can be written by others; chmod 700 it, or set "
+                f"{STATE_DIRECTORY_VARIABLE}"
             )
             return
         for identity in new_identities:
@@ -99,10 +100,10 @@ def remember_values(values: Iterable[OutsideValue]) -> None:
 
 
 def remember_config(config: RunConfig) -> None:
-    """Remember every outside value of a configuration that this user has composed, so that verbs can read its run."""
-    from launch.config.outside_values import outside_values
+    """Remember every value of a configuration of this user's that needs consent, so that verbs can read its run."""
+    from launch.config.outside_values import values_needing_consent
 
-    remember_values(outside_values(config))
+    remember_values(values_needing_consent(config))
 
 
 def _others_can_write(folder: Path) -> bool:

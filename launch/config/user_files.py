@@ -32,7 +32,8 @@ def user_files_may_apply(overrides: Iterable[str]) -> bool:
 def read_settings_file(file_argument: str) -> tuple[dict[str, str], list[tuple[str, Any]]]:
     """(choices of groups, values by full key) in a user's YAML file of settings, such as `my.yaml`.
 
-    {tuning: {name: lora, rank: 16}} gives ({"tuning": "lora"}, [("tuning.rank", 16)]). There are three ways to write a choice:
+    {tuning: {name: lora, rank: 16}} gives ({"tuning": "lora"}, [("tuning.rank", 16)]). Values are pairs, since a file
+    may have a key twice, as `optim.lr` and within `optim`; the last one counts. There are three ways to write a choice:
     `tuning: lora`, an entry `- tuning: lora` of `defaults`, and a block with a `name`, as in the config.yaml of a run. Raises
     ConfigError if the file cannot be read or holds no settings.
     """

@@ -26,7 +26,7 @@ from launch.config.choices import choices_by_group
 
 KEY_AND_EQUALS_SIGN_REGEX = re.compile(r"[+~]{0,2}[a-z_][\w./@*-]*=")
 """The start of `key=value`. An address has a colon before its `=`, a sentence a capital or spaces: both are positional."""
-WIDEST_ALIGNED_HEAD = 28
+MAX_ALIGNED_HEAD_COLUMNS = 28
 """Columns of an argument in `--help` up to which its text is lined up with that of the others."""
 _SPEC = "spec"
 Config = TypeVar("Config")
@@ -65,15 +65,16 @@ def positionals() -> Any:
     return _field_with_spec([], ArgumentSpec(kind="positional", text=""))
 
 
-def forwarded_settings(*, beginning: str = "", unknown_flags: bool = False) -> Any:
+def forwarded_settings(*, required_prefix: str = "", forwards_unknown_flags: bool = False) -> Any:
     """The list of the arguments `key=value` that are not the verb's own, in their order: those that it hands on.
 
-    `beginning`: only arguments that begin so are taken. `unknown_flags`: whether flags that the verb does not know are
-    handed on, too.
+    `required_prefix`: only arguments that begin with it are taken, such as `serve.`. `forwards_unknown_flags`: whether flags that
+    the verb does not know are handed on, too.
     """
-    return _field_with_spec(
-        [], ArgumentSpec(kind="settings", text="", beginning=beginning, unknown_flags=unknown_flags)
+    spec = ArgumentSpec(
+        kind="settings", text="", required_prefix=required_prefix, forwards_unknown_flags=forwards_unknown_flags
     )
+    return _field_with_spec([], spec)
 
 
 def read_arguments(verb: str, declaration: type[Declared], argv: Iterable[str]) -> tuple[Declared, list[str]]:
@@ -81,7 +82,7 @@ def read_arguments(verb: str, declaration: type[Declared], argv: Iterable[str]) 
     reader = _ArgumentReader(verb, declaration)
     for argument in reader.join_dashed_values(list(argv)):
         reader.add(argument)
-    return reader.finish()
+    return reader.finished_arguments()
 
 
 def read_setting_group(
@@ -153,7 +154,7 @@ def help_rows(declaration: type[VerbArguments], extra_rows: Mapping[str, str] | 
         if spec.kind == "flag":
             explanations[", ".join((spec.key, *spec.aliases))] = spec.text
     # A head that is wider than the column has its text on the next line, and does not widen the column for all.
-    width = max((len(head) for head in explanations if len(head) <= WIDEST_ALIGNED_HEAD), default=0)
+    width = max((len(head) for head in explanations if len(head) <= MAX_ALIGNED_HEAD_COLUMNS), default=0)
     return "\n".join(f"  {head:<{width}}  {text}" for head, text in explanations.items())
 
 
@@ -225,9 +226,13 @@ def _default_text(default: Any) -> str:
 
 
 class _ArgumentReader:
-    """Reads the arguments of one verb: `add` takes one after the other, `finish` returns them with what is wrong with each."""
+    """Reads the arguments of one verb: `add` takes one after the other, `finished_arguments` returns them as typed values.
+
+    A field is one of the declaration (`dry_run`), a key is how it is typed (`--dry-run`).
+    """
 
     def __init__(self, verb: str, declaration: type[Any]) -> None:
+        """`declaration`: the dataclass whose fields declare the verb's arguments, such as `StopArguments`."""
         self.verb = verb
         self.declaration = declaration
         self.spec_by_field = argument_specs(declaration)
@@ -245,8 +250,8 @@ class _ArgumentReader:
         self.fields_without_value: set[str] = set()
         """Fields whose keys were typed without a value: that is one problem, and "not set" would be a second."""
         self.positional_texts: list[str] = []
-        """Arguments without an equals sign, until `_place_positionals` gives them to their fields."""
-        self.forwarded: list[str] = []
+        """Arguments without an equals sign, until `_assign_positional_texts` gives them to their fields."""
+        self.forwarded_arguments: list[str] = []
         """Arguments that are not the verb's own, and that it hands on, such as the settings of a run."""
         self.problems: list[str] = []
         """A message for each argument that cannot be used."""
@@ -259,27 +264,23 @@ class _ArgumentReader:
         - true, if it is a bool;
         - the first of its choices, if it has choices and none of them follows: `--cfg` alone is `--cfg=job`;
         - otherwise the next argument, or empty if there is none.
-
-        Empties `argv`.
         """
-        while argv:
-            argument = argv.pop(0)
+        unread = list(argv)
+        while unread:
+            argument = unread.pop(0)
             field_name = self.field_by_key.get(argument)
-            is_dashed_option = (
-                field_name is not None and self.spec_by_field[field_name].kind == "option" and argument.startswith("-")
-            )
-            if field_name is None or not is_dashed_option:
+            spec = self.spec_by_field[field_name] if field_name is not None else None
+            if field_name is None or spec is None or spec.kind != "option" or not argument.startswith("-"):
                 yield argument
                 continue
-            choices = self.spec_by_field[field_name].choices
             annotation = self.annotations[field_name]
             value = ""
             if annotation is bool or bool in get_args(annotation):
                 value = "true"
-            elif choices and not (argv and argv[0] in choices):
-                value = choices[0]
-            elif argv:
-                value = argv.pop(0)
+            elif spec.choices and not (unread and unread[0] in spec.choices):
+                value = spec.choices[0]
+            elif unread:
+                value = unread.pop(0)
             yield f"{argument}={value}"
 
     def add(self, argument: str) -> None:
@@ -300,47 +301,53 @@ class _ArgumentReader:
         elif field_name is not None and kind in ("option", "positional") and (has_value or not _exists(argument)):
             self._add_own_argument(field_name, argument, text)
         elif argument.startswith("-") and argument != "-":
-            self._add_unknown_flag(argument)
+            self._forward_or_refuse_flag(argument)
         elif KEY_AND_EQUALS_SIGN_REGEX.match(argument) and not _exists(argument):
-            self._add_unknown_key(argument)
+            self._forward_or_refuse_argument(argument)
         elif self._fields_of_kind("positional"):
             self.positional_texts.append(argument)
         else:
-            self._add_unknown_key(argument)
+            self._forward_or_refuse_argument(argument)
 
-    def finish(self) -> tuple[Any, list[str]]:
-        """Convert the texts that were read into values; returns (the verb's arguments, a problem for each that cannot be used).
+    def finished_arguments(self) -> tuple[Any, list[str]]:
+        """(The verb's arguments as an object of the declaration, a problem for each argument that cannot be used).
 
-        The problems include arguments that are required and missing.
+        The problems include arguments that are required and missing. Call this once, after the last `add`.
         """
-        self._place_positionals()
+        self._assign_positional_texts()
         values: dict[str, Any] = dict.fromkeys(self.flag_fields, True)
-        for name, text in self.text_by_field.items():
-            spec = self.spec_by_field[name]
-            try:
-                values[name] = parse_value(text, self.annotations[name], spec)
-            except ValueError as error:
-                self.problems.append(f"{spec.key}={text}: {error}")
-        for name in self._fields_of_kind("settings"):
-            values[name] = self.forwarded
-        for name in self._fields_of_kind("positional"):
-            annotation = self.annotations[name]
+        values |= self._parsed_single_values()
+        for field_name in self._fields_of_kind("settings"):
+            values[field_name] = self.forwarded_arguments
+        for field_name in self._fields_of_kind("positional"):
+            annotation = self.annotations[field_name]
             if get_origin(annotation) is list:
                 (entry_type,) = get_args(annotation)
-                values[name] = [parse_value(entry, entry_type) for entry in self.positional_texts]
-        for name in self.spec_by_field:
-            self._check_requirements(name)
+                values[field_name] = [parse_value(entry, entry_type) for entry in self.positional_texts]
+        for field_name in self.spec_by_field:
+            self._check_requirements(field_name)
         text_by_key = {self.spec_by_field[name].key: text for name, text in self.text_by_field.items()}
         return self.declaration(text_by_key=text_by_key, **values), self.problems
 
-    def _check_requirements(self, name: str) -> None:
-        """Add a problem if the argument of field `name` is required and missing, or needs another argument that is missing."""
-        spec = self.spec_by_field[name]
-        is_typed = name in self.text_by_field or name in self.flag_fields
-        if spec.advice_if_missing and not is_typed and name not in self.fields_without_value:
+    def _parsed_single_values(self) -> dict[str, Any]:
+        """The value of each option and single positional argument, by field. Adds a problem for a text that is no such value."""
+        values: dict[str, Any] = {}
+        for field_name, text in self.text_by_field.items():
+            spec = self.spec_by_field[field_name]
+            try:
+                values[field_name] = parse_value(text, self.annotations[field_name], spec)
+            except ValueError as error:
+                self.problems.append(f"{spec.key}={text}: {error}")
+        return values
+
+    def _check_requirements(self, field_name: str) -> None:
+        """Add a problem if the argument of a field is required and missing, or needs another argument that is missing."""
+        spec = self.spec_by_field[field_name]
+        is_typed = field_name in self.text_by_field or field_name in self.flag_fields
+        if spec.advice_if_missing and not is_typed and field_name not in self.fields_without_value:
             self.problems.append(f"{spec.key}: not set; {spec.advice_if_missing}")
         if spec.needs and is_typed and not self._has_needed_argument(spec.needs):
-            typed_argument = spec.key if spec.kind == "flag" else f"{spec.key}={self.text_by_field[name]}"
+            typed_argument = spec.key if spec.kind == "flag" else f"{spec.key}={self.text_by_field[field_name]}"
             needed_argument = self._needed_argument_text(spec.needs)
             self.problems.append(f"{typed_argument}: goes with {needed_argument}; add that, or leave {spec.key} out")
 
@@ -348,55 +355,57 @@ class _ArgumentReader:
         """The names of the fields whose `ArgumentSpec` is of this kind, in the order of their declaration."""
         return [name for name, spec in self.spec_by_field.items() if spec.kind == kind]
 
-    def _add_own_argument(self, name: str, argument: str, text: str) -> None:
+    def _add_own_argument(self, field_name: str, argument: str, text: str) -> None:
         """Keep the value of one of the verb's own arguments; without a value, or given a second time, it is a problem."""
-        key = self.spec_by_field[name].key
+        key = self.spec_by_field[field_name].key
         if not text.strip():
-            example = self.spec_by_field[name].example or "..."
-            self.fields_without_value.add(name)
+            example = self.spec_by_field[field_name].example or "..."
+            self.fields_without_value.add(field_name)
             self.problems.append(f"{argument}: {key} needs a value, as in {key}={example}")
-        elif name in self.text_by_field:
-            first_text = self.text_by_field[name]
+        elif field_name in self.text_by_field:
+            first_text = self.text_by_field[field_name]
             self.problems.append(f"{argument}: {key} is given twice, as {first_text} and {text}; give one of the two")
         else:
-            self.text_by_field[name] = text
+            self.text_by_field[field_name] = text
 
-    def _add_unknown_flag(self, argument: str) -> None:
-        """Hand on a flag that the verb does not know, if the verb hands such flags on; otherwise add a problem."""
-        for name in self._fields_of_kind("settings"):
+    def _forward_or_refuse_flag(self, argument: str) -> None:
+        """Add a flag that the verb does not know to `forwarded_arguments` if the verb hands such flags on; else add a problem."""
+        for field_name in self._fields_of_kind("settings"):
+            spec = self.spec_by_field[field_name]
             # `--model.path=x` is a setting with dashes: whoever reads settings says how it is typed.
-            is_setting = "=" in argument and not self.spec_by_field[name].beginning
-            if self.spec_by_field[name].unknown_flags or is_setting:
-                self.forwarded.append(argument)
+            is_setting = "=" in argument and not spec.required_prefix
+            if spec.forwards_unknown_flags or is_setting:
+                self.forwarded_arguments.append(argument)
                 return
         flags = [spec.key for spec in self.spec_by_field.values() if spec.key.startswith("-")]
         known_flags = f"{', '.join(flags)} and --help" if flags else "--help"
         hint = suggestion_of_similar_name(argument, [*flags, "--help"]) or f"; {self.verb} takes {known_flags}"
         self.problems.append(f"{argument}: there is no such flag{hint}")
 
-    def _add_unknown_key(self, argument: str) -> None:
+    def _forward_or_refuse_argument(self, argument: str) -> None:
         """Hand on an argument `key=value` that the verb does not know, if the verb hands such arguments on; else add a problem.
 
-        One whose key is nearly that of an option of the verb is mistyped, and is a problem in any case.
+        A verb hands on the arguments that begin with the `required_prefix` of one of its fields. One whose key is nearly that of
+        an option of the verb is mistyped, and is a problem in any case.
         """
         key = argument.partition("=")[0]
         own_keys = []
         for spec in self.spec_by_field.values():
             if spec.kind == "option" and not spec.key.startswith("-"):
                 own_keys.append(spec.key)
-        may_be_misspelt = "." not in key and key not in choices_by_group()
-        is_misspelt = may_be_misspelt and difflib.get_close_matches(key, own_keys, cutoff=0.85)
-        beginnings = [self.spec_by_field[name].beginning for name in self._fields_of_kind("settings")]
-        if not is_misspelt and any(argument.startswith(beginning) for beginning in beginnings):
-            self.forwarded.append(argument)
+        is_setting_of_run = "." in key or key in choices_by_group()
+        is_misspelt = not is_setting_of_run and bool(difflib.get_close_matches(key, own_keys, cutoff=0.85))
+        prefixes = [self.spec_by_field[field_name].required_prefix for field_name in self._fields_of_kind("settings")]
+        if not is_misspelt and any(argument.startswith(prefix) for prefix in prefixes):
+            self.forwarded_arguments.append(argument)
             return
-        known_arguments = [f"{own_key}=" for own_key in own_keys] + [f"{beginning}*" for beginning in beginnings]
+        known_arguments = [f"{own_key}=" for own_key in own_keys] + [f"{prefix}*" for prefix in prefixes]
         hint = suggestion_of_similar_name(key, own_keys, end="=")
         if not hint:
             hint = f"; {self.verb} takes {', '.join(known_arguments) or 'none'}"
         self.problems.append(f"{argument}: there is no such argument{hint}")
 
-    def _place_positionals(self) -> None:
+    def _assign_positional_texts(self) -> None:
         """Give arguments without `=` to the fields that take one each, in the order of the fields.
 
         If there are more, they stay in `positional_texts` for the field that takes a list, or are a problem if there is none.
@@ -411,6 +420,7 @@ class _ArgumentReader:
                 self.text_by_field[name] = self.positional_texts.pop(0)
             single_fields.append(name)
         if self.positional_texts and not has_list_field:
+            # There is a single field, because `add` keeps such texts only for a verb that takes them. Its text is the advice.
             advice = self.spec_by_field[single_fields[-1]].text
             arguments = [
                 self.text_by_field[name] for name in single_fields if name in self.text_by_field
@@ -423,7 +433,7 @@ class _ArgumentReader:
         name = self.field_by_key.get(key)
         if name is not None:
             return name in self.text_by_field and self.text_by_field[name].startswith(beginning)
-        return any(setting.startswith(f"{key}={beginning}") for setting in self.forwarded)
+        return any(setting.startswith(f"{key}={beginning}") for setting in self.forwarded_arguments)
 
     def _needed_argument_text(self, needs: str) -> str:
         """An argument that another one needs, as a message shows it: "a run", `to=hub:` or `against=...`."""

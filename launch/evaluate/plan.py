@@ -13,7 +13,7 @@ from launch.evaluate.checks import check_evaluation, has_held_out
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.config.outside_values import OutsideValue
+    from launch.config.outside_values import ValueNeedingConsent
     from trainer.config.run import RunConfig
     from trainer.evaluation.job import EvaluationJob
 from launch.evaluate.arguments import AGAINST_PREFIX, EvaluateArguments
@@ -197,7 +197,7 @@ def config_and_checkpoint_of_run(run: Path, evaluate_arguments: EvaluateArgument
     return config, str(checkpoint), base_differences
 
 
-def _is_used_by_evaluation(value: OutsideValue, config: RunConfig, *, split: str = "eval") -> bool:
+def _is_used_by_evaluation(value: ValueNeedingConsent, config: RunConfig, *, split: str = "eval") -> bool:
     """Whether an evaluation uses a value of a run that reaches out of it: a path, an address or a tracker (`RunReader.uses`).
 
     `value.settings`: the keys that have this value. The first case that fits decides:

@@ -57,7 +57,7 @@ class ExportArguments(VerbArguments):
         "documents to write beside the model card (docs/papers.md)", example="[datasheet,annex_xi]"
     )
     answers: str | None = option("your answers for these documents: what only the owner knows", example="<file.yaml>")
-    gates: list[str] = forwarded_settings(beginning="gates")
+    gates: list[str] = forwarded_settings(required_prefix="gates")
     hub_private: bool = option(
         "whether the repository on the hub is private", key="hub.private", default=True, needs=HUB
     )

@@ -29,7 +29,7 @@ from launch.serve.command import print_serve_commands
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.config.outside_values import OutsideValue
+    from launch.config.outside_values import ValueNeedingConsent
     from trainer.config.run import RunConfig
     from trainer.data.prepare import PreparedData
     from trainer.export.gates.judge import JudgedGates
@@ -236,7 +236,7 @@ def register_in_tracker(config: RunConfig, request: ExportRequest) -> None:
     track_export(config, request.output_directory, request.trained_wandb_id, lambda line: print(line, flush=True))
 
 
-def _is_used_by_export(arguments: ExportArguments, value: OutsideValue, config: RunConfig) -> bool:
+def _is_used_by_export(arguments: ExportArguments, value: ValueNeedingConsent, config: RunConfig) -> bool:
     """Whether an export uses a value of the run that reaches out of it: a path, an address or a tracker (for `RunReader.uses`).
 
     - the run's answers for documents: unless the command line names others;

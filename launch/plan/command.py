@@ -48,7 +48,7 @@ class PlanArguments(VerbArguments):
         "use what that run measured on this card: step time, memory, checkpoints", key="from", example="runs/first"
     )
     to: Path | None = option("also write plan.html, a page of the plan, into this directory", example="<directory>")
-    settings: list[str] = forwarded_settings(unknown_flags=True)
+    settings: list[str] = forwarded_settings(forwards_unknown_flags=True)
     as_json: bool = flag("print the plan as JSON, for a script", key="--json")
 
 

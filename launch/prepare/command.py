@@ -40,7 +40,7 @@ class PrepareArguments(VerbArguments):
         key="--shard",
         example="0/8",
     )
-    settings: list[str] = forwarded_settings(unknown_flags=True)
+    settings: list[str] = forwarded_settings(forwards_unknown_flags=True)
     as_json: bool = flag("print the numbers of the audit and the directory of the data as JSON", key="--json")
 
 

@@ -47,7 +47,7 @@ class PrintArguments(VerbArguments):
     tokenizer: str | None = option(
         "the tokenizer to decode with; default: the one that prepared the data", example="<dir>"
     )
-    data: list[str] = forwarded_settings(unknown_flags=True)
+    data: list[str] = forwarded_settings(forwards_unknown_flags=True)
     """Which data to show: a directory, or the arguments of a run."""
 
 

@@ -19,7 +19,7 @@ from launch.config.verb_arguments import (
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.config.outside_values import OutsideValue
+    from launch.config.outside_values import ValueNeedingConsent
     from launch.evaluate.plan import EvaluationPlan
     from trainer.config.review import ReviewConfig
     from trainer.config.run import RunConfig
@@ -192,7 +192,7 @@ def read_score_arguments(argv: list[str]) -> ScoreArguments:
     return arguments
 
 
-def _uses_outside_value(value: OutsideValue, config: RunConfig) -> bool:
+def _uses_outside_value(value: ValueNeedingConsent, config: RunConfig) -> bool:
     """Whether letting a run's model answer prompts uses a value of its config that points outside of its directory."""
     from launch.config.read_run import uses_model_alone
 

@@ -42,7 +42,7 @@ class ServeArguments(VerbArguments):
         example="[base]",
         choices=("base",),
     )
-    settings: list[str] = forwarded_settings(beginning="serve.")
+    settings: list[str] = forwarded_settings(required_prefix="serve.")
     dry_run: bool = flag("show what would be started, and start nothing")
     print_only: bool = flag("print the commands that serve the model with vLLM and with SGLang", key="--print")
     as_json: bool = flag("print the answer of --dry-run or --print as JSON, for a script", key="--json")

@@ -18,7 +18,7 @@ from launch.config.code_digest import NoDigest, task_code_digest
 from launch.config.compose import apply_overrides, compose_config, load_frozen_config, recompose_frozen_config
 from launch.config.frozen import _identifying_settings, _settings_sha256
 from launch.config.known_settings import all_settings
-from launch.config.outside_values import outside_values
+from launch.config.outside_values import values_needing_consent
 from launch.config.read_run import may_write_results
 from launch.evaluate.plan import GROUPS_BESIDE_RUN
 from strategies.settings import Reach, setting
@@ -234,20 +234,20 @@ def test_foreign_run_variable_and_its_address_are_allowed_as_one_value(site, tmp
 def test_foreign_run_code_is_known_by_its_files_and_asked_for_when_they_change(site, tmp_path):
     site.home("author")
     config = load_frozen_config(site.run / "config.yaml")
-    known = {value.effect for value in outside_values(config) if trusted_values.was_allowed_before(value.identity)}
+    known = {value.effect for value in values_needing_consent(config) if trusted_values.was_value_allowed_before(value.identity)}
     assert any("runs the Python code" in effect for effect in known)
     moved = tmp_path / "moved"
     shutil.copytree(site.root / "llama", moved)
     config.model.path = str(moved)
 
     def code():
-        return next(value for value in outside_values(config) if "model.trust_remote_code" in value.settings)
+        return next(value for value in values_needing_consent(config) if "model.trust_remote_code" in value.settings)
 
-    assert trusted_values.was_allowed_before(code().identity)
+    assert trusted_values.was_value_allowed_before(code().identity)
     (moved / "rows.txt").write_text("no code")
-    assert trusted_values.was_allowed_before(code().identity)
+    assert trusted_values.was_value_allowed_before(code().identity)
     (moved / "theirs.py").write_text((moved / "theirs.py").read_text() + "# more\n")
-    assert not trusted_values.was_allowed_before(code().identity)
+    assert not trusted_values.was_value_allowed_before(code().identity)
     about = json.loads((moved / "tokenizer_config.json").read_text())
     about["auto_map"] = {"AutoTokenizer": [None, f"{tmp_path}/elsewhere.Theirs"]}
     (moved / "tokenizer_config.json").write_text(json.dumps(about))
@@ -262,27 +262,27 @@ def test_foreign_run_code_counts_if_not_here_yet_or_spelled_otherwise(tmp_path):
     (elsewhere / "x.py").write_text("")
     config.model.path, config.model.trust_remote_code = str(model), True
     (model / "config.json").write_text("{}")
-    assert outside_values(config) == [], "there is no code"
+    assert values_needing_consent(config) == [], "there is no code"
     (model / "config.json").write_text(json.dumps({"auto_map": f"{elsewhere}--x.X"}).replace("auto", "\\u0061uto"))
-    [value] = outside_values(config)
+    [value] = values_needing_consent(config)
     (elsewhere / "x.py").write_text("changed")
-    assert value.identity != outside_values(config)[0].identity
+    assert value.identity != values_needing_consent(config)[0].identity
     (model / "config.json").write_text('{"auto_map": "nobody/fetched-this--x.X"}')
-    assert outside_values(config)[0].identity is not None, "it is not fetched, and cannot run"
+    assert values_needing_consent(config)[0].identity is not None, "it is not fetched, and cannot run"
     config.model.download = True
-    assert outside_values(config)[0].identity is None
+    assert values_needing_consent(config)[0].identity is None
     (model / "folder").symlink_to(elsewhere)
     config.model.download = False
-    before = outside_values(config)[0].identity
+    before = values_needing_consent(config)[0].identity
     (elsewhere / "x.py").write_text("changed again")
-    assert outside_values(config)[0].identity != before
+    assert values_needing_consent(config)[0].identity != before
     (model / "folder").unlink()
     # transformers takes this file in place of config.json.
     (model / "config.json").write_text('{"configuration_files": ["config.5.0.0.json"]}')
     (model / "config.5.0.0.json").write_text(json.dumps({"auto_map": {"AutoConfig": f"{elsewhere}/x.X"}}))
-    assert outside_values(config)[0].identity is None
+    assert values_needing_consent(config)[0].identity is None
     config.model.path, config.model.download = "nobody/has-this", True
-    by_setting = {key: each.identity for each in outside_values(config) for key in each.settings}
+    by_setting = {key: each.identity for each in values_needing_consent(config) for key in each.settings}
     assert by_setting["model.trust_remote_code"] == {"code_of": "nobody/has-this"}
 
 
@@ -331,10 +331,10 @@ def test_foreign_run_task_name_does_not_pass_for_a_setting():
     config = compose_config(["model.path=m", "data.path=d", "budget.steps=1"], check=False).config
     for name, path in (("x.kind", "/somewhere/task.yaml"), ("a.b", "/somewhere/task.yaml"), ("plain", "auto")):
         config.evaluation.tasks = {name: TaskConfig(kind="lm_eval", path=path)}
-        assert any(path in str(value.settings) for value in outside_values(config)), name
+        assert any(path in str(value.settings) for value in values_needing_consent(config)), name
     config.evaluation.tasks = {}
     config.data.sources = {"c4.en": SourceConfig(path="d")}
-    assert outside_values(config) == []
+    assert values_needing_consent(config) == []
 
 
 def test_foreign_run_directory_of_another_user_is_not_written(site, tmp_path, monkeypatch):
@@ -419,13 +419,13 @@ def test_training_goes_on_where_allowed_values_cannot_be_stored(site, monkeypatc
     trusted_values.remember_config(config)
     assert len([*place.iterdir()]) == 3
     place.chmod(0o777)
-    assert not any(trusted_values.was_allowed_before(value.identity) for value in outside_values(config)), (
+    assert not any(trusted_values.was_value_allowed_before(value.identity) for value in values_needing_consent(config)), (
         "anybody may have typed them"
     )
     place.chmod(0o700)
-    assert any(trusted_values.was_allowed_before(value.identity) for value in outside_values(config))
+    assert any(trusted_values.was_value_allowed_before(value.identity) for value in values_needing_consent(config))
     monkeypatch.setattr("launch.config.trusted_values.os.geteuid", lambda: place.stat().st_uid + 1)
-    assert not any(trusted_values.was_allowed_before(value.identity) for value in outside_values(config)), (
+    assert not any(trusted_values.was_value_allowed_before(value.identity) for value in values_needing_consent(config)), (
         "another user typed them"
     )
     trusted_values.remember_config(config)

@@ -146,7 +146,7 @@ def test_the_field_of_a_list_is_no_word(tmp_path, monkeypatch):
 class DashedArguments(VerbArguments):
     cfg: str | None = option("what is shown", key="--cfg", aliases=("-c",), choices=("job", "all"))
     shard: str | None = option("one of n parts", key="--shard", example="0/8")
-    settings: list[str] = forwarded_settings(unknown_flags=True)
+    settings: list[str] = forwarded_settings(forwards_unknown_flags=True)
 
 
 @pytest.mark.parametrize(
