@@ -234,7 +234,11 @@ def test_foreign_run_variable_and_its_address_are_allowed_as_one_value(site, tmp
 def test_foreign_run_code_is_known_by_its_files_and_asked_for_when_they_change(site, tmp_path):
     site.home("author")
     config = load_frozen_config(site.run / "config.yaml")
-    known = {value.effect for value in values_needing_consent(config) if trusted_values.was_value_allowed_before(value.identity)}
+    known = {
+        value.effect
+        for value in values_needing_consent(config)
+        if trusted_values.was_value_allowed_before(value.identity)
+    }
     assert any("runs the Python code" in effect for effect in known)
     moved = tmp_path / "moved"
     shutil.copytree(site.root / "llama", moved)
@@ -419,15 +423,15 @@ def test_training_goes_on_where_allowed_values_cannot_be_stored(site, monkeypatc
     trusted_values.remember_config(config)
     assert len([*place.iterdir()]) == 3
     place.chmod(0o777)
-    assert not any(trusted_values.was_value_allowed_before(value.identity) for value in values_needing_consent(config)), (
-        "anybody may have typed them"
-    )
+    assert not any(
+        trusted_values.was_value_allowed_before(value.identity) for value in values_needing_consent(config)
+    ), "anybody may have typed them"
     place.chmod(0o700)
     assert any(trusted_values.was_value_allowed_before(value.identity) for value in values_needing_consent(config))
     monkeypatch.setattr("launch.config.trusted_values.os.geteuid", lambda: place.stat().st_uid + 1)
-    assert not any(trusted_values.was_value_allowed_before(value.identity) for value in values_needing_consent(config)), (
-        "another user typed them"
-    )
+    assert not any(
+        trusted_values.was_value_allowed_before(value.identity) for value in values_needing_consent(config)
+    ), "another user typed them"
     trusted_values.remember_config(config)
     assert "is another user's" in capsys.readouterr().err
 
