@@ -30,7 +30,7 @@ from trainer.reporting.run_record import parse_run_record
 from trainer.reporting.status import RunState
 from trainer.reporting.trackers.wandb_server import fetch_wandb_run
 
-RUN_DIRECTORY_REGEX = re.compile(r"(offline-)?run-\d{8}_\d{6}-(?P<id>.+)")
+WANDB_RUN_DIRECTORY_REGEX = re.compile(r"(offline-)?run-\d{8}_\d{6}-(?P<id>.+)")
 """Name of a directory that W&B writes: one for each start of a run."""
 NOT_FINITE_TEXTS = {"NaN", "Infinity", "-Infinity"}
 """What W&B writes for a number that is not finite, since JSON has none."""
@@ -50,12 +50,12 @@ RUN_PAGE_REGEX = re.compile(r"https?://[^/]+/(?P<entity>[^/]+)/(?P<project>[^/]+
 
 def is_wandb_directory(directory: Path) -> bool:
     """Whether the directory is one that W&B wrote for a start of a run, such as `offline-run-20250131_120000-ab12`."""
-    return RUN_DIRECTORY_REGEX.fullmatch(directory.name) is not None and any(directory.glob("*.wandb"))
+    return WANDB_RUN_DIRECTORY_REGEX.fullmatch(directory.name) is not None and any(directory.glob("*.wandb"))
 
 
 def wandb_start_directories(wandb_dir: Path) -> list[Path]:
     """W&B's directories of all starts of the run that `wandb_dir` belongs to, in the order of the starts."""
-    match = RUN_DIRECTORY_REGEX.fullmatch(wandb_dir.name)
+    match = WANDB_RUN_DIRECTORY_REGEX.fullmatch(wandb_dir.name)
     assert match is not None  # `is_wandb_directory` is true of it
     siblings = wandb_dir.parent.glob(f"*run-*-{match['id']}")
     start_dirs = [sibling for sibling in siblings if is_wandb_directory(sibling)]

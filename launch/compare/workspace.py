@@ -13,7 +13,7 @@ from launch.compare.curves import loss_relevant_settings
 from launch.compare.repeats import REFUSED
 from launch.compare.run_files import RecordedRun, is_run_directory
 from launch.compare.settings import PointSource
-from launch.compare.wandb_files import RUN_DIRECTORY_REGEX, is_wandb_address, is_wandb_directory
+from launch.compare.wandb_files import WANDB_RUN_DIRECTORY_REGEX, is_wandb_address, is_wandb_directory
 from launch.compare.workspace_script import (
     COST_PANELS,
     LOSS_BY_POSITION_PANEL,
@@ -22,23 +22,25 @@ from launch.compare.workspace_script import (
     RESERVED_MEMORY_PANEL,
     SETTINGS_PANELS,
     SPEED_PANELS,
-    script_text,
+    WorkspaceContent,
+    workspace_script_source,
 )
 from strategies.errors import ShardtuneError
 from strategies.extras import install_command
-from trainer.reporting.config import COLUMNS
+from trainer.reporting.config import WANDB_COLUMN_BY_SETTING
 from trainer.reporting.metric_names import CURRENT_NAMES_EDITION, FIRST_NAMES_EDITION, XAxis, tracked_name
 from trainer.reporting.numbers import format_metric, format_setting
 from trainer.reporting.status import write_text_atomic
 
 WORKSPACE_FILE = "workspace.py"
-SUMMARY_COLUMNS = ("final/tokens_per_s", "final/step_s", "final/mfu", "final/memory_gib", "state")
-"""Columns of the run table that come from a run's summary, behind the losses."""
-FEWEST_OF_SEARCH = 5
+SUMMARY_COLUMNS_BEHIND_LOSSES = ("final/tokens_per_s", "final/step_s", "final/mfu", "final/memory_gib", "state")
+MIN_SHOWN_RUNS = 10
+"""Runs that W&B's plots show at least: its own default."""
+MIN_POINTS_OF_SEARCH = 5
 """Runs that each have a value of their own on a numeric axis: from this number on they are a search, or read like one."""
-MOST_UNNAMED_AXES = 4
+MAX_CONFIG_COLUMNS = 4
 """Settings without a column of their own that are shown as axes at most."""
-MOST_CELL_CHARACTERS = 60
+MAX_CELL_CHARACTERS = 60
 UNKNOWN_CELL = "-"
 
 
@@ -54,31 +56,37 @@ def workspace_script(comparison: Comparison, output_dir: Path) -> str | None:
     held_out_metric = str(runs[0].config.get("evaluation.watch") or "eval/loss")
     was_evaluated = any(point.measured.after for point in comparison.points)
     final_metric = f"final/{held_out_metric}" if was_evaluated else "final/loss"
-    summary_columns = dict.fromkeys(["final/loss", final_metric, *SUMMARY_COLUMNS])  # each once
-    group_columns = [column for column, values in values_by_column.items() if _groups_runs(values, len(runs))]
-    return script_text(
-        _question_panels(comparison, has_axes=bool(values_by_column)),
-        install=install_command("workspace"),
-        filters=_run_filter_source(runs),
+    content = WorkspaceContent(
         title=output_dir.resolve().name,
         entity=_logging_setting(runs[0], "entity"),
         project=_logging_setting(runs[0], "project") or "shardtune",
-        columns=_table_columns(values_by_column, runs),
-        group_by=group_columns,
-        baseline=_baseline_run_id(comparison),
-        summary=list(summary_columns),
-        answer=comparison.conclusion.lines,
-        verdict=[point.verdict for point in comparison.points],
-        points=_points_markdown_lines(comparison, values_by_column, held_out_metric),
-        max_runs=max(10, len(runs)),
-        x=_x_axis_metric(runs),
-        loss=_metric_names_in_wandb("loss", runs),
-        grad_norm=_metric_names_in_wandb("grad_norm", runs),
-        tokens_per_s=_metric_names_in_wandb("tokens_per_s", runs),
-        memory_gib=_metric_names_in_wandb("memory_gib", runs),
-        held_out=held_out_metric,
-        final=final_metric,
+        setting_columns=_table_columns(values_by_column, runs),
+        group_columns=[column for column, values in values_by_column.items() if _is_grouping_axis(values, len(runs))],
+        baseline_run_id=_baseline_run_id(comparison),
+        summary_columns=summary_columns(final_metric),
+        answer_lines=comparison.conclusion.lines,
+        verdict_lines=[point.verdict for point in comparison.points],
+        points_markdown_lines=_points_markdown_lines(comparison, values_by_column, held_out_metric),
+        max_runs=max(MIN_SHOWN_RUNS, len(runs)),
+        x_axis_metric=_x_axis_metric(runs),
+        loss_names=_metric_names_in_wandb("loss", runs),
+        grad_norm_names=_metric_names_in_wandb("grad_norm", runs),
+        tokens_per_s_names=_metric_names_in_wandb("tokens_per_s", runs),
+        memory_gib_names=_metric_names_in_wandb("memory_gib", runs),
+        held_out_metric=held_out_metric,
+        final_metric=final_metric,
     )
+    return workspace_script_source(
+        _panels_by_question(comparison, has_axes=bool(values_by_column)),
+        content,
+        run_filter_source=_run_filter_source(runs),
+        install_command=install_command("workspace"),
+    )
+
+
+def summary_columns(final_metric: str) -> list[str]:
+    """Columns of W&B's run table that come from a run's summary, each once. `final_metric`: by which runs are judged."""
+    return list(dict.fromkeys(["final/loss", final_metric, *SUMMARY_COLUMNS_BEHIND_LOSSES]))
 
 
 def write_workspace_script(comparison: Comparison, output_dir: Path) -> str | None:
@@ -115,6 +123,7 @@ def write_workspace_script_of_runs(run_dirs: Sequence[Path], sweep_dir: Path) ->
 def rewrite_workspace_script_of_array(run_dir: Path) -> None:
     """Write the W&B script `workspace.py` of a job array anew, when the job of `run_dir`, one of its points, has ended.
 
+    The directories of the points are numbered, and lie in one directory with the script.
     The submission wrote the first one, before any point had an id in W&B or a result. Does nothing outside of SLURM, where the
     command that starts the points writes the script when all have ended. Errors: StorageError, ConfigError.
     """
@@ -155,7 +164,10 @@ def _wandb_mode(run: RecordedRun) -> str:
 
 
 def _metric_names_in_wandb(metric: str, runs: list[RecordedRun]) -> list[str]:
-    """The names that a metric of steps has in W&B, each once: a run keeps the names of the edition with which it began."""
+    """The names that a metric of steps has in W&B, each once: `["loss", "train/loss"]`.
+
+    Metrics were renamed between versions of shardtune (editions of their names), and a run keeps those with which it began.
+    """
     # A run that was not started yet has no record, and will begin with today's names.
     editions = {CURRENT_NAMES_EDITION if run.record.is_empty else run.record.metric_names for run in runs}
     names = [metric if edition == FIRST_NAMES_EDITION else tracked_name(metric) for edition in sorted(editions)]
@@ -181,11 +193,11 @@ def _x_axis_metric(runs: list[RecordedRun]) -> str:
     return XAxis(x_axes.pop()).tracked_name
 
 
-def _question_panels(comparison: Comparison, *, has_axes: bool) -> list[tuple[str, list[str]]]:
+def _panels_by_question(comparison: Comparison, *, has_axes: bool) -> list[tuple[str, list[str]]]:
     """(question, source of its panels in Python) of each section of the W&B workspace, in order.
 
     A comparison of one point asks about its run. One of several points asks which is the best: about the settings if the points
-    train several jobs and `has_axes`, about equal losses if some points train the same job.
+    differ in settings that decide the loss (and `has_axes`), about equal losses if some points have the same of these settings.
     """
     memory_panels = list(MEMORY_PANELS)
     if any(point.measured.memory_reserved_gib is not None for point in comparison.points):  # on GPUs
@@ -200,17 +212,15 @@ def _question_panels(comparison: Comparison, *, has_axes: bool) -> list[tuple[st
             ("What does it need?", memory_panels),
             ("What does it cost?", list(COST_PANELS)),
         ]
-    jobs = [
-        loss_relevant_settings(point.first_repeat) for point in comparison.points
-    ]  # equal for points of one job and seed
-    num_jobs = sum(job not in jobs[:index] for index, job in enumerate(jobs))
+    # Points with the same of these settings must have the same loss. Of other points one wants to know which learns best.
+    loss_settings = [loss_relevant_settings(point.first_repeat) for point in comparison.points]
+    num_different = sum(settings not in loss_settings[:index] for index, settings in enumerate(loss_settings))
     questions: list[tuple[str, list[str]]] = []
-    if num_jobs > 1 and has_axes:
+    if num_different > 1 and has_axes:
         questions.append(("Which settings are best?", list(SETTINGS_PANELS)))
     questions += [("Which is fastest?", list(SPEED_PANELS)), ("What does each need?", memory_panels)]
-    # Points of one job must have the same loss. Of points of other jobs one wants to know which learns best.
-    has_points_of_same_job = num_jobs < len(jobs)
-    questions.append(("Is it the same loss?" if has_points_of_same_job else "Which learns best?", loss_panels))
+    has_points_of_same_loss = num_different < len(loss_settings)
+    questions.append(("Is it the same loss?" if has_points_of_same_loss else "Which learns best?", loss_panels))
     return [*questions, ("What does each cost?", list(COST_PANELS))]
 
 
@@ -220,10 +230,11 @@ def _has_loss_by_position(point: ComparedPoint) -> bool:
 
 
 def _axis_values_by_column(comparison: Comparison) -> dict[str, tuple[Any, ...]]:
-    """The settings in which the points differ: {column of W&B's run table: value at each point}.
+    """The settings in which the points differ: {column of W&B's run table: value at each point}, such as {"lr": (1e-4, 2e-4)}.
 
-    If none of these settings has a column of its own, the columns are those of the whole configuration, such as
-    `config.parallel.sequence`; at most `MOST_UNNAMED_AXES`.
+    A setting has a column of its own if it is one of `WANDB_COLUMN_BY_SETTING`, or named in `logging.columns`. If no setting that
+    differs has one, the columns are those of the whole configuration, such as `config.parallel.sequence`; at most
+    `MAX_CONFIG_COLUMNS`.
     """
     configured_columns: set[str] = set()
     for point in comparison.points:
@@ -232,17 +243,19 @@ def _axis_values_by_column(comparison: Comparison) -> dict[str, tuple[Any, ...]]
     values_without_own_column = {}
     for difference in comparison.differences:
         key = difference.key
-        group = key.removesuffix(".name")  # `logging.columns` may name a choice by its group, such as `strategy`
-        is_setting = " " not in key  # `run.json host` is none
-        if key in COLUMNS:
-            values_by_column[COLUMNS[key]] = difference.values
+        group = key.removesuffix(
+            ".name"
+        )  # `logging.columns` may name a choice by its group: `strategy` for `strategy.name`
+        is_setting = " " not in key  # a fact of the record, such as `run.json host`, is none
+        if key in WANDB_COLUMN_BY_SETTING:
+            values_by_column[WANDB_COLUMN_BY_SETTING[key]] = difference.values
         elif key in configured_columns:
             values_by_column[_column_name(key)] = difference.values
         elif group in configured_columns:
             values_by_column[_column_name(group)] = difference.values
         elif is_setting:
             values_without_own_column[f"config.{key}"] = difference.values
-    return values_by_column or dict(list(values_without_own_column.items())[:MOST_UNNAMED_AXES])
+    return values_by_column or dict(list(values_without_own_column.items())[:MAX_CONFIG_COLUMNS])
 
 
 def _configured_columns(run: RecordedRun) -> set[str]:
@@ -250,13 +263,14 @@ def _configured_columns(run: RecordedRun) -> set[str]:
     return {argument.partition("=")[0] for argument in run.config.get("logging.columns") or []}
 
 
-def _groups_runs(axis_values: tuple[Any, ...], num_runs: int) -> bool:
+def _is_grouping_axis(axis_values: tuple[Any, ...], num_runs: int) -> bool:
     """Whether the runs in W&B's table are grouped by an axis; `axis_values`: the value at each point.
 
-    They are not grouped by a number that differs in each run of a search, because each group would be one run.
+    They are not grouped by a number that differs in each run of a search, because each group would be one run. A search is told
+    by its many values: a sweep of two or three learning rates is typed, and read, point by point.
     """
     is_numeric = all(isinstance(value, int | float) for value in axis_values)
-    is_search = is_numeric and len(axis_values) >= FEWEST_OF_SEARCH
+    is_search = is_numeric and len(axis_values) >= MIN_POINTS_OF_SEARCH
     num_different_values = len({str(value) for value in axis_values})
     differs_in_each_run = num_different_values == len(axis_values) == num_runs
     return not (is_search and differs_in_each_run)
@@ -269,7 +283,7 @@ def _table_columns(values_by_column: dict[str, tuple[Any, ...]], runs: list[Reco
     for run in runs:
         configured_keys |= _configured_columns(run)
     for key in sorted(configured_keys):
-        has_standard_column = key in COLUMNS or f"{key}.name" in COLUMNS
+        has_standard_column = key in WANDB_COLUMN_BY_SETTING or f"{key}.name" in WANDB_COLUMN_BY_SETTING
         if not has_standard_column:
             columns.append(_column_name(key))
     return list(dict.fromkeys(columns))  # each once: a setting may both differ and be named
@@ -300,7 +314,8 @@ def _run_filter_source(runs: list[RecordedRun]) -> str:
 def _baseline_run_id(comparison: Comparison) -> str | None:
     """The id in W&B of the first run of the default baseline.
 
-    None for a single point, for a baseline that is not in W&B, or if the id is not known.
+    The first repeat of the point that the others are compared with. None for a single point, for a baseline that is not in W&B,
+    or if the id is not known.
     """
     if len(comparison.points) == 1:
         return None
@@ -321,7 +336,7 @@ def _wandb_run_id(run: RecordedRun) -> str | None:
     candidates = [run.directory] if is_wandb_directory(run.directory) else [*run.directory.glob("wandb/*run-*")]
     names = [path.name.removeprefix("offline-") for path in candidates if is_wandb_directory(path)]
     latest_name = max(names, default="")  # a name begins with the time of the start
-    match = RUN_DIRECTORY_REGEX.fullmatch(latest_name)
+    match = WANDB_RUN_DIRECTORY_REGEX.fullmatch(latest_name)
     return match["id"] if match else None
 
 
@@ -364,7 +379,7 @@ def _headings_of_measured_cells(held_out_metric: str) -> list[str]:
 
 def _measured_cells(point: ComparedPoint, held_out_metric: str) -> list[str]:
     """Cells of a point below `_headings_of_measured_cells`; a dash for what is not known."""
-    measured = point.measured
+    measured = point.measured  # losses of the first repeat, medians of speeds over all
     return [
         str(measured.steps or UNKNOWN_CELL),
         _number_cell(measured.loss, format_metric),
@@ -381,13 +396,13 @@ def _number_cell(number: float | None, format_number: Callable[[float], str]) ->
 
 
 def markdown_cell(text: str) -> str:
-    """A text as a cell of a Markdown table: on one line, at most `MOST_CELL_CHARACTERS` long, and with its bars escaped.
+    """A text as a cell of a Markdown table: on one line, at most `MAX_CELL_CHARACTERS` long, and with its bars escaped.
 
     A bar would begin another cell, and a line break would end the table.
     """
     one_line = " ".join(text.split())
-    if len(one_line) > MOST_CELL_CHARACTERS:
-        one_line = f"{one_line[: MOST_CELL_CHARACTERS - 3]}..."
+    if len(one_line) > MAX_CELL_CHARACTERS:
+        one_line = f"{one_line[: MAX_CELL_CHARACTERS - 3]}..."
     return one_line.replace("|", "\\|")
 
 

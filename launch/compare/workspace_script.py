@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from string import Template
 
 SCRIPT_TEMPLATE = Template(
     '''"""These runs in W&B: a saved view of the project's workspace, and a report. Made by shardtune compare.
 
-    $install && wandb login
+    $install_command && wandb login
     python workspace.py              # or: python workspace.py <team or user>
 
 Offline runs must have been uploaded before (`wandb sync`, as the last lines of each run say). Change what you like: the
@@ -22,29 +23,29 @@ import wandb_workspaces.workspaces as ws
 TITLE = $title
 ENTITY = $entity
 PROJECT = $project
-FILTERS = [$filters]
+FILTERS = [$run_filter_source]
 """Finds these runs, and no others of the project."""
-COLUMNS = $columns
+COLUMNS = $setting_columns
 """Settings in which the runs differ."""
-GROUP_BY = $group_by
+GROUP_BY = $group_columns
 """Axes: the runs of one point, such as its repeats, are one group."""
-BASELINE = $baseline
+BASELINE = $baseline_run_id
 """Id of the run that the others are compared with."""
-SUMMARY = $summary
-ANSWER = $answer
+SUMMARY = $summary_columns
+ANSWER = $answer_lines
 """Whether the points differ, and which one to take for what; empty for a single run."""
-VERDICT = $verdict
+VERDICT = $verdict_lines
 """A sentence on each point."""
-POINTS = "\\n".join($points)
+POINTS = "\\n".join($points_markdown_lines)
 
 # Metrics by the names that these runs log them under.
-X = $x
-LOSS = $loss
-GRAD_NORM = $grad_norm
-TOKENS_PER_S = $tokens_per_s
-MEMORY_GIB = $memory_gib
-HELD_OUT = $held_out
-FINAL = $final
+X = $x_axis_metric
+LOSS = $loss_names
+GRAD_NORM = $grad_norm_names
+TOKENS_PER_S = $tokens_per_s_names
+MEMORY_GIB = $memory_gib_names
+HELD_OUT = $held_out_metric
+FINAL = $final_metric
 
 
 def column(name):
@@ -152,12 +153,46 @@ MAX_LINE_LENGTH = 100
 """Characters of a list of texts on one line."""
 
 
-def script_text(questions: list[tuple[str, list[str]]], *, filters: str, install: str, **values: object) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkspaceContent:
+    """What `workspace.py` shows: a value for each placeholder of `SCRIPT_TEMPLATE` that becomes a Python literal."""
+
+    title: str
+    """Of the view and the report."""
+    entity: str | None
+    """The user or team in W&B; None: whoever runs the script."""
+    project: str
+    setting_columns: list[str]
+    """Columns of the run table for the settings in which the runs differ."""
+    group_columns: list[str]
+    """Those by which runs are grouped."""
+    baseline_run_id: str | None
+    summary_columns: list[str]
+    """Columns of the run table that come from a run's summary."""
+    answer_lines: list[str]
+    verdict_lines: list[str]
+    points_markdown_lines: list[str]
+    """The table of the points."""
+    max_runs: int
+    """Runs that a plot shows at most."""
+    x_axis_metric: str
+    loss_names: list[str]
+    """The names that the runs log this metric under; the same for the next three."""
+    grad_norm_names: list[str]
+    tokens_per_s_names: list[str]
+    memory_gib_names: list[str]
+    held_out_metric: str
+    final_metric: str
+    """The metric of a run's summary by which runs are judged."""
+
+
+def workspace_script_source(
+    questions: list[tuple[str, list[str]]], content: WorkspaceContent, *, run_filter_source: str, install_command: str
+) -> str:
     """The source of `workspace.py`: the template with its values filled in.
 
-    `questions`: (question, source of its panels in Python) of each section. `filters`: the filter of the runs, as Python source.
-    `install`: the shell command that installs what the script needs. `values`: by name of a `$placeholder` of the template; each
-    is written as a Python literal.
+    `questions`: (question, source of its panels in Python) of each section. `run_filter_source`: the filter that finds the runs,
+    as Python source. `install_command`: the shell command that installs what the script needs.
     """
     section_sources = []
     for question, panels in questions:
@@ -165,9 +200,12 @@ def script_text(questions: list[tuple[str, list[str]]], *, filters: str, install
         section_sources.append(
             f"        (\n            {question!r},\n            [\n{panel_lines}            ],\n        ),"
         )
-    literals = {name: python_source(value) for name, value in values.items()}
+    literals = {field.name: python_source(getattr(content, field.name)) for field in fields(content)}
     return SCRIPT_TEMPLATE.substitute(
-        questions="\n".join(section_sources), filters=filters, install=install, **literals
+        questions="\n".join(section_sources),
+        run_filter_source=run_filter_source,
+        install_command=install_command,
+        **literals,
     )
 
 

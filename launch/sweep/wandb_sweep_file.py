@@ -5,24 +5,33 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from launch.compare.workspace import SUMMARY_COLUMNS, WORKSPACE_FILE, markdown_cell
+from launch.compare.workspace import MIN_SHOWN_RUNS, WORKSPACE_FILE, markdown_cell, summary_columns
 from launch.compare.workspace_script import (
     COST_PANELS,
     LOSS_PANELS,
     MEMORY_PANELS,
     SETTINGS_PANELS,
     SPEED_PANELS,
-    script_text,
+    WorkspaceContent,
+    workspace_script_source,
 )
 from launch.sweep.space import RANGE_TOLERANCE, SearchedSetting
 from launch.sweep.sweeper import PlannedSearch, TrialPruning, plan_search
 from strategies.errors import ConfigError
 from strategies.extras import install_command
-from trainer.reporting.config import COLUMNS
+from trainer.reporting.config import WANDB_COLUMN_BY_SETTING
 from trainer.reporting.metric_names import XAxis, tracked_name
 
 MAX_LISTED_VALUES = 1000
 """Values of a range that are listed in a sweep file at most."""
+PANELS_BY_QUESTION = [
+    ("Which settings are best?", list(SETTINGS_PANELS)),
+    ("Which learns best?", list(LOSS_PANELS)),
+    ("Which is fastest?", list(SPEED_PANELS)),
+    ("What does each need?", list(MEMORY_PANELS)),
+    ("What does each cost?", list(COST_PANELS)),
+]
+"""(question, source of its panels in Python) of each section of `workspace.py`."""
 
 
 def write_sweep_file(arguments: list[str], *, print_only: bool = False) -> int:
@@ -95,43 +104,47 @@ def trials_workspace_script(search: PlannedSearch) -> str:
     Unlike the script that `launch/compare/workspace.py` writes, it has no results: the trials run on the hosts of W&B's agents.
     """
     logging = search.first_trial.config.logging
-    columns = {setting.key: COLUMNS.get(setting.key, f"config.{setting.key}") for setting in search.searched_settings}
+    column_by_key = {}
+    for setting in search.searched_settings:
+        column_by_key[setting.key] = WANDB_COLUMN_BY_SETTING.get(setting.key, f"config.{setting.key}")
     direction = "largest" if search.greater_is_better else "smallest"
-    final = f"final/{search.metric}"
-    points = ["| setting | searched |", "|---|---|"]
-    points += [f"| {setting.key} | {markdown_cell(setting.values_text)} |" for setting in search.searched_settings]
-    return script_text(
-        [
-            ("Which settings are best?", list(SETTINGS_PANELS)),
-            ("Which learns best?", list(LOSS_PANELS)),
-            ("Which is fastest?", list(SPEED_PANELS)),
-            ("What does each need?", list(MEMORY_PANELS)),
-            ("What does each cost?", list(COST_PANELS)),
-        ],
-        install=install_command("workspace"),
-        filters=f'ws.Metric("Group").isin([{trials_group_name(search)!r}])',
+    final_metric = f"final/{search.metric}"
+    verdict = f"The trial with the {direction} {final_metric} is the best one: the first section shows it beside the settings."
+    content = WorkspaceContent(
         title=search.directory.resolve().name,
         entity=logging.entity,
         project=logging.project or "shardtune",
-        columns=list(columns.values()),
+        setting_columns=list(column_by_key.values()),
         # A number that each trial has for itself would make groups of one run.
-        group_by=[columns[setting.key] for setting in search.searched_settings if setting.choices],
-        baseline=None,
-        summary=list(dict.fromkeys(["final/loss", final, *SUMMARY_COLUMNS])),
-        answer=[],
-        verdict=[
-            f"The trial with the {direction} {final} is the best one: the first section shows it beside the settings."
-        ],
-        points=points,
-        max_runs=max(10, search.settings.trials),
-        x=XAxis(logging.x).tracked_name,
-        loss=[tracked_name("loss")],
-        grad_norm=[tracked_name("grad_norm")],
-        tokens_per_s=[tracked_name("tokens_per_s")],
-        memory_gib=[tracked_name("memory_gib")],
-        held_out=search.metric,
-        final=final,
+        group_columns=[column_by_key[setting.key] for setting in search.searched_settings if setting.choices],
+        baseline_run_id=None,
+        summary_columns=summary_columns(final_metric),
+        answer_lines=[],
+        verdict_lines=[verdict],
+        points_markdown_lines=_searched_settings_markdown_lines(search),
+        max_runs=max(MIN_SHOWN_RUNS, search.settings.trials),
+        x_axis_metric=XAxis(logging.x).tracked_name,
+        loss_names=[tracked_name("loss")],
+        grad_norm_names=[tracked_name("grad_norm")],
+        tokens_per_s_names=[tracked_name("tokens_per_s")],
+        memory_gib_names=[tracked_name("memory_gib")],
+        held_out_metric=search.metric,
+        final_metric=final_metric,
     )
+    return workspace_script_source(
+        PANELS_BY_QUESTION,
+        content,
+        run_filter_source=f'ws.Metric("Group").isin([{trials_group_name(search)!r}])',
+        install_command=install_command("workspace"),
+    )
+
+
+def _searched_settings_markdown_lines(search: PlannedSearch) -> list[str]:
+    """The searched settings as lines of a Markdown table: `| optim.lr | interval(1e-5,1e-3) |`."""
+    lines = ["| setting | searched |", "|---|---|"]
+    for setting in search.searched_settings:
+        lines.append(f"| {setting.key} | {markdown_cell(setting.values_text)} |")
+    return lines
 
 
 def wandb_sweep_parameter(setting: SearchedSetting) -> dict[str, Any]:
@@ -152,6 +165,7 @@ def wandb_sweep_parameter(setting: SearchedSetting) -> dict[str, Any]:
         high = int(high)
     has_step_of_one = setting.is_integer and setting.step == 1
     if setting.step is not None and not has_step_of_one:
+        # The tolerance counts the upper end of 0.1 to 0.3 by 0.1, whose quotient is 1.9999999999999998.
         num_values = int((setting.high - setting.low) / setting.step + RANGE_TOLERANCE) + 1
         if num_values > MAX_LISTED_VALUES:
             raise ConfigError(

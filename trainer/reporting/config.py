@@ -21,7 +21,7 @@ class WandbMode(StrEnum):
 Alert = StrEnum("Alert", ["failed", "diverged", "preempted"])
 """How a run ends of which somebody is told."""
 
-COLUMNS = {
+WANDB_COLUMN_BY_SETTING = {
     "strategy.name": "strategy",
     "tuning.name": "tuning",
     "objective.name": "objective",

@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer.config.resuming import flatten_settings, settings_as_dict
 from trainer.config.run import RunConfig
-from trainer.reporting.config import COLUMNS
+from trainer.reporting.config import WANDB_COLUMN_BY_SETTING
 from trainer.reporting.numbers import format_setting
 from trainer.reporting.run_record import RunRecord
 
@@ -39,7 +39,7 @@ def tracker_settings(config: RunConfig, record: RunRecord) -> dict[str, Any]:
     nested_settings = settings_as_dict(config)
     settings = flatten_settings(nested_settings)  # by dotted key
     columns: dict[str, Any] = {}
-    for key, name in COLUMNS.items():
+    for key, name in WANDB_COLUMN_BY_SETTING.items():
         columns[name] = _column_value(key, settings.get(key))
     for field_name in RECORD_FIELDS:
         columns[field_name] = getattr(record, field_name)
@@ -74,7 +74,7 @@ def chosen_columns(column_specs: list[str], settings: Mapping[str, Any]) -> dict
             columns[re.sub(r"\W", "_", key)] = text
             continue
         setting = key if key in settings else f"{key}.name"
-        if setting in settings and setting not in COLUMNS:  # those are there anyway
+        if setting in settings and setting not in WANDB_COLUMN_BY_SETTING:  # those are there anyway
             column_name = re.sub(r"\W", "_", key.strip("_"))
             columns[column_name] = _column_value(setting, settings[setting])
     return columns
