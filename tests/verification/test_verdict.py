@@ -29,7 +29,7 @@ def judged(configured, single=None, half=None):
 def test_differences_are_shares_of_the_largest_element_of_a_kind():
     found = judged(step(q=9e-6, up=9e-5, loss=2.00001))
     assert found.problems == []
-    distance_by_quantity = {row["quantity"]: row["distance"] for row in found.record()["differences"]}
+    distance_by_quantity = {row["quantity"]: row["distance"] for row in found.as_json_values()["differences"]}
     assert distance_by_quantity == {
         name: pytest.approx(d, rel=1e-2) for name, d in (("loss", 5e-6), ("attention", 9e-6), ("MLP", 9e-6))
     }
@@ -46,12 +46,12 @@ def test_differences_are_shares_of_the_largest_element_of_a_kind():
 )
 def test_what_lies_beyond_is_named(configured, said):
     found = judged(configured)
-    assert any(problem.startswith(said) for problem in found.problems) and not found.record()["agrees"]
+    assert any(problem.startswith(said) for problem in found.problems) and not found.as_json_values()["agrees"]
 
 
 def test_a_kind_without_any_gradient_is_no_agreement():
     nothing = step(gradients={"q": torch.tensor([1.0]), "up": torch.zeros(2)})
-    rows = judged(nothing, single=nothing).record()["differences"]
+    rows = judged(nothing, single=nothing).as_json_values()["differences"]
     assert {row["quantity"]: row["distance"] for row in rows} == {"loss": 0, "attention": 0, "MLP": None}
     silent = step(gradients={"q": torch.zeros(1), "up": torch.zeros(2)})
     assert judged(silent, single=silent).problems == ["no parameter has a gradient, so that nothing was compared"]

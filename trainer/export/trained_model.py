@@ -92,8 +92,9 @@ def one_thread() -> Iterator[None]:
 class ModelValues:
     """The parameters and persistent buffers of a whole model by their base names, adapters merged in.
 
-    A base name is a parameter's name in the plain model (`model.layers.0.mlp.up_proj.weight`). Its plain name is that in the
-    run's module, where an adapter may be around it. Keeps the adapted layer and the group of stored tensors that were read last.
+    A base name is a parameter's name in the base model (`model.layers.0.mlp.up_proj.weight`). Its plain name is that in the run's
+    module, where an adapter may be around it (`base_model.model.model.layers.0.mlp.up_proj.base_layer.weight`). Keeps the adapted
+    layer and the group of stored tensors that were read last.
     """
 
     def __init__(self, model: TrainedModel) -> None:
@@ -128,7 +129,9 @@ class ModelValues:
     def meta_tensor(self, base_name: str) -> Tensor:
         """An empty tensor on the meta device with the shape of a value; nothing is read.
 
-        A floating-point value counts as float32, in which it is merged. Any other parameter, and a buffer, keeps its type.
+        - a buffer: of its own type;
+        - a parameter that the base holds quantised: float32, with its full shape;
+        - any other: float32, in which adapters are merged, if it is floating-point, else its own type.
         """
         if base_name in self._buffers:
             return self._buffers[base_name].to("meta")
@@ -143,7 +146,7 @@ class ModelValues:
 
         - a buffer: that of the model;
         - a parameter that trained: from the checkpoint;
-        - a frozen parameter: from the base, with the adapter merged in if there is one.
+        - a frozen parameter: from the base, with the adapter merged in if there is one, by one thread: the same on every host.
         Raises StorageError if the checkpoint cannot be read, ConfigError if a conversion of the base's files fails.
         """
         if base_name in self._buffers:
@@ -169,13 +172,16 @@ class ModelValues:
         """The value of a parameter that does not train, without an adapter.
 
         - the base holds it quantised: its full-precision values;
-        - the base does not have it, or has it in another shape (a grown vocabulary): as the run began;
-        - else: that of the base.
+        - the base does not have it (a new head), or has it in another shape (a grown vocabulary): as the run began;
+        - else: that of the base, in the type of its files, which the run may hold rounded.
         """
         if base_name in self.base.quantised_shapes:
             return self.base.full_tensor(base_name)
         shape = self._parameters[plain_name].shape
-        if self.base.resolve(base_name) is None or self.base.shape(base_name) != tuple(shape):
+        base_has_it = (
+            self.base.resolve(base_name) is not None
+        )  # under this name, or under one that transformers renames
+        if not base_has_it or self.base.shape(base_name) != tuple(shape):
             initial_values = self.model.source.read_slice(plain_name, shape, 0, shape.numel())
             return initial_values.view(shape).to(self.model.frozen_dtype)
         return self.base.read_slice(base_name, 0, math.prod(shape)).view(shape)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from strategies import atomic_io, shared_files
 from strategies.atomic_io import (
@@ -62,7 +63,9 @@ SMALL_FILES_BYTES = 2**22
 """Space that is set aside for the tokenizer, the model card and settings."""
 SLOWEST_DISK_BYTES_PER_S = 10e6
 """Ranks wait for each other as long as a disk of this speed would take to write the export."""
-_REMEDY = "free space and run `shardtune export`. The checkpoints of the run are intact."
+_RUN_EXPORT_AGAIN = "run `shardtune export`. The checkpoints of the run are intact."
+_FREE_SPACE_REMEDY = f"free space and {_RUN_EXPORT_AGAIN}"
+_OTHER_DIRECTORY_REMEDY = f"choose another directory (to=) and {_RUN_EXPORT_AGAIN}"
 
 
 def write_export(
@@ -86,7 +89,7 @@ def write_export(
     values: ModelValues | None = None
     plan: ExportPlan | None = None
     # Plan the files, if a whole model is written.
-    with _raise_on_all_ranks(destination, runtime):
+    with _raising_on_all_ranks(destination, runtime):
         if config.merge and model.built.tuning.adapter:
             _check_adapter_mergeable(model)
         if not writes_adapter:
@@ -99,15 +102,15 @@ def write_export(
     with longer_timeout(runtime, wait_s), _lock_destination(destination, runtime):
         if plan is not None and values is not None:
             _write_weights(plan, values, staging_dir, destination, runtime)
-        with _raise_on_all_ranks(destination, runtime, staging_dir):
+        with _raising_on_all_ranks(destination, runtime, staging_dir):
             if runtime.is_main and plan is None:
                 _write_adapter(model, staging_dir, facts)
             if runtime.is_main:
                 _write_small_files(model, plan, staging_dir, config, facts)
-        with _raise_on_all_ranks(destination, runtime, staging_dir):
+        with _raising_on_all_ranks(destination, runtime, staging_dir):
             if runtime.is_main and reference is not None:
                 verify_against_reference(reference, model.built, staging_dir, model.base_path, adapter=writes_adapter)
-        with _raise_on_all_ranks(destination, runtime, staging_dir, caught=OSError):
+        with _raising_on_all_ranks(destination, runtime, staging_dir, caught=OSError):
             if runtime.is_main:
                 remove_records(staging_dir)
                 _publish_export(staging_dir, destination)
@@ -121,7 +124,7 @@ def _lock_destination(destination: Path, runtime: Runtime) -> Iterator[None]:
     Raises, on every rank: ExportInUse if another process writes there, StorageError if it cannot be locked.
     """
     with ExitStack() as lock:
-        with _raise_on_all_ranks(destination, runtime, caught=(ExportInUse, OSError)):
+        with _raising_on_all_ranks(destination, runtime, caught=(ExportInUse, OSError)):
             if runtime.is_main:
                 lock.enter_context(exclusive_export_lock(destination))
         yield
@@ -132,10 +135,10 @@ def _lock_destination(destination: Path, runtime: Runtime) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Staging:
-    """The state of the staging directory when rank 0 had opened it."""
+    """The state of the staging directory when rank 0 had opened it; the same on every rank."""
 
-    keeps_files: bool
-    """Whether complete files of an earlier start of the same export may be in it."""
+    may_have_complete_files: bool
+    """Whether an earlier start of the same export was cut short, so that files which it completed are kept."""
     problem: str | None
     """Why nothing can be written; None if it can."""
 
@@ -152,11 +155,11 @@ def _write_weights(
     staging = _open_staging_on_main(plan, values.model, staging_dir, destination, runtime)
     if runtime.is_main:
         _print_writers(plan, writer_ranks, runtime)
-    with _raise_on_all_ranks(destination, runtime, staging_dir), closing(values):
+    with _raising_on_all_ranks(destination, runtime, staging_dir), closing(values):
         if runtime.rank not in writer_ranks:
             return
         for file in files_of_writer(plan.files, writer_ranks.index(runtime.rank), len(writer_ranks)):
-            if staging.keeps_files and is_file_complete(staging_dir, file):
+            if staging.may_have_complete_files and is_file_complete(staging_dir, file):
                 print(f"export: {file.name} is kept from an earlier start", flush=True)
             else:
                 write_export_file(plan, file, values, staging_dir)
@@ -173,26 +176,26 @@ def _open_staging_on_main(
     origin = _export_origin(plan, model)
 
     def open_and_check_space() -> _Staging:
-        keeps_files = open_export_staging(staging_dir, plan, origin)
+        may_have_complete_files = open_export_staging(staging_dir, plan, origin)
         kept_bytes = sum(file.stat().st_size for file in staging_dir.glob("*.safetensors"))
         problem = disk_space_problem(staging_dir, SMALL_FILES_BYTES + plan.num_bytes - kept_bytes)
-        return _Staging(keeps_files=keeps_files, problem=problem)
+        return _Staging(may_have_complete_files=may_have_complete_files, problem=problem)
 
     try:
         staging = call_on_main(open_and_check_space, runtime)
     except StorageError as error:
-        raise StorageError(f"{error}; writing the export {destination} failed: {_REMEDY}") from error
+        raise StorageError(f"{error}; writing the export {destination} failed: {_FREE_SPACE_REMEDY}") from error
     if staging.problem:
         if runtime.is_main:
             remove_leftovers(staging_dir)
-        raise StorageError(f"{staging.problem}; {_REMEDY}")
+        raise StorageError(f"{staging.problem}; {_FREE_SPACE_REMEDY}")
     return staging
 
 
 def _writer_ranks(plan: ExportPlan, runtime: Runtime) -> list[int]:
     """The ranks that write, at most one for each file: as many of each host as its memory has room for, at least one.
 
-    All ranks must call.
+    `plan.process_bytes` is the most that a writer holds at a time. All ranks must call.
     """
     free_bytes = free_host_memory_bytes()
     max_writers_of_host = runtime.local_world_size
@@ -256,35 +259,45 @@ def _check_adapter_mergeable(model: TrainedModel) -> None:
 def _write_adapter(model: TrainedModel, staging_dir: Path, facts: ModelFacts) -> None:
     """Write the adapter's files into a new staging directory. Raises StorageError if there is too little space.
 
-    An adapter that started by rewriting the base (as PiSSA does) is written as a plain LoRA of double rank. If training changed
-    the positions of the base, its config.json is written too: loaders of the adapter build the base by that.
+    If training changed the positions of the base, its config.json is written too: loaders of the adapter build the base by that.
     """
     from trainer.tuning.adapter import Adapter
-    from trainer.tuning.adapter_files import as_plain_lora, write_adapter
 
     remove_leftovers(staging_dir)
     make_directories(staging_dir)
     too_little_space = disk_space_problem(staging_dir, export_bytes(model, plan=None))
     if too_little_space:
-        raise StorageError(f"{too_little_space}; {_REMEDY}")
+        raise StorageError(f"{too_little_space}; {_FREE_SPACE_REMEDY}")
     tuning: Any = model.built.tuning
-    tuned_model = model.built.step_module.model
-    trained = {name: model.trained[name] for name in model.trained}
-    hub_id, commit = hub_id_and_commit(model.base_path)
+    trained = {name: model.trained[name] for name in model.trained}  # reads all, which are few for an adapter
     # peft's methods are written through peft, others by themselves.
     if isinstance(tuning, Adapter):
-        tuning.seed = model.seed
-        tuning.update_peft_settings(tuned_model, trained, model.trained.saved_tensor)
-        if tuning.needs_conversion:
-            with one_thread():
-                trained = as_plain_lora(tuning, trained, model.base_weights())
-        write_adapter(tuned_model, trained, staging_dir, hub_id, commit, double_rank=tuning.needs_conversion)
+        _write_adapter_by_peft(model, tuning, trained, staging_dir)
     else:
-        tuning.save_adapter(tuned_model, trained, staging_dir, hub_id, commit)
+        hub_id, commit = hub_id_and_commit(model.base_path)
+        tuning.save_adapter(model.built.step_module.model, trained, staging_dir, hub_id, commit)
     base_identity = (facts.run.identity or {}).get("base") or {}
     write_base_record(staging_dir, base_identity)
     if model.built.base_config is not None:
         model.built.base_config.save_pretrained(str(staging_dir))
+
+
+def _write_adapter_by_peft(model: TrainedModel, tuning: Any, trained: dict[str, Tensor], staging_dir: Path) -> None:
+    """Write an adapter's settings and tensors as peft does, from the `trained` tensors by plain name.
+
+    An adapter that started by rewriting the base (as PiSSA does) is written as a plain LoRA of double rank: its initial values,
+    which are drawn again from the run's seed, are taken off.
+    """
+    from trainer.tuning.adapter_files import as_plain_lora, write_adapter
+
+    tuned_model = model.built.step_module.model
+    tuning.seed = model.seed  # which an engine sets when it asks for initial values
+    tuning.update_peft_settings(tuned_model, trained, model.trained.saved_tensor)
+    if tuning.needs_conversion:
+        with one_thread():
+            trained = as_plain_lora(tuning, trained, model.base_weights())
+    hub_id, commit = hub_id_and_commit(model.base_path)
+    write_adapter(tuned_model, trained, staging_dir, hub_id, commit, double_rank=tuning.needs_conversion)
 
 
 def _write_small_files(
@@ -293,9 +306,9 @@ def _write_small_files(
     """Write the files beside the weights: settings, tokenizer, model card and documents.
 
     `plan`: of a whole model, which also gets its index, config.json and generation settings; None for an adapter.
-    Sets `own_class` and `resize_to` of `facts`, of which the documents are written.
+    Sets `custom_auto_class` and `resize_to` of `facts`, of which the documents are written.
     """
-    is_adapter = plan is None
+    is_adapter = plan is None  # only whole models are planned
     if plan is not None:
         index_json = plan.index_json()
         if index_json is not None:
@@ -314,11 +327,12 @@ def _write_small_files(
 def _write_model_config(model: TrainedModel, dtype: torch.dtype, staging_dir: Path, facts: ModelFacts) -> None:
     """Write the `config.json` of a whole model, and copy the base's generation settings if it has any.
 
-    The config is that of the run, with the stored type, the labels of a classifier, and without quantisation: the files hold the
-    numbers that the quantised ones stood for.
+    The config is that of the run, with the stored type, the labels of a classifier, and without quantisation: the files hold
+    dequantised numbers.
     """
     model_config = copy.deepcopy(model.built.config)
-    # Of the types in TEXT_ONLY_MODEL_TYPES only the text part is in memory, but the files hold the whole model.
+    # Of the types in TEXT_ONLY_MODEL_TYPES only the text part is in memory, but the files hold the whole model, which the
+    # base's `architectures` name.
     if model_config.model_type not in TEXT_ONLY_MODEL_TYPES or not model_config.architectures:
         model_config.architectures = [type(model.model_without_adapter).__name__]
     model_config.dtype = dtype
@@ -348,7 +362,7 @@ def _num_tokens_to_resize_to(model: TrainedModel) -> int | None:
 
 
 @contextmanager
-def _raise_on_all_ranks(
+def _raising_on_all_ranks(
     destination: Path,
     runtime: Runtime,
     staging_dir: Path | None = None,
@@ -406,10 +420,9 @@ def _as_user_error(error: BaseException, destination: Path) -> BaseException:
             f"({error_summary(error)}); bring it back"
         )
     elif isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-        remedy = _REMEDY
+        remedy = _FREE_SPACE_REMEDY
         if isinstance(error, OSError) and error.errno is not None and not shared_files.free_space_advice(error):
-            # Space would not help, for example on a read-only disk.
-            remedy = remedy.replace("free space", "choose another directory (to=)")
+            remedy = _OTHER_DIRECTORY_REMEDY  # space would not help, for example on a read-only disk
         shown_error = StorageError(f"{error_summary(error)}; writing the export {destination} failed: {remedy}")
     else:
         return error
@@ -423,7 +436,10 @@ def _is_error_of_reading_base(error: BaseException) -> bool:
 
 
 def _publish_export(staging_dir: Path, destination: Path) -> None:
-    """Rename the finished export into place. An earlier export there is moved away first, and deleted last."""
+    """Rename the finished export into place. An earlier export there is moved away first, and deleted last.
+
+    If the process is killed between the two renames, the earlier one is in `.NAME.old`, and the finished one still in staging.
+    """
     # safetensors makes its files private, whatever the umask says. The card is written by us, so it has the umask's mode.
     mode = (staging_dir / "README.md").stat().st_mode
     for file in staging_dir.rglob("*"):
@@ -433,6 +449,6 @@ def _publish_export(staging_dir: Path, destination: Path) -> None:
     earlier_export = destination.with_name(f".{destination.name}.old")
     if destination.exists():
         shutil.rmtree(earlier_export, ignore_errors=True)
-        atomic_io.disk.rename(destination, earlier_export)
+        atomic_io.disk.rename(destination, earlier_export)  # not synced: `publish_directory` syncs the parent of both
     publish_directory(staging_dir, destination)
     shutil.rmtree(earlier_export, ignore_errors=True)

@@ -27,24 +27,26 @@ LABELS = ("first", "second", "third")
 def write_documents(
     directory: Path,
     data_spec: DataSpec,
-    number: int,
+    num_documents: int,
     *,
-    vocabulary: int,
-    labels: int,
+    vocabulary_size: int,
+    num_labels: int,
     multi_label: bool,
     must_learn: bool,
 ) -> None:
-    """Write `number` random documents as a store into `directory`, which must not exist.
+    """Write random documents as a store into `directory`, which must not exist.
 
-    `labels`: number of labels. `multi_label`: a document may have several. `must_learn`: every document has a target. Raises
-    OSError if that fails.
+    `data_spec`: how many sequences a document of the objective has, and with which marks. `multi_label`: a document
+    may have several labels. `must_learn`: every document has a target. Raises OSError if that fails.
     """
     # A label is drawn as one number; with several labels a document, it is a bit mask of them.
-    label_values = 1 << labels if multi_label else labels
+    num_label_values = 1 << num_labels if multi_label else num_labels
     samples: list[Sample] = []
     generator = np.random.default_rng(SEED)
-    for index in range(number):
-        samples += _document(generator, data_spec, index, vocabulary, label_values, must_learn)
+    for index in range(num_documents):
+        samples += _random_document_sequences(
+            generator, data_spec, index, vocabulary_size, num_label_values, must_learn
+        )
     sequences = Sequences.of(samples, data_spec.counts)
     zeros = np.zeros(len(samples), np.int64)
     sequences.columns |= {"document": np.arange(len(samples)), "source": zeros, "ended": zeros}
@@ -52,7 +54,7 @@ def write_documents(
     store = StoreWriter(directory)
     store.append(sequences)
     store.finish()
-    manifest = {"sources": ["drawn"], "fingerprint": "drawn", "documents": number}
+    manifest = {"sources": ["drawn"], "fingerprint": "drawn", "documents": num_documents}
     (directory / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
@@ -62,22 +64,22 @@ def open_documents(directory: Path, label_names: list[str] | None) -> PreparedDa
     return PreparedData(train=train, evaluation=None, directory=directory, report={}, label_names=label_names)
 
 
-def _document(
+def _random_document_sequences(
     generator: np.random.Generator,
     data_spec: DataSpec,
     index: int,
-    vocabulary: int,
-    label_values: int,
+    vocabulary_size: int,
+    num_label_values: int,
     must_learn: bool,
 ) -> Iterator[Sample]:
     """The sequences of one random document: a prompt with one answer, or with two of which the second is the rejected one.
 
     Answers are supervised. Unless `must_learn`, one document in five has no target at all, and in one in five the prompt is
-    supervised as well.
+    supervised as well: both occur in training data. `index`: number of the document, which decides that and its marks.
     """
-    prompt = generator.integers(FIRST_TOKEN, vocabulary, generator.integers(1, LONGEST_PROMPT + 1))
+    prompt = generator.integers(FIRST_TOKEN, vocabulary_size, generator.integers(1, LONGEST_PROMPT + 1))
     for answer_index in range(data_spec.sequences_per_document):
-        answer = generator.integers(FIRST_TOKEN, vocabulary, generator.integers(1, LONGEST_ANSWER + 1))
+        answer = generator.integers(FIRST_TOKEN, vocabulary_size, generator.integers(1, LONGEST_ANSWER + 1))
         ids = np.concatenate([prompt, answer]).astype(np.int32)
         supervised = np.arange(len(ids)) >= len(prompt)
         if not must_learn and index % 5 == 2:
@@ -90,7 +92,7 @@ def _document(
         if DESIRABLE in data_spec.marks:
             marks[DESIRABLE] = int(index % 3 != 0)
         if LABEL in data_spec.marks:
-            marks[LABEL] = int(generator.integers(label_values))
+            marks[LABEL] = int(generator.integers(num_label_values))
         if REPLAY in data_spec.marks:
             marks[REPLAY] = int(index % 4 == 0)
         yield Sample(ids, supervised, marks)

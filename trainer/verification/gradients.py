@@ -14,7 +14,7 @@ from trainer.tuning.expert_parts import router_weight_names
 
 MODEL_KINDS = ("attention", "MLP", "experts", "router", "norms", "embeddings", "head", "other")
 ADAPTERS = "adapters"
-KINDS = (*MODEL_KINDS, *(f"{ADAPTERS}, {kind}" for kind in MODEL_KINDS))
+PARAMETER_KINDS = (*MODEL_KINDS, *(f"{ADAPTERS}, {kind}" for kind in MODEL_KINDS))
 """Kinds in the order in which they are shown. The kind of an adapter's parameter is that of the weight which it adapts."""
 NAME_PARTS_BY_KIND = {
     "embeddings": ("embed",),
@@ -31,27 +31,27 @@ ROUTER_NAMES = ("gate", "router")
 
 
 def kind_by_parameter(built: BuiltModel, names: list[str]) -> dict[str, str]:
-    """The kind of each trained parameter of `names`, by name: one of KINDS.
+    """The kind of each trained parameter of `names`, by name: one of `PARAMETER_KINDS`.
 
     The first of these that applies: an adapter's parameter; a router's weight; a new classification head; the kind of the
     innermost module that contains the parameter and has a known kind.
     """
-    plain = built.base_on_meta
-    modules = dict(plain.named_modules())
-    routers = set(router_weight_names(plain))
-    embeddings = plain.get_input_embeddings()
-    head = plain.get_output_embeddings()
+    base_model = built.base_on_meta
+    modules = dict(base_model.named_modules())
+    routers = set(router_weight_names(base_model))
+    embeddings = base_model.get_input_embeddings()
+    head = base_model.get_output_embeddings()
     kinds = {}
     for name in names:
-        plain_name = built.tuning.base_name(name)
+        base_name = built.tuning.base_name(name)  # the parameter's name in the base model
         if built.tuning.is_added_parameter(name):
             kinds[name] = f"{ADAPTERS}, {_kind_of_adapted_weight(name)}"
-        elif plain_name in routers:
+        elif base_name in routers:
             kinds[name] = "router"
-        elif built.head_prefixes and plain_name.startswith(built.head_prefixes):
+        elif built.head_prefixes and base_name.startswith(built.head_prefixes):  # a new classification head
             kinds[name] = "head"
         else:
-            kinds[name] = _kind_by_modules(plain_name, modules, embeddings, head)
+            kinds[name] = _kind_by_modules(base_name, modules, embeddings, head)
     return kinds
 
 
@@ -67,7 +67,7 @@ def _kind_by_modules(name: str, modules: Mapping[str, Any], embeddings: Any, hea
 
     `modules`: those of the plain architecture by path; empty if only the names count.
     """
-    parts = name.split(".")
+    parts = name.split(".")  # the last one is the parameter, such as `weight`, not a module
     for depth in range(len(parts) - 1, 0, -1):
         module_path = ".".join(parts[:depth])
         module = modules.get(module_path)

@@ -25,10 +25,13 @@ DOCUMENTS_PER_SAMPLE = 6
 """Drawn documents for each sample of the step: a pack holds about three."""
 
 
-def drawn_label_names(config: RunConfig) -> list[str] | None:
+def label_names_of_documents(config: RunConfig) -> list[str] | None:
     """Label names for the random documents: those of the settings, or made-up ones; None for objectives without labels."""
     family = objective_family(config.objective)
-    if family.kind is not ModelKind.classifier or family.num_outputs is not None:
+    has_fixed_outputs = (
+        family.num_outputs is not None
+    )  # a score (reward models, regression), not one output for each label
+    if family.kind is not ModelKind.classifier or has_fixed_outputs:
         return None
     settings: Any = config.objective
     if settings.labels:
@@ -43,11 +46,11 @@ def write_small_models_and_documents(
 ) -> tuple[SmallModel, SmallRun]:
     """Write the small copies of model and teacher, and random documents, into `directory`. No collective.
 
-    `user_ranks`: ranks of the run itself; None if not known. Raises ConfigError if the model or its teacher is not on this
-    machine, or no small copy can be made.
+    Returns the copy of the model, and the run on these copies. `user_ranks`: ranks that the settings ask for; None if not known.
+    Raises ConfigError if the model or its teacher is not on this machine, or no small copy can be made.
     """
-    family = objective_family(config.objective)
-    label_names = drawn_label_names(config)
+    family = objective_family(config.objective)  # what kind of model the objective trains, and with how many outputs
+    label_names = label_names_of_documents(config)
     outputs = family.num_outputs or (len(label_names) if label_names else None)
     model = write_small_model(config.model, family.kind, directory / MODEL_DIR_NAME, outputs=outputs)
     teacher = family.teacher(config.objective)
@@ -60,18 +63,17 @@ def write_small_models_and_documents(
         )
         # With another seed than the student: from a teacher with equal weights, it would get no gradient.
         write_small_model(teacher_model, ModelKind.causal, directory / TEACHER_DIR_NAME, outputs=None, seed=1)
-    small = small_run_of_directory(directory, config, user_ranks=user_ranks)
-    vocabulary = load_model_config(small.config.model).get_text_config().vocab_size
+    small_run = small_run_of_directory(directory, config, user_ranks=user_ranks)
     write_documents(
         directory / DOCUMENTS_DIR_NAME,
         data_spec_of(config.objective),
-        DOCUMENTS_PER_SAMPLE * small.config.batch["global"],
-        vocabulary=vocabulary,
-        labels=len(label_names or LABELS),
+        DOCUMENTS_PER_SAMPLE * small_run.config.batch["global"],
+        vocabulary_size=load_model_config(small_run.config.model).get_text_config().vocab_size,
+        num_labels=len(label_names or LABELS),
         multi_label=family.multi_label(config.objective),
         must_learn=_every_document_needs_target(config),
     )
-    return model, small
+    return model, small_run
 
 
 def _every_document_needs_target(config: RunConfig) -> bool:
@@ -99,13 +101,13 @@ def verify_step_against_single_process(
     """Compare a step of the run on all ranks with the same step by one process; returns the verdict as JSON values.
 
     Empty on all ranks but 0. All ranks must call, after `write_small_models_and_documents` on one of them. Raises the errors
-    of building the run, and of its engines.
+    of building the run, and of its engines. `user_ranks`: ranks that the settings ask for; None if not known.
     """
-    small = small_run_of_directory(directory, config, user_ranks=user_ranks)
-    runtime = with_sequence_parallelism(runtime, small.config.parallel.sequence)
-    compared = compare_steps(
-        small, directory / DOCUMENTS_DIR_NAME, drawn_label_names(config), directory, runtime, report_progress
-    )
+    small_run = small_run_of_directory(directory, config, user_ranks=user_ranks)
+    runtime = with_sequence_parallelism(runtime, small_run.config.parallel.sequence)
+    documents = directory / DOCUMENTS_DIR_NAME
+    label_names = label_names_of_documents(config)
+    compared = compare_steps(small_run, documents, label_names, directory, runtime, report_progress)
     if not runtime.is_main:
         return {}
-    return verdict_on_steps(compared).record()
+    return verdict_on_steps(compared).as_json_values()

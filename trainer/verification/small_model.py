@@ -60,7 +60,7 @@ class SmallModel:
     """Numbers of heads and of experts that are the model's own."""
     num_parameters: int
     num_decided_routers: int
-    """Router matrices with weights by which no rounding error changes a choice."""
+    """Decided routers: matrices with weights by which no rounding error changes a choice."""
 
     def record(self) -> dict[str, Any]:
         """The copy as JSON values."""
@@ -86,19 +86,10 @@ def write_small_model(
     flex.register()
     experts.register()
     settings = load_model_config(config)
-    full_settings = copy.deepcopy(settings)
-    if kind is ModelKind.classifier:
-        set_head_settings(full_settings, outputs, 0, several=False)
-    with meta_context():
-        full_model, _ = build_plain_model(kind, full_settings, config, "eager", "sft")
+    full_model = _full_model_on_meta(config, kind, settings, outputs)
     with _drawing_from_seed(seed):
         model, num_decided_routers = _smallest_copy_that_runs(config, kind, settings, full_model)
-    with _no_progress_bars():
-        model.save_pretrained(directory)
-    _write_tokenizer(text_model_config(model.config).vocab_size, directory)
-    if config.trust_remote_code:
-        for file in find_weights_directory(config).glob("*.py"):
-            shutil.copy(file, directory)
+    _write_model_and_tokenizer(model, config, directory)
     return SmallModel(
         directory=directory,
         model_type=str(settings.model_type),
@@ -107,6 +98,26 @@ def write_small_model(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_decided_routers=num_decided_routers,
     )
+
+
+def _full_model_on_meta(config: ModelConfig, kind: ModelKind, settings: Any, outputs: int | None) -> Any:
+    """The full model on the meta device, of transformers' configuration `settings`, which stays as it is."""
+    full_settings = copy.deepcopy(settings)
+    if kind is ModelKind.classifier:
+        set_head_settings(full_settings, outputs, pad_token_id=0, several=False)
+    with meta_context():
+        full_model, _ = build_plain_model(kind, full_settings, config, attention="eager", objective="sft")
+    return full_model
+
+
+def _write_model_and_tokenizer(model: Any, config: ModelConfig, directory: Path) -> None:
+    """Write a small copy into `directory`, with a tokenizer of its size and the code that the full model comes with."""
+    with _no_progress_bars():
+        model.save_pretrained(directory)
+    _write_tokenizer(text_model_config(model.config).vocab_size, directory)
+    if config.trust_remote_code:
+        for file in find_weights_directory(config).glob("*.py"):
+            shutil.copy(file, directory)
 
 
 @contextmanager
@@ -134,13 +145,13 @@ def _no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _write_tokenizer(rows: int, directory: Path) -> None:
-    """Write a tokenizer with one token for each of the `rows` embeddings; the model's own has more tokens than the copy."""
+def _write_tokenizer(vocabulary_size: int, directory: Path) -> None:
+    """Write a tokenizer with a token for each embedding of a small copy; the full model's own has more tokens."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    words = {f"word{number}": number for number in range(rows)}
+    words = {f"word{number}": number for number in range(vocabulary_size)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="word0")),
         unk_token="word0",
@@ -166,6 +177,7 @@ def _smallest_copy_that_runs(config: ModelConfig, kind: ModelKind, settings: Any
     """
     first_reason = ""
     try:
+        # With all heads and experts of the full model.
         for small_settings in small_copies(settings, full_model, keep_counts=True):
             try:
                 return _build_small_copy(config, kind, settings, full_model, small_settings)
@@ -191,7 +203,7 @@ def _build_small_copy(
     small_settings = copy.deepcopy(small_settings)
     set_dropout(small_settings, 0.0)
     if kind is ModelKind.classifier:
-        set_head_settings(small_settings, full_model.config.num_labels, 0, several=False)
+        set_head_settings(small_settings, full_model.config.num_labels, pad_token_id=0, several=False)
     model_class = transformers_class(kind, small_settings)
     options: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
     options["trust_remote_code"] = config.trust_remote_code
@@ -251,13 +263,13 @@ def _make_router_choices_clear(embeddings: nn.Embedding, router_matrices: list[T
     embedding, and which the residual stream carries to each router. Must be called without gradients.
     """
     most_experts = max(matrix.shape[0] for matrix in router_matrices)
-    rows, width = embeddings.weight.shape
+    vocabulary_size, width = embeddings.weight.shape
     # Half of the dimensions at most, so that the others still tell tokens of one kind apart.
     max_kinds = min(MAX_TOKEN_KINDS, width // 2)
     num_kinds = min(max_kinds, max(2, math.ceil(most_experts / experts_per_token)))
     orthogonal_columns, _ = torch.linalg.qr(torch.randn(width, num_kinds))
     directions = orthogonal_columns.T  # [kinds, width]
-    embeddings.weight.add_(TOKEN_KIND_LENGTH * directions[torch.arange(rows) % num_kinds])
+    embeddings.weight.add_(TOKEN_KIND_LENGTH * directions[torch.arange(vocabulary_size) % num_kinds])
     for matrix in router_matrices:
         matrix.zero_()
         for kind, experts_of_kind in enumerate(_experts_by_kind(num_kinds, matrix.shape[0], experts_per_token)):

@@ -21,6 +21,9 @@ from trainer.verification.documents import MAX_LENGTH
 NUM_DP_RANKS = 2
 """Ranks, or groups of ranks that share a row, with documents of their own."""
 NUM_REPLICAS = 2
+"""Replicas with hsdp."""
+NUM_SHARDS_OF_REPLICA = 2
+RANKS_WITH_SAME_EXPERTS = 2
 GRADIENT_READING_LR = 2.0**20
 """Learning rate of the one step. The gradient is computed as the difference of the weights divided by this rate. With a high
 rate, rounding the weights loses nothing of it; a power of two adds no rounding error."""
@@ -44,7 +47,7 @@ class SmallRun:
     """Settings that are not as the user has them, a line each."""
 
     def single_process_config(self, precision: Precision) -> RunConfig:
-        """The configuration of the same step by one process: `strategy=single`, one micro-batch, nothing recomputed."""
+        """The configuration of the same step by one process: one micro-batch, and `strategy=single`, which recomputes nothing."""
         global_batch = self.config.batch["global"]
         return replace(
             self.config,
@@ -75,9 +78,9 @@ def num_ranks_for_verification(config: RunConfig) -> int:
     """
     ranks = NUM_DP_RANKS * small_sequence_degree(config)
     if config.strategy.name is StrategyName.hsdp:
-        ranks = max(ranks, 2 * NUM_REPLICAS)
+        ranks = max(ranks, NUM_SHARDS_OF_REPLICA * NUM_REPLICAS)
     if config.parallel.experts > 1:
-        ranks = math.lcm(ranks, 2 * small_expert_ranks(config))
+        ranks = math.lcm(ranks, RANKS_WITH_SAME_EXPERTS * small_expert_ranks(config))
     return ranks
 
 
@@ -148,7 +151,10 @@ def _accumulation_steps(config: RunConfig, user_ranks: int | None) -> int:
 
 
 def _small_strategy(strategy: StrategyConfig, changes: list[str]) -> StrategyConfig:
-    """The strategy with settings for a small copy on one host; appends a line to `changes` for each that the user may notice."""
+    """The strategy with settings for a small copy on one host; appends a line to `changes` for each that the user may notice.
+
+    Replicas and ZeRO-3's threshold give no line: with these numbers, the copy is sharded in the way that the model is.
+    """
     changed: dict[str, Any] = {}
     if strategy.activation_checkpointing is ActivationCheckpointing.auto:
         changed["activation_checkpointing"] = ActivationCheckpointing.full
@@ -196,6 +202,7 @@ def _small_tuning(tuning: TuningConfig, changes: list[str]) -> TuningConfig:
             changed[name] = MAX_ADAPTER_RANK
             changes.append(f"tuning.{name}={getattr(tuning, name)} -> {MAX_ADAPTER_RANK}")
     if "target_rank" in names:
+        # At most half, so that AdaLoRA has ranks to take away.
         changed["target_rank"] = min(settings.target_rank, changed.get("init_rank", settings.init_rank) // 2)
     if getattr(tuning, "rank_pattern", None):
         changed["rank_pattern"] = {name: min(rank, MAX_ADAPTER_RANK) for name, rank in settings.rank_pattern.items()}

@@ -23,11 +23,14 @@ from strategies.errors import ConfigError
 from strategies.runtime import Runtime, derived_seed
 from trainer.build.parts import build_engine, build_loader
 from trainer.config.run import RunConfig
+from trainer.data.batches.loader import StepBatch
 from trainer.data.prepare import PreparedData
+from trainer.loop import Trainer
 from trainer.model.loading import load_tokenizer
 from trainer.model.weights import WeightSource
 from trainer.objectives.reference import RecordingSettings, record_reference_logps
 from trainer.planner.minimal_step import minimal_trainer
+from trainer.reporting.metrics import StepRecord
 from trainer.step import BuiltModel
 from trainer.verification.documents import open_documents
 from trainer.verification.gradients import kind_by_parameter
@@ -51,6 +54,7 @@ class TakenStep:
     kinds: dict[str, str]
     """The kind of each parameter, by plain name."""
     kernels: str
+    """What the model computed with, in words."""
     finite: bool
     """Whether the update was applied; it is skipped if a gradient is NaN or infinite."""
     expert_tokens: list[list[int]] | None = None
@@ -68,7 +72,10 @@ class NonzeroValues:
         self.seed = seed
 
     def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
-        """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU."""
+        """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU.
+
+        An adapter parameter that would begin at zero, all of it, is drawn from the seed and its name instead.
+        """
         if not self.source.tuning.is_added_parameter(name):
             return self.source.read_slice(name, shape, start, stop)
         full = self.source.read_slice(name, shape, 0, shape.numel())
@@ -84,8 +91,9 @@ def take_verified_step(
 ) -> TakenStep:
     """Build the engine of `config`, and take one step on the random documents. All ranks of `runtime` must call.
 
-    `directory`: for recorded log-probabilities of the reference model; another one for each step. Raises ConfigError, and those
-    of the engines.
+    A verification compares two such steps: one by one process alone, and one as configured. `documents`: directory of the random
+    documents. `directory`: for recorded log-probabilities of the reference model; another one for each step. Raises ConfigError,
+    and those of the engines.
     """
     if "deepspeed" in sys.modules:
         # ZeRO-3 replaces torch's linear function for the whole process; undo that for the next engine.
@@ -97,11 +105,11 @@ def take_verified_step(
     def parameter_source_of(source: WeightSource) -> ParameterSource:
         return NonzeroValues(source, config.run.seed)
 
-    engine, built, _ = build_engine(
+    engine, built, _weight_source = build_engine(
         config, load_tokenizer(config.model), data, config.precision, runtime, values_of=parameter_source_of
     )
     try:
-        _record_reference(config, data, engine, built, directory, runtime)
+        _record_reference_logps(config, data, engine, built, directory, runtime)
         return _measured_step(config, data, engine, built, runtime)
     finally:
         engine.close()
@@ -114,7 +122,7 @@ def _measured_step(
 ) -> TakenStep:
     """Take the first step of the run, and compute its gradients from the change of the weights. All ranks must call.
 
-    In fp16, steps that overflow are repeated until one does not, at most `MAX_LOSS_SCALE_HALVINGS` times.
+    The optimizer of `config` is SGD without momentum at the rate `GRADIENT_READING_LR`.
     """
     loader, _ = build_loader(config, data, built, engine, runtime)
     trainer = minimal_trainer(engine)
@@ -122,14 +130,7 @@ def _measured_step(
     weights_before = _trained_weights(engine)
     with closing(loader.steps(0, 1)) as batches:
         batch = next(batches)
-    record = trainer.train_step(batch)
-    if config.precision is Precision.fp16:
-        # Every run in fp16 begins with steps that overflow, are skipped and halve the loss scale: repeat the step until it fits.
-        for _ in range(MAX_LOSS_SCALE_HALVINGS):
-            if not bool(record.result.skipped):
-                break
-            trainer.progress.step = 0
-            record = trainer.train_step(batch)
+    record = _take_first_step(trainer, batch, config.precision)
     weights_after = _trained_weights(engine)
     gradients = {}
     for name, weight_before in weights_before.items():
@@ -152,6 +153,21 @@ def _measured_step(
     )
 
 
+def _take_first_step(trainer: Trainer, batch: StepBatch, precision: Precision) -> StepRecord:
+    """Take the first step of a run. In fp16, repeat it until it does not overflow, at most `MAX_LOSS_SCALE_HALVINGS` times.
+
+    Every run in fp16 begins with steps that overflow, are skipped and halve the loss scale. All ranks must call.
+    """
+    record = trainer.train_step(batch)
+    if precision is Precision.fp16:
+        for _ in range(MAX_LOSS_SCALE_HALVINGS):
+            if not bool(record.result.skipped):
+                break
+            trainer.progress.step = 0
+            record = trainer.train_step(batch)
+    return record
+
+
 def _trained_weights(engine: Engine) -> dict[str, Tensor]:
     """A copy of every trained parameter in float32; empty on all ranks but 0. All ranks must call."""
     weights = {}
@@ -161,33 +177,39 @@ def _trained_weights(engine: Engine) -> dict[str, Tensor]:
     return weights
 
 
-def _record_reference(
+def _record_reference_logps(
     config: RunConfig, data: PreparedData, engine: Engine, built: BuiltModel, directory: Path, runtime: Runtime
 ) -> None:
-    """Record the model's log-probabilities before the step, if the objective needs them and no adapter can be switched off."""
+    """Record the model's log-probabilities before the step, if the objective needs them and no adapter can be switched off.
+
+    With an adapter that can, they are computed as the step needs them. All ranks must call.
+    """
     if not built.step_module.objective.uses_reference or built.tuning.keeps_base:
         return
     settings = RecordingSettings(
         built.collator,
-        built.data_spec.look_ahead_sample,
+        look_ahead_of=built.data_spec.look_ahead_sample,  # kto also compares with an answer to another prompt
         max_batch=config.batch["micro"],
         directory=directory,
-        key="drawn",
+        key="drawn",  # the documents are the same in each verification, and the directory is new
     )
     record_reference_logps({"train": data.train}, engine, settings, runtime)
 
 
 def kernels_description(built: BuiltModel) -> str:
-    """The kernels of a forward pass in words: attention, layout of documents, head, quantisation."""
+    """The kernels of a forward pass in words: attention, layout of documents, head, quantisation.
+
+    Such as `attention flash, padding-free rows, loss in the head, base in nf4`.
+    """
     parts = [f"attention {built.attention}", f"{built.layout.value} rows".replace("_", "-")]
     path = getattr(built.base_on_meta, "forward_path", None)
     if path is not None:
         parts.append("loss in the head" if path.fused else "the model's own head")
     if built.scheme is not None:
         parts.append(f"base in {built.scheme}")
-    missing = built.substitutions.get("model.kernels")
-    if missing:
-        parts.append(missing)
+    kernel_note = built.substitutions.get("model.kernels")  # which kernels were asked for and could not be had
+    if kernel_note:
+        parts.append(kernel_note)
     return ", ".join(parts)
 
 
@@ -201,40 +223,45 @@ class ComparedSteps:
     """Two steps in one precision: by one process, and as configured on all ranks."""
 
     precision: Precision
-    single: TakenStep | None
+    single_process_step: TakenStep | None
     """None on all ranks but 0."""
-    configured: TakenStep
+    configured_step: TakenStep
 
 
 def compare_steps(
-    small: SmallRun,
+    small_run: SmallRun,
     documents: Path,
     label_names: list[str] | None,
     directory: Path,
     runtime: Runtime,
     report_progress: Callable[[str], None],
 ) -> list[ComparedSteps]:
-    """Take the steps to compare: in float32, then in the run's own precision if that is another. All ranks must call."""
+    """Take the steps to compare: in float32, then in the run's own precision if that is another. All ranks must call.
+
+    `documents`: directory of the random documents. `directory`: for what a step records, one directory below it for each.
+    """
     precisions = [Precision.fp32]
-    if small.config.precision is not Precision.fp32:
-        precisions.append(small.config.precision)
+    if small_run.config.precision is not Precision.fp32:
+        precisions.append(small_run.config.precision)
     compared = []
     for precision in precisions:
-        single = None
+        single_process_step = None
         if runtime.is_main:
             report_progress(f"one process, {precision}")
-            single = _single_step(small, precision, documents, label_names, directory / f"single-{precision}", runtime)
+            single_process_step = _take_single_process_step(
+                small_run, precision, documents, label_names, directory / f"single-{precision}", runtime
+            )
         # The other ranks wait here: the timeout of a strategy's first collective may be shorter.
         processes.barrier(runtime)
         report_progress(f"as configured, {precision}")
-        config = replace(small.config, precision=precision)
-        configured = take_verified_step(config, documents, label_names, directory / f"ranks-{precision}", runtime)
-        compared.append(ComparedSteps(precision, single, configured))
+        config = replace(small_run.config, precision=precision)
+        configured_step = take_verified_step(config, documents, label_names, directory / f"ranks-{precision}", runtime)
+        compared.append(ComparedSteps(precision, single_process_step, configured_step))
     return compared
 
 
-def _single_step(
-    small: SmallRun,
+def _take_single_process_step(
+    small_run: SmallRun,
     precision: Precision,
     documents: Path,
     label_names: list[str] | None,
@@ -245,12 +272,13 @@ def _single_step(
 
     If the model computes correctly only with one document in a batch, which ConfigError says, each document is a micro-batch.
     """
-    config = small.single_process_config(precision)
+    config = small_run.single_process_config(precision)
     single_runtime = single_process_runtime(runtime)
     try:
         return take_verified_step(config, documents, label_names, directory, single_runtime)
     except ConfigError as error:
-        if not error.problems[0].startswith("batch.micro="):
+        needs_single_documents = error.problems[0].startswith("batch.micro=")  # such as: batch.micro=4: ... use 1
+        if not needs_single_documents:
             raise
     one_by_one: dict[str, Any] = {**config.batch, "micro": 1}
     return take_verified_step(replace(config, batch=one_by_one), documents, label_names, directory, single_runtime)

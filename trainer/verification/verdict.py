@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from strategies.base import Precision
-from trainer.verification.gradients import KINDS, gradient_distances_by_kind, relative_difference
+from trainer.verification.gradients import PARAMETER_KINDS, gradient_distances_by_kind, relative_difference
 from trainer.verification.steps import ComparedSteps, TakenStep
 
 FLOAT32_BOUND = 1e-5
 """Largest difference in float32, as a share of the largest element of a kind."""
-TIMES_ROUNDING = 3.0
+ROUNDING_FACTOR = 3.0
 """Bound in another precision, as a multiple of the rounding error: the difference of one process in it to itself in float32."""
 MIN_GRADIENT_BOUND = {Precision.bf16: 2.0**-10, Precision.fp16: 2.0**-13}
 """Bound of gradients in another precision at least: an eighth of the type's own precision."""
@@ -44,12 +44,12 @@ class VerificationResult:
     """The result of a verification, on rank 0 only."""
 
     differences: list[StepDifference] = field(default_factory=list)
-    kernels: dict[str, str] = field(default_factory=dict)
-    """What each pass computed with, by the name of the pass."""
+    kernels_by_step: dict[str, str] = field(default_factory=dict)
+    """What each step computed with, by the name of the step, such as `one process, bf16`."""
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def record(self) -> dict[str, Any]:
+    def as_json_values(self) -> dict[str, Any]:
         """The verdict as JSON values. An infinite distance becomes the text `infinite`."""
         rows = []
         for difference in self.differences:
@@ -65,7 +65,7 @@ class VerificationResult:
         return {
             "agrees": not self.problems,
             "differences": rows,
-            "kernels": self.kernels,
+            "kernels": self.kernels_by_step,
             "problems": self.problems,
             "notes": self.notes,
         }
@@ -77,26 +77,26 @@ def _as_json(number: float | None) -> float | str | None:
 
 
 def verdict_on_steps(compared: list[ComparedSteps]) -> VerificationResult:
-    """The verdict on the compared steps of each precision, float32 first. On rank 0 only.
+    """The verdict on the compared steps of each precision, float32 first. On rank 0 only, which alone has both steps.
 
-    Every configured step is compared with the step of one process in float32.
+    Every configured step is compared with the step of one process in float32 (`reference`).
     """
     verdict = VerificationResult()
-    reference = compared[0].single
+    reference = compared[0].single_process_step
     assert reference is not None
     for steps in compared:
-        single = steps.single
-        assert single is not None
-        verdict.kernels[f"one process, {steps.precision}"] = single.kernels
-        verdict.kernels[f"as configured, {steps.precision}"] = steps.configured.kernels
-        for name, step in (("one process", single), ("as configured", steps.configured)):
+        single_step = steps.single_process_step
+        configured_step = steps.configured_step
+        assert single_step is not None
+        for name, step in (("one process", single_step), ("as configured", configured_step)):
+            verdict.kernels_by_step[f"{name}, {steps.precision}"] = step.kernels
             if not step.finite:
                 verdict.problems.append(f"{steps.precision}: {name}, a gradient is no finite number")
         rounding_errors = None
         if steps.precision is not Precision.fp32:
-            rounding_errors = _relative_differences(single, reference)
-        _add_differences(verdict, steps.precision, steps.configured, reference, rounding_errors)
-        _note_rerouted_tokens(verdict, str(steps.precision), steps.configured, single)
+            rounding_errors = _relative_differences(single_step, reference)
+        _add_differences(verdict, steps.precision, configured_step, reference, rounding_errors)
+        _note_rerouted_tokens(verdict, str(steps.precision), configured_step, single_step)
     gradient_differences = [difference for difference in verdict.differences if difference.quantity != LOSS]
     if all(difference.distance is None for difference in gradient_differences):
         verdict.problems.append("no parameter has a gradient, so that nothing was compared")
@@ -104,17 +104,20 @@ def verdict_on_steps(compared: list[ComparedSteps]) -> VerificationResult:
 
 
 def _relative_differences(step: TakenStep, reference: TakenStep) -> dict[str, float | None]:
-    """Relative differences of loss and gradients to those of `reference`, by quantity, in the order in which they are shown."""
-    loss_distance = relative_difference(abs(step.loss - reference.loss), abs(reference.loss))
-    if loss_distance is not None and math.isnan(loss_distance):
-        loss_distance = float("inf")
-    distance_by_quantity: dict[str, float | None] = {LOSS: loss_distance}
+    """Relative differences of loss and gradients to those of `reference`, by quantity, in the order in which they are shown.
+
+    A quantity is the loss or a kind of parameter, such as `attention`, whose gradients are compared. NaN counts as infinite.
+    """
+    loss_difference = relative_difference(abs(step.loss - reference.loss), abs(reference.loss))
+    if loss_difference is not None and math.isnan(loss_difference):
+        loss_difference = float("inf")
+    difference_by_quantity: dict[str, float | None] = {LOSS: loss_difference}
     distance_by_kind = gradient_distances_by_kind(step.gradients, reference.gradients, reference.kinds)
-    for kind in KINDS:
+    for kind in PARAMETER_KINDS:
         if kind in distance_by_kind:
             distance = distance_by_kind[kind]
-            distance_by_quantity[kind] = relative_difference(distance.max_difference, distance.max_expected)
-    return distance_by_quantity
+            difference_by_quantity[kind] = relative_difference(distance.max_difference, distance.max_expected)
+    return difference_by_quantity
 
 
 def _add_differences(
@@ -130,14 +133,14 @@ def _add_differences(
     this precision to itself in float32, by quantity; None in float32.
     """
     bounds = None if rounding_errors is None else _bounds_by_quantity(precision, rounding_errors)
-    for quantity, distance in _relative_differences(step, reference).items():
+    for quantity, relative in _relative_differences(step, reference).items():
         bound = FLOAT32_BOUND if bounds is None else bounds[quantity]
-        difference = StepDifference(str(precision), quantity, distance, bound)
+        difference = StepDifference(str(precision), quantity, relative, bound)
         verdict.differences.append(difference)
         if difference.exceeds_bound:
             finding = "loss differs" if quantity == LOSS else f"{quantity}: gradients differ"
             verdict.problems.append(
-                f"{precision}: {finding} by {distance:.1e} from one process, at most {bound:.1e} is rounding"
+                f"{precision}: {finding} by {relative:.1e} from one process, at most {bound:.1e} is rounding"
             )
     names_in_one_only = sorted(set(reference.gradients) ^ set(step.gradients))
     if names_in_one_only:
@@ -147,7 +150,9 @@ def _add_differences(
 
 
 def _bounds_by_quantity(precision: Precision, rounding_errors: dict[str, float | None]) -> dict[str, float]:
-    """The bound of each quantity in a precision, from the rounding errors of one process in it, by quantity.
+    """The largest allowed difference of each quantity in a precision, from the rounding errors of one process in it, by quantity.
+
+    A rounding error is None if the quantity has no gradient, and then counts as 0.
 
     The rounding error of a kind of gradient counts as no smaller than the average over kinds: it is the largest difference of
     one element, which may be small by chance.
@@ -160,22 +165,24 @@ def _bounds_by_quantity(precision: Precision, rounding_errors: dict[str, float |
     bounds = {}
     for quantity, error in rounding_errors.items():
         if quantity == LOSS:
-            bounds[quantity] = max(MIN_LOSS_BOUND[precision], TIMES_ROUNDING * (error or 0.0))
+            bounds[quantity] = max(MIN_LOSS_BOUND[precision], ROUNDING_FACTOR * (error or 0.0))
         else:
             larger_error = max(error or 0.0, mean_gradient_error)
-            bounds[quantity] = max(MIN_GRADIENT_BOUND[precision], TIMES_ROUNDING * larger_error)
+            bounds[quantity] = max(MIN_GRADIENT_BOUND[precision], ROUNDING_FACTOR * larger_error)
     return bounds
 
 
-def _note_rerouted_tokens(verdict: VerificationResult, precision: str, step: TakenStep, single: TakenStep) -> None:
+def _note_rerouted_tokens(
+    verdict: VerificationResult, precision: str, step: TakenStep, single_process_step: TakenStep
+) -> None:
     """Note in the verdict how many tokens went to other experts than in one process of the same precision.
 
-    By such tokens, gradients may differ without a fault.
+    By such tokens, gradients may differ without a fault. Nothing is noted of a model without experts.
     """
-    if step.expert_tokens is None or single.expert_tokens is None:
+    if step.expert_tokens is None or single_process_step.expert_tokens is None:
         return
-    num_changed_counts = 0
-    for layer, single_layer in zip(step.expert_tokens, single.expert_tokens, strict=True):
+    num_changed_counts = 0  # over the experts of all layers
+    for layer, single_layer in zip(step.expert_tokens, single_process_step.expert_tokens, strict=True):
         for tokens, single_tokens in zip(layer, single_layer, strict=True):
             num_changed_counts += abs(tokens - single_tokens)
     num_moved = num_changed_counts // 2  # each moved token is missing at one expert and surplus at another
