@@ -322,10 +322,12 @@ def _add_gates(parsed: ParsedOverrides, source_text: str) -> None:
 
     They are read from the whole override, as typed or as a file's line has it: `<` and `>` are no characters of Hydra's grammar.
     """
-    gates, problem = parse_gate_argument(source_text.lstrip("+"))
-    if gates is None:
-        parsed.add_problem(problem)
-    parsed.add_value(GATES_GROUP, gates or {}, source_text)
+    gates: dict[str, Any] = {}
+    try:
+        gates = parse_gate_argument(source_text.lstrip("+"))
+    except ConfigError as error:
+        parsed.add_problem(str(error))
+    parsed.add_value(GATES_GROUP, gates, source_text)
 
 
 def _add_tasks(parsed: ParsedOverrides, entries: list[str], source_text: str) -> None:

@@ -93,9 +93,10 @@ def read_gates(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     gates: dict[str, Any] = {}
     unusable: list[str] = []
     for gate_argument in arguments:
-        typed_gates, problem = parse_gate_argument(gate_argument)
-        if typed_gates is None:
-            unusable.append(problem)
+        try:
+            typed_gates = parse_gate_argument(gate_argument)
+        except ConfigError as error:
+            unusable += error.problems
             continue
         unusable += gate_problems(typed_gates)
         gates |= typed_gates

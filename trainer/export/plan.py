@@ -93,6 +93,7 @@ def plan_files(values: ModelValues, dtype: torch.dtype, max_file_bytes: int) -> 
     Raises ConfigError if a conversion fails.
     """
     conversions = values.base.conversions
+    # A group: parameters that are converted together, such as those of all experts of a layer, or mostly a single one.
     groups = conversions.stored_groups(values.base_names())
     group_bytes: list[int] = []
     tensors: list[ExportTensor] = []
@@ -104,7 +105,7 @@ def plan_files(values: ModelValues, dtype: torch.dtype, max_file_bytes: int) -> 
         # A conversion that joins tensors holds both the members and what is made of them.
         held_tensors = [*meta_members.values(), *stored_tensors.values()]
         group_bytes.append(sum(tensor.nbytes for tensor in held_tensors))
-    for name in conversions.carried():
+    for name in conversions.carried():  # stored weights that the architecture ignores
         tensor = conversions.files.on_meta(name)
         tensors.append(ExportTensor(name, _num_stored_bytes(tensor, dtype), group_index=len(groups)))
         groups.append(StoredGroup(members=[], name=name))
@@ -114,7 +115,7 @@ def plan_files(values: ModelValues, dtype: torch.dtype, max_file_bytes: int) -> 
 
 
 def stored_tensors_of_group(plan: ExportPlan, group_index: int, values: ModelValues) -> dict[str, Tensor]:
-    """The stored tensors of a group by name, in full, not yet in the plan's type.
+    """The stored tensors of a group by name, in full, not yet in the plan's type. Its members are parameters of the model.
 
     A group without members is a stored weight that the architecture ignores: it is read as it is.
     Raises StorageError if the checkpoint cannot be read, ConfigError if a conversion fails.

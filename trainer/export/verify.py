@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +33,8 @@ TOLERANCE_BY_DTYPE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 
 About six rounding steps of that type, since both sides round in every layer. That of float32 is larger, because sums may be
 taken in another order.
 """
+MAX_LISTED_DIFFERENCES = 5
+"""Tensors, and rows of each, that an error lists."""
 PROBE_SENTENCE = "The export of a model must compute exactly what was trained: question 17, answer 42."
 
 
@@ -109,22 +113,27 @@ def reference_logits(engine: Engine, built: BuiltModel, token_ids: list[int], ru
     All ranks must call. Until it returns, the objective of the module is replaced by one that returns logits.
     """
     batch = _batch_of_one_document(built, torch.tensor([token_ids], device=runtime.device))
-    with engine.inference() as module:
+    with engine.inference() as module, _returning_logits(module) as step_module:
         # The model is called through the root module's own forward: only there are its parameters gathered.
-        step: Any = module
-        objective = step.objective
-        step.objective = _LogitsObjective()
-        try:
-            logits = step(batch)["logits"]
-        finally:
-            step.objective = objective
+        logits = step_module(batch)["logits"]
     if not runtime.is_main:
         return None
     return logits.reshape(-1, logits.shape[-1]).cpu()
 
 
+@contextmanager
+def _returning_logits(step_module: Any) -> Iterator[Any]:
+    """A context in which a step module returns logits instead of the terms of its objective."""
+    objective = step_module.objective
+    step_module.objective = _LogitsObjective()
+    try:
+        yield step_module
+    finally:
+        step_module.objective = objective
+
+
 def _batch_of_one_document(built: BuiltModel, ids: Tensor) -> dict[str, Any]:
-    """The token ids `[1, T]` of one document as a batch of training has them.
+    """The token ids `[1, T]` of one document as a batch of training has them, without targets.
 
     - an encoder-decoder model: the decoder gets the same tokens, shifted;
     - padded layout: an attention mask of ones;
@@ -171,12 +180,9 @@ def verify_export(
         )
     verification = _compare_logits(logits, reference, tolerance)
     is_half_precision = tolerance > TOLERANCE_BY_DTYPE[torch.float32]
-    if (
-        not verification.is_close
-        and training_choices is not None
-        and training_choices.indices_by_call
-        and is_half_precision
-    ):
+    has_routers = training_choices is not None and bool(training_choices.indices_by_call)
+    if not verification.is_close and has_routers and is_half_precision:
+        assert training_choices is not None
         with RoutingReplay(training_choices) as replay:
             logits = _export_logits(model, token_ids, decoder_start)
         if replay.calls_match and replay.num_replaced:
@@ -228,22 +234,21 @@ def _loading_differences(directory: Path, model: Any) -> str:
 
     if (directory / "adapter_config.json").exists():
         return ""
-    checkpoint = Checkpoint(directory, model)
     differing_tensors = []
-    for name, parameter in model.named_parameters():
-        if checkpoint.resolve(name) is None or checkpoint.shape(name) != tuple(parameter.shape):
-            continue
-        differs = checkpoint.full_tensor(name).to(parameter.dtype) != parameter.detach()
-        rows = differs.reshape(len(parameter), -1).any(1).nonzero()[:, 0].tolist()
-        if rows:
-            row_list = ", ".join(map(str, rows[:5]))
-            if len(rows) > 5:
-                row_list += f" and {len(rows) - 5} more"
-            differing_tensors.append(f"{name} (rows {row_list})")
-    checkpoint.close()
+    with closing(Checkpoint(directory, model)) as stored_weights:
+        for name, parameter in model.named_parameters():
+            if stored_weights.resolve(name) is None or stored_weights.shape(name) != tuple(parameter.shape):
+                continue
+            differs = stored_weights.full_tensor(name).to(parameter.dtype) != parameter.detach()
+            rows = differs.reshape(len(parameter), -1).any(1).nonzero()[:, 0].tolist()
+            if rows:
+                row_list = ", ".join(map(str, rows[:MAX_LISTED_DIFFERENCES]))
+                if len(rows) > MAX_LISTED_DIFFERENCES:
+                    row_list += f" and {len(rows) - MAX_LISTED_DIFFERENCES} more"
+                differing_tensors.append(f"{name} (rows {row_list})")
     if not differing_tensors:
         return ""
-    return f"; loaded otherwise than stored: {', '.join(differing_tensors[:5])}"
+    return f"; loaded otherwise than stored: {', '.join(differing_tensors[:MAX_LISTED_DIFFERENCES])}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +281,7 @@ def verify_against_reference(
     `built`: the model that was trained. `base_path`: its base. `adapter`: whether the export is an adapter.
     Raises DriftError if they differ; transformers and peft have error types of their own for files that they cannot load.
     """
-    assert reference.logits is not None
+    assert reference.logits is not None, "rank 0 has them"
     decoder_start = built.encoder_decoder.decoder_start if built.encoder_decoder else None
     quantised_base = None
     if adapter and built.quantised_shapes:

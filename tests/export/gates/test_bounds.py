@@ -48,7 +48,7 @@ def test_gate_word_that_is_no_bound_is_refused_with_an_example(word):
     ],
 )
 def test_words_with_and_without_quotes(word, gates):
-    assert parse_gate_argument(word) == (gates, "")
+    assert parse_gate_argument(word) == gates
 
 
 @pytest.fixture

@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from strategies.errors import ConfigError
+
 OVERRIDE_KEY = "override"
 """The key among `gates` that is no gate: its value is the reason to export although gates failed."""
 METRIC_NAME_REGEX = re.compile(r"\w[\w.@-]*(/[\w.@-]+)*")
 """Such as `eval/loss` or `memorised@10`."""
+# Such as `<2.1`, `>= 90%` or `0`.
 BOUND_REGEX = re.compile(
     r"(?P<sign><=|>=|==|<|>|=)?\s*(?P<number>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)\s*(?P<percent>%)?"
 )
@@ -47,7 +50,8 @@ class Bound:
     def badness(self, measured: float) -> float:
         """A number that grows the worse a value is for this bound: of several measurements, the worst one counts.
 
-        An upper bound: the value; a lower bound: its negative; an equation: the distance. NaN is the worst.
+        An upper bound (`<`, `<=`): the value; a lower bound (`>`, `>=`): its negative; an equation: the distance. NaN is the
+        worst.
         """
         if math.isnan(measured):
             return math.inf
@@ -77,7 +81,7 @@ def parse_gate_bounds(gates: Mapping[str, Any]) -> list[Bound]:
 
 
 def parse_bound(metric: str, value: Any) -> Bound | None:
-    """One gate, from its value in the configuration; None if the value is no bound.
+    """One gate, which is a metric with its bound, from its value in the configuration; None if the value is no bound.
 
     `"<2.1"` gives the sign `<` and the limit 2.1, `">= 90%"` the limit 0.9, and a bare number, or `==`, the sign `=`.
     """
@@ -121,8 +125,8 @@ def gate_problems(gates: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def parse_gate_argument(argument: str) -> tuple[dict[str, Any] | None, str]:
-    """Parse an argument of the command line that sets gates: (gates by name, ""), or (None, an error message).
+def parse_gate_argument(argument: str) -> dict[str, Any]:
+    """The gates, by name of the metric, that an argument of the command line sets. Raises ConfigError if it cannot be read.
 
     - one gate, `gates.eval/loss="<2.1"`: `{"eval/loss": "<2.1"}`, quotes removed.
     - several as YAML, `gates={eval/loss: "<2.1", memorised: 0}`: `{"eval/loss": "<2.1", "memorised": 0}`.
@@ -136,8 +140,8 @@ def parse_gate_argument(argument: str) -> tuple[dict[str, Any] | None, str]:
         if is_quoted:
             text = text[1:-1]
         if not text:
-            return None, f"{argument}: {key} needs a value"
-        return {name: text}, ""
+            raise ConfigError(f"{argument}: {key} needs a value")
+        return {name: text}
     gates = None
     # {memorised:0} is no pair in YAML, but users write it on a command line: the second attempt adds the space.
     for yaml_text in (text, re.sub(r":(?=\S)", ": ", text)):
@@ -147,6 +151,9 @@ def parse_gate_argument(argument: str) -> tuple[dict[str, Any] | None, str]:
             continue
         if isinstance(gates, dict) and None not in gates.values():
             break
+    # YAML reads a key without a value, as `{memorised}`, as None.
     if not isinstance(gates, dict) or None in gates.values():
-        return None, f'{argument}: must be pairs of a metric and its bound, such as {{eval/loss: "<2.1", memorised: 0}}'
-    return {str(metric): value for metric, value in gates.items()}, ""
+        raise ConfigError(
+            f'{argument}: must be pairs of a metric and its bound, such as {{eval/loss: "<2.1", memorised: 0}}'
+        )
+    return {str(metric): value for metric, value in gates.items()}

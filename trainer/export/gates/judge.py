@@ -34,7 +34,7 @@ class ExportedWeights:
     run_dir: Path
     step: int | None
     """The step of the run that they are from."""
-    artefact: str | None
+    manifest_sha256: str | None
     """SHA-256 of the checkpoint's manifest; None if there is no checkpoint of that step."""
 
 
@@ -83,7 +83,7 @@ class JudgedGates:
 def exported_weights_at(run_dir: Path, step: int, fallback_dir: str | None) -> ExportedWeights:
     """The weights of a run at a step. Errors: StorageError if its checkpoints cannot be listed."""
     sha256 = manifest_sha256_at_step(run_dir, step, fallback_dir)
-    return ExportedWeights(run_dir=run_dir, step=step, artefact=sha256)
+    return ExportedWeights(run_dir=run_dir, step=step, manifest_sha256=sha256)
 
 
 def judge_at_end(
@@ -97,7 +97,8 @@ def judge_at_end(
 ) -> JudgedGates:
     """Judge the gates for the weights that a run ends with at `step`, alike on every rank.
 
-    All ranks must call if there are gates.
+    A gate is a metric's bound that weights must keep to be exported. `gates`: bound by metric, such as {"eval/loss": "<2.1"}.
+    `tasks`: the evaluation tasks of the run, by name. All ranks must call if there are gates.
     """
     if not gates:
         return JudgedGates()
@@ -110,11 +111,12 @@ def judge_at_end(
 def judge_gates_of_weights(gates: Mapping[str, Any], weights: ExportedWeights, tasks: Mapping[str, Any]) -> JudgedGates:
     """Judge each gate by what the run has measured of these weights. Reads the reports and metrics in the run's directory.
 
-    `gates`: bound by metric, such as {"eval/loss": "<2.1"}. `tasks`: the evaluation tasks of the run's configuration, by name.
+    `gates`: bound by metric, such as {"eval/loss": "<2.1"}, and `override` with the reason to export all the
+    same. `tasks`: the evaluation tasks of the run's configuration, by name.
     """
     metrics = []
     if gates:  # else nothing is read
-        metrics = measured_metrics(weights.run_dir, weights.step, weights.artefact)
+        metrics = measured_metrics(weights.run_dir, weights.step, weights.manifest_sha256)
     verdicts = [_judge_gate(bound, metrics, weights, tasks) for bound in parse_gate_bounds(gates)]
     return JudgedGates(verdicts=verdicts, override=gates.get(OVERRIDE_KEY))
 
@@ -122,7 +124,7 @@ def judge_gates_of_weights(gates: Mapping[str, Any], weights: ExportedWeights, t
 def _judge_gate(
     bound: Bound, metrics: list[MeasuredMetric], weights: ExportedWeights, tasks: Mapping[str, Any]
 ) -> GateVerdict:
-    """The verdict on one gate. `metrics`: all that the run has measured, of these weights and of others.
+    """The verdict on one gate. `metrics`: all that the run has measured, of these weights and of others, newest first.
 
     - The metric was measured of these weights: the verdict is by its values.
     - It was measured of other weights only: the gate fails, with the command that measures it.
@@ -137,19 +139,24 @@ def _judge_gate(
     if metrics_of_other_weights:
         newest = metrics_of_other_weights[0]
         text = (
-            f"{bound.metric}: {newest.value:.4g} in the {newest.where} belongs to other weights than {_weights_name(weights)} "
+            f"{bound.metric}: {newest.value:.4g} in the {newest.source} belongs to other weights than {_weights_name(weights)} "
             f"and does not count; {command}"
         )
         return _failed_without_value(bound, text)
-    names = list(dict.fromkeys(metric.name for metric in own_metrics))
-    similar = difflib.get_close_matches(bound.metric.removeprefix("eval/"), names, n=1)
-    hint = ""
-    if similar:
-        hint = f"; did you mean {similar[0]}?"
-    elif names:
-        hint = f"; measured are {', '.join(names[:MAX_LISTED_METRICS])}"
+    hint = _hint_at_measured_metrics(bound.metric, own_metrics)
     text = f"{bound.metric}: {bound}, and was never measured: {command}{hint}"
     return _failed_without_value(bound, text)
+
+
+def _hint_at_measured_metrics(gate_name: str, measured: list[MeasuredMetric]) -> str:
+    """What to append to the text on a metric that was never measured: a similar name, else some names; empty without any."""
+    names = list(dict.fromkeys(metric.name for metric in measured))
+    similar = difflib.get_close_matches(gate_name.removeprefix("eval/"), names, n=1)
+    if similar:
+        return f"; did you mean {similar[0]}?"
+    if names:
+        return f"; measured are {', '.join(names[:MAX_LISTED_METRICS])}"
+    return ""
 
 
 def _failed_without_value(bound: Bound, says: str) -> GateVerdict:
@@ -160,7 +167,7 @@ def _failed_without_value(bound: Bound, says: str) -> GateVerdict:
 def _verdict_by_metrics(bound: Bound, matched: list[MeasuredMetric]) -> GateVerdict:
     """The verdict on a gate by the metrics that its name stands for: all must keep the bound, and the worst one is reported.
 
-    Its text: `loss: 2.3 (qa/loss), must be below 2.1; <where it was measured>`.
+    A metric without a value (NaN) is the worst. Its text: `loss: 2.3 (qa/loss), must be below 2.1; <where it was measured>`.
     """
     worst = max(matched, key=lambda metric: bound.badness(metric.value))
     passed = all(bound.holds(metric.value) for metric in matched)
@@ -172,13 +179,13 @@ def _verdict_by_metrics(bound: Bound, matched: list[MeasuredMetric]) -> GateVerd
         measured_text = f"{worst.value:.4g}{_interval_text(worst)}"
     gate_has_other_name = worst.name not in (bound.metric, bound.metric.removeprefix("eval/"))
     full_name = f" ({worst.name})" if gate_has_other_name else ""
-    text = f"{bound.metric}: {measured_text}{full_name}, {bound}; {worst.where}"
+    text = f"{bound.metric}: {measured_text}{full_name}, {bound}; {worst.source}"
     return GateVerdict(
         metric=bound.metric,
         bound=bound.text,
         passed=passed,
         value=reported_value,
-        where=worst.where,
+        where=worst.source,
         says=text,
     )
 
@@ -223,23 +230,28 @@ def _measuring_command(metric: str, weights: ExportedWeights, tasks: Mapping[str
         )
     from trainer.evaluation.tasks.registry import TASK_KINDS
 
-    kind = None
-    if name_before_slash in TASK_KINDS:
-        kind = name_before_slash
-    else:
-        # The metric may stand for the kind whose first metric it is.
-        for name, task in TASK_KINDS.items():
-            if task.metrics and task.metrics[0].name == name_before_slash:
-                kind = name
-                break
+    kind = _task_kind_of(name_before_slash)
     if kind is not None and not TASK_KINDS[kind].needs_path:
         return f"shardtune evaluate {run}{checkpoint} evaluation.tasks=[{kind}]"
-    # What stands before the slash is taken for the name of a task that the user still has to set up.
+    # What stands before the slash is taken for the name of a task that the user still has to set up. A kind's metric alone, such
+    # as `accuracy`, names none: the user chooses one in place of NAME.
     name = name_before_slash if name_after_slash or kind is None else "NAME"
     return (
         f"shardtune evaluate {run}{checkpoint} evaluation.tasks.{name}.kind={kind or '<kind>'} "
         f"evaluation.tasks.{name}.path=<file>"
     )
+
+
+def _task_kind_of(name: str) -> str | None:
+    """The kind of task that is called `name`, or else the first whose first metric is; None if there is none."""
+    from trainer.evaluation.tasks.registry import TASK_KINDS
+
+    if name in TASK_KINDS:
+        return name
+    for kind, task in TASK_KINDS.items():
+        if task.metrics and task.metrics[0].name == name:
+            return kind
+    return None
 
 
 def raise_if_gates_failed(gates: JudgedGates, checkpoint: str) -> None:

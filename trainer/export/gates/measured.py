@@ -31,14 +31,15 @@ class MetricNames(NamedTuple):
     """A metric's name in each of the forms in which a gate can name it, in their order. Empty if it has none in a form."""
 
     full_name: str
-    """`TASK/METRIC`"""
+    """`TASK/METRIC`, such as `summaries/rouge_l`."""
     common_name: str = ""
-    """The one name of a task and its metric that are called alike."""
+    """The one name of a task and its metric that are called alike, such as `memorised`."""
     kind_and_metric: str = ""
-    """`KIND/METRIC`"""
+    """`KIND/METRIC`, such as `rouge/rouge_l`."""
     metric: str = ""
+    """Such as `rouge_l`."""
     task_or_kind: str = ""
-    """Of a task's first metric only."""
+    """Of a task's first metric only, such as `summaries`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +48,10 @@ class MeasuredMetric:
 
     names: MetricNames
     value: float
-    where: str
+    source: str
     """Where it was measured, in words, such as `training's evaluation at step 200`."""
     is_of_these_weights: bool
-    """Whether it was measured of the weights that are to be exported."""
+    """Whether it was measured of the weights that are to be exported, which alone are judged by it."""
     low: float | None = None
     high: float | None = None
     """The confidence interval, if there is one."""
@@ -61,11 +62,11 @@ class MeasuredMetric:
         return self.names.full_name
 
 
-def measured_metrics(run_dir: Path, step: int | None, artefact: str | None) -> list[MeasuredMetric]:
+def measured_metrics(run_dir: Path, step: int | None, weights_sha256: str | None) -> list[MeasuredMetric]:
     """All metrics that a run has measured: those of evaluation reports, newest first, then those that training logged.
 
-    `step`, `artefact`: step and hash of the weights that are to be exported; None if unknown. `is_of_these_weights` is set by the
-    hash for a report, and by the step for training's evaluations and for a test report without a hash.
+    `step`, `weights_sha256`: of the weights that are to be exported; None if unknown. `is_of_these_weights` is set by the hash
+    for a report, and by the step for training's evaluations and for a test report without a hash.
     """
     metrics: list[MeasuredMetric] = []
     read_metrics_by_report_kind = {
@@ -74,9 +75,10 @@ def measured_metrics(run_dir: Path, step: int | None, artefact: str | None) -> l
         TEST_REPORT: _metrics_of_test,
     }
     for report in kept_reports(run_dir):
-        is_of_these_weights = artefact is not None and report.artefact == artefact
-        if report.artefact is None and report.kind == TEST_REPORT:  # of a run that wrote no checkpoint of its last step
-            is_of_these_weights = artefact is None and step == (report.report.get("model") or {}).get("step")
+        is_of_these_weights = weights_sha256 is not None and report.artefact == weights_sha256
+        # A run that writes no checkpoint of its last step tests weights without a hash; an export of that step has none either.
+        if report.artefact is None and report.kind == TEST_REPORT:
+            is_of_these_weights = weights_sha256 is None and step == (report.report.get("model") or {}).get("step")
         metrics += read_metrics_by_report_kind[report.kind](report, is_of_these_weights)
     return metrics + _metrics_of_training(run_dir, step)
 
@@ -97,8 +99,8 @@ def _metrics_of_training(run_dir: Path, step: int | None) -> list[MeasuredMetric
             short_name = name.removeprefix("eval/")
             # Training's evaluations know neither tasks nor kinds.
             names = MetricNames(short_name, metric=short_name.rpartition("/")[2])
-            where = f"training's evaluation at step {evaluated_step}"
-            metrics.append(MeasuredMetric(names, float(value), where, is_of_these_weights=evaluated_step == step))
+            source = f"training's evaluation at step {evaluated_step}"
+            metrics.append(MeasuredMetric(names, float(value), source, is_of_these_weights=evaluated_step == step))
     return metrics
 
 
@@ -127,21 +129,27 @@ def _metrics_of_evaluation(kept_report: KeptReport, is_of_these_weights: bool) -
     for task, task_report in (report.get("tasks") or {}).items():
         kind = str(task_report.get("kind"))
         for index, (metric, entry) in enumerate((task_report.get("metrics") or {}).items()):
-            common_name = metric if task == metric else ""
+            common_name = metric if task == metric else ""  # such as `rouge` for `rouge/rouge`
             # The first metric of a task can be named by the task or the kind alone, and so it comes twice.
             tasks_and_kinds = (task, kind) if index == 0 else ("",)
             for task_or_kind in tasks_and_kinds:
-                names = MetricNames(f"{task}/{metric}", common_name, f"{kind}/{metric}", metric, task_or_kind)
+                names = MetricNames(
+                    full_name=f"{task}/{metric}",
+                    common_name=common_name,
+                    kind_and_metric=f"{kind}/{metric}",
+                    metric=metric,
+                    task_or_kind=task_or_kind,
+                )
                 yield _metric_of_entry(kept_report, names, entry, is_of_these_weights)
         if comparison_with_base.get("what") == "base" and task.startswith(GENERAL_TASK_PREFIXES):
             task_comparison = (comparison_with_base.get("tasks") or {}).get(task) or {}
-            forgetting_entry = _relative_loss_against_base(task_report, task_comparison)
+            forgetting_entry = _relative_forgetting(task_report, task_comparison)
             if forgetting_entry:
                 names = MetricNames(f"{task}/{FORGETTING_METRIC}", metric=FORGETTING_METRIC)
                 yield _metric_of_entry(kept_report, names, forgetting_entry, is_of_these_weights)
 
 
-def _relative_loss_against_base(task_report: dict[str, Any], task_comparison: dict[str, Any]) -> dict[str, Any]:
+def _relative_forgetting(task_report: dict[str, Any], task_comparison: dict[str, Any]) -> dict[str, Any]:
     """The catastrophic forgetting of a task: how much worse its first metric became by fine-tuning, relative to the base model.
 
     Returns an entry like those of a report's metrics, such as {"value": 0.03, "low": 0.01, "high": 0.05} for 3 % worse; empty if
@@ -180,11 +188,11 @@ def _metric_of_entry(
 ) -> MeasuredMetric:
     """A metric from its entry in a report. A value of null is NaN, which passes no gate."""
     value = float("nan") if entry.get("value") is None else float(entry["value"])
-    where = f"{kept_report.kind} of {kept_report.checkpoint} ({kept_report.path.parent.name}/{kept_report.path.name})"
+    source = f"{kept_report.kind} of {kept_report.checkpoint} ({kept_report.path.parent.name}/{kept_report.path.name})"
     return MeasuredMetric(
         names=names,
         value=value,
-        where=where,
+        source=source,
         is_of_these_weights=is_of_these_weights,
         low=entry.get("low"),
         high=entry.get("high"),
