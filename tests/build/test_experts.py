@@ -35,7 +35,7 @@ from trainer.objectives.distillation import DistillationConfig
 from trainer.objectives.grpo_config import GrpoConfig
 from trainer.objectives.rollouts import RewardEntry
 from trainer.optim.config import AdafactorConfig, MuonConfig
-from trainer.planner.communication_volume import _expert_exchange_bytes
+from trainer.planner.communication_volume import _expert_parallel_bytes
 from trainer.session.run_facts import model_flops_per_token
 from trainer.tuning.base import LoraConfig
 from trainer.tuning.expert_parts import expert_modules_by_name
@@ -281,7 +281,7 @@ def test_the_bytes_that_a_step_exchanges_leave_reward_models_out(root):
         found.append(
             (
                 len(step.plan.expert_parallel_modules),
-                _expert_exchange_bytes(built, config.strategy, Precision.bf16, 100.0),
+                _expert_parallel_bytes(built, config.strategy, Precision.bf16, 100.0),
             )
         )
         step.add_reward_model("judge", copy.deepcopy(built.base_on_meta), set())

@@ -16,10 +16,15 @@ from strategies.parameters import FROZEN_MODEL_PREFIXES, named_parameters
 from strategies.runtime import Runtime
 from trainer.build.sequence import attention_heads_of
 from trainer.model.architecture import experts_per_token, text_model_config, width_and_num_blocks
-from trainer.step import BuiltModel
+from trainer.step import BuiltModel, TrainStep
 
-GRADIENT_BYTES = 4
+REDUCED_GRADIENT_ITEMSIZE = 4
 """Bytes of an element of a gradient that is reduced: float32, whatever type the step computes in (ZeRO in fp16 apart)."""
+
+
+def _compute_itemsize(precision: Precision) -> int:
+    """Bytes of an element in the type in which the step computes."""
+    return 4 if precision is Precision.fp32 else 2
 
 
 def expected_bytes_by_collective(
@@ -30,7 +35,7 @@ def expected_bytes_by_collective(
     micro_batches: int,
     tokens_of_row: float,
 ) -> dict[str, float] | None:
-    """Bytes that a step exchanges, by collective, as the size of the full tensor that is gathered or reduced.
+    """Bytes that a step exchanges, by collective, as the size of the full tensor: {ALL_GATHER: 3.2e9, REDUCE_SCATTER: 1.6e9}.
 
     `micro_batches`: of a rank in a step. `tokens_of_row`: mean tokens of a micro-batch, all ranks that share a row together. None
     if the bytes cannot be computed: for quantised bases, and for ZeRO-3, which decides while it runs how often it gathers.
@@ -44,9 +49,9 @@ def expected_bytes_by_collective(
     # All-to-alls in each micro-batch, between ranks that share rows or experts.
     token_bytes = 0.0
     if runtime.sequence_size > 1:
-        token_bytes += _shared_row_bytes(built, strategy, precision, runtime.sequence_size, tokens_of_row)
+        token_bytes += _sequence_parallel_bytes(built, strategy, precision, runtime.sequence_size, tokens_of_row)
     if built.step_module.plan.expert_ranks > 1:
-        token_bytes += _expert_exchange_bytes(built, strategy, precision, tokens_of_row / runtime.sequence_size)
+        token_bytes += _expert_parallel_bytes(built, strategy, precision, tokens_of_row / runtime.sequence_size)
     if token_bytes:
         bytes_by_collective[ALL_TO_ALL] = token_bytes * micro_batches
     return bytes_by_collective
@@ -59,11 +64,11 @@ def _parameter_bytes_by_collective(
 
     Weights are gathered in half precision unless the run is in fp32. Gradients are reduced in fp32, except under ZeRO in fp16.
     """
-    parameters = {id(parameter): parameter for _, parameter in named_parameters(built.step_module)}
-    trained_elements = sum(p.numel() for p in parameters.values() if p.requires_grad)
-    gathered_itemsize = 4 if precision is Precision.fp32 else 2
+    trained_elements = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
+    gathered_itemsize = _compute_itemsize(precision)
     if isinstance(strategy, ZeroConfig):
-        gradient_itemsize = 2 if precision is Precision.fp16 else GRADIENT_BYTES
+        gradient_itemsize = 2 if precision is Precision.fp16 else REDUCED_GRADIENT_ITEMSIZE
+        # Stage 2 shards gradients, and so reduces them in each micro-batch. Stage 1 adds them up first.
         reductions = micro_batches if strategy.stage == 2 else 1
         return {
             ALL_REDUCE: trained_elements * gradient_itemsize * reductions,
@@ -73,7 +78,7 @@ def _parameter_bytes_by_collective(
         return _fsdp2_bytes_by_collective(built, strategy, runtime, micro_batches, gathered_itemsize)
     if isinstance(strategy, DdpConfig):
         reductions = micro_batches if strategy.defer_sync is False else 1
-        return {ALL_REDUCE: GRADIENT_BYTES * trained_elements * reductions}
+        return {ALL_REDUCE: REDUCED_GRADIENT_ITEMSIZE * trained_elements * reductions}
     return {}
 
 
@@ -87,9 +92,9 @@ def _fsdp2_bytes_by_collective(
     """
     module = built.step_module
     num_replicas = replica_count(strategy, runtime.world_size, runtime.num_hosts)
-    shards = runtime.world_size // num_replicas
+    ranks_per_replica = runtime.world_size // num_replicas
     # All-gathers of weights, and reduce-scatters of gradients, within a replica.
-    gathered_by_id = _num_gathered_elements_by_id(module, shards)
+    gathered_by_id = _num_gathered_elements_by_id(module, ranks_per_replica)
     trained_ids = [id(parameter) for _, parameter in named_parameters(module) if parameter.requires_grad]
     trained_elements = sum(gathered_by_id[parameter_id] for parameter_id in trained_ids)
     gathered_elements = sum(gathered_by_id.values())
@@ -103,18 +108,18 @@ def _fsdp2_bytes_by_collective(
     reductions = 1 if defers_reduction else micro_batches
     bytes_by_collective: dict[str, float] = {
         ALL_GATHER: gathered_itemsize * gathered_elements * micro_batches,
-        REDUCE_SCATTER: GRADIENT_BYTES * trained_elements * reductions,
+        REDUCE_SCATTER: REDUCED_GRADIENT_ITEMSIZE * trained_elements * reductions,
     }
     if num_replicas > 1:
         # All-reduces between replicas: each rank reduces its shard of all gradients, those of experts too.
         full_by_id = _num_full_elements_by_id(module)
         full_trained = sum(full_by_id[parameter_id] for parameter_id in trained_ids)
-        bytes_by_collective[ALL_REDUCE] = GRADIENT_BYTES * full_trained / shards
+        bytes_by_collective[ALL_REDUCE] = REDUCED_GRADIENT_ITEMSIZE * full_trained / ranks_per_replica
     return bytes_by_collective
 
 
-def _num_gathered_elements_by_id(module: Any, shards: int) -> dict[int, int]:
-    """Elements of each parameter that a rank gathers, by the parameter's id; `shards`: ranks of a replica.
+def _num_gathered_elements_by_id(module: TrainStep, ranks_per_replica: int) -> dict[int, int]:
+    """Elements of each parameter that a rank gathers, by the parameter's id (blocks know theirs by other names).
 
     With `parallel.experts`, each rank of an expert group holds some experts of a layer. It gathers these from the ranks that
     shard the same experts; there are no such ranks, and nothing is gathered, if a replica is a single group.
@@ -123,13 +128,13 @@ def _num_gathered_elements_by_id(module: Any, shards: int) -> dict[int, int]:
     expert_ranks = module.plan.expert_ranks
     for name in module.plan.expert_parallel_modules:
         for parameter in module.get_submodule(name).parameters(recurse=False):
-            if id(parameter) in elements:  # a teacher's are not counted
+            if id(parameter) in elements:  # those of a teacher are not: `named_parameters` leaves out frozen models
                 own_elements = elements[id(parameter)] // expert_ranks
-                elements[id(parameter)] = own_elements if shards > expert_ranks else 0
+                elements[id(parameter)] = own_elements if ranks_per_replica > expert_ranks else 0
     return elements
 
 
-def _num_full_elements_by_id(module: Any) -> dict[int, int]:
+def _num_full_elements_by_id(module: TrainStep) -> dict[int, int]:
     """Elements of each full parameter by its id, whether it is sharded or not. All experts of a layer count, on every rank."""
     elements = {}
     for name, parameter in named_parameters(module):
@@ -138,27 +143,27 @@ def _num_full_elements_by_id(module: Any) -> dict[int, int]:
     return elements
 
 
-def _shared_row_bytes(
-    built: BuiltModel, strategy: StrategyConfig, precision: Precision, degree: int, tokens: float
+def _sequence_parallel_bytes(
+    built: BuiltModel, strategy: StrategyConfig, precision: Precision, ranks_per_row: int, row_tokens: float
 ) -> float:
     """Bytes that rank 0 exchanges in a micro-batch with the ranks that share its row (`parallel.sequence`).
 
     Outside attention, each rank has a slice of the row with all heads; in attention, the full row with some heads. So there is an
-    all-to-all before and after attention. `degree`: ranks that share a row. `tokens`: of the row. 0 if the model's heads are not
-    known. Left out: replayed documents, which a reference model reads by themselves.
+    all-to-all before and after attention. 0 if the model's heads are not known. Left out: replayed documents, which a reference
+    model reads by themselves.
     """
     step = built.step_module
     _, blocks = width_and_num_blocks(built.base_on_meta)
     # A backward pass exchanges the gradients of what a forward pass exchanges.
     passes = _num_forward_passes(built, strategy) + 1
-    elements = _all_to_all_elements_per_layer(built.config, degree, tokens) * passes * blocks
+    elements = _all_to_all_elements_per_layer(built.config, ranks_per_row, row_tokens) * passes * blocks
     if step.teacher is not None:  # one forward pass
         _, teacher_blocks = width_and_num_blocks(step.teacher)
-        elements += _all_to_all_elements_per_layer(step.teacher.config, degree, tokens) * teacher_blocks
-    return elements * (4 if precision is Precision.fp32 else 2)
+        elements += _all_to_all_elements_per_layer(step.teacher.config, ranks_per_row, row_tokens) * teacher_blocks
+    return elements * _compute_itemsize(precision)
 
 
-def _expert_exchange_bytes(built: BuiltModel, strategy: StrategyConfig, precision: Precision, tokens: float) -> float:
+def _expert_parallel_bytes(built: BuiltModel, strategy: StrategyConfig, precision: Precision, tokens: float) -> float:
     """Bytes that a rank exchanges in a micro-batch of `tokens` tokens with the ranks that hold its layer's other experts.
 
     For each expert that the router chooses for a token, the token's hidden state (a row) is sent to the rank of the expert and
@@ -166,19 +171,19 @@ def _expert_exchange_bytes(built: BuiltModel, strategy: StrategyConfig, precisio
     be even.
     """
     step = built.step_module
-    text = text_model_config(built.config)
+    text_config = text_model_config(built.config)
     rows = tokens * experts_per_token(built.config)
-    itemsize = 4 if precision is Precision.fp32 else 2
     forward_passes = _num_forward_passes(built, strategy)
     exchanged_bytes = 0.0
     for name in step.plan.expert_parallel_modules:
         # A teacher's sizes are its own, and reward models run between steps: not counted.
         if name.startswith(FROZEN_MODEL_PREFIXES):
             continue
-        row_bytes = 2 * rows * text.hidden_size * itemsize  # to the experts and back
+        row_bytes = 2 * rows * text_config.hidden_size * _compute_itemsize(precision)  # to the experts and back
         experts: Any = step.get_submodule(name)
         count_bytes = 8 * experts.num_experts  # an int64 for each expert
-        exchanged_bytes += row_bytes * (forward_passes + 1) + count_bytes * forward_passes  # 1: the backward pass
+        # A backward pass exchanges the gradients of the rows, by the counts that its forward pass exchanged.
+        exchanged_bytes += row_bytes * (forward_passes + 1) + count_bytes * forward_passes
     return exchanged_bytes
 
 
@@ -186,16 +191,18 @@ def _num_forward_passes(built: BuiltModel, strategy: StrategyConfig) -> float:
     """How often blocks run forward in a micro-batch, recomputed ones included; on average over the blocks."""
     step = built.step_module
     _, blocks = width_and_num_blocks(built.base_on_meta)
-    modes = step.plan.recomputation or [strategy.activation_checkpointing] * blocks
-    recomputed_blocks = sum(mode is not ActivationCheckpointing.none for mode in modes)
-    # Passes without gradients: of the reference model, and of a look ahead, which the reference model takes as well.
+    # The modes of the blocks if the run chose them by memory (`activation_checkpointing=auto`), else the one of the settings.
+    mode_by_block = step.plan.recomputation or [strategy.activation_checkpointing] * blocks
+    recomputed_blocks = sum(mode is not ActivationCheckpointing.none for mode in mode_by_block)
+    # Passes without gradients: of the reference model (if it is the base without its adapters), and of a look ahead (a mean that
+    # the loss needs before the step), which the reference model takes as well.
     gradient_free_passes = 1 if step.objective.uses_reference and built.tuning.keeps_base else 0
     if step.objective.look_ahead_terms:
         gradient_free_passes += 1 + gradient_free_passes
     return 1 + gradient_free_passes + recomputed_blocks / blocks
 
 
-def _all_to_all_elements_per_layer(model_config: Any, degree: int, tokens: float) -> float:
+def _all_to_all_elements_per_layer(model_config: Any, ranks_per_row: int, row_tokens: float) -> float:
     """Elements that a forward pass of one layer exchanges; 0 if the configuration tells of no heads."""
     heads = attention_heads_of(model_config)
-    return 0.0 if heads is None else heads.counted_all_to_all_elements(tokens, degree)
+    return 0.0 if heads is None else heads.counted_all_to_all_elements(row_tokens, ranks_per_row)

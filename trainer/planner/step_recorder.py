@@ -1,4 +1,4 @@
-"""Records the collectives of a step in order, the host's reads from the device, and the arithmetic."""
+"""Records the collectives of a step in order, the host's reads from the device, memory traffic, and FLOPs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ _ROOT = Path(__file__).resolve().parent.parent.parent
 _PROJECT_FOLDERS = ("strategies", "trainer")
 FAKE_BACKEND = "fake"
 """Of the process groups of a simulated rank (`strategies/simulation.py`)."""
-_SIMULATION_CODE = ("strategies/simulation.py", "trainer/planner/")
+_SIMULATION_PATHS = ("strategies/simulation.py", "trainer/planner/")
+"""Code that is not part of a step, though it runs while one is simulated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Collective:
     """One collective between ranks, as this rank calls it."""
 
     name: str
+    """The operation without namespace and overload: `allgather_base`, `allreduce`."""
     ranks: tuple[int, ...]
     """Ranks of the process group."""
     dtype: str
@@ -62,7 +64,7 @@ class SimulatedStepRecord:
 
 
 class StepRecorder(LiveBytes):
-    """`LiveBytes` that also records collectives, host reads and arithmetic.
+    """`LiveBytes` that also records collectives, host reads, memory traffic and FLOPs of a step, in `record`.
 
     `sum_of_squared_lengths`: the sum of the squared lengths of the documents in the current micro-batch, by which attention is
     counted. Whoever takes the step sets it."""
@@ -77,7 +79,7 @@ class StepRecorder(LiveBytes):
         self.record = SimulatedStepRecord()
 
     def run_operation(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run one torch operation of the step, and record what it costs: a collective, a host read, a copy, or arithmetic.
+        """Run one torch operation of the step, and record what it costs: a collective, a host read, a copy, traffic or FLOPs.
 
         In a simulation, tensors have no values and no other rank exists: a host read returns a placeholder (0 or False), and a
         collective returns its input at once.
@@ -86,28 +88,28 @@ class StepRecorder(LiveBytes):
         if properties.is_collective:
             self._record_collective(func, args)
         if properties.is_reduce_scatter:
-            self._count_gloo_copy(func, args)
+            self._count_copy_of_reduce_scatter(func, args)
         if properties.reads_on_host:
             if device_of(args[0]) == self.device:
                 self.record.host_reads[_calling_line()] += 1
-            if hasattr(args[0], "fake_device"):
-                return _harmless_value(args[0].dtype)
+            if hasattr(args[0], "fake_device"):  # a fake tensor, which has no value
+                return _placeholder_value(args[0].dtype)
         if properties.returns_input_and_work and op_cache.is_simulating_step():
             # As torch's kernel for fake tensors would return it, but faster.
             return args[0], Work.boxed(FakeWork())
-        output, flops, moved_bytes = self._cached_or_run(func, args, kwargs, properties)
-        if properties.copies:
+        output, flops, moved_bytes = self._run_or_rebuild(func, args, kwargs, properties)
+        if properties.is_copy:
             self._record_host_copy(func, args, output)
         self.record.flops += flops
         self.record.moved_bytes_by_phase[self.phase.name] += moved_bytes
         return output
 
-    def _cached_or_run(
+    def _run_or_rebuild(
         self, func: Any, args: Any, kwargs: Any, properties: _OperationProperties
     ) -> tuple[Any, float, int]:
         """Run an operation, or build its output from the cache: a step repeats the same operations in block after block.
 
-        Returns (output, floating-point operations, bytes read and written on the device).
+        Returns (output, FLOPs, bytes read and written on the device). A plain tuple, because this runs for each operation.
         """
         operation = op_cache.cacheable_operation(func, args, kwargs)
         if operation is not None:
@@ -120,7 +122,7 @@ class StepRecorder(LiveBytes):
             flops = self._num_flops(func, args, kwargs, output)
         # The cost of a product is its arithmetic: its bytes would count it twice.
         moved_bytes = 0
-        if not flops and not properties.moves_no_counted_bytes:
+        if not flops and not properties.has_no_traffic:
             moved_bytes = self._device_bytes(args) + self._device_bytes(output)
         if operation is not None:
             op_cache.store_result(operation, output, flops, moved_bytes)
@@ -152,20 +154,21 @@ class StepRecorder(LiveBytes):
             )
         )
 
-    def _count_gloo_copy(self, func: Any, args: Any) -> None:
-        """Count the copy of the full input that a reduce-scatter of gloo (the backend on CPUs) makes while it reduces.
+    def _count_copy_of_reduce_scatter(self, func: Any, args: Any) -> None:
+        """Count the copy of the full input that gloo, the backend of CPU ranks, makes in a reduce-scatter.
 
-        Only for simulated ranks: in real ones the recorder sees the copy itself.
+        Only for simulated ranks, whose backend is torch's fake one: with real ranks the recorder sees the copy itself.
         """
         if self.device.type != "cpu":
             return
         if torch.distributed.get_backend(CollectiveOp.get_process_group(func, args)) != FAKE_BACKEND:
             return
-        full_input = args[1]
+        full_input = args[1]  # the operation's arguments: output, input, group, ...
         self.note_peak_with(allocated_bytes(full_input.numel() * full_input.element_size()))
 
     def _record_host_copy(self, func: Any, args: Any, out: Tensor) -> None:
         """Count the bytes of a copy if it crosses between the device and the host."""
+        # `copy_(target, source)`, but `_to_copy(source)`.
         source = args[1] if func is torch.ops.aten.copy_.default else args[0]
         if not isinstance(source, Tensor) or device_of(source) == device_of(out):
             return
@@ -180,34 +183,43 @@ class StepRecorder(LiveBytes):
 
         Attention, in-place products and experts' products have formulas here, other operations torch's own (`flop_registry`).
         """
-        packet = func.overloadpacket
+        packet = func.overloadpacket  # the operation without its overload
         name = _qualified_name(func)
         if name.startswith(_ATTENTION_OPERATIONS):
-            # Operations for each pair of positions: the forward pass has 2 products (scores, and scores times values), the
-            # backward pass has 5; each is a multiplication and an addition.
-            if "backward" in name:
-                query = args[1]
-                operations_per_pair = 10
-            else:
-                query = args[0]
-                operations_per_pair = 4
-            # A position attends to those before it in its document: half of all pairs.
-            causal_pairs = self.sum_of_squared_lengths / 2
-            # Flex attention has [B, heads, T, head_dim], variable-length attention [T, heads, head_dim].
-            num_heads = query.shape[1]
-            head_dim = query.shape[-1]
-            return operations_per_pair * causal_pairs * num_heads * head_dim
+            is_backward = "backward" in name
+            query = args[1] if is_backward else args[0]
+            return _attention_flops(query, self.sum_of_squared_lengths, is_backward=is_backward)
         if packet is torch.ops.aten.addmm_:  # in place, which torch's registry of formulas lacks
             left, right = args[1:3]
             return 2.0 * left.shape[0] * left.shape[1] * right.shape[1]
-        if packet is GROUPED_PRODUCT:  # products of experts: each group of rows, or of columns, has a matrix of its own
-            left, right = args[:2]
-            matrices = left.shape[0] if left.dim() == right.dim() == 3 else 1
-            return 2.0 * matrices * left.shape[-2] * left.shape[-1] * right.shape[-1]
+        if packet is GROUPED_PRODUCT:
+            return _grouped_product_flops(*args[:2])
         if packet in flop_registry:
             count = float(flop_registry[packet](*args, **kwargs, out_val=out))
+            # torch's formula for attention counts all pairs of positions. The formulas above allow for causality themselves.
             return count / 2 if _is_causal(func, args, kwargs) else count
         return 0.0
+
+
+def _attention_flops(query: Tensor, sum_of_squared_lengths: int, *, is_backward: bool) -> float:
+    """FLOPs of causal attention over documents whose squared lengths add up to `sum_of_squared_lengths`.
+
+    `query`: `[B, heads, T, head_dim]` of flex attention, `[T, heads, head_dim]` of variable-length attention.
+    """
+    # For each pair of positions, the forward pass has 2 products (scores, and scores times values), the backward pass 5. Each is
+    # a multiplication and an addition for each element of a head.
+    flops_per_pair = 10 if is_backward else 4
+    # A position attends to those before it in its document: half of all pairs.
+    causal_pairs = sum_of_squared_lengths / 2
+    num_heads = query.shape[1]
+    head_dim = query.shape[-1]
+    return flops_per_pair * causal_pairs * num_heads * head_dim
+
+
+def _grouped_product_flops(left: Tensor, right: Tensor) -> float:
+    """FLOPs of the products of experts: each group of rows of `left`, or of its columns, has a matrix of its own in `right`."""
+    matrices = left.shape[0] if left.dim() == right.dim() == 3 else 1
+    return 2.0 * matrices * left.shape[-2] * left.shape[-1] * right.shape[-1]
 
 
 _OPERATIONS_WITHOUT_TRAFFIC = frozenset(
@@ -215,6 +227,7 @@ _OPERATIONS_WITHOUT_TRAFFIC = frozenset(
 )
 """Operations beside views that read and write no values."""
 _ATTENTION_OPERATIONS = ("torch_attn::_varlen_attn", flex_shapes.FORWARD)
+"""How the names of attention with formulas here begin, forward and backward."""
 _PRODUCT_OPERATIONS = (torch.ops.aten.addmm_, GROUPED_PRODUCT)
 _COPY_OPERATIONS = (CAST.default, torch.ops.aten.copy_.default)
 
@@ -224,31 +237,35 @@ class _OperationProperties:
     """What is known of an operation, whatever its operands are."""
 
     is_collective: bool
+    """Whether ranks exchange tensors by it."""
     is_reduce_scatter: bool
-    """Whether it reduces one tensor and scatters it: of an output and the whole input."""
+    """Whether it reduces one tensor and scatters it. Its arguments begin with the output and the whole input."""
     returns_input_and_work: bool
     """Whether it is a collective that returns its first operand, in which it wrote, and a `Work` to wait for."""
     reads_on_host: bool
-    copies: bool
+    """Whether the host waits for its value."""
+    is_copy: bool
+    """Whether it may copy between the device and the host."""
     has_flops: bool
     """Whether it may be a product or attention."""
-    moves_no_counted_bytes: bool
+    has_no_traffic: bool
+    """Whether it reads and writes nothing on the device that counts as memory traffic."""
 
 
 @cache
 def _operation_properties(func: Any) -> _OperationProperties:
     """The properties of a torch operation that `StepRecorder` needs. Cached, since they do not depend on the operands."""
     packet = func.overloadpacket  # the operation without its overload
+    has_formula_here = _qualified_name(func).startswith(_ATTENTION_OPERATIONS) or packet in _PRODUCT_OPERATIONS
     return _OperationProperties(
         is_collective=func in collective_ops and func not in sync_ops,
         is_reduce_scatter=_qualified_name(func) == "c10d::_reduce_scatter_base_",
+        # `WK_ARG_1`: torch's set of collectives that return (first argument, Work).
         returns_input_and_work=func in CollectiveOp.WK_ARG_1 and func.namespace == "c10d",
         reads_on_host=func is READ_ON_HOST.default,
-        copies=func in _COPY_OPERATIONS,
-        has_flops=_qualified_name(func).startswith(_ATTENTION_OPERATIONS)
-        or packet in _PRODUCT_OPERATIONS
-        or packet in flop_registry,
-        moves_no_counted_bytes=_moves_no_counted_bytes(func),
+        is_copy=func in _COPY_OPERATIONS,
+        has_flops=has_formula_here or packet in flop_registry,
+        has_no_traffic=_has_no_traffic(func),
     )
 
 
@@ -257,13 +274,13 @@ def _qualified_name(func: Any) -> str:
     return str(func.name()).partition(".")[0]
 
 
-def _moves_no_counted_bytes(func: Any) -> bool:
-    """Whether an operation reads and writes nothing on the device, or is counted as a collective."""
+def _has_no_traffic(func: Any) -> bool:
+    """Whether an operation reads and writes nothing on the device, or is counted as a collective instead."""
     namespace, _, name = _qualified_name(func).partition("::")
     return func.is_view or func in collective_ops or namespace == "prim" or name in _OPERATIONS_WITHOUT_TRAFFIC
 
 
-def _harmless_value(dtype: torch.dtype) -> bool | float | int:
+def _placeholder_value(dtype: torch.dtype) -> bool | float | int:
     """The value that the host gets for a tensor without values; False and 0 let the code go on as in a normal step."""
     if dtype is torch.bool:
         return False
@@ -279,12 +296,12 @@ def _is_causal(func: Any, args: Any, kwargs: Any) -> bool:
 
 def _calling_line() -> str:
     """The innermost line of the project's own code that is running, as `file:line`; the simulation's own does not count."""
-    frame = calling_frame(1)
+    frame = calling_frame(1)  # the caller of this function
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         if path.is_relative_to(_ROOT) and path.relative_to(_ROOT).parts[0] in _PROJECT_FOLDERS:
             name = path.relative_to(_ROOT).as_posix()
-            if not name.startswith(_SIMULATION_CODE):
+            if not name.startswith(_SIMULATION_PATHS):
                 return f"{name}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return "elsewhere"
