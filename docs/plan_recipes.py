@@ -19,7 +19,7 @@ from recipe_files import recipe_tree  # noqa: E402
 from recipe_table import RECIPES, Recipe  # noqa: E402
 
 from launch.plan.command import compose_planned_run, read_plan_request  # noqa: E402
-from launch.plan.job import planned_run_of  # noqa: E402
+from launch.plan.job import prepare_planned_job  # noqa: E402
 from strategies.errors import ConfigError  # noqa: E402
 from trainer.model.known_shapes import read_shape  # noqa: E402
 from trainer.planner.hardware import GIB  # noqa: E402
@@ -60,7 +60,7 @@ def plan_recipe(recipe: Recipe) -> dict[str, Any]:
     config, typed = compose_planned_run(request.run_overrides, request.card)
     ranks = recipe.nodes * recipe.gpus
     variants = run_variants(config, request.settings, typed, ranks)
-    job = planned_run_of(config, request.card)
+    job = prepare_planned_job(config, request.card)
     answer = plan_variants(variants, job, recipe.batch[1], request.settings, lambda *_: None)
     choice = answer.best_choices[0]
     price = request.card.price_per_hour

@@ -6,7 +6,7 @@ import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launch.config.choices import CONF_DIR
 from launch.config.help_text import show_help
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from launch.plan.from_run import CalibratedCard
     from trainer.config.run import RunConfig
     from trainer.planner.hardware import Card
+    from trainer.planner.sweep import ProgressCallback
     from trainer.planner.variants import PlanConfig
 
 SHIPPED_CARD_NAMES = sorted(file.stem for file in (CONF_DIR / "hardware").glob("*.yaml"))
@@ -100,7 +101,7 @@ def main(argv: list[str]) -> int:
     request = read_plan_request(argv)
     from launch.config.compose import num_launched_ranks
     from launch.plan.answer import plan_as_json, plan_text
-    from launch.plan.job import planned_run_of
+    from launch.plan.job import prepare_planned_job
     from trainer.model.known_shapes import shape_in_use, shape_note
     from trainer.model.loading import load_model_config
     from trainer.planner.plan import with_imbalance
@@ -113,7 +114,7 @@ def main(argv: list[str]) -> int:
     load_model_config(config.model)
     shape = shape_in_use(config.model)
     calibration = card_of_request(request, ["plan", *argv])
-    job = with_imbalance(planned_run_of(config, calibration.card), request.settings, calibration.expert_imbalance)
+    job = with_imbalance(prepare_planned_job(config, calibration.card), request.settings, calibration.expert_imbalance)
     micro_batch = config.batch["micro"] if "batch.micro" in fixed_keys else None
     answer = plan_variants(variants, job, micro_batch, request.settings, _progress_printer())
     # If nothing fits, the reason is as a rule that rows are long. Then variants in which ranks share a row are tried.
@@ -148,9 +149,9 @@ def main(argv: list[str]) -> int:
 def card_of_request(request: PlanRequest, command: list[str]) -> CalibratedCard:
     """The card (GPU) to plan for. With `from=<run>` it has the figures that this run measured, else those of the card's file.
 
-    That run is simulated, which takes a while. `from.<setting>=<value>` allows a value with which the run reads something
-    outside of its directory, as in `from=runs/first from.model.trust_remote_code=true`. `command`: the command line, for
-    messages. Raises ConfigError for another `from.` argument, and for one without `from=`.
+    That run is simulated, which takes a while. `from.<setting>=<value>` is a permission: it allows a value with which the run
+    reads something outside of its directory, as in `from=runs/first from.model.trust_remote_code=true`. `command`: the command
+    line, for messages. Raises ConfigError for another `from.` argument, and for a permission without a run (`from=`).
     """
     from launch.config.read_run import split_allowing_arguments
     from launch.plan.from_run import PERMISSION_PREFIX, CalibratedCard, calibrate_card
@@ -176,32 +177,32 @@ def read_plan_request(argv: list[str]) -> PlanRequest:
     `hardware.*` changes figures of the card, `plan.*` are settings of the planner, and the rest are overrides of the run. Raises
     ConfigError with every problem at once.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     from launch.plan.from_run import PERMISSION_PREFIX
     from trainer.planner.hardware import Card
     from trainer.planner.variants import PlanConfig
 
     arguments, problems = read_arguments("plan", PlanArguments, argv)
-    card_settings = OmegaConf.structured(Card)
+    card_of_file = Card()
     if arguments.hardware is not None:
         try:
-            card_settings = OmegaConf.merge(card_settings, _load_card_file(_find_card_file(arguments.hardware)))
-        except OSError as error:
-            problems.append(
-                f"hardware={arguments.hardware}: {str(error).splitlines()[0]}; one of {', '.join(SHIPPED_CARD_NAMES)}"
-            )
-        except (OmegaConfBaseException, ValueError, YAMLError) as error:
-            # Without the lines with the full key and type that OmegaConf appends.
-            reason = " ".join(str(error).split("\n    full_key")[0].split())
-            problems.append(f"hardware={arguments.hardware}: {reason}; write it as those of conf/hardware/ are")
-    card_in_file = OmegaConf.to_object(card_settings)
-    assert isinstance(card_in_file, Card)
-    card, other_arguments, hardware_problems = read_setting_group("hardware", card_in_file, arguments.settings)
+            card_of_file = _read_card(arguments.hardware)
+        except ConfigError as error:
+            problems += error.problems
+    card, other_arguments, hardware_problems = read_setting_group("hardware", card_of_file, arguments.settings)
     settings, run_arguments, plan_problems = read_setting_group("plan", PlanConfig(), other_arguments)
-    problems += hardware_problems + plan_problems
+    problems += hardware_problems + plan_problems + _plan_setting_problems(settings)
+    # Only without other problems, because a card whose file could not be read lacks every figure.
+    problems = problems or _card_problems(card)
+    if problems:
+        raise ConfigError(problems)
+    # Permissions for the run of `from=` are read by `card_of_request`, and are no settings of the planned run.
+    run_overrides = [argument for argument in run_arguments if not argument.startswith(PERMISSION_PREFIX)]
+    return PlanRequest(arguments, card, settings, run_overrides)
+
+
+def _plan_setting_problems(settings: PlanConfig) -> list[str]:
+    """Error messages for settings of the planner that are out of range."""
+    problems = []
     if settings.workers < 0:
         problems.append(f"plan.workers={settings.workers}: must be at least 0; 0 takes one a core")
     if settings.expert_imbalance is not None and settings.expert_imbalance < 1:
@@ -209,12 +210,29 @@ def read_plan_request(argv: list[str]) -> PlanRequest:
             f"plan.expert_imbalance={settings.expert_imbalance:g}: must be at least 1, where all ranks get as many rows; 2 is "
             "assumed without it"
         )
-    # Only without other problems, because a card whose file could not be read lacks every figure.
-    problems = problems or _card_problems(card)
-    if problems:
-        raise ConfigError(problems)
-    run_overrides = [argument for argument in run_arguments if not argument.startswith(PERMISSION_PREFIX)]
-    return PlanRequest(arguments, card, settings, run_overrides)
+    return problems
+
+
+def _read_card(name: str) -> Card:
+    """The card that `hardware=` names: the path of a YAML file, or a name in conf/hardware/. Raises ConfigError."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    from trainer.planner.hardware import Card
+
+    try:
+        card_settings = OmegaConf.merge(OmegaConf.structured(Card), _load_card_file(_find_card_file(name)))
+    except OSError as error:
+        first_line = str(error).splitlines()[0]
+        raise ConfigError(f"hardware={name}: {first_line}; one of {', '.join(SHIPPED_CARD_NAMES)}") from error
+    except (OmegaConfBaseException, ValueError, YAMLError) as error:
+        # Without the lines with the full key and type that OmegaConf appends.
+        reason = " ".join(str(error).split("\n    full_key")[0].split())
+        raise ConfigError(f"hardware={name}: {reason}; write it as those of conf/hardware/ are") from error
+    card = OmegaConf.to_object(card_settings)
+    assert isinstance(card, Card)
+    return card
 
 
 def _find_card_file(name: str) -> Path:
@@ -227,7 +245,7 @@ def _find_card_file(name: str) -> Path:
     else:
         file = CONF_DIR / "hardware" / f"{name}.yaml"
     if not file.is_file():
-        raise OSError("there is no such card")
+        raise OSError("there is no such card")  # `_read_card` adds the name
     return file
 
 
@@ -245,6 +263,7 @@ def _card_problems(card: Card) -> list[str]:
     """Error messages for figures of a card (GPU) that are missing or impossible. Without them nothing can be planned."""
     from strategies.base import Precision
 
+    # Of the last three: measured over estimated, 1 without a measurement.
     positive_figures = (
         "memory_gib",
         "fp32_tflops",
@@ -276,25 +295,30 @@ def _card_problems(card: Card) -> list[str]:
     return problems
 
 
-def compose_planned_run(overrides: list[str], card: Card) -> tuple[RunConfig, set[str]]:
-    """Compose a run for GPUs that need not be here: (its configuration, the keys that the plan must not change).
+class RunToPlan(NamedTuple):
+    """The run that a plan is asked for."""
 
-    Those are the keys and groups that `overrides` set, except to `auto`: for ["strategy=fsdp2", "data.max_length=4096",
-    "batch.micro=auto"] they are {"strategy", "data.max_length"}. If they are not set, `batch.micro` becomes 1, and
-    `batch.global` is rounded up to a multiple that the ranks can share. The settings are not validated here:
-    `trainer.planner.plan.run_variants` does that for each option. Raises ConfigError for overrides that cannot be used.
+    config: RunConfig
+    """Its configuration, for GPUs that need not be here. Its settings are not validated yet."""
+    fixed_keys: set[str]
+    """Keys and groups that the command line sets, except to `auto`: the plan must not change them.
+
+    ["strategy=fsdp2", "data.max_length=4096", "batch.micro=auto"] -> {"strategy", "data.max_length"}."""
+
+
+def compose_planned_run(overrides: list[str], card: Card) -> RunToPlan:
+    """Compose a run for GPUs that need not be here.
+
+    If they are not set, `batch.micro` becomes 1, and `batch.global` is rounded up to a multiple that the ranks can share. The
+    settings are not validated here: `trainer.planner.variants.run_variants` does that for each option. Raises ConfigError for
+    overrides that cannot be used.
     """
     with importing_without_gc("torch"):
-        from launch.config.compose import compose_config, num_launched_ranks
-        from launch.config.overrides import parse_overrides
+        from launch.config.compose import compose_config
         from strategies.base import Precision
-        from trainer.config.parallel import dp_size_of
-        from trainer.config.run import AUTO, MICRO_BATCH_KEY, STRATEGY_KEY, Device
+        from trainer.config.run import Device
 
-    parsed = parse_overrides(overrides)
-    # `auto` fixes nothing, because the plan tries all values that it could become.
-    fixed_keys = {group for group, choice in parsed.choices.items() if (group, choice) != (STRATEGY_KEY, AUTO)}
-    fixed_keys |= {setting.key for setting in parsed.values if (setting.key, setting.value) != (MICRO_BATCH_KEY, AUTO)}
+    fixed_keys = _keys_fixed_by_overrides(overrides)
     # The default is SLURM's launcher, because it takes nothing from this machine and has gpus_per_node.
     default_launcher = [] if "launcher" in fixed_keys else ["launcher=slurm"]
     config = compose_config([*overrides, *default_launcher], check=False).config
@@ -306,16 +330,39 @@ def compose_planned_run(overrides: list[str], card: Card) -> tuple[RunConfig, se
     # launcher=local has resolved `auto` for this machine, but the plan is for another one.
     precision = Precision.auto if "precision" in config.substitutions else config.precision
     config = replace(config, precision=card.precision(precision))
+    _fill_batch(config.batch, config, fixed_keys)
+    return RunToPlan(config, fixed_keys)
+
+
+def _keys_fixed_by_overrides(overrides: list[str]) -> set[str]:
+    """Keys and groups that `overrides` set, except to `auto`, which the plan replaces by all values that it could become."""
+    from launch.config.overrides import parse_overrides
+    from trainer.config.run import AUTO, MICRO_BATCH_KEY, STRATEGY_KEY
+
+    parsed = parse_overrides(overrides)
+    groups = {group for group, choice in parsed.choices.items() if (group, choice) != (STRATEGY_KEY, AUTO)}
+    keys = {setting.key for setting in parsed.values if (setting.key, setting.value) != (MICRO_BATCH_KEY, AUTO)}
+    return groups | keys
+
+
+def _fill_batch(batch: dict[str, Any], config: RunConfig, fixed_keys: set[str]) -> None:
+    """Set what the command line leaves open in `batch`: `micro` to 1, `global` rounded up to a multiple that the ranks can share.
+
+    `config`: the run, for its ranks.
+    """
+    from launch.config.compose import num_launched_ranks
+    from trainer.config.parallel import dp_size_of
+    from trainer.config.run import MICRO_BATCH_KEY
+
     if MICRO_BATCH_KEY not in fixed_keys:
-        config.batch["micro"] = 1
-    smallest_batch = config.batch["micro"] * dp_size_of(config, num_launched_ranks(config) or 0)
+        batch["micro"] = 1
+    smallest_batch = batch["micro"] * dp_size_of(config, num_launched_ranks(config) or 0)
     if "batch.global" not in fixed_keys and smallest_batch > 0:
-        accumulation_steps = math.ceil(config.batch["global"] / smallest_batch)
-        config.batch["global"] = accumulation_steps * smallest_batch
-    return config, fixed_keys
+        accumulation_steps = math.ceil(batch["global"] / smallest_batch)
+        batch["global"] = accumulation_steps * smallest_batch
 
 
-def _progress_printer() -> Any:
+def _progress_printer() -> ProgressCallback:
     """A function that prints progress on stderr, to be called with (options simulated, all options, name of the last one).
 
     In a terminal it writes over one line; in a log file it prints a single line at the end.
@@ -324,7 +371,7 @@ def _progress_printer() -> Any:
 
     def on_progress(done: int, total: int, variant: str) -> None:
         if is_terminal:
-            write_control_sequence(sys.stderr, "\r\033[K")
+            write_control_sequence(sys.stderr, "\r\033[K")  # back to the begin of the line, and erase it
             line = f"simulated {done} of {total}: {variant}"[:96]  # a line that wraps could not be written over
             print(line, end="" if done < total else "\n", file=sys.stderr, flush=True)
         elif done == total:

@@ -228,7 +228,7 @@ def _planned_choice_of_run(
 
     If that cannot be simulated, returns why, as a clause for a message: "its run.json does not say world_size".
     """
-    from launch.plan.job import planned_run_of
+    from launch.plan.job import prepare_planned_job
     from strategies.base import ActivationCheckpointing, Precision
     from trainer.config.parallel import dp_size_of
     from trainer.config.run import Device
@@ -258,7 +258,7 @@ def _planned_choice_of_run(
         precision=Precision(record.precision),
         run=replace(config.run, device=Device.cuda),  # this machine may have no GPU
     )
-    job = with_imbalance(planned_run_of(config, card), settings, expert_imbalance)
+    job = with_imbalance(prepare_planned_job(config, card), settings, expert_imbalance)
     has_several_micro_batches = job.global_batch > dp_size_of(config, job.world_size) * record.micro_batch
     accumulation = 2 if has_several_micro_batches else 1  # two tell the last micro-batch from the others
     variant = RunVariant(config, overrides=())

@@ -1,8 +1,9 @@
-"""The job that a plan is for: its ranks, and the lengths of its documents."""
+"""The job that a plan is for: its GPU, ranks and batch, and the lengths of its documents."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,32 +19,26 @@ from trainer.planner.plan import PlannedJob
 from trainer.planner.round_time import round_load_of_run
 
 
-def planned_run_of(config: RunConfig, card: Card) -> PlannedJob:
-    """What a plan needs to know of a run: card, ranks, batch, and the lengths of its documents.
+class _PlannedLengths(NamedTuple):
+    """Lengths in tokens that a plan assumes."""
+
+    samples: DocumentLengths
+    """Of samples, each with an answer of the greatest length if the model generates answers."""
+    mean_prompt: float
+    """Mean tokens of a document without a generated answer; its prompt, if the model generates answers."""
+    longest_prompt: int
+
+
+def prepare_planned_job(config: RunConfig, card: Card) -> PlannedJob:
+    """What a plan needs to know of a run: GPU, ranks, batch, and the lengths of its documents.
 
     With `data.path` or `data.sources`, the data is prepared and its lengths are measured, which may take an hour. Without, all
     documents are taken to be as long as `data.max_length` allows. Raises ConfigError if ranks cannot share the model's rows,
     although `parallel.sequence` asks for it.
     """
     check_parallel(config)
-    data_spec = data_spec_of(config.objective)
-    sequences_per_document = data_spec.sequences_per_document
-    mean_prompt_tokens = float(config.data.max_length)
-    longest_prompt = config.data.max_length
-    if config.data.path or config.data.sources:
-        data = prepare_data(config, load_tokenizer(config.model))
-        lengths = sampled_lengths(config, data.train, sequences_per_document).lengths(
-            config.data, sequences_per_document
-        )
-        # A prompt is learned with each of its answers, so that a micro-batch may hold the longest prompt several times.
-        answers_per_prompt = int(getattr(config.objective, "group_size", 1))
-        lengths = replace(lengths, longest=np.repeat(lengths.longest, answers_per_prompt))
-        mean_prompt_tokens = float(data.train.lengths.mean())
-        longest_prompt = int(data.train.lengths.max())
-    else:
-        # If the data has no answers, the model generates one behind each prompt.
-        longest = data_spec.longest_sequence(config.data.max_length) + max_generated_tokens(config.objective)
-        lengths = DocumentLengths.uniform(longest, sequences_per_document)
+    has_data = config.data.path or config.data.sources
+    lengths = _lengths_of_data(config) if has_data else _longest_allowed_lengths(config)
     return PlannedJob(
         card=card,
         precision=config.precision,
@@ -51,8 +46,37 @@ def planned_run_of(config: RunConfig, card: Card) -> PlannedJob:
         ranks_per_node=config.launcher.per_node,
         global_batch=config.batch["global"],
         node_memory_gib=_node_memory_gib(config, card),
-        document_lengths=lengths,
-        round_load=round_load_of_run(config, load_model_config(config.model), mean_prompt_tokens, longest_prompt),
+        document_lengths=lengths.samples,
+        round_load=round_load_of_run(
+            config, load_model_config(config.model), lengths.mean_prompt, lengths.longest_prompt
+        ),
+    )
+
+
+def _lengths_of_data(config: RunConfig) -> _PlannedLengths:
+    """The lengths of the run's data, which is prepared for it."""
+    sequences_per_document = data_spec_of(config.objective).sequences_per_document
+    data = prepare_data(config, load_tokenizer(config.model))
+    samples = sampled_lengths(config, data.train, sequences_per_document)
+    lengths = samples.lengths(config.data, sequences_per_document)
+    # A prompt is learned with each of its answers, so that a micro-batch may hold the longest prompt several times.
+    answers_per_prompt = int(getattr(config.objective, "group_size", 1))
+    return _PlannedLengths(
+        samples=replace(lengths, longest=np.repeat(lengths.longest, answers_per_prompt)),
+        mean_prompt=float(data.train.lengths.mean()),
+        longest_prompt=int(data.train.lengths.max()),
+    )
+
+
+def _longest_allowed_lengths(config: RunConfig) -> _PlannedLengths:
+    """The lengths to plan with if no data is given: all documents are as long as `data.max_length` allows."""
+    data_spec = data_spec_of(config.objective)
+    # If the data has no answers, the model generates one behind each prompt.
+    longest = data_spec.longest_sequence(config.data.max_length) + max_generated_tokens(config.objective)
+    return _PlannedLengths(
+        samples=DocumentLengths.uniform(longest, data_spec.sequences_per_document),
+        mean_prompt=float(config.data.max_length),
+        longest_prompt=config.data.max_length,
     )
 
 

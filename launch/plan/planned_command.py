@@ -9,6 +9,9 @@ from typing import NamedTuple
 from trainer.config.run import LauncherConfig
 from trainer.planner.plan import PlannedChoice, PlannedJob
 
+MAX_COMMAND_COLUMNS = 80
+"""Width of a command's lines, as terminals are wide at least."""
+
 
 class PlannedCommand(NamedTuple):
     """The command that runs a choice of a plan."""
@@ -26,7 +29,7 @@ def planned_command_lines(overrides: list[str], best: PlannedChoice, job: Planne
 
 
 def planned_command(overrides: list[str], best: PlannedChoice, job: PlannedJob) -> PlannedCommand:
-    """The command that runs the best choice, in lines of at most 80 columns; a longer argument has a line of its own.
+    """The command that runs the best choice, and what the user must add to it.
 
     `overrides`: those on the command line of the plan. The overrides that the plan has chosen (`best.overrides`) replace those
     of the same keys.
@@ -40,16 +43,28 @@ def planned_command(overrides: list[str], best: PlannedChoice, job: PlannedJob) 
     if ranks_key not in cli_keys:
         arguments.append(f"{ranks_key}={job.ranks_per_node}")
 
+    verb = "shardtune submit" if is_for_cluster else "shardtune train"
+    return PlannedCommand(
+        lines=_folded_command(verb, [*arguments, *best.overrides]),
+        user_must_add=_settings_to_add(best),
+    )
+
+
+def _folded_command(verb: str, arguments: list[str]) -> list[str]:
+    """A command, quoted for a shell, in lines of at most `MAX_COMMAND_COLUMNS`; a longer argument has a line of its own."""
     lines = []
-    line = "shardtune submit" if is_for_cluster else "shardtune train"
-    for argument in [*arguments, *best.overrides]:
+    line = verb
+    for argument in arguments:
         quoted = shlex.quote(argument)
-        if len(line) + len(quoted) + 3 > 80:
+        if len(line) + len(quoted) + len("  \\") > MAX_COMMAND_COLUMNS:  # with a blank on either side of it
             lines.append(f"{line} \\")
             line = "   "
         line += f" {quoted}"
-    lines.append(line)
+    return [*lines, line]
 
+
+def _settings_to_add(best: PlannedChoice) -> str:
+    """What a run needs and the plan did not, such as `with a budget and data.path of your own`; empty if nothing is missing."""
     missing_settings = []
     budget = best.variant.config.budget
     if not any((budget.steps, budget.epochs, budget.tokens)):
@@ -57,13 +72,14 @@ def planned_command(overrides: list[str], best: PlannedChoice, job: PlannedJob) 
     data = best.variant.config.data
     if not data.path and not data.sources:
         missing_settings.append("data.path")
-    return PlannedCommand(lines, f"with {' and '.join(missing_settings)} of your own" if missing_settings else "")
+    return f"with {' and '.join(missing_settings)} of your own" if missing_settings else ""
 
 
 def _is_for_slurm(overrides: list[str], job: PlannedJob) -> bool:
     """Whether the command of the plan is for SLURM (`submit`) and not for this machine (`train`).
 
-    An override `launcher=` decides. Without it, several nodes mean SLURM, and so do settings that only its launcher has.
+    An override `launcher=` decides. Without it, several nodes mean SLURM, and so do settings that only its launcher has
+    (`LauncherConfig` has those of all launchers).
     """
     if "launcher=local" in overrides or "launcher=slurm" in overrides:
         return "launcher=slurm" in overrides

@@ -9,8 +9,13 @@ from trainer.build.experts import expert_problems_of_models, models_on_meta_by_s
 from trainer.config.run import RunConfig
 from trainer.tuning.expert_parts import expert_modules_by_name
 
-EXPERT_DEGREES = (2, 4, 8)
+EXPERT_PARALLEL_DEGREES = (2, 4, 8)
 """Numbers of ranks over which a plan tries to shard the experts of a layer, beside 1."""
+
+
+def supports_experts(config: RunConfig) -> bool:
+    """Whether the run's strategy can distribute experts: FSDP2, and HSDP, which has the same settings class."""
+    return isinstance(config.strategy, Fsdp2Config)
 
 
 def with_expert_parallelism(configs: list[RunConfig], world_size: int) -> list[list[RunConfig]]:
@@ -21,21 +26,19 @@ def with_expert_parallelism(configs: list[RunConfig], world_size: int) -> list[l
     that cross hosts are left out, since each layer would wait for the network. `world_size`: ranks of the run. Reads no weights.
     """
     ranks_per_host = world_size // configs[0].launcher.nodes
-    degrees = [degree for degree in EXPERT_DEGREES if ranks_per_host % degree == 0]
+    degrees = [degree for degree in EXPERT_PARALLEL_DEGREES if ranks_per_host % degree == 0]
     variants: list[list[RunConfig]] = [[] for _ in configs]
-    # HSDP has the settings class of FSDP2.
-    is_possible = [isinstance(config.strategy, Fsdp2Config) for config in configs]
-    if not degrees or not any(is_possible):
+    if not degrees or not any(map(supports_experts, configs)):
         return variants
     models = models_on_meta_by_setting(configs[0])
     trained_model = next(iter(models.values()))  # the trained model comes first, then the frozen ones
     if not expert_modules_by_name(trained_model):
         return variants
-    for index, config in enumerate(configs):
-        if not is_possible[index]:
+    for config, variants_of_config in zip(configs, variants, strict=True):
+        if not supports_experts(config):
             continue
         for degree in degrees:
             variant = replace(config, parallel=replace(config.parallel, experts=degree))
             if not expert_problems_of_models(variant, models, num_ranks=world_size, num_hosts=config.launcher.nodes):
-                variants[index].append(variant)
+                variants_of_config.append(variant)
     return variants

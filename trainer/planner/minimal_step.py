@@ -22,15 +22,18 @@ from trainer.optim.schedule import ScheduleConfig
 
 
 def build_step_batch(batches: list[dict[str, Any]], device: torch.device) -> StepBatch:
-    """One rank's micro-batches, which are on the CPU, as the `StepBatch` on `device` that the training loop takes."""
+    """One rank's micro-batches, which are on the CPU, as the `StepBatch` on `device` that the training loop takes.
+
+    The counts for reports are placeholders: nobody reads them, and the losses are divided by `totals`.
+    """
     micro_batches = [to_device(batch, device) for batch in batches]
     tokens = sum(int(batch["input_ids"].numel()) for batch in batches)
-    # Some losses need a mean over the step first (KTO over mismatched answers): the loop takes a pass without gradients ahead of
-    # the step. Its inputs are as long as those of the step, so the step's own stand for them.
-    ahead = [{**batch, "ahead_of": True} for batch in micro_batches if batch.get("ahead")]
+    # Some losses need a mean over the step first (KTO over mismatched answers): the loop takes a pass without gradients (a look
+    # ahead) before the step. Its inputs are as long as those of the step, so the step's own stand for them.
+    look_ahead_batches = [{**batch, "ahead_of": True} for batch in micro_batches if batch.get("ahead")]
     return StepBatch(
         micro_batches=micro_batches,
-        look_ahead_batches=ahead,
+        look_ahead_batches=look_ahead_batches,
         totals=batches[0]["totals"],
         tokens=tokens,
         local_tokens=tokens,
@@ -42,7 +45,8 @@ def build_step_batch(batches: list[dict[str, Any]], device: torch.device) -> Ste
 def minimal_trainer(engine: Any) -> Trainer:
     """A `Trainer` with an engine and placeholders for everything else: only `train_step` may be called.
 
-    Simulated steps and trial steps run through it, so that they do exactly what a step of a training run does.
+    Simulated steps and trial steps run through it, so that they do exactly what a step of a training run does. What `train_step`
+    calls is real: guards, stragglers and detectors watch each step. What it does not call is None.
     """
     # `train_step` reads the schedule; the learning rate does not matter.
     settings = LoopSettings(

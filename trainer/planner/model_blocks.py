@@ -20,11 +20,11 @@ from trainer.step import TrainStep
 
 @dataclass(frozen=True, slots=True)
 class BlockPattern:
-    """How the kinds of a model's blocks repeat."""
+    """How the kinds of a model's blocks repeat: 32 blocks that alternate between full and local attention have period 2."""
 
     num_blocks: int
     period: int | None
-    """After how many blocks their kinds repeat; None if a model of fewer blocks does not say what all take."""
+    """After how many blocks their kinds repeat; None if they do not, and a model of fewer blocks does not say what all take."""
     num_leading_blocks: int = 0
     """How many blocks come before the first that repeats, as the dense first layers of a mixture of experts."""
 
@@ -40,8 +40,8 @@ def block_pattern(config: ModelConfig) -> BlockPattern:
     """
     settings = load_model_config(config)
     text = settings.get_text_config()
-    if getattr(settings, "is_encoder_decoder", False):
-        return BlockPattern(text.num_hidden_layers, None)
+    if getattr(settings, "is_encoder_decoder", False):  # two stacks of blocks: such a model is simulated as a whole
+        return BlockPattern(text.num_hidden_layers, period=None)
     key = settings.to_json_string(use_diff=False)
     if key not in _PATTERN_BY_CONFIG:
         _PATTERN_BY_CONFIG[key] = _pattern_of_built_model(config, settings, text)
@@ -64,21 +64,22 @@ def _pattern_of_built_model(config: ModelConfig, settings: Any, text: Any) -> Bl
             )
         return repeating_pattern(layer_kinds_with_settings(model, text.to_dict(), text.num_hidden_layers))
     except Exception:  # noqa: BLE001 - what a class finds wrong is told when the run's own model is built
-        return BlockPattern(text.num_hidden_layers, None)
+        return BlockPattern(text.num_hidden_layers, period=None)
 
 
 def repeating_pattern(kinds: Sequence[Hashable]) -> BlockPattern:
     """The pattern of blocks whose `kinds`, first to last, are given; two blocks of equal kind cost the same.
 
-    Of several, it is the one with the fewest blocks before those that repeat, then the shortest period. A period must occur
-    twice at least.
+    Of several, it is the one with the fewest blocks before those that repeat, then the shortest period: shallow models have
+    these blocks and a few periods, and so fewest blocks. A period must occur twice at least. ["dense", "moe", "moe"] ->
+    BlockPattern(num_blocks=3, period=1, num_leading_blocks=1).
     """
     num_blocks = len(kinds)
     for num_leading in range(num_blocks):
         repeating = kinds[num_leading:]
         for period in range(1, len(repeating) // 2 + 1):
             if all(kind == repeating[index % period] for index, kind in enumerate(repeating)):
-                return BlockPattern(num_blocks, period, num_leading)
+                return BlockPattern(num_blocks, period=period, num_leading_blocks=num_leading)
     return BlockPattern(num_blocks, period=None)
 
 
@@ -90,11 +91,12 @@ def repeated_blocks(step_module: TrainStep) -> list[nn.Module]:
     """
     from transformers import PreTrainedModel
 
-    own_parts = {id(part) for part in step_module.model.modules()}
+    ids_of_text_modules = {id(part) for part in step_module.model.modules()}
     for part in step_module.model.modules():
         if isinstance(part, PreTrainedModel) and "text" not in part.input_modalities:
-            own_parts.difference_update(id(inner) for inner in part.modules())
-    return [block for block in step_module.shard_units() if id(block) in own_parts]
+            ids_of_text_modules.difference_update(id(inner) for inner in part.modules())
+    # Shard units are what FSDP2 and ZeRO-3 gather at once, usually blocks.
+    return [block for block in step_module.shard_units() if id(block) in ids_of_text_modules]
 
 
 def teacher_blocks(step_module: TrainStep) -> list[nn.Module]:
@@ -109,7 +111,7 @@ def truncated_model(config: ModelConfig, depth: int, directory: Path) -> ModelCo
     """The model with its first `depth` blocks, to simulate in place of the whole: its config.json is written to `directory`."""
     settings = copy.deepcopy(load_model_config(config))
     text: Any = settings.get_text_config()
-    # Some settings are lists with an entry for each layer (its kind of attention, for example): they are cut alike.
+    # The number of layers, and settings that are lists with an entry for each layer (its kind of attention, for example).
     kept_layers = KeptLayers(tuple(range(depth)), text.num_hidden_layers)
     for name, value in kept_layers.settings_of_kept_layers(text.to_dict()).items():
         setattr(text, name, value)

@@ -22,7 +22,7 @@ from launch.plan.answer import (
     refused_variants_by_reason,
 )
 from launch.plan.command import SHIPPED_CARD_NAMES, compose_planned_run, read_plan_request
-from launch.plan.job import planned_run_of
+from launch.plan.job import prepare_planned_job
 from launch.plan.planned_command import planned_command_lines
 from strategies.base import Fsdp2Config, Precision, StrategyName
 from strategies.errors import ConfigError
@@ -270,7 +270,7 @@ def test_the_command_starts_as_many_ranks_as_were_planned(model, asked, verb, ra
     best = SimpleNamespace(
         overrides=["strategy=ddp", "batch.global=32", "batch.micro=2"], variant=RunVariant(config, ())
     )
-    said = "\n".join(planned_command_lines(words, best, planned_run_of(config, card)))
+    said = "\n".join(planned_command_lines(words, best, prepare_planned_job(config, card)))
     starts, *typed = pasted(said)
     assert (starts, *refused_by_train(starts, *typed)) == (verb, ranks, [])
     assert verb == "train" or compose_config([*typed, "launcher=slurm"], check=False).config.launcher.gpus_per_node > 0
