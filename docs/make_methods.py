@@ -39,7 +39,7 @@ from trainer.tuning.config import (  # noqa: E402
     PTuningConfig,
     VeraConfig,
 )
-from trainer.tuning.table import METHODS, PEFT_METHODS, PROPERTIES, UNSUPPORTED_TYPES, Method  # noqa: E402
+from trainer.tuning.table import PEFT_METHODS, PROPERTIES, TUNING_METHODS, UNSUPPORTED_TYPES, Method  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
 MEASURED = ROOT / "benchmarks" / "results" / "methods.json"
@@ -286,7 +286,7 @@ def page() -> str:
         f"The numbers of trained parameters are for a small Llama (2 blocks, width 64, vocabulary 256; {size:,} parameters).",
         "They are for default settings, unless the cell names a setting.",
         "",
-        *methods_by_name(METHODS, "tuning"),
+        *methods_by_name(TUNING_METHODS, "tuning"),
         "",
         "`tuning=peft tuning.type=<name>` selects one of ten more methods of `peft`. `tuning.options.<option>=<value>` sets",
         "an option of `peft`. If `peft` does not know the option, the run is refused.",

@@ -19,7 +19,7 @@ from trainer.optim.rates import (  # noqa: E402
     RATES_BY_OBJECTIVE,
     UsualRate,
 )
-from trainer.tuning.table import METHODS as CHOICES  # noqa: E402
+from trainer.tuning.table import TUNING_METHODS as CHOICES  # noqa: E402
 
 PAGE = ROOT / "docs" / "peft.md"
 BEGIN, END = "<!-- made by docs/make_rates.py from trainer/optim/rates.py -->", "<!-- end -->"

@@ -426,8 +426,8 @@ class ZeroStrategy:
         # A fused LoRA layer computes with the parameters of its submodules. DeepSpeed gathers parameters only while their own
         # module runs, so no layer may be fused.
         for module in step_module.modules():
-            if getattr(module, "fused", False):
-                module.fused = False  # type: ignore[assignment]
+            if getattr(module, "is_fusion_enabled", False):
+                module.is_fusion_enabled = False  # type: ignore[assignment]
         gather_modules_of_plan_as_one(step_module)
         offload_to_nvme = self.config.offload_parameters == "nvme"
         load_partitioned(

@@ -357,12 +357,12 @@ def test_planning_tables_of_the_page_are_those_of_the_results():
 
 
 def test_the_page_of_methods_is_up_to_date():
-    from trainer.tuning.table import METHODS, PEFT_METHODS
+    from trainer.tuning.table import PEFT_METHODS, TUNING_METHODS
 
     written = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     assert runpy.run_path(str(ROOT / "docs" / "make_methods.py"))["page"]() == written, (
         "run: python docs/make_methods.py"
     )
-    assert {*METHODS, "peft"} == set(choices_by_group()["tuning"])
-    for name in (*METHODS, *PEFT_METHODS):
+    assert {*TUNING_METHODS, "peft"} == set(choices_by_group()["tuning"])
+    for name in (*TUNING_METHODS, *PEFT_METHODS):
         assert f"={name}`" in written

@@ -175,7 +175,7 @@ def test_adapter_trained_with_other_positions_needs_the_settings(models, tmp_pat
 
 def test_long_document_error_names_the_settings_that_give_room():
     with pytest.raises(ConfigError, match=r"data.max_length=512.*model.positions=700.*model.rope.type=yarn"):
-        check_positions(FullConfig(), 700, 512, rotary=True)
+        check_positions(FullConfig(), 700, 512, has_rotary_positions=True)
     with pytest.raises(ConfigError, match=r"Set data\.max_length=512, or take") as error:
-        check_positions(FullConfig(), 700, 512, rotary=False)
+        check_positions(FullConfig(), 700, 512, has_rotary_positions=False)
     assert "model.positions" not in str(error.value)

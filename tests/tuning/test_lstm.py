@@ -44,7 +44,7 @@ def types_met(monkeypatch):
 
 def test_lstm_without_half_precision_support_computes_in_fp32_and_the_run_says_so(tmp_path, runtime, monkeypatch):
     met = types_met(monkeypatch)
-    monkeypatch.setattr(lstm, "supports_dtype", lambda dtype: False)
+    monkeypatch.setattr(lstm, "cpu_supports_lstm_dtype", lambda dtype: False)
     trainer = trainer_for(config(tmp_path, Precision.bf16), data_set(tmp_path, uneven=True), runtime)
     found = take_steps(trainer, 3)
     assert met == {(torch.float32, False)}
@@ -58,7 +58,7 @@ def test_lstm_without_half_precision_support_computes_in_fp32_and_the_run_says_s
 
 
 def test_lstm_with_half_precision_support_computes_as_asked(tmp_path, runtime, monkeypatch):
-    if not lstm.supports_dtype(torch.bfloat16):
+    if not lstm.cpu_supports_lstm_dtype(torch.bfloat16):
         pytest.skip("this processor has no LSTM in bf16")
     met = types_met(monkeypatch)
     take_steps(trainer_for(config(tmp_path, Precision.bf16), data_set(tmp_path, uneven=True), runtime), 1)
@@ -68,7 +68,7 @@ def test_lstm_with_half_precision_support_computes_as_asked(tmp_path, runtime, m
 
 def test_lstm_probe_finds_what_an_older_processor_lacks():
     """oneDNN held back to AVX2, as on any x86-64 processor of the years before AVX-512."""
-    code = "import torch; from trainer.tuning.lstm import supports_dtype; print(supports_dtype(torch.bfloat16))"
+    code = "import torch; from trainer.tuning.lstm import cpu_supports_lstm_dtype; print(cpu_supports_lstm_dtype(torch.bfloat16))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=clean_environment(ONEDNN_MAX_CPU_ISA="AVX2"),

@@ -158,13 +158,13 @@ def test_own_adapters_that_an_architecture_cannot_have_are_refused_with_those_it
 
 
 def test_documents_that_leave_no_room_for_virtual_tokens_are_refused():
-    check_positions(PromptConfig(num_virtual_tokens=12), 500, 512, rotary=False)
-    check_positions(FullConfig(), 512, 512, rotary=False)
-    check_positions(FullConfig(), 513, None, rotary=False)  # positions without an end
+    check_positions(PromptConfig(num_virtual_tokens=12), 500, 512, has_rotary_positions=False)
+    check_positions(FullConfig(), 512, 512, has_rotary_positions=False)
+    check_positions(FullConfig(), 513, None, has_rotary_positions=False)  # positions without an end
     with pytest.raises(ConfigError, match=r"longest document takes 513 tokens.*512 positions.*data\.max_length=512"):
-        check_positions(FullConfig(), 513, 512, rotary=False)
+        check_positions(FullConfig(), 513, 512, has_rotary_positions=False)
     with pytest.raises(ConfigError, match=r"set data\.max_length=499"):
-        check_positions(PromptConfig(num_virtual_tokens=13), 500, 512, rotary=False)
+        check_positions(PromptConfig(num_virtual_tokens=13), 500, 512, has_rotary_positions=False)
 
 
 def test_a_prompt_starts_at_the_text_or_at_words_of_the_vocabulary(bases, runtime):

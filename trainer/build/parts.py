@@ -301,7 +301,7 @@ def check_model_takes_data(config: RunConfig, built: BuiltModel, data: PreparedD
             longest = max(longest, int(data.evaluation.lengths.max(initial=0)) + written)
         positions = getattr(text, "max_position_embeddings", None)
         rotary = bool(getattr(text, "rope_parameters", None))
-        check_positions(config.tuning, longest, positions, rotary=rotary, generated_tokens=written)
+        check_positions(config.tuning, longest, positions, has_rotary_positions=rotary, generated_tokens=written)
     if config.data.packing and built.layout is not Layout.padding_free:
         raise ConfigError(
             f"data.packing=true: needs a padding-free layout, and {built.config.model_type} is trained with "

@@ -25,7 +25,7 @@ from trainer.optim.config import OptimConfig, OptimName
 from trainer.optim.support import OPTIMIZER_SUPPORT, Needs
 from trainer.tuning.base import TuningConfig
 from trainer.tuning.config import PeftConfig
-from trainer.tuning.table import METHODS, PEFT_METHODS, SHARDED, Method
+from trainer.tuning.table import PEFT_METHODS, SHARDED, TUNING_METHODS, Method
 
 
 class CombinationState(StrEnum):
@@ -105,7 +105,7 @@ class CombinationVerdict:
 
 def methods_by_name() -> dict[str, Method]:
     """Every tuning method by its name: the choice of `tuning=`, such as `lora`, or of `tuning.type` under `tuning=peft`."""
-    return {**METHODS, **PEFT_METHODS}
+    return {**TUNING_METHODS, **PEFT_METHODS}
 
 
 def method_name_of(config: TuningConfig) -> str:

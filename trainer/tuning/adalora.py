@@ -54,9 +54,9 @@ class RankAllocation:
         self.allocator = tuner.rankallocator
         self.settings = tuner.peft_config[ADAPTER]
         self._masks: dict[str, Tensor] = {}
-        """The entries of each E that are left: `[init_rank, 1]` float32 of zeros and ones, by name in the base model."""
+        """Which entries of each E are kept (1) and which are pruned (0): `[init_rank, 1]` float32, by name in the base model."""
         self._ranks_are_final = False
-        """Whether the ranks are final."""
+        """Whether the last allocation was made: later steps prune no further rank. `after_restore` finds it again."""
         self._total_steps = 0
         """Optimizer steps of the run; 0 before `begin`."""
 
@@ -72,7 +72,8 @@ class RankAllocation:
     def before_clip(self, loss_scale: Tensor | None) -> None:
         """Add the gradient of the orthogonality penalty to the gradients of A and B, times the loss scale if there is one.
 
-        A parameter without a gradient gets one of zeros first, since peft's allocator reads them all.
+        E has no penalty: it is a diagonal. A parameter without a gradient gets one of zeros first, since peft's allocator reads
+        them all.
         """
         parameters = self._adapter_parameters()
         num_matrices = sum(_is_matrix(name) for name, _ in parameters)
@@ -103,13 +104,10 @@ class RankAllocation:
         - else: update importance and prune ranks; from the last allocation on, the ranks are final.
         """
         assert self._total_steps > 0, "begin was not called"
-        self._create_missing_state()
+        self._create_missing_state()  # before the first allocation, which would make only a part of it
         last_allocation = self._total_steps - self.settings.tfinal
         if step > last_allocation and self._ranks_are_final:
-            # The optimizer may have moved pruned entries away from zero.
-            for name, parameter in self._adapter_parameters():
-                if name in self._masks:
-                    parameter.masked_fill_(self._masks[name] == 0, 0.0)
+            self._zero_pruned_entries()
             return
         if step < last_allocation and not is_applied:  # the step was skipped, and its gradients are worth nothing
             return
@@ -121,19 +119,30 @@ class RankAllocation:
                 return
             self.allocator.update_ipt(self.tuner.model)
 
-        # peft leaves `rank_pattern` at None if this step prunes no rank; else it is {name: [True, False, ...]}, by rank.
-        self.settings.rank_pattern = None
-        self.tuner.update_and_allocate(min(step, last_allocation))
-        for name, kept_ranks in (self.settings.rank_pattern or {}).items():
-            self._masks[name].copy_(torch.tensor(kept_ranks, dtype=torch.float32)[:, None])
+        self._update_importance_and_prune(min(step, last_allocation))
         if step >= last_allocation:
             self._ranks_are_final = True
-            self._create_missing_state()
+            self._create_missing_state()  # peft drops its own with the last allocation; checkpoints have the same tensors still
+
+    def _zero_pruned_entries(self) -> None:
+        """Set pruned entries of E back to zero: the optimizer may have moved them."""
+        for name, parameter in self._adapter_parameters():
+            if name in self._masks:
+                parameter.masked_fill_(self._masks[name] == 0, 0.0)
+
+    def _update_importance_and_prune(self, step: int) -> None:
+        """Let peft's allocator update the importance of ranks and prune those that `step` is to prune; keeps the masks."""
+        # peft leaves `rank_pattern` at None if this step prunes no rank; else it is {name: [True, False, ...]}, by rank.
+        self.settings.rank_pattern = None
+        self.tuner.update_and_allocate(step)
+        for name, kept_ranks in (self.settings.rank_pattern or {}).items():
+            self._masks[name].copy_(torch.tensor(kept_ranks, dtype=torch.float32)[:, None])
 
     def state_of(self, name: str) -> dict[str, Tensor]:
         """The allocation's state of a parameter, which checkpoints hold beside the optimizer's: live tensors of its shape.
 
-        `name` is the parameter's plain name.
+        `name` is the parameter's plain name. `importance` and `uncertainty` are peft's running means of the importance of each
+        entry and of its changes; `kept` is the mask of E, by which a resumed run prunes the same entries.
         """
         self._create_missing_state()
         key = name.removeprefix(PEFT_PREFIX)
@@ -162,13 +171,13 @@ class RankAllocation:
         all ranks are written, if no rank is pruned, or if a pruned entry is not zero. `trained`: gathered values by plain name.
         """
         self._create_missing_state()
-        masks = {name: mask.cpu() > 0 for name, mask in self._masks.items()}
-        for name, mask in masks.items():
-            if bool((trained[PEFT_PREFIX + name][~mask] != 0).any()):
+        kept_ranks = {name: mask.cpu() > 0 for name, mask in self._masks.items()}  # bool [init_rank, 1]
+        for name, is_kept in kept_ranks.items():
+            if bool((trained[PEFT_PREFIX + name][~is_kept] != 0).any()):
                 return None
-        if all(bool(mask.all()) for mask in masks.values()):
+        if all(bool(is_kept.all()) for is_kept in kept_ranks.values()):
             return None
-        return {name: mask.view(-1).tolist() for name, mask in masks.items()}
+        return {name: is_kept.view(-1).tolist() for name, is_kept in kept_ranks.items()}
 
     def _has_importance(self) -> bool:
         """Whether any step has measured the importance of entries. Waits for the device."""

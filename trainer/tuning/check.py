@@ -22,7 +22,15 @@ from trainer.tuning.config import (
 )
 from trainer.tuning.freeze import LAYER_RANGE_REGEX
 from trainer.tuning.initial_adapter import continuation_problems
-from trainer.tuning.table import METHODS, PEFT_METHODS, SHARDED, UNSUPPORTED_TYPES, Method, method_of, rewrites_base
+from trainer.tuning.table import (
+    PEFT_METHODS,
+    SHARDED,
+    TUNING_METHODS,
+    UNSUPPORTED_TYPES,
+    Method,
+    method_of,
+    rewrites_base,
+)
 
 INIT_REGEX = re.compile(r"default|gaussian|pissa|pissa_niter_[1-9]\d*|olora")
 
@@ -32,7 +40,7 @@ CHOICE_BY_PEFT_NAME = {
     "prompt_tuning": "prompt",
     "prefix_tuning": "prefix",
 }
-"""peft's names of methods that have another name here; those with the same name are in `METHODS`."""
+"""peft's names of methods that have another name here; those with the same name are in `TUNING_METHODS`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,10 +70,10 @@ def tuning_combination_problems(tuning: TuningConfig, run: SettingsBesideTuning)
 
     `run`: the settings of the run beside `tuning`.
     """
-    yield from _problems_without_rest_of_run(tuning)
+    yield from _problems_of_tuning_alone(tuning)
     if isinstance(tuning, PeftConfig) and tuning.type not in PEFT_METHODS:
         return  # an unknown method has no row in the table
-    method = method_of(tuning)
+    method = method_of(tuning)  # what it can be combined with, and the reason for each combination that it cannot
     method_setting = f"tuning={tuning.name}"
     if isinstance(tuning, PeftConfig):
         method_setting = f"tuning.type={tuning.type}"
@@ -91,7 +99,7 @@ def tuning_combination_problems(tuning: TuningConfig, run: SettingsBesideTuning)
         yield f"export.merge=true with {method_setting}: {method.merge_refusal}; use export.merge=false"
 
 
-def _problems_without_rest_of_run(tuning: TuningConfig) -> Iterator[str]:
+def _problems_of_tuning_alone(tuning: TuningConfig) -> Iterator[str]:
     """What is wrong with the settings of `tuning` by themselves, whatever the rest of the run, one line each."""
     # Several cases may hold: the settings of LoRA are those of an adapter too, and AdaLoRA's are those of LoRA.
     if isinstance(tuning, AdapterConfig):
@@ -151,32 +159,44 @@ def _model_problems(method: Method, method_setting: str, run: SettingsBesideTuni
 
 
 def check_positions(
-    tuning: TuningConfig, longest_tokens: int, max_positions: int | None, *, rotary: bool, generated_tokens: int = 0
+    tuning: TuningConfig,
+    longest_document_tokens: int,
+    max_positions: int | None,
+    *,
+    has_rotary_positions: bool,
+    generated_tokens: int = 0,
 ) -> None:
     """Raise ConfigError if the longest document, with virtual tokens before it, has more tokens than the model has positions.
 
-    `longest_tokens`: tokens of the longest document. `generated_tokens`: those of them that are the longest answer the model may
-    generate; 0 without rounds. `max_positions` of None: the model has no limit. `rotary`: its positions are rotary, so that it
-    can be given more of them.
+    `generated_tokens`: those of the longest document that are the longest answer the model may generate, for the message; 0
+    without rounds. `max_positions` of None: the model has no limit. `has_rotary_positions`: it can be given more of them.
     """
     if max_positions is None or max_positions < 1:  # XLNet has -1, which means any number
         return
     # The document alone, whatever the tuning method.
-    if longest_tokens > max_positions:
+    if longest_document_tokens > max_positions:
         raise ConfigError(
-            _positions_message(longest_tokens, max_positions, rotary=rotary, generated_tokens=generated_tokens)
+            _positions_message(
+                longest_document_tokens,
+                max_positions,
+                has_rotary_positions=has_rotary_positions,
+                generated_tokens=generated_tokens,
+            )
         )
     # The document behind its virtual tokens.
-    if isinstance(tuning, VirtualConfig) and longest_tokens + tuning.num_virtual_tokens > max_positions:
+    if isinstance(tuning, VirtualConfig) and longest_document_tokens + tuning.num_virtual_tokens > max_positions:
         raise ConfigError(
             f"tuning.num_virtual_tokens={tuning.num_virtual_tokens}: the model has {max_positions} positions, and the longest "
-            f"document takes {longest_tokens}; set data.max_length={max_positions - tuning.num_virtual_tokens}"
+            f"document takes {longest_document_tokens}; set data.max_length={max_positions - tuning.num_virtual_tokens}"
         )
 
 
-def _positions_message(longest_tokens: int, max_positions: int, *, rotary: bool, generated_tokens: int) -> str:
-    """The error message for a longest document of `longest_tokens` tokens, `generated_tokens` of them generated, which the
-    model's `max_positions` positions do not hold. `rotary`: the model can be given more positions.
+def _positions_message(
+    longest_document_tokens: int, max_positions: int, *, has_rotary_positions: bool, generated_tokens: int
+) -> str:
+    """The error message for a longest document that the model's `max_positions` positions do not hold.
+
+    `generated_tokens`: how many of its tokens are generated. `has_rotary_positions`: the model can be given more positions.
     """
     remedy = f"Set data.max_length={max_positions}"
     document = "document"
@@ -185,13 +205,13 @@ def _positions_message(longest_tokens: int, max_positions: int, *, rotary: bool,
         remedy = "Set a smaller objective.rollout.max_new_tokens"
         if generated_tokens < max_positions:
             remedy += f", or data.max_length={max_positions - generated_tokens}"
-    if rotary:
-        settings = f"model.positions={longest_tokens}, as a rule with model.rope.type=yarn"
+    if has_rotary_positions:
+        settings = f"model.positions={longest_document_tokens}, as a rule with model.rope.type=yarn"
         remedy += f", or give the model room: {settings} (docs/long-context.md)"
     else:
         remedy += ", or take a model with more positions: its own are not rotary, and cannot be extended"
     return (
-        f"data: the longest {document} takes {longest_tokens} tokens, and the model has {max_positions} positions "
+        f"data: the longest {document} takes {longest_document_tokens} tokens, and the model has {max_positions} positions "
         f"(max_position_embeddings): what lies beyond was never learned, or is not there. {remedy}"
     )
 
@@ -241,10 +261,10 @@ def _target_problems(tuning: AdapterConfig) -> Iterator[str]:
         return
     if isinstance(targets, list):
         return
-    default = type(tuning)().targets
-    if targets == "auto" and default != "auto":
+    default_targets = type(tuning)().targets
+    if targets == "auto" and default_targets != "auto":
         yield f"tuning.targets=auto: tuning={tuning.name} has no choice of its own; use tuning.targets=all-linear"
-    yield from _regex_problems("tuning.targets", targets, f"{default} is the default")
+    yield from _regex_problems("tuning.targets", targets, f"{default_targets} is the default")
 
 
 def _regex_problems(key: str, pattern: str, advice: str) -> Iterator[str]:
@@ -350,7 +370,7 @@ def _peft_problems(tuning: PeftConfig) -> Iterator[str]:
     proven = ", ".join(PEFT_METHODS)
     if peft_type is None:
         yield f"tuning.type: not set; name a method of peft, one of {proven}"
-    elif peft_type in METHODS or peft_type in CHOICE_BY_PEFT_NAME:
+    elif peft_type in TUNING_METHODS or peft_type in CHOICE_BY_PEFT_NAME:
         choice = CHOICE_BY_PEFT_NAME.get(peft_type, peft_type)
         yield f"tuning.type={peft_type}: has settings of its own here; use tuning={choice}"
     elif peft_type in UNSUPPORTED_TYPES:

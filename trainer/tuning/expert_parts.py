@@ -10,9 +10,9 @@ from torch import nn
 def expert_weight_names(module: Any) -> tuple[str, ...]:
     """Names of the weights of a module of experts, such as `("gate_up_proj", "down_proj")`, each a stack `[experts, ., .]`.
 
-    Empty if `module` is none whose experts transformers' own functions compute.
+    Empty if `module` holds no experts, or some that transformers' own functions do not compute.
     """
-    # transformers sets these attributes on the experts that its functions compute.
+    # transformers sets these attributes, whatever their values, on the experts that its functions compute.
     if not all(hasattr(module, key) for key in ("has_gate", "has_bias", "is_transposed", "num_experts")):
         return ()
     names = ("up_proj", "down_proj")

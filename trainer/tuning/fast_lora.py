@@ -66,7 +66,7 @@ class _LowRankLinears(torch.autograd.Function):
         """The gradients of x, and of A and B of each layer, as far as they are needed; the base weights are frozen.
 
         A layer's output is x W^T + (x A^T) B^T * scaling. `projected` is x A^T of all layers side by side. `grads`: one for each
-        layer's output. In the code A is `down` and B is `up`.
+        layer's output. In the code A is `down` and B is `up`. The result follows the arguments of `forward`.
         """
         x_rows, projected, *layer_tensors = ctx.saved_tensors
         n = len(grads)  # layers
@@ -79,11 +79,11 @@ class _LowRankLinears(torch.autograd.Function):
         downs_need_grad = ctx.needs_input_grad[-2 * n : -n]
         ups_need_grad = ctx.needs_input_grad[-n:]
 
-        row_grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        row_grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]  # [rows, out] each
         grads_projected = []
         for grad, up, scaling in zip(row_grads, ups, scalings, strict=True):
             grads_projected.append((grad @ up.to(grad.dtype)).mul_(scaling))
-        grad_projected = _concatenate(grads_projected, dim=1)
+        grad_projected = _concatenate(grads_projected, dim=1)  # [rows, sum of LoRA ranks]
 
         grad_x = None
         if x_needs_grad:
@@ -135,7 +135,7 @@ def _lora_outputs(layers: Sequence[Any], x: Tensor, dtype: torch.dtype) -> tuple
         downs.append(layer.lora_A[ADAPTER].weight)
         ups.append(layer.lora_B[ADAPTER].weight)
         scalings.append(layer.scaling[ADAPTER])
-    in_place = layers[0].overwrites_output
+    in_place = layers[0].overwrites_output  # of one block, for which checkpointing decides it for all its layers
     return _LowRankLinears.apply(x.to(dtype), scalings, in_place, *weights, *biases, *downs, *ups)  # type: ignore[no-any-return]
 
 
@@ -153,10 +153,11 @@ class _SharedInput:
         self._pending_outputs: dict[int, Tensor] = {}
         """Outputs that were computed and not asked for yet, by the id of their layer."""
 
-    def output(self, layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def output_of(self, layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The output for x of `layer`, one of the layers that share their input, computed in `dtype`.
 
-        The first of them to be called computes the outputs of all, and keeps those of the others until they are called.
+        The first of them to be called computes the outputs of all, and keeps those of the others until they are called. A block
+        that is recomputed calls all of them again, with another tensor.
         """
         if self._input is not x or id(layer) not in self._pending_outputs:
             outputs = _lora_outputs(self.layers, x, dtype)
@@ -169,14 +170,14 @@ class _SharedInput:
 
 
 @cache
-def _fused_class() -> type:
-    """peft's linear layer with another forward pass; made on first use, since peft is a heavy import."""
+def _fused_lora_class() -> type:
+    """A subclass of peft's linear layer with another forward pass, made once, on first use, since peft is a heavy import."""
     from peft.tuners.lora import Linear
 
     class FusedLoraLinear(Linear):
         """As peft's layer, with the low-rank product accumulated into the base layer's output."""
 
-        fused = True
+        is_fusion_enabled = True
         """It uses its children's parameters itself; engines that gather parameters module by module switch this off."""
         overwrites_output = True
         """Whether the base output may be overwritten; selective checkpointing keeps it and switches this off."""
@@ -186,12 +187,12 @@ def _fused_class() -> type:
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """The layer's output, base and low-rank product computed together. Cases, in order:
 
-            - other arguments, adapters switched off, merged or of another name, or `fused` off: peft's own forward pass.
+            - other arguments, adapters switched off, merged or of another name, or fusion off: peft's own forward pass.
             - base weight of another type than `x`, without autocast: peft's own forward pass, which casts.
             - no layer shares the input, or under compilation: this layer alone.
             - else: computed with the layers that share the input (query, key and value as a rule).
             """
-            is_plain_call = self.fused and not (args or kwargs or self.disable_adapters or self.merged)
+            is_plain_call = self.is_fusion_enabled and not (args or kwargs or self.disable_adapters or self.merged)
             if not is_plain_call or self.active_adapters != [ADAPTER]:
                 return super().forward(x, *args, **kwargs)
             dtype = x.dtype
@@ -202,7 +203,7 @@ def _fused_class() -> type:
             # Under compilation the identity of an input is not known.
             if self.shared_input is None or torch.compiler.is_compiling():
                 return _lora_outputs([self], x, dtype)[0]
-            return self.shared_input.output(self, x, dtype)
+            return self.shared_input.output_of(self, x, dtype)
 
     return FusedLoraLinear
 
@@ -217,8 +218,8 @@ def fuse_lora(model: nn.Module) -> int:
     from peft.tuners.lora import Linear
 
     layers = [module for module in model.modules() if type(module) is Linear and _is_plain_lora(module)]
-    for layer in layers:
-        layer.__class__ = _fused_class()
+    for layer in layers:  # only the forward pass changes: parameters, names and files stay peft's
+        layer.__class__ = _fused_lora_class()
     is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if layers and not is_encoder_decoder:  # in cross-attention, keys and values read the encoder's output
         _share_inputs(model)
@@ -226,11 +227,14 @@ def fuse_lora(model: nn.Module) -> int:
 
 
 def _share_inputs(model: nn.Module) -> None:
-    """Let LoRA layers that read the same input (q, k and v; gate and up) compute their products with it together, in place."""
+    """Let LoRA layers that read the same input (q, k and v; gate and up) compute their products with it together, in place.
+
+    Layers of these names in one module are taken for such; if one reads another input after all, it computes alone.
+    """
     for parent in model.modules():
         for names in SHARED_INPUT_NAMES:
             children: list[Any] = [getattr(parent, name, None) for name in names]
-            layers: list[Any] = [child for child in children if isinstance(child, _fused_class())]
+            layers: list[Any] = [child for child in children if isinstance(child, _fused_lora_class())]
             if len(layers) > 1 and len({layer.in_features for layer in layers}) == 1:
                 shared_input = _SharedInput(layers)
                 for layer in layers:
@@ -238,7 +242,10 @@ def _share_inputs(model: nn.Module) -> None:
 
 
 def _is_plain_lora(layer: Any) -> bool:
-    """Whether peft's layer computes `base(x) + B(A(x)) * scaling` and nothing else, on a frozen linear layer."""
+    """Whether peft's layer computes `base(x) + B(A(x)) * scaling` and nothing else, on a frozen linear layer.
+
+    Several adapters would be added up, and a `lora_variant` is peft's for DoRA and the like.
+    """
     base = layer.get_base_layer()
     return (
         type(base) is nn.Linear

@@ -104,7 +104,7 @@ def _parameter_ids(modules: list[nn.Module]) -> set[int]:
 
 
 def _blocks_of_layer_range(model: Any, layers: str) -> list[nn.Module]:
-    """The blocks of the model that `tuning.layers` names, as `last-2` or `4-7`, in forward order.
+    """The blocks of the model that `tuning.layers` names, in forward order: `last-2` the last two, `4-7` those from 4 to 7.
 
     Raises ConfigError, with how many blocks there are, if it names others.
     """

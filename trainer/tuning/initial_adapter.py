@@ -21,7 +21,7 @@ from trainer.tuning.config import (
     VeraConfig,
     peft_type_of,
 )
-from trainer.tuning.table import METHODS, PEFT_METHODS, method_of
+from trainer.tuning.table import PEFT_METHODS, TUNING_METHODS, method_of
 
 SETTINGS_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -201,7 +201,7 @@ def merge_problems(directory: str) -> Iterator[str]:
     method_name = str(stored.get("peft_type")).lower()
     if method_name == "ln_tuning":  # peft's name for it
         method_name = "ln"
-    method = METHODS.get(method_name) or PEFT_METHODS.get(method_name)
+    method = TUNING_METHODS.get(method_name) or PEFT_METHODS.get(method_name)
     if method is None or method.merge_refusal or method.continuation_refusal:
         reason = "which is not proven here"
         if method is not None and method.merge_refusal:

@@ -15,7 +15,7 @@ from torch import nn
 from strategies.base import Precision
 from strategies.compat.modules import lstm_weight_names, set_lstm_weights
 
-DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+HALF_DTYPE_BY_PRECISION = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
 
 class EncoderLstm(nn.LSTM):
@@ -29,16 +29,20 @@ class EncoderLstm(nn.LSTM):
         set_lstm_weights(self, weights)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inputs.dtype
         # torch's own, unless this CPU has no LSTM of this half-precision type: then in float32.
-        if inputs.device.type != "cpu" or dtype not in DTYPES.values() or supports_dtype(dtype):
+        if (
+            inputs.device.type != "cpu"
+            or dtype not in HALF_DTYPE_BY_PRECISION.values()
+            or cpu_supports_lstm_dtype(dtype)
+        ):
             return super().forward(inputs, state)
         with torch.autocast("cpu", enabled=False):
-            set_lstm_weights(self, [weight.float() for weight in weights])
+            set_lstm_weights(self, [weight.float() for weight in weights])  # for this call: the next one sets them anew
             output, last = super().forward(inputs.float(), state)
         return output.to(dtype), last
 
 
 @lru_cache
-def supports_dtype(dtype: torch.dtype) -> bool:
+def cpu_supports_lstm_dtype(dtype: torch.dtype) -> bool:
     """Whether this processor has the forward and backward pass of an LSTM in `dtype`."""
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         lstm = nn.LSTM(4, 4, bidirectional=True)
@@ -55,6 +59,10 @@ def lstm_substitutions(model: nn.Module, precision: Precision, device: torch.dev
     """The substitution note if the LSTMs of `model` compute in float32 instead of `precision` on this processor; else empty."""
     if not any(isinstance(module, EncoderLstm) for module in model.modules()):
         return {}
-    if precision not in DTYPES or device.type != "cpu" or supports_dtype(DTYPES[precision]):
+    if (
+        precision not in HALF_DTYPE_BY_PRECISION
+        or device.type != "cpu"
+        or cpu_supports_lstm_dtype(HALF_DTYPE_BY_PRECISION[precision])
+    ):
         return {}
     return {"tuning.encoder": f"lstm in {precision} -> lstm in fp32 (this processor has no LSTM in {precision})"}

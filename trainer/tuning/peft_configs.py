@@ -25,6 +25,8 @@ from trainer.tuning.config import (
     peft_type_of,
 )
 
+_OWN_KEY_BY_OPTION = {"target_modules": "tuning.targets", "modules_to_save": "tuning.modules_to_save"}
+"""Fields of peft's classes that have a setting here."""
 _OPTIONS_WE_SET = (
     "target_modules",
     "modules_to_save",
@@ -36,16 +38,16 @@ _OPTIONS_WE_SET = (
 """Fields of peft's classes that this project sets itself."""
 
 
-def peft_config(config: AdapterConfig) -> Any:
-    """peft's config with the method's own options; targets and the task are the caller's. Errors: ConfigError."""
+def peft_config(tuning: AdapterConfig) -> Any:
+    """peft's config with the method's own options; targets and the task are the caller's. Raises ConfigError if peft refuses."""
     peft = load_peft()
-    peft_type = peft_type_of(config)
+    peft_type = peft_type_of(tuning)  # such as `lora`
     settings_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_type.upper())]
     try:
-        return settings_class(**_peft_options(config))
+        return settings_class(**_peft_options(tuning))
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(
-            f"tuning={config.name}: peft refuses these options: {' '.join(str(error).split())}"
+            f"tuning={tuning.name}: peft refuses these options: {' '.join(str(error).split())}"
         ) from error
 
 
@@ -114,11 +116,11 @@ def _adalora_options(config: AdaLoraConfig) -> dict[str, Any]:
         "beta1": config.beta1,
         "beta2": config.beta2,
         "orth_reg_weight": config.orth_reg_weight,
-        "total_step": 1,  # known once the data is; the phases follow from it
+        "total_step": 1,  # `RankAllocation.begin` sets it once the run's steps are known; the phases follow from it
     }
 
 
-def virtual_config(config: VirtualConfig, task: str) -> Any:
+def peft_config_of_virtual_tokens(config: VirtualConfig, task: str) -> Any:
     """peft's config of a method with virtual tokens; widths follow when it meets the model.
 
     `task`: peft's task type, such as `CAUSAL_LM`.
@@ -140,7 +142,8 @@ def virtual_config(config: VirtualConfig, task: str) -> Any:
             encoder_num_layers=config.encoder_layers,
             encoder_dropout=config.dropout,
         )
-    # Random for every `tuning.init`: peft would read a tokenizer or weights, and `Virtual` gives the values itself.
+    # Random for every `tuning.init`: peft would read a tokenizer or weights, and the tuning method (`virtual.py`) gives the
+    # values itself.
     return peft.PromptTuningConfig(**common, prompt_tuning_init="RANDOM")
 
 
@@ -153,8 +156,8 @@ def option_problems(peft_type: str, options: dict[str, Any]) -> list[str]:
     problems = []
     for name in options:
         key = f"tuning.options.{name}={options[name]}"
-        if name in ("target_modules", "modules_to_save"):
-            problems.append(f"{key}: has a key of its own; set tuning.{name.replace('target_modules', 'targets')}")
+        if name in _OWN_KEY_BY_OPTION:
+            problems.append(f"{key}: has a key of its own; set {_OWN_KEY_BY_OPTION[name]}")
         elif name not in known_options:
             close_matches = difflib.get_close_matches(name, known_options, n=1)
             hint = f"did you mean {close_matches[0]}?" if close_matches else f"it has {', '.join(known_options)}"

@@ -71,7 +71,7 @@ _WHOLE_GRADIENTS_REASON = (
 )
 _FLOAT_PROJECTION_REFUSAL = {"half": "peft multiplies a float32 projection with half-precision activations"}
 
-METHODS: dict[str, Method] = {
+TUNING_METHODS: dict[str, Method] = {
     "full": Method(title="every parameter", adapter=False, refusal_by_property=_TRAINED_BASE_REFUSAL),
     "freeze": Method(
         title="a part of the base model: blocks, modules, biases, norms or embeddings",
@@ -164,7 +164,7 @@ def method_of(config: TuningConfig) -> Method:
     """The table's row of the method that checked settings name."""
     if isinstance(config, PeftConfig):
         return PEFT_METHODS[str(config.type)]
-    return METHODS[config.name]
+    return TUNING_METHODS[config.name]
 
 
 def rewrites_base(init: str) -> bool:

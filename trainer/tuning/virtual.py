@@ -28,7 +28,7 @@ from trainer.tuning.compat.peft import detach_word_embeddings, peft_tensors_of_f
 from trainer.tuning.config import PrefixConfig, PrefixInit, PromptConfig, PromptInit, VirtualConfig
 from trainer.tuning.lstm import EncoderLstm
 from trainer.tuning.own_adapters import AddedParameters, is_causal
-from trainer.tuning.peft_configs import virtual_config
+from trainer.tuning.peft_configs import peft_config_of_virtual_tokens
 from trainer.tuning.prepend import PrefixShape, Prepend, cache_argument
 from trainer.tuning.replica import ADAPTER
 
@@ -94,7 +94,7 @@ class Virtual(AddedParameters):
         from peft import get_peft_model
 
         is_classifier = "SequenceClass" in type(model).__name__
-        settings = virtual_config(self.config, "SEQ_CLS" if is_classifier else "CAUSAL_LM")
+        settings = peft_config_of_virtual_tokens(self.config, "SEQ_CLS" if is_classifier else "CAUSAL_LM")
         if not self.is_prefix:  # peft would look for attribute names that DistilBERT does not have
             settings.token_dim = embeddings.embedding_dim
             settings.num_layers = model.config.num_hidden_layers  # type: ignore[union-attr]

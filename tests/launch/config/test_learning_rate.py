@@ -75,9 +75,9 @@ def _problems(words):
 def test_every_method_and_objective_has_a_rate_with_a_source():
     from trainer.objectives.registry import FAMILIES
     from trainer.optim.config import AdamwConfig
-    from trainer.tuning.table import METHODS
+    from trainer.tuning.table import TUNING_METHODS
 
-    for method in METHODS:
+    for method in TUNING_METHODS:
         for objective in FAMILIES:
             usual = rates.usual_learning_rate(AdamwConfig(), method, objective)
             assert usual is not None and usual.source, (method, objective)

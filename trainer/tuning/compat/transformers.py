@@ -24,8 +24,8 @@ def block_class_names(model: nn.Module) -> set[str]:
     return set(getattr(model, "_no_split_modules", None) or ())
 
 
-def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """`x [S, a]` times `weight [E, a, b]`, each group of rows with its own matrix: `[S, b]`.
+def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """`rows [S, a]` times `weight [E, a, b]`, each group of them with its own matrix: `[S, b]`.
 
     `offsets [E]`: where each group's rows end. Uses `transformers.integrations.moe._grouped_mm`, the product of transformers'
     own experts, so that frozen and trained experts round alike. torch's public `grouped_mm` refuses some data types,
@@ -33,7 +33,7 @@ def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """
     from transformers.integrations.moe import _grouped_mm
 
-    return _grouped_mm(x, weight, offsets)  # type: ignore[no-any-return]
+    return _grouped_mm(rows, weight, offsets)  # type: ignore[no-any-return]
 
 
 def has_grouped_kernel(x: Tensor, weight: Tensor, offsets: Tensor) -> bool:
