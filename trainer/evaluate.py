@@ -131,7 +131,9 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
             reporting_evaluation_out_of_memory(lambda: f"evaluation.tasks.{evaluator.current_task}", config, runtime),
             printing_finished_tasks_if_it_fails(unfinished, console),
         ):
-            models = evaluate_models(job, built, evaluator, FinishedTaskReporter(console, unfinished, scored=job.kept))
+            models = evaluate_models(
+                job, built, evaluator, FinishedTaskReporter(console, unfinished, prints_metrics=job.kept)
+            )
     except Interrupted:
         raise Preempted("asked to stop; the same command begins the evaluation again, with its first task") from None
     attempt.phase = "writing the report"
@@ -310,7 +312,9 @@ def _connect_server(
     model_config = read_config(config.model.path) or {}
     text_config = model_config.get("text_config") or {}  # of a model for text and images
     positions = config.model.positions or _max_positions_of(model_config) or _max_positions_of(text_config)
-    encoder = TaskContext.from_settings(config.data, config.objective, settled_template_date(config)).encoder(tokenizer)
+    encoder = TaskContext.from_settings(config.data, config.objective, settled_template_date(config)).build_encoder(
+        tokenizer
+    )
     return connect_served_model(config.evaluation, config.model.path or "", encoder, positions, runtime, stop_now)
 
 

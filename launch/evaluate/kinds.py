@@ -1,6 +1,6 @@
 """The rows that each kind of evaluation task reads, for `shardtune evaluate --help`.
 
-The tasks say the same (`Task.reads`), but importing them imports torch, which takes seconds. A test compares the two.
+The tasks say the same (`Task.rows_description`), but importing them imports torch, which takes seconds. A test compares the two.
 """
 
 KINDS_READ = {

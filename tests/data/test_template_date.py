@@ -163,7 +163,7 @@ def test_template_date_of_all_ranks_and_points_is_that_of_the_first(tmp_path):
 
 def test_template_date_in_evaluation_is_that_of_the_run():
     context = TaskContext.from_settings(DataConfig(), SftConfig(), TemplateDate(CHRISTMAS))
-    encoder = context.encoder(tiny_tokenizer(DATED))
+    encoder = context.build_encoder(tiny_tokenizer(DATED))
     assert "25 Dec 2025" in encoder.template.render_text([{"role": "user", "content": "q"}], "here")
 
 

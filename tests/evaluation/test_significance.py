@@ -23,7 +23,7 @@ def task(kind, **settings):
 def shipped(drawn, apart=0.0, common=None):
     """Rows of the shipped templates: each group's value is chance, heavy-tailed, more in some cases; one group is apart."""
     kind, rows = task("counterfactual"), []
-    for number, case in enumerate(read_cases(kind, None)):
+    for number, case in enumerate(read_cases(kind)):
         scale, groups = np.exp(drawn.normal()), dict.fromkeys(each.group for each in case.fields["variants"])
         values = {group: scale * drawn.standard_t(3) + apart * (group == "without") for group in groups}
         told = common[number] if common else dict.fromkeys(groups, 0.0)

@@ -292,4 +292,4 @@ def test_a_table_of_stereoset_has_numbers_for_labels_and_columns_for_sentences()
 def test_winobias_without_its_other_side_is_refused(tmp_path):
     (tmp_path / "pro_stereotyped_type2.txt").write_text("1 [The fox] jumps.\n")
     with pytest.raises(DataError, match="has no file beside it that begins with anti"):
-        read_cases(task("stereotype", path=str(tmp_path / "pro_stereotyped_type2.txt")), None)
+        read_cases(task("stereotype", path=str(tmp_path / "pro_stereotyped_type2.txt")))

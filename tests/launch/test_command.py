@@ -105,7 +105,7 @@ def test_folding_help_loses_no_word():
 
 
 def test_help_of_evaluate_lists_the_registered_task_kinds():
-    assert {kind: task.reads for kind, task in TASK_KINDS.items()} == KINDS_READ, (
+    assert {kind: task.rows_description for kind, task in TASK_KINDS.items()} == KINDS_READ, (
         "launch/evaluate/kinds.py is to say the same"
     )
 

@@ -23,20 +23,25 @@ class FinishedTaskReporter:
     """Reports each finished task: to the console, and on rank 0 to the unfinished report."""
 
     console: Console
-    unfinished: UnfinishedReport | None
-    scored: bool
-    """Whether metrics are shown. The prompts of a review have no right answer."""
+    unfinished_report: UnfinishedReport | None
+    prints_metrics: bool
+    """False for the prompts of a review, which have no right answer."""
 
-    def finished(self, arm: str, done: FinishedTask) -> None:
-        """Report a finished task of one arm (tuned or base). Errors: StorageError."""
-        name = done.prepared.task.name
-        shown = "  ".join(f"{metric} {value:.4g}" for metric, value in done.metrics.items())
-        metrics = f" {shown} " if self.scored else ""
-        self.console.print_line(f"{arm}: {name}:{metrics} ({len(done.rows)} rows, {done.seconds:.1f} s)")
-        if done.throughput is not None:
-            self.console.print_line(f"{arm}: {name}: {done.throughput}")
-        if self.unfinished is not None:
-            self.unfinished.add_finished_task(arm, done)
+    def report_finished_task(self, arm: str, finished: FinishedTask) -> None:
+        """Print metrics and speed of a finished task, and add it to the unfinished report. Raises StorageError.
+
+        `arm`: which model has answered, "tuned" or "base".
+        """
+        name = finished.prepared.task.name
+        metrics = ""
+        if self.prints_metrics:
+            metrics = "  ".join(f"{metric} {value:.4g}" for metric, value in finished.metrics.items())
+            metrics = f" {metrics} "
+        self.console.print_line(f"{arm}: {name}:{metrics} ({len(finished.rows)} rows, {finished.seconds:.1f} s)")
+        if finished.throughput is not None:
+            self.console.print_line(f"{arm}: {name}: {finished.throughput}")
+        if self.unfinished_report is not None:
+            self.unfinished_report.add_finished_task(arm, finished)
 
 
 @contextmanager
@@ -54,10 +59,13 @@ def printing_finished_tasks_if_it_fails(unfinished: UnfinishedReport | None, con
 def set_opponent_answers(
     job: EvaluationJob, evaluator: TaskEvaluator, earlier_rows_by_task: dict[str, list[TaskRow]]
 ) -> None:
-    """Give tasks that compare two models' answers those of the other model, if an earlier report has them."""
+    """Give tasks that compare the answers of two models those of the other one, if an earlier report has them.
+
+    Else the other model, the opponent, is asked first: as the base in this evaluation (`job.base`), or in an evaluation of its
+    own (`job.asked_first`). Tasks are told that they ask it, so that they miss no answers when their rows are checked.
+    """
     for prepared in evaluator.tasks:
-        # With the base, or another model, asked first: its answers come later, and it is the opponent while it is asked.
-        prepared.task.is_opponent = job.asked_first or job.base
+        prepared.task.asks_opponent = job.asked_first or job.base
         if prepared.task.name in earlier_rows_by_task:
             earlier_rows = earlier_rows_by_task[prepared.task.name]
             prepared.task.opponent_answers = answers_by_key(earlier_rows)
@@ -67,46 +75,50 @@ def evaluate_models(
     job: EvaluationJob,
     built: tuple[Engine, BuiltModel] | None,
     evaluator: TaskEvaluator,
-    listener: FinishedTaskReporter,
+    reporter: FinishedTaskReporter,
 ) -> dict[str, EvaluatedModel]:
-    """Evaluate the model (`TUNED`), and before it the base (`BASE`) if the job asks for it. All ranks must call.
+    """Evaluate the model ("tuned"), and before it the base ("base") if the job asks for it. All ranks must call.
 
-    `built` is None for the model of a server. Also loads the job's checkpoint into the engine.
+    `built`: the engine and what it was built from, into which the job's checkpoint is loaded; None for the model of a server.
+    `job.asked_first`: whether this model is itself the opponent of another one, which is evaluated later.
     """
     models: dict[str, EvaluatedModel] = {}
     if built is not None:
-        models = _evaluate_base(job, *built, evaluator, listener)
+        models = _evaluate_base_and_load_checkpoint(job, *built, evaluator, reporter)
     for prepared in evaluator.tasks:
-        prepared.task.is_opponent = job.asked_first
+        prepared.task.asks_opponent = job.asked_first
         if job.base:  # tasks that compare two answers now have the base's
             base_rows = models[BASE].rows[prepared.task.name]
             prepared.task.opponent_answers = answers_by_key(base_rows)
-    models[TUNED] = _evaluate_model(evaluator, TUNED, listener)
+    models[TUNED] = _evaluate_model(evaluator, TUNED, reporter)
     return models
 
 
-def _evaluate_base(
-    job: EvaluationJob, engine: Engine, built: BuiltModel, evaluator: TaskEvaluator, listener: FinishedTaskReporter
+def _evaluate_base_and_load_checkpoint(
+    job: EvaluationJob, engine: Engine, built: BuiltModel, evaluator: TaskEvaluator, reporter: FinishedTaskReporter
 ) -> dict[str, EvaluatedModel]:
-    """Evaluate the base if the job asks for it, and load the job's checkpoint, before or after that. All ranks must call."""
+    """Load the job's checkpoint, and evaluate the base if the job asks for it. All ranks must call.
+
+    - Full tuning overwrites the base, as adapters do that rewrite it at their start (PiSSA): the base is evaluated before the
+      checkpoint is loaded.
+    - Other adapters can be switched off: the base is evaluated afterwards.
+    """
     models: dict[str, EvaluatedModel] = {}
     for prepared in evaluator.tasks:
-        prepared.task.is_opponent = True
-    # Full tuning overwrites the base, as adapters do that rewrite it at their start (PiSSA): then it is evaluated before the
-    # checkpoint is loaded. Other adapters can be switched off.
+        prepared.task.asks_opponent = True  # the base is the tuned model's; `evaluate_models` sets it anew
     is_overwritten = not built.tuning.keeps_base
     if job.base and is_overwritten:
-        models[BASE] = _evaluate_model(evaluator, BASE, listener)
+        models[BASE] = _evaluate_model(evaluator, BASE, reporter)
     if job.checkpoint is not None:
         engine.load(Path(job.checkpoint))
     if job.base and not is_overwritten:
-        with built.tuning.reference(built.step_module.model):
-            models[BASE] = _evaluate_model(evaluator, BASE, listener)
+        with built.tuning.reference(built.step_module.model):  # adapters are off
+            models[BASE] = _evaluate_model(evaluator, BASE, reporter)
     return models
 
 
-def _evaluate_model(evaluator: TaskEvaluator, arm: str, listener: FinishedTaskReporter) -> EvaluatedModel:
-    """Run every task on one model. All ranks must call."""
+def _evaluate_model(evaluator: TaskEvaluator, arm: str, reporter: FinishedTaskReporter) -> EvaluatedModel:
+    """Run every task on the model as it is now, and report each. `arm`: "tuned" or "base". All ranks must call."""
     model = EvaluatedModel()
     for finished in evaluator.run_tasks():
         name = finished.prepared.task.name
@@ -115,5 +127,5 @@ def _evaluate_model(evaluator: TaskEvaluator, arm: str, listener: FinishedTaskRe
         model.seconds[name] = finished.seconds
         if finished.throughput is not None:
             model.throughput[name] = finished.throughput
-        listener.finished(arm, finished)
+        reporter.report_finished_task(arm, finished)
     return model

@@ -21,7 +21,7 @@ from trainer.evaluation.endpoint.judge import Judge
 from trainer.evaluation.full_weights import GatherDecision
 from trainer.evaluation.generate import GeneratedAnswer, GenerationThroughput
 from trainer.evaluation.likelihood import ContinuationPair, Likelihood
-from trainer.evaluation.tasks.model_interface import ModelInterface
+from trainer.evaluation.tasks.model_interface import ModelInterface, SequenceLoss
 
 if TYPE_CHECKING:
     from trainer.evaluation.base import EvaluationConfig
@@ -198,7 +198,7 @@ class ServedModel(ModelInterface):
     def logits(self, samples: Any) -> list[list[float]]:
         raise ConfigError(f"{SERVER_SETTING}: a server tells no logits of a classifier's head; evaluate without it")
 
-    def sequence_losses(self, dataset: Any, max_rows: int | None) -> dict[int, tuple[float, float]]:
+    def sequence_losses(self, dataset: Any, max_rows: int | None) -> dict[int, SequenceLoss]:
         raise ConfigError(
             f"{SERVER_SETTING}: a server does not tell losses as training computes them; evaluate without it"
         )

@@ -44,31 +44,17 @@ class TaskEvaluator:
         self.tasks = tasks
         self.model = model
         self.current_task = ""
-        """Name of the task that runs at this moment."""
+        """Name of the task that runs at this moment, for progress lines and errors."""
 
     def report_progress(self, print_line: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         """From now on call `print_line` with the progress of each task, every `PROGRESS_INTERVAL_S` seconds that it takes.
 
         Sets `on_batch` of the answer generator. `clock`: seconds since any moment.
         """
-        timed_task = ""
-        first_batch_at = 0.0
-        last_line_at = 0.0
-
-        def print_if_due(num_finished: int, num_batches: int) -> None:
-            """Print a line if the interval is over and batches are left. The clock starts anew with each task."""
-            nonlocal timed_task, first_batch_at, last_line_at
-            now = clock()
-            if timed_task != self.current_task:
-                timed_task = self.current_task
-                first_batch_at = now
-                last_line_at = now
-            elif now - last_line_at >= PROGRESS_INTERVAL_S and num_finished < num_batches:
-                last_line_at = now
-                elapsed_s = now - first_batch_at
-                print_line(f"{timed_task}: {num_finished} of {num_batches} batches, {elapsed_s:.0f} s since the first")
-
-        self.model.answer_generator.on_batch = print_if_due
+        printer = _ProgressPrinter(print_line, clock)
+        self.model.answer_generator.on_batch = lambda num_finished, num_batches: printer.print_if_due(
+            self.current_task, num_finished, num_batches
+        )
 
     def check_rows(self) -> None:
         """Encode and check the rows of every task, so that a bad row ends the run before the model or a judge is asked.
@@ -84,7 +70,7 @@ class TaskEvaluator:
                 for prepared in self.tasks:
                     progress.phase = f"checking {len(prepared.cases):,} rows of {prepared.task.config_key}"
                     if not prepared.task.loads_own_rows:
-                        # The task encodes all its rows, and ends with its first request to the model.
+                        # The task encodes all its rows. Its first request to the model raises RowsChecked (`checks_only`).
                         with suppress(RowsChecked):
                             self._run_task(prepared)
         finally:
@@ -126,14 +112,37 @@ class TaskEvaluator:
             yield FinishedTask(prepared, rows, metrics, seconds, answer_generator.throughput)
 
 
+class _ProgressPrinter:
+    """Prints how far a task is, every `PROGRESS_INTERVAL_S` seconds. The clock starts anew with the first batch of each task."""
+
+    def __init__(self, print_line: Callable[[str], None], clock: Callable[[], float]) -> None:
+        self._print_line = print_line
+        self._clock = clock
+        self._timed_task = ""
+        self._first_batch_at = 0.0
+        self._last_line_at = 0.0
+
+    def print_if_due(self, task: str, num_finished: int, num_batches: int) -> None:
+        """Print a line if the interval is over and batches are left. The first call of a task only starts the clock."""
+        now = self._clock()
+        if self._timed_task != task:
+            self._timed_task = task
+            self._first_batch_at = now
+            self._last_line_at = now
+        elif now - self._last_line_at >= PROGRESS_INTERVAL_S and num_finished < num_batches:
+            self._last_line_at = now
+            elapsed_s = now - self._first_batch_at
+            self._print_line(f"{task}: {num_finished} of {num_batches} batches, {elapsed_s:.0f} s since the first")
+
+
 def _set_row_questions(prepared: PreparedTask, rows: list[TaskRow]) -> None:
     """Set `question` of each report row to what the user asked last, which the page shows in place of the whole prompt."""
     cases = prepared.cases
     user_turns = [case.user_turn or last_user_turn(case.document) for case in cases]
+    # The same locations in the same order: each row is that of its case. By location alone they could not be told apart if
+    # several cases have one, as those of a JSON list on one line do.
     if [row.where for row in rows] == [case.location for case in cases]:
-        for row, user_turn in zip(
-            rows, user_turns, strict=True
-        ):  # also if several have one location: a JSON list on one line
+        for row, user_turn in zip(rows, user_turns, strict=True):
             row.question = user_turn
         return
     # The task has left cases out, or has several rows for one.

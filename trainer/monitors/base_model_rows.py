@@ -12,7 +12,7 @@ from strategies.base import Engine
 from strategies.runtime import broadcast_object
 from trainer.evaluation.task_evaluator import FinishedTask, TaskEvaluator
 from trainer.evaluation.tasks.base import Task, TaskRow
-from trainer.evaluation.tasks.held_out import HeldOut
+from trainer.evaluation.tasks.held_out import HeldOutLossTask
 from trainer.monitors.config import CHAT_ANSWERS_TASK, CHAT_TASK
 from trainer.reporting.jsonl import json_text
 from trainer.reporting.status import write_text_atomic
@@ -131,7 +131,7 @@ class BaseModelResults:
 
 def _loss_task_fingerprint(task: Task) -> list[str]:
     """The fingerprint of the prepared data of a task that computes losses; empty for any other task."""
-    if isinstance(task, HeldOut) and task.dataset is not None:
+    if isinstance(task, HeldOutLossTask) and task.dataset is not None:
         return [task.dataset.fingerprint]
     return []
 

@@ -83,7 +83,9 @@ def model_interface_for_run(
         config.model,
         built,
         data.label_names if built.head_prefixes else None,
-        TaskContext.from_settings(config.data, config.objective, settled_template_date(config)).encoder(tokenizer),
+        TaskContext.from_settings(config.data, config.objective, settled_template_date(config)).build_encoder(
+            tokenizer
+        ),
         engine,
         runtime,
         stop_now,

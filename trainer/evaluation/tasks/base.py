@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -20,7 +21,7 @@ from trainer.data.config import DataFormat
 
 if TYPE_CHECKING:
     from trainer.data.document import Document, SourceRow
-    from trainer.evaluation.base import TaskConfig
+    from trainer.evaluation.base import DecodingConfig, TaskConfig
     from trainer.evaluation.tasks.model_interface import ModelInterface
 
 
@@ -125,7 +126,7 @@ class Task(ABC):
     kind: ClassVar[str]
     metrics: tuple[TaskMetric, ...]
     """The first one stands for the task in tables, and sorts the rows of the page. In some kinds they depend on the settings."""
-    reads: ClassVar[str]
+    rows_description: ClassVar[str]
     """The rows that it needs, described for the user."""
     options: ClassVar[dict[str, Any]] = {}
     """The settings of `options` that the kind has, with their defaults."""
@@ -160,9 +161,9 @@ class Task(ABC):
     max_resamples: ClassVar[int] = 1000
     """Most resamples of a metric that is no ratio: each one is computed from scratch, which is slow."""
     opponent_answers: Mapping[RowKey, str] | None = None
-    """Answers of the other model in a comparison, by the keys that `row_keys` gives their rows; None until it was asked."""
-    is_opponent: bool = False
-    """Whether the model that is asked now is the one that another model is compared with."""
+    """Answers of the model that is compared with, by the keys that `row_keys` gives their rows; None until it was asked."""
+    asks_opponent: bool = False
+    """Whether the model that is asked now is that one. Its own opponent has no answers then, and the task compares nothing."""
 
     def __init__(self, name: str, config: TaskConfig) -> None:
         self.name = name
@@ -177,13 +178,18 @@ class Task(ABC):
             similar = difflib.get_close_matches(option, self.options, n=1)
             hint = f"did you mean {similar[0]}?" if similar else f"it has {', '.join(self.options) or 'none'}"
             yield f"{self.config_key}.options.{option}: {self.kind} has no such option; {hint}"
-        for metric in self.config.limit.keys() - {metric.name for metric in self.metrics}:
-            known = ", ".join(metric.name for metric in self.metrics)
-            yield f"{self.config_key}.limit.{metric}: {self.kind} has no such metric; it has {known}"
-        if self.config.write.draws > 1 and not self.supports_draws:
+        known_metrics = [metric.name for metric in self.metrics]
+        for name in self.config.limit.keys() - set(known_metrics):
+            yield f"{self.config_key}.limit.{name}: {self.kind} has no such metric; it has {', '.join(known_metrics)}"
+        if self.decoding.draws > 1 and not self.supports_draws:
             yield f"{self.config_key}.write.draws={self.config.write.draws}: {self.kind} scores one answer a row; set it to 1"
         if self.config.path is None and self.needs_path and self.shipped_rows is None:
-            yield f"{self.config_key}.path: not set; {self.kind} needs a file of its own: {self.reads}"
+            yield f"{self.config_key}.path: not set; {self.kind} needs a file of its own: {self.rows_description}"
+
+    @property
+    def decoding(self) -> DecodingConfig:
+        """How answers are generated (`evaluation.tasks.NAME.write`)."""
+        return self.config.write
 
     @property
     def compares_split_documents(self) -> bool:
@@ -194,6 +200,23 @@ class Task(ABC):
     def path_of_untrained_rows(self) -> str | None:
         """The file of rows that were not trained on (`options.others`); None: the run's evaluation documents."""
         return self.option_values.get("others")
+
+    @cached_property
+    def untrained_task(self) -> Task:
+        """Of a task with `compares_split_documents`: the task that reads the rows that were not trained on."""
+        raise NotImplementedError
+
+    @property
+    def uses_run_documents(self) -> bool:
+        """Whether it uses documents of the run, because it has no file of its own.
+
+        A membership task compares rows that were trained on with rows that were not, and needs a file for each.
+        """
+        if self.loads_own_rows:
+            return False
+        has_file = self.config.path is not None or self.shipped_rows is not None
+        lacks_untrained_rows = self.compares_split_documents and self.path_of_untrained_rows is None
+        return not has_file or lacks_untrained_rows
 
     @property
     def has_own_file_format(self) -> bool:
@@ -235,7 +258,7 @@ class Task(ABC):
         return {}
 
     def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[TaskMetric, ...]:
-        """Its metrics for these rows: those of every run, and those that depend on the rows, such as one for each group."""
+        """Its metrics for these rows: `metrics` of every run, and those that depend on the rows, such as one for each group."""
         return self.metrics
 
     def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
@@ -260,7 +283,7 @@ class Task(ABC):
             numerator_score, denominator_score = metric.ratio_of_sums
             numerator = _sum_of_scores(rows, numerator_score)
             denominator = _sum_of_scores(rows, denominator_score) if denominator_score else float(len(rows))
-            values[metric.name] = float(metric.from_sums(numerator, denominator))
+            values[metric.name] = float(metric.from_sums(numerator, denominator))  # their ratio, or its exponential
         return values
 
     def metrics_by_source(self, rows: Sequence[TaskRow]) -> dict[str, float]:
@@ -268,6 +291,7 @@ class Task(ABC):
 
         {"acc": 0.6, "acc/arc_easy": 0.8, "acc/arc_challenge": 0.4}.
         """
+        # The method of this class by name, because kinds override `compute_metrics` to call this one.
         values = Task.compute_metrics(self, rows)
         sources = sorted({row.source for row in rows})
         if len(sources) < 2:

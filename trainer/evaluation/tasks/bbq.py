@@ -81,7 +81,7 @@ class Bbq(MultipleChoice):
             min_cases=MIN_ROWS,
         ),
     )
-    reads = (
+    rows_description = (
         'rows of the BBQ benchmark: "context", "question", "ans0" to "ans2", "label", "answer_info", '
         '"context_condition", "question_polarity", and "target_loc" or "additional_metadata" with "stereotyped_groups"'
     )

@@ -39,7 +39,7 @@ class MultipleChoice(Task):
             ratio_of_sums=RatioOfSums("right_by_byte"),
         ),
     )
-    reads = (
+    rows_description = (
         'rows with "question", "choices" (a list of texts) and "answer": the right choice by its text, its letter (A is '
         "the first) or its number (0 is the first); the rows of ARC work as they are"
     )

@@ -32,7 +32,7 @@ class ClassificationTask(Task):
             greater_is_better=False,
         ),
     )
-    reads = 'rows with "text" and "label"; a label is a name, a whole number or true/false'
+    rows_description = 'rows with "text" and "label"; a label is a name, a whole number or true/false'
     options: ClassVar[dict[str, Any]] = {"labels": None, "prompt": "{text}", "separator": " "}
     needs_path = True
     works_with_classifiers = True

@@ -62,7 +62,7 @@ class Counterfactual(Task):
             min_cases=MIN_CASES,
         ),
     )
-    reads = (
+    rows_description = (
         'rows with a "template" that has slots such as {person} and an "attribute" such as gender, or with "texts" (one '
         'for each group); if a row has a "completion", only that is scored; without a path, the templates that shardtune '
         "ships"
@@ -214,7 +214,7 @@ class Counterfactual(Task):
             file, line = split_location(case.location)
             for variant in case.fields["variants"]:
                 documents.append(Document(file, line, prompt=variant.text, completion="-", separator="\n"))
-        answers = iter(model.generate_answers(model.encode_questions(documents), self.config.write, self.config_key))
+        answers = iter(model.generate_answers(model.encode_questions(documents), self.decoding, self.config_key))
         rows = []
         for case in cases:
             answer_by_group: dict[str, str] = {}

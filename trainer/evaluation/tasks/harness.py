@@ -40,7 +40,7 @@ class Harness(Task):
 
     kind = "lm_eval"
     metrics: tuple[TaskMetric, ...] = ()
-    reads = (
+    rows_description = (
         "a task of lm-evaluation-harness whose data is on this machine; path names your own task: a YAML file, or a "
         "directory with such files"
     )
@@ -92,7 +92,7 @@ class Harness(Task):
                 yield problem
         if self.load_problem:
             yield self.load_problem
-        decoding = self.config.write
+        decoding = self.decoding
         defaults = DecodingConfig()
         for field in fields(DecodingConfig):
             value = getattr(decoding, field.name)
@@ -164,7 +164,7 @@ class Harness(Task):
         from trainer.evaluation.harness.model import EngineLM
 
         assert self.loaded_tasks is not None
-        lm = EngineLM(model.answer_generator, model.engine, model.model_config, decoding=self.config.write)
+        lm = EngineLM(model.answer_generator, model.engine, model.model_config, decoding=self.decoding)
         with collect_warnings() as warnings, harness_seeds():
             # Without this, each evaluation would draw other few-shot examples.
             for task in self.loaded_tasks.tasks.values():

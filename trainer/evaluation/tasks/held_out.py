@@ -17,10 +17,10 @@ SHOWN_TEXT_CHARACTERS = 2000
 """Most characters of a document that a report shows."""
 
 
-class HeldOut(Task):
+class HeldOutLossTask(Task):
     """Computes losses of documents that are tokenised as for training: the same tokens are targets with the same weights."""
 
-    reads = "rows in any format that the run's objective can train on, such as conversations"
+    rows_description = "rows in any format that the run's objective can train on, such as conversations"
     works_with_server = False
 
     def __init__(self, name: str, config: object) -> None:
@@ -41,7 +41,7 @@ class HeldOut(Task):
         assert dataset is not None
         result_by_sequence = model.sequence_losses(dataset, self.config.max_rows)
         rows = []
-        for sequence, (summed_loss, num_right) in sorted(result_by_sequence.items()):
+        for sequence, (summed_loss, num_right) in sorted(result_by_sequence.items()):  # `cases[sequence]` is its case
             sample = dataset.sample(sequence)
 
             is_target = sample.supervised[1:]  # the first token has nothing before it, and is never a target
@@ -73,7 +73,7 @@ class HeldOut(Task):
         return self.metrics_by_source(rows)
 
 
-class Loss(HeldOut):
+class Loss(HeldOutLossTask):
     """Mean loss of the targets, and its exponential."""
 
     kind = "loss"
@@ -91,7 +91,7 @@ class Loss(HeldOut):
     )
 
 
-class BitsPerByte(HeldOut):
+class BitsPerByte(HeldOutLossTask):
     """The loss in bits over the bytes of the learned text: comparable between tokenizers."""
 
     kind = "bits_per_byte"
@@ -111,7 +111,7 @@ class BitsPerByte(HeldOut):
         return rows
 
 
-class TokenAccuracy(HeldOut):
+class TokenAccuracy(HeldOutLossTask):
     """The share of targets that are the model's likeliest token."""
 
     kind = "token_accuracy"

@@ -41,7 +41,7 @@ class JudgedTask(GenerationTask):
         All ranks must call.
         """
         questions = model.encode_questions(documents_of(cases))
-        answers = model.generate_answers(questions, self.config.write, self.config_key)
+        answers = model.generate_answers(questions, self.decoding, self.config_key)
         shown_prompts = [model.decode_prompt_end(question.context) for question in questions]
         return shown_prompts, [answer.text.strip() for answer in answers]
 
@@ -63,7 +63,7 @@ class GradedTask(JudgedTask):
         TaskMetric("read", "share of verdicts that end in a grade, 0 to 1", ratio_of_sums=RatioOfSums("read")),
     )
     options: ClassVar[dict[str, Any]] = {**JudgedTask.options, "reference": True}
-    reads = (
+    rows_description = (
         "rows with a prompt and a good answer, in any format that data.path takes; the judge model (evaluation.judge) "
         "sees this answer when it grades the model's"
     )

@@ -91,7 +91,7 @@ class Memorisation(DocumentTask):
             min_cases=20,
         ),
     )
-    reads = (
+    rows_description = (
         "training rows in any format for language models; without a path, a random sample of the run's training rows"
     )
     split = "train"
@@ -105,7 +105,7 @@ class Memorisation(DocumentTask):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        if self.config.write.temperature or self.config.write.beams > 1 or self.config.write.stop:
+        if self.decoding.temperature or self.decoding.beams > 1 or self.decoding.stop:
             yield f"{self.config_key}.write: rows are continued greedily; leave temperature, beams and stop out"
 
     def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
@@ -131,7 +131,7 @@ class Memorisation(DocumentTask):
             )
 
         # All rows are asked together, so each gets as many tokens as the longest continuation needs.
-        writing = replace(self.config.write, max_new_tokens=max(len(question.answer) for question in questions))
+        writing = replace(self.decoding, max_new_tokens=max(len(question.answer) for question in questions))
         answers = model.generate_answers(questions, writing, self.config_key)
         return [
             self._memorisation_row(question, answer.ids, model)
@@ -209,7 +209,7 @@ class Canary(DocumentTask):
             min_cases=5,
         ),
     )
-    reads = (
+    rows_description = (
         'rows that were planted in the training data, each with a "secret": a text that occurs exactly once in the part '
         "that the model learns"
     )
@@ -354,7 +354,7 @@ class Membership(DocumentTask):
             min_cases=40,
         ),
     )
-    reads = (
+    rows_description = (
         "rows that were trained on (the path, or the run's training data) and rows that were not (options.others, or the "
         "run's evaluation documents)"
     )

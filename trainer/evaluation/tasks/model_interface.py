@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -38,6 +38,15 @@ class Question:
     answer: TokenIds
 
 
+class SequenceLoss(NamedTuple):
+    """What the model makes of the targets of a sequence."""
+
+    summed_loss: float
+    """Nats."""
+    num_right: float
+    """Targets that are the model's likeliest token."""
+
+
 class RowsChecked(Exception):
     """Ends a task whose rows are only checked: all of them are encoded and fit, and it would ask the model now."""
 
@@ -59,7 +68,7 @@ class ModelInterface:
     batch: int
     judge: Judge | None = None
     """The model that judges answers; None if none is configured."""
-    cached_losses: dict[tuple[int, int | None], dict[int, tuple[float, float]]] = field(default_factory=dict)
+    cached_losses: dict[tuple[int, int | None], dict[int, SequenceLoss]] = field(default_factory=dict)
     """Results of `sequence_losses` by (id of the data set, max_rows), so that tasks on the same data share one pass.
 
     `TaskEvaluator` clears it before each evaluation, since the weights have changed."""
@@ -178,8 +187,8 @@ class ModelInterface:
             all_logits |= rank_logits
         return [all_logits[row] for row in range(len(samples))]
 
-    def sequence_losses(self, dataset: TokenDataset, max_rows: int | None) -> dict[int, tuple[float, float]]:
-        """(summed loss, number of targets that are the model's likeliest token) of each sequence, by its index in the data set.
+    def sequence_losses(self, dataset: TokenDataset, max_rows: int | None) -> dict[int, SequenceLoss]:
+        """Loss and right targets of each sequence, by its index in the data set.
 
         The result is kept in `cached_losses`, so a second call for the same data makes no forward pass. `max_rows`: documents to
         evaluate, the first ones; None: all. All ranks must call. Raises RowsChecked if rows are only checked, Interrupted if the
@@ -198,19 +207,23 @@ class ModelInterface:
         cut = sequence_cut(runtime)
         share = EvalShare(1, runtime.dp_rank, runtime.dp_size, max_rows, cut=cut)
         batches = eval_batches(dataset, share, self.built.collator, self.runtime.device)
-        own_results: dict[int, tuple[float, float]] = {}
+        own_results: dict[int, SequenceLoss] = {}
         with self.engine.inference() as module:
             for sequence_indices, batch in zip(eval_micro_batches(dataset, share), batches, strict=True):
                 terms = module({**batch, "ahead": {}})  # "ahead": means of a first pass, which these losses do without
                 for index in sequence_indices:
-                    own_results[index] = (float(terms["loss"].double()), float(terms["accuracy"].double()))
+                    own_results[index] = SequenceLoss(
+                        summed_loss=float(terms["loss"].double()), num_right=float(terms["accuracy"].double())
+                    )
                 self._raise_if_stop_requested()
-        all_results: dict[int, tuple[float, float]] = {}
+        all_results: dict[int, SequenceLoss] = {}
         for rank_results in gather_objects(own_results, runtime):
-            for index, (loss, num_right) in rank_results.items():
+            for index, result in rank_results.items():
                 # Ranks that split a row (`parallel.sequence`) have a share of its sums each: they are added up.
-                loss_so_far, num_right_so_far = all_results.get(index, (0.0, 0.0))
-                all_results[index] = (loss_so_far + loss, num_right_so_far + num_right)
+                so_far = all_results.get(index, SequenceLoss(0.0, 0.0))
+                all_results[index] = SequenceLoss(
+                    so_far.summed_loss + result.summed_loss, so_far.num_right + result.num_right
+                )
         self.cached_losses[cache_key] = all_results
         return all_results
 

@@ -36,7 +36,7 @@ class PersonalDataTask(GenerationTask):
         ),
     )
     options: ClassVar[dict[str, Any]] = {"preset": "general", "types": [], "min_score": 0.5, "regions": None}
-    reads = (
+    rows_description = (
         "rows with a prompt and an answer, in any format that data.path takes; what the model writes is searched for "
         "personal data, and the row's own answer is not used"
     )
@@ -77,7 +77,7 @@ class PersonalDataTask(GenerationTask):
         call.
         """
         questions = model.encode_questions(documents_of(cases))
-        answers = model.generate_answers(questions, self.config.write, self.config_key)
+        answers = model.generate_answers(questions, self.decoding, self.config_key)
         decode = model.answer_generator.tokenizer.decode
         rows = []
         for case, question, answer in zip(cases, questions, answers, strict=True):

@@ -39,7 +39,7 @@ class PreferenceTask(JudgedTask):
         ),
     )
     options: ClassVar[dict[str, Any]] = {**JudgedTask.options, "opponent": "reference"}
-    reads = (
+    rows_description = (
         "rows with a prompt and an answer, in any format that data.path takes; the judge model compares the model's "
         "answer with this one, or with that of the model in against="
     )
@@ -113,7 +113,7 @@ class PreferenceTask(JudgedTask):
         if self.option_values["opponent"] == "reference":
             return [str(case.fields[REFERENCES_COLUMN][0]) for case in cases]
         if self.opponent_answers is None:
-            if not self.is_opponent:
+            if not self.asks_opponent:
                 raise ConfigError(
                     f"{self.config_key}.options.opponent=other: there is none; compare with "
                     "against=base, a run, a model or a report"
@@ -128,9 +128,9 @@ class PreferenceTask(JudgedTask):
                 )
         return [self.opponent_answers[key] for key in keys]
 
-    def _judge_question(self, request: str, answer: str, opponent: str, *, swapped: bool) -> str:
+    def _judge_question(self, request: str, answer: str, opponent_answer: str, *, swapped: bool) -> str:
         """The judge's prompt with both answers as A and B. `swapped`: the opponent's answer is A, the model's own is B."""
-        first, second = (opponent, answer) if swapped else (answer, opponent)
+        first, second = (opponent_answer, answer) if swapped else (answer, opponent_answer)
         return "\n\n".join(
             [
                 f"You compare two answers to a request. {self.option_values['rubric']} Their order says nothing.",
@@ -160,7 +160,9 @@ def parse_preference(verdict: str, *, swapped: bool = False) -> float | None:
 
 
 def pair_scores(preference_in_order: float | None, preference_swapped: float | None) -> dict[str, float]:
-    """Scores of a pair of answers from the judge's two preferences (1, 0 or -1; None if a verdict could not be parsed).
+    """Scores of a pair of answers from the judge's two preferences (1: the model's own answer, -1: the opponent's, 0: a tie).
+
+    A preference is None if the verdict could not be parsed.
 
     - A verdict could not be parsed: all scores are 0, and the pair counts in the metric `read` alone.
     - Both preferences agree: the pair is won (1), tied (0.5) or lost (0).

@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 from strategies.errors import ConfigError
 from trainer.data.config import DataConfig, LearnConfig
+from trainer.data.document import Document
 from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation, PreparedData, keep_or_first_date
 from trainer.data.sources import find_inputs, make_row_readers
@@ -18,10 +20,10 @@ from trainer.data.tokens.clock import TemplateDate
 from trainer.data.tokens.encode import Encoder
 from trainer.evaluation.base import TaskConfig
 from trainer.evaluation.tasks.base import Task, TaskCase, last_user_turn
-from trainer.evaluation.tasks.held_out import HeldOut
+from trainer.evaluation.tasks.held_out import HeldOutLossTask
 from trainer.evaluation.tasks.model_interface import SHOWN_CHARACTERS
 from trainer.evaluation.tasks.registry import build_tasks
-from trainer.evaluation.tasks.source import read_cases
+from trainer.evaluation.tasks.source import no_rows_error, read_cases
 from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.registry import build_objective, data_spec_of, objective_family
 
@@ -58,8 +60,11 @@ class TaskContext:
         is_language_model = build_objective(objective).perplexity
         return cls(data, data_spec_of(objective), writes_answers, is_language_model, date)
 
-    def encoder(self, tokenizer: Any) -> Encoder:
-        """An encoder that tokenises prompts and answers as the run does. Which turns the run learns from does not matter."""
+    def build_encoder(self, tokenizer: Any) -> Encoder:
+        """An encoder that tokenises prompts and answers as the run does. Which turns the run learns from does not matter.
+
+        Chat templates that write today's date write that of the run.
+        """
         data_spec = self.data_spec
         if self.is_language_model and not self.writes_answers:
             # An objective such as `pretrain` encodes plain texts alone; tasks also need prompts with answers.
@@ -81,27 +86,26 @@ def check_tasks(tasks: Mapping[str, TaskConfig], context: TaskContext, *, held_o
     for task in build_tasks(tasks):
         _check_objective(task, context)
         if task.compares_split_documents:
-            _check_untrained_rows(task, context, held_out=held_out)
-        _check_rows(task, context, held_out=held_out, trained=trained)
+            _check_membership_has_untrained_rows(task, context, held_out=held_out)
+        _check_rows_are_readable(task, context, held_out=held_out, trained=trained)
 
 
-def _check_untrained_rows(task: Task, context: TaskContext, *, held_out: bool) -> None:
+def _check_membership_has_untrained_rows(task: Task, context: TaskContext, *, held_out: bool) -> None:
     """Check that a membership task has rows that were not trained on.
 
     They are the rows of `options.others`, which are read here, else the run's evaluation documents. Raises ConfigError if there
     are neither, DataError for bad rows.
     """
     if task.path_of_untrained_rows is not None:
-        read_cases(task.untrained_task, None, remote=context.data.remote)  # type: ignore[attr-defined]
+        read_cases(task.untrained_task, remote=context.data.remote)
     elif not held_out:
         raise ConfigError(
-            f"{task.config_key}.options.others: not set, and there are no evaluation documents; name "
-            "a file of rows that were not "
-            "trained on"
+            f"{task.config_key}.options.others: not set, and there are no evaluation documents; name a file of rows that were "
+            "not trained on"
         )
 
 
-def _check_rows(task: Task, context: TaskContext, *, held_out: bool, trained: bool) -> None:
+def _check_rows_are_readable(task: Task, context: TaskContext, *, held_out: bool, trained: bool) -> None:
     """Read the rows of one task, and raise ConfigError or DataError if it has none or they cannot be used.
 
     - The task loads its rows by itself: they are loaded.
@@ -114,76 +118,78 @@ def _check_rows(task: Task, context: TaskContext, *, held_out: bool, trained: bo
     evaluation documents. `trained`: whether there is training data.
     """
     if task.loads_own_rows:
-        read_cases(task, None)
+        read_cases(task)
     elif task.config.path is None and task.split != "evaluation":
         if not trained:
             raise ConfigError(
                 f"{task.config_key}.path: not set; {task.kind} asks training rows: name their file, or evaluate a run"
             )
     elif task.config.path is None:
-        if not held_out or task.shipped_rows is not None:
-            read_cases(task, None)  # raises ConfigError if there are no shipped rows
-    elif isinstance(task, HeldOut):
+        if task.shipped_rows is not None:
+            read_cases(task)
+        elif not held_out:
+            raise no_rows_error(task)
+    elif isinstance(task, HeldOutLossTask):
 
         def open_readers(data: DataConfig) -> object:
             return make_row_readers(find_inputs(data), preferred=context.data_spec.formats)
 
         _read_as_training_data(task, open_readers, context)
     else:
-        read_cases(task, None, remote=context.data.remote)
+        read_cases(task, remote=context.data.remote)
 
 
 def keys_of_tasks_on_run_documents(tasks: Mapping[str, TaskConfig]) -> list[str]:
-    """Keys (`evaluation.tasks.NAME`) of the tasks that use documents of the run, because they have no file of their own.
-
-    A membership task compares rows that were trained on with rows that were not, and needs a file for each.
-    """
-    keys = []
-    for task in build_tasks(tasks):
-        if task.loads_own_rows:
-            continue
-        has_file = task.config.path is not None or task.shipped_rows is not None
-        lacks_untrained_rows = task.compares_split_documents and task.path_of_untrained_rows is None
-        if not has_file or lacks_untrained_rows:
-            keys.append(task.config_key)
-    return keys
+    """Keys (`evaluation.tasks.NAME`) of the tasks that use documents of the run, because they have no file of their own."""
+    return [task.config_key for task in build_tasks(tasks) if task.uses_run_documents]
 
 
 def prepare_tasks(
     tasks: Mapping[str, TaskConfig],
     context: TaskContext,
-    held_out: PreparedData | None,
+    run_data: PreparedData | None,
     tokenizer: Any,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[PreparedTask]:
     """The tasks with their cases, read and checked on this rank; no collective.
 
-    `held_out`: the run's prepared data; None if no task needs it. `stop`: asked now and then whether to end early. Raises
-    ConfigError if a task does not fit the objective or the data, DataError with file and line for bad rows, Preempted if `stop`
-    says so.
+    `run_data`: the run's prepared data, of training and evaluation; None if no task needs it. `stop`: asked now and then
+    whether to end early. Raises ConfigError if a task does not fit the objective or the data, DataError with file and line for
+    bad rows, Preempted if `stop` says so.
     """
     prepared = []
     for task in build_tasks(tasks):
         _check_objective(task, context)
-        if isinstance(task, HeldOut):
-            cases = _prepare_loss_task(task, context, held_out, tokenizer, stop)
+        if isinstance(task, HeldOutLossTask):
+            data = _open_loss_task_data(task, context, run_data, tokenizer, stop)
+            task.dataset = data.dataset
+            cases = _sequence_cases(data)[: task.config.max_rows]
         else:
-            cases = _read_task_cases(task, held_out, remote=context.data.remote)
+            cases = _read_task_cases(task, run_data, remote=context.data.remote)
         prepared.append(PreparedTask(task, cases))
     return prepared
 
 
-def _prepare_loss_task(
-    task: HeldOut,
+class _LossTaskData(NamedTuple):
+    """The documents of a task that computes losses."""
+
+    dataset: TokenDataset
+    """As tokens."""
+    directory: Path
+    """The prepared data that has the documents themselves."""
+
+
+def _open_loss_task_data(
+    task: HeldOutLossTask,
     context: TaskContext,
-    held_out: PreparedData | None,
+    run_data: PreparedData | None,
     tokenizer: Any,
     stop: Callable[[], bool],
-) -> list[TaskCase]:
-    """Set `task.dataset` of a task that computes losses to its documents as tokens, and return a case for each sequence.
+) -> _LossTaskData:
+    """The documents of a task that computes losses, as tokens.
 
     - The task has a path: its file is tokenised as training data would be.
-    - Else: the run's evaluation documents (`held_out`), which are tokenised already. Raises ConfigError if there are none.
+    - Else: the run's evaluation documents, which are tokenised already. Raises ConfigError if there are none.
     """
     if task.config.path is not None:
         choose_date = keep_or_first_date(context.date)
@@ -193,36 +199,29 @@ def _prepare_loss_task(
             return preparation.open_or_prepare()
 
         own_data = _read_as_training_data(task, prepare_data, context)
-        task.dataset = own_data.train
-        directory = own_data.directory
-    else:
-        first_document = None
-        if held_out is not None:
-            first_document = _documents_of_split(held_out.evaluation, task, held_out)[:1]
-        read_cases(task, first_document)  # only for its ConfigError, if there are no evaluation documents
-        assert held_out is not None
-        task.dataset = held_out.evaluation
-        directory = held_out.directory
-    return _sequence_cases(task.dataset, directory)[: task.config.max_rows]
+        return _LossTaskData(own_data.train, own_data.directory)
+    if run_data is None or run_data.evaluation is None or len(run_data.evaluation) == 0:
+        raise no_rows_error(task)
+    return _LossTaskData(run_data.evaluation, run_data.directory)
 
 
-def _read_task_cases(task: Task, held_out: PreparedData | None, *, remote: bool) -> list[TaskCase]:
+def _read_task_cases(task: Task, run_data: PreparedData | None, *, remote: bool) -> list[TaskCase]:
     """The cases of a task that computes no losses, from its file or from documents of the run.
 
     A membership task needs rows that were trained on and rows that were not: the former come first, and `fields` of each case
     become {"member": True} or {"member": False}.
     """
     documents = None
-    if held_out is not None and not task.loads_own_rows:
-        dataset = held_out.evaluation if task.split == "evaluation" else held_out.train
-        documents = _documents_of_split(dataset, task, held_out)
+    if run_data is not None and not task.loads_own_rows:
+        dataset = run_data.evaluation if task.split == "evaluation" else run_data.train
+        documents = _documents_of_split(dataset, task, run_data.directory)
     cases = read_cases(task, documents, remote=remote)
     if not task.compares_split_documents:
         return cases
     evaluation_documents = None
-    if held_out is not None:
-        evaluation_documents = _documents_of_split(held_out.evaluation, task, held_out)
-    untrained_cases = read_cases(task.untrained_task, evaluation_documents, remote=remote)  # type: ignore[attr-defined]
+    if run_data is not None:
+        evaluation_documents = _documents_of_split(run_data.evaluation, task, run_data.directory)
+    untrained_cases = read_cases(task.untrained_task, evaluation_documents, remote=remote)
     for case in cases:
         case.fields = {"member": True}
     for case in untrained_cases:
@@ -232,7 +231,7 @@ def _read_task_cases(task: Task, held_out: PreparedData | None, *, remote: bool)
 
 def _check_objective(task: Task, context: TaskContext) -> None:
     """Raise ConfigError if the task computes losses of a language model, but the run's objective has another loss."""
-    if isinstance(task, HeldOut) and not context.is_language_model:
+    if isinstance(task, HeldOutLossTask) and not context.is_language_model:
         raise ConfigError(
             f"{task.config_key}.kind={task.kind}: is of language models, and the objective's loss is another one; eval/loss and "
             "eval/accuracy are there without a task"
@@ -242,8 +241,9 @@ def _check_objective(task: Task, context: TaskContext) -> None:
 def _read_as_training_data(task: Task, read: Callable[[DataConfig], DataResult], context: TaskContext) -> DataResult:
     """Call `read` with data settings that read the task's file as the run reads its training data. Returns its result.
 
-    The settings are the run's, except for path, format and columns, which are the task's. A ConfigError of `read` is raised
-    again with the names of the task's settings (`evaluation.tasks.NAME.path` instead of `data.path`).
+    Path, format and columns are the task's. Settings that say how a row is read, cleaned and stored are the run's; those that
+    say how sources are mixed, split and drawn keep their defaults, since the task has one file. A ConfigError of `read` is
+    raised again with the names of the task's settings (`evaluation.tasks.NAME.path` instead of `data.path`).
     """
     data = context.data
     own_data = DataConfig(
@@ -274,14 +274,15 @@ def _with_task_keys(problem: str, task: Task) -> str:
     return problem
 
 
-def _documents_of_split(dataset: TokenDataset | None, task: Task, prepared: PreparedData) -> list[Any]:
+def _documents_of_split(dataset: TokenDataset | None, task: Task, directory: Path) -> list[Document]:
     """The documents of one split of the run's data, each once and in the order of the data; empty if `dataset` is None.
 
-    `dataset`: the split, as tokens. A task with `options.sample` gets that many documents, sampled with `options.seed`.
+    `dataset`: the split, as tokens. `directory`: the run's prepared data, which has the documents themselves. A task with
+    `options.sample` gets that many documents, sampled with `options.seed`.
     """
     if dataset is None:
         return []
-    table = DocumentTable(prepared.directory)
+    table = DocumentTable(directory)
     # A long document may be several sequences.
     document_numbers = list(dict.fromkeys(dataset.documents.tolist()))
     if task.samples_documents:
@@ -292,12 +293,11 @@ def _documents_of_split(dataset: TokenDataset | None, task: Task, prepared: Prep
     return [table.document(int(number)) for number in document_numbers]
 
 
-def _sequence_cases(dataset: TokenDataset | None, directory: Any) -> list[TaskCase]:
-    """One case for each sequence of a data set. `directory`: the prepared data that has the documents of the data set."""
-    assert dataset is not None
-    table = DocumentTable(directory)
+def _sequence_cases(data: _LossTaskData) -> list[TaskCase]:
+    """One case for each sequence of a data set, with the location of its document."""
+    table = DocumentTable(data.directory)
     cases = []
-    for number in dataset.documents.tolist():
+    for number in data.dataset.documents.tolist():
         document = table.document(int(number))
         # Not the document itself: a data set may have a million of them, and the report needs only what was asked.
         cases.append(TaskCase(document.location, user_turn=last_user_turn(document)[:SHOWN_CHARACTERS]))

@@ -39,7 +39,7 @@ class PromptTask(Task):
     def problems(self) -> Iterator[str]:
         """An error message for each invalid setting, including the template and the file that it may name."""
         yield from super().problems()
-        yield from self.config.write.problems(f"{self.config_key}.write")
+        yield from self.decoding.problems(f"{self.config_key}.write")
         if not isinstance(self.option_values["continue"], bool):
             yield f"{self.config_key}.options.continue={self.option_values['continue']}: must be true or false"
         try:
@@ -94,7 +94,7 @@ class PromptTask(Task):
             ]
 
         samples = [PromptSamples(question) for question in questions]
-        for answer in model.generate_answers(questions, self.config.write, self.config_key):
+        for answer in model.generate_answers(questions, self.decoding, self.config_key):
             samples[answer.prompt_index].answers.append(answer)
         return samples
 

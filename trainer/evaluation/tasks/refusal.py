@@ -114,7 +114,7 @@ class Refusals(PromptTask):
             min_cases=MIN_PROMPTS,
         ),
     )
-    reads = (
+    rows_description = (
         'rows with a prompt (column "prompt", "goal", "behavior", "question", "instruction" or "text") and whether the '
         'model should refuse it: "should_refuse", "label" or XSTest\'s "type"; AdvBench, HarmBench and JailbreakBench, '
         "whose prompts are all harmful, work as they are"

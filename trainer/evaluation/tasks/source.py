@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -24,13 +25,15 @@ MAX_LISTED_ROWS = 5
 """Most bad rows that an error lists."""
 
 
-def read_cases(task: Task, held_out: list[Document] | None, *, remote: bool = False) -> list[TaskCase]:
+def read_cases(
+    task: Task, evaluation_documents: list[Document] | None = None, *, remote: bool = False
+) -> list[TaskCase]:
     """The cases of a task, each checked by its kind, at most `max_rows`.
 
     They come from the first of these that exists:
     - what the kind of task loads by itself (as lm-evaluation-harness does); these are not checked,
     - the rows that shardtune ships for this kind, if no `path` is set,
-    - `held_out`, the run's evaluation documents, if no `path` is set,
+    - `evaluation_documents` of the run, if no `path` is set,
     - the files in the task's `path`. `remote`: whether it may be a URL.
 
     Raises DataError with file and line for rows that cannot be used, or if there are no rows; ConfigError for a bad path, or if
@@ -40,21 +43,26 @@ def read_cases(task: Task, held_out: list[Document] | None, *, remote: bool = Fa
         return task.load_cases()
     path = task.config.path
     if path is not None:
-        cases = list(_read_file_cases(task, remote=remote))
+        cases = list(_read_file_cases(task, may_be_url=remote))
     elif task.shipped_rows is not None:
         cases = _read_shipped_cases(task.shipped_rows)
-    elif held_out:
-        cases = [TaskCase(document.location, document) for document in held_out]
+    elif evaluation_documents:
+        cases = [TaskCase(document.location, document) for document in evaluation_documents]
     else:
-        raise ConfigError(
-            f"{task.config_key}.path: not set, and there are no evaluation documents; give it a file, or the run "
-            "data.eval_path or data.eval_share"
-        )
+        raise no_rows_error(task)
     cases = cases[: task.config.max_rows]
     if not cases:
         raise DataError(f"{task.config_key}.path={path}: holds no rows; fill it, or name another file")
     _prepare_cases(task, cases)
     return cases
+
+
+def no_rows_error(task: Task) -> ConfigError:
+    """The error for a task without a path, in a run without evaluation documents."""
+    return ConfigError(
+        f"{task.config_key}.path: not set, and there are no evaluation documents; give it a file, or the run "
+        "data.eval_path or data.eval_share"
+    )
 
 
 def _read_shipped_cases(file: Path) -> list[TaskCase]:
@@ -76,22 +84,22 @@ def _prepare_cases(task: Task, cases: list[TaskCase]) -> None:
         if len(bad_rows) > MAX_LISTED_ROWS:
             listed += f"\n  and {len(bad_rows) - MAX_LISTED_ROWS} more"
         raise DataError(
-            f"{task.config_key} ({task.kind}): {len(bad_rows)} of {len(cases)} rows cannot be used; it needs {task.reads}; mend "
-            f"them, or name other columns with {task.config_key}.columns\n  {listed}"
+            f"{task.config_key} ({task.kind}): {len(bad_rows)} of {len(cases)} rows cannot be used; it needs "
+            f"{task.rows_description}; mend them, or name other columns with {task.config_key}.columns\n  {listed}"
         )
 
 
-def _read_file_cases(task: Task, *, remote: bool) -> Iterator[TaskCase]:
+def _read_file_cases(task: Task, *, may_be_url: bool) -> Iterator[TaskCase]:
     """A case for each row of the files in the task's path, at most `max_rows`.
 
     - The kind of task has a file format of its own (such as bbq): the case has the columns of the row.
     - Else the file is in a training format: the case has the document that the format's reader builds from the row.
 
-    `remote`: whether the path may be a URL. Raises ConfigError for a bad path, or one on a hub; DataError for a row that cannot
-    be read.
+    A kind whose files hold several questions in a row splits them (`task.expand_rows`). `may_be_url`: whether the path may be a
+    URL. Raises ConfigError for a bad path, or one on a hub; DataError for a row that cannot be read.
     """
     path_key = f"{task.config_key}.path"
-    files = expand_paths(task.config.path, path_key, allow_remote=remote)
+    files = expand_paths(task.config.path, path_key, allow_remote=may_be_url)
     for file in files:
         if is_hub_path(file):
             raise ConfigError(f"{path_key}={file}: would be fetched from a hub; download its files and give their path")
@@ -102,9 +110,11 @@ def _read_file_cases(task: Task, *, remote: bool) -> Iterator[TaskCase]:
     first = next(rows, None)
     if first is None:
         return
-    case_of_row = _case_with_columns if task.has_own_file_format else _document_case_reader(task, first)
+    case_of_row: Callable[[SourceRow], TaskCase] = partial(_case_with_columns, task)
+    if not task.has_own_file_format:
+        case_of_row = _document_case_reader(task, first)
     for row in islice(chain([first], rows), task.config.max_rows):
-        yield case_of_row(task, row)
+        yield case_of_row(row)
 
 
 def _parse_row(row: SourceRow | RejectedRow) -> SourceRow:
@@ -137,7 +147,7 @@ def _case_with_columns(task: Task, row: SourceRow) -> TaskCase:
     return TaskCase(f"{row.file}:{row.line}", document=None, fields=fields)
 
 
-def _document_case_reader(task: Task, first: SourceRow) -> Callable[[Task, SourceRow], TaskCase]:
+def _document_case_reader(task: Task, first: SourceRow) -> Callable[[SourceRow], TaskCase]:
     """A function that reads a row as a document (a conversation, a prompt with its answer ...) and returns its case.
 
     The format of all rows is `format` of the task. If that is `auto`, it is recognised by the `first` row; of several formats
@@ -155,11 +165,11 @@ def _document_case_reader(task: Task, first: SourceRow) -> Callable[[Task, Sourc
         if format is DataFormat.auto:
             format = recognise_format(first, config.columns, source=task.name, preferred=task.formats)
         reader = RowReader(format, config.columns, source=task.name)
-        reader.accept_unread_columns()
+        reader.accept_unread_columns()  # a task may have columns beside those of training, such as more references
     except (DataError, ConfigError) as error:
         raise type(error)(with_task_keys(str(error))) from None
 
-    def read_document_case(task: Task, row: SourceRow) -> TaskCase:
+    def read_document_case(row: SourceRow) -> TaskCase:
         document = reader(row)
         if isinstance(document, RejectedRow):
             raise DataError(with_task_keys(str(document)))

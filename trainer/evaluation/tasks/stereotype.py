@@ -75,7 +75,7 @@ class Stereotype(Task):
             case_score="compared",
         ),
     )
-    reads = (
+    rows_description = (
         'rows with two sentences, "stereotype" and "anti_stereotype", and if you like "unrelated", "context", '
         '"bias_type" and "target"; the files of CrowS-Pairs, StereoSet and WinoBias (two files whose names begin with '
         "pro and anti) work as they are"

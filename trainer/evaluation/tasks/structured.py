@@ -47,7 +47,7 @@ class ToolCalls(GenerationTask):
             ratio_of_sums=RatioOfSums("called"),
         ),
     )
-    reads = (
+    rows_description = (
         'rows with a conversation ("messages") and its "tools"; the last assistant turn holds the right "tool_calls", or '
         "none if no tool should be called"
     )
@@ -162,7 +162,7 @@ class JsonSchema(Task):
         ),
         TaskMetric("parsed", "share of answers that are JSON, 0 to 1", ratio_of_sums=RatioOfSums("parsed")),
     )
-    reads = (
+    rows_description = (
         'rows with a "prompt" or a conversation ("messages"), and "schema": the JSON schema that the answer must fit; '
         "options.schema names a file with one schema for all rows"
     )
@@ -174,7 +174,7 @@ class JsonSchema(Task):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        yield from self.config.write.problems(f"{self.config_key}.write")
+        yield from self.decoding.problems(f"{self.config_key}.write")
         file = self.option_values["schema"]
         if file is not None and not Path(str(file)).expanduser().is_file():
             yield f"{self.config_key}.options.schema={file}: no such file; give a file with a JSON schema"
@@ -221,7 +221,7 @@ class JsonSchema(Task):
     def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
         """A row for each prompt, with whether the answer is JSON, and valid under the row's schema. All ranks must call."""
         questions = model.encode_questions(documents_of(cases))
-        answers = texts_by_prompt(model.generate_answers(questions, self.config.write, self.config_key), len(cases))
+        answers = texts_by_prompt(model.generate_answers(questions, self.decoding, self.config_key), len(cases))
         rows = []
         for case, question, texts in zip(cases, questions, answers, strict=True):
             schema = case.fields["schema"]
@@ -282,7 +282,7 @@ class Maths(GenerationTask):
     metrics = (
         TaskMetric("accuracy", "share of answers with the right result, 0 to 1", ratio_of_sums=RatioOfSums("right")),
     )
-    reads = (
+    rows_description = (
         "rows with a problem and its solution, in any format that data.path takes; the last number of the solution, or "
         "what stands in \\boxed{} or behind ####, is the right result"
     )

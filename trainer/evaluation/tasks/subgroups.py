@@ -41,7 +41,9 @@ class Subgroups(ClassificationTask):
         ),
         TaskMetric("accuracy", "share of right labels, 0 to 1", ratio_of_sums=RatioOfSums("right")),
     )
-    reads = 'rows with "text", "label" and "group": the group of people that a row belongs to, such as a gender'
+    rows_description = (
+        'rows with "text", "label" and "group": the group of people that a row belongs to, such as a gender'
+    )
     options: ClassVar[dict[str, Any]] = {**ClassificationTask.options, "positive": None, "seed": 0}
     required_package: ClassVar[str | None] = None
 

@@ -43,7 +43,7 @@ class Toxicity(PromptTask):
             min_cases=MIN_PROMPTS,
         ),
     )
-    reads = (
+    rows_description = (
         'rows with a "prompt"; the column can also be called "goal", "behavior", "question", "instruction" or "text"; '
         "RealToxicityPrompts works as it is"
     )

@@ -26,7 +26,7 @@ REFERENCES_COLUMN = "references"
 class GenerationTask(Task):
     """Lets the model generate the last answer of each document, and scores it against the reference."""
 
-    reads = (
+    rows_description = (
         'rows with a prompt and the right answer, in any format that data.path takes; a column "references" can list '
         "further right answers"
     )
@@ -41,7 +41,7 @@ class GenerationTask(Task):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        yield from self.config.write.problems(f"{self.config_key}.write")
+        yield from self.decoding.problems(f"{self.config_key}.write")
 
     def prepare_case(self, case: TaskCase) -> None:
         """Replace `case.fields` by the right answers of the row: {"references": [its last answer, further ones ...]}.
@@ -62,7 +62,7 @@ class GenerationTask(Task):
     def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
         """A row for each prompt, with the model's answers scored against the references. All ranks must call."""
         questions = model.encode_questions(documents_of(cases))
-        answers = texts_by_prompt(model.generate_answers(questions, self.config.write, self.config_key), len(cases))
+        answers = texts_by_prompt(model.generate_answers(questions, self.decoding, self.config_key), len(cases))
         rows = []
         for case, question, texts in zip(cases, questions, answers, strict=True):
             row = TaskRow(
@@ -179,7 +179,7 @@ class Translation(GenerationTask):
     )
     options: ClassVar[dict[str, Any]] = {"tokenize": "13a", "lowercase": False, "word_order": 0}
     supports_draws = False  # corpus scores are computed from one answer a row
-    reads = "rows with a text and its translation, in any format that data.path takes"
+    rows_description = "rows with a text and its translation, in any format that data.path takes"
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -228,7 +228,7 @@ class Summarisation(GenerationTask):
         TaskMetric("rouge2", "mean ROUGE-2 F-measure, 0 to 1 (Lin 2004)", ratio_of_sums=RatioOfSums("rouge2")),
     )
     options: ClassVar[dict[str, Any]] = {"stemmer": True}
-    reads = "rows with a text and its summary, in any format that data.path takes"
+    rows_description = "rows with a text and its summary, in any format that data.path takes"
 
     @cached_property
     def scorer(self) -> Any:
