@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,10 @@ class RunContext:
 def open_console(
     config: RunConfig, run_dir: Path, data: PreparedData, tokenizer: Any, runtime: processes.Runtime
 ) -> Console:
-    """Open the console of this rank, and show on it the run, the data report and samples of what will be learned."""
+    """Open the console of this rank, and show on it the run, the data report and samples of what will be learned.
+
+    Only rank 0 shows them on the screen; each rank's log file has them. `data.label_names`: of a classifier, to show with samples.
+    """
     console = Console(enabled=runtime.is_main, log=run_dir / "logs" / f"rank-{runtime.rank}.log")
     headline = f"run {run_dir}: {config.strategy.name}, {config.tuning.name}, {runtime.world_size} process(es)"
     data_spec = data_spec_of(config.objective)
@@ -90,6 +94,25 @@ def open_trackers_and_records(
     context.attempt.require_run_dir_ownership(context.runtime)
     if not context.runtime.is_main:
         return Trackers()
+    opened = _open_trackers_of_run(config, record, progress, context)
+    record.substitutions |= opened.substitutions
+    record.from_environment = opened.from_environment or None
+    for key, value in opened.substitutions.items():
+        context.console.print_line(f"resolved: {key}: {value}")
+    if opened.passed_over:  # a sentence on trackers that were asked for and are not there
+        context.console.print_line(opened.passed_over)
+    write_run_record(context.run_dir, record)
+    write_status(context.run_dir, RunState.running, step=progress.step)
+    return opened.trackers
+
+
+def _open_trackers_of_run(
+    config: RunConfig, record: RunRecord, progress: Progress, context: RunContext
+) -> OpenedTrackers:
+    """Open the trackers on rank 0, or continue the W&B run of an earlier start. They follow a renamed run directory.
+
+    Notes in `progress` which W&B run it is, and in `progress` and `record` which version of the names of metrics it has.
+    """
     if progress.wandb_id is None:  # a run that begins in trackers now; any other keeps the names it has there
         progress.metric_names = CURRENT_NAMES_EDITION
     record.metric_names = progress.metric_names
@@ -109,61 +132,49 @@ def open_trackers_and_records(
     context.attempt.on_run_dir_renamed.append(opened.trackers.follow_renamed_run_dir)
     # In the next checkpoint too, so that a resumed run continues the same W&B run.
     progress.wandb_id = opened.run_id
-    record.substitutions |= opened.substitutions
-    record.from_environment = opened.from_environment or None
-    for key, value in opened.substitutions.items():
-        context.console.print_line(f"resolved: {key}: {value}")
-    if opened.passed_over:
-        context.console.print_line(opened.passed_over)
-    write_run_record(context.run_dir, record)
-    write_status(context.run_dir, RunState.running, step=progress.step)
-    return opened.trackers
+    return opened
 
 
 def build_slow_rank_reporter(context: RunContext) -> ReportSlow:
     """The function that rank 0 calls when a rank becomes slow or recovers: it warns, and keeps `status.json` up to date."""
 
-    def report(slow: SlowRank, slow_ranks: list[SlowRank], step: int) -> None:
-        """Print that `slow` became slow or recovered. `slow_ranks`: all ranks that are slow now."""
-        if slow in slow_ranks:
-            context.console.print_line(f"warning: step {step}: {slow}")
-        else:
-            context.console.print_line(
-                f"step {step}: rank {slow.rank} on {slow.host} is as fast as the other ranks again"
-            )
-        if (
-            context.attempt.reason_run_dir_was_lost() is not None
-        ):  # the directory is another attempt's: nothing may be written there
-            return
-        reasons = []
-        if context.attempt.note:
-            reasons.append(context.attempt.note)
-        reasons += [slow_rank.text_with_steps() for slow_rank in slow_ranks]
-        reason = "; ".join(reasons) or None
-        rows = [asdict(slow_rank) for slow_rank in slow_ranks]
-        with suppress(ShardtuneError):  # if the disk is full, a file that must be written will say so
-            write_status(context.run_dir, RunState.running, step=step, reason=reason, slow=rows)
+    return partial(_report_slow_rank, context)
 
-    return report
+
+def _report_slow_rank(context: RunContext, changed_rank: SlowRank, slow_ranks: list[SlowRank], step: int) -> None:
+    """Print that `changed_rank` became slow or recovered, and write all `slow_ranks` of now into `status.json`."""
+    if changed_rank in slow_ranks:  # its text is "rank 3 on node-1 computes 1.4 times as long as the other ranks"
+        context.console.print_line(f"warning: step {step}: {changed_rank}")
+    else:
+        context.console.print_line(
+            f"step {step}: rank {changed_rank.rank} on {changed_rank.host} is as fast as the other ranks again"
+        )
+    if context.attempt.reason_run_dir_was_lost() is not None:
+        return  # the directory is another attempt's: nothing may be written there
+    reasons = []
+    if context.attempt.note:  # what the detectors found, which stands in `status.json` too
+        reasons.append(context.attempt.note)
+    reasons += [slow_rank.text_with_steps() for slow_rank in slow_ranks]
+    reason = "; ".join(reasons) or None
+    rows = [asdict(slow_rank) for slow_rank in slow_ranks]
+    with suppress(ShardtuneError):  # if the disk is full, a file that must be written will say so
+        write_status(context.run_dir, RunState.running, step=step, reason=reason, slow=rows)
 
 
 def build_findings_reporter(context: RunContext) -> Callable[[dict[str, Any]], None]:
-    """The function that is called with the detectors' record after each evaluation: it keeps `status.json` up to date.
+    """The function that is called with the detectors' record after each evaluation: it keeps `status.json` up to date."""
+    return partial(_report_findings, context)
 
-    The note on findings stays there at the end of the run.
-    """
 
-    def report(challenges: dict[str, Any]) -> None:
-        """Write the findings into `status.json`, if they have changed."""
-        note = findings_summary(challenges)
-        if note == context.attempt.note:
-            return
-        context.attempt.note = note
-        if context.runtime.is_main and context.attempt.reason_run_dir_was_lost() is None:
-            with suppress(ShardtuneError):  # if the disk is full, a file that must be written will say so
-                write_status(context.run_dir, RunState.running, step=context.attempt.step, reason=note)
-
-    return report
+def _report_findings(context: RunContext, findings_by_detector: dict[str, Any]) -> None:
+    """Write a summary of the findings into `status.json`, if it has changed, and keep it in the attempt for later writes."""
+    note = findings_summary(findings_by_detector)
+    if note == context.attempt.note:
+        return
+    context.attempt.note = note
+    if context.runtime.is_main and context.attempt.reason_run_dir_was_lost() is None:
+        with suppress(ShardtuneError):  # if the disk is full, a file that must be written will say so
+            write_status(context.run_dir, RunState.running, step=context.attempt.step, reason=note)
 
 
 @contextmanager
@@ -178,7 +189,8 @@ def recording_end_of_training(
 ) -> Iterator[None]:
     """A context around the steps of a run. However they end, trackers are closed, and `run.json` gets what the run took.
 
-    `outcome` is filled while the run goes on. Speed and memory are read from `meter`, the cost of saving from `checkpoints`.
+    `outcome` is filled while the run goes on; `record` gets its findings. Speed and memory are read from `meter`, the cost of
+    saving from `checkpoints`. An error goes on to the caller.
     """
     ending = RunEnding(RunState.done)
     may_have_diverged = True
@@ -195,18 +207,32 @@ def recording_end_of_training(
         context.console.end_progress_bar()
         if may_have_diverged:
             ending = _with_divergence(ending, outcome)
-        # Summarise and close the trackers. A run that failed has no speed in its outcome yet.
-        speed = outcome.speed or meter.median_speeds()
-        last_row = {**outcome.last_row, **meter.peaks}
-        trackers.summarise(final_summary(last_row, speed, outcome.last_metrics | outcome.test))
-        export_dir = context.run_dir / "export"
-        has_export = ending.state is RunState.done and run_writes_export(config) and export_dir.is_dir()
-        trackers.close(replace(ending, exported=export_dir if has_export else None))
-        if ending.state is not RunState.done:
-            for name, link in trackers.hints:
-                context.console.print_line(f"{name + ':':<11} {link}")
+        _summarise_and_close_trackers(trackers, ending, outcome, meter, config, context)
         record.challenges = outcome.findings_by_detector
         record_measured_cost(record, meter, checkpoints, context)
+
+
+def _summarise_and_close_trackers(
+    trackers: Trackers,
+    ending: RunEnding,
+    outcome: TrainingOutcome,
+    meter: Meter,
+    config: RunConfig,
+    context: RunContext,
+) -> None:
+    """Give the trackers the last numbers and the ending of the run, with its export if there is one, and close them.
+
+    Unless the run is done, whose last lines show it, print for each tracker where the run can be seen.
+    """
+    speed = outcome.speed or meter.median_speeds()  # a run that failed has no speed in its outcome yet
+    last_row = {**outcome.last_row, **meter.peaks}
+    trackers.summarise(final_summary(last_row, speed, outcome.last_metrics | outcome.test))
+    export_dir = context.run_dir / "export"
+    has_export = ending.state is RunState.done and run_writes_export(config) and export_dir.is_dir()
+    trackers.close(replace(ending, exported=export_dir if has_export else None))
+    if ending.state is not RunState.done:
+        for name, link in trackers.hints:
+            context.console.print_line(f"{name + ':':<11} {link}")
 
 
 def _with_divergence(ending: RunEnding, outcome: TrainingOutcome) -> RunEnding:
@@ -221,18 +247,19 @@ def _with_divergence(ending: RunEnding, outcome: TrainingOutcome) -> RunEnding:
 
 
 def record_measured_cost(record: RunRecord, meter: Meter, checkpoints: Checkpoints, context: RunContext) -> None:
-    """Write into `run.json` what the run took, however it ended. On rank 0 alone; no collective."""
-    if context.runtime.is_main:
-        no_background_reason = checkpoints.state_buffer.refusal_reason
-        if no_background_reason is not None:
-            record.substitutions["checkpoint.background"] = f"false: {no_background_reason}"
-        assert record.receipt is not None  # set by `build_run_record`
-        record.receipt.measured = measured_cost(meter, context.runtime.device, checkpoints.last_published)
-        # An error here would hide what ended the run. A run that succeeds writes the file once more.
-        with suppress(OSError, ShardtuneError):
-            if context.attempt.lease is not None:
-                context.attempt.lease.check()
-            write_run_record(context.run_dir, record)
+    """Write into `run.json` what the run took, beside the prediction, however it ended. On rank 0 alone; no collective."""
+    if not context.runtime.is_main:
+        return
+    no_background_reason = checkpoints.state_buffer.refusal_reason
+    if no_background_reason is not None:  # checkpoints could not be written beside training, as the setting asks
+        record.substitutions["checkpoint.background"] = f"false: {no_background_reason}"
+    assert record.receipt is not None  # set by `build_run_record`
+    record.receipt.measured = measured_cost(meter, context.runtime.device, checkpoints.last_published)
+    # An error here would hide what ended the run. A run that succeeds writes the file once more.
+    with suppress(OSError, ShardtuneError):
+        if context.attempt.lease is not None:
+            context.attempt.lease.check()  # raises LeaseLost if the directory is another attempt's
+        write_run_record(context.run_dir, record)
 
 
 def metering_energy(config: RunConfig, context: RunContext) -> AbstractContextManager[None]:
@@ -261,7 +288,7 @@ def track_evaluation(
 ) -> None:
     """Log an evaluation to W&B, if W&B is on, as a run of its own with the numbers and tables of its report. On rank 0 alone.
 
-    `directory`: for W&B's files. A tracker that fails is reported and ends nothing.
+    `report`: the content of `evaluation.json`. `directory`: for W&B's files. A tracker that fails is reported and ends nothing.
     """
     model = report["model"]
     model_name = Path(model["run"] or model["path"]).name
@@ -271,7 +298,7 @@ def track_evaluation(
     conditions = {key: report[key] for key in ("strategy", "processes", "precision", "device", "versions")}
     opened = _open_own_wandb_run(
         config,
-        replace(config.logging, artifacts=False),
+        replace(config.logging, artifacts=False),  # an evaluation makes no model or data set to keep in W&B
         job_type="evaluate",
         trained_name=model_name,
         directory=directory,
@@ -307,7 +334,7 @@ def track_export(config: RunConfig, exported: Path, trained_id: str, print_line:
 
 def _open_own_wandb_run(
     config: RunConfig,
-    logging: LoggingConfig,
+    logging_config: LoggingConfig,
     *,
     job_type: str,
     trained_name: str,
@@ -320,17 +347,18 @@ def _open_own_wandb_run(
 
     `job_type`: `evaluate` or `export`. `trained_name`, `trained_id`: name and W&B id of the run that trained the model; an export
     becomes a version of that run's artifact. `directory`: for W&B's files. `settings`: shown in W&B beside the configuration.
+    `logging_config`: which trackers are on; `config` is only shown.
     """
     opened = open_trackers_without_rows(
         TrackedRun(
             config=replace(
-                logging,
+                logging_config,
                 tensorboard=False,
                 trackio=False,
                 mlflow=False,
                 name=None,
                 job_type=job_type,
-                group=logging.group or trained_name,
+                group=logging_config.group or trained_name,
             ),
             run_dir=directory,
             run_id="",
