@@ -35,7 +35,7 @@ def test_trackers_are_told_what_ended_a_run(tmp_path, error, challenges, state):
     trackers = SimpleNamespace(summarise=lambda values: None, close=endings.append, hints=[])
     console = SimpleNamespace(end_progress_bar=lambda: None, print_line=print)
     context = SimpleNamespace(run_dir=tmp_path, console=console, runtime=SimpleNamespace(is_main=False))
-    meter = SimpleNamespace(speed=dict, peaks={})
+    meter = SimpleNamespace(median_speeds=dict, peaks={})
     checkpoints = SimpleNamespace(wait_at_most=lambda seconds: None)
     record = RunRecord(objective="sft")
     outcome = TrainingOutcome(Progress(step=30), findings_by_detector=challenges)

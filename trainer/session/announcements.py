@@ -73,7 +73,7 @@ def open_console(
 ) -> Console:
     """Open the console of this rank, and show on it the run, the data report and samples of what will be learned.
 
-    Only rank 0 shows them on the screen; each rank's log file has them. `data.label_names`: of a classifier, to show with samples.
+    Only rank 0 shows them on the screen; each rank's log file has them.
     """
     console = Console(enabled=runtime.is_main, log=run_dir / "logs" / f"rank-{runtime.rank}.log")
     headline = f"run {run_dir}: {config.strategy.name}, {config.tuning.name}, {runtime.world_size} process(es)"
