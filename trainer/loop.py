@@ -201,7 +201,7 @@ class Trainer:
         self.announce_step(step + 1)
         # Dropout depends on the seed, the step and the rank alone, so that a resumed run draws what an unbroken one does.
         seed_dropout_of_step(settings.seed, step, self.engine.rank)
-        local_sums = accumulate_gradients(self.engine, batch, drawn_by=(settings.seed, step))
+        local_sums = accumulate_gradients(self.engine, batch, seed_and_step=(settings.seed, step))
 
         lr_factor = lr_factor_at(settings.schedule, step, settings.total_steps)
         # Decides, once the engine has the gradient norm, whether the update is left out.

@@ -57,8 +57,8 @@ class TrainStep(nn.Module):
         if self.added_losses is None:
             return self.objective.terms(self.model, batch)
         # The pass before a step's first backward pass that only counts what the routers choose (`objectives/step_totals.py`).
-        if "choices_alone" in batch:
-            return self.added_losses.choices(self.model, batch)
+        if "only_count_tokens_by_expert" in batch:
+            return self.added_losses.count_tokens_by_expert(self.model, batch)
         return self.added_losses.with_added_terms(self.model, lambda: self.objective.terms(self.model, batch), batch)
 
     def add_block_classes(self, classes: set[str]) -> None:

@@ -36,7 +36,7 @@ def gradients(path, data, layout, units):
     name = attention.VARLEN_ATTENTION if layout is Layout.padding_free else "eager"
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=name)
     softcap, scale = head_transform(model.config)
-    model.set_output_embeddings(LossHead.replace(model.get_output_embeddings(), softcap=softcap, logit_scale=scale))
+    model.set_output_embeddings(LossHead.of_linear(model.get_output_embeddings(), softcap=softcap, logit_scale=scale))
     num = NUM if units is None else len(units)
     loader = StepLoader(
         data,

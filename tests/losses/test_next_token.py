@@ -25,7 +25,7 @@ def test_fused_head_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, b
     monkeypatch.setattr(next_token, "CHUNK_LOGITS", 31 * 7)  # several chunks, the last one short
     torch.manual_seed(0)
     plain = nn.Linear(16, 31, bias=bias)
-    head = LossHead.replace(plain, softcap=softcap, logit_scale=scale)
+    head = LossHead.of_linear(plain, softcap=softcap, logit_scale=scale)
     assert head.weight is plain.weight
     targets = torch.randint(0, 31, (rows,))
     a = torch.randn(rows, 16, requires_grad=True)
@@ -56,12 +56,12 @@ def test_fused_head_weight_of_another_precision_is_cast_once_a_pass(monkeypatch,
             return function(*args, **(kwargs or {}))
 
     torch.manual_seed(0)
-    head = LossHead.replace(nn.Linear(16, 31, bias=False), softcap=None, logit_scale=1.0)
+    head = LossHead.of_linear(nn.Linear(16, 31, bias=False), softcap=None, logit_scale=1.0)
     hidden = torch.randn(50, 16, dtype=torch.bfloat16, requires_grad=True)
     comparison = TeacherComparison(
         DivergenceMeasure(),
         torch.randn(50, 16),
-        LossHead.replace(nn.Linear(16, 31), softcap=None, logit_scale=1.0),
+        LossHead.of_linear(nn.Linear(16, 31), softcap=None, logit_scale=1.0),
         1.0,
         1.0,
     )
@@ -77,7 +77,7 @@ def test_fused_head_weight_of_another_precision_is_cast_once_a_pass(monkeypatch,
 def test_fused_head_counts_correct_predictions_without_gradients():
     torch.manual_seed(0)
     plain = nn.Linear(16, 31)
-    head = LossHead.replace(plain, softcap=None, logit_scale=1.0)
+    head = LossHead.of_linear(plain, softcap=None, logit_scale=1.0)
     hidden = torch.randn(50, 16)
     targets = plain(hidden).argmax(-1)
     targets[:20] = (targets[:20] + 1) % 31
@@ -88,7 +88,7 @@ def test_fused_head_counts_correct_predictions_without_gradients():
 
 
 def test_a_frozen_head_makes_no_weight_gradient():
-    head = LossHead.replace(nn.Linear(16, 31, bias=False).requires_grad_(False), softcap=None, logit_scale=1.0)
+    head = LossHead.of_linear(nn.Linear(16, 31, bias=False).requires_grad_(False), softcap=None, logit_scale=1.0)
     hidden = torch.randn(5, 16, requires_grad=True)
     value, _ = head(hidden, targets=torch.zeros(5, dtype=torch.long))
     assert value.grad_fn.saved_tensors[1] is None
@@ -98,7 +98,7 @@ def test_a_frozen_head_makes_no_weight_gradient():
 
 def test_fused_head_without_targets_is_the_plain_head():
     plain = nn.Linear(16, 31)
-    head = LossHead.replace(plain, softcap=5.0, logit_scale=2.0)
+    head = LossHead.of_linear(plain, softcap=5.0, logit_scale=2.0)
     hidden = torch.randn(2, 3, 16)
     assert torch.equal(head(hidden), plain(hidden))
 
@@ -111,7 +111,7 @@ def test_fused_head_losses_of_rows_and_their_gradients(monkeypatch, bias, softca
     monkeypatch.setattr(next_token, "CHUNK_LOGITS", 11 * 4)  # several chunks, the last one short
     torch.manual_seed(0)
     plain = nn.Linear(6, 11, bias=bias).double()
-    head = LossHead.replace(plain, softcap=softcap, logit_scale=scale)
+    head = LossHead.of_linear(plain, softcap=softcap, logit_scale=scale)
     hidden = torch.randn(rows, 6, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 11, (rows,))
     found = head(hidden, targets=targets, by_row=True)
@@ -130,7 +130,7 @@ def test_rows_of_a_tied_head():
     """The head's weight is also the embedding: both of its gradients add up."""
     torch.manual_seed(0)
     embedding = nn.Embedding(11, 6, dtype=torch.float64)
-    head = LossHead.replace(nn.Linear(6, 11, bias=False), softcap=None, logit_scale=1.0)
+    head = LossHead.of_linear(nn.Linear(6, 11, bias=False), softcap=None, logit_scale=1.0)
     head.weight = embedding.weight
     tokens, targets = torch.randint(0, 11, (7,)), torch.randint(0, 11, (7,))
     mix = torch.randn(7, dtype=torch.float64)
@@ -143,7 +143,7 @@ def test_rows_of_a_tied_head():
 
 
 def test_fused_head_rows_of_a_frozen_head_keep_only_their_gradient():
-    head = LossHead.replace(nn.Linear(16, 31, bias=False).requires_grad_(False), softcap=None, logit_scale=1.0)
+    head = LossHead.of_linear(nn.Linear(16, 31, bias=False).requires_grad_(False), softcap=None, logit_scale=1.0)
     hidden = torch.randn(5, 16, requires_grad=True)
     value = head(hidden, targets=torch.zeros(5, dtype=torch.long), by_row=True)
     assert len(value.grad_fn.saved_tensors) == 1
@@ -159,7 +159,7 @@ def test_fused_head_with_weighted_rows(monkeypatch, bias, softcap, scale):
     monkeypatch.setattr(next_token, "CHUNK_LOGITS", 31 * 7)  # several chunks, the last one short
     torch.manual_seed(0)
     plain = nn.Linear(16, 31, bias=bias)
-    head = LossHead.replace(plain, softcap=softcap, logit_scale=scale)
+    head = LossHead.of_linear(plain, softcap=softcap, logit_scale=scale)
     targets, weights = torch.randint(0, 31, (50,)), torch.rand(50)
     a = torch.randn(50, 16, requires_grad=True)
     b = a.detach().clone().requires_grad_()
@@ -189,7 +189,7 @@ def test_the_loss_by_group(monkeypatch):
     monkeypatch.setattr(next_token, "CHUNK_LOGITS", 31 * 7)
     torch.manual_seed(0)
     plain = nn.Linear(16, 31)
-    head = LossHead.replace(plain, softcap=None, logit_scale=1.0)
+    head = LossHead.of_linear(plain, softcap=None, logit_scale=1.0)
     hidden, targets = torch.randn(50, 16), torch.randint(0, 31, (50,))
     groups, logits = torch.randint(0, 3, (50,)), plain(hidden).detach()
     each = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
@@ -215,7 +215,7 @@ def test_the_size_of_logits_is_summed_over_kept_rows(monkeypatch, softcap, scale
     kept = torch.arange(50) % 3 > 0
     hidden = torch.randn(50, 16)
     found = {}
-    for name, head in {"fused": LossHead.replace(plain, softcap=softcap, logit_scale=scale), "plain": plain}.items():
+    for name, head in {"fused": LossHead.of_linear(plain, softcap=softcap, logit_scale=scale), "plain": plain}.items():
         states = hidden.clone().requires_grad_()
         plain.zero_grad()
         if name == "plain":

@@ -14,7 +14,7 @@ EPS, ROWS, WIDTH, WORDS = 0.2, 7, 5, 11
 def test_loss_and_gradients_are_torchs(monkeypatch, softcap):
     monkeypatch.setattr(next_token, "CHUNK_LOGITS", 3 * WORDS)  # several chunks
     torch.manual_seed(0)
-    head = LossHead.replace(torch.nn.Linear(WIDTH, WORDS).double(), softcap=softcap, logit_scale=1.5)
+    head = LossHead.of_linear(torch.nn.Linear(WIDTH, WORDS).double(), softcap=softcap, logit_scale=1.5)
     hidden = torch.randn(ROWS, WIDTH, dtype=torch.float64, requires_grad=True)
     targets, weights = torch.randint(WORDS, (ROWS,)), torch.rand(ROWS, dtype=torch.float64)
     weighting = RowWeighting(weights, torch.tensor([0, 1, 1, 0, 1, 0, 0]), 2, EPS)

@@ -73,7 +73,7 @@ def test_attention_of_concatenated_documents_equals_that_of_separate_ones(pair):
     expected.backward()
 
     softcap, scale = head_transform(ours.config)
-    ours.set_output_embeddings(LossHead.replace(ours.get_output_embeddings(), softcap=softcap, logit_scale=scale))
+    ours.set_output_embeddings(LossHead.of_linear(ours.get_output_embeddings(), softcap=softcap, logit_scale=scale))
     inputs = concatenated(docs)
     hidden = ours.get_decoder()(**inputs).last_hidden_state[0]
     last = torch.tensor(inputs["cu_seq_lens_q"][1:].tolist()) - 1
@@ -222,7 +222,7 @@ def test_attention_compiled_layers_share_one_graph():
     class Layer(torch.nn.Module):
         def __init__(self, number):
             super().__init__()
-            self.layer_idx, self.row_of_load = number, number
+            self.layer_idx, self.row_in_routing_record = number, number
             self.config = SimpleNamespace(layer_types=["full_attention"] * 3)
 
         def forward(self, x, bounds):

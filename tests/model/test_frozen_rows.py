@@ -8,7 +8,7 @@ from tests.helpers.tokenizers import tiny_tokenizer
 from tests.models import tiny
 from trainer.data.config import Layout
 from trainer.export.verify import DriftError, verify_export
-from trainer.losses.fuse import fuse_head
+from trainer.losses.fuse import install_loss_head
 from trainer.model.frozen_rows import always_zero_rows, zeroed_row
 from trainer.model.layout import AttentionLayout
 
@@ -29,7 +29,7 @@ def test_frozen_embedding_row_gets_no_gradient_and_the_others_do(by_row):
     hidden, targets = torch.randn(7, weight.shape[1], generator=torch.Generator().manual_seed(3)), torch.arange(7) + 20
     found = {}
     for still in (None, 2):
-        fuse_head(model, model.config, frozen_row=still)
+        install_loss_head(model, model.config, frozen_row=still)
         head, weight.grad = model.get_output_embeddings(), None
         result = head(hidden, targets=targets, by_row=True).sum() if by_row else head(hidden, targets=targets)[0]
         result.backward()

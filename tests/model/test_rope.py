@@ -8,7 +8,7 @@ from strategies.errors import ConfigError
 from tests.helpers.models import tiny_model_dir
 from trainer.model.config import ModelConfig, RopeConfig, RopeScaling
 from trainer.model.loading import load_model_config
-from trainer.model.rope import check_adapter_positions, check_rotary_embeddings
+from trainer.model.rope import check_adapter_positions, require_rotary_parameters_in_use
 from trainer.model.rules import position_problems
 from trainer.objectives.distillation import DistillationConfig
 from trainer.objectives.frozen_model import teacher_model
@@ -141,15 +141,15 @@ def test_model_that_rotates_nothing_is_refused_when_it_is_built(models):
     settings = load_model_config(config)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(settings)
-    check_rotary_embeddings(model, config)
+    require_rotary_parameters_in_use(model, config)
     own_settings = transformers.LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 7.0})
     model.model.rotary_emb.config = own_settings  # as parts of a model that have a configuration of their own
     with pytest.raises(ConfigError, match="rotates nothing"):
-        check_rotary_embeddings(model, config)
+        require_rotary_parameters_in_use(model, config)
     model.model.rotary_emb = torch.nn.Identity()
     with pytest.raises(ConfigError, match="rotates nothing"):
-        check_rotary_embeddings(model, config)
-    check_rotary_embeddings(model, ModelConfig(path=config.path))
+        require_rotary_parameters_in_use(model, config)
+    require_rotary_parameters_in_use(model, ModelConfig(path=config.path))
 
 
 def test_teacher_rotates_by_its_own_configuration(models):

@@ -25,7 +25,7 @@ from tests.helpers.tokenizers import tiny_tokenizer, write_chat_data
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
 from trainer.losses.divergence import Divergence, DivergenceMeasure, TeacherComparison
-from trainer.losses.fuse import fuse_head
+from trainer.losses.fuse import install_loss_head
 from trainer.losses.next_token import LossHead
 from trainer.objectives.base import ReferenceModels, TeacherConfig
 from trainer.objectives.distillation import DistillationConfig
@@ -47,7 +47,7 @@ def model(phase: float) -> nn.Module:
     from transformers import LlamaForCausalLM
 
     made = fill(LlamaForCausalLM(model_config()), phase)
-    fuse_head(made, made.config)
+    install_loss_head(made, made.config)
     return made
 
 
@@ -112,10 +112,10 @@ def test_distillation_gradients_are_those_of_the_definition(divergence, kind, we
     """By autograd in float64: states, weight and bias; a teacher of another width and with more rows of padding."""
     torch.manual_seed(0)
     capped = kind != "plain"
-    head = LossHead.replace(
+    head = LossHead.of_linear(
         nn.Linear(6, 11, bias=capped), softcap=3.0 if capped else None, logit_scale=0.5 if capped else 1.0
     )
-    other = LossHead.replace(nn.Linear(4, 13, bias=False), softcap=None, logit_scale=1.0)
+    other = LossHead.of_linear(nn.Linear(4, 13, bias=False), softcap=None, logit_scale=1.0)
     states = torch.randn(7, 6, requires_grad=True)
     theirs, targets = torch.randn(7, 4), torch.arange(7)
     measure = DivergenceMeasure(divergence, temperature=1.7, interpolation=0.3)

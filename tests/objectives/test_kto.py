@@ -23,7 +23,7 @@ from trainer.data.config import DataConfig, DataFormat, Layout
 from trainer.data.prepare import Preparation
 from trainer.data.store.sequences import Sample, TokenDataset
 from trainer.evaluation.loss import LossEvaluator
-from trainer.losses.fuse import fuse_head
+from trainer.losses.fuse import install_loss_head
 from trainer.objectives.kto import MAX_PARTNER_DISTANCE, KtoConfig, mismatched_sample, partner_index
 from trainer.objectives.reference import RecordLogps
 from trainer.objectives.registry import build_objective, data_spec_of
@@ -53,7 +53,7 @@ def model(phase: float):
     from transformers import LlamaForCausalLM
 
     made = fill(LlamaForCausalLM(model_config()), phase)
-    fuse_head(made, made.config)
+    install_loss_head(made, made.config)
     return made
 
 

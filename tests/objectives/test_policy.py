@@ -11,7 +11,7 @@ from tests.golden.make_grpo import ADVANTAGES, CASES, FILE, LONGEST, NOW, OLD, R
 from tests.golden.make_preference_vectors import fill, fingerprints, model_config
 from trainer.config.run import RunConfig
 from trainer.data.config import Layout
-from trainer.losses.fuse import fuse_head
+from trainer.losses.fuse import install_loss_head
 from trainer.losses.next_token import LossHead
 from trainer.losses.row_logps import row_logps
 from trainer.objectives.answers import AnswerCollator, AnswerSample
@@ -64,7 +64,7 @@ def model(phase: float = NOW):
     from transformers import LlamaForCausalLM
 
     made = fill(LlamaForCausalLM(model_config()), phase)
-    fuse_head(made, made.config)
+    install_loss_head(made, made.config)
     return made.double()
 
 
@@ -86,7 +86,7 @@ def samples(config: GrpoConfig, *, has_old: bool = True) -> tuple[list[AnswerSam
         }
         if has_old:
             entries["old_logps"] = np.array(by_phase[OLD][number])
-        made.append(AnswerSample(ids, np.arange(len(ids)) >= len(prompt), {}, row_entries=entries))
+        made.append(AnswerSample(ids, np.arange(len(ids)) >= len(prompt), {}, per_token_entries=entries))
     return made, {"loss": count, "tokens": float(lengths.sum()), "answers": float(len(rows))}
 
 
@@ -194,7 +194,7 @@ def test_log_probabilities_by_row_have_the_values_gradients_and_entropy_of_all_l
     targets = torch.randint(11, (7,), generator=generator)
     weights = torch.randn(7, dtype=torch.float64, generator=generator)
     linear = torch.nn.Linear(6, 11, bias=True).double()
-    head = LossHead.replace(linear, softcap=softcap, logit_scale=1.3)
+    head = LossHead.of_linear(linear, softcap=softcap, logit_scale=1.3)
     states = hidden.clone().requires_grad_()
     logits = (states @ linear.weight.T + linear.bias) * 1.3
     if softcap is not None:

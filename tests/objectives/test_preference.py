@@ -15,7 +15,7 @@ from tests.helpers.covering import chosen, values
 from tests.helpers.objectives import variants_of
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
-from trainer.losses.fuse import fuse_head
+from trainer.losses.fuse import install_loss_head
 from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.causal import reference_logps
 from trainer.objectives.preference import DpoConfig, OrpoConfig, PairLoss
@@ -57,7 +57,7 @@ def model(case: dict, phase: float = 0.0) -> nn.Module:
     if case["objective"] == "reward":
         return fill(LlamaForSequenceClassification(model_config()), phase).double()
     made = fill(LlamaForCausalLM(model_config()), phase)
-    fuse_head(made, made.config)
+    install_loss_head(made, made.config)
     return made.double()  # as TRL's were: sums that nearly cancel differ from one processor to another in float32
 
 

@@ -30,8 +30,8 @@ from trainer.model.experts import EXPERTS_FUNCTION, register
 from trainer.model.routing import (
     ADDED_LOSS,
     RoutingRecord,
+    enable_token_counts,
     hook_router_logits,
-    number_experts,
     recorded_routers,
     recording_routing,
 )
@@ -254,7 +254,7 @@ def test_the_loss_is_that_of_every_class(model_type):
     mask[1, 7:] = mask[2, 4:] = 0
     with recording_routing(RoutingRecord(mask)) as seen:
         expected = model(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
-    found = losses.terms(seen, losses.choices(seen), int(mask.sum()))[ADDED_LOSS]
+    found = losses.terms(seen, losses.tokens_by_expert(seen), int(mask.sum()))[ADDED_LOSS]
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -346,7 +346,7 @@ def test_router_counts_leave_out_recomputed_blocks_references_and_evaluations():
         transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4),
         experts_implementation=EXPERTS_FUNCTION,
     ).train()
-    experts = number_experts(model)
+    experts = enable_token_counts(model)
     hook_router_logits(model, {"model.layers.0.mlp.gate": 0, "model.layers.1.mlp.gate": 0})
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids = torch.arange(12)[None]

@@ -28,7 +28,7 @@ from trainer.objectives.seq2seq import (
     Seq2seqConfig,
     SourceTargetEncoder,
     TwoSidedCollator,
-    deal_two_sides,
+    deal_documents_by_length,
     prompt_and_answer,
 )
 from trainer.tuning.table import method_of
@@ -126,7 +126,7 @@ def padded(data, slots, documents):
 def test_documents_of_similar_length_share_a_micro_batch(root):
     data = two_sided_set(root).train
     documents = np.random.default_rng(1).permutation(48)[:32]
-    slots = deal_two_sides(data, documents, 8, 4)
+    slots = deal_documents_by_length(data, documents, 8, 4)
     assert sorted(place for slot in slots for place in slot) == list(range(32))
     assert {len(slot) for slot in slots} == {4}
     as_they_come = [list(range(n, n + 4)) for n in range(0, 32, 4)]
@@ -165,13 +165,13 @@ def test_seq2seq_sides_that_are_too_long():
     encoder = SourceTargetEncoder(tiny_tokenizer(), "", 4)
     document = Document("f", 9, prompt="hello world , what is it ?", completion="a lazy dog jumps over the fox")
     ((_, sample),) = encoder.encode([document])
-    (cut,) = encoder.fit(document, sample, 5, OverLength.truncate)
+    (cut,) = encoder.truncate_or_drop(document, sample, 5, OverLength.truncate)
     assert cut.answer_begin() == 5 and len(cut.input_ids) == 9
     assert cut.input_ids[:5].tolist() == [*sample.input_ids[:4].tolist(), encoder.eos_id]
     assert cut.input_ids[5:].tolist() == sample.input_ids[sample.answer_begin() :][:4].tolist()
-    assert encoder.fit(document, sample, 5, OverLength.drop) == []
+    assert encoder.truncate_or_drop(document, sample, 5, OverLength.drop) == []
     with pytest.raises(DataError, match=r"f:9: .* data.max_length=5 and objective.max_target=4"):
-        encoder.fit(document, sample, 5, OverLength.fail)
+        encoder.truncate_or_drop(document, sample, 5, OverLength.fail)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer.build.references import reference_models
 from trainer.data.config import Layout
-from trainer.losses.fuse import fuse_head
+from trainer.losses.fuse import install_loss_head
 from trainer.model import attention as attention_module
 from trainer.model import encoder_decoder, experts, flex
 from trainer.model.architecture import (
@@ -85,7 +85,7 @@ def build_step_module(
     plain = copy.deepcopy(model)
     zeroed = always_zero_rows(model, arrangement)
     if is_encoder_decoder or (not is_classifier and model.forward_path.fused):
-        fuse_head(model, model_config, frozen_row=next(iter(zeroed.values()), None))
+        install_loss_head(model, model_config, frozen_row=next(iter(zeroed.values()), None))
     vocabulary = vocabulary_parameter_names(model)
     heads = head_names(model) if is_classifier else ()
     blocks = encoder_decoder.block_classes(model) if is_encoder_decoder else block_class_names(model)

@@ -13,7 +13,7 @@ from strategies.base import Engine
 from strategies.errors import Interrupted
 from strategies.runtime import sum_over_ranks
 from trainer.evaluation.by_position import pop_position_losses, position_group_counts
-from trainer.objectives.step_totals import look_ahead
+from trainer.objectives.step_totals import mean_terms_without_gradients
 
 TERMS_KEPT_BY_BATCH = ("loss", "margin")
 """Terms whose sum over each micro-batch is kept, so that two evaluations can be compared by a paired test."""
@@ -88,7 +88,9 @@ class LossEvaluator:
         """Means over all documents that the objective's loss needs, by term; empty for most objectives. All ranks must call."""
         if self._ahead is None:
             return {}
-        return look_ahead(engine, self._ahead(), self._loss_denominator, averaged=True, check_stop=self._check_stop)
+        return mean_terms_without_gradients(
+            engine, self._ahead(), self._loss_denominator, averaged=True, check_stop=self._check_stop
+        )
 
     def _sum_own_micro_batches(self, engine: Engine, means: dict[str, torch.Tensor]) -> _SumsOfRank:
         """The summed terms of this rank's micro-batches, from a forward pass over each. All ranks must call.

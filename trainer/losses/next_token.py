@@ -341,7 +341,7 @@ class LossHead(nn.Linear):
         return freeze_row(self.weight, self.frozen_row)
 
     @classmethod
-    def replace(cls, head: nn.Linear, *, softcap: float | None, logit_scale: float) -> LossHead:
+    def of_linear(cls, head: nn.Linear, *, softcap: float | None, logit_scale: float) -> LossHead:
         """A LossHead in the place of `head`, with the same Parameter objects (they may be tied)."""
         loss_head = cls.__new__(cls)
         loss_head.__dict__.update(head.__dict__)

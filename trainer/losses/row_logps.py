@@ -38,7 +38,7 @@ def row_logps(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: flo
     Logits are divided by `temperature` first. Gradients flow through the log-probabilities alone. Calls `head` exactly once, as
     a module, also for no rows: a sharded head is gathered on all ranks together.
     """
-    if computes_loss(head):
+    if computes_loss(head):  # it computes `_RowLogps` in its own call, in place of the loss
         return head(hidden, targets=targets, comparison=_RowLogps(temperature))
     # An adapter on the head adds to its logits, so these must be made.
     log_probabilities = (head(hidden).float() / temperature).log_softmax(-1)

@@ -19,7 +19,10 @@ class _SumOfSquaredLogsumexp:
     """`[N]`: 1 for rows that count, 0 for others; None: all count."""
 
     def __call__(self, head: LossHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """(the weighted sum over rows of their squared logsumexp,), for rows `hidden [N, H]`; all `targets` must be 0."""
+        """The z-loss: the weighted sum over rows `hidden [N, H]` of their squared logsumexp, as a tuple of this one sum.
+
+        All `targets` must be 0. A tuple, as a head expects of every comparison.
+        """
         weight = head.training_weight
         bias = head.bias
         settings = HeadSettings(head.softcap, head.logit_scale, torch.is_grad_enabled())
@@ -38,8 +41,9 @@ def sum_of_squared_logsumexp(head: nn.Module, hidden: Tensor, counted_rows: Tens
     Calls `head` once, as a module.
     """
     row_weights = None if counted_rows is None else counted_rows.float()
-    if computes_loss(head):
+    if computes_loss(head):  # it computes this in its own call, in place of the loss
         comparison = _SumOfSquaredLogsumexp(row_weights)
-        (total,) = head(hidden, targets=hidden.new_zeros(len(hidden), dtype=torch.int64), comparison=comparison)
+        token_0 = hidden.new_zeros(len(hidden), dtype=torch.int64)  # any target does, if its logit is known
+        (total,) = head(hidden, targets=token_0, comparison=comparison)
         return total
     return weight_rows(head(hidden).float().logsumexp(-1).square(), row_weights).sum()

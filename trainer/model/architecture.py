@@ -14,7 +14,7 @@ from strategies.errors import ConfigError
 from trainer.model import experts
 from trainer.model.compat import ignore_in_checkpoints, language_model_types_of_architecture, register_text_part
 from trainer.model.config import Attention, ModelConfig, ModelKind
-from trainer.model.rope import check_rotary_embeddings
+from trainer.model.rope import require_rotary_parameters_in_use
 from trainer.tuning.compat.transformers import block_class_names
 
 DROPOUT_NAME_REGEX = re.compile(r"dropout|_pdrop$")
@@ -65,7 +65,7 @@ def build_plain_model(
             f"model.path={config.path}: a {hf_config.model_type} model cannot be built for objective="
             f"{objective} with attention {attention}: {' '.join(reason.split())[:300]}"
         ) from error
-    check_rotary_embeddings(model, config)
+    require_rotary_parameters_in_use(model, config)
     return model, attention
 
 

@@ -41,7 +41,7 @@ class RouterLosses:
     def __bool__(self) -> bool:
         return bool(self.balance_weight or self.z_weight)
 
-    def choices(self, record: RoutingRecord) -> Tensor:
+    def tokens_by_expert(self, record: RoutingRecord) -> Tensor:
         """How many tokens chose each expert (it is among their `top_k`), over all layers of a forward pass: int64 `[experts]`."""
         total = torch.zeros(record.logits[0].shape[-1], dtype=torch.int64, device=record.logits[0].device)
         with torch.no_grad():
@@ -55,23 +55,23 @@ class RouterLosses:
                 total.scatter_add_(0, chosen_experts.reshape(-1), counted.reshape(-1))
         return total
 
-    def terms(self, record: RoutingRecord, choices: Tensor | None, tokens: int) -> dict[str, Tensor]:
+    def terms(self, record: RoutingRecord, tokens_by_expert: Tensor | None, num_tokens: int) -> dict[str, Tensor]:
         """What one pass adds to the step's loss, as terms: `ADDED_LOSS` with its gradient, and each loss without its weight.
 
-        `choices [experts]`: how many tokens of the whole step chose each expert; None if there is no balancing loss. `tokens`:
-        the number of tokens of the whole step.
+        `tokens_by_expert [experts]`: how many tokens of the whole step chose each expert, over all routers; None if there is no
+        balancing loss. `num_tokens`: of the whole step.
         """
-        rows = float(tokens * len(record.logits))
+        num_decisions = float(num_tokens * len(record.logits))  # each router sends each token to experts
         losses: dict[str, Tensor] = {}
         total = record.logits[0].new_zeros((), dtype=torch.float32)
         masked_logits = [(logits, record.token_mask(len(logits))) for logits in record.logits]
-        if choices is not None:
-            shares = (choices.double() / rows).float()
+        if tokens_by_expert is not None:
+            shares = (tokens_by_expert.double() / num_decisions).float()
             probability_sums = [
                 _sum_over_tokens(logits.float().softmax(-1), is_token) for logits, is_token in masked_logits
             ]
             # Switch Transformers, arXiv:2101.03961: smallest if all experts get the same share.
-            balance = len(shares) * (shares * torch.stack(probability_sums).sum(0)).sum() / rows
+            balance = len(shares) * (shares * torch.stack(probability_sums).sum(0)).sum() / num_decisions
             total = total + self.balance_weight * balance
             losses["router/balance_loss"] = balance.detach()
         if self.z_weight:
@@ -79,7 +79,7 @@ class RouterLosses:
                 _sum_over_tokens(logits.float().logsumexp(-1).square(), is_token) for logits, is_token in masked_logits
             ]
             # ST-MoE, arXiv:2202.08906: keeps router logits small, whose softmax rounds badly in half precision.
-            z = torch.stack(square_sums).sum() / rows
+            z = torch.stack(square_sums).sum() / num_decisions
             total = total + self.z_weight * z
             losses["router/z_loss"] = z.detach()
         return {ADDED_LOSS: total, **losses}
@@ -93,12 +93,12 @@ def _sum_over_tokens(values: Tensor, is_token: Tensor | None) -> Tensor:
 
 
 def router_losses_of_run(
-    config: ModelConfig, settings: Any, plain: nn.Module, kind: ModelKind
+    config: ModelConfig, hf_config: Any, meta_model: nn.Module, kind: ModelKind
 ) -> tuple[RouterLosses, dict[str, int], dict[str, str]]:
     """(the losses that a run adds for its routers, the index of the logits in each router's output, notes by setting).
 
-    Routers are by the name of their module. Notes say what the model's configuration asks for and is not done. `settings`:
-    transformers' configuration; `plain`: its model. Cases, in order:
+    Routers are by the name of their module. Notes say what the model's configuration asks for and is not done.
+    `hf_config`: transformers' configuration; `meta_model`: its model on meta. Cases, in order:
     - neither the settings nor the configuration ask for such losses: none.
     - an encoder-decoder, or a model without routers that can be recorded: none; ConfigError if the settings ask for them.
     - the balancing loss does not fit the model: its weight is 0; ConfigError if the settings ask for it.
@@ -106,21 +106,21 @@ def router_losses_of_run(
 
     Raises ConfigError also for other settings that cannot be followed.
     """
-    text = text_model_config(settings)
+    text_config = text_model_config(hf_config)
     notes: dict[str, str] = {}
     is_requested = bool(
-        getattr(settings, "output_router_logits", False) or getattr(text, "output_router_logits", False)
+        getattr(hf_config, "output_router_logits", False) or getattr(text_config, "output_router_logits", False)
     )
     if not is_requested and not config.router_aux_loss and not config.router_z_loss:
         return RouterLosses(), {}, notes
     output_index_by_router = {}
     if kind is ModelKind.encoder_decoder:
         reason = (
-            f"routers are balanced in causal models and classifiers, and a {settings.model_type} is an encoder-decoder"
+            f"routers are balanced in causal models and classifiers, and a {hf_config.model_type} is an encoder-decoder"
         )
     else:
-        output_index_by_router = recorded_routers(plain)
-        reason = f"a {settings.model_type} has no router whose logits transformers records"
+        output_index_by_router = recorded_routers(meta_model)
+        reason = f"a {hf_config.model_type} has no router whose logits transformers records"
     if not output_index_by_router:
         _refuse_router_settings(config, reason)
         if config.router_aux_loss is None:
@@ -128,26 +128,26 @@ def router_losses_of_run(
         return RouterLosses(), {}, notes
     weight = config.router_aux_loss
     if weight is None:
-        weight = float(_first_setting(plain, text, BALANCE_WEIGHT_NAMES) or 0.0) if is_requested else 0.0
+        weight = float(_first_setting(meta_model, text_config, BALANCE_WEIGHT_NAMES) or 0.0) if is_requested else 0.0
     top_k = 1
     if weight:
-        top_k = int(_first_setting(plain, text, ("num_experts_per_tok",)) or 1)
-        difference = _unsupported_balance(plain, top_k)
+        top_k = int(_first_setting(meta_model, text_config, ("num_experts_per_tok",)) or 1)
+        difference = _balance_loss_difference(meta_model, top_k)
         if difference is not None:
-            if balancing_biases(plain):
+            if balancing_biases(meta_model):
                 difference += " (it is balanced by a bias, which stays as it was loaded)"
             if config.router_aux_loss:
                 raise ConfigError(
-                    f"model.router_aux_loss={weight:g}: a {settings.model_type} has {difference}; set model.router_aux_loss=0"
+                    f"model.router_aux_loss={weight:g}: a {hf_config.model_type} has {difference}; set model.router_aux_loss=0"
                 )
-            notes["model.router_aux_loss"] = f"0: a {settings.model_type} has {difference}"
+            notes["model.router_aux_loss"] = f"0: a {hf_config.model_type} has {difference}"
             weight = 0.0
     return RouterLosses(weight, top_k, config.router_z_loss), output_index_by_router, notes
 
 
-def _first_setting(plain: nn.Module, text: Any, names: tuple[str, ...]) -> Any:
-    """The value of the first attribute in `names` that the model has, else that its configuration `text` has; None if neither."""
-    for owner in (plain, text):
+def _first_setting(meta_model: nn.Module, text_config: Any, names: tuple[str, ...]) -> Any:
+    """The value of the first attribute in `names` that the model has, else that `text_config` has; None if neither."""
+    for owner in (meta_model, text_config):
         for name in names:
             setting = getattr(owner, name, None)
             if setting is not None:
@@ -162,27 +162,30 @@ def _refuse_router_settings(config: ModelConfig, reason: str) -> None:
             raise ConfigError(f"model.{setting}={weight:g}: {reason}; leave it out")
 
 
-def logit_z_weight(settings: Any) -> float:
+def logit_z_weight(hf_config: Any) -> float:
     """Weight of the z-loss of the output's logits, where the model's class adds one (Bamba's); else 0."""
-    return float(getattr(text_model_config(settings), "z_loss_coefficient", None) or 0.0)
+    return float(getattr(text_model_config(hf_config), "z_loss_coefficient", None) or 0.0)
 
 
-def _unsupported_balance(plain: nn.Module, top_k: int) -> str | None:
-    """How the model class's balancing loss differs from the one here, as text; None if both agree on a few random logits."""
-    function = getattr(sys.modules[type(plain).__module__], BALANCE_LOSS_FUNCTION_NAME, None)
-    if function is None:
+def _balance_loss_difference(meta_model: nn.Module, top_k: int) -> str | None:
+    """How transformers' balancing loss for a model class differs from the one here, as text for "has ...".
+
+    Both are computed for a few random logits of two routers; None if they agree.
+    """
+    balance_loss = getattr(sys.modules[type(meta_model).__module__], BALANCE_LOSS_FUNCTION_NAME, None)
+    if balance_loss is None:
         return "no balancing loss in transformers"
     generator = torch.Generator().manual_seed(0)
-    experts = top_k + 3
-    logits = [torch.randn(6, experts, generator=generator) for _ in range(2)]
+    num_experts = top_k + 3
+    logits = [torch.randn(6, num_experts, generator=generator) for _ in range(2)]
     # The last token is padding: a class that counts it computes another loss.
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     record = RoutingRecord(mask, logits=logits)
     losses = RouterLosses(balance_weight=1.0, top_k=top_k)
-    expected = losses.terms(record, losses.choices(record), int(mask.sum()))[ADDED_LOSS]
+    expected = losses.terms(record, losses.tokens_by_expert(record), num_tokens=int(mask.sum()))[ADDED_LOSS]
     another_loss = "a balancing loss of its own in transformers, which is not computed here"
     try:
-        loss_of_class = function(tuple(logits), experts, top_k, mask)
+        loss_of_class = balance_loss(tuple(logits), num_experts, top_k, mask)
     except (TypeError, ValueError, RuntimeError, IndexError):  # it takes other arguments
         return another_loss
     if torch.is_tensor(loss_of_class) and torch.allclose(loss_of_class.float(), expected, rtol=1e-5):

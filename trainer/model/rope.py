@@ -46,16 +46,16 @@ def set_positions(hf_config: Any, config: ModelConfig) -> None:
     """
     if not positions_are_set(config):
         return
-    text = hf_config.get_text_config()
-    parameters = _rope_parameters(text, config)
-    own_positions = getattr(text, "max_position_embeddings", None)
+    text_config = hf_config.get_text_config()
+    parameters = _rope_parameters(text_config, config)  # the dict in the configuration, which is changed below
+    own_positions = getattr(text_config, "max_position_embeddings", None)
     if not isinstance(own_positions, int) or own_positions < 1:
         raise ConfigError(
             f"model.path={config.path}: its config.json has no max_position_embeddings, from which model.positions and "
             "model.rope count; leave them at null"
         )
     if config.rope.type is not None:
-        _set_scaling(text, parameters, config, own_positions)
+        _set_scaling(text_config, parameters, config, own_positions)
     elif config.positions is not None and parameters.get("rope_type") in TYPES_BY_NUM_POSITIONS:
         raise ConfigError(
             f"model.positions={config.positions}: the base rotates by rope type {parameters['rope_type']}, in which the number "
@@ -63,23 +63,24 @@ def set_positions(hf_config: Any, config: ModelConfig) -> None:
         )
     if config.rope.theta is not None:
         parameters["rope_theta"] = config.rope.theta
-        if hasattr(text, "rope_theta"):  # transformers would take it for the truth where both are there
-            text.rope_theta = config.rope.theta
+        if hasattr(text_config, "rope_theta"):  # transformers would take it for the truth where both are there
+            text_config.rope_theta = config.rope.theta
     if config.positions is not None:
-        text.max_position_embeddings = config.positions
-    _raise_if_class_refuses(text, config)
+        text_config.max_position_embeddings = config.positions
+    _raise_if_class_refuses(text_config, config)
 
 
-def _raise_if_class_refuses(text: Any, config: ModelConfig) -> None:
+def _raise_if_class_refuses(text_config: Any, config: ModelConfig) -> None:
     """Raise ConfigError if the class of the configuration refuses its own rope parameters (Phi-3 takes `longrope` alone)."""
-    reason = REASON_BY_UNFIT_SCALING.get((text.model_type, str(config.rope.type)))
+    # What transformers itself says replaces the reason of the table, which is for what it does not find out here.
+    reason = REASON_BY_UNFIT_SCALING.get((text_config.model_type, str(config.rope.type)))
     try:
-        text.validate_rope()
+        text_config.validate_rope()
     except (ValueError, LookupError, TypeError) as error:
         reason = " ".join(str(error).split())
     if reason is not None:
-        overrides = _position_overrides(config)
-        raise ConfigError(f"{overrides}: not for a {text.model_type} (model.path={config.path}): {reason}")
+        settings = _position_settings_text(config)
+        raise ConfigError(f"{settings}: not for a {text_config.model_type} (model.path={config.path}): {reason}")
 
 
 def positions_are_set(config: ModelConfig) -> bool:
@@ -87,19 +88,20 @@ def positions_are_set(config: ModelConfig) -> bool:
     return config.positions is not None or config.rope != RopeConfig()
 
 
-def check_rotary_embeddings(model: Any, config: ModelConfig) -> None:
+def require_rotary_parameters_in_use(model: Any, config: ModelConfig) -> None:
     """Raise ConfigError if settings of positions are set and no module of the built `model` has its frequencies from them."""
     if not positions_are_set(config):
         return
     parameters = model.config.get_text_config().rope_parameters
     for module in model.modules():
+        # A rotary embedding keeps its (inverse) frequencies in a buffer of this name.
         rotates = any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
         # A model of several parts may have a configuration for each, beside the one that was changed (BLT).
         if rotates and getattr(getattr(module, "config", None), "rope_parameters", None) == parameters:
             return
-    overrides = _position_overrides(config)
+    settings = _position_settings_text(config)
     raise ConfigError(
-        f"{overrides}: a {model.config.model_type} as model.path={config.path} configures it rotates nothing by its "
+        f"{settings}: a {model.config.model_type} as model.path={config.path} configures it rotates nothing by its "
         "rope_parameters; leave them at null"
     )
 
@@ -113,13 +115,13 @@ def check_adapter_positions(directory: str, key: str, hf_config: Any, config: Mo
     file = Path(directory).expanduser() / CONFIG_FILE
     if positions_are_set(config) or not file.is_file():
         return
-    trained = read_json_object(file)
-    trained_text = trained.get("text_config") or trained
-    text = hf_config.get_text_config().to_dict()
+    adapter_config = read_json_object(file)
+    adapter_settings = adapter_config.get("text_config") or adapter_config
+    base_settings = hf_config.get_text_config().to_dict()
     differing = []
     for name in ("max_position_embeddings", "rope_parameters"):
-        if trained_text.get(name) != text.get(name):
-            differing.append(f"{name}={trained_text.get(name)}, not {text.get(name)}")
+        if adapter_settings.get(name) != base_settings.get(name):
+            differing.append(f"{name}={adapter_settings.get(name)}, not {base_settings.get(name)}")
     if differing:
         raise ConfigError(
             f"{key}={directory}: was trained with {' and '.join(differing)} ({file}); set model.positions and model.rope as in "
@@ -132,41 +134,64 @@ def adapter_config_source(directory: Path, base: str) -> str:
     return str(directory) if (directory / CONFIG_FILE).is_file() else base
 
 
-def _rope_parameters(text: Any, config: ModelConfig) -> dict[str, Any]:
-    """The dict of rope parameters in transformers' configuration `text`, to be changed in place.
+def _rope_parameters(text_config: Any, config: ModelConfig) -> dict[str, Any]:
+    """The dict of rope parameters in transformers' configuration `text_config`, to be changed in place.
 
     If kinds of layers have their own, that of full attention. Raises ConfigError for a model without rotary positions, with code
     of its own, or with none for full attention.
     """
-    parameters: dict[str, Any] | None = getattr(text, "rope_parameters", None)
-    overrides = _position_overrides(config)
-    if not parameters or getattr(text, "alibi", False):
+    parameters: dict[str, Any] | None = getattr(text_config, "rope_parameters", None)
+    settings = _position_settings_text(config)
+    if not parameters or getattr(text_config, "alibi", False):
         raise ConfigError(
-            f"{overrides}: the positions of a {text.model_type} (model.path={config.path}) are not rotary: a table of "
+            f"{settings}: the positions of a {text_config.model_type} (model.path={config.path}) are not rotary: a table of "
             "learned positions cannot grow, and other kinds have no such setting; leave them at null, or choose a model with "
             "rotary positions, such as Llama or Qwen"
         )
-    if not type(text).__module__.startswith("transformers."):
+    if not type(text_config).__module__.startswith("transformers."):
         raise ConfigError(
-            f"{overrides}: model.path={config.path} brings code of its own, which need not read rope_parameters; set them "
+            f"{settings}: model.path={config.path} brings code of its own, which need not read rope_parameters; set them "
             "in its config.json as its authors say, and leave these at null"
         )
-    if not text.nested_rope_parameter_keys(parameters):
+    if not text_config.nested_rope_parameter_keys(parameters):
         return parameters
     if not parameters.get(FULL_ATTENTION):
         raise ConfigError(
-            f"{overrides}: a {text.model_type} has rope parameters for {', '.join(parameters)}, and none for "
+            f"{settings}: a {text_config.model_type} has rope parameters for {', '.join(parameters)}, and none for "
             f"{FULL_ATTENTION}, which alone is changed; set them in its config.json, and leave these at null"
         )
     full_attention: dict[str, Any] = parameters[FULL_ATTENTION]
     return full_attention
 
 
-def _set_scaling(text: Any, parameters: dict[str, Any], config: ModelConfig, own_positions: int) -> None:
+def _set_scaling(text_config: Any, parameters: dict[str, Any], config: ModelConfig, own_positions: int) -> None:
     """Replace the scaling in `parameters` (the config's rope parameters), in place, by that of `model.rope`.
 
-    The factor is `model.rope.factor`, or `model.positions` over the positions that the base was trained with: 32768 over 8192
-    give 4. Raises ConfigError if the base's own scaling cannot be replaced, or if the factor is unknown or below 1.
+    `own_positions`: the number of positions of the base. Raises ConfigError if the base's own scaling cannot be replaced, or if
+    the factor is unknown or below 1.
+    """
+    scaling = config.rope.type
+    original = _replaceable_positions(text_config, parameters, config, own_positions)
+    factor = _scaling_factor(config, original)
+    # Remove what belongs to the old scaling, then write the new one.
+    had_original = ORIGINAL_POSITIONS_KEY in parameters
+    was_yarn = parameters.get("rope_type", "default") == RopeScaling.yarn
+    for key in SCALING_KEYS & parameters.keys():
+        if scaling is RopeScaling.yarn and was_yarn and key in YARN_KEYS_KEPT:
+            continue
+        del parameters[key]
+    parameters["rope_type"] = str(scaling)
+    parameters["factor"] = float(factor)
+    if scaling is RopeScaling.yarn or had_original:  # Ministral reads it in its attention too, whatever the type is
+        parameters[ORIGINAL_POSITIONS_KEY] = original
+
+
+def _replaceable_positions(
+    text_config: Any, parameters: dict[str, Any], config: ModelConfig, own_positions: int
+) -> int | None:
+    """The positions that the base was trained with before it was scaled; None if that is not known, nor needed.
+
+    Raises ConfigError if the base's own scaling cannot be replaced by `model.rope.type`.
     """
     scaling = config.rope.type
     base_type = parameters.get("rope_type", "default")
@@ -175,7 +200,7 @@ def _set_scaling(text: Any, parameters: dict[str, Any], config: ModelConfig, own
             f"model.rope.type={scaling}: the base rotates by rope type {base_type}, which is not replaced here; set "
             "model.rope.theta or model.positions alone"
         )
-    original = _original_positions(text, parameters, own_positions)
+    original = _original_positions(text_config, parameters, own_positions)
     if original is None and (scaling is RopeScaling.yarn or config.rope.factor is None):
         raise ConfigError(
             f"model.rope.type={scaling}: the base is scaled already (linear, by {parameters.get('factor')}), and its config.json "
@@ -183,6 +208,14 @@ def _set_scaling(text: Any, parameters: dict[str, Any], config: ModelConfig, own
             f"write {ORIGINAL_POSITIONS_KEY} "
             "into its rope_parameters"
         )
+    return original
+
+
+def _scaling_factor(config: ModelConfig, original: int | None) -> float:
+    """`model.rope.factor`, or `model.positions` over the `original` positions of the base: 32768 over 8192 give 4.
+
+    Raises ConfigError for a factor below 1.
+    """
     factor = config.rope.factor
     if factor is None:
         assert config.positions is not None  # trainer/model/rules.py: position_problems
@@ -193,29 +226,19 @@ def _set_scaling(text: Any, parameters: dict[str, Any], config: ModelConfig, own
             f"model.positions={config.positions}: is less than the {original} positions that the base was trained with, and "
             "needs no scaling; leave model.rope.type at null"
         )
-    # Remove what belongs to the old scaling, then write the new one.
-    recorded = ORIGINAL_POSITIONS_KEY in parameters
-    was_yarn = base_type == RopeScaling.yarn
-    for key in SCALING_KEYS & parameters.keys():
-        if scaling is RopeScaling.yarn and was_yarn and key in YARN_KEYS_KEPT:
-            continue
-        del parameters[key]
-    parameters["rope_type"] = str(scaling)
-    parameters["factor"] = float(factor)
-    if scaling is RopeScaling.yarn or recorded:  # Ministral reads it in its attention too, whatever the type is
-        parameters[ORIGINAL_POSITIONS_KEY] = original
+    return factor
 
 
-def _original_positions(text: Any, parameters: dict[str, Any], own_positions: int) -> int | None:
+def _original_positions(text_config: Any, parameters: dict[str, Any], own_positions: int) -> int | None:
     """The positions that the base was trained with before it was scaled; None if it is scaled and does not say."""
     # Phi-3 and its kin have it beside rope_parameters, and transformers takes it from there first.
-    recorded = getattr(text, ORIGINAL_POSITIONS_KEY, None) or parameters.get(ORIGINAL_POSITIONS_KEY)
+    recorded = getattr(text_config, ORIGINAL_POSITIONS_KEY, None) or parameters.get(ORIGINAL_POSITIONS_KEY)
     if recorded:
         return int(recorded)
     return None if parameters.get("rope_type") == RopeScaling.linear else own_positions
 
 
-def _position_overrides(config: ModelConfig) -> str:
+def _position_settings_text(config: ModelConfig) -> str:
     """The settings of positions that are set, as a user types them: `model.positions=32768, model.rope.type=yarn`."""
     rope = config.rope
     settings = {

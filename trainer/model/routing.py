@@ -47,25 +47,29 @@ class RoutingRecord:
         """Whether what is computed now belongs to the recorded pass."""
         return self.without_gradients or torch.is_grad_enabled()
 
-    def token_mask(self, positions: int) -> Tensor | None:
-        """bool `[positions]`: which of them are tokens of documents; None: all of them.
+    def token_mask(self, num_positions: int) -> Tensor | None:
+        """bool `[num_positions]`: which positions of all rows are tokens of documents; None: all of them.
 
-        Positions that were put before each row (virtual tokens) are none.
+        The virtual tokens of prompt tuning, which lie before each row, are none.
         """
         if self.mask is None:
             return None
-        if positions not in self._token_masks:  # every layer asks for the same
-            rows, width = self.mask.shape
-            before = positions // rows - width
-            self._token_masks[positions] = nn.functional.pad(self.mask.bool(), (before, 0), value=False).view(-1)
-        return self._token_masks[positions]
+        if num_positions not in self._token_masks:  # every layer asks for the same
+            num_rows, row_length = self.mask.shape
+            num_virtual_tokens = num_positions // num_rows - row_length
+            with_virtual_tokens = nn.functional.pad(self.mask.bool(), (num_virtual_tokens, 0), value=False)
+            self._token_masks[num_positions] = with_virtual_tokens.view(-1)
+        return self._token_masks[num_positions]
 
 
 class _Recording:
-    """The pass that is recorded now, and the function that notes in it. Compiled graphs must not hold it: they would keep it."""
+    """The pass that is recorded now, and the function that notes tokens of experts in it (`_count_tokens`, never compiled).
+
+    Compiled graphs must not hold the record: they would keep it.
+    """
 
     record: RoutingRecord | None = None
-    note: Callable[[Any, Tensor], None]
+    note_expert_tokens: Callable[[Any, Tensor], None]
 
 
 @contextmanager
@@ -81,39 +85,44 @@ def recording_routing(record: RoutingRecord) -> Iterator[RoutingRecord]:
 
 def count_expert_load(module: Any, expert_indices: Tensor) -> None:
     """Count the tokens of `expert_indices [positions, k]`, experts of `module`, if the pass is recorded. Waits for no device."""
-    if hasattr(module, "row_of_load"):  # its number would compile a block anew for each layer
-        _Recording.note(module, expert_indices)
+    if hasattr(
+        module, "row_in_routing_record"
+    ):  # the row itself, if read here, would compile a block anew for each layer
+        _Recording.note_expert_tokens(module, expert_indices)
 
 
 def _count_tokens(module: Any, expert_indices: Tensor) -> None:
-    """Add to the open record how many tokens chose each expert of a layer; without an open record, do nothing.
+    """Add to the open record, in `tokens [layers, experts]`, how many tokens chose each expert of a layer.
 
-    `module`: the layer's experts. `expert_indices`: `[positions, choices of each]`. Padding does not count. Nothing waits for the
-    device.
+    Without an open record it does nothing. `module`: the layer's experts. `expert_indices`: `[positions, choices of each]`.
+    Padding does not count. Nothing waits for the device.
     """
     record = _Recording.record
     if record is None or record.tokens is None or not record.is_recording:
         return
-    experts = record.tokens.shape[1]
+    num_experts = record.tokens.shape[1]
     flat_indices = expert_indices.reshape(-1).long()
-    counts = (flat_indices < experts).long()  # beyond them lie experts that compute nothing, where a model has such
+    counts = (flat_indices < num_experts).long()  # beyond them lie experts that compute nothing, where a model has such
     is_token = record.token_mask(len(expert_indices))
     if is_token is not None:
         chosen_per_token = expert_indices.shape[-1]
         counts = counts * is_token.repeat_interleave(chosen_per_token, output_size=len(flat_indices))
-    record.tokens[module.row_of_load].scatter_add_(0, flat_indices.clamp(max=experts - 1), counts)
+    record.tokens[module.row_in_routing_record].scatter_add_(0, flat_indices.clamp(max=num_experts - 1), counts)
 
 
-def number_experts(model: nn.Module) -> tuple[int, ...]:
-    """Give each module of experts the index of its row in `RoutingRecord.tokens` (`row_of_load`), so that its tokens are counted.
+def enable_token_counts(model: nn.Module) -> tuple[int, ...]:
+    """Let each module of experts count its tokens while a pass is recorded (`count_expert_load`).
 
-    Returns how many experts each module has.
+    Sets the module's attribute `row_in_routing_record`: the index of its row in `RoutingRecord.tokens`. Returns how many experts
+    each module has, as in (8, 8).
     """
     modules: list[Any] = list(expert_modules_by_name(model).values())
     if modules:
-        _Recording.note = torch.compiler.disable(_count_tokens)  # here, since it imports what takes a second
+        _Recording.note_expert_tokens = torch.compiler.disable(
+            _count_tokens
+        )  # here, since it imports what takes a second
     for row, module in enumerate(modules):
-        module.row_of_load = row
+        module.row_in_routing_record = row
     return tuple(int(module.num_experts) for module in modules)
 
 
@@ -122,23 +131,29 @@ def recorded_routers(model: nn.Module) -> dict[str, int]:
 
     Such as `{"model.layers.0.mlp.gate": 0}`.
     """
-    output_index: dict[str, int] = {}
+    output_index_by_router: dict[str, int] = {}
+    _add_routers_below(model, "", [], output_index_by_router)
+    return output_index_by_router
 
-    def search(module: nn.Module, name: str, recorders: list[Any]) -> None:
-        """Note the routers below `module`; a module without recorders of its own has those of its parent."""
-        own = output_recorders(module, "router_logits")
-        recorders = recorders if own is None else own
-        for recorder in recorders:
-            by_class = recorder.target_class is not None and isinstance(module, recorder.target_class)
-            by_name = recorder.class_name is not None and f".{name}".endswith(recorder.class_name)
-            placed = recorder.layer_name is None or f".{recorder.layer_name.strip('.')}." in f".{name}."
-            if (by_class or by_name) and placed:
-                output_index[name] = recorder.index
-        for key, child in module.named_children():
-            search(child, f"{name}.{key}".lstrip("."), recorders)
 
-    search(model, "", [])
-    return output_index
+def _add_routers_below(
+    module: nn.Module, name: str, inherited_recorders: list[Any], output_index_by_router: dict[str, int]
+) -> None:
+    """Add to `output_index_by_router` the routers among `module`, called `name` in the model, and the modules in it.
+
+    A recorder (transformers' `OutputRecorder`) says which modules it takes: by class or by the end of the name, perhaps only in
+    a layer of some name. A module without recorders of its own has those of its parent.
+    """
+    own_recorders = output_recorders(module, "router_logits")
+    recorders = inherited_recorders if own_recorders is None else own_recorders
+    for recorder in recorders:
+        matches_class = recorder.target_class is not None and isinstance(module, recorder.target_class)
+        matches_name = recorder.class_name is not None and f".{name}".endswith(recorder.class_name)
+        is_in_named_layer = recorder.layer_name is None or f".{recorder.layer_name.strip('.')}." in f".{name}."
+        if (matches_class or matches_name) and is_in_named_layer:
+            output_index_by_router[name] = recorder.index
+    for key, child in module.named_children():
+        _add_routers_below(child, f"{name}.{key}".lstrip("."), recorders, output_index_by_router)
 
 
 def hook_router_logits(root: nn.Module, output_index_by_router: dict[str, int]) -> None:

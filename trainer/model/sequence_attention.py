@@ -42,14 +42,18 @@ def register_flash() -> None:
     AttentionInterface.register(FLASH_ATTENTION, over_slices(flash_attention_function()))
 
 
+HeadRange = tuple[int, int]
+"""The heads of a rank: the first, and the one after the last."""
+
+
 @dataclass(frozen=True, slots=True)
 class HeadShares:
     """Which heads each rank of a sequence-parallel group attends with."""
 
-    query_heads: list[tuple[int, int]]
-    """For each rank the first of its query heads, and the one after its last."""
-    key_value_heads: list[tuple[int, int]]
-    """For each rank the key-value heads that its query heads use, likewise. Several ranks may use the same one."""
+    query_heads: list[HeadRange]
+    """The query heads of each rank."""
+    key_value_heads: list[HeadRange]
+    """For each rank the key-value heads that its query heads use. Several ranks may use the same one."""
 
 
 def head_shares(query_heads: int, key_value_heads: int, ranks: int) -> HeadShares:
@@ -86,6 +90,11 @@ def over_slices(attend: Attention) -> Attention:
         row_slices: list[int] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
+        """q `[1, H, t, D]`, k and v `[1, G, t, D]` of this rank's slice -> (its attention output `[1, t, H, D]`, None).
+
+        `row_slices`: the borders of all slices, [0, 5, 16] for two. `attention_mask`, like all other arguments, is that of the
+        whole row, over which `attend` computes.
+        """
         if row_slices is None:
             return attend(module, query, key, value, attention_mask, *args, **kwargs)
         for name in UNSUPPORTED_INPUTS:
@@ -102,9 +111,9 @@ def over_slices(attend: Attention) -> Attention:
         rank = dist.get_rank(group)
         shares = head_shares(query.shape[1], key.shape[1], len(row_slices) - 1)
         own_heads = shares.query_heads[rank]
-        row_query = slices_to_heads(query, shares.query_heads, row_slices, rank, group)
-        row_key = slices_to_heads(key, shares.key_value_heads, row_slices, rank, group)
-        row_value = slices_to_heads(value, shares.key_value_heads, row_slices, rank, group)
+        row_query = exchange_slices_for_heads(query, shares.query_heads, row_slices, rank, group)
+        row_key = exchange_slices_for_heads(key, shares.key_value_heads, row_slices, rank, group)
+        row_value = exchange_slices_for_heads(value, shares.key_value_heads, row_slices, rank, group)
         queries_per_key = query.shape[1] // key.shape[1]
         key_of_query = _key_head_of_each_query(own_heads, shares.key_value_heads[rank], queries_per_key)
         if key_of_query is not None:
@@ -118,56 +127,59 @@ def over_slices(attend: Attention) -> Attention:
         # Attention over the whole row, then back to this rank's slice with all heads.
         row_output, _ = attend(module, row_query, row_key, row_value, attention_mask, *args, **kwargs)
         # Attention weights, which some functions return, are those of this rank's heads: nobody asks for them in training.
-        return heads_to_slices(row_output, shares.query_heads, row_slices, rank, group), None
+        return exchange_heads_for_slices(row_output, shares.query_heads, row_slices, rank, group), None
 
     return attend_over_slices
 
 
-def _key_head_of_each_query(
-    query_heads: tuple[int, int], key_heads: tuple[int, int], queries_per_key: int
-) -> list[int] | None:
+def _key_head_of_each_query(query_heads: HeadRange, key_heads: HeadRange, queries_per_key: int) -> list[int] | None:
     """For each query head of a rank, the index of its key-value head among the rank's own, such as [0, 1, 1].
 
     None if kernels find it themselves: they take equally many query heads, in a row, for each key-value head. `query_heads`,
-    `key_heads`: the rank's own, (first, end).
+    `key_heads`: the rank's own. `queries_per_key`: query heads of the layer for each key-value head.
     """
     first_key, end_key = key_heads
     key_of_query = [head // queries_per_key - first_key for head in range(*query_heads)]
+    num_own_queries = len(key_of_query)
     num_own_keys = end_key - first_key
-    own_queries_per_key = len(key_of_query) // num_own_keys
-    assumed_by_kernels = [index // own_queries_per_key for index in range(len(key_of_query))]
-    if len(key_of_query) % num_own_keys == 0 and key_of_query == assumed_by_kernels:
-        return None
-    return key_of_query
+    if num_own_queries % num_own_keys:
+        return key_of_query
+    own_queries_per_key = num_own_queries // num_own_keys
+    assumed_by_kernels = [index // own_queries_per_key for index in range(num_own_queries)]
+    return None if key_of_query == assumed_by_kernels else key_of_query
 
 
-def slices_to_heads(
-    local: Tensor, shares: list[tuple[int, int]], row_slices: list[int], rank: int, group: Any
+def exchange_slices_for_heads(
+    local: Tensor, heads_by_rank: list[HeadRange], row_slices: list[int], rank: int, group: Any
 ) -> Tensor:
     """`[1, heads, t, D]` of this rank's slice -> `[1, own heads, T, D]` of the whole row. All ranks of the group must call.
 
-    `shares`: the heads of each rank, first and end.
+    `heads_by_rank`: the heads that each rank gets. `row_slices`: token borders of the ranks' slices, [0, 5, 16] for two.
     """
-    width = local.shape[-1]
+    head_size = local.shape[-1]
     # Token by token within what a rank is sent, so that what arrives from all ranks is the row itself.
-    pieces = [local[0, first:end].transpose(0, 1).reshape(-1) for first, end in shares]
-    own_heads = shares[rank][1] - shares[rank][0]
-    received = [(stop - start) * own_heads * width for start, stop in pairwise(row_slices)]
-    sent = [piece.numel() for piece in pieces]
-    row = AllToAll.apply(torch.cat(pieces), sent, received, group)
-    return row.view(row_slices[-1], own_heads, width).transpose(0, 1)[None]
+    pieces = [local[0, first:end].transpose(0, 1).reshape(-1) for first, end in heads_by_rank]
+    first_own_head, end_own_head = heads_by_rank[rank]
+    num_own_heads = end_own_head - first_own_head
+    received_from_rank = [(stop - start) * num_own_heads * head_size for start, stop in pairwise(row_slices)]
+    sent_to_rank = [piece.numel() for piece in pieces]
+    row = AllToAll.apply(torch.cat(pieces), sent_to_rank, received_from_rank, group)
+    return row.view(row_slices[-1], num_own_heads, head_size).transpose(0, 1)[None]
 
 
-def heads_to_slices(
-    row_output: Tensor, shares: list[tuple[int, int]], row_slices: list[int], rank: int, group: Any
+def exchange_heads_for_slices(
+    row_output: Tensor, heads_by_rank: list[HeadRange], row_slices: list[int], rank: int, group: Any
 ) -> Tensor:
-    """`[1, T, own heads, D]` of the whole row -> `[1, t, heads, D]` of this rank's slice. All ranks of the group must call."""
-    own_heads, width = row_output.shape[2:]
-    own_tokens = row_slices[rank + 1] - row_slices[rank]
-    sent = [(stop - start) * own_heads * width for start, stop in pairwise(row_slices)]
-    received = [own_tokens * (end - first) * width for first, end in shares]
-    flat = AllToAll.apply(row_output.reshape(-1), sent, received, group)
+    """`[1, T, own heads, D]` of the whole row -> `[1, t, heads, D]` of this rank's slice. All ranks of the group must call.
+
+    The way back of `exchange_slices_for_heads`, with the same arguments.
+    """
+    num_own_heads, head_size = row_output.shape[2:]
+    num_own_tokens = row_slices[rank + 1] - row_slices[rank]
+    sent_to_rank = [(stop - start) * num_own_heads * head_size for start, stop in pairwise(row_slices)]
+    received_from_rank = [num_own_tokens * (end - first) * head_size for first, end in heads_by_rank]
+    flat = AllToAll.apply(row_output.reshape(-1), sent_to_rank, received_from_rank, group)
     by_rank = []
-    for piece, (first, end) in zip(flat.split(received), shares, strict=True):
-        by_rank.append(piece.view(own_tokens, end - first, width))
+    for piece, (first, end) in zip(flat.split(received_from_rank), heads_by_rank, strict=True):
+        by_rank.append(piece.view(num_own_tokens, end - first, head_size))
     return torch.cat(by_rank, dim=1)[None]

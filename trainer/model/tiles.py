@@ -32,35 +32,36 @@ PROOF_TOKENS = 23
 PROOF_TILE = 5
 """Tokens of a row, and of a tile, with which tiles are proven: the last tile is shorter."""
 
-_refusal_by_architecture: dict[str, str] = {}
-"""What the proof found, by architecture: a reason against tiles, or nothing. A plan asks for each of its simulations."""
+_refusal_by_architecture: dict[str, str | None] = {}
+"""Why an architecture computes something else with tiles; None if it does not. A plan asks for each of its simulations."""
 
 
-def tile_mlps(step_module: nn.Module, hf_config: Any, plain: nn.Module, kind: ModelKind, tokens: int | None) -> None:
-    """Let the MLPs of a step module take `tokens` tokens at a time; None leaves them as they are. Call it before sharding.
+def tile_mlps(
+    step_module: nn.Module, hf_config: Any, meta_model: nn.Module, kind: ModelKind, tile_tokens: int | None
+) -> None:
+    """Let the MLPs of a step module take `tile_tokens` tokens at a time; None leaves them as they are. Call it before sharding.
 
-    `hf_config`: transformers' configuration. `plain`: the untouched model on meta. Raises ConfigError for a model
-    without MLPs that could be tiled, or for which tiles are not proven.
+    `hf_config`: transformers' configuration. `meta_model`: its model on meta, as it was built. Raises ConfigError for a model
+    without MLPs that could be tiled, or of which a small copy computes something else with tiles.
     """
-    if tokens is None:
+    if tile_tokens is None:
         return
-    setting = f"strategy.mlp_tokens={tokens}"
-    classes = block_class_names(plain)
-    reason = _untileable_reason(plain, classes) or _cached_proof(hf_config, plain, kind)
-    if reason:
-        raise ConfigError(f"{setting}: {reason}; set strategy.mlp_tokens=null")
+    classes = block_class_names(meta_model)
+    reason = _untileable_reason(meta_model, classes) or _cached_tile_refusal(hf_config, meta_model, kind)
+    if reason is not None:
+        raise ConfigError(f"strategy.mlp_tokens={tile_tokens}: {reason}; set strategy.mlp_tokens=null")
     # A teacher of the same architecture is tiled too: it makes no gradients, but widens its tokens likewise.
     mlps = [mlp for block in _blocks(step_module, classes) if (mlp := _mlp_of(block)) is not None]
     for mlp in mlps:
-        mlp.forward = partial(_in_tiles, mlp.forward, tokens)  # type: ignore[method-assign]
+        mlp.forward = partial(_in_tiles, mlp.forward, tile_tokens)  # type: ignore[method-assign]
     # ZeRO-3 gathers where a module is called. If the MLP is called as one, its tiles find its weights gathered.
     plan = plan_of(step_module)
     plan.gathered_as_one |= {type(mlp).__name__ for mlp in mlps}
 
 
-def _in_tiles(compute: Callable[[Tensor], Tensor], tokens: int, hidden: Tensor) -> Tensor:
-    """`compute(hidden)` of `hidden [rows, length, width]`, at most `tokens` tokens at a time. No collective."""
-    positions = max(1, tokens // hidden.shape[0])  # of each row
+def _in_tiles(compute: Callable[[Tensor], Tensor], tile_tokens: int, hidden: Tensor) -> Tensor:
+    """`compute(hidden)` of `hidden [rows, length, width]`, at most `tile_tokens` tokens at a time. No collective."""
+    positions = max(1, tile_tokens // hidden.shape[0])  # of each row
     if not torch.is_grad_enabled():
         return torch.cat([compute(tile) for tile in hidden.split(positions, dim=1)], dim=1)
     # The last tile needs its checkpoint as well, even if it is the only one: ranks may have different numbers of tiles.
@@ -81,9 +82,9 @@ def _mlp_of(block: nn.Module) -> nn.Module | None:
     return next((children[name] for name in MLP_NAMES if name in children), None)
 
 
-def _untileable_reason(plain: nn.Module, classes: set[str]) -> str:
-    """Why the MLPs of a model cannot be tiled, by the names of their modules; empty if they may be."""
-    blocks = list(_blocks(plain, classes))
+def _untileable_reason(model: nn.Module, block_classes: set[str]) -> str | None:
+    """Why the MLPs of a model cannot be tiled, by the names of their modules; None if they may be."""
+    blocks = list(_blocks(model, block_classes))
     if not blocks:
         return "this architecture names no repeated blocks, in which MLPs could be found"
     for block in blocks:
@@ -95,35 +96,35 @@ def _untileable_reason(plain: nn.Module, classes: set[str]) -> str:
             )
         if _mlp_of(block) is None:
             return f"{name} has no MLP by the name of {' or '.join(MLP_NAMES)}"
-    return ""
+    return None
 
 
-def _cached_proof(hf_config: Any, plain: nn.Module, kind: ModelKind) -> str:
-    """Why tiles are not proven for this architecture; empty if they are. Proven once: a plan asks for each of its simulations."""
+def _cached_tile_refusal(hf_config: Any, meta_model: nn.Module, kind: ModelKind) -> str | None:
+    """Why a small copy of the model does not compute the same with tiles; None if it does. Tested once in a process."""
     key = json.dumps([kind, hf_config.to_dict()], sort_keys=True, default=str)
     if key not in _refusal_by_architecture:
-        _refusal_by_architecture[key] = _difference_of_small_copy(hf_config, plain, kind)
+        _refusal_by_architecture[key] = _difference_of_small_copy(hf_config, meta_model, kind)
     return _refusal_by_architecture[key]
 
 
-def _difference_of_small_copy(hf_config: Any, plain: nn.Module, kind: ModelKind) -> str:
-    """Why a small random copy of the model does not compute the same in tiles, or fails; empty if it computes the same.
+def _difference_of_small_copy(hf_config: Any, meta_model: nn.Module, kind: ModelKind) -> str | None:
+    """Why a small random copy of the model does not compute the same with its MLPs in tiles, or fails; None if it does.
 
     Leaves the random state as it was.
     """
     with torch.random.fork_rng(devices=[]), without_kernel_packages():
         torch.default_generator.manual_seed(0)  # of the CPU alone
         try:
-            return _difference_in_tiles(_small_model(hf_config, plain, kind))
+            return _difference_in_tiles(_small_model(hf_config, meta_model, kind))
         except Exception as error:  # noqa: BLE001 - an architecture may fail in any way; then tiles are not proven
             message = (str(error).strip() or "no message").splitlines()[0]
             return f"tiles cannot be proven, since a small copy of the model fails ({type(error).__name__}: {message[:120]})"
 
 
-def _small_model(hf_config: Any, plain: nn.Module, kind: ModelKind) -> Any:
+def _small_model(hf_config: Any, meta_model: nn.Module, kind: ModelKind) -> Any:
     """The first small copy that can be built, with random weights. Raises the error of the first one if none can."""
     first_error: Exception | None = None
-    for small_config in small_copies(hf_config, plain):
+    for small_config in small_copies(hf_config, meta_model):
         set_dropout(small_config, 0.0)
         try:
             model = transformers_class(kind, hf_config).from_config(
@@ -137,24 +138,24 @@ def _small_model(hf_config: Any, plain: nn.Module, kind: ModelKind) -> Any:
 
 
 @torch.no_grad()
-def _difference_in_tiles(small: Any) -> str:
-    """A sentence on how the outputs of a small model change when its MLPs take tiles; empty if they do not change.
+def _difference_in_tiles(small_model: Any) -> str | None:
+    """How the outputs of a small model change when its MLPs take tiles, as a sentence; None if they do not change.
 
     Replaces the forward passes of the model's MLPs.
     """
-    vocabulary = min(text_model_config(small.config).vocab_size, SMALL_VOCABULARY_SIZE)
+    vocabulary = min(text_model_config(small_model.config).vocab_size, SMALL_VOCABULARY_SIZE)
     ids = torch.arange(PROOF_TOKENS)[None] * 7 % vocabulary
-    plain_output = small(input_ids=ids, use_cache=False)[0]
+    untiled_output = small_model(input_ids=ids, use_cache=False)[0]
     num_tiled = 0
-    for block in _blocks(small, block_class_names(small)):
+    for block in _blocks(small_model, block_class_names(small_model)):
         mlp = _mlp_of(block)
         if mlp is not None:
             mlp.forward = partial(_in_tiles, mlp.forward, PROOF_TILE)  # type: ignore[method-assign]
             num_tiled += 1
     if num_tiled == 0:
         return "its small copy has no MLP that could be tiled"
-    tiled_output = small(input_ids=ids, use_cache=False)[0]
-    difference = float((tiled_output - plain_output).abs().max() / plain_output.abs().max())
+    tiled_output = small_model(input_ids=ids, use_cache=False)[0]
+    difference = float((tiled_output - untiled_output).abs().max() / untiled_output.abs().max())
     if difference <= TOLERANCE:  # a NaN is no agreement
-        return ""
+        return None
     return f"its MLP looks at more than one token: with tiles, outputs of a small copy change by {difference:.1e}"

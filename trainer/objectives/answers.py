@@ -1,9 +1,9 @@
 """Answers that the model has written, as sequences to learn from, and the prompts that they were written to.
 
 The contract between a round (`trainer/rollout`) and a loss over its answers (`trainer/objectives/policy.py`): a sequence is a
-prompt with one answer, of which the answer is supervised, its end token included. `ROW_ENTRIES` are numbers for each supervised
-row. A step's counts, in `batch["totals"]`, are `loss` (what the loop divides all terms by), `tokens` (learned tokens) and
-`answers` (learned answers) of all ranks together.
+prompt with one answer, of which the answer is supervised, its end token included. `PER_TOKEN_ENTRIES` are numbers for each
+learned token. A step's counts, in `batch["totals"]`, are `loss` (what the loop divides all terms by), `tokens` (learned tokens)
+and `answers` (learned answers) of all ranks together.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ ADVANTAGES = "advantages"
 """How much better the answer of a row is than what it is compared with."""
 LOSS_WEIGHTS = "loss_weights"
 """What a row counts for in the loss (`objective.normalise`); the weights of a step are for the count `totals["loss"]`."""
-WRITER_LOGPS = "writer_logps"
+SAMPLING_LOGPS = "writer_logps"
 """Log-probability of a row's token when it was written."""
 OLD_LOGPS = "old_logps"
 """Log-probability before the first update of the round. Absent where a round is one step: it is that of now."""
 REFERENCE_LOGPS = "reference_logps_by_token"
 """Log-probability under the reference model. Absent without a reference."""
-ROW_ENTRIES = (ADVANTAGES, LOSS_WEIGHTS, WRITER_LOGPS, OLD_LOGPS, REFERENCE_LOGPS)
-"""Entries of a batch with a float32 for each supervised row."""
+PER_TOKEN_ENTRIES = (ADVANTAGES, LOSS_WEIGHTS, SAMPLING_LOGPS, OLD_LOGPS, REFERENCE_LOGPS)
+"""Entries of a batch with a float32 for each learned token."""
 ANSWER_LENGTHS = "answer_lengths"
 """float32 [sequences]: learned tokens of each answer; 0 for a sequence that fills up a micro-batch."""
 ANSWER_COUNTS = ("loss", "tokens", "answers")
@@ -49,33 +49,35 @@ class AnswerSample(Sample):
 
     prompt_index: int = 0
     """Number of the prompt in its round: samples of one prompt may share it."""
-    row_entries: dict[str, np.ndarray] = field(default_factory=dict)
-    """float32 [learned tokens] each, by names of `ROW_ENTRIES`; every sample of a step has the same names."""
+    per_token_entries: dict[str, np.ndarray] = field(default_factory=dict)
+    """float32 [learned tokens] each, by names of `PER_TOKEN_ENTRIES`; every sample of a step has the same names."""
 
 
 class AnswerCollator(Collator):
-    """Adds `ROW_ENTRIES`, as far as the samples have them, and `ANSWER_LENGTHS`."""
+    """Adds `PER_TOKEN_ENTRIES`, as far as the samples have them, and `ANSWER_LENGTHS`."""
 
-    axes = AXES | dict.fromkeys(ROW_ENTRIES, Axis.supervised_row) | {ANSWER_LENGTHS: Axis.sequence}
+    axes = AXES | dict.fromkeys(PER_TOKEN_ENTRIES, Axis.supervised_row) | {ANSWER_LENGTHS: Axis.sequence}
 
     def add_loss_inputs(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
-        """Add `ANSWER_LENGTHS` (learned tokens of each sequence) and the entries of `ROW_ENTRIES`, one number a learned token.
+        """Add to `batch` the learned tokens of each sequence, and numbers for each of these tokens (`PER_TOKEN_ENTRIES`).
 
-        The entries are zeros if a sequence is no answer (as in a plan), and empty if nothing is learned.
+        The numbers are advantages, loss weights and log-probabilities; zeros if a sequence is no answer (as in a plan), and empty
+        if nothing is learned.
         """
+        # Without the first token, which no other predicts.
         lengths = [float(np.count_nonzero(sample.supervised[1:])) for sample in samples]
         batch[ANSWER_LENGTHS] = torch.tensor(lengths, dtype=torch.float32)
         answers = [sample for sample in samples if isinstance(sample, AnswerSample)]
         num_rows = int(sum(lengths))
         if len(answers) < len(samples) or not num_rows:
-            batch.update({name: torch.zeros(num_rows) for name in ROW_ENTRIES})
+            batch.update({name: torch.zeros(num_rows) for name in PER_TOKEN_ENTRIES})
             return
-        for name in answers[0].row_entries:
-            numbers = np.concatenate([answer.row_entries[name] for answer in answers])
+        for name in answers[0].per_token_entries:
+            numbers = np.concatenate([answer.per_token_entries[name] for answer in answers])
             batch[name] = torch.from_numpy(numbers.astype(np.float32, copy=False))
 
     def collate_with_shared_prompts(self, samples: Sequence[AnswerSample]) -> dict[str, Any]:
-        """Samples as one micro-batch in which the answers to a prompt stand behind it once: `[prompt | answer | answer ...]`.
+        """Samples as one micro-batch that has each prompt once, followed by all its answers: `[prompt | answer | answer ...]`.
 
         Samples of one prompt must be neighbours. Beside what a batch without padding has: `branches`, where the answers of each
         document begin, and `row_targets` (int64), the target of each supervised row, since the last position of a prompt has one
@@ -93,8 +95,8 @@ class AnswerCollator(Collator):
         no_supervision = np.zeros_like(sample.supervised)
         if not isinstance(sample, AnswerSample):
             return Sample(sample.input_ids, no_supervision, sample.marks)
-        empty_entries = {name: numbers[:0] for name, numbers in sample.row_entries.items()}
-        return AnswerSample(sample.input_ids, no_supervision, sample.marks, row_entries=empty_entries)
+        empty_entries = {name: numbers[:0] for name, numbers in sample.per_token_entries.items()}
+        return AnswerSample(sample.input_ids, no_supervision, sample.marks, per_token_entries=empty_entries)
 
 
 class _SharedPromptRow:
@@ -103,16 +105,16 @@ class _SharedPromptRow:
     def __init__(self) -> None:
         self.ids: list[int] = []
         self.position_ids: list[int] = []
-        self.document_bounds = [0]
-        """A leading 0, then where each document begins."""
-        self.branches: list[list[int]] = []
-        """By document, where its answers begin in it."""
+        self.document_begins: list[int] = []
+        """Where each document begins in the row."""
+        self.answer_begins: list[list[int]] = []
+        """By document, where its answers begin, counted from the document's begin."""
         self.target_positions: list[int] = []
         """Positions of the row whose next token is learned."""
         self.target_ids: list[int] = []
         """The token that each of them predicts."""
         self.num_targets: list[int] = []
-        """By answer."""
+        """How many tokens are learned, by answer."""
         self.max_length = 0
         """Tokens of the longest prompt with one answer."""
         self._prompt_index: int | None = None
@@ -128,15 +130,15 @@ class _SharedPromptRow:
         if sample.prompt_index != self._prompt_index:
             self._prompt_index = sample.prompt_index
             self._prompt_length = prompt_length
-            self.document_bounds.append(len(self.ids))
-            self.branches.append([])
+            self.document_begins.append(len(self.ids))
+            self.answer_begins.append([])
             self.ids += sample.input_ids[:prompt_length].tolist()
             self.position_ids += range(prompt_length)
         assert prompt_length == self._prompt_length, "answers that share a prompt begin at the same place"
-        document_begin = self.document_bounds[-1]
+        document_begin = self.document_begins[-1]
         answer_begin = len(self.ids)
         answer_length = len(answer_ids)
-        self.branches[-1].append(answer_begin - document_begin)
+        self.answer_begins[-1].append(answer_begin - document_begin)
         # The last token of the prompt predicts the first one of the answer, and each token of the answer the next one.
         last_of_prompt = document_begin + prompt_length - 1
         self.target_positions += [last_of_prompt, *range(answer_begin, answer_begin + answer_length - 1)]
@@ -147,20 +149,23 @@ class _SharedPromptRow:
         self.max_length = max(self.max_length, prompt_length + answer_length)
 
     def to_batch(self, num_sequences: int) -> dict[str, Any]:
-        """The finished row as a batch of one micro-batch; `num_sequences`: answers in it."""
-        _leading_zero, *document_begins = self.document_bounds
-        bounds = [*document_begins, len(self.ids)]
+        """The finished row as a micro-batch with the names of `concatenated_batch`; `num_sequences`: answers in it.
+
+        `target_rows`: positions whose next token is learned, `row_targets`: these tokens, `row_sequence`: the answer of each.
+        """
+        bounds = [*self.document_begins, len(self.ids)]
         boundaries = torch.tensor(bounds, dtype=torch.int32)
         return {
             "input_ids": torch.tensor([self.ids]),
             "position_ids": torch.tensor([self.position_ids]),
+            # One target a position does not do here: `row_targets` has them.
             "targets": torch.full((1, len(self.ids)), IGNORED_TARGET),
             "cu_seq_lens_q": boundaries,
             "cu_seq_lens_k": boundaries,
             "max_length_q": self.max_length,
             "max_length_k": self.max_length,
             "document_bounds": bounds,
-            "branches": self.branches,
+            "branches": self.answer_begins,
             "target_rows": torch.tensor(self.target_positions),
             "row_targets": torch.tensor(self.target_ids),
             "row_sequence": torch.from_numpy(np.repeat(np.arange(num_sequences), self.num_targets)),
@@ -200,13 +205,15 @@ class PromptDataSpec(UnlabelledDataSpec):
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
-        """(document, its samples): one sample if its prompt has at most `data.max_length` tokens, else none, and a tally of that.
+        """Yield (document, its samples): the prompt as one sample, without targets, if it has at most `data.max_length` tokens.
+
+        A longer prompt has no sample, and `tally` counts it as dropped.
 
         Raises DataError for a longer prompt if `data.over_length` is `fail`.
         """
         for document, ids in encoder.encode_prompts(documents):
             if len(ids) <= config.max_length:
-                yield document, [Sample(ids, np.zeros(len(ids), dtype=bool))]
+                yield document, [Sample(ids, supervised=np.zeros(len(ids), dtype=bool))]
                 continue
             if config.over_length is OverLength.fail:
                 raise DataError(

@@ -24,7 +24,7 @@ from strategies.hardware import gpu_of_device
 from trainer.data.batches.collate import Collator, to_device
 from trainer.data.config import Layout
 from trainer.data.store.sequences import Sample
-from trainer.losses.fuse import fuse_head
+from trainer.losses.fuse import install_loss_head
 from trainer.model import rotary, sequence_proof
 from trainer.model.architecture import set_dropout, text_model_config, transformers_class
 from trainer.model.compat import without_kernel_packages
@@ -384,7 +384,7 @@ class _Proof:
         model.load_state_dict(self.weights)
         model.forward_path = path
         if path.fused:  # the head computes the loss itself
-            fuse_head(model, self.config)
+            install_loss_head(model, self.config)
         model.train(not self.is_random)
         if in_half:
             model = model.to("cuda")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from strategies.errors import ConfigError
 from strategies.parameters import meta_context
 from trainer.data.config import Layout
-from trainer.losses.fuse import fuse_head
+from trainer.losses.fuse import install_loss_head
 from trainer.model.architecture import from_config_options, set_dropout, transformers_class
 from trainer.model.attention import VARLEN_ATTENTION
 from trainer.model.config import ModelConfig, ModelKind, RopeConfig
@@ -173,7 +173,7 @@ def _frozen_architecture(config: ModelConfig, hf_config: Any, attention_layout: 
     half_on_gpu = attention not in (VARLEN_ATTENTION, "sdpa", "eager")  # other kernels run nowhere else
     model.forward_path = Proofs(config, hf_config, half_on_gpu=half_on_gpu).choose_path(own_layout)
     if model.forward_path.fused:
-        fuse_head(model, hf_config)
+        install_loss_head(model, hf_config)
     return model
 
 

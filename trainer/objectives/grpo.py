@@ -17,13 +17,16 @@ from trainer.objectives.rollouts import IdleGroups, stop_problems
 
 
 def grpo_problems(config: GrpoConfig, other_settings: OtherSettings) -> Iterator[str]:
-    """What is wrong with the objective's own settings, and with what becomes of long prompts, one line each."""
+    """What is wrong with the objective's own settings, and with `data.over_length`, one line each.
+
+    The objective's: stops of generation, group size, how rewards are combined, bounds of the ratio, the KL estimator.
+    """
     over_length = other_settings.data.over_length
     if over_length not in PromptDataSpec.over_length:
         yield f"data.over_length={over_length.value}: a prompt is never cut; set data.over_length=drop or data.over_length=fail"
     yield from stop_problems(config)
     yield from _group_problems(config)
-    yield from _combine_problems(config)
+    yield from _normalised_combine_problems(config)
     yield from _clip_problems(config)
     kl = config.kl
     if kl.place is KlPlace.reward and kl.estimator is not KlEstimator.k3:
@@ -34,17 +37,20 @@ def grpo_problems(config: GrpoConfig, other_settings: OtherSettings) -> Iterator
 
 
 def _group_problems(config: GrpoConfig) -> Iterator[str]:
-    """Settings that do not go with groups of one answer, and `objective.idle_groups` where idle groups teach too."""
+    """Settings that do not go with groups of one answer, and `objective.idle_groups` where idle groups teach too.
+
+    A group: the answers to one prompt. It is idle if all of them get the same reward.
+    """
     if config.group_size == 1:
-        within_group = []
+        settings_that_compare_in_group = []
         if config.baseline in (Baseline.group, Baseline.others):
-            within_group.append(f"objective.baseline={config.baseline}")
+            settings_that_compare_in_group.append(f"objective.baseline={config.baseline}")
         if config.scale is Scale.std:
-            within_group.append(f"objective.scale={config.scale}")
-        if within_group:
+            settings_that_compare_in_group.append(f"objective.scale={config.scale}")
+        if settings_that_compare_in_group:
             yield (
-                f"objective.group_size=1 with {' and '.join(within_group)}: one answer has nothing in its group to be compared "
-                "with; set objective.group_size=8, or objective.baseline=batch objective.scale=batch_std"
+                f"objective.group_size=1 with {' and '.join(settings_that_compare_in_group)}: one answer has nothing in its "
+                "group to be compared with; set objective.group_size=8, or objective.baseline=batch objective.scale=batch_std"
             )
     if config.idle_groups is not IdleGroups.keep and config.baseline in (Baseline.batch, Baseline.none):
         yield (
@@ -54,7 +60,7 @@ def _group_problems(config: GrpoConfig) -> Iterator[str]:
         )
 
 
-def _combine_problems(config: GrpoConfig) -> Iterator[str]:
+def _normalised_combine_problems(config: GrpoConfig) -> Iterator[str]:
     """Settings that do not go with `objective.combine=normalised`.
 
     That whitens each reward within its group (the answers to one prompt), and then their sum over the round (all prompts that are

@@ -35,8 +35,8 @@ from trainer.objectives.base import (
     formats_of,
 )
 from trainer.objectives.causal import counted_here, reference_logps, sequence_logps
-from trainer.objectives.pairs import ANSWER_POLICIES, weight_refusal
-from trainer.objectives.reference import REFERENCE_AHEAD
+from trainer.objectives.pairs import OVER_LENGTH_POLICIES_FOR_ANSWERS, weight_refusal
+from trainer.objectives.reference import MISMATCHED_REFERENCE
 
 DESIRABLE = "desirable"
 UNDESIRABLE = "undesirable"
@@ -59,11 +59,11 @@ class KtoConfig(ObjectiveConfig):
 
 
 def kto_problems(config: KtoConfig, other_settings: OtherSettings) -> Iterator[str]:
-    """What is wrong with the data settings for answers with a verdict."""
+    """What is wrong with the data settings for answers that are rated desirable or not, one line each."""
     data = other_settings.data
     if data.packing:
         yield "data.packing=true: objective=kto counts answers, each with its verdict; set data.packing=false"
-    if data.over_length not in ANSWER_POLICIES:
+    if data.over_length not in OVER_LENGTH_POLICIES_FOR_ANSWERS:
         yield (
             f"data.over_length={data.over_length.value}: would separate an answer from its prompt; set "
             "data.over_length=truncate or data.over_length=drop"
@@ -82,7 +82,7 @@ class RatedDataSpec(UnlabelledDataSpec):
     """
 
     formats = (DataFormat.thumbs, DataFormat.preference)
-    over_length = ANSWER_POLICIES
+    over_length = OVER_LENGTH_POLICIES_FOR_ANSWERS
     marks = {DESIRABLE: 1, REFERENCE: 0.0}  # noqa: RUF012 - never changed
 
     def reason_to_reject(self, document: Document) -> tuple[str, str] | None:
@@ -98,7 +98,8 @@ class RatedDataSpec(UnlabelledDataSpec):
     ) -> Iterator[tuple[Document, list[Sample]]]:
         """(document, its samples): one for each rated answer, marked 1 under `DESIRABLE` if it was rated good, else 0.
 
-        A document has one rated answer (thumbs up or down), or two (a pair: the chosen, then the rejected).
+        A document has one rated answer (thumbs up or down), or two (a pair: the chosen, then the rejected). It has no sample if
+        an answer is too long, and `data.over_length` does not shorten it; `tally` then counts it as dropped.
         """
         for start in range(0, len(documents), DOCUMENTS_PER_BATCH):
             batch = documents[start : start + DOCUMENTS_PER_BATCH]
@@ -110,15 +111,14 @@ class RatedDataSpec(UnlabelledDataSpec):
             encoded_samples = iter(encoder.encode_answers(documents_and_turns))
             for document, conversations in zip(batch, conversations_by_document, strict=True):
                 samples = [next(encoded_samples) for _ in conversations]
-                if len(samples) == 2:
+                if len(samples) == 2:  # learn the same turns of both answers
                     chosen, rejected = samples
                     align_learned_answers(document, chosen=chosen, rejected=rejected)
                 fitted_samples = fit_answers(encoder, document, samples, config, tally)  # none if one does not fit
-                verdicts: tuple[bool | None, ...] = (document.desirable,)
-                if len(fitted_samples) == 2:  # the chosen answer, then the rejected one
-                    verdicts = (True, False)
-                for sample, verdict in zip(fitted_samples, verdicts, strict=False):
-                    sample.marks[DESIRABLE] = int(bool(verdict))
+                is_pair = len(fitted_samples) == 2  # the chosen answer, then the rejected one
+                verdicts = (True, False) if is_pair else (bool(document.desirable),)
+                for sample, is_desirable in zip(fitted_samples, verdicts, strict=False):  # there may be no sample
+                    sample.marks[DESIRABLE] = int(is_desirable)
                 yield document, fitted_samples
 
     def counts(self, sample: Sample) -> dict[str, float]:
@@ -174,7 +174,7 @@ def _rated_conversations(document: Document) -> list[list[Message] | None]:
     """The conversation that ends in each rated answer of a document, with the turns before it marked `train: False`.
 
     - a pair: two conversations, to the chosen and to the rejected answer.
-    - prompt and completion: `[None]`, which stands for these two texts.
+    - prompt and completion: `[None]`. `Encoder.encode_answers` then takes these two texts of the document.
     - messages: one; its answer is all assistant turns behind the last turn of another role.
     """
     if document.chosen and document.rejected:
@@ -204,7 +204,11 @@ def partner_index(dataset: TokenDataset, index: int) -> int:
 
 
 def mismatched_sample(dataset: TokenDataset, index: int) -> Sample:
-    """The prompt of sequence `index` with the answer of its partner, no longer than the longest sequence of the data."""
+    """The prompt of sequence `index` with the answer to another prompt (of its partner), at most as long as the longest sequence.
+
+    How likely such answers have become estimates KL(model, reference), which is KTO's reference point. If the log-probability
+    under the reference model was recorded, it is a mark of the sample.
+    """
     prompt = _prompt_ids(dataset.sample(index))
     partner = dataset.sample(partner_index(dataset, index))
     answer_begin = len(_prompt_ids(partner))
@@ -212,7 +216,7 @@ def mismatched_sample(dataset: TokenDataset, index: int) -> Sample:
     answer = partner.input_ids[answer_begin:][:max_answer_tokens]
     answer_supervised = partner.supervised[answer_begin:][:max_answer_tokens]
     marks = {}
-    recorded_logps = dataset.marks.get(REFERENCE_AHEAD)  # of mismatched samples, under the reference model
+    recorded_logps = dataset.marks.get(MISMATCHED_REFERENCE)  # of mismatched samples, under the reference model
     if recorded_logps is not None:
         marks[REFERENCE] = recorded_logps[index].item()
     input_ids = np.concatenate([prompt, answer])
@@ -244,10 +248,11 @@ class Kto(Objective):
         self.reference = reference
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The terms that the class lists. An answer without supervised tokens (a filler row) adds nothing.
+        """KTO's loss and its metrics, by name. An answer without supervised tokens (a filler) adds nothing.
 
-        In the pass ahead of a step, on mismatched answers (`ahead_of` in the batch): only `kl`, which the step's batches then
-        have under `ahead`.
+        In the pass before a step, on mismatched answers (`ahead_of` in the batch): only `kl`. The step's batches then have its
+        mean over the step in `batch["ahead"]`, and the step's counts of answers in `batch["totals"]`: all under `loss`, and by
+        verdict.
         """
         reference = reference_logps(model, batch, self.reference)
         logps, num_tokens = sequence_logps(model, batch)

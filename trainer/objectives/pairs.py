@@ -14,7 +14,7 @@ from trainer.data.tokens.encode import Encoder
 from trainer.data.tokens.truncation import fit_answers
 from trainer.objectives.base import ObjectiveConfig, OtherSettings, UnlabelledDataSpec, formats_of
 
-ANSWER_POLICIES = (OverLength.truncate, OverLength.drop, OverLength.fail)
+OVER_LENGTH_POLICIES_FOR_ANSWERS = (OverLength.truncate, OverLength.drop, OverLength.fail)
 """The values of `data.over_length` under which a prompt and its answer stay together."""
 REJECTED = "rejected"
 """Mark of a sequence: 1 for the answer that was not preferred."""
@@ -25,7 +25,7 @@ class PairDataSpec(UnlabelledDataSpec):
 
     formats = (DataFormat.preference,)
     sequences_per_document = 2
-    over_length = ANSWER_POLICIES
+    over_length = OVER_LENGTH_POLICIES_FOR_ANSWERS
 
     def __init__(self, *, uses_reference: bool = False, collator: type[Collator] = Collator) -> None:
         """`collator`: the class that makes micro-batches of the pairs."""
@@ -77,7 +77,7 @@ def pair_problems(config: ObjectiveConfig, other_settings: OtherSettings) -> Ite
     data = other_settings.data
     if data.packing:
         yield "data.packing=true: the two answers of a pair stay together and fill no rows; set data.packing=false"
-    if data.over_length not in ANSWER_POLICIES:
+    if data.over_length not in OVER_LENGTH_POLICIES_FOR_ANSWERS:
         yield (
             f"data.over_length={data.over_length.value}: would cut the two answers of a pair differently; set "
             "data.over_length=truncate or data.over_length=drop"

@@ -30,7 +30,7 @@ from trainer.objectives.answers import (
     LOSS_WEIGHTS,
     OLD_LOGPS,
     REFERENCE_LOGPS,
-    WRITER_LOGPS,
+    SAMPLING_LOGPS,
 )
 from trainer.objectives.base import Objective, ReferenceModels
 from trainer.objectives.causal import supervised_rows
@@ -41,7 +41,7 @@ KL = "kl"
 LOW_CLIPPED = "clip_ratio/low_mean"
 HIGH_CLIPPED = "clip_ratio/high_mean"
 CLIPPED = "clip_ratio/region_mean"
-WRITER_DIFFERENCE = "sampling/sampling_logp_difference/mean"
+SAMPLING_DIFFERENCE = "sampling/sampling_logp_difference/mean"
 """Names of metrics, as TRL's GRPOTrainer has them."""
 
 
@@ -60,45 +60,49 @@ class Policy(Objective):
         """What gives the reference its log-probabilities, in the passes of `trainer/rollout/look_back.py`."""
         self.uses_kl = config.kl.weight > 0
         kl_metrics = (KL,) if self.uses_kl else ()
-        self.metrics = (ENTROPY, *kl_metrics, LOW_CLIPPED, HIGH_CLIPPED, CLIPPED, WRITER_DIFFERENCE)
+        self.metrics = (ENTROPY, *kl_metrics, LOW_CLIPPED, HIGH_CLIPPED, CLIPPED, SAMPLING_DIFFERENCE)
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The terms that the class lists. All ranks that share rows must call. A micro-batch may hold no learned token."""
+        """GRPO's loss and its metrics, by the names that the class lists; each a sum over the learned tokens, 0-d.
+
+        All ranks that share rows must call. A micro-batch may hold no learned token.
+        """
         config = self.config
         head, hidden, targets = supervised_rows(model, batch)
         logps, entropy = row_logps(head, hidden, targets, config.rollout.temperature)
-        # The probability of each token now over that before the round's first update, or over whole answers.
         advantages = batch[ADVANTAGES]
         old_logps = batch.get(OLD_LOGPS)
         if old_logps is None:  # a round of one step, which no update precedes
             old_logps = logps.detach()
-        log_ratio = logps - old_logps
-        if config.importance_level is ImportanceLevel.sequence:
-            log_ratio = _answer_means(log_ratio, batch)
-        ratio = log_ratio.exp()
+        ratio = self._importance_ratio(logps - old_logps, batch)
 
-        # The loss of each token, and what is only logged.
+        # The loss of each token, and numbers of each token whose mean is logged.
         losses = self._policy_losses(ratio, logps, advantages)
-        token_means = {ENTROPY: entropy, WRITER_DIFFERENCE: (old_logps - batch[WRITER_LOGPS]).abs()}
+        logged = {ENTROPY: entropy, SAMPLING_DIFFERENCE: (old_logps - batch[SAMPLING_LOGPS]).abs()}
         if self.uses_kl:
             reference_log_ratio = batch[REFERENCE_LOGPS] - logps
-            token_means[KL] = _k3_estimate(reference_log_ratio)
-            if config.kl.place is KlPlace.loss:
+            logged[KL] = _k3_estimate(reference_log_ratio)
+            if config.kl.place is KlPlace.loss:  # else it is subtracted from the rewards
                 losses = losses + config.kl.weight * _kl_estimates(reference_log_ratio, ratio, config.kl.estimator)
-        is_low_clipped, is_high_clipped = self._clipped_masks(ratio, advantages)
-        token_means |= {
-            LOW_CLIPPED: is_low_clipped,
-            HIGH_CLIPPED: is_high_clipped,
-            CLIPPED: is_low_clipped + is_high_clipped,
-        }
+        is_low, is_high = self._clipped_masks(ratio, advantages)
+        logged |= {LOW_CLIPPED: is_low, HIGH_CLIPPED: is_high, CLIPPED: is_low + is_high}
 
         # The loop divides each term by the step's count of `loss`; this factor makes it a mean over learned tokens instead.
         totals = batch["totals"]
         mean_factor = totals["loss"] / max(1, totals["tokens"])
         terms = {"loss": (losses * batch[LOSS_WEIGHTS]).sum()}
-        for name, values in token_means.items():
+        for name, values in logged.items():
             terms[name] = values.detach().float().sum() * mean_factor
         return terms
+
+    def _importance_ratio(self, log_ratio: Tensor, batch: dict[str, Any]) -> Tensor:
+        """`[N]`: each token's probability now over that before the round's first update, or the geometric mean over its answer.
+
+        `log_ratio [N]`: its logarithm by token. All ranks that share rows must call.
+        """
+        if self.config.importance_level is ImportanceLevel.sequence:
+            log_ratio = _means_over_answers(log_ratio, batch)
+        return log_ratio.exp()
 
     def _policy_losses(self, ratio: Tensor, logps: Tensor, advantages: Tensor) -> Tensor:
         """`[N]`: each token's loss, without the divergence from the reference, by `clip_form` (formulas: see the module).
@@ -120,8 +124,9 @@ class Policy(Objective):
     def _clipped_masks(self, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
         """(at the lower bound, at the upper bound), `[N]` bool each: whether clipping takes the gradient from a token.
 
-        - `none`: no token. `cispo`: above the upper bound, with a positive advantage.
-        - else, as PPO: below the lower bound with a negative advantage, above the upper one with a positive advantage.
+        - `none`: no token.
+        - `cispo`: above `clip_high` (`config.upper_clip`), which bounds the ratio itself, with a positive advantage.
+        - `ppo`: below 1 - `clip` with a negative advantage, above 1 + `clip_high` with a positive advantage.
         """
         config = self.config
         no_token = torch.zeros_like(ratio, dtype=torch.bool)
@@ -134,16 +139,16 @@ class Policy(Objective):
         return low, high
 
 
-def _answer_means(values: Tensor, batch: dict[str, Any]) -> Tensor:
-    """`[N]`: for each row the mean of `values [N]` over the rows of its answer. All ranks that share rows must call.
+def _means_over_answers(token_values: Tensor, batch: dict[str, Any]) -> Tensor:
+    """`[N]`: for each learned token the mean of `token_values [N]` over its answer. All ranks that share rows must call.
 
-    If ranks share a row, an answer may lie on several of them: each has the mean of the whole answer.
+    If ranks share a row of tokens, an answer may lie on several of them: each has the mean of the whole answer.
     """
-    row_sequence = batch["row_sequence"]
-    zeros = values.new_zeros(batch["num_sequences"])
-    sums = sum_over_group(zeros.index_add(0, row_sequence, values), batch.get("row_slices"))
-    # A sequence that only fills up a micro-batch has a length of 0, and no row that would take its mean.
-    return (sums / batch[ANSWER_LENGTHS].clamp(min=1))[row_sequence]
+    answer_of_token = batch["row_sequence"]
+    zeros = token_values.new_zeros(batch["num_sequences"])
+    answer_sums = sum_over_group(zeros.index_add(0, answer_of_token, token_values), batch.get("row_slices"))
+    # A sequence that only fills up a micro-batch has a length of 0, and no token that would take its mean.
+    return (answer_sums / batch[ANSWER_LENGTHS].clamp(min=1))[answer_of_token]
 
 
 def _k3_estimate(reference_log_ratio: Tensor) -> Tensor:
@@ -154,15 +159,15 @@ def _k3_estimate(reference_log_ratio: Tensor) -> Tensor:
     return torch.expm1(reference_log_ratio) - reference_log_ratio
 
 
-def _kl_estimates(reference_log_ratio: Tensor, ratio: Tensor, estimator: KlEstimator) -> Tensor:
+def _kl_estimates(reference_log_ratio: Tensor, importance_ratio: Tensor, estimator: KlEstimator) -> Tensor:
     """`[N]`: the estimate of KL(policy, reference) that is added to each token's loss.
 
-    `reference_log_ratio`: the token's log-probability under the reference model minus that under the policy. `ratio`: the token's
-    probability now over that before the round's first update.
+    `reference_log_ratio`: the token's log-probability under the reference model minus that under the policy.
+    `importance_ratio`: the token's probability now over that before the round's first update.
     """
     if estimator is KlEstimator.k2:
         return reference_log_ratio.square() / 2
     if estimator is KlEstimator.k3_corrected:
         # The expectation is over the old policy, which generated the answer (DeepSeek-V3.2, arXiv:2512.02556).
-        return _k3_estimate(reference_log_ratio) * ratio
+        return _k3_estimate(reference_log_ratio) * importance_ratio
     return _k3_estimate(reference_log_ratio)

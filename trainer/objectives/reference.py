@@ -28,8 +28,8 @@ from trainer.data.objective_spec import LookAheadSample
 from trainer.data.store.sequences import REFERENCE, Sample, TokenDataset
 from trainer.objectives.causal import counted_here, sequence_logps
 
-REFERENCE_AHEAD = "reference_ahead"
-"""Mark of a sequence: the recorded log-probability of its look-ahead sequence (see `DataSpec.look_ahead_sample`)."""
+MISMATCHED_REFERENCE = "reference_ahead"
+"""Mark of a sequence: the recorded log-probability of its prompt with another answer (`DataSpec.look_ahead_sample`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class RecordingSettings:
 
     collator: Collator
     look_ahead_of: LookAheadSample | None
-    """Gives the look-ahead sequence of each sequence, whose log-probability is recorded too; None without one."""
+    """Gives the mismatched sequence of each sequence, whose log-probability is recorded too; None without such."""
     max_batch: int
     """Most sequences in one micro-batch of a rank."""
     directory: Path
@@ -66,7 +66,10 @@ def record_reference_logps(
     runtime: processes.Runtime,
     stop_now: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Attach the reference columns to each split: read from `settings.directory`, else computed by `engine` and written there.
+    """Attach to each split the log-probabilities of its sequences before training, as marks.
+
+    They are read from `settings.directory`, else computed by `engine` and written there: a column (one number a sequence) for the
+    sequences, and one for mismatched ones (a prompt with the answer to another, for KTO), if there are such.
 
     Call before a checkpoint is loaded: afterwards the model is no longer the initial one. All ranks must call. Raises
     StorageError on all ranks alike, and Preempted if `stop_now`, asked on all ranks after each micro-batch, says so.
@@ -79,14 +82,14 @@ def record_reference_logps(
         columns = [_ReferenceColumn(REFERENCE, file_prefix="", sample_of=TokenDataset.sample)]
         if settings.look_ahead_of is not None:
             columns.append(
-                _ReferenceColumn(REFERENCE_AHEAD, file_prefix="mismatched-", sample_of=settings.look_ahead_of)
+                _ReferenceColumn(MISMATCHED_REFERENCE, file_prefix="mismatched-", sample_of=settings.look_ahead_of)
             )
         for column in columns:
             path = settings.directory / f"{split}-{column.file_prefix}{name}.npy"
-            logps = _read_column(path, len(dataset), runtime)
+            logps = _read_logps_column(path, len(dataset), runtime)
             if logps is None:
                 logps = _compute_logps(dataset, engine, settings, column.sample_of, runtime, stop_now)
-                _write_column(path, logps, runtime)
+                _write_logps_column(path, logps, runtime)
             dataset.attach_mark(column.name, logps)
 
 
@@ -113,15 +116,17 @@ def _compute_logps(
     """
     device = runtime.device
     logps_by_sequence = torch.zeros(len(dataset), dtype=torch.float64, device=device)
-    plan = eval_micro_batches(dataset, EvalShare(settings.max_batch, runtime.dp_rank, runtime.dp_size))
+    # This rank's micro-batches: the indices of their sequences.
+    micro_batches = eval_micro_batches(dataset, EvalShare(settings.max_batch, runtime.dp_rank, runtime.dp_size))
     cut = sequence_cut(runtime)
     with engine.inference() as module:
-        # Through the root module's own forward: a sharding engine gathers parameters only there.
+        # Through the root module's own forward, in which a sharding engine gathers parameters. So the step module is given
+        # another objective while this runs.
         step: Any = module
-        objective = step.objective
+        training_objective = step.objective
         step.objective = RecordLogps()
         try:
-            for sequences in plan:
+            for sequences in micro_batches:
                 samples = [sample_of(dataset, index) for index in sequences]
                 if not samples:  # this rank has none left, and must run the model as often as the others
                     samples = settings.collator.filler_samples(dataset, 1)
@@ -133,7 +138,7 @@ def _compute_logps(
                 if stop_now():
                     raise Preempted("asked to stop while the reference was computed; start the same run again")
         finally:
-            step.objective = objective
+            step.objective = training_objective
     return _sum_over_ranks(logps_by_sequence, runtime).astype(np.float32)
 
 
@@ -144,7 +149,7 @@ def _sum_over_ranks(local_values: torch.Tensor, runtime: processes.Runtime) -> n
     return local_values.cpu().numpy()
 
 
-def _read_column(path: Path, length: int, runtime: processes.Runtime) -> np.ndarray | None:
+def _read_logps_column(path: Path, length: int, runtime: processes.Runtime) -> np.ndarray | None:
     """The column (one number a sequence) in rank 0's file, on every rank. All ranks must call.
 
     None if there is no file, or if it is torn or not of this `length`.
@@ -164,7 +169,7 @@ def _read_column(path: Path, length: int, runtime: processes.Runtime) -> np.ndar
     return _sum_over_ranks(own_column, runtime)
 
 
-def _write_column(path: Path, column: np.ndarray, runtime: processes.Runtime) -> None:
+def _write_logps_column(path: Path, column: np.ndarray, runtime: processes.Runtime) -> None:
     """Write the column durably on rank 0. All ranks must call. Errors: StorageError on every rank."""
     failure: OSError | None = None
     if runtime.is_main:

@@ -18,9 +18,9 @@ from trainer.model.routing import (
     EXPERT_TOKENS,
     RoutingRecord,
     balancing_biases,
+    enable_token_counts,
     hook_decoder_output,
     hook_router_logits,
-    number_experts,
     recording_routing,
 )
 from trainer.objectives.causal import run_for_hooks, unwrap_adapter
@@ -44,31 +44,32 @@ class AddedLosses:
         return bool(self.router_losses or self.logit_z_coefficient)
 
     def with_added_terms(
-        self, model: nn.Module, compute: Callable[[], dict[str, Tensor]], batch: dict[str, Any]
+        self, model: nn.Module, compute_objective: Callable[[], dict[str, Tensor]], batch: dict[str, Any]
     ) -> dict[str, Tensor]:
         """The loss terms of a micro-batch: those of the objective, and those that the model adds. All ranks must call.
 
-        `compute` returns the objective's terms by running the model's forward pass. Without gradients, they are all. In training,
-        hooks record router logits, hidden states and chosen experts while it runs, and these terms are added:
+        `compute_objective` returns the objective's terms by running the model's forward pass. Without gradients, they are all. In
+        training, hooks record router logits, hidden states and chosen experts while it runs, and these terms are added:
 
         - `EXPERT_TOKENS`: how many tokens chose each expert, `[layers, experts]`, if the model has experts;
-        - `ADDED_LOSS`: what the objective adds to its loss, if a router loss or the z-loss of the logits has a weight;
+        - `ADDED_LOSS`: what is added to the objective's loss, if a router loss or the z-loss of the logits has a weight;
         - the router losses and `logits/z_loss`, each without its weight, for the metrics.
 
         With a balancing loss, ranks sum the choices of experts here, unless the batch has those of the whole step already.
         """
         if not torch.is_grad_enabled():
-            return compute()
+            return compute_objective()
         token_ids = batch["input_ids"]
         expert_tokens = self._empty_expert_tokens(token_ids) if self.experts_by_layer else None
         with recording_routing(RoutingRecord(_token_mask(batch), expert_tokens)) as record:
-            terms = compute()
+            terms = compute_objective()
         if expert_tokens is not None:
             terms[EXPERT_TOKENS] = expert_tokens  # the hooks have counted into it
         # A batch outside the training loop has no count of the whole step: its own tokens stand for it.
         step_tokens = batch.get("step_tokens", token_ids.numel())
         if self.router_losses:
-            terms |= self.router_losses.terms(record, self._expert_choices(record, batch), step_tokens)
+            tokens_by_expert = self._step_tokens_by_expert(record, batch)
+            terms |= self.router_losses.terms(record, tokens_by_expert, step_tokens)  # `ADDED_LOSS` among them
         if self.logit_z_coefficient:
             z_loss = _logit_z_loss(model, record, step_tokens)
             terms[ADDED_LOSS] = self.logit_z_coefficient * z_loss + terms.get(ADDED_LOSS, 0.0)
@@ -83,26 +84,29 @@ class AddedLosses:
                 expert_tokens[layer, number:] = -1
         return expert_tokens
 
-    def _expert_choices(self, record: RoutingRecord, batch: dict[str, Any]) -> Tensor | None:
-        """[experts]: how many tokens of the whole step chose each expert, for the balancing loss; None without that loss.
+    def _step_tokens_by_expert(self, record: RoutingRecord, batch: dict[str, Any]) -> Tensor | None:
+        """int64 [experts]: how many tokens of the whole step chose each expert, for the balancing loss; None without that loss.
 
         With one micro-batch, the counts of this forward pass (`record`) are summed over ranks. With several, they were counted
-        before the step, in `batch["choices"]`. All ranks must call.
+        before the step, in `batch["tokens_by_expert"]`. All ranks must call.
         """
         if not self.router_losses.balance_weight:
             return None
-        if "choices" in batch:  # counted before, over all micro-batches
-            return batch["choices"]
-        local_choices = self.router_losses.choices(record)
+        if "tokens_by_expert" in batch:  # counted before, over all micro-batches
+            return batch["tokens_by_expert"]
+        local_counts = self.router_losses.tokens_by_expert(record)
         if batch.get("ranks", 1) > 1:
-            return sum_over_ranks(local_choices)
-        return local_choices
+            return sum_over_ranks(local_counts)
+        return local_counts
 
-    def choices(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """How many tokens of a micro-batch chose each expert, in a forward pass of its own without gradients."""
+    def count_tokens_by_expert(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """How many tokens of a micro-batch chose each expert, {"tokens_by_expert": int64 [experts]}.
+
+        Runs a forward pass for it, without gradients and without a loss.
+        """
         with recording_routing(RoutingRecord(_token_mask(batch), without_gradients=True)) as record:
             run_for_hooks(model, batch)
-        return {"choices": self.router_losses.choices(record)}
+        return {"tokens_by_expert": self.router_losses.tokens_by_expert(record)}
 
     def start_lines(self, accumulation: int) -> list[str]:
         """Lines for the start screen: what is added to the loss, and which biases are frozen."""
@@ -147,7 +151,7 @@ def _token_mask(batch: dict[str, Any]) -> Tensor | None:
 
 
 def install_added_losses(
-    config: ModelConfig, settings: Any, untuned_model: nn.Module, model: nn.Module, kind: ModelKind
+    config: ModelConfig, hf_config: Any, untuned_model: nn.Module, model: nn.Module, kind: ModelKind
 ) -> tuple[AddedLosses | None, dict[str, str]]:
     """Add hooks to the tuned `model` that record what its added losses need, and freeze the biases that balance experts.
 
@@ -155,9 +159,9 @@ def install_added_losses(
 
     Returns (the added losses, notes). The first is None for an encoder-decoder model, which gets neither hooks nor frozen biases,
     and for a model without experts to which nothing is added. Notes, by setting, say what the configuration asks for and does
-    not get. `settings`: transformers' configuration. Raises ConfigError for settings that the model cannot follow.
+    not get. Raises ConfigError for settings that the model cannot follow.
     """
-    router_losses, output_index_by_router, notes = router_losses_of_run(config, settings, untuned_model, kind)
+    router_losses, output_index_by_router, notes = router_losses_of_run(config, hf_config, untuned_model, kind)
     if kind is ModelKind.encoder_decoder:
         return None, notes
     base_model = unwrap_adapter(model)
@@ -165,24 +169,31 @@ def install_added_losses(
         hook_router_logits(base_model, output_index_by_router)
     logit_z_coefficient = 0.0
     if kind is ModelKind.causal:
-        logit_z_coefficient = logit_z_weight(settings)
-    # The z-loss makes logits from hidden states, which only a fused forward path gives.
-    if logit_z_coefficient and not base_model.forward_path.fused:  # type: ignore[union-attr]
-        notes["model.z_loss_coefficient"] = (
-            f"0 instead of {logit_z_coefficient:g}: the model's own forward pass makes its logits"
-        )
-        logit_z_coefficient = 0.0
-    if logit_z_coefficient:
-        hook_decoder_output(base_model.get_decoder())  # type: ignore[operator]
+        logit_z_coefficient = _install_logit_z_loss(base_model, logit_z_weight(hf_config), notes)
     added = AddedLosses(
         router_losses=router_losses,
-        experts_by_layer=number_experts(base_model),
+        experts_by_layer=enable_token_counts(base_model),
         num_frozen_biases=_freeze_balancing_biases(base_model),
         logit_z_coefficient=logit_z_coefficient,
     )
     if added.changes_loss or added.experts_by_layer or added.num_frozen_biases:
         return added, notes
     return None, notes
+
+
+def _install_logit_z_loss(causal_lm: Any, weight: float, notes: dict[str, str]) -> float:
+    """Add a hook that records what the z-loss of the logits needs; returns the weight that it gets, 0 for none.
+
+    The loss makes logits from hidden states. A model whose own forward pass makes the logits gives none: then the weight is 0,
+    and a note says so.
+    """
+    if not weight:
+        return 0.0
+    if not causal_lm.forward_path.fused:
+        notes["model.z_loss_coefficient"] = f"0 instead of {weight:g}: the model's own forward pass makes its logits"
+        return 0.0
+    hook_decoder_output(causal_lm.get_decoder())
+    return weight
 
 
 def _freeze_balancing_biases(base_model: nn.Module) -> int:

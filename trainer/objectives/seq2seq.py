@@ -39,7 +39,7 @@ from trainer.objectives.base import (
     formats_of,
 )
 from trainer.objectives.causal import NextTokenLosses, next_token_terms, row_weighting_of, unwrap_adapter
-from trainer.objectives.pairs import ANSWER_POLICIES
+from trainer.objectives.pairs import OVER_LENGTH_POLICIES_FOR_ANSWERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -65,7 +65,7 @@ def seq2seq_problems(config: Seq2seqConfig, other_settings: OtherSettings) -> It
         yield "data.packing=true: prompts and answers are rows of their own, padded; set data.packing=false"
     if data.layout is Layout.padding_free:
         yield "data.layout=padding_free: encoder-decoder models are trained with padded rows; set data.layout=auto"
-    if data.over_length not in ANSWER_POLICIES:
+    if data.over_length not in OVER_LENGTH_POLICIES_FOR_ANSWERS:
         yield (
             f"data.over_length={data.over_length.value}: would separate a prompt from its answer; set "
             "data.over_length=truncate, drop or fail"
@@ -73,7 +73,7 @@ def seq2seq_problems(config: Seq2seqConfig, other_settings: OtherSettings) -> It
     if data.learn != LearnConfig():
         yield "data.learn: objective=seq2seq learns the answer and nothing else; leave data.learn.turns and roles alone"
     for key, data_format in formats_of(data).items():
-        if data_format in (DataFormat.text, DataFormat.preference):  # labelled rows are refused above
+        if data_format in (DataFormat.text, DataFormat.preference):  # labelled rows: `UnlabelledDataSpec` refuses them
             yield (
                 f"{key}.format={data_format}: objective=seq2seq reads a prompt and an answer; set "
                 f"{key}.format=prompt_completion, pair or messages"
@@ -95,7 +95,7 @@ def seq2seq_problems(config: Seq2seqConfig, other_settings: OtherSettings) -> It
 class TwoSidedDataSpec(UnlabelledDataSpec):
     """A prompt for the encoder and its answer for the decoder, tokenised separately."""
 
-    over_length = ANSWER_POLICIES
+    over_length = OVER_LENGTH_POLICIES_FOR_ANSWERS
     formats = (
         DataFormat.prompt_completion,
         DataFormat.pair,
@@ -119,7 +119,7 @@ class TwoSidedDataSpec(UnlabelledDataSpec):
     ) -> Iterator[tuple[Document, list[Sample]]]:
         assert isinstance(encoder, SourceTargetEncoder)
         for document, sample in encoder.encode([d for d in documents if keep_unless_undesirable(d, tally)]):
-            fitted = encoder.fit(document, sample, config.max_length, config.over_length)
+            fitted = encoder.truncate_or_drop(document, sample, config.max_length, config.over_length)
             yield document, keep_learnable(encoder, document, sample, fitted, tally)
 
     def longest_sequence(self, max_length: int) -> int:
@@ -159,7 +159,8 @@ class SourceTargetEncoder(Encoder):
     def encode(self, documents: Iterable[Document], *, fast: bool = True) -> Iterator[tuple[Document, Sample]]:
         """(document, its sample) in order, untruncated: the prompt's tokens, then those of the answer, which are learned.
 
-        `fast` has no effect: plain text is encoded in one way only. Raises RefusedDocument.
+        Control tokens that a prompt spells out are escaped, if settings say so. `fast` has no effect: plain text is encoded in
+        one way only. Raises RefusedDocument.
         """
         remaining = iter(documents)
         while batch := list(islice(remaining, DOCUMENTS_PER_BATCH)):
@@ -168,6 +169,7 @@ class SourceTargetEncoder(Encoder):
             for document, pair in zip(batch, pairs, strict=True):
                 escaped_prompt = self.escape_text(document, pair.prompt)
                 is_escaped = escaped_prompt != pair.prompt
+                # No spans: they mark what is learned in a rendered conversation, and here it is the whole answer.
                 rendered_prompts.append(RenderedText(self.prefix + escaped_prompt, spans=[], escaped=is_escaped))
             prompt_ids = self._encode_texts(rendered_prompts)
             answer_ids = self._encode_texts([RenderedText(pair.answer, spans=[]) for pair in pairs])
@@ -180,13 +182,13 @@ class SourceTargetEncoder(Encoder):
         for encoding in encodings:
             yield np.array([*self.leading_special_ids, *encoding.ids, *self.trailing_special_ids], dtype=np.int32)
 
-    def fit(self, document: Document, sample: Sample, max_source: int, policy: OverLength) -> list[Sample]:
-        """The sample with both sides within their bounds, as a list of one, or an empty list if `policy` drops it.
+    def truncate_or_drop(self, document: Document, sample: Sample, max_source: int, policy: OverLength) -> list[Sample]:
+        """The sample with prompt and answer within their bounds, as a list of one, or an empty list if `policy` drops it.
 
         A cut prompt keeps the tokenizer's closing tokens. A cut answer has none: the model should not learn to end there.
         Raises DataError if the policy is `fail`.
         """
-        prompt_length = sample.answer_begin()
+        prompt_length = sample.answer_begin()  # the sample is the prompt's tokens, then the answer's
         max_answer = self.max_target
         answer = sample.input_ids[prompt_length:]
         if prompt_length <= max_source and len(answer) <= max_answer:
@@ -242,6 +244,7 @@ def prompt_and_answer(document: Document) -> TwoSidedText:
     """
     if document.prompt is not None:
         return TwoSidedText(document.prompt, document.completion or "", answer_weight=1.0)
+    # Of a pair, `messages` ends before the two answers, and the chosen one is learned.
     turns = [*(document.messages or []), *(document.chosen or [])]
     if len(turns) > 1:
         *system, user, assistant = turns
@@ -265,14 +268,13 @@ def prompt_and_answer(document: Document) -> TwoSidedText:
             "tools, calls and thoughts are written by chat templates, and objective=seq2seq has none; name them in "
             "data.ignore_columns to train without them, or use objective=sft with a causal model",
         )
-    # The two texts, and the weight of the answer.
-    prompt = "\n\n".join([*(turn["content"] for turn in system), user["content"]])
     if any("weight" in turn for turn in turns[:-1]):
         problem = (
             "a turn before the answer has a weight, and objective=seq2seq learns the answer alone; leave the weight out"
         )
         raise RefusedDocument(document.location, "bad_weight", f"{problem}, or name weight in data.ignore_columns")
-    # A turn may have a weight, or `train: false`, which is the weight 0.
+    # The two texts, and the weight of the answer. A turn may have a weight, or `train: false`, which is the weight 0.
+    prompt = "\n\n".join([*(turn["content"] for turn in system), user["content"]])
     weight = float(assistant.get("weight", assistant.get("train", True)))
     return TwoSidedText(prompt, str(assistant["content"]), weight)
 
@@ -290,7 +292,7 @@ class TwoSidedCollator(Collator):
     def assign_to_slots(
         self, dataset: TokenDataset, units: np.ndarray, costs: np.ndarray, shape: tuple[int, int]
     ) -> list:
-        return deal_two_sides(dataset, units, *shape)
+        return deal_documents_by_length(dataset, units, *shape)
 
 
 def pad_two_sides(samples: Sequence[Sample], *, pad_token_id: int, start_token_id: int) -> dict[str, Any]:
@@ -298,40 +300,47 @@ def pad_two_sides(samples: Sequence[Sample], *, pad_token_id: int, start_token_i
     `decoder_input_ids` (the start token, then the answer without its last) and `targets` (the answer) `[S, M]`."""
     prompt_lengths = [sample.answer_begin() for sample in samples]
     answers = [sample.input_ids[length:] for sample, length in zip(samples, prompt_lengths, strict=True)]
-    ids = np.full((len(samples), max(prompt_lengths)), pad_token_id, dtype=np.int64)
-    mask = np.zeros_like(ids)
+    prompt_ids = np.full((len(samples), max(prompt_lengths)), pad_token_id, dtype=np.int64)
+    prompt_mask = np.zeros_like(prompt_ids)
     longest_answer = max(1, *map(len, answers))
-    decoder = np.full((len(samples), longest_answer), pad_token_id, dtype=np.int64)
-    targets = np.full_like(decoder, IGNORED_TARGET)
+    decoder_ids = np.full((len(samples), longest_answer), pad_token_id, dtype=np.int64)
+    targets = np.full_like(decoder_ids, IGNORED_TARGET)
     # The decoder sees the answer shifted by one: position i predicts the answer's token i.
-    decoder[:, 0] = start_token_id
+    decoder_ids[:, 0] = start_token_id
     for row, (sample, prompt_length, answer) in enumerate(zip(samples, prompt_lengths, answers, strict=True)):
-        ids[row, :prompt_length] = sample.input_ids[:prompt_length]
-        mask[row, :prompt_length] = 1
-        decoder[row, 1 : len(answer)] = answer[:-1]
+        prompt_ids[row, :prompt_length] = sample.input_ids[:prompt_length]
+        prompt_mask[row, :prompt_length] = 1
+        decoder_ids[row, 1 : len(answer)] = answer[:-1]
         targets[row, : len(answer)] = answer
     return {
-        "input_ids": torch.from_numpy(ids),
-        "attention_mask": torch.from_numpy(mask),
-        "decoder_input_ids": torch.from_numpy(decoder),
+        "input_ids": torch.from_numpy(prompt_ids),
+        "attention_mask": torch.from_numpy(prompt_mask),
+        "decoder_input_ids": torch.from_numpy(decoder_ids),
         "targets": torch.from_numpy(targets),
     }
 
 
-def deal_two_sides(dataset: TokenDataset, documents: np.ndarray, num_slots: int, capacity: int) -> list[list[int]]:
-    """Distribute positions in `documents` over `num_slots` slots of exactly `capacity`, similar lengths together.
+def deal_documents_by_length(
+    dataset: TokenDataset, documents: np.ndarray, num_slots: int, capacity: int
+) -> list[list[int]]:
+    """Distribute a step's documents over micro-batches ("slots") of exactly `capacity`, similar lengths together.
 
-    Documents are sorted by prompt, by answer and by both, and the order that pads least is taken. Deterministic. Slots come
-    back costliest first.
+    `documents`: their indices in `dataset`. Returns positions in `documents`, by slot: [[0, 3], [1, 2]]. Documents are sorted by
+    prompt, by answer and by both, and the order that pads least is taken. Deterministic. Slots come back costliest first.
     """
-    answers = dataset.num_supervised[documents]
-    prompts = dataset.lengths[documents] - answers
+    answer_lengths = dataset.num_supervised[documents]
+    prompt_lengths = dataset.lengths[documents] - answer_lengths
     best_slots: list[np.ndarray] = []
     least_cost = None
     # `lexsort` sorts by its last key first.
-    for keys in ((answers, prompts), (prompts, answers), (prompts, prompts + answers)):
+    for keys in (
+        (answer_lengths, prompt_lengths),
+        (prompt_lengths, answer_lengths),
+        (prompt_lengths, prompt_lengths + answer_lengths),
+    ):
         slots = list(np.lexsort(keys)[::-1].reshape(num_slots, capacity))
-        costs = [capacity * int(prompts[slot].max() + answers[slot].max()) for slot in slots]
+        # Of a slot: its tokens with padding, on both sides.
+        costs = [capacity * int(prompt_lengths[slot].max() + answer_lengths[slot].max()) for slot in slots]
         total_cost = sum(costs)
         if least_cost is None or total_cost < least_cost:
             least_cost = total_cost
@@ -346,7 +355,11 @@ class Seq2seq(Objective):
     perplexity = True
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Run the encoder on `input_ids [S, N]`, the decoder on `decoder_input_ids [S, M]`, the head on `target_rows`."""
+        """The loss of the answers and its accuracy, as terms by name.
+
+        Runs the encoder on `input_ids [S, N]` (S documents, prompts of up to N tokens), the decoder on `decoder_input_ids
+        [S, M]`, and the head on the positions `target_rows` of answers that are learned.
+        """
         head, hidden, targets, bias = supervised_answer_rows(model, batch)
         weighting = row_weighting_of(batch)
         if computes_loss(head):
@@ -357,27 +370,37 @@ class Seq2seq(Objective):
         return next_token_terms(batch, NextTokenLosses.of(results, weighting))
 
 
-def supervised_answer_rows(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module, Tensor, Tensor, Tensor | None]:
-    """Run encoder and decoder: (output head, hidden states `[N, H]` for it, targets `[N]`, bias `[V]` or None).
+class AnswerRows(NamedTuple):
+    """What the loss is made of, at the N positions of answers that are learned."""
 
-    N counts the answers' positions that are learned. The bias is what the model adds to the head's output.
-    """
-    plain: Any = unwrap_adapter(model)
-    encoded = plain.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    head: nn.Module
+    """The output head, still to be called."""
+    hidden: Tensor
+    """`[N, H]` hidden states for the head."""
+    targets: Tensor
+    """int64 `[N]`: ids of the tokens to predict."""
+    bias: Tensor | None
+    """`[V]`: what the model adds to the head's output; None if nothing."""
+
+
+def supervised_answer_rows(model: nn.Module, batch: dict[str, Any]) -> AnswerRows:
+    """Run encoder and decoder up to the output head, for the positions of answers that are learned."""
+    seq2seq_model: Any = unwrap_adapter(model)
+    encoded = seq2seq_model.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     # Answers are padded on the right, and no token sees a later one: the decoder needs no mask of its own.
-    hidden = plain.get_decoder()(
+    hidden = seq2seq_model.get_decoder()(
         input_ids=batch["decoder_input_ids"],
         encoder_hidden_states=encoded.last_hidden_state,
         encoder_attention_mask=batch["attention_mask"],
         use_cache=False,
     ).last_hidden_state
-    rows = batch["target_rows"]
-    hidden = hidden.reshape(-1, hidden.shape[-1])[rows]
-    targets = batch["targets"].view(-1)[rows]
-    if getattr(plain.config, "scale_decoder_outputs", False):  # T5 of 2019, whose head is its embedding
-        hidden = hidden * plain.config.d_model**-0.5
-    bias = getattr(plain, "final_logits_bias", None)  # BART's kin: a buffer [1, V] added to the head's output
-    return plain.get_output_embeddings(), hidden, targets, None if bias is None else bias[0]
+    learned_positions = batch["target_rows"]
+    hidden = hidden.reshape(-1, hidden.shape[-1])[learned_positions]
+    targets = batch["targets"].view(-1)[learned_positions]
+    if getattr(seq2seq_model.config, "scale_decoder_outputs", False):  # T5 of 2019, whose head is its embedding
+        hidden = hidden * seq2seq_model.config.d_model**-0.5
+    bias = getattr(seq2seq_model, "final_logits_bias", None)  # BART's kin: a buffer [1, V] added to the head's output
+    return AnswerRows(seq2seq_model.get_output_embeddings(), hidden, targets, None if bias is None else bias[0])
 
 
 SEQ2SEQ = ObjectiveFamily(

@@ -66,13 +66,13 @@ def uses_replay_kl(config: ObjectiveConfig) -> bool:
     return forgetting_settings(config).kl_weight > 0
 
 
-def sft_problems(config: ObjectiveConfig, other_settings: OtherSettings) -> Iterator[str]:
+def sft_problems(objective: ObjectiveConfig, other_settings: OtherSettings) -> Iterator[str]:
     """What is wrong with the settings of replay, forgetting and label smoothing together, one line each.
 
     A source is replayed if `data.sources.<name>.replay` is true: its documents keep the model near what it was before.
     """
     sources = other_settings.data.sources
-    forgetting = forgetting_settings(config)
+    forgetting = forgetting_settings(objective)
     replayed_sources = [name for name, source in sources.items() if source.replay]
     if forgetting.kl_weight > 0 and not replayed_sources:
         yield (
@@ -84,9 +84,9 @@ def sft_problems(config: ObjectiveConfig, other_settings: OtherSettings) -> Iter
             "objective.forgetting.replay_loss=false: with objective.forgetting.kl_weight=0 replayed documents would do "
             "nothing; set objective.forgetting.kl_weight=0.5, or replay_loss=true"
         )
-    if label_smoothing(config) and forgetting.kl_weight > 0:
+    if label_smoothing(objective) and forgetting.kl_weight > 0:
         yield (
-            f"objective.label_smoothing={label_smoothing(config):g} with "
+            f"objective.label_smoothing={label_smoothing(objective):g} with "
             f"objective.forgetting.kl_weight={forgetting.kl_weight:g}: spread targets pull away from the model "
             "that is to be held; set one of them to 0"
         )
@@ -144,20 +144,22 @@ class ReplayCollator(Collator):
     def add_loss_inputs(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
         """Add to `batch` the replayed documents (of general text, against forgetting) as a batch of their own, under `replay`.
 
-        `replay_rows` and `other_rows`: indices into the supervised rows, of replayed documents and of all others.
+        `replay_rows` and `other_rows`: indices into the supervised rows (tokens with a target) of `batch`, of replayed documents
+        and of all others.
         """
-        if REPLAY not in samples[0].marks:
+        if REPLAY not in samples[0].marks:  # as in the replayed documents themselves, for which this is called below
             return
         is_replayed = torch.tensor([bool(sample.marks[REPLAY]) for sample in samples])
-        is_replay_row = is_replayed[batch["row_sequence"]]
-        batch["replay_rows"] = is_replay_row.nonzero()[:, 0]
-        batch["other_rows"] = (~is_replay_row).nonzero()[:, 0]
+        document_of_row = batch["row_sequence"]
+        is_replayed_row = is_replayed[document_of_row]
+        batch["replay_rows"] = is_replayed_row.nonzero()[:, 0]
+        batch["other_rows"] = (~is_replayed_row).nonzero()[:, 0]
         replayed = [replace(sample, marks={}) for sample in samples if sample.marks[REPLAY]]
         if not replayed:
             # All ranks must run the model equally often: the shortest document, with nothing supervised, fills in.
             shortest = min(samples, key=lambda sample: len(sample.input_ids))
             replayed = [Sample(shortest.input_ids, np.zeros_like(shortest.supervised))]
-        batch["replay"] = self(replayed)
+        batch["replay"] = self(replayed)  # collated as a micro-batch of its own
 
     def cut(self, batch: dict[str, Any], cut: RowCut) -> dict[str, Any]:
         """This rank's slice, and how rows of the replayed documents get from one cut to the other; see the class."""
@@ -206,23 +208,24 @@ class SftWithReplayKl(Sft):
         """`loss`, and its parts `sft_loss` and `replay_kl` (a divergence from the initial model on replayed documents).
 
         The trained model runs once on all tokens, the initial model on the replayed documents. In evaluation: the terms without
-        the divergence.
+        the divergence. All ranks must call; of the batch it reads the entries of `ReplayCollator`.
         """
         if not torch.is_grad_enabled():
             return super().terms(model, batch)
-        # Hidden states of the initial model, moved to the ranks that have the same rows of the whole batch.
+        # Hidden states of the initial model on the replayed documents. If ranks share rows, these documents are cut otherwise
+        # than the whole batch, and the states move to the ranks that have the same tokens of it.
         initial_head, initial_hidden = self.initial_model(model, batch["replay"])
         if "replay_moves" in batch:
-            sent, received = batch["replay_moves"]
-            initial_hidden = all_to_all_vectors(initial_hidden, sent, received, batch["row_slices"])
+            sent_to_rank, received_from_rank = batch["replay_moves"]  # numbers of rows
+            initial_hidden = all_to_all_vectors(initial_hidden, sent_to_rank, received_from_rank, batch["row_slices"])
         head, hidden, targets = supervised_rows(model, batch)
         num_learned = batch["totals"]["loss"]
         num_replayed = batch["totals"][REPLAY]
         # The loop divides by all learned tokens of the step; these factors make it a mean over the tokens that have the term.
         replay_scale = num_learned / (num_replayed or 1)
-        plain_scale = 1.0
+        other_scale = 1.0
         if not self.config.replay_loss:
-            plain_scale = num_learned / ((num_learned - num_replayed) or 1)
+            other_scale = num_learned / ((num_learned - num_replayed) or 1)
         comparison = TeacherComparison(
             measure=DivergenceMeasure(Divergence.forward_kl),
             hidden=initial_hidden,
@@ -231,14 +234,14 @@ class SftWithReplayKl(Sft):
             loss_weight=float(self.config.replay_loss),
             compared_rows=batch["replay_rows"],
             uncompared_rows=batch["other_rows"],
-            uncompared_weight=plain_scale,
+            uncompared_weight=other_scale,
             row_weights=batch.get("target_weights"),
         )
         losses = DistillationLosses(*head(hidden, targets=targets, comparison=comparison))
         if self.config.replay_loss:
             sft_loss = losses.uncompared_nll + losses.compared_nll
         else:
-            sft_loss = losses.uncompared_nll * plain_scale
+            sft_loss = losses.uncompared_nll * other_scale
         return {
             "loss": losses.total,
             "sft_loss": sft_loss.detach(),

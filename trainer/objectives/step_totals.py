@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from trainer.objectives.routed import AddedLosses
 
 
-def look_ahead(
+def mean_terms_without_gradients(
     engine: Engine,
     batches: Iterable[dict[str, Any]],
     count: float,
@@ -30,7 +30,8 @@ def look_ahead(
 ) -> dict[str, torch.Tensor]:
     """Each term of the objective, by name, summed over the micro-batches of all ranks and divided by `count`: 0-d float32.
 
-    `batches`: this rank's micro-batches. Computed without gradients and dropout; `averaged` as in `Engine.inference`. All ranks
+    For losses that need a mean over the whole step or evaluation before they can be computed. `batches`: this rank's
+    micro-batches. Computed without gradients and dropout, with `averaged` by the average of the weights over steps. All ranks
     must call, with equally many micro-batches; `check_stop` is called after each. `count` of 0 leaves the sums as they are.
     """
     sums: dict[str, torch.Tensor] = {}
@@ -56,8 +57,8 @@ def routing_context(engine: Engine, batch: StepBatch) -> dict[str, Any]:
     """What each micro-batch of a step needs for the losses of routers and logits. All ranks must call.
 
     Empty if the model adds no such loss. `step_tokens` and `ranks` turn a micro-batch's sum into its part of the step's mean.
-    `choices` [experts], int64: how many tokens of the whole step chose each expert. With one micro-batch the forward pass itself
-    counts them. With several they are counted here, in a pass of its own without gradients and dropout.
+    `tokens_by_expert` (int64 [experts]): how many tokens of the whole step chose each expert. With one micro-batch the forward
+    pass itself counts them. With several they are counted here, in a pass of its own without gradients and dropout.
     """
     added_losses: AddedLosses | None = getattr(engine.step_module, "added_losses", None)
     if added_losses is None or not added_losses.changes_loss:
@@ -66,22 +67,22 @@ def routing_context(engine: Engine, batch: StepBatch) -> dict[str, Any]:
     if added_losses.router_losses.balance_weight and len(batch.micro_batches) > 1:
         # The balancing loss is a product of two means over the step, which no sum of micro-batches gives.
         with engine.inference(averaged=False) as module:
-            choices = []
+            counts = []
             for micro_batch in batch.micro_batches:
-                outputs = module({**micro_batch, "choices_alone": True})
-                choices.append(outputs["choices"])
-        total = torch.stack(choices).sum(0)
+                outputs = module({**micro_batch, "only_count_tokens_by_expert": True})
+                counts.append(outputs["tokens_by_expert"])
+        total = torch.stack(counts).sum(0)
         if engine.world_size > 1:
             total = sum_over_ranks(total)
-        context["choices"] = total
+        context["tokens_by_expert"] = total
     return context
 
 
 def pop_loss(terms: dict[str, torch.Tensor], scale: float, world_size: int) -> torch.Tensor:
-    """The loss of a micro-batch for the backward pass, 0-d. Removes the loss that the model itself adds from `terms`.
+    """The loss of a micro-batch for the backward pass, 0-d. Removes from `terms` the loss that the model adds for its routers.
 
     `scale`: turns the sum `terms["loss"]` into its part of the step's mean, times `world_size`, because engines average gradients
-    over ranks. The model's added loss is a part of that mean already, so it is multiplied by `world_size` alone.
+    over ranks. The added loss is a part of that mean already, so it is multiplied by `world_size` alone.
     """
     loss = terms["loss"] * scale
     added_loss = terms.pop(ADDED_LOSS, None)
@@ -90,11 +91,11 @@ def pop_loss(terms: dict[str, torch.Tensor], scale: float, world_size: int) -> t
     return loss + added_loss * world_size
 
 
-def accumulate_gradients(engine: Engine, batch: StepBatch, drawn_by: tuple[int, int]) -> dict[str, torch.Tensor]:
+def accumulate_gradients(engine: Engine, batch: StepBatch, seed_and_step: tuple[int, int]) -> dict[str, torch.Tensor]:
     """Let the engine add up the gradients of a step over its micro-batches. All ranks must call. Reads nothing from the device.
 
-    Returns the sum of each loss term over this rank's micro-batches, by name. `drawn_by`: (the run's seed, the step), by which
-    noise is drawn.
+    Returns the sum of each loss term over this rank's micro-batches, by name. `seed_and_step`: (the run's seed, the step), by
+    which noise on embeddings is drawn.
 
     The loss contract (strategies/base.py): sums over the micro-batch, divided by the count of the whole step, times
     the number of ranks, because every strategy averages over them.
@@ -104,20 +105,21 @@ def accumulate_gradients(engine: Engine, batch: StepBatch, drawn_by: tuple[int, 
     scale = engine.world_size / (loss_count or 1)
     sums: dict[str, torch.Tensor] = {}
 
-    # Some losses need a mean over the whole step before its first backward pass. Most batches have nothing ahead.
-    means_ahead = (
-        look_ahead(engine, batch.look_ahead_batches, loss_count, averaged=False) if batch.look_ahead_batches else {}
-    )
+    # Some losses (KTO's) need a mean over the whole step before its first backward pass. Most steps have no batches for it.
+    step_means: dict[str, torch.Tensor] = {}
+    if batch.look_ahead_batches:
+        step_means = mean_terms_without_gradients(engine, batch.look_ahead_batches, loss_count, averaged=False)
+    # What every micro-batch is given of the whole step.
     step_context = {
-        "ahead": means_ahead,
-        "drawn_by": drawn_by,
+        "ahead": step_means,
+        "drawn_by": seed_and_step,
         **routing_context(engine, batch),
     }
     for index, micro_batch in enumerate(batch.micro_batches):
         # Most engines exchange gradients on the last micro-batch alone; before it they add up locally.
-        last = index == len(batch.micro_batches) - 1
-        terms = engine.forward({**micro_batch, **step_context}, last=last)
-        engine.backward(pop_loss(terms, scale, engine.world_size), last=last)
+        is_last = index == len(batch.micro_batches) - 1
+        terms = engine.forward({**micro_batch, **step_context}, last=is_last)
+        engine.backward(pop_loss(terms, scale, engine.world_size), last=is_last)
         # Sums for the log stay on the device, where the meter reads them once an interval.
         for name, value in terms.items():
             sums[name] = sums[name] + value.detach() if name in sums else value.detach()

@@ -13,7 +13,7 @@ from trainer.objectives.answers import (
     LOSS_WEIGHTS,
     OLD_LOGPS,
     REFERENCE_LOGPS,
-    WRITER_LOGPS,
+    SAMPLING_LOGPS,
     AnswerSample,
 )
 from trainer.objectives.grpo_config import Normalise
@@ -79,7 +79,10 @@ class Round:
         return [number for number in answer_numbers if is_learned[number]]
 
     def sequence(self, number: int) -> AnswerSample:
-        """The tokens of answer `number` after those of its prompt, of which only the answer is supervised; no `row_entries`."""
+        """The tokens of answer `number` after those of its prompt, of which only the answer is supervised.
+
+        Without `per_token_entries`, which `step_data` adds.
+        """
         group, answer = self.answer(number)
         ids = np.array([*group.prompt.ids, *answer.ids], dtype=np.int32)
         supervised = np.zeros(len(ids), dtype=bool)
@@ -89,7 +92,7 @@ class Round:
     def step_data(self, answer_numbers: Sequence[int], normalise: Normalise, max_new_tokens: int) -> StepData:
         """The data of one optimizer step: the answers with these numbers that count in the loss, with what the loss multiplies.
 
-        Each sequence has `row_entries`, with a float32 for each token of its answer: advantage, loss weight, and the
+        Each sequence has `per_token_entries`, with a float32 for each token of its answer: advantage, loss weight, and the
         log-probabilities that the loss compares. `normalise`: what the loss is divided by, `max_new_tokens`: the longest
         answer, by which it may be.
         """
@@ -102,15 +105,15 @@ class Round:
         for number, answer, weight in zip(learned_numbers, answers, weights.tolist(), strict=True):
             sample = self.sequence(number)
             num_tokens = len(answer.ids)
-            sample.row_entries = {
+            sample.per_token_entries = {
                 ADVANTAGES: np.full(num_tokens, advantages[number], np.float32),
                 LOSS_WEIGHTS: np.full(num_tokens, weight, np.float32),
-                WRITER_LOGPS: answer.logprobs,
+                SAMPLING_LOGPS: answer.logprobs,
             }
             if self.old_logps:
-                sample.row_entries[OLD_LOGPS] = self.old_logps[number]
+                sample.per_token_entries[OLD_LOGPS] = self.old_logps[number]
             if self.reference_logps:
-                sample.row_entries[REFERENCE_LOGPS] = self.reference_logps[number]
+                sample.per_token_entries[REFERENCE_LOGPS] = self.reference_logps[number]
             samples.append(sample)
         totals = {"loss": loss_denominator, "tokens": int(lengths.sum()), "answers": len(learned_numbers)}
         return StepData(samples, totals)
