@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launch.config.help_text import show_help
 from launch.config.user_files import YAML_SUFFIXES
@@ -79,6 +79,13 @@ class InitResult:
     """Settings of the other trainer's file that a setting of the command line overrides."""
 
 
+class ReportSection(NamedTuple):
+    """What became of some settings of another trainer's file, for the screen and for the end of the new file."""
+
+    title: str
+    entries: list[str]
+
+
 def main(argv: list[str]) -> int:
     """Run `shardtune init` with the arguments `argv`: write a settings file, and print what is in it; returns the exit code.
 
@@ -115,7 +122,10 @@ def _target_file_problems(target: Path) -> Iterator[str]:
 
 
 def _file_from_settings(arguments: list[str], target: Path) -> tuple[InitResult, str]:
-    """(result, text of the settings file) from settings alone. Raises ConfigError if a run could not start with them."""
+    """(result, text of the settings file) from settings of the command line alone.
+
+    Raises ConfigError if a run could not start with them.
+    """
     from launch.config.compose import compose_config
 
     _raise_if_any_reset(arguments)
@@ -124,13 +134,14 @@ def _file_from_settings(arguments: list[str], target: Path) -> tuple[InitResult,
         f"Settings of a run, written by `shardtune init`. Train with: shardtune train {target}",
         *HOW_TO_EDIT,
     ]
-    return _build_settings_file(arguments, target, None, head_sentences)
+    return _build_settings_file(arguments, target, head_sentences, converted=None)
 
 
 def _file_from_other_trainer(source: str, cli_settings: list[str], target: Path) -> tuple[InitResult, str]:
-    """(result, text of the settings file) from the file `source` of another trainer, whose settings `cli_settings` ones override.
+    """(result, text of the settings file) from the file `source` of another trainer; `cli_settings` override what is in it.
 
-    The file may still have problems for which a run is refused: they are listed, and do not keep it from being written.
+    A setting of the other file that cannot be used here is left out, and listed with its reason. The rest may still have problems
+    for which a run is refused, such as a missing budget: they are listed too, and do not keep the file from being written.
     Raises ConfigError if the file cannot be read, or a setting of the command line cannot be used.
     """
     from launch.config.compose import compose_config
@@ -155,10 +166,14 @@ def _file_from_other_trainer(source: str, cli_settings: list[str], target: Path)
         "A comment behind a setting says what it was there. What has no equal here is listed at the end.",
         *HOW_TO_EDIT,
     ]
-    result, contents = _build_settings_file(arguments, target, converted, head_sentences, problems_to_settle)
-    result.problems_to_settle = problems_to_settle
-    result.overridden_names = overridden_names
-    return result, contents
+    return _build_settings_file(
+        arguments,
+        target,
+        head_sentences,
+        converted=converted,
+        problems_to_settle=problems_to_settle,
+        overridden_names=overridden_names,
+    )
 
 
 def _overrides_that_compose(converted: ConvertedSettings, cli_settings: list[str]) -> list[str]:
@@ -231,13 +246,16 @@ def _drop_overridden_settings(converted: ConvertedSettings, cli_settings: list[s
 def _build_settings_file(
     arguments: list[str],
     target: Path,
-    converted: ConvertedSettings | None,
     head_sentences: list[str],
-    problems_to_settle: list[str] | None = None,
+    *,
+    converted: ConvertedSettings | None,
+    problems_to_settle: Sequence[str] = (),
+    overridden_names: Sequence[str] = (),
 ) -> tuple[InitResult, str]:
-    """(result, text of the settings file) from settings (`arguments`) that compose to a configuration.
+    """(result, text of the settings file) from settings (`arguments`) that compose to a configuration. Writes nothing.
 
-    `head_sentences`: those at the top of the file. `problems_to_settle`: those that are listed at its end.
+    `head_sentences`: those at the top of the file. `converted`: the other trainer's file, of which the end of the new file lists
+    what has no equal here. `problems_to_settle`: listed there too. `overridden_names`: for the result alone.
     """
     from launch.config.overrides import parse_overrides
     from launch.init.file import comment_lines_of_sentences, settings_file_text
@@ -246,17 +264,24 @@ def _build_settings_file(
     foreign_text_by_key = {}  # such as {"optim.lr": "learning_rate: 2e-5"}
     if converted is not None:
         foreign_text_by_key = {key: "; ".join(map(str, sources)) for key, sources in converted.sources_by_key.items()}
-    tail = _closing_sentences(converted, problems_to_settle or [])
+    tail = _closing_sentences(converted, problems_to_settle)
     contents = settings_file_text(
         comment_lines_of_sentences(head_sentences), parsed, foreign_text_by_key, comment_lines_of_sentences(tail)
     )
     settings: dict[str, Any] = dict(parsed.choices)
     for setting in parsed.values:
-        settings[setting.key.removesuffix("_")] = setting.value
-    return InitResult(str(target), settings, converted), contents
+        settings[setting.key.removesuffix("_")] = setting.value  # keys that are a Python keyword end with _ in the code
+    result = InitResult(
+        str(target),
+        settings,
+        converted,
+        problems_to_settle=list(problems_to_settle),
+        overridden_names=list(overridden_names),
+    )
+    return result, contents
 
 
-def _closing_sentences(converted: ConvertedSettings | None, problems_to_settle: list[str]) -> list[str]:
+def _closing_sentences(converted: ConvertedSettings | None, problems_to_settle: Sequence[str]) -> list[str]:
     """Lines at the end of the file: problems for the user to solve, and what of the other file has no equal here.
 
     Empty for a file that was not converted.
@@ -264,24 +289,22 @@ def _closing_sentences(converted: ConvertedSettings | None, problems_to_settle: 
     if converted is None:
         return []
     lines: list[str] = []
-    for title, entries in _report_sections(converted, problems_to_settle):
-        if entries:
-            lines += ["", f"{title}:", *(f"- {entry}" for entry in entries)]
+    for section in _report_sections(converted, problems_to_settle):
+        lines += ["", f"{section.title}:", *(f"- {entry}" for entry in section.entries)]
     return lines[1:]  # an empty line stands between sections, not before the first one
 
 
-def _report_sections(converted: ConvertedSettings, problems_to_settle: list[str]) -> list[tuple[str, list[str]]]:
-    """(title, entries) of what the user should know about a converted file, the most important first; entries may be empty."""
-    return [
-        ("to settle before it trains", problems_to_settle),
-        (
-            "empty there, so nothing was said",
-            [", ".join(converted.names_without_value)] if converted.names_without_value else [],
-        ),
-        (NOT_NEEDED_TITLE, list(map(str, converted.not_needed))),
-        ("taken, with a difference", list(map(str, converted.remarks))),
-        ("no equal here", list(map(str, converted.unsupported))),
+def _report_sections(converted: ConvertedSettings, problems_to_settle: Sequence[str]) -> list[ReportSection]:
+    """What the user should know about a converted file, the most important first; sections without an entry are left out."""
+    names_without_value = ", ".join(converted.names_without_value)
+    sections = [
+        ReportSection("to settle before it trains", list(problems_to_settle)),
+        ReportSection("without a value there, so left out", [names_without_value] if names_without_value else []),
+        ReportSection(NOT_NEEDED_TITLE, list(map(str, converted.not_needed))),
+        ReportSection("taken, with a difference", list(map(str, converted.remarks))),
+        ReportSection("no equal here", list(map(str, converted.unsupported))),
     ]
+    return [section for section in sections if section.entries]
 
 
 def _write_new_file(path: Path, contents: str) -> None:
@@ -296,7 +319,10 @@ def _write_new_file(path: Path, contents: str) -> None:
 
 
 def init_result_as_json(result: InitResult) -> dict[str, Any]:
-    """What `init --json` prints: the file, its settings and, for a converted file, what became of each setting."""
+    """What `init --json` prints: the file, its settings and, for a converted file, what became of each setting.
+
+    Scripts read these keys, so they stay as they are.
+    """
     answer: dict[str, Any] = {"to": result.written_file, "settings": result.settings}
     converted = result.converted
     if converted is not None:
@@ -323,12 +349,12 @@ def init_result_lines(result: InitResult) -> list[str]:
     ]
     if converted is None:
         return lines
-    for title, entries in [
-        ("typed instead", result.overridden_names),
-        *_report_sections(converted, result.problems_to_settle),
-    ]:
-        if not entries:
-            continue
+    sections = _report_sections(converted, result.problems_to_settle)
+    if result.overridden_names:
+        sections.insert(0, ReportSection("typed instead", result.overridden_names))
+    for section in sections:
+        title = section.title
+        entries = section.entries
         if title == NOT_NEEDED_TITLE:  # only the names, because there are usually dozens; the file has the reasons
             title = f"{title} (why: {result.written_file})"
             entries = [", ".join(note.setting for note in converted.not_needed)]

@@ -78,7 +78,7 @@ def settings_file_text(
     listed_choices = {group: choice for group, choice in parsed.choices.items() if group not in GROUPS_CHOSEN_BY_NAME}
     if listed_choices:
         lines += ["defaults:", *(f"  - {group}: {choice}" for group, choice in listed_choices.items()), ""]
-    sentences = direct_field_docstrings(RunConfig)  # the explanation of each group, by its name
+    docstring_by_group = direct_field_docstrings(RunConfig)
     for name, annotation in get_type_hints(RunConfig).items():
         if name == "substitutions":  # what a run resolved itself: no setting
             continue
@@ -87,14 +87,14 @@ def settings_file_text(
             block = _lines_of_group(name, annotation, set_values.get(name, {}), context)
         elif name == "batch":
             block = [
-                *_comment_lines(sentences[name], ""),
+                *_comment_lines(docstring_by_group[name], ""),
                 "batch:",
                 *_lines_of_batch(set_values.get("batch", {}), context),
             ]
         else:
             default = getattr(context.defaults, name)
             block = [
-                *_comment_lines(sentences[name], ""),
+                *_comment_lines(docstring_by_group[name], ""),
                 *_lines_of_setting(name, name, set_values, default, "", context),
             ]
         if block:
@@ -184,12 +184,12 @@ def _lines_of_block(
 ) -> list[str]:
     """The lines of the settings of a class that are set or shown; an inner class is there if something in it is set.
 
-    `prefix` is the dotted key of the block, `defaults` its object with defaults, `set_values` what is set in it, `depth` its
-    level: 1 for a group. An empty line stands before each setting, the first one too.
+    `prefix` is the dotted key of the block, such as `optim`. `defaults` is its object with defaults, and `set_values` has what is
+    set in it. `depth` is its level: 1 for a group. An empty line stands before each setting, the first one too.
     """
     lines: list[str] = []
-    sentences = field_docstrings(settings_class)
-    annotations = get_type_hints(settings_class)
+    docstring_by_field = field_docstrings(settings_class)
+    type_by_field = get_type_hints(settings_class)
     indent = "  " * depth
     for setting in fields(settings_class):
         name = setting.name.removesuffix("_")  # a field whose name is a Python keyword ends with _
@@ -199,14 +199,15 @@ def _lines_of_block(
         if is_choice or (name not in set_values and key not in SHOWN_KEYS):
             continue
         default = getattr(defaults, setting.name)
-        annotation = annotations[setting.name]
-        if is_dataclass(annotation):
-            assert isinstance(annotation, type)
-            inner_lines = _lines_of_block(key, annotation, default, set_values[name], context, depth=depth + 1)
+        comment = _comment_lines(docstring_by_field[setting.name], indent)
+        setting_type = type_by_field[setting.name]
+        if is_dataclass(setting_type):  # such as `evaluation.generate`; none of these is in SHOWN_KEYS
+            assert isinstance(setting_type, type)
+            inner_lines = _lines_of_block(key, setting_type, default, set_values[name], context, depth=depth + 1)
             if inner_lines:
-                lines += ["", *_comment_lines(sentences[setting.name], indent), f"{indent}{name}:", *inner_lines[1:]]
+                lines += ["", *comment, f"{indent}{name}:", *inner_lines[1:]]
         else:
-            lines += ["", *_comment_lines(sentences[setting.name], indent)]
+            lines += ["", *comment]
             lines += _lines_of_setting(key, name, set_values, default, indent, context)
     return lines
 

@@ -63,7 +63,7 @@ def test_init_sets_what_is_typed_and_shows_the_defaults(tmp_path, capsys):
     typed = compose_config(words, check=False)
     from launch.init import command as init
 
-    text = init._build_settings_file(words, tmp_path / "my.yaml", None, [])[1]
+    text = init._build_settings_file(words, tmp_path / "my.yaml", [], converted=None)[1]
     (tmp_path / "my.yaml").write_text(text)
     assert compose_config(["my.yaml"], check=False).yaml == typed.yaml
     lines, block = [], ""
