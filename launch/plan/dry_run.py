@@ -90,7 +90,7 @@ def describe_run(config: RunConfig) -> DryRunResult:
             num_trained=num_trained,
         ),
         *repetition_warning(global_batch, epochs, steps),
-        *_long_step_notes(config, built, samples),
+        *_slurm_signal_warnings(config, built, samples),
         *memory.lines,
         *deferred_gradient_lines(config.strategy, num_trained, accumulation=accumulation),
     ]
@@ -123,13 +123,14 @@ def _gpu_kinds(config: RunConfig) -> set[str]:
     return gpu_kinds_of_job(slurm, partitions_of_job(slurm, query_partitions()))
 
 
-def _long_step_notes(config: RunConfig, built: BuiltModel, samples: SampledLengths) -> list[str]:
+def _slurm_signal_warnings(config: RunConfig, built: BuiltModel, samples: SampledLengths) -> list[str]:
     """Warnings if a step takes longer than SLURM gives a job to save; none if the GPUs of the job are not known."""
     if not isinstance(config.launcher, SlurmConfig):
         return []
     gpu_kinds = _gpu_kinds(config)
     # A token's attention is as long as its document: on average over tokens, not over documents.
     mean_length = float(samples.squared_tokens.sum()) / float(samples.tokens.sum())
-    flops = model_flops_per_token(built, mean_length, 0.5)
-    step_s = estimated_step_s(config, flops, samples.mean * config.batch["global"], gpu_kinds)
+    # How much of the tokens an encoder-decoder's decoder takes is not known here: half.
+    flops_per_token = model_flops_per_token(built, mean_length, answer_share=0.5)
+    step_s = estimated_step_s(config, flops_per_token, samples.mean * config.batch["global"], gpu_kinds)
     return [f"warning: {note}" for note in long_step_notes(config, step_s)]

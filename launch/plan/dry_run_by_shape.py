@@ -90,7 +90,10 @@ def describe_by_shape(config: RunConfig, shape: KnownShape) -> DryRunResult:
 
 
 def _raise_if_auto_needs_data(config: RunConfig) -> None:
-    """Raise ConfigError for strategy=auto and batch.micro=auto: a run chooses them by the lengths of its documents."""
+    """Raise ConfigError for strategy=auto and batch.micro=auto: a run chooses them by the lengths of its documents.
+
+    The caller has found that the model, with its tokenizer, is not on this machine: the documents cannot be read.
+    """
     problems = []
     for key, value in (("strategy", config.strategy.name), ("batch.micro", config.batch["micro"])):
         if str(value) == "auto":
@@ -110,7 +113,7 @@ def _build_step_on_meta(config: RunConfig) -> BuiltModel:
         tuning_config=config.tuning,
         layout=step_layout(config),
         tokenizer=NoTokenizer(config.model),
-        num_labels=objective_family(config.objective).num_outputs or 2,
+        num_labels=objective_family(config.objective).num_outputs or 2,  # labels are counted in the data: the fewest
         context=meta_context(),
         half_on_gpu=str(config.run.device) == "cuda" and config.precision is not Precision.fp32,
     )

@@ -67,10 +67,10 @@ def dry_run_result(
     memory: SimulatedStepMemory,
     notes: Mapping[str, object],
 ) -> DryRunResult:
-    """Put together the result of a dry run. `lines`: its text.
+    """Put together the result of a dry run. `lines`: its text. The keys of `facts` are read by scripts, and stay.
 
-    `numbers`: what it has counted; `memory`: that of its longest micro-batch. `notes`: what was chosen beside the
-    configuration's own substitutions, by setting, with its reason.
+    `numbers`: what it has counted; `memory`: that of its longest micro-batch, or the defect of the code that was met instead.
+    `notes`: what was chosen beside the configuration's own substitutions, by setting, with its reason.
     """
     facts = {
         "strategy": str(config.strategy.name),

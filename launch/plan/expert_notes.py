@@ -18,7 +18,8 @@ from trainer.step import BuiltModel
 def expert_lines_of_dry_run(config: RunConfig, built: BuiltModel, world_size: int) -> list[str]:
     """The lines of the start screen about expert parallelism, for `built` on meta and `world_size` ranks; none without it.
 
-    If groups of experts cross hosts, `built.substitutions` gets a note. Raises ConfigError for experts that cannot be divided.
+    Sets up expert parallelism in the plan of `built.step_module`; if groups of experts cross hosts, `built.substitutions` gets a
+    note. Raises ConfigError for experts that cannot be divided.
     """
     if config.parallel.experts == 1:
         return []
@@ -35,14 +36,16 @@ def expert_lines_of_dry_run(config: RunConfig, built: BuiltModel, world_size: in
     precision = config.precision
     if precision is Precision.auto:
         precision = Precision.bf16 if str(config.run.device) == "cuda" else Precision.fp32
-    return expert_parallelism_lines(built, precision, world_size // replica_count(config.strategy, world_size, nodes))
+    # HSDP has several replicas of the model: weights are sharded over the ranks of one.
+    ranks_per_replica = world_size // replica_count(config.strategy, world_size, nodes)
+    return expert_parallelism_lines(built, precision, ranks_per_replica)
 
 
-def imbalance_notes(job: PlannedJob, degrees: set[int]) -> list[str]:
+def imbalance_notes(job: PlannedJob, expert_parallel_degrees: set[int]) -> list[str]:
     """Notes on how many tokens the plan assumes for the busiest rank of an expert group.
 
-    `degrees`: the values of `parallel.experts` (ranks in a group) in the plan. Without `from=` there is one note. With it,
-    there is one on the degree that the run has measured, and one each on smaller and larger degrees, if the plan has any.
+    `expert_parallel_degrees`: the values of `parallel.experts` (ranks in a group) in the plan. Without `from=` there is one note.
+    With it, there is one on the degree that the run has measured, and one each on smaller and larger degrees, if there are any.
     """
     assumption = (
         f"the busiest rank is assumed to get {job.expert_imbalance:.3g} times the mean of tokens in every layer"
@@ -51,12 +54,13 @@ def imbalance_notes(job: PlannedJob, degrees: set[int]) -> list[str]:
     if measured_degree is None:
         return [f"with parallel.experts, {assumption} (plan.expert_imbalance)"]
     notes = [f"with parallel.experts={measured_degree}, {assumption}, as the run of from= measured"]
-    smaller_degrees = sorted(degree for degree in degrees if degree < measured_degree)
+    smaller_degrees = sorted(degree for degree in expert_parallel_degrees if degree < measured_degree)
     if smaller_degrees:
         degrees_text = " and ".join(map(str, smaller_degrees))
         notes.append(f"with {degrees_text}, which the run did not measure, the same: its groups can only be more even")
-    larger_degrees = sorted(degree for degree in degrees if degree > measured_degree)
+    larger_degrees = sorted(degree for degree in expert_parallel_degrees if degree > measured_degree)
     if larger_degrees:
+        # `imbalance_over` assumes the same of all degrees above the measured one, so the first stands for all.
         degrees_text = " and ".join(map(str, larger_degrees))
         notes.append(
             f"with {degrees_text}, which the run did not measure, {job.imbalance_over(larger_degrees[0]):.3g} times the mean: "
@@ -65,10 +69,10 @@ def imbalance_notes(job: PlannedJob, degrees: set[int]) -> list[str]:
     return notes
 
 
-def _cross_host_notes(job: PlannedJob, degrees: set[int]) -> list[str]:
-    """A note for each expert group size in `degrees` (`parallel.experts`) whose groups do not lie within hosts."""
+def _cross_host_notes(job: PlannedJob, expert_parallel_degrees: set[int]) -> list[str]:
+    """A note for each size of expert groups (`parallel.experts`) whose groups do not lie within hosts."""
     notes = []
-    for degree in sorted(degrees):
+    for degree in sorted(expert_parallel_degrees):
         note = expert_groups_across_hosts_note(degree, job.ranks_per_node, job.num_nodes)
         if note is not None:
             notes.append(f"parallel.experts={degree}: {note}")
@@ -84,27 +88,41 @@ def expert_parallel_notes(answer: PlanAnswer) -> list[str]:
     - whether the choice would still fit if one rank got all tokens.
     """
     expert_parallel_choices = [choice for choice in answer.best_choices if choice.variant.config.parallel.experts > 1]
-    gathering_choices = [choice for choice in answer.best_choices if choice.variant.config.parallel.experts == 1]
     if not expert_parallel_choices:
         return []
-    notes = []
-    fastest = expert_parallel_choices[0]  # both lists begin with the fastest choice
-    override = f"parallel.experts={fastest.variant.config.parallel.experts}"
-    if gathering_choices and fastest.fits and gathering_choices[0].fits:
-        relative_speed = fastest.tokens_per_s / gathering_choices[0].tokens_per_s
-        comparison = f"{relative_speed:.2f} times as fast as"
-        if relative_speed < 1:
-            comparison = f"slower, {relative_speed:.2f} times the speed of"
-        notes.append(f"{override} is {comparison} the fastest option that gathers all experts of a layer on each rank")
-    elif gathering_choices and fastest.fits:
-        notes.append(f"{override} fits, and nothing does that gathers all experts of a layer on each rank")
     degrees = {choice.variant.config.parallel.experts for choice in expert_parallel_choices}
-    notes += _cross_host_notes(answer.planned_run, degrees)
-    notes += imbalance_notes(answer.planned_run, degrees)
-    if answer.worst_imbalance_fit is not None:
-        worst = answer.worst_imbalance_fit
-        verdict = "fits" if worst.margin_bytes >= 0 else f"is {-worst.margin_bytes / GIB:.1f} GiB too much"
-        notes.append(
-            f"if one rank got all tokens, this option would take {worst.needed_bytes / GIB:.1f} GiB, which {verdict}"
-        )
-    return notes
+    return [
+        *_comparison_notes(answer),
+        *_cross_host_notes(answer.planned_run, degrees),
+        *imbalance_notes(answer.planned_run, degrees),
+        *_worst_imbalance_notes(answer),
+    ]
+
+
+def _comparison_notes(answer: PlanAnswer) -> list[str]:
+    """A note on how the fastest choice with expert parallelism compares with the fastest that gathers all experts on each rank.
+
+    None if the former does not fit, or if the plan has none of the latter.
+    """
+    # `best_choices` begins with the fastest.
+    fastest = next(choice for choice in answer.best_choices if choice.variant.config.parallel.experts > 1)
+    gathering = next((choice for choice in answer.best_choices if choice.variant.config.parallel.experts == 1), None)
+    if gathering is None or not fastest.fits:
+        return []
+    override = f"parallel.experts={fastest.variant.config.parallel.experts}"
+    if not gathering.fits:
+        return [f"{override} fits, and nothing does that gathers all experts of a layer on each rank"]
+    relative_speed = fastest.tokens_per_s / gathering.tokens_per_s
+    comparison = f"{relative_speed:.2f} times as fast as"
+    if relative_speed < 1:
+        comparison = f"slower, {relative_speed:.2f} times the speed of"
+    return [f"{override} is {comparison} the fastest option that gathers all experts of a layer on each rank"]
+
+
+def _worst_imbalance_notes(answer: PlanAnswer) -> list[str]:
+    """A note on whether the first choice would still fit if one rank got all tokens; none if that was not simulated."""
+    worst = answer.worst_imbalance_fit
+    if worst is None:
+        return []
+    verdict = "fits" if worst.margin_bytes >= 0 else f"is {-worst.margin_bytes / GIB:.1f} GiB too much"
+    return [f"if one rank got all tokens, this option would take {worst.needed_bytes / GIB:.1f} GiB, which {verdict}"]

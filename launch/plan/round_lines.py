@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 
 from launch.cluster.long_steps import REACHED_PEAK_SHARE
@@ -27,7 +28,8 @@ SCORING_NOT_MEASURED_TEXT = (
 def round_lines(load: RoundLoad, planned: RoundTime) -> list[str]:
     """Lines, not wrapped: how long a round of online learning takes, by its stages, and what memory generating answers needs.
 
-    `load`: what a round generates and trains on; `planned`: its predicted seconds and bytes.
+    In a round, the model generates (the text: writes) answers, which are scored and trained on. `load`: how many and how long
+    they are; `planned`: predicted seconds and bytes.
     """
     scoring = SCORING_NOT_MEASURED_TEXT if planned.scoring_s is None else f"{planned.scoring_s:.1f} s"
     weights_place = (
@@ -46,7 +48,10 @@ def round_lines(load: RoundLoad, planned: RoundTime) -> list[str]:
 
 
 def round_as_json(planned: RoundTime | None) -> dict[str, Any] | None:
-    """The predicted seconds and GiB of a round, as JSON values: {"writing": 12.5, ...}; None for a run without rounds."""
+    """The predicted seconds and GiB of a round, as JSON values: {"writing": 12.5, ...}; None for a run without rounds.
+
+    The keys stay as scripts read them; `writing` is the generation of answers.
+    """
     if planned is None:
         return None
     return {
@@ -64,7 +69,7 @@ def round_lines_of_dry_run(
     config: RunConfig,
     built: BuiltModel,
     *,
-    prompt_lengths: Any,
+    prompt_lengths: np.ndarray,
     mean_length: float,
     gpu_kinds: Iterable[str],
     num_parameters: int,
@@ -72,7 +77,7 @@ def round_lines_of_dry_run(
 ) -> list[str]:
     """Lines on the seconds of a round (answers written, scored and trained on) for a run that is not started.
 
-    Empty if the run generates no answers. `prompt_lengths`: those of the prompts, in tokens. `mean_length`: tokens of a prompt
+    Empty if the run generates no answers. `prompt_lengths`: int64, tokens of each prompt. `mean_length`: tokens of a prompt
     with its answer. `gpu_kinds`: the cluster's names for the GPUs of the job, such as "h100"; without any, the GPU of this
     machine counts. `num_trained`: how many of the `num_parameters` parameters are trained.
     """
@@ -85,16 +90,16 @@ def round_lines_of_dry_run(
             "seconds of a round are not known for this processor: shardtune evaluate with the settings of the run measures them "
             "on its first prompts"
         ]
-    # Seconds of a training step: its floating-point operations at the share of the GPU's peak that runs reach.
     ranks = config.launcher.per_node * config.launcher.nodes
-    flops = model_flops_per_token(built, mean_length, 0.5) * mean_length * config.batch["global"]
-    step_s = flops / (ranks * REACHED_PEAK_SHARE * card.tflops(config.precision) * 1e12)
+    step_s = _training_step_s(config, built, mean_length, card)
     itemsize = 4 if config.precision is Precision.fp32 else 2
     vocabulary = int(getattr(text_model_config(built.config), "vocab_size", 0))
     _, blocks = width_and_num_blocks(built.base_on_meta)
     planned = estimate_round_time(
         load,
-        GeneratorSizes(num_parameters, blocks, vocabulary, itemsize),
+        GeneratorSizes(
+            num_parameters=num_parameters, num_blocks=blocks, num_vocabulary_rows=vocabulary, weight_itemsize=itemsize
+        ),
         config,
         card,
         ranks=ranks,
@@ -105,11 +110,24 @@ def round_lines_of_dry_run(
     return [f"{card.name}: {line}" for line in round_lines(load, planned)]
 
 
+def _training_step_s(config: RunConfig, built: BuiltModel, mean_length: float, card: Card) -> float:
+    """Seconds of a training step: its FLOPs at the share of the GPU's peak that runs reach.
+
+    `mean_length`: tokens of a document.
+    """
+    ranks = config.launcher.per_node * config.launcher.nodes
+    # `answer_share` is read for encoder-decoders only, which have no rounds.
+    flops_per_token = model_flops_per_token(built, mean_length, answer_share=0.5)
+    flops = flops_per_token * mean_length * config.batch["global"]
+    return flops / (ranks * REACHED_PEAK_SHARE * card.tflops(config.precision) * 1e12)
+
+
 def _slowest_card(config: RunConfig, gpu_kinds: Iterable[str]) -> Card | None:
     """The GPU with the slowest memory of those that a job may get, or the GPU of this machine; None if it is not known."""
     if str(config.run.device) != "cuda":
         return None
-    figures_of_cards: list[dict[str, Any]] = []  # as the YAML files of conf/hardware/ have them
+    # The keys of the cards' YAML files in conf/hardware/, such as {"name": "NVIDIA H100 80GB HBM3", "memory_gb_s": 3350, ...}.
+    figures_of_cards: list[dict[str, Any]] = []
     for kind in gpu_kinds:
         figures_of_cards += cards_of_gpu_kind(kind)
     if not figures_of_cards and torch.cuda.is_available():

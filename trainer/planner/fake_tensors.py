@@ -17,7 +17,7 @@ def replace_tensors_by_fakes(
 ) -> list[list[dict[str, Any]]]:
     """The micro-batches with fake tensors in place of real ones; the model's buffers are replaced in place.
 
-    Must be called within `fake_tensors`.
+    Its parameters are on meta: they have no memory, and the engine makes its own of them. Must be called within `fake_tensors`.
     """
     fake_of = _FakeOf()
     replace_buffers(built.step_module, fake_of)

@@ -93,7 +93,7 @@ def resolve_micro_batch(
 
     # The simulation may be too optimistic: try real steps, with a smaller micro-batch each time they run out of memory.
     failed_trials: list[OutOfMemoryTrial] = []
-    while probe_runs_out_of_memory(_with_micro(config, micro, None), inputs, _trial_description(micro)):
+    while probe_runs_out_of_memory(_with_micro(config, micro, note=None), inputs, _trial_description(micro)):
         failed_trials.append(OutOfMemoryTrial(micro))
         smaller_micros = [divisor for divisor in micro_batch_divisors(dp_rank_samples) if divisor < micro]
         if not smaller_micros:
@@ -125,6 +125,7 @@ def with_proposed_micro_batch(config: RunConfig, prepared: PreparedData) -> RunC
         return config
     device_kind = str(config.run.device)
     if device_kind == "cuda" and not torch.cuda.is_available():
+        # Nothing is chosen, so that the run itself will choose: a text, and no `ResolvedSetting`.
         note = f"{AUTO} -> as memory allows, on the host with the GPUs; the figures here are for 1"
         return _with_micro(config, 1, note)
     runtime = runtime_of_first_rank(config)
@@ -174,7 +175,7 @@ def runtime_of_first_rank(config: RunConfig) -> Runtime:
 
 
 def recomputation_modes(requested: ActivationCheckpointing) -> tuple[ActivationCheckpointing, ...]:
-    """Modes to plan with. `auto` recomputes only if nothing fits without."""
+    """Modes to plan with, in the order in which they are tried. `auto` recomputes only if nothing fits without."""
     if requested is ActivationCheckpointing.auto:
         return ActivationCheckpointing.none, ActivationCheckpointing.full
     return (requested,)

@@ -29,6 +29,10 @@ PROBE_STEPS = 2
 """The first step creates the optimizer's state, the second holds it from its beginning."""
 
 
+_RAN_OUT, _HELD = "out", "held"
+"""The outcome of a probe on one rank, as the ranks' store has it: out of memory, or the steps were taken."""
+
+
 @dataclass(frozen=True, slots=True)
 class ProbeInputs:
     """What a run has before its model is built, and what a probe of its memory needs."""
@@ -70,7 +74,7 @@ def probe_runs_out_of_memory(config: RunConfig, inputs: ProbeInputs, probe: Prob
     """Take two real steps of the longest documents with `config`; returns whether all ranks ran out of memory.
 
     `batch.micro=auto` and `strategy=auto` test their choices so. Model and optimizer of the probe are freed again. All ranks must
-    call. Raises DoesNotFit if some ranks run out and others do not.
+    call. Raises DoesNotFit if some ranks run out and others do not (`all_ranks_ran_out`).
     """
     reason: str | None = None
     try:
@@ -88,21 +92,25 @@ def probe_runs_out_of_memory(config: RunConfig, inputs: ProbeInputs, probe: Prob
 
 
 def take_probe_steps(config: RunConfig, inputs: ProbeInputs) -> None:
-    """Build model and engine, take two steps of the longest documents, and close the engine. All ranks must call."""
+    """Build model and engine, take two steps of the longest documents, and close the engine. All ranks must call.
+
+    Reward models are built too, since they hold memory beside the steps of the run (`scores_answers`).
+    """
     engine, built, _ = build_engine(
         config, inputs.tokenizer, inputs.data, inputs.precision, inputs.runtime, scores_answers=True
     )
     if built.step_module.plan.optimizer_hooks is not None:
+        # AdaLoRA must know the number of steps of a run. As in `minimal_trainer`, there is a last step that is not taken.
         built.step_module.plan.optimizer_hooks.begin(PROBE_STEPS + 1)
     runtime = inputs.runtime
     # Two micro-batches hold as much as any number: the second adds to the gradients that the first left.
-    micro_batches = min(2, accumulation_steps(config, runtime.world_size))
+    num_micro_batches = min(2, accumulation_steps(config, runtime.world_size))
     cut = sequence_cut(runtime)
     longest = longest_micro_batch(built, largest_workload(config, inputs.data, cut))
     trainer = minimal_trainer(engine)
     try:
         for _ in range(PROBE_STEPS):
-            trainer.train_step(build_step_batch([longest] * micro_batches, runtime.device))
+            trainer.train_step(build_step_batch([longest] * num_micro_batches, runtime.device))
         if runtime.device.type == "cuda":
             torch.cuda.synchronize(runtime.device)
     finally:
@@ -110,7 +118,7 @@ def take_probe_steps(config: RunConfig, inputs: ProbeInputs) -> None:
 
 
 def all_ranks_ran_out(probe: ProbeDescription, reason: str | None, runtime: Runtime) -> bool:
-    """Whether all ranks ran out of memory in a probe; False if none did. All ranks must call.
+    """Whether all ranks ran out of memory in a probe; False if none did. All ranks must call. Raises DoesNotFit if some did.
 
     `reason`: why this rank ran out; None if it did not. If only some ranks run out, the others hang in a collective that those do
     not join. So outcomes are exchanged through the ranks' key-value store, where a rank can stop waiting, and DoesNotFit ends
@@ -122,11 +130,12 @@ def all_ranks_ran_out(probe: ProbeDescription, reason: str | None, runtime: Runt
     # Report this rank's outcome, and wait for those of the others.
     store = default_store()
     keys = [f"shardtune/{probe.setting}/{probe.choice}/{rank}" for rank in range(runtime.world_size)]
-    store.set(keys[runtime.rank], "out" if ran_out else "held")
+    store.set(keys[runtime.rank], _RAN_OUT if ran_out else _HELD)
     timeout_s = TIMEOUT_SHARE * runtime.timeout_s
     if ran_out:  # give up before the others do, which could not say which rank ran out, and why
         timeout_s /= 2
     outcome_by_rank: list[str] = []  # empty if some ranks did not report in time
+    # Suppressed: the time is up, or the process that keeps the store has ended.
     with contextlib.suppress(RuntimeError, ValueError):
         store.wait(keys, timedelta(seconds=timeout_s))
         outcome_by_rank = [store.get(key).decode() for key in keys]
@@ -135,8 +144,8 @@ def all_ranks_ran_out(probe: ProbeDescription, reason: str | None, runtime: Runt
         return ran_out
 
     # Some ranks ran out, and others did not or hang.
-    ranks_out = [rank for rank, outcome in enumerate(outcome_by_rank) if outcome == "out"]
-    if not ranks_out and ran_out:
+    ranks_out = [rank for rank, outcome in enumerate(outcome_by_rank) if outcome == _RAN_OUT]
+    if not ranks_out and ran_out:  # the others did not report in time
         ranks_out = [runtime.rank]
     who_ran_out = f"rank {', '.join(map(str, ranks_out))} runs" if ranks_out else "some rank ran"
     because = f" ({reason})" if reason else ""

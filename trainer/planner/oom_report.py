@@ -37,8 +37,8 @@ def reporting_out_of_memory(trainer: Trainer, config: RunConfig, record: RunReco
     """A context around training that turns an out-of-memory error into one whose message says what was held and what helps.
 
     It raises OutOfMemory, after which a launcher may start again, if a smaller `batch.micro` may help: in a training step with a
-    `batch.micro` above 1. Otherwise it raises DoesNotFit. `record.receipt` has the predicted memory. Only the rank that ran out
-    raises; the others lose their connection to it.
+    `batch.micro` above 1. Otherwise it raises DoesNotFit. `record.receipt` has the predicted and the measured costs. Only the
+    rank that ran out raises; the others lose their connection to it.
     """
     try:
         yield
@@ -107,7 +107,7 @@ def _out_of_memory_summary(error: BaseException, runtime: Runtime) -> str:
 
 
 def _memory_line(runtime: Runtime) -> str:
-    """A line of the message: this rank's peak memory so far and free memory; on a GPU also what torch has reserved."""
+    """A line of an out-of-memory message: this rank's peak memory so far, free memory, and on a GPU what torch has reserved."""
     peaks = peak_memory_gib_by_metric(runtime.device)
     if runtime.device.type == "cuda":
         free_bytes, total_bytes = torch.cuda.mem_get_info(runtime.device)
@@ -122,7 +122,7 @@ def _memory_line(runtime: Runtime) -> str:
 
 
 def _micro_batch_line(batch: StepBatch) -> str:
-    """A line of the message: how many micro-batches this rank's step has, and the shape of the largest one."""
+    """A line of an out-of-memory message: how many micro-batches this rank's step has, and the shape of the largest one."""
     shapes = [micro_batch["input_ids"].shape for micro_batch in batch.micro_batches if "input_ids" in micro_batch]
     rows, width = max(shapes, key=lambda shape: shape.numel()) if shapes else (0, 0)
     shape = f"{rows} x {width:,} tokens" if rows > 1 else f"{width:,} tokens"
@@ -130,7 +130,7 @@ def _micro_batch_line(batch: StepBatch) -> str:
 
 
 def _remedies_line(config: RunConfig, runtime: Runtime, *, training: bool) -> str:
-    """The line of the message that names settings which take less memory, as far as this run has not set them.
+    """The line of an out-of-memory message that names settings which take less memory, as far as this run has not set them.
 
     `training`: whether a training step ran out, not an evaluation. `runtime.dp_size`: ranks that read different samples
     (those that share a row read the same).
@@ -149,6 +149,7 @@ def _remedies_line(config: RunConfig, runtime: Runtime, *, training: bool) -> st
     if str(config.tuning.name) == "full":
         remedies.append("tuning=lora")
     doubled_sequence = 2 * runtime.sequence_size
+    # Encoder and decoder read two sequences, which cannot be sliced together.
     can_share_rows = objective_family(config.objective).kind is not ModelKind.encoder_decoder
     if can_share_rows and runtime.world_size % doubled_sequence == 0:
         remedies.append(

@@ -26,12 +26,16 @@ STATE_BYTES_BY_OPTIMIZER = {
     "adafactor": 0,
 }
 """Bytes of optimizer state that a checkpoint keeps for each trained parameter, beside its weight in fp32."""
-BY_SHAPES = "estimate: state by arithmetic, activations counted on shapes; no logits, libraries or allocator"
-BY_RULE = "estimate: state by arithmetic, activations by a rule of thumb; no logits, libraries or allocator"
-SIMULATED = "simulation of the longest micro-batch's step (run.must_fit); no libraries or allocator"
-STEP_BY = f"matrix products and attention alone, at {PRODUCT_EFFICIENCY} of the device's peak; nothing recomputed"
-ON_GPU = "tensors (memory_gib) and what the allocator reserved for them, since the process began"
-ON_CPU = "resident set of the process, libraries included, since it began"
+MEMORY_BY_SHAPES = "estimate: state by arithmetic, activations counted on shapes; no logits, libraries or allocator"
+MEMORY_BY_RULE_OF_THUMB = (
+    "estimate: state by arithmetic, activations by a rule of thumb; no logits, libraries or allocator"
+)
+MEMORY_BY_SIMULATION = "simulation of the longest micro-batch's step (run.must_fit); no libraries or allocator"
+STEP_TIME_BY_FLOPS = (
+    f"matrix products and attention alone, at {PRODUCT_EFFICIENCY} of the device's peak; nothing recomputed"
+)
+MEMORY_ON_GPU = "tensors (memory_gib) and what the allocator reserved for them, since the process began"
+MEMORY_ON_CPU = "resident set of the process, libraries included, since it began"
 
 
 def checkpoint_bytes(num_trained_parameters: int, optimizer: str) -> int:
@@ -48,25 +52,27 @@ def predicted_cost(built: BuiltModel, record: RunRecord, optimizer: str, device_
     `record`: the run's record at the start. `optimizer`: such as `adamw`. `device_gib`: memory of this rank's device.
     """
     assert built.expected_bytes is not None
-    estimated_state_bytes, activation_bytes = built.expected_bytes  # by arithmetic
+    estimated_bytes = (
+        built.expected_bytes
+    )  # by arithmetic: of model state (parameters, gradients, optimizer) and activations
     simulated_step = record.must_fit
     if simulated_step is not None:  # more precise than the arithmetic
         memory_gib = simulated_step.live_gib
-        memory_by = SIMULATED
+        memory_by = MEMORY_BY_SIMULATION
     else:
-        memory_gib = (estimated_state_bytes + activation_bytes) / GIB
-        memory_by = BY_RULE if built.activation_bytes is None else BY_SHAPES
+        memory_gib = (estimated_bytes.model_state + estimated_bytes.activations) / GIB
+        memory_by = MEMORY_BY_RULE_OF_THUMB if built.activation_bytes is None else MEMORY_BY_SHAPES
     step_s = None
     step_by = record.reference_tflops_source  # without a peak, this text says why none is known
     if record.reference_tflops:
         flops_per_rank = record.flops_per_token * record.tokens_per_step / record.world_size
         step_s = flops_per_rank / (PRODUCT_EFFICIENCY * record.reference_tflops * 1e12)
-        step_by = STEP_BY
+        step_by = STEP_TIME_BY_FLOPS
     return PredictedCost(
         memory_gib=memory_gib,
         memory_by=memory_by,
-        state_gib=estimated_state_bytes / GIB,
-        activations_gib=activation_bytes / GIB,
+        state_gib=estimated_bytes.model_state / GIB,
+        activations_gib=estimated_bytes.activations / GIB,
         device_gib=device_gib,
         step_s=step_s,
         step_by=step_by,
@@ -75,7 +81,10 @@ def predicted_cost(built: BuiltModel, record: RunRecord, optimizer: str, device_
 
 
 def memory_screen_lines(record: RunRecord) -> list[str]:
-    """Lines on memory for the start screen: the simulated need, or a warning if the estimate exceeds the device; else none."""
+    """Lines on memory for the start screen: the simulated need, or a warning if the estimate exceeds the device; else none.
+
+    `record.must_fit` is the simulated step, `record.receipt` the predicted and measured costs of the run.
+    """
     simulated_step = record.must_fit
     if simulated_step:
         gib = f"{simulated_step.needed_gib:.2f} of {simulated_step.device_gib:.2f} GiB"
@@ -109,7 +118,7 @@ def measured_cost(meter: Meter, device: torch.device, checkpoint: SavedCheckpoin
         memory_gib=peaks_gib.get("memory_gib"),
         memory_reserved_gib=peaks_gib.get("memory_reserved_gib"),
         device_name=torch.cuda.get_device_name(device) if is_gpu else None,
-        memory_of=f"{ON_GPU if is_gpu else ON_CPU}, {ranks_text}",
+        memory_of=f"{MEMORY_ON_GPU if is_gpu else MEMORY_ON_CPU}, {ranks_text}",
         step_s=meter.median_step_s(),
     )
     if meter.communication_totals is not None:
@@ -117,9 +126,8 @@ def measured_cost(meter: Meter, device: torch.device, checkpoint: SavedCheckpoin
         cost.exposed_s = meter.communication_totals.waited_s
     if meter.seconds_until_first_step is not None:
         cost.start_s = meter.seconds_until_first_step
-        cost.evaluation_before_s = (
-            meter.evaluation_s
-        )  # of the evaluation before the first step, which `start_s` includes
+        # That of the evaluation before the first step, which `start_s` includes.
+        cost.evaluation_before_s = meter.evaluation_s
     if checkpoint is not None:
         cost.checkpoint_bytes = checkpoint.size_bytes
         cost.checkpoint_s = checkpoint.took_s
