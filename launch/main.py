@@ -119,7 +119,7 @@ def version_text() -> str:
     """The text of `--version`: shardtune's version, its git revision and directory, and the version of Python."""
     from importlib import metadata
 
-    from trainer.reporting.code_revision import ROOT, code_revision
+    from trainer.reporting.code_revision import CODE_DIRECTORY, code_revision
 
     try:
         number = metadata.version("shardtune")
@@ -127,7 +127,7 @@ def version_text() -> str:
         number = "(not installed)"
     commit = code_revision()
     revision_text = f", revision {commit}" if commit else ""
-    return f"shardtune {number}{revision_text} ({ROOT}), Python {sys.version.split()[0]}"
+    return f"shardtune {number}{revision_text} ({CODE_DIRECTORY}), Python {sys.version.split()[0]}"
 
 
 def print_completion(arguments: list[str]) -> int:

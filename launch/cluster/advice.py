@@ -16,6 +16,7 @@ from launch.cluster.long_steps import long_step_notes, longest_step_s
 from launch.cluster.sbatch_environment import environment_value
 from launch.config.prices import gpu_hour_price_of_kind
 from launch.runs.slurm_time import format_slurm_time, parse_slurm_time
+from strategies import exit_codes
 from strategies.errors import ConfigError
 from trainer.config.run import RunConfig, SlurmConfig
 from trainer.config.sbatch_options import parse_sbatch_options
@@ -104,25 +105,10 @@ def job_notes_if_startable(config: RunConfig, run_dirs: list[Path]) -> list[str]
     """
     assert isinstance(config.launcher, SlurmConfig)
     slurm = settings_as_submitted(config.launcher)
-    limit_s = parse_slurm_time(slurm.time)
-    # The signal to save comes `signal_lead_s` before the time limit.
-    if slurm.signal_lead_s >= limit_s:
-        raise ConfigError(
-            f"launcher.signal_lead_s={slurm.signal_lead_s}: launcher.time={slurm.time} ({format_slurm_time(limit_s)}) is no "
-            "longer, so that each start would be told to save before it has trained; give more time, or a shorter lead"
-        )
-    # Partitions: empty if sinfo cannot tell; then nothing is checked against them.
+    _refuse_lead_of_whole_time_limit(slurm)
     partitions = query_partitions()
     candidates = partitions_of_job(slurm, partitions)
-    # A QOS, a reservation or an option that is not read here may lift a partition's limits.
-    limits_hold = not (slurm.qos or slurm.reservation or slurm.extra)
-    if candidates and limits_hold:
-        problems = _never_starting_problems(slurm, candidates)
-        if problems:
-            raise ConfigError(problems)
-    elif partitions and slurm.partition and not candidates:
-        known = ", ".join(dict.fromkeys(partition.name for partition in partitions))
-        raise ConfigError(f"launcher.partition={slurm.partition}: there is no such partition here; it has {known}")
+    _refuse_job_that_never_starts(slurm, partitions, candidates)
     # How long a step takes: measured by an earlier start of the run, else computed from its configuration.
     step_s = _measured_step_s(run_dirs)
     if step_s is None:
@@ -134,6 +120,32 @@ def job_notes_if_startable(config: RunConfig, run_dirs: list[Path]) -> list[str]
         *_restart_lines(slurm, run_dirs),
         *_price_lines(slurm, candidates, len(run_dirs)),
     ]
+
+
+def _refuse_lead_of_whole_time_limit(slurm: SlurmConfig) -> None:
+    """Raise ConfigError if the signal to save, `signal_lead_s` before the time limit, would come as soon as the job starts."""
+    limit_s = parse_slurm_time(slurm.time)
+    if slurm.signal_lead_s >= limit_s:
+        raise ConfigError(
+            f"launcher.signal_lead_s={slurm.signal_lead_s}: launcher.time={slurm.time} ({format_slurm_time(limit_s)}) is no "
+            "longer, so that each start would be told to save before it has trained; give more time, or a shorter lead"
+        )
+
+
+def _refuse_job_that_never_starts(slurm: SlurmConfig, partitions: list[Partition], candidates: list[Partition]) -> None:
+    """Raise ConfigError if there is no partition of the job's, or if no partition offers what the job requests.
+
+    `partitions`: of the cluster; empty if sinfo cannot tell, and then nothing is checked. `candidates`: those of the job.
+    """
+    # A QOS, a reservation or an option that is not read here may lift a partition's limits.
+    limits_hold = not (slurm.qos or slurm.reservation or slurm.extra)
+    if candidates and limits_hold:
+        problems = _never_starting_problems(slurm, candidates)
+        if problems:
+            raise ConfigError(problems)
+    elif partitions and slurm.partition and not candidates:
+        known = ", ".join(dict.fromkeys(partition.name for partition in partitions))
+        raise ConfigError(f"launcher.partition={slurm.partition}: there is no such partition here; it has {known}")
 
 
 def partitions_of_job(slurm: SlurmConfig, partitions: list[Partition]) -> list[Partition]:
@@ -157,18 +169,21 @@ def settings_as_submitted(slurm: SlurmConfig) -> SlurmConfig:
 
 
 def rank_layout_notes(slurm: SlurmConfig) -> list[str]:
-    """Notes on how many ranks each node runs and why, and on GPUs that no rank uses; empty for a job without GPUs."""
-    request = slurm.gpus_per_node_request
-    if request is None:
+    """Notes on how many ranks each node runs and why, and on GPUs that no rank uses; empty for a job without GPUs.
+
+    "ranks   2 x 4, one for each GPU of a node (launcher.gpus_per_node=4)": 2 nodes with 4 ranks each.
+    """
+    gpu_request = slurm.gpus_per_node_request  # how many GPUs of a node, and the setting that says so
+    if gpu_request is None:
         return []
     ranks_text = f"ranks   {slurm.nodes} x {slurm.per_node}"
     if slurm.processes is None:
-        return [f"{ranks_text}, one for each GPU of a node ({request.setting})"]
-    num_idle_gpus = request.count - slurm.processes
+        return [f"{ranks_text}, one for each GPU of a node ({gpu_request.setting})"]
+    num_idle_gpus = gpu_request.count - slurm.processes
     lines = [f"{ranks_text} (launcher.processes={slurm.processes})"]
     if num_idle_gpus > 0:
         lines.append(
-            f"note    {num_idle_gpus} of {request.count} GPUs stay idle on each node: {request.setting}, but "
+            f"note    {num_idle_gpus} of {gpu_request.count} GPUs stay idle on each node: {gpu_request.setting}, but "
             f"launcher.processes={slurm.processes}; leave launcher.processes out to train on all"
         )
     return lines
@@ -221,7 +236,8 @@ def _never_starting_problems(slurm: SlurmConfig, candidates: list[Partition]) ->
 def memory_mib_of_setting(memory: str | None) -> float:
     """`launcher.mem` (memory of a node, as SLURM writes it) in MiB: `64G` -> 65536.0, `512` -> 512.0 (MiB without a unit).
 
-    0.0 if no memory is requested or its form is not known here. To SLURM, 0 means all memory of the node.
+    0.0, so that nothing is compared, if no memory is requested, if its form is not known here, or for 0, by which SLURM
+    gives all memory of the node.
     """
     size = MEMORY_REGEX.fullmatch((memory or "").strip())
     if size is None:
@@ -234,12 +250,13 @@ def memory_mib_of_setting(memory: str | None) -> float:
 def _time_limit_lines(slurm: SlurmConfig, candidates: list[Partition]) -> list[str]:
     """A line on what happens at the time limit, and notes on a partition that is down or a long `signal_lead_s`.
 
-    An example: "time    1-0:00:00 a start, 120 s before its end it saves and is requeued".
+    An example: "time    1-0:00:00 a start, 120 s before its end it saves and is requeued". `candidates`: groups of nodes of the
+    partitions in which the job may run; the first partition stands for all in the text.
     """
     limit_s = parse_slurm_time(slurm.time)
     consequence = "is requeued"
     if "no-requeue" in parse_sbatch_options(slurm.extra):
-        consequence = "ends with 75, not requeued (launcher.extra: --no-requeue)"
+        consequence = f"ends with {exit_codes.PREEMPTED}, not requeued (launcher.extra: --no-requeue)"
     line = f"time    {format_slurm_time(limit_s)} a start, {slurm.signal_lead_s} s before its end it saves and {consequence}"
     if not slurm.signal_lead_s:
         line = f"time    {format_slurm_time(limit_s)} a start; nothing tells it to save before its end (launcher.signal_lead_s=0)"
@@ -262,7 +279,7 @@ def _time_limit_lines(slurm: SlurmConfig, candidates: list[Partition]) -> list[s
 def _measured_step_s(run_dirs: list[Path]) -> float | None:
     """Median seconds of the last steps in the run's metrics file.
 
-    None if no earlier start of the run has measured a step, or if several runs are submitted together.
+    None if no earlier start of the run has measured a step, or if several runs are submitted together, whose steps may differ.
     """
     from launch.runs import metrics_tail
 
@@ -273,9 +290,10 @@ def _measured_step_s(run_dirs: list[Path]) -> float | None:
 
 
 def _restart_lines(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
-    """A line on how many restarts the rest of a run takes: steps left x seconds a step / seconds a start.
+    """A line on how many restarts the rest of a run takes: steps left x seconds a step / seconds of a start of the job.
 
-    Without a measured step the line says that this is not known. Empty if several runs are submitted together.
+    Without a measured step, or if the number of the run's steps cannot be read, the line says that this is not known. Empty if
+    several runs are submitted together.
     """
     from launch.runs import metrics_tail
     from trainer.reporting.run_record import readable_run_record
@@ -289,9 +307,9 @@ def _restart_lines(slurm: SlurmConfig, run_dirs: list[Path]) -> list[str]:
         return ["starts  not known: no step of this run was measured yet (shardtune plan estimates one)"]
     remaining_steps = max(0, total_steps - int(step_rows[-1]["step"]))
     remaining_s = remaining_steps * step_s
-    # A start trains until SLURM's signal tells it to save.
-    start_s = max(1.0, parse_slurm_time(slurm.time) - slurm.signal_lead_s)
-    num_restarts = max(0, math.ceil(remaining_s / start_s) - 1)
+    # A start of the job trains until SLURM's signal tells it to save.
+    seconds_per_start = max(1.0, parse_slurm_time(slurm.time) - slurm.signal_lead_s)
+    num_restarts = max(0, math.ceil(remaining_s / seconds_per_start) - 1)
     plural = "" if num_restarts == 1 else "s"
     # SLURM's requeue after a save is what `launcher.retry` calls "preempted".
     time_left = format_slurm_time(remaining_s)
@@ -321,15 +339,16 @@ def gpu_kinds_of_job(slurm: SlurmConfig, candidates: list[Partition]) -> set[str
 def _price_lines(slurm: SlurmConfig, candidates: list[Partition], num_runs: int) -> list[str]:
     """A line on the most that one start of `num_runs` runs costs, in GPU hours and US dollars; empty for a job without GPUs.
 
-    The price of a GPU hour is known only if all kinds of GPU that the job may get cost the same.
+    Several runs are the tasks of one job array, each of which starts once. The price of a GPU hour is known only if all kinds
+    of GPU that the job may get cost the same.
     """
-    request = slurm.gpus_per_node_request
-    if request is None:
+    gpu_request = slurm.gpus_per_node_request
+    if gpu_request is None:
         return []
     gpu_kinds = gpu_kinds_of_job(slurm, candidates)
     gpu_hour_prices: set[float | None] = {gpu_hour_price_of_kind(kind) for kind in gpu_kinds}
     gpu_hour_price = gpu_hour_prices.pop() if len(gpu_hour_prices) == 1 else None
-    gpu_hours = request.count * slurm.nodes * num_runs * parse_slurm_time(slurm.time) / 3600
+    gpu_hours = gpu_request.count * slurm.nodes * num_runs * parse_slurm_time(slurm.time) / 3600
     if gpu_hour_price is None:
         cards = ", ".join(sorted(gpu_kinds)) or "these cards"
         return [f"price   {gpu_hours:,.0f} GPU hours at most a start; what one costs is not known of {cards}"]

@@ -25,7 +25,7 @@ from launch.runs.job_record import record_job_end, record_job_start
 from launch.runs.queue import write_submitted_job_ids
 from strategies.errors import ConfigError, NodesUnfit, ShardtuneError, StorageError
 from trainer.config.sbatch_options import ranks_per_node
-from trainer.reporting.code_revision import ROOT
+from trainer.reporting.code_revision import CODE_DIRECTORY
 from trainer.reporting.settings_file import read_settings_tree
 from trainer.reporting.status import RunState, read_status
 from trainer.session.lease import SILENT_OWNER_VARIABLE, raise_if_run_dir_is_in_use
@@ -41,13 +41,15 @@ JOB_USAGE = (
     "this is for job scripts: begin [overrides]; end <exit code of the step> <1 after TERM, else empty> "
     "[<1 if no rank was started>]; or part <part> <run directory> <ranks>"
 )
+PORTS = range(20000, 30000)
+"""Ports at which ranks meet if the user names none; below those that the kernel gives out to connections."""
 MAX_PORTS_TRIED = 50
 """How many ports are tried, one after another."""
 
 
 @dataclass(frozen=True, slots=True)
 class FrozenRun:
-    """A run directory with the settings of its `config.yaml` that a job script needs."""
+    """A run directory whose settings are decided (frozen in its `config.yaml`), with those that a job script needs."""
 
     directory: Path
     settings: dict[str, Any]
@@ -120,7 +122,7 @@ def prepare_job_start(overrides: list[str]) -> dict[str, Any]:
     logs.mkdir(parents=True, exist_ok=True)
     started_by_train_sbatch = bool(overrides)
     if started_by_train_sbatch:  # `shardtune submit` has copied the code, and its scripts start from the copy
-        shell_variables["code"] = code_directory_of_job(run, job)
+        shell_variables["code"] = code_copy_of_job(run, job) or ""
     snapshot.refuse_changed_code()
     launcher = run.settings["launcher"]
     containers.refuse_unavailable_container(launcher)
@@ -158,7 +160,8 @@ def refuse_lost_starts(run: FrozenRun, job: JobStart, logs: Path) -> None:
     if not was_lost:
         return
     max_lost_starts = run.settings["launcher"]["retry"].get("node_fail", 0)
-    if record_lost_start(logs, job) > max_lost_starts:
+    num_lost_starts = record_lost_start(logs, job)
+    if num_lost_starts > max_lost_starts:
         raise ShardtuneError(
             f"job {job.name}: more than {max_lost_starts} starts ended without a word (node lost, or killed unsaved); "
             "not started again"
@@ -187,16 +190,16 @@ def print_idle_gpus(ranks_per_node: int, env: Mapping[str, str]) -> None:
         )
 
 
-def code_directory_of_job(run: FrozenRun, job: JobStart) -> Path | str:
-    """The directory of the code that a run by slurm/train.sbatch uses.
+def code_copy_of_job(run: FrozenRun, job: JobStart) -> Path | None:
+    """The directory with the copy of the code that a run by slurm/train.sbatch uses; None if it uses the clone itself.
 
-    - `launcher.code` is not `snapshot`: "", for the clone itself;
+    - `launcher.code` is not `snapshot`: None;
     - the first start of a job: a new copy in the run directory;
     - a later start: the copy that the first start made. Raises ConfigError if it was changed since.
     Raises StorageError if the code cannot be copied.
     """
     if run.settings["launcher"].get("code") != "snapshot":
-        return ""
+        return None
     copy = snapshot.newest_code_copy(run.directory) if job.num_earlier_starts else None
     if copy is None:
         return snapshot.copy_code(run.directory)
@@ -215,11 +218,11 @@ def refuse_job_with_unfit_nodes(run: FrozenRun, job: JobStart, rendezvous: str) 
 
     request = preflight_request(run.settings, num_nodes=len(job.nodes))
     request.master = rendezvous
-    container = containers.container_command(run.settings, [ROOT, run.directory])
-    python = os.environ.get("SHARDTUNE_PYTHON") or sys.executable
-    if containers.container_runtime(run.settings["launcher"]):
+    container = containers.container_command(run.settings, [CODE_DIRECTORY, run.directory])
+    python = os.environ.get("SHARDTUNE_PYTHON") or sys.executable  # the job script sets the variable
+    if containers.container_runtime(run.settings["launcher"]):  # the host's interpreter is not in the container
         python = run.settings["launcher"].get("python") or "python3"
-    command = srun_check_command(len(job.nodes), python, container.srun_options, prefix=container.prefix)
+    command = srun_check_command(len(job.nodes), python, container.srun_options, container_prefix=container.prefix)
     reports, verdict = run_preflight(request, [command], job.nodes)
     print(report_text(request, reports, verdict), flush=True)
     if verdict.problems:
@@ -274,6 +277,7 @@ def misplaced_override_problems(overrides: list[str]) -> list[str]:
         else:
             can_be_taken = value == "slurm"
         if not can_be_taken:
+            # slurm/train.sbatch sets the interpreter and its setup in lines of its own, or in slurm/env.sh.
             reason = SCRIPT_DECIDES_REASON if launcher_key in ("", "setup", "python") else SBATCH_DECIDES_REASON
             problems.append(f"{override}: {reason}")
     return problems
@@ -315,10 +319,10 @@ def choose_rendezvous(job: JobStart, configured_address: str | None) -> str:
                 f"launcher.rdzv={configured_address}: another process listens there; choose another port, or leave it out"
             )
         return configured_address
+    # `begin` runs on the first node of the job, so that its ports can be tested here.
     first_port = master_port(os.environ)
     for offset in range(MAX_PORTS_TRIED):
-        # From `first_port` on, wrapped around within 20000 to 29999.
-        port = 20000 + (first_port - 20000 + offset) % 10000
+        port = PORTS[(first_port - PORTS.start + offset) % len(PORTS)]  # after the last one comes the first
         if _is_port_free(port):
             return f"{job.nodes[0]}:{port}"
     raise ConfigError(
@@ -365,25 +369,33 @@ def main(argv: list[str]) -> int:
     arguments = argv[1:]
     if command == "part" and len(arguments) == 3:
         part, run_dir, num_processes = arguments
-        snapshot.refuse_changed_code()
+        snapshot.refuse_changed_code()  # files of the copy that this process was started from
         return pipeline_part.run_part(part, Path(run_dir), int(num_processes))
     # The script of a job that an earlier shardtune submitted gives two arguments: it does not tell whether a rank was started.
     if command == "end" and len(arguments) in (2, 3) and arguments[0].isdecimal():
-        step_code, term_text, *no_rank_started = arguments
+        srun_exit_code, term_text, *no_rank_started = arguments
         return record_end_and_requeue(
-            int(step_code), received_term=bool(term_text), has_started_ranks=no_rank_started != ["1"]
+            int(srun_exit_code), received_term=bool(term_text), has_started_ranks=no_rank_started != ["1"]
         )
     if command != "begin":
         raise ConfigError(JOB_USAGE)
+    _print_variables_of_job_start(arguments)
+    return 0
+
+
+def _print_variables_of_job_start(overrides: list[str]) -> None:
+    """Prepare the start of the job (`prepare_job_start`), and print its shell variables to stdout, as NAME=value lines.
+
+    All else that is printed meanwhile goes to stderr. A refusal is recorded in the run directory and raised.
+    """
     with _stdout_redirected_to_stderr() as stdout_fd:
         try:
-            shell_variables = prepare_job_start(arguments)
+            shell_variables = prepare_job_start(overrides)
         except ShardtuneError as error:
             record_refusal(error)
             raise
         lines = "".join(f"{key}={shlex.quote(str(value))}\n" for key, value in shell_variables.items())
         os.write(stdout_fd, lines.encode())
-    return 0
 
 
 def record_refusal(error: ShardtuneError) -> None:

@@ -102,7 +102,8 @@ def job_name() -> str | None:
 def record_lost_start(logs: Path, job: JobStart, file_prefix: str = "lost") -> int:
     """Add a line about a lost start of a job to the file `<file_prefix>-<job>` in `logs`; returns how many were lost so far.
 
-    Raises StorageError if the file cannot be written.
+    A start is lost if it ended without saving: its node failed, a rank was killed, or memory ran out. Raises StorageError if
+    the file cannot be written.
     """
     path = logs / f"{file_prefix}-{job.name}"
     try:
@@ -128,22 +129,23 @@ class JobOutcome:
     step: int | None = None
     """The training step that was saved; None if nothing was."""
     idle_starts: int = 0
-    """Starts in a row, this one included, that made no step before they were told to save."""
+    """Idle starts in a row, this one included: they made no step before they were told to save."""
 
 
-def record_end_and_requeue(step_code: int, *, received_term: bool, has_started_ranks: bool = True) -> int:
+def record_end_and_requeue(srun_exit_code: int, *, received_term: bool, has_started_ranks: bool = True) -> int:
     """Record how this start of a job ended, and requeue the job if its run is to go on; returns the job's exit code.
 
-    `step_code`: the exit code of the srun step that ran the training. `received_term`: whether SLURM has sent TERM to the job
+    If the job is not requeued, its training has ended, and the run's chain of jobs (prepare, train, ..., if it is one) records
+    that too. `srun_exit_code`: of the srun step that ran the training. `received_term`: whether SLURM has sent TERM to the job
     script. `has_started_ranks`: False if the script was told to stop before it had started a rank.
     """
     job = JobStart.from_environment()
     run_dir = Path(os.environ["SHARDTUNE_RUN_DIR"])
     term = TermSignal()
     if has_started_ranks:
-        print(efficiency.record_start_usage(run_dir, job.name, job.num_earlier_starts, step_code), flush=True)
+        print(efficiency.record_start_usage(run_dir, job.name, job.num_earlier_starts, srun_exit_code), flush=True)
     outcome = _determine_outcome(
-        job, run_dir, step_code, received_term=received_term, has_started_ranks=has_started_ranks
+        job, run_dir, srun_exit_code, received_term=received_term, has_started_ranks=has_started_ranks
     )
     if outcome.should_requeue:
         # Recorded before SLURM is asked, because SLURM ends this process at once.
@@ -153,19 +155,24 @@ def record_end_and_requeue(step_code: int, *, received_term: bool, has_started_r
         if refusal is None:
             return outcome.exit_code
         print(f"job {job.name}: not requeued: {refusal}", flush=True)
-        has_saved = outcome.step is not None
-        outcome = replace(
-            outcome,
-            exit_code=exit_codes.PREEMPTED if has_saved else outcome.exit_code,
-            reason=f"{outcome.reason}; not requeued: {refusal}",
-            # Of a job that SLURM ends, only SLURM knows whether it starts again.
-            will_restart=None if refusal == ENDED_BY_SLURM else False,
-        )
+        outcome = _outcome_after_refusal(outcome, refusal)
     else:
         print(f"job {job.name}: {outcome.reason}", flush=True)
     _record_end(run_dir, job, outcome)
     pipeline_part.record_part_end("train", run_dir, outcome.exit_code)
     return outcome.exit_code
+
+
+def _outcome_after_refusal(outcome: JobOutcome, refusal: str) -> JobOutcome:
+    """The outcome of a start whose job should have been requeued, but SLURM has refused it for the reason `refusal`."""
+    has_saved = outcome.step is not None
+    return replace(
+        outcome,
+        exit_code=exit_codes.PREEMPTED if has_saved else outcome.exit_code,  # a saved run can be resumed by hand
+        reason=f"{outcome.reason}; not requeued: {refusal}",
+        # Of a job that SLURM ends, only SLURM knows whether it starts again.
+        will_restart=None if refusal == ENDED_BY_SLURM else False,
+    )
 
 
 def _record_end(run_dir: Path, job: JobStart, outcome: JobOutcome) -> None:
@@ -186,7 +193,7 @@ def _record_end(run_dir: Path, job: JobStart, outcome: JobOutcome) -> None:
 
 
 def _determine_outcome(
-    job: JobStart, run_dir: Path, step_code: int, *, received_term: bool, has_started_ranks: bool
+    job: JobStart, run_dir: Path, srun_exit_code: int, *, received_term: bool, has_started_ranks: bool
 ) -> JobOutcome:
     """How a start of a job ended, from what its ranks recorded in the run directory, and whether the job is to start again.
 
@@ -197,20 +204,20 @@ def _determine_outcome(
       `failure.json`;
     - any other error: not requeued.
     Records of an earlier start of the job do not count.
-    `step_code`: the exit code of the srun step. `received_term`: whether SLURM has sent TERM to the job script.
+    `srun_exit_code`: the exit code of the srun step. `received_term`: whether SLURM has sent TERM to the job script.
     """
     if not has_started_ranks:
-        state = "told to stop before its ranks were started"
-        return _outcome_after_stop(job, run_dir, step_code, state, saved_step=None, received_term=received_term)
+        reached = "told to stop before its ranks were started"
+        return _outcome_after_stop(job, run_dir, srun_exit_code, reached, saved_step=None, received_term=received_term)
     status = read_status(run_dir)
     run_state = status.get("state") if job.has_written(status) else None
     if run_state == RunState.preempted:
         saved_step = status.get("step")
         return _outcome_after_stop(
-            job, run_dir, step_code, "state saved", saved_step=saved_step, received_term=received_term
+            job, run_dir, srun_exit_code, "state saved", saved_step=saved_step, received_term=received_term
         )
     if run_state == RunState.done:
-        return JobOutcome(step_code, "done")
+        return JobOutcome(srun_exit_code, "done")
 
     # The run has failed: by its own record, else by SLURM's.
     failure = read_failure(run_dir)
@@ -219,10 +226,8 @@ def _determine_outcome(
     if job.has_written(failure):
         retry_cause = failure.get("retry")
         reason = str(failure.get("message"))
-    if not reason and step_code:
-        reason = (
-            f"its ranks ended with exit code {step_code} and wrote no reason; their output is in {run_dir / 'logs'}"
-        )
+    if not reason and srun_exit_code:
+        reason = f"its ranks ended with exit code {srun_exit_code} and wrote no reason; their output is in {run_dir / 'logs'}"
         if was_killed_for_memory(job):
             retry_cause = "out_of_memory"
             reason = (
@@ -230,22 +235,22 @@ def _determine_outcome(
             )
             record_failure(run_dir, rank=0, error=OutOfMemory(reason), phase="starting or training")
     if retry_cause in RETRY_CAUSE_BY_KEY:  # never after an error of the run itself
-        return _outcome_after_loss(job, run_dir, step_code, retry_cause, received_term=received_term)
-    return JobOutcome(step_code, " ".join(reason.split()) or f"ended with exit code {step_code}")
+        return _outcome_after_loss(job, run_dir, srun_exit_code, retry_cause, received_term=received_term)
+    return JobOutcome(srun_exit_code, " ".join(reason.split()) or f"ended with exit code {srun_exit_code}")
 
 
 def _outcome_after_stop(
-    job: JobStart, run_dir: Path, step_code: int, state: str, *, saved_step: int | None, received_term: bool
+    job: JobStart, run_dir: Path, srun_exit_code: int, reached: str, *, saved_step: int | None, received_term: bool
 ) -> JobOutcome:
     """The outcome of a start that was told to stop, and has saved at `saved_step` (None: it had nothing to save).
 
     The job is requeued, except in the first of these cases that holds:
-    - SLURM ends or preempts the job: only SLURM knows whether it starts again;
+    - SLURM ends or preempts the job: only SLURM knows whether it starts again (`will_restart` None);
     - the job restarted as often as `launcher.retry` allows: the exit code is 75, the run can be resumed by hand;
-    - `MAX_IDLE_STARTS` starts in a row made no step: the exit code is 75 too.
-    `state`: what the run has reached, for the reason, such as "state saved".
+    - `MAX_IDLE_STARTS` idle starts in a row, which made no step: the exit code is 75 too.
+    `srun_exit_code`: the exit code of the srun step. `reached`: what the run has reached, for the reason, such as "state saved".
     """
-    # Progress since the start before this one, which the job's record tells.
+    # Whether this start made a step since the one before it, whose progress the job's record tells.
     record = read_job_record(run_dir)
     earlier_step = 0
     earlier_idle_starts = 0
@@ -254,21 +259,21 @@ def _outcome_after_stop(
         earlier_idle_starts = record.idle_starts
     step = earlier_step if saved_step is None else saved_step
     idle_starts = earlier_idle_starts + 1 if step == earlier_step else 0
-    outcome = JobOutcome(step_code, state, step=step, idle_starts=idle_starts)
+    outcome = JobOutcome(srun_exit_code, reached, step=step, idle_starts=idle_starts)
 
     if is_ended_by_slurm(job, received_term=received_term):
-        reason = f"stopped by SLURM or by scancel, {state}; not requeued from here"
+        reason = f"stopped by SLURM or by scancel, {reached}; not requeued from here"
         return replace(outcome, reason=reason, will_restart=None)
     max_restarts = _max_retries("preempted")
     if job.num_earlier_starts >= max_restarts:
         reason = (
-            f"{state}; not requeued, since it restarted {job.num_earlier_starts} times already (limit {max_restarts})"
+            f"{reached}; not requeued, since it restarted {job.num_earlier_starts} times already (limit {max_restarts})"
         )
         return replace(outcome, exit_code=exit_codes.PREEMPTED, reason=reason)
     if idle_starts >= MAX_IDLE_STARTS:
         reason = (
-            f"{state}; not requeued, since {idle_starts} starts in a row made no step: set a longer launcher.time, or a shorter "
-            "launcher.signal_lead_s"
+            f"{reached}; not requeued, since {idle_starts} starts in a row made no step: set a longer launcher.time, or a "
+            "shorter launcher.signal_lead_s"
         )
         return replace(outcome, exit_code=exit_codes.PREEMPTED, reason=reason)
     return replace(outcome, should_requeue=True)
@@ -279,29 +284,35 @@ def _max_retries(cause: str) -> int:
     return int(os.environ.get(f"retry_{cause}") or 0)
 
 
-def _outcome_after_loss(job: JobStart, run_dir: Path, step_code: int, cause: str, *, received_term: bool) -> JobOutcome:
+def _outcome_after_loss(
+    job: JobStart, run_dir: Path, srun_exit_code: int, cause: str, *, received_term: bool
+) -> JobOutcome:
     """The outcome of a start that lost a rank (`cause` "node_fail") or ran out of memory ("out_of_memory").
 
     The job is requeued, except in the first of these cases that holds:
-    - SLURM ends or preempts the job: only SLURM knows whether it starts again;
-    - starts were lost for this cause more often than `launcher.retry` allows. Records this start as lost;
-    - memory ran out, and the micro-batch cannot be halved. Writes the run's configuration with the smaller one if it can.
+    - SLURM ends or preempts the job: only SLURM knows whether it starts again (`will_restart` None);
+    - starts were lost for this cause more often than `launcher.retry` allows;
+    - memory ran out, and the micro-batch cannot be halved.
+    Unless SLURM ends the job, records this start as lost; if memory ran out, also writes the run's configuration with the halved
+    micro-batch. `srun_exit_code`: the exit code of the srun step.
     """
     reason = RETRY_CAUSE_BY_KEY[cause].reason
     if is_ended_by_slurm(job, received_term=received_term):
         reason = f"stopped by SLURM or by scancel, and {reason}; not requeued from here"
-        return JobOutcome(step_code, reason, will_restart=None)
+        return JobOutcome(srun_exit_code, reason, will_restart=None)
     max_lost_starts = _max_retries(cause)
     num_lost_starts = record_lost_start(
         run_dir / "logs", job, file_prefix=RETRY_CAUSE_BY_KEY[cause].lost_starts_file_prefix
     )
     if num_lost_starts > max_lost_starts:
-        return JobOutcome(step_code, f"{reason}; not requeued, since that happened more than {max_lost_starts} times")
+        return JobOutcome(
+            srun_exit_code, f"{reason}; not requeued, since that happened more than {max_lost_starts} times"
+        )
     if cause == "out_of_memory":
         from launch.cluster.oom_retry import write_smaller_settings
 
         settings_change = write_smaller_settings(run_dir)
         if settings_change is None:
-            return JobOutcome(step_code, f"{reason}; not requeued, since batch.micro cannot be halved")
+            return JobOutcome(srun_exit_code, f"{reason}; not requeued, since batch.micro cannot be halved")
         reason = f"{reason}, {settings_change}"
-    return JobOutcome(step_code, reason, should_requeue=True)
+    return JobOutcome(srun_exit_code, reason, should_requeue=True)

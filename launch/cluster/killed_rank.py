@@ -59,10 +59,11 @@ def _first_killed_rank(failures: dict[int, Any]) -> _KilledRank | None:
 def record_killed_rank(error: BaseException, *, kernel_killed_for_memory: bool) -> None:
     """Write the `failure.json` of a rank that a signal has killed; nothing if no rank was, or if there is no run directory.
 
-    It replaces a failure that only says that a rank lost its peer, but not a failure of another kind. Under SLURM, where nobody
-    else does so, it also prints the failure and writes `status.json`.
-    `error`: torchrun's ChildFailedError. `kernel_killed_for_memory`: whether the kernel has killed a process for memory since
-    the ranks started.
+    It replaces a failure that only says that a rank lost its peer, but not a failure of another kind. Under SLURM it also
+    prints the failure and writes `status.json`; elsewhere the process that started torchrun (`launch.cluster.supervisor`) does
+    so. The record's `retry` is the key of `launcher.retry` that allows another start: `out_of_memory` or `node_fail`. `error`:
+    torchrun's ChildFailedError. `kernel_killed_for_memory`: whether the kernel has killed a process for memory since the ranks
+    started.
     """
     from strategies.errors import ShardtuneError
     from trainer.reporting.status import RunState, read_failure, record_failure, write_status
@@ -80,25 +81,33 @@ def record_killed_rank(error: BaseException, *, kernel_killed_for_memory: bool) 
     run_dir = Path(os.environ["SHARDTUNE_RUN_DIR"])
     recorded = read_failure(run_dir)
     last_work = _last_work_of_rank(killed.rank, recorded)
-    # NCCL aborts every rank that waits too long, and each has written before what it waited for: that record stays.
-    is_abort_after_wait = (
-        killed.signal_name == "SIGABRT" and TIMEOUT_REGEX.search(recorded.get("message", "")) is not None
-    )
     was_recorded = record_failure(
         run_dir,
         killed.rank,
         killed_error,
         last_work.phase,
         last_work.step,
-        replace=only_says_peer_was_lost(recorded) and not is_abort_after_wait,
+        replace=_may_be_replaced(recorded, killed),
         pid=killed.pid,
         retry="out_of_memory" if is_out_of_memory else "node_fail",
     )
-    runs_under_slurm = "SHARDTUNE_LAUNCHER" not in os.environ
+    runs_under_slurm = "SHARDTUNE_LAUNCHER" not in os.environ  # it names the process that started torchrun elsewhere
     if was_recorded and runs_under_slurm:
         print(killed_error, file=sys.stderr, flush=True)
         with contextlib.suppress(ShardtuneError):
             write_status(run_dir, RunState.failed, step=last_work.step, reason=str(killed_error))
+
+
+def _may_be_replaced(recorded: dict[str, Any], killed: _KilledRank) -> bool:
+    """Whether the recorded failure of a run may be replaced by the one that a rank was killed.
+
+    That is so if it only says that a rank lost its peer. But NCCL aborts every rank that waits too long, and each has written
+    before what it waited for: that record stays.
+    """
+    is_abort_after_wait = (
+        killed.signal_name == "SIGABRT" and TIMEOUT_REGEX.search(recorded.get("message", "")) is not None
+    )
+    return only_says_peer_was_lost(recorded) and not is_abort_after_wait
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ def main(module: str = "launch.cluster.node") -> int:
     """Read the job, report what this host is, and run the ranks; returns the exit code.
 
     130 if the connection to the host that started the run is lost, or Ctrl-C came, before there were ranks.
-    `module`: the one that calls this: the process replaces itself by it.
+    `module`: the one that calls this: the process restarts itself (exec) with it.
     """
     block_signals()  # as the command does: a request to save that comes while libraries are loaded is kept
     try:
@@ -85,10 +85,11 @@ def _run_node(module: str) -> int:
 
 
 def _restart_in_environment(job: dict[str, Any], module: str) -> NoReturn:
-    """Replace this process by one in the job's environment, which the interpreter may need from its beginning on.
+    """Replace this process (exec) by one in the job's environment, which the interpreter may need from its beginning on.
 
-    The job's variables `env` come first, then those that each host has for itself. If the job's directory is missing on this
-    host, the process ends with a message.
+    `job`: what the host that starts the run has sent: `env` and `cwd`, and what the new process reads from `JOB_VARIABLE`:
+    `config`, `sha256` and `module`. The job's variables `env` come first, then those that each host has for itself. If the
+    job's directory is missing on this host, the process ends with a message.
     """
     host_variables = {key: value for key, value in os.environ.items() if HOST_VARIABLES_REGEX.fullmatch(key)}
     env = {**job.pop("env"), **host_variables, JOB_VARIABLE: json.dumps(job)}
@@ -155,7 +156,7 @@ def _relay_signals(message_fd: int) -> None:
     """Send this process the signals that arrive as messages; end the ranks and this process once the connection is lost.
 
     Runs in a thread of its own. A message is a line of JSON: {"signal": 15}, or {} as a heartbeat. The connection counts as lost
-    after `MESSAGE_TIMEOUT_S` seconds without a message.
+    after `MESSAGE_TIMEOUT_S` seconds without a message (EOFError). The process then ends with the exit code of Ctrl-C, 130.
     """
     while True:
         try:

@@ -46,24 +46,31 @@ def _exclude_tried_strategy(run_dir: Path, config: RunConfig) -> str | None:
     strategy = settings_on_trial.get(STRATEGY_KEY) if isinstance(settings_on_trial, dict) else None
     if strategy is None:
         return None
-    earlier_resolution = config.resolution(STRATEGY_KEY) or ResolvedSetting(STRATEGY_KEY, AUTO)
+    # `substitutions` has, by key, how each setting got its value (its resolution): asked, chosen, and tried without success.
+    earlier_resolution = config.resolution(STRATEGY_KEY) or ResolvedSetting(STRATEGY_KEY, asked=AUTO)
     trials = (*earlier_resolution.tried, OutOfMemoryTrial(strategy))
     substitutions = {**config.substitutions, STRATEGY_KEY: replace(earlier_resolution, tried=trials)}
     rewrite_config_with_own_choices(run_dir, replace(config, substitutions=substitutions))
     return f"without strategy={strategy}"
 
 
-def _with_smaller_micro_batch(config: RunConfig, micro: int, failed_trial: OutOfMemoryTrial) -> RunConfig:
-    """The configuration with a smaller micro-batch, and a record of the requested one and of each that ran out of memory."""
-    earlier_resolution = config.resolution(MICRO_BATCH_KEY) or ResolvedSetting(MICRO_BATCH_KEY, config.batch["micro"])
+def _with_smaller_micro_batch(config: RunConfig, micro_batch: int, failed_trial: OutOfMemoryTrial) -> RunConfig:
+    """The configuration with a smaller `batch.micro`, and a record of how it got that value.
+
+    The record, among `substitutions`, has the value that the user asked for, the one that is chosen now, and each that ran out of
+    memory, the last of which is `failed_trial`.
+    """
+    earlier_resolution = config.resolution(MICRO_BATCH_KEY)
+    if earlier_resolution is None:
+        earlier_resolution = ResolvedSetting(MICRO_BATCH_KEY, asked=config.batch["micro"])
     resolution = replace(
         earlier_resolution,
         asked=requested_micro_batch(config.batch, config.substitutions),
-        chosen=micro,
+        chosen=micro_batch,
         tried=(*earlier_resolution.tried, failed_trial),
     )
     substitutions = {**config.substitutions, MICRO_BATCH_KEY: resolution}
-    return replace(config, batch={**config.batch, "micro": micro}, substitutions=substitutions)
+    return replace(config, batch={**config.batch, "micro": micro_batch}, substitutions=substitutions)
 
 
 def _halved_micro_batch(micro: int) -> int:

@@ -61,16 +61,16 @@ def part_settings(config: RunConfig, part: str, run_dir: Path) -> SlurmConfig:
     - export: as prepare, with the cores and the memory of its own processes.
     Each adds the options of sbatch that `launcher.part_options` has for it.
     """
-    slurm = config.launcher
-    assert isinstance(slurm, SlurmConfig)
-    part_options = slurm.part_options.get(part, [])
+    run_settings = config.launcher
+    assert isinstance(run_settings, SlurmConfig)
+    part_options = run_settings.part_options.get(part, [])
+    with_part_options = replace(run_settings, extra=[*run_settings.extra, *part_options])
     if part == "train":
-        return replace(slurm, extra=[*slurm.extra, *part_options])
+        return with_part_options
     settings = replace(
-        slurm,
+        with_part_options,
         nodes=1,
-        job_name=f"{slurm.job_name or run_dir.name}-{part}",
-        extra=[*slurm.extra, *part_options],
+        job_name=f"{run_settings.job_name or run_dir.name}-{part}",
         signal_lead_s=0,  # these parts have nothing to save before the time limit
         array_limit=None,
     )
@@ -80,49 +80,49 @@ def part_settings(config: RunConfig, part: str, run_dir: Path) -> SlurmConfig:
         settings,
         gpus_per_node=0,
         gres=None,
-        extra=[*drop_gpu_options(slurm.extra), *part_options],
-        exclusive=False,
+        extra=[*drop_gpu_options(run_settings.extra), *part_options],
+        exclusive=False,  # a few cores do not need a node of their own
     )
     if part == "export":
-        settings = _with_export_resources(settings, config, slurm, part_options)
-    if slurm.cpu_partition:  # the constraint names nodes of the other partition
-        return replace(settings, partition=slurm.cpu_partition, constraint=None)
+        settings = _with_export_resources(settings, config, run_settings.extra, part_options)
+    if run_settings.cpu_partition:  # the constraint names nodes of the other partition
+        return replace(settings, partition=run_settings.cpu_partition, constraint=None)
     return settings
 
 
 def _with_export_resources(
-    settings: SlurmConfig, config: RunConfig, slurm: SlurmConfig, part_options: list[str]
+    export_settings: SlurmConfig, config: RunConfig, run_options: list[str], part_options: list[str]
 ) -> SlurmConfig:
     """The settings of the export's job with the cores and memory that the export takes; one process if that is not known.
 
-    The memory in the run's own settings (`slurm`) is that of the nodes that train. sbatch takes one option of memory: that of the
-    user for this part (in `part_options`), else the computed one.
+    `run_options`: the user's options of sbatch for all jobs of the run (`launcher.extra`), whose memory is that of the nodes that
+    train. `part_options`: those for this part. sbatch takes one option of memory: that in `part_options`, else the computed one.
     """
     resources = export_resources(config)
     if resources is None:
-        return replace(settings, processes=1)
+        return replace(export_settings, processes=1)
     has_own_memory = bool(MEMORY_OPTIONS & parse_sbatch_options(part_options).keys())
     return replace(
-        settings,
+        export_settings,
         processes=resources.processes,
         cpus_per_task=resources.processes,
         mem=None if has_own_memory else f"{resources.memory_gib}G",
-        extra=[*drop_memory_options(drop_gpu_options(slurm.extra)), *part_options],
+        extra=[*drop_memory_options(drop_gpu_options(run_options)), *part_options],
     )
 
 
 def part_script_text(
-    config: RunConfig, part: str, run_dir: Path, script_head_lines: Callable[[RunConfig, list[Path]], list[str]]
+    config: RunConfig, part: str, run_dir: Path, make_script_head: Callable[[RunConfig, list[Path]], list[str]]
 ) -> str:
-    """The job script of a part other than training.
+    """The job script of a part other than training: prepare, evaluate or export.
 
-    `script_head_lines`: takes (the configuration of the part, run directories) and returns the lines of a script up to its
+    `make_script_head`: takes (the configuration of the part, run directories) and returns the lines of a script up to its
     function `setup`.
     """
     launcher = part_settings(config, part, run_dir)
     part_config = replace(config, launcher=launcher)
-    num_processes = 1 if part == "prepare" else launcher.per_node
-    lines = [*script_head_lines(part_config, [run_dir]), f"run=${{runs[0]}} part={part} processes={num_processes}"]
+    num_processes = 1 if part == "prepare" else launcher.per_node  # preparation starts its own workers
+    lines = [*make_script_head(part_config, [run_dir]), f"run=${{runs[0]}} part={part} processes={num_processes}"]
     return "\n".join(lines) + PART_SCRIPT_BODY
 
 
@@ -133,7 +133,7 @@ def submit_pipeline(
 
     Also records the jobs in `<run>/pipeline.json`. `sbatch`: submits a script with options and returns the job id. Raises
     ConfigError if SLURM refuses a part: then the jobs before it are cancelled. Raises StorageError if the record cannot be
-    written.
+    written; the jobs stay submitted.
     """
     jobs: list[PartJob] = []
     for part, script in script_by_part.items():
@@ -167,14 +167,15 @@ def _write_pipeline_record(jobs: list[PartJob], run_dir: Path) -> None:
 
 
 def pipeline_table(jobs: list[PartJob], config: RunConfig, run_dir: Path) -> str:
-    """A table for people of the jobs of a pipeline: nodes, GPUs and partition of each, and when it starts."""
+    """A table for people of the jobs of a pipeline (prepare, train, evaluate, export): nodes, GPUs, partition, and when each
+    starts."""
     slurm = config.launcher
     assert isinstance(slurm, SlurmConfig)
     rows = []
     for index, (part, job_id) in enumerate(jobs):
         settings = part_settings(config, part, run_dir)
-        gpus_per_node_request = settings.gpus_per_node_request
-        num_gpus = gpus_per_node_request.count * settings.nodes if gpus_per_node_request is not None else 0
+        gpu_request = settings.gpus_per_node_request
+        num_gpus = 0 if gpu_request is None else gpu_request.count * settings.nodes
         if index > 0:
             start_condition = f"when {jobs[index - 1].part} has ended well"
         elif slurm.after:

@@ -1,4 +1,4 @@
-"""One job of such a chain: `python -m launch.job part`, called by its job script. Needs no torch itself."""
+"""One job of a pipeline: `python -m launch.job part`, called by its job script. Needs no torch itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launch.cluster import containers
 from launch.runs.pipeline_jobs import PART_RESULTS_DIRECTORY, PIPELINE_FILE
-from trainer.reporting.code_revision import ROOT
+from trainer.reporting.code_revision import CODE_DIRECTORY
 from trainer.reporting.settings_file import read_settings_tree
 from trainer.reporting.status import write_text_atomic
 
@@ -29,7 +29,9 @@ def pipeline_command(part: str, run_dir: Path, processes: int) -> list[str]:
 
 
 def run_part(part: str, run_dir: Path, processes: int) -> int:
-    """Run one part of the chain within its job, and record how it ended; returns the exit code.
+    """Run one part of a run's pipeline (prepare, evaluate or export) within its job, and record how it ended.
+
+    Returns the exit code.
 
     Raises ConfigError if the run's container cannot be started here, StorageError if the end cannot be recorded.
     """
@@ -43,7 +45,7 @@ def run_part(part: str, run_dir: Path, processes: int) -> int:
 
 
 def record_part_end(part: str, run_dir: Path, code: int) -> None:
-    """Record the exit code of a part in `<run>/pipeline/<part>.json`, if the run is a chain of jobs. Errors: StorageError."""
+    """Record the exit code of a part in `<run>/pipeline/<part>.json`, if the run has a pipeline of jobs. Errors: StorageError."""
     if not (run_dir / PIPELINE_FILE).exists():
         return
     (run_dir / PART_RESULTS_DIRECTORY).mkdir(exist_ok=True)
@@ -54,14 +56,15 @@ def record_part_end(part: str, run_dir: Path, code: int) -> None:
 def _interpreter_command(run_dir: Path) -> list[str]:
     """The command that starts the run's Python: this interpreter, or srun with the container of the run.
 
-    Raises ConfigError if the container cannot be started here.
+    In the container it first runs the function `setup`, whose text the job script has put into SHARDTUNE_SETUP. Raises
+    ConfigError if the container cannot be started here.
     """
     settings = read_settings_tree(run_dir / "config.yaml")
     launcher = settings["launcher"]
     if containers.container_runtime(launcher) is None:
         return [sys.executable]
     containers.refuse_unavailable_container(launcher)
-    container = containers.container_command(settings, [ROOT, run_dir])
+    container = containers.container_command(settings, [CODE_DIRECTORY, run_dir])
     srun = [
         "srun",
         f"--export=ALL,{containers.INSIDE_CONTAINER}=1",

@@ -103,9 +103,10 @@ def render_train_script(config: RunConfig, run_dirs: list[Path], *, code_dir: Pa
 def script_head_lines(config: RunConfig, run_dirs: list[Path], *, code_dir: Path, cwd: Path | None = None) -> list[str]:
     """The lines of a job script up to the function `setup`: the options of sbatch, the runs, the interpreter and the code.
 
-    The body of the script (`TRAIN_SCRIPT_BODY`) reads the shell variables that are set here: runs, patience, python, inside,
-    container, within and words. `code_dir`: the code that the job runs. `cwd`: where relative paths of the settings start;
-    default: the current directory. Raises ConfigError for settings that are not SLURM's, or that a script cannot carry.
+    The body of the script (`TRAIN_SCRIPT_BODY`) reads the shell variables that are set here: `runs`; `patience`, the seconds
+    that nodes have to end after the first one; `words`, the overrides of the command line, none here; and those of
+    `_interpreter_lines`. `code_dir`: the code that the job runs. `cwd`: where relative paths of the settings start; default:
+    the current directory. Raises ConfigError for settings that are not SLURM's, or that a script cannot carry.
     """
     slurm = config.launcher
     if not isinstance(slurm, SlurmConfig):
@@ -136,8 +137,9 @@ def script_head_lines(config: RunConfig, run_dirs: list[Path], *, code_dir: Path
 def _interpreter_lines(config: RunConfig, slurm: SlurmConfig, directories: list[Path]) -> list[str]:
     """The lines of a job script that set the interpreters of the host and of the ranks, and how ranks start in a container.
 
-    They set `python` and `inside` (the interpreters), `container` (options of srun) and `within` (what stands before the command
-    of the ranks); these three are empty without a container. `directories`: mounted beside the paths of the settings.
+    They set `python` (the interpreter on the host), `inside` (that of the ranks in the container), `container` (options of
+    srun) and `within` (what stands before the command of the ranks); these three are empty without a container. `directories`:
+    mounted beside the paths of the settings.
     """
     if slurm.container is None:
         python = shlex.quote(checked_line(slurm.python or sys.executable, "launcher.python"))
@@ -172,8 +174,9 @@ def setup_function_text(slurm: SlurmConfig, code_dir: Path) -> str:
     """
     site_file = shlex.quote(str(code_dir / "slurm" / "env.sh"))
     source_site_file = f"if [ -f {site_file} ]; then . {site_file}; elif [ -f slurm/env.sh ]; then . slurm/env.sh; fi"
-    lines = ["setup() { # on every node, before training", f"  {source_site_file}"]
-    if slurm.container is not None:
+    if slurm.container is None:
+        lines = ["setup() { # on every node, before training", f"  {source_site_file}"]
+    else:
         lines = ["setup() { # the site's environment on the host, the lines of the launcher in the container"]
         lines += [f'  if [ -z "${INSIDE_CONTAINER}" ]; then {source_site_file}; return; fi']
     lines += [f"  {checked_line(line, 'launcher.setup')}" for line in slurm.setup]

@@ -13,13 +13,13 @@ import shutil
 from pathlib import Path
 
 from strategies.errors import ConfigError, StorageError
-from trainer.reporting.code_revision import CODE_MANIFEST_FILE, ROOT, code_revision, read_code_manifest
+from trainer.reporting.code_revision import CODE_DIRECTORY, CODE_MANIFEST_FILE, code_revision, read_code_manifest
 
 COPIED_PATHS = ("conf", "launch", "strategies", "trainer", "slurm", "shardtune.py")
 COPIES_DIRECTORY = "code"
 
 
-def read_code(root: Path = ROOT) -> dict[str, bytes]:
+def read_code(root: Path = CODE_DIRECTORY) -> dict[str, bytes]:
     """The content of every file of shardtune's code below `root`, by relative path. Errors: StorageError."""
     files: dict[str, bytes] = {}
     try:
@@ -50,7 +50,7 @@ def code_copy_dir(run_dir: Path, sha256: str) -> Path:
     return run_dir.absolute() / COPIES_DIRECTORY / sha256[:12]
 
 
-def copy_code(run_dir: Path, root: Path = ROOT) -> Path:
+def copy_code(run_dir: Path, root: Path = CODE_DIRECTORY) -> Path:
     """Copy shardtune's code from `root` into the run directory, unless an intact copy is there; returns the copy's directory.
 
     Marks the copy as the newest. Earlier copies stay, because jobs may still run them. Raises StorageError.
@@ -91,7 +91,7 @@ def newest_code_copy(run_dir: Path) -> Path | None:
     return None if newest is None else newest.parent
 
 
-def refuse_changed_code(root: Path = ROOT) -> None:
+def refuse_changed_code(root: Path = CODE_DIRECTORY) -> None:
     """Raise ConfigError if the code in `root` is a copy that was changed since its job was submitted.
 
     A clone has no manifest, and may change.

@@ -45,11 +45,13 @@ from launch.cluster.torchrun import (
 from strategies import exit_codes
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.config.run import RunConfig
-from trainer.reporting.code_revision import ROOT
+from trainer.reporting.code_revision import CODE_DIRECTORY
 from trainer.reporting.status import read_failure, record_failure
 
 NODE_END_S = 8.0
 """Seconds that a node has to end its ranks in, beside `STOP_GRACE_S`."""
+WAIT_POLL_S = 0.1
+"""Seconds between two looks at whether the nodes have ended."""
 
 
 def run_ranks_on_hosts(
@@ -73,7 +75,7 @@ def run_ranks_on_hosts(
         )
     config_digest = hashlib.sha256(config_file.read_bytes()).hexdigest()
     env = variables_to_carry(dict(os.environ))
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    env["PYTHONPATH"] = os.pathsep.join([str(CODE_DIRECTORY), *filter(None, [env.get("PYTHONPATH")])])
     job = {
         "env": env,
         "cwd": str(Path.cwd()),
@@ -100,7 +102,7 @@ def run_ranks_on_hosts(
                 node.send({"rank": node_rank, "rdzv": rdzv, "run_id": run_id})
             on_tick = redirected.poll if redirected is not None else None
             exit_code = _wait_for_nodes(nodes, signals.pending, on_tick)
-            if exit_code != exit_codes.INTERRUPTED:
+            if exit_code != exit_codes.INTERRUPTED:  # not after Ctrl-C
                 # Nobody else records the failure of a lost host. The first one is the cause.
                 for node_rank, node in enumerate(nodes):
                     if node.is_disconnected:
@@ -150,7 +152,7 @@ def _wait_for_nodes(nodes: list[Node], pending_signals: list[int], on_tick: Call
                 return exit_codes.INTERRUPTED
         elif all_ended or (failed_at is not None and now - failed_at > STOP_GRACE_S):
             return failed_codes[0] if failed_codes else 0
-        time.sleep(0.1)
+        time.sleep(WAIT_POLL_S)
 
 
 def _end_nodes(nodes: list[Node]) -> None:
@@ -158,7 +160,20 @@ def _end_nodes(nodes: list[Node]) -> None:
 
     In this order: send Ctrl-C twice to the nodes with ranks, close the connections, kill the ssh processes that do not end.
     """
-    # The first Ctrl-C lets the ranks save, the second does not wait.
+    _interrupt_ranks(nodes)
+    _close_connections(nodes)
+    for node in nodes:
+        for reader in node.output_readers:
+            reader.join(1)
+        if node.log is not None:
+            node.log.close()
+
+
+def _interrupt_ranks(nodes: list[Node]) -> None:
+    """Send Ctrl-C to the nodes whose ranks may run, and once more half a second later unless all nodes have ended.
+
+    The first Ctrl-C lets the ranks save, the second does not wait.
+    """
     for _ in range(2):
         for node in nodes:
             has_ranks = node.host_facts is not None  # a node reports its facts before it starts ranks
@@ -167,6 +182,10 @@ def _end_nodes(nodes: list[Node]) -> None:
         if all(node.process.poll() is not None for node in nodes):
             break
         time.sleep(0.5)
+
+
+def _close_connections(nodes: list[Node]) -> None:
+    """Close the connection to each node, which ends what still runs there, and kill the ssh processes that do not end in time."""
     # All connections are closed first, so that the hosts end their ranks side by side and not one after the other.
     deadline = time.monotonic() + STOP_GRACE_S + NODE_END_S
     for node in nodes:
@@ -177,11 +196,6 @@ def _end_nodes(nodes: list[Node]) -> None:
         if node.process.poll() is None:
             node.process.kill()
             node.process.wait()
-    for node in nodes:
-        for reader in node.output_readers:
-            reader.join(1)
-        if node.log is not None:
-            node.log.close()
 
 
 def _record_lost_host(run_dir: Path, node: Node, first_rank: int) -> None:
@@ -210,24 +224,25 @@ class NodeOutput:
         self._log_dir = logs
         self._redirected = redirected
         self._lock = threading.Lock()
-        self._file: IO[bytes] | None = None
+        self._redirected_file: IO[bytes] | None = None
         """Takes the place of the screen if the output is redirected."""
 
     def __enter__(self) -> NodeOutput:
         self._log_dir.mkdir(parents=True, exist_ok=True)
         if self._redirected is not None:
             self._redirected.output.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._redirected.output.open("ab")
+            self._redirected_file = self._redirected.output.open("ab")
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._redirected_file is not None:
+            self._redirected_file.close()
 
     def start_reading_output(self, nodes: list[Node]) -> None:
         """Open a log file for each node, and start the threads that read what it prints until it ends.
 
-        Sets `log` and `output_readers` of each node. The files are numbered by start: `hosts-<start>-<node>.log`.
+        Sets `log` and `output_readers` of each node; `_end_nodes` closes the logs. The files are numbered by start:
+        `hosts-<start>-<node>.log`.
         """
         earlier_starts = [0]
         for path in self._log_dir.iterdir():
@@ -263,8 +278,8 @@ class NodeOutput:
                 node.last_lines = [*node.last_lines[-NUM_SHOWN_LINES:], text.strip()]
             self._write_to_log(node, line)
             if node.host_facts is not None and (is_first_node or is_stderr):
-                named_line = line if is_first_node else f"{node.name}: ".encode() + line
-                self._print_line(named_line, is_stderr=is_stderr)
+                shown_line = line if is_first_node else f"{node.name}: ".encode() + line
+                self._show_line(shown_line, is_stderr=is_stderr)
 
     def _write_to_log(self, node: Node, line: bytes) -> None:
         """Append a line to the log file of a node. A full disk is no error: a node that is not read on would wait to print."""
@@ -272,13 +287,19 @@ class NodeOutput:
         with contextlib.suppress(OSError):
             node.log.write(line)
 
-    def _print_line(self, line: bytes, *, is_stderr: bool) -> None:
-        """Print a line of a node, whole, to the screen or the file in its place."""
+    def _show_line(self, line: bytes, *, is_stderr: bool) -> None:
+        """Print a line that a node has printed to the screen, or, if the output is redirected, write it to that file.
+
+        The lock keeps lines of several nodes apart. An error is no reason to stop reading: the line is in the node's log.
+        """
         stream = sys.stderr if is_stderr else sys.stdout
-        with self._lock, contextlib.suppress(OSError, ValueError):
-            if self._file is not None:
-                self._file.write(line)
-                self._file.flush()
+        with (
+            self._lock,
+            contextlib.suppress(OSError, ValueError),
+        ):  # ValueError: a thread that still reads meets a closed file
+            if self._redirected_file is not None:
+                self._redirected_file.write(line)
+                self._redirected_file.flush()
             else:
                 stream.write(line.decode(errors="replace"))
                 stream.flush()

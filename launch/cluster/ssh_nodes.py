@@ -19,7 +19,7 @@ from strategies.errors import ConfigError, NodesUnfit
 from strategies.hardware import count_nvidia_gpus
 from strategies.parent_death import die_with_parent
 from trainer.config.run import LauncherConfig
-from trainer.reporting.code_revision import ROOT
+from trainer.reporting.code_revision import CODE_DIRECTORY
 
 NODE_MODULE = "launch.cluster.node"
 """What runs on a host."""
@@ -82,7 +82,7 @@ class Node:
 
 def ssh_command(host: str, launcher: LauncherConfig) -> list[str]:
     """The ssh command that starts `launch.cluster.node` on a host, with the user's options in `launcher.ssh`."""
-    node_command = ["exec", "/usr/bin/env", f"PYTHONPATH={ROOT}", sys.executable, "-P", "-m", NODE_MODULE]
+    node_command = ["exec", "/usr/bin/env", f"PYTHONPATH={CODE_DIRECTORY}", sys.executable, "-P", "-m", NODE_MODULE]
     default_options = {
         "BatchMode": "yes",
         "ConnectTimeout": CONNECT_TIMEOUT_S,
@@ -162,7 +162,7 @@ def _reasons_unfit(
     """
     problems = []
     if host_facts["code"] != own_versions["code"]:
-        problems.append(f"has another code than that of this host ({ROOT})")
+        problems.append(f"has another code than that of this host ({CODE_DIRECTORY})")
     for key in ("python", "torch"):
         if host_facts[key] != own_versions[key]:
             problems.append(f"has another {key} {host_facts[key]} than {own_versions[key]} ({sys.executable})")
@@ -219,7 +219,7 @@ def _why_no_facts(node: Node) -> str:
     if code in (126, 127):  # from the shell: cannot be executed, not found
         return f"has no {sys.executable}, the Python that runs here ({node.last_output_text}); it must be at the same place"
     if any("launch" in line and "No module named" in line for line in node.last_lines):
-        return f"has no shardtune at {ROOT}, from where it runs here; the clone must be at the same place"
+        return f"has no shardtune at {CODE_DIRECTORY}, from where it runs here; the clone must be at the same place"
     return f"ended with exit code {code}: {node.last_output_text}"
 
 

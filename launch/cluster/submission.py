@@ -25,7 +25,7 @@ from strategies.errors import ConfigError, StorageError
 from trainer.config.parallel import ParallelConfig
 from trainer.config.resuming import flatten_settings, settings_as_dict
 from trainer.config.run import Code, RunConfig, SlurmConfig
-from trainer.reporting.code_revision import ROOT, code_revision
+from trainer.reporting.code_revision import CODE_DIRECTORY, code_revision
 from trainer.reporting.status import write_text_atomic
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def submit_runs(config: RunConfig, run_dirs: list[Path], *, print_only: bool) ->
         return submissions
 
     is_copied = isinstance(slurm, SlurmConfig) and slurm.code is Code.snapshot
-    code_dir = ROOT
+    code_dir = CODE_DIRECTORY
     if is_copied and run_dirs:
         code_dir = snapshot.code_copy_dir(run_dirs[0], snapshot.code_digest(snapshot.read_code()))
     scripts = script_text_by_part(config, run_dirs, code_dir)

@@ -15,7 +15,7 @@ from launch.cluster.sbatch_environment import refuse_gpus_of_environment
 from launch.cluster.submission import sbatch_variable_lines, submit_script
 from strategies.errors import ConfigError, StorageError
 from trainer.config.run import SlurmConfig
-from trainer.reporting.code_revision import ROOT
+from trainer.reporting.code_revision import CODE_DIRECTORY
 
 if TYPE_CHECKING:
     from launch.evaluate.plan import EvaluationPlan
@@ -24,7 +24,7 @@ SCRIPT = "evaluate.sbatch"
 
 
 def evaluation_script(
-    evaluation_plan: EvaluationPlan, arguments: list[str], *, clone: Path = ROOT, cwd: Path | None = None
+    evaluation_plan: EvaluationPlan, arguments: list[str], *, clone: Path = CODE_DIRECTORY, cwd: Path | None = None
 ) -> str:
     """The text of the sbatch script that evaluates on one node with the `arguments` of the command line.
 

@@ -56,7 +56,7 @@ def test_container_mounts_what_the_run_reads_and_writes_once(tmp_path, monkeypat
     assert before == [] and "--container-image=a#b:1" in step and "--container-workdir=/w" in step
     with pytest.raises(ConfigError, match="mounts cannot carry"):
         containers.container_command(own, [Path("/a:b")])
-    command = srun_check_command(2, "python3", step, {}, prefix=["apptainer"])
+    command = srun_check_command(2, "python3", step, {}, container_prefix=["apptainer"])
     assert command.argv.index("--container-image=a#b:1") < command.argv.index("apptainer") < command.argv.index("bash")
 
 

@@ -38,7 +38,7 @@ def test_code_snapshot_imports_by_itself_and_says_where_it_is_from(clone: Path, 
     shutil.rmtree(clone)
     head = code_revision(place)
     assert head and len(head) == 12, head
-    code = "from trainer.reporting.code_revision import ROOT, code_revision; print(ROOT, code_revision())"
+    code = "from trainer.reporting.code_revision import CODE_DIRECTORY, code_revision; print(CODE_DIRECTORY, code_revision())"
     said = subprocess.run([sys.executable, "-c", code], cwd="/", env={"PYTHONPATH": str(place)}, capture_output=True)
     assert said.stdout.decode().split() == [str(place), head], said.stderr
 

@@ -7,13 +7,13 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+CODE_DIRECTORY = Path(__file__).resolve().parents[2]
 """The directory that holds the packages."""
 CODE_MANIFEST_FILE = "CODE.json"
 """Beside the packages of a copy: `sha256` of its files, `revision` of the clone they are from, `source`, its path."""
 
 
-def read_code_manifest(root: Path = ROOT) -> dict[str, Any]:
+def read_code_manifest(root: Path = CODE_DIRECTORY) -> dict[str, Any]:
     """The content of `CODE.json` in a job's copy of the code, such as {"sha256": "ab12", "revision": "cd34", "source": "/clone"}.
 
     Empty for a clone or an installation, which have no such file, and if it cannot be read.
@@ -25,7 +25,7 @@ def read_code_manifest(root: Path = ROOT) -> dict[str, Any]:
     return manifest if isinstance(manifest, dict) else {}
 
 
-def code_revision(root: Path = ROOT) -> str | None:
+def code_revision(root: Path = CODE_DIRECTORY) -> str | None:
     """The revision of the code that runs, such as `3f2a91c07b1e` or `3f2a91c07b1e-dirty`.
 
     - A job's copy of a clone: the revision of that clone when it was copied; `code <hash of the files>` if it had none.

@@ -35,17 +35,19 @@ from trainer.data.read.paths import is_hub_path, is_remote_address
 
 FACTS_TIMEOUT_S = 30.0
 """Seconds within which each node must have said what it sees."""
-AFTER_ERROR_S = 3.0
+PATIENCE_AFTER_ERROR_S = 3.0
 """Seconds in which further reports may come after a node has ended with an error."""
-AFTER_ERROR_UNANSWERED_S = 10.0
-"""The same while other nodes have neither answered nor ended."""
+PATIENCE_WHILE_UNANSWERED_S = 10.0
+"""Seconds in which further reports may come after that, while other nodes have neither answered nor ended."""
 LABELLED_LINE_REGEX = re.compile(r"\s*(\d+): ?(.*)")
 """A line of `srun --label`: the number of the node's task before what it printed."""
-# Groups: node, rank, number of the piece, how many pieces, text. A line looks like: preflight 3 -1 1/2 {"look": {"node": 3, ...
+# A line looks like: preflight 3 -1 1/2 {"look": {"node": 3, ...
 # The texts of all pieces together are one JSON object. Rank -1 stands for the node itself.
-REPORT_LINE_REGEX = re.compile(rf"{REPORT_MARK} (\d+) (-?\d+) (\d+)/(\d+) (.*)")
-TASK_ENDED_REGEX = re.compile(r"srun: error: (\S+): task (\d+): ")
-"""srun's message about a task that ended with an error: its host and number."""
+REPORT_LINE_REGEX = re.compile(
+    rf"{REPORT_MARK} (?P<node>\d+) (?P<rank>-?\d+) (?P<piece>\d+)/(?P<num_pieces>\d+) (?P<text>.*)"
+)
+TASK_ENDED_REGEX = re.compile(r"srun: error: (?P<host>\S+): task (?P<node>\d+): ")
+"""srun's message about a task that ended with an error; there is one task on each node."""
 SETUP_AND_EXEC_SCRIPT = 'set -e; eval "$SHARDTUNE_SETUP"; setup >&2; exec "$@"'
 """A script of `bash -c`: runs the function `setup` of the job, then becomes the command in its arguments."""
 
@@ -85,7 +87,7 @@ def preflight_request(settings: dict[str, Any], num_nodes: int) -> PreflightRequ
         tokenizer=None if downloads_model else model["tokenizer"],
         revision=model["revision"],
         paths=local_paths,
-        exchange=launcher.get("preflight", "full") == "full",
+        exchange=launcher.get("preflight", "full") == "full",  # whether the ranks' communication is tested
         device=str(run["device"]),
     )
 
@@ -128,7 +130,7 @@ class _ReportCollector:
     def collect(self, num_pipes: int, *, is_queued: bool) -> float:
         """Collect reports into `reports` until one of these:
 
-        - all `num_pipes` pipes, through which `lines` are read, have ended;
+        - all `num_pipes` pipes (stdout and stderr of each ssh or srun), from which threads read `lines`, have ended;
         - some nodes have not answered within `FACTS_TIMEOUT_S` seconds;
         - a node ended without an answer, and the others had a few seconds more. Then `reports.not_waited_for` is set to the
           nodes that have neither answered nor ended;
@@ -161,8 +163,8 @@ class _ReportCollector:
             if line is None:
                 num_open_pipes -= 1
                 continue
-            self.add_line(line.node, line.text)
-            if began_at is None and (self.reports.facts or self.reports.output):
+            self.sort_line(line.node, line.text)
+            if began_at is None and (self.reports.facts or self.reports.output_lines_by_node):
                 began_at = time.monotonic()
 
     def _note_progress(self, now: float) -> None:
@@ -180,15 +182,15 @@ class _ReportCollector:
     def _is_patience_over(self, now: float) -> bool:
         """Whether a node ended without an answer, and the other nodes have had their time to report too.
 
-        Such a node is a problem, whatever the others say. So they get only `AFTER_ERROR_S` seconds more, or
-        `AFTER_ERROR_UNANSWERED_S` while some of them have not answered.
+        Such a node is a problem, whatever the others say. So they get only `PATIENCE_AFTER_ERROR_S` seconds more, or
+        `PATIENCE_WHILE_UNANSWERED_S` while some of them have not answered.
         """
         if self.first_error_at is None:
             return False
-        patience_s = AFTER_ERROR_UNANSWERED_S if self._missing_nodes() else AFTER_ERROR_S
+        patience_s = PATIENCE_WHILE_UNANSWERED_S if self._missing_nodes() else PATIENCE_AFTER_ERROR_S
         return now - self.first_error_at > patience_s
 
-    def add_line(self, node: int | None, line: str) -> None:
+    def sort_line(self, node: int | None, line: str) -> None:
         """Sort one line that a node or srun printed into `reports`.
 
         - a piece of a report: kept, and the report added once its last piece is there;
@@ -206,26 +208,27 @@ class _ReportCollector:
             return
         ended_task = TASK_ENDED_REGEX.match(line)
         if ended_task is not None:
-            ended_node = int(ended_task[2])
+            ended_node = int(ended_task["node"])
             self.ended_nodes.add(ended_node)
-            self.reports.hosts[ended_node] = ended_task[1]
+            self.reports.hosts[ended_node] = ended_task["host"]
         if not line.strip() or line.startswith(("srun: job ", "srun: launch/", "srun: Terminating")):
             return
         if node is None:
             self.reports.unlabelled_output.append(line.strip()[:300])
         else:
-            self.reports.output.setdefault(node, []).append(line.strip()[:300])
+            self.reports.output_lines_by_node.setdefault(node, []).append(line.strip()[:300])
 
     def _add_piece(self, report_piece: re.Match[str]) -> None:
         """Keep a piece of a report (a match of `REPORT_LINE_REGEX`). The last piece completes the report, which is then added."""
-        node, rank, piece_number, num_pieces = (int(report_piece[group]) for group in (1, 2, 3, 4))
-        self.pieces.setdefault((node, rank), []).append(report_piece[5])
-        if piece_number == num_pieces:
+        node = int(report_piece["node"])
+        rank = int(report_piece["rank"])
+        self.pieces.setdefault((node, rank), []).append(report_piece["text"])
+        if report_piece["piece"] == report_piece["num_pieces"]:
             json_text = "".join(self.pieces.pop((node, rank)))
             self._add_report(node, rank, json.loads(json_text))
 
     def _add_report(self, node: int, rank: int, report: dict[str, Any]) -> None:
-        """Add a complete report to `reports`, by its one key.
+        """Add a complete report of a node or one of its ranks to `reports`, by its one key.
 
         - {"look": facts of the node}: with `heard_at`, the time of this host's clock;
         - {"exchange": communication rates}, from rank 0;
@@ -241,9 +244,16 @@ class _ReportCollector:
             self.reports.failed_ranks.append(FailedRank(node, rank, report["error"]))
 
 
+class PreflightResult(NamedTuple):
+    """What the nodes of a preflight have reported, and what that means for the job."""
+
+    reports: NodeReports
+    verdict: PreflightVerdict
+
+
 def run_preflight(
     request: PreflightRequest, commands: list[NodeCommand], hosts: list[str], *, is_queued: bool = False
-) -> tuple[NodeReports, PreflightVerdict]:
+) -> PreflightResult:
     """Start the commands that check the nodes, collect what they report, and judge it. Sets `request.token`.
 
     `hosts`: the nodes' names, by number. `is_queued`: the nodes may first have to be waited for, in SLURM's queue. All processes
@@ -255,11 +265,13 @@ def run_preflight(
         collector = _ReportCollector(request, reports)
         processes = [_start_command(command, request, collector.lines) for command in commands]
         try:
-            reports.waited_s = collector.collect(2 * len(processes), is_queued=is_queued)  # stdout and stderr of each
+            num_pipes = 2 * len(processes)  # stdout and stderr of each
+            reports.waited_s = collector.collect(num_pipes, is_queued=is_queued)
         finally:
             _end_processes(processes)
+        # Nodes whose file in the run directory this host sees, as it must.
         reports.visible_nodes = _nodes_sharing_directory(shared_directory, set(reports.facts))
-    return reports, judge_preflight(request, reports)
+    return PreflightResult(reports, judge_preflight(request, reports))
 
 
 def _nodes_sharing_directory(shared_directory: Path | None, nodes: set[int]) -> set[int]:
@@ -338,7 +350,7 @@ def _is_communication_settled(request: PreflightRequest, reports: NodeReports, s
     - the nodes' answers already show problems, so that the result is known without the test;
     - there is no test, or only one rank;
     - rank 0 has reported the rates;
-    - a rank has failed, and the others had `AFTER_ERROR_S` seconds to report theirs;
+    - a rank has failed, and the others had `PATIENCE_AFTER_ERROR_S` seconds to report theirs;
     - the time of the test is over.
 
     `since_answers_s`: seconds since all nodes have answered.
@@ -349,7 +361,7 @@ def _is_communication_settled(request: PreflightRequest, reports: NodeReports, s
         return True
     if reports.communication_rates:
         return True
-    if reports.failed_ranks and since_answers_s > AFTER_ERROR_S:
+    if reports.failed_ranks and since_answers_s > PATIENCE_AFTER_ERROR_S:
         return True
     # The ranks have `timeout_s` to meet, and as long again to measure.
     return since_answers_s > 2 * request.timeout_s
@@ -374,19 +386,19 @@ def srun_check_command(
     srun_options: list[str],
     environment: Mapping[str, str] | None = None,
     *,
-    prefix: Sequence[str] = (),
+    container_prefix: Sequence[str] = (),
 ) -> NodeCommand:
     """The srun command that checks all nodes. The function in `SHARDTUNE_SETUP` of its environment prepares each node.
 
     `python`: the interpreter on the nodes. `srun_options`: beside the usual ones. `environment`: default: that of this process.
-    `prefix`: what starts the container, before the command itself.
+    `container_prefix`: what starts the container on each node; it stands after the options of srun, before the command itself.
     """
     argv = ["srun", "--label", f"--export=ALL,{INSIDE_CONTAINER}=1"]
     argv += [f"--nodes={num_nodes}", f"--ntasks={num_nodes}", "--ntasks-per-node=1"]
     argv += srun_options
     argv += ["--cpu-bind=none", "--kill-on-bad-exit=0", "--wait=0"]  # last: srun takes the last value of an option
     script_name = "setup"  # bash -c takes it as $0: the arguments of the script begin after it
-    argv += [*prefix, "bash", "-c", SETUP_AND_EXEC_SCRIPT, script_name]
+    argv += [*container_prefix, "bash", "-c", SETUP_AND_EXEC_SCRIPT, script_name]
     argv += [python, "-m", "launch.cluster.preflight.node", "node"]
     return NodeCommand(argv, environment if environment is not None else os.environ)
 

@@ -73,7 +73,7 @@ class PreflightRequest:
     memory_gib: float = 0.0
     """GiB of each node that the run takes for what it keeps in host memory; 0 if it keeps nothing there."""
     token: str = ""
-    """Names this preflight in the run directory."""
+    """Names this preflight's directory in the run directory; random, so that two preflights of a run do not meet there."""
     run_dir: str | None = None
     model: str | None = None
     """Directory or hub id; `models` of the run that must be there on every node, offline."""
@@ -123,7 +123,7 @@ class NodeFacts(TypedDict):
     paths: dict[str, bool]
     """Whether each path of the request is visible."""
     run_dir: NotRequired[dict[str, Any]]
-    """By `run_dir_facts`; missing if the run has no directory."""
+    """By `check_run_dir`; missing if the run has no directory."""
     models: dict[str, dict[str, Any]]
     """By `model_facts`, for each model and tokenizer of the request."""
     gpus: list[dict[str, Any]]
@@ -167,7 +167,7 @@ def node_facts(request: PreflightRequest, node: int) -> dict[str, Any]:
         "paths": visible_paths,
     }
     if request.run_dir is not None:
-        facts["run_dir"] = run_dir_facts(Path(request.run_dir), request.token, node)
+        facts["run_dir"] = check_run_dir(Path(request.run_dir), request.token, node)
     facts["models"] = {}
     for model in dict.fromkeys((request.model, request.tokenizer)):  # the same directory once
         if model is not None:
@@ -205,8 +205,8 @@ def _memory_free_gib() -> float | None:
     return None
 
 
-def run_dir_facts(run_dir: Path, preflight_id: str, node_number: int) -> dict[str, Any]:
-    """What this node sees of the run directory; also writes a file there by which the coordinator sees this node.
+def check_run_dir(run_dir: Path, preflight_id: str, node_number: int) -> dict[str, Any]:
+    """Write a file into the run directory, by which the coordinator sees this node; returns what this node sees there.
 
     `preflight_id`: names this preflight's directory in the run directory. The keys of the result:
     - sees: whether the coordinator's file is visible here, at the latest after `VISIBILITY_TIMEOUT_S` seconds. If False, only
@@ -233,19 +233,19 @@ def run_dir_facts(run_dir: Path, preflight_id: str, node_number: int) -> dict[st
     return facts
 
 
-def model_facts(name: str, revision: str | None) -> dict[str, Any]:
+def model_facts(path_or_hub_id: str, revision: str | None) -> dict[str, Any]:
     """The files of a model that this node has without the network; {"files": 0, "digest": None} if it has none.
 
-    `name`: a directory, or a hub id, which is looked up in the hub's cache. The result's keys: files (how many), digest (of their
+    A hub id is looked up in the hub's cache. The result's keys: files (how many), digest (of their
     names and sizes), lacking (weight files that the model's index names and that are missing).
     """
-    directory = Path(name).expanduser()
+    directory = Path(path_or_hub_id).expanduser()
     if not directory.is_dir():
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
         try:
-            directory = Path(snapshot_download(name, revision=revision, local_files_only=True))
+            directory = Path(snapshot_download(path_or_hub_id, revision=revision, local_files_only=True))
         except (LocalEntryNotFoundError, HFValidationError, OSError):
             return {"files": 0, "digest": None}
     size_by_name = {}
@@ -270,7 +270,8 @@ def gpu_facts() -> dict[str, Any]:
     The result's keys: gpus (a dictionary each: {"index": 0, "name": "NVIDIA H100", "memory_mib": 81559, ...}), gpu_count (how
     many of them a process may use), gpu_processes (a text each: "pid name MiB").
     """
-    # Names for the columns of `_nvidia_smi_rows`, in order. A row lacks the last one if the driver does not know it.
+    # Keys for the columns of `_nvidia_smi_rows`, in order: their names there depend on the driver. A row lacks the last column
+    # if the driver does not know it.
     keys = ("index", "name", "memory_mib", "used_mib", "ecc_errors", "clock_mhz", "slowed")
     gpus = []
     for row in _nvidia_smi_rows():

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from launch.cluster import containers
 from launch.cluster.preflight.coordinator import (
@@ -17,7 +18,7 @@ from launch.cluster.preflight.coordinator import (
 from launch.cluster.preflight.node_facts import PreflightRequest
 from strategies.errors import ConfigError, key_of_problem
 from trainer.config.run import RunConfig, SlurmConfig
-from trainer.reporting.code_revision import ROOT
+from trainer.reporting.code_revision import CODE_DIRECTORY
 
 TIME_LIMIT_MINUTES = 10
 """Time limit of the job that SLURM is asked for when a preflight runs outside an allocation."""
@@ -52,6 +53,7 @@ def preflight_targets(overrides: list[str]) -> PreflightTargets:
     problems = [problem for problem in start_problems(config) if key_of_problem(problem).startswith("launcher.")]
     if problems:
         raise ConfigError(problems)
+    # As a number from here on: what reads the settings as a dictionary cannot derive it from the GPUs of a node.
     config.launcher.processes = config.launcher.per_node
     if isinstance(config.launcher, SlurmConfig):
         return _slurm_targets(config, overrides)
@@ -63,57 +65,85 @@ def preflight_targets(overrides: list[str]) -> PreflightTargets:
     request = preflight_request(settings_as_dict(config), num_nodes=1)
     with socket.create_server(("localhost", 0)) as listener:  # any free port
         free_port = listener.getsockname()[1]
-    request.master = f"localhost:{free_port}"
+    request.master = f"localhost:{free_port}"  # where the ranks of the communication test meet
     return PreflightTargets(request, [local_check_command()], hosts=[os.uname().nodename], is_queued=False)
 
 
 def _slurm_targets(config: RunConfig, overrides: list[str]) -> PreflightTargets:
     """The nodes of SLURM that a preflight checks, and how: those of the allocation that this process is in, or of a new one.
 
-    Within an allocation all its nodes are checked, unless `overrides` have `launcher.nodes`: sets `config.launcher.nodes`.
-    Raises ConfigError if the allocation has fewer nodes, or if the run's container cannot start here.
+    Raises ConfigError if the allocation has fewer nodes than `launcher.nodes`, or if the run's container cannot start here.
     """
-    from launch.cluster.job_end import hosts_of_job
     from trainer.config.resuming import settings_as_dict
 
-    # Which nodes.
     slurm = config.launcher
     assert isinstance(slurm, SlurmConfig)
     in_allocation = "SLURM_JOB_ID" in os.environ
-    hosts = hosts_of_job() if in_allocation else []
     is_number_of_nodes_set = any(override.startswith("launcher.nodes=") for override in overrides)
-    if in_allocation and not is_number_of_nodes_set:
-        slurm.nodes = len(hosts)
-    if in_allocation and slurm.nodes > len(hosts):
-        raise ConfigError(f"launcher.nodes={slurm.nodes}: this allocation has {len(hosts)}; leave it out")
-    if not hosts:  # SLURM has not chosen any yet
-        hosts = [f"node {number}" for number in range(slurm.nodes)]
-    # What each node must have.
+    nodes = _slurm_nodes(
+        slurm.nodes if is_number_of_nodes_set or not in_allocation else None, in_allocation=in_allocation
+    )
+    slurm.nodes = nodes.num_nodes
     settings = settings_as_dict(config)
-    request = preflight_request(settings, num_nodes=slurm.nodes)
-    request.exchange = True  # the ranks' communication is tested too
-    # The srun command that checks them.
-    environment = _srun_environment(slurm)
-    srun_options = _srun_options(slurm, in_allocation=in_allocation)
-    container = containers.container_command(settings, [ROOT])
+    request = preflight_request(settings, num_nodes=nodes.num_nodes)
+    request.exchange = True  # the ranks' communication is tested too, whatever `launcher.preflight` says
+    command = _slurm_check_command(slurm, settings, in_allocation=in_allocation)
+    return PreflightTargets(request, commands=[command], hosts=nodes.hosts, is_queued=not in_allocation)
+
+
+class _SlurmNodes(NamedTuple):
+    """Nodes of an allocation of SLURM, of which the first `num_nodes` are checked."""
+
+    num_nodes: int
+    hosts: list[str]
+    """Their names; "node 0", "node 1", ... if SLURM has not chosen any yet."""
+
+
+def _slurm_nodes(requested_nodes: int | None, *, in_allocation: bool) -> _SlurmNodes:
+    """The nodes that a preflight checks: those of the allocation that this process is in, or of one that SLURM will choose.
+
+    `requested_nodes`: None for all nodes of the allocation. Raises ConfigError if the allocation has fewer.
+    """
+    from launch.cluster.job_end import hosts_of_job
+
+    if not in_allocation:
+        assert requested_nodes is not None, "a job always asks for a number of nodes"
+        return _SlurmNodes(requested_nodes, [f"node {number}" for number in range(requested_nodes)])
+    hosts = hosts_of_job()
+    num_nodes = len(hosts) if requested_nodes is None else requested_nodes
+    if num_nodes > len(hosts):
+        raise ConfigError(f"launcher.nodes={num_nodes}: this allocation has {len(hosts)}; leave it out")
+    return _SlurmNodes(num_nodes, hosts)
+
+
+def _slurm_check_command(slurm: SlurmConfig, settings: dict[str, Any], *, in_allocation: bool) -> NodeCommand:
+    """The srun command that checks the nodes, in the run's container if it has one.
+
+    `settings`: the whole configuration as nested dictionaries. Raises ConfigError if the container cannot start here.
+    """
+    container = containers.container_command(settings, [CODE_DIRECTORY])
     containers.refuse_unavailable_container(settings["launcher"])
-    srun_options += container.srun_options
-    python = slurm.python or ("python3" if slurm.container else sys.executable)
-    command = srun_check_command(slurm.nodes, python, srun_options, environment, prefix=container.prefix)
-    return PreflightTargets(request, commands=[command], hosts=hosts, is_queued=not in_allocation)
+    return srun_check_command(
+        slurm.nodes,
+        python=slurm.python or ("python3" if slurm.container else sys.executable),
+        srun_options=[*_srun_options(slurm, in_allocation=in_allocation), *container.srun_options],
+        environment=_srun_environment(slurm),
+        container_prefix=container.prefix,
+    )
 
 
 def _srun_environment(slurm: SlurmConfig) -> dict[str, str]:
     """The environment variables of the srun command that checks nodes: those of this process, the code's path, and `setup`.
 
-    SHARDTUNE_SETUP holds the shell function `setup`, which the command runs on each node first.
+    SHARDTUNE_SETUP holds the shell function `setup`, which the command runs on each node first. PYTHONSAFEPATH keeps modules of
+    the current directory, such as a `trainer.py`, from hiding those of the code.
     """
     from launch.cluster.slurm import setup_function_text
 
     return {
         **os.environ,
-        "SHARDTUNE_SETUP": setup_function_text(slurm, ROOT),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "SHARDTUNE_SETUP": setup_function_text(slurm, CODE_DIRECTORY),
+        "PYTHONPATH": os.pathsep.join([str(CODE_DIRECTORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PYTHONSAFEPATH": "1",
     }
 

@@ -44,7 +44,7 @@ class NodeReports:
     """What the communication test measured (`exchange.measure_communication`); None without a result."""
     failed_ranks: list[FailedRank] = field(default_factory=list)
     """Ranks that could not communicate."""
-    output: dict[int, list[str]] = field(default_factory=dict)
+    output_lines_by_node: dict[int, list[str]] = field(default_factory=dict)
     """Other lines that a node printed, the newest last."""
     unlabelled_output: list[str] = field(default_factory=list)
     """Lines that came from no node, for example of srun."""
@@ -102,10 +102,9 @@ def _problems_of_silent_nodes(request: PreflightRequest, reports: NodeReports) -
     """
     for node in range(request.nodes):
         if node not in reports.facts and node not in reports.not_waited_for:
-            node_output = " / ".join(reports.output.get(node, [])[-3:])
-            output = node_output or " / ".join(reports.unlabelled_output[-3:])
-            why = f": {output}" if output else f" within {reports.waited_s:.0f} s"
-            yield f"{reports.host_name(node)}: gave no answer{why}"
+            last_lines = reports.output_lines_by_node.get(node, [])[-3:] or reports.unlabelled_output[-3:]
+            explanation = f": {' / '.join(last_lines)}" if last_lines else f" within {reports.waited_s:.0f} s"
+            yield f"{reports.host_name(node)}: gave no answer{explanation}"
 
 
 def _problems_of_nodes(request: PreflightRequest, reports: NodeReports) -> Iterable[str]:
@@ -144,7 +143,7 @@ def _problems_of_nodes(request: PreflightRequest, reports: NodeReports) -> Itera
 def _run_dir_problems(host: str, run_dir: str | None, run_dir_facts: dict[str, Any] | None) -> Iterable[str]:
     """What is wrong with the run directory on one node, at most one line: not visible, not writable, or little space.
 
-    `run_dir_facts`: from `node_facts.run_dir_facts` on that node; None for a run without `run.dir`.
+    `run_dir_facts`: from `node_facts.check_run_dir` on that node; None for a run without `run.dir`.
     """
     if run_dir_facts is None:
         return
@@ -166,20 +165,21 @@ def _problems_of_deviating_nodes(reports: NodeReports) -> Iterable[str]:
     said.
     """
     for common_fact in _facts_common_to_all_nodes(reports):
-        version_by_node = {node: common_fact.read(facts) for node, facts in sorted(reports.facts.items())}
-        versions = list(version_by_node.values())
-        all_equal = len(set(versions)) < 2
-        is_unknown_to_some = None in versions
+        value_by_node = {node: common_fact.read(facts) for node, facts in sorted(reports.facts.items())}
+        values = list(value_by_node.values())
+        all_equal = len(set(values)) < 2
+        is_unknown_to_some = None in values
         if all_equal or is_unknown_to_some:
             continue
-        # If several versions are equally frequent, `Counter` takes the one that comes first: that of the first node.
-        usual_version, _ = Counter(versions).most_common(1)[0]
-        usual_node = list(version_by_node)[versions.index(usual_version)]
-        for node, version in version_by_node.items():
-            if version != usual_version:
-                path_text = f" ({reports.facts[node]['clone']['path']})" if common_fact.name == "the code" else ""
+        # If several values are equally frequent, `Counter` takes the one that comes first: that of the first node.
+        usual_value, _ = Counter(values).most_common(1)[0]
+        usual_node = list(value_by_node)[values.index(usual_value)]
+        for node, value in value_by_node.items():
+            if value != usual_value:
+                path = common_fact.read_path(reports.facts[node])
+                path_text = f" ({path})" if path else ""
                 yield (
-                    f"{reports.host_name(node)}: {common_fact.name} is {version}{path_text}, but {usual_version} on "
+                    f"{reports.host_name(node)}: {common_fact.name} is {value}{path_text}, but {usual_value} on "
                     f"{reports.host_name(usual_node)}; all nodes need the same"
                 )
 
@@ -191,6 +191,8 @@ class _CommonFact(NamedTuple):
     """For messages, such as "torch"."""
     read: Callable[[NodeFacts], str | None]
     """Takes the version, digest or name out of a node's facts; None if the node does not know it."""
+    read_path: Callable[[NodeFacts], str | None] = lambda facts: None
+    """Takes the path at which the node has it out of the facts; None if the message needs none."""
 
 
 def _facts_common_to_all_nodes(reports: NodeReports) -> list[_CommonFact]:
@@ -207,7 +209,7 @@ def _facts_common_to_all_nodes(reports: NodeReports) -> list[_CommonFact]:
     def read_package_version(name: str, facts: NodeFacts) -> str:
         return facts["packages"].get(name, "missing")
 
-    def read_model_digest(model: str, facts: NodeFacts) -> str | None:
+    def read_model_digest(model: str, facts: NodeFacts) -> str | None:  # None if the node lacks the model
         return facts["models"][model]["digest"]
 
     def read_gpu_name(facts: NodeFacts) -> str | None:
@@ -215,7 +217,7 @@ def _facts_common_to_all_nodes(reports: NodeReports) -> list[_CommonFact]:
 
     common_facts = [
         _CommonFact("Python", lambda facts: facts["python"]),
-        _CommonFact("the code", lambda facts: facts["clone"]["digest"]),
+        _CommonFact("the code", lambda facts: facts["clone"]["digest"], lambda facts: facts["clone"]["path"]),
         _CommonFact("torch", partial(read_package_version, "torch")),
     ]
     for name in sorted(packages - {"torch"}):
@@ -251,8 +253,8 @@ def _problems_of_communication(request: PreflightRequest, reports: NodeReports) 
         )
     if not reports.failed_ranks:
         last_lines: list[str] = []
-        for node in sorted(reports.output):
-            last_lines += reports.output[node][-2:]
+        for node in sorted(reports.output_lines_by_node):
+            last_lines += reports.output_lines_by_node[node][-2:]
         why = f": {' / '.join(last_lines)}" if last_lines else ""
         yield f"the communication test of the ranks did not finish within {reports.waited_s:.0f} s{why}"
 
@@ -271,6 +273,7 @@ def _notes_on_single_nodes(reports: NodeReports) -> Iterable[str]:
             yield f"{host}: the run directory's disk has {free_gib:.1f} GiB free"
         behind_s = run_dir_facts.get("behind_s", 0.0)
         if abs(behind_s) > MAX_CLOCK_OFFSET_S:
+            # The sign is that of this node's clock: +7 s if it is ahead of the disk's.
             yield f"{host}: its clock differs by {-behind_s:+.0f} s from that of the run directory's disk"
         for gpu in facts["gpus"]:
             if gpu.get("ecc_errors"):
@@ -290,8 +293,11 @@ def _notes_on_clocks(reports: NodeReports) -> Iterable[str]:
     for node, facts in reports.facts.items():
         heard_at = facts.get("heard_at", facts["time"])  # without it, the clock counts as right
         ahead_s_by_node[node] = facts["time"] - heard_at
+    if not ahead_s_by_node:
+        return
+    usual_ahead_s = statistics.median(ahead_s_by_node.values())
     for node, ahead_s in sorted(ahead_s_by_node.items()):
-        offset_s = ahead_s - statistics.median(ahead_s_by_node.values())
+        offset_s = ahead_s - usual_ahead_s
         if abs(offset_s) > MAX_CLOCK_OFFSET_S:
             yield f"{reports.host_name(node)}: its clock differs by {offset_s:+.0f} s from that of the other nodes"
 

@@ -16,10 +16,10 @@ from launch.cluster.preflight.node import report_lines
 from launch.cluster.preflight.node_facts import (
     DEVICE_VARIABLES,
     PreflightRequest,
+    check_run_dir,
     gpu_facts,
     model_facts,
     node_facts,
-    run_dir_facts,
 )
 from launch.cluster.preflight.verdict import FailedRank, NodeReports, judge_preflight
 from trainer.config.resuming import settings_as_dict
@@ -133,7 +133,9 @@ def test_preflight_notes_what_is_worth_knowing_and_no_problem():
 
 
 def test_silent_nodes_failed_ranks_and_slow_links():
-    heard = NodeReports(["n0", "n1"], {0: seen(0)}, output={1: ["bash: python9: not found"]}, visible_nodes={0})
+    heard = NodeReports(
+        ["n0", "n1"], {0: seen(0)}, output_lines_by_node={1: ["bash: python9: not found"]}, visible_nodes={0}
+    )
     asked = PreflightRequest(nodes=2)
     assert judge_preflight(asked, heard, is_final=False).problems == []
     assert judge_preflight(asked, heard).problems == ["n1: gave no answer: bash: python9: not found"]
@@ -178,19 +180,19 @@ def test_preflight_reports_of_nodes_are_read_complete_out_of_mixed_lines():
     assert all(len(line) < 1000 for each in lines for line in each) and len(lines[0]) > 3
     draw = random.Random(0)
     while any(lines):
-        gathering.add_line(None, draw.choice([each for each in lines if each]).pop(0))
-    gathering.add_line(None, "1: a warning of a library")
-    gathering.add_line(None, "srun: error: n1: task 1: Exited with exit code 1")
+        gathering.sort_line(None, draw.choice([each for each in lines if each]).pop(0))
+    gathering.sort_line(None, "1: a warning of a library")
+    gathering.sort_line(None, "srun: error: n1: task 1: Exited with exit code 1")
     assert {node: look["host"] for node, look in gathering.reports.facts.items()} == {0: "n0", 1: "n1"}
-    assert gathering.reports.output == {1: ["a warning of a library"]} and gathering.ended_nodes == {1}
+    assert gathering.reports.output_lines_by_node == {1: ["a warning of a library"]} and gathering.ended_nodes == {1}
     assert gathering.reports.hosts == ["n0", "n1"]  # srun knows its name
 
 
 @pytest.mark.parametrize("answers", [True, False])
 def test_preflight_does_not_blame_a_slow_node_for_one_that_ended_silently(monkeypatch, answers):
     """It was, three seconds after the other one had ended, and its row was missing."""
-    monkeypatch.setattr(coordinator, "AFTER_ERROR_S", 0.0)
-    monkeypatch.setattr(coordinator, "AFTER_ERROR_UNANSWERED_S", 3600.0 if answers else 0.0)
+    monkeypatch.setattr(coordinator, "PATIENCE_AFTER_ERROR_S", 0.0)
+    monkeypatch.setattr(coordinator, "PATIENCE_WHILE_UNANSWERED_S", 3600.0 if answers else 0.0)
     script = "echo no module cuda >&2; echo 'srun: error: n1: task 1: Exited with exit code 3' >&2; "
     script += f"sleep 0.5; echo '0: {report_lines(0, -1, {'look': seen(0)}).strip()}'; " if answers else ""
     command = coordinator.NodeCommand(["bash", "-c", f"{script}sleep 60"], {"PATH": "/usr/bin:/bin"})
@@ -273,7 +275,7 @@ def test_preflight_report_of_a_node_on_model_data_and_disk(tmp_path, monkeypatch
     place = tmp_path / "run" / "preflight" / "token"
     place.mkdir(parents=True)
     (place / "asked").touch()
-    found = run_dir_facts(tmp_path / "run", "token", 3)
+    found = check_run_dir(tmp_path / "run", "token", 3)
     assert found["sees"] and found["free_gib"] > 0 and abs(found["behind_s"]) < 60 and (place / "3").exists()
     (tmp_path / "a.jsonl").touch()
     said = node_facts(PreflightRequest(paths=[str(tmp_path / "*.jsonl"), str(tmp_path / "*.csv")]), 0)
