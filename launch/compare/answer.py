@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from launch.compare import repeats
-from launch.compare.comparison import TEST_DOCUMENTS, ComparedPoint, Comparison
+from launch.compare.comparison import TEST_DOCUMENTS_TITLE, ComparedPoint, Comparison
 from launch.compare.conclusion import Conclusion
 from launch.compare.curves import format_difference
 from launch.compare.events import notable_step_lines, resolved_setting_lines
@@ -45,7 +45,9 @@ def _milliseconds_cell(seconds: float | None) -> str:
 
 
 def _loss_difference_cell(point: ComparedPoint) -> str:
-    return UNKNOWN_CELL if point.loss_difference is None else format_difference(point.loss_difference.largest_early)
+    """The cell of the largest relative difference from the baseline's losses over the first steps, such as `3e-7`."""
+    difference = point.loss_difference
+    return UNKNOWN_CELL if difference is None else format_difference(difference.first_steps_difference)
 
 
 def _start_without_evaluation_s(point: ComparedPoint) -> float | None:
@@ -80,6 +82,11 @@ class TextTable(NamedTuple):
     columns: list[TextColumn]
     """The columns behind the name of the point."""
     points: list[ComparedPoint]
+
+    @property
+    def is_main_table(self) -> bool:
+        """Whether it is the table of all points, with steps, losses and speeds; the others are about costs."""
+        return not self.title
 
     def row(self, point: ComparedPoint) -> list[str]:
         """The row of a point: its name, then its cell in each column."""
@@ -130,7 +137,7 @@ def text_tables(comparison: Comparison) -> list[TextTable]:
     begun_points = comparison.begun_points
     left_out_headings = _left_out_headings(comparison)
     main_columns = [column for column in MAIN_COLUMNS if column.heading not in left_out_headings]
-    text_tables = [TextTable("", main_columns, list(comparison.points))]
+    tables = [TextTable("", main_columns, list(comparison.points))]
 
     columns_by_title: dict[str, tuple[TextColumn, ...]] = {"costs": COST_COLUMNS}
     if any(point.summary.parts_s for point in begun_points):
@@ -140,8 +147,8 @@ def text_tables(comparison: Comparison) -> list[TextTable]:
     for title, columns in columns_by_title.items():
         known_columns = [column for column in columns if _is_known_of_any(begun_points, column)]
         if known_columns:
-            text_tables.append(TextTable(title, known_columns, begun_points))
-    return text_tables
+            tables.append(TextTable(title, known_columns, begun_points))
+    return tables
 
 
 def _is_known_of_any(points: list[ComparedPoint], column: TextColumn) -> bool:
@@ -169,13 +176,12 @@ def comparison_text(comparison: Comparison) -> str:
     """The comparison as text for a terminal: the tables, then the sections below them."""
     lines: list[str] = []
     for text_table in text_tables(comparison):
-        is_main_table = not text_table.title
-        columns = [TableColumn("" if is_main_table else f"{text_table.title}:")]
+        columns = [TableColumn("" if text_table.is_main_table else f"{text_table.title}:")]
         columns += [TableColumn(column.heading, is_number=True) for column in text_table.columns]
         rows = []
         for point in text_table.points:
             # Why a point is not done stands below its row of the main table only.
-            notes = wrap_sentences([point.reason]) if is_main_table and point.reason else []
+            notes = wrap_sentences([point.reason]) if text_table.is_main_table and point.reason else []
             rows.append(TableRow(text_table.row(point), notes))
         if lines:
             lines.append("")
@@ -200,7 +206,7 @@ def titled_sections(comparison: Comparison) -> list[tuple[str, list[str]]]:
         ("what differs", setting_lines),
         ("resolved", resolved_setting_lines(comparison)),
         ("to know", list(comparison.notes)),
-        (TEST_DOCUMENTS, _test_metric_lines(comparison)),
+        (TEST_DOCUMENTS_TITLE, _test_metric_lines(comparison)),
     ]
 
 
@@ -213,26 +219,27 @@ def _setting_values_text(values: Sequence[Any]) -> str:
 
 
 def _loss_curve_lines(comparison: Comparison) -> list[str]:
-    """A line for each point with a baseline: how far its loss curve is from the baseline's, or why they are not comparable."""
+    """A line for each point with a baseline: how far its loss curve is from the baseline's, or why they are not comparable.
+
+    They are not if the data, its order or the objective differs: `lora: not comparable with full: data.path: a and b`.
+    """
     lines = []
     for point in comparison.points:
         if point.baseline_name is None:
             continue
         difference = point.loss_difference
-        if point.identity_differences:
-            reasons = "; ".join(map(str, point.identity_differences))
+        if point.incomparable_settings:
+            reasons = "; ".join(map(str, point.incomparable_settings))
             lines.append(f"{point.name}: not comparable with {point.baseline_name}: {reasons}")
         elif difference is None:
             lines.append(f"{point.name}: no step with a loss that {point.baseline_name} has too")
         else:
-            first_steps = f"{format_difference(difference.largest_early)} over the first five steps"
-            all_steps = (
-                f"{format_difference(difference.largest_overall)} over all {difference.num_common_steps} common ones"
-            )
+            first_steps = f"{format_difference(difference.first_steps_difference)} over the first five steps"
+            all_steps = f"{format_difference(difference.all_steps_difference)} over all {difference.num_common_steps} common ones"
             lines.append(
                 f"{point.name} against {point.baseline_name}: largest relative difference "
-                f"{first_steps} (step {difference.largest_early_step}), "
-                f"{all_steps} (step {difference.largest_overall_step})"
+                f"{first_steps} (step {difference.step_of_first_steps_difference}), "
+                f"{all_steps} (step {difference.step_of_all_steps_difference})"
             )
     return lines
 
@@ -242,8 +249,8 @@ def _held_out_metric_lines(comparison: Comparison) -> list[str]:
     lines = []
     for metric in comparison.held_out_metrics:
         for point in comparison.points:
-            before = point.measured.before.get(metric)
-            after = point.measured.after.get(metric)
+            before = point.measured.metrics_before_training.get(metric)
+            after = point.measured.metrics_at_end.get(metric)
             if before is not None or after is not None:
                 lines.append(f"{metric}  {point.name}: {_number_cell(before, '.4f')} -> {_number_cell(after, '.4f')}")
     return lines
@@ -252,7 +259,8 @@ def _held_out_metric_lines(comparison: Comparison) -> list[str]:
 def _test_metric_lines(comparison: Comparison) -> list[str]:
     """A line for each metric of the test documents and each point that has it; sorted, so that a metric's lines are together.
 
-    A line is like `test/loss  ddp: 2.3100 (40 documents, looked at once)`.
+    A line is like `test/loss  ddp: 2.3100 (40 documents, looked at once)`: a run records how often its test documents were
+    evaluated, since who chooses by them spoils them. The first repeat stands for all.
     """
     lines = []
     for point in comparison.points:
@@ -294,22 +302,24 @@ def comparison_markdown(comparison: Comparison, plot_links: Sequence[tuple[str, 
 
 def _markdown_table(text_table: TextTable) -> list[str]:
     """A table as lines of Markdown, with its title as a heading. The main table has no title, and a last column with states."""
-    is_main_table = not text_table.title
-    lines = [] if is_main_table else [f"## {_capitalised(text_table.title)}", ""]
+    lines = [] if text_table.is_main_table else [f"## {_capitalised(text_table.title)}", ""]
     headings = ["run", *(column.heading for column in text_table.columns)]
-    if is_main_table:
+    if text_table.is_main_table:
         headings.append("state")
     lines += [_markdown_row(headings), _markdown_row(["---"] * len(headings))]
     for point in text_table.points:
         name, *cells = text_table.row(point)
-        if is_main_table:
+        if text_table.is_main_table:
             cells.append(point.reason or point.state)
         lines.append(_markdown_row([f"`{name}`", *cells]))
     return lines
 
 
 def _recommendation_lines(conclusion: Conclusion) -> list[str]:
-    """Lines of Markdown: a table of which point to take for which goal, then what to run to learn more."""
+    """Lines of Markdown: a table of which point to take for which goal, then what to run to learn more.
+
+    The column `settings` has the arguments to paste behind `shardtune train`; `-` if the point differs in none.
+    """
     lines = []
     if conclusion.recommendations:
         lines += ["", _markdown_row(["for", "take", "why", "settings"]), _markdown_row(["---"] * 4)]
@@ -338,6 +348,7 @@ def comparison_html(comparison: Comparison, *, reload_after_s: float | None = No
         return run_page(comparison, reload_after_s=reload_after_s)
     from launch.compare.comparison_page import comparison_page
 
+    # The page shows the text sections of the terminal, such as ("verdict", [...]), below its own tables and plots.
     return comparison_page(comparison, titled_sections(comparison), reload_after_s=reload_after_s)
 
 

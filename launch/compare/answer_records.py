@@ -10,7 +10,16 @@ from typing import Any
 from launch.compare import repeats
 from launch.compare.comparison import ComparedPoint, Comparison
 from launch.compare.conclusion import Conclusion
+from launch.compare.curves import LossDifference
 from launch.compare.quality import RankedJobs
+from launch.compare.run_files import RunMeasurements
+
+FIELDS_WITH_SEVERAL_NUMBERS = (
+    "metrics_before_training",
+    "metrics_at_end",
+    "tokens_per_s_quartiles",
+    "exchanged_bytes",
+)
 
 
 def comparison_as_dict(comparison: Comparison) -> dict[str, Any]:
@@ -68,7 +77,11 @@ def _quality_as_dict(ranked: RankedJobs) -> dict[str, Any]:
 
 
 def _point_as_dict(comparison: Comparison, point_index: int) -> dict[str, Any]:
-    """A point as JSON values; `differing` holds its values of the settings in which the points differ."""
+    """A point as JSON values, as in `runs` of `compare.json`.
+
+    `repeats`: the run directory of each. `against`: the point that it is compared with. `same_job`: whether both must have the
+    same loss, because they differ in strategy alone. `differing`: its values of the settings in which the points differ.
+    """
     point = comparison.points[point_index]
     run_dirs = point.run_dirs
     loss_difference = None
@@ -81,14 +94,22 @@ def _point_as_dict(comparison: Comparison, point_index: int) -> dict[str, Any]:
         "repeats": run_dirs,
         "state": point.state,
         "reason": point.reason,
-        "measured": asdict(point.measured) | asdict(point.summary),
+        "measured": _measurements_as_dict(point.measured) | asdict(point.summary),
         "against": point.baseline_name,
-        "same_job": point.is_same_job_as_baseline,
+        "same_job": point.should_have_loss_of_baseline,
         "loss_difference": loss_difference,
-        "not_comparable": [str(difference) for difference in point.identity_differences],
+        "not_comparable": [str(difference) for difference in point.incomparable_settings],
         "verdict": point.verdict,
         "differing": differing_values,
     }
+
+
+def _measurements_as_dict(measured: RunMeasurements) -> dict[str, Any]:
+    """The measurements of a point under their names in `compare.json`, where held-out metrics are `before` and `after`."""
+    values = asdict(measured)
+    values["before"] = values.pop("metrics_before_training")
+    values["after"] = values.pop("metrics_at_end")
+    return values
 
 
 def comparison_csv(comparison: Comparison) -> str:
@@ -117,7 +138,6 @@ def _csv_row(comparison: Comparison, point_index: int, metrics: list[str], colle
     point = comparison.points[point_index]
     run_dirs = point.run_dirs
     slowest, fastest = point.summary.spread or (None, None)
-    loss_difference = point.loss_difference.as_json() if point.loss_difference is not None else {}
     row = {
         "name": point.name,
         "directory": run_dirs[0] if run_dirs else None,
@@ -129,27 +149,33 @@ def _csv_row(comparison: Comparison, point_index: int, metrics: list[str], colle
         "tokens_per_s_slowest": slowest,
         "tokens_per_s_fastest": fastest,
         "against": point.baseline_name,
-        "loss_difference_early": loss_difference.get("early"),
-        "loss_difference_early_step": loss_difference.get("early_step"),
-        "loss_difference_drift": loss_difference.get("drift"),
-        "loss_difference_drift_step": loss_difference.get("drift_step"),
-        "not_comparable": "; ".join(map(str, point.identity_differences)),
+        **_loss_difference_cells(point.loss_difference),
+        "not_comparable": "; ".join(map(str, point.incomparable_settings)),
     }
     for metric in metrics:
-        row[f"before/{metric}"] = point.measured.before.get(metric)
+        row[f"before/{metric}"] = point.measured.metrics_before_training.get(metric)
     for metric in metrics:
-        row[f"after/{metric}"] = point.measured.after.get(metric)
+        row[f"after/{metric}"] = point.measured.metrics_at_end.get(metric)
     for setting in comparison.differences:
         row[setting.key] = setting.values[point_index]
     return row
 
 
+def _loss_difference_cells(difference: LossDifference | None) -> dict[str, Any]:
+    """The largest relative differences from the baseline's losses by column of the CSV; empty cells if they are not known.
+
+    `early`: over the first common steps; `drift`: over all of them.
+    """
+    values = {} if difference is None else difference.as_json()
+    return {f"loss_difference_{key}": values.get(key) for key in ("early", "early_step", "drift", "drift_step")}
+
+
 def _measured_cells(point: ComparedPoint, collectives: list[str]) -> dict[str, Any]:
     """The measurements of a point by column of the CSV; each of the `collectives` has a column of its own."""
     cells = asdict(point.measured)
-    # A cell of CSV holds one number, and these fields hold several. `_csv_row` writes `before` and `after`, metric by metric; the
-    # other two get their columns below.
-    for field_with_several_numbers in ("before", "after", "tokens_per_s_quartiles", "exchanged_bytes"):
+    # A cell of CSV holds one number, and these fields hold several. `_csv_row` writes the held-out metrics, one by one; the other
+    # two get their columns below.
+    for field_with_several_numbers in FIELDS_WITH_SEVERAL_NUMBERS:
         del cells[field_with_several_numbers]
     for collective in collectives:
         cells[f"exchanged_{collective}_gib"] = point.measured.exchanged_bytes.get(collective, 0) / 2**30

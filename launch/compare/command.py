@@ -139,6 +139,7 @@ def follow_runs(sources: list[PointSource], output_dir: Path | None, *, as_json:
         flush=True,
     )
     rewrite_page_while_runs_train(run_dirs, lambda reload_after_s: _write_page(sources, page_path, reload_after_s))
+    # Now that all have ended, the files that are not the page, too.
     print_and_write_comparison(sources, output_dir, as_json=as_json)
 
 
@@ -177,7 +178,7 @@ def _page_path(sources: list[PointSource], output_dir: Path | None) -> Path | No
 
 
 def _write_page(sources: list[PointSource], page_path: Path, reload_after_s: float | None) -> None:
-    """Read the runs as they are now, and write their HTML page.
+    """Read the runs as they are now, and write their HTML page, with the prices of the user's price list.
 
     A browser reloads the page after `reload_after_s` seconds; None for a page that will not change any more.
     """
@@ -200,9 +201,10 @@ def _only_comparison_dir(named_runs: list[str]) -> Path | None:
 
 
 def _compare_new_points(arguments: CompareArguments) -> int:
-    """Run every point (combination of settings) of the command, then print and write the comparison; returns the exit code.
+    """Run every point (combination of settings) of the command, then print and write the comparison.
 
-    With `--dry-run`, only list the points.
+    With `--dry-run`, only list the points. With `--follow`, the page is also rewritten while the runs train. Returns the exit
+    code of the runs.
     """
     from launch.compare.follow import PeriodicPage
     from launch.compare.points import plan_points, run_planned_points
@@ -236,7 +238,10 @@ def _compare_new_points(arguments: CompareArguments) -> int:
 
 
 def points_listing(plan: PointsPlan, output_dir: Path) -> str:
-    """The planned points as lines for the terminal: name and axis values of each, and why a refused one cannot run."""
+    """The planned points as lines for the terminal: name and axis values of each, and why a refused one cannot run.
+
+    Below them stand lines on settings that only some points have, and how many points the conditions leave out.
+    """
     settings = plan.settings
     heading = f"{len(plan.points)} points in {output_dir}"
     if settings.repeats > 1:
@@ -256,8 +261,9 @@ def points_listing(plan: PointsPlan, output_dir: Path) -> str:
 def print_and_write_comparison(sources: list[PointSource], output_dir: Path | None, *, as_json: bool) -> None:
     """Compare the points of `sources`, print the tables (or JSON), write the files, and print which ones were written.
 
-    With `output_dir`, all files go there. Without it, only a single run gets a page: `report.html` in its own directory. Raises
-    ConfigError if a run cannot be read, StorageError if a file of `output_dir` cannot be written.
+    With `output_dir`, all files go there. Without it, only a single run gets files, in its own directory: the page `report.html`
+    and the script that shows it in W&B. Raises ConfigError if a run cannot be read, StorageError if a file of `output_dir` cannot
+    be written.
     """
     from launch.compare.answer import comparison_text
     from launch.compare.answer_records import comparison_as_dict
@@ -282,15 +288,16 @@ def print_and_write_comparison(sources: list[PointSource], output_dir: Path | No
     if as_json or (output_dir is None and run_page_path is None):
         return
     page_name = "compare.html" if run_page_path is None else run_page_path.name
-    _print_written_files(comparison, written_files, page_name, explains_missing_workspace=output_dir is not None)
+    _print_written_files(comparison, written_files, page_name, explain_missing_workspace=output_dir is not None)
 
 
 def _print_written_files(
-    comparison: Comparison, written_files: list[str], page_name: str, *, explains_missing_workspace: bool
+    comparison: Comparison, written_files: list[str], page_name: str, *, explain_missing_workspace: bool
 ) -> None:
     """Print the last lines of the command: the written files, and why there are no plots or no W&B script.
 
-    `explains_missing_workspace`: whether the reason for a missing W&B script is printed.
+    `page_name`: of the HTML page, which lacks the plots. `explain_missing_workspace`: whether the reason for a missing W&B script
+    is printed.
     """
     from launch.compare.page import missing_packages_message
     from launch.compare.workspace import no_workspace_reason
@@ -302,7 +309,7 @@ def _print_written_files(
     if no_plots_reason:
         lines.append(no_plots_reason)
     workspace_problem = no_workspace_reason(comparison)
-    if workspace_problem and explains_missing_workspace:
+    if workspace_problem and explain_missing_workspace:
         lines += wrap_text(workspace_problem, 0)
     print("\n" + "\n".join(lines), flush=True)
 
@@ -320,7 +327,8 @@ def _write_comparison_files(comparison: Comparison, comparison_json: dict[str, A
     from trainer.reporting.status import write_text_atomic
 
     # The plots first: the Markdown page links to them.
-    plot_links = write_plot_images(comparison, output_dir) if missing_packages_message() is None else []
+    can_plot = missing_packages_message() is None
+    plot_links = write_plot_images(comparison, output_dir) if can_plot else []
     versioned_json = {VERSION_KEY: FILE_VERSION, **comparison_json}
     write_text_atomic(output_dir / "compare.md", comparison_markdown(comparison, plot_links))
     write_text_atomic(output_dir / "compare.csv", comparison_csv(comparison))
@@ -340,8 +348,9 @@ def _write_comparison_files(comparison: Comparison, comparison_json: dict[str, A
 def _write_run_files(comparison: Comparison, page_path: Path) -> list[str]:
     """Write the page of a single run into its run directory, and the script that shows the run in W&B.
 
-    `page_path` is the path of `report.html`. Returns the names of the written files, as the last line of the command shows
-    them. A failure is only printed, because the comparison itself has succeeded and the directory may be somebody else's.
+    `page_path` is the path of `report.html` in that directory. Returns the names of the written files, as the last line of the
+    command shows them. A failure is only printed, because the comparison itself has succeeded and the directory may be somebody
+    else's.
     """
     from launch.compare.run_report import write_run_report
     from launch.compare.workspace import write_workspace_script

@@ -20,9 +20,9 @@ class ComparedPoint:
     """The point whose loss this one's is compared with; None for the first point, and for a refused one."""
     loss_difference: LossDifference | None
     """How far the losses are from the baseline's; None without a baseline, and if the loss curves cannot be compared."""
-    identity_differences: tuple[IncomparableSetting, ...]
+    incomparable_settings: tuple[IncomparableSetting, ...]
     """Why the loss curves of the point and its baseline cannot be compared; empty if they can, or without a baseline."""
-    is_same_job_as_baseline: bool = False
+    should_have_loss_of_baseline: bool = False
     """Whether this point trains the same job as its baseline with the same seed, so that both must have the same loss."""
     verdict: str = ""
 

@@ -9,12 +9,12 @@ from launch.compare.compared_axes import ComparedAxis, compared_axes
 from launch.compare.compared_point import ComparedPoint as ComparedPoint
 from launch.compare.conclusion import Conclusion, conclude_comparison
 from launch.compare.curves import (
-    FIRST_STEPS,
+    NUM_FIRST_STEPS,
     SAME_LOSS_TOLERANCE,
     baseline_index,
     compare_losses,
+    find_incomparable_settings,
     format_difference,
-    identity_differences,
     loss_relevant_settings,
 )
 from launch.compare.names import SettingDifference, names_of_runs, setting_differences
@@ -24,7 +24,7 @@ from launch.compare.run_files import RecordedRun, RunMeasurements
 from launch.compare.settings import PointSource
 from trainer.reporting.run_record import RunRecord
 
-TEST_DOCUMENTS = "test documents (no answer, verdict or ranking above uses them: choose nothing by them)"
+TEST_DOCUMENTS_TITLE = "test documents (no answer, verdict or ranking above uses them: choose nothing by them)"
 """Title of the section that a comparison ends with, if a run has test documents."""
 MAX_PEAK_RATIO = 1.01
 """Earlier versions measured the peak of a CPU in each run anew: up to a percent is noise."""
@@ -55,7 +55,9 @@ class Comparison:
         """Names of the held-out metrics that any point has, each once, in the order of the points."""
         names: dict[str, None] = {}
         for point in self.points:
-            names |= dict.fromkeys(point.measured.before) | dict.fromkeys(point.measured.after)
+            names |= dict.fromkeys(point.measured.metrics_before_training) | dict.fromkeys(
+                point.measured.metrics_at_end
+            )
         return list(names)
 
     @property
@@ -73,8 +75,8 @@ def compare_points(
     """Read the runs of every point, compare each point with its baseline, and conclude which one to take.
 
     A point is one combination of settings; its repeats are its runs. `sources` say for each point where its runs are.
-    `gpu_hour_price` maps the driver's name of a card to US dollars an hour, or None if its price is not known. Raises
-    ConfigError if a directory holds no run.
+    `gpu_hour_price` maps the driver's name of a card to US dollars an hour, or None if its price is not known. An axis is a
+    setting along which the points differ, for the plots. Raises ConfigError if a directory holds no run.
     """
     measured_points = [read_measured_point(source, gpu_hour_price) for source in sources]
     first_repeats = [measured.first_repeat for measured in measured_points]
@@ -87,7 +89,7 @@ def compare_points(
     default_index = next((index for index, run in enumerate(first_repeats) if run.steps), 0)
     default_name = names[default_index]
     points = [_compared_point(measured_points, names, index, default_index) for index in range(len(sources))]
-    context = VerdictContext.from_points(points)
+    context = VerdictContext.from_points(points)  # a verdict needs to know all points
     points_with_verdict = []
     for point in points:
         verdict = point_verdict(point, context, is_default_baseline=point.name == default_name)
@@ -97,6 +99,7 @@ def compare_points(
         default_baseline_name=default_name,
         differences=tuple(differences),
         notes=tuple(_comparison_notes(measured_points, names)),
+        # All points of one command have the same keys, in the order in which they were typed.
         axes=tuple(compared_axes(names, differences, sources[0].command_keys)),
         conclusion=conclude_comparison(points_with_verdict, differences),
     )
@@ -107,8 +110,9 @@ def _compared_point(
 ) -> ComparedPoint:
     """The point at `index` beside its baseline, without a verdict yet.
 
-    The baseline is the earliest point that trains the same job, or else the default baseline, which is at `default_index`. These
-    have no baseline: the default baseline itself, points before it, and refused points, because they have no losses.
+    The baseline is the earliest point whose settings that can change the loss are the same, or else the default baseline, which
+    is at `default_index`. These have no baseline: the default baseline itself, points before it, and refused points, because
+    they have no losses.
     """
     measured_point = measured_points[index]
     baseline_position = None
@@ -117,20 +121,24 @@ def _compared_point(
         baseline_position = baseline_index(first_repeats, index, default_index)
     if baseline_position is None:
         return ComparedPoint(
-            names[index], measured_point, baseline_name=None, loss_difference=None, identity_differences=()
+            name=names[index],
+            measured_point=measured_point,
+            baseline_name=None,
+            loss_difference=None,
+            incomparable_settings=(),
         )
 
     baseline_run = measured_points[baseline_position].first_repeat
     run = measured_point.first_repeat
-    differences = tuple(identity_differences(baseline_run, run))
+    incomparable_settings = tuple(find_incomparable_settings(baseline_run, run))
     has_equal_settings = loss_relevant_settings(baseline_run) == loss_relevant_settings(run)
     return ComparedPoint(
-        names[index],
-        measured_point,
+        name=names[index],
+        measured_point=measured_point,
         baseline_name=names[baseline_position],
-        loss_difference=None if differences else compare_losses(baseline_run, run),
-        identity_differences=differences,
-        is_same_job_as_baseline=has_equal_settings and not differences,
+        loss_difference=None if incomparable_settings else compare_losses(baseline_run, run),
+        incomparable_settings=incomparable_settings,
+        should_have_loss_of_baseline=has_equal_settings and not incomparable_settings,
     )
 
 
@@ -153,7 +161,7 @@ def _notes_on_measuring(points: list[MeasuredPoint], runs: list[RecordedRun]) ->
     notes = []
     if any(_has_few_steps(point.measured) for point in points):
         notes.append(
-            f"Speeds of runs with less than {FIRST_STEPS} steps behind the first logging interval say little; take "
+            f"Speeds of runs with less than {NUM_FIRST_STEPS} steps behind the first logging interval say little; take "
             "more steps, or a smaller logging.every_steps"
         )
     if any(run.record.device == "cpu" for run in runs):
@@ -162,7 +170,7 @@ def _notes_on_measuring(points: list[MeasuredPoint], runs: list[RecordedRun]) ->
     notes += [f"Planned memory: {method}" for method in sorted(planning_methods)]
     if len(runs) > 1:
         notes.append(
-            f"Same loss: a relative difference of at most {SAME_LOSS_TOLERANCE:g} over the first {FIRST_STEPS} steps "
+            f"Same loss: a relative difference of at most {SAME_LOSS_TOLERANCE:g} over the first {NUM_FIRST_STEPS} steps "
             "that both runs have"
         )
     return notes
@@ -234,17 +242,17 @@ def _notes_on_machines(records: list[RunRecord]) -> list[str]:
 
 
 def _has_few_steps(measured: RunMeasurements) -> bool:
-    """Whether a run's median speeds are of fewer than `FIRST_STEPS` steps; False for a run that took no step at all."""
+    """Whether a run's median speeds are of fewer than `NUM_FIRST_STEPS` steps; False for a run that took no step at all."""
     if not measured.steps:
         return False
     # No step counts as warm-up if the run ended within its first logging interval: the medians are of that interval.
     if not measured.warmup_steps:
         return True
     measured_steps = measured.steps - measured.warmup_steps
-    return 0 < measured_steps < FIRST_STEPS
+    return 0 < measured_steps < NUM_FIRST_STEPS
 
 
 def _largest_difference_of_repeats(point: MeasuredPoint) -> float:
     """The largest relative difference of a loss of any later repeat from that of the first repeat; 0 for a single repeat."""
     differences = [compare_losses(point.first_repeat, repeat) for repeat in point.repeats[1:]]
-    return max((difference.largest_overall for difference in differences if difference is not None), default=0.0)
+    return max((difference.all_steps_difference for difference in differences if difference is not None), default=0.0)

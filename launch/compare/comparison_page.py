@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launch.compare.comparison import TEST_DOCUMENTS, ComparedPoint, Comparison
+from launch.compare.comparison import TEST_DOCUMENTS_TITLE, ComparedPoint, Comparison
 from launch.compare.conclusion import Conclusion
 from launch.compare.cost_plots import comparison_plots
 from launch.compare.page_table import held_out_table, points_table
@@ -29,7 +29,7 @@ FOLDED_SECTIONS = {
     "what differs": "All settings that differ",
     "resolved": "Settings that the runs chose themselves",
     "to know": "To know",
-    TEST_DOCUMENTS: "Test documents: no answer, verdict or ranking above uses them; choose nothing by them",
+    TEST_DOCUMENTS_TITLE: "Test documents: no answer, verdict or ranking above uses them; choose nothing by them",
 }
 
 

@@ -93,7 +93,7 @@ def conclude_comparison(points: Sequence[ComparedPoint], differences: Sequence[S
         return Conclusion(("No point has taken a step.",), "note", headline="No point has taken a step.")
 
     # Do points of the same job have the same loss?
-    same_job_points = [point for point in points if point.is_same_job_as_baseline]
+    same_job_points = [point for point in points if point.should_have_loss_of_baseline]
     points_with_other_loss = [
         point
         for point in same_job_points
@@ -125,7 +125,7 @@ def conclude_comparison(points: Sequence[ComparedPoint], differences: Sequence[S
         cheapest_names = [recommendation.point.name for recommendation in recommendations]
         best_quality = recommend_best_quality(ranked, candidates, cheapest_names, arguments_by_name)
         recommendations = [*best_quality, *recommendations]
-        sentences["cost"] = _limited_to_best_quality(sentences["cost"])
+        sentences["cost"] = _with_remark_on_best_quality(sentences["cost"])
 
     tone: Tone = "note"
     if points_with_other_loss:
@@ -159,8 +159,9 @@ def _headline(sentences: dict[str, str], *, is_parity_broken: bool) -> str:
 def _learning_rates_sentence(points: Sequence[ComparedPoint], differences: Sequence[SettingDifference]) -> str:
     """A sentence on which points trained at which learning rate, if the rate follows from their other settings.
 
-    Empty if all points have the same rate, or if the rate is an axis of its own: if points whose other settings are equal have
-    several rates. `differences`: the settings in which the points differ.
+    `The points trained at different learning rates (optim.lr): 2e-5 for full, 2e-4 for lora and dora.` Empty if all points have
+    the same rate, or if the rate is an axis of its own: if points whose other settings are equal have several rates.
+    `differences`: the settings in which the points differ.
     """
     rates = next((difference.values for difference in differences if difference.key == "optim.lr"), ())
     if not rates:
@@ -179,18 +180,18 @@ def _learning_rates_sentence(points: Sequence[ComparedPoint], differences: Seque
 
 
 def _seeds_sentence(job: ComparedJob) -> str:
-    """A sentence on how far the held-out metric of one job differs between its seeds; empty for a single seed.
+    """A sentence on how far the held-out metric of this job differs between its seeds; empty for a single seed.
 
-    It is also empty if the job has no held-out metric.
+    A job: all points that differ in strategy and seed alone. It is also empty if the job has no held-out metric.
     """
     metric = quality_metric([job])
     if job.num_seeds < 2 or metric is None:
         return ""
-    values = job.values(metric.name)
+    values = job.value_of_each_seed(metric.name)
     return f"One job with {job.num_seeds} seeds: {metric.name} is {format_metric(min(values))} to {format_metric(max(values))}."
 
 
-def _limited_to_best_quality(cost_sentence: str) -> str:
+def _with_remark_on_best_quality(cost_sentence: str) -> str:
     """The sentence on speed and memory, with the remark that it is only about points that are not shown to be worse.
 
     An empty sentence stays empty.
@@ -208,7 +209,9 @@ def _unfinished_and_diverged_sentences(points: Sequence[ComparedPoint]) -> str:
     For example `2 of 8 points failed: a and b. 1 of 8 points diverged: c.` Empty if all points are done and none diverged. A
     point: the runs of one combination of settings.
     """
-    names_by_problem: dict[str, list[str]] = {}  # the problem is a state, or `diverged`
+    names_by_problem: dict[
+        str, list[str]
+    ] = {}  # the problem is a word for the sentence: `failed`, `stopped`, `diverged` ...
     for point in points:
         problem: str | None = None
         if not is_done(point):
@@ -224,17 +227,17 @@ def _unfinished_and_diverged_sentences(points: Sequence[ComparedPoint]) -> str:
 
 
 def _parity_sentence(same_job_points: Sequence[ComparedPoint], points_with_other_loss: Sequence[ComparedPoint]) -> str:
-    """A sentence on whether the points that train the same job as an earlier point have the same loss as that point.
+    """A sentence on whether the points that should have the same loss as an earlier point, their baseline, have it.
 
-    `same_job_points`: the points that train the same job as their baseline; without any, the sentence is empty.
-    `points_with_other_loss`: the `same_job_points` whose loss differs from the baseline's.
+    `same_job_points`: the points that differ from their baseline in strategy alone; without any, the sentence is empty.
+    `points_with_other_loss`: the `same_job_points` whose loss differs from the baseline's over the first steps.
     """
     if not same_job_points:
         return ""
     if points_with_other_loss:
         return _broken_parity_sentence(points_with_other_loss, num_same_job_points=len(same_job_points))
     differences = [
-        point.loss_difference.largest_early for point in same_job_points if point.loss_difference is not None
+        point.loss_difference.first_steps_difference for point in same_job_points if point.loss_difference is not None
     ]
     if not differences:
         return "No step has a loss in two points of one job: nothing says whether their losses agree."
@@ -248,15 +251,16 @@ def _parity_sentence(same_job_points: Sequence[ComparedPoint], points_with_other
 
 
 def _broken_parity_sentence(points_with_other_loss: Sequence[ComparedPoint], num_same_job_points: int) -> str:
-    """A sentence on the points whose loss differs from that of the earlier point of the same job: how far, and at which step.
+    """A sentence on the points whose loss should be that of an earlier point and is not: how far it differs, and at which step.
 
+    The difference is the largest relative one over the first steps, which rounding does not explain.
     At most `MAX_NAMES` points are named. `num_same_job_points`: how many points should have had the loss of an earlier one.
     """
     clauses = []
     for point in points_with_other_loss[:MAX_NAMES]:
         difference = point.loss_difference
         assert difference is not None  # else it would not be known to differ
-        amount = f"by {format_difference(difference.largest_early)} at step {difference.largest_early_step}"
+        amount = f"by {format_difference(difference.first_steps_difference)} at step {difference.step_of_first_steps_difference}"
         clauses.append(f"{point.name} differs from {point.baseline_name} {amount}")
     num_with_other_loss = len(points_with_other_loss)
     more = f", and {num_with_other_loss - MAX_NAMES} more" if num_with_other_loss > MAX_NAMES else ""
@@ -302,8 +306,9 @@ def _evidence_sentence(ranked: RankedJobs) -> str:
 def _quality_sentence(jobs: Sequence[ComparedJob], ranked: RankedJobs, differences: Sequence[SettingDifference]) -> str:
     """Which job is best on held-out data, which jobs are not shown to be worse, and how many are.
 
-    If no job is significantly worse, the sentence says so, with the range of the values and the reason. `jobs`: all jobs, by
-    which a job gets its name. `ranked`: the jobs that could be compared. `differences`: the settings in which the points differ.
+    A job: all points that differ in strategy and seed alone. If no job is significantly worse, the sentence says so, with the
+    range of the values and the reason. `jobs`: all jobs, by which a job gets its name. `ranked`: the jobs that could be compared.
+    `differences`: the settings in which the points differ.
     """
     metric = ranked.metric
     best_name = job_name(ranked.best, jobs, differences)
@@ -321,17 +326,17 @@ def _quality_sentence(jobs: Sequence[ComparedJob], ranked: RankedJobs, differenc
     _, *not_worse_jobs = ranked.not_significantly_worse  # the first is the best job itself
     not_worse_names = [job_name(job, jobs, differences) for job in not_worse_jobs]
     num_worse = len(ranked.significantly_worse)
+    others = "other is" if num_worse == 1 else f"{num_worse} others are"
     if not_worse_names:
-        others = "the other is" if num_worse == 1 else f"the {num_worse} others are"
-        return f"{sentence}. No difference shown from {join_names(not_worse_names)}; {others} worse."
-    others = "The other is" if num_worse == 1 else f"The {num_worse} others are"
-    return f"{sentence}. {others} worse."
+        return f"{sentence}. No difference shown from {join_names(not_worse_names)}; the {others} worse."
+    return f"{sentence}. The {others} worse."
 
 
 def job_name(job: ComparedJob, jobs: Sequence[ComparedJob], differences: Sequence[SettingDifference]) -> str:
     """What a job is called: the name of its only point, or the settings in which it differs from other jobs: `tuning=lora`.
 
-    `differences`: the settings in which the points of the comparison differ.
+    A job: all points that differ in strategy and seed alone. `differences`: the settings in which the points of the comparison
+    differ.
     """
     if len(job.points) == 1:
         return job.points[0].name

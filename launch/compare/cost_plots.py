@@ -34,7 +34,7 @@ AXIS_TITLE_BY_COST = {
 
 def comparison_plots(comparison: Comparison) -> list[PagePlot]:
     """The plots of a comparison in the order of the page; those without numbers are left out."""
-    has_same_jobs = any(point.is_same_job_as_baseline for point in comparison.points)
+    has_same_jobs = any(point.should_have_loss_of_baseline for point in comparison.points)
     curves = [loss_plot(comparison), held_out_plot(comparison)]
     difference = difference_plot(comparison)
     # Strategies of one job are compared by the difference of their losses, so it comes first; other points by their quality.
@@ -210,12 +210,12 @@ def quality_against_cost_plot(comparison: Comparison) -> PagePlot | None:
     """
     points = comparison.begun_points
     metric = quality_metric_name(points)
-    is_held_out = metric is not None and all(metric in point.measured.after for point in points)
+    is_held_out = metric is not None and all(metric in point.measured.metrics_at_end for point in points)
     rows: list[dict[str, Any]] = []
     known_costs: set[str] = set()
     drawn_points: list[ComparedPoint] = []
     for point in points:
-        quality = point.measured.after[str(metric)] if is_held_out else point.measured.loss
+        quality = point.measured.metrics_at_end[str(metric)] if is_held_out else point.measured.loss
         if quality is not None:
             costs = _costs_by_title(point)
             rows.append({"point_index": len(drawn_points), "quality": quality, **costs})

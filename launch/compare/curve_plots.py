@@ -191,7 +191,7 @@ def loss_plot(comparison: Comparison) -> PagePlot | None:
     y_tooltip = {"field": "loss", "type": "quantitative", "format": ".6f"}
     spec = _curve_spec(comparison, points, data, y_encoding, y_tooltip)
     caption = ZOOM_AND_CLICK_HINT
-    if any(point.is_same_job_as_baseline for point in points):
+    if any(point.should_have_loss_of_baseline for point in points):
         caption += " Equal curves lie on each other: the differences above tell them apart."
     notable_rows = _notable_rows(points)
     if 0 < len(notable_rows) <= MAX_NOTABLE_STEPS:
@@ -266,7 +266,7 @@ def _held_out_menu_metrics(comparison: Comparison) -> list[str]:
     """
     num_points_by_metric: dict[str, int] = {}
     for point in comparison.begun_points:
-        for metric in {**point.measured.before, **point.measured.after}:
+        for metric in {**point.measured.metrics_before_training, **point.measured.metrics_at_end}:
             num_points_by_metric[metric] = num_points_by_metric.get(metric, 0) + 1
     decisive_metric = quality_metric_name(comparison.begun_points)
     metrics = sorted(

@@ -9,7 +9,7 @@ from launch.compare.run_files import RecordedRun
 
 SAME_LOSS_TOLERANCE = 1e-5
 """Losses count as the same up to this relative difference over the first steps: every strategy promises that."""
-FIRST_STEPS = 5
+NUM_FIRST_STEPS = 5
 """Steps over which the losses of two runs must agree to count as the same; rounding has not grown much by then."""
 IDENTITY_KINDS = ("data", "order", "objective")
 """What must be the same for losses of the same step to be of the same documents and of the same kind."""
@@ -37,29 +37,33 @@ LOSS_NEUTRAL_SETTINGS = (
 class LossDifference:
     """Relative differences of the losses of two runs, over the steps that both have."""
 
-    largest_early: float
-    """The largest difference over the first `FIRST_STEPS` common steps."""
-    largest_early_step: int
-    """The step with this difference."""
-    largest_overall: float
+    first_steps_difference: float
+    """The largest difference over the first `NUM_FIRST_STEPS` common steps."""
+    step_of_first_steps_difference: int
+    """The step with this largest difference."""
+    all_steps_difference: float
     """The largest difference over all common steps."""
-    largest_overall_step: int
-    """The step with this difference."""
+    step_of_all_steps_difference: int
+    """The step with this largest difference."""
     num_common_steps: int
     """How many steps have a loss in both runs."""
 
     @property
     def is_same_loss(self) -> bool:
         """Whether the losses of the first steps agree within `SAME_LOSS_TOLERANCE`, as every strategy promises."""
-        return self.largest_early <= SAME_LOSS_TOLERANCE
+        return self.first_steps_difference <= SAME_LOSS_TOLERANCE
 
     def as_json(self) -> dict[str, float | int]:
-        """The differences under the keys of `compare.json`."""
+        """The relative differences of the losses under the keys of `compare.json`.
+
+        `early` is the largest one over the first common steps, `drift` that over all common steps. `same`: `early` is no more
+        than rounding explains.
+        """
         return {
-            "early": self.largest_early,
-            "early_step": self.largest_early_step,
-            "drift": self.largest_overall,
-            "drift_step": self.largest_overall_step,
+            "early": self.first_steps_difference,
+            "early_step": self.step_of_first_steps_difference,
+            "drift": self.all_steps_difference,
+            "drift_step": self.step_of_all_steps_difference,
             "steps": self.num_common_steps,
             "same": self.is_same_loss,
         }
@@ -76,14 +80,14 @@ def compare_losses(baseline: RecordedRun, run: RecordedRun) -> LossDifference | 
     if not difference_by_step:
         return None
     # Rounding grows with the steps, so only the first ones can show that strategies compute the same.
-    first_steps = list(difference_by_step)[:FIRST_STEPS]
-    largest_early_step = max(first_steps, key=difference_by_step.__getitem__)
-    largest_overall_step = max(difference_by_step, key=difference_by_step.__getitem__)
+    first_steps = list(difference_by_step)[:NUM_FIRST_STEPS]
+    step_of_first_steps_difference = max(first_steps, key=difference_by_step.__getitem__)
+    step_of_all_steps_difference = max(difference_by_step, key=difference_by_step.__getitem__)
     return LossDifference(
-        largest_early=difference_by_step[largest_early_step],
-        largest_early_step=largest_early_step,
-        largest_overall=difference_by_step[largest_overall_step],
-        largest_overall_step=largest_overall_step,
+        first_steps_difference=difference_by_step[step_of_first_steps_difference],
+        step_of_first_steps_difference=step_of_first_steps_difference,
+        all_steps_difference=difference_by_step[step_of_all_steps_difference],
+        step_of_all_steps_difference=step_of_all_steps_difference,
         num_common_steps=len(difference_by_step),
     )
 
@@ -102,9 +106,9 @@ def format_difference(difference: float) -> str:
 def baseline_index(runs: list[RecordedRun], run_index: int, default_index: int) -> int | None:
     """Index of the run whose loss is the baseline of run `run_index`. The first case that applies:
 
-    - `run_index` is before `default_index` (the first run that took a step): None.
+    - `run_index` is before `default_index` (that of the first run that took a step): None.
     - An earlier run trains the same job with the same seed: the earliest such run, so that strategies of one job are compared.
-    - Otherwise: `default_index`.
+    - Otherwise: `default_index`, also for the run at `default_index` itself; callers leave that one out.
     """
     if run_index < default_index:
         return None
@@ -152,11 +156,11 @@ class IncomparableSetting:
         return f"{self.setting}: {self.values_text}"
 
 
-def identity_differences(baseline: RecordedRun, run: RecordedRun) -> list[IncomparableSetting]:
+def find_incomparable_settings(baseline: RecordedRun, run: RecordedRun) -> list[IncomparableSetting]:
     """Why the losses of two runs cannot be compared: the differences of their data, its order or the objective.
 
-    Empty if the losses can be compared. The `identity.json` files of the two runs are compared, or the settings of the runs if
-    one of them has no such file.
+    Empty if the losses can be compared. `identity.json` of a run records what decides these three (`IDENTITY_KINDS`). The files
+    of the two runs are compared, or the settings of the runs if one of them has no such file.
     """
     if not baseline.identity or not run.identity:
         return _differing_values(_identity_from_config(baseline), _identity_from_config(run))
@@ -167,6 +171,7 @@ def identity_differences(baseline: RecordedRun, run: RecordedRun) -> list[Incomp
         if kind == "data":
             if baseline_identity.get("fingerprint") == run_identity.get("fingerprint"):
                 continue  # the prepared data is the same, so settings that differ had no effect on it
+            # The data differs; the paths that it came from say more about it than the fingerprint.
             baseline_identity = {**_data_source_settings(baseline), **baseline_identity}
             run_identity = {**_data_source_settings(run), **run_identity}
         differences += _differing_values(baseline_identity, run_identity)
@@ -180,7 +185,10 @@ def _data_source_settings(run: RecordedRun) -> dict[str, Any]:
 
 
 def _identity_from_config(run: RecordedRun) -> dict[str, Any]:
-    """The settings, by dotted key, that `identity.json` would be made of, for a run that ended before it wrote that file."""
+    """The settings, by dotted key, that `identity.json` would be made of, for a run that ended before it wrote that file.
+
+    Each setting declares what its change would change: the data, its order, the objective, or something else.
+    """
     from trainer.config.tree import change_kind_of_setting  # loads torch, which a comparison needs for such runs alone
 
     identity = {}

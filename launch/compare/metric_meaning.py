@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from launch.compare.run_files import RecordedRun
 
-DEFAULT_METRIC = "eval/loss"
+HELD_OUT_LOSS = "eval/loss"
 REWARD = "eval/reward"
 REWARD_KEY_PREFIX = "objective.rewards."
 """Prefix of the settings of rewards: `objective.rewards.<reward>.<setting>`."""

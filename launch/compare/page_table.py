@@ -389,12 +389,12 @@ def _quality_measures(comparison: Comparison) -> list[Measure]:
 
 
 def _largest_early_difference(point: ComparedPoint) -> float | None:
-    return None if point.loss_difference is None else point.loss_difference.largest_early
+    return None if point.loss_difference is None else point.loss_difference.first_steps_difference
 
 
 def _metric_reader(metric: str) -> Callable[[ComparedPoint], float | None]:
     """A function that returns a held-out metric of a point at its last evaluation; None if the point does not have it."""
-    return lambda point: point.measured.after.get(metric)
+    return lambda point: point.measured.metrics_at_end.get(metric)
 
 
 def _best_direction(comparison: Comparison, metric: str) -> BestDirection:
@@ -426,7 +426,7 @@ def evaluated_metric_names(comparison: Comparison) -> list[str]:
     decisive_metric = quality_metric_name(comparison.begun_points)
     names: dict[str, None] = {}  # a dict as an ordered set
     for point in comparison.begun_points:
-        names |= dict.fromkeys(point.measured.after)
+        names |= dict.fromkeys(point.measured.metrics_at_end)
     return sorted(names, key=lambda name: name != decisive_metric)
 
 
@@ -446,8 +446,8 @@ def held_out_table(comparison: Comparison) -> PageTable | None:
     for metric in metrics[:max_metrics]:
         columns += [PageColumn("before", group=metric), PageColumn("after", group=metric)]
         for row, point in zip(rows, points, strict=True):
-            row.append(_held_out_cell(point.measured.before.get(metric)))
-            row.append(_held_out_cell(point.measured.after.get(metric)))
+            row.append(_held_out_cell(point.measured.metrics_before_training.get(metric)))
+            row.append(_held_out_cell(point.measured.metrics_at_end.get(metric)))
     num_left_out = len(metrics) - max_metrics
     caption = f"{num_left_out} more metrics are in compare.csv." if num_left_out > 0 else ""
     return PageTable(columns, rows, caption=caption, id="held-out-metrics")

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from statistics import median
 
 from launch.compare.compared_point import ComparedPoint
-from launch.compare.curves import FIRST_STEPS, first_non_finite_loss_step, format_difference, loss_relevant_settings
+from launch.compare.curves import NUM_FIRST_STEPS, first_non_finite_loss_step, format_difference, loss_relevant_settings
 from launch.compare.metric_meaning import keys_measured_differently
 from launch.compare.names import ABSENT_VALUE, KEYS_FIRST_IN_NAME
 from launch.compare.quality import (
     SIGNIFICANCE_LEVEL,
     ComparedJob,
+    QualityDifference,
     bonferroni_level,
     comparable_jobs,
     group_points_into_jobs,
@@ -38,7 +39,11 @@ class VerdictContext:
 
     @classmethod
     def from_points(cls, points: Sequence[ComparedPoint]) -> VerdictContext:
-        """The context of points that have no verdict yet."""
+        """The context of points that have no verdict yet. A job: points whose settings differ in strategy and seed alone.
+
+        The level of one test is the smaller, the more pairs of jobs are tested (Bonferroni), so that chance rarely makes any pair
+        of the comparison look different.
+        """
         jobs = group_points_into_jobs(points)
         job_by_point: dict[str, ComparedJob] = {}
         for job in jobs:
@@ -58,7 +63,9 @@ class VerdictContext:
 def point_verdict(point: ComparedPoint, context: VerdictContext, *, is_default_baseline: bool) -> str:
     """The verdict on a point as one sentence, such as `fsdp2: same loss as ddp within 3e-7; 1.2 x its tokens/s`.
 
-    It begins with how the point ended, unless it is done. Then, the first case that applies:
+    A point is one combination of settings, a job all points whose settings differ in strategy and seed alone. The baseline of a
+    point is an earlier point, of the same job if there is one. The sentence begins with how the point ended, unless it is done.
+    Then, the first case that applies:
 
     - The only point of a comparison: its own losses and metrics.
     - The default baseline: its own numbers.
@@ -74,7 +81,7 @@ def point_verdict(point: ComparedPoint, context: VerdictContext, *, is_default_b
     elif point.baseline_name is not None:
         baseline = context.point_by_name[point.baseline_name]
         clauses.append(
-            _loss_verdict(point) if point.is_same_job_as_baseline else _quality_verdict(baseline, point, context)
+            _loss_verdict(point) if point.should_have_loss_of_baseline else _quality_verdict(baseline, point, context)
         )
         cost_clause = _speed_and_memory_clause(baseline, point)
         if cost_clause is not None:
@@ -90,8 +97,8 @@ def _default_baseline_clauses(point: ComparedPoint) -> list[str]:
     measured = point.measured
     metric = quality_metric([_single_point_job(point)])
     numbers = []
-    if metric is not None and metric.name in measured.after:
-        numbers.append(f"{metric.name} {format_metric(measured.after[metric.name])}")
+    if metric is not None and metric.name in measured.metrics_at_end:
+        numbers.append(f"{metric.name} {format_metric(measured.metrics_at_end[metric.name])}")
     if measured.tokens_per_s:
         numbers.append(f"{measured.tokens_per_s:,.0f} tokens/s")
     if measured.memory_gib:
@@ -119,14 +126,18 @@ def _quality_verdict(baseline: ComparedPoint, point: ComparedPoint, context: Ver
     baseline_alone = _single_point_job(baseline)
     point_alone = _single_point_job(point)
     metric = quality_metric([baseline_alone, point_alone])
-    if metric is None or not baseline_alone.values(metric.name) or not point_alone.values(metric.name):
+    if metric is None:
+        return _verdict_without_metric(baseline, point)
+    baseline_values = baseline_alone.value_of_each_seed(metric.name)
+    point_values = point_alone.value_of_each_seed(metric.name)
+    if not baseline_values or not point_values:
         return _verdict_without_metric(baseline, point)
     keys = keys_measured_differently(baseline.first_repeat, point.first_repeat, metric.name)
     if keys:
         return f"its {metric.name} cannot be compared with that of {baseline.name} (other {', '.join(keys)})"
 
-    baseline_value = format_metric(median(baseline_alone.values(metric.name)))
-    point_value = format_metric(median(point_alone.values(metric.name)))
+    baseline_value = format_metric(median(baseline_values))
+    point_value = format_metric(median(point_values))
     # A point whose first repeat never began is in no job, and stands for itself.
     baseline_job = context.job_by_point.get(baseline.name, baseline_alone)
     point_job = context.job_by_point.get(point.name, point_alone)
@@ -137,19 +148,22 @@ def _quality_verdict(baseline: ComparedPoint, point: ComparedPoint, context: Ver
         baseline_job = baseline_alone
         point_job = point_alone
     difference = quality_difference(baseline_job, point_job, metric.name, context.significance_level)
-    if not difference.is_significant:
-        judgement = "no difference shown from"
-    elif (difference.relative_difference > 0) == metric.greater_is_better:
-        judgement = "better than"
-    else:
-        judgement = "worse than"
+    judgement = _judgement_text(difference, greater_is_better=metric.greater_is_better)
     evidence = difference.evidence_text or _no_evidence_text((baseline, point), difference.num_seeds)
     return f"{metric.name} {point_value}, {judgement} {baseline.name} ({baseline_value}; {evidence})"
 
 
+def _judgement_text(difference: QualityDifference, *, greater_is_better: bool) -> str:
+    """What a difference from a baseline says about quality, to be followed by the baseline's name: `better than`."""
+    if not difference.is_significant:
+        return "no difference shown from"
+    is_larger = difference.relative_difference > 0
+    return "better than" if is_larger == greater_is_better else "worse than"
+
+
 def _verdict_without_metric(baseline: ComparedPoint, point: ComparedPoint) -> str:
     """A clause on two points without a common held-out metric: why their losses cannot be compared, or how they differ."""
-    if point.identity_differences:
+    if point.incomparable_settings:
         return _loss_verdict(point)
     differing_settings = _differing_settings_text(baseline, point)
     return f"trains another job than {baseline.name}{differing_settings}; no held-out metric of both to compare"
@@ -188,8 +202,8 @@ def _single_point_verdict(point: ComparedPoint) -> str:
     Such as `done, 40 steps, loss 2.9 -> 2.3, eval/loss 2.87 -> 2.34`.
     """
     measured = point.measured
-    metrics_before_training = measured.before
-    metrics_after_training = measured.after
+    metrics_before_training = measured.metrics_before_training
+    metrics_after_training = measured.metrics_at_end
     step_rows = point.first_repeat.steps.values()
     losses = [row["loss"] for row in step_rows if row["loss"] is not None]
     clauses = [point.unfinished_state or "done"]
@@ -212,13 +226,13 @@ def _loss_verdict(point: ComparedPoint) -> str:
 
     - The losses are of different data, order or objective: that they cannot be compared, with at most three of the settings.
     - No step has a loss in both: that there is none to compare.
-    - The losses of the first `FIRST_STEPS` common steps are equal, or nearly: `same loss as ddp within 3e-7`. If there are fewer
-      common steps, the clause says how many.
+    - The losses of the first `NUM_FIRST_STEPS` common steps are equal, or nearly (`SAME_LOSS_TOLERANCE`): `same loss as ddp
+      within 3e-7`. If there are fewer common steps, the clause says how many.
     - Otherwise: how far they differ, and at which of these steps.
     """
     baseline_name = point.baseline_name
-    if point.identity_differences:
-        settings = [difference.setting for difference in point.identity_differences]
+    if point.incomparable_settings:
+        settings = [difference.setting for difference in point.incomparable_settings]
         named_settings = ", ".join(settings[:MAX_NAMED_SETTINGS])
         more = ""
         if len(settings) > MAX_NAMED_SETTINGS:
@@ -228,16 +242,15 @@ def _loss_verdict(point: ComparedPoint) -> str:
     if difference is None:
         return f"no step to compare with {baseline_name}"
     over_steps = ""
-    if difference.num_common_steps < FIRST_STEPS:
+    if difference.num_common_steps < NUM_FIRST_STEPS:
         over_steps = f" over {difference.num_common_steps} step{'s' if difference.num_common_steps > 1 else ''}"
-    largest_difference = format_difference(difference.largest_early)
-    if difference.largest_early == 0:
+    largest_difference = format_difference(difference.first_steps_difference)
+    if difference.first_steps_difference == 0:
         return f"same loss as {baseline_name}, to the last digit{over_steps}"
     if difference.is_same_loss:
         return f"same loss as {baseline_name} within {largest_difference}{over_steps}"
-    return (
-        f"not the loss of {baseline_name}: it differs by {largest_difference} at step {difference.largest_early_step}"
-    )
+    step = difference.step_of_first_steps_difference
+    return f"not the loss of {baseline_name}: it differs by {largest_difference} at step {step}"
 
 
 def _speed_and_memory_clause(baseline: ComparedPoint, point: ComparedPoint) -> str | None:
@@ -248,7 +261,7 @@ def _speed_and_memory_clause(baseline: ComparedPoint, point: ComparedPoint) -> s
     ratios = []
     if baseline.measured.tokens_per_s and point.measured.tokens_per_s:
         speed = f"{_ratio_text(point.measured.tokens_per_s / baseline.measured.tokens_per_s)} x its tokens/s"
-        # If the repeats of the two points overlap in speed, they cannot tell which point is the faster.
+        # `spread`: (slowest, fastest) repeat in tokens/s. If those of the two points overlap, nobody knows which is the faster.
         baseline_spread = baseline.summary.spread
         point_spread = point.summary.spread
         if baseline_spread is not None and point_spread is not None and ranges_overlap(baseline_spread, point_spread):

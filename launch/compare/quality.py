@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.compare.curves import SAME_LOSS_TOLERANCE, loss_relevant_settings
 from launch.compare.metric_meaning import (
-    DEFAULT_METRIC,
+    HELD_OUT_LOSS,
     differing_keys,
     greater_is_better_in_run,
     keys_measured_differently,
@@ -61,7 +61,7 @@ class QualityMetric:
 
 @dataclass(frozen=True)
 class ComparedJob:
-    """All points of a comparison whose settings differ in nothing but seed and strategy."""
+    """All points of a comparison whose settings differ in nothing but seed and strategy: they train the same."""
 
     points: tuple[ComparedPoint, ...]
     settings: dict[str, Any]
@@ -75,7 +75,7 @@ class ComparedJob:
             runs += [run for run in point.repeats if run.unfinished_state is None and run.steps]
         return runs
 
-    def values(self, metric: str) -> list[float]:
+    def value_of_each_seed(self, metric: str) -> list[float]:
         """The metric at the last evaluation, one value for each seed: the median over the runs with this seed.
 
         The runs of one seed differ in strategy, or are repeats. Runs that are not done, and runs without the metric, are left
@@ -141,14 +141,14 @@ class QualityDifference:
     @property
     def evidence_sources(self) -> list[str]:
         """The kinds of evidence that are known, as nouns for a sentence, such as `["seeds"]`; empty if none is."""
-        evidence_sources = []
+        nouns = []
         if self.document_interval is not None:
-            evidence_sources.append("held-out documents")
+            nouns.append("held-out documents")
         if self.seed_interval is not None:
-            evidence_sources.append("seeds")
+            nouns.append("seeds")
         if self.report_intervals_disjoint is not None:
-            evidence_sources.append("intervals of shardtune evaluate")
-        return evidence_sources
+            nouns.append("intervals of shardtune evaluate")
+        return nouns
 
     @property
     def evidence_text(self) -> str:
@@ -180,7 +180,7 @@ class RankedJobs:
 
     def value(self, job: ComparedJob) -> float:
         """The metric of a job: the median over its seeds."""
-        return median(job.values(self.metric.name))
+        return median(job.value_of_each_seed(self.metric.name))
 
     @property
     def best(self) -> ComparedJob:
@@ -205,12 +205,12 @@ class RankedJobs:
 
         They are those of the significant differences, or of all differences if none is significant.
         """
-        differences = [difference for difference in self.differences if difference is not None]
+        differences = [difference for difference in self.differences if difference is not None]  # the best job has none
         significant_differences = [difference for difference in differences if difference.is_significant]
-        evidence_sources: dict[str, None] = {}  # a dict as an ordered set
+        nouns: dict[str, None] = {}  # a dict as an ordered set
         for difference in significant_differences or differences:
-            evidence_sources |= dict.fromkeys(difference.evidence_sources)
-        return list(evidence_sources)
+            nouns |= dict.fromkeys(difference.evidence_sources)
+        return list(nouns)
 
 
 def _is_significant(difference: QualityDifference | None) -> bool:
@@ -246,7 +246,8 @@ def group_points_into_jobs(points: Sequence[ComparedPoint]) -> list[ComparedJob]
 def quality_metric(jobs: Sequence[ComparedJob]) -> QualityMetric | None:
     """The held-out metric by which the quality of the jobs is compared; None if there is none.
 
-    It is `evaluation.watch` of the first job or, if that cannot be used, the held-out loss. A metric can be used if
+    A job: points that differ in strategy and seed alone. The metric is `evaluation.watch` of the first job or, if that cannot be
+    used, the held-out loss. A metric can be used if
 
     - every job has it, except jobs that diverged and jobs without a run that is done, and at least one job has it,
     - it is known whether a larger value is better,
@@ -255,12 +256,12 @@ def quality_metric(jobs: Sequence[ComparedJob]) -> QualityMetric | None:
     if not jobs:
         return None
     first_run = jobs[0].points[0].first_repeat
-    watched_metric = str(first_run.config.get("evaluation.watch") or DEFAULT_METRIC)
-    for name in (watched_metric, DEFAULT_METRIC):
+    watched_metric = str(first_run.config.get("evaluation.watch") or HELD_OUT_LOSS)
+    for name in (watched_metric, HELD_OUT_LOSS):
         if name.startswith("test/"):
             continue
-        any_has_it = any(job.values(name) for job in jobs)
-        all_have_it = all(job.values(name) or job.has_diverged or not job.done_runs for job in jobs)
+        any_has_it = any(job.value_of_each_seed(name) for job in jobs)
+        all_have_it = all(job.value_of_each_seed(name) or job.has_diverged or not job.done_runs for job in jobs)
         if any_has_it and all_have_it:
             greater_is_better = greater_is_better_in_run(first_run, name)
             if greater_is_better is not None:
@@ -278,7 +279,7 @@ def quality_metric_name(points: Sequence[ComparedPoint]) -> str | None:
     metric = quality_metric(group_points_into_jobs(points))
     if metric is not None:
         return metric.name
-    return DEFAULT_METRIC if any(DEFAULT_METRIC in point.measured.after for point in points) else None
+    return HELD_OUT_LOSS if any(HELD_OUT_LOSS in point.measured.metrics_at_end for point in points) else None
 
 
 def comparable_jobs(jobs: Sequence[ComparedJob], metric: QualityMetric) -> list[ComparedJob]:
@@ -286,11 +287,13 @@ def comparable_jobs(jobs: Sequence[ComparedJob], metric: QualityMetric) -> list[
 
     Left out are jobs without the metric, jobs that diverged, and jobs that measured it otherwise than the first remaining job.
     """
-    measured_jobs = [job for job in jobs if job.values(metric.name) and not job.has_diverged]
+    measured_jobs = [job for job in jobs if job.value_of_each_seed(metric.name) and not job.has_diverged]
+    if not measured_jobs:
+        return []
+    reference_run = measured_jobs[0].points[0].first_repeat
     comparable = []
     for job in measured_jobs:
-        first_run = measured_jobs[0].points[0].first_repeat
-        if not keys_measured_differently(first_run, job.points[0].first_repeat, metric.name):
+        if not keys_measured_differently(reference_run, job.points[0].first_repeat, metric.name):
             comparable.append(job)
     return comparable
 
@@ -307,12 +310,14 @@ def bonferroni_level(num_jobs: int) -> float:
 def rank_jobs_by_quality(jobs: Sequence[ComparedJob], metric: QualityMetric) -> RankedJobs | None:
     """The jobs that can be compared by the metric, the best first, with their differences from the best.
 
-    None if fewer than two jobs can be compared.
+    The value of a job is the median over its seeds. None if fewer than two jobs can be compared.
     """
     comparable = comparable_jobs(jobs, metric)
     if len(comparable) < 2:
         return None
-    ranked = sorted(comparable, key=lambda job: median(job.values(metric.name)), reverse=metric.greater_is_better)
+    ranked = sorted(
+        comparable, key=lambda job: median(job.value_of_each_seed(metric.name)), reverse=metric.greater_is_better
+    )
     significance_level = bonferroni_level(len(ranked))
     differences: list[QualityDifference | None] = [None]  # the best job has no difference from itself
     differences += [quality_difference(ranked[0], job, metric.name, significance_level) for job in ranked[1:]]
@@ -326,9 +331,9 @@ def quality_difference(
 
     `significance_level`: significance level of each two-sided test. Both jobs must have the metric.
     """
-    baseline_value = median(baseline.values(metric))
+    baseline_value = median(baseline.value_of_each_seed(metric))
     scale = abs(baseline_value) or 1.0  # if the baseline is 0, the difference is absolute
-    relative_difference = (median(job.values(metric)) - baseline_value) / scale
+    relative_difference = (median(job.value_of_each_seed(metric)) - baseline_value) / scale
     return QualityDifference(
         relative_difference=relative_difference,
         num_seeds=max(baseline.num_seeds, job.num_seeds),
@@ -350,8 +355,8 @@ def _seed_interval(
     """
     from trainer.monitors.forgetting import student_t_quantile
 
-    baseline_values = baseline.values(metric)
-    values = job.values(metric)
+    baseline_values = baseline.value_of_each_seed(metric)
+    values = job.value_of_each_seed(metric)
     degrees_of_freedom = len(baseline_values) + len(values) - 2
     if degrees_of_freedom < 1:
         return None
@@ -386,6 +391,7 @@ def _document_interval(
     """
     from trainer.monitors.forgetting import standard_error_of_ratio, student_t_quantile
 
+    # One run of each job, because its runs evaluated the same documents: several would be no further evidence.
     baseline_run = baseline.done_runs[0]
     run = job.done_runs[0]
     if differing_keys(baseline_run, run, {"evaluation.batch", "evaluation.max_documents"}):
@@ -399,8 +405,9 @@ def _document_interval(
     if len(pairs) < MIN_BATCHES or not baseline_total:
         return None
     quantile = student_t_quantile(1 - significance_level / 2, len(pairs) - 1)
-    if metric == DEFAULT_METRIC:
-        # Micro-batches have different numbers of tokens: the difference is one of sums, and its error that of a ratio.
+    if metric == HELD_OUT_LOSS:
+        # The loss is one per token, and micro-batches have different numbers of tokens: so the difference is one of sums, and its
+        # error that of a ratio.
         relative_difference = (math.fsum(run_sums) - baseline_total) / baseline_total
         margin = quantile * standard_error_of_ratio(baseline_sums, run_sums)
         return relative_difference - margin, relative_difference + margin
@@ -421,7 +428,7 @@ def _paired_batch_sums(baseline: RecordedRun, run: RecordedRun, metric: str) -> 
     run_sums = _kept_batch_sums(run, metric)
     if baseline_sums is None or run_sums is None:
         return None
-    # Another number of ranks has another number of empty micro-batches at the end, which sum to 0.
+    # Another number of ranks has another number of empty micro-batches at the end, whose sums are exactly 0.
     num_common = min(len(baseline_sums), len(run_sums))
     if any(baseline_sums[num_common:]) or any(run_sums[num_common:]):
         return None
@@ -453,7 +460,8 @@ def _report_intervals_disjoint(
 ) -> bool | None:
     """Whether the confidence intervals of a task's metric, as `shardtune evaluate` reported them for both jobs, do not overlap.
 
-    The interval of `job` must lie above the baseline's if `job_is_larger`, else below it. None if a job has no such report.
+    The interval of `job` must lie above the baseline's if `job_is_larger`, else below it. The report is that on the first run of
+    a job, whose other runs have nearly the same weights. None if a job has no such report.
     """
     baseline_interval = _reported_interval(baseline.done_runs[0], metric)
     job_interval = _reported_interval(job.done_runs[0], metric)
@@ -477,7 +485,8 @@ def _reported_interval(run: RecordedRun, metric: str) -> tuple[float, float] | N
     for kept_report in kept_reports(run.directory, EVALUATION_REPORT):  # the newest first
         try:
             reported = kept_report.report["tasks"][task]["metrics"][task_metric]
-            # The report of another checkpoint has another value than the run's last evaluation.
+            # A report does not say of which step the weights are: that of another checkpoint has another value than the run's
+            # last evaluation.
             if math.isclose(reported["value"], last_held_out_metrics(run)[metric], rel_tol=1e-6):
                 return float(reported["low"]), float(reported["high"])
         except (KeyError, TypeError, ValueError):

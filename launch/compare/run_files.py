@@ -120,9 +120,9 @@ class RunMeasurements:
     """`exchanged_gib` by collective, in bytes."""
     exposed_s: float | None = None
     """Seconds of that step in which it waited for exchange. docs/reference/comparisons.md says on which devices that is known."""
-    before: dict[str, float] = field(default_factory=dict)
+    metrics_before_training: dict[str, float] = field(default_factory=dict)
     """Held-out metrics before the first step."""
-    after: dict[str, float] = field(default_factory=dict)
+    metrics_at_end: dict[str, float] = field(default_factory=dict)
     """Held-out metrics of the last evaluation."""
 
 
@@ -269,8 +269,8 @@ def measure_run(run: RecordedRun, warmup_steps: int = 1) -> RunMeasurements:
         planned_exchanged_gib=_total_gib(predicted.exchanged_bytes),
         exchanged_bytes=_with_zero_for_null(measured.exchanged_bytes or {}),
         exposed_s=measured.exposed_s,
-        before=run.evaluations.get(0, {}),
-        after=last_held_out_metrics(run),
+        metrics_before_training=run.evaluations.get(0, {}),
+        metrics_at_end=last_held_out_metrics(run),
     )
 
 

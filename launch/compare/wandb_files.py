@@ -70,7 +70,7 @@ def read_wandb_directory(wandb_dir: Path) -> RecordedRun:
     shardtune's, its files cannot be read, or wandb is not installed.
     """
     contents = _WandbContents()
-    damage_notes: list[str] = []
+    damage_notes: list[str] = []  # filled by the reader of the records
     for start_dir in wandb_start_directories(wandb_dir):
         contents.exit_record = {}  # the end of an earlier start is not the end of the run
         for record in _read_wandb_records(start_dir, damage_notes):
@@ -79,7 +79,9 @@ def read_wandb_directory(wandb_dir: Path) -> RecordedRun:
     if contents.host is not None:
         config = {**config, "host": contents.host}
     status = _status_from_wandb(contents.exit_record, contents.summary, contents.started_at)
-    return replace(_recorded_run(wandb_dir, config, status, contents.logged_steps), unreadable_lines=len(damage_notes))
+    return replace(
+        _recorded_run_from_wandb(wandb_dir, config, status, contents.logged_steps), unreadable_lines=len(damage_notes)
+    )
 
 
 def is_wandb_address(path: Path) -> bool:
@@ -115,20 +117,21 @@ def read_from_wandb_server(address: Path) -> RecordedRun:
     logged_steps = _LoggedSteps()
     for row in fetched.rows:
         logged_steps.add_logged_row(row)
-    # The server knows a state and no exit code.
+    # The server knows a state and no exit code: 0 and 1 stand for a good end and for any other.
     exit_record: dict[str, Any] = {}
     if fetched.state != "running":
         exit_record = {"exit_code": 0 if fetched.state == "finished" else 1}
     status = _status_from_wandb(exit_record, fetched.summary, _unix_time(fetched.created) or 0.0)
-    return _recorded_run(address, fetched.config, status, logged_steps)
+    return _recorded_run_from_wandb(address, fetched.config, status, logged_steps)
 
 
-def _recorded_run(
+def _recorded_run_from_wandb(
     directory: Path, wandb_config: dict[str, Any], status: dict[str, Any], logged_steps: _LoggedSteps
 ) -> RecordedRun:
     """The run as a comparison reads it. Raises ConfigError if it is not shardtune's, or a later version wrote it.
 
     `wandb_config` has the run's settings under `config`. Its other keys are those of `run.json`, and columns of W&B's run table.
+    `status`: what the run's `status.json` would hold.
     """
     config = wandb_config.get("config")
     if not isinstance(config, dict) or "strategy" not in config:
@@ -138,8 +141,10 @@ def _recorded_run(
         is_of_wandb = key.startswith("_")
         if key != "config" and not is_of_wandb:
             run_json[key] = value
-    # A column of the user's own may have the name of a key of `run.json`: what does not fit its type is left out.
+    # A column of the user's own may have the name of a key of `run.json`: what does not fit its type is left out, and is no error
+    # of the record. So nobody reads the list of such errors.
     record = parse_run_record(run_json, type_errors=[])
+    # Metrics were renamed between versions of shardtune: an edition is one set of names.
     if record.metric_names > CURRENT_NAMES_EDITION:
         raise ConfigError(
             f"{directory}: W&B has its metrics under names of edition {record.metric_names}, and this shardtune knows editions "
@@ -210,7 +215,8 @@ class _LoggedSteps:
     def add_logged_row(self, logged_row: dict[str, Any]) -> None:
         """Add a row of W&B: the metrics of its training step to `steps`, its held-out metrics to `evaluations`.
 
-        A row without a step is ignored. The names of its metrics may be of any edition (`trainer/reporting/metric_names.py`).
+        A row without a step is ignored. A row with today's names is {"train/global_step": 5, "train/loss": 2.3}, one with the
+        names of the first edition {"train_step": 5, "loss": 2.3}; see `trainer/reporting/metric_names.py`.
         """
         row = {}
         for name, logged_value in logged_row.items():
@@ -223,7 +229,7 @@ class _LoggedSteps:
             step_metrics, other_metrics = _split_first_edition_row(row)
         else:
             step = row.get(TRACKED_METRIC_BY_NAME["step"].name)
-            step_metrics, other_metrics = _split_row(row)
+            step_metrics, other_metrics = _split_wandb_row(row)
         if not isinstance(step, int | float):
             return
         step = int(step)
@@ -231,9 +237,7 @@ class _LoggedSteps:
             self.steps[step] = {"step": step, **step_metrics}
         held_out_metrics = {}
         for name, value in other_metrics.items():
-            # A table has its sizes under its own name and a dot: `eval/facts/worst_rows.nrows`.
-            is_of_table = f"{name.rpartition('.')[0]}._type" in row
-            if isinstance(value, int | float) and not is_of_table:
+            if isinstance(value, int | float) and not _is_size_of_table(name, row):
                 held_out_metrics[name] = value
         if held_out_metrics:
             self.evaluations[step] = self.evaluations.get(step, {}) | held_out_metrics
@@ -273,15 +277,23 @@ class _WandbContents:
             self.logged_steps.add_logged_row(record["history"].get("item", {}))
 
 
-def _split_row(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _is_size_of_table(name: str, row: dict[str, Any]) -> bool:
+    """Whether a name in a row of W&B is a size of a logged table, such as `eval/facts/worst_rows.nrows`, and no metric.
+
+    W&B has the type of a table beside its sizes, as `eval/facts/worst_rows._type`.
+    """
+    return f"{name.rpartition('.')[0]}._type" in row
+
+
+def _split_wandb_row(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split a row of W&B into (metrics of the training step, all other metrics).
 
-    Metrics of the step get their names in `metrics.jsonl`; the others keep their names in W&B.
+    Metrics of the step get their names in `metrics.jsonl` (`train/loss` -> `loss`); the others keep their names in W&B.
     """
     step_metrics = {}
     other_metrics = {}
     for wandb_name, value in row.items():
-        name = recorded_name(wandb_name)
+        name = recorded_name(wandb_name)  # None if it is no metric of a step
         if name is not None:
             step_metrics[name] = value
         elif wandb_name != TRAINING_S.name:  # the files of a run have no such counter
@@ -290,7 +302,10 @@ def _split_row(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _split_first_edition_row(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split a row of W&B with names of the first edition into (metrics of the training step, all other metrics)."""
+    """Split a row of W&B with names of the first edition into (metrics of the training step, all other metrics).
+
+    The first edition: the names of metrics in early versions of shardtune, which were the same in W&B as in `metrics.jsonl`.
+    """
     step_metrics = {}
     other_metrics = {}
     for name, value in row.items():

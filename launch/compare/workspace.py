@@ -54,7 +54,7 @@ def workspace_script(comparison: Comparison, output_dir: Path) -> str | None:
         return None
     values_by_column = _axis_values_by_column(comparison)
     held_out_metric = str(runs[0].config.get("evaluation.watch") or "eval/loss")
-    was_evaluated = any(point.measured.after for point in comparison.points)
+    was_evaluated = any(point.measured.metrics_at_end for point in comparison.points)
     final_metric = f"final/{held_out_metric}" if was_evaluated else "final/loss"
     content = WorkspaceContent(
         title=output_dir.resolve().name,
@@ -226,7 +226,7 @@ def _panels_by_question(comparison: Comparison, *, has_axes: bool) -> list[tuple
 
 def _has_loss_by_position(point: ComparedPoint) -> bool:
     """Whether the held-out loss was measured by position in the sequence, as in `eval/loss_by_position/512`."""
-    return any(metric.startswith("eval/loss_by_position/") for metric in point.measured.after)
+    return any(metric.startswith("eval/loss_by_position/") for metric in point.measured.metrics_at_end)
 
 
 def _axis_values_by_column(comparison: Comparison) -> dict[str, tuple[Any, ...]]:
@@ -383,7 +383,7 @@ def _measured_cells(point: ComparedPoint, held_out_metric: str) -> list[str]:
     return [
         str(measured.steps or UNKNOWN_CELL),
         _number_cell(measured.loss, format_metric),
-        _number_cell(measured.after.get(held_out_metric), format_metric),
+        _number_cell(measured.metrics_at_end.get(held_out_metric), format_metric),
         _number_cell(measured.tokens_per_s, "{:,.0f}".format),
         _number_cell(measured.step_s, "{:.3g}".format),
         _number_cell(measured.memory_gib, "{:.3g}".format),

@@ -132,7 +132,7 @@ def _run_cells(run: ComparedPoint) -> list[PageCell]:
         PageCell(state, state),
         _number_cell(measured.steps or None),
         _number_cell(measured.loss, digits=5),
-        _number_cell(measured.after.get("eval/loss"), digits=5),
+        _number_cell(measured.metrics_at_end.get("eval/loss"), digits=5),
         _number_cell(measured.tokens_per_s),
         _number_cell(measured.memory_gib, digits=3),
     ]

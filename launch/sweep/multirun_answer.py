@@ -66,7 +66,7 @@ def _metric_cells(run: RecordedRun | None) -> tuple[str, ...]:
     return (
         str(max(run.steps)),
         _number_cell(measured.loss, ".4f"),
-        _number_cell(measured.after.get(monitored_metric), ".4f"),
+        _number_cell(measured.metrics_at_end.get(monitored_metric), ".4f"),
         _number_cell(measured.tokens_per_s, ",.0f"),
         _number_cell(measured.memory_gib, ".3g"),
     )

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from launch.compare.metric_meaning import DEFAULT_METRIC, greater_is_better_by_name, greater_is_better_in_run
+from launch.compare.metric_meaning import HELD_OUT_LOSS, greater_is_better_by_name, greater_is_better_in_run
 from launch.compare.run_files import RecordedRun
 from trainer.pages.numbers import format_number, format_percent
 from trainer.pages.pieces import Arrow, Tone
@@ -142,7 +142,7 @@ def monitored_metric(run: RecordedRun) -> str:
     if recorded_metric or configured_metric:
         return str(recorded_metric or configured_metric)
     has_reward = any(REWARD_METRIC in metrics for metrics in run.evaluations.values())
-    return REWARD_METRIC if has_reward else DEFAULT_METRIC
+    return REWARD_METRIC if has_reward else HELD_OUT_LOSS
 
 
 def monitored_change(run: RecordedRun) -> MetricChange | None:
