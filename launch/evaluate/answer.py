@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.output import TableColumn, TableRow, format_table, wrap_text
 from trainer.reporting.numbers import format_metric, format_times
 
-COLUMNS = (
+if TYPE_CHECKING:
+    from trainer.evaluation.report.record import DifferenceRecord, EvaluationReport, MetricRecord, TaskComparison
+
+METRIC_COLUMNS = (
     TableColumn("task"),
     TableColumn("metric"),
     TableColumn("value", is_number=True),
     TableColumn("95 % interval", is_number=True),
 )
-COLUMNS_AGAINST = (
+COMPARISON_COLUMNS = (
     TableColumn("other", is_number=True),
     TableColumn("difference", is_number=True),
     TableColumn("95 % interval", is_number=True),
@@ -23,33 +26,34 @@ COLUMNS_AGAINST = (
 """What a comparison adds."""
 
 
-def report_text(report: dict[str, Any]) -> str:
+def report_text(report: EvaluationReport) -> str:
     """An evaluation's report (evaluation.json) as a table of metrics with notes, for people.
 
     What is read of it: {"model": ..., "method": text, "tasks": {"qa": {"metrics": {"accuracy": {"value": 0.8, ...}}}}}, and after
     a comparison "against": {"what": "base", "tasks": as above}.
     """
     baseline = report.get("against")
-    compared_tasks = baseline["tasks"] if baseline else {}
+    comparisons: dict[str, TaskComparison] = baseline["tasks"] if baseline else {}
     title = _model_name(report["model"])
     lines = [f"{title}, against {baseline['what']}" if baseline else title]
     rows = []
     for name, task in report["tasks"].items():
-        compared_metrics = compared_tasks.get(name, {}).get("metrics", {})
+        comparison = comparisons.get(name)
+        differences = {} if comparison is None else comparison["metrics"]
         for metric, estimate in task["metrics"].items():
             cells = [name, metric, _format_number(estimate["value"]), _format_interval(estimate)]
             if baseline:
-                cells += _comparison_cells(compared_metrics.get(metric))
+                cells += _comparison_cells(differences.get(metric))
             rows.append(TableRow(cells))
-    columns = (*COLUMNS, *COLUMNS_AGAINST) if baseline else COLUMNS
+    columns = (*METRIC_COLUMNS, *COMPARISON_COLUMNS) if baseline else METRIC_COLUMNS
     lines += format_table(columns, rows)
     lines += ["", *wrap_text(str(report["method"]))]
-    for note in _report_notes(report, compared_tasks):
+    for note in _report_notes(report, comparisons):
         lines += wrap_text(note)
     return "\n".join(lines)
 
 
-def test_text(result: dict[str, Any]) -> str:
+def test_result_text(result: dict[str, Any]) -> str:
     """What was measured on a run's test documents, for people."""
     documents = f"{result['documents']:,} test documents, looked at {format_times(result['looks'])} so far"
     lines = [f"{result['run']}, {result['checkpoint']}: {documents}"]
@@ -60,22 +64,23 @@ def test_text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _report_notes(report: dict[str, Any], compared_tasks: dict[str, Any]) -> list[str]:
+def _report_notes(report: EvaluationReport, comparisons: dict[str, TaskComparison]) -> list[str]:
     """What a reader must know about the numbers, a line each.
 
     - Differences between the evaluated model and the run that the user has accepted, such as another base.
     - Notes of the tasks.
-    - `compared_tasks` (by name, how a task compares with the baseline): how many rows changed, or that rows cannot be paired.
-    - Tasks that the baseline, the model compared with, does not have: `report["against"]["not_there"]`.
+    - Of each task of `comparisons` with the baseline, by name: how many rows changed, or that rows cannot be paired.
+    - Tasks that the baseline, the model compared with, does not have.
     """
     notes = [f"accepted: {difference}" for difference in report["model"].get("accepted", ())]
     for name, task in report["tasks"].items():
         notes += [f"{name}: {note}" for note in task.get("notes", ())]
-    for name, compared_task in compared_tasks.items():
-        notes += _comparison_notes(name, compared_task)
+    for name, comparison in comparisons.items():
+        notes += _comparison_notes(name, comparison)
     baseline = report.get("against")
-    if baseline and baseline["not_there"]:
-        notes.append(f"not in {baseline['what']}: {', '.join(baseline['not_there'])}")
+    tasks_missing_in_baseline = baseline["not_there"] if baseline else []
+    if baseline and tasks_missing_in_baseline:
+        notes.append(f"not in {baseline['what']}: {', '.join(tasks_missing_in_baseline)}")
     return notes
 
 
@@ -89,33 +94,34 @@ def _model_name(model: dict[str, Any]) -> str:
     return name
 
 
-def _comparison_cells(compared: dict[str, Any] | None) -> list[str]:
-    """The table cells of a metric's comparison with another model, for `COLUMNS_AGAINST`; dashes if there is none.
+def _comparison_cells(difference: DifferenceRecord | None) -> list[str]:
+    """The table cells of `COMPARISON_COLUMNS` for a metric; dashes if it was not compared.
 
-    `compared`: {"value": 0.7, "difference": 0.1, "low": 0.02, "high": 0.18, "p": 0.01, "verdict": "better"}.
+    {"value": 0.7 of the other model, "difference": 0.1, "low": 0.02, "high": 0.18, "p": 0.01, "verdict": "better"} -> ["0.7",
+    "+0.1", "0.02 to 0.18", "0.01", "better"].
     """
-    if compared is None:
+    if difference is None:
         return ["-", "-", "", "", ""]
     return [
-        _format_number(compared["value"]),
-        _format_number(compared["difference"], "+"),
-        _format_interval(compared),
-        _format_number(compared["p"]),
-        compared["verdict"],
+        _format_number(difference["value"]),
+        _format_number(difference["difference"], "+"),
+        _format_interval(difference),
+        _format_number(difference["p"]),
+        difference["verdict"],
     ]
 
 
-def _comparison_notes(name: str, compared: dict[str, Any]) -> list[str]:
+def _comparison_notes(name: str, comparison: TaskComparison) -> list[str]:
     """A note on the comparison of task `name`: how many rows changed, or that rows could not be paired."""
-    if "changed" in compared:
-        changed = compared["changed"]
+    if "changed" in comparison:
+        changed = comparison["changed"]
         return [f"{name}: {changed['num_won']} rows right that were wrong, {changed['num_lost']} the other way"]
-    if compared["paired"]:
+    if comparison["paired"]:
         return []
     return [f"{name}: other rows than then, or rows that are not known: compared as numbers, not row by row"]
 
 
-def _format_interval(estimate: dict[str, Any]) -> str:
+def _format_interval(estimate: MetricRecord | DifferenceRecord) -> str:
     """The confidence interval of a metric as text; empty if it has none."""
     if "low" not in estimate:
         return ""

@@ -43,22 +43,10 @@ def check_evaluation(
     """
     from launch.config.compose import load_frozen_config, start_problems
     from trainer.evaluation.tasks.prepared import TaskContext, check_tasks
-    from trainer.evaluation.tasks.registry import TASK_KINDS
 
     context = TaskContext.from_settings(config.data, config.objective)
-    if split == "test":
-        if config.data.test_path is None and not config.data.test_share:
-            raise ConfigError(
-                f"split=test: {run} has no test documents; give a run data.test_path=FILE or data.test_share=0.05 when it begins"
-            )
-    elif not config.evaluation.tasks:
-        reason = f"objective={config.objective.name} has no task by itself (what it measured is in metrics.jsonl)"
-        if context.is_language_model:
-            reason = "there are no evaluation documents to ask about"
-        raise ConfigError(
-            f"evaluation.tasks: not set, and {reason}; name a task with a file: evaluation.tasks.NAME.kind=KIND "
-            f"evaluation.tasks.NAME.path=FILE; kinds are {', '.join(TASK_KINDS)}"
-        )
+    _check_something_is_measured(config, run, split, is_language_model=context.is_language_model)
+    # What the run's config.yaml holds already, such as a secret, is not refused again.
     run_config = None if run is None else load_frozen_config(run / "config.yaml")
     problems = []
     # Problems with a run's training data do not count, because it is read only if a task needs it, and as the run recorded it.
@@ -76,6 +64,28 @@ def check_evaluation(
         held_out=has_held_out(config),
         trained=has_training_data,
     )
+
+
+def _check_something_is_measured(config: RunConfig, run: Path | None, split: str, *, is_language_model: bool) -> None:
+    """Raise ConfigError without test documents for split=test, and without tasks for any other evaluation.
+
+    `is_language_model`: whether the run's loss is that of one. Then there would be default tasks if documents were held out.
+    """
+    from trainer.evaluation.tasks.registry import TASK_KINDS
+
+    if split == "test":
+        if config.data.test_path is None and not config.data.test_share:
+            raise ConfigError(
+                f"split=test: {run} has no test documents; give a run data.test_path=FILE or data.test_share=0.05 when it begins"
+            )
+    elif not config.evaluation.tasks:
+        reason = f"objective={config.objective.name} has no task by itself (what it measured is in metrics.jsonl)"
+        if is_language_model:
+            reason = "there are no evaluation documents to ask about"
+        raise ConfigError(
+            f"evaluation.tasks: not set, and {reason}; name a task with a file: evaluation.tasks.NAME.kind=KIND "
+            f"evaluation.tasks.NAME.path=FILE; kinds are {', '.join(TASK_KINDS)}"
+        )
 
 
 def _quantised_model_problems(config: RunConfig, cli_settings: list[str]) -> Iterator[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from launch.config.help_text import show_help
 from launch.config.process_role import is_rank_process
 from launch.config.verb_arguments import asks_for_help, help_rows
 from launch.evaluate.arguments import EvaluateArguments
+from launch.evaluate.job_files import CONFIG_FILE, JOB_FILE, write_job_files
 from launch.evaluate.kinds import KINDS_READ
 from launch.output import print_json, stdout_to_stderr
 from strategies import exit_codes
@@ -23,10 +23,8 @@ if TYPE_CHECKING:
     from launch.evaluate.plan import EvaluationPlan
     from trainer.evaluation.job import EvaluationJob
 
-CONFIG_FILE = "job.yaml"
-JOB_FILE = "job.json"
-KINDS_WIDTH = max(map(len, KINDS_READ))
-KINDS = "\n".join(f"  {kind:<{KINDS_WIDTH}}  {reads}" for kind, reads in KINDS_READ.items())
+_KINDS_WIDTH = max(map(len, KINDS_READ))
+_KINDS_TEXT = "\n".join(f"  {kind:<{_KINDS_WIDTH}}  {rows}" for kind, rows in KINDS_READ.items())
 USAGE = f"""usage: shardtune evaluate <run directory> [evaluation.tasks=...] [against=...] [key=value ...] [--json]
        shardtune evaluate model.path=<directory> [adapter=<directory>] evaluation.tasks... [against=...] [--json]
        shardtune evaluate objective=grpo <settings of a run> [--json]
@@ -51,7 +49,7 @@ set everything. With launcher=slurm, the evaluation is submitted as a job on one
 {help_rows(EvaluateArguments)}
 
 kinds of tasks, with the rows that each reads:
-{KINDS}
+{_KINDS_TEXT}
 
 To start all ranks yourself: torchrun --nproc-per-node=8 -m launch.evaluate <settings>
 
@@ -77,15 +75,16 @@ def main(argv: list[str]) -> int:
         from trainer.config.run import LauncherName
 
     arguments = parse_evaluate_arguments(argv)
-    if should_try_rewards(arguments):
+    if should_try_rewards(arguments):  # a run that learns from rewards, and no task is named
         return try_rewards(arguments)
     evaluation_plan = plan_evaluation(arguments)
     if evaluation_plan.config.launcher.name is LauncherName.slurm:
         from launch.evaluate.slurm import submit_evaluation
 
-        return submit_evaluation(
+        submit_evaluation(
             evaluation_plan, [argument for argument in argv if argument != "--print"], print_only=arguments.print_only
         )
+        return 0
     if arguments.print_only:
         raise ConfigError("--print: shows a job script; add launcher=slurm, or leave it out")
     return run_and_report(evaluation_plan, as_json=arguments.as_json)
@@ -107,8 +106,9 @@ def run_and_report(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
         exit_code = run_evaluation(next_plan, quiet=as_json)
         if exit_code:
             return exit_code
-    if evaluation_plan.job.split == "test":
-        return _print_test_result(evaluation_plan, as_json=as_json)
+    if evaluation_plan.job.split == "test":  # it measures the run's test documents, and runs no task
+        _print_test_result(evaluation_plan, as_json=as_json)
+        return 0
     results_directory = Path(evaluation_plan.job.to)
     report_file = results_directory / REPORT_FILE
     report: dict[str, Any] = json.loads(report_file.read_text(encoding="utf-8"))
@@ -123,56 +123,49 @@ def run_and_report(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
     return 0
 
 
-def _print_test_result(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
-    """Print what was measured on the test documents; returns the exit code."""
-    from launch.evaluate.answer import test_text
+def _print_test_result(evaluation_plan: EvaluationPlan, *, as_json: bool) -> None:
+    """Print what was measured on the test documents, and where it is written."""
+    from launch.evaluate.answer import test_result_text
     from trainer.evaluation.job import TEST_FILE
 
-    file = evaluation_plan.directory / TEST_FILE
+    file = evaluation_plan.job_dir / TEST_FILE
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if as_json:
         print_json(result)
     else:
-        print(f"{test_text(result)}\n\nwritten: {file}", flush=True)
-    return 0
+        print(f"{test_result_text(result)}\n\nwritten: {file}", flush=True)
 
 
 def run_evaluation(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
     """Evaluate one model and write its report, in this process or with a rank for each GPU; returns the exit code.
 
-    First writes the configuration and the job into the plan's directory, where the ranks read them. `quiet`: print on stderr,
+    First writes the configuration and the job into the plan's `job_dir`, where the ranks read them. `quiet`: print on stderr,
     because stdout is for JSON.
     """
     from launch.cluster.supervisor import record_run_outcome, run_supervised, state_before_start
     from launch.cluster.torchrun import RankProgram
-    from launch.config.frozen import config_sha256, config_yaml
     from strategies.errors import Preempted
     from trainer.evaluate import evaluate_worker
-    from trainer.reporting.status import write_text_atomic
     from trainer.rollout.rewards.copies import copy_rewards
 
     config = evaluation_plan.config
-    directory = evaluation_plan.directory
+    job_dir = evaluation_plan.job_dir
     if evaluation_plan.job.split == "test":
         # Copied anew, so that the ranks run no reward file that lay in the directory before.
-        copy_rewards(getattr(config.objective, "rewards", {}), directory)
-    sha256 = config_sha256(config)
-    write_text_atomic(directory / JOB_FILE, json.dumps(asdict(evaluation_plan.job), indent=1) + "\n")
-    write_text_atomic(
-        directory / CONFIG_FILE, f"# Written by shardtune evaluate.\n# sha256: {sha256}\n{config_yaml(config)}"
-    )
+        copy_rewards(getattr(config.objective, "rewards", {}), job_dir)
+    config_sha256 = write_job_files(job_dir, config, evaluation_plan.job)
     with stdout_to_stderr(quiet):
         if config.launcher.in_place:  # this process is the only rank
             block_signals()  # signals that ask to stop wait until the evaluation can handle them
-            earlier_state = state_before_start(directory)
+            earlier_state = state_before_start(job_dir)
             code = 0
             try:
-                evaluate_worker(config, evaluation_plan.job, directory)
+                evaluate_worker(config, evaluation_plan.job, job_dir)
             except Preempted as stop:
                 # 0 for a preemption, so that the scheduler counts it as a normal end; 130 is the shell's code for Ctrl-C.
                 code = exit_codes.INTERRUPTED if stop.signal_name == "SIGINT" else 0
-            return record_run_outcome(directory, code, earlier_state, verb="evaluate")
-        return run_supervised(config, directory, sha256, program=RankProgram("launch.evaluate", CONFIG_FILE))
+            return record_run_outcome(job_dir, code, earlier_state, verb="evaluate")
+        return run_supervised(config, job_dir, config_sha256, program=RankProgram("launch.evaluate", CONFIG_FILE))
 
 
 def run_as_rank(arguments: list[str]) -> int:
@@ -199,9 +192,9 @@ def run_as_rank(arguments: list[str]) -> int:
         die_with_parent()
     launcher_file = os.environ.get("SHARDTUNE_CONFIG")
     if launcher_file:
-        directory = Path(launcher_file).parent
+        job_dir = Path(launcher_file).parent
         config = load_frozen_config(launcher_file)
-        job = EvaluationJob(**json.loads((directory / JOB_FILE).read_text(encoding="utf-8")))
+        job = EvaluationJob(**json.loads((job_dir / JOB_FILE).read_text(encoding="utf-8")))
     else:
         evaluation_plan = plan_evaluation(parse_evaluate_arguments(arguments))
         if evaluation_plan.plan_of_compared_model is not None:
@@ -211,31 +204,32 @@ def run_as_rank(arguments: list[str]) -> int:
             )
         config = evaluation_plan.config
         job = evaluation_plan.job
-        directory = evaluation_plan.directory
+        job_dir = evaluation_plan.job_dir
     try:
-        evaluate_worker(config, job, directory)
+        evaluate_worker(config, job, job_dir)
     except Preempted:
         return 0
     except Exception:
-        if "SHARDTUNE_LAUNCHER" in os.environ and read_failure(directory):
+        if "SHARDTUNE_LAUNCHER" in os.environ and read_failure(job_dir):
             return exit_codes.FAILED  # the launcher shows the first failure
         raise
     if not launcher_file and os.environ["RANK"] == "0":
         # Torchrun or srun has started the ranks: no launcher of ours prints the report.
-        return _print_written_report(job)
+        return _print_report_of_ranks(job)
     return 0
 
 
-def _print_written_report(job: EvaluationJob) -> int:
+def _print_report_of_ranks(job: EvaluationJob) -> int:
     """Print the report that the ranks of an evaluation have written; returns 69 if a metric got worse, else 0."""
-    from launch.evaluate.answer import report_text, test_text
+    from launch.evaluate.answer import report_text, test_result_text
     from trainer.evaluation.job import TEST_FILE
     from trainer.evaluation.report.record import REPORT_FILE
 
     output_directory = Path(job.to)
     if job.split == "test":
+        # In the directory of the ranks, because it is no report of tasks; the run's records have it too.
         result = json.loads((output_directory / "evaluation" / TEST_FILE).read_text(encoding="utf-8"))
-        print(test_text(result), flush=True)
+        print(test_result_text(result), flush=True)
         return 0
     report = json.loads((output_directory / REPORT_FILE).read_text(encoding="utf-8"))
     print(report_text(report), flush=True)

@@ -36,15 +36,23 @@ class EvaluationPlan:
     """The evaluation of another model, which runs first so that this one can be compared with it."""
 
     @property
-    def directory(self) -> Path:
+    def job_dir(self) -> Path:
         """The directory in which the ranks of this evaluation keep their records."""
         return Path(self.job.to) / "evaluation"
+
+    def compare_with(self, other: EvaluationPlan, name_in_report: str) -> None:
+        """Set that the evaluation `other` runs first, and that this one is compared with its report, under that name."""
+        from trainer.evaluation.report.record import REPORT_FILE
+
+        self.plan_of_compared_model = other
+        self.job = replace(self.job, report=str(Path(other.job.to) / REPORT_FILE), against=name_in_report)
 
 
 def plan_evaluation(evaluate_arguments: EvaluateArguments) -> EvaluationPlan:
     """Plan an evaluation, with that of the model it is compared with, and check it as far as possible without loading a model.
 
-    Raises ConfigError for settings, and DataError for rows of its tasks, that cannot be used.
+    The job (`EvaluationJob`) says what is evaluated beside the configuration: the checkpoint, the directory of the report, what
+    is compared. Raises ConfigError for settings, and DataError for rows of its tasks, that cannot be used.
     """
     run = evaluate_arguments.run
     if run is not None:
@@ -55,7 +63,7 @@ def plan_evaluation(evaluate_arguments: EvaluateArguments) -> EvaluationPlan:
         raise ConfigError(f"to={job.to}: is a file; name a directory")
     job = replace(job, split=evaluate_arguments.split)
     evaluation_plan = EvaluationPlan(config, job)
-    config.run.dir = str(evaluation_plan.directory)
+    config.run.dir = str(evaluation_plan.job_dir)
     _set_evaluation_defaults(config, evaluate_arguments)
 
     names_training_data = any(
@@ -113,16 +121,16 @@ def _plan_for_model(evaluate_arguments: EvaluateArguments) -> tuple[RunConfig, E
     config = _config_of_model(evaluate_arguments, path, Path(job.to) / "evaluation")
     if evaluate_arguments.adapter is not None:
         base_differences = _base_differences(
-            evaluate_arguments.adapter, path, accept="base" in evaluate_arguments.accept
+            evaluate_arguments.adapter, path, accept_other_base="base" in evaluate_arguments.accept
         )
         job = replace(job, accepted=base_differences)
     return config, job
 
 
-def _base_differences(adapter: str, base: str, *, accept: bool) -> list[str]:
+def _base_differences(adapter: str, base: str, *, accept_other_base: bool) -> list[str]:
     """How the model `base` differs from the one that the adapter was trained on, as lines for the report; empty if it does not.
 
-    Raises ConfigError if it differs and the user does not accept that (`accept`). A model that is not on this machine is not
+    Raises ConfigError if it differs and the user does not accept that. A model that is not on this machine is not
     compared: it is refused with all else that is wrong.
     """
     from trainer.model.base_files import check_adapter_base
@@ -133,7 +141,7 @@ def _base_differences(adapter: str, base: str, *, accept: bool) -> list[str]:
         directory = find_weights_directory(ModelConfig(path=base))
     except ConfigError:
         return []
-    return check_adapter_base(Path(adapter).expanduser(), directory, accept=accept)
+    return check_adapter_base(Path(adapter).expanduser(), directory, accept=accept_other_base)
 
 
 def _missing_model_problem(config: RunConfig) -> list[str]:
@@ -198,9 +206,10 @@ def config_and_checkpoint_of_run(run: Path, evaluate_arguments: EvaluateArgument
 
 
 def _is_used_by_evaluation(value: ValueNeedingConsent, config: RunConfig, *, split: str = "eval") -> bool:
-    """Whether an evaluation uses a value of a run that reaches out of it: a path, an address or a tracker (`RunReader.uses`).
+    """Whether an evaluation uses a value of a run that reaches out of it: a path, an address or a tracker.
 
-    `value.settings`: the keys that have this value. The first case that fits decides:
+    The user must allow what is used of somebody else's run; what is not used is left out (`RunReader.uses`). `value.settings`:
+    the keys that have this value. The first case that fits decides:
     - rewards: only without tasks, since the rewards themselves are tried then;
     - the judge: if a task asks it, or test answers are scored by rewards;
     - a tracker, or settings in `UNUSED_SETTINGS`: no;
@@ -243,7 +252,7 @@ def _config_of_model(evaluate_arguments: EvaluateArguments, path: str, directory
     from trainer.reporting.status import write_text_atomic
 
     model_config = read_model_config(path) or {}
-    arguments = ["budget.steps=1", *evaluate_arguments.settings]
+    arguments = ["budget.steps=1", *evaluate_arguments.settings]  # a run needs a budget, and nothing is trained
     architectures = model_config.get("architectures") or ()
     is_classifier = any(str(name).endswith("ForSequenceClassification") for name in architectures)
     labels: list[str] = []  # names of the classes, in the order of their ids
@@ -295,7 +304,7 @@ def _set_evaluation_defaults(config: RunConfig, evaluate_arguments: EvaluateArgu
     if evaluate_arguments.split == "test":
         config.evaluation.tasks = {}
         return
-    # Not with split=test, because there answers are generated and scored as the run did it.
+    # Not with split=test, where the run's own objective measures: answers and precision are those of its evaluations.
     config.evaluation.generate.samples = 0
     if config.run.device is Device.cpu and config.precision is Precision.fp16:
         config.precision = Precision.fp32
@@ -325,7 +334,10 @@ def _set_strategy_for_evaluation(config: RunConfig, world_size: int, cli_setting
 
 
 def _turn_off_training(config: RunConfig, world_size: int) -> None:
-    """Set the batch to its least size, and turn off export, watched metrics and challenges, since nothing is trained."""
+    """Set the batch to its least size, and turn off what belongs to training: export, early stopping, detectors (`challenges`).
+
+    The watched metric becomes the loss, which every objective has, since the run's own may be of a task that is not asked now.
+    """
     from trainer.export.config import ExportedCheckpoint
     from trainer.monitors.config import ChallengesConfig
 
@@ -364,7 +376,7 @@ def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_argu
             return
         model_without_adapters = replace(evaluation_plan.config.model, adapters=[])
         base_config = replace(evaluation_plan.config, model=model_without_adapters)
-        evaluation_plan.plan_of_compared_model = _plan_other_model(evaluation_plan, base_config, "base")
+        evaluation_plan.compare_with(_plan_of_compared_model(evaluation_plan, base_config), "base")
     elif path.is_file():
         own_report = Path(job.to) / REPORT_FILE
         if path.resolve() == own_report.resolve():
@@ -378,15 +390,14 @@ def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_argu
         run_plan = plan_evaluation(_other_run_arguments(path, evaluation_plan, evaluate_arguments))
         run_plan.config.evaluation = copy.deepcopy(evaluation_plan.config.evaluation)
         run_plan.job = replace(run_plan.job, asked_first=True)
-        evaluation_plan.plan_of_compared_model = run_plan
-        evaluation_plan.job = replace(job, report=str(Path(run_plan.job.to) / REPORT_FILE), against=against)
+        evaluation_plan.compare_with(run_plan, against)
     elif (path / "config.json").is_file():
         from trainer.model.config import ModelConfig
         from trainer.tuning.base import FullConfig
 
         model = ModelConfig(path=str(path), download=False)
         model_config = replace(copy.deepcopy(evaluation_plan.config), model=model, tuning=FullConfig())
-        evaluation_plan.plan_of_compared_model = _plan_other_model(evaluation_plan, model_config, against)
+        evaluation_plan.compare_with(_plan_of_compared_model(evaluation_plan, model_config), against)
     else:
         what = "is neither a run, a model nor a report" if path.exists() else "there is no such file or directory"
         raise ConfigError(
@@ -395,31 +406,32 @@ def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_argu
         )
 
 
-def _plan_other_model(evaluation_plan: EvaluationPlan, config: RunConfig, name_in_report: str) -> EvaluationPlan:
-    """Plan the same evaluation, on the same rows, for another model, that of `config`.
+def _plan_of_compared_model(main_plan: EvaluationPlan, config: RunConfig) -> EvaluationPlan:
+    """The same evaluation as that of `main_plan`, on the same rows, of another model, that of `config`.
 
-    Sets in `evaluation_plan.job` that it is compared with the other report. `name_in_report`: what the report calls the other
-    model.
+    It is asked first, and has no opponent of its own: tasks that compare the answers of two models wait for the main evaluation.
     """
     from trainer.evaluation.job import EvaluationJob
-    from trainer.evaluation.report.record import REPORT_FILE
 
-    job = evaluation_plan.job
-    other_directory = Path(job.to) / "against"
     other_job = EvaluationJob(
-        to=str(other_directory), data_run=job.data_run, accept_data=job.accept_data, asked_first=True
+        to=str(Path(main_plan.job.to) / "against"),
+        data_run=main_plan.job.data_run,
+        accept_data=main_plan.job.accept_data,
+        asked_first=True,
     )
-    plan_of_compared_model = EvaluationPlan(copy.deepcopy(config), other_job)
-    plan_of_compared_model.config.run.dir = str(plan_of_compared_model.directory)
-    evaluation_plan.job = replace(job, report=str(other_directory / REPORT_FILE), against=name_in_report)
-    return plan_of_compared_model
+    plan = EvaluationPlan(copy.deepcopy(config), other_job)
+    plan.config.run.dir = str(plan.job_dir)
+    return plan
 
 
 def _other_run_arguments(
-    run: Path, evaluation_plan: EvaluationPlan, evaluate_arguments: EvaluateArguments
+    run: Path, main_plan: EvaluationPlan, evaluate_arguments: EvaluateArguments
 ) -> EvaluateArguments:
-    """The arguments that evaluate the run of `against=`, with the processes, device and strategy of this evaluation."""
-    config = evaluation_plan.config
+    """The arguments that evaluate the run of `against=`, with the processes, device, strategy and tasks of `main_plan`.
+
+    Messages name the arguments that allow values of that run with `against.` before them.
+    """
+    config = main_plan.config
     settings = [
         f"launcher.processes={config.launcher.processes}",
         f"run.device={config.run.device}",
@@ -428,10 +440,10 @@ def _other_run_arguments(
     ]
     return EvaluateArguments(
         run=run,
-        to=str(Path(evaluation_plan.job.to) / "against"),
+        to=str(Path(main_plan.job.to) / "against"),
         accept=evaluate_arguments.accept,
         settings=settings,
         command=evaluate_arguments.command,
         prefix=AGAINST_PREFIX,
-        main_plan=evaluation_plan,
+        main_plan=main_plan,
     )

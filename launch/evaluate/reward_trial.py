@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.evaluate.job_files import CONFIG_FILE, JOB_FILE, write_job_files
 from launch.output import TableColumn, TableRow, format_table, print_json, stdout_to_stderr, wrap_text
 from strategies import exit_codes
 from trainer.pages.numbers import format_percent
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from trainer.config.run import RunConfig
     from trainer.reward_trial import RewardTrialJob
 
-CONFIG_FILE = "job.yaml"
-JOB_FILE = "job.json"
 REWARD_COLUMNS = (
     TableColumn("reward"),
     TableColumn("mean", is_number=True),
@@ -30,7 +28,8 @@ REWARD_COLUMNS = (
     TableColumn("idle groups", is_number=True),
     TableColumn("unscored", is_number=True),
 )
-SHOWN_GROUPS = 3
+NUM_SHOWN_GROUPS = 3
+"""Groups of answers (to one prompt each) that are printed."""
 
 
 def should_try_rewards(arguments: EvaluateArguments) -> bool:
@@ -46,15 +45,15 @@ def should_try_rewards(arguments: EvaluateArguments) -> bool:
     if arguments.against is not None or names_tasks or arguments.split == "test":
         return False
     if arguments.run is not None:
-        objective = _objective_without_tasks(arguments.run)
+        objective = _objective_of_run_without_tasks(arguments.run)
         return objective in FAMILIES and FAMILIES[objective].rollout is not None
     if not any(setting.startswith("objective=") for setting in arguments.settings):
         return False
     return objective_family(compose_config(arguments.settings, check=False).config.objective).rollout is not None
 
 
-def _objective_without_tasks(run: Path) -> str:
-    """The objective of a run that has no evaluation tasks; empty if it has some, or cannot be read."""
+def _objective_of_run_without_tasks(run: Path) -> str | None:
+    """The objective of a run, such as "grpo"; None if the run has evaluation tasks, or its config.yaml cannot be read."""
     import yaml
 
     try:
@@ -62,8 +61,8 @@ def _objective_without_tasks(run: Path) -> str:
         has_tasks = bool(tree["evaluation"].get("tasks"))
         name = str(tree["objective"]["name"])
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
-        return ""
-    return "" if has_tasks else name
+        return None
+    return None if has_tasks else name
 
 
 def try_rewards(arguments: EvaluateArguments) -> int:
@@ -74,10 +73,8 @@ def try_rewards(arguments: EvaluateArguments) -> int:
     """
     from launch.cluster.supervisor import record_run_outcome, run_supervised, state_before_start
     from launch.cluster.torchrun import RankProgram
-    from launch.config.frozen import config_sha256, config_yaml
     from launch.config.read_run import may_write_results
     from strategies.errors import Preempted
-    from trainer.reporting.status import write_text_atomic
     from trainer.reward_trial import REPORT, RewardTrialJob, trial_worker
     from trainer.rollout.rewards.copies import copy_rewards
 
@@ -91,29 +88,25 @@ def try_rewards(arguments: EvaluateArguments) -> int:
         if not may_write_results(arguments.run):
             default_output_dir = Path("runs") / f"evaluate-{arguments.run.resolve().name}"
     output_dir = Path(arguments.to or default_output_dir)
-    directory = output_dir / "evaluation"
+    job_dir = output_dir / "evaluation"
     # Copied anew, so that the ranks run no reward file that lay in the directory before.
-    copy_rewards(getattr(config.objective, "rewards", {}), directory)
-    write_text_atomic(directory / JOB_FILE, json.dumps(asdict(job)) + "\n")
-    config.run.dir = str(directory)
-    sha256 = config_sha256(config)
-    write_text_atomic(
-        directory / CONFIG_FILE, f"# Written by shardtune evaluate.\n# sha256: {sha256}\n{config_yaml(config)}"
-    )
+    copy_rewards(getattr(config.objective, "rewards", {}), job_dir)
+    config.run.dir = str(job_dir)
+    config_sha256 = write_job_files(job_dir, config, job)
     with stdout_to_stderr(arguments.as_json):
         if config.launcher.in_place:
             block_signals()
-            earlier_state = state_before_start(directory)
+            earlier_state = state_before_start(job_dir)
             code = 0
             try:
-                trial_worker(config, job, directory, output_dir)
+                trial_worker(config, job, job_dir, output_dir)
             except Preempted as stop:
                 # 0 for a preemption, so that the scheduler counts it as a normal end; 130 is the shell's code for Ctrl-C.
                 code = exit_codes.INTERRUPTED if stop.signal_name == "SIGINT" else 0
-            code = record_run_outcome(directory, code, earlier_state, verb="evaluate")
+            code = record_run_outcome(job_dir, code, earlier_state, verb="evaluate")
         else:
             code = run_supervised(
-                config, directory, sha256, program=RankProgram("launch.evaluate.reward_trial", CONFIG_FILE)
+                config, job_dir, config_sha256, program=RankProgram("launch.evaluate.reward_trial", CONFIG_FILE)
             )
     if code:
         return code
@@ -131,7 +124,7 @@ def _trial_of_run(run: Path, arguments: EvaluateArguments) -> tuple[RunConfig, R
     from trainer.reward_trial import RewardTrialJob
 
     config, checkpoint, _ = config_and_checkpoint_of_run(run, arguments)
-    return _without_open_choices(config), RewardTrialJob(checkpoint)
+    return _settle_choices_for_reward_trial(config), RewardTrialJob(checkpoint)
 
 
 def _config_of_new_run(arguments: EvaluateArguments) -> RunConfig:
@@ -141,11 +134,11 @@ def _config_of_new_run(arguments: EvaluateArguments) -> RunConfig:
     settings = list(arguments.settings)
     if not any(setting.startswith("budget") for setting in settings):
         settings.append("budget.steps=1")
-    return _without_open_choices(compose_config(settings).config)
+    return _settle_choices_for_reward_trial(compose_config(settings).config)
 
 
-def _without_open_choices(config: RunConfig) -> RunConfig:
-    """Replace `auto` for strategy and micro-batch in `config`, and remove its evaluation tasks; returns it.
+def _settle_choices_for_reward_trial(config: RunConfig) -> RunConfig:
+    """Replace `auto` for strategy and micro-batch in `config`, in place, and remove its evaluation tasks; returns it.
 
     Raises ConfigError for launcher=slurm, and if these processes cannot be sharded as the run asks.
     """
@@ -178,26 +171,24 @@ def reward_trial_text(report: dict[str, Any]) -> str:
         f"({100 * report['truncated_share']:.0f} % cut off at {report['max_new_tokens']})",
         "",
     ]
-    rows = [_reward_row("all together", report["reward"])]
-    # report["rewards"]: a summary of each reward, by its name. With one reward its row is the whole table.
-    if len(report["rewards"]) > 1:
-        rows += [_reward_row(name, reward_summary) for name, reward_summary in report["rewards"].items()]
-    else:
-        rows = [_reward_row(*entry) for entry in report["rewards"].items()]
+    # A summary of each reward, by its name: {"length": {"mean": 0.4, "least": 0.0, ...}}.
+    rows = [_reward_row(name, summary) for name, summary in report["rewards"].items()]
+    if len(rows) > 1:
+        rows.insert(0, _reward_row("all together", report["reward"]))
     lines += [*format_table(REWARD_COLUMNS, rows), ""]
-    shares = [
+    idle_shares = [
         f"{size}: {format_percent(share)}"
         for size, share in report["idle_share_by_group_size"].items()
         if share is not None
     ]
-    lines += wrap_text(f"idle groups expected by objective.group_size: {', '.join(shares)}")
+    lines += wrap_text(f"idle groups expected by objective.group_size: {', '.join(idle_shares)}")
     lines += wrap_text(
         f"a round of {report['prompts_per_round']} prompts: about {report['round_s']:.0f} s, planned from {report['prompts']} "
         f"prompts: writing {report['write_s']:.1f} s, scoring {report['reward_s']:.1f} s, training {report['train_s']:.1f} s"
     )
     for line in _advice(report):
         lines += wrap_text(line)
-    for group in report["groups"][:SHOWN_GROUPS]:
+    for group in report["groups"][:NUM_SHOWN_GROUPS]:
         lines += ["", *wrap_text(f"{group['where']}: {_shorten_to_line(group['prompt'])}")]
         for name in ("best", "worst"):
             if name in group:
@@ -225,18 +216,18 @@ def _advice(report: dict[str, Any]) -> list[str]:
     with None as the mean if no answer was scored.
     """
     advice = []
-    share = report["reward"]["idle_share"]
+    share_of_idle_groups = report["reward"]["idle_share"]
     if report["reward"]["mean"] is None:
         advice.append("No answer was scored: the run would learn nothing. Look at what the rewards return.")
-    elif share == 1:
+    elif share_of_idle_groups == 1:
         advice.append(
             "In no group do the answers score differently, so nothing would be learned: take easier prompts, tune with "
             "objective=sft first, or mend the reward."
         )
-    elif share > 0.5:
+    elif share_of_idle_groups > 0.5:
         advice.append(
-            f"{format_percent(share)} of the groups are idle and teach nothing: objective.idle_groups=replace, a larger "
-            "objective.group_size, or prompts that the model solves sometimes."
+            f"{format_percent(share_of_idle_groups)} of the groups are idle and teach nothing: objective.idle_groups=replace, a "
+            "larger objective.group_size, or prompts that the model solves sometimes."
         )
     if report["truncated_share"] > 0.5:
         advice.append(
@@ -245,8 +236,12 @@ def _advice(report: dict[str, Any]) -> list[str]:
     return advice
 
 
-def run_as_rank() -> int:
-    """Run as one rank that our launcher has started; returns the exit code."""
+def run_reward_trial_as_rank() -> int:
+    """Try the rewards as one rank that our launcher has started, with the configuration and job that the command has written.
+
+    Returns the exit code: 0 also if asked to stop, because another code would make the launcher end the other ranks; 70 after an
+    error that the launcher shows.
+    """
     block_signals()
     from launch.cluster.torchrun import die_with_parent
     from launch.config.compose import load_frozen_config
@@ -257,18 +252,19 @@ def run_as_rank() -> int:
 
     export_torchrun_variables()
     die_with_parent()
-    frozen = Path(os.environ["SHARDTUNE_CONFIG"])
+    config_file = Path(os.environ["SHARDTUNE_CONFIG"])
+    job_dir = config_file.parent
     try:
-        job = RewardTrialJob(**json.loads((frozen.parent / JOB_FILE).read_text(encoding="utf-8")))
-        trial_worker(load_frozen_config(frozen), job, frozen.parent, frozen.parent.parent)
+        job = RewardTrialJob(**json.loads((job_dir / JOB_FILE).read_text(encoding="utf-8")))
+        trial_worker(load_frozen_config(config_file), job, job_dir, to=job_dir.parent)
     except Preempted:
         return 0
     except Exception:
-        if read_failure(frozen.parent):
+        if read_failure(job_dir):
             return exit_codes.FAILED  # the launcher shows the first failure
         raise
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_as_rank())
+    sys.exit(run_reward_trial_as_rank())

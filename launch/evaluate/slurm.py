@@ -20,7 +20,7 @@ from trainer.reporting.code_revision import CODE_DIRECTORY
 if TYPE_CHECKING:
     from launch.evaluate.plan import EvaluationPlan
 
-SCRIPT = "evaluate.sbatch"
+SCRIPT_FILE = "evaluate.sbatch"
 
 
 def evaluation_script(
@@ -48,7 +48,7 @@ def evaluation_script(
     node_arguments += ["launcher=local", f"launcher.processes={launcher.per_node}"]
     python = slurm.checked_line(launcher.python or sys.executable, "launcher.python")
     quoted_arguments = " ".join(slurm.checked_line(shlex.quote(argument), argument) for argument in node_arguments)
-    options = slurm.sbatch_options(launcher, [str(evaluation_plan.directory.absolute())], cwd or Path.cwd())
+    options = slurm.sbatch_options(launcher, [str(evaluation_plan.job_dir.absolute())], cwd or Path.cwd())
     lines = [
         "#!/bin/bash",
         "# Rendered by shardtune evaluate; to change it, submit again with other settings.",
@@ -57,30 +57,30 @@ def evaluation_script(
         "set -e",
         "export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1",
         f"export PYTHONPATH={shlex.quote(str(clone))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        slurm.setup_function_text(launcher, clone).rstrip(),
+        slurm.setup_function_text(launcher, clone).rstrip(),  # defines the shell function `setup`
         "setup",
         f"exec {shlex.quote(python)} -m launch.main evaluate {quoted_arguments}",
     ]
     return "\n".join(lines) + "\n"
 
 
-def submit_evaluation(evaluation_plan: EvaluationPlan, arguments: list[str], *, print_only: bool) -> int:
-    """Submit an evaluation as a SLURM job, or with `print_only` print its script; returns 0.
+def submit_evaluation(evaluation_plan: EvaluationPlan, arguments: list[str], *, print_only: bool) -> None:
+    """Submit an evaluation as a SLURM job, or with `print_only` print its script.
 
     The script lies beside the records of the evaluation. Errors: those of `submit_script`, StorageError.
     """
     script_text = evaluation_script(evaluation_plan, arguments)
     assert isinstance(evaluation_plan.config.launcher, SlurmConfig)
-    ranks = advice.rank_layout_notes(evaluation_plan.config.launcher)
+    rank_notes = advice.rank_layout_notes(evaluation_plan.config.launcher)
     if print_only:
-        for line in ranks:
+        for line in rank_notes:
             print(f"# {line}", file=sys.stderr)
         print(script_text, end="")
-        return 0
+        return
     if evaluation_plan.config.launcher.gpus_per_node_request is None:
         refuse_gpus_of_environment()
-    logs = evaluation_plan.directory / "logs"
-    script = evaluation_plan.directory.absolute() / SCRIPT
+    logs = evaluation_plan.job_dir / "logs"
+    script = evaluation_plan.job_dir.absolute() / SCRIPT_FILE
     try:
         logs.mkdir(parents=True, exist_ok=True)  # without it SLURM cannot write the job's output
         script.write_text(script_text, encoding="utf-8")
@@ -88,7 +88,6 @@ def submit_evaluation(evaluation_plan: EvaluationPlan, arguments: list[str], *, 
         raise StorageError(f"cannot write the job script: {error}; choose another to=<directory>") from error
     job = submit_script(script, [])
     print(f"submitted job {job}: {script}")
-    for line in [*ranks, *sbatch_variable_lines(script_text), f"queue   squeue --job {job}"]:
+    for line in [*rank_notes, *sbatch_variable_lines(script_text), f"queue   squeue --job {job}"]:
         print(f"  {line}")
     print(f"  output  below {shlex.quote(str(logs))}; the job's exit code is the evaluation's")
-    return 0

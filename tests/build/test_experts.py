@@ -10,7 +10,7 @@ from torch import nn
 
 from launch.cluster.submission import refuse_unshared_model
 from launch.evaluate.plan import _set_evaluation_defaults
-from launch.evaluate.reward_trial import _without_open_choices as settled_trial
+from launch.evaluate.reward_trial import _settle_choices_for_reward_trial as settled_trial
 from strategies.base import Precision
 from strategies.errors import ConfigError
 from strategies.expert_parallelism import keep_one_rank_of_experts_on_meta
