@@ -26,7 +26,7 @@ from trainer.tuning.base import LoraConfig
 from trainer.tuning.table import rewrites_base
 
 IDENTITY_FILE = "identity.json"
-BASE = "base"
+BASE_KIND = "base"
 """The kind of difference that `accept=[base]` accepts. `identity.json` has the digests under this kind."""
 BASE_ROLE = "base"
 TEACHER_ROLE = "teacher"
@@ -62,12 +62,12 @@ def recorded_file_digests(run_dir: Path) -> dict[str, str]:
     """The digests of the model files when the run was last started, by `<role>/<file>`. Raises ConfigError if unreadable."""
     path = run_dir / IDENTITY_FILE
     try:
-        base_identity = json.loads(path.read_text(encoding="utf-8"))[BASE]
+        base_identity = json.loads(path.read_text(encoding="utf-8"))[BASE_KIND]
         return file_digests_among(base_identity)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{path}: cannot be read ({error}), and it alone says which base the run was trained on; bring the file back, or "
-            f"continue with the base that lies there now: accept=[{BASE}]"
+            f"continue with the base that lies there now: accept=[{BASE_KIND}]"
         ) from error
 
 
@@ -81,9 +81,10 @@ def base_difference_lines(
 ) -> list[str]:
     """Differences between a run's recorded base and the files that lie there now, one line a file. No collective.
 
-    `recorded_digests`: what `base_file_digests` gave when the run was started. `with_teacher`: whether the teacher's files matter
-    too; not for an export, which has nothing of a teacher. `needs_initial_model`: whether the model before training is needed, so
-    that the adapter from which training began matters. Files that cannot be found or read are a difference, too.
+    `recorded_digests`: what `base_file_digests` gave when the run was started, such as {"base/config.json": "ab12"}.
+    `with_teacher`: whether the teacher's files matter too; not for an export, which has nothing of a teacher.
+    `needs_initial_model`: whether the model before training is needed, so that the adapter from which training began matters.
+    Files that cannot be found or read are a difference, too.
     """
     try:
         present_digests = base_file_digests(config, with_teacher=with_teacher)
@@ -94,30 +95,31 @@ def base_difference_lines(
         return [str(error)]
     except OSError as error:
         return [f"{error.filename}: cannot be read ({error_summary(error)})"]
-    ignored_prefixes = []
+    prefixes_not_needed = []
     if not with_teacher:
-        ignored_prefixes.append(f"{TEACHER_ROLE}/")
+        prefixes_not_needed.append(f"{TEACHER_ROLE}/")
     if not _needs_initial_adapter(config, with_teacher=with_teacher, needs_initial_model=needs_initial_model):
-        ignored_prefixes.append(f"{INITIAL_ADAPTER_ROLE}/")
-    return changed_file_lines(
-        _without_prefixes(recorded_loadable, ignored_prefixes), _without_prefixes(present_loadable, ignored_prefixes)
-    )
+        prefixes_not_needed.append(f"{INITIAL_ADAPTER_ROLE}/")
+    recorded_needed = _without_prefixes(recorded_loadable, prefixes_not_needed)
+    present_needed = _without_prefixes(present_loadable, prefixes_not_needed)
+    return changed_file_lines(recorded_needed, present_needed)
 
 
 def _without_unloaded_base_files(digests: dict[str, str], base_dir: Path) -> dict[str, str]:
-    """The digests of a run's files, without the base's files that the model's loader does not read.
+    """The digests of a run's files, without those of the base model that its loader does not read, such as a second format.
 
-    `digests`: by `<role>/<file name>`. `base_dir`: where the base's files lie. Raises ConfigError.
+    `digests`: by `<role>/<file name>`; a role says what a file is for (`base`, `teacher`). Files of other roles stay.
+    `base_dir`: where the base model's files are. Raises ConfigError.
     """
     base_prefix = f"{BASE_ROLE}/"
     base_digests = {}
-    for name, digest in digests.items():
-        if name.startswith(base_prefix):
-            base_digests[name.removeprefix(base_prefix)] = digest
-    loaded = _without_prefixes(digests, [base_prefix])
-    for name, digest in digests_of_loaded_files(base_digests, base_dir).items():
-        loaded[f"{base_prefix}{name}"] = digest
-    return loaded
+    for key, digest in digests.items():
+        if key.startswith(base_prefix):
+            base_digests[key.removeprefix(base_prefix)] = digest
+    loaded_digests = _without_prefixes(digests, [base_prefix])
+    for file_name, digest in digests_of_loaded_files(base_digests, base_dir).items():
+        loaded_digests[f"{base_prefix}{file_name}"] = digest
+    return loaded_digests
 
 
 def _without_prefixes(digests: dict[str, str], prefixes: list[str]) -> dict[str, str]:
@@ -129,8 +131,9 @@ def _needs_initial_adapter(config: RunConfig, *, with_teacher: bool, needs_initi
     """Whether the adapter that `tuning.from` names is still needed once the run has a checkpoint.
 
     A checkpoint has every tensor of plain LoRA, since all are trained. So the adapter's own files are needed only for the model
-    before training: if `needs_initial_model`, or if the objective compares with it. Other methods read tensors from the
-    adapter's file that no checkpoint has, and PiSSA and OLoRA read the part that they split off the base.
+    before training: if `needs_initial_model`, or if the objective compares with it (which an export, without `with_teacher`, does
+    not compute). Other methods read tensors from the adapter's file that no checkpoint has, and PiSSA and OLoRA read the part
+    that they split off the base.
     """
     checkpoint_has_all_tensors = isinstance(config.tuning, LoraConfig) and not rewrites_base(config.tuning.init)
     if not checkpoint_has_all_tensors:
@@ -166,19 +169,19 @@ def pin_and_check_recorded_base(
     try:
         recorded_digests = recorded_file_digests(run_dir)
     except ConfigError as error:
-        if BASE in accept:
-            return [f"{BASE}: {run_dir.name}/{IDENTITY_FILE} could not be read, and the base was taken as it was"]
+        if BASE_KIND in accept:
+            return [f"{BASE_KIND}: {run_dir.name}/{IDENTITY_FILE} could not be read, and the base was taken as it was"]
         raise error
     changed_lines = base_difference_lines(
         config, recorded_digests, with_teacher=with_teacher, needs_initial_model=needs_initial_model
     )
     if not changed_lines:
         return []
-    if BASE in accept:
-        return [f"{BASE}: {line}" for line in changed_lines]
+    if BASE_KIND in accept:
+        return [f"{BASE_KIND}: {line}" for line in changed_lines]
     refusal = (
         f"{run_dir}: its base is not the one that it was trained on (base: {config.model.path}). Bring these files back, "
-        f"or continue with what lies there now: accept=[{BASE}]"
+        f"or continue with what lies there now: accept=[{BASE_KIND}]"
     )
     raise ConfigError("\n    ".join([refusal, *changed_lines]))
 
@@ -186,7 +189,8 @@ def pin_and_check_recorded_base(
 def pin_base_to_recorded_commit(config: RunConfig, run_dir: Path, *, may_fetch: bool = True) -> None:
     """Set the revision of a hub model to the commit that the run in `run_dir` resolved it to, if the run's record has it.
 
-    Without `may_fetch`, a model whose snapshot would have to be fetched from the hub is left as it is.
+    Without `may_fetch`, as for a command that only shows something, a model whose snapshot would have to be fetched from the hub
+    is left as it is.
     """
     commit = readable_run_record(run_dir).base_commit  # None too if the record cannot be read
     if commit is None:  # the model is a directory, or the run ended before its record was written

@@ -18,7 +18,7 @@ from trainer.export.write import write_export
 from trainer.reporting.documents.facts import ModelFacts
 from trainer.reporting.run_record import RunRecord
 from trainer.session.announcements import RunContext
-from trainer.session.base_files import BASE, base_difference_lines, file_digests_among, pin_model_to_commit
+from trainer.session.base_files import BASE_KIND, base_difference_lines, file_digests_among, pin_model_to_commit
 from trainer.session.exported_model import describe_trained_model
 from trainer.session.result import TrainedRun
 
@@ -120,14 +120,14 @@ def _print_changed_base_files(config: RunConfig, model_facts: ModelFacts, contex
     """
 
     def compare() -> list[str]:
-        recorded_digests = file_digests_among((model_facts.run.identity or {})[BASE])
+        recorded_digests = file_digests_among((model_facts.run.identity or {})[BASE_KIND])
         return base_difference_lines(config, recorded_digests, with_teacher=False, needs_initial_model=False)
 
     changed_lines = call_on_main(compare, context.runtime)
     if changed_lines:
         message = (
             "not exported: the base has changed since this run started; its checkpoints are whole. Bring these files back and "
-            f"run `shardtune export {context.run_dir}`, or add accept=[{BASE}] to export with the base that lies there then"
+            f"run `shardtune export {context.run_dir}`, or add accept=[{BASE_KIND}] to export with the base that lies there then"
         )
         context.console.print_line("\n    ".join([message, *changed_lines]))
     return changed_lines

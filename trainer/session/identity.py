@@ -55,8 +55,8 @@ RunIdentity = dict[str, dict[str, Any]]
 def run_identity(config: RunConfig, data: PreparedData, *, reads_files: bool = True) -> RunIdentity:
     """Everything that decides a run's result, by kind (`KINDS_OF_CHANGE`) and key, as JSON values. No collective.
 
-    For example {"data": {"data.seed": 0, "fingerprint": "a1b2"}, "code": {"source": "c3d4"}, "versions": {"torch": "2.9"}}.
-    `reads_files`: whether files are read and digested. If not:
+    For example {"data": {"data.seed": 0, "documents": 1200}, "code": {"source": "c3d4"}, "versions": {"torch": "2.9"}}, where
+    `documents` counts training sequences. `reads_files`: whether files are read and digested. If not:
 
     - `base` is empty: it has neither the digests of the base's files nor the settings of the base.
     - `code` is empty.
@@ -74,16 +74,19 @@ def run_identity(config: RunConfig, data: PreparedData, *, reads_files: bool = T
     else:
         identity["base"] = {}
         identity["code"] = {}
-    # Through JSON once, so that it compares equal to what is read from the file.
+    return _as_json_values(identity)
+
+
+def _as_json_values(identity: RunIdentity) -> RunIdentity:
+    """The identity as it would be read from a file, so that the two compare equal: tuples become lists, paths become text."""
     as_json_values: RunIdentity = json.loads(json.dumps(identity, default=str))
     return as_json_values
 
 
 def _identifying_settings(config: RunConfig) -> RunIdentity:
     """The settings that decide a run's result, by kind (`KINDS_OF_CHANGE`) and key. A kind without such settings is empty."""
-    identity: RunIdentity = {
-        kind: {} for kind in KINDS_OF_CHANGE if kind != "unknown"
-    }  # nothing is recorded under `unknown`
+    # Nothing is recorded under `unknown`: that kind means an identity that cannot be read.
+    identity: RunIdentity = {kind: {} for kind in KINDS_OF_CHANGE if kind != "unknown"}
     settings = settings_as_dict(config)
     settings["data"] = identifying_data_settings(settings["data"])
     for key, value in flatten_settings(settings).items():
@@ -95,16 +98,16 @@ def _identifying_settings(config: RunConfig) -> RunIdentity:
 
 @dataclass(frozen=True, slots=True)
 class IdentityDifference:
-    """A value of a run's identity that differs between a record or another rank (`there`) and this start (`here`)."""
+    """A value that differs between two identities: `recorded`, of an earlier start or of rank 0, and `current`, of this rank."""
 
     kind: str
     """One of `KINDS_OF_CHANGE`, which `run.accept` names."""
     key: str
-    there: Any
-    here: Any
+    recorded: Any
+    current: Any
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.key}: {self.there} there, {self.here} here"
+        return f"{self.kind}: {self.key}: {self.recorded} there, {self.current} here"
 
 
 def identity_differences(recorded: RunIdentity, current: RunIdentity, *, accept: list[str]) -> list[IdentityDifference]:
@@ -120,7 +123,7 @@ def identity_differences(recorded: RunIdentity, current: RunIdentity, *, accept:
         current_values = current.get(kind, {})
         for key in sorted(recorded_values.keys() | current_values.keys()):
             difference = IdentityDifference(kind, key, recorded_values.get(key, "-"), current_values.get(key, "-"))
-            if difference.there != difference.here:
+            if difference.recorded != difference.current:
                 differing.append(difference)
     return differing
 
@@ -185,22 +188,28 @@ def compare_and_write_identity(
 
 def _raise_on_all_ranks(error: ConfigError | StorageError | None, runtime: Runtime) -> None:
     """Raise on every rank if any rank has an error: its own, else that of the lowest rank that has one. All ranks must call."""
-    failure = first_rank_error(error, runtime)  # class name (`kind`) and text of that rank's error
-    if failure is None:
+    first_failure = first_rank_error(error, runtime)  # class name (`kind`) and text of that rank's error
+    if first_failure is None:
         return
     if error is not None:
         raise error
-    if failure.kind == StorageError.__name__:
-        raise StorageError(failure.text)
-    raise ConfigError(failure.text)
+    if (
+        first_failure.kind == StorageError.__name__
+    ):  # errors of other ranks travel as text, and are of one of two classes
+        raise StorageError(first_failure.text)
+    raise ConfigError(first_failure.text)
 
 
 def _raise_if_ranks_differ(identity_by_rank: list[tuple[str, RunIdentity]], accept: list[str]) -> None:
-    """Raise ConfigError if a rank's identity differs from rank 0's. `identity_by_rank`: (host, identity) of each rank."""
+    """Raise ConfigError if a rank's identity differs from rank 0's in a kind that is not among `accept` (`run.accept`).
+
+    `identity_by_rank`: (host, identity) of each rank.
+    """
     first_host, first_identity = identity_by_rank[0]
     for rank, (host, identity) in enumerate(identity_by_rank):
         expected = first_identity
-        if not identity["code"]:  # this rank read no files, so only what it has is compared
+        read_no_files = not identity["code"]
+        if read_no_files:  # one rank of each host reads the files whose digests are in these three kinds
             expected = {**first_identity, "base": {}, "code": {}, "rewards": {}}
         changed = identity_differences(expected, identity, accept=accept)
         if changed:
@@ -231,15 +240,16 @@ def _compare_with_earlier_start(config: RunConfig, current: RunIdentity, run_dir
         ) from error
     # An earlier version did not record the settings that were added since.
     recorded = _with_defaults_of_new_settings(recorded, config)
-    not_accepted = identity_differences(recorded, current, accept=config.run.accept)
+    differences = identity_differences(recorded, current, accept=[])
+    not_accepted = [difference for difference in differences if difference.kind not in config.run.accept]
     if not_accepted:
         refusal = (
             f"run.resume: {earlier_run} was trained differently (there). Undo the change, start a new run.dir without "
             f"run.resume, or accept the change: {_accept_setting_text(not_accepted, config.run.accept)}"
         )
         raise ConfigError("\n    ".join([refusal, *_shown_difference_lines(not_accepted)]))
-    # None is left, so `run.accept` names the kinds of all differences. They are accepted by this start; each is listed once.
-    accepted_now = [str(difference) for difference in identity_differences(recorded, current, accept=[])]
+    # `run.accept` names the kinds of all differences. Each is listed once.
+    accepted_now = [str(difference) for difference in differences]
     return list(dict.fromkeys([*accepted_earlier, *accepted_now]))
 
 
@@ -260,7 +270,7 @@ def _with_defaults_of_new_settings(recorded: RunIdentity, config: RunConfig) -> 
 
 
 def _read_identity(path: Path) -> tuple[RunIdentity, list[str]]:
-    """(the identity, the accepted differences as lines) in an `identity.json`.
+    """(the identity, the accepted differences as lines) in an `identity.json`: an object for each kind, and a list of lines.
 
     Raises OSError if it cannot be read, and ValueError for a file of another form.
     """
@@ -289,7 +299,8 @@ def _run_dir_of_checkpoint(config: RunConfig, run_dir: Path) -> Path | None:
     is_own_checkpoint = checkpoint.parent in [directory.absolute() for directory in checkpoint_dirs]
     if is_own_checkpoint:
         return run_dir
-    # Two levels above <run>/checkpoints/step-000005, or three above <run>/checkpoints/given-up-1/step-000005.
+    # Two levels above <run>/checkpoints/step-000005, or three above <run>/checkpoints/given-up-1/step-000005, if the run went back
+    # before it. Without an `identity.json` in either, the error about it names the first.
     candidates = list(checkpoint.parents)[1:3] or [checkpoint]
     return next((directory for directory in candidates if (directory / IDENTITY_FILE).is_file()), candidates[0])
 
