@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from strategies.atomic_io import NOT_YET_VISIBLE_ERRNOS, call_until_visible
 from strategies.runtime import call_on_main, gather_objects
@@ -23,6 +25,16 @@ from trainer.session.exported_model import describe_trained_model
 from trainer.session.result import TrainedRun
 
 
+class ExportOutcome(NamedTuple):
+    """What became of an export: a directory, or a reason why there is none. Refused by gates, it has neither."""
+
+    directory: Path | None = None
+    changed_base_lines: Sequence[str] = ()
+    """A line for each file of the base that has changed since the run started, if that is the reason."""
+    problem: str | None = None
+    """Any other reason, such as a checkpoint that cannot be read."""
+
+
 def export_at_end(run: TrainedRun, model_facts: ModelFacts, record: RunRecord) -> Path | None:
     """Export the checkpoint of `model_facts.step` into `export/`; returns that directory, or None if nothing is exported.
 
@@ -31,24 +43,25 @@ def export_at_end(run: TrainedRun, model_facts: ModelFacts, record: RunRecord) -
     the model's files. Errors: those of writing.
     """
     run.outcome.export_follows = separate_job_writes_export(run.config)
+    # Empty says that the run got here: None, as the record begins, says that it did not.
     record.gates = {}
     record.not_exported = []
     if not run_writes_export(run.config):
         return None
-    exported = _export_if_allowed(run, model_facts)
+    export_outcome = _export_if_allowed(run, model_facts)
     # A checkpoint that was saved for the export alone is only needed if the user has to export it later.
-    if run.outcome.saved_for_export and exported is not None:
+    if run.outcome.saved_for_export and export_outcome.directory is not None:
         run.checkpoints.discard_checkpoint_of_step(run.outcome.progress.step)
     record.gates = model_facts.gates
-    record.not_exported = model_facts.run.not_exported or []
-    record.export_problem = model_facts.run.export_problem
-    return exported
+    record.not_exported = [*export_outcome.changed_base_lines]
+    record.export_problem = export_outcome.problem
+    return export_outcome.directory
 
 
-def _export_if_allowed(run: TrainedRun, model_facts: ModelFacts) -> Path | None:
-    """Export the checkpoint of `model_facts.step`; None if gates, a changed base or the checkpoint forbid it.
+def _export_if_allowed(run: TrainedRun, model_facts: ModelFacts) -> ExportOutcome:
+    """Export the checkpoint of `model_facts.step`, unless gates, a changed base or the checkpoint forbid it: then print why.
 
-    The reason is printed and noted in `model_facts`. All ranks must call.
+    Sets `model_facts.gates`, which the export's documents show. All ranks must call.
     """
     config = run.config
     inputs = run.inputs
@@ -66,19 +79,17 @@ def _export_if_allowed(run: TrainedRun, model_facts: ModelFacts) -> Path | None:
     if gate_results.failed_gate_lines:
         context.console.print_line(gate_results.failed_gates_text(context.run_dir))
         if gate_results.override is None:
-            return None
+            return ExportOutcome()
 
     # The base and the checkpoint.
     config = replace(config, model=pin_model_to_commit(config.model, model_facts.run.base_commit))
-    changed_base_files = _print_changed_base_files(config, model_facts, context)
-    if changed_base_files:
-        model_facts.run.not_exported = changed_base_files
-        return None
-    checkpoint, problem = _readable_checkpoint(config, model_facts.step, context)
+    changed_base_lines = _compare_base_and_print_changes(config, model_facts.run.identity, context)
+    if changed_base_lines:
+        return ExportOutcome(changed_base_lines=changed_base_lines)
+    checkpoint, problem = _find_readable_checkpoint(config, model_facts.step, context)
     if checkpoint is None:
         context.console.print_line(f"not exported: {problem}")
-        model_facts.run.export_problem = problem
-        return None
+        return ExportOutcome(problem=problem)
 
     # The export. Engine and state buffer are closed first, since it needs their memory.
     reference = None
@@ -97,7 +108,7 @@ def _export_if_allowed(run: TrainedRun, model_facts: ModelFacts) -> Path | None:
         staged_model=run.staged_model,
     )
     try:
-        return write_export(
+        export_dir = write_export(
             model,
             destination=context.run_dir / "export",
             config=config.export,
@@ -105,22 +116,26 @@ def _export_if_allowed(run: TrainedRun, model_facts: ModelFacts) -> Path | None:
             runtime=context.runtime,
             reference=reference,
         )
+        return ExportOutcome(directory=export_dir)
     except ExportInUse as error:
         # Somebody runs `shardtune export` on this run: no reason to fail the run, which is done.
         context.console.print_line(f"not exported: {error}")
-        model_facts.run.export_problem = str(error)
-        return None
+        return ExportOutcome(problem=str(error))
 
 
-def _print_changed_base_files(config: RunConfig, model_facts: ModelFacts, context: RunContext) -> list[str]:
+def _compare_base_and_print_changes(
+    config: RunConfig, identity: dict[str, Any] | None, context: RunContext
+) -> list[str]:
     """Print which files of the base have changed since this run started; returns a line for each. All ranks must call.
 
     Nothing is printed if none has changed. An export copies the base or merges into it: with another base it would be a model
-    that nobody trained. The run itself is done, so a changed base neither fails the run nor starts it again.
+    that nobody trained. The run itself is done, so a changed base neither fails the run nor starts it again. `identity`: what
+    the run was compared by when it started, with the digests of the base's files.
     """
 
     def compare() -> list[str]:
-        recorded_digests = file_digests_among((model_facts.run.identity or {})[BASE_KIND])
+        recorded_digests = file_digests_among((identity or {})[BASE_KIND])
+        # An export has the trained weights alone: neither the teacher nor the model before training.
         return base_difference_lines(config, recorded_digests, with_teacher=False, needs_initial_model=False)
 
     changed_lines = call_on_main(compare, context.runtime)
@@ -133,11 +148,11 @@ def _print_changed_base_files(config: RunConfig, model_facts: ModelFacts, contex
     return changed_lines
 
 
-def _readable_checkpoint(config: RunConfig, step: int, context: RunContext) -> tuple[Path | None, str]:
+def _find_readable_checkpoint(config: RunConfig, step: int, context: RunContext) -> tuple[Path | None, str]:
     """(the checkpoint of a step, an empty text), or (None, why not every rank can read it whole). All ranks must call.
 
-    Each rank compares its share of the files with their checksums. Errors: StorageError if the directory of checkpoints cannot be
-    listed.
+    The reasons: there is none; some ranks cannot see it, on the disk of another host; its files do not match their checksums, of
+    which each rank compares a share. Errors: StorageError if the directory of checkpoints cannot be listed.
     """
     checkpoint_dirs = checkpoint_dirs_of(context.run_dir, config.checkpoint.fallback_dir)
 

@@ -42,8 +42,9 @@ def describe_trained_model(
     local_config = config if staged_model is None else replace(config, model=staged_model)
     built, source = build_model(local_config, tokenizer, data, meta_context(), half_on_gpu=half_on_gpu)
     if built.step_module.plan.optimizer_hooks is not None:
-        # AdaLoRA's phases, which its files state.
+        # AdaLoRA's phases follow from the number of steps, and the files of its adapter state them.
         built.step_module.plan.optimizer_hooks.begin(total_steps)
+    # A schedule-free optimizer trains other weights than are to be used, which its beta and its state give.
     schedule_free_beta = None
     if config.optim.name is OptimName.schedule_free:
         schedule_free_beta = float(config.optim.betas[0])  # type: ignore[attr-defined]
@@ -58,6 +59,7 @@ def describe_trained_model(
         base_path=str(find_weights_directory(config.model)),
         seed=config.run.seed,
         frozen_dtype=COMPUTE_DTYPE[precision],
+        # What the export is made of; its files record it. A teacher leaves nothing in them.
         origin={
             "checkpoints": [manifest_sha256(path) for path in checkpoints],
             "base": base_file_digests(config, with_teacher=False),

@@ -299,8 +299,8 @@ def _run_dir_of_checkpoint(config: RunConfig, run_dir: Path) -> Path | None:
     is_own_checkpoint = checkpoint.parent in [directory.absolute() for directory in checkpoint_dirs]
     if is_own_checkpoint:
         return run_dir
-    # Two levels above <run>/checkpoints/step-000005, or three above <run>/checkpoints/given-up-1/step-000005, if the run went back
-    # before it. Without an `identity.json` in either, the error about it names the first.
+    # Two levels above <run>/checkpoints/step-000005, or three above <run>/checkpoints/given-up-1/step-000005. Without an
+    # `identity.json` in either, the error about it names the first.
     candidates = list(checkpoint.parents)[1:3] or [checkpoint]
     return next((directory for directory in candidates if (directory / IDENTITY_FILE).is_file()), candidates[0])
 
