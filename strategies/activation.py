@@ -115,7 +115,7 @@ def _enable_checkpointing(step_module: nn.Module, mode: ActivationCheckpointing)
             f"strategy.activation_checkpointing={mode}: {type(model).__name__} does not support it; set "
             "strategy.activation_checkpointing=none"
         )
-    if mode is ActivationCheckpointing.selective:
+    if mode is ActivationCheckpointing.selective:  # it keeps the results of products
         _forbid_output_overwriting(model)
     model.activation_checkpointing_enable(activation_checkpointing_kwargs=_checkpoint_kwargs(mode))
 
@@ -149,7 +149,7 @@ def apply_checkpointing_and_compile(step_module: nn.Module, config: StrategyConf
 def _offload_block_inputs(step_module: nn.Module) -> None:
     """Let blocks that recompute keep their inputs in host memory until the backward pass needs them.
 
-    Sets `StepPlan.host_inputs`. Raises ConfigError if the model's checkpointing cannot be wrapped for it.
+    Sets `host_inputs` of the plan that the step module carries. Raises ConfigError if the model's checkpointing cannot be wrapped for it.
     """
     plan = plan_of(step_module)
     host_inputs = HostInputs()
@@ -173,5 +173,5 @@ def _enable_planned_checkpointing(
     for block, mode in zip(blocks, modes, strict=True):
         checkpoint = partial(torch.utils.checkpoint.checkpoint, **_checkpoint_kwargs(mode))
         checkpoint_block(block, checkpoint, recomputes=mode is not ActivationCheckpointing.none)
-        if mode is ActivationCheckpointing.selective:
+        if mode is ActivationCheckpointing.selective:  # it keeps the results of products
             _forbid_output_overwriting(block)

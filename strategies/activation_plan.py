@@ -39,6 +39,7 @@ class ActivationBytes:
 
     def with_inputs_on_host(self) -> ActivationBytes:
         """The same if inputs of blocks that recompute wait on the host (`strategy.offload_activations`)."""
+        # What a block keeps if it recomputes in full is its inputs.
         selective = [
             kept - inputs
             for kept, inputs in zip(self.bytes_by_block_if_selective, self.bytes_by_block_if_full, strict=True)
@@ -104,12 +105,14 @@ class _ActivationCounter(TorchDispatchMode):
     def __init__(self, blocks: list[nn.Module], parameters: list[Tensor]) -> None:
         """`blocks`: the model's transformer blocks. `parameters`: its parameters and buffers, which do not count."""
         super().__init__()
-        # Bytes by block. The last entry is for everything outside the blocks.
+        self.outside_blocks_index = len(blocks)
+        """Index for everything outside the blocks, behind those of the blocks."""
+        # Bytes by block, and outside the blocks.
         self.saved_bytes = [0.0] * (len(blocks) + 1)
         self.kept_op_bytes = [0.0] * (len(blocks) + 1)
         self.input_bytes = [0.0] * (len(blocks) + 1)
-        self.current_block = len(blocks)
-        """Index of the block that runs; the last index means that none runs."""
+        self.current_block = self.outside_blocks_index
+        """Index of the block that runs, or `outside_blocks_index`."""
         self.largest_tensor_outside = 0.0
         self._counted_storages: dict[int, Any] = {}
         # A storage is told by its address, which is unique only while the storage lives: these references keep it alive.
@@ -119,7 +122,8 @@ class _ActivationCounter(TorchDispatchMode):
     def count_saved_tensor(self, tensor: Tensor) -> Tensor:
         """Hook of autograd: count a tensor that is saved for the backward pass, in the block that runs.
 
-        A storage counts once. Parameters and buffers do not count, since they are no activations.
+        A storage counts once. Parameters and buffers do not count, since they are no activations. Counted storages stay alive, so
+        that no other gets the address of one.
         """
         storage = tensor.untyped_storage()
         key = storage_key(storage)
@@ -141,8 +145,7 @@ class _ActivationCounter(TorchDispatchMode):
             size = out.untyped_storage().nbytes()
             if is_kept_op(func):
                 self.kept_op_bytes[self.current_block] += size
-            is_outside_blocks = self.current_block == len(self.saved_bytes) - 1
-            if is_outside_blocks:
+            if self.current_block == self.outside_blocks_index:
                 self.largest_tensor_outside = max(self.largest_tensor_outside, size)
         return out
 
@@ -154,7 +157,36 @@ class _ActivationCounter(TorchDispatchMode):
 
     def leave_block(self) -> None:
         """No block runs any more: what comes now counts as outside the blocks."""
-        self.current_block = len(self.saved_bytes) - 1
+        self.current_block = self.outside_blocks_index
+
+    def watch_block(self, index: int, block: nn.Module) -> None:
+        """Put hooks on the block with this index, which say when it begins and ends."""
+
+        def enter_block(_block: nn.Module, args: Any, kwargs: Any) -> None:
+            self.enter_block(index, _first_float_tensor((*args, *kwargs.values())))
+
+        block.register_forward_pre_hook(enter_block, with_kwargs=True)
+        block.register_forward_hook(lambda *_: self.leave_block())
+
+    def activation_bytes(self) -> ActivationBytes:
+        """What was counted, after the forward pass."""
+        saved_bytes_by_block = self.saved_bytes[: self.outside_blocks_index]
+        input_bytes_by_block = self.input_bytes[: self.outside_blocks_index]
+        kept_op_bytes_by_block = self.kept_op_bytes[: self.outside_blocks_index]
+        # A block keeps its input and the results of costly operations, and no more than without recomputation.
+        selective = []
+        for saved_bytes, kept_op_bytes, input_bytes in zip(
+            saved_bytes_by_block, kept_op_bytes_by_block, input_bytes_by_block, strict=True
+        ):
+            selective.append(min(saved_bytes, kept_op_bytes + input_bytes))
+        return ActivationBytes(
+            bytes_by_block_if_none=saved_bytes_by_block,
+            bytes_by_block_if_selective=selective,
+            bytes_by_block_if_full=input_bytes_by_block,
+            bytes_outside_blocks=self.saved_bytes[self.outside_blocks_index],
+            # Twice: the logits of a chunk, and as much again that the loss makes of them.
+            transient_bytes=2 * self.largest_tensor_outside,
+        )
 
 
 def _shape_of_grouped_product(left: Tensor, right: Tensor, *_: Any, **_more: Any) -> Tensor:
@@ -180,33 +212,13 @@ def count_activations(step_module: nn.Module, batch: dict[str, Any], precision: 
     blocks = probe.shard_units()  # type: ignore[operator]
     counter = _ActivationCounter(blocks, [*probe.parameters(), *probe.buffers()])
     for index, block in enumerate(blocks):
-
-        def enter_block(_block: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
-            counter.enter_block(index, _first_float_tensor((*args, *kwargs.values())))
-
-        block.register_forward_pre_hook(enter_block, with_kwargs=True)
-        block.register_forward_hook(lambda *_: counter.leave_block())
-
+        counter.watch_block(index, block)
     hooks = torch.autograd.graph.saved_tensors_hooks(counter.count_saved_tensor, lambda tensor: tensor)
     meta_batch = _batch_on_meta(batch)
     with torch.enable_grad(), _ShapesOfFlashAttention(), counter, hooks:
         terms = probe(meta_batch)
     del terms  # with them goes what autograd has saved
-
-    block_saved_bytes = counter.saved_bytes[:-1]
-    block_input_bytes = counter.input_bytes[:-1]
-    selective = []  # a block keeps its input and the results of costly operations, and no more than without recomputation
-    for saved_bytes, kept_op_bytes, input_bytes in zip(
-        block_saved_bytes, counter.kept_op_bytes[:-1], block_input_bytes, strict=True
-    ):
-        selective.append(min(saved_bytes, kept_op_bytes + input_bytes))
-    return ActivationBytes(
-        bytes_by_block_if_none=block_saved_bytes,
-        bytes_by_block_if_selective=selective,
-        bytes_by_block_if_full=block_input_bytes,
-        bytes_outside_blocks=counter.saved_bytes[-1],
-        transient_bytes=2 * counter.largest_tensor_outside,
-    )
+    return counter.activation_bytes()
 
 
 def _first_float_tensor(arguments: tuple[Any, ...]) -> Tensor | None:

@@ -66,9 +66,7 @@ def counted_collective(collective: str, full_argument_index: int) -> Callable[[A
     return only when the collective is complete.
     """
 
-    def decorate(method: Any) -> Any:
-        """The method with counters around each call; without an entered context, they count nothing."""
-
+    def with_counters(method: Any) -> Any:
         @wraps(method)
         def counted_method(self: Any, *tensors: Tensor, **kwargs: Any) -> None:
             if not _active_totals:
@@ -76,20 +74,20 @@ def counted_collective(collective: str, full_argument_index: int) -> Callable[[A
                 return
             began_at = time.perf_counter()
             method(self, *tensors, **kwargs)
-            for totals in _active_totals:
+            for totals in _active_totals:  # those of the entered contexts of `count_communication`
                 totals.waited_s = (totals.waited_s or 0.0) + time.perf_counter() - began_at
             count_bytes(collective, tensors[full_argument_index].nbytes)
 
         return counted_method
 
-    return decorate
+    return with_counters
 
 
 @contextmanager
 def count_communication() -> Iterator[CommunicationTotals]:
     """A context that counts the bytes which this rank exchanges within it. Contexts may be nested; each counts for itself.
 
-    It does not communicate, and adds some 50 microseconds to a collective.
+    It does not communicate, and adds some 50 microseconds to a collective. Inner contexts must end before the outermost one.
     """
     totals = CommunicationTotals()
     # Only the outermost context replaces torch's collectives by counting ones: replaced twice, they would count twice.

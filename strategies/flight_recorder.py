@@ -24,13 +24,13 @@ class CollectiveCall:
     """Backend and operation, such as `nccl:all_reduce`."""
     group: str
     sizes: list[list[int]]
-    waits_s: float | None
+    waiting_s: float | None
     """Seconds since it began; None if it is complete."""
 
     @property
     def is_complete(self) -> bool:
         """Whether all ranks have taken part, so that this rank does not wait in it any more."""
-        return self.waits_s is None
+        return self.waiting_s is None
 
     @property
     def is_waiting(self) -> bool:
@@ -65,10 +65,10 @@ def last_collective() -> CollectiveCall | None:
     incomplete_entries = [entry for entry in entries if not entry.get("retired")]  # torch retires an entry at its end
     if incomplete_entries:
         entry = incomplete_entries[0]
-        waits_s = (time.time_ns() - entry.get("time_created_ns", 0)) / 1e9
+        waiting_s = (time.time_ns() - entry.get("time_created_ns", 0)) / 1e9
     else:
         entry = entries[-1]
-        waits_s = None
+        waiting_s = None  # complete
     # torch numbers messages between two ranks separately from collectives.
     number_key = "p2p_seq_id" if entry.get("is_p2p") else "collective_seq_id"
     group_names = entry.get("process_group") or ["?"]
@@ -77,5 +77,5 @@ def last_collective() -> CollectiveCall | None:
         operation=str(entry.get("profiling_name")),
         group=str(group_names[-1]),
         sizes=entry.get("input_sizes") or [],
-        waits_s=waits_s,
+        waiting_s=waiting_s,
     )

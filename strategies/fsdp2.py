@@ -40,7 +40,7 @@ from strategies.mesh import replica_count, shard_mesh
 from strategies.native import LocalRange, NativeEngine
 from strategies.parameters import (
     COMPUTE_DTYPE,
-    allocate_parameters,
+    allocate_on_device,
     meta_context,
     named_parameters,
     set_parameter_dtypes,
@@ -227,7 +227,7 @@ class Fsdp2Strategy:
         if host_memory is not None:
             self._route_collectives_through_memory(host_memory, step_module)
         device = torch.device("cpu") if self.config.cpu_offload else self.runtime.device
-        allocate_parameters(step_module, device)
+        allocate_on_device(step_module, device)
         if self.config.cpu_offload:
             replace_buffers(step_module, lambda buffer: buffer.to(self.runtime.device))
         self._load_shards(step_module, source)

@@ -40,6 +40,11 @@ LOST_PEER_REGEX = re.compile(
 AWAITED_PEER_REGEX = re.compile(r"waited \d+ s for its peer (\d+)")
 """How an error of `strategies/host_memory.py` names the rank that did not come."""
 STACKS_KEY = "shardtune/stacks"
+LAST_COLLECTIVE_KEY_FORMAT = "shardtune/exchange/{}"
+HEARTBEAT_KEY_FORMAT = "shardtune/beat/{}"
+WATCHED_BEATS_AFTER_TIMEOUT, WATCHED_BEATS = 6, 2.5
+"""Heartbeats for which the other ranks are watched after a lost connection. If a process has ended, its launcher will end this one
+in a few seconds; if one hangs, so that a timeout was met, there is more time to watch."""
 HEARTBEAT_DIRECTORY_VARIABLE = "SHARDTUNE_LAST_WORDS"
 """Environment variable: a directory of this host, given by the launcher, in which each rank writes its last heartbeat."""
 LATE_SHARE = 0.8
@@ -198,9 +203,7 @@ class HeartbeatMonitor:
         if isinstance(error, ShardtuneError) or not LOST_PEER_REGEX.search(str(error)):
             return None
         timed_out = TIMEOUT_REGEX.search(str(error)) is not None
-        # If a process has ended, its launcher will end this one in a few seconds. If a process hangs, there is more time to
-        # watch.
-        wait_s = (6 if timed_out else 2.5) * self.interval_s
+        wait_s = (WATCHED_BEATS_AFTER_TIMEOUT if timed_out else WATCHED_BEATS) * self.interval_s
         try:
             silent_ranks = self.ranks_without_heartbeat(wait_s)
         except Unanswered:
@@ -211,17 +214,17 @@ class HeartbeatMonitor:
             return None
         return SilentRank(silent_ranks[0], hung=timed_out, since_s=wait_s, error_line=error_line)
 
-    def collect_last_collectives(self, stopped: Heartbeat | None) -> dict[int, CollectiveCall]:
+    def collect_last_collectives(self, silent_rank: Heartbeat | None) -> dict[int, CollectiveCall]:
         """After a timeout: let every rank write the stacks of its threads and report its last collective. Raises nothing.
 
         Returns the last collective by rank, of the ranks that answer within `ANSWER_BEATS`; mostly all do within one beat.
-        `stopped`: a rank that sends no heartbeats. If it is on this host, it is woken by signals.
+        `silent_rank`: a rank that sends no heartbeats. If it is on this host, it is woken by signals.
         """
         with contextlib.suppress(RuntimeError):
             self._store.set(STACKS_KEY, "1")  # asks every rank, whose heartbeat thread looks for the key
-        if stopped is not None and stopped.host == socket.gethostname() and stopped.pid:
-            _wake_to_dump_stack(stopped.pid)
-        keys = {rank: f"shardtune/exchange/{rank}" for rank in range(self.world_size)}
+        if silent_rank is not None and silent_rank.host == socket.gethostname() and silent_rank.pid:
+            _wake_to_dump_stack(silent_rank.pid)
+        keys = {rank: LAST_COLLECTIVE_KEY_FORMAT.format(rank) for rank in range(self.world_size)}
         deadline = time.monotonic() + ANSWER_BEATS * self.interval_s
         try:
             self._dump_stacks_and_last_collective()  # this rank's own, without waiting for its next heartbeat
@@ -235,31 +238,31 @@ class HeartbeatMonitor:
         except RuntimeError:
             return {}
 
-    def absent_rank_error(
+    def lagging_rank_error(
         self, error: BaseException, last_collectives: dict[int, CollectiveCall]
     ) -> LaggingRank | None:
         """The error about the rank that did not join the collective in which this rank failed with `error`.
 
-        A collective through shared memory names the rank in its `error`. For other collectives it is the first rank that is
-        absent by `last_collectives`: the last collective of each rank, from `collect_last_collectives`. None if no rank is
-        absent, or if the store has ended.
+        A collective through shared memory names the rank in its `error`. For other collectives it is the first, by rank, of
+        `_lagging_ranks` by `last_collectives`: the last collective of each rank, from `collect_last_collectives`. None if no rank
+        lags, or if the store has ended.
         """
-        absent_rank = self._rank_named_in(error)
+        lagging_rank = self._rank_named_in(error)
         awaited_text = "an exchange through shared memory"
-        if absent_rank is None:
+        if lagging_rank is None:
             own_collective = last_collectives.get(self.rank)
             if own_collective is None:
                 return None
-            absent_ranks = self._absent_ranks(own_collective, last_collectives)
-            if not absent_ranks:
+            lagging_ranks = self._lagging_ranks(own_collective, last_collectives)
+            if not lagging_ranks:
                 return None
-            absent_rank = absent_ranks[0]  # the message has room for one, and the others may wait for it
+            lagging_rank = lagging_ranks[0]  # the message has room for one, and the others may wait for it
             awaited_text = str(own_collective)
         try:
-            heartbeat = self._last_heartbeats()[absent_rank]
+            heartbeat = self._last_heartbeats()[lagging_rank]
         except RuntimeError:  # the store has ended with its process
             return None
-        return LaggingRank(heartbeat, last_collectives.get(absent_rank), awaited_text, _first_line(error))
+        return LaggingRank(heartbeat, last_collectives.get(lagging_rank), awaited_text, _first_line(error))
 
     def _rank_named_in(self, error: BaseException) -> int | None:
         """The rank that the `error` of a collective through shared memory names as missing; None if it names none."""
@@ -268,25 +271,25 @@ class HeartbeatMonitor:
             return None
         return int(match[1])
 
-    def _absent_ranks(self, own_collective: CollectiveCall, last_collectives: dict[int, CollectiveCall]) -> list[int]:
+    def _lagging_ranks(self, own_collective: CollectiveCall, last_collectives: dict[int, CollectiveCall]) -> list[int]:
         """Ranks that wait in no collective, and have not joined `own_collective`, the one in which this rank waits.
 
         `last_collectives`: the last collective of each rank. Within one numbering (group and backend), a collective has the same
         number on every rank, so a rank whose last number is lower has not joined yet.
         """
-        absent_ranks = []
+        lagging_ranks = []
         for rank, collective in last_collectives.items():
             is_same_numbering = collective.numbering == own_collective.numbering
             has_joined = is_same_numbering and collective.number >= own_collective.number
             if rank != self.rank and not collective.is_waiting and not has_joined:
-                absent_ranks.append(rank)
-        return absent_ranks
+                lagging_ranks.append(rank)
+        return lagging_ranks
 
     def _last_heartbeats(self) -> list[Heartbeat]:
         """The last heartbeat of every rank, in rank order. Raises RuntimeError if the store has ended."""
         last_heartbeats = []
         for rank in range(self.world_size):
-            key = f"shardtune/beat/{rank}"
+            key = HEARTBEAT_KEY_FORMAT.format(rank)
             heartbeat = json.loads(self._store.get(key)) if self._store.check([key]) else {}
             last_heartbeats.append(Heartbeat(rank=rank, **heartbeat))
         return last_heartbeats
@@ -302,20 +305,25 @@ class HeartbeatMonitor:
             heartbeat |= {"phase": position.phase, "step": position.step, "count": heartbeat["count"] + 1}
             self._write_for_launcher(heartbeat)
             try:
-                self._store.set(f"shardtune/beat/{self.rank}", json.dumps(heartbeat))
+                self._store.set(HEARTBEAT_KEY_FORMAT.format(self.rank), json.dumps(heartbeat))
                 self._report_answer_after_silence()
-                late_collective = self._late_collective(position)
-                if self._stack_dump_file is not None and (
-                    late_collective is not None or self._store.check([STACKS_KEY])
-                ):
-                    self._dump_stacks_and_last_collective()
-                self._warn_before_abort(late_collective)
+                self._report_late_collective(position)
             except Unanswered:
                 self._report_unanswered_once()
                 self._end_if_stalled(position)
             except RuntimeError:  # the store is gone, and with it the job
                 return
             time.sleep(self.interval_s)
+
+    def _report_late_collective(self, position: RunPosition) -> None:
+        """Dump stacks once, if a collective of this rank takes too long or another rank asks; warn shortly before NCCL aborts.
+
+        Raises RuntimeError if the store has ended, Unanswered if it does not answer.
+        """
+        late_collective = self._late_collective(position)
+        if self._stack_dump_file is not None and (late_collective is not None or self._store.check([STACKS_KEY])):
+            self._dump_stacks_and_last_collective()
+        self._warn_before_abort(late_collective)
 
     def _cut_off_error(self, error_line: str) -> CutOffRank:
         """The error of this rank if it cannot reach the store, with its own phase and step. `error_line`: what it met."""
@@ -324,7 +332,7 @@ class HeartbeatMonitor:
         return CutOffRank(heartbeat, since_s=self._store.unanswered_s(), error_line=error_line)
 
     def _report_unanswered_once(self) -> None:
-        """Print that the store does not answer, unless that was printed since its last answer."""
+        """Print that the store does not answer, unless that was printed since its last answer (`_report_answer_after_silence`)."""
         if self._reported_unanswered:
             return
         self._reported_unanswered = True
@@ -361,19 +369,23 @@ class HeartbeatMonitor:
             faulthandler.dump_traceback(stack_dump_file, all_threads=True)
             collective = last_collective()
             if collective is not None:
-                self._store.set(f"shardtune/exchange/{self.rank}", json.dumps(asdict(collective)))
+                self._store.set(LAST_COLLECTIVE_KEY_FORMAT.format(self.rank), json.dumps(asdict(collective)))
                 completion = "over" if collective.is_complete else "not over"
                 with contextlib.suppress(OSError):  # a full disk must not end this thread, or the rank would seem dead
                     print(f"\nlast exchange: {collective}, {completion}", file=stack_dump_file, flush=True)
 
     def _late_collective(self, position: RunPosition) -> CollectiveCall | None:
-        """The collective in which this rank has waited, without progress, for most of the timeout; None if there is none."""
+        """The collective in which this rank has waited, without progress, for most of the timeout; None if there is none.
+
+        Also notes progress since the last heartbeat.
+        """
         late_s = LATE_SHARE * self._timeout_s
         self._record_progress(position)
         if time.monotonic() - self._last_progress_at < late_s:
             return None
         collective = last_collective()
-        if collective is None or collective.waits_s is None or collective.waits_s <= late_s:
+        # A complete one, in which this rank does not wait, has no `waiting_s`.
+        if collective is None or collective.waiting_s is None or collective.waiting_s <= late_s:
             return None
         return collective
 
@@ -386,20 +398,20 @@ class HeartbeatMonitor:
     def _warn_before_abort(self, late_collective: CollectiveCall | None) -> None:
         """Call `on_collective_timeout` shortly before NCCL aborts this process because `late_collective` takes too long.
 
-        gloo does not abort: it raises an error in the thread that waits.
+        gloo does not abort: it raises an error in the thread that waits. It is called once.
         """
         handler = self.on_collective_timeout
         if late_collective is None or handler is None or not late_collective.operation.startswith("nccl"):
             return
         abort_warning_s = self._timeout_s - WARNING_BEATS * self.interval_s
-        is_about_to_abort = (late_collective.waits_s or 0.0) > abort_warning_s
+        is_about_to_abort = (late_collective.waiting_s or 0.0) > abort_warning_s
         if is_about_to_abort:
             self.on_collective_timeout = None
             # In another thread, because it may take long: without heartbeats this rank would itself seem stopped.
             threading.Thread(target=handler, args=(late_collective,), name="timeout", daemon=True).start()
 
     def _write_for_launcher(self, heartbeat: dict[str, Any]) -> None:
-        """Write the heartbeat into the launcher's directory, if it has given one."""
+        """Write the heartbeat into the launcher's directory, if it has given one; it reads there where a rank was that ended."""
         directory = os.environ.get(HEARTBEAT_DIRECTORY_VARIABLE)
         if directory is None:
             return

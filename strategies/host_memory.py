@@ -57,7 +57,8 @@ class HostMemory:
     def all_gather(self, output: Tensor, input: Tensor) -> None:
         """Concatenate the `input` [n] of each rank into `output` [ranks * n], on every rank.
 
-        `input` may be this rank's part of `output`.
+        `input` may be this rank's part of `output`. One barrier a chunk is enough, since chunks take two slots in turn (see
+        `_SLOT_BYTES`).
         """
         gathered = output.view(self.size, -1)
         own_part = input.view(-1)
@@ -76,11 +77,11 @@ class HostMemory:
         """Sum or average `input` [ranks * n] over the ranks, and put this rank's part into `output` [n].
 
         Chunk by chunk, each rank writes the parts for the others into its slot, waits for all, and sums up what the others wrote
-        for it.
+        for it. One barrier a chunk is enough, since chunks take two slots in turn (see `_SLOT_BYTES`).
         """
         parts = input.view(self.size, -1)
         reduced = output.view(-1)
-        for start, slots in self._chunks(reduced, reduced.numel(), parts=self.size):
+        for start, slots in self._chunks(reduced, reduced.numel(), slot_multiple=self.size):
             stop = start + slots[0].numel() // self.size
             own_slot = slots[self.rank].view(self.size, -1)
             for peer in self._peers():
@@ -91,7 +92,10 @@ class HostMemory:
 
     @counted_collective(ALL_REDUCE, 0)
     def all_reduce(self, tensor: Tensor, *, average: bool) -> None:
-        """Sum or average `tensor` over the ranks, in place. The result is the same on every rank, bit for bit."""
+        """Sum or average `tensor` over the ranks, in place. The result is the same on every rank, bit for bit.
+
+        A slot is where a rank hands a chunk over. The next chunk takes another one, so that no rank writes into what others read.
+        """
         flat = tensor.view(-1)
         for start, slots in self._chunks(flat, flat.numel()):
             chunk = flat[start : start + slots[0].numel()]
@@ -115,16 +119,17 @@ class HostMemory:
         """All ranks of the group but this one."""
         return [rank for rank in range(self.size) if rank != self.rank]
 
-    def _chunks(self, like: Tensor, num_elements: int, parts: int = 1) -> Iterator[tuple[int, list[Tensor]]]:
+    def _chunks(self, like: Tensor, num_elements: int, slot_multiple: int = 1) -> Iterator[tuple[int, list[Tensor]]]:
         """Divide `num_elements` elements into chunks that fit into a slot.
 
-        Yields for each chunk (index of its first element, the slot of each rank for it). A slot has room for `parts` times the
-        elements of the chunk, and is a view with the data type of `like`. Chunks take the two slots of a region in turn.
+        Yields for each chunk (index of its first element, the slot of each rank for it). A slot has room for `slot_multiple` times
+        the elements of the chunk, and is a view with the data type of `like`. Each rank has a region of two slots, which chunks
+        take in turn.
         """
-        chunk_numel = _SLOT_BYTES // like.element_size() // parts
+        chunk_numel = _SLOT_BYTES // like.element_size() // slot_multiple
         for start in range(0, num_elements, chunk_numel):
             self._current_slot = 1 - self._current_slot
-            slot_numel = min(chunk_numel, num_elements - start) * parts
+            slot_numel = min(chunk_numel, num_elements - start) * slot_multiple
             yield start, [region[self._current_slot].view(like.dtype)[:slot_numel] for region in self._regions]
 
     def _add_up(self, own_part: Tensor, peer_parts: list[Tensor], out: Tensor, average: bool) -> None:
@@ -136,9 +141,12 @@ class HostMemory:
             out.div_(self.size)
 
     def _wait_at_barrier(self) -> None:
-        """A barrier: announce that this rank's data is written, and wait until every rank has called this as often as this
-        one."""
-        if not _CPU_KEEPS_STORE_ORDER:  # a counter could be seen before the data that it announces
+        """A barrier: announce that this rank's data is written, and wait until every rank has called this as often as this one.
+
+        Ranks count their barriers in shared memory. A processor on which a counter could be seen before the data that it announces
+        takes a barrier of the process group instead.
+        """
+        if not _CPU_KEEPS_STORE_ORDER:
             dist.barrier(self.group)
             return
         self._num_barriers += 1
@@ -231,7 +239,10 @@ def open_host_memory(runtime: Runtime, group: dist.ProcessGroup | None = None) -
 
 
 def _create_region() -> int | None:
-    """The file descriptor of a new anonymous memory file, this rank's region; None if the system cannot make one."""
+    """The file descriptor of a new anonymous memory file, this rank's region; None if the system cannot make one.
+
+    It has a header and two slots, which are used in turn (see `_SLOT_BYTES`).
+    """
     try:
         descriptor = os.memfd_create("shardtune")
     except (AttributeError, OSError):  # only Linux has it

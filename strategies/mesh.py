@@ -13,13 +13,18 @@ from strategies.errors import ConfigError
 from strategies.runtime import Runtime
 from strategies.simulation import real_tensors
 
+REPLICA_PER_HOST = 0
+"""Value of `strategy.replicate` that asks for one replica a host, or 2 on a single host."""
 
-def checked_replica_count(requested: int, world_size: int, num_hosts: int) -> int:
-    """The number of replicas among `world_size` ranks on `num_hosts` hosts. 0 requests one replica a host, or 2 on a single host.
+
+def resolve_replica_count(requested: int, world_size: int, num_hosts: int) -> int:
+    """The number of replicas among `world_size` ranks on `num_hosts` hosts: `requested`, or by `REPLICA_PER_HOST`.
 
     Raises ConfigError if it does not divide the number of ranks.
     """
-    num_replicas = requested or (num_hosts if num_hosts > 1 else 2)
+    num_replicas = requested
+    if requested == REPLICA_PER_HOST:
+        num_replicas = num_hosts if num_hosts > 1 else 2
     if num_replicas < 1 or world_size % num_replicas:
         legal = [divisor for divisor in range(1, world_size + 1) if world_size % divisor == 0]
         raise ConfigError(
@@ -30,16 +35,17 @@ def checked_replica_count(requested: int, world_size: int, num_hosts: int) -> in
 
 
 def replica_count(config: StrategyConfig, world_size: int, num_hosts: int) -> int:
-    """The number of replicas of the model under fsdp2 and hsdp; 1 under any other strategy.
+    """The number of replicas of the model: 1 unless the strategy is hsdp, or fsdp2 with `strategy.replicate`.
 
     Raises ConfigError if `strategy.replicate` does not divide `world_size`.
     """
     if not isinstance(config, Fsdp2Config):
         return 1
     if config.replicate != 1:
-        return checked_replica_count(config.replicate, world_size, num_hosts)
-    # Under hsdp 1 is the default of fsdp2, and stands for the choice by hosts.
-    return checked_replica_count(0, world_size, num_hosts) if config.name is StrategyName.hsdp else 1
+        return resolve_replica_count(config.replicate, world_size, num_hosts)
+    if config.name is StrategyName.hsdp:  # 1 is the default, which hsdp shares with fsdp2: it was not chosen
+        return resolve_replica_count(REPLICA_PER_HOST, world_size, num_hosts)
+    return 1
 
 
 def shard_mesh(device: torch.device, runtime: Runtime, num_replicas: int) -> DeviceMesh:
@@ -56,8 +62,8 @@ def shard_mesh(device: torch.device, runtime: Runtime, num_replicas: int) -> Dev
             return DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("shard",))
         ranks = torch.arange(runtime.world_size).view(num_replicas, -1)
         row, column = divmod(runtime.rank, ranks.shape[1])
-        replicate_group = _new_group_of(ranks[:, column], device, runtime)
-        shard_group = _new_group_of(ranks[row], device, runtime)
+        replicate_group = _new_group_of(ranks[:, column].tolist(), device, runtime)
+        shard_group = _new_group_of(ranks[row].tolist(), device, runtime)
         groups = [replicate_group, shard_group]  # in the order of the dimensions' names
         return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))
 
@@ -77,11 +83,11 @@ def expert_mesh(
         ranks = torch.arange(runtime.world_size).view(num_replicas, -1, expert_ranks)
         own_position = torch.unravel_index(torch.tensor(runtime.rank), ranks.shape)
         replica, group, group_rank = (int(index) for index in own_position)
-        expert_group = _new_group_of(ranks[replica, group], device, runtime)
-        shard_group = _new_group_of(ranks[replica, :, group_rank], device, runtime)
+        expert_group = _new_group_of(ranks[replica, group].tolist(), device, runtime)
+        shard_group = _new_group_of(ranks[replica, :, group_rank].tolist(), device, runtime)
         if num_replicas == 1:
             return expert_group, DeviceMesh.from_group(shard_group, device.type, mesh_dim_names=("shard",))
-        replicate_group = _new_group_of(ranks[:, group, group_rank], device, runtime)
+        replicate_group = _new_group_of(ranks[:, group, group_rank].tolist(), device, runtime)
         mesh = DeviceMesh.from_group(
             [replicate_group, shard_group],
             device.type,
@@ -91,10 +97,10 @@ def expert_mesh(
         return expert_group, mesh
 
 
-def _new_group_of(members: torch.Tensor, device: torch.device, runtime: Runtime) -> dist.ProcessGroup:
-    """A new process group of the ranks `members`, of which this rank is one. Only its members must call."""
+def _new_group_of(member_ranks: list[int], device: torch.device, runtime: Runtime) -> dist.ProcessGroup:
+    """A new process group of `member_ranks`, of which this rank is one. Only its members must call."""
     group = dist.new_group(
-        members.tolist(),
+        member_ranks,
         timeout=timedelta(seconds=runtime.timeout_s),
         backend="nccl" if device.type == "cuda" else None,  # without a second, unused one for CPUs
         use_local_synchronization=True,

@@ -76,7 +76,7 @@ class _LargeParametersOnMeta(TorchFunctionMode):
         shape = kwargs.get("size", positional_shape)
         if not all(isinstance(length, int) for length in shape):
             return False  # not a shape, so the call is of another form
-        if func is not torch.empty and len(shape) < 3:
+        if func is not torch.empty and len(shape) < 3:  # masks, of two dimensions, are made by these functions too
             return False
         return math.prod(shape) >= MIN_META_ELEMENTS
 
@@ -103,7 +103,7 @@ class PackedModule(Protocol):
 
 
 def num_elements_by_name(step_module: nn.Module) -> dict[str, int]:
-    """The number of elements of each distinct parameter, by plain name: of the full parameter, whatever this rank holds of it.
+    """The number of elements of each distinct parameter, whatever this rank holds of it, by plain name (in the state dict).
 
     - A packed (quantised) weight: the elements that it encodes, not its bytes.
     - Experts under expert parallelism: those of all ranks of the expert group.
@@ -160,7 +160,7 @@ def set_parameter_dtypes(step_module: nn.Module, *, trainable: torch.dtype, froz
     replace_parameters(step_module, with_stored_dtype)
 
 
-def allocate_parameters(step_module: nn.Module, device: torch.device) -> None:
+def allocate_on_device(step_module: nn.Module, device: torch.device) -> None:
     """Allocate meta parameters on `device`, without values, and move buffers there."""
 
     def on_device(parameter: nn.Parameter) -> torch.Tensor:
@@ -197,7 +197,8 @@ def load_parameter_cooperatively(parameter: torch.Tensor, name: str, source: Par
     """
     num_elements = parameter.numel()
     flat = parameter.view(-1)
-    if runtime.world_size == 1 or num_elements < MIN_COOPERATIVE_ELEMENTS or not parameter.is_floating_point():
+    is_packed = not parameter.is_floating_point()
+    if runtime.world_size == 1 or num_elements < MIN_COOPERATIVE_ELEMENTS or is_packed:
         flat.copy_(source.read_slice(name, parameter.shape, 0, num_elements))
         return
     # All parts have the same size, as the all-gather requires: the last ones are padded.

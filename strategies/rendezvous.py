@@ -21,9 +21,13 @@ from strategies.errors import Preempted, ShardtuneError
 
 DECISION_KEY = "shardtune/decision"
 GO_DECISION = "go"
-STOP_DECISION = "stop"
-"""The key of the decision, and its two values. `stop` is followed by why rank 0 lost the run directory, if it did."""
+STOP_DECISION_PREFIX = "stop"
+"""The key of the decision, and its two values: to continue, or to stop, followed by why rank 0 lost the run directory, if it
+did."""
+NUM_READY_KEY, NUM_LEFT_KEY = "shardtune/ready", "shardtune/left"
+"""Keys that count the ranks which are ready to form the group, and which have left after a decision to stop."""
 READ_INTERVAL_S = 1.0
+CHOICE_READ_INTERVAL_S = 0.1
 MAX_LEAVE_S = 10.0
 """Longest time that rank 0 keeps the store for the others after the decision to stop."""
 REPORT_INTERVAL_S = 15.0
@@ -56,7 +60,10 @@ class Rendezvous:
 
     @classmethod
     def join(cls, timeout_s: float, why_lost: Callable[[], str | None] = lambda: None) -> Rendezvous:
-        """Connect to the other ranks of the job that the environment describes. All ranks must call, within `timeout_s`."""
+        """Connect to the other ranks of the job that the environment describes. All ranks must call, within `timeout_s`.
+
+        `why_lost`: why the run directory belongs to another attempt, asked when this rank decides to stop; None if it does not.
+        """
         rank = int(os.environ.get("RANK", 0))
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         if world_size == 1:
@@ -90,15 +97,15 @@ class Rendezvous:
             self._stopped = self._current_decision() not in (None, GO_DECISION)
         return self._stopped
 
-    def chosen_by_rank_0(self, name: str, choose: Callable[[], str], should_stop: Callable[[], bool]) -> str:
+    def chosen_by_rank_0(self, what_is_chosen: str, choose: Callable[[], str], should_stop: Callable[[], bool]) -> str:
         """The result of `choose` on rank 0, returned on every rank; other ranks do not call `choose`. All ranks must call.
 
-        `name`: of what is chosen, different for each choice. Raises Preempted if `should_stop()` becomes true on a waiting rank,
+        `what_is_chosen`: its name, different for each choice. Raises Preempted if `should_stop()` becomes true on a waiting rank,
         ShardtuneError if rank 0 does not come within the run's timeout.
         """
         if self.store is None:
             return choose()
-        key = f"shardtune/chosen/{name}"
+        key = f"shardtune/chosen/{what_is_chosen}"
         if self.rank == 0:
             choice = choose()
             self.store.set(key, choice)
@@ -109,10 +116,10 @@ class Rendezvous:
                 raise Preempted("asked to stop while preparing data; nothing is lost but the preparation")
             if time.monotonic() > deadline:
                 raise ShardtuneError(
-                    f"rank 0 has not chosen {name} {self._timeout_s:.0f} s after rank {self.rank} needed it; raise "
+                    f"rank 0 has not chosen {what_is_chosen} {self._timeout_s:.0f} s after rank {self.rank} needed it; raise "
                     "run.timeout_s, or prepare the data before (shardtune prepare)"
                 )
-            time.sleep(0.1)
+            time.sleep(CHOICE_READ_INTERVAL_S)
         return self.store.get(key).decode()
 
     def wait_for_all(self, asked_to_stop: Callable[[], bool]) -> bool:
@@ -125,7 +132,7 @@ class Rendezvous:
             return not asked_to_stop()
         # The last rank that gets here decides that all continue.
         self.store.set(f"shardtune/ready/{self.rank}", "1")
-        if self.store.add("shardtune/ready", 1) == self.world_size:
+        if self.store.add(NUM_READY_KEY, 1) == self.world_size:
             return self._decide(GO_DECISION) == GO_DECISION
         # The others wait for that decision, or for one to stop.
         began_at = time.monotonic()
@@ -139,7 +146,7 @@ class Rendezvous:
                 raise self._not_ready_error()
             if self.rank == 0 and now - reported_at > REPORT_INTERVAL_S:
                 reported_at = now
-                num_ready = self.store.add("shardtune/ready", 0)  # adding 0 reads the count
+                num_ready = self.store.add(NUM_READY_KEY, 0)  # adding 0 reads the count
                 print(f"{now - began_at:.0f} s: {num_ready} of {self.world_size} ranks are ready to begin", flush=True)
             time.sleep(max(0.1, self.world_size / 1000))
 
@@ -161,17 +168,21 @@ class Rendezvous:
         why_lost = None
         # RuntimeError: the store is gone with its process. Nobody is left to wait for.
         with contextlib.suppress(RuntimeError):
-            why_lost = (self._current_decision() or STOP_DECISION).removeprefix(STOP_DECISION) or None
-            num_left = self.store.add("shardtune/left", 1)
+            decision = self._current_decision() or ""
+            why_lost = decision.removeprefix(STOP_DECISION_PREFIX) or None
+            num_left = self.store.add(NUM_LEFT_KEY, 1)
             deadline = time.monotonic() + MAX_LEAVE_S
             while self.rank == 0 and num_left < self.world_size and time.monotonic() < deadline:
                 time.sleep(0.1)
-                num_left = self.store.add("shardtune/left", 0)  # adding 0 reads the count
+                num_left = self.store.add(NUM_LEFT_KEY, 0)  # adding 0 reads the count
         return why_lost
 
     def _decide_to_stop(self) -> str:
-        """Decide to stop, with the reason if this rank lost the run directory. Returns the decision that holds."""
-        return self._decide(STOP_DECISION + (self._why_lost() or ""))
+        """Decide to stop, with the reason if this rank lost the run directory. Returns the decision that holds.
+
+        That may be to continue, if all ranks were ready first.
+        """
+        return self._decide(STOP_DECISION_PREFIX + (self._why_lost() or ""))
 
     def _decide(self, proposal: str) -> str:
         """Make `proposal` the decision of all ranks, unless there is one already. Returns the decision that holds."""

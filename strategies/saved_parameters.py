@@ -21,7 +21,7 @@ from strategies.tensor_files import LocalElements, MalformedFile, num_elements_o
 
 WEIGHT_KEY = "weight"
 SCHEDULE_FREE_KEY = "z"
-"""Key of the sequence that schedule-free AdamW keeps beside each weight (Defazio et al. 2024, arXiv:2405.15682)."""
+"""Key of the sequence z that schedule-free AdamW keeps beside each weight (Defazio et al. 2024, arXiv:2405.15682)."""
 
 
 class SavedParameters(Mapping[str, Tensor]):
@@ -41,7 +41,9 @@ class SavedParameters(Mapping[str, Tensor]):
         self.checkpoint = checkpoint
         self._shapes = dict(shapes)
         self._schedule_free_beta = schedule_free_beta
-        self._index = read_index(checkpoint, wait_until_visible=True)
+        self._index = read_index(
+            checkpoint, wait_until_visible=True
+        )  # where each saved tensor lies, by its name on disk
         for name, shape in self._shapes.items():
             parts = self._index.get(f"{name}/{WEIGHT_KEY}")
             if parts is None or num_elements_of_parts(parts) != shape.numel():
@@ -74,17 +76,21 @@ class SavedParameters(Mapping[str, Tensor]):
 
     def saved_tensor(self, name: str, key: str) -> Tensor:
         """The checkpoint's tensor of a parameter under `key` (`weight`, a moment, ...), in the parameter's shape."""
-        # `read_tensors` reads ranges that a rank holds; here the range is the full tensor, whose size a meta tensor gives.
         shape = self._shapes[name]
-        values_on_meta = torch.empty(shape, device="meta").view(-1)
-        full_range = LocalElements(f"{name}/{key}", full_numel=shape.numel(), start=0, values=values_on_meta)
         try:
-            (values,) = read_tensors(self.checkpoint, self._index, [full_range])
+            values = self._read_full_tensor(f"{name}/{key}", shape.numel())
         except OSError as error:
             raise StorageError(f"{self.checkpoint}: {name} cannot be read ({error_summary(error)})") from error
         except (MalformedFile, KeyError) as error:
             raise StorageError(f"{self.checkpoint}: {name}/{key} is not in it ({error})") from error
         return values.view(shape)
+
+    def _read_full_tensor(self, name_on_disk: str, numel: int) -> Tensor:
+        """A saved tensor in full, 1-d float32. Raises OSError, MalformedFile, or KeyError if the index does not have it."""
+        # `read_tensors` reads ranges that a rank holds; here the range is the full tensor, whose size a meta tensor gives.
+        full_range = LocalElements(name_on_disk, full_numel=numel, start=0, values=torch.empty(numel, device="meta"))
+        (values,) = read_tensors(self.checkpoint, self._index, [full_range])
+        return values
 
     @property
     def title(self) -> str:

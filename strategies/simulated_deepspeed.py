@@ -90,7 +90,7 @@ class SimulatedAccelerator(CPU_Accelerator):
 
 @torch.no_grad()
 def reduce_scatter_shapes(tensors: list[Tensor], group: Any = None) -> list[Tensor]:
-    """Replaces DeepSpeed's `reduce_scatter_coalesced` in a simulation, where only sizes matter.
+    """Replaces DeepSpeed's `reduce_scatter_coalesced` in a simulation, where only sizes matter: elements lie in another order.
 
     Returns this rank's part of each gradient in `tensors`, with the buffers and the collective of DeepSpeed's function, but
     without its views of every rank's parts, which with many ranks would be most of the work of a simulated step.
@@ -102,8 +102,9 @@ def reduce_scatter_shapes(tensors: list[Tensor], group: Any = None) -> list[Tens
     pieces: list[Tensor] = []
     for tensor, numel, part_size in zip(tensors, numels, part_sizes, strict=True):
         pieces.append(tensor.view(-1))
-        # The parts of the last ranks may be shorter, or empty: they are padded to `part_size`.
-        for owner in range(numel // part_size, num_ranks):
+        # The parts of the last ranks may be shorter, or empty: they are padded to `part_size`. All ranks before have full parts.
+        first_rank_with_padding = numel // part_size
+        for owner in range(first_rank_with_padding, num_ranks):
             padding = part_size - min(part_size, max(0, numel - part_size * owner))
             if padding:
                 pieces.append(torch.empty(padding, dtype=tensor.dtype, device=tensor.device))
@@ -134,16 +135,21 @@ class GatheredTogether(AllGatherCoalescedHandle):  # type: ignore[misc]
         self.allgather_handle.wait()
         parameters: list[Any] = self.params  # DeepSpeed gives its parameters further attributes, `ds_...`
         for param in parameters:
+            # The partitions of all ranks are views of one buffer, which the first one reaches from its beginning.
             part = self.partitions[0].as_strided((param.ds_numel,), (1,), 0)
+            # A copy, as DeepSpeed's from the parts of all ranks: the memory counts.
             param.data = torch.cat([part]).view(param.ds_shape).to(param.ds_tensor.dtype)
             param.ds_status = ZeroParamStatus.AVAILABLE
         self.complete = True
-        if not handle_dependency:
+        if not handle_dependency:  # DeepSpeed's list keeps the buffer alive until the caller has synchronised
             AllGatherCoalescedHandle.data_buffer.append([part])
 
 
 def prepare_deepspeed(runtime: Runtime) -> None:
     """Prepare DeepSpeed, as it is in this process, for a run under `runtime`, simulated or real. Changes DeepSpeed's modules.
+
+    In a simulation, of one rank whose tensors have no values, DeepSpeed's own functions would read values, and do for each of the
+    other ranks what only takes time.
 
     - Stage 3 gets our stand-ins in a simulation, and DeepSpeed's own functions back in a real run.
     - The accelerator becomes that of the runtime's device.

@@ -12,7 +12,7 @@ from strategies.base import OptimizerFactory, ParameterSource, Precision, Strate
 from strategies.native import NativeEngine
 from strategies.parameters import (
     COMPUTE_DTYPE,
-    allocate_parameters,
+    allocate_on_device,
     load_full_parameters,
     meta_context,
     set_parameter_dtypes,
@@ -56,5 +56,5 @@ class SingleStrategy:
 def load_in_full(step_module: nn.Module, source: ParameterSource, precision: Precision, runtime: Runtime) -> None:
     """Load all parameters onto this rank's device: trainable ones in fp32, frozen ones in the compute type."""
     set_parameter_dtypes(step_module, trainable=torch.float32, frozen=COMPUTE_DTYPE[precision])
-    allocate_parameters(step_module, runtime.device)
+    allocate_on_device(step_module, runtime.device)
     load_full_parameters(step_module, source, runtime)

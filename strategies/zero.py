@@ -40,7 +40,7 @@ from strategies.full_params import ZeroFullParameters
 from strategies.host_memory import HostMemory, open_host_memory
 from strategies.parameters import (
     COMPUTE_DTYPE,
-    allocate_parameters,
+    allocate_on_device,
     load_full_parameters,
     meta_context,
     named_parameters,
@@ -378,7 +378,7 @@ class ZeroStrategy:
         if self.config.stage == 3:
             self._load_partitioned_parameters(step_module, source, deepspeed_settings_with(), compute_dtype)
         else:
-            allocate_parameters(step_module, self.runtime.device)
+            allocate_on_device(step_module, self.runtime.device)
             load_full_parameters(step_module, source, self.runtime)
 
         # Whether steps are decided on the device depends on the optimizer, and the optimizer on the partitioned parameters:

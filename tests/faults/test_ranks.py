@@ -184,7 +184,7 @@ def test_failure_cause_is_only_a_rank_whose_count_stands_still(monkeypatch):
 
 
 def exchange(number: int, waits_s: float | None = None, group: str = "default_pg", by: str = "gloo") -> CollectiveCall:
-    return CollectiveCall(number=number, operation=f"{by}:all_reduce", group=group, sizes=[[4, 2]], waits_s=waits_s)
+    return CollectiveCall(number=number, operation=f"{by}:all_reduce", group=group, sizes=[[4, 2]], waiting_s=waits_s)
 
 
 def test_a_rank_that_lives_and_does_not_come_is_the_cause(tmp_path, monkeypatch):
@@ -220,13 +220,13 @@ def test_a_rank_that_lives_and_does_not_come_is_the_cause(tmp_path, monkeypatch)
         ({}, None),
     ):
         beats[0].world_size = 1 + max(others, default=1)
-        found = beats[0].absent_rank_error(late, {0: exchange(12, 9.0), **others})
+        found = beats[0].lagging_rank_error(late, {0: exchange(12, 9.0), **others})
         assert (found is None) == (said is None) and str(found).startswith(said or "None"), found
     beats[0].world_size = 2
     shared = RuntimeError("timed out: rank 0 waited 25 s for its peer 1 (run.timeout_s=25)")
-    assert "does not come to an exchange through shared memory" in str(beats[0].absent_rank_error(shared, {}))
+    assert "does not come to an exchange through shared memory" in str(beats[0].lagging_rank_error(shared, {}))
     assert "lives and does not come to gloo:all_reduce number 12 of default_pg (4x2)" in str(
-        beats[0].absent_rank_error(late, {0: exchange(12, 9.0), 1: exchange(11)})
+        beats[0].lagging_rank_error(late, {0: exchange(12, 9.0), 1: exchange(11)})
     )
 
 
@@ -288,7 +288,7 @@ def test_flight_recorders_of_gloo_and_nccl_are_both_read(monkeypatch):
     )
     monkeypatch.setattr(c10d, "_dump_nccl_trace_json", said(entry(7, "nccl", 5, False), entry(8, "nccl", 6, False)))
     last = flight_recorder.last_collective()
-    assert (last.number, last.numbering) == (7, ("default_pg", "nccl")) and last.waits_s > 0
+    assert (last.number, last.numbering) == (7, ("default_pg", "nccl")) and last.waiting_s > 0
     monkeypatch.setattr(c10d, "_dump_nccl_trace_json", said())
     assert flight_recorder.last_collective().numbering == ("default_pg", "gloo")
 
@@ -367,11 +367,11 @@ def test_the_exchanges_of_this_process_are_read_without_a_pickle():
         for _ in range(2):
             dist.all_reduce(torch.ones(4, 2))
         last, until = flight_recorder.last_collective(), time.monotonic() + seconds(30)
-        while last.waits_s is not None and time.monotonic() < until:  # gloo's own thread notes that it is over
+        while last.waiting_s is not None and time.monotonic() < until:  # gloo's own thread notes that it is over
             last = flight_recorder.last_collective()
     finally:
         dist.destroy_process_group()
-    assert (last.operation, last.sizes, last.waits_s) == ("gloo:all_reduce", [[4, 2]], None) and last.number >= 2
+    assert (last.operation, last.sizes, last.waiting_s) == ("gloo:all_reduce", [[4, 2]], None) and last.number >= 2
 
 
 def test_killed_rank_has_its_phase_and_step_also_where_no_peer_saw_it(tmp_path, monkeypatch):

@@ -258,7 +258,7 @@ def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
     if timed_out and cause is None and attempt.heartbeat_monitor is not None:
         # All ranks send heartbeats: the cause is the rank whose last collective comes first in their common order.
         last_collectives = attempt.heartbeat_monitor.collect_last_collectives(None)
-        cause = attempt.heartbeat_monitor.absent_rank_error(error, last_collectives)
+        cause = attempt.heartbeat_monitor.lagging_rank_error(error, last_collectives)
 
     # Record that rank with its phase and step, or else this rank.
     phase = attempt.phase
@@ -327,7 +327,7 @@ def _record_timeout_before_nccl_aborts(attempt: Attempt, rank: int, collective: 
     _record_failure(
         attempt,
         rank,
-        TimedOut(f"timed out: {collective} is not over after {collective.waits_s or 0:.0f} s (run.timeout_s)"),
+        TimedOut(f"timed out: {collective} is not over after {collective.waiting_s or 0:.0f} s (run.timeout_s)"),
     )
     while (attempt.phase, attempt.step) == position:
         time.sleep(1)
