@@ -149,7 +149,8 @@ def apply_checkpointing_and_compile(step_module: nn.Module, config: StrategyConf
 def _offload_block_inputs(step_module: nn.Module) -> None:
     """Let blocks that recompute keep their inputs in host memory until the backward pass needs them.
 
-    Sets `host_inputs` of the plan that the step module carries. Raises ConfigError if the model's checkpointing cannot be wrapped for it.
+    Sets `host_inputs` of the plan that the step module carries. Raises ConfigError if the model's checkpointing cannot be
+    wrapped for it.
     """
     plan = plan_of(step_module)
     host_inputs = HostInputs()

@@ -43,8 +43,8 @@ STACKS_KEY = "shardtune/stacks"
 LAST_COLLECTIVE_KEY_FORMAT = "shardtune/exchange/{}"
 HEARTBEAT_KEY_FORMAT = "shardtune/beat/{}"
 WATCHED_BEATS_AFTER_TIMEOUT, WATCHED_BEATS = 6, 2.5
-"""Heartbeats for which the other ranks are watched after a lost connection. If a process has ended, its launcher will end this one
-in a few seconds; if one hangs, so that a timeout was met, there is more time to watch."""
+"""Heartbeats for which the other ranks are watched after a lost connection. If a process has ended, its launcher will end this
+one in a few seconds; if one hangs, so that a timeout was met, there is more time to watch."""
 HEARTBEAT_DIRECTORY_VARIABLE = "SHARDTUNE_LAST_WORDS"
 """Environment variable: a directory of this host, given by the launcher, in which each rank writes its last heartbeat."""
 LATE_SHARE = 0.8
@@ -332,7 +332,7 @@ class HeartbeatMonitor:
         return CutOffRank(heartbeat, since_s=self._store.unanswered_s(), error_line=error_line)
 
     def _report_unanswered_once(self) -> None:
-        """Print that the store does not answer, unless that was printed since its last answer (`_report_answer_after_silence`)."""
+        """Print that the store does not answer, unless that was printed since its last answer: `_report_answer_after_silence`."""
         if self._reported_unanswered:
             return
         self._reported_unanswered = True

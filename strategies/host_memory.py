@@ -122,9 +122,9 @@ class HostMemory:
     def _chunks(self, like: Tensor, num_elements: int, slot_multiple: int = 1) -> Iterator[tuple[int, list[Tensor]]]:
         """Divide `num_elements` elements into chunks that fit into a slot.
 
-        Yields for each chunk (index of its first element, the slot of each rank for it). A slot has room for `slot_multiple` times
-        the elements of the chunk, and is a view with the data type of `like`. Each rank has a region of two slots, which chunks
-        take in turn.
+        Yields for each chunk (index of its first element, the slot of each rank for it). A slot has room for `slot_multiple`
+        times the elements of the chunk, and is a view with the data type of `like`. Each rank has a region of two slots, which
+        chunks take in turn.
         """
         chunk_numel = _SLOT_BYTES // like.element_size() // slot_multiple
         for start in range(0, num_elements, chunk_numel):
@@ -143,8 +143,8 @@ class HostMemory:
     def _wait_at_barrier(self) -> None:
         """A barrier: announce that this rank's data is written, and wait until every rank has called this as often as this one.
 
-        Ranks count their barriers in shared memory. A processor on which a counter could be seen before the data that it announces
-        takes a barrier of the process group instead.
+        Ranks count their barriers in shared memory. A processor on which a counter could be seen before the data that it
+        announces takes a barrier of the process group instead.
         """
         if not _CPU_KEEPS_STORE_ORDER:
             dist.barrier(self.group)
