@@ -154,7 +154,7 @@ def _offload_block_inputs(step_module: nn.Module) -> None:
     """
     plan = plan_of(step_module)
     host_inputs = HostInputs()
-    if not wrap_checkpoints(step_module.model, host_inputs.wrap):  # type: ignore[arg-type]
+    if not wrap_checkpoints(step_module.model, host_inputs.wrap_checkpoint_function):  # type: ignore[arg-type]
         raise ConfigError(
             f"strategy.offload_activations=true: {type(step_module.model).__name__} recomputes in a way of its own, which "
             "keeps inputs on the device; set strategy.offload_activations=false"

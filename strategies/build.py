@@ -17,6 +17,7 @@ def build_strategy(config: StrategyConfig, precision: Precision, runtime: Runtim
     resolves; `single` with several processes.
     """
     communicates = config.name not in (StrategyName.single, StrategyName.auto)
+    # The fake backend is that of a job of one rank which found no network; a simulation has it on purpose.
     if communicates and not runtime.simulated and dist.get_backend(runtime.control_group) == FAKE_BACKEND:
         raise ConfigError(
             f"strategy={config.name}: this host has no network, not even a loopback interface, and the process group needs one; "

@@ -78,11 +78,11 @@ class AssumedRowCounts:
     """The expert group; None on meta tensors, where no collectives are counted."""
 
     def row_counts(self, rows_by_expert: Tensor, num_rows: int) -> LayerRowCounts:
-        """The row counts that a simulation assumes for a layer: this rank sends `num_rows` rows, and `imbalance` times as many
-        arrive.
+        """The row counts that a simulation assumes: this rank sends `num_rows` rows, and `imbalance` times as many arrive.
 
-        The rows are spread evenly over the ranks. `received_by_expert` has the right shape, but values without a meaning.
-        `rows_by_expert`: `[E]`, of the layer's E experts; its values are not used.
+        A row is what one token sends to one of its experts. The rows are spread evenly over the ranks. `received_by_expert` has
+        the right shape, but values without a meaning. `rows_by_expert`: `[E]`, of the layer's E experts; its values are not
+        used.
         """
         received_by_expert = rows_by_expert.view(self.num_ranks, -1)  # stands in for the counts of other ranks
         if self.group is not None:

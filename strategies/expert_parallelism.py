@@ -40,6 +40,7 @@ def distribute_experts(
         group_size=expert_ranks,
         group_rank=runtime.rank % expert_ranks,
         group=group,
+        # How many tokens ranks send each other: exchanged by the ranks, or assumed in a simulation.
         row_count_source=row_count_source(group, expert_ranks, imbalance=assumed_imbalance),
     )
     for module in modules:
@@ -56,14 +57,17 @@ def keep_one_rank_of_experts_on_meta(step_module: nn.Module) -> None:
     plan = plan_of(step_module)
     if plan.expert_ranks == 1:
         return
-    counts = AssumedRowCounts(plan.expert_ranks, ASSUMED_IMBALANCE)
-    share = ExpertShare(group_size=plan.expert_ranks, group_rank=0, group=None, row_count_source=counts)
+    assumed_row_counts = AssumedRowCounts(plan.expert_ranks, ASSUMED_IMBALANCE)  # how many tokens arrive
+    share = ExpertShare(group_size=plan.expert_ranks, group_rank=0, group=None, row_count_source=assumed_row_counts)
     for name in plan.expert_parallel_modules:
         _keep_own_experts(step_module.get_submodule(name), share)
 
 
 def _keep_own_experts(module: nn.Module, share: ExpertShare) -> None:
-    """Cut the parameters of a module of experts, `[experts, ...]`, to the number of experts that one rank of the group holds."""
+    """Cut the parameters of a module of experts, `[experts, ...]`, to the number of experts that one rank of the group holds.
+
+    They are on meta, so that the first experts stand for this rank's own; their values are read later.
+    """
     parameters = own_parameters(module)
     for name, parameter in parameters.items():
         if parameter is None:
@@ -74,16 +78,15 @@ def _keep_own_experts(module: nn.Module, share: ExpertShare) -> None:
     module.expert_share = share  # type: ignore[assignment]
 
 
-def shard_experts(module: nn.Module, world_size: int, **fully_shard_settings: Any) -> None:
-    """Shard a rank's experts over the ranks that hold the same ones, with FSDP2.
+def shard_experts(module: nn.Module, world_size: int, *, mesh: DeviceMesh, **fully_shard_settings: Any) -> None:
+    """Shard a rank's experts over the ranks that hold the same ones, which are those of `mesh`, with FSDP2.
 
     `world_size`: all ranks of the run, by which summed gradients are divided, as those of other parameters are: the tokens of an
-    expert come from all ranks, though only those of the mesh hold it. `fully_shard_settings`: arguments of `fully_shard`, among
-    them the `mesh` of the ranks that hold the same experts.
+    expert come from all ranks, though only the ranks of the mesh hold it. `fully_shard_settings`: its other arguments.
     """
-    sharded: Any = fully_shard(module, **fully_shard_settings)
+    sharded: Any = fully_shard(module, mesh=mesh, **fully_shard_settings)
     sharded.set_gradient_divide_factor(float(world_size))
     # With a divisor that is not the size of the mesh, torch would use a reduction that multiplies before it sums. gloo does not
     # have it, and NCCL returns zeros in bf16 (pytorch#190747). If nothing is sharded, a forced sum would be divided twice.
-    if fully_shard_settings["mesh"]["shard"].size() > 1:
+    if mesh["shard"].size() > 1:
         sharded.set_force_sum_reduction_for_comms(True)

@@ -36,7 +36,7 @@ class HostInputs:
         """Forget the peak of earlier steps."""
         self.peak = HostTensors(self.num_live_tensors, self.live_bytes)
 
-    def wrap(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap_checkpoint_function(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap `checkpoint` (torch's activation checkpointing), so that a block's hidden states are saved on the host.
 
         `checkpoint(function, *inputs)` runs a block and saves its inputs for the recomputation. The first floating-point tensor
@@ -60,7 +60,8 @@ class HostInputs:
             hidden_shape = hidden.shape  # not the tensor: a hook that refers to it would keep it on the device
 
             def pack(saved: Tensor) -> Any:
-                # Masks and positions stay on the device, since all blocks share them.
+                # Masks and positions stay on the device, since all blocks share them. Hidden states are told by their shape:
+                # another tensor of the block's inputs with that shape, such as a residual, waits on the host as well.
                 is_hidden = saved.shape == hidden_shape and _is_float(saved)
                 return (saved.device, self._copy_to_host(saved)) if is_hidden else saved
 
@@ -70,7 +71,7 @@ class HostInputs:
         return checkpoint_from_host
 
     def _copy_to_host(self, tensor: Tensor) -> Tensor:
-        """A copy of `tensor` on the host, which is counted as long as it lives."""
+        """A copy of `tensor` on the host, which is counted as long as it lives, for the memory that a simulation reports."""
         is_on_gpu = tensor.device.type == "cuda"  # a simulated GPU has no pinned memory
         host_copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=is_on_gpu)
         host_copy.copy_(tensor, non_blocking=is_on_gpu)
@@ -79,7 +80,8 @@ class HostInputs:
         self.live_bytes += num_bytes
         if self.live_bytes > self.peak.num_bytes:
             self.peak = HostTensors(self.num_live_tensors, self.live_bytes)
-        weakref.finalize(host_copy, self._uncount, num_bytes).atexit = False  # uncounts it when nothing refers to it
+        # Uncounts it when nothing refers to it; at the end of the process there is nothing left to count.
+        weakref.finalize(host_copy, self._uncount, num_bytes).atexit = False
         return host_copy
 
     def _uncount(self, num_bytes: int) -> None:

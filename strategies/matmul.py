@@ -34,7 +34,7 @@ _MAX_KEPT_KERNELS = "64"
 """Limit of compiled kernels, about 0.4 MiB each. Rows of ever new lengths would fill the default of 1,024, in two caches."""
 
 _onednn_is_chosen = False
-"""Whether this process has chosen oneDNN."""
+"""Whether this process has chosen oneDNN, so that attention of short documents switches to BLAS for a while."""
 
 _CPU_INFO = Path("/proc/cpuinfo")
 
@@ -100,17 +100,17 @@ def choose_matmul_library(requested: Matmul) -> MatmulChoice:
     global _onednn_is_chosen
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own cache, and torch's of it
         os.environ.setdefault(name, _MAX_KEPT_KERNELS)
-    _set_float32_library(onednn=False)
-    choice = _library_choice(requested)
+    _set_float32_library(onednn=False)  # an earlier run of this process may have left oneDNN
+    choice = _choose_by_request_and_processor(requested)
     _onednn_is_chosen = choice.library is Matmul.onednn
     _set_float32_library(onednn=_onednn_is_chosen)
     return choice
 
 
 def agree_on_matmul_library(choices: list[MatmulChoice], rank: int) -> MatmulChoice:
-    """This rank's final choice. Switches to BLAS if the ranks have chosen different libraries, which round differently.
+    """The choice of this rank on which all agree: its own if all are alike, else BLAS, since the libraries round differently.
 
-    `choices`: those of all ranks, in rank order. `rank`: this rank.
+    `choices`: those of all ranks, in rank order. If they differ, one has chosen BLAS. `rank`: this rank.
     """
     if len({choice.library for choice in choices}) == 1:
         return choices[rank]
@@ -172,7 +172,7 @@ def _set_float32_library(*, onednn: bool) -> None:
     torch.set_float32_matmul_precision("medium" if onednn else "highest")
 
 
-def _library_choice(requested: Matmul) -> MatmulChoice:
+def _choose_by_request_and_processor(requested: Matmul) -> MatmulChoice:
     """The library that this process should use, and why. `requested`: `run.matmul`; `auto` is looked up in the table.
 
     BLAS if it is requested, or if oneDNN is missing or would round to bfloat16; else what is requested, or the table's.

@@ -27,6 +27,7 @@ def every_strategy(common: StrategyConfig) -> list[StrategyConfig]:
         SingleConfig(**common_values),
         DdpConfig(**common_values),
         Fsdp2Config(**common_values),
+        # hsdp is fsdp2 with replicas; 0: one a host, or 2 on a single host.
         Fsdp2Config(name=StrategyName.hsdp, replicate=0, **common_values),
         ZeroConfig(name=StrategyName.zero1, stage=1, **common_values),
         ZeroConfig(name=StrategyName.zero2, stage=2, **common_values),

@@ -173,7 +173,7 @@ def _form_process_group(*, is_on_gpu: bool, rank: int, world_size: int, timeout:
     - Otherwise: a job of one, whose variables are set here.
     """
     refuse_unknown_interface()
-    enable_recorder()
+    enable_recorder()  # torch's flight recorder, which says after a timeout what each rank waited for
     backend = "cpu:gloo,cuda:nccl" if is_on_gpu else "gloo"
     if store is not None:
         prefixed_store = dist.PrefixStore("default_pg", store)
@@ -247,7 +247,10 @@ _HOST_COUNTERS_FILE = Path("/proc/vmstat")
 
 
 def num_usable_cores() -> int:
-    """Cores that this process may use: its affinity, or the CPU quota of its cgroups if that is less; at least 1."""
+    """Cores that this process may use: its affinity, or the CPU quota of its cgroups if that is less; at least 1.
+
+    Of a quota of 2.5 cores, 2 count.
+    """
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
@@ -347,7 +350,7 @@ def longer_timeout(runtime: Runtime, extra_s: float) -> Iterator[None]:
     try:
         yield
     finally:
-        set_group_timeouts(runtime)
+        set_group_timeouts(runtime)  # the usual one again
 
 
 def leave_job(*, failed: bool = False) -> None:

@@ -19,16 +19,20 @@ def num_held_elements(step_module: nn.Module) -> int:
     over ranks count on each rank that holds them.
     """
     local_total = 0
-    counts = num_elements_by_name(step_module)
+    full_counts = num_elements_by_name(
+        step_module
+    )  # of the full parameters, of packed ones the elements that they encode
     for name, parameter in named_parameters(step_module):
         local_numel, full_numel = _local_and_full_numel(parameter)
         share = expert_share_of_parameter(step_module, name)
-        if share is not None:
+        if (
+            share is not None
+        ):  # the parameter is of this rank's experts, the full one of those of all ranks of its group
             full_numel *= share.group_size
-        if counts[name] == full_numel:
+        if full_counts[name] == full_numel:
             local_total += local_numel
         else:  # packed: each byte stands for several elements
-            local_total += local_numel * counts[name] // full_numel
+            local_total += local_numel * full_counts[name] // full_numel
     return local_total
 
 

@@ -76,7 +76,10 @@ def simulated_rank(
 
 @contextmanager
 def fake_tensors(device: torch.device) -> Iterator[None]:
-    """A context in which new tensors have no memory, and operations on `SIMULATED` are chosen as on a GPU."""
+    """A context in which new tensors have no memory, and operations on `SIMULATED`, which stands for a GPU, are chosen as on one.
+
+    `device`: of the simulated rank; "cpu" leaves operations as they are.
+    """
     import strategies.compat.fake_collectives  # noqa: F401 - gives collectives of fake tensors their shapes
     from strategies.compat.fake_tensors import FakeTensorMode
 
@@ -108,6 +111,7 @@ def cached_tensor(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if fake_mode is None:
             tensor_by_arguments = real_tensor_by_arguments
         else:
+            # As an attribute of the mode, so that the tensors end with it.
             tensor_by_arguments = vars(fake_mode).setdefault(f"{make.__module__}.{make.__qualname__}", {})
         if arguments not in tensor_by_arguments:
             tensor_by_arguments[arguments] = make(*arguments)
@@ -168,12 +172,12 @@ class GpuDispatchMode(TorchFunctionMode):
     """Lets functions do for tensors on `SIMULATED` what they do on a GPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call `func`, or the function that torch would call instead of it for tensors on a GPU."""
+        """Call `func`, or what a GPU would do in its place: attention kernels, types of autocast, pinned memory, devices."""
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return _attention_as_on_gpu(*args, **kwargs)
         if func is Tensor.backward or func is torch.autograd.backward:
-            return self._backward(*args, **kwargs)
+            return self._run_backward_in_mode(*args, **kwargs)
         if func is Tensor.pin_memory:
             return args[0]
         if func is Tensor.is_pinned:
@@ -185,19 +189,24 @@ class GpuDispatchMode(TorchFunctionMode):
             kwargs = {name: _as_float32(argument) for name, argument in kwargs.items()}
         return func(*args, **kwargs)
 
-    def _backward(
-        self, root: Any, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
+    def _run_backward_in_mode(
+        self,
+        tensors: Any,
+        gradient: Any = None,
+        retain_graph: Any = None,
+        create_graph: bool = False,
+        inputs: Any = None,
     ) -> None:
         """Run the backward pass inside this mode, so that recomputation is in it too; torch's own entry would leave the mode."""
         assert inputs is None, "no engine asks for the gradients of some tensors alone"
-        roots = (root,) if isinstance(root, Tensor) else tuple(root)
+        roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
         gradients = gradient if isinstance(gradient, tuple | list) else [gradient] * len(roots)
         root_gradients = []
         for tensor, root_gradient in zip(roots, gradients, strict=True):
             root_gradients.append(torch.ones_like(tensor) if root_gradient is None else root_gradient)
         with self:
             all_leaves: tuple[Tensor, ...] = ()  # gradients of all leaves, not of some inputs
-            run_backward(
+            run_backward(  # the entry of torch's own engine, below `Tensor.backward`
                 roots,
                 tuple(root_gradients),
                 bool(retain_graph),
@@ -214,7 +223,7 @@ def _moved_to_simulated_device(tensor: Tensor, args: Any, kwargs: Any) -> Tensor
     `tensor`: what one of `_FACTORIES_FROM_VALUES` has created of `args` and `kwargs`, on the CPU. Otherwise `tensor` itself:
 
     - the call asked for another device, by `device=` or by the device of its source tensor;
-    - it has a single number, which goes with tensors of any device, and which models read;
+    - it has a single number, which torch combines with tensors of any device, and whose value models read;
     - it is on the simulated device already.
     """
     requested_device = kwargs.get("device")
@@ -291,7 +300,8 @@ def _attention_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
 def reduce_fake_gradients(wrapped: Any) -> None:
     """Let a DistributedDataParallel module work on fake tensors, by a hook of its own for each gradient bucket.
 
-    The hook calls the all-reduce, so that a simulation records it, and does not wait: that of fake tensors has no result.
+    The hook calls the all-reduce, so that a simulation records it, and does not wait: that of fake tensors has no result. After
+    its first pass DDP would put the buckets in another order, for which it reads values: `ReducerWithoutRebuild` leaves them.
     """
 
     def all_reduce_bucket(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

@@ -44,7 +44,7 @@ class SingleStrategy:
         apply_checkpointing_and_compile(step_module, self.config)
         return NativeEngine(
             step_module,
-            step_module,
+            step_module,  # nothing wraps it
             make_optimizer=make_optimizer,
             max_grad_norm=max_grad_norm,
             precision=self.precision,

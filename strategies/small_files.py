@@ -34,7 +34,7 @@ JSON_OBJECT_FILES = (
     "bottleneck_config.json",
 )
 """Files that libraries read as one JSON object. They are small enough to be checked first."""
-OTHER_FILES = (
+FILE_PATTERNS_BESIDE_JSON_OBJECTS = (
     *("model.safetensors.index.json", "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"),
     *("chat_template.json", "processor_config.json", "preprocessor_config.json", "*.jinja", "*.model"),
     "additional_chat_templates/*.jinja",
@@ -105,9 +105,9 @@ def check_files_read_by_libraries(directory: Path) -> None:
     """Raise ConfigError if a library could not read one of the small files in a model's or an adapter's directory."""
     for name in JSON_OBJECT_FILES:
         path = directory / name
-        if path.exists() or path.is_symlink():
+        if path.exists() or path.is_symlink():  # a link to nothing, as after a download that was cut short, is an error
             read_json_object(path)
-    for pattern in OTHER_FILES:
+    for pattern in FILE_PATTERNS_BESIDE_JSON_OBJECTS:
         for path in directory.glob(pattern):
             refuse_unless_small_regular_file(path, most_bytes=MAX_BYTES_BY_FILE.get(path.name, MAX_BYTES))
             refuse_lfs_pointer(path)

@@ -50,6 +50,7 @@ def engine_tensors(engine: Engine) -> Iterator[tuple[MemoryKind, Tensor]]:
     for parameter in module.parameters():
         if parameter.grad is not None:
             yield MemoryKind.gradients, local_tensor(parameter.grad)
+    # Storages that FSDP2 and DeepSpeed gather into are those of parameters for a while: these kinds come later, and count.
     yield from _fsdp_tensors(module)
     yield from _deepspeed_tensors(engine)
     optimizer: Any = getattr(engine, "optimizer", None)
@@ -77,7 +78,10 @@ def _fsdp_tensors(module: nn.Module) -> Iterator[tuple[MemoryKind, Tensor]]:
 
 
 def _deepspeed_tensors(engine: Any) -> Iterator[tuple[MemoryKind, Tensor]]:
-    """What DeepSpeed keeps: gathered parameters, this rank's partitions, and what is inside its optimizer."""
+    """What DeepSpeed keeps: gathered parameters, this rank's partitions, and what is inside its optimizer.
+
+    A parameter that is not gathered now is empty, and adds no bytes.
+    """
     zero_optimizer = getattr(getattr(engine, "engine", None), "optimizer", None)
     if zero_optimizer is None:
         return
