@@ -201,10 +201,10 @@ def _evaluate_test(
         run_dir=Path(job.run),
         step=progress.step,
         checkpoint=Path(job.checkpoint).name,
-        artefact=None if job.accepted else manifest_sha256(Path(job.checkpoint)),
+        manifest_sha256=None if job.accepted else manifest_sha256(Path(job.checkpoint)),
     )
     if runtime.is_main:
-        result = record_test_result(weights, metrics, num_test_documents(data), recorded=job.recorded)
+        result = record_test_result(weights, metrics, num_test_documents(data), may_write_run_dir=job.recorded)
         write_text_atomic(job_dir / TEST_FILE, json_text(result, indent=1) + "\n")
     processes.barrier(runtime)
 

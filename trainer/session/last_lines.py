@@ -23,9 +23,13 @@ MIN_METRIC_WIDTH = 22
 
 
 def end_text(
-    record: RunRecord, run_dir: Path, outcome: TrainingOutcome, export: Path | None, hints: Sequence[tuple[str, str]]
+    record: RunRecord,
+    run_dir: Path,
+    outcome: TrainingOutcome,
+    export_dir: Path | None,
+    tracker_links: Sequence[tuple[str, str]],
 ) -> str:
-    """The last lines of a run. `export`: its directory, if one was written. `hints`: (tracker, link)."""
+    """The last lines of a run. `export_dir`: if one was written. `tracker_links`: such as ("W&B", "https://wandb.ai/...")."""
     speed = ""
     if outcome.speed:
         speed = f", {outcome.speed['tokens_per_s']:,.0f} tokens/s (median)"
@@ -42,20 +46,25 @@ def end_text(
     if outcome.overfitting_sentence:
         lines.append(f"overfits?   {outcome.overfitting_sentence}")
     lines += [f"slow:       {SlowRank(**slow_rank).text_with_steps()}" for slow_rank in outcome.slow_ranks]
-    if export is not None:
-        lines.append(f"model:      {export}{_exported_checkpoint_suffix(record)}")
-    elif outcome.export_follows:
-        lines.append(f"model:      by the export job of this pipeline{_exported_checkpoint_suffix(record)}")
-    elif record.exported_checkpoint is not None:
-        lines.append(
-            f"not exported: {_reason_not_exported(record)}; chosen was {_chosen_checkpoint_text(record.exported_checkpoint)}"
-        )
+    lines += _model_lines(record, outcome, export_dir)
     lines += [f"run record: {run_dir / RUN_RECORD}", f"metrics:    {run_dir / 'metrics.jsonl'}"]
-    lines += [f"{name + ':':<11} {link}" for name, link in hints]
-    next_step = _next_action(record, run_dir, outcome, export)
-    if next_step is not None:
-        lines.append(f"next:       {next_step}")
+    lines += [f"{name + ':':<11} {link}" for name, link in tracker_links]
+    next_action = _next_action(record, run_dir, outcome, export_dir)
+    if next_action is not None:
+        lines.append(f"next:       {next_action}")
     return "\n".join(lines)
+
+
+def _model_lines(record: RunRecord, outcome: TrainingOutcome, export_dir: Path | None) -> list[str]:
+    """One line on the exported model and its checkpoint, or on why there is none; no line if no checkpoint was chosen."""
+    if export_dir is not None:
+        return [f"model:      {export_dir}{_exported_checkpoint_suffix(record)}"]
+    if outcome.export_follows:
+        return [f"model:      by the export job of this pipeline{_exported_checkpoint_suffix(record)}"]
+    if record.exported_checkpoint is None:
+        return []
+    chosen_text = _chosen_checkpoint_text(record.exported_checkpoint)
+    return [f"not exported: {_reason_not_exported(record)}; chosen was {chosen_text}"]
 
 
 def _test_lines(record: RunRecord, width: int) -> list[str]:
@@ -87,9 +96,10 @@ def _answer_lines(outcome: TrainingOutcome) -> list[str]:
 
 
 def _better_weights_lines(record: RunRecord, run_dir: Path, outcome: TrainingOutcome) -> list[str]:
-    """One line if better weights exist than the exported ones, by the monitored metric; else none.
+    """One line if better weights exist than the exported ones, by the watched metric; else none.
 
-    The better weights are the model before training, or those of an earlier step.
+    - No step is better than the model before training: that is said.
+    - An earlier step is better than the exported one: the command that exports it.
     """
     best = outcome.progress.best_metric
     if outcome.watched_metric not in outcome.last_metrics or best is None:
@@ -126,7 +136,7 @@ def _chosen_checkpoint_text(chosen: Mapping[str, Any]) -> str:
 
 
 def _has_improved(outcome: TrainingOutcome) -> bool:
-    """Whether the best monitored metric is better than before training; True if it was not measured before."""
+    """Whether the best value of the watched metric is better than before training; True if it was not measured before."""
     best = outcome.progress.best_metric
     before = outcome.metrics_before_training.get(outcome.watched_metric)
     if best is None or before is None:
@@ -135,7 +145,10 @@ def _has_improved(outcome: TrainingOutcome) -> bool:
 
 
 def _has_better_step(record: RunRecord, outcome: TrainingOutcome) -> bool:
-    """Whether an earlier step had a better monitored metric than the exported checkpoint, which is the last one."""
+    """Whether an earlier step had a better value of the watched metric than the exported checkpoint, which is the last one.
+
+    True also if the last step was not evaluated by it, since the earlier one was the best so far.
+    """
     exported = record.exported_checkpoint or {}
     is_best_exported = exported.get("which") == "best"
     is_last_step_best = outcome.progress.best_step in (None, outcome.progress.step)
@@ -153,7 +166,7 @@ def _export_of_best(run_dir: Path) -> str:
     return f"shardtune export {shlex.quote(str(run_dir))} checkpoint=best"
 
 
-def _next_action(record: RunRecord, run_dir: Path, outcome: TrainingOutcome, export: Path | None) -> str | None:
+def _next_action(record: RunRecord, run_dir: Path, outcome: TrainingOutcome, export_dir: Path | None) -> str | None:
     """What the user does next, as a command if there is one; None if gates kept the model from being exported.
 
     In this order, since a model that is worse is not worth a chat: train again if training made it worse; export an earlier step
@@ -165,11 +178,11 @@ def _next_action(record: RunRecord, run_dir: Path, outcome: TrainingOutcome, exp
         return f"train again in another run.dir, with {remedy}"
     if _has_better_step(record, outcome):
         return _export_of_best(run_dir)
-    if outcome.export_follows:
+    if outcome.export_follows:  # a later job of the pipeline writes it
         return f"shardtune status {shlex.quote(str(run_dir))}"
-    if export is None:
+    if export_dir is None:
         return None if record.gates else f"shardtune export {shlex.quote(str(run_dir))}"
     family = FAMILIES.get(record.objective)
     if family is not None and family.kind is ModelKind.causal:
         return f"shardtune chat {shlex.quote(str(run_dir))}"
-    return f"read {export / 'README.md'}, the model card"
+    return f"read {export_dir / 'README.md'}, the model card"

@@ -36,12 +36,12 @@ class CheckpointWeights:
     step: int
     checkpoint: str
     """Name of the checkpoint, such as `step-000014`."""
-    artefact: str | None
+    manifest_sha256: str | None
     """SHA-256 of the checkpoint's manifest; None if there is no checkpoint of these weights."""
 
 
 @dataclass(kw_only=True, slots=True)
-class ResultOnTest:
+class RecordedTestResult:
     """What `run.json` says of the test documents. The names of the fields are its keys."""
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class ResultOnTest:
     """Of the weights that they are about."""
     documents: int = 0
     looks: int = 0
-    """How often anything was measured on the test documents, this time included."""
+    """How often anything was measured on the test documents, this time included (`num_test_evaluations`)."""
 
 
 def measure_test_metrics(evaluators: Sequence[Evaluator], engine: Engine) -> dict[str, float]:
@@ -71,7 +71,7 @@ def measure_test_metrics(evaluators: Sequence[Evaluator], engine: Engine) -> dic
     return metrics
 
 
-def test_result_at_end(
+def measure_or_recall_test_result(
     data: PreparedData,
     weights: CheckpointWeights,
     runtime: Runtime,
@@ -81,23 +81,24 @@ def test_result_at_end(
     """What `run.json` says of the test documents when training has ended; None if there are none. All ranks must call.
 
     If the run was stopped after an earlier call, the recorded metrics of the same checkpoint are taken, and nothing is measured
-    again. `make_evaluators` is called only if something is measured. Errors: StorageError, Preempted.
+    again: each evaluation counts, since many make the test documents a second evaluation set. `make_evaluators` is called only
+    if something is measured. Errors: StorageError, Preempted.
     """
     if data.test is None or len(data.test) == 0:
         return None
     metrics = broadcast_object(_recorded_metrics(weights) if runtime.is_main else None, runtime)
-    is_new_look = metrics is None
+    is_new_evaluation = metrics is None
     if metrics is None:
         metrics = measure_test_metrics(make_evaluators(), engine)
     documents = num_test_documents(data)
 
-    def record_and_count_looks() -> int:
-        if is_new_look:
-            record_test_look(weights, metrics, documents, MEASURED_BY_RUN)
-        return num_looks(weights.run_dir)
+    def record_and_count() -> int:
+        if is_new_evaluation:
+            record_test_evaluation(weights, metrics, documents, MEASURED_BY_RUN)
+        return num_test_evaluations(weights.run_dir)
 
-    looks = call_on_main(record_and_count_looks, runtime)
-    return asdict(ResultOnTest(metrics=metrics, step=weights.step, documents=documents, looks=looks))
+    num_evaluations = call_on_main(record_and_count, runtime)
+    return asdict(RecordedTestResult(metrics=metrics, step=weights.step, documents=documents, looks=num_evaluations))
 
 
 def num_test_documents(data: PreparedData) -> int:
@@ -109,18 +110,19 @@ def num_test_documents(data: PreparedData) -> int:
 def _recorded_metrics(weights: CheckpointWeights) -> dict[str, float] | None:
     """The test metrics that the run itself has measured of the same checkpoint before; None if it has not."""
     for kept_report in kept_reports(weights.run_dir, TEST_REPORT):
-        is_same_checkpoint = weights.artefact is not None and kept_report.artefact == weights.artefact
+        is_same_checkpoint = weights.manifest_sha256 is not None and kept_report.artefact == weights.manifest_sha256
         if is_same_checkpoint and kept_report.report.get("measured_by") == MEASURED_BY_RUN:
             return dict(kept_report.report.get("metrics") or {})
     return None
 
 
-def record_test_look(
+def record_test_evaluation(
     weights: CheckpointWeights, metrics: dict[str, float], documents: int, measured_by: str
 ) -> dict[str, Any]:
-    """Write the record of a look at the test documents into `reports/` of the run; returns it.
+    """Write the report of an evaluation of the test documents into `reports/` of the run; returns it.
 
-    On rank 0 alone. Errors: StorageError.
+    `documents`: how many. `measured_by`: who asked for it, such as "shardtune evaluate". The reports are counted. On rank 0
+    alone. Errors: StorageError.
     """
     report = {
         "time": time.time(),
@@ -128,7 +130,7 @@ def record_test_look(
             "run": str(weights.run_dir),
             "checkpoint": weights.checkpoint,
             "step": weights.step,
-            "artefact": weights.artefact,
+            "artefact": weights.manifest_sha256,
         },
         "documents": documents,
         "measured_by": measured_by,
@@ -139,22 +141,24 @@ def record_test_look(
 
 
 def record_test_result(
-    weights: CheckpointWeights, metrics: dict[str, float], documents: int, *, recorded: bool
+    weights: CheckpointWeights, metrics: dict[str, float], documents: int, *, may_write_run_dir: bool
 ) -> dict[str, Any]:
-    """The test result of `shardtune evaluate` as JSON values, which is written into the run directory if `recorded`.
+    """The test result of `shardtune evaluate` as JSON values, which is recorded and counted in the run directory.
 
-    `recorded` is false for a run of another user, whose directory is not written. On rank 0 alone. Errors: StorageError.
+    With `may_write_run_dir` false, for a run of another user, nothing is written. On rank 0 alone. Errors: StorageError.
     """
-    if recorded:
-        record_test_look(weights, metrics, documents, MEASURED_BY_COMMAND)
-    result = ResultOnTest(metrics=metrics, step=weights.step, documents=documents, looks=num_looks(weights.run_dir))
-    if recorded:
+    if may_write_run_dir:
+        record_test_evaluation(weights, metrics, documents, MEASURED_BY_COMMAND)
+    result = RecordedTestResult(
+        metrics=metrics, step=weights.step, documents=documents, looks=num_test_evaluations(weights.run_dir)
+    )
+    if may_write_run_dir:
         # The metrics that the run itself measured at its end stay in `run.json`; only the number of looks grows.
         recorded_test = read_json_or_empty(weights.run_dir / RUN_RECORD).get("test") or asdict(result)
         add_to_run_record(weights.run_dir, "test", {**recorded_test, "looks": result.looks})
     return {"run": str(weights.run_dir), "checkpoint": weights.checkpoint, **asdict(result)}
 
 
-def num_looks(run_dir: Path) -> int:
-    """How often anything was measured on the run's test documents."""
+def num_test_evaluations(run_dir: Path) -> int:
+    """How often anything was measured on the run's test documents, by the run or by `shardtune evaluate`."""
     return len(kept_reports(run_dir, TEST_REPORT))

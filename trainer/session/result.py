@@ -27,7 +27,7 @@ from trainer.rollout.loader import RolloutLoader
 from trainer.session.announcements import RunContext
 from trainer.session.closing import closing_sentence
 from trainer.session.evaluators import build_test_evaluators
-from trainer.session.looks_at_test_set import CheckpointWeights, test_result_at_end
+from trainer.session.looks_at_test_set import CheckpointWeights, measure_or_recall_test_result
 from trainer.session.monitors import final_chat_answers
 from trainer.session.run_facts import model_facts
 from trainer.step import BuiltModel
@@ -58,8 +58,9 @@ class TrainedRun:
 def choose_and_measure_checkpoint(run: TrainedRun, record: RunRecord) -> ModelFacts:
     """Choose the checkpoint that is to be exported, load it and evaluate it; returns the facts for its model card.
 
-    Afterwards the engine has the weights of that checkpoint. Notes the results in `run.outcome` and in `record`. All ranks must
-    call. Errors: StorageError, Preempted, those of rewards.
+    Afterwards the engine has the weights of that checkpoint. Sets in `run.outcome` what the last lines show (whether the run
+    overfits, the answers, the test metrics), and in `record` the checkpoint and the test result. All ranks must call. Errors:
+    StorageError, Preempted, those of rewards.
     """
     # Sum up the training.
     from_rewards = objective_family(run.config.objective).rollout is not None
@@ -67,7 +68,7 @@ def choose_and_measure_checkpoint(run: TrainedRun, record: RunRecord) -> ModelFa
 
     # Load the checkpoint, and let it answer the questions outside of the task.
     run.context.attempt.phase = "choosing the checkpoint to export"
-    chosen, tokens = load_checkpoint_to_export(run)
+    chosen, trained_tokens = load_checkpoint_to_export(run)
     record.exported_checkpoint = asdict(chosen)
     weights_changed = chosen.step != run.outcome.progress.step
     run.outcome.chat_answers = final_chat_answers(run.detectors, run.engine, refresh=weights_changed)
@@ -77,14 +78,15 @@ def choose_and_measure_checkpoint(run: TrainedRun, record: RunRecord) -> ModelFa
     run.context.attempt.require_run_dir_ownership(run.context.runtime)  # the result is written into the run directory
     record.test = measure_test_documents(run, chosen.step)
     run.outcome.test = {} if record.test is None else record.test["metrics"]
-    return model_facts(run.config, record, run.outcome, chosen.step, tokens, run.context.run_dir)
+    return model_facts(run.config, record, run.outcome, chosen.step, trained_tokens, run.context.run_dir)
 
 
 def load_checkpoint_to_export(run: TrainedRun) -> tuple[ChosenCheckpoint, int]:
     """Choose the checkpoint to export, and load it into the engine; returns (the checkpoint, the tokens it was trained on).
 
-    Nothing is loaded if it is the last one, whose weights the engine has already. All ranks must call. Raises StorageError on
-    every rank if the best checkpoint cannot be read: a run with `export.checkpoint=last` does not need it.
+    Nothing is loaded if it is the last step, whose weights the engine has already; any other step has a checkpoint. All ranks
+    must call. Raises StorageError on every rank if the best checkpoint cannot be read: with `export.checkpoint=last` it is not
+    needed.
     """
     runtime = run.context.runtime
     print_line = run.context.console.print_line
@@ -115,10 +117,10 @@ def measure_test_documents(run: TrainedRun, step: int) -> dict[str, Any] | None:
         run_dir=context.run_dir,
         step=step,
         checkpoint=STEP_DIR_FORMAT.format(step),
-        artefact=manifest_sha256_at_step(context.run_dir, step, run.config.checkpoint.fallback_dir),
+        manifest_sha256=manifest_sha256_at_step(context.run_dir, step, run.config.checkpoint.fallback_dir),
     )
 
-    def make_evaluators() -> list[Evaluator]:
+    def make_evaluators() -> list[Evaluator]:  # not called if an earlier start has measured the same weights
         scorer = run.loader.round_builder.scorer if isinstance(run.loader, RolloutLoader) else None
         tokenizer = run.inputs.tokenizer
         return build_test_evaluators(
@@ -132,4 +134,4 @@ def measure_test_documents(run: TrainedRun, step: int) -> dict[str, Any] | None:
             context.stop_agreement.new_stop_check,
         )
 
-    return test_result_at_end(run.inputs.data, weights, context.runtime, make_evaluators, run.engine)
+    return measure_or_recall_test_result(run.inputs.data, weights, context.runtime, make_evaluators, run.engine)

@@ -156,13 +156,19 @@ def stand_in_data(config: RunConfig, record: DataRecord) -> tuple[ObjectiveConfi
     with tempfile.TemporaryDirectory(prefix="shardtune-") as directory:
         train = _data_set_of_one_document(Path(directory), data_spec_of(config.objective), record.fingerprint)
     data = PreparedData(
-        train, None, Path(directory), {}, record.label_names, date=settled_template_date(config), has_rows=False
+        train=train,
+        evaluation=None,
+        directory=Path(directory),
+        report={},
+        label_names=record.label_names,
+        date=settled_template_date(config),
+        has_rows=False,
     )
     return objective, data
 
 
 def _data_set_of_one_document(directory: Path, data_spec: DataSpec, fingerprint: str) -> TokenDataset:
-    """An open data set of one document without meaning. Writes its files to `directory`; they may be deleted afterwards.
+    """An open data set of one document without meaning, for `stand_in_data`. Its files in `directory` may be deleted afterwards.
 
     The document has as many sequences as `data_spec` asks for, each of STAND_IN_TOKENS tokens that all count for the loss.
     """
@@ -202,7 +208,8 @@ def training_documents(
         if directory is not None and _is_prepared(directory, record):
             prepared = open_prepared(directory, verify=config.data.verify)
             prepared.date = settled_template_date(config)
-            return _data_with_checked_labels(prepared, record, reason_to_read), []
+            _raise_if_labels_differ(prepared, record, reason_to_read)
+            return prepared, []
 
     # It does not exist any more. Prepare the rows again, if they are still the same.
     data_spec = data_spec_of(config.objective)
@@ -234,7 +241,8 @@ def training_documents(
     accepted = []
     if has_changed:
         accepted.append(f"{DATA_KIND}: other rows than the run was trained on")
-    return _data_with_checked_labels(prepared, record, reason_to_read), accepted
+    _raise_if_labels_differ(prepared, record, reason_to_read)
+    return prepared, accepted
 
 
 def _is_prepared(directory: Path, record: DataRecord) -> bool:
@@ -243,8 +251,8 @@ def _is_prepared(directory: Path, record: DataRecord) -> bool:
     return f"{manifest.get('fingerprint')}/train" == record.fingerprint
 
 
-def _data_with_checked_labels(data: PreparedData, record: DataRecord, reason_to_read: ReasonToReadRows) -> PreparedData:
-    """Return `data` itself. Raises DataError if its label names are not those of the run: a label id would mean another label.
+def _raise_if_labels_differ(data: PreparedData, record: DataRecord, reason_to_read: ReasonToReadRows) -> None:
+    """Raise DataError if the label names of `data` are not those of the run: a label id would mean another label.
 
     If the record does not have the run's label names, they are not compared.
     """
@@ -253,4 +261,3 @@ def _data_with_checked_labels(data: PreparedData, record: DataRecord, reason_to_
             f"{record.run_dir}: was trained with the labels {record.label_names}, and the rows of today have {data.label_names}. "
             f"{reason_to_read.way_out}"
         )
-    return data
