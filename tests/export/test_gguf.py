@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from strategies.errors import ConfigError, ShardtuneError
 from tests.helpers import tokenizers
 from trainer.export.gguf import GgufType, find_converter, verify_gguf, write_gguf
-from trainer.export.ollama import modelfile_text, turn_texts_of_template
+from trainer.export.ollama import modelfile_of, turn_texts_of_template
 from trainer.export.verify import DriftError
 
 TEMPLATES = {"CHATML": True, "CHATML_DEFAULT_SYSTEM": True, "LLAMA3": True, "GEMMA": True, "MISTRAL": True}
@@ -48,7 +48,7 @@ def test_a_first_token_that_the_tokenizer_does_not_add_stays_in_the_template():
 
 
 def test_a_modelfile_has_template_system_and_stops():
-    text, lacking = modelfile_text("m.gguf", templated("CHATML_DEFAULT_SYSTEM"), GenerationConfig(eos_token_id=1))
+    text, lacking = modelfile_of("m.gguf", templated("CHATML_DEFAULT_SYSTEM"), GenerationConfig(eos_token_id=1))
     assert lacking is None and text.splitlines()[0] == "FROM ./m.gguf"
     assert (
         'TEMPLATE """{{- range .Messages }}{{ if eq .Role "user" }}<|im_start|>user\n{{ .Content }}<|im_end|>\n'
@@ -58,7 +58,7 @@ def test_a_modelfile_has_template_system_and_stops():
     ) in text
     assert 'SYSTEM """You are helpful."""' in text and 'PARAMETER stop "<|im_end|>"' in text
     assert 'PARAMETER stop "</s>"' in text and "PARAMETER temperature 0" in text
-    text, lacking = modelfile_text(
+    text, lacking = modelfile_of(
         "m.gguf", templated("THINKING"), GenerationConfig(do_sample=True, temperature=0.6, top_k=20)
     )
     assert "TEMPLATE" not in text and "no row of turns" in lacking

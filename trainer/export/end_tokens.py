@@ -51,8 +51,9 @@ def turn_end_token_id(tokenizer: Any) -> int | None:
 def write_end_tokens(tokenizer: Any, directory: Path, base_path: str) -> None:
     """Add the token that closes a turn to `generation_config.json` in `directory`, so that every inference engine stops there.
 
-    An adapter's directory has no such file yet: then it begins with the settings of the base. Nothing is written if the chat
-    template closes turns with no token of its own, or if the settings name that token already.
+    An adapter's directory has no such file yet: then it begins with the settings of the base, if `base_path` is a directory and
+    no hub id. Nothing is written if the chat template closes turns with no token of its own, or if the settings name that token
+    already.
     """
     end_id = turn_end_token_id(tokenizer)
     if end_id is None:

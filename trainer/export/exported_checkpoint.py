@@ -88,11 +88,11 @@ def _reason_if_last_is_best(outcome: TrainingOutcome, last_metric: float) -> str
     Either a step between two checkpoints had a better metric ("step 40 had a better eval/loss (1.2), and was not saved ..."), or
     it is the best of all.
     """
-    best_seen_metric = outcome.progress.seen_metric
-    if best_seen_metric is not None and _is_better(best_seen_metric, last_metric, outcome):
+    best_metric_of_any_step = outcome.progress.seen_metric
+    if best_metric_of_any_step is not None and _is_better(best_metric_of_any_step, last_metric, outcome):
         step = outcome.progress.seen_step
         return (
-            f"step {step} had a better {outcome.watched_metric} ({format_metric(best_seen_metric)}), and was not saved "
+            f"step {step} had a better {outcome.watched_metric} ({format_metric(best_metric_of_any_step)}), and was not saved "
             "(checkpoint.every_minutes)"
         )
     return f"it is also the best by {outcome.watched_metric} ({format_metric(last_metric)})"

@@ -189,7 +189,10 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def _is_staging_of(staging_dir: Path, origin_text: str) -> bool:
-    """Whether a staging directory was begun for the export with this origin, and holds nothing but ordinary files."""
+    """Whether a staging directory was begun for the export with this origin, and holds nothing but ordinary files.
+
+    `origin_text`: all that the files depend on, as JSON: checkpoints, files of the base, the plan and torch's version.
+    """
     if staging_dir.is_symlink() or not staging_dir.is_dir():
         return False
     entries = list(staging_dir.rglob("*"))
@@ -232,7 +235,8 @@ def write_export_file(plan: ExportPlan, file: ExportFile, values: ModelValues, s
 def _convert_tensors_of_file(plan: ExportPlan, file: ExportFile, values: ModelValues) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor as it is stored) of each tensor of a file.
 
-    Tensors are converted by groups. A tensor of such a group that belongs to another file is dropped.
+    Tensors are converted by groups, each from some parameters of the model; those of a group follow one another in the plan. A
+    tensor of such a group that belongs to another file is dropped.
     """
     group_index: int | None = None
     tensors_of_group: dict[str, Tensor] = {}

@@ -12,7 +12,7 @@ from typing import Any
 
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.export.end_tokens import GENERATION_FILE
-from trainer.export.ollama import modelfile_text
+from trainer.export.ollama import modelfile_of
 from trainer.export.subprocesses import last_output_lines, run_in_own_environment
 
 CONVERTER_COMMAND = "convert-hf-to-gguf"
@@ -101,7 +101,7 @@ def write_gguf(directory: Path, name: str, gguf_type: GgufType, converter: GgufC
     generation_config = GenerationConfig()
     if (directory / GENERATION_FILE).is_file():
         generation_config = GenerationConfig.from_pretrained(directory)
-    text, missing_part = modelfile_text(gguf_file.name, tokenizer, generation_config)
+    text, missing_part = modelfile_of(gguf_file.name, tokenizer, generation_config)
     (gguf_dir / "Modelfile").write_text(text, encoding="utf-8")
     return gguf_file, missing_part
 
@@ -118,7 +118,7 @@ def verify_gguf(file: Path, gguf_type: GgufType) -> str:
     from trainer.export.load import load_export
     from trainer.export.verify import PROBE_SENTENCE, DriftError
 
-    export_dir = file.parent.parent
+    export_dir = file.parent.parent  # the file is in `gguf/` below the export
     try:
         gguf_model: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
@@ -132,11 +132,7 @@ def verify_gguf(file: Path, gguf_type: GgufType) -> str:
     with torch.no_grad():
         export_output = load_export(export_dir)(ids, labels=ids)
         gguf_output = gguf_model(ids, labels=ids)
-    # Other shapes cannot be compared, and count as a difference as large as the largest logit.
-    difference = 1.0
-    if export_output.logits.shape == gguf_output.logits.shape:
-        largest_logit = float(export_output.logits.abs().max())
-        difference = float((export_output.logits - gguf_output.logits).abs().max()) / largest_logit
+    difference = _relative_logit_difference(gguf_output.logits, export_output.logits)
     loss_change = float(gguf_output.loss - export_output.loss)
     allowed_difference = ALLOWED_DIFFERENCE_BY_TYPE[gguf_type]
     comparison = f"logits differ by at most {difference:.1e} of the largest (allowed {allowed_difference:.0e}), "
@@ -144,3 +140,10 @@ def verify_gguf(file: Path, gguf_type: GgufType) -> str:
     if not difference <= allowed_difference:  # a NaN fails too
         raise DriftError(f"{file}: computes something else than {export_dir}: {comparison}")
     return f"verified: {comparison}, on a sentence of {ids.shape[1]} tokens"
+
+
+def _relative_logit_difference(logits: Any, reference: Any) -> float:
+    """The largest difference of a logit, relative to the largest one of `reference`; 1 for other shapes, which do not compare."""
+    if logits.shape != reference.shape:
+        return 1.0
+    return float((reference - logits).abs().max()) / float(reference.abs().max())

@@ -27,14 +27,14 @@ class Compressor:
 
     python: str
     """The program of that environment."""
-    rows: list[list[int]]
+    calibration_rows: list[list[int]]
     """Token ids of the rows that the rounding is calibrated on."""
 
     def quantise(self, directory: Path, output_dir: Path, scheme: str, probe_ids: list[int]) -> Tensor:
         """Quantise the model in `directory` and save it in `output_dir`; returns its logits on the probe, float32 `[T, V]`.
 
-        `scheme`: llm-compressor's name of the format, such as "W4A16". `probe_ids`: token ids of the probe. Raises
-        ShardtuneError if the program cannot be started, or fails.
+        `scheme`: llm-compressor's name of the format, such as "W4A16". `probe_ids`: token ids of the probe, a fixed sentence with
+        which the stored model is compared. Raises ShardtuneError if the program cannot be started, or fails.
         """
         from safetensors.torch import load_file
 
@@ -44,7 +44,7 @@ class Compressor:
                 "model": str(directory.resolve()),
                 "to": str(output_dir.resolve()),
                 "scheme": scheme,
-                "rows": self.rows,
+                "rows": self.calibration_rows,
                 "probe": probe_ids,
             }
             job_file.write_text(json.dumps(job), encoding="utf-8")
@@ -71,6 +71,7 @@ def find_llm_compressor_python(python: str | None) -> str:
     if executable is None:
         raise ConfigError(f"bits.python={python}: there is no such program; {NAME_PYTHON_REMEDY}")
     try:
+        # Only PATH: variables of this environment, such as PYTHONPATH, would show the other Python our packages.
         check = subprocess.run(
             [executable, "-c", _LIBRARY_CHECK], capture_output=True, check=False, env={"PATH": os.defpath}
         )

@@ -54,7 +54,10 @@ def load_export(
             add_adapter = _adapter_loading_function(settings_file, for_generation=for_generation)
             model = add_adapter(model, directory)
         model = model.eval()
-        if for_generation and hasattr(model, "get_base_model"):
+        is_peft_model = hasattr(
+            model, "get_base_model"
+        )  # not with virtual tokens for generation, nor with a bottleneck
+        if for_generation and is_peft_model:
             return model.get_base_model()
         return model
     finally:
@@ -152,7 +155,7 @@ def _transformers_class_of_export(directory: Path) -> Any:
 
     settings = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     kind = ModelKind.causal
-    if "ForSequenceClassification" in settings.architectures[0]:
+    if "ForSequenceClassification" in settings.architectures[0]:  # which every export names
         kind = ModelKind.classifier
     elif getattr(settings, "is_encoder_decoder", False):
         kind = ModelKind.encoder_decoder

@@ -8,7 +8,7 @@ no Modelfile.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.export.end_tokens import end_token_ids
 
@@ -72,7 +72,7 @@ def turn_texts_of_template(tokenizer: Any) -> TurnTexts | None:
     one_turn = _render_by_tokenizer(tokenizer, first_turns)
     with_answer = _render_by_tokenizer(tokenizer, [*first_turns, answer])
     with_second = _render_by_tokenizer(tokenizer, [*first_turns, answer, second_user])
-    with_opening = _render_by_tokenizer(tokenizer, first_turns, opens_answer=True)
+    with_opening = _render_by_tokenizer(tokenizer, first_turns, add_generation_prompt=True)
     without_system = _render_by_tokenizer(tokenizer, [user])
     if one_turn is None or with_answer is None or with_second is None or with_opening is None or without_system is None:
         return None
@@ -104,13 +104,16 @@ def turn_texts_of_template(tokenizer: Any) -> TurnTexts | None:
     return turns
 
 
-def _render_by_tokenizer(tokenizer: Any, messages: list[dict[str, str]], *, opens_answer: bool = False) -> str | None:
+def _render_by_tokenizer(
+    tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
+) -> str | None:
     """The text that the tokenizer's chat template makes of the messages; None if the template raises an error for them.
 
-    It is without the beginning-of-sequence token. `opens_answer`: whether the opening of the next answer stands at its end.
+    It is without the beginning-of-sequence token. `add_generation_prompt`: whether the opening of the next answer stands at its
+    end.
     """
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens_answer)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception:  # noqa: BLE001 - a template refuses by errors of its own
         return None
     return str(text).removeprefix(leading_bos_text(tokenizer))
@@ -147,13 +150,21 @@ def _renders_like_template(turns: TurnTexts, tokenizer: Any, messages: list[dict
     if turns.system:
         conversations += [[system, *conversation] for conversation in conversations]
     return all(
-        turns.render(conversation) == _render_by_tokenizer(tokenizer, conversation, opens_answer=True)
+        turns.render(conversation) == _render_by_tokenizer(tokenizer, conversation, add_generation_prompt=True)
         for conversation in conversations
     )
 
 
-def modelfile_text(gguf_file: str, tokenizer: Any, generation_config: Any) -> tuple[str, str | None]:
-    """(the text of an Ollama Modelfile for a GGUF file, a note on what it lacks or None).
+class Modelfile(NamedTuple):
+    """The text of an Ollama Modelfile."""
+
+    text: str
+    missing_part_note: str | None
+    """What it lacks, and why; None if nothing."""
+
+
+def modelfile_of(gguf_file: str, tokenizer: Any, generation_config: Any) -> Modelfile:
+    """An Ollama Modelfile for a GGUF file, with these lines:
 
     - `FROM`: the file.
     - `TEMPLATE`, and `SYSTEM` for a default system message; left out, with a note, if the chat template cannot be written so.
@@ -161,14 +172,14 @@ def modelfile_text(gguf_file: str, tokenizer: Any, generation_config: Any) -> tu
     - parameters of sampling if `generation_config` samples, else `PARAMETER temperature 0`.
     """
     lines = [f"FROM ./{gguf_file}"]
-    missing_part = None
+    missing_part_note = None
     turns = turn_texts_of_template(tokenizer)
     if turns is None:
-        missing_part = (
+        missing_part_note = (
             "its chat template is no row of turns that Ollama's language has; Ollama guesses one from the file"
         )
     elif '"""' in turns.template():
-        missing_part = 'its chat template has """ in it, which a Modelfile cannot'
+        missing_part_note = 'its chat template has """ in it, which a Modelfile cannot'
     else:
         lines.append(f'TEMPLATE """{turns.template()}"""')
         if turns.default_system is not None:
@@ -183,4 +194,4 @@ def modelfile_text(gguf_file: str, tokenizer: Any, generation_config: Any) -> tu
                 lines.append(f"PARAMETER {parameter} {setting}")
     else:
         lines.append("PARAMETER temperature 0")
-    return "\n".join(lines) + "\n", missing_part
+    return Modelfile("\n".join(lines) + "\n", missing_part_note)

@@ -135,7 +135,7 @@ def write_quantised_model(
         exported: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", local_files_only=True)
         export_loss = mean_loss(exported, samples)
         reloaded = _load_model(staging_dir)
-        difference = _require_small_difference(
+        difference = _require_same_logits(
             quantised_logits, _probe_logits(reloaded, tokenizer), quantised_format, copy_dir
         )
         cost = QuantisationCost(
@@ -171,8 +171,9 @@ def _quantise_and_save(
 ) -> Tensor:
     """Quantise the model in `directory` and save it in `staging_dir`; returns its logits on the probe, float32 `[T, V]`.
 
-    `compressor`: quantises it in another Python, for the formats that need that; otherwise transformers does so while loading.
-    Raises ShardtuneError if this model cannot be stored in this format.
+    The probe is a fixed sentence, with which the stored copy is compared afterwards. `compressor`: quantises it in another
+    Python, for the formats that need that; otherwise transformers does so while loading. Raises ShardtuneError if this model
+    cannot be stored in this format.
     """
     from trainer.export.verify import probe_ids
 
@@ -183,7 +184,7 @@ def _quantise_and_save(
         model = _quantise_while_loading(directory, quantised_format)
         model.save_pretrained(staging_dir)
     except (RuntimeError, ValueError, NotImplementedError, ShardtuneError) as error:
-        reason = " ".join(str(error).split())[:400]
+        reason = " ".join(str(error).split())[:400]  # libraries may append whole configurations
         other_formats = ", ".join(name for name in QuantisedFormat if name is not quantised_format)
         raise ShardtuneError(
             f"bits={quantised_format}: {quantised_format.storing_library} cannot store this model so ({reason}); the export in "
@@ -247,12 +248,13 @@ def _probe_logits(model: Any, tokenizer: Any) -> Tensor:
     return logits.float().cpu()
 
 
-def _require_small_difference(
+def _require_same_logits(
     quantised_logits: Tensor, reloaded_logits: Tensor, quantised_format: QuantisedFormat, copy_dir: Path
 ) -> float:
     """The largest difference of a logit between the model in memory and its files, relative to the largest logit.
 
-    Raises DriftError if it is larger than rounding in the type that the model computes in explains.
+    Raises DriftError if it is larger than rounding in the type that the model computes in explains; `copy_dir`, where the files
+    were to be published, is named in it.
     """
     from trainer.export.verify import TOLERANCE_BY_DTYPE, DriftError
 

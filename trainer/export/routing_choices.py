@@ -43,11 +43,12 @@ class RoutingReplay(TorchFunctionMode):
         """Whether the calls had the same order and shapes as the recorded ones."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a function of torch, and replace the indices that a `topk` chooses.
+        """Run a function of torch, and replace the indices that a `topk` (a router) chooses by the recorded ones.
 
         - another function: its own output;
         - a `topk` without a recorded call of the same shape: its own output, and `calls_match` becomes False;
-        - any other `topk`: the recorded indices, with this pass's scores at them; `num_replaced` grows by those that differ.
+        - any other `topk`: the recorded indices, with this pass's scores at them; `num_replaced` grows by those that differ,
+          whatever their order.
         """
         output = func(*args, **kwargs or {})
         if func not in TOPK_FUNCTIONS:
