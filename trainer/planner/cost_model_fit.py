@@ -56,6 +56,21 @@ class SizesToSimulate(NamedTuple):
     small_lengths: list[int]
     large_lengths: list[int]
 
+    def sizes(self, sequences_per_document: int) -> tuple[MicroBatchSize, MicroBatchSize]:
+        """The sizes of the two micro-batches, in rows (a document each) or in tokens."""
+        return (
+            self._size_of(self.small_lengths, sequences_per_document),
+            self._size_of(self.large_lengths, sequences_per_document),
+        )
+
+    def _size_of(self, lengths: list[int], sequences_per_document: int) -> MicroBatchSize:
+        """The size of the micro-batch with sequences of `lengths` tokens."""
+        num_documents = len(lengths) // sequences_per_document
+        return MicroBatchSize(
+            num_rows_or_tokens=num_documents if self.size_is_in_rows else sum(lengths),
+            sum_of_squared_lengths=sum(tokens**2 for tokens in lengths),
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SimulationOfSizes:
@@ -74,7 +89,7 @@ class SimulationOfSizes:
 
 
 def micro_batches_to_simulate(
-    built: BuiltModel, vocabulary: int, length: int, *, is_linear: bool, slices: int = 1, in_tiles: bool = False
+    built: BuiltModel, vocabulary: int, length: int, *, is_linear: bool, ranks_per_row: int = 1, in_tiles: bool = False
 ) -> SizesToSimulate:
     """The two micro-batches to simulate for a cost model. All other sizes lie on the line through these two.
 
@@ -85,10 +100,10 @@ def micro_batches_to_simulate(
     - else short sequences, which are simulated sooner, but fill two and three chunks of logits: the loss takes tokens in
       chunks, and the second chunk is made while the first is still live.
 
-    `vocabulary`: its number of rows. `slices`: ranks that share a row.
+    `vocabulary`: its number of rows. `ranks_per_row`: each takes a slice of the row, and chunks of its own.
     """
     per_document = built.data_spec.sequences_per_document
-    chunk_tokens = slices * max(MIN_CHUNK_TOKENS, CHUNK_LOGITS // max(1, vocabulary))
+    chunk_tokens = ranks_per_row * max(MIN_CHUNK_TOKENS, CHUNK_LOGITS // max(1, vocabulary))
     fills_chunks = chunk_tokens <= MAX_ROWS_TO_FILL_A_CHUNK * length
     is_padded = built.layout is not Layout.padding_free
     if is_padded or not is_linear:

@@ -34,9 +34,10 @@ from trainer.model.config import ModelConfig
 from trainer.model.loading import load_model_config
 from trainer.objectives.registry import data_spec_of, objective_family
 from trainer.optim.build import build_optimizer
-from trainer.planner.cost_model import CostModel, MicroBatchSize, ParameterCounts
+from trainer.planner.cost_model import CostModel, ParameterCounts
 from trainer.planner.cost_model_fit import (
     SimulationOfSizes,
+    SizesToSimulate,
     fit_cost_model,
     micro_batches_to_simulate,
     simulate_two_sizes,
@@ -65,6 +66,32 @@ class NoTokenizer:
         return self._size
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _RankOfJob:
+    """The rank whose step is simulated, and the job that it is part of."""
+
+    rank: int
+    world_size: int
+    local_world_size: int
+    """Ranks of a host."""
+    device: torch.device
+    """SIMULATED for a GPU, or the CPU."""
+    expert_imbalance: float
+    """With `parallel.experts`: tokens that arrive at this rank's experts over the mean of its group."""
+
+    @contextmanager
+    def simulated(self, config: RunConfig) -> Iterator[Runtime]:
+        """A context in which this process is that rank; yields its runtime, with the ranks that share a row if `config` asks."""
+        with simulated_rank(
+            self.rank,
+            self.world_size,
+            local_world_size=self.local_world_size,
+            device=self.device,
+            expert_imbalance=self.expert_imbalance,
+        ) as runtime:
+            yield with_sequence_parallelism(runtime, config.parallel.sequence)
+
+
 def simulate_run(
     config: RunConfig,
     lengths: list[int],
@@ -83,10 +110,14 @@ def simulate_run(
     `expert_imbalance`: with `parallel.experts`, tokens that arrive at this rank's experts over the mean of its group. Raises
     ConfigError for what the run itself would refuse, RuntimeError in a process that is part of a job.
     """
-    with simulated_rank(
-        rank, world_size, local_world_size=local_world_size, device=device, expert_imbalance=expert_imbalance
-    ) as runtime_of_job:
-        runtime = with_sequence_parallelism(runtime_of_job, config.parallel.sequence)
+    rank_of_job = _RankOfJob(
+        rank=rank,
+        world_size=world_size,
+        local_world_size=local_world_size,
+        device=device,
+        expert_imbalance=expert_imbalance,
+    )
+    with rank_of_job.simulated(config) as runtime:
         parts = build_step_parts(config, lengths, runtime)
         return simulate(_with_full_trained_elements(parts, full_pattern), runtime)
 
@@ -164,11 +195,13 @@ def simulate_cost_model_of_run(
         config=config,
         length=length,
         accumulation=accumulation,
-        rank=_rank_with_most_memory(config, world_size),
-        world_size=world_size,
-        local_world_size=local_world_size,
-        device=device,
-        expert_imbalance=expert_imbalance,
+        rank=_RankOfJob(
+            rank=_rank_with_most_memory(config, world_size),
+            world_size=world_size,
+            local_world_size=local_world_size,
+            device=device,
+            expert_imbalance=expert_imbalance,
+        ),
         pattern=pattern,
         num_end_blocks=num_end_blocks,
     )
@@ -192,12 +225,7 @@ class _SizesSimulator:
     """Tokens of each sequence."""
     accumulation: int
     """Micro-batches of a step."""
-    rank: int
-    """The rank that is simulated."""
-    world_size: int
-    local_world_size: int
-    device: torch.device
-    expert_imbalance: float
+    rank: _RankOfJob
     pattern: BlockPattern
     """How the kinds of the whole model's blocks repeat."""
     num_end_blocks: int
@@ -208,37 +236,15 @@ class _SizesSimulator:
 
         The peaks are needed only of phases near an end of the model: from these, those of the whole model are extrapolated.
         """
+        sequences_per_document = data_spec_of(self.config.objective).sequences_per_document
         with (
-            simulated_rank(
-                self.rank,
-                self.world_size,
-                local_world_size=self.local_world_size,
-                device=self.device,
-                expert_imbalance=self.expert_imbalance,
-            ) as runtime_of_job,
+            self.rank.simulated(self.config) as runtime,
             _truncated_run(self.config, depth, self.pattern.num_blocks) as truncated,
         ):
-            runtime = with_sequence_parallelism(runtime_of_job, truncated.parallel.sequence)
-            sequences_per_document = data_spec_of(truncated.objective).sequences_per_document
             parts = build_step_parts(truncated, [self.length] * sequences_per_document, runtime)
             parts = _with_full_trained_elements(parts, self.pattern)
-            built = parts.built
-            parameter_counts = _count_parameters(built)  # before the engine shards them
-            num_vocabulary_rows = vocabulary_rows_of(truncated.model)
-            micro_batches = micro_batches_to_simulate(
-                built,
-                num_vocabulary_rows,
-                self.length,
-                is_linear=parts.precision is not Precision.fp32,  # attention in fp32 keeps its scores, length x length
-                slices=runtime.sequence_size,
-                in_tiles=truncated.strategy.mlp_tokens is not None,
-            )
-            sizes = []
-            for lengths in (micro_batches.small_lengths, micro_batches.large_lengths):
-                num_documents = len(lengths) // sequences_per_document
-                sum_of_squared_lengths = sum(tokens**2 for tokens in lengths)
-                num_rows_or_tokens = num_documents if micro_batches.size_is_in_rows else sum(lengths)
-                sizes.append(MicroBatchSize(num_rows_or_tokens, sum_of_squared_lengths))
+            parameter_counts = _count_parameters(parts.built)  # before the engine shards them
+            micro_batches = self._micro_batches_to_simulate(parts, runtime)
             small, large = simulate_two_sizes(
                 parts,
                 (
@@ -252,14 +258,25 @@ class _SizesSimulator:
             return SimulationOfSizes(
                 small=small,
                 large=large,
-                sizes=(sizes[0], sizes[1]),
+                sizes=micro_batches.sizes(sequences_per_document),
                 size_is_in_rows=micro_batches.size_is_in_rows,
                 parameter_counts=parameter_counts,
-                num_vocabulary_rows=num_vocabulary_rows,
-                layout=str(built.layout),
-                notes=_notes_for_plan(built),
-                needs_single_rows=needs_one_row_batches(built, truncated.objective),
+                num_vocabulary_rows=vocabulary_rows_of(self.config.model),
+                layout=str(parts.built.layout),
+                notes=_notes_for_plan(parts.built),
+                needs_single_rows=needs_one_row_batches(parts.built, self.config.objective),
             )
+
+    def _micro_batches_to_simulate(self, parts: StepParts, runtime: Runtime) -> SizesToSimulate:
+        """The two micro-batches to simulate, as the lengths of their sequences."""
+        return micro_batches_to_simulate(
+            parts.built,
+            vocabulary_rows_of(self.config.model),
+            self.length,
+            is_linear=parts.precision is not Precision.fp32,  # attention in fp32 keeps its scores, length x length
+            ranks_per_row=runtime.sequence_size,
+            in_tiles=self.config.strategy.mlp_tokens is not None,
+        )
 
     def _batches_of_step(self, parts: StepParts, lengths: list[int], runtime: Runtime) -> list[dict[str, Any]]:
         """The equal micro-batches of a step of this rank, each with sequences of `lengths` tokens."""
@@ -398,24 +415,8 @@ def build_step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *,
     precision = config.precision
     if precision is Precision.auto:
         precision = Precision.bf16 if runtime.kind == "cuda" else Precision.fp32
-    tokenizer = NoTokenizer(config.model)
     weight_source = source or ShapesOnly()
-    half_on_gpu = runtime.device == SIMULATED and precision is not Precision.fp32  # weights in half precision, on a GPU
-    built = build_step_module(
-        config.model,
-        objective_config=config.objective,
-        tuning_config=config.tuning,
-        layout=step_layout(config),
-        tokenizer=tokenizer,
-        num_labels=objective_family(config.objective).num_outputs or 2,
-        context=meta_context(),
-        half_on_gpu=half_on_gpu,
-    )
-    built.step_module.plan.ema_decay = config.optim.ema_decay
-    attach_reference_model(built, config.model, config.objective, config.tuning, weight_source, tokenizer)  # type: ignore[arg-type]
-    attach_reward_models(built.step_module, config.objective, weight_source, half_on_gpu=half_on_gpu)
-    tile_mlps_of_built_model(built, config)
-    plan_expert_parallelism(built, config, runtime)
+    built = _build_model_on_meta(config, runtime, precision, weight_source)
     names = [name for name, _ in named_parameters(built.step_module)]
     parts = StepParts(
         built=built,
@@ -429,6 +430,31 @@ def build_step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *,
     accumulation = accumulation_steps(config, runtime.world_size)
     micro_batch = _micro_batch_of(parts, lengths, accumulation * runtime.dp_size, runtime)
     return replace(parts, micro_batches=[micro_batch] * max(1, accumulation))
+
+
+def _build_model_on_meta(config: RunConfig, runtime: Runtime, precision: Precision, weight_source: Any) -> BuiltModel:
+    """The run's model, tuned but not sharded, with all that its step computes beside it: reference, teacher, reward models.
+
+    On meta, where weights have no memory. `weight_source`: a `ParameterSource`, as that of `StepParts`.
+    """
+    tokenizer = NoTokenizer(config.model)
+    half_on_gpu = runtime.device == SIMULATED and precision is not Precision.fp32  # weights in half precision, on a GPU
+    built = build_step_module(
+        config.model,
+        objective_config=config.objective,
+        tuning_config=config.tuning,
+        layout=step_layout(config),
+        tokenizer=tokenizer,
+        num_labels=objective_family(config.objective).num_outputs or 2,  # labels are counted in the data: the fewest
+        context=meta_context(),
+        half_on_gpu=half_on_gpu,
+    )
+    built.step_module.plan.ema_decay = config.optim.ema_decay
+    attach_reference_model(built, config.model, config.objective, config.tuning, weight_source, tokenizer)
+    attach_reward_models(built.step_module, config.objective, weight_source, half_on_gpu=half_on_gpu)
+    tile_mlps_of_built_model(built, config)
+    plan_expert_parallelism(built, config, runtime)
+    return built
 
 
 def _micro_batch_of(
