@@ -118,11 +118,14 @@ def micro_batches_to_simulate(
         )
     # From here on rows have no padding, and a micro-batch is one row with the sequences of one document.
     if in_tiles:
-        small_length, large_length = math.ceil(length / 2), length
+        small_length = math.ceil(length / 2)
+        large_length = length
     elif fills_chunks:
-        small_length, large_length = 2 * chunk_tokens // per_document, 3 * chunk_tokens // per_document
+        small_length = 2 * chunk_tokens // per_document
+        large_length = 3 * chunk_tokens // per_document
     else:
-        small_length, large_length = length, 2 * length
+        small_length = length
+        large_length = 2 * length
     return SizesToSimulate(
         size_is_in_rows=False,
         small_lengths=[small_length] * per_document,
@@ -146,7 +149,7 @@ def simulate_two_sizes(
     with fake_tensors(runtime.device):
         small_batches, large_batches = replace_tensors_by_fakes(parts.built, [*batches_of_sizes])
         with recording_engine(replace(parts, micro_batches=small_batches), runtime) as recorded:
-            recorded.take_step(small_batches[:1])
+            recorded.take_step(small_batches[:1])  # the warm-up
             small = recorded.take_step_and_peaks(small_batches)
             small_peaks = small.peak_operations()
             if expected_peaks is None:
@@ -212,11 +215,12 @@ def fit_cost_model(
         depths = shallow_depths(num_blocks, period, num_end_blocks, ends_may_overlap=ends_may_overlap)
     if depths is None:  # no period, or too few blocks to extrapolate: the whole model is simulated
         shallow = deep = simulate_at_depth(num_blocks, None)
-        extrapolation = DepthExtrapolation(num_blocks, num_blocks, num_blocks)
-        small_phases, large_phases = deep.small.peak_by_phase, deep.large.peak_by_phase
+        extrapolation = DepthExtrapolation(shallow_depth=num_blocks, deep_depth=num_blocks, num_blocks=num_blocks)
+        small_phases = deep.small.peak_by_phase
+        large_phases = deep.large.peak_by_phase
     else:
         # Simulate two shallow models: every further block costs what the last one did.
-        extrapolation = DepthExtrapolation(*depths, num_blocks)
+        extrapolation = DepthExtrapolation(*depths, num_blocks=num_blocks)
         shallow = simulate_at_depth(extrapolation.shallow_depth, None)
         # A further block changes how many bytes are live, not after which operation of a phase they are most.
         peaks_of_deep = phases_of_deeper_model(shallow.large.peak_by_phase, depths, num_end_blocks)
