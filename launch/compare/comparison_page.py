@@ -22,7 +22,7 @@ MAX_LINES = 60
 """Lines of a folded section; of more the first are shown, and where the others are."""
 MAX_REASONS = 5
 """Points that a call-out names with their reasons; the table has all."""
-FOLDED_SECTIONS = {
+HEADING_BY_FOLDED_TITLE = {
     "verdict": "Verdict on each point",
     "loss curves": "Loss curves",
     "steps that stood out": "Steps that stood out",
@@ -132,12 +132,12 @@ def _folded_sections(sections: Sequence[tuple[str, list[str]]]) -> list[tuple[st
     """
     folded_sections = []
     for title, lines in sections:
-        if title not in FOLDED_SECTIONS or not lines:
+        if title not in HEADING_BY_FOLDED_TITLE or not lines:
             continue
         shown_lines = lines[:MAX_LINES]
         if len(lines) > MAX_LINES:
             shown_lines.append(f"{len(lines) - MAX_LINES} more lines: see compare.md")
-        folded_sections.append((FOLDED_SECTIONS[title], shown_lines))
+        folded_sections.append((HEADING_BY_FOLDED_TITLE[title], shown_lines))
     return folded_sections
 
 

@@ -19,8 +19,8 @@ from launch.compare.vega_specs import (
     point_lookup_transform,
 )
 
-SPARE_X: Spec = {"scale": {"zero": False, "padding": 24}, "axis": {"tickCount": 6}}
-PARTS = ("data", "forward", "backward", "optimizer", "rest")
+X_AXIS_WITH_MARGIN: Spec = {"scale": {"zero": False, "padding": 24}, "axis": {"tickCount": 6}}
+PARTS_OF_STEP = ("data", "forward", "backward", "optimizer", "rest")
 ROW_HEIGHT = 40
 """Pixels of a point's row in a bar chart: its name stands above its bar, so that a narrow window has room for both."""
 AXIS_TITLE_BY_COST = {
@@ -34,13 +34,16 @@ AXIS_TITLE_BY_COST = {
 
 def comparison_plots(comparison: Comparison) -> list[PagePlot]:
     """The plots of a comparison in the order of the page; those without numbers are left out."""
-    has_same_jobs = any(point.should_have_loss_of_baseline for point in comparison.points)
-    curves = [loss_plot(comparison), held_out_plot(comparison)]
-    difference = difference_plot(comparison)
-    # Strategies of one job are compared by the difference of their losses, so it comes first; other points by their quality.
-    curves.insert(0 if has_same_jobs else 2, difference)
-    plots = [*curves, quality_against_cost_plot(comparison), speed_plot(comparison), memory_plot(comparison)]
-    plots += [step_parts_plot(comparison), course_plot(comparison)]
+    losses = loss_plot(comparison)
+    held_out_metrics = held_out_plot(comparison)
+    differences = difference_plot(comparison)
+    # Strategies are compared by the difference of their losses, so it comes first; other points by their quality.
+    compares_strategies = any(point.should_have_loss_of_baseline for point in comparison.points)
+    curves = [losses, held_out_metrics, differences]
+    if compares_strategies:
+        curves = [differences, losses, held_out_metrics]
+    costs = [quality_against_cost_plot(comparison), speed_plot(comparison), memory_plot(comparison)]
+    plots = [*curves, *costs, step_parts_plot(comparison), course_plot(comparison)]
     return [plot for plot in plots if plot is not None]
 
 
@@ -58,7 +61,8 @@ def is_planned_memory_comparable(point: ComparedPoint) -> bool:
 def _bar_spec(rows: list[dict[str, Any]], points: Sequence[ComparedPoint], layers: list[Spec]) -> Spec:
     """A Vega-Lite chart of horizontal bars, one for each point, with the point's name above its bar.
 
-    `rows`: the data, each row with the name of its point under `point`. `layers`: the marks that are drawn of them.
+    `rows`: the data, each row with the name of its point under `point`. `layers`: the marks that are drawn of them. The padding
+    and offset of the labels put the names above the bars, beginning at their left ends.
     """
     return {
         "$schema": SCHEMA,
@@ -136,7 +140,10 @@ def _bar_tooltip(fields: Sequence[str], number_format: str) -> list[Spec]:
 
 
 def memory_plot(comparison: Comparison) -> PagePlot | None:
-    """A bar of GiB for each point, with a tick for the planned memory if it is comparable; None if no memory is known."""
+    """A bar of GiB for each point, with a tick for the planned memory if it is comparable; None if no memory is known.
+
+    A point is one combination of settings.
+    """
     points = comparison.begun_points
     rows: list[dict[str, Any]] = []
     for point in points:
@@ -170,12 +177,14 @@ def step_parts_plot(comparison: Comparison) -> PagePlot | None:
     rows: list[dict[str, Any]] = []
     for point in points:
         for part, seconds in point.summary.parts_s.items():
-            rows.append({"point": point.name, "part": part, "ms": round(1000 * seconds, 3), "order": PARTS.index(part)})
+            rows.append(
+                {"point": point.name, "part": part, "ms": round(1000 * seconds, 3), "order": PARTS_OF_STEP.index(part)}
+            )
     if not rows:
         return None
     encoding = {
         "x": {"field": "ms", "type": "quantitative", "title": "ms of a step", "axis": {"tickCount": 6}},
-        "color": {"field": "part", "type": "nominal", "sort": list(PARTS), "title": None},
+        "color": {"field": "part", "type": "nominal", "sort": list(PARTS_OF_STEP), "title": None},
         "order": {"field": "order", "type": "quantitative"},
         "tooltip": [
             {"field": "point", "type": "nominal"},
@@ -190,9 +199,9 @@ def step_parts_plot(comparison: Comparison) -> PagePlot | None:
 
 
 def _costs_by_title(point: ComparedPoint) -> dict[str, float | None]:
-    """The costs of a point by their title in the menu of the plot (the keys of `AXIS_TITLE_BY_COST`).
+    """The costs of a point by their title in the menu of the plot (the keys of `AXIS_TITLE_BY_COST`); None if one is not known.
 
-    None if one is not known.
+    `GiB` is the peak of memory, `GiB saved` the size of a checkpoint.
     """
     return {
         "seconds of steps": sum(row.get("step_s") or 0.0 for row in point.first_repeat.steps.values()),
@@ -270,7 +279,7 @@ def _quality_against_cost_spec(
         ],
         "mark": {"type": "point", "filled": True, "size": 130, "opacity": 0.85},
         "encoding": {
-            "x": {"field": "x", "type": "quantitative", "title": None, **SPARE_X},
+            "x": {"field": "x", "type": "quantitative", "title": None, **X_AXIS_WITH_MARGIN},
             "y": {"field": "quality", "type": "quantitative", "title": quality_title, "scale": {"domain": domain}},
             **point_encoding(comparison, marks_are_lines=False),
             "tooltip": [

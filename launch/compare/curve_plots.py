@@ -64,14 +64,14 @@ def thinned_step_rows(point: ComparedPoint, num_points: int) -> list[dict[str, A
     rows = list(point.first_repeat.steps.values())
     max_rows = min(MAX_STEPS_OF_POINT, max(MIN_STEPS_OF_POINT, MAX_CURVE_ROWS // max(1, num_points)))
     stride = max(1, math.ceil(len(rows) / max_rows))
-    notable: set[int] = set()
+    steps_that_stood_out: set[int] = set()
     if num_points <= MAX_POINTS_WITH_NOTABLE:
-        notable = {step.step for step in notable_steps(point.first_repeat)[-MAX_NOTABLE_STEPS:]}
+        steps_that_stood_out = {step.step for step in notable_steps(point.first_repeat)[-MAX_NOTABLE_STEPS:]}
     elapsed_s = accumulate(row.get("step_s") or 0.0 for row in rows)
     drawn_rows = []
     for index, (row, seconds) in enumerate(zip(rows, elapsed_s, strict=True)):
         is_last = index == len(rows) - 1
-        if index % stride == 0 or is_last or row["step"] in notable:
+        if index % stride == 0 or is_last or row["step"] in steps_that_stood_out:
             drawn_rows.append({**row, "seconds": seconds})
     return drawn_rows
 
@@ -88,7 +88,8 @@ def _curve_spec(
     """A Vega-Lite chart with one curve for each of `points`.
 
     `data`: rows with the index of their point in `points` as `point_index`, and `step`, `tokens` and `seconds`, one of which the
-    reader chooses for the x axis. `y_encoding`: which field is drawn, and how. `y_tooltip`: how the pointer shows this field.
+    reader chooses for the x axis. `y_encoding`: which field is drawn, and how. `y_tooltip`: how the pointer shows this field. The
+    field `point`, the name of a row's point, is added by `point_lookup_transform`.
     """
     return {
         "$schema": SCHEMA,
@@ -117,7 +118,10 @@ def _curve_spec(
 
 
 def difference_plot(comparison: Comparison) -> PagePlot | None:
-    """How far each point's loss is from its baseline's, step by step, on a logarithmic axis; None if no losses are comparable."""
+    """How far each point's loss is from its baseline's, step by step, on a logarithmic axis; None if no losses are comparable.
+
+    A point is one combination of settings. Its baseline is the point that its loss is compared with.
+    """
     points = [point for point in comparison.points if point.loss_difference is not None]
     rows = _difference_rows(comparison, points)
     if not rows:
@@ -156,7 +160,8 @@ def difference_plot(comparison: Comparison) -> PagePlot | None:
 def _difference_rows(comparison: Comparison, points: Sequence[ComparedPoint]) -> list[tuple[Any, ...]]:
     """Data rows (`X_AXIS_COLUMNS`, relative difference of the loss from the baseline's) of the drawn steps of `points`.
 
-    Steps without a finite loss in both runs have no row.
+    Steps without a finite loss in both runs have no row. A difference below `MIN_DRAWN_DIFFERENCE` becomes that, since a
+    logarithmic axis has no zero.
     """
     steps_by_name = {point.name: point.first_repeat.steps for point in comparison.points}
     rows = []
@@ -191,22 +196,23 @@ def loss_plot(comparison: Comparison) -> PagePlot | None:
     y_tooltip = {"field": "loss", "type": "quantitative", "format": ".6f"}
     spec = _curve_spec(comparison, points, data, y_encoding, y_tooltip)
     caption = ZOOM_AND_CLICK_HINT
-    if any(point.should_have_loss_of_baseline for point in points):
+    if any(point.should_have_loss_of_baseline for point in points):  # only then is there the plot of differences above
         caption += " Equal curves lie on each other: the differences above tell them apart."
-    notable_rows = _notable_rows(points)
+    notable_rows = _notable_step_rows(points)
     if 0 < len(notable_rows) <= MAX_NOTABLE_STEPS:
-        spec["layer"].append(_notable_layer(notable_rows))
+        spec["layer"].append(_notable_steps_layer(notable_rows))
         caption += " Dotted: steps that stood out; the pointer says what was done."
     return PagePlot(name="loss", title="Training loss", caption=caption, spec=spec)
 
 
-def _notable_rows(points: Sequence[ComparedPoint]) -> list[dict[str, Any]]:
-    """A data row for each step that stood out: its point, its position on the three x axes, and what was found there."""
+def _notable_step_rows(points: Sequence[ComparedPoint]) -> list[dict[str, Any]]:
+    """A data row for each step at which a guard or detector found something: its point, its x values, and what was found."""
     rows = []
     for point in points:
         notables = notable_steps(point.first_repeat)
         if not notables:
             continue
+        # As if the point were alone in the plot, so that the rows of its steps that stood out are among them.
         drawn_row_by_step = {row["step"]: row for row in thinned_step_rows(point, num_points=1)}
         for notable in notables:
             drawn_row = drawn_row_by_step.get(notable.step, {})
@@ -222,8 +228,8 @@ def _notable_rows(points: Sequence[ComparedPoint]) -> list[dict[str, Any]]:
     return rows
 
 
-def _notable_layer(rows: list[dict[str, Any]]) -> Spec:
-    """Dotted vertical lines at the steps that stood out; `rows` come from `_notable_rows`."""
+def _notable_steps_layer(rows: list[dict[str, Any]]) -> Spec:
+    """The Vega-Lite layer of dotted vertical lines at the steps that stood out; `rows` come from `_notable_step_rows`."""
     return {
         "data": {"values": rows},
         "transform": [x_axis_transform()],
@@ -253,6 +259,7 @@ def held_out_plot(comparison: Comparison) -> PagePlot | None:
     y_encoding = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}}
     y_tooltip = {"field": "value", "type": "quantitative", "format": ".6g"}
     spec = _curve_spec(comparison, points, data, y_encoding, y_tooltip)
+    # First, so that the other transforms compute for the chosen metric alone.
     spec["transform"].insert(0, {"filter": "datum.metric === metric"})
     menu = {"name": "metric", "value": metrics[0], "bind": {"input": "select", "options": metrics, "name": "metric "}}
     spec["params"].append(menu)
@@ -280,7 +287,8 @@ def _held_out_rows(
 ) -> list[tuple[Any, ...]]:
     """Data rows (`X_AXIS_COLUMNS`, metric, value) of the held-out `metrics` of a point.
 
-    At most about `max_evaluations` evaluations are drawn: every n-th and the last.
+    A row is like (0, 40, 20480, 31.5, "eval/loss", 2.31). At most about `max_evaluations` evaluations are drawn: every n-th and
+    the last.
     """
     steps = point.first_repeat.steps
     elapsed_s = accumulate(row.get("step_s") or 0.0 for row in steps.values())
@@ -316,7 +324,7 @@ def course_plot(comparison: Comparison) -> PagePlot | None:
     y_encoding = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}}
     y_tooltip = {"field": "value", "type": "quantitative", "format": ".6g"}
     spec = _curve_spec(comparison, points, data, y_encoding, y_tooltip, height=240)
-    # The chosen metric becomes the field `value`, which the curve draws.
+    # The titles are columns of the data. The menu's parameter `metric` is one of them: it becomes the field `value` of the curve.
     spec["transform"] += [{"calculate": "datum[metric]", "as": "value"}, {"filter": "isValid(datum.value)"}]
     titles = [title for metric, title in COURSE_METRICS.items() if metric in known_metrics]
     menu = {"name": "metric", "value": titles[0], "bind": {"input": "select", "options": titles, "name": "metric "}}

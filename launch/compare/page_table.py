@@ -24,6 +24,7 @@ from trainer.pages.pieces import PageCell, PageColumn, PageTable, Tone
 from trainer.reporting.status import RunState
 
 BestDirection = Literal["", "smallest", "largest"]
+"""Which number of a column gets the star that marks the best; empty if none does."""
 HELD_OUT_GROUP = "held-out data"
 MAX_AXIS_COLUMNS = 6
 MAX_METRIC_COLUMNS = 5
@@ -33,8 +34,8 @@ MAX_FOLDED_CELLS = 1200
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
-    """A number of each point that has a column of its own: how it is read, and how it looks."""
+class NumberColumn:
+    """A column with a number of each point: how the number is read, and how it looks."""
 
     heading: str
     group: str
@@ -56,23 +57,23 @@ class _ColumnWithCells(NamedTuple):
 
 
 def points_table(comparison: Comparison) -> PageTable:
-    """The table of all points. Columns that are unknown for every point are left out.
+    """The table of all points, a row each. Columns that are unknown for every point are left out.
 
-    A point that failed or diverged has numbers, but none of them is a best one. Metrics of the test documents are shown and
-    never marked.
+    A star marks the best number of a column. A point that failed or diverged has numbers, but none of them is a best one. Metrics
+    of the test documents are shown and never marked.
     """
     points = list(comparison.points)
-    measures = _measures(comparison)
-    held_out_measures = [measure for measure in measures if measure.group == HELD_OUT_GROUP]
-    other_measures = [measure for measure in measures if measure.group != HELD_OUT_GROUP]
+    number_columns = _number_columns(comparison)
+    held_out_columns = [number_column for number_column in number_columns if number_column.group == HELD_OUT_GROUP]
+    other_columns = [number_column for number_column in number_columns if number_column.group != HELD_OUT_GROUP]
     name_cells = [_name_cell(point) for point in points]
     state_cells = [_state_cell(point) for point in points]
     columns_with_cells = [
         _ColumnWithCells(PageColumn("point"), name_cells),
         # The held-out metrics come right after the name, so that a phone shows the first of them without scrolling.
-        *_measure_columns(held_out_measures, points),
+        *_columns_with_cells(held_out_columns, points),
         *_axis_columns(comparison),
-        *_measure_columns(other_measures, points),
+        *_columns_with_cells(other_columns, points),
         _ColumnWithCells(PageColumn("state"), state_cells),
     ]
     columns = [filled.column for filled in columns_with_cells]
@@ -90,20 +91,26 @@ def _axis_columns(comparison: Comparison) -> list[_ColumnWithCells]:
     return columns_with_cells
 
 
-def _measure_columns(measures: Sequence[Measure], points: Sequence[ComparedPoint]) -> list[_ColumnWithCells]:
+def _columns_with_cells(
+    number_columns: Sequence[NumberColumn], points: Sequence[ComparedPoint]
+) -> list[_ColumnWithCells]:
     """The columns of these measures with a cell for each point, without columns that are unknown for every point."""
     columns_with_cells = []
-    for measure in measures:
+    for number_column in number_columns:
         values = []
         for point in points:
             has_measurements = point.measured.steps > 0
-            values.append(measure.read_value(point) if has_measurements else None)
+            values.append(number_column.read_value(point) if has_measurements else None)
         if all(value is None for value in values):
             continue
         column = PageColumn(
-            measure.heading, group=measure.group, best=measure.best, unit=measure.unit, note=measure.note
+            number_column.heading,
+            group=number_column.group,
+            best=number_column.best,
+            unit=number_column.unit,
+            note=number_column.note,
         )
-        cells = [_measure_cell(measure, point, value) for point, value in zip(points, values, strict=True)]
+        cells = [_number_cell(number_column, point, value) for point, value in zip(points, values, strict=True)]
         columns_with_cells.append(_ColumnWithCells(column, cells))
     return columns_with_cells
 
@@ -123,15 +130,15 @@ def _label_sort_value(label: str) -> float | str:
         return label
 
 
-def _measure_cell(measure: Measure, point: ComparedPoint, value: float | None) -> PageCell:
+def _number_cell(number_column: NumberColumn, point: ComparedPoint, value: float | None) -> PageCell:
     """The cell of a number; a dash if it is not known.
 
     In a column that marks its best cell, a point that cannot be recommended gets no value to sort by: it is never the best.
     """
     if value is None:
         return PageCell(UNKNOWN, None)
-    is_ranked = not measure.best or is_recommendable(point)
-    return PageCell(measure.format_value(value), _sort_value(value) if is_ranked else None)
+    is_ranked = not number_column.best or is_recommendable(point)
+    return PageCell(number_column.format_value(value), _sort_value(value) if is_ranked else None)
 
 
 def _sort_value(value: float) -> float:
@@ -159,7 +166,7 @@ def _state_cell(point: ComparedPoint) -> PageCell:
     return PageCell(state, state, tone=tone, note=reason.removeprefix(f"{state}: "))
 
 
-def _measures(comparison: Comparison) -> list[Measure]:
+def _number_columns(comparison: Comparison) -> list[NumberColumn]:
     """The numeric columns of the table of points, in order, from held-out metrics to the price.
 
     A column with a `best` marks its largest or smallest number with a star.
@@ -168,11 +175,11 @@ def _measures(comparison: Comparison) -> list[Measure]:
     # No star if no difference is shown: it would contradict the answer.
     speed_best: BestDirection = "largest" if is_speed_difference_shown(begun_points) else ""
     memory_best: BestDirection = "smallest" if is_memory_difference_shown(begun_points) else ""
-    step_best: BestDirection = "smallest" if speed_best else ""
+    step_best: BestDirection = "smallest" if speed_best else ""  # time and price of a step follow from the speed
     return [
-        *_quality_measures(comparison),
-        *_speed_measures(comparison, speed_best),
-        Measure(
+        *_quality_columns(comparison),
+        *_speed_columns(comparison, speed_best),
+        NumberColumn(
             "measured",
             group="memory",
             read_value=lambda point: point.measured.memory_gib,
@@ -180,7 +187,7 @@ def _measures(comparison: Comparison) -> list[Measure]:
             best=memory_best,
             unit="GiB",
         ),
-        Measure(
+        NumberColumn(
             "planned",
             group="memory",
             read_value=_planned_gib,
@@ -188,9 +195,9 @@ def _measures(comparison: Comparison) -> list[Measure]:
             unit="GiB",
             note="Tensors, by simulation.",
         ),
-        *_step_measures(step_best),
-        *_once_measures(),
-        Measure(
+        *_step_columns(step_best),
+        *_start_and_save_columns(),
+        NumberColumn(
             "per million tokens",
             group="price",
             read_value=_dollars,
@@ -201,9 +208,9 @@ def _measures(comparison: Comparison) -> list[Measure]:
     ]
 
 
-def _speed_measures(comparison: Comparison, best: BestDirection) -> list[Measure]:
+def _speed_columns(comparison: Comparison, best: BestDirection) -> list[NumberColumn]:
     """The columns of speeds of all ranks together. The slowest and the fastest repeat have columns if a point was repeated."""
-    speed = Measure(
+    speed = NumberColumn(
         "tokens/s",
         group="speed",
         read_value=lambda point: point.measured.tokens_per_s,
@@ -211,11 +218,11 @@ def _speed_measures(comparison: Comparison, best: BestDirection) -> list[Measure
         best=best,
         note="All ranks together, median.",
     )
-    measures = [speed]
+    number_columns = [speed]
     if any(point.summary.repeats > 1 for point in comparison.begun_points):
         for heading, read_value in (("slowest", _slowest), ("fastest", _fastest)):
-            measures.append(
-                Measure(
+            number_columns.append(
+                NumberColumn(
                     heading,
                     group="speed",
                     read_value=read_value,
@@ -223,7 +230,7 @@ def _speed_measures(comparison: Comparison, best: BestDirection) -> list[Measure
                     note="Of the repeats.",
                 )
             )
-    supervised_speed = Measure(
+    supervised_speed = NumberColumn(
         "supervised/s",
         group="speed",
         read_value=_supervised_per_s,
@@ -231,7 +238,7 @@ def _speed_measures(comparison: Comparison, best: BestDirection) -> list[Measure
         best=best,
         note="Supervised tokens a second.",
     )
-    mfu = Measure(
+    mfu = NumberColumn(
         "MFU",
         group="speed",
         read_value=_mfu_reader(comparison),
@@ -239,21 +246,25 @@ def _speed_measures(comparison: Comparison, best: BestDirection) -> list[Measure
         best=best,
         note="Share of the device's peak.",
     )
-    return [*measures, supervised_speed, mfu]
+    return [*number_columns, supervised_speed, mfu]
 
 
-def _step_measures(best: BestDirection) -> list[Measure]:
-    """The columns of a step: its time and the time of its parts, and what ranks exchange in it. `best`: of the time of a step."""
+def _step_columns(best: BestDirection) -> list[NumberColumn]:
+    """The columns of a step: its time and the time of its parts, and what ranks exchange in it. `best`: of the time of a step.
+
+    Exposed communication is time in which a rank only waits for others. The size of the exchange is counted and not measured, so
+    its smallest value always gets the star.
+    """
     return [
-        Measure(
+        NumberColumn(
             "step",
             group="a step",
             read_value=lambda point: point.measured.step_s,
             format_value=format_duration,
             best=best,
         ),
-        *(_part_measure(part) for part in (*STEP_PARTS, "rest")),
-        Measure(
+        *(_step_part_column(part) for part in (*STEP_PARTS, "rest")),
+        NumberColumn(
             "exchanged",
             group="a step",
             read_value=_exchanged_gib,
@@ -261,7 +272,7 @@ def _step_measures(best: BestDirection) -> list[Measure]:
             best="smallest",
             unit="GiB",
         ),
-        Measure(
+        NumberColumn(
             "exposed",
             group="a step",
             read_value=lambda point: point.measured.exposed_s,
@@ -271,23 +282,26 @@ def _step_measures(best: BestDirection) -> list[Measure]:
     ]
 
 
-def _once_measures() -> list[Measure]:
-    """The columns of what happens once in a run: the start, and saving a checkpoint."""
+def _start_and_save_columns() -> list[NumberColumn]:
+    """The columns of what happens once in a run, under the heading `once`: the start, and saving a checkpoint.
+
+    Their times get no star, because a single measurement says little.
+    """
     return [
-        Measure(
+        NumberColumn(
             "start",
             group="once",
             read_value=_start_without_evaluation_s,
             format_value=format_duration,
             note="Until the first step, without the evaluation before it.",
         ),
-        Measure(
+        NumberColumn(
             "save",
             group="once",
             read_value=lambda point: point.measured.checkpoint_s,
             format_value=format_duration,
         ),
-        Measure(
+        NumberColumn(
             "saved",
             group="once",
             read_value=lambda point: point.measured.checkpoint_gib,
@@ -334,9 +348,9 @@ def _start_without_evaluation_s(point: ComparedPoint) -> float | None:
     return point.measured.start_s - (point.measured.evaluation_before_s or 0)
 
 
-def _part_measure(part: str) -> Measure:
+def _step_part_column(part: str) -> NumberColumn:
     """The column of a part of a step, such as `forward`."""
-    return Measure(
+    return NumberColumn(
         part,
         group="a step",
         read_value=lambda point: point.summary.parts_s.get(part),
@@ -351,17 +365,18 @@ def _mfu_reader(comparison: Comparison) -> Callable[[ComparedPoint], float | Non
     return lambda point: point.measured.mfu
 
 
-def _quality_measures(comparison: Comparison) -> list[Measure]:
+def _quality_columns(comparison: Comparison) -> list[NumberColumn]:
     """The columns about quality: held-out metrics, metrics of the test documents, training loss, and its difference.
 
-    There is no difference for a single point, which has no baseline.
+    Of many metrics only the first few, because the table must fit on a screen: the metric that decides is the first, and a
+    folded table has the others. There is no difference for a single point, which has no baseline.
     """
     metrics = evaluated_metric_names(comparison)
-    measures = []
+    number_columns = []
     held_out_metrics = [metric for metric in metrics if metric.startswith(("eval/", "forgetting"))]
     for metric in held_out_metrics[:MAX_METRIC_COLUMNS]:
-        measures.append(
-            Measure(
+        number_columns.append(
+            NumberColumn(
                 metric,
                 group=HELD_OUT_GROUP,
                 read_value=_metric_reader(metric),
@@ -372,23 +387,23 @@ def _quality_measures(comparison: Comparison) -> list[Measure]:
     test_metrics = [metric for metric in metrics if metric.startswith("test/")]
     for metric in test_metrics[:MAX_METRIC_COLUMNS]:
         note = "Of the test documents. Not marked: who chooses by them cannot measure the choice with them."
-        measures.append(Measure(metric, group="test data", read_value=_metric_reader(metric), note=note))
-    measures.append(Measure("last loss", group="training", read_value=lambda point: point.measured.loss))
+        number_columns.append(NumberColumn(metric, group="test data", read_value=_metric_reader(metric), note=note))
+    number_columns.append(NumberColumn("last loss", group="training", read_value=lambda point: point.measured.loss))
     if len(comparison.points) > 1:
-        measures.append(
-            Measure(
+        number_columns.append(
+            NumberColumn(
                 "difference",
                 group="training",
-                read_value=_largest_early_difference,
+                read_value=_first_steps_difference,
                 format_value=format_difference,
                 # The verdict is the sentence on each point, which the page has in a folded section.
                 note="Largest relative difference over the first five steps, from the point that the verdict names.",
             )
         )
-    return measures
+    return number_columns
 
 
-def _largest_early_difference(point: ComparedPoint) -> float | None:
+def _first_steps_difference(point: ComparedPoint) -> float | None:
     return None if point.loss_difference is None else point.loss_difference.first_steps_difference
 
 
@@ -400,8 +415,8 @@ def _metric_reader(metric: str) -> Callable[[ComparedPoint], float | None]:
 def _best_direction(comparison: Comparison, metric: str) -> BestDirection:
     """Which cell of a held-out metric gets the star, the largest or the smallest.
 
-    None does if the name does not say which is better, if fewer than two jobs can be compared, or if no difference is
-    significant.
+    None does (an empty text) if the name does not say which is better, if fewer than two jobs can be compared, or if no
+    difference is significant. A job: all points that differ in strategy and seed alone.
     """
     if metric == "eval/perplexity":
         metric = "eval/loss"  # perplexity is its exponential, and only of the loss are sums per micro-batch kept
@@ -433,7 +448,7 @@ def evaluated_metric_names(comparison: Comparison) -> list[str]:
 def held_out_table(comparison: Comparison) -> PageTable | None:
     """The held-out metrics of each point before and after training; None if no point has any.
 
-    At most `MAX_FOLDED_CELLS` cells: if more metrics would not fit, the caption says how many are left out.
+    At most `MAX_FOLDED_CELLS` cells, so that the page stays small: the caption says how many metrics are left out.
     """
     points: Sequence[ComparedPoint] = comparison.begun_points
     metrics = evaluated_metric_names(comparison)

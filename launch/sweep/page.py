@@ -45,8 +45,8 @@ class TrialPoint:
     y: float
     text: str
     is_best: bool
-    is_beyond: bool
-    """Whether its metric is beyond the axis."""
+    is_beyond_axis: bool
+    """Whether its metric is beyond the end of the axis, where it is drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class SettingDrawing:
 
 
 def render_search_page(study: Study, search: PlannedSearch, search_dir: Path) -> str:
-    """The page of a search as HTML, with every trial that the study has."""
+    """The page of a search as HTML, with every trial that the study has: the verdict, cards, a drawing by setting, the table."""
     trials = study.get_trials(deepcopy=False)
     completed = completed_trials_best_first(trials, search)
     # An infinite metric has no position on an axis.
@@ -98,6 +98,7 @@ def _search_verdict(
 ) -> Callout:
     """A call-out with the best trial, its arguments and the command that exports its model; or that there is no best trial.
 
+    The best trial is the first of `completed`.
     It also says how many trials are not done yet. `completed`: the trials with a result, the best first. `trials`: all that
     were begun.
     """
@@ -129,11 +130,13 @@ def _search_cards(
         metrics = sorted(trial.value or 0.0 for trial in completed)
         median = f"median {format_number(metrics[len(metrics) // 2])}, of {len(completed)}"
         direction = "higher is better" if search.greater_is_better else "lower is better"
-        cards.append(PageCard(search.metric, format_number(completed[0].value), f"{median}; {direction}", "good"))
+        best_value = format_number(completed[0].value)
+        cards.append(PageCard(search.metric, best_value, note=f"{median}; {direction}", tone="good"))
     for state, tone in TONE_BY_STATE.items():
         count = sum(STATE_BY_OPTUNA_STATE[trial.state.name] == state for trial in trials)
         if count or state == "done":  # that none is done is worth a card
-            cards.append(PageCard(f"Trials {state}", str(count), f"of {search.settings.trials}", tone if count else ""))
+            note = f"of {search.settings.trials}"
+            cards.append(PageCard(f"Trials {state}", str(count), note=note, tone=tone if count else ""))
     return cards
 
 
@@ -219,7 +222,7 @@ def setting_drawing(
 ) -> SettingDrawing:
     """The drawing of the metric by the value of one setting, with a point for each trial.
 
-    `completed`: the trials with a finite result, the best first.
+    `completed`: the trials with a finite result, the best first. The metric axis begins at the best one.
     """
     metrics = [trial.value or 0.0 for trial in completed]
     best_metric = metrics[0]
@@ -228,15 +231,9 @@ def setting_drawing(
     axis_length = axis_end - best_metric or 1.0
     points = []
     for trial, metric in zip(completed, metrics, strict=True):
-        value = trial.params[setting.key]
         share_from_best = (metric - best_metric) / axis_length  # 0 at the best metric, 1 at the end of the axis
-        # The larger metrics are above, at small y.
-        drawn_share = min(share_from_best, 1.0)
-        share_from_top = drawn_share if search.greater_is_better else 1 - drawn_share
-        x = DRAWING_MARGIN + _axis_position(setting, value) * (DRAWING_WIDTH - 2 * DRAWING_MARGIN)
-        y = DRAWING_MARGIN + share_from_top * (DRAWING_HEIGHT - 2 * DRAWING_MARGIN)
-        text = f"trial {trial.number}: {setting.argument(value)}, {search.metric} {format_number(metric)}"
-        points.append(TrialPoint(x, y, text, is_best=trial is completed[0], is_beyond=share_from_best > 1))
+        is_best = trial is completed[0]
+        points.append(_trial_point(trial, setting, search, share_from_best=share_from_best, is_best=is_best))
     best_argument = setting.argument(completed[0].params[setting.key])
     return SettingDrawing(
         key=setting.key,
@@ -246,6 +243,27 @@ def setting_drawing(
         has_choices=bool(setting.choices),
         upper_metric=format_number(max(best_metric, axis_end)),
         lower_metric=format_number(min(best_metric, axis_end)),
+    )
+
+
+def _trial_point(
+    trial: FrozenTrial, setting: SearchedSetting, search: PlannedSearch, *, share_from_best: float, is_best: bool
+) -> TrialPoint:
+    """The point of a trial in the drawing of one setting.
+
+    `share_from_best`: where its metric is on the axis, 0 at the best metric of all trials and 1 at the end of the axis; above 1
+    it is drawn at the end.
+    """
+    value = trial.params[setting.key]
+    # The larger metrics are above, at small y.
+    drawn_share = min(share_from_best, 1.0)
+    share_from_top = drawn_share if search.greater_is_better else 1 - drawn_share
+    return TrialPoint(
+        x=DRAWING_MARGIN + _axis_position(setting, value) * (DRAWING_WIDTH - 2 * DRAWING_MARGIN),
+        y=DRAWING_MARGIN + share_from_top * (DRAWING_HEIGHT - 2 * DRAWING_MARGIN),
+        text=f"trial {trial.number}: {setting.argument(value)}, {search.metric} {format_number(trial.value or 0.0)}",
+        is_best=is_best,
+        is_beyond_axis=share_from_best > 1,
     )
 
 

@@ -38,6 +38,8 @@ FATAL_EXIT_CODES = (exit_codes.WRONG_DATA, exit_codes.STORAGE_FAILED)
 """Exit codes for data that no run could use and for a full disk: the next trial would end in the same way."""
 JOURNAL_FILE = "search.journal"
 """Optuna's record of all trials, in the directory of the search."""
+DRAW_LOCK_NAME = "asking"
+"""The lock of the command that draws a trial's values, in the same directory."""
 SEED_STRIDE = 1_000_003
 """Distance of the samplers' seeds of neighbouring `sweeper.seed`: a prime beyond any number of trials, so that none coincide."""
 
@@ -63,22 +65,27 @@ class SearchProgress(RunsProgress):
         """Print how far the trial is, and report new evaluations; called many times a second.
 
         A trial that is to be pruned, or whose evaluations lack the metric, is asked to save and end, as by `shardtune stop`. Sets
-        `pruned` if it is to be pruned.
+        `is_pruned` if it is to be pruned.
         """
         super().update()
-        metrics_file = self._trial_dir / "metrics.jsonl"
-        with suppress(OSError):  # the trial has not written it yet
-            size_bytes = metrics_file.stat().st_size
-            if size_bytes == self._reported_file_bytes:
-                return  # nothing new was written
+        # Nothing here ends the search: the trial may not have written its metrics yet, and what cannot be written to the journal
+        # now is reported again when the trial has ended.
+        with suppress(OSError):
+            size_bytes = (self._trial_dir / "metrics.jsonl").stat().st_size
+            has_new_rows = size_bytes != self._reported_file_bytes
             self._reported_file_bytes = size_bytes
-            self.report_evaluations()
-            if self._was_asked_to_end:
-                return
-            self.is_pruned = self._may_prune and self._trial.should_prune()
-            if self.is_pruned or missing_metric_problem(self._trial_dir, self._metric):
-                self._was_asked_to_end = True
-                os.kill(os.getpid(), signal.SIGTERM)  # this process passes it on to the run, and starts nothing again
+            if has_new_rows:
+                self._report_and_end_if_needed()
+
+    def _report_and_end_if_needed(self) -> None:
+        """Report the evaluations that are new; ask the trial to end if it is pruned, or if its evaluations lack the metric."""
+        self.report_evaluations()
+        if self._was_asked_to_end:
+            return
+        self.is_pruned = self._may_prune and self._trial.should_prune()
+        if self.is_pruned or missing_metric_problem(self._trial_dir, self._metric):
+            self._was_asked_to_end = True
+            os.kill(os.getpid(), signal.SIGTERM)  # this process passes it on to the run, and starts nothing again
 
     def report_evaluations(self) -> None:
         """Report evaluations to Optuna, each once. The one before the first step is the same for all trials, and left out."""
@@ -176,14 +183,14 @@ def open_study(search: PlannedSearch, search_dir: Path) -> Study:
         raise ConfigError(
             f"{search_dir / JOURNAL_FILE}: is damaged ({error}); choose another run.dir, or move it away"
         ) from error
-    _raise_if_another_search(study, search.search_identity(), search_dir)
+    _record_or_check_identity(study, search.search_identity(), search_dir)
     return study
 
 
-def _raise_if_another_search(study: Study, identity: dict[str, str], search_dir: Path) -> None:
-    """Raise ConfigError, with every difference, if the study in `search_dir` is of another search.
+def _record_or_check_identity(study: Study, identity: dict[str, str], search_dir: Path) -> None:
+    """Write what identifies a search into a new study; otherwise raise ConfigError, with every difference, if it is of another.
 
-    If the study is new, `identity` is written into it. `identity`: what must be the same, see `PlannedSearch.search_identity`.
+    `identity`: what must be the same when a search continues, as texts (`PlannedSearch.search_identity`).
     """
     recorded_identity = study.user_attrs.get("asked")
     if recorded_identity is None:  # the study is new
@@ -231,12 +238,15 @@ def run_search(search: PlannedSearch, search_dir: Path, run_trial: RunTrial) -> 
     page = write_search_page(study, search, search_dir)
     if page is not None:
         print(f"written: {page}", file=sys.stderr, flush=True)
-    if exit_code or any(trial.state.name == "COMPLETE" for trial in trials):
-        return exit_code
-    for trial in trials:
-        if trial.user_attrs.get("code"):
-            return trial.user_attrs["code"]
-    return 0
+    return exit_code or _exit_code_of_results(trials)
+
+
+def _exit_code_of_results(trials: list[FrozenTrial]) -> int:
+    """0 if any trial has a result; else the exit code of the first failed trial, and 0 if none has failed."""
+    if any(trial.state.name == "COMPLETE" for trial in trials):
+        return 0
+    exit_codes_of_failures = (trial.user_attrs["code"] for trial in trials if trial.user_attrs.get("code"))
+    return next(exit_codes_of_failures, 0)
 
 
 def write_search_page(study: Study, search: PlannedSearch, search_dir: Path) -> Path | None:
@@ -265,8 +275,10 @@ class _ClaimedTrial(NamedTuple):
 def _run_trials(study: Study, search: PlannedSearch, search_dir: Path, run_trial: RunTrial) -> int:
     """Run trials until the search has enough: first those that another command left unfinished, then new ones.
 
-    Returns 0, 75 if this command was asked to stop, or the exit code of a trial that was stopped or that ends the whole search.
+    Returns 0, the exit code `PREEMPTED` (75) if this command was asked to stop, or the exit code of a trial that was stopped or
+    that ends the whole search.
     """
+    # Those that this command has not tried to take over yet: `_take_over_unfinished_trial` removes what it tries.
     unfinished_numbers = [trial.number for trial in study.get_trials(deepcopy=False) if trial.state.name == "RUNNING"]
     while not is_signal_pending():
         claimed = _take_over_unfinished_trial(study, search, search_dir, unfinished_numbers)
@@ -300,6 +312,7 @@ def _take_over_unfinished_trial(
             continue
         recorded_trial = study.get_trials(deepcopy=False)[number]
         is_unfinished = recorded_trial.state.name == "RUNNING"  # another command may have finished it meanwhile
+        # Optuna records the value of one setting after the other, and a command may be killed in between.
         has_all_values = len(recorded_trial.params) == len(search.searched_settings)
         if is_unfinished and has_all_values:
             return _ClaimedTrial(_trial_to_continue(study, search_dir, number), lease)  # resumed in its directory
@@ -322,14 +335,15 @@ def _trial_to_continue(study: Study, search_dir: Path, number: int) -> Trial:
 def _start_new_trial(study: Study, search: PlannedSearch, search_dir: Path) -> _ClaimedTrial | None:
     """Draw the values of a new trial and claim it; None if the search has enough trials.
 
-    A lock lets one command draw at a time, because all commands that work on the search share the number of trials.
+    A lock lets one command draw at a time, because all commands that work on the search share the number of trials. If another
+    command claims the new trial first, as one that it finds unfinished, a further one is drawn.
     """
     from optuna.samplers import TPESampler
     from optuna.storages.journal import JournalFileSymlinkLock
 
-    lock = JournalFileSymlinkLock(str(search_dir / "asking"))
+    draw_lock = JournalFileSymlinkLock(str(search_dir / DRAW_LOCK_NAME))
     while True:
-        lock.acquire()
+        draw_lock.acquire()
         try:
             number = len(study.get_trials(deepcopy=False))
             if number >= search.settings.trials:
@@ -339,9 +353,9 @@ def _start_new_trial(study: Study, search: PlannedSearch, search_dir: Path) -> _
             study.sampler = TPESampler(seed=sampler_seed)
             trial = study.ask({setting.key: setting.distribution() for setting in search.searched_settings})
         finally:
-            lock.release()
+            draw_lock.release()
         lease = _acquire_trial_lease(search, search_dir, trial.number)
-        if lease is not None:  # else another command has taken the trial over already
+        if lease is not None:
             return _ClaimedTrial(trial, lease)
 
 

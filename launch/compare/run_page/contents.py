@@ -32,7 +32,8 @@ RESOLVED_KEY_PREFIX = "substitutions."
 def run_cards(compared: ComparedPoint) -> list[PageCard]:
     """The numbers at the head of a run's page: held-out metrics or the training loss, duration, speed, memory.
 
-    Numbers that are not known have no card.
+    `compared`: the run as the only point of a comparison, which is how runs are measured. `card_changes` are the few held-out
+    metrics that get a card. Numbers that are not known have no card.
     """
     run = compared.first_repeat
     measured = compared.measured
@@ -54,14 +55,20 @@ def _metric_card(run: RecordedRun, change: MetricChange) -> PageCard:
     is_monitored = change.name == monitored_metric(run)
     if is_monitored and best is not None and not best.is_last_step_as_good and best.is_better_than_before_training:
         notes.append(f"best {change.format_value(best.value)} at step {best.step}")
-    return PageCard(change.title, change.format_value(change.value_after), ", ".join(notes), change.tone, change.arrow)
+    return PageCard(
+        change.title,
+        change.format_value(change.value_after),
+        note=", ".join(notes),
+        tone=change.tone,
+        arrow=change.arrow,
+    )
 
 
 def _training_metric_cards(run: RecordedRun) -> list[PageCard]:
     """A card with the training loss, for a run without held-out metrics; empty if no step has a finite loss.
 
-    It has no colour, because it does not measure quality. A run that learns from rewards gets its reward instead: its loss is
-    near 0 by construction.
+    An arrow says whether it rose or fell. It has no colour, because it does not measure quality. A run that learns from rewards
+    gets its reward instead: its loss is near 0 by construction.
     """
     metric = "reward" if any("reward" in row for row in run.steps.values()) else "loss"
     values = [row[metric] for row in run.steps.values() if isinstance(row.get(metric), int | float)]
@@ -115,7 +122,7 @@ def _memory_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None
     tone: Tone = ""
     if run.record.device == CPU:
         note += ", libraries included"
-    elif gpu_memory_gib:
+    elif gpu_memory_gib:  # only a card's memory is known to be the run's alone
         share = measured.memory_gib / gpu_memory_gib
         note = f"{format_percent(share)} of a card's {format_number(gpu_memory_gib, digits=3)} GiB"
         if share > NEARLY_FULL_SHARE:
@@ -131,7 +138,10 @@ def _predicted_cost(run: RecordedRun) -> PredictedCost:
 
 
 def cost_table(compared: ComparedPoint) -> PageTable | None:
-    """A table of the measured costs of a run beside the planned ones, with a row for each cost; None if nothing was measured."""
+    """A table of the measured costs of a run beside the planned ones, with a row for each cost; None if nothing was measured.
+
+    A cost that was not measured has no row. The receipt in `run.json` is what the run recorded of its plan and its costs.
+    """
     run = compared.first_repeat
     measured = compared.measured
     predicted = _predicted_cost(run)
@@ -173,6 +183,7 @@ def _cost_row(
     """
     if not measured:
         return None
+    # The second value of a cell is what the column is sorted by.
     planned_cell = PageCell(format_value(planned), planned) if planned else PageCell(UNKNOWN)
     ratio_cell = PageCell(f"{measured / planned:.2f}", measured / planned) if planned else PageCell(UNKNOWN)
     return [PageCell(title, title), planned_cell, PageCell(format_value(measured), measured), ratio_cell]
@@ -210,12 +221,12 @@ def run_settings(run: RecordedRun) -> ShownSettings:
     defaults = _default_settings(run.directory)
     chosen = []
     all_settings = []
-    for key, value in run.config.items():
+    for key, value in run.config.items():  # by dotted key, such as `optim.lr`
         all_settings.append((key, _value_on_command_line(value)))
         is_default = key in defaults and defaults[key] == value
         is_empty = value in (None, [], {})
-        is_no_choice = is_default or is_empty or key in PATH_KEYS or key.startswith(RESOLVED_KEY_PREFIX)
-        if defaults and not is_no_choice:
+        is_not_chosen = is_default or is_empty or key in PATH_KEYS or key.startswith(RESOLVED_KEY_PREFIX)
+        if defaults and not is_not_chosen:
             chosen.append((key, _value_on_command_line(value)))
     return ShownSettings(chosen, all_settings)
 
@@ -241,7 +252,11 @@ def _default_settings(run_dir: Path) -> dict[str, Any]:
 
 
 def provenance_rows(run: RecordedRun) -> list[tuple[str, str]]:
-    """(name, text) rows on where the run comes from: data, method, batch, machine, versions; one not recorded has no row."""
+    """(name, text) rows on where the run comes from: data, method, batch, machine, versions; one not recorded has no row.
+
+    The batch reads `64 = 4 micro x 2 accumulation x 8 ranks`. The numbers of parameters stand in the record of the sharding,
+    which was measured on the model.
+    """
     record = run.record
     methods = (record.strategy, record.tuning, record.objective, record.precision, record.attention)
     batch = ""
@@ -272,7 +287,7 @@ def provenance_rows(run: RecordedRun) -> list[tuple[str, str]]:
 
 
 def run_links(run: RecordedRun) -> list[tuple[str, str]]:
-    """(text, address relative to the page) of each page and file about the run that exists."""
+    """(text, URL relative to the page) of each page and file about the run that exists: ("metrics", "metrics.jsonl")."""
     targets: list[tuple[str, Path]] = []
     if run.record.data_directory:
         targets.append(("audit of the data", Path(run.record.data_directory) / "audit.html"))

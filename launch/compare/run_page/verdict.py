@@ -44,6 +44,8 @@ SETTING_WITH_VALUE_REGEX = re.compile(r"[a-z_]+(\.[a-z_]+)*=[\w.]+(?=$|[ ,;])")
 """How a remedy begins that is a setting with its value, such as `evaluation.patience=3 (stop at the best)`."""
 DETECTOR_EVENT = "challenge"
 """The value of `event` in `events.jsonl` for a detector's finding; events of guards have another one."""
+LOWER_LEARNING_RATE_REMEDY = "a lower optim.lr"
+"""How a remedy begins that is a lower learning rate."""
 LOWER_LEARNING_RATE_FACTOR = 0.1
 """The learning rate that is proposed after a divergence, as a share of the run's own."""
 
@@ -76,15 +78,16 @@ def run_verdict(run: RecordedRun) -> RunVerdict:
     if bad_finding is not None:
         description = f"{bad_finding.observation[:1].upper()}{bad_finding.observation[1:]}"
         text = f"{description}. {steps_text}.{_remedies_text(bad_finding)}"
-        return RunVerdict("bad", HEADING_BY_FINDING[bad_finding.name], text, _remedy_commands(run, bad_finding))
+        heading = HEADING_BY_FINDING[bad_finding.name]
+        return RunVerdict("bad", heading, text, commands=_remedy_commands(run, bad_finding))
     non_finite_step = first_non_finite_loss_step(run)
     if non_finite_step is not None:
         heading = f"The loss is not a number from step {non_finite_step} on"
-        return RunVerdict("bad", heading, f"{steps_text}.", (_lower_learning_rate_command(run),))
+        return RunVerdict("bad", heading, f"{steps_text}.", commands=(_lower_learning_rate_command(run),))
     if monitored_metric_is_lost(run):
         heading = f"{metric_title(monitored_metric(run))} is not a number at the end"
         commands = _export_best_commands(run) or (_lower_learning_rate_command(run),)
-        return RunVerdict("bad", heading, f"{steps_text}.", commands)
+        return RunVerdict("bad", heading, f"{steps_text}.", commands=commands)
 
     changes = metric_changes(run)
     if not changes:
@@ -115,10 +118,10 @@ def _metric_verdict(
         return RunVerdict("note", heading, text)
     text = f"{change.title} went from {change.change_text}. {steps_text}."
     if change.judgement == "worse":
-        return RunVerdict("bad", f"{change.title} got worse", text, _export_best_commands(run))
+        return RunVerdict("bad", f"{change.title} got worse", text, commands=_export_best_commands(run))
     if change.judgement == "better" and findings:
         names = ", ".join(finding.name.replace("_", " ") for finding in findings)
-        return RunVerdict("warning", f"Better, but: {names}", text, _export_best_commands(run))
+        return RunVerdict("warning", f"Better, but: {names}", text, commands=_export_best_commands(run))
     if change.judgement == "better":
         return RunVerdict("good", f"{change.title} got better", text)
     return RunVerdict("warning", f"{change.title} did not change", text)
@@ -132,12 +135,12 @@ def _unfinished_verdict(run: RecordedRun) -> RunVerdict:
     progress = f"step {step} of {total_steps}" if total_steps else f"step {step}"
     reason = " ".join(str(run.status.get("reason") or run.failure.get("message") or "").split())
     if run.state == RunState.running:
-        return RunVerdict("note", f"Running: {progress}", "", (logs_command,))
+        return RunVerdict("note", f"Running: {progress}", text="", commands=(logs_command,))
     if run.state == RunState.preempted:
         advice = "The same command goes on from its last checkpoint."
         return RunVerdict("warning", f"Stopped at {progress}", f"{reason}. {advice}" if reason else advice)
     if run.state == RunState.failed:
-        return RunVerdict("bad", f"Failed at {progress}", reason, (logs_command,))
+        return RunVerdict("bad", f"Failed at {progress}", reason, commands=(logs_command,))
     return RunVerdict("note", run.state.capitalize(), reason)  # such as `Not started`
 
 
@@ -167,7 +170,10 @@ def run_callouts(run: RecordedRun) -> list[Callout]:
 
 
 def _finding_callouts(run: RecordedRun) -> list[Callout]:
-    """A call-out for each finding of the detectors, except the one that is the verdict, and that of early stopping."""
+    """A call-out for each finding of the detectors (`challenges` in `run.json`).
+
+    Left out are the finding that is the verdict already, and early stopping, which has a call-out of its own.
+    """
     verdict_heading = run_verdict(run).heading
     callouts = []
     for finding in findings_in(run.record.challenges):
@@ -196,10 +202,12 @@ def _remedy_commands(run: RecordedRun, finding: RecordedFinding) -> tuple[str, .
     """
     if finding.name == "diverged":
         return (_lower_learning_rate_command(run),)
-    if _export_best_commands(run):
-        return _export_best_commands(run)
+    export_commands = _export_best_commands(run)
+    if export_commands:
+        return export_commands
+    # Remedies are sentences for people, such as `a lower optim.lr`, or settings: `evaluation.patience=3 (stop at the best)`.
     for remedy in finding.remedies:
-        if remedy.startswith("a lower optim.lr"):
+        if remedy.startswith(LOWER_LEARNING_RATE_REMEDY):
             return (_lower_learning_rate_command(run),)
         setting = SETTING_WITH_VALUE_REGEX.match(remedy)
         if setting is not None:
@@ -266,16 +274,19 @@ def _best_step_callouts(run: RecordedRun) -> list[Callout]:
 
 
 def _leak_callouts(run: RecordedRun) -> list[Callout]:
-    """A call-out for each held-out split with documents that are also in the training data, from the audit of the data."""
+    """A call-out for each held-out split with documents that are also in the training data, from the audit of the data.
+
+    The audit has {"leakage": {"eval": {"policy": "note", "train": {"exact": 3, ...}}}}: `train` counts the training documents
+    that the split holds too, by how alike they are.
+    """
     audit = read_json_or_empty(run.directory / run.record.data_directory / AUDIT) if run.record.data_directory else {}
     retry_command = _train_again_command(run, "data.leakage.policy=drop_train", directory_suffix="clean")
     callouts = []
     for split, leaks in (audit.get("leakage") or {}).items():
         num_documents_by_kind = leaks.get("train") or {}
         num_documents = sum(num_documents_by_kind.get(kind) or 0 for kind in DOCUMENT_LEAK_KINDS)
-        was_removed_from_training_data = (
-            leaks.get("policy") == "drop_train"
-        )  # before training, so that nothing of it was learned
+        # Removed before training, so that nothing of these documents was learned.
+        was_removed_from_training_data = leaks.get("policy") == "drop_train"
         if not num_documents or was_removed_from_training_data:
             continue
         text = f"{num_documents:,} training documents are in the held-out data ({split}) too. "
@@ -316,6 +327,7 @@ def _export_callouts(run: RecordedRun) -> list[Callout]:
     record = run.record
     if record.exports:
         return []
+    # Gates are bounds such as `eval/loss<2` that must hold before an export; `says` tells what a gate found.
     gates_record = record.gates or {}
     refusals = [str(gate.get("says")) for gate in gates_record.get("gates") or [] if not gate.get("passed")]
     override_reason = gates_record.get("override")
@@ -330,7 +342,7 @@ def _export_callouts(run: RecordedRun) -> list[Callout]:
     elif refusals and override_reason is None:
         why_not_exported = f"A gate is not passed: {'; '.join(refusals)}."
     if why_not_exported:
-        return [Callout("bad", "Nothing was exported", why_not_exported, (_export_command(run),))]
+        return [Callout("bad", "Nothing was exported", why_not_exported, commands=(_export_command(run),))]
     if refusals:
         text = f"{'; '.join(refusals)}. The reason given: {override_reason}."
         return [Callout("warning", "Exported although a gate is not passed", text)]
