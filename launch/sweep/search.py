@@ -93,8 +93,8 @@ class SearchProgress(RunsProgress):
             is_before_training = step < 1
             if is_before_training or step in self._reported_steps:
                 continue
-            self._reported_steps.add(step)
             self._trial.report(metric_value, step)
+            self._reported_steps.add(step)  # only now: a report that failed is repeated
 
 
 def run_trial_to_end(name: str, composed: ComposedConfig, run_dir: Path, progress: RunsProgress) -> int:

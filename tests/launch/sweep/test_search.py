@@ -4,11 +4,12 @@ import json
 import math
 import re
 import shlex
+from types import SimpleNamespace
 
 import pytest
 
 from launch.main import main
-from launch.sweep.search import metric_by_step, run_search, write_search_page
+from launch.sweep.search import SearchProgress, metric_by_step, run_search, write_search_page
 from launch.sweep.space import SearchedSetting, split_searched_settings
 from launch.sweep.sweeper import plan_search
 from launch.train import launch_run
@@ -237,3 +238,25 @@ def test_page_of_a_search_leaves_out_what_has_no_place_and_never_ends_the_search
     (tmp_path / "full" / "search.html").mkdir(parents=True)
     assert write_search_page(study, search, tmp_path / "full") is None
     assert "no search.html: " in capsys.readouterr().err
+
+
+def test_report_that_the_journal_could_not_take_is_repeated(tmp_path):
+    """The disk may be full for a moment: the evaluation must not be missing in the study for good."""
+    reported = {}
+    is_disk_full = True
+
+    def report(value, step):
+        if is_disk_full:
+            raise OSError("no space left on device")
+        reported[step] = value
+
+    study = SimpleNamespace(get_trials=lambda deepcopy: [SimpleNamespace(intermediate_values={})])
+    trial = SimpleNamespace(number=0, study=study, report=report)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "eval/loss": 2.5}\n')
+    progress = SearchProgress(1, trial, tmp_path, "eval/loss", prune=False)
+    with pytest.raises(OSError, match="no space"):
+        progress.report_evaluations()
+    is_disk_full = False
+    progress.report_evaluations()
+    progress.report_evaluations()
+    assert reported == {5: 2.5}
