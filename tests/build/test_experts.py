@@ -21,7 +21,7 @@ from tests.helpers.building import STRATEGIES, data_set, model_dir, run_config
 from tests.helpers.reward_models import save_reward_model
 from tests.helpers.tokenizers import tiny_tokenizer
 from tests.models.tiny import tiny_config
-from trainer.build.experts import expert_parallelism_lines, expert_problems, plan_expert_parallelism
+from trainer.build.experts import expert_parallelism_lines, expert_parallelism_problems, plan_expert_parallelism
 from trainer.build.gradient_sync import plan_gradient_reduction
 from trainer.build.parallel import check_parallel
 from trainer.build.parts import build_model, largest_workload
@@ -153,19 +153,19 @@ def test_experts_that_compute_in_a_way_of_their_own_are_refused(root, model_type
 
 def test_a_teacher_s_experts_are_dealt_as_the_model_s_are(root):
     objective = DistillationConfig(teacher=TeacherConfig(path=str(mixture(root, 6))))
-    (problem,) = expert_problems(config_of(mixture(root), 4, objective=objective))
+    (problem,) = expert_parallelism_problems(config_of(mixture(root), 4, objective=objective))
     assert "objective.teacher.path=" in problem and "6 experts" in problem
     dense = DistillationConfig(teacher=TeacherConfig(path=str(model_dir(root))))
-    assert not expert_problems(config_of(mixture(root), 4, objective=dense))
+    assert not expert_parallelism_problems(config_of(mixture(root), 4, objective=dense))
 
 
 def test_a_reward_model_s_experts_are_dealt_as_the_model_s_are(root):
     scorer = save_reward_model(root / "scorer", tiny_tokenizer(), num_experts=6)
     objective = GrpoConfig(rewards={"judge": RewardEntry(path=str(scorer))})
     config = config_of(mixture(root), 4, objective=objective)
-    (problem,) = expert_problems(config)
+    (problem,) = expert_parallelism_problems(config)
     assert f"objective.rewards.judge.path={scorer} has 6 experts" in problem
-    assert not expert_problems(config, scores_answers=False), "an evaluation reads no reward models"
+    assert not expert_parallelism_problems(config, scores_answers=False), "an evaluation reads no reward models"
 
 
 @pytest.mark.parametrize("beside", ("teacher", "reward_models.judge"))

@@ -14,7 +14,7 @@ from tests.helpers.building import run_config
 from tests.models.tiny import tiny_config
 from tests.parity.base import Job
 from tests.parity.dealt import in_chunks
-from trainer.build.experts import build_model_on_meta, expert_problems_of_models
+from trainer.build.experts import build_model_on_meta, expert_parallelism_problems_of_models
 from trainer.config.parallel import ParallelConfig
 from trainer.model import expert_exchange
 from trainer.model.compat import grouped_experts
@@ -65,7 +65,7 @@ def _layers_of(job: Job, name: str, ranks: int) -> tuple[list[str], list[Any]]:
     config = run_config(path, "fsdp2", "full", micro=4, parallel=ParallelConfig(experts=ranks))
     model = build_model_on_meta(config.model, ModelKind.causal)
     models = {f"model.path={name}": model}
-    problems = expert_problems_of_models(config, models, num_ranks=job.runtime.world_size, num_hosts=1)
+    problems = expert_parallelism_problems_of_models(config, models, num_ranks=job.runtime.world_size, num_hosts=1)
     layers: dict[type, Any] = {}
     for module in expert_modules_by_name(model).values():
         layers.setdefault(type(module), module.to_empty(device="cpu"))

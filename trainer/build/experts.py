@@ -1,7 +1,7 @@
 """Whether the experts of a run's models can be distributed over ranks (`parallel.experts`), and the plan that says so.
 
-`expert_problems` needs the models' configurations alone, so a run is refused before its data is prepared. What the settings
-rule out by themselves is refused earlier still (`trainer/config/sharding.py`).
+`expert_parallelism_problems` needs the models' configurations alone, so a run is refused before its data is prepared. What the
+settings rule out by themselves is refused earlier still (`trainer/config/sharding.py`).
 """
 
 from __future__ import annotations
@@ -32,13 +32,16 @@ from trainer.tuning.expert_parts import expert_modules_by_name, names_of_unsuppo
 def plan_expert_parallelism(built: BuiltModel, config: RunConfig, runtime: Runtime) -> None:
     """Set up expert parallelism (`parallel.experts`) in the plan of the step module, by which the engine distributes experts.
 
-    The plan then names all modules of experts, also those of frozen models, and the ranks over which a layer's experts are
-    distributed. Raises ConfigError if that is not possible with the ranks of `runtime`.
+    The plan then names all modules of experts, also those of frozen models, and over how many ranks a layer's experts are
+    distributed. A warning goes into `built.substitutions`, which the start screen shows. Raises ConfigError if it is not possible
+    with the ranks of `runtime`.
     """
     if config.parallel.experts == 1:
         return
     models = _models_of_step(built.step_module, config)
-    problems = expert_problems_of_models(config, models, num_ranks=runtime.world_size, num_hosts=runtime.num_hosts)
+    problems = expert_parallelism_problems_of_models(
+        config, models, num_ranks=runtime.world_size, num_hosts=runtime.num_hosts
+    )
     if problems:
         raise ConfigError(problems)
     built.step_module.plan.expert_parallel_modules = tuple(expert_modules_by_name(built.step_module))
@@ -61,42 +64,56 @@ def expert_groups_across_hosts_note(expert_ranks: int, ranks_per_host: int, host
     )
 
 
-def expert_parallelism_lines(built: BuiltModel, precision: Precision, sharded_over: int) -> list[str]:
-    """The lines on the start screen about expert parallelism: which rank holds what, and the traffic of a token. Else no line.
+def expert_parallelism_lines(built: BuiltModel, precision: Precision, ranks_per_replica: int) -> list[str]:
+    """The lines on the start screen about expert parallelism: what a rank holds, and the traffic of a token. Else no line.
 
-    `plan_expert_parallelism` must have been called. `sharded_over`: ranks of a replica.
+    `plan_expert_parallelism` must have been called.
     """
     step = built.step_module
     expert_ranks = step.plan.expert_ranks
     trained_names = [name for name in step.plan.expert_parallel_modules if not name.startswith(FROZEN_MODEL_PREFIXES)]
     if expert_ranks == 1 or not trained_names:
         return []
-    # What a rank holds.
+    per_token = experts_per_token(built.config)
+    pass_bytes = _bytes_of_token_to_experts(built, precision)
+    # Forward and backward pass: 2. Recomputing the layer repeats the forward pass: 3.
+    return [
+        _line_on_held_experts(step, trained_names, ranks_per_replica),
+        f"each token goes to its {per_token} experts and back: about {2 * pass_bytes / 1000:,.1f} kB to and from other ranks in "
+        f"each layer of a micro-batch, {3 * pass_bytes / 1000:,.1f} kB if the layer is recomputed",
+    ]
+
+
+def _line_on_held_experts(step: TrainStep, trained_names: list[str], ranks_per_replica: int) -> str:
+    """How many experts a rank holds. `trained_names`: the modules of experts of the trained model, one for each layer."""
+    expert_ranks = step.plan.expert_ranks
     modules: list[Any] = [step.get_submodule(name) for name in trained_names]
     expert_counts = sorted({module.num_experts for module in modules})
     counts_of_layer = " or ".join(str(count) for count in expert_counts)
     counts_of_rank = " or ".join(str(count // expert_ranks) for count in expert_counts)
     has_frozen_models = len(step.plan.expert_parallel_modules) > len(modules)
     frozen = ", those of frozen models beside it too" if has_frozen_models else ""
-    ranks_per_expert = sharded_over // expert_ranks
+    ranks_per_expert = ranks_per_replica // expert_ranks
     shared = f", which {ranks_per_expert} ranks shard" if ranks_per_expert > 1 else ""
-    # What a token costs: its hidden state goes to each of its experts and back. The part for the rank's own experts stays there.
-    per_token = experts_per_token(built.config)
-    row_bytes = text_model_config(built.config).hidden_size * (4 if precision is Precision.fp32 else 2)
-    pass_bytes = 2 * per_token * row_bytes * (expert_ranks - 1) / expert_ranks
-    return [
+    return (
         f"experts: {len(modules)} layers of {counts_of_layer} are distributed over {expert_ranks} ranks "
         f"(parallel.experts){frozen}; "
-        f"each rank holds {counts_of_rank} of a layer{shared}",
-        f"each token goes to its {per_token} experts and back: about {2 * pass_bytes / 1000:,.1f} kB to and from other ranks in "
-        f"each layer of a micro-batch, {3 * pass_bytes / 1000:,.1f} kB if the layer is recomputed",
-    ]
+        f"each rank holds {counts_of_rank} of a layer{shared}"
+    )
+
+
+def _bytes_of_token_to_experts(built: BuiltModel, precision: Precision) -> float:
+    """Bytes that a token sends to other ranks in one pass of a layer: its hidden state goes to each of its experts and back."""
+    expert_ranks = built.step_module.plan.expert_ranks
+    row_bytes = text_model_config(built.config).hidden_size * (4 if precision is Precision.fp32 else 2)
+    # The part for the rank's own experts stays there.
+    return 2 * experts_per_token(built.config) * row_bytes * (expert_ranks - 1) / expert_ranks
 
 
 def _models_of_step(step: TrainStep, config: RunConfig) -> dict[str, nn.Module]:
     """The models of a step module, the trained one first, each by the setting that names it, such as `model.path=<path>`."""
     models: dict[str, nn.Module] = {f"model.path={config.model.path}": step.model}
-    if step.teacher is not None:
+    if step.teacher is not None:  # a teacher, or a frozen copy of the model if the objective names none
         teacher = teacher_model(config.model, config.objective)
         setting = "the frozen copy of the model" if teacher is None else f"objective.teacher.path={teacher.path}"
         models[setting] = step.teacher
@@ -106,7 +123,7 @@ def _models_of_step(step: TrainStep, config: RunConfig) -> dict[str, nn.Module]:
     return models
 
 
-def expert_problems(config: RunConfig, *, scores_answers: bool = True) -> list[str]:
+def expert_parallelism_problems(config: RunConfig, *, scores_answers: bool = True) -> list[str]:
     """Why expert parallelism is not possible with the run's models, a line each; empty if it is. Reads only configurations.
 
     `scores_answers`: whether the run needs its reward models, which are then checked too.
@@ -116,7 +133,7 @@ def expert_problems(config: RunConfig, *, scores_answers: bool = True) -> list[s
     num_hosts = config.launcher.nodes
     num_ranks = num_hosts * config.launcher.per_node
     models = models_on_meta_by_setting(config, scores_answers=scores_answers)
-    return expert_problems_of_models(config, models, num_ranks=num_ranks, num_hosts=num_hosts)
+    return expert_parallelism_problems_of_models(config, models, num_ranks=num_ranks, num_hosts=num_hosts)
 
 
 def models_on_meta_by_setting(config: RunConfig, *, scores_answers: bool = True) -> dict[str, nn.Module]:
@@ -135,7 +152,7 @@ def models_on_meta_by_setting(config: RunConfig, *, scores_answers: bool = True)
     return models
 
 
-def expert_problems_of_models(
+def expert_parallelism_problems_of_models(
     config: RunConfig, models: dict[str, nn.Module], *, num_ranks: int, num_hosts: int
 ) -> list[str]:
     """Why expert parallelism is not possible with these models, one line for each such model; empty if it is possible.
@@ -169,7 +186,7 @@ def _model_problem(config: RunConfig, setting: str, model: nn.Module, num_ranks:
     - the model's class computes its experts with code of its own, which cannot send tokens to other ranks;
     - it has no experts, or they are computed by another function than ours, which sends tokens (remote code);
     - it normalises the output of each expert, which has not been tested over ranks;
-    - experts share a parameter, so that it cannot be divided among ranks;
+    - experts share a parameter, so that it cannot be divided among ranks: its rows are not a multiple of the experts;
     - the experts cannot be divided evenly.
 
     `setting`: names the model in messages, such as `model.path=<path>`. `num_ranks`, `num_hosts`: 0 if not known yet.
@@ -187,25 +204,35 @@ def _model_problem(config: RunConfig, setting: str, model: nn.Module, num_ranks:
             f"{degree}: {setting} has no experts that transformers' experts functions compute; set parallel.experts=1"
         )
     for name, module in modules.items():
-        # A configuration without the attribute was not loaded with another function, so ours computes the experts.
-        computed_by = getattr(module.config, "_experts_implementation", experts.EXPERTS_FUNCTION)
-        if computed_by != experts.EXPERTS_FUNCTION:
-            return (
-                f"{degree}: {setting} is loaded with trust_remote_code=true, and so its experts are computed by {computed_by}, "
-                "which sends no tokens; leave trust_remote_code out, or set parallel.experts=1"
-            )
-        if getattr(module, "has_post_expert_norm", False):
-            return (
-                f"{degree}: {setting} normalises what each expert makes ({name}), which is not proven over ranks; set "
-                "parallel.experts=1"
-            )
-        for key, parameter in module.named_parameters(recurse=False):
-            # Each expert must have equally many rows of it.
-            has_rows_per_expert = parameter.dim() > 0 and len(parameter) % module.num_experts == 0
-            if not has_rows_per_expert:
-                return f"{degree}: {setting} has a parameter for all experts together ({name}.{key}); set parallel.experts=1"
+        problem = _module_problem(degree, setting, name, module)
+        if problem is not None:
+            return problem
     expert_counts = [module.num_experts for module in modules.values()]
     return _division_problem(config, setting, expert_counts, num_ranks, num_hosts)
+
+
+def _module_problem(degree: str, setting: str, name: str, module: Any) -> str | None:
+    """Why the experts of one module, `name`, cannot be distributed; None if they can. `degree`: such as `parallel.experts=4`."""
+    # A configuration without the attribute was not loaded with another function, so ours computes the experts.
+    computed_by = getattr(module.config, "_experts_implementation", experts.EXPERTS_FUNCTION)
+    if computed_by != experts.EXPERTS_FUNCTION:
+        return (
+            f"{degree}: {setting} is loaded with trust_remote_code=true, and so its experts are computed by {computed_by}, "
+            "which sends no tokens; leave trust_remote_code out, or set parallel.experts=1"
+        )
+    if getattr(module, "has_post_expert_norm", False):
+        return (
+            f"{degree}: {setting} normalises what each expert makes ({name}), which is not proven over ranks; set "
+            "parallel.experts=1"
+        )
+    for key, parameter in module.named_parameters(recurse=False):
+        # Each expert must have equally many rows of it.
+        has_rows_per_expert = parameter.dim() > 0 and len(parameter) % module.num_experts == 0
+        if not has_rows_per_expert:
+            return (
+                f"{degree}: {setting} has a parameter for all experts together ({name}.{key}); set parallel.experts=1"
+            )
+    return None
 
 
 def _division_problem(
@@ -222,16 +249,16 @@ def _division_problem(
     expert_ranks = config.parallel.experts
     common_divisor = math.gcd(*expert_counts)
     fewest_experts = min(expert_counts)
-    sharded_over = 1  # ranks of one replica
+    ranks_per_replica = 1
     if num_ranks:
-        sharded_over = num_ranks // replica_count(config.strategy, num_ranks, num_hosts)
+        ranks_per_replica = num_ranks // replica_count(config.strategy, num_ranks, num_hosts)
     divides_evenly = common_divisor % expert_ranks == 0
-    has_expert_for_each = fewest_experts >= sharded_over
+    has_expert_for_each = fewest_experts >= ranks_per_replica
     if divides_evenly and has_expert_for_each:
         return None
 
-    possible = _possible_settings(common_divisor, fewest_experts, num_ranks or expert_ranks)
-    remedy = "set parallel.experts=1" if possible is None else f"set {possible}"
+    possible_settings = _possible_settings(common_divisor, fewest_experts, num_ranks or expert_ranks)
+    remedy = f"set {possible_settings or 'parallel.experts=1'}"
     if not divides_evenly:
         layers = f"layers of {sorted(set(expert_counts))} experts"
         if len(set(expert_counts)) == 1:
@@ -240,7 +267,7 @@ def _division_problem(
             f"parallel.experts={expert_ranks}: must divide the experts of a layer, and {setting} has {layers}; {remedy}"
         )
     return (
-        f"parallel.experts={expert_ranks}: {sharded_over} ranks would share the {fewest_experts} experts of a layer of "
+        f"parallel.experts={expert_ranks}: {ranks_per_replica} ranks would share the {fewest_experts} experts of a layer of "
         f"{setting}, and some would hold none; {remedy}"
     )
 
@@ -248,7 +275,8 @@ def _division_problem(
 def _possible_settings(common_divisor: int, fewest_experts: int, world_size: int) -> str | None:
     """Settings under which `world_size` ranks can divide the experts, with as few replicas as possible; None if there are none.
 
-    `common_divisor`: the greatest that divides the experts of all layers. `fewest_experts`: those of the smallest layer.
+    For example "parallel.experts=2 or 4": a divisor of the experts of each layer and of the ranks of a replica. `common_divisor`:
+    the greatest that divides the experts of all layers. `fewest_experts`: those of the smallest layer.
     """
     for replicas in range(1, world_size + 1):
         ranks_per_replica = world_size // replicas

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from strategies.errors import ConfigError
-from trainer.build.experts import expert_problems
-from trainer.build.sequence import sequence_problems
+from trainer.build.experts import expert_parallelism_problems
+from trainer.build.sequence import sequence_parallel_problems
 from trainer.config.run import RunConfig
 
 
@@ -13,6 +13,9 @@ def check_parallel(config: RunConfig, *, scores_answers: bool = True) -> None:
 
     `scores_answers`: whether the run needs its reward models, which are then checked too.
     """
-    problems = [*sequence_problems(config), *expert_problems(config, scores_answers=scores_answers)]
+    problems = [
+        *sequence_parallel_problems(config),
+        *expert_parallelism_problems(config, scores_answers=scores_answers),
+    ]
     if problems:
         raise ConfigError(problems)

@@ -23,7 +23,7 @@ from trainer.build.recomputation import (
 )
 from trainer.build.references import attach_reference_model
 from trainer.build.reward_models import attach_reward_models
-from trainer.build.sequence import sequence_notes, step_layout
+from trainer.build.sequence import sequence_parallel_notes, step_layout
 from trainer.build.step_module import build_step_module
 from trainer.config.parallel import accumulation_steps
 from trainer.config.run import RunConfig, settled_template_date
@@ -275,7 +275,7 @@ def _sequence_notes(config: RunConfig, built: BuiltModel, data: PreparedData) ->
     if config.parallel.sequence == 1:
         return []
     longest_row = sum(longest_lengths(built.data_spec, largest_workload(config, data)))
-    return sequence_notes(config, built.config, config.launcher.per_node, longest_row)
+    return sequence_parallel_notes(config, built.config, config.launcher.per_node, longest_row)
 
 
 def check_model_takes_data(config: RunConfig, built: BuiltModel, data: PreparedData) -> None:

@@ -43,24 +43,27 @@ def reward_model_configs_by_setting(objective: ObjectiveConfig) -> dict[str, Mod
 
     Raises ConfigError if a path is no reward model.
     """
-    settings = {}
+    config_by_setting = {}
     for name, reward in reward_entries_with_models(objective).items():
-        key = _path_setting(name)
-        settings[f"{key}={reward.path}"] = _model_config(reward_model_files(str(reward.path), key), options={})
-    return settings
+        path_setting = _path_setting(name)
+        files = reward_model_files(str(reward.path), path_setting)
+        # The options, such as a chat template, do not change the architecture.
+        config_by_setting[f"{path_setting}={reward.path}"] = _loading_config(files, options={})
+    return config_by_setting
 
 
 def attach_reward_models(step: TrainStep, objective: ObjectiveConfig, source: Any, *, half_on_gpu: bool) -> None:
-    """Add the reward models to a step module on meta, frozen, and the sources of their values to `source` (a `WeightSource`).
+    """Add the reward models to a step module on meta, frozen, and where their values are read to `source.frozen_sources`.
 
-    Reads only headers of files. Raises ConfigError if one cannot be built, or its weights do not fit.
+    `source`: a `WeightSource`, or the stand-in of a plan. `half_on_gpu`: whether the run computes in half precision on a GPU. Reads only headers of files. Raises ConfigError if one
+    cannot be built, or its weights do not fit.
     """
     for name, reward in reward_entries_with_models(objective).items():
-        key = _path_setting(name)
-        with _errors_that_name_setting(key):
-            files = reward_model_files(str(reward.path), key)
+        path_setting = _path_setting(name)
+        with _naming_setting_in_errors(path_setting):
+            files = reward_model_files(str(reward.path), path_setting)
             model = _reward_model_on_meta(files, half_on_gpu=half_on_gpu)
-            weights = _reward_model_weights(files, key, model)
+            weights = _reward_model_weights(files, path_setting, model)
             model.requires_grad_(False)
             model.eval()
         step.add_reward_model(name, model, block_class_names(model))
@@ -73,29 +76,36 @@ def _reward_model_on_meta(files: RewardModelFiles, *, half_on_gpu: bool) -> Any:
     `half_on_gpu`: whether it computes in half precision on a GPU, which decides its attention. Raises ConfigError if it
     cannot be built.
     """
-    config = _model_config(files, options={})
-    settings = load_model_config(config)
-    settings.num_labels = 1
-    if settings.pad_token_id is None:  # by which transformers finds the last token of a text
-        settings.pad_token_id = _pad_token_id(settings, load_tokenizer(config))
+    loading_config = _loading_config(files, options={})
+    hf_config = load_model_config(loading_config)
+    hf_config.num_labels = 1
+    if hf_config.pad_token_id is None:  # by which transformers finds the last token of a text
+        hf_config.pad_token_id = _pad_token_id(hf_config, load_tokenizer(loading_config))
     model, _ = build_padded_model(
-        ModelKind.classifier, config, settings, Layout.padded, meta_context(), "reward", half_on_gpu=half_on_gpu
+        ModelKind.classifier,
+        loading_config,
+        hf_config,
+        Layout.padded,
+        meta_context(),
+        "reward",
+        half_on_gpu=half_on_gpu,
     )
     model.tie_weights()
     return model
 
 
-def _reward_model_weights(files: RewardModelFiles, key: str, model: Any) -> WeightSource | StartingWeights:
+def _reward_model_weights(files: RewardModelFiles, path_setting: str, model: Any) -> WeightSource | StartingWeights:
     """Where the weights of a reward model are read: in its base, with the adapter of `files` merged in, if there is one.
 
-    `key`: the setting that names the reward model. `model`: the reward model on meta. Raises ConfigError if a weight is missing
-    or has another shape, or if the adapter was trained on another base.
+    `path_setting`: the setting that names the reward model. `model`: the reward model on meta. Raises ConfigError if a weight is
+    missing or has another shape, or if the adapter was trained on another base.
     """
-    directory = find_weights_directory(_model_config(files, options={}))
+    directory = find_weights_directory(_loading_config(files, options={}))
     merged = None
     if files.adapter is not None:
-        check_adapter_base(files.adapter, directory, accept=False)
-        merged = MergedAdapters(model, [str(files.adapter)], key)
+        check_adapter_base(files.adapter, directory, accept=False)  # another base is refused: no setting accepts it
+        merged = MergedAdapters(model, [str(files.adapter)], path_setting)
+    # `Full`: the names of parameters are those of the files, without what a tuning method wraps around them.
     base_weights = WeightSource(BaseWeights(directory, copy.deepcopy(model)), Full(), seed=0, init_std=0.0)
     # The base must have every parameter, except those that the adapter has itself, such as the head: none is initialised.
     adapter_names = set() if merged is None else merged.changed_base_names()
@@ -115,33 +125,35 @@ def check_reward_models(config: RunConfig) -> None:
 
 def _open_reader(config: RunConfig, name: str, reward: RewardEntry) -> RewardModelReader:
     """The reader that tokenises prompts and answers for a reward model. Raises ConfigError if it has no usable chat template."""
-    key = _path_setting(name)
+    path_setting = _path_setting(name)
     options = {**OPTIONS, **reward.options}
-    with _errors_that_name_setting(key):
-        model_config = _model_config(reward_model_files(str(reward.path), key), options)
-        settings = load_model_config(model_config)
-        tokenizer = load_tokenizer(model_config)
+    with _naming_setting_in_errors(path_setting):
+        loading_config = _loading_config(reward_model_files(str(reward.path), path_setting), options)
+        hf_config = load_model_config(loading_config)
+        tokenizer = load_tokenizer(loading_config)
         encoder = Encoder(tokenizer, control_tokens=config.data.control_tokens)
         if encoder.template is None:
             raise ConfigError(
-                f"{key}={reward.path}: has no chat template; give objective.rewards.{name}.options.chat_template"
+                f"{path_setting}={reward.path}: has no chat template; give objective.rewards.{name}.options.chat_template"
             )
-        encoder.fix_date(settled_template_date(config))
-        pad_token_id = _pad_token_id(settings, tokenizer)
+        encoder.fix_date(
+            settled_template_date(config)
+        )  # a template that writes today's date writes the run's on every day
+        pad_token_id = _pad_token_id(hf_config, tokenizer)
         reader = RewardModelReader(
             encoder,
             pad_token_id=pad_token_id,
-            vocabulary_size=text_model_config(settings).vocab_size,
-            max_positions=getattr(text_model_config(settings), "max_position_embeddings", None),
+            vocabulary_size=text_model_config(hf_config).vocab_size,
+            max_positions=getattr(text_model_config(hf_config), "max_position_embeddings", None),
             max_batch_tokens=int(options["batch_tokens"]),
         )
-    reader.raise_if_unable_to_score(f"{key}={reward.path}")
+    reader.raise_if_unable_to_score(f"{path_setting}={reward.path}")
     return reader
 
 
-def _pad_token_id(settings: Any, tokenizer: Any) -> int:
+def _pad_token_id(hf_config: Any, tokenizer: Any) -> int:
     """The token that fills rows of a reward model: its configuration's, or else its tokenizer's. Errors: ConfigError."""
-    pad_token_id = settings.pad_token_id
+    pad_token_id = hf_config.pad_token_id
     if pad_token_id is None:
         pad_token_id = tokenizer.pad_token_id  # `load_tokenizer` takes the end token where there is none
     if pad_token_id is None:
@@ -170,20 +182,21 @@ def reward_model_digests(objective: ObjectiveConfig) -> dict[str, str]:
     """
     digests: dict[str, str] = {}
     for name, reward in reward_entries_with_models(objective).items():
-        key = _path_setting(name)
-        with _errors_that_name_setting(key):
-            files = reward_model_files(str(reward.path), key)
-            directories = {name: files.tokenizer}
+        path_setting = _path_setting(name)
+        with _naming_setting_in_errors(path_setting):
+            files = reward_model_files(str(reward.path), path_setting)
+            # The tokenizer's files lie beside those of the model, or of its adapter.
+            directory_by_prefix = {name: files.tokenizer}
             if files.adapter is not None:
-                directories[f"{name}/base"] = find_weights_directory(_model_config(files, options={}))
-        for prefix, directory in directories.items():
+                directory_by_prefix[f"{name}/base"] = find_weights_directory(_loading_config(files, options={}))
+        for prefix, directory in directory_by_prefix.items():
             for file, digest in model_file_digests(directory).items():
                 digests[f"{prefix}/{file}"] = digest
     return digests
 
 
-def _model_config(files: RewardModelFiles, options: dict[str, Any]) -> ModelConfig:
-    """The settings by which a reward model is loaded."""
+def _loading_config(files: RewardModelFiles, options: dict[str, Any]) -> ModelConfig:
+    """The settings by which a reward model is loaded. `options`: those of the reward, of which `chat_template` matters."""
     template = options.get("chat_template")
     return ModelConfig(
         path=files.base,
@@ -198,8 +211,8 @@ def _path_setting(name: str) -> str:
 
 
 @contextmanager
-def _errors_that_name_setting(key: str) -> Iterator[None]:
-    """A context in which messages of ConfigErrors name `key`, the setting of a reward model, in place of the trained model's.
+def _naming_setting_in_errors(path_setting: str) -> Iterator[None]:
+    """A context in which messages of ConfigErrors name a reward model's `path_setting`, in place of the trained model's.
 
     A reward model is loaded by the same functions as the trained model, whose messages name `model.path=...`.
     """
@@ -211,6 +224,6 @@ def _errors_that_name_setting(key: str) -> Iterator[None]:
             renamed = problem
             for setting in ("model.path", "model.tokenizer", "model.chat_template"):
                 # The look-behind leaves `rewards.model.path=` alone, the setting of a reward that is called `model`.
-                renamed = re.sub(rf"(?<![\w.]){re.escape(setting)}=", lambda _: f"{key}=", renamed, count=1)
+                renamed = re.sub(rf"(?<![\w.]){re.escape(setting)}=", lambda _: f"{path_setting}=", renamed, count=1)
             renamed_problems.append(renamed)
         raise ConfigError(renamed_problems) from error

@@ -82,15 +82,16 @@ def num_steps_of_run(config: RunConfig, order: Order, unit_tokens: np.ndarray) -
     """Optimizer steps of the run's budget.
 
     - no rounds of generation, or `budget.steps` is set: as the budget says.
-    - rounds: `budget.epochs` are passes over the prompts, rounded so that the last round is complete.
+    - rounds: `budget.epochs` are passes over the prompts, rounded so that the last round is complete. A round consumes its
+      prompts as a step of another objective consumes its global batch.
 
     `order`: that of the samples. `unit_tokens`: tokens of each document or pack.
     """
     if objective_family(config.objective).rollout is None or config.budget.steps is not None:
         return steps_from_budget(config.budget, order, unit_tokens, config.batch["global"])
     settings: Any = config.objective
-    rounds = steps_from_budget(config.budget, order, unit_tokens, num_prompts_per_round(config))
-    return rounds * int(settings.rollout.steps * settings.rollout.iterations)
+    num_rounds = steps_from_budget(config.budget, order, unit_tokens, num_prompts_per_round(config))
+    return num_rounds * int(settings.rollout.steps * settings.rollout.iterations)
 
 
 def generation_memory_lines(config: RunConfig, built: BuiltModel, longest_prompt: int) -> list[str]:
@@ -103,7 +104,9 @@ def generation_memory_lines(config: RunConfig, built: BuiltModel, longest_prompt
         return []
     settings: Any = config.objective
     rollout = settings.rollout
-    num_completions = config.batch["global"] * rollout.steps
+    num_completions = (
+        config.batch["global"] * rollout.steps
+    )  # of a round, whose answers are learned from in so many steps
     device_type = "cpu" if str(config.run.device) == "cpu" else "cuda"
     num_rows = rollout.rows or min(num_completions, MAX_GENERATION_ROWS[device_type])
     row_tokens = longest_prompt + rollout.max_new_tokens
@@ -177,7 +180,7 @@ def build_round_loader(
             share.cut,
             collator,
             runtime.device,
-            shares_prompts=may_share_prompts(config, built, share.cut, runtime),
+            shares_prompts=shares_prompts_in_rows(config, built, share.cut, runtime),
         ),
         runtime=runtime,
         references=objective.references,
@@ -196,7 +199,7 @@ def build_round_loader(
     return loader, num_steps
 
 
-def may_share_prompts(config: RunConfig, built: BuiltModel, cut: RowCut | None, runtime: Runtime) -> bool:
+def shares_prompts_in_rows(config: RunConfig, built: BuiltModel, cut: RowCut | None, runtime: Runtime) -> bool:
     """Whether training puts all answers to a prompt into one row with the prompt: `[prompt | answer | answer ...]`.
 
     `objective.rollout.share_prompts` decides; if it is not set, True on CPUs if it is possible, and False on GPUs, where its
@@ -224,7 +227,7 @@ def _prompt_sharing_problem(config: RunConfig, built: BuiltModel, cut: RowCut | 
     if built.layout is not Layout.padding_free or built.attention not in (VARLEN_ATTENTION, FLEX_ATTENTION):
         return f"data.layout={built.layout} with attention {built.attention} does not know answers that share a prompt"
     if built.step_module.added_losses is not None:
-        return "losses of routers count tokens, and a prompt would count less"
+        return "losses of routers count tokens, and a prompt would count less"  # once, instead of once for each answer
     if config.strategy.compile:
         return "strategy.compile would compile the blocks anew for other answers"
     if getattr(text_model_config(built.config), "attention_chunk_size", None) is not None:
@@ -238,8 +241,9 @@ def max_concurrent_completions(built: BuiltModel, engine: Engine, runtime: Runti
     """How many completions a rank generates at a time: the largest power of two whose KV cache fits beside the gathered weights.
 
     At least 1, and at most `MAX_GENERATION_ROWS`. `tokens`: of the longest prompt with its completion. The number follows from
-    the size of the devices, not from the memory that is free at the moment: a resumed run must generate in batches of the same
-    size, so that it rounds alike. All ranks must call; the rank with the least memory decides.
+    the size of the devices and from what this process has allocated for model and optimizer, not from the memory that is free at
+    the moment: a resumed run must generate in batches of the same size, so that it rounds alike. All ranks must call; the rank
+    with the least memory decides.
     """
     itemsize = min(p.element_size() for p in built.step_module.parameters() if p.is_floating_point())
     allocated_bytes = torch.cuda.memory_allocated(runtime.device) if runtime.device.type == "cuda" else 0

@@ -1,7 +1,7 @@
 """Whether ranks can share rows of a run's models (`parallel.sequence`), and what a user should know of how they do.
 
-`sequence_problems` needs the models' configurations alone, so a run is refused before its data is prepared. What the settings
-rule out by themselves is refused earlier still (`trainer/config/sharding.py`).
+`sequence_parallel_problems` needs the models' configurations alone, so a run is refused before its data is prepared. What the
+settings rule out by themselves is refused earlier still (`trainer/config/sharding.py`).
 """
 
 from __future__ import annotations
@@ -66,17 +66,19 @@ class LayerHeads:
         for (first, end), own_key_heads in zip(shares.query_heads, key_heads_by_rank, strict=True):
             own_query_heads = end - first
             queries = slice_tokens * (self.num_query_heads - own_query_heads)
-            # Of the sum over ranks, since two ranks that use the same key-value head each get a copy of it. Keys and values: 2.
+            # Keys and values: 2. Two ranks that use the same key-value head each get a copy, so that copies are summed, not
+            # heads.
             keys_and_values = 2 * slice_tokens * (sum(key_heads_by_rank) - own_key_heads)
             results = (tokens - slice_tokens) * own_query_heads
             sent_by_rank.append((queries + keys_and_values + results) * self.head_dim)
         return max(sent_by_rank)
 
-    def counted_all_to_all_elements(self, tokens: float, ranks: int) -> float:
+    def all_to_all_elements_counted_on_rank_0(self, tokens: float, ranks: int) -> float:
         """Elements of rank 0's four all-to-alls (queries, keys, values, results) in a forward pass of one layer, as counted.
 
-        An all-to-all counts with the larger of what is sent and what is received, the rank's own part included. `tokens`: of the
-        row that the `ranks` ranks share.
+        That is by the measured counters of a step (`strategies/communication_counters.py`). An all-to-all counts with the
+        larger of what is sent and what is received, the rank's own part included. `tokens`: of the row that the `ranks` ranks
+        share.
         """
         shares = head_shares(self.num_query_heads, self.num_key_value_heads, ranks)
         elements = 0.0
@@ -92,7 +94,11 @@ class LayerHeads:
 
 
 def attention_heads_of(model_config: Any) -> LayerHeads | None:
-    """The attention heads of a model, from its transformers configuration; None if that does not state any."""
+    """The attention heads of a model, from its transformers configuration; None if that does not state any.
+
+    If layers differ: the fewest heads, which say over how many ranks they can be divided, and the widest, which say how much is
+    exchanged at most.
+    """
     text = text_model_config(model_config)
     query = _smallest_setting(text, QUERY_HEAD_SETTINGS)
     if query is None:
@@ -100,13 +106,12 @@ def attention_heads_of(model_config: Any) -> LayerHeads | None:
     key_value = min(query, _smallest_setting(text, KEY_VALUE_HEAD_SETTINGS) or query)
     if query % key_value:  # the two numbers are of different layers
         key_value = query
-    # If the layers differ, their largest head decides how much is exchanged at most.
     width = max(filter(None, layer_values(text, "head_dim")), default=getattr(text, "hidden_size", query) // query)
-    # Latent attention: `head_dim` is only the rotated part of a query. Take the mean of the widths of queries and values.
+    # Latent attention: `head_dim` is only the rotated part of a query, which is as wide as the first two of these together.
     latent_names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     latent_widths: list[Any] = [getattr(text, name, None) for name in latent_names]
     if all(isinstance(part, int) for part in latent_widths):
-        width = sum(latent_widths) // 2
+        width = sum(latent_widths) // 2  # the mean of queries and values
     return LayerHeads(num_query_heads=query, num_key_value_heads=key_value, head_dim=int(width))
 
 
@@ -138,10 +143,10 @@ def step_layout(config: RunConfig) -> Layout:
     return config.data.layout
 
 
-def sequence_problems(config: RunConfig) -> list[str]:
+def sequence_parallel_problems(config: RunConfig) -> list[str]:
     """Why ranks cannot share rows of the run's model, or of its teacher, a line each; empty if they can.
 
-    Reads only configurations. Tests it on a small copy of each model, which takes about a second, once a host.
+    Needs the configurations of the models alone: tests a small copy of each, which takes about a second, once a host.
     """
     if config.parallel.sequence == 1:
         return []
@@ -156,7 +161,10 @@ def sequence_problems(config: RunConfig) -> list[str]:
 
 
 def _model_problems(config: RunConfig, setting: str, model: ModelConfig) -> list[str]:
-    """Why ranks cannot share rows of one model, a line each; empty if they can. `setting`: names it, as `model.path=<path>`."""
+    """Why ranks cannot share rows of one model (sequence parallelism), a line each; empty if they can.
+
+    `setting`: names it, as `model.path=<path>`.
+    """
     degree = config.parallel.sequence
     settings = load_model_config(model)
     heads = attention_heads_of(settings)
@@ -180,7 +188,7 @@ def _model_problems(config: RunConfig, setting: str, model: ModelConfig) -> list
     ]
 
 
-def sequence_notes(config: RunConfig, model_config: Any, ranks_per_host: int, tokens: int) -> list[str]:
+def sequence_parallel_notes(config: RunConfig, model_config: Any, ranks_per_host: int, tokens: int) -> list[str]:
     """Notes for the user on how ranks share rows of up to `tokens` tokens, a sentence each: uneven heads, groups across hosts."""
     degree = config.parallel.sequence
     heads = attention_heads_of(model_config)

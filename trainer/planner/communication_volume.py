@@ -205,4 +205,4 @@ def _num_forward_passes(built: BuiltModel, strategy: StrategyConfig) -> float:
 def _all_to_all_elements_per_layer(model_config: Any, ranks_per_row: int, row_tokens: float) -> float:
     """Elements that a forward pass of one layer exchanges; 0 if the configuration tells of no heads."""
     heads = attention_heads_of(model_config)
-    return 0.0 if heads is None else heads.counted_all_to_all_elements(row_tokens, ranks_per_row)
+    return 0.0 if heads is None else heads.all_to_all_elements_counted_on_rank_0(row_tokens, ranks_per_row)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from strategies.base import Fsdp2Config
-from trainer.build.experts import expert_problems_of_models, models_on_meta_by_setting
+from trainer.build.experts import expert_parallelism_problems_of_models, models_on_meta_by_setting
 from trainer.config.run import RunConfig
 from trainer.tuning.expert_parts import expert_modules_by_name
 
@@ -39,6 +39,8 @@ def with_expert_parallelism(configs: list[RunConfig], world_size: int) -> list[l
             continue
         for degree in degrees:
             variant = replace(config, parallel=replace(config.parallel, experts=degree))
-            if not expert_problems_of_models(variant, models, num_ranks=world_size, num_hosts=config.launcher.nodes):
+            if not expert_parallelism_problems_of_models(
+                variant, models, num_ranks=world_size, num_hosts=config.launcher.nodes
+            ):
                 variants_of_config.append(variant)
     return variants

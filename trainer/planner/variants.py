@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from strategies.base import ActivationCheckpointing, Fsdp2Config, StrategyConfig, ZeroConfig
 from strategies.errors import ConfigError
 from strategies.registry import every_strategy
-from trainer.build.sequence import sequence_problems
+from trainer.build.sequence import sequence_parallel_problems
 from trainer.config.run import RunConfig
 from trainer.config.validate import config_problems
 from trainer.model.config import ModelKind, Quantisation
@@ -154,7 +154,7 @@ def further_variants(
         if world_size % degree:
             continue
         sharing_config = replace(config, strategy=strategy, parallel=replace(config.parallel, sequence=degree))
-        model_problems = sequence_problems(sharing_config)
+        model_problems = sequence_parallel_problems(sharing_config)
         for base_variant in _all_variants(sharing_config, settings, fixed_keys):
             variant = replace(
                 base_variant, overrides=(*base_variant.overrides, f"parallel.sequence={degree}", *overrides)
