@@ -55,8 +55,8 @@ def reward_model_configs_by_setting(objective: ObjectiveConfig) -> dict[str, Mod
 def attach_reward_models(step: TrainStep, objective: ObjectiveConfig, source: Any, *, half_on_gpu: bool) -> None:
     """Add the reward models to a step module on meta, frozen, and where their values are read to `source.frozen_sources`.
 
-    `source`: a `WeightSource`, or the stand-in of a plan. `half_on_gpu`: whether the run computes in half precision on a GPU. Reads only headers of files. Raises ConfigError if one
-    cannot be built, or its weights do not fit.
+    `source`: a `WeightSource`, or the stand-in of a plan. `half_on_gpu`: whether the run computes in half precision on a GPU.
+    Reads only headers of files. Raises ConfigError if one cannot be built, or its weights do not fit.
     """
     for name, reward in reward_entries_with_models(objective).items():
         path_setting = _path_setting(name)
