@@ -134,6 +134,7 @@ def _train_or_show(arguments: TrainArguments) -> int:
     - --dry-run: what the run would be is printed;
     - none of them: the run is trained; with --json, its result is printed.
     """
+    # Without looking for garbage, which would take a fifth of the time to start.
     with importing_without_gc("torch"):
         from launch.config.compose import compose_config
         from launch.sweep.sweeper import is_search_requested
@@ -144,6 +145,7 @@ def _train_or_show(arguments: TrainArguments) -> int:
     if is_search_requested(settings):
         raise ConfigError("sweeper=: a search is of several runs; add -m, as in shardtune train -m sweeper=optuna ...")
     if arguments.shown_config is not None:
+        # Unchecked: whoever looks for a mistake wants to see the configuration that has it.
         show_config.print_config(compose_config(settings, check=False), arguments.shown_config)
         return 0
     if arguments.dry_run:
@@ -194,7 +196,7 @@ def run_result_json(run_dir: Path, code: int) -> dict[str, Any]:
     """
     from launch.runs.stop_command import stopped_run_summary
 
-    answer = {**stopped_run_summary(run_dir, None), "exit_code": code}
+    answer = {**stopped_run_summary(run_dir, shell_command=None), "exit_code": code}  # no command has stopped it
     # A run that failed, or that exports nothing, lacks these.
     for key, path in {"record": run_dir / "run.json", "export": run_dir / "export"}.items():
         answer[key] = str(path) if path.exists() else None
@@ -202,7 +204,7 @@ def run_result_json(run_dir: Path, code: int) -> dict[str, Any]:
 
 
 def _run_or_show_search(arguments: list[str], print_point: Callable[[ComposedConfig], None] | None) -> int:
-    """Search hyperparameters by Optuna or W&B as the arguments say; returns the exit code.
+    """Search hyperparameters by Optuna, or write the file with which W&B's agents search; returns the exit code.
 
     With `print_point`, print the plan of the search, and its first run by that function, instead.
     """
@@ -214,7 +216,8 @@ def _run_or_show_search(arguments: list[str], print_point: Callable[[ComposedCon
         return write_sweep_file(arguments, print_only=print_point is not None)
     search = plan_search(arguments)
     if print_point is not None:
-        print(f"# {search_summary_text(search)}\n# the first one could be:".replace("\n  ", "\n#   "))
+        summary = f"# {search_summary_text(search)}\n# the first one could be:"
+        print(summary.replace("\n  ", "\n#   "))  # further lines of the summary become comments, too
         print_point(search.first_trial)
         return 0
     return run_search(search, search.directory, run_trial_to_end)
@@ -241,7 +244,8 @@ def run_dir_of_config(composed: ComposedConfig) -> Path:
 def launch_run(composed: ComposedConfig, run_dir: Path, *, isolate: bool = False) -> int:
     """Freeze a configuration into its run directory, and train it to the end or submit it to SLURM; returns the exit code.
 
-    `isolate`: train in processes of its own, so that a failure leaves this one intact (for the runs of a sweep).
+    `isolate`: train in processes of its own, so that a failure leaves this one intact (for the runs of a sweep). Such a run keeps
+    its strategy, which is what a sweep may compare; any other may go on under another one.
     """
     from launch.config.compose import is_finished
     from launch.runs.freeze import write_run_config
@@ -257,7 +261,7 @@ def launch_run(composed: ComposedConfig, run_dir: Path, *, isolate: bool = False
     if config.launcher.name is LauncherName.slurm:
         from launch.cluster.submission import submit_runs
 
-        unblock_signals()
+        unblock_signals()  # nothing is trained here that would have to be saved
         submit_runs(config, [run_dir], print_only=False)
         return 0
     # A run that is to be restarted needs a supervisor that outlives its ranks.
@@ -286,7 +290,7 @@ def train_as_rank(arguments: list[str]) -> int:
     export_torchrun_variables()
     rank = int(os.environ["RANK"])
     _refuse_restarts(os.environ)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # under torchrun; if that is killed, nobody else would end this rank
         die_with_parent()
     run = _read_run_of_rank(arguments, rank)
     if run.is_finished:
@@ -333,17 +337,19 @@ def _read_run_of_rank(arguments: list[str], rank: int) -> RankRun:
     frozen_config = os.environ.get("SHARDTUNE_CONFIG")
     if frozen_config:
         config = load_frozen_config(frozen_config)
-        directory = Path(frozen_config).parent
-        return RankRun(config, directory, config_sha256(config), is_finished=is_finished(directory))
+        run_dir = Path(frozen_config).parent
+        return RankRun(config, run_dir, config_sha256(config), is_finished=is_finished(run_dir))
     composed = compose_config(arguments)
     config = composed.config
-    run_dir = Path(config.run.dir).expanduser() if config.run.dir else None
-    was_finished = run_dir is not None and is_finished(run_dir)  # before freezing, which writes a new configuration
+    named_dir = Path(config.run.dir).expanduser() if config.run.dir else None
+    was_finished = named_dir is not None and is_finished(named_dir)  # before freezing, which writes a new configuration
     if rank == 0:
-        run_dir = write_run_config(composed, run_dir or run_dir_of_config(composed), may_change_strategy=True)
-    elif run_dir is not None:
-        keep_earlier_defaults(composed, run_dir)
-    return RankRun(config, run_dir, composed.sha256, was_finished)
+        run_dir = write_run_config(composed, named_dir or run_dir_of_config(composed), may_change_strategy=True)
+        return RankRun(config, run_dir, composed.sha256, was_finished)
+    if named_dir is not None:
+        # A resumed run keeps defaults that have changed since. Rank 0 sees to that when it freezes the configuration.
+        keep_earlier_defaults(composed, named_dir)
+    return RankRun(config, named_dir, composed.sha256, was_finished)
 
 
 def _refuse_restarts(env: Mapping[str, str]) -> None:
@@ -358,6 +364,7 @@ def _refuse_restarts(env: Mapping[str, str]) -> None:
 def _train_in_this_process(config: RunConfig, run_dir: Path, sha256: str) -> int:
     """Train in this process, which is the run's only rank; returns the exit code. Errors: those of training.
 
+    Afterwards writes the report of the run, unless it was interrupted, or another attempt has taken its directory over.
     `sha256`: the identity of the run.
     """
     from launch.cluster.supervisor import find_run_directory, record_run_outcome, state_before_start
@@ -368,7 +375,7 @@ def _train_in_this_process(config: RunConfig, run_dir: Path, sha256: str) -> int
     code = 0
     print("starting 1 process", file=sys.stderr, flush=True)  # before the libraries are loaded, which takes seconds
     try:
-        _train_recording_failure(config, run_dir, sha256, 0)
+        _train_recording_failure(config, run_dir, sha256, rank=0)
     except Preempted as stop:
         # 0 for a preemption, so that the scheduler counts it as a normal end; 130 is the shell's code for Ctrl-C.
         code = exit_codes.INTERRUPTED if stop.signal_name == "SIGINT" else 0
@@ -384,7 +391,10 @@ def _train_in_this_process(config: RunConfig, run_dir: Path, sha256: str) -> int
 
 
 def _train_recording_failure(config: RunConfig, run_dir: Path | None, sha256: str, rank: int) -> None:
-    """Train as rank `rank`; an error is recorded in the run directory, unless another rank was first, and raised again."""
+    """Train as rank `rank`; an error is recorded in the run directory, unless another rank was first, and raised again.
+
+    Preempted is only raised if this is the only rank, whose command then ends with a code of its own.
+    """
     from launch.config.frozen import rewrite_config_with_own_choices
     from launch.config.trusted_values import remember_config
     from strategies.errors import NotRunOwner, Preempted
@@ -396,9 +406,10 @@ def _train_recording_failure(config: RunConfig, run_dir: Path | None, sha256: st
     try:
         train_as_rank(config, run_dir, sha256, rewrite_config_with_own_choices)
     except Preempted:
+        # With several ranks, torchrun or srun would end the others if one ended with an error.
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             raise
-    except NotRunOwner:
+    except NotRunOwner:  # the directory belongs to another attempt, in which nothing may be recorded
         raise
     except Exception as error:
         if run_dir is not None:
@@ -449,6 +460,7 @@ def exit_process(code: int) -> NoReturn:
     """
     is_one_of_several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     succeeded_as_rank = code == 0 and is_one_of_several
+    # The only rank of a job, too: its process group may be broken. It has the variables of a rank, and a WORLD_SIZE of 1.
     failed_as_rank = code != 0 and has_rank_variables(os.environ)
     if succeeded_as_rank or failed_as_rank:
         if code == 0:

@@ -293,10 +293,8 @@ class NodeOutput:
         The lock keeps lines of several nodes apart. An error is no reason to stop reading: the line is in the node's log.
         """
         stream = sys.stderr if is_stderr else sys.stdout
-        with (
-            self._lock,
-            contextlib.suppress(OSError, ValueError),
-        ):  # ValueError: a thread that still reads meets a closed file
+        # ValueError: a thread that still reads meets a file that was closed.
+        with self._lock, contextlib.suppress(OSError, ValueError):
             if self._redirected_file is not None:
                 self._redirected_file.write(line)
                 self._redirected_file.flush()

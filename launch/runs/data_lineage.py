@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from trainer.config.run import RunConfig
+    from trainer.data.store.documents import DocumentTable
+    from trainer.data.store.sequences import TokenDataset
 
 HELD_OUT_SPLIT_NAMES = ("eval", "test")
 MAX_SHOWN_DOCUMENTS = 5
@@ -63,10 +65,11 @@ class DocumentExposure:
 
 
 def document_exposures(runs: Iterable[tuple[Path, RunConfig | str]], query: DocumentQuery) -> list[DocumentExposure]:
-    """The exposure of each run to the documents of the query: by its own training, or by that of an earlier run.
+    """The exposure of each run to the documents of the query: by its own training, and by that of an earlier run.
 
     `runs`: (run directory, its frozen configuration, or a message that says why it cannot be read). A run that began with the
-    weights of an earlier run has seen what the earlier run was trained on.
+    weights of an earlier run has seen what the earlier run was trained on: `earlier_run` names that one, beside the numbers of
+    its own training.
     """
     config_by_run = dict(runs)
     own_exposures = {run: _own_exposure(run, config, query) for run, config in config_by_run.items()}
@@ -117,10 +120,13 @@ def _predecessors(run: Path, config: RunConfig | str, all_runs: Iterable[Path]) 
 
 
 def _own_exposure(run: Path, config: RunConfig | str, query: DocumentQuery) -> DocumentExposure:
-    """The exposure of one run by its own training alone; if it cannot be determined, `why_unknown` says why."""
-    record = readable_run_record(run)
+    """The exposure of one run by its own training alone; if it cannot be determined, `why_unknown` says why.
+
+    `config`: the run's configuration, or a message that says why it cannot be read.
+    """
     if isinstance(config, str):
         return DocumentExposure(run=run, why_unknown=config)
+    record = readable_run_record(run)
     if not record.data_fingerprint or not record.data_directory:
         return DocumentExposure(
             run=run, why_unknown="has no run.json: it never began to train, or was copied without it"
@@ -136,20 +142,9 @@ def _exposure_from_prepared_data(
 ) -> DocumentExposure:
     """The exposure of one run, from its prepared data and how far it trained. Raises DataError, ConfigError and OSError."""
     from trainer.data.store.documents import DocumentTable
-    from trainer.data.store.sequences import TokenDataset
 
-    # The prepared data must be what the run was trained on.
     data_dir = Path(record.data_directory)
-    if not (data_dir / "train").is_dir():
-        raise DataError(f"its prepared data {data_dir} is not there; the same command prepares it again")
-    train = TokenDataset.open(data_dir / "train")
-    if train.fingerprint != record.data_fingerprint:
-        raise DataError(f"its prepared data {data_dir} is not what it was trained on")
-    split_by_name = {"train": train}
-    for name in HELD_OUT_SPLIT_NAMES:
-        if (data_dir / name).is_dir():
-            split_by_name[name] = TokenDataset.open(data_dir / name)
-
+    split_by_name = _open_prepared_splits(data_dir, record.data_fingerprint)
     # Which documents match, by split. The table has the documents of all splits; `documents` of a split holds, for each of its
     # sequences, the row of its document in the table.
     document_table = DocumentTable(data_dir)
@@ -158,14 +153,17 @@ def _exposure_from_prepared_data(
     rows_in_any_split = np.unique(np.concatenate(list(rows_by_split.values())))
     shown_documents = [document_table.row(int(row)) for row in rows_in_any_split[:MAX_SHOWN_DOCUMENTS]]
 
-    # How often training drew them, from the start to the last step. `passed` are ranges of samples that a rollback left out.
+    # How often training drew them, from the start to the last step. The record's `passed` are ranges of samples that a rollback
+    # left out.
     progress = record.outcome.progress if record.outcome else {}
     step = int(progress.get("step") or _last_step(run))
     num_samples_drawn = int(progress.get("samples") or step * int(config.batch["global"]))
     times_trained = 0
     if len(rows_by_split["train"]):
         skipped_ranges = progress.get("passed") or []
-        times_trained = _times_trained(train, config, num_samples_drawn, skipped_ranges, rows_by_split["train"])
+        times_trained = _times_trained(
+            split_by_name["train"], config, num_samples_drawn, skipped_ranges, rows_by_split["train"]
+        )
     return DocumentExposure(
         run=run,
         num_documents_by_split={name: len(rows) for name, rows in rows_by_split.items() if len(rows)},
@@ -173,6 +171,24 @@ def _exposure_from_prepared_data(
         times_trained=times_trained,
         step=step,
     )
+
+
+def _open_prepared_splits(data_dir: Path, fingerprint: str) -> dict[str, TokenDataset]:
+    """The splits of a run's prepared data by name: "train", and the held-out ones that it has.
+
+    Raises DataError if the data is not there, or is not what the run was trained on (`fingerprint`).
+    """
+    from trainer.data.store.sequences import TokenDataset
+
+    if not (data_dir / "train").is_dir():
+        raise DataError(f"its prepared data {data_dir} is not there; the same command prepares it again")
+    split_by_name = {"train": TokenDataset.open(data_dir / "train")}
+    if split_by_name["train"].fingerprint != fingerprint:
+        raise DataError(f"its prepared data {data_dir} is not what it was trained on")
+    for name in HELD_OUT_SPLIT_NAMES:
+        if (data_dir / name).is_dir():
+            split_by_name[name] = TokenDataset.open(data_dir / name)
+    return split_by_name
 
 
 def _last_step(run: Path) -> int:
@@ -184,7 +200,11 @@ def _last_step(run: Path) -> int:
 
 
 def _times_trained(
-    train: Any, config: RunConfig, num_samples_drawn: int, skipped_ranges: list[dict[str, int]], rows: np.ndarray
+    train: TokenDataset,
+    config: RunConfig,
+    num_samples_drawn: int,
+    skipped_ranges: list[dict[str, int]],
+    rows: np.ndarray,
 ) -> int:
     """How often the run trained on one of the documents in `rows`, among the first `num_samples_drawn` samples that it drew.
 
@@ -202,11 +222,12 @@ def _times_trained(
     if packs is None:
         wanted_by_pack = is_wanted_sequence.astype(np.int64)
     else:
+        # Of a preference pair, both sequences are of the same document, which is drawn once.
         wanted_by_pack = np.array([is_wanted_sequence[pack].sum() // sequences_per_document for pack in packs])
     return int(wanted_by_pack[order.units(0, num_samples_drawn)].sum())
 
 
-def matching_rows(document_table: Any, query: DocumentQuery) -> np.ndarray:
+def matching_rows(document_table: DocumentTable, query: DocumentQuery) -> np.ndarray:
     """Row numbers of the documents that match the query, in the table of prepared documents: int64, in increasing order."""
     rows = []
     first_row_of_batch = 0

@@ -15,14 +15,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch.config.prices import gpu_hour_price
 from launch.runs.slurm_time import format_slurm_time
 from trainer.reporting.results import add_to_run_record
 from trainer.reporting.run_record import RunRecord, readable_run_record
 
-STARTS_FILE = "jobs.jsonl"
+JOB_STARTS_FILE = "jobs.jsonl"
 """The file in a run's directory with what each start of its jobs used."""
 SACCT_FIELDS = ("JobIDRaw", "State", "ElapsedRaw", "TotalCPU", "AllocCPUS", "MaxRSS", "TRESUsageInAve")
 SACCT_TIMEOUT_S = 10.0
@@ -67,16 +67,18 @@ class StartUsage:
     """Why SLURM's figures are missing."""
 
 
-def record_start_usage(run_dir: Path, job: str, start: int, exit_code: int, env: Mapping[str, str] = os.environ) -> str:
+def record_start_usage(
+    run_dir: Path, job_id: str, start_number: int, exit_code: int, env: Mapping[str, str] = os.environ
+) -> str:
     """Measure what a start of a job used, add it to `jobs.jsonl` and `run.json`, and return a line on it for people.
 
-    Called at the end of the start. `start`: 0 for the first one, then one more for each requeue. Never raises: a missing figure
-    must not end the job script.
+    Called at the end of the start. `start_number`: 0 for the first one, then one more for each requeue. Never raises: a missing
+    figure must not end the job script.
     """
-    usage = measure_start(run_dir, job, start, exit_code, env)
+    usage = measure_start(run_dir, job_id, start_number, exit_code, env)
     line = start_usage_text(asdict(usage))
     try:
-        with (run_dir / STARTS_FILE).open("a", encoding="utf-8") as file:
+        with (run_dir / JOB_STARTS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(usage)) + "\n")
         add_to_run_record(run_dir, "jobs", recorded_starts(run_dir))
     except OSError as error:
@@ -84,31 +86,35 @@ def record_start_usage(run_dir: Path, job: str, start: int, exit_code: int, env:
     return line
 
 
-def measure_start(run_dir: Path, job: str, start: int, exit_code: int, env: Mapping[str, str]) -> StartUsage:
-    """What a start of a job used until now, from SLURM's variables in `env`, from sacct and from `run.json`."""
+def measure_start(run_dir: Path, job_id: str, start_number: int, exit_code: int, env: Mapping[str, str]) -> StartUsage:
+    """What a start of a job used until now, from SLURM's variables in `env`, from sacct and from `run.json`.
+
+    A job has several starts if it is requeued.
+    """
     # The time is taken before sacct is called, which may take half a minute.
     began_at = _number_or_none(env.get("SLURM_JOB_START_TIME"))
     ends_at = _number_or_none(env.get("SLURM_JOB_END_TIME"))
     elapsed_s = time.time() - began_at if began_at else None
     limit_s = ends_at - began_at if began_at and ends_at else None
 
-    rows, why_unknown = _sacct_rows(env.get("SLURM_JOB_ID", job))
-    ranks_row = next((row for row in rows if _is_ranks_step(row)), {})
+    answer = _ask_sacct(env.get("SLURM_JOB_ID", job_id))
+    ranks_row = next((row for row in answer.rows if _is_ranks_step(row)), {})
+    why_unknown = answer.problem
     if not why_unknown and not ranks_row:
         why_unknown = "sacct knows no step of the job"
     if elapsed_s is None:
         elapsed_s = _number_or_none(ranks_row.get("ElapsedRaw"))
 
-    memory_asked_mib = _number_or_none(env.get("SLURM_MEM_PER_NODE"))
+    requested_memory_mib = _number_or_none(env.get("SLURM_MEM_PER_NODE"))
     return StartUsage(
-        job=job,
-        start=start,
+        job=job_id,
+        start=start_number,
         code=exit_code,
         elapsed_s=elapsed_s,
         limit_s=limit_s,
         nodes=int(env.get("SLURM_JOB_NUM_NODES") or 0) or None,
         memory_gib=_parse_size_gib(ranks_row.get("MaxRSS", "")),
-        memory_asked_gib=memory_asked_mib / 1024 if memory_asked_mib else None,
+        memory_asked_gib=requested_memory_mib / 1024 if requested_memory_mib else None,
         unknown=why_unknown,
         **_cpu_usage(ranks_row),
         **_gpu_usage(ranks_row, readable_run_record(run_dir), elapsed_s),
@@ -131,10 +137,10 @@ def _gpu_usage(ranks_row: Mapping[str, str], run_record: RunRecord, elapsed_s: f
 
     None of them if the run has no GPU. `ranks_row`: sacct's row of the ranks' step; empty if it has none.
     """
-    gpus = run_record.world_size
+    gpus = run_record.world_size  # a rank has a GPU each
     if not run_record.device_name or not gpus:
         return {}
-    gpu_share = None
+    gpu_share = None  # how busy they were on average, 0 to 1
     summed_percent = GPU_UTILISATION_REGEX.search(ranks_row.get("TRESUsageInAve", ""))
     if summed_percent:
         gpu_share = min(1.0, int(summed_percent[1]) / 100 / gpus)
@@ -196,7 +202,7 @@ def recorded_starts(run_dir: Path) -> list[dict[str, Any]]:
     """All starts in the run's `jobs.jsonl`, in order, with the keys of `StartUsage`; torn lines are left out."""
     starts = []
     with contextlib.suppress(OSError):
-        for line in (run_dir / STARTS_FILE).read_text(encoding="utf-8").splitlines():
+        for line in (run_dir / JOB_STARTS_FILE).read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):
                 start = json.loads(line)
                 if isinstance(start, dict):
@@ -204,34 +210,46 @@ def recorded_starts(run_dir: Path) -> list[dict[str, Any]]:
     return starts
 
 
-def _sacct_rows(job_id: str) -> tuple[list[dict[str, str]], str | None]:
-    """(rows that sacct has of a job, by `SACCT_FIELDS`; why sacct has none, or None if it was asked successfully).
+class _SacctAnswer(NamedTuple):
+    """What sacct says about a job."""
 
-    Calls sacct up to `SACCT_ATTEMPTS` times, until it knows how the ranks' step ended.
-    """
-    command = ["sacct", "--jobs", job_id, "--noheader", "--parsable2", f"--format={','.join(SACCT_FIELDS)}"]
-    rows: list[dict[str, str]] = []
+    rows: list[dict[str, str]]
+    """A row for the job and for each of its steps, by `SACCT_FIELDS`."""
+    problem: str | None = None
+    """Why there are no rows; None if sacct was asked successfully."""
+
+
+def _ask_sacct(job_id: str) -> _SacctAnswer:
+    """What sacct says about a job. Calls it up to `SACCT_ATTEMPTS` times, until it knows how the ranks' step ended."""
+    answer = _SacctAnswer([])
     for attempt in range(SACCT_ATTEMPTS):
         if attempt > 0:
             time.sleep(SACCT_RETRY_S)
-        try:
-            completed = subprocess.run(
-                command, capture_output=True, text=True, errors="replace", timeout=SACCT_TIMEOUT_S
-            )
-        except FileNotFoundError:
-            return [], "no sacct on this node: CPU, memory and GPUs are not known"
-        except (OSError, subprocess.SubprocessError) as error:
-            return [], f"sacct gave no answer ({type(error).__name__}): CPU, memory and GPUs are not known"
-        if completed.returncode:
-            message_lines = (completed.stderr or completed.stdout).strip().splitlines() or ["without a message"]
-            reason = message_lines[-1].removeprefix("sacct: ")
-            return [], f"sacct knows nothing ({reason}): CPU, memory and GPUs are not known"
-        rows = [dict(zip(SACCT_FIELDS, line.split("|"), strict=False)) for line in completed.stdout.splitlines()]
-        for row in rows:
+        answer = _call_sacct(job_id)
+        if answer.problem is not None:
+            return answer
+        for row in answer.rows:
             has_ended = not row.get("State", "").startswith("RUNNING")
             if _is_ranks_step(row) and has_ended:
-                return rows, None
-    return rows, None
+                return answer
+    return answer
+
+
+def _call_sacct(job_id: str) -> _SacctAnswer:
+    """Call sacct once; `problem` if it is missing, does not answer, or fails."""
+    command = ["sacct", "--jobs", job_id, "--noheader", "--parsable2", f"--format={','.join(SACCT_FIELDS)}"]
+    try:
+        completed = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SACCT_TIMEOUT_S)
+    except FileNotFoundError:
+        return _SacctAnswer([], "no sacct on this node: CPU, memory and GPUs are not known")
+    except (OSError, subprocess.SubprocessError) as error:
+        return _SacctAnswer([], f"sacct gave no answer ({type(error).__name__}): CPU, memory and GPUs are not known")
+    if completed.returncode:
+        message_lines = (completed.stderr or completed.stdout).strip().splitlines() or ["without a message"]
+        reason = message_lines[-1].removeprefix("sacct: ")
+        return _SacctAnswer([], f"sacct knows nothing ({reason}): CPU, memory and GPUs are not known")
+    rows = [dict(zip(SACCT_FIELDS, line.split("|"), strict=False)) for line in completed.stdout.splitlines()]
+    return _SacctAnswer(rows)
 
 
 def _number_or_none(text: str | None) -> float | None:

@@ -35,6 +35,7 @@ def write_run_config(composed: ComposedConfig, run_dir: Path, *, may_change_stra
     """
     run_dir = Path(run_dir).expanduser()
     config = composed.config
+    # Whether the directory may be this run's.
     _raise_if_files_in_the_way(run_dir)
     checkpoints = checkpoints_in(checkpoint_dirs_of(run_dir, config.checkpoint.fallback_dir))
     # An incomplete checkpoint counts, too: another attempt may be writing it.
@@ -43,6 +44,7 @@ def write_run_config(composed: ComposedConfig, run_dir: Path, *, may_change_stra
     config_file = run_dir / "config.yaml"
     if config_file.exists():
         is_done = is_finished(run_dir)
+        # Compares with the configuration that is there: refuses another run, and takes over what the run has resolved since.
         settle_resumed_config(
             composed,
             config_file,
@@ -55,11 +57,12 @@ def write_run_config(composed: ComposedConfig, run_dir: Path, *, may_change_stra
     if rewards:
         copies.renew_copies(rewards, run_dir, has_progress=bool(checkpoints), accept=config.run.accept)
 
+    # Write it.
     config.run.dir = str(run_dir)
     overrides = " ".join(json.dumps(override) for override in composed.overrides)
     header = f"# Frozen by shardtune; do not edit.\n# sha256: {composed.sha256}\n# overrides: {overrides}\n"
     write_text_atomic(config_file, header + config_yaml(config))
-    remember_config(config)
+    remember_config(config)  # the user trusts what they have just started: code in it runs without another question
     return run_dir
 
 
@@ -130,6 +133,7 @@ def _job_in_queue(run_dir: Path) -> QueuedJob | None:
                 f"{run_dir / SUBMITTED_FILE}; or choose another run.dir"
             )
     job = queue.find_job(run_dir, job_id=None)
+    # `raw_id` is what the job has in SLURM_JOB_ID, also as a task of an array.
     if job is None or job.raw_id in own_job_ids or job.state == "COMPLETING":
         return None
     return job

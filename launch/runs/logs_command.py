@@ -216,15 +216,15 @@ class FollowedRun:
         state_read_at = float("-inf")
         over_since: float | None = None  # None while the run is not over
         while True:
-            # Read the state, and the queue less often: while the run trains, nothing depends on the queue.
+            # Read the state (at once in the first turn), and the queue less often: while the run trains, nothing depends on it.
             now = time.monotonic()
             if now - state_read_at >= STATE_INTERVAL_S:
                 state_read_at = now
-                run = self._read_run_view(queue)
+                run = self._find_launcher_and_read_run(queue)
                 if run.state != RunState.running and now - queue_read_at >= QUEUE_INTERVAL_S:
                     queue = read_queue()
                     queue_read_at = now
-                    run = self._read_run_view(queue)
+                    run = self._find_launcher_and_read_run(queue)
                 self._print_waiting_reason(run)
                 if not self._is_over(run, queue):
                     over_since = None
@@ -247,8 +247,11 @@ class FollowedRun:
                 while lines := lines_reader.read_new_lines(path):
                     self.printer.print_lines(path, lines)
 
-    def _read_run_view(self, queue: JobQueue) -> RunView:
-        """The state of the run now. Sets `_launcher`, which cannot be found any more once the run has ended."""
+    def _find_launcher_and_read_run(self, queue: JobQueue) -> RunView:
+        """Read the state of the run now. Also sets `_launcher`, which cannot be found any more once the run has ended.
+
+        The lease, a file in the run directory, names the process that trains the run; its launcher is looked for from there.
+        """
         from launch.runs.owner import launcher_process, read_lease_holder
         from launch.runs.status import read_run_view
 
@@ -273,7 +276,7 @@ class FollowedRun:
         may_be_queued = run.job_id is not None and queue.problem is not None
         if may_be_queued:
             return False
-        if self._launcher is None:
+        if self._launcher is None:  # nobody on this host restarts the run, and no job is in the queue
             return True
         is_launcher_alive = process_identity(self._launcher.pid) == self._launcher.identity
         return not is_launcher_alive

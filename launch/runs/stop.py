@@ -115,9 +115,9 @@ def stop_method(run_dir: Path, queue: JobQueue, job: QueuedJob | None) -> StopMe
 
     - A pending job with a script of shardtune's: cancel the job.
     - A running job with such a script: signal the job. Another script may react to a signal in any way.
-    - A process on this host: signal its launcher, or the process itself.
+    - A process on this host, also beside a job with another script: signal its launcher, or the process itself.
     - No job and no process on this host: nothing runs, or CannotStopError says on which host to stop it.
-    - A job with another script: CannotStopError says what to do.
+    - A job with another script, and no process on this host: CannotStopError says what to do.
 
     Raises ConfigError if the lease cannot be read.
     """

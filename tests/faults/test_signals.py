@@ -76,15 +76,15 @@ def send(number, until):
 
 class Breaks(StopRequest):
     broken = False
-    def _remember_first(self, number, frame):
+    def _remember_first_signal(self, number, frame):
         if not self.broken:
             self.broken = True
             raise RuntimeError("the waiting thread ends")
-        super()._remember_first(number, frame)
+        super()._remember_first_signal(number, frame)
 
 block_signals()
 with Breaks() as request:  # a thread that died is replaced
-    waiting = request._thread
+    waiting = request._receiving_thread
     send(signal.SIGUSR2, lambda: not waiting.is_alive())
     assert request.signal_name is None
     send(signal.SIGUSR2, lambda: request.signal_name == "SIGUSR2")

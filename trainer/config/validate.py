@@ -299,9 +299,8 @@ def _resume_problems(config: RunConfig) -> Iterator[str]:
     resume = config.run.resume
     run_dir = config.run.dir
     try:
-        if (
-            run_dir is not None and run_dir.strip()
-        ):  # it may have begun from that checkpoint before, and then resumes as `auto`
+        # The run may have begun from that checkpoint before; then it resumes as with `auto`.
+        if run_dir is not None and run_dir.strip():
             resume = resolve_resume_setting(
                 checkpoint_dirs_of(Path(run_dir).expanduser(), config.checkpoint.fallback_dir), resume
             )

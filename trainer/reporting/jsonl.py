@@ -71,9 +71,8 @@ class JsonlTracker:
                 text = line.line_bytes.decode(errors="surrogateescape")
                 file.write(json.dumps({"line": line.number, "reason": line.reason, "text": text}) + "\n")
         atomic_io.sync_file(unreadable_file)
-        line_problems = ", ".join(
-            str(line) for line in unreadable[:MAX_LINES_IN_WARNING]
-        )  # such as `line 3 is no JSON`
+        # Such as `line 3 is not JSON, line 7 has NUL bytes, as a power cut leaves them`.
+        line_problems = ", ".join(str(line) for line in unreadable[:MAX_LINES_IN_WARNING])
         if len(unreadable) > MAX_LINES_IN_WARNING:
             line_problems += f" and {len(unreadable) - MAX_LINES_IN_WARNING} more"
         print(

@@ -258,9 +258,8 @@ class Meter:
         expert_tokens = None
         if expert_tokens_by_step:
             expert_columns = table[:, len(term_names) : -num_host_columns]
-            expert_tokens = expert_columns.view(
-                len(records), *expert_tokens_by_step[0].shape
-            )  # [steps, layers, experts]
+            # [steps, layers, experts]
+            expert_tokens = expert_columns.view(len(records), *expert_tokens_by_step[0].shape)
             self.expert_tokens = expert_tokens.sum(0)
 
         rows = []

@@ -61,27 +61,31 @@ class StopRequest:
     """
 
     def __init__(self, *, interrupts: bool = False) -> None:
-        self._reason: str | None = None
+        self._stop_reason: str | None = None
+        """The signal (or other reason) that asked to stop first; Ctrl-C replaces an earlier one."""
         self._closed = threading.Event()
         self._stop_signals = {*STOP_SIGNALS, signal.SIGINT} if interrupts else set(STOP_SIGNALS)
-        self._thread: threading.Thread | None = None
+        self._receiving_thread: threading.Thread | None = None
         self._end_process: Callable[[str], None] | None = None
+        """Ends a process whose main thread is stuck before training; None once there is something to save."""
         self._watchdog: Watchdog | None = None
         self._must_save = threading.Event()
+        """Set once there is something to save, so that only the main thread may end the process."""
         self._main_thread_has_looked = False
+        """Whether the main thread has read `signal_name` since it was asked to stop."""
 
     @property
     def signal_name(self) -> str | None:
         """The signal (or other reason) that asked to stop; None so far. Starts the waiting thread again if it has died."""
-        if self._thread is not None and not self._thread.is_alive():
+        if self._receiving_thread is not None and not self._receiving_thread.is_alive():
             self._start_receiving_thread()
-        if self._reason is not None and threading.current_thread() is threading.main_thread():
+        if self._stop_reason is not None and threading.current_thread() is threading.main_thread():
             self._main_thread_has_looked = True
-        return self._reason
+        return self._stop_reason
 
     def ask(self, reason: str) -> None:
         """Ask the run to stop for another reason than a signal."""
-        self._reason = self._reason or reason
+        self._stop_reason = self._stop_reason or reason
 
     def arm_end_of_stuck_process(self, end_process: Callable[[str], None]) -> None:
         """From now on, end the process if its main thread does not read `signal_name` within 5 s of a request to stop.
@@ -106,11 +110,12 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         """Block the signals in this process and everything it starts; a daemon thread waits for them."""
+        # The mask of before, which `__exit__` restores: signals may have been blocked already.
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._stop_signals)
         # Handlers too: a library may lift the mask (CPython's resource tracker does), or a thread be older than the mask.
         self._handlers: dict[signal.Signals, Any] = {}
         for number in self._stop_signals:
-            handler = self._handle_interrupt if number is signal.SIGINT else self._remember_first
+            handler = self._handle_interrupt if number is signal.SIGINT else self._remember_first_signal
             self._handlers[number] = signal.signal(number, handler)
         self._start_receiving_thread()
         return self
@@ -119,21 +124,27 @@ class StopRequest:
         """Stop listening, and put handlers and mask back. After a request the handlers stay: the process is about to end."""
         self.disarm_end_of_stuck_process()
         self._closed.set()
-        if self._thread is not None and self._thread.is_alive() and self._thread.ident is not None:
-            signal.pthread_kill(self._thread.ident, signal.SIGUSR1)
-            self._thread.join()
-        if self._reason is None:  # otherwise the process is about to end, and more signals must not change how
+        thread = self._receiving_thread
+        if thread is not None and thread.is_alive() and thread.ident is not None:
+            signal.pthread_kill(thread.ident, signal.SIGUSR1)  # it waits for a signal, and then sees `_closed`
+            thread.join()
+        if self._stop_reason is None:  # otherwise the process is about to end, and more signals must not change how
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
     def _start_receiving_thread(self) -> None:
         """Start the thread that receives signals."""
-        self._thread = threading.Thread(target=self._receive_signals, name="signals", daemon=True)
-        self._thread.start()
+        self._receiving_thread = threading.Thread(target=self._receive_signals, name="signals", daemon=True)
+        self._receiving_thread.start()
 
     def _receive_signals(self) -> None:
-        """Receive signals until the request is closed. The body of the waiting thread."""
+        """Receive signals until the request is closed: remember the first one as the reason to stop. The body of the waiting
+        thread.
+
+        As long as there is nothing to save (`_end_process` is set), each signal also starts a timer that ends the process if its
+        main thread is stuck. Ctrl-C is passed on to the main thread, where the second one can raise KeyboardInterrupt.
+        """
         while True:
             # `sigwait` would take a signal in the kernel even if native code keeps this thread from running. So before training
             # the signals are polled: an unhandled one stays pending, which tells the watchdog that no thread runs.
@@ -149,7 +160,7 @@ class StopRequest:
             if number == signal.SIGINT:
                 _thread.interrupt_main(signal.SIGINT)
             else:
-                self._remember_first(number, None)
+                self._remember_first_signal(number, None)
 
     def _end_process_later(self, signal_name: str) -> None:
         """End the process in `STUCK_MAIN_THREAD_S`, unless the main thread looks at the request until then."""
@@ -162,15 +173,15 @@ class StopRequest:
         if self._end_process is not None and not self._main_thread_has_looked and not self._closed.is_set():
             self._end_process(signal_name)
 
-    def _remember_first(self, number: int, _: FrameType | None) -> None:
+    def _remember_first_signal(self, number: int, _: FrameType | None) -> None:
         """Remember the first signal that asked to stop. Also a signal handler."""
-        self._reason = self._reason or signal.Signals(number).name
+        self._stop_reason = self._stop_reason or signal.Signals(number).name
 
     def _handle_interrupt(self, number: int, frame: FrameType | None) -> None:
         """The handler of Ctrl-C: the first one asks to stop, the second raises KeyboardInterrupt."""
-        if self._reason == signal.Signals(signal.SIGINT).name:
+        if self._stop_reason == signal.Signals(signal.SIGINT).name:
             raise KeyboardInterrupt
-        self._remember_first(number, frame)
-        self._reason = signal.Signals(signal.SIGINT).name
+        self._remember_first_signal(number, frame)
+        self._stop_reason = signal.Signals(signal.SIGINT).name
         with suppress(OSError):  # the same Ctrl-C has ended the `tee` that reads it
             os.write(2, CTRL_C_MESSAGE)

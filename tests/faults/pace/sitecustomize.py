@@ -15,7 +15,7 @@ from trainer.stopping.signals import StopRequest
 
 PAUSE_S = 0.1
 GATE, LAST = os.environ.get("PACE_GATE"), int(os.environ.get("PACE_LAST") or 1)
-_log, _note, _ask = JsonlTracker.log, StopRequest._remember_first, StopRequest.ask
+_log, _note, _ask = JsonlTracker.log, StopRequest._remember_first_signal, StopRequest.ask
 
 
 def log(self, metrics, *, step):
@@ -37,4 +37,4 @@ def ask(self, reason):
         Path(GATE).touch()
 
 
-JsonlTracker.log, StopRequest._remember_first, StopRequest.ask = log, note, ask
+JsonlTracker.log, StopRequest._remember_first_signal, StopRequest.ask = log, note, ask
