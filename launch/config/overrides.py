@@ -23,7 +23,7 @@ from launch.config.known_settings import Setting, all_settings, find_setting, ke
 from strategies.errors import ConfigError
 from trainer.export.gates.bounds import parse_gate_argument
 from trainer.model.known_shapes import read_shape
-from trainer.objectives.reward_functions import WHAT_IS_A_REWARD, parse_function_path, reward_functions_in_file
+from trainer.objectives.reward_functions import REWARD_DEFINITION_TEXT, parse_function_path, reward_functions_in_file
 
 TASKS_TABLE = "evaluation.tasks"
 """A table for which a list of kinds can be typed: `[json,json:strict]` makes the entries `json` and `strict` of kind json."""
@@ -370,7 +370,7 @@ def _add_reward_entry(parsed: ParsedOverrides, entry: str, source_text: str) -> 
             return
         if not function_names:
             parsed.add_problem(
-                f"{source_text}: {path.name} has no reward function; {WHAT_IS_A_REWARD}", [REWARDS_TABLE]
+                f"{source_text}: {path.name} has no reward function; {REWARD_DEFINITION_TEXT}", [REWARDS_TABLE]
             )
     for name in function_names:
         parsed.add_value(f"{REWARDS_TABLE}.{name}.function", f"{path}:{name}", source_text)

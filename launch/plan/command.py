@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
     from launch.config.compose import num_launched_ranks
     from launch.plan.answer import plan_as_json, plan_text
     from launch.plan.job import prepare_planned_job
-    from trainer.model.known_shapes import shape_in_use, shape_note
+    from trainer.model.known_shapes import shape_instead_of_files, shape_note
     from trainer.model.loading import load_model_config
     from trainer.planner.plan import with_imbalance
     from trainer.planner.sweep import plan_variants, with_further_variants, with_worst_imbalance
@@ -112,7 +112,7 @@ def main(argv: list[str]) -> int:
     # First, because what is wrong with the settings must be reported before the data is prepared, which may take an hour.
     variants = run_variants(config, request.settings, fixed_keys, num_launched_ranks(config))
     load_model_config(config.model)
-    shape = shape_in_use(config.model)
+    shape = shape_instead_of_files(config.model)
     calibration = card_of_request(request, ["plan", *argv])
     job = with_imbalance(prepare_planned_job(config, calibration.card), request.settings, calibration.expert_imbalance)
     micro_batch = config.batch["micro"] if "batch.micro" in fixed_keys else None

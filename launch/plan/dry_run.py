@@ -24,7 +24,7 @@ from trainer.build.rounds import generation_memory_lines, num_documents_per_step
 from trainer.config.parallel import accumulation_steps, dp_size_of
 from trainer.config.run import LEARNING_RATE_KEY, MICRO_BATCH_KEY, STRATEGY_KEY, RunConfig, SlurmConfig
 from trainer.data.report.preview import is_prompts_alone, preview_text, summary_text
-from trainer.model.known_shapes import shape_in_use
+from trainer.model.known_shapes import shape_instead_of_files
 from trainer.model.loading import load_tokenizer
 from trainer.planner.lengths import SampledLengths, sampled_lengths
 from trainer.planner.micro_batch import with_proposed_micro_batch
@@ -41,7 +41,7 @@ def describe_run(config: RunConfig) -> DryRunResult:
     Prepares the data, which the run itself then finds in the cache, and reads only the headers of the weights. If the model is
     not on this machine, its published shape stands for it, and the data is not read.
     """
-    shape = shape_in_use(config.model)
+    shape = shape_instead_of_files(config.model)
     if shape is not None:
         return describe_by_shape(config, shape)
     tokenizer = load_tokenizer(config.model)

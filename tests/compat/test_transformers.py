@@ -37,7 +37,7 @@ def test_transformers_masks_ask_for_documents_before_searching_for_them(monkeypa
     for name in ("find_packed_sequence_indices", "remap_positions_for_packed_sequence"):
         monkeypatch.setattr(masking_utils, name, getattr(masking_utils, name))
     declared = {"documents": None}
-    compat.tell_documents(lambda positions: declared["documents"], lambda positions: positions)
+    compat.patch_masks_of_packed_rows(lambda positions: declared["documents"], lambda positions: positions)
     config = transformers.LlamaConfig(**SIZES)
     config._attn_implementation = "sdpa"
 
@@ -64,7 +64,7 @@ def test_attention_of_a_model_is_read_and_changed_for_a_while():
     ids = torch.arange(6)[None]
     with torch.no_grad():
         before = model(input_ids=ids).logits
-        with compat.other_attention(model.config, "compat_test"):
+        with compat.temporary_attention(model.config, "compat_test"):
             assert compat.attention_of(model.config) == "compat_test"
             other = model(input_ids=ids).logits
         assert compat.attention_of(model.config) == "sdpa"
@@ -288,7 +288,7 @@ def test_blocks_of_eight_bits_are_read_as_numbers():
     settings = compat.quantisation_settings({"quant_method": "fp8", "weight_block_size": [128, 128]})
     assert str(getattr(settings.quant_method, "value", settings.quant_method)) == "fp8"
     settings.dequantize = True
-    quantizer = compat.reading_quantizer(settings)
+    quantizer = compat.dequantizing_quantizer(settings)
     rules = compat.conversion_rules(on_meta(transformers.LlamaConfig(**SIZES)), quantizer)
     assert any(
         type(operation).__name__ == "Fp8Dequantize" for rule in rules.converters for operation in rule.operations
@@ -322,11 +322,11 @@ def test_flash_attention_is_the_function_that_transformers_registers():
 
 def test_text_part_of_a_larger_model_gets_its_class_and_others_stay_as_they_are():
     text = tiny.tiny_config("mllama_text_model").get_text_config()
-    compat.register_text_part(type(text))
+    compat.register_causal_class_of_text_config(type(text))
     assert compat.needs_own_class(type(text))
     assert type(model_of(text)).__name__ == "MllamaForCausalLM"
     for other in (MIXTRAL, transformers.CLIPTextConfig()):
-        compat.register_text_part(type(other))
+        compat.register_causal_class_of_text_config(type(other))
         assert not compat.needs_own_class(type(other))
 
 
@@ -338,7 +338,7 @@ def test_larger_models_stand_beside_their_text_part():
 @pytest.mark.parametrize(("name", "expected"), [("jamba without attention", False), ("jamba", True), ("mamba", True)])
 def test_model_writes_with_a_cache_if_its_class_can_count_the_tokens_in_it(name, expected):
     model = tiny.tiny_model(name)
-    assert compat.writes_with_cache(model) is expected
+    assert compat.can_generate_with_cache(model) is expected
     ids = torch.arange(20, 30)[None]
     written = model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=2, use_cache=expected)
     assert written.shape == (1, 12)

@@ -7,7 +7,7 @@ import json
 import math
 
 from strategies.compat.modules import persistent_buffers
-from trainer.model.conversions import ConversionGroup, _StoredPlace, in_loading_order
+from trainer.model.conversions import ConversionGroup, _StoredTarget, in_loading_order
 from trainer.tuning.adapter_files import AdapterMerger
 
 
@@ -58,18 +58,18 @@ def base_or_live_value(base, name, live):
 def stored_again(conversions, tensors):
     """Parameters under the names and in the shapes of the files, group by group as they are complete."""
     rules = (
-        conversions._rules if conversions.quantizer is None else conversions._group_stored_tensors(None)[0]
+        conversions._rules if conversions.quantizer is None else conversions._group_stored_tensors(None).rules
     ).reversed()
     converter_of = rules.converter_of()
     places, members_of_group = {}, {}
-    for name in in_loading_order(conversions.plain.state_dict()):
+    for name in in_loading_order(conversions.meta_model.state_dict()):
         key, pattern = rules.converted_name(name)
         if pattern is None:
             key = rules.renamed(name)
         else:
             members_of_group.setdefault(key, set()).add(name)
         places[name] = key, pattern
-    prefix = conversions._stored_prefix({name: _StoredPlace(*place) for name, place in places.items()})
+    prefix = conversions._stored_prefix({name: _StoredTarget(*place) for name, place in places.items()})
     incomplete = {}
     for name, tensor in tensors:
         key, pattern = places.get(name, (name, None))

@@ -17,7 +17,7 @@ from launch.plan.dry_run import describe_run
 from strategies.errors import ConfigError
 from tests.helpers.covering import EVERYTHING
 from trainer.model.config import ModelConfig
-from trainer.model.known_shapes import config_of_shape, read_shape, shape_in_use, shape_names
+from trainer.model.known_shapes import config_of_shape, read_shape, shape_instead_of_files, shape_names
 from trainer.model.loading import check_model_files, find_weights_directory, load_model_config, load_tokenizer
 
 LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
@@ -139,12 +139,14 @@ def test_a_sweep_does_not_mean_every_published_model():
 
 def test_a_shape_stands_for_files_that_are_not_here(tmp_path):
     config = ModelConfig(path=LLAMA)
-    assert shape_in_use(config).name == "llama3_8b"
+    assert shape_instead_of_files(config).name == "llama3_8b"
     assert load_model_config(config).num_hidden_layers == 32
     # A revision may have another shape, a fine-tuned copy another vocabulary.
-    assert shape_in_use(ModelConfig(path=LLAMA, revision="main")) is None
-    assert shape_in_use(ModelConfig(path="somebody/Llama-3.1-8B-Instruct")) is None
-    assert shape_in_use(ModelConfig(path=LLAMA, download=True)) is None, "a hub that is down changes no training"
+    assert shape_instead_of_files(ModelConfig(path=LLAMA, revision="main")) is None
+    assert shape_instead_of_files(ModelConfig(path="somebody/Llama-3.1-8B-Instruct")) is None
+    assert shape_instead_of_files(ModelConfig(path=LLAMA, download=True)) is None, (
+        "a hub that is down changes no training"
+    )
     with pytest.raises(ConfigError, match="not a model directory"):
         load_model_config(ModelConfig(path=LLAMA, revision="main"))
     # Files that are here count, whatever the shape says.
@@ -153,7 +155,7 @@ def test_a_shape_stands_for_files_that_are_not_here(tmp_path):
     (snapshot / "refs" / "main").write_text("c0")
     (snapshot / "snapshots" / "c0").mkdir(parents=True)
     (snapshot / "snapshots" / "c0" / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 3}')
-    assert shape_in_use(config) is None
+    assert shape_instead_of_files(config) is None
 
 
 def test_weights_without_a_config_are_not_trained_with_a_shape(tmp_path):

@@ -197,7 +197,7 @@ def test_several_labels_become_bits(tmp_path):
     assert found.label_names == ["down", "in", "up"]
     assert found.train.labels.tolist() == [0b110, 0b101, 0, 0b100]
     assert found.evaluation.labels.tolist() == [0b011]
-    given = prepared(tmp_path, rows, names=["up", "down", "in"])
+    given = prepared(tmp_path, rows, label_names=["up", "down", "in"])
     assert given.label_names == ["up", "down", "in"] and given.train.labels.tolist() == [0b101, 0b011, 0, 0b001]
 
 

@@ -14,7 +14,11 @@ from trainer.data.fields import KeptColumns
 from trainer.data.formats import RowReader
 from trainer.data.store.documents import DOCUMENTS_FILE, document_schema, to_record_batch
 from trainer.objectives.answers import PromptDataSpec
-from trainer.objectives.reward_functions import kept_columns, reward_function_problems, reward_functions_in_file
+from trainer.objectives.reward_functions import (
+    columns_read_by_rewards,
+    reward_function_problems,
+    reward_functions_in_file,
+)
 from trainer.objectives.rollouts import RewardEntry, RoundsConfig
 from trainer.rollout.rewards.copies import (
     copy_rewards,
@@ -111,7 +115,7 @@ def test_signatures_are_read_without_running_the_file(reward_file):
     rewards = {name: RewardEntry(function=f"{reward_file}:{name}") for name in ("right", "brief", "scored")}
     rewards["brief"].options = {"limit": 3}
     rewards["sums"] = RewardEntry(kind="json_schema")
-    assert kept_columns(rewards) == KeptColumns(
+    assert columns_read_by_rewards(rewards) == KeptColumns(
         required=("answer", "data_source", "ground_truth"), optional=("extra_info", "level", "schema"), keeps_all=True
     )
 

@@ -22,7 +22,7 @@ from trainer.model.architecture import (
 from trainer.model.compat import names_kept_in_float32
 from trainer.model.config import ModelConfig, ModelKind
 from trainer.model.frozen_rows import always_zero_rows
-from trainer.model.known_shapes import shape_in_use
+from trainer.model.known_shapes import shape_instead_of_files
 from trainer.model.layout import AttentionLayout
 from trainer.model.loading import find_weights_directory, load_model_config
 from trainer.model.quantisation import Scheme, quantise_layers, unquantised_note
@@ -125,7 +125,7 @@ def build_step_module(
 
 def _weights_directory_or_none(config: ModelConfig) -> Path | None:
     """The directory of a model's files; None if only its published shape is used, as in a plan without files."""
-    return find_weights_directory(config) if shape_in_use(config) is None else None
+    return find_weights_directory(config) if shape_instead_of_files(config) is None else None
 
 
 def _register_kernels() -> None:

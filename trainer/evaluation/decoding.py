@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from strategies.compat.modules import is_compiled
 from trainer.model import attention, flex
 from trainer.model.architecture import text_model_config
-from trainer.model.compat import attention_of, other_attention, writes_with_cache
+from trainer.model.compat import attention_of, can_generate_with_cache, temporary_attention
 from trainer.objectives.causal import unwrap_adapter
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class GenerateAnswers:
             criteria.append(StopAtText(self.tokenizer, self.settings.stop, answer_start))
         config = copy.copy(self.config)
         config.max_new_tokens = batch.get("max_new_tokens", config.max_new_tokens)
-        if not writes_with_cache(causal_model):
+        if not can_generate_with_cache(causal_model):
             config.use_cache = False
         processors = list(self._sampling_processors(batch["seeds"], answer_start))
         with stock_attention(causal_model):
@@ -277,5 +277,5 @@ def stock_attention(model: Any) -> Iterator[None]:
         attention_name = "eager" if flex.needs_eager(model, text_model_config(config)) else "sdpa"
     has_compiled_blocks = any(is_compiled(module) for module in model.modules())
     eager_blocks = torch.compiler.set_stance("force_eager") if has_compiled_blocks else nullcontext()
-    with other_attention(config, attention_name), eager_blocks:
+    with temporary_attention(config, attention_name), eager_blocks:
         yield

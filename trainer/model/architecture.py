@@ -5,14 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from strategies.compat.modules import own_parameters
 from strategies.errors import ConfigError
 from trainer.model import experts
-from trainer.model.compat import ignore_in_checkpoints, language_model_types_of_architecture, register_text_part
+from trainer.model.compat import (
+    ignore_in_checkpoints,
+    language_model_types_of_architecture,
+    register_causal_class_of_text_config,
+)
 from trainer.model.config import Attention, ModelConfig, ModelKind
 from trainer.model.rope import require_rotary_parameters_in_use
 from trainer.tuning.compat.transformers import block_class_names
@@ -34,6 +38,15 @@ TEXT_ONLY_MODEL_TYPES = frozenset({"llama4"})
 
 WIDTH_OF_8B = 4096
 """Width of a usual model of 8B, taken for a model whose configuration names none: the crossover is an estimate anyway."""
+
+
+class EarlierSetting(NamedTuple):
+    """The value that a setting of a transformers configuration had before it was changed."""
+
+    owner: Any
+    """The configuration that has it: a model's, or that of a part of it."""
+    name: str
+    value: float
 
 
 def build_plain_model(
@@ -75,12 +88,12 @@ def _dropout_while_building(hf_config: Any, probability: float) -> Iterator[None
 
     Layers read the settings when they are built, and an export keeps the base's values. They are back after an error, too.
     """
-    earlier_dropout = set_dropout(hf_config, probability)
+    earlier_settings = set_dropout(hf_config, probability)
     try:
         yield
     finally:
-        for owner, name, value in earlier_dropout:
-            setattr(owner, name, value)
+        for setting in earlier_settings:
+            setattr(setting.owner, setting.name, setting.value)
 
 
 def transformers_class(kind: ModelKind, hf_config: Any) -> Any:
@@ -101,8 +114,8 @@ def transformers_class(kind: ModelKind, hf_config: Any) -> Any:
     )
     if kind is ModelKind.causal and is_multimodal:
         return transformers.AutoModelForMultimodalLM
-    if kind is ModelKind.causal:
-        register_text_part(type(hf_config))
+    if kind is ModelKind.causal:  # it may be the text part of a model that also sees, saved by itself
+        register_causal_class_of_text_config(type(hf_config))
     return getattr(transformers, class_name_by_kind[kind])
 
 
@@ -121,9 +134,9 @@ def _raise_if_no_model_class(kind: ModelKind, hf_config: Any, config: ModelConfi
     }
     if type(hf_config) in mappings[model_class.__name__]:
         return
-    larger = language_model_types_of_architecture(type(hf_config))
-    if kind is ModelKind.causal and larger:
-        remedy = f"it is a part of {' or '.join(larger)}: give the whole model, whose language model is then trained"
+    containing_types = language_model_types_of_architecture(type(hf_config))
+    if kind is ModelKind.causal and containing_types:
+        remedy = f"it is a part of {' or '.join(containing_types)}: give the whole model, whose language model is then trained"
     elif kind is not ModelKind.classifier and type(hf_config) in mappings["AutoModelForSequenceClassification"]:
         remedy = "it is an encoder, which objective=classification trains"
     else:
@@ -141,14 +154,14 @@ def modules_beside_text(model: Any) -> tuple[str, ...]:
     """
     if text_model_config(model.config) is model.config:
         return ()
-    text_parts = {id(m) for m in (model.get_decoder(), model.get_output_embeddings()) if m is not None}
+    text_parts = {id(part) for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None}
 
     def outside(module: Any, prefix: str) -> Iterator[str]:
         """Names of the largest modules below `module` that have parameters and hold no text part."""
         for name, child in module.named_children():
             if id(child) in text_parts:
                 continue
-            if text_parts & {id(m) for m in child.modules()}:
+            if text_parts & {id(module) for module in child.modules()}:
                 yield from outside(child, f"{prefix}{name}.")
             elif next(child.parameters(), None) is not None:
                 yield f"{prefix}{name}"
@@ -179,7 +192,8 @@ def _build_with_attention(kind: ModelKind, hf_config: Any, config: ModelConfig, 
             raise
         attention = "eager"
         model = model_class.from_config(hf_config, attn_implementation=attention, **options)
-    if hf_config.model_type in TEXT_ONLY_MODEL_TYPES:  # what it has no place for goes into the export as it is
+    if hf_config.model_type in TEXT_ONLY_MODEL_TYPES:
+        # Tensors that it has no place for are ignored (all names match), and go into the export as they are.
         ignore_in_checkpoints(model, {"."})
     return model, attention
 
@@ -195,21 +209,22 @@ def set_head_settings(hf_config: Any, outputs: int | None, pad_token_id: int, *,
     hf_config.pad_token_id = pad_token_id
 
 
-def grow_vocabulary(config: ModelConfig, hf_config: Any, size: int, num_new: int) -> None:
-    """Set the vocabulary in `hf_config` to at least `size` tokens, of which `num_new` are added by `model.add_tokens`.
+def grow_vocabulary(config: ModelConfig, hf_config: Any, num_tokens: int, num_added_tokens: int) -> None:
+    """Set the vocabulary in `hf_config` to at least `num_tokens`, of which `num_added_tokens` are those of `model.add_tokens`.
 
     It never shrinks: a model may have more rows than its tokenizer has tokens. The model is then built at its final size, and
     needs no resizing after sharding. Raises ConfigError if the tokenizer without the new tokens has more entries than the model
     has rows.
     """
-    text = text_model_config(hf_config)
-    rows = text.vocab_size
-    if size - num_new > rows:
+    text_config = text_model_config(hf_config)
+    num_rows = text_config.vocab_size
+    num_own_tokens = num_tokens - num_added_tokens
+    if num_own_tokens > num_rows:
         raise ConfigError(
-            f"model.path={config.path}: its tokenizer has {size - num_new} entries, its embeddings {rows} rows: they do "
+            f"model.path={config.path}: its tokenizer has {num_own_tokens} entries, its embeddings {num_rows} rows: they do "
             "not belong together. Use the tokenizer of this model and list further tokens in model.add_tokens"
         )
-    text.vocab_size = max(rows, size)
+    text_config.vocab_size = max(num_rows, num_tokens)
 
 
 def text_model_config(hf_config: Any) -> Any:
@@ -257,11 +272,10 @@ def attention_crossover_tokens(hf_config: Any) -> int:
     return 12 * int(width) * len(layer_types) // max(1, num_full_layers)
 
 
-def set_dropout(hf_config: Any, probability: float) -> list[tuple[Any, str, float]]:
-    """Set every dropout probability in `hf_config`, and switch off whatever else the model draws at random.
+def set_dropout(hf_config: Any, probability: float) -> list[EarlierSetting]:
+    """Set every dropout probability in `hf_config`, and switch off whatever else the model draws at random (`layerdrop`).
 
-    Returns (the configuration that has the setting, the setting's name, its value before) for each setting that was found, such
-    as `(hf_config, "attention_dropout", 0.1)`.
+    Returns what each setting that was found had before, such as `(hf_config, "attention_dropout", 0.1)`.
     """
     earlier_values = []
     owners = [hf_config]
@@ -279,7 +293,7 @@ def set_dropout(hf_config: Any, probability: float) -> list[tuple[Any, str, floa
                 new_value = probability
             else:
                 continue
-            earlier_values.append((owner, name, value))
+            earlier_values.append(EarlierSetting(owner, name, value))
             # A setting that is a whole number stays one, if it can.
             setattr(owner, name, int(new_value) if isinstance(value, int) and new_value in (0, 1) else new_value)
     return earlier_values

@@ -147,20 +147,20 @@ def _chunk_bounds(bounds: list[int], size: int | None) -> list[int]:
     return chunk_bounds + bounds[-1:]
 
 
-def _scaled_by_document_position(module: Any, query: Tensor, bounds: list[int]) -> Tensor:
-    """Queries that Llama 4 has scaled by their position in the row, scaled by that in their document.
+def _scaled_by_document_position(module: Any, query: Tensor, document_bounds: list[int]) -> Tensor:
+    """Queries `[1, H, T, D]` that Llama 4 has scaled by their position in the row, scaled by that in their document.
 
     It does so in layers without rotary positions, from position `floor_scale` on: a shorter row is as it should be.
     """
     is_scaled = getattr(module, "attn_temperature_tuning", False) and not module.use_rope
-    if not is_scaled or bounds[-1] < module.floor_scale:
+    if not is_scaled or document_bounds[-1] < module.floor_scale:
         return query
 
     def scale(positions: Tensor) -> Tensor:
         return torch.log1p(torch.floor((positions.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
 
-    row_positions = torch.arange(bounds[-1])
-    document_positions = torch.cat([torch.arange(stop - start) for start, stop in pairwise(bounds)])
+    row_positions = torch.arange(document_bounds[-1])
+    document_positions = torch.cat([torch.arange(stop - start) for start, stop in pairwise(document_bounds)])
     correction = scale(document_positions) / scale(row_positions)
     return query * correction.to(query.device, query.dtype, non_blocking=True)[:, None]
 
@@ -171,7 +171,8 @@ def _attend_by_document(
     """`attend(q, k, v)` for each document of a row, joined to `[1, heads, T, width]` again.
 
     `operands`: q, k and v of the row, `[1, heads, T, width]`. `lengths`: tokens of each document. On CPUs the products of short
-    documents are left to BLAS (`strategies/matmul.py`).
+    documents are left to BLAS (`strategies/matmul.py`): the switches change no value, only the library of the products behind
+    them, in the backward pass too.
     """
     all_short = max(lengths, default=0) < LONG_DOCUMENT_TOKENS
     row = switch_to_blas(*operands) if all_short else operands  # one switch for the row, or one for each short document
@@ -193,7 +194,7 @@ class SequenceBounds:
     """int32 [sequences + 1], on the device."""
     keys: Tensor
     longest_query: int | None
-    """Queries of the longest sequence; None if it is not known."""
+    """Queries of the longest sequence; None if it is not known (the kernel is then told that of the whole row)."""
     longest_key: int | None
 
 
@@ -208,7 +209,9 @@ class Segments:
     key_rows: Tensor
     """int64 [keys]: the position in the row of each key of all sequences."""
     query_bounds: list[int]
+    """Where each sequence begins among the queries, and where the last one ends."""
     key_bounds: list[int]
+    """The same among the keys in `key_rows`."""
 
     def boundaries(self, device: torch.device) -> SequenceBounds:
         """The bounds as tensors on a device, which nobody waits for."""
@@ -221,7 +224,9 @@ def segments_of_branches(bounds: Sequence[int], branches: Sequence[Sequence[int]
     """The sequences into which a kernel cuts a row whose documents have branches: answers that share one prompt (the trunk).
 
     `bounds`: where documents begin in the row, and the row's end. `branches`: where the branches of each document begin, counted
-    from the document's begin. A branch sees the trunk and itself, so the trunk's keys come once for each branch.
+    from the document's begin. A branch sees the trunk and itself, so the trunk's keys come once for each branch. A document of 2
+    tokens of prompt and answers of 2 and 1 tokens gives the `key_rows` [0, 1, 0, 1, 2, 3, 0, 1, 4] and the bounds [0, 2, 4, 5] of
+    queries and [0, 2, 6, 9] of keys.
     """
     key_rows = []
     query_bounds = [0]
@@ -272,15 +277,16 @@ class AttentionRule:
     def branch_mask(self, length: int, starts: Sequence[int], device: torch.device) -> Tensor:
         """Which keys each query sees, bool `[T, T]`, in a document of T tokens: a prompt with several answers (branches).
 
-        `starts`: where the answers begin. Each sees the prompt and itself, within the window if the rule has one.
+        `starts`: where the answers begin. Each sees the prompt and itself, within the window if the rule has one. With 4 tokens
+        and `starts` [2, 3], the last token sees tokens 0, 1 and 3.
         """
-        index = torch.arange(length, device=device)
+        token_index = torch.arange(length, device=device)
         begins = torch.tensor(starts, device=device)
-        branch = torch.searchsorted(begins, index, right=True)  # 0 before the first branch
+        branch = torch.searchsorted(begins, token_index, right=True)  # 0 before the first branch
         # A token's position is counted as if its branch were the only one.
-        position = index - torch.where(branch > 0, begins[(branch - 1).clamp(min=0)] - starts[0], 0)
-        is_same = (branch[None, :] == 0) | (branch[None, :] == branch[:, None])
-        visible = (index[:, None] >= index[None, :]) & is_same
+        position = token_index - torch.where(branch > 0, begins[(branch - 1).clamp(min=0)] - starts[0], 0)
+        sees_branch = (branch[None, :] == 0) | (branch[None, :] == branch[:, None])
+        visible = (token_index[:, None] >= token_index[None, :]) & sees_branch
         if self.window is None:
             return visible
         return visible & (position[:, None] - position[None, :] < self.window)
@@ -319,7 +325,7 @@ def _attend_branch_by_branch(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRul
 
 def _attend_with_mask(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, mask: Tensor | None) -> Tensor:
     """Attention of queries to the keys that `mask` shows, bool `[queries, keys]`; None: as the rule says."""
-    if rule.softcap is not None or rule.sinks is not None:
+    if rule.softcap is not None or rule.sinks is not None:  # torch's kernel knows neither
         return _attend_with_score_matrix(q, k, v, rule, mask)
     return F.scaled_dot_product_attention(
         q,

@@ -38,10 +38,10 @@ def load_models_without_scipy() -> None:
         return
     is_scipy_available = utils.is_scipy_available
 
-    def is_hidden() -> bool:
+    def say_scipy_is_missing() -> bool:
         return False
 
-    utils.is_scipy_available = is_hidden
+    utils.is_scipy_available = say_scipy_is_missing
     try:
         with importing_without_gc("transformers.modeling_utils", freeze=False):
             import_module("transformers.modeling_utils")
@@ -49,12 +49,13 @@ def load_models_without_scipy() -> None:
         utils.is_scipy_available = is_scipy_available
     for module in [*sys.modules.values()]:
         # Not every entry is a module: None keeps a library from being imported.
-        if getattr(module, "__dict__", {}).get("is_scipy_available") is is_hidden:
+        if getattr(module, "__dict__", {}).get("is_scipy_available") is say_scipy_is_missing:
             module.is_scipy_available = is_scipy_available  # type: ignore[attr-defined]
-            module.linear_sum_assignment = _matched_by_scipy  # type: ignore[attr-defined]
+            # The only name that these modules import from scipy.
+            module.linear_sum_assignment = _linear_sum_assignment  # type: ignore[attr-defined]
 
 
-def _matched_by_scipy(costs: Any, *args: Any, **kwargs: Any) -> Any:
+def _linear_sum_assignment(costs: Any, *args: Any, **kwargs: Any) -> Any:
     """`scipy.optimize.linear_sum_assignment`, imported at its first call."""
     from scipy.optimize import linear_sum_assignment
 
@@ -64,7 +65,7 @@ def _matched_by_scipy(costs: Any, *args: Any, **kwargs: Any) -> Any:
 # -- classes ------------------------------------------------------------------------------------------------------
 
 
-def register_text_part(config_class: type) -> None:
+def register_causal_class_of_text_config(config_class: type) -> None:
     """Let AutoModelForCausalLM know the class of a language model that was saved out of a larger one, such as Mllama's.
 
     transformers lists such a class under the larger model's configuration alone, so it does not find it for the saved
@@ -76,7 +77,7 @@ def register_text_part(config_class: type) -> None:
     mapping: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     if config_class in mapping:
         return
-    for model_type in _types_beside(config_class, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    for model_type in _types_of_same_package(config_class, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         model_class: Any = getattr(transformers, str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]), None)
         if getattr(model_class, "config_class", None) is config_class:
             # Without `exist_ok`, transformers leaves out its own configurations silently.
@@ -85,7 +86,7 @@ def register_text_part(config_class: type) -> None:
 
 
 def needs_own_class(config_class: type) -> bool:
-    """Whether AutoModelForCausalLM knows a configuration only by `register_text_part`, so that elsewhere it does not."""
+    """Whether AutoModelForCausalLM knows a configuration only because it was registered here, so that elsewhere it does not."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -96,7 +97,10 @@ def needs_own_class(config_class: type) -> bool:
 
 
 def language_model_types_of_architecture(config_class: type) -> list[str]:
-    """`model_type`s of the language models that stand beside a configuration in its architecture, which may be a part of them."""
+    """`model_type`s of the other language models in a configuration's package of transformers, of which it may be a part.
+
+    For `Qwen3VLTextConfig`, the text part of a vision-language model: ["qwen3_vl"].
+    """
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
@@ -104,11 +108,11 @@ def language_model_types_of_architecture(config_class: type) -> list[str]:
 
     names = {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}
     own_type = getattr(config_class, "model_type", "")
-    return [model_type for model_type in _types_beside(config_class, names) if model_type != own_type]
+    return [model_type for model_type in _types_of_same_package(config_class, names) if model_type != own_type]
 
 
-def _types_beside(config_class: type, model_types: Iterable[str]) -> list[str]:
-    """Those of the `model_type`s whose classes stand in the same package of transformers as a configuration."""
+def _types_of_same_package(config_class: type, model_types: Iterable[str]) -> list[str]:
+    """Those of the `model_type`s whose classes are in the same package of transformers as a configuration, such as `mllama`."""
     from transformers.models.auto.configuration_auto import model_type_to_module_name
 
     package = config_class.__module__.split(".")[-2:-1]
@@ -118,11 +122,11 @@ def _types_beside(config_class: type, model_types: Iterable[str]) -> list[str]:
 # -- writing ----------------------------------------------------------------------------------------------------
 
 
-def writes_with_cache(causal_model: Any) -> bool:
+def can_generate_with_cache(causal_model: Any) -> bool:
     """Whether `generate` of a model can keep keys and states, in place of reading the whole text for each token.
 
-    transformers 5.24 counts the tokens of a cache by an attention layer. A model that asks for that number, and has none, such
-    as Jamba with linear layers alone, ends in a ValueError. Mamba does not ask.
+    transformers 5.24 takes the number of tokens in a cache from an attention layer. A model that asks for that number without an
+    attention layer, such as Jamba with linear layers alone, ends in a ValueError. Mamba does not ask.
     """
     from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
@@ -144,23 +148,23 @@ def _asks_for_length(decoder_class: type) -> bool:
 # -- attention ---------------------------------------------------------------------------------------------------
 
 
-def tell_documents(document_of: Callable[[Tensor], Tensor | None], positions_of: Callable[[Tensor], Tensor]) -> None:
+def patch_masks_of_packed_rows(
+    document_of: Callable[[Tensor], Tensor | None], positions_of: Callable[[Tensor], Tensor]
+) -> None:
     """Have transformers' masks ask `document_of` which document each position of a row belongs to. Idempotent.
 
     `document_of` takes positions `[B, T]` and returns int64 `[B, T]`, or None where nobody knows: then transformers looks for
-    documents by itself. If a model is given a slice of a row, the mask is that of the whole row: `positions_of` then returns
-    the whole row's positions, and `document_of` the whole row's documents. Replaces
-    `transformers.masking_utils.find_packed_sequence_indices` for the life of the process, and makes
-    `remap_positions_for_packed_sequence`, which counts distances by a document's positions, ask `positions_of`. The first
-    function compares positions and reads on the host whether there are several documents. So every forward pass would wait for
-    the GPU, and a model on the meta device would fail. A mask cannot be handed over instead: `attention_mask` and the
-    `or_mask_function` of `create_causal_mask` reach one kind of layer at most, and without a known document transformers does
-    not count chunks of Llama 4 from where a document begins.
+    documents by itself. If a model is given a slice of a row, both functions answer for the whole row, since the mask is that of
+    the whole row. Replaces two functions of `transformers.masking_utils` for the life of the process.
+
+    Why: `find_packed_sequence_indices` compares positions and reads on the host whether there are several documents. So every
+    forward pass would wait for the GPU, and a model on the meta device would fail. A mask cannot be handed over instead: it would
+    reach one kind of layer at most, and chunks of Llama 4 would not be counted from where a document begins.
     """
     from transformers import masking_utils
 
     find = masking_utils.find_packed_sequence_indices
-    if getattr(find, "asks_first", None) is document_of:
+    if getattr(find, "asks_document_of", None) is document_of:  # patched already
         return
 
     @wraps(find)
@@ -172,34 +176,35 @@ def tell_documents(document_of: Callable[[Tensor], Tensor | None], positions_of:
 
     @wraps(remap)
     def remap_row_positions(mask_function: Callable[..., Any], position_ids: Tensor) -> Callable[..., Any]:
+        """`remap`, which counts distances by positions in a document, with the positions of the whole row."""
         return remap(mask_function, positions_of(position_ids))
 
-    known_documents.asks_first = document_of  # type: ignore[attr-defined]
+    known_documents.asks_document_of = document_of  # type: ignore[attr-defined]
     masking_utils.find_packed_sequence_indices = known_documents
     masking_utils.remap_positions_for_packed_sequence = remap_row_positions
 
 
-def attention_of(settings: Any) -> str:
+def attention_of(hf_config: Any) -> str:
     """The name of the attention that a model computes with, by its configuration's `_attn_implementation`.
 
     transformers has a public method that sets the name, and none that tells it.
     """
-    return str(settings._attn_implementation)
+    return str(hf_config._attn_implementation)
 
 
 @contextmanager
-def other_attention(settings: Any, name: str) -> Iterator[None]:
-    """Within it, the model of these `settings` computes with the attention `name`.
+def temporary_attention(hf_config: Any, name: str) -> Iterator[None]:
+    """Within it, the model of the configuration `hf_config` computes with the attention `name`; afterwards as before.
 
     Sets `_attn_implementation`. The public `set_attn_implementation` refuses SDPA for classes that do not declare it. Some of
     these train and write here, such as Mamba and xLSTM, where the name decides nothing.
     """
-    before = settings._attn_implementation
-    settings._attn_implementation = name
+    before = hf_config._attn_implementation
+    hf_config._attn_implementation = name
     try:
         yield
     finally:
-        settings._attn_implementation = before
+        hf_config._attn_implementation = before
 
 
 def declares_flex_attention(model: Any) -> bool:
@@ -254,7 +259,9 @@ def grouped_experts(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tenso
 
 
 def output_recorders(module: nn.Module, kind: str) -> list[Any] | None:
-    """The `OutputRecorder`s by which a model records outputs of `kind`; None for a module that is no whole model.
+    """The `OutputRecorder`s by which a model records outputs of `kind`, such as "router_logits"; [] if it records none.
+
+    None for a module that is no whole model, and so says nothing.
 
     Uses `PreTrainedModel._can_record_outputs` and `transformers.utils.output_capturing.OutputRecorder`. The public
     `output_router_logits=True` keeps the logits of every layer, and adds a loss of its own to the model's.
@@ -330,16 +337,17 @@ class ConversionRules:
         """The converter that each pattern of source names belongs to."""
         return {pattern: converter for converter in self.converters for pattern in converter.source_patterns}
 
-    def name_in_model(self, stored: str, state: Mapping[str, Tensor], prefix: str) -> tuple[str, str | None]:
+    def name_in_model(self, stored_name: str, state: Mapping[str, Tensor], prefix: str) -> tuple[str, str | None]:
         """(the parameter that a stored tensor belongs to, the pattern of the converter that takes it; None: a rename alone).
 
-        `state`: the model's tensors by name; `prefix`: `base_model_prefix`, which checkpoints have or have not.
+        `state`: the model's tensors by name. `prefix` ("model", a `base_model_prefix`): checkpoints have it or not, so it is
+        added or removed where that gives a name of `state`.
         """
         from transformers.core_model_loading import rename_source_key
 
         # Declared as a dict, and only asked which names it has.
         names = cast("dict[str, Tensor]", state)
-        name, pattern = rename_source_key(stored, self.renamings, self.converters, prefix, names)
+        name, pattern = rename_source_key(stored_name, self.renamings, self.converters, prefix, names)
         return name, pattern
 
     def converted_name(self, name: str) -> tuple[str, str | None]:
@@ -426,7 +434,7 @@ def quantisation_settings(fields: dict[str, Any]) -> Any:
     return AutoQuantizationConfig.from_dict(fields)
 
 
-def reading_quantizer(settings: Any) -> Any:
+def dequantizing_quantizer(settings: Any) -> Any:
     """The quantizer that reads a published checkpoint in few bits, by `transformers.quantizers.auto.AutoHfQuantizer`.
 
     Its rules are asked for in `conversion_rules`. The public way to use it is to load the whole model.

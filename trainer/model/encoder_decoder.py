@@ -25,9 +25,9 @@ class EncoderDecoder:
     """Values of parameters that are computed, never trained, and need not be in the checkpoint (sinusoidal positions)."""
 
 
-def start_token(config: Any, directory: Path | None) -> int:
+def decoder_start_token_id(hf_config: Any, directory: Path | None) -> int:
     """The decoder's first token, from the model's config or its generation_config.json. Raises ConfigError."""
-    start = getattr(config, "decoder_start_token_id", None)
+    start = getattr(hf_config, "decoder_start_token_id", None)
     if start is None and directory is not None:
         try:
             start = read_json_object(directory / "generation_config.json").get("decoder_start_token_id")
@@ -52,8 +52,8 @@ def finish(model: Any, directory: Path | None) -> EncoderDecoder:
     tied; a run reads the weights later, and says that they are missing.
     """
     if directory is not None and any(directory.glob("*.safetensors")):
-        untie(model, Checkpoint(directory, model))
-    return EncoderDecoder(start_token(model.config, directory), fixed_values(model))
+        untie_differing_weights(model, Checkpoint(directory, model))
+    return EncoderDecoder(decoder_start_token_id(model.config, directory), fixed_values(model))
 
 
 def block_classes(model: Any) -> set[str]:
@@ -63,13 +63,14 @@ def block_classes(model: Any) -> set[str]:
     }
 
 
-def untie(model: Any, checkpoint: Checkpoint) -> list[str]:
-    """Give an own parameter to each tied one that the checkpoint holds with values of its own; their names.
+def untie_differing_weights(model: Any, checkpoint: Checkpoint) -> list[str]:
+    """Give a parameter of its own to each tied one that the checkpoint holds with other values; returns the names of these.
 
     T5 v1.1 and Flan-T5 have a head of their own, and transformers ties or not by what the file holds.
     """
     untied = []
     for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        # The name under which the checkpoint has a parameter; None if it has it under none.
         if checkpoint.resolve(target) is None or checkpoint.resolve(source) is None:
             continue
         if torch.equal(checkpoint.full_tensor(target), checkpoint.full_tensor(source)):

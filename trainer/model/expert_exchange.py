@@ -46,7 +46,7 @@ def expert_parallel_forward(
 ) -> Tensor:
     """The output `[T, H]` of experts that are sharded over ranks, for `hidden [T, H]`. All ranks of the group must call.
 
-    1. Send each token's hidden state to the ranks of its experts.
+    1. Exchange how many rows each rank sends to each expert, then send each token's hidden state to the ranks of its experts.
     2. Compute the own experts on the rows that arrived.
     3. Send the outputs back, weight them and add up the k outputs of each token.
 
@@ -54,18 +54,21 @@ def expert_parallel_forward(
     `low_rank`: LoRA updates of the experts' weights, by the weight's name.
     """
     experts_per_token = expert_indices.shape[-1]
+    # A row: a token for one of its experts. `order`: which choice (of all `expert_indices`, flattened) each row is.
     # Sorted by expert, and so by the rank that holds the expert.
     row_experts, order = torch.sort(expert_indices.reshape(-1), stable=True)
     all_experts = torch.arange(module.num_experts, device=row_experts.device)
     ends = torch.searchsorted(row_experts, all_experts, right=True)
-    counts = share.row_count_source.row_counts(ends.diff(prepend=ends.new_zeros(1)), len(row_experts))
+    rows_by_expert = ends.diff(prepend=ends.new_zeros(1))
+    counts = share.row_count_source.row_counts(rows_by_expert, len(row_experts))
 
-    order = order[
-        : sum(counts.sent_to_rank)
-    ]  # without the choices that stand for no expert, which are sorted to the end
-    received_rows = send_rows(hidden[order // experts_per_token], counts.sent_to_rank, counts.received_from_rank, share)
+    num_sent_rows = sum(counts.sent_to_rank)
+    order = order[:num_sent_rows]  # without the choices that stand for no expert, which are sorted to the end
+    received_rows = exchange_rows(
+        hidden[order // experts_per_token], counts.sent_to_rank, counts.received_from_rank, share
+    )
     own_outputs = _forward_own_experts(module, share, received_rows, counts, low_rank)
-    returned_rows = send_rows(own_outputs, counts.received_from_rank, counts.sent_to_rank, share)
+    returned_rows = exchange_rows(own_outputs, counts.received_from_rank, counts.sent_to_rank, share)
 
     # Back to the order of tokens, where the k experts of a token are added up.
     weighted_rows = returned_rows * weights.reshape(-1)[order, None]
@@ -75,15 +78,15 @@ def expert_parallel_forward(
     return output_of_choice.view(*expert_indices.shape, width).sum(dim=1).to(hidden.dtype)
 
 
-def send_rows(rows: Tensor, sent: list[int], received: list[int], share: ExpertShare) -> Tensor:
-    """Exchange rows all-to-all, with gradients; returns the received rows `[sum(received), H]` in the order of the senders.
+def exchange_rows(rows: Tensor, sent_to_rank: list[int], received_from_rank: list[int], share: ExpertShare) -> Tensor:
+    """Exchange rows all-to-all, with gradients; returns the received rows `[N', H]` in the order of the senders.
 
-    `rows [sum(sent), H]` go to the ranks in their order: `sent[r]` to rank r, from which `received[r]` come. All ranks of the
-    group must call.
+    `rows [N, H]` go to the ranks in their order: `sent_to_rank[r]` of them to rank r, from which `received_from_rank[r]` come.
+    All ranks of the group must call.
     """
     width = rows.shape[-1]
-    sent_elements = [num_rows * width for num_rows in sent]
-    received_elements = [num_rows * width for num_rows in received]
+    sent_elements = [num_rows * width for num_rows in sent_to_rank]
+    received_elements = [num_rows * width for num_rows in received_from_rank]
     flat: Tensor = AllToAll.apply(rows.reshape(-1), sent_elements, received_elements, share.group)
     return flat.view(-1, width)
 
@@ -93,7 +96,8 @@ def _forward_own_experts(
 ) -> Tensor:
     """Compute the experts that this rank holds on the hidden states `rows [N, H]` that arrived from its group: `[N, H]`.
 
-    More than `max_kept_rows` rows are computed in chunks, whose activations are computed again in the backward pass.
+    If more rows arrive than `MAX_KEPT_RATIO` times those that this rank sent (its fair part, with room to spare), they are
+    computed in chunks, whose activations are computed again in the backward pass.
 
     `share`: which experts of the layer are its own. `counts`: how many rows came from each rank for each expert. `low_rank`:
     LoRA updates of the weights of all experts, by the weight's name.

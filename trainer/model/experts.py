@@ -53,9 +53,9 @@ def experts_forward(
     - adapters, or weights that are stored packed (`packed_experts`, a quantised base): our grouped products on frozen weights.
     - else: transformers' own function.
     """
-    count_expert_load(module, expert_indices)
+    count_expert_load(module, expert_indices)  # of all experts of the layer, before tokens are sent away
     device_type = hidden.device.type
-    if not hidden.is_meta and torch.is_autocast_enabled(device_type):
+    if not hidden.is_meta and torch.is_autocast_enabled(device_type):  # the grouped products below ignore autocast
         dtype = torch.get_autocast_dtype(device_type)
         module, hidden = _CastExperts(module, dtype), hidden.to(dtype)
     share = getattr(module, "expert_share", None)

@@ -47,8 +47,8 @@ class SafetensorsFiles:
         self._open: dict[Path, Any] = {}
         self._files = self._file_by_stored_name()
 
-    def __contains__(self, stored: str) -> bool:
-        return stored in self._files
+    def __contains__(self, stored_name: str) -> bool:
+        return stored_name in self._files
 
     def names(self) -> list[str]:
         """Every stored tensor's name."""
@@ -82,16 +82,17 @@ class SafetensorsFiles:
             self._open[file] = _open_safetensors(file)
         return self._open[file]
 
-    def _slice(self, stored: str) -> Any:
-        """A stored tensor, to be read in parts. Raises ConfigError if its file does not hold it."""
+    def _open_slice(self, stored_name: str) -> Any:
+        """A stored tensor, to be read in parts; opens its file if need be. Raises ConfigError if the file does not hold it."""
         from safetensors import SafetensorError
 
-        file = self._files[stored]
+        file = self._files[stored_name]
         try:
-            return self._handle(file).get_slice(stored)
+            return self._handle(file).get_slice(stored_name)
         except SafetensorError as error:
             raise ConfigError(
-                f"{file}: does not hold {stored}, which {INDEX_FILE} places there ({str(error)[:120]}); download the model again"
+                f"{file}: does not hold {stored_name}, which {INDEX_FILE} places there ({str(error)[:120]}); download the "
+                "model again"
             ) from error
 
     def open_all(self) -> None:
@@ -103,31 +104,31 @@ class SafetensorsFiles:
         """Unmap the files, whose pages count as this process's memory; they are mapped again when something is asked."""
         self._open.clear()
 
-    def shape(self, stored: str) -> tuple[int, ...]:
+    def shape(self, stored_name: str) -> tuple[int, ...]:
         """Shape of a stored tensor."""
-        return tuple(self._slice(stored).get_shape())
+        return tuple(self._open_slice(stored_name).get_shape())
 
-    def on_meta(self, stored: str) -> Tensor:
+    def on_meta(self, stored_name: str) -> Tensor:
         """A tensor of the same shape and type, without values."""
-        view = self._slice(stored)
+        view = self._open_slice(stored_name)
         return torch.empty(view.get_shape(), dtype=DTYPE_BY_NAME.get(view.get_dtype(), torch.float32), device="meta")
 
-    def rows(self, stored: str, first: int | None = None, last: int | None = None) -> Tensor:
+    def rows(self, stored_name: str, first: int | None = None, last: int | None = None) -> Tensor:
         """Rows `[first, last)` along dimension 0, or the whole tensor."""
-        view = self._slice(stored)
+        view = self._open_slice(stored_name)
         tensor: Tensor = view[first:last] if view.get_shape() else view[...]
         self.bytes_read += tensor.nbytes
         return tensor
 
-    def read_slice(self, stored: str, start: int, stop: int) -> Tensor:
-        """Elements `[start, stop)` of the flattened tensor; reads only the rows they lie in."""
-        shape = self.shape(stored)
+    def read_slice(self, stored_name: str, start: int, stop: int) -> Tensor:
+        """Elements `[start, stop)` of a stored tensor, flattened; reads only the rows they lie in."""
+        shape = self.shape(stored_name)
         if not shape:
-            return self.rows(stored).reshape(-1)[start:stop]
+            return self.rows(stored_name).reshape(-1)[start:stop]
         row_size = math.prod(shape[1:])
         first_row = start // row_size
         end_row = (stop + row_size - 1) // row_size  # rounded up
-        elements = self.rows(stored, first_row, end_row).reshape(-1)
+        elements = self.rows(stored_name, first_row, end_row).reshape(-1)
         first_element = first_row * row_size
         return elements[start - first_element : stop - first_element]
 
@@ -162,10 +163,13 @@ def _read_ahead(paths: list[Path]) -> None:
 
 
 def _open_safetensors(file: Path) -> Any:
-    """A file ready to be read from; raises ConfigError that says what is wrong with it."""
+    """A file ready to be read from; raises ConfigError that says what is wrong with it.
+
+    It is closed when nobody refers to the result any more (`SafetensorsFiles.close`).
+    """
     from safetensors import safe_open
 
-    refuse_unless_small_regular_file(file)
+    refuse_unless_small_regular_file(file)  # of any size: no bound is given
     try:
         return safe_open(str(file), framework="pt").__enter__()
     except Exception as error:

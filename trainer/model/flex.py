@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.runtime import SIMULATED
-from trainer.model.compat import declares_flex_attention, tell_documents
+from trainer.model.compat import declares_flex_attention, patch_masks_of_packed_rows
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -40,8 +40,8 @@ class PackedRow:
     """Where each document begins in the row, and where the last one ends, int32 `[documents + 1]`."""
     length: int | None
     """Tokens of the whole row, if the model is given a slice of it; None if it is given all of it."""
-    branches: list[list[int]] | None = None
-    """Where the branches of each document begin, counted from the document's begin; None if there are none."""
+    answer_begins: list[list[int]] | None = None
+    """Where answers that share a prompt begin in each document, counted from the document's begin; None if there are none."""
 
     def full_length(self, num_given: int) -> int:
         """Tokens of the whole row, of which the model is given `num_given`: a slice, or all."""
@@ -49,28 +49,28 @@ class PackedRow:
 
     def document_of_position(self, num_given: int) -> Tensor:
         """The number of the document at each position of the whole row, from 1, int64 `[T]`: [1, 1, 1, 2, 2]."""
-        places = torch.arange(self.full_length(num_given), device=self.bounds.device)
-        return torch.bucketize(places, self.bounds, right=True)
+        positions = torch.arange(self.full_length(num_given), device=self.bounds.device)
+        return torch.bucketize(positions, self.bounds, right=True)
 
-    def branches_and_places(self) -> tuple[Tensor, Tensor]:
-        """For each position of the row: (its branch, 0 in the prompt; its place if its branch were the only one).
+    def answers_and_positions(self) -> tuple[Tensor, Tensor]:
+        """For each position of the row: (number of its answer, 0 in the prompt; its position if its answer were the only one).
 
-        Branches are answers that share a prompt. A document of 2 tokens of prompt and answers of 2 and 1 tokens (`begins` [2,
-        4]) has the branches [0, 0, 1, 1, 2] and the places [0, 1, 2, 3, 2].
+        A document of 2 tokens of prompt and answers of 2 and 1 tokens (`answer_begins` [[2, 4]]) gives the answers
+        [0, 0, 1, 1, 2] and the positions [0, 1, 2, 3, 2].
         """
-        assert self.branches is not None
+        assert self.answer_begins is not None
         bounds = self.bounds.tolist()
-        branch_numbers: list[int] = []
-        places: list[int] = []
-        for start, stop, begins in zip(bounds, bounds[1:], self.branches, strict=False):
-            branch_numbers += [0] * begins[0]
-            places += range(start, start + begins[0])
+        answer_numbers: list[int] = []
+        positions: list[int] = []
+        for start, stop, begins in zip(bounds, bounds[1:], self.answer_begins, strict=False):
+            answer_numbers += [0] * begins[0]
+            positions += range(start, start + begins[0])
             ends = [*begins[1:], stop - start]
             for number, (begin, end) in enumerate(zip(begins, ends, strict=True), start=1):
-                branch_numbers += [number] * (end - begin)
-                places += range(start + begins[0], start + begins[0] + end - begin)
+                answer_numbers += [number] * (end - begin)
+                positions += range(start + begins[0], start + begins[0] + end - begin)
         device = self.bounds.device
-        return torch.tensor(branch_numbers, device=device), torch.tensor(places, device=device)
+        return torch.tensor(answer_numbers, device=device), torch.tensor(positions, device=device)
 
 
 _CURRENT_PACKED_ROW: ContextVar[PackedRow | None] = ContextVar("row", default=None)
@@ -87,13 +87,14 @@ def register() -> None:
 
     AttentionInterface.register(FLEX_ATTENTION, over_slices(flex_attention))
     AttentionMaskInterface.register(FLEX_ATTENTION, block_mask)
-    tell_documents(_document_of, _positions_of)
+    patch_masks_of_packed_rows(_document_of, _positions_of)
 
 
 @contextmanager
 def masks_keep_documents_apart(inputs: dict[str, Any]) -> Iterator[None]:
     """Inside the context, the masks that a model builds keep the documents of its `inputs` apart, if these have boundaries.
 
+    The functions below that transformers calls for masks (`block_mask`, `_document_of`) find the row in a context variable.
     Entries of `inputs`, the arguments of the model:
     - `cu_seq_lens_q`: the boundaries, such as [0, 5, 12] for documents of 5 and 7 tokens. Without them, masks are as usual.
       transformers itself would find documents by their positions, and for it wait for the device.
@@ -172,14 +173,13 @@ def block_mask(
         return mask_function(batch, head, query, key) & (document_of_position[query] == document_of_position[key])
 
     visible = same_document
-    if row.branches is not None:
-        branch, place = row.branches_and_places()
+    if row.answer_begins is not None:
+        answer, position = row.answers_and_positions()
 
         def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            # Causality and windows go by places, which lie in the same document: an answer sees its prompt as if no other answer
-            # stood between.
-            same_branch = (branch[key] == 0) | (branch[key] == branch[query])
-            return same_document(batch, head, place[query], place[key]) & same_branch
+            # Causality and windows go by positions as if each answer were the only one: it sees its prompt right before itself.
+            same_answer = (answer[key] == 0) | (answer[key] == answer[query])
+            return same_document(batch, head, position[query], position[key]) & same_answer
 
     if _is_meta_or_simulated(device):
         return flex_shapes.uninitialised_block_mask(visible, batch_size, q_length, kv_length, device)
@@ -213,12 +213,12 @@ def flex_attention(
     # Sinks `[H]`: a learned score for each head that takes weight away from the keys. Models use one of two names for them.
     sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings leave them wider under autocast
-    queries_per_key = query.shape[1] // key.shape[1]
-    is_power_of_two = queries_per_key & (queries_per_key - 1) == 0
+    query_heads_per_key_head = query.shape[1] // key.shape[1]
+    is_power_of_two = query_heads_per_key_head & (query_heads_per_key_head - 1) == 0
     if not is_power_of_two:  # the kernel shares keys among powers of two only
-        key = key.repeat_interleave(queries_per_key, dim=1)
-        value = value.repeat_interleave(queries_per_key, dim=1)
-    if _is_meta_or_simulated(query.device):
+        key = key.repeat_interleave(query_heads_per_key_head, dim=1)
+        value = value.repeat_interleave(query_heads_per_key_head, dim=1)
+    if _is_meta_or_simulated(query.device):  # a plan: there are no values to compute with
         attend: Callable[..., tuple[Tensor, Tensor]] = _attend_on_shapes
     else:
         attend = _attend_by_kernel if query.device.type == "cuda" else _attend_over_pairs
@@ -249,7 +249,10 @@ def _compiled(function: Callable[..., Any]) -> Any:
 def _attend_by_kernel(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None, with_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Attention by torch's FlexAttention kernel: (output, log of the sum of exp(score) of each query; 0 without `with_lse`)."""
+    """Attention by torch's FlexAttention kernel: (output `[B, H, T, D]`, log of the sum of exp(score) of each query `[B, H, T]`).
+
+    Without `with_lse` the second is a 0-d zero, which nobody reads.
+    """
     from torch.nn.attention.flex_attention import AuxRequest
     from torch.nn.attention.flex_attention import flex_attention as torch_flex
 
@@ -280,11 +283,12 @@ def _attend_on_shapes(
 
 
 def _attend_over_pairs(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None, _: bool
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None, _with_lse: bool
 ) -> tuple[Tensor, Tensor]:
     """Attention as FlexAttention's kernel computes it, by plain products over all pairs of positions, for a CPU.
 
-    Returns (output `[B, H, T, D]`, logarithm of the sum of exp(score) of each query `[B, H, T]`).
+    Every query sees a key: at least itself, since masks are causal. Returns (output `[B, H, T, D]`, logarithm of the sum of
+    exp(score) of each query `[B, H, T]`).
     """
     from torch.nn.attention.flex_attention import create_mask
 
@@ -299,23 +303,20 @@ def _attend_over_pairs(
     return torch.exp(scores - lse.unsqueeze(-1)) @ v, lse
 
 
-def flex_refusal(plain: Any, heads: list[int], *, dropout: float) -> str | None:
-    """Why flex attention cannot compute a model's attention on a GPU in half precision; None if it can.
-
-    `plain`: the model on meta; `heads`: sizes of its heads.
-    """
-    if not declares_flex_attention(plain.get_decoder()):
-        return f"transformers has none for {type(plain).__name__}"
-    too_small = [size for size in heads if size < MIN_HEAD_SIZE]
+def flex_refusal(meta_model: Any, head_sizes: list[int], *, dropout: float) -> str | None:
+    """Why flex attention cannot compute the attention of a model (on meta) on a GPU in half precision; None if it can."""
+    if not declares_flex_attention(meta_model.get_decoder()):
+        return f"transformers has none for {type(meta_model).__name__}"
+    too_small = [size for size in head_sizes if size < MIN_HEAD_SIZE]
     if too_small:
         return f"it has no heads of {too_small[0]}, {MIN_HEAD_SIZE} are the least"
     return "it has no dropout" if dropout else None
 
 
-def needs_eager(plain: Any, settings: Any) -> bool:
+def needs_eager(meta_model: Any, text_config: Any) -> bool:
     """Whether eager attention alone, of those that transformers has, computes a model's scores: soft caps on them, sinks.
 
-    SDPA refuses the ones and ignores the others. `settings`: transformers' configuration of its text.
+    SDPA refuses the ones and ignores the others.
     """
-    softcap = getattr(settings, "attn_logit_softcapping", None)
-    return bool(softcap) or any(name.endswith("sinks") for name, _ in plain.named_parameters())
+    softcap = getattr(text_config, "attn_logit_softcapping", None)
+    return bool(softcap) or any(name.endswith("sinks") for name, _ in meta_model.named_parameters())

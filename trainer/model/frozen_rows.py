@@ -17,16 +17,16 @@ def zeroed_row(model: Any) -> int | None:
     return row if row is not None and zeroes_loaded_embedding(model, row) else None
 
 
-def always_zero_rows(plain: Any, attention_layout: AttentionLayout) -> dict[str, int]:
-    """Rows that are always zero: `{"model.embed_tokens.weight": 0}`, the padding token's; empty without one (`zeroed_row`).
+def always_zero_rows(model: Any, attention_layout: AttentionLayout) -> dict[str, int]:
+    """Rows that are always zero, so that they are neither read nor trained: `{"model.embed_tokens.weight": 0}`, that of padding.
 
-    Also adds a note on it to `attention_layout.notes`.
+    Empty without one (`zeroed_row`). Also adds a note on it to `attention_layout.notes`.
     """
-    if (row := zeroed_row(plain)) is None:
+    if (row := zeroed_row(model)) is None:
         return {}
-    embeddings = plain.get_input_embeddings()
-    name = next(name for name, module in plain.named_modules() if module is embeddings)
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
     attention_layout.notes["model.embeddings"] = (
-        f"row {row} of {name} (padding) stays zero: transformers makes it so whenever it loads a {plain.config.model_type}"
+        f"row {row} of {name} (padding) stays zero: transformers makes it so whenever it loads a {model.config.model_type}"
     )
     return {f"{name}.weight": row}

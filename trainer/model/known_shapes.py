@@ -16,7 +16,7 @@ from typing import Any
 
 from trainer.model.config import ModelConfig
 
-SHAPES = Path(__file__).parent / "shapes"
+SHAPES_DIRECTORY = Path(__file__).parent / "shapes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +46,13 @@ class KnownShape:
 @cache
 def shape_names() -> list[str]:
     """The names of all shapes in alphabetical order. No file is read."""
-    return sorted(file.stem for file in SHAPES.glob("*.json"))
+    return sorted(file.stem for file in SHAPES_DIRECTORY.glob("*.json"))
 
 
 @cache
 def read_shape(name: str) -> KnownShape:
     """The shape of this name, one of `shape_names`."""
-    return KnownShape(name=name, **json.loads((SHAPES / f"{name}.json").read_text(encoding="utf-8")))
+    return KnownShape(name=name, **json.loads((SHAPES_DIRECTORY / f"{name}.json").read_text(encoding="utf-8")))
 
 
 @cache
@@ -64,8 +64,8 @@ def names_by_hub_id() -> dict[str, str]:
     return names
 
 
-def shape_in_use(config: ModelConfig) -> KnownShape | None:
-    """The shape that stands for a model's files, if they are not on this machine and the shape is known; else None.
+def shape_instead_of_files(config: ModelConfig) -> KnownShape | None:
+    """The published sizes of a model, which stand for its files in plans; None if its files are here, or the sizes not known.
 
     A revision of a model may have another shape, so one that is named has none here. Nor has a model that may be downloaded:
     a hub that cannot be reached for a moment must not change what is trained.

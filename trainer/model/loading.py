@@ -10,7 +10,7 @@ from strategies.imports import importing_without_gc
 from strategies.small_files import check_files_read_by_libraries, read_json_object, refuse_lfs_pointer
 from trainer.model.config import ModelConfig
 from trainer.model.files import SafetensorsFiles
-from trainer.model.known_shapes import config_of_shape, names_by_hub_id, shape_in_use
+from trainer.model.known_shapes import config_of_shape, names_by_hub_id, shape_instead_of_files
 from trainer.model.rope import set_positions
 
 HUB_PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.model", "*.jinja")
@@ -27,7 +27,7 @@ WIDTH_SETTINGS = (
     "num_key_value_heads",
 )
 """Sizes that decide what a model takes, each far above those of any model that exists."""
-SHARED_LAYERS = 200
+MAX_LAYERS_OF_SHARED_WEIGHTS = 200
 """Layers that a model may have whatever the number of its tensors: ALBERT has one group of weights for all of its layers."""
 REQUIRED_SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
 """What every configuration has, by one name or another, and no model can be without."""
@@ -53,15 +53,15 @@ def _hub_error(key: str, value: str, error: Exception, config: ModelConfig) -> C
     reason = str(error).splitlines()[0][:160]
     # A run may be exported from another directory than the one that its relative path counts from.
     here = "here" if Path(value).is_absolute() else f"in {Path.cwd()}"
-    has_shape = value in names_by_hub_id()
+    has_published_shape = value in names_by_hub_id()  # enough for plans
     if config.download:
-        hint = "; leave model.download out to plan with its published shape" if has_shape else ""
+        hint = "; leave model.download out to plan with its published shape" if has_published_shape else ""
         return ConfigError(
             f"{key}={value}: not a model directory {here}, and model.download=true could not fetch it ({reason}); give an "
             f"existing directory, or type the command where the hub can be reached{hint}"
         )
     hint = ""
-    if has_shape:
+    if has_published_shape:
         hint = (
             ". Its published shape is enough for plan, submit --print and --dry-run; what you typed needs its weights and its "
             "tokenizer"
@@ -74,11 +74,16 @@ def _hub_error(key: str, value: str, error: Exception, config: ModelConfig) -> C
 
 
 def find_weights_directory(config: ModelConfig) -> Path:
-    """The directory of the weights: `model.path` itself, or the hub's local snapshot (fetched with model.download)."""
+    """The directory of the weights: `model.path` itself, or the hub's local snapshot (fetched with model.download).
+
+    Raises ConfigError if there is neither.
+    """
     path = model_path_or_hub_id(config)
     if Path(path).is_dir():
         return Path(path)
-    if shape_in_use(config) is not None:  # a cache of weights alone: nothing trains with a shape
+    # Published sizes would stand for a missing config.json, which plans may do and training may not: even if the hub's cache
+    # has the weights, they are not used.
+    if shape_instead_of_files(config) is not None:
         raise _hub_error("model.path", path, FileNotFoundError("no config.json"), config)
     from huggingface_hub import snapshot_download
 
@@ -122,9 +127,9 @@ def load_model_config(config: ModelConfig) -> Any:
             f"model.path={path}: its config.json cannot be read: {reason[:300]}; mend it there"
         ) from error
     except (OSError, ValueError) as error:
-        shape = shape_in_use(config) if isinstance(error, OSError) else None
+        shape = shape_instead_of_files(config) if isinstance(error, OSError) else None
         if shape is None:
-            raise _config_error(path, error, config) from error
+            raise _unreadable_config_error(path, error, config) from error
         hf_config = config_of_shape(shape)
     # Check its sizes, then set positions.
     text = hf_config.get_text_config()
@@ -143,12 +148,12 @@ def load_model_config(config: ModelConfig) -> Any:
     return hf_config
 
 
-def raise_if_config_too_large(settings: Any, path: str) -> None:
+def raise_if_config_too_large(hf_config: Any, path: str) -> None:
     """Raise ConfigError, before the model is built, if a size in its configuration is far above that of any model.
 
-    `settings`: transformers' configuration. `path`: of the model, for the message.
+    `path`: of the model, for the message.
     """
-    text = settings.get_text_config()
+    text = hf_config.get_text_config()
     too_large: list[str] = []
     for names, largest in ((DEPTH_SETTINGS, LARGEST_DEPTH), (WIDTH_SETTINGS, LARGEST_WIDTH)):
         for name in names:
@@ -166,20 +171,19 @@ def check_model_files(config: ModelConfig) -> None:
 
     Reads the headers of the files. Also asks the kernel to read the rest ahead, while data is prepared.
     """
-    settings = load_model_config(config)
+    hf_config = load_model_config(config)
     directory = find_weights_directory(config)
     check_files_read_by_libraries(directory)
     files = SafetensorsFiles(directory)
     try:
         files.open_all()
-        num_layers = getattr(settings.get_text_config(), "num_hidden_layers", None)
+        num_layers = getattr(hf_config.get_text_config(), "num_hidden_layers", None)
         num_tensors = len(files.names())
         # Every layer has tensors of its own, except in architectures that share them, which have few layers.
-        if isinstance(num_layers, int) and num_layers > max(num_tensors, SHARED_LAYERS):
+        if isinstance(num_layers, int) and num_layers > max(num_tensors, MAX_LAYERS_OF_SHARED_WEIGHTS):
             raise ConfigError(
-                f"{directory}: config.json has num_hidden_layers={num_layers}, and the weights are "
-                f"{num_tensors} tensors; they are "
-                "not of one model: download it again"
+                f"{directory}: config.json has num_hidden_layers={num_layers}, and the weights are {num_tensors} tensors; "
+                "they are not of one model: download it again"
             )
         files.read_ahead()
     finally:
@@ -199,7 +203,7 @@ def _refuse_adapter(directory: Path) -> None:
         )
 
 
-def _config_error(path: str, error: Exception, config: ModelConfig) -> ConfigError:
+def _unreadable_config_error(path: str, error: Exception, config: ModelConfig) -> ConfigError:
     """The ConfigError (returned, not raised) for a model whose config.json gave `error`. The first case that holds:
 
     - its model_type is unknown to transformers.
@@ -286,7 +290,7 @@ def load_generation_config(config: ModelConfig, hf_config: Any, decoder_start: i
     directory = find_weights_directory(config)
     file = directory / "generation_config.json"
     if file.is_file():
-        read_json_object(file)
+        read_json_object(file)  # whose errors name the file
         try:
             generation = GenerationConfig.from_pretrained(directory)
         except Exception as error:  # of a value that no field takes

@@ -22,18 +22,19 @@ _SPLITMIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
 def add_embedding_noise(model: nn.Module, batch: dict[str, Any], alpha: float) -> Iterator[None]:
     """Inside the context, the model's input embedding adds noise of strength `alpha` (NEFTune's) to the embeddings of `batch`.
 
-    Only in training: not without gradients, and not for other inputs than those of the batch (a reference's, a teacher's).
+    Only in training: not without gradients, and not for other inputs than those of the batch (a reference's, a teacher's). The
+    entry `drawn_by` of the batch, (the run's seed, the step), decides what is drawn; batches of evaluations have none.
     """
     if not alpha or not torch.is_grad_enabled() or "drawn_by" not in batch:
         yield
         return
     ids = batch["input_ids"]
 
-    def add_noise(_module: nn.Module, args: tuple[Any, ...], looked_up: Tensor) -> Tensor | None:
+    def add_noise(_module: nn.Module, args: tuple[Any, ...], embeddings: Tensor) -> Tensor | None:
         # Not where a reference or a teacher looks up, nor another batch than the one that is trained on.
-        if not torch.is_grad_enabled() or not args or args[0].shape != ids.shape or looked_up.dim() != 3:
+        if not torch.is_grad_enabled() or not args or args[0].shape != ids.shape or embeddings.dim() != 3:
             return None
-        return looked_up + embedding_noise_of_batch(batch, looked_up.shape[-1], alpha).to(looked_up.dtype)
+        return embeddings + embedding_noise_of_batch(batch, embeddings.shape[-1], alpha).to(embeddings.dtype)
 
     hook = model.get_input_embeddings().register_forward_hook(add_noise)  # type: ignore[operator]
     try:

@@ -1,11 +1,12 @@
 """Rotary embeddings that depend on the longest document, where a rank holds a slice of the row.
 
 LongRoPE and dynamic RoPE choose their frequencies by the largest position of the tensor that they are given. On a slice that
-is the slice's largest position, so that ranks of one row could rotate by different frequencies. Within `whole_row` such a
-module is given one position more, the row's largest, and what it computes for that position is cut off again.
+is the slice's largest position, so that ranks of one row could rotate by different frequencies. Within
+`frequencies_of_whole_row` such a module is given one position more, the row's largest, and what it computes for that position
+is cut off again.
 
 transformers calls these modules once, before the first block. A module inside a block would be called again when the block is
-recomputed, which is after `whole_row`: `whole_row_problem` says so.
+recomputed, which is after it: `whole_row_problem` says so.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ LENGTH_DEPENDENT = re.compile(r"longrope|dynamic|suscaled", re.IGNORECASE)
 
 
 @contextmanager
-def whole_row(model: nn.Module, inputs: dict[str, Any]) -> Iterator[None]:
+def frequencies_of_whole_row(model: nn.Module, inputs: dict[str, Any]) -> Iterator[None]:
     """Within it the rotary embeddings of `model` choose frequencies by the whole row, if `inputs` are a slice of one.
 
-    `inputs`: those of the model, with `row_slices` and `max_length_q`, the tokens of the row's longest document.
+    `inputs`: those of the model, with `row_slices` (borders of all slices of the row) and `max_length_q` (the tokens of the
+    row's longest document).
     """
-    if len(inputs.get("row_slices") or ()) <= 2:  # the row is whole
+    num_slices = len(inputs.get("row_slices") or ()) - 1
+    if num_slices <= 1:  # the row is whole
         yield
         return
     largest_position = int(inputs["max_length_q"]) - 1
@@ -54,7 +57,7 @@ def whole_row(model: nn.Module, inputs: dict[str, Any]) -> Iterator[None]:
 
 
 def whole_row_problem(model: Any) -> str | None:
-    """Why `whole_row` cannot serve a model, in words that can follow its name; None if it can."""
+    """Why `frequencies_of_whole_row` cannot serve a model, in words that can follow its name; None if it can."""
     blocks = block_class_names(model)
     for block in model.modules():
         if type(block).__name__ in blocks and any(_is_length_dependent(module) for module in block.modules()):

@@ -28,17 +28,17 @@ def read_config(path: str | None) -> dict[str, Any] | None:
 
 
 def kind_problems(
-    model: dict[str, Any], path: str | None, kind: ModelKind, objective: str, lengths: dict[str, int]
+    config_json: dict[str, Any], path: str | None, kind: ModelKind, objective: str, lengths: dict[str, int]
 ) -> Iterator[str]:
     """Why a model cannot be trained as the `kind` that its objective needs, one line each.
 
-    `model` is the content of its config.json. `lengths`: the positions that the run needs on the encoder's or the decoder's side,
-    by the setting that asks for them, such as `{"data.max_length": 512}`. Only the seq2seq objective needs an encoder-decoder;
-    of these only the ones in `PROVEN_ENCODER_DECODERS` are trained.
+    `config_json`: the content of the model's file. `lengths`: the positions that the run needs on the encoder's or the
+    decoder's side, by the setting that asks for them, such as `{"data.max_length": 512}`. Only the seq2seq objective needs an
+    encoder-decoder; of these only the ones in `PROVEN_ENCODER_DECODERS` are trained.
     """
-    model_type = model.get("model_type", "unknown")
+    model_type = config_json.get("model_type", "unknown")
     is_proven = model_type in PROVEN_ENCODER_DECODERS
-    is_encoder_decoder = bool(model.get("is_encoder_decoder", is_proven))
+    is_encoder_decoder = bool(config_json.get("is_encoder_decoder", is_proven))
     if kind is not ModelKind.encoder_decoder:
         if not is_encoder_decoder:
             return
@@ -65,7 +65,7 @@ def kind_problems(
             f"objective={objective}: model.path={path} is a {model_type} model, whose loss is not proven here; "
             f"choose one of {', '.join(PROVEN_ENCODER_DECODERS)}"
         )
-    positions = model.get("max_position_embeddings")
+    positions = config_json.get("max_position_embeddings")
     for key, length in lengths.items():
         if positions is not None and length > positions:
             yield f"{key}={length}: model.path={path} has positions for {positions} tokens; set {key}={positions} or less"
@@ -87,10 +87,10 @@ def position_problems(model: ModelConfig) -> Iterator[str]:
 
 
 def check_kind(
-    model: dict[str, Any], path: str | None, kind: ModelKind, objective: str, lengths: dict[str, int]
+    config_json: dict[str, Any], path: str | None, kind: ModelKind, objective: str, lengths: dict[str, int]
 ) -> None:
     """Raise ConfigError with the `kind_problems` of a model whose config.json came only now (one of the hub)."""
-    if problems := list(kind_problems(model, path, kind, objective, lengths)):
+    if problems := list(kind_problems(config_json, path, kind, objective, lengths)):
         raise ConfigError(problems)
 
 

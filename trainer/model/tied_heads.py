@@ -17,7 +17,10 @@ CHUNK_ELEMENTS = 2**22
 
 
 def _has_separate_head(config: ModelConfig, model: Any) -> bool:
-    """Whether the files of `model` (on meta) hold two different matrices for embeddings and head. Ties them in `model` first."""
+    """Whether the files of `model` (on meta) hold two different matrices for embeddings and head, though its config ties them.
+
+    Then the head must be a parameter of its own, or its values would be lost. Ties them in `model` first.
+    """
     model.tie_weights()
     embeddings = model.get_input_embeddings()
     head = model.get_output_embeddings()
@@ -59,14 +62,15 @@ def _values_differ(checkpoint: Checkpoint, first: str, second: str) -> bool:
     return False
 
 
-def untie_as_stored(config: ModelConfig, settings: Any, model: Any) -> str:
-    """Untie embeddings and head in `settings` if the files hold two different matrices; returns a note for the user, else "".
+def untie_as_stored(config: ModelConfig, hf_config: Any, model: Any) -> str:
+    """Untie embeddings and head in `hf_config` if the files hold two different matrices; returns a note for the user, else "".
 
-    `settings`: transformers' configuration; `model`: built of it on meta, to be built again if the note is not empty.
+    `hf_config`: transformers' configuration; `model`: built of it on meta, to be built again if the note is not empty.
     """
-    if not getattr(settings.get_text_config(), "tie_word_embeddings", False) or not _has_separate_head(config, model):
+    text_config = hf_config.get_text_config()
+    if not getattr(text_config, "tie_word_embeddings", False) or not _has_separate_head(config, model):
         return ""
-    for owner in {id(owner): owner for owner in (settings, settings.get_text_config())}.values():
+    for owner in (hf_config, text_config):  # the same object, but for models that also see or hear
         if hasattr(owner, "tie_word_embeddings"):
             owner.tie_word_embeddings = False
     return (

@@ -79,7 +79,7 @@ class Objective(ABC):
 
 
 class OtherSettings(Protocol):
-    """The other settings of the run, for rules that concern an objective and something else."""
+    """The rest of the run's settings (data, model, tuning, strategy), for rules that concern an objective and something else."""
 
     data: DataConfig
     model: ModelConfig
@@ -140,7 +140,7 @@ class ObjectiveFamily:
     rollout: Callable[[Any], Any] | None = None
     """How the answers of a round are written (`RolloutConfig` in `rollouts.py`), if its batches are rounds: the model writes what
     it learns from, and the settings derive from `RoundsConfig`. None: the data has what it learns."""
-    replays: bool = False
+    can_replay: bool = False
     """Whether it can use sources that are marked `replay`."""
     generates_answers: bool = False
     """Whether answers can be generated and scored in evaluations."""

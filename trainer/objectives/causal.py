@@ -90,7 +90,7 @@ def supervised_rows(model: nn.Module, batch: dict[str, Any]) -> SupervisedRows:
 
 def token_states(decoder: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """The hidden states of a model without its head, `[rows, T, width]`. `inputs`: those of `MODEL_INPUTS` that it is given."""
-    with flex.masks_keep_documents_apart(inputs), rotary.whole_row(decoder, inputs):
+    with flex.masks_keep_documents_apart(inputs), rotary.frequencies_of_whole_row(decoder, inputs):
         states: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
     return states
 
@@ -127,7 +127,7 @@ def _logits_at(supervised_positions: Tensor, causal_lm: Any, inputs: dict[str, A
 
     hook = None if head is None else head.register_forward_pre_hook(select)
     try:
-        with flex.masks_keep_documents_apart(inputs), rotary.whole_row(causal_lm, inputs):
+        with flex.masks_keep_documents_apart(inputs), rotary.frequencies_of_whole_row(causal_lm, inputs):
             logits = causal_lm(**inputs, use_cache=False).logits
     finally:
         if hook is not None:

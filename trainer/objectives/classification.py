@@ -101,12 +101,13 @@ class LabelDataSpec(DataSpec):
     formats = (DataFormat.labelled,)
     marks = {LABEL: 0}  # noqa: RUF012 - never changed
 
-    def __init__(self, names: list[str] | None = None, *, multi_label: bool = False) -> None:
-        self.names = names
+    def __init__(self, label_names: list[str] | None = None, *, multi_label: bool = False) -> None:
+        """`label_names`: those of `objective.labels`, in the order of their ids; None: taken from the data."""
+        self.label_names = label_names
         self.multi_label = multi_label
 
     def identity(self) -> dict[str, Any]:
-        return {"labels": self.names, "several": self.multi_label}
+        return {"labels": self.label_names, "several": self.multi_label}
 
     def label(self, value: Any) -> str:
         """The label as one text. Where `objective.labels` gives names, a number that is none of them is the id of a name."""
@@ -120,7 +121,7 @@ class LabelDataSpec(DataSpec):
 
         A number is an id unless a name is a number itself, or there is no such id.
         """
-        names = self.names or []
+        names = self.label_names or []
         is_number = label.isdecimal() and label.isascii()
         if not is_number or any(name.isdecimal() for name in names):
             return label
@@ -138,17 +139,17 @@ class LabelDataSpec(DataSpec):
         if document.label is None:
             problem = "has no label, which objective=classification learns and evaluates; it"
             return WRONG_KIND_REASON, f"{problem} needs rows with a text and a label (data.format=labelled)"
-        if self.names is None:
+        if self.label_names is None:
             return None
         labels = [document.label]
         if self.multi_label:
             labels = split_labels(document.label)
-        unknown = next((label for label in labels if label not in self.names), None)
+        unknown = next((label for label in labels if label not in self.label_names), None)
         if unknown is None:
             return None
-        message = f"label {unknown!r} is none of {sorted(self.names)} (objective.labels)"
+        message = f"label {unknown!r} is none of {sorted(self.label_names)} (objective.labels)"
         if unknown.isdecimal():
-            message += f", and no id of one (0 to {len(self.names) - 1})"
+            message += f", and no id of one (0 to {len(self.label_names) - 1})"
         return "unknown_label", message
 
     def counts(self, sample: Sample) -> dict[str, float]:
@@ -158,7 +159,7 @@ class LabelDataSpec(DataSpec):
     def number_labels(
         self, columns: DocumentColumns, table: DocumentTable
     ) -> tuple[list[str] | None, np.ndarray | None]:
-        return number_labels(columns, table, self.names, multi_label=self.multi_label)
+        return number_labels(columns, table, self.label_names, multi_label=self.multi_label)
 
     def collator(self, layout: Layout, pad_token_id: int, decoder_start: int | None = None) -> Collator:
         return LabelCollator(layout, pad_token_id)
@@ -294,14 +295,15 @@ class Classification(Objective):
         self._device_weights: Tensor | None = None
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Run padded rows, or one row without padding. A label of -100 (a filler row of an evaluation batch) adds nothing.
+        """The terms that the class lists, of padded rows or of one row without padding.
 
-        If ranks share the row, each has the terms of the documents whose last token it holds.
-        Without gradients there is also `confusion [3, labels]`: for each label, how often it was right, predicted, and true.
+        A label of -100 (a filler row of an evaluation batch) adds nothing. If ranks share the row, each has the terms of the
+        documents whose last token it holds. Without gradients there is also `confusion [3, labels]`: for each
+        label, how often it was right, predicted, and true.
         """
         logits = classifier_logits(model, batch)
         labels = of_own_sequences(batch, batch["labels"])
-        loss, is_predicted, is_true = self._loss_and_predictions(logits, labels)
+        loss, is_predicted, is_true = self._loss_and_predictions(logits, labels)  # the latter two [rows, labels]
         is_document = (labels >= 0)[:, None]  # not a filler row
         are_all_right = (is_predicted == is_true).all(-1, keepdim=True)
         terms = {"loss": loss, "accuracy": (are_all_right & is_document).sum().float()}
@@ -391,8 +393,8 @@ def settle_class_weights(
 ) -> tuple[ClassificationConfig, dict[str, str]]:
     """Replace `class_weights=balanced` by weights from the labels of the training documents.
 
-    Returns (the settings with the weights, what became of `balanced`, by key, for the run's record). `names`: of the labels, in
-    the order of their ids.
+    Returns (the settings with the weights, a line for the run's record by key: {"objective.class_weights": "balanced -> [...]"}).
+    `names`: of the labels, in the order of their ids.
     """
     if config.class_weights != BALANCED:
         return config, {}

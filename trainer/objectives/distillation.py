@@ -88,7 +88,8 @@ class Distillation(Objective):
         teacher_head, teacher_hidden = self.teacher(model, batch)
         head, student_hidden, targets = supervised_rows(model, batch)
         config = self.config
-        # The head compares both distributions a chunk of rows at a time: neither model's logits exist as a whole.
+        # Given a comparison, the head returns its losses in place of the plain one. It compares both distributions a chunk of
+        # rows at a time: neither model's logits exist as a whole.
         comparison = TeacherComparison(
             measure=DivergenceMeasure(config.divergence, config.temperature, config.interpolation),
             hidden=teacher_hidden,
@@ -101,7 +102,7 @@ class Distillation(Objective):
         return {
             "loss": losses.total,
             "divergence": losses.divergence.detach(),
-            "sft_loss": losses.compared_nll.detach(),
+            "sft_loss": losses.compared_nll.detach(),  # cross-entropy of the rows that are compared: here, all
             "accuracy": losses.correct.detach(),
         }
 

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +100,7 @@ class Pairs:
     chosen: Tensor
     rejected: Tensor
     chosen_tokens: Tensor
+    """Number of tokens of each chosen answer."""
     rejected_tokens: Tensor
     reference_chosen: Tensor
     """Zeros where no reference is used."""
@@ -110,6 +111,15 @@ class Pairs:
         chosen = self.chosen / self.chosen_tokens.clamp(min=1)
         rejected = self.rejected / self.rejected_tokens.clamp(min=1)
         return chosen, rejected
+
+
+class PairLosses(NamedTuple):
+    """What an objective makes of pairs, `[P]` each."""
+
+    losses: Tensor
+    chosen_rewards: Tensor
+    """What the model has learned to give the chosen answer: beta times a log-probability, as the method defines it."""
+    rejected_rewards: Tensor
 
 
 class Preference(Objective):
@@ -123,7 +133,7 @@ class Preference(Objective):
         self.reference = reference
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The terms of a loss over pairs, summed over the micro-batch; chosen and rejected answers run in one forward pass.
+        """The terms of a loss over pairs by name, summed over the micro-batch; chosen and rejected answers run in one pass.
 
         A pair without supervised tokens (a filler) adds nothing.
         """
@@ -147,12 +157,13 @@ class Preference(Objective):
         )
         losses, chosen_rewards, rejected_rewards = self.losses(pairs)
         has_both = (pairs.chosen_tokens > 0) & (pairs.rejected_tokens > 0)
+        # Ranks that share a row all know the loss of its pairs: one of them counts it.
         is_counted = has_both.float() * counted_here(batch)
         return pair_terms(losses, chosen_rewards, rejected_rewards, is_counted)
 
     @abstractmethod
-    def losses(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
-        """(the loss of each pair, the reward of its chosen answer, the reward of its rejected one), `[P]` each."""
+    def losses(self, pairs: Pairs) -> PairLosses:
+        """The loss of each pair, and the rewards of its two answers."""
 
 
 class Dpo(Preference):
@@ -165,29 +176,29 @@ class Dpo(Preference):
     uses_reference = True
     config: DpoConfig
 
-    def losses(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
-        """(the loss of each pair, the reward of its chosen answer, of its rejected one), all `[pairs]`.
+    def losses(self, pairs: Pairs) -> PairLosses:
+        """The loss of each pair, and the rewards of its two answers.
 
         A reward is beta times the log-probability of an answer, less that under the reference model. The loss by `loss_type`:
         hinge (as in SLiC), ipo, else DPO's logistic loss; with `sft_weight` also the chosen answer's loss per token.
         """
         config = self.config
-        chosen_ratio = pairs.chosen - pairs.reference_chosen
-        rejected_ratio = pairs.rejected - pairs.reference_rejected
-        ratio_difference = chosen_ratio - rejected_ratio
+        chosen_log_ratio = pairs.chosen - pairs.reference_chosen
+        rejected_log_ratio = pairs.rejected - pairs.reference_rejected
+        difference = chosen_log_ratio - rejected_log_ratio
         if config.loss_type is PairLoss.hinge:
-            losses = F.relu(1 - config.beta * ratio_difference)
+            losses = F.relu(1 - config.beta * difference)
         elif config.loss_type is PairLoss.ipo:
             # Per token, as IPO's authors have confirmed to TRL: sums would make the square grow with the length.
-            chosen_mean = chosen_ratio / pairs.chosen_tokens.clamp(min=1)
-            rejected_mean = rejected_ratio / pairs.rejected_tokens.clamp(min=1)
+            chosen_mean = chosen_log_ratio / pairs.chosen_tokens.clamp(min=1)
+            rejected_mean = rejected_log_ratio / pairs.rejected_tokens.clamp(min=1)
             losses = (chosen_mean - rejected_mean - 1 / (2 * config.beta)).square()
         else:
-            losses = smoothed_logistic(config.beta * ratio_difference, config.label_smoothing)
+            losses = smoothed_logistic(config.beta * difference, config.label_smoothing)
         if config.sft_weight:
             chosen_mean_logps, _ = pairs.mean_logps()
             losses = losses - config.sft_weight * chosen_mean_logps
-        return losses, config.beta * chosen_ratio, config.beta * rejected_ratio
+        return PairLosses(losses, config.beta * chosen_log_ratio, config.beta * rejected_log_ratio)
 
 
 class Orpo(Preference):
@@ -195,8 +206,8 @@ class Orpo(Preference):
 
     config: OrpoConfig
 
-    def losses(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, reward of the chosen answer, reward of the rejected one) of each pair, `[P]` each.
+    def losses(self, pairs: Pairs) -> PairLosses:
+        """ORPO's loss of each pair (arXiv:2403.07691, equations 6 and 7), and the rewards of its two answers.
 
         A reward is beta times the mean log-probability of a token, as in TRL.
         """
@@ -207,7 +218,7 @@ class Orpo(Preference):
         )
         beta = self.config.beta
         losses = -chosen_logps - beta * F.logsigmoid(log_odds_ratio)
-        return losses, beta * chosen_logps, beta * rejected_logps
+        return PairLosses(losses, beta * chosen_logps, beta * rejected_logps)
 
 
 class Simpo(Preference):
@@ -215,8 +226,8 @@ class Simpo(Preference):
 
     config: SimpoConfig
 
-    def losses(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, reward of the chosen answer, reward of the rejected one) of each pair, `[P]` each.
+    def losses(self, pairs: Pairs) -> PairLosses:
+        """SimPO's loss of each pair, and the rewards of its two answers.
 
         The chosen answer's reward should exceed the rejected one's by gamma. With `sft_weight` the loss also has the chosen
         answer's loss per token.
@@ -227,7 +238,7 @@ class Simpo(Preference):
         losses = smoothed_logistic(reward_margin - config.gamma, config.label_smoothing)
         if config.sft_weight:
             losses = losses - config.sft_weight * chosen_logps
-        return losses, config.beta * chosen_logps, config.beta * rejected_logps
+        return PairLosses(losses, config.beta * chosen_logps, config.beta * rejected_logps)
 
 
 def smoothed_logistic(logits: Tensor, smoothing: float) -> Tensor:

@@ -15,12 +15,13 @@ PROOF_VERSION = 6
 """Part of the cache key. Raise it when what is proven, or how, changes, so that older proofs are not used."""
 
 
-def proof_file(config: Any, **circumstances: Any) -> Path:
-    """Where a proof about `config`, a configuration of transformers, is kept.
+def proof_file(hf_config: Any, **circumstances: Any) -> Path:
+    """Where it is kept what a test on a small copy of a model has shown of the architecture `hf_config`.
 
-    `circumstances`: what else the proof depends on. The versions of torch and transformers always count.
+    `circumstances`: what else the result depends on, such as `attention="sdpa"`. The versions of torch and transformers always
+    count.
     """
-    settings = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+    settings = {name: value for name, value in hf_config.to_dict().items() if name != "_name_or_path"}
     fingerprint = {"config": settings, "edition": PROOF_VERSION, **circumstances}
     fingerprint |= {name: version(name) for name in ("torch", "transformers")}
     key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -78,17 +78,17 @@ def objective_problems(config: ObjectiveConfig, other_settings: OtherSettings) -
     family = objective_family(config)
     yield from family.problems(config, other_settings)
     replayed_sources = [name for name, source in other_settings.data.sources.items() if source.replay]
-    if replayed_sources and not family.replays:
+    if replayed_sources and not family.can_replay:
         yield (
             f"data.sources.{replayed_sources[0]}.replay=true: objective={config.name} replays nothing; set it to false, or "
             "take objective=sft or objective=pretrain"
         )
-    formats = family.data_spec(config).formats
-    reads_labels = DataFormat.labelled in formats
+    readable_formats = family.data_spec(config).formats
+    reads_labels = DataFormat.labelled in readable_formats
     if other_settings.data.format is DataFormat.labelled and not reads_labels:
         yield "data.format=labelled: labels are learned with objective=classification; add it, or choose another format"
     for key, data_format in formats_of(other_settings.data).items():
-        if data_format is DataFormat.prompt and data_format not in formats:
+        if data_format is DataFormat.prompt and data_format not in readable_formats:
             yield f"{key}.format=prompt: reads no answers to learn from; add objective=grpo, which writes its own, or drop it"
 
 

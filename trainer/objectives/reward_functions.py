@@ -35,14 +35,14 @@ class Convention(StrEnum):
     verl = "solution_str"
 
 
-WHAT_IS_A_REWARD = "one has a parameter `completions` (TRL), `completion` (verifiers) or `solution_str` (verl)"
-GIVEN = {
+REWARD_DEFINITION_TEXT = "one has a parameter `completions` (TRL), `completion` (verifiers) or `solution_str` (verl)"
+GIVEN_PARAMETERS = {
     Convention.trl: ("prompts", "completions", "completion_ids", "truncated", "step", "log_metric", "log_extra"),
     Convention.verifiers: ("prompt", "completion", "completion_ids", "truncated", "step", "log_metric", "log_extra"),
     Convention.verl: ("solution_str", "completion_ids", "truncated", "step", "log_metric", "log_extra"),
 }
 """Parameters that a function is given by their names; every other one is a column."""
-NOT_GIVEN = {
+REASON_BY_MISSING_PARAMETER = {
     "trainer_state": "TRL's trainer is not there; `step` is the number of optimizer steps",
     "environments": "answers have one turn here",
     "state": "answers have one turn here, and `completion` is all that there is",
@@ -67,8 +67,8 @@ class RewardFunction:
     @property
     def columns(self) -> dict[str, bool]:
         """The columns that it names, each with whether it cannot be called without it."""
-        given = GIVEN[self.convention]
-        return {name: name in self.required for name in self.parameters if name not in given and name not in NOT_GIVEN}
+        no_columns = {*GIVEN_PARAMETERS[self.convention], *REASON_BY_MISSING_PARAMETER}
+        return {name: name in self.required for name in self.parameters if name not in no_columns}
 
 
 def parse_function_path(text: str) -> tuple[Path, str]:
@@ -97,7 +97,8 @@ def file_or_its_copy(path: Path) -> Path:
 def reward_functions_in_file(path: Path) -> dict[str, RewardFunction]:
     """The public reward functions of a file by name, in its order: those with a parameter of one of the conventions.
 
-    Raises ConfigError for a file that cannot be read, or is no Python.
+    These are `completions` (TRL), `completion` (verifiers) and `solution_str` (verl). Raises ConfigError for a file that cannot
+    be read, or is no Python.
     """
     path = file_or_its_copy(path)
     try:
@@ -132,7 +133,10 @@ def _parse_reward_functions(path: Path, modified_ns: int) -> dict[str, RewardFun
 
 
 def _reward_function_or_none(node: ast.FunctionDef | ast.AsyncFunctionDef) -> RewardFunction | None:
-    """The signature of a function; None if it is no reward function: none of its parameters is a `Convention`."""
+    """The signature of a function; None if it is no reward function: none of its parameters is that of a `Convention`.
+
+    `def f(completions, answer, **kwargs)` is one of TRL's, with the required column `answer`; it takes all columns.
+    """
     arguments = node.args
     positional = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
     keyword_only = [argument.arg for argument in arguments.kwonlyargs]
@@ -162,13 +166,13 @@ def find_reward_function(setting: str, key: str) -> RewardFunction:
     if not name:
         raise ConfigError(f"{key}={setting}: must be FILE.py:NAME; {path.name} has the reward functions {known}")
     raise ConfigError(
-        f"{key}={setting}: {path.name} has no such reward function, but {known}; {WHAT_IS_A_REWARD}, and is defined in the file "
-        "itself"
+        f"{key}={setting}: {path.name} has no such reward function, but {known}; {REWARD_DEFINITION_TEXT}, and is "
+        "defined in the file itself"
     )
 
 
-def kept_columns(rewards: Mapping[str, RewardEntry]) -> KeptColumns:
-    """The columns of the data that rewards read: required ones, optional ones, and whether a reward takes all.
+def columns_read_by_rewards(rewards: Mapping[str, RewardEntry]) -> KeptColumns:
+    """The columns of the data that rewards read (`kept` in prepared data): required, optional, and whether a reward takes all.
 
     A column that one reward requires is no optional one of another. Raises ConfigError for a reward function that cannot be
     found.
@@ -198,7 +202,7 @@ def prompt_spec(config: RoundsConfig) -> PromptDataSpec:
     from trainer.objectives.answers import PromptDataSpec
 
     try:
-        return PromptDataSpec(kept_columns(config.rewards))
+        return PromptDataSpec(columns_read_by_rewards(config.rewards))
     except ConfigError:
         return PromptDataSpec()
 
@@ -233,8 +237,9 @@ def reward_function_problems(name: str, reward: RewardEntry) -> Iterator[str]:
         yield from error.problems
         return
     for parameter in function.required:
-        if parameter in NOT_GIVEN:
-            yield f"{key}.function={reward.function}: needs the parameter {parameter}, which is not given: {NOT_GIVEN[parameter]}"
+        reason = REASON_BY_MISSING_PARAMETER.get(parameter)
+        if reason is not None:
+            yield f"{key}.function={reward.function}: needs the parameter {parameter}, which is not given: {reason}"
     for option in reward.options:
         if option not in function.parameters:
             yield f"{key}.options.{option}: {function.name} has no such parameter; it has {', '.join(function.parameters)}"

@@ -262,6 +262,6 @@ SFT = ObjectiveFamily(
     build=build,
     problems=sft_problems,
     compares_distributions=uses_replay_kl,
-    replays=True,
+    can_replay=True,
     generates_answers=True,
 )

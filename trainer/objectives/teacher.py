@@ -42,7 +42,7 @@ class FrozenModel:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module | None, Tensor]:
-        head, hidden, _ = supervised_rows(self.model, batch)
+        head, hidden, _targets = supervised_rows(self.model, batch)
         return head, hidden
 
 
@@ -61,8 +61,8 @@ class AdapterOff:
         was_training = model.training
         model.eval()
         try:
-            with self.reference(model):
-                head, hidden, _ = supervised_rows(model, batch)
+            with self.reference(model):  # in this context the adapters of `model` are off
+                head, hidden, _targets = supervised_rows(model, batch)
         finally:
             model.train(was_training)
         # peft wraps a head that trains in full (`modules_to_save`), and keeps the original beside the trained copy.
@@ -82,7 +82,8 @@ def teacher_of(references: ReferenceModels) -> Teacher:
 def check_head_computes_divergence(model: nn.Module, setting: str) -> None:
     """Raise ConfigError if the output head cannot compute a divergence from a teacher without making all logits at once.
 
-    A `LossHead` can, a linear layer that computes losses a chunk of rows at a time. `setting` begins the message: the setting
+    A `LossHead` can, a linear layer that computes losses a chunk of rows at a time; so can one that peft has wrapped to train it
+    in full (`modules_to_save`). `setting` begins the message: the setting
     that asks for the divergence.
     """
     head: Any = unwrap_adapter(model).get_output_embeddings()  # type: ignore[operator]
