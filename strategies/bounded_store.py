@@ -37,16 +37,16 @@ class BoundedStore:
 
     def set(self, key: str, value: str) -> None:
         """Store a value."""
-        self._call(self._store.set, key, value)
+        self._call_in_store_thread(self._store.set, key, value)
 
     def get(self, key: str) -> bytes:
         """The value of a key. Waits, as the store does, until the key has one."""
-        value: bytes = self._call(self._store.get, key)
+        value: bytes = self._call_in_store_thread(self._store.get, key)
         return value
 
     def check(self, keys: list[str]) -> bool:
         """Whether all keys have a value."""
-        return bool(self._call(self._store.check, keys))
+        return bool(self._call_in_store_thread(self._store.check, keys))
 
     def unanswered_s(self) -> float:
         """Seconds since the last answer if a call has exceeded its limit and is still unanswered, else 0."""
@@ -54,8 +54,8 @@ class BoundedStore:
             return 0.0
         return time.monotonic() - self._answered_at
 
-    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Let the thread make a call, and wait for its answer. Raises Unanswered after the limit, or the call's own error."""
+    def _call_in_store_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Let the store's thread make a call, and wait for it. Raises Unanswered after the limit, or the call's own error."""
         if self._late_answer is not None and not self._late_answer.done():
             raise Unanswered(f"the ranks' store has not answered for {self.unanswered_s():.0f} s")
         answer: Future[Any] = Future()

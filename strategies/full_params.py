@@ -66,6 +66,7 @@ class FsdpFullParameters(FullParameters):
             for module in sharded_modules:
                 module.set_reshard_after_forward(False, recurse=False)
                 module.unshard()
+            # The root's own hooks may stay: what is gathered, and not to be freed after a forward pass, they leave as it is.
             with without_fsdp_hooks([module for module in sharded_modules if module is not root]):
                 yield
         finally:

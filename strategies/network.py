@@ -8,19 +8,20 @@ import socket
 
 from strategies.errors import ConfigError
 
-GLOO_INTERFACES = "GLOO_SOCKET_IFNAME"
+GLOO_INTERFACES_VARIABLE = "GLOO_SOCKET_IFNAME"
 LOOPBACK = "127.0.0.1"
 
 
 def refuse_unknown_interface() -> None:
     """Raise ConfigError if the environment names an interface for gloo that this host does not have."""
-    names = os.environ.get(GLOO_INTERFACES, "")
+    names = os.environ.get(GLOO_INTERFACES_VARIABLE, "")
     interfaces = dict(socket.if_nameindex()).values()
+    # gloo takes several, separated by commas.
     missing = [name for name in names.split(",") if name and name not in interfaces]
     if missing:
         raise ConfigError(
-            f"{GLOO_INTERFACES}={names}: this host has no interface {', '.join(missing)}, only {', '.join(interfaces)}; "
-            f"`unset {GLOO_INTERFACES}`, or name one of these"
+            f"{GLOO_INTERFACES_VARIABLE}={names}: this host has no interface {', '.join(missing)}, only {', '.join(interfaces)}; "
+            f"`unset {GLOO_INTERFACES_VARIABLE}`, or name one of these"
         )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-HIDDEN = "[secret]"
+HIDDEN_PLACEHOLDER = "[secret]"
 SECRET_PATTERN_BY_KIND = {
     "a token of Hugging Face": r"\bhf_[A-Za-z0-9]{20,}",
     "a token of GitHub": r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})",
@@ -76,7 +76,7 @@ def kind_of_secret_in(text: str) -> str | None:
 def redact(text: str) -> str:
     """The text with `[secret]` in the place of each secret."""
     for _, value in _secrets_of_environment():
-        text = text.replace(value, HIDDEN)
+        text = text.replace(value, HIDDEN_PLACEHOLDER)
     for pattern in _REGEX_BY_KIND.values():
         text = pattern.sub(_redacted_match, text)
     return text
@@ -89,7 +89,7 @@ def _redacted_match(match: re.Match[str]) -> str:
     group = match.lastgroup or 0
     before = match.string[match.start() : match.start(group)]
     after = match.string[match.end(group) : match.end()]
-    return f"{before}{HIDDEN}{after}"
+    return f"{before}{HIDDEN_PLACEHOLDER}{after}"
 
 
 def _is_secret(match: re.Match[str]) -> bool:
@@ -99,7 +99,7 @@ def _is_secret(match: re.Match[str]) -> bool:
     - Its group is called `base64` (`Basic <word>`): only if the word decodes to `name:password`.
     - Otherwise: yes.
     """
-    if HIDDEN in match[match.lastgroup or 0]:
+    if HIDDEN_PLACEHOLDER in match[match.lastgroup or 0]:
         return False
     if match.lastgroup != "base64":
         return True
@@ -130,11 +130,11 @@ def _holds_secret(name: str, value: str) -> bool:
         return False  # how to authenticate: `required`, `kerberos`
     if re.search(r"(?:DATABASE|DB)_UR[LI]", name, re.IGNORECASE) and "@" not in value:
         return False  # a file of SQLite
-    return not _is_path(value)
+    return not _looks_like_host_path(value)
 
 
-def _is_path(value: str) -> bool:
-    """Whether a value names a file or directory of this host, or one that could be created there."""
+def _looks_like_host_path(value: str) -> bool:
+    """Whether a value names a file or directory of this host, or one that could be created there: then it is no secret."""
     try:
         path = Path(value).expanduser()
         if path.exists():

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -63,6 +64,16 @@ class RankFileOutcome:
     """Why it could not be written; None if it was."""
     attached: list[WrittenFile] = field(default_factory=list)
     """The further files that were written, see `RankState.attachments`."""
+
+
+class _FilesOfRank(NamedTuple):
+    """The files that a rank has written."""
+
+    parts: dict[str, FilePart]
+    """Where each tensor lies in its file of tensors."""
+    tensor_file: WrittenFile | None
+    """None if the rank has no tensors, or could not write them."""
+    attached: list[WrittenFile]
 
 
 class RankState:
@@ -140,14 +151,15 @@ class RankState:
         `outcome`: the result of this rank's `write_part`. Returns every file of the state on rank 0, an empty list on other
         ranks. Raises StorageError on every rank if any of them could not write.
         """
-        # Collect what the ranks have written: where their tensors lie, their file of tensors, and their attachments.
-        written_by_rank = gather_objects((self.parts, outcome.written, outcome.attached), self.runtime)
-        parts_by_rank: list[dict[str, FilePart]] = [parts for parts, _, _ in written_by_rank]
+        # Collect what the ranks have written.
+        own_files = _FilesOfRank(self.parts, outcome.written, outcome.attached)
+        files_by_rank: list[_FilesOfRank] = gather_objects(own_files, self.runtime)
+        parts_by_rank = [files_of_rank.parts for files_of_rank in files_by_rank]
         files: list[WrittenFile] = []
-        for _, file, attached in written_by_rank:
-            files += attached
-            if file is not None:
-                files.append(file)
+        for files_of_rank in files_by_rank:
+            files += files_of_rank.attached
+            if files_of_rank.tensor_file is not None:
+                files.append(files_of_rank.tensor_file)
         _raise_if_any_rank_failed(outcome.problem, self.runtime)
 
         # Write the index and the header.

@@ -38,7 +38,7 @@ def with_sequence_parallelism(runtime: Runtime, degree: int) -> Runtime:
     """Set up sequence parallelism: `degree` neighbouring ranks (`parallel.sequence`) share each row. All ranks must call.
 
     Returns `runtime` with that degree. The process group of this rank's neighbours is made once for each degree, and lives as
-    long as the group of all ranks.
+    long as the group of all ranks: layers, which have no runtime, find it by the degree (`sequence_group_of`).
     """
     if degree == 1:
         return replace(runtime, sequence_size=1)

@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle
 from deepspeed.runtime.zero.utils import assert_ints_same_as_other_ranks
 from torch import Tensor
 
-from strategies.compat.deepspeed import forget_backend, forget_groups, replace_stage3_functions
+from strategies.compat.deepspeed import forget_backend, forget_deepspeed_groups, replace_stage3_functions
 from strategies.runtime import SIMULATED, Runtime
 
 
@@ -172,7 +172,7 @@ def prepare_deepspeed(runtime: Runtime) -> None:
         set_accelerator(accelerator_class())
     if runtime.simulated:
         forget_backend()
-        forget_groups(also_existing=True)
+        forget_deepspeed_groups(also_existing=True)
 
 
 def _accelerator_class(device: torch.device) -> type:

@@ -23,7 +23,7 @@ from strategies.base import (
     ZeroConfig,
     plan_of,
 )
-from strategies.compat.deepspeed import forget_groups, restore_torch_linear
+from strategies.compat.deepspeed import forget_deepspeed_groups, restore_torch_linear
 from strategies.compat.modules import disable_device_moves
 from strategies.deepspeed_library import (
     DeviceClipping,
@@ -361,7 +361,7 @@ class ZeroStrategy:
         """Load (partitioned for stage 3), build the optimizer, hand both to DeepSpeed. All ranks must call."""
         deepspeed = import_deepspeed(on_cpu=self.on_cpu or self.runtime.simulated)
         set_deepspeed_device(self.runtime)
-        forget_groups()
+        forget_deepspeed_groups()
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         compute_dtype = COMPUTE_DTYPE[self.precision]
         set_parameter_dtypes(step_module, trainable=compute_dtype, frozen=compute_dtype)

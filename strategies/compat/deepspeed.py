@@ -73,11 +73,12 @@ def replace_stage3_functions(
 # -- process groups that it remembers ----------------------------------------------------------------------------------
 
 
-def forget_groups(*, also_existing: bool = False) -> None:
+def forget_deepspeed_groups(*, also_existing: bool = False) -> None:
     """Drop DeepSpeed's references to process groups of an earlier run of this process, which were destroyed.
 
-    With `also_existing`, also those to groups that were not destroyed. DeepSpeed's own `destroy_process_group` calls
-    `groups._release_process_group_references` for it; a run that destroys its groups through torch does not.
+    With `also_existing`, also those to groups that were not destroyed, as a simulation needs after another one. DeepSpeed's own
+    `destroy_process_group` calls `groups._release_process_group_references` for it; a run that destroys its groups through torch
+    does not.
     """
     from deepspeed.utils import groups
 
@@ -140,7 +141,7 @@ def zero_optimizer_tensors(zero_optimizer: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _tensors_in(collection: Any) -> Iterator[Tensor]:
-    """The tensors of a tensor, of nested dicts, lists and tuples, or of a bucket."""
+    """The tensors of a tensor, of nested dicts, lists and tuples, or of one of DeepSpeed's buckets of gradients."""
     if torch.is_tensor(collection):
         yield collection
     elif isinstance(collection, dict):

@@ -65,12 +65,12 @@ def recorded_collectives() -> list[dict[str, Any]]:
 
 
 @contextmanager
-def collectives_reported(names: Mapping[str, str], report: Callable[[str, int], None]) -> Iterator[None]:
+def collectives_reported(name_by_operation: Mapping[str, str], report: Callable[[str, int], None]) -> Iterator[None]:
     """A context in which `report(name, num_bytes)` is called when a collective of this process begins, whatever code calls it.
 
-    `names`: by operation of `torch.ops.c10d`, the name under which it is reported; operations that this torch does not have are
-    ignored. `num_bytes`: the size of the largest argument (of a list, the sum of its tensors), which is the full tensor that is
-    gathered or reduced.
+    `name_by_operation`: by operation of `torch.ops.c10d`, the name under which it is reported; operations that this torch does
+    not have are ignored. `num_bytes`: the size of the largest argument (of a list, the sum of its tensors), which is the full
+    tensor that is gathered or reduced.
 
     The public `torch.library` puts a kernel before those of the backends, for these operations only. A dispatch mode could count
     them too, but it sees every operation of a step, and autograd takes more memory inside a mode: it adds up gradients out of
@@ -80,7 +80,7 @@ def collectives_reported(names: Mapping[str, str], report: Callable[[str, int], 
     """
     library = torch.library.Library("c10d", "IMPL")
     try:
-        for operation, name in names.items():
+        for operation, name in name_by_operation.items():
             if hasattr(torch.ops.c10d, operation):
                 overload = getattr(torch.ops.c10d, operation).default
                 library.impl(overload, _reporting_kernel(overload, name, report), "Autograd", with_keyset=True)

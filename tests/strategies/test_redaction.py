@@ -6,7 +6,7 @@ import pytest
 
 from launch.config.choices import CONF_DIR
 from launch.config.compose import compose_config
-from strategies.redaction import HIDDEN, kind_of_secret_in, redact
+from strategies.redaction import HIDDEN_PLACEHOLDER, kind_of_secret_in, redact
 
 VALUE = "correct-horse-42"
 COMMIT = "3f2a9c" * 6 + "b71e"
@@ -50,7 +50,7 @@ NO_SECRETS = {
 @pytest.mark.parametrize("name", SECRET_NAMES)
 def test_the_value_of_a_secretly_named_variable_is_hidden(monkeypatch, name):
     monkeypatch.setenv(name, VALUE)
-    assert redact(f"tag={VALUE}, the end") == f"tag={HIDDEN}, the end"
+    assert redact(f"tag={VALUE}, the end") == f"tag={HIDDEN_PLACEHOLDER}, the end"
     assert name in kind_of_secret_in(VALUE)
 
 
@@ -63,21 +63,21 @@ def test_paths_commits_and_words_in_variables_are_no_secrets(monkeypatch, name):
 def test_a_key_that_looks_like_a_commit_and_an_address_with_a_password_are_secrets(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", COMMIT)
     monkeypatch.setenv("DATABASE_URL", "postgres://me:word@host/runs")
-    assert redact(COMMIT) == HIDDEN
-    assert redact("postgres://me:word@host/runs") == HIDDEN
+    assert redact(COMMIT) == HIDDEN_PLACEHOLDER
+    assert redact("postgres://me:word@host/runs") == HIDDEN_PLACEHOLDER
 
 
 BASIC = base64.b64encode(b"me:correct-horse").decode()
 TEXTS = {
-    f"cookie {JWT};": f"cookie {HIDDEN};",
-    f"Authorization: Basic {BASIC}": f"Authorization: Basic {HIDDEN}",
-    "connect(password='correct horse', port=1)": f"connect(password={HIDDEN}, port=1)",
-    "Server=host;Uid=me;Pwd=correct-horse;": f"Server=host;Uid=me;Pwd={HIDDEN};",
-    "AccountName=a;AccountKey=Zm9vYmFyYmF6cXV4==;End": f"AccountName=a;AccountKey={HIDDEN};End",
-    "https://hooks.slack.com/services/T0AAAA/B0BBBB/c3DdEe now": f"https://hooks.slack.com/{HIDDEN} now",
-    f"WANDB_API_KEY={COMMIT}": f"WANDB_API_KEY={HIDDEN}",
-    f"wandb login {COMMIT}": f"wandb login {HIDDEN}",
-    "s3://me:p@ss@host/rows and https://host:80/me@home": f"s3://{HIDDEN}@host/rows and https://host:80/me@home",
+    f"cookie {JWT};": f"cookie {HIDDEN_PLACEHOLDER};",
+    f"Authorization: Basic {BASIC}": f"Authorization: Basic {HIDDEN_PLACEHOLDER}",
+    "connect(password='correct horse', port=1)": f"connect(password={HIDDEN_PLACEHOLDER}, port=1)",
+    "Server=host;Uid=me;Pwd=correct-horse;": f"Server=host;Uid=me;Pwd={HIDDEN_PLACEHOLDER};",
+    "AccountName=a;AccountKey=Zm9vYmFyYmF6cXV4==;End": f"AccountName=a;AccountKey={HIDDEN_PLACEHOLDER};End",
+    "https://hooks.slack.com/services/T0AAAA/B0BBBB/c3DdEe now": f"https://hooks.slack.com/{HIDDEN_PLACEHOLDER} now",
+    f"WANDB_API_KEY={COMMIT}": f"WANDB_API_KEY={HIDDEN_PLACEHOLDER}",
+    f"wandb login {COMMIT}": f"wandb login {HIDDEN_PLACEHOLDER}",
+    "s3://me:p@ss@host/rows and https://host:80/me@home": f"s3://{HIDDEN_PLACEHOLDER}@host/rows and https://host:80/me@home",
 }
 
 

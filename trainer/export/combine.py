@@ -143,9 +143,7 @@ def write_combination(
             reference = model(input_ids=torch.tensor([token_ids])).logits[0].float()
         output_dir.mkdir(parents=True, exist_ok=True)
         if merge:
-            merged = model.merge_and_unload(adapter_names=[COMBINED_ADAPTER_NAME], safe_merge=True)
-            merged.to(dtype or stored_dtype(Path(base)))
-            merged.save_pretrained(output_dir, max_shard_size=int(max_shard_gib * 2**30))
+            _write_merged_model(model, dtype or stored_dtype(Path(base)), max_shard_gib, output_dir)
         else:
             _write_combined_adapter(model, base, output_dir)
             has_other_positions = _base_config_directory(settings, base) != base
@@ -160,7 +158,8 @@ def write_combination(
 def _load_base(settings: CombineSettings, base: str) -> tuple[Any, Any]:
     """Load the base of the adapters in float32; returns (its configuration with the positions of the training, the model).
 
-    Raises ConfigError if it cannot be loaded, or if the adapters were trained with different positions.
+    The configuration is the base's own, or that in the first adapter's directory if training changed the positions. Raises
+    ConfigError if it cannot be loaded, or if the adapters were trained with different positions.
     """
     from transformers import AutoConfig
 
@@ -198,6 +197,13 @@ def _combine_adapters(settings: CombineSettings, base_model: Any) -> Any:
         raise ConfigError(f"combine={settings.combination}: peft refuses: {' '.join(str(error).split())}") from error
     model.set_adapter(COMBINED_ADAPTER_NAME)
     return model.eval()
+
+
+def _write_merged_model(model: Any, dtype: torch.dtype, max_shard_gib: float, output_dir: Path) -> None:
+    """Merge the combined adapter into the base model, and write the model into `output_dir`, stored as `dtype`."""
+    merged = model.merge_and_unload(adapter_names=[COMBINED_ADAPTER_NAME], safe_merge=True)
+    merged.to(dtype)
+    merged.save_pretrained(output_dir, max_shard_size=int(max_shard_gib * 2**30))
 
 
 def _write_combined_adapter(model: Any, base_path: str, output_dir: Path) -> None:

@@ -93,9 +93,9 @@ def _standard_error_of_lost_share(
 ) -> float | None:
     """Standard error of the share of a metric that was lost, from the paired rows of the base and the tuned model.
 
-    `metric.ratio_of_sums` names the scores of a row whose sums the metric divides; a denominator of None stands for the number
-    of rows, as for an accuracy. The result is None if the metric is no such ratio, if there are not as many rows of both or too
-    few, if any row's denominators differ, or if the base's numerators sum to 0.
+    `metric.ratio_of_sums` = (numerator, denominator) names the scores of a row whose sums the metric divides; a denominator of
+    None stands for the number of rows, as for an accuracy. The result is None if the metric is no such ratio, if there are not
+    as many rows of both or too few, if any row's denominators differ, or if the base's numerators sum to 0.
     """
     if metric.ratio_of_sums is None or len(base_rows) != len(rows) or len(base_rows) < MIN_ROWS:
         return None

@@ -107,18 +107,24 @@ class ReplicaCheck:
             if ranks_of_parameter:
                 deviating_ranks |= ranks_of_parameter
                 differing_parameters.append(name)
+        ranks_and_hosts = [f"rank {rank} on {host_by_rank[rank]}" for rank in sorted(deviating_ranks)]
+        raise ReplicasDiffer(_difference_message(ranks_and_hosts, differing_parameters, last_equal_step, step))
 
-        parameter_names = ", ".join(differing_parameters[:MAX_NAMED_PARAMETERS])
-        if len(differing_parameters) > MAX_NAMED_PARAMETERS:
-            parameter_names += f" and {len(differing_parameters) - MAX_NAMED_PARAMETERS} more"
-        ranks_and_hosts = " and ".join(f"rank {rank} on {host_by_rank[rank]}" for rank in sorted(deviating_ranks))
-        verb = "holds" if len(deviating_ranks) == 1 else "hold"
-        raise ReplicasDiffer(
-            f"step {step}: {ranks_and_hosts} {verb} other values of {parameter_names} than ranks that should hold the same, and "
-            f"did after step {last_equal_step}: memory that flips bits, or hosts whose processors compute differently. No "
-            "checkpoint was written since; the same command continues from the last one. Leave such a host out, or where hosts "
-            "differ on purpose set guards.replicas_every_steps=0"
-        )
+
+def _difference_message(
+    ranks_and_hosts: list[str], differing_parameters: list[str], last_equal_step: int, step: int
+) -> str:
+    """The error about ranks, such as `rank 3 on gpu07`, whose values of some parameters are not those of most."""
+    parameter_names = ", ".join(differing_parameters[:MAX_NAMED_PARAMETERS])
+    if len(differing_parameters) > MAX_NAMED_PARAMETERS:
+        parameter_names += f" and {len(differing_parameters) - MAX_NAMED_PARAMETERS} more"
+    verb = "holds" if len(ranks_and_hosts) == 1 else "hold"
+    return (
+        f"step {step}: {' and '.join(ranks_and_hosts)} {verb} other values of {parameter_names} than ranks that should hold the "
+        f"same, and did after step {last_equal_step}: memory that flips bits, or hosts whose processors compute differently. No "
+        "checkpoint was written since; the same command continues from the last one. Leave such a host out, or where hosts "
+        "differ on purpose set guards.replicas_every_steps=0"
+    )
 
 
 def _deviating_ranks(checksum_of_each_rank: list[tuple[ShardPosition, int]]) -> set[int]:

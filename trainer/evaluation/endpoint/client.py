@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from strategies.errors import ConfigError, ShardtuneError
-from strategies.redaction import HIDDEN
+from strategies.redaction import HIDDEN_PLACEHOLDER
 from trainer.evaluation.endpoint.config import EndpointConfig
 
 PLACEHOLDER_API_KEY = "none"
@@ -101,7 +101,7 @@ class Client:
     def _without_key(self, text: str) -> str:
         """The text without the key, which a server may repeat in an error."""
         key = self._api_key()
-        return text.replace(key, HIDDEN) if key else text
+        return text.replace(key, HIDDEN_PLACEHOLDER) if key else text
 
     def list_models(self) -> list[dict[str, Any]]:
         """The models that the server lists (/v1/models)."""
