@@ -21,14 +21,14 @@ def library(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     found = import_deepspeed(on_cpu=True)
     # Another test of this process may have left groups behind, which DeepSpeed would go on with.
-    compat.forget_groups(also_existing=True)
+    compat.forget_deepspeed_groups(also_existing=True)
     compat.forget_backend()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60))
     found.init_distributed(dist_backend="gloo", verbose=False)
     yield found
     compat.restore_torch_linear()
     dist.destroy_process_group()
-    compat.forget_groups()
+    compat.forget_deepspeed_groups()
     compat.forget_backend()
 
 
@@ -123,9 +123,9 @@ def test_deepspeed_groups_that_are_gone_are_forgotten(library):
     from deepspeed.utils import groups
 
     assert groups._get_data_parallel_group() is not None and groups._WORLD_GROUP in living_groups()
-    compat.forget_groups()
+    compat.forget_deepspeed_groups()
     assert groups._WORLD_GROUP is not None, "it still lives"
-    compat.forget_groups(also_existing=True)
+    compat.forget_deepspeed_groups(also_existing=True)
     assert groups._WORLD_GROUP is None
 
 
