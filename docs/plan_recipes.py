@@ -24,7 +24,7 @@ from strategies.errors import ConfigError  # noqa: E402
 from trainer.model.known_shapes import read_shape  # noqa: E402
 from trainer.planner.hardware import GIB  # noqa: E402
 from trainer.planner.sweep import plan_variants  # noqa: E402
-from trainer.planner.variants import run_variants  # noqa: E402
+from trainer.planner.variants import list_variants  # noqa: E402
 
 PLANNED = ROOT / "docs" / "recipes" / "planned.json"
 
@@ -59,7 +59,7 @@ def plan_recipe(recipe: Recipe) -> dict[str, Any]:
     request = read_plan_request(plan_words(recipe))
     config, typed = compose_planned_run(request.run_overrides, request.card)
     ranks = recipe.nodes * recipe.gpus
-    variants = run_variants(config, request.settings, typed, ranks)
+    variants = list_variants(config, request.settings, typed, ranks)
     job = prepare_planned_job(config, request.card)
     answer = plan_variants(variants, job, recipe.batch[1], request.settings, lambda *_: None)
     choice = answer.best_choices[0]

@@ -106,11 +106,11 @@ def main(argv: list[str]) -> int:
     from trainer.model.loading import load_model_config
     from trainer.planner.plan import with_imbalance
     from trainer.planner.sweep import plan_variants, with_further_variants, with_worst_imbalance
-    from trainer.planner.variants import FURTHER_LONG_ROW_SETTINGS, further_variants, run_variants
+    from trainer.planner.variants import FURTHER_LONG_ROW_SETTINGS, list_long_row_variants, list_variants
 
     config, fixed_keys = compose_planned_run(request.run_overrides, request.card)
     # First, because what is wrong with the settings must be reported before the data is prepared, which may take an hour.
-    variants = run_variants(config, request.settings, fixed_keys, num_launched_ranks(config))
+    variants = list_variants(config, request.settings, fixed_keys, num_launched_ranks(config))
     load_model_config(config.model)
     shape = shape_instead_of_files(config.model)
     calibration = card_of_request(request, ["plan", *argv])
@@ -121,7 +121,7 @@ def main(argv: list[str]) -> int:
     for long_row_settings in FURTHER_LONG_ROW_SETTINGS:
         if answer.fastest_fitting_choice is not None:
             break
-        further = further_variants(config, request.settings, fixed_keys, job.world_size, long_row_settings)
+        further = list_long_row_variants(config, request.settings, fixed_keys, job.world_size, long_row_settings)
         num_further = len(further.possible)
         if num_further:
             print(
@@ -310,7 +310,7 @@ def compose_planned_run(overrides: list[str], card: Card) -> RunToPlan:
     """Compose a run for GPUs that need not be here.
 
     If they are not set, `batch.micro` becomes 1, and `batch.global` is rounded up to a multiple that the ranks can share. The
-    settings are not validated here: `trainer.planner.variants.run_variants` does that for each option. Raises ConfigError for
+    settings are not validated here: `trainer.planner.variants.list_variants` does that for each option. Raises ConfigError for
     overrides that cannot be used.
     """
     with importing_without_gc("torch"):

@@ -233,7 +233,7 @@ def _planned_choice_of_run(
     from trainer.config.parallel import dp_size_of
     from trainer.config.run import Device
     from trainer.planner.fit_check import NotSimulated
-    from trainer.planner.plan import order_choices, with_imbalance
+    from trainer.planner.plan import plan_choices, with_imbalance
     from trainer.planner.sweep import simulate_variants
     from trainer.planner.variants import RunVariant
 
@@ -266,5 +266,5 @@ def _planned_choice_of_run(
     (cost_model,) = simulate_variants([variant], job, [accumulation], settings, lambda *_: None)
     if isinstance(cost_model, NotSimulated):
         return cost_model
-    (choice,) = order_choices(variant, cost_model, job, [record.micro_batch])
+    (choice,) = plan_choices(variant, cost_model, job, [record.micro_batch])
     return choice

@@ -16,7 +16,7 @@ from trainer.model import sequence_proof
 from trainer.objectives.base import TeacherConfig
 from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.distillation import DistillationConfig
-from trainer.planner.variants import PlanConfig, further_variants
+from trainer.planner.variants import PlanConfig, list_long_row_variants
 from trainer.tuning.check import SettingsBesideTuning, tuning_combination_problems
 from trainer.tuning.config import AdaptionPromptConfig, PrefixConfig, PromptConfig
 
@@ -82,7 +82,7 @@ def test_submitting_asks_the_same_where_the_model_is_here(root):
 
 def test_a_plan_offers_no_shared_rows_that_the_run_would_refuse(root):
     config = replace(config_of(other_model(root, "llama4_text"), 1), parallel=ParallelConfig())
-    possible, refused = further_variants(config, PlanConfig(), set(), 8, {})
+    possible, refused = list_long_row_variants(config, PlanConfig(), set(), 8, {})
     assert not possible and any(sequence_proof.TOKENS_MEET_OUTSIDE_ATTENTION in reason for _, reason in refused)
 
 

@@ -152,14 +152,14 @@ def candidate_micro_batches(
     return [requested_micro_batch] if samples_per_dp_rank % requested_micro_batch == 0 else []
 
 
-def order_choices(
+def plan_choices(
     variant: RunVariant,
     cost_model: CostModel,
     job: PlannedJob,
     micro_batches: list[int],
     peer_settings: Sequence[PeerSetting] = (),
 ) -> list[PlannedChoice]:
-    """The variant with each of the micro-batches: those that fit, the fastest first; then those that do not, smallest first.
+    """Plan the variant with each of the micro-batches: those that fit, the fastest first; then those that do not, smallest first.
 
     `peer_settings`: what another trainer does differently (`plan.theirs`), if its memory is to be computed as well.
     """
@@ -184,21 +184,16 @@ def plan_choice(variant: RunVariant, cost_model: CostModel, job: PlannedJob, mic
     accumulation = job.global_batch // (dp_size_of(variant.config, job.world_size) * micro_batch)
     num_rows_or_tokens = job.document_lengths.size_of_longest(micro_batch, in_rows=cost_model.size_is_in_rows)
     overrides = [*variant.overrides, f"batch.global={job.global_batch}", f"batch.micro={micro_batch}"]
-    # Memory, by the longest documents.
-    peak = cost_model.memory_peak_at(num_rows_or_tokens)
-    defers = None
+    # Memory, by the longest documents. The run itself would decide by an estimate whether it defers the reduction; the plan has
+    # simulated it, so its choice is added to the command line.
+    defers_reduction = None
     if accumulation > 1 and isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None:
-        # Reduce gradients only in the last micro-batch if full ones fit. The run itself would decide by an estimate; the plan has
-        # simulated it, so its choice is added to the command line.
-        shards = job.world_size // replica_count(strategy, job.world_size, job.num_nodes)
-        waiting_bytes = deferred_gradient_bytes(cost_model, shards, variant.config.parallel.experts)
-        deferred_model = with_deferred_reduction(cost_model, waiting_bytes)
+        deferred_model = _with_reduction_in_last_micro_batch(variant.config, strategy, cost_model, job)
         deferred_peak = deferred_model.memory_peak_at(num_rows_or_tokens)
-        defers = card_memory_fit(deferred_model, deferred_peak, card).margin_bytes >= 0
-        if defers:
-            cost_model = deferred_model
-            peak = deferred_peak
-        overrides.append(f"strategy.defer_sync={str(defers).lower()}")
+        defers_reduction = card_memory_fit(deferred_model, deferred_peak, card).margin_bytes >= 0
+        cost_model = deferred_model if defers_reduction else cost_model
+        overrides.append(f"strategy.defer_sync={str(defers_reduction).lower()}")
+    peak = cost_model.memory_peak_at(num_rows_or_tokens)
     # Time, by documents of average length.
     load = _average_load(cost_model, job, micro_batch, accumulation)
     step = estimate_step_time(cost_model, load, card, job.precision, ranks_per_node=job.ranks_per_node)
@@ -224,8 +219,17 @@ def plan_choice(variant: RunVariant, cost_model: CostModel, job: PlannedJob, mic
         budget_hours=hours,
         budget_dollars=price,
         round_time=round_time,
-        defers_reduction=defers,
+        defers_reduction=defers_reduction,
     )
+
+
+def _with_reduction_in_last_micro_batch(
+    config: RunConfig, strategy: Fsdp2Config, cost_model: CostModel, job: PlannedJob
+) -> CostModel:
+    """The cost model if full gradients wait on each rank until the last micro-batch, which reduces them."""
+    num_shards = job.world_size // replica_count(strategy, job.world_size, job.num_nodes)
+    waiting_bytes = deferred_gradient_bytes(cost_model, num_shards, num_expert_ranks=config.parallel.experts)
+    return with_deferred_reduction(cost_model, waiting_bytes)
 
 
 def _round_time(config: RunConfig, cost_model: CostModel, job: PlannedJob, step_s: float) -> RoundTime | None:

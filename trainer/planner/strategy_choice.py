@@ -44,7 +44,7 @@ from trainer.planner.oom_probe import (
     available_device_gib,
     probe_runs_out_of_memory,
 )
-from trainer.planner.plan import PlannedChoice, PlannedJob, candidate_micro_batches, order_choices
+from trainer.planner.plan import PlannedChoice, PlannedJob, candidate_micro_batches, plan_choices
 from trainer.planner.rank_devices import RankCounts
 from trainer.planner.variants import RunVariant
 from trainer.reporting.resolution import OutOfMemoryTrial, ResolvedSetting
@@ -419,7 +419,7 @@ class Planner:
         candidates = candidate_micro_batches(job, self.user_micro_batch, self.config.parallel.sequence)
         if cost_model.needs_single_rows:  # it computes correctly only if a batch has one row
             candidates = [1]
-        best, *_ = order_choices(variant, cost_model, job, candidates)
+        best, *_ = plan_choices(variant, cost_model, job, candidates)
         return best
 
 

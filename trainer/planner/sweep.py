@@ -19,7 +19,7 @@ from trainer.config.run import RunConfig
 from trainer.planner.cost_model import CostModel
 from trainer.planner.fit_check import NotSimulated, strategy_for_simulation, why_not_simulated
 from trainer.planner.hardware import MemoryFit
-from trainer.planner.plan import PlannedChoice, PlannedJob, candidate_micro_batches, order_choices, plan_choice
+from trainer.planner.plan import PlannedChoice, PlannedJob, candidate_micro_batches, plan_choice, plan_choices
 from trainer.planner.variants import PlanConfig, RefusedVariant, RunVariant, RunVariants
 
 ProgressCallback = Callable[[int, int, str], None]
@@ -82,7 +82,7 @@ def plan_variants(
         if isinstance(cost_model, NotSimulated):
             refused.append(RefusedVariant(variant, cost_model.reason))
         else:
-            choices = order_choices(variant, cost_model, job, micro_batches, settings.theirs)
+            choices = plan_choices(variant, cost_model, job, micro_batches, settings.theirs)
             planned.append(_PlannedVariant(cost_model, choices))
     if not planned:
         raise ConfigError(_problems_of_refused(refused))
@@ -116,21 +116,21 @@ def _problems_of_refused(refused: list[RefusedVariant]) -> list[str]:
 
 def with_further_variants(
     answer: PlanAnswer,
-    further_variants: RunVariants,
+    variants: RunVariants,
     job: PlannedJob,
     requested_micro_batch: int | None,
     settings: PlanConfig,
     on_progress: ProgressCallback,
 ) -> PlanAnswer:
-    """`answer`, in which nothing fits, with `further_variants` simulated and added; other arguments: see `plan_variants`.
+    """`answer`, in which nothing fits, with further `variants` simulated and added; other arguments: see `plan_variants`.
 
     If none of the further variants can be simulated, they are listed as refused.
     """
     try:
-        further = plan_variants(further_variants, job, requested_micro_batch, settings, on_progress)
+        further = plan_variants(variants, job, requested_micro_batch, settings, on_progress)
     except ConfigError as error:
-        not_simulated = [RefusedVariant(variant, error.problems[0]) for variant in further_variants.possible]
-        return replace(answer, refused_variants=[*answer.refused_variants, *further_variants.refused, *not_simulated])
+        not_simulated = [RefusedVariant(variant, error.problems[0]) for variant in variants.possible]
+        return replace(answer, refused_variants=[*answer.refused_variants, *variants.refused, *not_simulated])
     return replace(
         further,
         best_choices=sorted([*answer.best_choices, *further.best_choices], key=_rank_key),

@@ -75,13 +75,13 @@ class RunVariants(NamedTuple):
     refused: list[RefusedVariant]
 
 
-def run_variants(config: RunConfig, settings: PlanConfig, cli_keys: set[str], world_size: int | None) -> RunVariants:
+def list_variants(config: RunConfig, settings: PlanConfig, cli_keys: set[str], world_size: int | None) -> RunVariants:
     """The variants of a run that a plan compares: all combinations of strategy, recomputation and so on that the user left open.
 
     `cli_keys`: keys of settings on the command line, which stay. `world_size`: ranks of the run; None if not known. Raises
     ConfigError with the problems that every variant has, or if no variant is left.
     """
-    variants = list(_all_variants(config, settings, cli_keys))  # at least one: the user's own settings
+    variants = list(_combinations_of_open_settings(config, settings, cli_keys))  # at least one: the user's own settings
     if "parallel.experts" not in cli_keys and world_size is not None:
         variants += _expert_parallel_variants(variants, world_size)
 
@@ -131,7 +131,7 @@ FURTHER_LONG_ROW_SETTINGS: tuple[dict[str, Any], ...] = (
 """Settings of `strategy` for long rows that a plan tries beside, one after the other until something fits."""
 
 
-def further_variants(
+def list_long_row_variants(
     config: RunConfig, settings: PlanConfig, cli_keys: set[str], world_size: int, long_row_settings: dict[str, Any]
 ) -> RunVariants:
     """Variants for a run of which nothing fits: several ranks share each row, and the strategy gets settings for long rows.
@@ -155,7 +155,7 @@ def further_variants(
             continue
         sharing_config = replace(config, strategy=strategy, parallel=replace(config.parallel, sequence=degree))
         model_problems = sequence_parallel_problems(sharing_config)
-        for base_variant in _all_variants(sharing_config, settings, fixed_keys):
+        for base_variant in _combinations_of_open_settings(sharing_config, settings, fixed_keys):
             variant = replace(
                 base_variant, overrides=(*base_variant.overrides, f"parallel.sequence={degree}", *overrides)
             )
@@ -176,7 +176,7 @@ def _plan_problems(config: RunConfig, world_size: int | None) -> list[str]:
     ]
 
 
-def _all_variants(config: RunConfig, settings: PlanConfig, cli_keys: set[str]) -> Iterator[RunVariant]:
+def _combinations_of_open_settings(config: RunConfig, settings: PlanConfig, cli_keys: set[str]) -> Iterator[RunVariant]:
     """Each combination of strategy, base quantisation, recomputation and offload that the user left open.
 
     `cli_keys`: keys of settings on the command line. A strategy that cannot offload has no variant that does.

@@ -38,7 +38,7 @@ from trainer.planner import plan as plan_module
 from trainer.planner import sweep
 from trainer.planner.cost_model import CollectiveKind, CollectiveTiming, CollectiveTotal, MicroBatchWork
 from trainer.planner.lengths import DocumentLengths
-from trainer.planner.plan import PlannedJob, candidate_micro_batches, order_choices
+from trainer.planner.plan import PlannedJob, candidate_micro_batches, plan_choices
 from trainer.planner.simulation import simulate_depth
 from trainer.planner.speed import (
     COLLECTIVE_LATENCY_S,
@@ -49,7 +49,7 @@ from trainer.planner.speed import (
     ring_bytes_per_s,
 )
 from trainer.planner.sweep import PlanAnswer
-from trainer.planner.variants import PlanConfig, RunVariant, run_variants
+from trainer.planner.variants import PlanConfig, RunVariant, list_variants
 from trainer.reporting.gpu_peaks import PEAK_TFLOPS
 
 FIGURES = ("memory_gib", "fp32_tflops", "memory_gb_s", "link_gb_s", "node_gb_s", "host_gb_s", "price_per_hour")
@@ -327,7 +327,7 @@ def test_a_simulation_that_is_killed_ends_no_plan(model, monkeypatch):
     asked = read_plan_request(["hardware=l4", "plan.workers=1"])
     card, settings = asked.card, asked.settings
     config, typed = compose_planned_run([f"model.path={model}", "strategy.activation_checkpointing=none"], card)
-    found, _ = run_variants(config, settings, typed, 1)
+    found, _ = list_variants(config, settings, typed, 1)
     told = []
     forms = sweep.simulate_variants(found, job(card), [1] * len(found), settings, lambda *said: told.append(said))
     by_name = dict(zip([way.name for way in found], forms, strict=True))
@@ -351,16 +351,16 @@ def job(card, *, nodes=2, per_node=4, batch=32):
 def test_plan_variants_are_all_but_those_typed_or_ruled_out(model):
     card = read_plan_request(["hardware=l4"]).card
     config, typed = compose_planned_run([f"model.path={model}", *GPUS, "tuning=lora"], card)
-    found, refused = run_variants(config, PlanConfig(), typed, 8)
+    found, refused = list_variants(config, PlanConfig(), typed, 8)
     assert {way.name for way in found} == {"ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"}
     assert len(found) == 18
     assert {way.name for way, _ in refused} == {"single"} and "runs in one process" in refused[0][1]
-    found, _ = run_variants(config, PlanConfig(offload=True), typed, 8)
+    found, _ = list_variants(config, PlanConfig(offload=True), typed, 8)
     assert {way.name for way in found if way.offloads_to_host} == {"fsdp2", "hsdp", "zero1", "zero2", "zero3"}
     config, typed = compose_planned_run(
         [f"model.path={model}", "strategy=zero2", "strategy.activation_checkpointing=full"], card
     )
-    assert [way.name for way in run_variants(config, PlanConfig(), typed, 1)[0]] == ["zero2"]
+    assert [way.name for way in list_variants(config, PlanConfig(), typed, 1)[0]] == ["zero2"]
 
 
 @pytest.mark.parametrize(("name", "asked", "shards"), SHARDS)
@@ -373,14 +373,14 @@ def test_gradients_that_wait_lie_among_the_ranks_of_a_replica(monkeypatch, name,
         def memory_peak_at(self, units):
             return None
 
-    def heard(form, among, expert_ranks):
+    def heard(form, among, num_expert_ranks):
         raise LookupError(among)
 
     monkeypatch.setattr(plan_module, "deferred_gradient_bytes", heard)
     strategy = Fsdp2Config(name=StrategyName(name), replicate=asked)
     card = read_plan_request(["hardware=l4"]).card
     with pytest.raises(LookupError) as found:
-        order_choices(RunVariant(RunConfig(strategy=strategy), ()), RowsAlone(), job(card), [1])
+        plan_choices(RunVariant(RunConfig(strategy=strategy), ()), RowsAlone(), job(card), [1])
     assert found.value.args == (shards,)
 
 
@@ -396,7 +396,7 @@ def test_plan_rows_name_all_settings_stored_otherwise(model):
     card = read_plan_request(["hardware=l4"]).card
     config, typed = compose_planned_run([f"model.path={model}", "tuning=lora", "strategy=fsdp2"], card)
     settings = PlanConfig(offload=True, quantisation=[Quantisation.none, Quantisation.nf4])
-    found, _ = run_variants(config, settings, typed, 1)
+    found, _ = list_variants(config, settings, typed, 1)
     labels = {(way.offloads_to_host, str(way.config.model.quantisation)): memory_savings_text(way) for way in found}
     assert labels == {
         (False, "none"): "",

@@ -18,7 +18,7 @@ from trainer.planner.dealt_experts import with_expert_parallelism
 from trainer.planner.hardware import find_card
 from trainer.planner.lengths import DocumentLengths
 from trainer.planner.plan import PlannedJob, with_imbalance
-from trainer.planner.variants import PlanConfig, run_variants
+from trainer.planner.variants import PlanConfig, list_variants
 from trainer.reporting.run_record import RunOutcome, RunRecord
 
 WORDS = ["data.max_length=64", "hardware=h100_80g", "launcher.gpus_per_node=4", "strategy=fsdp2", "batch.micro=1"]
@@ -79,10 +79,10 @@ def test_what_cannot_deal_experts_is_left_out(model, tmp_path):
     dense = variants(model_dir(tmp_path, "llama"), "strategy=fsdp2", "launcher.nodes=1", "launcher.gpus_per_node=8")
     assert with_expert_parallelism([dense], 8) == [[]]
     config = variants(model, "launcher.nodes=1", "launcher.gpus_per_node=6")  # of a host's six ranks two can be a group
-    possible, _ = run_variants(config, PlanConfig(), set(), 6)
+    possible, _ = list_variants(config, PlanConfig(), set(), 6)
     found = {(way.name, way.config.parallel.experts) for way in possible if way.config.parallel.experts > 1}
     assert found == {("fsdp2", 2)}, "three ranks of a replica are no multiple of two"
-    possible, _ = run_variants(config, PlanConfig(), {"parallel.experts"}, 6)
+    possible, _ = list_variants(config, PlanConfig(), {"parallel.experts"}, 6)
     assert all(way.config.parallel.experts == 1 for way in possible)
 
 
