@@ -117,14 +117,16 @@ def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: Stop
 def _measure_training_s(
     loader: RolloutLoader, engine: Engine, groups: list[AnswerGroup], scores: list[GroupScores]
 ) -> float:
-    """Seconds in which the steps of a round would learn from these groups, by one step that is taken. All ranks must call."""
+    """Seconds in which the steps of a round would learn from these groups: the first of them is taken. All ranks must call."""
     loader.round_builder.report_phase("training, to measure it")
     began = time.perf_counter()
-    made = loader.round_builder.build_round_from_scores(groups, scores)
-    batch = loader.step_batch(made, 0)
-    looked_back_at = time.perf_counter()
+    scored_round = loader.round_builder.build_round_from_scores(groups, scores)
+    batch = loader.step_batch(scored_round, 0)
+    round_built_at = time.perf_counter()
     minimal_trainer(engine).train_step(batch)
     barrier(loader.round_builder.runtime)
+    building_s = round_built_at - began
+    step_s = time.perf_counter() - round_built_at
     rollout = loader.round_builder.settings.rollout
-    # The step holds a part of the groups, and each part is learned from several times.
-    return looked_back_at - began + (time.perf_counter() - looked_back_at) * rollout.steps * rollout.iterations
+    # A step learns from a part of the groups, and each part is learned from several times.
+    return building_s + step_s * rollout.steps * rollout.iterations

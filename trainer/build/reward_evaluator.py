@@ -45,13 +45,13 @@ def build_reward_evaluators(
     max_prompts = generate.samples or config.evaluation.max_documents
     share = EvalShare(config.evaluation.batch, engine.rank, engine.world_size, max_prompts, by_source=True)
     table = DocumentTable(data.directory)
-    names_source = has_sources(held_out)
+    names_source = has_sources(held_out)  # with several sources, metrics are reported by source too
     prompts = []
     for number, sequence in enumerate(share.covered_sequences(held_out).tolist()):
         prompts.append(read_prompt(held_out, table, sequence, number, names_source=names_source))
     answer_generator = AnswerGenerator(
         tokenizer,
-        load_generation_config(config.model, built.config, None),
+        load_generation_config(config.model, built.config, decoder_start=None),  # no encoder-decoder
         runtime,
         batch=config.evaluation.batch,
         stop_now=stop_now,

@@ -33,6 +33,7 @@ COPY_RECORD_FILE = "copy.json"
 IN_USE_SUFFIX = ".in-use"
 """Suffix of the lock file of a copy. Each process that reads the copy holds a shared lock on it."""
 CHUNK_BYTES = 16 << 20
+"""Bytes that are copied at a time, between two looks at whether the run shall stop: 16 MiB."""
 STALE_AFTER_S = 7 * 86400
 """An unused copy is removed this many seconds after its last use: its run was killed and never resumed."""
 SPARE_SHARE = 0.02
@@ -117,12 +118,13 @@ def stage(config: RunConfig, data: PreparedData, *, should_stop: Callable[[], bo
             copies: dict[str, StagedCopy] = {}
             missing: dict[str, _SourceFiles] = {}
             for content_kind, files in files_to_stage.items():
-                valid_copy = _valid_copy(root, content_kind, files)
+                valid_copy = _find_valid_copy(root, content_kind, files)
                 if valid_copy is None:
                     missing[content_kind] = files
                 else:
                     copies[content_kind] = valid_copy
-            _make_room(root, config.launcher.stage, missing, keep={copy.path for copy in copies.values()})
+            paths_to_keep = {copy.path for copy in copies.values()}
+            _free_space_for_copies(root, config.launcher.stage, missing, paths_to_keep)
             for content_kind, files in missing.items():
                 copies[content_kind] = _copy_files(root, content_kind, files, should_stop)
     except OSError as error:
@@ -180,10 +182,11 @@ def _token_files(source: Path) -> _SourceFiles:
     return _SourceFiles(source, sorted(path.as_posix() for path in files))
 
 
-def _valid_copy(root: Path, content_kind: str, files: _SourceFiles) -> StagedCopy | None:
+def _find_valid_copy(root: Path, content_kind: str, files: _SourceFiles) -> StagedCopy | None:
     """The existing copy of these files, locked, if every file is as it was written. Else None; a broken copy is deleted.
 
-    `content_kind`: `model` or `data`. The caller must be in `_only_stager`.
+    `content_kind`: `model` or `data`. The caller must be in `_only_stager`. `StagedCopies.release` closes the descriptor of the
+    lock.
     """
     path = root / f"{content_kind}-{files.key[:16]}"
     # Lock the copy before reading it: a run that ends deletes a copy under its exclusive lock, without the lock on `root`.
@@ -207,7 +210,8 @@ def _valid_copy(root: Path, content_kind: str, files: _SourceFiles) -> StagedCop
 def _copy_files(root: Path, content_kind: str, files: _SourceFiles, should_stop: Callable[[], bool]) -> StagedCopy:
     """Copy files to `root`, compare each with its source, and return the copy, locked. It gets its final name when complete.
 
-    `content_kind`: `model` or `data`. `should_stop`: asked while bytes are copied. Raises OSError, StorageError if a copied file
+    `content_kind`: `model` or `data`. The lock tells other processes that the copy is in use. The caller must be in
+    `_only_stager`. `should_stop`: asked while bytes are copied. Raises OSError, StorageError if a copied file
     differs from its source, and Preempted if `should_stop` says so; an incomplete copy is then deleted.
     """
     path = root / f"{content_kind}-{files.key[:16]}"
@@ -220,7 +224,7 @@ def _copy_files(root: Path, content_kind: str, files: _SourceFiles, should_stop:
     )
     try:
         digests = {name: _copy_file(files.source / name, partial / name, should_stop) for name in files.names}
-        # `of` names the source for whoever looks at the disk; the digests are checked before the copy is used.
+        # `of` names the source for whoever looks at the disk; the digests are compared whenever the copy is used.
         record = {"of": str(files.source), "bytes": files.num_bytes, "digests": digests}
         (partial / COPY_RECORD_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
         partial.rename(path)
@@ -234,29 +238,32 @@ def _copy_files(root: Path, content_kind: str, files: _SourceFiles, should_stop:
 def _copy_file(source: Path, target: Path, should_stop: Callable[[], bool]) -> str:
     """Copy a file, and return the sampled digest of both. Errors: OSError, StorageError if they differ, Preempted."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as read, target.open("wb") as write:
-        while piece := read.read(CHUNK_BYTES):
+    with source.open("rb") as source_file, target.open("wb") as target_file:
+        while chunk := source_file.read(CHUNK_BYTES):
             if should_stop():
                 raise Preempted("interrupted while copying model and data; the copy will start over")
-            write.write(piece)
+            target_file.write(chunk)
     digest = sampled_digest(source)
     if sampled_digest(target) != digest:
         raise StorageError(f"{target}: has not the bytes of {source} that were written there; look after this disk")
     return digest
 
 
-def _make_room(root: Path, setting: str, missing: dict[str, _SourceFiles], *, keep: set[Path]) -> None:
+def _free_space_for_copies(
+    root: Path, setting: str, missing: dict[str, _SourceFiles], paths_to_keep: set[Path]
+) -> None:
     """Delete unused copies that are stale, and as many others as the `missing` copies need space, the oldest first.
 
-    Unfinished copies are deleted too. Copies in `keep` stay. Raises StorageError, with numbers, if there is still too little
-    space.
+    `missing`: the files to copy, under `model` and `data`. Unfinished copies are deleted too, and lock files without a copy.
+    Raises StorageError, with numbers, if there is still too little space.
     """
     needed = sum(files.num_bytes for files in missing.values())
     for unfinished in root.glob(".*.partial"):
         shutil.rmtree(unfinished, ignore_errors=True)
-    for path in sorted(_unused_copies(root, keep), key=_last_use_time):
+    for path in sorted(_unused_copies(root, paths_to_keep), key=_last_use_time):
+        is_lock_file_alone = not path.exists()
         is_stale = time.time() - _last_use_time(path) > STALE_AFTER_S
-        if not path.exists() or is_stale or _free_bytes(root) < needed:
+        if is_lock_file_alone or is_stale or _free_bytes(root) < needed:
             _remove_copy(path)
     free = _free_bytes(root)
     if free >= needed:
@@ -275,12 +282,12 @@ def _free_bytes(root: Path) -> int:
     return usage.free - int(SPARE_SHARE * usage.total)
 
 
-def _unused_copies(root: Path, keep: set[Path]) -> Iterator[Path]:
-    """Copies that no process reads, except those in `keep`. Also yields a path of which only the lock file is left."""
+def _unused_copies(root: Path, paths_to_keep: set[Path]) -> Iterator[Path]:
+    """Copies that no process reads, except those to keep. Also yields a path of which only the lock file is left."""
     names = {path.name.removesuffix(IN_USE_SUFFIX) for path in root.iterdir() if not path.name.startswith(".")}
     for name in names:
         path = root / name
-        if path not in keep:
+        if path not in paths_to_keep:
             with suppress(OSError):  # a process that reads it holds the lock
                 os.close(_lock_for_use(path, fcntl.LOCK_EX | fcntl.LOCK_NB))
                 yield path

@@ -13,6 +13,7 @@ from trainer.config.run import RunConfig
 from trainer.data.batches.cutting import sequence_cut
 from trainer.data.batches.loader import EvalShare, StepLoader
 from trainer.data.prepare import PreparedData
+from trainer.data.store.sequences import TokenDataset
 from trainer.evaluation.build import source_metric_names
 from trainer.evaluation.interval import AUTO, EVERY_STEPS, RunSize, auto_interval_reason, automatic_interval
 from trainer.reporting.resolution import ResolvedSetting
@@ -41,8 +42,8 @@ def resolve_evaluation_interval(
 ) -> EvaluationInterval:
     """How often this run is evaluated (`evaluation.every_steps`), with `auto` computed from the sizes of run and held-out data.
 
-    Two side effects for `auto`: the number is stored in `progress`, so that a resumed run has the same one, and noted with its
-    reason in `built.substitutions`, which the start screen shows. No collective.
+    With `auto`, sets `progress.evaluate_every`, so that a resumed run has the same number, and `built.substitutions`, which the
+    start screen shows. No collective.
     """
     configured_steps = config.evaluation.every_steps
     if configured_steps != AUTO:
@@ -51,6 +52,23 @@ def resolve_evaluation_interval(
     if held_out is None or len(held_out) == 0 or isinstance(loader, RolloutLoader):
         # Held-out rewards need written answers, which is too expensive unless the user sets an interval.
         return EvaluationInterval(0, intermediate_loss_only=True)
+    size = RunSize(
+        total_steps=total_steps,
+        # A unit is what a batch counts: a document, a pack, or a pair of answers.
+        tokens_per_step=float(loader.unit_tokens.mean()) * config.batch["global"],
+        held_out_tokens=_num_evaluated_tokens(config, held_out, built, runtime),
+    )
+    # A run that was too short for any evaluation on the way may have been extended. Every other number stays.
+    if not progress.evaluate_every:
+        progress.evaluate_every = automatic_interval(size)
+    interval = progress.evaluate_every
+    reason = auto_interval_reason(interval, size, config.evaluation.patience)
+    built.substitutions[EVERY_STEPS] = str(ResolvedSetting(EVERY_STEPS, AUTO, interval, reason))
+    return EvaluationInterval(interval, intermediate_loss_only=True)
+
+
+def _num_evaluated_tokens(config: RunConfig, held_out: TokenDataset, built: BuiltModel, runtime: Runtime) -> int:
+    """Tokens that one evaluation of the held-out loss reads, all ranks together: of `evaluation.max_documents` documents."""
     eval_share = EvalShare(
         config.evaluation.batch,
         runtime.dp_rank,
@@ -60,15 +78,4 @@ def resolve_evaluation_interval(
         by_source=bool(source_metric_names(held_out)),  # `max_documents` bounds each source by itself
         cut=sequence_cut(runtime),
     )
-    size = RunSize(
-        total_steps=total_steps,
-        tokens_per_step=float(loader.unit_tokens.mean()) * config.batch["global"],
-        held_out_tokens=int(held_out.lengths[eval_share.covered_sequences(held_out)].sum()),
-    )
-    # A run that was too short for any evaluation on the way may have been extended. Every other number stays.
-    if not progress.evaluate_every:
-        progress.evaluate_every = automatic_interval(size)
-    interval = progress.evaluate_every
-    reason = auto_interval_reason(interval, size, config.evaluation.patience)
-    built.substitutions[EVERY_STEPS] = str(ResolvedSetting(EVERY_STEPS, AUTO, interval, reason))
-    return EvaluationInterval(interval, intermediate_loss_only=True)
+    return int(held_out.lengths[eval_share.covered_sequences(held_out)].sum())

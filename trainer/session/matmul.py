@@ -26,22 +26,29 @@ def resolve_matmul(
     GPUs, and if the user named a library, both are returned as they are. Rank 0 chooses for all ranks: see
     `_choose_matmul_library`. Raises StorageError on every rank if the choice cannot be written.
     """
-    own_choice = runtime.matmul  # by this host's processor; None on GPUs
-    if own_choice is None or config.run.matmul is not Matmul.auto:
+    choice_for_this_host = runtime.matmul  # by its processor; None on GPUs
+    if choice_for_this_host is None or config.run.matmul is not Matmul.auto:
         return config, runtime
-    resolution = call_on_main(lambda: _choose_matmul_library(config, run_dir, own_choice, write_config), runtime)
+
+    def choose_on_rank_0() -> ResolvedSetting:
+        return _choose_matmul_library(config, run_dir, choice_for_this_host, write_config)
+
+    resolution = call_on_main(choose_on_rank_0, runtime)
     config = _with_matmul_resolution(config, resolution)
     return config, _runtime_with_library(settled_matmul(config), runtime)
 
 
 def _choose_matmul_library(
-    config: RunConfig, run_dir: Path, own_choice: MatmulChoice, write_config: Callable[[Path, RunConfig], None]
+    config: RunConfig,
+    run_dir: Path,
+    choice_for_this_host: MatmulChoice,
+    write_config: Callable[[Path, RunConfig], None],
 ) -> ResolvedSetting:
     """Which library this run uses, and why. Called on rank 0 alone.
 
     - The library of an earlier start of this run, which is in the configuration already.
     - Else that of the comparison to which the run belongs, which its first run decides.
-    - Else `own_choice`, by the processor of this host.
+    - Else `choice_for_this_host`, by its processor.
 
     In the last two cases it also calls `write_config(run_dir, config)` with the choice in the configuration, which writes
     `config.yaml`. Raises StorageError.
@@ -49,7 +56,9 @@ def _choose_matmul_library(
     earlier = config.resolution(MATMUL_KEY)
     if earlier is not None and settled_matmul(config) is not Matmul.auto:
         return earlier
-    own_resolution = ResolvedSetting(MATMUL_KEY, asked=AUTO, chosen=str(own_choice.library), reason=own_choice.reason)
+    own_resolution = ResolvedSetting(
+        MATMUL_KEY, asked=AUTO, chosen=str(choice_for_this_host.library), reason=choice_for_this_host.reason
+    )
     shared = agree_on_shared_choice(run_dir, MATMUL_KEY, asdict(own_resolution))
     resolution = parse_resolution(MATMUL_KEY, shared) or own_resolution
     write_config(run_dir, _with_matmul_resolution(config, resolution))
@@ -61,18 +70,19 @@ def _with_matmul_resolution(config: RunConfig, resolution: ResolvedSetting) -> R
     return replace(config, substitutions={**config.substitutions, MATMUL_KEY: resolution})
 
 
-def _runtime_with_library(library: Matmul, runtime: Runtime) -> Runtime:
-    """The runtime with the library that the run began with; the same runtime if it uses that library already.
+def _runtime_with_library(first_library: Matmul, runtime: Runtime) -> Runtime:
+    """The runtime with the library that the run began with, since another one rounds differently.
 
-    If this rank's host does not have that library, the runtime uses BLAS, with the reason in `runtime.matmul.reason`.
+    The same runtime if it uses that library already. If this rank's host does not have it, the runtime uses BLAS, with the
+    reason in `runtime.matmul.reason`.
     """
     assert runtime.matmul is not None
-    if library in (runtime.matmul.library, Matmul.auto):
+    if first_library in (runtime.matmul.library, Matmul.auto):
         return runtime
-    switched = with_matmul(library, runtime)
+    switched = with_matmul(first_library, runtime)
     assert switched.matmul is not None
-    if switched.matmul.library is library:
+    if switched.matmul.library is first_library:
         reason = "as this run began"
     else:
-        reason = f"this run began with {library}; {switched.matmul.reason}"
+        reason = f"this run began with {first_library}; {switched.matmul.reason}"
     return replace(switched, matmul=MatmulChoice(switched.matmul.library, reason))

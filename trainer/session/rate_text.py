@@ -35,12 +35,12 @@ class LearningRate:
 
 
 def learning_rate_of(config: RunConfig, total_steps: int) -> LearningRate:
-    """The learning rate of a run of `total_steps`."""
-    usual = usual_learning_rate(config.optim, config.tuning.method, str(config.objective.name))
+    """The learning rate of a run of `total_steps`, beside the usual one of its optimizer, tuning method and objective."""
+    advised = usual_learning_rate(config.optim, config.tuning.method, str(config.objective.name))  # None: none is known
     return LearningRate(
         peak=config.optim.peak_lr,
-        usual=usual.usual if usual is not None else None,
-        highest_advised=usual.high if usual is not None else None,
+        usual=None if advised is None else advised.usual,
+        highest_advised=None if advised is None else advised.high,
         warmup_steps=warmup_steps(config.schedule, total_steps),
         schedule=str(config.schedule.name),
     )

@@ -24,7 +24,7 @@ RECORD_FIELDS = (
     "metric_names",
 )
 """Fields of `run.json` on how steps are computed, and under which names they are logged, that become columns."""
-PATHS = ("model.path", "data.path")
+PATH_SETTINGS = ("model.path", "data.path")
 MAX_PATH_CHARACTERS = 80
 """Characters of a column that names paths."""
 
@@ -35,7 +35,11 @@ def name_of(config: RunConfig) -> str:
 
 
 def tracker_settings(config: RunConfig, record: RunRecord) -> dict[str, Any]:
-    """Columns of a run for a tracker's table of runs, and the whole configuration as nested settings under `config`."""
+    """Columns of a run for a tracker's table of runs, and the whole configuration as nested settings under `config`.
+
+    In the order in which they are set here, which trackers may keep. The columns that `logging.columns` names replace those that
+    are set before them, but no fact that tells runs apart.
+    """
     nested_settings = settings_as_dict(config)
     settings = flatten_settings(nested_settings)  # by dotted key
     columns: dict[str, Any] = {}
@@ -83,11 +87,11 @@ def chosen_columns(column_specs: list[str], settings: Mapping[str, Any]) -> dict
 def _column_value(key: str, setting_value: Any) -> Any:
     """The value of a setting as a column shows it.
 
-    - Paths (a key of PATHS) by their last part: ["/a/base", "/b/more"] -> "base+more".
+    - Paths (a key of PATH_SETTINGS) by their last part: ["/a/base", "/b/more"] -> "base+more".
     - Other lists as one text: [1, 2] -> "1,2".
     - Anything else as it is.
     """
-    if key in PATHS and setting_value is not None:
+    if key in PATH_SETTINGS and setting_value is not None:
         paths = setting_value if isinstance(setting_value, list) else [setting_value]
         names = [Path(str(path)).name or str(path) for path in paths]
         return "+".join(names)[:MAX_PATH_CHARACTERS]
