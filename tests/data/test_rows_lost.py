@@ -13,7 +13,7 @@ from trainer.data.config import ControlTokens, DataConfig, DuplicatePolicy, Dupl
 from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
 from trainer.data.report.preview import summary_text
-from trainer.data.tokens.marking import RESERVED
+from trainer.data.tokens.marking import RESERVED_CHARACTERS
 from trainer.model.config import ModelConfig
 from trainer.objectives.kto import RatedDataSpec
 from trainer.objectives.pairs import PairDataSpec
@@ -46,7 +46,7 @@ def test_lost_rows_of_every_cause_count_against_one_bound(tmp_path):
         *chat_rows(15),
         {"messages": [{"role": "user", "content": "x"}]},
         talk("q", "a", system="the template knows no system turn"),
-        talk(f"q{RESERVED[0]}", "a"),
+        talk(f"q{RESERVED_CHARACTERS[0]}", "a"),
         talk("fox " * 200, "nothing of this is left"),
         {"messages": [{"role": "user", "content": "<s>q"}, {"role": "assistant", "content": "a"}]},
     ]

@@ -10,7 +10,7 @@ from tests.helpers.covering import examples
 from trainer.data.config import LearnConfig, LearnTurns, OverLength
 from trainer.data.document import Document
 from trainer.data.tokens.encode import Encoder
-from trainer.data.tokens.marking import RESERVED
+from trainer.data.tokens.marking import RESERVED_CHARACTERS
 from trainer.data.tokens.truncation import fit_length, oddity_codes
 
 CHAT = Encoder(make.tiny_tokenizer())
@@ -123,7 +123,7 @@ def test_encoder_names_the_refused_conversation_of_a_batch():
 
 
 def test_reserved_characters_are_refused():
-    for reserved in RESERVED:
+    for reserved in RESERVED_CHARACTERS:
         with pytest.raises(DataError, match=r"f\.jsonl:3: .*private-use characters U\+10FB01 to U\+10FB05"):
             encode(CHAT, talk("q", f"a{reserved}b"))
 
@@ -242,7 +242,7 @@ def test_preference_pairs_are_cut_too():
 
 
 WORDS = st.text(st.sampled_from("ab \n'sé😀👍🏽漢\u0301\x85\xa01?"), max_size=12) | st.text(max_size=8)
-CONTENT = WORDS.filter(lambda content: not any("\ud800" <= c <= "\udfff" or c in RESERVED for c in content))
+CONTENT = WORDS.filter(lambda content: not any("\ud800" <= c <= "\udfff" or c in RESERVED_CHARACTERS for c in content))
 
 
 def same(one, other):

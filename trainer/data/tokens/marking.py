@@ -19,22 +19,25 @@ from functools import cache, partial
 
 from strategies.errors import DataError
 from trainer.data.document import Message, RefusedDocument
-from trainer.data.tokens.skeleton import Skeleton, Spans, cut_skeleton
+from trainer.data.tokens.skeleton import ClosedText, Skeleton, Spans, cut_skeleton
 
-RESERVED = "\U0010fb01\U0010fb02\U0010fb03\U0010fb04\U0010fb05"
+RESERVED_CHARACTERS = "\U0010fb01\U0010fb02\U0010fb03\U0010fb04\U0010fb05"
 """Private-use characters of the last plane, which no font uses and no template looks for; data must not have them."""
-BEGIN = RESERVED[0]
-END = RESERVED[1]
-"""Stand around the content of a turn."""
-THOUGHT = RESERVED[2]
+CONTENT_BEGIN_MARK = RESERVED_CHARACTERS[0]
+CONTENT_END_MARK = RESERVED_CHARACTERS[1]
+"""Stand before and after the content of a turn."""
+THOUGHT_MARK = RESERVED_CHARACTERS[2]
 """Stands where a thought begins."""
-_MARK_REGEX = re.compile(f"[{BEGIN}{END}{THOUGHT}]")
+PLACEHOLDER_BEGIN = RESERVED_CHARACTERS[3]
+PLACEHOLDER_END = RESERVED_CHARACTERS[4]
+"""Stand around the number of a turn, in place of its content, while a skeleton is learned."""
+_MARK_REGEX = re.compile(f"[{CONTENT_BEGIN_MARK}{CONTENT_END_MARK}{THOUGHT_MARK}]")
 _THOUGHT_AND_ANSWER_REGEX = re.compile(r"(\s*<think>\s*)?(.*</think>\s*)(.*)", re.DOTALL)
-_MAX_SHAPES = 4096
+_MAX_REMEMBERED_SHAPES = 4096
 """Shapes of conversations that are remembered; more are forgotten all at once, so that memory stays bounded."""
-_MAX_MISSES = 8
+_MAX_MISFITS = 8
 """After so many conversations that their shape's skeleton does not fit, the shape is always rendered twice."""
-_SKELETON_AT_USE = 2
+_MIN_USES_FOR_SKELETON = 2
 """A skeleton is made when its shape comes for the second time: it costs a few renderings, which one use does not pay back."""
 
 Render = Callable[..., str]
@@ -42,14 +45,15 @@ Render = Callable[..., str]
 Marker = Callable[[str], str]
 """Puts marks into the content of a message."""
 Shape = tuple[object, ...]
-"""Roles, indices of learned turns, and the whitespace around each content."""
+"""What decides the skeleton of a conversation: ("user", "assistant", (1,), (0, ("", "\\n"))) for two roles, of which turn 1 is
+supervised, and the whitespace around the content of turn 0."""
 ContentWhitespace = dict[int, tuple[str, str]]
 """Whitespace (before, after) the content of each turn that has some, by the turn's index."""
 
 
 @dataclass(slots=True)
 class _MarkedTurn:
-    """Positions in the text without marks: of a thought, if the template kept it, and of the content."""
+    """Positions in the text without marks: of a thought, if it was marked and the template kept it, and of the content."""
 
     thought_begin: int | None
     content_begin: int
@@ -70,36 +74,40 @@ class SpanFinder:
         self._added_tokens = added_tokens
         self._end_patterns = end_patterns
         self._eos = eos
-        self._any_token = leading_token_pattern(added_tokens)
+        self._any_added_token_pattern = leading_token_pattern(added_tokens)
         self._skeletons: dict[Shape, Skeleton | None] = {}
         """None for a shape that has no skeleton: its conversations are always rendered twice."""
         self._times_seen: dict[Shape, int] = {}
         """How often a shape without a skeleton came."""
-        self._misses: dict[Shape, int] = {}
-        """How often the skeleton of a shape did not fit."""
+        self._num_misfits: dict[Shape, int] = {}
+        """How often the skeleton of a shape did not fit a conversation."""
 
     def find_spans(
-        self, messages: list[Message], learned_indices: list[int], text: str, location: str, *, fast: bool = True
-    ) -> tuple[str, Spans]:
-        """Find the characters of the supervised turns in a rendered conversation: (closed text, one span a turn).
+        self,
+        messages: list[Message],
+        learned_indices: list[int],
+        text: str,
+        location: str,
+        *,
+        try_skeleton: bool = True,
+    ) -> ClosedText:
+        """Find the characters of the supervised turns in a rendered conversation: its closed text with one span a turn.
 
-        `learned_indices`: indices of the supervised turns. `text`: the conversation as the template rendered it; the closed text
-        has an end-of-turn token at its end, too. `location`: `file:line` of the row. The fast way knows what the template writes
-        around contents; `fast=False` renders the conversation a second time, with marks, in any case. Raises DataError if the
-        spans cannot be told, RefusedDocument if the thought of the last turn is lost.
+        `learned_indices`: indices of the supervised turns. `text`: the conversation as the template rendered it. `location`:
+        `file:line` of the row. The skeleton, which is fast, knows what the template writes around contents;
+        `try_skeleton=False` renders the conversation a second time, with marks, in any case. Raises DataError if the spans
+        cannot be told, RefusedDocument if the thought of the last turn is lost.
         """
-        text_and_spans = self._spans_by_skeleton(messages, learned_indices, text) if fast else None
-        if text_and_spans is None:
+        closed_text = self._spans_by_skeleton(messages, learned_indices, text) if try_skeleton else None
+        if closed_text is None:
             return self._spans_by_marking(messages, learned_indices, text, location)
-        return text_and_spans
+        return closed_text
 
-    def _spans_by_skeleton(
-        self, messages: list[Message], learned_indices: list[int], text: str
-    ) -> tuple[str, Spans] | None:
-        """(closed text, spans) without rendering again; None if the conversation must be rendered with marks.
+    def _spans_by_skeleton(self, messages: list[Message], learned_indices: list[int], text: str) -> ClosedText | None:
+        """The closed text and its spans without rendering again; None if the conversation must be rendered with marks.
 
         Conversations of one shape (roles, supervised turns, outer whitespace) share a skeleton: what the template writes around
-        their contents. It is remembered, and fitted to the contents.
+        their contents, such as "<user>", "<assistant>" and "</s>". It is remembered, and fitted to the contents.
         """
         roles: list[str] = []
         contents: list[str] = []
@@ -123,19 +131,19 @@ class SpanFinder:
             skeleton = self._learn_skeleton(shape, roles, learned_indices, whitespace)
         if skeleton is None:
             return None
-        text_and_spans = skeleton.fit(contents, text)
-        if text_and_spans is None:
+        closed_text = skeleton.fit(contents, text)
+        if closed_text is None:
             self._forget_misfit(shape)
-        return text_and_spans
+        return closed_text
 
     def _forget_misfit(self, shape: Shape) -> None:
-        """Forget the skeleton of a shape, which did not fit a conversation; after `_MAX_MISSES` times, for good.
+        """Forget the skeleton of a shape of conversations, which did not fit one; after `_MAX_MISFITS` times, for good.
 
         Either the template writes the time, and a skeleton that is learned anew will fit; or the template looks into
-        contents, and none ever does. After `_MAX_MISSES` we assume the latter.
+        contents, and none ever does. After `_MAX_MISFITS` we assume the latter.
         """
-        self._misses[shape] = self._misses.get(shape, 0) + 1
-        if self._misses[shape] < _MAX_MISSES:
+        self._num_misfits[shape] = self._num_misfits.get(shape, 0) + 1
+        if self._num_misfits[shape] < _MAX_MISFITS:
             del self._skeletons[shape]
         else:
             self._skeletons[shape] = None
@@ -143,41 +151,49 @@ class SpanFinder:
     def _learn_skeleton(
         self, shape: Shape, roles: list[str], learned_indices: list[int], whitespace: ContentWhitespace
     ) -> Skeleton | None:
-        """Learn the skeleton of a shape of conversation (see `_spans_by_skeleton`) by rendering placeholders as contents.
+        """Learn and remember what the template writes around the contents of conversations of a shape: their skeleton.
 
-        Remembers the skeleton, and returns it. None for a shape that has not come `_SKELETON_AT_USE` times yet, and if the
-        template writes something else than placeholders with a fixed text around them.
+        The parameters after `shape` are its parts. None for a shape that has not come `_MIN_USES_FOR_SKELETON` times yet, and if
+        the template has no skeleton for it, which is remembered too.
         """
         self._times_seen[shape] = self._times_seen.get(shape, 0) + 1
-        if self._times_seen[shape] < _SKELETON_AT_USE:
-            if len(self._times_seen) > _MAX_SHAPES:
+        if self._times_seen[shape] < _MIN_USES_FOR_SKELETON:
+            if len(self._times_seen) > _MAX_REMEMBERED_SHAPES:
                 self._times_seen.clear()
             return None
-        if len(self._skeletons) >= _MAX_SHAPES:
+        if len(self._skeletons) >= _MAX_REMEMBERED_SHAPES:
             self._skeletons.clear()
+        self._skeletons[shape] = self._make_skeleton(roles, learned_indices, whitespace)
+        return self._skeletons[shape]
+
+    def _make_skeleton(
+        self, roles: list[str], learned_indices: list[int], whitespace: ContentWhitespace
+    ) -> Skeleton | None:
+        """The skeleton of conversations with these roles, supervised turns and outer whitespace, by rendering placeholders.
+
+        None if the template writes something else than the placeholders with a fixed text around them.
+        """
         placeholders: list[str] = []
         messages: list[Message] = []
         for index, role in enumerate(roles):
-            placeholder = f"{RESERVED[3]}{index}{RESERVED[4]}"
+            placeholder = f"{PLACEHOLDER_BEGIN}{index}{PLACEHOLDER_END}"
             before, after = whitespace.get(index, ("", ""))
             placeholders.append(placeholder)
             messages.append({"role": role, "content": before + placeholder + after})
-        self._skeletons[shape] = None
         try:
             text = self._render(messages)
-            closed_text, spans = self._spans_by_marking(messages, learned_indices, text, "")
-            self._skeletons[shape] = cut_skeleton(placeholders, text, closed_text, spans, self._added_tokens)
+            closed_text = self._spans_by_marking(messages, learned_indices, text, location="")
+            return cut_skeleton(placeholders, text, closed_text, self._added_tokens)
         except Exception:  # noqa: BLE001 - a template that dislikes placeholders is asked about each conversation
             return None
-        return self._skeletons[shape]
 
     def _spans_by_marking(
         self, messages: list[Message], learned_indices: list[int], text: str, location: str
-    ) -> tuple[str, Spans]:
-        """(closed text, spans) by rendering the conversation a second time, with marks around the supervised contents.
+    ) -> ClosedText:
+        """The closed text and its spans, by rendering the conversation a second time, with marks around supervised contents.
 
-        Marks are private-use characters: where they come out in the rendered text, the contents begin and end. Raises
-        DataError and RefusedDocument as described at `find_spans`.
+        Marks are private-use characters: where they come out in the rendered text, the contents begin and end. The spans are
+        then widened by the tokens that close the turns. Raises DataError and RefusedDocument as described at `find_spans`.
         """
         try:
             spans = self._content_spans(messages, learned_indices, text, location)
@@ -191,21 +207,29 @@ class SpanFinder:
         return self.close_turns(text, spans, [messages[index]["role"] for index in learned_indices])
 
     def _content_spans(self, messages: list[Message], learned_indices: list[int], text: str, location: str) -> Spans:
-        """Spans of the supervised contents in `text`, by the first way of marking that leaves the rest of the text unchanged.
+        """Spans of the supervised contents in `text`, the rendering without marks, one for each of `learned_indices`.
 
-        Raises DataError if none does, RefusedDocument if the thought of the last turn is lost.
+        Marks are characters around a content that show where it comes out. They are put there in three ways, since a template may
+        trim contents, or take thoughts out of them: the first way that leaves the rest of the text unchanged is taken. Raises
+        DataError if none does, RefusedDocument if the thought of the last turn is lost.
         """
         for mark_content in (mark_whole, mark_trimmed, mark_thought):
             turns = render_marked(
                 self._render, messages, learned_indices, text, dict.fromkeys(learned_indices, mark_content)
             )
-            if turns is None:
+            if turns is None:  # with these marks the template writes something else
                 continue
             if mark_content is mark_trimmed:
                 turns = self._with_kept_whitespace(messages, learned_indices, text, turns)
             spans = []
             for number, turn in enumerate(turns):
-                begin = self._learning_begin(messages, learned_indices, text, number, turn, location)
+                if turn.thought_begin is None:
+                    begin = turn.content_begin
+                    self._check_thought_not_lost(messages, learned_indices, text, number, turn, location)
+                else:
+                    begin = self._thought_turn_begin(
+                        messages, learned_indices, text, number, turn.thought_begin, location
+                    )
                 spans.append((begin, turn.content_end))
             return spans
         role = messages[learned_indices[-1]]["role"]
@@ -221,68 +245,76 @@ class SpanFinder:
     ) -> list[_MarkedTurn]:
         """The turns, each widened by the outer whitespace of its content that the template keeps.
 
-        `turns`: the positions of the turns `learned_indices`, found with trimmed contents. A template may trim some turns only,
-        or line ends only.
+        `turns`: the positions of the turns `learned_indices`, found with marks inside the outer whitespace. A template may trim
+        some turns only, or line ends only.
         """
         widened_turns = []
-        for number, index in enumerate(learned_indices):
+        for number, (index, turn) in enumerate(zip(learned_indices, turns, strict=True)):
             content = messages[index]["content"]
-            turn = turns[number]
             if content != content.strip():
-                find_turn = partial(self._find_turn_with_marks, messages, learned_indices, text, number)
-                turn = _widest_turn(content, cache(find_turn)) or turn
+                # By (begin, end): the turn, if marks around content[begin:end] leave the text as it is. Each is a rendering.
+                find_turn = cache(partial(self._find_turn_with_marks, messages, learned_indices, text, number))
+                turn = _widest_turn(content, find_turn) or turn
             widened_turns.append(turn)
         return widened_turns
 
     def _find_turn_with_marks(
         self, messages: list[Message], learned_indices: list[int], text: str, number: int, begin: int, end: int
     ) -> _MarkedTurn | None:
-        """The turn `learned[number]`, found with marks around content[begin:end]; None if these marks change the text."""
+        """The turn `learned_indices[number]`, found with marks around content[begin:end]; None if these marks change the text."""
         markers: dict[int, Marker] = dict.fromkeys(learned_indices, mark_trimmed)
         markers[learned_indices[number]] = partial(mark_between, begin=begin, end=end)
         turns = render_marked(self._render, messages, learned_indices, text, markers)
         return None if turns is None else turns[number]
 
-    def _learning_begin(
-        self,
+    @staticmethod
+    def _check_thought_not_lost(
         messages: list[Message],
         learned_indices: list[int],
         text: str,
         number: int,
         turn: _MarkedTurn,
         location: str,
-    ) -> int:
-        """Where supervision of the turn `learned[number]` begins in `text`.
+    ) -> None:
+        """Raise RefusedDocument if the last supervised turn has a `<think>` part that the template threw away.
 
-        - No mark of a thought came out: at the content. RefusedDocument if the last turn has a thought that the template
-          threw away.
-        - The turn has a `<think>` part: where generation would begin, since the template may write the opening tag itself.
-          RefusedDocument if there is no such place.
+        `turn`: the turn `learned_indices[number]` in `text`. Templates drop thoughts of earlier turns on purpose; without that of
+        the last one there is nothing to learn.
         """
-        if turn.thought_begin is None:
-            has_thought = "</think>" in messages[learned_indices[number]]["content"]
-            is_last = number == len(learned_indices) - 1
-            # Templates drop thoughts of earlier turns on purpose; without that of the last one there is nothing to learn.
-            if has_thought and is_last and "</think>" not in text[turn.content_begin : turn.content_end]:
-                raise RefusedDocument(
-                    location,
-                    "thought_lost",
-                    "the chat template throws away the <think> part of the last assistant turn; remove it from the data "
-                    "or give another template in model.chat_template",
-                )
-            return turn.content_begin
+        has_thought = "</think>" in messages[learned_indices[number]]["content"]
+        is_last = number == len(learned_indices) - 1
+        if has_thought and is_last and "</think>" not in text[turn.content_begin : turn.content_end]:
+            raise RefusedDocument(
+                location,
+                "thought_lost",
+                "the chat template throws away the <think> part of the last assistant turn; remove it from the data "
+                "or give another template in model.chat_template",
+            )
+
+    def _thought_turn_begin(
+        self,
+        messages: list[Message],
+        learned_indices: list[int],
+        text: str,
+        number: int,
+        thought_begin: int,
+        location: str,
+    ) -> int:
+        """Where generation of the turn `learned_indices[number]`, which has a `<think>` part, would begin in `text`.
+
+        Not where its thought begins (`thought_begin`), since the template may write the opening tag itself. Raises
+        RefusedDocument if there is no such place.
+        """
         prompt = self._render(messages[: learned_indices[number]], prompt=True)
-        if not text.startswith(prompt) or len(prompt) > turn.thought_begin:
+        if not text.startswith(prompt) or len(prompt) > thought_begin:
             message = f"cannot tell where assistant turn {number + 1} begins, with its <think> part"
             raise RefusedDocument(location, "thought_lost", message)
         return len(prompt)
 
     def close_turns(
         self, text: str, spans: Spans, roles: list[str], already_closed: tuple[str, ...] = ()
-    ) -> tuple[str, Spans]:
-        """Widen supervised spans by the end-of-turn tokens that follow them, so that the model learns to stop:
-
-        (closed text, spans).
+    ) -> ClosedText:
+        """Widen supervised spans (character ranges) by the end-of-turn tokens that follow, so that the model learns to stop.
 
         `roles`: of the turns that the spans belong to. For each span:
         - it ends with one of the tokens `already_closed`: it stays as it is;
@@ -294,7 +326,7 @@ class SpanFinder:
             is_final = number == len(spans) - 1
             is_closed = bool(already_closed) and text[begin:end].rstrip().endswith(already_closed)
             if not is_closed:
-                end_pattern = self._any_token if is_final else self._end_patterns[role]
+                end_pattern = self._any_added_token_pattern if is_final else self._end_patterns[role]
                 end_token = end_pattern.match(text, end)
                 if end_token:
                     end = end_token.end()
@@ -302,7 +334,7 @@ class SpanFinder:
                     text = text[:end] + text[end:].rstrip() + self._eos
                     end = len(text)
             closed_spans.append((begin, end))
-        return text, closed_spans
+        return ClosedText(text, closed_spans)
 
 
 def _widest_turn(content: str, find_turn: Callable[[int, int], _MarkedTurn | None]) -> _MarkedTurn | None:
@@ -310,8 +342,9 @@ def _widest_turn(content: str, find_turn: Callable[[int, int], _MarkedTurn | Non
 
     `find_turn(begin, end)` finds the turn with marks around content[begin:end]; None if these marks change the text.
 
-    A template trims whitespace from the outside up to some character. A mark inside the trimmed part keeps it from being trimmed,
-    and changes the text. So the outermost marks that work are found by bisection.
+    A template trims whitespace from the outside up to some character. A mark within the trimmed part keeps it from being trimmed,
+    and changes the text, while all marks further inside leave it as it is: so the outermost marks that work are found by
+    bisection.
     """
     length = len(content)
     whole_turn = find_turn(0, length)
@@ -335,8 +368,9 @@ def render_marked(
 ) -> list[_MarkedTurn] | None:
     """Render a conversation with marks in the learned contents, and return where they stand in `text`, one a learned turn.
 
-    `text`: the rendering without marks. `markers[index]` puts the marks into the content of message `index`. None unless every
-    learned turn shows its marks once, in order, and the text is otherwise the same.
+    `text`: the rendering without marks. `markers[index]` puts the marks, private-use characters, into the content of message
+    `index`. None unless every learned turn shows its marks once, in order (thought, begin, end), and the text is otherwise the
+    same.
     """
     marked_messages = list(messages)
     for index in learned_indices:
@@ -351,11 +385,11 @@ def render_marked(
     for num_marks_before, match in enumerate(_MARK_REGEX.finditer(marked_text)):
         mark = match.group()
         position = match.start() - num_marks_before  # in `text`, which lacks the marks of one character each
-        if mark == THOUGHT and thought_begin is None and content_begin is None:
+        if mark == THOUGHT_MARK and thought_begin is None and content_begin is None:
             thought_begin = position
-        elif mark == BEGIN and content_begin is None:
+        elif mark == CONTENT_BEGIN_MARK and content_begin is None:
             content_begin = position
-        elif mark == END and content_begin is not None:
+        elif mark == CONTENT_END_MARK and content_begin is not None:
             turns.append(_MarkedTurn(thought_begin, content_begin, position))
             thought_begin = None
             content_begin = None
@@ -373,12 +407,12 @@ def leading_token_pattern(tokens: list[str]) -> re.Pattern[str]:
 
 def mark_whole(content: str) -> str:
     """A message's content with marks around all of it."""
-    return f"{BEGIN}{content}{END}"
+    return f"{CONTENT_BEGIN_MARK}{content}{CONTENT_END_MARK}"
 
 
 def mark_between(content: str, begin: int, end: int) -> str:
     """A message's content with marks around content[begin:end]."""
-    return f"{content[:begin]}{BEGIN}{content[begin:end]}{END}{content[end:]}"
+    return f"{content[:begin]}{CONTENT_BEGIN_MARK}{content[begin:end]}{CONTENT_END_MARK}{content[end:]}"
 
 
 def mark_trimmed(content: str) -> str:
@@ -390,15 +424,16 @@ def mark_trimmed(content: str) -> str:
 def mark_thought(content: str) -> str:
     """A message's content with marks for templates that take a <think> part out and put it elsewhere, or nowhere.
 
-    With ^ for THOUGHT, [ for BEGIN and ] for END: "<think>hm</think>yes" -> "<think>^hm</think>[yes]".
+    With ^ for `THOUGHT_MARK`, and [ and ] for the marks of the content: "<think>hm</think>yes" -> "<think>^hm</think>[yes]".
+    A content without a thought gets the marks of `mark_trimmed`.
     """
     match = _THOUGHT_AND_ANSWER_REGEX.fullmatch(content)
     if match is None:
         return mark_trimmed(content)
     opening, thought, answer = match.groups()
-    return f"{opening or ''}{THOUGHT}{thought}{mark_trimmed(answer)}"
+    return f"{opening or ''}{THOUGHT_MARK}{thought}{mark_trimmed(answer)}"
 
 
 def mark_thought_alone(content: str) -> str:
     """The marks of `mark_thought`, but none around a blank answer: templates may test for an empty content beside calls."""
-    return mark_thought(content).removesuffix(BEGIN + END)
+    return mark_thought(content).removesuffix(CONTENT_BEGIN_MARK + CONTENT_END_MARK)

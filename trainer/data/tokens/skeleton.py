@@ -14,7 +14,15 @@ Spans = list[tuple[int, int]]
 """[begin, end) of each learned turn, ascending."""
 
 
-class _SpanEdges(NamedTuple):
+class ClosedText(NamedTuple):
+    """A rendered conversation with an end-of-turn token after its last turn, even if the template writes none."""
+
+    text: str
+    spans: Spans
+    """Characters of the supervised turns, each with the end-of-turn token behind it."""
+
+
+class _SpanPosition(NamedTuple):
     """Where a span begins and ends in a conversation of any contents: how much text is before it.
 
     In the rendered conversation, the begin is at `characters_before_begin` plus the lengths of the first
@@ -36,14 +44,13 @@ class Skeleton:
     """n + 1 of them: before the first content, between the contents, after the last."""
     ending: str
     """What the last literal becomes once the last turn is closed."""
-    edges: list[_SpanEdges]
+    span_positions: list[_SpanPosition]
     """Of each learned span."""
 
-    def fit(self, contents: list[str], text: str) -> tuple[str, Spans] | None:
-        """(closed text, supervised spans in it) of a conversation; None if `text` isn't the skeleton filled with `contents`.
+    def fit(self, contents: list[str], text: str) -> ClosedText | None:
+        """The closed text of a conversation, with its supervised spans; None if `text` isn't the skeleton filled with `contents`.
 
-        `contents`: the messages' texts without outer whitespace. `text`: the conversation as the template wrote it. The
-        closed text is the same with an end-of-turn token after the last turn, even if the template writes none.
+        `contents`: the messages' texts without outer whitespace. `text`: the conversation as the template wrote it.
         """
         pieces = [self.literals[0]]
         # lengths_before[n]: how many characters the first n contents have together.
@@ -57,23 +64,21 @@ class Skeleton:
         if self.ending != last_literal:
             text = text[: len(text) - len(last_literal)] + self.ending
         spans = []
-        for edges in self.edges:
-            begin = lengths_before[edges.contents_before_begin] + edges.characters_before_begin
-            end = lengths_before[edges.contents_before_end] + edges.characters_before_end
+        for position in self.span_positions:
+            begin = lengths_before[position.contents_before_begin] + position.characters_before_begin
+            end = lengths_before[position.contents_before_end] + position.characters_before_end
             spans.append((begin, end))
-        return text, spans
+        return ClosedText(text, spans)
 
 
-def cut_skeleton(
-    placeholders: list[str], text: str, closed_text: str, spans: Spans, added_tokens: list[str]
-) -> Skeleton | None:
+def cut_skeleton(placeholders: list[str], text: str, closed: ClosedText, added_tokens: list[str]) -> Skeleton | None:
     """The skeleton of a conversation whose contents are `placeholders`; None unless the text has each of them once, in order.
 
-    `text`: as rendered. `spans`: supervised spans in `closed_text`, which ends with an end-of-turn token. `added_tokens`: those
+    `text`: as rendered. `closed`: the same with an end-of-turn token at its end, and its supervised spans. `added_tokens`: those
     of the tokenizer.
 
     Example, with <0> and <1> as placeholders: "U:<0>|A:<1>$" with the span "<1>$" gives the literals "U:", "|A:" and "$", and
-    the edges (1, 5, 2, 6): one content and 5 characters before its begin, two contents and 6 characters before its end.
+    the position (1, 5, 2, 6): one content and 5 characters before its begin, two contents and 6 characters before its end.
     """
     # The literals: what stands between the placeholders.
     literals: list[str] = []
@@ -86,21 +91,22 @@ def cut_skeleton(
         literals.append(text[position:begin])
         placeholder_begins.append(begin)
         position = begin + len(placeholder)
-    if closed_text[:position] != text[:position]:
+    if closed.text[:position] != text[:position]:
         return None
     literals.append(text[position:])
 
-    edges = []
-    for begin, end in spans:
-        before_begin = _text_before(begin, placeholders, placeholder_begins)
-        before_end = _text_before(end, placeholders, placeholder_begins)
+    span_positions = []
+    for begin, end in closed.spans:
+        before_begin = _contents_and_characters_before(begin, placeholders, placeholder_begins)
+        before_end = _contents_and_characters_before(end, placeholders, placeholder_begins)
         if before_begin is None or before_end is None:
             return None
         contents_before_end, _ = before_end
+        # The literal behind the span: with the beginning of the next content it may close the turn, or not.
         if contents_before_end < len(placeholders) and _may_become_token(literals[contents_before_end], added_tokens):
             return None
-        edges.append(_SpanEdges(*before_begin, *before_end))
-    return Skeleton(literals, closed_text[position:], edges)
+        span_positions.append(_SpanPosition(*before_begin, *before_end))
+    return Skeleton(literals, closed.text[position:], span_positions)
 
 
 def _may_become_token(literal: str, added_tokens: list[str]) -> bool:
@@ -112,10 +118,12 @@ def _may_become_token(literal: str, added_tokens: list[str]) -> bool:
     return any(len(token) > len(trimmed) and token.startswith(trimmed) for token in added_tokens)
 
 
-def _text_before(position: int, placeholders: list[str], placeholder_begins: list[int]) -> tuple[int, int] | None:
-    """(number of placeholders before a position, characters of literals before it); None for a position inside a placeholder.
+def _contents_and_characters_before(
+    position: int, placeholders: list[str], placeholder_begins: list[int]
+) -> tuple[int, int] | None:
+    """(placeholders before a position, characters of literals before it); None for a position inside a placeholder.
 
-    `placeholder_begins`: where each placeholder begins in the text, ascending.
+    `placeholder_begins`: where each placeholder begins in the text, ascending. Position 7 of "U:<0>|A:<1>" -> (1, 4).
     """
     num_before = bisect_left(placeholder_begins, position)
     if num_before:

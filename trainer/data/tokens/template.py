@@ -21,9 +21,10 @@ from trainer.data.document import THINK_BLOCK_REGEX, Message, RefusedDocument, m
 from trainer.data.tokens.clock import replace_clock_calls
 from trainer.data.tokens.compat import render_conversations
 from trainer.data.tokens.marking import (
-    BEGIN,
-    END,
-    RESERVED,
+    CONTENT_BEGIN_MARK,
+    CONTENT_END_MARK,
+    RESERVED_CHARACTERS,
+    Render,
     SpanFinder,
     leading_token_pattern,
     mark_trimmed,
@@ -37,14 +38,14 @@ from trainer.data.tokens.tool_call_masks import TemplateConversation, TurnSpanFi
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_RESERVED_CHARACTER_REGEX = re.compile(f"[{RESERVED}]")
+_RESERVED_CHARACTER_REGEX = re.compile(f"[{RESERVED_CHARACTERS}]")
 _GENERATION_BLOCK_REGEX = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 ROLES = ("system", "user", "assistant")
 Tools = list[dict[str, Any]] | None
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedRendering:
+class PreparedConversation:
     """A conversation ready to be rendered."""
 
     messages: list[Message]
@@ -59,16 +60,16 @@ class PlannedRendering:
 
 @dataclass(slots=True)
 class RenderedText:
-    """A conversation or a plain text, and the [begin, end) character spans of it that are learned, ascending.
-
-    `escaped`: the control tokens that it merely spells are escaped, see `trainer/data/tokens/characters.py`. `loss_weights`: what
-    each span counts for in the loss; None if all count as 1.
-    """
+    """A conversation or a plain text, and which of its characters are learned."""
 
     text: str
     spans: list[tuple[int, int]]
+    """[begin, end) of what is learned, in characters, ascending."""
     escaped: bool = False
+    """Whether marks stand before control tokens that it merely spells, so that they become ordinary characters; see
+    `trainer/data/tokens/characters.py`."""
     loss_weights: list[float] | None = None
+    """What each span counts for in the loss; None if all count as 1."""
 
 
 class ChatTemplate:
@@ -133,93 +134,102 @@ class ChatTemplate:
         template does not close the last turn, the eos token is appended. `fast=False` renders every conversation twice.
         Raises RefusedDocument for one that cannot be used.
         """
-        jobs = [self._prepare_conversation(messages, location, tools) for messages, location, tools in conversations]
+        prepared = [
+            self._prepare_conversation(messages, location, tools) for messages, location, tools in conversations
+        ]
         # Plain conversations (a role and a content in each turn) are rendered in two batches, without and with generation blocks.
-        plain_jobs = [job for job in jobs if job.tool_conversation is None]
-        without_blocks = [job for job in plain_jobs if not self._uses_blocks(job.messages, job.learned_indices)]
-        with_blocks = [job for job in plain_jobs if self._uses_blocks(job.messages, job.learned_indices)]
+        without_blocks: list[PreparedConversation] = []
+        with_blocks: list[PreparedConversation] = []
+        for conversation in prepared:
+            if conversation.tool_conversation is None:
+                uses_blocks = self._uses_blocks(conversation.messages, conversation.learned_indices)
+                (with_blocks if uses_blocks else without_blocks).append(conversation)
         texts = iter(self._render_batch_or_each(without_blocks))
         texts_and_blocks = iter(self._render_batch_or_each(with_blocks, return_assistant_tokens_mask=True))
 
-        find_spans = partial(self._span_finder.find_spans, fast=fast)
         rendered = []
-        for job in jobs:
-            messages = job.messages
-            learned_indices = job.learned_indices
-            location = job.location
-            if job.tool_conversation is not None:
-                rendered.append(
-                    self._call_template(
-                        self._render_with_tools, job.tool_conversation, learned_indices, location=location
-                    )
-                )
-            elif self._uses_blocks(messages, learned_indices):
-                rendered.append(
-                    self._call_template(
-                        self._spans_from_blocks,
-                        messages,
-                        learned_indices,
-                        location,
-                        next(texts_and_blocks),
-                        location=location,
-                    )
+        for conversation in prepared:
+            learned_indices = conversation.learned_indices
+            find_spans: Callable[[], RenderedText]
+            if conversation.tool_conversation is not None:
+                find_spans = partial(self._render_with_tools, conversation.tool_conversation, learned_indices)
+            elif self._uses_blocks(conversation.messages, learned_indices):
+                find_spans = partial(
+                    self._spans_from_blocks,
+                    conversation.messages,
+                    learned_indices,
+                    conversation.location,
+                    next(texts_and_blocks),
                 )
             else:
                 text, _ = next(texts)
-                spans: Spans = []
-                if learned_indices:
-                    text, spans = self._call_template(
-                        find_spans, messages, learned_indices, text, location, location=location
-                    )
-                rendered.append(RenderedText(text, spans))
+                find_spans = partial(self._spans_from_skeleton_or_marks, conversation, text, try_skeleton=fast)
+            rendered.append(self._call_template(find_spans, location=conversation.location))
         return rendered
+
+    def _spans_from_skeleton_or_marks(
+        self, conversation: PreparedConversation, text: str, *, try_skeleton: bool
+    ) -> RenderedText:
+        """Text and supervised spans of a plain conversation, rendered as `text`; without supervised turns, no spans.
+
+        Raises DataError and RefusedDocument, see `SpanFinder.find_spans`.
+        """
+        if not conversation.learned_indices:
+            return RenderedText(text, [])
+        closed = self._span_finder.find_spans(
+            conversation.messages,
+            conversation.learned_indices,
+            text,
+            conversation.location,
+            try_skeleton=try_skeleton,
+        )
+        return RenderedText(closed.text, closed.spans)
 
     def render_text(self, messages: Sequence[Message], location: str, tools: Tools = None) -> str:
         """A conversation as the template writes it, its last turn not closed. Raises RefusedDocument."""
-        job = self._prepare_conversation(messages, location, tools)
-        if job.tool_conversation is not None:
-            return self._call_template(job.tool_conversation.render, job.tool_conversation.messages, location=location)
-        text, _ = self._render_batch_or_each([job])[0]
+        conversation = self._prepare_conversation(messages, location, tools)
+        if conversation.tool_conversation is not None:
+            return self._call_template(
+                conversation.tool_conversation.render, conversation.tool_conversation.messages, location=location
+            )
+        text, _ = self._render_batch_or_each([conversation])[0]
         return text
 
     def render_prompt(self, messages: Sequence[Message], location: str, tools: Tools = None) -> str:
         """A conversation up to where the assistant would answer: with the header of the turn to come. Raises RefusedDocument."""
-        job = self._prepare_conversation(messages, location, tools)
-        if job.tool_conversation is not None:
+        conversation = self._prepare_conversation(messages, location, tools)
+        if conversation.tool_conversation is not None:
             return self._call_template(
-                partial(job.tool_conversation.render, prompt=True), job.tool_conversation.messages, location=location
+                partial(conversation.tool_conversation.render, prompt=True),
+                conversation.tool_conversation.messages,
+                location=location,
             )
-        text, _ = self._render_batch_or_each([job], add_generation_prompt=True)[0]
+        text, _ = self._render_batch_or_each([conversation], add_generation_prompt=True)[0]
         return text
 
     def first_content_begin(self, messages: Sequence[Message], location: str, tools: Tools = None) -> int | None:
         """The position in the rendered text, in characters, where the content of the first non-system message begins.
 
         None if there is no such message, or if marks around it change the text, so that the position cannot be found. `location`:
-        `file:line` of the row.
+        `file:line` of the row. Raises RefusedDocument.
         """
-        job = self._prepare_conversation(messages, location, tools)
-        first_index = next((index for index, message in enumerate(job.messages) if message["role"] != "system"), None)
+        conversation = self._prepare_conversation(messages, location, tools)
+        roles = [message["role"] for message in conversation.messages]
+        first_index = next((index for index, role in enumerate(roles) if role != "system"), None)
         if first_index is None:
             return None
+        tool_conversation = conversation.tool_conversation
+        render = self._render if tool_conversation is None else tool_conversation.render
+        return self._call_template(
+            _content_begin_by_marking, render, conversation.messages, first_index, location=location
+        )
 
-        def find_begin() -> int | None:
-            """Render with marks around that message's content."""
-            render = self._render if job.tool_conversation is None else job.tool_conversation.render
-            text = render(job.messages)
-            for mark_content in (mark_whole, mark_trimmed):
-                turns = render_marked(render, job.messages, [first_index], text, {first_index: mark_content})
-                if turns is not None:
-                    return turns[0].content_begin
-            return None
-
-        return self._call_template(find_begin, location=location)
-
-    def _prepare_conversation(self, messages: Sequence[Message], location: str, tools: Tools) -> PlannedRendering:
+    def _prepare_conversation(self, messages: Sequence[Message], location: str, tools: Tools) -> PreparedConversation:
         """Make a conversation ready for the template: its turns up to the last supervised one, without our own fields.
 
-        Thoughts are taken out here if `data.learn.reasoning` is `drop`. Raises RefusedDocument if a text has reserved
-        characters, by which spans are found.
+        A plain conversation, without tools and in each turn a role and a content, stays as it is. Any other one is put into the
+        form in which the template wants tool calls. Thoughts are taken out here if `data.learn.reasoning` is `drop`. Raises
+        RefusedDocument if a text has reserved characters, by which spans are found.
         """
         learned_indices = self.learned_turn_indices(messages)
         if learned_indices:
@@ -230,9 +240,11 @@ class ChatTemplate:
         if self.learn.reasoning is Reasoning.drop:
             turns = [_without_thought(message, location) for message in turns]
         if not tools and self._is_plain(turns):
-            return PlannedRendering(turns, learned_indices, location, tool_conversation=None)
-        chat = self._call_template(self._turn_span_finder.prepare_chat, turns, tools, location, location=location)
-        return PlannedRendering(chat.messages, learned_indices, location, chat)
+            return PreparedConversation(turns, learned_indices, location, tool_conversation=None)
+        tool_conversation: TemplateConversation = self._call_template(
+            self._turn_span_finder.convert_conversation, turns, tools, location, location=location
+        )
+        return PreparedConversation(tool_conversation.messages, learned_indices, location, tool_conversation)
 
     def _is_plain(self, turns: list[Message]) -> bool:
         """Whether all turns are a role and a content without thoughts to treat: these conversations are rendered in batches."""
@@ -243,22 +255,24 @@ class ChatTemplate:
                 return False
         return True
 
-    def _render_batch_or_each(self, jobs: list[PlannedRendering], **options: Any) -> list[tuple[str, Spans]]:
+    def _render_batch_or_each(
+        self, conversations: list[PreparedConversation], **options: Any
+    ) -> list[tuple[str, Spans]]:
         """(text, spans of its generation blocks) of each plain conversation. `options`: see `_render_batch`.
 
         All are rendered as one batch. If the template refuses the batch, each is rendered alone, to tell which one it refuses.
         """
-        if not jobs:
+        if not conversations:
             return []
         try:
-            return self._render_batch([job.messages for job in jobs], **options)
+            return self._render_batch([conversation.messages for conversation in conversations], **options)
         except TemplateLimitExceeded as error:
-            raise self._limit_error(error, jobs[0].location, len(jobs)) from error
+            raise self._limit_error(error, conversations[0].location, len(conversations)) from error
         except Exception:  # noqa: BLE001 - whatever a template raises comes again below, with its row
             render_batch = partial(self._render_batch, **options)
             rendered = []
-            for job in jobs:
-                rendered += self._call_template(render_batch, [job.messages], location=job.location)
+            for conversation in conversations:
+                rendered += self._call_template(render_batch, [conversation.messages], location=conversation.location)
             return rendered
 
     def _call_template(self, render: Callable[..., Any], *args: Any, location: str) -> Any:
@@ -285,27 +299,38 @@ class ChatTemplate:
                 "model.chat_template",
             ) from error
 
-    def _render_with_tools(self, chat: TemplateConversation, learned_indices: list[int]) -> RenderedText:
+    def _render_with_tools(self, conversation: TemplateConversation, learned_indices: list[int]) -> RenderedText:
         """Text and supervised spans of a conversation with tools, calls or thoughts. `learned_indices`: its supervised turns.
 
-        The spans come from generation blocks if the template has some, else from marks. Raises RefusedDocument if the template
-        leaves something of the conversation out.
+        The spans come from the template's `{% generation %}` blocks if it has some, else from a second rendering, with marks
+        around each supervised turn. Raises RefusedDocument if the template leaves something of the conversation out.
         """
         finder = self._turn_span_finder
-        text = finder.render_checked(chat)
+        text = finder.render_and_check_complete(conversation)
         if not learned_indices:
             return RenderedText(text, [])
-        if not self._uses_blocks(chat.messages, learned_indices):
-            closed_text, spans = finder.find_spans(chat, learned_indices, text, str(self.tokenizer.eos_token))
-            return RenderedText(closed_text, spans)
-        finder.check_thought_not_lost(chat, learned_indices[-1], text)
-        (text_and_blocks,) = self._render_batch([chat.messages], tools=chat.tools, return_assistant_tokens_mask=True)
-        rendered = self._spans_from_blocks(chat.messages, learned_indices, chat.location, text_and_blocks)
+        if self._uses_blocks(conversation.messages, learned_indices):
+            finder.check_thought_not_lost(conversation, learned_indices[-1], text)
+            return self._render_with_tools_and_blocks(conversation, learned_indices)
+        closed = finder.find_spans(conversation, learned_indices, text, str(self.tokenizer.eos_token))
+        return RenderedText(closed.text, closed.spans)
+
+    def _render_with_tools_and_blocks(
+        self, conversation: TemplateConversation, learned_indices: list[int]
+    ) -> RenderedText:
+        """`_render_with_tools` for a template with `{% generation %}` blocks."""
+        (text_and_blocks,) = self._render_batch(
+            [conversation.messages], tools=conversation.tools, return_assistant_tokens_mask=True
+        )
+        rendered = self._spans_from_blocks(
+            conversation.messages, learned_indices, conversation.location, text_and_blocks
+        )
         if self.learn.reasoning is Reasoning.context:
             # Thoughts inside the blocks are shown, not learned.
             spans_behind_thoughts = []
-            for turn, (begin, end) in zip(learned_indices, rendered.spans, strict=True):
-                spans_behind_thoughts.append((thought_end(chat, turn, rendered.text, begin, end), end))
+            for index, (begin, end) in zip(learned_indices, rendered.spans, strict=True):
+                thought = thought_of(conversation.messages[index])
+                spans_behind_thoughts.append((thought_end(thought, rendered.text, begin, end), end))
             rendered.spans = spans_behind_thoughts
         return rendered
 
@@ -365,35 +390,31 @@ class ChatTemplate:
             spans = [spans[assistant_turns.index(index)] for index in learned_indices]
         roles = ["assistant"] * len(spans)
         # A block may or may not hold the end-of-turn token.
-        closed_text, closed_spans = self._span_finder.close_turns(
-            text, spans, roles, already_closed=tuple(self.end_tokens)
-        )
-        return RenderedText(closed_text, closed_spans)
+        closed = self._span_finder.close_turns(text, spans, roles, already_closed=tuple(self.end_tokens))
+        return RenderedText(closed.text, closed.spans)
 
     def _probe_end_tokens(self) -> tuple[set[str], set[str]]:
         """(tokens with which the template closes assistant turns, in the middle and at the end; those of user turns).
 
-        Renders a conversation of four turns and looks at what follows each content. EOS always closes assistant turns. If the
-        template dislikes the conversation, that is all that is known.
+        Renders a conversation of four turns and looks at what follows each content; with ChatML, `<|im_end|>` for both. EOS
+        always closes assistant turns. If the template dislikes the conversation, that is all that is known.
         """
         end_tokens = {str(self.tokenizer.eos_token)}
         roles = ("user", "assistant", "user", "assistant")
-        text = self._render_probe([{"role": role, "content": f"{BEGIN}{role}{END}"} for role in roles])
+        text = self._render_or_none(
+            [{"role": role, "content": f"{CONTENT_BEGIN_MARK}{role}{CONTENT_END_MARK}"} for role in roles]
+        )
         if text is None:
             return end_tokens, set()
         # The template's own text before, between and behind the four contents.
-        around_contents = re.split(f"{BEGIN}[^{END}]*{END}", text)
+        around_contents = re.split(f"{CONTENT_BEGIN_MARK}[^{CONTENT_END_MARK}]*{CONTENT_END_MARK}", text)
         if len(around_contents) != 5:  # the template left a content out, or wrote one twice
             return end_tokens, set()
         header, after_user, after_assistant, _, after_last = around_contents
 
-        # `after_assistant` closes an assistant turn and opens a user turn. The end of `header` opens the first user turn:
-        # what both end with is the opening, and the rest closes the assistant turn.
-        opening_length = 0
-        for character, other_character in zip(reversed(header), reversed(after_assistant), strict=False):
-            if character != other_character:
-                break
-            opening_length += 1
+        # In ChatML `header` is "<|im_start|>user\n", and `after_assistant` is "<|im_end|>\n<|im_start|>user\n": it closes an
+        # assistant turn and opens a user turn. What both end with is the opening, and the rest closes the assistant turn.
+        opening_length = _length_of_common_end(header, after_assistant)
         closing_in_middle = after_assistant[: len(after_assistant) - opening_length]
         any_token = leading_token_pattern(self._added_tokens)
         # A template may close the last turn with another token than those in the middle.
@@ -401,23 +422,28 @@ class ChatTemplate:
             match = any_token.match(closing)
             if match:
                 end_tokens.add(match.group(1))
-
-        # What a prompt adds opens the assistant turn: the rest of `after_user` closes the user turn.
-        turn = [{"role": "user", "content": BEGIN}]
-        text_without_prompt = self._render_probe(turn)
-        prompt = self._render_probe(turn, prompt=True)
-        if text_without_prompt is None or prompt is None:
+        opening = self._assistant_turn_opening()
+        if opening is None:
             return end_tokens, set()
-        opening = ""
-        if prompt.startswith(text_without_prompt):
-            opening = prompt[len(text_without_prompt) :]
         user_end = any_token.match(after_user.removesuffix(opening))
         return end_tokens, {user_end.group(1)} if user_end else set()
 
-    def _render_probe(self, messages: list[Message], *, prompt: bool = False) -> str | None:
-        """A small conversation as text; None if the template dislikes it, which says nothing about the conversations of the data.
+    def _assistant_turn_opening(self) -> str | None:
+        """What the template writes at the end of a prompt: "<|im_start|>assistant\\n" in ChatML; empty if that cannot be told.
 
-        Raises ConfigError if the template takes too much time or memory.
+        None if the template dislikes a conversation of one user turn.
+        """
+        user_turn = [{"role": "user", "content": CONTENT_BEGIN_MARK}]
+        text = self._render_or_none(user_turn)
+        prompt = self._render_or_none(user_turn, prompt=True)
+        if text is None or prompt is None:
+            return None
+        return prompt[len(text) :] if prompt.startswith(text) else ""
+
+    def _render_or_none(self, messages: list[Message], *, prompt: bool = False) -> str | None:
+        """A small conversation as text, with `prompt` with the header of the assistant turn to come; None if the template fails.
+
+        That says nothing about the conversations of the data. Raises ConfigError if the template takes too much time or memory.
         """
         try:
             return self._render(messages, prompt=prompt)
@@ -425,6 +451,28 @@ class ChatTemplate:
             raise self._limit_error(error, "the first look at it", num_conversations=1) from error
         except Exception:  # noqa: BLE001 - a template may raise anything for a conversation that it dislikes
             return None
+
+
+def _length_of_common_end(first: str, second: str) -> int:
+    """With how many equal characters two texts end: "abc" and "xbc" -> 2."""
+    length = 0
+    while length < min(len(first), len(second)) and first[-1 - length] == second[-1 - length]:
+        length += 1
+    return length
+
+
+def _content_begin_by_marking(render: Render, messages: list[Message], index: int) -> int | None:
+    """Where the content of message `index` begins in the rendered text, by rendering it with marks around that content.
+
+    Whitespace before the content counts as content if the template keeps it: so marks outside of it are tried first. None if
+    marks change the text in any case.
+    """
+    text = render(messages)
+    for mark_content in (mark_whole, mark_trimmed):
+        turns = render_marked(render, messages, [index], text, {index: mark_content})
+        if turns is not None:
+            return turns[0].content_begin
+    return None
 
 
 def _check_no_reserved_characters(message: Message, location: str) -> None:
@@ -443,7 +491,7 @@ def _without_thought(message: Message, location: str) -> Message:
     if message["role"] != "assistant" or thought_of(message) is None:
         return message
     content = message["content"]
-    if THINK_BLOCK_REGEX.match(content):
+    if THINK_BLOCK_REGEX.match(content):  # else the thought is in `reasoning_content`
         content = THINK_BLOCK_REGEX.sub("", content, count=1)
     if not content.strip() and "tool_calls" not in message:
         raise template_refusal(

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.data.document import Message
-from trainer.data.tokens.marking import RESERVED, Render
+from trainer.data.tokens.marking import RESERVED_CHARACTERS, Render
 
-CALL = RESERVED[3]
+CALL_MARK = RESERVED_CHARACTERS[3]
 """Stands before and after the name, the arguments and the keys of a call."""
-EDGE = RESERVED[4]
+TURN_EDGE_MARK = RESERVED_CHARACTERS[4]
 """Stands where one turn ends or the next begins."""
 _TOOL_RESPONSE_REGEX = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
 
@@ -33,7 +33,7 @@ class ToolCallDialect:
     """Tokens that close a turn with calls."""
 
 
-def probe_dialect(render: Render, added_tokens: list[str]) -> ToolCallDialect:
+def find_dialect_by_trial(render: Render, added_tokens: list[str]) -> ToolCallDialect:
     """How a chat template wants tool calls: the first way to give one in which it writes name and arguments whole.
 
     Renders a small conversation with one call in each way: arguments as an object or as JSON text, the content beside the call
@@ -41,8 +41,8 @@ def probe_dialect(render: Render, added_tokens: list[str]) -> ToolCallDialect:
     works, the dialect is the default one.
     """
     # Marks in them, so that no text of the template itself is taken for them.
-    name = f"{CALL}name"
-    argument = f"{EDGE}value"
+    name = f"{CALL_MARK}name"
+    argument = f"{TURN_EDGE_MARK}value"
     for arguments_as_text, null_content in ((False, False), (False, True), (True, False), (True, True)):
         messages = _conversation_with_call(
             name, argument, arguments_as_text=arguments_as_text, null_content=null_content
@@ -83,7 +83,7 @@ def _last_token(text: str, tokens: list[str]) -> str | None:
 
 def _wraps_tool_results(render: Render, messages: list[Message]) -> bool:
     """Whether the template writes `<tool_response>` around the answer to the call at the end of `messages`."""
-    content = f"{EDGE}result"
+    content = f"{TURN_EDGE_MARK}result"
     answer = {"role": "tool", "content": content, "name": "name", "tool_call_id": "abcdefghi"}
     try:
         return f"<tool_response>\n{content}" in render([*messages, answer])

@@ -12,16 +12,24 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum, auto
 from functools import partial
 from typing import Any, NamedTuple
 
 from trainer.data.config import Reasoning
 from trainer.data.document import THINK_BLOCK_REGEX, Message, RefusedDocument, map_argument_texts, thought_of
 from trainer.data.tokens import marking
-from trainer.data.tokens.marking import BEGIN, END, RESERVED, THOUGHT, Render
-from trainer.data.tokens.tool_call_dialect import CALL, EDGE, ToolCallDialect, convert_to_dialect, probe_dialect
+from trainer.data.tokens.marking import CONTENT_BEGIN_MARK, CONTENT_END_MARK, RESERVED_CHARACTERS, THOUGHT_MARK, Render
+from trainer.data.tokens.skeleton import ClosedText
+from trainer.data.tokens.tool_call_dialect import (
+    CALL_MARK,
+    TURN_EDGE_MARK,
+    ToolCallDialect,
+    convert_to_dialect,
+    find_dialect_by_trial,
+)
 
-_MARK_REGEX = re.compile(f"([{RESERVED}])")
+_MARK_REGEX = re.compile(f"([{RESERVED_CHARACTERS}])")
 _EMPTY_THOUGHT_REGEX = re.compile(r"\s*<think>\s*</think>\s*")
 _THOUGHT_OPENED_AT_END_REGEX = re.compile(r"<think>\s*\Z")
 _THOUGHT_CLOSED_REGEX = re.compile(r"\s*</think>\s*")
@@ -37,7 +45,7 @@ class _TurnMarks:
     """Character positions of one turn's marks in the text without marks, in order."""
 
     marks_and_positions: list[tuple[str, int]]
-    """(mark, position); marks are BEGIN and END of the content, THOUGHT, CALL, and EDGE of the turns before and after."""
+    """(mark, position). The marks: content begin and end, thought, call, and the edges of the turns before and after."""
 
     def positions_of(self, *marks: str) -> list[int]:
         """Positions of these marks, ascending."""
@@ -45,18 +53,18 @@ class _TurnMarks:
 
     @property
     def content_edges(self) -> list[int]:
-        """[begin, end] of the message's content; empty if the template did not write it."""
-        return self.positions_of(BEGIN, END)
+        """Where the message's content begins and ends; empty if the template did not write it."""
+        return self.positions_of(CONTENT_BEGIN_MARK, CONTENT_END_MARK)
 
     @property
     def thought_edges(self) -> list[int]:
-        """[begin, end] of the message's thought; empty if the template did not write it."""
-        return self.positions_of(THOUGHT)
+        """Where the message's thought begins and ends; empty if the template did not write it, or if it was not marked."""
+        return self.positions_of(THOUGHT_MARK)
 
     @property
     def content_and_call_edges(self) -> list[int]:
         """Begins and ends of the content, and of the names, arguments and keys of calls, ascending."""
-        return self.positions_of(BEGIN, END, CALL)
+        return self.positions_of(CONTENT_BEGIN_MARK, CONTENT_END_MARK, CALL_MARK)
 
     @property
     def begin(self) -> int:
@@ -71,22 +79,22 @@ class _TurnMarks:
     @property
     def content_is_one_span(self) -> bool:
         """Whether the template wrote the message's content once, in one piece, or not at all."""
-        content_marks = [mark for mark, _ in self.marks_and_positions if mark in (BEGIN, END)]
-        return content_marks in ([], [BEGIN, END])
+        content_marks = [mark for mark, _ in self.marks_and_positions if mark in (CONTENT_BEGIN_MARK, CONTENT_END_MARK)]
+        return content_marks in ([], [CONTENT_BEGIN_MARK, CONTENT_END_MARK])
 
     def previous_turn_end(self) -> int | None:
         """Where the turn before this one ends; None if that was not marked."""
-        return next((edge for edge in reversed(self.positions_of(EDGE)) if edge <= self.begin), None)
+        return next((edge for edge in reversed(self.positions_of(TURN_EDGE_MARK)) if edge <= self.begin), None)
 
     def next_turn_begin(self) -> int | None:
         """Where the next turn begins; None if that was not marked."""
-        return next((edge for edge in self.positions_of(EDGE) if edge > self.end), None)
+        return next((edge for edge in self.positions_of(TURN_EDGE_MARK) if edge > self.end), None)
 
 
 class _TurnPosition(NamedTuple):
     """Where a supervised turn stands in a rendered conversation, in characters."""
 
-    learning_begin: int
+    supervision_begin: int
     """Where supervision begins."""
     end: int
     """Where its content or last call ends."""
@@ -122,60 +130,61 @@ class TurnSpanFinder:
         self._dialect: ToolCallDialect | None = None
         """Found out with the first conversation that has calls."""
 
-    def prepare_chat(
+    def convert_conversation(
         self, messages: list[Message], tools: list[dict[str, Any]] | None, location: str
     ) -> TemplateConversation:
         """The conversation in the template's dialect of tool calls, with an id for each call and each result.
 
-        Finds the dialect out with the first conversation that has calls or results.
+        The dialect is how the template wants calls, such as arguments as objects or as JSON texts. It is found out with the first
+        conversation that has calls or results, and kept, because it depends on the template alone.
         """
         if any("tool_calls" in message or message["role"] == "tool" for message in messages):
             if self._dialect is None:
-                self._dialect = probe_dialect(self._render, self._added_tokens)
+                self._dialect = find_dialect_by_trial(self._render, self._added_tokens)
             messages = list(convert_to_dialect(messages, self._dialect))
         return TemplateConversation(messages, tools, location, render=partial(self._render, tools=tools))
 
-    def render_checked(self, chat: TemplateConversation) -> str:
+    def render_and_check_complete(self, conversation: TemplateConversation) -> str:
         """A conversation with tools as its template writes it. Raises RefusedDocument if it leaves tools, calls or results out.
 
         A template may drop them without an error. To find out, it renders a second time, with a label of private-use characters
         behind each call's name and each result: all labels must come out.
         """
-        text = chat.render(chat.messages)
-        if chat.tools and not self._writes_tools(chat, text):
+        text = conversation.render(conversation.messages)
+        if conversation.tools and not self._writes_tools(conversation, text):
             raise template_refusal(
-                chat.location,
+                conversation.location,
                 "this chat template ignores the column tools; set model.chat_template to one that writes it, or drop "
                 "the column with data.ignore_columns=[tools]",
             )
-        labelled_messages, call_labels, result_labels = _label_calls_and_results(chat.messages)
+        labelled_messages, call_labels, result_labels = _label_calls_and_results(conversation.messages)
         if not (call_labels or result_labels):
             return text
-        labelled_text = chat.render(labelled_messages)
+        labelled_text = conversation.render(labelled_messages)
         if any(label not in labelled_text for label in call_labels):
             raise template_refusal(
-                chat.location,
+                conversation.location,
                 "this chat template cannot write tool calls; set model.chat_template to one that can, or, if calls are a key, "
                 "drop them with data.ignore_columns=[tool_calls]",
             )
         if any(label not in labelled_text for label in result_labels):
             raise template_refusal(
-                chat.location,
+                conversation.location,
                 "the chat template leaves out the results of tools (role tool); give another in model.chat_template",
             )
         return text
 
-    def _writes_tools(self, chat: TemplateConversation, text: str) -> bool:
+    def _writes_tools(self, conversation: TemplateConversation, text: str) -> bool:
         """Whether the template renders the conversation differently without its tools."""
         try:
-            return text != self._render(chat.messages)
+            return text != self._render(conversation.messages)
         except Exception:  # noqa: BLE001 - a template that refuses calls without tools reads the tools
             return True
 
     def find_spans(
-        self, chat: TemplateConversation, learned_indices: list[int], text: str, eos: str
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """Find the supervised characters of a conversation that is rendered as `text`: (closed text, [begin, end) of each turn).
+        self, conversation: TemplateConversation, learned_indices: list[int], text: str, eos: str
+    ) -> ClosedText:
+        """Find the supervised characters of a conversation that is rendered as `text`: its closed text, with a span a turn.
 
         `learned_indices`: indices of the supervised turns. A span reaches over content and calls to the token that closes the
         turn. If the template does not close the last turn, `eos` is appended to the text. Raises RefusedDocument if a turn, or
@@ -183,9 +192,9 @@ class TurnSpanFinder:
         """
         spans: list[tuple[int, int]] = []
         for index in learned_indices:
-            message = chat.messages[index]
+            message = conversation.messages[index]
             is_final = index == learned_indices[-1]
-            turn = self._locate_turn(chat, index, text, is_final=is_final)
+            turn = self._locate_turn(conversation, index, text, is_final=is_final)
             end = turn.end
             end_token = self._match_end_token(text, end, turn.next_turn_begin, message, is_final=is_final)
             if end_token:
@@ -195,10 +204,10 @@ class TurnSpanFinder:
                 end = len(text)
             elif "tool_calls" in message:
                 raise template_refusal(
-                    chat.location, f"cannot tell where the call of turn {index + 1} ends in the chat template"
+                    conversation.location, f"cannot tell where the call of turn {index + 1} ends in the chat template"
                 )
-            spans.append((turn.learning_begin, end))
-        return text, spans
+            spans.append((turn.supervision_begin, end))
+        return ClosedText(text, spans)
 
     def _match_end_token(
         self, text: str, position: int, limit: int, message: Message, *, is_final: bool
@@ -222,58 +231,69 @@ class TurnSpanFinder:
             return re.compile(any_end_token).search(text, position, limit)
         return re.compile(r"\s*" + any_end_token).match(text, position, limit)
 
-    def _locate_turn(self, chat: TemplateConversation, index: int, text: str, *, is_final: bool) -> _TurnPosition:
-        """Find a supervised turn in `text`, by rendering it with marks in several ways until one leaves the text as it is.
+    def _locate_turn(
+        self, conversation: TemplateConversation, index: int, text: str, *, is_final: bool
+    ) -> _TurnPosition:
+        """Find a supervised turn in `text`.
 
-        Raises RefusedDocument if every way of marking changes the text, or if the template leaves a content out, or the
-        thought of the last turn.
+        Raises RefusedDocument if it cannot be found, or if the template leaves a content out, or the thought of the last turn
+        (`is_final`).
         """
-        message = chat.messages[index]
-        for mark_content, call_level in self._marking_attempts(message):
-            marks = self._find_marks(chat, index, text, mark_content, call_level)
+        marks = self._find_marks_by_trial(conversation, index, text)
+        if is_final and not marks.thought_edges:
+            self.check_thought_not_lost(conversation, index, text)
+        next_turn_begin = marks.next_turn_begin()
+        return _TurnPosition(
+            supervision_begin=self._supervision_begin(conversation, index, text, marks),
+            end=marks.end,
+            next_turn_begin=len(text) if next_turn_begin is None else next_turn_begin,
+        )
+
+    def _find_marks_by_trial(self, conversation: TemplateConversation, index: int, text: str) -> _TurnMarks:
+        """The positions of marks in turn `index`, put there in several ways until one leaves `text` as it is.
+
+        With [ and ] for the marks of a content, and | for those of a call: "[It is warm.]" and "|search|(|weather|)". Raises
+        RefusedDocument if every way changes the text, or if the template leaves the content out.
+        """
+        message = conversation.messages[index]
+        for mark_content, call_parts in self._marking_attempts(message):
+            marks = self._find_marks(conversation, index, text, mark_content, call_parts)
             if marks is None or not marks.content_is_one_span:
                 continue  # with these marks the template writes something else: try the next way
             content_beside_thought = THINK_BLOCK_REGEX.sub("", message["content"] or "", count=1)
             if content_beside_thought.strip() and not marks.content_edges:
                 raise template_refusal(
-                    chat.location,
+                    conversation.location,
                     f"the chat template leaves out what turn {index + 1} says beside its calls; "
                     "remove it from the data or give another template in model.chat_template",
                 )
-            if not marks.content_and_call_edges:
-                continue
-            if is_final and not marks.thought_edges:
-                self.check_thought_not_lost(chat, index, text)
-            next_turn_begin = marks.next_turn_begin()
-            return _TurnPosition(
-                learning_begin=self._learning_begin(chat, index, text, marks),
-                end=marks.end,
-                next_turn_begin=len(text) if next_turn_begin is None else next_turn_begin,
-            )
+            if marks.content_and_call_edges:
+                return marks
         raise template_refusal(
-            chat.location,
+            conversation.location,
             f"the chat template changes the text of turn {index + 1} (more than trimming it), so that what is to be "
             "learned cannot be told; give a template with {% generation %} blocks in model.chat_template",
         )
 
     @staticmethod
-    def _marking_attempts(message: Message) -> Iterator[tuple[marking.Marker, int]]:
-        """Ways to put marks into a message: (function that marks its content, `_mark_call` level for its tool calls).
+    def _marking_attempts(message: Message) -> Iterator[tuple[marking.Marker, _MarkedCallParts]]:
+        """Ways to put marks into a message: (function that marks its content, which parts of its tool calls are marked).
 
         From the most exact way to the most cautious: templates look into contents and calls, and marks may disturb that.
         """
-        num_call_levels = 3 if "tool_calls" in message else 1
+        # Without calls, the parts make no difference.
+        ways_for_calls = list(_MarkedCallParts) if "tool_calls" in message else [_MarkedCallParts.names]
         for mark_content in (
             marking.mark_whole,
             marking.mark_trimmed,
             marking.mark_thought_alone,
             marking.mark_thought,
         ):
-            for call_level in range(num_call_levels):
-                yield mark_content, call_level
+            for call_parts in ways_for_calls:
+                yield mark_content, call_parts
 
-    def _learning_begin(self, chat: TemplateConversation, index: int, text: str, marks: _TurnMarks) -> int:
-        """Where in `text` supervision of a turn begins. `marks`: where its content, thought and calls stand.
+    def _supervision_begin(self, conversation: TemplateConversation, index: int, text: str, marks: _TurnMarks) -> int:
+        """Where in `text` supervision of a turn begins. `marks`: where its content, thought and calls begin and end.
 
         If thoughts are shown and not learned (`Reasoning.context`):
         - a thought and a content: at the content;
@@ -290,19 +310,20 @@ class TurnSpanFinder:
         if self._reasoning is Reasoning.context:
             if thought_edges and content_edges:
                 return content_edges[0]
+            thought = thought_of(conversation.messages[index])
             if thought_edges:
-                return thought_end(chat, index, text, thought_edges[0], content_or_call_begin)
+                return thought_end(thought, text, thought_edges[0], content_or_call_begin)
             if content_edges:
-                return thought_end(chat, index, text, content_edges[0], content_edges[-1])
+                return thought_end(thought, text, content_edges[0], content_edges[-1])
         if content_edges and not thought_edges:
             return content_edges[0]
-        header_end = self._header_end(chat, index, text, marks)
+        header_end = self._header_end(conversation, index, text, marks)
         if thought_edges:
             return header_end
         empty_thought = _EMPTY_THOUGHT_REGEX.match(text, header_end, content_or_call_begin)
         return empty_thought.end() if empty_thought else header_end
 
-    def _header_end(self, chat: TemplateConversation, index: int, text: str, marks: _TurnMarks) -> int:
+    def _header_end(self, conversation: TemplateConversation, index: int, text: str, marks: _TurnMarks) -> int:
         """Where in `text` generation of a turn would begin: behind its header, such as `<|im_start|>assistant\\n`.
 
         The header is what the template writes at the end of a prompt, which is made of the turns before. It is looked for
@@ -312,51 +333,49 @@ class TurnSpanFinder:
         """
         previous_turn_end = marks.previous_turn_end()
         if previous_turn_end is not None:
-            earlier_turns = chat.messages[:index]
+            earlier_turns = conversation.messages[:index]
             earlier_turns[-1] = {**earlier_turns[-1], "content": _mark_end(earlier_turns[-1]["content"])}
-            marked_prompt = chat.render(earlier_turns, prompt=True)
-            if EDGE in marked_prompt:
-                after_edge = marked_prompt[marked_prompt.rindex(EDGE) + 1 :]
-                for header in _with_and_without_thought(after_edge):
+            # With # for the mark: "...<|im_start|>user\nHi#<|im_end|>\n<|im_start|>assistant\n".
+            marked_prompt = conversation.render(earlier_turns, prompt=True)
+            if TURN_EDGE_MARK in marked_prompt:
+                after_previous_turn = marked_prompt[marked_prompt.rindex(TURN_EDGE_MARK) + 1 :]
+                for header in _with_and_without_thought(after_previous_turn):
                     header_end = previous_turn_end + len(header)
                     if text.startswith(header, previous_turn_end) and header_end <= marks.begin:
                         return header_end
-        prompt = chat.render(chat.messages[:index], prompt=True)
+        prompt = conversation.render(conversation.messages[:index], prompt=True)
         for text_before_turn in _with_and_without_thought(prompt):
             if text.startswith(text_before_turn) and len(text_before_turn) <= marks.begin:
                 return len(text_before_turn)
         raise template_refusal(
-            chat.location, f"cannot tell where assistant turn {index + 1} begins in the chat template"
+            conversation.location, f"cannot tell where assistant turn {index + 1} begins in the chat template"
         )
 
     def _find_marks(
-        self, chat: TemplateConversation, index: int, text: str, mark_content: marking.Marker, call_level: int
+        self,
+        conversation: TemplateConversation,
+        index: int,
+        text: str,
+        mark_content: marking.Marker,
+        call_parts: _MarkedCallParts,
     ) -> _TurnMarks | None:
-        """Render the conversation with marks in turn `index`, and EDGE at the end of the turn before and the start of the next.
+        """Render the conversation with marks in turn `index`, at the end of the turn before and at the start of the next.
 
         Returns the positions of the marks in `text`, the rendering without marks; None if the marks change the text.
-        `mark_content`: puts BEGIN and END around the turn's content. `call_level`: see `_mark_call`.
+        `mark_content`: puts marks around the turn's content. `call_parts`: which parts of its calls get marks.
         """
-        messages = list(chat.messages)
-        turn = messages[index] = _mark_turn(messages[index], mark_content, call_level)
-        if index > 0:
-            previous_turn = messages[index - 1]
-            if (previous_turn["content"] or "").strip() and "tool_calls" not in previous_turn:
-                messages[index - 1] = {**previous_turn, "content": _mark_end(previous_turn["content"])}
-        if index + 1 < len(messages):
-            next_turn = messages[index + 1]
-            if (next_turn["content"] or "").strip():
-                messages[index + 1] = {**next_turn, "content": _mark_begin(next_turn["content"])}
-
-        marked_text = chat.render(messages)
+        marked_turn = _mark_turn(conversation.messages[index], mark_content, call_parts)
+        marked_messages = _mark_neighbours(conversation.messages, index)
+        marked_messages[index] = marked_turn
+        marked_text = conversation.render(marked_messages)
         if _MARK_REGEX.sub("", marked_text) != text:
             return None
         marks_and_positions: list[tuple[str, int]] = []
         # A template may write the name of a call again in the header of its result. Only the first marks are the turn's own.
-        num_call_marks_left = json.dumps(turn.get("tool_calls"), ensure_ascii=False).count(CALL)
+        num_call_marks_left = json.dumps(marked_turn.get("tool_calls"), ensure_ascii=False).count(CALL_MARK)
         for num_marks_before, match in enumerate(_MARK_REGEX.finditer(marked_text)):
             mark = match.group()
-            if mark == CALL:
+            if mark == CALL_MARK:
                 num_call_marks_left -= 1
                 if num_call_marks_left < 0:
                     continue
@@ -364,20 +383,20 @@ class TurnSpanFinder:
             marks_and_positions.append((mark, match.start() - num_marks_before))
         return _TurnMarks(marks_and_positions)
 
-    def check_thought_not_lost(self, chat: TemplateConversation, index: int, text: str) -> None:
+    def check_thought_not_lost(self, conversation: TemplateConversation, index: int, text: str) -> None:
         """Raise RefusedDocument if the template threw away the thought of turn `index`, the last one."""
-        thought = thought_of(chat.messages[index])
+        thought = thought_of(conversation.messages[index])
         if thought and thought.strip() not in text:
             raise template_refusal(
-                chat.location,
+                conversation.location,
                 "the chat template throws away the thought (<think> or reasoning_content) of the last "
                 "assistant turn; set data.learn.reasoning=drop or give another template in model.chat_template",
             )
 
 
-def thought_end(chat: TemplateConversation, index: int, text: str, begin: int, end: int) -> int:
-    """Where the thought of turn `index` ends in text[begin:end], its `</think>` included; `begin` if there is no thought."""
-    thought = (thought_of(chat.messages[index]) or "").strip()
+def thought_end(thought: str | None, text: str, begin: int, end: int) -> int:
+    """Where a turn's thought ends in text[begin:end], its `</think>` included; `begin` if it is not there, or None or blank."""
+    thought = (thought or "").strip()
     if not thought:
         return begin
     thought_begin = text.find(thought, begin, end)
@@ -404,12 +423,12 @@ def _label_calls_and_results(messages: list[Message]) -> tuple[list[Message], li
     labelled_messages: list[Message] = []
     for message in messages:
         if message["role"] == "tool" and (message["content"] or "").strip():
-            label = f"{EDGE}{len(result_labels)}{EDGE}"
+            label = f"{TURN_EDGE_MARK}{len(result_labels)}{TURN_EDGE_MARK}"
             result_labels.append(label)
             message = {**message, "content": message["content"] + label}
         calls = []
         for call in message.get("tool_calls", ()):
-            label = f"{CALL}{len(call_labels)}{CALL}"
+            label = f"{CALL_MARK}{len(call_labels)}{CALL_MARK}"
             call_labels.append(label)
             function = call["function"]
             calls.append({**call, "function": {**function, "name": function["name"] + label}})
@@ -419,48 +438,76 @@ def _label_calls_and_results(messages: list[Message]) -> tuple[list[Message], li
     return labelled_messages, call_labels, result_labels
 
 
-def _mark_turn(message: Message, mark_content: marking.Marker, call_level: int) -> Message:
-    """A message with marks in its content (by `mark_content`), around its thought (THOUGHT) and in its tool calls (CALL)."""
+class _MarkedCallParts(Enum):
+    """Which parts of a tool call are put between marks. Templates may look up keys, so that fewer and fewer marks are tried."""
+
+    names_texts_keys = auto()
+    """Its name, and the texts and keys of its arguments; with | for a mark: |search|, {|query|: |weather|}."""
+    names_texts = auto()
+    """|search|, {query: |weather|}."""
+    names = auto()
+    """|search|, {query: weather}."""
+
+
+def _mark_neighbours(messages: list[Message], index: int) -> list[Message]:
+    """The messages with `TURN_EDGE_MARK` at the end of the turn before turn `index`, and at the beginning of the one after it.
+
+    A neighbour without a content is not marked, nor a turn before with calls, whose end is behind its content.
+    """
+    marked_messages = list(messages)
+    if index > 0:
+        previous_turn = messages[index - 1]
+        if (previous_turn["content"] or "").strip() and "tool_calls" not in previous_turn:
+            marked_messages[index - 1] = {**previous_turn, "content": _mark_end(previous_turn["content"])}
+    if index + 1 < len(messages):
+        next_turn = messages[index + 1]
+        if (next_turn["content"] or "").strip():
+            marked_messages[index + 1] = {**next_turn, "content": _mark_begin(next_turn["content"])}
+    return marked_messages
+
+
+def _mark_turn(message: Message, mark_content: marking.Marker, call_parts: _MarkedCallParts) -> Message:
+    """A message with marks in its content (by `mark_content`), around its thought, and around parts of its tool calls.
+
+    Where the marks come out in the rendered text, these begin and end.
+    """
     turn = {**message}
     if (turn["content"] or "").strip():
         turn["content"] = mark_content(turn["content"])
     if "reasoning_content" in turn:
         marked_thought = marking.mark_trimmed(turn["reasoning_content"])
-        turn["reasoning_content"] = marked_thought.translate({ord(BEGIN): THOUGHT, ord(END): THOUGHT})
+        turn["reasoning_content"] = marked_thought.translate(
+            {ord(CONTENT_BEGIN_MARK): THOUGHT_MARK, ord(CONTENT_END_MARK): THOUGHT_MARK}
+        )
     if "tool_calls" in turn:
-        turn["tool_calls"] = [_mark_call(call, call_level) for call in turn["tool_calls"]]
+        turn["tool_calls"] = [_mark_call(call, call_parts) for call in turn["tool_calls"]]
     return turn
 
 
-def _mark_call(call: dict[str, Any], level: int) -> dict[str, Any]:
-    """A tool call with CALL marks around parts of it. `level`, the fewer marks the higher it is:
-
-    - 0: around its name, and the texts and keys of its arguments: |search|, {|query|: |weather|};
-    - 1: around its name and the texts of its arguments: |search|, {query: |weather|};
-    - 2: around its name alone: |search|, {query: weather}.
-
-    Templates may look up keys, so that fewer and fewer marks are tried.
-    """
-    function = {**call["function"], "name": _enclose_in_marks(call["function"]["name"])}
-    if level == 0:
-        function["arguments"] = map_argument_texts(function["arguments"], _enclose_in_marks, _enclose_in_marks)
-    elif level == 1:
-        function["arguments"] = map_argument_texts(function["arguments"], _enclose_in_marks)
+def _mark_call(call: dict[str, Any], call_parts: _MarkedCallParts) -> dict[str, Any]:
+    """A tool call with these parts between marks."""
+    function = {**call["function"], "name": _enclose_in_call_marks(call["function"]["name"])}
+    if call_parts is _MarkedCallParts.names_texts_keys:
+        function["arguments"] = map_argument_texts(
+            function["arguments"], _enclose_in_call_marks, _enclose_in_call_marks
+        )
+    elif call_parts is _MarkedCallParts.names_texts:
+        function["arguments"] = map_argument_texts(function["arguments"], _enclose_in_call_marks)
     return {**call, "function": function}
 
 
-def _enclose_in_marks(text: str) -> str:
-    """A text between two CALL marks."""
-    return f"{CALL}{text}{CALL}"
+def _enclose_in_call_marks(text: str) -> str:
+    """A text between two marks of calls."""
+    return f"{CALL_MARK}{text}{CALL_MARK}"
 
 
 def _mark_end(content: str) -> str:
-    """A message's content with EDGE at its end, before outer whitespace, which a template may trim."""
+    """A message's content with `TURN_EDGE_MARK` at its end, before outer whitespace, which a template may trim."""
     trimmed = content.rstrip()
-    return trimmed + EDGE + content[len(trimmed) :]
+    return trimmed + TURN_EDGE_MARK + content[len(trimmed) :]
 
 
 def _mark_begin(content: str) -> str:
-    """A message's content with EDGE at its beginning, behind outer whitespace, which a template may trim."""
+    """A message's content with `TURN_EDGE_MARK` at its beginning, behind outer whitespace, which a template may trim."""
     trimmed = content.lstrip()
-    return content[: len(content) - len(trimmed)] + EDGE + trimmed
+    return content[: len(content) - len(trimmed)] + TURN_EDGE_MARK + trimmed
