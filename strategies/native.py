@@ -325,16 +325,15 @@ class NativeEngine:
         for key, moment in self.optimizer.state.get(parameter, {}).items():
             if not torch.is_tensor(moment) or moment.dim() == 0:
                 continue
-            # Moments of the parameter's shape are sharded with it.
+            # Moments of the parameter's shape are sharded with it. Others, such as factored ones, are equal on every rank.
             if moment.shape == parameter.shape and isinstance(moment, DTensor) == isinstance(parameter, DTensor):
                 elementwise[key] = self._local_part(moment).view(-1)
             else:
                 moments_of_other_shape[key] = moment.view(-1)
         if self.weight_average is not None:  # its averages are of this rank's parts already
             elementwise[EMA_KEY] = self.weight_average.averages[index].reshape(-1)
-        if (
-            self.optimizer_hooks is not None
-        ):  # what the tuning method keeps, such as AdaLoRA's importance of each weight
+        # What the tuning method keeps, such as AdaLoRA's importance of each weight.
+        if self.optimizer_hooks is not None:
             for key, hook_state in self.optimizer_hooks.state_of(name).items():
                 elementwise[key] = hook_state.view(-1)
         return SavedTensorsOfParameter(elementwise, moments_of_other_shape)

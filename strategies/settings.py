@@ -98,8 +98,9 @@ def number(
 ) -> Any:
     """A dataclass field for a setting that is a number, null, or one of `words`, with the range that validation checks.
 
-    `least` and `most` may be taken, `above` and `below` not. `advice`: what to do about a number outside. `resume`: whether
-    it may change when a run is resumed (see `SettingMetadata.resume`). A number reaches nothing outside the run (see `Reach`).
+    `least` and `most` may be taken, `above` and `below` not. `advice`: what to do about a number outside. `resume`: `FREE` if it
+    may change when a run is resumed, else the kind of change (see `SettingMetadata.resume`). A number reaches nothing outside
+    the run (see `Reach`).
     """
     bounds = Range(least=least, most=most, above=above, below=below)
     return field(default=default, metadata={METADATA_KEY: SettingMetadata(DESCRIBES, resume, bounds, advice, words)})
@@ -115,8 +116,9 @@ def setting(
 ) -> Any:
     """A dataclass field for a setting that is no number.
 
-    `reach` answers: does a value send, run, fetch or write something, or read a file whose texts are shown? `resume`: whether
-    it may change when a run is resumed. `entries`: for a table with fixed names, the class that has them as fields.
+    `reach` answers: does a value send, run, fetch or write something, or read a file whose texts are shown? `resume`: `FREE` if
+    it may change when a run is resumed, else the kind of change, such as `data` (`SettingMetadata.resume`). `entries`: for a
+    table with fixed names, the class that has them as fields.
     """
     metadata = SettingMetadata(reach, resume, entries=entries)
     if default_factory is not MISSING:
@@ -129,15 +131,15 @@ def group(make: Callable[[], Any], *, resume: str | None = None, advice: Mapping
     return field(default_factory=make, metadata={METADATA_KEY: SettingMetadata(resume=resume, advice_below=advice)})
 
 
-def setting_metadata(settings: type, name: str, better_advice: Mapping[str, str] | None = None) -> SettingMetadata:
+def setting_metadata(settings: type, name: str, advice_of_group: Mapping[str, str] | None = None) -> SettingMetadata:
     """The metadata of the setting in the field `name` of the class `settings`: range, advice, reach; empty if it has none.
 
-    A subclass that only gives a field another default keeps what its parent says. `better_advice`: advice by name from the
-    group that holds the settings (`SettingMetadata.advice_below`), which takes precedence.
+    A subclass that only gives a field another default keeps what its parent says. `advice_of_group`: advice by name from the
+    group that holds the settings (`SettingMetadata.advice_below`), which takes precedence over the class's own.
     """
     for parent in settings.__mro__:
         own_field = getattr(parent, "__dataclass_fields__", {}).get(name)
         if own_field is not None and METADATA_KEY in own_field.metadata:
             metadata: SettingMetadata = own_field.metadata[METADATA_KEY]
-            return replace(metadata, advice=(better_advice or {}).get(name, metadata.advice))
+            return replace(metadata, advice=(advice_of_group or {}).get(name, metadata.advice))
     return SettingMetadata()

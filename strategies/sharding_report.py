@@ -25,9 +25,7 @@ def num_held_elements(step_module: nn.Module) -> int:
     for name, parameter in named_parameters(step_module):
         local_numel, full_numel = _local_and_full_numel(parameter)
         share = expert_share_of_parameter(step_module, name)
-        if (
-            share is not None
-        ):  # the parameter is of this rank's experts, the full one of those of all ranks of its group
+        if share is not None:  # this rank has its own experts, the full parameter those of all ranks of its group
             full_numel *= share.group_size
         if full_counts[name] == full_numel:
             local_total += local_numel

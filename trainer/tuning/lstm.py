@@ -29,11 +29,8 @@ class EncoderLstm(nn.LSTM):
         set_lstm_weights(self, weights)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inputs.dtype
         # torch's own, unless this CPU has no LSTM of this half-precision type: then in float32.
-        if (
-            inputs.device.type != "cpu"
-            or dtype not in HALF_DTYPE_BY_PRECISION.values()
-            or cpu_supports_lstm_dtype(dtype)
-        ):
+        is_half_on_cpu = inputs.device.type == "cpu" and dtype in HALF_DTYPE_BY_PRECISION.values()
+        if not is_half_on_cpu or cpu_supports_lstm_dtype(dtype):
             return super().forward(inputs, state)
         with torch.autocast("cpu", enabled=False):
             set_lstm_weights(self, [weight.float() for weight in weights])  # for this call: the next one sets them anew
@@ -59,10 +56,7 @@ def lstm_substitutions(model: nn.Module, precision: Precision, device: torch.dev
     """The substitution note if the LSTMs of `model` compute in float32 instead of `precision` on this processor; else empty."""
     if not any(isinstance(module, EncoderLstm) for module in model.modules()):
         return {}
-    if (
-        precision not in HALF_DTYPE_BY_PRECISION
-        or device.type != "cpu"
-        or cpu_supports_lstm_dtype(HALF_DTYPE_BY_PRECISION[precision])
-    ):
+    dtype = HALF_DTYPE_BY_PRECISION.get(precision)  # None in float32
+    if dtype is None or device.type != "cpu" or cpu_supports_lstm_dtype(dtype):
         return {}
     return {"tuning.encoder": f"lstm in {precision} -> lstm in fp32 (this processor has no LSTM in {precision})"}
