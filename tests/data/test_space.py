@@ -91,13 +91,13 @@ def test_space_estimate_counts_the_files_of_the_search_for_near_copies(tmp_path,
     path = written_as(tmp_path, "")
     searching = {"duplicates": DuplicatesConfig(near=DuplicatePolicy.report)}
     sizes = []
-    make_file = bands._new_file
+    make_file = bands._zeros_in_unnamed_file
 
     def measured(shape, dtype, directory):
         sizes.append(math.prod(shape) * np.dtype(dtype).itemsize)
         return make_file(shape, dtype, directory)
 
-    monkeypatch.setattr(bands, "_new_file", measured)
+    monkeypatch.setattr(bands, "_zeros_in_unnamed_file", measured)
     data = preparation(path, **searching).open_or_prepare()
     written = sum((data.directory / name).stat().st_size for name in STORE)
     shutil.rmtree(tmp_path / "cache")

@@ -121,7 +121,7 @@ def _check_results(tmp_path, run):
     assert list(shardtune.compare(run).runs()["steps"]) == [2]
     plan = {"hardware": "a10g", "strategy": "ddp", "strategy.activation_checkpointing": "none", "batch_micro": 1}
     expected = shardtune.plan(model_path=tmp_path / "llama", plan_workers=1, **plan)
-    assert expected.fits and "strategy=ddp" in expected.words and len(expected.ways()) == 1
+    assert expected.fits and "strategy=ddp" in expected.settings and len(expected.options()) == 1
     with pytest.raises(shardtune.RunFailed, match=r"there is no such card") as failed:
         shardtune.plan(model_path=tmp_path / "llama", hardware="h900")
     assert (failed.value.code, failed.value.run) == (64, None)

@@ -89,7 +89,7 @@ def test_layers_may_have_heads_of_their_own(tmp_path):
     assert head_sizes(settings) == [16, 32]
     heads = attention_heads_of(settings)
     assert (heads.num_query_heads, heads.num_key_value_heads, heads.head_dim) == (2, 1, 32)
-    assert kv_cache_bytes_upper_bound(settings, rows=1, tokens=1, itemsize=2) == 2 * 2 * 2 * 32 * 2
+    assert kv_cache_bytes_upper_bound(settings, rows=1, tokens=1, bytes_per_number=2) == 2 * 2 * 2 * 32 * 2
     assert simulate_run(run_of(tmp_path, settings), [40, 24]).flops > 0
 
 

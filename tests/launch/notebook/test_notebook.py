@@ -8,7 +8,7 @@ import pytest
 
 from launch.compare.comparison import compare_points
 from launch.compare.settings import PointSource
-from launch.notebook.curve import MAX_DRAWN_STEPS, Curve, draw_picture, running_means
+from launch.notebook.curve import MAX_POINTS, Curve, draw_picture, running_means
 from launch.notebook.fragment import notebook_html
 from launch.notebook.results import ComparisonResult, EvaluationResult, PlanResult
 from strategies.errors import ConfigError
@@ -69,7 +69,7 @@ def test_curve_of_a_long_run_keeps_its_spikes():
     points = [(step, 1000.0 if step == 54_321 else 2.0 + step % 7 / 10) for step in range(100_000)]
     drawn = draw_picture([Curve("loss", points)], x_title="steps", description="a loss").curves[0]
     positions = [tuple(map(float, pair.split(","))) for pair in drawn.polyline.split()]
-    assert len(positions) <= MAX_DRAWN_STEPS + 2
+    assert len(positions) <= MAX_POINTS + 2
     heights = sorted(height for _, height in positions)
     assert heights[0] < heights[1] - 50, "one point is far above the others"
     assert [x for x, _ in positions] == sorted(x for x, _ in positions)
