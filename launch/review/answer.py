@@ -24,28 +24,29 @@ def score_text(score: dict[str, Any]) -> str:
     lines = [
         f"{model['run']}, {model['checkpoint']}: {score['num_prompts']} prompts, {len(score['reviewers'])} reviewers"
     ]
-    lines += format_table(WIN_RATE_COLUMNS, _win_rate_rows(score))
-    lines += ["", *wrap_text(score["method"]), "", *_agreement_lines(score)]
+    lines += format_table(WIN_RATE_COLUMNS, _win_rate_rows(score["metrics"], score["arms"]))
+    lines += ["", *wrap_text(score["method"]), "", *_agreement_lines(score["metrics"], score["kappa"])]
     for reviewer in score["reviewers"]:
         lines += _reviewer_lines(reviewer)
-    without_flagged = score["without_flagged"]
-    if without_flagged is not None:
-        interval = (
-            f"[{_format_number_or_dash(without_flagged['low'])}, {_format_number_or_dash(without_flagged['high'])}]"
-        )
+    win_rate = score["without_flagged"]  # of careful reviewers; None if nobody is flagged, or everybody
+    if win_rate is not None:
+        interval = f"[{_format_number_or_dash(win_rate['low'])}, {_format_number_or_dash(win_rate['high'])}]"
         lines.append(
-            f"without reviewers that stand out: win rate {_format_number_or_dash(without_flagged['value'])} {interval}"
+            f"without reviewers that stand out: win rate {_format_number_or_dash(win_rate['value'])} {interval}"
         )
     return "\n".join([*lines, *_disagreement_lines(score["disagreements"])])
 
 
-def _win_rate_rows(score: dict[str, Any]) -> list[TableRow]:
-    """A table row for each metric `win_rate/<arm>` and `win_rate/<arm>/<question>`; an arm is a model beside the tuned one."""
+def _win_rate_rows(metrics: dict[str, dict[str, Any]], arms: list[str]) -> list[TableRow]:
+    """A table row for each metric `win_rate/<arm>` and `win_rate/<arm>/<question>`; an arm is a model beside the tuned one.
+
+    {"win_rate/base": {"value": 0.6, "low": 0.5, "high": 0.7, "wins": 9, ...}} -> base, overall, 0.6, 0.5 to 0.7, 9, ...
+    """
     rows = []
-    for name, metric in score["metrics"].items():
+    for name, metric in metrics.items():
         metric_kind, *arm_and_question = name.split("/")
         # `win_rate` and `win_rate/<question>`, without an arm, repeat the numbers of one arm.
-        has_arm = bool(arm_and_question) and arm_and_question[0] in score["arms"]
+        has_arm = bool(arm_and_question) and arm_and_question[0] in arms
         if metric_kind != "win_rate" or not has_arm:
             continue
         arm = arm_and_question[0]
@@ -60,11 +61,15 @@ def _win_rate_rows(score: dict[str, Any]) -> list[TableRow]:
     return rows
 
 
-def _agreement_lines(score: dict[str, Any]) -> list[str]:
-    """Krippendorff's alpha of each question on one line, then a line with Cohen's kappa of every two reviewers."""
+def _agreement_lines(metrics: dict[str, dict[str, Any]], kappas: list[dict[str, Any]]) -> list[str]:
+    """Krippendorff's alpha of each question on one line, then a line with Cohen's kappa of every two reviewers.
+
+    `metrics`: those of the review by name, of which `alpha` and `alpha/<question>` are shown. `kappas`: {"reviewers": [name,
+    name], "items": 12, "kappa": 0.4} each.
+    """
     alphas = []
     is_any_undefined = False
-    for name, metric in score["metrics"].items():
+    for name, metric in metrics.items():
         if name.startswith("alpha"):
             alphas.append(f"{name} {_format_number_or_dash(metric['value'])}")
             is_any_undefined = is_any_undefined or metric["value"] is None
@@ -72,7 +77,7 @@ def _agreement_lines(score: dict[str, Any]) -> list[str]:
     if is_any_undefined:
         line += " (- : nobody could have disagreed)"
     lines = [line]
-    for pair in score["kappa"]:
+    for pair in kappas:
         reviewers = " and ".join(pair["reviewers"])
         lines.append(f"Cohen's kappa of {reviewers}: {_format_number_or_dash(pair['kappa'])} on {pair['items']} items")
     return lines
@@ -90,7 +95,10 @@ def _reviewer_lines(reviewer: dict[str, Any]) -> list[str]:
 
 
 def _disagreement_lines(disagreements: list[dict[str, Any]]) -> list[str]:
-    """A line on each item that reviewers dispute, with everybody's vote; at most `MAX_PRINTED_DISAGREEMENTS`."""
+    """A line on each item that reviewers dispute, with everybody's vote; at most `MAX_PRINTED_DISAGREEMENTS`.
+
+    `disagreements`: those of the record, the most even ones first.
+    """
     if not disagreements:
         return []
     lines = [f"{len(disagreements)} items on which reviewers took opposite sides; the most even ones:"]

@@ -207,10 +207,10 @@ def _without_permission_arguments(settings: list[str]) -> list[str]:
 
 
 def _read_arms(arms: list[str]) -> tuple[dict[str, str | None], list[str]]:
-    """({name of an arm: its directory}, error messages); the directory is None for the run under review and its base model.
+    """({name of an arm: its directory}, error messages). An arm is a model whose answers are compared.
 
-    `arms` are the values of `arms=`: base, tuned, runs and model directories. A second directory of the same name gets an
-    apostrophe.
+    The directory is None for the run under review (`tuned`) and its base model. `arms` are the values of `arms=`: base, tuned,
+    runs and model directories. A second directory of the same name gets an apostrophe.
     """
     from launch.review.sheet import BASE_ARM, TUNED_ARM
 
@@ -238,8 +238,9 @@ def _read_arms(arms: list[str]) -> tuple[dict[str, str | None], list[str]]:
 def plan_arm_evaluation(request: ReviewRequest, arm: str, model_dir: str | None) -> EvaluationPlan:
     """Plan the evaluation in which one arm (compared model) answers the prompts of the review.
 
-    `model_dir`: the directory of the arm's run or model; None for the run under review. The evaluation of that run also writes
-    the answers of its base model, if this is among the arms.
+    Another run uses values outside of its directory, such as a path, only if an argument that begins with `arms.` allows it;
+    the run under review needs one without that prefix. `model_dir`: the directory of the arm's run or model; None for the run
+    under review. The evaluation of that run also writes the answers of its base model, if this is among the arms.
     """
     from launch.evaluate.arguments import parse_evaluate_arguments
     from launch.evaluate.plan import plan_evaluation
@@ -262,7 +263,7 @@ def plan_arm_evaluation(request: ReviewRequest, arm: str, model_dir: str | None)
 
     evaluate_arguments = parse_evaluate_arguments(arguments)
     evaluate_arguments.command = request.command
-    evaluate_arguments.prefix = "" if is_run_under_review else ARMS_PREFIX
+    evaluate_arguments.prefix = "" if is_run_under_review else ARMS_PREFIX  # for the messages
     plan = plan_evaluation(evaluate_arguments)
     plan.config.evaluation.tasks["answers"].write = copy.deepcopy(request.review_config.write)
     plan.job = replace(plan.job, kept=False)  # the report is no record of the run: only its answers are wanted

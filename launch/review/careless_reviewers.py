@@ -13,7 +13,7 @@ from launch.review.sheet import KeyItem, ReviewKey
 from trainer.config.review import OVERALL_QUESTION
 
 MIN_REPEATS = 4
-MIN_ITEMS = 20
+MIN_JUDGED = 20
 """With fewer repeated items, or fewer items, a rule says nothing: an honest reviewer might break it by chance."""
 VOTE_WITH_SIDES_EXCHANGED = {"a": "b", "b": "a", "tie": "tie"}
 """What the same judgement is called once sides are exchanged."""
@@ -22,20 +22,22 @@ MAX_WORDS_PER_SECOND = 15.0
 """900 words a minute: nearly four times as fast as people read."""
 RULE_TEXT_BY_NAME = {
     "repeats": f"agrees with itself in half of the repeated items or fewer, of {MIN_REPEATS} at least",
-    "side": f"says the same side, or tie, in more than {MAX_SAME_SIDE_SHARE:.0%} of {MIN_ITEMS} items or more",
-    "time": f"reads more than {MAX_WORDS_PER_SECOND:g} words a second in the middle one of its items, of {MIN_ITEMS} at least",
-    "others": f"agrees with the majority of the others no better than by chance (kappa 0 or below), on {MIN_ITEMS} items or more",
+    "side": f"says the same side, or tie, in more than {MAX_SAME_SIDE_SHARE:.0%} of {MIN_JUDGED} items or more",
+    "time": f"reads more than {MAX_WORDS_PER_SECOND:g} words a second in the middle one of its items, of {MIN_JUDGED} at least",
+    "others": (
+        f"agrees with the majority of the others no better than by chance (kappa 0 or below), on {MIN_JUDGED} items or more"
+    ),
 }
 
 
 def carelessness_flags(reviewer: Reviewer, key: ReviewKey, majority_vote_by_item: dict[str, str]) -> list[str]:
-    """A sentence for each of the `RULE_TEXT_BY_NAME` that a reviewer's answers break; empty for a careful reviewer.
+    """A sentence for each rule of `RULE_TEXT_BY_NAME` that a reviewer's answers break; empty for a careful reviewer.
 
     `majority_vote_by_item`: the vote of most of the other reviewers (`tuned`, `other` or `tie`), by item id. `key`: which model
     wrote which answer.
     """
     items = {item["id"]: item for item in key["items"]}
-    choices = {}
+    choices = {}  # `a`, `b` or `tie`, by item id
     for item_id, judgement in reviewer.judgement_by_item.items():
         if OVERALL_QUESTION in judgement.choice_by_question:
             choices[item_id] = judgement.choice_by_question[OVERALL_QUESTION]
@@ -71,7 +73,7 @@ def _same_side_flag(choices: dict[str, str]) -> str | None:
 
     Sides are drawn at random, so a careful reviewer has no reason to prefer one.
     """
-    if len(choices) < MIN_ITEMS:
+    if len(choices) < MIN_JUDGED:
         return None
     choice, count = Counter(choices.values()).most_common(1)[0]
     if count <= MAX_SAME_SIDE_SHARE * len(choices):
@@ -88,9 +90,12 @@ def _speed_flag(reviewer: Reviewer, items: dict[str, KeyItem]) -> str | None:
     for item_id, judgement in reviewer.judgement_by_item.items():
         if judgement.seconds is not None and OVERALL_QUESTION in judgement.choice_by_question:
             words_per_s.append(items[item_id]["words"] / max(judgement.seconds, 1e-3))  # a click may take 0 s
-    if len(words_per_s) < MIN_ITEMS or median(words_per_s) <= MAX_WORDS_PER_SECOND:
+    if len(words_per_s) < MIN_JUDGED:
         return None
-    return f"time: {median(words_per_s):.0f} words a second in the middle one of {len(words_per_s)} items"
+    median_words_per_s = median(words_per_s)
+    if median_words_per_s <= MAX_WORDS_PER_SECOND:
+        return None
+    return f"time: {median_words_per_s:.0f} words a second in the middle one of {len(words_per_s)} items"
 
 
 def _chance_agreement_flag(
@@ -98,10 +103,10 @@ def _chance_agreement_flag(
 ) -> str | None:
     """The flag of a reviewer who agrees with the majority of the others no better than by chance; None if the rule is kept.
 
-    Cohen's kappa is about 0 for somebody who answers without reading.
+    Cohen's kappa is about 0 for somebody who answers without reading. `choices`: `a`, `b` or `tie` by item id.
     """
     shared_item_ids = [item_id for item_id in choices if item_id in majority_vote_by_item]
-    if len(shared_item_ids) < MIN_ITEMS:
+    if len(shared_item_ids) < MIN_JUDGED:
         return None
     from launch.review.agreement import cohen_kappa, preferred_model
 

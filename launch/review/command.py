@@ -56,22 +56,13 @@ def main(argv: list[str]) -> int:
 
 
 def make_review(argv: list[str]) -> int:
-    """`review make`: draw prompts, let every model answer them, and write the page, the table and the key.
+    """`review make`: draw prompts, let every model answer them, and write the page, the table, and the key to who wrote what.
 
     Returns the exit code: 0, or 75 if it was stopped while the models answered.
     """
     from launch.review.arguments import read_make_arguments
     from launch.review.prompts import draw_prompts
-    from launch.review.sheet import (
-        KEY_FILE,
-        PAGE_FILE,
-        TABLE_FILE,
-        make_review_sheet,
-        review_csv,
-        review_page,
-        write_key,
-    )
-    from trainer.reporting.status import write_text_atomic
+    from launch.review.sheet import make_review_sheet
 
     request = read_make_arguments(argv)
     prompts = draw_prompts(request.prompts_path, request.review_config.n, request.review_config.seed)
@@ -85,6 +76,14 @@ def make_review(argv: list[str]) -> int:
         return exit_codes.PREEMPTED
     entries_on_judged_model = {"run": str(request.run), "model": request.judged_model}
     sheet = make_review_sheet(prompts, answers_by_arm, entries_on_judged_model, request.review_config)
+    _write_and_announce_sheet(sheet, request)
+    return 0
+
+
+def _write_and_announce_sheet(sheet: ReviewSheet, request: ReviewRequest) -> None:
+    """Write the page, the table and the key of a review into the output directory, and say what is to be sent to whom."""
+    from launch.review.sheet import KEY_FILE, PAGE_FILE, TABLE_FILE, review_csv, review_page, write_key
+    from trainer.reporting.status import write_text_atomic
 
     output_dir = request.output_dir
     page_file = output_dir / PAGE_FILE
@@ -97,7 +96,6 @@ def make_review(argv: list[str]) -> int:
     print(f"send to reviewers: {page_file}, or {table_file}")
     print(f"keep, and send to nobody: {output_dir / KEY_FILE}")
     print(f"then: shardtune review score {request.run} <answers>")
-    return 0
 
 
 def _generate_answers_by_arm(request: ReviewRequest, prompts: list[Any]) -> dict[str, list[str]] | None:
@@ -114,11 +112,12 @@ def _generate_answers_by_arm(request: ReviewRequest, prompts: list[Any]) -> dict
     write_task_rows(request.output_dir / "answers" / "prompts.jsonl", prompts)
     answers_by_arm: dict[str, list[str]] = {}
     for arm, model_dir in request.arms.items():
-        is_run_under_review = model_dir is None
+        is_run_under_review = model_dir is None  # else another run, or a model
         if is_run_under_review and arm == BASE_ARM:
             continue  # the evaluation of the tuned model also writes the answers of its base
         plan = plan_arm_evaluation(request, arm, model_dir)
-        if run_evaluation(plan, quiet=False):
+        exit_code = run_evaluation(plan, quiet=False)
+        if exit_code:  # stopped, or failed and said why
             return None
         for line in (Path(plan.job.to) / ROWS_FILE).read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
@@ -133,6 +132,7 @@ def _sheet_summary(sheet: ReviewSheet, request: ReviewRequest) -> str:
     """Lines on what reviewers will judge: number of items, models, repeated items, and pairs that were left out."""
     num_repeated = sum(item["repeats"] is not None for item in sheet.key["items"])
     num_equal_pairs = len(sheet.key["same"])
+    # How the base differs from that of the training, which the user has accepted.
     lines = [f"accepted: {line}" for line in request.judged_model["accepted"]]
     lines.append(
         f"{len(sheet.items)} items: {', '.join(request.arms)}; {sheet.key['num_prompts']} prompts, {num_repeated} items again"
@@ -157,24 +157,26 @@ def score_and_record_review(argv: list[str]) -> int:
     from trainer.reporting.status import write_text_atomic
 
     arguments = read_score_arguments(argv)
-    assert arguments.review is not None
-    review_id, key = read_key(arguments.review)
+    review_directory = arguments.review
+    assert review_directory is not None
+    review_id, key = read_key(review_directory)
     reviewers = read_reviewers(arguments.answers, review_id, key)
     names = [reviewer.name for reviewer in reviewers]
-    unknown_names = [name for name in arguments.drop if name not in names]
+    dropped_names = arguments.drop
+    unknown_names = [name for name in dropped_names if name not in names]
     if unknown_names:
         raise ConfigError(f"drop=[{','.join(unknown_names)}]: no such reviewer; there are {', '.join(names)}")
-    if not set(names) - set(arguments.drop):
+    if not set(names) - set(dropped_names):
         raise ConfigError("drop: leaves nobody; name fewer")
 
     # The result is written twice: beside the key, and into the run's records, where its model card and its gates find it.
-    scores = score_review(review_id, key, reviewers, arguments.drop)
+    scores = score_review(review_id, key, reviewers, dropped_names)
     scores_json = json_text(scores, indent=1, ensure_ascii=False)
-    write_text_atomic(arguments.review / RESULT_FILE, scores_json + "\n")
+    write_text_atomic(review_directory / RESULT_FILE, scores_json + "\n")
     record = keep_report(arguments.run, REVIEW_REPORT, scores)
     run_json_entry = {"record": str(record.relative_to(arguments.run)), "metrics": scores["metrics"]}
     add_to_run_record(arguments.run, "review", run_json_entry)
     print(scores_json if arguments.as_json else score_text(scores))
     if not arguments.as_json:
-        print(f"\nwritten: {arguments.review / RESULT_FILE}, {record}")
+        print(f"\nwritten: {review_directory / RESULT_FILE}, {record}")
     return 0

@@ -108,9 +108,9 @@ def _prompt_of_conversation(location: str, messages: Any) -> ReviewPrompt:
         raise DataError(f"{location}: messages must be turns with a role and a text, one of the user's at least")
     prompt_turns = [{"role": turn["role"], "content": turn["content"]} for turn in turns[: last_user_turn + 1]]
     if len(prompt_turns) == 1:
-        return ReviewPrompt(location, prompt_turns[0]["content"], prompt_turns)
+        return ReviewPrompt(location, text=prompt_turns[0]["content"], turns=prompt_turns)
     text = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt_turns)
-    return ReviewPrompt(location, text, prompt_turns)
+    return ReviewPrompt(location, text=text, turns=prompt_turns)
 
 
 def _is_text_turn(turn: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from launch.review.agreement import (
+    OTHER_WINS,
     TIE,
     TUNED_WINS,
     VotesOnQuestion,
@@ -19,14 +20,14 @@ from launch.review.agreement import (
 )
 from launch.review.answers import Reviewer
 from launch.review.careless_reviewers import RULE_TEXT_BY_NAME, carelessness_flags
-from launch.review.sheet import BASE_ARM, TUNED_ARM, ReviewKey
+from launch.review.sheet import BASE_ARM, LEFT_SIDE, TUNED_ARM, ReviewKey
 from trainer.config.review import OVERALL_QUESTION
 
 NUM_RESAMPLES = 10_000
 MAX_RECORDED_DISAGREEMENTS = 50
 """Disputed items in the record."""
-WIN_SHARE_BY_VOTE = {TUNED_WINS: 1.0, TIE: 0.5}
-"""What a vote adds to the win rate; a loss adds 0."""
+WIN_SHARE_BY_VOTE = {TUNED_WINS: 1.0, TIE: 0.5, OTHER_WINS: 0.0}
+"""What a vote adds to the win rate."""
 WIN_RATE_METHOD_TEXT = (
     "share of prompts that the tuned model wins, ties and equal answers as halves, reviewers of a prompt as their mean; "
     f"bootstrap over prompts, {NUM_RESAMPLES} resamples, seed 0, 95 % percentile interval"
@@ -36,27 +37,23 @@ WIN_RATE_METHOD_TEXT = (
 def score_review(review_id: str, key: ReviewKey, reviewers: list[Reviewer], dropped_names: list[str]) -> dict[str, Any]:
     """The record of a review as JSON values: win rates with intervals, agreement, disputed items, and the reviewers.
 
-    `key`: which model wrote which answer. The votes of the reviewers in `dropped_names` do not count.
+    `key`: which model wrote which answer. The models that answered are called arms: `tuned`, and those that it is compared with.
+    The votes of the reviewers in `dropped_names` do not count.
     """
     counted_reviewers = [reviewer for reviewer in reviewers if reviewer.name not in dropped_names]
     votes_by_question = {
         question: _votes_on_question(counted_reviewers, key, question)
         for question in [OVERALL_QUESTION, *key["rubric"]]
     }
-    arms = [arm for arm in key["arms"] if arm != TUNED_ARM]  # the models that the tuned one is compared with
+    other_models = [arm for arm in key["arms"] if arm != TUNED_ARM]
 
-    # Signs of careless answers, also of dropped reviewers: the record shows why they were dropped.
-    flags_by_name = {}
-    for reviewer in reviewers:
-        flags_by_name[reviewer.name] = carelessness_flags(
-            reviewer, key, _majority_votes_of_others(reviewer, reviewers, key)
-        )
-    unflagged = [reviewer for reviewer in counted_reviewers if not flags_by_name[reviewer.name]]
-    without_flagged = None
-    if 0 < len(unflagged) < len(counted_reviewers):
-        without_flagged = _review_metrics(
-            {OVERALL_QUESTION: _votes_on_question(unflagged, key, OVERALL_QUESTION)}, key, arms
-        )["win_rate"]
+    # Of all reviewers, also of dropped ones: the record shows why they were dropped.
+    flags_by_name = {reviewer.name: _flags_of_reviewer(reviewer, reviewers, key) for reviewer in reviewers}
+    careful_reviewers = [reviewer for reviewer in counted_reviewers if not flags_by_name[reviewer.name]]
+    win_rate_without_flagged = None  # also if nobody is flagged, or everybody
+    if 0 < len(careful_reviewers) < len(counted_reviewers):
+        votes = _votes_on_question(careful_reviewers, key, OVERALL_QUESTION)
+        win_rate_without_flagged = _review_metrics({OVERALL_QUESTION: votes}, key, other_models)["win_rate"]
     summaries = []
     for reviewer in reviewers:
         is_dropped = reviewer.name in dropped_names
@@ -73,11 +70,16 @@ def score_review(review_id: str, key: ReviewKey, reviewers: list[Reviewer], drop
         "rubric": key["rubric"],
         "reviewers": summaries,
         "rules": RULE_TEXT_BY_NAME,
-        "metrics": _review_metrics(votes_by_question, key, arms),
-        "without_flagged": without_flagged,
+        "metrics": _review_metrics(votes_by_question, key, other_models),
+        "without_flagged": win_rate_without_flagged,
         "kappa": pairwise_kappas(votes_by_question[OVERALL_QUESTION]),
         "disagreements": _disputed_items(votes_by_question[OVERALL_QUESTION], counted_reviewers, key),
     }
+
+
+def _flags_of_reviewer(reviewer: Reviewer, all_reviewers: list[Reviewer], key: ReviewKey) -> list[str]:
+    """Signs that a reviewer may have answered without reading, a sentence each; empty for a careful reviewer."""
+    return carelessness_flags(reviewer, key, _majority_votes_of_others(reviewer, all_reviewers, key))
 
 
 def _votes_on_question(reviewers: Iterable[Reviewer], key: ReviewKey, question: str) -> VotesOnQuestion:
@@ -96,30 +98,30 @@ def _votes_on_question(reviewers: Iterable[Reviewer], key: ReviewKey, question: 
 
 
 def _review_metrics(
-    votes_by_question: dict[str, VotesOnQuestion], key: ReviewKey, arms: list[str]
+    votes_by_question: dict[str, VotesOnQuestion], key: ReviewKey, other_models: list[str]
 ) -> dict[str, dict[str, Any]]:
-    """Win rates and agreement, by the metric names that gates use. `arms`: the models that the tuned one is compared with.
+    """Win rates and agreement, by the metric names that gates use. `other_models`: those that the tuned one is compared with.
 
-    The names are `win_rate/<arm>/<question>` and `alpha/<question>`, without the question for the overall one. `win_rate` without
-    an arm is the win rate against the base or, if the base was not compared, against the arm with the lowest win rate.
+    The names are `win_rate/<model>/<question>` and `alpha/<question>`, without the question for the overall one. `win_rate`
+    without a model is the one against the base or, if that was not compared, against the model with the lowest win rate.
     """
     metrics: dict[str, dict[str, Any]] = {}
-    for arm in arms:
+    for model in other_models:
         for question, votes in votes_by_question.items():
-            metrics[f"win_rate/{arm}{_metric_suffix(question)}"] = _win_rate_metric(votes, key, arm)
+            metrics[f"win_rate/{model}{_metric_suffix(question)}"] = _win_rate_metric(votes, key, model)
 
-    def order_by_win_rate(arm: str) -> tuple[bool, float]:
-        win_rate = metrics[f"win_rate/{arm}"]["value"]
-        return win_rate is None, win_rate or 0  # an arm that nobody judged comes last
+    def win_rate_order(model: str) -> tuple[bool, float]:
+        win_rate = metrics[f"win_rate/{model}"]["value"]
+        return win_rate is None, win_rate or 0  # a model that nobody judged comes last
 
-    main_arm = BASE_ARM if BASE_ARM in arms else min(arms, key=order_by_win_rate)
+    main_model = BASE_ARM if BASE_ARM in other_models else min(other_models, key=win_rate_order)
     for question, votes in votes_by_question.items():
         suffix = _metric_suffix(question)
-        metrics[f"win_rate{suffix}"] = metrics[f"win_rate/{main_arm}{suffix}"]
+        metrics[f"win_rate{suffix}"] = metrics[f"win_rate/{main_model}{suffix}"]
         metrics[f"alpha{suffix}"] = {"value": krippendorff_alpha(votes)}
     num_reviewers = len({reviewer for reviewer, _ in votes_by_question[OVERALL_QUESTION]})
     metrics["num_reviewers"] = {"value": float(num_reviewers)}
-    # `win_rate` first, then the metrics without an arm, then those of an arm, then those of an arm and a question.
+    # `win_rate` first, then the metrics without a model, then those of a model, then those of a model and a question.
     sorted_names = sorted(metrics, key=lambda name: (name.count("/"), name != "win_rate", name))
     return {name: metrics[name] for name in sorted_names}
 
@@ -129,28 +131,29 @@ def _metric_suffix(question: str) -> str:
     return "" if question == OVERALL_QUESTION else f"/{question}"
 
 
-def _win_rate_metric(votes: VotesOnQuestion, key: ReviewKey, arm: str) -> dict[str, Any]:
-    """The win rate of the tuned model against one arm, with its 95 % interval and counts, as a metric of the record.
+def _win_rate_metric(votes: VotesOnQuestion, key: ReviewKey, other_model: str) -> dict[str, Any]:
+    """The win rate of the tuned model against another one, with its 95 % interval and counts, as a metric of the record.
 
-    `WIN_RATE_METHOD_TEXT` says how it is computed. The rate is None if nobody judged an item of this arm.
+    `WIN_RATE_METHOD_TEXT` says how it is computed. The rate is None if nobody judged an item of the two, however many of their
+    answers were equal. `votes`: "tuned", "tie" or "other", by (reviewer, item id).
     """
-    items = {item["id"]: item for item in key["items"] if item["other"] == arm}
+    items = {item["id"]: item for item in key["items"] if item["other"] == other_model}
     values_by_prompt: dict[int, list[float]] = {}
     counts = Counter[str]()
     for (_, item_id), vote in votes.items():
         if item_id in items:
-            values_by_prompt.setdefault(items[item_id]["prompt"], []).append(WIN_SHARE_BY_VOTE.get(vote, 0.0))
+            values_by_prompt.setdefault(items[item_id]["prompt"], []).append(WIN_SHARE_BY_VOTE[vote])
             counts[vote] += 1
     outcomes = {
         "wins": counts[TUNED_WINS],
         "ties": counts[TIE],
-        "losses": counts.total() - counts[TUNED_WINS] - counts[TIE],
+        "losses": counts[OTHER_WINS],
     }
     if not values_by_prompt:
         return {"value": None, "low": None, "high": None, "num_prompts": 0, **outcomes}
 
     # Equal answers were not shown to reviewers: each is a tie.
-    num_equal = sum(pair["other"] == arm for pair in key["same"])
+    num_equal = sum(pair["other"] == other_model for pair in key["same"])
     prompt_means = [np.mean(values) for values in values_by_prompt.values()]
     means = np.array(prompt_means + [WIN_SHARE_BY_VOTE[TIE]] * num_equal)  # one for each prompt
     # Prompts are resampled, not votes: several votes on one prompt are not independent. Seed 0, as WIN_RATE_METHOD_TEXT says.
@@ -161,7 +164,10 @@ def _win_rate_metric(votes: VotesOnQuestion, key: ReviewKey, arm: str) -> dict[s
 
 
 def _majority_votes_of_others(reviewer: Reviewer, reviewers: list[Reviewer], key: ReviewKey) -> dict[str, str]:
-    """The vote of most reviewers other than `reviewer`, by item id; only items that at least two of them judged."""
+    """The vote of most reviewers other than `reviewer`, by item id; only items that at least two of them judged.
+
+    Of votes that are equally frequent, the one that comes first in the order of `reviewers` is taken.
+    """
     other_reviewers = [any_reviewer for any_reviewer in reviewers if any_reviewer is not reviewer]
     counts_by_item: dict[str, Counter[str]] = {}
     for (_, item_id), vote in _votes_on_question(other_reviewers, key, OVERALL_QUESTION).items():
@@ -175,11 +181,14 @@ def _majority_votes_of_others(reviewer: Reviewer, reviewers: list[Reviewer], key
 
 
 def _reviewer_summary(reviewer: Reviewer, key: ReviewKey, flags: list[str], is_dropped: bool) -> dict[str, Any]:
-    """One reviewer in the record: name, numbers of judged and open items, share of wins of the left answer, minutes, flags."""
+    """One reviewer in the record: name, numbers of judged and open items, share of wins of the left answer, minutes, flags.
+
+    An item is open until the overall question is answered.
+    """
     all_judgements = reviewer.judgement_by_item.values()
     judgements = [judgement for judgement in all_judgements if OVERALL_QUESTION in judgement.choice_by_question]
     seconds = [judgement.seconds for judgement in judgements if judgement.seconds is not None]
-    num_left_wins = sum(judgement.choice_by_question[OVERALL_QUESTION] == "a" for judgement in judgements)
+    num_left_wins = sum(judgement.choice_by_question[OVERALL_QUESTION] == LEFT_SIDE for judgement in judgements)
     return {
         "name": reviewer.name,
         "judged": len(judgements),
@@ -195,7 +204,7 @@ def _reviewer_summary(reviewer: Reviewer, key: ReviewKey, flags: list[str], is_d
 def _disputed_items(votes: VotesOnQuestion, reviewers: list[Reviewer], key: ReviewKey) -> list[dict[str, Any]]:
     """Items on which reviewers prefer opposite answers, with votes and comments; those with the most even votes first.
 
-    At most `MAX_RECORDED_DISAGREEMENTS` items.
+    At most `MAX_RECORDED_DISAGREEMENTS` items. In the record, `other` is the model beside the tuned one, and `prompt` an index.
     """
     entries_with_imbalance = []  # (by how many votes one side is ahead, entry of the record)
     for item in key["items"]:

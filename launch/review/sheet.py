@@ -14,7 +14,7 @@ import random
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from launch.review.prompts import ReviewPrompt
 from strategies.errors import ConfigError, DataError
@@ -29,18 +29,52 @@ TABLE_FILE = "review.csv"
 RESULT_FILE = "result.json"
 TUNED_ARM = "tuned"
 BASE_ARM = "base"
-SIDES = ("a", "b")
+LEFT_SIDE, RIGHT_SIDE = "a", "b"
+SIDES = (LEFT_SIDE, RIGHT_SIDE)
 VOTE_CHOICES = (*SIDES, "tie")
 FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
 """First characters that spreadsheets take for a formula."""
-KeyItem = dict[str, Any]
-"""What the key says of one item: `id`, `prompt` (its number), `other` (the arm beside the tuned model), `tuned` (the side `a`
-or `b` of the tuned model), `repeats` (id of the item that it repeats, else None), `words` (of prompt and answers), `sha256`.
-"""
-ReviewKey = dict[str, Any]
-"""Contents of `key.json`: `items` (each a `KeyItem`), `same` (pairs of equal answers, by `prompt` and `other`), `arms`,
-`rubric` (questions by name), `num_prompts`, `model`, `run`, `seed`, `salt`, `version`.
-"""
+
+
+class KeyItem(TypedDict):
+    """What the key says of one item, a pair of answers to a prompt."""
+
+    id: str
+    prompt: int
+    """Index of the prompt."""
+    other: str
+    """The model (arm) whose answer stands beside that of the tuned one."""
+    tuned: str
+    """The side of the tuned model's answer, `a` or `b`."""
+    repeats: str | None
+    """Id of the item that it shows a second time, with the sides exchanged; None for the first time."""
+    words: int
+    """Of prompt and answers."""
+    sha256: str
+
+
+class EqualPair(TypedDict):
+    """A pair of equal answers, which reviewers do not see: index of the prompt, and the model beside the tuned one."""
+
+    prompt: int
+    other: str
+
+
+class ReviewKey(TypedDict):
+    """Contents of `key.json`: which model wrote which answer."""
+
+    version: int
+    run: str
+    model: dict[str, Any]
+    rubric: dict[str, str]
+    """The questions beside the overall one, by name."""
+    seed: int
+    salt: str
+    arms: list[str]
+    """The models that answered: `tuned`, and those that it is compared with."""
+    num_prompts: int
+    same: list[EqualPair]
+    items: list[KeyItem]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +120,10 @@ def make_review_sheet(
     repeated_pairs = sorted(rng.sample(pair_order, num_repeated), key=pair_order.index)
 
     items: list[ReviewSheetItem] = []
-    key_items: list[KeyItem] = []
+    key_items: list[Any] = []  # `KeyItem`s
     for item_number, pair_index in enumerate([*pair_order, *repeated_pairs]):
         pair = pairs[pair_index]
-        key_item = dict(pair.key_item)
+        key_item: dict[str, Any] = dict(pair.key_item)
         is_repeat = item_number >= len(pair_order)
         if is_repeat:
             key_item["repeats"] = key_items[pair_order.index(pair_index)]["id"]
@@ -105,7 +139,7 @@ def make_review_sheet(
         key_item["sha256"] = _sha256_of_item(item)
         items.append(item)
         key_items.append(key_item)
-    key = {
+    key: Any = {
         "version": REVIEW_FORMAT_VERSION,
         **entries_on_judged_model,
         "rubric": config.rubric,
@@ -123,18 +157,19 @@ class _AnswerPair:
     prompt: str
     tuned_answer: str
     other_answer: str
-    key_item: KeyItem
+    key_item: dict[str, Any]
+    """The fields of its `KeyItem` without id and hash, which follow from its place among the items."""
 
 
 def _pair_answers(
     prompts: list[ReviewPrompt], answers_by_arm: dict[str, list[str]], rng: random.Random
-) -> tuple[list[_AnswerPair], list[dict[str, Any]]]:
-    """(pairs whose answers differ, key entries of the pairs whose answers are equal), with a random side for the tuned model.
+) -> tuple[list[_AnswerPair], list[EqualPair]]:
+    """(pairs whose answers differ, with a random side for the tuned model; pairs whose answers are equal).
 
     `rng` also draws a side for pairs of equal answers, so that the sides of the other pairs do not depend on how many there are.
     """
     pairs = []
-    equal_pairs = []
+    equal_pairs: list[EqualPair] = []
     for arm, arm_answers in answers_by_arm.items():
         if arm == TUNED_ARM:
             continue
@@ -168,7 +203,10 @@ def write_key(directory: Path, sheet: ReviewSheet) -> None:
 
 
 def read_key(directory: Path) -> tuple[str, ReviewKey]:
-    """(id of the review, its key) from `key.json`. Raises ConfigError if it is missing, DataError if it was changed."""
+    """(id of the review, its key: which model wrote which answer) from `key.json`.
+
+    Raises ConfigError if it is missing, DataError if it was changed.
+    """
     path = directory / KEY_FILE
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
