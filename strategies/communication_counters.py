@@ -67,6 +67,8 @@ def counted_collective(collective: str, full_argument_index: int) -> Callable[[A
     """
 
     def with_counters(method: Any) -> Any:
+        """The collective `method` with counters around each call."""
+
         @wraps(method)
         def counted_method(self: Any, *tensors: Tensor, **kwargs: Any) -> None:
             if not _active_totals:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,36 +40,35 @@ class HostInputs:
     def wrap_checkpoint_function(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap `checkpoint` (torch's activation checkpointing), so that a block's hidden states are saved on the host.
 
-        `checkpoint(function, *inputs)` runs a block and saves its inputs for the recomputation. The first floating-point tensor
-        among the inputs is taken for the hidden states.
+        `checkpoint(function, *inputs)` runs a block and saves its inputs for the recomputation.
         """
+        return partial(self._checkpoint_from_host, checkpoint)
 
-        def checkpoint_from_host(function: Callable[..., Any], *inputs: Any) -> Any:
-            """`checkpoint(function, *inputs)` with the hidden states among the inputs saved on the host.
+    def _checkpoint_from_host(self, checkpoint: Callable[..., Any], function: Callable[..., Any], *inputs: Any) -> Any:
+        """`checkpoint(function, *inputs)` with the hidden states among the inputs saved on the host.
 
-            Raises ConfigError if no input is a floating-point tensor. Inputs that are on the host already stay as they are.
-            """
-            hidden = next((tensor for tensor in inputs if _is_float(tensor)), None)
-            if hidden is None:
-                raise ConfigError(
-                    "strategy.offload_activations=true: this model hands its blocks their hidden states by name, where "
-                    "they cannot be told from what all blocks share; set strategy.offload_activations=false"
-                )
-            if is_on_host(hidden):
-                return checkpoint(function, *inputs)
+        The first floating-point tensor among the inputs is taken for the hidden states. Raises ConfigError if there is none. If
+        they are on the host already, they stay as they are.
+        """
+        hidden = next((tensor for tensor in inputs if _is_float(tensor)), None)
+        if hidden is None:
+            raise ConfigError(
+                "strategy.offload_activations=true: this model hands its blocks their hidden states by name, where "
+                "they cannot be told from what all blocks share; set strategy.offload_activations=false"
+            )
+        if is_on_host(hidden):
+            return checkpoint(function, *inputs)
 
-            hidden_shape = hidden.shape  # not the tensor: a hook that refers to it would keep it on the device
+        hidden_shape = hidden.shape  # not the tensor: a hook that refers to it would keep it on the device
 
-            def pack(saved: Tensor) -> Any:
-                # Masks and positions stay on the device, since all blocks share them. Hidden states are told by their shape:
-                # another tensor of the block's inputs with that shape, such as a residual, waits on the host as well.
-                is_hidden = saved.shape == hidden_shape and _is_float(saved)
-                return (saved.device, self._copy_to_host(saved)) if is_hidden else saved
+        def pack(saved: Tensor) -> Any:
+            # Masks and positions stay on the device, since all blocks share them. Hidden states are told by their shape:
+            # another tensor of the block's inputs with that shape, such as a residual, waits on the host as well.
+            is_hidden = saved.shape == hidden_shape and _is_float(saved)
+            return (saved.device, self._copy_to_host(saved)) if is_hidden else saved
 
-            with saved_tensors_hooks(pack, _unpack):
-                return checkpoint(function, *inputs)
-
-        return checkpoint_from_host
+        with saved_tensors_hooks(pack, _unpack):
+            return checkpoint(function, *inputs)
 
     def _copy_to_host(self, tensor: Tensor) -> Tensor:
         """A copy of `tensor` on the host, which is counted as long as it lives, for the memory that a simulation reports."""

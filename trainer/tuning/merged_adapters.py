@@ -53,6 +53,7 @@ class _MergedAdapter:
     """The adapter of one directory on one architecture. Keeps the layer that it merged last."""
 
     def __init__(self, model: nn.Module, directory: str, setting_name: str) -> None:
+        """`model`: the architecture on meta. Raises ConfigError if the adapter does not fit it, or cannot be merged exactly."""
         path = Path(directory).expanduser()
         settings: Any = stored_peft_config(path, setting_name)
         settings.inference_mode = False

@@ -42,6 +42,7 @@ class Prepend:
         prefix: PrefixShape | None,
         is_active: Callable[[], bool] = lambda: True,
     ) -> None:
+        """Put the hooks on `decoder`. `embeddings`: the decoder's own, of its input ids."""
         self.encoder = encoder
         self.embeddings = embeddings
         self.num_virtual_tokens = num_virtual_tokens

@@ -52,6 +52,7 @@ class Virtual(AddedParameters):
         train_embeddings: bool = False,
         new_heads: tuple[str, ...] = (),
     ) -> None:
+        """`tokenizer`: needed for `tuning.init_text`. `new_heads`: names of modules that the base checkpoint does not have."""
         super().__init__(config, train_embeddings=train_embeddings, new_heads=new_heads)
         self.num_virtual_tokens = config.num_virtual_tokens
         self.is_prefix = isinstance(config, PrefixConfig)
