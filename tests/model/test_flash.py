@@ -89,7 +89,12 @@ def test_flash_kernel_of_torch_has_the_same_conditions(monkeypatch):
 def layout(choice, wanted, flash_refusal):
     config = ModelConfig(path="model", attention=choice)
     found = choose_attention_layout(
-        config, wanted, "llama", unproven=lambda _: "", needs_padding=False, kernels=KernelChoices(flash_refusal, None)
+        config,
+        wanted,
+        "llama",
+        reason_for_own_rows=lambda _: "",
+        needs_padding=False,
+        kernels=KernelChoices(flash_refusal, None),
     )
     return found.layout, found.attention, found.notes
 

@@ -168,7 +168,7 @@ def chosen(kernels, right, choice=Attention.auto, layout=Layout.auto):
         ModelConfig(path="model", attention=choice),
         layout,
         "kind",
-        unproven=lambda kernel: "" if kernel in right else f"{kernel} is off",
+        reason_for_own_rows=lambda kernel: "" if kernel in right else f"{kernel} is off",
         needs_padding=False,
         kernels=kernels,
     )

@@ -20,7 +20,7 @@ from trainer.model.layer_settings import layer_values
 from trainer.model.loading import load_model_config
 from trainer.model.sequence_attention import head_shares
 from trainer.objectives.frozen_model import teacher_model
-from trainer.objectives.layout_choice import why_classifier_rows_cannot_be_shared, why_rows_cannot_be_shared
+from trainer.objectives.layout_choice import why_causal_rows_cannot_be_shared, why_classifier_rows_cannot_be_shared
 from trainer.objectives.registry import objective_family
 
 QUERY_HEAD_SETTINGS = (
@@ -179,7 +179,7 @@ def _model_problems(config: RunConfig, setting: str, model: ModelConfig) -> list
         problem = why_classifier_rows_cannot_be_shared(model, settings, family.name)
     else:
         half_on_gpu = str(config.run.device) != "cpu" and config.precision is not Precision.fp32
-        problem = why_rows_cannot_be_shared(model, settings, half_on_gpu=half_on_gpu)
+        problem = why_causal_rows_cannot_be_shared(model, settings, half_on_gpu=half_on_gpu)
     if problem is None:
         return []
     return [

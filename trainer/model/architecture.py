@@ -49,15 +49,22 @@ class EarlierSetting(NamedTuple):
     value: float
 
 
+class PlainModel(NamedTuple):
+    """A model as transformers builds it, not tuned."""
+
+    model: Any
+    attention: str
+    """transformers' name of the attention that it got: the one that was asked for, or `eager` if its class has no SDPA."""
+
+
 def build_plain_model(
     kind: ModelKind, hf_config: Any, config: ModelConfig, attention: str, objective: str
-) -> tuple[Any, str]:
-    """(the model as transformers builds it, with the run's dropout; the name of the attention that it got).
+) -> PlainModel:
+    """Build a model as transformers builds it, with the run's dropout.
 
-    The attention is `attention`, or `eager` if `sdpa` was not set by the user and the class has none. `hf_config`:
-    transformers' configuration; its dropout settings have the base's own values again afterwards. `config`: the settings
-    `model.*`. `objective`: its name, for messages. Raises ConfigError if the model cannot be trained here, has no class of this
-    kind, or cannot be built.
+    `hf_config`: transformers' configuration; its dropout settings have the base's own values again afterwards. `config`: the
+    settings `model.*`. `attention`: transformers' name of the kernel to use. `objective`: its name, for messages. Raises
+    ConfigError if the model cannot be trained here, has no class of this kind, or cannot be built.
     """
     reason_unfit = REASON_BY_UNTRAINABLE_TYPE.get(hf_config.model_type)
     if reason_unfit is not None:
@@ -68,7 +75,7 @@ def build_plain_model(
     _raise_if_no_model_class(kind, hf_config, config, objective)
     try:
         with _dropout_while_building(hf_config, config.dropout):
-            model, attention = _build_with_attention(kind, hf_config, config, attention)
+            plain_model = _build_with_attention(kind, hf_config, config, attention)
     # A class fails in its own way over a configuration that it does not know: a rope type, an activation, a missing part.
     except (ValueError, ImportError, AttributeError, LookupError, TypeError, ArithmeticError, MemoryError) as error:
         reason = str(error).partition("\nModel type should be one of")[0]  # hundreds of names follow
@@ -78,8 +85,8 @@ def build_plain_model(
             f"model.path={config.path}: a {hf_config.model_type} model cannot be built for objective="
             f"{objective} with attention {attention}: {' '.join(reason.split())[:300]}"
         ) from error
-    require_rotary_parameters_in_use(model, config)
-    return model, attention
+    require_rotary_parameters_in_use(plain_model.model, config)
+    return plain_model
 
 
 @contextmanager
@@ -177,8 +184,8 @@ def from_config_options(config: ModelConfig) -> dict[str, Any]:
     return options
 
 
-def _build_with_attention(kind: ModelKind, hf_config: Any, config: ModelConfig, attention: str) -> tuple[Any, str]:
-    """(the model, the attention that it got): `attention`, or else `eager`.
+def _build_with_attention(kind: ModelKind, hf_config: Any, config: ModelConfig, attention: str) -> PlainModel:
+    """Build the model with the attention `attention`, or with `eager`.
 
     Eager replaces SDPA if the setting is `auto` and the model's class has no SDPA. Raises ValueError if the class does not have
     an attention that the user chose.
@@ -195,7 +202,7 @@ def _build_with_attention(kind: ModelKind, hf_config: Any, config: ModelConfig, 
     if hf_config.model_type in TEXT_ONLY_MODEL_TYPES:
         # Tensors that it has no place for are ignored (all names match), and go into the export as they are.
         ignore_in_checkpoints(model, {"."})
-    return model, attention
+    return PlainModel(model, attention)
 
 
 def set_head_settings(hf_config: Any, outputs: int | None, pad_token_id: int, *, several: bool) -> None:

@@ -63,13 +63,14 @@ def choose_attention_layout(
     layout: Layout,
     model_type: str,
     *,
-    unproven: Callable[[str], str],
+    reason_for_own_rows: Callable[[str], str],
     needs_padding: bool,
     kernels: KernelChoices,
 ) -> AttentionLayout:
     """How documents lie in a row, and which kernel computes attention.
 
-    `unproven(attention)`: why documents cannot lie in one row with that kernel; empty if they can. Cases, in order:
+    `reason_for_own_rows(kernel)`: why documents cannot lie in one row with that kernel, so that each needs a row of its own;
+    empty if they can. Cases, in order:
     - settings that exclude each other, or name a kernel that cannot run here: ConfigError.
     - padded rows are set or needed, or the kernel is for them (sdpa, eager): padded.
     - the first kernel that is proven for several documents in one row: padding-free.
@@ -97,7 +98,7 @@ def choose_attention_layout(
         return _padded(model, notes)
     reasons: dict[str, str] = {}  # why documents cannot lie in one row, by kernel
     for attention in KERNELS_BY_SETTING.get(model.attention) or kernels.kernels_in_order():
-        reasons[attention] = unproven(attention)
+        reasons[attention] = reason_for_own_rows(attention)
         if not reasons[attention]:
             return AttentionLayout(Layout.padding_free, attention, _note_on_chosen_kernel(model, attention, kernels))
     reason = reasons.get(VARLEN_ATTENTION) or next(iter(reasons.values()))

@@ -33,12 +33,8 @@ REQUIRED_SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
 """What every configuration has, by one name or another, and no model can be without."""
 
 
-def model_path_or_hub_id(config: ModelConfig, tokenizer_path: str | None = None) -> str:
-    """`tokenizer_path` if it is set, else `model.path`: a local directory as an absolute path, a hub id as it is.
-
-    Raises ConfigError if neither is set.
-    """
-    path_or_id = tokenizer_path or config.path
+def local_path_or_hub_id(path_or_id: str | None) -> str:
+    """A local directory (of a model or a tokenizer) as an absolute path, a hub id as it is. Raises ConfigError for None."""
     if path_or_id is None:
         raise ConfigError("model.path: not set; give a model directory or a hub id, as in model.path=models/smollm2")
     path = Path(path_or_id).expanduser()
@@ -78,7 +74,7 @@ def find_weights_directory(config: ModelConfig) -> Path:
 
     Raises ConfigError if there is neither.
     """
-    path = model_path_or_hub_id(config)
+    path = local_path_or_hub_id(config.path)
     if Path(path).is_dir():
         return Path(path)
     # Published sizes would stand for a missing config.json, which plans may do and training may not: even if the hub's cache
@@ -109,7 +105,7 @@ def load_model_config(config: ModelConfig) -> Any:
     from transformers import AutoConfig
 
     # Read it.
-    path = model_path_or_hub_id(config)
+    path = local_path_or_hub_id(config.path)
     if Path(path).is_dir():
         check_files_read_by_libraries(Path(path))
         _refuse_adapter(Path(path))
@@ -238,7 +234,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
         from transformers import AutoTokenizer
 
     # Load it.
-    path = model_path_or_hub_id(config, config.tokenizer)
+    path = local_path_or_hub_id(config.tokenizer or config.path)
     if Path(path).is_dir():
         check_files_read_by_libraries(Path(path))
     if config.chat_template is not None:

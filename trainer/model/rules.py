@@ -40,19 +40,8 @@ def kind_problems(
     is_proven = model_type in PROVEN_ENCODER_DECODERS
     is_encoder_decoder = bool(config_json.get("is_encoder_decoder", is_proven))
     if kind is not ModelKind.encoder_decoder:
-        if not is_encoder_decoder:
-            return
-        if kind is ModelKind.classifier:
-            yield (
-                f"objective={objective}: model.path={path} is an encoder-decoder model ({model_type}), whose classifiers are "
-                "not proven here; choose an encoder such as BERT, or a causal model such as Llama or Qwen"
-            )
-            return
-        remedy = "set objective=seq2seq, or choose" if is_proven else "no objective trains this one; choose"
-        yield (
-            f"objective={objective}: model.path={path} is an encoder-decoder model ({model_type}), and this objective learns "
-            f"with a decoder alone; {remedy} a causal model such as Llama or Qwen"
-        )
+        if is_encoder_decoder:
+            yield _unwanted_encoder_problem(model_type, path, kind, objective)
         return
     if not is_encoder_decoder:
         yield (
@@ -69,6 +58,22 @@ def kind_problems(
     for key, length in lengths.items():
         if positions is not None and length > positions:
             yield f"{key}={length}: model.path={path} has positions for {positions} tokens; set {key}={positions} or less"
+
+
+def _unwanted_encoder_problem(model_type: str, path: str | None, kind: ModelKind, objective: str) -> str:
+    """Why an encoder-decoder model cannot be a classifier or a causal model, with what to do instead."""
+    if kind is ModelKind.classifier:
+        return (
+            f"objective={objective}: model.path={path} is an encoder-decoder model ({model_type}), whose classifiers are "
+            "not proven here; choose an encoder such as BERT, or a causal model such as Llama or Qwen"
+        )
+    remedy = "no objective trains this one; choose"
+    if model_type in PROVEN_ENCODER_DECODERS:
+        remedy = "set objective=seq2seq, or choose"
+    return (
+        f"objective={objective}: model.path={path} is an encoder-decoder model ({model_type}), and this objective learns "
+        f"with a decoder alone; {remedy} a causal model such as Llama or Qwen"
+    )
 
 
 def position_problems(model: ModelConfig) -> Iterator[str]:

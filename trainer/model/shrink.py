@@ -229,7 +229,7 @@ def _small_settings(
 
     1. Fewer layers: the choice number `layer_choice` of those that keep every kind of layer of `full_model` (on meta).
     2. Smaller sizes, by `shrink_sizes(settings to shrink, full settings)`.
-    3. Settings that must fit these: soft caps, thresholds, ids of special tokens, settings of single layers, image tokens.
+    3. Settings that must fit these, by `_fitted_setting`.
 
     Configurations within this one (of a text model, say; `config_class.sub_configs`) are shrunk in the same way.
     """
@@ -240,23 +240,35 @@ def _small_settings(
     for name, value in small.items():
         if isinstance(value, dict) and name in sub_configs:
             small[name] = _small_settings(settings[name], sub_configs[name], full_model, shrink_sizes, layer_choice)
-        elif name.endswith(SOFTCAP_SUFFIXES) and isinstance(value, float) and value:  # else it would never be reached
-            small[name] = min(MAX_SOFTCAP, value)
-        elif name == "patching_threshold" and isinstance(value, float):
-            small[name] = PATCHING_THRESHOLD
-        elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
-            small[name] = min(value, MAX_SPECIAL_TOKEN_ID)
-        elif name.endswith(("_token_id", "_token_index")) and isinstance(value, list):
-            small[name] = [min(token_id, MAX_SPECIAL_TOKEN_ID) for token_id in value]
-        elif name == "per_layer_config":
-            small_by_layer = {}
-            for index, layer_settings in value.items():
-                small_by_layer[index] = _small_layer_settings(layer_settings, settings, small)
-            small[name] = small_by_layer
-        elif name == IMAGE_TOKENS_SETTING and value:
-            small[name] = _small_ids_of_special_tokens(value)
+        else:
+            small[name] = _fitted_setting(name, value, full_settings=settings, small_settings=small)
     small.pop("quantization_config", None)  # the copy has drawn weights, which are not quantised
     return small
+
+
+def _fitted_setting(name: str, value: Any, *, full_settings: dict[str, Any], small_settings: dict[str, Any]) -> Any:
+    """The value of a setting that fits a small copy with random weights; `value` itself for most settings.
+
+    `full_settings`, `small_settings`: of the full and of the small model.
+    """
+    # Scores and entropies of small random weights would not reach the bounds of a trained model, nor show their effect.
+    if name.endswith(SOFTCAP_SUFFIXES) and isinstance(value, float) and value:
+        return min(MAX_SOFTCAP, value)
+    if name == "patching_threshold" and isinstance(value, float):
+        return PATCHING_THRESHOLD
+    # The vocabulary is small.
+    if name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
+        return min(value, MAX_SPECIAL_TOKEN_ID)
+    if name.endswith(("_token_id", "_token_index")) and isinstance(value, list):
+        return [min(token_id, MAX_SPECIAL_TOKEN_ID) for token_id in value]
+    if name == IMAGE_TOKENS_SETTING and value:
+        return _small_ids_of_special_tokens(value)
+    if name == "per_layer_config":
+        small_by_layer = {}
+        for index, layer_settings in value.items():
+            small_by_layer[index] = _small_layer_settings(layer_settings, full_settings, small_settings)
+        return small_by_layer
+    return value
 
 
 def _kept_layers(settings: dict[str, Any], full_model: nn.Module, layer_choice: int) -> KeptLayers:

@@ -356,12 +356,10 @@ class MultiLabel(Classification):
 def balanced_weights(labels: np.ndarray, names: Sequence[str], *, multi_label: bool) -> list[float]:
     """The weight of each label in the loss, so that rare labels count as much as common ones.
 
-    `labels`: int64 [D], of the training documents, as `number_labels` gives them.
-    - One label a document: `documents / (labels * documents with the label)`, whose mean over the documents is 1 (King and Zeng
-      2001, as scikit-learn's "balanced"). 90 and 10 documents give 0.56 and 5.
-    - Several (`multi_label`): documents without the label / documents with it.
-
-    Raises DataError for a label that no training document has, or with `multi_label` every one.
+    `labels`: int64 [D], of the training documents, as `number_labels` gives them. With one label a document:
+    `documents / (labels * documents with the label)`, whose mean over the documents is 1 (King and Zeng 2001, as scikit-learn's
+    "balanced"). 90 and 10 documents give 0.56 and 5. With several (`multi_label`): `_balanced_weights_of_several`. Raises
+    DataError for a label that no training document has.
     """
     if multi_label:
         documents_with_label = np.array([int(((labels >> bit) & 1).sum()) for bit in range(len(names))])
@@ -373,10 +371,19 @@ def balanced_weights(labels: np.ndarray, names: Sequence[str], *, multi_label: b
             f"objective.class_weights=balanced: no training document has the label {names[missing[0]]!r}; leave it out of "
             "objective.labels, or give the weights as a list"
         )
-    num_documents = len(labels)
-    if not multi_label:
-        weights = num_documents / (len(names) * documents_with_label)
-        return [float(weight) for weight in weights]
+    if multi_label:
+        return _balanced_weights_of_several(documents_with_label, len(labels), names)
+    weights = len(labels) / (len(names) * documents_with_label)
+    return [float(weight) for weight in weights]
+
+
+def _balanced_weights_of_several(
+    documents_with_label: np.ndarray, num_documents: int, names: Sequence[str]
+) -> list[float]:
+    """The weight of each label where documents have several: documents without the label / documents with it.
+
+    Raises DataError for a label that every training document has.
+    """
     weights = (num_documents - documents_with_label) / documents_with_label
     # A label that every document has would get the weight 0.
     in_every_document = np.flatnonzero(documents_with_label == num_documents)

@@ -167,7 +167,7 @@ def build_causal_model(
         config,
         layout,
         hf_config.model_type,
-        unproven=proofs.why_documents_need_own_rows,
+        reason_for_own_rows=proofs.why_documents_need_own_rows,
         needs_padding=needs_padding,
         kernels=_kernel_choices(config, hf_config, proofs.eager_model, half_on_gpu=half_on_gpu),
     )
@@ -227,7 +227,7 @@ def build_padded_model(
         config,
         layout,
         hf_config.model_type,
-        unproven=lambda _kernel: "",  # never asked: with a document a row, documents cannot mix
+        reason_for_own_rows=lambda _kernel: "",  # never asked: with a document a row, documents cannot mix
         needs_padding=True,
         kernels=_kernel_choices(config, hf_config, None, half_on_gpu=half_on_gpu),
     )
@@ -238,7 +238,7 @@ def build_padded_model(
     return model, replace(attention_layout, attention=kernel)
 
 
-def why_rows_cannot_be_shared(config: ModelConfig, hf_config: Any, *, half_on_gpu: bool) -> str | None:
+def why_causal_rows_cannot_be_shared(config: ModelConfig, hf_config: Any, *, half_on_gpu: bool) -> str | None:
     """Why ranks cannot share rows of a causal model (`parallel.sequence`); None if they can with one of the attention kernels.
 
     Each kernel is tested on a small copy of the model. They are that of `model.attention`, or for `auto` all that could run the

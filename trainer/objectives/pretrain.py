@@ -33,7 +33,10 @@ class TextDataSpec(sft.SftDataSpec):
 
 
 def pretrain_problems(config: PretrainConfig, other_settings: OtherSettings) -> Iterator[str]:
-    """What is wrong with settings that plain texts cannot use (formats, turns to learn, chat templates), or as for sft."""
+    """What is wrong with settings that plain texts cannot use (formats, turns to learn, chat templates), one line each.
+
+    Then what is wrong with those that it shares with sft (replay, forgetting, label smoothing).
+    """
     for key, data_format in formats_of(other_settings.data).items():
         if data_format not in (DataFormat.auto, DataFormat.text):
             yield f"{key}.format={data_format}: objective=pretrain learns plain texts; set {key}.format=text, or objective=sft"
