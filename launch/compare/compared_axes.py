@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launch.compare.names import ABSENT_VALUE, KEYS_FIRST_IN_NAME, KEYS_LEFT_OUT_OF_NAMES, SettingDifference, is_below
+from launch.compare.names import (
+    ABSENT_VALUE,
+    KEYS_FIRST_IN_NAME,
+    KEYS_LEFT_OUT_OF_NAMES,
+    RECORD_KEY_PREFIX,
+    WORLD_SIZE_KEY,
+    SettingDifference,
+    is_below,
+)
 from trainer.reporting.numbers import format_setting
 
-WORLD_SIZE_KEY = "run.json world_size"
 AXIS_OF_POINT_NAMES = "point"
 """Key of the axis of points that no setting tells apart."""
 
@@ -54,7 +61,7 @@ def compared_axes(
     # Of two settings that tell the same points apart, the first in this order becomes the axis.
     settings.sort(key=lambda difference: _axis_order(difference.key, command_keys))
     axes: list[ComparedAxis] = []
-    labels_so_far = [""] * len(names)  # for each point: its labels on the axes so far, joined
+    labels_so_far = [""] * len(names)  # for each point: its labels on the axes so far, joined by what no label has
     for difference in settings:
         labels = tuple(_axis_label(value) for value in difference.values)
         longer_labels = [f"{so_far}\n{label}" for so_far, label in zip(labels_so_far, labels, strict=True)]
@@ -72,7 +79,7 @@ def _can_be_axis(key: str) -> bool:
 
     Other entries of `run.json`, and settings that only say how a run was started or what it reports (`logging.*`), cannot.
     """
-    if key.startswith("run.json "):
+    if key.startswith(RECORD_KEY_PREFIX):
         return key == WORLD_SIZE_KEY
     return not is_below(key, KEYS_LEFT_OUT_OF_NAMES)
 

@@ -38,8 +38,8 @@ def comparison_page(
 ) -> str:
     """The HTML page of a comparison.
 
-    `sections`: (title, lines) of the details that are folded. A browser reloads the page after `reload_after_s` seconds; None for
-    a page that will not change any more.
+    `sections`: (title, lines) of the sections below the tables in a terminal, most of which the page folds. A browser reloads
+    the page after `reload_after_s` seconds; None for a page that will not change any more.
     """
     conclusion = comparison.conclusion
     return render(
@@ -94,7 +94,8 @@ def recommendation_cards(conclusion: Conclusion) -> list[PageCard]:
 def point_callouts(comparison: Comparison) -> list[Callout]:
     """A call-out for each state of points that have no result (failed, refused, stopped, running), and one for diverged points.
 
-    It names the points, and the reasons of at most `MAX_REASONS` points.
+    It names the points, and the reasons of at most `MAX_REASONS` points. The state of a point is a `RunState`, or `REFUSED` for a
+    point that no run was started for.
     """
     tones: dict[str, Tone] = {
         RunState.failed: "bad",

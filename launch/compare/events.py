@@ -49,6 +49,7 @@ def _event_text(event: dict[str, Any]) -> str:
     action = event.get("action")
     # An action of a later version is shown as it is.
     what_was_done = OUTCOME_TEXT_BY_ACTION[Action(action)] if action in set(Action) else str(action)
+    # A level: metrics that have stood out since the step `began`, and not at this step alone.
     level_began = event.get("began") if event.get("is_level") else None
     what_stood_out = outlier_text(event.get("values") or {}, event.get("scores") or {}, level_began)
     sentence = f"{what_stood_out or 'stood out'}; {what_was_done}"
@@ -62,7 +63,10 @@ def _event_text(event: dict[str, Any]) -> str:
 
 
 def notable_step_lines(comparison: Comparison) -> list[str]:
-    """A line for each notable step of each point's first repeat, the last `MAX_STEPS` of a point."""
+    """A line for each step of each point's first repeat that stood out, the last `MAX_STEPS` of a point.
+
+    Such as `ddp: step 40: grad_norm is 9 times the median; its update was left out`.
+    """
     lines = []
     for point in comparison.points:
         prefix = _point_prefix(comparison, point)
@@ -75,10 +79,11 @@ def notable_step_lines(comparison: Comparison) -> list[str]:
 
 
 def resolved_setting_lines(comparison: Comparison) -> list[str]:
-    """Lines on settings such as `auto` that the runs resolved: one line for all points if all resolved it alike.
+    """Lines on settings such as `auto` that the runs resolved (`substitutions`): one line for all points if all did it alike.
 
     A line is like `run.matmul: blas`, or `ddp: run.matmul: blas` for one of several points.
     """
+    # A run that never started has an empty record.
     points = [point for point in comparison.points if not point.first_repeat.record.is_empty]
     keys: dict[str, None] = {}  # a dict as an ordered set
     for point in points:

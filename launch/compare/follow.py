@@ -21,8 +21,9 @@ WritePage = Callable[[float | None], None]
 def rewrite_page_while_runs_train(run_dirs: list[Path], write_page: WritePage) -> None:
     """Call `write_page` every `PAGE_INTERVAL_S` seconds until all runs have ended; the caller writes the last version.
 
-    Runs that have not begun are waited for while another run is active, and `MAX_QUIET_S` seconds longer. On Ctrl-C a last page
-    is written and KeyboardInterrupt raised.
+    `write_page` takes the seconds after which a browser reloads the page, None for a last page. Runs that have not begun are
+    waited for while another run is active, and `MAX_QUIET_S` seconds longer. On Ctrl-C a last page is written and
+    KeyboardInterrupt raised.
     """
     last_active_at = monotonic()
     try:

@@ -30,6 +30,8 @@ KEYS_LEFT_OUT_OF_NAMES = (
 """Keys that are listed where they differ, and are no part of a name: they say how a run was started or what it reports."""
 RECORD_KEYS = ("world_size", "precision", "attention", "layout", "device", "host", "git_revision")
 """Keys of `run.json` about how the steps were computed."""
+RECORD_KEY_PREFIX = "run.json "
+WORLD_SIZE_KEY = f"{RECORD_KEY_PREFIX}world_size"
 KEYS_FIRST_IN_NAME = (
     *("model.path", "data.path", "objective.name", "strategy.name", "tuning.name", "optim.name"),
     *("optim.lr", "batch.global", "batch.micro", "run.seed"),
@@ -47,14 +49,20 @@ class SettingDifference:
     """A setting, and its value in each run; `-` where a run has no such setting."""
 
     key: str
+    """Dotted, such as `optim.lr`, or for an entry of `run.json` with `RECORD_KEY_PREFIX` before it: `run.json world_size`."""
     values: tuple[Any, ...]
+
+    @property
+    def is_setting(self) -> bool:
+        """Whether it is a setting of the run, and no entry of `run.json`."""
+        return not self.key.startswith(RECORD_KEY_PREFIX)
 
 
 def setting_differences(runs: list[RecordedRun]) -> list[SettingDifference]:
     """The settings in which the runs differ, then the entries of `run.json` in which they do (`run.json world_size`).
 
     A setting that only one choice of its group has (`tuning.rank` of `tuning=lora`) follows from the choice, so it is compared
-    only between runs with the same choice.
+    only between runs with the same choice. Values are compared as text in which 1.0 and 1 are equal.
     """
     differences = []
     config_keys: dict[str, None] = {}  # a dict as an ordered set
@@ -69,7 +77,7 @@ def setting_differences(runs: list[RecordedRun]) -> list[SettingDifference]:
         values = tuple(_record_value(run.record, key) for run in runs)
         known_values = {_comparable_text(value) for value in values if value != ABSENT_VALUE}
         if len(known_values) > 1:
-            differences.append(SettingDifference(f"run.json {key}", values))
+            differences.append(SettingDifference(f"{RECORD_KEY_PREFIX}{key}", values))
     return differences
 
 
@@ -104,8 +112,8 @@ def _comparable_text(value: Any) -> str:
 def names_of_runs(runs: list[RecordedRun], differences: list[SettingDifference]) -> list[str]:
     """A name for each run made of the settings that differ, such as `fsdp2-lora-lr2e-4`, in the order of the runs.
 
-    A setting that would make any name longer than `MAX_NAME_LENGTH` is left out of all names. Runs that share a name then, or
-    have none, get the name of their directory behind it.
+    A setting that would make any name longer than `MAX_NAME_LENGTH` is left out of all names, so that names stay comparable part
+    by part. Runs that share a name then, or have none, get the name of their directory behind it.
     """
     names = [""] * len(runs)
     for suffixes in _name_suffixes_by_difference(differences):
@@ -131,18 +139,17 @@ def _name_suffixes_by_difference(differences: list[SettingDifference]) -> list[l
     """
     values_by_key = {difference.key: difference.values for difference in differences}
     named_keys = []
-    for key in values_by_key:
-        is_setting = not key.startswith("run.json ")
-        if is_setting and not is_below(key, KEYS_LEFT_OUT_OF_NAMES):
-            named_keys.append(key)
+    for difference in differences:
+        if difference.is_setting and not is_below(difference.key, KEYS_LEFT_OUT_OF_NAMES):
+            named_keys.append(difference.key)
 
     suffixes = []
     for key in KEYS_FIRST_IN_NAME:
         if key in named_keys:
             suffixes.append([_name_suffix(key, value) for value in values_by_key[key]])
     # The world size is the only entry of `run.json` that is part of a name.
-    if "run.json world_size" in values_by_key:
-        suffixes.append([_world_size_suffix(world_size) for world_size in values_by_key["run.json world_size"]])
+    if WORLD_SIZE_KEY in values_by_key:
+        suffixes.append([_world_size_suffix(world_size) for world_size in values_by_key[WORLD_SIZE_KEY]])
     for key in named_keys:
         if key not in KEYS_FIRST_IN_NAME:
             suffixes.append([_name_suffix(key, value) for value in values_by_key[key]])
@@ -177,7 +184,8 @@ def _name_suffix(key: str, value: Any) -> str:
         return f"{last_part}{format_setting(value)}"
     if last_part in ("path", "eval_path") and value:
         path = Path(str(value))
-        # The last part of a model's path may have a dot that begins no suffix, as in `qwen2.5`.
+        # The last part of a model's path may have a dot that begins no suffix, as in `qwen2.5`. Held-out files (`eval_path`) keep
+        # theirs.
         is_data_file = last_part == "path" and "data" in key
         return _word_characters_only(path.stem if is_data_file else path.name)
     return f"{last_part}_{_word_characters_only(format_setting(value))}"
@@ -193,8 +201,8 @@ def point_arguments(differences: Sequence[SettingDifference], point_index: int) 
     arguments = []
     for difference in differences:
         value = difference.values[point_index]
-        is_setting = not difference.key.startswith("run.json ")
-        if is_setting and not is_below(difference.key, KEYS_LEFT_OUT_OF_NAMES) and value != ABSENT_VALUE:
+        is_named = difference.is_setting and not is_below(difference.key, KEYS_LEFT_OUT_OF_NAMES)
+        if is_named and value != ABSENT_VALUE:
             arguments.append(shlex.quote(setting_as_argument(difference.key, value)))
     return " ".join(arguments)
 

@@ -44,7 +44,7 @@ class ProfiledSteps:
 
 
 def read_profile(run_dir: Path) -> ProfiledSteps | None:
-    """Tables and memory curve of the profiled steps of a run; None if it was not profiled.
+    """Tables and memory curve of the profiled steps of a run, of all ranks that have written theirs; None if it was not profiled.
 
     The summary of a rank that is still being written is left out.
     """

@@ -92,9 +92,22 @@ class RunsProgress:
         self._updated_at = now
         if self.periodic_page is not None:
             self.periodic_page.write_if_due()
+        # In a terminal each line overwrites the one before it; a log file would grow.
         if self._is_terminal or now - self._printed_at >= LINE_INTERVAL_S:
             self._printed_at = now
-            self._print(self._progress_line(now), replaceable=True)
+            step = _last_step(self._run_dir)
+            self._note_step(step, now)
+            self._print(self._progress_line(step, now), replaceable=True)
+
+    def _note_step(self, step: int, now: float) -> None:
+        """Note when the first step after the start was seen, and how many steps the run has once it has recorded that.
+
+        The number is not known from the start for a budget of epochs or tokens. Both are for the estimate of the time left.
+        """
+        if self._total_steps is None:
+            self._total_steps = readable_run_record(self._run_dir).total_steps or None
+        if self._first_new_step is None and step > self._step_at_start:
+            self._first_new_step = SeenStep(step, seen_at=now)
 
     def end_run(self, exit_code: int, output_file: Path) -> None:
         """Print how the current run ended, and note how long it took if it succeeded; `output_file` has what it printed."""
@@ -117,14 +130,8 @@ class RunsProgress:
         else:
             self._print(f"{self._heading()}: {reason or f'ended with {exit_code}'}; what it printed: {output_file}")
 
-    def _progress_line(self, now: float) -> str:
-        """The run, its step and the time to the end of all runs, such as `[2/6] ddp: step 40 of 100, about 9 min left`.
-
-        Sets `_total_steps` once the run has recorded it, for a budget of epochs or tokens.
-        """
-        step = _last_step(self._run_dir)
-        if self._total_steps is None:
-            self._total_steps = readable_run_record(self._run_dir).total_steps or None
+    def _progress_line(self, step: int, now: float) -> str:
+        """The run, its last step and the time to the end of all runs, such as `[2/6] ddp: step 40 of 100, about 9 min left`."""
         if not step:
             state = "starting"
         elif self._total_steps:
@@ -132,8 +139,6 @@ class RunsProgress:
         else:
             state = f"step {step}"
         line = f"{self._heading()}: {state}"
-        if self._first_new_step is None and step > self._step_at_start:
-            self._first_new_step = SeenStep(step, seen_at=now)
         seconds_left = self._seconds_left(now, step)
         if seconds_left is not None:
             line += f", about {format_duration(round(seconds_left))} left"
@@ -158,12 +163,13 @@ class RunsProgress:
         """
         if self._durations_s:
             return mean(self._durations_s)
-        first = self._first_new_step
-        if first is None or not self._total_steps or step <= first.step:
+        first_new_step = self._first_new_step
+        if first_new_step is None or not self._total_steps or step <= first_new_step.step:
             return None
-        step_s = (now - first.seen_at) / (step - first.step)
-        start_s = first.seen_at - self._started_at
-        return start_s + step_s * (self._total_steps - first.step)
+        # The speed of the steps since then, without the start of the run.
+        step_s = (now - first_new_step.seen_at) / (step - first_new_step.step)
+        start_s = first_new_step.seen_at - self._started_at
+        return start_s + step_s * (self._total_steps - first_new_step.step)
 
     def _print(self, line: str, *, replaceable: bool = False) -> None:
         """Print a line on stderr. In a terminal, the next line overwrites it if it is `replaceable`."""
@@ -194,6 +200,7 @@ def run_with_progress(name: str, composed: ComposedConfig, run_dir: Path, progre
     output_file = run_dir / "logs" / "output.log"
     output_file.parent.mkdir(parents=True, exist_ok=True)
     progress.start_run(name, run_dir, composed.config.budget.steps)
+    # This process's own stderr goes there too: lines of the launcher would break the progress line.
     with output_file.open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
         try:
             redirected = RedirectedOutput(output_file, progress.update)

@@ -76,10 +76,10 @@ def join_names(names: Sequence[str]) -> str:
 def recommendation_candidates(
     points: Sequence[ComparedPoint], points_with_other_loss: Sequence[ComparedPoint], ranked: RankedJobs | None
 ) -> list[ComparedPoint]:
-    """The points that may be recommended: done, not diverged, with the loss of their job, and of a job not shown to be worse.
+    """The points that may be recommended: done, not diverged, with the loss that they should have, and not shown to be worse.
 
-    `points_with_other_loss`: points whose loss differs from that of an earlier point of the same job. `ranked`: the jobs by
-    quality; None if the quality was not compared.
+    `points_with_other_loss`: points whose loss differs from that of an earlier point although they differ in strategy alone.
+    `ranked`: the jobs (points that differ in strategy and seed alone) by quality; None if the quality was not compared.
     """
     candidates = [
         point
@@ -102,8 +102,8 @@ def recommend_best_quality(
 ) -> list[Recommendation]:
     """The recommendation for the best value of the held-out metric; empty if no point of the best job is among the candidates.
 
-    If the job has several points, one of `cheapest_names` (recommended for speed or memory) is preferred. `arguments_by_name`:
-    the arguments to paste, by name of a point.
+    A job: all points that differ in strategy and seed alone. If the job has several points, one of `cheapest_names` (recommended
+    for speed or memory) is preferred. `arguments_by_name`: the arguments to paste, by name of a point.
     """
     candidate_names = {point.name for point in candidates}
     points = [point for point in ranked.best.points if point.name in candidate_names]
@@ -120,9 +120,9 @@ def recommend_cheapest(
 ) -> tuple[str, list[Recommendation]]:
     """(sentence on speed and memory, recommendations of the fastest point and of the one with the least memory).
 
-    `candidates` are points of equal quality. A point is recommended only if it is shown to be better than another one. With fewer
-    than two candidates, or if neither speed nor memory is known, the result is `("", [])`. `arguments_by_name`: the arguments to
-    paste, by name of a point.
+    `candidates` are points of equal quality. A point is recommended only if it is shown to be better than another one: if their
+    ranges of speed (or memory) do not overlap. With fewer than two candidates, or if neither speed nor memory is known, the
+    result is `("", [])`. `arguments_by_name`: the arguments to paste, by name of a point.
     """
     if len(candidates) < 2:
         return "", []
@@ -131,20 +131,20 @@ def recommend_cheapest(
     costs_without_difference = []
     fastest = _fastest_point(candidates)
     if fastest is not None and fastest.is_any_shown_worse:
-        name = fastest.point.name
         is_repeated = all(point.summary.repeats > 1 for point in candidates)
         one_run_each = "" if is_repeated else "; one run each"
-        why = f"{fastest.point.measured.tokens_per_s:,.0f} tokens/s{one_run_each}{fastest.not_shown_to_differ_text}"
-        clauses.append(f"{name} is the fastest ({why})")
-        recommendations.append(Recommendation("the most tokens/s", fastest.point, why, arguments_by_name[name]))
+        speed_text = f"{fastest.point.measured.tokens_per_s:,.0f} tokens/s{one_run_each}"
+        recommendation = _recommend_best_point(fastest, "the most tokens/s", speed_text, arguments_by_name)
+        clauses.append(f"{fastest.point.name} is the fastest ({recommendation.why})")
+        recommendations.append(recommendation)
     elif fastest is not None:
         costs_without_difference.append("speed")
     smallest = _point_with_least_memory(candidates)
     if smallest is not None and smallest.is_any_shown_worse:
-        name = smallest.point.name
-        why = f"{smallest.point.measured.memory_gib:.3g} GiB{smallest.not_shown_to_differ_text}"
-        clauses.append(f"{name} takes the least memory ({why})")
-        recommendations.append(Recommendation("the least memory", smallest.point, why, arguments_by_name[name]))
+        memory_text = f"{smallest.point.measured.memory_gib:.3g} GiB"
+        recommendation = _recommend_best_point(smallest, "the least memory", memory_text, arguments_by_name)
+        clauses.append(f"{smallest.point.name} takes the least memory ({recommendation.why})")
+        recommendations.append(recommendation)
     elif smallest is not None:
         costs_without_difference.append("memory")
     if costs_without_difference:
@@ -152,6 +152,18 @@ def recommend_cheapest(
         no = "no" if clauses else "No"
         clauses.append(f"{no} difference in {' or '.join(costs_without_difference)} shown")
     return (f"{'; '.join(clauses)}.", recommendations) if clauses else ("", [])
+
+
+def _recommend_best_point(
+    best: _BestPoint, goal: str, value_text: str, arguments_by_name: dict[str, str]
+) -> Recommendation:
+    """The recommendation of a point for a goal; its reason is the value, and which points are not shown to differ in it."""
+    return Recommendation(
+        goal=goal,
+        point=best.point,
+        why=f"{value_text}{best.not_shown_to_differ_text}",
+        arguments=arguments_by_name[best.point.name],
+    )
 
 
 def is_speed_difference_shown(points: Sequence[ComparedPoint]) -> bool:
@@ -176,8 +188,8 @@ def _point_with_least_memory(points: Sequence[ComparedPoint]) -> _BestPoint | No
     return _best_point(points, lambda point: point.measured.memory_gib, memory_range, largest_is_best=False)
 
 
-class _CostOfPoint(NamedTuple):
-    """The cost of one point: its value, and the (low, high) within which it may lie."""
+class _MeasuredValue(NamedTuple):
+    """The speed or memory of one point: its value, and the (low, high) within which it may lie."""
 
     value: float
     value_range: tuple[float, float]
@@ -197,18 +209,20 @@ def _best_point(
     the value may lie; `is_repeated` says whether all points have several repeats.
     """
     is_repeated = all(point.summary.repeats > 1 for point in points)
-    costs: list[_CostOfPoint] = []
+    measured_values: list[_MeasuredValue] = []
     for point in points:
         value = value_of(point)
         value_range = range_of(point, is_repeated)
         if value is not None and value_range is not None:
-            costs.append(_CostOfPoint(value, value_range, point))
-    if len(costs) < 2:
+            measured_values.append(_MeasuredValue(value, value_range, point))
+    if len(measured_values) < 2:
         return None
     choose = max if largest_is_best else min
-    best = choose(costs, key=lambda cost: cost.value)
-    others = [cost for cost in costs if cost is not best]
-    not_shown_to_differ = [cost.point for cost in others if ranges_overlap(best.value_range, cost.value_range)]
+    best = choose(measured_values, key=lambda measured: measured.value)
+    others = [measured for measured in measured_values if measured is not best]
+    not_shown_to_differ = [
+        measured.point for measured in others if ranges_overlap(best.value_range, measured.value_range)
+    ]
     return _BestPoint(best.point, not_shown_to_differ, is_any_shown_worse=len(not_shown_to_differ) < len(others))
 
 
@@ -232,7 +246,8 @@ def speed_range(point: ComparedPoint, is_repeated: bool) -> tuple[float, float] 
 def memory_range(point: ComparedPoint, is_repeated: bool) -> tuple[float, float] | None:
     """The range in GiB within which a point's memory may lie; None if it was not measured.
 
-    It covers the peaks of all repeats if all points are repeated (`is_repeated`), and is at least `MEMORY_TOLERANCE` wide.
+    It covers the peaks of all repeats if all points are repeated (`is_repeated`), and is at least `MEMORY_TOLERANCE` of the peak
+    wide. On a CPU that is `CPU_MEMORY_TOLERANCE`, because the memory of the process has its libraries in it.
     """
     peak = point.measured.memory_gib
     if peak is None:

@@ -30,6 +30,7 @@ from trainer.reporting.status import RunState, read_failure, read_status
 
 GIB = 2**30
 RATES = ("tokens_per_s", "supervised_tokens_per_s", "mfu", "step_s")
+"""Metrics of a step of which a run has the median: keys of `metrics.jsonl`, and fields of `RunMeasurements`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class RecordedRun:
 
     @property
     def unfinished_state(self) -> str | None:
-        """State and last step of a run that is not done, such as `failed at step 3`; None if it is done."""
+        """State and last step of a run that is not done, such as `failed at step 3`, or `not started`; None if it is done."""
         if self.state == RunState.done:
             return None
         last_step = self.status.get("step") or self.failure.get("step") or max(self.steps, default=None)
@@ -69,7 +70,10 @@ class RecordedRun:
 
     @property
     def reason(self) -> str | None:
-        """State, last step and the reason why the run ended, on one line; None for a run that is done."""
+        """State, last step and the reason why the run ended, on one line: `failed at step 3: out of memory`.
+
+        Of a run that is running: when it was last seen. None for a run that is done.
+        """
         if self.state == RunState.running:
             last_seen = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.status.get("time") or 0))
             return f"{self.unfinished_state}, last seen at {last_seen}"
@@ -137,7 +141,7 @@ def read_recorded_run(run_dir: Path) -> RecordedRun:
         raise ConfigError(f"{run_dir}: not a run directory (there is no config.yaml in it)")
     metrics = _read_json_rows(run_dir / METRICS_FILE)
     events = _read_json_rows(run_dir / "events.jsonl")
-    steps, evaluations = _split_by_kind(metrics.rows)
+    steps, evaluations = _split_training_and_evaluation_rows(metrics.rows)
     return RecordedRun(
         directory=run_dir,
         config=_read_config(run_dir / "config.yaml"),
@@ -173,6 +177,7 @@ def _read_record(run_dir: Path) -> RunRecord:
 def _read_identity(path: Path) -> dict[str, dict[str, Any]]:
     """The contents of `identity.json`: {kind: {key: value}} for the kinds `data`, `order`, `objective` ...
 
+    They say what the run was computed from, so that only losses of the same documents are compared.
     Empty if the run ended before its data was prepared. Raises ConfigError if the file cannot be read or has another form.
     """
     if not path.exists():
@@ -193,7 +198,9 @@ def _unreadable_file_error(path: Path, error: Exception) -> ConfigError:
     return ConfigError(f"{path}: cannot be read ({error}); leave this run out of the comparison")
 
 
-def _split_by_kind(rows: list[dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, float]]]:
+def _split_training_and_evaluation_rows(
+    rows: list[dict[str, Any]],
+) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, float]]]:
     """({step: row of a training step}, {step: held-out metrics of an evaluation}) from the rows of `metrics.jsonl`."""
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, float]] = {}
@@ -237,12 +244,13 @@ def measure_run(run: RecordedRun, warmup_steps: int = 1) -> RunMeasurements:
     """The numbers of a run that are compared.
 
     Speeds are medians over the rows after the warm-up, or over all rows if there are none after it. `warmup_steps`: first steps
-    that do not count, together with the rest of their logging interval.
+    that do not count, together with the rest of their logging interval. The receipt in `run.json` is what the run recorded of its
+    plan and its costs; an early version, or a run that failed, has none.
     """
     rows = list(run.steps.values())
     counted_rows = rows_after_warmup(run, warmup_steps)
     values_by_rate = {rate: _finite_numbers(counted_rows or rows, rate) for rate in RATES}
-    median_rates: dict[str, float | None] = dict.fromkeys(RATES)
+    median_rates: dict[str, float | None] = dict.fromkeys(RATES)  # by field of `RunMeasurements`
     for rate, values in values_by_rate.items():
         if values:
             median_rates[rate] = median(values)
@@ -311,7 +319,7 @@ def _newest_checkpoint_gib(run: RecordedRun) -> float | None:
         checkpoints = checkpoints_in(checkpoint_dirs_of(run.directory, run.config.get("checkpoint.fallback_dir")))
         if not checkpoints:
             return None
-        _, newest_dir = checkpoints[-1]
+        _, newest_dir = checkpoints[-1]  # (step, directory) of each, the oldest first
         return sum(file.stat().st_size for file in newest_dir.rglob("*") if file.is_file()) / GIB
     except (OSError, StorageError):
         return None

@@ -43,7 +43,7 @@ def write_report_at_end(config: RunConfig, run_dir: Path | None) -> None:
     if read_status(run_dir).get("state") in STATES_WITHOUT_PAGE:
         return
     if not (run_dir / "run.json").is_file():
-        return  # it failed before its first step, and the page would have nothing to show
+        return  # written at the first step: the run failed before it, and the page would have nothing to show
     from launch.compare.comparison import compare_points
     from launch.compare.page import missing_packages_message
     from launch.compare.settings import PointSource

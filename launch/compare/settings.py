@@ -59,9 +59,9 @@ def setting_keys(arguments: Sequence[str]) -> tuple[str, ...]:
 
 
 def write_comparison_file(comparison_dir: Path, sources: list[PointSource], arguments: list[str]) -> None:
-    """Write `comparison.json` into `comparison_dir`: the arguments of the command, and a record of each point's source.
+    """Write `comparison.json` into `comparison_dir`: the command's arguments (as `words`), and where the runs of each point are.
 
-    Raises StorageError if it cannot be written.
+    A point is one combination of settings. Raises StorageError if the file cannot be written.
     """
     point_records = []
     for source in sources:
@@ -77,7 +77,8 @@ def write_comparison_file(comparison_dir: Path, sources: list[PointSource], argu
 def read_comparison_file(comparison_dir: Path) -> list[PointSource]:
     """Where the runs of each point of the comparison in `comparison_dir` are; empty if there is no `comparison.json`.
 
-    Raises ConfigError if the file is damaged, or a later version of shardtune wrote it.
+    The keys of the command's settings (`words` in the file) give the axes their order. Raises ConfigError if the file is
+    damaged, or a later version of shardtune wrote it.
     """
     path = comparison_dir / COMPARISON_FILE
     if not path.is_file():

@@ -243,17 +243,15 @@ def _axis_values_by_column(comparison: Comparison) -> dict[str, tuple[Any, ...]]
     values_without_own_column = {}
     for difference in comparison.differences:
         key = difference.key
-        group = key.removesuffix(
-            ".name"
-        )  # `logging.columns` may name a choice by its group: `strategy` for `strategy.name`
-        is_setting = " " not in key  # a fact of the record, such as `run.json host`, is none
+        # `logging.columns` may name a choice by its group: `strategy` for `strategy.name`.
+        group = key.removesuffix(".name")
         if key in WANDB_COLUMN_BY_SETTING:
             values_by_column[WANDB_COLUMN_BY_SETTING[key]] = difference.values
         elif key in configured_columns:
             values_by_column[_column_name(key)] = difference.values
         elif group in configured_columns:
             values_by_column[_column_name(group)] = difference.values
-        elif is_setting:
+        elif difference.is_setting:
             values_without_own_column[f"config.{key}"] = difference.values
     return values_by_column or dict(list(values_without_own_column.items())[:MAX_CONFIG_COLUMNS])
 

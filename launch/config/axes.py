@@ -39,8 +39,8 @@ class Axes:
     """For each typed argument, in order: the `key=value` arguments that it stands for, one for each of its values."""
 
     @property
-    def axes(self) -> dict[str, tuple[str, ...]]:
-        """The values of each axis, by its key."""
+    def values_by_axis(self) -> dict[str, tuple[str, ...]]:
+        """The values of each axis, by its key: {"tuning": ("full", "lora"), "optim.lr": ("1e-4", "2e-4")}."""
         values_by_key = {}
         for arguments in self.alternative_arguments:
             if len(arguments) > 1:
@@ -55,7 +55,7 @@ class Axes:
         """
         required_choices_by_key = self._required_choices_by_key()
         points: list[list[str]] = []
-        shortened_points: set[tuple[str, ...]] = set()
+        seen_shortened_points: set[tuple[str, ...]] = set()
         for full_point in itertools.product(*self.alternative_arguments):
             # `full_point` has an argument for each key, also those with one value.
             values = {argument_key(argument): argument_value(argument) for argument in full_point}
@@ -68,16 +68,18 @@ class Axes:
             # Only shortened points are compared, because a value that the user gives twice (`run.seed=1,1`) stays two points.
             if point == full_point:
                 points.append(list(point))
-            elif point not in shortened_points:
+            elif point not in seen_shortened_points:
                 points.append(list(point))
-                shortened_points.add(point)
+                seen_shortened_points.add(point)
         return points
 
     def values_on_axes(self, point: list[str]) -> dict[str, str]:
         """The values of a point, by axis. An axis that the point lacks is left out."""
-        axes = self.axes
+        axis_keys = self.values_by_axis.keys()
         return {
-            argument_key(argument): argument_value(argument) for argument in point if argument_key(argument) in axes
+            argument_key(argument): argument_value(argument)
+            for argument in point
+            if argument_key(argument) in axis_keys
         }
 
     def describe_point(self, point: list[str]) -> str:
@@ -87,10 +89,10 @@ class Axes:
 
     def partial_setting_lines(self) -> list[str]:
         """A line such as `tuning.rank: only where tuning is lora` for each setting that some points lack."""
-        axes = self.axes
+        values_by_axis = self.values_by_axis
         sentences = []
         for key, required in self._required_choices_by_key().items():
-            choices = [choice for choice in axes[required.axis] if choice in required.choices]
+            choices = [choice for choice in values_by_axis[required.axis] if choice in required.choices]
             sentences.append(f"{key}: only where {required.axis} is {' or '.join(choices)}")
         return sentences
 
@@ -102,19 +104,20 @@ class Axes:
         """
         from launch.config.known_settings import all_settings, find_setting
 
-        axes = self.axes
+        values_by_axis = self.values_by_axis  # of a group its choices: {"tuning": ("full", "lora")}
         required_choices_by_key = {}
         for arguments in self.alternative_arguments:
             key = argument_key(arguments[0])
             group = key.partition(".")[0]
-            if key == group or group not in axes:
+            if key == group or group not in values_by_axis:
                 continue
             setting = find_setting(all_settings(), key)
             if setting is None:
                 continue
-            num_choices_with_setting = sum(choice in setting.available_under for choice in axes[group])
+            choices = values_by_axis[group]
+            num_choices_with_setting = sum(choice in setting.available_under for choice in choices)
             # A setting that no choice of the axis has stays in every point, so that composing the points refuses it.
-            if 0 < num_choices_with_setting < len(axes[group]):
+            if 0 < num_choices_with_setting < len(choices):
                 required_choices_by_key[key] = RequiredChoices(axis=group, choices=setting.available_under)
         return required_choices_by_key
 
@@ -138,7 +141,7 @@ def argument_value(argument: str) -> str:
 
 
 def read_axes(arguments: list[str]) -> Axes:
-    """Split each command-line argument at the commas between its values.
+    """Split each command-line argument at the commas between its values: `optim.lr=1e-4,2e-4` becomes an axis of two values.
 
     Raises ConfigError for an empty value, as in `optim.lr=1e-4,,2e-4`, and for a glob or function that stands for no value.
     """
@@ -233,24 +236,22 @@ def _glob_matches(whole_argument: str, key: str, glob_text: str) -> list[str]:
     excluded: set[str] = set()
     # An argument of glob is `pattern`, `[pattern,pattern]`, `include=...` or `exclude=...`.
     for glob_argument in split_at_commas(glob_text.removeprefix("glob(").removesuffix(")")):
-        name, equals_sign, patterns = glob_argument.partition("=")
-        target = included
-        if equals_sign and name.strip() == "exclude":
-            target = excluded
-        elif not (equals_sign and name.strip() == "include"):
-            patterns = glob_argument  # without a name; the pattern itself may hold an equals sign
+        name, equals_sign, value = glob_argument.partition("=")
+        is_named = equals_sign and name.strip() in ("include", "exclude")
+        patterns = value if is_named else glob_argument  # a pattern without a name may hold an equals sign itself
+        matches = excluded if is_named and name.strip() == "exclude" else included
         for pattern in split_at_commas(patterns.strip().strip("[]")):
-            target.update(_matches_of_pattern(key, pattern.strip("'\" ")))
-    matches = included - excluded
-    if key == MODEL_GROUP and matches >= {*shape_names()}:
+            matches.update(_matches_of_pattern(key, pattern.strip("'\" ")))
+    remaining = included - excluded
+    if key == MODEL_GROUP and remaining >= {*shape_names()}:
         raise ConfigError(
             f"{whole_argument}: would be a run of each of {len(shape_names())} published models; name some of them, as in "
             "model=qwen3_0_6b,qwen3_1_7b or model=glob(qwen3_*)"
         )
-    if not matches:
+    if not remaining:
         hint = f"; {key}= has {', '.join(choices_by_group()[key])}" if key in choices_by_group() else ""
         raise ConfigError(f"{whole_argument}: matches nothing{hint}")
-    return sorted(matches)
+    return sorted(remaining)
 
 
 def _matches_of_pattern(key: str, pattern: str) -> list[str]:
@@ -305,16 +306,16 @@ def _meets_condition(condition: list[tuple[str, str]], values: dict[str, str]) -
 def _read_condition(name: str, text: str, axes: Axes, problems: list[str]) -> list[tuple[str, str]]:
     """The (key, value) pairs of a condition: `tuning=lora+optim.lr=2e-4` gives [("tuning", "lora"), ("optim.lr", "2e-4")].
 
-    `name`: the setting that holds the condition, for messages. An argument that is no swept setting (axis) with one of its
-    values is left out, and a message is appended to `problems`.
+    It selects the points that have all of these values. `name`: the setting that holds the condition, for messages. An argument
+    that is no swept setting (axis) with one of its values is left out, and a message is appended to `problems`.
     """
     pairs = []
     for argument in CONDITION_SEPARATOR_REGEX.split(text.strip().strip("'\"")):
         key = argument_key(argument)
         value = argument_value(argument)
-        values = axes.axes.get(key)
+        values = axes.values_by_axis.get(key)
         if values is None:
-            axis_names = ", ".join(axes.axes) or "none"
+            axis_names = ", ".join(axes.values_by_axis) or "none"
             problems.append(f"{name}: {argument}: no axis of this comparison; those with several values: {axis_names}")
         elif value not in values:
             problems.append(f"{name}: {argument}: {key} takes {', '.join(values)} here")
@@ -354,7 +355,7 @@ def set_point_name_in_trackers(
 def _axis_label(key: str, value: str) -> str:
     """A point's value on one axis as a part of the point's name, by what the axis is:
 
-    - a group: the choice, `lora`;
+    - a group of settings with named choices, such as `tuning`: the choice, `lora`;
     - a path: its last part, `chat.jsonl`;
     - a number: the setting's last name with it, `lr2e-4`;
     - anything else: the same with `_` between them, `packing_true`.

@@ -11,6 +11,7 @@ def suspected_files_text(choices: dict[str, str]) -> str:
     """The files that may be at fault if Hydra cannot compose these choices (by group), as "conf/debug/x.yaml or my/a.yaml".
 
     Only files of the user and those that hold settings of every group are named: the groups that we ship are tested.
+    `conf/local/default.yaml` is the user's too, and is read in every run that does not choose another one.
     """
     files = []
     for group in ("experiment", "debug"):
@@ -36,7 +37,8 @@ def composition_problem_line(error: Exception) -> str:
 
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1} is not valid YAML: {error.problem}"
-    # Hydra repeats OmegaConf's error as a text of several lines. OmegaConf's has the setting and the reason apart.
+    # Hydra raises its own error while it handles OmegaConf's, which Python keeps as the context. Hydra's repeats it as a text of
+    # several lines; OmegaConf's has the setting and the reason apart.
     omegaconf_error = error if isinstance(error, OmegaConfBaseException) else error.__context__
     if not isinstance(omegaconf_error, OmegaConfBaseException) or not omegaconf_error.full_key:
         return " ".join(str(error).split())

@@ -91,9 +91,10 @@ compdef _shardtune shardtune 2>/dev/null
 
 
 def completion_script(shell: str, verbs: dict[str, str], classes_by_verb: dict[str, list[type[VerbArguments]]]) -> str:
-    """The completion script for `shell`: `bash`, `zsh` or `fish`, also as `install=bash`. Raises ConfigError for another shell.
+    """The completion script for `shell`: `bash`, `zsh` or `fish`, also as `install=bash` (Hydra's way to ask for it).
 
     `verbs`: the description of each verb. `classes_by_verb`: the classes that declare the arguments and flags of each verb.
+    Raises ConfigError for another shell.
     """
     shell = shell.removeprefix("install=")
     if shell not in SHELLS:
@@ -158,7 +159,7 @@ def possible_values_by_key() -> dict[str, list[str]]:
 
     values_by_key: dict[str, list[str]] = {group: list(choices) for group, choices in choices_by_group().items()}
     for key, setting in all_settings().items():
-        name = key.removesuffix("_")
+        name = key.removesuffix("_")  # a field is called `from_` where Python would take `from` for its own word
         is_choice = name.endswith(".name") and name.split(".")[0] in GROUPS_CHOSEN_BY_NAME
         if "*" in name or is_choice:
             continue

@@ -102,7 +102,8 @@ def refuse_incomplete_variables(env: Mapping[str, str]) -> None:
 def torchrun_variables(env: Mapping[str, str]) -> dict[str, str]:
     """Torchrun's variables for a task that srun started, from SLURM's own: {"RANK": "3", "WORLD_SIZE": "8", ...}.
 
-    Variables that are set already are left out; if RANK is one of them, all are.
+    Variables that are set already are left out; if RANK is one of them, all are. SLURM tells the tasks of each node as `4(x2),3`:
+    4, 4 and 3.
     """
     if "RANK" in env:
         return {}

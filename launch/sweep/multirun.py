@@ -104,9 +104,7 @@ def _run_points_one_by_one(
     for composed, run_dir, label in zip(composed_points, run_dirs, labels, strict=True):
         print(f"[{len(run_codes) + 1}/{len(composed_points)}] {label} -> {run_dir}", flush=True)
         try:
-            exit_code = run_point(
-                composed, run_dir, isolate=True
-            )  # in processes of its own: its failure stops no other
+            exit_code = run_point(composed, run_dir, isolate=True)
         except ShardtuneError as error:
             print(f"shardtune train: {error}", file=sys.stderr)
             exit_code = error.exit_code

@@ -39,6 +39,7 @@ def points_table_text(labels: list[str], run_dirs: list[Path], exit_codes: list[
             except ConfigError as error:
                 reason = " ".join(error.problems)
         notes = wrap_sentences([reason], indent=REASON_INDENT_COLUMNS) if reason else []
+        # The label is the last cell, because it may be long and need not line up with anything.
         rows.append(TableRow((_state_cell(exit_code, run), *_metric_cells(run), label), notes))
     return "\n".join([*text_table(POINT_COLUMNS, rows), "", f"side by side: shardtune compare {run_dirs[0].parent}"])
 
@@ -58,7 +59,7 @@ def _state_cell(exit_code: int | None, run: RecordedRun | None) -> str:
 
 
 def _metric_cells(run: RecordedRun | None) -> tuple[str, ...]:
-    """Steps, loss, held-out metric, tokens/s and GiB of a point; dashes if it took no step."""
+    """Steps, loss, monitored held-out metric, tokens/s and GiB of a point; dashes if it took no step."""
     if run is None or not run.steps:
         return ("-",) * 5
     measured = measure_run(run)

@@ -59,14 +59,16 @@ def search_table_text(study: Study, search: PlannedSearch, search_dir: Path) -> 
         return "\n".join([*lines, "no trial is done: there is no best one"])
     best = completed[0]
     run_dir = run_dir_of_trial(best, search_dir)
-    lines += wrap_text(f"best: trial {best.number}, {search.metric} {best.value:.6g}, in {run_dir}; its settings:", 0)
+    best_line = f"best: trial {best.number}, {search.metric} {best.value:.6g}, in {run_dir}; its settings:"
+    lines += wrap_text(best_line, 0)
     return "\n".join([*lines, f"  {shlex.join(search.trial_arguments(best.params))}"])
 
 
 def _trial_row(trial: FrozenTrial, search: PlannedSearch) -> TableRow:
     """A trial's row of the table: number, metric, state and arguments, and below the arguments how it ended.
 
-    The metric of a pruned trial is that of its last evaluation.
+    The metric of a pruned trial is that of its last evaluation. A trial that drew the arguments of an earlier one (its twin) was
+    not run.
     """
     metric = trial.value
     cell_lines = [" ".join(search.trial_arguments(trial.params))]

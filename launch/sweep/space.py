@@ -73,7 +73,7 @@ def split_searched_settings(arguments: list[str]) -> tuple[list[SearchedSetting]
     Raises ConfigError with every problem at once.
     """
     problems: list[str] = []
-    space: list[SearchedSetting] = []
+    searched_settings: list[SearchedSetting] = []
     shared_arguments: list[str] = []
     for argument in arguments:
         try:
@@ -84,33 +84,42 @@ def split_searched_settings(arguments: list[str]) -> tuple[list[SearchedSetting]
         if setting is None:
             shared_arguments.append(argument)
         else:
-            space.append(setting)
+            searched_settings.append(setting)
 
-    keys = [setting.key for setting in space]
+    keys = [setting.key for setting in searched_settings]
     keys += [argument.partition("=")[0] for argument in shared_arguments]
-    for setting in space:
+    for setting in searched_settings:
         if keys.count(setting.key) > 1:
             problems.append(f"{setting.key}={setting.values_text}: {setting.key} is given twice")
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-    return space, shared_arguments
+    return searched_settings, shared_arguments
 
 
 def _read_setting(argument: str) -> SearchedSetting | None:
-    """The searched setting of an argument with several values; None for an argument with one. Errors: ConfigError."""
+    """The searched setting of an argument with several values; None for an argument with one. Errors: ConfigError.
+
+    Several values are written as `a,b`, as a pattern of names (`glob(*)`), or by a sweep function: `interval(1e-5,1e-3)`.
+    """
     key, equals_sign, values_text = argument.partition("=")
-    if equals_sign and SWEEP_FUNCTION_REGEX.fullmatch(values_text.strip()) and not values_text.startswith("glob("):
+    # A glob is a list of choices, which `read_axes` knows; Hydra's parser does not read it as values.
+    is_glob = values_text.startswith("glob(")
+    if equals_sign and SWEEP_FUNCTION_REGEX.fullmatch(values_text.strip()) and not is_glob:
         return _read_sweep_function(argument, key, values_text.strip())
-    points = read_axes([argument]).alternative_arguments[0]  # `a,b` is a list of choices
-    if len(points) == 1:
+    value_arguments = _value_arguments(argument)
+    if len(value_arguments) == 1:
         return None
-    choices = [point.partition("=")[2] for point in points]
-    return SearchedSetting(key, values_text, _unique_choices(choices))
+    return SearchedSetting(key, values_text, _unique_values(value_arguments))
 
 
-def _unique_choices(choices: list[str]) -> tuple[str, ...]:
-    """The choices in their order, each once."""
-    return tuple(dict.fromkeys(choices))
+def _value_arguments(argument: str) -> tuple[str, ...]:
+    """The arguments that one with several values stands for: `tuning=lora,full` -> ("tuning=lora", "tuning=full")."""
+    return read_axes([argument]).alternative_arguments[0]
+
+
+def _unique_values(value_arguments: tuple[str, ...]) -> tuple[str, ...]:
+    """The values of arguments in their order, each once: ("tuning=lora", "tuning=full") -> ("lora", "full")."""
+    return tuple(dict.fromkeys(argument.partition("=")[2] for argument in value_arguments))
 
 
 def _read_sweep_function(argument: str, key: str, values_text: str) -> SearchedSetting | None:
@@ -144,8 +153,7 @@ def _read_sweep_function(argument: str, key: str, values_text: str) -> SearchedS
     if isinstance(sweep, ChoiceSweep):
         if tags:
             raise ConfigError(f"{argument}: log is of numbers between two ends; write tag(log,interval(1e-5,1e-3))")
-        choices = [point.partition("=")[2] for point in read_axes([argument]).alternative_arguments[0]]
-        return SearchedSetting(key, values_text, _unique_choices(choices))
+        return SearchedSetting(key, values_text, _unique_values(_value_arguments(argument)))
     if isinstance(sweep, IntervalSweep):
         assert sweep.start is not None and sweep.end is not None  # the grammar wants both
         return _interval_setting(

@@ -77,6 +77,7 @@ class PlannedSearch:
         better = "larger" if self.greater_is_better else "smaller"
         identity["metric"] = f"{self.metric}, {better} is better"
         identity["sweeper.seed"] = str(self.settings.seed)
+        # The hash of all settings that decide a result: those that trials share, and the first value of each searched one.
         identity["the words that all trials share"] = self.first_trial.sha256[:8]
         return identity
 
@@ -201,7 +202,8 @@ def _trial_config_problems(first_trial: ComposedConfig, settings: SweeperConfig,
     - Trials are to be pruned, but the metric is not measured during training.
     - SLURM is the launcher.
 
-    `first_trial` stands for all trials. `sweeper_name`, such as `optuna`, is for messages.
+    `first_trial` stands for all trials. `sweeper_name`, such as `optuna`, is for messages. The metric by which trials are judged
+    is `evaluation.watched`.
     """
     from trainer.config.evaluation import watches_held_out_loss
     from trainer.config.run import LauncherName

@@ -28,7 +28,7 @@ class AnswerPair:
     answer_after: str
     reference_answer: str = ""
     change: str = ""
-    """`right now` or `wrong now`; empty where nobody judged them."""
+    """What the training changed: `right now` (it was wrong before) or `wrong now`; empty where nobody judged the answers."""
 
     @property
     def summary(self) -> str:

@@ -27,7 +27,8 @@ class ProfileTables:
     """What the page shows of a profiled run."""
 
     steps: tuple[int, int]
-    is_of_device: bool
+    is_measured_on_device: bool
+    """Whether the times are those of kernels on a GPU; else of operators on the CPU."""
     traces: str
     tables: list[PageTable]
 
@@ -71,7 +72,7 @@ def _profile_tables(profile: ProfiledSteps) -> ProfileTables:
     """The tables of a profiled run: a row for each rank, and a row for each operator."""
     return ProfileTables(
         steps=profile.steps,
-        is_of_device=profile.measured_on == "device",
+        is_measured_on_device=profile.measured_on == "device",
         traces=profile.traces,
         tables=[
             _text_table(RANK_TABLE_HEADINGS, profile.ranks, "Ranks"),

@@ -46,9 +46,9 @@ class ShownGroup:
 def shown_round_groups(run: RecordedRun) -> list[ShownGroup]:
     """The answers that the page shows of a run that learns from rewards: two groups each of three recorded rounds.
 
-    A group is all answers to one prompt in a round. Shown are the groups with the highest and the lowest mean reward, in the
-    first, the middle and the last round. Empty without recorded rounds. A file that cannot be read is left out: the run may
-    be writing it.
+    A round is the answers that the model writes for one or several optimizer steps, a group all answers to one prompt in it.
+    Shown are the groups with the highest and the lowest mean reward, in the first, the middle and the last round. Empty without
+    recorded rounds. A file that cannot be read is left out: the run may be writing it.
     """
     file_by_step = recorded_rounds(run.directory)
     steps = list(file_by_step)
@@ -116,7 +116,11 @@ def _shown_group(title: str, mean_reward: float, rows: Sequence[dict[str, Any]])
 
 
 def _shown_answer(row: dict[str, Any]) -> ShownAnswer:
-    """An answer as the page shows it, from its row of a recorded round. With several rewards, each is named with its score."""
+    """An answer as the page shows it, from its row of a recorded round. With several rewards, each is named with its score.
+
+    A row is like {"prompt": "...", "answer": "...", "reward": 0.5, "reward/maths": 1.0, "ended": False}; `ended` is False for an
+    answer that was cut off at the longest length.
+    """
     total_reward = row.get("reward")
     reward_columns = [column for column in row if column.startswith(REWARD_PREFIX)]
     named_scores = []
