@@ -47,10 +47,12 @@ def test_forgetting_loss_and_its_error_are_those_of_the_jackknife():
         rows(now, targets),
         forgetting.BaseAndTunedValue(base.sum() / 400, now.sum() / 400),
     )
-    assert found.lost == pytest.approx(now.sum() / base.sum() - 1)
+    assert found.lost_share == pytest.approx(now.sum() / base.sum() - 1)
     left = np.array([np.delete(now, i).sum() / np.delete(base, i).sum() for i in range(40)])
-    assert found.error == pytest.approx(np.sqrt(39 / 40 * ((left - left.mean()) ** 2).sum()), rel=0.05)
-    assert found.bound(0.01) == pytest.approx(found.lost - scipy.stats.t.ppf(0.99, 39) * found.error, rel=1e-4)
+    assert found.standard_error == pytest.approx(np.sqrt(39 / 40 * ((left - left.mean()) ** 2).sum()), rel=0.05)
+    assert found.bound(0.01) == pytest.approx(
+        found.lost_share - scipy.stats.t.ppf(0.99, 39) * found.standard_error, rel=1e-4
+    )
 
 
 def test_forgetting_has_few_false_alarms_and_is_found():

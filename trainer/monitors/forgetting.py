@@ -40,19 +40,19 @@ class ComparedTask:
     name: str
     metric: str
     base: float
-    now: float
-    lost: float
+    tuned: float
+    lost_share: float
     """Rise of a loss or fall of a metric, as a share of the base's."""
-    error: float | None
+    standard_error: float | None
     """Its standard error; None where that is not known."""
     rows: int
 
     def bound(self, level: float) -> float | None:
-        """The one-sided lower bound of `lost`, by Student's distribution; None if its error is not known."""
-        if self.error is None:
+        """The one-sided lower bound of `lost_share`, by Student's distribution; None if its error is not known."""
+        if self.standard_error is None:
             return None
         quantile = student_t_quantile(1 - level, self.rows - 1)
-        return self.lost - quantile * self.error
+        return self.lost_share - quantile * self.standard_error
 
 
 class BaseAndTunedValue(NamedTuple):
@@ -81,9 +81,9 @@ def compare_with_base(
         name=name,
         metric=metric.name,
         base=values.base,
-        now=values.tuned,
-        lost=lost_share,
-        error=standard_error,
+        tuned=values.tuned,
+        lost_share=lost_share,
+        standard_error=standard_error,
         rows=len(rows),
     )
 
@@ -125,9 +125,9 @@ def logged_metrics(evidence: Evidence) -> dict[str, float]:
     compared: list[ComparedTask] = evidence.compared_tasks
     if not compared:
         return {}
-    metrics = {"forgetting": max(task.lost for task in compared)}
+    metrics = {"forgetting": max(task.lost_share for task in compared)}
     if len(compared) > 1:
-        metrics |= {f"forgetting/{task.name}": task.lost for task in compared}
+        metrics |= {f"forgetting/{task.name}": task.lost_share for task in compared}
     return metrics
 
 
@@ -142,21 +142,21 @@ def find_problem(config: ForgettingWatchConfig, evidence: Evidence) -> Finding |
         return None
 
     # Whether the worst task lost too much.
-    worst_task = max(compared, key=lambda task: task.lost)
+    worst_task = max(compared, key=lambda task: task.lost_share)
     limit = forgetting_limit(config)
     level = LEVEL / evidence.task_evaluations  # Bonferroni: each evaluation that asks tasks is one more try
     bound = worst_task.bound(level)
-    exceeds_limit = limit is not None and worst_task.lost > limit
-    is_clear = bound is not None and bound > 0 and worst_task.lost > MIN_LOST
+    exceeds_limit = limit is not None and worst_task.lost_share > limit
+    is_clear = bound is not None and bound > 0 and worst_task.lost_share > MIN_LOST
     is_problem = is_clear if limit is None else exceeds_limit
     if not is_problem:
         return None
 
     # What is reported of it; a bound and a limit only where there is one.
     numbers = {
-        "forgetting": worst_task.lost,
+        "forgetting": worst_task.lost_share,
         "base": worst_task.base,
-        "now": worst_task.now,
+        "now": worst_task.tuned,
         "rows": float(worst_task.rows),
     }
     certainty = ""
@@ -171,8 +171,8 @@ def find_problem(config: ForgettingWatchConfig, evidence: Evidence) -> Finding |
         detector="forgetting",
         step=evidence.step,
         message=(
-            f"{worst_task.name}: {worst_task.metric} went from {worst_task.base:.4f} (base) to {worst_task.now:.4f}: "
-            f"{worst_task.lost:+.2%} lost{certainty}{over_limit}; {worst_task.rows} rows"
+            f"{worst_task.name}: {worst_task.metric} went from {worst_task.base:.4f} (base) to {worst_task.tuned:.4f}: "
+            f"{worst_task.lost_share:+.2%} lost{certainty}{over_limit}; {worst_task.rows} rows"
         ),
         numbers=numbers,
         remedies=REMEDIES,
