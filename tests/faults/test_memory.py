@@ -15,7 +15,7 @@ from strategies.heartbeat import Heartbeat, SilentRank
 from tests.faults.runs import ROOT, environment, rank_of, read, wait
 from tests.helpers.covering import whole
 from trainer.reporting.status import read_failure, read_status, record_failure
-from trainer.session.attempt import first_sentence
+from trainer.session.attempt import first_line_of_message
 
 SBATCH = "#!/bin/bash\necho 7\n"
 SRUN = '#!/bin/bash\nwhile [ "$1" != bash ]; do shift; done\nexec "$@"\n'
@@ -145,6 +145,6 @@ def test_failure_reason_includes_the_line_after_a_heading():
     text = (
         "the data cannot be used, of 8 rows:\n  bad.jsonl:1: messages is no list\n  bad.jsonl:2: messages is no list\n"
     )
-    assert first_sentence(text) == "the data cannot be used, of 8 rows: bad.jsonl:1: messages is no list"
-    assert first_sentence("no room\nat step 3") == "no room" and first_sentence("rows:\n") == "rows:"
-    assert first_sentence("") == ""
+    assert first_line_of_message(text) == "the data cannot be used, of 8 rows: bad.jsonl:1: messages is no list"
+    assert first_line_of_message("no room\nat step 3") == "no room" and first_line_of_message("rows:\n") == "rows:"
+    assert first_line_of_message("") == ""

@@ -84,7 +84,8 @@ class Attempt:
         try:
             yield rendezvous
         except Preempted as stop:
-            # A lost directory reaches the other ranks as a request to stop: rank 0 left its reason in the store.
+            # A lost directory reaches the other ranks as a request to stop: rank 0 left its reason in the store, which `leave`
+            # returns; None if rank 0 found the directory its own.
             reason_lost = rendezvous.leave()
             if reason_lost is not None:
                 raise LeaseLost(reason_lost) from stop
@@ -168,7 +169,8 @@ def open_rank_of_job(run_dir: Path | None, lease_timeout_s: int) -> Iterator[tup
     """
     failed = False
     is_single_rank = int(os.environ.get("WORLD_SIZE", 1)) == 1  # a terminal's Ctrl-C goes to the launcher of several
-    with StopRequest(interrupts=is_single_rank) as request:  # over when everything is written down
+    # The outermost context, so that signals are handled until the end of the attempt is recorded.
+    with StopRequest(interrupts=is_single_rank) as request:
         try:
             with run_attempt(run_dir, lease_timeout_s, request) as attempt:
                 yield request, attempt
@@ -186,9 +188,9 @@ def open_rank_of_job(run_dir: Path | None, lease_timeout_s: int) -> Iterator[tup
 def run_attempt(run_dir: Path | None, lease_timeout_s: int, request: StopRequest) -> Iterator[Attempt]:
     """A context around this rank's attempt. `run_dir` is needed on rank 0 only, which owns it until the context ends.
 
-    The first failing rank leaves `failure.json`, which a success and the next attempt remove. `status.json` says how it
-    ended. Nothing is written into a directory that is another attempt's. Raises what ended the run, or RunDirInUse if another
-    attempt owns the directory.
+    The first failing rank leaves `failure.json`, which a success and the next attempt remove. `status.json` says how it ended.
+    Nothing is written into a directory that is another attempt's. Raises what ended the run, or NotRunOwner: RunDirInUse if
+    another attempt owns the directory at the start, LeaseLost if it does later.
     """
     attempt = Attempt(run_dir=run_dir)
     rank = int(os.environ.get("RANK", 0))
@@ -199,22 +201,20 @@ def run_attempt(run_dir: Path | None, lease_timeout_s: int, request: StopRequest
             if attempt.lease is not None and run_dir is not None:
                 clear_failure(run_dir)
                 write_status(run_dir, RunState.running, reason="starting")
-            attempt.on_collective_timeout = partial(_record_timeout_before_nccl_aborts, attempt, rank)
-            attempt.on_cut_off = partial(_end_cut_off_process, attempt, rank)
-            request.arm_end_of_stuck_process(partial(_end_process_before_training, attempt))
+            _set_hooks_of_other_threads(attempt, rank, request)
             yield attempt
             if writes_status and attempt.run_dir is not None:
                 write_status(attempt.run_dir, RunState.done, step=attempt.step, reason=attempt.note)
                 clear_failure(attempt.run_dir)
         except NotRunOwner:
-            raise
+            raise  # and write nothing
         except BaseException as caught:
             error: BaseException = caught
             if is_panic(caught):  # a BaseException, which no handler further out takes for an error
                 error = tokenizer_panic(caught, "a tokenizer of this run")
             request.disarm_end_of_stuck_process()  # from here on, only this thread ends the process
             if attempt.lease is not None:
-                attempt.lease.check()
+                attempt.lease.check()  # raises LeaseLost if nothing may be written
                 attempt.follow_renamed_run_dir(attempt.lease.run_dir)
             if not isinstance(error, Preempted | KeyboardInterrupt):
                 _record_failure(attempt, rank, error)
@@ -225,6 +225,13 @@ def run_attempt(run_dir: Path | None, lease_timeout_s: int, request: StopRequest
             raise error from caught
         finally:
             attempt.at_end.close()
+
+
+def _set_hooks_of_other_threads(attempt: Attempt, rank: int, request: StopRequest) -> None:
+    """Set what other threads do while the main thread may be stuck: record a timeout, or end this process."""
+    attempt.on_collective_timeout = partial(_record_timeout_before_nccl_aborts, attempt, rank)
+    attempt.on_cut_off = partial(_end_cut_off_process, attempt, rank)
+    request.arm_end_of_stuck_process(partial(_end_process_before_training, attempt))
 
 
 def _write_stopped_status(attempt: Attempt, error: BaseException) -> None:
@@ -275,7 +282,7 @@ def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
     if not record_failure(attempt.run_dir, rank, error, phase, step, **details) and read_failure(attempt.run_dir):
         return  # another rank was first
     # If there is no failure.json even so, the disk has no room for it: try the status.
-    summary = first_sentence(str(error)) or type(error).__name__
+    summary = first_line_of_message(str(error)) or type(error).__name__
     with contextlib.suppress(StorageError):  # it would hide what ended the run
         write_status(attempt.run_dir, RunState.failed, step=step, reason=f"rank {rank}, {phase}: {summary}")
     # The record exists now, so collecting the state of every rank, which takes seconds, can only add to it.
@@ -297,7 +304,7 @@ def _end_process_before_training(attempt: Attempt, signal_name: str) -> None:
         exit_code = 130  # as shells report it
     with contextlib.suppress(ShardtuneError, OSError):  # the directory is another attempt's, or the disk is full
         if attempt.lease is not None:
-            attempt.lease.check()
+            attempt.lease.check()  # raises if it is another attempt's, so that nothing is written
         # torchrun also sends SIGTERM to the peers of a rank that failed. That rank's record stays the cause.
         if run_dir is not None and not read_failure(run_dir):
             write_status(run_dir, RunState.preempted, reason=f"{signal_name} during: {attempt.phase}")
@@ -344,7 +351,7 @@ def _end_cut_off_process(attempt: Attempt, rank: int, error: CutOffRank) -> None
     end_process(error.exit_code)
 
 
-def first_sentence(text: str) -> str:
+def first_line_of_message(text: str) -> str:
     """The first line of a message that is not blank. After a line that ends with a colon, the next one is added.
 
     For example "no room\\nat step 3" -> "no room", and "bad rows:\\na.jsonl:1\\nb.jsonl:2" -> "bad rows: a.jsonl:1".
@@ -363,7 +370,7 @@ def first_sentence(text: str) -> str:
 def _hang_details(run_dir: Path, error: BaseException, last_collectives: dict[int, CollectiveCall]) -> dict[str, Any]:
     """Fields of `failure.json` for a hang: the last collective of each rank, and the files with the stacks of their threads.
 
-    `message` is the error with both added as lines.
+    `message` is the error with both added as lines. The file and its readers call a collective an exchange.
     """
     stack_files = []
     for path in sorted((run_dir / "logs").glob("rank-*.stacks")):

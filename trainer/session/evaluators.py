@@ -58,12 +58,12 @@ def build_run_evaluators(
     evaluators = build_evaluators(
         replace(config.evaluation, tasks=tasks_to_run(config)),
         config.model,
-        data.evaluation,
-        built,
-        tokenizer,
-        engine,
-        context.runtime,
-        new_stop_check,
+        held_out=data.evaluation,
+        built=built,
+        tokenizer=tokenizer,
+        engine=engine,
+        runtime=context.runtime,
+        new_stop_check=new_stop_check,
     )
     return add_task_evaluator(config, detectors, evaluators, tasks, make_model_interface, context)
 
@@ -78,17 +78,17 @@ def model_interface_for_run(
     stop_now: Callable[[], bool],
 ) -> ModelInterface:
     """The interface through which tasks use the run's model: it writes answers and measures likelihoods, labels and losses."""
+    task_context = TaskContext.from_settings(config.data, config.objective, settled_template_date(config))
+    is_classifier = bool(built.head_prefixes)  # only its head has an output for each label
     return build_model_interface(
         config.evaluation,
         config.model,
         built,
-        data.label_names if built.head_prefixes else None,
-        TaskContext.from_settings(config.data, config.objective, settled_template_date(config)).build_encoder(
-            tokenizer
-        ),
-        engine,
-        runtime,
-        stop_now,
+        labels=data.label_names if is_classifier else None,
+        encoder=task_context.build_encoder(tokenizer),
+        engine=engine,
+        runtime=runtime,
+        stop_now=stop_now,
     )
 
 
@@ -104,8 +104,8 @@ def build_test_evaluators(
 ) -> list[Evaluator]:
     """The evaluators of the test documents, which use all of them; empty without test documents.
 
-    `scorer`: computes the rewards, if the run learns from rewards; else None. `new_stop_check`: as in `build_evaluators`. Metrics
-    have the names of those of evaluation documents (`eval/loss`).
+    `scorer`: computes the rewards, if the run learns from rewards; else None. `new_stop_check`: makes, for each evaluator, a
+    function that says on all ranks alike whether to stop. Metrics have the names of those of evaluation documents (`eval/loss`).
     """
     # No metric of the test documents is monitored, and no document is left out.
     settings = replace(config.evaluation, tasks={}, watch=None, max_documents=None, loss_by_position=False)

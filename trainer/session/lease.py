@@ -29,12 +29,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from strategies import atomic_io, shared_files
 from strategies.errors import ConfigError, NotRunOwner, Preempted, StorageError
 
-CLAIM_FILE_REGEX = re.compile(r"(\d{6})\.json")
+CLAIM_FILE_REGEX = re.compile(r"(\d{6})\.json")  # 000007.json is the claim of the seventh attempt
 HEARTBEATS_PER_TIMEOUT = 12
 """Heartbeats that an owner writes within the time after which it is taken for dead."""
 REMOVAL_CHECK_DELAY_S = 2.0
@@ -63,17 +63,29 @@ class LeaseOwner:
     job: str | None = None
     task: str | None = None
     """Array and task of the job, as scancel takes it."""
-    restart: int = 0
+    restart: int = 0  # how often SLURM has requeued the job
     since: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
     """Local time, to be read by people."""
     beat_s: float = 10.0
     """Seconds between two heartbeats."""
+
+    @property
+    def is_torn(self) -> bool:
+        """Whether the claim exists and cannot be read, since its host crashed while it was written."""
+        return self.token == ""
 
     def describe(self) -> str:
         """The attempt in words, for a message."""
         start = f", start {self.restart}" if self.restart else ""
         job = f", SLURM job {self.task or self.job}{start}" if self.job else ""
         return f"process {self.pid} on {self.host}{job}, since {self.since}"
+
+
+class LatestClaim(NamedTuple):
+    """The newest claim of a run directory: its number, 0 without any, and its owner, None if that attempt is over."""
+
+    number: int
+    owner: LeaseOwner | None
 
 
 def owner_of_this_process(lease_timeout_s: float) -> LeaseOwner:
@@ -154,11 +166,12 @@ class Lease:
         on_loss: Callable[[], None] = lambda: None,
         on_run_dir_renamed: Callable[[Path], None] = lambda run_dir: None,
     ) -> Lease:
-        """Claim the directory. Waits up to `lease_timeout_s` if only time tells whether the last owner lives.
+        """Claim the directory: make `lease/000008.json`, if 7 is the number of the newest claim and its owner is dead or done.
 
-        `on_loss` is called, by another thread, when the directory turns out to be another attempt's or deleted.
-        `on_run_dir_renamed` is called, by any thread, with the new path when it was renamed. Raises RunDirInUse, with the owner,
-        if one lives; Preempted if `stop` says so; StorageError if the directory cannot be written.
+        Waits up to `lease_timeout_s` if only time tells whether the last owner lives. `on_loss` is called, by another thread,
+        when the directory turns out to be another attempt's or deleted. `on_run_dir_renamed` is called, by any thread, with the
+        new path when it was renamed. Raises RunDirInUse, with the owner, if one lives; Preempted if `stop` says so;
+        StorageError if the directory cannot be written.
         """
         own = owner_of_this_process(lease_timeout_s)
         directory = run_dir / "lease"
@@ -168,17 +181,16 @@ class Lease:
                 # Read the number before looking for a living owner: if anybody claims in between, our number is taken.
                 number, _ = latest_claim(directory)
                 raise_if_run_dir_is_in_use(run_dir, lease_timeout_s, stop)
-                if not shared_files.claim_shared_file(
-                    _claim_path(directory, number + 1), _json_bytes(asdict(own)), own.token
-                ):
-                    continue  # somebody was faster, or this host's view of the directory is old
-                if latest_claim(directory)[0] == number + 1:
+                claim_path = _claim_path(directory, number + 1)
+                if not shared_files.claim_shared_file(claim_path, _json_bytes(asdict(own)), own.token):
+                    continue  # the file exists: somebody was faster, or this host's view of the directory is old
+                if latest_claim(directory).number == number + 1:
                     break
                 # A later claim exists, whose owner has removed the one that had this number.
-                _claim_path(directory, number + 1).unlink(missing_ok=True)
-            # The old owner, if it still lives, finds its claim gone and ends.
+                claim_path.unlink(missing_ok=True)
+            # Remove all files of older claims. The old owner, if it still lives, finds its claim gone and ends.
             for name in atomic_io.disk.names(directory):
-                if name[:6].isdigit() and int(name[:6]) <= number:
+                if name[:6].isdigit() and int(name[:6]) <= number:  # such as 000007.json and 000007.beat
                     (directory / name).unlink(missing_ok=True)
             return cls(run_dir, number + 1, own, on_loss, on_run_dir_renamed)
         except OSError as error:
@@ -188,7 +200,7 @@ class Lease:
 
     @property
     def directory(self) -> Path:
-        """The directory of the claims."""
+        """The directory of the claims, in the run directory; it follows a rename too."""
         return self.run_dir / "lease"
 
     def check(self) -> None:
@@ -214,10 +226,10 @@ class Lease:
         self.release()
 
     def _find_loss_reason(self) -> str | None:
-        """Why the directory is not this attempt's any more; None if it is.
+        """Why the run directory is lost, that is not this attempt's any more; None if it is not lost.
 
         Also makes a claim again that somebody deleted, and follows a rename. A directory that cannot be read counts as lost only
-        after so long that others may take this attempt for dead.
+        after so long without a heartbeat (HEARTBEATS_PER_TIMEOUT intervals) that others may take this attempt for dead.
         """
         try:
             with self._look_lock:
@@ -282,7 +294,7 @@ class Lease:
         """
         claim_path = _claim_path(self.directory, self.number)
         content = _json_bytes(asdict(self.owner))
-        is_torn = latest_owner is not None and latest_owner.token == ""
+        is_torn = latest_owner is not None and latest_owner.is_torn
         if latest_owner is not None and latest_owner.token == self.owner.token:
             return None  # the claim could be read a moment ago: only the second look failed
         if latest_number == self.number and is_torn:
@@ -313,7 +325,7 @@ class Lease:
                 )
                 self._last_heartbeat_at = time.monotonic()
             except OSError as error:
-                # An error may pass. It counts only when others may soon take this attempt for dead.
+                # An error may pass. It counts two heartbeats before others may take this attempt for dead.
                 if time.monotonic() - self._last_heartbeat_at > self.owner.beat_s * (HEARTBEATS_PER_TIMEOUT - 2):
                     self._loss_reason = f"no heartbeat could be written for too long ({error.strerror or error})"
             self._loss_reason = self._loss_reason or self._find_loss_reason()
@@ -324,15 +336,12 @@ class Lease:
                 return
 
 
-def latest_claim(directory: Path) -> tuple[int, LeaseOwner | None]:
-    """(number of the newest claim, its owner). The number is 0 without claims; the owner is None if it is over.
-
-    A claim that was torn by a crash has an owner with an empty token.
-    """
+def latest_claim(directory: Path) -> LatestClaim:
+    """The newest claim in `directory` (`<run>/lease`). An attempt that is over has left a file such as `000007.over`."""
     try:
         names = atomic_io.disk.names(directory)
     except (FileNotFoundError, NotADirectoryError):
-        return 0, None
+        return LatestClaim(0, None)
     number = 0
     for name in names:
         match = CLAIM_FILE_REGEX.fullmatch(name)
@@ -346,12 +355,12 @@ def latest_claim(directory: Path) -> tuple[int, LeaseOwner | None]:
         number += 1
         owner = newer
     if f"{number:06d}.over" in names or _exists_when_opened(directory / f"{number:06d}.over"):
-        return number, None
-    return number, owner
+        return LatestClaim(number, None)
+    return LatestClaim(number, owner)
 
 
 def raise_if_run_dir_is_in_use(run_dir: Path, lease_timeout_s: float, stop: Callable[[], bool] = lambda: False) -> None:
-    """Raise RunDirInUse if a living attempt owns the directory.
+    """Raise RunDirInUse if a living attempt, that is another process that trains this run, owns the directory.
 
     Raises Preempted if `stop` says so while it waits, and StorageError if the directory cannot be read.
     """
@@ -381,10 +390,20 @@ def living_owner_text(run_dir: Path, lease_timeout_s: float, stop: Callable[[], 
     is_alive = is_alive_here(owner, own)
     if is_alive is not None:
         return f"{owner.describe()}, is running it" if is_alive else None
-    # It is on another host: watch whether the count in its file of heartbeats still grows.
+    return _watch_owner_on_other_host(run_dir, number, owner, lease_timeout_s, stop)
+
+
+def _watch_owner_on_other_host(
+    run_dir: Path, number: int, owner: LeaseOwner, lease_timeout_s: float, stop: Callable[[], bool]
+) -> str | None:
+    """What `living_owner_text` says of the owner of claim `number`, by whether the count in its file of heartbeats still grows.
+
+    If another attempt claims the directory meanwhile, that one is looked at in turn.
+    """
+    directory = run_dir / "lease"
     first_beat = _read_heartbeat_count(directory, number)
     if os.environ.get(SILENT_OWNER_VARIABLE) == f"{owner.token}:{first_beat}":
-        return None  # watched already, by this process or the one that started it
+        return None  # found dead already, by this process or the one that started it
     wait_s = max(lease_timeout_s, 3 * owner.beat_s)
     print(
         f"{run_dir}: {owner.describe()}, did not record its end; watching for a heartbeat, up to {wait_s:.0f} s",
@@ -406,7 +425,7 @@ def living_owner_text(run_dir: Path, lease_timeout_s: float, stop: Callable[[], 
 
 def is_alive_here(owner: LeaseOwner, own: LeaseOwner) -> bool | None:
     """Whether the owner is a living process of this host; None if this host cannot tell. `own`: the claim of this process."""
-    owner_identity = owner.process.split("/")
+    owner_identity = owner.process.split("/")  # boot id, namespace of process ids, start of the process
     own_identity = own.process.split("/")
     same_host = len(owner_identity) == 3 and owner_identity[:2] == own_identity[:2]
     if not same_host:  # another host, the same one before a reboot, or another container
@@ -451,7 +470,7 @@ def _json_bytes(claim: dict[str, Any]) -> bytes:
 
 
 def _read_claim(directory: Path, number: int) -> LeaseOwner | None:
-    """The owner in a claim; None without that claim. A torn claim has an owner with an empty token. Errors: OSError."""
+    """The owner in claim `number`; None without that file. One that a crash tore has an owner that `is_torn`. Errors: OSError."""
     try:
         owner = LeaseOwner(**json.loads(shared_files.read_shared_file(_claim_path(directory, number))))
         # The pid is printed in a command for the user to paste: a claim that somebody forged may have any text there.
