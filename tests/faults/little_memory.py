@@ -8,7 +8,7 @@ import os
 import torch
 
 from strategies.native import NativeEngine
-from trainer.planner import micro_batch, strategy_choice
+from trainer.planner import micro_batch
 from trainer.planner.fit_check import NotSimulated
 
 _forward = NativeEngine.forward
@@ -26,4 +26,4 @@ def forward(self, batch, *, last=True):
 
 
 NativeEngine.forward = forward
-strategy_choice.call_in_process = micro_batch.call_in_process = lambda *_: NotSimulated("not asked")
+micro_batch.call_in_process = lambda *_: NotSimulated("not asked")

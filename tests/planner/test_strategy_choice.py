@@ -12,7 +12,7 @@ from tests.helpers.building import data_set, model_dir, run_config
 from trainer.config.run import AUTO, MICRO_BATCH_KEY, STRATEGY_KEY
 from trainer.model.loading import load_tokenizer
 from trainer.optim.config import MuonConfig
-from trainer.planner import oom_probe
+from trainer.planner import micro_batch, oom_probe
 from trainer.planner import strategy_choice as strategy_module
 from trainer.planner.hardware import find_card
 from trainer.planner.micro_batch import needed_device_gib
@@ -48,7 +48,7 @@ def at_once():
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(strategy_module, "call_in_process", answered)
+        patch.setattr(micro_batch, "call_in_process", answered)
         patch.setattr(strategy_module, "PARALLEL_SIMULATIONS", 1)
         yield known
 

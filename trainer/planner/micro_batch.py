@@ -201,15 +201,14 @@ def propose_micro_batch(
     """
     sequences = data_spec_of(config.objective).sequences_per_document
     lengths = sampled_lengths(config, prepared.train, sequences).lengths(config.data, sequences)
-    longest_sequence = (
-        int(lengths.longest[0]) // sequences
-    )  # `longest` begins with the longest document (both of a pair)
     micro_batches = micro_batch_divisors(samples_per_dp_rank(config, rank_counts.world_size))
     reason = ""
     for mode in recomputation_modes(config.strategy.activation_checkpointing):
-        step_config = single_step_config(_with_micro(config, 1, note=None), rank_counts.world_size, mode_if_auto=mode)
-        arguments = (replace(step_config, precision=precision), longest_sequence, rank_counts, device.kind)
-        cost_model: CostModel | NotSimulated = call_in_process(try_simulate_cost_model, arguments, timeout_s)
+        config_of_mode = single_step_config(
+            _with_micro(config, 1, note=None), rank_counts.world_size, mode_if_auto=mode
+        )
+        config_of_mode = replace(config_of_mode, precision=precision)
+        cost_model = simulate_cost_model_in_process(config_of_mode, lengths, rank_counts, device.kind, timeout_s)
         if isinstance(cost_model, NotSimulated):
             first_tried = max(micro for micro in micro_batches if micro <= FIRST_MICRO_BATCH_IF_UNPLANNED)
             return MicroBatchProposal(first_tried, f"not planned: {cost_model.reason}")
@@ -245,13 +244,25 @@ def needed_device_gib(cost_model: CostModel, micro: int, lengths: DocumentLength
     return device_memory_fit(live_bytes, num_rank_groups(cost_model), available_gib).needed_bytes / GIB
 
 
-def try_simulate_cost_model(
+def simulate_cost_model_in_process(
+    config: RunConfig, lengths: DocumentLengths, rank_counts: RankCounts, device_kind: str, timeout_s: float
+) -> CostModel | NotSimulated:
+    """The cost model of a rank's step of the longest documents, simulated in a new process, or why it cannot be simulated.
+
+    `config`: with a micro-batch of one document; the cost model is for every micro-batch. `device_kind`: `cuda` or `cpu`.
+    """
+    longest_sequence = int(lengths.longest[0]) // lengths.sequences_per_sample
+    arguments = (config, longest_sequence, rank_counts, device_kind)
+    cost_model: CostModel | NotSimulated = call_in_process(_simulate_cost_model, arguments, timeout_s)
+    return cost_model
+
+
+def _simulate_cost_model(
     config: RunConfig, length: int, rank_counts: RankCounts, device_kind: str
 ) -> CostModel | NotSimulated:
-    """The cost model of a rank's step, or why the step cannot be simulated.
+    """The cost model of a rank's step, or why the step cannot be simulated. `simulate_cost_model_in_process` has it called.
 
-    `length`: tokens of each sequence. `device_kind`: `cuda` or `cpu`. To be called through `call_in_process`, since a process
-    that is part of a job cannot simulate.
+    `length`: tokens of each sequence. `device_kind`: `cuda` or `cpu`. A process that is part of a job cannot simulate.
     """
     from trainer.planner.simulation import simulate_cost_model_of_run
 

@@ -28,14 +28,14 @@ from trainer.config.validate import runnable_strategies
 from trainer.data.prepare import PreparedData
 from trainer.objectives.registry import data_spec_of
 from trainer.planner.cost_model import CostModel
-from trainer.planner.fit_check import TIMEOUT_SHARE, NotSimulated, call_in_process, single_step_config
+from trainer.planner.fit_check import TIMEOUT_SHARE, NotSimulated, single_step_config
 from trainer.planner.hardware import GIB, Card, find_card
 from trainer.planner.lengths import DocumentLengths, sampled_lengths
 from trainer.planner.micro_batch import (
     needed_device_gib,
     recomputation_modes,
     runtime_of_first_rank,
-    try_simulate_cost_model,
+    simulate_cost_model_in_process,
 )
 from trainer.planner.oom_probe import (
     PROBE_STEPS,
@@ -166,21 +166,29 @@ def with_proposed_strategy(config: RunConfig, prepared: PreparedData) -> RunConf
     runtime = runtime_of_first_rank(config)
     world_size = runtime.world_size
     if device_kind == "cuda" and not torch.cuda.is_available() and world_size > 1:
-        runnable = runnable_strategies(config, world_size).strategies  # never empty: the settings were validated
-        strategy_by_name = {str(strategy.name): strategy for strategy in runnable}
-        placeholder = strategy_by_name.get("fsdp2") or runnable[0]
-        note = (
-            f"{AUTO} -> the fastest that fits, on the host with the GPUs; the figures here are for {placeholder.name}"
-        )
-        return _with_strategy(config, placeholder, note)
-    card = _card(gpu_name(runtime))
-    devices = RankDevices(world_size, runtime.local_world_size, device_kind, available_device_gib(runtime), card)
+        return _with_placeholder_strategy(config, world_size)
+    devices = RankDevices(
+        world_size=world_size,
+        ranks_per_host=runtime.local_world_size,
+        kind=device_kind,
+        memory_gib=available_device_gib(runtime),
+        card=_known_card(gpu_name(runtime)),
+    )
     timeout_s = TIMEOUT_SHARE * config.run.timeout_s
     first = next(propose_strategies(config, prepared, config.precision, devices, timeout_s))
     reason = first.reason
     if world_size > 1:  # a single rank needs no trial
         reason += f"; {PROBE_STEPS} steps of the longest documents will be tried"
     return _with_strategy(config, first.strategy, ResolvedSetting(STRATEGY_KEY, AUTO, first.name, reason))
+
+
+def _with_placeholder_strategy(config: RunConfig, world_size: int) -> RunConfig:
+    """The configuration with FSDP2, or else the first strategy that can run it, and a note that the choice is made elsewhere."""
+    runnable = runnable_strategies(config, world_size).strategies  # never empty: the settings were validated
+    strategy_by_name = {str(strategy.name): strategy for strategy in runnable}
+    placeholder = strategy_by_name.get("fsdp2") or runnable[0]
+    note = f"{AUTO} -> the fastest that fits, on the host with the GPUs; the figures here are for {placeholder.name}"
+    return _with_strategy(config, placeholder, note)
 
 
 def _batch_for_ranks(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -219,12 +227,12 @@ def gather_rank_devices(runtime: Runtime) -> RankDevices:
     """The devices of all ranks, for a plan: the memory of the smallest, and the GPU if all are alike. All ranks must call."""
     memory_and_name_by_rank = gather_objects((available_device_gib(runtime), gpu_name(runtime)), runtime)
     names = {name for _, name in memory_and_name_by_rank}
-    card = _card(names.pop()) if len(names) == 1 else None
+    card = _known_card(names.pop()) if len(names) == 1 else None
     least_gib = min(memory for memory, _ in memory_and_name_by_rank)
     return RankDevices(runtime.world_size, runtime.local_world_size, runtime.kind, least_gib, card)
 
 
-def _card(name: str | None) -> Card | None:
+def _known_card(name: str | None) -> Card | None:
     """The rates of a GPU by its driver's name; None for a CPU (None), and for a GPU that is not in `conf/hardware/`."""
     return None if name is None else find_card(name)
 
@@ -257,9 +265,7 @@ def propose_strategies(
 
     `timeout_s`: how long one simulation may take.
     """
-    runnable = runnable_strategies(
-        config, devices.world_size
-    ).strategies  # the others, with their reasons, are left out
+    runnable = runnable_strategies(config, devices.world_size).strategies
     strategy_by_name = {str(strategy.name): strategy for strategy in runnable}
     least_sharded_first = [strategy_by_name[name] for name in LEAST_SHARDED_FIRST if name in strategy_by_name]
     if devices.world_size == 1 or len(least_sharded_first) == 1:
@@ -285,11 +291,11 @@ class SimulatedStrategies(NamedTuple):
     """Strategies by what a simulation says of them; one that was simulated with several modes of recomputation comes as often."""
 
     fitting: list[StrategyCost]
-    """Those that fit in memory."""
+    """Strategies whose step fits in memory."""
     too_large: list[StrategyCost]
-    """Those that do not."""
+    """Strategies whose step does not fit."""
     not_simulated: list[StrategyProposal]
-    """Those that cannot be simulated, with the reason."""
+    """Strategies that cannot be simulated, with the reason."""
 
 
 class Planner:
@@ -332,10 +338,12 @@ class Planner:
                     proposal = StrategyProposal(strategy, f"not planned: {cost_model.reason}")
                     not_simulated_by_name[str(strategy.name)] = proposal
                     continue
+                # `batch.micro=auto` is resolved after the strategy: here with one document.
                 planned_gib = needed_device_gib(cost_model, self.user_micro_batch or 1, self.lengths, available_gib)
                 if planned_gib > available_gib:
                     too_large.append((planned_gib, strategy))
                     continue
+                # The reason does not name the mode: the run itself chooses what to recompute when it starts.
                 memory = f"planned {planned_gib:.2f} of {available_gib:.2f} GiB"
                 yield StrategyProposal(
                     strategy, f"{memory}; this device's rates are not known: of what fits it shards least"
@@ -393,10 +401,9 @@ class Planner:
         config = replace(self.config, strategy=strategy, batch={**self.config.batch, "micro": 1}, substitutions={})
         step_config = single_step_config(config, devices.world_size, mode_if_auto=mode)
         step_config = replace(step_config, precision=self.precision)
-        longest_sequence = int(self.lengths.longest[0]) // self.lengths.sequences_per_sample
-        arguments = (step_config, longest_sequence, devices.rank_counts, devices.kind)
-        cost_model: CostModel | NotSimulated = call_in_process(try_simulate_cost_model, arguments, self.timeout_s)
-        return cost_model
+        return simulate_cost_model_in_process(
+            step_config, self.lengths, devices.rank_counts, devices.kind, self.timeout_s
+        )
 
     def _best_choice(
         self, strategy: StrategyConfig, mode: ActivationCheckpointing, cost_model: CostModel
