@@ -21,6 +21,7 @@ from launch.config.compose import compose_config
 from launch.plan.command import read_plan_request
 from strategies.base import Precision
 from trainer.planner.cost_model import CostModel
+from trainer.planner.fit_check import NotSimulated
 from trainer.planner.lengths import DocumentLengths
 from trainer.planner.plan import PlannedJob, plan_choice
 from trainer.planner.speed import MicroBatchLoad, estimate_step_time
@@ -89,8 +90,8 @@ def cost_model_of(words: list[str], hardware: str, nodes: int, length: int, imba
     )
     variant = RunVariant(config, ())
     (cost_model,) = simulate_variants([variant], job, [1], request.settings, lambda *_: None)
-    if isinstance(cost_model, str):
-        raise SystemExit(f"{' '.join(words)}: {cost_model}")
+    if isinstance(cost_model, NotSimulated):
+        raise SystemExit(f"{' '.join(words)}: {cost_model.reason}")
     return variant, cost_model, job
 
 

@@ -27,6 +27,7 @@ from launch.config.compose import compose_config
 from launch.plan.command import read_plan_request
 from strategies.base import Precision
 from trainer.planner.cost_model import CostModel
+from trainer.planner.fit_check import NotSimulated
 from trainer.planner.hardware import device_memory_fit
 from trainer.planner.lengths import DocumentLengths
 from trainer.planner.peer_memory import LOSS_BYTES_PER_LOGIT, PeerSetting, ShardCounts, estimate_peer_memory
@@ -134,7 +135,7 @@ def question(row: dict[str, str]) -> Question | None:
     )
 
 
-def forms(questions: list[Question], place: Path) -> Iterator[tuple[Question, CostModel | str, PlannedJob]]:
+def forms(questions: list[Question], place: Path) -> Iterator[tuple[Question, CostModel | NotSimulated, PlannedJob]]:
     """Each with its form, or why there is none, as they are found."""
     for asked in questions:
         path = place / asked.model
@@ -246,14 +247,13 @@ def main(argv: list[str]) -> int:
     made, left_out, started = [], [], time.time()
     with tempfile.TemporaryDirectory() as place:
         for asked, form, job in forms(list(questions), Path(place)):
-            print(
-                f"{time.time() - started:6.0f} s {asked}: {form if isinstance(form, str) else 'done'}", file=sys.stderr
-            )
+            outcome = form.reason if isinstance(form, NotSimulated) else "done"
+            print(f"{time.time() - started:6.0f} s {asked}: {outcome}", file=sys.stderr)
             for row in rows:
                 if question(row) != asked:
                     continue
-                if isinstance(form, str):
-                    left_out.append({"id": row["id"], "why": form})
+                if isinstance(form, NotSimulated):
+                    left_out.append({"id": row["id"], "why": form.reason})
                 elif options.no_fit:
                     made.append(judged(row, answers(row, form, job), job))
                 else:
