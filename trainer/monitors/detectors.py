@@ -357,12 +357,8 @@ class ChallengeDetectors:
     def _judge_divergence(self, progress: Progress, held_out_metrics: dict[str, float]) -> None:
         """Compare training and held-out loss with those at the run's beginning, and record whether the run is worse now.
 
-        `held_out_metrics`: of the evaluation at this step; empty if there is none. Sets `findings_by_detector["divergence"]`:
-
-        - Divergence is off, or it is too early to judge: nothing is set.
-        - No finding: `_record_no_divergence`.
-        - A verdict (`diverged`, `worse`) that was reported before: only the newest numbers. It may set `stopping_finding`.
-        - A new verdict: it is reported, and may set `stopping_finding`.
+        `held_out_metrics`: of the evaluation at this step; empty if there is none. Nothing is done if divergence is off, or if it
+        is too early to judge.
         """
         if self.config.divergence.action is Reaction.off or progress.step < self.first_judged_step:
             return
@@ -373,9 +369,15 @@ class ChallengeDetectors:
 
         if finding is None:
             self._record_no_divergence(progress.step)
-            return
+        else:
+            self._record_divergence(finding)
 
-        first_step = progress.step
+    def _record_divergence(self, finding: Finding) -> None:
+        """Record that the run is worse, since which step, and report a verdict (`diverged`, `worse`) the first time.
+
+        It may set `stopping_finding`.
+        """
+        first_step = finding.step
         earlier_record = self.findings_by_detector.get(divergence.DETECTOR_NAME, {})
         if earlier_record.get("found"):
             # A record that was read from an event has no `first_step`.
