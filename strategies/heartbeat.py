@@ -106,7 +106,7 @@ class LaggingRank(ShardtuneError):
     def __init__(
         self, heartbeat: Heartbeat, last_collective: CollectiveCall | None, awaited_text: str, error_line: str
     ) -> None:
-        """`heartbeat`: of the absent rank. `awaited_text`: the collective in words. `error_line`: of a rank that waited."""
+        """`heartbeat`: of the rank that lags. `awaited_text`: the collective in words. `error_line`: of a rank that waited."""
         self.heartbeat = heartbeat
         self.hung = True
         super().__init__(

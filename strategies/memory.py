@@ -94,14 +94,6 @@ def _model_sizes(step_module: nn.Module, bytes_per_value: int) -> _ModelSizes:
 
     `bytes_per_value`: bytes of a value in the type that the model computes in.
     """
-
-    expert_parallel = expert_parallel_parameters(step_module)
-    expert_ranks = plan_of(step_module).expert_ranks
-
-    def bytes_when_gathered(parameter: nn.Parameter) -> float:
-        """Bytes on a rank while the parameter is gathered. With expert parallelism, a rank gathers its own experts only."""
-        return _full_bytes(parameter, bytes_per_value) / (expert_ranks if id(parameter) in expert_parallel else 1)
-
     # Frozen models (a teacher, reward models) take memory as well.
     frozen_bytes = sum(
         _full_bytes(p, bytes_per_value)
@@ -110,23 +102,37 @@ def _model_sizes(step_module: nn.Module, bytes_per_value: int) -> _ModelSizes:
     )
     num_trained_elements = sum(p.numel() for _, p in named_parameters(step_module) if p.requires_grad)
     all_bytes = frozen_bytes + num_trained_elements * bytes_per_value
+    has_weight_average = plan_of(step_module).ema_decay > 0
+    return _ModelSizes(
+        frozen_bytes=frozen_bytes,
+        num_trained_elements=num_trained_elements,
+        all_bytes=all_bytes,
+        gathered_bytes=_bytes_gathered_at_one_time(step_module, bytes_per_value, all_bytes),
+        # AdamW's two moments, and the average, of four bytes each.
+        optimizer_bytes_per_element=12 if has_weight_average else 8,
+    )
+
+
+def _bytes_gathered_at_one_time(step_module: nn.Module, bytes_per_value: int, all_bytes: int) -> float:
+    """Bytes that a rank has gathered at one time: two blocks, and everything outside the blocks.
+
+    While one block runs, the next one is gathered already. `all_bytes`: of the whole model, which counts as one block if the
+    architecture names none.
+    """
+    expert_parallel = expert_parallel_parameters(step_module)
+    expert_ranks = plan_of(step_module).expert_ranks
+
+    def bytes_when_gathered(parameter: nn.Parameter) -> float:
+        """With expert parallelism, a rank gathers its own experts only."""
+        return _full_bytes(parameter, bytes_per_value) / (expert_ranks if id(parameter) in expert_parallel else 1)
+
     block_bytes = [sum(map(bytes_when_gathered, block.parameters())) for block in step_module.shard_units()]  # type: ignore[operator]
     gathered_in_step = 0.0
     for name, parameter in named_parameters(step_module, include_frozen_models=True):
         if not name.startswith(REWARD_MODELS_PREFIX):  # those are gathered between steps
             gathered_in_step += bytes_when_gathered(parameter)
     bytes_outside_blocks = gathered_in_step - sum(block_bytes)
-    # While one block runs, the next one is gathered already.
-    gathered_bytes = 2 * max(block_bytes, default=all_bytes) + bytes_outside_blocks
-    has_weight_average = plan_of(step_module).ema_decay > 0
-    return _ModelSizes(
-        frozen_bytes=frozen_bytes,
-        num_trained_elements=num_trained_elements,
-        all_bytes=all_bytes,
-        gathered_bytes=float(gathered_bytes),
-        # AdamW's two moments, and the average, of four bytes each.
-        optimizer_bytes_per_element=12 if has_weight_average else 8,
-    )
+    return float(2 * max(block_bytes, default=all_bytes) + bytes_outside_blocks)
 
 
 def _full_bytes(parameter: nn.Parameter, bytes_per_value: int) -> int:
