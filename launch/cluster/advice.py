@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch.cluster.long_steps import long_step_notes, longest_step_s
-from launch.cluster.sbatch_environment import environment_value
+from launch.cluster.sbatch_environment import sbatch_environment_value
 from launch.config.prices import gpu_hour_price_of_kind
 from launch.runs.slurm_time import format_slurm_time, parse_slurm_time
 from strategies import exit_codes
@@ -162,9 +162,9 @@ def settings_as_submitted(slurm: SlurmConfig) -> SlurmConfig:
     return replace(
         slurm,
         time=extra.get("time", slurm.time),
-        partition=extra.get("partition", slurm.partition or environment_value("partition")),
-        qos=extra.get("qos", slurm.qos or environment_value("qos")),
-        reservation=extra.get("reservation", slurm.reservation or environment_value("reservation")),
+        partition=extra.get("partition", slurm.partition or sbatch_environment_value("partition")),
+        qos=extra.get("qos", slurm.qos or sbatch_environment_value("qos")),
+        reservation=extra.get("reservation", slurm.reservation or sbatch_environment_value("reservation")),
     )
 
 

@@ -59,13 +59,16 @@ def script_options(script_text: str) -> dict[str, str]:
 
 
 def sort_sbatch_variables(script_text: str, environment: Mapping[str, str] = os.environ) -> SbatchVariables:
-    """Sort the `SBATCH_*` variables into those that reach sbatch and those whose option the job script decides."""
+    """Sort the `SBATCH_*` variables into those that reach sbatch and those whose option the job script decides.
+
+    With `#SBATCH --time=1:00:00` in the script, SBATCH_TIMELIMIT is dropped; without it, it reaches sbatch.
+    """
     options_of_script = script_options(script_text)
     variables = SbatchVariables()
     for name, value in sorted(environment.items()):
         if not name.startswith(SBATCH_PREFIX):
             continue
-        reason = _reason_to_drop(_option_of_variable(name), options_of_script)
+        reason = _reason_environment_may_not_set(_option_of_variable(name), options_of_script)
         if reason is None:
             variables.passed_on[name] = value
         else:
@@ -79,7 +82,7 @@ def _option_of_variable(variable: str) -> str:
     return OPTION_BY_SUFFIX.get(suffix, suffix.lower().replace("_", "-"))
 
 
-def _reason_to_drop(option: str, script_options: Mapping[str, str]) -> str | None:
+def _reason_environment_may_not_set(option: str, script_options: Mapping[str, str]) -> str | None:
     """Why the environment may not set an `option` of sbatch for a script with `script_options`; None if it may.
 
     It may not in these cases:
@@ -121,7 +124,7 @@ def sbatch_environment(script_text: str, environment: Mapping[str, str] = os.env
     return {name: value for name, value in environment.items() if name not in dropped_variables}
 
 
-def environment_value(option: str, environment: Mapping[str, str] = os.environ) -> str | None:
+def sbatch_environment_value(option: str, environment: Mapping[str, str] = os.environ) -> str | None:
     """The value that a variable `SBATCH_*` gives an option of sbatch that the run leaves open: "time" -> "1:00:00".
 
     None if no variable sets it, or within a job, whose variables do not count for another.
@@ -135,7 +138,10 @@ def environment_value(option: str, environment: Mapping[str, str] = os.environ) 
 
 
 def refuse_gpus_of_environment(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise ConfigError for GPUs that only a variable `SBATCH_*` asks for, since no rank would be counted for them."""
+    """Raise ConfigError for GPUs that only a variable `SBATCH_*` asks for, since no rank would be counted for them.
+
+    Within a job nothing is refused: its variables do not reach the new job (`sbatch_environment`).
+    """
     if "SLURM_JOB_ID" in environment:
         return
     gpu_variables = []

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from launch.cluster import advice, containers, pipeline, snapshot
 from launch.cluster.sbatch_environment import refuse_gpus_of_environment, sbatch_environment, sort_sbatch_variables
@@ -176,6 +176,7 @@ def script_text_by_part(config: RunConfig, run_dirs: list[Path], code_dir: Path)
     if not isinstance(slurm, SlurmConfig) or not slurm.pipeline:
         return {"train": render_train_script(config, run_dirs, code_dir=code_dir)}
     run_dir = run_dirs[0]  # a pipeline has one run
+    # With the user's options for that part (`launcher.part_options`).
     train_config = pipeline.train_job_config(config, run_dir)
     part_head_lines = functools.partial(script_head_lines, code_dir=code_dir)
     text_by_part = {}
@@ -258,7 +259,7 @@ def parse_job_id(sbatch_output: str, script: Path) -> str:
     return job_id
 
 
-def submit_array(composed_runs: list[ComposedConfig], run_dirs: list[Path]) -> int:
+def submit_sweep(composed_runs: list[ComposedConfig], run_dirs: list[Path]) -> int:
     """Write the configurations of a sweep's runs and submit those that are neither finished nor in the queue; returns 0.
 
     `run_dirs`: the directory of each of `composed_runs`. Runs with the same launcher settings become one job array. 0 is the exit
@@ -269,15 +270,15 @@ def submit_array(composed_runs: list[ComposedConfig], run_dirs: list[Path]) -> i
     from launch.config.frozen import is_finished
     from launch.runs.freeze import job_with_same_config, write_run_config
 
-    runs = list(zip(composed_runs, run_dirs, strict=True))
+    runs = [_RunToSubmit(composed, run_dir) for composed, run_dir in zip(composed_runs, run_dirs, strict=True)]
     is_pipeline = bool(getattr(composed_runs[0].config.launcher, "pipeline", []))
-    if not is_pipeline:
+    if not is_pipeline:  # a run with a pipeline is submitted as jobs of its own, and no array
         arrays = grouped_by_request(runs)
         refuse_large_array(max(len(array) for array in arrays))
     for composed in composed_runs:
         refuse_unshared_model(composed.config)
     # Write the configurations, and keep the runs that are to be submitted.
-    remaining_runs: list[tuple[ComposedConfig, Path]] = []
+    remaining_runs: list[_RunToSubmit] = []
     for composed, run_dir in runs:
         job = job_with_same_config(composed, run_dir)
         if job is not None:
@@ -288,23 +289,29 @@ def submit_array(composed_runs: list[ComposedConfig], run_dirs: list[Path]) -> i
         if was_finished:
             print(f"{run_dir}: already finished with this configuration; nothing to do")
         else:
-            remaining_runs.append((composed, run_dir))
+            remaining_runs.append(_RunToSubmit(composed, run_dir))
     for array in grouped_by_request(remaining_runs):
-        first_composed, _ = array[0]
-        submit_runs(first_composed.config, [run_dir for _, run_dir in array], print_only=False)
+        submit_runs(array[0].composed.config, [run.run_dir for run in array], print_only=False)
     return 0
 
 
-def grouped_by_request(runs: list[tuple[ComposedConfig, Path]]) -> list[list[tuple[ComposedConfig, Path]]]:
-    """Group runs, given with their directories, that request the same of SLURM: all tasks of an array have the same options.
+class _RunToSubmit(NamedTuple):
+    """A run of a sweep, with its directory."""
+
+    composed: ComposedConfig
+    run_dir: Path
+
+
+def grouped_by_request(runs: list[_RunToSubmit]) -> list[list[_RunToSubmit]]:
+    """Group runs that request the same of SLURM: all tasks of an array have the same options.
 
     For three runs (a, b, c), of which b has another `launcher.time`: [[a, c], [b]].
     """
-    runs_by_request: dict[str, list[tuple[ComposedConfig, Path]]] = {}
-    for composed, run_dir in runs:
-        settings = flatten_settings(settings_as_dict(composed.config))
+    runs_by_request: dict[str, list[_RunToSubmit]] = {}
+    for run in runs:
+        settings = flatten_settings(settings_as_dict(run.composed.config))
         launcher_settings = {key: value for key, value in settings.items() if key.startswith("launcher.")}
         # With the timeout, because the script's patience with slow ranks comes from it.
-        request = json.dumps([launcher_settings, composed.config.run.timeout_s], sort_keys=True)
-        runs_by_request.setdefault(request, []).append((composed, run_dir))
+        request = json.dumps([launcher_settings, run.composed.config.run.timeout_s], sort_keys=True)
+        runs_by_request.setdefault(request, []).append(run)
     return list(runs_by_request.values())

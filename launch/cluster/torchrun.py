@@ -63,14 +63,14 @@ class StartNotice:
         share = f" on {cores} cores, where loading the libraries takes them long" if processes > 2 * cores else ""
         print(f"starting {processes} processes{share}", file=sys.stderr, flush=True)
 
-    def poll(self) -> None:
+    def print_loading_notice(self) -> None:
         """Print that the processes are loading, if nothing was printed for `NEXT_NOTICE_AFTER_S` seconds.
 
         Once the run has written another status, nothing is printed any more: rank 0 then says how far it is.
         """
         now = time.monotonic()
-        has_begun = self._status_before is None
-        if has_begun or now - self._last_notice <= NEXT_NOTICE_AFTER_S:
+        has_run_reported = self._status_before is None
+        if has_run_reported or now - self._last_notice <= NEXT_NOTICE_AFTER_S:
             return
         self._last_notice = now
         if read_status(self._run_dir) != self._status_before:
@@ -162,16 +162,16 @@ def run_ranks_on_this_host(
     ):
         # A session of its own keeps the terminal's Ctrl-C for us alone.
         agent = subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_prepare_agent_process, **streams)
-        # Called a few times a second while torchrun runs.
-        watchers: list[Callable[[], None]] = []
+        # Functions that are called a few times a second while torchrun runs.
+        polls: list[Callable[[], None]] = []
         if redirected is not None:
-            watchers.append(redirected.poll)
+            polls.append(redirected.poll)
         elif processes > 1:
-            watchers.append(StartNotice(run_dir, processes, cores).poll)
+            polls.append(StartNotice(run_dir, processes, cores).print_loading_notice)
         if this_host is not None:
-            watchers += _multi_host_watchers(agent.pid, config.launcher, this_host, run_dir)
+            polls += _multi_host_polls(agent.pid, config.launcher, this_host, run_dir)
         try:
-            exit_code = _wait_for_agent(agent, signals.pending, watchers)
+            exit_code = _wait_for_agent(agent, signals.pending, polls)
             return RanksEnd(exit_code, signals.received)
         finally:
             _kill_remaining_processes(agent)
@@ -209,7 +209,7 @@ def _refuse_unusable_network(launcher: LauncherConfig, this_host: ThisHost | Non
         refuse_taken_port(f"launcher.rdzv={launcher.rdzv}", rdzv_port(launcher))
 
 
-def _multi_host_watchers(
+def _multi_host_polls(
     agent_pid: int, launcher: LauncherConfig, this_host: ThisHost, run_dir: Path
 ) -> list[Callable[[], None]]:
     """Functions to call a few times a second while a run on several hosts goes on. `agent_pid`: torchrun's process.
@@ -293,18 +293,16 @@ def _output_streams(redirected: RedirectedOutput | None) -> Iterator[dict[str, A
         yield {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
 
 
-def _wait_for_agent(
-    agent: subprocess.Popen[bytes], pending_signals: list[int], watchers: list[Callable[[], None]]
-) -> int:
-    """Wait for torchrun to end, and pass pending signals on to its ranks. `watchers` are called a few times a second.
+def _wait_for_agent(agent: subprocess.Popen[bytes], pending_signals: list[int], polls: list[Callable[[], None]]) -> int:
+    """Wait for torchrun (`agent`) to end, and pass pending signals on to its ranks. `polls` are called a few times a second.
 
-    `pending_signals`: filled by the signal handler while this runs, and emptied here. Ctrl-C reaches the ranks as TERM, at which
-    they save.
-    Returns torchrun's exit code; or 130 after Ctrl-C: when torchrun has ended, at a second Ctrl-C, or after `STOP_GRACE_S`.
+    `pending_signals`: filled by the handler of `collected_signals` while this runs, and emptied here. Ctrl-C reaches the ranks
+    as TERM, at which they save. Returns torchrun's exit code; or 130 after Ctrl-C: when torchrun has ended, at a second Ctrl-C,
+    or after `STOP_GRACE_S`.
     """
     interrupted_at: float | None = None
     while True:
-        for poll in watchers:
+        for poll in polls:
             poll()
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = agent.wait(timeout=0.2)  # raises TimeoutExpired while torchrun runs
@@ -377,6 +375,7 @@ def run_torchrun(argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    # For good: this process does nothing else, and torchrun's loggers would print a traceback for each rank that fails.
     logging.disable(logging.CRITICAL)
     # Processes that the kernel has killed for want of memory so far; None if it does not count them.
     oom_kills_before = num_out_of_memory_kills()

@@ -338,12 +338,12 @@ def _write_run_configs(runs: list[PlannedRun], comparison_dir: Path, *, uses_slu
 
 def _submit_runs(runs: list[PlannedRun], comparison_dir: Path) -> int:
     """Submit the runs as one SLURM job array, and print the command that compares them. Returns the submission's exit code."""
-    from launch.cluster.submission import submit_array
+    from launch.cluster.submission import submit_sweep
     from trainer.stopping.signals import unblock_signals
 
     unblock_signals()  # a signal is no longer kept for a run that this process starts: it starts none
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the comparison, which --json prints there
-        exit_code = submit_array([run.point.composed for run in runs], [run.run_dir for run in runs])
+        exit_code = submit_sweep([run.point.composed for run in runs], [run.run_dir for run in runs])
         command = f"shardtune compare {shlex.quote(str(comparison_dir))}"
         print(f"to compare the points, now or when their jobs have ended: {command}")
     return exit_code

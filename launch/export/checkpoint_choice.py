@@ -85,7 +85,7 @@ def best_step(checkpoints: dict[int, Path]) -> int | None:
     # Each checkpoint records the best step until then, so the newest one knows most.
     problems = []
     for step in sorted(checkpoints, reverse=True):
-        problem = checkpoint_problem(checkpoints[step], only=PROGRESS_FILE, may_be_deleted=True)
+        problem = checkpoint_problem(checkpoints[step], only_file=PROGRESS_FILE, may_be_deleted=True)
         if problem is None:
             return read_state_header(checkpoints[step]).progress.best_step
         problems.append(f"{checkpoints[step].name} {problem}")

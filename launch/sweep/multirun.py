@@ -82,9 +82,9 @@ def run_all_points(
         set_point_name_in_trackers(composed.config.logging, base_dir, point_label(value_by_key), axis_arguments)
 
     if composed_points[0].config.launcher.name.value == "slurm":
-        from launch.cluster.submission import submit_array
+        from launch.cluster.submission import submit_sweep
 
-        exit_code = submit_array(composed_points, run_dirs)
+        exit_code = submit_sweep(composed_points, run_dirs)
         _write_wandb_workspace_script(run_dirs)  # each job that ends writes it anew, with what is known then
         return exit_code
     return _run_points_one_by_one(composed_points, run_dirs, labels, run_point)

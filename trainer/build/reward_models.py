@@ -24,7 +24,7 @@ from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.layout_choice import build_padded_model
 from trainer.objectives.rollouts import RewardEntry, RoundsConfig
 from trainer.rollout.rewards.model import RewardModelReader, RewardModelScorer
-from trainer.rollout.rewards.model_files import OPTIONS, RewardModelFiles, reward_model_files
+from trainer.rollout.rewards.model_files import REWARD_MODEL_OPTIONS, RewardModelFiles, reward_model_files
 from trainer.step import TrainStep
 from trainer.tuning.compat.transformers import block_class_names
 from trainer.tuning.full import Full
@@ -126,7 +126,7 @@ def check_reward_models(config: RunConfig) -> None:
 def _open_reader(config: RunConfig, name: str, reward: RewardEntry) -> RewardModelReader:
     """The reader that tokenises prompts and answers for a reward model. Raises ConfigError if it has no usable chat template."""
     path_setting = _path_setting(name)
-    options = {**OPTIONS, **reward.options}
+    options = {**REWARD_MODEL_OPTIONS, **reward.options}
     with _naming_setting_in_errors(path_setting):
         loading_config = _loading_config(reward_model_files(str(reward.path), path_setting), options)
         hf_config = load_model_config(loading_config)

@@ -45,8 +45,8 @@ def checkpoints_in(checkpoint_dirs: list[Path]) -> list[StepCheckpoint]:
     renamed to `.step-<n>.replaced` for a successor is listed too, if the power failed before the successor got the name;
     `resume_selection.restore_replaced` gives it its name back. Raises StorageError if a directory exists and cannot be listed.
     """
-    sortable_checkpoints = []  # (step, minus the number of the directory, path)
-    for dir_number, checkpoint_dir in enumerate(checkpoint_dirs):
+    sortable_checkpoints = []  # (step, minus the index of the directory, path)
+    for directory_index, checkpoint_dir in enumerate(checkpoint_dirs):
         names = list_directory_if_present(checkpoint_dir)
         for name in names:
             step_name = name  # step-<n>
@@ -57,7 +57,7 @@ def checkpoints_in(checkpoint_dirs: list[Path]) -> list[StepCheckpoint]:
                     continue  # its successor has the name
             step_match = STEP_DIR_REGEX.fullmatch(step_name)
             if step_match:
-                sortable_checkpoints.append((int(step_match[1]), -dir_number, checkpoint_dir / name))
+                sortable_checkpoints.append((int(step_match[1]), -directory_index, checkpoint_dir / name))
     return [StepCheckpoint(step, path) for step, _, path in sorted(sortable_checkpoints)]
 
 

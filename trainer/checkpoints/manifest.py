@@ -59,9 +59,22 @@ def read_manifest(directory: Path, reader: RetryingReader | None = None) -> list
     The files themselves are only looked for, not read. `reader`: that of the checkpoint, which waits for a disk that stumbles.
     Raises MalformedFile, with what is wrong with the directory or its manifest.
     """
-    reader = reader or RetryingReader()
+    present_names = _names_beside_manifest(directory)
+    files = _read_manifest_file(directory / MANIFEST_FILE, reader or RetryingReader())
+    extra_names = sorted(name for name in present_names - set(files) if not IGNORED_NAMES_REGEX.fullmatch(name))
+    if extra_names:
+        raise MalformedFile(f"holds files that are not in its manifest: {', '.join(extra_names[:3])}")
+    missing_names = sorted(set(files) - present_names)
+    if missing_names:
+        raise MalformedFile(f"{missing_names[0]} is missing")
+    return list(files.values())
 
-    # The names in the directory.
+
+def _names_beside_manifest(directory: Path) -> set[str]:
+    """The names in a checkpoint's directory, without the manifest's.
+
+    Raises MalformedFile if the directory cannot be listed, has no manifest, or holds a checkpoint of an early version.
+    """
     try:
         present_names = set(list_directory(directory))
         if "state" in present_names and (directory / "state" / OLD_FORMAT_METADATA_FILE).exists():
@@ -72,12 +85,13 @@ def read_manifest(directory: Path, reader: RetryingReader | None = None) -> list
         raise MalformedFile(f"cannot be read ({error_summary(error)})") from error
     if MANIFEST_FILE not in present_names:
         raise MalformedFile(OLD_FORMAT_REASON if OLD_FORMAT_METADATA_FILE in present_names else MISSING_MANIFEST_REASON)
-    # The manifest.
-    present_names.remove(MANIFEST_FILE)
+    return present_names - {MANIFEST_FILE}
+
+
+def _read_manifest_file(path: Path, reader: RetryingReader) -> dict[str, WrittenFile]:
+    """The files that a manifest lists, by name. Raises MalformedFile if it cannot be read or is damaged."""
     try:
-        manifest_bytes = reader.read_with_retries(
-            directory / MANIFEST_FILE, lambda: read_bytes(directory / MANIFEST_FILE, max_bytes=MAX_MANIFEST_BYTES)
-        )
+        manifest_bytes = reader.read_with_retries(path, lambda: read_bytes(path, max_bytes=MAX_MANIFEST_BYTES))
         files = _files_by_name_of_manifest(parse_json(manifest_bytes))
     except OSError as error:
         raise MalformedFile(f"cannot be read ({error_summary(error)})") from error
@@ -85,15 +99,7 @@ def read_manifest(directory: Path, reader: RetryingReader | None = None) -> list
         raise MalformedFile("has a damaged manifest") from error
     if _manifest_bytes(files) != manifest_bytes:  # equal to the byte, so the manifest's hash of itself is right too
         raise MalformedFile("has a damaged manifest")
-
-    # The names against the manifest.
-    extra_names = sorted(name for name in present_names - set(files) if not IGNORED_NAMES_REGEX.fullmatch(name))
-    if extra_names:
-        raise MalformedFile(f"holds files that are not in its manifest: {', '.join(extra_names[:3])}")
-    missing_names = sorted(set(files) - present_names)
-    if missing_names:
-        raise MalformedFile(f"{missing_names[0]} is missing")
-    return list(files.values())
+    return files
 
 
 def manifest_sha256(directory: Path) -> str | None:
@@ -136,10 +142,10 @@ def _files_by_name_of_manifest(manifest_json: object) -> dict[str, WrittenFile]:
     return files
 
 
-def checkpoint_problem(directory: Path, *, only: str | None = None, may_be_deleted: bool = False) -> str | None:
+def checkpoint_problem(directory: Path, *, only_file: str | None = None, may_be_deleted: bool = False) -> str | None:
     """What is wrong with a checkpoint, in words; None if nothing is. Reads its files to the end.
 
-    `only`: the name of a file; the others are then not read.
+    `only_file`: the name of a file; the others are then not read.
 
     A missing file is usually waited for, since a network file system may show it late. `may_be_deleted` says that this process
     has listed the directory before: if it is gone now, it was deleted, and nothing is waited for.
@@ -153,8 +159,8 @@ def checkpoint_problem(directory: Path, *, only: str | None = None, may_be_delet
         files = read_manifest(directory, reader)
     except MalformedFile as error:
         return str(error)
-    if only is not None:
-        files = [file for file in files if file.name == only]
+    if only_file is not None:
+        files = [file for file in files if file.name == only_file]
     difference = _first_difference_from_manifest(directory, files, num_usable_cores(), reader)
     return difference or _wrong_step_problem(directory)
 

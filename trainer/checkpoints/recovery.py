@@ -70,8 +70,9 @@ def remove_part_notes(staging: Path, world_size: int) -> None:
 def publish_complete_staging_dirs(checkpoint_dirs: list[Path], print_line: Callable[[str], None]) -> None:
     """Publish checkpoints that all ranks had written when the last attempt at the run failed: rename them to `step-<n>`.
 
-    Staging directories of a step up to the newest published one are left alone. One that cannot be published is reported, and
-    left alone too. Only the owner of the run directory may call. No collective.
+    Such a checkpoint is in a staging directory, as `.step-000040.writing`. Those of a step up to the newest published one are
+    left alone. One that cannot be published is reported, and left alone too. Only the owner of the run directory may call. No
+    collective.
     """
     newest_step = max((checkpoint.step for checkpoint in checkpoints_in(checkpoint_dirs)), default=-1)
     for checkpoint_dir in checkpoint_dirs:
@@ -79,19 +80,18 @@ def publish_complete_staging_dirs(checkpoint_dirs: list[Path], print_line: Calla
             staging_match = STAGING_DIR_REGEX.fullmatch(name)
             if staging_match is None or int(staging_match[1]) <= newest_step:
                 continue
-            final_name = STEP_DIR_FORMAT.format(int(staging_match[1]))
+            named_dir = STEP_DIR_FORMAT.format(int(staging_match[1]))
             try:
-                if _publish_if_complete(checkpoint_dir / name, checkpoint_dir / final_name):
-                    print_line(
-                        f"checkpoint {final_name}: all of it was written when the run ended; it is published now"
-                    )
+                if _publish_if_complete(checkpoint_dir / name, checkpoint_dir / named_dir):
+                    print_line(f"checkpoint {named_dir}: all of it was written when the run ended; it is published now")
             # Also errors of a rank's note that is unreadable or of another form: it must not keep the run from starting.
             except (OSError, ValueError, TypeError, AttributeError) as error:
                 print_line(f"warning: {checkpoint_dir / name}: could not be made a checkpoint ({error_summary(error)})")
 
 
-def _publish_if_complete(staging: Path, final: Path) -> bool:
-    """Finish the checkpoint `final` from its staging directory, if every rank had written its part; returns whether they had.
+def _publish_if_complete(staging: Path, named_dir: Path) -> bool:
+    """Finish a checkpoint from its staging directory, and rename it to `named_dir`, if every rank had written its part; returns
+    whether they had.
 
     Each rank leaves a note of what it has written. From the notes come the files that rank 0 would have written: index,
     progress and manifest. Raises OSError or MalformedFile if that fails.
@@ -103,11 +103,12 @@ def _publish_if_complete(staging: Path, final: Path) -> bool:
     files = [note.file for note in notes if note.file is not None]
     for note in notes:
         files += note.attached
+    # `write_new_file` returns name, size and hash of the file, for the manifest. All ranks have noted the same progress.
     files.append(write_new_file(staging / INDEX_FILE, index_json(note.parts for note in notes)))
     files.append(write_new_file(staging / PROGRESS_FILE, notes[0].progress.encode()))
     write_manifest(staging, files)
     remove_part_notes(staging, len(notes))
-    publish_directory(staging, final)
+    publish_directory(staging, named_dir)
     return True
 
 
@@ -128,7 +129,10 @@ def _read_part_notes(staging: Path) -> list[PartNote]:
 
 
 def _part_note_from_json(raw: Any) -> PartNote:
-    """The note whose JSON is `raw`. Raises KeyError, TypeError or AttributeError if it is none."""
+    """The note of a rank whose JSON is `raw`, as `write_part_note` writes it: parts and files are lists of their fields in order.
+
+    Raises KeyError, TypeError or AttributeError if it is none.
+    """
     file_row = raw["file"]
     parts = {str(name): FilePart(*part_row) for name, part_row in raw["parts"].items()}
     attached = [WrittenFile(*written_row) for written_row in raw.get("attached", ())]

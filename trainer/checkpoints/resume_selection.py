@@ -53,35 +53,50 @@ def resolve_resume_setting(checkpoint_dirs: list[Path], resume: str) -> str:
     """
     if resume in ("auto", "never"):
         return resume
-    path = Path(resume).expanduser().resolve()
+    record_path = checkpoint_dirs[0].parent / RESUMED_FROM_FILE  # in the run directory
     try:
-        record = _read_resumed_from_record(checkpoint_dirs[0].parent / RESUMED_FROM_FILE)
-        name = STEP_DIR_REGEX.fullmatch(path.name)  # step-<n>
-        if record is None or record["path"] != str(path):
-            return resume
-        own_dirs = [checkpoint_dir.resolve() for checkpoint_dir in checkpoint_dirs]
-        if name is not None and path.parent in own_dirs:
-            # The run's own. It may have been deleted since, or been written again by this branch.
-            first_newer_step = int(name[1]) + 1
-        elif _sha256_of_manifest_file(path) in (None, record["manifest_sha256"]):
-            first_newer_step = 0  # another run's: every checkpoint here is newer
-        else:  # another checkpoint is under that path now
-            return resume
+        first_newer_step = _first_step_after_recorded_start(Path(resume).expanduser().resolve(), checkpoint_dirs)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        record_path = checkpoint_dirs[0].parent / RESUMED_FROM_FILE
         raise StorageError(
             f"{record_path}: cannot be read ({error_summary(error)}), so that nobody knows whether this run has begun from "
             f"run.resume={resume} already; delete the file to begin from there (again), or give run.resume=auto"
         ) from error
+    if first_newer_step is None:
+        return resume
     has_newer = any(step >= first_newer_step for step, _ in checkpoints_in(checkpoint_dirs))
     return "auto" if has_newer else resume
 
 
+def _first_step_after_recorded_start(checkpoint: Path, checkpoint_dirs: list[Path]) -> int | None:
+    """From which step on the run's checkpoints are newer than its start from `checkpoint`; None if it has not begun from there.
+
+    - The record names no start from that path: None.
+    - A checkpoint of the run itself: the step after its own. It may have been deleted since, or been written again.
+    - A checkpoint of another run, which is still that one, or gone: 0, so that every checkpoint of the run is newer.
+    - Another checkpoint is under that path now: None.
+
+    Raises OSError, ValueError, KeyError or TypeError if the record cannot be read.
+    """
+    record = _read_resumed_from_record(checkpoint_dirs[0].parent / RESUMED_FROM_FILE)
+    if record is None or record["path"] != str(checkpoint):
+        return None
+    step_match = STEP_DIR_REGEX.fullmatch(checkpoint.name)
+    own_dirs = [checkpoint_dir.resolve() for checkpoint_dir in checkpoint_dirs]
+    if step_match is not None and checkpoint.parent in own_dirs:
+        return int(step_match[1]) + 1
+    if _sha256_of_manifest_file(checkpoint) in (None, record["manifest_sha256"]):
+        return 0
+    return None
+
+
 def record_resumed_checkpoint(checkpoint_dirs: list[Path], resume: str, resumed: Path) -> None:
-    """Record durably that the run begins from `resumed`, if `run.resume` names that checkpoint. Raises OSError if that fails."""
+    """Record durably that the run begins from `resumed`, if `run.resume` names that checkpoint. Raises OSError if that fails.
+
+    With `auto` the same setting does not lead back to it, so that nothing has to be recorded.
+    """
     if resume in ("auto", "never") or Path(resume).expanduser().resolve() != resumed.resolve():
         return
-    path = checkpoint_dirs[0].parent / RESUMED_FROM_FILE
+    path = checkpoint_dirs[0].parent / RESUMED_FROM_FILE  # in the run directory
     record = {"path": str(resumed.resolve()), "manifest_sha256": _sha256_of_manifest_file(resumed)}
     temporary = path.with_name(f".{path.name}.writing")
     atomic_io.make_directories(path.parent)
@@ -162,14 +177,15 @@ class _ResumeCandidates(NamedTuple):
 def _resume_candidates(checkpoint_dirs: list[Path], resume: str, last_step: int | None) -> _ResumeCandidates:
     """What a start with `run.resume=resume` may resume from. Called on rank 0 only. Raises OSError or StorageError if that fails.
 
-    The newest checkpoint comes first. With `last_step`, the newest up to this step comes first, then later ones from the oldest.
-    Before looking, renames checkpoints back whose replacement was cut short.
+    The newest checkpoint comes first. With `last_step`, the newest up to this step comes first, then later ones from the
+    oldest. Before looking, renames checkpoints back whose replacement was cut short. `last_step`: of a run that goes back after
+    an anomaly.
     """
     restore_replaced(checkpoint_dirs)
     resume = resolve_resume_setting(checkpoint_dirs, resume)
     if resume != "auto":
         return _ResumeCandidates(resume, checkpoints=[])
-    checkpoints = checkpoints_in(checkpoint_dirs)
+    checkpoints = checkpoints_in(checkpoint_dirs)  # by ascending step
     if last_step is None:
         return _ResumeCandidates(resume, [path for _, path in reversed(checkpoints)])
     newest_first = [path for step, path in reversed(checkpoints) if step <= last_step]

@@ -97,23 +97,28 @@ def reward_metrics(groups: Sequence[AnswerGroup], scores: Sequence[GroupScores],
     metrics["eval/completions/clipped_ratio"] = float(np.mean([not answer.has_ended for answer in answers]))
     metrics["eval/answers/unscored"] = float(np.isnan(totals).sum())
     metrics |= _means_by_source(groups, scores)
-    # The totals of each group whose answers all have a score.
+    return metrics | _pass_at_k_metrics(scores, num_samples)
+
+
+def _pass_at_k_metrics(scores: Sequence[GroupScores], num_samples: int) -> dict[str, float]:
+    """`eval/pass_at_K` for each K that `num_samples` answers to a prompt allow, from groups whose answers all have a score."""
     complete_totals = [group_scores.total for group_scores in scores if not np.isnan(group_scores.total).any()]
+    metrics = {}
     for k in sample_counts_for_pass_at_k(num_samples):
-        best_of_k = [expected_best_of_k(total, k) for total in complete_totals]
+        best_of_k = [expected_best_of_k(totals, k) for totals in complete_totals]
         metrics[f"eval/{PASS_PREFIX}{k}"] = _mean_of_known(np.array(best_of_k))
     return metrics
 
 
 def _means_by_source(groups: Sequence[AnswerGroup], scores: Sequence[GroupScores]) -> Mapping[str, float]:
     """The mean reward of each source, {"eval/reward/NAME": 0.4}; {} if the prompts name no sources, as with a single one."""
-    by_source: dict[str, list[np.ndarray]] = {}
+    totals_by_source: dict[str, list[np.ndarray]] = {}
     for group, group_scores in zip(groups, scores, strict=True):
         if group.prompt.source:
-            by_source.setdefault(group.prompt.source, []).append(group_scores.total)
+            totals_by_source.setdefault(group.prompt.source, []).append(group_scores.total)
     return {
         f"{REWARD_METRIC}/{source}": _mean_of_known(np.concatenate(totals))
-        for source, totals in sorted(by_source.items())
+        for source, totals in sorted(totals_by_source.items())
     }
 
 

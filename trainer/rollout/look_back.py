@@ -90,19 +90,20 @@ def answer_logps(
     own_logps: list[tuple[int, np.ndarray]] = []  # (answer number, log-probabilities of its tokens)
     with engine.inference(averaged=False, with_initial_weights=scorer.uses_initial_weights) as module:
         # The model is called through the root module's own forward, because only there a sharding engine gathers parameters.
-        step: Any = module
-        training_objective = step.objective
-        step.objective = scorer
+        # For these passes, `scorer` takes the place of the objective.
+        step_module: Any = module
+        training_objective = step_module.objective
+        step_module.objective = scorer
         try:
             for batch, numbers in zip(batches, answers, strict=True):
-                logps = step(batch)[LOGPS].float().cpu().numpy()
-                sequence_of_target = batch["row_sequence"].cpu().numpy()
+                logps = step_module(batch)[LOGPS].float().cpu().numpy()
+                sequence_of_target = batch["row_sequence"].cpu().numpy()  # index of its sequence in the batch
                 for sequence, number in enumerate(numbers):
                     if number is not None:
                         own_logps.append((number, logps[sequence_of_target == sequence]))
                 check_stop()
         finally:
-            step.objective = training_objective
+            step_module.objective = training_objective
 
     # Ranks that split a row have a slice of the answer each, in the order of the ranks.
     slices_by_answer: dict[int, list[np.ndarray]] = {}

@@ -37,21 +37,21 @@ def has_sources(dataset: TokenDataset) -> bool:
 
 
 def read_prompt(
-    dataset: TokenDataset, table: DocumentTable, sequence: int, prompt_number: int, *, names_source: bool
+    dataset: TokenDataset, table: DocumentTable, sequence_index: int, prompt_number: int, *, names_source: bool
 ) -> Prompt:
-    """Sequence `sequence` of a data set as a prompt, with the columns that rewards read.
+    """The sequence with this index in a data set as a prompt, with the columns that rewards read.
 
     `table`: the documents that its sequences were made of. `prompt_number`: the prompt's number in the run's order.
     `names_source`: whether the prompt has the name of its source, because metrics are reported by source.
     """
-    document = table.document(int(dataset.documents[sequence]))
+    document = table.document(int(dataset.documents[sequence_index]))
     return Prompt(
         prompt_number=prompt_number,
-        ids=dataset.sample(sequence).input_ids.tolist(),
+        ids=dataset.sample(sequence_index).input_ids.tolist(),
         text=prompt_of_document(document),
         columns=document.columns or {},
         origin=document.location,
-        source=dataset.source_names[int(dataset.sources[sequence])] if names_source else "",
+        source=dataset.source_names[int(dataset.sources[sequence_index])] if names_source else "",
     )
 
 

@@ -42,13 +42,13 @@ class RoundRecord:
 
     def write(self, rollout_round: Round, step: int) -> None:
         """Write the file of a round that begins after `step` steps, unless no groups are recorded. Raises StorageError."""
-        if self.max_groups == 0:
+        if self.max_groups == 0:  # the user wants no record
             return
         import pyarrow as pa
         import pyarrow.parquet as parquet
 
         table = pa.Table.from_pylist(answer_records(rollout_round, self.max_groups))
-        file = self.directory / f"round-{step + 1:06d}.parquet"
+        file = self.directory / f"round-{step + 1:06d}.parquet"  # named by its first step
         unfinished = file.with_suffix(".unfinished")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -64,13 +64,16 @@ class RoundRecord:
 def answer_records(rollout_round: Round, max_groups: int | None = None) -> list[dict[str, Any]]:
     """A row for each answer of a round, for a Parquet file or a table: prompt, answer, rewards, advantage.
 
-    `max_groups`: only the first groups (a group is all answers to one prompt); None: all.
+    `max_groups`: only the first groups (a group is all answers to one prompt); None: all. "rewards/NAME" are the scores of single
+    rewards, "extra/NAME" the values that a reward function adds itself (`log_extra`).
     """
     rows = []
     for group_index, (group, scores) in enumerate(zip(rollout_round.groups, rollout_round.scores, strict=True)):
         if max_groups is not None and group_index >= max_groups:
             break
         for index, answer in enumerate(group.answers):
+            # The columns keep their names for those who read the files: `place` is the prompt's number in the run, `draw` the
+            # answer's index in its group.
             row: dict[str, Any] = {
                 "place": group.prompt.prompt_number,
                 "where": group.prompt.origin,

@@ -14,6 +14,7 @@ from trainer.rollout.types import AnswerGroup, GroupScores, all_answers
 
 GROUP_SIZES = (2, 4, 8, 16, 32)
 SHOWN_CHARACTERS = 300
+"""Characters of a prompt, from its end, where its question stands, and of an answer, from its beginning."""
 
 
 def trial_report(groups: Sequence[AnswerGroup], scores: Sequence[GroupScores]) -> dict[str, Any]:
@@ -27,18 +28,18 @@ def trial_report(groups: Sequence[AnswerGroup], scores: Sequence[GroupScores]) -
     rewards = stack_rewards(scores)
     answers = all_answers(groups)
     lengths = np.array([len(answer.ids) for answer in answers])
-    by_reward: dict[str, Any] = {}
+    summary_by_reward: dict[str, Any] = {}
     for name in scores[0].scores_by_reward:
         reward_values = np.stack([score.scores_by_reward[name] for score in scores])  # [groups, answers]
-        by_reward[name] = _reward_summary(reward_values)
+        summary_by_reward[name] = _reward_summary(reward_values)
     is_truncated = [not answer.has_ended for answer in answers]
     idle_shares = {str(size): expected_idle_share(rewards, size) for size in GROUP_SIZES}
     group_records = [_group_record(group, group_scores) for group, group_scores in zip(groups, scores, strict=True)]
     return {
         "prompts": len(groups),
-        "draws": len(groups[0].answers),
+        "draws": len(groups[0].answers),  # answers to each prompt
         "reward": _reward_summary(rewards),
-        "rewards": by_reward,
+        "rewards": summary_by_reward,
         "timed_out": sum(score.num_timed_out for score in scores),
         "idle_share_by_group_size": idle_shares,
         "mean_length": float(lengths.mean()),

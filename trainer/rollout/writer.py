@@ -14,7 +14,7 @@ from trainer.rollout.types import Answer, AnswerGroup, Prompt
 if TYPE_CHECKING:
     from strategies.base import Engine
 
-TOKEN_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+SPECIAL_TOKEN_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 """The settings of a model's generation_config that hold while training."""
 UNREPORTED_SETTINGS = ("do_sample", "temperature", "max_length", "max_new_tokens", "transformers_version", "use_cache")
 """Settings of a generation_config that a run replaces, or that change no sample: nobody needs to be told of them."""
@@ -42,7 +42,7 @@ class EngineGroupGenerator:
         self.settings = settings
         self.seed = seed
         self._answer_generator = SharedPromptGenerator(
-            tokenizer, end_tokens_only(generation_config), runtime, batch=rows, stop_now=stop_now
+            tokenizer, with_special_tokens_only(generation_config), runtime, batch=rows, stop_now=stop_now
         )
 
     def generate_groups(self, engine: Engine, prompts: Sequence[Prompt], num_samples: int) -> list[AnswerGroup]:
@@ -59,24 +59,24 @@ class EngineGroupGenerator:
                 [derived_seed(self.seed, "answer", prompt.prompt_number, sample) for sample in range(num_samples)]
             )
         # The trained weights generate, not their average: the loss compares with the log-probabilities of these weights.
-        answers = self._answer_generator.generate_samples(engine, [prompt.ids for prompt in prompts], settings, seeds)
+        generated = self._answer_generator.generate_samples(engine, [prompt.ids for prompt in prompts], settings, seeds)
         groups = [AnswerGroup(prompt, []) for prompt in prompts]
-        for answer in answers:
-            assert answer.logprobs is not None, "`generate_samples` keeps them"
-            group_answer = Answer(answer.sample_index, answer.ids, answer.logprobs, answer.text, answer.has_ended)
-            groups[answer.prompt_index].answers.append(group_answer)
+        for sample in generated:
+            assert sample.logprobs is not None, "`generate_samples` keeps them"
+            answer = Answer(sample.sample_index, sample.ids, sample.logprobs, sample.text, sample.has_ended)
+            groups[sample.prompt_index].answers.append(answer)
         return groups
 
 
-def end_tokens_only(generation_config: Any) -> Any:
-    """A transformers GenerationConfig with only the special tokens of a model's own (`TOKEN_SETTINGS`).
+def with_special_tokens_only(generation_config: Any) -> Any:
+    """A transformers GenerationConfig with only the special tokens of a model's own (`SPECIAL_TOKEN_SETTINGS`).
 
     All else is left out, because a repetition penalty, top_p or top_k would change what is sampled, but not the probabilities
     that are trained.
     """
     from transformers import GenerationConfig
 
-    kept = {name: getattr(generation_config, name, None) for name in TOKEN_SETTINGS}
+    kept = {name: getattr(generation_config, name, None) for name in SPECIAL_TOKEN_SETTINGS}
     return GenerationConfig(**{name: ids for name, ids in kept.items() if ids is not None})
 
 
@@ -86,5 +86,5 @@ def ignored_generation_settings(generation_config: Any) -> list[str]:
     Only settings that differ from transformers' defaults and are neither empty nor 0.
     """
     changed = generation_config.to_diff_dict()
-    names = [name for name in sorted(changed) if name not in (*TOKEN_SETTINGS, *UNREPORTED_SETTINGS)]
+    names = [name for name in sorted(changed) if name not in (*SPECIAL_TOKEN_SETTINGS, *UNREPORTED_SETTINGS)]
     return [f"{name}={changed[name]}" for name in names if changed[name] and not name.startswith("_")]

@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from strategies.atomic_io import error_summary
 from strategies.errors import ConfigError, StorageError
@@ -33,7 +33,7 @@ def reward_files(rewards: Mapping[str, RewardEntry]) -> dict[Path, list[Path]]:
 
     Raises ConfigError for a file that cannot be read.
     """
-    by_directory: dict[Path, list[Path]] = {}
+    files_by_directory: dict[Path, list[Path]] = {}
     for name in sorted(rewards):
         setting = rewards[name].function
         if setting is None:
@@ -41,11 +41,11 @@ def reward_files(rewards: Mapping[str, RewardEntry]) -> dict[Path, list[Path]]:
         file = parse_function_path(setting)[0].resolve()
         if not file.is_file():
             raise ConfigError(f"objective.rewards.{name}.function={setting}: there is no such file")
-        files = by_directory.setdefault(file.parent, [])
-        for needed in imported_files(file):
+        files = files_by_directory.setdefault(file.parent, [])
+        for needed in imported_files(file):  # the file itself among them
             if needed not in files:
                 files.append(needed)
-    return by_directory
+    return files_by_directory
 
 
 def imported_files(file: Path) -> list[Path]:
@@ -70,8 +70,8 @@ def _imported_modules(file: Path) -> Iterator[str]:
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            for name in node.names:
-                yield name.name.partition(".")[0]
+            for alias in node.names:
+                yield alias.name.partition(".")[0]
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             yield node.module.partition(".")[0]
 
@@ -113,28 +113,31 @@ def copy_rewards(rewards: Mapping[str, RewardEntry], run_dir: Path) -> None:
     Raises ConfigError if something else would be replaced or a file is missing, StorageError if the copies cannot be written.
     """
     target = run_dir / COPIES_DIRECTORY
-    by_directory = reward_files(rewards)
-    if not by_directory:
+    files_by_directory = reward_files(rewards)
+    if not files_by_directory:
         return
-    _raise_if_copying_loses_files(target, by_directory)
+    _raise_if_copying_loses_files(target, files_by_directory.keys())
     try:
-        _replace_copies(rewards, by_directory, target)
+        _replace_copies(rewards, files_by_directory, target)
     except OSError as error:
         raise StorageError(
             f"{target}: reward files cannot be copied there ({error_summary(error)}); make room, or choose another run.dir"
         ) from error
 
 
-def _replace_copies(rewards: Mapping[str, RewardEntry], by_directory: dict[Path, list[Path]], target: Path) -> None:
-    """Copy the files of `by_directory` (`reward_files`) into `target` and write its manifest. Raises OSError.
+def _replace_copies(
+    rewards: Mapping[str, RewardEntry], files_by_directory: dict[Path, list[Path]], target: Path
+) -> None:
+    """Copy the files of `files_by_directory` (`reward_files`) into `target` and write its manifest. Raises OSError.
 
-    `target` is replaced only once the new copies are complete.
+    `target` is replaced only once the new copies are complete. The order of the directories gives their numbers, here as in
+    `reward_source_digests`.
     """
     draft = target.with_name(f"{COPIES_DIRECTORY}.unfinished")
     shutil.rmtree(draft, ignore_errors=True)
     # Each source directory becomes a numbered one: /home/me/rewards/maths.py -> rewards/0/maths.py.
-    number_by_directory = {directory: number for number, directory in enumerate(by_directory)}
-    for directory, files in by_directory.items():
+    number_by_directory = {directory: number for number, directory in enumerate(files_by_directory)}
+    for directory, files in files_by_directory.items():
         for file in files:
             copy = draft / str(number_by_directory[directory]) / file.relative_to(directory)
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -152,21 +155,21 @@ def _replace_copies(rewards: Mapping[str, RewardEntry], by_directory: dict[Path,
     draft.rename(target)
 
 
-def _raise_if_copying_loses_files(target: Path, source_directories: Iterable[Path]) -> None:
-    """Raise ConfigError if copies in `target` would replace files that are not a run's copies.
+def _raise_if_copying_loses_files(copies_directory: Path, source_directories: Iterable[Path]) -> None:
+    """Raise ConfigError if the copies would replace files that are not a run's copies.
 
-    That is so if a source directory is below `target`, or if `target` exists without a manifest.
+    That is so if a source directory is below `copies_directory`, or if that exists without a manifest.
     """
     for directory in source_directories:
-        if directory.is_relative_to(target.resolve()):
+        if directory.is_relative_to(copies_directory.resolve()):
             raise ConfigError(
                 f"objective.rewards: {directory} lies where the run keeps its copies of reward files, which are replaced; move "
                 "the file to another directory, or choose another run.dir"
             )
-    if target.exists() and read_manifest(target.parent) is None:
+    if copies_directory.exists() and read_manifest(copies_directory.parent) is None:
         raise ConfigError(
-            f"{target}: is there, and has no {MANIFEST_FILE} of an earlier run; the run would replace it by its copies of reward "
-            "files: move it away, or choose another run.dir"
+            f"{copies_directory}: is there, and has no {MANIFEST_FILE} of an earlier run; the run would replace it by its "
+            "copies of reward files: move it away, or choose another run.dir"
         )
 
 
@@ -185,8 +188,16 @@ def read_manifest(run_dir: Path) -> dict[str, Any] | None:
         return None
 
 
-def function_locations(rewards: Mapping[str, RewardEntry], run_dir: Path | None) -> dict[str, tuple[Path, str]]:
-    """(file, name of the function) of each reward that is a function: the run's copy if there is one, else the file itself.
+class FunctionLocation(NamedTuple):
+    """Where a reward function is."""
+
+    file: Path
+    function: str
+    """Its name in the file."""
+
+
+def function_locations(rewards: Mapping[str, RewardEntry], run_dir: Path | None) -> dict[str, FunctionLocation]:
+    """Where each reward that is a function is, by name of the reward: in the run's copy if there is one, else in the file itself.
 
     A run copies the files of its rewards into its directory when it starts, and says in a manifest which reward is where.
     """
@@ -198,10 +209,10 @@ def function_locations(rewards: Mapping[str, RewardEntry], run_dir: Path | None)
         copied_function = None if manifest is None else manifest["functions"].get(name)
         if copied_function is not None and run_dir is not None:
             copied_file = run_dir.resolve() / COPIES_DIRECTORY / copied_function["file"]
-            location_by_reward[name] = (copied_file, copied_function["function"])
+            location_by_reward[name] = FunctionLocation(copied_file, copied_function["function"])
         else:
             file, function = parse_function_path(reward.function)
-            location_by_reward[name] = (file.resolve(), function)
+            location_by_reward[name] = FunctionLocation(file.resolve(), function)
     return location_by_reward
 
 
@@ -268,9 +279,10 @@ def renew_copies(rewards: Mapping[str, RewardEntry], run_dir: Path, *, has_progr
     if not files:
         return
     manifest = read_manifest(run_dir)
-    if manifest is not None and COPIES_DIRECTORY not in accept and copies_of_missing_files(run_dir, files):
+    accepts_new_rewards = COPIES_DIRECTORY in accept  # run.accept=[rewards]
+    if manifest is not None and not accepts_new_rewards and copies_of_missing_files(run_dir, files):
         return
-    if manifest is None or not has_progress or COPIES_DIRECTORY in accept:
+    if manifest is None or not has_progress or accepts_new_rewards:
         copy_rewards(rewards, run_dir)
         return
     try:

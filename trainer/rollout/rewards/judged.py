@@ -39,15 +39,15 @@ def judge_answers(judge: VerdictSource, options: Mapping[str, Any], groups: Sequ
     scores = []
     for group in groups:
         grades = [parse_grade(next(verdicts)) for _ in group.answers]
-        known = np.array([np.nan if grade is None else grade for grade in grades], np.float64)
-        scores.append((known - 1) / 9)
+        grades_or_nan = np.array([np.nan if grade is None else grade for grade in grades], np.float64)
+        scores.append((grades_or_nan - 1) / 9)  # 1 to 10 -> 0 to 1
     return scores
 
 
 def _reference_answer(reward: JudgeReward, prompt: Prompt) -> str | None:
     """The right answer in the row of a prompt, which the judge sees; None if the row has none."""
     try:
-        return reward.references(prompt.columns)[0]
+        return reward.reference_answers(prompt.columns)[0]
     except BadScore:
         return None
 

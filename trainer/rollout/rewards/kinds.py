@@ -55,7 +55,7 @@ class RewardKind(ABC):
     def check_row(self, columns: Mapping[str, Any]) -> None:
         """Raise BadScore for a row that the kind cannot judge, whatever the answer. `score` raises the same."""
         if self.compares:
-            self.references(columns)
+            self.reference_answers(columns)
 
     def needed_columns(self) -> list[str]:
         """Columns of which a row must have one; empty if it needs none."""
@@ -64,7 +64,7 @@ class RewardKind(ABC):
         column = self.option_values["reference"]
         return [str(column)] if column else ["answer", *REFERENCE_COLUMNS]
 
-    def references(self, columns: Mapping[str, Any]) -> list[str]:
+    def reference_answers(self, columns: Mapping[str, Any]) -> list[str]:
         """The right answers of a row, from `options.reference` or the first of `REFERENCE_COLUMNS` that has any.
 
         {"answer": "4"} -> ["4"], {"answer": ["4", "four"]} -> ["4", "four"]. Raises BadScore if it has none.
@@ -74,7 +74,8 @@ class RewardKind(ABC):
         for name in names:
             value = columns.get(name)
             texts = value if isinstance(value, list) else [value]
-            if value is not None and all(isinstance(text, str | int | float) for text in texts) and texts:
+            is_answer = value is not None and bool(texts)
+            if is_answer and all(isinstance(text, str | int | float) for text in texts):
                 return [str(text).strip() for text in texts]
         raise BadScore(
             f"needs the right answer, in one of the columns {', '.join(names)}; rename one with data.columns, or name it with "
@@ -100,7 +101,7 @@ class ExactMatchReward(RewardKind):
             yield f"{key}{problem.removeprefix(self.task.config_key)}"
 
     def score(self, text: str, number_of_tokens: int, columns: Mapping[str, Any]) -> float:
-        case = TaskCase("", fields={REFERENCES_COLUMN: self.references(columns)})
+        case = TaskCase("", fields={REFERENCES_COLUMN: self.reference_answers(columns)})
         return self.task.score(case, text.strip())[self.score_name]
 
 
@@ -126,7 +127,7 @@ class MathsReward(RewardKind):
 
     def _reference_result(self, columns: Mapping[str, Any]) -> Any:
         """The result in the right answer of a row. Raises BadScore."""
-        reference = self.references(columns)[0]
+        reference = self.reference_answers(columns)[0]
         result = final_result(reference)
         if result is None:
             raise BadScore(
@@ -145,7 +146,7 @@ class MathVerifyReward(RewardKind):
     def score(self, text: str, number_of_tokens: int, columns: Mapping[str, Any]) -> float:
         from math_verify import parse, verify
 
-        reference = self.references(columns)[0]
+        reference = self.reference_answers(columns)[0]
         # A bare number or formula is read only between dollar signs, which say that it is one.
         reference_result = parse(reference) or parse(f"${reference}$")
         if not reference_result:
@@ -162,6 +163,7 @@ class JsonSchemaReward(RewardKind):
     required_package = "jsonschema"
 
     def problems(self, key: str) -> Iterator[str]:
+        """What is wrong with the file in `options.schema`, if there is one. `key`: the setting `objective.rewards.NAME`."""
         file = self.option_values["schema"]
         if file is None:
             return
@@ -232,13 +234,14 @@ class ToolCallsReward(RewardKind):
         """
         if isinstance(columns.get("messages"), list):
             try:
+                # Name of the column and what it should hold, for the message of an error.
                 last_turn = parse_turns(columns["messages"], "messages", "a list of messages")[-1]
             except RowError as refusal:
                 raise BadScore(refusal.message) from None
             if last_turn["role"] == "assistant":
                 functions = [call["function"] for call in last_turn.get("tool_calls", ())]
                 return [{"name": function["name"], "arguments": function["arguments"]} for function in functions]
-        return parse_tool_calls(self.references(columns)[0])
+        return parse_tool_calls(self.reference_answers(columns)[0])
 
 
 class LengthReward(RewardKind):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 8192
 """Tokens, padding included, that a reward model reads at a time."""
-OPTIONS: dict[str, Any] = {"chat_template": None, "batch_tokens": BATCH_TOKENS}
+REWARD_MODEL_OPTIONS: dict[str, Any] = {"chat_template": None, "batch_tokens": BATCH_TOKENS}
 """Options of a reward that is a model, with their defaults."""
 CLASSIFIER_CLASS_SUFFIX = "ForSequenceClassification"
 """How transformers' classes end that have a head of scores."""
@@ -41,7 +41,7 @@ def reward_model_files(path: str, key: str) -> RewardModelFiles:
 
     `key`: the setting `objective.rewards.NAME.path`. Raises ConfigError for what is no reward model.
     """
-    directory = _model_or_export_directory(Path(path).expanduser(), key)
+    directory = _reward_model_directory(Path(path).expanduser(), key)
     if (directory / ADAPTER_CONFIG_FILE).is_file():
         adapter_settings = _read_json_object(directory / ADAPTER_CONFIG_FILE, key)
         trained_modules = set(adapter_settings.get("modules_to_save") or ())
@@ -60,7 +60,7 @@ def reward_model_files(path: str, key: str) -> RewardModelFiles:
     return RewardModelFiles(tokenizer=directory, base=str(directory))
 
 
-def _model_or_export_directory(directory: Path, key: str) -> Path:
+def _reward_model_directory(directory: Path, key: str) -> Path:
     """The directory itself, or its `export` if it is a run directory. Raises ConfigError if there is neither."""
     if not directory.is_dir():
         raise ConfigError(
@@ -110,11 +110,15 @@ def reward_model_problems(reward: RewardEntry, key: str) -> Iterator[str]:
 
     `key`: the setting that it stands under, such as `objective.rewards.helpful`.
     """
-    # Settings.
-    assert reward.path is not None
+    yield from _reward_model_setting_problems(reward, key)
+    yield from _reward_model_file_problems(reward, key)
+
+
+def _reward_model_setting_problems(reward: RewardEntry, key: str) -> Iterator[str]:
+    """What is wrong with the settings of a reward that is a model: its options and its time limit."""
     for option in reward.options:
-        if option not in OPTIONS:
-            yield f"{key}.options.{option}: a reward model has no such option; it has {', '.join(OPTIONS)}"
+        if option not in REWARD_MODEL_OPTIONS:
+            yield f"{key}.options.{option}: a reward model has no such option; it has {', '.join(REWARD_MODEL_OPTIONS)}"
     if reward.timeout_s != type(reward)().timeout_s:  # not the default
         yield f"{key}.timeout_s={reward.timeout_s:g}: a reward model runs in the ranks and has no time limit; leave it out"
     tokens = reward.options.get("batch_tokens", BATCH_TOKENS)
@@ -124,7 +128,10 @@ def reward_model_problems(reward: RewardEntry, key: str) -> Iterator[str]:
     if template is not None and not Path(str(template)).expanduser().is_file():
         yield f"{key}.options.chat_template={template}: no such file; give a file with a Jinja chat template"
 
-    # Files: a tokenizer, and a chat template unless a setting gives one.
+
+def _reward_model_file_problems(reward: RewardEntry, key: str) -> Iterator[str]:
+    """What is wrong with the files of a reward model. It needs a tokenizer, and a chat template unless a setting gives one."""
+    assert reward.path is not None
     try:
         files = reward_model_files(reward.path, f"{key}.path")
     except ConfigError as error:
@@ -132,7 +139,7 @@ def reward_model_problems(reward: RewardEntry, key: str) -> Iterator[str]:
         return
     if not (files.tokenizer / "tokenizer.json").is_file() and not any(files.tokenizer.glob("*.model")):
         yield f"{key}.path={reward.path}: has no tokenizer.json, so its vocabulary is not known; copy its tokenizer's files there"
-    elif template is None and not _has_template(files.tokenizer):
+    elif reward.options.get("chat_template") is None and not _has_template(files.tokenizer):
         yield (
             f"{key}.path={reward.path}: has no chat template, so it is not known how it reads a prompt with its answer; give "
             f"one with {key}.options.chat_template=FILE"

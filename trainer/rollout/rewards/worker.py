@@ -81,14 +81,14 @@ def load_reward(settings: dict[str, Any]) -> Reward:
     return KindReward(settings["kind"], settings["options"])
 
 
-def answer_call(rewards: dict[str, Reward], call: dict[str, Any]) -> dict[str, Any]:
-    """The answer to one call: scores, or what went wrong.
+def reply_to_call(reward_by_name: dict[str, Reward], call: dict[str, Any]) -> dict[str, Any]:
+    """Call a reward, and return the reply: scores, or what went wrong.
 
     `call`: {"reward": "maths", "answers": the arguments of `AnswersOfGroup`}. Returns {"scores": [1.0, None], "logged": ...,
     "extra": ...}, or {"problem": "...", "traceback": "..."}, without a traceback if the reward refuses the row (BadScore).
     """
     try:
-        result = rewards[call["reward"]](AnswersOfGroup(**call["answers"]))
+        result = reward_by_name[call["reward"]](AnswersOfGroup(**call["answers"]))
     except BadScore as error:
         return {"problem": str(error)}
     except BaseException:  # noqa: BLE001 - also SystemExit: whatever it is, the run ends with it
@@ -117,7 +117,7 @@ def main(read_fd: int, write_fd: int, parent: int) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
-    with os.fdopen(read_fd, "rb") as calls, os.fdopen(write_fd, "wb") as answers:
+    with os.fdopen(read_fd, "rb") as calls, os.fdopen(write_fd, "wb") as replies:
         # Setup: {"log": path of the log file, "rewards": {name: settings}}. What is printed from here on goes to the log.
         setup = receive_message(calls)
         log = LimitedLog(Path(setup["log"]))
@@ -128,16 +128,16 @@ def main(read_fd: int, write_fd: int, parent: int) -> None:
             try:
                 rewards[name] = load_reward(settings)
             except BaseException:  # noqa: BLE001 - whatever a file raises is told
-                send_message(answers, {"reward": name, "problem": "cannot be loaded", "traceback": short_traceback()})
+                send_message(replies, {"reward": name, "problem": "cannot be loaded", "traceback": short_traceback()})
                 return
-        send_message(answers, {"ready": True})
+        send_message(replies, {"ready": True})
         # Calls, until the trainer closes its end.
         while True:
             try:
                 call = receive_message(calls)
             except EOFError:
                 return
-            send_message(answers, answer_call(rewards, call))
+            send_message(replies, reply_to_call(rewards, call))
 
 
 if __name__ == "__main__":
