@@ -487,7 +487,7 @@ class Trainer:
     def _record_save(self, has_succeeded: bool) -> None:
         """Record that a checkpoint was begun or published, or failed: the best evaluation is then that of an earlier one."""
         is_pending = self.checkpoints.pending_step is not None
-        self._saved_progress.record_outcome(self.progress, has_succeeded, is_pending=is_pending)
+        self._saved_progress.record_save_outcome(self.progress, has_succeeded, is_pending=is_pending)
 
     def _check_replicas(self, *, now: bool = False) -> None:
         """Compare the weights of the replicas if that is due, or `now`. Raises ReplicasDiffer. All ranks must call."""

@@ -271,7 +271,7 @@ def test_counterfactual_terms_of_a_file_extend_the_shipped_ones(tmp_path):
     case = TaskCase("a:1", None, {"template": "{pet} sings.", "attribute": "pet"})
     kind.prepare_case(case)
     assert not list(kind.problems())
-    assert [(v.group, v.text, v.text[: v.scored_from]) for v in case.fields["variants"]] == [
+    assert [(v.group, v.text, v.text[: v.scored_begin]) for v in case.fields["variants"]] == [
         ("cat", "The cat sings.", "The cat"),
         ("dog", "The dog sings.", "The dog"),
         ("dog", "The hound sings.", "The hound"),

@@ -26,6 +26,7 @@ def record_evaluation(settings: EvaluationConfig, progress: Progress, values: di
     - Better than the best evaluation whose weights were saved: sets `best_metric` and `best_step`, and returns True.
     """
     value = values[settings.watched]
+    # Checkpoints of earlier versions have no `seen_metric`.
     best_seen = progress.best_metric if progress.seen_metric is None else progress.seen_metric
     if _improvement(settings, value, best_seen) > settings.min_delta:
         progress.seen_metric = value
@@ -51,11 +52,12 @@ def early_stopping_reason(settings: EvaluationConfig, progress: Progress) -> str
     """Why training stops early, if the watched metric has not improved for `patience` evaluations; else None."""
     if settings.patience == 0 or progress.stale_evaluations < settings.patience:
         return None
-    best = progress.best_metric if progress.seen_metric is None else progress.seen_metric
-    step = progress.best_step if progress.seen_step is None else progress.seen_step
+    # Of all evaluations, also of those whose weights could not be saved. Checkpoints of earlier versions have only the saved one.
+    best_value = progress.best_metric if progress.seen_metric is None else progress.seen_metric
+    best_step = progress.best_step if progress.seen_step is None else progress.seen_step
     return (
         f"stopping early: {settings.watched} has not improved for {settings.patience} evaluations "
-        f"(best {best:.4f} at step {step})"
+        f"(best {best_value:.4f} at step {best_step})"
     )
 
 
@@ -76,7 +78,7 @@ class SavedProgress:
         """Step of the last checkpoint, begun or written. None: the current step has none that counts."""
         self._being_saved = replace(progress)
         """`progress` as it was when the last checkpoint was begun."""
-        self._published = replace(progress)
+        self._last_published = replace(progress)
         """`progress` of the last checkpoint that was published: the best step in it is on the disk."""
 
     def is_saved(self, step: int) -> bool:
@@ -94,9 +96,9 @@ class SavedProgress:
     def set_to_loaded_checkpoint(self, progress: Progress) -> None:
         """Set all to a checkpoint that was loaded, whose progress `progress` is."""
         self._saved_step = progress.step
-        self._being_saved = self._published = replace(progress)
+        self._being_saved = self._last_published = replace(progress)
 
-    def record_outcome(self, progress: Progress, has_succeeded: bool, *, is_pending: bool) -> None:
+    def record_save_outcome(self, progress: Progress, has_succeeded: bool, *, is_pending: bool) -> None:
         """Set the step of the last checkpoint, after one was begun or published (`has_succeeded`), or failed.
 
         - Published: sets the progress of the last published checkpoint.
@@ -106,6 +108,6 @@ class SavedProgress:
         step = self._being_saved.step
         self._saved_step = step if has_succeeded else None
         if has_succeeded and not is_pending:
-            self._published = self._being_saved
+            self._last_published = self._being_saved
         elif not has_succeeded and progress.best_step == step:
-            restore_best_evaluation(progress, self._published)
+            restore_best_evaluation(progress, self._last_published)

@@ -58,9 +58,9 @@ class LossEvaluator:
         """What the summed loss of all documents is divided by, all ranks together."""
         self._ranks_per_row = ranks_per_row
         """Neighbouring ranks that split each row of tokens (`parallel.sequence`): same micro-batches, a share of each sum."""
-        self._perplexity = perplexity
+        self._has_perplexity = perplexity
         self._stop_now = stop_now or (lambda: False)
-        self._ahead = ahead
+        self._first_pass_batches = ahead
         """Batches of a first pass, for objectives that need means over the whole set before they compute a loss."""
         self._reported_sources = reported_sources or []
         self.on_batch_sums: Callable[[dict[str, list[float]]], None] = lambda batches: None
@@ -73,7 +73,7 @@ class LossEvaluator:
         """
         means = self._means_for_loss(engine)
         own_sums = self._sum_own_micro_batches(engine, means)
-        totals = self._reduce_over_ranks(own_sums, engine)
+        totals = self._reduce_and_report_batch_sums(own_sums, engine)  # by term, a row for each reported source
         totals_of_all = {term: total.sum(0) for term, total in totals.items()}
         for name, value in self._metrics(totals_of_all, self._loss_denominator).items():
             yield f"eval/{name}", value
@@ -86,34 +86,35 @@ class LossEvaluator:
 
     def _means_for_loss(self, engine: Engine) -> dict[str, torch.Tensor]:
         """Means over all documents that the objective's loss needs, by term; empty for most objectives. All ranks must call."""
-        if self._ahead is None:
+        if self._first_pass_batches is None:
             return {}
         return mean_terms_without_gradients(
-            engine, self._ahead(), self._loss_denominator, averaged=True, check_stop=self._check_stop
+            engine, self._first_pass_batches(), self._loss_denominator, averaged=True, check_stop=self._check_stop
         )
 
     def _sum_own_micro_batches(self, engine: Engine, means: dict[str, torch.Tensor]) -> _SumsOfRank:
-        """The summed terms of this rank's micro-batches, from a forward pass over each. All ranks must call.
+        """The sums over this rank's micro-batches of each term, that is, of each value that the objective returns.
 
-        `means`: what `_means_for_loss` returned. Raises Interrupted if the run must stop.
+        Terms are "loss", "accuracy" and others. Each micro-batch has a forward pass. `means`: what `_means_for_loss` returned.
+        All ranks must call. Raises Interrupted if the run must stop.
         """
         sums = _SumsOfRank()
         row_by_source = {reported.source: row for row, reported in enumerate(self._reported_sources)}
-        num_rows = max(1, len(row_by_source))
+        num_source_rows = max(1, len(row_by_source))
         with engine.inference() as module:
             for batch in self._batches():
-                row = row_by_source.get(batch.pop("source", None), 0)
-                terms = module({**batch, "ahead": means})
+                source_row = row_by_source.get(batch.pop("source", None), 0)
+                terms = module({**batch, "ahead": means})  # "ahead": the means of a first pass
                 for term, value in {**terms, **position_group_counts(batch, terms)}.items():
                     if term not in sums.by_source:
-                        sums.by_source[term] = value.new_zeros((num_rows, *value.shape), dtype=torch.float64)
-                    sums.by_source[term][row] += value.double()
+                        sums.by_source[term] = value.new_zeros((num_source_rows, *value.shape), dtype=torch.float64)
+                    sums.by_source[term][source_row] += value.double()
                     if term in TERMS_KEPT_BY_BATCH:
                         sums.by_batch.setdefault(term, []).append(value.double())
                 self._check_stop()
         return sums
 
-    def _reduce_over_ranks(self, own_sums: _SumsOfRank, engine: Engine) -> dict[str, torch.Tensor]:
+    def _reduce_and_report_batch_sums(self, own_sums: _SumsOfRank, engine: Engine) -> dict[str, torch.Tensor]:
         """Add the sums of all ranks in one reduction. Returns the totals by term, float64 [sources, ...] as `by_source` has them.
 
         Also calls `on_batch_sums` with the sum of each micro-batch of all ranks, in the order of the documents, such as
@@ -121,7 +122,7 @@ class LossEvaluator:
         """
         terms = sorted(own_sums.by_source)
         batch_terms = sorted(own_sums.by_batch)
-        ordered_batch_sums = []
+        ordered_batch_sums = []  # by term, float64 [micro-batches of all ranks], zero at those of other ranks
         for term in batch_terms:
             ordered_batch_sums.append(
                 _place_micro_batch_sums(own_sums.by_batch[term], engine.rank, engine.world_size, self._ranks_per_row)
@@ -152,7 +153,7 @@ class LossEvaluator:
             if total.dim() == 0:
                 means[name] = total.item() / denominator
         metrics = {"loss": means["loss"]}
-        if self._perplexity:
+        if self._has_perplexity:
             metrics["perplexity"] = math.exp(min(means["loss"], 700.0))  # above 709 float64 overflows
         metrics["accuracy"] = means["accuracy"]
         for name, mean in means.items():
@@ -184,7 +185,7 @@ def _place_micro_batch_sums(
     Consecutive micro-batches go to consecutive data-parallel groups: with 2 groups, rank group 1 has the micro-batches 1, 3, 5.
     A group is the `ranks_per_row` neighbouring ranks that split each row; each of them puts its share of the sum at the same
     index. So when the caller adds up these vectors over all ranks, every micro-batch has its full sum, in the order of the
-    documents. All ranks have the same number of micro-batches; some may be empty, and sum to 0.
+    documents. All ranks have the same number of micro-batches; some may be empty, and sum to 0. `own_sums`: a scalar for each.
     """
     stacked = torch.stack(own_sums)
     num_groups = world_size // ranks_per_row

@@ -51,8 +51,8 @@ class Client:
         """The server's key, from the environment; empty if it needs none."""
         return os.environ.get(self.config.key_env or "", "")
 
-    def send(self, request: Callable[[Any], Result]) -> Result:
-        """Call `request` with the `openai` client, and return what it returns.
+    def send(self, call_client: Callable[[Any], Result]) -> Result:
+        """Call `call_client` with the `openai` client, and return what it returns.
 
         Raises ConfigError if the server refuses the request, EndpointFailed if it does not answer. The server's key is never in
         the message.
@@ -60,7 +60,7 @@ class Client:
         from openai import APIConnectionError, APIStatusError, OpenAIError
 
         try:
-            return request(self.openai_client)
+            return call_client(self.openai_client)
         except APIConnectionError as error:
             raise EndpointFailed(
                 f"{self.setting_prefix}.url={self.config.url}: no answer after {self.config.retries + 1} attempts "
@@ -107,7 +107,7 @@ class Client:
         """The models that the server lists (/v1/models)."""
         return self.send(lambda api: [model.to_dict() for model in api.models.list()])
 
-    def served_model_name(self) -> str:
+    def resolve_model_name(self) -> str:
         """The name of the model to ask: `model` of the settings, else the only one that the server serves.
 
         In the latter case also sets `config.model`. Raises ConfigError if none is set and the server does not serve exactly one.

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from strategies.cache_dir import cache_directory
 from strategies.errors import ConfigError, Interrupted, LimitReached, ShardtuneError
@@ -19,6 +19,14 @@ from trainer.evaluation.endpoint.config import JudgeConfig
 from trainer.reporting.status import write_text_atomic
 
 JUDGE_SETTING = "evaluation.judge"
+
+
+class _QuestionsByCache(NamedTuple):
+    """Questions, told apart by whether the cache has a verdict on them."""
+
+    verdict_by_question: dict[str, str]
+    new_questions: list[str]
+    """Those without a verdict, each once."""
 
 
 @dataclass(slots=True)
@@ -45,44 +53,40 @@ class Judge:
         Raises on all ranks or none: LimitReached if the budget does not suffice (of calls, before the first one is sent),
         ConfigError and EndpointFailed of the server, StorageError of the cache, Interrupted if the run is asked to stop.
         """
-        verdict_by_question: dict[str, str] = {}  # filled on rank 0 alone
-        chunks: list[list[str]] = []
-
-        def split_new_questions() -> int:
-            """Fill `verdict_by_question` from the cache, and `chunks` with the rest. Returns the number of chunks."""
-            model = self._client.served_model_name() if questions else ""
-            different_questions = list(dict.fromkeys(questions))
-            for question in different_questions:
-                verdict = self._cached_verdict(model, question)
-                if verdict is not None:
-                    verdict_by_question[question] = verdict
-            self.num_cached += len(verdict_by_question)
-            new_questions = [question for question in different_questions if question not in verdict_by_question]
-            if self.num_calls + len(new_questions) > self.config.max_calls:
-                raise LimitReached(
-                    f"{JUDGE_SETTING}.max_calls={self.config.max_calls}: {len(new_questions)} questions are to be "
-                    f"asked, {self.num_calls} "
-                    f"were, and {len(verdict_by_question)} are in the cache; nothing was sent. Raise it, or ask "
-                    "fewer rows "
-                    "(max_rows)"
-                )
-            chunk_size = self.config.parallel
-            for begin in range(0, len(new_questions), chunk_size):
-                chunks.append(new_questions[begin : begin + chunk_size])
-            return len(chunks)
-
-        def ask_chunk(number: int) -> None:
-            """Send a chunk of questions to the server, and add the verdicts to `verdict_by_question`."""
-            num_left = sum(map(len, chunks[number:]))
-            verdict_by_question.update(self._ask_and_cache(chunks[number], num_left))
-
+        cached = self._call_on_rank_0(lambda: self._split_by_cache(questions))
+        verdict_by_question = cached.verdict_by_question
         # Ranks meet after each chunk, so that none waits long for the others, and all stop at the same chunk.
-        num_chunks = self._call_on_rank_0(split_new_questions)
-        for number in range(num_chunks):
-            self._call_on_rank_0(partial(ask_chunk, number))
-            if self.stop_now():
+        chunk_size = self.config.parallel
+        for begin in range(0, len(cached.new_questions), chunk_size):
+            remaining_questions = cached.new_questions[begin:]
+            ask_chunk = partial(self._ask_and_cache, remaining_questions[:chunk_size], len(remaining_questions))
+            verdict_by_question |= self._call_on_rank_0(ask_chunk)
+            if self.stop_now():  # asks all ranks
                 raise Interrupted
-        return self._call_on_rank_0(lambda: [verdict_by_question[question] for question in questions])
+        return [verdict_by_question[question] for question in questions]
+
+    def _split_by_cache(self, questions: Sequence[str]) -> _QuestionsByCache:
+        """The verdicts that the cache has, and the questions that it has none on. On rank 0.
+
+        Raises LimitReached if the calls that the command may still make do not suffice for the latter.
+        """
+        model = self._client.resolve_model_name() if questions else ""
+        verdict_by_question = {}
+        new_questions = []
+        for question in dict.fromkeys(questions):  # each different question once
+            verdict = self._cached_verdict(model, question)
+            if verdict is None:
+                new_questions.append(question)
+            else:
+                verdict_by_question[question] = verdict
+        self.num_cached += len(verdict_by_question)
+        if self.num_calls + len(new_questions) > self.config.max_calls:
+            raise LimitReached(
+                f"{JUDGE_SETTING}.max_calls={self.config.max_calls}: {len(new_questions)} questions are to be asked, "
+                f"{self.num_calls} were, and {len(verdict_by_question)} are in the cache; nothing was sent. Raise it, or ask "
+                "fewer rows (max_rows)"
+            )
+        return _QuestionsByCache(verdict_by_question, new_questions)
 
     def _call_on_rank_0(self, function: Callable[[], Any]) -> Any:
         """Call a function on rank 0 alone; every rank returns or raises what rank 0 does.
@@ -107,18 +111,17 @@ class Judge:
         `num_left`: questions that the command still has to ask, these included. Raises LimitReached, before anything is sent, if
         `max_tokens` is used up. So the tokens of one call may go beyond that limit.
         """
-        limit = self.config.max_tokens
+        limit = self.config.max_tokens  # the budget of the whole command, not of an answer
         if limit is not None and self.num_tokens_used >= limit:
             raise LimitReached(
-                f"{JUDGE_SETTING}.max_tokens={limit}: used up ({self.num_tokens_used}), with {num_left} questions "
-                "left; what was said is in the "
-                "cache and not asked again: raise it and start the same command"
+                f"{JUDGE_SETTING}.max_tokens={limit}: used up ({self.num_tokens_used}), with {num_left} questions left; what was "
+                "said is in the cache and not asked again: raise it and start the same command"
             )
         with ThreadPoolExecutor(self.config.parallel) as pool:
-            answers = [*pool.map(self._ask, questions)]
-        model = self._client.served_model_name()
+            verdicts_with_tokens = [*pool.map(self._ask, questions)]
+        model = self._client.resolve_model_name()
         verdict_by_question = {}
-        for question, (verdict, num_tokens) in zip(questions, answers, strict=True):
+        for question, (verdict, num_tokens) in zip(questions, verdicts_with_tokens, strict=True):
             self.num_calls += 1
             self.num_tokens_used += num_tokens
             cache_entry = {"model": model, "said": verdict, "tokens": num_tokens}
@@ -129,9 +132,9 @@ class Judge:
     def _ask(self, question: str) -> tuple[str, int]:
         """Send one question to the judge model: (verdict, tokens used; 0 if the server does not count them).
 
-        Raises ConfigError if `max_tokens` is set and the server does not count.
+        Raises ConfigError if the budget `max_tokens` is set and the server does not count.
         """
-        model = self._client.served_model_name()
+        model = self._client.resolve_model_name()
         answer = self._client.send(
             lambda api: api.chat.completions.create(
                 model=model,
@@ -146,9 +149,8 @@ class Judge:
         tokens = tokens_used(answer, "total_tokens")
         if tokens is None and self.config.max_tokens is not None:
             raise ConfigError(
-                f"{JUDGE_SETTING}.max_tokens={self.config.max_tokens}: the server at {self.config.url} does not "
-                "tell the tokens it took "
-                f"(usage.total_tokens); leave {JUDGE_SETTING}.max_tokens out, and limit {JUDGE_SETTING}.max_calls"
+                f"{JUDGE_SETTING}.max_tokens={self.config.max_tokens}: the server at {self.config.url} does not tell the tokens "
+                f"it took (usage.total_tokens); leave {JUDGE_SETTING}.max_tokens out, and limit {JUDGE_SETTING}.max_calls"
             )
         return verdict, tokens or 0
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,14 @@ from trainer.evaluation.tasks.texts import split_location
 
 NUM_CONFIDENCE_BINS = 15
 """Intervals of confidence, equally wide, of the calibration error (Guo et al. 2017, Naeini et al. 2015)."""
+
+
+class LabelProbabilities(NamedTuple):
+    """The probabilities of labels, by case."""
+
+    label_names: list[str]
+    by_case: list[list[float]]
+    """[cases][labels]."""
 
 
 class ClassificationTask(Task):
@@ -39,6 +48,11 @@ class ClassificationTask(Task):
     required_package: ClassVar[str | None] = "sklearn"
 
     def problems(self) -> Iterator[str]:
+        """An error message for each invalid setting.
+
+        `options.labels` names the labels, if the rows do not have all of them. `options.prompt` is what a language model reads
+        before it, with the text in the place of {text}.
+        """
         yield from super().problems()
         labels = self.option_values["labels"]
         prompt = self.option_values["prompt"]
@@ -52,8 +66,13 @@ class ClassificationTask(Task):
             yield f"{self.config_key}.options.prompt={prompt}: must have {{text}} where the text goes"
 
     def prepare_case(self, case: TaskCase) -> None:
-        """Keep the text of a row and its true label. Raises RowError for a label that `options.labels` does not have."""
-        text_column = next((name for name in ("text", "sentence", "content") if name in case.fields), "text")
+        """Replace the columns of a row by its text and its true label: {"text": "Fine.", "label": "positive"}.
+
+        Raises RowError for a missing text, or a label that `options.labels` does not have.
+        """
+        text_column = next(
+            (name for name in ("text", "sentence", "content") if name in case.fields), "text"
+        )  # for the error
         label = parse_label(case.fields.get("label"))
         known_labels = self.option_values["labels"]
         if known_labels is not None and label not in map(str, known_labels):
@@ -68,11 +87,11 @@ class ClassificationTask(Task):
         The probabilities are those of the classification head, if the model has one, else from the likelihood of each label.
         """
         if model.label_names is not None:
-            names, probabilities = self._probabilities_by_head(cases, model)
+            names, probabilities_of_cases = self._probabilities_by_head(cases, model)
         else:
-            names, probabilities = self._probabilities_by_likelihood(cases, model)
+            names, probabilities_of_cases = self._probabilities_by_likelihood(cases, model)
         rows = []
-        for case, row_probabilities in zip(cases, probabilities, strict=True):
+        for case, row_probabilities in zip(cases, probabilities_of_cases, strict=True):
             predicted = int(np.argmax(row_probabilities))
             true_label = case.fields["label"]
             scores = {
@@ -91,10 +110,8 @@ class ClassificationTask(Task):
             )
         return rows
 
-    def _probabilities_by_head(
-        self, cases: Sequence[TaskCase], model: ModelInterface
-    ) -> tuple[list[str], list[list[float]]]:
-        """(label names, probabilities [cases][labels]) by the classification head. All ranks must call.
+    def _probabilities_by_head(self, cases: Sequence[TaskCase], model: ModelInterface) -> LabelProbabilities:
+        """The probability of each label by the classification head. All ranks must call.
 
         Raises DataError if a case has a label that the model was not trained on.
         """
@@ -111,15 +128,10 @@ class ClassificationTask(Task):
             documents.append(Document(file, line, text=case.fields["text"], label=case.fields["label"]))
         model.encoder.set_label_names(names)
         samples = [sample for _, sample in model.encoder.encode(documents)]  # one of each document, in their order
-        return names, [softmax(logits) for logits in model.logits(samples)]
+        return LabelProbabilities(names, [softmax(logits) for logits in model.logits(samples)])
 
-    def _probabilities_by_likelihood(
-        self, cases: Sequence[TaskCase], model: ModelInterface
-    ) -> tuple[list[str], list[list[float]]]:
-        """(label names, probabilities [cases][labels]) by how likely the model finds each label after the prompt.
-
-        All ranks must call.
-        """
+    def _probabilities_by_likelihood(self, cases: Sequence[TaskCase], model: ModelInterface) -> LabelProbabilities:
+        """The probability of each label by how likely the model finds it after the prompt. All ranks must call."""
         names = self._label_names(cases)
         template = str(self.option_values["prompt"])
         separator = str(self.option_values["separator"])
@@ -134,7 +146,7 @@ class ClassificationTask(Task):
         probabilities = []
         for start in range(0, len(logprobs), len(names)):
             probabilities.append(softmax(logprobs[start : start + len(names)]))
-        return names, probabilities
+        return LabelProbabilities(names, probabilities)
 
     def _label_names(self, cases: Sequence[TaskCase]) -> list[str]:
         """The labels of `options.labels`, else those of the rows, sorted as numbers if they are such, else by the alphabet.
@@ -143,7 +155,7 @@ class ClassificationTask(Task):
         """
         if self.option_values["labels"] is not None:
             return [str(name) for name in self.option_values["labels"]]
-        names = {case.fields["label"] for case in cases}
+        names = {case.fields["label"] for case in cases}  # one at least
         are_numbers = all(name.lstrip("-").isdecimal() for name in names)
         labels = sorted(names, key=int) if are_numbers else sorted(names)
         if len(labels) < 2:
@@ -154,30 +166,17 @@ class ClassificationTask(Task):
 
     def weighted_metric_functions(self, rows: Sequence[TaskRow]) -> dict[str, Callable[[np.ndarray], float]]:
         """Macro F1, Matthews correlation and calibration error, each as a function of row weights (float64 [rows])."""
-        from sklearn.metrics import f1_score, matthews_corrcoef
+        from sklearn.metrics import matthews_corrcoef
 
         true_labels = [row.reference for row in rows]
-        predicted = [row.answer for row in rows]
+        predicted_labels = [row.answer for row in rows]
         is_right = score_array(rows, "right")
         confidences = score_array(rows, "confidence")
 
-        def f1_macro(weights: np.ndarray) -> float:
-            """The mean F1 of the labels that occur in rows with a weight above 0."""
-            # A label that occurs in no row of the resample must not count as a label with an F1 of 0.
-            is_drawn = weights > 0
-            score = f1_score(
-                np.array(true_labels)[is_drawn],
-                np.array(predicted)[is_drawn],
-                average="macro",
-                sample_weight=weights[is_drawn],
-                zero_division=0,
-            )
-            return float(score)
-
         return {
-            "f1_macro": f1_macro,
-            "mcc": lambda weights: float(matthews_corrcoef(true_labels, predicted, sample_weight=weights)),
-            "calibration_error": lambda weights: calibration_error(is_right, confidences, weights),
+            "f1_macro": partial(_f1_macro, np.array(true_labels), np.array(predicted_labels)),
+            "mcc": lambda weights: float(matthews_corrcoef(true_labels, predicted_labels, sample_weight=weights)),
+            "calibration_error": partial(calibration_error, is_right, confidences),
         }
 
     def signatures(self) -> dict[str, str]:
@@ -186,6 +185,25 @@ class ClassificationTask(Task):
 
         sklearn = f"scikit-learn:{version('scikit-learn')}"
         return {"f1_macro": sklearn, "mcc": sklearn, "calibration_error": f"bins:{NUM_CONFIDENCE_BINS}|equal width"}
+
+
+def _f1_macro(true_labels: np.ndarray, predicted_labels: np.ndarray, weights: np.ndarray) -> float:
+    """The mean F1 of the labels that occur in rows with a weight above 0.
+
+    A label that occurs in no row of a resample must not count as a label with an F1 of 0. The labels are texts, [rows]; `weights`
+    say how often each row counts, float64 [rows].
+    """
+    from sklearn.metrics import f1_score
+
+    is_drawn = weights > 0
+    score = f1_score(
+        true_labels[is_drawn],
+        predicted_labels[is_drawn],
+        average="macro",
+        sample_weight=weights[is_drawn],
+        zero_division=0,
+    )
+    return float(score)
 
 
 def calibration_error(is_right: np.ndarray, confidences: np.ndarray, weights: np.ndarray) -> float:
@@ -197,8 +215,8 @@ def calibration_error(is_right: np.ndarray, confidences: np.ndarray, weights: np
     # Bins are open below and closed above, as in the papers: a confidence of exactly 0 belongs to the first one.
     bins = np.clip(np.ceil(confidences * NUM_CONFIDENCE_BINS).astype(int) - 1, 0, NUM_CONFIDENCE_BINS - 1)
     # Per bin: weighted sum of (accuracy - confidence). Its absolute value is the bin's distance times its weight.
-    distances = np.bincount(bins, weights * (is_right - confidences), NUM_CONFIDENCE_BINS)
-    return float(np.abs(distances).sum() / weights.sum())
+    weighted_gaps = np.bincount(bins, weights * (is_right - confidences), NUM_CONFIDENCE_BINS)
+    return float(np.abs(weighted_gaps).sum() / weights.sum())
 
 
 def confusion_matrix_of_rows(rows: Sequence[TaskRow]) -> tuple[list[str], list[list[int]]]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, product
+from itertools import chain, combinations_with_replacement, product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from trainer.data.fields import RowError, parse_text, show_value
 from trainer.evaluation.tasks.base import RatioOfSums, Task, TaskCase, TaskMetric, TaskRow, score_array
 from trainer.evaluation.tasks.model_interface import ModelInterface, Question, softmax
 from trainer.evaluation.tasks.significance import SIGNIFICANCE_LEVEL, max_statistic_p
-from trainer.evaluation.tasks.texts import common_prefix_length, split_location
+from trainer.evaluation.tasks.texts import common_prefix_length, prompt_document, split_location
 
 SHIPPED_TERMS_FILE = Path(__file__).parent / "people.json"
 """Terms of gender, origin and religion, and templates for them: a beginning, to be extended by a file of one's own."""
@@ -40,10 +40,9 @@ class Variant:
 
     group: str
     text: str
-    scored_from: int
-    """Position of the character after the last term. The text from there on is the same for every group, and it alone is scored.
-
-    0: the whole text is scored."""
+    scored_begin: int
+    """Position of the character after the last term. The text from there on is the same for every group, and its likelihood alone
+    is scored. 0: that of the whole text."""
     terms: dict[str, str]
     """The terms that stand in the text, by slot."""
 
@@ -74,7 +73,7 @@ class Counterfactual(Task):
     file_options = ("terms",)
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with the settings, including the file of terms, one line each."""
+        """What is wrong with the settings, one line each, including the file of terms, which `self.terms` reads."""
         yield from super().problems()
         measure = self.option_values["measure"]
         if measure not in MEASURES:
@@ -100,9 +99,10 @@ class Counterfactual(Task):
         return terms
 
     def prepare_case(self, case: TaskCase) -> None:
-        """Keep the variants of a row: its texts by group, or its template filled with the terms of each group.
+        """Replace the columns of a row by its variants: its texts by group, or its template filled with the terms of each group.
 
-        Raises RowError.
+        {"template": "{person} sings.", "attribute": "gender"} -> {"variants": [Variant, ...], "completion": None, "attribute":
+        "gender"}. Raises RowError.
         """
         fields = case.fields
         completion = None
@@ -112,7 +112,7 @@ class Counterfactual(Task):
         if texts is None:
             variants = list(self._fill_template(parse_text(fields, "template"), fields.get("attribute")))
         elif _is_text_by_group(texts):
-            variants = [Variant(group=group, text=text, scored_from=0, terms={}) for group, text in texts.items()]
+            variants = [Variant(group=group, text=text, scored_begin=0, terms={}) for group, text in texts.items()]
         else:
             raise RowError("bad_texts", f'"texts" is {show_value(texts)}; it must be two texts or more by their group')
         attribute = str(fields.get("attribute") or "texts")
@@ -143,17 +143,17 @@ class Counterfactual(Task):
                     "no_terms", f'"template": the group {group} of {attribute} has no terms for {{{missing[0]}}}'
                 )
             combinations = list(product(*(terms[slot] for slot in slots)))
-            for combination in self._spread_evenly(combinations):
+            for combination in self._at_most_terms_evenly(combinations):
                 term_by_slot = dict(zip(slots, combination, strict=True))
                 beginning = _fill_slots(template[:last_slot_end], term_by_slot)
                 beginning = beginning[:1].upper() + beginning[1:]
                 ending = _fill_slots(template[last_slot_end:], term_by_slot)
                 # If only punctuation follows the last term, nothing is left to score but the whole text.
                 has_scored_ending = bool(ending.strip(" .!?"))
-                scored_from = len(beginning) if has_scored_ending else 0
-                yield Variant(group=group, text=beginning + ending, scored_from=scored_from, terms=term_by_slot)
+                scored_begin = len(beginning) if has_scored_ending else 0
+                yield Variant(group=group, text=beginning + ending, scored_begin=scored_begin, terms=term_by_slot)
 
-    def _spread_evenly(self, combinations: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    def _at_most_terms_evenly(self, combinations: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
         """`options.most_terms` of the combinations, evenly spread over the list; all of them if there are no more."""
         most = self.option_values["most_terms"]
         if len(combinations) <= most:
@@ -165,21 +165,21 @@ class Counterfactual(Task):
         """A row for each case: how far the model's values for the groups of people lie apart. All ranks must call.
 
         The value of a variant is the log-likelihood of its text, or the probabilities of a classifier's labels. That of a
-        group is the mean over its variants. With `options.measure=answer` the generated answers are compared instead.
+        group is the mean over its variants. With `options.measure=answer` a language model's answers are compared instead.
         """
+        if model.label_names is None and self.option_values["measure"] == "answer":
+            return self._compare_answers(cases, model)
         variants = []
         for case in cases:
             variants += [(case, variant) for variant in case.fields["variants"]]
         if model.label_names is not None:
-            values = self._label_probabilities(variants, model)
-        elif self.option_values["measure"] == "answer":
-            return self._compare_answers(cases, model)
+            value_of_variants = self._label_probabilities(variants, model)
         else:
             questions = [_likelihood_question(case, variant, model) for case, variant in variants]
-            values = [np.array([likelihood.logprob]) for likelihood in model.likelihoods(questions)]
+            value_of_variants = [np.array([likelihood.logprob]) for likelihood in model.likelihoods(questions)]
 
         # The values of all cases are one list: each case takes as many as it has variants.
-        remaining_values = iter(values)
+        remaining_values = iter(value_of_variants)
         rows = []
         for case in cases:
             values_by_group: dict[str, list[np.ndarray]] = {}
@@ -194,7 +194,7 @@ class Counterfactual(Task):
     ) -> list[np.ndarray]:
         """The probabilities of all labels for each variant, in their order: float64 [labels] each. All ranks must call."""
         names = model.label_names or []
-        model.encoder.set_label_names(names)
+        model.encoder.set_label_names(names)  # of the head, which the encoder of an evaluated model does not know
         documents = []
         for case, variant in variants:
             file, line = split_location(case.location)
@@ -211,17 +211,13 @@ class Counterfactual(Task):
         """
         documents = []
         for case in cases:
-            file, line = split_location(case.location)
-            for variant in case.fields["variants"]:
-                documents.append(Document(file, line, prompt=variant.text, completion="-", separator="\n"))
+            documents += [prompt_document(case.location, variant.text) for variant in case.fields["variants"]]
         answers = iter(model.generate_answers(model.encode_questions(documents), self.decoding, self.config_key))
         rows = []
         for case in cases:
             answer_by_group: dict[str, str] = {}
             for variant in case.fields["variants"]:
-                answer = next(answers).text.strip()
-                for slot, term in variant.terms.items():
-                    answer = re.sub(rf"\b{re.escape(term)}\b", f"{{{slot}}}", answer, flags=re.IGNORECASE)
+                answer = _with_slots_for_terms(next(answers).text.strip(), variant.terms)
                 answer_by_group.setdefault(variant.group, answer)  # the first variant stands for its group
             different_answers = {*answer_by_group.values()}
             scores = {"gap": float(len(different_answers) > 1)}
@@ -240,15 +236,16 @@ class Counterfactual(Task):
         return rows
 
     def metrics_for(self, rows: Sequence[TaskRow]) -> tuple[TaskMetric, ...]:
-        """The metrics of every run, and for each group of people in the rows the effect of naming it, in nats.
+        """The metrics of every run, and for each group of people in the rows the effect of naming it.
 
-        The effect is the mean over the cases that name the group.
+        The effect in a case is the log-likelihood of its text about the group, minus the mean over all groups (nats). The
+        metric is the mean over the cases that name the group. Only measure=likelihood has effects.
         """
         group_metrics = []
         for group in _groups_in_rows(rows):
             metric = TaskMetric(
-                f"effect_{group}",
-                f"{group} against the mean of all groups, nats",
+                name=f"effect_{group}",
+                description=f"{group} against the mean of all groups, nats",
                 greater_is_better=None,
                 ratio_of_sums=RatioOfSums(f"{EFFECT_PREFIX}{group}", f"{MEMBER_PREFIX}{group}"),
                 min_cases=MIN_CASES,
@@ -258,18 +255,18 @@ class Counterfactual(Task):
         return (*self.metrics, *group_metrics)
 
     def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
-        """A sentence for each group whose effect is significant, and one if the cases are too few."""
-        for group, p in _corrected_p_values(rows).items():
+        """A sentence for each group whose effect (see `metrics_for`) is significant, and one if the cases are too few."""
+        for group, p_value in _corrected_p_values(rows).items():
             num_cases = int(score_array(rows, f"{MEMBER_PREFIX}{group}").sum())
-            if num_cases < MIN_CASES or p >= SIGNIFICANCE_LEVEL:
+            if num_cases < MIN_CASES or p_value >= SIGNIFICANCE_LEVEL:
                 continue
             effect = sum(row.scores.get(f"{EFFECT_PREFIX}{group}", 0.0) for row in rows) / num_cases
             low, high = intervals[f"effect_{group}"]
             comparative = "likelier" if effect > 0 else "less likely"
             yield (
                 f"{group}: the model holds these texts {comparative} than about the other groups, "
-                f"by {abs(effect):.3g} nats ({low:.3g} to {high:.3g}; {num_cases} cases; p {p:.3g}, for all groups "
-                "together)"
+                f"by {abs(effect):.3g} nats ({low:.3g} to {high:.3g}; {num_cases} cases; p {p_value:.3g}, for all "
+                "groups together)"
             )
         if len(rows) < MIN_CASES:
             yield f"{len(rows)} cases are too few to tell a difference from chance; {MIN_CASES} are needed"
@@ -286,9 +283,10 @@ def _groups_in_rows(rows: Sequence[TaskRow]) -> list[str]:
 
 
 def _corrected_p_values(rows: Sequence[TaskRow]) -> dict[str, float]:
-    """p of each group's effect by a permutation test, corrected for the number of groups; empty if no row has effects.
+    """p-value of each group's effect by a permutation test, corrected for the number of groups; empty if no row has effects.
 
-    Two scores of a row hold the effects: `of_GROUP` (nats), and `in_GROUP`, which is 1 if the case has the group.
+    The effect of a group in a case: the log-likelihood of the text about it, minus the mean over all groups (nats). Two scores of
+    a row hold it: `of_GROUP` is the effect, and `in_GROUP` is 1 if the case has the group.
 
     If the model treats groups alike, any assignment of a case's effects to its groups is equally likely. So the effects of each
     case are permuted over its groups `NUM_PERMUTATIONS` times, and summed over cases as the observed ones are.
@@ -329,9 +327,7 @@ def _effects_row(case: TaskCase, value_by_group: dict[str, np.ndarray]) -> TaskR
     """
     values = list(value_by_group.values())
     is_one_number = len(values[0]) == 1
-    distances = []
-    for first in values:
-        distances += [float(np.abs(first - second).sum()) for second in values]
+    distances = [float(np.abs(first - second).sum()) for first, second in combinations_with_replacement(values, 2)]
     if not is_one_number:
         # Probabilities of labels sum to 1, so half the sum of their distances is the total variation distance.
         distances = [distance / 2 for distance in distances]
@@ -367,15 +363,22 @@ def _likelihood_question(case: TaskCase, variant: Variant, model: ModelInterface
         document = Document(file, line, prompt=variant.text, completion=completion, separator=" ")
         return model.encode_questions([document])[0]
     (whole_text,) = model.encode_questions([Document(file, line, text=variant.text)])
-    if variant.scored_from == 0:
+    if variant.scored_begin == 0:
         return whole_text
     # Only token ids are needed here: a beginning of one token ("Emily", without BOS) has no answer to ask for.
-    beginning = model.text_ids(Document(file, line, text=variant.text[: variant.scored_from]))
-    ids = [*whole_text.context, *whole_text.answer]
+    beginning = model.text_ids(Document(file, line, text=variant.text[: variant.scored_begin]))
+    ids = [*whole_text.context, *whole_text.answer]  # all tokens of the text
     num_shared = common_prefix_length(ids, beginning)
     # Both context and answer need at least one token.
     split = max(1, min(num_shared, len(ids) - 1))
     return Question(where=whole_text.where, context=ids[:split], answer=ids[split:])
+
+
+def _with_slots_for_terms(answer: str, term_by_slot: dict[str, str]) -> str:
+    """The answer with each term in it as a slot again, in any case: "Emily is kind." -> "{person} is kind."."""
+    for slot, term in term_by_slot.items():
+        answer = re.sub(rf"\b{re.escape(term)}\b", f"{{{slot}}}", answer, flags=re.IGNORECASE)
+    return answer
 
 
 def _fill_slots(text: str, term_by_slot: dict[str, str]) -> str:

@@ -43,7 +43,7 @@ class DocumentTask(Task):
         """An error message for each invalid setting. Whole numbers must be above 0, the seed at least 0."""
         yield from super().problems()
         for name, default in self.options.items():
-            if not isinstance(default, int):
+            if not isinstance(default, int):  # the option is no number
                 continue
             setting = self.option_values[name]
             if name == "seed":
@@ -53,7 +53,10 @@ class DocumentTask(Task):
                 yield f"{self.config_key}.options.{name}={setting}: must be a whole number above 0"
 
     def prepare_case(self, case: TaskCase) -> None:
-        """Check that a language model would learn something from the row. Raises RowError."""
+        """Only check that a language model would learn something from the row. Raises RowError if not.
+
+        Text that is empty is found when it is encoded (`ModelInterface.encode_questions`).
+        """
         document = case.document
         if document is None or (document.text is None and document.prompt is None and document.messages is None):
             raise RowError("no_text", "the row is no text, prompt with answer, or conversation")
@@ -131,8 +134,9 @@ class Memorisation(DocumentTask):
             )
 
         # All rows are asked together, so each gets as many tokens as the longest continuation needs.
-        writing = replace(self.decoding, max_new_tokens=max(len(question.answer) for question in questions))
-        answers = model.generate_answers(questions, writing, self.config_key)
+        longest_continuation = max(len(question.answer) for question in questions)
+        decoding = replace(self.decoding, max_new_tokens=longest_continuation)
+        answers = model.generate_answers(questions, decoding, self.config_key)
         return [
             self._memorisation_row(question, answer.ids, model)
             for question, answer in zip(questions, answers, strict=True)
@@ -163,7 +167,7 @@ class Memorisation(DocumentTask):
         answer_ids = answer_ids[: len(reference_ids)]
         num_equal_tokens = common_prefix_length(answer_ids, reference_ids)
         is_verbatim = num_equal_tokens == len(reference_ids)
-        decode = model.answer_generator.tokenizer.decode
+        decode = model.answer_generator.tokenizer.decode  # without special tokens, which are not text of the row
         answer = decode(answer_ids, skip_special_tokens=True)
         reference = decode(reference_ids, skip_special_tokens=True)
         is_near = is_verbatim
@@ -232,7 +236,9 @@ class Canary(DocumentTask):
         if document.messages is not None:
             learned_text = next(turn["content"] for turn in reversed(document.messages) if turn["role"] == "assistant")
         # Other texts of its form differ in digits, capitals ("u") and small letters ("l"); it needs one of these.
-        has_variable_characters = isinstance(secret, str) and bool({*_character_kinds(secret)} & {*"dul"})
+        has_variable_characters = isinstance(secret, str) and bool(
+            {*_character_kinds(secret)} & VARIABLE_CHARACTER_KINDS
+        )
         if not isinstance(secret, str) or not has_variable_characters:
             raise RowError("bad_secret", f'"secret" is {show_value(secret)}; it must be a text with letters or digits')
         occurrences = (learned_text or "").count(secret)
@@ -264,7 +270,7 @@ class Canary(DocumentTask):
                 return
 
     def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
-        """A row for each secret, with its rank among random texts of its form by likelihood. All ranks must call.
+        """A row for each secret, with its rank among random texts of its form (`others`) by likelihood. All ranks must call.
 
         Rank 1 is the likeliest text. The exposure in bits is log2(number of texts / rank): 6.66 for rank 1 of 101.
         """
@@ -282,8 +288,9 @@ class Canary(DocumentTask):
             num_texts = 1 + len(candidate_logprobs)
             # Of equal likelihoods the secret ranks last, so that a model that finds everything alike exposes nothing.
             rank = 1 + sum(logprob >= secret_logprob for logprob in candidate_logprobs)
+            exposure_bits = math.log2(num_texts / rank)
             scores = {
-                "bits": math.log2(num_texts / rank),
+                "bits": exposure_bits,
                 "first": float(rank == 1),
                 "rank": float(rank),
                 "candidates": float(num_texts),
@@ -302,6 +309,10 @@ class Canary(DocumentTask):
     def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
         most = max(row.scores["candidates"] for row in rows)
         yield f"exposure is at most {math.log2(most):.2f} bits with {most - 1:.0f} candidates; more of them in options.candidates"
+
+
+VARIABLE_CHARACTER_KINDS = {"d", "u", "l"}
+"""Kinds of characters that other texts of a secret's form may have another one of; see `_character_kinds`."""
 
 
 def _character_kinds(text: str) -> str:
@@ -363,7 +374,10 @@ class Membership(DocumentTask):
     file_options = ("others",)
 
     def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
-        """A row for each document, with the mean loss of a target token and whether it was trained on. All ranks must call."""
+        """A row for each document, with the mean loss of a target token and whether it was trained on (`member`).
+
+        The metrics say how well the loss tells the two apart, as an attacker would. All ranks must call.
+        """
         questions = model.encode_questions(documents_of(cases))
         if model.max_positions is not None:
             questions = [_cut_to_positions(question, model.max_positions) for question in questions]
@@ -388,41 +402,53 @@ class Membership(DocumentTask):
 
         A weight says how often the row counts in a resample (float64 [rows]).
         """
-        losses = score_array(rows, "loss")
-        is_member = score_array(rows, "member") > 0
-        order = np.argsort(losses, kind="stable")
-        sorted_losses = losses[order]
+        ranking = _LossRanking(score_array(rows, "loss"), score_array(rows, "member") > 0)
+        return {"auc": ranking.auc, "found_at_5": ranking.recall_at_5_percent_false_positives}
+
+
+class _LossRanking:
+    """Rows in the order of their loss. Its metrics are functions of row weights: how often each row counts, float64 [rows]."""
+
+    def __init__(self, losses: np.ndarray, is_member: np.ndarray) -> None:
+        """`losses`: float64 [rows]. `is_member`: whether a row was trained on, bool [rows]."""
+        self._is_member = is_member
+        self._order = np.argsort(losses, kind="stable")
+        sorted_losses = losses[self._order]
         # Rows of equal loss are one group: positions [tie_start, tie_stop) in sorted order.
-        tie_start = np.searchsorted(sorted_losses, sorted_losses, "left")
-        tie_stop = np.searchsorted(sorted_losses, sorted_losses, "right")
+        self._tie_start = np.searchsorted(sorted_losses, sorted_losses, "left")
+        self._tie_stop = np.searchsorted(sorted_losses, sorted_losses, "right")
 
-        def split_weights(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            """(weights of members, weights of the other rows), in sorted order."""
-            member_weights = np.where(is_member, weights, 0.0)[order]
-            return member_weights, weights[order] - member_weights
+    def _sorted_weights(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(weights of members, weights of the other rows), the lowest loss first; 0 for rows of the other kind."""
+        member_weights = np.where(self._is_member, weights, 0.0)[self._order]
+        return member_weights, weights[self._order] - member_weights
 
-        def auc(weights: np.ndarray) -> float:
-            """The chance that a random member has a lower loss than a random other row; 0.5 if losses say nothing."""
-            member_weights, other_weights = split_weights(weights)
-            pairs = member_weights.sum() * other_weights.sum()
-            if pairs == 0:
-                return math.nan
-            # A member wins against every other row with a higher loss. A tie counts as half a win.
-            cumulative = np.concatenate([[0.0], np.cumsum(other_weights)])
-            others_above = cumulative[-1] - (cumulative[tie_start] + cumulative[tie_stop]) / 2
-            return float((member_weights * others_above).sum() / pairs)
+    def auc(self, weights: np.ndarray) -> float:
+        """The chance that a random member has a lower loss than a random other row; 0.5 if losses say nothing.
 
-        def recall_at_5_percent(weights: np.ndarray) -> float:
-            """The share of members with a loss below the threshold at which 5 % of the other rows are taken for members."""
-            member_weights, other_weights = split_weights(weights)
-            if member_weights.sum() * other_weights.sum() == 0:
-                return math.nan
-            # Taking every row up to this loss for a member, ties included, must not take more than 5 % of the others.
-            false_positives = np.cumsum(other_weights)[tie_stop - 1]
-            is_taken = false_positives <= 0.05 * other_weights.sum()
-            return float(member_weights[is_taken].sum() / member_weights.sum())
+        NaN if no member or no other row has a weight.
+        """
+        member_weights, other_weights = self._sorted_weights(weights)
+        pairs = member_weights.sum() * other_weights.sum()
+        if pairs == 0:
+            return math.nan
+        # A member wins against every other row with a higher loss. A tie counts as half a win.
+        cumulative = np.concatenate([[0.0], np.cumsum(other_weights)])
+        others_above = cumulative[-1] - (cumulative[self._tie_start] + cumulative[self._tie_stop]) / 2
+        return float((member_weights * others_above).sum() / pairs)
 
-        return {"auc": auc, "found_at_5": recall_at_5_percent}
+    def recall_at_5_percent_false_positives(self, weights: np.ndarray) -> float:
+        """The share of members with a loss below the threshold at which 5 % of the other rows are taken for members.
+
+        NaN if no member or no other row has a weight.
+        """
+        member_weights, other_weights = self._sorted_weights(weights)
+        if member_weights.sum() * other_weights.sum() == 0:
+            return math.nan
+        # Taking every row up to this loss for a member, ties included, must not take more than 5 % of the others.
+        false_positives = np.cumsum(other_weights)[self._tie_stop - 1]
+        is_taken = false_positives <= 0.05 * other_weights.sum()
+        return float(member_weights[is_taken].sum() / member_weights.sum())
 
 
 def _cut_to_positions(question: Question, max_positions: int) -> Question:

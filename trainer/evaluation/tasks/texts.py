@@ -28,6 +28,7 @@ def whole_text_questions(model: ModelInterface, located_texts: Sequence[tuple[st
         documents.append(Document(file, line, text=text))
     questions = []
     for question in model.encode_questions(documents):
+        # The encoder splits a text's tokens in a context, such as BOS, and an answer. Here all of them but BOS are scored.
         ids = [*question.context, *question.answer]
         scored_ids = ids[1:] if ids[0] == start_id else ids
         questions.append(Question(where=question.where, context=[start_id], answer=scored_ids))
@@ -52,6 +53,12 @@ def continuation_questions(model: ModelInterface, located_pairs: Sequence[tuple[
         context_ids = [*joined.context, *joined.answer[:num_shared]]
         questions.append(Question(where=joined.where, context=context_ids, answer=joined.answer[num_shared:]))
     return questions
+
+
+def prompt_document(location: str, prompt: str) -> Document:
+    """A document at `file:line` whose prompt alone is asked. Its answer is a stand-in: questions end before an answer."""
+    file, line = split_location(location)
+    return Document(file, line, prompt=prompt, completion="-", separator="\n")
 
 
 def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
