@@ -6,7 +6,7 @@ import pytest
 
 from tests.simulated.cases import DEALT, EXPERTS, LENGTHS, DealtExperts, simulated
 from tests.simulated.goldens import golden, summary
-from trainer.build.recomputation import micro_batch_of
+from trainer.build.recomputation import placeholder_micro_batch
 from trainer.config.parallel import ParallelConfig
 from trainer.model.config import ModelConfig
 from trainer.model.loading import load_model_config
@@ -131,7 +131,7 @@ def test_recomputation_is_planned_with_the_rows_that_arrive(place):
         case = DealtExperts("fsdp2", "experts", "bf16", experts=degree)
         with simulated_rank(0, RANKS) as runtime:
             built = build_step_parts(case.config(case.model_in(place), RANKS), LENGTHS, runtime).built
-            batch = micro_batch_of(built, LENGTHS, None)
+            batch = placeholder_micro_batch(built, LENGTHS, None)
             kept[degree] = count_activations(built.step_module, batch, Precision.bf16)
     _, layers, width, chosen = sizes_of(place)
     rows = sum(LENGTHS) * chosen

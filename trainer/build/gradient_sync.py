@@ -23,7 +23,7 @@ NEGLIGIBLE_SHARE = 0.01
 
 def plan_gradient_reduction(
     built: BuiltModel,
-    work: Workload,
+    workload: Workload,
     strategy: StrategyConfig,
     precision: Precision,
     runtime: processes.Runtime,
@@ -33,8 +33,8 @@ def plan_gradient_reduction(
     """Resolve `strategy.defer_sync=null`: reduce gradients only in a step's last micro-batch if full ones fit until then.
 
     Writes the choice into the plan of the step module, and its reason into `built.substitutions`. Does nothing if the choice is
-    set, or makes no difference; only FSDP2 has one. `work`: the longest micro-batch. `micro_batches`: how many a rank computes in
-    a step. All ranks must call; all decide by the memory of the smallest device.
+    set, or makes no difference; only FSDP2 has one. `workload`: the longest micro-batch. `micro_batches`: how many a rank
+    computes in a step. All ranks must call; all decide by the memory of the smallest device.
     """
     is_open = isinstance(strategy, Fsdp2Config) and strategy.defer_sync is None
     if not is_open or micro_batches == 1:
@@ -56,9 +56,11 @@ def plan_gradient_reduction(
     if not defer_sync:
         if built.activation_bytes is None:
             # Kept, since later estimates use the count as well.
-            built.activation_bytes = activation_peak_bytes(built, work, strategy.activation_checkpointing, precision)
+            built.activation_bytes = activation_peak_bytes(
+                built, workload, strategy.activation_checkpointing, precision
+            )
         state_bytes = model_state_bytes(built, strategy, precision, runtime)
-        peak_bytes = state_bytes + expected_activation_bytes(built, work, strategy, precision) + extra_bytes
+        peak_bytes = state_bytes + expected_activation_bytes(built, workload, strategy, precision) + extra_bytes
         defer_sync = peak_bytes <= budget_bytes
         reason += f"; estimated peak with them {peak_bytes / 2**30:.2f} of {budget_bytes / 2**30:.2f} GiB"
     built.step_module.plan.defer_sync = defer_sync

@@ -70,8 +70,8 @@ def prepare_data(
 
     `choose_date`: returns the date that chat templates print as today's (`strftime_now`); by default the date that the run has
     recorded, else the one of the first preparation into the cache. `stop`: called now and then; True if the preparation shall
-    stop. `print_line`: called with a line of progress every 15 s. Raises DataError if the data cannot be prepared, or if the
-    objective could learn nothing from it.
+    stop (Preempted). `print_line`: called with a line of progress every 15 s. Raises DataError if the data cannot be prepared, or
+    if the objective could learn nothing from it, for example since no token is supervised.
     """
     data_spec = data_spec_of(config.objective)
     data = Preparation(
@@ -105,7 +105,7 @@ def build_loader(
 ) -> tuple[StepLoader, int]:
     """(the loader of this rank's batches, the number of optimizer steps that the run's budget makes of them).
 
-    Also tells the hooks around optimizer steps (AdaLoRA's) how many steps the run has.
+    Also tells the hooks around optimizer steps, which only AdaLoRA has, how many steps the run has: its phases depend on it.
     """
     data_spec = built.data_spec
     global_batch = config.batch["global"]
@@ -121,7 +121,7 @@ def build_loader(
             config.batch["micro"],
             runtime.dp_rank,
             runtime.dp_size,
-            sequence_cut(runtime),
+            cut=sequence_cut(runtime),  # the slice of rows that this rank takes, if ranks share rows
         ),
         collator=built.collator,
         device=runtime.device,
@@ -285,23 +285,17 @@ def check_model_takes_data(config: RunConfig, built: BuiltModel, data: PreparedD
     - the longest document, with the answer that is generated to it, has more tokens than the model has positions.
     - packing is set, and the model is trained with padded rows.
     - batches have several rows, and the model computes correctly only with one.
+    - one side of an encoder-decoder model has fewer positions than its part of a document may have tokens.
     """
     if config.parallel.sequence > 1 and built.attention_layout.sequence_problem is not None:
         raise ConfigError(
             f"parallel.sequence={config.parallel.sequence}: ranks cannot share rows of this {built.config.model_type}: "
             f"{built.attention_layout.sequence_problem}; set parallel.sequence=1"
         )
-    text = text_model_config(built.config)
     family = objective_family(config.objective)
     # Each side of an encoder-decoder has positions of its own, which are checked below.
     if family.kind is not ModelKind.encoder_decoder:
-        written = max_generated_tokens(config.objective)
-        longest = int(data.train.lengths.max(initial=0)) + written
-        if written and data.evaluation is not None:  # answers are written to held-out prompts too
-            longest = max(longest, int(data.evaluation.lengths.max(initial=0)) + written)
-        positions = getattr(text, "max_position_embeddings", None)
-        rotary = bool(getattr(text, "rope_parameters", None))
-        check_positions(config.tuning, longest, positions, has_rotary_positions=rotary, generated_tokens=written)
+        _check_positions_of_longest_document(config, built, data)
     if config.data.packing and built.layout is not Layout.padding_free:
         raise ConfigError(
             f"data.packing=true: needs a padding-free layout, and {built.config.model_type} is trained with "
@@ -322,12 +316,30 @@ def needs_one_row_batches(built: BuiltModel, objective: ObjectiveConfig) -> bool
     return bool(plain.forward_path.alone)
 
 
+def _check_positions_of_longest_document(config: RunConfig, built: BuiltModel, data: PreparedData) -> None:
+    """Raise ConfigError if the longest document, with the answer that is generated to it, has more tokens than positions."""
+    max_answer_tokens = max_generated_tokens(config.objective)  # 0 for an objective that generates nothing
+    longest = int(data.train.lengths.max(initial=0)) + max_answer_tokens
+    if max_answer_tokens and data.evaluation is not None:  # answers are generated to held-out prompts too
+        longest = max(longest, int(data.evaluation.lengths.max(initial=0)) + max_answer_tokens)
+    text_config = text_model_config(built.config)
+    check_positions(
+        config.tuning,
+        longest,
+        getattr(text_config, "max_position_embeddings", None),
+        has_rotary_positions=bool(getattr(text_config, "rope_parameters", None)),
+        generated_tokens=max_answer_tokens,
+    )
+
+
 def _check_one_row_batches(config: RunConfig, built: BuiltModel, data: PreparedData) -> None:
     """Raise ConfigError if a batch of this run has several rows. For models that compute correctly only with one row."""
-    kind = built.config.model_type
+    model_type = built.config.model_type
     name = config.objective.name
     if built.data_spec.sequences_per_document > 1:
-        problem = f"objective={name}: compares documents of one batch, and a {kind} is right for one at a time only"
+        problem = (
+            f"objective={name}: compares documents of one batch, and a {model_type} is right for one at a time only"
+        )
         raise ConfigError(f"{problem}; use objective=sft, or another model")
     batches = {"batch.micro": config.batch["micro"]}
     if data.evaluation:
@@ -337,5 +349,5 @@ def _check_one_row_batches(config: RunConfig, built: BuiltModel, data: PreparedD
         settings = " and ".join(f"{key}={size}" for key, size in too_large.items())
         remedy = " ".join(f"{key}=1" for key in too_large)
         raise ConfigError(
-            f"{settings}: a {kind} computes something else where rows are padded to one length; set {remedy}"
+            f"{settings}: a {model_type} computes something else where rows are padded to one length; set {remedy}"
         )

@@ -28,12 +28,12 @@ USABLE_SHARE = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """The largest forward pass that a rank makes."""
+    """The largest forward pass that a rank makes: a micro-batch of the longest documents."""
 
     train: TokenDataset
     micro_batch: int
     """Documents (packs)."""
-    row_tokens: int | None = None
+    packed_row_tokens: int | None = None
     """Tokens of each pack; None if documents are not packed."""
     cut: RowCut | None = None
     """Which slice of its rows the rank takes; None if it takes them whole."""
@@ -41,47 +41,47 @@ class Workload:
     """Tokens of the longest answer that the model writes to each document, several to one."""
 
 
-def longest_micro_batch(built: BuiltModel, work: Workload) -> dict[str, Any]:
+def longest_micro_batch(built: BuiltModel, workload: Workload) -> dict[str, Any]:
     """A micro-batch as large as any of the run can be: the longest documents together, every token supervised."""
-    return micro_batch_of(built, longest_lengths(built.data_spec, work), work.cut)
+    return placeholder_micro_batch(built, longest_lengths(built.data_spec, workload), workload.cut)
 
 
-def longest_lengths(data_spec: DataSpec, work: Workload) -> list[int]:
+def longest_lengths(data_spec: DataSpec, workload: Workload) -> list[int]:
     """Lengths in tokens of the sequences of a micro-batch as large as any of the run can be:
 
     - packed documents: each sequence is a full pack.
     - generated completions: the longest prompt with the longest completion, for every sequence.
-    - else: the longest documents of the data, the longest first.
+    - else: the longest documents of the data, the longest first, since shuffling may put them into one micro-batch.
     """
-    if work.row_tokens is not None:
-        return [work.row_tokens] * work.micro_batch
-    lengths = np.asarray(work.train.lengths)
-    if work.generated_tokens:
+    if workload.packed_row_tokens is not None:
+        return [workload.packed_row_tokens] * workload.micro_batch
+    lengths = np.asarray(workload.train.lengths)
+    if workload.generated_tokens:
         # All completions of a micro-batch may be of one prompt.
-        return [int(lengths.max(initial=0)) + work.generated_tokens] * work.micro_batch
-    num_sequences = min(work.micro_batch * data_spec.sequences_per_document, len(lengths))
+        return [int(lengths.max(initial=0)) + workload.generated_tokens] * workload.micro_batch
+    num_sequences = min(workload.micro_batch * data_spec.sequences_per_document, len(lengths))
     longest = np.partition(lengths, -num_sequences)[-num_sequences:]
     longest_first: list[int] = np.sort(longest)[::-1].tolist()
     return longest_first
 
 
-def num_tokens_of_longest(built: BuiltModel, work: Workload) -> int:
+def num_tokens_of_longest(built: BuiltModel, workload: Workload) -> int:
     """Tokens of the longest micro-batch on one rank, padding included; if ranks share rows, those of this rank's slice."""
-    lengths = longest_lengths(built.data_spec, work)
+    lengths = longest_lengths(built.data_spec, workload)
     tokens = sum(lengths)
     if built.layout is not Layout.padding_free:
         tokens = len(lengths) * max(lengths, default=0)
-    if work.cut is None:
+    if workload.cut is None:
         return tokens
-    start, stop = work.cut.span(tokens)
+    start, stop = workload.cut.span(tokens)
     return stop - start
 
 
-def micro_batch_of(built: BuiltModel, lengths: list[int], cut: RowCut | None) -> dict[str, Any]:
+def placeholder_micro_batch(built: BuiltModel, lengths: list[int], cut: RowCut | None) -> dict[str, Any]:
     """A micro-batch of placeholders of these lengths in tokens, on the CPU, to measure a step whose result does not matter.
 
-    Every token that may be a target is one. Token ids, counts and means are placeholders, on which no shape depends. With a
-    `cut`, the slice of a rank.
+    Every token that may be a target is one. Token ids, counts (`totals`) and the means that some objectives take before a step's
+    first backward pass (`ahead`) are placeholders, on which no shape depends. With a `cut`, the slice of a rank.
     """
     samples = [built.data_spec.placeholder(tokens) for tokens in lengths]
     batch = built.collator(samples, cut)
@@ -94,15 +94,15 @@ def micro_batch_of(built: BuiltModel, lengths: list[int], cut: RowCut | None) ->
     return batch
 
 
-def counted_activations(built: BuiltModel, work: Workload, precision: Precision) -> ActivationBytes:
+def counted_activations(built: BuiltModel, workload: Workload, precision: Precision) -> ActivationBytes:
     """The activations that the longest micro-batch keeps for its backward pass, counted on meta tensors: allocates nothing.
 
     Raises ConfigError for a model whose forward pass reads values, which meta tensors do not have.
     """
     try:
         if built.encoder_decoder is not None:
-            raise ValueError("its two sides have lengths of their own")
-        return count_activations(built.step_module, longest_micro_batch(built, work), precision)
+            raise ValueError("its two sides have lengths of their own")  # becomes the ConfigError below
+        return count_activations(built.step_module, longest_micro_batch(built, workload), precision)
     except (RuntimeError, NotImplementedError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"strategy.activation_checkpointing=auto: what a {built.config.model_type} model keeps cannot be counted "
@@ -111,23 +111,23 @@ def counted_activations(built: BuiltModel, work: Workload, precision: Precision)
 
 
 def activation_peak_bytes(
-    built: BuiltModel, work: Workload, mode: ActivationCheckpointing, precision: Precision
+    built: BuiltModel, workload: Workload, mode: ActivationCheckpointing, precision: Precision
 ) -> float | None:
     """Peak bytes of activations in the longest micro-batch if all blocks recompute by `mode`; None if a count is not possible."""
     try:
-        activations = counted_activations(built, work, precision)
+        activations = counted_activations(built, workload, precision)
     except ConfigError:
         return None
     return activations.peak_bytes([mode] * activations.num_blocks)
 
 
 def expected_activation_bytes(
-    built: BuiltModel, work: Workload, strategy: StrategyConfig, precision: Precision
+    built: BuiltModel, workload: Workload, strategy: StrategyConfig, precision: Precision
 ) -> float:
     """Bytes of activations of the longest micro-batch: as `plan_checkpointing` counted them, or else by a rule of thumb."""
     if built.activation_bytes is not None:
         return built.activation_bytes
-    tokens = num_tokens_of_longest(built, work)
+    tokens = num_tokens_of_longest(built, workload)
     width, num_blocks = width_and_num_blocks(built.base_on_meta)
     if strategy.offload_activations and strategy.activation_checkpointing is ActivationCheckpointing.full:
         num_blocks = 0  # the inputs of blocks, all that is kept of them, lie in host memory
@@ -135,16 +135,17 @@ def expected_activation_bytes(
 
 
 def plan_checkpointing(
-    built: BuiltModel, work: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
+    built: BuiltModel, workload: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
 ) -> None:
     """Resolve `activation_checkpointing=auto`: choose for each block what it recomputes, so that the step fits in memory.
 
     Sets `recomputation` in the plan of the step module (a mode for each block), `built.activation_bytes`, and a line for the user
-    in `built.substitutions`. Does nothing for another setting than `auto`. All ranks must call; they follow rank 0.
+    in `built.substitutions`. Does nothing for another setting than `auto`. All ranks must call; they take the modes of rank 0,
+    whose text for the user is the one that is shown.
     """
     if strategy.activation_checkpointing is not ActivationCheckpointing.auto:
         return
-    activations = counted_activations(built, work, precision)
+    activations = counted_activations(built, workload, precision)
     if strategy.offload_activations:
         activations = activations.with_inputs_on_host()
     state_size = model_state_bytes(built, strategy, precision, runtime)
@@ -188,7 +189,7 @@ def usable_host_memory_bytes() -> int:
 
 
 def check_host_memory_for_inputs(
-    built: BuiltModel, work: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
+    built: BuiltModel, workload: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
 ) -> None:
     """Raise ConfigError if the block inputs that `strategy.offload_activations` moves to host memory do not fit. No collective.
 
@@ -196,31 +197,33 @@ def check_host_memory_for_inputs(
     """
     if not strategy.offload_activations or runtime.kind == "cpu":
         return
+    # Only blocks that are recomputed keep their inputs: all of them, unless `auto` chose a mode for each.
     modes = built.step_module.plan.recomputation
-    blocks = len(built.step_module.shard_units())
+    num_recomputed_blocks = len(built.step_module.shard_units())
     if modes is not None:
-        blocks = sum(mode is not ActivationCheckpointing.none for mode in modes)
+        num_recomputed_blocks = sum(mode is not ActivationCheckpointing.none for mode in modes)
     width, _ = width_and_num_blocks(built.base_on_meta)
     itemsize = 4 if precision is Precision.fp32 else 2
-    tokens = num_tokens_of_longest(built, work)
-    on_host = expected_host_inputs(blocks=blocks, tokens=tokens, width=width, itemsize=itemsize)
+    tokens = num_tokens_of_longest(built, workload)
+    on_host = expected_host_inputs(blocks=num_recomputed_blocks, tokens=tokens, width=width, itemsize=itemsize)
     needed = node_memory_bytes(on_host, runtime.local_world_size)
-    if needed <= usable_host_memory_bytes():
+    usable = usable_host_memory_bytes()
+    if needed <= usable:
         return
     raise ConfigError(
-        f"strategy.offload_activations=true: {blocks} blocks keep {tokens:,} x {width} values each on the host: "
+        f"strategy.offload_activations=true: {num_recomputed_blocks} blocks keep {tokens:,} x {width} values each on the host: "
         f"{on_host.pinned_size() / GIB:.1f} GiB of pinned memory a rank (rounded up to a power of two a block), and "
         f"{needed / GIB:.1f} GiB for the {runtime.local_world_size} ranks of this host with their processes, which has "
-        f"{usable_host_memory_bytes() / GIB:.1f} GiB; lower data.max_length or batch.micro, use fewer ranks a host, or set "
+        f"{usable / GIB:.1f} GiB; lower data.max_length or batch.micro, use fewer ranks a host, or set "
         "strategy.offload_activations=false"
     )
 
 
 def set_expected_memory(
-    built: BuiltModel, work: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
+    built: BuiltModel, workload: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
 ) -> None:
     """Set `built.expected_bytes` by estimates. Must be called before the model is sharded. No collective."""
     built.expected_bytes = ExpectedBytes(
         model_state=model_state_bytes(built, strategy, precision, runtime),
-        activations=expected_activation_bytes(built, work, strategy, precision),
+        activations=expected_activation_bytes(built, workload, strategy, precision),
     )

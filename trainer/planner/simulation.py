@@ -22,7 +22,7 @@ from strategies.simulation import simulated_rank
 from strategies.zero_config import MAX_LIVE_PARAMETERS
 from trainer.build.experts import plan_expert_parallelism
 from trainer.build.parts import needs_one_row_batches, tile_mlps_of_built_model
-from trainer.build.recomputation import micro_batch_of
+from trainer.build.recomputation import placeholder_micro_batch
 from trainer.build.references import attach_reference_model
 from trainer.build.reward_models import attach_reward_models
 from trainer.build.sequence import attention_heads_of, step_layout
@@ -464,6 +464,6 @@ def _micro_batch_of(
 
     `num_micro_batches_of_all_ranks`: such micro-batches in a step; losses are divided by the tokens of all of them.
     """
-    batch = micro_batch_of(parts.built, lengths, sequence_cut(runtime))
+    batch = placeholder_micro_batch(parts.built, lengths, sequence_cut(runtime))
     batch["totals"] = dict.fromkeys(batch["totals"], sum(lengths) * num_micro_batches_of_all_ranks)
     return batch
