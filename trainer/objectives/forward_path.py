@@ -10,7 +10,8 @@ stock model gives, in eager attention, for each document alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -110,19 +111,29 @@ def _paths_from_cache(stored: dict[str, Any]) -> ProvenPaths:
 def _prove_paths(config: Any, build: Callable[[], nn.Module], attention: str, *, on_gpu: bool) -> ProvenPaths:
     """Find, on a small copy of the model, the forward paths that compute what transformers' own does.
 
-    If no copy can be run, nothing is proven: the result has `tried=False` and the error as reasons, and nothing is raised. The
-    random state and the default type are as before afterwards; the code of a model may have set the type.
+    If no copy can be run, nothing is proven: the result has `tried=False` and the error as reasons, and nothing is raised.
     """
-    rng_state = torch.random.get_rng_state()
-    default_dtype = torch.get_default_dtype()
     try:
-        torch.default_generator.manual_seed(0)  # of the CPU alone: a GPU's is not ours to change
-        return _first_runnable_proof(config, build()).find_paths(attention, on_gpu=on_gpu)
+        with reproducible_on_cpu():
+            return _first_runnable_proof(config, build()).find_paths(attention, on_gpu=on_gpu)
     except NotShrinkable as error:
         return ProvenPaths(tried=False, reason=str(error), sequence_problem=str(error))
     except Exception as error:  # noqa: BLE001 - an architecture may fail in any way; what it cannot do is not proven
         reason = f"its small copy fails: {error_line(error)}"
         return ProvenPaths(tried=False, reason=reason, sequence_problem=reason)
+
+
+@contextmanager
+def reproducible_on_cpu() -> Iterator[None]:
+    """Within it torch draws the same numbers on the CPU each time; afterwards random state and default type are as before.
+
+    The state of a GPU is not ours to change. The default type may be set by the code of a model.
+    """
+    rng_state = torch.random.get_rng_state()
+    default_dtype = torch.get_default_dtype()
+    try:
+        torch.default_generator.manual_seed(0)
+        yield
     finally:
         torch.random.set_rng_state(rng_state)
         torch.set_default_dtype(default_dtype)
@@ -160,6 +171,26 @@ def error_line(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line[:120]}"
 
 
+def refuse_unfit_copy(config: Any, meta_model: nn.Module, small_config: Any, small_model: nn.Module) -> None:
+    """Raise NotShrinkable if a small copy is too large to run, or lacks a kind of layer that the model has; both on meta."""
+    num_elements = sum(parameter.numel() for parameter in small_model.parameters())
+    if num_elements > MAX_COPY_ELEMENTS:
+        raise NotShrinkable(f"a small copy would have {num_elements:,} elements")
+    num_lost = num_lost_layer_kinds(config, meta_model, small_config, small_model)
+    if num_lost:
+        raise NotShrinkable(f"a small copy lacks {num_lost} of its kinds of layers")
+
+
+@torch.no_grad()
+def disturb_parameters(model: nn.Module) -> None:
+    """Add small random numbers to all parameters.
+
+    One that starts at zero, such as a bias, would have no effect, and an error in it would not show.
+    """
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.02)
+
+
 class _Proof:
     """A small random copy of the stock model, with its loss and gradients on some documents, to compare paths with."""
 
@@ -170,13 +201,12 @@ class _Proof:
         self.config = small_config
         set_dropout(self.config, 0.0)
         self.vocabulary = min(text_model_config(self.config).vocab_size, SMALL_VOCABULARY_SIZE)
-        self._refuse_unfit_copy(config, meta_model)
+        with torch.device("meta"):
+            copy_on_meta = self._build("eager", torch.float32)
+        refuse_unfit_copy(config, meta_model, small_config, copy_on_meta)
         # The stock model, on which other paths are measured.
         stock = self._build("eager", dtype)
-        with torch.no_grad():
-            # A parameter that starts at zero, such as a bias, would have no effect, and an error in it would not show.
-            for parameter in stock.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.02)
+        disturb_parameters(stock)
         # Three documents of 5, 23 and 14 random tokens, of which 70 % are learned.
         generator = np.random.default_rng(0)
         self.documents = [
@@ -195,16 +225,6 @@ class _Proof:
     def _build(self, attention: str, dtype: torch.dtype) -> Any:
         options = {"attn_implementation": attention, "experts_implementation": "eager", "dtype": dtype}
         return self.auto.from_config(copy.deepcopy(self.config), **options)
-
-    def _refuse_unfit_copy(self, config: Any, meta_model: Any) -> None:
-        """Raise NotShrinkable if the copy is too large to run, or lacks a kind of layer that the model has."""
-        with torch.device("meta"):
-            small = self._build("eager", torch.float32)
-        size = sum(p.numel() for p in small.parameters())
-        if size > MAX_COPY_ELEMENTS:
-            raise NotShrinkable(f"a small copy would have {size:,} elements")
-        if lost := num_lost_layer_kinds(config, meta_model, self.config, small):
-            raise NotShrinkable(f"a small copy lacks {lost} of its kinds of layers")
 
     def _longest_document_ids(self) -> Tensor:
         """int64 `[1, 23]`: the document that is longer than the windows of the small copy."""

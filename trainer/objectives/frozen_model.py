@@ -36,7 +36,7 @@ SHOWN_TOKENS = 3
 def teacher_model(config: ModelConfig, objective: ObjectiveConfig) -> ModelConfig | None:
     """The model settings of the teacher; None if the objective has none.
 
-    Data type, attention and quantisation are those of the trained model, so that both compute alike on one row.
+    Its tokenizer and positions are those of its own files. The rest (attention, whether to download) is as for the trained model.
     """
     teacher = objective_family(objective).teacher(objective)
     if teacher is None:
@@ -146,28 +146,9 @@ def _frozen_architecture(config: ModelConfig, hf_config: Any, attention_layout: 
         if on_gpu.why_documents_need_own_rows(FLEX_ATTENTION):
             attention = VARLEN_ATTENTION
     set_dropout(hf_config, 0.0)
-    model_class = transformers_class(ModelKind.causal, hf_config)
-    remedy = "take a causal model of the student's family"
-    if getattr(hf_config, "is_encoder_decoder", False):  # transformers could build the decoder of some alone
-        raise ConfigError(
-            f"objective.teacher.path={config.path}: is an encoder-decoder ({hf_config.model_type}); {remedy}"
-        )
-
-    def build() -> Any:
-        with meta_context():
-            return model_class.from_config(hf_config, attn_implementation=attention, **from_config_options(config))
-
-    # Build; once more if the checkpoint has an output head of its own, which changes `hf_config`.
-    try:
-        model = build()
-    except ValueError as error:
-        reason = str(error).partition("\nModel type should be one of")[0][:300]  # hundreds of names follow
-        raise ConfigError(
-            f"objective.teacher.path={config.path}: a {hf_config.model_type} model cannot be built as a teacher with "
-            f"attention {attention}: {reason}; {remedy}"
-        ) from error
-    if untie_as_stored(config, hf_config, model):
-        model = build()
+    model = _build_causal_on_meta(config, hf_config, attention)
+    if untie_as_stored(config, hf_config, model):  # the checkpoint has an output head of its own: build again, untied
+        model = _build_causal_on_meta(config, hf_config, attention)
     model.tie_weights()
     own_layout = AttentionLayout(attention_layout.layout, attention, notes={})  # its notes are not told to the user
     half_on_gpu = attention not in (VARLEN_ATTENTION, "sdpa", "eager")  # other kernels run nowhere else
@@ -175,6 +156,25 @@ def _frozen_architecture(config: ModelConfig, hf_config: Any, attention_layout: 
     if model.forward_path.fused:
         install_loss_head(model, hf_config)
     return model
+
+
+def _build_causal_on_meta(config: ModelConfig, hf_config: Any, attention: str) -> Any:
+    """The causal model of `hf_config`. Raises ConfigError for what is no causal model, or cannot be built."""
+    remedy = "take a causal model of the student's family"
+    if getattr(hf_config, "is_encoder_decoder", False):  # transformers could build the decoder of some alone
+        raise ConfigError(
+            f"objective.teacher.path={config.path}: is an encoder-decoder ({hf_config.model_type}); {remedy}"
+        )
+    model_class = transformers_class(ModelKind.causal, hf_config)
+    try:
+        with meta_context():
+            return model_class.from_config(hf_config, attn_implementation=attention, **from_config_options(config))
+    except ValueError as error:
+        reason = str(error).partition("\nModel type should be one of")[0][:300]  # hundreds of names follow
+        raise ConfigError(
+            f"objective.teacher.path={config.path}: a {hf_config.model_type} model cannot be built as a teacher with "
+            f"attention {attention}: {reason}; {remedy}"
+        ) from error
 
 
 def check_vocabulary(student: Any, teacher: Any, path: str) -> None:

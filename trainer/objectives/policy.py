@@ -17,7 +17,7 @@ In this file N is the number of supervised rows of a micro-batch, and S the numb
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,30 @@ SAMPLING_DIFFERENCE = "sampling/sampling_logp_difference/mean"
 """Names of metrics, as TRL's GRPOTrainer has them."""
 
 
+class _TokenEntries(NamedTuple):
+    """What a batch has for each learned token beside its target, float32 `[N]` each; see `trainer/objectives/answers.py`."""
+
+    advantages: Tensor
+    loss_weights: Tensor
+    sampling_logps: Tensor
+    """Log-probabilities at the time when the answers were written."""
+    old_logps: Tensor | None
+    """Log-probabilities before the round's first update; None in a round of one step."""
+    reference_logps: Tensor | None
+    """None without a reference model."""
+
+    @classmethod
+    def of_batch(cls, batch: dict[str, Any]) -> _TokenEntries:
+        """The entries of a batch that `AnswerCollator` has made."""
+        return cls(
+            advantages=batch[ADVANTAGES],
+            loss_weights=batch[LOSS_WEIGHTS],
+            sampling_logps=batch[SAMPLING_LOGPS],
+            old_logps=batch.get(OLD_LOGPS),
+            reference_logps=batch.get(REFERENCE_LOGPS),
+        )
+
+
 class Policy(Objective):
     """The loss of written answers. Terms are summed so that the step's count of `loss` divides them:
 
@@ -68,29 +92,28 @@ class Policy(Objective):
         All ranks that share rows must call. A micro-batch may hold no learned token.
         """
         config = self.config
+        entries = _TokenEntries.of_batch(batch)
         head, hidden, targets = supervised_rows(model, batch)
         logps, entropy = row_logps(head, hidden, targets, config.rollout.temperature)
-        advantages = batch[ADVANTAGES]
-        old_logps = batch.get(OLD_LOGPS)
-        if old_logps is None:  # a round of one step, which no update precedes
-            old_logps = logps.detach()
+        # None in a round of one step, which no update precedes.
+        old_logps = logps.detach() if entries.old_logps is None else entries.old_logps
         ratio = self._importance_ratio(logps - old_logps, batch)
 
         # The loss of each token, and numbers of each token whose mean is logged.
-        losses = self._policy_losses(ratio, logps, advantages)
-        logged = {ENTROPY: entropy, SAMPLING_DIFFERENCE: (old_logps - batch[SAMPLING_LOGPS]).abs()}
+        losses = self._policy_losses(ratio, logps, entries.advantages)
+        logged = {ENTROPY: entropy, SAMPLING_DIFFERENCE: (old_logps - entries.sampling_logps).abs()}
         if self.uses_kl:
-            reference_log_ratio = batch[REFERENCE_LOGPS] - logps
+            assert entries.reference_logps is not None
+            reference_log_ratio = entries.reference_logps - logps
             logged[KL] = _k3_estimate(reference_log_ratio)
             if config.kl.place is KlPlace.loss:  # else it is subtracted from the rewards
                 losses = losses + config.kl.weight * _kl_estimates(reference_log_ratio, ratio, config.kl.estimator)
-        is_low, is_high = self._clipped_masks(ratio, advantages)
-        logged |= {LOW_CLIPPED: is_low, HIGH_CLIPPED: is_high, CLIPPED: is_low + is_high}
+        logged |= self._clipped_tokens(ratio, entries.advantages)
 
         # The loop divides each term by the step's count of `loss`; this factor makes it a mean over learned tokens instead.
         totals = batch["totals"]
         mean_factor = totals["loss"] / max(1, totals["tokens"])
-        terms = {"loss": (losses * batch[LOSS_WEIGHTS]).sum()}
+        terms = {"loss": (losses * entries.loss_weights).sum()}
         for name, values in logged.items():
             terms[name] = values.detach().float().sum() * mean_factor
         return terms
@@ -121,22 +144,23 @@ class Policy(Objective):
             ratio = ratio.clamp(max=config.clip_negative)
         return -torch.minimum(ratio * advantages, clipped_ratio * advantages)
 
-    def _clipped_masks(self, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
-        """(at the lower bound, at the upper bound), `[N]` bool each: whether clipping takes the gradient from a token.
+    def _clipped_tokens(self, ratio: Tensor, advantages: Tensor) -> dict[str, Tensor]:
+        """Whether clipping takes the gradient from a token: bool `[N]` each at the lower bound, at the upper one, at either.
 
+        By the names of their metrics. Clipped is:
         - `none`: no token.
         - `cispo`: above `clip_high` (`config.upper_clip`), which bounds the ratio itself, with a positive advantage.
         - `ppo`: below 1 - `clip` with a negative advantage, above 1 + `clip_high` with a positive advantage.
         """
         config = self.config
-        no_token = torch.zeros_like(ratio, dtype=torch.bool)
-        if config.clip_form is ClipForm.none:
-            return no_token, no_token
+        is_low = torch.zeros_like(ratio, dtype=torch.bool)
+        is_high = is_low
         if config.clip_form is ClipForm.cispo:
-            return no_token, (ratio > config.upper_clip) & (advantages > 0)
-        low = (ratio < 1 - config.clip) & (advantages < 0)
-        high = (ratio > 1 + config.upper_clip) & (advantages > 0)
-        return low, high
+            is_high = (ratio > config.upper_clip) & (advantages > 0)
+        elif config.clip_form is ClipForm.ppo:
+            is_low = (ratio < 1 - config.clip) & (advantages < 0)
+            is_high = (ratio > 1 + config.upper_clip) & (advantages > 0)
+        return {LOW_CLIPPED: is_low, HIGH_CLIPPED: is_high, CLIPPED: is_low + is_high}
 
 
 def _means_over_answers(token_values: Tensor, batch: dict[str, Any]) -> Tensor:

@@ -20,9 +20,17 @@ from trainer.data.store.sequences import Sample
 from trainer.model import rotary, sequence_proof
 from trainer.model.architecture import set_dropout, text_model_config, transformers_class
 from trainer.model.config import ModelKind
-from trainer.model.shrink import SMALL_VOCABULARY_SIZE, NotShrinkable, num_lost_layer_kinds
+from trainer.model.shrink import SMALL_VOCABULARY_SIZE
 from trainer.objectives.causal import MODEL_INPUTS, token_states
-from trainer.objectives.forward_path import FIRST_ORDINARY_ID, MAX_COPY_ELEMENTS, TOLERANCE, error_line, on_small_copy
+from trainer.objectives.forward_path import (
+    FIRST_ORDINARY_ID,
+    TOLERANCE,
+    disturb_parameters,
+    error_line,
+    on_small_copy,
+    refuse_unfit_copy,
+    reproducible_on_cpu,
+)
 from trainer.objectives.pooled import SCORE_HEAD, PooledCollator, classifier_logits
 from trainer.objectives.proof_cache import keep_proof, proof_file, read_proof
 
@@ -42,16 +50,11 @@ def classifier_packing_problem(config: Any, build: Callable[[], nn.Module], atte
     if stored is not None and "problem" in stored:
         stored_problem: str | None = stored["problem"]
         return stored_problem
-    rng_state = torch.random.get_rng_state()
-    default_dtype = torch.get_default_dtype()
     try:
-        torch.default_generator.manual_seed(0)
-        problem = _why_rows_cannot_be_packed(config, build(), attention)
+        with reproducible_on_cpu():
+            problem = _why_rows_cannot_be_packed(config, build(), attention)
     except Exception as error:  # noqa: BLE001 - an architecture may fail in any way. Not kept: the reason may pass
         return f"its small copy fails: {error_line(error)}"
-    finally:
-        torch.random.set_rng_state(rng_state)
-        torch.set_default_dtype(default_dtype)
     keep_proof(file, {"problem": problem})
     return problem
 
@@ -84,11 +87,7 @@ class _PackingProof:
         text_model_config(small_config).pad_token_id = PADDING_ID
         with torch.device("meta"):
             copy_on_meta = self._build("eager")
-        size = sum(parameter.numel() for parameter in copy_on_meta.parameters())
-        if size > MAX_COPY_ELEMENTS:
-            raise NotShrinkable(f"a small copy would have {size:,} elements")
-        if lost := num_lost_layer_kinds(config, meta_model, small_config, copy_on_meta):
-            raise NotShrinkable(f"a small copy lacks {lost} of its kinds of layers")
+        refuse_unfit_copy(config, meta_model, small_config, copy_on_meta)
         vocabulary = min(text_model_config(small_config).vocab_size, SMALL_VOCABULARY_SIZE)
         generator = np.random.default_rng(0)
         self.samples = []
@@ -112,10 +111,7 @@ class _PackingProof:
         - Slices of the row must give the states that the whole row gives. Each logit is made of one state, so states are enough.
         """
         stock = self._build("eager").eval()
-        with torch.no_grad():
-            # A parameter that starts at zero would have no effect, and an error in it would not show.
-            for parameter in stock.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.02)
+        disturb_parameters(stock)
         model = self._build(attention).eval()
         model.load_state_dict(stock.state_dict())
         row = PooledCollator(Layout.padding_free, pad_token_id=PADDING_ID)(self.samples)

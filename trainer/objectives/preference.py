@@ -118,7 +118,7 @@ class PairLosses(NamedTuple):
 
     losses: Tensor
     chosen_rewards: Tensor
-    """What the model has learned to give the chosen answer: beta times a log-probability, as the method defines it."""
+    """The reward of each chosen answer that the model's log-probability of it implies: beta times it, as the method has it."""
     rejected_rewards: Tensor
 
 
