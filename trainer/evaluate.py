@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from strategies import runtime as processes
 from strategies.base import Engine
@@ -89,7 +89,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
     check_parallel(config, scores_answers=False)
     evaluation_data = _EvaluationData(job)
     data, tasks, staged_copies, runtime = prepare_data_and_meet_ranks(
-        config, tokenizer, request, attempt, evaluation_data.open
+        config, tokenizer, request, attempt, evaluation_data.open_or_prepare
     )
     if evaluation_data.accepted_differences:
         job = replace(job, accepted=[*job.accepted, *evaluation_data.accepted_differences])
@@ -109,7 +109,9 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
                     staged_copies.with_local_model(config), tokenizer, data, precision, runtime
                 )
         built = engine, step
-        _set_total_steps_of_optimizer_hooks(config, data, step, engine, runtime, evaluation_data)
+        data_record = evaluation_data.record
+        recorded_steps = None if data_record is None else data_record.total_steps
+        _set_total_steps_of_optimizer_hooks(config, data, step, engine, runtime, recorded_steps)
         if job.split == TEST_REPORT:
             attempt.phase = "evaluating the test documents"
             _evaluate_test(config, job, data, tokenizer, built, job_dir, runtime, RankStopAgreement(request, runtime))
@@ -226,11 +228,11 @@ class _EvaluationData:
     def __init__(self, job: EvaluationJob) -> None:
         self.job = job
         self.record: DataRecord | None = None
-        """What the run recorded of its data; None if the evaluated model is not a run's, and before `open`."""
+        """What the run recorded of its data; None if the evaluated model is not a run's, and before `open_or_prepare`."""
         self.accepted_differences: list[str] = []
         """How the rows differ from those of the training, if the user accepts that."""
 
-    def open(
+    def open_or_prepare(
         self,
         config: RunConfig,
         tokenizer: Any,
@@ -239,29 +241,20 @@ class _EvaluationData:
         choose_date: ChooseDate | None = None,
         print_line: PrintLine = print_on_rank_0,
     ) -> PreparedData:
-        """Open the data or prepare it; sets `record` and `accepted_differences`.
+        """Prepare what `data.path` names; or open the data of the evaluated run, and set `record` and `accepted_differences`.
 
-        Of a run, its own documents are read only if a task or `split=test` asks for them. Raises ConfigError or DataError if the
-        data cannot be prepared, DataError if the run's own rows are missing.
+        Of a run, its own documents are read only if a task or `split=test` asks for them; else a stand-in gives the shapes. Its
+        objective in `config` is replaced by the one that this data goes with. Raises ConfigError or DataError if the data cannot
+        be prepared, DataError if the run's own rows are missing.
         """
         if self.job.data_run is None:
             return prepare_data(config, tokenizer, stop=stop, choose_date=choose_date, print_line=print_line)
         self.record = read_data_record(Path(self.job.data_run))
-        task_keys = keys_of_tasks_on_run_documents(tasks_to_run(config))
-        reason_to_read = None
-        if task_keys:
-            reason_to_read = ReasonToReadRows(
-                purpose=f"{', '.join(task_keys)}: asks the run's own documents", way_out=GIVE_TASK_FILE_ADVICE
-            )
-        if self.job.split == TEST_REPORT:
-            reason_to_read = ReasonToReadRows(
-                purpose="split=test: asks the run's test documents", way_out="Leave split=test out"
-            )
         run_data = load_run_data(
             config,
             self.record,
             tokenizer,
-            reason_to_read=reason_to_read,
+            reason_to_read=self._reason_to_read_rows(config),
             accept_changed_rows=self.job.accept_data,
             stop=stop,
             print_line=print_line,
@@ -271,6 +264,17 @@ class _EvaluationData:
         self.accepted_differences = run_data.accepted_differences
         return run_data.data
 
+    def _reason_to_read_rows(self, config: RunConfig) -> ReasonToReadRows | None:
+        """Why the evaluation needs the run's own documents, such as for `split=test`; None if it needs none of them."""
+        if self.job.split == TEST_REPORT:
+            return ReasonToReadRows(purpose="split=test: asks the run's test documents", way_out="Leave split=test out")
+        task_keys = keys_of_tasks_on_run_documents(tasks_to_run(config))
+        if task_keys:
+            return ReasonToReadRows(
+                purpose=f"{', '.join(task_keys)}: asks the run's own documents", way_out=GIVE_TASK_FILE_ADVICE
+            )
+        return None
+
 
 def _set_total_steps_of_optimizer_hooks(
     config: RunConfig,
@@ -278,28 +282,27 @@ def _set_total_steps_of_optimizer_hooks(
     built: BuiltModel,
     engine: Engine,
     runtime: processes.Runtime,
-    evaluation_data: _EvaluationData,
+    recorded_steps: int | None,
 ) -> None:
     """Tell a tuning method that changes with the step (such as AdaLoRA) how many steps the run had.
 
     - No such method: nothing to do.
-    - The run recorded its steps: those.
+    - The run recorded its steps (`recorded_steps`): those.
     - Else: as many as the data and the budget make.
     """
     hooks = built.step_module.plan.optimizer_hooks
     if hooks is None:
         return
-    record = evaluation_data.record
-    if record is not None and record.total_steps is not None:
-        hooks.begin(record.total_steps)
+    if recorded_steps is not None:
+        hooks.begin(recorded_steps)
         return
     learns_from_rounds = objective_family(config.objective).rollout is not None
     if learns_from_rounds:
         _, order = build_order(config.data, data.train, sequences_per_document=1, seed=config.run.seed)
         steps = num_steps_of_run(config, order, data.train.lengths)
-        built.step_module.plan.optimizer_hooks.begin(steps)  # type: ignore[union-attr]
+        hooks.begin(steps)
     else:
-        build_loader(config, data, built, engine, runtime)
+        build_loader(config, data, built, engine, runtime)  # tells the hooks, too
 
 
 def _connect_server(
@@ -307,6 +310,7 @@ def _connect_server(
 ) -> ServedModel:
     """Connect to the model of `evaluation.server`, which is sent tokens of `model.path`'s tokenizer. Loads no weights.
 
+    The length of the context is `model.positions`, or what the model's config.json says.
     Raises ConfigError if the server cannot be used.
     """
     model_config = read_config(config.model.path) or {}
@@ -325,6 +329,7 @@ def _max_positions_of(settings: dict[str, Any]) -> int | None:
 
 def _report_head(config: RunConfig, job: EvaluationJob, precision: str, runtime: processes.Runtime) -> dict[str, Any]:
     """The head of the report: the model, how and where it was evaluated, and versions of libraries."""
+    # With an accepted difference, such as another base, the weights are not those of the checkpoint.
     is_checkpoint_of_run = job.checkpoint is not None and not job.accepted
     return {
         "version": record.REPORT_VERSION,
@@ -397,19 +402,24 @@ def _write_report(
     return report, shown_tables
 
 
+class ComparedResult(NamedTuple):
+    """What the model that an evaluation is compared with reached in one task."""
+
+    rows: list[TaskRow] | None
+    """None if the earlier evaluation kept none of the task."""
+    metrics: dict[str, float]
+
+
 def _compared_result(
     task: Task, base: EvaluatedModel | None, earlier: EarlierEvaluation | None
-) -> tuple[list[TaskRow] | None, dict[str, float]] | None:
-    """(rows, metrics) of the model to compare a task with, the base or an earlier report's; None if it did not run the task.
-
-    The rows are None if the earlier evaluation has none of the task.
-    """
+) -> ComparedResult | None:
+    """The result in a task of the base, or of an earlier report; None if it did not run the task."""
     if base is not None:
-        return base.rows[task.name], base.metrics[task.name]
+        return ComparedResult(base.rows[task.name], base.metrics[task.name])
     if earlier is None or task.name not in earlier.report["tasks"]:
         return None
     metrics = {}
     for name, entry in earlier.report["tasks"][task.name]["metrics"].items():
         if entry["value"] is not None:
             metrics[name] = entry["value"]
-    return earlier.rows.get(task.name), metrics
+    return ComparedResult(earlier.rows.get(task.name), metrics)
