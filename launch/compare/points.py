@@ -343,7 +343,8 @@ def _submit_runs(runs: list[PlannedRun], comparison_dir: Path) -> int:
 
     unblock_signals()  # a signal is no longer kept for a run that this process starts: it starts none
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the comparison, which --json prints there
-        exit_code = submit_sweep([run.point.composed for run in runs], [run.run_dir for run in runs])
+        configs = [run.point.composed for run in runs]
+        exit_code = submit_sweep(configs, [run.run_dir for run in runs])
         command = f"shardtune compare {shlex.quote(str(comparison_dir))}"
         print(f"to compare the points, now or when their jobs have ended: {command}")
     return exit_code

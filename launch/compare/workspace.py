@@ -56,12 +56,13 @@ def workspace_script(comparison: Comparison, output_dir: Path) -> str | None:
     held_out_metric = str(runs[0].config.get("evaluation.watch") or "eval/loss")
     was_evaluated = any(point.measured.metrics_at_end for point in comparison.points)
     final_metric = f"final/{held_out_metric}" if was_evaluated else "final/loss"
+    group_columns = [column for column, values in values_by_column.items() if _is_grouping_axis(values, len(runs))]
     content = WorkspaceContent(
         title=output_dir.resolve().name,
         entity=_logging_setting(runs[0], "entity"),
         project=_logging_setting(runs[0], "project") or "shardtune",
         setting_columns=_table_columns(values_by_column, runs),
-        group_columns=[column for column, values in values_by_column.items() if _is_grouping_axis(values, len(runs))],
+        group_columns=group_columns,
         baseline_run_id=_baseline_run_id(comparison),
         summary_columns=summary_columns(final_metric),
         answer_lines=comparison.conclusion.lines,

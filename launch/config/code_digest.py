@@ -34,7 +34,7 @@ class NoDigest(Exception):
 
 
 def local_model_directory(config: ModelConfig, path: str | None, revision: str | None) -> Path | None:
-    """The directory of a model's or tokenizer's files on this machine; None if they are not here.
+    """The directory of a model's or tokenizer's files on this machine (with or without weights); None if they are not here.
 
     `path`: a directory, or a hub id that is looked up in the hub's cache, never over the network. `config`: for the options of
     looking up; its own path and revision are not used.
@@ -70,6 +70,7 @@ def model_code_digest(directory: Path, *, download: bool = False) -> str | None:
             raise NoDigest(reference)  # a file that may lie anywhere
         if not separator:
             continue  # code of this directory, which is among `files`
+        # With default options of looking up: those of a run are about its own model.
         repository_directory = local_model_directory(ModelConfig(), repository, None)
         if repository_directory is None and download:
             raise NoDigest(reference)  # its code would be fetched later, so it is not known now
@@ -89,14 +90,23 @@ def task_code_digest(path: Path) -> str:
     """
     directory = path.resolve()
     if directory.is_dir():
-        files_to_read = sorted(directory.rglob("*.yaml"))
-        contents = dict(_code_content_by_name(directory))
+        task_files = sorted(directory.rglob("*.yaml"))
+        code_contents = dict(_code_content_by_name(directory))
     else:
-        files_to_read = [directory]
+        task_files = [directory]
         directory = directory.parent
-        contents = {file.name: _read_code_file(file) for file in sorted(directory.glob("*.py"))}
-    # Files that are named by others are read as well, each once, because two may include each other.
-    seen = {*files_to_read}
+        code_contents = {file.name: _read_code_file(file) for file in sorted(directory.glob("*.py"))}
+    return _sha256_of_files(code_contents | _contents_with_named_files(task_files, directory))
+
+
+def _contents_with_named_files(task_files: list[Path], directory: Path) -> dict[str, bytes]:
+    """The contents of the YAML files of tasks and of all files that they name, by path relative to `directory`.
+
+    Each file is read once, because two may include each other. Raises NoDigest as `task_code_digest` does.
+    """
+    contents: dict[str, bytes] = {}
+    files_to_read = list(task_files)
+    seen_files = {*files_to_read}
     while files_to_read:
         file = files_to_read.pop()
         content = _read_code_file(file)
@@ -107,31 +117,32 @@ def task_code_digest(path: Path) -> str:
             named_files = {named.resolve() for named in _files_named_by(file, content)}
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise NoDigest(str(file)) from error
-        files_to_read += sorted(named_files - seen)
-        seen |= named_files
-        if len(seen) > MAX_FILES_AND_FOLDERS:
-            raise NoDigest(str(path))
-    return _sha256_of_files(contents)
+        files_to_read += sorted(named_files - seen_files)
+        seen_files |= named_files
+        if len(seen_files) > MAX_FILES_AND_FOLDERS:
+            raise NoDigest(str(directory))
+    return contents
 
 
 class _FunctionNameLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """A YAML loader that collects the names of `!function` tags in `functions`, and imports nothing."""
+    """A YAML loader that collects the names of `!function` tags in `function_names`, and imports nothing."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__(content)
-        self.functions: list[str] = []
+        self.function_names: list[str] = []
+        """Filled while the document is read."""
 
 
 def _collect_function_name(loader: _FunctionNameLoader, node: yaml.Node) -> None:
     """Called by the loader at each `!function module.name`."""
-    loader.functions.append(str(node.value))
+    loader.function_names.append(str(node.value))
 
 
 _FunctionNameLoader.add_constructor("!function", _collect_function_name)
 
 
 def _files_named_by(file: Path, content: bytes) -> Iterator[Path]:
-    """The files that the YAML `file` of a task names: those under `include`, and the Python modules of `!function` beside it.
+    """The files that the YAML `file` of an lm_eval task names: those under `include`, and the Python modules of `!function`.
 
     Relative names are looked up as lm_eval does. `content`: the bytes of the file. Raises YAMLError, ValueError or RecursionError
     if the content is no YAML.
@@ -140,8 +151,8 @@ def _files_named_by(file: Path, content: bytes) -> Iterator[Path]:
     tree = loader.get_single_data()
     for name in _include_values(tree):
         yield file.parent / name
-    for function in loader.functions:
-        module = file.parent / f"{function.rpartition('.')[0].replace('.', '/')}.py"
+    for function_name in loader.function_names:  # such as `utils.process_docs`
+        module = file.parent / f"{function_name.rpartition('.')[0].replace('.', '/')}.py"
         if module.exists():  # otherwise it is an installed module
             yield module
 

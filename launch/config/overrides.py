@@ -320,7 +320,7 @@ def _add_setting(
 def _add_gates(parsed: ParsedOverrides, source_text: str) -> None:
     """Add the gates of an override such as `gates.eval/loss=<3` or `gates={eval/loss: "<3"}` to `parsed`, or a problem.
 
-    They are read from the whole override, as typed or as a file's line has it: `<` and `>` are no characters of Hydra's grammar.
+    They are read from the whole override by a parser of their own: `<` and `>` are no characters of Hydra's grammar.
     """
     gates: dict[str, Any] = {}
     try:

@@ -119,10 +119,9 @@ def run_figures(run: RecordedRun, parts_s: dict[str, float], profile: ProfiledSt
         folded.insert(0, held_out_figure)
     else:
         head.append(held_out_figure)
-    return PageFigures(
-        head_figures=[figure for figure in head if figure is not None],
-        folded_figures=[figure for figure in folded if figure is not None],
-    )
+    drawn_head = [figure for figure in head if figure is not None]
+    drawn_folded = [figure for figure in folded if figure is not None]
+    return PageFigures(head_figures=drawn_head, folded_figures=drawn_folded)
 
 
 def _loss_figure(run: RecordedRun, x_values_by_step: dict[int, Row]) -> Figure | None:
