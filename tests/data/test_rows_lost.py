@@ -259,9 +259,9 @@ def test_control_tokens_are_escaped_only_in_documents_that_spell_one(tmp_path, m
     def never(*args):
         raise AssertionError("no text spells a control token")
 
-    monkeypatch.setattr(ControlTokenEscaper, "to_backend_text", never)
+    monkeypatch.setattr(ControlTokenEscaper, "to_marked_text", never)
     monkeypatch.setattr(ControlTokenEscaper, "escape", never)
-    monkeypatch.setattr(ControlTokenEscaper, "backend", property(never))
+    monkeypatch.setattr(ControlTokenEscaper, "marked_tokenizer", property(never))
     assert len(prepare(tmp_path, chat_rows(20)).train) == 20
 
 

@@ -7,8 +7,9 @@ from strategies.errors import ConfigError, DataError
 from tests.helpers import tokenizers as make
 from tests.helpers.covering import examples
 from trainer.data.document import Document
-from trainer.data.tokens.encode import Encoder, truncate_sample
+from trainer.data.tokens.encode import Encoder
 from trainer.data.tokens.template import ChatTemplate
+from trainer.data.tokens.truncation import truncate_sample
 
 TEMPLATES = {  # template, end of turn, whether it trims replies, whether it takes a system turn
     "chatml": (make.CHATML, "<|im_end|>", False, True),

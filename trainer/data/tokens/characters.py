@@ -2,9 +2,9 @@
 
 A tokenizer reads `<|im_end|>` as the end of a turn wherever it stands, also where a user merely wrote it. So before the
 template is rendered, a text that spells a control token gets an escape mark between its characters; a control token that is
-still in one piece afterwards was written by the template. A copy of the tokenizer (`backend`) knows control tokens only with
-the mark in front: those of the template get one, and the spelled ones become ordinary characters. Ids and offsets are those
-of the tokenizer itself.
+still in one piece afterwards was written by the template. A copy of the tokenizer (`marked_tokenizer`) knows control tokens
+only with the mark in front: those of the template get one, and the spelled ones become ordinary characters. Ids and offsets
+are those of the tokenizer itself.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from strategies.errors import ConfigError
+from trainer.data.document import Document, Message, RefusedDocument
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
+
+    from trainer.data.tokens.template import ChatTemplate, RenderedText
 
 ESCAPE_MARK = "\U0010fb06"
 """A private-use character; a text that spells a control token must not have it."""
@@ -32,14 +35,14 @@ class ControlTokenEscaper:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, backend: Tokenizer, end_tokens: Iterable[str | None]
+        self, tokenizer: PreTrainedTokenizerFast, tokenizer_backend: Tokenizer, end_tokens: Iterable[str | None]
     ) -> None:
         special_tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         # No mark fits into a token of a single character.
         tokens = {token for token in (*special_tokens, *end_tokens) if token and len(token) > 1}
         # The longest come first, so that the pattern prefers them.
         self.tokens = sorted(tokens, key=len, reverse=True)
-        self._backend = backend
+        self._tokenizer = tokenizer_backend
         pattern = "|".join(map(re.escape, self.tokens))
         self._token_regex = re.compile(pattern) if pattern else None
         self._mark_or_token_regex = re.compile(f"{ESCAPE_MARK}|{pattern}")
@@ -55,15 +58,14 @@ class ControlTokenEscaper:
             text = self._token_regex.sub(lambda match: ESCAPE_MARK.join(match.group()), text)
         return text
 
-    def to_backend_text(self, text: str, spans: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
-        """(the text that `backend` encodes, the spans in it), for a rendered text with escaped control tokens.
+    def to_marked_text(self, text: str, spans: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
+        """(the text that `marked_tokenizer` encodes, the spans in it), for a rendered text with escaped control tokens.
 
-        `backend`: the changed copy of the tokenizer. `spans`: (begin, end) in characters of `text`. In `text`, a control token
-        that the data only spells has an escape mark in it, and one that the template wrote has none. `backend` knows control
-        tokens with the mark in front, so the marks in the spelled ones are removed, and each real control token gets one. With ^
-        for the mark: "<s>Hi <^s^>" -> "^<s>Hi <s>".
+        `spans`: (begin, end) in characters of `text`. In `text`, a control token that the data only spells has escape marks in
+        it, and one that the template wrote has none. `marked_tokenizer` knows control tokens with the mark in front, so the marks
+        in the spelled ones are removed, and each real control token gets one. With ^ for the mark: "<s>Hi <^s^>" -> "^<s>Hi <s>".
         """
-        # (position in `text`, by how many characters all that is behind it moves)
+        # (position in `text` of a mark that is removed or of a token that gets one, how far all that is behind it moves)
         shifts: list[tuple[int, int]] = []
 
         def add_or_remove_mark(match: re.Match[str]) -> str:
@@ -71,15 +73,15 @@ class ControlTokenEscaper:
             shifts.append((match.start(), -1 if is_mark else 1))
             return "" if is_mark else ESCAPE_MARK + match.group()
 
-        backend_text = self._mark_or_token_regex.sub(add_or_remove_mark, text)
+        marked_text = self._mark_or_token_regex.sub(add_or_remove_mark, text)
 
         def moved_position(position: int) -> int:
             return position + sum(shift for start, shift in shifts if start < position)
 
-        return backend_text, [(moved_position(begin), moved_position(end)) for begin, end in spans]
+        return marked_text, [(moved_position(begin), moved_position(end)) for begin, end in spans]
 
     @cached_property
-    def backend(self) -> Tokenizer:
+    def marked_tokenizer(self) -> Tokenizer:
         """The copy of the tokenizer that knows control tokens with the mark in front; made when a first text needs it.
 
         Raises ConfigError for a tokenizer whose control tokens cannot be told from their spelling.
@@ -87,7 +89,7 @@ class ControlTokenEscaper:
         from tokenizers import Tokenizer
 
         # What a tokenizer.json holds.
-        settings = json.loads(self._backend.to_str())
+        settings = json.loads(self._tokenizer.to_str())
         model = settings["model"]
         marked_by_token = {token: ESCAPE_MARK + token for token in self.tokens}
         for added_token in settings["added_tokens"]:
@@ -102,13 +104,13 @@ class ControlTokenEscaper:
         if model.get("unk_token") in marked_by_token:
             model["unk_token"] = marked_by_token[model["unk_token"]]
         try:
-            backend = Tokenizer.from_str(json.dumps(settings))
+            marked_tokenizer = Tokenizer.from_str(json.dumps(settings))
         except Exception as error:  # the library raises no other; merges may be made of such tokens
             raise _indistinguishable_token_error(self.tokens[0]) from error
         for token in self.tokens:
-            if backend.token_to_id(ESCAPE_MARK + token) != self._backend.token_to_id(token):
+            if marked_tokenizer.token_to_id(ESCAPE_MARK + token) != self._tokenizer.token_to_id(token):
                 raise _indistinguishable_token_error(token)
-        return backend
+        return marked_tokenizer
 
 
 def _indistinguishable_token_error(token: str) -> ConfigError:
@@ -117,3 +119,18 @@ def _indistinguishable_token_error(token: str) -> ConfigError:
         f"data.control_tokens=text: {token!r} cannot be told from its spelling with this tokenizer; set "
         "data.control_tokens=refuse or keep"
     )
+
+
+def check_same_text_without_escaping(
+    template: ChatTemplate, document: Document, messages: list[Message], rendered: RenderedText
+) -> None:
+    """Raise RefusedDocument if the template writes something else for `messages` than `rendered` without its escape marks.
+
+    `rendered` was made of the messages with marks within each control token that they spell. A template may look for such a
+    token in a content, and not find the escaped one.
+    """
+    # `rendered` is longer than what the template writes, if the template does not close its last turn: EOS was added then.
+    unescaped_text = template.render_text(messages, document.location, document.tools).rstrip()
+    if not rendered.text.replace(ESCAPE_MARK, "").startswith(unescaped_text):
+        message = "the chat template looks for a control token that a text spells; remove it from the text"
+        raise RefusedDocument(document.location, "refused_by_template", message)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from strategies.errors import ConfigError, DataError, is_panic, tokenizer_panic
 from trainer.data.config import ControlTokens, LearnConfig
 from trainer.data.document import Document, Message, RefusedDocument
 from trainer.data.store.sequences import LABEL, Sample
-from trainer.data.tokens.characters import ESCAPE_MARK, ControlTokenEscaper
+from trainer.data.tokens.characters import ESCAPE_MARK, ControlTokenEscaper, check_same_text_without_escaping
 from trainer.data.tokens.clock import TemplateDate
 from trainer.data.tokens.template import ChatTemplate, RenderedText
 
@@ -29,6 +29,14 @@ DOCUMENTS_PER_BATCH = 512
 """Documents that go to the encoder at a time."""
 DocumentTurns = tuple[Document, list[Message] | None]
 """A document, and the messages to encode for it; None: its prompt and completion, or its text."""
+
+
+class _Turns(NamedTuple):
+    """The messages of a conversation."""
+
+    messages: list[Message]
+    escaped_messages: list[Message]
+    """With marks within each control token that contents merely spell; the same object if they spell none."""
 
 
 class Encoder:
@@ -112,7 +120,8 @@ class Encoder:
             encodings, _encoded_texts = self.tokenize(rendered)
             for document, encoding in zip(batch, encodings, strict=True):
                 ids = np.array(encoding.ids, dtype=np.int32)
-                is_conversation = self.template is not None and document.text is None  # its template writes BOS
+                # `tokenize` adds no BOS, because the chat template writes that of a conversation.
+                is_conversation = self.template is not None and document.text is None
                 if not is_conversation and self._adds_bos_to_texts and not self._begins_with_bos(ids):
                     ids = np.concatenate([np.array([self.bos_id], np.int32), ids])
                 yield document, ids
@@ -143,7 +152,7 @@ class Encoder:
         while turns and turns[-1]["role"] == "assistant":
             turns = turns[:-1]
         context_turns = [{**turn, "train": False} for turn in turns]
-        escaped_turns = self._escape_messages(document, context_turns)
+        escaped_turns = self._escape_messages(document, context_turns)  # the same list if nothing had to be escaped
         text = self.template.render_prompt(escaped_turns, document.location, document.tools)
         return RenderedText(text, [], escaped=escaped_turns is not context_turns)
 
@@ -155,8 +164,9 @@ class Encoder:
     def encode_pairs(self, documents: Iterable[Document]) -> Iterator[tuple[Document, Sample, Sample]]:
         """Preference pairs as (document, chosen, rejected); both begin with the same prompt tokens, which are not supervised.
 
-        Supervision of both begins at the same token, so that their log-probabilities can be compared. Raises DataError with file
-        and line, also if the template writes the prompt of the two differently.
+        Supervision of both begins at the same token, so that their log-probabilities can be compared: masks are widened for that
+        (`align_learned_answers`). Raises DataError with file and line, also if the template writes the prompt of the two
+        differently.
         """
         remaining = iter(documents)
         while batch := list(islice(remaining, DOCUMENTS_PER_BATCH)):
@@ -170,7 +180,7 @@ class Encoder:
                 align_learned_answers(document, chosen=chosen, rejected=rejected)
                 yield document, chosen, rejected
 
-    def num_tokens_before_first(self, document: Document) -> int | None:
+    def num_tokens_before_first_turn(self, document: Document) -> int | None:
         """How many tokens of a conversation come before the content of its first turn that is no system turn.
 
         These stay when a conversation that is too long loses its beginning. None if the template does not let us tell.
@@ -178,13 +188,14 @@ class Encoder:
         if self.template is None:
             return None
         (rendered,) = self._render_answers([(document, _preferred_messages(document))], fast=True)
-        turns = self._escape_messages(document, document.messages or [])
-        content_begin = self.template.first_content_begin(turns, document.location, document.tools)
+        # The position in that rendered text: it has marks within control tokens that contents merely spell.
+        escaped_turns = self._escape_messages(document, document.messages or [])
+        content_begin = self.template.first_content_begin(escaped_turns, document.location, document.tools)
         if content_begin is None:
             return None
-        # What stands before the content, as one span, to be found again in the text that is tokenised.
-        text_with_span = RenderedText(rendered.text, [(0, content_begin)], rendered.escaped)
-        (encoding,), (encoded_text,) = self.tokenize([text_with_span])
+        # `tokenize` may change the text, and moves its spans along: here the one span that stands before the content.
+        text_before_content = RenderedText(rendered.text, [(0, content_begin)], rendered.escaped)
+        (encoding,), (encoded_text,) = self.tokenize([text_before_content])
         _, num_characters_before = encoded_text.spans[0]
         _token_begins, token_ends = np.array(encoding.offsets, dtype=np.int64).T
         return int(np.count_nonzero(token_ends <= num_characters_before))
@@ -205,24 +216,25 @@ class Encoder:
             raise RefusedDocument(document.location, "reserved_character", message)
         return self.escaper.escape(text)
 
-    def tokenize(self, texts: list[RenderedText]) -> tuple[list[Encoding], list[RenderedText]]:
-        """Tokenize rendered texts: (encoding of each, the text that its character offsets refer to).
+    def tokenize(self, rendered: list[RenderedText]) -> tuple[list[Encoding], list[RenderedText]]:
+        """Tokenize rendered texts: (encoding of each, the text that its character offsets refer to, with its spans).
 
-        The second text differs from the given one only if control tokens were escaped: it is then what `escaper.backend` reads.
+        The second text differs from the given one only if control tokens were escaped: real ones are then the marked ones, and
+        the tokenizer `escaper.marked_tokenizer` reads it.
         """
         # add_special_tokens=False: templates write their own BOS, and the other formats get theirs in `_to_samples`.
         try:
-            encodings = self._backend.encode_batch([text.text for text in texts], add_special_tokens=False)
+            encodings = self._backend.encode_batch([text.text for text in rendered], add_special_tokens=False)
         except BaseException as error:
-            if is_panic(error):  # a pattern without end, for example
+            if is_panic(error):  # the Rust code panicked: a pattern without end, for example
                 raise tokenizer_panic(error, self.tokenizer.name_or_path) from error
             raise
-        encoded_texts = list(texts)
-        for number, text in enumerate(texts):
+        encoded_texts = list(rendered)
+        for number, text in enumerate(rendered):
             if text.escaped:
-                backend_text, backend_spans = self.escaper.to_backend_text(text.text, text.spans)
-                encoded_texts[number] = RenderedText(backend_text, backend_spans, loss_weights=text.loss_weights)
-                encodings[number] = self.escaper.backend.encode(backend_text, add_special_tokens=False)
+                marked_text, marked_spans = self.escaper.to_marked_text(text.text, text.spans)
+                encoded_texts[number] = RenderedText(marked_text, marked_spans, loss_weights=text.loss_weights)
+                encodings[number] = self.escaper.marked_tokenizer.encode(marked_text, add_special_tokens=False)
         return encodings, encoded_texts
 
     def context_texts(self, document: Document) -> list[str]:
@@ -242,8 +254,7 @@ class Encoder:
         messages as plain text. A prompt with its completion is a conversation if there is a template. `fast=False` renders
         every conversation twice, to find the spans without a shortcut.
         """
-        # Of each document (messages, messages with escaped control tokens); None if it is no conversation.
-        turns_of_documents: list[tuple[list[Message], list[Message]] | None] = []
+        turns_of_documents: list[_Turns | None] = []  # None for a document that is no conversation
         conversations = []
         for document, messages in batch:
             if messages is None and document.prompt is not None and self.template is not None:
@@ -251,36 +262,32 @@ class Encoder:
             if messages is None:
                 turns_of_documents.append(None)
                 continue
-            escaped_messages = self._escape_messages(document, messages)
-            turns_of_documents.append((messages, escaped_messages))
-            conversations.append((escaped_messages, document.location, document.tools))
+            turns = _Turns(messages, self._escape_messages(document, messages))
+            turns_of_documents.append(turns)
+            conversations.append((turns.escaped_messages, document.location, document.tools))
 
         template = self.template
         if template is None and conversations:
             template = ChatTemplate(self.tokenizer)  # raises the ConfigError that says what the tokenizer lacks
+        # All at once, since that is faster.
         rendered_conversations = iter(template.render_all(conversations, fast=fast) if template else [])
-
         rendered = []
-        for turns, (document, _) in zip(turns_of_documents, batch, strict=True):
-            if turns is None or template is None:
+        for turns_or_none, (document, _) in zip(turns_of_documents, batch, strict=True):
+            if turns_or_none is None or template is None:
                 rendered.append(self._render_plain(document))
-                continue
-            conversation = next(rendered_conversations)
-            messages, escaped_messages = turns
-            if any("weight" in message for message in messages):  # without weights, all learned tokens count 1
-                learned_indices = template.learned_turn_indices(messages)
-                conversation.loss_weights = span_weights(learned_indices, messages, conversation, document.location)
-            if escaped_messages is not messages:
-                conversation.escaped = True
-                _check_same_text_without_escaping(template, document, messages, conversation)
-            rendered.append(conversation)
+            else:
+                rendered_conversation = next(rendered_conversations)
+                _set_weights_and_escaped(rendered_conversation, template, document, turns_or_none)
+                rendered.append(rendered_conversation)
         return rendered
 
     def _escape_messages(self, document: Document, messages: list[Message]) -> list[Message]:
         """Messages with the control tokens that they spell escaped, except in answers and supervised turns.
 
-        The same list object if nothing had to be escaped, which callers test for.
+        Marks within such a token make it ordinary characters. The same list object if nothing had to be escaped, which callers
+        test for.
         """
+        # A quick look first, without asking which turns are supervised.
         contents = (message["content"] for message in messages if message["role"] != "assistant")
         if not any(self.escaper.is_spelled_in(content) for content in contents):
             return messages
@@ -326,29 +333,11 @@ class Encoder:
         Special tokens that the text has already are not put there twice. Raises RefusedDocument for two BOS at the beginning.
         """
         samples = []
-        bos = self.bos_id
-        encodings, texts = self.tokenize(rendered)
-        for document, encoding, text in zip(documents, encodings, texts, strict=True):
-            input_ids, supervised, weights = learned_tokens(encoding, text)
-            marks: dict[str, float] = {}
-            # Only a text with control tokens of its own may begin with the BOS that would be put before it.
-            begins_with_bos = self.control_tokens is ControlTokens.keep and self._begins_with_bos(input_ids)
-            # Affixes by the kind of document.
-            if document.label is not None:
-                marks[LABEL] = self._label_id(document)
-                has_leading_ids = begins_with_bos and self.leading_special_ids == [bos]
-                leading = [] if has_leading_ids else self.leading_special_ids
-                input_ids, supervised = _add_affixes(
-                    input_ids, supervised, leading, self.trailing_special_ids, learn_trailing=False
-                )
-            elif document.text is not None or (document.prompt is not None and self.template is None):
-                eos = self.eos_id
-                if eos is None:
-                    raise ConfigError("the tokenizer has no eos_token, so no text would end; set one in its config")
-                leading = [bos] if self._adds_bos_to_texts and not begins_with_bos else []
-                trailing = [] if input_ids[-1:].tolist() == [eos] else [eos]
-                input_ids, supervised = _add_affixes(input_ids, supervised, leading, trailing, learn_trailing=True)
-            if bos is not None and len(input_ids) > 1 and input_ids[0] == input_ids[1] == bos:
+        encodings, encoded_texts = self.tokenize(rendered)
+        for document, encoding, encoded_text in zip(documents, encodings, encoded_texts, strict=True):
+            input_ids, supervised, weights = learned_tokens(encoding, encoded_text)
+            input_ids, supervised = self._add_special_tokens(document, input_ids, supervised)
+            if self.bos_id is not None and input_ids[:2].tolist() == [self.bos_id, self.bos_id]:
                 message = (
                     f"the sample begins with two {self.tokenizer.bos_token} tokens; remove it from the text, or from the "
                     "template in model.chat_template"
@@ -356,8 +345,30 @@ class Encoder:
                 raise RefusedDocument(document.location, "doubled_bos", message)
             # Nothing predicts the first token.
             supervised[:1] = False
+            marks: dict[str, float] = {} if document.label is None else {LABEL: self._label_id(document)}
             samples.append(Sample(input_ids, supervised, marks, weights))
         return samples
+
+    def _add_special_tokens(
+        self, document: Document, input_ids: np.ndarray, supervised: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The ids and the supervision mask of a document's tokens with the special tokens that `_to_samples` names.
+
+        Raises ConfigError if a text needs an EOS and the tokenizer has none.
+        """
+        # Only a text with control tokens of its own may begin with the BOS that would be put before it.
+        begins_with_bos = self.control_tokens is ControlTokens.keep and self._begins_with_bos(input_ids)
+        if document.label is not None:
+            has_leading_ids = begins_with_bos and self.leading_special_ids == [self.bos_id]
+            leading = [] if has_leading_ids else self.leading_special_ids
+            return _add_affixes(input_ids, supervised, leading, self.trailing_special_ids, learn_trailing=False)
+        if document.text is not None or (document.prompt is not None and self.template is None):
+            if self.eos_id is None:
+                raise ConfigError("the tokenizer has no eos_token, so no text would end; set one in its config")
+            leading = [self.bos_id] if self._adds_bos_to_texts and not begins_with_bos else []
+            trailing = [] if input_ids[-1:].tolist() == [self.eos_id] else [self.eos_id]
+            return _add_affixes(input_ids, supervised, leading, trailing, learn_trailing=True)
+        return input_ids, supervised
 
     def _label_id(self, document: Document) -> int:
         """The number of a document's label. Raises DataError for a label that is not known."""
@@ -369,12 +380,23 @@ class Encoder:
         return self.label_id_by_name[document.label]
 
 
+def _set_weights_and_escaped(rendered: RenderedText, template: ChatTemplate, document: Document, turns: _Turns) -> None:
+    """Set `loss_weights` and `escaped` of a rendered conversation from its turns. Raises RefusedDocument."""
+    messages = turns.messages
+    if any("weight" in message for message in messages):  # without weights, all learned tokens count 1
+        learned_indices = template.learned_turn_indices(messages)
+        rendered.loss_weights = span_weights(learned_indices, messages, rendered, document.location)
+    if turns.escaped_messages is not messages:
+        rendered.escaped = True
+        check_same_text_without_escaping(template, document, messages, rendered)
+
+
 def learned_tokens(encoding: Encoding, rendered: RenderedText) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Turn character spans into a token mask: (ids int32 [n], supervised bool [n], loss weights float32 [n] or None).
 
     `encoding`: the tokens of `rendered`, whose `spans` are the supervised characters, with `loss_weights` if some count less.
     A token that straddles an edge of a span belongs to it, since generation would make it; so do tokens without characters of
-    their own between two that have some.
+    their own between two that have some. A token outside of all spans has the weight 0.
     """
     input_ids = np.array(encoding.ids, dtype=np.int32)
     supervised = np.zeros(len(input_ids), dtype=np.bool_)
@@ -431,20 +453,6 @@ def span_weights(
     return weights
 
 
-def _check_same_text_without_escaping(
-    template: ChatTemplate, document: Document, messages: list[Message], rendered: RenderedText
-) -> None:
-    """Raise RefusedDocument if the template writes something else for `messages` without escape marks than `rendered`.
-
-    It may look for a control token in a content, and not find the escaped one.
-    """
-    # `rendered` is longer than what the template writes if its last turn was closed.
-    unescaped_text = template.render_text(messages, document.location, document.tools).rstrip()
-    if not rendered.text.replace(ESCAPE_MARK, "").startswith(unescaped_text):
-        message = "the chat template looks for a control token that a text spells; remove it from the text"
-        raise RefusedDocument(document.location, "refused_by_template", message)
-
-
 def _preferred_messages(document: Document) -> list[Message] | None:
     """The conversation of a document; of a preference pair, the one with the preferred answer."""
     if document.chosen is None:
@@ -484,10 +492,3 @@ def _add_affixes(
     leading_mask = np.zeros(len(leading), np.bool_)
     trailing_mask = np.full(len(trailing), learn_trailing, np.bool_)
     return ids, np.concatenate([leading_mask, supervised, trailing_mask])
-
-
-def truncate_sample(sample: Sample, max_length: int, num_tail_tokens: int) -> Sample:
-    """The first tokens of a sample, followed by its last `num_tail_tokens` tokens: `max_length` together."""
-    head = slice(max_length - num_tail_tokens)
-    tail = slice(len(sample.input_ids) - num_tail_tokens, None)
-    return sample.keep_spans(head, tail)

@@ -399,6 +399,20 @@ def render_marked(
     return turns if is_complete else None
 
 
+def content_begin_by_marking(render: Render, messages: list[Message], index: int) -> int | None:
+    """Where the content of message `index` begins in the rendered text, by rendering it with marks around that content.
+
+    Whitespace before the content counts as content if the template keeps it: so marks outside of it are tried first. None if
+    marks change the text in any case.
+    """
+    text = render(messages)
+    for mark_content in (mark_whole, mark_trimmed):
+        turns = render_marked(render, messages, [index], text, {index: mark_content})
+        if turns is not None:
+            return turns[0].content_begin
+    return None
+
+
 def leading_token_pattern(tokens: list[str]) -> re.Pattern[str]:
     """A pattern that matches one of the tokens, the longest that fits, after any whitespace."""
     longest_first = sorted(tokens, key=len, reverse=True)

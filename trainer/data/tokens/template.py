@@ -24,12 +24,9 @@ from trainer.data.tokens.marking import (
     CONTENT_BEGIN_MARK,
     CONTENT_END_MARK,
     RESERVED_CHARACTERS,
-    Render,
     SpanFinder,
+    content_begin_by_marking,
     leading_token_pattern,
-    mark_trimmed,
-    mark_whole,
-    render_marked,
 )
 from trainer.data.tokens.skeleton import Spans
 from trainer.data.tokens.template_limits import TemplateLimitExceeded, resource_limits
@@ -66,7 +63,7 @@ class RenderedText:
     spans: list[tuple[int, int]]
     """[begin, end) of what is learned, in characters, ascending."""
     escaped: bool = False
-    """Whether marks stand before control tokens that it merely spells, so that they become ordinary characters; see
+    """Whether marks stand within control tokens that it merely spells, so that they become ordinary characters; see
     `trainer/data/tokens/characters.py`."""
     loss_weights: list[float] | None = None
     """What each span counts for in the loss; None if all count as 1."""
@@ -221,7 +218,7 @@ class ChatTemplate:
         tool_conversation = conversation.tool_conversation
         render = self._render if tool_conversation is None else tool_conversation.render
         return self._call_template(
-            _content_begin_by_marking, render, conversation.messages, first_index, location=location
+            content_begin_by_marking, render, conversation.messages, first_index, location=location
         )
 
     def _prepare_conversation(self, messages: Sequence[Message], location: str, tools: Tools) -> PreparedConversation:
@@ -459,20 +456,6 @@ def _length_of_common_end(first: str, second: str) -> int:
     while length < min(len(first), len(second)) and first[-1 - length] == second[-1 - length]:
         length += 1
     return length
-
-
-def _content_begin_by_marking(render: Render, messages: list[Message], index: int) -> int | None:
-    """Where the content of message `index` begins in the rendered text, by rendering it with marks around that content.
-
-    Whitespace before the content counts as content if the template keeps it: so marks outside of it are tried first. None if
-    marks change the text in any case.
-    """
-    text = render(messages)
-    for mark_content in (mark_whole, mark_trimmed):
-        turns = render_marked(render, messages, [index], text, {index: mark_content})
-        if turns is not None:
-            return turns[0].content_begin
-    return None
 
 
 def _check_no_reserved_characters(message: Message, location: str) -> None:

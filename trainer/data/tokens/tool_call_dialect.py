@@ -1,8 +1,9 @@
-"""The way in which a chat template wants calls of tools and their results: found by trial, and conversations put into it."""
+"""How a chat template wants calls of tools and their results, found by trial; conversations are put into that form."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -27,8 +28,8 @@ class ToolCallDialect:
     """Arguments as a JSON text instead of an object."""
     null_content: bool = False
     """null for the content of a turn that only calls, instead of an empty text."""
-    wraps_results: bool = False
-    """Whether it writes `<tool_response>` around results itself."""
+    template_wraps_results: bool = False
+    """Whether the template itself writes `<tool_response>` around results."""
     end_tokens: frozenset[str] = frozenset()
     """Tokens that close a turn with calls."""
 
@@ -40,10 +41,10 @@ def find_dialect_by_trial(render: Render, added_tokens: list[str]) -> ToolCallDi
     empty or None. `added_tokens`: those of the tokenizer, among which the token that closes the call is looked for. If no way
     works, the dialect is the default one.
     """
-    # Marks in them, so that no text of the template itself is taken for them.
+    # With private-use characters in them, so that no text of the template itself is taken for them.
     name = f"{CALL_MARK}name"
     argument = f"{TURN_EDGE_MARK}value"
-    for arguments_as_text, null_content in ((False, False), (False, True), (True, False), (True, True)):
+    for arguments_as_text, null_content in itertools.product((False, True), repeat=2):
         messages = _conversation_with_call(
             name, argument, arguments_as_text=arguments_as_text, null_content=null_content
         )
@@ -59,7 +60,7 @@ def find_dialect_by_trial(render: Render, added_tokens: list[str]) -> ToolCallDi
         return ToolCallDialect(
             arguments_as_text=arguments_as_text,
             null_content=null_content,
-            wraps_results=_wraps_tool_results(render, messages),
+            template_wraps_results=_wraps_tool_results(render, messages),
             end_tokens=frozenset() if end_token is None else frozenset({end_token}),
         )
     return ToolCallDialect()
@@ -111,7 +112,7 @@ def convert_to_dialect(messages: list[Message], dialect: ToolCallDialect) -> Ite
             answered_id = unanswered_ids.pop(0) if unanswered_ids else None
             if answered_id and "tool_call_id" not in message:
                 message = {**message, "tool_call_id": answered_id}
-            if dialect.wraps_results:
+            if dialect.template_wraps_results:
                 # The template would wrap a result that is wrapped already once more.
                 wrapped = _TOOL_RESPONSE_REGEX.fullmatch(message["content"])
                 if wrapped and "<tool_response>" not in wrapped.group(1):
@@ -136,3 +137,29 @@ def _call_in_dialect(
         digest = hashlib.blake2b(position_and_content.encode(), digest_size=8).hexdigest()
         call_id = digest[:9]  # Mistral's templates refuse ids of another length
     return {**call, "id": call_id, "function": {**function, "arguments": arguments}}
+
+
+def label_calls_and_results(messages: list[Message]) -> tuple[list[Message], list[str], list[str]]:
+    """(messages with labels, labels of the calls, labels of the results), to see which of them a template writes.
+
+    A label is a number between private-use characters. It stands behind the name of each call, and behind each result that is
+    not blank.
+    """
+    call_labels: list[str] = []
+    result_labels: list[str] = []
+    labelled_messages: list[Message] = []
+    for message in messages:
+        if message["role"] == "tool" and (message["content"] or "").strip():
+            label = f"{TURN_EDGE_MARK}{len(result_labels)}{TURN_EDGE_MARK}"
+            result_labels.append(label)
+            message = {**message, "content": message["content"] + label}
+        calls = []
+        for call in message.get("tool_calls", ()):
+            label = f"{CALL_MARK}{len(call_labels)}{CALL_MARK}"
+            call_labels.append(label)
+            function = call["function"]
+            calls.append({**call, "function": {**function, "name": function["name"] + label}})
+        if calls:
+            message = {**message, "tool_calls": calls}
+        labelled_messages.append(message)
+    return labelled_messages, call_labels, result_labels

@@ -27,6 +27,7 @@ from trainer.data.tokens.tool_call_dialect import (
     ToolCallDialect,
     convert_to_dialect,
     find_dialect_by_trial,
+    label_calls_and_results,
 )
 
 _MARK_REGEX = re.compile(f"([{RESERVED_CHARACTERS}])")
@@ -157,7 +158,7 @@ class TurnSpanFinder:
                 "this chat template ignores the column tools; set model.chat_template to one that writes it, or drop "
                 "the column with data.ignore_columns=[tools]",
             )
-        labelled_messages, call_labels, result_labels = _label_calls_and_results(conversation.messages)
+        labelled_messages, call_labels, result_labels = label_calls_and_results(conversation.messages)
         if not (call_labels or result_labels):
             return text
         labelled_text = conversation.render(labelled_messages)
@@ -410,32 +411,6 @@ def thought_end(thought: str | None, text: str, begin: int, end: int) -> int:
 def _with_and_without_thought(header: str) -> tuple[str, str]:
     """A turn's header, and the same without a `<think>` at its end: a prompt may open a thought that the text does not have."""
     return header, _THOUGHT_OPENED_AT_END_REGEX.sub("", header)
-
-
-def _label_calls_and_results(messages: list[Message]) -> tuple[list[Message], list[str], list[str]]:
-    """(messages with labels, labels of the calls, labels of the results), to see which of them a template writes.
-
-    A label is a number between private-use characters. It stands behind the name of each call, and behind each result that is
-    not blank.
-    """
-    call_labels: list[str] = []
-    result_labels: list[str] = []
-    labelled_messages: list[Message] = []
-    for message in messages:
-        if message["role"] == "tool" and (message["content"] or "").strip():
-            label = f"{TURN_EDGE_MARK}{len(result_labels)}{TURN_EDGE_MARK}"
-            result_labels.append(label)
-            message = {**message, "content": message["content"] + label}
-        calls = []
-        for call in message.get("tool_calls", ()):
-            label = f"{CALL_MARK}{len(call_labels)}{CALL_MARK}"
-            call_labels.append(label)
-            function = call["function"]
-            calls.append({**call, "function": {**function, "name": function["name"] + label}})
-        if calls:
-            message = {**message, "tool_calls": calls}
-        labelled_messages.append(message)
-    return labelled_messages, call_labels, result_labels
 
 
 class _MarkedCallParts(Enum):

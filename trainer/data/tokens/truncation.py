@@ -16,7 +16,7 @@ from strategies.errors import DataError
 from trainer.data.config import ControlTokens, DataConfig, OverLength
 from trainer.data.document import Document, Message, Tally
 from trainer.data.store.sequences import LABEL, Sample
-from trainer.data.tokens.encode import Encoder, truncate_sample
+from trainer.data.tokens.encode import Encoder
 
 
 def keep_learnable(
@@ -25,7 +25,8 @@ def keep_learnable(
     """The pieces of a sample that have at least one supervised token or a label; empty if the document is to be dropped.
 
     `pieces`: the shorter samples that `data.over_length` made of `sample` (see `fit_length`); None or empty if it dropped it.
-    Counts in `tally`, for the report, what was dropped, cut or odd (see `oddity_codes`), with the row's location.
+    Counts in `tally`, for the report, what was dropped, cut or odd (such as a missing end-of-turn token, see `oddity_codes`),
+    with the row's location.
     """
     if not pieces:
         tally.drop("tokenise", "too_long", document.location)
@@ -64,6 +65,7 @@ def fit_answers(
     fitted_answers = []
     for answer in answers:
         is_longer = len(answer.input_ids) > max_length
+        # No tail is kept: an answer that was cut must not end as if it were complete.
         fitted_answers.append(truncate_sample(answer, max_length, num_tail_tokens=0) if is_longer else answer)
     if not all(answer.supervised.any() for answer in fitted_answers):
         tally.drop("tokenise", "nothing_to_learn", document.location)
@@ -103,7 +105,8 @@ def oddity_codes(encoder: Encoder, document: Document, sample: Sample) -> list[s
     codes: list[str] = []
     spells_control_tokens = encoder.escaper.is_spelled_in
     last_id = last_learned_id(sample)
-    if LABEL not in sample.marks and last_id not in encoder.end_ids:
+    is_labelled_text = LABEL in sample.marks  # of which the label is learned, and no token
+    if not is_labelled_text and last_id not in encoder.end_ids:
         codes.append("no_supervised" if last_id < 0 else "missing_eos")
     if any(map(spells_control_tokens, document.texts())):
         codes.append("control_tokens_in_text")
@@ -118,7 +121,7 @@ def fit_length(
 ) -> list[Sample] | None:
     """Samples of at most `max_length` tokens that stand for `sample`, which `encoder` made of `document`, by `policy`:
 
-    - drop: None.
+    - drop: None (the other policies give at least one sample).
     - fail: raises DataError.
     - truncate_left: the last tokens, after BOS. Of a conversation, the last whole exchanges (a user turn up to the next) that
       fit, after the system turn; if one is too long, its first turn loses its beginning.
@@ -156,6 +159,13 @@ def _too_long_error(document: Document, length: int, max_length: int, other_poli
     )
 
 
+def truncate_sample(sample: Sample, max_length: int, num_tail_tokens: int) -> Sample:
+    """The first tokens of a sample, followed by its last `num_tail_tokens` tokens: `max_length` together."""
+    head = slice(max_length - num_tail_tokens)
+    tail = slice(len(sample.input_ids) - num_tail_tokens, None)
+    return sample.keep_spans(head, tail)
+
+
 def truncate_left(sample: Sample, max_length: int, num_head_tokens: int) -> Sample:
     """The first `num_head_tokens` tokens of a sample, as far as they fit, followed by its last ones: `max_length` together."""
     num_head_tokens = min(num_head_tokens, max_length - 1)
@@ -173,6 +183,7 @@ def _keep_last_tokens(encoder: Encoder, document: Document, sample: Sample, max_
     - Anything else: BOS, if there is one.
     """
     if document.label is not None:
+        # The closing tokens are the sample's last ones, and so stay too.
         num_head_tokens = min(len(encoder.leading_special_ids), max_length - len(encoder.trailing_special_ids))
         return truncate_left(sample, max_length, num_head_tokens)
     num_bos = _num_bos(encoder, sample)
@@ -180,16 +191,18 @@ def _keep_last_tokens(encoder: Encoder, document: Document, sample: Sample, max_
         document, sample = _last_exchanges_that_fit(encoder, document, max_length)
         if len(sample.input_ids) <= max_length:
             return sample
-        num_tokens_before_first = encoder.num_tokens_before_first(document)
-        if num_tokens_before_first is not None and num_tokens_before_first < max_length:
-            return truncate_left(sample, max_length, num_tokens_before_first)
+        # One exchange that is too long alone is left.
+        num_tokens_before_first_turn = encoder.num_tokens_before_first_turn(document)
+        if num_tokens_before_first_turn is not None and num_tokens_before_first_turn < max_length:
+            return truncate_left(sample, max_length, num_tokens_before_first_turn)
     return truncate_left(sample, max_length, num_bos)
 
 
 def _last_exchanges_that_fit(encoder: Encoder, document: Document, max_length: int) -> tuple[Document, Sample]:
     """(the document with its system turn and as many of its last exchanges as fit, its sample).
 
-    If none fits, the last exchange alone, which is too long. Call it for a document that is too long with all its exchanges.
+    An exchange reaches from one user turn up to the next. If none fits, or if there is only one, the last exchange alone, which
+    is too long. Call it for a document that is too long with all its exchanges.
     """
     system, exchanges = _split_exchanges(encoder, document)
 
@@ -231,10 +244,10 @@ def _split_into_exchange_windows(encoder: Encoder, document: Document, sample: S
 def _longest_window(
     encode_window: Callable[[int, int], Sample], begin: int, num_exchanges: int, max_length: int
 ) -> tuple[Sample, int]:
-    """(sample of the most exchanges from `begin` on that fit in `max_length` tokens, where the next window begins).
+    """(sample of the most exchanges from `begin` on that fit in `max_length` tokens, number of the next exchange).
 
-    An exchange that is too long alone is truncated. `encode_window(begin, end)` encodes exchanges. Doubling steps, then halving
-    ones, find the last exchange that still fits.
+    An exchange (a user turn up to the next) that is too long alone is truncated. `encode_window(begin, end)` encodes exchanges:
+    the more, the longer. So doubling steps, then halving ones, find the last exchange that still fits.
     """
     end = begin + 1
     window = encode_window(begin, end)
@@ -268,7 +281,7 @@ def _split_exchanges(encoder: Encoder, document: Document) -> tuple[list[Message
     """
     if encoder.template is None:
         raise AssertionError("a conversation was encoded without a chat template")
-    turns = (document.messages or []) + (document.chosen or [])
+    turns = (document.messages or []) + (document.chosen or [])  # of a pair, the preferred answer stands for both
     learned_indices = encoder.template.learned_turn_indices(turns)
     if learned_indices:
         turns = turns[: learned_indices[-1] + 1]
@@ -300,11 +313,13 @@ def _split_into_text_pieces(encoder: Encoder, sample: Sample, max_length: int) -
     """The policy `split` for texts, see `fit_length`: consecutive pieces of a sample, each with BOS if the sample has it."""
     num_bos = _num_bos(encoder, sample)
     piece_length = max_length - num_bos
-    if piece_length < 2:
+    if piece_length < 2:  # the last piece could not hold EOS and a token before it
         return [truncate_sample(sample, max_length, num_tail_tokens=0)]
     length = len(sample.input_ids)
     begins = list(range(num_bos, length, piece_length))
-    if length - begins[-1] == 1:  # EOS alone would teach that texts are empty
+    if (
+        length - begins[-1] == 1
+    ):  # EOS alone would teach that texts are empty: it gets the last token of the piece before
         begins[-1] -= 1
     ends = [*begins[1:], length]
     bos_span = slice(num_bos)
