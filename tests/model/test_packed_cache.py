@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import sys
 from pathlib import Path
 
@@ -54,8 +55,9 @@ def test_packed_cache_of_two_ranks_packs_each_weight_once_and_replaces_a_dead_ra
     dead = Rank(tmp_path, 0, 1, 600)
     assert dead.said.readline().startswith("packs")
     two = [Rank(tmp_path, index, 2, 0.2) for index in range(2)]
-    for rank in two:
-        assert rank.said.readline().startswith("packs")
+    # One is enough: on a busy machine the other may begin when only the weight of the dead rank is left, and wait for that.
+    heard_ranks, _, _ = select.select([rank.said for rank in two], [], [], seconds(120))
+    assert heard_ranks[0].readline().startswith("packs")
     dead.process.kill()
     found = [rank.answer() for rank in two]
     assert all(one["same"] and not one["reason"] for one in found)
