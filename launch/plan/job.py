@@ -14,7 +14,7 @@ from trainer.config.run import RunConfig
 from trainer.model.loading import load_model_config, load_tokenizer
 from trainer.objectives.registry import data_spec_of, max_generated_tokens
 from trainer.planner.hardware import Card
-from trainer.planner.lengths import DocumentLengths, sampled_lengths
+from trainer.planner.lengths import DocumentLengths, lengths_of_data
 from trainer.planner.plan import PlannedJob
 from trainer.planner.round_time import round_load_of_run
 
@@ -38,7 +38,7 @@ def prepare_planned_job(config: RunConfig, card: Card) -> PlannedJob:
     """
     check_parallel(config)
     has_data = config.data.path or config.data.sources
-    lengths = _lengths_of_data(config) if has_data else _longest_allowed_lengths(config)
+    lengths = _measured_lengths(config) if has_data else _longest_allowed_lengths(config)
     return PlannedJob(
         card=card,
         precision=config.precision,
@@ -53,12 +53,10 @@ def prepare_planned_job(config: RunConfig, card: Card) -> PlannedJob:
     )
 
 
-def _lengths_of_data(config: RunConfig) -> _PlannedLengths:
+def _measured_lengths(config: RunConfig) -> _PlannedLengths:
     """The lengths of the run's data, which is prepared for it."""
-    sequences_per_document = data_spec_of(config.objective).sequences_per_document
     data = prepare_data(config, load_tokenizer(config.model))
-    samples = sampled_lengths(config, data.train, sequences_per_document)
-    lengths = samples.lengths(config.data, sequences_per_document)
+    lengths = lengths_of_data(config, data.train)
     # A prompt is learned with each of its answers, so that a micro-batch may hold the longest prompt several times.
     answers_per_prompt = int(getattr(config.objective, "group_size", 1))
     return _PlannedLengths(

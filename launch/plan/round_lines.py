@@ -91,23 +91,29 @@ def round_lines_of_dry_run(
             "on its first prompts"
         ]
     ranks = config.launcher.per_node * config.launcher.nodes
-    step_s = _training_step_s(config, built, mean_length, card)
-    itemsize = 4 if config.precision is Precision.fp32 else 2
-    vocabulary = int(getattr(text_model_config(built.config), "vocab_size", 0))
-    _, blocks = width_and_num_blocks(built.base_on_meta)
+    generator = _generator_sizes(config, built, num_parameters)
     planned = estimate_round_time(
         load,
-        GeneratorSizes(
-            num_parameters=num_parameters, num_blocks=blocks, num_vocabulary_rows=vocabulary, weight_itemsize=itemsize
-        ),
+        generator,
         config,
         card,
         ranks=ranks,
         nodes=config.launcher.nodes,
-        step_s=step_s,
-        resting_bytes=(num_parameters * itemsize + num_trained * TRAINING_STATE_BYTES) / ranks,
+        step_s=_training_step_s(config, built, mean_length, card),
+        resting_bytes=(generator.weight_bytes + num_trained * TRAINING_STATE_BYTES) / ranks,  # sharded over all ranks
     )
     return [f"{card.name}: {line}" for line in round_lines(load, planned)]
+
+
+def _generator_sizes(config: RunConfig, built: BuiltModel, num_parameters: int) -> GeneratorSizes:
+    """The sizes of the model that decide how long it takes to generate an answer."""
+    _, num_blocks = width_and_num_blocks(built.base_on_meta)
+    return GeneratorSizes(
+        num_parameters=num_parameters,
+        num_blocks=num_blocks,
+        num_vocabulary_rows=int(getattr(text_model_config(built.config), "vocab_size", 0)),
+        weight_itemsize=4 if config.precision is Precision.fp32 else 2,
+    )
 
 
 def _training_step_s(config: RunConfig, built: BuiltModel, mean_length: float, card: Card) -> float:

@@ -102,6 +102,23 @@ def check_run_fits(
         raise ConfigError("run.must_fit=true: asks for the memory of GPUs, and this run has none; leave it out")
     announce("simulating whether the run fits its GPUs (run.must_fit)")
     least_gib = min(gather_objects(device_memory_gib(runtime), runtime))
+    peak = _simulate_longest_step(config, prepared, precision, runtime)
+    fit = device_memory_fit(peak.live_bytes, peak.num_groups, least_gib)
+    if fit.margin_bytes < 0:
+        raise DoesNotFit(does_not_fit_message(fit, peak, config))
+    check = MemoryCheck(
+        live_gib=peak.live_bytes / GIB, needed_gib=fit.needed_bytes / GIB, device_gib=least_gib, when=str(peak.phase)
+    )
+    return {"must_fit": check}
+
+
+def _simulate_longest_step(
+    config: RunConfig, prepared: PreparedData, precision: Precision, runtime: Runtime
+) -> SimulatedPeak:
+    """The peak memory of a step of the longest micro-batch: rank 0 simulates it, and all ranks get it. All ranks must call.
+
+    Raises DoesNotFit on every rank if the step cannot be simulated.
+    """
     peak_of_rank_0: SimulatedPeak | NotSimulated | None = None
     if runtime.is_main:
         # `activation_checkpointing=auto` recomputes everything if it must: the run fits if it fits so.
@@ -115,13 +132,7 @@ def check_run_fits(
         raise DoesNotFit(
             f"run.must_fit=true: it is not known whether the run fits, since {peak.reason}; leave it out to try it"
         )
-    fit = device_memory_fit(peak.live_bytes, peak.num_groups, least_gib)
-    if fit.margin_bytes < 0:
-        raise DoesNotFit(does_not_fit_message(fit, peak, config))
-    check = MemoryCheck(
-        live_gib=peak.live_bytes / GIB, needed_gib=fit.needed_bytes / GIB, device_gib=least_gib, when=str(peak.phase)
-    )
-    return {"must_fit": check}
+    return peak
 
 
 def does_not_fit_message(fit: MemoryFit, peak: SimulatedPeak, config: RunConfig) -> str:

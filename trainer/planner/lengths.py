@@ -11,7 +11,7 @@ from trainer.data.batches.mixing import build_order
 from trainer.data.batches.order import Order
 from trainer.data.config import DataConfig
 from trainer.data.store.sequences import TokenDataset
-from trainer.objectives.registry import max_generated_tokens
+from trainer.objectives.registry import data_spec_of, max_generated_tokens
 
 MAX_MICRO_BATCH = 1024
 """Largest micro-batch that a plan considers."""
@@ -98,6 +98,13 @@ class SampledLengths:
             sequences_per_sample=sequences_per_sample,
             samples_per_epoch=self.order.num_units,
         )
+
+
+def lengths_of_data(config: RunConfig, train: TokenDataset) -> DocumentLengths:
+    """The lengths of the samples that a run draws from its prepared data in the first epoch."""
+    sequences_per_document = data_spec_of(config.objective).sequences_per_document
+    samples = sampled_lengths(config, train, sequences_per_document)
+    return samples.lengths(config.data, sequences_per_document)
 
 
 def sampled_lengths(config: RunConfig, train: TokenDataset, sequences_per_document: int) -> SampledLengths:

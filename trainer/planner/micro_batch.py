@@ -19,7 +19,6 @@ from strategies.runtime import SIMULATED, Runtime, broadcast_object, gather_obje
 from trainer.config.parallel import samples_per_dp_rank
 from trainer.config.run import AUTO, MICRO_BATCH_KEY, RunConfig, requested_micro_batch
 from trainer.data.prepare import PreparedData
-from trainer.objectives.registry import data_spec_of
 from trainer.planner.cost_model import CostModel
 from trainer.planner.fit_check import (
     TIMEOUT_SHARE,
@@ -29,7 +28,7 @@ from trainer.planner.fit_check import (
     why_not_simulated,
 )
 from trainer.planner.hardware import GIB, device_memory_fit, num_rank_groups
-from trainer.planner.lengths import DocumentLengths, micro_batch_divisors, sampled_lengths
+from trainer.planner.lengths import DocumentLengths, lengths_of_data, micro_batch_divisors
 from trainer.planner.oom_probe import (
     PROBE_STEPS,
     ProbeDescription,
@@ -199,8 +198,7 @@ def propose_micro_batch(
 
     If none fits with any mode, 1 is proposed. `timeout_s`: how long one simulation may take.
     """
-    sequences = data_spec_of(config.objective).sequences_per_document
-    lengths = sampled_lengths(config, prepared.train, sequences).lengths(config.data, sequences)
+    lengths = lengths_of_data(config, prepared.train)
     micro_batches = micro_batch_divisors(samples_per_dp_rank(config, rank_counts.world_size))
     reason = ""
     for mode in recomputation_modes(config.strategy.activation_checkpointing):

@@ -28,7 +28,7 @@ from trainer.planner.memory_tracker import PhasePeak, StepPhase
 from trainer.planner.minimal_step import build_step_batch, minimal_trainer
 from trainer.planner.model_blocks import repeated_blocks, teacher_blocks
 from trainer.planner.step_recorder import Collective, SimulatedStepRecord, StepRecorder
-from trainer.step import BuiltModel
+from trainer.step import BuiltModel, TrainStep
 
 
 class ShapesOnly:
@@ -138,9 +138,7 @@ def recording_engine(parts: StepParts, runtime: Runtime) -> Iterator[RecordedEng
     recorder = StepRecorder(runtime.device)
     with _without_garbage_collection(), recorder:
         strategy = build_strategy(parts.strategy, parts.precision, runtime)
-        # What `StepPhase.model_part` is while a block computes: its index, or `teacher` for all blocks of the teacher.
-        part_by_block: dict[nn.Module, int | str] = dict.fromkeys(teacher_blocks(parts.built.step_module), "teacher")
-        part_by_block |= {block: index for index, block in enumerate(repeated_blocks(parts.built.step_module))}
+        part_by_block = _model_part_by_block(parts.built.step_module)  # before the engine shards the blocks
         engine = strategy.prepare(
             parts.built.step_module,
             source=parts.weight_source,
@@ -152,6 +150,13 @@ def recording_engine(parts: StepParts, runtime: Runtime) -> Iterator[RecordedEng
         recorded = RecordedEngine(engine, recorder, part_by_block)
         with recorded.block_hooks(), track_bucket_reductions(engine, recorder, parts.full_trained_elements):
             yield recorded
+
+
+def _model_part_by_block(step_module: TrainStep) -> dict[nn.Module, int | str]:
+    """What `StepPhase.model_part` is while a block computes: its index, or `teacher` for all blocks of the teacher."""
+    part_by_block: dict[nn.Module, int | str] = dict.fromkeys(teacher_blocks(step_module), "teacher")
+    part_by_block |= {block: index for index, block in enumerate(repeated_blocks(step_module))}
+    return part_by_block
 
 
 @contextmanager

@@ -26,11 +26,10 @@ from trainer.config.run import AUTO, STRATEGY_KEY, RunConfig, requested_micro_ba
 from trainer.config.sharding import sharding_problems
 from trainer.config.validate import runnable_strategies
 from trainer.data.prepare import PreparedData
-from trainer.objectives.registry import data_spec_of
 from trainer.planner.cost_model import CostModel
 from trainer.planner.fit_check import TIMEOUT_SHARE, NotSimulated, single_step_config
 from trainer.planner.hardware import GIB, Card, find_card
-from trainer.planner.lengths import DocumentLengths, sampled_lengths
+from trainer.planner.lengths import lengths_of_data
 from trainer.planner.micro_batch import (
     needed_device_gib,
     recomputation_modes,
@@ -308,9 +307,7 @@ class Planner:
         self.devices = devices
         self.precision = precision
         self.timeout_s = timeout_s
-        sequences = data_spec_of(config.objective).sequences_per_document
-        samples = sampled_lengths(config, prepared.train, sequences)
-        self.lengths: DocumentLengths = samples.lengths(config.data, sequences)
+        self.lengths = lengths_of_data(config, prepared.train)
         self.recomputation_modes = recomputation_modes(config.strategy.activation_checkpointing)
         self.user_micro_batch: int | None = None if config.batch["micro"] == AUTO else config.batch["micro"]
         """The micro-batch that the user set; None for `batch.micro=auto`."""

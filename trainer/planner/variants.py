@@ -94,6 +94,14 @@ def list_variants(config: RunConfig, settings: PlanConfig, cli_keys: set[str], w
     if common_problems:
         raise ConfigError(common_problems)
 
+    divided = _divide_by_problems(variants, problems_by_variant)
+    if not divided.possible:
+        raise ConfigError([f"{' '.join(variant.overrides)}: {problem}" for variant, problem in divided.refused])
+    return divided
+
+
+def _divide_by_problems(variants: list[RunVariant], problems_by_variant: list[list[str]]) -> RunVariants:
+    """The variants without a problem, and those that are refused with the first of their problems."""
     possible = []
     refused = []
     for variant, problems in zip(variants, problems_by_variant, strict=True):
@@ -101,8 +109,6 @@ def list_variants(config: RunConfig, settings: PlanConfig, cli_keys: set[str], w
             refused.append(RefusedVariant(variant, problems[0]))
         else:
             possible.append(variant)
-    if not possible:
-        raise ConfigError([f"{' '.join(variant.overrides)}: {problem}" for variant, problem in refused])
     return RunVariants(possible, refused)
 
 
@@ -121,7 +127,7 @@ def _expert_parallel_variants(variants: list[RunVariant], world_size: int) -> li
     return expert_parallel_variants
 
 
-FURTHER_SEQUENCE_DEGREES = (2, 4, 8)
+FURTHER_SEQUENCE_PARALLEL_DEGREES = (2, 4, 8)
 """Numbers of ranks that a plan lets share a row, if nothing fits otherwise."""
 FURTHER_LONG_ROW_SETTINGS: tuple[dict[str, Any], ...] = (
     {},
@@ -148,23 +154,18 @@ def list_long_row_variants(
         strategy = replace(strategy, activation_checkpointing=ActivationCheckpointing.full)
     overrides = [f"strategy.{key}={str(value).lower()}" for key, value in long_row_settings.items()]
     fixed_keys = cli_keys | {"strategy.activation_checkpointing"}  # it is set above: no variants with other modes
-    possible = []
-    refused = []
-    for degree in FURTHER_SEQUENCE_DEGREES:
+    variants = []
+    problems_by_variant = []
+    for degree in FURTHER_SEQUENCE_PARALLEL_DEGREES:
         if world_size % degree:
             continue
         sharing_config = replace(config, strategy=strategy, parallel=replace(config.parallel, sequence=degree))
         model_problems = sequence_parallel_problems(sharing_config)
         for base_variant in _combinations_of_open_settings(sharing_config, settings, fixed_keys):
-            variant = replace(
-                base_variant, overrides=(*base_variant.overrides, f"parallel.sequence={degree}", *overrides)
-            )
-            problems = [*_plan_problems(variant.config, world_size), *model_problems]
-            if problems:
-                refused.append(RefusedVariant(variant, problems[0]))
-            else:
-                possible.append(variant)
-    return RunVariants(possible, refused)
+            variant_overrides = (*base_variant.overrides, f"parallel.sequence={degree}", *overrides)
+            variants.append(replace(base_variant, overrides=variant_overrides))
+            problems_by_variant.append([*_plan_problems(base_variant.config, world_size), *model_problems])
+    return _divide_by_problems(variants, problems_by_variant)
 
 
 def _plan_problems(config: RunConfig, world_size: int | None) -> list[str]:
