@@ -42,7 +42,8 @@ AWAITED_PEER_REGEX = re.compile(r"waited \d+ s for its peer (\d+)")
 STACKS_KEY = "shardtune/stacks"
 LAST_COLLECTIVE_KEY_FORMAT = "shardtune/exchange/{}"
 HEARTBEAT_KEY_FORMAT = "shardtune/beat/{}"
-WATCHED_BEATS_AFTER_TIMEOUT, WATCHED_BEATS = 6, 2.5
+WATCHED_BEATS_AFTER_TIMEOUT = 6
+WATCHED_BEATS = 2.5
 """Heartbeats for which the other ranks are watched after a lost connection. If a process has ended, its launcher will end this
 one in a few seconds; if one hangs, so that a timeout was met, there is more time to watch."""
 HEARTBEAT_DIRECTORY_VARIABLE = "SHARDTUNE_LAST_WORDS"
