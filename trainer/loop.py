@@ -88,12 +88,12 @@ class Trainer:
         if self.guards.may_roll_back:
             self._prepare_checkpoints_for_rollbacks()
 
-        # Objects made so far live as long as the run: the garbage collector need not walk them again and again.
+        # Objects made so far are kept as long as the run: the garbage collector need not walk them again and again.
         gc.collect()
         gc.freeze()
         evaluate_every = self.settings.evaluate_every if self.evaluators else 0
         self._schedule = RunSchedule(self.settings.total_steps, self._first_step, time.perf_counter(), evaluate_every)
-        self.meter.begin(evaluation_s)
+        self.meter.start_clock(evaluation_s)
         try:
             while True:
                 try:
@@ -104,7 +104,7 @@ class Trainer:
         finally:
             gc.unfreeze()  # this process may train again, so that the engine of this run must be freed
         self.evaluation_monitor.record_findings_of_whole_run(self.progress)
-        self._publish_pending_checkpoint()
+        self._publish_pending_checkpoint()  # so that it is known which steps have one
         self._save_last_step()
         self._publish_pending_checkpoint()
         # An attempt that took no step has no speed of its own.
@@ -118,8 +118,8 @@ class Trainer:
 
     def _restore_earlier_results(self, earlier: EarlierResults) -> None:
         """Go on with what earlier starts of this run measured and found; `earlier` is empty at the first. All ranks must call."""
-        self.outcome.metrics_before_training = earlier.before
-        self.outcome.last_metrics = earlier.after
+        self.outcome.metrics_before_training = earlier.metrics_before_training
+        self.outcome.last_metrics = earlier.last_metrics
         self.outcome.last_row = earlier.last_row
         self._restore_guards_and_order()
         has_measured_before = bool(earlier.last_row)
@@ -164,7 +164,7 @@ class Trainer:
         # Closing the generator ends its thread, also when a step raises.
         with closing(self._batches_of_steps(num_remaining)) as batches:
             for batch in batches:
-                # The question whether any rank was asked to stop travels while the step computes.
+                # The question whether any rank was asked to stop travels to the others while the step computes.
                 self.stop_agreement.ask()
                 with self.meter.measuring_step():
                     self.meter.add(self.train_step(batch))  # from here on `progress.step` is the step just taken

@@ -122,7 +122,7 @@ class StepMeter(Protocol):
     def num_buffered_steps(self) -> int:
         """Steps added since the last flush."""
 
-    def begin(self, evaluation_s: float) -> None:
+    def start_clock(self, evaluation_s: float) -> None:
         """Start the clock before the first step; `evaluation_s` seconds went into the evaluation before it."""
 
     def measuring_step(self) -> AbstractContextManager[None]:

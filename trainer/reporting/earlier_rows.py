@@ -16,13 +16,13 @@ SPEED_METRICS = ("tokens_per_s", "tokens_per_s_per_rank", "mfu", "supervised_tok
 class EarlierResults:
     """Results of the steps before a resumed run's first."""
 
-    before: dict[str, float] = field(default_factory=dict)
+    metrics_before_training: dict[str, float] = field(default_factory=dict)
     """Held-out metrics before the first step of the whole run."""
-    after: dict[str, float] = field(default_factory=dict)
+    last_metrics: dict[str, float] = field(default_factory=dict)
     """Held-out metrics of the last evaluation in these rows."""
     last_row: dict[str, Any] = field(default_factory=dict)
     speed: dict[str, float] = field(default_factory=dict)
-    """As `Meter.speed`, over steps instead of logging intervals."""
+    """As `Meter.median_speeds`, over steps instead of logging intervals."""
     training_s: float = 0.0
     """Seconds of all their steps."""
 
@@ -44,8 +44,8 @@ def earlier_results(rows: Iterable[dict[str, Any]]) -> EarlierResults:
         # A row without a loss is of an evaluation.
         metrics = {name: metric for name, metric in row.items() if name not in POSITION_METRICS}
         if row["step"] == 0:
-            results.before = metrics
-        results.after = metrics
+            results.metrics_before_training = metrics
+        results.last_metrics = metrics
     results.training_s = sum(values_by_speed.get("step_s", []))
     results.speed = {name: median(values) for name, values in values_by_speed.items()}
     return results

@@ -153,7 +153,7 @@ class Meter:
     _mean_steps: list[_MeanStep] = field(default_factory=list)
     """The mean step of each flushed interval, the earliest first."""
 
-    def begin(self, evaluation_s: float) -> None:
+    def start_clock(self, evaluation_s: float) -> None:
         """Start the clock of steps, and the measurements of this rank's GPU. Called before the first step of this process.
 
         `evaluation_s`: seconds that the evaluation before the first step took.

@@ -22,7 +22,7 @@ class TrainingOutcome:
     last_row: dict[str, Any] = field(default_factory=dict)
     """The row of `metrics.jsonl` of the last step (empty if no step was logged)."""
     speed: dict[str, float] = field(default_factory=dict)
-    """`Meter.speed` of the whole run."""
+    """`Meter.median_speeds` of the whole run."""
     experts: list[dict[str, float]] = field(default_factory=list)
     """How even the experts of each layer were in the last logging interval (`trainer/reporting/expert_load.py`)."""
     slow_ranks: list[dict[str, Any]] = field(default_factory=list)
