@@ -177,7 +177,7 @@ BY_LENGTH = {
 def test_rotary_types_by_length_go_by_the_longest_document_of_the_whole_row(kind, seen, monkeypatch):
     """The longest document has 23 tokens, the frequencies change at 16, and a slice may have only the first of them."""
     if not seen:
-        monkeypatch.setattr(rotary, "whole_row", lambda *_: nullcontext())
+        monkeypatch.setattr(rotary, "frequencies_of_whole_row", lambda *_: nullcontext())
     assert (slices_of(BY_LENGTH[kind]()) is None) is seen
 
 

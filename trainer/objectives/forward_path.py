@@ -195,12 +195,14 @@ class _Proof:
     """A small random copy of the stock model, with its loss and gradients on some documents, to compare paths with."""
 
     def __init__(self, config: Any, meta_model: Any, small_config: Any, dtype: torch.dtype) -> None:
-        """`small_config`: a small copy of `config`, of which `meta_model` is the model on meta."""
+        """`small_config`: a small copy of `config`, of which `meta_model` is the model on meta. Raises NotShrinkable if it is too
+        large, lacks a kind of layer, or computes no finite numbers.
+        """
         self.dtype = dtype
-        self.auto = transformers_class(ModelKind.causal, config)
-        self.config = small_config
-        set_dropout(self.config, 0.0)
-        self.vocabulary = min(text_model_config(self.config).vocab_size, SMALL_VOCABULARY_SIZE)
+        self.model_class = transformers_class(ModelKind.causal, config)
+        self.small_config = small_config
+        set_dropout(self.small_config, 0.0)
+        self.vocabulary = min(text_model_config(self.small_config).vocab_size, SMALL_VOCABULARY_SIZE)
         with torch.device("meta"):
             copy_on_meta = self._build("eager", torch.float32)
         refuse_unfit_copy(config, meta_model, small_config, copy_on_meta)
@@ -224,7 +226,7 @@ class _Proof:
 
     def _build(self, attention: str, dtype: torch.dtype) -> Any:
         options = {"attn_implementation": attention, "experts_implementation": "eager", "dtype": dtype}
-        return self.auto.from_config(copy.deepcopy(self.config), **options)
+        return self.model_class.from_config(copy.deepcopy(self.small_config), **options)
 
     def _longest_document_ids(self) -> Tensor:
         """int64 `[1, 23]`: the document that is longer than the windows of the small copy."""
@@ -404,7 +406,7 @@ class _Proof:
         model.load_state_dict(self.weights)
         model.forward_path = path
         if path.fused:  # the head computes the loss itself
-            install_loss_head(model, self.config)
+            install_loss_head(model, self.small_config)
         model.train(not self.is_random)
         if in_half:
             model = model.to("cuda")

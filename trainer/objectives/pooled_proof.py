@@ -80,8 +80,8 @@ class _PackingProof:
     def __init__(self, config: Any, meta_model: nn.Module, small_config: Any, dtype: torch.dtype) -> None:
         """`small_config`: a small copy of `config`, of which `meta_model` is the classifier on meta."""
         self.dtype = dtype
-        self.auto = transformers_class(ModelKind.classifier, config)
-        self.config = small_config
+        self.model_class = transformers_class(ModelKind.classifier, config)
+        self.small_config = small_config
         set_dropout(small_config, 0.0)
         small_config.num_labels = NUM_LABELS
         text_model_config(small_config).pad_token_id = PADDING_ID
@@ -101,7 +101,7 @@ class _PackingProof:
 
     def _build(self, attention: str) -> Any:
         options = {"attn_implementation": attention, "experts_implementation": "eager", "dtype": self.dtype}
-        return self.auto.from_config(copy.deepcopy(self.config), **options)
+        return self.model_class.from_config(copy.deepcopy(self.small_config), **options)
 
     def packing_problem(self, attention: str) -> str | None:
         """Why documents may not share rows in this classifier, nor ranks a row; None if they may. Compared on a small copy.
