@@ -44,3 +44,14 @@ def test_a_model_type_that_transformers_does_not_know(tmp_path):
     (path / "config.json").write_text(json.dumps(settings | {"model_type": "llama9"}))
     with pytest.raises(ConfigError, match=r"does not know the model_type 'llama9'; install a newer transformers"):
         load_model_config(ModelConfig(path=str(path)))
+
+
+def test_a_model_of_the_hub_whose_type_transformers_does_not_know(monkeypatch):
+    """Its config.json is not at hand: the message once read "the model_type 'its'"."""
+
+    def unknown(*_args, **_kwargs):
+        raise ValueError("Transformers does not recognize this architecture")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unknown)
+    with pytest.raises(ConfigError, match=r"org/llama9: transformers [\d.]+\w* does not know its model_type; install"):
+        load_model_config(ModelConfig(path="org/llama9"))

@@ -210,9 +210,11 @@ def _unreadable_config_error(path: str, error: Exception, config: ModelConfig) -
     if "does not recognize this architecture" in str(error):
         import transformers
 
-        kind = read_json_object(directory / "config.json").get("model_type") if directory.is_dir() else "its"
+        unknown = "its model_type"  # a config.json of the hub is not at hand
+        if directory.is_dir():
+            unknown = f"the model_type {read_json_object(directory / 'config.json').get('model_type')!r}"
         return ConfigError(
-            f"model.path={path}: transformers {transformers.__version__} does not know the model_type {kind!r}; install a newer "
+            f"model.path={path}: transformers {transformers.__version__} does not know {unknown}; install a newer "
             "transformers, or set model.trust_remote_code=true where the model brings code that you trust"
         )
     if directory.is_dir():
