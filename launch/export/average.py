@@ -27,23 +27,32 @@ def checkpoints_to_average(run_dir: Path, average: str, config: RunConfig) -> li
         f"{run_dir} has {', '.join(map(str, checkpoint_by_step)) or 'none'}; more are kept with checkpoint.keep and "
         "checkpoint.every_steps"
     )
+    steps = _steps_to_average(average, list(checkpoint_by_step), known_steps)
+    return [_intact_checkpoint(checkpoint_by_step[step], average) for step in steps]
+
+
+def _steps_to_average(average: str, steps_of_run: list[int], known_steps: str) -> list[int]:
+    """The steps whose checkpoints `average=` names, in their order: "last:3" -> the newest three; "[100,200]" -> those two.
+
+    `known_steps`: says which there are, for errors. Raises ConfigError for any other form, or a step without a checkpoint.
+    """
     keyword, _, count_text = average.partition(":")
     names_newest = keyword == "last" and count_text.isdigit() and int(count_text) > 1
     if names_newest:
         count = int(count_text)
-        steps = sorted(checkpoint_by_step)[-count:]
+        steps = sorted(steps_of_run)[-count:]
         if len(steps) < count:
             raise ConfigError(f"average={average}: there are not so many checkpoints; {known_steps}")
-    else:
-        step_texts = [text.strip() for text in average.removeprefix("[").removesuffix("]").split(",")]
-        has_only_numbers = all(text.isdigit() for text in step_texts)
-        if len(set(step_texts)) < 2 or not has_only_numbers or not average.startswith("["):
-            raise ConfigError(f"average={average}: must be last:<n> of two or more, or a list of steps; {known_steps}")
-        steps = sorted({int(text) for text in step_texts})
-        missing_steps = [step for step in steps if step not in checkpoint_by_step]
-        if missing_steps:
-            raise ConfigError(f"average={average}: there is no checkpoint of step {missing_steps[0]}; {known_steps}")
-    return [_intact_checkpoint(checkpoint_by_step[step], average) for step in steps]
+        return steps
+    step_texts = [text.strip() for text in average.removeprefix("[").removesuffix("]").split(",")]
+    has_only_numbers = all(text.isdigit() for text in step_texts)
+    if len(set(step_texts)) < 2 or not has_only_numbers or not average.startswith("["):
+        raise ConfigError(f"average={average}: must be last:<n> of two or more, or a list of steps; {known_steps}")
+    steps = sorted({int(text) for text in step_texts})
+    missing_steps = [step for step in steps if step not in steps_of_run]
+    if missing_steps:
+        raise ConfigError(f"average={average}: there is no checkpoint of step {missing_steps[0]}; {known_steps}")
+    return steps
 
 
 def _checkpoint_by_step(run_dir: Path, config: CheckpointConfig) -> dict[int, Path]:

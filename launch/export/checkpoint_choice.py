@@ -85,6 +85,7 @@ def best_step(checkpoints: dict[int, Path]) -> int | None:
     # Each checkpoint records the best step until then, so the newest one knows most.
     problems = []
     for step in sorted(checkpoints, reverse=True):
+        # A run that still trains may delete it meanwhile: its files are then not waited for.
         problem = checkpoint_problem(checkpoints[step], only_file=PROGRESS_FILE, may_be_deleted=True)
         if problem is None:
             return read_state_header(checkpoints[step]).progress.best_step

@@ -91,10 +91,11 @@ class ExportRequest:
 def main(argv: list[str]) -> int:
     """Run `shardtune export` with these arguments: export a run's checkpoint, or combine adapters; returns the exit code.
 
-    Errors: ConfigError, StorageError, DriftError.
+    With --json, only the answer goes to stdout: what the commands print on their way goes to stderr. Errors: ConfigError,
+    StorageError, DriftError.
     """
     if writing.is_export_rank(os.environ):
-        return writing.run_as_rank()
+        return writing.run_export_as_rank()
     if asks_for_help(argv):
         show_help(USAGE)
         return 0
@@ -116,6 +117,7 @@ def read_export_arguments(argv: list[str]) -> tuple[ExportArguments, dict[str, A
             f"average={arguments.average}: says which checkpoints; leave checkpoint={arguments.checkpoint} out"
         )
     if "data" in arguments.accept and arguments.bits is None:
+        # bits= also writes a copy in 4 or 8 bits, whose loss is measured on the run's data.
         problems.append(
             f"accept={arguments.text_by_key['accept']}: only bits= reads the run's data; write accept=[base]"
         )
@@ -159,7 +161,7 @@ def export_command(argv: list[str]) -> dict[str, Any]:
         checkpoint=last,
         output_directory=export_directory,
         averaged_checkpoints=averaged,
-        benchmarks=export_hub.parse_benchmarks(arguments.benchmarks or "{}"),
+        benchmarks=export_hub.parse_benchmark_data_sets(arguments.benchmarks or "{}"),
         checkpoint_choice=arguments.checkpoint,
     )
     if request.checkpoint_choice == "best":
@@ -171,7 +173,7 @@ def export_command(argv: list[str]) -> dict[str, Any]:
     for line in request.accepted_differences:
         print(f"accepted: {line}", flush=True)
     if bits is not None:
-        export_gguf.refuse_unsupported_sizes(bits.kind, config)
+        export_gguf.refuse_unsupported_nf4_sizes(bits.kind, config)
     request.gate_verdicts = judge_gates(config, typed_gates, request)
 
     data = _write_and_record_export(config, request, arguments.processes or 1, is_written_already=only_convert)
@@ -188,7 +190,7 @@ def export_command(argv: list[str]) -> dict[str, Any]:
     if bits is not None and data is not None:
         answer[str(bits.kind)] = str(export_gguf.write_quantised(bits, request.output_directory, data))
     if hub is not None:
-        answer["pushed"] = export_hub.list_and_push(hub)
+        answer["pushed"] = export_hub.push_export_folder(hub)
     print_serve_commands(request.output_directory)
     return answer
 
@@ -237,8 +239,9 @@ def register_in_tracker(config: RunConfig, request: ExportRequest) -> None:
 
 
 def _is_used_by_export(arguments: ExportArguments, value: ValueNeedingConsent, config: RunConfig) -> bool:
-    """Whether an export uses a value of the run that reaches out of it: a path, an address or a tracker (for `RunReader.uses`).
+    """Whether an export uses a value of the run that reaches out of it: a path, an address or a tracker.
 
+    The user must allow what is used of somebody else's run; what is not used is left out (`RunReader.uses`).
     - the run's answers for documents: unless the command line names others;
     - the cache and the source of the data: only with `bits=`, whose rounding is calibrated on rows;
     - else: what everything that only uses the model needs.
@@ -321,13 +324,14 @@ def judge_gates(config: RunConfig, typed: dict[str, Any], request: ExportRequest
 def apply_export_arguments(config: RunConfig, arguments: ExportArguments) -> None:
     """Change `config`: export settings of the command line replace the run's, and the export runs as one process on the CPU.
 
-    Errors: ConfigError for documents that cannot be written.
+    Raises ConfigError for documents (`papers`: what the law asks for, from `answers` of the user) that cannot be written.
     """
     from strategies.base import SingleConfig
     from trainer.config.gates import document_problems
     from trainer.config.parallel import ParallelConfig
     from trainer.config.run import Device
 
+    # Settings of `export.` that have an argument of their own; None: not typed.
     for name in ("merge", "dtype", "max_shard_gib", "verify", "papers", "answers"):
         typed = getattr(arguments, name)
         if typed is not None:
@@ -364,26 +368,33 @@ def write_model_directory(config: RunConfig, request: ExportRequest, num_process
     from strategies.state import read_state_header
     from trainer.checkpoints.in_use import marked_as_in_use
 
-    with ExitStack() as kept:
+    with ExitStack() as kept_checkpoints:
         for checkpoint in request.checkpoints():
-            kept.enter_context(marked_as_in_use(checkpoint))
+            kept_checkpoints.enter_context(marked_as_in_use(checkpoint))
         if not request.averaged_checkpoints and not request.checkpoint.is_dir():
             request.checkpoint = choose_checkpoint_again(request, config)
-            kept.enter_context(marked_as_in_use(request.checkpoint))
+            kept_checkpoints.enter_context(marked_as_in_use(request.checkpoint))
         if config.logging.artifacts:
             request.trained_wandb_id = read_state_header(request.checkpoint).progress.wandb_id or ""
-        job = writing.ExportJob(
-            run=str(request.run_dir),
-            checkpoints=[str(path) for path in request.checkpoints()],
-            to=str(request.output_directory),
-            gates={} if request.gate_verdicts is None else request.gate_verdicts.as_json(),
-            benchmarks=request.benchmarks,
-            accepted=request.accepted_differences,
-            reason_to_read_rows=None if request.reason_to_read_rows is None else asdict(request.reason_to_read_rows),
-            accept_data=request.accepts_changed_data,
-        )
+        job = _export_job(request)
         # Rows calibrate the quantised model (`bits=`), which this process makes afterwards: so it must have read them.
         if num_processes == 1 or request.reason_to_read_rows is not None:
             return writing.export_in_this_process(config, job)
         writing.export_in_processes(config, job, num_processes)
         return None
+
+
+def _export_job(request: ExportRequest) -> writing.ExportJob:
+    """What the processes that write an export are told: from which checkpoints, to where, and what the model card must say."""
+    verdicts = request.gate_verdicts  # None without gates
+    reason = request.reason_to_read_rows  # why `bits=` reads rows of the run; None without it
+    return writing.ExportJob(
+        run=str(request.run_dir),
+        checkpoints=[str(path) for path in request.checkpoints()],
+        to=str(request.output_directory),
+        gates={} if verdicts is None else verdicts.as_json(),
+        benchmarks=request.benchmarks,
+        accepted=request.accepted_differences,
+        reason_to_read_rows=None if reason is None else asdict(reason),
+        accept_data=request.accepts_changed_data,
+    )

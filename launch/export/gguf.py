@@ -84,15 +84,16 @@ def write_and_verify_gguf(request: GgufRequest, directory: Path, *, verify: bool
     Raises ConfigError for an adapter, ShardtuneError if the converter fails, DriftError if the file computes something else.
     """
     from trainer.export.gguf import verify_gguf, write_gguf
-    from trainer.tuning.bottleneck import CONFIG_FILE
-    from trainer.tuning.initial_adapter import SETTINGS_FILE
+    from trainer.tuning import bottleneck, initial_adapter
 
     # Not told by config.json: an adapter has one, too, if its training changed the base's positions.
-    is_adapter = (directory / SETTINGS_FILE).is_file() or (directory / CONFIG_FILE).is_file()
+    adapter_config_files = (initial_adapter.SETTINGS_FILE, bottleneck.CONFIG_FILE)
+    is_adapter = any((directory / name).is_file() for name in adapter_config_files)
     if is_adapter:
         raise ConfigError(
             f"gguf={request.kind}: {directory} is an adapter, and this method cannot be merged into its base"
         )
+    # What ollama's template cannot do, such as tools; empty if nothing is missing.
     file, missing_part = write_gguf(directory, request.name, request.kind, request.converter)
     verdict = verify_gguf(file, request.kind) if verify else "not verified"
     print(f"gguf:   {file}, {file.stat().st_size:,} bytes; {verdict}")
@@ -125,14 +126,16 @@ def quantised_request(arguments: ExportArguments, config: RunConfig) -> Quantise
     from trainer.export.llm_compressor import find_llm_compressor_python
     from trainer.export.quantised import parse_quantised_format
 
-    kind = parse_quantised_format(arguments.bits)
+    quantised_format = parse_quantised_format(arguments.bits)
     _refuse_adapter(f"bits={arguments.bits}", config)
     # llm-compressor runs in an environment of its own.
-    python = find_llm_compressor_python(arguments.bits_python) if kind.needs_other_python else None
-    return QuantisedRequest(kind, python)
+    python = None
+    if quantised_format.needs_other_python:
+        python = find_llm_compressor_python(arguments.bits_python)
+    return QuantisedRequest(quantised_format, python)
 
 
-def refuse_unsupported_sizes(kind: QuantisedFormat, config: RunConfig) -> None:
+def refuse_unsupported_nf4_sizes(kind: QuantisedFormat, config: RunConfig) -> None:
     """Refuse nf4 for a model whose matrices bitsandbytes could not multiply here, before anything is written.
 
     Errors: ConfigError.
@@ -146,10 +149,10 @@ def refuse_unsupported_sizes(kind: QuantisedFormat, config: RunConfig) -> None:
     from trainer.model.loading import load_model_config
     from trainer.model.quantised_checkpoints import refuse_unsupported_4bit
 
-    settings = load_model_config(config.model)
+    hf_config = load_model_config(config.model)
     try:
         with torch.device("meta"):  # shapes alone, without memory
-            model = transformers_class(ModelKind.causal, settings).from_config(settings)
+            model = transformers_class(ModelKind.causal, hf_config).from_config(hf_config)
     except Exception:  # noqa: BLE001 - what cannot be built is told when the run's own model is
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -165,7 +168,8 @@ def reason_to_read_rows(request: QuantisedRequest) -> ReasonToReadRows:
         f"bits={request.kind} measures its loss on {MAX_MEASURED_DOCUMENTS} held-out documents of the run, or on as many of "
         "training"
     )
-    if request.kind.needs_other_python:
+    is_calibrated = request.kind.needs_other_python  # by llm-compressor
+    if is_calibrated:
         purpose += f", and fits its roundings to the first {MAX_CALIBRATION_DOCUMENTS} documents of training"
     return ReasonToReadRows(purpose, f"Leave bits={request.kind} out")
 
@@ -190,8 +194,8 @@ def write_quantised(request: QuantisedRequest, directory: Path, data: PreparedDa
         raise ConfigError(f"bits={kind}: {directory} is an adapter, and this method cannot be merged into its base")
     # What the loss is measured on.
     measured_split = data.train if data.evaluation is None else data.evaluation
-    number_of_samples = min(len(measured_split), MAX_MEASURED_DOCUMENTS)
-    samples = [measured_split.sample(index) for index in range(number_of_samples)]
+    num_samples = min(len(measured_split), MAX_MEASURED_DOCUMENTS)
+    samples = [measured_split.sample(index) for index in range(num_samples)]
     # What the method is calibrated on: token ids of training documents.
     compressor = None
     if request.python is not None:
@@ -200,8 +204,9 @@ def write_quantised(request: QuantisedRequest, directory: Path, data: PreparedDa
             calibration_rows.append(data.train.sample(index).input_ids[:MAX_DOCUMENT_TOKENS].tolist())
         compressor = Compressor(request.python, calibration_rows)
     split_name = "training" if data.evaluation is None else "held-out"
-    folder, cost = write_quantised_model(directory, kind, samples, split_name, compressor)
-    print(f"{kind}: {folder}, {_weights_bytes(folder):,} bytes of {_weights_bytes(directory):,}; {cost}")
+    # The text says how much the loss rose.
+    folder, loss_text = write_quantised_model(directory, kind, samples, split_name, compressor)
+    print(f"{kind}: {folder}, {_weights_bytes(folder):,} bytes of {_weights_bytes(directory):,}; {loss_text}")
     return folder
 
 

@@ -30,8 +30,8 @@ class HubTarget:
     """The directory that is pushed, in the run directory."""
     is_dry_run: bool
     """Whether the folder is written but not pushed: with `--dry-run` or HF_HUB_OFFLINE."""
-    exists: bool = False
-    """Whether the repository exists already."""
+    existed_when_looked_up: bool = False
+    """Whether the repository existed when the export began; False for a dry run, which does not look it up."""
 
 
 def hub_target(arguments: ExportArguments) -> HubTarget | None:
@@ -56,11 +56,11 @@ def hub_target(arguments: ExportArguments) -> HubTarget | None:
     is_private = arguments.hub_private
     if arguments.dry_run or _is_offline():  # then the hub is not asked anything
         return HubTarget(name, private=is_private, folder=folder, is_dry_run=True)
-    exists = _repository_exists(name, is_private)
-    return HubTarget(name, private=is_private, folder=folder, is_dry_run=False, exists=exists)
+    existed = _check_repository(name, is_private)
+    return HubTarget(name, private=is_private, folder=folder, is_dry_run=False, existed_when_looked_up=existed)
 
 
-def parse_benchmarks(text: str) -> dict[str, str]:
+def parse_benchmark_data_sets(text: str) -> dict[str, str]:
     """The hub's data sets behind evaluation tasks, by task, for the model card: "{facts: owner/name}" -> {"facts": "owner/name"}.
 
     `text`: the value of `benchmarks=`, as YAML. Raises ConfigError if it is anything else.
@@ -88,11 +88,11 @@ def _is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def _repository_exists(name: str, private: bool) -> bool:
-    """Whether a repository exists on the hub, after checking that it could be pushed to. Asks the hub.
+def _check_repository(name: str, private: bool) -> bool:
+    """Check on the hub that a repository could be pushed to; returns whether it exists.
 
-    Raises ConfigError without a token, for a token that may not write, or for a public repository if `private` is set;
-    ShardtuneError if the hub cannot be reached.
+    Raises ConfigError without a token, for a token that the hub refuses (`_hub_error`), or for a public repository if `private`
+    is set; ShardtuneError if the hub cannot be reached.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -127,7 +127,7 @@ def _hub_error(name: str, endpoint: str, error: Exception) -> ShardtuneError:
     )
 
 
-def list_and_push(target: HubTarget) -> str | None:
+def push_export_folder(target: HubTarget) -> str | None:
     """Print the files of an export's folder, and push them to the hub unless it is a dry run (`--dry-run`, or HF_HUB_OFFLINE).
 
     Returns the address of the commit; None for a dry run. Raises ShardtuneError if the push fails, ConfigError if the token may
@@ -157,7 +157,7 @@ def _push_folder(target: HubTarget) -> Any:
 
     api = HfApi()
     try:
-        if not target.exists:
+        if not target.existed_when_looked_up:
             # exist_ok=False: one that somebody has created since it was looked up may be public.
             api.create_repo(target.name, private=target.private, exist_ok=False)
         return api.upload_folder(

@@ -63,9 +63,9 @@ class ExportJob:
 
 
 def export_in_this_process(config: RunConfig, job: ExportJob) -> PreparedData:
-    """Write the export in this process, on the CPU; returns the run's data, of which `bits=` measures a loss.
+    """Write the export in this process, the only rank of a process group on the CPU; returns the run's data.
 
-    Raises the errors of `write_as_rank`.
+    `bits=` measures a loss on that data. Raises the errors of `write_as_rank`.
     """
     from strategies.runtime import join_job, leave_job
     from trainer.config.run import settled_matmul
@@ -81,7 +81,8 @@ def export_in_this_process(config: RunConfig, job: ExportJob) -> PreparedData:
 def export_in_processes(config: RunConfig, job: ExportJob, num_processes: int) -> None:
     """Write the export in several processes of this host, which read configuration and job from a temporary directory.
 
-    Raises ExportProcessesFailed if their exit code is not 0, also if they were stopped; their message is on the screen then.
+    The directory is removed, unless the processes fail: then it has their record of the failure. Raises ExportProcessesFailed if
+    their exit code is not 0, also if they were stopped; their message is on the screen then.
     """
     from launch.cluster.supervisor import run_supervised
     from launch.cluster.torchrun import RankProgram
@@ -90,7 +91,6 @@ def export_in_processes(config: RunConfig, job: ExportJob, num_processes: int) -
 
     config = replace(config, launcher=LauncherConfig(processes=num_processes))
     sha256 = config_sha256(config)
-    # Removed unless the processes fail: then it has their record of the failure.
     job_dir = Path(tempfile.mkdtemp(prefix="shardtune-export-"))
     (job_dir / JOB_FILE).write_text(json.dumps(asdict(job), indent=1) + "\n", encoding="utf-8")
     header = f"# Written by shardtune export.\n# sha256: {sha256}\n"
@@ -108,7 +108,7 @@ def is_export_rank(environment: Mapping[str, str]) -> bool:
     return "RANK" in environment and Path(environment.get("SHARDTUNE_CONFIG", "")).name == CONFIG_FILE
 
 
-def run_as_rank() -> int:
+def run_export_as_rank() -> int:
     """Be one of the processes that write an export; returns its exit code: 0, also when asked to stop, or 70 after an error.
 
     An error is recorded in the job's directory, where the launcher finds the first failure and shows it.
@@ -124,9 +124,9 @@ def run_as_rank() -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     # Configuration and job, as the launcher wrote them.
-    frozen = Path(os.environ["SHARDTUNE_CONFIG"])
-    job_dir = frozen.parent
-    config = load_frozen_config(frozen)
+    config_file = Path(os.environ["SHARDTUNE_CONFIG"])
+    job_dir = config_file.parent
+    config = load_frozen_config(config_file)
     job = ExportJob(**json.loads((job_dir / JOB_FILE).read_text(encoding="utf-8")))
     run = config.run
     try:
@@ -142,7 +142,7 @@ def run_as_rank() -> int:
     except Preempted:
         return 0
     except Exception:
-        if read_failure(job_dir):
+        if read_failure(job_dir):  # the launcher shows it
             return exit_codes.FAILED
         raise
     return 0
@@ -196,20 +196,22 @@ def write_as_rank(config: RunConfig, job: ExportJob, runtime: Runtime) -> Prepar
     facts.accepted = [*job.accepted, *accepted_rows]
     facts.gates = job.gates
     facts.benchmarks = job.benchmarks
-    reference = _compute_reference(config, data, model, precision, runtime) if config.export.verify else None
+    reference = None
+    if config.export.verify:
+        reference = _compute_reference_for_export(config, data, model, precision, runtime)
     write_export(
         model, destination=Path(job.to), config=config.export, facts=facts, runtime=runtime, reference=reference
     )
     return data
 
 
-def _compute_reference(
+def _compute_reference_for_export(
     config: RunConfig, data: PreparedData, model: TrainedModel, precision: Precision, runtime: Runtime
 ) -> ProbeReference:
     """What the trained model computes on this host's CPU, with the checkpoint's weights: what the export is compared with.
 
     Rank 0 loads the whole model, without the optimizer's moments, and frees it again; the others wait, and get an empty
-    reference. All ranks must call.
+    reference, since only rank 0 compares. All ranks must call.
     """
     from strategies.parameters import num_elements_by_name
     from strategies.runtime import broadcast_object, longer_timeout
@@ -219,6 +221,7 @@ def _compute_reference(
     from trainer.export.verify import ProbeReference, compute_probe_reference
     from trainer.export.write import SLOWEST_DISK_BYTES_PER_S
 
+    # The others wait as long as rank 0 may need to read the weights.
     float32_bytes = 4 * sum(num_elements_by_name(model.built.step_module).values())
     with longer_timeout(runtime, float32_bytes / SLOWEST_DISK_BYTES_PER_S):
         reference: ProbeReference | None = None
@@ -237,6 +240,7 @@ def _compute_reference(
                 data,
                 precision,
                 single_rank,
+                # In place of the initial values: those of the checkpoint.
                 values_of=lambda source: TrainedValues(source, model.trained),
             )
             reference = compute_probe_reference(engine, built, model.tokenizer, single_rank)

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from launch.serve.config import LOOPBACK_HOSTS, ServeConfig
-from launch.serve.requests import CHAT_PATH, COMPLETION_PATH, RefusedRequest, ServedTextModel, check_request
+from launch.serve.requests import CHAT_PATH, COMPLETION_PATH, RefusedRequest, ServedTextModel, translate_request
 from launch.serve.stops import StopCuttingStream
 
 Message = dict[str, Any]
@@ -157,7 +157,7 @@ class TransformersMiddleware(GatewayMiddleware):
         """Ends the threads that generate answers, once the server has stopped."""
 
     def _parse_body(self, path: str, content: bytes) -> dict[str, Any]:
-        return check_request(path, super()._parse_body(path, content), self.served)
+        return translate_request(path, super()._parse_body(path, content), self.served)
 
     def _wrap_send(self, send: Send, request_body: dict[str, Any]) -> _RefusalFormatter:
         if "stop" not in request_body:

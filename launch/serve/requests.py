@@ -79,11 +79,12 @@ class ServedTextModel:
     """Whether many requests are computed at once, all with the export's own settings."""
 
 
-def check_request(path: str, request: dict[str, Any], served: ServedTextModel) -> dict[str, Any]:
+def translate_request(path: str, request: dict[str, Any], served: ServedTextModel) -> dict[str, Any]:
     """Check the body of a request to an OpenAI address, and translate it to what the engine computes.
 
-    {"messages": [...], "seed": 3, "n": 1} -> {"model": ..., "stream": False, "messages": [...], "seed": 3, "temperature": 1.0,
-    "max_tokens": ...}. Raises RefusedRequest for a field that the engine would ignore or cannot compute.
+    The engine is vLLM, SGLang or transformers' server. Fields at a value that changes nothing (`NEUTRAL_VALUES_BY_FIELD`) are
+    left out. {"messages": [...], "seed": 3, "n": 1} -> {"model": ..., "stream": False, "messages": [...], "seed": 3,
+    "temperature": 1.0, "max_tokens": ...}. Raises RefusedRequest for a field that the engine would ignore or cannot compute.
     """
     # Each step moves its fields from `body` to `engine_body`: what is left at the end is unknown.
     body = {key: value for key, value in request.items() if value is not None and key not in IGNORED_FIELD_NAMES}
@@ -91,15 +92,15 @@ def check_request(path: str, request: dict[str, Any], served: ServedTextModel) -
     model_name = body.pop("model", served.name)
     if model_name != served.name:
         message = f"model: there is no {model_name!r} here; this server has {served.name!r} alone"
-        raise RefusedRequest(404, message, "model", "model_not_found")
+        raise RefusedRequest(404, message, param="model", code="model_not_found")
     stream = _require_field(body.pop("stream", False), bool, "stream", "true or false")
     engine_body = {"model": served.name, "stream": stream}
     if path == CHAT_PATH:
-        num_prompt_tokens = _move_messages(body, engine_body, served)
+        num_prompt_tokens = _move_messages_and_count_tokens(body, engine_body, served)
     else:
-        num_prompt_tokens = _move_prompt(body, engine_body, served)
-    _move_sampling(body, engine_body, served)
-    _move_lengths(body, engine_body, served, num_prompt_tokens, path)
+        num_prompt_tokens = _move_prompt_and_count_tokens(body, engine_body, served)
+    _check_and_move_sampling(body, engine_body, served)
+    _set_max_answer_tokens(body, engine_body, served, num_prompt_tokens, path)
     if body:
         raise request_field_error(min(body), "this server knows no such field")
     return engine_body
@@ -142,17 +143,28 @@ def _require_field(
     return value
 
 
-def _move_messages(body: dict[str, Any], engine_body: dict[str, Any], served: ServedTextModel) -> int:
-    """Check the messages and tools of a chat and move them from `body` to `engine_body`; returns the number of prompt tokens.
+def _move_messages_and_count_tokens(body: dict[str, Any], engine_body: dict[str, Any], served: ServedTextModel) -> int:
+    """Check the messages and tools of a chat and move them from `body` to `engine_body`; returns the chat's number of tokens.
 
     `body`: the fields of the request that were not handled yet. With tool_choice "none", the tools are checked and left out.
     Raises RefusedRequest.
     """
-    messages = _require_field(body.pop("messages", None), list, "messages", "a list with at least one message", bool)
+    messages = _require_field(
+        body.pop("messages", None), list, "messages", "a list with at least one message", is_valid=bool
+    )
     for number, message in enumerate(messages):
         _check_message(message, f"messages[{number}]")
     engine_body["messages"] = messages
-    # Tools, and variables of the chat template.
+    _move_tools(body, engine_body)
+    if "chat_template_kwargs" in body:
+        engine_body["chat_template_kwargs"] = _require_template_variables(
+            body.pop("chat_template_kwargs"), served.tokenizer
+        )
+    return _count_chat_tokens(engine_body, served)
+
+
+def _move_tools(body: dict[str, Any], engine_body: dict[str, Any]) -> None:
+    """Check the tools of a chat and move them to `engine_body`; with tool_choice "none" leave them out. Raises RefusedRequest."""
     choice = body.pop("tool_choice", "auto")
     tools = _require_field(body.pop("tools", []), list, "tools", "a list of functions")
     for number, tool in enumerate(tools):
@@ -162,17 +174,12 @@ def _move_messages(body: dict[str, Any], engine_body: dict[str, Any], served: Se
         raise request_field_error("tool_choice", "this server computes only auto or none", "unsupported_value")
     if tools and choice == "auto":
         engine_body["tools"] = tools
-    if "chat_template_kwargs" in body:
-        engine_body["chat_template_kwargs"] = _require_template_variables(
-            body.pop("chat_template_kwargs"), served.tokenizer
-        )
-    return _num_prompt_tokens(engine_body, served)
 
 
 def _require_template_variables(arguments: Any, tokenizer: Any) -> dict[str, Any]:
     """Return the field `chat_template_kwargs` if it is {name of a template variable: text, number or bool}.
 
-    Raises RefusedRequest otherwise.
+    A number may be an integer or a float. Raises RefusedRequest otherwise.
     """
     # A variable that is called like a parameter of apply_chat_template would set that, and not reach the template.
     own_parameters = inspect.signature(tokenizer.apply_chat_template).parameters
@@ -226,16 +233,17 @@ def _check_tool_call(tool_call: Any, place: str) -> None:
     _require_field(arguments, dict, place, "calls with arguments that are a JSON object")
 
 
-def _num_prompt_tokens(engine_body: dict[str, Any], served: ServedTextModel) -> int:
+def _count_chat_tokens(engine_body: dict[str, Any], served: ServedTextModel) -> int:
     """The number of tokens of a chat in the model's chat template.
 
-    Raises RefusedRequest if the model has no template, or if the template refuses the messages.
+    `engine_body`: with the messages, tools and template variables of the chat. Raises RefusedRequest (400) if the model has no
+    template, or if the template refuses the messages.
     """
     if served.tokenizer.chat_template is None:
         raise RefusedRequest(
-            400, f"{served.name} has no chat template; send the whole prompt to {COMPLETION_PATH}", "messages"
+            400, f"{served.name} has no chat template; send the whole prompt to {COMPLETION_PATH}", param="messages"
         )
-    messages = [_as_templates_read(message) for message in engine_body["messages"]]
+    messages = [_message_for_template(message) for message in engine_body["messages"]]
     template_arguments = engine_body.get("chat_template_kwargs", {})
     try:
         ids = served.tokenizer.apply_chat_template(
@@ -252,7 +260,7 @@ def _num_prompt_tokens(engine_body: dict[str, Any], served: ServedTextModel) -> 
     return len(ids)
 
 
-def _as_templates_read(message: dict[str, Any]) -> dict[str, Any]:
+def _message_for_template(message: dict[str, Any]) -> dict[str, Any]:
     """A message of OpenAI's API as chat templates read it: its content one text, the arguments of tool calls an object.
 
     {"role": "user", "content": [{"text": "a"}, {"text": "b"}]} -> {"role": "user", "content": "a b"}
@@ -273,8 +281,11 @@ def _as_templates_read(message: dict[str, Any]) -> dict[str, Any]:
     return template_message
 
 
-def _move_prompt(body: dict[str, Any], engine_body: dict[str, Any], served: ServedTextModel) -> int:
-    """Check the prompt of a completion and move it to the engine's body; returns its number of tokens. Raises RefusedRequest."""
+def _move_prompt_and_count_tokens(body: dict[str, Any], engine_body: dict[str, Any], served: ServedTextModel) -> int:
+    """Check the prompt of a completion and move it from `body` to `engine_body`; returns its number of tokens.
+
+    Raises RefusedRequest.
+    """
     engine_body["prompt"] = _require_field(
         body.pop("prompt", None), str, "prompt", "a text (this server takes no lists and no token ids)"
     )
@@ -289,8 +300,8 @@ def _move_prompt(body: dict[str, Any], engine_body: dict[str, Any], served: Serv
     return len(ids)
 
 
-def _move_sampling(body: dict[str, Any], engine_body: dict[str, Any], served: ServedTextModel) -> None:
-    """Check temperature, top_p, seed and stop, and move them from `body` to the engine's body. Raises RefusedRequest.
+def _check_and_move_sampling(body: dict[str, Any], engine_body: dict[str, Any], served: ServedTextModel) -> None:
+    """Check temperature, top_p, seed and stop, and move them from `body` to `engine_body`. Raises RefusedRequest.
 
     Without a temperature in the request, the engine gets 1.0 if the request has top_p or a seed, else 0.0 (greedy); none if the
     export's own settings sample, or the server batches requests (then any of these fields is refused).
@@ -312,29 +323,30 @@ def _move_sampling(body: dict[str, Any], engine_body: dict[str, Any], served: Se
         if isinstance(stop, str):
             stop = [stop]
         rule = "a text, or up to 4 texts that are not empty"
-
-        def are_stops(stops: list[Any]) -> bool:
-            return 0 < len(stops) <= 4 and all(isinstance(text, str) and text for text in stops)
-
-        sampling["stop"] = _require_field(stop, list, "stop", rule, are_stops)
+        sampling["stop"] = _require_field(stop, list, "stop", rule, _are_stop_texts)
     # What does not fit this server, and what is added.
     if sampling and served.batches_requests:
         why = "this server answers many requests at once (serve.batching=true), all sampled as the export says"
-        raise request_field_error(min(sampling), f"{why}; leave it out", "unsupported_value")
+        first_field = min(sampling)  # by the alphabet: one field is named, the same one every time
+        raise request_field_error(first_field, f"{why}; leave it out", "unsupported_value")
     if not served.batches_requests and "temperature" not in sampling and not served.samples_by_default:
         # A client that sends top_p or a seed wants samples; else the answer is greedy, as the export's own settings are.
         sampling["temperature"] = 1.0 if "top_p" in sampling or "seed" in sampling else 0.0
     engine_body |= sampling
 
 
-def _move_lengths(
+def _are_stop_texts(stops: list[Any]) -> bool:
+    """Whether it is a list of one to four texts that are not empty."""
+    return 0 < len(stops) <= 4 and all(isinstance(text, str) and text for text in stops)
+
+
+def _set_max_answer_tokens(
     body: dict[str, Any], engine_body: dict[str, Any], served: ServedTextModel, num_prompt_tokens: int, path: str
 ) -> None:
-    """Check the requested length of the answer and move it to the engine's body as `max_tokens`.
+    """Check the requested length of the answer and move it from `body` to `engine_body`, as `max_tokens`.
 
     Without one it is the longest that fits, at most `serve.max_tokens`. In a chat, `max_completion_tokens` counts before
-    `max_tokens`.
-    Raises RefusedRequest for a wrong length, or if prompt and answer do not fit into the model's context.
+    `max_tokens`. Raises RefusedRequest for a wrong length, or if prompt and answer do not fit into the model's context.
     """
     max_answer_tokens = served.context_length - num_prompt_tokens
     key = "max_tokens"
@@ -350,7 +362,7 @@ def _move_lengths(
             400,
             f"the prompt has {num_prompt_tokens} tokens, the answer {requested_tokens or 'at least 1'}; "
             f"the model takes {served.context_length} together",
-            "messages" if path == CHAT_PATH else "prompt",
-            "context_length_exceeded",
+            param="messages" if path == CHAT_PATH else "prompt",
+            code="context_length_exceeded",
         )
     engine_body["max_tokens"] = requested_tokens or int(min(served.max_tokens, max_answer_tokens))
