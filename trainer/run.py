@@ -149,6 +149,7 @@ def _train_and_export(
     data = inputs.data
     runtime = inputs.runtime
     attempt = context.attempt
+    # The model, the checkpoint that it resumes from, and its batches.
     engine, built, source = build_engine(
         local_config, inputs.tokenizer, data, inputs.precision, runtime, scores_answers=True
     )
@@ -157,6 +158,7 @@ def _train_and_export(
     checkpoints, resumed_from, progress = resume_from_checkpoint(config, engine, context)
     loader, total_steps = build_batch_loader(config, inputs, built, engine, progress, resumed_from, context)
     interval = resolve_evaluation_interval(config, data, built, loader, total_steps, progress, runtime)
+    # What the run is, for `run.json` and the start screen.
     run_record = build_run_record(
         config,
         checked_facts,
@@ -175,6 +177,7 @@ def _train_and_export(
     )
     # From here on there is something to save: only the main thread ends the process, with trackers and checkpoints in order.
     request.disarm_end_of_stuck_process()
+    # What watches and shows the training.
     trackers = open_trackers_and_records(config, run_record, progress, context)
     show_answers_of_rounds(config, loader, trackers, context)
     meter = build_meter(config, run_record, built, runtime)
@@ -190,6 +193,7 @@ def _train_and_export(
         sinks=sinks,
         monitors=build_monitors(config, data, loader, detectors, context),
     )
+    # The training, and the export of what it made.
     with recording_end_of_training(config, trackers, trainer.outcome, run_record, meter, checkpoints, context):
         attempt.phase = "training"
         with metering_energy(config, context), reporting_out_of_memory(trainer, config, run_record, runtime), profiler:
@@ -310,13 +314,21 @@ def choose_strategy_and_micro_batch(
     return resolve_micro_batch(config, inputs, context.console.print_line, keep_choice)
 
 
-def resume_from_checkpoint(
-    config: RunConfig, engine: Engine, context: RunContext
-) -> tuple[Checkpoints, Path | None, Progress]:
+class ResumedRun(NamedTuple):
+    """Where a run goes on."""
+
+    checkpoints: Checkpoints
+    """All of the run, to which it adds."""
+    resumed_from: Path | None
+    """The checkpoint that was loaded; None at a first start."""
+    progress: Progress
+    """That of the checkpoint; at a first start all zero."""
+
+
+def resume_from_checkpoint(config: RunConfig, engine: Engine, context: RunContext) -> ResumedRun:
     """Load the checkpoint that `run.resume` names, if there is one, into `engine`. All ranks must call.
 
-    Returns the run's checkpoints, the one that was loaded (None at a first start), and its progress. Raises StorageError or
-    ConfigError on every rank if it cannot be used.
+    Raises StorageError or ConfigError on every rank if it cannot be used.
     """
     context.attempt.phase = "resuming"
     checkpoint_dirs = checkpoint_dirs_of(context.run_dir, config.checkpoint.fallback_dir)
@@ -327,7 +339,7 @@ def resume_from_checkpoint(
         progress = engine.load(resumed_from) if resumed_from else Progress()
         checkpoints.continue_from_checkpoint(resumed_from, config.run.resume)
     context.attempt.step = progress.step
-    return checkpoints, resumed_from, progress
+    return ResumedRun(checkpoints, resumed_from, progress)
 
 
 def build_batch_loader(
@@ -353,7 +365,7 @@ def build_batch_loader(
 
 
 def build_meter(config: RunConfig, run_record: RunRecord, built: BuiltModel, runtime: processes.Runtime) -> Meter:
-    """Build the meter, which measures every step and times the model's blocks."""
+    """Build the meter, which measures the speed of every step and times the forward passes of the model's blocks."""
     meter = Meter(runtime, run_record.flops_per_token, run_record.mfu_tflops, built.step_module.objective.metrics)
     meter.time_blocks(built.step_module.shard_units(), expert_ranks=config.parallel.experts)
     return meter
@@ -401,7 +413,7 @@ def loop_settings(config: RunConfig, total_steps: int, interval: EvaluationInter
         evaluate_every=interval.steps,
         intermediate_loss_only=interval.intermediate_loss_only,
         log_every=config.logging.every_steps,
-        # The export job of a pipeline has nothing but this checkpoint to read.
+        # The export job of a pipeline, which runs after this one, has nothing but this checkpoint to read.
         save_final=config.checkpoint.save_final or separate_job_writes_export(config),
         save_for_export=run_writes_export(config),
     )
@@ -416,18 +428,21 @@ def measure_and_export(trained: TrainedRun, run_record: RunRecord) -> Path | Non
     model_facts = choose_and_measure_checkpoint(trained, run_record)
     attempt = trained.context.attempt
     attempt.phase = "export"
-    attempt.require_run_dir_ownership(trained.context.runtime)
+    attempt.require_run_dir_ownership(trained.context.runtime)  # measuring may have taken long
     return export_at_end(trained, model_facts, run_record)
 
 
 def join_process_group(config: RunConfig, store: Any = None) -> processes.Runtime:
-    """Join the process group of the job; `store`: where the ranks have met before. All ranks must call."""
+    """Join the process group of the job. All ranks must call.
+
+    `store`: of torch.distributed, where the ranks have met before; None lets them meet here.
+    """
     run = config.run
     runtime = processes.join_job(
         str(run.device),
         timeout_s=run.timeout_s,
         threads=run.threads,
-        matmul=settled_matmul(config),
+        matmul=settled_matmul(config),  # the library that an earlier start chose, or what the configuration says
         shared_memory=run.shared_memory,
         store=store,
     )
