@@ -151,13 +151,7 @@ def _page_cards(answer: PlanAnswer) -> list[PageCard]:
     """
     job = answer.planned_run
     choice = answer.fastest_fitting_choice or answer.best_choices[0]
-    left_gib = choice.memory_fit.margin_bytes / GIB
-    left_text = f"{format_number(left_gib, 3)} GiB left on each card"
-    if left_gib < 0:
-        left_text = f"{format_number(-left_gib, 3)} GiB too much"
-    needed = format_number(choice.memory_fit.needed_bytes / GIB, 3)
-    unit = f"of {format_number(job.card.memory_gib, 3)} GiB"
-    cards = [PageCard("Memory of a card", needed, left_text, "good" if left_gib >= 0 else "bad", unit=unit)]
+    cards = [_memory_card(choice, job)]
     if answer.fastest_fitting_choice is not None:
         speed_of_one_gpu = f"{format_number(round(choice.tokens_per_s / job.world_size))} each card"
         cards.append(PageCard("Speed", format_number(round(choice.tokens_per_s)), speed_of_one_gpu, unit="tokens/s"))
@@ -165,16 +159,25 @@ def _page_cards(answer: PlanAnswer) -> list[PageCard]:
     if choice.round_time is not None:
         cards.append(_round_card(choice.round_time))
     if choice.budget_hours is not None:
-        price = (
-            "price not known"
-            if choice.budget_dollars is None
-            else f"{format_dollars(choice.budget_dollars)} for {cards_text(job)}"
-        )
+        price = "price not known"
+        if choice.budget_dollars is not None:
+            price = f"{format_dollars(choice.budget_dollars)} for {cards_text(job)}"
         cards.append(PageCard("The budget", format_duration(3600 * choice.budget_hours), price))
     checkpoint = f"{format_duration(checkpoint_s(answer, choice))} to write"
     cards.append(PageCard("A checkpoint", format_bytes(checkpoint_gib(answer, choice) * GIB), checkpoint))
     cards.append(PageCard("Host memory", format_number(choice.needed_host_gib, 3), "of a node, about", unit="GiB"))
     return cards
+
+
+def _memory_card(choice: PlannedChoice, job: PlannedJob) -> PageCard:
+    """The card on the memory that the choice needs of a GPU, and how much is left or lacking."""
+    left_gib = choice.memory_fit.margin_bytes / GIB
+    left_text = f"{format_number(left_gib, 3)} GiB left on each card"
+    if left_gib < 0:
+        left_text = f"{format_number(-left_gib, 3)} GiB too much"
+    needed = format_number(choice.memory_fit.needed_bytes / GIB, 3)
+    unit = f"of {format_number(job.card.memory_gib, 3)} GiB"
+    return PageCard("Memory of a card", needed, left_text, "good" if left_gib >= 0 else "bad", unit=unit)
 
 
 def _round_card(round_time: RoundTime) -> PageCard:

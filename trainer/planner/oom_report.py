@@ -66,11 +66,11 @@ def reporting_out_of_memory(trainer: Trainer, config: RunConfig, record: RunReco
 
 @contextmanager
 def reporting_evaluation_out_of_memory(
-    current_work: Callable[[], str], config: RunConfig, runtime: Runtime
+    current_work_name: Callable[[], str], config: RunConfig, runtime: Runtime
 ) -> Iterator[None]:
     """A context for `shardtune evaluate` that turns an out-of-memory error into DoesNotFit, whose message says what helps.
 
-    `current_work()` returns what is being computed, such as the name of a task.
+    `current_work_name()` returns what is being computed, such as the name of a task.
     """
     try:
         yield
@@ -83,7 +83,7 @@ def reporting_evaluation_out_of_memory(
             "more ranks (launcher.processes)" if _is_fully_sharded(config) else "strategy=fsdp2 or zero3 on more ranks",
         ]
         lines = [
-            f"{current_work()}: {_out_of_memory_summary(error, runtime)}",
+            f"{current_work_name()}: {_out_of_memory_summary(error, runtime)}",
             f"  {_memory_line(runtime)}",
             f"  what helps: {'; '.join(remedies)}",
         ]
