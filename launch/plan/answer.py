@@ -232,10 +232,10 @@ def _step_time_lines(step_time: StepTime) -> list[str]:
 
 def _round_lines(best: PlannedChoice, job: PlannedJob) -> list[str]:
     """Lines on the seconds of a round (answers generated, scored, trained on); empty if the run generates no answers."""
-    if job.round_load is None or best.round_time is None:
+    if job.round_sizes is None or best.round_time is None:
         return []
     lines = []
-    for line in round_lines(job.round_load, best.round_time):
+    for line in round_lines(job.round_sizes, best.round_time):
         lines += wrap_text(line, indent=2)
     return lines
 

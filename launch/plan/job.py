@@ -16,7 +16,7 @@ from trainer.objectives.registry import data_spec_of, max_generated_tokens
 from trainer.planner.hardware import Card
 from trainer.planner.lengths import DocumentLengths, lengths_of_data
 from trainer.planner.plan import PlannedJob
-from trainer.planner.round_time import round_load_of_run
+from trainer.planner.round_time import round_sizes_of_run
 
 
 class _PlannedLengths(NamedTuple):
@@ -47,7 +47,7 @@ def prepare_planned_job(config: RunConfig, card: Card) -> PlannedJob:
         global_batch=config.batch["global"],
         node_memory_gib=_node_memory_gib(config, card),
         document_lengths=lengths.samples,
-        round_load=round_load_of_run(
+        round_sizes=round_sizes_of_run(
             config, load_model_config(config.model), lengths.mean_prompt, lengths.longest_prompt
         ),
     )

@@ -14,7 +14,7 @@ from strategies.base import Precision
 from trainer.config.run import RunConfig
 from trainer.model.architecture import text_model_config, width_and_num_blocks
 from trainer.planner.hardware import GIB, Card
-from trainer.planner.round_time import GeneratorSizes, RoundLoad, RoundTime, estimate_round_time, round_load_of_run
+from trainer.planner.round_time import GeneratorSizes, RoundSizes, RoundTime, estimate_round_time, round_sizes_of_run
 from trainer.session.run_facts import model_flops_per_token
 from trainer.step import BuiltModel
 
@@ -25,10 +25,10 @@ SCORING_NOT_MEASURED_TEXT = (
 )
 
 
-def round_lines(load: RoundLoad, planned: RoundTime) -> list[str]:
+def round_lines(sizes: RoundSizes, planned: RoundTime) -> list[str]:
     """Lines, not wrapped: how long a round of online learning takes, by its stages, and what memory generating answers needs.
 
-    In a round, the model generates (the text: writes) answers, which are scored and trained on. `load`: how many and how long
+    In a round, the model generates (the text: writes) answers, which are scored and trained on. `sizes`: how many and how long
     they are; `planned`: predicted seconds and bytes.
     """
     scoring = SCORING_NOT_MEASURED_TEXT if planned.scoring_s is None else f"{planned.scoring_s:.1f} s"
@@ -37,9 +37,9 @@ def round_lines(load: RoundLoad, planned: RoundTime) -> list[str]:
         if planned.gathers_weights_once
         else "gathered block by block for each token, which is slow"
     )
-    steps = "1 step" if load.num_steps == 1 else f"{load.num_steps} steps"
+    steps = "1 step" if sizes.num_steps == 1 else f"{sizes.num_steps} steps"
     return [
-        f"a round of {load.num_prompts} prompts x {load.group_size} answers of {load.max_new_tokens:,} tokens takes at most "
+        f"a round of {sizes.num_prompts} prompts x {sizes.group_size} answers of {sizes.max_new_tokens:,} tokens takes at most "
         f"{planned.total_s:.1f} s, planned: writing {planned.generation_s:.1f} s, training {planned.training_s:.1f} s ({steps}); "
         f"scoring is {scoring}",
         f"while it writes, a rank needs {planned.generation_bytes / GIB:.2f} GiB for weights ({weights_place}) and "
@@ -81,8 +81,8 @@ def round_lines_of_dry_run(
     with its answer. `gpu_kinds`: the cluster's names for the GPUs of the job, such as "h100"; without any, the GPU of this
     machine counts. `num_trained`: how many of the `num_parameters` parameters are trained.
     """
-    load = round_load_of_run(config, built.config, float(prompt_lengths.mean()), int(prompt_lengths.max(initial=0)))
-    if load is None:
+    sizes = round_sizes_of_run(config, built.config, float(prompt_lengths.mean()), int(prompt_lengths.max(initial=0)))
+    if sizes is None:
         return []
     card = _slowest_card(config, gpu_kinds)
     if card is None:
@@ -93,7 +93,7 @@ def round_lines_of_dry_run(
     ranks = config.launcher.per_node * config.launcher.nodes
     generator = _generator_sizes(config, built, num_parameters)
     planned = estimate_round_time(
-        load,
+        sizes,
         generator,
         config,
         card,
@@ -102,7 +102,7 @@ def round_lines_of_dry_run(
         step_s=_training_step_s(config, built, mean_length, card),
         resting_bytes=(generator.weight_bytes + num_trained * TRAINING_STATE_BYTES) / ranks,  # sharded over all ranks
     )
-    return [f"{card.name}: {line}" for line in round_lines(load, planned)]
+    return [f"{card.name}: {line}" for line in round_lines(sizes, planned)]
 
 
 def _generator_sizes(config: RunConfig, built: BuiltModel, num_parameters: int) -> GeneratorSizes:

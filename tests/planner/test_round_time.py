@@ -10,7 +10,7 @@ from trainer.model.loading import load_model_config
 from trainer.objectives.grpo_config import GrpoConfig, KlConfig
 from trainer.objectives.rollouts import RolloutConfig
 from trainer.planner.hardware import find_card
-from trainer.planner.round_time import BLOCK_LAUNCH_S, GeneratorSizes, estimate_round_time, round_load_of_run
+from trainer.planner.round_time import BLOCK_LAUNCH_S, GeneratorSizes, estimate_round_time, round_sizes_of_run
 
 CARD = find_card("NVIDIA H100 80GB HBM3")
 LARGE = GeneratorSizes(num_parameters=8_000_000_000, num_blocks=32, num_vocabulary_rows=128_256, weight_itemsize=2)
@@ -28,10 +28,10 @@ def config(tmp_path_factory):
 
 
 def planned(config, model=LARGE, card=CARD, *, ranks=8, step_s=4.0, resting_bytes=0.0, key_bytes=131_072.0):
-    load = round_load_of_run(config, load_model_config(config.model), 100.0, 200)
-    load = replace(load, kv_cache_bytes_per_token=key_bytes)
+    sizes = round_sizes_of_run(config, load_model_config(config.model), 100.0, 200)
+    sizes = replace(sizes, kv_cache_bytes_per_token=key_bytes)
     return estimate_round_time(
-        load, model, config, card, ranks=ranks, nodes=1, step_s=step_s, resting_bytes=resting_bytes
+        sizes, model, config, card, ranks=ranks, nodes=1, step_s=step_s, resting_bytes=resting_bytes
     )
 
 
@@ -39,10 +39,10 @@ def test_the_load_of_a_round_is_that_of_its_settings(config):
     objective = replace(
         config.objective, kl=KlConfig(weight=0.1), rollout=replace(config.objective.rollout, steps=2, iterations=3)
     )
-    load = round_load_of_run(replace(config, objective=objective), load_model_config(config.model), 100.0, 200)
-    assert (load.num_prompts, load.group_size, load.num_answers, load.max_new_tokens) == (128, 8, 1024, 256)
-    assert (load.num_steps, load.extra_forward_passes) == (6, 2)
-    assert round_load_of_run(config, load_model_config(config.model), 100.0, 200).extra_forward_passes == 0
+    sizes = round_sizes_of_run(replace(config, objective=objective), load_model_config(config.model), 100.0, 200)
+    assert (sizes.num_prompts, sizes.group_size, sizes.num_answers, sizes.max_new_tokens) == (128, 8, 1024, 256)
+    assert (sizes.num_steps, sizes.extra_forward_passes) == (6, 2)
+    assert round_sizes_of_run(config, load_model_config(config.model), 100.0, 200).extra_forward_passes == 0
 
 
 def test_a_large_model_writes_as_fast_as_memory_reads_its_weights(config):

@@ -27,7 +27,7 @@ from trainer.planner.hardware import (
 )
 from trainer.planner.lengths import MAX_MICRO_BATCH, DocumentLengths, micro_batch_divisors
 from trainer.planner.peer_memory import PeerMemory, PeerSetting, ShardCounts, estimate_peer_memory
-from trainer.planner.round_time import GeneratorSizes, RoundLoad, RoundTime, estimate_round_time, estimate_run_hours
+from trainer.planner.round_time import GeneratorSizes, RoundSizes, RoundTime, estimate_round_time, estimate_run_hours
 from trainer.planner.speed import MicroBatchLoad, StepTime, estimate_step_time
 from trainer.planner.variants import PlanConfig, RunVariant
 
@@ -96,7 +96,7 @@ class PlannedJob:
     """With `parallel.experts`: rows that arrive at the busiest rank over the mean of its group."""
     imbalance_measured_over: int | None = None
     """Ranks of a group in the run that measured the imbalance; None if it was set or assumed, and so holds for any group."""
-    round_load: RoundLoad | None = None
+    round_sizes: RoundSizes | None = None
     """The sizes of a round (answers generated, scored, trained on), if the model generates what it learns from."""
 
     @property
@@ -235,9 +235,9 @@ def _with_reduction_in_last_micro_batch(
 def _round_time(config: RunConfig, cost_model: CostModel, job: PlannedJob, step_s: float) -> RoundTime | None:
     """Seconds of a round, in which the model generates answers and learns from them; None for objectives without rounds.
 
-    `step_s`: seconds of an optimizer step. `job.round_load`: how many prompts and answers a round has, and how long they are.
+    `step_s`: seconds of an optimizer step. `job.round_sizes`: how many prompts and answers a round has, and how long they are.
     """
-    if job.round_load is None:
+    if job.round_sizes is None:
         return None
     model = GeneratorSizes(
         num_parameters=cost_model.num_parameters,
@@ -246,7 +246,7 @@ def _round_time(config: RunConfig, cost_model: CostModel, job: PlannedJob, step_
         weight_itemsize=4 if job.precision is Precision.fp32 else 2,
     )
     return estimate_round_time(
-        job.round_load,
+        job.round_sizes,
         model,
         replace(config, precision=job.precision),
         job.card,

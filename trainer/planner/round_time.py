@@ -33,7 +33,7 @@ FORWARD_SHARE = 1 / 3
 
 
 @dataclass(frozen=True, slots=True)
-class RoundLoad:
+class RoundSizes:
     """The sizes of a round of online learning (generate answers, score them, train on them), known without a simulated step."""
 
     num_prompts: int
@@ -113,9 +113,9 @@ class RoundTime:
         return self.total_s / self.num_steps
 
 
-def round_load_of_run(
+def round_sizes_of_run(
     config: RunConfig, model_config: Any, mean_prompt_tokens: float, longest_prompt_tokens: int
-) -> RoundLoad | None:
+) -> RoundSizes | None:
     """The sizes of a round, in which the model generates answers and then learns from them; None for objectives without rounds.
 
     `model_config`: the model's configuration of transformers. `mean_prompt_tokens`: mean length of a prompt.
@@ -128,7 +128,7 @@ def round_load_of_run(
     # From the second step on, the policy is not the one that generated the answers, so its own log-probabilities are kept.
     needs_old_logprobs = rollout.steps * rollout.iterations > 1
     needs_reference_logprobs = objective.kl.weight > 0
-    return RoundLoad(
+    return RoundSizes(
         num_prompts=num_prompts_per_round(config),
         group_size=int(objective.group_size),
         max_generation_rows=rollout.rows or MAX_GENERATION_ROWS["cuda"],  # a plan is for GPUs
@@ -153,15 +153,15 @@ class _GenerationBatches(NamedTuple):
     num_batches: int
 
 
-def _generation_batches(load: RoundLoad, max_rows: int, dp_size: int) -> _GenerationBatches:
+def _generation_batches(sizes: RoundSizes, max_rows: int, dp_size: int) -> _GenerationBatches:
     """How the answers of a rank are divided into batches of at most `max_rows` answers.
 
     The answers to one prompt are a part of a batch, or several parts if they are more than a batch holds. `dp_size`: ranks that
     generate answers to different prompts.
     """
-    rows_per_part = min(max_rows, load.group_size)
+    rows_per_part = min(max_rows, sizes.group_size)
     max_parts_per_batch = max(1, max_rows // rows_per_part)
-    num_parts = load.num_prompts * math.ceil(load.group_size / rows_per_part)
+    num_parts = sizes.num_prompts * math.ceil(sizes.group_size / rows_per_part)
     parts_per_batch = min(max_parts_per_batch, math.ceil(num_parts / dp_size))
     return _GenerationBatches(
         rows=parts_per_batch * rows_per_part,
@@ -170,20 +170,20 @@ def _generation_batches(load: RoundLoad, max_rows: int, dp_size: int) -> _Genera
     )
 
 
-def _max_rows_beside_weights(load: RoundLoad, available_bytes: float, answer_bytes: float) -> int:
+def _max_rows_beside_weights(sizes: RoundSizes, available_bytes: float, answer_bytes: float) -> int:
     """Most answers that a rank generates at a time, if the KV cache of each takes `answer_bytes`.
 
-    `load.max_generation_rows`, halved until the KV cache fits in `available_bytes`, as a run does it
+    `sizes.max_generation_rows`, halved until the KV cache fits in `available_bytes`, as a run does it
     (`max_concurrent_completions`); not halved if the user has set the number.
     """
-    max_rows = load.max_generation_rows
-    while load.may_lower_generation_rows and max_rows > 1 and max_rows * answer_bytes > available_bytes:
+    max_rows = sizes.max_generation_rows
+    while sizes.may_lower_generation_rows and max_rows > 1 and max_rows * answer_bytes > available_bytes:
         max_rows //= 2
     return max_rows
 
 
 def estimate_round_time(
-    load: RoundLoad,
+    sizes: RoundSizes,
     model: GeneratorSizes,
     config: RunConfig,
     card: Card,
@@ -199,10 +199,10 @@ def estimate_round_time(
     """
     # The batches of answers that a rank generates one after the other.
     usable_bytes = USABLE_MEMORY_SHARE * (card.memory_gib * 2**30 - resting_bytes)
-    answer_bytes = load.kv_cache_bytes_per_token * (load.longest_prompt_tokens + load.max_new_tokens)
-    max_rows = _max_rows_beside_weights(load, usable_bytes - model.weight_bytes, answer_bytes)
+    answer_bytes = sizes.kv_cache_bytes_per_token * (sizes.longest_prompt_tokens + sizes.max_new_tokens)
+    max_rows = _max_rows_beside_weights(sizes, usable_bytes - model.weight_bytes, answer_bytes)
     dp_size = dp_size_of(config, ranks)
-    batches = _generation_batches(load, max_rows, dp_size)
+    batches = _generation_batches(sizes, max_rows, dp_size)
 
     # Sharded weights are gathered once a round if memory allows it, else again for each generated token.
     generation_bytes = model.weight_bytes + round(batches.rows * answer_bytes)
@@ -213,25 +213,25 @@ def estimate_round_time(
         gather_s = model.weight_bytes * (ranks - 1) / ranks / ring_bytes_per_s(card, ranks, nodes)
 
     # The prompts (prefill). A prompt is computed once for its group if the rank has all weights, else for each of its answers.
-    prompts_per_rank = load.num_prompts / dp_size * (1 if gathers_weights_once else load.group_size)
-    prefill_flops = 2 * model.num_parameters * prompts_per_rank * load.mean_prompt_tokens
+    prompts_per_rank = sizes.num_prompts / dp_size * (1 if gathers_weights_once else sizes.group_size)
+    prefill_flops = 2 * model.num_parameters * prompts_per_rank * sizes.mean_prompt_tokens
     prefill_s = prefill_flops / (card.tflops(config.precision) * 1e12 * PRODUCT_EFFICIENCY)
 
     # The new tokens: for each the slower of decoding and gathering. The mean KV cache is that of half an answer.
-    mean_cached_tokens = load.mean_prompt_tokens + load.max_new_tokens / 2
-    kv_cache_bytes = batches.rows * load.kv_cache_bytes_per_token * mean_cached_tokens
+    mean_cached_tokens = sizes.mean_prompt_tokens + sizes.max_new_tokens / 2
+    kv_cache_bytes = batches.rows * sizes.kv_cache_bytes_per_token * mean_cached_tokens
     token_s = decode_step_s(model, card, config.precision, rows=batches.rows, kv_cache_bytes=kv_cache_bytes)
     if gathers_weights_once:
-        generation_s = batches.num_batches * load.max_new_tokens * token_s + prefill_s + gather_s
+        generation_s = batches.num_batches * sizes.max_new_tokens * token_s + prefill_s + gather_s
     else:
-        generation_s = batches.num_batches * load.max_new_tokens * max(token_s, gather_s) + prefill_s
+        generation_s = batches.num_batches * sizes.max_new_tokens * max(token_s, gather_s) + prefill_s
     return RoundTime(
         generation_s=card.writing_pace * generation_s,
-        scoring_s=None if card.scoring_s is None else load.num_answers * card.scoring_s,
-        training_s=step_s * (load.num_steps + load.extra_forward_passes * FORWARD_SHARE * load.steps_per_iteration),
+        scoring_s=None if card.scoring_s is None else sizes.num_answers * card.scoring_s,
+        training_s=step_s * (sizes.num_steps + sizes.extra_forward_passes * FORWARD_SHARE * sizes.steps_per_iteration),
         gathers_weights_once=gathers_weights_once,
         generation_bytes=generation_bytes,
-        num_steps=load.num_steps,
+        num_steps=sizes.num_steps,
     )
 
 
