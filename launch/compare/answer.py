@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launch.compare import repeats
 from launch.compare.comparison import TEST_DOCUMENTS_TITLE, ComparedPoint, Comparison
@@ -13,6 +13,9 @@ from launch.compare.curves import format_difference
 from launch.compare.events import notable_step_lines, resolved_setting_lines
 from launch.output import TableColumn, TableRow, format_table, wrap_sentences
 from trainer.reporting.numbers import format_setting, format_times
+
+if TYPE_CHECKING:
+    from launch.compare.page import PlotImage
 
 UNKNOWN_CELL = "-"
 """The cell of a number that is not known."""
@@ -275,10 +278,10 @@ def _test_metric_lines(comparison: Comparison) -> list[str]:
     return sorted(lines)
 
 
-def comparison_markdown(comparison: Comparison, plot_links: Sequence[tuple[str, str]] = ()) -> str:
+def comparison_markdown(comparison: Comparison, plot_images: Sequence[PlotImage] = ()) -> str:
     """The comparison as a Markdown page: answer, tables, sections, plots, and the run directories of each point.
 
-    A point: the runs of one combination of settings. `plot_links`: (title, path relative to the page) of each picture of a plot.
+    A point: the runs of one combination of settings. `plot_images`: the pictures of plots that the page shows.
     """
     is_single_point = len(comparison.points) == 1
     lines = [f"# Run {comparison.points[0].name}" if is_single_point else "# Comparison"]
@@ -290,7 +293,7 @@ def comparison_markdown(comparison: Comparison, plot_links: Sequence[tuple[str, 
     for title, sentences in titled_sections(comparison):
         if sentences and title != ANSWER_TITLE:  # the answer stands at the top already
             lines += ["", f"## {_capitalised(title)}", "", *(f"- {sentence}" for sentence in sentences)]
-    for title, path in plot_links:
+    for title, path in plot_images:
         lines += ["", f"## {title}", "", f"![{title}]({path})"]
     lines += ["", "## Runs", ""]
     for point in comparison.points:

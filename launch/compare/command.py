@@ -326,19 +326,19 @@ def _write_comparison_files(comparison: Comparison, comparison_json: dict[str, A
     from trainer.reporting.file_version import FILE_VERSION, VERSION_KEY
     from trainer.reporting.status import write_text_atomic
 
-    # The plots first: the Markdown page links to them.
+    # The plots first: the Markdown page shows their pictures.
     can_plot = missing_packages_message() is None
-    plot_links = write_plot_images(comparison, output_dir) if can_plot else []
+    plot_images = write_plot_images(comparison, output_dir) if can_plot else []
     versioned_json = {VERSION_KEY: FILE_VERSION, **comparison_json}
-    write_text_atomic(output_dir / "compare.md", comparison_markdown(comparison, plot_links))
+    write_text_atomic(output_dir / "compare.md", comparison_markdown(comparison, plot_images))
     write_text_atomic(output_dir / "compare.csv", comparison_csv(comparison))
     write_text_atomic(output_dir / "compare.json", json.dumps(versioned_json, indent=1, allow_nan=False) + "\n")
     write_text_atomic(output_dir / "compare.html", comparison_html(comparison))
 
     # Only the first name has the directory: all files are in the same one.
     written_files = [str(output_dir / "compare.md"), "compare.html", "compare.csv", "compare.json"]
-    if plot_links:
-        written_files.append(f"plots/*.png ({len(plot_links)})")
+    if plot_images:
+        written_files.append(f"plots/*.png ({len(plot_images)})")
     workspace_file = write_workspace_script(comparison, output_dir)
     if workspace_file is not None:
         written_files.append(f"{workspace_file} (for W&B)")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from launch.compare.comparison import Comparison
 from launch.compare.cost_plots import comparison_plots
@@ -33,8 +34,16 @@ def missing_packages_message(page_name: str = "compare.html") -> str | None:
     return f"{page_name} needs {' and '.join(missing)}: {install_command('report')}"
 
 
-def write_plot_images(comparison: Comparison, output_dir: Path) -> list[tuple[str, str]]:
-    """Write each plot as `plots/<name>.png` into `output_dir`; returns (title, path relative to `output_dir`) of each.
+class PlotImage(NamedTuple):
+    """A picture of a plot beside the page."""
+
+    title: str
+    relative_path: str
+    """From the directory of the page: `plots/loss.png`."""
+
+
+def write_plot_images(comparison: Comparison, output_dir: Path) -> list[PlotImage]:
+    """Write each plot as `plots/<name>.png` into `output_dir`; returns the pictures that were written.
 
     Drawing takes seconds. Raises StorageError if a picture cannot be written.
     """
@@ -42,9 +51,10 @@ def write_plot_images(comparison: Comparison, output_dir: Path) -> list[tuple[st
 
     written = []
     for plot in _plots_of_page(comparison):
-        path = output_dir / "plots" / f"{plot.name}.png"
-        write_atomic(path, vegalite_to_png(json.dumps(plot.spec), scale=2, config=IMAGE_CONFIG))
-        written.append((plot.title, f"plots/{plot.name}.png"))
+        image = PlotImage(plot.title, relative_path=f"plots/{plot.name}.png")
+        png = vegalite_to_png(json.dumps(plot.spec), scale=2, config=IMAGE_CONFIG)
+        write_atomic(output_dir / image.relative_path, png)
+        written.append(image)
     return written
 
 

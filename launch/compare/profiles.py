@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 TOP_OPERATORS = 12
 """Operators that are shown."""
@@ -14,11 +14,44 @@ RANK_TABLE_HEADINGS = ["rank", "window ms", "communication", "exposed", "idle", 
 """Headings of the table with a row for each rank."""
 OPERATOR_TABLE_HEADINGS = ["operator", "ms", "share", "calls"]
 """Headings of the table with a row for each operator."""
-RankSummary = dict[str, Any]
-"""One rank's `rank-*.summary.json`: `rank`, `steps` (first and last), `of` (`device` or `operators`), `window_s` (profiled time),
-`operators` (`name`, `self_s`, `calls`), `memory` (`s`, `gib`), and seconds of the window: `communication_s`, `exposed_s`
-(communication during which nothing was computed), `idle_s` (neither).
-"""
+
+
+class OperatorSummary(TypedDict):
+    """The time of one operator on a rank."""
+
+    name: str
+    self_s: float
+    """Seconds in the operator itself, without those that it calls."""
+    calls: int
+
+
+class MemorySample(TypedDict):
+    """Allocated memory at one moment of the profiled time."""
+
+    s: float
+    """Seconds since its beginning."""
+    gib: float
+
+
+class RankSummary(TypedDict):
+    """One rank's `rank-*.summary.json`, with its keys."""
+
+    rank: int
+    steps: list[int]
+    """The first and the last profiled step."""
+    of: str
+    """What the times are of: `device` (kernels of a GPU) or `operators` (of the CPU)."""
+    window_s: float
+    """The profiled time."""
+    operators: list[OperatorSummary]
+    memory: list[MemorySample]
+    communication_s: float
+    exposed_s: float
+    """Communication during which nothing was computed."""
+    idle_s: float
+    """Neither communication nor computation."""
+
+
 SUMMARY_KEYS = {"rank", "steps", "of", "operators", "memory", "window_s"}
 """Keys of `rank-*.summary.json`; a file that lacks one is ignored."""
 
@@ -88,15 +121,16 @@ def _operator_rows(summaries: list[RankSummary]) -> list[list[str]]:
 
     At most `TOP_OPERATORS` rows.
     """
-    self_s_by_operator = Counter[str]()
+    self_s_by_operator: defaultdict[str, float] = defaultdict(float)
     calls_by_operator = Counter[str]()
     for summary in summaries:
         for operator in summary["operators"]:
             self_s_by_operator[operator["name"]] += operator["self_s"]
             calls_by_operator[operator["name"]] += operator["calls"]
-    total_s = self_s_by_operator.total() or 1.0  # 0 would be divided by
+    total_s = sum(self_s_by_operator.values()) or 1.0  # 0 would be divided by
+    slowest_operators = sorted(self_s_by_operator.items(), key=lambda item: item[1], reverse=True)[:TOP_OPERATORS]
     rows = []
-    for name, self_s in self_s_by_operator.most_common(TOP_OPERATORS):
+    for name, self_s in slowest_operators:
         milliseconds = f"{1e3 * self_s:.2f}"
         share = f"{self_s / total_s:.0%}"
         rows.append([name, milliseconds, share, str(calls_by_operator[name])])
@@ -106,9 +140,10 @@ def _operator_rows(summaries: list[RankSummary]) -> list[list[str]]:
 def _rank_row(summary: RankSummary) -> list[str]:
     """The cells of one rank, as `RANK_TABLE_HEADINGS` names them. Shares are of the profiled time (`window_s`)."""
     window_s = summary["window_s"]
-    communication, exposed, idle = (
-        f"{summary[key] / (window_s or 1.0):.0%}" for key in ("communication_s", "exposed_s", "idle_s")
-    )
+    whole_s = window_s or 1.0  # 0 would be divided by
+    communication = f"{summary['communication_s'] / whole_s:.0%}"
+    exposed = f"{summary['exposed_s'] / whole_s:.0%}"
+    idle = f"{summary['idle_s'] / whole_s:.0%}"
     peak_gib = max((sample["gib"] for sample in summary["memory"]), default=None)
     peak_cell = "-" if peak_gib is None else f"{peak_gib:.3g}"
     return [str(summary["rank"]), f"{1e3 * window_s:.1f}", communication, exposed, idle, peak_cell]

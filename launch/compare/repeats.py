@@ -103,7 +103,7 @@ def read_measured_point(source: PointSource, gpu_hour_price: Callable[[str], flo
     `source`: where the runs are, or why the point was refused. `gpu_hour_price` maps the driver's name of a card to US dollars an
     hour, or to None if its price is not known. Raises ConfigError if a directory holds no run, or one of its files is damaged.
     """
-    runs = _read_runs(source)
+    runs = _read_runs(source)  # one at least: for a refused point a run that never started
     measurements = [measure_run(run, source.warmup) for run in runs]
     # A repeat that failed before its first step has no numbers. If no repeat has any, the first stands for all.
     begun_measurements = [measured for measured in measurements if measured.steps] or measurements[:1]
@@ -168,7 +168,10 @@ def _read_run(path: Path) -> RecordedRun:
 
 
 def _never_started_run(source: PointSource) -> RecordedRun:
-    """Stands for a refused point, which was never run: it has a configuration and the reasons, but no steps and no record."""
+    """Stands for a refused point, which was never run: it has a configuration and the reasons, but no steps and no record.
+
+    A point is one combination of settings. Its name takes the place of the directory, which it never had.
+    """
     return RecordedRun(
         directory=source.directories[0] if source.directories else Path(source.name or REFUSED),
         config=source.config,
@@ -192,7 +195,7 @@ def _step_parts_s(runs: tuple[RecordedRun, ...], warmup_steps: int, step_s: floa
         rows = rows_after_warmup(run, warmup_steps) or run.steps.values()
         timed_rows += [row for row in rows if "forward_s" in row]
     parts_s: dict[str, float] = {}
-    for part, metric in STEP_PARTS.items():
+    for part, metric in STEP_PARTS.items():  # such as `forward`, whose metric is `forward_s`
         median_s = _median_of_known([row.get(metric) for row in timed_rows])
         if median_s is not None:
             parts_s[part] = median_s

@@ -86,9 +86,8 @@ class ParsedOverrides:
         Entries that were typed by themselves stay, such as `objective.rewards.maths.weight=2`.
         """
         self.replaced_tables.add(table)
-        list_regex = re.compile(
-            rf"([^=]+: )?[+]*{re.escape(table)}\s*[=:]"
-        )  # in a file: `my.yaml: objective.rewards: [maths]`
+        # `objective.rewards=[maths]` as typed, `my.yaml: objective.rewards: [maths]` in a file.
+        list_regex = re.compile(rf"([^=]+: )?[+]*{re.escape(table)}\s*[=:]")
         self.values = [value for value in self.values if not list_regex.match(value.source_text)]
 
 

@@ -19,7 +19,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Generic, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from launch.config.argument_values import ArgumentSpec, parse_value, suggestion_of_similar_name
 from launch.config.choices import choices_by_group
@@ -85,14 +85,23 @@ def read_arguments(verb: str, declaration: type[Declared], argv: Iterable[str]) 
     return reader.finished_arguments()
 
 
+class SettingGroup(NamedTuple, Generic[Config]):
+    """The settings of one group that were read from a command line."""
+
+    settings: Config
+    other_arguments: list[str]
+    """The arguments that are of no setting of the group."""
+    problems: list[str]
+    """A message for each argument of the group that cannot be used."""
+
+
 def read_setting_group(
     prefix: str, defaults: Config, arguments: Iterable[str], *, refuse_repeated: bool = False
-) -> tuple[Config, list[str], list[str]]:
+) -> SettingGroup[Config]:
     """Read arguments such as `serve.port=80` (`prefix` is `serve`) into a copy of `defaults`.
 
-    Returns (the copy, the arguments without this prefix, a problem for each argument with it that cannot be used). `defaults`: an
-    object of a dataclass, whose annotations say what the values may be. `refuse_repeated`: whether a setting that is set twice is
-    a problem; otherwise its last value counts, as among the settings of a run.
+    `defaults`: an object of a dataclass, whose annotations say what the values may be, such as `int | None`. `refuse_repeated`:
+    whether a setting that is set twice is a problem; otherwise its last value counts, as among the settings of a run.
     """
     annotations = get_type_hints(type(defaults))
     other_arguments: list[str] = []
@@ -120,7 +129,8 @@ def read_setting_group(
                 changes[name] = parse_value(text, annotations[name])
             except ValueError as error:
                 problems.append(f"{argument}: {error}")
-    return replace(defaults, **changes), other_arguments, problems  # type: ignore[type-var]
+    changed_settings = replace(defaults, **changes)  # type: ignore[type-var]
+    return SettingGroup(changed_settings, other_arguments, problems)
 
 
 def verb_arguments_in(module: ModuleType) -> list[type[VerbArguments]]:

@@ -251,31 +251,48 @@ def translate_llama_factory_datasets(
         except (OSError, ValueError) as error:
             conversion.add_unsupported("dataset_dir", directory, f"{info_file} cannot be read ({error})")
 
-    # Each entry becomes `data`, or one of `data.sources`; held-out ones together become `data.eval_path`.
+    # Each entry of training data becomes `data`, or one of `data.sources`; held-out ones together become `data.eval_path`.
     is_held_out = setting == "eval_dataset"
     held_out_paths: list[str] = []
     dataset_names = list_entries(names)
     for name in dataset_names:
         entry = entries.get(name)
-        if not isinstance(entry, dict):
+        if info_file is None or not isinstance(entry, dict):
             key = "data.eval_path" if is_held_out else "data.path"
             reason = f"{info_file} does not name it" if info_file else f"there is no dataset_info.json in {directory}"
             conversion.add_unsupported(setting, name, f"{reason}; give its file: {key}=<file>")
             continue
-        entry_directory = info_file.parent if info_file else Path(directory)
-        path = _llama_factory_path(entry, entry_directory)
+        path = _llama_factory_path(entry, info_file.parent)
         if is_held_out:
             held_out_paths.append(path)
-            continue
-        # Only an entry of `data.sources` can name a subset or split.
-        is_part_of_dataset = bool(entry.get("subset") or entry.get("split"))
-        needs_source = len(dataset_names) > 1 or is_part_of_dataset
-        our_prefix = f"data.sources.{unused_source_name(name, conversion)}" if needs_source else "data"
-        conversion.add_translation(setting, name, TranslatedSetting({f"{our_prefix}.path": path}))
-        _add_llama_factory_entry(entry, f"dataset_info.json: {name}", our_prefix, conversion)
+        else:
+            _add_llama_factory_training_data(
+                entry, name, setting, path, conversion, is_only_dataset=len(dataset_names) == 1
+            )
     if held_out_paths:
         paths = _one_or_list(held_out_paths)
         conversion.add_translation(setting, names, TranslatedSetting({"data.eval_path": paths}))
+
+
+def _add_llama_factory_training_data(
+    entry: Mapping[str, Any],
+    name: str,
+    setting: str,
+    path: str,
+    conversion: ConvertedSettings,
+    *,
+    is_only_dataset: bool,
+) -> None:
+    """Translate an entry of LLaMA-Factory's `dataset_info.json` that is training data, and lies at `path`, into `conversion`.
+
+    It becomes `data`; or `data.sources.<name>`, if it is not the only one, or a subset or split of a data set, which only a
+    source can name. `setting`: the setting of the file that names the entry, for messages.
+    """
+    is_part_of_dataset = bool(entry.get("subset") or entry.get("split"))
+    needs_source = not is_only_dataset or is_part_of_dataset
+    our_prefix = f"data.sources.{unused_source_name(name, conversion)}" if needs_source else "data"
+    conversion.add_translation(setting, name, TranslatedSetting({f"{our_prefix}.path": path}))
+    _add_llama_factory_entry(entry, f"dataset_info.json: {name}", our_prefix, conversion)
 
 
 def _find_dataset_info(directory: str, file_dir: Path) -> Path | None:
