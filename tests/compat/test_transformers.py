@@ -256,7 +256,7 @@ def test_checkpoint_experts_become_one_parameter_and_are_split_again():
     assert compat.in_loading_order(stored) == stored[::-1]
     name, pattern = rules.name_in_model(stored[0], state, model.base_model_prefix)
     assert name == "model.layers.0.mlp.experts.gate_up_proj" and name in state
-    converter = rules.converter_of()[pattern]
+    converter = rules.converter_by_pattern()[pattern]
     operations = converter.operations
     assert compat.stacking_dimension(operations[0]) == 0
     assert [compat.keeps_rows_apart(operation, 3) for operation in operations[1:]] == [True]
@@ -271,7 +271,7 @@ def test_checkpoint_experts_become_one_parameter_and_are_split_again():
     assert made.shape == (4, 96, 32) and made[3].eq(3).all()
     back = rules.reversed()
     key, source = back.converted_name(name)
-    assert source is not None and back.converter_of()[source] is not converter
+    assert source is not None and back.converter_by_pattern()[source] is not converter
     unchanged, source = back.converted_name("lm_head.weight")
     assert source is None and back.renamed(unchanged) == "lm_head.weight"
     router, source = rules.name_in_model("model.layers.0.block_sparse_moe.gate.weight", state, model.base_model_prefix)

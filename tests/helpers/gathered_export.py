@@ -50,7 +50,7 @@ def whole_model(engine, built, base):
 def base_or_live_value(base, name, live):
     if name in base.quantised_shapes:
         return base.full_tensor(name)
-    if base.resolve(name) is None or base.shape(name) != tuple(live.shape):
+    if base.name_in_checkpoint(name) is None or base.shape(name) != tuple(live.shape):
         return live
     return base.read_slice(name, 0, math.prod(live.shape)).view(live.shape)
 
@@ -60,7 +60,7 @@ def stored_again(conversions, tensors):
     rules = (
         conversions._rules if conversions.quantizer is None else conversions._group_stored_tensors(None).rules
     ).reversed()
-    converter_of = rules.converter_of()
+    converter_of = rules.converter_by_pattern()
     places, members_of_group = {}, {}
     for name in in_loading_order(conversions.meta_model.state_dict()):
         key, pattern = rules.converted_name(name)

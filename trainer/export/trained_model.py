@@ -179,7 +179,7 @@ class ModelValues:
             return self.base.full_tensor(base_name)
         shape = self._parameters[plain_name].shape
         base_has_it = (
-            self.base.resolve(base_name) is not None
+            self.base.name_in_checkpoint(base_name) is not None
         )  # under this name, or under one that transformers renames
         if not base_has_it or self.base.shape(base_name) != tuple(shape):
             initial_values = self.model.source.read_slice(plain_name, shape, 0, shape.numel())

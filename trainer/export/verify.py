@@ -237,7 +237,7 @@ def _loading_differences(directory: Path, model: Any) -> str:
     differing_tensors = []
     with closing(Checkpoint(directory, model)) as stored_weights:
         for name, parameter in model.named_parameters():
-            if stored_weights.resolve(name) is None or stored_weights.shape(name) != tuple(parameter.shape):
+            if stored_weights.name_in_checkpoint(name) is None or stored_weights.shape(name) != tuple(parameter.shape):
                 continue
             differs = stored_weights.full_tensor(name).to(parameter.dtype) != parameter.detach()
             rows = differs.reshape(len(parameter), -1).any(1).nonzero()[:, 0].tolist()

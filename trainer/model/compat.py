@@ -332,8 +332,9 @@ class ConversionRules:
     converters: list[Any]
     """`WeightConverter`s: tensors are joined, parted or turned."""
     all: list[Any]
+    """Both kinds, in the order in which they apply."""
 
-    def converter_of(self) -> dict[str, Any]:
+    def converter_by_pattern(self) -> dict[str, Any]:
         """The converter that each pattern of source names belongs to."""
         return {pattern: converter for converter in self.converters for pattern in converter.source_patterns}
 

@@ -142,7 +142,7 @@ class Conversions:
         `quantizer`: transformers' object that reads a quantised checkpoint, which adds rules; None: without those.
         """
         rules = conversion_rules(self.meta_model, quantizer)
-        converter_by_pattern = rules.converter_of()
+        converter_by_pattern = rules.converter_by_pattern()
         state = self.meta_model.state_dict()
         prefix = self.meta_model.base_model_prefix
         group_by_first_result: dict[str, ConversionGroup] = {}
@@ -270,7 +270,7 @@ class Conversions:
         if self.quantizer is not None:  # an export is stored in full precision: by the rules without a quantisation
             rules = self._group_stored_tensors(None).rules
         reverse_rules = rules.reversed()
-        converter_by_pattern = reverse_rules.converter_of()
+        converter_by_pattern = reverse_rules.converter_by_pattern()
         target_by_name = self._stored_targets(reverse_rules)
         prefix = self._stored_prefix(target_by_name)
         members_by_group: dict[str, set[str]] = {}  # a group goes by the first tensor that it makes

@@ -70,8 +70,7 @@ def untie_differing_weights(model: Any, checkpoint: Checkpoint) -> list[str]:
     """
     untied = []
     for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
-        # The name under which the checkpoint has a parameter; None if it has it under none.
-        if checkpoint.resolve(target) is None or checkpoint.resolve(source) is None:
+        if checkpoint.name_in_checkpoint(target) is None or checkpoint.name_in_checkpoint(source) is None:
             continue
         if torch.equal(checkpoint.full_tensor(target), checkpoint.full_tensor(source)):
             continue

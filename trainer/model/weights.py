@@ -38,7 +38,7 @@ class Checkpoint:
         self.conversions = Conversions(meta_model, SafetensorsFiles(directory))
         self._tied = tied or {}
 
-    def resolve(self, name: str) -> str | None:
+    def name_in_checkpoint(self, name: str) -> str | None:
         """The name under which the checkpoint has a parameter: its own, or another name of a shared one; None if it has
         neither."""
         for spelling in (name, *self._tied.get(name, ())):
@@ -48,7 +48,7 @@ class Checkpoint:
 
     def _stored_name(self, name: str) -> str:
         """The name under which the checkpoint has a parameter. Raises ConfigError if it lacks the parameter."""
-        stored_name = self.resolve(name)
+        stored_name = self.name_in_checkpoint(name)
         if stored_name is None:
             raise ConfigError(f"{name}: needed by the tuning method but not in {self.directory}")
         return stored_name
@@ -89,7 +89,7 @@ def fill_buffers(model: nn.Module, checkpoint: Checkpoint, base_name: Callable[[
     """Load the buffers that a checkpoint holds, such as the bias of BART's logits; new rows of a vocabulary stay zero."""
     for plain_name, buffer in persistent_buffers(model):
         name = base_name(plain_name)
-        if checkpoint.resolve(name) is not None:
+        if checkpoint.name_in_checkpoint(name) is not None:
             values = checkpoint.read_slice(name, 0, math.prod(checkpoint.shape(name)))
             buffer.view(-1)[: len(values)] = values.to(buffer.dtype)
 
@@ -113,7 +113,7 @@ class BaseWeights(Checkpoint):
         self.quantised_shapes = quantised or {}
         """Shapes of the weights that are stored quantised, by base name."""
         changed = merged_adapters.changed_base_names() if merged_adapters is not None else set()
-        if missing := sorted(name for name in changed if self.resolve(name) is None):
+        if missing := sorted(name for name in changed if self.name_in_checkpoint(name) is None):
             raise ConfigError(
                 f"model.adapters: change {missing[0]}, which {directory} does not have; merge them with peft, and give the "
                 "merged model as model.path"
@@ -274,7 +274,7 @@ class WeightSource:
             if self.tuning.is_added_parameter(name):
                 continue
             base_name = self.tuning.base_name(name)
-            if self.checkpoint.resolve(base_name) is not None:
+            if self.checkpoint.name_in_checkpoint(base_name) is not None:
                 problems += self._shape_problem(base_name, model_shape)
                 continue
             if base_name in self.computed_values or self.tuning.rewrites(name):
@@ -319,7 +319,7 @@ class WeightSource:
         if self.tuning.is_added_parameter(name) or self.tuning.rewrites(name):
             return self.tuning.initial_value(name, tuple(shape), self, self.seed).reshape(-1)[start:stop]
         base_name = self.tuning.base_name(name)
-        stored_name = self.checkpoint.resolve(base_name)
+        stored_name = self.checkpoint.name_in_checkpoint(base_name)
         if base_name in self.checkpoint.quantised_shapes:
             return self.checkpoint.read_packed(base_name, start, stop)
         if stored_name is None:
