@@ -183,14 +183,13 @@ def _train_and_export(
     meter = build_meter(config, run_record, built, runtime)
     detectors = build_detectors(config, built, total_steps, interval, context)
     profiler = Profiler(config.profile, context.run_dir, runtime, attempt.at_step, context.console.print_line)
-    sinks = build_sinks(meter, trackers, checkpoints, profiler, context)
     trainer = Trainer(
         loop_settings(config, total_steps, interval),
         engine=meter.wrap_with_timing(engine) if config.logging.step_parts else engine,
         loader=loader,
         progress=progress,
         evaluators=build_run_evaluators(config, inputs, tasks, built, engine, loader, detectors, context),
-        sinks=sinks,
+        sinks=build_sinks(meter, trackers, checkpoints, profiler, context),
         monitors=build_monitors(config, data, loader, detectors, context),
     )
     # The training, and the export of what it made.
