@@ -150,7 +150,7 @@ def simulate_two_sizes(
         small_batches, large_batches = replace_tensors_by_fakes(parts.built, [*batches_of_sizes])
         with recording_engine(replace(parts, micro_batches=small_batches), runtime) as recorded:
             recorded.take_step(small_batches[:1])  # the warm-up
-            small = recorded.take_step_and_peaks(small_batches)
+            small = recorded.take_step(small_batches)
             small_peaks = small.peak_operations()
             if expected_peaks is None:
                 expected_peaks = small_peaks
@@ -174,10 +174,10 @@ def _take_step_by_kind(
     """
     # The tally tells more precisely what tensors hold. The second step must begin with what was known before the first.
     known_kinds = recorded.recorder.known_kinds()
-    step = recorded.take_step_and_peaks(batches, expected_peaks)
+    step = recorded.take_step(batches, expected_peaks)
     if not _were_tallied_at_peaks(step.peaks, expected_peaks, is_needed):
         recorded.recorder.restore_kinds(known_kinds)
-        second_step = recorded.take_step_and_peaks(batches, step.peak_operations())
+        second_step = recorded.take_step(batches, step.peak_operations())
         for phase, peak in second_step.peaks.items():
             step.peaks[phase].bytes_by_kind = peak.bytes_by_kind
     return step

@@ -25,7 +25,11 @@ ALLOCATOR_OVERHEAD = 0.05
 
 @dataclass(kw_only=True, slots=True)
 class Card:
-    """What is known of a card. Rates are in 10^9 bytes a second and one way."""
+    """A GPU model that a plan is made for: memory, rates and price, as its file in `conf/hardware/` has them.
+
+    A step takes as long as its FLOPs, its memory traffic and its exposed communication at these rates (`speed.py`). Rates are in
+    10^9 bytes a second and one way. `pace`, `writing_pace` and `tensors` correct estimates by what a run has measured.
+    """
 
     name: str = ""
     """Its driver's name, under which `trainer/reporting/gpu_peaks.py` has its speed in bf16 (fp16 before Ampere)."""

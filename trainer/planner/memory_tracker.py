@@ -77,13 +77,17 @@ class PhasePeak:
 
     total_bytes: int = 0
     operation_index: int = -1
+    """The number of that operation within the phase, from 0; -1 before the first one."""
     bytes_by_kind: dict[MemoryKind, int] = field(default_factory=dict)
+    """Bytes of the peak by kind of memory; empty in a step that is not tallied."""
     live_after_operation: list[int] = field(default_factory=list, repr=False, compare=False)
     """Live bytes after each operation of the phase, in order."""
 
 
 @dataclass(slots=True)
 class _LiveStorage:
+    """Memory of the device that is allocated, and what it holds."""
+
     num_bytes: int
     kind: MemoryKind
     reference: Any
@@ -203,7 +207,7 @@ class LiveBytes(TorchDispatchMode):
         self._owned_tensors = owned_tensors
 
     def known_kinds(self) -> dict[int, tuple[_LiveStorage, MemoryKind]]:
-        """The live storages, each with its kind as known now, for `restore_kinds`: a tally sets more precise kinds."""
+        """The live storages by `storage_key`, each with its kind as known now. For `restore_kinds`: a tally changes kinds."""
         return {key: (live_storage, live_storage.kind) for key, live_storage in self._live.items()}
 
     def restore_kinds(self, known_kinds: dict[int, tuple[_LiveStorage, MemoryKind]]) -> None:
@@ -268,7 +272,7 @@ class LiveBytes(TorchDispatchMode):
             self._operation_to_tally = self._operations_to_tally.get(self.phase, -1)
         peak = self._current_peak
         live_bytes = self.live_bytes + self.extra_bytes
-        operation = len(peak.live_after_operation)
+        operation = len(peak.live_after_operation)  # its number within the phase
         is_highest = live_bytes > peak.total_bytes or peak.operation_index < 0
         if is_highest:
             peak.total_bytes = live_bytes
@@ -278,7 +282,7 @@ class LiveBytes(TorchDispatchMode):
         passed_expected_peak = 0 <= self._operation_to_tally < operation
         if operation == self._operation_to_tally or (is_highest and passed_expected_peak):
             peak.bytes_by_kind = self.tally_bytes_by_kind()
-            if self.extra_bytes:
+            if self.extra_bytes:  # of a reduction, whose buffers are communication
                 communication = peak.bytes_by_kind.get(MemoryKind.communication, 0)
                 peak.bytes_by_kind[MemoryKind.communication] = communication + self.extra_bytes
 

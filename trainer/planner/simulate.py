@@ -180,11 +180,11 @@ def _report_lowest_peaks(parts: StepParts, recorded: RecordedEngine, warmup_step
     """
     for _ in range(warmup_steps):
         recorded.take_step(parts.micro_batches)
-    first_step = recorded.take_step_and_peaks(parts.micro_batches)
+    first_step = recorded.take_step(parts.micro_batches)
     lowest = first_step
     for _ in range(repeat):
         # It is known now after which operation each phase peaks: there, bytes are also told apart by kind.
-        repeated = recorded.take_step_and_peaks(parts.micro_batches, lowest.peak_operations())
+        repeated = recorded.take_step(parts.micro_batches, lowest.peak_operations())
         if recorded.runtime.simulated:
             _check_same_peaks(lowest.peaks, repeated.peaks)
         for phase, peak in repeated.peaks.items():
@@ -217,8 +217,8 @@ class RecordedEngine:
 
     def take_step(
         self, batches: list[dict[str, Any]], operations_to_tally: dict[StepPhase, int] | None = None
-    ) -> SimulatedStepRecord:
-        """Take one training step of these micro-batches, and return what was recorded of it. Sets `recorder.peak_by_phase`.
+    ) -> RecordedStep:
+        """Take one training step of these micro-batches, and return the peak of each phase and what was recorded of it.
 
         `operations_to_tally`: by phase, the number of the operation after which memory is counted by kind; None: after none.
         """
@@ -238,14 +238,7 @@ class RecordedEngine:
         del batch  # its tensors do not count between steps
         self.set_phase("between")
         self.recorder.note_live_bytes()
-        return self.recorder.record
-
-    def take_step_and_peaks(
-        self, batches: list[dict[str, Any]], operations_to_tally: dict[StepPhase, int] | None = None
-    ) -> RecordedStep:
-        """As `take_step`; returns the peak of each phase as well."""
-        record = self.take_step(batches, operations_to_tally)
-        return RecordedStep(self.recorder.peak_by_phase, record)
+        return RecordedStep(self.recorder.peak_by_phase, self.recorder.record)
 
     def step_result(self, step: RecordedStep) -> SimulatedStep:
         """The result of a recorded step, with the memory that stays between steps. To be called before the next step begins.
@@ -309,7 +302,7 @@ class RecordedEngine:
         self._micro_batch_index += 1
 
     def step(self, lr_factor: float, update_filter: UpdateFilter | None = None) -> StepResult:
-        self._micro_batch_index -= 1
+        self._micro_batch_index -= 1  # the update belongs to the last micro-batch
         self.set_phase("update")
         return self.engine.step(lr_factor, update_filter)
 
