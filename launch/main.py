@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         print(version_text())
         return 0
     if verb in VERBS_THAT_SAVE:
-        block_signals()
+        block_signals()  # from the first moment: one that comes while libraries are loaded stays pending until the run can save
     return run_guarded(verb, arguments[1:])
 
 
@@ -133,7 +133,8 @@ def version_text() -> str:
 def print_completion(arguments: list[str]) -> int:
     """Print the completion script for a shell; returns the exit code.
 
-    `arguments` are like `--shell-completion bash` or `--shell-completion=bash`.
+    `arguments` are like `--shell-completion bash` or `--shell-completion=bash`. Without a known shell, the message names those
+    that there are, and the exit code is that of a wrong setting.
     """
     from launch.config.completion import completion_script
     from strategies.errors import ConfigError
@@ -176,8 +177,8 @@ def run_guarded(verb: str, argv: list[str]) -> int:
 def _output_context(verb: str) -> AbstractContextManager[None]:
     """The context in which a verb writes to stdout and stderr.
 
-    A verb that saves goes on if its output is closed. A verb that draws on the terminal writes as it likes. All others write
-    control characters spelled out.
+    A verb that saves, such as train, goes on if its output is closed. A verb that draws on the terminal, such as chat, writes
+    as it likes. All others write control characters spelled out.
     """
     from launch.output import tolerate_closed_streams
 
@@ -243,7 +244,7 @@ def _run_with_messages(verb: str, argv: list[str], interrupts: list[int]) -> int
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except BaseException as error:
-        if is_panic(error):
+        if is_panic(error):  # of the tokenizer's Rust code, whose Python error is no Exception
             problem = str(tokenizer_panic(error, "the tokenizer"))
             print(f"shardtune {verb}: {problem}", file=sys.stderr)
             return _report_failure(argv, [problem], ConfigError.exit_code)
@@ -273,7 +274,7 @@ def _run_verb(verb: str, argv: list[str]) -> int:
         streams.refuse_stripped_docstrings()
         streams.refuse_undecodable_arguments(argv)
     _refuse_remote_output_directory(argv)
-    remaining_arguments = take_config_dirs(argv)
+    remaining_arguments = take_config_dirs(argv)  # without `--config-dir <dir>`, which is noted for later
     return int(import_module(module_of_verb(verb)).main(remaining_arguments) or 0)
 
 

@@ -112,7 +112,7 @@ def _submit_one(arguments: SubmitArguments) -> int:
             submitted = submit_runs(composed.config, [run_dir], print_only=arguments.print_only)
     # With --json, the answer of a run that was not submitted names no job.
     if arguments.as_json:
-        nothing = Submission({}, [str(run_dir.absolute())], {}, None)
+        nothing = Submission(jobs={}, runs=[str(run_dir.absolute())], scripts={}, code=None)
         [answer] = submitted or [nothing]
         print_json(asdict(answer))
     return 0

@@ -127,7 +127,7 @@ def _asset_line(asset: HubAsset) -> str:
     """A line about a model or data set: its commit, its size, and how much of it is not in the cache."""
     size = _size_text(asset.total_bytes) if asset.total_bytes else "a size that the server does not give"
     to_fetch = f"{_size_text(asset.missing_bytes)} to fetch" if asset.missing_bytes else "all of it is here"
-    return f"{asset.key}: {asset.kind} {asset.name} at {asset.commit[:12]}: {size}, {to_fetch}"
+    return f"{asset.key}: {asset.kind} {asset.hub_id} at {asset.commit[:12]}: {size}, {to_fetch}"
 
 
 def _size_text(size_bytes: int) -> str:
@@ -157,7 +157,7 @@ def _write_pinned_files(settings_path: Path, fetched_assets: list[FetchedAsset])
 
     settings: dict[str, Any] = {}
     for fetched in fetched_assets:
-        for key_path, value in fetched.asset.pinned_settings():
+        for key_path, value in fetched.asset.pinned_settings():  # such as ("model", "revision"), "1a2b3c"
             block = settings
             for name in key_path[:-1]:
                 block = block.setdefault(name, {})
@@ -178,7 +178,7 @@ def _write_pinned_files(settings_path: Path, fetched_assets: list[FetchedAsset])
 def _verify(arguments: list[str], as_json: bool) -> int:
     """Read all fetched files again, and compare them with their manifest; returns the exit code. Errors: ConfigError.
 
-    `arguments` must be the path of one settings file that download wrote. Its manifest_path, beside it with the suffix .json, is
+    `arguments` must be the path of one settings file that download wrote. The manifest, beside it with the suffix .json, is
     {"pieces": [{"key": ..., "directory": ..., "files": [{"path": ..., "bytes": ..., "sha256": ...}]}]}.
     """
     from launch.download.pieces import file_damage
@@ -189,12 +189,12 @@ def _verify(arguments: list[str], as_json: bool) -> int:
     file_count = 0
     damaged = []
     try:
-        for asset in json.loads(manifest_path.read_text(encoding="utf-8"))["pieces"]:
-            for file in asset["files"]:
+        for piece in json.loads(manifest_path.read_text(encoding="utf-8"))["pieces"]:
+            for file in piece["files"]:
                 file_count += 1
-                damage = file_damage(Path(asset["directory"]), file)
+                damage = file_damage(Path(piece["directory"]), file)
                 if damage:
-                    damaged.append(f"{asset['key']}: {damage}")
+                    damaged.append(f"{piece['key']}: {damage}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{manifest_path}: is no list that download wrote ({type(error).__name__}: {error})"

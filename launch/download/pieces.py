@@ -23,8 +23,9 @@ class HubAsset:
     key: str
     """The setting that names it, such as `model.path`."""
     kind: str
-    """`model` or `dataset`."""
-    name: str
+    """`model` (also of a tokenizer) or `dataset`, as the hub calls them."""
+    hub_id: str
+    """Such as `org/name`."""
     revision: str | None
     """The branch, tag or commit that was typed."""
     subset: str | None = None
@@ -38,7 +39,13 @@ class HubAsset:
 
     def manifest_entry(self) -> dict[str, Any]:
         """The keys of the manifest that say what this is and which commit was taken."""
-        return {"key": self.key, "kind": self.kind, "name": self.name, "asked": self.revision, "commit": self.commit}
+        return {
+            "key": self.key,
+            "kind": self.kind,
+            "name": self.hub_id,
+            "asked": self.revision,
+            "commit": self.commit,
+        }
 
     def pinned_settings(self) -> list[tuple[tuple[str, ...], Any]]:
         """(dotted key split at its dots, value) of each setting with which a run takes this very commit.
@@ -46,12 +53,12 @@ class HubAsset:
         A data set named by `data.path` becomes a source of its own, because only a source can have a revision.
         """
         if self.kind == "model":
-            return [(tuple(self.key.split(".")), self.name), (("model", "revision"), self.commit)]
+            return [(tuple(self.key.split(".")), self.hub_id), (("model", "revision"), self.commit)]
         if ".sources." in self.key:
-            source_key = tuple(self.key.split(".")[:-1])
+            source_key = tuple(self.key.split(".")[:-1])  # data.sources.NAME, without `.path`
         else:
-            source_key = ("data", "sources", _source_name(self.name))
-        values = {"path": f"hub:{self.name}", "subset": self.subset, "split": self.split, "revision": self.commit}
+            source_key = ("data", "sources", _source_name(self.hub_id))
+        values = {"path": f"hub:{self.hub_id}", "subset": self.subset, "split": self.split, "revision": self.commit}
         return [((*source_key, name), value) for name, value in values.items() if value is not None]
 
 
@@ -70,26 +77,8 @@ def hub_assets(config: RunConfig) -> list[HubAsset]:
 
     Errors: ConfigError if there are none, or if one cannot be pinned to a commit.
     """
-    from trainer.data.read.paths import is_hub_path
-
     assets = [*_model_assets(config), *_training_data_assets(config)]
-    # What cannot be pinned: evaluation and test data, and two repositories under one revision.
-    problems = []
-    for split in ("eval_path", "test_path"):
-        paths = getattr(config.data, split)
-        for path in _as_paths([*paths.values()] if isinstance(paths, dict) else paths):
-            if is_hub_path(path):
-                problems.append(
-                    f"data.{split}={path}: only training data can be pinned to a commit; hold a share out of it "
-                    f"(data.{split.removesuffix('_path')}_share=0.05), or give files"
-                )
-    # model.revision is one setting: it cannot be the commit of two repositories.
-    model_names = {asset.name for asset in assets if asset.kind == "model"}
-    if config.model.tokenizer and len(model_names) > 1 and config.model.revision:
-        problems.append(
-            f"model.revision={config.model.revision}: is asked of model.path and of model.tokenizer={config.model.tokenizer}; "
-            "give the tokenizer as a directory"
-        )
+    problems = _pinning_problems(config, assets)
     if not assets and not problems:
         problems.append(
             "nothing here is named by a hub id: give model.path=<organisation>/<name> or data.path=hub:<name>; "
@@ -100,13 +89,36 @@ def hub_assets(config: RunConfig) -> list[HubAsset]:
     return assets
 
 
+def _pinning_problems(config: RunConfig, assets: list[HubAsset]) -> list[str]:
+    """Error messages for what cannot be pinned to a commit: evaluation and test data, and two repositories under one revision."""
+    from trainer.data.read.paths import is_hub_path
+
+    problems = []
+    for split in ("eval_path", "test_path"):
+        paths = getattr(config.data, split)
+        for path in _as_paths([*paths.values()] if isinstance(paths, dict) else paths):
+            if is_hub_path(path):
+                problems.append(
+                    f"data.{split}={path}: only training data can be pinned to a commit; hold a share out of it "
+                    f"(data.{split.removesuffix('_path')}_share=0.05), or give files"
+                )
+    # model.revision is one setting: it cannot be the commit of two repositories.
+    model_ids = {asset.hub_id for asset in assets if asset.kind == "model"}
+    if config.model.tokenizer and len(model_ids) > 1 and config.model.revision:
+        problems.append(
+            f"model.revision={config.model.revision}: is asked of model.path and of model.tokenizer={config.model.tokenizer}; "
+            "give the tokenizer as a directory"
+        )
+    return problems
+
+
 def _model_assets(config: RunConfig) -> list[HubAsset]:
     """The model and the tokenizer, unless they are directories on this machine."""
     assets = []
     for key in ("path", "tokenizer"):
         name = getattr(config.model, key)
         if name and not Path(name).expanduser().exists():
-            assets.append(HubAsset(f"model.{key}", "model", name, config.model.revision))
+            assets.append(HubAsset(f"model.{key}", kind="model", hub_id=name, revision=config.model.revision))
     return assets
 
 
@@ -119,11 +131,21 @@ def _training_data_assets(config: RunConfig) -> list[HubAsset]:
         key = f"data.sources.{source_name}.path"
         for path in _as_paths(source.path):
             if is_hub_path(path):
-                dataset = parse_hub_name(path, key)
-                assets.append(HubAsset(key, "dataset", dataset, source.revision, source.subset, source.split))
+                hub_id = parse_hub_name(path, key)
+                assets.append(
+                    HubAsset(
+                        key,
+                        kind="dataset",
+                        hub_id=hub_id,
+                        revision=source.revision,
+                        subset=source.subset,
+                        split=source.split,
+                    )
+                )
     for path in _as_paths(config.data.path):
         if is_hub_path(path):
-            assets.append(HubAsset("data.path", "dataset", parse_hub_name(path, "data.path"), None))
+            hub_id = parse_hub_name(path, "data.path")
+            assets.append(HubAsset("data.path", kind="dataset", hub_id=hub_id, revision=None))
     return assets
 
 
@@ -150,12 +172,12 @@ def with_commit_and_size(asset: HubAsset) -> HubAsset:
     from trainer.model.loading import HUB_PATTERNS
 
     try:
-        commit = HfApi().repo_info(asset.name, repo_type=asset.kind, revision=asset.revision).sha
+        commit = HfApi().repo_info(asset.hub_id, repo_type=asset.kind, revision=asset.revision).sha
         if commit is None:
             raise ValueError("the hub names no commit")
         if asset.kind == "dataset":  # its loader decides which of its files are read
             return replace(asset, commit=commit)
-        files = snapshot_download(asset.name, revision=commit, allow_patterns=[*HUB_PATTERNS], dry_run=True)
+        files = snapshot_download(asset.hub_id, revision=commit, allow_patterns=[*HUB_PATTERNS], dry_run=True)
     except Exception as error:  # the hub client has a dozen error types; all mean that it is not to be had
         raise _not_available_error(asset, error) from error
     total_bytes = sum(file.file_size or 0 for file in files)
@@ -169,8 +191,8 @@ def _not_available_error(asset: HubAsset, error: Exception) -> ConfigError:
     lines = str(error).strip().splitlines()
     reason = lines[0] if lines else type(error).__name__
     return ConfigError(
-        f"{asset.key}={asset.name}{revision}: cannot be had from the hub ({reason[:200]}); check the name, whether this machine "
-        "reaches it (HF_ENDPOINT, HF_HUB_OFFLINE), and for a gated or private one the token (HF_TOKEN)"
+        f"{asset.key}={asset.hub_id}{revision}: cannot be had from the hub ({reason[:200]}); check the name, whether "
+        "this machine reaches it (HF_ENDPOINT, HF_HUB_OFFLINE), and for a gated or private one the token (HF_TOKEN)"
     )
 
 
@@ -200,7 +222,7 @@ def fetch_asset(asset: HubAsset) -> FetchedAsset:
 
     if asset.kind == "model":
         try:
-            directory = Path(snapshot_download(asset.name, revision=asset.commit, allow_patterns=[*HUB_PATTERNS]))
+            directory = Path(snapshot_download(asset.hub_id, revision=asset.commit, allow_patterns=[*HUB_PATTERNS]))
         except Exception as error:
             raise _not_available_error(asset, error) from error
         paths = sorted(path for path in directory.rglob("*") if path.is_file())
@@ -208,8 +230,9 @@ def fetch_asset(asset: HubAsset) -> FetchedAsset:
         # Through the reader that training uses, so that the very files are fetched that a run will open.
         from trainer.data.read.origin import Origin
 
-        origin = Origin(asset.key, [Path(f"hub:{asset.name}")], asset.subset, asset.split, asset.commit)
-        cache_files = origin.load_hub_split(Path(f"hub:{asset.name}")).cache_files
+        # Loading the split downloads it.
+        origin = Origin(asset.key, [Path(f"hub:{asset.hub_id}")], asset.subset, asset.split, asset.commit)
+        cache_files = origin.load_hub_split(Path(f"hub:{asset.hub_id}")).cache_files
         paths = [Path(cache_file["filename"]) for cache_file in cache_files]
         directory = paths[0].parent if paths else Path()
     files: list[dict[str, Any]] = []

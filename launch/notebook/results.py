@@ -58,11 +58,11 @@ class ComparisonResult:
         import pandas as pd
 
         rows = []
-        for run in self.comparison.points:
-            for repeat, recorded in enumerate(run.repeats, 1):
-                name = {"run": run.name, "repeat": repeat}
-                rows += [{**name, **row} for row in recorded.steps.values()]
-                rows += [{**name, "step": step, **metrics} for step, metrics in recorded.evaluations.items()]
+        for run in self.comparison.points:  # settings, run once or several times (repeats)
+            for repeat, recorded_run in enumerate(run.repeats, 1):
+                identity = {"run": run.name, "repeat": repeat}
+                rows += [{**identity, **row} for row in recorded_run.steps.values()]
+                rows += [{**identity, "step": step, **metrics} for step, metrics in recorded_run.evaluations.items()]
         return pd.DataFrame(rows)
 
     def __str__(self) -> str:
@@ -83,6 +83,7 @@ class ComparisonResult:
             curves.append(Curve(run.name, running_means(losses)))
         return notebook_html(
             f"{len(self.comparison.points)} runs, compared with {self.comparison.default_baseline_name}",
+            # There is no conclusion of a single run, or of runs that have not begun: then only their numbers are shown.
             lead=Callout(tone, heading, text) if conclusion.sentences else None,
             cards=recommendation_cards(conclusion),
             callouts=worst_first(point_callouts(self.comparison)),
@@ -282,7 +283,7 @@ def _metrics_table(rows: list[dict[str, Any]]) -> PageTable:
         if is_compared:
             verdict = row["verdict"]
             cell_by_title["verdict"] = PageCell(verdict, verdict, tone=TONE_OF_VERDICT.get(verdict, ""))
-            cell_by_title["difference"] = PageCell(format_signed(row["difference"]), row["difference"])
+            cell_by_title["difference"] = PageCell(format_signed(row["difference"]), sort_value=row["difference"])
             cell_by_title["other"] = _number_cell(row["other"])
         table_rows.append([cell_by_title[title] for title in titles])
     return PageTable([PageColumn(title) for title in titles], table_rows)
@@ -356,10 +357,10 @@ def _option_cards(option: dict[str, Any], answer: dict[str, Any]) -> list[PageCa
 
     `option` and `answer` as in `shardtune plan --json`.
     """
-    card_gib = answer["hardware"]["memory_gib"]
-    needed_gib = card_gib - option["margin_gib"]
+    gpu_gib = answer["hardware"]["memory_gib"]
+    needed_gib = gpu_gib - option["margin_gib"]
     cards = [
-        PageCard("memory", f"{needed_gib:.1f} GiB", f"of {card_gib:.1f}; most in {option['peak_at']}"),
+        PageCard("memory", f"{needed_gib:.1f} GiB", f"of {gpu_gib:.1f}; most in {option['peak_at']}"),
         PageCard(
             "speed", f"{format_number(option['tokens_per_s'])} tokens/s", f"{option['step_s']['total']:.2f} s a step"
         ),

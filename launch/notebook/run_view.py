@@ -23,13 +23,14 @@ def run_notebook_html(run_dir: Path) -> str:
         comparison = compare_points([PointSource((run_dir,))], gpu_hour_price)
     except ConfigError as error:
         return notebook_html(str(run_dir), lead=Callout("note", "No run to show", "; ".join(error.problems)))
-    compared = comparison.points[0]
-    run = compared.first_repeat
+    # The pieces are those of a comparison and of the run's page, of which this run is the only one.
+    only_point = comparison.points[0]
+    run = only_point.first_repeat
     verdict = run_verdict(run)
     report = run_dir / REPORT_FILE
     return notebook_html(
         str(run_dir),
-        cards=run_cards(compared),
+        cards=run_cards(only_point),
         lead=Callout(verdict.tone, verdict.heading, verdict.text, verdict.commands),
         callouts=run_callouts(run),
         picture=_loss_picture(run),

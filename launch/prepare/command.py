@@ -105,11 +105,12 @@ def prepare_data_of_run(settings: list[str]) -> PreparedData:
 
 
 def _prepare_data_or_shard(settings: list[str], *, shard: tuple[int, int] | None) -> PreparedData | None:
-    """Prepare the data of a run with these settings, or take it from the cache.
+    """Prepare the data of a run with these settings, or take it from the cache; with `shard`, write one part of it to the cache.
 
     `shard`: (index, number of shards) of the only part to prepare, which a later call merges with the others; None is returned
     then. Raises ConfigError for settings of the data, the model or the objective that cannot be used.
     """
+    # Without looking for garbage meanwhile, which would take a fifth of the time to start.
     with importing_without_gc("torch"):
         from launch.config.compose import compose_config
         from trainer.config.validate import config_problems
@@ -149,7 +150,11 @@ def _end_stuck_process(signal_name: str) -> None:
 
 
 def print_audit(report: dict[str, Any], directory: Path, *, cached: bool) -> None:
-    """Print the summary of the audit, the first document with what is learned of it, and where the prepared data is."""
+    """Print the summary of the audit, the first document with what is learned of it, and where the prepared data is.
+
+    `report`: the audit; its "samples" are documents in pieces, [{"where": "a.jsonl:1", "pieces": [{"text": "Hello", "learned":
+    true}], ...}], several of one document if it was split.
+    """
     from trainer.data.report.preview import render_pieces, summary_text
     from trainer.data.report.wording import escape_control_characters
 

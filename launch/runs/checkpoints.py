@@ -74,9 +74,9 @@ def list_checkpoints(run_dir: Path) -> CheckpointList:
     fallback_dir = checkpoint_dirs[1] if len(checkpoint_dirs) > 1 else None
     problem = None
     checkpoints: list[StoredCheckpoint] = []
-    entries = [(step, path, False) for step, path in published_checkpoints]  # (step, path, whether given up)
-    entries += [(_step_of_directory(path), path, True) for path in given_up_paths]
-    for step, path, is_given_up in entries:
+    directories = [_CheckpointDirectory(step, path, is_given_up=False) for step, path in published_checkpoints]
+    directories += [_CheckpointDirectory(_step_of_directory(path), path, is_given_up=True) for path in given_up_paths]
+    for step, path, is_given_up in directories:
         is_best = step == best.step and not is_given_up
         try:
             checkpoints.append(
@@ -95,6 +95,15 @@ def list_checkpoints(run_dir: Path) -> CheckpointList:
         except OSError as error:
             problem = f"{path.name} cannot be read: {atomic_io.error_summary(error)}"
     return CheckpointList(tuple(checkpoints), settings.monitored_metric, problem)
+
+
+class _CheckpointDirectory(NamedTuple):
+    """A directory with a checkpoint."""
+
+    step: int
+    path: Path
+    is_given_up: bool
+    """Whether a rollback has moved it aside."""
 
 
 def _given_up_paths(checkpoint_dirs: list[Path]) -> list[Path]:

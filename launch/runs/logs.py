@@ -62,16 +62,7 @@ def choose_log_files(run_dir: Path, request: LogsRequest, failed_rank: int | Non
 
     Raises ConfigError for a requested rank or job that has no file.
     """
-    # Tasks of an array write into the directory of its first run, so most of these outputs belong to other runs.
-    files = [path for path in _sorted_files(run_dir / "logs") if not ARRAY_TASK_OUTPUT_REGEX.search(path.name)]
-    files += _array_task_outputs(run_dir)
-    log_by_rank = {}
-    job_files = []
-    for path in files:
-        if match := RANK_LOG_REGEX.fullmatch(path.name):
-            log_by_rank[int(match[1])] = path
-        if match := JOB_OUTPUT_REGEX.fullmatch(path.name):
-            job_files.append(JobFile(match["script"] or match["node"], path))
+    log_by_rank, job_files = _find_log_files(run_dir)
     newest_job_files = _output_files_of_newest_job(job_files)
 
     if request.job == "last":
@@ -97,6 +88,28 @@ def choose_log_files(run_dir: Path, request: LogsRequest, failed_rank: int | Non
     return [rank_log]
 
 
+class _FoundLogFiles(NamedTuple):
+    """The log files of a run."""
+
+    log_by_rank: dict[int, Path]
+    job_files: list[JobFile]
+    """What SLURM jobs, or starts over ssh, printed."""
+
+
+def _find_log_files(run_dir: Path) -> _FoundLogFiles:
+    """The log files of a run, in its directory, or as a task of an array in that of the array's first run."""
+    # Tasks of an array write into the directory of its first run, so most of these outputs belong to other runs.
+    files = [path for path in _sorted_files(run_dir / "logs") if not ARRAY_TASK_OUTPUT_REGEX.search(path.name)]
+    files += _array_task_outputs(run_dir)
+    found = _FoundLogFiles({}, [])
+    for path in files:
+        if match := RANK_LOG_REGEX.fullmatch(path.name):
+            found.log_by_rank[int(match[1])] = path
+        if match := JOB_OUTPUT_REGEX.fullmatch(path.name):
+            found.job_files.append(JobFile(match["script"] or match["node"], path))
+    return found
+
+
 def _ranks_text(ranks: Collection[int]) -> str:
     """Rank numbers for a message: `0 to 7` if there are no gaps, else each of them."""
     has_no_gaps = len(ranks) == max(ranks) + 1
@@ -116,7 +129,8 @@ class LastLines(NamedTuple):
 def read_last_lines(path: Path, count: int) -> LastLines:
     """The last `count` complete lines of a file. Raises OSError if it cannot be read.
 
-    A last line without a line break is left for `AddedLinesReader`, which reads it when it is complete.
+    They are fewer if they are longer than `TAIL_BYTES` together. A last line without a line break is left for `AddedLinesReader`,
+    which reads it when it is complete.
     """
     with atomic_io.open_regular_file(path) as (descriptor, size):
         start = max(0, size - TAIL_BYTES)

@@ -89,7 +89,7 @@ class QueuedJob:
     id: str
     """The id that scancel takes: `17`, or `17_3` for a task of an array."""
     raw_id: str
-    """The id that the job itself has in SLURM_JOB_ID; of a task of an array, another number."""
+    """The id that the job itself has in SLURM_JOB_ID; of a task of an array another number, such as `21` for `17_3`."""
     state: str
     """In SLURM's words: `PENDING`, `RUNNING`, `COMPLETING` ..."""
     reason: str
@@ -165,7 +165,7 @@ class JobQueue:
         job_with_script = self.job_by_run.get(run_dir.resolve())
         if job_with_script is None:
             return None
-        is_array_task = "_" in job_with_script.id
+        is_array_task = "_" in job_with_script.id  # as in 17_3
         if is_array_task and submitted_job_id:
             # The run was submitted as another job since. This is an earlier array, whose script was overwritten meanwhile.
             return None
@@ -231,7 +231,10 @@ def read_queue() -> JobQueue:
 
 
 def _parse_squeue_output(output: str) -> JobQueue:
-    """The queue that squeue printed, a line for each job with the `SQUEUE_FIELDS`; other lines are ignored."""
+    """The queue that squeue printed, a line for each job with the `SQUEUE_FIELDS`; other lines are ignored.
+
+    If several jobs are for one run, `job_by_run` has the one that squeue lists last.
+    """
     jobs = []
     job_by_run = {}
     for line in output.splitlines():
@@ -259,6 +262,7 @@ def _run_dir_of_job(job: QueuedJob) -> Path | None:
     if script.name != "train.sbatch":
         return None
     task_number = job.array_task_number
+    # `submit` writes an array's script beside the config.yaml of its first run.
     if task_number is not None and (script.parent / "config.yaml").exists():
         run_dirs = run_dirs_of_script(script)
         return run_dirs[task_number].resolve() if task_number < len(run_dirs) else None

@@ -160,7 +160,8 @@ def _may_hold_runs(entry: os.DirEntry[str], root: Path) -> bool:
 def read_run_views(search: RunSearch, queue: JobQueue) -> list[RunView]:
     """The state of each run of the search, then a row of state `unknown` for each directory that cannot be read.
 
-    A directory whose `config.yaml` is not shardtune's is left out if nothing was started in it.
+    A directory whose `config.yaml` is not shardtune's is left out if nothing was started in it. `search.unreadable` has, by
+    directory, why it could not be searched.
     """
     with ThreadPoolExecutor(PARALLEL_READS) as pool:
         views = list(pool.map(lambda run_dir: read_run_view(run_dir, queue), search.runs))
@@ -356,7 +357,10 @@ def has_shardtune_config(run_dir: Path) -> bool:
 
 
 def _last_held_out_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The metrics of the last evaluation among the rows of `metrics.jsonl`, with its `step`; empty if there is none."""
+    """The metrics of the last evaluation among the rows of `metrics.jsonl`, with its `step`; empty if there is none.
+
+    Metrics that are not finite are left out.
+    """
     evaluation_rows = [row for row in rows if "loss" not in row]  # only a row of a training step has `loss`
     if not evaluation_rows:
         return {}

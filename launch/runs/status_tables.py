@@ -85,7 +85,7 @@ def status_text(status: RunsStatus, damage_by_checkpoint: Mapping[Path, str] | N
     `damage_by_checkpoint`: what is wrong with each damaged checkpoint, empty if all are intact, None if they were not verified.
     `live` (for --watch) adds loss curves to runs that train, and leaves out runs that do not fit on the terminal.
     """
-    if status.details is not None:
+    if status.details is not None:  # the user named one run
         lines = _single_run_lines(status.runs[0], status.details, damage_by_checkpoint)
         if status.queue.problem:
             lines += ["", *wrap_text(f"queue: {status.queue.problem}")]
@@ -106,7 +106,10 @@ def status_text(status: RunsStatus, damage_by_checkpoint: Mapping[Path, str] | N
 
 
 def _runs_table_lines(status: RunsStatus, *, live: bool) -> list[str]:
-    """The table with a row for each run, and below it the number of runs in each state."""
+    """The table with a row for each run, and below it the number of runs in each state.
+
+    `live` (for --watch): only the most urgent runs that fit on the terminal, with their loss curves.
+    """
     if live:
         lines = _most_urgent_runs_table_lines(status)
     else:
@@ -170,6 +173,8 @@ def _urgency_sort_key(run: RunView) -> tuple[int, float]:
 
 def _location_and_reason(run: RunView) -> str:
     """The note below a run's row, such as `on node7, job 17, 2 restarts: <reason>`; empty if there is nothing to say.
+
+    A state is one of `RunState`, as the run writes it, or one that only a look from outside finds: LOST, QUEUED, NOT_STARTED.
 
     The host is shown of a running run, its job of one that is running or lost, its restarts unless it is done.
     """
@@ -260,7 +265,7 @@ def _job_facts(run: RunView, details: RunDetails) -> list[tuple[str, str]]:
     runner = ", ".join(_runner_clauses(run))
     if runner:
         facts.append(("run by", runner))
-    if run.restarts:
+    if run.restarts:  # starts after the first one: by a launcher, SLURM, or the same command
         facts.append(("restarts", str(run.restarts)))
     if run.job is not None and run.state != QUEUED:
         # squeue says INVALID of a job that is past its limit, and is about to be ended for it.
@@ -275,7 +280,10 @@ def _job_facts(run: RunView, details: RunDetails) -> list[tuple[str, str]]:
 
 
 def _runner_clauses(run: RunView) -> list[str]:
-    """Clauses on which process and job run the run, or did, since when, and when it was last seen."""
+    """Clauses on which process and job run the run, or did, since when, and when it was last seen.
+
+    ["process 4711 on node7", "job 17", "since 2026-01-31 12:00", "last seen 3 s ago"].
+    """
     clauses = []
     if run.host:
         clauses.append(f"process {run.pid} on {run.host}")
@@ -324,35 +332,43 @@ def _failure_advice(run: RunView, failure: Mapping[str, Any]) -> list[str]:
     `failure`: its `failure.json`; empty if it has none.
     """
     broken_part = pipeline_jobs.first_failed_part(list(run.pipeline_parts))
-    if broken_part is not None and not failure:
+    if broken_part is not None and not failure:  # the run itself has written no failure
         advice = f"shardtune logs {run.directory} job={broken_part.job} says why; submit the same settings again"
         return [*wrap_text(f"failed: {run.state_reason}"), *wrap_text(f"to do: {advice}")]
 
-    origin = ""
-    if failure:
-        step = f", step {failure['step']}" if failure.get("step") is not None else ""
-        origin = f"rank {failure.get('rank')} on {failure.get('host')}, {failure.get('phase')}{step}: "
-        # The message of a user's error is enough. Of any other error, the type is shown, too.
-        if not failure.get("user_error"):
-            origin += f"{failure.get('error')}: "
-    # Any other value of `retry` means that the same command may succeed.
+    # `retry` is the key of `launcher.retry` that would allow another start. Only `out_of_memory`, or none, fails again as it is.
     fails_again = failure.get("retry") in (None, "out_of_memory")
     if failure.get("user_error") and fails_again:
         advice = "change what the message says; the same command then continues it"
     elif failure and fails_again:
         advice = f"the traceback is in {run.directory / 'failure.json'}"
-    elif run.step:
+    elif run.step:  # it has trained, so that there may be a checkpoint
         advice = SAME_COMMAND_ADVICE
     else:
         advice = f"shardtune logs {run.directory} shows its output; submit the same settings again"
-    return [
-        *wrap_text(f"failed: {origin}{run.state_reason or 'no reason was recorded'}"),
-        *wrap_text(f"to do: {advice}"),
-    ]
+    reason = f"{_failure_origin(failure)}{run.state_reason or 'no reason was recorded'}"
+    return [*wrap_text(f"failed: {reason}"), *wrap_text(f"to do: {advice}")]
+
+
+def _failure_origin(failure: Mapping[str, Any]) -> str:
+    """Where a run failed, to stand before the reason: `rank 3 on node7, training, step 40: `; empty without a `failure.json`.
+
+    The message of a user's error is enough. Of any other error, the type is shown, too.
+    """
+    if not failure:
+        return ""
+    step = f", step {failure['step']}" if failure.get("step") is not None else ""
+    origin = f"rank {failure.get('rank')} on {failure.get('host')}, {failure.get('phase')}{step}: "
+    if not failure.get("user_error"):
+        origin += f"{failure.get('error')}: "
+    return origin
 
 
 def _checkpoint_lines(checkpoint_list: CheckpointList, damage_by_checkpoint: Mapping[Path, str] | None) -> list[str]:
-    """A section with the table of a run's checkpoints, or why they cannot be listed."""
+    """A section with the table of a run's checkpoints, or why they cannot be listed.
+
+    `damage_by_checkpoint` maps damaged checkpoints to what is wrong with them; None if none was verified.
+    """
     if checkpoint_list.problem:
         return ["", *wrap_text(f"checkpoints: {checkpoint_list.problem}")]
     checkpoints = checkpoint_list.checkpoints
@@ -378,7 +394,7 @@ def _checkpoint_row(
         remarks.append("intact" if damage is None else f"damaged: {damage}")
     if checkpoint.best_metric is not None:
         remarks.append(f"best: {monitored_metric or 'held out'} {format_metric(checkpoint.best_metric)}")
-    if checkpoint.is_given_up:
+    if checkpoint.is_given_up:  # a rollback went back to an earlier one, and moved it aside
         remarks.append(f"given up, in {checkpoint.path.parent.name}")
     notes = []
     if checkpoint.is_in_fallback_dir:  # on a line of its own, so that the directory can be pasted
@@ -418,7 +434,10 @@ def _step_count_text(num_steps: int | None) -> str:
 
 
 def status_as_dict(status: RunsStatus, damage_by_checkpoint: Mapping[Path, str] | None) -> dict[str, Any]:
-    """What `status --json` prints, as JSON values. Times are seconds, memory GiB, sizes bytes, speeds of all ranks together."""
+    """What `status --json` prints, as JSON values. Times are seconds, memory GiB, sizes bytes, speeds of all ranks together.
+
+    `damage_by_checkpoint`: what is wrong with each damaged checkpoint; None if they were not verified.
+    """
     runs = [_run_as_dict(run) for run in status.runs]
     if status.details is not None:
         runs[0] |= _details_as_dict(status.details, damage_by_checkpoint or {})
@@ -432,7 +451,10 @@ def status_as_dict(status: RunsStatus, damage_by_checkpoint: Mapping[Path, str] 
 
 
 def _details_as_dict(details: RunDetails, damage_by_checkpoint: Mapping[Path, str]) -> dict[str, Any]:
-    """The keys that `status --json <run>` has beyond those of a run in the list, with their values."""
+    """The keys that `status --json <run>` has beyond those of a run in the list, with their values.
+
+    "given_up": a rollback went back to an earlier checkpoint. "starts": what each start of a SLURM job used (`jobs.jsonl`).
+    """
     checkpoints = []
     for checkpoint in details.checkpoint_list.checkpoints:
         checkpoints.append(

@@ -105,7 +105,7 @@ def stop_run(run_dir: Path, wait_s: float, *, dry_run: bool) -> StopResult:
     from launch.runs.status import read_run_view
     from launch.runs.stop import NotRunning, raise_if_job_state_unknown, stop_method
 
-    queue = read_queue_twice()
+    queue = read_queue_twice()  # a controller may be busy for a moment, and without the queue nothing is stopped
     run = read_run_view(run_dir, queue)
     method = stop_method(run_dir, queue, run.job)
     if isinstance(method, NotRunning):
@@ -129,7 +129,7 @@ def stop_run(run_dir: Path, wait_s: float, *, dry_run: bool) -> StopResult:
 def stopped_run_summary(run_dir: Path, shell_command: str | None) -> dict[str, Any]:
     """What `stop --json` prints: the state of the run now, and its newest checkpoint.
 
-    `shell_command`: see `StopResult`.
+    `shell_command`: the command that ends the run in the same way; None if nothing was running.
     """
     from launch.runs.checkpoints import list_checkpoints
     from launch.runs.queue import read_queue
@@ -198,22 +198,30 @@ class StoppingRun:
     def _has_ended(self) -> bool:
         """Whether the run has ended and nothing will start it again: its process ended, or its job left the queue.
 
-        squeue is called every `QUEUE_INTERVAL_S` seconds at most; in between, the answer for a job is False. If the job was
-        requeued nevertheless, it is cancelled.
+        squeue is called every `QUEUE_INTERVAL_S` seconds at most; in between, the answer for a job is False.
         """
-        from launch.runs.queue import read_queue
-        from launch.runs.stop import CancelJob, SignalProcess
+        from launch.runs.stop import SignalProcess
 
         if isinstance(self.method, SignalProcess):
             return self.method.has_ended
         if time.monotonic() - self._queue_read_at < QUEUE_INTERVAL_S:
             return False
+        return self._look_for_job_in_queue(self.method.job.id)
+
+    def _look_for_job_in_queue(self, job_id: str) -> bool:
+        """Call squeue; returns whether the job has left the queue. False if squeue fails, since nobody knows.
+
+        A job that waits in the queue was requeued nevertheless, for example by an administrator: it is cancelled.
+        """
+        from launch.runs.queue import read_queue
+        from launch.runs.stop import CancelJob
+
         queue = read_queue()
         self._queue_read_at = time.monotonic()
         self._queue_problem = queue.problem
         for job in queue.jobs:
-            if job.id == self.method.job.id:
-                if job.is_pending:  # it was requeued nevertheless, for example by an administrator
+            if job.id == job_id:
+                if job.is_pending:
                     CancelJob(job).send()
                 return False
         return queue.problem is None
