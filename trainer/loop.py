@@ -53,14 +53,14 @@ class Trainer:
         self.loader = loader
         self.progress = progress
         self.evaluators = evaluators
-
+        # Where what the run produces goes.
         self.meter = sinks.meter
         self.metrics = sinks.metrics
         self.display = sinks.display
         self.checkpoints = sinks.checkpoints
         self.announce_step = sinks.announce_step
         self.require_run_dir_ownership = sinks.require_run_dir_ownership
-
+        # What may end the run early, or leave an update out.
         self.stop_agreement = monitors.stop_agreement
         self.guards = monitors.guards
         self.stragglers = monitors.stragglers
@@ -87,7 +87,18 @@ class Trainer:
         evaluation_s = self._evaluate_before_first_step()
         if self.guards.may_roll_back:
             self._prepare_checkpoints_for_rollbacks()
+        self._take_all_steps(evaluation_s)
+        self.evaluation_monitor.record_findings_of_whole_run(self.progress)
+        self._save_last_step()
+        # An attempt that took no step has no speed of its own.
+        self.outcome.speed = self.meter.median_speeds() or earlier.speed
+        self.outcome.slow_ranks = self.stragglers.record()
+        if self.meter.expert_tokens is not None:
+            self.outcome.experts = expert_load_by_layer(self.meter.expert_tokens, self.meter.expert_ranks)
+        return self.outcome
 
+    def _take_all_steps(self, evaluation_s: float) -> None:
+        """Take the steps of the budget, also after rollbacks. `evaluation_s`: seconds that the evaluation before them took."""
         # Objects made so far are kept as long as the run: the garbage collector need not walk them again and again.
         gc.collect()
         gc.freeze()
@@ -103,16 +114,6 @@ class Trainer:
                     self._roll_back(rollback.outlier)
         finally:
             gc.unfreeze()  # this process may train again, so that the engine of this run must be freed
-        self.evaluation_monitor.record_findings_of_whole_run(self.progress)
-        self._publish_pending_checkpoint()  # so that it is known which steps have one
-        self._save_last_step()
-        self._publish_pending_checkpoint()
-        # An attempt that took no step has no speed of its own.
-        self.outcome.speed = self.meter.median_speeds() or earlier.speed
-        self.outcome.slow_ranks = self.stragglers.record()
-        if self.meter.expert_tokens is not None:
-            self.outcome.experts = expert_load_by_layer(self.meter.expert_tokens, self.meter.expert_ranks)
-        return self.outcome
 
     # -- before the first step -------------------------------------------------------------------------------------------
 
@@ -248,10 +249,9 @@ class Trainer:
         )
         # Loading the checkpoint overwrites the progress: what the run learned since is kept here.
         rollbacks = self.progress.rollbacks + 1
-        num_samples = outlier.num_samples(self.progress.samples, self.loader.share.global_batch)
-        position_ranges = self.loader.order.position_ranges(outlier.first_sample, num_samples)
-        new_skipped_samples = [{"first": first, "count": count} for first, count in position_ranges]
-        skipped_samples = self.progress.skipped_samples + new_skipped_samples
+        skipped_samples = self.progress.skipped_samples + outlier.sample_ranges(
+            self.progress.samples, self.loader.share.global_batch, self.loader.order.position_ranges
+        )
 
         self._publish_pending_checkpoint()  # a checkpoint that is being written is of a step before this one
         checkpoint = self.checkpoints.roll_back(outlier.last_good_step)
@@ -442,6 +442,7 @@ class Trainer:
 
     def _save_last_step(self) -> None:
         """Save the last step if `save_final` says so, or the export reads it and no checkpoint has it. All ranks must call."""
+        self._publish_pending_checkpoint()
         if self.settings.save_for_export and not self.checkpoints.has_checkpoint_of(self.progress.step):
             # A run can have begun from the last step of another one, which counts as saved.
             self._saved_progress.require_new_checkpoint()
@@ -450,6 +451,7 @@ class Trainer:
         elif self.settings.save_for_export and not self._saved_progress.is_saved(self.progress.step):
             self.outcome.saved_for_export = True
             self._save_checkpoint(must_succeed=False, replaces_older=False)
+        self._publish_pending_checkpoint()
 
     def _save_checkpoint(self, *, must_succeed: bool = True, replaces_older: bool = True) -> None:
         """Log the buffered steps, publish the pending checkpoint, and write one of this step, if there is none yet.

@@ -184,7 +184,11 @@ def test_metrics_rows_are_synced_and_say_later_what_was_measured(tmp_path, monke
     assert Seen.sizes == [path.stat().st_size]
     trackers.close(RunEnding(RunState.done))
     found = Trackers(JsonlTracker(path, 3)).earlier
-    assert (found.metrics_before_training, found.last_metrics, found.last_row["step"]) == ({"eval/loss": 5.0}, {"eval/loss": 4.0}, 3)
+    assert (found.metrics_before_training, found.last_metrics, found.last_row["step"]) == (
+        {"eval/loss": 5.0},
+        {"eval/loss": 4.0},
+        3,
+    )
     assert found.speed == {"tokens_per_s": 20.0}, "of the steps that count, and not of step 4"
 
 

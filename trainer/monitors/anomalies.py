@@ -78,11 +78,17 @@ class Outlier:
         """The last step whose checkpoint is from before it. What makes a level is the update of the step before its first."""
         return self.began - 1 if self.num_steps == 1 else self.began - 2
 
-    def num_samples(self, consumed_samples: int, global_batch: int) -> int:
-        """How many samples from `first_sample` on may be the cause. `consumed_samples`: of the run so far."""
+    def sample_ranges(
+        self, num_consumed: int, global_batch: int, position_ranges: Callable[[int, int], list[tuple[int, int]]]
+    ) -> list[dict[str, int]]:
+        """The samples that may be the cause, as ranges of the run's order of samples, such as [{"first": 640, "count": 32}].
+
+        `num_consumed`: samples that the run has consumed so far. `position_ranges`: `SampleOrder.position_ranges`.
+        """
         # Steps of one round consume its samples once, so that several steps may have fewer than a batch each.
-        num_since_first = consumed_samples - self.first_sample
-        return min(self.num_steps * global_batch, max(num_since_first, global_batch))
+        num_since_first = num_consumed - self.first_sample
+        num_samples = min(self.num_steps * global_batch, max(num_since_first, global_batch))
+        return [{"first": first, "count": count} for first, count in position_ranges(self.first_sample, num_samples)]
 
 
 class RollBack(Exception):
