@@ -63,7 +63,7 @@ def installed(monkeypatch):
     real = importlib.util.find_spec
 
     def find(name, *rest):
-        return object() if name in there else None if name in kernels.EXTRAS else real(name, *rest)
+        return object() if name in there else None if name in kernels.EXTRA_BY_PACKAGE else real(name, *rest)
 
     monkeypatch.setattr(importlib.util, "find_spec", find)
     return there
@@ -72,7 +72,7 @@ def installed(monkeypatch):
 @pytest.mark.parametrize("kind", ASKED)
 def test_kernel_packages_are_those_of_each_model(kind, installed):
     model = model_of(kind)
-    assert kernels.packages(model) == ASKED[kind]
+    assert kernels.kernel_packages(model) == ASKED[kind]
     installed.update(ASKED[kind])
     assert not kernels.missing_kernels(model)
 

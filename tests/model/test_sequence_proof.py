@@ -140,7 +140,7 @@ def documents(width=96):
 
 def slices_of(config):
     """What `sequence_problem` says of a model on documents longer than its copy would have: rotary types by length."""
-    found = sequence_proof.register()
+    found = sequence_proof.register_token_local_attention()
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation=sequence_proof.TOKEN_LOCAL_ATTENTION, dtype=torch.float64

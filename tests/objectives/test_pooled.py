@@ -53,10 +53,10 @@ def test_encoders_and_models_of_padded_rows_are_refused_with_the_reason(model_ty
 
 
 def test_proof_of_a_classifier_finds_another_token_and_is_kept(monkeypatch, home):
-    real = pooled.last_token
-    monkeypatch.setattr(pooled, "last_token", lambda ids, padding: len(ids) - 1)
+    real = pooled.last_token_index
+    monkeypatch.setattr(pooled, "last_token_index", lambda ids, padding: len(ids) - 1)
     assert "its logits differ" in problem_of(tiny_config("llama"))
-    monkeypatch.setattr(pooled, "last_token", real)
+    monkeypatch.setattr(pooled, "last_token_index", real)
     assert "its logits differ" in problem_of(tiny_config("llama")), "kept"
     for file in (home / "proofs").iterdir():
         file.unlink()

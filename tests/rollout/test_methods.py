@@ -8,7 +8,7 @@ from tests.helpers.building import model_dir
 from tests.helpers.covering import EVERYTHING
 from tests.helpers.methods import CASES
 from tests.helpers.rounds import prompts_of, round_config, round_trainer
-from trainer.objectives.policy import SAMPLING_DIFFERENCE
+from trainer.objectives.policy import SAMPLING_DIFFERENCE_METRIC
 
 ALWAYS = ("lora", "prefix", "adaption_prompt")
 """An adapter in linear layers, keys before every layer's, and attention beside the model's."""
@@ -30,5 +30,5 @@ def test_answers_are_written_by_the_weights_that_learn(root, runtime, case):
     for batch in trainer.loader.steps(0, 3):
         trainer.meter.add(trainer.train_step(batch))
     rows = trainer.meter.flush()
-    assert max(row[SAMPLING_DIFFERENCE] for row in rows) < 1e-5
+    assert max(row[SAMPLING_DIFFERENCE_METRIC] for row in rows) < 1e-5
     assert min(row["grad_norm"] for row in rows) > 0

@@ -20,7 +20,7 @@ from trainer.monitors.config import ChallengesConfig
 from trainer.monitors.detectors import ChallengeDetectors
 from trainer.monitors.guard_config import Action
 from trainer.objectives.grpo_config import Normalise
-from trainer.objectives.policy import SAMPLING_DIFFERENCE
+from trainer.objectives.policy import SAMPLING_DIFFERENCE_METRIC
 from trainer.objectives.rollouts import IdleGroups
 from trainer.reporting.tracking import Trackers
 from trainer.rollout.round_file import ROUND_FILE
@@ -311,7 +311,7 @@ def test_a_stop_while_a_round_is_made_is_raised_before_the_next_part(root, runti
 
 def test_answers_of_other_weights_end_the_run(root, runtime):
     trainer = made_trainer(root, runtime)
-    trainer.loader.check_generated_answers([{"step": 1, SAMPLING_DIFFERENCE: 1e-5}, {"step": 2}])
+    trainer.loader.check_generated_answers([{"step": 1, SAMPLING_DIFFERENCE_METRIC: 1e-5}, {"step": 2}])
     with pytest.raises(Diverged, match=r"step 3: .* differ by 0.25 nats a token, more than 0.001"):
-        trainer.loader.check_generated_answers([{"step": 3, SAMPLING_DIFFERENCE: 0.25}])
+        trainer.loader.check_generated_answers([{"step": 3, SAMPLING_DIFFERENCE_METRIC: 0.25}])
     assert replace(Progress(round_step=3)).as_json()["round_step"] == 3

@@ -79,7 +79,11 @@ def build_step_module(
             family.kind, config, model_config, layout, context, family.name, half_on_gpu=half_on_gpu
         )
     model.tie_weights()
-    two_sides = encoder_decoder.finish(model, _weights_directory_or_none(config)) if is_encoder_decoder else None
+    two_sides = (
+        encoder_decoder.prepare_encoder_decoder(model, _weights_directory_or_none(config))
+        if is_encoder_decoder
+        else None
+    )
 
     # Facts of the architecture that are needed before its layers are replaced and wrapped.
     plain = copy.deepcopy(model)

@@ -45,7 +45,7 @@ def decoder_start_token_id(hf_config: Any, directory: Path | None) -> int:
     return start
 
 
-def finish(model: Any, directory: Path | None) -> EncoderDecoder:
+def prepare_encoder_decoder(model: Any, directory: Path | None) -> EncoderDecoder:
     """Part what the checkpoint in `directory` holds apart, and note what only these models have. Reads shared matrices.
 
     `directory`: None for a published shape. Without weights, as a plan does without them, what the configuration ties stays

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FLEX_ATTENTION = "shardtune_flex"
 MIN_HEAD_SIZE = 16
 """Smallest head that the kernel's products take."""
-REQUIREMENTS = "flex attention needs a GPU and precision=bf16 or fp16"
+FLEX_REQUIREMENTS_TEXT = "flex attention needs a GPU and precision=bf16 or fp16"
 """What a run must have: torch has no backward pass of it for CPUs, and one in float32 was not tried."""
 
 

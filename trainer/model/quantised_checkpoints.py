@@ -19,7 +19,7 @@ from trainer.model.architecture import transformers_class
 from trainer.model.config import ModelKind
 from trainer.model.rules import read_config
 
-EXTRAS = {"bitsandbytes": "qlora", "torchao": "torchao", "compressed-tensors": "compressed"}
+EXTRA_BY_LIBRARY = {"bitsandbytes": "qlora", "torchao": "torchao", "compressed-tensors": "compressed"}
 """The library that reads a model, as its config.json names it, and the extra that brings it."""
 
 
@@ -29,17 +29,17 @@ AVX512_COLUMNS_MULTIPLE = 64
 
 
 def quantising_library(path: str | None) -> str | None:
-    """The library of `EXTRAS` that quantised a model directory; None if it is not quantised, or by another library."""
+    """The library of `EXTRA_BY_LIBRARY` that quantised a model directory; None if it is not quantised, or by another library."""
     settings = (read_config(path) or {}).get("quantization_config")
     library = settings.get("quant_method") if isinstance(settings, dict) else None
-    return library if library in EXTRAS else None
+    return library if library in EXTRA_BY_LIBRARY else None
 
 
 def missing_library(library: str) -> str | None:
-    """What to install if a library of `EXTRAS` is missing; None if it is there."""
+    """What to install if a library of `EXTRA_BY_LIBRARY` is missing; None if it is there."""
     if find_spec(library.replace("-", "_")) is not None:
         return None
-    return f"needs {library}; {install_command(EXTRAS[library])}"
+    return f"needs {library}; {install_command(EXTRA_BY_LIBRARY[library])}"
 
 
 def unsupported_4bit_layers(model: nn.Module, device: torch.device) -> list[str]:

@@ -23,12 +23,12 @@ from trainer.model.sequence_attention import SINK_NAMES, UNSUPPORTED_INPUTS
 
 TOKEN_LOCAL_ATTENTION = "shardtune_token_local"
 """transformers' name of the attention in which each token sees itself alone."""
-TOLERANCE = 1e-6
+MAX_SLICE_DIFFERENCE = 1e-6
 """Largest difference of an element, relative to the largest element of the row.
 
 Architectures that may be cut stay below 1e-14 in float64, and below 2e-7 if their routers compute in float32 whatever they
 are told. Those that may not differ by 5e-2 and more."""
-FLOAT32_TOLERANCE = 1e-5
+MAX_SLICE_DIFFERENCE_IN_FLOAT32 = 1e-5
 """The same for an architecture whose code does not run in float64."""
 CUT_SHARES = ((0.5,), (0.02, 0.3, 0.8))
 """Where the row is cut, as shares of its length: in two equal slices, and in four of which one is a single token."""
@@ -79,7 +79,7 @@ class TokenLocalAttention:
         return (torch.tanh(scores).unsqueeze(-1).to(value.dtype) * value).transpose(1, 2).contiguous(), None
 
 
-def register() -> TokenLocalAttention:
+def register_token_local_attention() -> TokenLocalAttention:
     """Make a new `TokenLocalAttention` known to transformers under `TOKEN_LOCAL_ATTENTION`, and return it."""
     from transformers import AttentionInterface
 
@@ -106,7 +106,7 @@ def sequence_problem(
         return "it does not call its attention through transformers' interface"
     if not whole.isfinite().all():
         return "a small copy with random weights computes what is no number"
-    tolerance = TOLERANCE if whole.dtype is torch.float64 else FLOAT32_TOLERANCE
+    tolerance = MAX_SLICE_DIFFERENCE if whole.dtype is torch.float64 else MAX_SLICE_DIFFERENCE_IN_FLOAT32
     worst = 0.0
     for row_slices in _cuts(length):  # such as [0, 5, 16]: two slices
         for start, stop in pairwise(row_slices):

@@ -26,7 +26,7 @@ from trainer.tuning.compat.transformers import block_class_names
 
 MLP_NAMES = ("mlp", "feed_forward")
 """Names under which a block has its MLP."""
-TOLERANCE = 1e-6
+MAX_TILE_DIFFERENCE = 1e-6
 """Largest difference between a pass with tiles and one without, relative to the largest output."""
 PROOF_TOKENS = 23
 PROOF_TILE = 5
@@ -156,6 +156,6 @@ def _difference_in_tiles(small_model: Any) -> str | None:
         return "its small copy has no MLP that could be tiled"
     tiled_output = small_model(input_ids=ids, use_cache=False)[0]
     difference = float((tiled_output - untiled_output).abs().max() / untiled_output.abs().max())
-    if difference <= TOLERANCE:  # a NaN is no agreement
+    if difference <= MAX_TILE_DIFFERENCE:  # a NaN is no agreement
         return None
     return f"its MLP looks at more than one token: with tiles, outputs of a small copy change by {difference:.1e}"

@@ -410,7 +410,7 @@ def settle_class_weights(
     return replace(config, class_weights=weights), {"objective.class_weights": f"balanced -> {weights}"}
 
 
-def build(config: ClassificationConfig, references: ReferenceModels) -> Objective:
+def build_classification(config: ClassificationConfig, references: ReferenceModels) -> Objective:
     """The loss over one label or several; before `settle_class_weights`, balanced weights are not known, and left out."""
     weights = None if config.class_weights == BALANCED else config.class_weights
     return MultiLabel(weights) if config.multi_label else Classification(weights)
@@ -419,7 +419,7 @@ def build(config: ClassificationConfig, references: ReferenceModels) -> Objectiv
 CLASSIFICATION = ObjectiveFamily(
     settings=ClassificationConfig,
     data_spec=lambda config: LabelDataSpec(config.labels, multi_label=config.multi_label),
-    build=build,
+    build=build_classification,
     problems=classification_problems,
     kind=ModelKind.classifier,
     multi_label=lambda config: config.multi_label,

@@ -107,7 +107,7 @@ class Distillation(Objective):
         }
 
 
-def build(config: DistillationConfig, references: ReferenceModels) -> Objective:
+def build_distillation(config: DistillationConfig, references: ReferenceModels) -> Objective:
     """The loss with its teacher."""
     return Distillation(config, teacher_of(references))
 
@@ -115,7 +115,7 @@ def build(config: DistillationConfig, references: ReferenceModels) -> Objective:
 DISTILLATION = ObjectiveFamily(
     settings=DistillationConfig,
     data_spec=lambda config: UnlabelledDataSpec(),
-    build=build,
+    build=build_distillation,
     problems=distillation_problems,
     compares_distributions=lambda config: True,
     teacher=lambda config: config.teacher,

@@ -37,15 +37,15 @@ from trainer.objectives.proof_cache import keep_proof, proof_file, read_proof
 
 Result = TypeVar("Result")
 
-TOLERANCE = 1e-5
+MAX_RELATIVE_DIFFERENCE = 1e-5
 """Largest relative difference of losses, and of gradients by their norm. Computed in float64 if the model can."""
 MAX_ROUNDING = 1e-4
 """Largest difference of gradients that is still accepted as rounding.
 
 It is accepted only if the stock model's gradients in float32 are as far from its own in float64. Some models (xLSTM)
 compute parts in float32 whatever they are told, and magnify what is rounded there."""
-HALF_TOLERANCE = 0.1
-"""`TOLERANCE` for kernels that exist in half precision only. A mask that is ignored changes gradients by half and more."""
+MAX_DIFFERENCE_IN_HALF = 0.1
+"""The same for kernels that exist in half precision only. A mask that is ignored changes gradients by half and more."""
 FIRST_ORDINARY_ID = 4
 """Ids below it are special in many models (padding, begin, end), so that random documents do not use them."""
 MAX_COPY_ELEMENTS = 20_000_000
@@ -249,7 +249,7 @@ class _Proof:
             changed_logits = stock(input_ids=changed_ids, use_cache=False).logits[0, :-1]
         if not logits.isfinite().all():
             raise NotShrinkable("a small copy with random weights computes what is no number")
-        return bool(torch.allclose(logits, changed_logits, rtol=TOLERANCE, atol=TOLERANCE))
+        return bool(torch.allclose(logits, changed_logits, rtol=MAX_RELATIVE_DIFFERENCE, atol=MAX_RELATIVE_DIFFERENCE))
 
     def _differs_in_training_mode(self, stock: Any) -> bool:
         """Whether one of two passes in training mode differs from evaluation, although dropout is 0: then it draws at random.
@@ -261,8 +261,9 @@ class _Proof:
             eval_logits = stock(input_ids=ids, use_cache=False).logits
             stock.train()
             training_logits = [stock(input_ids=ids, use_cache=False).logits for _ in range(2)]
+        tolerance = MAX_RELATIVE_DIFFERENCE
         return any(
-            not torch.allclose(logits, eval_logits, rtol=TOLERANCE, atol=TOLERANCE) for logits in training_logits
+            not torch.allclose(logits, eval_logits, rtol=tolerance, atol=tolerance) for logits in training_logits
         )
 
     def _loss_and_gradients(self, stock: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -332,7 +333,7 @@ class _Proof:
         and on slices, and compares the states. If they differ, something but attention lets tokens see each other, and ranks
         cannot share a row. `path`: how the row goes through the model.
         """
-        attention = sequence_proof.register()  # known to transformers as TOKEN_LOCAL_ATTENTION
+        attention = sequence_proof.register_token_local_attention()  # known to transformers as TOKEN_LOCAL_ATTENTION
         model = self._build(sequence_proof.TOKEN_LOCAL_ATTENTION, self.dtype)
         model.load_state_dict(self.weights)
         model.forward_path = path
@@ -386,7 +387,7 @@ class _Proof:
 
     def _compare_with_stock(self, layout: Layout, path: ForwardPath, attention: str, dtype: torch.dtype) -> str:
         """How a path's loss or gradients differ from the stock model's, with the kernels that can be imported now; or ""."""
-        tolerance = HALF_TOLERANCE if dtype is torch.bfloat16 else TOLERANCE
+        tolerance = MAX_DIFFERENCE_IN_HALF if dtype is torch.bfloat16 else MAX_RELATIVE_DIFFERENCE
         loss, gradients = self._loss_and_gradients_on_path(layout, path, attention, dtype)
         difference = abs(loss - float(self.stock_loss)) / float(self.stock_loss)
         if not difference <= tolerance:  # a NaN is no agreement

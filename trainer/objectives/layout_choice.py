@@ -138,7 +138,7 @@ def _kernel_choices(
     if build_eager is None:
         return KernelChoices(flash_refusal, "it is for objectives over next tokens")
     if not half_on_gpu:  # FlexAttention needs half precision on a GPU, so the model need not be looked at
-        return KernelChoices(flash_refusal, flex.REQUIREMENTS)
+        return KernelChoices(flash_refusal, flex.FLEX_REQUIREMENTS_TEXT)
     model = build_eager()
     flex_refusal = flex.flex_refusal(model, head_sizes(hf_config), dropout=config.dropout)
     # Flex computes soft caps and sinks itself; the built-in kernel falls back on slow eager attention for them.

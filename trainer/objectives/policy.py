@@ -36,12 +36,12 @@ from trainer.objectives.base import Objective, ReferenceModels
 from trainer.objectives.causal import supervised_rows
 from trainer.objectives.grpo_config import ClipForm, GrpoConfig, ImportanceLevel, KlEstimator, KlPlace
 
-ENTROPY = "entropy"
-KL = "kl"
-LOW_CLIPPED = "clip_ratio/low_mean"
-HIGH_CLIPPED = "clip_ratio/high_mean"
-CLIPPED = "clip_ratio/region_mean"
-SAMPLING_DIFFERENCE = "sampling/sampling_logp_difference/mean"
+ENTROPY_METRIC = "entropy"
+KL_METRIC = "kl"
+LOW_CLIPPED_METRIC = "clip_ratio/low_mean"
+HIGH_CLIPPED_METRIC = "clip_ratio/high_mean"
+CLIPPED_METRIC = "clip_ratio/region_mean"
+SAMPLING_DIFFERENCE_METRIC = "sampling/sampling_logp_difference/mean"
 """Names of metrics, as TRL's GRPOTrainer has them."""
 
 
@@ -83,8 +83,9 @@ class Policy(Objective):
         self.references = references
         """What gives the reference its log-probabilities, in the passes of `trainer/rollout/look_back.py`."""
         self.uses_kl = config.kl.weight > 0
-        kl_metrics = (KL,) if self.uses_kl else ()
-        self.metrics = (ENTROPY, *kl_metrics, LOW_CLIPPED, HIGH_CLIPPED, CLIPPED, SAMPLING_DIFFERENCE)
+        kl_metrics = (KL_METRIC,) if self.uses_kl else ()
+        clip_metrics = (LOW_CLIPPED_METRIC, HIGH_CLIPPED_METRIC, CLIPPED_METRIC)
+        self.metrics = (ENTROPY_METRIC, *kl_metrics, *clip_metrics, SAMPLING_DIFFERENCE_METRIC)
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """GRPO's loss and its metrics, by the names that the class lists; each a sum over the learned tokens, 0-d.
@@ -101,11 +102,11 @@ class Policy(Objective):
 
         # The loss of each token, and numbers of each token whose mean is logged.
         losses = self._policy_losses(ratio, logps, entries.advantages)
-        logged = {ENTROPY: entropy, SAMPLING_DIFFERENCE: (old_logps - entries.sampling_logps).abs()}
+        logged = {ENTROPY_METRIC: entropy, SAMPLING_DIFFERENCE_METRIC: (old_logps - entries.sampling_logps).abs()}
         if self.uses_kl:
             assert entries.reference_logps is not None
             reference_log_ratio = entries.reference_logps - logps
-            logged[KL] = _k3_estimate(reference_log_ratio)
+            logged[KL_METRIC] = _k3_estimate(reference_log_ratio)
             if config.kl.place is KlPlace.loss:  # else it is subtracted from the rewards
                 losses = losses + config.kl.weight * _kl_estimates(reference_log_ratio, ratio, config.kl.estimator)
         logged |= self._clipped_tokens(ratio, entries.advantages)
@@ -160,7 +161,7 @@ class Policy(Objective):
         elif config.clip_form is ClipForm.ppo:
             is_low = (ratio < 1 - config.clip) & (advantages < 0)
             is_high = (ratio > 1 + config.upper_clip) & (advantages > 0)
-        return {LOW_CLIPPED: is_low, HIGH_CLIPPED: is_high, CLIPPED: is_low + is_high}
+        return {LOW_CLIPPED_METRIC: is_low, HIGH_CLIPPED_METRIC: is_high, CLIPPED_METRIC: is_low + is_high}
 
 
 def _means_over_answers(token_values: Tensor, batch: dict[str, Any]) -> Tensor:

@@ -47,7 +47,7 @@ class PooledCollator(Collator):
         document_starts = batch["document_bounds"][:-1]  # the last bound is the end of the row
         positions = []
         for start, sample in zip(document_starts, samples, strict=True):
-            positions.append(start + last_token(sample.input_ids, self.pad_token_id))
+            positions.append(start + last_token_index(sample.input_ids, self.pad_token_id))
         batch[LAST_TOKEN_POSITIONS] = torch.tensor(positions, dtype=torch.int64)
         batch[IS_SUPERVISED] = torch.tensor([bool(sample.supervised[1:].any()) for sample in samples])
 
@@ -61,7 +61,7 @@ class PooledCollator(Collator):
         return slices
 
 
-def last_token(ids: np.ndarray, pad_token_id: int) -> int:
+def last_token_index(ids: np.ndarray, pad_token_id: int) -> int:
     """Where the last token of a sequence is that has not the id of padding; 0 if there is none.
 
     A tokenizer may use its end token for padding. transformers' classifiers then keep the score of the token before it.

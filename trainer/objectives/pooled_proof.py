@@ -24,7 +24,7 @@ from trainer.model.shrink import SMALL_VOCABULARY_SIZE
 from trainer.objectives.causal import MODEL_INPUTS, token_states
 from trainer.objectives.forward_path import (
     FIRST_ORDINARY_ID,
-    TOLERANCE,
+    MAX_RELATIVE_DIFFERENCE,
     disturb_parameters,
     error_line,
     on_small_copy,
@@ -125,12 +125,12 @@ class _PackingProof:
         expected = torch.cat([self._stock_logits(stock, sample) for sample in self.samples])
         logits = classifier_logits(model, row).to(expected.dtype)
         difference = float((logits - expected).detach().abs().max() / expected.detach().abs().max())
-        if not difference <= TOLERANCE:  # a NaN is no agreement
+        if not difference <= MAX_RELATIVE_DIFFERENCE:  # a NaN is no agreement
             return f"its logits differ by {difference:.1e} between a row of several documents and each document alone"
         (expected.double() * self.random_logit_weights).sum().backward()
         (logits.double() * self.random_logit_weights).sum().backward()
         difference = _gradient_distance(stock, model)
-        if not difference <= TOLERANCE:
+        if not difference <= MAX_RELATIVE_DIFFERENCE:
             return (
                 f"its gradients differ by {difference:.1e} between a row of several documents and each document alone"
             )
@@ -145,7 +145,7 @@ class _PackingProof:
 
     def _row_slicing_problem(self, weights: dict[str, Tensor], row: dict[str, Any]) -> str | None:
         """Why the states of the row's slices are not those of the whole row; None if they are. `weights`: of the stock model."""
-        attention = sequence_proof.register()
+        attention = sequence_proof.register_token_local_attention()
         model = self._build(sequence_proof.TOKEN_LOCAL_ATTENTION).eval()
         model.load_state_dict(weights)
         if problem := rotary.whole_row_problem(model):

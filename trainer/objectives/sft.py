@@ -249,7 +249,7 @@ class SftWithReplayKl(Sft):
         }
 
 
-def build(config: ObjectiveConfig, references: ReferenceModels) -> Objective:
+def build_sft(config: ObjectiveConfig, references: ReferenceModels) -> Objective:
     """The plain loss, or the one with a divergence on replayed documents if `objective.forgetting.kl_weight` asks for it."""
     if uses_replay_kl(config):
         return SftWithReplayKl(forgetting_settings(config), teacher_of(references))
@@ -259,7 +259,7 @@ def build(config: ObjectiveConfig, references: ReferenceModels) -> Objective:
 SFT = ObjectiveFamily(
     settings=SftConfig,
     data_spec=lambda config: SftDataSpec(separate_replayed=uses_replay_kl(config)),
-    build=build,
+    build=build_sft,
     problems=sft_problems,
     compares_distributions=uses_replay_kl,
     can_replay=True,

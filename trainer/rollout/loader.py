@@ -17,7 +17,7 @@ from strategies.runtime import call_on_main
 from trainer.data.batches.collate import to_device
 from trainer.data.batches.loader import BatchShare, StepBatch
 from trainer.data.batches.order import Order
-from trainer.objectives.policy import SAMPLING_DIFFERENCE
+from trainer.objectives.policy import SAMPLING_DIFFERENCE_METRIC
 from trainer.rollout.maker import RoundBuilder
 from trainer.rollout.round import Round
 from trainer.rollout.round_file import ROUND_FILE, deserialize_round, serialize_round
@@ -96,7 +96,7 @@ class RolloutLoader:
         metrics of each step since the last call, equal on all ranks.
         """
         for step_metrics in rows:
-            difference = step_metrics.get(SAMPLING_DIFFERENCE, 0.0)
+            difference = step_metrics.get(SAMPLING_DIFFERENCE_METRIC, 0.0)
             if difference > self.max_logp_difference:
                 raise Diverged(
                     f"step {step_metrics['step']}: the log-probabilities of writing and of learning differ by "
