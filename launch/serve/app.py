@@ -29,8 +29,8 @@ def build_application(chat_model: ChatModel, config: ServeConfig) -> Transformer
 
     `chat_model`: the loaded model with its tokenizer; `config`: the settings `serve.<name>`. By `serve.batching`:
     - without batching: one answer at a time, so that each has the seed of its own request;
-    - with batching: no request can choose how its answer is sampled. Sets the model to greedy
-      decoding, unless the export's own settings sample.
+    - with batching: all answers are generated with the same settings, so no request can choose how its answer is sampled. The
+      model decodes greedily (set here), unless the export's own settings sample.
     """
     # Imported here: the packages that it needs are checked first.
     from launch.serve.compat import SingleModelManager, build_text_server, set_seed_of_each_request

@@ -83,6 +83,7 @@ def main(argv: list[str]) -> int:
     from launch.serve.exported import check_base_of_export, find_export
 
     exported = find_export(arguments.export)
+    # How the base differs from that of the training, if the user accepts that; else ConfigError.
     for line in check_base_of_export(exported, accept="base" in arguments.accept):
         print(f"accepted: base: {line}", file=sys.stderr, flush=True)
     # What to compare with. A script wants the answer alone; in a terminal the base shows what the tuning has changed.
@@ -149,26 +150,14 @@ def _load_conversations(
 def _print_answers(conversations: list[Conversation], prompt: str, *, as_json: bool) -> None:
     """Print the answer of each model to one prompt.
 
-    - `as_json`: one JSON object, {"prompt": ..., "answers": [{"model", "text", "tokens", "cut"}, ...]};
+    - `as_json`: one JSON object (`_answers_as_json`);
     - a terminal, and two models: side by side;
     - else: one after the other, below their names if there are two.
     """
     from launch.serve.chat_screen import stream_in_columns
 
     if as_json:
-        answers = []
-        for conversation in conversations:
-            # Generated first: `num_answer_tokens` and `is_cut` are about the last answer.
-            text = "".join(conversation.stream_answer(prompt))
-            answers.append(
-                {
-                    "model": conversation.chat_model.name,
-                    "text": text,
-                    "tokens": conversation.num_answer_tokens,
-                    "cut": conversation.is_cut,
-                }
-            )
-        print(json.dumps({"prompt": prompt, "answers": answers}, ensure_ascii=False))
+        print(_answers_as_json(conversations, prompt))
         return
     in_terminal = sys.stdout.isatty()
     if in_terminal and len(conversations) > 1:
@@ -183,6 +172,23 @@ def _print_answers(conversations: list[Conversation], prompt: str, *, as_json: b
         print()
         if conversation.is_cut:
             print(f"(cut at max_tokens={conversation.settings.max_tokens})", file=sys.stderr)
+
+
+def _answers_as_json(conversations: list[Conversation], prompt: str) -> str:
+    """The answer of each model to one prompt: {"prompt": ..., "answers": [{"model", "text", "tokens", "cut"}, ...]}."""
+    answers = []
+    for conversation in conversations:
+        # Generated first: `num_answer_tokens` and `is_cut` are about the last answer.
+        text = "".join(conversation.stream_answer(prompt))
+        answers.append(
+            {
+                "model": conversation.chat_model.name,
+                "text": text,
+                "tokens": conversation.num_answer_tokens,
+                "cut": conversation.is_cut,
+            }
+        )
+    return json.dumps({"prompt": prompt, "answers": answers}, ensure_ascii=False)
 
 
 def _converse(conversations: list[Conversation]) -> int:

@@ -25,7 +25,7 @@ def stream_in_columns(conversations: list[Conversation], prompt: str, console: A
                 answers.wait_briefly()
             except KeyboardInterrupt:
                 for conversation in conversations:
-                    conversation.stop()
+                    conversation.stop()  # asks alone: the loop goes on until the threads have ended
             live.update(answers.table())
         live.update(answers.table())
     if answers.errors:

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from launch.config.help_text import show_help
 from launch.config.verb_arguments import (
@@ -29,6 +29,9 @@ from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.serve.exported import ExportedModel
+
+ServingEngine = Literal["vllm", "transformers"]
+"""What computes the answers."""
 
 
 @dataclass(kw_only=True)
@@ -75,6 +78,7 @@ def main(argv: list[str]) -> int:
             "serve.key: a key on a command line can be read by everybody on this machine; put it into a variable, as SERVE_KEY, "
             "and set serve.key_env=SERVE_KEY"
         )
+    # Without the key, which the group does not have, so that the problem above is the only one about it.
     settings = [setting for setting in arguments.settings if not setting.startswith("serve.key=")]
     config, _, unreadable_value_problems = read_setting_group("serve", ServeConfig(), settings, refuse_repeated=True)
     # Values are checked against each other only once each can be read.
@@ -82,15 +86,19 @@ def main(argv: list[str]) -> int:
     if problems:
         raise ConfigError(problems)
     from launch.serve.exported import check_base_of_export, find_export
+    from launch.serve.vllm_environment import find_vllm_python
 
     exported = find_export(arguments.export)
     for line in check_base_of_export(exported, accept="base" in arguments.accept):
         print(f"accepted: base: {line}", file=sys.stderr, flush=True)
+    if config.python is not None:
+        config.python = find_vllm_python(config.python)  # the full path
     engine = choose_engine(config, exported)
     if arguments.dry_run or arguments.print_only or arguments.as_json:
-        return print_serve_plan(exported, config, engine, arguments)
+        print_serve_plan(exported, config, engine, arguments)
+        return 0
     if engine == "vllm":
-        return replace_process_by_vllm(exported, config)
+        replace_process_by_vllm(exported, config)
     from launch.serve.app import check_server_packages
     from launch.serve.run import serve
 
@@ -99,8 +107,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def choose_engine(config: ServeConfig, exported: ExportedModel) -> str:
-    """The engine that will serve an export: "vllm" or "transformers". Sets `config.python` to the full path of that Python.
+def choose_engine(config: ServeConfig, exported: ExportedModel) -> ServingEngine:
+    """The engine that will serve an export. `config.python`: a Python that has vLLM; None for this one.
 
     - serve.engine=transformers: that;
     - vLLM is requested by serve.engine=vllm or serve.python: vLLM;
@@ -108,15 +116,12 @@ def choose_engine(config: ServeConfig, exported: ExportedModel) -> str:
     Raises ConfigError if vLLM is requested, and is not installed or cannot serve this adapter.
     """
     from launch.serve.other_servers import vllm_command
-    from launch.serve.vllm_environment import find_vllm_python
 
     if config.engine == "transformers":
         return "transformers"
+    is_vllm_installed = config.python is not None
     if config.python is None:
         is_vllm_installed = find_spec("vllm") is not None and shutil.which("vllm") is not None
-    else:
-        config.python = find_vllm_python(config.python)
-        is_vllm_installed = True
     is_vllm_requested = config.engine == "vllm" or config.python is not None
     can_serve_export = vllm_command(exported, config) is not None
     if is_vllm_requested and not is_vllm_installed:
@@ -133,8 +138,10 @@ def choose_engine(config: ServeConfig, exported: ExportedModel) -> str:
     return "vllm" if is_vllm_installed and can_serve_export else "transformers"
 
 
-def print_serve_plan(exported: ExportedModel, config: ServeConfig, engine: str, arguments: ServeArguments) -> int:
-    """Print what `serve` would start (`--dry-run`), or the commands for vLLM and SGLang (`--print`); returns the exit code 0."""
+def print_serve_plan(
+    exported: ExportedModel, config: ServeConfig, engine: ServingEngine, arguments: ServeArguments
+) -> None:
+    """Print what `serve` would start: as JSON (`--json`), as the commands of vLLM and SGLang (`--print`), else in a sentence."""
     from launch.serve.other_servers import as_shell_command, compute_type_name, sglang_command, vllm_command
 
     # Values of "vllm" and "sglang": the command as text, "" if the server does not take the adapter.
@@ -151,22 +158,20 @@ def print_serve_plan(exported: ExportedModel, config: ServeConfig, engine: str, 
     }
     if arguments.as_json:
         print_json(plan)
-        return 0
-    if arguments.print_only:
+    elif arguments.print_only:
         for name in ("vllm", "sglang"):
             print(plan[name] or f"# {name} takes no such adapter; export with merge=true")
-        return 0
-    base_text = f" on {exported.base}" if exported.base else ""
-    key_text = f"the key in {config.key_env}" if config.key_env else "no key"
-    dtype_text = "" if plan["dtype"] == "auto" else f" in {plan['dtype']}"
-    print(
-        f"would serve {plan['model']} ({exported.path}{base_text}) at {plan['address']} "
-        f"with {engine}{dtype_text}, {key_text}"
-    )
-    return 0
+    else:
+        base_text = f" on {exported.base}" if exported.base else ""
+        key_text = f"the key in {config.key_env}" if config.key_env else "no key"
+        dtype_text = "" if plan["dtype"] == "auto" else f" in {plan['dtype']}"
+        print(
+            f"would serve {plan['model']} ({exported.path}{base_text}) at {plan['address']} "
+            f"with {engine}{dtype_text}, {key_text}"
+        )
 
 
-def replace_process_by_vllm(exported: ExportedModel, config: ServeConfig) -> int:
+def replace_process_by_vllm(exported: ExportedModel, config: ServeConfig) -> NoReturn:
     """Replace this process by vLLM, with our middleware in front of all its addresses; never returns."""
     from launch.serve.other_servers import as_shell_command, compute_type_name, vllm_command, vllm_environment
     from launch.serve.vllm_environment import create_gateway_directory
@@ -174,7 +179,9 @@ def replace_process_by_vllm(exported: ExportedModel, config: ServeConfig) -> int
     command = vllm_command(exported, config, with_middleware=True)
     assert command is not None  # `choose_engine` made sure
     environment = os.environ | vllm_environment(exported, config)
-    if config.python is not None:
+    if (
+        config.python is not None
+    ):  # that Python does not see this environment's packages, and must import our middleware
         environment["PYTHONPATH"] = str(create_gateway_directory())
     print(f"computes in {compute_type_name(exported, config)} (serve.dtype)", flush=True)
     print(f"starting {as_shell_command(command)}", flush=True)

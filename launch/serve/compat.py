@@ -97,6 +97,8 @@ def build_text_server(manager: SingleModelManager, *, batching: bool) -> TextSer
 def _subclass_keeping_seed(handler: type[BaseHandler]) -> Any:
     """A subclass of transformers' handler that does not seed the process when a request arrives, but keeps the seed for later.
 
+    `set_seed_of_each_request` reads it from the generation settings of the request (`_SEED_ATTRIBUTE`).
+
     Another answer may be being generated when a request arrives, and there is one seed for the whole process. Overrides
     `BaseHandler._build_generation_config`.
     """
@@ -115,7 +117,8 @@ def _subclass_keeping_seed(handler: type[BaseHandler]) -> Any:
 def set_seed_of_each_request(model: Any) -> None:
     """Make a model's `generate` set the seed of the request that it answers. For a server that answers one after the other.
 
-    Replaces `generate` of this one model: the server calls it in a thread of its own, with no hook before it.
+    The handlers of `_subclass_keeping_seed` leave the seed in the request's generation settings. Replaces `generate` of this one
+    model: the server calls it in a thread of its own, with no hook before it.
     """
     generate = model.generate
 

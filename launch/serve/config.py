@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from strategies.settings import number, setting_metadata
 
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_VARIABLE_NAME_REGEX = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
@@ -69,7 +69,7 @@ class ServeConfig:
                 yield f"serve.{field.name}={setting}: must be {traits.bounds}; {traits.advice}"
         if self.python is not None and self.engine is EngineKind.transformers:
             yield f"serve.python={self.python}: is for vLLM, and serve.engine=transformers needs none; leave one of them out"
-        if self.key_env is not None and not _VARIABLE.fullmatch(self.key_env):
+        if self.key_env is not None and not _VARIABLE_NAME_REGEX.fullmatch(self.key_env):
             yield (
                 "serve.key_env: is no name of an environment variable (and not shown, since it may be a key); put the key into a "
                 "variable, as SERVE_KEY, and set serve.key_env=SERVE_KEY"

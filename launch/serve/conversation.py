@@ -61,11 +61,12 @@ class Conversation:
     def stream_answer(self, prompt: str) -> Iterator[str]:
         """Generate the answer to a prompt and yield it in pieces; at its end the turn is added to `messages`.
 
-        A model without a chat template keeps no turns. Raises ConfigError if the prompt does not fit into the model's context, or
+        An answer that is stopped (`stop`) ends where it is, and its turn is added too; one whose reader gives up is not. A model
+        without a chat template keeps no turns. Raises ConfigError if the prompt does not fit into the model's context, or
         if the chat template refuses it.
         """
         messages = [*self.messages, {"role": "user", "content": prompt}]
-        prompt_ids = self._prompt_ids(messages, prompt)
+        prompt_ids = self._prompt_ids(messages)
         context_length = self.chat_model.context_length
         max_answer_tokens = context_length - len(prompt_ids)
         if max_answer_tokens < 1:
@@ -82,16 +83,17 @@ class Conversation:
         if self.has_chat_template:
             self.messages[:] = [*messages, {"role": "assistant", "content": "".join(pieces)}]
 
-    def _prompt_ids(self, messages: list[dict[str, str]], prompt: str) -> list[int]:
+    def _prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """The token ids that the model gets, with the system prompt first if there is one.
 
         - with a chat template: all `messages`, and the opening of the answer;
-        - without: `prompt` alone, which is the last of them.
+        - without: the last message alone, which is the prompt.
         Raises ConfigError if the template refuses the messages.
         """
         tokenizer = self.chat_model.tokenizer
         system = self.settings.system
         if not self.has_chat_template:
+            prompt = messages[-1]["content"]
             return list(tokenizer(f"{system}\n{prompt}" if system else prompt)["input_ids"])
         if system:
             messages = [{"role": "system", "content": system}, *messages]
@@ -109,42 +111,27 @@ class Conversation:
         stops early, the thread is stopped too. An error of the thread is raised here.
         """
         import torch
-        from transformers import StoppingCriteriaList, TextIteratorStreamer
+        from transformers import TextIteratorStreamer
 
-        model = self.chat_model.model
-        stop_requested = self._stop_requested
         streamer = TextIteratorStreamer(self.chat_model.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        inputs = torch.tensor([prompt_ids], device=model.device)
         outputs: list[Any] = []
         errors: list[BaseException] = []
 
-        def stop_if_requested(generated: Any, scores: Any, **_: Any) -> Any:
-            """transformers' stopping criterion: for each sequence, whether it ends now."""
-            return torch.full((len(generated),), stop_requested.is_set(), device=generated.device)
-
-        def generate() -> None:
-            """Generate into the streamer; keep the token ids in `outputs`, or the error in `errors`."""
+        def generate_in_thread() -> None:
             try:
-                output = model.generate(
-                    inputs,
-                    attention_mask=torch.ones_like(inputs),
-                    generation_config=self._generation_config(max_tokens),
-                    streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([stop_if_requested]),
-                )
-                outputs.append(output)
+                outputs.append(self._generate_into_streamer(streamer, prompt_ids, max_tokens))
             except BaseException as error:  # noqa: BLE001 - raised again where the pieces are read
                 errors.append(error)
                 streamer.end()  # else the reader would wait for ever
 
         torch.manual_seed(self.settings.seed)
-        thread = threading.Thread(target=generate, name=f"writing {self.chat_model.name}", daemon=True)
+        thread = threading.Thread(target=generate_in_thread, name=f"writing {self.chat_model.name}", daemon=True)
         thread.start()
         try:
             yield from streamer
         finally:
             # Also if the reader gives up in the middle of the answer.
-            stop_requested.set()
+            self._stop_requested.set()
             thread.join()
         if errors:
             raise errors[0]
@@ -152,6 +139,28 @@ class Conversation:
         self.num_answer_tokens = output_ids.shape[1] - len(prompt_ids)
         end_tokens = self.chat_model.generation_config.eos_token_id or []
         self.is_cut = self.num_answer_tokens >= max_tokens and int(output_ids[0, -1]) not in end_tokens
+
+    def _generate_into_streamer(self, streamer: Any, prompt_ids: list[int], max_tokens: int) -> Any:
+        """Generate an answer, of which transformers gives each piece to `streamer`, until `stop` is asked for.
+
+        Returns the token ids of prompt and answer, int64 [1, tokens].
+        """
+        import torch
+        from transformers import StoppingCriteriaList
+
+        def stop_if_requested(generated: Any, scores: Any, **_: Any) -> Any:
+            """transformers' stopping criterion: for each sequence, whether it ends now."""
+            return torch.full((len(generated),), self._stop_requested.is_set(), device=generated.device)
+
+        model = self.chat_model.model
+        inputs = torch.tensor([prompt_ids], device=model.device)
+        return model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            generation_config=self._generation_config(max_tokens),
+            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([stop_if_requested]),
+        )
 
     def _generation_config(self, max_tokens: int) -> Any:
         """The generation settings for one answer: the model's own, with `max_tokens` and the temperature of this chat."""

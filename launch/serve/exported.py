@@ -12,7 +12,7 @@ from trainer.tuning.adapter_fields import wrong_type_message
 
 ADAPTER_FILE = "adapter_config.json"
 BOTTLENECK_FILE = "bottleneck_config.json"
-MODEL_FILE = "config.json"
+MODEL_CONFIG_FILE = "config.json"
 REASON_BY_UNSERVABLE_TASK = {
     "SEQ_CLS": "a classifier, which writes nothing",
     "SEQ_2_SEQ_LM": "an encoder-decoder model, which no server here takes",
@@ -33,8 +33,8 @@ class ExportedModel:
     """The adapter's settings, or the model's."""
 
     @property
-    def is_lora_without_extras(self) -> bool:
-        """Whether it is a LoRA adapter without extras, which vLLM and SGLang can load."""
+    def is_plain_lora(self) -> bool:
+        """Whether it is a LoRA adapter of the kind that vLLM and SGLang can load: without DoRA."""
         return self.base is not None and self.settings.get("peft_type") == "LORA" and not self.settings.get("use_dora")
 
 
@@ -66,9 +66,9 @@ def stored_type_name(exported: ExportedModel) -> str | None:
     None if its config.json does not say, or the base is not a directory here.
     """
     directory = exported.path if exported.base is None else Path(exported.base)
-    if not (directory / MODEL_FILE).is_file():
+    if not (directory / MODEL_CONFIG_FILE).is_file():
         return None
-    settings = read_json_object(directory / MODEL_FILE)
+    settings = read_json_object(directory / MODEL_CONFIG_FILE)
     text_settings = settings.get("text_config") or {}  # a model for more than text has it there
     for section in (settings, text_settings):
         for key in ("dtype", "torch_dtype"):  # of transformers 5, and of earlier versions
@@ -84,57 +84,63 @@ def find_export(argument: str) -> ExportedModel:
     Raises ConfigError if there is none, or if it generates no text.
     """
     path = Path(argument).expanduser()
-    name = path.resolve().name
-    holds_model = any((path / file).is_file() for file in (MODEL_FILE, ADAPTER_FILE))
+    export_name = path.resolve().name
+    holds_model = any((path / file).is_file() for file in (MODEL_CONFIG_FILE, ADAPTER_FILE))
     is_run_dir = (path / "config.yaml").is_file() and not holds_model
     if is_run_dir:
         path = path / "export"
         if not path.is_dir():
             raise ConfigError(f"{argument}: this run has no export; write it first: shardtune export {argument}")
-    elif name == "export" and (path.parent / "config.yaml").is_file():
-        name = path.resolve().parent.name
+    elif export_name == "export" and (path.parent / "config.yaml").is_file():
+        export_name = path.resolve().parent.name
     if not path.is_dir():
         raise ConfigError(
             f"{argument}: there is no such directory; name a run or an export, as runs/x or runs/x/export"
         )
     # Adapters first: their directory may hold a config.json too.
-    for settings_file in (ADAPTER_FILE, BOTTLENECK_FILE, MODEL_FILE):
+    for settings_file in (ADAPTER_FILE, BOTTLENECK_FILE, MODEL_CONFIG_FILE):
         if (path / settings_file).is_file():
-            return _read_export(path, settings_file, name)
-    raise ConfigError(f"{path}: holds neither {MODEL_FILE} nor {ADAPTER_FILE}; name a run or an export")
+            return _read_export(path, settings_file, export_name)
+    raise ConfigError(f"{path}: holds neither {MODEL_CONFIG_FILE} nor {ADAPTER_FILE}; name a run or an export")
 
 
 def _read_export(path: Path, settings_file: str, name: str) -> ExportedModel:
     """Read the settings of an export in a directory. `name`: what the export is called.
 
-    `settings_file`: its name, which tells the kind of the export: `MODEL_FILE` for a whole model, else
-    an adapter, which has a base model.
-    Raises ConfigError if the export cannot be served.
+    `settings_file`: its name, which tells the kind of the export: `MODEL_CONFIG_FILE` for a whole model, else an adapter, which
+    has a base model. Raises ConfigError if the export cannot be served, or has small files that libraries could not read.
     """
     check_files_read_by_libraries(path)
     settings = read_json_object(path / settings_file)
-    if settings_file == ADAPTER_FILE and (wrong := wrong_type_message(settings)) is not None:
-        raise ConfigError(f"{path / settings_file}: has {wrong}; write the adapter again")
-    if settings_file == MODEL_FILE:
+    if settings_file == MODEL_CONFIG_FILE:
         base = None
         task_type = _task_type(settings)
     else:
-        base = settings.get("base_model_name_or_path")
+        if settings_file == ADAPTER_FILE and (wrong := wrong_type_message(settings)) is not None:
+            raise ConfigError(f"{path / settings_file}: has {wrong}; write the adapter again")
+        base = _base_of_adapter(settings, path / settings_file)
         task_type = settings.get("task_type")
-        if not base:
-            raise ConfigError(
-                f"{path / settings_file}: names no base model (base_model_name_or_path); export with merge=true"
-            )
-        if not isinstance(base, str) or base.startswith("-"):  # a server would take that for one of its own options
-            raise ConfigError(
-                f"{path / settings_file}: base_model_name_or_path={str(base)[:80]!r} is no directory and no hub id; "
-                "write the adapter again"
-            )
-        if Path(base).is_dir():
-            check_files_read_by_libraries(Path(base))
     if task_type in REASON_BY_UNSERVABLE_TASK:
         raise ConfigError(f"{path}: is {REASON_BY_UNSERVABLE_TASK[task_type]}; shardtune evaluate asks such models")
     return ExportedModel(path=path, name=name, base=base, settings=settings)
+
+
+def _base_of_adapter(settings: dict[str, Any], settings_path: Path) -> str:
+    """The base model of an adapter, a directory or a hub id, by its `settings`, which were read from `settings_path`.
+
+    Raises ConfigError if it names none, or if the base's directory has small files that libraries could not read.
+    """
+    base = settings.get("base_model_name_or_path")
+    if not base:
+        raise ConfigError(f"{settings_path}: names no base model (base_model_name_or_path); export with merge=true")
+    if not isinstance(base, str) or base.startswith("-"):  # a server would take that for one of its own options
+        raise ConfigError(
+            f"{settings_path}: base_model_name_or_path={str(base)[:80]!r} is no directory and no hub id; "
+            "write the adapter again"
+        )
+    if Path(base).is_dir():
+        check_files_read_by_libraries(Path(base))
+    return base
 
 
 def _task_type(settings: dict[str, Any]) -> str | None:

@@ -125,7 +125,10 @@ class GatewayMiddleware:
         return body
 
     def _wrap_send(self, send: Send, request_body: dict[str, Any]) -> _RefusalFormatter:
-        """Wrap `send`, so that answers can be changed on their way out. `request_body`: what the application was given."""
+        """Wrap `send`, so that answers can be changed on their way out.
+
+        `request_body`: what the application was given, since a subclass cuts answers at the stop sequences of the request.
+        """
         return _RefusalFormatter(send)
 
     async def _call_application(self, scope: Message, receive: Receive, send: Send, body: dict[str, Any]) -> None:
@@ -182,7 +185,7 @@ class VllmMiddleware(GatewayMiddleware):
         body = super()._parse_body(path, content)
         if body.setdefault("model", self.config.name) != self.config.name:
             message = f"model: there is no {body['model']!r} here; this server has {self.config.name!r} alone"
-            raise RefusedRequest(404, message, "model", "model_not_found")
+            raise RefusedRequest(404, message, param="model", code="model_not_found")
         return body
 
 
@@ -210,7 +213,7 @@ class _RefusalFormatter:
         is_complete = not message.get("more_body")
         if not is_complete:
             return
-        body = self.rewrite_body(self._start_message["status"], self._buffered_body)
+        body = self.rewrite_answer_body(self._start_message["status"], self._buffered_body)
         headers = [header for header in self._start_message["headers"] if header[0].lower() != b"content-length"]
         headers.append((b"content-length", str(len(body)).encode()))
         await self.send({**self._start_message, "headers": headers})
@@ -220,7 +223,7 @@ class _RefusalFormatter:
         """Whether an answer must be kept until it is complete, by the message that begins it: an error must."""
         return bool(start_message["status"] >= 400)
 
-    def rewrite_body(self, status: int, content: bytes) -> bytes:
+    def rewrite_answer_body(self, status: int, content: bytes) -> bytes:
         """The body of an answer as it is sent to the client: an error in OpenAI's format, anything else unchanged.
 
         The message of an error comes from the fields `detail` or `error`, else it is the whole body.
@@ -250,9 +253,9 @@ class _StopCuttingResponse(_RefusalFormatter):
     def _must_be_buffered(self, start_message: Message) -> bool:
         return True
 
-    def rewrite_body(self, status: int, content: bytes) -> bytes:
-        """The body of an answer, with the text of each choice cut before the first stop sequence."""
-        content = super().rewrite_body(status, content)
+    def rewrite_answer_body(self, status: int, content: bytes) -> bytes:
+        """The body of an answer, with the text of each choice cut before the first stop sequence; an error in OpenAI's format."""
+        content = super().rewrite_answer_body(status, content)
         if status >= 400:
             return content
         answer = json.loads(content)

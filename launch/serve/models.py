@@ -39,8 +39,9 @@ def load_chat_model(exported: ExportedModel, *, device: str = "auto", dtype: str
 def load_base_chat_model(exported: ExportedModel, *, device: str = "auto", dtype: str = "auto") -> ChatModel | None:
     """Load the model that an export was tuned from: an adapter's base, or the model of the run that wrote the export.
 
-    None if it is not known or not on this machine. A base without a chat template gets that of the export, so that both answer
-    the same prompt.
+    It is called "base". None if it is not known or not on this machine. A base without a chat template gets that of the export,
+    so that both answer the same prompt. `device`: "auto" is a GPU if there is one; `dtype`: "auto" is that of the stored
+    weights.
     """
     path = exported.base or _base_path_of_run(exported.path)
     if path is None:
@@ -99,21 +100,8 @@ def _load_from_directory(path: Path, *, name: str, base: str | None, device_sett
     except (OSError, ValueError) as error:
         base_text = f" on the base {base}" if base else ""
         raise ConfigError(f"{path}: cannot be loaded{base_text} ({' '.join(str(error).split())[:300]})") from error
-    # A copy, with every token id that generation needs.
-    generation_config = copy.deepcopy(model.generation_config)
-    model.generation_config = generation_config
-    samples_by_default = bool(generation_config.do_sample)
-    generation_config.eos_token_id = _end_token_ids_or_none(tokenizer, generation_config)
-    if generation_config.pad_token_id is None:
-        generation_config.pad_token_id = tokenizer.pad_token_id
-    if generation_config.pad_token_id is None:
-        generation_config.pad_token_id = generation_config.eos_token_id[0]
-    generation_config.max_length = None  # each request has its own limit
-    if not samples_by_default:  # a request's temperature must have an effect, and no other setting of the export
-        generation_config.do_sample = True
-        generation_config.temperature = 1.0
-        generation_config.top_p = 1.0
-        generation_config.top_k = 0
+    samples_by_default = bool(model.generation_config.do_sample)
+    model.generation_config = _generation_config_for_requests(model.generation_config, tokenizer)
     return ChatModel(
         name=name,
         model=model,
@@ -121,6 +109,26 @@ def _load_from_directory(path: Path, *, name: str, base: str | None, device_sett
         context_length=model_context_length(model),
         samples_by_default=samples_by_default,
     )
+
+
+def _generation_config_for_requests(stored_config: Any, tokenizer: Any) -> Any:
+    """A copy of the export's generation settings, with every token id that generation needs, and no length limit.
+
+    If they do not sample, they become plain sampling: a request's temperature must have an effect, and no other setting.
+    """
+    generation_config = copy.deepcopy(stored_config)
+    generation_config.eos_token_id = _end_token_ids_or_none(tokenizer, generation_config)
+    if generation_config.pad_token_id is None:
+        generation_config.pad_token_id = tokenizer.pad_token_id
+    if generation_config.pad_token_id is None:
+        generation_config.pad_token_id = generation_config.eos_token_id[0]
+    generation_config.max_length = None  # each request has its own limit
+    if not generation_config.do_sample:
+        generation_config.do_sample = True
+        generation_config.temperature = 1.0
+        generation_config.top_p = 1.0
+        generation_config.top_k = 0
+    return generation_config
 
 
 def _end_token_ids_or_none(tokenizer: Any, generation_config: Any) -> list[int] | None:

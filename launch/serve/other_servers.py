@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from launch.serve.config import ServeConfig, ServedType
-from launch.serve.exported import MODEL_FILE, ExportedModel, stored_type_name
+from launch.serve.exported import MODEL_CONFIG_FILE, ExportedModel, stored_type_name
 from strategies.small_files import read_json_object
 
 VLLM_MAX_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -20,16 +20,16 @@ VLLM_MIDDLEWARE_CLASS = "launch.serve.middleware.VllmMiddleware"
 
 
 def vllm_command(exported: ExportedModel, config: ServeConfig, *, with_middleware: bool = False) -> list[str] | None:
-    """The command that serves an export with vLLM: a whole model, or a LoRA adapter without extras on its base.
+    """The command that serves an export with vLLM: a whole model, or a LoRA adapter (without DoRA) on its base.
 
-    None for any other adapter, which vLLM cannot load.
-    `with_middleware`: with our checks in front of all addresses. The key is not in the command: vLLM reads VLLM_API_KEY.
+    None for any other adapter, which vLLM cannot load. `with_middleware`: with our checks in front of all addresses. The key is
+    not in the command: vLLM reads VLLM_API_KEY.
     """
     name = config.name or exported.name
     vllm_program = ["vllm"] if config.python is None else [config.python, "-m", VLLM_MODULE]
-    if exported.base is None:
+    if exported.base is None:  # a whole model
         command = [*vllm_program, "serve", str(exported.path), "--served-model-name", name]
-    elif exported.is_lora_without_extras:
+    elif exported.is_plain_lora:
         command = [*vllm_program, "serve", exported.base, *_vllm_adapter_arguments(exported, name)]
     else:
         return None
@@ -62,9 +62,9 @@ def sglang_command(exported: ExportedModel, config: ServeConfig) -> list[str] | 
     """
     name = config.name or exported.name
     command = ["python", "-m", "sglang.launch_server", "--model-path", exported.base or str(exported.path)]
-    if exported.base is None:
+    if exported.base is None:  # a whole model
         command += ["--served-model-name", name]
-    elif exported.is_lora_without_extras and _position_overrides_json(exported) is None:
+    elif exported.is_plain_lora and _position_overrides_json(exported) is None:
         command += ["--tokenizer-path", str(exported.path), "--enable-lora", "--lora-paths", f"{name}={exported.path}"]
     else:
         return None
@@ -95,9 +95,9 @@ def _position_overrides_json(exported: ExportedModel) -> str | None:
     An adapter that was trained on longer documents than its base allows has a config.json of its own. An example:
     '{"max_position_embeddings": 32768, "rope_parameters": {...}}'.
     """
-    if not (exported.path / MODEL_FILE).is_file():
+    if not (exported.path / MODEL_CONFIG_FILE).is_file():
         return None
-    settings = read_json_object(exported.path / MODEL_FILE)
+    settings = read_json_object(exported.path / MODEL_CONFIG_FILE)
     text_settings = settings.get("text_config") or settings
     position_settings = {}
     for name in ("max_position_embeddings", "rope_parameters"):

@@ -64,7 +64,7 @@ class StopCuttingStream:
 
     def __init__(self, send: Send, stops: list[str]) -> None:
         self.send = send
-        self._scanner = StopScanner(stops)
+        self._stop_scanner = StopScanner(stops)
         self._buffer = b""
         self._is_over = False
 
@@ -82,8 +82,8 @@ class StopCuttingStream:
         # A message may end within an event: the rest waits for the next message.
         self._buffer += message.get("body", b"")
         *events, self._buffer = self._buffer.split(EVENT_END_BYTES)
-        body = b"".join(self._rewrite_event(event) for event in events)
-        if self._scanner.is_cut:
+        body = b"".join(self._rewrite_event(event) for event in events)  # gives their text to the scanner
+        if self._stop_scanner.is_cut:
             self._is_over = True
             await self.send({**message, "body": body + DATA_PREFIX + DONE_MARKER + EVENT_END_BYTES, "more_body": False})
             return
@@ -100,7 +100,7 @@ class StopCuttingStream:
         - no chunk of an answer (the end of the stream, the token counts, an error): as it is;
         - a chunk, `data: {"choices": [...]}`: with the text that may be sent now; nothing if all of it is held back.
         """
-        if self._scanner.is_cut:
+        if self._stop_scanner.is_cut:
             return b""
         unchanged_event = event + EVENT_END_BYTES
         content = event.removeprefix(DATA_PREFIX)
@@ -113,11 +113,11 @@ class StopCuttingStream:
         if not isinstance(chunk, dict) or not chunk.get("choices"):
             return unchanged_event
         (choice,) = chunk["choices"]  # this server computes one (`n` is 1)
-        if not self._cut_choice(choice):
+        if not self._replace_by_sendable_text(choice):
             return b""
         return DATA_PREFIX + json.dumps(chunk).encode() + EVENT_END_BYTES
 
-    def _cut_choice(self, choice: dict[str, Any]) -> bool:
+    def _replace_by_sendable_text(self, choice: dict[str, Any]) -> bool:
         """Replace the text of a chunk's `choice` by what may be sent now; returns whether the event is to be sent at all.
 
         Sets `finish_reason` to "stop" if a stop sequence was found. At the end of the answer, what was held back is sent too.
@@ -129,11 +129,11 @@ class StopCuttingStream:
         if "delta" in choice:
             text_holder = choice["delta"]
             text_key = "content"
-        ready_text = self._scanner.add_text(text_holder.get(text_key) or "")
-        if self._scanner.is_cut:
+        ready_text = self._stop_scanner.add_text(text_holder.get(text_key) or "")
+        if self._stop_scanner.is_cut:
             choice["finish_reason"] = "stop"
         elif choice.get("finish_reason") is not None:
-            ready_text += self._scanner.flush_text()
+            ready_text += self._stop_scanner.flush_text()
         had_text = bool(text_holder.get(text_key))
         if had_text or ready_text:
             text_holder[text_key] = ready_text

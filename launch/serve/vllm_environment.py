@@ -55,8 +55,9 @@ def find_vllm_python(python: str) -> str:
 def create_gateway_directory() -> Path:
     """Create a directory from which another Python can import the gateway, and none of the libraries beside shardtune.
 
-    Returns its path. If shardtune is installed, its packages stand among all others of this environment. So the directory,
-    in the cache, has links to the two packages alone.
+    The gateway: our middleware in front of vLLM (`launch/serve/middleware.py`). Returns the path of the directory. If shardtune
+    is installed, its packages stand among all others of this environment. So the directory, in the cache, has links to the two
+    packages alone.
     """
     directory = cache_directory() / "gateway"
     directory.mkdir(parents=True, exist_ok=True)
