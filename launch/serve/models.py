@@ -120,7 +120,7 @@ def _generation_config_for_requests(stored_config: Any, tokenizer: Any) -> Any:
     generation_config.eos_token_id = _end_token_ids_or_none(tokenizer, generation_config)
     if generation_config.pad_token_id is None:
         generation_config.pad_token_id = tokenizer.pad_token_id
-    if generation_config.pad_token_id is None:
+    if generation_config.pad_token_id is None and generation_config.eos_token_id is not None:
         generation_config.pad_token_id = generation_config.eos_token_id[0]
     generation_config.max_length = None  # each request has its own limit
     if not generation_config.do_sample:

@@ -2,16 +2,17 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from launch.serve.chat_screen import stream_in_columns
 from launch.serve.conversation import ChatSettings, Conversation
 from launch.serve.exported import find_export
-from launch.serve.models import load_base_chat_model, load_chat_model
+from launch.serve.models import _generation_config_for_requests, load_base_chat_model, load_chat_model
 from strategies.errors import ConfigError
 from tests.helpers.launching import command_here
 from trainer.export.load import load_export
@@ -114,3 +115,12 @@ def test_chat_names_bad_words_with_the_rule(site, capsys, tmp_path):
     ):
         assert command_here(["chat", *words]) == 64
         assert said in capsys.readouterr().err
+
+
+def test_a_model_without_end_and_padding_tokens_has_settings_to_generate_with():
+    """Its answers end at the largest number of tokens, and one prompt alone needs no padding."""
+    tokenizer = SimpleNamespace(eos_token_id=None, pad_token_id=None, chat_template=None)
+    settings = _generation_config_for_requests(GenerationConfig(), tokenizer)
+    assert settings.eos_token_id is None and settings.pad_token_id is None and settings.do_sample
+    settings = _generation_config_for_requests(GenerationConfig(eos_token_id=7), tokenizer)
+    assert settings.eos_token_id == [7] and settings.pad_token_id == 7
