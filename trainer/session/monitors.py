@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from strategies.base import Engine
 from strategies.errors import ConfigError, Interrupted, Preempted
+from strategies.runtime import Runtime
 from trainer.config.evaluation import tasks_to_run
 from trainer.config.run import RunConfig
 from trainer.evaluation.base import Evaluator, TaskConfig
@@ -24,6 +26,7 @@ from trainer.monitors.first_evaluation import HeldOutFile
 from trainer.monitors.first_rows import FirstRows
 from trainer.monitors.kept_answers import KeptAnswers
 from trainer.monitors.watched_tasks import WatchedTasks
+from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.rollouts import RoundsConfig
 from trainer.optim.schedule import warmup_steps
 from trainer.reporting.results import LAST_HELD_OUT
@@ -53,22 +56,31 @@ def build_detectors(
     )
     if interval.intermediate_loss_only:
         detectors.planned_task_evaluations = 1  # tasks are asked at the end alone
-    # What the run directory keeps of the evaluations before training and at the end, and of the answers.
-    detectors.first_evaluation_file = HeldOutFile(context.run_dir, context.runtime)
-    detectors.kept_answers = KeptAnswers(context.run_dir if context.runtime.is_main else None)
-    detectors.last_evaluation_file = HeldOutFile(context.run_dir, context.runtime, LAST_HELD_OUT)
+    _keep_evaluations(detectors, context.run_dir, context.runtime)
     # Over how many steps, and from which one on, the training loss is judged for divergence.
     detectors.loss_window = divergence.num_steps_of_loss_median(total_steps)
     detectors.first_judged_step = divergence.first_judged_step(warmup_steps(config.schedule, total_steps))
-    if isinstance(config.objective, RoundsConfig):
-        # A reward without a weight does not train the model, so it tells whether the others are gamed.
-        rewards = config.objective.rewards
-        detectors.metrics_of_control_rewards = [
-            f"rewards/{name}/mean" for name, reward in rewards.items() if reward.weight == 0
-        ]
+    detectors.metrics_of_control_rewards = _metrics_of_control_rewards(config.objective)
     detectors.write_findings = build_findings_reporter(context)
     context.attempt.on_run_dir_renamed.append(detectors.follow_renamed_run_dir)
     return detectors
+
+
+def _keep_evaluations(detectors: ChallengeDetectors, run_dir: Path, runtime: Runtime) -> None:
+    """Let the detectors keep the evaluations before training and at the end in the run directory, and some written answers."""
+    detectors.first_evaluation_file = HeldOutFile(run_dir, runtime)
+    detectors.last_evaluation_file = HeldOutFile(run_dir, runtime, LAST_HELD_OUT)
+    detectors.kept_answers = KeptAnswers(run_dir if runtime.is_main else None)
+
+
+def _metrics_of_control_rewards(objective: ObjectiveConfig) -> list[str] | None:
+    """Metrics of rewards without a weight, such as `rewards/length/mean`; None if the run does not learn from rewards.
+
+    They do not train the model, so they tell whether the other rewards are gamed.
+    """
+    if not isinstance(objective, RoundsConfig):
+        return None
+    return [f"rewards/{name}/mean" for name, reward in objective.rewards.items() if reward.weight == 0]
 
 
 def tasks_for_tokenizer(config: RunConfig, tokenizer: Any) -> dict[str, TaskConfig]:
@@ -114,6 +126,13 @@ def _report_to_detectors(evaluators: list[Evaluator], detectors: ChallengeDetect
             evaluator.on_batch_sums = detectors.add_batch_sums
 
 
+def _names_of_forgetting_tasks(tasks: list[PreparedTask], named_by_user: list[str]) -> list[str]:
+    """Names of the tasks on which forgetting is measured: those that the trainer adds for it, and those that the user names."""
+    built_in_names = (GENERAL_TEXT_TASK, CHAT_TASK, CHAT_ANSWERS_TASK)
+    task_names = [prepared.task.name for prepared in tasks]
+    return [name for name in task_names if name in built_in_names] + named_by_user
+
+
 def add_task_evaluator(
     config: RunConfig,
     detectors: ChallengeDetectors,
@@ -133,12 +152,9 @@ def add_task_evaluator(
     task_evaluator = TaskEvaluator(tasks, make_model_interface())
     task_evaluator.check_rows()  # an error should come now, not at the first evaluation
     forgetting = config.challenges.forgetting
-    # Forgetting is measured on the tasks that the trainer adds for it and on those that the user names for it.
-    built_in_names = (GENERAL_TEXT_TASK, CHAT_TASK, CHAT_ANSWERS_TASK)
-    task_names = [prepared.task.name for prepared in tasks]
-    forgetting_tasks = [name for name in task_names if name in built_in_names]
-    forgetting_tasks += forgetting.tasks
+    forgetting_tasks = _names_of_forgetting_tasks(tasks, forgetting.tasks)
     if forgetting_tasks and forgetting.action is not Reaction.off:
+        # The base model is asked the same tasks once, before the first step, to be compared with.
         detectors.base_results = BaseModelResults(
             task_evaluator, forgetting_tasks, context.run_dir, context.console.print_line
         )
