@@ -50,8 +50,8 @@ class _RecordedBuckets:
         self.recorder = recorder
         self.full_trained_elements = full_trained_elements
         """Trained elements of the deeper model; None if the engine's model is not a shallow one."""
-        self._reduce: Callable[..., None] = optimizer.reduce_ipg_grads
-        self._mark_ready: Callable[..., None] = optimizer.reduce_ready_partitions_and_remove_grads
+        self._deepspeed_reduce: Callable[..., None] = optimizer.reduce_ipg_grads
+        self._deepspeed_on_gradient: Callable[..., None] = optimizer.reduce_ready_partitions_and_remove_grads
         self._ranks = torch.distributed.get_world_size(optimizer.dp_process_group)
         self._has_several_buckets = False
         """Whether the gradients of the deeper model fill more than one bucket; False without one."""
@@ -72,9 +72,9 @@ class _RecordedBuckets:
             large_gradients = [gradient.numel() for gradient in self.optimizer.extra_large_param_to_reduce.values()]
             bucket_elements = max(large_gradients, default=self.optimizer.reduce_bucket_size)
             self.recorder.note_peak_with(self._reduction_bytes(bucket_elements, self.full_trained_elements))
-        # DeepSpeed may call `reduce` from here: it must know that a block computes.
+        # DeepSpeed may call `reduce` from here, which must know whether a block computes.
         self._is_in_block = is_in_block
-        self._mark_ready(param, group)
+        self._deepspeed_on_gradient(param, group)
         self._is_in_block = False
 
     def reduce(self, *args: Any, **kwargs: Any) -> None:
@@ -86,7 +86,7 @@ class _RecordedBuckets:
         with self.recorder.counting_as(
             MemoryKind.communication, self._bytes_lacking_to_full_bucket(), ignores_operations=is_counted_by_gradient
         ):
-            self._reduce(*args, **kwargs)
+            self._deepspeed_reduce(*args, **kwargs)
 
     def _bytes_lacking_to_full_bucket(self) -> int:
         """Bytes by which the deeper model's reduction takes more than that of the shallow model, which is live already.

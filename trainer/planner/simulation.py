@@ -100,15 +100,13 @@ def simulate_run(
     world_size: int = 1,
     local_world_size: int = 8,
     device: torch.device = SIMULATED,
-    full_pattern: BlockPattern | None = None,
     expert_imbalance: float = ASSUMED_IMBALANCE,
 ) -> SimulatedStep:
     """Simulate one training step of rank `rank`, as on a GPU (or on `device` "cpu"), on tensors without memory.
 
-    Each micro-batch has sequences of `lengths` tokens. Of `model.path` only the config.json is read. `full_pattern`: if the
-    model is a shallow one (the full model with only its first blocks), the blocks of the full model; else None.
-    `expert_imbalance`: with `parallel.experts`, tokens that arrive at this rank's experts over the mean of its group. Raises
-    ConfigError for what the run itself would refuse, RuntimeError in a process that is part of a job.
+    Each micro-batch has sequences of `lengths` tokens. Of `model.path` only the config.json is read. `expert_imbalance`: with
+    `parallel.experts`, tokens that arrive at this rank's experts over the mean of its group. Raises ConfigError for what the run
+    itself would refuse, RuntimeError in a process that is part of a job.
     """
     rank_of_job = _RankOfJob(
         rank=rank,
@@ -118,8 +116,7 @@ def simulate_run(
         expert_imbalance=expert_imbalance,
     )
     with rank_of_job.simulated(config) as runtime:
-        parts = build_step_parts(config, lengths, runtime)
-        return simulate(_with_full_trained_elements(parts, full_pattern), runtime)
+        return simulate(build_step_parts(config, lengths, runtime), runtime)
 
 
 def simulate_depth(
@@ -143,31 +140,31 @@ def simulate_depth(
     blocks of a model (its ends) may take other memory than those between: both shallow models have them all.
     """
     pattern = block_pattern(config.model)
-    simulated_rank_number = busiest_rank(config) if rank is None else rank
-
-    def simulate_model_of(depth: int) -> SimulatedStep:
-        """One step of the run's model with only its first `depth` blocks."""
-        with _truncated_run(config, depth, pattern.num_blocks) as truncated:
-            return simulate_run(
-                truncated,
-                lengths,
-                rank=simulated_rank_number,
-                world_size=world_size,
-                local_world_size=local_world_size,
-                device=device,
-                full_pattern=pattern,
-                expert_imbalance=expert_imbalance,
-            )
-
+    rank_of_job = _RankOfJob(
+        rank=busiest_rank(config) if rank is None else rank,
+        world_size=world_size,
+        local_world_size=local_world_size,
+        device=device,
+        expert_imbalance=expert_imbalance,
+    )
     exact = exact or pattern.period is None
     return simulate_or_extrapolate_step(
-        simulate_model_of,
+        partial(_simulate_first_blocks, config, lengths, pattern, rank_of_job),
         pattern.num_blocks,
         pattern.period or 1,
         num_end_blocks=DEFAULT_END_BLOCKS if exact else num_end_blocks_of(config),
         ends_may_overlap=may_ends_overlap(config),
         exact=exact,
     )
+
+
+def _simulate_first_blocks(
+    config: RunConfig, lengths: list[int], pattern: BlockPattern, rank: _RankOfJob, depth: int
+) -> SimulatedStep:
+    """One step of the run's model with only its first `depth` blocks. `pattern`: the blocks of the whole model."""
+    with _truncated_run(config, depth, pattern.num_blocks) as truncated, rank.simulated(config) as runtime:
+        parts = build_step_parts(truncated, lengths, runtime)
+        return simulate(_with_full_trained_elements(parts, pattern), runtime)
 
 
 def simulate_cost_model_of_run(
@@ -353,16 +350,16 @@ def _rank_with_most_memory(config: RunConfig, world_size: int) -> int:
     return busiest_rank(config)
 
 
-def _with_full_trained_elements(parts: StepParts, full_pattern: BlockPattern | None) -> StepParts:
+def _with_full_trained_elements(parts: StepParts, full_pattern: BlockPattern) -> StepParts:
     """The parts of a shallow model's step with `full_trained_elements`: how many elements train in the full model.
 
     They decide how full DeepSpeed's gradient buckets are. `full_pattern`: the blocks of the full model, whose kinds repeat after
     `period` blocks. Each period that the shallow model lacks trains as many elements as its last one. `parts` come back as they
-    are if there is no `full_pattern`, if its blocks do not repeat, or if the shallow model has as many blocks.
+    are if the blocks do not repeat, or if the shallow model has as many.
     """
     module = parts.built.step_module
     blocks = repeated_blocks(module)
-    if full_pattern is None or full_pattern.period is None or len(blocks) >= full_pattern.num_blocks:
+    if full_pattern.period is None or len(blocks) >= full_pattern.num_blocks:
         return parts
     period = full_pattern.period
     trained_in_period = sum(_num_trained_elements(block) for block in blocks[-period:])
