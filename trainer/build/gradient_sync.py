@@ -54,18 +54,22 @@ def plan_gradient_reduction(
     defer_sync = extra_bytes < NEGLIGIBLE_SHARE * budget_bytes
     reason = f"whole gradients take {extra_bytes / 2**30:.2f} GiB more"
     if not defer_sync:
-        if built.activation_bytes is None:
-            # Kept, since later estimates use the count as well.
-            built.activation_bytes = activation_peak_bytes(
-                built, workload, strategy.activation_checkpointing, precision
-            )
-        state_bytes = model_state_bytes(built, strategy, precision, runtime)
-        peak_bytes = state_bytes + expected_activation_bytes(built, workload, strategy, precision) + extra_bytes
+        peak_bytes = _peak_bytes_of_step(built, workload, strategy, precision, runtime) + extra_bytes
         defer_sync = peak_bytes <= budget_bytes
         reason += f"; estimated peak with them {peak_bytes / 2**30:.2f} of {budget_bytes / 2**30:.2f} GiB"
     built.step_module.plan.defer_sync = defer_sync
     choice = "true" if defer_sync else "false, reduced in each micro-batch"
     built.substitutions["strategy.defer_sync"] = f"null -> {choice} ({reason})"
+
+
+def _peak_bytes_of_step(
+    built: BuiltModel, workload: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
+) -> float:
+    """Estimated peak memory of a rank with sharded gradients: model state and activations. Keeps `built.activation_bytes`."""
+    if built.activation_bytes is None:
+        built.activation_bytes = activation_peak_bytes(built, workload, strategy.activation_checkpointing, precision)
+    state_bytes = model_state_bytes(built, strategy, precision, runtime)
+    return state_bytes + expected_activation_bytes(built, workload, strategy, precision)
 
 
 def _extra_bytes_of_full_gradients(step_module: TrainStep, num_trained: int, num_shards: int) -> float:

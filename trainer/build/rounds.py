@@ -104,9 +104,8 @@ def generation_memory_lines(config: RunConfig, built: BuiltModel, longest_prompt
         return []
     settings: Any = config.objective
     rollout = settings.rollout
-    num_completions = (
-        config.batch["global"] * rollout.steps
-    )  # of a round, whose answers are learned from in so many steps
+    # Of a round, whose answers are learned from in `rollout.steps` optimizer steps.
+    num_completions = config.batch["global"] * rollout.steps
     device_type = "cpu" if str(config.run.device) == "cpu" else "cuda"
     num_rows = rollout.rows or min(num_completions, MAX_GENERATION_ROWS[device_type])
     row_tokens = longest_prompt + rollout.max_new_tokens
@@ -118,6 +117,13 @@ def generation_memory_lines(config: RunConfig, built: BuiltModel, longest_prompt
         f"most {num_rows} at a time: "
         f"keys of {num_rows} x {row_tokens:,} tokens take {kv_cache_gib:.2f} GiB, and whole weights {weights_gib:.2f} GiB"
     ]
+    return lines + _reward_model_memory_lines(config, built, itemsize)
+
+
+def _reward_model_memory_lines(config: RunConfig, built: BuiltModel, itemsize: int) -> list[str]:
+    """A line on the weights of each reward model. `itemsize`: bytes of a number in the precision of the run."""
+    settings: Any = config.objective
+    lines = []
     for name, model in built.step_module.reward_models.items():
         size_gib = sum(p.numel() for p in model.parameters()) * itemsize / 2**30
         tokens_at_a_time = settings.rewards[name].options.get("batch_tokens", BATCH_TOKENS)
