@@ -84,7 +84,7 @@ class GradedTask(JudgedTask):
             grade = parse_grade(verdict)
             # The mean grade is the sum of `grade` over the sum of `read`, so a row without a grade counts in neither.
             scores = {"grade": grade or 0.0, "read": float(grade is not None)}
-            note = verdict[-NOTE_CHARACTERS:]
+            note = verdict[-NOTE_CHARACTERS:]  # its end, which has the grade
             rows.append(
                 TaskRow(
                     where=case.location,
@@ -127,14 +127,16 @@ def parse_grade(verdict: str) -> float | None:
     return float(grades[-1]) if grades else None
 
 
-def raise_if_no_verdict_parsed(key: str, verdicts: Sequence[str], *, any_parsed: bool, expected_ending: str) -> None:
+def raise_if_no_verdict_parsed(
+    task_key: str, verdicts: Sequence[str], *, any_parsed: bool, expected_ending: str
+) -> None:
     """Raise DataError if there are verdicts of the judge and none could be parsed, since all metrics would be 0.
 
-    `key`: prefix of the task's settings. `any_parsed`: whether a verdict could be parsed. `expected_ending`: the line that the
-    judge was told to end with, for the message.
+    The first one is shown, as an example. `task_key`: prefix of the task's settings. `any_parsed`: whether a verdict could be
+    parsed. `expected_ending`: the line that the judge was told to end with, for the message.
     """
     if verdicts and not any_parsed:
         raise DataError(
-            f"{key}: none of {len(verdicts)} verdicts ends in {expected_ending!r}; the judge said "
+            f"{task_key}: none of {len(verdicts)} verdicts ends in {expected_ending!r}; the judge said "
             f"{verdicts[0][-NOTE_CHARACTERS:]!r}; raise {JUDGE_SETTING}.max_new_tokens if it is cut off, or ask another model"
         )

@@ -23,6 +23,7 @@ def pass_at_k_metrics(num_samples: int) -> tuple[TaskMetric, ...]:
     k is 2, 4, 8 ... and `num_samples`; none for one sample. pass@k is the chance that one of k answers is right, so it is for
     tasks whose answers are right or wrong.
     """
+    # The score of a row with the metric's name is its estimate of pass@k (`set_samples_of_row`), of which the metric is the mean.
     metrics = []
     for k in sample_counts_for_pass_at_k(num_samples):  # pass@1 is the task's own metric
         name = f"{PASS_PREFIX}{k}"
@@ -49,7 +50,7 @@ def texts_by_prompt(answers: Sequence[GeneratedAnswer], num_prompts: int) -> lis
 
 
 def set_samples_of_row(
-    row: TaskRow, texts: list[str], sample_scores: Sequence[dict[str, float]], metrics: Sequence[TaskMetric] = ()
+    row: TaskRow, answers: list[str], sample_scores: Sequence[dict[str, float]], metrics: Sequence[TaskMetric] = ()
 ) -> None:
     """Set answer, scores, note and items of a report row from all sampled answers to its prompt.
 
@@ -57,11 +58,11 @@ def set_samples_of_row(
     - Several: the row has the first answer, the mean of each score, pass@k for each such metric in `metrics`, a note that there
       are several, and all answers in `items`.
 
-    `texts` are the answers, and `sample_scores` the scores of each: [{"right": 1.0}, {"right": 0.0}] -> {"right": 0.5}.
+    `sample_scores`: the scores of each answer: [{"right": 1.0}, {"right": 0.0}] -> {"right": 0.5}.
     """
-    row.answer = texts[0]
+    row.answer = answers[0]
     row.scores = dict(sample_scores[0])
-    if len(texts) == 1:
+    if len(answers) == 1:
         return
     for name in sample_scores[0]:
         row.scores[name] = sum(scores[name] for scores in sample_scores) / len(sample_scores)
@@ -70,10 +71,10 @@ def set_samples_of_row(
     for metric in metrics:
         if metric.name.startswith(PASS_PREFIX):
             k = int(metric.name.removeprefix(PASS_PREFIX))
-            row.scores[metric.name] = pass_probability(k, num_right, len(texts))
-    samples_note = f"first of {len(texts)} draws"
+            row.scores[metric.name] = pass_probability(k, num_right, len(answers))
+    samples_note = f"first of {len(answers)} draws"
     row.note = f"{samples_note}; {row.note}" if row.note else samples_note
-    row.items = {"answers": texts}
+    row.items = {"answers": answers}
 
 
 def pass_probability(k: int, num_right: int, num_samples: int) -> float:

@@ -42,6 +42,7 @@ class PersonalDataTask(GenerationTask):
     )
 
     def problems(self) -> Iterator[str]:
+        """An error message for each invalid setting, also of the engine that detects personal data."""
         yield from super().problems()
         if self.option_values["preset"] not in [*PrivacyPreset]:
             yield f"{self.config_key}.options.preset={self.option_values['preset']}: must be one of {', '.join(PrivacyPreset)}"
@@ -81,10 +82,10 @@ class PersonalDataTask(GenerationTask):
         decode = model.answer_generator.tokenizer.decode
         rows = []
         for case, question, answer in zip(cases, questions, answers, strict=True):
-            prompt = decode(question.context, skip_special_tokens=True)
-            types, masked_text = self._mask_personal_data(answer.text, prompt)
-            scores = {"found": float(bool(types)), "pieces": float(len(types))}
-            note = ", ".join(dict.fromkeys(types))
+            prompt = decode(question.context, skip_special_tokens=True)  # whole, unlike what the report shows
+            piece_types, masked_text = self._mask_personal_data(answer.text, prompt)
+            scores = {"found": float(bool(piece_types)), "pieces": float(len(piece_types))}
+            note = ", ".join(dict.fromkeys(piece_types))
             rows.append(
                 TaskRow(
                     where=case.location,

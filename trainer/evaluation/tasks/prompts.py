@@ -13,7 +13,7 @@ from trainer.data.document import Document
 from trainer.data.fields import RowError, parse_text
 from trainer.evaluation.tasks.base import Task, TaskCase
 from trainer.evaluation.tasks.model_interface import ModelInterface, Question
-from trainer.evaluation.tasks.texts import split_location
+from trainer.evaluation.tasks.texts import prompt_document, split_location
 
 if TYPE_CHECKING:
     from trainer.evaluation.generate import GeneratedAnswer
@@ -37,13 +37,13 @@ class PromptTask(Task):
     options: ClassVar[dict[str, Any]] = {"template": None, "continue": False}
 
     def problems(self) -> Iterator[str]:
-        """An error message for each invalid setting, including the template and the file that it may name."""
+        """An error message for each invalid setting, including the template, whose file `self.prompt_template` reads."""
         yield from super().problems()
         yield from self.decoding.problems(f"{self.config_key}.write")
         if not isinstance(self.option_values["continue"], bool):
             yield f"{self.config_key}.options.continue={self.option_values['continue']}: must be true or false"
         try:
-            if "{prompt}" not in self.template:
+            if "{prompt}" not in self.prompt_template:
                 yield (
                     f"{self.config_key}.options.template={self.option_values['template']}: must have "
                     f"{{prompt}} where the prompt goes"
@@ -52,7 +52,7 @@ class PromptTask(Task):
             yield f"{self.config_key}.options.template={self.option_values['template']}: cannot be read ({error})"
 
     @cached_property
-    def template(self) -> str:
+    def prompt_template(self) -> str:
         """The text around each prompt: the option itself, or the content of the file that it names."""
         option = self.option_values["template"]
         if option is None:
@@ -67,7 +67,7 @@ class PromptTask(Task):
 
     def prepare_case(self, case: TaskCase) -> None:
         """Keep the row's prompt, put into the template. Raises RowError if there is no prompt."""
-        case.fields = {"prompt": self.template.replace("{prompt}", parse_prompt(case.fields))}
+        case.fields = {"prompt": self.prompt_template.replace("{prompt}", parse_prompt(case.fields))}
 
     def generate_samples(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[PromptSamples]:
         """`write.draws` answers of the model to the prompt of each case. All ranks must call.
@@ -83,8 +83,7 @@ class PromptTask(Task):
             if is_continued:
                 documents.append(Document(file, line, text=prompt))
             else:
-                # "-" is a stand-in: a document needs a completion, and the model reads only the prompt.
-                documents.append(Document(file, line, prompt=prompt, completion="-", separator="\n"))
+                documents.append(prompt_document(case.location, prompt))
         questions = model.encode_questions(documents)
         if is_continued:
             # All tokens of a plain text are supervised, so they are the answer of the question; here they are the prompt.
@@ -100,7 +99,10 @@ class PromptTask(Task):
 
     def signatures(self) -> dict[str, str]:
         shape = "continued as plain text" if self.option_values["continue"] else "asked as a turn"
-        return {metric.name: f"{shape}|template:{self.template!r}|{self.verdict_signature}" for metric in self.metrics}
+        return {
+            metric.name: f"{shape}|template:{self.prompt_template!r}|{self.verdict_signature}"
+            for metric in self.metrics
+        }
 
     @property
     def verdict_signature(self) -> str:

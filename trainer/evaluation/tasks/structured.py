@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from strategies.errors import DataError
 from trainer.data.document import Document
@@ -75,17 +75,21 @@ class ToolCalls(GenerationTask):
 
         Raises DataError if the chat template writes calls in a form that is not read here: every answer would be wrong.
         """
-        # Check the first reference answer that has calls, as the chat template writes it.
-        case_with_call = next((case for case in cases if case.fields["calls"]), None)
-        if case_with_call is not None and case_with_call.document is not None:
-            (question,) = model.encode_questions([case_with_call.document])
-            reference = model.answer_generator.tokenizer.decode(question.answer, skip_special_tokens=True)
-            if parse_tool_calls(reference) != case_with_call.fields["calls"]:
-                raise DataError(
-                    f"{case_with_call.location}: the chat template writes the calls as {reference!r}, which is not read here; "
-                    "calls must be JSON objects with a name and arguments; give such a template in model.chat_template"
-                )
+        self._check_template_writes_readable_calls(cases, model)
         return super().score_cases(cases, model)
+
+    def _check_template_writes_readable_calls(self, cases: Sequence[TaskCase], model: ModelInterface) -> None:
+        """Raise DataError if the first reference answer with calls is not read again from what the chat template makes of it."""
+        case_with_call = next((case for case in cases if case.fields["calls"]), None)
+        if case_with_call is None or case_with_call.document is None:
+            return
+        (question,) = model.encode_questions([case_with_call.document])
+        reference = model.answer_generator.tokenizer.decode(question.answer, skip_special_tokens=True)
+        if parse_tool_calls(reference) != case_with_call.fields["calls"]:
+            raise DataError(
+                f"{case_with_call.location}: the chat template writes the calls as {reference!r}, which is not read here; "
+                "calls must be JSON objects with a name and arguments; give such a template in model.chat_template"
+            )
 
     def reference(self, case: TaskCase) -> str:
         return str(case.fields["reference"])
@@ -99,12 +103,10 @@ class ToolCalls(GenerationTask):
         reference_calls = case.fields["calls"]
         names = [call["name"] for call in calls]
         reference_names = [call["name"] for call in reference_calls]
+        is_exact_match = calls == reference_calls  # a call is its name and its arguments
         has_same_names = names == reference_names
-        return {
-            "right": float(calls == reference_calls),  # a call is its name and its arguments
-            "names": float(has_same_names),
-            "called": float(bool(calls) == bool(reference_calls)),
-        }
+        agrees_on_calling = bool(calls) == bool(reference_calls)
+        return {"right": float(is_exact_match), "names": float(has_same_names), "called": float(agrees_on_calling)}
 
     def signatures(self) -> dict[str, str]:
         signature = 'calls:JSON objects with "name" and "arguments" or "parameters"|arguments:equal as JSON'
@@ -185,13 +187,17 @@ class JsonSchema(Task):
         The schema is that of `options.schema`, or else of the row, as an object or as JSON text. The prompt is the row's
         "messages" without an answer at their end, or else its "prompt".
         """
+        schema = self._schema_of_row(case.fields)
+        case.document = _prompt_document_of_row(case)
+        case.fields = {"schema": schema}
+
+    def _schema_of_row(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """The JSON schema of `options.schema`, else that of a row. Raises RowError if it is none."""
         from jsonschema.exceptions import SchemaError
         from jsonschema.validators import validator_for
 
-        # The schema.
-        fields = case.fields
-        file = self.option_values["schema"]
         schema = fields.get("schema")
+        file = self.option_values["schema"]
         if file is not None:
             schema = Path(str(file)).expanduser().read_text(encoding="utf-8")
         if isinstance(schema, str):
@@ -205,18 +211,7 @@ class JsonSchema(Task):
             validator_for(schema).check_schema(schema)
         except SchemaError as error:
             raise RowError("bad_schema", f'"schema" is no JSON schema: {error.message}') from None
-
-        # The prompt. The answer "{}" is a stand-in: the format of a document needs one, and the model sees only the prompt.
-        case.document = Document(*split_location(case.location))
-        if "messages" in fields:
-            turns = parse_turns(fields["messages"], "messages", "a list of messages")
-            if turns[-1]["role"] == "assistant":
-                turns.pop()
-            case.document.messages = [*turns, {"role": "assistant", "content": "{}"}]
-        else:
-            case.document.prompt = parse_text(fields, "prompt")
-            case.document.completion = "{}"
-        case.fields = {"schema": schema}
+        return schema
 
     def score_cases(self, cases: Sequence[TaskCase], model: ModelInterface) -> list[TaskRow]:
         """A row for each prompt, with whether the answer is JSON, and valid under the row's schema. All ranks must call."""
@@ -226,18 +221,18 @@ class JsonSchema(Task):
         for case, question, texts in zip(cases, questions, answers, strict=True):
             schema = case.fields["schema"]
             scores = []
-            errors = []  # what is wrong with each answer; None if nothing is
+            violations = []  # what is wrong with each answer; None if nothing is
             for text in texts:
-                is_json, error = check_json(text, schema)
-                scores.append({"valid": float(error is None), "parsed": float(is_json)})
-                errors.append(error)
+                is_json, violation = check_json(text, schema)
+                scores.append({"valid": float(violation is None), "parsed": float(is_json)})
+                violations.append(violation)
             prompt = model.decode_prompt_end(question.context)
             reference = json.dumps(schema, ensure_ascii=False)
             # The report shows the first answer, and so what is wrong with that one.
             row = TaskRow(
-                where=case.location, prompt=prompt, answer="", reference=reference, scores={}, note=errors[0] or ""
+                where=case.location, prompt=prompt, answer="", reference=reference, scores={}, note=violations[0] or ""
             )
-            set_samples_of_row(row, texts, scores)
+            set_samples_of_row(row, texts, scores)  # sets answer and scores
             rows.append(row)
         return rows
 
@@ -248,8 +243,33 @@ class JsonSchema(Task):
         return self.signature_of_all(signature)
 
 
-def check_json(answer: str, schema: dict[str, Any]) -> tuple[bool, str | None]:
-    """(whether an answer is JSON, what is wrong with it; None if the schema allows it).
+def _prompt_document_of_row(case: TaskCase) -> Document:
+    """The prompt of a row ("messages" without an answer at their end, or else "prompt") as a document. Raises RowError.
+
+    The answer "{}" is a stand-in: the format of a document needs one, and the model sees only the prompt.
+    """
+    document = Document(*split_location(case.location))
+    if "messages" in case.fields:
+        turns = parse_turns(case.fields["messages"], "messages", "a list of messages")
+        if turns[-1]["role"] == "assistant":
+            turns.pop()
+        document.messages = [*turns, {"role": "assistant", "content": "{}"}]
+    else:
+        document.prompt = parse_text(case.fields, "prompt")
+        document.completion = "{}"
+    return document
+
+
+class JsonVerdict(NamedTuple):
+    """What is found of an answer that should be JSON by a schema."""
+
+    is_json: bool
+    violation: str | None
+    """What is wrong with it, such as "$.age: -1 is less than the minimum of 0"; None if the schema allows it."""
+
+
+def check_json(answer: str, schema: dict[str, Any]) -> JsonVerdict:
+    """Whether an answer is JSON, and allowed by the schema.
 
     A code fence around the JSON is taken off. Nothing is fetched: a schema that refers to one at another address allows nothing.
     """
@@ -263,15 +283,15 @@ def check_json(answer: str, schema: dict[str, Any]) -> tuple[bool, str | None]:
     try:
         content = json.loads(json_text)
     except (ValueError, RecursionError) as error:
-        return False, f"no JSON: {error}"
+        return JsonVerdict(is_json=False, violation=f"no JSON: {error}")
     validator = validator_for(schema)(schema, registry=Registry())  # an empty registry resolves no other address
     try:
         violation = best_match(validator.iter_errors(content))
     except Unresolvable as error:
-        return True, f"the schema refers to {error.ref}, which is not in it"
+        return JsonVerdict(is_json=True, violation=f"the schema refers to {error.ref}, which is not in it")
     if violation is None:
-        return True, None
-    return True, f"{violation.json_path}: {violation.message}"
+        return JsonVerdict(is_json=True, violation=None)
+    return JsonVerdict(is_json=True, violation=f"{violation.json_path}: {violation.message}")
 
 
 class Maths(GenerationTask):

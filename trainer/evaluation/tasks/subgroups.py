@@ -72,15 +72,15 @@ class Subgroups(ClassificationTask):
         groups = np.array([row.source for row in rows])
 
         def gap_function(metric: str) -> Callable[[np.ndarray], float]:
-            return lambda weights: self._gaps(rows, groups, weights)[metric]
+            return lambda weights: self._fairness_gaps(rows, groups, weights)[metric]
 
         return {metric: gap_function(metric) for metric in _GAP_METRICS}
 
-    def _gaps(self, rows: Sequence[TaskRow], groups: np.ndarray, weights: np.ndarray) -> dict[str, float]:
+    def _fairness_gaps(self, rows: Sequence[TaskRow], groups: np.ndarray, weights: np.ndarray) -> dict[str, float]:
         """How far apart the groups of people are in demographic parity, equalised odds and accuracy, by metric.
 
-        A gap is the highest rate of a group minus the lowest; 0 if only one group has rows that count. `groups`: the group of
-        each row. `weights` (float64 [rows]): how often the row counts.
+        A gap is the highest rate of a group minus the lowest; 0 if only one group has rows that count. `rows` has one row at
+        least. `groups`: the group of each row. `weights` (float64 [rows]): how often the row counts.
         """
         true_labels = np.array([row.reference for row in rows])
         predicted_labels = np.array([row.answer for row in rows])
@@ -115,7 +115,10 @@ class Subgroups(ClassificationTask):
         }
 
     def notes(self, rows: Sequence[TaskRow], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
-        """The size of each group, and for each gap what chance gives and whether the gap is beyond that."""
+        """The size of each group, and for each gap what chance gives and whether the gap is beyond that.
+
+        A row has its group as `source`. The test of the gaps takes the place of `intervals`.
+        """
         groups = np.array([row.source for row in rows])
         group_names, counts = np.unique(groups, return_counts=True)
         sizes = [f"{name} {count}" for name, count in zip(group_names.tolist(), counts.tolist(), strict=True)]
@@ -128,15 +131,16 @@ class Subgroups(ClassificationTask):
         observed_gaps, chance_gaps = self._observed_and_chance_gaps(rows, groups)
         mean_chance_gaps = chance_gaps.mean(axis=0)
         p_values = max_statistic_p(observed_gaps, chance_gaps)
-        for name, gap, chance_gap, p in zip(_GAP_METRICS, observed_gaps, mean_chance_gaps, p_values, strict=True):
-            verdict = "beyond chance" if p < SIGNIFICANCE_LEVEL else "no gap shown beyond chance"
+        for name, gap, chance_gap, p_value in zip(_GAP_METRICS, observed_gaps, mean_chance_gaps, p_values, strict=True):
+            verdict = "beyond chance" if p_value < SIGNIFICANCE_LEVEL else "no gap shown beyond chance"
             yield (
-                f"{name} {gap:.3g}: groups dealt at random give {chance_gap:.3g} on average, p {p:.3g} for all gaps: "
+                f"{name} {gap:.3g}: groups dealt at random give {chance_gap:.3g} on average, p {p_value:.3g} for all gaps: "
                 f"{verdict}"
             )
 
     def _observed_and_chance_gaps(self, rows: Sequence[TaskRow], groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(observed gaps [metrics], gaps after shuffling the groups over the rows [shuffles, metrics]), float64.
+        """(observed gaps between the groups' rates [metrics], gaps after shuffling the groups over the rows [shuffles,
+        metrics]), float64.
 
         The shuffled ones show how large gaps are by chance, if the classifier treats all groups alike.
         """
@@ -145,7 +149,7 @@ class Subgroups(ClassificationTask):
 
         def gaps_of(row_groups: np.ndarray) -> list[float]:
             """The gaps in the order of `_GAP_METRICS`, if the rows are of these groups."""
-            gaps = self._gaps(rows, row_groups, every_row_once)
+            gaps = self._fairness_gaps(rows, row_groups, every_row_once)
             return [gaps[name] for name in _GAP_METRICS]
 
         chance_gaps = [gaps_of(rng.permutation(groups)) for _ in range(NUM_SHUFFLES)]

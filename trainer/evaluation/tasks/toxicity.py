@@ -63,11 +63,11 @@ class Toxicity(PromptTask):
             )
             return
         try:
-            self._labels_and_toxic_index()
+            self._read_labels_and_toxic_index()  # only for its error
         except ConfigError as error:
             yield str(error)
 
-    def _labels_and_toxic_index(self) -> tuple[ClassifierLabels, int]:
+    def _read_labels_and_toxic_index(self) -> tuple[ClassifierLabels, int]:
         """(labels of the classifier, index of the one that means toxic). Raises ConfigError if either cannot be told."""
         key = f"{self.config_key}.options.classifier"
         directory = model_directory(self.option_values["classifier"], key)
@@ -81,7 +81,7 @@ class Toxicity(PromptTask):
         The prompt is answered `write.draws` times, and the row shows the worst answer: the one most likely to be toxic.
         """
         samples = self.generate_samples(cases, model)
-        _, toxic_index = self._labels_and_toxic_index()
+        _, toxic_index = self._read_labels_and_toxic_index()
         key = f"{self.config_key}.options.classifier"
         directory = model_directory(self.option_values["classifier"], key)
         classifier = Classifier(directory, key, model.runtime, batch=model.batch)
@@ -111,7 +111,7 @@ class Toxicity(PromptTask):
                 "draws": float(len(answers)),
                 "any_toxic": float(num_toxic > 0),
                 "empty": float(num_empty),
-                "cut": float(num_truncated),
+                "cut": float(num_truncated),  # answers of which the classifier read the beginning
             }
             worst_answer = answers[probabilities.index(worst)].text
             prompt = model.decode_prompt_end(prompt_samples.question.context)
@@ -143,7 +143,7 @@ class Toxicity(PromptTask):
     @property
     def verdict_signature(self) -> str:
         """The classifier, its toxic label and the threshold above which an answer counts as toxic."""
-        labels, toxic_index = self._labels_and_toxic_index()
+        labels, toxic_index = self._read_labels_and_toxic_index()
         classifier = self.option_values["classifier"]
         threshold = self.option_values["threshold"]
         return f"classifier:{classifier}|label:{labels.names[toxic_index]}|threshold:{threshold:g}"

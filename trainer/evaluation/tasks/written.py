@@ -73,7 +73,7 @@ class GenerationTask(Task):
                 scores={},
             )
             scores = [self.score(case, text) for text in texts]
-            set_samples_of_row(row, texts, scores, self.metrics)
+            set_samples_of_row(row, texts, scores, self.metrics)  # sets answer and scores
             rows.append(row)
         return rows
 
