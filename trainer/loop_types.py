@@ -171,7 +171,7 @@ class ProgressDisplay(Protocol):
 
 
 class WrittenCheckpoint(Protocol):
-    """A checkpoint that has its name."""
+    """A checkpoint that is published: complete, under its final name."""
 
     @property
     def metric_columns(self) -> dict[str, float]:
@@ -213,11 +213,12 @@ class CheckpointStore(Protocol):
         replaces_older: bool,
         attachments: Mapping[str, bytes],
     ) -> bool:
-        """Write a checkpoint of this moment, or begin to write it while training continues. All ranks must call.
+        """Write a checkpoint of the engine's state now, or begin to write it while training continues. All ranks must call.
 
         Call `publish_pending` before, if a checkpoint is pending.
 
-        - With `must_succeed`: returns True once the checkpoint has its name, or raises StorageError.
+        - With `must_succeed`: returns True once the checkpoint is published, that is complete under its final name, or raises
+          StorageError.
         - Without: returns True if it was begun, or written. If not, prints a warning and returns False; raises StorageError after
           more than `checkpoint.max_failures` failures in a row.
 
@@ -225,7 +226,7 @@ class CheckpointStore(Protocol):
         """
 
     def publish_pending(self) -> bool:
-        """Wait until the pending checkpoint is written, and give it its name. Whether that succeeded. All ranks must call."""
+        """Wait until the pending checkpoint is written, and give it its final name. Whether that succeeded. All ranks must call."""
 
     look_back_steps: int
     """Steps before the newest checkpoint within which all are kept, and one more from before."""

@@ -136,9 +136,8 @@ def _open_reader(config: RunConfig, name: str, reward: RewardEntry) -> RewardMod
             raise ConfigError(
                 f"{path_setting}={reward.path}: has no chat template; give objective.rewards.{name}.options.chat_template"
             )
-        encoder.fix_date(
-            settled_template_date(config)
-        )  # a template that writes today's date writes the run's on every day
+        # A template that writes today's date writes the run's on every day.
+        encoder.fix_date(settled_template_date(config))
         pad_token_id = _pad_token_id(hf_config, tokenizer)
         reader = RewardModelReader(
             encoder,
