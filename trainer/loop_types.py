@@ -226,7 +226,7 @@ class CheckpointStore(Protocol):
         """
 
     def publish_pending(self) -> bool:
-        """Wait until the pending checkpoint is written, and give it its final name. Whether that succeeded. All ranks must call."""
+        """Wait until the pending checkpoint is written, and rename it. Returns whether that succeeded. All ranks must call."""
 
     look_back_steps: int
     """Steps before the newest checkpoint within which all are kept, and one more from before."""
