@@ -87,26 +87,22 @@ def main(argv: list[str]) -> int:
     arguments, problems = read_arguments("compare", CompareArguments, argv)
     if arguments.to is not None and arguments.to.exists() and not arguments.to.is_dir():
         problems.append(f"to={arguments.to}: is a file; name a directory")
-
     # With settings the command starts new runs; with directories alone it reads runs that exist.
-    sources: list[PointSource] = []
     if arguments.settings:
         for run in arguments.runs:
             problems.append(
                 f"{run}: not of the form key=value; name runs that exist, or settings of new ones, not both"
             )
-    else:
-        if arguments.dry_run:
-            problems.append(
-                "--dry-run: lists points of new runs; name an axis, as in strategy=ddp,fsdp2, or leave it out"
-            )
-        sources, run_problems = point_sources_from_arguments(arguments.runs)
-        problems += run_problems
+        if problems:
+            raise ConfigError(problems)
+        return _compare_new_points(arguments)
+
+    if arguments.dry_run:
+        problems.append("--dry-run: lists points of new runs; name an axis, as in strategy=ddp,fsdp2, or leave it out")
+    sources, run_problems = point_sources_from_arguments(arguments.runs)
+    problems += run_problems
     if problems:
         raise ConfigError(problems)
-
-    if arguments.settings:
-        return _compare_new_points(arguments)
     if arguments.follow:
         # The page of a comparison that was run by `compare` belongs into its directory.
         follow_runs(sources, arguments.to or _only_comparison_dir(arguments.runs), as_json=arguments.as_json)

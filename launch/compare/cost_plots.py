@@ -10,11 +10,9 @@ from launch.compare.curve_plots import course_plot, difference_plot, held_out_pl
 from launch.compare.quality import quality_metric_name
 from launch.compare.vega_specs import (
     HEIGHT,
-    LEGEND_CONFIG,
-    SCHEMA,
-    WIDTH,
     PagePlot,
     Spec,
+    chart_frame,
     point_encoding,
     point_lookup_transform,
 )
@@ -65,10 +63,7 @@ def _bar_spec(rows: list[dict[str, Any]], points: Sequence[ComparedPoint], layer
     and offset of the labels put the names above the bars, beginning at their left ends.
     """
     return {
-        "$schema": SCHEMA,
-        "config": LEGEND_CONFIG,
-        "width": WIDTH,
-        "height": ROW_HEIGHT * len(points),
+        **chart_frame(ROW_HEIGHT * len(points)),
         "data": {"values": rows},
         "encoding": {
             "y": {
@@ -259,10 +254,7 @@ def _quality_against_cost_spec(
     axis_title = " : ".join(f"against === '{title}' ? '{AXIS_TITLE_BY_COST[title]}'" for title in cost_titles)
     menu = {"input": "select", "options": cost_titles, "name": "against "}
     return {
-        "$schema": SCHEMA,
-        "config": LEGEND_CONFIG,
-        "width": WIDTH,
-        "height": HEIGHT,
+        **chart_frame(HEIGHT),
         "title": {
             "text": {"expr": f"{axis_title} : ''"},
             "orient": "bottom",

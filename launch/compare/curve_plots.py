@@ -13,11 +13,9 @@ from launch.compare.events import notable_steps
 from launch.compare.quality import quality_metric_name
 from launch.compare.vega_specs import (
     HEIGHT,
-    LEGEND_CONFIG,
-    SCHEMA,
-    WIDTH,
     PagePlot,
     Spec,
+    chart_frame,
     csv_plot_data,
     legend_opacity,
     legend_selections,
@@ -92,10 +90,7 @@ def _curve_spec(
     field `point`, the name of a row's point, is added by `point_lookup_transform`.
     """
     return {
-        "$schema": SCHEMA,
-        "config": LEGEND_CONFIG,
-        "width": WIDTH,
-        "height": height,
+        **chart_frame(height),
         "title": x_axis_title(),
         "data": data,
         "params": [x_axis_menu()],

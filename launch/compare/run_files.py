@@ -249,21 +249,16 @@ def measure_run(run: RecordedRun, warmup_steps: int = 1) -> RunMeasurements:
     """
     rows = list(run.steps.values())
     counted_rows = rows_after_warmup(run, warmup_steps)
-    values_by_rate = {rate: _finite_numbers(counted_rows or rows, rate) for rate in RATES}
-    median_rates: dict[str, float | None] = dict.fromkeys(RATES)  # by field of `RunMeasurements`
-    for rate, values in values_by_rate.items():
-        if values:
-            median_rates[rate] = median(values)
+    rows_for_speed = counted_rows or rows
     last_losses = _finite_numbers(rows[-1:], "loss")  # empty before the first step, and for a loss that is not finite
-
     receipt = run.record.receipt or Receipt()
     predicted = receipt.predicted or PredictedCost()
     measured = receipt.measured or MeasuredCost()
     return RunMeasurements(
         steps=len(rows),
         loss=last_losses[0] if last_losses else None,
-        **median_rates,
-        tokens_per_s_quartiles=_quartiles(values_by_rate["tokens_per_s"]),
+        **{rate: _median_or_none(_finite_numbers(rows_for_speed, rate)) for rate in RATES},
+        tokens_per_s_quartiles=_quartiles(_finite_numbers(rows_for_speed, "tokens_per_s")),
         warmup_steps=len(rows) - len(counted_rows) if counted_rows else 0,
         memory_gib=max(_finite_numbers(rows, "memory_gib"), default=None),
         memory_reserved_gib=max(_finite_numbers(rows, "memory_reserved_gib"), default=None),
@@ -280,6 +275,11 @@ def measure_run(run: RecordedRun, warmup_steps: int = 1) -> RunMeasurements:
         metrics_before_training=run.evaluations.get(0, {}),
         metrics_at_end=last_held_out_metrics(run),
     )
+
+
+def _median_or_none(values: list[float]) -> float | None:
+    """The median; None if there are no values."""
+    return median(values) if values else None
 
 
 def _quartiles(values: list[float]) -> tuple[float, float] | None:

@@ -60,6 +60,11 @@ def csv_plot_data(columns: Sequence[str], rows: Iterable[Sequence[Any]], text_co
     return {"values": "\n".join(lines), "format": {"type": "csv", "parse": parse}}
 
 
+def chart_frame(height_px: int) -> Spec:
+    """What the Vega-Lite specification of each plot begins with: schema, look of the legends, size in pixels."""
+    return {"$schema": SCHEMA, "config": LEGEND_CONFIG, "width": WIDTH, "height": height_px}
+
+
 def _csv_cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""

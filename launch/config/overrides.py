@@ -96,20 +96,24 @@ def parse_overrides(overrides: list[str]) -> ParsedOverrides:
 
     `tuning=lora optim.lr=1e-4 my.yaml` gives the choice `lora`, the values in the file and, behind them, that of `optim.lr`.
     """
-    parsed = ParsedOverrides()
     settings_by_key = all_settings()
-    overrides, parsed.problems = hints.separate_settings_split_at_spaces(overrides, settings_by_key)
+    overrides, split_problems = hints.separate_settings_split_at_spaces(overrides, settings_by_key)
+    from_files = ParsedOverrides(problems=split_problems)
+    for override in overrides:
+        if user_files.is_settings_file(override):
+            _add_settings_file(from_files, settings_by_key, override)
+    from_command_line = _parse_command_line(overrides, settings_by_key)
+    parsed = _join_files_and_command_line(from_files, from_command_line)
+    parsed.problems += _contradiction_problems(parsed)
+    return parsed
+
+
+def _parse_command_line(overrides: list[str], settings_by_key: dict[str, Setting]) -> ParsedOverrides:
+    """The overrides that are no settings files, sorted into choices, values and problems."""
+    parsed = ParsedOverrides()
     of_other_trainers = hints.OverridesOfOtherTrainers(
         overrides, is_ours=lambda key: find_setting(settings_by_key, key) is not None
     )
-    # Files first, because the last value of a key counts, and the command line goes before a file.
-    for override in overrides:
-        if user_files.is_settings_file(override):
-            _add_settings_file(parsed, settings_by_key, override)
-    file_values = parsed.values
-    tables_of_files = parsed.replaced_tables
-    parsed.values = []
-    parsed.replaced_tables = set()
     for override in of_other_trainers.overrides:
         if user_files.is_settings_file(override):
             continue
@@ -120,14 +124,26 @@ def parse_overrides(overrides: list[str]) -> ParsedOverrides:
             _add_reset(parsed, settings_by_key, override)
         else:
             _add_override(parsed, settings_by_key, override)
-    # A table that was typed as a whole replaces that of a file, as a value does.
-    for table in parsed.replaced_tables:
-        file_values = [value for value in file_values if not value.key.startswith(f"{table}.")]
-    parsed.values = [*file_values, *parsed.values]
-    parsed.num_file_values = len(file_values)
-    parsed.replaced_tables |= tables_of_files
-    parsed.problems += _contradiction_problems(parsed)
     return parsed
+
+
+def _join_files_and_command_line(from_files: ParsedOverrides, from_command_line: ParsedOverrides) -> ParsedOverrides:
+    """The settings of files and of the command line together. The latter goes before a file, so its values stand last.
+
+    A table that was typed as a whole replaces that of a file, as a value does.
+    """
+    file_values = from_files.values
+    for table in from_command_line.replaced_tables:
+        file_values = [value for value in file_values if not value.key.startswith(f"{table}.")]
+    return ParsedOverrides(
+        choices=from_files.choices | from_command_line.choices,
+        values=[*file_values, *from_command_line.values],
+        problems=[*from_files.problems, *from_command_line.problems],
+        replaced_tables=from_files.replaced_tables | from_command_line.replaced_tables,
+        num_file_values=len(file_values),
+        resets=[*from_files.resets, *from_command_line.resets],
+        probably_meant_keys=from_files.probably_meant_keys | from_command_line.probably_meant_keys,
+    )
 
 
 def _add_override(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], override: str) -> None:
@@ -311,7 +327,7 @@ def _add_setting(
         entries = _list_entries(text)
         _add_rewards(parsed, [text] if entries is None else entries, source_text)  # one may be typed without brackets
     elif setting is not None and _is_text_type(setting.type) and not _is_hydra_syntax(text):
-        parsed.add_value(key, text, source_text)
+        parsed.add_value(key, text, source_text)  # as typed
     else:
         _add_setting_by_grammar(parsed, settings_by_key, key, text, source_text)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from launch.compare.comparison import compare_points
-from launch.compare.run_page import contents, figures, page
+from launch.compare.run_page import contents, figure_pieces, figures, loss_figure, page
 from launch.compare.run_page.answers import answer_pairs
 from launch.compare.run_page.held_out import MetricChange, best_step, metric_changes
 from launch.compare.run_page.rounds import shown_round_groups
@@ -327,8 +327,8 @@ def test_a_long_run_is_still_a_page(tmp_path):
     text = page.run_page(compared(directory))
     assert len(text) < 1_500_000
     run = read(directory)
-    drawn = figures.drawn_steps(run)
-    assert drawn[-1] == steps and len(drawn) <= 2 * figures.MAX_DRAWN_STEPS + 1
+    drawn = figure_pieces.drawn_steps(run)
+    assert drawn[-1] == steps and len(drawn) <= 2 * figure_pieces.MAX_DRAWN_STEPS + 1
     assert "950 earlier ones are in events.jsonl" in text
 
 
@@ -408,14 +408,16 @@ def test_a_long_run_with_rewards_is_still_a_page(tmp_path):
 
 
 def test_curves_are_smoothed_over_all_steps():
-    assert figures.smoothed({1: 4.0, 2: 2.0, 3: 2.0}, 0.0) == {1: 4.0, 2: 2.0, 3: 2.0}
-    smooth = figures.smoothed({1: 4.0, 2: 2.0}, 0.5)
+    assert loss_figure.smoothed({1: 4.0, 2: 2.0, 3: 2.0}, 0.0) == {1: 4.0, 2: 2.0, 3: 2.0}
+    smooth = loss_figure.smoothed({1: 4.0, 2: 2.0}, 0.5)
     assert smooth == {1: 4.0, 2: pytest.approx((0.5 * 4 + 2) / 1.5)}
-    assert [figures.smoothing_weight(*steps) for steps in ((0.0, 0), (30, 3))] == [0.0, pytest.approx(29 / 31)]
+    assert [loss_figure.smoothing_weight(*steps) for steps in ((0.0, 0), (30, 3))] == [0.0, pytest.approx(29 / 31)]
     # Of a run of a few steps, each choice still shows another curve.
-    short = [figures.smoothing_weight(6 * share, least) for share, least in figures.SMOOTHING_BY_MENU_ENTRY.values()]
+    short = [
+        loss_figure.smoothing_weight(6 * share, least) for share, least in loss_figure.SMOOTHING_BY_MENU_ENTRY.values()
+    ]
     assert short == [0.0, 0.5, pytest.approx(5 / 7)]
-    constant = figures.smoothed(dict.fromkeys(range(50), 3.0), 0.95)
+    constant = loss_figure.smoothed(dict.fromkeys(range(50), 3.0), 0.95)
     assert list(constant.values()) == pytest.approx([3.0] * 50)
 
 
