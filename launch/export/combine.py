@@ -63,6 +63,7 @@ def combine_adapters_command(argv: list[str]) -> dict[str, Any]:
     if adapters_text and not arguments.adapters:
         problems.append(f"adapters={adapters_text}: names no adapter; write adapters=[runs/a/export]")
 
+    # Not before the arguments were read: these imports take seconds.
     import torch
 
     from trainer.export.combine import Combination, CombineSettings, combination_problems, write_combination

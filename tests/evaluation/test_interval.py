@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 from strategies.base import Progress
 from tests.helpers.covering import examples
 from trainer.evaluation.base import EvaluationConfig
-from trainer.evaluation.interval import RunSize, auto_interval_reason, automatic_interval, num_intermediate_evaluations
+from trainer.evaluation.interval import (
+    RunSize,
+    auto_interval_reason,
+    automatic_evaluation_interval,
+    num_intermediate_evaluations,
+)
 from trainer.session.evaluation_interval import resolve_evaluation_interval
 
 sizes = st.builds(RunSize, st.integers(1, 10**6), st.floats(1, 1e8), st.integers(0, 10**9))
@@ -20,7 +25,7 @@ sizes = st.builds(RunSize, st.integers(1, 10**6), st.floats(1, 1e8), st.integers
 @settings(max_examples=examples(200), deadline=None)
 @given(sizes)
 def test_automatic_interval_keeps_its_promises(size):
-    interval = automatic_interval(size)
+    interval = automatic_evaluation_interval(size)
     count = num_intermediate_evaluations(interval, size.total_steps)
     assert count <= 20
     assert count * size.held_out_tokens <= 0.05 * size.total_steps * size.tokens_per_step * (1 + 1e-9)
@@ -40,7 +45,7 @@ def test_automatic_interval_keeps_its_promises(size):
     ],
 )
 def test_automatic_interval_of_usual_runs(size, interval, count):
-    assert automatic_interval(size) == interval
+    assert automatic_evaluation_interval(size) == interval
     assert num_intermediate_evaluations(interval, size.total_steps) == count
 
 

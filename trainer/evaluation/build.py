@@ -128,7 +128,7 @@ def _raise_if_watched_part_is_missing(
         data_metrics += metric_names.values()
     if config.watched not in {*data_metrics, *metric_directions(config.tasks)}:
         known = f"of their parts there are {', '.join(data_metrics)}"
-        if not data_metrics:
+        if not data_metrics:  # the documents are of one source, which has no metrics of its own
             known = f"all {len(held_out)} are of one source ({', '.join(source_name_by_number(held_out).values())}); "
             known += "watch eval/loss, draw others by run.seed, hold out more, or name sets in data.eval_path"
         raise ConfigError(f"evaluation.watch={config.watched}: the evaluation documents have no such part; {known}")
@@ -158,6 +158,7 @@ def build_model_interface(
         stop_now=stop_now,
     )
     max_positions = getattr(text_model_config(built.config), "max_position_embeddings", None)
+    # The encoder has positions of its own, and the decoder those of the answer alone, so a question is never too long.
     is_encoder_decoder = bool(built.encoder_decoder)
     if is_encoder_decoder or (max_positions is not None and max_positions <= 0):  # 0 or -1: the model has no limit
         max_positions = None
@@ -182,8 +183,8 @@ def source_metric_names(held_out: TokenDataset, *, generates: bool = False) -> d
     - Several sources without names of sets: {0: {"loss": "eval/loss/code"}, 1: {"loss": "eval/loss/prose"}}.
     - One source: {}.
 
-    Metrics whose terms depend on counts of the whole set are left out. `generates`: whether answers are generated, so that named
-    sets also get BLEU and ROUGE-L.
+    Metrics whose terms depend on counts of the whole set are left out. A source is an index, as batches have it. `generates`:
+    whether answers are generated, so that named sets also get BLEU and ROUGE-L.
     """
     name_by_source = source_name_by_number(held_out)
     if held_out.manifest.get("sets"):  # named in data.eval_path: reported by name even if there is one alone

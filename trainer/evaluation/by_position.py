@@ -51,7 +51,8 @@ def with_position_groups(
 ) -> Iterator[dict[str, Any]]:
     """The micro-batches that `batches` yields, each with the position group that every target token belongs to.
 
-    Two keys are added. Objectives read them to sum the loss by data source; here they make them sum it by position group instead:
+    `batches` is called once for each evaluation. Two keys are added. Objectives read them to sum the loss by data source; here
+    they make them sum it by position group instead:
 
     - `GROUP_NAMES_KEY`: the names of the groups, such as ["position/1024", "position/2048"].
     - `GROUP_OF_TARGET_KEY`: int64, for each target the index of its group among them.
@@ -73,7 +74,8 @@ def position_group_counts(batch: Mapping[str, Any], terms: Mapping[str, Tensor])
     """The sum of target weights in each position group of a micro-batch: {"count/position/1024": float64 scalar, ...}.
 
     It is the denominator of the group's loss. `batch`: of `with_position_groups`. `terms`: what the objective returned for it.
-    The result is empty if the batch has no position groups, or if `terms` has no loss by group.
+    The result is empty if the batch has no position groups, or if the objective computes no loss of single tokens, and so has
+    none by group among its terms.
     """
     group_names = [name for name in batch.get(GROUP_NAMES_KEY, ()) if name.startswith(POSITION_GROUP_PREFIX)]
     if not group_names or f"loss/{group_names[0]}" not in terms:

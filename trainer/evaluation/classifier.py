@@ -121,18 +121,18 @@ class Classifier:
         own_results: dict[int, ClassifiedText] = {}  # by index of the text
         for begin in range(0, len(by_length), self.batch):
             batch_indices = by_length[begin : begin + self.batch]
-            batch_results = self._classify_batch([texts[index] for index in batch_indices], label_index)
+            batch_results = self._classify_texts([texts[index] for index in batch_indices], label_index)
             own_results |= zip(batch_indices, batch_results, strict=True)
         results: dict[int, ClassifiedText] = {}
         for rank_results in gather_objects(own_results, self.runtime):
             results |= rank_results
         return [results[index] for index in range(len(texts))]
 
-    def _classify_batch(self, texts: list[str], label_index: int) -> list[ClassifiedText]:
+    def _classify_texts(self, texts: list[str], label_index: int) -> list[ClassifiedText]:
         """The probability of one label for each text, from one forward pass on this rank."""
         import torch
 
-        lengths = [len(ids) for ids in self.tokenizer(texts)["input_ids"]]
+        lengths = [len(ids) for ids in self.tokenizer(texts)["input_ids"]]  # before they are cut to `max_tokens`
         inputs = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
         with torch.inference_mode():
             logits = self.model(**inputs.to(self.runtime.device)).logits.float()  # [texts, labels]

@@ -92,6 +92,7 @@ class GenerationEvaluator:
     def answer_documents(self, engine: Engine) -> list[AnswerWithReference]:
         """The model's answer to each evaluation document, in their order, the same on every rank. All ranks must call."""
         # Every rank has the prompts of all evaluated documents; `generate_answers` splits them over the ranks.
+        # A data set whose answers are generated has one sequence for each document, so that the indices are the same.
         document_indices = [int(index) for index in self.evaluated_share.covered_documents(self.dataset)]
         samples = [self.dataset.sample(index) for index in document_indices]
         prompts = [sample.input_ids[: sample.answer_begin()].tolist() for sample in samples]

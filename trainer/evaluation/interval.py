@@ -5,6 +5,7 @@ No clock takes part, so every rank, every start and every machine comes to the s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 EVERY_STEPS = "evaluation.every_steps"
@@ -30,7 +31,7 @@ class RunSize:
     """Tokens that one evaluation of the held-out loss reads, all ranks together."""
 
 
-def automatic_interval(size: RunSize) -> int:
+def automatic_evaluation_interval(size: RunSize) -> int:
     """Steps between two evaluations of the held-out loss, the largest of three lower bounds.
 
     - There are about twenty evaluations in the run.
@@ -41,8 +42,8 @@ def automatic_interval(size: RunSize) -> int:
     """
     if size.held_out_tokens == 0 or size.tokens_per_step <= 0:
         return 0
-    steps_by_count = _rounded_up(size.total_steps / TARGET_EVALUATIONS)
-    steps_by_token_share = _rounded_up(size.held_out_tokens / (MAX_TOKEN_SHARE * size.tokens_per_step))
+    steps_by_count = math.ceil(size.total_steps / TARGET_EVALUATIONS)
+    steps_by_token_share = math.ceil(size.held_out_tokens / (MAX_TOKEN_SHARE * size.tokens_per_step))
     interval = max(MIN_INTERVAL_STEPS, steps_by_count, steps_by_token_share)
     return interval if interval < size.total_steps else 0
 
@@ -58,19 +59,15 @@ def auto_interval_reason(interval: int, size: RunSize, patience: int) -> str:
     The text has the number of evaluations and their share of the run's tokens. It also warns if there are fewer evaluations than
     `patience` (`evaluation.patience`), because early stopping could never happen.
     """
-    count = num_intermediate_evaluations(interval, size.total_steps)
-    if count == 0:
+    num_evaluations = num_intermediate_evaluations(interval, size.total_steps)
+    if num_evaluations == 0:
         reason = "only before the first step and at the end: the run is too short for its held-out documents"
     else:
-        token_share = count * size.held_out_tokens / (size.total_steps * size.tokens_per_step)
-        noun = "evaluation" if count == 1 else "evaluations"
-        reason = f"{count} {noun} of the held-out loss on the way, {token_share:.1%} of the run's tokens"
-    if patience > count:
+        token_share = num_evaluations * size.held_out_tokens / (size.total_steps * size.tokens_per_step)
+        noun = "evaluation" if num_evaluations == 1 else "evaluations"
+        reason = f"{num_evaluations} {noun} of the held-out loss on the way, {token_share:.1%} of the run's tokens"
+    if patience > num_evaluations:
         reason += (
             f"; too few for evaluation.patience={patience}: give evaluation.every_steps a number, or hold out less"
         )
     return reason
-
-
-def _rounded_up(number: float) -> int:
-    return -int(-number // 1)

@@ -15,7 +15,7 @@ from trainer.data.batches.loader import EvalShare, StepLoader
 from trainer.data.prepare import PreparedData
 from trainer.data.store.sequences import TokenDataset
 from trainer.evaluation.build import source_metric_names
-from trainer.evaluation.interval import AUTO, EVERY_STEPS, RunSize, auto_interval_reason, automatic_interval
+from trainer.evaluation.interval import AUTO, EVERY_STEPS, RunSize, auto_interval_reason, automatic_evaluation_interval
 from trainer.reporting.resolution import ResolvedSetting
 from trainer.rollout.loader import RolloutLoader
 from trainer.step import BuiltModel
@@ -60,7 +60,7 @@ def resolve_evaluation_interval(
     )
     # A run that was too short for any evaluation on the way may have been extended. Every other number stays.
     if not progress.evaluate_every:
-        progress.evaluate_every = automatic_interval(size)
+        progress.evaluate_every = automatic_evaluation_interval(size)
     interval = progress.evaluate_every
     reason = auto_interval_reason(interval, size, config.evaluation.patience)
     built.substitutions[EVERY_STEPS] = str(ResolvedSetting(EVERY_STEPS, AUTO, interval, reason))
