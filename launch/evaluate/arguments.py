@@ -71,8 +71,9 @@ class EvaluateArguments(VerbArguments):
 def parse_evaluate_arguments(argv: list[str]) -> EvaluateArguments:
     """Read the command line of `shardtune evaluate`, and check which arguments go together.
 
-    `evaluation.server=URL` becomes `evaluation.server.url=URL`; arguments with `against.` before them go to
-    `settings_for_other_run`. Raises ConfigError with every problem.
+    `evaluation.server=URL` becomes `evaluation.server.url=URL`. If another run is compared with (`against=runs/x`), arguments
+    with `against.` before them allow what that run uses; they go to `settings_for_other_run`. Raises ConfigError with every
+    problem.
     """
     from launch.config.read_run import split_allowing_arguments
 

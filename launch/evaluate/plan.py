@@ -66,14 +66,12 @@ def plan_evaluation(evaluate_arguments: EvaluateArguments) -> EvaluationPlan:
     config.run.dir = str(evaluation_plan.job_dir)
     _set_evaluation_defaults(config, evaluate_arguments)
 
-    names_training_data = any(
-        argument.startswith(("data.path=", "data.sources")) for argument in evaluate_arguments.settings
-    )
-    has_training_data = run is not None or names_training_data
+    settings = evaluate_arguments.settings
+    has_training_data = run is not None or any(text.startswith(("data.path=", "data.sources")) for text in settings)
     try:
         check_evaluation(
             config,
-            evaluate_arguments.settings,
+            settings,
             run=run,
             has_training_data=has_training_data,
             split=evaluate_arguments.split,
@@ -252,15 +250,10 @@ def _config_of_model(evaluate_arguments: EvaluateArguments, path: str, directory
     from trainer.reporting.status import write_text_atomic
 
     model_config = read_model_config(path) or {}
+    labels = _labels_of_classifier(model_config)
     arguments = ["budget.steps=1", *evaluate_arguments.settings]  # a run needs a budget, and nothing is trained
-    architectures = model_config.get("architectures") or ()
-    is_classifier = any(str(name).endswith("ForSequenceClassification") for name in architectures)
-    labels: list[str] = []  # names of the classes, in the order of their ids
-    if is_classifier:
-        label_by_id = model_config.get("id2label") or {}
-        labels = [label_by_id[key] for key in sorted(label_by_id, key=int)]
     if not any(argument.startswith("objective=") for argument in arguments):
-        if is_classifier:
+        if labels is not None:
             arguments.append("objective=classification")
         elif model_config.get("is_encoder_decoder"):
             arguments.append("objective=seq2seq")
@@ -273,9 +266,21 @@ def _config_of_model(evaluate_arguments: EvaluateArguments, path: str, directory
         config.objective.labels = labels  # type: ignore[attr-defined]
     if config.data.path is None and not config.data.sources:
         stand_in_file = directory / "stand_in.jsonl"
-        write_text_atomic(stand_in_file, _stand_in_rows_text(labels))
+        write_text_atomic(stand_in_file, _stand_in_rows_text(labels or []))
         config.data.path = str(stand_in_file)
     return config
+
+
+def _labels_of_classifier(model_config: dict[str, Any]) -> list[str] | None:
+    """The names of a classifier's labels, in the order of their ids, by its config.json; [] if it has no names.
+
+    None for a model without a classification head.
+    """
+    architectures = model_config.get("architectures") or ()
+    if not any(str(name).endswith("ForSequenceClassification") for name in architectures):
+        return None
+    label_by_id = model_config.get("id2label") or {}
+    return [label_by_id[key] for key in sorted(label_by_id, key=int)]
 
 
 def _stand_in_rows_text(labels: list[str]) -> str:

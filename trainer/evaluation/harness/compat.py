@@ -15,8 +15,8 @@ from typing import Any
 from unittest.mock import patch
 
 
-def read_task_file(file: Path, index: dict[str, Any]) -> None:
-    """Put what one YAML of the harness declares into `index`, entries by name. Its functions stay paths: no code runs.
+def read_task_file(file: Path, entry_by_name: dict[str, Any]) -> None:
+    """Put what one YAML of the harness declares into `entry_by_name`. Its functions stay paths: no code runs.
 
     Calls `load_yaml` and `TaskIndex.process_cfg` of `lm_eval.tasks._yaml_loader` and `._index`, as the public `TaskManager`
     does for every YAML under a directory. `TaskManager` itself cannot take their place: it reads all of the harness's 14,000
@@ -26,7 +26,7 @@ def read_task_file(file: Path, index: dict[str, Any]) -> None:
     from lm_eval.tasks._index import TaskIndex
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    TaskIndex.process_cfg(load_yaml(file, resolve_func=False), file, index)
+    TaskIndex.process_cfg(load_yaml(file, resolve_func=False), file, entry_by_name)
 
 
 def filter_names(task: Any) -> list[str]:
