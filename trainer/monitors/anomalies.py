@@ -236,7 +236,10 @@ class Guards:
         self._unjudged_steps = []
         if not rows:
             return
-        deviations_by_step = self._deviations_by_step(rows, taken_steps)
+        if self.may_skip_updates:
+            deviations_by_step = self._deviations_from_before_updates(taken_steps)
+        else:
+            deviations_by_step = self._judge_steps_by_rows(rows)
         for row, taken_step, deviations in zip(rows, taken_steps, deviations_by_step, strict=True):
             first_sample = taken_step.first_sample
             spike_scores: dict[str, float] = {}
@@ -247,7 +250,7 @@ class Guards:
             if spike_scores:
                 outlier = self._outlier_of_spike(row, spike_scores, first_sample)
                 if outlier.action is Action.rollback:
-                    outlier = self._with_cause_before_spike(outlier)
+                    outlier = self._count_rollback_and_extend_to_cause(outlier)
                 self._report_or_roll_back(outlier)
             for rise in self.level_shifts.add_step(row, first_sample, reported_names=list(spike_scores)):
                 row[OUTLIER_KEYS[rise.metric]] = rise.deviation
@@ -261,19 +264,17 @@ class Guards:
         else:
             self._skipped_in_a_row = []
 
-    def _deviations_by_step(self, rows: list[dict[str, Any]], taken_steps: list[UnjudgedStep]) -> list[list[float]]:
-        """How far each step of an interval stands out, as floats on the host: [steps][2], loss and gradient norm.
+    def _deviations_from_before_updates(self, taken_steps: list[UnjudgedStep]) -> list[list[float]]:
+        """How far each step stands out, by its judgement before the update: [steps][2], loss and gradient norm, on the host.
 
-        - Updates may be left out: the deviations were computed before the update, and are in `taken_steps`. NaN, which never
-          stands out, if the engine did not call the update filter.
-        - Otherwise: they are computed now, from the numbers in `rows`, and the steps join the window.
+        NaN, which never stands out, if the engine did not call the update filter.
         """
-        if self.may_skip_updates:
-            unknown = torch.full(
-                (len(WATCHED_METRICS),), torch.nan, dtype=torch.float64, device=self._has_action.device
-            )
-            known_or_nan = [unknown if step.deviations is None else step.deviations for step in taken_steps]
-            return torch.stack(known_or_nan).tolist()  # type: ignore[no-any-return]  # one copy for all steps
+        unknown = torch.full((len(WATCHED_METRICS),), torch.nan, dtype=torch.float64, device=self._has_action.device)
+        known_or_nan = [unknown if step.deviations is None else step.deviations for step in taken_steps]
+        return torch.stack(known_or_nan).tolist()  # type: ignore[no-any-return]  # one copy for all steps
+
+    def _judge_steps_by_rows(self, rows: list[dict[str, Any]]) -> list[list[float]]:
+        """How far each step stands out, by its numbers in `rows`: [steps][2], loss and gradient norm. Steps join the window."""
         deviations_by_step = []
         for row in rows:
             values = torch.tensor([row[name] for name in WATCHED_METRICS]).double()
@@ -298,15 +299,15 @@ class Guards:
             began=step,
         )
 
-    def _with_cause_before_spike(self, outlier: Outlier) -> Outlier:
-        """The outlier of one step whose action is a rollback, so begun that the run goes back to before the cause.
+    def _count_rollback_and_extend_to_cause(self, outlier: Outlier) -> Outlier:
+        """An outlier of one step whose action is a rollback, extended to its cause, so that the run goes back to before that.
 
         - The number rose already before this step: the record begins where the rise began.
         - The run went back to one checkpoint several times, and the very next step stood out each time: the checkpoint itself is
           bad. The record includes the update that led to it.
-        - Otherwise it begins with this step, as it does.
+        - Otherwise: the record as it is.
 
-        It also counts the rollbacks to one checkpoint that were in vain.
+        Also counts the rollbacks to one checkpoint that were in vain.
         """
         was_last_rollback_in_vain = outlier.step == self._last_rollback_step + 1
         self._num_fruitless_rollbacks = self._num_fruitless_rollbacks + 1 if was_last_rollback_in_vain else 0
