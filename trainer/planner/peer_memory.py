@@ -87,34 +87,34 @@ def estimate_peer_memory(
     loss_bytes = round(sum(LOSS_BYTES_PER_LOGIT.get(setting, 0.0) for setting in settings) * num_logits)
     at_the_loss = _own_memory_at_the_loss(cost_model, num_rows_or_tokens)
     if PeerSetting.pure_bf16 in settings:
-        # Weights in bf16; gradients take as many bytes, the two moments of the optimizer twice as many.
-        weight_bytes = 2 * cost_model.num_parameters
-        sharded_state = {
-            "weights": weight_bytes // shard_counts.weights,
-            "moments": 2 * weight_bytes // shard_counts.moments,
-        }
-        other_phase = "update"
-        other_parts = {
-            **sharded_state,
-            "gradients": weight_bytes // shard_counts.gradients,
-            # An update of all parameters at once (torch's foreach kernels) makes copies as large as the weights it updates.
-            "foreach copies": weight_bytes // shard_counts.moments,
-        }
-        other_total = sum(other_parts.values())
-        loss_parts = {**sharded_state, "activations": at_the_loss.activation_bytes, "logits": loss_bytes}
+        update_parts = _bf16_bytes_of_update(cost_model.num_parameters, shard_counts)
+        other = _peer_memory_of_parts("update", update_parts)
+        state_parts = {part: update_parts[part] for part in ("weights", "moments")}
     else:
-        other_phase = "as ours"
-        other_parts = {}
-        other_total = cost_model.memory_peak_at(num_rows_or_tokens).total_bytes
-        loss_parts = {
-            "what stays": at_the_loss.resting_bytes,
-            "activations": at_the_loss.activation_bytes,
-            "logits": loss_bytes,
-        }
-    loss_total = sum(loss_parts.values())
-    if loss_total > other_total:
-        return PeerMemory(loss_total, "loss", loss_parts)
-    return PeerMemory(other_total, other_phase, other_parts)
+        own_peak = cost_model.memory_peak_at(num_rows_or_tokens)
+        other = PeerMemory(own_peak.total_bytes, "as ours", parts={})
+        state_parts = {"what stays": at_the_loss.resting_bytes}
+    loss = _peer_memory_of_parts(
+        "loss", {**state_parts, "activations": at_the_loss.activation_bytes, "logits": loss_bytes}
+    )
+    return loss if loss.total > other.total else other
+
+
+def _peer_memory_of_parts(phase: str, parts: dict[str, int]) -> PeerMemory:
+    """What a peer holds in a phase, from the bytes of its parts."""
+    return PeerMemory(sum(parts.values()), phase, parts)
+
+
+def _bf16_bytes_of_update(num_parameters: int, shard_counts: ShardCounts) -> dict[str, int]:
+    """Bytes of one rank by part in the update of a peer that trains all weights with all state in bf16."""
+    weight_bytes = 2 * num_parameters
+    return {
+        "weights": weight_bytes // shard_counts.weights,
+        "moments": 2 * weight_bytes // shard_counts.moments,  # two for each weight
+        "gradients": weight_bytes // shard_counts.gradients,
+        # An update of all parameters at once (torch's foreach kernels) makes copies as large as the weights it updates.
+        "foreach copies": weight_bytes // shard_counts.moments,
+    }
 
 
 class _MemoryAtTheLoss(NamedTuple):
