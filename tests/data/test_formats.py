@@ -11,7 +11,7 @@ from strategies.errors import ConfigError, DataError
 from tests.helpers.covering import examples
 from trainer.data.config import DataFormat
 from trainer.data.document import Document, RejectedRow, SourceRow
-from trainer.data.format_recognition import FORMAT_NEEDS, FORMAT_SPELLINGS, recognise_format
+from trainer.data.format_recognition import COLUMN_SETS_BY_FORMAT, REQUIRED_COLUMNS_TEXT_BY_FORMAT, recognise_format
 from trainer.data.formats import RowReader
 from trainer.data.selection.signatures import content_json
 
@@ -37,7 +37,7 @@ def good(fields, format=F.auto, columns=None):
 
 
 def test_every_format_has_a_spelling_and_a_need():
-    assert set(FORMAT_SPELLINGS) == set(FORMAT_NEEDS) == set(FORMATS)
+    assert set(COLUMN_SETS_BY_FORMAT) == set(REQUIRED_COLUMNS_TEXT_BY_FORMAT) == set(FORMATS)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_format_error_lists_what_each_format_needs(fields, hint):
     message = str(caught.value)
     assert re.search(hint, message), message
     recognised = [format for format in FORMATS if format is not F.prompt]
-    assert all(f"  {format.value}: {FORMAT_NEEDS[format]}" in message for format in recognised)
+    assert all(f"  {format.value}: {REQUIRED_COLUMNS_TEXT_BY_FORMAT[format]}" in message for format in recognised)
     assert len(message.splitlines()) < 20 and "the row: {" in message
 
 
@@ -398,7 +398,7 @@ def test_renamed_column_must_exist():
     assert re.search(r"no column 'body' \(data\.columns\.text\)", rejected.message)
 
 
-WORDS = sorted({name for spellings in FORMAT_SPELLINGS.values() for spelling in spellings for name in spelling})
+WORDS = sorted({name for spellings in COLUMN_SETS_BY_FORMAT.values() for spelling in spellings for name in spelling})
 KEYS = st.sampled_from([*WORDS, "system", "context", "role", "content", "from", "value", "train", "weight", "type"])
 LEAVES = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
@@ -421,7 +421,7 @@ VALUES = st.recursive(
 @settings(max_examples=examples(300), deadline=None)
 @given(st.dictionaries(KEYS | st.text(max_size=3), VALUES, max_size=5), st.sampled_from(FORMATS), st.data())
 def test_format_reader_makes_a_document_or_rejects_whatever_a_row_holds(fields, format, data):
-    spelling = data.draw(st.sampled_from(FORMAT_SPELLINGS[format]))
+    spelling = data.draw(st.sampled_from(COLUMN_SETS_BY_FORMAT[format]))
     filled = {**fields, **{name: data.draw(VALUES) for name in spelling}}
     for candidate in (fields, filled):
         result = RowReader(format, {}, source="data")(row(candidate))
@@ -450,7 +450,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str
 @st.composite
 def valid_rows(draw, format):
     """A row of the format, and the texts that must come out of it, in reading order."""
-    spelling = draw(st.sampled_from(FORMAT_SPELLINGS[format]))
+    spelling = draw(st.sampled_from(COLUMN_SETS_BY_FORMAT[format]))
     texts = draw(st.lists(TEXTS, min_size=4, max_size=4, unique=True))
     turns = [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]}]
     if format is F.sharegpt:

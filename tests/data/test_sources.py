@@ -536,7 +536,7 @@ def test_sources_inputs_name_what_decides_the_rows(tmp_path):
     names = ["A.JSONL.GZ", "b.parquet", "c one.txt", "d.md.zst"]
     paths = [tmp_path / name for name in names]
     kinds = [".jsonl.gz", ".parquet", "c one.txt", "d.md.zst"]
-    assert Origin("data.path", paths).identity(lambda path: path) == list(zip(kinds, paths, strict=True))
+    assert Origin("data.path", paths).content_identity(lambda path: path) == list(zip(kinds, paths, strict=True))
 
 
 # ---- the hub ----
@@ -569,11 +569,11 @@ def test_sources_hub_rows_by_subset_split_and_revision(hub_data):
     assert [row.fields["text"] for row in rows] == [f"{n}" for n in range(699, -1, -1)]
     assert rows[0].fields["x"] is None
     assert (rows[-1].file, rows[-1].line) == ("hub:org/name/en/train", 700)
-    ((kind, text),) = Origin("data.path", [path], split="train").identity(str)
+    ((kind, text),) = Origin("data.path", [path], split="train").content_identity(str)
     assert kind == "hub"
     assert text.startswith("org/name:")
     hub_data["result"] = hub_data["result"].select(range(5))
-    assert Origin("data.path", [path], split="train").identity(str) != [(kind, text)]
+    assert Origin("data.path", [path], split="train").content_identity(str) != [(kind, text)]
 
 
 def test_sources_hub_data_set_of_several_splits_needs_one_named(hub_data):

@@ -19,7 +19,7 @@ def write(
     import pyarrow as pa
 
     directory.mkdir(parents=True)
-    store, sequences = StoreWriter(directory), Sequences.of(list(samples), counts)
+    store, sequences = StoreWriter(directory), Sequences.from_samples(list(samples), counts)
     number = len(sequences.lengths)
     none = np.zeros(number, np.int64)
     sequences.columns |= {"document": np.arange(number), "source": none, "ended": none}

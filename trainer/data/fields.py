@@ -236,7 +236,7 @@ class UnreadColumns:
     def add_from_row(
         self, fields: Mapping[str, Any], unloaded_columns: tuple[str, ...], read_columns: tuple[str, ...]
     ) -> None:
-        """Add the unread columns of a row to `names`. Raises Refusal for one that carries meaning and is not empty.
+        """Add the unread columns of a row to `names`. Raises RowError for one that carries meaning and is not empty.
 
         `unloaded_columns`: further columns of the file, without values in `fields`. `read_columns`: those that are read.
         """

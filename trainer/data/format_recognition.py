@@ -14,7 +14,7 @@ from trainer.data.config import DataFormat
 from trainer.data.document import SourceRow
 from trainer.data.fields import RowError, is_surely_verdict, show_value, value_at
 
-FORMAT_NEEDS = {
+REQUIRED_COLUMNS_TEXT_BY_FORMAT = {
     DataFormat.messages: '"messages": a list of {"role": "system|user|assistant", "content": "text"}',
     DataFormat.sharegpt: '"conversations": a list of {"from": "system|human|gpt", "value": "text"}',
     DataFormat.alpaca: '"instruction", optional "input", and "output"',
@@ -26,10 +26,10 @@ FORMAT_NEEDS = {
     DataFormat.thumbs: '"prompt" and "completion", or "messages"; and "label": true/false, or "thumbs": up/down',
     DataFormat.prompt: '"prompt" (or question, problem, query, instruction, messages): a text or a list of messages',
 }
-TURNS_NEEDS = FORMAT_NEEDS[DataFormat.messages]
-Spelling = tuple[str, ...]
-"""Columns that make a format, such as ("prompt", "completion") and ("question", "answer")."""
-_SPELLINGS_TEXT_BY_FORMAT = {  # the columns that make a format, likeliest spelling first
+REQUIRED_TURNS_TEXT = REQUIRED_COLUMNS_TEXT_BY_FORMAT[DataFormat.messages]
+ColumnSet = tuple[str, ...]
+"""Names of columns that make a format together, such as ("prompt", "completion") or ("question", "answer")."""
+_COLUMN_SETS_TEXT_BY_FORMAT = {  # the columns that make a format, likeliest set first
     DataFormat.messages: "messages | conversation",
     DataFormat.sharegpt: "conversations",
     DataFormat.alpaca: "instruction output | instruction response",
@@ -41,17 +41,17 @@ _SPELLINGS_TEXT_BY_FORMAT = {  # the columns that make a format, likeliest spell
     DataFormat.thumbs: "prompt completion label | prompt completion thumbs | messages label | messages thumbs",
     DataFormat.prompt: "prompt | question | problem | query | instruction | messages | conversation | conversations",
 }
-FORMAT_SPELLINGS: dict[DataFormat, list[Spelling]] = {}
+COLUMN_SETS_BY_FORMAT: dict[DataFormat, list[ColumnSet]] = {}
 """For each format the sets of columns that make it, likeliest first."""
-for _format, _text in _SPELLINGS_TEXT_BY_FORMAT.items():
-    FORMAT_SPELLINGS[_format] = [tuple(spelling.split()) for spelling in _text.split("|")]
+for _format, _text in _COLUMN_SETS_TEXT_BY_FORMAT.items():
+    COLUMN_SETS_BY_FORMAT[_format] = [tuple(column_set.split()) for column_set in _text.split("|")]
 _CONVERSATION_COLUMNS = ("system", "tools")
 FORMATS_WITHOUT_SYSTEM = (DataFormat.auto, DataFormat.pair, DataFormat.labelled, DataFormat.text)
 _INSTRUCTION_COLUMNS = ("input", "context", "history")
-_FURTHER_SPELLINGS = {  # a format that the user named reads these spellings too
-    DataFormat.messages: FORMAT_SPELLINGS[DataFormat.sharegpt],
-    DataFormat.sharegpt: FORMAT_SPELLINGS[DataFormat.messages],
-    DataFormat.prompt_completion: FORMAT_SPELLINGS[DataFormat.alpaca],
+_FURTHER_COLUMN_SETS_BY_FORMAT = {  # a format that the user named reads these sets of columns too
+    DataFormat.messages: COLUMN_SETS_BY_FORMAT[DataFormat.sharegpt],
+    DataFormat.sharegpt: COLUMN_SETS_BY_FORMAT[DataFormat.messages],
+    DataFormat.prompt_completion: COLUMN_SETS_BY_FORMAT[DataFormat.alpaca],
 }
 _LESS_FULL_BY_FORMAT = {  # a format reads all columns of these formats, and more: if both fit, the fuller one is meant
     DataFormat.labelled: {DataFormat.text},
@@ -80,7 +80,7 @@ def recognise_format(
     names a column that no format reads.
     """
     setting = columns_setting(source)
-    require_readable_columns(columns, [*FORMAT_SPELLINGS], setting)
+    require_readable_columns(columns, [*COLUMN_SETS_BY_FORMAT], setting)
     row_fields = {name: value for name, value in row.fields.items() if name not in ignored}
     try:
         fields = rename_columns(row_fields, columns, setting)
@@ -89,21 +89,21 @@ def recognise_format(
 
     filled_fields = {name: value for name, value in fields.items() if value is not None}
     learns_verdicts = DataFormat.thumbs in preferred
-    spelling_by_format = _fitting_formats(filled_fields, columns, learns_verdicts=learns_verdicts)
-    with_nulls = _fitting_formats(fields, columns, learns_verdicts=learns_verdicts)
-    no_preferred_fits = spelling_by_format.keys().isdisjoint(preferred)
+    column_set_by_format = _column_sets_of_fitting_formats(filled_fields, columns, learns_verdicts=learns_verdicts)
+    with_nulls = _column_sets_of_fitting_formats(fields, columns, learns_verdicts=learns_verdicts)
+    no_preferred_fits = column_set_by_format.keys().isdisjoint(preferred)
     null_hides_preferred = no_preferred_fits and not with_nulls.keys().isdisjoint(preferred)
-    if not spelling_by_format or null_hides_preferred:
-        spelling_by_format = with_nulls
+    if not column_set_by_format or null_hides_preferred:
+        column_set_by_format = with_nulls
 
-    if len(spelling_by_format) == 1:
-        return next(iter(spelling_by_format))
+    if len(column_set_by_format) == 1:
+        return next(iter(column_set_by_format))
     for format in preferred:
-        if format in spelling_by_format:
+        if format in column_set_by_format:
             return format
     fault = f"{row.file}:{row.line}: columns {column_names(fields)} fit"
-    if spelling_by_format:
-        advice = _advice_for_several_formats(spelling_by_format, setting)
+    if column_set_by_format:
+        advice = _advice_for_several_formats(column_set_by_format, setting)
         raise DataError(f"{fault} several formats; {advice}\nthe row: {show_value(fields)}")
     advice = _advice_for_no_format(fields, columns, setting, preferred)
     raise DataError(f"{fault} no format; {advice}\nthe row: {show_value(fields)}{_hint_for_no_format(row)}")
@@ -119,10 +119,10 @@ def format_setting(source: str) -> str:
     return f"{columns_setting(source).removesuffix('columns')}format"
 
 
-def _advice_for_several_formats(spelling_by_format: dict[DataFormat, Spelling], columns_setting: str) -> str:
+def _advice_for_several_formats(column_set_by_format: dict[DataFormat, ColumnSet], columns_setting: str) -> str:
     """Part of an error message: how to choose between several formats that fit, and which columns each would read."""
-    format_lines = [f"  {format.value}: {', '.join(spelling)}" for format, spelling in spelling_by_format.items()]
-    choice = f"{columns_setting.removesuffix('columns')}format={'|'.join(spelling_by_format)}"
+    format_lines = [f"  {format.value}: {', '.join(column_set)}" for format, column_set in column_set_by_format.items()]
+    choice = f"{columns_setting.removesuffix('columns')}format={'|'.join(column_set_by_format)}"
     return "\n".join([f"choose with {choice}, or leave columns out with data.ignore_columns", *format_lines])
 
 
@@ -134,18 +134,17 @@ def _advice_for_no_format(
     `columns`: what the user renamed already; nothing is suggested then, and the example has placeholders.
     """
     suggested_columns = {} if columns else suggest_columns(fields)
-    example_columns = suggested_columns
-    if not suggested_columns:
-        likeliest_format = preferred[0] if preferred else DataFormat.prompt_completion
-        example_columns = dict.fromkeys(FORMAT_SPELLINGS[likeliest_format][0], "NAME")
+    likeliest_format = preferred[0] if preferred else DataFormat.prompt_completion
+    example_columns = suggested_columns or dict.fromkeys(COLUMN_SETS_BY_FORMAT[likeliest_format][0], "NAME")
     pairs = ",".join(f"{expected}:{name}" for expected, name in example_columns.items())
     example = f"{columns_setting}='{{{pairs}}}'"
-    remedy = f"rename them with {columns_setting}, as in {example},"
     if suggested_columns:
         remedy = f"try {example}, or rename them"
+    else:
+        remedy = f"rename them with {columns_setting}, as in {example},"
     # Prompts alone are never recognised, so that they are no help here.
-    recognised_formats = [format for format in FORMAT_NEEDS if format is not DataFormat.prompt]
-    needs = "\n".join(f"  {format.value}: {FORMAT_NEEDS[format]}" for format in recognised_formats)
+    recognised_formats = [format for format in REQUIRED_COLUMNS_TEXT_BY_FORMAT if format is not DataFormat.prompt]
+    needs = "\n".join(f"  {format.value}: {REQUIRED_COLUMNS_TEXT_BY_FORMAT[format]}" for format in recognised_formats)
     return f"{remedy} to one of\n{needs}"
 
 
@@ -161,10 +160,10 @@ def _hint_for_no_format(row: SourceRow) -> str:
     return ""
 
 
-def _fitting_formats(
+def _column_sets_of_fitting_formats(
     fields: dict[str, Any], columns: dict[str, str], *, learns_verdicts: bool
-) -> dict[DataFormat, Spelling]:
-    """The formats that a row fits, each with the spelling (set of columns) by which it fits. Ambiguities are resolved:
+) -> dict[DataFormat, ColumnSet]:
+    """The formats that a row fits, each with the set of columns by which it fits. Ambiguities are resolved:
 
     - a column `label` makes thumbs only if it is surely a verdict, or if the objective learns verdicts;
     - conversations beside a chosen and a rejected answer are the prompt of a pair;
@@ -173,57 +172,57 @@ def _fitting_formats(
 
     `fields`: the row's values under the expected names. `columns`: the columns that the user renamed.
     """
-    spelling_by_format = _formats_with_all_columns(fields, columns)
+    column_set_by_format = _column_sets_that_row_has(fields, columns)
 
-    # The label 0 or 1 may be a class as well as a verdict, so that thumbs and labelled texts both stay.
+    # A label 0 or 1 may be a class as well as a verdict: then neither thumbs nor labelled texts replace the other.
     is_surely_thumbs = True
-    is_label_recognised = "label" in spelling_by_format.get(DataFormat.thumbs, ()) and "label" not in columns
+    is_label_recognised = "label" in column_set_by_format.get(DataFormat.thumbs, ()) and "label" not in columns
     if is_label_recognised:  # the user has not said that it is the verdict
         label = fields["label"]
         is_surely_thumbs = str(label) not in ("0", "1")
         if label is not None and not learns_verdicts and not is_surely_verdict(label):
-            del spelling_by_format[DataFormat.thumbs]
-    if "conversations" in spelling_by_format.get(DataFormat.preference, ()):
-        spelling_by_format.pop(DataFormat.sharegpt, None)
+            del column_set_by_format[DataFormat.thumbs]
+    if "conversations" in column_set_by_format.get(DataFormat.preference, ()):
+        column_set_by_format.pop(DataFormat.sharegpt, None)
 
     less_full_formats: set[DataFormat] = set()
-    for format in spelling_by_format:
+    for format in column_set_by_format:
         if is_surely_thumbs or format is not DataFormat.thumbs:
             less_full_formats |= _LESS_FULL_BY_FORMAT.get(format, set())
     for format in less_full_formats:
-        spelling_by_format.pop(format, None)
-    is_text_by_content = "content" not in columns and "content" in spelling_by_format.get(DataFormat.text, ())
-    if is_text_by_content and len(spelling_by_format) > 1:
-        del spelling_by_format[DataFormat.text]
-    return spelling_by_format
+        column_set_by_format.pop(format, None)
+    is_text_by_content = "content" not in columns and "content" in column_set_by_format.get(DataFormat.text, ())
+    if is_text_by_content and len(column_set_by_format) > 1:
+        del column_set_by_format[DataFormat.text]
+    return column_set_by_format
 
 
-def _formats_with_all_columns(fields: dict[str, Any], columns: dict[str, str]) -> dict[DataFormat, Spelling]:
-    """The formats that have a spelling of which the row has every column, each with the likeliest such spelling.
+def _column_sets_that_row_has(fields: dict[str, Any], columns: dict[str, str]) -> dict[DataFormat, ColumnSet]:
+    """The formats of which the row has a whole set of columns, each with the likeliest such set.
 
-    Only spellings that read all renamed `columns` count. `prompt` is never among them: every row with a question has a prompt,
+    Only sets that read all renamed `columns` count. `prompt` is never among them: every row with a question has a prompt,
     so that this format is meant only if the objective says so.
     """
-    spelling_by_format: dict[DataFormat, Spelling] = {}
-    for format, spellings in FORMAT_SPELLINGS.items():
+    column_set_by_format: dict[DataFormat, ColumnSet] = {}
+    for format, column_sets in COLUMN_SETS_BY_FORMAT.items():
         if format is DataFormat.prompt:
             continue
-        for spelling in spellings:
-            reads_renamed_columns = columns.keys() <= {*readable_columns(spelling, format)}
-            if reads_renamed_columns and all(name in fields for name in spelling):
-                spelling_by_format.setdefault(format, spelling)
-    return spelling_by_format
+        for column_set in column_sets:
+            reads_renamed_columns = columns.keys() <= {*readable_columns(column_set, format)}
+            if reads_renamed_columns and all(name in fields for name in column_set):
+                column_set_by_format.setdefault(format, column_set)
+    return column_set_by_format
 
 
 def require_readable_columns(columns: dict[str, str], formats: list[DataFormat], setting: str) -> None:
     """Raise ConfigError if `setting` renames a column to a name that none of the formats reads.
 
-    `columns`: the value of the setting, the row's name of a column by the expected name.
+    `columns`: the value of the setting, the row's name of a column by the expected name, such as {"prompt": "question_text"}.
     """
     known_columns: dict[str, None] = {}  # a dict, to keep the order
     for format in formats:
-        for spelling in (*FORMAT_SPELLINGS[format], *_FURTHER_SPELLINGS.get(format, ())):
-            known_columns.update(dict.fromkeys(readable_columns(spelling, format)))
+        for column_set in (*COLUMN_SETS_BY_FORMAT[format], *_FURTHER_COLUMN_SETS_BY_FORMAT.get(format, ())):
+            known_columns.update(dict.fromkeys(readable_columns(column_set, format)))
     for expected_name in columns:
         if expected_name in known_columns:
             continue
@@ -264,26 +263,26 @@ def rename_columns(fields: dict[str, Any], columns: dict[str, str], setting: str
     return {**unchanged, **renamed}
 
 
-def spellings_to_try(format: DataFormat, columns: dict[str, str], kept_names: tuple[str, ...]) -> list[Spelling]:
-    """The spellings that rows of a format may have, in the order in which they are tried.
+def column_sets_to_try(format: DataFormat, columns: dict[str, str], kept_names: tuple[str, ...]) -> list[ColumnSet]:
+    """The sets of columns by which a row may fit a format, in the order in which they are tried: [("text",), ("content",)].
 
-    If some spellings use all renamed `columns`, only these. `kept_names`: columns that are kept beside a prompt, and that may be
-    renamed as well.
+    If some sets use all renamed `columns` (the row's name of a column by the expected name), only these. `kept_names`: columns
+    that are kept beside a prompt, and that may be renamed as well.
     """
-    likeliest, *other_spellings = FORMAT_SPELLINGS[format]
-    # The further ones come early: a row with an instruction may have input and output, too, which are a spelling of their own.
-    spellings = [likeliest, *_FURTHER_SPELLINGS.get(format, ()), *other_spellings]
+    likeliest, *other_spellings = COLUMN_SETS_BY_FORMAT[format]
+    # The further ones come early: a row with an instruction may have input and output, too, which are a set of their own.
+    column_sets = [likeliest, *_FURTHER_COLUMN_SETS_BY_FORMAT.get(format, ()), *other_spellings]
     optional_columns = {*_CONVERSATION_COLUMNS, *_INSTRUCTION_COLUMNS, *kept_names}
-    using_all_renamed = [spelling for spelling in spellings if columns.keys() <= {*spelling, *optional_columns}]
-    return using_all_renamed or spellings
+    using_all_renamed = [column_set for column_set in column_sets if columns.keys() <= {*column_set, *optional_columns}]
+    return using_all_renamed or column_sets
 
 
-def readable_columns(spelling: Spelling, format: DataFormat) -> Spelling:
-    """All columns that are read of a row with this spelling: the spelling's own, and those that may be missing."""
-    columns = spelling
+def readable_columns(column_set: ColumnSet, format: DataFormat) -> ColumnSet:
+    """All columns that are read of a row with this set of columns: these, and those that may be missing."""
+    columns = column_set
     if format not in FORMATS_WITHOUT_SYSTEM:
         columns += _CONVERSATION_COLUMNS
-    if spelling[0] == "instruction":
+    if column_set[0] == "instruction":
         columns += _INSTRUCTION_COLUMNS
     return columns
 

@@ -27,17 +27,17 @@ from trainer.data.fields import (
     show_value,
 )
 from trainer.data.format_recognition import (
-    FORMAT_NEEDS,
     FORMATS_WITHOUT_SYSTEM,
-    TURNS_NEEDS,
-    Spelling,
+    REQUIRED_COLUMNS_TEXT_BY_FORMAT,
+    REQUIRED_TURNS_TEXT,
+    ColumnSet,
     column_names,
+    column_sets_to_try,
     columns_setting,
     format_setting,
     readable_columns,
     rename_columns,
     require_readable_columns,
-    spellings_to_try,
 )
 from trainer.data.messages import (
     lists_all_tools,
@@ -89,21 +89,24 @@ class RowReader:
         if not keeps_all_columns:  # a reward function that takes all columns takes any name
             renamed_for_format = {name: column for name, column in columns.items() if name not in kept_names}
             require_readable_columns(renamed_for_format, [format], self._setting)
-        self._spellings = spellings_to_try(format, columns, kept_names)
+        self._column_sets = column_sets_to_try(format, columns, kept_names)
 
-        self._read_columns_by_spelling: dict[Spelling, tuple[str, ...]] = {}
-        """The columns that are read, by the spelling that a row has."""
-        read_with_any_spelling = self._columns_read_with_any_spelling(kept_names)
+        self._read_columns_by_column_set: dict[ColumnSet, tuple[str, ...]] = {}
+        """The columns that are read, by the set of columns that make the format in a row."""
+        read_with_any_column_set = self._columns_read_with_any_column_set(kept_names)
         needed_columns = {*MEANINGFUL_COLUMNS[format]}
-        for spelling in self._spellings:
-            self._read_columns_by_spelling[spelling] = (*readable_columns(spelling, format), *read_with_any_spelling)
-            needed_columns.update(self._read_columns_by_spelling[spelling])
+        for column_set in self._column_sets:
+            self._read_columns_by_column_set[column_set] = (
+                *readable_columns(column_set, format),
+                *read_with_any_column_set,
+            )
+            needed_columns.update(self._read_columns_by_column_set[column_set])
         self.needed_columns = None if keeps_all_columns else frozenset(needed_columns)
         """The only columns of a table that have to be read from its file; None: all are needed."""
         self.unread = UnreadColumns(MEANINGFUL_COLUMNS[format], self.ignored, self._setting)
 
-    def _columns_read_with_any_spelling(self, kept_names: tuple[str, ...]) -> set[str]:
-        """Columns that are read whatever the spelling of a row: those that settings name, and those that are kept."""
+    def _columns_read_with_any_column_set(self, kept_names: tuple[str, ...]) -> set[str]:
+        """Columns that are read whatever set of columns a row has: those that settings name, and those that are kept."""
         named_in_settings = [*self.columns.values()]
         if self.group:
             named_in_settings.append(self.group)
@@ -129,74 +132,91 @@ class RowReader:
             return RejectedRow(row.file, row.line, refusal.reason, refusal.message, excerpt)
 
     def _make_document(self, row: SourceRow) -> Document:
-        """The document that a row makes in this format. Adds the row's unread columns to `unread`. Raises Refusal."""
+        """The document that a row makes in this format. Adds the row's unread columns to `unread`. Raises RowError."""
         fields = row.fields
         if self.ignored:
             fields = {name: value for name, value in fields.items() if name not in self.ignored}
         document = Document(row.file, row.line, self.source)
         document.group = parse_group(fields, self.group) if self.group else None
         fields = rename_columns(fields, self.columns, self._setting)
-        spelling = self._find_spelling(fields, row.unread_columns)
-        read_columns = self._read_columns_by_spelling[spelling]
+        # The names of the columns that make the format in this row.
+        column_set = self._find_column_set(fields, row.unread_columns)
+        read_columns = self._read_columns_by_column_set[column_set]
         for name in read_columns:
             value = fields.get(name)
             if isinstance(value, Fault):
                 raise RowError(value.reason, f'column "{name}": {value.message}')
-        self._fill_document(document, fields, spelling)
+        self._fill_document(document, fields, column_set)
         if self.format not in FORMATS_WITHOUT_SYSTEM:
             _add_system_and_tools(document, fields)
         if self.kept is not None:
-            document.columns = self.kept.values_of(fields)
-            # The answer at the end of a conversation is not learned; rewards may compare with it.
-            if document.completion is not None:
-                document.columns.setdefault("completion", document.completion)
-                document.completion = None
-            read_columns = (*read_columns, *document.columns)
+            kept_names = self._keep_columns(document, fields, self.kept)
+            read_columns = (*read_columns, *kept_names)
         self.unread.add_from_row(fields, row.unread_columns, (*read_columns, *row.derived_columns))
         return document
 
-    def _find_spelling(self, fields: dict[str, Any], unread_columns: tuple[str, ...]) -> Spelling:
+    @staticmethod
+    def _keep_columns(document: Document, fields: dict[str, Any], kept: KeptColumns) -> dict[str, Any]:
+        """Set `document.columns`, the columns beside a prompt that are kept, for rewards to compare an answer with; return them.
+
+        The answer at the end of a conversation is not learned, and becomes one of them.
+        """
+        document.columns = kept.values_of(fields)
+        if document.completion is not None:
+            document.columns.setdefault("completion", document.completion)
+            document.completion = None
+        return document.columns
+
+    def _find_column_set(self, fields: dict[str, Any], unread_columns: tuple[str, ...]) -> ColumnSet:
         """The columns that make this format in a row, such as ("instruction", "output") or ("prompt", "completion").
 
-        The first spelling of which the row has every column with a value; if there is none, the first of which it has every
+        The first column_set of which the row has every column with a value; if there is none, the first of which it has every
         column. `unread_columns`: further columns of the row, for the message. Raises RowError: wrong_format.
         """
         filled_columns = {name for name, value in fields.items() if value is not None}
-        # A table with columns of two spellings leaves one of them empty in each row.
+        # A table with two such sets of columns leaves one of them empty in each row.
         for present_columns in (filled_columns, fields.keys()):
-            for spelling in self._spellings:
-                if present_columns >= {*spelling}:
-                    return spelling
-        needs = f"{format_setting(self.source)}={self.format.value} needs {FORMAT_NEEDS[self.format]}"
+            for column_set in self._column_sets:
+                if present_columns >= {*column_set}:
+                    return column_set
+        # As in "data.format=text needs "text": a text".
+        needs = (
+            f"{format_setting(self.source)}={self.format.value} needs {REQUIRED_COLUMNS_TEXT_BY_FORMAT[self.format]}"
+        )
         raise RowError("wrong_format", f"columns {sorted([*column_names(fields), *unread_columns])}, but {needs}")
 
-    def _fill_document(self, document: Document, fields: dict[str, Any], spelling: Spelling) -> None:
-        """Fill a document from the columns of `spelling`, such as ("prompt", "completion"). Raises Refusal."""
+    def _fill_document(self, document: Document, fields: dict[str, Any], column_set: ColumnSet) -> None:
+        """Fill a document from the columns of `column_set`, such as ("prompt", "completion"). Raises RowError.
+
+        `self.ignored`, fields of messages that `data.ignore_columns` names, are not read.
+        """
         if self.format is DataFormat.thumbs:
             # The last column is the verdict; those before it are what is judged: a prompt with completion, or a conversation.
-            *judged_columns, verdict_column = spelling
+            *judged_columns, verdict_column = column_set
             document.desirable = parse_verdict(fields[verdict_column])
             if document.desirable is None:
                 message = f'"{verdict_column}" is {show_value(fields[verdict_column])}; it must be {VERDICT_SPELLINGS}'
                 raise RowError("bad_label", message)
-            spelling = tuple(judged_columns)
+            column_set = tuple(judged_columns)
         if self.format is DataFormat.prompt:
-            _read_prompt_alone(document, fields, spelling, self.ignored)
+            _read_prompt_alone(document, fields, column_set, self.ignored)
         elif self.format is DataFormat.preference:
-            _read_preference(document, fields, spelling, self.ignored)
+            _read_preference(document, fields, column_set, self.ignored)
         elif self.format in (DataFormat.text, DataFormat.labelled):
-            document.text = parse_text(fields, spelling[0])
+            document.text = parse_text(fields, column_set[0])
             if self.format is DataFormat.labelled:
                 document.label = self.parse_label(fields["label"])
-        elif len(spelling) == 1:  # a conversation
-            column = spelling[0]
-            document.messages = require_learnable(parse_turns(fields[column], column, TURNS_NEEDS, self.ignored))
+        elif len(column_set) == 1:  # a conversation
+            column = column_set[0]
+            document.messages = require_learnable(
+                parse_turns(fields[column], column, REQUIRED_TURNS_TEXT, self.ignored)
+            )
         else:
-            _read_prompt_and_completion(document, fields, spelling, self.ignored)
+            _read_prompt_and_completion(document, fields, column_set, self.ignored)
 
 
 def _read_prompt_and_completion(
-    document: Document, fields: dict[str, Any], spelling: Spelling, ignored: Collection[str]
+    document: Document, fields: dict[str, Any], column_set: ColumnSet, ignored: Collection[str]
 ) -> None:
     """Fill a document from a column for the prompt and one for the completion. Raises RowError.
 
@@ -204,14 +224,14 @@ def _read_prompt_and_completion(
     - Both are texts: `prompt`, `completion` and `separator`. An instruction is followed by its input, and earlier turns in
       `history` make the document a conversation.
     """
-    prompt_column, completion_column = spelling
+    prompt_column, completion_column = column_set
     if _holds_turns(fields[prompt_column]) or _holds_turns(fields[completion_column]):
         document.messages = _join_prompt_and_completion_turns(fields, prompt_column, completion_column, ignored)
         return
     document.prompt = parse_text(fields, prompt_column)
     document.completion = parse_text(fields, completion_column)
     # By custom "prompt" and "completion" hold the separator between them; columns of other names do not.
-    document.separator = "" if spelling == ("prompt", "completion") else "\n\n"
+    document.separator = "" if column_set == ("prompt", "completion") else "\n\n"
     if prompt_column == "instruction":
         for column in ("input", "context"):
             if fields.get(column) not in (None, ""):
@@ -240,14 +260,15 @@ def _join_prompt_and_completion_turns(
 
 
 def _read_prompt_alone(
-    document: Document, fields: dict[str, Any], spelling: Spelling, ignored: Collection[str]
+    document: Document, fields: dict[str, Any], column_set: ColumnSet, ignored: Collection[str]
 ) -> None:
-    """Fill a document with a prompt from the one column of `spelling`. Raises RowError.
+    """Fill a document with a prompt from the one column of `column_set`. Raises RowError.
 
     - The column is a text: `prompt`, with the column `input` behind an instruction.
-    - It holds turns: `messages` up to the last turn that is no answer; the first of the answers behind it is the `completion`.
+    - It holds turns: `messages` up to the last turn that is no answer; the first of the answers behind it is the `completion`,
+      which is the one that the model is to give there.
     """
-    column = spelling[0]
+    column = column_set[0]
     if not _holds_turns(fields[column]):
         document.prompt = parse_text(fields, column)
         if column == "instruction" and fields.get("input") not in (None, ""):
@@ -271,17 +292,20 @@ def _read_turns_or_text(fields: dict[str, Any], column: str, role: str, ignored:
     value = fields[column]
     if _holds_turns(value):
         turns = [value] if isinstance(value, dict) else value
-        return parse_turns(turns, column, TURNS_NEEDS, ignored)
+        return parse_turns(turns, column, REQUIRED_TURNS_TEXT, ignored)
     return [{"role": role, "content": parse_text(fields, column)}]
 
 
-def _read_preference(document: Document, fields: dict[str, Any], spelling: Spelling, ignored: Collection[str]) -> None:
+def _read_preference(
+    document: Document, fields: dict[str, Any], column_set: ColumnSet, ignored: Collection[str]
+) -> None:
     """Fill a document with a pair of answers: `messages` (the prompt), `chosen` and `rejected`. Raises RowError.
 
-    The prompt is in the first of three columns; if there are only two columns, it is what both conversations begin with.
+    The prompt is in the first of three columns; if there are only two columns, it is what both conversations begin with. The
+    answers are always in the columns "chosen" and "rejected".
     """
-    has_prompt_column = len(spelling) == 3
-    prompt_turns = _read_turns_or_text(fields, spelling[0], "user", ignored) if has_prompt_column else []
+    has_prompt_column = len(column_set) == 3
+    prompt_turns = _read_turns_or_text(fields, column_set[0], "user", ignored) if has_prompt_column else []
 
     def read_answer_turns(column: str) -> list[Message]:
         """The turns of "chosen" or "rejected"; a text without a prompt column is a transcript of the whole conversation."""
@@ -305,13 +329,13 @@ def _add_system_and_tools(document: Document, fields: dict[str, Any]) -> None:
     tools = parse_tools(fields.get("tools"))
     if tools:
         document.messages = document.messages or document.pop_prompt_turns()
-        # A template must not write tools once more that the system turn lists already.
+        # A template must not write tools once more that the first turn, usually the system turn, lists already.
         if not lists_all_tools(document.messages[0]["content"], tools):
             document.tools = tools
 
 
 def _add_system(document: Document, system: str) -> None:
-    """Put the text of a "system" column before the conversation; a prompt and its completion become one.
+    """Put the text of a "system" column before the conversation; a prompt and its completion become a conversation.
 
     Does nothing if the conversation begins with this system turn. Raises RowError if it begins with another one.
     """

@@ -175,7 +175,7 @@ def _parse_thought_calls_and_ids(turn: dict[str, Any], shown_name: str, role: st
 
 
 def _check_no_unread_keys(turn: dict[str, Any], shown_name: str, ignored: Collection[str]) -> None:
-    """Raise Refusal if a turn has a key of `_UNREAD_KEYS` with a value: images and sound, or a mask.
+    """Raise RowError if a turn has a key of `_UNREAD_KEYS` with a value: images and sound, or a mask.
 
     Null counts as no value; an empty image does too, but not an empty mask or a mask of 0, which says something.
     """
@@ -242,7 +242,7 @@ def _parse_loss_weight(turn: dict[str, Any], shown_name: str, ignored: Collectio
 
 
 def _parse_weight(value: Any, shown_name: str) -> float:
-    """A loss weight from a row as a float: 0, or from `MIN_WEIGHT` to 1. Raises Refusal (bad_weight) for anything else."""
+    """A loss weight from a row as a float: 0, or from `MIN_WEIGHT` to 1. Raises RowError (bad_weight) for anything else."""
     if not isinstance(value, int | float):
         raise RowError("bad_weight", f"{shown_name} is {show_value(value)}; it must be a number from 0 to 1")
     is_allowed = value == 0 or MIN_WEIGHT <= value <= 1  # NaN is neither
@@ -365,7 +365,7 @@ def lists_all_tools(system: str, tools: list[dict[str, Any]]) -> bool:
 
 
 def parse_tool_calls(value: Any, shown_name: str) -> list[dict[str, Any]]:
-    """The tool calls of a turn, from one call, a list of calls, or a JSON text of either. Raises Refusal: bad_tool_calls."""
+    """The tool calls of a turn, from one call, a list of calls, or a JSON text of either. Raises RowError: bad_tool_calls."""
     row_calls = _as_list(value)
     if not isinstance(row_calls, list) or not row_calls:
         raise RowError(
@@ -380,7 +380,7 @@ def _parse_tool_call(raw_call: Any, shown_name: str) -> dict[str, Any]:
     """A tool call of a row as `{"type": "function", "function": {"name", "arguments"}}`, with its `id` if it has one.
 
     The row may have it with or without "function" around it: {"name": "search", "arguments": {"query": "weather"}}.
-    `shown_name`: what error messages call it. Raises Refusal for a call without a name, or with arguments of another type.
+    `shown_name`: what error messages call it. Raises RowError for a call without a name, or with arguments of another type.
     """
     function = raw_call.get("function", raw_call) if isinstance(raw_call, dict) else None
     if not isinstance(function, dict):
@@ -411,7 +411,7 @@ def _parse_call_arguments(function: dict[str, Any]) -> Any:
 
 
 def _require_json_writable(calls_or_tools: Any, shown_name: str) -> Any:
-    """The calls or tools themselves, if they can be written as JSON in UTF-8. Raises Refusal: bad_tools."""
+    """The calls or tools themselves, if they can be written as JSON in UTF-8. Raises RowError: bad_tools."""
     try:
         json.dumps(calls_or_tools, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:

@@ -62,7 +62,7 @@ from trainer.data.worker import BlockMaker, frozen_heap, num_usable_cores, order
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-VERSION = 7
+PREPARATION_VERSION = 7
 """Raised whenever the code would make other tokens, masks or choices out of the same input."""
 TEMPLATE_DATE_KEY = "template_date"
 """Where a report has the date that the chat template wrote."""
@@ -143,38 +143,34 @@ class Preparation:
         self.stop = stop
         self.progress = PreparationProgress(print_line)
         with self.progress.printing():
-            self._identify(choose_date or keep_or_first_date(None))
-
-    def _identify(self, choose_date: ChooseDate) -> None:
-        """Set `inputs`, `has_small_inputs`, `digests`, `template_date`, `fingerprint`, and `directory`, the entry of the cache.
-
-        The fingerprint covers the bytes of all inputs, the options, the tokenizer, and the date if the chat template writes one.
-        `choose_date`: returns the date to use, given a function that looks up when the same data was first prepared.
-        """
-        cache_dir = Path(self.config.cache_dir).expanduser()
-        self.inputs = find_inputs(self.config)
-        # With small inputs one process works alone, since forking workers takes longer.
-        input_bytes = sum(source_input.origin.size_bytes() for source_input in self.inputs)
-        self.has_small_inputs = input_bytes <= SMALL_INPUT_BYTES
-        self.digests = DigestCache(cache_dir)
-        # The date comes second: the first date of preparation is recorded under the fingerprint without a date.
-        undated_fingerprint = data_fingerprint(self._input_identities(), self.tokenizer, self._fingerprint_options())
-        self.template_date: TemplateDate | None = None
-        if self.tokenizer.chat_template and reads_clock(self.tokenizer.get_chat_template()):
-            self.template_date = choose_date(partial(load_or_record_first_date, cache_dir, undated_fingerprint))
-        self.fingerprint = fingerprint_with_date(undated_fingerprint, self.template_date)
-        self.directory = cache_dir / entry_name(self.fingerprint)
+            cache_dir = Path(config.cache_dir).expanduser()
+            self.inputs = find_inputs(config)
+            self.digests = DigestCache(cache_dir)
+            # The date comes second: the first date of preparation is recorded under the fingerprint without a date.
+            undated_fingerprint = data_fingerprint(self._input_identities(), tokenizer, self._fingerprint_options())
+            self.template_date: TemplateDate | None = None
+            if tokenizer.chat_template and reads_clock(tokenizer.get_chat_template()):
+                find_first_date = partial(load_or_record_first_date, cache_dir, undated_fingerprint)
+                self.template_date = (choose_date or keep_or_first_date(None))(find_first_date)
+            self.fingerprint = fingerprint_with_date(undated_fingerprint, self.template_date)
+            self.directory = cache_dir / entry_name(self.fingerprint)
+            """The entry of the cache."""
 
     def _input_identities(self) -> list[Any]:
-        """What the bytes of prepared data depend on beside options and tokenizer: all input files, and the key of pseudonyms."""
+        """What the bytes of prepared data depend on beside options and tokenizer, for the fingerprint.
+
+        That is the bytes of all input files, as their digests (or of hub data sets, as their commit), and the key of pseudonyms.
+        A change in this list outdates the entry of the cache.
+        """
         config = self.config
         identities: list[Any] = []
         for source_input in self.inputs:
-            identities.append((source_input.split, source_input.source, source_input.origin.identity(self.digests)))
+            content_identity = source_input.origin.content_identity(self.digests)
+            identities.append((source_input.split, source_input.source, content_identity))
         if config.decontamination.paths is not None:
             key = "data.decontamination.paths"
             evaluation_files = expand_paths(config.decontamination.paths, key, allow_remote=config.remote)
-            identities.append(("decontamination", Origin(key, evaluation_files).identity(self.digests)))
+            identities.append(("decontamination", Origin(key, evaluation_files).content_identity(self.digests)))
         if config.privacy.mode is PrivacyMode.pseudonymise:
             # Imported here, because it compiles seventy regular expressions.
             from trainer.data.transforms.privacy.stage import key_identity
@@ -196,7 +192,7 @@ class Preparation:
         # Fingerprints keep the class names of earlier versions ("SftReading"): data that these prepared is found again.
         class_name = data_spec_class.__qualname__.replace("DataSpec", "Reading")
         return {
-            "version": VERSION,
+            "version": PREPARATION_VERSION,
             "data": settings,
             "seed": self.seed if draws_by_seed else None,
             "reading": {"class": f"{data_spec_class.__module__}.{class_name}", **self.data_spec.identity()},
@@ -360,9 +356,10 @@ class Preparation:
 
         `columns`: what is known of all documents. `selection`: which documents are in which split.
         """
+        # An evaluation set without a name of its own is called as its split.
         named_evaluation_sets = []
         for source_input in self.inputs:
-            if source_input.split == "eval" and source_input.source != "eval":  # a set with a name of its own
+            if source_input.split == "eval" and source_input.source != "eval":
                 named_evaluation_sets.append(source_input.source)
         for split, documents in selection.splits.items():
             directory = target / split
@@ -387,6 +384,8 @@ class Preparation:
 
         A block is what one range of rows became. A shard is every `num_shards`-th range, beginning with number `shard`; by
         default all ranges. `readers`: by input, what makes documents of its rows. Raises StorageError if the disk is too small.
+
+        Workers are forked with this process's memory. The blocks do not depend on their number.
         """
         make_block = BlockMaker(
             self.config, self.data_spec, readers=readers, encoder=self._encoder, date=self.template_date
@@ -405,8 +404,11 @@ class Preparation:
         all_ranges = row_ranges(rows_of_inputs(self.inputs, self.config.max_documents))
         ranges_of_shard = (row_range for row_range in all_ranges if row_range.number % num_shards == shard)
         self.progress.begin_rows()
-        counted_ranges = self.progress.count_text_rows(ranges_of_shard)
-        num_workers = 1 if self.has_small_inputs else self.config.workers or num_usable_cores()
+        counted_ranges = self.progress.count_text_rows(ranges_of_shard)  # the same ranges, counted as they pass
+        # With small inputs one process works alone, since forking workers takes longer.
+        input_bytes = sum(source_input.origin.size_bytes() for source_input in self.inputs)
+        has_small_inputs = input_bytes <= SMALL_INPUT_BYTES
+        num_workers = 1 if has_small_inputs else self.config.workers or num_usable_cores()
         with frozen_heap():  # so that forked workers share this process's memory
             if num_workers > 1:
                 yield from ordered_map(

@@ -76,7 +76,7 @@ def data_problems(config: DataConfig) -> Iterator[str]:
     yield from _path_problems(config)
     yield from _held_out_problems(config)
     yield from _weight_problems(config)
-    for kind in config.checks.quarantine:
+    for kind in config.checks.quarantine:  # problems of documents, such as "mojibake", that put them into quarantine
         if kind not in CHECK_KINDS:
             yield f"data.checks.quarantine: {kind!r} is not looked for; known are {', '.join(CHECK_KINDS)}"
     # Most settings are the defaults, and their checks need not be imported for these.
@@ -137,10 +137,10 @@ def _streaming_problems(config: DataConfig) -> Iterator[str]:
 
     A branch or tag may move, and then the prepared data would no longer be that of the hub. Only sources can have a commit.
     """
-    names_hub_data = False
+    is_any_hub_path_named = False
     for name, source in config.sources.items():
         hub_paths = [path for path in _paths_in(source.path) if is_hub_path(path)]
-        names_hub_data |= bool(hub_paths)
+        is_any_hub_path_named |= bool(hub_paths)
         if hub_paths and not COMMIT_REGEX.fullmatch(source.revision or ""):
             yield (
                 f"data.sources.{name}.revision={source.revision}: data.streaming=true reads {hub_paths[0]} at one commit; give "
@@ -148,13 +148,13 @@ def _streaming_problems(config: DataConfig) -> Iterator[str]:
             )
     for key in ("path", "eval_path", "test_path"):
         hub_paths = [path for path in _paths_in(getattr(config, key)) if is_hub_path(path)]
-        names_hub_data |= bool(hub_paths)
+        is_any_hub_path_named |= bool(hub_paths)
         if hub_paths:
             yield (
                 f"data.{key}={hub_paths[0]}: data.streaming=true reads hub data sets at a commit, which only sources have: "
                 f"data.sources.<name>.path={hub_paths[0]} and its revision; or leave data.streaming out"
             )
-    if not names_hub_data:
+    if not is_any_hub_path_named:
         yield "data.streaming=true: no data set of the hub is named (hub:<name>), and files are always streamed; leave it out"
 
 
@@ -174,17 +174,13 @@ def find_inputs(config: DataConfig) -> list[SourceInput]:
 
     Raises ConfigError for settings that cannot be used, and DataError for files that do not exist.
     """
-    config_problems = [*data_problems(config)]
-    if config_problems:
+    if config_problems := [*data_problems(config)]:
         raise ConfigError(config_problems)
     inputs = [*_training_inputs(config)]
     for split in HELD_OUT:
         for name, (key, paths) in held_out_sets(getattr(config, f"{split}_path"), split).items():
-            origin = Origin(key, expand_paths(paths, key, allow_remote=config.remote))
-            inputs.append(SourceInput(split, name, key, origin, config.format, dict(config.columns)))
+            inputs.append(_input_with_common_settings(config, split, name, key, paths))
     for source_input in inputs:
-        source_input.ignored_columns = frozenset(config.ignore_columns)
-        source_input.group_column = config.group_by
         _check_no_read_column_is_ignored(source_input)
     return inputs
 
@@ -192,8 +188,7 @@ def find_inputs(config: DataConfig) -> list[SourceInput]:
 def _training_inputs(config: DataConfig) -> Iterator[SourceInput]:
     """The sources of training data with their own settings; or the files of `data.path`, as one source called "data"."""
     if not config.sources:
-        origin = Origin("data.path", expand_paths(config.path, "data.path", allow_remote=config.remote))
-        yield SourceInput("train", "data", "data.path", origin, config.format, dict(config.columns))
+        yield _input_with_common_settings(config, "train", "data", "data.path", config.path)
         return
     for name, source in config.sources.items():
         key = f"data.sources.{name}"
@@ -205,10 +200,36 @@ def _training_inputs(config: DataConfig) -> Iterator[SourceInput]:
             revision=source.revision,
             streaming=config.streaming,
         )
-        # A setting that the source lacks is that of `data`.
-        columns = dict(source.columns) or dict(config.columns)
-        format = config.format if source.format is DataFormat.auto else source.format
-        yield SourceInput("train", name, key, origin, format, columns, weight=source.weight, licence=source.licence)
+        yield SourceInput(
+            "train",
+            source=name,
+            key=key,
+            origin=origin,
+            # A setting that the source lacks is that of `data`.
+            format=config.format if source.format is DataFormat.auto else source.format,
+            columns=dict(source.columns) or dict(config.columns),
+            ignored_columns=frozenset(config.ignore_columns),
+            group_column=config.group_by,
+            weight=source.weight,
+            licence=source.licence,
+        )
+
+
+def _input_with_common_settings(config: DataConfig, split: str, source: str, key: str, paths: Any) -> SourceInput:
+    """An input that has no settings of its own, at the paths in the setting `key`: its format and columns are those of `data`.
+
+    It is not streamed, since that needs a hub data set at a commit, which only sources can have.
+    """
+    return SourceInput(
+        split,
+        source=source,
+        key=key,
+        origin=Origin(key, expand_paths(paths, key, allow_remote=config.remote)),
+        format=config.format,
+        columns=dict(config.columns),
+        ignored_columns=frozenset(config.ignore_columns),
+        group_column=config.group_by,
+    )
 
 
 def _check_no_read_column_is_ignored(source_input: SourceInput) -> None:
@@ -216,9 +237,8 @@ def _check_no_read_column_is_ignored(source_input: SourceInput) -> None:
     read_and_ignored = source_input.ignored_columns & {*source_input.columns.values(), source_input.group_column}
     if not read_and_ignored:
         return
-    read_by = f"{source_input.key} reads by its columns"
-    if source_input.group_column in read_and_ignored:
-        read_by = "data.group_by reads"
+    is_group_ignored = source_input.group_column in read_and_ignored
+    read_by = "data.group_by reads" if is_group_ignored else f"{source_input.key} reads by its columns"
     raise ConfigError(f"data.ignore_columns names {min(read_and_ignored)}, which {read_by}; keep one")
 
 
@@ -253,8 +273,9 @@ def make_row_readers(
         readers[source_input.id] = reader
         source_input.needed_columns = reader.needed_columns
         document = reader(first_row)
+        # Rejected for an important column that nothing reads, or for want of one that a reward needs: every row has the columns
+        # that the first one has, so stop before any work.
         if isinstance(document, RejectedRow) and document.reason.startswith(("unread_", "missing_reward_column")):
-            # Every row has the columns that the first one has: stop before any work.
             raise DataError(str(document))
     return readers
 
@@ -307,14 +328,13 @@ def rows_of_inputs(
     """((split, source), row) of all inputs in order; of the training split only the first `max_documents` rows (None: all)."""
     num_train_rows_left = max_documents
     for source_input in inputs:
-        rows: Iterator[SourceRow | RejectedRow] = source_input.origin.rows(source_input.needed_columns)
-        is_limited = source_input.split == "train" and num_train_rows_left is not None
-        if is_limited:
-            # So that no file is opened beyond the last row that is used.
-            rows = islice(rows, num_train_rows_left)
-        for row in rows:
-            if is_limited and num_train_rows_left is not None:
-                num_train_rows_left -= 1
+        rows = source_input.origin.rows(source_input.needed_columns)
+        if source_input.split != "train" or num_train_rows_left is None:
+            for row in rows:
+                yield source_input.id, row
+            continue
+        for row in islice(rows, num_train_rows_left):  # so that no file is opened beyond the last row that is used
+            num_train_rows_left -= 1
             yield source_input.id, row
 
 
@@ -364,7 +384,7 @@ def evaluation_documents(paths: Any, config: DataConfig) -> Iterator[Document]:
         (reader,) = make_row_readers([file_input], accept_unread_columns=True).values()
         for row in file_input.origin.rows(file_input.needed_columns):
             document = reader(row.parse())
-            if not isinstance(document, Document):
+            if not isinstance(document, Document):  # but a rejected row, which says why
                 raise DataError(f"{key}: {document}")
             yield document
 
@@ -378,8 +398,6 @@ TABLE_ROW_BYTES = 1024
 """What a row of a table counts for where ranges are measured in bytes of text."""
 MAX_GROWTH_FACTOR = 64
 """Most bytes of prepared data for a byte of input: compressed text in tokens of single bytes may need that many."""
-NUMBER_BYTES = 8
-"""Bytes of a number in a column of the store."""
 
 
 def require_disk_space(
@@ -458,22 +476,15 @@ class _MeasuredBlock(NamedTuple):
 
 
 def _measure_first_block(source_input: SourceInput, make_block: Callable[[RowRange], PreparedBlock]) -> _MeasuredBlock:
-    """Prepare the first range of an input's rows, and measure the block that it becomes. Nothing is written."""
+    """Prepare the block of the first rows of an input (about 4 MiB of text, at most 512 rows). Nothing is written."""
     rows = source_input.origin.rows(source_input.needed_columns)
     first_range = next(row_ranges((source_input.id, row) for row in rows))
-    read_bytes = sum(_row_bytes(row) for row in first_range.rows if isinstance(row, SourceRow))
     block = make_block(first_range)
     assert block.sequences is not None and block.documents is not None, "`make_block` has filled the block"
-    sequences = block.sequences
-    # Joining the blocks adds three numbers for each sequence: its offset, its document and its source.
-    num_columns = len(sequences.columns) + 3
-    column_bytes = len(sequences.lengths) * num_columns * NUMBER_BYTES
-    bytes_per_token = 5 if sequences.weights is None else 9  # the id, the mask, and perhaps the weight
-    token_bytes = bytes_per_token * len(sequences.tokens)
     return _MeasuredBlock(
-        read_bytes=read_bytes,
+        read_bytes=sum(_row_bytes(row) for row in first_range.rows if isinstance(row, SourceRow)),
         num_read_rows=len(first_range.rows),
-        written_bytes=block.documents.nbytes + token_bytes + column_bytes,
+        written_bytes=block.documents.nbytes + block.sequences.stored_bytes(),
     )
 
 

@@ -185,7 +185,7 @@ class BlockMaker:
             is_replay = block.split == "train" and self.config.sources[block.source].replay
             for sample in samples:
                 sample.marks[REPLAY] = is_replay
-        block.sequences = Sequences.of(samples, self.data_spec.counts)
+        block.sequences = Sequences.from_samples(samples, self.data_spec.counts)
         is_ended = [last_learned_id(sample) in self.encoder.end_ids for sample in samples]
         block.sequences.columns["ended"] = np.array(is_ended, np.int64)
         return tokenised

@@ -178,7 +178,7 @@ def _data_set_of_one_document(directory: Path, data_spec: DataSpec, fingerprint:
         input_ids = np.zeros(STAND_IN_TOKENS, np.int32)
         supervised = np.ones(STAND_IN_TOKENS, np.bool_)
         samples.append(Sample(input_ids, supervised, dict(data_spec.marks)))
-    sequences = Sequences.of(samples, data_spec.counts)
+    sequences = Sequences.from_samples(samples, data_spec.counts)
     zeros = np.zeros(num_sequences, np.int64)
     sequences.columns |= {"document": zeros, "source": zeros, "ended": zeros}
     store = StoreWriter(directory)

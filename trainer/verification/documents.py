@@ -47,7 +47,7 @@ def write_documents(
         samples += _random_document_sequences(
             generator, data_spec, index, vocabulary_size, num_label_values, must_learn
         )
-    sequences = Sequences.of(samples, data_spec.counts)
+    sequences = Sequences.from_samples(samples, data_spec.counts)
     zeros = np.zeros(len(samples), np.int64)
     sequences.columns |= {"document": np.arange(len(samples)), "source": zeros, "ended": zeros}
     directory.mkdir(parents=True)

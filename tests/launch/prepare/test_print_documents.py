@@ -53,7 +53,7 @@ def prepared(tmp_path_factory):
     table.write_batch(to_record_batch(documents[2:]))
     table.close()
     of = [0, 1, 1, 2, 3]
-    sequences = Sequences.of([sample_of(tokenizer, *TURNS[number]) for number in of], lambda s: {"loss": 1})
+    sequences = Sequences.from_samples([sample_of(tokenizer, *TURNS[number]) for number in of], lambda s: {"loss": 1})
     sequences.columns |= {"document": np.array(of), "source": np.array([0, 0, 0, 1, 1]), "ended": np.ones(5, np.int64)}
     store = StoreWriter(directory)
     store.append(sequences)

@@ -58,7 +58,7 @@ class UnparsedRow(SourceRow):
     def parse(self) -> SourceRow | RejectedRow:
         """The row with its `fields`, or why it cannot be read."""
         try:
-            self.fields = decode_line(self.raw)
+            self.fields = decode_row(self.raw)
         except RowError as refusal:
             return RejectedRow(self.file, self.line, refusal.reason, refusal.message, excerpt(self.raw))
         return self
@@ -94,7 +94,7 @@ def read_json(path: InputPath) -> Iterator[SourceRow | RejectedRow]:
     """Rows of a `.json` file: the elements of a list, or one object a line. Raises DataError with the line."""
     line_number, first_line = _first_filled_line(path)
     if first_line.startswith(b"["):
-        return _read_list(path)
+        return _read_json_list(path)
     if first_line.startswith(b"{") and first_line.endswith(b"}"):
         return read_json_lines(path)
     if not first_line:
@@ -116,7 +116,7 @@ def _first_filled_line(path: InputPath) -> tuple[int, bytes]:
     return line_number, b""
 
 
-def _read_list(path: InputPath) -> Iterator[SourceRow | RejectedRow]:
+def _read_json_list(path: InputPath) -> Iterator[SourceRow | RejectedRow]:
     """One unparsed row for each element of the list in a file. An element longer than `MAX_ROW_BYTES` is a rejected row.
 
     Raises DataError if one element cannot be separated from the next.
@@ -152,16 +152,19 @@ class _ListSplitter:
         """
         self._skip_opening_bracket()
         num_elements = 0
-        sign_behind = b","
-        while sign_behind != b"]":
-            element, sign_behind = self._next_element()
+        delimiter = b","
+        while delimiter != b"]":
+            element, delimiter = (
+                self._next_element()
+            )  # `self.line` is still the line on which it begins, blanks included
             stripped_element = element.strip()
             if stripped_element:
                 num_elements += 1
                 blanks_before = element[: element.index(stripped_element)]
                 yield self.line + blanks_before.count(b"\n"), stripped_element
-            elif sign_behind == b"," or num_elements:  # nothing at all is allowed in []
-                following = "another" if sign_behind == b"," else "the closing bracket"
+            # Two commas, or a comma before the closing bracket. Nothing at all is allowed in [].
+            elif delimiter == b"," or num_elements:
+                following = "another" if delimiter == b"," else "the closing bracket"
                 raise _broken_list_error(self.path, self.line, element, f"a comma before {following} is not allowed")
             self._begin_element()
         _require_end_of_file(self.path, self.stream, self.buffer[self.begin :], self.line)
@@ -184,6 +187,7 @@ class _ListSplitter:
         # One loop without calls for each token: it runs over every byte of the file.
         while True:
             token = _TOKEN_REGEX.search(self.buffer, self.position)
+            # token[1]: the quote that closes a text; empty if it was not read yet; None for a sign, such as a comma.
             # A text at the very end of the buffer may go on, or be followed by something that is yet to be read.
             if token is None or token[1] == b"" or (token[1] and token.end() == len(self.buffer)):
                 self._read_on(keep_from=len(self.buffer) if token is None else token.start())
@@ -252,7 +256,7 @@ class _ObjectWithDoubledKeys(dict[str, Any]):
     doubled_keys: tuple[str, ...] = ()
 
 
-def decode_line(raw: bytes) -> dict[str, Any]:
+def decode_row(raw: bytes) -> dict[str, Any]:
     """The one JSON object in `raw`, with a `Fault` in place of each column that cannot be used.
 
     Example: b'{"a": 1, "b": NaN}' -> {"a": 1, "b": Fault("nan", ...)}. Raises RowError if it is not one object, or if the name
@@ -262,7 +266,7 @@ def decode_line(raw: bytes) -> dict[str, Any]:
         row = orjson.loads(raw)
     except orjson.JSONDecodeError:
         row = None
-    # The fast way, for nearly all rows.
+    # The fast way, for nearly all rows. Of a key that is there twice, orjson keeps the last value alone; and it rounds numbers.
     if type(row) is dict and _was_read_exactly(row, raw):
         return row
     row = _decode_strictly(decode_utf8(raw))
@@ -277,9 +281,10 @@ def decode_line(raw: bytes) -> dict[str, Any]:
 
 
 def _decode_strictly(text: str) -> dict[str, Any]:
-    """The one JSON object in a text, by the json module, which is slower than orjson and reports what orjson hides.
+    """The one JSON object in a text, by the json module, which is slower than orjson and shows what orjson hides.
 
-    Raises RowError for a text that is no JSON, is nested too deeply, or is no object.
+    Doubled keys become an `_ObjectWithDoubledKeys`, NaN and numbers out of range a `Fault`. Raises RowError for a text that is
+    no JSON, is nested too deeply, or is no object.
     """
     try:
         row = _DECODER.decode(text)
@@ -301,7 +306,8 @@ def _was_read_exactly(fields: dict[str, Any], raw: bytes) -> bool:
     """Whether `orjson` read `raw` exactly as `fields`: no key that was there twice, no rounded number; and no deep nesting.
 
     Every key has a colon behind it, and texts may contain more. If the bytes have as many colons as the keys and texts of
-    `fields`, no key is missing: {"a": "x:y"} has two. Only an escaped colon (`\\u003a`) in a text could make up for a lost key.
+    `fields`, no key is missing: {"a": "x:y"} has two. Only an escaped colon (`\\u003a` or `\\u003A`) in a text could make up for
+    a lost key.
     """
     num_colons = 0
     num_containers = 0
@@ -326,9 +332,10 @@ def _was_read_exactly(fields: dict[str, Any], raw: bytes) -> bool:
 
 
 def _first_fault(column: Any) -> Fault | None:
-    """The first fault in the value of a column, searched level by level; None if it is sound. The row counts as one level.
+    """The first fault in the value of a column, searched level by level; None if it is sound.
 
-    Faults: what the decoder left as a `Fault`, a key that is there twice, half a surrogate pair, nesting beyond `MAX_DEPTH`.
+    The row counts as the first level of nesting. Faults: what the decoder left as a `Fault`, a key that is there twice, half a
+    surrogate pair, nesting beyond `MAX_DEPTH`.
     """
     level = [column]
     depth = 1

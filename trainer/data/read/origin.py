@@ -55,7 +55,7 @@ class Origin:
     """Whether hub data sets are read from the hub, by their commit, and not from a copy in its cache."""
 
     def rows(self, needed_columns: Collection[str] | None = None) -> Iterator[SourceRow | RejectedRow]:
-        """All rows of all files, in order, streamed. Rows of JSON come unparsed, see `Row.parse`.
+        """All rows of all files, in order, streamed. Rows of JSON come unparsed, see `SourceRow.parse`.
 
         Of tables, only the columns `needed_columns` are read (None: all). Raises DataError, with the file, if a file has no rows,
         cannot be used as a whole, or its further rows cannot be told apart.
@@ -79,7 +79,7 @@ class Origin:
             return _READERS[suffix](path, needed_columns)
         return _READERS[suffix](path)
 
-    def identity(self, digest_of: Callable[[Path], str]) -> list[tuple[str, str]]:
+    def content_identity(self, digest_of: Callable[[Path], str]) -> list[tuple[str, str]]:
         """What the fingerprint of prepared data covers: (kind, content identity) of each file or hub data set.
 
         - A local file: its suffixes, such as `.jsonl.gz`, and its SHA-256, which `digest_of` gives.
@@ -90,15 +90,15 @@ class Origin:
         identities = []
         for path in self.paths:
             if is_hub_path(path):
-                identities.append(self._hub_identity(path))
+                identities.append(self._hub_content_identity(path))
                 continue
-            content_identity = path.identity() if isinstance(path, RemoteFile) else digest_of(path)
+            content_identity = path.content_identity() if isinstance(path, RemoteFile) else digest_of(path)
             is_text_file = file_kind(path) in TEXT_KINDS
             kind = path.name if is_text_file else f"{file_kind(path)}{compression_of(path)}"
             identities.append((kind, content_identity))
         return identities
 
-    def _hub_identity(self, path: InputPath) -> tuple[str, str]:
+    def _hub_content_identity(self, path: InputPath) -> tuple[str, str]:
         """(kind, a text that differs between versions of a hub data set).
 
         If it is streamed, the commit says all, and the hub need not be reached. Else the data set is loaded: the text has its
@@ -115,7 +115,7 @@ class Origin:
 
     def size_bytes(self) -> int:
         """About how many bytes the files have; a hub data set counts as 1 GiB."""
-        return sum(HUB_SIZE_BYTES if is_hub_path(path) else _file_bytes(path) for path in self.paths)
+        return sum(HUB_SIZE_BYTES if is_hub_path(path) else _file_size_bytes(path) for path in self.paths)
 
     def text_bytes_and_table_rows(self) -> tuple[float, int]:
         """How much there is to read: (decompressed bytes of text files, estimated; rows of tables and hub data sets).
@@ -132,7 +132,7 @@ class Origin:
             elif file_kind(path) in COLUMN_KINDS:
                 num_table_rows += count_rows(path)
             else:
-                text_bytes += _file_bytes(path) * decompression_ratio(path)
+                text_bytes += _file_size_bytes(path) * decompression_ratio(path)
         return text_bytes, num_table_rows
 
     def file_records(self, digest_of: Callable[[Path], str]) -> list[dict[str, Any]]:
@@ -144,7 +144,7 @@ class Origin:
         for path in self.paths:
             record: dict[str, Any] = {"path": str(path)}
             if not is_hub_path(path):
-                record["bytes"] = _file_bytes(path)
+                record["bytes"] = _file_size_bytes(path)
                 if isinstance(path, Path):
                     record["sha256"] = digest_of(path)
             records.append(record)
@@ -155,23 +155,23 @@ class Origin:
         dataset = self.load_hub_split(path)
         split = str(dataset.split or self.split or "")
         # What stands in place of a file name in messages: hub:NAME/SUBSET/SPLIT.
-        full_name = "/".join(filter(None, (str(path), self.subset, split)))
+        shown_name = "/".join(filter(None, (str(path), self.subset, split)))
         column_names: list[str] = dataset.column_names
-        if not column_names:  # a stream may only know its columns once it is read
-            column_names = next((table.column_names for table in self._arrow_tables(dataset, full_name)), [])
+        if not column_names:  # a stream may only know its columns once it is read: its first rows are then read twice
+            column_names = next((table.column_names for table in self._arrow_tables(dataset, shown_name)), [])
         read_columns, unread_columns = split_columns(column_names, needed_columns)
-        tables = self._arrow_tables(dataset.select_columns(read_columns), full_name)
+        tables = self._arrow_tables(dataset.select_columns(read_columns), shown_name)
         batches = itertools.chain.from_iterable(table.combine_chunks().to_batches() for table in tables)
-        return table_rows(batches, full_name, unread_columns=unread_columns)
+        return table_rows(batches, shown_name, unread_columns=unread_columns)
 
-    def _arrow_tables(self, dataset: Any, full_name: str) -> Iterator[Any]:
+    def _arrow_tables(self, dataset: Any, shown_name: str) -> Iterator[Any]:
         """The rows of a hub data set (of `datasets`) as Arrow tables. Raises DataError if a stream breaks off."""
         try:
             yield from dataset.with_format("arrow").iter(ROWS_PER_BATCH)
         except Exception as error:
             if not self.streaming or isinstance(error, DataError):
                 raise
-            raise _load_error(full_name, error, streaming=True) from error
+            raise _load_error(shown_name, error, streaming=True) from error
 
     def _num_rows(self, dataset: Any) -> int:
         """How many rows a hub data set has; 0 for a stream that does not say."""
@@ -221,7 +221,7 @@ def _join_with_colons(*fields: Any) -> str:
     return ":".join("" if field is None else str(field) for field in fields)
 
 
-def _file_bytes(path: InputPath) -> int:
+def _file_size_bytes(path: InputPath) -> int:
     """Size of a local or remote file in bytes."""
     return path.size_bytes() if isinstance(path, RemoteFile) else path.stat().st_size
 
@@ -242,7 +242,7 @@ def _load_remedy(error: Exception, text: str, cause: str, *, streaming: bool) ->
     # By name, because the classes live in several libraries, which are not imported here.
     class_names = {error_class.__name__ for error_class in type(error).__mro__}
     is_offline = any(os.environ.get(name, "").upper() in {"1", "TRUE", "YES", "ON"} for name in _OFFLINE_VARIABLES)
-    is_unreached = is_offline or bool(class_names & _UNREACHED_ERROR_NAMES)
+    is_hub_unreached = is_offline or bool(class_names & _UNREACHED_ERROR_NAMES)
     # Such as "Config name is missing", "BuilderConfig 'x' not found".
     is_about_config = "onfig" in cause and "ValueError" in class_names and "ConnectionError" not in class_names
     if "DatasetNotFoundError" in class_names and not is_offline:
@@ -255,12 +255,12 @@ def _load_remedy(error: Exception, text: str, cause: str, *, streaming: bool) ->
         return (
             "it needs code from the hub, which is not run; use a copy converted to Parquet (often refs/convert/parquet)"
         )
-    if streaming and is_unreached:
+    if streaming and is_hub_unreached:
         return (
             "data.streaming=true reads from the hub, which is not reached here; run shardtune prepare where it is, into a "
             "data.cache_dir that is seen here, or set data.streaming=false"
         )
-    if is_unreached:
+    if is_hub_unreached:
         return (
             "no hub was reached and the data set is not in the local cache; load it once on a machine with internet "
             "(the cache is HF_HOME), or download its files and give their path"

@@ -59,7 +59,7 @@ class RemoteFile:
         """Size in bytes, as the other machine tells; 0 if it does not. Raises DataError."""
         return int(_query_file_system(self.url, lambda files, path: files.info(path)).get("size") or 0)
 
-    def identity(self) -> str:
+    def content_identity(self) -> str:
         """A text that changes with the file's content, such as its address with its ETag. Raises DataError.
 
         - Not on a web server: what its file system tells of the content (`ukey` of fsspec).

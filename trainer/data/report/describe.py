@@ -108,12 +108,16 @@ class ReportWriter:
         `selection`: which documents each split has, and what was dropped to make the splits. `samples`: a few decoded sequences.
         Raises AssertionError if a row was neither kept nor dropped.
         """
-        conserved = _count_conserved(totals, selection)
+        row_balance = _count_rows_in_kept_dropped(totals, selection)
         datasets = {split: TokenDataset.open(self.directory / split) for split in selection.splits}
         splits = {split: self._describe_split(dataset, selection.splits[split]) for split, dataset in datasets.items()}
         sources = []
         for source_input in self.inputs:
             sources.append(self._describe_source(source_input, totals, columns, datasets.get(source_input.split)))
+        unread_columns = {}
+        for source, names in totals.unread_columns_by_source.items():
+            if names:
+                unread_columns[source] = shorten_name_list(names)
         languages = {}
         if self.config.languages:
             languages = count_languages(self._spread_documents(selection.splits["train"], MAX_JUDGED_DOCUMENTS))
@@ -123,14 +127,12 @@ class ReportWriter:
             shardtune=_shardtune_version(),
             fingerprint=self.fingerprint,
             words=_settings_by_key(asdict(self.config), "data"),
-            conserved=conserved,
-            flow=_stage_reports(conserved["rows_in"], totals.tally, selection.tally),
+            conserved=row_balance,
+            flow=_stage_reports(row_balance["rows_in"], totals.tally, selection.tally),
             quarantine={"rows": totals.num_rejected_by_reason.total(), "file": QUARANTINE_FILE},
             splits=splits,
             sources=sources,
-            unread_columns={
-                source: shorten_name_list(names) for source, names in totals.unread_columns_by_source.items() if names
-            },
+            unread_columns=unread_columns,
             mixing=self._shares_of_epoch(datasets["train"]),
             **_selection_fields(selection),
             privacy=self._describe_personal_data(totals),
@@ -139,7 +141,10 @@ class ReportWriter:
         )
 
     def _describe_split(self, dataset: TokenDataset, documents: np.ndarray) -> audit_schema.Split:
-        """Sizes, end tokens and distributions of one split. `documents`: the numbers of its documents."""
+        """Sizes, end tokens and distributions of one split. `documents`: the numbers of its documents.
+
+        Turns are counted in a sample of the documents, since all of them would have to be read.
+        """
         counted_documents = self._spread_documents(documents, MAX_COUNTED_DOCUMENTS)
         num_turns = np.array([len(document.turns()) for document in counted_documents], np.int64)
         supervised_shares = dataset.num_supervised / np.maximum(dataset.lengths, 1)
@@ -166,7 +171,8 @@ class ReportWriter:
     ) -> None:
         """Raise DataError if a split would teach nothing: no document is left, or too few tokens are supervised.
 
-        `flow`: what each stage dropped. `has_answers`: whether the data has what is learned; False if the model generates it.
+        `flow`: what each stage dropped. `has_answers`: whether the data has what is learned; False if the model generates it. Of
+        labelled texts the label is learned, and no token.
         """
         has_own_files = getattr(self.config, f"{name}_path", None) is not None
         key = f"data.{name}_path" if has_own_files else "data.path"
@@ -230,14 +236,16 @@ class ReportWriter:
         )
 
     def _shares_of_epoch(self, train: TokenDataset) -> dict[str, Any]:
-        """The share of an epoch that each weighted source is to have, and the share it has; empty without weights.
+        """The shares of an epoch that each weighted source is to have and has, by its name; empty without weights.
 
-        An epoch of unpacked documents: packs change the shares a little.
+        {"code": {"requested": 0.3, "share_tokens": 0.29, ...}}, see `SourceMix.report_by_source`. An epoch of unpacked documents:
+        packs change the shares a little.
         """
         if all(source.weight is None for source in self.config.sources.values()):
             return {}
         mix = SourceMix.from_units(self.config, train.source_names, train.sources, train.lengths)
-        shares_by_source = mix.report_by_source(mix.quotas(self.config.mixing))
+        documents_per_epoch = mix.quotas(self.config.mixing)  # of each source
+        shares_by_source = mix.report_by_source(documents_per_epoch)
         # The data set has held-out inputs as sources too, which are never mixed.
         return {name: shares for name, shares in shares_by_source.items() if name in self.config.sources}
 
@@ -295,17 +303,15 @@ class ReportWriter:
             # The sequences of one document follow one another in the data set.
             for sequence, heading in enumerate(data_spec.headings(), start=first_sequence):
                 sample = dataset.sample(sequence)
-                notes = (heading.rstrip(":\n"), data_spec.note(sample, label_names))
-                pieces = [
-                    _piece_fields(text, weight) for text, weight in decode_weighted_pieces(sample, self.tokenizer)
-                ]
-                samples.append(
-                    audit_schema.DecodedSample(where=location, note=" ".join(filter(None, notes)), pieces=pieces)
-                )
+                heading_and_note = (heading.rstrip(":\n"), data_spec.note(sample, label_names))
+                note = " ".join(filter(None, heading_and_note))
+                weighted_pieces = decode_weighted_pieces(sample, self.tokenizer)
+                pieces = [_piece_fields(text, weight) for text, weight in weighted_pieces]
+                samples.append(audit_schema.DecodedSample(where=location, note=note, pieces=pieces))
         return samples
 
 
-def _count_conserved(totals: PreparationTotals, selection: Selection) -> dict[str, int]:
+def _count_rows_in_kept_dropped(totals: PreparationTotals, selection: Selection) -> dict[str, int]:
     """{"rows_in", "kept", "dropped"}: what became of all rows. Raises AssertionError if a row was neither kept nor dropped."""
     num_rows = totals.num_rows_by_input.total()
     num_dropped = _num_dropped(totals.tally) + _num_dropped(selection.tally)
@@ -339,7 +345,7 @@ def _num_dropped(tally: Tally) -> int:
 def _stage_reports(num_rows: int, first_pass: Tally, second_pass: Tally) -> list[audit_schema.StageReport]:
     """How many of the rows went into and came out of each stage, in order; of stages that dropped or noted any, and "read".
 
-    Each pass has a tally of its own.
+    `first_pass`: what was done to single documents, `second_pass`: what the choice of splits (copies, leaks, balance) dropped.
     """
     unknown_stages = {*first_pass.dropped, *second_pass.dropped} - {*FIRST_PASS_STAGES, *SECOND_PASS_STAGES}
     assert not unknown_stages, f"stages without a place in the flow: {unknown_stages}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.data.config import DataFormat
 from trainer.data.report.audit import Audit
@@ -113,7 +113,10 @@ SETTING_BY_STAGE = {
 }
 """The setting behind what a stage drops."""
 UNREQUESTED_STAGES = frozenset({"read", "checks", "cleaning", "tokenise"})
-"""Stages whose drops nobody asked for by a setting."""
+"""Stages whose drops nobody asked for by a setting: rows that cannot be read, for example."""
+_LOOK_ABOVE_SHARE = 0.01
+_ACT_ABOVE_SHARE = 0.1
+"""Shares of the rows that are lost, or are copies, above which a tile calls for a look, and for action."""
 NOT_MEASURED = "\N{EN DASH}"
 """Value of a tile that was not measured."""
 KEEPING_POLICIES = frozenset({"report", "none"})
@@ -129,20 +132,26 @@ class Level(StrEnum):
 
     good = "good"
     look = "look"
+    """A person should look at it."""
     act = "act"
+    """The data, or a setting, should be changed."""
     none = "none"
+    """Not measured."""
 
 
 @dataclass(slots=True)
 class Tile:
-    """One finding in a few words. `anchor`: the section of the page with more, `advice`: what can be done about it."""
+    """One finding in a few words, as at the top of the audit page."""
 
     title: str
     value: str
+    """The number in large type, such as "3 %"."""
     note: str
     level: Level
     anchor: str
+    """The section of the page with more."""
     advice: str = ""
+    """What can be done about it."""
 
 
 def audit_tiles(audit: Audit) -> list[Tile]:
@@ -199,34 +208,53 @@ def _rows_lost_tile(audit: Audit) -> Tile:
     for stage in audit.flow:
         if stage.stage in UNREQUESTED_STAGES:
             num_unrequested += sum(stage.dropped.values())
-    level = _level_of_share(num_unrequested / max(num_rows, 1), look_above=0.01, act_above=0.1)
+    unrequested_share = num_unrequested / max(num_rows, 1)
+    level = _level_of_share(unrequested_share, look_above=_LOOK_ABOVE_SHARE, act_above=_ACT_ABOVE_SHARE)
     if level is Level.good and audit.lost_share > 0.5:
         level = Level.look
     note = f"{num_dropped:,} of {plural(num_rows, 'row')}"
     advice = ""
     if num_dropped:
-        cause, advice = _cause_and_advice_of_most_drops(audit, only_unrequested=num_unrequested > 0)
-        note += f"; most: {cause}"
-    return Tile("Rows lost", format_percent(audit.lost_share), note, level, "rows", advice)
+        most_frequent = _most_frequent_drop(audit, only_unrequested=num_unrequested > 0)
+        note += f"; most: {most_frequent.cause_text()}"
+        advice = most_frequent.advice()
+    return Tile("Rows lost", format_percent(audit.lost_share), note, level, anchor="rows", advice=advice)
 
 
-def _cause_and_advice_of_most_drops(audit: Audit, *, only_unrequested: bool) -> tuple[str, str]:
-    """(reason for which most rows were dropped and their number, what to do): ("longer than data.max_length (12)", "raise ...").
+class _Drop(NamedTuple):
+    """How many rows a stage dropped for one reason: (12, "too_long", "tokenise")."""
+
+    num_rows: int
+    reason: str
+    stage: str
+
+    def cause_text(self) -> str:
+        """The reason in words and the number of rows: "longer than data.max_length (12)".
+
+        The stage is named first if a setting asked for the drop, since reasons of such stages say little: "filters, ...".
+        """
+        cause = reason_text(self.reason)
+        if self.stage not in UNREQUESTED_STAGES:
+            cause = f"{self.stage}, {cause}"
+        return f"{cause} ({self.num_rows:,})"
+
+    def advice(self) -> str:
+        """What can be done against it."""
+        if self.reason == "too_long":
+            return "raise data.max_length, or set data.over_length=truncate or split"
+        return f"see the places below, and {SETTING_BY_STAGE.get(self.stage, 'quarantine.jsonl and dropped.jsonl')}"
+
+
+def _most_frequent_drop(audit: Audit, *, only_unrequested: bool) -> _Drop:
+    """The stage and reason by which most rows were dropped. Call it only if some were.
 
     `only_unrequested`: of the stages whose drops no setting asked for, since these have to be looked at.
     """
-    drops: list[tuple[int, str, str]] = []  # (rows, reason, stage), such as (12, "too_long", "tokenise")
+    drops: list[_Drop] = []
     for stage in audit.flow:
         if stage.stage in UNREQUESTED_STAGES or not only_unrequested:
-            drops += [(count, reason, stage.stage) for reason, count in stage.dropped.items()]
-    count, reason, stage_name = max(drops)
-    cause = reason_text(reason)
-    if stage_name not in UNREQUESTED_STAGES:
-        cause = f"{stage_name}, {cause}"
-    advice = f"see the places below, and {SETTING_BY_STAGE.get(stage_name, 'quarantine.jsonl and dropped.jsonl')}"
-    if reason == "too_long":
-        advice = "raise data.max_length, or set data.over_length=truncate or split"
-    return f"{cause} ({count:,})", advice
+            drops += [_Drop(count, reason, stage.stage) for reason, count in stage.dropped.items()]
+    return max(drops)
 
 
 def _learned_tile(audit: Audit) -> Tile:
@@ -239,22 +267,23 @@ def _learned_tile(audit: Audit) -> Tile:
     """
     train = audit.splits["train"]
     if train.labelled:
-        return Tile("Learned", plural(train.documents, "label"), "one a document", Level.good, "splits")
+        return Tile("Learned", plural(train.documents, "label"), "one a document", Level.good, anchor="splits")
     share = format_percent(train.supervised_share)
     if train.doubled_bos:
         advice = "check model.chat_template"
-        return Tile("Learned tokens", share, "documents begin with two BOS", Level.act, "splits", advice)
+        return Tile("Learned tokens", share, "documents begin with two BOS", Level.act, anchor="splits", advice=advice)
     if train.supervised_tokens and few_ends_learned(train.ends_supervised, train.documents):
         note = f"only {train.ends_supervised:,} of {plural(train.documents, 'document')} teach where to stop"
         advice = "check the end of turn in model.chat_template, and data.max_length"
-        return Tile("Learned tokens", share, note, Level.look, "splits", advice)
+        return Tile("Learned tokens", share, note, Level.look, anchor="splits", advice=advice)
     if train.supervised_share >= 0.05:
         level = Level.good
     elif train.supervised_share > 0:
         level = Level.look
     else:
         level = Level.act
-    return Tile("Learned tokens", share, f"of {train.tokens:,} in training", level, "splits", "read the samples below")
+    note = f"of {train.tokens:,} in training"
+    return Tile("Learned tokens", share, note, level, anchor="splits", advice="read the samples below")
 
 
 def _truncated_tile(audit: Audit) -> Tile:
@@ -278,12 +307,14 @@ def _leakage_tile(audit: Audit) -> Tile:
     - nothing is left: good.
     """
     if not audit.leakage:
-        return Tile("Leakage", NOT_MEASURED, "no held-out split to compare with", Level.none, "leakage")
-    all_leaks = audit.leakage.values()
+        return Tile("Leakage", NOT_MEASURED, "no held-out split to compare with", Level.none, anchor="leakage")
+    all_leaks = audit.leakage.values()  # one for each held-out set
     num_documents = sum(leaks.num_leaked for leaks in all_leaks)
     num_prompts = sum(leaks.train["prompt"] for leaks in all_leaks)
     num_of_held_out_groups = sum(groups.in_training for groups in audit.groups.values())
-    are_leaks_kept = all(leaks.policy in KEEPING_POLICIES for leaks in all_leaks)
+    are_leaks_kept = all(
+        leaks.policy in KEEPING_POLICIES for leaks in all_leaks
+    )  # `data.leakage.policy` is one for all
     if num_of_held_out_groups and are_leaks_kept:
         note = f"training documents of a {audit.words['data.group_by']} that is held out too"
         advice = "data.leakage.policy=drop_train takes them out"
@@ -323,7 +354,7 @@ def _duplicates_tile(audit: Audit) -> Tile:
     share = num_left_in / max(audit.conserved["rows_in"], 1)
     advice = ", ".join(f"data.duplicates.{kind}=drop" for kind in num_left_in_by_kind) + " takes them out"
     note = f"still in the data, {format_percent(share)} of the rows"
-    level = _level_of_share(share, look_above=0.01, act_above=0.1)
+    level = _level_of_share(share, look_above=_LOOK_ABOVE_SHARE, act_above=_ACT_ABOVE_SHARE)
     return Tile("Duplicates", f"{num_left_in:,}", note, level, "duplicates", advice)
 
 
@@ -373,14 +404,18 @@ def known_gaps(audit: Audit, data_statement: CardConfig) -> list[str]:
         if tile.level is not Level.good:
             shown_value = "" if tile.level is Level.none else tile.value
             gaps.append(f"{tile.title.lower()}: {shown_value} {tile.note}")
-    switched_off = (False, "none")
-    if audit.leakage and audit.words["data.leakage.near"] in switched_off:
+    setting_values = audit.words  # by name
+    if audit.leakage and setting_values["data.leakage.near"] is False:
         gaps.append("near leaks were not looked for (data.leakage.near)")
-    if audit.duplicates and audit.words["data.duplicates.near"] in switched_off:
+    if audit.duplicates and setting_values["data.duplicates.near"] == "none":
         gaps.append("near copies were not looked for (data.duplicates.near)")
     for source, names in audit.unread_columns.items():
         gaps.append(f"unused columns of {source}: {', '.join(names)}")
     return gaps
+
+
+_MAX_LISTED_SOURCES = 10
+"""Sources that a gap names at most."""
 
 
 def _unstated_gaps(audit: Audit, data_statement: CardConfig) -> list[str]:
@@ -399,8 +434,8 @@ def _unstated_gaps(audit: Audit, data_statement: CardConfig) -> list[str]:
             gaps.append(f"not stated: {question} (data.card.{field_name})")
     unlicensed = [source.name for source in audit.sources if not source.licence]
     if unlicensed:
-        more = " and others" if len(unlicensed) > 10 else ""
-        gaps.append(f"not stated: the licence of {', '.join(unlicensed[:10])}{more}")
+        more = " and others" if len(unlicensed) > _MAX_LISTED_SOURCES else ""
+        gaps.append(f"not stated: the licence of {', '.join(unlicensed[:_MAX_LISTED_SOURCES])}{more}")
     if not data_statement.languages and not audit.languages:
         gaps.append("languages neither stated nor detected (data.languages=true)")
     return gaps

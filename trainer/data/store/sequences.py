@@ -30,6 +30,8 @@ from strategies.errors import DataError
 WEIGHTS_FILE = "weights.bin"
 WEIGHTS_PER_WRITE = 1 << 22
 """Tokens whose weights are written at a time."""
+BYTES_PER_NUMBER = 8
+"""Of a number in a column of a store."""
 TERM_PREFIX = "term."
 MARK_PREFIX = "mark."
 LABEL = "label"
@@ -49,7 +51,8 @@ class Sample:
     supervised: np.ndarray
     """bool [n]: token i is a training target. Position 0 never counts, since nothing predicts it."""
     marks: dict[str, float] = field(default_factory=dict)
-    """What else the objective must know of it, by name: whole numbers where they come from the prepared data."""
+    """Numbers that the objective must know of the sequence beside its tokens, such as {"label": 2}; whole where they come from
+    the prepared data."""
     weights: np.ndarray | None = None
     """float32 [n], above 0 where a token is a target: what it counts for in the loss. None: each target counts as 1."""
 
@@ -189,13 +192,13 @@ def exact_sum(counts: np.ndarray) -> float:
     return math.fsum(counts.tolist())
 
 
-def sequence_numbers(documents: np.ndarray, pieces: np.ndarray) -> np.ndarray:
-    """int64: the sequence numbers of documents, in their order; document d has `pieces[d]` of them, one after another.
+def sequence_numbers(documents: np.ndarray, num_sequences_by_document: np.ndarray) -> np.ndarray:
+    """int64: the sequence numbers of documents, in their order; those of one document follow one another.
 
-    Example: documents [1, 0] with pieces [1, 2, 1] have the sequences [1, 2, 0].
+    Documents [1, 0] have the sequences [1, 2, 0] if the three documents have 1, 2 and 1 sequences.
     """
-    first_sequences = np.cumsum(pieces) - pieces
-    return concatenated_ranges(first_sequences[documents], pieces[documents])
+    first_sequences = np.cumsum(num_sequences_by_document) - num_sequences_by_document
+    return concatenated_ranges(first_sequences[documents], num_sequences_by_document[documents])
 
 
 def concatenated_ranges(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -245,12 +248,12 @@ class Sequences:
     """float32 [T]; None if each target weighs 1."""
 
     @classmethod
-    def of(cls, samples: list[Sample], counts_of: Callable[[Sample], dict[str, float]]) -> Sequences:
+    def from_samples(cls, samples: list[Sample], counts_of: Callable[[Sample], dict[str, float]]) -> Sequences:
         """Concatenate samples to the arrays that are written to disk. Changes the samples: the first token becomes no target.
 
         `counts_of`: gives, for each term of the objective's loss, what a sample adds to its denominator, such as {"loss":
         12}. Columns of the result, one number a sample: "supervised" (number of targets), "term.NAME" (these counts),
-        "mark.NAME" (marks, such as the label).
+        "mark.NAME" (its marks, such as the number of its label).
         """
         for sample in samples:
             sample.supervised[:1] = False
@@ -277,9 +280,16 @@ class Sequences:
             weights=_token_weights(samples),
         )
 
+    def stored_bytes(self) -> int:
+        """How many bytes a store takes for these sequences."""
+        bytes_per_token = 5 if self.weights is None else 9  # the id, the mask, and perhaps the weight
+        # The writer adds three numbers for each sequence: its offset, its document and its source.
+        bytes_per_sequence = (len(self.columns) + 3) * BYTES_PER_NUMBER
+        return bytes_per_token * len(self.tokens) + bytes_per_sequence * len(self.lengths)
+
 
 def _token_weights(samples: list[Sample]) -> np.ndarray | None:
-    """float32 [T]: 0 where a token is no target. None if each target weighs 1."""
+    """float32 [tokens of all samples]: what each counts for in the loss, 0 where it is no target. None if each target is 1."""
     if all(sample.target_weights() is None for sample in samples):
         return None
     weights = []
@@ -318,7 +328,7 @@ class StoreWriter:
         self.lengths.frombytes(sequences.lengths.astype(np.int64).tobytes())
         for name, numbers in sequences.columns.items():
             column = self._prepare_column(name, numbers, sequences_before)
-            dtype = np.int64 if column.typecode == "q" else np.float64
+            dtype = np.int64 if column.typecode == "q" else np.float64  # the codes of `array`
             column.frombytes(numbers.astype(dtype).tobytes())
 
     def _prepare_column(self, name: str, numbers: np.ndarray, sequences_before: int) -> array[int] | array[float]:
