@@ -248,6 +248,18 @@ class SftWithReplayKl(Sft):
             "replay_kl": losses.divergence.detach() * replay_scale,
         }
 
+    def _initial_states(self, model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module | None, Tensor]:
+        """(head, hidden states `[M, H]`) of the initial model at the M replayed rows of this rank; the head as in `Teacher`.
+
+        If ranks share rows, the replayed documents are cut otherwise than the whole batch: the states then move to the ranks that
+        have the same tokens of the batch. All ranks must call.
+        """
+        head, hidden = self.initial_model(model, batch["replay"])
+        if "replay_moves" in batch:
+            sent_to_rank, received_from_rank = batch["replay_moves"]  # numbers of rows
+            hidden = all_to_all_vectors(hidden, sent_to_rank, received_from_rank, batch["row_slices"])
+        return head, hidden
+
 
 def build_sft(config: ObjectiveConfig, references: ReferenceModels) -> Objective:
     """The plain loss, or the one with a divergence on replayed documents if `objective.forgetting.kl_weight` asks for it."""

@@ -5,7 +5,7 @@ Some totals are needed before the first backward pass, because no sum of micro-b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,18 +64,22 @@ def routing_context(engine: Engine, batch: StepBatch) -> dict[str, Any]:
     if added_losses is None or not added_losses.changes_loss:
         return {}
     context: dict[str, Any] = {"step_tokens": batch.tokens, "ranks": engine.world_size}
-    if added_losses.router_losses.balance_weight and len(batch.micro_batches) > 1:
-        # The balancing loss is a product of two means over the step, which no sum of micro-batches gives.
-        with engine.inference(averaged=False) as module:
-            counts = []
-            for micro_batch in batch.micro_batches:
-                outputs = module({**micro_batch, "only_count_tokens_by_expert": True})
-                counts.append(outputs["tokens_by_expert"])
-        total = torch.stack(counts).sum(0)
-        if engine.world_size > 1:
-            total = sum_over_ranks(total)
-        context["tokens_by_expert"] = total
+    # The balancing loss is a product of two means over the step, which no sum of micro-batches gives.
+    has_balancing_loss = bool(added_losses.router_losses.balance_weight)
+    if has_balancing_loss and len(batch.micro_batches) > 1:
+        context["tokens_by_expert"] = _count_tokens_by_expert(engine, batch.micro_batches)
     return context
+
+
+def _count_tokens_by_expert(engine: Engine, micro_batches: Sequence[dict[str, Any]]) -> torch.Tensor:
+    """How many tokens of the whole step chose each expert, int64 [experts]; `micro_batches`: this rank's. All ranks must call."""
+    counts = []
+    with engine.inference(averaged=False) as module:
+        for micro_batch in micro_batches:
+            outputs = module({**micro_batch, "only_count_tokens_by_expert": True})
+            counts.append(outputs["tokens_by_expert"])
+    total = torch.stack(counts).sum(0)
+    return sum_over_ranks(total) if engine.world_size > 1 else total
 
 
 def pop_loss(terms: dict[str, torch.Tensor], scale: float, world_size: int) -> torch.Tensor:
