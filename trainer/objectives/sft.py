@@ -212,12 +212,7 @@ class SftWithReplayKl(Sft):
         """
         if not torch.is_grad_enabled():
             return super().terms(model, batch)
-        # Hidden states of the initial model on the replayed documents. If ranks share rows, these documents are cut otherwise
-        # than the whole batch, and the states move to the ranks that have the same tokens of it.
-        initial_head, initial_hidden = self.initial_model(model, batch["replay"])
-        if "replay_moves" in batch:
-            sent_to_rank, received_from_rank = batch["replay_moves"]  # numbers of rows
-            initial_hidden = all_to_all_vectors(initial_hidden, sent_to_rank, received_from_rank, batch["row_slices"])
+        initial_head, initial_hidden = self._initial_states(model, batch)
         head, hidden, targets = supervised_rows(model, batch)
         num_learned = batch["totals"]["loss"]
         num_replayed = batch["totals"][REPLAY]
