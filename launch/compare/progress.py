@@ -39,6 +39,45 @@ class SeenStep:
     seen_at: float
 
 
+@dataclass(slots=True)
+class StartedRun:
+    """The run that is under way: how it was started, and what is known of its speed. Times are those of `time.monotonic`."""
+
+    name: str
+    run_dir: Path
+    total_steps: int | None
+    """None until the run has recorded it, for a budget of epochs or tokens."""
+    started_at: float
+    step_at_start: int
+    """A resumed run has steps of an earlier start: they say nothing about its speed now."""
+    first_new_step: SeenStep | None = None
+    """The first step after the start that was seen."""
+
+    def note_step(self, step: int, now: float) -> None:
+        """Note the last step of the run, and how many steps it will take once it has recorded that."""
+        if self.total_steps is None:
+            self.total_steps = readable_run_record(self.run_dir).total_steps or None
+        if self.first_new_step is None and step > self.step_at_start:
+            self.first_new_step = SeenStep(step, seen_at=now)
+
+    def step_text(self, step: int) -> str:
+        """How far the run is, by its last step: `step 40 of 100`."""
+        if not step:
+            return "starting"
+        return f"step {step} of {self.total_steps}" if self.total_steps else f"step {step}"
+
+    def expected_duration_s(self, step: int, now: float) -> float | None:
+        """Seconds that the run will take: its start, and all its steps at the speed so far.
+
+        None before it has made two new steps, or if its number of steps is not known. `step`: its last one.
+        """
+        if self.first_new_step is None or not self.total_steps or step <= self.first_new_step.step:
+            return None
+        step_s = (now - self.first_new_step.seen_at) / (step - self.first_new_step.step)
+        start_s = self.first_new_step.seen_at - self.started_at
+        return start_s + step_s * (self.total_steps - self.first_new_step.step)
+
+
 class RunsProgress:
     """Shows on stderr how far a series of runs is that are started one after another: number of the run, step and time left.
 
@@ -65,20 +104,15 @@ class RunsProgress:
         `total_steps` is None if the budget of the run is not one of steps.
         """
         self.run_number += 1
-        self._name = name
-        self._run_dir = run_dir
-        self._total_steps = total_steps
-        # A resumed run has steps of an earlier start: they say nothing about its speed now.
-        self._step_at_start = _last_step(run_dir)
-        self._first_new_step: SeenStep | None = None
-        """The first step after the start that was seen; None before."""
-        self._started_at = self._printed_at = time.monotonic()
+        now = time.monotonic()
+        self._run = StartedRun(name, run_dir, total_steps, started_at=now, step_at_start=_last_step(run_dir))
+        self._printed_at = now
         if not self._is_terminal:
             self._print(f"{self._heading()} -> {run_dir}")
 
     def _heading(self) -> str:
         """What each line about the current run begins with, such as `[2/6] ddp`."""
-        return f"[{self.run_number}/{self.total_runs}] {self._name}"
+        return f"[{self.run_number}/{self.total_runs}] {self._run.name}"
 
     def skip_run(self) -> None:
         """Count a run that is not started, because another repeat of its point failed before."""
@@ -95,29 +129,19 @@ class RunsProgress:
         # In a terminal each line overwrites the one before it; a log file would grow.
         if self._is_terminal or now - self._printed_at >= LINE_INTERVAL_S:
             self._printed_at = now
-            step = _last_step(self._run_dir)
-            self._note_step(step, now)
+            step = _last_step(self._run.run_dir)
+            self._run.note_step(step, now)
             self._print(self._progress_line(step, now), replaceable=True)
-
-    def _note_step(self, step: int, now: float) -> None:
-        """Note when the first step after the start was seen, and how many steps the run has once it has recorded that.
-
-        The number is not known from the start for a budget of epochs or tokens. Both are for the estimate of the time left.
-        """
-        if self._total_steps is None:
-            self._total_steps = readable_run_record(self._run_dir).total_steps or None
-        if self._first_new_step is None and step > self._step_at_start:
-            self._first_new_step = SeenStep(step, seen_at=now)
 
     def end_run(self, exit_code: int, output_file: Path) -> None:
         """Print how the current run ended, and note how long it took if it succeeded; `output_file` has what it printed."""
         from launch.compare.run_files import read_recorded_run
 
-        duration_s = time.monotonic() - self._started_at
+        duration_s = time.monotonic() - self._run.started_at
         outcome = None
         reason = None
         with suppress(ConfigError):  # the comparison at the end reports a file that cannot be read
-            run = read_recorded_run(self._run_dir)
+            run = read_recorded_run(self._run.run_dir)
             outcome = run.record.outcome
             reason = run.reason
         if exit_code == 0:
@@ -132,44 +156,23 @@ class RunsProgress:
 
     def _progress_line(self, step: int, now: float) -> str:
         """The run, its last step and the time to the end of all runs, such as `[2/6] ddp: step 40 of 100, about 9 min left`."""
-        if not step:
-            state = "starting"
-        elif self._total_steps:
-            state = f"step {step} of {self._total_steps}"
-        else:
-            state = f"step {step}"
-        line = f"{self._heading()}: {state}"
-        seconds_left = self._seconds_left(now, step)
+        line = f"{self._heading()}: {self._run.step_text(step)}"
+        seconds_left = self._seconds_left(step, now)
         if seconds_left is not None:
             line += f", about {format_duration(round(seconds_left))} left"
         return line
 
-    def _seconds_left(self, now: float, step: int) -> float | None:
-        """Estimated seconds to the end of all runs; None before an estimate is possible. `step`: last step of the current run."""
-        run_s = self._expected_run_s(now, step)
+    def _seconds_left(self, step: int, now: float) -> float | None:
+        """Estimated seconds to the end of all runs; None before an estimate is possible. `step`: last step of the current run.
+
+        A run is expected to take as long as those that have finished did in the mean; before one has, what its own speed says.
+        """
+        run_s = mean(self._durations_s) if self._durations_s else self._run.expected_duration_s(step, now)
         if run_s is None:
             return None
-        left_of_this_run_s = max(0.0, run_s - (now - self._started_at))
+        left_of_this_run_s = max(0.0, run_s - (now - self._run.started_at))
         num_later_runs = self.total_runs - self.run_number
         return left_of_this_run_s + run_s * num_later_runs
-
-    def _expected_run_s(self, now: float, step: int) -> float | None:
-        """Seconds that a run is expected to take. The first case that applies:
-
-        - Runs have finished: the mean of their durations.
-        - The first run has made at least two new steps, and its number of steps is known: its start, and all its steps at the
-          speed so far.
-        - Otherwise None.
-        """
-        if self._durations_s:
-            return mean(self._durations_s)
-        first_new_step = self._first_new_step
-        if first_new_step is None or not self._total_steps or step <= first_new_step.step:
-            return None
-        # The speed of the steps since then, without the start of the run.
-        step_s = (now - first_new_step.seen_at) / (step - first_new_step.step)
-        start_s = first_new_step.seen_at - self._started_at
-        return start_s + step_s * (self._total_steps - first_new_step.step)
 
     def _print(self, line: str, *, replaceable: bool = False) -> None:
         """Print a line on stderr. In a terminal, the next line overwrites it if it is `replaceable`."""

@@ -367,7 +367,7 @@ def test_compare_points_remaining_time_is_from_the_steps_and_then_from_earlier_r
         clock[0] = seconds
         (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {n}}}\n' for n in range(1, step + 1)))
         last_step = progress._last_step(tmp_path)
-        told._note_step(last_step, seconds)
+        told._run.note_step(last_step, seconds)
         return told._progress_line(last_step, seconds)
 
     told.start_run("a", tmp_path, 10)
