@@ -108,7 +108,7 @@ def _directories_of_settings(settings: Mapping[str, Any]) -> Iterator[Path]:
     data = settings["data"]
     yield Path(data["cache_dir"])
     # Without it the run's verbs would ask in the container about settings that were trusted outside.
-    trusted_directory = trusted_values.state_directory()
+    trusted_directory = trusted_values.trusted_values_directory()
     if trusted_directory is not None and trusted_directory.is_dir():
         yield trusted_directory
     path_settings = [settings["model"]["path"], settings["model"].get("tokenizer"), data.get("eval_path"), data["path"]]

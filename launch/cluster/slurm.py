@@ -145,7 +145,7 @@ def _interpreter_lines(config: RunConfig, slurm: SlurmConfig, directories: list[
         python = shlex.quote(checked_line(slurm.python or sys.executable, "launcher.python"))
         return [f"python={python} inside='' container=() within=()"]
     lines = []
-    trusted_directory = trusted_values.state_directory()
+    trusted_directory = trusted_values.trusted_values_directory()
     if trusted_directory is not None:  # in the container the home may be another one
         variable = trusted_values.STATE_DIRECTORY_VARIABLE
         lines.append(f"export {variable}={shlex.quote(_checked_path(trusted_directory, variable))}")

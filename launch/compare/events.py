@@ -9,7 +9,7 @@ from launch.compare.comparison import ComparedPoint, Comparison
 from launch.compare.run_files import RecordedRun
 from trainer.monitors.guard_config import OUTCOME_TEXT_BY_ACTION, Action, outlier_text
 
-MAX_STEPS = 20
+MAX_NOTABLE_STEPS_SHOWN = 20
 """Notable steps of a run that are listed: the last ones."""
 MAX_DOCUMENTS = 3
 """Documents of a notable step that are named."""
@@ -63,7 +63,7 @@ def _event_text(event: dict[str, Any]) -> str:
 
 
 def notable_step_lines(comparison: Comparison) -> list[str]:
-    """A line for each step of each point's first repeat that stood out, the last `MAX_STEPS` of a point.
+    """A line for each step of each point's first repeat that stood out, the last `MAX_NOTABLE_STEPS_SHOWN` of a point.
 
     Such as `ddp: step 40: grad_norm is 9 times the median; its update was left out`.
     """
@@ -71,10 +71,10 @@ def notable_step_lines(comparison: Comparison) -> list[str]:
     for point in comparison.points:
         prefix = _point_prefix(comparison, point)
         steps = notable_steps(point.first_repeat)
-        if len(steps) > MAX_STEPS:
+        if len(steps) > MAX_NOTABLE_STEPS_SHOWN:
             events_file = f"{point.first_repeat.directory}/events.jsonl"
-            lines.append(f"{prefix}{len(steps) - MAX_STEPS} earlier steps, in {events_file}")
-        lines += [f"{prefix}step {notable.step}: {notable.text}" for notable in steps[-MAX_STEPS:]]
+            lines.append(f"{prefix}{len(steps) - MAX_NOTABLE_STEPS_SHOWN} earlier steps, in {events_file}")
+        lines += [f"{prefix}step {notable.step}: {notable.text}" for notable in steps[-MAX_NOTABLE_STEPS_SHOWN:]]
     return lines
 
 

@@ -116,7 +116,7 @@ def names_of_runs(runs: list[RecordedRun], differences: list[SettingDifference])
     by part. Runs that share a name then, or have none, get the name of their directory behind it.
     """
     names = [""] * len(runs)
-    for suffixes in _name_suffixes_by_difference(differences):
+    for suffixes in _name_parts_by_difference(differences):
         longer_names = [_join_with_dash(name, suffix) for name, suffix in zip(names, suffixes, strict=True)]
         if max(map(len, longer_names)) <= MAX_NAME_LENGTH:
             names = longer_names
@@ -132,7 +132,7 @@ def _join_with_dash(name: str, suffix: str) -> str:
     return "-".join(filter(None, (name, suffix)))
 
 
-def _name_suffixes_by_difference(differences: list[SettingDifference]) -> list[list[str]]:
+def _name_parts_by_difference(differences: list[SettingDifference]) -> list[list[str]]:
     """For each difference that is part of names: what it adds to the name of each run, such as `["lr1e-3", "lr2e-4"]`.
 
     The settings that tell a reader most come first, because later ones may not fit into the name any more.
@@ -146,13 +146,13 @@ def _name_suffixes_by_difference(differences: list[SettingDifference]) -> list[l
     suffixes = []
     for key in KEYS_FIRST_IN_NAME:
         if key in named_keys:
-            suffixes.append([_name_suffix(key, value) for value in values_by_key[key]])
+            suffixes.append([_run_name_part(key, value) for value in values_by_key[key]])
     # The world size is the only entry of `run.json` that is part of a name.
     if WORLD_SIZE_KEY in values_by_key:
         suffixes.append([_world_size_suffix(world_size) for world_size in values_by_key[WORLD_SIZE_KEY]])
     for key in named_keys:
         if key not in KEYS_FIRST_IN_NAME:
-            suffixes.append([_name_suffix(key, value) for value in values_by_key[key]])
+            suffixes.append([_run_name_part(key, value) for value in values_by_key[key]])
     return suffixes
 
 
@@ -163,7 +163,7 @@ def _world_size_suffix(world_size: Any) -> str:
     return "1rank" if world_size == 1 else f"{world_size}ranks"
 
 
-def _name_suffix(key: str, value: Any) -> str:
+def _run_name_part(key: str, value: Any) -> str:
     """What the value of a setting adds to a name. Of the key only the last part is used:
 
     - A missing setting: nothing.

@@ -10,9 +10,11 @@ from launch.config.verb_arguments import VerbArguments, argument_specs
 from strategies.errors import ConfigError
 
 SHELLS = ("bash", "zsh", "fish")
-PATH_KEYS_ALTERNATIVES = (
-    "model.path|model.tokenizer|data.path|data.eval_path|data.test_path|run.dir|run.resume|tuning.from|to|from"
+PATH_KEYS = (
+    *("model.path", "model.tokenizer", "data.path", "data.eval_path", "data.test_path"),
+    *("run.dir", "run.resume", "tuning.from", "to", "from"),
 )
+"""Keys whose values are files or directories."""
 COMMON_FLAGS = ("--help", "--config-dir")
 """Flags that are read before the verb."""
 
@@ -116,7 +118,8 @@ def completion_script(shell: str, verbs: dict[str, str], classes_by_verb: dict[s
         "@VERBS@": " ".join(verbs),
         "@FLAGS@": " ".join(flags_of_all_verbs(classes_by_verb)),
         "@OWN@": "\n".join(argument_cases),
-        "@PATHS@": PATH_KEYS_ALTERNATIVES if shell == "zsh" else "=*|".join(PATH_KEYS_ALTERNATIVES.split("|")),
+        # zsh has the alternatives in brackets, `(to|from)=*`; bash has `to=*|from=*`.
+        "@PATHS@": ("|" if shell == "zsh" else "=*|").join(PATH_KEYS),
         "@VALUES@": "\n".join(value_cases),
         "@KEYS@": " ".join(values_by_key),
     }
@@ -188,7 +191,7 @@ def _fish_script(
         description = text.replace("'", "\\'")
         lines.append(f"complete -c shardtune -n __fish_use_subcommand -a {verb} -d '{description}'")
     # The function: files after keys of paths, else values of the key, else keys.
-    path_patterns = " ".join(f"'{key}=*'" for key in PATH_KEYS_ALTERNATIVES.split("|"))
+    path_patterns = " ".join(f"'{key}=*'" for key in PATH_KEYS)
     lines += [
         "function __shardtune_words",
         "    set -l word (commandline -ct)",

@@ -226,7 +226,7 @@ def _refusal_message(run_dir: Path, reader: RunReader, refused_values: list[Valu
     lines = [f"{run_dir}: its config.yaml reaches out of the run, by values that you have not typed before:"]
     lines += dict.fromkeys(f"{value.shell_text}: it {value.effect}" for value in refused_values)
     lines += ["if you trust them, type them once:", f"  shardtune {typed_command} {' '.join(allowing_arguments)}"]
-    state_dir = trusted_values.state_directory()
+    state_dir = trusted_values.trusted_values_directory()
     if state_dir is not None:
         lines.append(f"what you typed is kept in {state_dir}; in a container, mount that directory")
     return "\n    ".join(lines)

@@ -31,7 +31,7 @@ WRITABLE_BY_OTHERS = 0o022
 """Bits of a directory's mode. Values in such a directory may be somebody else's, and are not believed."""
 
 
-def state_directory() -> Path | None:
+def trusted_values_directory() -> Path | None:
     """The directory in which this user's trusted values are kept; it need not exist yet. None if the user has no home."""
     configured = os.environ.get(STATE_DIRECTORY_VARIABLE)
     if configured:
@@ -52,7 +52,7 @@ def was_value_allowed_before(identity: dict[str, Any] | None) -> bool:
     value in the user's state directory, which several machines may share. If it is there, it also notes the use, by the file's
     modification time and at most once a day, because the values that were not used for longest are forgotten.
     """
-    state_dir = state_directory()
+    state_dir = trusted_values_directory()
     if identity is None or state_dir is None:
         return False
     file = state_dir / VALUES_DIR_NAME / _identity_file_name(identity)
@@ -77,7 +77,7 @@ def remember_values(values: Iterable[ValueNeedingConsent]) -> None:
     new_identities = [identity for identity in identities if not was_value_allowed_before(identity)]
     if not new_identities:
         return
-    state_dir = state_directory()
+    state_dir = trusted_values_directory()
     if state_dir is None:
         _warn("this user has no home directory")
         return

@@ -39,7 +39,7 @@ def read_settings_file(file_argument: str) -> tuple[dict[str, str], list[tuple[s
     """
     tree = _read_yaml(file_argument)
     # Those of `defaults` first, because a choice in a block of its own overrides them, as in Hydra.
-    choices = dict(_choices_in_defaults(file_argument, tree.pop("defaults", [])))
+    choices = dict(_choices_in_defaults_list(file_argument, tree.pop("defaults", [])))
     values: list[tuple[str, Any]] = []
     for key, value in tree.items():
         if key in KEYS_WITHOUT_SETTING:
@@ -91,7 +91,7 @@ def is_settings_block(key: str) -> bool:
     return key in names and key != "precision"  # the one field of a run that is a single value
 
 
-def _choices_in_defaults(file_argument: str, entries: Any) -> Iterator[tuple[str, str]]:
+def _choices_in_defaults_list(file_argument: str, entries: Any) -> Iterator[tuple[str, str]]:
     """(group, choice) of each entry of a Hydra `defaults` list, as in `- tuning: lora`. Raises ConfigError for another entry.
 
     `file_argument`: the file, for messages.

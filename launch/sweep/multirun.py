@@ -98,7 +98,7 @@ def _run_points_one_by_one(
     After a point that fails, the later points still run. After a point that is stopped, they do not. Each point has processes of
     its own (`isolate`), so that neither memory nor a crash of one reaches the next.
     """
-    from launch.sweep.multirun_answer import points_table_text
+    from launch.sweep.multirun_answer import sweep_points_table_text
 
     run_codes: list[int] = []
     for composed, run_dir, label in zip(composed_points, run_dirs, labels, strict=True):
@@ -111,7 +111,7 @@ def _run_points_one_by_one(
         run_codes.append(exit_code)
         if exit_code in exit_codes.STOPPED_CODES:  # the later points are not wanted now
             break
-    print(f"\n{points_table_text(labels, run_dirs, run_codes)}")
+    print(f"\n{sweep_points_table_text(labels, run_dirs, run_codes)}")
     _write_wandb_workspace_script(run_dirs)
     return next((exit_code for exit_code in run_codes if exit_code), 0)
 

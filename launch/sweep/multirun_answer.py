@@ -22,7 +22,7 @@ REASON_INDENT_COLUMNS = 10
 LABEL_BY_RUN_STATE = {"failed": "failed", "preempted": "stopped", "not started": "not run"}
 
 
-def points_table_text(labels: list[str], run_dirs: list[Path], exit_codes: list[int]) -> str:
+def sweep_points_table_text(labels: list[str], run_dirs: list[Path], exit_codes: list[int]) -> str:
     """What `train -m` prints at its end: a row for each point, with its reason below if it is not done.
 
     `exit_codes` are those of the points that were started, in their order; it is shorter if the command was stopped.

@@ -218,7 +218,7 @@ def run_search(search: PlannedSearch, search_dir: Path, run_trial: RunTrial) -> 
     """
     from launch.compare.workspace import write_workspace_script_of_runs
     from launch.output import wrap_text
-    from launch.sweep.search_answer import search_table_text
+    from launch.sweep.search_answer import search_result_text
 
     study = open_study(search, search_dir)
     print(search_summary_text(search), file=sys.stderr, flush=True)
@@ -234,7 +234,7 @@ def run_search(search: PlannedSearch, search_dir: Path, run_trial: RunTrial) -> 
     workspace_line = write_workspace_script_of_runs([search_dir / str(trial.number) for trial in trials], search_dir)
     if workspace_line is not None:  # before the table: its last line is the one to copy
         print("\n".join(wrap_text(workspace_line, 0)), file=sys.stderr, flush=True)
-    print(search_table_text(study, search, search_dir), flush=True)
+    print(search_result_text(study, search, search_dir), flush=True)
     page = write_search_page(study, search, search_dir)
     if page is not None:
         print(f"written: {page}", file=sys.stderr, flush=True)

@@ -42,7 +42,7 @@ def failure_reason(trial: FrozenTrial) -> str:
     return str(trial.user_attrs.get("reason", "its command was killed while it was drawn"))
 
 
-def search_table_text(study: Study, search: PlannedSearch, search_dir: Path) -> str:
+def search_result_text(study: Study, search: PlannedSearch, search_dir: Path) -> str:
     """What is printed after a search: a table of all trials, the best first, and the arguments of the best one."""
     trials = study.get_trials(deepcopy=False)
     completed = completed_trials_best_first(trials, search)

@@ -156,7 +156,7 @@ def _read_sweep_function(argument: str, key: str, values_text: str) -> SearchedS
         return SearchedSetting(key, values_text, _unique_values(_value_arguments(argument)))
     if isinstance(sweep, IntervalSweep):
         assert sweep.start is not None and sweep.end is not None  # the grammar wants both
-        return _interval_setting(
+        return _with_interval(
             argument, SearchedSetting(key, values_text, is_logarithmic="log" in tags), sweep.start, sweep.end
         )
     assert isinstance(sweep, RangeSweep)
@@ -165,10 +165,10 @@ def _read_sweep_function(argument: str, key: str, values_text: str) -> SearchedS
             f"{argument}: a range has steps, which a logarithm has not; write tag(log,interval(...)), or choice(...)"
         )
     assert sweep.start is not None and sweep.stop is not None
-    return _range_setting(argument, SearchedSetting(key, values_text), sweep.start, sweep.stop, sweep.step)
+    return _with_range(argument, SearchedSetting(key, values_text), sweep.start, sweep.stop, sweep.step)
 
 
-def _interval_setting(argument: str, setting: SearchedSetting, low: float, high: float) -> SearchedSetting:
+def _with_interval(argument: str, setting: SearchedSetting, low: float, high: float) -> SearchedSetting:
     """The setting with `low` and `high` as the ends of its interval. Raises ConfigError if these are not ends of one.
 
     Only whole numbers are drawn if the setting takes no others, or if both ends are ints, as Hydra makes them of
@@ -186,7 +186,7 @@ def _interval_setting(argument: str, setting: SearchedSetting, low: float, high:
     return replace(setting, low=low, high=high, is_integer=is_integer)
 
 
-def _range_setting(argument: str, setting: SearchedSetting, start: float, stop: float, step: float) -> SearchedSetting:
+def _with_range(argument: str, setting: SearchedSetting, start: float, stop: float, step: float) -> SearchedSetting:
     """The setting with the numbers start, start + step, ... below `stop`, as in Python: range(1,9,2) is 1, 3, 5, 7.
 
     Raises ConfigError if there are none. Only whole numbers are drawn if all three are ints. `argument` is for messages.

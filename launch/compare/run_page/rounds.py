@@ -68,7 +68,7 @@ def _best_and_worst_group(step: int, round_file: Path) -> list[ShownGroup]:
     of the round. `round_file`: a Parquet file with a row for each answer.
     """
     groups_by_reward = []  # (mean reward, rows of the group)
-    for rows in groups_of_rows(_read_round(round_file)):
+    for rows in groups_of_rows(_read_recorded_answers(round_file)):
         rewards = [row["reward"] for row in rows if row.get("reward") is not None]
         if rewards:
             groups_by_reward.append((sum(rewards) / len(rewards), rows))
@@ -83,7 +83,7 @@ def _best_and_worst_group(step: int, round_file: Path) -> list[ShownGroup]:
     return shown
 
 
-def _read_round(round_file: Path) -> list[dict[str, Any]]:
+def _read_recorded_answers(round_file: Path) -> list[dict[str, Any]]:
     """The rows of a recorded round, one for each answer; empty if the file cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as parquet

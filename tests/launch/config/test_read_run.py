@@ -199,9 +199,9 @@ def test_foreign_run_values_that_the_reader_allows_are_used_and_remembered(site,
     used = load_frozen_config(tmp_path / "report" / "evaluation" / "job.yaml")
     assert (used.logging.entity, used.logging.tables) == (None, False), "the reader's rows would go to the author's W&B"
     assert command_here([*map(str, way)]) == 0
-    kept = [path for path in trusted_values.state_directory().rglob("*") if path.is_file()]
+    kept = [path for path in trusted_values.trusted_values_directory().rglob("*") if path.is_file()]
     assert kept and {path.stat().st_mode & 0o777 for path in kept} == {0o600}
-    assert (trusted_values.state_directory() / "typed").stat().st_mode & 0o777 == 0o700
+    assert (trusted_values.trusted_values_directory() / "typed").stat().st_mode & 0o777 == 0o700
 
 
 def test_own_run_asks_for_nothing_also_when_it_was_copied(site, tmp_path, capfd, monkeypatch):
