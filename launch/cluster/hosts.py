@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class ThisHost:
     """This host among the hosts of a run."""
 
-    rank: int | None
+    node_rank: int | None
     """Its index among the hosts; None if the hosts must find out among themselves."""
     address: str
     """The IP address at which the other hosts reach it."""
@@ -34,10 +34,9 @@ class ThisHost:
 def locate_this_host(launcher: LauncherConfig) -> ThisHost:
     """Find out which of a run's hosts this one is, and how the others reach it, from `launcher.rdzv` and this host's interfaces.
 
-    The host's index (`ThisHost.rank`) is `launcher.node_rank` if that is set. Else it is 0 on the host in `launcher.rdzv`, 1 on
-    the other one of two hosts, and None (not known) otherwise.
-    Raises ConfigError if no address is found at which others reach this host, or if `launcher.node_rank` contradicts
-    `launcher.rdzv`. The message names the setting that would help.
+    The host's index (`ThisHost.node_rank`) is `launcher.node_rank` if that is set. Else it is 0 on the host in `launcher.rdzv`,
+    1 on the other one of two hosts, and None (not known) otherwise. Raises ConfigError if no address is found at which others
+    reach this host, or if `launcher.node_rank` contradicts `launcher.rdzv`. The message names the setting that would help.
     """
     assert launcher.rdzv is not None
     # "host:port" or "[IPv6]:port"
@@ -46,21 +45,21 @@ def locate_this_host(launcher: LauncherConfig) -> ThisHost:
     first_host_addresses = _resolve_addresses(first_host, f"launcher.rdzv={launcher.rdzv}")
     is_first = any(address in own_interfaces or is_loopback(address) for address in first_host_addresses)
     own_address = _address_others_reach(launcher, first_host, first_host_addresses, own_interfaces, is_first=is_first)
-    rank = launcher.node_rank
-    if rank is None and is_first:
-        rank = 0
-    elif rank is None and launcher.nodes == 2:
-        rank = 1
-    if is_first and rank != 0:
+    node_rank = launcher.node_rank
+    if node_rank is None and is_first:
+        node_rank = 0
+    elif node_rank is None and launcher.nodes == 2:
+        node_rank = 1
+    if is_first and node_rank != 0:
         contradiction = "is this host"
         remedy = "leave launcher.node_rank out here"
-    elif not is_first and rank == 0:
+    elif not is_first and node_rank == 0:
         contradiction = f"is another host ({', '.join(first_host_addresses)})"
         remedy = "give launcher.rdzv an address of that host"
     else:
-        return ThisHost(rank, own_address, own_interfaces[own_address], is_first)
+        return ThisHost(node_rank, own_address, interface=own_interfaces[own_address], is_first=is_first)
     raise ConfigError(
-        f"launcher.node_rank={rank}: launcher.rdzv={launcher.rdzv} {contradiction}, and the ranks meet on the host with "
+        f"launcher.node_rank={node_rank}: launcher.rdzv={launcher.rdzv} {contradiction}, and the ranks meet on the host with "
         f"index 0; {remedy}"
     )
 

@@ -32,7 +32,7 @@ def long_step_notes(config: RunConfig, step_s: float | None, save_s: float = 0.0
     """
     if step_s is None:
         return []
-    return [*_lead_notes(config, step_s, save_s), *_timeout_notes(config, step_s)]
+    return [*_signal_lead_notes(config, step_s, save_s), *_timeout_notes(config, step_s)]
 
 
 def _timeout_notes(config: RunConfig, step_s: float) -> list[str]:
@@ -51,7 +51,7 @@ def _timeout_notes(config: RunConfig, step_s: float) -> list[str]:
     ]
 
 
-def _lead_notes(config: RunConfig, step_s: float, save_s: float) -> list[str]:
+def _signal_lead_notes(config: RunConfig, step_s: float, save_s: float) -> list[str]:
     """A note if `launcher.signal_lead_s` is too short for a step and two saves; else none.
 
     Only SLURM sends this signal, and with 0 it sends none.

@@ -64,7 +64,7 @@ class MissingHostsReport:
         nodes = self._launcher.nodes
         rdzv = self._launcher.rdzv
         if not self._this_host.is_first:
-            rank = self._this_host.rank
+            rank = self._this_host.node_rank
             own_name = self._this_host.address if rank is None else rank
             return (
                 f"host {own_name} of {nodes} waits for the others at {rdzv}, the first host; does the same command run there, "

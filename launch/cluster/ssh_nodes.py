@@ -128,7 +128,7 @@ def wait_for_host_facts(nodes: list[Node], pending_signals: list[int]) -> bool:
         if has_failed:
             # Its output is read to the end, so that its last lines can say why.
             for reader_thread in node.output_readers:
-                reader_thread.join(1)
+                reader_thread.join(1)  # at most a second: a process that it has started may keep the pipe open
     return True
 
 

@@ -113,8 +113,8 @@ def torchrun_arguments(
         arguments += [f"--local-addr={this_host.address}"]
         # Of two hosts, the one that is not the host of the rendezvous has rank 1.
         all_know_their_rank = launcher.nodes == 2 or launcher.node_rank is not None
-        if this_host.rank is not None and all_know_their_rank:
-            arguments += ["--rdzv-backend=static", f"--node-rank={this_host.rank}"]
+        if this_host.node_rank is not None and all_know_their_rank:
+            arguments += ["--rdzv-backend=static", f"--node-rank={this_host.node_rank}"]
         else:
             arguments += ["--rdzv-backend=c10d", f"--rdzv-conf=is_host={int(this_host.is_first)}"]
     return [*arguments, "-m", module]

@@ -23,12 +23,12 @@ REPORT_INTERVAL_S = 60.0
 
 @contextmanager
 def waiting_for_disk(
-    waiting_task: str, size_bytes: float, runtime: Runtime, print_line: Callable[[str], None]
+    what_waits: str, size_bytes: float, runtime: Runtime, print_line: Callable[[str], None]
 ) -> Iterator[None]:
     """Inside the context collectives have a longer timeout, since a rank may be writing to a slow disk.
 
-    `size_bytes`: what all ranks write together, by which the timeout grows. `waiting_task`: what waits, for the line that is
-    printed each minute. It makes no collective, but all ranks must enter it.
+    `size_bytes`: what all ranks write together, by which the timeout grows. `what_waits`: such as `checkpoint step-000040`, for
+    the line that is printed each minute. It makes no collective, but all ranks must enter it.
     """
     extra_s = DISK_TIMEOUT_S + size_bytes / SLOWEST_DISK_BYTES_PER_S
     finished = threading.Event()
@@ -40,10 +40,10 @@ def waiting_for_disk(
         if runtime.world_size > 1:  # a single rank waits for nobody, and nobody for it
             limit = f"the ranks wait for each other up to {runtime.timeout_s + extra_s:.0f} s"
         while not finished.wait(REPORT_INTERVAL_S):
-            print_line(f"{waiting_task}: waiting for the disk for {waited_s:.0f} s; {limit}")
+            print_line(f"{what_waits}: waiting for the disk for {waited_s:.0f} s; {limit}")
             waited_s += REPORT_INTERVAL_S
 
-    threading.Thread(target=report, name="patience", daemon=True).start()
+    threading.Thread(target=report, name="disk wait", daemon=True).start()
     try:
         with longer_timeout(runtime, extra_s):
             yield

@@ -9,26 +9,26 @@ from strategies.pinned_memory import GIB, expected_host_inputs, node_memory_byte
 from trainer.model.rules import read_config
 
 
-def host_input_gib_of_node(tree: dict[str, Any], ranks: int) -> float:
+def host_gib_of_recomputed_inputs(settings: dict[str, Any], ranks: int) -> float:
     """GiB of a node's memory for the inputs of recomputed blocks that its `ranks` ranks keep on the host; 0 if they keep none.
 
-    0 as well if the model's config.json does not state its sizes. `tree`: the configuration as plain values. Documents count as
-    long as `data.max_length` allows.
+    0 as well if the model's config.json does not state its sizes. `settings`: the configuration as nested dictionaries.
+    Documents count as long as `data.max_length` allows.
     """
-    strategy = tree["strategy"]
+    strategy = settings["strategy"]
     if not strategy.get("offload_activations"):
         return 0.0
-    model = read_config(tree["model"]["path"]) or {}
+    model = read_config(settings["model"]["path"]) or {}
     model = model.get("text_config") or model  # of a model that reads images, too
     width = model.get("hidden_size") or model.get("n_embd")
     blocks = model.get("num_hidden_layers") or model.get("n_layer")
     if not width or not blocks:
         return 0.0
-    micro = tree["batch"]["micro"]
-    documents = micro if isinstance(micro, int) else 1  # `auto` chooses what fits
-    itemsize = 4 if tree["precision"] == "fp32" else 2  # bytes of a number
+    micro_batch = settings["batch"]["micro"]
+    documents = micro_batch if isinstance(micro_batch, int) else 1  # `auto` chooses what fits
+    itemsize = 4 if settings["precision"] == "fp32" else 2  # bytes of a number
     # Ranks that share a row hold a slice of it each, rounded up. A run submitted by an earlier version has no `parallel`.
-    sequence_size = tree.get("parallel", {}).get("sequence", 1)
-    tokens = math.ceil(documents * tree["data"]["max_length"] / sequence_size)
+    sequence_size = settings.get("parallel", {}).get("sequence", 1)
+    tokens = math.ceil(documents * settings["data"]["max_length"] / sequence_size)
     host_inputs = expected_host_inputs(blocks=blocks, tokens=tokens, width=width, itemsize=itemsize)
     return node_memory_bytes(host_inputs, ranks) / GIB

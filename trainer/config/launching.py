@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from trainer.config.run import RETRIES, LauncherConfig, RunConfig, SlurmConfig
+from trainer.config.run import RETRY_CAUSES, LauncherConfig, RunConfig, SlurmConfig
 from trainer.config.sbatch_options import gpus_of_whole_job, parse_sbatch_options
 
 SLURM_TIME_REGEX = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
@@ -22,6 +22,8 @@ ADVICE_BY_FORBIDDEN_OPTION = {
     "signal": "the script expects USR2 at the time of launcher.signal_lead_s; set that",
 }
 """Options of sbatch that `launcher.extra` must not have, and what to do in their place."""
+RENDEZVOUS_REGEX = re.compile(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
+"""`launcher.rdzv`, where the ranks meet: `node1:29400`, or `[fe80::1]:29400`."""
 JOB_IDS_REGEX = re.compile(r"\d+(_\d+)?(:\d+(_\d+)?)*")
 
 
@@ -29,8 +31,8 @@ def launcher_problems(config: RunConfig) -> Iterator[str]:
     """Error messages about the settings of `launcher`, one line each."""
     launcher = config.launcher
     for cause, times in launcher.retry.items():
-        if cause not in RETRIES:
-            yield f"launcher.retry={{{cause}: {times}}}: there is no such cause; it has {' and '.join(RETRIES)}"
+        if cause not in RETRY_CAUSES:
+            yield f"launcher.retry={{{cause}: {times}}}: there is no such cause; it has {' and '.join(RETRY_CAUSES)}"
         elif times < 0:
             yield f"launcher.retry={{{cause}: {times}}}: must be at least 0; 0 never starts the run again"
     if launcher.stage is not None and not launcher.stage.startswith(("/", "~", "$")):
@@ -39,10 +41,10 @@ def launcher_problems(config: RunConfig) -> Iterator[str]:
         yield from _slurm_problems(launcher)
         yield from _pipeline_problems(config, launcher)
     else:
-        yield from _local_problems(config, launcher)
+        yield from _local_launcher_problems(config, launcher)
 
 
-def _local_problems(config: RunConfig, launcher: LauncherConfig) -> Iterator[str]:
+def _local_launcher_problems(config: RunConfig, launcher: LauncherConfig) -> Iterator[str]:
     """Error messages for launcher=local: one host, hosts over ssh, or the same command on each of several hosts."""
     if launcher.ssh and not launcher.hosts:
         yield f"launcher.ssh=[{','.join(launcher.ssh)}]: no host is reached over ssh; name them in launcher.hosts=[n1,n2]"
@@ -50,7 +52,7 @@ def _local_problems(config: RunConfig, launcher: LauncherConfig) -> Iterator[str
         yield from _ssh_problems(launcher)
     elif launcher.nodes > 1:
         yield from _manual_start_problems(config, launcher)
-    if launcher.rdzv is not None and not re.fullmatch(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}", launcher.rdzv):
+    if launcher.rdzv is not None and not RENDEZVOUS_REGEX.fullmatch(launcher.rdzv):
         yield f"launcher.rdzv={launcher.rdzv}: must be host:port, such as node1:29400"
     if launcher.node_rank is not None and launcher.node_rank >= launcher.nodes > 0 and not launcher.hosts:
         yield f"launcher.node_rank={launcher.node_rank}: must be below launcher.nodes={launcher.nodes}"
@@ -139,8 +141,8 @@ def _pipeline_problems(config: RunConfig, launcher: SlurmConfig) -> Iterator[str
     if parts and (parts != in_order or "train" not in parts):
         yield f"{pipeline_text}: must be train and others of [{','.join(PIPELINE_JOB_NAMES)}], in this order, each once"
     if "evaluate" in parts:
-        held_out = config.data.eval_path is not None or config.data.eval_share > 0
-        if not config.evaluation.tasks and not held_out:
+        has_held_out_data = config.data.eval_path is not None or config.data.eval_share > 0
+        if not config.evaluation.tasks and not has_held_out_data:
             yield (
                 f"{pipeline_text}: there is nothing to evaluate; give data.eval_path or data.eval_share, or tasks: "
                 "evaluation.tasks=[...] (docs/evaluation.md)"

@@ -60,8 +60,10 @@ class BatchedRun(Protocol):
     parallel: ParallelConfig
 
 
-def parallel_for_evaluation(training: ParallelConfig, strategy: StrategyConfig, replica_size: int) -> ParallelConfig:
-    """The settings of `parallel` for the evaluation of a model that was trained with those of `training`.
+def parallel_for_evaluation(
+    training_parallel: ParallelConfig, strategy: StrategyConfig, replica_size: int
+) -> ParallelConfig:
+    """The settings of `parallel` for the evaluation of a model that was trained with `training_parallel`.
 
     - Sequence parallelism is dropped: each rank generates answers for prompts of its own.
     - Expert parallelism stays under FSDP2 and HSDP (whose settings are `Fsdp2Config`), since all experts of a layer may not fit
@@ -70,7 +72,7 @@ def parallel_for_evaluation(training: ParallelConfig, strategy: StrategyConfig, 
     if not isinstance(strategy, Fsdp2Config):
         return ParallelConfig()
     # The largest degree that divides both: what divides the degree of the training divides the number of experts, too.
-    return ParallelConfig(experts=math.gcd(training.experts, replica_size))
+    return ParallelConfig(experts=math.gcd(training_parallel.experts, replica_size))
 
 
 def dp_size_of(config: BatchedRun, world_size: int) -> int:

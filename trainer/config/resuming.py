@@ -70,7 +70,8 @@ def default_settings(config: Any) -> dict[str, Any]:
 def _add_defaults(value: Any, default: Any, key: str, defaults: dict[str, Any]) -> None:
     """Add the default of `value`, which stands at `key`, to `defaults`, or the defaults of the settings inside of it.
 
-    `default`: of `value` itself, as the field that holds it declares; MISSING if it has none.
+    For `config.optim` at "optim" it adds {"optim.lr": None, "optim.weight_decay": 0.01, ...}. `default`: of `value` itself, as
+    the field that holds it declares; MISSING if it has none, and then nothing is added for a plain value.
     """
     if is_dataclass(value):
         for setting in fields(value):

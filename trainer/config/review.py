@@ -10,7 +10,9 @@ from trainer.evaluation.base import DecodingConfig
 
 OVERALL_QUESTION = "overall"
 """The question that every item has."""
-EXAMPLE = "Which one is easier to understand?"
+OTHER_COLUMNS = ("item", "comment")
+"""Columns of a reviewer's sheet beside those of the questions."""
+EXAMPLE_QUESTION = "Which one is easier to understand?"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,13 +42,13 @@ class ReviewConfig:
     def problems(self) -> Iterator[str]:
         """Error messages about `review`, one line each: the rubric's names and questions, and how answers are written."""
         for name, question in self.rubric.items():
-            if not name.replace("-", "_").isidentifier() or name in (OVERALL_QUESTION, "item", "comment"):
+            if not name.replace("-", "_").isidentifier() or name in (OVERALL_QUESTION, *OTHER_COLUMNS):
                 yield (
                     f"review.rubric.{name}: the name is one of a column; use letters, digits, - and _, and not "
                     f"{OVERALL_QUESTION}"
                 )
             if not str(question).strip():
-                yield f"review.rubric.{name}: is empty; write the question, as in {EXAMPLE!r}"
+                yield f"review.rubric.{name}: is empty; write the question, as in {EXAMPLE_QUESTION!r}"
         yield from self.write.problems("review.write")
         if self.write.draws > 1:
             yield f"review.write.draws={self.write.draws}: one answer of each model is judged; set it to 1"

@@ -8,6 +8,9 @@ from trainer.config.run import RunConfig
 from trainer.objectives.registry import objective_family
 from trainer.objectives.rollouts import IdleGroups, RoundsConfig
 
+MAX_ADVISED_GROUP_SIZE = 64
+"""Answers to one prompt: no larger group is advised in an error."""
+
 
 def round_problems(config: RunConfig) -> Iterator[str]:
     """Error messages for a run that learns from answers it generates, as objective=grpo does; none for other runs."""
@@ -33,13 +36,14 @@ def answer_batch_problems(config: RunConfig) -> Iterator[str]:
         return
     next_smaller = num_answers // group_size * group_size
     legal_batches = [next_smaller, next_smaller + group_size] if next_smaller else [group_size]
-    legal = " or ".join(f"batch.global={batch}" for batch in legal_batches)
-    divisors = [str(number) for number in range(2, min(num_answers, 64) + 1) if num_answers % number == 0]
+    advice = " or ".join(f"batch.global={batch}" for batch in legal_batches)
+    largest_group = min(num_answers, MAX_ADVISED_GROUP_SIZE)
+    divisors = [str(number) for number in range(2, largest_group + 1) if num_answers % number == 0]
     if divisors:
-        legal += f", or objective.group_size={' or '.join(divisors[-4:])}"
+        advice += f", or objective.group_size={' or '.join(divisors[-4:])}"
     yield (
         f"batch.global={num_answers}: counts answers, and must be a multiple of objective.group_size={group_size}, the answers "
-        f"to one prompt; set {legal}"
+        f"to one prompt; set {advice}"
     )
 
 

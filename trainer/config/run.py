@@ -59,7 +59,7 @@ RESOLVED = (MICRO_BATCH_KEY, STRATEGY_KEY, MATMUL_KEY, LEARNING_RATE_KEY)
 """Settings that the run resolves once. Every later start reads the choice back."""
 TEMPLATE_DATE_KEY = "data.date"
 """The substitution that has the date which the chat template writes for today."""
-RETRIES = ("preempted", "node_fail", "out_of_memory")
+RETRY_CAUSES = ("preempted", "node_fail", "out_of_memory")
 """Causes after which a run may be started again by itself; an error is none."""
 
 
@@ -144,7 +144,7 @@ class LauncherConfig:
     stage: str | None = setting(None, reach=Reach.place)
     """Directory on a local disk of each node, such as `/scratch` or `$TMPDIR`. Weights and prepared data are copied to it, and
     read from there."""
-    retry: dict[str, int] = setting(default_factory=lambda: dict.fromkeys(RETRIES, 0), reach=DESCRIBES)
+    retry: dict[str, int] = setting(default_factory=lambda: dict.fromkeys(RETRY_CAUSES, 0), reach=DESCRIBES)
     """Number of restarts after each cause: `preempted` (the run was asked to stop), `node_fail` (a rank or its node was lost),
     `out_of_memory` (`batch.micro` is halved). Defaults under SLURM: 20, 3, 0."""
 

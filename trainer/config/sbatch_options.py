@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 LONG_NAME_BY_SHORT = {
     "-A": "account",
@@ -97,12 +97,13 @@ def gpus_per_node_request(launcher: Mapping[str, Any]) -> GpuRequest | None:
         return _request_of_option("gpus-per-node", extra, nodes=1)
     if launcher.get("gpus_per_node"):
         count = int(launcher["gpus_per_node"])
-        return GpuRequest(count, f"launcher.gpus_per_node={count}", _parse_gres(launcher.get("gres") or "")[1])
+        kind_in_gres = _parse_gres(launcher.get("gres") or "").kind
+        return GpuRequest(count, setting=f"launcher.gpus_per_node={count}", kind=kind_in_gres)
     gres_setting = "launcher.extra: --gres" if "gres" in extra else "launcher.gres"
     gres = extra.get("gres", launcher.get("gres") or "")
-    count, kind = _parse_gres(gres)
-    if count:
-        return GpuRequest(count, f"{gres_setting}={gres}", kind)
+    gpus = _parse_gres(gres)
+    if gpus.num_gpus:
+        return GpuRequest(gpus.num_gpus, setting=f"{gres_setting}={gres}", kind=gpus.kind)
     if "gpus-per-task" in extra:  # a job script has one task a node
         return _request_of_option("gpus-per-task", extra, nodes=1)
     if "gpus" in extra:
@@ -131,7 +132,7 @@ def drop_memory_options(arguments: Iterable[str]) -> list[str]:
 def gpus_of_whole_job(launcher: Mapping[str, Any]) -> int | None:
     """The GPUs of the whole job that `--gpus` in `launcher.extra` asks for; None if it does not."""
     extra = parse_sbatch_options(launcher.get("extra", []))
-    return _parse_gpu_option(extra["gpus"])[0] if "gpus" in extra else None
+    return _parse_gpu_option(extra["gpus"]).num_gpus if "gpus" in extra else None
 
 
 def _request_of_option(option: str, extra: Mapping[str, str], nodes: int) -> GpuRequest | None:
@@ -139,17 +140,23 @@ def _request_of_option(option: str, extra: Mapping[str, str], nodes: int) -> Gpu
 
     `nodes`: over how many nodes the number in the option counts; 1 for an option that counts per node.
     """
-    count, kind = _parse_gpu_option(extra[option])
-    if count < nodes:
+    gpus = _parse_gpu_option(extra[option])
+    if gpus.num_gpus < nodes:
         return None
-    return GpuRequest(count // nodes, f"launcher.extra: --{option}={extra[option]}", kind)
+    setting = f"launcher.extra: --{option}={extra[option]}"
+    return GpuRequest(gpus.num_gpus // nodes, setting=setting, kind=gpus.kind)
 
 
-def _parse_gpu_option(value: str) -> tuple[int, str | None]:
-    """(number of GPUs, their kind) in the value of an option such as `--gpus`: `h100:8` -> (8, "h100").
+class _GpusOfValue(NamedTuple):
+    """The GPUs that the value of an option of sbatch asks for."""
 
-    A part that is no number counts as none. The kind is None if the GPUs have none, or several.
-    """
+    num_gpus: int
+    kind: str | None
+    """The site's word for the card; None if the GPUs have none, or several."""
+
+
+def _parse_gpu_option(value: str) -> _GpusOfValue:
+    """The GPUs in the value of an option such as `--gpus`: `h100:8` -> (8, "h100"). A part that is no number counts as none."""
     count = 0
     kinds = set()
     for part in value.split(","):
@@ -157,14 +164,13 @@ def _parse_gpu_option(value: str) -> tuple[int, str | None]:
         if number.isdecimal():
             count += int(number)
             kinds.add(kind)
-    return count, _common_gpu_kind(kinds)
+    return _GpusOfValue(count, _common_gpu_kind(kinds))
 
 
-def _parse_gres(gres: str) -> tuple[int, str | None]:
-    """(number of GPUs, their kind) that a list of generic resources asks for: `gpu:h100:8` -> (8, "h100").
+def _parse_gres(gres: str) -> _GpusOfValue:
+    """The GPUs that a list of generic resources asks for: `gpu:h100:8` -> (8, "h100").
 
     `gres`: such as `gpu`, `gpu:8`, `gres/gpu=4` or `gpu:h100:4,gpu:a100:4`; other resources, such as shards, are not counted.
-    The kind is None if the GPUs have none, or several.
     """
     count = 0
     kinds = set()
@@ -177,7 +183,7 @@ def _parse_gres(gres: str) -> tuple[int, str | None]:
             number = int(fields.pop())
         count += number
         kinds.add(fields[0] if fields else "")  # empty: of any kind
-    return count, _common_gpu_kind(kinds)
+    return _GpusOfValue(count, _common_gpu_kind(kinds))
 
 
 def _common_gpu_kind(kinds: set[str]) -> str | None:

@@ -79,7 +79,7 @@ def build_optimizer(
                 d=config.clip_threshold,
             )
         case MuonConfig():
-            return _muon(config, groups)
+            return _build_muon(config, groups)
         case SgdConfig():
             return torch.optim.SGD(
                 group_dicts, lr=config.peak_lr, momentum=config.momentum, nesterov=config.nesterov, foreach=True
@@ -94,7 +94,7 @@ def _betas(config: AdamwConfig | LionConfig | MuonConfig) -> tuple[float, float]
     return first, second
 
 
-def _muon(config: MuonConfig, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
+def _build_muon(config: MuonConfig, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
     """Muon on the matrices of blocks, AdamW on the rest (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
     Muon needs whole matrices: `ShardedMuon` gathers each sharded one.

@@ -63,10 +63,10 @@ def group_parameters(
         dimensions = len(full_shape_of(parameter))
         # Vectors (norms and biases) do not decay.
         decay = config.weight_decay if dimensions >= 2 else 0.0
-        factor = factors[name] * lr_factor(name)
+        factor = factors[name] * lr_factor(name)  # of its layer, and of the tuning method
         if name in rule_name_by_parameter:
             rule = config.groups[rule_name_by_parameter[name]]
-            factor *= rule.lr_factor
+            factor *= rule.lr_factor  # of the user's rule
             if rule.weight_decay is not None:
                 decay = rule.weight_decay
         # Muon orthogonalises the matrices of blocks. Embeddings and heads are matrices too, and are left to AdamW.

@@ -33,9 +33,7 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
 def orthogonalise(matrix: Tensor, coefficients: tuple[float, float, float], iterations: int, eps: float) -> Tensor:
     """An orthogonal matrix near to `matrix [n, m]`, by the quintic Newton-Schulz iteration of Muon's authors, in its type.
 
-    torch's own rounds to bf16.
-
-    The 8 bits of bf16 would magnify the rounding of gradient sums, and strategies would agree to 1e-5 at best.
+    torch's own rounds to bf16, whose 8 bits would magnify the rounding of gradient sums: strategies would agree to 1e-5 at best.
     """
     a, b, c = coefficients
     # The Gram matrix should have the smaller side of the two.

@@ -56,10 +56,12 @@ def format_duration(seconds: float | None) -> str:
         return f"{1000 * seconds:.0f} ms" if seconds < 0.1 else f"{seconds:.2f} s"
     if seconds < 59.5:  # more is rounded to a minute
         return f"{seconds:.1f} s" if 0 < seconds < 9.95 else f"{seconds:.0f} s"
-    for large, small, large_s, small_s in (("min", "s", 60, 1), ("h", "min", 3600, 60), ("d", "h", 86400, 3600)):
+    # (larger unit, smaller unit, seconds of each, seconds from which on the next larger unit is taken)
+    units = (("min", "s", 60, 1, 3600), ("h", "min", 3600, 60, 86400), ("d", "h", 86400, 3600, math.inf))
+    for large, small, large_s, small_s, end_s in units:
         # In whole small units: 200 s are 3 min and 20 s.
         count, rest = divmod(round(seconds / small_s), large_s // small_s)
-        if large == "d" or count * large_s < {"min": 3600, "h": 86400}[large]:
+        if count * large_s < end_s:
             return f"{count} {large} {rest} {small}" if rest else f"{count} {large}"
     raise AssertionError("days have no upper end")
 

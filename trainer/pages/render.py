@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 NO_VALUES = {"vega_script": "", "reload_after_s": None}
-"""Values that the base template reads and a caller may leave out: the script that draws plots (`trainer.pages.vega`)
-is left out where the page has none or the extra `report` is missing; a browser reloads the page after these seconds."""
+"""Values that the base template reads and a caller may leave out, so that a missing name is no error there: the script that draws
+plots (`trainer.pages.vega`) is left out where the page has none or the extra `report` is missing; a browser reloads the page
+after these seconds."""
 
 
 def render(
@@ -52,7 +53,8 @@ def page_environment(
 ) -> Environment:
     """Jinja's environment for the templates of a package, with `filters` as further filters.
 
-    Cached for each combination of arguments, since compiling templates takes longer than filling them.
+    `finalize`: what each expression goes through before it is escaped; None: nothing. Cached for each combination of arguments,
+    since compiling templates takes longer than filling them.
     """
     from jinja2 import ChoiceLoader, Environment, FileSystemLoader, PackageLoader, StrictUndefined
 

@@ -29,7 +29,7 @@ from launch.cluster.preflight.node_facts import (
 )
 from launch.cluster.preflight.verdict import FailedRank, NodeReports, PreflightVerdict, judge_preflight
 from strategies.errors import StorageError
-from trainer.config.host_memory import host_input_gib_of_node
+from trainer.config.host_memory import host_gib_of_recomputed_inputs
 from trainer.config.sbatch_options import gpus_per_node_request, ranks_per_node
 from trainer.data.read.paths import is_hub_path, is_remote_address
 
@@ -81,7 +81,7 @@ def preflight_request(settings: dict[str, Any], num_nodes: int) -> PreflightRequ
         nodes=num_nodes,
         processes=processes,
         gpus=num_gpus,
-        memory_gib=host_input_gib_of_node(settings, processes) if num_gpus else 0.0,
+        memory_gib=host_gib_of_recomputed_inputs(settings, processes) if num_gpus else 0.0,
         run_dir=run_dir,
         model=None if downloads_model else model["path"],
         tokenizer=None if downloads_model else model["tokenizer"],

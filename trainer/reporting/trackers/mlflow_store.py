@@ -36,8 +36,9 @@ class MlflowRun:
         if problem is not None:
             raise ConnectionError(f"{address} cannot be reached: {problem}")
         self._client = MlflowClient(tracking_uri=address)
-        self._id = self._find_or_create_run(tracked_run)
+        self._mlflow_run_id = self._find_or_create_run(tracked_run)
         self._step = tracked_run.resumed_at
+        """The step of the last row, for numbers of the whole run."""
         view_hint = address if is_server else f"mlflow ui --backend-store-uri {shlex.quote(address)}"
         self.hint: tuple[str, str] | None = ("MLflow", view_hint)
 
@@ -66,7 +67,7 @@ class MlflowRun:
         created = client.create_run(experiment_id, run_name=tracked_run.name, tags=set_tags)
         run_id = str(created.info.run_id)
         parameters = []
-        for key, setting in _settings_by_dotted_key(tracked_run.settings).items():
+        for key, setting in _parameters_by_dotted_key(tracked_run.settings).items():
             parameters.append(Param(key, str(setting)[:MAX_PARAMETER_CHARACTERS]))
         for first in range(0, len(parameters), MAX_PARAMETERS_PER_REQUEST):
             client.log_batch(run_id, params=parameters[first : first + MAX_PARAMETERS_PER_REQUEST])
@@ -82,7 +83,7 @@ class MlflowRun:
         for name, number in metrics.items():
             if name != "step" and isinstance(number, int | float):
                 numbers.append(Metric(name, float(number), now_ms, step))
-        self._client.log_batch(self._id, metrics=numbers)
+        self._client.log_batch(self._mlflow_run_id, metrics=numbers)
 
     def log_table(self, name: str, table: LoggedTable, *, step: int) -> None:
         """Left out: it keeps numbers."""
@@ -91,13 +92,13 @@ class MlflowRun:
         self.log(values, step=self._step)
 
     def close(self, ending: RunEnding) -> None:
-        self._client.set_tag(self._id, "state", ending.tracked_state)
+        self._client.set_tag(self._mlflow_run_id, "state", ending.tracked_state)
         if ending.reason:
-            self._client.set_tag(self._id, "reason", ending.reason[:MAX_PARAMETER_CHARACTERS])
-        self._client.set_terminated(self._id, MLFLOW_STATUS_BY_STATE[ending.state])
+            self._client.set_tag(self._mlflow_run_id, "reason", ending.reason[:MAX_PARAMETER_CHARACTERS])
+        self._client.set_terminated(self._mlflow_run_id, MLFLOW_STATUS_BY_STATE[ending.state])
 
 
-def _settings_by_dotted_key(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _parameters_by_dotted_key(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as one level: {"optim": {"lr": 0.1}} -> {"optim.lr": 0.1}. An empty dict stays as a value.
 
     Characters that MLflow does not take in names become `_`. `prefix`: what the keys begin with, such as `optim.`.
@@ -109,7 +110,7 @@ def _settings_by_dotted_key(settings: dict[str, Any], prefix: str = "") -> dict[
             is_allowed = character.isalnum() or character in "_-./ "
             name += character if is_allowed else "_"
         if isinstance(setting, dict) and setting:
-            flat_settings |= _settings_by_dotted_key(setting, f"{name}.")
+            flat_settings |= _parameters_by_dotted_key(setting, f"{name}.")
         else:
             flat_settings[name] = setting
     return flat_settings

@@ -21,20 +21,21 @@ def unreachable_reason(address: str) -> str | None:
 
     Returns after `TOTAL_TIMEOUT_S` at the latest: the request is made in a thread, since the look-up of a name has no timeout.
     """
-    problem: list[str | None] = [f"no answer within {TOTAL_TIMEOUT_S:.0f} s"]
+    reason: str | None = f"no answer within {TOTAL_TIMEOUT_S:.0f} s"  # unless the thread finds out otherwise in time
 
     def request_in_thread() -> None:
-        problem[0] = _request_problem(address)
+        nonlocal reason
+        reason = _failure_of_request(address)
 
     thread = threading.Thread(target=request_in_thread, name="reach", daemon=True)
     thread.start()
     thread.join(TOTAL_TIMEOUT_S)
-    return problem[0]
+    return reason
 
 
-def _request_problem(address: str) -> str | None:
-    """Why a HEAD request to the address gets no answer; None if it gets one."""
-    request = urllib.request.Request(address, method="HEAD")
+def _failure_of_request(url: str) -> str | None:
+    """Why a HEAD request to the URL gets no answer; None if it gets one."""
+    request = urllib.request.Request(url, method="HEAD")
     try:
         with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S):
             return None

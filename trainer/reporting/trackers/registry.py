@@ -47,10 +47,11 @@ def enabled_trackers(config: LoggingConfig) -> list[TrackerKind]:
 
 def tracker_problems(config: LoggingConfig) -> Iterator[str]:
     """An error message for each tracker whose package is not installed on this host, and for tables that nobody shows."""
-    enabled_settings = {tracker_kind.setting_name for tracker_kind in enabled_trackers(config)}
+    tracker_kinds = enabled_trackers(config)
+    enabled_settings = {tracker_kind.setting_name for tracker_kind in tracker_kinds}
     if config.tables and not enabled_settings & {"wandb", "tensorboard"}:
         yield "logging.tables=true: W&B and TensorBoard show them, and neither is on; set logging.wandb=offline, or leave it out"
-    for tracker_kind in enabled_trackers(config):
+    for tracker_kind in tracker_kinds:
         package = tracker_kind.package
         if find_spec(package) is None:
             command = install_command(tracker_kind.extra) if tracker_kind.extra else f"pip install {package}"

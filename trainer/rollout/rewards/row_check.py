@@ -28,18 +28,19 @@ def check_reward_rows(settings: RoundsConfig, data: PreparedData) -> None:
     30,000 rows a second with `maths` and more with other kinds (AMD Zen 4).
     """
     # By the reward's name. Rewards that are functions or models have no kind, and cannot be checked before training.
-    kinds = {
+    built_in_by_name = {
         name: BUILT_IN_REWARDS[reward.kind](reward.options) for name, reward in settings.rewards.items() if reward.kind
     }
-    if not kinds or not data.has_rows:
+    if not built_in_by_name or not data.has_rows:
         return
-    bad_rows: dict[str, list[str]] = {name: [] for name in kinds}
+    bad_rows: dict[str, list[str]] = {name: [] for name in built_in_by_name}
     num_rows = 0
-    for location, columns in _kept_columns(data):
+    for location, columns in _reward_columns_of_documents(data):
         num_rows += 1
-        for name, kind in kinds.items():
+        for name, built_in in built_in_by_name.items():
             try:
-                kind.check_row(columns)
+                # Reads the right answer, or the schema, with which an answer would be compared.
+                built_in.check_row(columns)
             except BadScore as reason:
                 bad_rows[name].append(f"{location}: {reason}")
     problems = []
@@ -53,9 +54,10 @@ def check_reward_rows(settings: RoundsConfig, data: PreparedData) -> None:
         raise DataError("\n  ".join(problems))
 
 
-def _kept_columns(data: PreparedData) -> Iterator[tuple[str, dict[str, Any]]]:
+def _reward_columns_of_documents(data: PreparedData) -> Iterator[tuple[str, dict[str, Any]]]:
     """(`file:line`, columns that rewards read) of each document that has a prompt in a split of the run."""
     splits = [split for split in (data.train, data.evaluation, data.test) if split is not None]
+    # `documents` of a split: for each of its sequences, the row of its document in the table of all documents.
     used_rows = np.unique(np.concatenate([np.asarray(split.documents) for split in splits]))
     first_row = 0
     for batch in DocumentTable(data.directory).batches:
