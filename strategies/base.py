@@ -54,6 +54,16 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
+class InferenceWeights(StrEnum):
+    """Which weights are in place for forward passes without gradients (`Engine.inference`)."""
+
+    averaged = "averaged"
+    """The average of the trained weights over steps, if the run keeps one, else the trained weights."""
+    trained = "trained"
+    initial = "initial"
+    """Those that the run began with. The engine has them if the plan says `keeps_initial_weights`."""
+
+
 class ActivationCheckpointing(StrEnum):
     """What the backward pass recomputes: nothing, every block, or all but the costly matrix products; `auto` plans it."""
 
@@ -193,7 +203,7 @@ class StepPlan:
     further_units: list[nn.Module] = field(default_factory=list)
     """Modules that are gathered one at a time as the blocks are, but that no training step computes; inner ones first."""
     keeps_initial_weights: bool = False
-    """Whether the engine keeps a copy of the trained weights as they begin, for `Engine.inference(with_initial_weights=True)`."""
+    """Whether the engine keeps a copy of the trained weights as they begin, for `InferenceWeights.initial`."""
 
 
 def plan_of(step_module: nn.Module) -> StepPlan:
@@ -379,14 +389,10 @@ class Engine(Protocol):
         updates stay as they are. The filter is called whenever the gradients are finite.
         """
 
-    def inference(
-        self, *, averaged: bool = True, with_initial_weights: bool = False
-    ) -> AbstractContextManager[nn.Module]:
-        """The step module in eval mode, for forward passes without gradients. Restores training mode. All ranks must enter.
+    def inference(self, weights: InferenceWeights = InferenceWeights.averaged) -> AbstractContextManager[nn.Module]:
+        """The step module in eval mode, for forward passes without gradients, with these weights. All ranks must enter.
 
-        If the run averages weights, the averages are in place inside the context; with `averaged=False`, the trained weights.
-        With `with_initial_weights` they are those that the run began with, which the engine has if the plan says
-        `keeps_initial_weights`.
+        Restores training mode and the trained weights.
         """
 
     def state(self, progress: Progress) -> RankState:

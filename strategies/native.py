@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from strategies.base import FullParameters, OptimizerFactory, Precision, Progress, StepResult, UpdateFilter, plan_of
+from strategies.base import (
+    FullParameters,
+    InferenceWeights,
+    OptimizerFactory,
+    Precision,
+    Progress,
+    StepResult,
+    UpdateFilter,
+    plan_of,
+)
 from strategies.compat.optimizers import copy_each, multiply_each
 from strategies.ema import EMA_KEY, WeightAverage
 from strategies.grad_norm import squared_norm
@@ -132,23 +141,23 @@ class NativeEngine:
         loss.backward()
 
     @contextmanager
-    def inference(self, *, averaged: bool = True, with_initial_weights: bool = False) -> Iterator[nn.Module]:
-        """The step module in eval mode, without gradients, with the weights that the arguments say. All ranks enter.
-
-        `with_initial_weights`: those that the run began with, whatever `averaged` says. See `Engine.inference`.
-        """
+    def inference(self, weights: InferenceWeights = InferenceWeights.averaged) -> Iterator[nn.Module]:
+        """The step module in eval mode, without gradients, with these weights. All ranks enter. See `Engine.inference`."""
         self.step_module.eval()
-        weights_in_place: AbstractContextManager[None] = nullcontext()
-        if with_initial_weights:
-            assert self.initial_weights is not None, "the plan does not say `keeps_initial_weights`"
-            weights_in_place = self._swapped_weights_in_model(self.initial_weights)
-        elif averaged:
-            weights_in_place = self._averaged_weights_in_model()
         try:
-            with torch.no_grad(), self._autocast(), weights_in_place:
+            with torch.no_grad(), self._autocast(), self._weights_in_model(weights):
                 yield self.step_module
         finally:
             self.step_module.train()
+
+    def _weights_in_model(self, weights: InferenceWeights) -> AbstractContextManager[None]:
+        """A context with these weights in the model; afterwards the trained weights are back. All ranks enter."""
+        if weights is InferenceWeights.initial:
+            assert self.initial_weights is not None, "the plan does not say `keeps_initial_weights`"
+            return self._swapped_weights_in_model(self.initial_weights)
+        if weights is InferenceWeights.averaged:
+            return self._averaged_weights_in_model()
+        return nullcontext()
 
     @contextmanager
     def _averaged_weights_in_model(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from strategies.activation import apply_checkpointing_and_compile
 from strategies.base import (
     FullParameters,
+    InferenceWeights,
     OptimizerFactory,
     ParameterSource,
     Precision,
@@ -138,24 +139,26 @@ class ZeroEngine:
         return StepResult(grad_norm=norm, skipped=torch.tensor(float(is_skipped), device=device))
 
     @contextmanager
-    def inference(self, *, averaged: bool = True, with_initial_weights: bool = False) -> Iterator[nn.Module]:
-        """The step module in eval mode, without gradients, with the weights that the arguments say. All ranks enter.
+    def inference(self, weights: InferenceWeights = InferenceWeights.averaged) -> Iterator[nn.Module]:
+        """The step module in eval mode, without gradients, with these weights. All ranks enter. See `Engine.inference`.
 
-        `with_initial_weights`: those that the run began with, whatever `averaged` says. See `Engine.inference`. Stage 3 gathers
-        each layer as it runs.
+        Stage 3 gathers each layer as it runs.
         """
         self.step_module.eval()
-        weights_in_place: AbstractContextManager[None] = nullcontext()
-        if with_initial_weights:
-            assert self.initial_weights is not None, "the plan does not say `keeps_initial_weights`"
-            weights_in_place = self._swapped_weights_in_model(self.initial_weights)
-        elif averaged:
-            weights_in_place = self._averaged_weights_in_model()
         try:
-            with torch.no_grad(), weights_in_place:
+            with torch.no_grad(), self._weights_in_model(weights):
                 yield self.step_module
         finally:
             self.step_module.train()
+
+    def _weights_in_model(self, weights: InferenceWeights) -> AbstractContextManager[None]:
+        """A context with these weights in the model; afterwards the trained weights are back. All ranks enter."""
+        if weights is InferenceWeights.initial:
+            assert self.initial_weights is not None, "the plan does not say `keeps_initial_weights`"
+            return self._swapped_weights_in_model(self.initial_weights)
+        if weights is InferenceWeights.averaged:
+            return self._averaged_weights_in_model()
+        return nullcontext()
 
     @contextmanager
     def _averaged_weights_in_model(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from strategies.base import InferenceWeights
 from strategies.errors import DataError, Interrupted
 from strategies.runtime import Runtime, derived_seed, gather_objects
 from trainer.data.batches.collate import to_device
@@ -275,7 +276,7 @@ class AnswerGenerator:
         all ranks or none, if the run is asked to stop: the ranks agree on it after each batch (`stop_now` is a collective).
         """
         with (
-            engine.inference(averaged=averaged) as module,
+            engine.inference(InferenceWeights.averaged if averaged else InferenceWeights.trained) as module,
             engine.full_parameters.gathered() if gathering.gathered_once else nullcontext(),
         ):
             step_module: Any = module

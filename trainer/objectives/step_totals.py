@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from strategies.base import InferenceWeights
 from strategies.runtime import sum_over_ranks
 from trainer.model.routing import ADDED_LOSS, EXPERT_TOKENS
 from trainer.reporting.metrics import StepRecord
@@ -35,7 +36,7 @@ def mean_terms_without_gradients(
     must call, with equally many micro-batches; `check_stop` is called after each. `count` of 0 leaves the sums as they are.
     """
     sums: dict[str, torch.Tensor] = {}
-    with engine.inference(averaged=averaged) as module:
+    with engine.inference(InferenceWeights.averaged if averaged else InferenceWeights.trained) as module:
         for batch in batches:
             for term, term_sum in module(batch).items():
                 if term in sums:
@@ -74,7 +75,7 @@ def routing_context(engine: Engine, batch: StepBatch) -> dict[str, Any]:
 def _count_tokens_by_expert(engine: Engine, micro_batches: Sequence[dict[str, Any]]) -> torch.Tensor:
     """How many tokens of the whole step chose each expert, int64 [experts]; `micro_batches`: this rank's. All ranks must call."""
     counts = []
-    with engine.inference(averaged=False) as module:
+    with engine.inference(InferenceWeights.trained) as module:
         for micro_batch in micro_batches:
             outputs = module({**micro_batch, "only_count_tokens_by_expert": True})
             counts.append(outputs["tokens_by_expert"])

@@ -14,7 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from strategies.base import OptimizerFactory, Precision, StepResult, StrategyConfig, UpdateFilter, plan_of
+from strategies.base import (
+    InferenceWeights,
+    OptimizerFactory,
+    Precision,
+    StepResult,
+    StrategyConfig,
+    UpdateFilter,
+    plan_of,
+)
 from strategies.build import build_strategy
 from strategies.compat.deepspeed import restore_torch_linear
 from strategies.compat.dispatch import storage_key
@@ -290,10 +298,10 @@ class RecordedEngine:
         return self.engine.forward(batch, last=last)
 
     @contextmanager
-    def inference(self, *, averaged: bool = True, with_initial_weights: bool = False) -> Iterator[nn.Module]:
+    def inference(self, weights: InferenceWeights = InferenceWeights.averaged) -> Iterator[nn.Module]:
         """A pass without gradients before the step's own: counted with the first forward pass."""
         self.set_phase("forward")
-        with self.engine.inference(averaged=averaged, with_initial_weights=with_initial_weights) as module:
+        with self.engine.inference(weights) as module:
             yield module
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

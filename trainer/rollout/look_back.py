@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor, nn
 
-from strategies.base import Engine
+from strategies.base import Engine, InferenceWeights
 from strategies.runtime import Runtime, gather_objects
 from trainer.losses.row_logps import row_logps
 from trainer.objectives.base import ReferenceModels
@@ -88,7 +88,8 @@ def answer_logps(
     ranks alike.
     """
     own_logps: list[tuple[int, np.ndarray]] = []  # (answer number, log-probabilities of its tokens)
-    with engine.inference(averaged=False, with_initial_weights=scorer.uses_initial_weights) as module:
+    weights = InferenceWeights.initial if scorer.uses_initial_weights else InferenceWeights.trained
+    with engine.inference(weights) as module:
         # The model is called through the root module's own forward, because only there a sharding engine gathers parameters.
         # For these passes, `scorer` takes the place of the objective.
         step_module: Any = module

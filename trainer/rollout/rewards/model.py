@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from strategies.base import Engine
+from strategies.base import Engine, InferenceWeights
 from strategies.errors import ConfigError, DataError, Interrupted, ShardtuneError
 from strategies.runtime import Runtime, gather_objects
 from trainer.data.document import Document
@@ -238,7 +238,7 @@ class RewardModelScorer:
         num_passes = max(gather_objects(len(batches), self.runtime))
         filler = [[reader.pad_token_id]]  # read by a rank that has no batch left, because the pass is a collective
         scores = [0.0] * len(texts)
-        with self.engine.inference(averaged=False) as module:
+        with self.engine.inference(InferenceWeights.trained) as module:
             # The model is called through the root module's own forward, because only there a sharding engine gathers parameters.
             # While answers are scored, the reward model takes the place of the objective, and nothing is added to a loss.
             step_module: Any = module
