@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from strategies import runtime as processes
-from strategies.base import Engine
+from strategies.base import Engine, Precision
 from strategies.build import resolve_precision
 from strategies.errors import ConfigError, Interrupted, Preempted
 from trainer.build.parallel import check_parallel
@@ -97,29 +97,25 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
     precision = resolve_precision(config.precision, runtime)
     stop_now = RankStopAgreement(request, runtime).new_stop_check()
     attempt.phase = "building the model"
-    built: tuple[Engine, BuiltModel] | None = None
+    engine_and_model: tuple[Engine, BuiltModel] | None = None  # None: the model runs on a server
     if config.evaluation.server.url is not None:
         evaluator = TaskEvaluator(tasks, _connect_server(config, tokenizer, runtime, stop_now))
     else:
+        local_config = staged_copies.with_local_model(config)
         with reporting_evaluation_out_of_memory(lambda: attempt.phase, config, runtime):
-            if quantising_library(config.model.path) is not None:
-                engine, step, precision = build_quantised_for_evaluation(config, tokenizer, data, runtime)
-            else:
-                engine, step, _ = build_engine(
-                    staged_copies.with_local_model(config), tokenizer, data, precision, runtime
-                )
-        built = engine, step
+            engine, built, precision = _build_model(config, local_config, tokenizer, data, precision, runtime)
+        engine_and_model = (engine, built)
         data_record = evaluation_data.record
         recorded_steps = None if data_record is None else data_record.total_steps
-        _set_total_steps_of_optimizer_hooks(config, data, step, engine, runtime, recorded_steps)
+        _set_total_steps_of_optimizer_hooks(config, data, built, engine, runtime, recorded_steps)
         if job.split == TEST_REPORT:
             attempt.phase = "evaluating the test documents"
-            _evaluate_test(config, job, data, tokenizer, built, job_dir, runtime, RankStopAgreement(request, runtime))
+            stop_agreement = RankStopAgreement(request, runtime)
+            _evaluate_test(config, job, data, tokenizer, engine_and_model, job_dir, runtime, stop_agreement)
             staged_copies.release()
             return
-        evaluator = TaskEvaluator(
-            tasks, model_interface_for_run(config, data, step, tokenizer, engine, runtime, stop_now)
-        )
+        model_interface = model_interface_for_run(config, data, built, tokenizer, engine, runtime, stop_now)
+        evaluator = TaskEvaluator(tasks, model_interface)
     evaluator.report_progress(console.print_line)
     _raise_if_checkpoint_was_deleted(job, runtime)
     attempt.phase = "evaluating"
@@ -133,9 +129,8 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
             reporting_evaluation_out_of_memory(lambda: f"evaluation.tasks.{evaluator.current_task}", config, runtime),
             printing_finished_tasks_if_it_fails(unfinished, console),
         ):
-            models = evaluate_models(
-                job, built, evaluator, FinishedTaskReporter(console, unfinished, prints_metrics=job.kept)
-            )
+            reporter = FinishedTaskReporter(console, unfinished, prints_metrics=job.kept)
+            models = evaluate_models(job, engine_and_model, evaluator, reporter)
     except Interrupted:
         raise Preempted("asked to stop; the same command begins the evaluation again, with its first task") from None
     attempt.phase = "writing the report"
@@ -150,22 +145,40 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
     staged_copies.release()
 
 
+def _build_model(
+    config: RunConfig,
+    local_config: RunConfig,
+    tokenizer: Any,
+    data: PreparedData,
+    precision: Precision,
+    runtime: processes.Runtime,
+) -> tuple[Engine, BuiltModel, Precision]:
+    """(the engine, the model in it, the precision that it computes in). All ranks must call.
+
+    A model whose files are quantised computes in their type; any other in `precision`, and is read where `local_config` says.
+    """
+    if quantising_library(config.model.path) is not None:
+        return build_quantised_for_evaluation(config, tokenizer, data, runtime)
+    engine, built, _ = build_engine(local_config, tokenizer, data, precision, runtime)
+    return engine, built, precision
+
+
 def _evaluate_test(
     config: RunConfig,
     job: EvaluationJob,
     data: PreparedData,
     tokenizer: Any,
-    model: tuple[Engine, BuiltModel],
+    engine_and_model: tuple[Engine, BuiltModel],
     job_dir: Path,
     runtime: processes.Runtime,
     stop_agreement: RankStopAgreement,
 ) -> None:
-    """Measure a checkpoint on the run's test documents, and let rank 0 keep a record of this look. All ranks must call.
+    """Measure a checkpoint on the run's test documents, and let rank 0 record and count that. All ranks must call.
 
-    `model`: the engine with the weights of before the training, and what it was built from. Errors: ConfigError without test
-    documents, StorageError, Preempted, those of rewards.
+    `engine_and_model`: with the weights of before the training. Errors: ConfigError without test documents, StorageError,
+    Preempted, those of rewards.
     """
-    engine, built = model
+    engine, built = engine_and_model
     if data.test is None or len(data.test) == 0:
         raise ConfigError(
             f"split=test: {job.run} has no test documents left: all of them were dropped as copies or leaks"
