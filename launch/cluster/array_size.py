@@ -20,6 +20,7 @@ def refuse_large_arrays(overrides_by_run: list[list[str]], *, num_repeats: int =
     `num_repeats`: how often each run is repeated with another seed. SLURM is asked only if the runs have `launcher=slurm`, and
     no `launcher.pipeline`, which makes a chain of jobs and no array.
     """
+    # The launcher and the pipeline are the same for all runs of a sweep, so that the first one stands for all.
     if not overrides_by_run or "launcher=slurm" not in overrides_by_run[0]:
         return
     if any(override.startswith("launcher.pipeline=[") for override in overrides_by_run[0]):

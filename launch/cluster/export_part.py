@@ -131,6 +131,6 @@ def _stored_tensors(file: Path) -> list[StoredTensor]:
     tensors = []
     for name, entry in entry_by_name.items():
         num_elements = math.prod(entry["shape"])
-        element_bytes = BYTES_BY_STORED_TYPE.get(entry["dtype"], 1)
+        element_bytes = BYTES_BY_STORED_TYPE.get(entry["dtype"], 1)  # weights of other types, such as F8_E4M3, have 8 bits
         tensors.append(StoredTensor(name, num_elements, num_elements * element_bytes))
     return tensors

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from launch.config.argument_values import suggestion_of_similar_name
 from launch.config.help_text import show_help
@@ -104,7 +104,8 @@ def directory_argument_or_none(arguments: list[str]) -> Path | None:
 def main(argv: list[str], prepare: Callable[[list[str]], Path]) -> int:
     """Run `shardtune prepare --print` with the other arguments; returns the exit code. Raises ConfigError or DataError.
 
-    `prepare` prepares the data of a run from its settings, and returns the directory of the data.
+    The data is named by its directory, or by the settings of a run. `prepare` prepares the data of a run from its settings, and
+    returns the directory of the data; it is `launch.prepare.command`, which imports this module.
     """
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
@@ -194,10 +195,16 @@ def data_directory_of_run(run_dir: Path) -> Path:
     )
 
 
-def _sequences_to_show(prepared: PreparedEntry, split: str, arguments: PrintArguments) -> tuple[list[int], int | None]:
-    """(numbers of the sequences to decode, how many sequences contain the text of `find=`; None without `find=`).
+class _SequencesToShow(NamedTuple):
+    """Which sequences of a split are decoded."""
 
-    The first of these that is set decides which:
+    numbers: list[int]
+    num_matches: int | None = None
+    """How many sequences contain the text of `find=`; None without `find=`."""
+
+
+def _sequences_to_show(prepared: PreparedEntry, split: str, arguments: PrintArguments) -> _SequencesToShow:
+    """Which sequences of a split to decode. The first of these that is set decides which:
 
     - `rows=`: those of these numbers;
     - `random=`: that many, sampled by `seed=`;
@@ -209,19 +216,19 @@ def _sequences_to_show(prepared: PreparedEntry, split: str, arguments: PrintArgu
 
     sequences = prepared.split(split)
     if arguments.rows is not None:
-        return parse_sequence_numbers(arguments.rows, len(sequences), split), None
+        return _SequencesToShow(parse_sequence_numbers(arguments.rows, len(sequences), split))
     if arguments.random is not None:
         import numpy as np
 
         num_samples = min(arguments.random, len(sequences), MAX_SHOWN_SEQUENCES)
         sampled = np.random.default_rng(arguments.seed).choice(len(sequences), num_samples, replace=False)
-        return sorted(sampled.tolist()), None
+        return _SequencesToShow(sorted(sampled.tolist()))
     if arguments.find is not None:
         matches = find_sequences(prepared, split, arguments.find)
-        return matches[: arguments.limit].tolist(), len(matches)
+        return _SequencesToShow(matches[: arguments.limit].tolist(), num_matches=len(matches))
     if arguments.documents and len(sequences):
-        return [0], None
-    return [], None
+        return _SequencesToShow([0])
+    return _SequencesToShow([])
 
 
 def parse_sequence_numbers(rows_argument: str, num_sequences: int, split: str) -> list[int]:

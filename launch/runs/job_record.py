@@ -64,28 +64,28 @@ def read_job_record(run_dir: Path) -> JobRecord | None:
     return record if isinstance(record.job, str) and isinstance(record.start, int) else None
 
 
-def record_job_start(run_dir: Path, job_id: str, start: int, nodes: str) -> None:
+def record_job_start(run_dir: Path, job_id: str, start_number: int, nodes: str) -> None:
     """Write into `job.json` that a start of a job now works on the run. Raises StorageError.
 
-    `start`: 0 for the first start, then one more for each requeue.
+    `start_number`: 0 for the first start, then one more for each requeue. `nodes`: as SLURM lists them, such as `n[1-2]`.
     """
     earlier_record = read_job_record(run_dir)
-    record = JobRecord(job=job_id, start=start, nodes=nodes, began=time.time())
+    record = JobRecord(job=job_id, start=start_number, nodes=nodes, began=time.time())
     # A requeue of the same job goes on counting idle starts; a job that was submitted anew begins at 0.
     if earlier_record is not None and earlier_record.job == job_id:
         record = replace(record, step=earlier_record.step, idle_starts=earlier_record.idle_starts)
     _write_job_record(run_dir, record)
 
 
-def record_job_end(run_dir: Path, job_id: str, start: int, exit_code: int, **more_fields: object) -> None:
+def record_job_end(run_dir: Path, job_id: str, start_number: int, exit_code: int, **more_fields: object) -> None:
     """Write into `job.json` how a start of a job ended. Raises StorageError.
 
     `more_fields`: further fields of `JobRecord`, such as `reason` and `will_restart`.
     """
     record = read_job_record(run_dir)
-    if record is None or (record.job, record.start) != (job_id, start):
+    if record is None or (record.job, record.start) != (job_id, start_number):
         # It is of another start: `record_job_start` could not write the beginning of this one.
-        record = JobRecord(job=job_id, start=start)
+        record = JobRecord(job=job_id, start=start_number)
     _write_job_record(run_dir, replace(record, ended=time.time(), code=exit_code, **more_fields))  # type: ignore[arg-type]
 
 

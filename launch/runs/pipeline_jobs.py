@@ -40,7 +40,7 @@ def pipeline_parts(run_dir: Path, queue: JobQueue) -> list[PipelinePart]:
         return parts
     for entry in entries:
         if isinstance(entry, dict) and {"part", "job"} <= entry.keys():
-            previous_state = parts[-1].state if parts else None
+            previous_state = parts[-1].state if parts else None  # if that failed, SLURM never starts this one
             parts.append(_read_pipeline_part(run_dir, queue, str(entry["part"]), str(entry["job"]), previous_state))
     return parts
 

@@ -58,18 +58,18 @@ def lineage_text(root: Path, query: DocumentQuery, exposures: list[DocumentExpos
     """What `status document=` prints: each run that has the document or learned from it, each run of which this is not known, and
     what to do about weights that were trained on it.
     """
-    # Prepared data may have the document without that training has reached it.
-    exposed = [exposure for exposure in exposures if exposure.was_trained_on or exposure.num_documents_by_split]
+    # Runs whose prepared data has the document count too, although training may not have reached it.
+    with_document = [exposure for exposure in exposures if exposure.was_trained_on or exposure.num_documents_by_split]
     unknown = [exposure for exposure in exposures if exposure.why_unknown is not None and not exposure.was_trained_on]
-    if exposed:
-        lines = [f"{query}: in {len(exposed)} of {len(exposures)} runs below {root}"]
-        lines += wrap_sentences([f"{exposure.run}: {_exposure_sentence(exposure)}" for exposure in exposed])
+    if with_document:
+        lines = [f"{query}: in {len(with_document)} of {len(exposures)} runs below {root}"]
+        lines += wrap_sentences([f"{exposure.run}: {_exposure_sentence(exposure)}" for exposure in with_document])
     else:
         lines = [f"{query}: in no run below {root}"]
     if unknown:
         lines.append(f"not known for {len(unknown)}:")
         lines += wrap_sentences([f"{exposure.run}: {exposure.why_unknown}" for exposure in unknown])
-    if any(exposure.was_trained_on for exposure in exposed):
+    if any(exposure.was_trained_on for exposure in with_document):
         lines += wrap_text(
             "weights that were trained on it, and copies of them elsewhere, keep what they learned: train anew without it"
         )

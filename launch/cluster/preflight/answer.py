@@ -52,7 +52,10 @@ def _gib_text(gib: float | None) -> str:
 
 
 def _communication_line(rates: dict[str, Any]) -> str:
-    """The rates of the communication test between ranks (`exchange.measure_communication`), in one line."""
+    """The rates of the communication test between ranks (`exchange.measure_communication`), in one line.
+
+    `rates`: {"ranks": 16, "backend": "nccl", "all_reduce": 80.0, "all_gather": 75.0, "pairs": [(node, node, GB/s), ...], ...}.
+    """
     line = (
         f"communication of {rates['ranks']} ranks ({rates['backend']}), GB/s: "
         f"all-reduce {rates['all_reduce']:.2f}, all-gather {rates['all_gather']:.2f}"

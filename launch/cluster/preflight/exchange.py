@@ -52,24 +52,24 @@ def measure_communication(device: str, timeout_s: float) -> dict[str, Any]:
     rendezvous_s = time.monotonic() - began
     try:
         message_mib = GPU_MESSAGE_MIB if on_gpu else CPU_MESSAGE_MIB
-        sent = torch.ones(message_mib * 2**18, device=torch_device)  # float32: 2**18 are a MiB
-        gathered = [torch.empty_like(sent) for _ in range(world_size)]
+        message = torch.ones(message_mib * 2**18, device=torch_device)  # float32: 2**18 are a MiB
+        gathered = [torch.empty_like(message) for _ in range(world_size)]
         # Filled with ones before each call, which leaves the sum over all ranks in it.
-        reduce_s = _median_seconds(lambda: dist.all_reduce(sent.fill_(1.0)), torch_device)
-        if sent[0].item() != world_size:
-            raise RuntimeError(f"all-reduce of {world_size} ones gave {sent[0].item():g} on rank {rank}")
-        gather_s = _median_seconds(lambda: dist.all_gather(gathered, sent), torch_device)
+        reduce_s = _median_seconds(lambda: dist.all_reduce(message.fill_(1.0)), torch_device)
+        if message[0].item() != world_size:
+            raise RuntimeError(f"all-reduce of {world_size} ones gave {message[0].item():g} on rank {rank}")
+        gather_s = _median_seconds(lambda: dist.all_gather(gathered, message), torch_device)
         pair_rates: list[PairRate] = []
         if world_size > ranks_per_node:
-            pair_rates = _measure_pairs(world_size // ranks_per_node, ranks_per_node, sent)
+            pair_rates = _measure_pairs(world_size // ranks_per_node, ranks_per_node, message)
         # A ring sends this share of the data over each link: once to gather, twice to reduce.
         ring_share = (world_size - 1) / world_size
         return {
             "backend": "nccl" if on_gpu else "gloo",
             "ranks": world_size,
             "met_s": rendezvous_s,
-            "all_reduce": 2 * ring_share * sent.nbytes / reduce_s / 1e9,
-            "all_gather": ring_share * sent.nbytes * world_size / gather_s / 1e9,
+            "all_reduce": 2 * ring_share * message.nbytes / reduce_s / 1e9,
+            "all_gather": ring_share * message.nbytes * world_size / gather_s / 1e9,
             "pairs": pair_rates,
             "hosts": _host_names_by_rank(world_size),
         }

@@ -61,13 +61,13 @@ def run_node() -> int:
         rank_env = {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
         if request.processes == 1:
             os.environ.update(env | rank_env)
-            return run_rank()
+            return measure_as_rank()  # reads these variables
         command = [sys.executable, "-m", "launch.cluster.preflight.node", "rank"]
         rank_processes.append(subprocess.Popen(command, env={**os.environ, **env, **rank_env}))
     return max(process.wait() for process in rank_processes)
 
 
-def run_rank() -> int:
+def measure_as_rank() -> int:
     """Measure the communication as one rank; returns the exit code. Rank 0 reports the rates, any rank reports its error.
 
     After an error the process ends here, with code 1: its process group may wait for a peer that is lost.
@@ -104,4 +104,4 @@ def _rendezvous_by_slurm() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit({"node": run_node, "rank": run_rank}[sys.argv[1]]())
+    sys.exit({"node": run_node, "rank": measure_as_rank}[sys.argv[1]]())
