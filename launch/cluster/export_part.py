@@ -131,6 +131,7 @@ def _stored_tensors(file: Path) -> list[StoredTensor]:
     tensors = []
     for name, entry in entry_by_name.items():
         num_elements = math.prod(entry["shape"])
-        element_bytes = BYTES_BY_STORED_TYPE.get(entry["dtype"], 1)  # weights of other types, such as F8_E4M3, have 8 bits
+        # Weights of other types, such as F8_E4M3, have 8 bits.
+        element_bytes = BYTES_BY_STORED_TYPE.get(entry["dtype"], 1)
         tensors.append(StoredTensor(name, num_elements, num_elements * element_bytes))
     return tensors
