@@ -108,8 +108,8 @@ def _unknown_verb_message(verb: str) -> str:
     """The message about a verb that does not exist, with the one that was probably meant."""
     from launch.config import misspelled
 
-    if verb in misspelled.VERBS:
-        return f"there is no verb {verb}; did you mean {misspelled.VERBS[verb]}?"
+    if verb in misspelled.COMMAND_BY_WRONG_VERB:
+        return f"there is no verb {verb}; did you mean {misspelled.COMMAND_BY_WRONG_VERB[verb]}?"
     similar = difflib.get_close_matches(verb, DESCRIPTION_BY_VERB, n=1)
     hint = f"did you mean {similar[0]}?" if similar else f"one of {', '.join(DESCRIPTION_BY_VERB)}"
     return f"there is no verb {verb}; {hint}"

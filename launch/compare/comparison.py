@@ -19,7 +19,7 @@ from launch.compare.curves import (
 )
 from launch.compare.names import SettingDifference, names_of_runs, setting_differences
 from launch.compare.point_verdict import VerdictContext, point_verdict
-from launch.compare.repeats import REFUSED, MeasuredPoint, read_measured_point
+from launch.compare.repeats import REFUSED_STATE, MeasuredPoint, read_measured_point
 from launch.compare.run_files import RecordedRun, RunMeasurements
 from launch.compare.settings import PointSource
 from trainer.reporting.run_record import RunRecord
@@ -116,7 +116,7 @@ def _compared_point(
     """
     measured_point = measured_points[index]
     baseline_position = None
-    if index != default_index and measured_point.state != REFUSED:
+    if index != default_index and measured_point.state != REFUSED_STATE:
         first_repeats = [any_point.first_repeat for any_point in measured_points]
         baseline_position = baseline_index(first_repeats, index, default_index)
     if baseline_position is None:

@@ -10,7 +10,7 @@ from launch.compare.cost_plots import comparison_plots
 from launch.compare.page_table import held_out_table, points_table
 from launch.compare.quality import point_has_diverged
 from launch.compare.recommendation import join_names
-from launch.compare.repeats import REFUSED
+from launch.compare.repeats import REFUSED_STATE
 from trainer.pages.pieces import Callout, PageCard, Tone, worst_first
 from trainer.pages.render import render
 from trainer.pages.vega import vega_script
@@ -94,12 +94,12 @@ def recommendation_cards(conclusion: Conclusion) -> list[PageCard]:
 def point_callouts(comparison: Comparison) -> list[Callout]:
     """A call-out for each state of points that have no result (failed, refused, stopped, running), and one for diverged points.
 
-    It names the points, and the reasons of at most `MAX_REASONS` points. The state of a point is a `RunState`, or `REFUSED` for a
-    point that no run was started for.
+    It names the points, and the reasons of at most `MAX_REASONS` points. The state of a point is a `RunState`, or
+    `REFUSED_STATE` for a point that no run was started for.
     """
     tones: dict[str, Tone] = {
         RunState.failed: "bad",
-        REFUSED: "warning",
+        REFUSED_STATE: "warning",
         RunState.preempted: "warning",
         RunState.running: "note",
     }

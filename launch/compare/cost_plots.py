@@ -9,7 +9,7 @@ from launch.compare.comparison import ComparedPoint, Comparison
 from launch.compare.curve_plots import course_plot, difference_plot, held_out_plot, loss_plot
 from launch.compare.quality import quality_metric_name
 from launch.compare.vega_specs import (
-    HEIGHT,
+    PLOT_HEIGHT_PX,
     PagePlot,
     Spec,
     chart_frame,
@@ -254,7 +254,7 @@ def _quality_against_cost_spec(
     axis_title = " : ".join(f"against === '{title}' ? '{AXIS_TITLE_BY_COST[title]}'" for title in cost_titles)
     menu = {"input": "select", "options": cost_titles, "name": "against "}
     return {
-        **chart_frame(HEIGHT),
+        **chart_frame(PLOT_HEIGHT_PX),
         "title": {
             "text": {"expr": f"{axis_title} : ''"},
             "orient": "bottom",

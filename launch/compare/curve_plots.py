@@ -12,7 +12,7 @@ from launch.compare.curves import SAME_LOSS_TOLERANCE
 from launch.compare.events import notable_steps
 from launch.compare.quality import quality_metric_name
 from launch.compare.vega_specs import (
-    HEIGHT,
+    PLOT_HEIGHT_PX,
     PagePlot,
     Spec,
     chart_frame,
@@ -81,7 +81,7 @@ def _curve_spec(
     y_encoding: Spec,
     y_tooltip: Spec,
     *,
-    height: int = HEIGHT,
+    height: int = PLOT_HEIGHT_PX,
 ) -> Spec:
     """A Vega-Lite chart with one curve for each of `points`.
 

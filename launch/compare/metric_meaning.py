@@ -5,7 +5,7 @@ from __future__ import annotations
 from launch.compare.run_files import RecordedRun
 
 HELD_OUT_LOSS = "eval/loss"
-REWARD = "eval/reward"
+HELD_OUT_REWARD = "eval/reward"
 REWARD_KEY_PREFIX = "objective.rewards."
 """Prefix of the settings of rewards: `objective.rewards.<reward>.<setting>`."""
 TRAINING_ONLY_KEY_PREFIX = "objective.forgetting."
@@ -67,7 +67,7 @@ def keys_measured_differently(baseline: RecordedRun, run: RecordedRun, metric: s
         if differing_objective_keys := differing_keys(baseline, run, objective_keys):
             return differing_objective_keys
 
-    is_reward = metric == REWARD or metric.startswith("eval/pass_at_")
+    is_reward = metric == HELD_OUT_REWARD or metric.startswith("eval/pass_at_")
     scoring_keys = _scoring_keys(baseline) | _scoring_keys(run) if is_reward else set()
     if differing_scoring_keys := differing_keys(baseline, run, scoring_keys):
         return differing_scoring_keys

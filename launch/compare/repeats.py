@@ -10,7 +10,7 @@ from typing import Any
 
 from launch.compare.profiles import exposed_communication_s
 from launch.compare.run_files import (
-    RATES,
+    STEP_RATE_METRICS,
     RecordedRun,
     RunMeasurements,
     is_run_directory,
@@ -27,8 +27,8 @@ from launch.compare.wandb_files import (
 )
 from trainer.reporting.run_record import RunRecord
 
-REFUSED = "refused"
-MEDIAN_FIELDS = (*RATES, "start_s", "evaluation_before_s", "checkpoint_s", "exposed_s")
+REFUSED_STATE = "refused"
+MEDIAN_FIELDS = (*STEP_RATE_METRICS, "start_s", "evaluation_before_s", "checkpoint_s", "exposed_s")
 """Measurements of which a point has the median over its repeats; of memory it has the largest."""
 STEP_PARTS = {"data": "data_wait_s", "forward": "forward_s", "backward": "backward_s", "optimizer": "optimizer_s"}
 """Key in `metrics.jsonl` of each part of a step that is timed."""
@@ -173,11 +173,11 @@ def _never_started_run(source: PointSource) -> RecordedRun:
     A point is one combination of settings. Its name takes the place of the directory, which it never had.
     """
     return RecordedRun(
-        directory=source.directories[0] if source.directories else Path(source.name or REFUSED),
+        directory=source.directories[0] if source.directories else Path(source.name or REFUSED_STATE),
         config=source.config,
         identity={},
         record=RunRecord(),
-        status={"state": REFUSED, "reason": "; ".join(source.refused)},
+        status={"state": REFUSED_STATE, "reason": "; ".join(source.refused)},
         failure={},
         steps={},
         evaluations={},

@@ -28,8 +28,8 @@ from trainer.reporting.run_record import (
 from trainer.reporting.settings_file import read_settings_tree
 from trainer.reporting.status import RunState, read_failure, read_status
 
-GIB = 2**30
-RATES = ("tokens_per_s", "supervised_tokens_per_s", "mfu", "step_s")
+BYTES_PER_GIB = 2**30
+STEP_RATE_METRICS = ("tokens_per_s", "supervised_tokens_per_s", "mfu", "step_s")
 """Metrics of a step of which a run has the median: keys of `metrics.jsonl`, and fields of `RunMeasurements`."""
 
 
@@ -257,7 +257,7 @@ def measure_run(run: RecordedRun, warmup_steps: int = 1) -> RunMeasurements:
     return RunMeasurements(
         steps=len(rows),
         loss=last_losses[0] if last_losses else None,
-        **{rate: _median_or_none(_finite_numbers(rows_for_speed, rate)) for rate in RATES},
+        **{rate: _median_or_none(_finite_numbers(rows_for_speed, rate)) for rate in STEP_RATE_METRICS},
         tokens_per_s_quartiles=_quartiles(_finite_numbers(rows_for_speed, "tokens_per_s")),
         warmup_steps=len(rows) - len(counted_rows) if counted_rows else 0,
         memory_gib=max(_finite_numbers(rows, "memory_gib"), default=None),
@@ -310,7 +310,7 @@ def _total_gib(bytes_by_collective: dict[str, float] | None) -> float | None:
     """The size of all collectives together, in GiB; None if it was not recorded."""
     if bytes_by_collective is None:
         return None
-    return sum(_with_zero_for_null(bytes_by_collective).values()) / GIB
+    return sum(_with_zero_for_null(bytes_by_collective).values()) / BYTES_PER_GIB
 
 
 def _newest_checkpoint_gib(run: RecordedRun) -> float | None:
@@ -320,6 +320,6 @@ def _newest_checkpoint_gib(run: RecordedRun) -> float | None:
         if not checkpoints:
             return None
         _, newest_dir = checkpoints[-1]  # (step, directory) of each, the oldest first
-        return sum(file.stat().st_size for file in newest_dir.rglob("*") if file.is_file()) / GIB
+        return sum(file.stat().st_size for file in newest_dir.rglob("*") if file.is_file()) / BYTES_PER_GIB
     except (OSError, StorageError):
         return None

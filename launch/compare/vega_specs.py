@@ -14,9 +14,9 @@ from typing import Any
 from launch.compare.comparison import ComparedPoint, Comparison
 
 Spec = dict[str, Any]
-SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
-HEIGHT = 320
-WIDTH = 860
+VEGA_LITE_SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
+PLOT_HEIGHT_PX = 320
+PLOT_WIDTH_PX = 860
 """Size of a plot in pixels; a page fits the width to its window."""
 NUM_THEME_COLORS = 8
 """Colours of the page's theme. An axis with more values has a scheme of its own."""
@@ -62,10 +62,11 @@ def csv_plot_data(columns: Sequence[str], rows: Iterable[Sequence[Any]], text_co
 
 def chart_frame(height_px: int) -> Spec:
     """What the Vega-Lite specification of each plot begins with: schema, look of the legends, size in pixels."""
-    return {"$schema": SCHEMA, "config": LEGEND_CONFIG, "width": WIDTH, "height": height_px}
+    return {"$schema": VEGA_LITE_SCHEMA, "config": LEGEND_CONFIG, "width": PLOT_WIDTH_PX, "height": height_px}
 
 
 def _csv_cell(value: Any) -> str:
+    """A value as a cell of a plot's CSV data: a number with six digits, a text in quotes; empty if unknown or not finite."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     if isinstance(value, float):

@@ -10,7 +10,7 @@ from typing import Any
 
 from launch.compare.comparison import ComparedPoint, Comparison, compare_points
 from launch.compare.curves import loss_relevant_settings
-from launch.compare.repeats import REFUSED
+from launch.compare.repeats import REFUSED_STATE
 from launch.compare.run_files import RecordedRun, is_run_directory
 from launch.compare.settings import PointSource
 from launch.compare.wandb_files import WANDB_RUN_DIRECTORY_REGEX, is_wandb_address, is_wandb_directory
@@ -138,7 +138,7 @@ def rewrite_workspace_script_of_array(run_dir: Path) -> None:
 
 def no_workspace_reason(comparison: Comparison) -> str | None:
     """Why W&B can show none of these runs, as a line for people; None if it has some, or if every point was refused."""
-    all_refused = all(point.state == REFUSED for point in comparison.points)
+    all_refused = all(point.state == REFUSED_STATE for point in comparison.points)
     if all_refused or runs_logged_to_wandb(comparison):
         return None
     return (
@@ -151,7 +151,7 @@ def runs_logged_to_wandb(comparison: Comparison) -> list[RecordedRun]:
     """The runs of the comparison, with all repeats, that log to W&B."""
     runs: list[RecordedRun] = []
     for point in comparison.points:
-        if point.state != REFUSED:
+        if point.state != REFUSED_STATE:
             runs += point.repeats
     return [run for run in runs if _wandb_mode(run) != "disabled"]
 

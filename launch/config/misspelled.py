@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-MISNAMED = {
+REPLACEMENT_BY_WRONG_KEY = {
     "data.train_path": "data.path={value}",
     "data.train": "data.path={value}",
     "data.train_file": "data.path={value}",
@@ -22,7 +22,7 @@ ADVICE_BY_FLAG_OF_OTHER_LAUNCHERS = {
     "multi_gpu": "every GPU of this host gets a process, if the strategy shares; launcher.processes=<number> says fewer",
 }
 """Switches of other launchers, without a value, and what happens here instead."""
-VERBS = {
+COMMAND_BY_WRONG_VERB = {
     "data": "prepare --print",
     "merge": "export <run> merge=true",
     "sweep": "train -m",
@@ -31,13 +31,13 @@ VERBS = {
     "generate": "chat",
     "inference": "chat",
 }
-"""Verbs that people type, with the command that does their job."""
+"""What to type in place of a verb that does not exist here: the command that does its job."""
 
 
 def replacement_text(key: str, value: str) -> str | None:
     """The arguments to type in place of `key=value`; None if the key is not one of these, nor a variable of the environment."""
-    if key in MISNAMED:
-        return f"type {MISNAMED[key].format(value=value)}"
+    if key in REPLACEMENT_BY_WRONG_KEY:
+        return f"type {REPLACEMENT_BY_WRONG_KEY[key].format(value=value)}"
     if key.isupper():
         return f"a variable of the environment goes before the command: {key}={value} shardtune ..."
     return None

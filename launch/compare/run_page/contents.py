@@ -19,10 +19,10 @@ from trainer.reporting.numbers import format_setting
 from trainer.reporting.results import EVALUATION_REPORT, REVIEW_REPORT, kept_reports
 from trainer.reporting.run_record import MeasuredCost, PredictedCost, Receipt
 
-GIB = 2**30
+BYTES_PER_GIB = 2**30
 NEARLY_FULL_SHARE = 0.92
 """Share of a card's memory from which on longer rows may not fit."""
-CPU = "cpu"
+CPU_DEVICE = "cpu"
 PATH_KEYS = {"run.dir", "data.cache_dir"}
 """Settings that only say where files are: they are among all settings, and not among those that were chosen."""
 RESOLVED_KEY_PREFIX = "substitutions."
@@ -110,7 +110,7 @@ def _has_reliable_peak(run: RecordedRun) -> bool:
 
     The peak of a CPU is measured while other programs may run.
     """
-    return run.record.device != CPU or run.config.get("logging.reference_tflops") is not None
+    return run.record.device != CPU_DEVICE or run.config.get("logging.reference_tflops") is not None
 
 
 def _memory_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None:
@@ -120,7 +120,7 @@ def _memory_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None
     gpu_memory_gib = _predicted_cost(run).device_gib
     note = "largest peak of a rank"
     tone: Tone = ""
-    if run.record.device == CPU:
+    if run.record.device == CPU_DEVICE:
         note += ", libraries included"
     elif gpu_memory_gib:  # only a card's memory is known to be the run's alone
         share = measured.memory_gib / gpu_memory_gib
@@ -128,7 +128,7 @@ def _memory_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None
         if share > NEARLY_FULL_SHARE:
             tone = "warning"
             note += ": longer rows may not fit"
-    return PageCard("Memory", format_bytes(measured.memory_gib * GIB), note, tone)
+    return PageCard("Memory", format_bytes(measured.memory_gib * BYTES_PER_GIB), note, tone)
 
 
 def _predicted_cost(run: RecordedRun) -> PredictedCost:
@@ -148,7 +148,7 @@ def cost_table(compared: ComparedPoint) -> PageTable | None:
     measured_receipt = (run.record.receipt or Receipt()).measured or MeasuredCost()
     planned_memory_gib = predicted.memory_gib
     planned_step_s = predicted.step_s
-    if run.record.device == CPU:
+    if run.record.device == CPU_DEVICE:
         # Not comparable: the measured memory has the process's libraries in it, and the plan knows no reliable peak of a CPU.
         planned_memory_gib = None
         planned_step_s = None
@@ -190,7 +190,7 @@ def _cost_row(
 
 
 def _gib_to_bytes(gib: float | None) -> float | None:
-    return None if gib is None else gib * GIB
+    return None if gib is None else gib * BYTES_PER_GIB
 
 
 def _start_without_evaluation_s(measured: RunMeasurements) -> float | None:

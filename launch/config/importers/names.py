@@ -6,12 +6,12 @@ from launch.config.importers import rules
 from launch.config.importers.equivalent import OtherTrainerSettings, TranslatedSetting, parse_number
 from launch.config.importers.rules import Rule, choice, not_needed, renamed_to, switch, without_equivalent
 
-LORA = {"tuning": "lora"}
+LORA_OVERRIDES = {"tuning": "lora"}
 
 
 def _lora_setting(key: str) -> Rule:
     """A rule for a setting of LoRA's, which also chooses `tuning=lora`."""
-    return lambda value, _: TranslatedSetting({**LORA, f"tuning.{key}": value})
+    return lambda value, _: TranslatedSetting({**LORA_OVERRIDES, f"tuning.{key}": value})
 
 
 def _rules(names: str, rule: Rule) -> dict[str, Rule]:
@@ -19,7 +19,7 @@ def _rules(names: str, rule: Rule) -> dict[str, Rule]:
     return dict.fromkeys(names.split(), rule)
 
 
-RUN = {
+RUN_RULES = {
     **_rules("output_dir", renamed_to("run.dir")),
     **_rules("resume_from_checkpoint", renamed_to("run.resume")),
     **_rules("data_seed", not_needed("run.seed draws the order of the data too")),
@@ -55,7 +55,7 @@ RUN = {
         not_needed("not needed here"),
     ),
 }
-MODEL = {
+MODEL_RULES = {
     **_rules(
         "model_name_or_path base_model model_name pretrained_model_name_or_path model_id", renamed_to("model.path")
     ),
@@ -70,21 +70,24 @@ MODEL = {
     **_rules("load_in_4bit", switch({"model.quantisation": "nf4"})),
     **_rules("load_in_8bit", switch({"model.quantisation": "int8"})),
     **_rules("quantization_bit", rules.quantisation_bits),
-    **_rules("lora_model_dir adapter_name_or_path", lambda value, _: TranslatedSetting({**LORA, "tuning.from": value})),
+    **_rules(
+        "lora_model_dir adapter_name_or_path",
+        lambda value, _: TranslatedSetting({**LORA_OVERRIDES, "tuning.from": value}),
+    ),
     **_rules("lora_r lora_rank", _lora_setting("rank")),
     **_rules("lora_alpha", _lora_setting("alpha")),
     **_rules("lora_dropout", _lora_setting("dropout")),
     **_rules("lora_target lora_target_modules", rules.lora_targets),
-    **_rules("lora_target_linear", switch({**LORA, "tuning.targets": "all-linear"})),
+    **_rules("lora_target_linear", switch({**LORA_OVERRIDES, "tuning.targets": "all-linear"})),
     **_rules("lora_modules_to_save modules_to_save", _lora_setting("modules_to_save")),
     **_rules(
         "additional_target",
-        lambda value, _: TranslatedSetting({**LORA, "tuning.modules_to_save": f"[{value.strip('[]')}]"}),
+        lambda value, _: TranslatedSetting({**LORA_OVERRIDES, "tuning.modules_to_save": f"[{value.strip('[]')}]"}),
     ),
-    **_rules("use_rslora peft_use_rslora", switch({**LORA, "tuning.rslora": "true"})),
-    **_rules("use_dora peft_use_dora", switch({**LORA, "tuning.dora": "true"})),
+    **_rules("use_rslora peft_use_rslora", switch({**LORA_OVERRIDES, "tuning.rslora": "true"})),
+    **_rules("use_dora peft_use_dora", switch({**LORA_OVERRIDES, "tuning.dora": "true"})),
     **_rules("loraplus_lr_ratio", _lora_setting("lr_ratio")),
-    **_rules("use_peft use_lora", switch(LORA)),
+    **_rules("use_peft use_lora", switch(LORA_OVERRIDES)),
     **_rules("adapter finetuning_type", rules.tuning_method),
     **_rules("neftune_noise_alpha neftune_alpha", renamed_to("model.neftune_alpha")),
     **_rules("rope_scaling rope_theta", without_equivalent("set model.positions and model.rope")),
@@ -104,7 +107,7 @@ MODEL = {
     ),
     **_rules("plugins", without_equivalent("plugins of axolotl are not loaded")),
 }
-DATA = {
+DATA_RULES = {
     **_rules(
         "sequence_parallel_size sequence_parallel_degree context_parallel_size sp_size cp_size ulysses_parallel_size "
         "ulysses_sequence_parallel_size",
@@ -145,7 +148,7 @@ DATA = {
     **_rules("pref_loss", lambda value, _: _pair_loss(value)),
     **_rules("simpo_gamma", renamed_to("objective.gamma")),
 }
-REINFORCEMENT = {  # of TRL's GRPOConfig, then of verl
+REINFORCEMENT_RULES = {  # of TRL's GRPOConfig, then of verl
     **_rules("num_generations", renamed_to("objective.group_size")),
     **_rules("max_completion_length max_response_length", renamed_to("objective.rollout.max_new_tokens")),
     **_rules("max_prompt_length", renamed_to("data.max_length")),
@@ -177,7 +180,7 @@ REINFORCEMENT = {  # of TRL's GRPOConfig, then of verl
         without_equivalent("the run's own engine writes the answers, under every strategy"),
     ),
 }
-OPTIMIZER = {
+OPTIMIZER_RULES = {
     **_rules("learning_rate", renamed_to("optim.lr")),
     **_rules("weight_decay", renamed_to("optim.weight_decay")),
     **_rules("label_smoothing_factor label_smoothing", renamed_to("objective.label_smoothing")),
@@ -196,7 +199,7 @@ OPTIMIZER = {
         without_equivalent("guards.loss=note, skip or rollback watches the loss"),
     ),
 }
-REPORTING = {
+REPORTING_RULES = {
     **_rules("seed", renamed_to("run.seed")),
     **_rules("logging_steps", renamed_to("logging.every_steps")),
     **_rules("logging_dir", not_needed("logs are in the run directory")),
@@ -233,7 +236,14 @@ REPORTING = {
     ),
     **_rules("predict_with_generate", without_equivalent("evaluation.generate.samples=N writes and scores answers")),
 }
-RULES_BY_OTHER_NAME: dict[str, Rule] = {**RUN, **MODEL, **DATA, **REINFORCEMENT, **OPTIMIZER, **REPORTING}
+RULES_BY_OTHER_NAME: dict[str, Rule] = {
+    **RUN_RULES,
+    **MODEL_RULES,
+    **DATA_RULES,
+    **REINFORCEMENT_RULES,
+    **OPTIMIZER_RULES,
+    **REPORTING_RULES,
+}
 
 
 def normalised_name(name: str) -> str:
