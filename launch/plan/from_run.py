@@ -6,7 +6,7 @@ then applied to every option of the plan. What the receipt does not contain stay
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -55,68 +55,97 @@ def calibrate_card(
     gpu = measured.device_name
     if gpu != card.name:
         raise ConfigError(f"from={run_dir}: it ran on {gpu or 'an unnamed GPU'}, and hardware names {card.name}")
-    lines = []
-    uncalibrated_reasons = []
+    calibration = _Calibration(card)
     expert_imbalance = _measured_imbalance(record, config.parallel.experts)
     if expert_imbalance is not None:
-        lines.append(
+        calibration.lines.append(
             f"the busiest rank's experts got {expert_imbalance.busiest_over_mean:.2f} x the mean of tokens, in the least even "
             f"layer, with parallel.experts={expert_imbalance.expert_ranks}"
         )
     choice = _planned_choice_of_run(config, record, card, settings, expert_imbalance)
     if isinstance(choice, NotSimulated):
-        uncalibrated_reasons.append(f"steps and tensors are estimated as without it: {choice.reason}")
+        calibration.uncalibrated_reasons.append(f"steps and tensors are estimated as without it: {choice.reason}")
     else:
-        step_s = _positive_or_none(measured.step_s)
-        if step_s is None:
-            uncalibrated_reasons.append("it tells no time of a step")
-        else:
-            card = replace(card, pace=step_s / choice.step_time.total_s)
-            seconds = f"{step_s:.3g} s, {choice.step_time.total_s:.3g} estimated"
-            lines.append(f"steps take {card.pace:.2f} x the estimate ({seconds})")
-        peak_gib = _positive_or_none(measured.memory_gib)
-        if peak_gib is not None:
-            simulated_gib = choice.memory_peak.total_bytes / 2**30
-            # Its longest documents need not have met in one micro-batch: a smaller peak is no proof that less is needed.
-            card = replace(card, tensors=max(1.0, peak_gib / simulated_gib))
-            peaks = f"{peak_gib:.2f} GiB at most, {simulated_gib:.2f} simulated"
-            lines.append(f"tensors take {card.tensors:.2f} x what is simulated ({peaks})")
-
+        calibration.take_step_time(_positive_or_none(measured.step_s), choice.step_time.total_s)
+        calibration.take_peak_memory(_positive_or_none(measured.memory_gib), choice.memory_peak.total_bytes / 2**30)
         if choice.round_time is not None:
-            rounds = _measured_rounds(Path(run_dir).expanduser())
-            if rounds is None:
-                uncalibrated_reasons.append(
-                    "it has written no round after its first, so generation is estimated as without it"
-                )
-            else:
-                planned_s = (
-                    choice.round_time.generation_s * rounds.longest_answer / max_generated_tokens(config.objective)
-                )
-                answers = num_prompts_per_round(config) * int(getattr(config.objective, "group_size", 1))
-                card = replace(card, writing_pace=rounds.generation_s / planned_s, scoring_s=rounds.scoring_s / answers)
-                lines.append(
-                    f"writing takes {card.writing_pace:.2f} x the estimate ({rounds.generation_s:.3g} s a round whose "
-                    f"longest answer has {rounds.longest_answer:.0f} tokens, {planned_s:.3g} estimated), and rewards "
-                    f"{rounds.scoring_s:.3g} s a round"
-                )
-
-    allocator = _measured_allocator_share(measured)
-    if allocator is None:
-        uncalibrated_reasons.append("it tells no memory that the allocator reserved")
-    else:
-        card = replace(card, allocator=allocator)
-        lines.append(f"the allocator reserves {allocator:.1%} beyond what is allocated")
-    disk_gb_s = _measured_disk_gb_s(measured, config.launcher.nodes)
-    if disk_gb_s is None:
-        uncalibrated_reasons.append("it wrote no checkpoint")
-    else:
-        card = replace(card, disk_gb_s=disk_gb_s)
-        lines.append(f"a node writes checkpoints at {disk_gb_s:.3g} GB/s")
+            calibration.take_rounds(
+                _measured_rounds(Path(run_dir).expanduser()), config, choice.round_time.generation_s
+            )
+    calibration.take_allocator_share(_measured_allocator_share(measured))
+    calibration.take_disk_rate(_measured_disk_gb_s(measured, config.launcher.nodes))
 
     heading = f"from {run_dir} ({record.strategy}, {record.world_size} x {gpu}):"
-    calibrated_lines = [f"  {line}" for line in lines]
-    uncalibrated_lines = [f"  not calibrated: {reason}" for reason in uncalibrated_reasons]
-    return CalibratedCard(card, expert_imbalance, (heading, *calibrated_lines, *uncalibrated_lines))
+    calibrated_lines = [f"  {line}" for line in calibration.lines]
+    uncalibrated_lines = [f"  not calibrated: {reason}" for reason in calibration.uncalibrated_reasons]
+    return CalibratedCard(calibration.card, expert_imbalance, (heading, *calibrated_lines, *uncalibrated_lines))
+
+
+@dataclass(slots=True)
+class _Calibration:
+    """A card that takes over what a run has measured, figure after figure, with a line for the user on each."""
+
+    card: Card
+    lines: list[str] = field(default_factory=list)
+    """What was measured, over what is estimated."""
+    uncalibrated_reasons: list[str] = field(default_factory=list)
+    """What the run did not measure, so that the card's own figure stays."""
+
+    def take_step_time(self, measured_s: float | None, estimated_s: float) -> None:
+        """Set `card.pace`, by which all estimates of a step are multiplied."""
+        if measured_s is None:
+            self.uncalibrated_reasons.append("it tells no time of a step")
+            return
+        self.card = replace(self.card, pace=measured_s / estimated_s)
+        self.lines.append(
+            f"steps take {self.card.pace:.2f} x the estimate ({measured_s:.3g} s, {estimated_s:.3g} estimated)"
+        )
+
+    def take_peak_memory(self, measured_gib: float | None, simulated_gib: float) -> None:
+        """Set `card.tensors`, by which the simulated bytes of tensors are multiplied; nothing if no peak was measured."""
+        if measured_gib is None:
+            return
+        # Its longest documents need not have met in one micro-batch: a smaller peak is no proof that less is needed.
+        self.card = replace(self.card, tensors=max(1.0, measured_gib / simulated_gib))
+        peaks = f"{measured_gib:.2f} GiB at most, {simulated_gib:.2f} simulated"
+        self.lines.append(f"tensors take {self.card.tensors:.2f} x what is simulated ({peaks})")
+
+    def take_rounds(self, rounds: _MeasuredRounds | None, config: RunConfig, estimated_generation_s: float) -> None:
+        """Set `card.writing_pace`, by which estimates of generating answers are multiplied, and `card.scoring_s`.
+
+        `estimated_generation_s`: of answers that are all as long as they may be, while those of the run were shorter.
+        """
+        if rounds is None:
+            self.uncalibrated_reasons.append(
+                "it has written no round after its first, so generation is estimated as without it"
+            )
+            return
+        estimated_s = estimated_generation_s * rounds.longest_answer / max_generated_tokens(config.objective)
+        answers = num_prompts_per_round(config) * int(getattr(config.objective, "group_size", 1))
+        self.card = replace(
+            self.card, writing_pace=rounds.generation_s / estimated_s, scoring_s=rounds.scoring_s / answers
+        )
+        self.lines.append(
+            f"writing takes {self.card.writing_pace:.2f} x the estimate ({rounds.generation_s:.3g} s a round whose "
+            f"longest answer has {rounds.longest_answer:.0f} tokens, {estimated_s:.3g} estimated), and rewards "
+            f"{rounds.scoring_s:.3g} s a round"
+        )
+
+    def take_allocator_share(self, share: float | None) -> None:
+        """Set `card.allocator`: what the allocator reserves beyond what is allocated, as a share of the latter."""
+        if share is None:
+            self.uncalibrated_reasons.append("it tells no memory that the allocator reserved")
+            return
+        self.card = replace(self.card, allocator=share)
+        self.lines.append(f"the allocator reserves {share:.1%} beyond what is allocated")
+
+    def take_disk_rate(self, disk_gb_s: float | None) -> None:
+        """Set `card.disk_gb_s`, the rate at which a node writes checkpoints."""
+        if disk_gb_s is None:
+            self.uncalibrated_reasons.append("it wrote no checkpoint")
+            return
+        self.card = replace(self.card, disk_gb_s=disk_gb_s)
+        self.lines.append(f"a node writes checkpoints at {disk_gb_s:.3g} GB/s")
 
 
 def _measured_imbalance(record: RunRecord, expert_ranks: int) -> MeasuredImbalance | None:
