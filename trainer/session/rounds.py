@@ -19,6 +19,8 @@ from trainer.session.announcements import RunContext
 from trainer.step import BuiltModel
 
 if TYPE_CHECKING:
+    from trainer.rollout.maker import RoundBuilder
+    from trainer.rollout.rewards.scorer import WorkerScorer
     from trainer.rollout.round import Round
 
 
@@ -36,14 +38,28 @@ def open_rounds(
     Returns (the loader of this rank, the optimizer steps of the run). `resumed_from`: the checkpoint that was loaded, from which
     the loader continues. All ranks must call. Errors: those of rewards, StorageError.
     """
+    scorer = _open_rewards(config, engine, context)
+    new_stop_check = context.stop_agreement.new_stop_check
+    round_inputs = RoundInputs(
+        inputs.tokenizer, inputs.precision, scorer, progress, new_stop_check, context.attempt.set_phase
+    )
+    loader, steps = build_round_loader(config, inputs.data, built, engine, context.runtime, round_inputs)
+    _record_rounds(config, loader.round_builder, progress.step, context)
+    if resumed_from is not None:
+        loader.restore(resumed_from)
+    return loader, steps
+
+
+def _open_rewards(config: RunConfig, engine: Engine, context: RunContext) -> WorkerScorer:
+    """Open the rewards: programs and servers, a judge model, and the reward models in `engine`. They close with the attempt.
+
+    All ranks must call. Raises the errors of rewards that cannot be opened.
+    """
     from trainer.evaluation.endpoint.judge import Judge
-    from trainer.rollout.record import RoundRecord
     from trainer.rollout.rewards.scorer import open_scorer
 
     assert isinstance(config.objective, RoundsConfig), "the settings of every family with rollouts"
-
     new_stop_check = context.stop_agreement.new_stop_check
-    # The rewards: programs and servers, a judge model, and reward models.
     judge = None
     if config.evaluation.judge.url:
         judge = Judge(config.evaluation.judge, context.runtime, new_stop_check())
@@ -56,22 +72,23 @@ def open_rounds(
     )
     context.attempt.at_end.callback(scorer.close)
     scorer.model_scorer = open_model_scorer(config, engine, context.runtime, new_stop_check())
-    round_inputs = RoundInputs(
-        inputs.tokenizer, inputs.precision, scorer, progress, new_stop_check, context.attempt.set_phase
-    )
-    loader, steps = build_round_loader(config, inputs.data, built, engine, context.runtime, round_inputs)
-    # The record of rounds. A resumed run forgets the rounds after its checkpoint.
+    return scorer
+
+
+def _record_rounds(config: RunConfig, round_builder: RoundBuilder, first_step: int, context: RunContext) -> None:
+    """Let rank 0 write each round into the record of rounds, and warn of rewards that took too long. All ranks must call.
+
+    A resumed run forgets the rounds after its checkpoint, which is of `first_step`.
+    """
+    from trainer.rollout.record import RoundRecord
+
+    assert isinstance(config.objective, RoundsConfig), "the settings of every family with rollouts"
     record = RoundRecord(context.run_dir, config.objective.rollout.record)
-    processes.call_on_main(lambda: record.remove_after(progress.step), context.runtime)
-    loader.round_builder.on_round.append(
+    processes.call_on_main(lambda: record.remove_after(first_step), context.runtime)
+    round_builder.on_round.append(
         lambda rollout_round, step: processes.call_on_main(lambda: record.write(rollout_round, step), context.runtime)
     )
-    loader.round_builder.on_round.append(
-        lambda rollout_round, step: _warn_of_reward_timeouts(rollout_round, step, context)
-    )
-    if resumed_from is not None:
-        loader.restore(resumed_from)
-    return loader, steps
+    round_builder.on_round.append(lambda rollout_round, step: _warn_of_reward_timeouts(rollout_round, step, context))
 
 
 def _warn_of_reward_timeouts(rollout_round: Round, step: int, context: RunContext) -> None:
