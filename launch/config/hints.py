@@ -10,7 +10,7 @@ from typing import Any
 from launch.config import misspelled
 from launch.config.choices import MODEL_GROUP, choices_by_group
 from launch.config.importers.equivalent import OtherTrainerSettings, TranslatedSetting, parse_number
-from launch.config.importers.names import RULES_BY_OTHER_NAME, normalised_name, translate
+from launch.config.importers.names import RULE_BY_NORMALISED_NAME, normalised_name, translate_by_rule
 from launch.config.importers.rules import RULE_BY_GROUP
 from launch.config.removed import REASON_BY_NOT_OFFERED_KEY, SUCCESSOR_BY_REMOVED_KEY
 
@@ -69,7 +69,7 @@ class OverridesOfOtherTrainers:
             override = remaining.pop(0)
             key, equals_sign, value = override.partition("=")
             # Other trainers' flags come as `--name value`; ours are `key=value`.
-            if override.startswith("--") and not equals_sign and normalised_name(key) in RULES_BY_OTHER_NAME:
+            if override.startswith("--") and not equals_sign and normalised_name(key) in RULE_BY_NORMALISED_NAME:
                 value = "true"  # a switch, unless a value follows
                 if remaining and not remaining[0].startswith("--") and "=" not in remaining[0]:
                     value = remaining.pop(0)
@@ -81,7 +81,7 @@ class OverridesOfOtherTrainers:
             name = normalised_name(key)
             bare_key = key.lstrip("-+~")
             is_our_key = is_ours(bare_key) or bare_key in choices_by_group()
-            if name in RULES_BY_OTHER_NAME and not is_our_key:
+            if name in RULE_BY_NORMALISED_NAME and not is_our_key:
                 self._value_by_other_name[name] = value.strip("'\"")
                 self._other_name_by_override[override] = name
 
@@ -97,7 +97,7 @@ class OverridesOfOtherTrainers:
         name = self._other_name_by_override.get(override)
         if name is None:
             return None
-        translation = translate(name, OtherTrainerSettings(self._value_by_other_name, self._ranks))
+        translation = translate_by_rule(name, OtherTrainerSettings(self._value_by_other_name, self._ranks))
         if translation is None:
             return None
         # Validation will say that no budget or batch size is set, which repeats this problem as well.
@@ -277,7 +277,7 @@ def _is_setting_typed_as_flag(argument: str, settings_by_key: SettingsByKey) -> 
     one of our flags (`--dryrun`), which `explain_argument_without_value` explains.
     """
     key = argument.lstrip("-").replace("-", "_")
-    is_of_other_trainer = normalised_name(argument) in RULES_BY_OTHER_NAME
+    is_of_other_trainer = normalised_name(argument) in RULE_BY_NORMALISED_NAME
     is_of_other_launcher = key in misspelled.ADVICE_BY_FLAG_OF_OTHER_LAUNCHERS
     if not argument.startswith("--") or "=" in argument or is_of_other_trainer or is_of_other_launcher:
         return False

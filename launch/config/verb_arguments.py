@@ -81,7 +81,7 @@ def read_arguments(verb: str, declaration: type[Declared], argv: Iterable[str]) 
     """Read a verb's command line into an object of `declaration`; also returns a problem for each argument that it cannot use."""
     reader = _ArgumentReader(verb, declaration)
     for argument in reader.join_dashed_values(list(argv)):
-        reader.add(argument)
+        reader.read_argument(argument)
     return reader.finished_arguments()
 
 
@@ -236,7 +236,7 @@ def _default_text(default: Any) -> str:
 
 
 class _ArgumentReader:
-    """Reads the arguments of one verb: `add` takes one after the other, `finished_arguments` returns them as typed values.
+    """Reads the arguments of one verb: `read_argument` each in turn, then `finished_arguments` returns them as typed values.
 
     A field is one of the declaration (`dry_run`), a key is how it is typed (`--dry-run`).
     """
@@ -293,7 +293,7 @@ class _ArgumentReader:
                 value = unread.pop(0)
             yield f"{argument}={value}"
 
-    def add(self, argument: str) -> None:
+    def read_argument(self, argument: str) -> None:
         """Take one argument, as the first of these that applies:
 
         - a flag of the verb;
@@ -322,7 +322,7 @@ class _ArgumentReader:
     def finished_arguments(self) -> tuple[Any, list[str]]:
         """(The verb's arguments as an object of the declaration, a problem for each argument that cannot be used).
 
-        The problems include arguments that are required and missing. Call this once, after the last `add`.
+        The problems include arguments that are required and missing. Call this once, after the last argument.
         """
         self._assign_positional_texts()
         values: dict[str, Any] = dict.fromkeys(self.flag_fields, True)
@@ -430,7 +430,8 @@ class _ArgumentReader:
                 self.text_by_field[name] = self.positional_texts.pop(0)
             single_fields.append(name)
         if self.positional_texts and not has_list_field:
-            # There is a single field, because `add` keeps such texts only for a verb that takes them. Its text is the advice.
+            # There is a single field, because `read_argument` keeps such texts only for a verb that takes them. Its text is the
+            # advice.
             advice = self.spec_by_field[single_fields[-1]].text
             arguments = [
                 self.text_by_field[name] for name in single_fields if name in self.text_by_field

@@ -14,7 +14,7 @@ from launch.config.importers.equivalent import (
     is_true,
     parse_number,
 )
-from launch.config.importers.names import translate
+from launch.config.importers.names import translate_by_rule
 
 SCHEDULE_BY_DEEPSPEED_TYPE = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 SETTING_BY_SCHEDULER_PARAMETER = {
@@ -130,7 +130,7 @@ def _translate_top_level(key: str, value: Any, deepspeed_settings: OtherTrainerS
     translation = _translation_in_table(TOP_LEVEL_TRANSLATIONS, key)
     # A rule reads one value as text, so a block, or a key that is no text, has none.
     if translation is None and not isinstance(value, dict) and str(key) in deepspeed_settings.value_by_name:
-        translation = translate(key, deepspeed_settings)
+        translation = translate_by_rule(key, deepspeed_settings)
     return translation or TranslatedSetting(note=NOT_PASSED_ON_REASON)
 
 

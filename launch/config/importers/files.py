@@ -10,7 +10,7 @@ from typing import Any
 from launch.config.importers import datasets, deepspeed, rules
 from launch.config.importers.conversion import ConvertedSettings, scalar_settings, to_cli_text
 from launch.config.importers.equivalent import OtherTrainerSettings, TranslatedSetting, format_number, parse_number
-from launch.config.importers.names import RULES_BY_OTHER_NAME, normalised_name, translate
+from launch.config.importers.names import RULE_BY_NORMALISED_NAME, normalised_name, translate_by_rule
 from strategies import atomic_io
 from strategies.errors import ConfigError
 
@@ -179,7 +179,7 @@ def detect_trainer(tree: Mapping[str, Any]) -> str | None:
     for trainer, telling_settings in TELLING_SETTINGS_BY_TRAINER.items():
         if setting_names & set(telling_settings):
             return trainer
-    has_known_name = any(normalised_name(str(key)) in RULES_BY_OTHER_NAME for key in tree)
+    has_known_name = any(normalised_name(str(key)) in RULE_BY_NORMALISED_NAME for key in tree)
     return HUGGING_FACE if has_known_name else None
 
 
@@ -203,7 +203,7 @@ def _translate_settings(
         _add_setting(str(key), tree, other_trainer, conversion, file_dir)
     # The defaults last, so that they do not go before what the file says.
     for key, value in defaults.items():
-        translation = translate(key, other_trainer) or TranslatedSetting(not_needed=True)
+        translation = translate_by_rule(key, other_trainer) or TranslatedSetting(not_needed=True)
         conversion.add_translation(key, f"{value} (what {conversion.trainer} does)", translation)
     if conversion.trainer == LLAMA_FACTORY and conversion.overrides.get("tuning") == "lora":
         _add_llama_factory_lora_defaults(other_trainer, conversion, has_alpha="lora_alpha" in written_values)
@@ -285,7 +285,7 @@ def _translate_setting(name: str, value: Any, other_trainer: OtherTrainerSetting
     """The settings of shardtune for one setting of another trainer's file, or a note that says why there are none.
 
     `name`: its normalised name. `other_trainer`: all settings of the file as text, on which a rule may depend. `file_dir`: the
-    directory of the file, where relative paths start. Most settings have a rule in `RULES_BY_OTHER_NAME`.
+    directory of the file, where relative paths start. Most settings have a rule in `RULE_BY_NORMALISED_NAME`.
     """
     # Cases that a rule cannot decide, because it knows neither the file's directory nor the type of the value in the file.
     if name == "dataset_dir":
@@ -298,10 +298,10 @@ def _translate_setting(name: str, value: Any, other_trainer: OtherTrainerSetting
         )
     if name in PROCESS_STARTING_SETTINGS:
         return TranslatedSetting(note="processes are started by launcher.*", not_needed=True)
-    if name not in RULES_BY_OTHER_NAME:
+    if name not in RULE_BY_NORMALISED_NAME:
         return TranslatedSetting(note=UNKNOWN_SETTING_REASON)
     if not isinstance(value, dict):
-        return translate(name, other_trainer) or TranslatedSetting(note=UNKNOWN_SETTING_REASON)
+        return translate_by_rule(name, other_trainer) or TranslatedSetting(note=UNKNOWN_SETTING_REASON)
     return _translate_block_by_rule(name, value, other_trainer)
 
 
@@ -313,7 +313,9 @@ def _translate_block_by_rule(
     The rule may say why there is no equivalent, or that none is needed. Settings that it gives are left out, since a rule reads
     one value and not a block.
     """
-    translation = translate(name, OtherTrainerSettings({**other_trainer.value_by_name, name: to_cli_text(block)}))
+    translation = translate_by_rule(
+        name, OtherTrainerSettings({**other_trainer.value_by_name, name: to_cli_text(block)})
+    )
     if translation is None:
         return TranslatedSetting(note=NO_EQUIVALENT_OF_BLOCK_REASON)
     return TranslatedSetting(note=translation.note or NO_EQUIVALENT_OF_BLOCK_REASON, not_needed=translation.not_needed)
@@ -368,9 +370,9 @@ def _add_accelerate_deepspeed(
         elif key in ZERO_KEY_BY_ACCELERATE_KEY:
             overrides = _overrides_of_accelerate_zero_setting(key, value, block)
             conversion.add_translation(setting_name, value, TranslatedSetting(overrides, not_needed=not overrides))
-        elif normalised_name(key) in RULES_BY_OTHER_NAME:
+        elif normalised_name(key) in RULE_BY_NORMALISED_NAME:
             settings = OtherTrainerSettings({**other_trainer.value_by_name, normalised_name(key): to_cli_text(value)})
-            translation = translate(key, settings) or TranslatedSetting(note=UNKNOWN_SETTING_REASON)
+            translation = translate_by_rule(key, settings) or TranslatedSetting(note=UNKNOWN_SETTING_REASON)
             conversion.add_translation(setting_name, value, translation)
         else:
             conversion.add_unsupported(setting_name, value, deepspeed.NOT_PASSED_ON_REASON)

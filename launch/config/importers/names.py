@@ -236,7 +236,7 @@ REPORTING_RULES = {
     ),
     **_rules("predict_with_generate", without_equivalent("evaluation.generate.samples=N writes and scores answers")),
 }
-RULES_BY_OTHER_NAME: dict[str, Rule] = {
+RULE_BY_NORMALISED_NAME: dict[str, Rule] = {
     **RUN_RULES,
     **MODEL_RULES,
     **DATA_RULES,
@@ -251,13 +251,13 @@ def normalised_name(name: str) -> str:
     return name.lstrip("-+~").replace("-", "_").rsplit(".", 1)[-1].lower()
 
 
-def translate(name: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting | None:
+def translate_by_rule(name: str, other_trainer: OtherTrainerSettings) -> TranslatedSetting | None:
     """The settings of shardtune for the setting `name` of another trainer; None if there is no rule for that name.
 
     `other_trainer`: all settings of the other trainer, with the value of this one among them.
     """
     key = normalised_name(name)
-    rule = RULES_BY_OTHER_NAME.get(key)
+    rule = RULE_BY_NORMALISED_NAME.get(key)
     return None if rule is None else rule(other_trainer.value_by_name[key], other_trainer)
 
 

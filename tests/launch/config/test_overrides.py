@@ -9,7 +9,7 @@ from launch.config.axes import read_axes
 from launch.config.choices import USER_CONFIG_DIRS, choices_by_group, settings_class_of
 from launch.config.compose import ComposedConfig, compose_config
 from launch.config.importers.equivalent import OtherTrainerSettings
-from launch.config.importers.names import RULES_BY_OTHER_NAME, translate
+from launch.config.importers.names import RULE_BY_NORMALISED_NAME, translate_by_rule
 from launch.config.known_settings import all_settings, find_setting
 from launch.config.removed import SUCCESSOR_BY_REMOVED_KEY
 from launch.config.user_files import take_config_dirs
@@ -366,9 +366,9 @@ def test_overrides_suggested_for_other_trainers_options_compose(tmp_path):
     text |= {"scale_rewards": "group", "loss_agg_mode": "token-mean", "adv_estimator": "rloo"}
     text |= {"dataset_text_field": "body", "wandb_mode": "offline", "data.shuffle": "true", "val_set_size": "0.1"}
     answered = 0
-    for name in RULES_BY_OTHER_NAME:
+    for name in RULE_BY_NORMALISED_NAME:
         for value in (text.get(name, "1"), "true"):
-            found = translate(name, OtherTrainerSettings({name: value, "per_device_train_batch_size": "2"}))
+            found = translate_by_rule(name, OtherTrainerSettings({name: value, "per_device_train_batch_size": "2"}))
             for key, ours in found.overrides.items():
                 answered += 1
                 assert key in choices_by_group() or find_setting(known, key) is not None, (name, key)
