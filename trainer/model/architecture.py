@@ -239,27 +239,27 @@ def text_model_config(hf_config: Any) -> Any:
     return hf_config if hasattr(hf_config, "vocab_size") else hf_config.get_text_config()
 
 
-def experts_per_token(settings: Any) -> int:
+def experts_per_token(hf_config: Any) -> int:
     """How many experts compute each token; 2 if no setting of the configuration says it."""
-    text = text_model_config(settings)
+    text = text_model_config(hf_config)
     names = ("num_experts_per_tok", "numexperts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k", "top_k")
     return next((getattr(text, name) for name in names if isinstance(getattr(text, name, None), int)), 2)
 
 
-def width_and_num_blocks(plain: Any) -> tuple[int, int]:
+def width_and_num_blocks(model: Any) -> tuple[int, int]:
     """(width of a model's hidden states, number of its blocks), as in (4096, 32).
 
     By its configuration, or for a model of several parts of their own sizes (BLT): the largest width, and the blocks of all.
     """
-    text = text_model_config(plain.config)
-    modules = list(plain.modules())
+    text = text_model_config(model.config)
+    modules = list(model.modules())
     width = getattr(text, "hidden_size", None)
     if width is None:
         width = max(module.embedding_dim for module in modules if isinstance(module, nn.Embedding))
     blocks = getattr(text, "num_hidden_layers", None)
     if blocks is None:
-        kinds = block_class_names(plain)
-        blocks = sum(type(module).__name__ in kinds for module in modules)
+        block_classes = block_class_names(model)
+        blocks = sum(type(module).__name__ in block_classes for module in modules)
     return width, blocks
 
 

@@ -381,12 +381,12 @@ def _only_source(group: ConversionGroup) -> str:
     return next(iter(group.source_names.values()))[0]
 
 
-def dequantizer(config: Any, path: str) -> Any:
+def dequantizer(hf_config: Any, path: str) -> Any:
     """transformers' quantizer that turns a quantised checkpoint into plain numbers as it is read; None if it is not quantised.
 
     Raises ConfigError for kinds that cannot be trained on as numbers.
     """
-    settings = getattr(config, "quantization_config", None)
+    settings = getattr(hf_config, "quantization_config", None)
     if settings is None:
         return None
     try:

@@ -79,9 +79,9 @@ def refuse_unsupported_4bit(setting: str, model: nn.Module, device: torch.device
     )
 
 
-def _in_four_bits(settings: Any) -> bool:
+def _in_four_bits(hf_config: Any) -> bool:
     """Whether a model's configuration says that bitsandbytes stored it in 4 bits."""
-    quantisation = getattr(settings, "quantization_config", None)
+    quantisation = getattr(hf_config, "quantization_config", None)
     if isinstance(quantisation, dict):
         return bool(quantisation.get("load_in_4bit"))
     return bool(getattr(quantisation, "load_in_4bit", False))

@@ -123,8 +123,8 @@ class NotShrinkable(Exception):
     """A configuration of which no small copy could be made; says why."""
 
 
-def small_copies(config: Any, full_model: nn.Module, *, keep_counts: bool = False) -> Iterator[Any]:
-    """Yield small copies of `config`, of which `full_model` is the model on meta, the likeliest to work first; none is tried out.
+def small_copies(hf_config: Any, full_model: nn.Module, *, keep_counts: bool = False) -> Iterator[Any]:
+    """Yield small copies of `hf_config` (of `full_model`, on meta), the likeliest to work first; none is tried out.
 
     There is one for each way to shrink sizes and each choice of layers that keeps every kind of layer (the number
     `layer_choice` of `layer_choices`), without those that the configuration's class refuses. `keep_counts`: the first ones
@@ -137,8 +137,8 @@ def small_copies(config: Any, full_model: nn.Module, *, keep_counts: bool = Fals
             partial(_sizes_with_counts, scales_width=True),
         ]
         shrink_functions = [*with_counts, *shrink_functions]
-    settings = _settings_of(config)
-    config_class = type(config)
+    settings = _settings_of(hf_config)
+    config_class = type(hf_config)
     num_copies = 0
     first_refusal = ""
     for shrink_sizes in shrink_functions:
@@ -157,10 +157,10 @@ def small_copies(config: Any, full_model: nn.Module, *, keep_counts: bool = Fals
         raise NotShrinkable(first_refusal)
 
 
-def changed_sizes(config: Any, small_config: Any) -> dict[str, tuple[Any, Any]]:
+def changed_sizes(hf_config: Any, small_config: Any) -> dict[str, tuple[Any, Any]]:
     """(full, small) value of each setting that a small copy changes, by name; without ids of tokens, and lists by layer."""
     changed: dict[str, tuple[Any, Any]] = {}
-    for full, small in _nested_settings(_settings_of(config), _settings_of(small_config), type(config)):
+    for full, small in _nested_settings(_settings_of(hf_config), _settings_of(small_config), type(hf_config)):
         for name, value in full.items():
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if is_number and small.get(name) != value and not name.endswith(("_token_id", "_token_index")):
@@ -168,21 +168,21 @@ def changed_sizes(config: Any, small_config: Any) -> dict[str, tuple[Any, Any]]:
     return changed
 
 
-def kept_counts(config: Any, small_config: Any) -> dict[str, int]:
-    """The numbers of heads and of experts that a small copy shares with `config`, by name."""
+def kept_counts(hf_config: Any, small_config: Any) -> dict[str, int]:
+    """The numbers of heads and of experts that a small copy shares with `hf_config`, by name."""
     kept: dict[str, int] = {}
-    for full, small in _nested_settings(_settings_of(config), _settings_of(small_config), type(config)):
+    for full, small in _nested_settings(_settings_of(hf_config), _settings_of(small_config), type(hf_config)):
         for name in HEAD_AND_EXPERT_COUNT_SETTINGS:
             if isinstance(full.get(name), int) and full[name] == small.get(name):
                 kept.setdefault(name, full[name])
     return kept
 
 
-def num_lost_layer_kinds(config: Any, full_model: nn.Module, small_config: Any, small: nn.Module) -> int:
-    """How many kinds of layers of `full_model` (built of `config`) are missing in `small` (of `small_config`); both on meta."""
+def num_lost_layer_kinds(hf_config: Any, full_model: nn.Module, small_config: Any, small: nn.Module) -> int:
+    """How many kinds of layers of `full_model` (of `hf_config`) are missing in `small` (of `small_config`); both on meta."""
     lost = 0
     for full_settings, small_settings in _nested_settings(
-        _settings_of(config), _settings_of(small_config), type(config)
+        _settings_of(hf_config), _settings_of(small_config), type(hf_config)
     ):
         kinds = set(layer_kinds(full_model, num_layers_of(full_settings)))
         small_kinds = set(layer_kinds(small, num_layers_of(small_settings)))
@@ -191,15 +191,15 @@ def num_lost_layer_kinds(config: Any, full_model: nn.Module, small_config: Any, 
     return lost
 
 
-def _settings_of(config: Any) -> dict[str, Any]:
+def _settings_of(hf_config: Any) -> dict[str, Any]:
     """The settings of a configuration object, as in `to_dict()`, but numbers and lists as its attributes have them.
 
     Configurations within it are dictionaries in the same way.
     """
-    settings = config.to_dict()
-    sub_configs = getattr(config, "sub_configs", None) or {}
+    settings = hf_config.to_dict()
+    sub_configs = getattr(hf_config, "sub_configs", None) or {}
     for name, dict_value in settings.items():
-        attribute = vars(config).get(name)  # not getattr: a property may raise, as for a value that varies by layer
+        attribute = vars(hf_config).get(name)  # not getattr: a property may raise, as for a value that varies by layer
         if isinstance(dict_value, dict) and name in sub_configs and hasattr(attribute, "to_dict"):
             settings[name] = _settings_of(attribute)
         elif isinstance(attribute, int | list) and type(attribute) is type(dict_value):

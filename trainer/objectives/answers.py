@@ -158,7 +158,7 @@ class _SharedPromptRow:
         return {
             "input_ids": torch.tensor([self.ids]),
             "position_ids": torch.tensor([self.position_ids]),
-            # One target a position does not do here: `row_targets` has them.
+            # A position may have several targets, so they are in `row_targets`.
             "targets": torch.full((1, len(self.ids)), IGNORED_TARGET),
             "cu_seq_lens_q": boundaries,
             "cu_seq_lens_k": boundaries,

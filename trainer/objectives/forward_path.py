@@ -78,22 +78,22 @@ class ProvenPaths:
         return self.padding_free if layout is Layout.padding_free else self.padded
 
 
-def proven_paths(config: Any, build: Callable[[], nn.Module], attention: str, *, on_gpu: bool) -> ProvenPaths:
+def proven_paths(hf_config: Any, build: Callable[[], nn.Module], attention: str, *, on_gpu: bool) -> ProvenPaths:
     """Which forward passes of an architecture are right: from this host's cache, else tested now, which takes about a second.
 
     A result is written to the cache, unless no small copy of the model could be run: that may be different next time.
-    `config`: transformers' configuration. `build` makes its model on meta. `attention`: the kernel for documents in one row.
+    `hf_config`: transformers' configuration. `build` makes its model on meta. `attention`: the kernel for documents in one row.
     """
     # Hosts with other cards may share the cache, and packages come and go. False: proven on a CPU, whatever card there is.
     gpu_and_versions = [repr(gpu_of_device(torch.device("cuda"))), kernel_versions()] if on_gpu else False
-    file = proof_file(config, attention=attention, gpu=gpu_and_versions)
+    file = proof_file(hf_config, attention=attention, gpu=gpu_and_versions)
     stored = read_proof(file)
     if stored is not None:
         try:
             return _paths_from_cache(stored)
         except (TypeError, KeyError):  # another version wrote it, with other fields: prove again
             pass
-    paths = _prove_paths(config, build, attention, on_gpu=on_gpu)
+    paths = _prove_paths(hf_config, build, attention, on_gpu=on_gpu)
     if paths.tried:  # else the reason may pass, such as too little memory: try again next time
         keep_proof(file, asdict(paths))
     return paths
@@ -108,14 +108,14 @@ def _paths_from_cache(stored: dict[str, Any]) -> ProvenPaths:
     return ProvenPaths(**fields)
 
 
-def _prove_paths(config: Any, build: Callable[[], nn.Module], attention: str, *, on_gpu: bool) -> ProvenPaths:
+def _prove_paths(hf_config: Any, build: Callable[[], nn.Module], attention: str, *, on_gpu: bool) -> ProvenPaths:
     """Find, on a small copy of the model, the forward paths that compute what transformers' own does.
 
     If no copy can be run, nothing is proven: the result has `tried=False` and the error as reasons, and nothing is raised.
     """
     try:
         with reproducible_on_cpu():
-            return _first_runnable_proof(config, build()).find_paths(attention, on_gpu=on_gpu)
+            return _first_runnable_proof(hf_config, build()).find_paths(attention, on_gpu=on_gpu)
     except NotShrinkable as error:
         return ProvenPaths(tried=False, reason=str(error), sequence_problem=str(error))
     except Exception as error:  # noqa: BLE001 - an architecture may fail in any way; what it cannot do is not proven
@@ -139,20 +139,20 @@ def reproducible_on_cpu() -> Iterator[None]:
         torch.set_default_dtype(default_dtype)
 
 
-def _first_runnable_proof(config: Any, meta_model: Any) -> _Proof:
+def _first_runnable_proof(hf_config: Any, meta_model: Any) -> _Proof:
     """A proof on the first small copy that can be run. If none can, raises the error of the first."""
-    return on_small_copy(config, meta_model, partial(_Proof, config, meta_model))
+    return on_small_copy(hf_config, meta_model, partial(_Proof, hf_config, meta_model))
 
 
-def on_small_copy(config: Any, meta_model: nn.Module, compute: Callable[[Any, torch.dtype], Result]) -> Result:
+def on_small_copy(hf_config: Any, meta_model: nn.Module, compute: Callable[[Any, torch.dtype], Result]) -> Result:
     """What `compute(small configuration, type)` returns for the first small copy of a model for which it does not fail.
 
     Each copy is tried in float64, and in float32 if that fails, since the code of some models fixes a type. If all fail, raises
-    the first error. `config`: transformers' configuration. `meta_model`: its model on meta.
+    the first error. `hf_config`: transformers' configuration. `meta_model`: its model on meta.
     """
     first_error: Exception | None = None
     with without_kernel_packages():
-        for small_config in small_copies(config, meta_model):
+        for small_config in small_copies(hf_config, meta_model):
             for dtype in (torch.float64, torch.float32):
                 try:
                     return compute(small_config, dtype)
@@ -171,12 +171,12 @@ def error_line(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line[:120]}"
 
 
-def refuse_unfit_copy(config: Any, meta_model: nn.Module, small_config: Any, small_model: nn.Module) -> None:
+def refuse_unfit_copy(hf_config: Any, meta_model: nn.Module, small_config: Any, small_model: nn.Module) -> None:
     """Raise NotShrinkable if a small copy is too large to run, or lacks a kind of layer that the model has; both on meta."""
     num_elements = sum(parameter.numel() for parameter in small_model.parameters())
     if num_elements > MAX_COPY_ELEMENTS:
         raise NotShrinkable(f"a small copy would have {num_elements:,} elements")
-    num_lost = num_lost_layer_kinds(config, meta_model, small_config, small_model)
+    num_lost = num_lost_layer_kinds(hf_config, meta_model, small_config, small_model)
     if num_lost:
         raise NotShrinkable(f"a small copy lacks {num_lost} of its kinds of layers")
 
@@ -194,18 +194,18 @@ def disturb_parameters(model: nn.Module) -> None:
 class _Proof:
     """A small random copy of the stock model, with its loss and gradients on some documents, to compare paths with."""
 
-    def __init__(self, config: Any, meta_model: Any, small_config: Any, dtype: torch.dtype) -> None:
-        """`small_config`: a small copy of `config`, of which `meta_model` is the model on meta. Raises NotShrinkable if it is too
-        large, lacks a kind of layer, or computes no finite numbers.
+    def __init__(self, hf_config: Any, meta_model: Any, small_config: Any, dtype: torch.dtype) -> None:
+        """`small_config`: a small copy of `hf_config`, of which `meta_model` is the model on meta. Raises NotShrinkable if it is
+        too large, lacks a kind of layer, or computes no finite numbers.
         """
         self.dtype = dtype
-        self.model_class = transformers_class(ModelKind.causal, config)
+        self.model_class = transformers_class(ModelKind.causal, hf_config)
         self.small_config = small_config
         set_dropout(self.small_config, 0.0)
         self.vocabulary = min(text_model_config(self.small_config).vocab_size, SMALL_VOCABULARY_SIZE)
         with torch.device("meta"):
             copy_on_meta = self._build("eager", torch.float32)
-        refuse_unfit_copy(config, meta_model, small_config, copy_on_meta)
+        refuse_unfit_copy(hf_config, meta_model, small_config, copy_on_meta)
         # The stock model, on which other paths are measured.
         stock = self._build("eager", dtype)
         disturb_parameters(stock)

@@ -39,27 +39,27 @@ NUM_LABELS = 3
 PADDING_ID = 0
 
 
-def classifier_packing_problem(config: Any, build: Callable[[], nn.Module], attention: str) -> str | None:
+def classifier_packing_problem(hf_config: Any, build: Callable[[], nn.Module], attention: str) -> str | None:
     """Why ranks may not share rows of several documents in a classifier; None if they may.
 
     From this host's cache, else tested now on a small copy. The result is cached, {"problem": None}, unless the copy failed.
-    `config`: transformers' configuration. `build` makes its classifier on meta. `attention`: the kernel for documents in a row.
+    `hf_config`: transformers'. `build` makes its classifier on meta. `attention`: the kernel for documents in a row.
     """
-    file = proof_file(config, attention=attention, subject="pooled classifier")
+    file = proof_file(hf_config, attention=attention, subject="pooled classifier")
     stored = read_proof(file)
     if stored is not None and "problem" in stored:
         stored_problem: str | None = stored["problem"]
         return stored_problem
     try:
         with reproducible_on_cpu():
-            problem = _why_rows_cannot_be_packed(config, build(), attention)
+            problem = _why_rows_cannot_be_packed(hf_config, build(), attention)
     except Exception as error:  # noqa: BLE001 - an architecture may fail in any way. Not kept: the reason may pass
         return f"its small copy fails: {error_line(error)}"
     keep_proof(file, {"problem": problem})
     return problem
 
 
-def _why_rows_cannot_be_packed(config: Any, meta_model: nn.Module, attention: str) -> str | None:
+def _why_rows_cannot_be_packed(hf_config: Any, meta_model: nn.Module, attention: str) -> str | None:
     """Why documents may not lie in one row of a classifier that ranks share; None if they may.
 
     Decided on the first small copy of `meta_model`, the classifier on meta, that can be run. If none can, raises the error of
@@ -69,25 +69,25 @@ def _why_rows_cannot_be_packed(config: Any, meta_model: nn.Module, attention: st
         return f"its classifier ({type(meta_model).__name__}) does not score the last token"
 
     def problem_of_copy(small_config: Any, dtype: torch.dtype) -> str | None:
-        return _PackingProof(config, meta_model, small_config, dtype).packing_problem(attention)
+        return _PackingProof(hf_config, meta_model, small_config, dtype).packing_problem(attention)
 
-    return on_small_copy(config, meta_model, problem_of_copy)
+    return on_small_copy(hf_config, meta_model, problem_of_copy)
 
 
 class _PackingProof:
     """A small random copy of a classifier, with some documents to compare it on."""
 
-    def __init__(self, config: Any, meta_model: nn.Module, small_config: Any, dtype: torch.dtype) -> None:
-        """`small_config`: a small copy of `config`, of which `meta_model` is the classifier on meta."""
+    def __init__(self, hf_config: Any, meta_model: nn.Module, small_config: Any, dtype: torch.dtype) -> None:
+        """`small_config`: a small copy of `hf_config`, of which `meta_model` is the classifier on meta."""
         self.dtype = dtype
-        self.model_class = transformers_class(ModelKind.classifier, config)
+        self.model_class = transformers_class(ModelKind.classifier, hf_config)
         self.small_config = small_config
         set_dropout(small_config, 0.0)
         small_config.num_labels = NUM_LABELS
         text_model_config(small_config).pad_token_id = PADDING_ID
         with torch.device("meta"):
             copy_on_meta = self._build("eager")
-        refuse_unfit_copy(config, meta_model, small_config, copy_on_meta)
+        refuse_unfit_copy(hf_config, meta_model, small_config, copy_on_meta)
         vocabulary = min(text_model_config(small_config).vocab_size, SMALL_VOCABULARY_SIZE)
         generator = np.random.default_rng(0)
         self.samples = []

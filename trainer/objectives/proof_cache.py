@@ -16,7 +16,7 @@ PROOF_VERSION = 6
 
 
 def proof_file(hf_config: Any, **circumstances: Any) -> Path:
-    """Where it is kept what a test on a small copy of a model has shown of the architecture `hf_config`.
+    """The cache file for what a test on a small copy of a model has shown of the architecture `hf_config`.
 
     `circumstances`: what else the result depends on, such as `attention="sdpa"`. The versions of torch and transformers always
     count.
