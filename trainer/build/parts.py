@@ -71,7 +71,7 @@ def prepare_data(
     `choose_date`: returns the date that chat templates print as today's (`strftime_now`); by default the date that the run has
     recorded, else the one of the first preparation into the cache. `stop`: called now and then; True if the preparation shall
     stop (Preempted). `print_line`: called with a line of progress every 15 s. Raises DataError if the data cannot be prepared, or
-    if the objective could learn nothing from it, for example since no token is supervised.
+    if the objective could learn nothing from it, such as kto from answers of which all are desirable.
     """
     data_spec = data_spec_of(config.objective)
     data = Preparation(
