@@ -82,12 +82,12 @@ def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: Stop
     inputs = RoundInputs(tokenizer, precision, scorer, Progress(), stop_agreement.new_stop_check, attempt.set_phase)
     loader, _ = build_round_loader(config, data, built, engine, runtime, inputs)
     round_builder = loader.round_builder
-    wanted = num_prompts_per_round(config)
-    count = min(config.evaluation.generate.samples or DEFAULT_NUM_PROMPTS, wanted)
+    prompts_per_round = num_prompts_per_round(config)
+    num_tried_prompts = min(config.evaluation.generate.samples or DEFAULT_NUM_PROMPTS, prompts_per_round)
     try:
         began = time.perf_counter()
         groups = round_builder.group_generator.generate_groups(
-            engine, round_builder.prompts.read(0, count), settings.group_size
+            engine, round_builder.prompts.read(0, num_tried_prompts), settings.group_size
         )
         written_at = time.perf_counter()
         scores = scorer.score(groups, step=0)
@@ -101,12 +101,12 @@ def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: Stop
             "checkpoint": job.checkpoint,
             "objective": settings.name,
             "group_size": settings.group_size,
-            "prompts_per_round": wanted,
+            "prompts_per_round": prompts_per_round,
             "max_new_tokens": settings.rollout.max_new_tokens,
             "write_s": written_at - began,
             "reward_s": scored_at - written_at,
             "train_s": train_s,
-            "round_s": (scored_at - began + train_s) * wanted / count,
+            "round_s": (scored_at - began + train_s) * prompts_per_round / num_tried_prompts,
             **trial_report(groups, scores),
         }
         write_text_atomic(to / REPORT, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
