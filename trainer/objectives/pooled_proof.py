@@ -43,7 +43,7 @@ def classifier_packing_problem(hf_config: Any, build: Callable[[], nn.Module], a
     """Why ranks may not share rows of several documents in a classifier; None if they may.
 
     From this host's cache, else tested now on a small copy. The result is cached, {"problem": None}, unless the copy failed.
-    `hf_config`: transformers'. `build` makes its classifier on meta. `attention`: the kernel for documents in a row.
+    `build` makes the classifier of `hf_config` on meta. `attention`: the kernel for documents in a row.
     """
     file = proof_file(hf_config, attention=attention, subject="pooled classifier")
     stored = read_proof(file)
