@@ -77,26 +77,34 @@ class KeptLayers:
         """
         changed: dict[str, Any] = {}
         for name, value in settings.items():
-            if name in DEPTH_SETTING_NAMES and isinstance(value, int):
-                # Another number of layers is that of another part (an encoder, say), of which the first layers stay.
-                changed[name] = len(self.indices) if value == self.depth else min(MIN_LAYERS, value)
-            elif name in BORDER_SETTINGS_FROM_START and isinstance(value, int):
-                changed[name] = self.num_kept_before(value)
-            elif name in BORDER_SETTINGS_FROM_END and isinstance(value, int):
-                changed[name] = len(self.indices) - self.num_kept_before(self.depth - value)
-            elif name == "moe_layer_end_index" and isinstance(value, int) and value >= 0:  # the last layer with experts
-                changed[name] = self.num_kept_before(value + 1) - 1
-            elif name in LAYER_INDEX_SETTINGS and isinstance(value, list):
-                changed[name] = [position for position, index in enumerate(self.indices) if index in value]
-            elif name in ONE_BASED_LAYER_INDEX_SETTINGS and isinstance(value, list):
-                changed[name] = [position for position, index in enumerate(self.indices, 1) if index + 1 in value]
-            elif name == "per_layer_config" and isinstance(value, dict):
-                changed[name] = self._kept_entries(value)
-            elif isinstance(value, list | tuple) and self.depth > 1 and len(value) == self.depth:
-                changed[name] = [value[index] for index in self.indices]
+            new_value = self._value_for_kept_layers(name, value)
+            if new_value is not None:
+                changed[name] = new_value
+        # The recurrent layers are those between the input and the output layers.
         if {"n_input_layers", "n_output_layers", "n_recurrent_layers"} <= set(changed) | set(settings):
             changed["n_recurrent_layers"] = len(self.indices) - changed["n_input_layers"] - changed["n_output_layers"]
         return changed
+
+    def _value_for_kept_layers(self, name: str, value: Any) -> Any:
+        """The new value of one setting; None if it does not depend on layers."""
+        if name in DEPTH_SETTING_NAMES and isinstance(value, int):
+            # Another number of layers is that of another part (an encoder, say), of which the first layers stay.
+            return len(self.indices) if value == self.depth else min(MIN_LAYERS, value)
+        if name in BORDER_SETTINGS_FROM_START and isinstance(value, int):
+            return self.num_kept_before(value)
+        if name in BORDER_SETTINGS_FROM_END and isinstance(value, int):
+            return len(self.indices) - self.num_kept_before(self.depth - value)
+        if name == "moe_layer_end_index" and isinstance(value, int) and value >= 0:  # the last layer with experts
+            return self.num_kept_before(value + 1) - 1
+        if name in LAYER_INDEX_SETTINGS and isinstance(value, list):
+            return [position for position, index in enumerate(self.indices) if index in value]
+        if name in ONE_BASED_LAYER_INDEX_SETTINGS and isinstance(value, list):
+            return [position for position, index in enumerate(self.indices, 1) if index + 1 in value]
+        if name == "per_layer_config" and isinstance(value, dict):
+            return self._kept_entries(value)
+        if isinstance(value, list | tuple) and self.depth > 1 and len(value) == self.depth:  # an entry for each layer
+            return [value[index] for index in self.indices]
+        return None
 
     def _kept_entries(self, by_index: dict[Any, Any]) -> dict[str, Any]:
         """The settings of the kept layers, by the index that each gets in the small copy, {"0": {...}}. `by_index`: of all."""
