@@ -11,8 +11,10 @@ import torch
 from strategies import exit_codes
 from strategies.base import ActivationCheckpointing, Fsdp2Config, StrategyConfig
 from strategies.runtime import SIMULATED
+from strategies.tensor_inventory import MemoryKind
 from trainer.config.parallel import accumulation_steps
 from trainer.config.run import RunConfig
+from trainer.planner.depth_extrapolation import ExtrapolatedStep
 from trainer.planner.fit_check import single_step_config, why_not_simulated
 from trainer.planner.simulation import simulate_depth
 from trainer.session.rate_text import LearningRate
@@ -110,28 +112,45 @@ def simulate_step_memory(config: RunConfig, lengths: list[int], world_size: int)
             device=SIMULATED if is_on_gpu else torch.device("cpu"),
         )
     except Exception as error:  # noqa: BLE001 - an architecture may do what cannot be simulated; that stops no run
-        # Training may still work if the step cannot be simulated, but a defect will probably be met there too.
-        is_defect = isinstance(error, DEFECT_ERRORS)
-        reason = why_not_simulated(error)
-        if is_defect:
-            reason = (
-                f"not known: the simulated step failed with {type(error).__name__}: {error}. This is a fault of shardtune "
-                "or of the model's code, and training may fail likewise; exit code 70"
-            )
-        return SimulatedStepMemory([f"memory per rank: {reason}"], {"unknown": reason}, is_defect=is_defect)
+        return _memory_not_simulated(error)
+    bytes_by_kind = dict(sorted(step.peak_bytes_by_kind.items(), key=lambda kind_and_size: -kind_and_size[1]))
+    return SimulatedStepMemory(
+        lines=_memory_lines(step, bytes_by_kind, config.strategy.activation_checkpointing),
+        facts={"bytes": step.peak_bytes, "peak": str(step.peak_phase), "kinds": bytes_by_kind},
+    )
+
+
+def _memory_not_simulated(error: Exception) -> SimulatedStepMemory:
+    """What a dry run says of memory if the step could not be simulated: why, and whether that is a defect of the code."""
+    # Training may still work if the step cannot be simulated, but a defect will probably be met there too.
+    is_defect = isinstance(error, DEFECT_ERRORS)
+    reason = why_not_simulated(error)
+    if is_defect:
+        reason = (
+            f"not known: the simulated step failed with {type(error).__name__}: {error}. This is a fault of shardtune "
+            "or of the model's code, and training may fail likewise; exit code 70"
+        )
+    return SimulatedStepMemory([f"memory per rank: {reason}"], {"unknown": reason}, is_defect=is_defect)
+
+
+def _memory_lines(
+    step: ExtrapolatedStep, bytes_by_kind: dict[MemoryKind, int], mode: ActivationCheckpointing
+) -> list[str]:
+    """Lines on the memory of a rank at the peak of a simulated step: by kind, largest first, in MiB or GiB.
+
+    `bytes_by_kind`: those of the peak, in the order of the lines. `mode`: with `auto`, the run itself chooses by its free memory
+    which activations are recomputed, and the step was simulated without.
+    """
     unit_bytes = 2**20
     unit = "MiB"
     if step.peak_bytes >= 2**30:
         unit_bytes = 2**30
         unit = "GiB"
-    # With `auto`, the run itself chooses by its free memory which activations are recomputed.
-    mode = config.strategy.activation_checkpointing
     auto_note = ", with nothing recomputed yet" if mode is ActivationCheckpointing.auto else ""
     lines = [
         f"memory per rank of the longest micro-batch{auto_note}, simulated: most in {step.peak_phase}; libraries and what "
         "the allocator reserves come on top"
     ]
-    bytes_by_kind = dict(sorted(step.peak_bytes_by_kind.items(), key=lambda kind_and_size: -kind_and_size[1]))
     for kind, size_bytes in bytes_by_kind.items():
         if size_bytes >= 0.005 * unit_bytes:  # smaller ones would be shown as 0.00
             lines.append(f"  {kind:<14}{size_bytes / unit_bytes:8.2f} {unit}")
@@ -139,7 +158,7 @@ def simulate_step_memory(config: RunConfig, lengths: list[int], world_size: int)
     if step.host_inputs.num_tensors:
         pinned_gib = step.host_inputs.pinned_size() / 2**30
         lines.append(f"  beside it {pinned_gib:.2f} GiB of pinned host memory a rank, for inputs of recomputed blocks")
-    return SimulatedStepMemory(lines, {"bytes": step.peak_bytes, "peak": str(step.peak_phase), "kinds": bytes_by_kind})
+    return lines
 
 
 def deferred_gradient_lines(strategy: StrategyConfig, num_trained_parameters: int, *, accumulation: int) -> list[str]:

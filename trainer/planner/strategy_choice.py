@@ -49,7 +49,7 @@ from trainer.planner.variants import RunVariant
 from trainer.reporting.resolution import OutOfMemoryTrial, ResolvedSetting
 
 LEAST_SHARDED_FIRST = ("single", "ddp", "zero1", "zero2", "hsdp", "fsdp2", "zero3")
-"""From what shards nothing to what shards most."""
+"""Strategies from the one that shards nothing to the one that shards most. What is sharded must be exchanged."""
 PARALLEL_SIMULATIONS = 4
 """Most processes that simulate side by side; each takes about 1 GiB of the host."""
 
@@ -298,7 +298,7 @@ class SimulatedStrategies(NamedTuple):
 
 
 class Planner:
-    """Plans strategies on the devices of a run."""
+    """Plans strategies on the devices of a run: whether a step fits in memory under each, and how fast it is."""
 
     def __init__(
         self, config: RunConfig, prepared: PreparedData, precision: Precision, devices: RankDevices, timeout_s: float
