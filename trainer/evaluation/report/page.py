@@ -67,12 +67,8 @@ def render_page(
                 rows=all_rows[task.name],
             )
         )
-    overview = overview_table(
-        {task.name: report["tasks"][task.name] for task in tasks},
-        comparisons,
-        {section.name: section.anchor for section in sections},
-        other_label,
-    )
+    anchor_by_task = {section.name: section.anchor for section in sections}
+    task_records = {task.name: report["tasks"][task.name] for task in tasks}
     return render(
         "trainer.evaluation.report",
         "page.html.j2",
@@ -83,7 +79,7 @@ def render_page(
         verdict=report_verdict_callout(report),
         cards=report_cards(report),
         callouts=report_callouts(report),
-        overview=overview,
+        overview=overview_table(task_records, comparisons, anchor_by_task, other_label),
         sections=sections,
         other=other_label,
         facts=_measurement_conditions(report),

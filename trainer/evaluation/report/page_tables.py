@@ -200,10 +200,9 @@ def _value_cell(metric: MetricRecord) -> PageCell:
 
 def _interval_text(metric: MetricRecord) -> str:
     """The interval of a value, "0.41 to 0.57"; "" without one. It has no bar: values of different metrics share no scale."""
-    low, high = metric.get("low"), metric.get("high")
-    if low is None:
+    if metric.get("low") is None:
         return ""
-    return f"{format_number(low)} to {format_number(high)}"
+    return f"{format_number(metric['low'])} to {format_number(metric['high'])}"
 
 
 def _metric_cell(name: str, metric: MetricRecord) -> PageCell:

@@ -164,12 +164,14 @@ class LoadedTasks:
         from lm_eval.api import metrics
 
         row_items = [row.items.get(name) for row in rows]
+        has_item = np.array([item is not None for item in row_items])
+        task_of_row = np.array([row.source for row in rows])
         return partial(
             _metric_of_weights,
             aggregate=self.aggregate_by_metric.get(name, metrics.mean),
             row_items=row_items,
-            has_item=np.array([item is not None for item in row_items]),
-            task_of_row=np.array([row.source for row in rows]),
+            has_item=has_item,
+            task_of_row=task_of_row,
             mean_weighted_by_rows=self.mean_weighted_by_rows,
         )
 
