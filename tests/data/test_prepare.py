@@ -255,14 +255,14 @@ def test_prepare_lock_goes_to_rank_0_before_processes_that_came_earlier(tmp_path
         (target / "manifest.json").write_text("{}")
 
     earlier = threading.Thread(
-        target=cache.build_once, args=(entry, partial(build, "another rank")), kwargs={"head_start_s": seconds(60)}
+        target=cache.build_once, args=(entry, partial(build, "another rank")), kwargs={"wait_first_s": seconds(60)}
     )
     earlier.start()
     time.sleep(0.2)
     assert cache.build_once(entry, partial(build, "rank 0"))
     earlier.join(seconds(30))
     assert not earlier.is_alive() and made == ["rank 0"]
-    assert cache.build_once(tmp_path / "cache" / "own", partial(build, "another host"), head_start_s=0.1)
+    assert cache.build_once(tmp_path / "cache" / "own", partial(build, "another host"), wait_first_s=0.1)
 
 
 def test_prepare_lock_works_where_shared_locks_need_a_file_open_for_reading(tmp_path, monkeypatch):
@@ -278,7 +278,7 @@ def test_prepare_lock_works_where_shared_locks_need_a_file_open_for_reading(tmp_
 
     monkeypatch.setattr(cache.fcntl, "flock", flock)
     build = lambda target: (target / "manifest.json").write_text("{}")  # noqa: E731
-    assert cache.build_once(tmp_path / "cache" / "abc", build, head_start_s=0.1) and shared
+    assert cache.build_once(tmp_path / "cache" / "abc", build, wait_first_s=0.1) and shared
 
 
 def test_prepare_syncs_the_data_to_the_disk_before_its_name(tmp_path, data, monkeypatch):

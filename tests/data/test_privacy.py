@@ -21,9 +21,9 @@ from trainer.data.prepare import Preparation
 from trainer.data.report.preview import summary_text
 from trainer.data.transforms.privacy import context, patterns, rule
 from trainer.data.transforms.privacy.rule import (
+    COUNTRY_BY_NATIONAL_ID,
     FOUND_BY_NONE,
     HIPAA,
-    NATIONAL_IDS,
     NEEDS_PRESIDIO,
     PRESETS,
     TYPES,
@@ -34,7 +34,7 @@ from trainer.data.transforms.privacy.stage import (
     PersonalDataFinder,
     PrivacyStage,
     mask,
-    normalise,
+    normalise_personal_text,
     privacy_coverage,
     privacy_problems,
     raise_if_personal_data,
@@ -167,7 +167,7 @@ def test_privacy_types_regions_scores_and_allow_lists_choose():
 
 def test_privacy_rule_has_a_known_type_and_every_type_a_rule():
     assert {rule.type for rule in RULES} | {"PHONE", "FAX"} == set(EVERY)
-    assert set(NATIONAL_IDS) <= set(TYPES)
+    assert set(COUNTRY_BY_NATIONAL_ID) <= set(TYPES)
     assert len(HIPAA) == len(TYPES) - 1
 
 
@@ -272,8 +272,8 @@ def test_privacy_pseudonym_is_one_for_all_spellings(monkeypatch):
     )
     assert len(set(re.findall(r"\[PHONE_[0-9a-f]{8}\]", text))) == 1 and text.count("[PHONE_") == 3
     assert len(set(re.findall(r"\[EMAIL_[0-9a-f]{8}\]", text))) == 1 and text.count("[EMAIL_") == 2
-    assert normalise("PERSON", "Jane  DOE", []) == normalise("PERSON", "jane doe", [])
-    assert normalise("IBAN", "DE89 3704 0044", []) == normalise("IBAN", "de8937040044", [])
+    assert normalise_personal_text("PERSON", "Jane  DOE", []) == normalise_personal_text("PERSON", "jane doe", [])
+    assert normalise_personal_text("IBAN", "DE89 3704 0044", []) == normalise_personal_text("IBAN", "de8937040044", [])
 
 
 def test_privacy_pseudonyms_are_the_same_in_another_process_and_change_with_the_key(monkeypatch):

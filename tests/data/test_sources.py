@@ -26,7 +26,7 @@ from trainer.data.document import RejectedRow, SourceRow
 from trainer.data.read import json_rows
 from trainer.data.read import text as text_files
 from trainer.data.read.json_rows import UnparsedRow
-from trainer.data.read.opening import open_text
+from trainer.data.read.opening import open_text_bytes
 from trainer.data.read.origin import Origin
 from trainer.data.read.paths import HUB_PREFIX, expand_paths
 
@@ -457,7 +457,7 @@ def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
 
 def test_sources_open_a_text_after_its_byte_order_mark(tmp_path):
     (tmp_path / "x.txt").write_bytes(codecs.BOM_UTF8 + b"a")
-    with open_text(tmp_path / "x.txt") as stream:
+    with open_text_bytes(tmp_path / "x.txt") as stream:
         assert stream.read() == b"a"
 
 

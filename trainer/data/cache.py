@@ -207,23 +207,23 @@ def build_once(
     build: Callable[[Path], None],
     *,
     raise_if_stopped: Callable[[], None] = lambda: None,
-    head_start_s: float | None = None,
+    wait_first_s: float | None = None,
 ) -> bool:
     """Create `directory` by calling `build(temporary directory)`, unless it is complete already. True if this process built it.
 
     One process builds, the others wait for it. The result appears under its name by one rename. What a dead or failed builder
-    left is removed. `raise_if_stopped` is called while waiting. `head_start_s`: for how many seconds this process stands back, so
+    left is removed. `raise_if_stopped` is called while waiting. `wait_first_s`: for how many seconds this process first waits, so
     that another one may build; by default 0 on rank 0, and more on other ranks. Raises StorageError if the cache cannot be
     written or locked.
     """
     if (directory / MANIFEST_FILE).exists():
         return False
-    if head_start_s is None:
-        head_start_s = _head_start_of_rank_0_s()
+    if wait_first_s is None:
+        wait_first_s = _wait_before_preparing_s()
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         lock_file = directory.parent / f".{directory.name}.lock"
-        with _exclusive_lock(lock_file, directory, raise_if_stopped, head_start_s):
+        with _exclusive_lock(lock_file, directory, raise_if_stopped, wait_first_s):
             if (directory / MANIFEST_FILE).exists():  # the process that had the lock built it
                 return False
             with _publish_when_filled(directory) as temporary_directory:
@@ -257,12 +257,12 @@ def _publish_when_filled(directory: Path) -> Iterator[Path]:
         raise
 
 
-def _head_start_of_rank_0_s() -> float:
-    """Seconds for which this process stands back, so that rank 0 prepares the data, since a user sees the lines of rank 0.
+def _wait_before_preparing_s() -> float:
+    """Seconds for which this process first waits, so that rank 0 prepares the data, since a user sees the lines of rank 0.
 
     - rank 0: none;
     - the first process of another host: 2, because rank 0 never comes if that host has a cache of its own;
-    - any other process: 30.
+    - any other process: 30, so that these come first.
     """
     if os.environ.get("RANK", "0") == "0":
         return 0
@@ -303,16 +303,16 @@ def verify_hashes(directory: Path, expected_hashes: dict[str, dict[str, str]], v
 
 @contextmanager
 def _exclusive_lock(
-    lock_file: Path, entry: Path, raise_if_stopped: Callable[[], None], head_start_s: float
+    lock_file: Path, entry: Path, raise_if_stopped: Callable[[], None], wait_first_s: float
 ) -> Iterator[None]:
     """Holds an exclusive lock between processes while the body runs. The kernel releases the lock if its holder dies.
 
-    Before it asks for the lock, this process stands back for up to `head_start_s` seconds, see `_stand_back`. `entry`: the
+    Before it asks for the lock, this process stands back for up to `wait_first_s` seconds, see `_stand_back`. `entry`: the
     directory that the holder of the lock builds. `raise_if_stopped` is called while waiting.
     """
     started_at = time.monotonic()
     with lock_file.open("a+", encoding="utf-8") as file:  # NFS gives no shared lock of what is open for writing alone
-        _stand_back(file, entry, raise_if_stopped, head_start_s)
+        _stand_back(file, entry, raise_if_stopped, wait_first_s)
         has_warned = False
         while True:
             with suppress(BlockingIOError):
@@ -326,10 +326,10 @@ def _exclusive_lock(
         yield  # closing the file releases the lock
 
 
-def _stand_back(file: IO[str], entry: Path, raise_if_stopped: Callable[[], None], head_start_s: float) -> None:
-    """Let another process begin first: return once it has locked `file` or completed `entry`, or after `head_start_s` seconds."""
+def _stand_back(file: IO[str], entry: Path, raise_if_stopped: Callable[[], None], wait_first_s: float) -> None:
+    """Let another process begin first: return once it has locked `file` or completed `entry`, or after `wait_first_s` seconds."""
     started_at = time.monotonic()
-    while time.monotonic() - started_at < head_start_s:
+    while time.monotonic() - started_at < wait_first_s:
         if (entry / MANIFEST_FILE).exists() or _is_locked(file):
             return
         raise_if_stopped()
@@ -379,7 +379,7 @@ class Shards:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             lock_file = self.directory / f".{shard_path.name}.lock"
-            with _exclusive_lock(lock_file, shard_path, raise_if_stopped, head_start_s=0):
+            with _exclusive_lock(lock_file, shard_path, raise_if_stopped, wait_first_s=0):
                 if shard_path.exists():
                     yield None
                     return
@@ -392,7 +392,10 @@ class Shards:
 
     @classmethod
     def find_complete(cls, entry: Path) -> Shards | None:
-        """The shards of a cache entry; None if it has none. Raises DataError if there are some, but no complete set of them."""
+        """The shards of a cache entry; None if it has none. Of several complete sets, the one of the fewest shards.
+
+        Raises DataError if there are some shards, but no complete set of them.
+        """
         directory = shards_directory(entry)
         # An array of jobs may have been run several times, with different numbers of shards: 0-of-4, 1-of-4, 0-of-8.
         found_num_shards = sorted({int(path.name.split("-of-")[1]) for path in directory.glob("[0-9]*-of-*")})

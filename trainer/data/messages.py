@@ -42,18 +42,19 @@ _CALL_FORM = '{"name": ..., "arguments": {...}}, perhaps below "function"'
 _SPEAKER_REGEX = re.compile(r"(?:\A|\n\n)(Human|Assistant):")  # the speaker at the beginning of a turn: "\n\nHuman:"
 
 
-def parse_turns(value: Any, column: str, needs: str, ignored: Collection[str] = ()) -> list[Message]:
+def parse_turns(value: Any, column: str, required_form: str, ignored_keys: Collection[str] = ()) -> list[Message]:
     """The messages in a column of a row, with the roles and keys of either convention. Raises RowError.
 
     Example: [{"from": "human", "value": "Hi"}] -> [{"role": "user", "content": "Hi"}].
-    `value`: that of the column. `needs` says in error messages what it must be. `ignored`: keys of turns that are left out.
+    `value`: that of the column. `required_form` says in error messages what it must be. `ignored_keys`: keys of turns that are
+    left out.
     """
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         fault = f'"{column}" is a JSON text, {show_value(value)}; parse it first: it must be a list of messages'
         raise RowError("bad_messages", f"{fault}, not a text of one")
     if not isinstance(value, list) or not value:
-        raise RowError("bad_messages", f'"{column}" is {show_value(value)}; it must be {needs}')
-    return [_read_turn(turn, f"{column}[{number}]", ignored) for number, turn in enumerate(value, 1)]
+        raise RowError("bad_messages", f'"{column}" is {show_value(value)}; it must be {required_form}')
+    return [_read_turn(turn, f"{column}[{number}]", ignored_keys) for number, turn in enumerate(value, 1)]
 
 
 def parse_transcript(transcript: str, column: str) -> list[Message]:
@@ -72,14 +73,14 @@ def parse_transcript(transcript: str, column: str) -> list[Message]:
         is_last = number == len(speakers) - 1
         end = len(text) if is_last else speakers[number + 1].start()
         turns.append({"role": role_by_speaker[speaker[1]], "content": text[speaker.end() : end].strip()})
-    return parse_turns(turns, column, needs="a list of messages")
+    return parse_turns(turns, column, required_form="a list of messages")
 
 
-def _read_turn(turn: Any, shown_name: str, ignored: Collection[str]) -> Message:
+def _read_turn(turn: Any, shown_name: str, ignored_keys: Collection[str]) -> Message:
     """A turn of a row as a `Message`. Raises RowError.
 
     Example: {"from": "human", "value": "Hi"} -> {"role": "user", "content": "Hi"}. `shown_name`: what error messages call the
-    turn, such as `messages[2]`. `ignored`: keys that are left out.
+    turn, such as `messages[2]`. `ignored_keys`: keys that are left out.
     """
     if not isinstance(turn, dict):
         raise RowError(
@@ -90,17 +91,17 @@ def _read_turn(turn: Any, shown_name: str, ignored: Collection[str]) -> Message:
     text_key = "content"
     if "content" not in turn and ("value" in turn or role_key == "from"):
         text_key = "value"
-    row_role = turn.get(role_key)
-    role = _template_role(row_role, f"{shown_name}.{role_key}")
-    is_call = row_role == "function_call"  # a role of ShareGPT: the text of the turn is the call
+    raw_role = turn.get(role_key)
+    role = _template_role(raw_role, f"{shown_name}.{role_key}")
+    is_call = raw_role == "function_call"  # a role of ShareGPT: the text of the turn is the call
     text = turn.get(text_key)
-    # Most turns have a text and nothing else.
+    # The fast way to what the code below would return: most turns have a text and nothing else.
     if len(turn) == 2 and not is_call and isinstance(text, str) and text.strip():
         return {"role": role, "content": text}
 
     if not _UNREAD_KEYS.isdisjoint(turn):
-        _check_no_unread_keys(turn, shown_name, ignored)
-    fields = _parse_thought_calls_and_ids(turn, shown_name, role, ignored)
+        _check_no_unread_keys(turn, shown_name, ignored_keys)
+    fields = _parse_thought_calls_and_ids(turn, shown_name, role, ignored_keys)
     may_be_empty = "tool_calls" in fields or role == "tool"
     if is_call:
         fields["tool_calls"] = parse_tool_calls(text, f"{shown_name}.{text_key}")
@@ -109,48 +110,50 @@ def _read_turn(turn: Any, shown_name: str, ignored: Collection[str]) -> Message:
         content = ""
     else:
         content = _parse_content(turn, text_key, f"{shown_name}.{text_key}")
-    return {"role": role, "content": content, **_parse_training_fields(turn, shown_name, role, ignored), **fields}
+    return {"role": role, "content": content, **_parse_training_fields(turn, shown_name, role, ignored_keys), **fields}
 
 
-def _parse_training_fields(turn: dict[str, Any], shown_name: str, role: str, ignored: Collection[str]) -> Message:
+def _parse_training_fields(turn: dict[str, Any], shown_name: str, role: str, ignored_keys: Collection[str]) -> Message:
     """The fields of a message that say how its turn is learned: `train`, and `weight` if it is between 0 and 1.
 
     Empty if the turn does not say. Raises RowError for a tool's result that is to be learned.
     """
-    weight = _parse_loss_weight(turn, shown_name, ignored)
+    weight = _parse_loss_weight(turn, shown_name, ignored_keys)
     if weight is None:
         return {}
     if weight > 0 and role == "tool":
         raise RowError("bad_train", f"{shown_name} is the result of a tool and marked as learned; results are context")
     fields: Message = {"train": weight > 0}
-    if 0 < weight < 1:
+    if 0 < weight < 1:  # a learned turn without a weight counts as 1
         fields["weight"] = weight
     return fields
 
 
-def _template_role(row_role: Any, shown_name: str) -> str:
+def _template_role(raw_role: Any, shown_name: str) -> str:
     """The role that chat templates know for a role in a row: "human" -> "user". Raises RowError: unknown_role."""
-    if isinstance(row_role, str) and row_role in ROLE_NAMES:
-        return ROLE_NAMES[row_role]
-    lower_case_role = row_role.strip().lower() if isinstance(row_role, str) else ""
+    if isinstance(raw_role, str) and raw_role in ROLE_NAMES:
+        return ROLE_NAMES[raw_role]
+    lower_case_role = raw_role.strip().lower() if isinstance(raw_role, str) else ""
     if lower_case_role in ROLE_NAMES:
         remedy = f"write {lower_case_role!r}"
     else:
         remedy = f"known roles are {', '.join(ROLE_NAMES)}"
-    raise RowError("unknown_role", f"{shown_name} is {show_value(row_role)}; {remedy}")
+    raise RowError("unknown_role", f"{shown_name} is {show_value(raw_role)}; {remedy}")
 
 
-def _parse_thought_calls_and_ids(turn: dict[str, Any], shown_name: str, role: str, ignored: Collection[str]) -> Message:
+def _parse_thought_calls_and_ids(
+    turn: dict[str, Any], shown_name: str, role: str, ignored_keys: Collection[str]
+) -> Message:
     """The fields of a message beside role and content: `reasoning_content`, `tool_calls`, and of a tool's result its ids.
 
     Example: {"role": "assistant", "thinking": "Hm.", ...} -> {"reasoning_content": "Hm."}. A turn may have its thought or its
-    calls under several keys. `ignored`: keys that are left out. Raises RowError for a thought or a call outside an assistant
+    calls under several keys. `ignored_keys`: keys that are left out. Raises RowError for a thought or a call outside an assistant
     turn, and for two thoughts that differ.
     """
     fields: Message = {}
     for key in (*_THOUGHT_KEYS, *_CALL_KEYS):
         value = turn.get(key)
-        if value is None or key in ignored or is_blank_value(value):
+        if value is None or key in ignored_keys or is_blank_value(value):
             continue
         if role != "assistant":
             raise RowError(
@@ -174,12 +177,12 @@ def _parse_thought_calls_and_ids(turn: dict[str, Any], shown_name: str, role: st
     return fields
 
 
-def _check_no_unread_keys(turn: dict[str, Any], shown_name: str, ignored: Collection[str]) -> None:
+def _check_no_unread_keys(turn: dict[str, Any], shown_name: str, ignored_keys: Collection[str]) -> None:
     """Raise RowError if a turn has a key of `_UNREAD_KEYS` with a value: images and sound, or a mask.
 
     Null counts as no value; an empty image does too, but not an empty mask or a mask of 0, which says something.
     """
-    for key in sorted(_UNREAD_KEYS.intersection(turn) - {*ignored}):
+    for key in sorted(_UNREAD_KEYS.intersection(turn) - {*ignored_keys}):
         value = turn[key]
         is_mask = key in _MASK_KEYS
         if value is None or (not is_mask and is_blank_value(value)):
@@ -213,16 +216,17 @@ def _parse_content(turn: dict[str, Any], key: str, shown_name: str) -> str:
     return parse_text({key: "".join(texts)}, key, shown_name)
 
 
-def _parse_loss_weight(turn: dict[str, Any], shown_name: str, ignored: Collection[str]) -> float | None:
+def _parse_loss_weight(turn: dict[str, Any], shown_name: str, ignored_keys: Collection[str]) -> float | None:
     """How much a turn counts in the loss, from 0 (not learned) to 1. None if the turn does not say.
 
     {"weight": 0.5} -> 0.5; {"train": false} -> 0; {"masked": true} -> 0; {"train": true, "weight": 0.5} -> 0.5. Raises RowError
     if a key has a wrong value, or if two keys contradict each other.
     """
+    # All keys that the turn has are named in the error of a contradiction, ignored ones too.
     keys = [key for key in (*_WEIGHT_KEYS, "train", "masked") if turn.get(key) is not None]
     weights: set[float] = set()
     for key in keys:
-        if key in ignored:
+        if key in ignored_keys:
             continue
         if key in _WEIGHT_KEYS:
             weights.add(_parse_weight(turn[key], f"{shown_name}.{key}"))

@@ -46,7 +46,7 @@ from trainer.data.formats import RowReader
 from trainer.data.objective_spec import DataSpec
 from trainer.data.read.origin import Origin
 from trainer.data.read.paths import expand_paths
-from trainer.data.rendered import check_no_rendered_rows
+from trainer.data.rendered import refuse_rendered_rows
 from trainer.data.report.describe import ReportWriter
 from trainer.data.report.progress import PreparationProgress, PrintLine, print_on_rank_0
 from trainer.data.selection.near_duplicates import index_bytes_per_document
@@ -213,7 +213,7 @@ class Preparation:
         """
         started_at = time.perf_counter()
         if not self._is_in_cache():
-            self._check_no_rendered_rows()
+            self._refuse_rendered_rows()
         self.progress.phase = "waiting for another process that prepares the same data"
         # Looked up again: another process may have completed the entry during the check. If not, the jobs of an array may
         # have done the first pass already.
@@ -233,7 +233,7 @@ class Preparation:
             prepared.report.setdefault(TEMPLATE_DATE_KEY, self.template_date.day.isoformat())
         if not has_prepared and _spells_control_tokens(prepared.report):
             # It was prepared with data.control_tokens=text, which this user may not have set.
-            self._check_no_rendered_rows()
+            self._refuse_rendered_rows()
         return prepared
 
     def _is_in_cache(self) -> bool:
@@ -255,7 +255,7 @@ class Preparation:
         """
         if self._is_in_cache():
             return
-        self._check_no_rendered_rows()
+        self._refuse_rendered_rows()
         readers = self._make_readers()
         shards = Shards(self.directory, num_shards)
         with self.progress.printing(), shards.writing_shard(number, self.raise_if_stopped) as write_block:
@@ -277,13 +277,13 @@ class Preparation:
         spec = self.data_spec
         return make_row_readers(self.inputs, label=spec.label, preferred=spec.formats, kept=spec.kept)
 
-    def _check_no_rendered_rows(self) -> None:
+    def _refuse_rendered_rows(self) -> None:
         """Raise DataError if rows hold a rendered chat template, such as "<|im_start|>user", as ordinary text.
 
         A model would learn to spell the tokens. Does nothing if the user has set `data.control_tokens`.
         """
         if self.config.control_tokens is ControlTokens.auto:
-            check_no_rendered_rows(self.inputs, self._make_readers(), self._encoder)
+            refuse_rendered_rows(self.inputs, self._make_readers(), self._encoder)
 
     def raise_if_stopped(self) -> None:
         """Raise Preempted if this process was asked to stop. Called between blocks, where stopping is safe."""

@@ -34,10 +34,10 @@ class TurnTokens:
     """A rendered text ends with it."""
 
     @classmethod
-    def of(cls, encoder: Encoder) -> TurnTokens:
-        """The control tokens that the chat template writes around turns, found by rendering a small conversation.
+    def from_chat_template(cls, encoder: Encoder) -> TurnTokens:
+        """The special tokens that the chat template writes around turns, found by rendering a small conversation.
 
-        If the template refuses that, its end-of-turn tokens alone.
+        If the template refuses that, its end-of-turn tokens alone; without a template, none.
         """
         tokenizer = encoder.tokenizer
         rendered = ""
@@ -72,14 +72,15 @@ class TurnTokens:
         return None
 
 
-def check_no_rendered_rows(
+def refuse_rendered_rows(
     inputs: list[SourceInput], readers: dict[tuple[str, str], RowReader], encoder: Encoder
 ) -> None:
     """Raise DataError if most of an input's first texts or prompts look as if a chat template had rendered them.
 
-    Conversations do not count, nor labelled texts, which are only read to tell their label.
+    `readers`: by (split, source), what makes documents of an input's rows. Conversations do not count, nor labelled texts,
+    which are only read to tell their label.
     """
-    turn_tokens = TurnTokens.of(encoder)
+    turn_tokens = TurnTokens.from_chat_template(encoder)
     for source_input in inputs:
         num_texts = 0
         num_rendered = 0
@@ -95,7 +96,7 @@ def check_no_rendered_rows(
                 first_rendered = first_rendered or (document, token)
         if first_rendered is not None and num_rendered > num_texts / 2:
             document, token = first_rendered
-            explanation = _explain_rendered(document, token, turn_tokens)
+            explanation = _rendered_rows_remedy(document, token, turn_tokens)
             raise DataError(f"{source_input.key}: {num_rendered} of the first {num_texts} {explanation}")
 
 
@@ -107,8 +108,11 @@ def _first_documents(source_input: SourceInput, reader: RowReader) -> Iterator[D
             yield document
 
 
-def _explain_rendered(document: Document, token: str, turn_tokens: TurnTokens) -> str:
-    """The end of the error message: what rows such as `document`, which spells `token`, would teach, and what to set instead."""
+def _rendered_rows_remedy(document: Document, token: str, turn_tokens: TurnTokens) -> str:
+    """The end of the error message for texts that the chat template has rendered already: what they would teach, and a remedy.
+
+    `document`, one of them, spells the special token `token`. `turn_tokens`: those that stand around turns.
+    """
     if document.prompt is not None:
         return (
             f"prompts spell the chat template's own tokens, such as {token} ({document.location}), and the template would be "

@@ -21,11 +21,11 @@ from strategies.errors import DataError
 from trainer.data.document import RejectedRow, SourceRow, excerpt
 from trainer.data.fields import Fault, RowError, show_value
 from trainer.data.read.opening import (
-    BUFFER_BYTES,
     MAX_ROW_BYTES,
+    READ_BYTES,
     InputPath,
     decode_utf8,
-    open_text,
+    open_text_bytes,
     reject_too_long_row,
 )
 
@@ -71,7 +71,7 @@ def read_json_lines(path: InputPath) -> Iterator[SourceRow | RejectedRow]:
     """
     file = str(path)
     line_number = 0
-    with open_text(path) as stream:
+    with open_text_bytes(path) as stream:
         while raw := stream.readline(MAX_ROW_BYTES + 1):
             line_number += 1
             if len(raw) > MAX_ROW_BYTES:
@@ -85,7 +85,7 @@ def _skip_rest_of_line(stream: BinaryIO, beginning: bytes) -> int:
     """Read on to the end of a line, of which `beginning` was read already; returns the length of the whole line in bytes."""
     line_bytes = len(beginning)
     raw = beginning
-    while not raw.endswith(b"\n") and (raw := stream.readline(BUFFER_BYTES)):
+    while not raw.endswith(b"\n") and (raw := stream.readline(READ_BYTES)):
         line_bytes += len(raw)
     return line_bytes
 
@@ -108,7 +108,7 @@ def read_json(path: InputPath) -> Iterator[SourceRow | RejectedRow]:
 def _first_filled_line(path: InputPath) -> tuple[int, bytes]:
     """(number of the first line that is not blank, its bytes without outer blanks); empty bytes if all lines are blank."""
     line_number = 0
-    with open_text(path) as stream:
+    with open_text_bytes(path) as stream:
         while raw := stream.readline(MAX_ROW_BYTES):
             line_number += 1
             if not raw.isspace():
@@ -122,7 +122,7 @@ def _read_json_list(path: InputPath) -> Iterator[SourceRow | RejectedRow]:
     Raises DataError if one element cannot be separated from the next.
     """
     file = str(path)
-    with open_text(path) as stream:
+    with open_text_bytes(path) as stream:
         for line_number, raw in _ListSplitter(path, stream).elements():
             if len(raw) <= MAX_ROW_BYTES:
                 yield UnparsedRow(file, line_number, raw=raw)
@@ -224,7 +224,7 @@ class _ListSplitter:
             message = f"the element that starts here is longer than {limit_mib} MiB or never ends"
             raise _broken_list_error(self.path, self.line, blanks, message)
         # Reads double each time, because a long element is looked at again from its beginning.
-        following = self.stream.read(max(BUFFER_BYTES, len(element)))
+        following = self.stream.read(max(READ_BYTES, len(element)))
         if not following:
             message = "what starts here is cut off, or a quote or a bracket of it is never closed"
             raise _broken_list_error(self.path, self.line, blanks, message)
@@ -237,7 +237,7 @@ def _require_end_of_file(path: InputPath, stream: BinaryIO, following: bytes, li
     """Raise DataError if anything but blanks follows the list. `following`: what was read already, which begins on `line`."""
     while not following.strip():
         line += following.count(b"\n")
-        following = stream.read(BUFFER_BYTES)
+        following = stream.read(READ_BYTES)
         if not following:
             return
     blanks = following[: len(following) - len(following.lstrip())]

@@ -28,7 +28,7 @@ from trainer.data.read.remote import HEAD_BYTES, RemoteFile
 
 InputPath = Path | RemoteFile
 """A file that rows are read from."""
-BUFFER_BYTES = 2**20
+READ_BYTES = 2**20
 """Bytes read at a time."""
 MAX_ROW_BYTES = 64 * 2**20
 """Longest row in bytes; a longer one is a mistake of whoever wrote the file, and would not fit a context anyway."""
@@ -68,7 +68,7 @@ def compression_of(path: InputPath) -> str:
     return suffix if suffix in COMPRESSION_BY_SUFFIX else ""
 
 
-def require_regular(path: Path) -> None:
+def require_regular_file(path: Path) -> None:
     """Raise DataError unless `path` is a file that can be read twice: no pipe or device (none may hang)."""
     try:
         mode = path.stat().st_mode
@@ -121,13 +121,13 @@ def open_binary(path: InputPath) -> io.BufferedReader:
     """The file's bytes as they are. Raises DataError and OSError."""
     if isinstance(path, RemoteFile):
         return cast("io.BufferedReader", path.open())
-    require_regular(path)
-    return cast("io.BufferedReader", path.open("rb", buffering=BUFFER_BYTES))
+    require_regular_file(path)
+    return cast("io.BufferedReader", path.open("rb", buffering=READ_BYTES))
 
 
 @contextmanager
-def open_text(path: InputPath) -> Iterator[io.BufferedReader]:
-    """A stream of the file's bytes, decompressed, positioned after a UTF-8 byte order mark.
+def open_text_bytes(path: InputPath) -> Iterator[io.BufferedReader]:
+    """A stream of a text file's bytes, decompressed, positioned after a UTF-8 byte order mark.
 
     Raises DataError if the file is empty, cannot be read, is compressed in another way than its name says, or holds no text but
     an image, UTF-16 and so on. Also, while the caller reads, if it is cut off or damaged.
@@ -184,7 +184,7 @@ def _open_decompressed(path: InputPath, file: io.BufferedReader, compression: st
         raw_stream = _MemberReader(file, bz2.BZ2Decompressor)
     else:  # .xz
         raw_stream = _MemberReader(file, lzma.LZMADecompressor)
-    return io.BufferedReader(raw_stream, BUFFER_BYTES)
+    return io.BufferedReader(raw_stream, READ_BYTES)
 
 
 def decompression_ratio(path: Path) -> float:
@@ -198,10 +198,12 @@ def decompression_ratio(path: Path) -> float:
     decompressed_bytes = 0
     try:
         with open_binary(path) as file:
-            if suffix == ".zip":
+            if (
+                suffix == ".zip"
+            ):  # small files may be larger in an archive, whose directory counts too: the ratio is below 1
                 sizes = [entry.file_size for entry in zipfile.ZipFile(file).infolist()]
                 return sum(sizes) / max(1, path.stat().st_size)
-            head = file.read(BUFFER_BYTES)
+            head = file.read(READ_BYTES)
         # The head ends amid the data, which the decompressor reports as an error at last.
         with suppress(*_READ_ERRORS), _open_decompressed(path, io.BufferedReader(io.BytesIO(head)), suffix) as stream:
             while chunk := stream.read1(1 << 16):
@@ -234,12 +236,12 @@ class _MemberReader(io.RawIOBase):
             compressed = b""
             # One member (a compressed stream of its own) has ended; the next begins in what it did not use.
             if self.decompressor.eof:
-                compressed = self._next_member()
+                compressed = self._next_member()  # the bytes that it begins with; empty if there is none
                 if not compressed:
                     return 0
                 self.decompressor = self.make_decompressor()
             elif self.decompressor.needs_input:
-                compressed = self.file.read(BUFFER_BYTES)
+                compressed = self.file.read(READ_BYTES)
                 if not compressed:
                     raise EOFError
             decompressed = self.decompressor.decompress(compressed, len(buffer))
@@ -251,7 +253,7 @@ class _MemberReader(io.RawIOBase):
         """The first bytes of the next member, behind the padding of the one that has ended; empty at the end of the file."""
         following = self.decompressor.unused_data.lstrip(b"\0")
         while not following:
-            block = self.file.read(BUFFER_BYTES)
+            block = self.file.read(READ_BYTES)
             if not block:
                 return b""
             following = block.lstrip(b"\0")

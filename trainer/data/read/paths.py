@@ -21,7 +21,7 @@ from trainer.data.read.opening import (
     InputPath,
     compression_of,
     read_json_object,
-    require_regular,
+    require_regular_file,
 )
 from trainer.data.read.remote import remote_files
 
@@ -181,7 +181,7 @@ def _require_readable(path: Path, key: str) -> Path:
                 f"{key}: cannot read {path}; a zip file holds one file and is named like it: rows.jsonl.zip"
             )
         raise DataError(f"{key}: cannot read {path}; files must end in {SUPPORTED_SUFFIXES_TEXT}")
-    require_regular(path)
+    require_regular_file(path)
     return path
 
 
@@ -266,7 +266,7 @@ def _saved_files(directory: Path, key: str) -> list[Path] | None:
         )
     files = [directory / entry["filename"] for entry in state.get("_data_files", [])]
     for file in files:
-        require_regular(file)
+        require_regular_file(file)
     return files
 
 

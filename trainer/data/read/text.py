@@ -13,11 +13,11 @@ from typing import BinaryIO
 from strategies.errors import DataError
 from trainer.data.document import RejectedRow, SourceRow, excerpt
 from trainer.data.fields import RowError
-from trainer.data.read.opening import HEAD_BYTES, MAX_ROW_BYTES, InputPath, compression_of, decode_utf8, open_text
+from trainer.data.read.opening import HEAD_BYTES, MAX_ROW_BYTES, InputPath, compression_of, decode_utf8, open_text_bytes
 
 INDEX_COLUMN = "Unnamed: 0"
 """Name of a first column without one, as pandas calls it."""
-_WORD_BY_SEPARATOR = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+_NAME_BY_SEPARATOR = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 
 def read_csv(path: InputPath, delimiter: str = ",") -> Iterator[SourceRow | RejectedRow]:
@@ -28,7 +28,8 @@ def read_csv(path: InputPath, delimiter: str = ",") -> Iterator[SourceRow | Reje
     missing names, other separators than the file's name says.
     """
     csv.field_size_limit(MAX_ROW_BYTES)  # the module's own limit of 131,072 is shorter than real documents
-    with open_text(path) as stream:
+    with open_text_bytes(path) as stream:
+        # `peek` shows the first bytes without reading on.
         header = next((line for line in stream.peek(HEAD_BYTES).splitlines() if line.strip()), b"")
         if delimiter == "," and b";" in header and b"," not in header:
             delimiter = ";"
@@ -36,7 +37,10 @@ def read_csv(path: InputPath, delimiter: str = ",") -> Iterator[SourceRow | Reje
 
 
 class _RecordLines:
-    """Lines of a file for the csv module; remembers the first line of the current record and what is wrong with its lines."""
+    """Lines of a delimited file for the csv module, which joins them to records: a quoted cell may have line breaks.
+
+    Remembers the first line of the current record, and what is wrong with the bytes of its lines.
+    """
 
     def __init__(self, path: InputPath, stream: BinaryIO) -> None:
         self.path = path
@@ -45,11 +49,16 @@ class _RecordLines:
         """Lines read so far."""
         self.first_line = b""
         """The first line of the record."""
-        self.fault: RowError | None = None
-        """Why the record cannot be used; None if it can."""
+        self.byte_error: RowError | None = None
+        """Why the current record cannot be used: bytes that are not UTF-8, or NUL; None if it can."""
 
     def __iter__(self) -> Iterator[str]:
-        """The lines as text; a line that is not UTF-8 is handed on with surrogates, and remembered as the record's fault."""
+        """The lines as text. Of a line that is not UTF-8, the error is remembered (`byte_error`), so that the record is rejected.
+
+        The csv module gets such a line with surrogates, since it must still find where the record ends. Raises DataError for a
+        line
+        that is too long, which one unclosed cell may be.
+        """
         while raw := self.stream.readline(MAX_ROW_BYTES + 1):
             self.num_read += 1
             if len(raw) > MAX_ROW_BYTES:
@@ -60,13 +69,13 @@ class _RecordLines:
             try:
                 yield decode_utf8(raw)
             except RowError as refusal:
-                self.fault = self.fault or refusal
+                self.byte_error = self.byte_error or refusal
                 yield raw.decode("utf-8", "surrogateescape")
 
     def begin_record(self) -> int:
         """Forget the last record; returns the number of the line on which the next one begins."""
         self.first_line = b""
-        self.fault = None
+        self.byte_error = None
         return self.num_read + 1
 
 
@@ -93,9 +102,9 @@ def _read_records(path: InputPath, lines: _RecordLines, delimiter: str) -> Itera
         if is_blank_line:
             continue
         if header is None:
-            header = _parse_header(path, line, cells, delimiter, lines.fault)
-        elif lines.fault is not None:
-            yield RejectedRow(file, line, lines.fault.reason, lines.fault.message, excerpt(lines.first_line))
+            header = _parse_header(path, line, cells, delimiter, lines.byte_error)
+        elif lines.byte_error is not None:
+            yield RejectedRow(file, line, lines.byte_error.reason, lines.byte_error.message, excerpt(lines.first_line))
         elif len(cells) != len(header):
             message = _wrong_cell_count_message(cells, header, delimiter)
             yield RejectedRow(file, line, "wrong_cell_count", message, excerpt(lines.first_line))
@@ -113,7 +122,7 @@ def _wrong_cell_count_message(cells: list[str], header: list[str], delimiter: st
         columns += ", ..."
     return (
         f"{num_cells} where the header has {len(header)} ({columns}); quote cells that hold "
-        f"{_WORD_BY_SEPARATOR[delimiter]} or line breaks"
+        f"{_NAME_BY_SEPARATOR[delimiter]} or line breaks"
     )
 
 
@@ -132,14 +141,16 @@ def _malformed_csv_error(path: InputPath, line: int, lines: _RecordLines, error:
     return DataError(f"{path}:{line}: not valid CSV: {fault}; rows from here on cannot be separated")
 
 
-def _parse_header(path: InputPath, line: int, cells: list[str], delimiter: str, fault: RowError | None) -> list[str]:
-    """The names of the columns, from the first record of a file. `fault`: what is wrong with its bytes, or None.
+def _parse_header(
+    path: InputPath, line: int, cells: list[str], delimiter: str, byte_error: RowError | None
+) -> list[str]:
+    """The names of the columns, from the first record of a file. `byte_error`: what is wrong with its bytes, or None.
 
     A first column without a name, as pandas writes a table's index, is called `INDEX_COLUMN`. Raises DataError for a header that
     cannot be one: a wrong separator, Excel's `sep=` line, doubled or missing names.
     """
-    if fault is not None:
-        raise DataError(f"{path}:{line}: in the header: {fault.message}")
+    if byte_error is not None:
+        raise DataError(f"{path}:{line}: in the header: {byte_error.message}")
     header = [name.strip() for name in cells]
     if len(header) > 1 and header[0] == "" and INDEX_COLUMN not in header:
         header[0] = INDEX_COLUMN
@@ -160,24 +171,25 @@ def _parse_header(path: InputPath, line: int, cells: list[str], delimiter: str, 
 
 def _check_separator(path: InputPath, line: int, cell: str, delimiter: str) -> None:
     """Raise DataError if the only cell of a header holds a separator other than `delimiter`."""
-    for separator, word in _WORD_BY_SEPARATOR.items():
+    for separator, separator_name in _NAME_BY_SEPARATOR.items():
         if separator == delimiter or separator not in cell:
             continue
+        # The separator goes by the suffix of the file's name, of which there are two.
         if separator == ",":
             remedy = "name the file .csv"
         elif separator == "\t":
             remedy = "name the file .tsv"
         else:
-            remedy = f"save it with {_WORD_BY_SEPARATOR[delimiter]}"
+            remedy = f"save it with {_NAME_BY_SEPARATOR[delimiter]}"
         raise DataError(
             f"{path}:{line}: the header is the single column {cell.strip()[:80]!r}: the file seems to be "
-            f"separated by {word}, not {_WORD_BY_SEPARATOR[delimiter]}; {remedy}"
+            f"separated by {separator_name}, not {_NAME_BY_SEPARATOR[delimiter]}; {remedy}"
         )
 
 
 def read_text_file(path: InputPath) -> Iterator[SourceRow | RejectedRow]:
     """The one row of a text file, with the fields `text` and `title`; line ends become line feeds. Raises DataError."""
-    with open_text(path) as stream:
+    with open_text_bytes(path) as stream:
         raw = stream.read(MAX_ROW_BYTES + 1)
     name = str(path)
     if len(raw) > MAX_ROW_BYTES:
@@ -185,6 +197,7 @@ def read_text_file(path: InputPath) -> Iterator[SourceRow | RejectedRow]:
         yield RejectedRow(name, 1, "too_long", message, excerpt(raw))
         return
     lines: list[str] = []
+    # Line by line, so that an error names the line.
     for number, line in enumerate(raw.split(b"\n"), 1):
         try:
             lines.append(decode_utf8(line))

@@ -39,13 +39,13 @@ NEEDS_PRESIDIO = frozenset({"PERSON", "LOCATION", "ORGANISATION"})
 FOUND_BY_NONE = frozenset({"ADDRESS"})
 """Types that laws name and nothing here finds whole; what is asked for under them is reported as not looked for."""
 
-NATIONAL_IDS = {name: name[:2].replace("UK", "GB") for name in TYPES if name[2:3] == "_"}
+COUNTRY_BY_NATIONAL_ID = {name: name[:2].replace("UK", "GB") for name in TYPES if name[2:3] == "_"}
 """Identity numbers and their country, with which their names begin."""
 
 GENERAL = frozenset(
     {
         *("PERSON", "EMAIL", "PHONE", "FAX", "ADDRESS", "CREDIT_CARD", "IBAN", "ACCOUNT", "IP", "MAC", "DATE_OF_BIRTH"),
-        *("MEDICAL_RECORD", "HEALTH_PLAN", "LICENSE", "USERNAME", "SECRET", *NATIONAL_IDS),
+        *("MEDICAL_RECORD", "HEALTH_PLAN", "LICENSE", "USERNAME", "SECRET", *COUNTRY_BY_NATIONAL_ID),
     }
 )
 """What points at one person, and secrets; neither dates nor web addresses, of which ordinary texts are full."""

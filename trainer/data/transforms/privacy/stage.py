@@ -23,8 +23,8 @@ from trainer.data.transforms.privacy import context, patterns
 from trainer.data.transforms.privacy.context import canonical_phone_number, find_phone_numbers
 from trainer.data.transforms.privacy.patterns import letters_and_digits
 from trainer.data.transforms.privacy.rule import (
+    COUNTRY_BY_NATIONAL_ID,
     FOUND_BY_NONE,
-    NATIONAL_IDS,
     NEEDS_PRESIDIO,
     NOT_ASKED,
     PRESETS,
@@ -42,10 +42,15 @@ FREE_STRETCH_REGEX = re.compile(b"1+")
 """A stretch of characters that no finding has taken."""
 TYPE_ORDER = {type_: index for index, type_ in enumerate(TYPES)}
 RULES = (*patterns.RULES, *context.RULES)
-KEY = "SHARDTUNE_PSEUDONYM_KEY"
+KEY_VARIABLE = "SHARDTUNE_PSEUDONYM_KEY"
 """The environment variable that holds the secret key of pseudonyms."""
 KEY_CHARACTERS = 16
 """Least length of a pseudonym key: short keys can be tried out, and then every pseudonym can be undone."""
+
+
+_FOUND_BY_NO_ENGINE = "found by no engine"
+_NEEDS_PRESIDIO_ENGINE = "needs data.privacy.engine=presidio"
+"""Reasons for which a type is not looked for, as the audit has them; `NOT_ASKED` is another."""
 
 
 def privacy_coverage(config: PrivacyConfig) -> dict[str, Any]:
@@ -59,13 +64,13 @@ def privacy_coverage(config: PrivacyConfig) -> dict[str, Any]:
     looked_for: list[str] = []
     not_looked_for: dict[str, str] = {}
     for pii_type in TYPES:
-        country = NATIONAL_IDS.get(pii_type)
+        country = COUNTRY_BY_NATIONAL_ID.get(pii_type)
         if pii_type not in requested_types:
             not_looked_for[pii_type] = NOT_ASKED
         elif pii_type in FOUND_BY_NONE:
-            not_looked_for[pii_type] = "found by no engine"
+            not_looked_for[pii_type] = _FOUND_BY_NO_ENGINE
         elif pii_type in NEEDS_PRESIDIO and config.engine == PrivacyEngine.patterns:
-            not_looked_for[pii_type] = "needs data.privacy.engine=presidio"
+            not_looked_for[pii_type] = _NEEDS_PRESIDIO_ENGINE
         elif country is not None and country not in config.regions:
             not_looked_for[pii_type] = f"needs {country} in data.privacy.regions"
         else:
@@ -204,9 +209,9 @@ class PrivacyStage:
         - mode=report or fail: the document as it is. For fail, `raise_if_personal_data` raises the error at the end.
         `tally` counts the findings, with masks of the first few.
         """
-        if self._finder is None or self._num_documents_to_scan == 0:
+        if self._finder is None or self._num_documents_to_scan == 0:  # 0: all that the mode asks for were searched
             return document
-        if self._num_documents_to_scan is not None:
+        if self._num_documents_to_scan is not None:  # None: every document is searched
             self._num_documents_to_scan -= 1
         findings_by_text = {text: self._finder.find(text) for text in document.texts()}
         masked_findings = _masked_findings(document, findings_by_text)
@@ -239,11 +244,11 @@ class PrivacyStage:
         pieces: list[str] = []
         previous_end = 0
         for finding in findings:
-            placeholder = f"[{finding.type}]"
+            replacement = f"[{finding.type}]"
             if self.config.mode == PrivacyMode.pseudonymise:
                 personal_text = text[finding.start : finding.end]
-                placeholder = pseudonym(finding.type, personal_text, self._key, self.config.regions)
-            pieces += [text[previous_end : finding.start], placeholder]
+                replacement = pseudonym(finding.type, personal_text, self._key, self.config.regions)
+            pieces += [text[previous_end : finding.start], replacement]
             previous_end = finding.end
         return "".join([*pieces, text[previous_end:]])
 
@@ -274,10 +279,11 @@ def raise_if_personal_data(findings: Findings, config: PrivacyConfig) -> None:
     )
 
 
-def normalise(type_: str, personal_text: str, regions: Sequence[str]) -> str:
+def normalise_personal_text(type_: str, personal_text: str, regions: Sequence[str]) -> str:
     """The same text for all spellings of a person's data: without case, spaces, separators and national telephone formats.
 
-    Example: EMAIL "Jane@Example.com" -> "jane@example.com"; USERNAME "@Jane" -> "jane"; a SECRET keeps its case.
+    `regions`: countries whose national telephone numbers are read, such as "GB". Example: EMAIL "Jane@Example.com" ->
+    "jane@example.com"; USERNAME "@Jane" -> "jane"; a SECRET keeps its case.
     """
     # Full-width digits and the like become the usual ones.
     text = " ".join(unicodedata.normalize("NFKC", personal_text).split())
@@ -304,7 +310,7 @@ def pseudonym(type_: str, personal_text: str, key: bytes, regions: Sequence[str]
     Its tail is the HMAC-SHA256 of the normalised text under the key.
     """
     normal_type = NORMAL_TYPE_BY_TYPE.get(type_, type_)
-    message = f"{normal_type}\0{normalise(type_, personal_text, regions)}".encode()
+    message = f"{normal_type}\0{normalise_personal_text(type_, personal_text, regions)}".encode()
     tail = hmac.new(key, message, hashlib.sha256).hexdigest()[:HEX_DIGITS]
     return f"[{type_}_{tail}]"
 
@@ -322,7 +328,7 @@ def mask(type_: str, text: str) -> str:
         local, at_sign, domain = text.rpartition("@")
         if type_ == "EMAIL" and at_sign:
             host, _, top_level = domain.rpartition(".")
-            shown_top_level = top_level if len(top_level) <= 3 else "***"
+            shown_top_level = top_level if len(top_level) <= 3 else "***"  # never four letters
             return f"{local[:1]}***@{host[:1]}***.{shown_top_level}"
         return " ".join(f"{word[:1]}***" for word in text.split()[:4])
     shape = "".join("*" if character.isalnum() else character for character in text)
@@ -333,7 +339,7 @@ def mask(type_: str, text: str) -> str:
 
 def secret_key() -> bytes:
     """The secret key of pseudonyms, from the environment; empty if none is set."""
-    return os.environ.get(KEY, "").encode()
+    return os.environ.get(KEY_VARIABLE, "").encode()
 
 
 def key_identity() -> str:
@@ -347,8 +353,8 @@ def privacy_problems(config: PrivacyConfig) -> Iterator[str]:
         return
     not_looked_for = privacy_coverage(config)["not_looked_for"]
     remedy_by_reason = {
-        "needs data.privacy.engine=presidio": f"set it ({install_command('pii')}), or leave the type out",
-        "found by no engine": "leave it out; LOCATION finds places in addresses with data.privacy.engine=presidio",
+        _NEEDS_PRESIDIO_ENGINE: f"set it ({install_command('pii')}), or leave the type out",
+        _FOUND_BY_NO_ENGINE: "leave it out; LOCATION finds places in addresses with data.privacy.engine=presidio",
     }
     for pii_type in config.types:
         if pii_type not in TYPES:
@@ -374,5 +380,5 @@ def privacy_problems(config: PrivacyConfig) -> Iterator[str]:
     if config.mode == PrivacyMode.pseudonymise and len(secret_key()) < KEY_CHARACTERS:
         yield (
             f"data.privacy.mode=pseudonymise needs a secret key of at least {KEY_CHARACTERS} characters in the environment "
-            f"variable {KEY}; make one with: openssl rand -hex 32"
+            f"variable {KEY_VARIABLE}; make one with: openssl rand -hex 32"
         )
