@@ -143,7 +143,7 @@ def print_prepared_data(directory: Path, arguments: PrintArguments) -> int:
     console.print(Text(str(prepared.directory)), soft_wrap=True)
     if tokenizer is None or arguments.histogram:
         console.print(inspection.splits_table(prepared))
-        groups = inspection.groups_table(prepared, split)
+        groups = inspection.source_and_label_table(prepared, split)
         if groups is not None:
             console.print(groups)
         if arguments.find is None:

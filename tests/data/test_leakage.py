@@ -21,7 +21,7 @@ from trainer.data.config import (
 from trainer.data.document import Document, Tally
 from trainer.data.selection.leakage import LEAK_KINDS, find_leaks, first_matching_documents, train_documents_to_drop
 from trainer.data.selection.signatures import Signer, compared_text
-from trainer.data.transforms.decontamination import Decontaminator, evaluation_texts
+from trainer.data.transforms.decontamination import Decontaminator, texts_to_decontaminate_from
 
 SIGNER = Signer(DuplicatesConfig(near=DuplicatePolicy.report))
 DRAW = random.Random(1)
@@ -227,8 +227,8 @@ def test_decontamination_texts_of_an_evaluation_document():
     long = " ".join(WORDS[:20])
     turns = [("system", long), ("user", "Who?"), ("assistant", "short answer"), ("user", "Why?"), ("assistant", long)]
     chat = Document(file="e", line=3, messages=[{"role": role, "content": text} for role, text in turns])
-    assert list(evaluation_texts(chat)) == [("e:3", "Who?"), ("e:3", "Why?"), ("e:3", long)]
-    assert list(evaluation_texts(row("p", "yes", "e", 4))) == [("e:4", "p")]
+    assert list(texts_to_decontaminate_from(chat)) == [("e:3", "Who?"), ("e:3", "Why?"), ("e:3", long)]
+    assert list(texts_to_decontaminate_from(row("p", "yes", "e", 4))) == [("e:4", "p")]
 
 
 def test_leakage_first_equal_is_the_first_index_of_each_digest():

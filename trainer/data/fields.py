@@ -96,7 +96,8 @@ def show_value(value: Any) -> str:
 def value_at(fields: dict[str, Any], column: str) -> Any:
     """The value of a column. `a.b` is `b` inside the column `a`, and `a.0` the first element of the list in `a`.
 
-    Raises KeyError if there is no such value, RowError if it, or a value that it is inside of, could not be read.
+    Raises KeyError if there is no such value, RowError if a value that it is inside of could not be read. A value that could not
+    be read itself is a `Fault`.
     """
     # A column that is itself called `a.b` goes first.
     path = [column] if column in fields else column.split(".")

@@ -34,7 +34,7 @@ from trainer.data.tokens.clock import TemplateDate
 from trainer.data.tokens.encode import Encoder
 from trainer.data.tokens.truncation import last_learned_id
 from trainer.data.transforms.checks import Checks, Cleaner
-from trainer.data.transforms.decontamination import Decontaminator, evaluation_texts
+from trainer.data.transforms.decontamination import Decontaminator, texts_to_decontaminate_from
 from trainer.data.transforms.filters import Filters
 
 
@@ -62,7 +62,7 @@ class BlockMaker:
         self.decontaminator: Decontaminator | None = None
         if config.decontamination.paths is not None:
             documents = evaluation_documents(config.decontamination.paths, config)
-            texts = itertools.chain.from_iterable(map(evaluation_texts, documents))
+            texts = itertools.chain.from_iterable(map(texts_to_decontaminate_from, documents))
             self.decontaminator = Decontaminator(texts, config.decontamination)
         self.has_replay = any(source.replay for source in config.sources.values())
         has_held_out = any((config.eval_path, config.test_path, config.eval_share, config.test_share))

@@ -93,7 +93,7 @@ class Collator:
         """Spread a step's units (documents, packs, pairs) over micro-batches (slots): positions in `units`, by slot.
 
         `units` (int64 [U]): their numbers in `dataset`; `costs` (int64 [U]): what each costs. `shape`: (slots, units a slot).
-        Deterministic; the costliest slot comes first. An objective may override it.
+        Deterministic; the costliest slot comes first. An objective may override it, and then look at the units themselves.
         """
         num_slots, units_per_slot = shape
         return assign_to_slots(costs, num_slots, units_per_slot)

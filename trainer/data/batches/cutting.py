@@ -155,7 +155,7 @@ def with_enough_tokens(batch: Mapping[str, Any], sequence_size: int) -> Mapping[
     filled["position_ids"] = torch.cat([batch["position_ids"], torch.arange(num_fillers)[None]], dim=1)
     filled["targets"] = torch.cat([batch["targets"], torch.full((1, num_fillers), IGNORED_TARGET)], dim=1)
     filled["is_token"] = (torch.arange(sequence_size) < num_tokens)[None]
-    # The last document is the one of fillers.
+    # The last document is the one of fillers. The bounds begin with 0 and end with the length of the row.
     document_bounds = [*batch["document_bounds"], sequence_size]
     longest = max(end - begin for begin, end in pairwise(document_bounds))
     filled["document_bounds"] = document_bounds
@@ -166,12 +166,10 @@ def with_enough_tokens(batch: Mapping[str, Any], sequence_size: int) -> Mapping[
 
 
 def all_to_all_row_counts(old_borders: list[int], new_borders: list[int], rank: int) -> tuple[list[int], list[int]]:
-    """How many rows a rank sends and receives, by peer, in an all-to-all that moves rows from one cut to another.
+    """How many rows a rank sends to and receives from each peer in an all-to-all that moves rows from one division to another.
 
+    The borders of a division of rows among n ranks, [n + 1]: at which row each rank's slice begins, and where the last one ends.
     Example: old borders [0, 4, 8], new borders [0, 2, 8]; rank 0 sends [2, 2] and receives [2, 0].
-
-    The borders of a cut, [n + 1]: at which row each rank's slice begins, and where the last one ends. Returns (rows that `rank`
-    sends to each peer, rows that it receives from each peer).
     """
     sent = []
     received = []

@@ -46,9 +46,11 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 def read_table(path: InputPath, needed_columns: Collection[str] | None = None) -> Iterator[SourceRow | RejectedRow]:
     """Rows of a Parquet file, or of an Arrow IPC file or stream, with the columns `needed_columns` (None: all).
 
+    The buffers are checked before they become values, since damaged ones would kill the process.
+
     Raises DataError if the file is damaged, or not what its name says.
     """
-    _check_content_matches_name(path)
+    _raise_if_content_contradicts_name(path)
     with _open_table(path) as (schema, read_batches):
         read_columns, unread_columns = split_columns(_column_names(schema, str(path)), needed_columns)
         batches = _check_buffers(batch.select(read_columns) for batch in read_batches(read_columns))
@@ -132,7 +134,7 @@ def split_columns(names: list[str], needed_columns: Collection[str] | None) -> t
     return columns_to_read, tuple(name for name in names if name not in columns_to_read)
 
 
-def _check_content_matches_name(path: InputPath) -> None:
+def _raise_if_content_contradicts_name(path: InputPath) -> None:
     """Raise DataError if the first bytes of a file are not those of the format that its name says: Parquet or Arrow."""
     try:
         with open_binary(path) as file:
@@ -226,14 +228,14 @@ def _column_values(column: pa.Array) -> list[Any]:
     import pyarrow as pa
 
     try:
-        plain_type = _plain_type(column.type)
-        # Dates, decimals, dictionary and extension types; most columns are plain already.
-        if column.type != plain_type:
-            column = column.cast(plain_type)
+        json_ready_type = _json_ready_type(column.type)
+        # Dates, decimals, dictionary and extension types become texts and numbers; most columns are such already.
+        if column.type != json_ready_type:
+            column = column.cast(json_ready_type)
     except (TypeError, pa.ArrowException) as error:
         fault = Fault("no_json", f"its type {column.type} cannot be turned into text ({error}); store it as text")
         return [fault if valid else None for valid in column.is_valid().to_pylist()]
-    if _is_json_ready(plain_type):
+    if _is_json_native_type(json_ready_type):
         with suppress(UnicodeDecodeError, KeyError):  # these say that some value is faulty: look at each
             return list(column.to_pylist(maps_as_pydicts="strict"))
     return [_scalar_value(scalar) for scalar in column]
@@ -275,19 +277,20 @@ def _as_json_value(node: Any) -> Any:
     return node
 
 
-def _is_json_ready(arrow_type: pa.DataType) -> bool:
-    """Whether the Python values of a plain Arrow type are JSON's own: texts, whole numbers, true/false, null."""
+def _is_json_native_type(arrow_type: pa.DataType) -> bool:
+    """Whether the Python values of an Arrow type are JSON's own: texts, whole numbers, true/false, null, and lists and objects
+    of these. A float is none, since it may be NaN or infinite."""
     from pyarrow import types
 
     if types.is_struct(arrow_type):
-        return all(_is_json_ready(field.type) for field in arrow_type)
+        return all(_is_json_native_type(field.type) for field in arrow_type)
     if types.is_list(arrow_type) or types.is_large_list(arrow_type):
-        return _is_json_ready(arrow_type.value_type)
+        return _is_json_native_type(arrow_type.value_type)
     is_text = types.is_string(arrow_type) or types.is_large_string(arrow_type) or types.is_string_view(arrow_type)
     return is_text or types.is_integer(arrow_type) or types.is_boolean(arrow_type) or types.is_null(arrow_type)
 
 
-def _plain_type(arrow_type: pa.DataType) -> pa.DataType:
+def _json_ready_type(arrow_type: pa.DataType) -> pa.DataType:
     """The type to which values of an Arrow type are cast before they become Python values, which JSON is to have.
 
     Examples: timestamp -> string, dictionary<string> -> string, list<date> -> list<string>, int64 -> int64. Raises TypeError if
@@ -298,22 +301,22 @@ def _plain_type(arrow_type: pa.DataType) -> pa.DataType:
 
     # Encodings: the type of what they encode.
     if types.is_dictionary(arrow_type):
-        return _plain_type(arrow_type.value_type)
+        return _json_ready_type(arrow_type.value_type)
     if isinstance(arrow_type, pa.BaseExtensionType):
-        return _plain_type(arrow_type.storage_type)
+        return _json_ready_type(arrow_type.storage_type)
     # Dates, times and decimals: their text.
     is_point_in_time = types.is_date(arrow_type) or types.is_time(arrow_type) or types.is_timestamp(arrow_type)
     if is_point_in_time or types.is_decimal(arrow_type):
         return pa.string()
     # Containers: the same container of plain types.
     if types.is_large_list(arrow_type):
-        return pa.large_list(_plain_type(arrow_type.value_type))
+        return pa.large_list(_json_ready_type(arrow_type.value_type))
     if types.is_list(arrow_type) or types.is_fixed_size_list(arrow_type):
-        return pa.list_(_plain_type(arrow_type.value_type))
+        return pa.list_(_json_ready_type(arrow_type.value_type))
     if types.is_map(arrow_type):
-        return pa.map_(_plain_type(arrow_type.key_type), _plain_type(arrow_type.item_type))
+        return pa.map_(_json_ready_type(arrow_type.key_type), _json_ready_type(arrow_type.item_type))
     if types.is_struct(arrow_type):
-        return pa.struct([pa.field(field.name, _plain_type(field.type)) for field in arrow_type])
+        return pa.struct([pa.field(field.name, _json_ready_type(field.type)) for field in arrow_type])
     # What JSON has nothing for.
     is_span_of_time = types.is_interval(arrow_type) or types.is_duration(arrow_type)
     if is_span_of_time or types.is_nested(arrow_type) or types.is_run_end_encoded(arrow_type):

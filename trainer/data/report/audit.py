@@ -290,7 +290,10 @@ def _audit_adapter() -> TypeAdapter[Audit]:
 
 
 def split_sizes(dataset: TokenDataset) -> dict[str, Any]:
-    """Sizes of a split and lengths of its sequences in tokens, counted from its arrays: the first fields of `Split`, by name."""
+    """Sizes of a split and lengths of its sequences in tokens, counted from its arrays: the first fields of `Split`, by name.
+
+    "weighted_tokens" is the sum of the loss weights; None if it is the number of supervised tokens, which stands there already.
+    """
     lengths = dataset.lengths
     num_tokens = int(lengths.sum())
     num_supervised = int(dataset.num_supervised.sum())

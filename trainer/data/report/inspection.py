@@ -71,7 +71,10 @@ def find_prepared(path: Path) -> PreparedEntry:
             f"{path}: holds no manifest.json, so it is no prepared data set, and no run.json, so it is no run; "
             "shardtune prepare prints the directory it made"
         )
-    # A split has an index, and its data set's manifest one level up.
+    # A data set is a directory like this; a split has an index, and its data set's manifest one level up:
+    #   manifest.json, tokens.bin, documents.arrow, ...
+    #   train/manifest.json, train/index.npy
+    #   eval/manifest.json, eval/index.npy
     is_split = (path / "index.npy").is_file() and (path.parent / "manifest.json").is_file()
     if is_split:
         entry = find_prepared(path.parent)
@@ -104,7 +107,7 @@ def find_sequences(prepared: PreparedEntry, split: str, text: str) -> np.ndarray
             first_row += batch.num_rows
     except pa.ArrowException as error:
         raise DataError(f"{path}: cannot be read ({error}); {PREPARE_AGAIN}") from error
-    # A document may be several sequences, and each of them counts as a hit.
+    # `documents` has the document of each sequence. A document may be several sequences, and each of them counts as a hit.
     is_match = np.isin(dataset.documents, np.concatenate(matching_documents))
     return np.flatnonzero(is_match).astype(np.int64)
 
@@ -149,6 +152,7 @@ def load_tokenizer(prepared: PreparedEntry, path: str | None) -> PreTrainedToken
         raise ConfigError(
             f"tokenizer={directory}: cannot be loaded ({cause}); give the directory of the model"
         ) from error
+    # Of a tokenizer with added tokens, `vocab_size` is the size without them; either may be recorded.
     vocab_size = len(tokenizer)
     recorded_size = recorded.get("vocab_size")
     if recorded_size is not None and recorded_size not in (vocab_size, tokenizer.vocab_size):
@@ -174,7 +178,7 @@ def splits_table(prepared: PreparedEntry) -> RenderableType:
     return table
 
 
-def groups_table(prepared: PreparedEntry, split: str) -> RenderableType | None:
+def source_and_label_table(prepared: PreparedEntry, split: str) -> RenderableType | None:
     """A table of a split's sequences and tokens by source and by label; None if there is one source and no label."""
     dataset = prepared.split(split)
     # (kind, name, bool [N]: which sequences are of it)
@@ -262,9 +266,10 @@ def render_sample(
 
 
 def _sample_heading(prepared: PreparedEntry, split: str, index: int, row: dict[str, Any] | None) -> str:
-    """The heading of a shown sequence, on one line: its size, the location of its row, its label and its marks.
+    """The heading of a shown sequence, on one line: its size, the location of its row, its label and its further marks.
 
-    `row`: its row in `documents.arrow`; None without that file.
+    "train 3 · 120 tokens, 40 learned · a.jsonl:7 · label spam · replay 1". `row`: its row in `documents.arrow`; None without that
+    file.
     """
     dataset = prepared.split(split)
     sample = dataset.sample(index)
@@ -288,7 +293,7 @@ def _sample_heading(prepared: PreparedEntry, split: str, index: int, row: dict[s
 def _document_text(row: Mapping[str, Any], max_lines: int) -> RenderableType:
     """A row of `documents.arrow` as text: turns with their roles, other fields by name; the middle of a long one is left out."""
     lines_and_styles: list[tuple[str, str]] = []
-    for heading, text in _headings_and_texts(row):
+    for heading, text in _headed_texts(row):
         lines_and_styles.append((heading, "bold"))
         lines_and_styles += [(line, "") for line in escape_control_characters(text).split("\n")]
     num_left_out = len(lines_and_styles) - max_lines
@@ -303,24 +308,24 @@ def _document_text(row: Mapping[str, Any], max_lines: int) -> RenderableType:
     )
 
 
-def _headings_and_texts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _headed_texts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(heading, text) of every field of a row that has one, in reading order; a turn is a field of its own."""
-    headings_and_texts: list[tuple[str, str]] = []
+    headed_texts: list[tuple[str, str]] = []
     if row.get("tools"):
-        headings_and_texts.append(("tools", row["tools"]))
+        headed_texts.append(("tools", row["tools"]))
     for name in ("messages", "chosen", "rejected"):
         for turn in row.get(name) or ():
             heading = str(turn.get("role")) if name == "messages" else f"{name}: {turn.get('role')}"
             if turn.get("train") is not None:
                 heading += " (learned)" if turn["train"] else " (not learned)"
-            headings_and_texts.append((heading, turn["content"]))
+            headed_texts.append((heading, turn["content"]))
             for key in ("reasoning_content", "tool_calls"):
                 if turn.get(key):
-                    headings_and_texts.append((f"{heading} {key}", turn[key]))
+                    headed_texts.append((f"{heading} {key}", turn[key]))
     for name in ("prompt", "completion", "text", "label", "desirable"):
         if row.get(name) is not None:
-            headings_and_texts.append((name, str(row[name])))
-    return headings_and_texts
+            headed_texts.append((name, str(row[name])))
+    return headed_texts
 
 
 def _empty_table(*column_names: str, **options: Any) -> Table:

@@ -52,6 +52,7 @@ def preview_text(
     `label_names`: in the order of their ids, for the notes. `width`: the longest line in characters. `colour` of None: as the
     terminal allows. If there are more than `max_lines` lines, the middle is left out.
     """
+    # A document has as many sequences as its objective has headings, such as "chosen" and "rejected".
     headings = data_spec.headings() if data_spec is not None else [""]
     texts = []
     for sequence, heading in enumerate(headings, start=index):
@@ -73,17 +74,17 @@ def render_pieces(pieces: list[WeightedPiece], *, width: int, colour: bool | Non
     """
     if colour is None:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    cells = _cells_of_pieces(pieces, has_brackets=not colour)
+    cells = _preview_cells(pieces, has_brackets=not colour)
     lines, num_left_out = _first_and_last_lines(_wrap_cells(cells, max(width, 1)), max_lines)
     if num_left_out:
-        note = [(character, False) for character in f"[... {num_left_out} lines ...]"]
+        note = [(character, False) for character in f"[... {num_left_out} lines ...]"]  # not learned
         num_first_lines = max_lines - max_lines // 2
         lines.insert(num_first_lines, note)
     line_to_text = _in_colour if colour else _without_colour
     return "\n".join(map(line_to_text, lines))
 
 
-def _cells_of_pieces(pieces: list[WeightedPiece], *, has_brackets: bool) -> Iterator[PreviewCell]:
+def _preview_cells(pieces: list[WeightedPiece], *, has_brackets: bool) -> Iterator[PreviewCell]:
     """The characters of all pieces, each with whether it is learned.
 
     With `has_brackets`, ⟦ and ⟧ stand around learned pieces. A weight below 1 is shown behind the piece, as "*0.5".

@@ -59,15 +59,15 @@ def to_record_batch(documents: list[Document]) -> pa.RecordBatch:
 
     By way of JSON, because `pa.array` imports pandas to see whether it is given pandas' own values.
     """
-    from pyarrow import json as reader
+    from pyarrow import json as pyarrow_json
 
     # The reader refuses an empty text: without documents it reads one row, which is left out below.
     column_names = document_schema().names
     json_lines = b"\n".join(orjson.dumps(_as_table_row(document, column_names)) for document in documents) or b"{}"
     # One block, and so one batch.
-    read_options = reader.ReadOptions(use_threads=False, block_size=len(json_lines) + 1)
-    parse_options = reader.ParseOptions(explicit_schema=document_schema(), unexpected_field_behavior="error")
-    (batch,) = reader.read_json(io.BytesIO(json_lines), read_options, parse_options).to_batches()
+    read_options = pyarrow_json.ReadOptions(use_threads=False, block_size=len(json_lines) + 1)
+    parse_options = pyarrow_json.ParseOptions(explicit_schema=document_schema(), unexpected_field_behavior="error")
+    (batch,) = pyarrow_json.read_json(io.BytesIO(json_lines), read_options, parse_options).to_batches()
     return batch.slice(0, len(documents))
 
 
@@ -85,7 +85,7 @@ def _as_table_row(document: Document, column_names: list[str]) -> dict[str, Any]
         if name in row:
             row[name] = [_with_json_text(turn, "tool_calls") for turn in row[name]]
     for name in JSON_COLUMNS:
-        row = _with_json_text(row, name)
+        row = _with_json_text(row, name)  # as it is if it lacks the column
     return row
 
 

@@ -53,12 +53,13 @@ class Checks:
         from ftfy.badness import is_bad
 
         self.config = config
-        self._is_bad: Callable[[str], bool] = is_bad
+        self._looks_like_mojibake: Callable[[str], bool] = is_bad
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
         """The document itself, or None if it has a problem that `data.checks.quarantine` names.
 
-        `tally` counts each kind of problem under its location: as a drop if it is dropped, else as a note.
+        `tally` counts each kind of problem with its first position ("turn 2 of chosen"): as a drop if the document is dropped for
+        it, else as a note.
         """
         problems = self._first_problems(document)
         for kind, position in problems.items():
@@ -82,7 +83,7 @@ class Checks:
         return {kind: first_positions[kind] for kind in CHECK_KINDS if kind in first_positions}
 
     def _all_problems(self, document: Document) -> Iterator[tuple[str, str]]:
-        """(kind of problem, its position in the document, such as `turn 2 of chosen`)."""
+        """(kind of problem, its position in the document, such as `turn 2 of chosen`), of its turns and then of its texts."""
         prompt = document.messages or []
         if document.chosen is not None or document.rejected is not None:
             yield from _turn_problems([*prompt, *(document.chosen or [])], " of chosen")
@@ -112,7 +113,7 @@ class Checks:
             return
         # The expression is a cheap first look: only what it finds is worth ftfy's own heuristic.
         mojibake = _MOJIBAKE_REGEX.search(text)
-        if mojibake and self._is_bad(text):
+        if mojibake and self._looks_like_mojibake(text):
             yield "encoding_damage", f"{text_name}, {mojibake.group()!r} at character {mojibake.start() + 1}"
 
 
@@ -163,6 +164,7 @@ def encoding_fixer() -> Callable[[str], str]:
     config = ftfy.TextFixerConfig(normalization=None, **dict.fromkeys(FTFY_STEPS_OFF, False))  # type: ignore[arg-type]  # OFF names fields
 
     def fix_encoding(text: str) -> str:
+        # Damaged encoding always leaves characters beyond ASCII.
         return text if text.isascii() else ftfy.fix_text(text, config)
 
     return fix_encoding

@@ -46,10 +46,10 @@ def _hash_ngrams(word_hashes: np.ndarray, length: int) -> np.ndarray:
     return np.unique(hashes)
 
 
-def evaluation_texts(document: Document) -> Iterator[tuple[str, str]]:
+def texts_to_decontaminate_from(document: Document) -> Iterator[tuple[str, str]]:
     """(file:line, text) of an evaluation document for a `Decontaminator`: its questions, and answers of some length.
 
-    System turns are left out, and so are answers of fewer than 13 words, which many questions share.
+    System turns are left out, and so are answers of fewer than `WORDS_PER_RUN` words, which many questions share.
     """
     turns = [*document.conversation(), *(document.rejected or [])]
     answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
@@ -122,7 +122,7 @@ class Decontaminator:
     def find_best_match(self, text: str) -> tuple[str, float] | None:
         """(`file:line` of the evaluation text of which `text` holds most, the share of its runs of words that are in `text`).
 
-        None if `text` shares no run of words with any evaluation text.
+        A run of words counts once, however often it is in a text. None if `text` shares none with any evaluation text.
         """
         word_hashes = _hash_words(text)
         ngrams = np.concatenate([_hash_ngrams(word_hashes, length) for length in self._ngram_lengths])
@@ -144,7 +144,7 @@ class Decontaminator:
         match = self.find_best_match("\n".join(document.texts()))
         if match is None:
             return document
-        evaluation_location, share = match
+        evaluation_location, share = match  # of the runs of words of the evaluation text
         location_and_match = f"{document.location} ({share:.0%} of {evaluation_location})"
         if self.policy is DecontaminationPolicy.drop:
             tally.drop(self.name, "holds evaluation text", location_and_match)

@@ -68,7 +68,7 @@ def count_languages(documents: Iterable[Document]) -> dict[str, int]:
         detected = detect_language(document)
         language = UNJUDGED_KEY
         if detected is not None:
-            language, _ = detected
+            language, _probability = detected
         counts[language] += 1
     return dict(sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])))
 
