@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -105,6 +106,15 @@ class _MemoryNeed:
     host: str
     needed_bytes: int
     free_bytes: int | None
+
+
+class PublishedFiles(NamedTuple):
+    """A checkpoint that has its name."""
+
+    path: Path
+    """Such as `checkpoints/step-000040`."""
+    size_bytes: int
+    """Of its files, of all ranks together."""
 
 
 @dataclass(frozen=True, slots=True)

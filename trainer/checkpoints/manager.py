@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from strategies import atomic_io
 from strategies.atomic_io import WrittenFile, error_summary
@@ -19,7 +18,13 @@ from strategies.base import Engine, Progress
 from strategies.errors import StorageError
 from strategies.runtime import Runtime, call_on_main, first_rank_error, gather_objects
 from strategies.saving import RankState
-from trainer.checkpoints.async_writer import FLOAT32_BYTES, PendingCheckpoint, SavedCheckpoint, StateBuffer
+from trainer.checkpoints.async_writer import (
+    FLOAT32_BYTES,
+    PendingCheckpoint,
+    PublishedFiles,
+    SavedCheckpoint,
+    StateBuffer,
+)
 from trainer.checkpoints.config import CheckpointConfig
 from trainer.checkpoints.given_up import move_to_given_up_dir, remove_unfinished_dirs
 from trainer.checkpoints.in_use import is_read_by_another_process, remove_stale_reader_marks
@@ -30,15 +35,7 @@ from trainer.checkpoints.recovery import remove_part_notes
 from trainer.checkpoints.resume_selection import choose_checkpoint, record_resumed_checkpoint, restore_replaced
 from trainer.checkpoints.schedule import Schedule
 from trainer.checkpoints.staging import create_staging_dir, probe_fallback_dir, raise_if_any_rank_failed, run_on_rank_0
-
-
-class _PublishedFiles(NamedTuple):
-    """A checkpoint that has its name."""
-
-    path: Path
-    """Such as `checkpoints/step-000040`."""
-    size_bytes: int
-    """Of its files, of all ranks together."""
+from trainer.checkpoints.superseded import superseded_checkpoints
 
 
 class Checkpoints:
@@ -382,7 +379,7 @@ class Checkpoints:
         self.print_line(f"warning: {error}")
 
     def _record_success(
-        self, checkpoint: PendingCheckpoint, published: _PublishedFiles, *, took_s: float, stall_s: float
+        self, checkpoint: PendingCheckpoint, published: PublishedFiles, *, took_s: float, stall_s: float
     ) -> None:
         """After a checkpoint got its name: report it, record its cost, and delete those that are no longer kept.
 
@@ -421,7 +418,7 @@ class Checkpoints:
 
     def _complete_and_publish(
         self, checkpoint: PendingCheckpoint, complete_files: Callable[[Path], list[WrittenFile]]
-    ) -> _PublishedFiles:
+    ) -> PublishedFiles:
         """Let `complete_files` finish a checkpoint's files, add the manifest, and rename the staging directory to `step-<n>`.
 
         `complete_files` takes the staging directory, in which the checkpoint was begun, and returns its files: all on rank 0,
@@ -436,7 +433,7 @@ class Checkpoints:
         raise_if_any_rank_failed(error, staging_dir, self.runtime)
         named_dir = checkpoint.checkpoint_dir / STEP_DIR_FORMAT.format(checkpoint.step)
         run_on_rank_0(partial(self._publish_staging_dir, staging_dir, named_dir, files), staging_dir, self.runtime)
-        return _PublishedFiles(named_dir, sum(file.size for file in files))
+        return PublishedFiles(named_dir, sum(file.size for file in files))
 
     def _publish_staging_dir(self, staging_dir: Path, named_dir: Path, files: list[WrittenFile]) -> None:
         """Write the manifest of `files` into `staging_dir`, and rename it to `named_dir`, durably. On rank 0.
@@ -471,33 +468,22 @@ class Checkpoints:
                 self._delete_checkpoint(path)
 
     def _delete_superseded_checkpoints(self, best_step: int | None) -> None:
-        """Delete checkpoints older than the newest `checkpoint.keep` complete ones; a failure is a warning.
+        """Delete checkpoints that are no longer kept (`superseded_checkpoints`), unless another process reads them.
 
-        Also kept are:
-
-        - the best one (`best_step`);
-        - those that another process reads;
-        - the newest one that is at least `look_back_steps` steps older than the newest, and all after it: the run can go back to
-          it from an anomaly that is noticed late.
+        A failure is a warning.
         """
         try:
             checkpoints = checkpoints_in(self.checkpoint_dirs)
         except StorageError as error:
             self.print_line(f"warning: old checkpoints could not be looked for ({error})")
             return
-        # Only checkpoints that are known to be complete count, ascending: a damaged one would replace an intact one.
-        verified_steps = [step for step, path in checkpoints if path in self._complete_checkpoints]
-        if len(verified_steps) < self.config.keep:
-            return
-        oldest_kept_step = verified_steps[-self.config.keep]
-        if self.look_back_steps:
-            last_rollback_step = verified_steps[-1] - self.look_back_steps
-            rollback_steps = [step for step in verified_steps if step <= last_rollback_step]
-            # If none is that old yet, all are kept.
-            oldest_kept_step = min(oldest_kept_step, max(rollback_steps, default=0))
-        for step, path in checkpoints:
-            if step >= oldest_kept_step or step == best_step:
-                continue
+        for path in superseded_checkpoints(
+            checkpoints,
+            self._complete_checkpoints,
+            keep=self.config.keep,
+            look_back_steps=self.look_back_steps,
+            best_step=best_step,
+        ):
             remove_stale_reader_marks(path)
             if not is_read_by_another_process(path):
                 self._delete_checkpoint(path)
