@@ -174,8 +174,7 @@ class Checkpoints:
 
         self.checkpoint_dirs[0] = new_dir
         self._complete_checkpoints = {new_path_of(path.parent) / path.name for path in self._complete_checkpoints}
-        pending = self._pending_checkpoint
-        if pending is not None:
+        if (pending := self._pending_checkpoint) is not None:
             pending.untried_checkpoint_dirs = [new_path_of(directory) for directory in pending.untried_checkpoint_dirs]
             pending.checkpoint_dir = new_path_of(pending.checkpoint_dir)
 
