@@ -216,11 +216,11 @@ class Harness(Task):
             if metric is None:  # only the rows have it
                 description = "mean over rows, as lm-eval has it"
                 metric = TaskMetric(name, description, greater_is_better=None, ratio_of_sums=RatioOfSums(name))
-            if any(name in row.items for row in rows):  # values that are no numbers cannot be summed
+            has_items = any(name in row.items for row in rows)
+            some_rows_lack_it = f"{HAS_VALUE_PREFIX}{name}" in row_names
+            if has_items:  # values that are no numbers cannot be summed
                 metric = replace(metric, ratio_of_sums=None)
-            elif (
-                f"{HAS_VALUE_PREFIX}{name}" in row_names and metric.ratio_of_sums is not None
-            ):  # only some rows have a value
+            elif some_rows_lack_it and metric.ratio_of_sums is not None:
                 mean_over_rows_with_value = RatioOfSums(metric.ratio_of_sums.numerator, f"{HAS_VALUE_PREFIX}{name}")
                 metric = replace(metric, ratio_of_sums=mean_over_rows_with_value)
             metrics.append(metric)
