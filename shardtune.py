@@ -170,7 +170,7 @@ def evaluate(run: Run | str | Path | None = None, *arguments: str, **settings: A
     from launch.evaluate.plan import plan_evaluation
     from launch.notebook.results import EvaluationResult
 
-    directory = Path(plan_evaluation(parse_evaluate_arguments(all_arguments)).job.to).absolute()
+    directory = Path(plan_evaluation(parse_evaluate_arguments(all_arguments)).job.report_dir).absolute()
     result = EvaluationResult(directory)
     evaluated = run if isinstance(run, Run) else Run(directory)
     _run_verb("evaluate", all_arguments, evaluated, accepted_exit_codes=(0, UNMET_EXIT_CODE))

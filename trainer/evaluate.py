@@ -74,7 +74,7 @@ GIVE_TASK_FILE_ADVICE = "Give the task a file of its own (evaluation.tasks.NAME.
 
 
 def evaluate_worker(config: RunConfig, job: EvaluationJob, job_dir: Path) -> None:
-    """Evaluate as one rank of the job that the environment describes; rank 0 writes the report into `job.to`.
+    """Evaluate as one rank of the job that the environment describes; rank 0 writes the report into `job.report_dir`.
 
     Raises what ended it. `job_dir` has the records of the processes, apart from those of a run.
     """
@@ -120,7 +120,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
     _raise_if_checkpoint_was_deleted(job, runtime)
     attempt.phase = "evaluating"
     report_head = _report_head(config, job, str(precision), runtime)
-    unfinished = UnfinishedReport(Path(job.to), report_head["model"]) if runtime.is_main else None
+    unfinished = UnfinishedReport(Path(job.report_dir), report_head["model"]) if runtime.is_main else None
     earlier = None if job.report is None else record.read_report(Path(job.report), "against")
     set_opponent_answers(job, evaluator, {} if earlier is None else earlier.rows)
     evaluator.check_rows()
@@ -139,7 +139,7 @@ def _evaluate(config: RunConfig, job: EvaluationJob, job_dir: Path, request: Sto
     if unfinished is not None:
         report, shown_tables = _write_report(config, job, report_head, [prepared.task for prepared in tasks], models)
         unfinished.discard()
-        if config.logging.tables and not job.asked_first:
+        if config.logging.tables and not job.is_opponent:
             track_evaluation(config, job_dir, report, shown_tables, console.print_line)
     processes.barrier(runtime)
     staged_copies.release()
@@ -407,7 +407,7 @@ def _write_report(
         report["against"] = {"what": job.against, "tasks": comparisons, "not_there": missing}
     if job.gate:
         report["regressions"] = regressions
-    directory = Path(job.to)
+    directory = Path(job.report_dir)
     record.write_report(directory, report, models)
     if job.run is not None and job.kept and job.recorded and not job.accepted:
         keep_report(Path(job.run), EVALUATION_REPORT, report)

@@ -109,7 +109,7 @@ def run_and_report(evaluation_plan: EvaluationPlan, *, as_json: bool) -> int:
     if evaluation_plan.job.split == "test":  # it measures the run's test documents, and runs no task
         _print_test_result(evaluation_plan, as_json=as_json)
         return 0
-    results_directory = Path(evaluation_plan.job.to)
+    results_directory = Path(evaluation_plan.job.report_dir)
     report_file = results_directory / REPORT_FILE
     report: dict[str, Any] = json.loads(report_file.read_text(encoding="utf-8"))
     if as_json:
@@ -153,7 +153,7 @@ def run_evaluation(evaluation_plan: EvaluationPlan, *, quiet: bool) -> int:
     if evaluation_plan.job.split == "test":
         # Copied anew, so that the ranks run no reward file that lay in the directory before.
         copy_rewards(getattr(config.objective, "rewards", {}), job_dir)
-    config_sha256 = write_job_files(job_dir, config, evaluation_plan.job)
+    config_sha256 = write_job_files(job_dir, config, evaluation_plan.job.as_json())
     with stdout_to_stderr(quiet):
         if config.launcher.in_place:  # this process is the only rank
             block_signals()  # signals that ask to stop wait until the evaluation can handle them
@@ -194,7 +194,7 @@ def run_as_rank(arguments: list[str]) -> int:
     if launcher_file:
         job_dir = Path(launcher_file).parent
         config = load_frozen_config(launcher_file)
-        job = EvaluationJob(**json.loads((job_dir / JOB_FILE).read_text(encoding="utf-8")))
+        job = EvaluationJob.from_json(json.loads((job_dir / JOB_FILE).read_text(encoding="utf-8")))
     else:
         evaluation_plan = plan_evaluation(parse_evaluate_arguments(arguments))
         if evaluation_plan.plan_of_compared_model is not None:
@@ -225,7 +225,7 @@ def _print_report_of_ranks(job: EvaluationJob) -> int:
     from trainer.evaluation.job import TEST_FILE
     from trainer.evaluation.report.record import REPORT_FILE
 
-    output_directory = Path(job.to)
+    output_directory = Path(job.report_dir)
     if job.split == "test":
         # In the directory of the ranks, because it is no report of tasks; the run's records have it too.
         result = json.loads((output_directory / "evaluation" / TEST_FILE).read_text(encoding="utf-8"))

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainer.config.run import RunConfig
-    from trainer.evaluation.job import EvaluationJob
-    from trainer.reward_trial import RewardTrialJob
 
 CONFIG_FILE = "job.yaml"
 JOB_FILE = "job.json"
 
 
-def write_job_files(directory: Path, config: RunConfig, job: EvaluationJob | RewardTrialJob) -> str:
-    """Write the files that the ranks read, `job.json` and `job.yaml`. Returns the configuration's SHA-256, as hex.
+def write_job_files(directory: Path, config: RunConfig, job: dict[str, Any]) -> str:
+    """Write the files that the ranks read: `job.json` with `job`, and `job.yaml`. Returns the configuration's SHA-256, as hex.
 
     With split=test and for a trial of rewards, call `copy_rewards` before, since it changes the configuration.
     """
@@ -25,7 +22,7 @@ def write_job_files(directory: Path, config: RunConfig, job: EvaluationJob | Rew
     from trainer.reporting.status import write_text_atomic
 
     sha256 = config_sha256(config)
-    write_text_atomic(directory / JOB_FILE, json.dumps(asdict(job), indent=1) + "\n")
+    write_text_atomic(directory / JOB_FILE, json.dumps(job, indent=1) + "\n")
     write_text_atomic(
         directory / CONFIG_FILE, f"# Written by shardtune evaluate.\n# sha256: {sha256}\n{config_yaml(config)}"
     )

@@ -38,14 +38,14 @@ class EvaluationPlan:
     @property
     def job_dir(self) -> Path:
         """The directory in which the ranks of this evaluation keep their records."""
-        return Path(self.job.to) / "evaluation"
+        return Path(self.job.report_dir) / "evaluation"
 
     def compare_with(self, other: EvaluationPlan, name_in_report: str) -> None:
         """Set that the evaluation `other` runs first, and that this one is compared with its report, under that name."""
         from trainer.evaluation.report.record import REPORT_FILE
 
         self.plan_of_compared_model = other
-        self.job = replace(self.job, report=str(Path(other.job.to) / REPORT_FILE), against=name_in_report)
+        self.job = replace(self.job, report=str(Path(other.job.report_dir) / REPORT_FILE), against=name_in_report)
 
 
 def plan_evaluation(evaluate_arguments: EvaluateArguments) -> EvaluationPlan:
@@ -59,8 +59,8 @@ def plan_evaluation(evaluate_arguments: EvaluateArguments) -> EvaluationPlan:
         config, job = _plan_for_run(run, evaluate_arguments)
     else:
         config, job = _plan_for_model(evaluate_arguments)
-    if Path(job.to).is_file():
-        raise ConfigError(f"to={job.to}: is a file; name a directory")
+    if Path(job.report_dir).is_file():
+        raise ConfigError(f"to={job.report_dir}: is a file; name a directory")
     job = replace(job, split=evaluate_arguments.split)
     evaluation_plan = EvaluationPlan(config, job)
     config.run.dir = str(evaluation_plan.job_dir)
@@ -96,7 +96,7 @@ def _plan_for_run(run: Path, evaluate_arguments: EvaluateArguments) -> tuple[Run
     is_own_run = may_write_results(run)
     default_output_dir = run if is_own_run else Path("runs") / f"evaluate-{run.resolve().name}"
     job = EvaluationJob(
-        to=evaluate_arguments.to or str(default_output_dir),
+        report_dir=evaluate_arguments.to or str(default_output_dir),
         run=str(run),
         checkpoint=checkpoint,
         data_run=str(run),  # tasks on the run's documents read its own data
@@ -115,8 +115,8 @@ def _plan_for_model(evaluate_arguments: EvaluateArguments) -> tuple[RunConfig, E
         argument.partition("=")[2] for argument in evaluate_arguments.settings if argument.startswith("model.path=")
     )
     default_output_dir = Path("runs") / f"evaluate-{Path(path).name}"
-    job = EvaluationJob(to=evaluate_arguments.to or str(default_output_dir))
-    config = _config_of_model(evaluate_arguments, path, Path(job.to) / "evaluation")
+    job = EvaluationJob(report_dir=evaluate_arguments.to or str(default_output_dir))
+    config = _config_of_model(evaluate_arguments, path, Path(job.report_dir) / "evaluation")
     if evaluate_arguments.adapter is not None:
         base_differences = _base_differences(
             evaluate_arguments.adapter, path, accept_other_base="base" in evaluate_arguments.accept
@@ -383,7 +383,7 @@ def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_argu
         base_config = replace(evaluation_plan.config, model=model_without_adapters)
         evaluation_plan.compare_with(_plan_of_compared_model(evaluation_plan, base_config), "base")
     elif path.is_file():
-        own_report = Path(job.to) / REPORT_FILE
+        own_report = Path(job.report_dir) / REPORT_FILE
         if path.resolve() == own_report.resolve():
             raise ConfigError(
                 f"against={against}: is the report that this evaluation writes; give to=<another directory>, or keep a copy of "
@@ -394,7 +394,7 @@ def _add_comparison(evaluation_plan: EvaluationPlan, against: str, evaluate_argu
     elif (path / "config.yaml").is_file():
         run_plan = plan_evaluation(_other_run_arguments(path, evaluation_plan, evaluate_arguments))
         run_plan.config.evaluation = copy.deepcopy(evaluation_plan.config.evaluation)
-        run_plan.job = replace(run_plan.job, asked_first=True)
+        run_plan.job = replace(run_plan.job, is_opponent=True)
         evaluation_plan.compare_with(run_plan, against)
     elif (path / "config.json").is_file():
         from trainer.model.config import ModelConfig
@@ -419,10 +419,10 @@ def _plan_of_compared_model(main_plan: EvaluationPlan, config: RunConfig) -> Eva
     from trainer.evaluation.job import EvaluationJob
 
     other_job = EvaluationJob(
-        to=str(Path(main_plan.job.to) / "against"),
+        report_dir=str(Path(main_plan.job.report_dir) / "against"),
         data_run=main_plan.job.data_run,
         accept_data=main_plan.job.accept_data,
-        asked_first=True,
+        is_opponent=True,
     )
     plan = EvaluationPlan(copy.deepcopy(config), other_job)
     plan.config.run.dir = str(plan.job_dir)
@@ -445,7 +445,7 @@ def _other_run_arguments(
     ]
     return EvaluateArguments(
         run=run,
-        to=str(Path(main_plan.job.to) / "against"),
+        to=str(Path(main_plan.job.report_dir) / "against"),
         accept=evaluate_arguments.accept,
         settings=settings,
         command=evaluate_arguments.command,

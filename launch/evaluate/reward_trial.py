@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,7 @@ def try_rewards(arguments: EvaluateArguments) -> int:
     # Copied anew, so that the ranks run no reward file that lay in the directory before.
     copy_rewards(getattr(config.objective, "rewards", {}), job_dir)
     config.run.dir = str(job_dir)
-    config_sha256 = write_job_files(job_dir, config, job)
+    config_sha256 = write_job_files(job_dir, config, asdict(job))
     with stdout_to_stderr(arguments.as_json):
         if config.launcher.in_place:
             block_signals()

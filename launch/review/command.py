@@ -119,7 +119,7 @@ def _generate_answers_by_arm(request: ReviewRequest, prompts: list[Any]) -> dict
         exit_code = run_evaluation(plan, quiet=False)
         if exit_code:  # stopped, or failed and said why
             return None
-        for line in (Path(plan.job.to) / ROWS_FILE).read_text(encoding="utf-8").splitlines():
+        for line in (Path(plan.job.report_dir) / ROWS_FILE).read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             # The rows of the run under review say whether the tuned model or its base answered.
             answering_arm = row["arm"] if is_run_under_review else arm

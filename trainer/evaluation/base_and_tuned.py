@@ -62,10 +62,10 @@ def set_opponent_answers(
     """Give tasks that compare the answers of two models those of the other one, if an earlier report has them.
 
     Else the other model, the opponent, is asked first: as the base in this evaluation (`job.base`), or in an evaluation of its
-    own (`job.asked_first`). Tasks are told that they ask it, so that they miss no answers when their rows are checked.
+    own (`job.is_opponent`). Tasks are told that they ask it, so that they miss no answers when their rows are checked.
     """
     for prepared in evaluator.tasks:
-        prepared.task.asks_opponent = job.asked_first or job.base
+        prepared.task.asks_opponent = job.is_opponent or job.base
         if prepared.task.name in earlier_rows_by_task:
             earlier_rows = earlier_rows_by_task[prepared.task.name]
             prepared.task.opponent_answers = answers_by_key(earlier_rows)
@@ -80,13 +80,13 @@ def evaluate_models(
     """Evaluate the model ("tuned"), and before it the base ("base") if the job asks for it. All ranks must call.
 
     `built`: the engine and what it was built from, into which the job's checkpoint is loaded; None for the model of a server.
-    `job.asked_first`: whether this model is itself the opponent of another one, which is evaluated later.
+    `job.is_opponent`: whether this model is itself the opponent of another one, which is evaluated later.
     """
     models: dict[str, EvaluatedModel] = {}
     if built is not None:
         models = _evaluate_base_and_load_checkpoint(job, *built, evaluator, reporter)
     for prepared in evaluator.tasks:
-        prepared.task.asks_opponent = job.asked_first
+        prepared.task.asks_opponent = job.is_opponent
         if job.base:  # tasks that compare two answers now have the base's
             base_rows = models[BASE].rows[prepared.task.name]
             prepared.task.opponent_answers = answers_by_key(base_rows)
