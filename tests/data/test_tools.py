@@ -11,7 +11,7 @@ from tests.helpers import tool_templates
 from tests.helpers.covering import examples
 from tests.helpers.tool_templates import FAMILIES, LLAMA31, MISTRAL3, QWEN25
 from trainer.data.config import DataFormat, LearnConfig, Reasoning
-from trainer.data.document import Document, RejectedRow, SourceRow
+from trainer.data.document import Document, RejectedRow, SourceRow, message_texts
 from trainer.data.formats import RowReader
 from trainer.data.selection.signatures import content_json
 from trainer.data.store.documents import DOCUMENTS_FILE, DocumentTable, document_schema, to_record_batch
@@ -359,6 +359,11 @@ def test_rows_with_broken_calls_are_rejected(change, reason):
         SourceRow("f", 1, {"messages": [USER, FIELD], **change}, ())
     )
     assert isinstance(found, RejectedRow) and found.reason == reason
+
+
+def test_tool_argument_that_is_called_function_is_a_text():
+    plot = call({"function": "sin(x)", "style": {"function": "dashed", "width": 2}}, name="plot")
+    assert message_texts({"role": "assistant", "content": "", "tool_calls": [plot]}) == ["sin(x)", "dashed"]
 
 
 def test_tool_arguments_that_are_no_json_stay_as_they_are():

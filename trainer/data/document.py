@@ -114,24 +114,21 @@ class Document:
                 setattr(self, attribute, change(text))
 
 
-def argument_texts(node: Any) -> Iterator[str]:
-    """The texts in the arguments of tool calls, in order, without blank texts, names and keys.
+def argument_texts(arguments: Any) -> Iterator[str]:
+    """The texts in the arguments of a tool call, in order, without blank texts and keys.
 
-    `node`: a list of tool calls, or anything inside of one; the function calls itself for what is inside.
-    Example: [{"function": {"name": "search", "arguments": {"query": "weather"}}}] -> "weather".
+    `arguments`: those of one call, or anything inside of them; the function calls itself for what is inside.
+    Example: {"query": "weather", "limit": 3} -> "weather".
     """
-    if isinstance(node, str):
-        if node.strip():
-            yield node
-    elif isinstance(node, dict):
-        is_call = "function" in node
-        # Of a call only the arguments are text; its name and id are not.
-        inner_nodes = [node["function"]["arguments"]] if is_call else node.values()
-        for inner_node in inner_nodes:
-            yield from argument_texts(inner_node)
-    elif isinstance(node, list):
-        for inner_node in node:
-            yield from argument_texts(inner_node)
+    if isinstance(arguments, str):
+        if arguments.strip():
+            yield arguments
+    elif isinstance(arguments, dict):
+        for inner in arguments.values():
+            yield from argument_texts(inner)
+    elif isinstance(arguments, list):
+        for inner in arguments:
+            yield from argument_texts(inner)
 
 
 def map_argument_texts(node: Any, change: Callable[[str], str], change_key: Callable[[str], str] = str) -> Any:
@@ -164,8 +161,8 @@ def message_texts(message: Message) -> list[str]:
     has_more_than_content = texts or calls or message["role"] == "tool"
     if message["content"] or not has_more_than_content:
         texts.append(message["content"])
-    if calls is not None:
-        texts += argument_texts(calls)
+    for call in calls or ():
+        texts += argument_texts(call["function"]["arguments"])
     return texts
 
 
