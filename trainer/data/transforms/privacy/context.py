@@ -19,10 +19,10 @@ from trainer.data.transforms.privacy.rule import (
     CHARACTERS_AFTER,
     CHARACTERS_BEFORE,
     NOT_PERSONAL,
-    SCORE_IF_AGAINST,
+    SCORE_AFTER_CONTRARY_WORDS,
     PrivacyFinding,
     PrivacyRule,
-    rule,
+    privacy_rule,
     whole_words,
 )
 
@@ -103,20 +103,26 @@ HANDLE = (
 )
 OFFICES = [
     *(
-        rule(type_, rf"(?i)(?<!\w)(?:{names}){BETWEEN_NAME_AND_CODE}({shape})", score, hints=hints, needs="digit")
+        privacy_rule(
+            type_,
+            rf"(?i)(?<!\w)(?:{names}){BETWEEN_NAME_AND_CODE}({shape})",
+            score,
+            required_texts=hints,
+            needs="digit",
+        )
         for (type_, shape, score), (names, hints) in NAMED_CODES.items()
     ),
-    rule(
+    privacy_rule(
         "LICENSE",
         rf"(?i)(?<!\w)npi{BETWEEN_NAME_AND_CODE}(\d{{10}})(?!\d)",
         0.95,
         check=is_npi,
-        hints="npi",
+        required_texts="npi",
         needs="digit",
     ),
-    rule("VEHICLE", VIN, 0.85, check=lambda text: is_vin(text) and not text.isdecimal(), needs="digit"),
-    rule("USERNAME", NAMED_USER, 0.75, hints=NAMING_WORDS),
-    rule("USERNAME", HANDLE, 0.6, against=re.compile(r"(?:^|\n)[ \t*]*@$"), needs="at"),
+    privacy_rule("VEHICLE", VIN, 0.85, check=lambda text: is_vin(text) and not text.isdecimal(), needs="digit"),
+    privacy_rule("USERNAME", NAMED_USER, 0.75, required_texts=NAMING_WORDS),
+    privacy_rule("USERNAME", HANDLE, 0.6, contrary_words=re.compile(r"(?:^|\n)[ \t*]*@$"), needs="at"),
 ]
 
 MONTH = (
@@ -150,12 +156,20 @@ BORN = rf"(?i:{BIRTH})[\"')\]]*[ \t]*[:=–-]?[ \t]*[\"(]?(?<![\w.])({DATE_SHAPE
 MOMENT = rf"(?<![\w./-])({YEAR}-(?:0[1-9]|1[0-2])-{DAY}T\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:?\d\d)?)(?!\w)"
 DATED = rf"(?<![\w./-])(?=[0-9adefjmnosADEFJMNOS])({DATE_SHAPE})(?!\w|[./-]\d)"
 DATES = [
-    rule("DATE_OF_BIRTH", BORN, 0.95, needs="digit", hints="birth|born|dob|d.o.b|geb|né|naci|nato|nata|naiss"),
-    rule("DATE", DATED, 0.8, needs="digit", against=NOT_PERSONAL),
-    rule("DATE", MOMENT, 0.85, needs="digit"),
-    rule("AGE", rf"(?i)(?<![\w.,/-])({NINETY}){OLD}", 0.85, needs="digit", hints="old|yo|y/o|ans|jahre"),
-    rule(
-        "AGE", rf"(?i)(?<!\w)age[ds]?(?: of|:| is|=)? ?({NINETY})(?![\w.,]?\d|\w|%)", 0.85, needs="digit", hints="age"
+    privacy_rule(
+        "DATE_OF_BIRTH", BORN, 0.95, needs="digit", required_texts="birth|born|dob|d.o.b|geb|né|naci|nato|nata|naiss"
+    ),
+    privacy_rule("DATE", DATED, 0.8, needs="digit", contrary_words=NOT_PERSONAL),
+    privacy_rule("DATE", MOMENT, 0.85, needs="digit"),
+    privacy_rule(
+        "AGE", rf"(?i)(?<![\w.,/-])({NINETY}){OLD}", 0.85, needs="digit", required_texts="old|yo|y/o|ans|jahre"
+    ),
+    privacy_rule(
+        "AGE",
+        rf"(?i)(?<!\w)age[ds]?(?: of|:| is|=)? ?({NINETY})(?![\w.,]?\d|\w|%)",
+        0.85,
+        needs="digit",
+        required_texts="age",
     ),
 ]
 
@@ -169,56 +183,56 @@ NAMED_CODE = (
     r"(\d{5}(?:-\d{4})?|\d{4} ?[A-Z]{2}|[A-Z]\d[A-Z] ?\d[A-Z]\d)(?!\w)"
 )
 POSTCODES = [
-    rule("POSTCODE", rf"(?<![\w-])({UK_POSTCODE})(?![\w-])", 0.75, needs="digit"),
-    rule("POSTCODE", rf"(?<!\w){STATE},?[ \t]+(\d{{5}}(?:-\d{{4}})?)(?![\w-])", 0.8, needs="digit"),
-    rule("POSTCODE", NAMED_CODE, 0.85, needs="digit"),
+    privacy_rule("POSTCODE", rf"(?<![\w-])({UK_POSTCODE})(?![\w-])", 0.75, needs="digit"),
+    privacy_rule("POSTCODE", rf"(?<!\w){STATE},?[ \t]+(\d{{5}}(?:-\d{{4}})?)(?![\w-])", 0.8, needs="digit"),
+    privacy_rule("POSTCODE", NAMED_CODE, 0.85, needs="digit"),
 ]
 
 RULES: tuple[PrivacyRule, ...] = (*OFFICES, *DATES, *POSTCODES)
 
 
-PHONE_CANDIDATE = re.compile(
+PHONE_CANDIDATE_REGEX = re.compile(
     r"(?<![\w.,/$£€=#])(?<!\w-)((?:\+|00)?\(?[0-9][0-9 ()./\u00a0\u2010-\u2013-]{5,24}[0-9])(?![\w%]|"
     r"-[A-Za-z]|[.,]\d)"
     r"(?:[ ,]{0,2}(?:x|ext\.?|extension) ?[0-9]{1,6}\b)?"
 )
 """A run of digits that may be a telephone number (group 1), and its extension."""
-DATE = re.compile(r"(?:\d{4}[-./ ]\d{1,2}[-./ ]\d{1,2}|\d{1,2}[-./]\d{1,2}[-./]\d{2,4})(?:\s+\d{1,2}.*)?$")
-PHONE_WORDS = whole_words(
+DATE_REGEX = re.compile(r"(?:\d{4}[-./ ]\d{1,2}[-./ ]\d{1,2}|\d{1,2}[-./]\d{1,2}[-./]\d{2,4})(?:\s+\d{1,2}.*)?$")
+PHONE_WORDS_REGEX = whole_words(
     r"tel|tel\.|telephone|phones?|phone number|calls?|called|mobile|cell|cellphone|dial|ring|text|whatsapp|sms|contact|"
     r"reach(?: me| us| him| her)?|telefon|handy|rufnummer|téléphone|portable|móvil|teléfono|cellulare|telefono|telefoon|pager|"
     "hotline|ph|t:|m:|voicemail"
 )
-FAX_WORDS = re.compile(
+FAX_WORDS_REGEX = re.compile(
     r"(?<!\w)(?:tele)?(?:fax(?:ed)?|facsimile|telecopie|télécopie)(?:[ -]?(?:number|no|nr|nummer)\.?)?"
     r"(?: (?:it|them|this|that|the \w+))?(?: is| to| at| on)?[ \t]*[:.#]?[ \t(]*$",
     re.IGNORECASE,
 )
-KIND_OF_PHONE = re.compile(r"[ \t]*\(?(?:mobile|cell|home|work|office|fax)\b", re.IGNORECASE)
+PHONE_KIND_REGEX = re.compile(r"[ \t]*\(?(?:mobile|cell|home|work|office|fax)\b", re.IGNORECASE)
 """Stands behind a telephone number, as in `555-0123 (home)`."""
-THOUSANDS = re.compile(r"\d{1,3}(?:\.\d{3})+$")
+THOUSANDS_REGEX = re.compile(r"\d{1,3}(?:\.\d{3})+$")
 """A large number as it is written in Germany: 1.000.000."""
 
-INTERNATIONAL_CERTAINTY = 0.95
-USUAL_GROUPS_CERTAINTY = 0.75
-NATIONAL_PREFIX_CERTAINTY = 0.55
-BARE_CERTAINTY = 0.4
-"""How certain a telephone number is by the way it is written."""
-FAX_CERTAINTY = 0.85
-"""Least certainty of a number behind the word fax."""
+INTERNATIONAL_SCORE = 0.95
+USUAL_GROUPS_SCORE = 0.75
+NATIONAL_PREFIX_SCORE = 0.55
+BARE_SCORE = 0.4
+"""Scores of a telephone number by the way it is written."""
+FAX_SCORE = 0.85
+"""Least score of a number behind the word fax."""
 
 
 def find_phone_numbers(text: str, regions: Sequence[str]) -> list[PrivacyFinding]:
     """Telephone numbers in a text, with a score from 0 to 1 for how certain each is; those right after the word fax as FAX.
 
-    `regions`: countries (ISO 3166-1 alpha-2) whose national numbers are looked for. The score is the certainty that the number's
+    `regions`: countries (ISO 3166-1 alpha-2) whose national numbers are looked for. The score is the one that the number's
     spelling gives, changed by what stands around it: words for telephone or fax raise it, words such as "order" lower it.
     """
     findings = []
-    for match in PHONE_CANDIDATE.finditer(text):
+    for match in PHONE_CANDIDATE_REGEX.finditer(text):
         candidate = match[1]
         num_digits = sum(character.isdecimal() for character in candidate)
-        if not 7 <= num_digits <= 17 or DATE.match(candidate):
+        if not 7 <= num_digits <= 17 or DATE_REGEX.match(candidate):
             continue
         numbers = _valid_numbers(candidate, tuple(regions))
         for index, number in enumerate(numbers):
@@ -229,32 +243,32 @@ def find_phone_numbers(text: str, regions: Sequence[str]) -> list[PrivacyFinding
                 end = match.end()  # the extension, which follows the last number, belongs to it
             before = text[max(0, start - CHARACTERS_BEFORE) : start]
             after = text[end : end + CHARACTERS_AFTER]
-            is_fax = FAX_WORDS.search(before) is not None
-            score = _score_in_context(candidate, number.certainty, before, after, is_fax=is_fax)
+            is_fax = FAX_WORDS_REGEX.search(before) is not None
+            score = _score_in_context(candidate, number.score, before, after, is_fax=is_fax)
             findings.append(PrivacyFinding("FAX" if is_fax else "PHONE", start, end, score))
     return findings
 
 
-def _score_in_context(candidate: str, certainty: float, before: str, after: str, *, is_fax: bool) -> float:
+def _score_in_context(candidate: str, spelling_score: float, before: str, after: str, *, is_fax: bool) -> float:
     """How certain a telephone number is, from 0 to 1, by the first case that applies:
 
     - a word before it speaks against it ("order"), and it is not written internationally: lowered;
-    - the word fax stands before it: at least `FAX_CERTAINTY`;
-    - a word for telephone before it, or its kind behind it ("(home)"): at least `USUAL_GROUPS_CERTAINTY`;
+    - the word fax stands before it: at least `FAX_SCORE`;
+    - a word for telephone before it, or its kind behind it ("(home)"): at least `USUAL_GROUPS_SCORE`;
     - it is written like a large number (1.000.000): lowered;
-    - else the `certainty` that its spelling gives.
+    - else the `spelling_score` that its spelling gives.
     `before`, `after`: the text around it.
     """
-    is_international = certainty >= INTERNATIONAL_CERTAINTY
+    is_international = spelling_score >= INTERNATIONAL_SCORE
     if not is_international and NOT_PERSONAL.search(before):
-        return SCORE_IF_AGAINST
+        return SCORE_AFTER_CONTRARY_WORDS
     if is_fax:
-        return max(certainty, FAX_CERTAINTY)
-    if PHONE_WORDS.search(before) or KIND_OF_PHONE.match(after):
-        return max(certainty, USUAL_GROUPS_CERTAINTY)
-    if THOUSANDS.match(candidate):
-        return SCORE_IF_AGAINST
-    return certainty
+        return max(spelling_score, FAX_SCORE)
+    if PHONE_WORDS_REGEX.search(before) or PHONE_KIND_REGEX.match(after):
+        return max(spelling_score, USUAL_GROUPS_SCORE)
+    if THOUSANDS_REGEX.match(candidate):
+        return SCORE_AFTER_CONTRARY_WORDS
+    return spelling_score
 
 
 class PhoneNumberSpan(NamedTuple):
@@ -263,7 +277,7 @@ class PhoneNumberSpan(NamedTuple):
     begin: int
     end: int
     """In characters of the run."""
-    certainty: float
+    score: float
     """0 to 1."""
 
 
@@ -275,7 +289,7 @@ def _valid_numbers(candidate: str, regions: tuple[str, ...]) -> tuple[PhoneNumbe
     most certain.
     """
     numbers = _international_numbers(candidate) if candidate.startswith(("+", "00")) else ()
-    return numbers or _most_certain_national_numbers(candidate, regions)
+    return numbers or _best_national_numbers(candidate, regions)
 
 
 def _international_numbers(candidate: str) -> tuple[PhoneNumberSpan, ...]:
@@ -288,30 +302,30 @@ def _international_numbers(candidate: str) -> tuple[PhoneNumberSpan, ...]:
     numbers = []
     for match in phonenumbers.PhoneNumberMatcher(with_plus, None):
         begin = match.start + shift if match.start else 0
-        numbers.append(PhoneNumberSpan(begin, match.end + shift, INTERNATIONAL_CERTAINTY))
+        numbers.append(PhoneNumberSpan(begin, match.end + shift, INTERNATIONAL_SCORE))
     return tuple(numbers)
 
 
-def _most_certain_national_numbers(candidate: str, regions: tuple[str, ...]) -> tuple[PhoneNumberSpan, ...]:
+def _best_national_numbers(candidate: str, regions: tuple[str, ...]) -> tuple[PhoneNumberSpan, ...]:
     """The valid numbers in a run of digits, read as in the country of `regions` that makes one of them most certain."""
     import phonenumbers
 
     best_numbers: list[PhoneNumberSpan] = []
-    best_certainty = 0.0
+    best_score = 0.0
     for region in regions:
         numbers = []
         for match in phonenumbers.PhoneNumberMatcher(candidate, region):
-            numbers.append(PhoneNumberSpan(match.start, match.end, _national_certainty(match)))
-        certainty = max((number.certainty for number in numbers), default=0.0)
-        if certainty > best_certainty:
+            numbers.append(PhoneNumberSpan(match.start, match.end, _national_score(match)))
+        score = max((number.score for number in numbers), default=0.0)
+        if score > best_score:
             best_numbers = numbers
-            best_certainty = certainty
-        if best_certainty >= USUAL_GROUPS_CERTAINTY:  # the highest that a national number can have
+            best_score = score
+        if best_score >= USUAL_GROUPS_SCORE:  # the highest that a national number can have
             break
     return tuple(best_numbers)
 
 
-def _national_certainty(match: PhoneNumberMatch) -> float:
+def _national_score(match: PhoneNumberMatch) -> float:
     """How certain a telephone number is that is not written internationally, from 0 to 1.
 
     0.75 if the digits are grouped as its country groups them (555-0123 in the US, 01 23 45 67 89 in France); 0.55 if they are in
@@ -326,11 +340,11 @@ def _national_certainty(match: PhoneNumberMatch) -> float:
     for style in (PhoneNumberFormat.NATIONAL, PhoneNumberFormat.INTERNATIONAL):
         usual_groups = re.findall(r"\d+", phonenumbers.format_number(number, style))
         if groups == usual_groups and len(groups) > 1:
-            return USUAL_GROUPS_CERTAINTY
+            return USUAL_GROUPS_SCORE
     has_prefix = raw.startswith(("0", "(")) or groups[0] == str(number.country_code)
     if len(groups) > 1 and has_prefix:
-        return NATIONAL_PREFIX_CERTAINTY
-    return BARE_CERTAINTY
+        return NATIONAL_PREFIX_SCORE
+    return BARE_SCORE
 
 
 def canonical_phone_number(text: str, regions: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from importlib import import_module
 
 from stdnum import numdb
 
-from trainer.data.transforms.privacy.rule import NOT_PERSONAL, VERSION, PrivacyRule, rule
+from trainer.data.transforms.privacy.rule import NOT_PERSONAL, VERSION_WORDS_REGEX, PrivacyRule, privacy_rule
 
 CARD_LENGTHS = (
     ("34", "34", {15}),
@@ -107,21 +107,27 @@ NUMBER_END = r"(?!\w|-\w|\.\d)"
 
 
 def _number_rule(
-    type_: str, regex: str, score: float, check: Callable[[str], bool], near: str = "", boosted: float = 0.95
+    type_: str,
+    regex: str,
+    score: float,
+    check: Callable[[str], bool],
+    nearby_words: str = "",
+    score_near_words: float = 0.95,
 ) -> PrivacyRule:
     """A rule that finds identity numbers of one type, such as a tax number.
 
-    `regex`: its form; `check`: tests the number, as by its check digit. A match has the certainty `score`. If one of the words
-    `near` (separated by |) is close by, it is `boosted`; a word of `NOT_PERSONAL` right before, such as "order", lowers it.
+    `regex`: its form; `check`: tests the number, as by its check digit. A match has the `score` from 0 to 1. If one of the words
+    `nearby_words` (separated by |) is close, it has `score_near_words`; a word of `NOT_PERSONAL` right before, such as
+    "order", lowers it.
     """
-    return rule(
+    return privacy_rule(
         type_,
         f"{NUMBER_START}({regex}){NUMBER_END}",
         score,
         check=check,
-        near=near,
-        boosted=boosted,
-        against=NOT_PERSONAL,
+        nearby_words=nearby_words,
+        score_near_words=score_near_words,
+        contrary_words=NOT_PERSONAL,
         needs="number",
     )
 
@@ -154,14 +160,14 @@ IPV4 = r"(?<![\w.])(?<!\w-)((?:\d{1,3}\.){3}\d{1,3})(?!\w|\.\d|-\w)"
 IPV6 = rf"(?<![\w:.])({HEX}{{0,4}}(?::{HEX}{{0,4}}){{2,7}}(?:(?<=:)(?:\d{{1,3}}\.){{3}}\d{{1,3}})?)(?![\w:])"
 CISCO_MAC = rf"(?<![\w.])({HEX}{{4}}\.{HEX}{{4}}\.{HEX}{{4}})(?![\w.])"
 NETWORK = [
-    rule("EMAIL", EMAIL, 0.95, needs="at"),
-    rule("EMAIL", SPELLED_EMAIL, 0.8, hints="dot)|dot]|dot}| dot "),
-    rule("URL", URL, 0.9, hints="://"),
-    rule("URL", WWW, 0.85, hints="www."),
-    rule("IP", IPV4, 0.8, check=is_personal_ip, against=VERSION, needs="digit"),
-    rule("IP", IPV6, 0.85, check=is_personal_ip, needs="digit"),
-    rule("MAC", rf"(?<![\w:-])({HEX}{{2}}([:-])(?:{HEX}{{2}}\2){{4}}{HEX}{{2}})(?![\w:-])", 0.9),
-    rule("MAC", CISCO_MAC, 0.7, check=lambda text: any(c.isalpha() for c in text)),
+    privacy_rule("EMAIL", EMAIL, 0.95, needs="at"),
+    privacy_rule("EMAIL", SPELLED_EMAIL, 0.8, required_texts="dot)|dot]|dot}| dot "),
+    privacy_rule("URL", URL, 0.9, required_texts="://"),
+    privacy_rule("URL", WWW, 0.85, required_texts="www."),
+    privacy_rule("IP", IPV4, 0.8, check=is_personal_ip, contrary_words=VERSION_WORDS_REGEX, needs="digit"),
+    privacy_rule("IP", IPV6, 0.85, check=is_personal_ip, needs="digit"),
+    privacy_rule("MAC", rf"(?<![\w:-])({HEX}{{2}}([:-])(?:{HEX}{{2}}\2){{4}}{HEX}{{2}})(?![\w:-])", 0.9),
+    privacy_rule("MAC", CISCO_MAC, 0.7, check=lambda text: any(c.isalpha() for c in text)),
 ]
 
 
@@ -181,7 +187,7 @@ def _iban_pattern() -> str:
 
 MONEY = [
     _number_rule("CREDIT_CARD", r"\d(?:[ -]?\d){11,18}", 0.85, is_card, "card|visa|mastercard|amex"),
-    rule("IBAN", rf"(?i)(?<![\w-])({_iban_pattern()})(?!\w)", 0.95, check=is_iban, needs="number"),
+    privacy_rule("IBAN", rf"(?i)(?<![\w-])({_iban_pattern()})(?!\w)", 0.95, check=is_iban, needs="number"),
 ]
 
 NINO = r"(?i)(?<![\w-])([a-ceghj-pr-tw-z][a-ceghj-npr-tw-z] ?(?:\d{2} ?){3}[a-d])(?![\w-])"
@@ -194,12 +200,14 @@ AADHAAR_WORDS = "aadhaar|aadhar|uidai"
 NATIONAL = [
     _number_rule("US_SSN", r"\d{3}-\d{2}-\d{4}", 0.85, stdnum_check("us.ssn"), SSN_WORDS),
     _number_rule("US_SSN", r"\d{3} \d{2} \d{4}", 0.55, stdnum_check("us.ssn"), SSN_WORDS),
-    _number_rule("US_SSN", r"\d{9}", 0.2, stdnum_check("us.ssn"), SSN_WORDS, boosted=0.9),
+    _number_rule("US_SSN", r"\d{9}", 0.2, stdnum_check("us.ssn"), SSN_WORDS, score_near_words=0.9),
     _number_rule("US_ITIN", r"9\d{2}[- ]?\d{2}[- ]?\d{4}", 0.4, is_itin, r"itin|taxpayer (?:id|identification)\w*"),
     _number_rule("US_ITIN", r"9\d{2}-\d{2}-\d{4}", 0.8, is_itin),
     _number_rule("UK_NHS", r"\d{3}[ -]\d{3}[ -]\d{4}", 0.6, stdnum_check("gb.nhs"), "nhs"),
     _number_rule("UK_NHS", r"\d{10}", 0.3, stdnum_check("gb.nhs"), "nhs"),
-    rule("UK_NINO", NINO, 0.75, check=is_nino, near="national insurance|ni (?:number|no)|nino", needs="digit"),
+    privacy_rule(
+        "UK_NINO", NINO, 0.75, check=is_nino, nearby_words="national insurance|ni (?:number|no)|nino", needs="digit"
+    ),
     _number_rule(
         "DE_TAX_ID", r"[1-9]\d ?\d{3} ?\d{3} ?\d{3}", 0.6, stdnum_check("de.idnr"), r"steuer\S*|idnr|tax id|tin"
     ),
@@ -207,7 +215,7 @@ NATIONAL = [
         "FR_NIR", r"[1-478] ?\d{2} ?\d{2} ?(?:\d{2}|2[ABab]) ?\d{3} ?\d{3} ?\d{2}", 0.85, stdnum_check("fr.nir")
     ),
     _number_rule("ES_NIF", NIF, 0.65, is_spanish_nif, "dni|nie|nif"),
-    rule("IT_FISCAL_CODE", FISCAL_CODE, 0.95, check=stdnum_check("it.codicefiscale"), needs="digit"),
+    privacy_rule("IT_FISCAL_CODE", FISCAL_CODE, 0.95, check=stdnum_check("it.codicefiscale"), needs="digit"),
     _number_rule(
         "NL_BSN",
         r"\d{9}|\d{4}[. ]\d{2}[. ]\d{3}|\d{3}[. ]\d{3}[. ]\d{3}",
@@ -224,7 +232,7 @@ NATIONAL = [
 
 MBI = "[AC-HJKMNP-RT-Y]"
 PLANS_AND_DEVICES = [
-    rule(
+    privacy_rule(
         "HEALTH_PLAN",
         rf"(?<![\w-])([1-9]{MBI}[AC-HJKMNP-RT-Y\d]\d-?{MBI}[AC-HJKMNP-RT-Y\d]\d-?{MBI}{{2}}\d{{2}})(?![\w-])",
         0.75,
@@ -253,11 +261,19 @@ PASSWORD = (
     r"((?=[^\s\"'”]*[\d!#$%&*?@^])(?![$<{\[(])[^\s\"'”,;()<>{}\[\]]{6,200})(?<![.!?])"
 )
 SECRETS = [
-    rule("SECRET", PRIVATE_KEY, 0.99, hints="-----begin "),
-    *(rule("SECRET", rf"(?<!\w)({shape})(?!\w)", 0.95, hints=prefixes) for prefixes, shape in ISSUED_TOKENS.items()),
-    rule("SECRET", rf"(?<![\w.])(eyJ{TOKEN}{{8,4000}}\.eyJ{TOKEN}{{8,8000}}\.{TOKEN}{{0,2000}})", 0.95, hints="eyj"),
-    rule("SECRET", r"(?i)://[^\s:/@]{1,64}:([^\s:/@]{3,128})@", 0.9, hints="://", needs="at"),
-    rule("SECRET", PASSWORD, 0.8, hints="pass|pwd|key|secret|token|bearer|contrase"),
+    privacy_rule("SECRET", PRIVATE_KEY, 0.99, required_texts="-----begin "),
+    *(
+        privacy_rule("SECRET", rf"(?<!\w)({shape})(?!\w)", 0.95, required_texts=prefixes)
+        for prefixes, shape in ISSUED_TOKENS.items()
+    ),
+    privacy_rule(
+        "SECRET",
+        rf"(?<![\w.])(eyJ{TOKEN}{{8,4000}}\.eyJ{TOKEN}{{8,8000}}\.{TOKEN}{{0,2000}})",
+        0.95,
+        required_texts="eyj",
+    ),
+    privacy_rule("SECRET", r"(?i)://[^\s:/@]{1,64}:([^\s:/@]{3,128})@", 0.9, required_texts="://", needs="at"),
+    privacy_rule("SECRET", PASSWORD, 0.8, required_texts="pass|pwd|key|secret|token|bearer|contrase"),
 ]
 
 RULES: tuple[PrivacyRule, ...] = (*NETWORK, *MONEY, *NATIONAL, *PLANS_AND_DEVICES, *SECRETS)

@@ -84,9 +84,11 @@ class PrivacyFinding:
 class PrivacyRule:
     """A regular expression that finds one type of personal data, and what makes a match more or less certain.
 
-    The first group of the expression is the finding. Its score is `score`; `boosted` if `near` matches close by; and
-    `SCORE_IF_AGAINST` if `against` matches before it, whatever else is near. A rule is tried only on texts that hold `needs`
-    and one of `hints`: both save time on clean text.
+    The first group of the expression is the finding. Its score is `score`; `score_near_words` if `nearby_words` matches close
+    by; and
+    `SCORE_AFTER_CONTRARY_WORDS` if `contrary_words` matches before it, whatever else is near. A rule is tried only on texts
+    that hold `needs`
+    and one of `required_texts`: both save time on clean text.
     """
 
     type: str
@@ -94,26 +96,26 @@ class PrivacyRule:
     score: float
     check: Callable[[str], bool] | None = None
     """Called with the match; False rejects it."""
-    near: re.Pattern[str] | None = None
-    boosted: float = 0.95
-    against: re.Pattern[str] | None = None
+    nearby_words: re.Pattern[str] | None = None
+    score_near_words: float = 0.95
+    contrary_words: re.Pattern[str] | None = None
     needs: str = ""
     """`digit`: a digit; `number`: seven digits close together; `at`: an @; empty: nothing."""
-    hints: tuple[str, ...] = field(default=())
+    required_texts: tuple[str, ...] = field(default=())
     """Lower-case pieces of text one of which has to be there; empty: none has to be."""
 
     def score_in_context(self, text: str, start: int, end: int) -> float:
         """How certain the match at `text[start:end]` is, from 0 to 1, by the words around it; words against it go first."""
         before = text[max(0, start - CHARACTERS_BEFORE) : start]
         after = text[end : end + CHARACTERS_AFTER]
-        if self.against and self.against.search(before):
-            return SCORE_IF_AGAINST
-        if self.near and (self.near.search(before) or self.near.search(after)):
-            return self.boosted
+        if self.contrary_words and self.contrary_words.search(before):
+            return SCORE_AFTER_CONTRARY_WORDS
+        if self.nearby_words and (self.nearby_words.search(before) or self.nearby_words.search(after)):
+            return self.score_near_words
         return self.score
 
 
-SCORE_IF_AGAINST = 0.2
+SCORE_AFTER_CONTRARY_WORDS = 0.2
 """Score of a match that the words before it explain as something else."""
 
 _OTHER_NUMBER_WORDS = (
@@ -124,7 +126,7 @@ _OTHER_NUMBER_WORDS = (
 )
 NOT_PERSONAL = re.compile(rf"{_OTHER_NUMBER_WORDS}[ #]*(?:[A-Z]{{1,4}}-)?$", re.IGNORECASE)
 """Words that say that the number right after them is not a person's."""
-VERSION = re.compile(rf"{_OTHER_NUMBER_WORDS}[ \w.-]{{0,12}}$", re.IGNORECASE)
+VERSION_WORDS_REGEX = re.compile(rf"{_OTHER_NUMBER_WORDS}[ \w.-]{{0,12}}$", re.IGNORECASE)
 """The same with up to twelve characters between, as in `version of driver 10.0.1.2`."""
 
 
@@ -133,18 +135,22 @@ def whole_words(alternatives: str) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", re.IGNORECASE)
 
 
-def rule(type_: str, regex: str, score: float, *, hints: str = "", near: str = "", **fields: Any) -> PrivacyRule:
+def privacy_rule(
+    type_: str, regex: str, score: float, *, required_texts: str = "", nearby_words: str = "", **fields: Any
+) -> PrivacyRule:
     """A `PrivacyRule` that finds personal data of a type by a regular expression, whose group 1 is the finding.
 
-    `score`: its certainty. `hints`: lower-case texts separated by |, one of which must be in the whole text, a cheap test.
-    `near`: words separated by |; one of them close by raises the certainty. `fields`: the other attributes of `PrivacyRule`.
+    `score`: its certainty. `required_texts`: lower-case texts separated by |, one of which must be in the whole text, a cheap
+    test.
+    `nearby_words`: words separated by |; one of them close by raises the certainty. `fields`: the other attributes of
+    `PrivacyRule`.
     """
     return PrivacyRule(
         type_,
         re.compile(regex),
         score,
-        hints=tuple(filter(None, hints.split("|"))),
-        near=whole_words(near) if near else None,
+        required_texts=tuple(filter(None, required_texts.split("|"))),
+        nearby_words=whole_words(nearby_words) if nearby_words else None,
         **fields,
     )
 

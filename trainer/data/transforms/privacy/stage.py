@@ -113,18 +113,18 @@ class PersonalDataFinder:
     def _find_by_rules(self, text: str) -> list[PrivacyFinding]:
         """Findings of our own rules and of the telephone library, certain or not; they may overlap.
 
-        A rule is tried only on texts that have what it needs and one of its hints, since most texts have none of it.
+        A rule is tried only on texts that have what it needs and one of its `required_texts`, since most texts have none of it.
         """
         has_digit = DIGIT_REGEX.search(text) is not None
         has_number = has_digit and NUMBER_REGEX.search(text) is not None
         # By `PrivacyRule.needs`, what a text must have for the rule.
         meets_need = {"": True, "digit": has_digit, "number": has_number, "at": "@" in text}
-        lower_text = text.lower()  # hints are lower case
+        lower_text = text.lower()  # required texts are lower case
         findings: list[PrivacyFinding] = []
         for rule in self.rules:
             if not meets_need[rule.needs]:
                 continue
-            if rule.hints and not any(hint in lower_text for hint in rule.hints):
+            if rule.required_texts and not any(hint in lower_text for hint in rule.required_texts):
                 continue
             for match in rule.regex.finditer(text):
                 start, end = match.span(1)
