@@ -256,9 +256,13 @@ def held_out_plot(comparison: Comparison) -> PagePlot | None:
     spec = _curve_spec(comparison, points, data, y_encoding, y_tooltip)
     # First, so that the other transforms compute for the chosen metric alone.
     spec["transform"].insert(0, {"filter": "datum.metric === metric"})
-    menu = {"name": "metric", "value": metrics[0], "bind": {"input": "select", "options": metrics, "name": "metric "}}
-    spec["params"].append(menu)
+    spec["params"].append(_metric_menu(metrics))
     return PagePlot("held-out", "Held-out metrics", "Before the first step, and after each evaluation.", spec)
+
+
+def _metric_menu(metrics: list[str]) -> Spec:
+    """The menu in which the reader chooses the metric that is drawn, as a Vega parameter `metric`; the first is shown first."""
+    return {"name": "metric", "value": metrics[0], "bind": {"input": "select", "options": metrics, "name": "metric "}}
 
 
 def _held_out_menu_metrics(comparison: Comparison) -> list[str]:
@@ -322,8 +326,7 @@ def course_plot(comparison: Comparison) -> PagePlot | None:
     # The titles are columns of the data. The menu's parameter `metric` is one of them: it becomes the field `value` of the curve.
     spec["transform"] += [{"calculate": "datum[metric]", "as": "value"}, {"filter": "isValid(datum.value)"}]
     titles = [title for metric, title in COURSE_METRICS.items() if metric in known_metrics]
-    menu = {"name": "metric", "value": titles[0], "bind": {"input": "select", "options": titles, "name": "metric "}}
-    spec["params"].append(menu)
+    spec["params"].append(_metric_menu(titles))
     return PagePlot(
         name="course",
         title="Gradient norm, learning rate and speed",

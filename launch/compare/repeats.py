@@ -114,16 +114,19 @@ def read_measured_point(source: PointSource, gpu_hour_price: Callable[[str], flo
     traced_exposed_s = _median_of_known([exposed_communication_s(run.directory) for run in runs])
     if traced_exposed_s is not None:
         combined = replace(combined, exposed_s=traced_exposed_s)
-    speeds = _known_numbers([measured.tokens_per_s for measured in begun_measurements])
-    memory_peaks = _known_numbers([measured.memory_gib for measured in begun_measurements])
     summary = RepeatsSummary(
-        repeats=sum(measured.steps > 0 for measured in measurements),
-        tokens_per_s_repeats=tuple(speeds),
-        memory_gib_repeats=tuple(memory_peaks),
+        repeats=sum(measured.steps > 0 for measured in begun_measurements),
+        tokens_per_s_repeats=_known_values_of_field("tokens_per_s", begun_measurements),
+        memory_gib_repeats=_known_values_of_field("memory_gib", begun_measurements),
         parts_s=_step_parts_s(runs, source.warmup, combined.step_s),
         dollars_per_million=_dollars_per_million(source, runs[0].record, combined.tokens_per_s, gpu_hour_price),
     )
     return MeasuredPoint(source, runs, combined, summary)
+
+
+def _known_values_of_field(name: str, measurements: list[RunMeasurements]) -> tuple[float, ...]:
+    """The values of a field in the measurements of several runs, without those that are not known."""
+    return tuple(_known_numbers([getattr(measured, name) for measured in measurements]))
 
 
 def _read_runs(source: PointSource) -> tuple[RecordedRun, ...]:
@@ -150,11 +153,10 @@ def _combine_repeats(first: RunMeasurements, begun_measurements: list[RunMeasure
     """
     combined: dict[str, float | None] = {}
     for name in MEDIAN_FIELDS:
-        combined[name] = _median_of_known([getattr(measured, name) for measured in begun_measurements])
+        combined[name] = _median_of_known(list(_known_values_of_field(name, begun_measurements)))
     # Memory is what a run must have room for: the worst repeat counts.
     for name in ("memory_gib", "memory_reserved_gib"):
-        known_peaks = _known_numbers([getattr(measured, name) for measured in begun_measurements])
-        combined[name] = max(known_peaks, default=None)
+        combined[name] = max(_known_values_of_field(name, begun_measurements), default=None)
     return replace(first, **combined)  # type: ignore[arg-type]  # no other fields are among the names
 
 

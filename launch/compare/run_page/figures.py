@@ -109,20 +109,8 @@ def _held_out_figure(run: RecordedRun, x_values_by_step: dict[int, Row]) -> Figu
     if not rows:
         return None
     metrics_with_rows = list(dict.fromkeys(row["metric"] for row in rows))
-    bind = {"input": "select", "options": metrics_with_rows, "name": "metric"}
-    menu = {"name": "metric", "value": metrics_with_rows[0], "bind": bind}
-    spec = {
-        "height": PLOT_HEIGHT_PX // 2,
-        "data": {"values": rows},
-        "params": [X_AXIS_MENU, menu, ZOOM_PARAMETER],
-        "transform": [{"filter": "datum.metric == metric"}, X_AXIS_TRANSFORM],
-        "mark": {"type": "line", "point": {"size": 45, "filled": True}},
-        "encoding": {
-            "x": X_AXIS,
-            "y": {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}},
-            "tooltip": [{"field": "metric", "type": "nominal"}, *tooltip_fields("value", "value")],
-        },
-    }
+    mark = {"type": "line", "point": {"size": 45, "filled": True}}
+    spec = _chosen_metric_spec(rows, metrics_with_rows, mark, height_px=PLOT_HEIGHT_PX // 2)
     title = "Other held-out metrics" if monitored_metric(run) == HELD_OUT_LOSS else "Held-out metrics"
     return Figure("held-out", title, "Before the first step, and after each evaluation.", spec)
 
@@ -142,23 +130,35 @@ def _reward_figure(run: RecordedRun, x_values_by_step: dict[int, Row]) -> Figure
         held_out_rows = evenly_spread_rows(held_out_rows_of(run, x_values_by_step, f"eval/{metric}"), MAX_ANSWER_POINTS)
         # Under the name that the menu has, and not `eval/...`.
         rows += [{**row, "metric": metric} for row in held_out_rows]
-    bind = {"input": "select", "options": metrics, "name": "metric"}
-    menu = {"name": "shown_metric", "value": metrics[0], "bind": bind}
-    spec = {
-        "height": PLOT_HEIGHT_PX,
+    mark = {"type": "line", "strokeWidth": 2, "point": {"size": 30, "filled": True}}
+    spec = _chosen_metric_spec(rows, metrics, mark, height_px=PLOT_HEIGHT_PX)
+    spec["encoding"]["color"] = COLOR_BY_SERIES
+    caption = "Mean of the answers of a round; held out, of answers to prompts that are not trained on."
+    return Figure("reward", "Reward of written answers", f"{caption} {ZOOM_HINT}", spec)
+
+
+def _chosen_metric_spec(rows: list[Row], metrics: list[str], mark: Spec, *, height_px: int) -> Spec:
+    """The Vega-Lite plot of one metric over training, which the reader chooses in a menu; the first is shown first.
+
+    A row has the name of its `metric`, its `value`, and its x values. `mark`: how the curve looks.
+    """
+    menu = {
+        "name": "shown_metric",
+        "value": metrics[0],
+        "bind": {"input": "select", "options": metrics, "name": "metric"},
+    }
+    return {
+        "height": height_px,
         "data": {"values": rows},
         "params": [X_AXIS_MENU, menu, ZOOM_PARAMETER],
         "transform": [{"filter": "datum.metric == shown_metric"}, X_AXIS_TRANSFORM],
-        "mark": {"type": "line", "strokeWidth": 2, "point": {"size": 30, "filled": True}},
+        "mark": mark,
         "encoding": {
             "x": X_AXIS,
             "y": {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}},
-            "color": COLOR_BY_SERIES,
             "tooltip": [{"field": "metric", "type": "nominal"}, *tooltip_fields("value", "value")],
         },
     }
-    caption = "Mean of the answers of a round; held out, of answers to prompts that are not trained on."
-    return Figure("reward", "Reward of written answers", f"{caption} {ZOOM_HINT}", spec)
 
 
 def _training_metric_rows(run: RecordedRun, x_values_by_step: dict[int, Row], metric: str) -> list[Row]:
