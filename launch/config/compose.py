@@ -63,14 +63,7 @@ def compose_config(argv: list[str], *, check: bool = True) -> ComposedConfig:
     config = _config_from_tree(tree, problems)
     if config is not None:
         resolve_auto_for_this_host(config)
-        # Defaults that depend on other settings, and on which keys the user has set.
-        keys_set_by_user = {value.key for value in parsed.values}
-        config.substitutions |= adopt_adapter_settings(config.tuning, keys_set_by_user)
-        config.substitutions |= set_default_merge(config.export, config.tuning)
-        set_usual_learning_rate(config)
-        keep_learning_rate_of_checkpoint(config)
-        if config.evaluation.watch is None:
-            config.evaluation.watch = objective_family(config.objective).watched_metric
+        _set_dependent_defaults(config, keys_set_by_user={value.key for value in parsed.values})
         if check:
             for problem in _start_problems_adopting_earlier_defaults(config, argv):
                 if not _repeats_problem_of_override(problem, parsed.probably_meant_keys):
@@ -78,6 +71,19 @@ def compose_config(argv: list[str], *, check: bool = True) -> ComposedConfig:
     if problems or config is None:
         raise ConfigError(problems)
     return ComposedConfig(config, list(argv))
+
+
+def _set_dependent_defaults(config: RunConfig, keys_set_by_user: set[str]) -> None:
+    """Set the defaults in `config` that depend on its other settings and on what the user has set: `merge`, the learning rate.
+
+    Notes on what was chosen are added to `config.substitutions`.
+    """
+    config.substitutions |= adopt_adapter_settings(config.tuning, keys_set_by_user)
+    config.substitutions |= set_default_merge(config.export, config.tuning)
+    set_usual_learning_rate(config)
+    keep_learning_rate_of_checkpoint(config)
+    if config.evaluation.watch is None:
+        config.evaluation.watch = objective_family(config.objective).watched_metric
 
 
 def _repeats_problem_of_override(problem: str, probably_meant_keys: set[str]) -> bool:

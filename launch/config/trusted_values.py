@@ -82,21 +82,29 @@ def remember_values(values: Iterable[ValueNeedingConsent]) -> None:
         _warn("this user has no home directory")
         return
     try:
-        values_directory = state_dir / VALUES_DIR_NAME
-        for folder in (state_dir, values_directory):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if _others_can_write(values_directory):
-            _warn(
-                f"{values_directory} is another user's, or can be written by others; chmod 700 it, or set "
-                f"{STATE_DIRECTORY_VARIABLE}"
-            )
-            return
-        for identity in new_identities:
-            content = json.dumps(_as_read_from_json(identity)).encode()
-            _write_private_file(values_directory / _identity_file_name(identity), content)
-        _forget_oldest(values_directory)
+        _write_identities(new_identities, state_dir)
     except OSError as error:
         _warn(f"{state_dir} cannot be written ({error.strerror or error})")
+
+
+def _write_identities(identities: list[dict[str, Any]], state_dir: Path) -> None:
+    """Write a file for each identity into the user's state directory, which is made if needed, and delete the oldest ones.
+
+    Only warns if others can write the directory, since nobody would believe its files. Raises OSError.
+    """
+    values_directory = state_dir / VALUES_DIR_NAME
+    for folder in (state_dir, values_directory):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if _others_can_write(values_directory):
+        _warn(
+            f"{values_directory} is another user's, or can be written by others; chmod 700 it, or set "
+            f"{STATE_DIRECTORY_VARIABLE}"
+        )
+        return
+    for identity in identities:
+        content = json.dumps(_as_read_from_json(identity)).encode()
+        _write_private_file(values_directory / _identity_file_name(identity), content)
+    _forget_oldest(values_directory)
 
 
 def remember_config(config: RunConfig) -> None:
