@@ -133,7 +133,7 @@ class DigestCache:
         Otherwise prepared rows would be found under the fingerprint of other rows.
         """
         for path, (state, digest) in self.state_and_digest_by_path.items():
-            # A file that was only touched has another state, but the same bytes.
+            # The state is size, time and inode. A file that was only touched has another state, but the same bytes.
             if file_state(path) != state and cached_digest(path, self.cache_dir) != digest:
                 raise DataError(
                     f"{path}: changed while it was prepared; start again when nothing writes it, or prepare a copy"

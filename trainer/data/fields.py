@@ -156,13 +156,14 @@ def is_list_of_texts(value: Any) -> bool:
 def parse_text(fields: dict[str, Any], column: str, shown_name: str | None = None) -> str:
     """The text in a column, or the only text of the list in it. Raises RowError: not_text, empty_text.
 
-    `shown_name`: what error messages call the text, such as `messages[2].content`; by default the column in quotes.
+    `shown_name`: what error messages call the text, such as `messages[2].content`; by default the column in quotes. A list of
+    several texts, or of none, is no text.
     """
     value: Any = fields.get(column)
     name = shown_name or f'"{column}"'
     if is_list_of_texts(value):
         if len(value) > 1:
-            # Only a column has a setting that can choose one of its texts.
+            # Only a column has a setting that can choose one of its texts: `answers.0` is the first one of `answers`.
             advice = "" if shown_name else f", or choose one with data.columns.{column}={column}.0"
             raise RowError(
                 "not_text",
@@ -255,9 +256,10 @@ class UnreadColumns:
     def _unread_and_meaningful(
         self, fields: Mapping[str, Any], unloaded_columns: tuple[str, ...], read_columns: tuple[str, ...]
     ) -> tuple[list[str], list[str]]:
-        """(columns of a row that are neither read nor ignored, those among them that are meaningful and in `fields`).
+        """(columns of a row that are neither read nor ignored, those among them that carry meaning and have a value in `fields`).
 
-        It depends on the names of the columns alone. Most rows of a source have the same columns, so the answer is remembered.
+        A row is rejected for one that carries meaning (`meaningful`), such as images. It depends on the names of the columns
+        alone. Most rows of a source have the same columns, so the answer is remembered.
         """
         all_columns = (read_columns, unloaded_columns, *fields)
         remembered = self._unread_and_meaningful_by_columns.get(all_columns)

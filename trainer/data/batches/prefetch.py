@@ -6,7 +6,8 @@ import queue
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import suppress
-from typing import Any, TypeVar
+from enum import Enum, auto
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -27,38 +28,54 @@ def prefetch(items: Iterator[Item]) -> Generator[Item, None, None]:
 
     Close the generator (or exhaust it) to stop the thread. An exception that the iterator raises in the thread is raised here.
     """
-    # Holds ("item", an item), ("error", an exception) or ("exhausted", None).
-    messages: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=PREFETCH)
+    messages: queue.Queue[_Message] = queue.Queue(maxsize=PREFETCH)
     should_stop = threading.Event()
-
-    def send(kind: str, payload: Any = None) -> None:
-        """Put a message into the queue, waiting for room; give up once `should_stop` is set."""
-        # With a timeout, so that the thread notices `should_stop` although nobody takes anything any more.
-        while not should_stop.is_set():
-            with suppress(queue.Full):
-                messages.put((kind, payload), timeout=0.1)
-                return
-
-    def produce() -> None:
-        """The body of the thread: send all items, then whether the iterator is exhausted or has failed."""
-        try:
-            for item in items:
-                send("item", item)
-                if should_stop.is_set():
-                    return
-            send("exhausted")
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
-            send("error", error)
-
-    thread = threading.Thread(target=produce, name="loader", daemon=True)
+    thread = threading.Thread(target=_produce, args=(items, messages, should_stop), name="loader", daemon=True)
     thread.start()
     try:
-        kind, payload = messages.get()
-        while kind == "item":
-            yield payload
-            kind, payload = messages.get()
-        if kind == "error":
-            raise payload
+        message = messages.get()
+        while message.kind is _MessageKind.item:
+            yield message.payload
+            message = messages.get()
+        if message.kind is _MessageKind.error:
+            raise message.payload
     finally:
         should_stop.set()
         thread.join()
+
+
+class _MessageKind(Enum):
+    """What the thread has to say."""
+
+    item = auto()
+    error = auto()
+    exhausted = auto()
+
+
+class _Message(NamedTuple):
+    """What the thread puts into the queue."""
+
+    kind: _MessageKind
+    payload: Any = None
+    """The item, or the exception."""
+
+
+def _produce(items: Iterator[Any], messages: queue.Queue[_Message], should_stop: threading.Event) -> None:
+    """The body of the thread: send all items, then whether the iterator is exhausted or has failed."""
+    try:
+        for item in items:
+            _send(_Message(_MessageKind.item, item), messages, should_stop)
+            if should_stop.is_set():
+                return
+        _send(_Message(_MessageKind.exhausted), messages, should_stop)
+    except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
+        _send(_Message(_MessageKind.error, error), messages, should_stop)
+
+
+def _send(message: _Message, messages: queue.Queue[_Message], should_stop: threading.Event) -> None:
+    """Put a message into the queue, waiting for room; give up once `should_stop` is set."""
+    # With a timeout, so that the thread notices `should_stop` although nobody takes anything any more.
+    while not should_stop.is_set():
+        with suppress(queue.Full):
+            messages.put(message, timeout=0.1)
+            return

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from errno import EIO
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
 from strategies.errors import DataError
 
+Answer = TypeVar("Answer")
 _CONTENT_TAGS = ("ETag", "Content-MD5", "Digest")
 """What a web server may say about a file's content."""
 BLOCK_BYTES = 8 << 20
@@ -122,7 +123,7 @@ class _RemoteReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer, as far as the file goes."""
         received = self._call_or_os_error(self.file.read, len(buffer))
-        # A first look at a file must see enough of it, however little the network gives at a time.
+        # A first look at a file must see enough of it to tell its format, however little the network gives at a time.
         while received and len(received) < min(HEAD_BYTES, len(buffer)):
             following = self._call_or_os_error(self.file.read, len(buffer) - len(received))
             if not following:
@@ -147,7 +148,7 @@ class _RemoteReader(io.RawIOBase):
         super().close()
 
 
-def _query_file_system(url: str, query: Callable[[Any, str], Any]) -> Any:
+def _query_file_system(url: str, query: Callable[[Any, str], Answer]) -> Answer:
     """What `query(file system of fsspec, path)` returns for an address. Raises DataError, also for a package that is missing."""
     from fsspec.core import url_to_fs
 
