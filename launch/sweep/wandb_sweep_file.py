@@ -16,7 +16,7 @@ from launch.compare.workspace_script import (
     workspace_script_source,
 )
 from launch.sweep.space import RANGE_TOLERANCE, SearchedSetting
-from launch.sweep.sweeper import PlannedSearch, TrialPruning, plan_search
+from launch.sweep.sweeper import PlannedSearch, SweeperConfig, TrialPruning, plan_search
 from strategies.errors import ConfigError
 from strategies.extras import install_command
 from trainer.reporting.config import WANDB_COLUMN_BY_SETTING
@@ -65,18 +65,8 @@ def wandb_sweep_config(search: PlannedSearch) -> dict[str, Any]:
 
     Raises ConfigError for settings that W&B's agent does not have.
     """
-    settings = search.settings
-    logging = search.first_trial.config.logging
-    problems = []
-    if settings.prune is not TrialPruning.none:
-        problems.append(
-            f"sweeper.prune={settings.prune.value}: W&B's agent ends trials by hyperband alone; leave it out, write "
-            "early_terminate into the file, or take sweeper=optuna"
-        )
-    if settings.seed:
-        problems.append(f"sweeper.seed={settings.seed}: W&B draws by a seed of its own; leave it out")
-    if problems:
-        raise ConfigError(problems)
+    _refuse_settings_without_equal_in_wandb(search.settings)
+    logging = search.first_trial.config.logging  # that of all trials
     # Left to the agent: W&B names the directory of a trial, and must receive its metrics.
     agent_settings = ("run.dir=", "logging.wandb=")
     shared_arguments = [argument for argument in search.shared_arguments if not argument.startswith(agent_settings)]
@@ -87,10 +77,24 @@ def wandb_sweep_config(search: PlannedSearch) -> dict[str, Any]:
         sweep["entity"] = logging.entity
     sweep["method"] = "bayes"
     sweep["metric"] = {"name": search.metric, "goal": "maximize" if search.greater_is_better else "minimize"}
-    sweep["run_cap"] = settings.trials
+    sweep["run_cap"] = search.settings.trials
     sweep["parameters"] = {setting.key: wandb_sweep_parameter(setting) for setting in search.searched_settings}
     sweep["command"] = ["${env}", "shardtune", "train", *shared_arguments, "logging.wandb=online", "${args_no_hyphens}"]
     return sweep
+
+
+def _refuse_settings_without_equal_in_wandb(settings: SweeperConfig) -> None:
+    """Raise ConfigError if the search is to prune trials, or to draw by a seed, which W&B's agent does in its own way."""
+    problems = []
+    if settings.prune is not TrialPruning.none:
+        problems.append(
+            f"sweeper.prune={settings.prune.value}: W&B's agent ends trials by hyperband alone; leave it out, write "
+            "early_terminate into the file, or take sweeper=optuna"
+        )
+    if settings.seed:
+        problems.append(f"sweeper.seed={settings.seed}: W&B draws by a seed of its own; leave it out")
+    if problems:
+        raise ConfigError(problems)
 
 
 def trials_group_name(search: PlannedSearch) -> str:

@@ -89,7 +89,7 @@ def run_verdict(run: RecordedRun) -> RunVerdict:
         commands = _export_best_commands(run) or (_lower_learning_rate_command(run),)
         return RunVerdict("bad", heading, f"{steps_text}.", commands=commands)
 
-    changes = metric_changes(run)
+    changes = metric_changes(run)  # of the held-out metrics, from before training to the end
     if not changes:
         text = f"{steps_text}. Nothing held out was evaluated, so nobody knows whether the model got better on new documents."
         return RunVerdict("note", "Trained, not evaluated", text)
