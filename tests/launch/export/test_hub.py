@@ -132,7 +132,7 @@ def test_hub_push_reports_the_checkpoint_that_is_exported(run):
 
 @pytest.mark.parametrize("benchmarks", ["{a: b}", "[owner/name]", "{a: owner/name/task/more}", "{a: ["])
 def test_benchmarks_that_name_no_data_set_of_the_hub_are_refused(benchmarks):
-    program = f"from launch.export.hub import parse_benchmarks\nparse_benchmarks({benchmarks!r})"
+    program = f"from launch.export.hub import parse_benchmark_data_sets\nparse_benchmark_data_sets({benchmarks!r})"
     # -O leaves out asserts, by which such values were refused.
     done = subprocess.run([sys.executable, "-O", "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "must be data sets of the hub by task" in done.stderr
