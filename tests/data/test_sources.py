@@ -187,7 +187,7 @@ def test_sources_find_duplicate_json_keys_and_keep_numbers_exact(columns):
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64])
 def test_sources_json_lists_do_not_depend_on_where_the_buffer_ends(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(json_rows, "BUFFER_BYTES", chunk)
+    monkeypatch.setattr(json_rows, "READ_BYTES", chunk)
     rows = [{"a": [1.5, -2e10, True, None, '\\"é\u2028'], "b": {"c": "x" * 30}}, {}, {"d": 12345678}]
     text = json.dumps(rows, indent=2, ensure_ascii=False)
     (tmp_path / "x.json").write_text(text, encoding="utf-8")
@@ -209,7 +209,7 @@ def test_sources_json_lists_do_not_depend_on_where_the_buffer_ends(tmp_path, mon
 
 def test_sources_line_above_the_limit_is_one_bad_row_and_the_next_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(json_rows, "MAX_ROW_BYTES", 1000)
-    monkeypatch.setattr(json_rows, "BUFFER_BYTES", 64)
+    monkeypatch.setattr(json_rows, "READ_BYTES", 64)
     limit = b'{"a": "' + b"x" * 990 + b'"}'  # 999 bytes, 1000 with its line end
     (tmp_path / "x.jsonl").write_bytes(b"\n".join([limit, limit + b" " * 2, b'{"a": "' + b"y" * 9000, b'{"a": 1}']))
     rows = parsed(tmp_path / "x.jsonl")

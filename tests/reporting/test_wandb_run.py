@@ -306,7 +306,7 @@ def test_wandb_server_that_accepts_and_never_answers_is_unreachable(monkeypatch)
         assert "no answer within" in unreachable_reason(f"http://127.0.0.1:{server.getsockname()[1]}")
     monkeypatch.setattr(reachable, "TOTAL_TIMEOUT_S", 0.2)
     found = threading.Event()
-    monkeypatch.setattr(reachable, "_request_problem", lambda address: found.wait() and None)
+    monkeypatch.setattr(reachable, "_failure_of_request", lambda address: found.wait() and None)
     try:
         assert "no answer within" in unreachable_reason("http://name.of.a.dead.server"), (
             "while its name is still looked up"
