@@ -149,18 +149,33 @@ def datacard_text(audit: Audit, config: CardConfig) -> str:
 
     Text from the data is escaped for Markdown; what the owner states in `config` is taken as Markdown.
     """
-    from huggingface_hub import DatasetCard, DatasetCardData
+    from huggingface_hub import DatasetCard
     from markupsafe import Markup
 
-    # What the metadata says.
     source_names = ", ".join(dict.fromkeys(source.name for source in audit.sources[:5]))
     title = " ".join(escape_control_characters(config.title or f"Fine-tuning data: {source_names}").split())
     languages = list(config.languages) or _common_languages(audit.languages)
-    num_documents = sum(split.documents for split in audit.splits.values())
+    environment = template_environment(escape_markdown, autoescape=False)
+    # What the owner states is not escaped once more.
+    environment.globals["stated"] = lambda words: Markup(
+        escape_control_characters(words or "").strip() or "Not stated."
+    )
+    body = environment.get_template("card.md.j2").render(
+        audit=audit, card=config, title=title, languages=languages, gaps=known_gaps(audit, config)
+    )
+    metadata_yaml = _card_metadata_yaml(audit, config, title, languages)
+    return str(DatasetCard(f"---\n{metadata_yaml}\n---\n\n{body}"))
+
+
+def _card_metadata_yaml(audit: Audit, config: CardConfig, title: str, languages: list[str]) -> str:
+    """The hub's metadata of a data set, as YAML: title, licence, languages, size and kind of task."""
+    from huggingface_hub import DatasetCardData
+
     licence, licence_name = parse_hub_licence(escape_control_characters(config.licence or "").strip())
-    is_labelled = any(split.labelled for split in audit.splits.values())
+    num_documents = sum(split.documents for split in audit.splits.values())
     # How many of the limits 1,000, 10,000, ..., 1,000,000,000 are reached.
     size_category_index = bisect_right([10**power for power in range(3, 10)], num_documents)
+    is_labelled = any(split.labelled for split in audit.splits.values())
     metadata = DatasetCardData(
         pretty_name=title,
         license=licence,
@@ -170,15 +185,7 @@ def datacard_text(audit: Audit, config: CardConfig) -> str:
         task_categories=["text-classification" if is_labelled else "text-generation"],
         tags=["shardtune", "fine-tuning"],
     )
-    # The card itself.
-    environment = template_environment(escape_markdown, autoescape=False)
-    environment.globals["stated"] = lambda words: Markup(
-        escape_control_characters(words or "").strip() or "Not stated."
-    )
-    body = environment.get_template("card.md.j2").render(
-        audit=audit, card=config, title=title, languages=languages, gaps=known_gaps(audit, config)
-    )
-    return str(DatasetCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}"))
+    return str(metadata.to_yaml())
 
 
 MAX_CARD_CHARACTERS = 300

@@ -29,7 +29,7 @@ from trainer.data.tokens.marking import (
     leading_token_pattern,
 )
 from trainer.data.tokens.skeleton import Spans
-from trainer.data.tokens.template_limits import TemplateLimitExceeded, resource_limits
+from trainer.data.tokens.template_limits import TemplateLimitExceeded, template_resource_limits
 from trainer.data.tokens.tool_call_masks import TemplateConversation, TurnSpanFinder, template_refusal, thought_end
 
 if TYPE_CHECKING:
@@ -347,7 +347,7 @@ class ChatTemplate:
         `options`: those of `render_conversations`, such as `add_generation_prompt`, `tools`, `return_assistant_tokens_mask`.
         """
         special_tokens = self.tokenizer.special_tokens_map
-        with resource_limits():
+        with template_resource_limits():
             texts, blocks = render_conversations(conversations, self.source, **options, **special_tokens)
         return list(zip(texts, blocks, strict=True))
 

@@ -24,7 +24,7 @@ class TemplateLimitExceeded(BaseException):
 
 
 @contextmanager
-def resource_limits() -> Iterator[None]:
+def template_resource_limits() -> Iterator[None]:
     """Raise TemplateLimitExceeded if the body takes too much memory or, in the main thread, processor time.
 
     Signals reach the main thread of a process only, so time is not bounded in other threads. Sets the limit of the address space
