@@ -71,35 +71,33 @@ def build_step_module(
         set_head_settings(model_config, outputs, tokenizer.pad_token_id, several=family.multi_label(objective_config))
     if family.kind is ModelKind.causal:
         needs_padding = needs_padded_rows(tuning_config)
-        model, arrangement = build_causal_model(
+        model, attention_layout = build_causal_model(
             config, model_config, layout, needs_padding=needs_padding, half_on_gpu=half_on_gpu, context=context
         )
     else:
-        model, arrangement = build_padded_model(
+        model, attention_layout = build_padded_model(
             family.kind, config, model_config, layout, context, family.name, half_on_gpu=half_on_gpu
         )
     model.tie_weights()
-    two_sides = (
-        encoder_decoder.prepare_encoder_decoder(model, _weights_directory_or_none(config))
-        if is_encoder_decoder
-        else None
-    )
+    two_sides = None
+    if is_encoder_decoder:
+        two_sides = encoder_decoder.prepare_encoder_decoder(model, _weights_directory_or_none(config))
 
     # Facts of the architecture that are needed before its layers are replaced and wrapped.
-    plain = copy.deepcopy(model)
-    zeroed = always_zero_rows(model, arrangement)
+    base_on_meta = copy.deepcopy(model)
+    zero_row_by_name = always_zero_rows(model, attention_layout)
     if is_encoder_decoder or (not is_classifier and model.forward_path.fused):
-        install_loss_head(model, model_config, frozen_row=next(iter(zeroed.values()), None))
-    vocabulary = vocabulary_parameter_names(model)
+        install_loss_head(model, model_config, frozen_row=next(iter(zero_row_by_name.values()), None))
+    vocabulary_parameters = vocabulary_parameter_names(model)
     heads = head_names(model) if is_classifier else ()
     blocks = encoder_decoder.block_classes(model) if is_encoder_decoder else block_class_names(model)
-    folded = merged_adapter_reader(model, config.adapters)
+    merged_adapters = merged_adapter_reader(model, config.adapters)
     head = model.get_output_embeddings()
 
     # The tuning method. Modules that it must not train are frozen.
     tuning = build_tuning(tuning_config, new_tokens=bool(new_ids), new_heads=heads, tokenizer=tokenizer)
     model = tuning.apply(model)
-    _freeze_without_gradient(model, tuning, plain, arrangement)
+    _freeze_without_gradient(model, tuning, base_on_meta, attention_layout)
     model.train()
 
     # The step module, and the collator that makes its batches.
@@ -111,17 +109,17 @@ def build_step_module(
         step_module=step,
         tuning=tuning,
         data_spec=data_spec,
-        collator=data_spec.collator(arrangement.layout, tokenizer.pad_token_id, decoder_start),
-        attention_layout=arrangement,
+        collator=data_spec.collator(attention_layout.layout, tokenizer.pad_token_id, decoder_start),
+        attention_layout=attention_layout,
         new_token_ids=new_ids,
-        vocabulary_parameters=vocabulary,
-        base_on_meta=plain,
+        vocabulary_parameters=vocabulary_parameters,
+        base_on_meta=base_on_meta,
         head_prefixes=heads,
         config=model_config,
         base_config=base_config if positions_are_set(config) else None,
         encoder_decoder=two_sides,
-        zero_row_by_name=zeroed,
-        merged_adapters=folded,
+        zero_row_by_name=zero_row_by_name,
+        merged_adapters=merged_adapters,
     )
     _finish_step_module(built, config, head, family.kind)
     return built
