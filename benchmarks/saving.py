@@ -12,7 +12,7 @@ import json
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from environments import WORK, hardware
 from training.inputs import GPU, SMALL, TINY, make
@@ -25,12 +25,22 @@ STEPS = 4
 """From one save to the next."""
 
 
+class Saved(NamedTuple):
+    """What one save took."""
+
+    size_bytes: int
+    took_s: float
+    """From its beginning until it had its name."""
+    stall_s: float
+    """Of these, the seconds in which training waited."""
+
+
 class Turns:
     """Saves in turn in another way, and notes what each took."""
 
     def __init__(self) -> None:
         self.began: list[tuple[str, float]] = []
-        self.saved: dict[str, list[Any]] = {way: [] for way in WAYS}
+        self.saved: dict[str, list[Saved]] = {way: [] for way in WAYS}
         self.copy_s: list[float] = []
 
     def install(self) -> None:
@@ -41,23 +51,23 @@ class Turns:
 
         save, succeeded = Checkpoints.save_checkpoint, Checkpoints._record_success
 
-        def in_turn(made: Checkpoints, engine: Any, progress: Any, *, must_succeed: bool = True) -> bool:
+        def in_turn(made: Checkpoints, engine: Any, progress: Any, *, must_succeed: bool = True, **how: Any) -> bool:
             way = WAYS[len(self.began) % len(WAYS)]
             if must_succeed:
                 self.began.append(("end", time.perf_counter()))
-                return save(made, engine, progress, must_succeed=True)
+                return save(made, engine, progress, must_succeed=True, **how)
             self.began.append((way, time.perf_counter()))
             if way == "not at all":
                 tensors = [each.values for each in engine.state(progress).local_elements]
                 self.began[-1] = (way, self._copied(tensors, torch))
                 return False
             made.config.background = way == "background"
-            return save(made, engine, progress, must_succeed=False)
+            return save(made, engine, progress, must_succeed=False, **how)
 
-        def noted(made: Checkpoints, writing: Any, saved: Any) -> None:
-            way = "in the step" if saved.stall_s == saved.took_s else "background"
-            self.saved[way].append(saved)
-            succeeded(made, writing, saved)
+        def noted(made: Checkpoints, checkpoint: Any, published: Any, *, took_s: float, stall_s: float) -> None:
+            way = "in the step" if stall_s == took_s else "background"
+            self.saved[way].append(Saved(published.size_bytes, took_s, stall_s))
+            succeeded(made, checkpoint, published, took_s=took_s, stall_s=stall_s)
 
         Checkpoints.save_checkpoint = in_turn  # type: ignore[method-assign]
         Checkpoints._record_success = noted  # type: ignore[method-assign]
