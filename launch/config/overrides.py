@@ -101,9 +101,10 @@ def parse_overrides(overrides: list[str]) -> ParsedOverrides:
     from_files = ParsedOverrides(problems=split_problems)
     for override in overrides:
         if user_files.is_settings_file(override):
-            _add_settings_file(from_files, settings_by_key, override)
+            from_files = _join_overrides(from_files, _parse_settings_file(override, settings_by_key))
     from_command_line = _parse_command_line(overrides, settings_by_key)
-    parsed = _join_files_and_command_line(from_files, from_command_line)
+    parsed = _join_overrides(from_files, from_command_line)
+    parsed.num_file_values = len(parsed.values) - len(from_command_line.values)
     parsed.problems += _contradiction_problems(parsed)
     return parsed
 
@@ -127,22 +128,21 @@ def _parse_command_line(overrides: list[str], settings_by_key: dict[str, Setting
     return parsed
 
 
-def _join_files_and_command_line(from_files: ParsedOverrides, from_command_line: ParsedOverrides) -> ParsedOverrides:
-    """The settings of files and of the command line together. The latter goes before a file, so its values stand last.
+def _join_overrides(earlier: ParsedOverrides, later: ParsedOverrides) -> ParsedOverrides:
+    """The settings of files and of the command line together, or of two files. The later ones count, so their values stand last.
 
-    A table that was typed as a whole replaces that of a file, as a value does.
+    A table that was typed as a whole replaces an earlier one, as a value does.
     """
-    file_values = from_files.values
-    for table in from_command_line.replaced_tables:
-        file_values = [value for value in file_values if not value.key.startswith(f"{table}.")]
+    earlier_values = earlier.values
+    for table in later.replaced_tables:
+        earlier_values = [value for value in earlier_values if not value.key.startswith(f"{table}.")]
     return ParsedOverrides(
-        choices=from_files.choices | from_command_line.choices,
-        values=[*file_values, *from_command_line.values],
-        problems=[*from_files.problems, *from_command_line.problems],
-        replaced_tables=from_files.replaced_tables | from_command_line.replaced_tables,
-        num_file_values=len(file_values),
-        resets=[*from_files.resets, *from_command_line.resets],
-        probably_meant_keys=from_files.probably_meant_keys | from_command_line.probably_meant_keys,
+        choices=earlier.choices | later.choices,
+        values=[*earlier_values, *later.values],
+        problems=[*earlier.problems, *later.problems],
+        replaced_tables=earlier.replaced_tables | later.replaced_tables,
+        resets=[*earlier.resets, *later.resets],
+        probably_meant_keys=earlier.probably_meant_keys | later.probably_meant_keys,
     )
 
 
@@ -214,17 +214,17 @@ def describe_type(annotation: Any) -> str:
     return names.get(annotation, "a value")
 
 
-def _add_settings_file(parsed: ParsedOverrides, settings_by_key: dict[str, Setting], override: str) -> None:
-    """Add the choices and values of the settings file that `override` names (`my.yaml`) to `parsed`, or problems.
+def _parse_settings_file(override: str, settings_by_key: dict[str, Setting]) -> ParsedOverrides:
+    """The choices and values of the settings file that `override` names (`my.yaml`), or problems.
 
-    Problems: a file that cannot be read, an unknown group, and a value that cannot be used.
+    Problems: a file that cannot be read, an unknown group, a value that cannot be used, and two names of the model.
     """
+    parsed = ParsedOverrides()
     try:
         choices, values = user_files.read_settings_file(override)
     except ConfigError as error:
         parsed.problems += error.problems
-        return
-    num_earlier_values = len(parsed.values)
+        return parsed
     for group, choice in choices.items():
         if group in choices_by_group():
             _add_choice(parsed, group, choice, f"{override}: {group}: {choice}")
@@ -233,7 +233,8 @@ def _add_settings_file(parsed: ParsedOverrides, settings_by_key: dict[str, Setti
                 f"{override}: defaults: there is no group {group}; one of {', '.join(choices_by_group())}"
             )
     _add_file_values(parsed, settings_by_key, override, values)
-    parsed.problems += _two_models_problems(parsed.values[num_earlier_values:])
+    parsed.problems += _two_models_problems(parsed.values)
+    return parsed
 
 
 def _add_file_values(

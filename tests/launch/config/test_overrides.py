@@ -529,6 +529,19 @@ def test_typed_table_replaces_that_of_a_settings_file(tmp_path, rewards):
     assert names_of("evaluation.tasks=[code]", "evaluation.tasks=[json:brief]") == (["maths", "f1"], ["brief"])
 
 
+def test_of_two_settings_files_the_later_one_has_its_own_list_and_model(tmp_path):
+    first = tmp_path / "first.yaml"
+    first.write_text("objective: {rewards: {maths: {kind: maths, weight: 2}, f1: {kind: f1}}}\nbudget: {epochs: 1}\n")
+    second = tmp_path / "second.yaml"
+    second.write_text("objective: {rewards: [length]}\nbudget: {steps: 7}\n")
+    config = compose_config([str(first), "objective=grpo", str(second)], check=False).config
+    assert [*config.objective.rewards] == ["length"]
+    second.write_text("model: {path: a/b}\ndefaults: [{model: llama3_8b}]\nobjective: {rewards: [length]}\n")
+    first.write_text("objective: {rewards: [maths, f1]}\n")
+    with pytest.raises(ConfigError, match="names another model"):
+        compose_config([str(first), "objective=grpo", str(second)], check=False)
+
+
 def test_config_dir_of_a_user_offers_choices(own):
     rest = take_config_dirs(["tuning=small", "--config-dir", str(own), "optim.lr=1e-4"])
     assert rest == ["tuning=small", "optim.lr=1e-4"]
