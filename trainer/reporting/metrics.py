@@ -52,7 +52,7 @@ class StepRecord:
     source_counts: dict[str, float] = field(default_factory=dict)
     """See `StepBatch.source_counts`."""
     balance: float = 1.0
-    """See `StepBatch.balance`."""
+    """See `StepBatch.parallel_efficiency`."""
     epoch: float = 0.0
     """Passes over the training data since the start of the run."""
     facts: dict[str, float] = field(default_factory=dict)
