@@ -353,8 +353,8 @@ class Trainer:
             improved = record_evaluation(self.settings.evaluation, self.progress, self.outcome.last_metrics)
         left_some_out = len(evaluators) < len(self.evaluators)
         if left_some_out and self._early_stop_reason() is not None:
-            # Early stopping makes this step the last one, whose evaluation leaves nothing out. It is not recorded: this step has
-            # been counted. Before its checkpoint: a run that is stopped or killed meanwhile still owes the evaluation.
+            # Early stopping makes this step the last one, whose evaluation leaves nothing out. Before the checkpoint of this
+            # step: a run that is stopped or killed meanwhile still owes it.
             self.outcome.last_metrics = self._evaluate(self.evaluators)
         self.progress.owes_evaluation = False
         self.meter.restart_clock()

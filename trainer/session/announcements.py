@@ -55,7 +55,7 @@ class RunContext:
     """What the parts of a run share: its ranks, its console, its agreement on stopping, and the attempt that it is."""
 
     config_sha256: str
-    """SHA-256 of `config.yaml`, as 64 hexadecimal digits: it tells configurations apart."""
+    """SHA-256 of the settings that decide the result of the run, as 64 hexadecimal digits: the identity of the run."""
     runtime: processes.Runtime
     console: Console
     stop_agreement: RankStopAgreement

@@ -42,8 +42,8 @@ def resolve_evaluation_interval(
 ) -> EvaluationInterval:
     """How often this run is evaluated (`evaluation.every_steps`), with `auto` computed from the sizes of run and held-out data.
 
-    With `auto`, sets `progress.evaluate_every`, so that a resumed run has the same number, and `built.substitutions`, which the
-    start screen shows. No collective.
+    If `auto` computes a number, sets `progress.evaluate_every`, so that a resumed run has the same one, and
+    `built.substitutions`, which the start screen shows. No collective.
     """
     configured_steps = config.evaluation.every_steps
     if configured_steps != AUTO:
