@@ -179,9 +179,8 @@ def replace_process_by_vllm(exported: ExportedModel, config: ServeConfig) -> NoR
     command = vllm_command(exported, config, with_middleware=True)
     assert command is not None  # `choose_engine` made sure
     environment = os.environ | vllm_environment(exported, config)
-    if (
-        config.python is not None
-    ):  # that Python does not see this environment's packages, and must import our middleware
+    # That Python does not see this environment's packages, and must import our middleware.
+    if config.python is not None:
         environment["PYTHONPATH"] = str(create_gateway_directory())
     print(f"computes in {compute_type_name(exported, config)} (serve.dtype)", flush=True)
     print(f"starting {as_shell_command(command)}", flush=True)

@@ -82,9 +82,10 @@ class ServedTextModel:
 def translate_request(path: str, request: dict[str, Any], served: ServedTextModel) -> dict[str, Any]:
     """Check the body of a request to an OpenAI address, and translate it to what the engine computes.
 
-    The engine is vLLM, SGLang or transformers' server. Fields at a value that changes nothing (`NEUTRAL_VALUES_BY_FIELD`) are
-    left out. {"messages": [...], "seed": 3, "n": 1} -> {"model": ..., "stream": False, "messages": [...], "seed": 3,
-    "temperature": 1.0, "max_tokens": ...}. Raises RefusedRequest for a field that the engine would ignore or cannot compute.
+    The engine is transformers' server; vLLM checks the fields of its requests itself. Fields at a value that changes nothing
+    (`NEUTRAL_VALUES_BY_FIELD`) are left out. {"messages": [...], "seed": 3, "n": 1} -> {"model": ..., "stream": False,
+    "messages": [...], "seed": 3, "temperature": 1.0, "max_tokens": ...}. Raises RefusedRequest for a field that the engine would
+    ignore or cannot compute.
     """
     # Each step moves its fields from `body` to `engine_body`: what is left at the end is unknown.
     body = {key: value for key, value in request.items() if value is not None and key not in IGNORED_FIELD_NAMES}

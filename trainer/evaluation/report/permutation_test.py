@@ -44,9 +44,8 @@ def family_p_values(
     chunks = []
     for begin in range(0, num_permutations, chunk_size):
         num_in_chunk = min(chunk_size, num_permutations - begin)
-        is_exchanged = rng.integers(0, 2, (num_in_chunk, len(rows))).astype(
-            float
-        )  # 1: the models' answers are exchanged
+        # 1 where the answers of the two models are exchanged.
+        is_exchanged = rng.integers(0, 2, (num_in_chunk, len(rows))).astype(float)
         chunks.append(_metric_differences_by_permutation(metrics, rows, other_rows, metric_functions, is_exchanged))
     by_chance = np.nan_to_num(np.concatenate(chunks))  # [permutations, metrics]
     observed_differences = np.nan_to_num(observed[0])  # [metrics]

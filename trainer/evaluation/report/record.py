@@ -152,9 +152,8 @@ def _metric_records(
     `values`: the metrics by name; a name may end in `/SOURCE`. {"accuracy": 0.8} -> {"accuracy": {"value": 0.8,
     "greater_is_better": true, "says": "share of ...", "low": 0.7, "high": 0.88}}, with `stderr` and `signature` if there are any.
     """
-    signatures = (
-        task.signatures()
-    )  # by metric: prompt, library versions and the like, which must be equal in a comparison
+    # By metric: prompt, library versions and the like, which must be equal in a comparison.
+    signatures = task.signatures()
     standard_errors = task.standard_errors(rows)
     # Reversed, so that of two metrics with the same name the first one is taken.
     metric_by_name = {metric.name: metric for metric in reversed(task.metrics_for(rows))}

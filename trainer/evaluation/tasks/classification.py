@@ -70,9 +70,8 @@ class ClassificationTask(Task):
 
         Raises RowError for a missing text, or a label that `options.labels` does not have.
         """
-        text_column = next(
-            (name for name in ("text", "sentence", "content") if name in case.fields), "text"
-        )  # for the error
+        # If the row has none of these columns, the error names "text".
+        text_column = next((name for name in ("text", "sentence", "content") if name in case.fields), "text")
         label = parse_label(case.fields.get("label"))
         known_labels = self.option_values["labels"]
         if known_labels is not None and label not in map(str, known_labels):

@@ -250,9 +250,8 @@ class Harness(Task):
                 errors.append(f"{name} {error:.4g}")
         if errors:
             yield f"standard errors as lm-eval computes them: {', '.join(errors)}"
-        slow_metrics = [
-            *self.weighted_metric_functions(rows)
-        ]  # a function of lm-eval computes each resample from scratch
+        # A function of lm-eval computes each resample of these from scratch.
+        slow_metrics = [*self.weighted_metric_functions(rows)]
         if slow_metrics:
             yield (
                 f"intervals of {', '.join(slow_metrics)}: {self.max_resamples} resamples at most, since they are slow to compute"
