@@ -205,7 +205,7 @@ def _forgetting_problems(config: RunConfig) -> Iterator[str]:
 def _general_text_problems(config: RunConfig, path: str) -> Iterator[str]:
     """Error messages for `challenges.forgetting.data`, the file `path` of plain text, which must exist on this machine."""
     key = "challenges.forgetting"
-    # The file becomes a task named GENERAL, which needs a language model's loss.
+    # The file becomes a task of this name, which needs a language model's loss.
     if GENERAL_TEXT_TASK in config.evaluation.tasks:
         yield f"evaluation.tasks.{GENERAL_TEXT_TASK}: is the name of the task that {key}.data makes; call yours otherwise"
     if (

@@ -63,9 +63,8 @@ class Trackers:
                 self._rows_file.log(metrics, step=step)
             except OSError as error:
                 raise StorageError(f"{self._rows_file.path}: cannot be written ({error}); free space") from error
-        tracked_metrics = (
-            metrics  # a run that began with the first edition of names has those of the file in its trackers
-        )
+        # A run that began with the first edition of names has those of the file in its trackers.
+        tracked_metrics = metrics
         if self._names_edition != FIRST_NAMES_EDITION:
             self._training_s += float(metrics.get("step_s") or 0.0)
             tracked_metrics = tracked_row(metrics, step=step, training_s=self._training_s, edition=self._names_edition)
