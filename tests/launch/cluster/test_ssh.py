@@ -140,7 +140,7 @@ def test_ssh_host_without_the_same_python_or_clone_is_reported(run, monkeypatch)
     with pytest.raises(NodesUnfit, match=r"alpha: has no /no/such/python, the Python that runs here"):
         run("0,0")
     monkeypatch.setattr(ssh_nodes.sys, "executable", "/usr/bin/python3")  # which has nothing of ours installed
-    monkeypatch.setattr(ssh_nodes, "ROOT", Path("/no/such/clone"))
+    monkeypatch.setattr(ssh_nodes, "CODE_DIRECTORY", Path("/no/such/clone"))
     with pytest.raises(NodesUnfit, match=r"beta: has no shardtune at /no/such/clone"):
         run("0,0")
 
