@@ -59,8 +59,8 @@ def expert_parallel_forward(
     row_experts, order = torch.sort(expert_indices.reshape(-1), stable=True)
     all_experts = torch.arange(module.num_experts, device=row_experts.device)
     ends = torch.searchsorted(row_experts, all_experts, right=True)
-    rows_by_expert = ends.diff(prepend=ends.new_zeros(1))
-    counts = share.row_count_source.row_counts(rows_by_expert, len(row_experts))
+    # The rows of each expert have no name here: it would keep their tensor alive while the experts compute.
+    counts = share.row_count_source.row_counts(ends.diff(prepend=ends.new_zeros(1)), len(row_experts))
 
     num_sent_rows = sum(counts.sent_to_rank)
     order = order[:num_sent_rows]  # without the choices that stand for no expert, which are sorted to the end
