@@ -18,9 +18,10 @@ VOLTA_CAPABILITY = (7, 0)
 CAPABILITIES_WITH_SMALL_SHARED_MEMORY = (((8, 6), (8, 9)), ((12, 0), (12, 1)))
 """Ranges of capabilities, (first, last), of GPUs whose multiprocessors have little shared memory."""
 MAX_FLASH_HEAD_SIZE = 256
-SMALLEST_UNSUPPORTED_FLASH_HEAD_SIZE, LARGEST_UNSUPPORTED_FLASH_HEAD_SIZE = 193, 224
-"""Sizes between which GPUs with little shared memory have no backward pass of flash attention; with dropout up to the largest."""
 """Largest size of a head for flash attention, in torch and in the package flash-attn. Sizes are multiples of 8."""
+SMALLEST_UNSUPPORTED_FLASH_HEAD_SIZE, LARGEST_UNSUPPORTED_FLASH_HEAD_SIZE = 193, 224
+"""Sizes between which GPUs with little shared memory have no backward pass of flash attention; with dropout up to
+`MAX_FLASH_HEAD_SIZE`."""
 AMD_BF16_ARCHITECTURES = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 """AMD's architectures with matrix units for bf16: MI100 and later, RDNA 3 and later."""
 

@@ -93,7 +93,7 @@ def write_and_verify_gguf(request: GgufRequest, directory: Path, *, verify: bool
         raise ConfigError(
             f"gguf={request.kind}: {directory} is an adapter, and this method cannot be merged into its base"
         )
-    # What ollama's template cannot do, such as tools; empty if nothing is missing.
+    # `missing_part`: what the Modelfile for Ollama lacks, and why; None if nothing.
     file, missing_part = write_gguf(directory, request.name, request.kind, request.converter)
     verdict = verify_gguf(file, request.kind) if verify else "not verified"
     print(f"gguf:   {file}, {file.stat().st_size:,} bytes; {verdict}")
@@ -204,9 +204,8 @@ def write_quantised(request: QuantisedRequest, directory: Path, data: PreparedDa
             calibration_rows.append(data.train.sample(index).input_ids[:MAX_DOCUMENT_TOKENS].tolist())
         compressor = Compressor(request.python, calibration_rows)
     split_name = "training" if data.evaluation is None else "held-out"
-    # The text says how much the loss rose.
-    folder, loss_text = write_quantised_model(directory, kind, samples, split_name, compressor)
-    print(f"{kind}: {folder}, {_weights_bytes(folder):,} bytes of {_weights_bytes(directory):,}; {loss_text}")
+    folder, cost = write_quantised_model(directory, kind, samples, split_name, compressor)
+    print(f"{kind}: {folder}, {_weights_bytes(folder):,} bytes of {_weights_bytes(directory):,}; {cost}")
     return folder
 
 
