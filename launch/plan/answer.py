@@ -215,7 +215,7 @@ def _best_choice_lines(answer: PlanAnswer, overrides: list[str]) -> list[str]:
         *_round_lines(best, job),
         *wrap_sentences(budget_and_price_lines(best, job), indent=0),
         *wrap_sentences(expert_parallel_notes(answer), indent=0),
-        *wrap_sentences(_slurm_signal_notes(answer, best), indent=0),
+        *wrap_sentences(_long_step_notes(answer, best), indent=0),
     ]
 
 
@@ -262,8 +262,8 @@ def _nothing_fits_lines(smallest: PlannedChoice) -> list[str]:
     )
 
 
-def _slurm_signal_notes(answer: PlanAnswer, best: PlannedChoice) -> list[str]:
-    """A note if a step and a checkpoint of the best choice take longer than SLURM leaves a job to save; else none."""
+def _long_step_notes(answer: PlanAnswer, best: PlannedChoice) -> list[str]:
+    """Notes if a step of the best choice is too long for `launcher.signal_lead_s` (of SLURM) or `run.timeout_s`; else none."""
     return long_step_notes(best.variant.config, best.step_time.total_s, checkpoint_s(answer, best))
 
 
@@ -384,7 +384,7 @@ def plan_as_json(answer: PlanAnswer, overrides: list[str], calibration_lines: tu
         "best": None if best is None else list(best.overrides),
         "checkpoint_gib": checkpoint_gib(answer, first),
         "checkpoint_s": checkpoint_s(answer, first),
-        "notes": [] if best is None else _slurm_signal_notes(answer, best),
+        "notes": [] if best is None else _long_step_notes(answer, best),
         "experts": {
             "imbalance": job.expert_imbalance,
             "imbalance_measured_over": job.imbalance_measured_over,

@@ -90,7 +90,7 @@ def describe_run(config: RunConfig) -> DryRunResult:
             num_trained=num_trained,
         ),
         *repetition_warning(global_batch, epochs, steps),
-        *_slurm_signal_warnings(config, built, samples),
+        *_long_step_warnings(config, built, samples),
         *memory.lines,
         *deferred_gradient_lines(config.strategy, num_trained, accumulation=accumulation),
     ]
@@ -123,8 +123,8 @@ def _gpu_kinds(config: RunConfig) -> set[str]:
     return gpu_kinds_of_job(slurm, partitions_of_job(slurm, query_partitions()))
 
 
-def _slurm_signal_warnings(config: RunConfig, built: BuiltModel, samples: SampledLengths) -> list[str]:
-    """Warnings if a step takes longer than SLURM gives a job to save; none if the GPUs of the job are not known."""
+def _long_step_warnings(config: RunConfig, built: BuiltModel, samples: SampledLengths) -> list[str]:
+    """Warnings if a step is too long for settings in seconds, such as `run.timeout_s`; none without SLURM and known GPUs."""
     if not isinstance(config.launcher, SlurmConfig):
         return []
     gpu_kinds = _gpu_kinds(config)

@@ -117,7 +117,7 @@ class _Calibration:
         """
         if rounds is None:
             self.uncalibrated_reasons.append(
-                "it has written no round after its first, so generation is estimated as without it"
+                "it has written no round after its first, so writing is estimated as without it"
             )
             return
         estimated_s = estimated_generation_s * rounds.longest_answer / max_generated_tokens(config.objective)
