@@ -30,7 +30,7 @@ EARLY_STOPPING_REMEDIES = ("more and other data", "a lower optim.lr", "tuning=lo
 
 
 class ChallengeDetectors:
-    """Runs all detectors on the evaluations and training losses of a run. Nothing here communicates but `begin`."""
+    """Runs all detectors on the evaluations and training losses of a run. Nothing here communicates but `prepare_detectors`."""
 
     def __init__(
         self,
