@@ -41,9 +41,8 @@ class SavedParameters(Mapping[str, Tensor]):
         self.checkpoint = checkpoint
         self._shapes = dict(shapes)
         self._schedule_free_beta = schedule_free_beta
-        self._index = read_index(
-            checkpoint, wait_until_visible=True
-        )  # where each saved tensor lies, by its name on disk
+        # Where each saved tensor lies, by its name on disk.
+        self._index = read_index(checkpoint, wait_until_visible=True)
         for name, shape in self._shapes.items():
             parts = self._index.get(f"{name}/{WEIGHT_KEY}")
             if parts is None or num_elements_of_parts(parts) != shape.numel():

@@ -19,9 +19,8 @@ def num_held_elements(step_module: nn.Module) -> int:
     over ranks count on each rank that holds them.
     """
     local_total = 0
-    full_counts = num_elements_by_name(
-        step_module
-    )  # of the full parameters, of packed ones the elements that they encode
+    # Of packed parameters, the elements that they encode are counted.
+    full_counts = num_elements_by_name(step_module)
     for name, parameter in named_parameters(step_module):
         local_numel, full_numel = _local_and_full_numel(parameter)
         share = expert_share_of_parameter(step_module, name)

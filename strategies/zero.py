@@ -275,9 +275,8 @@ class ZeroEngine:
         """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 
-        is_sharded = (
-            self.config.stage == 3
-        )  # under stages 1 and 2 each rank has full parameters, and parts of the masters
+        # Under stages 1 and 2 each rank has full parameters, and parts of the masters.
+        is_sharded = self.config.stage == 3
         if is_sharded:
             # An earlier forward pass may have left old values gathered.
             self.engine.optimizer.parameter_offload.partition_all_parameters()

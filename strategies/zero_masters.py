@@ -84,9 +84,8 @@ class Fp32Masters:
                     yield FlatRange(name, parameter.numel(), start=0, tensors_by_key=partition.narrow(0, 0))
                     continue
                 range_in_flat = fragment.hp_fragment_address  # high precision: in the flat fp32 master
-                range_in_parameter = (
-                    fragment.lp_fragment_address
-                )  # low precision: in the flattened bf16 or fp16 parameter
+                # Low precision: in the flattened bf16 or fp16 parameter.
+                range_in_parameter = fragment.lp_fragment_address
                 tensors = partition.narrow(range_in_flat.start, range_in_flat.numel)
                 yield FlatRange(name, parameter.numel(), range_in_parameter.start, tensors)
 

@@ -84,9 +84,8 @@ def copy_code(run_dir: Path, root: Path = CODE_DIRECTORY) -> Path:
 
 def newest_code_copy(run_dir: Path) -> Path | None:
     """The copy of the code in a run directory that was made or used last; None if there is none."""
-    manifests = (run_dir.absolute() / COPIES_DIRECTORY).glob(
-        f"[!.]*/{CODE_MANIFEST_FILE}"
-    )  # a dot begins an unfinished copy
+    # A dot begins the name of an unfinished copy.
+    manifests = (run_dir.absolute() / COPIES_DIRECTORY).glob(f"[!.]*/{CODE_MANIFEST_FILE}")
     newest = max(manifests, key=lambda path: path.stat().st_mtime_ns, default=None)
     return None if newest is None else newest.parent
 

@@ -93,9 +93,8 @@ def rewrite_config_with_own_choices(run_dir: Path, config: RunConfig) -> None:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); is it still there?") from error
     # The comments in the head: who wrote the file, the hash, and the overrides.
     header = "".join(line for line in content.splitlines(keepends=True)[:3] if line[0] == "#")
-    recorded_hash = CONFIG_SHA256_REGEX.search(
-        header
-    )  # of the settings that decide the run's result, as the file had them
+    # The hash of the settings that decide the run's result, when the file was written.
+    recorded_hash = CONFIG_SHA256_REGEX.search(header)
     # The file is loaded only if it must be, because that takes a tenth of a second. If it has all settings, its hash stays right.
     if recorded_hash is not None and not _is_complete_and_unedited(path, content, config, recorded_hash[1]):
         header = header.replace(recorded_hash[1], config_sha256(load_frozen_config(path)))

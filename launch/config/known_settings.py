@@ -34,9 +34,8 @@ def all_settings() -> dict[str, Setting]:
         group, _, key_in_group = keyed_field.key.partition(".")
         if group in groups_with_classes and not key_in_group:
             settings_by_key |= _settings_under_choices(group)
-        elif (
-            group not in groups_with_classes and not keyed_field.is_group
-        ):  # `is_group`: a block of settings, no setting
+        # A key that `is_group` is a block of settings, and no setting itself.
+        elif group not in groups_with_classes and not keyed_field.is_group:
             settings_by_key[keyed_field.key] = Setting(keyed_field.type)
     for key, setting in settings_by_key.items():
         # A setting that every choice of its group has needs none of them.

@@ -144,9 +144,8 @@ def _settings_with_outside_effect(config: RunConfig) -> dict[str, Any]:
     for key, value in flatten_settings(_with_undotted_names(settings_as_dict(config))).items():
         if value in EMPTY_VALUES or value == defaults.get(key):
             continue
-        if (
-            key.partition(".")[0] in GROUPS_OF_EACH_START
-        ):  # `run` and `launcher`, which are never taken from somebody's run
+        # The groups `run` and `launcher` are never taken from somebody's run.
+        if key.partition(".")[0] in GROUPS_OF_EACH_START:
             continue
         reach = reach_of(key)
         is_silent_tracker = reach is Reach.tracker and value in SILENT_TRACKER_MODES

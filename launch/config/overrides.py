@@ -63,7 +63,7 @@ class ParsedOverrides:
     problems: list[str] = field(default_factory=list)
     """A message for each override that cannot be used."""
     replaced_tables: set[str] = field(default_factory=set)
-    """Tables that were typed as a whole. Entries that an experiment or a run has in them are dropped."""
+    """Tables that were typed as a whole. Entries that a settings file, an experiment or a run has in them are dropped."""
     num_file_values: int = 0
     """How many of `values` come from the user's settings files. Those stand first; the others were set on the command line."""
     resets: list[tuple[str, str]] = field(default_factory=list)
@@ -86,8 +86,8 @@ class ParsedOverrides:
         Entries that were typed by themselves stay, such as `objective.rewards.maths.weight=2`.
         """
         self.replaced_tables.add(table)
-        # `objective.rewards=[maths]` as typed, `my.yaml: objective.rewards: [maths]` in a file.
-        list_regex = re.compile(rf"([^=]+: )?[+]*{re.escape(table)}\s*[=:]")
+        # A file has one list at most, since YAML refuses a key that comes twice: only those that were typed are looked for.
+        list_regex = re.compile(rf"[+]*{re.escape(table)}\s*=")
         self.values = [value for value in self.values if not list_regex.match(value.source_text)]
 
 

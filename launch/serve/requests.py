@@ -137,9 +137,8 @@ def _require_field(
     has_type = isinstance(value, expected_type) and (expected_type is bool or not isinstance(value, bool))
     if not has_type or (is_valid is not None and not is_valid(value)):
         value_text = json.dumps(value)
-        shown_value = (
-            value_text if len(value_text) < 60 else type(value).__name__
-        )  # a long text would hide the requirement
+        # A long text would hide the requirement.
+        shown_value = value_text if len(value_text) < 60 else type(value).__name__
         raise request_field_error(field_name, f"must be {requirement}, not {shown_value}")
     return value
 

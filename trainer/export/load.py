@@ -54,9 +54,8 @@ def load_export(
             add_adapter = _adapter_loading_function(settings_file, for_generation=for_generation)
             model = add_adapter(model, directory)
         model = model.eval()
-        is_peft_model = hasattr(
-            model, "get_base_model"
-        )  # not with virtual tokens for generation, nor with a bottleneck
+        # Models with virtual tokens, loaded for generation, and those with a bottleneck are none of peft's.
+        is_peft_model = hasattr(model, "get_base_model")
         if for_generation and is_peft_model:
             return model.get_base_model()
         return model

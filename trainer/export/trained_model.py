@@ -178,9 +178,8 @@ class ModelValues:
         if base_name in self.base.quantised_shapes:
             return self.base.full_tensor(base_name)
         shape = self._parameters[plain_name].shape
-        base_has_it = (
-            self.base.name_in_checkpoint(base_name) is not None
-        )  # under this name, or under one that transformers renames
+        # The base may store it under this name, or under one that transformers renames.
+        base_has_it = self.base.name_in_checkpoint(base_name) is not None
         if not base_has_it or self.base.shape(base_name) != tuple(shape):
             initial_values = self.model.source.read_slice(plain_name, shape, 0, shape.numel())
             return initial_values.view(shape).to(self.model.frozen_dtype)

@@ -85,9 +85,8 @@ def recording_routing(record: RoutingRecord) -> Iterator[RoutingRecord]:
 
 def count_expert_load(module: Any, expert_indices: Tensor) -> None:
     """Count the tokens of `expert_indices [positions, k]`, experts of `module`, if the pass is recorded. Waits for no device."""
-    if hasattr(
-        module, "row_in_routing_record"
-    ):  # the row itself, if read here, would compile a block anew for each layer
+    # Only whether there is a row is asked here: reading the row itself would compile a block anew for each layer.
+    if hasattr(module, "row_in_routing_record"):
         _Recording.note_expert_tokens(module, expert_indices)
 
 
@@ -118,9 +117,8 @@ def enable_token_counts(model: nn.Module) -> tuple[int, ...]:
     """
     modules: list[Any] = list(expert_modules_by_name(model).values())
     if modules:
-        _Recording.note_expert_tokens = torch.compiler.disable(
-            _count_tokens
-        )  # here, since it imports what takes a second
+        # Set here and not at import: `torch.compiler.disable` imports what takes a second.
+        _Recording.note_expert_tokens = torch.compiler.disable(_count_tokens)
     for row, module in enumerate(modules):
         module.row_in_routing_record = row
     return tuple(int(module.num_experts) for module in modules)

@@ -52,9 +52,8 @@ def predicted_cost(built: BuiltModel, record: RunRecord, optimizer: str, device_
     `record`: the run's record at the start. `optimizer`: such as `adamw`. `device_gib`: memory of this rank's device.
     """
     assert built.expected_bytes is not None
-    estimated_bytes = (
-        built.expected_bytes
-    )  # by arithmetic: of model state (parameters, gradients, optimizer) and activations
+    # By arithmetic: of model state (parameters, gradients, optimizer) and of activations.
+    estimated_bytes = built.expected_bytes
     simulated_step = record.must_fit
     if simulated_step is not None:  # more precise than the arithmetic
         memory_gib = simulated_step.live_gib

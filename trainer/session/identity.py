@@ -193,9 +193,8 @@ def _raise_on_all_ranks(error: ConfigError | StorageError | None, runtime: Runti
         return
     if error is not None:
         raise error
-    if (
-        first_failure.kind == StorageError.__name__
-    ):  # errors of other ranks travel as text, and are of one of two classes
+    # An error of another rank arrives as its class's name and its text. It is of one of two classes.
+    if first_failure.kind == StorageError.__name__:
         raise StorageError(first_failure.text)
     raise ConfigError(first_failure.text)
 

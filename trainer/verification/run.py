@@ -28,9 +28,8 @@ DOCUMENTS_PER_SAMPLE = 6
 def label_names_of_documents(config: RunConfig) -> list[str] | None:
     """Label names for the random documents: those of the settings, or made-up ones; None for objectives without labels."""
     family = objective_family(config.objective)
-    has_fixed_outputs = (
-        family.num_outputs is not None
-    )  # a score (reward models, regression), not one output for each label
+    # A fixed number of outputs are scores (reward models, regression): there are no labels then.
+    has_fixed_outputs = family.num_outputs is not None
     if family.kind is not ModelKind.classifier or has_fixed_outputs:
         return None
     settings: Any = config.objective

@@ -191,9 +191,8 @@ def _translate_settings(
     `tree`: the settings of the file, as read from YAML. `file_dir`: the directory of the file, from which relative paths start.
     `num_ranks`: the number of ranks of the run, None if it is not known.
     """
-    written_values = {
-        normalised_name(key): value for key, value in scalar_settings(tree).items()
-    }  # such as {"lr": "1e-4"}
+    # Such as {"lr": "1e-4"}.
+    written_values = {normalised_name(key): value for key, value in scalar_settings(tree).items()}
     defaults = _defaults_in_effect(conversion.trainer, written_values)
     other_trainer = OtherTrainerSettings({**defaults, **written_values}, num_ranks)
     if conversion.trainer == AXOLOTL and "adapter" not in written_values:

@@ -154,9 +154,8 @@ class _ListSplitter:
         num_elements = 0
         delimiter = b","
         while delimiter != b"]":
-            element, delimiter = (
-                self._next_element()
-            )  # `self.line` is still the line on which it begins, blanks included
+            # Afterwards `self.line` is still the line on which the element begins, blanks included.
+            element, delimiter = self._next_element()
             stripped_element = element.strip()
             if stripped_element:
                 num_elements += 1

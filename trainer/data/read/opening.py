@@ -198,9 +198,8 @@ def decompression_ratio(path: Path) -> float:
     decompressed_bytes = 0
     try:
         with open_binary(path) as file:
-            if (
-                suffix == ".zip"
-            ):  # small files may be larger in an archive, whose directory counts too: the ratio is below 1
+            # The directory of an archive counts too, so that small files may be larger in it: the ratio is then below 1.
+            if suffix == ".zip":
                 sizes = [entry.file_size for entry in zipfile.ZipFile(file).infolist()]
                 return sum(sizes) / max(1, path.stat().st_size)
             head = file.read(READ_BYTES)

@@ -312,9 +312,8 @@ def _leakage_tile(audit: Audit) -> Tile:
     num_documents = sum(leaks.num_leaked for leaks in all_leaks)
     num_prompts = sum(leaks.train["prompt"] for leaks in all_leaks)
     num_of_held_out_groups = sum(groups.in_training for groups in audit.groups.values())
-    are_leaks_kept = all(
-        leaks.policy in KEEPING_POLICIES for leaks in all_leaks
-    )  # `data.leakage.policy` is one for all
+    # All have the same policy, `data.leakage.policy`.
+    are_leaks_kept = all(leaks.policy in KEEPING_POLICIES for leaks in all_leaks)
     if num_of_held_out_groups and are_leaks_kept:
         note = f"training documents of a {audit.words['data.group_by']} that is held out too"
         advice = "data.leakage.policy=drop_train takes them out"

@@ -317,9 +317,8 @@ def _split_into_text_pieces(encoder: Encoder, sample: Sample, max_length: int) -
         return [truncate_sample(sample, max_length, num_tail_tokens=0)]
     length = len(sample.input_ids)
     begins = list(range(num_bos, length, piece_length))
-    if (
-        length - begins[-1] == 1
-    ):  # EOS alone would teach that texts are empty: it gets the last token of the piece before
+    # A last piece of EOS alone would teach that texts are empty: it gets the last token of the piece before.
+    if length - begins[-1] == 1:
         begins[-1] -= 1
     ends = [*begins[1:], length]
     bos_span = slice(num_bos)
