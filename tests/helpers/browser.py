@@ -11,6 +11,7 @@ While it is open `asyncio.run` cannot be used in this process, where playwright'
 """
 
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update"),
 )
 WIDTH, HEIGHT = 1200, 1000
+LIMIT_S = 15
 
 
 @dataclass
@@ -45,8 +47,14 @@ class Page:
         return self.tab.evaluate(script)
 
     def wait(self, script: str) -> None:
-        """Until an expression is true; playwright's TimeoutError where it never is."""
-        self.tab.wait_for_function(script)
+        """Until an expression is true; TimeoutError if it never is."""
+        # Not playwright's `wait_for_function`: from its second look on, it evaluates the expression in a frame of
+        # the page, where our pages forbid `eval`. It would fail whenever the first look comes too early.
+        deadline = time.monotonic() + seconds(LIMIT_S)
+        while not self.evaluate(script):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"never true in the page: {script}")
+            self.tab.wait_for_timeout(20)
 
     def click(self, selector: str) -> None:
         """The first element that a CSS selector, or `text=...`, names."""
@@ -188,7 +196,7 @@ class Browser:
             offline=True, viewport={"width": width, "height": HEIGHT}, color_scheme="dark" if dark else "light"
         )
         page = Page(context.new_page())
-        page.tab.set_default_timeout(1000 * seconds(15))
+        page.tab.set_default_timeout(1000 * seconds(LIMIT_S))
         page.tab.on("console", lambda said: page.errors.append(said.text) if said.type == "error" else None)
         page.tab.on("pageerror", lambda error: page.errors.append(str(error)))
         page.tab.on("request", lambda asked: page.requests.append(asked.url) if asked.url != address else None)

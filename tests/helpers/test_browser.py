@@ -22,3 +22,15 @@ def test_a_page_that_is_well_is_seen_to_be(browser, tmp_path):
     assert page.texts("p") == ["here"] and not page.errors and not page.requests
     page.screenshot(tmp_path / "well.png")
     assert (tmp_path / "well.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_waiting_looks_again_where_a_page_forbids_eval(browser, tmp_path):
+    late = tmp_path / "late.html"
+    policy = "default-src 'none'; script-src 'unsafe-inline'"
+    late.write_text(
+        f"<meta http-equiv='Content-Security-Policy' content=\"{policy}\"><title>t</title>"
+        "<script>setTimeout(() => { document.title = 'late'; }, 300)</script>"
+    )
+    page = browser.open(late)
+    page.wait("document.title === 'late'")
+    assert not page.errors
