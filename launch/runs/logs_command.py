@@ -267,7 +267,7 @@ class FollowedRun:
         """Whether the run has ended, and neither a job nor a launcher is known that would start it again."""
         from launch.runs.status import LOST
         from trainer.reporting.status import RunState
-        from trainer.session.lease import process_identity
+        from trainer.session.lease_owner import process_identity
 
         if run.state == RunState.done:
             return True

@@ -12,11 +12,11 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.session.lease import (
+from trainer.session.lease import latest_claim
+from trainer.session.lease_owner import (
     HEARTBEATS_PER_TIMEOUT,
     LeaseOwner,
     is_alive_here,
-    latest_claim,
     owner_of_this_process,
     process_identity,
 )

@@ -15,7 +15,7 @@ from launch.runs.queue import JobQueue, QueuedJob, unfinished_job_id
 from strategies import exit_codes
 from strategies.errors import ConfigError, ShardtuneError
 from trainer.reporting.status import RunState
-from trainer.session.lease import process_identity
+from trainer.session.lease_owner import process_identity
 
 SHARDTUNE_SCRIPT_TEXT = "trap 'stopped=1"
 """Text in the job scripts of shardtune, which handle TERM: the run saves and ends, and the job is not requeued."""

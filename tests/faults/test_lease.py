@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.runs import can_be_elsewhere, descendants, read, start_elsewhere, take_over, wait
 from tests.helpers.covering import whole
-from trainer.session.lease import LeaseOwner
+from trainer.session.lease_owner import LeaseOwner
 
 
 def test_a_second_run_on_this_host_is_refused_though_the_clock_went_back(runs):

@@ -23,8 +23,10 @@ from trainer.config.run import RunConfig
 from trainer.reporting.status import record_failure
 from trainer.session import announcements as telling
 from trainer.session import lease as lease_module
+from trainer.session import lease_owner as owner_module
 from trainer.session.attempt import Attempt, run_attempt
-from trainer.session.lease import Lease, LeaseLost, LeaseOwner, RunDirInUse, possible_owner_text
+from trainer.session.lease import Lease, LeaseLost, RunDirInUse, possible_owner_text
+from trainer.session.lease_owner import LeaseOwner
 from trainer.stopping.signals import StopRequest
 
 
@@ -80,7 +82,8 @@ PATIENCE_S = 60.0
 @pytest.fixture
 def another_host(monkeypatch):
     """Owners are judged by their heartbeats alone, as between hosts, which come twelve times a second."""
-    monkeypatch.setattr(lease_module, "process_identity", lambda pid: "")
+    monkeypatch.setattr(owner_module, "process_identity", lambda pid: "")
+    monkeypatch.setattr(owner_module, "HEARTBEATS_PER_TIMEOUT", 12 * PATIENCE_S)
     monkeypatch.setattr(lease_module, "HEARTBEATS_PER_TIMEOUT", 12 * PATIENCE_S)
 
 
@@ -99,7 +102,7 @@ def test_lease_between_hosts_is_decided_by_signs_of_life_only(tmp_path, another_
 
 HIDDEN = """
 import os, subprocess, time
-from trainer.session.lease import LeaseOwner, is_alive_here, process_identity, owner_of_this_process
+from trainer.session.lease_owner import LeaseOwner, is_alive_here, process_identity, owner_of_this_process
 def become(user):
     os.setgroups([])
     os.setgid(user)

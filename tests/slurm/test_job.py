@@ -24,7 +24,8 @@ from tests.helpers.models import tiny_model_dir
 from tests.launch.runs.made import stand_in_for_squeue
 from trainer.config.run import Preflight, RunConfig, RunSettings, SlurmConfig
 from trainer.reporting.status import record_failure, write_status
-from trainer.session.lease import RunDirInUse, owner_of_this_process
+from trainer.session.lease import RunDirInUse
+from trainer.session.lease_owner import owner_of_this_process
 
 
 @pytest.fixture

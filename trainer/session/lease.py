@@ -20,23 +20,24 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
-import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from strategies import atomic_io, shared_files
 from strategies.errors import ConfigError, NotRunOwner, Preempted, StorageError
+from trainer.session.lease_owner import (
+    HEARTBEATS_PER_TIMEOUT,
+    LeaseOwner,
+    is_alive_here,
+    owner_of_this_process,
+)
 
 CLAIM_FILE_REGEX = re.compile(r"(\d{6})\.json")  # 000007.json is the claim of the seventh attempt
-HEARTBEATS_PER_TIMEOUT = 12
-"""Heartbeats that an owner writes within the time after which it is taken for dead."""
 REMOVAL_CHECK_DELAY_S = 2.0
 """Seconds to wait before a second look at a directory that seems to be under removal. A new claim would only hinder `rm`."""
 SILENT_OWNER_VARIABLE = "SHARDTUNE_SILENT"
@@ -51,82 +52,11 @@ class LeaseLost(NotRunOwner, StorageError):
     """Another attempt took the directory over, or somebody deleted it."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LeaseOwner:
-    """The content of a claim: the attempt that made it. The fields are the keys of the JSON file."""
-
-    token: str = field(default_factory=lambda: uuid.uuid4().hex)
-    host: str = field(default_factory=socket.gethostname)
-    pid: int = field(default_factory=os.getpid)
-    process: str = ""
-    """Identity of the process on its host, from `process_identity`. No clock time is in it."""
-    job: str | None = None
-    task: str | None = None
-    """Array and task of the job, as scancel takes it."""
-    restart: int = 0  # how often SLURM has requeued the job
-    since: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
-    """Local time, to be read by people."""
-    beat_s: float = 10.0
-    """Seconds between two heartbeats."""
-
-    @property
-    def is_torn(self) -> bool:
-        """Whether the claim exists and cannot be read, since its host crashed while it was written."""
-        return self.token == ""
-
-    def describe(self) -> str:
-        """The attempt in words, for a message."""
-        start = f", start {self.restart}" if self.restart else ""
-        job = f", SLURM job {self.task or self.job}{start}" if self.job else ""
-        return f"process {self.pid} on {self.host}{job}, since {self.since}"
-
-
 class LatestClaim(NamedTuple):
     """The newest claim of a run directory: its number, 0 without any, and its owner, None if that attempt is over."""
 
     number: int
     owner: LeaseOwner | None
-
-
-def owner_of_this_process(lease_timeout_s: float) -> LeaseOwner:
-    """This process as the owner of a run directory: its host, process and SLURM job.
-
-    It promises a heartbeat so often that an owner without any for `lease_timeout_s` can be taken for dead. `task` is set only
-    for a job of an array, such as `4711_3`.
-    """
-    job = os.environ.get("SLURM_JOB_ID")
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    task = None
-    if job and array:
-        task = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}"
-    return LeaseOwner(
-        process=process_identity(os.getpid()),
-        job=job,
-        task=task,
-        restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
-        beat_s=lease_timeout_s / HEARTBEATS_PER_TIMEOUT,
-    )
-
-
-def process_identity(pid: int) -> str:
-    """`<boot id>/<namespace of process ids>/<start in ticks>` of a process of this host; empty if it does not exist any more.
-
-    Equal only for the same process: process ids are used again, but not with the same start.
-    """
-    if sys.platform != "linux":
-        return ""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-        # Fields of proc(5) behind the second one, the name in brackets, which may contain blanks.
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
-        state, *fields = stat.rpartition(")")[2].split()
-        if state in "ZX":  # a zombie or dead process holds nothing any more
-            return ""
-        namespace = os.stat("/proc/self/ns/pid").st_ino  # noqa: PTH116
-        start_ticks = fields[18]  # field 22, `starttime`
-        return f"{boot}/{namespace}/{start_ticks}"
-    except (OSError, IndexError):
-        return ""
 
 
 class Lease:
@@ -421,30 +351,6 @@ def _watch_owner_on_other_host(
             return f"{owner.describe()}, is running it"
     os.environ[SILENT_OWNER_VARIABLE] = f"{owner.token}:{first_beat}"
     return None
-
-
-def is_alive_here(owner: LeaseOwner, own: LeaseOwner) -> bool | None:
-    """Whether the owner is a living process of this host; None if this host cannot tell. `own`: the claim of this process."""
-    owner_identity = owner.process.split("/")  # boot id, namespace of process ids, start of the process
-    own_identity = own.process.split("/")
-    same_host = len(owner_identity) == 3 and owner_identity[:2] == own_identity[:2]
-    if not same_host:  # another host, the same one before a reboot, or another container
-        return None
-    identity_now = process_identity(owner.pid)  # empty if there is no such process, or /proc does not show it
-    if not identity_now and _is_process_of_other_user(owner.pid):
-        return None
-    return identity_now == owner.process
-
-
-def _is_process_of_other_user(pid: int) -> bool:
-    """Whether a process exists and is another user's: /proc may not show those (`hidepid`)."""
-    try:
-        os.kill(pid, 0)  # sends no signal, only checks that one could be sent
-    except PermissionError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def possible_owner_text(run_dir: Path) -> str | None:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tests.helpers.launching import ROOT
-from trainer.session.lease import LeaseOwner, process_identity
+from trainer.session.lease_owner import LeaseOwner, process_identity
 
 SQUEUE = """#!/bin/sh
 [ -z "$STANDIN_WAITS" ] || sleep "$STANDIN_WAITS"

@@ -15,7 +15,7 @@ from launch.runs import stop_command
 from launch.runs.job_record import record_job_end
 from launch.runs.queue import write_submitted_job_ids
 from tests.launch.runs.made import here, made, owned, stand_in_for_squeue, without_torch
-from trainer.session.lease import process_identity
+from trainer.session.lease_owner import process_identity
 
 READY = "import signal; signal.pthread_sigmask(signal.SIG_UNBLOCK, {15}); print(flush=True); input()"
 """A process that TERM ends, whatever the tests before it have blocked."""
