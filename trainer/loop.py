@@ -1,4 +1,4 @@
-"""The training loop. Start reading at `Trainer.fit`, then `train_step`; everything else is called from there."""
+"""The training loop. Start reading at `Trainer.fit`, then `train_step`. `loop_types.py` says what the loop is given."""
 
 from __future__ import annotations
 
@@ -74,13 +74,15 @@ class Trainer:
         )
         self.current_batch: StepBatch | None = None
         """The batch of the step being taken; None between steps."""
-        self._first_step = progress.step
         self._saved_progress = SavedProgress(progress)
         self._reported_checkpoint: WrittenCheckpoint | None = None
         """The last checkpoint whose cost stands in a row."""
 
     def fit(self) -> TrainingOutcome:
-        """Train to the end of the budget. All ranks must call. Raises Preempted after a saved stop, Diverged, StorageError."""
+        """Train to the end of the budget; returns what was measured and found. All ranks must call.
+
+        Raises Preempted after a save if any rank was asked to stop; Diverged, ReplicasDiffer, LimitExceeded or StorageError.
+        """
         # What a resumed run had measured before it was interrupted. Only rank 0 has read it.
         earlier = broadcast_object(self.metrics.earlier, self.meter.runtime)
         self._restore_earlier_results(earlier)
@@ -103,7 +105,7 @@ class Trainer:
         gc.collect()
         gc.freeze()
         evaluate_every = self.settings.evaluate_every if self.evaluators else 0
-        self._schedule = RunSchedule(self.settings.total_steps, self._first_step, time.perf_counter(), evaluate_every)
+        self._schedule = RunSchedule(self.settings.total_steps, self.progress.step, time.perf_counter(), evaluate_every)
         self.meter.start_clock(evaluation_s)
         try:
             while True:
@@ -115,25 +117,23 @@ class Trainer:
         finally:
             gc.unfreeze()  # this process may train again, so that the engine of this run must be freed
 
-    # -- before the first step -------------------------------------------------------------------------------------------
-
     def _restore_earlier_results(self, earlier: EarlierResults) -> None:
-        """Go on with what earlier starts of this run measured and found; `earlier` is empty at the first. All ranks must call."""
+        """Go on with what earlier starts of this run measured, read from its rows of metrics. All ranks must call."""
         self.outcome.metrics_before_training = earlier.metrics_before_training
         self.outcome.last_metrics = earlier.last_metrics
         self.outcome.last_row = earlier.last_row
         self._restore_guards_and_order()
-        has_measured_before = bool(earlier.last_row)
-        if has_measured_before:
+        if earlier.last_row:
             self.evaluation_monitor.restore_findings(self.progress)
         else:
             # A run may begin with the state of another one, which patience has ended: it counts its own evaluations.
             self.progress.stale_evaluations = 0
 
     def _evaluate_before_first_step(self) -> float:
-        """Measure the base model where findings compare with it, and the untrained model at step 0. All ranks must call.
+        """Measure the model before the first step, for later evaluations to be compared with. All ranks must call.
 
-        Returns the seconds that it took. Raises Preempted if the run was asked to stop meanwhile.
+        Detectors of forgetting ask the base model; with `evaluation.at_start`, a run at step 0 is evaluated too. Returns the
+        seconds of both. Raises Preempted if the run was asked to stop meanwhile.
         """
         began = time.perf_counter()
         try:
@@ -153,9 +153,10 @@ class Trainer:
             self._save_checkpoint()
 
     def _take_remaining_steps(self) -> None:
-        """Take steps, evaluate and save on schedule, until the budget is spent or evaluation ends the run. Raises RollBack.
+        """Take the steps that are left, and evaluate, log and save on schedule. Called again after a rollback.
 
-        All ranks must call. Raises Preempted, after a save, if any rank was asked to stop.
+        All ranks must call. Returns when the budget is spent or early stopping ends the run. Raises RollBack if a step stands
+        out, so that its samples are to be skipped; Preempted, after a save, if any rank was asked to stop.
         """
         total_steps = self.settings.total_steps
         self._make_up_interrupted_evaluation()
@@ -185,16 +186,17 @@ class Trainer:
         self._log_buffered_steps()
 
     def _batches_of_steps(self, num_steps: int) -> Generator[StepBatch, None, None]:
-        """Yield the loader's next `num_steps` batches. A signal during a round of generation saves and raises Preempted."""
+        """Yield the loader's next batches. While the model writes answers for one (`grpo`), a signal saves and raises Preempted."""
         try:
             yield from self.loader.steps(self.progress.samples, num_steps)
         except Interrupted:
             self._stop_for_signal()
 
     def train_step(self, batch: StepBatch) -> StepRecord:
-        """One optimizer step over a list of micro-batches. All ranks must call. Reads nothing from the device.
+        """Take one optimizer step: the gradients of all micro-batches of `batch`, then one update. All ranks must call.
 
-        Returns the numbers of the step, for the meter. `batch.totals["loss"]`: tokens (or sequences) with a loss, on all ranks.
+        Returns the step's numbers, still on the device, for the meter: a step waits for no number. `batch.totals["loss"]`: how
+        many tokens (or sequences) have a loss, all ranks together; the summed loss is divided by it.
         """
         settings = self.settings
         step = self.progress.step
@@ -205,13 +207,14 @@ class Trainer:
         local_sums = accumulate_gradients(self.engine, batch, seed_and_step=(settings.seed, step))
 
         lr_factor = lr_factor_at(settings.schedule, step, settings.total_steps)
-        # Decides, once the engine has the gradient norm, whether the update is left out.
+        # The engine asks it, once it has the gradient norm, whether to leave the update out because the step stands out
+        # (`guards.*`).
         update_filter = self.guards.update_filter(local_sums["loss"], batch.totals["loss"])
         step_result = self.engine.step(lr_factor, update_filter)
-
         self.guards.record_step(self.progress.samples)
         self._advance_progress(batch)
         self.current_batch = None
+        # Only logged: the optimizer multiplies rates of its own with `lr_factor`.
         lr = settings.lr * lr_factor
         return step_record(batch, local_sums, step_result, self.progress, lr=lr, epoch=self._epochs_done())
 
@@ -227,10 +230,8 @@ class Trainer:
         """Passes over the training data so far, as a fraction: 2.5 is the middle of the third."""
         return self.progress.samples / self.loader.order.num_units
 
-    # -- rollbacks -------------------------------------------------------------------------------------------------------
-
     def _restore_guards_and_order(self) -> None:
-        """Set the anomaly guards and the sample order to the step and the samples of `self.progress`."""
+        """Give the guards the last steps to compare the next ones with, and the sample order the samples to skip."""
         self.guards.restore_recent_steps(self.progress.recent_steps, self.progress.level_rows)
         self.guards.replicas.start_at(self.progress.step)
         # All samples that rollbacks left out so far, since `set_skipped` replaces the order's earlier list.
@@ -238,7 +239,7 @@ class Trainer:
         self.loader.order.set_skipped(skipped_ranges)
 
     def _roll_back(self, outlier: Outlier) -> None:
-        """Go back to a checkpoint from before the outlier and skip its samples from now on. All ranks must call.
+        """Go back to a checkpoint from before the step that stood out, and skip its samples from now on. All ranks must call.
 
         Raises Diverged if the run has gone back too often, LeaseLost if another attempt owns the run directory.
         """
@@ -247,12 +248,11 @@ class Trainer:
         self.guards.raise_if_diverged(
             self.progress.rollbacks + 1, self.progress.samples, self.loader.order.position_ranges
         )
-        # Loading the checkpoint overwrites the progress: what the run learned since is kept here.
+        # Loading the checkpoint overwrites the progress, so what the run has learned since is kept here.
         rollbacks = self.progress.rollbacks + 1
         skipped_samples = self.progress.skipped_samples + outlier.sample_ranges(
             self.progress.samples, self.loader.share.global_batch, self.loader.order.position_ranges
         )
-
         self._publish_pending_checkpoint()  # a checkpoint that is being written is of a step before this one
         checkpoint = self.checkpoints.roll_back(outlier.last_good_step)
         self.progress.overwrite_with(self.engine.load(checkpoint))  # in place: `self.outcome` holds the same object
@@ -264,22 +264,17 @@ class Trainer:
             self.progress.round_step = 0
         self.loader.restore(checkpoint)
         self._saved_progress.set_to_loaded_checkpoint(self.progress)
-
         # Now that the progress is whole: set everything that goes by it back to its step.
         self.guards.record_rollback(self.progress.step)
         self._restore_guards_and_order()
         self.metrics.rewind(self.progress.step)
         self.meter.restart_clock()
 
-    # -- what happens between steps ------------------------------------------------------------------------------
-
     def _log_buffered_steps(self) -> None:
-        """Read the metrics of the buffered steps from the device, and log those of each step. All ranks must call.
+        """Read the numbers of the steps since the last call from the device, and log them. All ranks must call.
 
-        - `guards.mark_outliers` raises RollBack, before anything is logged: the steps will be taken again.
-        - `_check_replicas` raises ReplicasDiffer, also without new steps.
-        - `loader.check_generated_answers` and `guards.raise_if_diverged` end the run after the metrics are logged, so that they
-          show why.
+        Raises RollBack before anything is logged, since the steps will be taken again; ReplicasDiffer, also without new steps;
+        Diverged after the metrics are logged, so that they show why.
         """
         metrics_of_steps = self.meter.flush()
         self.guards.mark_outliers(metrics_of_steps)
@@ -300,7 +295,7 @@ class Trainer:
         self.guards.raise_if_diverged(self.progress.rollbacks, self.progress.samples, self.loader.order.position_ranges)
 
     def _add_checkpoint_cost(self, metrics_of_steps: list[Row]) -> None:
-        """Add the seconds that the last checkpoint took to the metrics of the first step, once for each checkpoint."""
+        """Let the first of these rows also have the seconds that the last checkpoint took, once for each checkpoint."""
         checkpoint = self.checkpoints.last_published
         if checkpoint is None or checkpoint is self._reported_checkpoint:
             return
@@ -323,24 +318,20 @@ class Trainer:
             self.progress.best_step = best_step_before
 
     def _may_save_best(self, is_last: bool) -> bool:
-        """Whether an improvement is saved at once. A number of steps that a user gave says how often; `auto` rations it."""
+        """Whether a best evaluation is saved at once: always with a set number of `evaluation.every_steps`; `auto` rations it."""
         if not self.settings.intermediate_loss_only or (is_last and self.settings.save_final):
             return True
         return self.checkpoints.is_improvement_due()
 
-    def _evaluators_of_step(self, is_last: bool) -> list[Evaluator]:
-        """All evaluators; before the last step only that of the held-out loss, if the settings say so (may be none at all)."""
-        if not is_last and self.settings.intermediate_loss_only:
-            return intermediate_evaluators(self.evaluators)
-        return self.evaluators
-
     def _evaluate_and_record(self, is_last: bool) -> bool:
-        """Run the evaluators of this step, and record their metrics in the progress and the outcome. All ranks must call.
+        """Run the evaluators of this step, and record their results; returns whether the watched metric is the best so far.
 
-        If some were left out, and early stopping ends the run with this evaluation, then all run after all. Returns whether the
-        watched metric is the best so far; False without evaluators.
+        With `evaluation.every_steps=auto`, an evaluation before the last step measures the held-out loss alone. If early stopping
+        then makes this step the last one, all evaluators run after all. False without evaluators. All ranks must call.
         """
-        evaluators = self._evaluators_of_step(is_last)
+        evaluators = self.evaluators
+        if self.settings.intermediate_loss_only and not is_last:
+            evaluators = intermediate_evaluators(evaluators)
         if not evaluators:
             return False
         self._log_buffered_steps()
@@ -361,7 +352,7 @@ class Trainer:
         return improved
 
     def _make_up_interrupted_evaluation(self) -> None:
-        """Run the evaluation of this step if a stop interrupted it, and save its checkpoint again. All ranks must call."""
+        """Evaluate and save the step that a resumed run begins with, if a stop cut its evaluation off. All ranks must call."""
         if not self.progress.owes_evaluation or not self.evaluators:
             return
         is_last = self.progress.step == self.settings.total_steps
@@ -371,10 +362,10 @@ class Trainer:
         self._stop_if_finding_ends_run()
 
     def _evaluate(self, evaluators: list[Evaluator]) -> dict[str, float]:
-        """Run these evaluators, log their metrics, print and return them. All ranks must call.
+        """Run these evaluators; log, print and return their metrics, such as {"eval/loss": 1.93}. All ranks must call.
 
-        Returns the metrics by name, such as `eval/loss`, with those that the evaluation monitor adds. Raises Preempted if the run
-        was asked to stop meanwhile, ConfigError if a full evaluation lacks the metric that `evaluation.watch` names.
+        The detectors of overfitting and forgetting add metrics of their own. Raises Preempted if the run was asked to stop
+        meanwhile, ConfigError if a full evaluation lacks the metric that `evaluation.watch` names.
         """
         metrics: dict[str, float] = {}
         try:
@@ -390,13 +381,12 @@ class Trainer:
         self.metrics.log_tables(tables_of_evaluators(evaluators), step=step)
         shown = "  ".join(f"{name} {format_metric(value)}" for name, value in metrics.items())
         self.display.print_line(f"evaluation at step {step}:  {shown}")
-        is_full_evaluation = len(evaluators) == len(self.evaluators)
-        if is_full_evaluation:  # one of the held-out loss alone need not have the watched metric
+        if len(evaluators) == len(self.evaluators):  # one of the held-out loss alone need not have the watched metric
             raise_if_watched_metric_is_missing(self.settings.evaluation, metrics)
         return metrics
 
     def _stop_if_finding_ends_run(self) -> None:
-        """If a finding of the evaluation monitor ends the run with an error, save and raise LimitExceeded. All ranks must call.
+        """Save and raise LimitExceeded if a detector found what ends the run with an error. All ranks must call.
 
         A finding that ends the run as early stopping does raises nothing here: `_report_early_stop` ends the run.
         """
@@ -418,12 +408,14 @@ class Trainer:
         )
 
     def _report_early_stop(self) -> bool:
-        """Whether the run ends before its budget is spent. If so, prints why, and records it if patience ended the run."""
+        """Whether patience, or a finding of the detectors, ends the run before its budget is spent; then prints why.
+
+        Patience is recorded here; a finding was recorded when it was made.
+        """
         reason = self._early_stop_reason()
         if reason is None:
             return False
-        is_patience = self.evaluation_monitor.early_stopping_text() is None
-        if is_patience:
+        if self.evaluation_monitor.early_stopping_text() is None:
             self.evaluation_monitor.record_early_stopping(self.progress, reason)
         self.display.print_line(reason)
         return True
@@ -438,10 +430,8 @@ class Trainer:
             f"stopped at step {self.progress.step} of {self.settings.total_steps}; start the same run again to continue"
         )
 
-    # -- checkpoints ---------------------------------------------------------------------------------------------
-
     def _save_last_step(self) -> None:
-        """Save the last step if `save_final` says so, or the export reads it and no checkpoint has it. All ranks must call."""
+        """Save the last step if it must stay (`save_final`), or if the export needs it. All ranks must call."""
         self._publish_pending_checkpoint()
         if self.settings.save_for_export and not self.checkpoints.has_checkpoint_of(self.progress.step):
             # A run can have begun from the last step of another one, which counts as saved.
@@ -454,10 +444,10 @@ class Trainer:
         self._publish_pending_checkpoint()
 
     def _save_checkpoint(self, *, must_succeed: bool = True, replaces_older: bool = True) -> None:
-        """Log the buffered steps, publish the pending checkpoint, and write one of this step, if there is none yet.
+        """Log the buffered steps, publish a checkpoint that is still being written, and begin one of this step if there is none.
 
-        Without `must_succeed` it is only begun, and may fail. Without `replaces_older`, no older one is deleted for it. All ranks
-        must call.
+        `must_succeed`: wait until it is complete, and raise StorageError if it fails; else training goes on meanwhile, and it may
+        fail. `replaces_older`: whether older ones may be deleted for it. All ranks must call.
         """
         self._log_buffered_steps()
         self._publish_pending_checkpoint()  # only one may be under way
@@ -480,7 +470,7 @@ class Trainer:
         self.meter.restart_clock()
 
     def _publish_pending_checkpoint(self) -> None:
-        """Publish the checkpoint that is pending, if there is one. All ranks must call."""
+        """Wait for a checkpoint that is being written beside training, and give it its final name. All ranks must call."""
         if self.checkpoints.pending_step is not None:
             self.require_run_dir_ownership()
             has_succeeded = self.checkpoints.publish_pending()
@@ -492,7 +482,10 @@ class Trainer:
         self._saved_progress.record_save_outcome(self.progress, has_succeeded, is_pending=is_pending)
 
     def _check_replicas(self, *, now: bool = False) -> None:
-        """Compare the weights of the replicas if that is due, or `now`. Raises ReplicasDiffer. All ranks must call."""
+        """Compare the copies of the weights that ranks hold, if that is due, or `now`. Raises ReplicasDiffer.
+
+        All ranks must call.
+        """
         try:
             self.guards.replicas.check_replicas(self.engine, self.progress.step, now=now)
         except ReplicasDiffer:
