@@ -186,7 +186,7 @@ class Trainer:
         self._log_buffered_steps()
 
     def _batches_of_steps(self, num_steps: int) -> Generator[StepBatch, None, None]:
-        """Yield the loader's next batches. While the model writes answers for one (`grpo`), a signal saves and raises Preempted."""
+        """Yield the next batches. While the model writes answers for one (`grpo`), a signal saves and raises Preempted."""
         try:
             yield from self.loader.steps(self.progress.samples, num_steps)
         except Interrupted:

@@ -60,7 +60,11 @@ class LatestClaim(NamedTuple):
 
 
 class Lease:
-    """Ownership of a run directory by this process; rank 0 has it for its run. Use it as a context, or `release` it."""
+    """Ownership of a run directory by this process, so that no two attempts write into it. Rank 0 holds it while its run lives.
+
+    Use it as a context, or call `release`. A thread writes the heartbeats, and looks whether another attempt took the directory
+    over.
+    """
 
     def __init__(
         self,
@@ -96,12 +100,16 @@ class Lease:
         on_loss: Callable[[], None] = lambda: None,
         on_run_dir_renamed: Callable[[Path], None] = lambda run_dir: None,
     ) -> Lease:
-        """Claim the directory: make `lease/000008.json`, if 7 is the number of the newest claim and its owner is dead or done.
+        """Claim a run directory for this process: make `lease/000008.json`, if the newest claim is 7 and its owner is dead or
+        done.
 
-        Waits up to `lease_timeout_s` if only time tells whether the last owner lives. `on_loss` is called, by another thread,
-        when the directory turns out to be another attempt's or deleted. `on_run_dir_renamed` is called, by any thread, with the
-        new path when it was renamed. Raises RunDirInUse, with the owner, if one lives; Preempted if `stop` says so;
-        StorageError if the directory cannot be written.
+        Waits up to `lease_timeout_s` if only time tells whether the last owner lives.
+
+        `stop`: asked while it waits; True ends the wait with Preempted.
+        `on_loss`: called by another thread when the directory turns out to be another attempt's, or deleted.
+        `on_run_dir_renamed`: called by any thread with the new path after a rename.
+
+        Raises RunDirInUse, with the owner, if one lives, and StorageError if the directory cannot be written.
         """
         own = owner_of_this_process(lease_timeout_s)
         directory = run_dir / "lease"
@@ -134,14 +142,14 @@ class Lease:
         return self.run_dir / "lease"
 
     def check(self) -> None:
-        """Raise LeaseLost if the directory is not this attempt's any more. To be called before anything is published."""
+        """Raise LeaseLost if the directory is not this attempt's any more. To be called before anything is published there."""
         if self._loss_reason is None:
             self._loss_reason = self._find_loss_reason()
         if self._loss_reason is not None:
             raise LeaseLost(f"run.dir={self.run_dir}: {self._loss_reason}; this attempt ends and writes nothing more")
 
     def release(self) -> None:
-        """Mark this attempt as over, so that the next one need not wait."""
+        """Mark this attempt as over (`000007.over`), so that the next one need not wait for heartbeats to stop."""
         self._released.set()
         self._thread.join()
         if self._loss_reason is None and self._find_loss_reason() is None:
@@ -156,12 +164,14 @@ class Lease:
         self.release()
 
     def _find_loss_reason(self) -> str | None:
-        """Why the run directory is lost, that is not this attempt's any more; None if it is not lost.
+        """Why this attempt no longer owns its run directory, as a part of a sentence; None if it does.
 
-        Also makes a claim again that somebody deleted, and follows a rename. A directory that cannot be read counts as lost only
-        after so long without a heartbeat (HEARTBEATS_PER_TIMEOUT intervals) that others may take this attempt for dead.
+        For example "process 812 on node-3, since 2026-01-05 10:00:00 took it over". Also makes a claim again that somebody
+        deleted, and follows a rename. A directory that cannot be read counts as lost only after HEARTBEATS_PER_TIMEOUT intervals
+        without a heartbeat: others may take this attempt for dead by then.
         """
         try:
+            # The thread of heartbeats and the main thread both look; only one of them may make a claim again.
             with self._look_lock:
                 return self._check_or_restore_claim()
         except OSError as error:
@@ -171,7 +181,9 @@ class Lease:
             return f"unreadable for {silent_s:.0f} s ({error.strerror})"
 
     def _check_or_restore_claim(self) -> str | None:
-        """Why the directory is not this attempt's any more; None if it is. Raises OSError if it cannot be read.
+        """Look whether the directory is still this attempt's; returns why it is not, or None.
+
+        Raises OSError if it cannot be read.
 
         - The claim exists: None, unless another attempt has made a later one.
         - It is missing and the directory was deleted: that is the reason.
@@ -206,6 +218,7 @@ class Lease:
 
     def _find_renamed_run_dir(self) -> Path | None:
         """The current path of the run directory, which somebody may have renamed; None if it was deleted."""
+        # An open handle follows the directory whatever its name is.
         run_dir = self._directory_handle.find_directory()
         if run_dir is not None and not (run_dir / "config.yaml").exists():  # `rm -r` may be running
             atomic_io.disk.sleep(REMOVAL_CHECK_DELAY_S)
@@ -215,11 +228,12 @@ class Lease:
     def _restore_claim(self, latest_number: int, latest_owner: LeaseOwner | None) -> str | None:
         """Make this attempt's missing claim again; returns None, or why the directory is now another attempt's.
 
-        `latest_number` and `latest_owner` are those of the latest claim in the directory, in the order of the cases:
+        `latest_number`, `latest_owner`: of the latest claim in the directory; number 0 without any, owner None if that attempt is
+        over. Cases, in order:
 
-        - this attempt's own claim: nothing is missing;
-        - this attempt's claim, torn by a crash: written again;
-        - a later claim of an attempt that is over by now, or a claim of an owner that may live: the directory is lost;
+        - this attempt's own claim: nothing is missing.
+        - this attempt's claim, torn by a crash of the host: written again.
+        - a later claim of an attempt that is over by now, or a claim of an owner that may live: the directory is lost.
         - none, or one of a dead owner: the claim is made again.
         """
         claim_path = _claim_path(self.directory, self.number)
@@ -239,13 +253,17 @@ class Lease:
                 return f"{latest_owner.describe()} took it over"
 
         self.directory.mkdir(exist_ok=True)
+        # False if the file exists: another process made it at the same moment.
         if not shared_files.claim_shared_file(claim_path, content, self.owner.token):
             return "another attempt took it over"
         print(f"{self.directory}: was emptied by somebody; the run's claim is made again", flush=True)
         return None
 
     def _write_heartbeats(self) -> None:
-        """Body of the thread: write a heartbeat and check the claim, in turns, until the lease is released or lost."""
+        """Body of the lease's thread: show other attempts that this one lives, and check its claim, until it is released or lost.
+
+        A heartbeat is a count in `000007.beat` that grows; others compare counts, since clocks of hosts may differ.
+        """
         count = 0
         while True:
             count += 1
@@ -267,7 +285,10 @@ class Lease:
 
 
 def latest_claim(directory: Path) -> LatestClaim:
-    """The newest claim in `directory` (`<run>/lease`). An attempt that is over has left a file such as `000007.over`."""
+    """Find the newest claim in `directory` (`<run>/lease`), to see who owns a run directory, or who owned it last.
+
+    A claim is a file such as `000007.json`; an attempt that is over has left `000007.over` too, and counts as no owner.
+    """
     try:
         names = atomic_io.disk.names(directory)
     except (FileNotFoundError, NotADirectoryError):
@@ -290,9 +311,11 @@ def latest_claim(directory: Path) -> LatestClaim:
 
 
 def raise_if_run_dir_is_in_use(run_dir: Path, lease_timeout_s: float, stop: Callable[[], bool] = lambda: False) -> None:
-    """Raise RunDirInUse if a living attempt, that is another process that trains this run, owns the directory.
+    """Raise RunDirInUse if another process trains this run now.
 
-    Raises Preempted if `stop` says so while it waits, and StorageError if the directory cannot be read.
+    An attempt is one start of a run; it owns the directory while it lives. Waits up to `lease_timeout_s` if only heartbeats tell
+    whether the last attempt lives. Raises Preempted if `stop` says so meanwhile, and StorageError if the directory cannot be
+    read.
     """
     try:
         living = living_owner_text(run_dir, lease_timeout_s, stop)
@@ -303,7 +326,7 @@ def raise_if_run_dir_is_in_use(run_dir: Path, lease_timeout_s: float, stop: Call
 
 
 def living_owner_text(run_dir: Path, lease_timeout_s: float, stop: Callable[[], bool] = lambda: False) -> str | None:
-    """The living owner of the directory, in words; None if the directory may be claimed.
+    """The living owner of a run directory, in words for an error ("process 812 on node-3, ..."); None if it may be claimed.
 
     The cases in order, the cheap ones first: nobody has a claim; it is an earlier start of this SLURM job; its process is, or
     was, on this host; it is on another host. In the last case, its heartbeats are watched for up to `lease_timeout_s`, or until
@@ -317,6 +340,7 @@ def living_owner_text(run_dir: Path, lease_timeout_s: float, stop: Callable[[], 
     is_earlier_start = bool(owner.job) and owner.job == own.job and owner.restart < own.restart
     if is_earlier_start:  # SLURM requeues a job only when its last start has ended
         return None
+    # None if this host cannot see the process, as one of another host.
     is_alive = is_alive_here(owner, own)
     if is_alive is not None:
         return f"{owner.describe()}, is running it" if is_alive else None
@@ -326,9 +350,10 @@ def living_owner_text(run_dir: Path, lease_timeout_s: float, stop: Callable[[], 
 def _watch_owner_on_other_host(
     run_dir: Path, number: int, owner: LeaseOwner, lease_timeout_s: float, stop: Callable[[], bool]
 ) -> str | None:
-    """What `living_owner_text` says of the owner of claim `number`, by whether the count in its file of heartbeats still grows.
+    """Wait to see whether the owner of claim `number`, a process that this host cannot see, still writes heartbeats.
 
-    If another attempt claims the directory meanwhile, that one is looked at in turn.
+    Returns the owner in words if it lives, else None. If another attempt claims the directory meanwhile, that one is looked at in
+    turn. Raises Preempted if `stop` says so.
     """
     directory = run_dir / "lease"
     first_beat = _read_heartbeat_count(directory, number)
@@ -349,12 +374,16 @@ def _watch_owner_on_other_host(
             return living_owner_text(run_dir, lease_timeout_s, stop)
         if _read_heartbeat_count(directory, number) != first_beat:
             return f"{owner.describe()}, is running it"
+    # Child processes, such as the ranks of a launcher, inherit the answer and need not wait for it again.
     os.environ[SILENT_OWNER_VARIABLE] = f"{owner.token}:{first_beat}"
     return None
 
 
 def possible_owner_text(run_dir: Path) -> str | None:
-    """The attempt that may own the directory now that this host's own has ended, in words; None if none does. Does not wait."""
+    """The attempt that may still own a run directory after this host's own process has ended, in words; None if none does.
+
+    Does not wait for heartbeats, so an owner on another host counts as possible.
+    """
     _, owner = latest_claim(run_dir / "lease")
     if owner is None or is_alive_here(owner, owner_of_this_process(1)) is False:
         return None
@@ -376,7 +405,10 @@ def _json_bytes(claim: dict[str, Any]) -> bytes:
 
 
 def _read_claim(directory: Path, number: int) -> LeaseOwner | None:
-    """The owner in claim `number`; None without that file. One that a crash tore has an owner that `is_torn`. Errors: OSError."""
+    """Read who made claim `number`; None without that file. A file that a crash tore gives an owner that `is_torn`. Errors:
+
+    OSError.
+    """
     try:
         owner = LeaseOwner(**json.loads(shared_files.read_shared_file(_claim_path(directory, number))))
         # The pid is printed in a command for the user to paste: a claim that somebody forged may have any text there.

@@ -45,10 +45,10 @@ class LeaseOwner:
 
 
 def owner_of_this_process(lease_timeout_s: float) -> LeaseOwner:
-    """This process as the owner of a run directory: its host, process and SLURM job.
+    """Describe this process as it would own a run directory: its host, its process and its SLURM job.
 
-    It promises a heartbeat so often that an owner without any for `lease_timeout_s` can be taken for dead. `task` is set only
-    for a job of an array, such as `4711_3`.
+    `lease_timeout_s`: seconds without a heartbeat after which others take it for dead; it promises one in a twelfth of that time.
+    `task` of the result is set only in a job array, such as `4711_3`.
     """
     job = os.environ.get("SLURM_JOB_ID")
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
@@ -59,15 +59,16 @@ def owner_of_this_process(lease_timeout_s: float) -> LeaseOwner:
         process=process_identity(os.getpid()),
         job=job,
         task=task,
+        # SLURM counts how often it has requeued the job, so that a later start knows an earlier one.
         restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
         beat_s=lease_timeout_s / HEARTBEATS_PER_TIMEOUT,
     )
 
 
 def process_identity(pid: int) -> str:
-    """`<boot id>/<namespace of process ids>/<start in ticks>` of a process of this host; empty if it does not exist any more.
+    """Identify a process of this host for good: process ids are used again, but not with the same boot and start time.
 
-    Equal only for the same process: process ids are used again, but not with the same start.
+    Returns "<boot id>/<namespace of process ids>/<start in ticks>"; empty if the process is gone, or on systems other than Linux.
     """
     if sys.platform != "linux":
         return ""
@@ -86,7 +87,10 @@ def process_identity(pid: int) -> str:
 
 
 def is_alive_here(owner: LeaseOwner, own: LeaseOwner) -> bool | None:
-    """Whether the owner is a living process of this host; None if this host cannot tell. `own`: the claim of this process."""
+    """Whether the owner of a claim is a living process of this host; None if this host cannot tell.
+
+    `own`: what a claim of this process would say; boot and namespace of process ids are compared with it.
+    """
     owner_identity = owner.process.split("/")  # boot id, namespace of process ids, start of the process
     own_identity = own.process.split("/")
     same_host = len(owner_identity) == 3 and owner_identity[:2] == own_identity[:2]
