@@ -54,6 +54,9 @@ class TrainStep(nn.Module):
             return self._forward(batch)
 
     def _forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The objective's terms for one micro-batch, as {name: sum over the micro-batch}, with the losses of routers if there are
+        any.
+        """
         if self.added_losses is None:
             return self.objective.terms(self.model, batch)
         # The pass before a step's first backward pass that only counts what the routers choose (`objectives/step_totals.py`).
@@ -71,10 +74,11 @@ class TrainStep(nn.Module):
         self.plan.further_units += [*outermost_blocks(model, block_classes), model]
 
     def shard_units(self) -> list[nn.Module]:
-        """The architecture's repeated blocks, in forward order; outermost only. Not those of reward models.
+        """The blocks that an engine shards and gathers one at a time: the architecture's repeated layers, in forward order.
 
-        A block that shares a parameter with a module outside it is left out: embeddings that the head is tied to, or a block
-        that several layers use. Such a parameter can be sharded only once, with the root module.
+        Outermost blocks only, and none of a reward model, which has units of its own. A block that shares a parameter with a
+        module outside it is left out: embeddings that the head is tied to, or a block that several layers use. Such a parameter
+        can be sharded only once, with the root module.
         """
         of_reward_models = {id(part) for part in self.reward_models.modules()}
         blocks = [block for block in outermost_blocks(self, self._block_classes) if id(block) not in of_reward_models]
@@ -83,9 +87,10 @@ class TrainStep(nn.Module):
 
 
 def outermost_blocks(module: nn.Module, class_names: set[str]) -> list[nn.Module]:
-    """The modules of these classes that are inside no other module of them, in the order of the model.
+    """Find the repeated layers of a model, which are sharded as units: modules of these classes that are inside no other such
+    module.
 
-    `class_names`: such as {"LlamaDecoderLayer"}.
+    `class_names`: such as {"LlamaDecoderLayer"}. In the order of the model.
     """
     blocks: list[nn.Module] = []
     inside_blocks: set[int] = set()
@@ -103,7 +108,10 @@ def _num_places_by_parameter(module: nn.Module) -> Counter[int]:
 
 
 def _keeps_parameters_to_itself(block: nn.Module, places_of_whole_model: Counter[int]) -> bool:
-    """Whether every place of the whole model that holds a parameter of `block` is inside it."""
+    """Whether no module outside `block` holds one of its parameters, as tied embeddings do: then it can be sharded by itself.
+
+    `places_of_whole_model`: by the `id()` of a parameter, how many modules of the whole model hold it.
+    """
     places_in_block = _num_places_by_parameter(block)
     return all(count == places_of_whole_model[parameter_id] for parameter_id, count in places_in_block.items())
 
@@ -176,9 +184,9 @@ class BuiltModel:
         return self.attention_layout.notes
 
     def base_weights(self, directory: Path) -> BaseWeights:
-        """The values of the base as it is trained on, read from the model files in `directory`.
+        """The reader of the base model's values as the run trains on them, from the model files in `directory`.
 
-        That is with the adapters of `model.adapters` merged, and with the weights of `quantised_shapes` packed.
+        It merges the adapters of `model.adapters` into them, and packs those that are stored quantised.
         """
         return BaseWeights(
             directory,

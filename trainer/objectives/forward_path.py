@@ -81,8 +81,13 @@ class ProvenPaths:
 def proven_paths(hf_config: Any, build: Callable[[], nn.Module], attention: str, *, on_gpu: bool) -> ProvenPaths:
     """Which forward passes of an architecture are right: from this host's cache, else tested now, which takes about a second.
 
-    A result is written to the cache, unless no small copy of the model could be run: that may be different next time.
-    `hf_config`: transformers' configuration. `build` makes its model on meta. `attention`: the kernel for documents in one row.
+    A path is a way of running a batch: whether documents share a row without padding, and whether the output head computes the
+    loss itself. Tests compare it with transformers' own model on a small copy.
+
+    `hf_config`: transformers' configuration.
+    `build`: makes its model on the meta device.
+    `attention`: the kernel for documents in one row.
+    `on_gpu`: whether to test in bfloat16 on this host's GPU, instead of on the CPU.
     """
     # Hosts with other cards may share the cache, and packages come and go. False: proven on a CPU, whatever card there is.
     gpu_and_versions = [repr(gpu_of_device(torch.device("cuda"))), kernel_versions()] if on_gpu else False
@@ -100,7 +105,10 @@ def proven_paths(hf_config: Any, build: Callable[[], nn.Module], attention: str,
 
 
 def _paths_from_cache(stored: dict[str, Any]) -> ProvenPaths:
-    """The proven paths of a cached JSON object. Errors: KeyError, TypeError for other fields than today's."""
+    """Read back the proven paths that an earlier start has cached as JSON.
+
+    Raises KeyError or TypeError for other fields than today's.
+    """
     fields = dict(stored)
     for key in ("padding_free", "padded"):
         if fields[key] is not None:
@@ -125,9 +133,10 @@ def _prove_paths(hf_config: Any, build: Callable[[], nn.Module], attention: str,
 
 @contextmanager
 def reproducible_on_cpu() -> Iterator[None]:
-    """Within it torch draws the same numbers on the CPU each time; afterwards random state and default type are as before.
+    """A context in which torch draws the same numbers on the CPU each time, so that a proof does not depend on when it is made.
 
-    The state of a GPU is not ours to change. The default type may be set by the code of a model.
+    Afterwards random state and default type are as before: the code of a model may change the type. The state of a GPU is left
+    alone.
     """
     rng_state = torch.random.get_rng_state()
     default_dtype = torch.get_default_dtype()
@@ -145,12 +154,14 @@ def _first_runnable_proof(hf_config: Any, meta_model: Any) -> _Proof:
 
 
 def on_small_copy(hf_config: Any, meta_model: nn.Module, compute: Callable[[Any, torch.dtype], Result]) -> Result:
-    """What `compute(small configuration, type)` returns for the first small copy of a model for which it does not fail.
+    """Try a test on small copies of a model, and return what `compute(small configuration, type)` gives for the first that does
+    not fail.
 
     Each copy is tried in float64, and in float32 if that fails, since the code of some models fixes a type. If all fail, raises
-    the first error. `hf_config`: transformers' configuration. `meta_model`: its model on meta.
+    the first error. `hf_config`: transformers' configuration. `meta_model`: its model on the meta device.
     """
     first_error: Exception | None = None
+    # Packages of GPU kernels would be chosen if they can be imported, and fail on a CPU.
     with without_kernel_packages():
         for small_config in small_copies(hf_config, meta_model):
             for dtype in (torch.float64, torch.float32):
@@ -172,7 +183,10 @@ def error_line(error: Exception) -> str:
 
 
 def refuse_unfit_copy(hf_config: Any, meta_model: nn.Module, small_config: Any, small_model: nn.Module) -> None:
-    """Raise NotShrinkable if a small copy is too large to run, or lacks a kind of layer that the model has; both on meta."""
+    """Raise NotShrinkable if a small copy would prove nothing: too large to run, or without a kind of layer that the model has.
+
+    Both models are on the meta device.
+    """
     num_elements = sum(parameter.numel() for parameter in small_model.parameters())
     if num_elements > MAX_COPY_ELEMENTS:
         raise NotShrinkable(f"a small copy would have {num_elements:,} elements")
@@ -234,9 +248,10 @@ class _Proof:
         return torch.from_numpy(longest.input_ids.astype(np.int64))[None]
 
     def _is_causal(self, stock: Any) -> bool:
-        """Whether the logits of a document stay the same when its last token changes. `stock`: in evaluation mode.
+        """Whether no token of the small copy sees what follows it: the logits before the last token stay the same when that
+        changes.
 
-        Raises NotShrinkable if the logits are not finite.
+        `stock`: transformers' own model in evaluation mode. Raises NotShrinkable if the logits are not finite.
         """
         ids = self._longest_document_ids()
         # Change the last token alone, to the next id: in a causal model the logits before it stay as they were. Ids below
@@ -252,7 +267,8 @@ class _Proof:
         return bool(torch.allclose(logits, changed_logits, rtol=MAX_RELATIVE_DIFFERENCE, atol=MAX_RELATIVE_DIFFERENCE))
 
     def _differs_in_training_mode(self, stock: Any) -> bool:
-        """Whether one of two passes in training mode differs from evaluation, although dropout is 0: then it draws at random.
+        """Whether the model draws at random in training although dropout is 0, as some routers do: two passes are compared with
+        evaluation.
 
         Takes `stock` in evaluation mode, and leaves it in training mode.
         """
@@ -267,12 +283,15 @@ class _Proof:
         )
 
     def _loss_and_gradients(self, stock: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """(the summed loss of the documents, each in a pass of its own; its gradients by parameter). `stock`: transformers' own
-        model, on which other paths are measured.
+        """What the tested paths must give: the summed loss of the documents, each in a pass of its own, and its gradients by
+        parameter.
+
+        `stock`: transformers' own model.
         """
         loss = torch.zeros((), dtype=torch.float64)
         for document in self.documents:
             ids = torch.from_numpy(document.input_ids.astype(np.int64))
+            # -100: no target, which cross-entropy leaves out.
             targets = torch.where(torch.from_numpy(document.supervised[1:]), ids[1:], -100)
             logits = stock(input_ids=ids[None], use_cache=False).logits[0, :-1]
             loss = loss + F.cross_entropy(logits.double(), targets, reduction="sum")
@@ -282,9 +301,8 @@ class _Proof:
     def find_paths(self, attention: str, *, on_gpu: bool) -> ProvenPaths:
         """Find for both layouts of rows the fastest forward path that computes what transformers' own does.
 
-        A path: whether the output head computes the loss, and whether the model is given positions. Each is tried on a small
-        copy of the model. `attention` is the kernel for padding-free rows; padded ones have SDPA, or eager attention if SDPA is
-        not right.
+        A path says whether the output head computes the loss, and whether the model is given positions. `attention`: the kernel
+        for rows without padding. Padded ones have SDPA, or eager attention if SDPA is not right.
         """
         padding_free, reason = self._fastest_correct_path(Layout.padding_free, attention, on_gpu=on_gpu)
         for padded_attention in ("sdpa", "eager"):
@@ -302,10 +320,10 @@ class _Proof:
         )
 
     def _sequence_problem(self, path: ForwardPath | None, reason: str) -> str | None:
-        """Why rows may not be cut along the sequence, so that ranks share them; None if they may. Compared on the CPU.
+        """Why rows may not be cut along the sequence, so that several ranks share each; None if they may. Compared on the CPU.
 
-        `path` is the one that is proven for documents in one row; None if none is, for the given `reason`. What is compared: the
-        states of a whole row with those of its slices. If that fails on several documents in a row, it is done on a row with one
+        `path`: the one that is proven for documents in one row; None if none is, for the given `reason`. The states of a whole
+        row are compared with those of its slices. If that fails on several documents in a row, it is done on a row with one
         document, whose reason tells a user more.
         """
         if path is None:
@@ -327,11 +345,11 @@ class _Proof:
                 return failure
 
     def _compare_slices(self, path: ForwardPath, row: dict[str, Any]) -> str | None:
-        """Why a model computes other states on slices of a row than on the whole row; None if they agree.
+        """Compare the states that the model computes on a whole row with those on slices of it; returns how they differ, or None.
 
-        Builds the small copy with a stand-in for attention, in which each token sees itself alone; then runs it on the whole row
-        and on slices, and compares the states. If they differ, something but attention lets tokens see each other, and ranks
-        cannot share a row. `path`: how the row goes through the model.
+        The small copy gets a stand-in for attention in which each token sees itself alone. If slices still give other states,
+        something but attention lets tokens see each other, and ranks cannot share a row. `path`: how the row goes through the
+        model.
         """
         attention = sequence_proof.register_token_local_attention()  # known to transformers as TOKEN_LOCAL_ATTENTION
         model = self._build(sequence_proof.TOKEN_LOCAL_ATTENTION, self.dtype)
@@ -350,10 +368,11 @@ class _Proof:
         return sequence_proof.sequence_problem(hidden_states, row, attention)
 
     def _fastest_correct_path(self, layout: Layout, attention: str, *, on_gpu: bool) -> tuple[ForwardPath | None, str]:
-        """(the fastest path that is correct, empty text), or (None, why the fastest path is not correct).
+        """Find the fastest forward path whose loss and gradients are those of the stock model; returns (path, "") or (None, why
+        not).
 
-        A path is correct if its loss and gradients agree with the stock model's in one of the types that are tried: the code of
-        some models runs in one type alone. Running out of GPU memory is raised: it proves nothing.
+        It need agree in one type only, since the code of some models runs in one alone. Running out of GPU memory is raised: it
+        proves nothing.
         """
         paths = list(FORWARD_PATHS)  # the fastest first
         if layout is Layout.padding_free:  # only positions tell the model where a document begins
@@ -386,7 +405,11 @@ class _Proof:
         return self._compare_with_stock(layout, path, attention, dtype)
 
     def _compare_with_stock(self, layout: Layout, path: ForwardPath, attention: str, dtype: torch.dtype) -> str:
-        """How a path's loss or gradients differ from the stock model's, with the kernels that can be imported now; or ""."""
+        """Compare a path's loss and gradients with those of transformers' own model; returns a sentence on the difference, or "".
+
+        Whatever kernels can be imported now are used. Gradients may differ more than the tolerance if the stock model's own
+        rounding is as large.
+        """
         tolerance = MAX_DIFFERENCE_IN_HALF if dtype is torch.bfloat16 else MAX_RELATIVE_DIFFERENCE
         loss, gradients = self._loss_and_gradients_on_path(layout, path, attention, dtype)
         difference = abs(loss - float(self.stock_loss)) / float(self.stock_loss)
@@ -400,7 +423,9 @@ class _Proof:
     def _loss_and_gradients_on_path(
         self, layout: Layout, path: ForwardPath, attention: str, dtype: torch.dtype
     ) -> tuple[float, dict[str, Tensor]]:
-        """(the summed loss of all documents on a path, its gradients by parameter); in bfloat16 on the GPU, else on the CPU."""
+        """Compute the summed loss of all documents on a path, and its gradients by parameter: in bfloat16 on the GPU, else on the
+        CPU.
+        """
         # Build the model on this path, with the stock model's weights.
         in_half = dtype is torch.bfloat16
         model = self._build(attention, dtype)
@@ -426,7 +451,9 @@ class _Proof:
         return float(loss), _gradients_by_name(unwrap_adapter(model))
 
     def _gradient_distance(self, gradients: dict[str, Tensor]) -> float:
-        """Norm of the difference to the stock model's gradients, over the norm of these; a missing gradient counts as zero."""
+        """How far gradients are from the stock model's: norm of the difference over the norm of these; a missing gradient counts
+        as zero.
+        """
         norms = []
         distances = []
         for name, expected in self.stock_gradients.items():
@@ -449,10 +476,10 @@ class _Proof:
 
 
 def error_on_tokens_alone(meta_model: Any) -> str:
-    """The error that a model (on meta) raises if it is given a row of tokens and nothing else; empty if it accepts it.
+    """Why a model cannot be trained on texts alone: the error that it raises if it is given a row of tokens and nothing else.
 
-    A decoder that reads another model's states raises one, for example. Only ValueError and TypeError count: others come from
-    tensors that have no values on meta.
+    `meta_model`: on the meta device. Empty if it accepts them. A decoder that reads another model's states raises one, for
+    example. Only ValueError and TypeError count: others come from tensors that have no values on meta.
     """
     try:
         meta_model.train()(input_ids=torch.zeros(1, 23, dtype=torch.int64, device="meta"), use_cache=False)

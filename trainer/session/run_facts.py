@@ -88,16 +88,18 @@ class RunParts:
 
 
 def build_run_record(config: RunConfig, checked_facts: Mapping[str, Any], run_parts: RunParts) -> RunRecord:
-    """The record that becomes `run.json` before the first step, with a prediction of the run's cost. All ranks must call.
+    """Build the record that becomes `run.json` before the first step, with a prediction of what the run will cost.
 
-    `checked_facts`: fields of the record that were known before the model was built.
+    All ranks must call.
+
+    `checked_facts`: fields of the record that were known before the model was built, such as what the run was compared by.
     """
     record = _run_record_without_prediction(config, checked_facts, run_parts)
     built = run_parts.built
     runtime = run_parts.runtime
     prediction = predicted_cost(built, record, str(config.optim.name), device_memory_gib(runtime))
     loader = run_parts.loader
-    # A unit is what a batch counts: a document, a pack, or a pair of answers.
+    # A unit is what a batch counts: a document, a pack of documents in one row, or a pair of answers.
     tokens_per_micro_batch = float(loader.unit_tokens.mean()) * config.batch["micro"]
     prediction.exchanged_bytes = expected_bytes_by_collective(
         built, config.strategy, run_parts.precision, runtime, loader.accumulation, tokens_per_micro_batch
@@ -109,7 +111,10 @@ def build_run_record(config: RunConfig, checked_facts: Mapping[str, Any], run_pa
 def _run_record_without_prediction(
     config: RunConfig, checked_facts: Mapping[str, Any], run_parts: RunParts
 ) -> RunRecord:
-    """The record of a run as it is built, without the prediction of its cost. All ranks must call."""
+    """Collect the facts of a run as it is built: sizes, batch, precision, model files, data and versions. All ranks must call.
+
+    The prediction of its cost is added by the caller.
+    """
     runtime = run_parts.runtime
     precision = run_parts.precision
     built = run_parts.built
@@ -118,7 +123,9 @@ def _run_record_without_prediction(
     resumed_from = run_parts.resumed_from
     tflops, tflops_source = reference_tflops(config.logging.reference_tflops, runtime.device)
     mean_tokens = float(loader.unit_tokens.mean())
+    # The share of tokens with a loss. In an encoder-decoder model they are those that the decoder processes.
     supervised_share = float(data.train.num_supervised.sum()) / max(1, int(data.train.lengths.sum()))
+    # The adapter that training goes on with (`tuning.from`); other methods than adapters have no such setting.
     first_adapter = getattr(config.tuning, "from_", None)
     tuning_from = None
     if first_adapter is not None:
@@ -153,6 +160,7 @@ def _run_record_without_prediction(
         base_model=config.model.path,
         base_commit=base_commit(config),
         quantisation=None if built.scheme is None else str(built.scheme),
+        # A packed weight with three axes has the matrices of several experts.
         quantised_experts=sum(len(shape) == 3 for shape in built.quantised_shapes.values()),
         folded_adapters={path: adapter_sha256(path) for path in config.model.adapters},
         tuning_from=tuning_from,
@@ -183,7 +191,7 @@ def _run_record_without_prediction(
 def _expert_parallel_lines(
     config: RunConfig, built: BuiltModel, precision: Precision, runtime: Runtime
 ) -> list[str] | None:
-    """The lines on the start screen about expert parallelism; None if experts are not distributed over ranks."""
+    """The lines on the start screen about how experts are distributed over ranks; None if they are not (`parallel.experts=1`)."""
     if config.parallel.experts == 1:
         return None
     num_replicas = replica_count(config.strategy, runtime.world_size, runtime.num_hosts)
@@ -192,9 +200,12 @@ def _expert_parallel_lines(
 
 
 def _packed_weight_facts(source: WeightSource, runtime: Runtime) -> dict[str, Any] | None:
-    """Facts of the packed copy of a quantised base, for `run.json`: its directory, its bytes, what each rank packed now.
+    """Facts, for `run.json`, of the packed copy of a quantised base, which later runs on this machine read instead of packing
+    again.
 
-    `not_kept` says why the copy is not kept; empty if it is. None without quantisation. All ranks must call.
+    For example {"directory": "/cache/packed/ab12", "bytes": 734003200, "packed_now": [112, 0], "not_kept": ""}. `packed_now`: how
+    many weights each rank has packed in this start. `not_kept`: why the copy is not kept; empty if it is. None without
+    quantisation. All ranks must call.
     """
     cache = source.checkpoint.packed_cache
     if cache is None:
@@ -211,11 +222,13 @@ def _packed_weight_facts(source: WeightSource, runtime: Runtime) -> dict[str, An
 
 
 def _unused_weight_facts(source: WeightSource) -> dict[str, Any] | None:
-    """Facts, for `run.json`, of the checkpoint's weights that the architecture has no parameter for; None if there are none.
+    """Facts, for `run.json`, of stored weights that the architecture has no parameter for, such as a further head's.
 
-    `weights`: how many. `first`: the names of the first five. `kept_in_export`: how many of them a whole export copies.
+    `weights`: how many. `first`: the names of the first five. `kept_in_export`: how many of them an export of the whole model
+    copies. None if every weight has its parameter.
     """
     conversions = source.checkpoint.conversions
+    # `left_out`: names of the weights that are not loaded; `carried`: those among them that an export copies unchanged.
     unused_names = conversions.left_out()
     if not unused_names:
         return None
@@ -226,17 +239,17 @@ def _unused_weight_facts(source: WeightSource) -> dict[str, Any] | None:
 def _substitutions(
     config: RunConfig, model_substitutions: Mapping[str, str], precision: Precision, runtime: Runtime
 ) -> dict[str, str]:
-    """Notes by setting on what the run uses instead of the configured value: for `auto`, or where the value is not possible.
+    """Collect what the run uses instead of a configured value, as notes by setting: for `auto`, or where a value is not possible.
 
-    An example: `precision`: `auto -> bf16 (on cuda)`. `model_substitutions`: those made while the model was built.
+    For example {"precision": "auto -> bf16 (on cuda)"}. `model_substitutions`: those that were made while the model was built.
     """
     substitutions = {**config.substitutions, **model_substitutions}
     if config.precision is Precision.auto:
         substitutions["precision"] = f"auto -> {precision} (on {runtime.device.type})"
-    # Only `auto` leaves such a note, here or in the launcher. On GPUs it means bf16, unless one of them cannot compute in it.
+    # Only `auto` leaves such a note, here or in the launcher. On GPUs, `auto` means bf16 unless one of them cannot compute in it.
     if "precision" in substitutions and runtime.device.type == "cuda" and precision is not Precision.bf16:
         substitutions["precision"] = f"auto -> {precision} (not all GPUs of this run have bf16 in hardware)"
-    if runtime.matmul is None:  # on GPUs; an earlier start may have been on CPUs
+    if runtime.matmul is None:  # on GPUs; an earlier start, on CPUs, may have left the note
         substitutions.pop(MATMUL_KEY, None)
     elif runtime.matmul.library is not settled_matmul(config):
         choice = runtime.matmul
@@ -247,16 +260,19 @@ def _substitutions(
 
 
 def model_flops_per_token(built: BuiltModel, mean_length: float, answer_share: float) -> float:
-    """Floating-point operations of the model for one token, forward and backward.
+    """Count the floating-point operations of the model for one token, forward and backward; speed as MFU is computed from them.
 
-    `mean_length`: tokens of a document. `answer_share`: the share of all tokens that the decoder of an encoder-decoder model
-    processes.
+    Matrices count with the elements that a token is multiplied with; frozen ones need no gradient of their own.
+
+    `mean_length`: tokens of a document on average; attention grows with it.
+    `answer_share`: the share of all tokens that the decoder of an encoder-decoder model processes.
     """
     width, num_blocks = width_and_num_blocks(built.base_on_meta)
     matmul_elements = 0.0
     trained_matmul_elements = 0.0
     full_count_by_name = num_elements_by_name(built.step_module)
     for name, parameter in named_parameters(built.step_module):
+        # A rank may hold a part of the parameter alone, or nothing of it.
         shape = _full_shape(built, name, parameter)
         is_lookup = built.tuning.base_name(name) in built.vocabulary_parameters and not _multiplies_as_head(built, name)
         if len(shape) < 2 or is_lookup:  # norms, biases and embedding look-ups multiply nothing
@@ -275,7 +291,7 @@ def model_flops_per_token(built: BuiltModel, mean_length: float, answer_share: f
 
 
 def _full_shape(built: BuiltModel, name: str, parameter: Tensor) -> tuple[int, ...]:
-    """The shape of a parameter before it was sharded, dealt to ranks or quantised."""
+    """The shape of a parameter as the model defines it, whatever of it this rank holds: sharded, dealt to ranks or packed."""
     base_name = built.tuning.base_name(name)
     if base_name in built.quantised_shapes:
         return built.quantised_shapes[base_name]
@@ -289,12 +305,16 @@ def _full_shape(built: BuiltModel, name: str, parameter: Tensor) -> tuple[int, .
 def _elements_per_token(
     built: BuiltModel, name: str, shape: tuple[int, ...], num_elements: float, answer_share: float
 ) -> float:
-    """How many of a matrix's elements one token is multiplied with, on average over the tokens of both sides.
+    """How many of a matrix's elements one token is multiplied with, on average over all tokens.
 
-    - Of experts, `[experts, ...]`: those of the experts that are chosen for a token.
+    - Of experts, `[experts, ...]`: those of the experts that the router chooses for a token.
     - Of an encoder-decoder model: each side processes its own tokens only, the decoder `answer_share` of all.
+    - Of any other: all of them.
+
+    `shape`: before sharding. `num_elements`: the elements of the whole parameter.
     """
     text_config = text_model_config(built.config)
+    # transformers' models name it differently; None without experts.
     experts_per_token = getattr(text_config, "num_experts_per_tok", None) or getattr(text_config, "moe_topk", None)
     if len(shape) == 3 and isinstance(experts_per_token, int):
         num_experts = shape[0]
@@ -326,7 +346,7 @@ def repetition_warning(global_batch: int, epochs: float, steps: int) -> list[str
 
 
 def start_screen_text(record: RunRecord) -> str:
-    """The lines on the screen before step 0: sizes, batch arithmetic, memory, what was resolved and accepted."""
+    """Write the lines that a run shows before its first step: sizes, batch, memory, and what was resolved and accepted."""
     sharding = record.sharding
     least_held = min(sharding.held_per_rank)
     most_held = max(sharding.held_per_rank)
@@ -434,10 +454,12 @@ def outcome_record(outcome: TrainingOutcome) -> RunOutcome:
 def model_facts(
     config: RunConfig, record: RunRecord, outcome: TrainingOutcome, step: int, tokens: int, run_dir: Path
 ) -> ModelFacts:
-    """The facts from which the documents of the exported model are written.
+    """Collect the facts from which the documents of the exported model, such as its model card, are written.
 
-    Its weights are of the checkpoint of `step`, after training on `tokens` tokens. All are read from the run directory, but
-    `record` stands for its `run.json`, which is written later.
+    `step`, `tokens`: of the checkpoint whose weights are exported; tokens that it was trained on.
+    `record`: stands for `run.json`, which gets the outcome later than these documents are written.
+
+    Everything else is read from the run directory.
     """
     ended_record = replace(
         record, outcome=outcome_record(outcome), energy=energy_of_run(run_dir), challenges=outcome.findings_by_detector
@@ -447,5 +469,6 @@ def model_facts(
     facts.step = step
     facts.tokens = tokens
     facts.metrics_at_step = held_out_metrics_at_step(run_dir, step)
+    # The SHA-256 of the checkpoint's manifest: it identifies the weights. Looked for in the second directory of checkpoints too.
     facts.artefact = manifest_sha256_at_step(run_dir, facts.step, config.checkpoint.fallback_dir)
     return facts
