@@ -76,7 +76,7 @@ GIVE_TASK_FILE_ADVICE = "Give the task a file of its own (evaluation.tasks.NAME.
 def evaluate_worker(config: RunConfig, job: EvaluationJob, job_dir: Path) -> None:
     """Evaluate as one rank of the job that the environment describes; rank 0 writes the report into `job.report_dir`.
 
-    Raises what ended it. `job_dir` has the records of the processes, apart from those of a run.
+    `job_dir`: has the records of the processes (status, logs), apart from those of a run. Raises what ended the evaluation.
     """
     with open_rank_of_job(job_dir, config.run.lease_s) as (request, attempt):
         _evaluate(config, job, job_dir, request, attempt)
@@ -153,9 +153,10 @@ def _build_model(
     precision: Precision,
     runtime: processes.Runtime,
 ) -> tuple[Engine, BuiltModel, Precision]:
-    """(the engine, the model in it, the precision that it computes in). All ranks must call.
+    """Build the model to evaluate: (the engine, the model in it, the precision that it computes in). All ranks must call.
 
-    A model whose files are quantised computes in their type; any other in `precision`, and is read where `local_config` says.
+    A model whose files are quantised computes in their type; any other in `precision`. `local_config`: names the copy of the
+    model's files on this node, if there is one.
     """
     if quantising_library(config.model.path) is not None:
         return build_quantised_for_evaluation(config, tokenizer, data, runtime)
@@ -175,8 +176,12 @@ def _evaluate_test(
 ) -> None:
     """Measure a checkpoint on the run's test documents, and let rank 0 record and count that. All ranks must call.
 
-    `engine_and_model`: with the weights of before the training. Errors: ConfigError without test documents, StorageError,
-    Preempted, those of rewards.
+    Each such evaluation is counted, since whoever chooses by test metrics has no test documents left.
+
+    `engine_and_model`: with the weights of before the training; the checkpoint is loaded here.
+    `job_dir`: for the result, and for log-probabilities of the initial model if the loss compares with it.
+
+    Errors: ConfigError without test documents, StorageError, Preempted, those of rewards.
     """
     engine, built = engine_and_model
     if data.test is None or len(data.test) == 0:
@@ -254,11 +259,14 @@ class _EvaluationData:
         choose_date: ChooseDate | None = None,
         print_line: PrintLine = print_on_rank_0,
     ) -> PreparedData:
-        """Prepare what `data.path` names; or open the data of the evaluated run, and set `record` and `accepted_differences`.
+        """Give an evaluation its data: what `data.path` names, or what the evaluated run was trained on.
 
-        Of a run, its own documents are read only if a task or `split=test` asks for them; else a stand-in gives the shapes. Its
-        objective in `config` is replaced by the one that this data goes with. Raises ConfigError or DataError if the data cannot
-        be prepared, DataError if the run's own rows are missing.
+        Of a run, its own documents are read only if a task or `split=test` asks for them; else a stand-in of one document gives
+        the model its shapes. Sets `record` and `accepted_differences`, and replaces the objective in `config` by the one that
+        this data goes with. Raises ConfigError or DataError if the data cannot be prepared, DataError if the run's own rows are
+        missing.
+
+        `choose_date`: settles which date a chat template writes as today's.
         """
         if self.job.data_run is None:
             return prepare_data(config, tokenizer, stop=stop, choose_date=choose_date, print_line=print_line)
@@ -297,7 +305,7 @@ def _set_total_steps_of_optimizer_hooks(
     runtime: processes.Runtime,
     recorded_steps: int | None,
 ) -> None:
-    """Tell a tuning method that changes with the step (such as AdaLoRA) how many steps the run had.
+    """Tell a tuning method whose parameters change with the step (such as AdaLoRA's ranks) how many steps the run had.
 
     - No such method: nothing to do.
     - The run recorded its steps (`recorded_steps`): those.
@@ -323,12 +331,13 @@ def _connect_server(
 ) -> ServedModel:
     """Connect to the model of `evaluation.server`, which is sent tokens of `model.path`'s tokenizer. Loads no weights.
 
-    The length of the context is `model.positions`, or what the model's config.json says.
-    Raises ConfigError if the server cannot be used.
+    `stop_now`: asked on all ranks while answers are awaited. Raises ConfigError if the server cannot be used.
     """
     model_config = read_config(config.model.path) or {}
     text_config = model_config.get("text_config") or {}  # of a model for text and images
+    # The length of the context: as set, or as config.json says it.
     positions = config.model.positions or _max_positions_of(model_config) or _max_positions_of(text_config)
+    # What turns rows of tasks into tokens, with the run's chat template.
     encoder = TaskContext.from_settings(config.data, config.objective, settled_template_date(config)).build_encoder(
         tokenizer
     )
@@ -341,7 +350,10 @@ def _max_positions_of(settings: dict[str, Any]) -> int | None:
 
 
 def _report_head(config: RunConfig, job: EvaluationJob, precision: str, runtime: processes.Runtime) -> dict[str, Any]:
-    """The head of the report: the model, how and where it was evaluated, and versions of libraries."""
+    """The head of an evaluation's report, as JSON values: the model, how and where it was evaluated, and versions of libraries.
+
+    `job.accepted`: differences between model and checkpoint that the user has accepted, as lines.
+    """
     # With an accepted difference, such as another base, the weights are not those of the checkpoint.
     is_checkpoint_of_run = job.checkpoint is not None and not job.accepted
     return {
@@ -374,8 +386,10 @@ def _write_report(
 ) -> tuple[dict[str, Any], dict[str, LoggedTable]]:
     """Compute intervals and comparisons, and write the report's files; rank 0 alone. Returns (report, tables of rows by name).
 
-    `models`: the evaluated model under `TUNED`, and the base under `BASE` if the job asked for it. Raises ConfigError for an
-    earlier report that cannot be read, StorageError if a file cannot be written.
+    `models`: the evaluated model under `TUNED`, and the base under `BASE` if the job asked for it.
+    `job.report`: an earlier report to compare with; `job.gate`: whether to list what became worse.
+
+    Raises ConfigError for an earlier report that cannot be read, StorageError if a file cannot be written.
     """
     bootstrap = Bootstrap(config.evaluation.resamples, config.evaluation.resample_seed)
     model = models[TUNED]
@@ -426,7 +440,7 @@ class ComparedResult(NamedTuple):
 def _compared_result(
     task: Task, base: EvaluatedModel | None, earlier: EarlierEvaluation | None
 ) -> ComparedResult | None:
-    """The result in a task of the base, or of an earlier report; None if it did not run the task."""
+    """What the compared model reached in a task: the base, or the model of an earlier report; None if it did not run the task."""
     if base is not None:
         return ComparedResult(base.rows[task.name], base.metrics[task.name])
     if earlier is None or task.name not in earlier.report["tasks"]:

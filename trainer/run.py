@@ -80,10 +80,13 @@ WriteConfig = Callable[[Path, RunConfig], None]
 
 
 def train_as_rank(config: RunConfig, run_dir: Path | None, config_sha256: str, write_config: WriteConfig) -> None:
-    """Train as one rank of the job that the environment describes; raises what ended the run, and records it.
+    """Train as one rank of the job that the environment describes: the whole of a run, as `shardtune train` starts it.
 
-    `run_dir` is needed on rank 0 only, which calls `write_config` with what the run chooses itself. `config_sha256`: hash of the
-    configuration.
+    Raises what ended the run, after recording it.
+
+    `run_dir`: needed on rank 0 only.
+    `config_sha256`: hash of the configuration, which all ranks compare.
+    `write_config`: called on rank 0 with what the run chooses itself, such as the micro-batch.
     """
     with open_rank_of_job(run_dir, config.run.lease_s) as (request, attempt):
         if attempt.lease is not None:  # rank 0, which owns the run directory
@@ -103,9 +106,9 @@ def _run(
     attempt: Attempt,
     write_config: WriteConfig,
 ) -> None:
-    """Everything between the first record of this rank's attempt and the last. All ranks must call.
+    """Prepare the data, let the ranks meet, settle what the configuration leaves open, and train. All ranks must call.
 
-    Data first. Preparing it may take hours, and no collective may wait that long: the ranks meet only after it.
+    Data comes first: preparing it may take hours, and no collective may wait that long.
     """
     tokenizer = load_tokenizer(config.model)
     check_before_data_is_prepared(config)
@@ -143,8 +146,8 @@ def _train_and_export(
 ) -> None:
     """Build the model of a settled configuration, train it, measure it and export it. All ranks must call.
 
-    `local_config`: `config` with the copy of the model on this node's disk, if there is one. `checked_facts`: fields of
-    `run.json` that are known already, such as what the run was compared by.
+    `local_config`: `config` with the copy of the model on this node's disk, if there is one.
+    `checked_facts`: fields of `run.json` that are known already, such as what the run was compared by.
     """
     data = inputs.data
     runtime = inputs.runtime
@@ -244,9 +247,13 @@ def prepare_data_and_meet_ranks(
 ) -> PreparedRun:
     """Prepare the data and that of tasks, copy them to this node's disk, and only then form the process group.
 
-    All ranks must call. Preparing may take hours, and no collective can time out meanwhile, since there is none before the
-    process group. Raises Preempted on every rank if any was told to stop meanwhile, LeaseLost on every rank if another attempt
-    took the directory.
+    All ranks must call. Before there is a process group, ranks exchange only short texts through a store, so no collective can
+    time out meanwhile.
+
+    `open_data`: prepares the data; an evaluation gives another function.
+
+    Raises Preempted on every rank if any was told to stop meanwhile, LeaseLost on every rank if another attempt took the
+    directory.
     """
 
     def is_told_to_stop() -> bool:
@@ -276,17 +283,17 @@ def prepare_data_and_meet_ranks(
 def _prepare_tasks_of_run(
     config: RunConfig, tokenizer: Any, data: PreparedData, stop: Callable[[], bool]
 ) -> list[PreparedTask]:
-    """Prepare the rows of the run's evaluation tasks. Raises Preempted once `stop()` is true, DataError."""
+    """Prepare the rows of the run's evaluation tasks. Raises Preempted once `stop()` is true, or DataError."""
     task_context = TaskContext.from_settings(config.data, config.objective, data.date)
     held_out_data = data if data.has_rows else None  # from which a task without a file takes its rows
     return prepare_tasks(tasks_for_tokenizer(config, tokenizer), task_context, held_out_data, tokenizer, stop=stop)
 
 
 def compare_with_resumed_run(config: RunConfig, data: PreparedData, context: RunContext) -> dict[str, Any]:
-    """What makes this run the one in its directory, for `run.json`. All ranks must call.
+    """Check that a resumed run is the one that was begun: same code, data, model and settings. All ranks must call.
 
-    Raises ConfigError on every rank if code, data, model or settings differ from those of the checkpoint it resumes from, and
-    `run.accept` does not name the difference.
+    Returns what it was compared by, for `run.json`. Raises ConfigError on every rank for a difference that `run.accept` does not
+    name.
     """
     context.attempt.phase = "comparing with the run that is resumed"
     context.attempt.require_run_dir_ownership(context.runtime)
@@ -325,13 +332,14 @@ class ResumedRun(NamedTuple):
 
 
 def resume_from_checkpoint(config: RunConfig, engine: Engine, context: RunContext) -> ResumedRun:
-    """Load the checkpoint that `run.resume` names, if there is one, into `engine`. All ranks must call.
+    """Load the checkpoint that `run.resume` names into `engine`, if there is one. All ranks must call.
 
     Raises StorageError or ConfigError on every rank if it cannot be used.
     """
     context.attempt.phase = "resuming"
     checkpoint_dirs = checkpoint_dirs_of(context.run_dir, config.checkpoint.fallback_dir)
     checkpoints = Checkpoints(checkpoint_dirs, config.checkpoint, context.runtime, context.console.print_line)
+    # Somebody may rename the run directory while the run is under way.
     context.attempt.on_run_dir_renamed.append(checkpoints.follow_renamed_run_dir)
     with waiting_for_disk("reading the checkpoints", 0, context.runtime, context.console.print_line):
         resumed_from = choose_checkpoint(checkpoint_dirs, config.run.resume, context.runtime)
@@ -353,7 +361,8 @@ def build_batch_loader(
     """Build what gives this rank its batches; returns (the loader, the optimizer steps of the whole run). All ranks must call.
 
     - An objective without rollouts (`sft`, `dpo`): batches of prepared documents.
-    - One with rollouts (`grpo`): rounds of generated answers, from where `progress` and the checkpoint `resumed_from` stand.
+    - One with rollouts (`grpo`): rounds, in which the model writes answers that rewards score, and steps learn from them. They go
+      on from where `progress` and the checkpoint `resumed_from` stand.
 
     Raises StorageError, or an error of a reward that cannot be opened.
     """
@@ -385,7 +394,10 @@ def build_monitors(
     detectors: ChallengeDetectors,
     context: RunContext,
 ) -> Monitors:
-    """Build what may end the run early, or leave an update out."""
+    """Build what may end the run early, leave an update out, or warn: of outlying steps, slow ranks, signals and bad evaluations.
+
+    `detectors`: of overfitting, forgetting and divergence, which go by evaluations.
+    """
     # Steps whose loss or gradient norm stands out: noted with their documents, left out or rolled back (`guards.*`).
     anomaly_log = AnomalyLog(context.run_dir, data.directory, loader, context.console.print_line)
     guards = Guards(config.guards, config.optim.max_skipped_steps, context.runtime, anomaly_log)
@@ -396,8 +408,9 @@ def build_monitors(
 
 
 def loop_settings(config: RunConfig, total_steps: int, interval: EvaluationInterval | None = None) -> LoopSettings:
-    """The part of the configuration that the loop reads.
+    """Take from the configuration what the loop reads.
 
+    `total_steps`: of the whole run, those before a resume included.
     `interval`: what `evaluation.every_steps` was resolved to. Without it, `auto` evaluates nothing between start and end.
     """
     every_steps = config.evaluation.every_steps
@@ -419,7 +432,7 @@ def loop_settings(config: RunConfig, total_steps: int, interval: EvaluationInter
 
 
 def measure_and_export(trained: TrainedRun, run_record: RunRecord) -> Path | None:
-    """Measure the checkpoint that is to be exported, and export it. All ranks must call.
+    """Measure the checkpoint that is to be exported, the last or the best one, and export it. All ranks must call.
 
     Returns the directory of the export; None if nothing is exported. Errors: those of `choose_and_measure_checkpoint` and
     `export_at_end`; LeaseLost on every rank if another attempt took the run directory.
@@ -432,7 +445,7 @@ def measure_and_export(trained: TrainedRun, run_record: RunRecord) -> Path | Non
 
 
 def join_process_group(config: RunConfig, store: Any = None) -> processes.Runtime:
-    """Join the process group of the job. All ranks must call.
+    """Join the process group of the job, and choose threads, device and the library for matrix products. All ranks must call.
 
     `store`: of torch.distributed, where the ranks have met before; None lets them meet here.
     """
@@ -451,10 +464,12 @@ def join_process_group(config: RunConfig, store: Any = None) -> processes.Runtim
 def record_reference_logps_of_data(
     config: RunConfig, data: PreparedData, engine: Engine, built: BuiltModel, context: RunContext
 ) -> None:
-    """Record the initial model's log-probabilities of the data, which the objective compares with. All ranks must call.
+    """Record how likely the model finds each answer of the data before training, for objectives that compare with it (`dpo`,
+    `kto`).
 
-    Nothing is recorded if the objective needs none (`sft`), or if the base stays in the model under its adapter: each step then
-    computes them anew. Raises Preempted on every rank if any was asked to stop meanwhile, or LeaseLost.
+    Done once, since the untrained model is gone after the first step. All ranks must call. Nothing is recorded if the objective
+    needs none (`sft`), or if the base stays in the model under its adapter: each step then computes them anew. Raises Preempted
+    on every rank if any was asked to stop meanwhile, or LeaseLost.
     """
     if not built.step_module.objective.uses_reference or built.tuning.keeps_base:
         return

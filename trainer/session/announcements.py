@@ -71,9 +71,10 @@ class RunContext:
 def open_console(
     config: RunConfig, run_dir: Path, data: PreparedData, tokenizer: Any, runtime: processes.Runtime
 ) -> Console:
-    """Open the console of this rank, and show on it the run, the data report and samples of what will be learned.
+    """Open this rank's console, and show on it what the run will learn: the run, the data report and samples of its text.
 
-    Only rank 0 shows them on the screen; each rank's log file has them.
+    Only rank 0 shows them on the screen; the log file of every rank has them. `data.label_names`: the labels of a classification,
+    which stand beside its samples.
     """
     console = Console(enabled=runtime.is_main, log=run_dir / "logs" / f"rank-{runtime.rank}.log")
     headline = f"run {run_dir}: {config.strategy.name}, {config.tuning.name}, {runtime.world_size} process(es)"
@@ -86,9 +87,11 @@ def open_console(
 def open_trackers_and_records(
     config: RunConfig, record: RunRecord, progress: Progress, context: RunContext
 ) -> Trackers:
-    """Show the start screen, and on rank 0 open the trackers and write `run.json` and `status.json`.
+    """Show the start screen, open the trackers (W&B, TensorBoard, ...) and write `run.json` and `status.json` of a run that
+    begins.
 
-    Other ranks get no trackers. All ranks must call. Raises LeaseLost if another attempt owns the run directory.
+    Trackers and files are rank 0's alone: other ranks get trackers that do nothing. All ranks must call. Raises LeaseLost if
+    another attempt owns the run directory.
     """
     context.console.print_line(start_screen_text(record))
     context.attempt.require_run_dir_ownership(context.runtime)
@@ -99,7 +102,8 @@ def open_trackers_and_records(
     record.from_environment = opened.from_environment or None
     for key, value in opened.substitutions.items():
         context.console.print_line(f"resolved: {key}: {value}")
-    if opened.passed_over:  # a sentence on trackers that were asked for and are not there
+    # A line on environment variables that lose to a setting; None if none does.
+    if opened.passed_over:
         context.console.print_line(opened.passed_over)
     write_run_record(context.run_dir, record)
     write_status(context.run_dir, RunState.running, step=progress.step)
@@ -111,7 +115,7 @@ def _open_trackers_of_run(
 ) -> OpenedTrackers:
     """Open the trackers on rank 0, or continue the W&B run of an earlier start. They follow a renamed run directory.
 
-    Notes in `progress` which W&B run it is, and in `progress` and `record` which version of the names of metrics it has.
+    Notes in `progress` which W&B run it is, and in `progress` and `record` in which edition the run's metrics are named.
     """
     if progress.wandb_id is None:  # a run that begins in trackers now; any other keeps the names it has there
         progress.metric_names = CURRENT_NAMES_EDITION
@@ -136,14 +140,17 @@ def _open_trackers_of_run(
 
 
 def build_slow_rank_reporter(context: RunContext) -> ReportSlow:
-    """The function that rank 0 calls when a rank becomes slow or recovers: it warns, and keeps `status.json` up to date."""
+    """Build the function that rank 0 calls when a rank becomes slow or recovers: it warns, and keeps `status.json` up to date."""
 
     return partial(_report_slow_rank, context)
 
 
 def _report_slow_rank(context: RunContext, changed_rank: SlowRank, slow_ranks: list[SlowRank], step: int) -> None:
-    """Print that `changed_rank` became slow or recovered, and write all `slow_ranks` of now into `status.json`."""
-    if changed_rank in slow_ranks:  # its text is "rank 3 on node-1 computes 1.4 times as long as the other ranks"
+    """Print that `changed_rank` became slow or recovered, and write all `slow_ranks` of now into `status.json`.
+
+    A slow rank's text is "rank 3 on node-1 computes 1.4 times as long as the other ranks". `step`: the one just logged.
+    """
+    if changed_rank in slow_ranks:
         context.console.print_line(f"warning: step {step}: {changed_rank}")
     else:
         context.console.print_line(
@@ -162,12 +169,15 @@ def _report_slow_rank(context: RunContext, changed_rank: SlowRank, slow_ranks: l
 
 
 def build_findings_reporter(context: RunContext) -> Callable[[dict[str, Any]], None]:
-    """The function that is called with the detectors' record after each evaluation: it keeps `status.json` up to date."""
+    """Build the function that is called with the detectors' record after each evaluation: it keeps `status.json` up to date."""
     return partial(_report_findings, context)
 
 
 def _report_findings(context: RunContext, findings_by_detector: dict[str, Any]) -> None:
-    """Write a summary of the findings into `status.json`, if it has changed, and keep it in the attempt for later writes."""
+    """Write a summary of what the detectors found (overfitting, forgetting, instability) into `status.json`, if it has changed.
+
+    Also kept as the attempt's note, since later writes replace the whole file.
+    """
     note = findings_summary(findings_by_detector)
     if note == context.attempt.note:
         return
@@ -187,10 +197,13 @@ def recording_end_of_training(
     checkpoints: Checkpoints,
     context: RunContext,
 ) -> Iterator[None]:
-    """A context around the steps of a run. However they end, trackers are closed, and `run.json` gets what the run took.
+    """A context around the steps of a run: however they end, trackers are closed, and `run.json` gets what the run took.
 
-    `outcome` is filled while the run goes on; `record` gets its findings. Speed and memory are read from `meter`, the cost of
-    saving from `checkpoints`. An error goes on to the caller.
+    `outcome`: filled while the run goes on; holds the findings that `record` gets.
+    `meter`: speed and memory are read from it.
+    `checkpoints`: the cost of saving is read from it.
+
+    An error goes on to the caller.
     """
     ending = RunEnding(RunState.done)
     may_have_diverged = True
@@ -199,6 +212,7 @@ def recording_end_of_training(
     except BaseException as error:
         # A stopped run will be resumed, and may recover; a run that failed, as of a full disk, has that as its reason.
         may_have_diverged = isinstance(error, LimitExceeded)
+        # The state that trackers show: stopped for now, or failed, with the error as the reason.
         ending = RunEnding.from_error(error)
         if ending.state is RunState.failed and isinstance(error, Exception):  # not after a Ctrl-C
             checkpoints.wait_at_most(FAILED_SAVE_PATIENCE_S)
@@ -222,7 +236,7 @@ def _summarise_and_close_trackers(
 ) -> None:
     """Give the trackers the last numbers and the ending of the run, with its export if there is one, and close them.
 
-    Unless the run is done, whose last lines show it, print for each tracker where the run can be seen.
+    Prints for each tracker where the run can be seen, unless the run is done: then its last lines show it.
     """
     speed = outcome.speed or meter.median_speeds()  # a run that failed has no speed in its outcome yet
     last_row = {**outcome.last_row, **meter.peaks}
@@ -236,9 +250,9 @@ def _summarise_and_close_trackers(
 
 
 def _with_divergence(ending: RunEnding, outcome: TrainingOutcome) -> RunEnding:
-    """The ending, marked as diverged if the detectors found that the losses at the end are worse than at the beginning.
+    """Mark the ending as diverged if the detectors found that the losses at the end are worse than at the beginning.
 
-    The finding becomes the reason if the ending has none.
+    Their sentence becomes the reason if the ending has none.
     """
     for finding in findings_in(outcome.findings_by_detector):
         if finding.name == Verdict.diverged:
@@ -270,12 +284,16 @@ def metering_energy(config: RunConfig, context: RunContext) -> AbstractContextMa
 def close_records(
     record: RunRecord, outcome: TrainingOutcome, exported: Path | None, trackers: Trackers, context: RunContext
 ) -> None:
-    """Write the outcome into `run.json`, and show the last lines on the screen. All ranks must call."""
+    """Write the outcome of a finished run into `run.json`, and show the last lines on the screen. All ranks must call.
+
+    `exported`: the directory of the export; None without one.
+    """
     if context.runtime.is_main:
         record.energy = energy_of_run(context.run_dir)
         record.outcome = outcome_record(outcome)
         write_run_record(context.run_dir, record)
         context.console.print_line(end_text(record, context.run_dir, outcome, exported, trackers.hints))
+    # No rank ends, and with it the job, before the record is written.
     processes.barrier(context.runtime)
 
 
@@ -288,7 +306,11 @@ def track_evaluation(
 ) -> None:
     """Log an evaluation to W&B, if W&B is on, as a run of its own with the numbers and tables of its report. On rank 0 alone.
 
-    `report`: the content of `evaluation.json`. `directory`: for W&B's files. A tracker that fails is reported and ends nothing.
+    `report`: the content of `evaluation.json`.
+    `tables`: rows of tasks, by name.
+    `directory`: for W&B's files.
+
+    A tracker that fails is reported and ends nothing.
     """
     model = report["model"]
     model_name = Path(model["run"] or model["path"]).name
@@ -313,10 +335,11 @@ def track_evaluation(
 
 
 def track_export(config: RunConfig, exported: Path, trained_id: str, print_line: Callable[[str], None]) -> None:
-    """Register an export in W&B, if W&B is on, in place of the run that trained it, which is over. On one process alone.
+    """Register an export in W&B, if W&B is on, after the run that trained the model has ended. On one process alone.
 
-    It is a W&B run of its own, in the group of the run, whose artifact has the name that the run would have given it.
-    `trained_id`: the run's id in W&B; empty if it has none. A tracker that fails is reported and ends nothing.
+    It becomes a W&B run of its own, in the group of the run, whose artifact has the name that the run would have given it.
+    `exported`: the directory, in the run directory. `trained_id`: the run's id in W&B; empty if it has none. A tracker that fails
+    is reported and ends nothing.
     """
     run_dir = exported.parent
     opened = _open_own_wandb_run(
@@ -345,9 +368,12 @@ def _open_own_wandb_run(
 ) -> OpenedTrackers:
     """Start a W&B run of its own for an evaluation or an export, in the W&B group of the run that trained the model.
 
-    `job_type`: `evaluate` or `export`. `trained_name`, `trained_id`: name and W&B id of the run that trained the model; an export
-    becomes a version of that run's artifact. `directory`: for W&B's files. `settings`: shown in W&B beside the configuration.
     `logging_config`: which trackers are on; `config` is only shown.
+    `job_type`: `evaluate` or `export`.
+    `trained_name`, `trained_id`: name and W&B id of the run that trained the model; an export becomes a version of that run's
+    artifact.
+    `directory`: for W&B's files.
+    `settings`: shown in W&B beside the configuration.
     """
     opened = open_trackers_without_rows(
         TrackedRun(
