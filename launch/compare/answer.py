@@ -32,14 +32,14 @@ def _number_cell(value: float | None, number_format: str) -> str:
 
 
 def _rate_cell(tokens_per_s: float | None) -> str:
-    """The cell of a speed in tokens/s: `12,345`, or `98.7` for a slow one."""
+    """A speed in tokens/s for a table: `12,345`, or `98.7` for a slow one."""
     if tokens_per_s is None:
         return UNKNOWN_CELL
     return format(tokens_per_s, ",.0f" if tokens_per_s >= 100 else ".1f")
 
 
 def _milliseconds_cell(seconds: float | None) -> str:
-    """The cell of a time in ms: three digits below a second, whole milliseconds above."""
+    """A time for a table, in ms: three digits below a second, whole milliseconds above."""
     if seconds is None:
         return UNKNOWN_CELL
     if seconds < 1:
@@ -48,13 +48,15 @@ def _milliseconds_cell(seconds: float | None) -> str:
 
 
 def _loss_difference_cell(point: ComparedPoint) -> str:
-    """The cell of the largest relative difference from the baseline's losses over the first steps, such as `3e-7`."""
+    """How far a point's losses are from its baseline's, for a table: the largest relative difference over the first steps,
+    `3e-7`.
+    """
     difference = point.loss_difference
     return UNKNOWN_CELL if difference is None else format_difference(difference.first_steps_difference)
 
 
 def _start_without_evaluation_s(point: ComparedPoint) -> float | None:
-    """Seconds from the start of a run to its first step, without the evaluation before that step; None if not known."""
+    """Seconds that a run took to start: up to its first step, without the evaluation before that step. None if not known."""
     measured = point.measured
     if measured.start_s is None:
         return None
@@ -62,7 +64,7 @@ def _start_without_evaluation_s(point: ComparedPoint) -> float | None:
 
 
 def _repeats_cell(point: ComparedPoint) -> str:
-    """The cell `slowest-fastest` of a point's repeats, in tokens/s; `-` for a single repeat."""
+    """The range of a point's repeats for a table, slowest to fastest in tokens/s: `11,800-12,345`; `-` for a single repeat."""
     if point.summary.spread is None:
         return UNKNOWN_CELL
     slowest, fastest = point.summary.spread
@@ -131,11 +133,11 @@ COMMUNICATION_COLUMNS = (
 
 
 def text_tables(comparison: Comparison) -> list[TextTable]:
-    """The tables of the comparison, for the terminal and Markdown. In order:
+    """Choose the tables of a comparison for the terminal and for Markdown. A point is one combination of settings.
 
     - The main table, without a title, with a row for every point.
-    - `costs`, `a step in ms` and `exchanged`, for the points that took a step. A column that is unknown for all of these
-      is left out, and so is a table without columns.
+    - `costs`, `a step in ms` and `exchanged`, for the points that took a step. A column that is unknown for all of these is
+      left out, and so is a table without columns.
     """
     begun_points = comparison.begun_points
     left_out_headings = _left_out_headings(comparison)
@@ -160,10 +162,10 @@ def _is_known_of_any(points: list[ComparedPoint], column: TextColumn) -> bool:
 
 
 def _left_out_headings(comparison: Comparison) -> set[str]:
-    """Headings of the `MAIN_COLUMNS` that say nothing in this comparison.
+    """Find the `MAIN_COLUMNS` that say nothing in this comparison, by their headings.
 
     - The loss difference of a single point: there is no other point that its loss could differ from.
-    - The MFU, if no point has one (as on CPUs), or if the points measured it against different peaks.
+    - The MFU, if no point has one, or if the points measured it against different peaks.
     """
     headings = set()
     if len(comparison.points) == 1:
@@ -176,7 +178,7 @@ def _left_out_headings(comparison: Comparison) -> set[str]:
 
 
 def comparison_text(comparison: Comparison) -> str:
-    """The comparison as text for a terminal: the tables, then the sections below them."""
+    """Write the comparison for a terminal: the tables, then the sections below them, such as the answer and the verdicts."""
     lines: list[str] = []
     for text_table in text_tables(comparison):
         columns = [TableColumn("" if text_table.is_main_table else f"{text_table.title}:")]
@@ -196,7 +198,11 @@ def comparison_text(comparison: Comparison) -> str:
 
 
 def titled_sections(comparison: Comparison) -> list[tuple[str, list[str]]]:
-    """(title, lines) of each section below the tables, in order. A section may have no lines; callers do not show it then."""
+    """The text of a comparison, which terminal, Markdown and page share: (title, lines) of each section, in order.
+
+    For example ("verdict", ["fsdp2: same loss as ddp within 3e-7"]). A section may have no lines; callers do not show it
+    then.
+    """
     setting_lines = []
     for setting in comparison.differences:
         setting_lines.append(f"{setting.key}: {_setting_values_text(setting.values)}")
@@ -214,7 +220,7 @@ def titled_sections(comparison: Comparison) -> list[tuple[str, list[str]]]:
 
 
 def _setting_values_text(values: Sequence[Any]) -> str:
-    """The value of a setting at each point: `8, 8, 16`; for many points each value once: `8 (7 runs), 16 (5 runs)`."""
+    """Write the value of a setting at each point: `8, 8, 16`; for many points each value once: `8 (7 runs), 16 (5 runs)`."""
     if len(values) <= MAX_LISTED_VALUES:
         return ", ".join(format_setting(value) for value in values)
     counts = Counter(format_setting(value) for value in values)
@@ -222,9 +228,10 @@ def _setting_values_text(values: Sequence[Any]) -> str:
 
 
 def _loss_curve_lines(comparison: Comparison) -> list[str]:
-    """A line for each point with a baseline: how far its loss curve is from the baseline's, or why they are not comparable.
+    """Say for each point with a baseline how far its loss curve is from the baseline's, or why they are not comparable.
 
-    They are not if the data, its order or the objective differs: `lora: not comparable with full: data.path: a and b`.
+    The baseline is the point that its loss is compared with. Curves are not comparable if the data, its order or the
+    objective differs: `lora: not comparable with full: data.path: a and b`.
     """
     lines = []
     for point in comparison.points:
@@ -248,7 +255,9 @@ def _loss_curve_lines(comparison: Comparison) -> list[str]:
 
 
 def _held_out_metric_lines(comparison: Comparison) -> list[str]:
-    """A line `metric  point: before -> after` for each held-out metric and each point that has it."""
+    """Show how each held-out metric changed in training: a line `eval/loss  ddp: 2.8700 -> 2.3400` for each point that has
+    it.
+    """
     lines = []
     for metric in comparison.held_out_metrics:
         for point in comparison.points:
@@ -260,10 +269,11 @@ def _held_out_metric_lines(comparison: Comparison) -> list[str]:
 
 
 def _test_metric_lines(comparison: Comparison) -> list[str]:
-    """A line for each metric of the test documents and each point that has it; sorted, so that a metric's lines are together.
+    """Show the metrics of the test documents: a line `test/loss  ddp: 2.3100 (40 documents, looked at once)` for each point
+    that has one.
 
-    A line is like `test/loss  ddp: 2.3100 (40 documents, looked at once)`: a run records how often its test documents were
-    evaluated, since who chooses by them spoils them. The first repeat stands for all.
+    A run records how often its test documents were evaluated, since who chooses by them spoils them. The first repeat
+    stands for all. Lines are sorted, so that those of a metric are together.
     """
     lines = []
     for point in comparison.points:
@@ -279,9 +289,10 @@ def _test_metric_lines(comparison: Comparison) -> list[str]:
 
 
 def comparison_markdown(comparison: Comparison, plot_images: Sequence[PlotImage] = ()) -> str:
-    """The comparison as a Markdown page: answer, tables, sections, plots, and the run directories of each point.
+    """Write `compare.md`, the comparison as a Markdown page: answer, tables, sections, plots, and the run directories of
+    each point.
 
-    A point: the runs of one combination of settings. `plot_images`: the pictures of plots that the page shows.
+    A point is one combination of settings, with its runs. `plot_images`: the pictures of plots that the page shows.
     """
     is_single_point = len(comparison.points) == 1
     lines = [f"# Run {comparison.points[0].name}" if is_single_point else "# Comparison"]
@@ -304,7 +315,10 @@ def comparison_markdown(comparison: Comparison, plot_images: Sequence[PlotImage]
 
 
 def _markdown_table(text_table: TextTable) -> list[str]:
-    """A table as lines of Markdown, with its title as a heading. The main table has no title, and a last column with states."""
+    """Write a table as lines of Markdown below its title as a heading.
+
+    The main table has no title, and a last column that says how each point ended.
+    """
     lines = [] if text_table.is_main_table else [f"## {_capitalised(text_table.title)}", ""]
     headings = ["run", *(column.heading for column in text_table.columns)]
     if text_table.is_main_table:
@@ -319,7 +333,7 @@ def _markdown_table(text_table: TextTable) -> list[str]:
 
 
 def _recommendation_lines(conclusion: Conclusion) -> list[str]:
-    """Lines of Markdown: a table of which point to take for which goal, then what to run to learn more.
+    """Write the recommendations as Markdown: a table of which point to take for which goal, then what to run to learn more.
 
     The column `settings` has the arguments to paste behind `shardtune train`; `-` if the point differs in none.
     """
@@ -340,10 +354,10 @@ def _capitalised(title: str) -> str:
 
 
 def comparison_html(comparison: Comparison, *, reload_after_s: float | None = None) -> str:
-    """The comparison as one HTML file; for a comparison with a single point, the page of that run.
+    """Write `compare.html`, the comparison as one HTML file; for a comparison with a single point, the page of that run.
 
-    `reload_after_s`: seconds after which a browser reloads the page; None for a page that will not change any more. Without the
-    packages of the extra `report` the page has no plots.
+    `reload_after_s`: seconds after which a browser reloads the page; None for a page that will not change any more. Without
+    the packages of the extra `report` the page has no plots.
     """
     if len(comparison.points) == 1:
         from launch.compare.run_page.page import run_page

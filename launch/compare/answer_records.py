@@ -23,7 +23,11 @@ FIELDS_WITH_SEVERAL_NUMBERS = (
 
 
 def comparison_as_dict(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as JSON values, as in `compare.json`. Sizes are GiB, times seconds, speeds those of all ranks together."""
+    """The comparison as JSON values: the content of `compare.json`, and what `--json` prints.
+
+    Sizes are GiB, times seconds, speeds those of all ranks together. `test_documents`: {point: what its first run recorded
+    of the test documents}; null for a run without them.
+    """
     test_documents = {point.name: point.first_repeat.record.test for point in comparison.points}
     return {
         "first": comparison.default_baseline_name,
@@ -35,7 +39,7 @@ def comparison_as_dict(comparison: Comparison) -> dict[str, Any]:
 
 
 def _conclusion_as_dict(conclusion: Conclusion) -> dict[str, Any]:
-    """The answer of a comparison (its conclusion) as JSON values.
+    """The entry `answer` of `compare.json`: what the comparison concludes.
 
     - `sentences`: the answer in words.
     - `take`: which point to take for which goal; its `settings` are those to paste behind `shardtune train`.
@@ -56,10 +60,12 @@ def _conclusion_as_dict(conclusion: Conclusion) -> dict[str, Any]:
 
 
 def _quality_as_dict(ranked: RankedJobs) -> dict[str, Any]:
-    """The jobs by a held-out metric, the best first, as JSON values. A job is all points that differ in seed and strategy alone.
+    """The entry `quality` of `compare.json`: the jobs by a held-out metric, the best first, and which are shown to be
+    worse.
 
-    `shown_worse` says whether a job is significantly worse than the best one. `interval` and `seed_interval` are the intervals of
-    the relative difference from the best job, over held-out documents and over seeds; null for the best job.
+    A job is all points that train the same: they differ in seed and strategy alone. `shown_worse`: whether the job is
+    significantly worse than the best one. `interval` and `seed_interval`: confidence intervals of the relative difference
+    from the best job, over held-out documents and over seeds; null for the best job.
     """
     jobs = []
     for job, difference in zip(ranked.jobs, ranked.differences, strict=True):
@@ -77,10 +83,11 @@ def _quality_as_dict(ranked: RankedJobs) -> dict[str, Any]:
 
 
 def _point_as_dict(comparison: Comparison, point_index: int) -> dict[str, Any]:
-    """A point as JSON values, as in `runs` of `compare.json`.
+    """An entry of `runs` in `compare.json`: one point, which is one combination of settings.
 
-    `repeats`: the run directory of each. `against`: the point that it is compared with. `same_job`: whether both must have the
-    same loss, because they differ in strategy alone. `differing`: its values of the settings in which the points differ.
+    `repeats`: the run directory of each. `against`: the point that it is compared with. `same_job`: whether both must have
+    the same loss, because they differ in strategy alone. `differing`: its values of the settings in which the points
+    differ.
     """
     point = comparison.points[point_index]
     run_dirs = point.run_dirs
@@ -105,7 +112,9 @@ def _point_as_dict(comparison: Comparison, point_index: int) -> dict[str, Any]:
 
 
 def _measurements_as_dict(measured: RunMeasurements) -> dict[str, Any]:
-    """The measurements of a point under their names in `compare.json`, where held-out metrics are `before` and `after`."""
+    """The measurements of a point under their names in `compare.json`, which calls the held-out metrics `before` and
+    `after`.
+    """
     values = asdict(measured)
     values["before"] = values.pop("metrics_before_training")
     values["after"] = values.pop("metrics_at_end")
@@ -113,7 +122,7 @@ def _measurements_as_dict(measured: RunMeasurements) -> dict[str, Any]:
 
 
 def comparison_csv(comparison: Comparison) -> str:
-    """The comparison as CSV: a row for each point, with its measurements, then the settings in which the points differ."""
+    """Write `compare.csv`: a row for each point, with its measurements, then the settings in which the points differ."""
     # All rows must have the same columns: those of every metric and collective that any point has.
     metrics = comparison.held_out_metrics
     collectives: dict[str, None] = {}  # a dict as an ordered set
@@ -130,10 +139,10 @@ def comparison_csv(comparison: Comparison) -> str:
 
 
 def _csv_row(comparison: Comparison, point_index: int, metrics: list[str], collectives: list[str]) -> dict[str, Any]:
-    """The cells of the point at `point_index`, by column of the CSV.
+    """The row of `compare.csv` for the point at `point_index`, as {column: cell}.
 
-    `metrics` and `collectives` are those that any point has, because every row must have the same columns. A point without one
-    has an empty cell.
+    `metrics` and `collectives`: those that any point has, because every row must have the same columns. A point without a
+    metric has an empty cell.
     """
     point = comparison.points[point_index]
     run_dirs = point.run_dirs
@@ -162,16 +171,19 @@ def _csv_row(comparison: Comparison, point_index: int, metrics: list[str], colle
 
 
 def _loss_difference_cells(difference: LossDifference | None) -> dict[str, Any]:
-    """The largest relative differences from the baseline's losses by column of the CSV; empty cells if they are not known.
+    """The cells of `compare.csv` on how far a point's losses are from its baseline's; empty if that is not known.
 
-    `early`: over the first common steps; `drift`: over all of them.
+    `loss_difference_early` is the largest relative difference over the first common steps, `loss_difference_drift` that
+    over all.
     """
     values = {} if difference is None else difference.as_json()
     return {f"loss_difference_{key}": values.get(key) for key in ("early", "early_step", "drift", "drift_step")}
 
 
 def _measured_cells(point: ComparedPoint, collectives: list[str]) -> dict[str, Any]:
-    """The measurements of a point by column of the CSV; each of the `collectives` has a column of its own."""
+    """The cells of `compare.csv` with a point's measurements; each of the `collectives`, such as `all_gather`, has a column
+    of its own.
+    """
     cells = asdict(point.measured)
     # A cell of CSV holds one number, and these fields hold several. `_csv_row` writes the held-out metrics, one by one; the other
     # two get their columns below.
@@ -184,7 +196,7 @@ def _measured_cells(point: ComparedPoint, collectives: list[str]) -> dict[str, A
 
 
 def _summary_cells(point: ComparedPoint) -> dict[str, Any]:
-    """The figures over a point's repeats by column of the CSV; each part of a step has a column of its own."""
+    """The cells of `compare.csv` with the figures over a point's repeats; each part of a step has a column of its own."""
     cells = asdict(point.summary)
     # A cell of CSV holds one number, and these fields hold several. `_csv_row` writes the slowest and the fastest repeat; the
     # parts of a step get their columns below.

@@ -80,7 +80,11 @@ succeeded. docs/reference/comparisons.md explains each number."""
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune compare` with the arguments behind it; returns the exit code. Errors: ConfigError, StorageError."""
+    """Run `shardtune compare` with the arguments behind it: start new runs if there are settings, else compare runs that
+    exist.
+
+    Returns the exit code. Raises ConfigError with all problems of the arguments, StorageError.
+    """
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
         return 0 if argv else exit_codes.WRONG_SETTING
@@ -112,11 +116,14 @@ def main(argv: list[str]) -> int:
 
 
 def follow_runs(sources: list[PointSource], output_dir: Path | None, *, as_json: bool) -> None:
-    """Rewrite the HTML page while the runs train; when all have ended, print and write the comparison once.
+    """Show a comparison while its runs train (`--follow`): rewrite the HTML page, and write all files once when all runs
+    have ended.
 
-    `sources`: where the runs of each point are. The page is `compare.html` in `output_dir`. Without `output_dir` it is
-    `report.html` in the directory of the only run. Raises ConfigError for runs of W&B, and for several runs without `output_dir`;
-    StorageError; KeyboardInterrupt after Ctrl-C.
+    `sources`: where the runs of each point are. `output_dir`: where `compare.html` goes. None for a single run, whose page
+    is `report.html` in its own directory.
+
+    Raises ConfigError for runs of W&B, and for several runs without `output_dir`; StorageError; KeyboardInterrupt after
+    Ctrl-C.
     """
     from launch.compare.follow import PAGE_INTERVAL_S, rewrite_page_while_runs_train
 
@@ -140,7 +147,7 @@ def follow_runs(sources: list[PointSource], output_dir: Path | None, *, as_json:
 
 
 def _refuse_wandb_runs(run_dirs: list[Path]) -> None:
-    """Raise ConfigError if a run is read from W&B's files or server.
+    """Raise ConfigError if a run that `--follow` should watch is read from W&B's files or server.
 
     Reading such a run starts a process of wandb, or asks a server: too much for every few seconds.
     """
@@ -152,7 +159,7 @@ def _refuse_wandb_runs(run_dirs: list[Path]) -> None:
 
 
 def _page_path(sources: list[PointSource], output_dir: Path | None) -> Path | None:
-    """Path of the HTML page. The first case that applies:
+    """Where the HTML page of the command goes, or None if it writes none. The first case that applies:
 
     - With `output_dir`: `compare.html` in it.
     - For several points or repeats: None.
@@ -174,7 +181,7 @@ def _page_path(sources: list[PointSource], output_dir: Path | None) -> Path | No
 
 
 def _write_page(sources: list[PointSource], page_path: Path, reload_after_s: float | None) -> None:
-    """Read the runs as they are now, and write their HTML page, with the prices of the user's price list.
+    """Read the runs as they are now, and write their HTML page.
 
     A browser reloads the page after `reload_after_s` seconds; None for a page that will not change any more.
     """
@@ -197,10 +204,10 @@ def _only_comparison_dir(named_runs: list[str]) -> Path | None:
 
 
 def _compare_new_points(arguments: CompareArguments) -> int:
-    """Run every point (combination of settings) of the command, then print and write the comparison.
+    """Run every point (combination of settings) of the command line, then print and write the comparison.
 
-    With `--dry-run`, only list the points. With `--follow`, the page is also rewritten while the runs train. Returns the exit
-    code of the runs.
+    With `--dry-run`, only list the points. With `--follow`, the page is also rewritten while the runs train. Returns the
+    exit code of the runs; 0 for a list.
     """
     from launch.compare.follow import PeriodicPage
     from launch.compare.points import plan_points, run_planned_points
@@ -210,6 +217,7 @@ def _compare_new_points(arguments: CompareArguments) -> int:
         block_signals()  # keep a signal that comes before the first run for that run, so that Ctrl-C stops it as it stops `train`
     plan = plan_points(arguments.settings)
     output_dir = arguments.to or Path("runs") / plan.name
+    # Else the files of the comparison would lie among those of a run.
     if (output_dir / "config.yaml").exists():
         raise ConfigError(f"to={output_dir}: is the directory of a run; name another one")
     if arguments.dry_run:
@@ -234,7 +242,7 @@ def _compare_new_points(arguments: CompareArguments) -> int:
 
 
 def points_listing(plan: PointsPlan, output_dir: Path) -> str:
-    """The planned points as lines for the terminal: name and axis values of each, and why a refused one cannot run.
+    """List the planned points for the terminal: name and axis values of each, and why a refused one cannot run.
 
     Below them stand lines on settings that only some points have, and how many points the conditions leave out.
     """
@@ -255,11 +263,12 @@ def points_listing(plan: PointsPlan, output_dir: Path) -> str:
 
 
 def print_and_write_comparison(sources: list[PointSource], output_dir: Path | None, *, as_json: bool) -> None:
-    """Compare the points of `sources`, print the tables (or JSON), write the files, and print which ones were written.
+    """Compare runs and deliver the result: print the tables (or JSON), write the files, and print which ones were written.
 
-    With `output_dir`, all files go there. Without it, only a single run gets files, in its own directory: the page `report.html`
-    and the script that shows it in W&B. Raises ConfigError if a run cannot be read, StorageError if a file of `output_dir` cannot
-    be written.
+    `sources`: where the runs of each point are. `output_dir`: where all files go. Without it only a single run gets files,
+    in its own directory: the page `report.html` and the script that shows it in W&B.
+
+    Raises ConfigError if a run cannot be read, StorageError if a file of `output_dir` cannot be written.
     """
     from launch.compare.answer import comparison_text
     from launch.compare.answer_records import comparison_as_dict
@@ -290,10 +299,10 @@ def print_and_write_comparison(sources: list[PointSource], output_dir: Path | No
 def _print_written_files(
     comparison: Comparison, written_files: list[str], page_name: str, *, explain_missing_workspace: bool
 ) -> None:
-    """Print the last lines of the command: the written files, and why there are no plots or no W&B script.
+    """Print the last lines of the command: which files were written, and why there are no plots or no W&B script.
 
-    `page_name`: of the HTML page, which lacks the plots. `explain_missing_workspace`: whether the reason for a missing W&B script
-    is printed.
+    `page_name`: of the HTML page, which lacks the plots if their packages are not installed. `explain_missing_workspace`:
+    whether to say why there is no W&B script; a single run without `to=` gets no explanation.
     """
     from launch.compare.page import missing_packages_message
     from launch.compare.workspace import no_workspace_reason
@@ -311,7 +320,7 @@ def _print_written_files(
 
 
 def _write_comparison_files(comparison: Comparison, comparison_json: dict[str, Any], output_dir: Path) -> list[str]:
-    """Write every file of the comparison into `output_dir`; returns their names, as the last line of the command shows them.
+    """Write every file of the comparison into `output_dir`; returns their names for the line `written: ...`.
 
     Without the packages of the extra `report`, no plots are written, and the page has none.
     """
@@ -342,11 +351,11 @@ def _write_comparison_files(comparison: Comparison, comparison_json: dict[str, A
 
 
 def _write_run_files(comparison: Comparison, page_path: Path) -> list[str]:
-    """Write the page of a single run into its run directory, and the script that shows the run in W&B.
+    """Write the page of a single run and the script that shows the run in W&B into its run directory; returns the written
+    files.
 
-    `page_path` is the path of `report.html` in that directory. Returns the names of the written files, as the last line of the
-    command shows them. A failure is only printed, because the comparison itself has succeeded and the directory may be somebody
-    else's.
+    `page_path`: `report.html` in that directory. If writing fails, that is printed and no error: the comparison itself has
+    succeeded, and the directory may be somebody else's.
     """
     from launch.compare.run_report import write_run_report
     from launch.compare.workspace import write_workspace_script
@@ -365,7 +374,11 @@ def _write_run_files(comparison: Comparison, page_path: Path) -> list[str]:
 
 
 def point_sources_from_arguments(arguments: list[str]) -> tuple[list[PointSource], list[str]]:
-    """(where the runs of each point are, error messages for arguments that name no run or one twice)."""
+    """Find the runs that the arguments of `shardtune compare` name. Returns (where the runs of each point are, error
+    messages).
+
+    An argument is a run directory, a directory of runs, or a run of W&B. It is an error to name no run, or one twice.
+    """
     problems: list[str] = []
     sources: list[PointSource] = []
     for argument in arguments:
@@ -387,7 +400,7 @@ def point_sources_from_arguments(arguments: list[str]) -> tuple[list[PointSource
 
 
 def _point_sources_of_argument(argument: str) -> list[PointSource]:
-    """Where the runs of the points that one argument names are. The first case that applies:
+    """Find the points that one argument of the command names, as (at least) one source each. The first case that applies:
 
     - a run on W&B's server, a run directory, or W&B's own directory of a run: one point
     - a directory with a `comparison.json`: the points of that comparison

@@ -22,7 +22,7 @@ AXIS_OF_POINT_NAMES = "point"
 
 @dataclass(frozen=True, slots=True)
 class ComparedAxis:
-    """One setting, with its value at each point."""
+    """A setting along which the points of a comparison differ, with its value at each point."""
 
     key: str
     labels: tuple[str, ...]
@@ -48,14 +48,16 @@ class ComparedAxis:
 def compared_axes(
     names: Sequence[str], differences: Sequence[SettingDifference], command_keys: Sequence[str] = ()
 ) -> list[ComparedAxis]:
-    """The axes of a comparison: settings in which its points differ, with a label for each point, such as rank 8, 16, 16.
+    """Find the axes of a comparison, to which plots give a colour or a dash: the settings by which its points are told
+    apart.
 
-    Plots give each axis a colour or a dash. A setting that tells no further points apart is left out: with
-    `compare.where=[tuning=full+optim.lr=2e-5,...]` the learning rate follows from the method, and is no axis of its own. If some
-    points are not told apart by any setting, a last axis has the `names` of all points.
+    A setting that tells no further points apart is left out: if the learning rate follows from the method at each point, it
+    is no axis of its own. If some points are not told apart by any setting, a last axis has the `names` of all points.
 
-    `differences`: settings that differ, with a value for each point. `command_keys`: keys such as `strategy` in the order of the
-    command that started the points; empty if the runs existed already.
+    `names`: of the points.
+    `differences`: settings that differ, with a value for each point.
+    `command_keys`: keys such as `strategy` in the order of the command that started the points; empty if the runs existed
+        already.
     """
     settings = [difference for difference in differences if _can_be_axis(difference.key)]
     # Of two settings that tell the same points apart, the first in this order becomes the axis.
@@ -75,7 +77,7 @@ def compared_axes(
 
 
 def _can_be_axis(key: str) -> bool:
-    """Whether a difference with this key can be an axis: a setting that changes the run (`optim.lr`), or the world size.
+    """Whether a difference can be an axis of plots: a setting that changes the run (`optim.lr`), or the number of ranks.
 
     Other entries of `run.json`, and settings that only say how a run was started or what it reports (`logging.*`), cannot.
     """
@@ -85,9 +87,12 @@ def _can_be_axis(key: str) -> bool:
 
 
 def _axis_order(key: str, command_keys: Sequence[str]) -> tuple[int, int]:
-    """Sort key of axes, as (group, position in it): settings of the command in its order, `KEYS_FIRST_IN_NAME`, all others."""
+    """Sort key of axes, (group, position in it): settings of the command in its order, then `KEYS_FIRST_IN_NAME`, then all
+    others.
+    """
     command_key = key.removesuffix(".name")  # `strategy.name` is given as `strategy=ddp`
     if key == WORLD_SIZE_KEY:
+        # The number of ranks follows from this setting.
         command_key = "launcher.processes"
     for candidate in (command_key, key):
         if candidate in command_keys:

@@ -32,7 +32,10 @@ MAX_PEAK_RATIO = 1.01
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Compared points, in the order in which they were named, and what the comparison concludes."""
+    """Compared points, in the order in which they were named, and what the comparison concludes.
+
+    A point is one combination of settings, with a run for each repeat.
+    """
 
     points: tuple[ComparedPoint, ...]
     default_baseline_name: str
@@ -72,11 +75,14 @@ class Comparison:
 def compare_points(
     sources: Sequence[PointSource], gpu_hour_price: Callable[[str], float | None] = lambda name: None
 ) -> Comparison:
-    """Read the runs of every point, compare each point with its baseline, and conclude which one to take.
+    """Make a comparison: read the runs of every point, compare each point with its baseline, and conclude which one to
+    take.
 
-    A point is one combination of settings; its repeats are its runs. `sources` say for each point where its runs are.
-    `gpu_hour_price` maps the driver's name of a card to US dollars an hour, or None if its price is not known. An axis is a
-    setting along which the points differ, for the plots. Raises ConfigError if a directory holds no run.
+    A point is one combination of settings; its repeats are its runs. Its baseline is an earlier point, whose loss it is
+    compared with.
+
+    `sources`: where the runs of each point are. `gpu_hour_price`: maps the driver's name of a card to US dollars an hour,
+    or to None if its price is not known. Raises ConfigError if a directory holds no run.
     """
     measured_points = [read_measured_point(source, gpu_hour_price) for source in sources]
     first_repeats = [measured.first_repeat for measured in measured_points]
@@ -89,7 +95,7 @@ def compare_points(
     default_index = next((index for index, run in enumerate(first_repeats) if run.steps), 0)
     default_name = names[default_index]
     points = [_compared_point(measured_points, names, index, default_index) for index in range(len(sources))]
-    context = VerdictContext.from_points(points)  # a verdict needs to know all points
+    context = VerdictContext.from_points(points)  # such as how many jobs are compared
     points_with_verdict = []
     for point in points:
         verdict = point_verdict(point, context, is_default_baseline=point.name == default_name)
@@ -99,7 +105,7 @@ def compare_points(
         default_baseline_name=default_name,
         differences=tuple(differences),
         notes=tuple(_comparison_notes(measured_points, names)),
-        # All points of one command have the same keys, in the order in which they were typed.
+        # Settings in which the points differ. The points of one command have the same keys, in the order of the command line.
         axes=tuple(compared_axes(names, differences, sources[0].command_keys)),
         conclusion=conclude_comparison(points_with_verdict, differences),
     )
@@ -108,11 +114,14 @@ def compare_points(
 def _compared_point(
     measured_points: list[MeasuredPoint], names: list[str], index: int, default_index: int
 ) -> ComparedPoint:
-    """The point at `index` beside its baseline, without a verdict yet.
+    """Put the point at `index` beside its baseline: how far its losses are from the baseline's, or why they cannot be
+    compared.
 
-    The baseline is the earliest point whose settings that can change the loss are the same, or else the default baseline, which
-    is at `default_index`. These have no baseline: the default baseline itself, points before it, and refused points, because
-    they have no losses.
+    The baseline is the earliest point that trains the same job, or else the default baseline at `default_index`. The
+    default baseline itself has none, nor has a point before it, or a refused point, which has no losses. The verdict is
+    added later.
+
+    `measured_points` and `names`: of all points of the comparison.
     """
     measured_point = measured_points[index]
     baseline_position = None
@@ -143,7 +152,9 @@ def _compared_point(
 
 
 def _comparison_notes(points: list[MeasuredPoint], names: list[str]) -> list[str]:
-    """Caveats for the reader: what limits how far speeds, memory and losses of these points can be trusted."""
+    """Caveats for the reader: what limits how far speeds, memory and losses of these points can be trusted. Empty if
+    nothing does.
+    """
     runs: list[RecordedRun] = []
     for point in points:
         runs += point.repeats
@@ -157,7 +168,10 @@ def _comparison_notes(points: list[MeasuredPoint], names: list[str]) -> list[str
 
 
 def _notes_on_measuring(points: list[MeasuredPoint], runs: list[RecordedRun]) -> list[str]:
-    """Caveats on how speeds and memory were measured, and on when losses count as the same. `runs`: all repeats of the points."""
+    """Tell the reader how speeds and memory were measured where that limits their use, and when losses count as the same.
+
+    `runs`: all repeats of the points.
+    """
     notes = []
     if any(_has_few_steps(point.measured) for point in points):
         notes.append(
@@ -200,7 +214,7 @@ def _notes_on_repeats(points: list[MeasuredPoint], names: list[str]) -> list[str
 
 
 def _mfu_peaks(runs: list[RecordedRun]) -> list[float]:
-    """The peak in TFLOP/s a device that each run measured its MFU against; a run without an MFU, as on CPUs, has none."""
+    """The peak in TFLOP/s a device that each run divided its speed by for the MFU; runs without an MFU are left out."""
     peaks = []
     for run in runs:
         has_mfu = any("mfu" in row for row in run.steps.values())
@@ -227,7 +241,11 @@ def _notes_on_peaks(runs: list[RecordedRun]) -> list[str]:
 
 
 def _notes_on_machines(records: list[RunRecord]) -> list[str]:
-    """Caveats if the runs were on different hosts, devices or revisions of shardtune, so that their speeds are not comparable."""
+    """Warn the reader if the runs were on different hosts, devices or revisions of shardtune: their speeds are not
+    comparable.
+
+    `records`: the `run.json` of each run that has one.
+    """
     notes = []
     recorded_values: dict[str, set[str | None]] = {
         "hosts": {record.host for record in records},
@@ -242,7 +260,7 @@ def _notes_on_machines(records: list[RunRecord]) -> list[str]:
 
 
 def _has_few_steps(measured: RunMeasurements) -> bool:
-    """Whether a run's median speeds are of fewer than `NUM_FIRST_STEPS` steps; False for a run that took no step at all."""
+    """Whether a run's median speeds rest on fewer than `NUM_FIRST_STEPS` steps; False for a run that took no step at all."""
     if not measured.steps:
         return False
     # No step counts as warm-up if the run ended within its first logging interval: the medians are of that interval.
@@ -253,6 +271,8 @@ def _has_few_steps(measured: RunMeasurements) -> bool:
 
 
 def _largest_difference_of_repeats(point: MeasuredPoint) -> float:
-    """The largest relative difference of a loss of any later repeat from that of the first repeat; 0 for a single repeat."""
+    """How far repeats of the same point differ: the largest relative difference of a loss from that of the first repeat, or
+    0.
+    """
     differences = [compare_losses(point.first_repeat, repeat) for repeat in point.repeats[1:]]
     return max((difference.all_steps_difference for difference in differences if difference is not None), default=0.0)

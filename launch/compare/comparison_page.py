@@ -36,10 +36,11 @@ HEADING_BY_FOLDED_TITLE = {
 def comparison_page(
     comparison: Comparison, sections: Sequence[tuple[str, list[str]]], *, reload_after_s: float | None = None
 ) -> str:
-    """The HTML page of a comparison.
+    """Write the HTML page of a comparison of several points: the answer first, then what to take, a table, plots, and
+    folded details.
 
-    `sections`: (title, lines) of the sections below the tables in a terminal, most of which the page folds. A browser reloads
-    the page after `reload_after_s` seconds; None for a page that will not change any more.
+    `sections`: (title, lines) of the sections below the tables in a terminal, most of which the page folds. A browser
+    reloads the page after `reload_after_s` seconds; None for a page that will not change any more.
     """
     conclusion = comparison.conclusion
     return render(
@@ -63,7 +64,10 @@ def comparison_page(
 
 
 def _axis_texts(comparison: Comparison) -> list[tuple[str, str]]:
-    """(title, values) of each axis, such as `("strategy", "ddp, fsdp2")`; at most `MAX_AXIS_VALUES` values are named."""
+    """Name the settings in which the points differ, for the head of the page: ("strategy", "ddp, fsdp2") for each axis.
+
+    At most `MAX_AXIS_VALUES` values of an axis are named.
+    """
     texts = []
     for axis in comparison.axes:
         values = ", ".join(axis.values[:MAX_AXIS_VALUES])
@@ -74,7 +78,7 @@ def _axis_texts(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def conclusion_texts(conclusion: Conclusion) -> tuple[Tone, str, str]:
-    """(tone, heading, text) of the answer: its headline is the heading, and its other sentences are the text."""
+    """Split the answer of a comparison into (tone, heading, text) for a call-out: the headline, and its other sentences."""
     if not conclusion.sentences:
         return "note", "Nothing to compare", ""
     heading = conclusion.headline
@@ -92,10 +96,11 @@ def recommendation_cards(conclusion: Conclusion) -> list[PageCard]:
 
 
 def point_callouts(comparison: Comparison) -> list[Callout]:
-    """A call-out for each state of points that have no result (failed, refused, stopped, running), and one for diverged points.
+    """Warn the reader of points without a result, a call-out for each state (failed, refused, stopped, running), and of
+    diverged points.
 
-    It names the points, and the reasons of at most `MAX_REASONS` points. The state of a point is a `RunState`, or
-    `REFUSED_STATE` for a point that no run was started for.
+    A call-out names its points, and the reasons of at most `MAX_REASONS`. A state is a `RunState`, or `REFUSED_STATE` for a
+    point that no run was started for.
     """
     tones: dict[str, Tone] = {
         RunState.failed: "bad",
@@ -127,9 +132,10 @@ def point_callouts(comparison: Comparison) -> list[Callout]:
 
 
 def _folded_sections(sections: Sequence[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
-    """(heading, lines) of the sections that the page folds, from (title, lines) of all sections.
+    """Choose the sections that the page shows folded, as (heading, lines), from (title, lines) of all sections.
 
-    A section without lines is left out. Of more than `MAX_LINES` lines the first are kept, and a last line says where all are.
+    A section without lines is left out. Of more than `MAX_LINES` lines the first are kept, and a last line says where all
+    are.
     """
     folded_sections = []
     for title, lines in sections:

@@ -54,7 +54,7 @@ TO_LEARN_MORE = (
 
 @dataclass(frozen=True, slots=True)
 class Conclusion:
-    """What a comparison answers."""
+    """The answer of a comparison: sentences, and which point to take for which goal."""
 
     sentences: tuple[str, ...]
     tone: Tone
@@ -81,10 +81,12 @@ class Conclusion:
 
 
 def conclude_comparison(points: Sequence[ComparedPoint], differences: Sequence[SettingDifference]) -> Conclusion:
-    """The answer to a comparison of two points or more: sentences, a tone, and which point to take for which goal.
+    """Conclude what a comparison answers: are losses equal where they must be, which job is best, and which point is fast
+    or small?
 
-    A comparison of a single point has nothing to conclude: its answer is empty. `differences`: the settings in which the points
-    differ.
+    A point is one combination of settings; a job is all points that train the same: they differ in strategy and seed alone.
+    A comparison of a single point has nothing to conclude: its answer is empty. `differences`: the settings in which the
+    points differ.
     """
     jobs = group_points_into_jobs(points)
     if len(points) < 2:
@@ -118,6 +120,7 @@ def conclude_comparison(points: Sequence[ComparedPoint], differences: Sequence[S
     is_quality_difference_shown = ranked is not None and bool(ranked.significantly_worse)
 
     # Which point is the fastest, and which takes the least memory, of those that are not shown to be worse?
+    # What to paste behind `shardtune train` to get a point, such as `strategy=ddp`.
     arguments_by_name = {point.name: point_arguments(differences, index) for index, point in enumerate(points)}
     candidates = recommendation_candidates(points, points_with_other_loss, ranked)
     sentences["cost"], recommendations = recommend_cheapest(candidates, arguments_by_name)
@@ -144,7 +147,8 @@ def conclude_comparison(points: Sequence[ComparedPoint], differences: Sequence[S
 
 
 def _headline(sentences: dict[str, str], *, is_parity_broken: bool) -> str:
-    """The sentence that answers first. The first kind of sentence that there is, in this order:
+    """Choose the sentence that answers the comparison's question, to stand first: the first kind of sentence that there is,
+    in this order:
 
     `parity` if parity is broken, `quality`, `parity`, `seeds`, `no quality`, `cost`, `unfinished`.
 
@@ -157,10 +161,12 @@ def _headline(sentences: dict[str, str], *, is_parity_broken: bool) -> str:
 
 
 def _learning_rates_sentence(points: Sequence[ComparedPoint], differences: Sequence[SettingDifference]) -> str:
-    """A sentence on which points trained at which learning rate, if the rate follows from their other settings.
+    """Point out that points trained at different learning rates although nobody compares rates: each method has a usual
+    one.
 
-    `The points trained at different learning rates (optim.lr): 2e-5 for full, 2e-4 for lora and dora.` Empty if all points have
-    the same rate, or if the rate is an axis of its own: if points whose other settings are equal have several rates.
+    `The points trained at different learning rates (optim.lr): 2e-5 for full, 2e-4 for lora and dora.` Empty if all points
+    have the same rate, or if the rate is an axis of its own: points whose other settings are equal have several rates.
+
     `differences`: the settings in which the points differ.
     """
     rates = next((difference.values for difference in differences if difference.key == "optim.lr"), ())
@@ -168,6 +174,7 @@ def _learning_rates_sentence(points: Sequence[ComparedPoint], differences: Seque
         return ""
     other_differences = [difference for difference in differences if difference.key != "optim.lr"]
     other_arguments = [point_arguments(other_differences, index) for index in range(len(points))]
+    # If the rate followed from the other settings, it would add no further combinations.
     num_combinations = len(set(zip(other_arguments, rates, strict=True)))
     is_axis = num_combinations > len(set(other_arguments))
     if is_axis:
@@ -180,9 +187,11 @@ def _learning_rates_sentence(points: Sequence[ComparedPoint], differences: Seque
 
 
 def _seeds_sentence(job: ComparedJob) -> str:
-    """A sentence on how far the held-out metric of this job differs between its seeds; empty for a single seed.
+    """Say how far the held-out metric of a job differs between its seeds: `One job with 3 seeds: eval/loss is 2.31 to
+    2.35.`
 
-    A job: all points that differ in strategy and seed alone. It is also empty if the job has no held-out metric.
+    A job is all points that train the same: they differ in strategy and seed alone. Empty for a single seed, or without a
+    held-out metric.
     """
     metric = quality_metric([job])
     if job.num_seeds < 2 or metric is None:
@@ -192,7 +201,7 @@ def _seeds_sentence(job: ComparedJob) -> str:
 
 
 def _with_remark_on_best_quality(cost_sentence: str) -> str:
-    """The sentence on speed and memory, with the remark that it is only about points that are not shown to be worse.
+    """Put before the sentence on speed and memory that it is only about points that are not shown to be worse.
 
     An empty sentence stays empty.
     """
@@ -204,10 +213,10 @@ def _with_remark_on_best_quality(cost_sentence: str) -> str:
 
 
 def _unfinished_and_diverged_sentences(points: Sequence[ComparedPoint]) -> str:
-    """Sentences on which points are not done, and which diverged, so that nobody misses them in a long table.
+    """Say which points are not done, and which diverged, so that nobody misses them in a long table.
 
-    For example `2 of 8 points failed: a and b. 1 of 8 points diverged: c.` Empty if all points are done and none diverged. A
-    point: the runs of one combination of settings.
+    For example `2 of 8 points failed: a and b. 1 of 8 points diverged: c.` Empty if all points are done and none diverged.
+    A point is one combination of settings, with its runs.
     """
     names_by_problem: dict[
         str, list[str]
@@ -227,10 +236,11 @@ def _unfinished_and_diverged_sentences(points: Sequence[ComparedPoint]) -> str:
 
 
 def _parity_sentence(same_job_points: Sequence[ComparedPoint], points_with_other_loss: Sequence[ComparedPoint]) -> str:
-    """A sentence on whether the points that should have the same loss as an earlier point, their baseline, have it.
+    """Say whether strategies compute the same: `fsdp2 and zero2 have the same loss as ddp, within 3e-7.`
 
-    `same_job_points`: the points that differ from their baseline in strategy alone; without any, the sentence is empty.
-    `points_with_other_loss`: the `same_job_points` whose loss differs from the baseline's over the first steps.
+    `same_job_points`: the points that differ from an earlier one, their baseline, in strategy alone, so that their losses
+    must agree; without any, the sentence is empty. `points_with_other_loss`: those of them whose loss differs over the
+    first steps.
     """
     if not same_job_points:
         return ""
@@ -251,10 +261,10 @@ def _parity_sentence(same_job_points: Sequence[ComparedPoint], points_with_other
 
 
 def _broken_parity_sentence(points_with_other_loss: Sequence[ComparedPoint], num_same_job_points: int) -> str:
-    """A sentence on the points whose loss should be that of an earlier point and is not: how far it differs, and at which step.
+    """Warn that points do not have the loss of an earlier point although they must: how far it differs, and at which step.
 
-    The difference is the largest relative one over the first steps, which rounding does not explain.
-    At most `MAX_NAMES` points are named. `num_same_job_points`: how many points should have had the loss of an earlier one.
+    The difference is the largest relative one over the first steps, which rounding does not explain. At most `MAX_NAMES`
+    points are named. `num_same_job_points`: how many points should have had the loss of an earlier one.
     """
     clauses = []
     for point in points_with_other_loss[:MAX_NAMES]:
@@ -272,9 +282,9 @@ def _broken_parity_sentence(points_with_other_loss: Sequence[ComparedPoint], num
 
 
 def _sentences_without_quality(jobs: Sequence[ComparedJob]) -> dict[str, str]:
-    """{kind: sentence} on several jobs whose quality cannot be compared.
+    """Say why the quality of several jobs cannot be compared, as {kind: sentence}. A job is all points that train the same.
 
-    - Fewer than two jobs are done: that, under `no quality`, and the seeds of the only job that is done, under `seeds`.
+    - Fewer than two jobs are done: that, under `no quality`, and how the seeds of the only done job differ, under `seeds`.
     - Otherwise, under `no quality`: that the jobs have no held-out metric in common.
     """
     done_jobs = [job for job in jobs if job.done_runs]
@@ -290,24 +300,28 @@ def _sentences_without_quality(jobs: Sequence[ComparedJob]) -> dict[str, str]:
 
 
 def _evidence_sentence(ranked: RankedJobs) -> str:
-    """A sentence on the evidence for the order of the jobs, such as `The order by eval/loss rests on seeds.`
+    """Say what the ranking of the jobs is based on, so that readers know how far to trust it: `The order by eval/loss rests
+    on seeds.`
 
-    The evidence may be seeds, held-out documents, and intervals of `shardtune evaluate`. Empty if no job is significantly worse
-    than the best one, because `_quality_sentence` names the evidence then. A job: all points that differ in seed and strategy
-    alone.
+    A job is all points that train the same: they differ in strategy and seed alone. Empty if no job is significantly worse
+    than the best one, because the sentence on quality names the evidence then.
     """
     if not ranked.significantly_worse:
         return ""
+    # With one seed each, nothing says how far another seed would change the order.
     has_one_seed_each = all(job.num_seeds == 1 for job in ranked.jobs)
     caveat = ", with one seed each: another seed may change it" if has_one_seed_each else ""
+    # The sources are nouns: "seeds", "held-out documents", or "intervals of shardtune evaluate".
     return f"The order by {ranked.metric.name} rests on {join_names(ranked.evidence_sources)}{caveat}."
 
 
 def _quality_sentence(jobs: Sequence[ComparedJob], ranked: RankedJobs, differences: Sequence[SettingDifference]) -> str:
-    """Which job is best on held-out data, which jobs are not shown to be worse, and how many are.
+    """Say which job is best on held-out data, which jobs are not shown to be worse, and how many are.
 
-    A job: all points that differ in strategy and seed alone. If no job is significantly worse, the sentence says so, with the
-    range of the values and the reason. `jobs`: all jobs, by which a job gets its name. `ranked`: the jobs that could be compared.
+    A job is all points that train the same: they differ in strategy and seed alone. If no job is significantly worse, the
+    sentence says so, with the range of the values and the reason.
+
+    `jobs`: all jobs, among which a job gets its name. `ranked`: those that could be compared, the best first.
     `differences`: the settings in which the points differ.
     """
     metric = ranked.metric
@@ -333,10 +347,11 @@ def _quality_sentence(jobs: Sequence[ComparedJob], ranked: RankedJobs, differenc
 
 
 def job_name(job: ComparedJob, jobs: Sequence[ComparedJob], differences: Sequence[SettingDifference]) -> str:
-    """What a job is called: the name of its only point, or the settings in which it differs from other jobs: `tuning=lora`.
+    """Name a job for a sentence: its only point (`fsdp2-lora`), or the settings in which it differs from other jobs
+    (`tuning=lora`).
 
-    A job: all points that differ in strategy and seed alone. `differences`: the settings in which the points of the comparison
-    differ.
+    A job is all points that train the same: they differ in strategy and seed alone. `differences`: the settings in which
+    the points of the comparison differ.
     """
     if len(job.points) == 1:
         return job.points[0].name
@@ -350,7 +365,8 @@ def job_name(job: ComparedJob, jobs: Sequence[ComparedJob], differences: Sequenc
 
 
 def _cost_text(job: ComparedJob) -> str:
-    """Memory and speed of a job, such as `, at 3.1 to 4 GiB and 900 tokens/s`; empty if neither is known.
+    """Memory and speed of a job, to be added to a sentence: `, at 3.1 to 4 GiB and 900 tokens/s`; empty if neither is
+    known.
 
     A range goes from the smallest to the largest value of the job's points that are done and did not diverge.
     """

@@ -31,7 +31,7 @@ AXIS_TITLE_BY_COST = {
 
 
 def comparison_plots(comparison: Comparison) -> list[PagePlot]:
-    """The plots of a comparison in the order of the page; those without numbers are left out."""
+    """Make the plots of a comparison, in the order of the page; those without numbers are left out."""
     losses = loss_plot(comparison)
     held_out_metrics = held_out_plot(comparison)
     differences = difference_plot(comparison)
@@ -46,10 +46,10 @@ def comparison_plots(comparison: Comparison) -> list[PagePlot]:
 
 
 def is_planned_memory_comparable(point: ComparedPoint) -> bool:
-    """Whether planned and measured memory of a point mean the same: the tensors of a whole step.
+    """Whether a point's planned memory can stand beside the measured one: both are the tensors of a whole step.
 
-    They do if the plan simulated the step (the quick estimate leaves out the logits) and the run was on a GPU (on a CPU the
-    measured resident set has libraries in it).
+    They are if the plan simulated the step (the quick estimate leaves out the logits) and the run was on a GPU (on a CPU
+    the measured resident set has libraries in it).
     """
     is_simulated = (point.measured.planned_by or "").startswith("simulation")
     is_on_gpu = point.first_repeat.record.device not in ("", "cpu")
@@ -57,10 +57,9 @@ def is_planned_memory_comparable(point: ComparedPoint) -> bool:
 
 
 def _bar_spec(rows: list[dict[str, Any]], points: Sequence[ComparedPoint], layers: list[Spec]) -> Spec:
-    """A Vega-Lite chart of horizontal bars, one for each point, with the point's name above its bar.
+    """Build the Vega-Lite chart that all bar plots share: a horizontal bar for each point, with the point's name above it.
 
-    `rows`: the data, each row with the name of its point under `point`. `layers`: the marks that are drawn of them. The padding
-    and offset of the labels put the names above the bars, beginning at their left ends.
+    `rows`: the data, each row with the name of its point under `point`. `layers`: the marks that are drawn of them.
     """
     return {
         **chart_frame(ROW_HEIGHT * len(points)),
@@ -72,6 +71,8 @@ def _bar_spec(rows: list[dict[str, Any]], points: Sequence[ComparedPoint], layer
                 "sort": [point.name for point in points],
                 "title": None,
                 "scale": {"paddingInner": 0.55, "paddingOuter": 0.55},
+                # Offset and padding put a name above its bar, at its left end, so that names need no room beside the
+                # bars.
                 "axis": {
                     "labelAlign": "left",
                     "labelPadding": -4,
@@ -90,7 +91,7 @@ def _bar_spec(rows: list[dict[str, Any]], points: Sequence[ComparedPoint], layer
 
 
 def speed_plot(comparison: Comparison) -> PagePlot | None:
-    """A bar of tokens/s for each point, with a line for its range; None if no speed is known.
+    """The plot of tokens/s: a bar for each point, with a line for its range; None if no speed is known.
 
     The range goes from the slowest to the fastest repeat. For a single run it is the middle half of the steps.
     """
@@ -129,15 +130,15 @@ def speed_plot(comparison: Comparison) -> PagePlot | None:
 
 
 def _bar_tooltip(fields: Sequence[str], number_format: str) -> list[Spec]:
-    """What the pointer shows of a bar: the name of its point, then these numbers."""
+    """What the pointer shows of a bar: the name of its point, then the numbers in these fields of its data row."""
     numbers = [{"field": field, "type": "quantitative", "format": number_format} for field in fields]
     return [{"field": "point", "type": "nominal"}, *numbers]
 
 
 def memory_plot(comparison: Comparison) -> PagePlot | None:
-    """A bar of GiB for each point, with a tick for the planned memory if it is comparable; None if no memory is known.
+    """The plot of memory in GiB: a bar for each point, with a tick for the planned memory if the two are comparable.
 
-    A point is one combination of settings.
+    A point is one combination of settings. None if no memory is known.
     """
     points = comparison.begun_points
     rows: list[dict[str, Any]] = []
@@ -167,7 +168,7 @@ def memory_plot(comparison: Comparison) -> PagePlot | None:
 
 
 def step_parts_plot(comparison: Comparison) -> PagePlot | None:
-    """A stacked bar for each point: milliseconds of each part of a step; None if no run timed them."""
+    """The plot of where the time of a step goes: a stacked bar for each point, in ms; None if no run timed the parts."""
     points = comparison.begun_points
     rows: list[dict[str, Any]] = []
     for point in points:
@@ -194,9 +195,9 @@ def step_parts_plot(comparison: Comparison) -> PagePlot | None:
 
 
 def _costs_by_title(point: ComparedPoint) -> dict[str, float | None]:
-    """The costs of a point by their title in the menu of the plot (the keys of `AXIS_TITLE_BY_COST`); None if one is not known.
+    """What a point costs, by the titles in the menu of the plot, such as {"seconds of steps": 812.0, "GiB": 3.1}.
 
-    `GiB` is the peak of memory, `GiB saved` the size of a checkpoint.
+    `GiB` is the peak of memory, `GiB saved` the size of a checkpoint. None if a cost is not known.
     """
     return {
         "seconds of steps": sum(row.get("step_s") or 0.0 for row in point.first_repeat.steps.values()),
@@ -207,10 +208,10 @@ def _costs_by_title(point: ComparedPoint) -> dict[str, float | None]:
 
 
 def quality_against_cost_plot(comparison: Comparison) -> PagePlot | None:
-    """A mark for each point: its quality against a cost that the reader chooses in a menu.
+    """The plot that shows what better quality costs: a mark for each point, over a cost that the reader chooses in a menu.
 
-    Quality is the held-out metric by which quality is judged, if every point has it, else the last training loss. None if fewer
-    than two points have a quality, or no cost is known.
+    Quality is the held-out metric by which quality is judged, if every point has it, else the last training loss. None if
+    fewer than two points have a quality, or no cost is known.
     """
     points = comparison.begun_points
     metric = quality_metric_name(points)
@@ -241,10 +242,10 @@ def _quality_against_cost_spec(
     quality_title: str,
     cost_titles: list[str],
 ) -> Spec:
-    """A Vega-Lite chart with a mark for each row, and a menu of the costs for its horizontal axis.
+    """Build the Vega-Lite chart of quality against cost: a mark for each row, and a menu of costs for the horizontal axis.
 
-    `rows`: the data, each row with the index of its point in `points` as `point_index`, its `quality`, and its costs by title.
-    `cost_titles`: the entries of the menu.
+    `rows`: {"point_index": position in `points`, "quality": 2.31, cost title: cost ...}. `cost_titles`: the entries of the
+    menu.
     """
     qualities = [row["quality"] for row in rows]
     # At least a thousandth: values that differ by rounding alone are drawn at the same height.
@@ -266,6 +267,7 @@ def _quality_against_cost_spec(
         "params": [{"name": "against", "value": cost_titles[0], "bind": menu}],
         "transform": [
             point_lookup_transform(comparison, points),
+            # `against` is the parameter of the menu: the title of the chosen cost, which is a field of the row.
             {"calculate": "datum[against]", "as": "x"},
             {"filter": "isValid(datum.x)"},
         ],

@@ -53,11 +53,13 @@ ZOOM_AND_CLICK_HINT = (
 
 
 def thinned_step_rows(point: ComparedPoint, num_points: int) -> list[dict[str, Any]]:
-    """The rows of `metrics.jsonl` of a point's first repeat that a plot draws.
+    """Choose which steps of a point's first repeat a plot draws, and return their rows of `metrics.jsonl`.
 
-    Each row also has `seconds`, the time of all steps up to it. Drawn are every n-th row and the last one. A plot of at most
-    `MAX_POINTS_WITH_NOTABLE` points also has the rows of steps that stood out. `num_points`: how many points share the plot.
-    The more there are, the fewer rows of each are drawn, so that the page stays small.
+    Drawn are every n-th row and the last one: the more points share the plot (`num_points`), the fewer rows of each, so
+    that the page stays small. A plot of at most `MAX_POINTS_WITH_NOTABLE` points also has the steps that stood out, at
+    which a guard or detector found something.
+
+    Each row also gets `seconds`, the time of all steps up to it.
     """
     rows = list(point.first_repeat.steps.values())
     max_rows = min(MAX_STEPS_OF_POINT, max(MIN_STEPS_OF_POINT, MAX_CURVE_ROWS // max(1, num_points)))
@@ -83,17 +85,21 @@ def _curve_spec(
     *,
     height: int = PLOT_HEIGHT_PX,
 ) -> Spec:
-    """A Vega-Lite chart with one curve for each of `points`.
+    """Build the Vega-Lite chart that all plots over training share: a curve for each of `points`, and a menu for the x
+    axis.
 
-    `data`: rows with the index of their point in `points` as `point_index`, and `step`, `tokens` and `seconds`, one of which the
-    reader chooses for the x axis. `y_encoding`: which field is drawn, and how. `y_tooltip`: how the pointer shows this field. The
-    field `point`, the name of a row's point, is added by `point_lookup_transform`.
+    `data`: rows with `point_index` (position in `points`), `step`, `tokens` and `seconds`; the reader chooses one of the
+        last three as x axis.
+    `y_encoding`: the field that is drawn, with its axis and scale.
+    `y_tooltip`: the same field as the pointer shows it.
+    `height`: in pixels.
     """
     return {
         **chart_frame(height),
         "title": x_axis_title(),
         "data": data,
         "params": [x_axis_menu()],
+        # Adds to each row `point`, the name of its point, and `x`, the counter that the reader chose.
         "transform": [point_lookup_transform(comparison, points), x_axis_transform()],
         "layer": [
             {
@@ -102,6 +108,7 @@ def _curve_spec(
                 "encoding": {
                     "x": x_axis_encoding(),
                     "y": y_encoding,
+                    # One curve for each point, also where points share a colour.
                     "detail": {"field": "point", "type": "nominal"},
                     **point_encoding(comparison, marks_are_lines=True),
                     "opacity": legend_opacity(comparison),
@@ -113,9 +120,11 @@ def _curve_spec(
 
 
 def difference_plot(comparison: Comparison) -> PagePlot | None:
-    """How far each point's loss is from its baseline's, step by step, on a logarithmic axis; None if no losses are comparable.
+    """The plot that shows whether points compute the same: how far each one's loss is from its baseline's, on a logarithmic
+    axis.
 
-    A point is one combination of settings. Its baseline is the point that its loss is compared with.
+    A point is one combination of settings. Its baseline is the point that its loss is compared with: an earlier one that
+    trains the same job with another strategy, else the first. None if no losses are comparable.
     """
     points = [point for point in comparison.points if point.loss_difference is not None]
     rows = _difference_rows(comparison, points)
@@ -153,7 +162,8 @@ def difference_plot(comparison: Comparison) -> PagePlot | None:
 
 
 def _difference_rows(comparison: Comparison, points: Sequence[ComparedPoint]) -> list[tuple[Any, ...]]:
-    """Data rows (`X_AXIS_COLUMNS`, relative difference of the loss from the baseline's) of the drawn steps of `points`.
+    """Data rows of the difference plot: (point index, step, tokens, seconds, relative difference of the loss from the
+    baseline's).
 
     Steps without a finite loss in both runs have no row. A difference below `MIN_DRAWN_DIFFERENCE` becomes that, since a
     logarithmic axis has no zero.
@@ -177,7 +187,10 @@ def _x_axis_cells(point_index: int, step_metrics: dict[str, Any]) -> tuple[Any, 
 
 
 def loss_plot(comparison: Comparison) -> PagePlot | None:
-    """The training losses over steps, tokens or seconds, with the steps that stood out if there are few; None without losses."""
+    """The plot of the training losses over steps, tokens or seconds; None if no point has a finite loss.
+
+    Steps that stood out are marked by dotted lines, if there are at most `MAX_NOTABLE_STEPS` of them.
+    """
     points = comparison.begun_points
     rows = []
     for point_index, point in enumerate(points):
@@ -201,7 +214,9 @@ def loss_plot(comparison: Comparison) -> PagePlot | None:
 
 
 def _notable_step_rows(points: Sequence[ComparedPoint]) -> list[dict[str, Any]]:
-    """A data row for each step at which a guard or detector found something: its point, its x values, and what was found."""
+    """Data rows for marking the steps at which a guard or detector found something: point, step, tokens, seconds, and what
+    was found.
+    """
     rows = []
     for point in points:
         notables = notable_steps(point.first_repeat)
@@ -224,7 +239,10 @@ def _notable_step_rows(points: Sequence[ComparedPoint]) -> list[dict[str, Any]]:
 
 
 def _notable_steps_layer(rows: list[dict[str, Any]]) -> Spec:
-    """The Vega-Lite layer of dotted vertical lines at the steps that stood out; `rows` come from `_notable_step_rows`."""
+    """The Vega-Lite layer that marks steps that stood out by dotted vertical lines; the pointer shows `what` was found.
+
+    `rows`: {"point": "ddp", "step": 40, "tokens": 20480, "seconds": 31.5, "what": "grad_norm 9.5 (...); ..."}.
+    """
     return {
         "data": {"values": rows},
         "transform": [x_axis_transform()],
@@ -241,12 +259,13 @@ def _notable_steps_layer(rows: list[dict[str, Any]]) -> Spec:
 
 
 def held_out_plot(comparison: Comparison) -> PagePlot | None:
-    """A held-out metric over training, chosen by the reader in a menu; None if nothing was evaluated."""
+    """The plot of a held-out metric over training, which the reader chooses in a menu; None if nothing was evaluated."""
     points = comparison.begun_points
     metrics = _held_out_menu_metrics(comparison)
     if not metrics:
         return None
     rows: list[tuple[Any, ...]] = []
+    # All points and metrics share the page's number of rows.
     max_evaluations = max(2, MAX_CURVE_ROWS // max(1, len(points) * len(metrics)))
     for point_index, point in enumerate(points):
         rows += _held_out_rows(point_index, point, metrics, max_evaluations)
@@ -261,14 +280,17 @@ def held_out_plot(comparison: Comparison) -> PagePlot | None:
 
 
 def _metric_menu(metrics: list[str]) -> Spec:
-    """The menu in which the reader chooses the metric that is drawn, as a Vega parameter `metric`; the first is shown first."""
+    """The menu below a plot in which the reader chooses what is drawn. It sets the Vega parameter `metric`, at first to
+    `metrics[0]`.
+    """
     return {"name": "metric", "value": metrics[0], "bind": {"input": "select", "options": metrics, "name": "metric "}}
 
 
 def _held_out_menu_metrics(comparison: Comparison) -> list[str]:
-    """The held-out metrics in the menu: the one by which quality is judged, then those that most points have.
+    """Choose the held-out metrics for the menu of the plot: the one by which quality is judged first, then those that most
+    points have.
 
-    At most `MAX_HELD_OUT_METRICS`.
+    At most `MAX_HELD_OUT_METRICS`; empty if nothing was evaluated.
     """
     num_points_by_metric: dict[str, int] = {}
     for point in comparison.begun_points:
@@ -284,10 +306,11 @@ def _held_out_menu_metrics(comparison: Comparison) -> list[str]:
 def _held_out_rows(
     point_index: int, point: ComparedPoint, metrics: Sequence[str], max_evaluations: int
 ) -> list[tuple[Any, ...]]:
-    """Data rows (`X_AXIS_COLUMNS`, metric, value) of the held-out `metrics` of a point.
+    """Data rows of the held-out metrics of one point, (point index, step, tokens, seconds, metric, value): (0, 40, 20480,
+    31.5, "eval/loss", 2.31).
 
-    A row is like (0, 40, 20480, 31.5, "eval/loss", 2.31). At most about `max_evaluations` evaluations are drawn: every n-th and
-    the last.
+    At most about `max_evaluations` evaluations are drawn: every n-th and the last. Step 0 is the evaluation before
+    training.
     """
     steps = point.first_repeat.steps
     elapsed_s = accumulate(row.get("step_s") or 0.0 for row in steps.values())
@@ -308,7 +331,9 @@ def _held_out_rows(
 
 
 def course_plot(comparison: Comparison) -> PagePlot | None:
-    """Gradient norm, learning rate or speed over training, chosen by the reader in a menu; None if no step has any of them."""
+    """The plot of gradient norm, learning rate or speed over training, one of which the reader chooses; None if no step has
+    any of them.
+    """
     points = comparison.begun_points
     rows = []
     known_metrics: set[str] = set()

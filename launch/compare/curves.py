@@ -35,7 +35,7 @@ LOSS_NEUTRAL_SETTINGS = (
 
 @dataclass(frozen=True, slots=True)
 class LossDifference:
-    """Relative differences of the losses of two runs, over the steps that both have."""
+    """How far the losses of a run are from those of its baseline: relative differences, over the steps that both have."""
 
     first_steps_difference: float
     """The largest difference over the first `NUM_FIRST_STEPS` common steps."""
@@ -54,10 +54,10 @@ class LossDifference:
         return self.first_steps_difference <= SAME_LOSS_TOLERANCE
 
     def as_json(self) -> dict[str, float | int]:
-        """The relative differences of the losses under the keys of `compare.json`.
+        """The differences under the keys that `compare.json` has for a point's loss against that of its baseline.
 
-        `early` is the largest one over the first common steps, `drift` that over all common steps. `same`: `early` is no more
-        than rounding explains.
+        All are relative. `early`: the largest over the first common steps, at `early_step`. `drift`: the largest over all
+        common steps. `steps`: how many are common. `same`: whether `early` is no more than rounding explains.
         """
         return {
             "early": self.first_steps_difference,
@@ -70,7 +70,10 @@ class LossDifference:
 
 
 def compare_losses(baseline: RecordedRun, run: RecordedRun) -> LossDifference | None:
-    """How far the losses of `run` are from those of `baseline`; None if no step has a finite loss in both runs."""
+    """Compare the loss curves of two runs step by step; None if no step has a finite loss in both.
+
+    Two strategies that train the same must agree over the first steps; later, rounding grows.
+    """
     difference_by_step: dict[int, float] = {}
     for step in sorted(baseline.steps.keys() & run.steps.keys()):
         baseline_loss = baseline.steps[step]["loss"]
@@ -93,7 +96,7 @@ def compare_losses(baseline: RecordedRun, run: RecordedRun) -> LossDifference | 
 
 
 def _relative_difference(reference: float, value: float) -> float:
-    """|reference - value| / |reference|. If the reference is 0: 1 for any other value, and 0 if the value is 0 too."""
+    """The relative difference |reference - value| / |reference|. If the reference is 0: 1 for any other value, 0 for 0."""
     scale = abs(reference) or abs(value) or 1.0
     return abs(reference - value) / scale
 
@@ -104,10 +107,11 @@ def format_difference(difference: float) -> str:
 
 
 def baseline_index(runs: list[RecordedRun], run_index: int, default_index: int) -> int | None:
-    """Index of the run whose loss is the baseline of run `run_index`. The first case that applies:
+    """Choose the run whose loss is compared with that of run `run_index`; returns its index. The first case that applies:
 
     - `run_index` is before `default_index` (that of the first run that took a step): None.
-    - An earlier run trains the same job with the same seed: the earliest such run, so that strategies of one job are compared.
+    - An earlier run trains the same job (equal settings that can change the loss) with the same seed: the earliest, so that
+      strategies of one job are compared.
     - Otherwise: `default_index`, also for the run at `default_index` itself; callers leave that one out.
     """
     if run_index < default_index:
@@ -121,9 +125,10 @@ def baseline_index(runs: list[RecordedRun], run_index: int, default_index: int) 
 
 
 def loss_relevant_settings(run: RecordedRun) -> dict[str, Any]:
-    """The settings of a run, by dotted key, that can change its losses, with the seed.
+    """The settings of a run that can change its losses, by dotted key, with the seed: they define the job that it trains.
 
-    Two runs with equal such settings must have equal losses: they differ at most in strategy, launcher, logging and the like.
+    Two runs with equal such settings must have equal losses: they differ at most in strategy, launcher, logging and the
+    like.
     """
     return {key: value for key, value in run.config.items() if _can_change_loss(key)}
 
@@ -157,10 +162,10 @@ class IncomparableSetting:
 
 
 def find_incomparable_settings(baseline: RecordedRun, run: RecordedRun) -> list[IncomparableSetting]:
-    """Why the losses of two runs cannot be compared: the differences of their data, its order or the objective.
+    """Find out why the losses of two runs cannot be compared: differences of their data, its order or the objective.
 
-    Empty if the losses can be compared. `identity.json` of a run records what decides these three (`IDENTITY_KINDS`). The files
-    of the two runs are compared, or the settings of the runs if one of them has no such file.
+    Empty if they can be compared. A run records in `identity.json` what decides these three (`IDENTITY_KINDS`). If one of
+    the runs has no such file, their settings are compared instead.
     """
     if not baseline.identity or not run.identity:
         return _differing_values(_identity_from_config(baseline), _identity_from_config(run))
@@ -179,15 +184,18 @@ def find_incomparable_settings(baseline: RecordedRun, run: RecordedRun) -> list[
 
 
 def _data_source_settings(run: RecordedRun) -> dict[str, Any]:
-    """The settings that say where the data came from. `identity.json` has only a fingerprint of the prepared data."""
+    """The settings that say where a run's data came from, for a reader to whom the fingerprint in `identity.json` says
+    nothing.
+    """
     keys = ("data.path", "data.eval_path", "data.test_path", "model.path", "model.tokenizer", "model.chat_template")
     return {key: run.config.get(key) for key in keys}
 
 
 def _identity_from_config(run: RecordedRun) -> dict[str, Any]:
-    """The settings, by dotted key, that `identity.json` would be made of, for a run that ended before it wrote that file.
+    """Collect from a run's settings what its `identity.json` would hold, for a run that ended before it wrote that file.
 
-    Each setting declares what its change would change: the data, its order, the objective, or something else.
+    Returns {dotted key: value} of the settings whose change would change the data, its order or the objective; each setting
+    declares that itself.
     """
     from trainer.config.tree import change_kind_of_setting  # loads torch, which a comparison needs for such runs alone
 
@@ -204,12 +212,16 @@ def _identity_from_config(run: RecordedRun) -> dict[str, Any]:
 
 
 def _differing_values(baseline_identity: dict[str, Any], run_identity: dict[str, Any]) -> list[IncomparableSetting]:
-    """The keys whose values differ between two identities; the value of a missing key is `-`."""
+    """Compare two identities, {key: value} of what data, order or objective was made of: the keys with different values.
+
+    The value of a key that is missing in one of them is `-`.
+    """
     differences = []
     for key in sorted(baseline_identity.keys() | run_identity.keys()):
         baseline_value = baseline_identity.get(key, "-")
         run_value = run_identity.get(key, "-")
         if baseline_value != run_value:
+            # The key of the hash of all prepared documents.
             setting = "prepared data" if key == "fingerprint" else key
             values_text = f"{_shortened_value(baseline_value)} and {_shortened_value(run_value)}"
             differences.append(IncomparableSetting(setting, values_text))

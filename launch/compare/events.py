@@ -25,9 +25,10 @@ class NotableStep:
 
 
 def notable_steps(run: RecordedRun) -> list[NotableStep]:
-    """The steps of a run that stood out, in order: those with an event in `events.jsonl`, and those without an update.
+    """The training steps of a run that a reader should look at, in order: those with an event, and those without an update.
 
-    An update is left out if the gradients are not finite.
+    Events are in `events.jsonl`: a guard found a number that stood out, or a detector found trouble. An update is left out
+    if the gradients are not finite.
     """
     steps = [NotableStep(event["step"], _event_text(event)) for event in run.events]
     # A guard may have left the same update out, and its event says more.
@@ -39,10 +40,11 @@ def notable_steps(run: RecordedRun) -> list[NotableStep]:
 
 
 def _event_text(event: dict[str, Any]) -> str:
-    """A sentence on an event of `events.jsonl`.
+    """Write a clause on an event of `events.jsonl`, for a reader of the comparison.
 
     - What a detector found (`challenge`): its name and what it says.
-    - What a guard found: which numbers stood out, what was done, and at most `MAX_DOCUMENTS` documents of the step.
+    - What a guard found: which numbers stood out, what was done, and at most `MAX_DOCUMENTS` documents of the step: `...;
+      its update was left out; train.jsonl:12`.
     """
     if event.get("event") == "challenge":
         return f"{event.get('challenge')}: {event.get('says')}"
@@ -63,9 +65,11 @@ def _event_text(event: dict[str, Any]) -> str:
 
 
 def notable_step_lines(comparison: Comparison) -> list[str]:
-    """A line for each step of each point's first repeat that stood out, the last `MAX_NOTABLE_STEPS_SHOWN` of a point.
+    """A line for each step that stood out in the first repeat of each point, such as `ddp: step 40: grad_norm 9.5 (...);
+    ...`.
 
-    Such as `ddp: step 40: grad_norm is 9 times the median; its update was left out`.
+    Of a point with more than `MAX_NOTABLE_STEPS_SHOWN` steps, the last ones, and a line that says where the earlier ones
+    are.
     """
     lines = []
     for point in comparison.points:
@@ -79,9 +83,10 @@ def notable_step_lines(comparison: Comparison) -> list[str]:
 
 
 def resolved_setting_lines(comparison: Comparison) -> list[str]:
-    """Lines on settings such as `auto` that the runs resolved (`substitutions`): one line for all points if all did it alike.
+    """Tell the reader what settings such as `auto` were resolved to, as the runs recorded it (`substitutions` in
+    `run.json`).
 
-    A line is like `run.matmul: blas`, or `ddp: run.matmul: blas` for one of several points.
+    A line is like `run.matmul: blas` if all points did alike, else `ddp: run.matmul: blas` for each point.
     """
     # A run that never started has an empty record.
     points = [point for point in comparison.points if not point.first_repeat.record.is_empty]

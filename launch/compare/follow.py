@@ -19,11 +19,13 @@ WritePage = Callable[[float | None], None]
 
 
 def rewrite_page_while_runs_train(run_dirs: list[Path], write_page: WritePage) -> None:
-    """Call `write_page` every `PAGE_INTERVAL_S` seconds until all runs have ended; the caller writes the last version.
+    """Keep the page of runs up to date while they train: write it every few seconds, and return when all runs have ended.
 
-    `write_page` takes the seconds after which a browser reloads the page, None for a last page. Runs that have not begun are
-    waited for while another run is active, and `MAX_QUIET_S` seconds longer. On Ctrl-C a last page is written and
-    KeyboardInterrupt raised.
+    `write_page`: takes the seconds after which a browser reloads the page, None for a last page. The caller writes the last
+    version.
+
+    Runs that have not begun are waited for while another run is active, and `MAX_QUIET_S` seconds longer. On Ctrl-C a last
+    page is written and KeyboardInterrupt raised.
     """
     last_active_at = monotonic()
     try:
@@ -45,7 +47,7 @@ def rewrite_page_while_runs_train(run_dirs: list[Path], write_page: WritePage) -
 
 
 def _are_any_active_or_not_begun(run_dirs: list[Path]) -> tuple[bool, bool]:
-    """(whether any run trains or waits in SLURM's queue, whether any run has not begun)."""
+    """How the runs stand: (whether any trains or waits in SLURM's queue, whether any has not begun)."""
     from launch.runs.queue import read_queue
     from launch.runs.status import NOT_STARTED, QUEUED, read_run_view
 

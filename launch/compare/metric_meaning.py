@@ -19,7 +19,8 @@ LARGER_IS_BETTER = (
 
 
 def greater_is_better_in_run(run: RecordedRun, metric: str) -> bool | None:
-    """Whether a larger value of a held-out metric is better; None if nothing says it. The first of these that says it:
+    """Whether a larger value of a held-out metric is better in this run; None if nothing says it. The first of these that
+    says it:
 
     - What the run recorded, which it does for its monitored metric.
     - The setting `evaluation.greater_is_better`, which is about the metric `evaluation.watch`.
@@ -35,7 +36,7 @@ def greater_is_better_in_run(run: RecordedRun, metric: str) -> bool | None:
 
 
 def greater_is_better_by_name(metric: str) -> bool | None:
-    """Whether a larger value of a metric is better, by its name alone; None if the name does not tell.
+    """Whether a larger value of a metric is better, as far as its name tells; None if it does not.
 
     `eval/loss`, `eval/loss_by_position/512` and `forgetting/loss` are False, `eval/qa/accuracy` is True.
     """
@@ -48,14 +49,15 @@ def greater_is_better_by_name(metric: str) -> bool | None:
 
 
 def keys_measured_differently(baseline: RecordedRun, run: RecordedRun, metric: str) -> list[str]:
-    """Keys of the settings because of which two runs measured a held-out metric differently, so that it cannot be compared.
+    """Find out whether two runs measured a held-out metric alike: returns the keys of the settings because of which they
+    did not.
 
-    Empty if both runs were evaluated alike, as far as this metric needs it. A metric is named `eval/<metric>`, or
-    `eval/<task>/<metric>` for an evaluation task. Which settings are compared:
+    Empty if the metric can be compared. It is named `eval/<metric>`, or `eval/<task>/<metric>` for an evaluation task.
+    Compared are, of both runs,
 
-    - A task with documents of its own (`evaluation.tasks.<task>.path`): the settings of this task, and nothing else.
-    - Any other metric: those of the objective if it is a loss, those of scoring if it is a reward, and then those of the held-out
-      documents and their tokens. The first of these groups with a difference is returned.
+    - for a task with documents of its own (`evaluation.tasks.<task>.path`): the settings of this task, and nothing else;
+    - for any other metric: the settings of the objective if it is a loss, those of scoring if it is a reward, and then
+      those of the held-out documents and their tokens. The first of these groups with a difference is returned.
     """
     task_key_prefix = _task_key_prefix(metric)
     if task_key_prefix is not None and baseline.config.get(f"{task_key_prefix}path") is not None:
@@ -63,6 +65,7 @@ def keys_measured_differently(baseline: RecordedRun, run: RecordedRun, metric: s
 
     if _is_computed_by_objective(metric):
         objective_keys = _keys_below("objective.", baseline, run)
+        # These say what is done against forgetting in training, and change no held-out loss.
         objective_keys -= _keys_below(TRAINING_ONLY_KEY_PREFIX, baseline, run)
         if differing_objective_keys := differing_keys(baseline, run, objective_keys):
             return differing_objective_keys
@@ -72,19 +75,23 @@ def keys_measured_differently(baseline: RecordedRun, run: RecordedRun, metric: s
     if differing_scoring_keys := differing_keys(baseline, run, scoring_keys):
         return differing_scoring_keys
 
+    # It limits how many of the held-out documents are evaluated, so it changes any metric of theirs.
     if differing_keys(baseline, run, {"evaluation.max_documents"}):
         return ["evaluation.max_documents"]
     return _differing_held_out_data_keys(baseline, run)
 
 
 def _task_key_prefix(metric: str) -> str | None:
-    """`eval/qa/accuracy` -> `evaluation.tasks.qa.`, the prefix of the task's settings; None for a metric of no task."""
+    """The prefix of the settings of the task that has a metric: `eval/qa/accuracy` -> `evaluation.tasks.qa.`; None if no
+    task has it.
+    """
     parts = metric.split("/")
     return f"evaluation.tasks.{parts[1]}." if len(parts) == 3 else None
 
 
 def _is_computed_by_objective(metric: str) -> bool:
-    """Whether the objective's loss function computes the metric, so that each objective has a metric of its own.
+    """Whether the objective's loss function computes the metric: then runs with different objectives measure different
+    things.
 
     A margin is one too: preference objectives compute it beside their loss, as the difference of two answers' scores.
     """
@@ -93,7 +100,7 @@ def _is_computed_by_objective(metric: str) -> bool:
 
 
 def _keys_below(prefix: str, *runs: RecordedRun) -> set[str]:
-    """The keys with this prefix among the settings of any of the runs."""
+    """The keys that begin with this prefix, such as `objective.`, among the settings of any of the runs."""
     keys: set[str] = set()
     for run in runs:
         keys |= {key for key in run.config if key.startswith(prefix)}
@@ -101,7 +108,7 @@ def _keys_below(prefix: str, *runs: RecordedRun) -> set[str]:
 
 
 def _differing_held_out_data_keys(baseline: RecordedRun, run: RecordedRun) -> list[str]:
-    """Keys of the settings because of which two runs have different held-out documents or tokens.
+    """Keys of the settings because of which two runs may have evaluated different documents, or the same with other tokens.
 
     Empty if the fingerprints of their prepared data are equal, or if none of these settings differs.
     """
@@ -120,7 +127,9 @@ def _differing_held_out_data_keys(baseline: RecordedRun, run: RecordedRun) -> li
 
 
 def _scoring_keys(run: RecordedRun) -> set[str]:
-    """Keys of the settings that decide `eval/reward` of an answer: the rewards that count, and where an answer is cut off."""
+    """Keys of the settings of a run that decide the reward of an answer: the rewards that count, and where an answer is cut
+    off.
+    """
     keys = {"objective.rollout.max_new_tokens", "objective.rollout.stop"}
     for key in run.config:
         # A time-out ends a reward that hangs; it scores no answer.
@@ -134,5 +143,5 @@ def _scoring_keys(run: RecordedRun) -> set[str]:
 
 
 def differing_keys(baseline: RecordedRun, run: RecordedRun, keys: set[str]) -> list[str]:
-    """Which of these settings have different values in the two runs: their keys, sorted."""
+    """Which of these settings have different values in the two runs: their keys, sorted. A missing setting counts as None."""
     return [key for key in sorted(keys) if baseline.config.get(key) != run.config.get(key)]

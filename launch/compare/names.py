@@ -59,10 +59,13 @@ class SettingDifference:
 
 
 def setting_differences(runs: list[RecordedRun]) -> list[SettingDifference]:
-    """The settings in which the runs differ, then the entries of `run.json` in which they do (`run.json world_size`).
+    """Find the settings in which the runs differ, to name them and to show why their results differ.
 
-    A setting that only one choice of its group has (`tuning.rank` of `tuning=lora`) follows from the choice, so it is compared
-    only between runs with the same choice. Values are compared as text in which 1.0 and 1 are equal.
+    A setting that only one choice of its group has, as `tuning.rank` of `tuning=lora`, is compared only between runs with
+    this choice: between others the difference follows from the choice. Values are compared as text in which 1.0 and 1 are
+    equal.
+
+    Behind the settings stand facts of `run.json` in which the runs differ, such as `run.json world_size`.
     """
     differences = []
     config_keys: dict[str, None] = {}  # a dict as an ordered set
@@ -74,6 +77,7 @@ def setting_differences(runs: list[RecordedRun]) -> list[SettingDifference]:
             differences.append(SettingDifference(key, values))
 
     for key in RECORD_KEYS:
+        # A run that never started has no facts, which is no difference.
         values = tuple(_record_value(run.record, key) for run in runs)
         known_values = {_comparable_text(value) for value in values if value != ABSENT_VALUE}
         if len(known_values) > 1:
@@ -82,10 +86,10 @@ def setting_differences(runs: list[RecordedRun]) -> list[SettingDifference]:
 
 
 def _has_several_values(key: str, runs: list[RecordedRun]) -> bool:
-    """Whether a setting has several values among runs with the same choice in its group.
+    """Whether the runs differ in a setting by more than what follows from their choice in its group.
 
-    `tuning.rank` may differ between two runs with `tuning=lora`. A difference between `tuning=lora` and `tuning=full` does not
-    count: it follows from the choice. The choice itself, `tuning.name`, is compared between all runs.
+    `tuning.rank` may differ between two runs with `tuning=lora`. Between `tuning=lora` and `tuning=full` it always does, so
+    that does not count. The choice itself, `tuning.name`, is compared between all runs.
     """
     choice_key = f"{key.split('.')[0]}.name"
     values_by_choice: dict[Any, set[str]] = {}
@@ -96,7 +100,7 @@ def _has_several_values(key: str, runs: list[RecordedRun]) -> bool:
 
 
 def _record_value(record: RunRecord, key: str) -> Any:
-    """A fact of `run.json`; `ABSENT_VALUE` if the run did not record it."""
+    """A fact that a run recorded in `run.json`, such as its world size; `ABSENT_VALUE` if it did not."""
     return getattr(record, key) if key in record.keys else ABSENT_VALUE
 
 
@@ -110,10 +114,10 @@ def _comparable_text(value: Any) -> str:
 
 
 def names_of_runs(runs: list[RecordedRun], differences: list[SettingDifference]) -> list[str]:
-    """A name for each run made of the settings that differ, such as `fsdp2-lora-lr2e-4`, in the order of the runs.
+    """Name each run by the settings in which it differs from the others, such as `fsdp2-lora-lr2e-4`.
 
-    A setting that would make any name longer than `MAX_NAME_LENGTH` is left out of all names, so that names stay comparable part
-    by part. Runs that share a name then, or have none, get the name of their directory behind it.
+    A setting that would make any name longer than `MAX_NAME_LENGTH` is left out of all names, so that names stay comparable
+    part by part. Runs that share a name then, or have none, get the name of their directory behind it.
     """
     names = [""] * len(runs)
     for suffixes in _name_parts_by_difference(differences):
@@ -133,7 +137,7 @@ def _join_with_dash(name: str, suffix: str) -> str:
 
 
 def _name_parts_by_difference(differences: list[SettingDifference]) -> list[list[str]]:
-    """For each difference that is part of names: what it adds to the name of each run, such as `["lr1e-3", "lr2e-4"]`.
+    """What each difference adds to the name of each run: [["lora", "full"], ["lr2e-4", "lr2e-5"]] for two runs.
 
     The settings that tell a reader most come first, because later ones may not fit into the name any more.
     """
@@ -157,14 +161,14 @@ def _name_parts_by_difference(differences: list[SettingDifference]) -> list[list
 
 
 def _world_size_suffix(world_size: Any) -> str:
-    """What the world size adds to a name: `1rank`, `4ranks`; nothing if it is not known."""
+    """What the number of ranks adds to a run's name: `1rank`, `4ranks`; nothing if it is not known."""
     if world_size == ABSENT_VALUE:
         return ""
     return "1rank" if world_size == 1 else f"{world_size}ranks"
 
 
 def _run_name_part(key: str, value: Any) -> str:
-    """What the value of a setting adds to a name. Of the key only the last part is used:
+    """What the value of a setting adds to a run's name. Of the key only the last part is used:
 
     - A missing setting: nothing.
     - A choice (`tuning.name`): `lora`.
@@ -192,12 +196,17 @@ def _run_name_part(key: str, value: Any) -> str:
 
 
 def _word_characters_only(text: str) -> str:
-    """The text with an underscore for each run of characters that are no letter, digit, `_` or `.`."""
+    """Make a text fit for a run's name: each run of characters other than letters, digits, `_` and `.` becomes one `_`."""
     return re.sub(r"[^\w.]+", "_", text).strip("_")
 
 
 def point_arguments(differences: Sequence[SettingDifference], point_index: int) -> str:
-    """The settings in which a point differs from others, as arguments for a shell: `strategy=ddp optim.lr=1e-3`."""
+    """The arguments with which a reader can train one point of a comparison: `strategy=ddp optim.lr=1e-3`, quoted for a
+    shell.
+
+    Only settings in which the points differ are among them, and none that only says how a run was started or what it
+    reports. `point_index`: position of the point's value in each difference.
+    """
     arguments = []
     for difference in differences:
         value = difference.values[point_index]
@@ -208,14 +217,16 @@ def point_arguments(differences: Sequence[SettingDifference], point_index: int) 
 
 
 def setting_as_argument(key: str, value: Any) -> str:
-    """A setting as a command-line argument: `optim.lr=1e-3`, `tuning.dora=true`; a choice by its group alone: `tuning=lora`."""
+    """Write a setting as it is typed on the command line: `optim.lr=1e-3`, `tuning.dora=true`; a choice by its group:
+    `tuning=lora`.
+    """
     group, _, last_part = key.rpartition(".")
     is_choice = last_part == "name" and group in CHOICE_GROUPS
     return f"{group if is_choice else key}={_argument_value(value)}"
 
 
 def _argument_value(value: Any) -> str:
-    """The value of a command-line argument `key=value`, such as `null`, `true`, `[q_proj,v_proj]` or `'a,b.jsonl'`."""
+    """Write the value of a setting as the command line reads it back: `null`, `true`, `[q_proj,v_proj]` or `'a,b.jsonl'`."""
     if value is None:
         return "null"
     if isinstance(value, bool):

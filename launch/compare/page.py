@@ -27,7 +27,9 @@ IMAGE_CONFIG = {
 
 
 def missing_packages_message(page_name: str = "compare.html") -> str | None:
-    """A message that says how to install the packages that the plots need; None if all are there."""
+    """Say how to install the packages that the plots need; None if all are there. `page_name`: the page that lacks its
+    plots.
+    """
     missing = [package for package in REQUIRED_PACKAGES if find_spec(package) is None]
     if not missing:
         return None
@@ -43,7 +45,7 @@ class PlotImage(NamedTuple):
 
 
 def write_plot_images(comparison: Comparison, output_dir: Path) -> list[PlotImage]:
-    """Write each plot as `plots/<name>.png` into `output_dir`; returns the pictures that were written.
+    """Draw each plot of the comparison as `plots/<name>.png` in `output_dir`, for the Markdown page; returns the pictures.
 
     Drawing takes seconds. Raises StorageError if a picture cannot be written.
     """
@@ -52,6 +54,7 @@ def write_plot_images(comparison: Comparison, output_dir: Path) -> list[PlotImag
     written = []
     for plot in _plots_of_page(comparison):
         image = PlotImage(plot.title, relative_path=f"plots/{plot.name}.png")
+        # `scale`: pixels of the picture for each pixel of the plot.
         png = vegalite_to_png(json.dumps(plot.spec), scale=2, config=IMAGE_CONFIG)
         write_atomic(output_dir / image.relative_path, png)
         written.append(image)
@@ -59,7 +62,7 @@ def write_plot_images(comparison: Comparison, output_dir: Path) -> list[PlotImag
 
 
 def _plots_of_page(comparison: Comparison) -> Sequence[PagePlot | Figure]:
-    """The plots of the page: those of several points, or of one run."""
+    """The plots that the HTML page of the comparison shows: those of several points, or those of its only run."""
     if len(comparison.points) > 1:
         return comparison_plots(comparison)
     point = comparison.points[0]

@@ -35,7 +35,7 @@ MAX_FOLDED_CELLS = 1200
 
 @dataclass(frozen=True, slots=True)
 class NumberColumn:
-    """A column with a number of each point: how the number is read, and how it looks."""
+    """The definition of a column of the page's table with a number of each point: how the number is read, and how it looks."""
 
     heading: str
     group: str
@@ -57,10 +57,10 @@ class _ColumnWithCells(NamedTuple):
 
 
 def points_table(comparison: Comparison) -> PageTable:
-    """The table of all points, a row each. Columns that are unknown for every point are left out.
+    """Build the main table of a comparison's page: a row for each point, a column for each number that any point has.
 
-    A star marks the best number of a column. A point that failed or diverged has numbers, but none of them is a best one. Metrics
-    of the test documents are shown and never marked.
+    A star marks the best number of a column. A point that failed or diverged has numbers, but none of them is a best one.
+    Metrics of the test documents are shown and never marked.
     """
     points = list(comparison.points)
     number_columns = _number_columns(comparison)
@@ -83,7 +83,7 @@ def points_table(comparison: Comparison) -> PageTable:
 
 
 def _axis_columns(comparison: Comparison) -> list[_ColumnWithCells]:
-    """A column with the value of each point for each of the first `MAX_AXIS_COLUMNS` axes (settings in which points differ)."""
+    """The columns that show by which settings the points differ, with the value of each point; at most `MAX_AXIS_COLUMNS`."""
     columns_with_cells = []
     for axis in comparison.axes[:MAX_AXIS_COLUMNS]:
         cells = [PageCell(label, _label_sort_value(label)) for label in axis.labels]
@@ -94,11 +94,12 @@ def _axis_columns(comparison: Comparison) -> list[_ColumnWithCells]:
 def _columns_with_cells(
     number_columns: Sequence[NumberColumn], points: Sequence[ComparedPoint]
 ) -> list[_ColumnWithCells]:
-    """The columns of these measures with a cell for each point, without columns that are unknown for every point."""
+    """Fill columns of numbers with a cell for each point, and leave out those that are unknown for every point."""
     columns_with_cells = []
     for number_column in number_columns:
         values = []
         for point in points:
+            # A refused point, or one that failed early, has zeros that mean nothing.
             has_measurements = point.measured.steps > 0
             values.append(number_column.read_value(point) if has_measurements else None)
         if all(value is None for value in values):
@@ -116,7 +117,7 @@ def _columns_with_cells(
 
 
 def _name_cell(point: ComparedPoint) -> PageCell:
-    """The cell with a point's name; below the name stands its state if its numbers do not count."""
+    """The cell with a point's name; below it stands `failed`, `diverged` or the like if its numbers do not count."""
     has_numbers_that_do_not_count = point.measured.steps > 0 and not is_recommendable(point)
     note = _state_and_tone(point)[0] if has_numbers_that_do_not_count else ""
     return PageCell(point.name, point.name, note=note)
@@ -131,9 +132,10 @@ def _label_sort_value(label: str) -> float | str:
 
 
 def _number_cell(number_column: NumberColumn, point: ComparedPoint, value: float | None) -> PageCell:
-    """The cell of a number; a dash if it is not known.
+    """The cell of a point in a column of numbers; a dash if its number is not known.
 
-    In a column that marks its best cell, a point that cannot be recommended gets no value to sort by: it is never the best.
+    The page stars the best value that cells are sorted by. So in a column with a star, a point that failed or diverged gets
+    none.
     """
     if value is None:
         return PageCell(UNKNOWN, None)
@@ -147,7 +149,9 @@ def _sort_value(value: float) -> float:
 
 
 def _state_and_tone(point: ComparedPoint) -> tuple[str, Tone]:
-    """(state in a word, colour of its cell) of a point; a diverged one counts as `diverged`, whatever its run says."""
+    """How a point ended, as (word for its cell, colour of the cell). A diverged point counts as `diverged`, whatever its
+    run says.
+    """
     if point_has_diverged(point):
         return "diverged", "bad"
     tones: dict[str, Tone] = {
@@ -167,9 +171,9 @@ def _state_cell(point: ComparedPoint) -> PageCell:
 
 
 def _number_columns(comparison: Comparison) -> list[NumberColumn]:
-    """The numeric columns of the table of points, in order, from held-out metrics to the price.
+    """Define the numeric columns of the table of points, in order, from held-out metrics to the price.
 
-    A column with a `best` marks its largest or smallest number with a star.
+    A column with a `best` marks its largest or smallest number with a star, so only differences that are shown get one.
     """
     begun_points = comparison.begun_points
     # No star if no difference is shown: it would contradict the answer.
@@ -209,7 +213,11 @@ def _number_columns(comparison: Comparison) -> list[NumberColumn]:
 
 
 def _speed_columns(comparison: Comparison, best: BestDirection) -> list[NumberColumn]:
-    """The columns of speeds of all ranks together. The slowest and the fastest repeat have columns if a point was repeated."""
+    """Define the columns of speeds, of all ranks together. If a point was repeated, two of them show its slowest and
+    fastest repeat.
+
+    `best`: which of these numbers gets the star.
+    """
     speed = NumberColumn(
         "tokens/s",
         group="speed",
@@ -250,10 +258,10 @@ def _speed_columns(comparison: Comparison, best: BestDirection) -> list[NumberCo
 
 
 def _step_columns(best: BestDirection) -> list[NumberColumn]:
-    """The columns of a step: its time and the time of its parts, and what ranks exchange in it. `best`: of the time of a step.
+    """Define the columns of one step: its time, the time of its parts, and what the ranks exchange in it.
 
-    Exposed communication is time in which a rank only waits for others. The size of the exchange is counted and not measured, so
-    its smallest value always gets the star.
+    Exposed communication is time in which a rank only waits for others. The size of the exchange is counted and not
+    measured, so its smallest value always gets the star. `best`: which time of a step gets the star.
     """
     return [
         NumberColumn(
@@ -283,7 +291,7 @@ def _step_columns(best: BestDirection) -> list[NumberColumn]:
 
 
 def _start_and_save_columns() -> list[NumberColumn]:
-    """The columns of what happens once in a run, under the heading `once`: the start, and saving a checkpoint.
+    """Define the columns of what happens once in a run, under the heading `once`: the start, and saving a checkpoint.
 
     Their times get no star, because a single measurement says little.
     """
@@ -342,7 +350,7 @@ def _fastest(point: ComparedPoint) -> float | None:
 
 
 def _start_without_evaluation_s(point: ComparedPoint) -> float | None:
-    """Seconds from the start of a run to its first step, without the evaluation before that step; None if not known."""
+    """Seconds that a run took to start: up to its first step, without the evaluation before that step. None if not known."""
     if point.measured.start_s is None:
         return None
     return point.measured.start_s - (point.measured.evaluation_before_s or 0)
@@ -359,17 +367,17 @@ def _step_part_column(part: str) -> NumberColumn:
 
 
 def _mfu_reader(comparison: Comparison) -> Callable[[ComparedPoint], float | None]:
-    """A function that returns the MFU of a point. It returns None for every point if the points have different peaks."""
+    """A function that reads the MFU of a point. It gives None for every point if MFUs are shares of different peaks."""
     if not comparison.has_comparable_mfu:
         return lambda point: None
     return lambda point: point.measured.mfu
 
 
 def _quality_columns(comparison: Comparison) -> list[NumberColumn]:
-    """The columns about quality: held-out metrics, metrics of the test documents, training loss, and its difference.
+    """Define the columns about quality: held-out metrics, metrics of the test documents, training loss, and its difference.
 
     Of many metrics only the first few, because the table must fit on a screen: the metric that decides is the first, and a
-    folded table has the others. There is no difference for a single point, which has no baseline.
+    folded table has the others. The difference is from the baseline, so there is none for a single point.
     """
     metrics = evaluated_metric_names(comparison)
     number_columns = []
@@ -413,10 +421,10 @@ def _metric_reader(metric: str) -> Callable[[ComparedPoint], float | None]:
 
 
 def _best_direction(comparison: Comparison, metric: str) -> BestDirection:
-    """Which cell of a held-out metric gets the star, the largest or the smallest.
+    """Which cell of a held-out metric gets the star: the largest, the smallest, or none (an empty text).
 
-    None does (an empty text) if the name does not say which is better, if fewer than two jobs can be compared, or if no
-    difference is significant. A job: all points that differ in strategy and seed alone.
+    None does if the name does not say which is better, if fewer than two jobs can be compared, or if no difference is
+    significant. A job is all points that train the same: they differ in strategy and seed alone.
     """
     if metric == "eval/perplexity":
         metric = "eval/loss"  # perplexity is its exponential, and only of the loss are sums per micro-batch kept
@@ -434,9 +442,9 @@ def _best_direction(comparison: Comparison, metric: str) -> BestDirection:
 
 
 def evaluated_metric_names(comparison: Comparison) -> list[str]:
-    """Names of the metrics that any point has at its last evaluation, of held-out and test documents, each once.
+    """The metrics that any point has at its last evaluation, of held-out and test documents, the decisive one first.
 
-    The metric by which quality is judged comes first.
+    The decisive one is that by which quality is judged.
     """
     decisive_metric = quality_metric_name(comparison.begun_points)
     names: dict[str, None] = {}  # a dict as an ordered set
@@ -446,9 +454,10 @@ def evaluated_metric_names(comparison: Comparison) -> list[str]:
 
 
 def held_out_table(comparison: Comparison) -> PageTable | None:
-    """The held-out metrics of each point before and after training; None if no point has any.
+    """Build the folded table of a comparison's page: every held-out metric of each point before and after training.
 
-    At most `MAX_FOLDED_CELLS` cells, so that the page stays small: the caption says how many metrics are left out.
+    None if no point has any. At most `MAX_FOLDED_CELLS` cells, so that the page stays small: the caption says how many
+    metrics are left out.
     """
     points: Sequence[ComparedPoint] = comparison.begun_points
     metrics = evaluated_metric_names(comparison)

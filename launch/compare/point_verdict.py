@@ -39,10 +39,11 @@ class VerdictContext:
 
     @classmethod
     def from_points(cls, points: Sequence[ComparedPoint]) -> VerdictContext:
-        """The context of points that have no verdict yet. A job: points whose settings differ in strategy and seed alone.
+        """Collect what verdicts need from all points. A job is all points that train the same: they differ in strategy and
+        seed alone.
 
-        The level of one test is the smaller, the more pairs of jobs are tested (Bonferroni), so that chance rarely makes any pair
-        of the comparison look different.
+        The level of one test is the smaller, the more pairs of jobs are tested (Bonferroni), so that chance rarely makes
+        any pair of the comparison look different.
         """
         jobs = group_points_into_jobs(points)
         job_by_point: dict[str, ComparedJob] = {}
@@ -61,11 +62,12 @@ class VerdictContext:
 
 
 def point_verdict(point: ComparedPoint, context: VerdictContext, *, is_default_baseline: bool) -> str:
-    """The verdict on a point as one sentence, such as `fsdp2: same loss as ddp within 3e-7; 1.2 x its tokens/s`.
+    """Write the verdict on a point in one sentence: `fsdp2: same loss as ddp within 3e-7; 1.2 x its tokens/s, 0.6 x its
+    memory`.
 
-    A point is one combination of settings, a job all points whose settings differ in strategy and seed alone. The baseline of a
-    point is an earlier point, of the same job if there is one. The sentence begins with how the point ended, unless it is done.
-    Then, the first case that applies:
+    A point is one combination of settings, a job all points that train the same with other strategies or seeds. The
+    baseline of a point is an earlier point, of the same job if there is one. The sentence begins with how the point ended,
+    unless it is done. Then, the first case that applies:
 
     - The only point of a comparison: its own losses and metrics.
     - The default baseline: its own numbers.
@@ -93,7 +95,7 @@ def point_verdict(point: ComparedPoint, context: VerdictContext, *, is_default_b
 
 
 def _default_baseline_clauses(point: ComparedPoint) -> list[str]:
-    """Clauses on the default baseline: its last held-out metric, speed and memory, as far as they are known."""
+    """Clauses on the point that others are compared with: last held-out metric, speed and memory, as far as they are known."""
     measured = point.measured
     metric = quality_metric([_single_point_job(point)])
     numbers = []
@@ -108,20 +110,21 @@ def _default_baseline_clauses(point: ComparedPoint) -> list[str]:
 
 
 def _single_point_job(point: ComparedPoint) -> ComparedJob:
-    """A job of this point alone, to read the metrics of its repeats."""
+    """A job of this point alone, through which the metrics of its repeats can be read."""
     return ComparedJob(points=(point,), settings={})
 
 
 def _quality_verdict(baseline: ComparedPoint, point: ComparedPoint, context: VerdictContext) -> str:
-    """A clause on how the held-out metric of a point compares with that of a baseline of another job, seed or data.
+    """A clause on whether a point is better than its baseline by a held-out metric: `eval/loss 2.31, better than ddp (2.4;
+    ...)`.
 
-    The first case that applies:
+    The two are of different jobs, seeds or data. The first case that applies:
 
-    - The two have no held-out metric in common: what keeps them from being compared.
+    - They have no held-out metric in common: what keeps them from being compared.
     - The metric was measured in two ways (other documents, another loss): its values are not compared.
-    - The two are one job with two seeds: both values, without a judgement.
-    - Otherwise: both values, and whether the point is better, worse, or not shown to differ. The values are those of the two
-      points. The judgement is about their two jobs, with all seeds of these.
+    - They are one job with two seeds: both values, without a judgement.
+    - Otherwise: both values, and whether the point is better, worse, or not shown to differ. The values are those of the
+      two points. The judgement is about their two jobs, with all seeds of these.
     """
     baseline_alone = _single_point_job(baseline)
     point_alone = _single_point_job(point)
@@ -162,7 +165,9 @@ def _judgement_text(difference: QualityDifference, *, greater_is_better: bool) -
 
 
 def _verdict_without_metric(baseline: ComparedPoint, point: ComparedPoint) -> str:
-    """A clause on two points without a common held-out metric: why their losses cannot be compared, or how they differ."""
+    """A clause on two points without a common held-out metric: why their losses cannot be compared, or how their jobs
+    differ.
+    """
     if point.incomparable_settings:
         return _loss_verdict(point)
     differing_settings = _differing_settings_text(baseline, point)
@@ -170,9 +175,9 @@ def _verdict_without_metric(baseline: ComparedPoint, point: ComparedPoint) -> st
 
 
 def _no_evidence_text(points: Sequence[ComparedPoint], num_seeds: int) -> str:
-    """Why nothing says what chance does to the metric, such as `one run each`.
+    """Say why no evidence tells what chance does to a metric: `one run each`.
 
-    `num_seeds`: the number of seeds of the job that has more of them.
+    `points`: the two that are compared. `num_seeds`: the number of seeds of the job that has more of them.
     """
     if num_seeds > 1:
         return f"{num_seeds} seeds differ by rounding alone"
@@ -182,9 +187,8 @@ def _no_evidence_text(points: Sequence[ComparedPoint], num_seeds: int) -> str:
 
 
 def _differing_settings_text(baseline: ComparedPoint, point: ComparedPoint) -> str:
-    """The settings in which the jobs of two points differ, such as ` (other optim.lr, tuning.name)`; at most three are named.
-
-    Empty if none differs.
+    """Name the settings in which two points train different jobs: ` (other optim.lr, tuning.name)`; at most three, empty if
+    none differs.
     """
     baseline_settings = loss_relevant_settings(baseline.first_repeat)
     point_settings = loss_relevant_settings(point.first_repeat)
@@ -197,7 +201,8 @@ def _differing_settings_text(baseline: ComparedPoint, point: ComparedPoint) -> s
 
 
 def _single_point_verdict(point: ComparedPoint) -> str:
-    """The verdict on the only point of a comparison: how it ended, its losses and its held-out metrics.
+    """The verdict on the only point of a comparison: how it ended, its losses and its held-out metrics, before and after
+    training.
 
     Such as `done, 40 steps, loss 2.9 -> 2.3, eval/loss 2.87 -> 2.34`.
     """
@@ -222,9 +227,10 @@ def _single_point_verdict(point: ComparedPoint) -> str:
 
 
 def _loss_verdict(point: ComparedPoint) -> str:
-    """A clause on how a point's loss compares with its baseline's. The first case that applies:
+    """A clause on whether a point has the loss of its baseline, as points of one job must. The first case that applies:
 
-    - The losses are of different data, order or objective: that they cannot be compared, with at most three of the settings.
+    - The losses are of different data, order or objective: that they cannot be compared, with at most three of the
+      settings.
     - No step has a loss in both: that there is none to compare.
     - The losses of the first `NUM_FIRST_STEPS` common steps are equal, or nearly (`SAME_LOSS_TOLERANCE`): `same loss as ddp
       within 3e-7`. If there are fewer common steps, the clause says how many.
@@ -254,7 +260,7 @@ def _loss_verdict(point: ComparedPoint) -> str:
 
 
 def _speed_and_memory_clause(baseline: ComparedPoint, point: ComparedPoint) -> str | None:
-    """Speed and memory as multiples of the baseline's, such as `1.2 x its tokens/s, 0.6 x its memory`.
+    """What a point costs in multiples of its baseline: `1.2 x its tokens/s, 0.6 x its memory`.
 
     What is not known of both points is left out; None if neither is known.
     """

@@ -67,10 +67,11 @@ class PointsPlan:
         return f"compare-{digest[:8]}"
 
     def learning_rate_remark(self, point: PlannedPoint) -> str:
-        """`(optim.lr=0.0002)` if the learning rate follows from a point's other settings, and differs between points.
+        """The remark `(optim.lr=0.0002)` on a point whose learning rate follows from its other settings, and differs
+        between points.
 
-        Empty if all points have the same rate, if the rate is an axis (then `arguments` of the point has it), or if it is not
-        set.
+        If none is set, a usual rate for the optimizer, tuning method and objective is taken. Empty if all points have the
+        same rate, if the rate is an axis (then `arguments` of the point shows it), or if there is none.
         """
         all_rates = {any_point.composed.config.optim.lr for any_point in self.points}
         is_axis = any(argument.startswith("optim.lr=") for argument in point.arguments)
@@ -89,7 +90,10 @@ class PointsPlan:
         return tuple(comparison_dir / f"{point.name}{suffix}" for suffix in suffixes)
 
     def _point_source(self, point: PlannedPoint, comparison_dir: Path) -> PointSource:
-        """What `comparison.json` holds of one point: its run directories, or if it was refused its configuration and why."""
+        """What `comparison.json` holds of one point, so that `shardtune compare <directory>` can read it later.
+
+        A point that `train` would refuse has no run: it gets its settings and the reasons in place of run directories.
+        """
         from trainer.config.resuming import flatten_settings, settings_as_dict
 
         run_dirs: tuple[Path, ...] = ()
@@ -109,10 +113,10 @@ class PointsPlan:
         )
 
     def planned_runs(self, comparison_dir: Path) -> Iterator[PlannedRun]:
-        """The runs of all points that are not refused, one for each repeat, in the order in which they are started.
+        """The runs of all points that are not refused, a run for each repeat, in the order in which they are started.
 
-        Every second repeat goes through the points backwards, so that no point is always the later one: a machine that gets warm
-        or is shared would make it slower than the others.
+        Every second repeat goes through the points backwards, so that no point is always the later one: a machine that gets
+        warm or is shared would make it slower than the others.
         """
         runnable_points = [point for point in self.points if not point.refusals]
         for repeat_index in range(self.settings.repeats):
@@ -125,16 +129,18 @@ class PointsPlan:
 
 
 def plan_points(arguments: list[str]) -> PointsPlan:
-    """Compose the configuration of every point, without starting anything.
+    """Work out which points a new comparison has, with the whole configuration of each, without starting anything.
 
-    `arguments`: the settings from the command line. A setting with several values, as in `strategy=ddp,fsdp2`, is an axis, and
-    each combination of values is a point. `compare.skip` and `compare.where` leave some points out. Raises ConfigError for
-    settings that no point can use, for fewer than two runs, and if every point is refused (`train` would refuse its settings).
+    `arguments`: settings from the command line. One with several values, as in `strategy=ddp,fsdp2`, is an axis, and each
+    combination of values is a point; `compare.skip` and `compare.where` leave some out.
+
+    A point whose settings `train` would refuse stays in the plan, with the reasons. Raises ConfigError for settings that no
+    point can use, for fewer than two runs, and if every point is refused.
     """
     settings, run_arguments = read_compare_settings(arguments)
     axes = read_axes(run_arguments)
     shared_arguments = _arguments_of_every_point(axes, settings)
-    is_left_out = point_exclusion_flags(axes, settings.skip, settings.where)  # for each of `axes.points()`
+    is_left_out = point_exclusion_flags(axes, settings.skip, settings.where)  # a flag for each of `axes.points()`
     arguments_of_points = [
         point_arguments for point_arguments, left_out in zip(axes.points(), is_left_out, strict=True) if not left_out
     ]
@@ -143,6 +149,7 @@ def plan_points(arguments: list[str]) -> PointsPlan:
         raise ConfigError(f"nothing to compare: {reason}; give an axis, as in strategy=ddp,fsdp2, or compare.repeats=3")
     refuse_large_arrays(arguments_of_points, num_repeats=settings.repeats)
 
+    # Points are named by these values, such as {"strategy": "ddp", "tuning": "lora"}.
     axis_values_by_point = [axes.values_on_axes(point_arguments) for point_arguments in arguments_of_points]
     points = _compose_points(arguments_of_points, axis_values_by_point, shared_arguments)
     if all(point.refusals for point in points):
@@ -158,10 +165,10 @@ def plan_points(arguments: list[str]) -> PointsPlan:
 
 
 def read_compare_settings(arguments: list[str]) -> tuple[CompareConfig, list[str]]:
-    """Split arguments into (the `compare.*` settings, the other arguments, which are settings of the runs).
+    """Split the arguments of `shardtune compare` into its own settings (`compare.*`) and those of the runs that it starts.
 
-    `["compare.steps=50", "strategy=ddp,fsdp2"]` gives (CompareConfig(steps=50), ["strategy=ddp,fsdp2"]). Raises ConfigError with
-    every problem at once.
+    `["compare.steps=50", "strategy=ddp,fsdp2"]` gives (CompareConfig(steps=50), ["strategy=ddp,fsdp2"]). Raises ConfigError
+    with every problem at once.
     """
     settings, run_arguments, problems = read_setting_group("compare", CompareConfig(), arguments)
     minimum_by_setting = {"steps": 1, "repeats": 1, "warmup": 0, "price_per_hour": 0}
@@ -175,12 +182,14 @@ def read_compare_settings(arguments: list[str]) -> tuple[CompareConfig, list[str
 
 
 def _arguments_of_every_point(axes: Axes, settings: CompareConfig) -> list[str]:
-    """The `key=value` arguments that every point gets besides its own, such as `["budget.steps=50", "export.at_end=false"]`.
+    """The `key=value` arguments that every point gets besides its own, such as `["budget.steps=50",
+    "export.at_end=false"]`.
 
-    `compare.steps` is the budget, nothing is exported, and the parts of a step are timed. A setting that is on the command line
-    (`axes`) keeps its value there. Raises ConfigError if that has `run.dir`, or a budget beside `compare.steps`.
+    `compare.steps` becomes the budget; nothing is exported, since a comparison needs no files; the parts of a step are
+    timed. A setting that the user typed keeps its value. Raises ConfigError if `run.dir` was typed, or a budget beside
+    `compare.steps`.
     """
-    # For `strategy=ddp,fsdp2` there are the arguments ("strategy=ddp", "strategy=fsdp2"), which have the same key.
+    # Each entry has the alternatives of one typed setting: ("strategy=ddp", "strategy=fsdp2") for `strategy=ddp,fsdp2`.
     cli_keys = {arguments_of_setting[0].partition("=")[0] for arguments_of_setting in axes.alternative_arguments}
     budget_keys = sorted(key for key in cli_keys if key.startswith("budget."))
     problems = []
@@ -204,11 +213,15 @@ def _arguments_of_every_point(axes: Axes, settings: CompareConfig) -> list[str]:
 def _compose_points(
     arguments_of_points: list[list[str]], axis_values_by_point: list[dict[str, str]], shared_arguments: list[str]
 ) -> list[PlannedPoint]:
-    """Compose the configuration of every point. Raises ConfigError with the problems of all points.
+    """Compose the whole configuration of every point, as `train` would with its arguments, and name the points.
 
-    A configuration that is valid but that `train` would refuse makes a refused point, and no error. `arguments_of_points`: the
-    arguments of each point. `axis_values_by_point`: for each point {axis: value}, by which it is named. `shared_arguments`:
-    arguments that every point gets as well.
+    A configuration that is valid but that `train` would refuse, for example for lack of GPUs, makes a point with
+    `refusals`. A setting that does not exist or has a wrong value is an error: raises ConfigError with the problems of all
+    points.
+
+    `arguments_of_points`: the run's arguments of each point.
+    `axis_values_by_point`: for each point {axis: value}, such as {"strategy": "ddp"}, by which it is named.
+    `shared_arguments`: arguments that every point gets as well.
     """
     from launch.config.compose import compose_config, start_problems
 
@@ -232,6 +245,7 @@ def _compose_points(
             name=name,
             arguments=tuple(f"{key}={value}" for key, value in values.items()),
             composed=composed,
+            # Why `train` would not start with these settings on this machine; empty if it would.
             refusals=tuple(start_problems(composed.config)),
         )
         points.append(point)
@@ -249,7 +263,7 @@ def _compose_points(
 
 
 def _repeated_point_names(points: list[PlannedPoint]) -> list[str]:
-    """Names of points that have the same values on the axes as an earlier one."""
+    """Names of points with the same values on the axes as an earlier one, as `optim.lr=1e-3,1e-3` makes them."""
     seen_arguments: set[tuple[str, ...]] = set()
     names = []
     for point in points:
@@ -260,9 +274,9 @@ def _repeated_point_names(points: list[PlannedPoint]) -> list[str]:
 
 
 def _unique_labels(axis_values_by_point: list[dict[str, str]]) -> list[str]:
-    """A name for each point made of its values on the axes, such as `fsdp2-lora`.
+    """Name each point by its values on the axes: {"strategy": "fsdp2", "tuning": "lora"} gives `fsdp2-lora`.
 
-    A second point of this name is `fsdp2-lora-2`.
+    Different values may give the same name, as paths with the same file name do: the second such point is `fsdp2-lora-2`.
     """
     labels: list[str] = []
     for values in axis_values_by_point:
@@ -277,9 +291,10 @@ def _unique_labels(axis_values_by_point: list[dict[str, str]]) -> list[str]:
 
 
 def _problem_lines_by_point(problems_by_point: dict[str, list[str]]) -> list[str]:
-    """Lines of an error message: each problem once, after the names of the points that have it unless all points have it.
+    """Lines of an error message about several points: each problem once, after the names of its points unless all have it.
 
-    `problems_by_point` has every point: one without a problem has an empty list.
+    `problems_by_point`: {"ddp-lora": ["..."], "ddp-full": []}, with every point, so that an empty list is one without a
+        problem.
     """
     names_by_problem: dict[str, list[str]] = {}
     for name, problems in problems_by_point.items():
@@ -293,11 +308,14 @@ def _problem_lines_by_point(problems_by_point: dict[str, list[str]]) -> list[str
 
 
 def run_planned_points(plan: PointsPlan, comparison_dir: Path, periodic_page: PeriodicPage | None = None) -> int:
-    """Run every planned run below `comparison_dir` that has not finished yet, in turn or as one SLURM job array.
+    """Run the comparison as planned: each run below `comparison_dir` that has not finished yet, in turn or as one SLURM job
+    array.
 
-    Writes the `config.yaml` of every run first, and `comparison.json`. `periodic_page` is rewritten while the runs train. Returns
-    the exit code: that of the submission for a job array; else that of a run that was stopped, that of the first run if every run
-    failed, else 0. Raises ConfigError if a directory holds another run, and StorageError.
+    Writes the `config.yaml` of every run first, and `comparison.json`, so that the same command, given again, continues.
+    `periodic_page`: a page that shows the points so far, rewritten while the runs train; None for none.
+
+    Returns the exit code. For a job array: that of the submission. Else that of a run that was stopped, that of the first
+    run if every run failed, else 0. Raises ConfigError if a directory holds another run, and StorageError.
     """
     from launch.compare.progress import RunsProgress
     from launch.config.frozen import is_finished
@@ -316,9 +334,10 @@ def run_planned_points(plan: PointsPlan, comparison_dir: Path, periodic_page: Pe
 
 
 def _write_run_configs(runs: list[PlannedRun], comparison_dir: Path, *, uses_slurm: bool) -> None:
-    """Name each run in the trackers, and write its `config.yaml`, except for a run that waits in SLURM's queue unchanged.
+    """Prepare the directory of each run: name the run in the trackers, and write its `config.yaml`.
 
-    Raises ConfigError if a directory holds another run, NotRunOwner if another process trains in one, and StorageError.
+    The file is left alone for a run that already waits in SLURM's queue with the same settings. Raises ConfigError if a
+    directory holds another run, NotRunOwner if another process trains in one, and StorageError.
     """
     from launch.runs.freeze import job_with_same_config, write_run_config
 
@@ -337,7 +356,9 @@ def _write_run_configs(runs: list[PlannedRun], comparison_dir: Path, *, uses_slu
 
 
 def _submit_runs(runs: list[PlannedRun], comparison_dir: Path) -> int:
-    """Submit the runs as one SLURM job array, and print the command that compares them. Returns the submission's exit code."""
+    """Submit the runs as one SLURM job array, and print the command that compares them later. Returns the submission's exit
+    code.
+    """
     from launch.cluster.submission import submit_sweep
     from trainer.stopping.signals import unblock_signals
 
@@ -351,10 +372,11 @@ def _submit_runs(runs: list[PlannedRun], comparison_dir: Path) -> int:
 
 
 def _run_one_by_one(runs: list[PlannedRun], progress: RunsProgress) -> int:
-    """Start the runs one after another, and wait for each. Further repeats of a point that failed are skipped.
+    """Start the runs one after another on this machine, and wait for each. Later repeats of a point that failed are
+    skipped.
 
-    Returns the exit code: that of a run that was stopped (by a signal or Ctrl-C), 130 after Ctrl-C between two runs, the first
-    point's code if all failed, else 0.
+    Returns the exit code: that of a run that was stopped by a signal or Ctrl-C, 130 for Ctrl-C between two runs, the first
+    point's code if all points failed, else 0.
     """
     from launch.compare.progress import run_with_progress
 

@@ -77,9 +77,10 @@ class ProfiledSteps:
 
 
 def read_profile(run_dir: Path) -> ProfiledSteps | None:
-    """Tables and memory curve of the profiled steps of a run, of all ranks that have written theirs; None if it was not profiled.
+    """Read what the profiler recorded in a run: tables of ranks and operators, and memory over time. None if it was not
+    profiled.
 
-    The summary of a rank that is still being written is left out.
+    Only ranks whose summary is written whole are in it.
     """
     summaries = _read_summaries(run_dir)
     if not summaries:
@@ -101,12 +102,14 @@ def read_profile(run_dir: Path) -> ProfiledSteps | None:
 
 
 def exposed_communication_s(run_dir: Path) -> float | None:
-    """Seconds of a profiled step in which a GPU communicated and computed nothing, as the mean over the ranks.
+    """How long a GPU waits for communication in a step, in seconds: it communicates and computes nothing. The mean over the
+    ranks.
 
     None if the run was not profiled on GPUs.
     """
     seconds_per_step = []
     for summary in _read_summaries(run_dir):
+        # A trace of the CPU's operators does not show when a GPU computes.
         if summary["of"] == "device":
             first_step, last_step = summary["steps"]
             num_steps = last_step - first_step + 1
@@ -117,9 +120,9 @@ def exposed_communication_s(run_dir: Path) -> float | None:
 
 
 def _operator_rows(summaries: list[RankSummary]) -> list[list[str]]:
-    """A row of cells, as `OPERATOR_TABLE_HEADINGS` names them, for each of the operators that took longest, all ranks together.
+    """Rows of the table of operators that took longest, all ranks together, with the cells of `OPERATOR_TABLE_HEADINGS`.
 
-    At most `TOP_OPERATORS` rows.
+    At most `TOP_OPERATORS` rows. Times are those of an operator itself, without the operators that it calls.
     """
     self_s_by_operator: defaultdict[str, float] = defaultdict(float)
     calls_by_operator = Counter[str]()
@@ -138,7 +141,7 @@ def _operator_rows(summaries: list[RankSummary]) -> list[list[str]]:
 
 
 def _rank_row(summary: RankSummary) -> list[str]:
-    """The cells of one rank, as `RANK_TABLE_HEADINGS` names them. Shares are of the profiled time (`window_s`)."""
+    """The row of one rank, with the cells of `RANK_TABLE_HEADINGS`. Shares are of the profiled time (`window_s`)."""
     window_s = summary["window_s"]
     whole_s = window_s or 1.0  # 0 would be divided by
     communication = f"{summary['communication_s'] / whole_s:.0%}"
@@ -150,7 +153,9 @@ def _rank_row(summary: RankSummary) -> list[str]:
 
 
 def _read_summaries(directory: Path) -> list[RankSummary]:
-    """The ranks' profiler summaries that can be read, in the order of the ranks."""
+    """Read the summary that each rank wrote at the end of profiling, in the order of the ranks; unreadable ones are left
+    out.
+    """
     summaries = []
     for path in (directory / "profile").glob("rank-*.summary.json"):
         summary = _read_summary(path)

@@ -54,8 +54,9 @@ class StartedRun:
     """The first step after the start that was seen."""
 
     def note_step(self, step: int, now: float) -> None:
-        """Note the last step of the run, and how many steps it will take once it has recorded that."""
+        """Take note of the run's last step, to estimate the time left: its first new step, and how many steps it will take."""
         if self.total_steps is None:
+            # The run records it in `run.json` when it begins; 0 or None before.
             self.total_steps = readable_run_record(self.run_dir).total_steps or None
         if self.first_new_step is None and step > self.step_at_start:
             self.first_new_step = SeenStep(step, seen_at=now)
@@ -67,21 +68,24 @@ class StartedRun:
         return f"step {step} of {self.total_steps}" if self.total_steps else f"step {step}"
 
     def expected_duration_s(self, step: int, now: float) -> float | None:
-        """Seconds that the run will take: its start, and all its steps at the speed so far.
+        """Estimate how many seconds the run takes in all: its start, and all its steps at the speed so far.
 
         None before it has made two new steps, or if its number of steps is not known. `step`: its last one.
         """
         if self.first_new_step is None or not self.total_steps or step <= self.first_new_step.step:
             return None
+        # Over the steps after the first new one, so that the start does not count as speed.
         step_s = (now - self.first_new_step.seen_at) / (step - self.first_new_step.step)
         start_s = self.first_new_step.seen_at - self.started_at
         return start_s + step_s * (self.total_steps - self.first_new_step.step)
 
 
 class RunsProgress:
-    """Shows on stderr how far a series of runs is that are started one after another: number of the run, step and time left.
+    """Shows on stderr how far a series of runs is that are started one after another: number of the run, step and time
+    left.
 
-    Of `total_runs`, `num_done` had finished before this command. `periodic_page` is rewritten while the runs train.
+    `total_runs`: all runs of the command, of which `num_done` had finished before. `periodic_page`: a page that is
+    rewritten while the runs train; None for none.
     """
 
     def __init__(self, total_runs: int, num_done: int, periodic_page: PeriodicPage | None = None) -> None:
@@ -99,9 +103,10 @@ class RunsProgress:
             self._print(f"{num_done} of {total_runs} runs are done already")
 
     def start_run(self, name: str, run_dir: Path, total_steps: int | None) -> None:
-        """Note that the run called `name` starts in `run_dir`, and print it unless stderr is a terminal.
+        """Begin to show a run that starts in `run_dir`; called before each run.
 
-        `total_steps` is None if the budget of the run is not one of steps.
+        `total_steps` is None if the budget of the run is not one of steps. Prints a line unless stderr is a terminal, where
+        the progress line follows at once.
         """
         self.run_number += 1
         now = time.monotonic()
@@ -119,7 +124,9 @@ class RunsProgress:
         self.run_number += 1
 
     def update(self) -> None:
-        """Print how far the run is, and rewrite the page, if it is time to; called many times a second."""
+        """Show how far the current run is, and rewrite the page, if it is time to; called many times a second while the run
+        trains.
+        """
         now = time.monotonic()
         if now - self._updated_at < UPDATE_INTERVAL_S:
             return
@@ -134,7 +141,11 @@ class RunsProgress:
             self._print(self._progress_line(step, now), replaceable=True)
 
     def end_run(self, exit_code: int, output_file: Path) -> None:
-        """Print how the current run ended, and note how long it took if it succeeded; `output_file` has what it printed."""
+        """Print how the current run ended: its duration and speed, or why it failed or stopped.
+
+        A successful run's duration is kept to estimate the time left. `output_file`: has what the run printed, for the user
+        to look into.
+        """
         from launch.compare.run_files import read_recorded_run
 
         duration_s = time.monotonic() - self._run.started_at
@@ -155,7 +166,9 @@ class RunsProgress:
             self._print(f"{self._heading()}: {reason or f'ended with {exit_code}'}; what it printed: {output_file}")
 
     def _progress_line(self, step: int, now: float) -> str:
-        """The run, its last step and the time to the end of all runs, such as `[2/6] ddp: step 40 of 100, about 9 min left`."""
+        """The line on the current run: its last step and the time to the end of all runs, `[2/6] ddp: step 40 of 100, about
+        9 min left`.
+        """
         line = f"{self._heading()}: {self._run.step_text(step)}"
         seconds_left = self._seconds_left(step, now)
         if seconds_left is not None:
@@ -163,9 +176,11 @@ class RunsProgress:
         return line
 
     def _seconds_left(self, step: int, now: float) -> float | None:
-        """Estimated seconds to the end of all runs; None before an estimate is possible. `step`: last step of the current run.
+        """Estimate the seconds to the end of all runs; None before an estimate is possible. `step`: last step of the
+        current run.
 
-        A run is expected to take as long as those that have finished did in the mean; before one has, what its own speed says.
+        Each run is expected to take as long as those that have finished did in the mean; before one has, as its own speed
+        says.
         """
         run_s = mean(self._durations_s) if self._durations_s else self._run.expected_duration_s(step, now)
         if run_s is None:
@@ -175,7 +190,7 @@ class RunsProgress:
         return left_of_this_run_s + run_s * num_later_runs
 
     def _print(self, line: str, *, replaceable: bool = False) -> None:
-        """Print a line on stderr. In a terminal, the next line overwrites it if it is `replaceable`."""
+        """Print a line on stderr. In a terminal, a `replaceable` line is overwritten by the next."""
         with suppress(OSError, ValueError):  # a terminal that is closed is no reason to end the runs
             if self._is_terminal:
                 write_control_sequence(self._stderr, "\r\033[K")  # to the start of the line, and erase it
@@ -192,10 +207,11 @@ def _last_step(run_dir: Path) -> int:
 
 
 def run_with_progress(name: str, composed: ComposedConfig, run_dir: Path, progress: RunsProgress, *, verb: str) -> int:
-    """Start the run whose `config.yaml` is in `run_dir`, and wait for it; returns its exit code.
+    """Start the run whose `config.yaml` is in `run_dir`, and wait for it while `progress` shows how far it is; returns its
+    exit code.
 
-    The output of the run is appended to `logs/output.log` in the run directory, and the screen shows `progress` alone. `verb`:
-    the command that started the run, for messages in that file.
+    The output of the run is appended to `logs/output.log` in the run directory, so that the screen shows the progress
+    alone. `verb`: the command that started the run, for messages in that file.
     """
     from launch.cluster.supervisor import run_supervised
     from launch.cluster.torchrun import RedirectedOutput

@@ -61,7 +61,7 @@ class QualityMetric:
 
 @dataclass(frozen=True)
 class ComparedJob:
-    """All points of a comparison whose settings differ in nothing but seed and strategy: they train the same."""
+    """All points of a comparison that train the same: their settings differ in nothing but seed and strategy."""
 
     points: tuple[ComparedPoint, ...]
     settings: dict[str, Any]
@@ -76,10 +76,10 @@ class ComparedJob:
         return runs
 
     def value_of_each_seed(self, metric: str) -> list[float]:
-        """The metric at the last evaluation, one value for each seed: the median over the runs with this seed.
+        """The quality of the job by a held-out metric, once for each seed: the median over the runs with this seed.
 
-        The runs of one seed differ in strategy, or are repeats. Runs that are not done, and runs without the metric, are left
-        out.
+        The runs of one seed differ in strategy, or are repeats. The metric is that of the last evaluation. Runs that are
+        not done, and runs without the metric, are left out.
         """
         values_by_seed: dict[Any, list[float]] = {}
         for run in self.done_runs:
@@ -108,24 +108,18 @@ class QualityDifference:
     num_seeds: int
     """How many seeds the job with more seeds has."""
     seed_interval: tuple[float, float] | None = None
-    """Confidence interval (low, high) of `relative_difference` over seeds.
-
-    None if both jobs have one seed, or if their seeds differ by rounding alone.
-    """
+    """Its confidence interval (low, high) over seeds; None for one seed each, or if the seeds differ by rounding alone."""
     document_interval: tuple[float, float] | None = None
-    """Confidence interval (low, high) of `relative_difference` over held-out documents; None if it is not known."""
+    """Its confidence interval (low, high) over held-out documents; None if it is not known."""
     report_intervals_disjoint: bool | None = None
-    """Whether the confidence intervals that `shardtune evaluate` reported for the two jobs do not overlap.
-
-    None if it did not evaluate both.
-    """
+    """Whether the intervals that `shardtune evaluate` reported for both jobs do not overlap; None if it reported none."""
 
     @property
     def is_significant(self) -> bool:
-        """Whether chance does not explain the difference.
+        """Whether the difference between two jobs counts: chance does not explain it.
 
-        The difference must be larger than rounding. At least one kind of evidence (seeds, documents, reports) must be known, and
-        every known one must exclude chance.
+        It must be larger than rounding. At least one kind of evidence (seeds, documents, reports) must be known, and every
+        known one must exclude chance.
         """
         excludes_chance: list[bool] = []  # for each kind of evidence that is known
         for interval in (self.seed_interval, self.document_interval):
@@ -152,9 +146,8 @@ class QualityDifference:
 
     @property
     def evidence_text(self) -> str:
-        """The evidence that is known, with its numbers, such as `95 % interval over 3 seeds +1.20% to +2.10%`.
-
-        Empty if none is.
+        """The known evidence with its numbers, for a sentence: `95 % interval over 3 seeds +1.20% to +2.10%`. Empty if none
+        is known.
         """
         clauses = []
         if self.document_interval is not None:
@@ -201,9 +194,10 @@ class RankedJobs:
 
     @property
     def evidence_sources(self) -> list[str]:
-        """The kinds of evidence that the ranking rests on, as nouns such as `seeds`, each once; empty if there is no evidence.
+        """What the ranking rests on, as nouns for a sentence: ["seeds", "held-out documents"], each once; empty if there is
+        no evidence.
 
-        They are those of the significant differences, or of all differences if none is significant.
+        The evidence is that of the significant differences, or of all differences if none is significant.
         """
         differences = [difference for difference in self.differences if difference is not None]  # the best job has none
         significant_differences = [difference for difference in differences if difference.is_significant]
@@ -223,13 +217,17 @@ def point_has_diverged(point: ComparedPoint) -> bool:
 
 
 def _run_has_diverged(run: RecordedRun) -> bool:
+    """Whether a detector found that the run diverged, or the loss of its last step is not finite."""
     if "diverged" in {finding.name for finding in findings_in(run.record.challenges)}:
         return True
     return bool(run.steps) and run.steps[max(run.steps)]["loss"] is None
 
 
 def group_points_into_jobs(points: Sequence[ComparedPoint]) -> list[ComparedJob]:
-    """The points that took a step, grouped into jobs: points of one job have equal settings apart from seed and strategy."""
+    """Group the points that took a step into jobs: the points of a job train the same, with other strategies or seeds.
+
+    So their settings that can change a loss are equal, apart from the seed. Jobs are in the order of their first points.
+    """
     points_by_job: dict[str, list[ComparedPoint]] = {}
     settings_by_job: dict[str, dict[str, Any]] = {}
     for point in points:
@@ -237,6 +235,7 @@ def group_points_into_jobs(points: Sequence[ComparedPoint]) -> list[ComparedJob]
             continue
         settings = loss_relevant_settings(point.first_repeat)
         settings.pop("run.seed", None)
+        # As text, because a dict cannot be a key.
         job_key = json.dumps(settings, sort_keys=True, default=str)
         points_by_job.setdefault(job_key, []).append(point)
         settings_by_job[job_key] = settings
@@ -244,10 +243,10 @@ def group_points_into_jobs(points: Sequence[ComparedPoint]) -> list[ComparedJob]
 
 
 def quality_metric(jobs: Sequence[ComparedJob]) -> QualityMetric | None:
-    """The held-out metric by which the quality of the jobs is compared; None if there is none.
+    """Choose the held-out metric by which the quality of the jobs is compared; None if none can be used.
 
-    A job: points that differ in strategy and seed alone. The metric is `evaluation.watch` of the first job or, if that cannot be
-    used, the held-out loss. A metric can be used if
+    A job is all points that train the same. The metric is `evaluation.watch` of the first job or, if that cannot be used,
+    the held-out loss. A metric can be used if
 
     - every job has it, except jobs that diverged and jobs without a run that is done, and at least one job has it,
     - it is known whether a larger value is better,
@@ -270,7 +269,7 @@ def quality_metric(jobs: Sequence[ComparedJob]) -> QualityMetric | None:
 
 
 def quality_metric_name(points: Sequence[ComparedPoint]) -> str | None:
-    """The name of the held-out metric to show first. The first case that applies:
+    """The name of the held-out metric that tables and plots of these points show first. The first case that applies:
 
     - The metric by which the jobs of the points are compared, if there is one (`quality_metric`).
     - The held-out loss, if any point has it.
@@ -283,9 +282,10 @@ def quality_metric_name(points: Sequence[ComparedPoint]) -> str | None:
 
 
 def comparable_jobs(jobs: Sequence[ComparedJob], metric: QualityMetric) -> list[ComparedJob]:
-    """The jobs whose values of the metric can be compared.
+    """The jobs that a ranking by this metric can contain, because they measured it alike.
 
-    Left out are jobs without the metric, jobs that diverged, and jobs that measured it otherwise than the first remaining job.
+    Left out are jobs without the metric, jobs that diverged, and jobs that measured it otherwise than the first remaining
+    job.
     """
     measured_jobs = [job for job in jobs if job.value_of_each_seed(metric.name) and not job.has_diverged]
     if not measured_jobs:
@@ -299,7 +299,7 @@ def comparable_jobs(jobs: Sequence[ComparedJob], metric: QualityMetric) -> list[
 
 
 def bonferroni_level(num_jobs: int) -> float:
-    """The significance level of each test if all pairs of the jobs are tested, by the Bonferroni correction.
+    """The significance level for each single test if all pairs of these jobs are tested, by the Bonferroni correction.
 
     Every pair counts, because the best job was chosen among all of them.
     """
@@ -308,7 +308,7 @@ def bonferroni_level(num_jobs: int) -> float:
 
 
 def rank_jobs_by_quality(jobs: Sequence[ComparedJob], metric: QualityMetric) -> RankedJobs | None:
-    """The jobs that can be compared by the metric, the best first, with their differences from the best.
+    """Rank the jobs by a held-out metric, the best first, and test how each differs from the best.
 
     The value of a job is the median over its seeds. None if fewer than two jobs can be compared.
     """
@@ -327,9 +327,9 @@ def rank_jobs_by_quality(jobs: Sequence[ComparedJob], metric: QualityMetric) -> 
 def quality_difference(
     baseline: ComparedJob, job: ComparedJob, metric: str, significance_level: float = SIGNIFICANCE_LEVEL
 ) -> QualityDifference:
-    """How a metric of `job` differs from that of `baseline`, with all evidence on whether chance explains it.
+    """Test whether two jobs differ in a held-out metric, with all evidence on whether chance explains the difference.
 
-    `significance_level`: significance level of each two-sided test. Both jobs must have the metric.
+    `metric`: such as `eval/loss`; both jobs must have it. `significance_level`: of each two-sided test.
     """
     baseline_value = median(baseline.value_of_each_seed(metric))
     scale = abs(baseline_value) or 1.0  # if the baseline is 0, the difference is absolute
@@ -348,10 +348,11 @@ def quality_difference(
 def _seed_interval(
     baseline: ComparedJob, job: ComparedJob, metric: str, significance_level: float
 ) -> tuple[float, float] | None:
-    """Confidence interval (low, high) of the relative difference of a metric between the means over the seeds of two jobs.
+    """How far the difference of two jobs depends on the seed: the confidence interval (low, high) of the relative
+    difference of a metric.
 
-    It is that of Student's t-test with equal variances. None if both jobs have one seed, or if the seeds of a job differ by
-    rounding alone: such seeds are like repeats.
+    It is that of Student's t-test with equal variances, on the means over the seeds. None if both jobs have one seed, or if
+    the seeds of a job differ by rounding alone: such seeds are like repeats.
     """
     from trainer.monitors.forgetting import student_t_quantile
 
@@ -381,12 +382,13 @@ def _seed_interval(
 def _document_interval(
     baseline: ComparedJob, job: ComparedJob, metric: str, significance_level: float
 ) -> tuple[float, float] | None:
-    """Confidence interval (low, high) of the relative difference of a metric, from micro-batches with the same documents.
+    """How far the difference of two jobs depends on the held-out documents: its confidence interval (low, high), a relative
+    difference.
 
-    None if
+    Both jobs evaluated the same micro-batches of documents, so these are compared in pairs. None if
 
     - the settings of the two evaluations differ in batch size or number of documents,
-    - a run kept no sums of the metric, or their micro-batches do not correspond (`_paired_batch_sums`),
+    - a run kept no sums of the metric, or their micro-batches do not correspond,
     - there are fewer than `MIN_BATCHES` micro-batches, or the baseline's sums add up to 0.
     """
     from trainer.monitors.forgetting import standard_error_of_ratio, student_t_quantile
@@ -420,9 +422,11 @@ def _document_interval(
 
 
 def _paired_batch_sums(baseline: RecordedRun, run: RecordedRun, metric: str) -> list[tuple[float, float]] | None:
-    """(the baseline's sum, the run's sum) of a metric over each micro-batch of the last evaluation, without empty micro-batches.
+    """Pair what two runs measured in each micro-batch of the last evaluation: (the baseline's sum of a metric, the run's
+    sum).
 
-    None if a run did not keep its sums, if one evaluated more documents than the other, or if a sum is not finite.
+    Empty micro-batches are left out. None if a run did not keep its sums, if one evaluated more documents than the other,
+    or if a sum is not finite.
     """
     baseline_sums = _kept_batch_sums(baseline, metric)
     run_sums = _kept_batch_sums(run, metric)
@@ -442,9 +446,9 @@ def _paired_batch_sums(baseline: RecordedRun, run: RecordedRun, metric: str) -> 
 
 
 def _kept_batch_sums(run: RecordedRun, metric: str) -> list[float] | None:
-    """The sums of a metric over each micro-batch of the run's last evaluation; None if the run did not keep them.
+    """What a run kept of its last evaluation: the sum of a metric over each micro-batch; None if it kept none.
 
-    They are read from a file like `{"step": 40, "batches": {"eval/loss": [81.2, 79.9]}}`.
+    The file is like `{"step": 40, "batches": {"eval/loss": [81.2, 79.9]}}`.
     """
     try:
         last_evaluation = json.loads(atomic_io.read_bytes(run.directory / LAST_HELD_OUT, max_bytes=MAX_RECORD_BYTES))
@@ -458,10 +462,11 @@ def _kept_batch_sums(run: RecordedRun, metric: str) -> list[float] | None:
 def _report_intervals_disjoint(
     baseline: ComparedJob, job: ComparedJob, metric: str, *, job_is_larger: bool
 ) -> bool | None:
-    """Whether the confidence intervals of a task's metric, as `shardtune evaluate` reported them for both jobs, do not overlap.
+    """Whether reports of `shardtune evaluate` show that two jobs differ in a task's metric: their confidence intervals do
+    not overlap.
 
-    The interval of `job` must lie above the baseline's if `job_is_larger`, else below it. The report is that on the first run of
-    a job, whose other runs have nearly the same weights. None if a job has no such report.
+    The interval of `job` must lie above the baseline's if `job_is_larger`, else below it. The report is that on the first
+    run of a job, whose other runs have nearly the same weights. None if a job has no such report.
     """
     baseline_interval = _reported_interval(baseline.done_runs[0], metric)
     job_interval = _reported_interval(job.done_runs[0], metric)
@@ -473,10 +478,11 @@ def _report_intervals_disjoint(
 
 
 def _reported_interval(run: RecordedRun, metric: str) -> tuple[float, float] | None:
-    """(low, high) of a task's metric in the newest report of `shardtune evaluate` on the run's last weights.
+    """The confidence interval (low, high) of a task's metric in the newest report of `shardtune evaluate` on the run's last
+    weights.
 
-    None if there is no such report, or the metric is of no task. `metric` is like `eval/qa/accuracy`: the metric `accuracy` of
-    the task `qa`.
+    `metric`: such as `eval/qa/accuracy`, the metric `accuracy` of the task `qa`. None if there is no such report, or if no
+    task has the metric.
     """
     parts = metric.split("/", 2)
     if len(parts) != 3:

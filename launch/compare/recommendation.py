@@ -64,7 +64,7 @@ def is_done(point: ComparedPoint) -> bool:
 
 
 def join_names(names: Sequence[str]) -> str:
-    """Names as a phrase: `a`, `a and b`, `a, b and c`, `a, b, c and 7 others`. At most `MAX_NAMES` are named."""
+    """List names in a sentence: `a`, `a and b`, `a, b and c`, `a, b, c and 7 others`. At most `MAX_NAMES` are named."""
     if len(names) > MAX_NAMES:
         num_named = MAX_NAMES - 1  # the others count as one more part of the phrase
         return f"{', '.join(names[:num_named])} and {len(names) - num_named} others"
@@ -76,10 +76,12 @@ def join_names(names: Sequence[str]) -> str:
 def recommendation_candidates(
     points: Sequence[ComparedPoint], points_with_other_loss: Sequence[ComparedPoint], ranked: RankedJobs | None
 ) -> list[ComparedPoint]:
-    """The points that may be recommended: done, not diverged, with the loss that they should have, and not shown to be worse.
+    """The points that may be recommended: done, not diverged, with the loss that they should have, and not shown to be
+    worse.
 
-    `points_with_other_loss`: points whose loss differs from that of an earlier point although they differ in strategy alone.
-    `ranked`: the jobs (points that differ in strategy and seed alone) by quality; None if the quality was not compared.
+    `points_with_other_loss`: points whose loss differs from that of an earlier point although they differ in strategy
+        alone.
+    `ranked`: the jobs by quality; a job is all points that train the same. None if the quality was not compared.
     """
     candidates = [
         point
@@ -100,10 +102,13 @@ def recommend_best_quality(
     cheapest_names: Sequence[str],
     arguments_by_name: dict[str, str],
 ) -> list[Recommendation]:
-    """The recommendation for the best value of the held-out metric; empty if no point of the best job is among the candidates.
+    """Recommend a point of the job with the best held-out metric. The list is empty if none of its points is among the
+    candidates.
 
-    A job: all points that differ in strategy and seed alone. If the job has several points, one of `cheapest_names` (recommended
-    for speed or memory) is preferred. `arguments_by_name`: the arguments to paste, by name of a point.
+    A job is all points that train the same: they differ in strategy and seed alone. So if the job has several points, one
+    of `cheapest_names` is taken, those recommended for speed or memory.
+
+    `arguments_by_name`: by name of a point, the settings to paste behind `shardtune train`.
     """
     candidate_names = {point.name for point in candidates}
     points = [point for point in ranked.best.points if point.name in candidate_names]
@@ -118,11 +123,13 @@ def recommend_best_quality(
 def recommend_cheapest(
     candidates: Sequence[ComparedPoint], arguments_by_name: dict[str, str]
 ) -> tuple[str, list[Recommendation]]:
-    """(sentence on speed and memory, recommendations of the fastest point and of the one with the least memory).
+    """Recommend, among points of equal quality, the fastest and the one with the least memory.
 
-    `candidates` are points of equal quality. A point is recommended only if it is shown to be better than another one: if their
-    ranges of speed (or memory) do not overlap. With fewer than two candidates, or if neither speed nor memory is known, the
-    result is `("", [])`. `arguments_by_name`: the arguments to paste, by name of a point.
+    A point is recommended only if it is shown to be better than another one: if their ranges of speed (or memory) do not
+    overlap.
+
+    Returns (sentence on speed and memory, recommendations). With fewer than two candidates, or if neither speed nor memory
+    is known, that is `("", [])`. `arguments_by_name`: by name of a point, the settings to paste behind `shardtune train`.
     """
     if len(candidates) < 2:
         return "", []
@@ -132,6 +139,7 @@ def recommend_cheapest(
     fastest = _fastest_point(candidates)
     if fastest is not None and fastest.is_any_shown_worse:
         is_repeated = all(point.summary.repeats > 1 for point in candidates)
+        # Said to the reader, because a range within a single run says less than one over repeats.
         one_run_each = "" if is_repeated else "; one run each"
         speed_text = f"{fastest.point.measured.tokens_per_s:,.0f} tokens/s{one_run_each}"
         recommendation = _recommend_best_point(fastest, "the most tokens/s", speed_text, arguments_by_name)
@@ -203,10 +211,11 @@ def _best_point(
     *,
     largest_is_best: bool,
 ) -> _BestPoint | None:
-    """The point with the best value; the points whose ranges overlap with its range are not shown to differ from it.
+    """Find the point with the best speed or memory, and which points are not shown to differ from it: their ranges overlap.
 
-    None if fewer than two points have a value and a range. `range_of(point, is_repeated)` returns the (low, high) within which
-    the value may lie; `is_repeated` says whether all points have several repeats.
+    `value_of`: reads a point's value, None if it is not known. `range_of(point, is_repeated)`: the (low, high) within which
+    it may lie; `is_repeated` says whether all points have several repeats. None if fewer than two points have a value and a
+    range.
     """
     is_repeated = all(point.summary.repeats > 1 for point in points)
     measured_values: list[_MeasuredValue] = []
@@ -227,7 +236,8 @@ def _best_point(
 
 
 def speed_range(point: ComparedPoint, is_repeated: bool) -> tuple[float, float] | None:
-    """The range in tokens/s within which a point's speed may lie. The first case that applies:
+    """The range in tokens/s within which a point's speed may lie, by which two points are told apart. The first case that
+    applies:
 
     - All points are repeated (`is_repeated`): from the slowest to the fastest repeat.
     - Fewer than `MIN_SPEED_STEPS` steps were measured behind the warm-up: None.
@@ -244,10 +254,11 @@ def speed_range(point: ComparedPoint, is_repeated: bool) -> tuple[float, float] 
 
 
 def memory_range(point: ComparedPoint, is_repeated: bool) -> tuple[float, float] | None:
-    """The range in GiB within which a point's memory may lie; None if it was not measured.
+    """The range in GiB within which a point's memory may lie, by which two points are told apart; None if it was not
+    measured.
 
-    It covers the peaks of all repeats if all points are repeated (`is_repeated`), and is at least `MEMORY_TOLERANCE` of the peak
-    wide. On a CPU that is `CPU_MEMORY_TOLERANCE`, because the memory of the process has its libraries in it.
+    It covers the peaks of all repeats if all points are repeated (`is_repeated`), and is at least `MEMORY_TOLERANCE` of the
+    peak wide. On a CPU that is `CPU_MEMORY_TOLERANCE`, because the memory of the process has its libraries in it.
     """
     peak = point.measured.memory_gib
     if peak is None:
@@ -266,9 +277,9 @@ def ranges_overlap(first: tuple[float, float], second: tuple[float, float]) -> b
 
 
 def merge_recommendations_by_point(recommendations: Sequence[Recommendation]) -> list[Recommendation]:
-    """One recommendation for each point: those for the same point are joined.
+    """Join the recommendations for the same point, so that each point is named once, for all its goals.
 
-    The goal is then, for example, `the most tokens/s and the least memory`.
+    Such as `the most tokens/s and the least memory`.
     """
     merged_by_point: dict[str, Recommendation] = {}
     for recommendation in recommendations:

@@ -98,10 +98,14 @@ class MeasuredPoint:
 
 
 def read_measured_point(source: PointSource, gpu_hour_price: Callable[[str], float | None]) -> MeasuredPoint:
-    """Read the runs of a point, one for each repeat, and combine their numbers: speed, memory, losses and price.
+    """Read the runs of one point of a comparison and combine their numbers into speed, memory, losses and price of the
+    point.
 
-    `source`: where the runs are, or why the point was refused. `gpu_hour_price` maps the driver's name of a card to US dollars an
-    hour, or to None if its price is not known. Raises ConfigError if a directory holds no run, or one of its files is damaged.
+    A point is one combination of settings; it is run once for each repeat. `source`: where the runs are, or why the point
+    was refused. `gpu_hour_price`: maps the driver's name of a card to US dollars an hour, or to None if its price is not
+    known.
+
+    Raises ConfigError if a directory holds no run, or one of its files is damaged.
     """
     runs = _read_runs(source)  # one at least: for a refused point a run that never started
     measurements = [measure_run(run, source.warmup) for run in runs]
@@ -125,14 +129,14 @@ def read_measured_point(source: PointSource, gpu_hour_price: Callable[[str], flo
 
 
 def _known_values_of_field(name: str, measurements: list[RunMeasurements]) -> tuple[float, ...]:
-    """The values of a field in the measurements of several runs, without those that are not known."""
+    """The values of a field of `RunMeasurements`, such as `memory_gib`, in several runs; runs without it are left out."""
     return tuple(_known_numbers([getattr(measured, name) for measured in measurements]))
 
 
 def _read_runs(source: PointSource) -> tuple[RecordedRun, ...]:
-    """The runs of a point. The first case that applies:
+    """Read the runs of a point, at least one. The first case that applies:
 
-    - The point was refused: one run without steps that stands for it.
+    - The point was refused: one run without steps stands for it, so that it has a place in the tables.
     - Otherwise: the run of the first repeat, and of each later repeat that has a run directory already.
 
     Raises ConfigError if a run cannot be read.
@@ -145,11 +149,13 @@ def _read_runs(source: PointSource) -> tuple[RecordedRun, ...]:
 
 
 def _combine_repeats(first: RunMeasurements, begun_measurements: list[RunMeasurements]) -> RunMeasurements:
-    """The measurements of a point, from those of its repeats that took a step (`begun_measurements`).
+    """Combine the measurements of a point's repeats into those of the point.
 
-    - `MEDIAN_FIELDS`: the median over the repeats.
+    - `MEDIAN_FIELDS`, which are speeds and times: the median over the repeats.
     - Memory: the largest.
-    - All other fields: those of the first repeat (`first`).
+    - All other fields, such as losses: those of the first repeat.
+
+    `first`: of the first repeat. `begun_measurements`: of all repeats that took a step.
     """
     combined: dict[str, float | None] = {}
     for name in MEDIAN_FIELDS:
@@ -170,9 +176,11 @@ def _read_run(path: Path) -> RecordedRun:
 
 
 def _never_started_run(source: PointSource) -> RecordedRun:
-    """Stands for a refused point, which was never run: it has a configuration and the reasons, but no steps and no record.
+    """Make a run without steps that stands for a refused point, which was never run, so that tables can show it with the
+    reasons.
 
-    A point is one combination of settings. Its name takes the place of the directory, which it never had.
+    It has the point's configuration, and the state `refused`. The point's name takes the place of the directory that it
+    never had.
     """
     return RecordedRun(
         directory=source.directories[0] if source.directories else Path(source.name or REFUSED_STATE),
@@ -187,10 +195,11 @@ def _never_started_run(source: PointSource) -> RecordedRun:
 
 
 def _step_parts_s(runs: tuple[RecordedRun, ...], warmup_steps: int, step_s: float | None) -> dict[str, float]:
-    """Seconds of each part of a step (`data`, `forward` ... `rest`), medians over the steps of all repeats.
+    """Where the time of a step goes: {"data": 0.01, "forward": 0.2, "backward": 0.4, "optimizer": 0.1, "rest": 0.05}, in
+    seconds.
 
-    Steps of the warm-up do not count, unless a run has no others. Empty if the runs did not time the parts. `step_s` is the
-    median time of a whole step.
+    Each part is the median over the steps of all repeats, without those of the warm-up unless a run has no others.
+    `step_s`: the median time of a whole step, from which the rest follows. Empty if the runs did not time the parts.
     """
     timed_rows = []
     for run in runs:
@@ -211,9 +220,10 @@ def _step_parts_s(runs: tuple[RecordedRun, ...], warmup_steps: int, step_s: floa
 def _dollars_per_million(
     source: PointSource, record: RunRecord, tokens_per_s: float | None, gpu_hour_price: Callable[[str], float | None]
 ) -> float | None:
-    """US dollars for a million tokens; None if the card's price, the speed or the number of devices is not known.
+    """What a million tokens cost in US dollars; None if the card's price, the speed or the number of devices is not known.
 
-    `source.price_per_hour` wins over the price of the card in the price list. `tokens_per_s` is that of all ranks together.
+    `source.price_per_hour`, which the user set, wins over the price list `gpu_hour_price`. `tokens_per_s`: of all ranks
+    together.
     """
     price_per_hour = source.price_per_hour
     if price_per_hour is None and record.device_name:

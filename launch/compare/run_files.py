@@ -35,7 +35,7 @@ STEP_RATE_METRICS = ("tokens_per_s", "supervised_tokens_per_s", "mfu", "step_s")
 
 @dataclass(frozen=True, slots=True)
 class RecordedRun:
-    """One run, read from the files of its directory (or from a tracker); what it never wrote is empty."""
+    """One run as it recorded itself, read from the files of its directory (or from W&B); what it never wrote is empty."""
 
     directory: Path
     config: dict[str, Any]
@@ -86,7 +86,11 @@ class RecordedRun:
 
 @dataclass(frozen=True, slots=True)
 class RunMeasurements:
-    """Numbers of one run, None where it did not get so far. All ranks together; GiB, seconds."""
+    """The numbers of one run that a comparison shows: speed, memory, times, losses. None where the run did not get so far.
+
+    They are of all ranks together, in GiB and seconds. A receipt is what a run recorded in `run.json` of its plan and its
+    costs.
+    """
 
     steps: int
     loss: float | None
@@ -136,7 +140,11 @@ def is_run_directory(directory: Path) -> bool:
 
 
 def read_recorded_run(run_dir: Path) -> RecordedRun:
-    """Read all files of one run directory. Raises ConfigError if it is no run directory, or one of its files is damaged."""
+    """Read everything that a run wrote into its directory, for a comparison or a report.
+
+    Files that the run did not get to write count as empty. Raises ConfigError if it is no run directory, or a file is
+    damaged.
+    """
     if not is_run_directory(run_dir):
         raise ConfigError(f"{run_dir}: not a run directory (there is no config.yaml in it)")
     metrics = _read_json_rows(run_dir / METRICS_FILE)
@@ -157,7 +165,9 @@ def read_recorded_run(run_dir: Path) -> RecordedRun:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The settings in `config.yaml` by dotted key. Errors: ConfigError if it is another program's file."""
+    """The settings of a run, from its `config.yaml`, by dotted key: {"optim.lr": 1e-4, ...}. Raises ConfigError if it is
+    another program's file.
+    """
     tree = read_settings_tree(path)
     if "strategy" not in tree:
         raise ConfigError(f"{path}: not the configuration of a run of shardtune")
@@ -175,10 +185,11 @@ def _read_record(run_dir: Path) -> RunRecord:
 
 
 def _read_identity(path: Path) -> dict[str, dict[str, Any]]:
-    """The contents of `identity.json`: {kind: {key: value}} for the kinds `data`, `order`, `objective` ...
+    """Read from `identity.json` what a run was computed from, so that only losses of the same documents are compared.
 
-    They say what the run was computed from, so that only losses of the same documents are compared.
-    Empty if the run ended before its data was prepared. Raises ConfigError if the file cannot be read or has another form.
+    Returns {kind: {key: value}} for the kinds `data`, `order`, `objective` and so on, such as {"data": {"fingerprint":
+    "3f9a..."}}. Empty if the run ended before its data was prepared. Raises ConfigError if the file cannot be read or has
+    another form.
     """
     if not path.exists():
         return {}
@@ -195,13 +206,18 @@ def _read_identity(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _unreadable_file_error(path: Path, error: Exception) -> ConfigError:
+    """The error for a damaged file of a run, which says how to compare the other runs."""
     return ConfigError(f"{path}: cannot be read ({error}); leave this run out of the comparison")
 
 
 def _split_training_and_evaluation_rows(
     rows: list[dict[str, Any]],
 ) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, float]]]:
-    """({step: row of a training step}, {step: held-out metrics of an evaluation}) from the rows of `metrics.jsonl`."""
+    """Sort the rows of `metrics.jsonl` into ({step: row of a training step}, {step: held-out metrics of an evaluation}).
+
+    A training row is kept whole. Of an evaluation's row only its numbers are kept, without those that say how far the run
+    was.
+    """
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, float]] = {}
     for row in rows:
@@ -218,7 +234,10 @@ def _split_training_and_evaluation_rows(
 
 
 def _read_json_rows(path: Path) -> MetricRows:
-    """The rows of `metrics.jsonl` or `events.jsonl`; the result also lists the lines that are no rows. Errors: ConfigError."""
+    """Read the rows of `metrics.jsonl` or `events.jsonl`; the result also lists the lines that are no rows.
+
+    No rows if the file does not exist. Raises ConfigError if it cannot be read.
+    """
     try:
         return read_rows(path)
     except OSError as error:
@@ -228,9 +247,10 @@ def _read_json_rows(path: Path) -> MetricRows:
 
 
 def rows_after_warmup(run: RecordedRun, warmup_steps: int) -> list[dict[str, Any]]:
-    """Rows of the steps that count for speeds: those after the logging interval in which the last of `warmup_steps` is.
+    """The rows of the training steps that count for speeds: the first steps, which are slower, are left out.
 
-    With one warm-up step and `logging.every_steps=10`, these are the steps from 11 on. Empty if the run ended before.
+    Left out are the steps up to the end of the logging interval in which the last of `warmup_steps` is: with one warm-up
+    step and `logging.every_steps=10`, steps 1 to 10. Empty if the run ended before.
     """
     interval = int(run.config.get("logging.every_steps") or 1)
     first_step = min(run.steps, default=0)  # that of a resumed run may be a later one
@@ -241,11 +261,13 @@ def rows_after_warmup(run: RecordedRun, warmup_steps: int) -> list[dict[str, Any
 
 
 def measure_run(run: RecordedRun, warmup_steps: int = 1) -> RunMeasurements:
-    """The numbers of a run that are compared.
+    """Compute the numbers of a run that a comparison shows, such as its median speed, largest memory and last loss.
 
-    Speeds are medians over the rows after the warm-up, or over all rows if there are none after it. `warmup_steps`: first steps
-    that do not count, together with the rest of their logging interval. The receipt in `run.json` is what the run recorded of its
-    plan and its costs; an early version, or a run that failed, has none.
+    Speeds are medians over the rows after the warm-up, or over all rows if there are none after it. `warmup_steps`: first
+    steps that do not count, together with the rest of their logging interval.
+
+    Times of start and checkpoint, and what was planned, come from the receipt, which the run wrote into `run.json`. A run
+    of an early version, or one that failed, has none.
     """
     rows = list(run.steps.values())
     counted_rows = rows_after_warmup(run, warmup_steps)
@@ -257,6 +279,7 @@ def measure_run(run: RecordedRun, warmup_steps: int = 1) -> RunMeasurements:
     return RunMeasurements(
         steps=len(rows),
         loss=last_losses[0] if last_losses else None,
+        # Each of these metrics is also a field of the result.
         **{rate: _median_or_none(_finite_numbers(rows_for_speed, rate)) for rate in STEP_RATE_METRICS},
         tokens_per_s_quartiles=_quartiles(_finite_numbers(rows_for_speed, "tokens_per_s")),
         warmup_steps=len(rows) - len(counted_rows) if counted_rows else 0,
@@ -291,30 +314,34 @@ def _quartiles(values: list[float]) -> tuple[float, float] | None:
 
 
 def last_held_out_metrics(run: RecordedRun) -> dict[str, float]:
-    """Held-out metrics of the last evaluation after the first step; empty if there was none."""
+    """The metrics of the run's last evaluation, such as {"eval/loss": 2.31}; empty if none took place after the first step."""
     last_step = max(run.evaluations, default=0)
     return run.evaluations[last_step] if last_step > 0 else {}
 
 
 def _finite_numbers(rows: list[dict[str, Any]], metric: str) -> list[float]:
-    """The values of a metric in the rows, without those that are not finite: the file has null for NaN and infinity."""
+    """The values of a metric in the rows that have it, without those that are not finite: the file has null for NaN and
+    infinity.
+    """
     return [row[metric] for row in rows if isinstance(row.get(metric), int | float)]
 
 
 def _with_zero_for_null(bytes_by_collective: dict[str, float]) -> dict[str, float]:
-    """The sizes with 0 instead of null, which the record has for a number that is not finite."""
+    """The sizes with 0 in place of null, which `run.json` has for a number that is not finite."""
     return {collective: size_bytes or 0.0 for collective, size_bytes in bytes_by_collective.items()}
 
 
 def _total_gib(bytes_by_collective: dict[str, float] | None) -> float | None:
-    """The size of all collectives together, in GiB; None if it was not recorded."""
+    """Add up the bytes of all collectives, such as {"all_gather": 8e9, "reduce_scatter": 4e9}, in GiB; None if none were
+    recorded.
+    """
     if bytes_by_collective is None:
         return None
     return sum(_with_zero_for_null(bytes_by_collective).values()) / BYTES_PER_GIB
 
 
 def _newest_checkpoint_gib(run: RecordedRun) -> float | None:
-    """Size of the run's newest checkpoint in GiB; None if there is none, or if the run is just deleting it."""
+    """The size on disk of the run's newest checkpoint, in GiB; None if there is none, or if the run is just deleting it."""
     try:
         checkpoints = checkpoints_in(checkpoint_dirs_of(run.directory, run.config.get("checkpoint.fallback_dir")))
         if not checkpoints:

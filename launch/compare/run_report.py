@@ -19,10 +19,10 @@ STATES_WITHOUT_PAGE = (RunState.running, None)
 
 
 def write_run_report(run_dir: Path, comparison: Comparison, *, reload_after_s: float | None = None) -> Path:
-    """Write `report.html` of a run into its directory; returns the path. Errors: StorageError.
+    """Write the page of a run, `report.html`, into its directory; returns the path. Raises StorageError.
 
-    `comparison` has this run as its only point. A browser reloads the page after `reload_after_s` seconds; None for a page that
-    will not change any more.
+    `comparison` has this run as its only point. A browser reloads the page after `reload_after_s` seconds; None for a page
+    that will not change any more.
     """
     from launch.compare.run_page.page import run_page
 
@@ -34,9 +34,10 @@ def write_run_report(run_dir: Path, comparison: Comparison, *, reload_after_s: f
 def write_report_at_end(config: RunConfig, run_dir: Path | None) -> None:
     """Write the page of a run that has ended, if `logging.report` is on, and print where it is.
 
-    Does nothing for a run without a directory (`run_dir` is None), for one that has not ended, and for one that failed before its
-    first step. If the run is a point of a job array, the array's W&B script is written anew as well. No error of these files is
-    an error of the run: it is only printed.
+    Does nothing for a run without a directory (`run_dir` is None), for one that has not ended, and for one that failed
+    before its first step. If the run is a point of a job array, the array's W&B script is written anew as well.
+
+    An error of these files is no error of the run: it is only printed.
     """
     if run_dir is None or not run_dir.is_dir() or not config.logging.report:
         return

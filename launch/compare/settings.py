@@ -38,7 +38,10 @@ class CompareConfig:
 
 @dataclass(frozen=True, slots=True)
 class PointSource:
-    """Where one point of a comparison is read from: the run directories of its repeats, or the reasons why it was refused."""
+    """Where one point of a comparison is read from: the run directories of its repeats, or the reasons why it was refused.
+
+    A point is one combination of settings.
+    """
 
     directories: tuple[Path, ...]
     name: str | None = None
@@ -59,9 +62,9 @@ def setting_keys(arguments: Sequence[str]) -> tuple[str, ...]:
 
 
 def write_comparison_file(comparison_dir: Path, sources: list[PointSource], arguments: list[str]) -> None:
-    """Write `comparison.json` into `comparison_dir`: the command's arguments (as `words`), and where the runs of each point are.
+    """Write `comparison.json`, by which a later `shardtune compare <comparison_dir>` finds the runs of each point again.
 
-    A point is one combination of settings. Raises StorageError if the file cannot be written.
+    It holds the arguments of the command (as `words`) and where the runs of each point are. Raises StorageError.
     """
     point_records = []
     for source in sources:
@@ -75,10 +78,11 @@ def write_comparison_file(comparison_dir: Path, sources: list[PointSource], argu
 
 
 def read_comparison_file(comparison_dir: Path) -> list[PointSource]:
-    """Where the runs of each point of the comparison in `comparison_dir` are; empty if there is no `comparison.json`.
+    """Find the points of an earlier comparison: for each, where its runs are. Empty if the directory has no
+    `comparison.json`.
 
-    The keys of the command's settings (`words` in the file) give the axes their order. Raises ConfigError if the file is
-    damaged, or a later version of shardtune wrote it.
+    The keys of the command's arguments (`words` in the file) give the axes of tables and plots their order. Raises
+    ConfigError if the file is damaged, or a later version of shardtune wrote it.
     """
     path = comparison_dir / COMPARISON_FILE
     if not path.is_file():
@@ -99,7 +103,9 @@ def read_comparison_file(comparison_dir: Path) -> list[PointSource]:
 
 
 def _point_source_from_record(point_record: dict[str, Any], comparison_dir: Path) -> PointSource:
-    """Where the runs of a point are, by its record in `comparison.json`, whose directories are relative to `comparison_dir`."""
+    """Build the source of one point from its entry in `comparison.json`, whose directories are relative to
+    `comparison_dir`.
+    """
     run_dirs = tuple(comparison_dir / name for name in point_record["directories"])
     refusals = tuple(point_record["refused"])
     return PointSource(**{**point_record, "directories": run_dirs, "refused": refusals})

@@ -49,7 +49,8 @@ class PagePlot:
 
 
 def csv_plot_data(columns: Sequence[str], rows: Iterable[Sequence[Any]], text_columns: Sequence[str] = ()) -> Spec:
-    """The `data` of a Vega-Lite plot as CSV, which takes a third of the space of JSON.
+    """Write data rows as the `data` of a Vega-Lite plot, as CSV: it takes a third of the space of JSON, so the page stays
+    small.
 
     Numbers have 6 digits; None, NaN and infinity are empty cells. Columns are numbers, except `text_columns`.
     """
@@ -66,7 +67,7 @@ def chart_frame(height_px: int) -> Spec:
 
 
 def _csv_cell(value: Any) -> str:
-    """A value as a cell of a plot's CSV data: a number with six digits, a text in quotes; empty if unknown or not finite."""
+    """Write a value into a plot's CSV data: a number with six digits, a text in quotes; empty if unknown or not finite."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     if isinstance(value, float):
@@ -77,9 +78,11 @@ def _csv_cell(value: Any) -> str:
 
 
 def point_lookup_transform(comparison: Comparison, points: Sequence[ComparedPoint]) -> Spec:
-    """Vega-Lite transform that adds to each data row the name of its point (`point`) and its values on the axes (`axis0` ...).
+    """The Vega-Lite transform that adds to each data row the name of its point (`point`) and its values on the axes
+    (`axis0` ...).
 
-    Data rows have only the index of their point in `points`, as `point_index`, so that the page stays small.
+    Data rows have only the index of their point in `points`, as `point_index`, so that the page stays small. An axis is a
+    setting in which the points of the comparison differ.
     """
     axes = visible_axes(comparison)
     axis_fields = [f"axis{axis_index}" for axis_index in range(len(axes))]
@@ -88,6 +91,7 @@ def point_lookup_transform(comparison: Comparison, points: Sequence[ComparedPoin
     for point_index, point in enumerate(points):
         row = {"point_index": point_index, "point": point.name}
         for field, axis in zip(axis_fields, axes, strict=True):
+            # The labels are those of all points of the comparison, in its order.
             row[field] = axis.labels[index_by_name[point.name]]
         values.append(row)
     fields = ["point", *axis_fields]
@@ -109,9 +113,9 @@ class VisibleAxis:
 
 
 def visible_axes(comparison: Comparison) -> list[VisibleAxis]:
-    """At most three axes, because plots have colour, dash and shape. From the third on, all axes are joined into one.
+    """The settings by which plots tell points apart: at most three, because a plot has colour, dash and shape.
 
-    For example `rank, precision` with the values `8, bf16` and `16, fp32`.
+    From the third on, all axes are joined into one, such as `rank, precision` with the values `8, bf16` and `16, fp32`.
     """
     axes = [VisibleAxis(axis.title, axis.labels, axis.values) for axis in comparison.axes]
     if len(axes) <= 3:
@@ -124,10 +128,10 @@ def visible_axes(comparison: Comparison) -> list[VisibleAxis]:
 
 
 def point_encoding(comparison: Comparison, *, marks_are_lines: bool) -> Spec:
-    """The Vega-Lite encoding that tells points apart by their values on the axes (the settings in which they differ).
+    """The Vega-Lite encoding that tells points apart by the settings in which they differ, the axes of the comparison.
 
-    The first axis is shown by colour. If the marks are lines, the second is shown by dash and the third by the shape of the marks
-    on the line. Otherwise the second is shown by shape, and the third is not shown.
+    The first axis is shown by colour. If the marks are lines, the second is shown by dash and the third by the shape of the
+    marks on the line. Otherwise the second is shown by shape, and the third is not shown.
     """
     axes = visible_axes(comparison)
     encoding: Spec = {}
@@ -142,6 +146,7 @@ def point_encoding(comparison: Comparison, *, marks_are_lines: bool) -> Spec:
         "legend": {"labelLimit": NAME_PIXELS, "symbolLimit": 40},
     }
     if len(color_axis.legend_values) > NUM_THEME_COLORS:
+        # Many numbers read as a scale; many words need colours that differ.
         scheme = "viridis" if _are_numbers(color_axis.legend_values) else "tableau20"
         encoding["color"]["scale"] = {"scheme": scheme}
     channels = ["strokeDash", "shape"] if marks_are_lines else ["shape"]
@@ -170,7 +175,9 @@ def _are_numbers(values: Sequence[str]) -> bool:
 
 
 def legend_selections(comparison: Comparison) -> list[Spec]:
-    """Vega-Lite parameters, one for each axis: a click on a legend entry selects the points with this value."""
+    """Vega-Lite parameters that let the reader click a value in a legend, to select the points that have it; one for each
+    axis.
+    """
     selections = []
     for axis_index in range(len(visible_axes(comparison))):
         selection = {"type": "point", "fields": [f"axis{axis_index}"]}
@@ -179,23 +186,28 @@ def legend_selections(comparison: Comparison) -> list[Spec]:
 
 
 def legend_opacity(comparison: Comparison) -> Spec:
-    """The opacity encoding that fades the points that the reader has not selected in a legend."""
+    """The Vega-Lite encoding that fades all points but those that the reader has selected by clicking in the legends."""
     tests = [{"param": selection["name"]} for selection in legend_selections(comparison)]
     if not tests:
         return {"value": 1}
+    # Without a selection, each of these tests holds for every point.
     return {"condition": {"test": {"and": tests}, "value": 1}, "value": 0.1}
 
 
 def x_axis_menu() -> Spec:
-    """The menu in which the reader chooses what the x axis shows; its value is the parameter `over`."""
+    """The menu below a plot in which the reader chooses what the x axis shows. It sets the Vega parameter `over`, at first
+    to `step`.
+    """
     choices = list(X_AXIS_CHOICES)
     return {"name": "over", "value": choices[0], "bind": {"input": "select", "options": choices, "name": "over "}}
 
 
 def x_axis_title() -> Spec:
-    """A title below the plot that names what the reader chose for the x axis: an axis title of Vega-Lite cannot change.
+    """The title below a plot that names what the reader chose for the x axis, since an axis title of Vega-Lite cannot
+    change.
 
-    Its text is the expression `over === 'step' ? 'steps' : over === 'tokens' ? 'tokens' : 'seconds of steps'`.
+    `over` is the parameter of the menu. The text is the expression `over === 'step' ? 'steps' : over === 'tokens' ?
+    'tokens' : 'seconds of steps'`.
     """
     *first_choices, (_, last_title) = X_AXIS_CHOICES.items()
     conditions = " : ".join(f"over === '{choice}' ? '{title}'" for choice, title in first_choices)
@@ -210,19 +222,21 @@ def x_axis_title() -> Spec:
 
 
 def x_axis_encoding() -> Spec:
-    """The encoding of the x axis of curves: the field `x`, which `x_axis_transform` calculates."""
+    """The Vega-Lite encoding of the x axis of curves: the field `x`, which `x_axis_transform` adds to each data row."""
     return {
         "field": "x",
         "type": "quantitative",
         "title": None,
         "scale": {"zero": False, "nice": False},
-        # Steps and tokens are whole: no ticks between them.
+        # `over` is the parameter of the menu below the plot. Steps and tokens are whole: no ticks between them.
         "axis": {"tickMinStep": {"expr": "over === 'seconds' ? 0.001 : 1"}, "tickCount": 8},
     }
 
 
 def x_axis_transform() -> Spec:
-    """The transform that calculates `x` of each data row: its step, tokens or seconds, as the reader chose in the menu."""
+    """The Vega-Lite transform that adds `x` to each data row: its step, tokens or seconds, as the reader chose in the menu
+    (`over`).
+    """
     return {"calculate": "datum[over]", "as": "x"}
 
 

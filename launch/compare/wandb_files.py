@@ -54,7 +54,10 @@ def is_wandb_directory(directory: Path) -> bool:
 
 
 def wandb_start_directories(wandb_dir: Path) -> list[Path]:
-    """W&B's directories of all starts of the run that `wandb_dir` belongs to, in the order of the starts."""
+    """Find W&B's directories of all starts of the run that `wandb_dir` belongs to, in the order of the starts.
+
+    W&B writes a directory for each start of a run, resumed ones included; their names end with the same run id.
+    """
     match = WANDB_RUN_DIRECTORY_REGEX.fullmatch(wandb_dir.name)
     assert match is not None  # `is_wandb_directory` is true of it
     siblings = wandb_dir.parent.glob(f"*run-*-{match['id']}")
@@ -64,19 +67,22 @@ def wandb_start_directories(wandb_dir: Path) -> list[Path]:
 
 
 def read_wandb_directory(wandb_dir: Path) -> RecordedRun:
-    """Read a run from W&B's directories. There is one for each start of the run; `wandb_dir` is any of them.
+    """Read a run from the files that W&B wrote, for a comparison with a run whose own directory is not here.
 
-    What a run does not log to W&B stays empty: identity, receipt, checkpoints, events. Raises ConfigError if the run is not
-    shardtune's, its files cannot be read, or wandb is not installed.
+    W&B writes a directory for each start of a run: `wandb_dir` is any of them, and all are read. What a run does not log to
+    W&B stays empty: identity, receipt, checkpoints, events.
+
+    Raises ConfigError if the run is not shardtune's, its files cannot be read, or wandb is not installed.
     """
     contents = _WandbContents()
-    damage_notes: list[str] = []  # filled by the reader of the records
+    damage_notes: list[str] = []  # `_read_wandb_records` appends a line for each damaged place
     for start_dir in wandb_start_directories(wandb_dir):
         contents.exit_record = {}  # the end of an earlier start is not the end of the run
         for record in _read_wandb_records(start_dir, damage_notes):
             contents.add_record(record)
     config = contents.config
     if contents.host is not None:
+        # `run.json` has the host too, and the record is made of this dict.
         config = {**config, "host": contents.host}
     status = _status_from_wandb(contents.exit_record, contents.summary, contents.started_at)
     return replace(
@@ -90,10 +96,10 @@ def is_wandb_address(path: Path) -> bool:
 
 
 def wandb_address(argument: str) -> str | None:
-    """The address `wandb:<entity>/<project>/<run id>` of the run on W&B's server that a command-line argument names.
+    """The address `wandb:<entity>/<project>/<run id>` if a command-line argument names a run on W&B's server, else None.
 
-    The argument has this form already, or is the URL of the run's page in W&B. None if it is neither. Raises ConfigError for an
-    incomplete `wandb:...`.
+    `argument`: such an address, or the URL of the run's page in W&B; anything else, such as a directory, gives None. Raises
+        ConfigError for an incomplete `wandb:...`.
     """
     if match := RUN_PAGE_REGEX.fullmatch(argument):
         return f"{SERVER_PREFIX}{match['entity']}/{match['project']}/{match['run']}"
@@ -108,9 +114,10 @@ def wandb_address(argument: str) -> str | None:
 
 
 def read_from_wandb_server(address: Path) -> RecordedRun:
-    """Read a run from W&B's server; `address` is `wandb:<entity>/<project>/<run id>`.
+    """Download a run's settings and metrics from W&B's server, to compare a run whose files are not here.
 
-    What a run does not log to W&B stays empty. Raises ConfigError if the run cannot be fetched, or is not shardtune's.
+    `address`: `wandb:<entity>/<project>/<run id>`; it is no path, but takes the place of the run's directory. What a run
+        does not log to W&B stays empty. Raises ConfigError if the run cannot be fetched, or is not shardtune's.
     """
     entity, project, run_id = str(address).removeprefix(SERVER_PREFIX).split("/")
     fetched = fetch_wandb_run(entity, project, run_id)
@@ -128,10 +135,15 @@ def read_from_wandb_server(address: Path) -> RecordedRun:
 def _recorded_run_from_wandb(
     directory: Path, wandb_config: dict[str, Any], status: dict[str, Any], logged_steps: _LoggedSteps
 ) -> RecordedRun:
-    """The run as a comparison reads it. Raises ConfigError if it is not shardtune's, or a later version wrote it.
+    """Build the run as a comparison reads it, from what W&B holds of it.
 
-    `wandb_config` has the run's settings under `config`. Its other keys are those of `run.json`, and columns of W&B's run table.
+    `directory`: where it was read from, a directory or an address.
+    `wandb_config`: what the run registered in W&B. `config` holds its settings as a tree; other keys are those of
+        `run.json`, or columns that the user added to W&B's run table.
     `status`: what the run's `status.json` would hold.
+    `logged_steps`: the metrics of steps and evaluations.
+
+    Raises ConfigError if the run is not shardtune's, or a later version wrote it.
     """
     config = wandb_config.get("config")
     if not isinstance(config, dict) or "strategy" not in config:
@@ -141,10 +153,10 @@ def _recorded_run_from_wandb(
         is_of_wandb = key.startswith("_")
         if key != "config" and not is_of_wandb:
             run_json[key] = value
-    # A column of the user's own may have the name of a key of `run.json`: what does not fit its type is left out, and is no error
-    # of the record. So nobody reads the list of such errors.
+    # The parser leaves out what does not fit a key's type, and appends it to `type_errors`. Nobody reads that list here: a column
+    # of the user's own may have the name of a key, which is no error.
     record = parse_run_record(run_json, type_errors=[])
-    # Metrics were renamed between versions of shardtune: an edition is one set of names.
+    # Versions of shardtune renamed metrics. Each set of names has a number, its edition; `record.metric_names` is that number.
     if record.metric_names > CURRENT_NAMES_EDITION:
         raise ConfigError(
             f"{directory}: W&B has its metrics under names of edition {record.metric_names}, and this shardtune knows editions "
@@ -153,6 +165,7 @@ def _recorded_run_from_wandb(
     settings = flatten_settings(config)
     steps = logged_steps.steps
     if settings.get("objective.name") == KTO_OBJECTIVE:
+        # Trackers name KTO's rewards like those of preference pairs; `metrics.jsonl` does not.
         steps = {step: restore_rated_reward_names(row) for step, row in steps.items()}
     return RecordedRun(
         directory=directory,
@@ -167,9 +180,12 @@ def _recorded_run_from_wandb(
 
 
 def _read_wandb_records(start_dir: Path, damage_notes: list[str]) -> Iterator[dict[str, Any]]:
-    """The records in W&B's directory of one start of a run, in order, read by a process of wandb.
+    """Read what W&B recorded of one start of a run, as dicts in the order of recording, such as {"type": "summary", ...}.
 
-    Appends to `damage_notes` a line for each damaged place that wandb skipped, and one if wandb failed after some of the records.
+    The files are in W&B's own binary format, so a process of wandb prints them. It may fail behind the records that it
+    could read: these count.
+
+    Appends to `damage_notes` a line for each damaged place that wandb skipped, and one if wandb failed after some records.
     Raises ConfigError if wandb is not installed, cannot read the files, or prints a record that is no JSON.
     """
     if find_spec("wandb") is None:
@@ -185,7 +201,7 @@ def _read_wandb_records(start_dir: Path, damage_notes: list[str]) -> Iterator[di
         try:
             yield json.loads(line)
         except ValueError:
-            is_last = record_number == len(lines)  # it may be torn, as in the file of a run that is still training
+            is_last = record_number == len(lines)  # it may be torn, as of a run that still trains
             if not is_last:
                 raise ConfigError(f"{start_dir}: record {record_number} cannot be read; leave this run out") from None
     if completed.returncode and lines:
@@ -196,7 +212,7 @@ def _read_wandb_records(start_dir: Path, damage_notes: list[str]) -> Iterator[di
 
 
 def _run_wandb_inspect(start_dir: Path) -> subprocess.CompletedProcess[str]:
-    """Run the command of wandb that prints the records in W&B's directory as JSON lines; it needs no server."""
+    """Let wandb print the records of one start of a run as JSON lines on stdout; it needs no server. Read the exit code."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(start_dir)]
     environment = dict(os.environ)
     # A run that this process tracked left the address of its W&B service there; reading files must not go to that service.
@@ -207,16 +223,17 @@ def _run_wandb_inspect(start_dir: Path) -> subprocess.CompletedProcess[str]:
 
 @dataclass(slots=True)
 class _LoggedSteps:
-    """Rows of training steps and of evaluations, by step. W&B has one row for all that was logged at a step."""
+    """Metrics of a run by step, collected from rows of W&B: it has one row for all that was logged at a step."""
 
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def add_logged_row(self, logged_row: dict[str, Any]) -> None:
-        """Add a row of W&B: the metrics of its training step to `steps`, its held-out metrics to `evaluations`.
+        """Sort a row that W&B has of a run into metrics of the training step (`steps`) and held-out metrics
+        (`evaluations`).
 
-        A row without a step is ignored. A row with today's names is {"train/global_step": 5, "train/loss": 2.3}, one with the
-        names of the first edition {"train_step": 5, "loss": 2.3}; see `trainer/reporting/metric_names.py`.
+        `logged_row`: {"train/global_step": 5, "train/loss": 2.3, "eval/loss": 2.5}. Early versions of shardtune used other
+        names, the first edition: {"train_step": 5, "loss": 2.3}. A row without a step is ignored.
         """
         row = {}
         for name, logged_value in logged_row.items():
@@ -224,6 +241,7 @@ class _LoggedSteps:
             # A row from a server has null where another row has a number.
             if not is_of_wandb and logged_value is not None:
                 row[name] = _finite_or_none(logged_value)
+        # Only rows of the first edition have this name.
         if FIRST_EDITION_STEP_NAME in row:
             step = row.pop(FIRST_EDITION_STEP_NAME)
             step_metrics, other_metrics = _split_first_edition_row(row)
@@ -233,6 +251,7 @@ class _LoggedSteps:
         if not isinstance(step, int | float):
             return
         step = int(step)
+        # A row of an evaluation alone has no training loss.
         if "loss" in step_metrics:
             self.steps[step] = {"step": step, **step_metrics}
         held_out_metrics = {}
@@ -240,6 +259,7 @@ class _LoggedSteps:
             if isinstance(value, int | float) and not _is_size_of_table(name, row):
                 held_out_metrics[name] = value
         if held_out_metrics:
+            # Several evaluators may have logged at the same step.
             self.evaluations[step] = self.evaluations.get(step, {}) | held_out_metrics
 
 
@@ -278,7 +298,7 @@ class _WandbContents:
 
 
 def _is_size_of_table(name: str, row: dict[str, Any]) -> bool:
-    """Whether a name in a row of W&B is a size of a logged table, such as `eval/facts/worst_rows.nrows`, and no metric.
+    """Whether a name in a row of W&B is the size of a logged table (`eval/facts/worst_rows.nrows`), and so no metric.
 
     W&B has the type of a table beside its sizes, as `eval/facts/worst_rows._type`.
     """
@@ -286,14 +306,15 @@ def _is_size_of_table(name: str, row: dict[str, Any]) -> bool:
 
 
 def _split_wandb_row(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split a row of W&B into (metrics of the training step, all other metrics).
+    """Split a row of W&B, with today's names, into (metrics of the training step, all other metrics).
 
-    Metrics of the step get their names in `metrics.jsonl` (`train/loss` -> `loss`); the others keep their names in W&B.
+    Metrics of the step get the names that `metrics.jsonl` has: {"train/loss": 2.3, "eval/loss": 2.5} gives ({"loss": 2.3},
+    {"eval/loss": 2.5}).
     """
     step_metrics = {}
     other_metrics = {}
     for wandb_name, value in row.items():
-        name = recorded_name(wandb_name)  # None if it is no metric of a step
+        name = recorded_name(wandb_name)  # `train/loss` -> `loss`; None for what is no metric of a step
         if name is not None:
             step_metrics[name] = value
         elif wandb_name != TRAINING_S.name:  # the files of a run have no such counter
@@ -302,9 +323,10 @@ def _split_wandb_row(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 
 
 def _split_first_edition_row(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split a row of W&B with names of the first edition into (metrics of the training step, all other metrics).
+    """Split a row of W&B from an early version of shardtune into (metrics of the training step, all other metrics).
 
-    The first edition: the names of metrics in early versions of shardtune, which were the same in W&B as in `metrics.jsonl`.
+    These versions logged the names of `metrics.jsonl` unchanged: the first edition of names. So {"loss": 2.3, "loss/a":
+    2.1, "eval/loss": 2.5} gives ({"loss": 2.3, "loss/a": 2.1}, {"eval/loss": 2.5}).
     """
     step_metrics = {}
     other_metrics = {}
@@ -320,7 +342,7 @@ def _split_first_edition_row(row: dict[str, Any]) -> tuple[dict[str, Any], dict[
 
 
 def _finite_or_none(logged: Any) -> Any:
-    """The logged value; None for a number that is not finite, which W&B writes as `"NaN"` or `"Infinity"`."""
+    """The logged value, with None for a number that is not finite: W&B writes it as the text `"NaN"` or `"Infinity"`."""
     if isinstance(logged, str):
         return None if logged in NOT_FINITE_TEXTS else logged
     if isinstance(logged, float) and not math.isfinite(logged):
@@ -329,14 +351,15 @@ def _finite_or_none(logged: Any) -> Any:
 
 
 def _status_from_wandb(exit_record: dict[str, Any], summary: dict[str, Any], started_at: float) -> dict[str, Any]:
-    """What the run's `status.json` would hold: its state, its last step, and when it was last seen.
+    """Tell from W&B's records what the run's `status.json` would hold: its state, its last step, and when it was last seen.
 
     - W&B knows of no end (`exit_record` is empty): running.
-    - The run logged itself that it was preempted or done, as its last value of `state`: that.
+    - The run itself logged a last `state` of preempted or done: that.
     - Otherwise: done for exit code 0, else failed.
 
-    `summary`: the last values that the run logged. `started_at`: Unix time of the start.
+    `summary`: the last value of each metric that the run logged. `started_at`: Unix time of the last start.
     """
+    # `_runtime` is W&B's count of seconds.
     last_seen_at = started_at + float(summary.get("_runtime") or 0.0)
     if not exit_record:
         state = RunState.running

@@ -45,17 +45,22 @@ UNKNOWN_CELL = "-"
 
 
 def workspace_script(comparison: Comparison, output_dir: Path) -> str | None:
-    """The Python script that shows a comparison in W&B; None if none of its runs is there.
+    """Write the Python source of `workspace.py`, a script by which the user makes a view and a report of this comparison in
+    W&B.
 
-    The view and the report that it makes are called after `output_dir`, the directory into which the comparison is written.
+    Returns None if no run of the comparison logs to W&B. View and report get the name of `output_dir`, the directory that
+    the comparison is written into. A point is one combination of settings, with a run for each repeat; an axis is a setting
+    in which the points differ.
     """
     runs = runs_logged_to_wandb(comparison)
     if not runs:
         return None
     values_by_column = _axis_values_by_column(comparison)
+    # The runs are judged by this metric; the first run's setting stands for all.
     held_out_metric = str(runs[0].config.get("evaluation.watch") or "eval/loss")
     was_evaluated = any(point.measured.metrics_at_end for point in comparison.points)
     final_metric = f"final/{held_out_metric}" if was_evaluated else "final/loss"
+    # W&B folds runs with the same values of these columns into one line of its table and of its plots.
     group_columns = [column for column, values in values_by_column.items() if _is_grouping_axis(values, len(runs))]
     content = WorkspaceContent(
         title=output_dir.resolve().name,
@@ -91,9 +96,9 @@ def summary_columns(final_metric: str) -> list[str]:
 
 
 def write_workspace_script(comparison: Comparison, output_dir: Path) -> str | None:
-    """Write the script `workspace.py` into `output_dir`, which shows the runs in W&B; returns the name of the file.
+    """Write the script `workspace.py` of a comparison into `output_dir`, so that its user can look at the runs in W&B.
 
-    If none of the runs is in W&B, nothing is written, and the result is None. Errors: StorageError.
+    Returns the file's name; None, and writes nothing, if none of the runs logs to W&B. Raises StorageError.
     """
     script = workspace_script(comparison, output_dir)
     if script is None:
@@ -103,11 +108,12 @@ def write_workspace_script(comparison: Comparison, output_dir: Path) -> str | No
 
 
 def write_workspace_script_of_runs(run_dirs: Sequence[Path], sweep_dir: Path) -> str | None:
-    """Write the W&B script `workspace.py` into `sweep_dir`, for those of its runs that have begun. Returns a line for people:
+    """Write the W&B script `workspace.py` of a sweep into `sweep_dir`, for those of its runs that have begun. Returns a
+    line to print:
 
     - Where the script is and what it does, if it was written.
-    - Why no script was written, if W&B has none of the runs, or after an error: the runs must not fail for this file.
-    - None if no run has begun.
+    - Why there is none, if W&B has none of the runs, or after an error: a sweep must not fail for lack of this file.
+    - None if no run has begun, that is, no directory has a `config.yaml` yet.
     """
     sources = [PointSource((run_dir,), name=run_dir.name) for run_dir in run_dirs if is_run_directory(run_dir)]
     if not sources:
@@ -122,22 +128,29 @@ def write_workspace_script_of_runs(run_dirs: Sequence[Path], sweep_dir: Path) ->
 
 
 def rewrite_workspace_script_of_array(run_dir: Path) -> None:
-    """Write the W&B script `workspace.py` of a job array anew, when the job of `run_dir`, one of its points, has ended.
+    """Bring the W&B script `workspace.py` of a SLURM job array up to date, when the job that trained in `run_dir` has
+    ended.
 
-    The directories of the points are numbered, and lie in one directory with the script.
-    The submission wrote the first one, before any point had an id in W&B or a result. Does nothing outside of SLURM, where the
-    command that starts the points writes the script when all have ended. Errors: StorageError, ConfigError.
+    The array has a job for each point (combination of settings); their directories `0`, `1` ... lie beside the script. When
+    the array was submitted, no run had an id in W&B or a result yet, so each job writes the script again.
+
+    Does nothing outside of SLURM: there, the command that starts the points writes the script after the last one. Also
+    nothing if the submission wrote no script. Raises StorageError, ConfigError.
     """
     sweep_dir = run_dir.resolve().parent
     is_slurm_job = "SLURM_JOB_ID" in os.environ
     if not is_slurm_job or not (sweep_dir / WORKSPACE_FILE).is_file():
         return
+    # Points that have not begun have no configuration yet.
     run_dirs = [path for path in sweep_dir.iterdir() if path.name.isdecimal() and is_run_directory(path)]
     write_workspace_script_of_runs(sorted(run_dirs, key=lambda path: int(path.name)), sweep_dir)
 
 
 def no_workspace_reason(comparison: Comparison) -> str | None:
-    """Why W&B can show none of these runs, as a line for people; None if it has some, or if every point was refused."""
+    """Explain to the user why there is no `workspace.py`: the runs were recorded without W&B, and how to change that.
+
+    None if there is nothing to explain: some run is in W&B, or every point was refused, so that none ran.
+    """
     all_refused = all(point.state == REFUSED_STATE for point in comparison.points)
     if all_refused or runs_logged_to_wandb(comparison):
         return None
@@ -148,7 +161,7 @@ def no_workspace_reason(comparison: Comparison) -> str | None:
 
 
 def runs_logged_to_wandb(comparison: Comparison) -> list[RecordedRun]:
-    """The runs of the comparison, with all repeats, that log to W&B."""
+    """The runs of the comparison that log to W&B, all repeats of all points; refused points have none."""
     runs: list[RecordedRun] = []
     for point in comparison.points:
         if point.state != REFUSED_STATE:
@@ -157,7 +170,7 @@ def runs_logged_to_wandb(comparison: Comparison) -> list[RecordedRun]:
 
 
 def _wandb_mode(run: RecordedRun) -> str:
-    """How a run was recorded in W&B: `online`, `offline`, `disabled`, or `auto` if nothing else is known."""
+    """How a run was recorded in W&B: `online`, `offline`, `disabled`; `auto` if neither settings nor environment said more."""
     mode = str(run.config.get("logging.wandb", "disabled"))
     if mode == "auto":  # then WANDB_MODE decided when the run started
         mode = (run.record.from_environment or {}).get("logging.wandb") or mode
@@ -165,9 +178,11 @@ def _wandb_mode(run: RecordedRun) -> str:
 
 
 def _metric_names_in_wandb(metric: str, runs: list[RecordedRun]) -> list[str]:
-    """The names that a metric of steps has in W&B, each once: `["loss", "train/loss"]`.
+    """The names that a metric of steps has in W&B, for a plot over runs of several versions of shardtune: `["loss",
+    "train/loss"]`.
 
-    Metrics were renamed between versions of shardtune (editions of their names), and a run keeps those with which it began.
+    `metric`: its name in `metrics.jsonl`, such as `loss`. Versions of shardtune renamed metrics: each set of names is an
+    edition, numbered from 1. A run keeps the edition with which it began, also when a later version resumes it.
     """
     # A run that was not started yet has no record, and will begin with today's names.
     editions = {CURRENT_NAMES_EDITION if run.record.is_empty else run.record.metric_names for run in runs}
@@ -176,11 +191,12 @@ def _metric_names_in_wandb(metric: str, runs: list[RecordedRun]) -> list[str]:
 
 
 def _x_axis_metric(runs: list[RecordedRun]) -> str:
-    """The metric on the x axis of plots with all of these runs. The first case that applies:
+    """Choose the metric on the x axis of W&B plots that show all of these runs. The first case that applies:
 
-    - The runs began with different editions of metric names: W&B's own count of steps, the only name they share.
-    - The runs have the first edition, or different global batches or `logging.x`: tokens. A step of one is not one of another.
-    - Otherwise: what `logging.x` of all runs says.
+    - The runs use different editions of metric names, so they share no counter: `Step`, which is W&B's own.
+    - The runs use the first edition, or differ in global batch or in `logging.x`: tokens, since a step is not the same
+      amount of training in each.
+    - Otherwise: the counter that `logging.x` of all runs names.
     """
     tokens_names = _metric_names_in_wandb("tokens", runs)
     if len(tokens_names) > 1:
@@ -188,6 +204,7 @@ def _x_axis_metric(runs: list[RecordedRun]) -> str:
     (tokens_name,) = tokens_names
     x_axes = {str(run.config.get("logging.x", XAxis.step)) for run in runs}
     global_batches = {run.config.get("batch.global") for run in runs}
+    # Its metrics have no prefix; today's name is `train/tokens`.
     is_first_edition = tokens_name == "tokens"
     if is_first_edition or len(global_batches) > 1 or len(x_axes) > 1:
         return tokens_name
@@ -195,13 +212,15 @@ def _x_axis_metric(runs: list[RecordedRun]) -> str:
 
 
 def _panels_by_question(comparison: Comparison, *, has_axes: bool) -> list[tuple[str, list[str]]]:
-    """(question, source of its panels in Python) of each section of the W&B workspace, in order.
+    """Choose the sections of the W&B workspace: questions such as `Which is fastest?`, and the plots that answer them.
 
-    A comparison of one point asks about its run. One of several points asks which is the best: about the settings if the points
-    differ in settings that decide the loss (and `has_axes`), about equal losses if some points have the same of these settings.
+    Returns (question, Python source of each panel) in the order of display. A comparison of one point asks about its run,
+    one of several points asks which is best. `has_axes`: whether the points differ in a setting that W&B has as a column.
+    Then a section compares settings, if some of them can change the loss.
     """
     memory_panels = list(MEMORY_PANELS)
     if any(point.measured.memory_reserved_gib is not None for point in comparison.points):  # on GPUs
+        # The allocator of a GPU reserves memory; a CPU has no such number.
         memory_panels.append(RESERVED_MEMORY_PANEL)
     loss_panels = list(LOSS_PANELS)
     if any(map(_has_loss_by_position, comparison.points)):
@@ -216,6 +235,7 @@ def _panels_by_question(comparison: Comparison, *, has_axes: bool) -> list[tuple
     # Points with the same of these settings must have the same loss. Of other points one wants to know which learns best.
     loss_settings = [loss_relevant_settings(point.first_repeat) for point in comparison.points]
     num_different = sum(settings not in loss_settings[:index] for index, settings in enumerate(loss_settings))
+    # If some points are of one job, one asks whether strategies compute the same; otherwise which settings learn best.
     questions: list[tuple[str, list[str]]] = []
     if num_different > 1 and has_axes:
         questions.append(("Which settings are best?", list(SETTINGS_PANELS)))
@@ -226,15 +246,18 @@ def _panels_by_question(comparison: Comparison, *, has_axes: bool) -> list[tuple
 
 
 def _has_loss_by_position(point: ComparedPoint) -> bool:
-    """Whether the held-out loss was measured by position in the sequence, as in `eval/loss_by_position/512`."""
+    """Whether a point's runs measured the held-out loss by position in the sequence, under names such as
+    `eval/loss_by_position/512`.
+    """
     return any(metric.startswith("eval/loss_by_position/") for metric in point.measured.metrics_at_end)
 
 
 def _axis_values_by_column(comparison: Comparison) -> dict[str, tuple[Any, ...]]:
-    """The settings in which the points differ: {column of W&B's run table: value at each point}, such as {"lr": (1e-4, 2e-4)}.
+    """The settings in which the points differ: {column of W&B's run table: value at each point}, such as {"lr": (1e-4,
+    2e-4)}.
 
-    A setting has a column of its own if it is one of `WANDB_COLUMN_BY_SETTING`, or named in `logging.columns`. If no setting that
-    differs has one, the columns are those of the whole configuration, such as `config.parallel.sequence`; at most
+    A setting has a column of its own if it is one of `WANDB_COLUMN_BY_SETTING`, or named in `logging.columns`. Only if no
+    differing setting has one, columns of the whole configuration are taken, such as `config.parallel.sequence`, at most
     `MAX_CONFIG_COLUMNS`.
     """
     configured_columns: set[str] = set()
@@ -244,7 +267,7 @@ def _axis_values_by_column(comparison: Comparison) -> dict[str, tuple[Any, ...]]
     values_without_own_column = {}
     for difference in comparison.differences:
         key = difference.key
-        # `logging.columns` may name a choice by its group: `strategy` for `strategy.name`.
+        # `logging.columns` may name the choice `strategy.name` by its group, `strategy`, as the command line does.
         group = key.removesuffix(".name")
         if key in WANDB_COLUMN_BY_SETTING:
             values_by_column[WANDB_COLUMN_BY_SETTING[key]] = difference.values
@@ -258,30 +281,35 @@ def _axis_values_by_column(comparison: Comparison) -> dict[str, tuple[Any, ...]]
 
 
 def _configured_columns(run: RecordedRun) -> set[str]:
-    """Keys of the settings that `logging.columns` of a run names: the axes of its sweep, and what the user added."""
+    """Keys of the settings that `logging.columns` of a run lists: the axes of its sweep, and what the user added."""
+    # An entry is a key, or `name=text` for a column of the user's own.
     return {argument.partition("=")[0] for argument in run.config.get("logging.columns") or []}
 
 
 def _is_grouping_axis(axis_values: tuple[Any, ...], num_runs: int) -> bool:
-    """Whether the runs in W&B's table are grouped by an axis; `axis_values`: the value at each point.
+    """Whether W&B's run table should put the runs into groups by this axis; `axis_values`: its value at each point.
 
-    They are not grouped by a number that differs in each run of a search, because each group would be one run. A search is told
-    by its many values: a sweep of two or three learning rates is typed, and read, point by point.
+    Not if it is a number with at least `MIN_POINTS_OF_SEARCH` values that differs in each run, as in a search of learning
+    rates: each group would be one run. A sweep of two or three values is read point by point, so it is grouped.
     """
     is_numeric = all(isinstance(value, int | float) for value in axis_values)
     is_search = is_numeric and len(axis_values) >= MIN_POINTS_OF_SEARCH
     num_different_values = len({str(value) for value in axis_values})
+    # As many runs as points: with repeats, the runs of one point form a group.
     differs_in_each_run = num_different_values == len(axis_values) == num_runs
     return not (is_search and differs_in_each_run)
 
 
 def _table_columns(values_by_column: dict[str, tuple[Any, ...]], runs: list[RecordedRun]) -> list[str]:
-    """Columns of W&B's run table: those of the settings that differ, then those that `logging.columns` of the runs names."""
+    """Columns of W&B's run table for settings: first those in which the points differ, then those that `logging.columns` of
+    a run names.
+    """
     columns = list(values_by_column)
     configured_keys: set[str] = set()
     for run in runs:
         configured_keys |= _configured_columns(run)
     for key in sorted(configured_keys):
+        # Settings with a column of their own are shown anyway if they differ.
         has_standard_column = key in WANDB_COLUMN_BY_SETTING or f"{key}.name" in WANDB_COLUMN_BY_SETTING
         if not has_standard_column:
             columns.append(_column_name(key))
@@ -294,9 +322,9 @@ def _column_name(key: str) -> str:
 
 
 def _run_filter_source(runs: list[RecordedRun]) -> str:
-    """A W&B filter, as Python source, that finds these runs and no others of the project.
+    """Write the filter by which the script finds exactly these runs in their W&B project: `ws.Metric("ID").isin(['ab12'])`.
 
-    It names their ids if all are known, else their groups if all have one, else their run directories.
+    It names the ids of the runs if all are known, else their W&B groups if each has one, else their run directories.
     """
     # A run that was not started, such as a later repeat, has no id yet; the same command writes this file anew when it has.
     run_ids = [_wandb_run_id(run) for run in runs if run.state != "not started"]
@@ -311,10 +339,10 @@ def _run_filter_source(runs: list[RecordedRun]) -> str:
 
 
 def _baseline_run_id(comparison: Comparison) -> str | None:
-    """The id in W&B of the first run of the default baseline.
+    """The id in W&B of the run that the plots mark as baseline: the first repeat of the point that the others are compared
+    with.
 
-    The first repeat of the point that the others are compared with. None for a single point, for a baseline that is not in W&B,
-    or if the id is not known.
+    None for a single point, for a baseline that is not in W&B, or if the id is not known.
     """
     if len(comparison.points) == 1:
         return None
@@ -325,7 +353,11 @@ def _baseline_run_id(comparison: Comparison) -> str | None:
 
 
 def _wandb_run_id(run: RecordedRun) -> str | None:
-    """The id of a run in W&B, from its address, its `run.json`, or the name of W&B's directory; None if none of them has it."""
+    """Find the id that a run has in W&B, such as `ab12cd34`; None if it is not known.
+
+    It is in the run's address if the run was read from W&B's server, in `run.json` if the run ended, else in the name of
+    the directory that W&B wrote: `run-20250131_120000-ab12cd34`.
+    """
     if is_wandb_address(run.directory):
         return str(run.directory).rpartition("/")[2]
     if run.record.outcome is not None and run.record.outcome.progress.get("wandb_id"):
@@ -342,10 +374,11 @@ def _wandb_run_id(run: RecordedRun) -> str | None:
 def _points_markdown_lines(
     comparison: Comparison, values_by_column: dict[str, tuple[Any, ...]], held_out_metric: str
 ) -> list[str]:
-    """The points as lines of a Markdown table: values on the axes, losses, speed, memory, price and state.
+    """Write the points of the comparison as a Markdown table for the W&B report: axes, losses, speed, memory, price and
+    state, a row each.
 
-    Columns that are unknown for every point are left out. `values_by_column`: the settings in which the points differ, with the
-    value at each point.
+    A column without a value at any point is left out. `values_by_column`: the settings in which the points differ, with the
+    value at each point. `held_out_metric`: the metric by which the runs are judged, such as `eval/loss`.
     """
     points = comparison.points
     columns: list[tuple[str, list[str]]] = [("run", [point.name for point in points])]  # (heading, cells)
@@ -377,8 +410,10 @@ def _headings_of_measured_cells(held_out_metric: str) -> list[str]:
 
 
 def _measured_cells(point: ComparedPoint, held_out_metric: str) -> list[str]:
-    """Cells of a point below `_headings_of_measured_cells`; a dash for what is not known."""
-    measured = point.measured  # losses of the first repeat, medians of speeds over all
+    """Cells of one point for the table of the report, in the order of `_headings_of_measured_cells`; `-` for what is not
+    known.
+    """
+    measured = point.measured  # the first repeat's loss, medians of speeds over all, the largest memory
     return [
         str(measured.steps or UNKNOWN_CELL),
         _number_cell(measured.loss, format_metric),
@@ -395,7 +430,7 @@ def _number_cell(number: float | None, format_number: Callable[[float], str]) ->
 
 
 def markdown_cell(text: str) -> str:
-    """A text as a cell of a Markdown table: on one line, at most `MAX_CELL_CHARACTERS` long, and with its bars escaped.
+    """Fit a text into a cell of a Markdown table: on one line, at most `MAX_CELL_CHARACTERS` long, bars escaped.
 
     A bar would begin another cell, and a line break would end the table.
     """
@@ -406,11 +441,13 @@ def markdown_cell(text: str) -> str:
 
 
 def _logging_setting(run: RecordedRun, name: str) -> str | None:
-    """The value of `logging.<name>` in a run; None if it has none. The first of these that has one:
+    """The value that `logging.<name>` had for a run, such as the W&B project or team; None if it had none. The first source
+    that has one:
 
     - The run's configuration.
     - The environment when the run started, such as WANDB_ENTITY, as `run.json` recorded it.
-    - For a record of an early version: the sentence on it that was printed, such as `a team (WANDB_ENTITY)`.
+    - For a run of an early version, whose `run.json` has no such record: the sentence that it printed, such as `a team
+      (WANDB_ENTITY)`.
     """
     key = f"logging.{name}"
     from_environment = run.record.from_environment
@@ -422,5 +459,5 @@ def _logging_setting(run: RecordedRun, name: str) -> str | None:
 
 
 def _value_in_sentence(sentence: str | None) -> str | None:
-    """The value `a team` in the sentence `a team (WANDB_ENTITY)`."""
+    """Cut the value out of a sentence that an early version recorded: `a team (WANDB_ENTITY)` -> `a team`."""
     return sentence.rpartition(" (")[0] if sentence else None

@@ -26,7 +26,11 @@ TONE_OF_VERDICT: dict[str, Tone] = {"better": "good", "worse": "bad"}
 
 @dataclass(frozen=True, slots=True)
 class ComparisonResult:
-    """Runs beside each other, as `shardtune compare` shows them."""
+    """What `shardtune.compare` returns to a notebook: runs beside each other, as the command `shardtune compare` shows
+    them.
+
+    Each "run" here is a point of the comparison: one combination of settings, trained once or several times (`repeats`).
+    """
 
     comparison: Comparison
 
@@ -46,15 +50,22 @@ class ComparisonResult:
         return list(self.comparison.notes)
 
     def runs(self) -> pd.DataFrame:
-        """One row for each run, with the columns of `compare.csv`: measurements, verdict, and settings that differ."""
+        """All numbers of the comparison for pandas: a row for each run, with the columns of `compare.csv`, indexed by the
+        run's name.
+        """
         import pandas as pd
 
         from launch.compare.answer_records import comparison_csv
 
+        # By way of the CSV, so that both have the same columns and types.
         return pd.read_csv(io.StringIO(comparison_csv(self.comparison))).set_index("name")
 
     def metrics(self) -> pd.DataFrame:
-        """One row for each step and each evaluation of all runs, as in `Run.metrics()`, with `run` and `repeat`."""
+        """The curves of all runs for pandas: a row for each step and each evaluation, with its `run` and `repeat` (from 1
+        on).
+
+        A row has the metrics that were logged at its step, so metrics of steps are NaN in the row of an evaluation.
+        """
         import pandas as pd
 
         rows = []
@@ -71,7 +82,9 @@ class ComparisonResult:
         return comparison_text(self.comparison)
 
     def _repr_html_(self) -> str:
-        """The comparison as HTML for a notebook: the answer, what to take when, a table of the runs, and their losses."""
+        """Show the comparison below a notebook cell: the answer, what to take when, a table of the runs, and their loss
+        curves.
+        """
         from launch.compare.comparison_page import conclusion_texts, point_callouts, recommendation_cards
 
         conclusion = self.comparison.conclusion
@@ -98,12 +111,15 @@ MAX_CURVES = 16
 
 
 def _next_command_lines(to_learn_more: str) -> list[str]:
-    """The line below the answer that says what to run if it shows no difference; none if there is nothing to run."""
+    """The line below the answer that names the command to run next, where the runs show no difference; none if there is
+    none.
+    """
     return [to_learn_more] if to_learn_more else []
 
 
 def _runs_table(runs: tuple[ComparedPoint, ...]) -> PageTable:
-    """The result and the costs of each run, a row for each; columns in which no run has a number are left out.
+    """The table of a comparison in a notebook: result and costs of each run, a row each, without columns that no run has a
+    number for.
 
     No cell is marked as the best: the answer names one only if chance does not explain the difference.
     """
@@ -125,7 +141,7 @@ def _runs_table(runs: tuple[ComparedPoint, ...]) -> PageTable:
 
 
 def _run_cells(run: ComparedPoint) -> list[PageCell]:
-    """The cells of a run in the columns of `_runs_table`."""
+    """The cells of one run, in the order of the columns of `_runs_table`."""
     measured = run.measured
     state = run.state
     return [
@@ -140,13 +156,13 @@ def _run_cells(run: ComparedPoint) -> list[PageCell]:
 
 
 def _number_cell(value: float | None, digits: int = 4) -> PageCell:
-    """A cell with a number as people write it, with so many significant digits; a dash without one."""
+    """A table cell with a number in so many significant digits, sorted by its full value; a dash for None."""
     return PageCell(format_number(value, digits), value)
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResult:
-    """What an evaluation measured, read from its directory."""
+    """What `shardtune.evaluate` returns to a notebook: what an evaluation measured, read from its directory."""
 
     directory: Path
     """It holds evaluation.json, evaluation_rows.jsonl and evaluation.html."""
@@ -175,13 +191,20 @@ class EvaluationResult:
         return list(self.report.get("regressions") or ())
 
     def metrics(self) -> pd.DataFrame:
-        """One row for each metric of each task: its value with a 95 % interval, and how it compares with the other model."""
+        """All metrics of the evaluation for pandas: a row for each metric of each task, with its value and 95 % interval.
+
+        If the evaluation was compared with another model, also that model's value, the difference and a verdict.
+        """
         import pandas as pd
 
         return pd.DataFrame(_metric_rows(self.report))
 
     def rows(self) -> pd.DataFrame:
-        """One row for each question and model (`arm` is `tuned` or `base`): prompt, answer, reference and scores."""
+        """Every answer for pandas: a row for each question and model, with prompt, answer, reference and scores
+        (`score/<name>`).
+
+        `arm` says which model answered: `tuned`, or `base` for the model before training. Empty if no rows were written.
+        """
         import pandas as pd
 
         from trainer.evaluation.report.record import ROWS_FILE
@@ -203,11 +226,12 @@ class EvaluationResult:
         return report_text(self.report) if self.report else f"{self.directory}: not evaluated yet"
 
     def _repr_html_(self) -> str:
-        """The evaluation as HTML for a notebook: the verdict and the cards of its page, and all metrics in one table."""
+        """Show the evaluation below a notebook cell: the verdict and the cards of its page, and all metrics in one table."""
         from trainer.evaluation.report.page import report_callouts, report_cards, report_verdict_callout
 
         report = self.report
         if not report:
+            # It has not ended yet: a line says so.
             return notebook_html(str(self))
         callouts = [Callout("bad", "Worse than it may be", line) for line in self.regressions]
         callouts += report_callouts(report)
@@ -227,10 +251,12 @@ class EvaluationResult:
 
 
 def _metric_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """A dictionary for each metric of a report, such as {"task": "qa", "metric": "accuracy", "value": 0.8, "low": 0.7, ...}.
+    """Flatten the tasks of `evaluation.json` into a row for each metric: {"task": "qa", "metric": "accuracy", "value": 0.8,
+    "low": 0.7, ...}.
 
-    After a comparison it also has the keys other (the value of the other model), difference, difference_low, difference_high
-    (its 95 % interval), p and verdict; each is None, and the verdict empty, for a metric that the other model lacks.
+    `low` and `high` bound the 95 % interval. If the evaluation was compared with another model (`against`), a row also has
+    the keys other (that model's value), difference, difference_low, difference_high (its 95 % interval), p and verdict.
+    Each is None, and the verdict empty, for a metric that the other model lacks.
     """
     against = report.get("against") or {}
     rows = []
@@ -261,9 +287,10 @@ def _metric_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _metrics_table(rows: list[dict[str, Any]]) -> PageTable:
-    """A table of the metrics of all tasks: value and interval, and, after a comparison, the difference and its verdict.
+    """The table of an evaluation in a notebook: value and interval of each metric and, after a comparison, difference and
+    verdict.
 
-    `rows`: as by `_metric_rows`.
+    `rows`: as `_metric_rows` returns them, such as {"task": "qa", "metric": "accuracy", "value": 0.8, "low": 0.7, ...}.
     """
     is_compared = any("verdict" in row for row in rows)
     titles = ["task", "metric", "value", "95 % interval"]
@@ -291,7 +318,10 @@ def _metrics_table(rows: list[dict[str, Any]]) -> PageTable:
 
 @dataclass(frozen=True, slots=True)
 class PlanResult:
-    """What a run is expected to take on a card, and the options: combinations of strategy, checkpointing and micro-batch."""
+    """What `shardtune.plan` returns to a notebook: what a run is expected to take on a card, for each option.
+
+    An option is a combination of strategy, checkpointing and micro-batch with which the run could be trained.
+    """
 
     answer: dict[str, Any]
     """As `shardtune plan --json` prints it. Sizes are GiB, times seconds or hours, prices US dollars."""
@@ -303,15 +333,18 @@ class PlanResult:
 
     @property
     def settings(self) -> list[str]:
-        """The settings of the fastest option that fits, for `shardtune.train(*plan.settings)`. ConfigError if none fits."""
+        """The settings of the fastest option that fits, for `shardtune.train(*plan.settings)`. Raises ConfigError if none
+        fits.
+        """
         if not self.fits:
             raise ConfigError("nothing fits: take more cards, a smaller data.max_length or tuning=lora")
         chosen_keys = {override.partition("=")[0] for override in self.answer["best"]}
+        # What the user typed, unless the plan chose another value for it.
         typed = [override for override in self.answer["typed"] if override.partition("=")[0] not in chosen_keys]
         return [*typed, *self.answer["best"]]
 
     def options(self, *, every: bool = False) -> pd.DataFrame:
-        """One row for each option, the best first; with `every`, also with each micro-batch that was looked at."""
+        """The options for pandas, a row each, the best first; with `every`, also with each micro-batch that was considered."""
         import pandas as pd
 
         return pd.json_normalize(self.answer["all" if every else "options"], sep="/")
@@ -332,7 +365,9 @@ class PlanResult:
         return f"{model_on_cards}: {' '.join(self.answer['best'])}"
 
     def _repr_html_(self) -> str:
-        """The plan as HTML for a notebook: cards of the fastest option that fits, its command to copy, a table of all options."""
+        """Show the plan below a notebook cell: cards of the fastest option that fits, its command to copy, a table of all
+        options.
+        """
         cards = []
         if self.fits:
             best_option = next(option for option in self.answer["options"] if option["settings"] == self.answer["best"])
@@ -353,11 +388,14 @@ class PlanResult:
 
 
 def _option_cards(option: dict[str, Any], answer: dict[str, Any]) -> list[PageCard]:
-    """Cards with the memory, the speed, the time and the price of an option; the last two only if they are known.
+    """The cards above a plan in a notebook: memory, speed, time and price of one option; the last two only if they are
+    known.
 
-    `option` and `answer` as in `shardtune plan --json`.
+    `option`: a combination of strategy, checkpointing and micro-batch, an entry of `options` in `answer`. `answer`: what
+    `shardtune plan --json` prints; only the hardware's memory is read.
     """
     gpu_gib = answer["hardware"]["memory_gib"]
+    # `margin_gib` is the memory of the card that stays free.
     needed_gib = gpu_gib - option["margin_gib"]
     cards = [
         PageCard("memory", f"{needed_gib:.1f} GiB", f"of {gpu_gib:.1f}; most in {option['peak_at']}"),
@@ -373,7 +411,12 @@ def _option_cards(option: dict[str, Any], answer: dict[str, Any]) -> list[PageCa
 
 
 def _options_table(options: list[dict[str, Any]]) -> PageTable:
-    """The table of the options, as in `shardtune plan --json`: memory left, speed, and how each compares with the best."""
+    """The table of a plan in a notebook: for each option its settings, the memory that stays free, its speed, and a verdict
+    on it.
+
+    `options`: as in `shardtune plan --json`. A negative `margin_gib` is what the card lacks; an option that does not fit
+    gets no speed.
+    """
     columns = [
         PageColumn("strategy"),
         PageColumn("settings"),

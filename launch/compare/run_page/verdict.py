@@ -52,7 +52,9 @@ LOWER_LEARNING_RATE_FACTOR = 0.1
 
 @dataclass(frozen=True, slots=True)
 class RunVerdict:
-    """What came of a run."""
+    """What came of a run, as the head of its page shows it: `heading` in the colour of `tone`, a text, and commands to
+    copy.
+    """
 
     tone: Tone
     heading: str
@@ -61,21 +63,24 @@ class RunVerdict:
 
 
 def run_verdict(run: RecordedRun) -> RunVerdict:
-    """The verdict on a run, for the head of its page. The first case that applies:
+    """Judge a run for the head of its page: did it finish, and is the model better than before? The first case that
+    applies:
 
     - The run is not done: where it stands, and how it continues.
-    - A detector found that the last weights are of no use.
+    - A detector found that the last weights are of no use (`BAD_FINDINGS`).
     - The training loss was NaN or infinite at a step.
-    - The monitored metric is NaN or infinite at the end.
+    - The monitored metric (`evaluation.watch`) is NaN or infinite at the end.
     - Nothing held out was evaluated.
-    - Otherwise: whether the monitored metric got better (`_metric_verdict`).
+    - Otherwise: whether the monitored metric got better during training.
     """
     if run.state != RunState.done:
         return _unfinished_verdict(run)
+    # Detectors look for trouble such as overfitting while a run trains; their findings are the `challenges` of `run.json`.
     findings = findings_in(run.record.challenges)
     steps_text = _training_length_text(run)
     bad_finding = next((finding for finding in findings if finding.name in BAD_FINDINGS), None)
     if bad_finding is not None:
+        # An observation is a clause in lower case; here it begins a sentence.
         description = f"{bad_finding.observation[:1].upper()}{bad_finding.observation[1:]}"
         text = f"{description}. {steps_text}.{_remedies_text(bad_finding)}"
         heading = HEADING_BY_FINDING[bad_finding.name]
@@ -100,15 +105,16 @@ def run_verdict(run: RecordedRun) -> RunVerdict:
 def _metric_verdict(
     run: RecordedRun, change: MetricChange, findings: list[RecordedFinding], steps_text: str
 ) -> RunVerdict:
-    """The verdict on a finished run by the change of a held-out metric during training. The first case that applies:
+    """Judge a finished run by how a held-out metric changed from before training to the end. The first case that applies:
 
     - The metric was not evaluated before training, or nobody knows which is better: its value, without a verdict.
-    - It got worse.
+    - It got worse: bad, with the command that exports the best checkpoint, if that is better.
     - It got better, but detectors found something: a warning that names the `findings`.
-    - It got better.
-    - It did not change.
+    - It got better: good.
+    - It did not change: a warning.
 
-    `steps_text`: how far the run came.
+    `change`: its `change_text` is like `2.872 to 2.336 (-18.7%)`. `steps_text`: how far the run came, such as `Trained 40
+    steps`.
     """
     heading = f"{change.title}: {change.change_text}"
     if change.value_before is None:
@@ -128,11 +134,14 @@ def _metric_verdict(
 
 
 def _unfinished_verdict(run: RecordedRun) -> RunVerdict:
-    """The verdict on a run that is running, stopped or failed: at which step it is, why it ended, and how it continues."""
+    """The verdict on a run that is running, stopped, failed or not started: at which step it is, why it ended, how it
+    continues.
+    """
     logs_command = f"shardtune logs {shlex.quote(str(run.directory))}"
     step = run.status.get("step") or max(run.steps, default=0)
     total_steps = run.record.total_steps
     progress = f"step {step} of {total_steps}" if total_steps else f"step {step}"
+    # On one line, since a message may have several.
     reason = " ".join(str(run.status.get("reason") or run.failure.get("message") or "").split())
     if run.state == RunState.running:
         return RunVerdict("note", f"Running: {progress}", text="", commands=(logs_command,))
@@ -145,7 +154,7 @@ def _unfinished_verdict(run: RecordedRun) -> RunVerdict:
 
 
 def _training_length_text(run: RecordedRun) -> str:
-    """How far a run came, such as `Trained 40 steps, 12,345 tokens`; without the tokens if they were not recorded."""
+    """How far a run came, such as `Trained 40 steps, 12,345 tokens`; without the tokens if no step recorded them."""
     last_step = max(run.steps, default=0)
     num_tokens = run.steps[last_step].get("tokens") if last_step else None
     text = "Trained 1 step" if last_step == 1 else f"Trained {last_step:,} steps"
@@ -153,7 +162,9 @@ def _training_length_text(run: RecordedRun) -> str:
 
 
 def run_callouts(run: RecordedRun) -> list[Callout]:
-    """What a reader of a run's page should know beside the verdict, the worst first."""
+    """What a reader of a run's page should know beside the verdict, the worst first: data leaks, slow ranks, early stops
+    and the like.
+    """
     return worst_first(
         [
             *_finding_callouts(run),
@@ -170,7 +181,8 @@ def run_callouts(run: RecordedRun) -> list[Callout]:
 
 
 def _finding_callouts(run: RecordedRun) -> list[Callout]:
-    """A call-out for each finding of the detectors (`challenges` in `run.json`).
+    """Tell the reader what the detectors found while the run trained, such as overfitting or forgetting: a call-out for
+    each finding.
 
     Left out are the finding that is the verdict already, and early stopping, which has a call-out of its own.
     """
@@ -178,6 +190,7 @@ def _finding_callouts(run: RecordedRun) -> list[Callout]:
     callouts = []
     for finding in findings_in(run.record.challenges):
         heading = HEADING_BY_FINDING.get(finding.name, finding.name.capitalize())
+        # A bad finding has the same heading where it is the verdict.
         if heading == verdict_heading or finding.name == EARLY_STOPPING:
             continue
         tone: Tone = "bad" if finding.name in BAD_FINDINGS else "warning"
@@ -187,17 +200,17 @@ def _finding_callouts(run: RecordedRun) -> list[Callout]:
 
 
 def _remedies_text(finding: RecordedFinding) -> str:
-    """The first remedies that a finding names, such as ` Try: a lower optim.lr.`; empty if it names none."""
+    """The first remedies that a finding names, to be added to a text: ` Try: a lower optim.lr.`; empty if it names none."""
     if not finding.remedies:
         return ""
     return f" Try: {'; '.join(finding.remedies[:MAX_SHOWN_REMEDIES])}."
 
 
 def _remedy_commands(run: RecordedRun, finding: RecordedFinding) -> tuple[str, ...]:
-    """Commands to type after a finding of a detector.
+    """Commands that the reader can copy to act on what a detector found.
 
     - The run diverged: train again with a lower learning rate.
-    - Any other finding: export the best checkpoint, if that helps (`_export_best_commands`).
+    - Any other finding: export the best checkpoint, if it is better than the last one.
     - Otherwise train again with the first remedy that is a lower learning rate or a setting; none if no remedy is.
     """
     if finding.name == "diverged":
@@ -248,7 +261,8 @@ def _export_best_commands(run: RecordedRun) -> tuple[str, ...]:
 
 
 def _best_step_callouts(run: RecordedRun) -> list[Callout]:
-    """A call-out on the step with the best value of the monitored metric. The first case that applies:
+    """Tell the reader which step had the best value of the monitored metric, if it was not the last. The first case that
+    applies:
 
     - The best step is not known, or the last evaluation has no value: none.
     - No step was better than the model before training: that, with the command that trains with a lower learning rate.
@@ -261,6 +275,7 @@ def _best_step_callouts(run: RecordedRun) -> list[Callout]:
         return []
     best_value = monitored.format_value(best.value)
     if not best.is_better_than_before_training:
+        # None if nothing was evaluated before training.
         before = monitored.format_value(monitored.value_before) if monitored.value_before is not None else ""
         text = f"{monitored.title} was {before} before training, and {best_value} at best, at step {best.step}."
         heading = "No step is better than the model before training"
@@ -274,10 +289,10 @@ def _best_step_callouts(run: RecordedRun) -> list[Callout]:
 
 
 def _leak_callouts(run: RecordedRun) -> list[Callout]:
-    """A call-out for each held-out split with documents that are also in the training data, from the audit of the data.
+    """Warn of held-out documents that are also in the training data, for each split: its metrics are then too good.
 
-    The audit has {"leakage": {"eval": {"policy": "note", "train": {"exact": 3, ...}}}}: `train` counts the training documents
-    that the split holds too, by how alike they are.
+    The audit of the prepared data has {"leakage": {"eval": {"policy": "note", "train": {"exact": 3, ...}}}}. Here `train`
+    counts the training documents that the split `eval` holds too, by how alike they are.
     """
     audit = read_json_or_empty(run.directory / run.record.data_directory / AUDIT) if run.record.data_directory else {}
     retry_command = _train_again_command(run, "data.leakage.policy=drop_train", directory_suffix="clean")
@@ -296,7 +311,9 @@ def _leak_callouts(run: RecordedRun) -> list[Callout]:
 
 
 def _straggler_callouts(run: RecordedRun) -> list[Callout]:
-    """A call-out if ranks were slower than the others, which had to wait for them; it names each of them."""
+    """Warn of ranks that computed more slowly than the others, which had to wait for them; names each. None if there were
+    none.
+    """
     outcome = run.record.outcome
     if outcome is None or not outcome.slow_ranks:
         return []
@@ -307,7 +324,10 @@ def _straggler_callouts(run: RecordedRun) -> list[Callout]:
 
 
 def _slow_rank_text(slow_rank: dict[str, Any]) -> str:
-    """A sentence on a slow rank: `Rank 3 on node7 computes 1.8 times as long as the others, from step 40 to 90`."""
+    """The sentence on a slow rank, such as `Rank 3 on node7 computes 1.8 times as long as the others, from step 40 to 90`.
+
+    `slow_rank` is a record of `run.json`; without `until_step` the rank was slow up to the end.
+    """
     until = f" to {slow_rank['until_step']}" if slow_rank.get("until_step") else " on"
     factor = format_number(slow_rank.get("factor"), digits=2)
     rank_and_host = f"Rank {slow_rank.get('rank')} on {slow_rank.get('host')}"
@@ -317,17 +337,18 @@ def _slow_rank_text(slow_rank: dict[str, Any]) -> str:
 
 
 def _export_callouts(run: RecordedRun) -> list[Callout]:
-    """A call-out on the export at the end of the run. The first case that applies:
+    """Tell the reader if the export at the end of the run failed, or passed over a gate. The first case that applies:
 
     - `shardtune export` has exported the run since: none.
-    - Nothing was exported, because files of the base model changed, the checkpoint is at fault, or a gate refused: the reason.
+    - Nothing was exported, because files of the base model changed, the checkpoint is at fault, or a gate refused: the
+      reason.
     - It was exported although a gate refused, because the user gave a reason to pass it over: both reasons.
     - Otherwise: none.
     """
     record = run.record
     if record.exports:
         return []
-    # Gates are bounds such as `eval/loss<2` that must hold before an export; `says` tells what a gate found.
+    # Gates are bounds such as `eval/loss<2` that must hold before an export; `says` is a sentence.
     gates_record = record.gates or {}
     refusals = [str(gate.get("says")) for gate in gates_record.get("gates") or [] if not gate.get("passed")]
     override_reason = gates_record.get("override")
@@ -350,7 +371,9 @@ def _export_callouts(run: RecordedRun) -> list[Callout]:
 
 
 def _resumed_callouts(run: RecordedRun) -> list[Callout]:
-    """A call-out if the run was resumed: from where, and which differences of its settings were accepted."""
+    """Tell the reader that the run was resumed: from which checkpoint, and which changed settings were accepted
+    (`run.accept`).
+    """
     if not run.record.resumed_from:
         return []
     text = f"From {run.record.resumed_from}. Duration, speed and memory are those of all attempts where they were recorded."
@@ -361,9 +384,10 @@ def _resumed_callouts(run: RecordedRun) -> list[Callout]:
 
 
 def _outlier_callouts(run: RecordedRun) -> list[Callout]:
-    """A call-out if guards found steps that stood out, with the command that leaves such updates out if none was left out.
+    """Tell the reader that steps stood out, such as by a very large gradient. If nothing was done, give the command that
+    skips such updates.
 
-    The events of a run are also findings of detectors, which have call-outs of their own.
+    Guards check the numbers of each step. `events.jsonl` also has findings of detectors, which have call-outs of their own.
     """
     outlier_events = [event for event in run.events if event.get("event") != DETECTOR_EVENT]
     if not outlier_events:
@@ -387,13 +411,18 @@ def _unreadable_line_callouts(run: RecordedRun) -> list[Callout]:
 
 
 def _stopped_early_callouts(run: RecordedRun) -> list[Callout]:
-    """A call-out if patience or overfitting ended the run before its budget was spent, with the command that waits longer."""
+    """Tell the reader that the run ended before its budget was spent, and why, with the command that trains longer.
+
+    Either the monitored metric had not improved for `evaluation.patience` evaluations, or the detector of overfitting ended
+    the run.
+    """
     outcome = run.record.outcome
     if outcome is None or not outcome.stopped_early:
         return []
     patience = run.config.get("evaluation.patience")
     challenges = run.record.challenges or {}
     stops_when_overfitting = run.config.get("challenges.overfitting.action") == Reaction.stop
+    # A run that patience ended has a finding of its own.
     was_stopped_for_overfitting = (
         stops_when_overfitting and "overfitting" in challenges and EARLY_STOPPING not in challenges
     )
