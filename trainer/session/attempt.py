@@ -45,7 +45,9 @@ MAX_SHOWN_FILES = 8
 
 @dataclass(slots=True)
 class Attempt:
-    """One attempt at a run: its phase and step for the record of a failure, its directory, and who owns that."""
+    """One attempt at a run, from a start of its processes to their end: phase and step, for the record of a failure, and the run
+    directory.
+    """
 
     phase: str = "data preparation"
     step: int | None = None
@@ -71,8 +73,8 @@ class Attempt:
     def join_ranks(self, timeout_s: float) -> Iterator[Rendezvous]:
         """A context in which the ranks have met in a common store, and send heartbeats, but have no process group yet.
 
-        All ranks must call, within `timeout_s`. Raises Preempted on every rank if one was asked to stop, LeaseLost on every rank
-        if rank 0 found that the run directory is not this attempt's any more.
+        So hours of preparation time out no collective. All ranks must call, within `timeout_s`. Raises Preempted on every rank if
+        one was asked to stop, LeaseLost on every rank if rank 0 found that the run directory is not this attempt's any more.
         """
         rendezvous = Rendezvous.join(timeout_s, self.reason_run_dir_was_lost)
         if rendezvous.store is not None:  # several ranks
@@ -107,7 +109,9 @@ class Attempt:
         return run_dir
 
     def reason_run_dir_was_lost(self) -> str | None:
-        """Why the directory is no longer this attempt's; None if it is, and on all ranks but 0."""
+        """Why the directory is no longer this attempt's, such as another start that took it over; None if it is, and on ranks
+        other than 0.
+        """
         if self.lease is not None:
             try:
                 self.lease.check()
@@ -116,10 +120,10 @@ class Attempt:
         return None
 
     def require_run_dir_ownership(self, runtime: Runtime) -> None:
-        """Check that the run directory is still this attempt's, and follow it if it was renamed.
+        """Check that the run directory is still this attempt's, before anything is written there under a final name.
 
-        To be called before anything is written under a final name. All ranks must call. Raises LeaseLost on every rank if
-        another attempt owns the directory, or if it was deleted.
+        All ranks must call. If somebody renamed the directory, all ranks use its new path from now on. Raises LeaseLost on every
+        rank if another attempt owns the directory, or if it was deleted.
         """
         reason_lost = self.reason_run_dir_was_lost()
         current_run_dir = None
@@ -162,10 +166,13 @@ def raise_if_config_was_replaced(run_dir: Path, config_sha256: str) -> None:
 
 @contextlib.contextmanager
 def open_rank_of_job(run_dir: Path | None, lease_timeout_s: int) -> Iterator[tuple[StopRequest, Attempt]]:
-    """A context for this process as one rank of the job that its environment describes, around everything that it records.
+    """A context for this process as one rank of the job that its environment describes, around everything that it does.
 
-    Within it, signals become a request to stop, and this attempt owns the run directory (`run_attempt`). At its end, the
-    process groups end too: in order, or at once if this rank failed. Raises what ended the run.
+    Within it, signals become a request to stop, and this attempt owns the run directory. At its end, the process groups end too:
+    in order, or at once if this rank failed. Raises what ended the run.
+
+    `run_dir`: needed on rank 0 only. `lease_timeout_s`: seconds without heartbeats after which another owner of the directory
+    counts as dead.
     """
     failed = False
     is_single_rank = int(os.environ.get("WORLD_SIZE", 1)) == 1  # a terminal's Ctrl-C goes to the launcher of several
@@ -186,11 +193,13 @@ def open_rank_of_job(run_dir: Path | None, lease_timeout_s: int) -> Iterator[tup
 
 @contextlib.contextmanager
 def run_attempt(run_dir: Path | None, lease_timeout_s: int, request: StopRequest) -> Iterator[Attempt]:
-    """A context around this rank's attempt. `run_dir` is needed on rank 0 only, which owns it until the context ends.
+    """A context around this rank's attempt at a run: it owns the run directory, and records how the attempt ends.
 
-    The first failing rank leaves `failure.json`, which a success and the next attempt remove. `status.json` says how it ended.
-    Nothing is written into a directory that is another attempt's. Raises what ended the run, or NotRunOwner: RunDirInUse if
-    another attempt owns the directory at the start, LeaseLost if it does later.
+    `run_dir` is needed on rank 0 only. The first failing rank leaves `failure.json`, which a success and the next attempt remove.
+    `status.json` says how it ended. Nothing is written into a directory that is another attempt's.
+
+    Raises what ended the run, or NotRunOwner: RunDirInUse if another attempt owns the directory at the start, LeaseLost if it
+    does later.
     """
     attempt = Attempt(run_dir=run_dir)
     rank = int(os.environ.get("RANK", 0))
@@ -228,7 +237,7 @@ def run_attempt(run_dir: Path | None, lease_timeout_s: int, request: StopRequest
 
 
 def _set_hooks_of_other_threads(attempt: Attempt, rank: int, request: StopRequest) -> None:
-    """Set what other threads do while the main thread may be stuck: record a timeout, or end this process."""
+    """Set what other threads do while the main thread may be stuck in a library: record a timeout, or end this process."""
     attempt.on_collective_timeout = partial(_record_timeout_before_nccl_aborts, attempt, rank)
     attempt.on_cut_off = partial(_end_cut_off_process, attempt, rank)
     request.arm_end_of_stuck_process(partial(_end_process_before_training, attempt))
@@ -246,10 +255,10 @@ def _write_stopped_status(attempt: Attempt, error: BaseException) -> None:
 
 
 def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
-    """Write what made the run fail, on whichever rank, into `failure.json` and `status.json`; the first to write wins.
+    """Write what made the run fail, on whichever rank, into `failure.json` and `status.json`; the first rank to write wins.
 
-    If this rank only lost its connection to another, the cause is the rank that sends no heartbeats any more. If a collective
-    timed out, it is the rank that is behind the others.
+    The error of this rank may only be a consequence. If it lost its connection to another rank, the cause is the rank that sends
+    no heartbeats any more. If a collective timed out, it is the rank that is behind the others.
     """
     if attempt.run_dir is None or read_failure(attempt.run_dir):
         return
@@ -297,6 +306,7 @@ def _end_process_before_training(attempt: Attempt, signal_name: str) -> None:
     """End this process because its main thread, stuck before training, ignores a request to stop. Nothing is lost.
 
     Runs in a thread of its own. With several ranks, the exit code makes torchrun or srun end the others, whatever they wait in.
+    `signal_name`: such as "SIGTERM".
     """
     run_dir = attempt.run_dir
     exit_code = Preempted.exit_code
@@ -325,10 +335,10 @@ class TimedOut(RuntimeError):
 
 
 def _record_timeout_before_nccl_aborts(attempt: Attempt, rank: int, collective: CollectiveCall) -> None:
-    """Record that a collective timed out, shortly before NCCL's watchdog would abort the process without a word.
+    """Record that a collective timed out, shortly before NCCL's watchdog aborts the process without a word.
 
-    `collective`: the collective that `rank` waits in. If phase or step change afterwards, the run continues after all, and the
-    record is removed. Runs in a thread of its own.
+    `collective`: the one that `rank` waits in. Runs in a thread of its own. If phase or step change afterwards, the run continues
+    after all, and the record is removed.
     """
     position = (attempt.phase, attempt.step)
     _record_failure(
@@ -343,7 +353,7 @@ def _record_timeout_before_nccl_aborts(attempt: Attempt, rank: int, collective: 
 
 
 def _end_cut_off_process(attempt: Attempt, rank: int, error: CutOffRank) -> None:
-    """Record that this rank is cut off, and end its process: the main thread may wait in a library without a limit."""
+    """Record that this rank has lost its connection to the ranks' store, and end it: its main thread may hang."""
     if attempt.run_dir is not None:
         record_failure(attempt.run_dir, rank, error, attempt.phase, attempt.step)
     with contextlib.suppress(OSError):  # nobody reads it any more
@@ -352,9 +362,10 @@ def _end_cut_off_process(attempt: Attempt, rank: int, error: CutOffRank) -> None
 
 
 def first_line_of_message(text: str) -> str:
-    """The first line of a message that is not blank. After a line that ends with a colon, the next one is added.
+    """The first line of a message that is not blank, for a summary in `status.json`.
 
-    For example "no room\\nat step 3" -> "no room", and "bad rows:\\na.jsonl:1\\nb.jsonl:2" -> "bad rows: a.jsonl:1".
+    A line that ends with a colon takes the next along. For example "no room\\nat step 3" -> "no room", and "bad
+    rows:\\na.jsonl:1\\nb.jsonl:2" -> "bad rows: a.jsonl:1".
     """
     sentence_lines = []
     for line in text.splitlines():
@@ -370,9 +381,11 @@ def first_line_of_message(text: str) -> str:
 def _hang_details(run_dir: Path, error: BaseException, last_collectives: dict[int, CollectiveCall]) -> dict[str, Any]:
     """Fields of `failure.json` for a hang: the last collective of each rank, and the files with the stacks of their threads.
 
-    `message` is the error with both added as lines. The file and its readers call a collective an exchange.
+    `last_collectives`: by rank. `message` of the result is the error with both added as lines. The file and its readers call a
+    collective an exchange.
     """
     stack_files = []
+    # A rank writes the stacks of its threads into its file when it is asked to; an empty file has none.
     for path in sorted((run_dir / "logs").glob("rank-*.stacks")):
         if path.stat().st_size:
             stack_files.append(str(path.relative_to(run_dir)))
@@ -392,10 +405,10 @@ def _hang_details(run_dir: Path, error: BaseException, last_collectives: dict[in
 
 @contextlib.contextmanager
 def _owning_run_dir(run_dir: Path | None, lease_timeout_s: int, stop_request: StopRequest) -> Iterator[Lease | None]:
-    """A context in which this process owns the run directory. If the directory is lost or renamed, `stop_request` is set.
+    """A context in which this process owns the run directory, so that no other attempt writes there. Yields the lease.
 
-    Yields the lease; None without a directory. `lease_timeout_s`: seconds without heartbeats after which an owner counts as dead.
-    Raises the errors of `Lease.acquire`.
+    A loss or a rename of the directory asks `stop_request` to end the run. Without a directory (on ranks other than 0) it yields
+    None. `lease_timeout_s`: seconds without heartbeats after which an owner counts as dead. Raises the errors of `Lease.acquire`.
     """
     if run_dir is None:
         yield None

@@ -36,10 +36,10 @@ def build_run_evaluators(
     detectors: ChallengeDetectors,
     context: RunContext,
 ) -> list[Evaluator]:
-    """The evaluators that the configuration asks for; empty without held-out data and tasks.
+    """Build the evaluators that run during training: of held-out data and of tasks; empty without either.
 
     A run that learns from rewards is evaluated by the rewards of its `loader`, any other by its held-out loss and metrics.
-    `detectors`: the detectors that receive what tasks measure. Errors: those of `build_evaluators`, and of rewards.
+    `detectors`: get what tasks measure. Errors: those of `build_evaluators`, and of rewards.
     """
     data = inputs.data
     tokenizer = inputs.tokenizer
@@ -77,7 +77,10 @@ def model_interface_for_run(
     runtime: processes.Runtime,
     stop_now: Callable[[], bool],
 ) -> ModelInterface:
-    """The interface through which tasks use the run's model: it writes answers and measures likelihoods, labels and losses."""
+    """Build the interface through which tasks use the run's model: it writes answers and measures likelihoods, labels and losses.
+
+    `stop_now`: asked on all ranks alike during long evaluations.
+    """
     task_context = TaskContext.from_settings(config.data, config.objective, settled_template_date(config))
     is_classifier = bool(built.head_prefixes)  # only its head has an output for each label
     return build_model_interface(
@@ -102,10 +105,12 @@ def build_test_evaluators(
     scorer: RewardScorer | None,
     new_stop_check: Callable[[], Callable[[], bool]],
 ) -> list[Evaluator]:
-    """The evaluators of the test documents, which use all of them; empty without test documents.
+    """Build the evaluators of the test documents, which use all of them; empty without test documents.
 
-    `scorer`: computes the rewards, if the run learns from rewards; else None. `new_stop_check`: makes, for each evaluator, a
-    function that says on all ranks alike whether to stop. Metrics have the names of those of evaluation documents (`eval/loss`).
+    `scorer`: computes the rewards, if the run learns from rewards; else None.
+    `new_stop_check`: makes, for each evaluator, a function that says on all ranks alike whether to stop.
+
+    Metrics have the names of those of evaluation documents (`eval/loss`).
     """
     # No metric of the test documents is monitored, and no document is left out.
     settings = replace(config.evaluation, tasks={}, watch=None, max_documents=None, loss_by_position=False)
@@ -114,6 +119,7 @@ def build_test_evaluators(
         # Every prompt is answered (`samples=0`); during training, a sample of them is enough.
         generate = replace(settings.generate, samples=0)
         test_config = replace(config, evaluation=replace(settings, generate=generate))
+        # One evaluator, so it is given a check; `build_evaluators` makes several, each with a check of its own.
         return build_reward_evaluators(
             test_config, test_data, built, tokenizer, engine, runtime, scorer, new_stop_check()
         )

@@ -29,7 +29,11 @@ def end_text(
     export_dir: Path | None,
     tracker_links: Sequence[tuple[str, str]],
 ) -> str:
-    """The last lines of a run. `export_dir`: if one was written. `tracker_links`: such as ("W&B", "https://wandb.ai/...")."""
+    """Write the last lines of a run: speed, metrics, findings, the exported model, where to look, and what to do next.
+
+    `export_dir`: of the exported model; None if there is none.
+    `tracker_links`: such as ("W&B", "https://wandb.ai/...").
+    """
     speed = ""
     if outcome.speed:
         speed = f", {outcome.speed['tokens_per_s']:,.0f} tokens/s (median)"
@@ -56,7 +60,10 @@ def end_text(
 
 
 def _model_lines(record: RunRecord, outcome: TrainingOutcome, export_dir: Path | None) -> list[str]:
-    """One line on the exported model and its checkpoint, or on why there is none; no line if no checkpoint was chosen."""
+    """The line on the exported model and its checkpoint, or on why there is none; no line if no checkpoint was chosen.
+
+    With `outcome.export_follows`, a later job of the pipeline writes the export.
+    """
     if export_dir is not None:
         return [f"model:      {export_dir}{_exported_checkpoint_suffix(record)}"]
     if outcome.export_follows:
@@ -96,7 +103,7 @@ def _answer_lines(outcome: TrainingOutcome) -> list[str]:
 
 
 def _better_weights_lines(record: RunRecord, run_dir: Path, outcome: TrainingOutcome) -> list[str]:
-    """One line if better weights exist than the exported ones, by the watched metric; else none.
+    """Tell the user if better weights exist than the exported ones, by the metric that `evaluation.watch` names; [] if not.
 
     - No step is better than the model before training: that is said.
     - An earlier step is better than the exported one: the command that exports it.
@@ -149,6 +156,7 @@ def _has_better_step(record: RunRecord, outcome: TrainingOutcome) -> bool:
 
     True also if the last step was not evaluated by it, since the earlier one was the best so far.
     """
+    # Such as {"which": "best", "step": 40, "reason": "..."}; None if none was chosen.
     exported = record.exported_checkpoint or {}
     is_best_exported = exported.get("which") == "best"
     is_last_step_best = outcome.progress.best_step in (None, outcome.progress.step)
@@ -167,7 +175,7 @@ def _export_of_best(run_dir: Path) -> str:
 
 
 def _next_action(record: RunRecord, run_dir: Path, outcome: TrainingOutcome, export_dir: Path | None) -> str | None:
-    """What the user does next, as a command if there is one; None if gates kept the model from being exported.
+    """Say what the user does next, as a command if there is one; None if gates kept the model from being exported.
 
     In this order, since a model that is worse is not worth a chat: train again if training made it worse; export an earlier step
     that is better; wait for the export job; export; try the exported model.
@@ -182,6 +190,7 @@ def _next_action(record: RunRecord, run_dir: Path, outcome: TrainingOutcome, exp
         return f"shardtune status {shlex.quote(str(run_dir))}"
     if export_dir is None:
         return None if record.gates else f"shardtune export {shlex.quote(str(run_dir))}"
+    # `shardtune chat` takes causal language models alone.
     family = FAMILIES.get(record.objective)
     if family is not None and family.kind is ModelKind.causal:
         return f"shardtune chat {shlex.quote(str(run_dir))}"

@@ -56,8 +56,8 @@ class RecordedTestResult:
 def measure_test_metrics(evaluators: Sequence[Evaluator], engine: Engine) -> dict[str, float]:
     """Run evaluators that were built for the test documents; returns the metrics by names such as `test/loss`.
 
-    The evaluators name their metrics `eval/...`, as those of the evaluation documents do; `eval/` becomes `test/`. All ranks must
-    call. Raises Preempted, on all ranks or none, if the run is asked to stop meanwhile.
+    All ranks must call. The evaluators name their metrics `eval/...`, as those of the evaluation documents do; `eval/` becomes
+    `test/`. Raises Preempted, on all ranks or none, if the run is asked to stop meanwhile.
     """
     metrics = {}
     try:
@@ -78,11 +78,14 @@ def measure_or_recall_test_result(
     make_evaluators: Callable[[], list[Evaluator]],
     engine: Engine,
 ) -> dict[str, Any] | None:
-    """What `run.json` says of the test documents when training has ended; None if there are none. All ranks must call.
+    """Measure the exported weights on the test documents when training has ended; returns `test` of `run.json`.
 
-    If the run was stopped after an earlier call, the recorded metrics of the same checkpoint are taken, and nothing is measured
-    again: each evaluation counts, since many make the test documents a second evaluation set. `make_evaluators` is called only
-    if something is measured. Errors: StorageError, Preempted.
+    All ranks must call. Each measurement counts as a look, since many of them make the test documents a second evaluation set. So
+    if an earlier start has measured the same checkpoint, its recorded metrics are taken.
+
+    `make_evaluators`: called only if something is measured.
+
+    None without test documents. Errors: StorageError, Preempted.
     """
     if data.test is None or len(data.test) == 0:
         return None
@@ -119,10 +122,13 @@ def _recorded_metrics(weights: CheckpointWeights) -> dict[str, float] | None:
 def record_test_evaluation(
     weights: CheckpointWeights, metrics: dict[str, float], documents: int, measured_by: str
 ) -> dict[str, Any]:
-    """Write the report of an evaluation of the test documents into `reports/` of the run; returns it.
+    """Write the report of an evaluation of the test documents into `reports/` of the run, where all of them are counted; returns
+    it.
 
-    `documents`: how many. `measured_by`: who asked for it, such as "shardtune evaluate". The reports are counted. On rank 0
-    alone. Errors: StorageError.
+    `documents`: how many.
+    `measured_by`: who asked for it, such as "shardtune evaluate".
+
+    On rank 0 alone. Errors: StorageError.
     """
     report = {
         "time": time.time(),
@@ -143,9 +149,9 @@ def record_test_evaluation(
 def record_test_result(
     weights: CheckpointWeights, metrics: dict[str, float], documents: int, *, may_write_run_dir: bool
 ) -> dict[str, Any]:
-    """The test result of `shardtune evaluate` as JSON values, which is recorded and counted in the run directory.
+    """Record what `shardtune evaluate` measured on a run's test documents, and count it; returns the result as JSON values.
 
-    With `may_write_run_dir` false, for a run of another user, nothing is written. On rank 0 alone. Errors: StorageError.
+    `may_write_run_dir`: False for a run of another user, in which nothing is written. On rank 0 alone. Errors: StorageError.
     """
     if may_write_run_dir:
         record_test_evaluation(weights, metrics, documents, MEASURED_BY_COMMAND)

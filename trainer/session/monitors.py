@@ -38,7 +38,9 @@ from trainer.step import BuiltModel
 def build_detectors(
     config: RunConfig, built: BuiltModel, total_steps: int, interval: EvaluationInterval, context: RunContext
 ) -> ChallengeDetectors:
-    """The detectors of challenges (overfitting, forgetting, instability) in a run of `total_steps`, evaluated every `interval`.
+    """Build the detectors of challenges, that is of overfitting, forgetting and instability, which look at every evaluation.
+
+    `total_steps`, `interval`: of the run; they tell how many evaluations there will be.
 
     Only rank 0 writes their events. They are also registered with the attempt, so that they follow a renamed run directory.
     """
@@ -84,9 +86,11 @@ def _metrics_of_control_rewards(objective: ObjectiveConfig) -> list[str] | None:
 
 
 def tasks_for_tokenizer(config: RunConfig, tokenizer: Any) -> dict[str, TaskConfig]:
-    """The tasks of each evaluation, by name. Chat questions are left out if the tokenizer has no chat template.
+    """Select the evaluation tasks that this tokenizer allows: without a chat template there is nothing to ask chat questions
+    with.
 
-    Raises ConfigError in that case if the user has asked for them (`challenges.forgetting.chat=true`).
+    CHAT_TASK measures forgetting by chat questions. Raises ConfigError if the user has asked for them in that case
+    (`challenges.forgetting.chat=true`).
     """
     tasks = tasks_to_run(config)
     if tokenizer.chat_template is not None or CHAT_TASK not in tasks:
@@ -118,7 +122,7 @@ def final_chat_answers(detectors: ChallengeDetectors, engine: Engine, *, refresh
 
 
 def _report_to_detectors(evaluators: list[Evaluator], detectors: ChallengeDetectors) -> None:
-    """Set the callbacks of the evaluators of losses and of generated answers, so that the detectors see what they measure."""
+    """Let the detectors see what the evaluators of losses and of generated answers measure."""
     for evaluator in evaluators:
         if isinstance(evaluator, GenerationEvaluator):
             evaluator.on_answers = detectors.add_generated_answers
@@ -141,10 +145,11 @@ def add_task_evaluator(
     make_model_interface: Callable[[], ModelInterface],
     context: RunContext,
 ) -> list[Evaluator]:
-    """The evaluators of a run, with one more for its tasks, if there are any. All of them report to the detectors.
+    """Add an evaluator of the run's tasks to its others, if there are tasks, and let all of them report to the detectors.
 
-    Also tells `detectors` where rows of tasks are kept. `make_model_interface`: builds the model's interface for tasks; called
-    only if there are tasks. Raises the errors of rows that cannot be encoded.
+    `make_model_interface`: builds the model's interface for tasks; called only if there are tasks.
+
+    Also tells `detectors` where rows of tasks are kept. Raises the errors of rows that cannot be encoded.
     """
     _report_to_detectors(evaluators, detectors)
     if not tasks:

@@ -48,10 +48,10 @@ class RankStopAgreement:
         return self.for_loop().ask_and_wait
 
     def ask(self) -> None:
-        """Start a collective on whether any rank was asked to stop, if it is due. All ranks must call, then `stop_now`.
+        """Begin to ask all ranks whether any of them was asked to stop, if a question is due.
 
-        It is due every `_steps_between_questions` calls, which `stop_now` sets by the seconds that the slowest rank takes for a
-        step.
+        All ranks must call, then `stop_now`. The question is an all-reduce that runs while the step computes. One is due every
+        `_steps_between_questions` calls, which `stop_now` sets by the seconds that the slowest rank takes for a step.
         """
         is_asked = self._request.signal_name is not None
         if self._runtime.world_size == 1:

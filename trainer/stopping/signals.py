@@ -109,7 +109,7 @@ class StopRequest:
             self._watchdog = None
 
     def __enter__(self) -> StopRequest:
-        """Block the signals in this process and everything it starts; a daemon thread waits for them."""
+        """Block the signals in this process and everything it starts; from now on a daemon thread receives them."""
         # The mask of before, which `__exit__` restores: signals may have been blocked already.
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._stop_signals)
         # Handlers too: a library may lift the mask (CPython's resource tracker does), or a thread be older than the mask.
@@ -126,7 +126,8 @@ class StopRequest:
         self._closed.set()
         thread = self._receiving_thread
         if thread is not None and thread.is_alive() and thread.ident is not None:
-            signal.pthread_kill(thread.ident, signal.SIGUSR1)  # it waits for a signal, and then sees `_closed`
+            # Any signal wakes the thread, which waits for one; it then sees `_closed` and ends.
+            signal.pthread_kill(thread.ident, signal.SIGUSR1)
             thread.join()
         if self._stop_reason is None:  # otherwise the process is about to end, and more signals must not change how
             for number, handler in self._handlers.items():
@@ -139,8 +140,8 @@ class StopRequest:
         self._receiving_thread.start()
 
     def _receive_signals(self) -> None:
-        """Receive signals until the request is closed: remember the first one as the reason to stop. The body of the waiting
-        thread.
+        """Body of the waiting thread: receive signals, and remember the first one as the reason to stop, until the request is
+        closed.
 
         As long as there is nothing to save (`_end_process` is set), each signal also starts a timer that ends the process if its
         main thread is stuck. Ctrl-C is passed on to the main thread, where the second one can raise KeyboardInterrupt.
