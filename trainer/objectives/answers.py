@@ -59,10 +59,11 @@ class AnswerCollator(Collator):
     axes = AXES | dict.fromkeys(PER_TOKEN_ENTRIES, Axis.supervised_row) | {ANSWER_LENGTHS: Axis.sequence}
 
     def add_loss_inputs(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
-        """Add to `batch` the learned tokens of each sequence, and numbers for each of these tokens (`PER_TOKEN_ENTRIES`).
+        """Add to `batch` what the policy loss needs beside tokens: the learned tokens of each answer, and numbers for each of
+        them.
 
-        The numbers are advantages, loss weights and log-probabilities; zeros if a sequence is no answer (as in a plan), and empty
-        if nothing is learned.
+        The numbers (`PER_TOKEN_ENTRIES`) are advantages, loss weights and log-probabilities; zeros if a sequence is no answer (as
+        in a plan), and empty if nothing is learned.
         """
         # Without the first token, which no other predicts.
         lengths = [float(np.count_nonzero(sample.supervised[1:])) for sample in samples]
@@ -77,11 +78,11 @@ class AnswerCollator(Collator):
             batch[name] = torch.from_numpy(numbers.astype(np.float32, copy=False))
 
     def collate_with_shared_prompts(self, samples: Sequence[AnswerSample]) -> dict[str, Any]:
-        """Samples as one micro-batch that has each prompt once, followed by all its answers: `[prompt | answer | answer ...]`.
+        """Collate samples into one row that has each prompt once, followed by all its answers: `[prompt | answer | answer ...]`.
 
-        Samples of one prompt must be neighbours. Beside what a batch without padding has: `branches`, where the answers of each
-        document begin, and `row_targets` (int64), the target of each supervised row, since the last position of a prompt has one
-        for each answer.
+        So a prompt is computed once for all of its answers in the micro-batch. Samples of one prompt must be neighbours. Beside
+        what a batch without padding has: `branches`, where the answers of each document begin, and `row_targets` (int64), the
+        target of each supervised row, since the last position of a prompt has one for each answer.
         """
         row = _SharedPromptRow()
         for sample in samples:
@@ -149,9 +150,10 @@ class _SharedPromptRow:
         self.max_length = max(self.max_length, prompt_length + answer_length)
 
     def to_batch(self, num_sequences: int) -> dict[str, Any]:
-        """The finished row as a micro-batch with the names of `concatenated_batch`; `num_sequences`: answers in it.
+        """The finished row as a micro-batch, as a model without padding takes it. `num_sequences`: answers in it.
 
-        `target_rows`: positions whose next token is learned, `row_targets`: these tokens, `row_sequence`: the answer of each.
+        `cu_seq_lens_*`, `document_bounds`: where each document (a prompt with its answers) begins, and the end. `target_rows`:
+        positions whose next token is learned, `row_targets`: these tokens, `row_sequence`: the answer of each.
         """
         bounds = [*self.document_begins, len(self.ids)]
         boundaries = torch.tensor(bounds, dtype=torch.int32)
@@ -205,11 +207,10 @@ class PromptDataSpec(UnlabelledDataSpec):
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
-        """Yield (document, its samples): the prompt as one sample, without targets, if it has at most `data.max_length` tokens.
+        """Turn documents into prompts: yield (document, its samples), the prompt as one sample in which nothing is supervised.
 
-        A longer prompt has no sample, and `tally` counts it as dropped.
-
-        Raises DataError for a longer prompt if `data.over_length` is `fail`.
+        A prompt of more than `data.max_length` tokens has no sample, and `tally` counts it as dropped. With
+        `data.over_length=fail` it raises DataError.
         """
         for document, ids in encoder.encode_prompts(documents):
             if len(ids) <= config.max_length:

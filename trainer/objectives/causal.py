@@ -72,8 +72,12 @@ class SupervisedRows(NamedTuple):
 
 
 def supervised_rows(model: nn.Module, batch: dict[str, Any]) -> SupervisedRows:
-    """Run the model up to its output head, for the positions of the batch that have a target."""
+    """Run the model up to its output head; returns what the loss is made of, at the positions of the batch that have a target.
+
+    The head itself is left to the caller, so that it can compute the loss without keeping the logits.
+    """
     causal_lm = unwrap_adapter(model)
+    # Set when the model was built, by what a test on a small copy has proven.
     path: ForwardPath = getattr(causal_lm, "forward_path", FUSED_PATH)
     inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
     if not path.positions:  # the model counts positions itself
@@ -96,7 +100,9 @@ def token_states(decoder: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 
 def run_for_hooks(model: nn.Module, batch: dict[str, Any]) -> None:
-    """Run a batch only for what hooks record on the way (routers, hidden states). A causal model computes no head and no loss."""
+    """Run a batch only for what hooks record on the way, such as what routers choose; no loss is computed, nor, in a causal
+    model, logits.
+    """
     is_causal = hasattr(unwrap_adapter(model), "forward_path")
     if is_causal:
         # Without target rows the head has nothing to do.
@@ -139,7 +145,8 @@ def _logits_at(supervised_positions: Tensor, causal_lm: Any, inputs: dict[str, A
 def row_weighting_of(batch: dict[str, Any], smoothing: float = 0.0) -> RowWeighting:
     """How rows (supervised positions) count in the loss: their weights and sources, if the batch has them, and label smoothing.
 
-    Evaluations measure the loss without smoothing, so `smoothing` applies only while gradients are made.
+    A source is one of the data sets that are mixed, whose losses are reported apart. Evaluations measure the loss without
+    smoothing, so `smoothing` applies only while gradients are made.
     """
     return RowWeighting(
         row_weights=batch.get("target_weights"),
@@ -175,7 +182,7 @@ class NextTokenLosses(NamedTuple):
 
 
 def next_token_terms(batch: dict[str, Any], losses: NextTokenLosses) -> dict[str, Tensor]:
-    """The terms of a next-token loss, by name.
+    """Name the sums of a next-token loss as the objective's terms:
 
     - `loss` and `accuracy`;
     - `loss/<source>` of each source, if the batch tells sources apart;
@@ -191,7 +198,7 @@ def next_token_terms(batch: dict[str, Any], losses: NextTokenLosses) -> dict[str
 
 
 def summed_loss(model: nn.Module, batch: dict[str, Any], smoothing: float = 0.0) -> NextTokenLosses:
-    """Run the model: cross-entropy summed over supervised rows, and the number of right argmaxes (evaluation only).
+    """Run the model: cross-entropy summed over supervised rows, and the number of right argmaxes (counted in evaluations only).
 
     `target_weights` in the batch weigh each row in both. `smoothing`: share of each target that is spread over the vocabulary.
     """
@@ -206,7 +213,8 @@ def summed_loss(model: nn.Module, batch: dict[str, Any], smoothing: float = 0.0)
 
 
 def sequence_logps(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Log-probability of each sequence's supervised tokens, and their number, both `[S]` float32.
+    """Compute how likely the model finds each sequence: the log-probability of its supervised tokens, and their number, `[S]`
+    float32.
 
     Sequences lie in the batch one after another; `batch["row_sequence"]` (int64 `[N]`) says to which one each supervised token
     belongs. Under sequence parallelism a sequence may lie on several ranks: each has the sum over all, so all ranks of the group
@@ -235,10 +243,10 @@ def counted_here(batch: dict[str, Any]) -> float:
 
 
 def reference_logps(model: nn.Module, batch: dict[str, Any], reference: Reference | None) -> Tensor:
-    """`sequence_logps` of the model before training, `[S]` float32.
+    """How likely the model before training finds each sequence: `sequence_logps` of it, `[S]` float32.
 
-    Without a `reference` they were recorded before the first step and come with the batch. With one, they are computed
-    here without dropout: `reference(model)` is a context in which the model is the one before training (its adapter is off).
+    Without a `reference` they were recorded before the first step and come with the batch. With one, they are computed here
+    without dropout: `reference(model)` is a context in which the model is the one before training (its adapter is off).
     """
     if reference is None:
         return batch["reference_logps"]

@@ -34,7 +34,7 @@ SHOWN_TOKENS = 3
 
 
 def teacher_model(config: ModelConfig, objective: ObjectiveConfig) -> ModelConfig | None:
-    """The model settings of the teacher; None if the objective has none.
+    """The model settings of the teacher, which the student imitates; None if the objective has none.
 
     Its tokenizer and positions are those of its own files. The rest (attention, whether to download) is as for the trained model.
     """
@@ -55,10 +55,12 @@ def teacher_model(config: ModelConfig, objective: ObjectiveConfig) -> ModelConfi
 
 
 def common_layout(layout: Layout, teacher: ModelConfig | None, *, half_on_gpu: bool) -> tuple[Layout, dict[str, str]]:
-    """(layout of rows for model and teacher, note by setting if it is not the requested one).
+    """Choose a layout of rows that both model and teacher can read; returns (layout, note by setting if it is not the requested
+    one).
 
-    Padded rows if a test on a small copy of the teacher does not show that it keeps documents in one row apart. Raises
-    ConfigError if the settings ask for rows without padding. `half_on_gpu`: models compute in half precision on a GPU.
+    Padded rows if a test on a small copy of the teacher does not show that it keeps documents in one row apart. `teacher`: its
+    settings; None without one. `half_on_gpu`: whether models compute in half precision on a GPU. Raises ConfigError if the
+    settings ask for rows without padding.
     """
     if teacher is None or layout is Layout.padded:
         return layout, {}
@@ -94,11 +96,15 @@ def frozen_model(
     merged_adapters: MergedAdapters | None,
     tokenizer: Any,
 ) -> FrozenReference:
-    """The teacher, or without one a second copy of the model that the run begins with; on meta, without gradients.
+    """Build the frozen model that the trained one is compared with: the teacher, or a second copy of the model as the run begins.
 
-    The copy has the run's `initial` weights; if the run continues from an adapter, `merged_adapters` adds it to them.
-    `hf_config` is that of the tuned model. Raises ConfigError if a teacher has another vocabulary, or a head that cannot compare
-    distributions.
+    It is on meta, without gradients; `weights` of the result says where its values come from.
+
+    `hf_config`, `attention_layout`: those of the trained model, whose batches it reads.
+    `initial`: where the trained model's weights come from, which a copy shares.
+    `merged_adapters`: the adapter that the run continues from, added to the copy's weights; None without one.
+
+    Raises ConfigError if a teacher has another vocabulary, or a head that cannot compare distributions.
     """
     teacher = teacher_model(config, objective)
     if teacher is None:
@@ -113,7 +119,10 @@ def frozen_model(
 
 
 def _teacher_weights(teacher: ModelConfig, model: Any, attention_layout: AttentionLayout, seed: int) -> WeightSource:
-    """The weights in the teacher's files. Raises ConfigError if they are not those of `model`, the teacher on meta."""
+    """Describe where the teacher's weights come from: its own files. Raises ConfigError if they are not those of `model`.
+
+    `model`: the teacher on meta.
+    """
     base_weights = BaseWeights(find_weights_directory(teacher), copy.deepcopy(model))
     weights = WeightSource(base_weights, Full(), seed=seed, init_std=0.0)
     # With a layout of its own, since notes of the teacher's rows are not told to the user.
@@ -135,9 +144,10 @@ def _frozen_reference(model: Any, weights: WeightSource | StartingWeights) -> Fr
 
 
 def _frozen_architecture(config: ModelConfig, hf_config: Any, attention_layout: AttentionLayout) -> Any:
-    """A causal model on meta without dropout, for the teacher or the copy. Raises ConfigError for other kinds of models.
+    """Build a causal model on meta without dropout, for the teacher or the copy. Raises ConfigError for other kinds of models.
 
-    Its head computes the loss itself (is fused) if that was found right for the architecture. `hf_config` is not changed.
+    Its head computes the loss itself (is fused) if a test found that right for the architecture. `attention_layout`: of the
+    trained model; its kernel is taken unless it is FlexAttention and not right here. `hf_config` is not changed.
     """
     hf_config = copy.deepcopy(hf_config)
     attention = attention_layout.attention
@@ -159,7 +169,7 @@ def _frozen_architecture(config: ModelConfig, hf_config: Any, attention_layout: 
 
 
 def _build_causal_on_meta(config: ModelConfig, hf_config: Any, attention: str) -> Any:
-    """The causal model of `hf_config`. Raises ConfigError for what is no causal model, or cannot be built."""
+    """Build the causal model of `hf_config` on meta. Raises ConfigError for what is no causal model, or cannot be built."""
     remedy = "take a causal model of the student's family"
     if getattr(hf_config, "is_encoder_decoder", False):  # transformers could build the decoder of some alone
         raise ConfigError(
@@ -178,7 +188,10 @@ def _build_causal_on_meta(config: ModelConfig, hf_config: Any, attention: str) -
 
 
 def check_vocabulary(student: Any, teacher: Any, path: str) -> None:
-    """Raise ConfigError if two tokenizers do not give every token the same id."""
+    """Raise ConfigError if student and teacher do not give every token the same id: distributions could not be compared then.
+
+    `path`: of the teacher, for the message.
+    """
     student_ids = student.get_vocab()
     teacher_ids = teacher.get_vocab()
     tokens = student_ids.keys() | teacher_ids.keys()

@@ -59,7 +59,10 @@ class KtoConfig(ObjectiveConfig):
 
 
 def kto_problems(config: KtoConfig, other_settings: OtherSettings) -> Iterator[str]:
-    """What is wrong with the data settings for answers that are rated desirable or not, one line each."""
+    """What is wrong with the data settings for KTO, which learns from answers rated desirable or not, one line each.
+
+    `other_settings`: the rest of the run's configuration.
+    """
     data = other_settings.data
     if data.packing:
         yield "data.packing=true: objective=kto counts answers, each with its verdict; set data.packing=false"
@@ -96,10 +99,11 @@ class RatedDataSpec(UnlabelledDataSpec):
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
-        """(document, its samples): one for each rated answer, marked 1 under `DESIRABLE` if it was rated good, else 0.
+        """Turn documents into samples for KTO: one for each rated answer, marked 1 under `DESIRABLE` if it was rated good, else
+        0.
 
         A document has one rated answer (thumbs up or down), or two (a pair: the chosen, then the rejected). It has no sample if
-        an answer is too long, and `data.over_length` does not shorten it; `tally` then counts it as dropped.
+        an answer is too long and `data.over_length` does not shorten it; `tally` then counts it as dropped.
         """
         for start in range(0, len(documents), DOCUMENTS_PER_BATCH):
             batch = documents[start : start + DOCUMENTS_PER_BATCH]
@@ -171,7 +175,9 @@ class RatedCollator(Collator):
 
 
 def _rated_conversations(document: Document) -> list[list[Message] | None]:
-    """The conversation that ends in each rated answer of a document, with the turns before it marked `train: False`.
+    """The conversation that ends in each rated answer of a document. Only that answer is learned: turns before it are `train:
+
+    False`.
 
     - a pair: two conversations, to the chosen and to the rejected answer.
     - prompt and completion: `[None]`. `Encoder.encode_answers` then takes these two texts of the document.
@@ -189,11 +195,11 @@ def _rated_conversations(document: Document) -> list[list[Message] | None]:
 
 
 def partner_index(dataset: TokenDataset, index: int) -> int:
-    """Index of the sequence whose answer is put after the prompt of sequence `index`: the nearest before it with another prompt.
+    """Choose the sequence whose answer is put after the prompt of sequence `index`: the nearest before it with another prompt.
 
     Before the first sequence comes the last. If none of the `MAX_PARTNER_DISTANCE` before it has another prompt, it is the one
-    directly before. The partner depends on the data set alone: every rank knows it, for any batch, and its log-probability
-    before training can be recorded.
+    directly before. The partner depends on the data set alone: every rank knows it, for any batch, and its log-probability before
+    training can be recorded.
     """
     prompt = _prompt_ids(dataset.sample(index))
     for distance in range(1, min(len(dataset), MAX_PARTNER_DISTANCE + 1)):
@@ -204,10 +210,11 @@ def partner_index(dataset: TokenDataset, index: int) -> int:
 
 
 def mismatched_sample(dataset: TokenDataset, index: int) -> Sample:
-    """The prompt of sequence `index` with the answer to another prompt (of its partner), at most as long as the longest sequence.
+    """Put the prompt of sequence `index` before the answer to another prompt, at most as long as the longest sequence.
 
-    How likely such answers have become estimates KL(model, reference), which is KTO's reference point. If the log-probability
-    under the reference model was recorded, it is a mark of the sample.
+    KTO compares answers with a reference point, KL(model, reference): how much likelier arbitrary answers have become. Such
+    mismatched samples estimate it. If the log-probability under the reference model was recorded, it is a mark of the sample,
+    that is a number beside its tokens.
     """
     prompt = _prompt_ids(dataset.sample(index))
     partner = dataset.sample(partner_index(dataset, index))
@@ -248,7 +255,7 @@ class Kto(Objective):
         self.reference = reference
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """KTO's loss and its metrics, by name. An answer without supervised tokens (a filler) adds nothing.
+        """Compute KTO's loss and its metrics, by name. An answer without supervised tokens (a filler) adds nothing.
 
         In the pass before a step, on mismatched answers (`ahead_of` in the batch): only `kl`. The step's batches then have its
         mean over the step in `batch["ahead"]`, and the step's counts of answers in `batch["totals"]`: all under `loss`, and by

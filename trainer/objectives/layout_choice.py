@@ -28,7 +28,7 @@ from trainer.objectives.pooled_proof import classifier_packing_problem
 
 
 class Proofs:
-    """Which forward passes of one architecture are right, by attention kernel: tested on a small copy."""
+    """What is proven of one architecture by tests on a small copy of it: which forward passes are right, by attention kernel."""
 
     def __init__(self, config: ModelConfig, hf_config: Any, *, half_on_gpu: bool) -> None:
         """Make our attention kernels known to transformers. `hf_config`: its configuration of the model, which is not changed."""
@@ -47,7 +47,7 @@ class Proofs:
         return proven_paths(self.hf_config, self.eager_model, kernel, on_gpu=on_gpu)
 
     def why_documents_need_own_rows(self, kernel: str) -> str:
-        """Why several documents cannot lie in one row with this kernel; empty if they can."""
+        """Why several documents cannot lie in one row without padding with this kernel; empty if they can."""
         proven = self.paths(kernel)
         if proven.padding_free is not None:
             return ""
@@ -68,12 +68,12 @@ class Proofs:
         return model
 
     def choose_path(self, attention_layout: AttentionLayout) -> ForwardPath:
-        """The fastest way to run this model that a test on a small copy found right. Adds notes, for example if it is a slow one.
+        """Choose the fastest way to run this model that a test on a small copy found right.
 
-        Cases, in order:
+        Adds notes, for example if it is a slow one. Cases, in order:
         - tokens see what follows them, or paths were tested and none was right for the layout: ConfigError.
         - no small copy could be run: ConfigError if the model needs more inputs than tokens, else transformers' own path.
-        - else: the fastest path that was right. It is fused if the output head computes the loss itself.
+        - else: the fastest path that was right. It is fused if the output head computes the loss itself, without keeping logits.
         """
         layout = attention_layout.layout
         notes = attention_layout.notes
@@ -85,6 +85,7 @@ class Proofs:
                 f"model.path={self.config.path}: tokens of this {self.hf_config.model_type} see what follows them, so that "
                 f"predicting it would teach nothing; {' or '.join(_remedies_for_noncausal_model(self.hf_config))}"
             )
+        # `tried`: whether a small copy could be run at all; if not, nothing is known.
         if proven.tried and proven.for_layout(layout) is None:
             raise ConfigError(
                 f"model.path={self.config.path}: a {self.hf_config.model_type} cannot be trained here: on a small copy of it "
@@ -92,6 +93,7 @@ class Proofs:
             )
         if not proven.tried:
             self._refuse_model_that_needs_more_than_tokens()
+        # Such as routers that draw experts.
         if proven.random:
             notes["model"] = "draws something at random while it trains, whatever model.dropout says"
         path = proven.for_layout(layout)
@@ -128,10 +130,10 @@ def _remedies_for_noncausal_model(hf_config: Any) -> list[str]:
 def _kernel_choices(
     config: ModelConfig, hf_config: Any, build_eager: Callable[[], Any] | None, *, half_on_gpu: bool
 ) -> KernelChoices:
-    """Why FlashAttention and FlexAttention cannot run this model, each None if it can; and whether FlexAttention goes first.
+    """Find out which attention kernels beside the built-in one can run this model, and why not, for the choice of its layout.
 
-    `half_on_gpu`: the model computes in half precision on a GPU, of this machine or of a plan. `build_eager` builds a causal
-    model on meta; None for other kinds of models, which use no FlexAttention.
+    `build_eager`: builds a causal model on meta; None for other kinds of models, which use no FlexAttention.
+    `half_on_gpu`: whether the model computes in half precision on a GPU, of this machine or of a plan.
     """
     gpu = gpu_of_device(torch.device("cuda")) if half_on_gpu and torch.cuda.is_available() else None
     flash_refusal = why_not_flash(hf_config, gpu, half_precision=half_on_gpu, dropout=config.dropout)
@@ -157,9 +159,13 @@ def build_causal_model(
 ) -> tuple[Any, AttentionLayout]:
     """Choose layout, attention kernel and forward path of a causal model, and build it; returns (the plain model, those).
 
-    The model is built within `context`, which puts it on meta. Sets its attributes `forward_path` and `modules_beside_text`.
-    `hf_config`: transformers' configuration. `layout`: that of the settings. `needs_padding`: the tuning method needs a row for
-    each document, and hidden states. Raises ConfigError.
+    `hf_config`: transformers' configuration.
+    `layout`: that of the settings.
+    `needs_padding`: whether the tuning method needs a row for each document, and hidden states.
+    `half_on_gpu`: whether the model computes in half precision on a GPU, of this machine or of a plan.
+    `context`: the model is built within it, on the meta device.
+
+    Sets the model's attributes `forward_path` and `modules_beside_text`. Raises ConfigError.
     """
     # The layout of documents in rows, the kernel and the forward path.
     proofs = Proofs(config, hf_config, half_on_gpu=half_on_gpu)
@@ -218,8 +224,12 @@ def build_padded_model(
     """Build a classifier or an encoder-decoder model; returns (the model, the layout of its rows and its attention kernel).
 
     Each row is one document. Only a classifier with `layout` padding_free has rows of several documents, which ranks may share.
-    The model is built within `context`, which puts it on meta. `half_on_gpu`: it computes in half precision on a GPU. Raises
-    ConfigError.
+
+    `context`: the model is built within it, on the meta device.
+    `objective`: its name, for messages.
+    `half_on_gpu`: whether the model computes in half precision on a GPU.
+
+    Raises ConfigError.
     """
     if kind is ModelKind.classifier and layout is Layout.padding_free:
         return build_packed_classifier(config, hf_config, context, objective)
@@ -276,10 +286,10 @@ def why_classifier_rows_cannot_be_shared(config: ModelConfig, hf_config: Any, ob
 def build_packed_classifier(
     config: ModelConfig, hf_config: Any, context: AbstractContextManager[None], objective: str
 ) -> tuple[Any, AttentionLayout]:
-    """Build a classifier for rows of several documents; returns (the model, the layout of its rows and its attention kernel).
+    """Build a classifier for rows of several documents, which ranks may share with `parallel.sequence`.
 
-    For `parallel.sequence`, with which ranks share the rows. The model is built within `context`, which puts it on meta. If a
-    test on a small copy shows such rows to be wrong for it, the second value's `sequence_problem` says why.
+    Returns (the model, the layout of its rows and its attention kernel). `context`: the model is built within it, on the meta
+    device. If a test on a small copy shows such rows to be wrong for it, the second value's `sequence_problem` says why.
     """
     problem = why_classifier_rows_cannot_be_shared(config, hf_config, objective)
     with context:

@@ -88,9 +88,10 @@ class Policy(Objective):
         self.metrics = (ENTROPY_METRIC, *kl_metrics, *clip_metrics, SAMPLING_DIFFERENCE_METRIC)
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """GRPO's loss and its metrics, by the names that the class lists; each a sum over the learned tokens, 0-d.
+        """Compute GRPO's loss and its metrics, by the names that the class lists; each a sum over the learned tokens, 0-d.
 
-        All ranks that share rows must call. A micro-batch may hold no learned token.
+        Ratios compare the policy now with the one before the round's first update; differences of "sampling" are between the
+        log-probabilities at generation and here. All ranks that share rows must call. A micro-batch may hold no learned token.
         """
         config = self.config
         entries = _TokenEntries.of_batch(batch)
@@ -131,13 +132,15 @@ class Policy(Objective):
     def _policy_losses(self, ratio: Tensor, logps: Tensor, advantages: Tensor) -> Tensor:
         """`[N]`: each token's loss, without the divergence from the reference, by `clip_form` (formulas: see the module).
 
-        `ratio`: the token's probability now over that before the round's first update. `logps`: its log-probability now.
+        `ratio`: the token's probability now over that before the round's first update.
+        `logps`: its log-probability now.
         `advantages`: how much better its answer scored than others.
         """
         config = self.config
         if config.clip_form is ClipForm.none:
             return -ratio * advantages
         if config.clip_form is ClipForm.cispo:
+            # CISPO clips the weight, not the gradient: every token keeps its gradient through `logps`.
             return -ratio.detach().clamp(max=config.upper_clip) * advantages * logps
         clipped_ratio = ratio.clamp(1 - config.clip, 1 + config.upper_clip)
         if config.clip_negative is not None:
@@ -146,9 +149,9 @@ class Policy(Objective):
         return -torch.minimum(ratio * advantages, clipped_ratio * advantages)
 
     def _clipped_tokens(self, ratio: Tensor, advantages: Tensor) -> dict[str, Tensor]:
-        """Whether clipping takes the gradient from a token: bool `[N]` each at the lower bound, at the upper one, at either.
+        """Which tokens clipping affects: bool `[N]` each at the lower bound, at the upper one, at either, by names of metrics.
 
-        By the names of their metrics. Clipped is:
+        With `ppo` such a token has no gradient, with `cispo` a bounded weight. Clipped is:
         - `none`: no token.
         - `cispo`: above `clip_high` (`config.upper_clip`), which bounds the ratio itself, with a positive advantage.
         - `ppo`: below 1 - `clip` with a negative advantage, above 1 + `clip_high` with a positive advantage.
@@ -165,9 +168,10 @@ class Policy(Objective):
 
 
 def _means_over_answers(token_values: Tensor, batch: dict[str, Any]) -> Tensor:
-    """`[N]`: for each learned token the mean of `token_values [N]` over its answer. All ranks that share rows must call.
+    """Average numbers of tokens over their answer, and give each token that mean: `[N]` from `token_values [N]`.
 
-    If ranks share a row of tokens, an answer may lie on several of them: each has the mean of the whole answer.
+    N counts the learned tokens of the micro-batch; `batch["row_sequence"]` says which answer each belongs to. If ranks share a
+    row of tokens, an answer may lie on several of them: each has the mean of the whole answer, and all of them must call.
     """
     answer_of_token = batch["row_sequence"]
     zeros = token_values.new_zeros(batch["num_sequences"])
