@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class PreparedBlock:
-    """What became of one `RowRange`: its documents, their sequences, and counts of what was dropped."""
+    """What became of one `RowRange` (consecutive rows of a source) in the first pass of data preparation.
+
+    That is its documents, their sequences of tokens, and counts of what was dropped.
+    """
 
     number: int
     split: str
@@ -99,10 +102,12 @@ class PreparationTotals:
 
 
 class Assembly:
-    """Writes blocks into a directory, in input order. No more blocks come after `finish_documents`.
+    """Joins the blocks that workers prepared into one data set: writes them into a directory, in the order of the input.
 
-    `rejected_file`: where the list of rejected rows is kept if the data is refused. `advise_split`: whether an error may
-    advise `data.over_length=split`.
+    No more blocks come after `finish_documents`.
+
+    `rejected_file`: where the list of rejected rows is kept if the data is refused. `advise_split`: whether an error may advise
+    `data.over_length=split`.
     """
 
     def __init__(self, directory: Path, max_bad_share: float, rejected_file: Path, *, advise_split: bool) -> None:
@@ -128,10 +133,11 @@ class Assembly:
         """Documents so far."""
 
     def append(self, block: PreparedBlock) -> None:
-        """Write one block: its rejected rows, dropped documents, documents and tokens.
+        """Write one prepared block to the data set: its rejected rows, dropped documents, documents and tokens.
 
-        Blocks number labels and documents from 0; here these become the numbers of the whole data set, in place, in the columns
-        of `block.sequences`. Raises DataError as soon as too many rows are rejected.
+        Blocks come in the order of the input. Each numbers its labels and documents from 0; here these become the numbers of
+        the whole data set, in place, in the columns of `block.sequences`. Raises DataError as soon as too many rows are
+        rejected.
         """
         self._add_to_totals(block)
         self._log_rejected_and_dropped(block)
@@ -141,6 +147,7 @@ class Assembly:
         num_documents = len(block.num_sequences_by_document)
         source = self._source_numbers.setdefault(block.source, len(self._source_numbers))
         document_numbers = np.arange(self._num_documents, self._num_documents + num_documents)
+        # For each sequence, its document's row in `documents.arrow`; a document may have several sequences.
         block.sequences.columns["document"] = np.repeat(document_numbers, block.num_sequences_by_document)
         block.sequences.columns["source"] = np.full(len(block.sequences.lengths), source, np.int64)
         label_of_document = self._renumber_labels(block, block.sequences)
@@ -153,7 +160,10 @@ class Assembly:
             self._documents.write_batch(block.documents)
 
     def _log_rejected_and_dropped(self, block: PreparedBlock) -> None:
-        """Write a block's rejected rows to `quarantine.jsonl`, and all its dropped documents to `dropped.jsonl`."""
+        """Write a block's rejected rows to `quarantine.jsonl`, and all its dropped documents to `dropped.jsonl`.
+
+        Rejected rows could not be used; dropped documents are these and the ones that a setting took out, such as a filter.
+        """
         for rejected_row in block.rejected_rows:
             row_fields = {"source": block.source, **asdict(rejected_row)}
             self._quarantine_file.write(json.dumps(row_fields, ensure_ascii=False) + "\n")
@@ -161,18 +171,22 @@ class Assembly:
             self.log_drop(stage, reason, location)
 
     def _raise_if_too_many_rejected_so_far(self) -> None:
-        """Raise DataError if clearly more rows are rejected than the run allows, although not all rows are read yet.
+        """Stop reading early, by a DataError, if clearly more rows are rejected than `data.max_bad_share` allows.
 
-        Nothing is decided before there are `GIVE_UP_ROWS` of them. Their share is then taken of at least ten times as many
-        rows, since a share of the first few rows says little about the file.
+        Nothing is decided before `GIVE_UP_ROWS` of them. Their share is then taken of at least ten times as many rows, since a
+        share of the first few rows says little about the file.
         """
         num_rejected = self.totals.num_rejected_by_reason.total()
         num_rows = max(self.totals.num_rows_by_input.total(), 10 * GIVE_UP_ROWS)
         if num_rejected > GIVE_UP_ROWS and num_rejected > self.max_bad_share * num_rows:
+            # Raises, because the share of the rows that were read is above the limit too.
             self._raise_if_too_many_rejected()
 
     def _renumber_labels(self, block: PreparedBlock, sequences: Sequences) -> np.ndarray:
-        """Replace the label numbers in the columns of `sequences`, the block's own, by those of the whole data set.
+        """Replace the label numbers of a block by those of the whole data set, in place, in the columns of `sequences`.
+
+        A worker numbers the labels that it meets in its block alone (`block.label_names`). Here each name gets the number that
+        it has in all blocks, or a new one.
 
         Returns the label number of each document, int64 [documents]; -1 for each if the data has no labels.
         """
@@ -189,9 +203,11 @@ class Assembly:
         return label_of_sequence[first_sequence_of_document]
 
     def _append_document_columns(self, block: PreparedBlock, source: int, label_of_document: np.ndarray) -> None:
-        """Add what is known of a block's documents, one entry a document, to the columns of earlier blocks.
+        """Remember what is known of a block's documents, one number a document, for decisions that need the whole data set.
 
-        `source`: the number of the block's source. `label_of_document`: int64 [documents].
+        These are split, source, number of sequences, label, and signatures: hashes by which copies and leaks are found.
+
+        `source`: the number of the block's source. `label_of_document`: int64 [documents], -1 without a label.
         """
         num_documents = len(block.num_sequences_by_document)
         split = self._split_numbers.setdefault(block.split, len(self._split_numbers))
@@ -208,9 +224,9 @@ class Assembly:
             self._arrays_by_document_column.setdefault(name, []).append(column)
 
     def _add_to_totals(self, block: PreparedBlock) -> None:
-        """Add the counts of a block to `totals`, which are for the report and for error messages.
+        """Add the counts of a block to `totals`, from which the report and error messages are made.
 
-        Raises AssertionError if the rows read are not those kept and those dropped.
+        Raises AssertionError if the rows that were read are not those kept and those dropped: then a stage lost a document.
         """
         totals = self.totals
         input_id = (block.split, block.source)
@@ -228,6 +244,7 @@ class Assembly:
         if len(unread_columns) < MAX_REMEMBERED_NAMES:  # rows may have a new column each
             unread_columns.update(dict.fromkeys(block.unread_columns))
         totals.num_rejected_by_reason.update(rejected_row.reason for rejected_row in block.rejected_rows)
+        # Only the first few rejected rows are kept, as examples for error messages.
         num_examples_lacking = MAX_EXAMPLES - len(totals.first_rejected_rows)
         totals.first_rejected_rows += block.rejected_rows[:num_examples_lacking]
 
@@ -236,10 +253,11 @@ class Assembly:
         self._dropped_file.write(json.dumps({"where": location, "stage": stage, "reason": reason}) + "\n")
 
     def _raise_if_too_many_rejected(self) -> None:
-        """Raise DataError if too many rows are rejected, or all are of a kind that the objective cannot learn from.
+        """Raise DataError if more rows are rejected than `data.max_bad_share` allows, or all are of the wrong kind.
 
-        Before it raises, it copies the list of rejected rows (`quarantine.jsonl`) to `rejected_file`, because the data set's
-        directory is about to be removed.
+        The wrong kind is one that the objective cannot learn from, such as plain text where it compares two answers. Before it
+        raises, it copies the list of rejected rows (`quarantine.jsonl`) to `rejected_file`, because the data set's directory is
+        about to be removed.
         """
         num_rejected_by_reason = self.totals.num_rejected_by_reason
         num_rows = self.totals.num_rows_by_input.total()
@@ -259,9 +277,10 @@ class Assembly:
         raise DataError(f"{num_rejected} of {num_rows} rows cannot be used ({counts}){exceeded_limit}:\n{lines}")
 
     def _example_lines(self, num_rejected: int) -> list[str]:
-        """Lines of the error: the first rejected row with each message, and how many more there are of all `num_rejected`.
+        """Write the lines of the error that show which rows cannot be used: the first with each message, and how many more.
 
-        Only the first few rejected rows are remembered, but all are counted by reason.
+        Only the first few rejected rows are remembered, but all are counted by reason; `num_rejected` is their number. The last
+        line is, for example, "  ... and 12 more like it".
         """
         first_row_by_message: dict[str, RejectedRow] = {}
         for rejected_row in self.totals.first_rejected_rows:
@@ -274,7 +293,11 @@ class Assembly:
         return lines
 
     def _advice(self, num_rejected: int, num_rows: int) -> str:
-        """The last line of the error: where all rejected rows are listed, and what can be done about them."""
+        """Write the last line of the error about rejected rows: where all are listed, and what can be done about them.
+
+        For example "full list: FILE; raise data.max_length, fix the data, or continue without them with
+        data.max_bad_share=0.02".
+        """
         remedies = []
         for reason, remedy in REMEDY_BY_REASON.items():
             if reason in self.totals.num_rejected_by_reason:
@@ -289,9 +312,10 @@ class Assembly:
         return advice
 
     def finish_documents(self) -> DocumentColumns:
-        """Close `documents.arrow` after the last block, and return what is known of every document. Call it once.
+        """Close `documents.arrow` after the last block, and return what is known of every document, for the second pass.
 
-        Raises DataError if too many rows were rejected, or if there are no rows.
+        The second pass decides what needs the whole data set, such as copies and held-out splits. Call it once. Raises
+        DataError if too many rows were rejected, or if there are no rows.
         """
         self._raise_if_too_many_rejected()
         self._documents.close()
@@ -310,9 +334,10 @@ class Assembly:
         )
 
     def finish_store(self, label_ids: np.ndarray | None) -> None:
-        """Write the tables of the store and close all files. Removes logs that are empty.
+        """Write the tables of the store (offsets and columns of all sequences), close all files, and remove empty logs.
 
-        `label_ids` (int64 [L]): the final id of each label, by the number that it has so far; None without labels.
+        `label_ids` (int64 [L]): the id that training uses for each label, by the number that it has so far; None without
+        labels.
         """
         replaced_columns = {}  # written by the store in place of the column that it has gathered
         if label_ids is not None:
@@ -330,9 +355,11 @@ class Assembly:
 
 
 def save_block(block: PreparedBlock, path: Path) -> None:
-    """Write a block to an `.npz` file, for another job, which reads it with `load_block`. Raises OSError.
+    """Write a prepared block to an `.npz` file, so that another process can add it to the data set. Raises OSError.
 
-    The arrays are entries of their own. All that is no array is one JSON text, the entry `about`.
+    Used if the jobs of an array share the first pass of preparation; `load_block` reads the file. Arrays are entries of their
+    own, and all the rest is one JSON text, the entry `about`. Keys keep the names of earlier versions: "pieces" is the number
+    of sequences of each document, "bad" are rejected rows.
     """
     assert block.sequences is not None and block.documents is not None, "a worker has filled the block"
     json_fields = {
@@ -364,7 +391,7 @@ def save_block(block: PreparedBlock, path: Path) -> None:
 
 
 def load_block(path: Path) -> PreparedBlock:
-    """Read a block that `save_block` wrote."""
+    """Read a prepared block from the `.npz` file that `save_block` wrote, perhaps in another job. Keys are explained there."""
     import pyarrow as pa
 
     with np.load(path, allow_pickle=False) as file:

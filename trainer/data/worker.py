@@ -39,9 +39,10 @@ from trainer.data.transforms.filters import Filters
 
 
 class BlockMaker:
-    """Takes ranges of rows through the first pass, and makes a block of each. Built before worker processes are forked.
+    """Takes ranges of rows through the first pass of data preparation, and makes a block of each: documents and their tokens.
 
-    Raises DataError for evaluation files to decontaminate against that do not exist or hold a row that cannot be read.
+    Built before worker processes are forked, which inherit it. Raises DataError for evaluation files to decontaminate against
+    that do not exist or hold a row that cannot be read.
     """
 
     def __init__(
@@ -65,14 +66,16 @@ class BlockMaker:
             texts = itertools.chain.from_iterable(map(texts_to_decontaminate_from, documents))
             self.decontaminator = Decontaminator(texts, config.decontamination)
         self.has_replay = any(source.replay for source in config.sources.values())
+        # Whether there may be rows that training does not see, with which training rows are compared.
         has_held_out = any((config.eval_path, config.test_path, config.eval_share, config.test_share))
         self.signer = Signer(config.duplicates, finds_near_leaks=config.leakage.near, has_held_out=has_held_out)
 
     def __call__(self, row_range: RowRange) -> PreparedBlock:
-        """Turn a range of rows into a block: documents, their tokens, and hashes by which copies are found later.
+        """Turn a range of rows into a block: the documents that stay, their tokens, and hashes to find copies by later.
 
-        Runs in a worker process. Rows that cannot be used are in `block.rejected_rows`, and `block.tally` counts what stages
-        dropped or noted. Raises DataError and ConfigError.
+        Called for each range, in a worker process if there are several; blocks are joined into the data set in the order of the
+        input. Rows that cannot be used are in `block.rejected_rows`, and `block.tally` counts what stages dropped or noted.
+        Raises DataError and ConfigError.
         """
         block = PreparedBlock(
             row_range.number,
@@ -82,20 +85,23 @@ class BlockMaker:
             num_rows_by_file=dict(Counter(row.file for row in row_range.rows)),
         )
         documents = self._read(row_range, block)
+        # Each stage looks at one document at a time: checks, cleaning, filters, personal data, decontamination.
         for stage in self._stages(row_range):
             documents = self._run_stage(stage, documents, block)
         tokenised_documents = self._tokenise(documents, block)
         block.documents = to_record_batch(tokenised_documents)
         block.signatures = self.signer.sign(tokenised_documents)
+        # By these, documents of a group stay on one side of a split. A digest, because the name may be that of a person.
         if self.config.group_by is not None:
             group_digests = [group_digest(document.group) for document in tokenised_documents]
             block.signatures["group"] = np.array(group_digests, np.uint64)
         return block
 
     def _read(self, row_range: RowRange, block: PreparedBlock) -> list[Document]:
-        """Turn rows into documents. Rows that cannot be read, or that the objective cannot use, go to `block.rejected_rows`.
+        """Turn the rows of a range into documents of the format that the run expects, such as conversations.
 
-        Sets `block.unread_columns`, the columns that nothing read.
+        Rows that cannot be read, or that the objective cannot use, go to `block.rejected_rows` instead. Sets
+        `block.unread_columns`, the columns of the rows that nothing read.
         """
         reader = self.readers[row_range.split, row_range.source]
         reader.unread.names.clear()
@@ -112,7 +118,10 @@ class BlockMaker:
         return documents
 
     def _reject_if_unusable(self, document: Document) -> Document | RejectedRow:
-        """The document itself; or, if the objective cannot use it, a rejected row that says why."""
+        """Ask the objective whether it can learn from a document: returns it if so, else a rejected row that says why.
+
+        A preference objective, for example, cannot use a document without two answers to compare.
+        """
         reason_and_message = self.data_spec.reason_to_reject(document)
         if reason_and_message is None:
             return document
@@ -121,10 +130,11 @@ class BlockMaker:
         return RejectedRow(document.file, document.line, reason, message, excerpt)
 
     def _run_stage(self, stage: Stage, documents: list[Document], block: PreparedBlock) -> list[Document]:
-        """The documents that a stage keeps. It counts its drops in `block.tally`.
+        """Take the documents of a block through one stage of preparation, such as a filter, and return those that it keeps.
 
-        Documents that the stage "checks" (`data.checks`) drops go to `block.rejected_rows` as well. Raises AssertionError if the
-        stage counted another number of drops than it made.
+        A stage may change documents in place, and counts what it drops in `block.tally`. Documents that the stage "checks"
+        (`data.checks`) drops go to `block.rejected_rows` as well. Raises AssertionError if the stage counted another number of
+        drops than it made.
         """
         num_drops_before = len(block.tally.drops)
         remaining: list[Document] = []
@@ -132,6 +142,7 @@ class BlockMaker:
             changed_document = stage(document, block.tally)
             if changed_document is not None:
                 remaining.append(changed_document)
+            # By `data.checks.quarantine`, a failed check makes a bad row; what other stages drop is only counted.
             elif stage.name == Checks.name:
                 _stage, reason, _location = block.tally.drops[-1]  # which the stage has just counted
                 excerpt = content_json(document)[:EXCERPT_CHARACTERS]
@@ -143,7 +154,7 @@ class BlockMaker:
         return remaining
 
     def _stages(self, row_range: RowRange) -> Iterator[Stage]:
-        """The stages of the configuration, in order; each is built only when the documents come to it."""
+        """Make the stages of preparation that the configuration asks for, in order, each only when the documents come to it."""
         config = self.config
         yield Checks(config.checks)
         if config.cleaning != CleaningConfig():
@@ -159,15 +170,16 @@ class BlockMaker:
             yield self.decontaminator  # held-out rows may well be the evaluation texts themselves
 
     def _quarantine(self, block: PreparedBlock, row: RejectedRow, stage: str) -> None:
-        """Put a row among the block's rejected ones, and count it as dropped by `stage`."""
+        """Reject a row: put it among the block's rejected rows, and count it as dropped by `stage`, such as "read"."""
         block.tally.drop(stage, row.reason, f"{row.file}:{row.line}")
         row.excerpt = row.excerpt[:EXCERPT_CHARACTERS]
         block.rejected_rows.append(row)
 
     def _tokenise(self, documents: list[Document], block: PreparedBlock) -> list[Document]:
-        """Tokenise documents into `block.sequences`; returns the documents that became at least one sequence.
+        """Tokenise the documents of a block into `block.sequences`; return those that became at least one sequence.
 
-        Also sets `block.num_sequences_by_document` (a long document may be split in several sequences) and `block.label_names`.
+        Also sets `block.num_sequences_by_document` and `block.label_names`. A document may become several sequences: a long one
+        that is split, or a pair of answers. It becomes none if the objective drops it.
         """
         # Labels get numbers of the block's own, because no worker knows those of the others; `Assembly` renumbers them.
         block.label_names = sorted({document.label for document in documents if document.label is not None})
@@ -186,15 +198,16 @@ class BlockMaker:
             for sample in samples:
                 sample.marks[REPLAY] = is_replay
         block.sequences = Sequences.from_samples(samples, self.data_spec.counts)
+        # For the report: whether the last target of a sequence is an end-of-turn token, so that the model learns to stop.
         is_ended = [last_learned_id(sample) in self.encoder.end_ids for sample in samples]
         block.sequences.columns["ended"] = np.array(is_ended, np.int64)
         return tokenised
 
     def _make_samples(self, documents: list[Document], block: PreparedBlock) -> Iterator[tuple[Document, list[Sample]]]:
-        """(document, its tokenised sequences) of each document that has any.
+        """Make the token sequences of documents as the objective wants them: (document, its sequences) if it has any.
 
-        Drops are counted in `block.tally`; those that no setting asked for go to `block.rejected_rows` as well. All documents are
-        tokenised together. If the objective refuses one of them, each is tokenised alone, to tell which.
+        Drops are counted in `block.tally`; those that no setting asked for go to `block.rejected_rows` as well. All documents
+        are tokenised together. If one of them is refused, as by the chat template, each is tokenised alone, to tell which.
         """
         tally = Tally()  # not that of the block: it is thrown away if the documents are tokenised again one by one
         try:
@@ -231,16 +244,16 @@ _worker_function: Callable[[Any], Any] | None = None
 
 
 def num_usable_cores() -> int:
-    """How many processor cores this process may use."""
+    """How many processor cores this process may use, which a container or a scheduler may have limited."""
     return len(os.sched_getaffinity(0))
 
 
 @contextmanager
 def frozen_heap() -> Iterator[None]:
-    """Inside the context, Python's search for garbage passes over the objects that there were before it.
+    """Inside the context, Python's garbage collector passes over the objects that there were before it.
 
-    These are some 500,000, mostly of torch and transformers. Each full search would look at all of them, and in forked workers
-    copy the memory that they share with this process.
+    Entered while data is prepared, which forks workers. The objects are some 500,000, mostly of torch and transformers. Each
+    full collection would look at all of them, and in forked workers copy the memory that they share with this process.
     """
     if gc.get_freeze_count():  # the caller has frozen what it wants to stay so
         yield
@@ -276,12 +289,14 @@ def ordered_map(
     workers: int,
     while_waiting: Callable[[], None] = lambda: None,
 ) -> Iterator[Returned]:
-    """Results of `function` in the order of `arguments`, computed by `workers` processes.
+    """Call `function` for each of `arguments` in `workers` processes, and yield the results in the order of the arguments.
 
-    The processes are forked from this one, so that `function` may hold anything. Few more arguments are taken than there are
-    workers. `while_waiting` is called about once a second while a result is waited for, and may raise. An exception of the
-    function is raised here. Any exception, and closing this generator, kills the workers amid their work. Raises ShardtuneError
-    if a worker dies.
+    The processes are forked from this one, so that `function` may hold anything. About two calls for each worker are pending at
+    a time, so that `arguments` may be a long iterator. `while_waiting` is called about once a second while a result is waited
+    for, and may raise.
+
+    An exception of the function is raised here. Any exception, and closing this generator, kills the workers amid their work.
+    Raises ShardtuneError if a worker dies.
     """
     # Forked workers inherit the function, with the tokenizer and the evaluation texts in it: nothing is pickled. There,
     # `_call_function` calls it.
@@ -317,7 +332,7 @@ def ordered_map(
 def _wait_for_result(
     future: Future[Returned], pool: ProcessPoolExecutor, workers: list[Worker], while_waiting: Callable[[], None]
 ) -> Returned:
-    """The result of a call, once a worker has it. If any worker has died, all are killed, and BrokenProcessPool is raised.
+    """Wait for the result of one call in a worker. If any worker has died, kill all of them, and raise BrokenProcessPool.
 
     `while_waiting` is called about once a second, and may raise.
     """

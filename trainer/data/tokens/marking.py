@@ -1,12 +1,11 @@
-"""Finds which characters of a rendered conversation are learned, by rendering it again with marks around the learned contents.
+"""Finds which characters of a rendered conversation are supervised, by rendering it again with marks around these contents.
 
-A way of marking counts only if the marked text without its marks is the plain text, character by character, and every learned
-turn shows its marks once, in order.
+A way of marking counts only if the marked text without its marks is the plain text, and every supervised turn shows its marks
+once, in order.
 
 Rendering everything twice is slow. So the text that a template puts around contents, its skeleton, is remembered for each shape
-of conversation: the roles, which turns are learned, and the whitespace around each content. The spans of a later conversation
-of the same shape are read off the skeleton, but only if skeleton and contents together are exactly its rendering
-(`trainer/data/tokens/skeleton.py`).
+of conversation (`trainer/data/tokens/skeleton.py`). The spans of a later conversation of the same shape are read off the
+skeleton, but only if skeleton and contents together are exactly its rendering.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ ContentWhitespace = dict[int, tuple[str, str]]
 
 @dataclass(slots=True)
 class _MarkedTurn:
-    """Positions in the text without marks: of a thought, if it was marked and the template kept it, and of the content."""
+    """Where a supervised turn was found by marks: positions in the rendered text without marks, in characters."""
 
     thought_begin: int | None
     content_begin: int
@@ -61,10 +60,14 @@ class _MarkedTurn:
 
 
 class SpanFinder:
-    """Finds the character spans of learned turns with one chat template, closing tokens included.
+    """Finds the character spans of supervised turns with one chat template, closing tokens included.
 
-    `added_tokens`: the tokenizer's added tokens; any of them closes the last turn if it follows. `end_patterns`: what closes
-    a turn, by role. `eos` is put after the last turn if the template does not close it.
+    A span is what the model learns to write in a turn: its content, and the end-of-turn token that the template writes behind
+    it.
+
+    `render`: renders messages with the template. `added_tokens`: the tokenizer's added tokens; any of them closes the last turn
+    if it follows. `end_patterns`: what closes a turn, by role. `eos` is put after the last turn if the template does not close
+    it.
     """
 
     def __init__(
@@ -91,12 +94,16 @@ class SpanFinder:
         *,
         try_skeleton: bool = True,
     ) -> ClosedText:
-        """Find the characters of the supervised turns in a rendered conversation: its closed text with one span a turn.
+        """Find which characters of a rendered conversation are supervised: its closed text, with one span for each such turn.
 
-        `learned_indices`: indices of the supervised turns. `text`: the conversation as the template rendered it. `location`:
-        `file:line` of the row. The skeleton, which is fast, knows what the template writes around contents;
-        `try_skeleton=False` renders the conversation a second time, with marks, in any case. Raises DataError if the spans
-        cannot be told, RefusedDocument if the thought of the last turn is lost.
+        "Closed" means that the last turn ends with an end-of-turn token, even if the template writes none there.
+
+        `learned_indices`: indices of the supervised turns in `messages`.
+        `text`: the conversation as the template rendered it.
+        `location`: `file:line` of the row, for errors.
+        `try_skeleton`: read spans off the remembered text around contents, which is fast; False always renders a second time.
+
+        Raises DataError if the spans cannot be told, RefusedDocument if the template drops the `<think>` part of the last turn.
         """
         closed_text = self._spans_by_skeleton(messages, learned_indices, text) if try_skeleton else None
         if closed_text is None:
@@ -104,10 +111,12 @@ class SpanFinder:
         return closed_text
 
     def _spans_by_skeleton(self, messages: list[Message], learned_indices: list[int], text: str) -> ClosedText | None:
-        """The closed text and its spans without rendering again; None if the conversation must be rendered with marks.
+        """Find the supervised spans without a second rendering; None if the conversation must be rendered again, with marks.
 
         Conversations of one shape (roles, supervised turns, outer whitespace) share a skeleton: what the template writes around
-        their contents, such as "<user>", "<assistant>" and "</s>". It is remembered, and fitted to the contents.
+        their contents, such as "<user>", "<assistant>" and "</s>". It is remembered by shape, and fitted to the contents.
+
+        `text`: the conversation as the template rendered it. Returns the text, closed by an end-of-turn token, and its spans.
         """
         roles: list[str] = []
         contents: list[str] = []
@@ -115,7 +124,7 @@ class SpanFinder:
         for index, message in enumerate(messages):
             content = message["content"]
             trimmed = content.strip()
-            # A template may leave empty contents out, move or hide thoughts, and write other fields as well.
+            # A template may leave empty contents out, move or hide thoughts, and write fields beside role and content.
             has_fixed_surroundings = trimmed and "</think>" not in trimmed and len(message) == 2
             if not has_fixed_surroundings:
                 return None
@@ -137,24 +146,28 @@ class SpanFinder:
         return closed_text
 
     def _forget_misfit(self, shape: Shape) -> None:
-        """Forget the skeleton of a shape of conversations, which did not fit one; after `_MAX_MISFITS` times, for good.
+        """Forget the skeleton of a shape of conversations, because it did not fit one; after `_MAX_MISFITS` times, for good.
 
-        Either the template writes the time, and a skeleton that is learned anew will fit; or the template looks into
-        contents, and none ever does. After `_MAX_MISFITS` we assume the latter.
+        A skeleton is the text that the template writes around the contents of conversations with the same roles. Either the
+        template writes the time, and a skeleton that is learned anew will fit; or it looks into contents, and none ever will.
         """
         self._num_misfits[shape] = self._num_misfits.get(shape, 0) + 1
         if self._num_misfits[shape] < _MAX_MISFITS:
             del self._skeletons[shape]
         else:
+            # Remembered as a shape without a skeleton: its conversations are always rendered a second time.
             self._skeletons[shape] = None
 
     def _learn_skeleton(
         self, shape: Shape, roles: list[str], learned_indices: list[int], whitespace: ContentWhitespace
     ) -> Skeleton | None:
-        """Learn and remember what the template writes around the contents of conversations of a shape: their skeleton.
+        """Learn and remember the skeleton of a shape: what the template writes around the contents of such conversations.
 
-        The parameters after `shape` are its parts. None for a shape that has not come `_MIN_USES_FOR_SKELETON` times yet, and if
-        the template has no skeleton for it, which is remembered too.
+        Called for a conversation whose shape has no remembered skeleton. The parameters after `shape` are its parts: roles of
+        the turns, indices of the supervised ones, and whitespace around contents.
+
+        Returns None if the shape has come only once so far, since a skeleton costs renderings that one use does not pay back.
+        None also if the template has no fixed skeleton for it, which is remembered too.
         """
         self._times_seen[shape] = self._times_seen.get(shape, 0) + 1
         if self._times_seen[shape] < _MIN_USES_FOR_SKELETON:
@@ -169,13 +182,17 @@ class SpanFinder:
     def _make_skeleton(
         self, roles: list[str], learned_indices: list[int], whitespace: ContentWhitespace
     ) -> Skeleton | None:
-        """The skeleton of conversations with these roles, supervised turns and outer whitespace, by rendering placeholders.
+        """Find what the template writes around contents, by rendering a conversation whose contents are placeholders.
 
-        None if the template writes something else than the placeholders with a fixed text around them.
+        `roles`: one a turn. `learned_indices`: the supervised turns. `whitespace`: what stands around the content of a turn, by
+        its index.
+
+        None if the template refuses the placeholders, or writes something else than them with a fixed text around.
         """
         placeholders: list[str] = []
         messages: list[Message] = []
         for index, role in enumerate(roles):
+            # The turn's index between two private-use characters.
             placeholder = f"{PLACEHOLDER_BEGIN}{index}{PLACEHOLDER_END}"
             before, after = whitespace.get(index, ("", ""))
             placeholders.append(placeholder)
@@ -190,10 +207,13 @@ class SpanFinder:
     def _spans_by_marking(
         self, messages: list[Message], learned_indices: list[int], text: str, location: str
     ) -> ClosedText:
-        """The closed text and its spans, by rendering the conversation a second time, with marks around supervised contents.
+        """Find the supervised spans the slow way: render the conversation again, with marks around supervised contents.
 
         Marks are private-use characters: where they come out in the rendered text, the contents begin and end. The spans are
-        then widened by the tokens that close the turns. Raises DataError and RefusedDocument as described at `find_spans`.
+        then widened by the tokens that close the turns.
+
+        `text`: the rendering without marks. `location`: `file:line` of the row. Returns the closed text (with an end-of-turn
+        token behind the last turn) and its spans. Raises DataError and RefusedDocument as described at `find_spans`.
         """
         try:
             spans = self._content_spans(messages, learned_indices, text, location)
@@ -207,11 +227,13 @@ class SpanFinder:
         return self.close_turns(text, spans, [messages[index]["role"] for index in learned_indices])
 
     def _content_spans(self, messages: list[Message], learned_indices: list[int], text: str, location: str) -> Spans:
-        """Spans of the supervised contents in `text`, the rendering without marks, one for each of `learned_indices`.
+        """Find the spans of supervised contents in `text`, the rendering without marks: one for each of `learned_indices`.
 
-        Marks are characters around a content that show where it comes out. They are put there in three ways, since a template may
-        trim contents, or take thoughts out of them: the first way that leaves the rest of the text unchanged is taken. Raises
-        DataError if none does, RefusedDocument if the thought of the last turn is lost.
+        Marks are characters around a content that show where it comes out. A template may trim contents, or take thoughts out
+        of them. So marks are put there in three ways, and the first that leaves the rest of the text unchanged is taken.
+
+        A turn whose thought (`<think>`) was marked begins where generation would begin. Raises DataError if all three ways
+        change the text, RefusedDocument if the thought of the last turn is lost.
         """
         for mark_content in (mark_whole, mark_trimmed, mark_thought):
             turns = render_marked(
@@ -220,6 +242,7 @@ class SpanFinder:
             if turns is None:  # with these marks the template writes something else
                 continue
             if mark_content is mark_trimmed:
+                # Marks inside the outer whitespace leave out what of it the template keeps.
                 turns = self._with_kept_whitespace(messages, learned_indices, text, turns)
             spans = []
             for number, turn in enumerate(turns):
@@ -243,10 +266,12 @@ class SpanFinder:
     def _with_kept_whitespace(
         self, messages: list[Message], learned_indices: list[int], text: str, turns: list[_MarkedTurn]
     ) -> list[_MarkedTurn]:
-        """The turns, each widened by the outer whitespace of its content that the template keeps.
+        """Widen the positions of turns by the outer whitespace of their contents that the template keeps: it is learned too.
 
-        `turns`: the positions of the turns `learned_indices`, found with marks inside the outer whitespace. A template may trim
-        some turns only, or line ends only.
+        Called for positions that were found with marks inside that whitespace. A template may trim some turns only, or line
+        ends only.
+
+        `turns`: the positions of the turns `learned_indices` in `text`, in the same order.
         """
         widened_turns = []
         for number, (index, turn) in enumerate(zip(learned_indices, turns, strict=True)):
@@ -261,7 +286,11 @@ class SpanFinder:
     def _find_turn_with_marks(
         self, messages: list[Message], learned_indices: list[int], text: str, number: int, begin: int, end: int
     ) -> _MarkedTurn | None:
-        """The turn `learned_indices[number]`, found with marks around content[begin:end]; None if these marks change the text."""
+        """Find the turn `learned_indices[number]` with marks around content[begin:end]; None if these marks change the text.
+
+        Used to try how much of the content's outer whitespace the template keeps. `text`: the rendering without marks.
+        """
+        # The other turns get marks that are known to leave the text as it is.
         markers: dict[int, Marker] = dict.fromkeys(learned_indices, mark_trimmed)
         markers[learned_indices[number]] = partial(mark_between, begin=begin, end=end)
         turns = render_marked(self._render, messages, learned_indices, text, markers)
@@ -278,8 +307,10 @@ class SpanFinder:
     ) -> None:
         """Raise RefusedDocument if the last supervised turn has a `<think>` part that the template threw away.
 
-        `turn`: the turn `learned_indices[number]` in `text`. Templates drop thoughts of earlier turns on purpose; without that of
-        the last one there is nothing to learn.
+        Templates drop the thoughts of earlier turns on purpose; but a model that is to learn thoughts needs that of the last
+        turn.
+
+        `turn`: where the turn `learned_indices[number]` stands in `text`, the rendered conversation.
         """
         has_thought = "</think>" in messages[learned_indices[number]]["content"]
         is_last = number == len(learned_indices) - 1
@@ -300,11 +331,14 @@ class SpanFinder:
         thought_begin: int,
         location: str,
     ) -> int:
-        """Where generation of the turn `learned_indices[number]`, which has a `<think>` part, would begin in `text`.
+        """Find where generation of a turn with a `<think>` part would begin in `text`: right behind the prompt for it.
 
-        Not where its thought begins (`thought_begin`), since the template may write the opening tag itself. Raises
-        RefusedDocument if there is no such place.
+        The model must learn from there on. Where the thought itself begins (`thought_begin`) is too late, because the template
+        may write the opening tag.
+
+        `number`: the turn is `learned_indices[number]`. Raises RefusedDocument if the text does not begin with the prompt.
         """
+        # The turns before this one, with the header of an assistant turn, such as "<|im_start|>assistant".
         prompt = self._render(messages[: learned_indices[number]], prompt=True)
         if not text.startswith(prompt) or len(prompt) > thought_begin:
             message = f"cannot tell where assistant turn {number + 1} begins, with its <think> part"
@@ -314,12 +348,15 @@ class SpanFinder:
     def close_turns(
         self, text: str, spans: Spans, roles: list[str], already_closed: tuple[str, ...] = ()
     ) -> ClosedText:
-        """Widen supervised spans (character ranges) by the end-of-turn tokens that follow, so that the model learns to stop.
+        """Widen supervised spans by the end-of-turn tokens that follow them, so that the model learns to stop.
 
-        `roles`: of the turns that the spans belong to. For each span:
-        - it ends with one of the tokens `already_closed`: it stays as it is;
+        `spans`: [begin, end) in characters of `text`. `roles`: of the turns that the spans belong to. `already_closed`: tokens
+        that a span may end with already. For each span:
+        - it ends with one of `already_closed`: it stays as it is;
         - an end-of-turn token follows (after the last turn: any token of the tokenizer): the span is widened by that;
-        - nothing closes the last turn: the rest of the text and EOS, which is appended to the text, join the span.
+        - nothing closes the last turn: EOS is appended to the text, and joins the span with what is before it.
+
+        Returns the text, which has changed in the last case alone, and the widened spans.
         """
         closed_spans = []
         for number, ((begin, end), role) in enumerate(zip(spans, roles, strict=True)):
@@ -338,13 +375,14 @@ class SpanFinder:
 
 
 def _widest_turn(content: str, find_turn: Callable[[int, int], _MarkedTurn | None]) -> _MarkedTurn | None:
-    """The position of a turn with as much outer whitespace of its content as the template keeps; None if it keeps none.
+    """Find a turn's position with as much outer whitespace of its content as the template keeps; None if it keeps none.
 
-    `find_turn(begin, end)` finds the turn with marks around content[begin:end]; None if these marks change the text.
+    `find_turn(begin, end)` renders with marks around content[begin:end], and gives the turn; None if these marks change the
+    text.
 
-    A template trims whitespace from the outside up to some character. A mark within the trimmed part keeps it from being trimmed,
-    and changes the text, while all marks further inside leave it as it is: so the outermost marks that work are found by
-    bisection.
+    A template trims whitespace from the outside up to some character. A mark within the trimmed part changes the text, since it
+    keeps that part from being trimmed; all marks further inside leave it as it is. So the outermost marks that work are found
+    by bisection.
     """
     length = len(content)
     whole_turn = find_turn(0, length)
@@ -354,6 +392,7 @@ def _widest_turn(content: str, find_turn: Callable[[int, int], _MarkedTurn | Non
     trimmed_end = trimmed_begin + len(content.strip())
     # Each search ends at the first candidate that works; if none works, behind the last one, which cuts all whitespace.
     begin = bisect_left(range(trimmed_begin), True, key=lambda position: find_turn(position, trimmed_end) is not None)
+    # The same from the right: how many characters of the whitespace at the end must be outside of the marks.
     num_cut = bisect_left(
         range(length - trimmed_end), True, key=lambda num_cut: find_turn(begin, length - num_cut) is not None
     )
@@ -366,11 +405,13 @@ def _widest_turn(content: str, find_turn: Callable[[int, int], _MarkedTurn | Non
 def render_marked(
     render: Render, messages: list[Message], learned_indices: list[int], text: str, markers: dict[int, Marker]
 ) -> list[_MarkedTurn] | None:
-    """Render a conversation with marks in the learned contents, and return where they stand in `text`, one a learned turn.
+    """Render a conversation with marks in its supervised contents, and find where they come out: a position for each turn.
 
-    `text`: the rendering without marks. `markers[index]` puts the marks, private-use characters, into the content of message
-    `index`. None unless every learned turn shows its marks once, in order (thought, begin, end), and the text is otherwise the
-    same.
+    Marks are private-use characters, which no data has. `text`: the rendering without marks. `markers`: for the index of each
+    supervised turn, the function that puts marks into its content.
+
+    Positions are in `text`. None if the template writes anything but the same text with marks, or unless every supervised turn
+    shows its marks once, in order (thought, begin, end).
     """
     marked_messages = list(messages)
     for index in learned_indices:
@@ -400,10 +441,10 @@ def render_marked(
 
 
 def content_begin_by_marking(render: Render, messages: list[Message], index: int) -> int | None:
-    """Where the content of message `index` begins in the rendered text, by rendering it with marks around that content.
+    """Find where the content of message `index` begins in the rendered conversation; None if marks change the text.
 
-    Whitespace before the content counts as content if the template keeps it: so marks outside of it are tried first. None if
-    marks change the text in any case.
+    The conversation is rendered again with marks, private-use characters, around that content. Whitespace before the content
+    counts as content if the template keeps it: so marks outside of it are tried first.
     """
     text = render(messages)
     for mark_content in (mark_whole, mark_trimmed):
@@ -414,7 +455,7 @@ def content_begin_by_marking(render: Render, messages: list[Message], index: int
 
 
 def leading_token_pattern(tokens: list[str]) -> re.Pattern[str]:
-    """A pattern that matches one of the tokens, the longest that fits, after any whitespace."""
+    """Make a pattern that matches any whitespace and then one of the tokens (group 1), the longest that fits."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile(r"\s*(" + "|".join(map(re.escape, longest_first)) + ")")
 

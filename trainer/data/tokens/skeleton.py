@@ -48,9 +48,12 @@ class Skeleton:
     """Of each learned span."""
 
     def fit(self, contents: list[str], text: str) -> ClosedText | None:
-        """The closed text of a conversation, with its supervised spans; None if `text` isn't the skeleton filled with `contents`.
+        """Find the supervised spans of a conversation by this skeleton (what the template writes around contents).
 
         `contents`: the messages' texts without outer whitespace. `text`: the conversation as the template wrote it.
+
+        Returns the text with its last turn closed by an end-of-turn token, and its spans. None if `text` is not exactly this
+        skeleton filled with `contents`: then the skeleton says nothing about it.
         """
         pieces = [self.literals[0]]
         # lengths_before[n]: how many characters the first n contents have together.
@@ -62,6 +65,7 @@ class Skeleton:
             return None
         last_literal = self.literals[-1]
         if self.ending != last_literal:
+            # `ending` is the last literal with the end-of-turn token that the template itself did not write.
             text = text[: len(text) - len(last_literal)] + self.ending
         spans = []
         for position in self.span_positions:
@@ -72,13 +76,16 @@ class Skeleton:
 
 
 def cut_skeleton(placeholders: list[str], text: str, closed: ClosedText, added_tokens: list[str]) -> Skeleton | None:
-    """The skeleton of a conversation whose contents are `placeholders`; None unless the text has each of them once, in order.
+    """Make a skeleton, what a template writes around contents, of a rendered conversation whose contents are `placeholders`.
 
-    `text`: as rendered. `closed`: the same with an end-of-turn token at its end, and its supervised spans. `added_tokens`: those
-    of the tokenizer.
+    `text`: as rendered. `closed`: the same with an end-of-turn token at its end, and its supervised spans. `added_tokens`:
+    those of the tokenizer.
 
-    Example, with <0> and <1> as placeholders: "U:<0>|A:<1>$" with the span "<1>$" gives the literals "U:", "|A:" and "$", and
-    the position (1, 5, 2, 6): one content and 5 characters before its begin, two contents and 6 characters before its end.
+    None unless the text has each placeholder once, in order, and no span depends on what the contents are.
+
+    Example, with <0> and <1> as placeholders: "U:<0>|A:<1>$" with the span "<1>$" gives the literals "U:", "|A:" and "$". The
+    span's position is (1, 5, 2, 6): one content and 5 characters before its begin, two contents and 6 characters before its
+    end.
     """
     # The literals: what stands between the placeholders.
     literals: list[str] = []
@@ -91,6 +98,7 @@ def cut_skeleton(placeholders: list[str], text: str, closed: ClosedText, added_t
         literals.append(text[position:begin])
         placeholder_begins.append(begin)
         position = begin + len(placeholder)
+    # To close the last turn may only have changed what is behind the last content.
     if closed.text[:position] != text[:position]:
         return None
     literals.append(text[position:])
@@ -110,9 +118,10 @@ def cut_skeleton(placeholders: list[str], text: str, closed: ClosedText, added_t
 
 
 def _may_become_token(literal: str, added_tokens: list[str]) -> bool:
-    """Whether a literal is the beginning of an added token, which a content right behind it may complete.
+    """Whether a literal, a text of the template between two contents, could form an added token with the next content.
 
-    Such a token would close the turn before it in one conversation and not in another, so that no skeleton holds for all.
+    It could if it is empty or the beginning of such a token. The token would close the turn before it in one conversation and
+    not in another, so that no skeleton holds for all.
     """
     trimmed = literal.lstrip()
     return any(len(token) > len(trimmed) and token.startswith(trimmed) for token in added_tokens)
@@ -121,9 +130,12 @@ def _may_become_token(literal: str, added_tokens: list[str]) -> bool:
 def _contents_and_characters_before(
     position: int, placeholders: list[str], placeholder_begins: list[int]
 ) -> tuple[int, int] | None:
-    """(placeholders before a position, characters of literals before it); None for a position inside a placeholder.
+    """Describe a position in a rendered text as (placeholders before it, characters of the template's own text before it).
 
-    `placeholder_begins`: where each placeholder begins in the text, ascending. Position 7 of "U:<0>|A:<1>" -> (1, 4).
+    So the position can be found again when the placeholders are replaced by contents of any length. Position 7 of "U:<0>|A:<1>"
+    is (1, 4). None for a position inside a placeholder.
+
+    `placeholder_begins`: where each placeholder begins in the text, ascending.
     """
     num_before = bisect_left(placeholder_begins, position)
     if num_before:
