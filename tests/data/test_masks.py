@@ -14,7 +14,8 @@ from tests.helpers import tokenizers as make
 from tests.helpers.covering import examples
 from trainer.data.config import ControlTokens, LearnConfig, LearnTurns
 from trainer.data.document import Document
-from trainer.data.tokens.encode import Encoder, learned_tokens
+from trainer.data.tokens.encode import Encoder
+from trainer.data.tokens.supervision import supervise_spans
 from trainer.data.tokens.template import RenderedText
 
 FAMILIES = chat_templates.FAMILIES
@@ -346,7 +347,7 @@ def test_mask_from_edges_of_spans_is_that_from_all_offsets(made, prompt, complet
     encoder = ENCODERS.setdefault(made.__name__, Encoder(made()))
     text, begin, end = f"{prompt}{completion}{prompt}", len(prompt), len(prompt + completion)
     ((encoding,), _) = encoder.tokenize([RenderedText(text, [])])
-    learned = learned_tokens(encoding, RenderedText(text, [(begin, end)]))[1]
+    learned = supervise_spans(encoding, RenderedText(text, [(begin, end)])).supervised
     inside = [n for n, (first, last) in enumerate(encoding.offsets) if first < last and last > begin and first < end]
     assert np.flatnonzero(learned).tolist() == (list(range(inside[0], inside[-1] + 1)) if inside else [])
 

@@ -23,7 +23,8 @@ from trainer.data.batches.cutting import AXES, Axis
 from trainer.data.config import DataConfig, DataFormat, Layout
 from trainer.data.document import WRONG_KIND_REASON, Document, Message, Tally
 from trainer.data.store.sequences import REFERENCE, Sample, TokenDataset
-from trainer.data.tokens.encode import DOCUMENTS_PER_BATCH, Encoder, align_learned_answers
+from trainer.data.tokens.encode import DOCUMENTS_PER_BATCH, Encoder
+from trainer.data.tokens.supervision import align_learned_answers
 from trainer.data.tokens.truncation import fit_answers
 from trainer.objectives.base import (
     Objective,

@@ -19,6 +19,7 @@ from trainer.data.document import Document, Message, RefusedDocument
 from trainer.data.store.sequences import LABEL, Sample
 from trainer.data.tokens.characters import ESCAPE_MARK, ControlTokenEscaper, check_same_text_without_escaping
 from trainer.data.tokens.clock import TemplateDate
+from trainer.data.tokens.supervision import SupervisedTokens, align_learned_answers, span_weights, supervise_spans
 from trainer.data.tokens.template import ChatTemplate, RenderedText
 
 if TYPE_CHECKING:
@@ -335,40 +336,39 @@ class Encoder:
         samples = []
         encodings, encoded_texts = self.tokenize(rendered)
         for document, encoding, encoded_text in zip(documents, encodings, encoded_texts, strict=True):
-            input_ids, supervised, weights = learned_tokens(encoding, encoded_text)
-            input_ids, supervised = self._add_special_tokens(document, input_ids, supervised)
-            if self.bos_id is not None and input_ids[:2].tolist() == [self.bos_id, self.bos_id]:
+            tokens = self._add_special_tokens(document, supervise_spans(encoding, encoded_text))
+            if self.bos_id is not None and tokens.input_ids[:2].tolist() == [self.bos_id, self.bos_id]:
                 message = (
                     f"the sample begins with two {self.tokenizer.bos_token} tokens; remove it from the text, or from the "
                     "template in model.chat_template"
                 )
                 raise RefusedDocument(document.location, "doubled_bos", message)
             # Nothing predicts the first token.
-            supervised[:1] = False
+            tokens.supervised[:1] = False
             marks: dict[str, float] = {} if document.label is None else {LABEL: self._label_id(document)}
-            samples.append(Sample(input_ids, supervised, marks, weights))
+            samples.append(Sample(tokens.input_ids, tokens.supervised, marks, tokens.weights))
         return samples
 
-    def _add_special_tokens(
-        self, document: Document, input_ids: np.ndarray, supervised: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The ids and the supervision mask of a document's tokens with the special tokens that `_to_samples` names.
+    def _add_special_tokens(self, document: Document, tokens: SupervisedTokens) -> SupervisedTokens:
+        """Put special tokens around the tokens of a document, as its kind needs them and unless they are there already.
 
-        Raises ConfigError if a text needs an EOS and the tokenizer has none.
+        A labelled text gets the tokenizer's own affixes, such as [CLS] and [SEP]. Another text, and a prompt with its completion
+        without a chat template, get BOS if the tokenizer writes one, and an EOS that is learned. A conversation gets none, since
+        the chat template wrote them. Raises ConfigError if an EOS is needed and the tokenizer has none.
         """
         # Only a text with control tokens of its own may begin with the BOS that would be put before it.
-        begins_with_bos = self.control_tokens is ControlTokens.keep and self._begins_with_bos(input_ids)
+        begins_with_bos = self.control_tokens is ControlTokens.keep and self._begins_with_bos(tokens.input_ids)
         if document.label is not None:
             has_leading_ids = begins_with_bos and self.leading_special_ids == [self.bos_id]
-            leading = [] if has_leading_ids else self.leading_special_ids
-            return _add_affixes(input_ids, supervised, leading, self.trailing_special_ids, learn_trailing=False)
+            leading_ids = [] if has_leading_ids else self.leading_special_ids
+            return tokens.with_affixes(leading_ids, self.trailing_special_ids, learn_trailing=False)
         if document.text is not None or (document.prompt is not None and self.template is None):
             if self.eos_id is None:
                 raise ConfigError("the tokenizer has no eos_token, so no text would end; set one in its config")
-            leading = [self.bos_id] if self._adds_bos_to_texts and not begins_with_bos else []
-            trailing = [] if input_ids[-1:].tolist() == [self.eos_id] else [self.eos_id]
-            return _add_affixes(input_ids, supervised, leading, trailing, learn_trailing=True)
-        return input_ids, supervised
+            leading_ids = [self.bos_id] if self._adds_bos_to_texts and not begins_with_bos else []
+            trailing_ids = [] if tokens.input_ids[-1:].tolist() == [self.eos_id] else [self.eos_id]
+            return tokens.with_affixes(leading_ids, trailing_ids, learn_trailing=True)
+        return tokens
 
     def _label_id(self, document: Document) -> int:
         """The number of a document's label. Raises DataError for a label that is not known."""
@@ -391,104 +391,8 @@ def _set_weights_and_escaped(rendered: RenderedText, template: ChatTemplate, doc
         check_same_text_without_escaping(template, document, messages, rendered)
 
 
-def learned_tokens(encoding: Encoding, rendered: RenderedText) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Turn character spans into a token mask: (ids int32 [n], supervised bool [n], loss weights float32 [n] or None).
-
-    `encoding`: the tokens of `rendered`, whose `spans` are the supervised characters, with `loss_weights` if some count less.
-    A token that straddles an edge of a span belongs to it, since generation would make it; so do tokens without characters of
-    their own between two that have some. A token outside of all spans has the weight 0.
-    """
-    input_ids = np.array(encoding.ids, dtype=np.int32)
-    supervised = np.zeros(len(input_ids), dtype=np.bool_)
-    weights = None if rendered.loss_weights is None else np.zeros(len(input_ids), dtype=np.float32)
-    if not len(input_ids):
-        return input_ids, supervised, weights
-    for number, (begin, end) in enumerate(rendered.spans):
-        span_tokens = _tokens_of_span(encoding, begin, end)
-        supervised[span_tokens] = True
-        if weights is not None and rendered.loss_weights is not None:
-            weights[span_tokens] = rendered.loss_weights[number]
-    return input_ids, supervised, weights
-
-
-def _tokens_of_span(encoding: Encoding, begin: int, end: int) -> slice:
-    """The tokens that the characters [begin, end) of a text became, as a slice of the encoding; empty if they became none."""
-    # The usual case: the first and the last character are each in a token.
-    if begin < end:
-        first = encoding.char_to_token(begin)
-        last = encoding.char_to_token(end - 1)
-        if first is not None and last is not None:
-            # A character may be several tokens: the span ends with the last of them.
-            while (characters := encoding.token_to_chars(last + 1)) is not None:
-                token_begin, token_end = characters
-                if not token_begin < end <= token_end:
-                    break
-                last += 1
-            return slice(first, last + 1)
-    # The first or the last character is in no token (whitespace that the tokenizer drops): look at all offsets.
-    token_begins, token_ends = np.array(encoding.offsets, dtype=np.int64).T
-    overlapping = np.flatnonzero((token_begins < token_ends) & (token_ends > begin) & (token_begins < end))
-    if not len(overlapping):
-        return slice(0)
-    return slice(overlapping[0], overlapping[-1] + 1)
-
-
-def span_weights(
-    learned_indices: list[int], messages: list[Message], rendered: RenderedText, location: str
-) -> list[float] | None:
-    """The loss weight of each supervised span of a rendered conversation, from its message's `weight`; None if each is 1.
-
-    `learned_indices`: indices of the messages that are supervised, one for each span. Raises RefusedDocument, with the row's
-    `location`, if the template's `{% generation %}` blocks make another number of spans.
-    """
-    weights = [messages[index].get("weight", 1.0) for index in learned_indices]
-    if all(weight == 1 for weight in weights):
-        return None
-    if len(rendered.spans) != len(weights):
-        message = (
-            f"the chat template has {len(rendered.spans)} {{% generation %}} blocks for {len(weights)} turns with weights "
-            "of their own; give another in model.chat_template, or leave the weights out with data.ignore_columns=[weight]"
-        )
-        raise RefusedDocument(location, "refused_by_template", message)
-    return weights
-
-
 def _preferred_messages(document: Document) -> list[Message] | None:
     """The conversation of a document; of a preference pair, the one with the preferred answer."""
     if document.chosen is None:
         return document.messages
     return (document.messages or []) + document.chosen
-
-
-def align_learned_answers(document: Document, chosen: Sample, rejected: Sample) -> None:
-    """Let the supervised tokens of both answers of a preference pair begin at the same position, after the same prompt tokens.
-
-    Changes the masks of the samples in place: if one answer merges with the end of the prompt into one token, the other learns
-    the token it has there. Raises RefusedDocument if an answer has no supervised token, or if the prompts differ.
-    """
-    for name, sample in (("chosen", chosen), ("rejected", rejected)):
-        if not sample.supervised.any():
-            message = f"nothing of the {name} answer is learned; see data.learn"
-            raise RefusedDocument(document.location, "nothing_to_learn", message)
-    chosen_begin = int(chosen.supervised.argmax())
-    rejected_begin = int(rejected.supervised.argmax())
-    prompt_length = min(chosen_begin, rejected_begin)
-    if not np.array_equal(chosen.input_ids[:prompt_length], rejected.input_ids[:prompt_length]):
-        raise RefusedDocument(
-            document.location,
-            "differing_prompts",
-            "the chat template writes the prompt differently before the chosen and the rejected answer, so that they "
-            "cannot be compared; give another template in model.chat_template",
-        )
-    chosen.supervised[prompt_length:chosen_begin] = True
-    rejected.supervised[prompt_length:rejected_begin] = True
-
-
-def _add_affixes(
-    ids: np.ndarray, supervised: np.ndarray, leading: list[int], trailing: list[int], *, learn_trailing: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """(ids int32 [n], supervised bool [n]) of a sample with the special ids `leading` before it and `trailing` behind it."""
-    ids = np.concatenate([np.array(leading, np.int32), ids, np.array(trailing, np.int32)])
-    leading_mask = np.zeros(len(leading), np.bool_)
-    trailing_mask = np.full(len(trailing), learn_trailing, np.bool_)
-    return ids, np.concatenate([leading_mask, supervised, trailing_mask])

@@ -20,9 +20,8 @@ from trainer.data.config import LearnConfig, LearnTurns, Reasoning
 from trainer.data.document import THINK_BLOCK_REGEX, Message, RefusedDocument, message_texts, thought_of
 from trainer.data.tokens.clock import replace_clock_calls
 from trainer.data.tokens.compat import render_conversations
+from trainer.data.tokens.end_tokens import find_end_tokens
 from trainer.data.tokens.marking import (
-    CONTENT_BEGIN_MARK,
-    CONTENT_END_MARK,
     RESERVED_CHARACTERS,
     SpanFinder,
     content_begin_by_marking,
@@ -88,9 +87,10 @@ class ChatTemplate:
         self.source: str = tokenizer.get_chat_template()
         self.has_generation_blocks = _GENERATION_BLOCK_REGEX.search(self.source) is not None
         self._added_tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-        self.end_tokens, user_end_tokens = self._probe_end_tokens()
-        """Tokens that close assistant turns."""
-        self.all_end_tokens = self.end_tokens | user_end_tokens
+        found_tokens = find_end_tokens(self._render_or_none, self._added_tokens)
+        self.end_tokens = found_tokens.of_assistant | {str(tokenizer.eos_token)}
+        """Tokens that close assistant turns; EOS always does."""
+        self.all_end_tokens = self.end_tokens | found_tokens.of_user
         """Tokens that close a turn of any role."""
         self._end_tokens_by_role = dict.fromkeys(ROLES, self.all_end_tokens) | {"assistant": self.end_tokens}
         end_patterns = {}
@@ -390,53 +390,6 @@ class ChatTemplate:
         closed = self._span_finder.close_turns(text, spans, roles, already_closed=tuple(self.end_tokens))
         return RenderedText(closed.text, closed.spans)
 
-    def _probe_end_tokens(self) -> tuple[set[str], set[str]]:
-        """(tokens with which the template closes assistant turns, in the middle and at the end; those of user turns).
-
-        Renders a conversation of four turns and looks at what follows each content; with ChatML, `<|im_end|>` for both. EOS
-        always closes assistant turns. If the template dislikes the conversation, that is all that is known.
-        """
-        end_tokens = {str(self.tokenizer.eos_token)}
-        roles = ("user", "assistant", "user", "assistant")
-        text = self._render_or_none(
-            [{"role": role, "content": f"{CONTENT_BEGIN_MARK}{role}{CONTENT_END_MARK}"} for role in roles]
-        )
-        if text is None:
-            return end_tokens, set()
-        # The template's own text before, between and behind the four contents.
-        around_contents = re.split(f"{CONTENT_BEGIN_MARK}[^{CONTENT_END_MARK}]*{CONTENT_END_MARK}", text)
-        if len(around_contents) != 5:  # the template left a content out, or wrote one twice
-            return end_tokens, set()
-        header, after_user, after_assistant, _, after_last = around_contents
-
-        # In ChatML `header` is "<|im_start|>user\n", and `after_assistant` is "<|im_end|>\n<|im_start|>user\n": it closes an
-        # assistant turn and opens a user turn. What both end with is the opening, and the rest closes the assistant turn.
-        opening_length = _length_of_common_end(header, after_assistant)
-        closing_in_middle = after_assistant[: len(after_assistant) - opening_length]
-        any_token = leading_token_pattern(self._added_tokens)
-        # A template may close the last turn with another token than those in the middle.
-        for closing in (closing_in_middle, after_last):
-            match = any_token.match(closing)
-            if match:
-                end_tokens.add(match.group(1))
-        opening = self._assistant_turn_opening()
-        if opening is None:
-            return end_tokens, set()
-        user_end = any_token.match(after_user.removesuffix(opening))
-        return end_tokens, {user_end.group(1)} if user_end else set()
-
-    def _assistant_turn_opening(self) -> str | None:
-        """What the template writes at the end of a prompt: "<|im_start|>assistant\\n" in ChatML; empty if that cannot be told.
-
-        None if the template dislikes a conversation of one user turn.
-        """
-        user_turn = [{"role": "user", "content": CONTENT_BEGIN_MARK}]
-        text = self._render_or_none(user_turn)
-        prompt = self._render_or_none(user_turn, prompt=True)
-        if text is None or prompt is None:
-            return None
-        return prompt[len(text) :] if prompt.startswith(text) else ""
-
     def _render_or_none(self, messages: list[Message], *, prompt: bool = False) -> str | None:
         """A small conversation as text, with `prompt` with the header of the assistant turn to come; None if the template fails.
 
@@ -448,14 +401,6 @@ class ChatTemplate:
             raise self._limit_error(error, "the first look at it", num_conversations=1) from error
         except Exception:  # noqa: BLE001 - a template may raise anything for a conversation that it dislikes
             return None
-
-
-def _length_of_common_end(first: str, second: str) -> int:
-    """With how many equal characters two texts end: "abc" and "xbc" -> 2."""
-    length = 0
-    while length < min(len(first), len(second)) and first[-1 - length] == second[-1 - length]:
-        length += 1
-    return length
 
 
 def _check_no_reserved_characters(message: Message, location: str) -> None:

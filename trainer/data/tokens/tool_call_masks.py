@@ -12,14 +12,13 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import Enum, auto
 from functools import partial
 from typing import Any, NamedTuple
 
 from trainer.data.config import Reasoning
-from trainer.data.document import THINK_BLOCK_REGEX, Message, RefusedDocument, map_argument_texts, thought_of
+from trainer.data.document import THINK_BLOCK_REGEX, Message, RefusedDocument, thought_of
 from trainer.data.tokens import marking
-from trainer.data.tokens.marking import CONTENT_BEGIN_MARK, CONTENT_END_MARK, RESERVED_CHARACTERS, THOUGHT_MARK, Render
+from trainer.data.tokens.marking import RESERVED_CHARACTERS, Render
 from trainer.data.tokens.skeleton import ClosedText
 from trainer.data.tokens.tool_call_dialect import (
     CALL_MARK,
@@ -29,6 +28,7 @@ from trainer.data.tokens.tool_call_dialect import (
     find_dialect_by_trial,
     label_calls_and_results,
 )
+from trainer.data.tokens.turn_marks import MarkedCallParts, TurnMarks, mark_end, mark_neighbours, mark_turn
 
 _MARK_REGEX = re.compile(f"([{RESERVED_CHARACTERS}])")
 _EMPTY_THOUGHT_REGEX = re.compile(r"\s*<think>\s*</think>\s*")
@@ -39,57 +39,6 @@ _THOUGHT_CLOSED_REGEX = re.compile(r"\s*</think>\s*")
 def template_refusal(location: str, message: str) -> RefusedDocument:
     """The error of a conversation, at `location` (`file:line`), that its template cannot render."""
     return RefusedDocument(location, "refused_by_template", message)
-
-
-@dataclass(frozen=True, slots=True)
-class _TurnMarks:
-    """Character positions of one turn's marks in the text without marks, in order."""
-
-    marks_and_positions: list[tuple[str, int]]
-    """(mark, position). The marks: content begin and end, thought, call, and the edges of the turns before and after."""
-
-    def positions_of(self, *marks: str) -> list[int]:
-        """Positions of these marks, ascending."""
-        return [position for mark, position in self.marks_and_positions if mark in marks]
-
-    @property
-    def content_edges(self) -> list[int]:
-        """Where the message's content begins and ends; empty if the template did not write it."""
-        return self.positions_of(CONTENT_BEGIN_MARK, CONTENT_END_MARK)
-
-    @property
-    def thought_edges(self) -> list[int]:
-        """Where the message's thought begins and ends; empty if the template did not write it, or if it was not marked."""
-        return self.positions_of(THOUGHT_MARK)
-
-    @property
-    def content_and_call_edges(self) -> list[int]:
-        """Begins and ends of the content, and of the names, arguments and keys of calls, ascending."""
-        return self.positions_of(CONTENT_BEGIN_MARK, CONTENT_END_MARK, CALL_MARK)
-
-    @property
-    def begin(self) -> int:
-        """Where the turn's first thought, content or call begins."""
-        return min([*self.thought_edges, *self.content_and_call_edges])
-
-    @property
-    def end(self) -> int:
-        """Where the turn's content or last call ends."""
-        return self.content_and_call_edges[-1]
-
-    @property
-    def content_is_one_span(self) -> bool:
-        """Whether the template wrote the message's content once, in one piece, or not at all."""
-        content_marks = [mark for mark, _ in self.marks_and_positions if mark in (CONTENT_BEGIN_MARK, CONTENT_END_MARK)]
-        return content_marks in ([], [CONTENT_BEGIN_MARK, CONTENT_END_MARK])
-
-    def previous_turn_end(self) -> int | None:
-        """Where the turn before this one ends; None if that was not marked."""
-        return next((edge for edge in reversed(self.positions_of(TURN_EDGE_MARK)) if edge <= self.begin), None)
-
-    def next_turn_begin(self) -> int | None:
-        """Where the next turn begins; None if that was not marked."""
-        return next((edge for edge in self.positions_of(TURN_EDGE_MARK) if edge > self.end), None)
 
 
 class _TurnPosition(NamedTuple):
@@ -250,7 +199,7 @@ class TurnSpanFinder:
             next_turn_begin=len(text) if next_turn_begin is None else next_turn_begin,
         )
 
-    def _find_marks_by_trial(self, conversation: TemplateConversation, index: int, text: str) -> _TurnMarks:
+    def _find_marks_by_trial(self, conversation: TemplateConversation, index: int, text: str) -> TurnMarks:
         """The positions of marks in turn `index`, put there in several ways until one leaves `text` as it is.
 
         With [ and ] for the marks of a content, and | for those of a call: "[It is warm.]" and "|search|(|weather|)". Raises
@@ -277,13 +226,13 @@ class TurnSpanFinder:
         )
 
     @staticmethod
-    def _marking_attempts(message: Message) -> Iterator[tuple[marking.Marker, _MarkedCallParts]]:
+    def _marking_attempts(message: Message) -> Iterator[tuple[marking.Marker, MarkedCallParts]]:
         """Ways to put marks into a message: (function that marks its content, which parts of its tool calls are marked).
 
         From the most exact way to the most cautious: templates look into contents and calls, and marks may disturb that.
         """
         # Without calls, the parts make no difference.
-        ways_for_calls = list(_MarkedCallParts) if "tool_calls" in message else [_MarkedCallParts.names]
+        ways_for_calls = list(MarkedCallParts) if "tool_calls" in message else [MarkedCallParts.names]
         for mark_content in (
             marking.mark_whole,
             marking.mark_trimmed,
@@ -293,7 +242,7 @@ class TurnSpanFinder:
             for call_parts in ways_for_calls:
                 yield mark_content, call_parts
 
-    def _supervision_begin(self, conversation: TemplateConversation, index: int, text: str, marks: _TurnMarks) -> int:
+    def _supervision_begin(self, conversation: TemplateConversation, index: int, text: str, marks: TurnMarks) -> int:
         """Where in `text` supervision of a turn begins. `marks`: where its content, thought and calls begin and end.
 
         If thoughts are shown and not learned (`Reasoning.context`):
@@ -324,7 +273,7 @@ class TurnSpanFinder:
         empty_thought = _EMPTY_THOUGHT_REGEX.match(text, header_end, content_or_call_begin)
         return empty_thought.end() if empty_thought else header_end
 
-    def _header_end(self, conversation: TemplateConversation, index: int, text: str, marks: _TurnMarks) -> int:
+    def _header_end(self, conversation: TemplateConversation, index: int, text: str, marks: TurnMarks) -> int:
         """Where in `text` generation of a turn would begin: behind its header, such as `<|im_start|>assistant\\n`.
 
         The header is what the template writes at the end of a prompt, which is made of the turns before. It is looked for
@@ -335,7 +284,7 @@ class TurnSpanFinder:
         previous_turn_end = marks.previous_turn_end()
         if previous_turn_end is not None:
             earlier_turns = conversation.messages[:index]
-            earlier_turns[-1] = {**earlier_turns[-1], "content": _mark_end(earlier_turns[-1]["content"])}
+            earlier_turns[-1] = {**earlier_turns[-1], "content": mark_end(earlier_turns[-1]["content"])}
             # With # for the mark: "...<|im_start|>user\nHi#<|im_end|>\n<|im_start|>assistant\n".
             marked_prompt = conversation.render(earlier_turns, prompt=True)
             if TURN_EDGE_MARK in marked_prompt:
@@ -358,15 +307,15 @@ class TurnSpanFinder:
         index: int,
         text: str,
         mark_content: marking.Marker,
-        call_parts: _MarkedCallParts,
-    ) -> _TurnMarks | None:
+        call_parts: MarkedCallParts,
+    ) -> TurnMarks | None:
         """Render the conversation with marks in turn `index`, at the end of the turn before and at the start of the next.
 
         Returns the positions of the marks in `text`, the rendering without marks; None if the marks change the text.
         `mark_content`: puts marks around the turn's content. `call_parts`: which parts of its calls get marks.
         """
-        marked_turn = _mark_turn(conversation.messages[index], mark_content, call_parts)
-        marked_messages = _mark_neighbours(conversation.messages, index)
+        marked_turn = mark_turn(conversation.messages[index], mark_content, call_parts)
+        marked_messages = mark_neighbours(conversation.messages, index)
         marked_messages[index] = marked_turn
         marked_text = conversation.render(marked_messages)
         if _MARK_REGEX.sub("", marked_text) != text:
@@ -382,7 +331,7 @@ class TurnSpanFinder:
                     continue
             # A mark is one character, which the text without marks does not have.
             marks_and_positions.append((mark, match.start() - num_marks_before))
-        return _TurnMarks(marks_and_positions)
+        return TurnMarks(marks_and_positions)
 
     def check_thought_not_lost(self, conversation: TemplateConversation, index: int, text: str) -> None:
         """Raise RefusedDocument if the template threw away the thought of turn `index`, the last one."""
@@ -411,78 +360,3 @@ def thought_end(thought: str | None, text: str, begin: int, end: int) -> int:
 def _with_and_without_thought(header: str) -> tuple[str, str]:
     """A turn's header, and the same without a `<think>` at its end: a prompt may open a thought that the text does not have."""
     return header, _THOUGHT_OPENED_AT_END_REGEX.sub("", header)
-
-
-class _MarkedCallParts(Enum):
-    """Which parts of a tool call are put between marks. Templates may look up keys, so that fewer and fewer marks are tried."""
-
-    names_texts_keys = auto()
-    """Its name, and the texts and keys of its arguments; with | for a mark: |search|, {|query|: |weather|}."""
-    names_texts = auto()
-    """|search|, {query: |weather|}."""
-    names = auto()
-    """|search|, {query: weather}."""
-
-
-def _mark_neighbours(messages: list[Message], index: int) -> list[Message]:
-    """The messages with `TURN_EDGE_MARK` at the end of the turn before turn `index`, and at the beginning of the one after it.
-
-    A neighbour without a content is not marked, nor a turn before with calls, whose end is behind its content.
-    """
-    marked_messages = list(messages)
-    if index > 0:
-        previous_turn = messages[index - 1]
-        if (previous_turn["content"] or "").strip() and "tool_calls" not in previous_turn:
-            marked_messages[index - 1] = {**previous_turn, "content": _mark_end(previous_turn["content"])}
-    if index + 1 < len(messages):
-        next_turn = messages[index + 1]
-        if (next_turn["content"] or "").strip():
-            marked_messages[index + 1] = {**next_turn, "content": _mark_begin(next_turn["content"])}
-    return marked_messages
-
-
-def _mark_turn(message: Message, mark_content: marking.Marker, call_parts: _MarkedCallParts) -> Message:
-    """A message with marks in its content (by `mark_content`), around its thought, and around parts of its tool calls.
-
-    Where the marks come out in the rendered text, these begin and end.
-    """
-    turn = {**message}
-    if (turn["content"] or "").strip():
-        turn["content"] = mark_content(turn["content"])
-    if "reasoning_content" in turn:
-        marked_thought = marking.mark_trimmed(turn["reasoning_content"])
-        turn["reasoning_content"] = marked_thought.translate(
-            {ord(CONTENT_BEGIN_MARK): THOUGHT_MARK, ord(CONTENT_END_MARK): THOUGHT_MARK}
-        )
-    if "tool_calls" in turn:
-        turn["tool_calls"] = [_mark_call(call, call_parts) for call in turn["tool_calls"]]
-    return turn
-
-
-def _mark_call(call: dict[str, Any], call_parts: _MarkedCallParts) -> dict[str, Any]:
-    """A tool call with these parts between marks."""
-    function = {**call["function"], "name": _enclose_in_call_marks(call["function"]["name"])}
-    if call_parts is _MarkedCallParts.names_texts_keys:
-        function["arguments"] = map_argument_texts(
-            function["arguments"], _enclose_in_call_marks, _enclose_in_call_marks
-        )
-    elif call_parts is _MarkedCallParts.names_texts:
-        function["arguments"] = map_argument_texts(function["arguments"], _enclose_in_call_marks)
-    return {**call, "function": function}
-
-
-def _enclose_in_call_marks(text: str) -> str:
-    """A text between two marks of calls."""
-    return f"{CALL_MARK}{text}{CALL_MARK}"
-
-
-def _mark_end(content: str) -> str:
-    """A message's content with `TURN_EDGE_MARK` at its end, before outer whitespace, which a template may trim."""
-    trimmed = content.rstrip()
-    return trimmed + TURN_EDGE_MARK + content[len(trimmed) :]
-
-
-def _mark_begin(content: str) -> str:
-    """A message's content with `TURN_EDGE_MARK` at its beginning, behind outer whitespace, which a template may trim."""
-    trimmed = content.lstrip()
-    return content[: len(content) - len(trimmed)] + TURN_EDGE_MARK + trimmed
