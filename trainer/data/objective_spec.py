@@ -59,13 +59,14 @@ class DataSpec:
     # -- while data is prepared ------------------------------------------------------------------------------------
 
     def label(self, value: Any) -> str:
-        """The label of a labelled row as one text. Raises RowError."""
+        """Turn the value of a row's label into one text, by which labels are numbered. Raises RowError."""
         return parse_label(value)
 
     def reason_to_reject(self, document: Document) -> tuple[str, str] | None:
-        """(reason, message) why the objective cannot use a document, which then goes to quarantine; None if it can use it.
+        """Say why the objective cannot use a document, as (reason code, message); None if it can use it.
 
-        The reason is `WRONG_KIND_REASON` if it can use no document of this kind, whatever it says.
+        Asked for each document that was read; one with a reason goes to quarantine. The reason is `WRONG_KIND_REASON` if the
+        objective can use no document of this kind, whatever it says.
         """
         return None
 
@@ -76,9 +77,11 @@ class DataSpec:
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
-        """(document, its training sequences) for each document that is a text to imitate. A document that was dropped has none.
+        """Make the training sequences of documents: (document, its sequences) of each that is a text to imitate.
 
-        Every drop is counted in `tally`, with its reason. Answers that are marked as undesirable are dropped and do not appear.
+        Called by workers while data is prepared. A document that is too long may become several sequences, as `data.over_length`
+        says; one that is dropped has none. Every drop is counted in `tally`, with its reason. Answers that are marked as
+        undesirable are dropped and do not appear.
         """
         imitable_documents = [document for document in documents if keep_unless_undesirable(document, tally)]
         for document, sample in encoder.encode(imitable_documents):
@@ -86,22 +89,26 @@ class DataSpec:
             yield document, keep_learnable(encoder, document, sample, pieces, tally)
 
     def counts(self, sample: Sample) -> dict[str, float]:
-        """What a sequence adds to the denominator of each loss term. Stored with the prepared data.
+        """What a sequence adds to the denominator of each loss term: here {"loss": number of its targets, or sum of their
+        weights}.
 
-        Counted after the shift: a first token has no target.
+        Stored with the prepared data. A first token is no target, since nothing predicts it.
         """
         return {"loss": sample.learned_weight()}
 
     def number_labels(
         self, columns: DocumentColumns, table: DocumentTable
     ) -> tuple[list[str] | None, np.ndarray | None]:
-        """(label names in the order of their ids, id of each text in `columns.label_names`); (None, None) without labels."""
+        """Decide the ids of labels: (label names in the order of their ids, id of each text in `columns.label_names`).
+
+        (None, None) for an objective without labels. `table`: the documents, for error messages.
+        """
         return None, None
 
     # -- when it is prepared ---------------------------------------------------------------------------------------
 
     def check(self, train: TokenDataset) -> None:
-        """Raise DataError where a prepared training split has nothing to learn for this objective."""
+        """Raise DataError if the prepared training split has nothing to learn for this objective; by default, never."""
 
     def collator(self, layout: Layout, pad_token_id: int, decoder_start: int | None = None) -> Collator:
         """The collator that makes micro-batches. `decoder_start`: first token of the decoder, for encoder-decoder models."""
@@ -114,7 +121,7 @@ class DataSpec:
         return max_length
 
     def placeholder(self, tokens: int) -> Sample:
-        """A sequence of `tokens` tokens whose values mean nothing, every one supervised: memory is measured with it."""
+        """A sequence of `tokens` tokens without meaning, each of them a target, with which the memory of a step is measured."""
         return Sample(np.zeros(tokens, np.int32), np.ones(tokens, dtype=bool), self.marks)
 
     # -- where sequences are shown ---------------------------------------------------------------------------------
@@ -129,7 +136,10 @@ class DataSpec:
 
 
 def keep_unless_undesirable(document: Document, tally: Tally) -> bool:
-    """Whether a document is a text to imitate: not if its answer is marked as undesirable. Counts that as a drop in `tally`."""
+    """Whether a document is a text to imitate: not if its answer is marked as undesirable (thumbs down).
+
+    Counts such a document as a drop in `tally`.
+    """
     if document.desirable is False:
         tally.drop("tokenise", "thumbs_down", document.location)
         return False

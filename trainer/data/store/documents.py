@@ -55,7 +55,7 @@ def document_schema() -> pa.Schema:
 
 
 def to_record_batch(documents: list[Document]) -> pa.RecordBatch:
-    """Documents as rows, in order.
+    """Turn documents into rows of the table `documents.arrow`, in order, for reports and for comparisons of texts.
 
     By way of JSON, because `pa.array` imports pandas to see whether it is given pandas' own values.
     """
@@ -72,9 +72,10 @@ def to_record_batch(documents: list[Document]) -> pa.RecordBatch:
 
 
 def _as_table_row(document: Document, column_names: list[str]) -> dict[str, Any]:
-    """A document as a row of the table: what it does not have is left out, tools, calls and kept columns are JSON texts.
+    """Give a document the form of a row of `documents.arrow`: what it does not have is left out, nested fields are JSON texts.
 
-    `column_names`: the table's columns, which are attributes of a document.
+    Nested are tools, tool calls and kept columns, whose form differs from row to row. `column_names`: the table's columns, which
+    are attributes of a document.
     """
     row: dict[str, Any] = {}
     for name in column_names:
@@ -119,7 +120,10 @@ class DocumentTable:
         return np.cumsum(sizes) - sizes
 
     def row(self, index: int) -> dict[str, Any]:
-        """Row `index` as plain Python values, by column; null is None, tools and tool calls are still JSON texts."""
+        """Read row `index` of the table as plain Python values, by column: null is None, and nested fields are still JSON texts.
+
+        So {"file": "faq.jsonl", "line": 3, "messages": [...], "tools": "[...]", "text": None, ...}.
+        """
         batch_index = int(np.searchsorted(self._first_rows, index, side="right")) - 1
         index_in_batch = index - int(self._first_rows[batch_index])
         # A slice of one row: the rest of the batch is not turned into Python values.
@@ -127,7 +131,7 @@ class DocumentTable:
         return dict(row)
 
     def document(self, index: int) -> Document:
-        """Row `index` as a document. Nested fields (tools, tool calls, kept columns), which are stored as JSON, are parsed."""
+        """Read row `index` of the table as the document that was written there, its nested fields parsed from JSON texts."""
         fields = self.row(index)
         for name in TURN_COLUMNS:
             if fields[name] is not None:
@@ -140,7 +144,7 @@ class DocumentTable:
 
 
 def _turn_from_table(turn: dict[str, Any]) -> dict[str, Any]:
-    """A turn of the table as a document has it: nulls left out, the JSON text of its calls parsed."""
+    """Give a turn of the table the form that documents have: nulls left out, the JSON text of its tool calls parsed."""
     message = {name: value for name, value in turn.items() if value is not None}
     if "tool_calls" in message:
         message["tool_calls"] = json.loads(message["tool_calls"])

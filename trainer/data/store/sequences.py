@@ -57,7 +57,10 @@ class Sample:
     """float32 [n], above 0 where a token is a target: what it counts for in the loss. None: each target counts as 1."""
 
     def target_weights(self) -> np.ndarray | None:
-        """float32 [targets]: what each target counts for in the loss; None if each counts as 1."""
+        """What each target of the sequence counts for in the loss, float32 [targets]; None if each counts as 1.
+
+        Unlike `weights`, which has a number for each token, it has one for each token that is a target.
+        """
         if self.weights is None:
             return None
         # The first token is never a target.
@@ -67,16 +70,19 @@ class Sample:
         return weights
 
     def learned_weight(self) -> float:
-        """What the targets count for in the loss, together: their number, or the sum of their weights if they have some."""
+        """What the targets of the sequence count for in the loss, together: their number, or the sum of their weights.
+
+        `math.fsum` rounds once, so that the sum is the same in any order.
+        """
         weights = self.target_weights()
         if weights is None:
             return int(np.count_nonzero(self.supervised[1:]))
         return math.fsum(weights.tolist())
 
     def keep_spans(self, *spans: slice) -> Sample:
-        """A copy with only these spans of the tokens, one after another, and the same marks, such as a label.
+        """Make a shorter copy of the sequence: only these spans of its tokens, one after another, with the same marks.
 
-        Tokens [5, 6, 7, 8] with the spans 0:1 and 2:4 become [5, 7, 8].
+        Tokens [5, 6, 7, 8] with the spans 0:1 and 2:4 become [5, 7, 8]. `marks` are numbers for the objective, such as a label.
         """
 
         def join_spans(values: np.ndarray) -> np.ndarray:
@@ -134,7 +140,10 @@ class TokenDataset:
 
     @classmethod
     def open(cls, directory: Path) -> TokenDataset:
-        """Open a finished split or store. Raises DataError for one that is torn or missing."""
+        """Open a finished split or store of prepared data. Raises DataError for one that is torn or missing.
+
+        `directory`: that of a split, such as `train`, or one that is a store and a split at once.
+        """
         directory = Path(directory)
         try:
             manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
@@ -158,15 +167,26 @@ class TokenDataset:
         return list(self.manifest.get("sources", ()))
 
     def sample(self, index: int) -> Sample:
-        """Sequence `index`, as views into the mapped arrays. Raises DataError if a file was cut off while the run reads it."""
+        """Tokens, targets, weights and marks of the tokenised sequence at position `index` (from 0) of this split.
+
+        No token is copied: `input_ids` (int32 [n]), `supervised` (bool [n], True where a token is a training target) and
+        `weights` (float32 [n], what a token counts for in the loss) are read-only views into the memory-mapped files. `weights`
+        is None if the data set has none: each target counts as 1. `marks` are the sequence's numbers for the objective, such as
+        {"label": 2}.
+
+        Raises DataError if a mapped file has become shorter than when it was opened.
+        """
+        # To read a mapped page beyond the end of its file would kill the process with SIGBUS, which no `except` can catch.
         for mapped in (self.tokens, self.supervised):
             _check_not_cut_off(mapped)
+        # All sequences lie one after another in the flat files; `starts` and `lengths` are in tokens.
         begin = int(self.starts[index])
         end = begin + int(self.lengths[index])
         marks = {name: column[index].item() for name, column in self.marks.items()}
         weights = None
         if self.weights is not None:
             weights = self.weights[begin:end]
+        # Stored as uint8 of 0 and 1: the view as bool costs nothing.
         return Sample(self.tokens[begin:end], self.supervised[begin:end].view(np.bool_), marks, weights)
 
     def attach_mark(self, name: str, column: np.ndarray) -> None:
@@ -186,16 +206,20 @@ def columns_with_prefix(columns: dict[str, np.ndarray], prefix: str) -> dict[str
 
 
 def exact_sum(counts: np.ndarray) -> float:
-    """The sum of counts. That of weights is rounded once, so that it is the same in any order."""
+    """Sum the counts of sequences, such as their targets, by which a loss is divided.
+
+    Counts are whole, or sums of weights. Floats are rounded once, so that their sum is the same in any order.
+    """
     if counts.dtype.kind == "i":
         return int(counts.sum())
     return math.fsum(counts.tolist())
 
 
 def sequence_numbers(documents: np.ndarray, num_sequences_by_document: np.ndarray) -> np.ndarray:
-    """int64: the sequence numbers of documents, in their order; those of one document follow one another.
+    """Find the sequences of documents, in the documents' order: int64; those of one document follow one another.
 
-    Documents [1, 0] have the sequences [1, 2, 0] if the three documents have 1, 2 and 1 sequences.
+    `documents`: document numbers. `num_sequences_by_document`: int64 [D], of all documents. Documents [1, 0] have the sequences
+    [1, 2, 0] if the three documents have 1, 2 and 1 sequences.
     """
     first_sequences = np.cumsum(num_sequences_by_document) - num_sequences_by_document
     return concatenated_ranges(first_sequences[documents], num_sequences_by_document[documents])
@@ -210,7 +234,7 @@ def concatenated_ranges(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def _open_mapped(path: Path, dtype: type, count: int) -> np.ndarray:
-    """A file of `count` numbers, mapped. Raises ValueError if it has another size."""
+    """Map a file of `count` numbers of type `dtype`, read-only. Raises ValueError if the file has another size: it is torn."""
     expected_bytes = count * np.dtype(dtype).itemsize
     if path.stat().st_size != expected_bytes:
         raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {expected_bytes}")
@@ -221,7 +245,10 @@ def _open_mapped(path: Path, dtype: type, count: int) -> np.ndarray:
 
 
 def _check_not_cut_off(mapped: np.ndarray) -> None:
-    """Raise DataError if the file behind a mapped array became shorter: reading there would kill the process (SIGBUS)."""
+    """Raise DataError if the file behind a mapped array became shorter: reading there would kill the process (SIGBUS).
+
+    `mapped`: an array that may be mapped; others, such as an empty one, pass.
+    """
     if not isinstance(mapped, np.memmap) or not isinstance(mapped.base, mmap):
         return
     file_bytes = mapped.base.size()
@@ -234,7 +261,7 @@ def _check_not_cut_off(mapped: np.ndarray) -> None:
 
 @dataclass(slots=True)
 class Sequences:
-    """Tokenised sequences of a block, flat, as workers hand them on."""
+    """The tokenised sequences of a block of documents, one after another in flat arrays, as workers hand them on."""
 
     tokens: np.ndarray
     """int32 [T]."""
@@ -249,11 +276,13 @@ class Sequences:
 
     @classmethod
     def from_samples(cls, samples: list[Sample], counts_of: Callable[[Sample], dict[str, float]]) -> Sequences:
-        """Concatenate samples to the arrays that are written to disk. Changes the samples: the first token becomes no target.
+        """Concatenate tokenised sequences into the flat arrays that are written to disk.
 
-        `counts_of`: gives, for each term of the objective's loss, what a sample adds to its denominator, such as {"loss":
-        12}. Columns of the result, one number a sample: "supervised" (number of targets), "term.NAME" (these counts),
-        "mark.NAME" (its marks, such as the number of its label).
+        `counts_of`: gives, for each term of the objective's loss, what a sequence adds to its denominator, such as {"loss": 12}.
+        Columns of the result, one number a sequence: "supervised" (number of targets), "term.NAME" (these counts), "mark.NAME"
+        (its marks, such as the number of its label).
+
+        Changes the samples: the first token, which nothing predicts, becomes no target.
         """
         for sample in samples:
             sample.supervised[:1] = False
@@ -261,6 +290,7 @@ class Sequences:
         counts_by_term: dict[str, list[float]] = {}
         for number, sample in enumerate(samples):
             for term, count in counts_of(sample).items():
+                # A sequence whose counts lack a term adds 0 to it.
                 counts_by_term.setdefault(term, [0] * len(samples))[number] = count
         for term, counts in counts_by_term.items():
             # Counts are whole unless turns have weights of their own. Whole numbers are summed without rounding.
@@ -281,7 +311,7 @@ class Sequences:
         )
 
     def stored_bytes(self) -> int:
-        """How many bytes a store takes for these sequences."""
+        """How many bytes a store takes for these sequences, by which the room on the disk is checked before preparation."""
         bytes_per_token = 5 if self.weights is None else 9  # the id, the mask, and perhaps the weight
         # The writer adds three numbers for each sequence: its offset, its document and its source.
         bytes_per_sequence = (len(self.columns) + 3) * BYTES_PER_NUMBER
@@ -289,7 +319,10 @@ class Sequences:
 
 
 def _token_weights(samples: list[Sample]) -> np.ndarray | None:
-    """float32 [tokens of all samples]: what each counts for in the loss, 0 where it is no target. None if each target is 1."""
+    """What each token of the samples counts for in the loss, float32 [tokens of all], 0 where it is no target.
+
+    None if each target counts as 1: then no weights are stored.
+    """
     if all(sample.target_weights() is None for sample in samples):
         return None
     weights = []
@@ -362,7 +395,7 @@ class StoreWriter:
         self._weights_file.write(weights.astype(np.float32).tobytes())
 
     def _write_weights_before(self, weights_file: IO[bytes]) -> None:
-        """Write the weights of all tokens so far, whose blocks have none: those of `supervised.bin`, 1 for a target."""
+        """Write the weights of all tokens so far, whose blocks have none: 1 for a target, else 0, as `supervised.bin` has it."""
         self._mask_file.flush()
         num_tokens = int(sum(self.lengths))
         if not num_tokens:  # an empty file cannot be mapped
@@ -372,15 +405,15 @@ class StoreWriter:
             weights_file.write(mask[start : start + WEIGHTS_PER_WRITE].astype(np.float32).tobytes())
 
     def column(self, name: str) -> np.ndarray:
-        """A column of all sequences that were appended so far, int64 or float64 [S]; 0 for blocks that did not have it."""
+        """A column of all sequences appended so far, int64 or float64 [S]; 0 for sequences of blocks that did not have it."""
         numbers = np.array(self.columns.get(name, array("q")))
         num_missing = len(self.lengths) - len(numbers)
         return np.concatenate([numbers, np.zeros(num_missing, numbers.dtype)])
 
     def finish(self, **replaced_columns: np.ndarray) -> None:
-        """Write `offsets.npy` and `columns.npz` beside the tokens, and close all files.
+        """Complete the store after the last block: write `offsets.npy` and `columns.npz` beside the tokens, and close all files.
 
-        `replaced_columns` (int64 [S]) take the place of the columns of these names that were appended.
+        `replaced_columns` (int64 [S]) take the place of the columns of these names that were appended, such as final label ids.
         """
         columns = {name: self.column(name) for name in self.columns} | replaced_columns
         lengths = np.frombuffer(self.lengths, dtype=np.int64)

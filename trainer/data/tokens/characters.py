@@ -29,9 +29,10 @@ ESCAPE_MARK = "\U0010fb06"
 
 
 class ControlTokenEscaper:
-    """Tells control tokens that are meant from those that a text only spells.
+    """Tells control tokens that are meant from those that a text only spells, such as an `<|im_end|>` that a user wrote.
 
-    Control tokens are the special tokens of a tokenizer, and `end_tokens`, which close turns.
+    Control tokens are the special tokens of a tokenizer, and `end_tokens`, which close turns. `tokenizer_backend`: the Rust
+    tokenizer that encodes texts without escaped tokens.
     """
 
     def __init__(
@@ -52,18 +53,23 @@ class ControlTokenEscaper:
         return self._token_regex is not None and self._token_regex.search(text) is not None
 
     def escape(self, text: str) -> str:
-        """The text with escape marks between the characters of each control token that it spells."""
+        """Put escape marks between the characters of each control token that a text spells, so that it is ordinary characters.
+
+        With ^ for the mark: "a <s> b" -> "a <^s^> b".
+        """
         # A loop, because taking one token apart may uncover another.
         while self._token_regex is not None and self._token_regex.search(text):
             text = self._token_regex.sub(lambda match: ESCAPE_MARK.join(match.group()), text)
         return text
 
     def to_marked_text(self, text: str, spans: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
-        """(the text that `marked_tokenizer` encodes, the spans in it), for a rendered text with escaped control tokens.
+        """Prepare a rendered text with escaped control tokens for `marked_tokenizer`: (that text, the spans in it).
 
-        `spans`: (begin, end) in characters of `text`. In `text`, a control token that the data only spells has escape marks in
-        it, and one that the template wrote has none. `marked_tokenizer` knows control tokens with the mark in front, so the marks
-        in the spelled ones are removed, and each real control token gets one. With ^ for the mark: "<s>Hi <^s^>" -> "^<s>Hi <s>".
+        In `text`, a control token that the data only spells has escape marks in it, and one that the template wrote has none.
+        `marked_tokenizer` knows control tokens with the mark in front. So the marks in the spelled ones are removed, and each
+        real control token gets one. With ^ for the mark: "<s>Hi <^s^>" -> "^<s>Hi <s>".
+
+        `spans`: (begin, end) in characters of `text`; they move with the characters.
         """
         # (position in `text` of a mark that is removed or of a token that gets one, how far all that is behind it moves)
         shifts: list[tuple[int, int]] = []
@@ -82,9 +88,10 @@ class ControlTokenEscaper:
 
     @cached_property
     def marked_tokenizer(self) -> Tokenizer:
-        """The copy of the tokenizer that knows control tokens with the mark in front; made when a first text needs it.
+        """Make a copy of the tokenizer that knows control tokens only with the mark in front, and reads bare ones as characters.
 
-        Raises ConfigError for a tokenizer whose control tokens cannot be told from their spelling.
+        Token ids stay the same. Made when a first text needs it. Raises ConfigError for a tokenizer whose control tokens cannot
+        be told from their spelling.
         """
         from tokenizers import Tokenizer
 
@@ -107,6 +114,7 @@ class ControlTokenEscaper:
             marked_tokenizer = Tokenizer.from_str(json.dumps(settings))
         except Exception as error:  # the library raises no other; merges may be made of such tokens
             raise _indistinguishable_token_error(self.tokens[0]) from error
+        # Each control token, now with its mark, must have kept its id.
         for token in self.tokens:
             if marked_tokenizer.token_to_id(ESCAPE_MARK + token) != self._tokenizer.token_to_id(token):
                 raise _indistinguishable_token_error(token)
@@ -124,12 +132,12 @@ def _indistinguishable_token_error(token: str) -> ConfigError:
 def check_same_text_without_escaping(
     template: ChatTemplate, document: Document, messages: list[Message], rendered: RenderedText
 ) -> None:
-    """Raise RefusedDocument if the template writes something else for `messages` than `rendered` without its escape marks.
+    """Raise RefusedDocument if escaping control tokens has changed what the template writes for a conversation.
 
-    `rendered` was made of the messages with marks within each control token that they spell. A template may look for such a
-    token in a content, and not find the escaped one.
+    `rendered` was made of `messages` with marks within each control token that they spell. A template may look for such a token
+    in a content, and not find the escaped one.
     """
-    # `rendered` is longer than what the template writes, if the template does not close its last turn: EOS was added then.
+    # `rendered` may be longer than what the template writes: EOS was added if the template does not close its last turn.
     unescaped_text = template.render_text(messages, document.location, document.tools).rstrip()
     if not rendered.text.replace(ESCAPE_MARK, "").startswith(unescaped_text):
         message = "the chat template looks for a control token that a text spells; remove it from the text"

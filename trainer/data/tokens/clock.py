@@ -36,7 +36,7 @@ class TemplateDate:
 
     @classmethod
     def parse(cls, text: str) -> TemplateDate:
-        """The date that `str` wrote. Raises ValueError."""
+        """Read back a date that `str` wrote, with its note on the fingerprint. Raises ValueError."""
         day, suffix, trailing = text.partition(_NOT_IN_FINGERPRINT)
         if trailing:
             raise ValueError(f"{text!r} is no date of a chat template")
@@ -49,9 +49,9 @@ def reads_clock(template: str | None) -> bool:
 
 
 def replace_clock_calls(template: str, day: date) -> str:
-    """The chat template with its calls of the clock replaced by the date `day`, at midnight.
+    """Fix the date in a chat template: its calls of the clock (`strftime_now`) are replaced by the date `day`, at midnight.
 
-    Example: `{{ strftime_now("%d %b %Y") }}` -> `{{ "03 Jan 2025" }}`.
+    Otherwise data prepared on two days would differ. Example: `{{ strftime_now("%d %b %Y") }}` -> `{{ "03 Jan 2025" }}`.
     """
     midnight = datetime(day.year, day.month, day.day)
 
@@ -63,7 +63,8 @@ def replace_clock_calls(template: str, day: date) -> str:
     template_without_literal_calls = _LITERAL_CALL_REGEX.sub(quoted_date, template)
     if not _CLOCK_CALL_REGEX.search(template_without_literal_calls):
         return template_without_literal_calls
-    # A format that is computed is filled in by the template itself: its own macro takes the place of the function.
+    # Other calls compute their format while the template runs. A macro of the same name takes the place of the function, and
+    # fills the format in.
     replace_filters = ""
     for directive, formatted in _directive_values(midnight):
         replace_filters += f" | replace({json.dumps(directive)}, {json.dumps(formatted)})"
@@ -73,7 +74,7 @@ def replace_clock_calls(template: str, day: date) -> str:
 
 
 def _directive_values(moment: datetime) -> list[tuple[str, str]]:
-    """(directive, value) of each strftime directive at `moment`, such as (`%-d`, "3") and (`%d`, "03")."""
+    """List what each directive of strftime stands for at `moment`: (`%-d`, "3"), (`%d`, "03") and so on."""
     directives = [f"%-{letter}" for letter in _DIRECTIVES] + [f"%{letter}" for letter in _DIRECTIVES]
     directive_values = []
     for directive in directives:

@@ -12,9 +12,11 @@ from typing import Any
 def render_conversations(
     conversations: Sequence[Any], template: str, **options: Any
 ) -> tuple[list[str], list[list[tuple[int, int]]]]:
-    """(the texts of conversations by a chat template, the spans of its `{% generation %}` blocks in each text).
+    """Render conversations with a chat template: (the texts, the spans of its `{% generation %}` blocks in each text).
 
-    Without `return_assistant_tokens_mask=True` there are no spans. `options`: the template's words, tools and special tokens.
+    Spans are (begin, end) in characters; without `return_assistant_tokens_mask=True` there are none. `options`: what the template
+    may use, such as `tools`, `add_generation_prompt` and special tokens.
+
     Calls `transformers.utils.chat_template_utils.render_jinja_template`. The public `apply_chat_template` gives a mask over
     tokens in place of the spans, which says nothing of a token that crosses an edge.
     """

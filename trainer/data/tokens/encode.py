@@ -33,7 +33,7 @@ DocumentTurns = tuple[Document, list[Message] | None]
 
 
 class _Turns(NamedTuple):
-    """The messages of a conversation."""
+    """The messages of a conversation, as they are and as they are rendered."""
 
     messages: list[Message]
     escaped_messages: list[Message]
@@ -41,7 +41,11 @@ class _Turns(NamedTuple):
 
 
 class Encoder:
-    """Tokenises documents of every format with one tokenizer. May be used in forked processes."""
+    """Tokenises documents of every format with one tokenizer, and says which tokens are supervised. Works in forked processes.
+
+    `learn`: which turns of conversations are supervised. `control_tokens`: what becomes of control tokens, such as `<|im_end|>`,
+    that a text merely spells. By default they are escaped: the tokenizer reads ordinary characters there.
+    """
 
     def __init__(
         self,
@@ -69,7 +73,7 @@ class Encoder:
         self._backend.post_processor = None
         self.template = ChatTemplate(tokenizer, learn) if tokenizer.chat_template else None
         end_tokens = self.template.all_end_tokens if self.template else {tokenizer.eos_token}
-        # By these a sample is known to teach where a turn ends.
+        # By the last supervised token, the report counts samples that do not teach where a turn ends.
         self.end_ids = {tokenizer.convert_tokens_to_ids(token) for token in end_tokens if token}
         self.escaper = ControlTokenEscaper(tokenizer, self._backend, end_tokens)
         self.control_tokens = ControlTokens.text if control_tokens is ControlTokens.auto else control_tokens
@@ -84,10 +88,10 @@ class Encoder:
             self.template.fix_date(date.day)
 
     def _affixes_of_tokenizer(self) -> tuple[list[int], list[int]]:
-        """(ids the tokenizer puts before a text by itself, ids it puts behind it), such as BOS, or [CLS] and [SEP].
+        """Find the special tokens that the tokenizer puts around a text by itself: (ids before it, ids behind it).
 
-        Found by encoding a small text with and without them. A tokenizer that then changes the text's own tokens has no affixes
-        that we could add: ([], []).
+        Such as BOS alone, or [CLS] and [SEP]. Found by encoding a small text with and without them. A tokenizer that then
+        changes the text's own tokens has no affixes that we could add: ([], []).
         """
         text_ids = self._backend.encode("a", add_special_tokens=False).ids
         ids_with_affixes = self._backend.encode("a", add_special_tokens=True).ids
@@ -99,20 +103,24 @@ class Encoder:
         return [], []
 
     def encode(self, documents: Iterable[Document], *, fast: bool = True) -> Iterator[tuple[Document, Sample]]:
-        """(document, its sample) in order, untruncated; of preference pairs, the sample of the preferred answer.
+        """Tokenise documents for training or evaluation: (document, its sample) in order, untruncated.
 
+        A sample has the token ids and the mask of supervised tokens. Of a preference pair, it is that of the preferred answer.
         `fast=False` takes no short cuts: the same samples, found the long way. Raises DataError with file and line.
         """
         remaining = iter(documents)
+        # A batch at a time, so that `documents` may be a long iterator.
         while batch := list(islice(remaining, DOCUMENTS_PER_BATCH)):
             documents_and_turns = [(document, _preferred_messages(document)) for document in batch]
             yield from zip(batch, self.encode_answers(documents_and_turns, fast=fast), strict=True)
 
     def encode_prompts(self, documents: Iterable[Document]) -> Iterator[tuple[Document, np.ndarray]]:
-        """(document, tokens of its prompt as int32 [n]) in order; the prompt ends where the model would begin to answer.
+        """Tokenise the prompts of documents, to which a model then writes answers: (document, token ids of its prompt).
 
-        - A conversation: without its last answers, with the chat template's header of the answer to come.
-        - A text, or without a template a prompt with its separator: the text, after BOS if the tokenizer adds BOS to texts.
+        Ids are int32 [n]. A prompt ends where the model would begin to answer:
+        - of a conversation: behind the chat template's header of the answer to come, without the last answers of the data;
+        - of a text, or of a prompt without a chat template: behind the text with its separator. BOS comes first if the tokenizer
+          adds it to texts.
         Raises DataError with file and line.
         """
         remaining = iter(documents)
@@ -137,10 +145,11 @@ class Encoder:
         return self.bos_id is not None and ids[:1].tolist() == [self.bos_id]
 
     def _render_prompt(self, document: Document) -> RenderedText:
-        """The text of a document up to where the model would begin to answer, without supervised spans.
+        """Write the text of a document up to where the model would begin to answer; nothing of it is supervised.
 
         - A conversation: its turns before the last answers, and the chat template's header of the answer to come.
         - A text, or without a template a prompt: the text itself, with its separator.
+        Control tokens that the texts merely spell are escaped; `escaped` of the result says whether any was.
         """
         turns = _preferred_messages(document)
         if turns is None and document.prompt is not None and self.template is not None:
@@ -152,27 +161,35 @@ class Encoder:
             self.template = ChatTemplate(self.tokenizer)  # raises the ConfigError that says what the tokenizer lacks
         while turns and turns[-1]["role"] == "assistant":
             turns = turns[:-1]
+        # All turns are context here, so that in each of them control tokens are escaped.
         context_turns = [{**turn, "train": False} for turn in turns]
         escaped_turns = self._escape_messages(document, context_turns)  # the same list if nothing had to be escaped
         text = self.template.render_prompt(escaped_turns, document.location, document.tools)
         return RenderedText(text, [], escaped=escaped_turns is not context_turns)
 
     def encode_answers(self, answers: list[DocumentTurns], *, fast: bool = True) -> list[Sample]:
-        """A sample of each document, made of the messages beside it; if there are none, of its prompt and completion, or text."""
+        """Tokenise documents with given messages: a sample of each, with token ids and the mask of supervised tokens.
+
+        `answers`: (document, messages) of each, such as the prompt with one of its two answers. Without messages, the
+        document's prompt and completion, or its text, are encoded. `fast=False` finds the same masks the long way.
+        """
         rendered = self._render_answers(answers, fast=fast)
         return self._to_samples([document for document, _ in answers], rendered)
 
     def encode_pairs(self, documents: Iterable[Document]) -> Iterator[tuple[Document, Sample, Sample]]:
-        """Preference pairs as (document, chosen, rejected); both begin with the same prompt tokens, which are not supervised.
+        """Tokenise preference pairs: (document, sample of the chosen answer, sample of the rejected one) of each, in order.
 
-        Supervision of both begins at the same token, so that their log-probabilities can be compared: masks are widened for that
-        (`align_learned_answers`). Raises DataError with file and line, also if the template writes the prompt of the two
-        differently.
+        Each sample is the prompt with one answer. Both begin with the same prompt tokens, which are not supervised, and
+        supervision begins at the same token. So their log-probabilities can be compared; masks are widened for that
+        (`align_learned_answers`).
+
+        Raises DataError with file and line, also if the template writes the prompt of the two differently.
         """
         remaining = iter(documents)
         while batch := list(islice(remaining, DOCUMENTS_PER_BATCH)):
             answers: list[DocumentTurns] = []
             for document in batch:
+                # The turns that both answers share are never supervised, whatever the row says.
                 prompt = [{**message, "train": False} for message in document.messages or []]
                 answers.append((document, prompt + (document.chosen or [])))
                 answers.append((document, prompt + (document.rejected or [])))
@@ -182,9 +199,10 @@ class Encoder:
                 yield document, chosen, rejected
 
     def num_tokens_before_first_turn(self, document: Document) -> int | None:
-        """How many tokens of a conversation come before the content of its first turn that is no system turn.
+        """Count the tokens of a conversation before the content of its first turn that is no system turn.
 
-        These stay when a conversation that is too long loses its beginning. None if the template does not let us tell.
+        These stay when a conversation that is too long loses its beginning. None if there is no chat template, or if it does
+        not let us tell where that content begins.
         """
         if self.template is None:
             return None
@@ -202,10 +220,11 @@ class Encoder:
         return int(np.count_nonzero(token_ends <= num_characters_before))
 
     def escape_text(self, document: Document, text: str) -> str:
-        """A text of a document with the control tokens that it spells escaped; the same object if nothing is to be escaped.
+        """Escape the control tokens that a text of a document spells, such as an `<|im_end|>` that a user wrote.
 
-        Raises RefusedDocument if it spells some and `data.control_tokens` is `refuse`, or if the document has the escape mark
-        itself.
+        An escape mark between its characters keeps the tokenizer from reading such a token as a control token. Returns the same
+        object if there is nothing to escape. Raises RefusedDocument if the text spells some and `data.control_tokens` is
+        `refuse`, or if the document has the escape mark itself.
         """
         if self.control_tokens is ControlTokens.keep or not self.escaper.is_spelled_in(text):
             return text
@@ -218,10 +237,12 @@ class Encoder:
         return self.escaper.escape(text)
 
     def tokenize(self, rendered: list[RenderedText]) -> tuple[list[Encoding], list[RenderedText]]:
-        """Tokenize rendered texts: (encoding of each, the text that its character offsets refer to, with its spans).
+        """Tokenize rendered texts: (the encoding of each, the text that its character offsets refer to, with its supervised
+        spans).
 
-        The second text differs from the given one only if control tokens were escaped: real ones are then the marked ones, and
-        the tokenizer `escaper.marked_tokenizer` reads it.
+        The second text differs from the given one only if control tokens were escaped (`escaped`). The texts that a user wrote
+        then have marks within control tokens that they spell. They are taken out, and the real control tokens are marked in
+        their place: `escaper.marked_tokenizer` knows control tokens only with a mark.
         """
         # add_special_tokens=False: templates write their own BOS, and the other formats get theirs in `_to_samples`.
         try:
@@ -249,11 +270,11 @@ class Encoder:
         return len(self.trailing_special_ids) if document.label is not None else 0
 
     def _render_answers(self, batch: list[DocumentTurns], *, fast: bool) -> list[RenderedText]:
-        """The text of each document and the character spans of it that are supervised, in the order of `batch`.
+        """Write the text of each document, with the character spans of it that are supervised, in the order of `batch`.
 
-        `batch`: (document, messages) of each; a conversation is rendered by the chat template, and a document without
-        messages as plain text. A prompt with its completion is a conversation if there is a template. `fast=False` renders
-        every conversation twice, to find the spans without a shortcut.
+        `batch`: (document, messages) of each. A conversation is rendered by the chat template, and a document without messages
+        as plain text. A prompt with its completion is a conversation if there is a template. `fast=False` renders every
+        conversation twice, to find the spans without a shortcut.
         """
         turns_of_documents: list[_Turns | None] = []  # None for a document that is no conversation
         conversations = []
@@ -283,12 +304,12 @@ class Encoder:
         return rendered
 
     def _escape_messages(self, document: Document, messages: list[Message]) -> list[Message]:
-        """Messages with the control tokens that they spell escaped, except in answers and supervised turns.
+        """Escape the control tokens that messages merely spell, except in assistant turns and in supervised ones.
 
-        Marks within such a token make it ordinary characters. The same list object if nothing had to be escaped, which callers
-        test for.
+        Marks within such a token make it ordinary characters. What is supervised stays as it is, since the model is to learn
+        its tokens. Returns the same list object if nothing had to be escaped, which callers test for.
         """
-        # A quick look first, without asking which turns are supervised.
+        # A quick look first, at all that could be escaped, without asking which turns are supervised.
         contents = (message["content"] for message in messages if message["role"] != "assistant")
         if not any(self.escaper.is_spelled_in(content) for content in contents):
             return messages
@@ -299,7 +320,7 @@ class Encoder:
         return messages if escaped_messages == messages else escaped_messages
 
     def _context_turn_indices(self, messages: list[Message]) -> list[int]:
-        """Indices of the messages that are neither answers nor learned."""
+        """Indices of the messages that are only read: neither written by the assistant nor supervised."""
         learned_indices = self.template.learned_turn_indices(messages) if self.template else ()
         context_indices = []
         for index, message in enumerate(messages):
@@ -308,10 +329,10 @@ class Encoder:
         return context_indices
 
     def _render_plain(self, document: Document) -> RenderedText:
-        """A document's text without a chat template, and its supervised span.
+        """Write the text of a document without a chat template, with its supervised span.
 
-        - A prompt with its completion: the completion. It is not escaped, because the model is to learn the tokens that it
-          spells.
+        - A prompt with its completion: the completion is supervised. It is not escaped, because the model is to learn the
+          control tokens that it spells.
         - A text: all of it. A labelled text has no span, since only its label is learned.
         """
         if document.prompt is not None:
@@ -325,13 +346,10 @@ class Encoder:
         return RenderedText(text, spans, escaped=text != original_text)
 
     def _to_samples(self, documents: list[Document], rendered: list[RenderedText]) -> list[Sample]:
-        """The sample of each document: tokens of its rendered text, and the special tokens that belong around them.
+        """Turn rendered documents into samples: token ids, the mask of supervised tokens, and the number of a label.
 
-        - a text with a label: the tokenizer's own affixes, such as [CLS] and [SEP];
-        - a text without a label, or a prompt with its completion that no template rendered: BOS, if the tokenizer writes one, and
-          a learned EOS;
-        - a conversation: none, since the template wrote them.
-        Special tokens that the text has already are not put there twice. Raises RefusedDocument for two BOS at the beginning.
+        The special tokens that belong around a text, such as BOS and EOS, are added, unless the template or the text has them.
+        Raises RefusedDocument for two BOS at the beginning, which no model was trained on.
         """
         samples = []
         encodings, encoded_texts = self.tokenize(rendered)
@@ -381,7 +399,11 @@ class Encoder:
 
 
 def _set_weights_and_escaped(rendered: RenderedText, template: ChatTemplate, document: Document, turns: _Turns) -> None:
-    """Set `loss_weights` and `escaped` of a rendered conversation from its turns. Raises RefusedDocument."""
+    """Complete a rendered conversation: what its spans count for in the loss, and whether control tokens in it are escaped.
+
+    Turns may have a `weight` of their own. Raises RefusedDocument if weights and spans do not match, or if the template writes
+    another text for escaped contents.
+    """
     messages = turns.messages
     if any("weight" in message for message in messages):  # without weights, all learned tokens count 1
         learned_indices = template.learned_turn_indices(messages)

@@ -69,7 +69,11 @@ class RenderedText:
 
 
 class ChatTemplate:
-    """Renders conversations with the tokenizer's chat template. Raises ConfigError if it has none."""
+    """Renders conversations with the tokenizer's chat template, and finds which characters of the result are supervised.
+
+    `learn`: which turns are supervised (`data.learn`). Raises ConfigError if the tokenizer has no chat template or no EOS, or
+    if `learn` names unknown roles.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, learn: LearnConfig | None = None) -> None:
         if not tokenizer.chat_template:
@@ -92,6 +96,7 @@ class ChatTemplate:
         """Tokens that close assistant turns; EOS always does."""
         self.all_end_tokens = self.end_tokens | found_tokens.of_user
         """Tokens that close a turn of any role."""
+        # A template may close turns of other roles in either way.
         self._end_tokens_by_role = dict.fromkeys(ROLES, self.all_end_tokens) | {"assistant": self.end_tokens}
         end_patterns = {}
         for role, end_tokens in self._end_tokens_by_role.items():
@@ -107,7 +112,7 @@ class ChatTemplate:
         return TurnSpanFinder(self._render, self.learn.reasoning, self._added_tokens, self._end_tokens_by_role)
 
     def learned_turn_indices(self, messages: Sequence[Message]) -> list[int]:
-        """Indices of the messages that are learned, ascending.
+        """Decide which messages of a conversation are supervised: their indices, ascending.
 
         A message's own `train` goes before `data.learn.roles`. With `data.learn.turns=last`, only the last of them.
         """
@@ -123,18 +128,23 @@ class ChatTemplate:
     def render_all(
         self, conversations: Sequence[tuple[Sequence[Message], str, Tools]], *, fast: bool = True
     ) -> list[RenderedText]:
-        """Render conversations by the chat template: the text of each, and the character spans of it that are supervised.
+        """Render conversations with the chat template, and find the supervised characters in each: the texts, with a span a
+        turn.
 
-        `conversations`: (messages, `file:line` of the row, tools) of each. Turns after the last supervised one are left out.
-        A span is the content of a supervised turn and the end-of-turn token after it, whitespace between them included. Spans
-        come from the template's `{% generation %}` blocks if it has some, else from a second rendering with marks. If the
-        template does not close the last turn, the eos token is appended. `fast=False` renders every conversation twice.
-        Raises RefusedDocument for one that cannot be used.
+        A span is the content of a supervised turn and the end-of-turn token after it. Spans come from the template's `{%
+        generation %}` blocks if it has some, else from a second rendering with marks, or from what is remembered of earlier
+        ones.
+
+        `conversations`: (messages, `file:line` of the row, tools) of each. Turns after the last supervised one are left out; if
+        the template does not close the last turn, EOS is appended. `fast=False` renders every conversation twice.
+
+        Raises RefusedDocument for a conversation that the template cannot render, or whose spans cannot be told.
         """
         prepared = [
             self._prepare_conversation(messages, location, tools) for messages, location, tools in conversations
         ]
-        # Plain conversations (a role and a content in each turn) are rendered in two batches, without and with generation blocks.
+        # Plain conversations (only a role and a content in each turn) are rendered in two batches, since that is faster: those
+        # whose spans are found by marks, and those whose spans are the template's generation blocks.
         without_blocks: list[PreparedConversation] = []
         with_blocks: list[PreparedConversation] = []
         for conversation in prepared:
@@ -167,9 +177,11 @@ class ChatTemplate:
     def _spans_from_skeleton_or_marks(
         self, conversation: PreparedConversation, text: str, *, try_skeleton: bool
     ) -> RenderedText:
-        """Text and supervised spans of a plain conversation, rendered as `text`; without supervised turns, no spans.
+        """Find the supervised spans of a plain conversation, which the template rendered as `text`; none without supervised
+        turns.
 
-        Raises DataError and RefusedDocument, see `SpanFinder.find_spans`.
+        `try_skeleton`: use what is remembered of similar conversations, which is faster than rendering again with marks. Raises
+        DataError and RefusedDocument, see `SpanFinder.find_spans`.
         """
         if not conversation.learned_indices:
             return RenderedText(text, [])
@@ -183,7 +195,9 @@ class ChatTemplate:
         return RenderedText(closed.text, closed.spans)
 
     def render_text(self, messages: Sequence[Message], location: str, tools: Tools = None) -> str:
-        """A conversation as the template writes it, its last turn not closed. Raises RefusedDocument."""
+        """Write a conversation as the template does, up to its last supervised turn, without closing that. Raises
+        RefusedDocument.
+        """
         conversation = self._prepare_conversation(messages, location, tools)
         if conversation.tool_conversation is not None:
             return self._call_template(
@@ -193,7 +207,11 @@ class ChatTemplate:
         return text
 
     def render_prompt(self, messages: Sequence[Message], location: str, tools: Tools = None) -> str:
-        """A conversation up to where the assistant would answer: with the header of the turn to come. Raises RefusedDocument."""
+        r"""Write a conversation up to where the assistant would answer: with the header of the turn to come. Raises
+        RefusedDocument.
+
+        In ChatML the text ends with "<|im_start|>assistant\n".
+        """
         conversation = self._prepare_conversation(messages, location, tools)
         if conversation.tool_conversation is not None:
             return self._call_template(
@@ -205,10 +223,13 @@ class ChatTemplate:
         return text
 
     def first_content_begin(self, messages: Sequence[Message], location: str, tools: Tools = None) -> int | None:
-        """The position in the rendered text, in characters, where the content of the first non-system message begins.
+        """Find where the content of the first message that is no system turn begins in the rendered conversation, in
+        characters.
 
-        None if there is no such message, or if marks around it change the text, so that the position cannot be found. `location`:
-        `file:line` of the row. Raises RefusedDocument.
+        What is before it stays when a conversation that is too long loses its beginning. None if there is no such message, or
+        if marks around it change the text, so that the position cannot be found.
+
+        `location`: `file:line` of the row. Raises RefusedDocument.
         """
         conversation = self._prepare_conversation(messages, location, tools)
         roles = [message["role"] for message in conversation.messages]
@@ -224,9 +245,11 @@ class ChatTemplate:
     def _prepare_conversation(self, messages: Sequence[Message], location: str, tools: Tools) -> PreparedConversation:
         """Make a conversation ready for the template: its turns up to the last supervised one, without our own fields.
 
-        A plain conversation, without tools and in each turn a role and a content, stays as it is. Any other one is put into the
-        form in which the template wants tool calls. Thoughts are taken out here if `data.learn.reasoning` is `drop`. Raises
-        RefusedDocument if a text has reserved characters, by which spans are found.
+        A plain conversation (no tools, and only a role and a content in each turn) stays as it is. Any other one is put into
+        the form in which the template wants tool calls: `tool_conversation` of the result. Thoughts are taken out here if
+        `data.learn.reasoning` is `drop`.
+
+        Raises RefusedDocument if a text has one of the private-use characters by which spans are found.
         """
         learned_indices = self.learned_turn_indices(messages)
         if learned_indices:
@@ -244,9 +267,10 @@ class ChatTemplate:
         return PreparedConversation(tool_conversation.messages, learned_indices, location, tool_conversation)
 
     def _is_plain(self, turns: list[Message]) -> bool:
-        """Whether all turns are a role and a content without thoughts to treat: these conversations are rendered in batches."""
+        """Whether a conversation can be rendered in a batch: only a role and a content in each turn, and no thought to treat."""
         for turn in turns:
             has_further_fields = len(turn) > 2  # calls, or a thought of its own
+            # A thought that is shown and not learned must be told from the answer.
             has_unlearned_thought = self.learn.reasoning is not Reasoning.learn and "</think>" in turn["content"]
             if has_further_fields or has_unlearned_thought or turn["role"] == "tool":
                 return False
@@ -255,9 +279,10 @@ class ChatTemplate:
     def _render_batch_or_each(
         self, conversations: list[PreparedConversation], **options: Any
     ) -> list[tuple[str, Spans]]:
-        """(text, spans of its generation blocks) of each plain conversation. `options`: see `_render_batch`.
+        """Render plain conversations as one batch, which is fast: (text, spans of its `{% generation %}` blocks) of each.
 
-        All are rendered as one batch. If the template refuses the batch, each is rendered alone, to tell which one it refuses.
+        If the template refuses the batch, each is rendered alone, to tell which one it refuses. `options`: see `_render_batch`.
+        Raises RefusedDocument for that one, ConfigError if the template takes too much time or memory.
         """
         if not conversations:
             return []
@@ -273,11 +298,11 @@ class ChatTemplate:
             return rendered
 
     def _call_template(self, render: Callable[..., Any], *args: Any, location: str) -> Any:
-        """The result of `render(*args)`. Turns what the template raises into errors that say what to do.
+        """Call `render(*args)`, which runs the template, and turn what it raises into errors that say what to do.
 
         - A DataError passes.
         - The template took too much time or memory, or is no Jinja template: ConfigError about `model.chat_template`.
-        - Anything else: RefusedDocument for the row at `location`.
+        - Anything else: RefusedDocument for the row at `location` (`file:line`).
         """
         from jinja2 import TemplateSyntaxError
 
@@ -297,10 +322,11 @@ class ChatTemplate:
             ) from error
 
     def _render_with_tools(self, conversation: TemplateConversation, learned_indices: list[int]) -> RenderedText:
-        """Text and supervised spans of a conversation with tools, calls or thoughts. `learned_indices`: its supervised turns.
+        """Render a conversation with tools, tool calls or thoughts, and find its supervised spans.
 
         The spans come from the template's `{% generation %}` blocks if it has some, else from a second rendering, with marks
-        around each supervised turn. Raises RefusedDocument if the template leaves something of the conversation out.
+        around each supervised turn. `learned_indices`: the supervised turns. Raises RefusedDocument if the template leaves
+        something of the conversation out.
         """
         finder = self._turn_span_finder
         text = finder.render_and_check_complete(conversation)
@@ -315,7 +341,11 @@ class ChatTemplate:
     def _render_with_tools_and_blocks(
         self, conversation: TemplateConversation, learned_indices: list[int]
     ) -> RenderedText:
-        """`_render_with_tools` for a template with `{% generation %}` blocks."""
+        """Render a conversation with tools, calls or thoughts by a template whose `{% generation %}` blocks say what is
+        supervised.
+
+        `learned_indices`: the supervised turns, all of the assistant. Raises RefusedDocument if blocks and turns do not match.
+        """
         (text_and_blocks,) = self._render_batch(
             [conversation.messages], tools=conversation.tools, return_assistant_tokens_mask=True
         )
@@ -333,7 +363,11 @@ class ChatTemplate:
 
     @staticmethod
     def _limit_error(error: TemplateLimitExceeded, first_location: str, num_conversations: int) -> ConfigError:
-        """The error for a template that took too much time or memory. `first_location`: row of the first conversation it got."""
+        """Make the error for a template that took too much time or memory, such as one that loops without end.
+
+        `first_location`: where its first conversation comes from, usually `file:line`. `num_conversations`: how many it
+        rendered at once.
+        """
         rendered = f"a conversation ({first_location})"
         if num_conversations > 1:
             rendered = f"{num_conversations} conversations ({first_location} on)"
@@ -342,9 +376,11 @@ class ChatTemplate:
         )
 
     def _render_batch(self, conversations: list[list[Message]], **options: Any) -> list[tuple[str, Spans]]:
-        """(text, spans of its generation blocks) of each conversation; no spans unless `options` ask for a mask.
+        """Render conversations by the template, with bounds on its time and memory: (text, spans of its generation blocks) of
+        each.
 
-        `options`: those of `render_conversations`, such as `add_generation_prompt`, `tools`, `return_assistant_tokens_mask`.
+        There are spans only with `return_assistant_tokens_mask` among the `options`, which are those of `render_conversations`.
+        Raises whatever the template raises, and TemplateLimitExceeded.
         """
         special_tokens = self.tokenizer.special_tokens_map
         with template_resource_limits():
@@ -352,12 +388,15 @@ class ChatTemplate:
         return list(zip(texts, blocks, strict=True))
 
     def _render(self, messages: list[Message], *, prompt: bool = False, tools: Tools = None) -> str:
-        """The text of one conversation, with the header of the assistant turn to come if `prompt`."""
+        """Render one conversation by the template; with `prompt`, with the header of the assistant turn to come."""
         ((text, _),) = self._render_batch([messages], add_generation_prompt=prompt, tools=tools)
         return text
 
     def _uses_blocks(self, messages: list[Message], learned_indices: list[int]) -> bool:
-        """Whether spans come from the template's generation blocks: it has some, and all learned turns are the assistant's."""
+        """Whether supervised spans come from the template's `{% generation %}` blocks, which enclose assistant turns.
+
+        They do if it has some, and all supervised turns are the assistant's.
+        """
         if not self.has_generation_blocks or not learned_indices:
             return False
         return all(messages[index]["role"] == "assistant" for index in learned_indices)
@@ -365,11 +404,13 @@ class ChatTemplate:
     def _spans_from_blocks(
         self, messages: list[Message], learned_indices: list[int], location: str, text_and_blocks: tuple[str, Spans]
     ) -> RenderedText:
-        """Text and supervised spans of a conversation from the template's own `{% generation %}` blocks.
+        """Find the supervised spans of a conversation in the template's `{% generation %}` blocks, which enclose assistant turns.
 
-        `learned_indices`: indices of the supervised turns. `text_and_blocks`: (text, character spans of the blocks) as
-        `_render_batch` gives them, one block an assistant turn. Raises RefusedDocument if a block is empty; or if only some
-        assistant turns are learned, and the template has not one block for each turn.
+        `learned_indices`: the supervised turns, all of the assistant. `text_and_blocks`: (text, character spans of the blocks) as
+        `_render_batch` gives them.
+
+        Raises RefusedDocument if a block is empty. Also if only some assistant turns are supervised, and the template has not one
+        block for each turn, so that blocks cannot be told apart.
         """
         text, blocks = text_and_blocks
         spans = [(int(begin), int(end)) for begin, end in blocks]
@@ -386,14 +427,15 @@ class ChatTemplate:
                 )
             spans = [spans[assistant_turns.index(index)] for index in learned_indices]
         roles = ["assistant"] * len(spans)
-        # A block may or may not hold the end-of-turn token.
+        # Blocks of some templates hold the end-of-turn token, and those of others do not.
         closed = self._span_finder.close_turns(text, spans, roles, already_closed=tuple(self.end_tokens))
         return RenderedText(closed.text, closed.spans)
 
     def _render_or_none(self, messages: list[Message], *, prompt: bool = False) -> str | None:
-        """A small conversation as text, with `prompt` with the header of the assistant turn to come; None if the template fails.
+        """Render a small conversation, to find out how the template works; None if the template fails.
 
-        That says nothing about the conversations of the data. Raises ConfigError if the template takes too much time or memory.
+        A failure says nothing about the conversations of the data. `prompt`: with the header of the assistant turn to come.
+        Raises ConfigError if the template takes too much time or memory.
         """
         try:
             return self._render(messages, prompt=prompt)
@@ -415,7 +457,11 @@ def _check_no_reserved_characters(message: Message, location: str) -> None:
 
 
 def _without_thought(message: Message, location: str) -> Message:
-    """A turn without its thought, `<think>` or `reasoning_content`. Raises RefusedDocument if nothing is left of it."""
+    """Take the thought out of an assistant turn: `<think>...</think>` before its content, or the field `reasoning_content`.
+
+    Used with `data.learn.reasoning=drop`. Turns without one, and those of other roles, stay as they are. Raises RefusedDocument
+    if nothing is left.
+    """
     if message["role"] != "assistant" or thought_of(message) is None:
         return message
     content = message["content"]

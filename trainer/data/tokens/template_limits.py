@@ -25,10 +25,11 @@ class TemplateLimitExceeded(BaseException):
 
 @contextmanager
 def template_resource_limits() -> Iterator[None]:
-    """Raise TemplateLimitExceeded if the body takes too much memory or, in the main thread, processor time.
+    """Bound what the body, a call of a chat template, may use: memory everywhere, and processor time in the main thread.
 
-    Signals reach the main thread of a process only, so time is not bounded in other threads. Sets the limit of the address space
-    and a timer, and restores both.
+    A template is a program that came with somebody's model, and may loop or multiply. Raises TemplateLimitExceeded if it takes
+    too much. Signals reach the main thread of a process only, so time is not bounded in other threads. Sets the limit of the
+    address space and a timer, and restores both.
     """
     is_main_thread = threading.current_thread() is threading.main_thread()
     soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
@@ -45,6 +46,7 @@ def template_resource_limits() -> Iterator[None]:
     except MemoryError as error:
         raise TemplateLimitExceeded(f"wanted more than {MAX_EXTRA_BYTES / 2**30:.3g} GiB of memory") from error
     finally:
+        # An error here would hide that of the body.
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_AS, (soft_limit, hard_limit))
         if is_main_thread:

@@ -1,4 +1,4 @@
-"""How a chat template wants calls of tools and their results, found by trial; conversations are put into that form."""
+"""How a chat template wants tool calls and their results (its dialect), found by trial; conversations are put into that form."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TOOL_RESPONSE_REGEX = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response
 
 @dataclass(slots=True)
 class ToolCallDialect:
-    """How a chat template wants calls of tools and their results."""
+    """How a chat template wants tool calls and their results. Templates differ, and do not say so."""
 
     arguments_as_text: bool = False
     """Arguments as a JSON text instead of an object."""
@@ -35,13 +35,14 @@ class ToolCallDialect:
 
 
 def find_dialect_by_trial(render: Render, added_tokens: list[str]) -> ToolCallDialect:
-    """How a chat template wants tool calls: the first way to give one in which it writes name and arguments whole.
+    """Find out how a chat template wants tool calls: the first way to give one in which it writes name and argument whole.
 
-    Renders a small conversation with one call in each way: arguments as an object or as JSON text, the content beside the call
-    empty or None. `added_tokens`: those of the tokenizer, among which the token that closes the call is looked for. If no way
-    works, the dialect is the default one.
+    Renders a small conversation with one call in each way: arguments as an object or as JSON text, the content beside the call an
+    empty text or None. If no way works, the dialect is the default one, and the conversations of the data say what is wrong.
+
+    `added_tokens`: those of the tokenizer. The last of them behind the call is taken for the one that closes a turn with calls.
     """
-    # With private-use characters in them, so that no text of the template itself is taken for them.
+    # With private-use characters (not as marks here), so that no text of the template itself is taken for them.
     name = f"{CALL_MARK}name"
     argument = f"{TURN_EDGE_MARK}value"
     for arguments_as_text, null_content in itertools.product((False, True), repeat=2):
@@ -67,10 +68,15 @@ def find_dialect_by_trial(render: Render, added_tokens: list[str]) -> ToolCallDi
 
 
 def _conversation_with_call(name: str, argument: str, *, arguments_as_text: bool, null_content: bool) -> list[Message]:
-    """A question, and an assistant turn with one call of the function `name`, whose argument "key" is `argument`."""
+    """Make the conversation by which the dialect is found: a question, and an assistant turn with one tool call.
+
+    It calls the function `name` with the argument {"key": `argument`}. `null_content`: None as the content beside the call, else
+    "".
+    """
     arguments: Any = {"key": argument}
     if arguments_as_text:
         arguments = json.dumps(arguments, ensure_ascii=False)
+    # Nine letters: Mistral's templates refuse ids of another length.
     calls = [{"id": "abcdefghi", "type": "function", "function": {"name": name, "arguments": arguments}}]
     turn = {"role": "assistant", "content": None if null_content else "", "tool_calls": calls}
     return [{"role": "user", "content": "q"}, turn]
@@ -83,7 +89,7 @@ def _last_token(text: str, tokens: list[str]) -> str | None:
 
 
 def _wraps_tool_results(render: Render, messages: list[Message]) -> bool:
-    """Whether the template writes `<tool_response>` around the answer to the call at the end of `messages`."""
+    """Whether the template writes `<tool_response>` around the result of the call at the end of `messages`."""
     content = f"{TURN_EDGE_MARK}result"
     answer = {"role": "tool", "content": content, "name": "name", "tool_call_id": "abcdefghi"}
     try:
@@ -93,9 +99,10 @@ def _wraps_tool_results(render: Render, messages: list[Message]) -> bool:
 
 
 def convert_to_dialect(messages: list[Message], dialect: ToolCallDialect) -> Iterator[Message]:
-    """The messages of a conversation with tool calls as its template wants them.
+    """Put the messages of a conversation with tool calls into the form that its chat template wants.
 
-    Calls without an id get one. Results without the id of a call answer the calls before them in order.
+    Calls without an id get one. Results without the id of a call answer the calls before them in order. Results that are wrapped
+    in `<tool_response>` already are unwrapped if the template wraps them itself.
     """
     unanswered_ids: list[str] = []
     for turn_index, message in enumerate(messages):
@@ -123,9 +130,10 @@ def convert_to_dialect(messages: list[Message], dialect: ToolCallDialect) -> Ite
 def _call_in_dialect(
     call: dict[str, Any], dialect: ToolCallDialect, turn_index: int, call_index: int
 ) -> dict[str, Any]:
-    """A tool call as the template wants it, with an id.
+    """Put one tool call into the form that the chat template wants, with an id.
 
-    A missing id is a hash of the call's position and content, so that it is the same in every run.
+    `turn_index` and `call_index`: where the call stands in the conversation. A missing id is a hash of that and of the call's
+    content, so that it is the same in every run.
     """
     function = call["function"]
     arguments = function["arguments"]
@@ -140,10 +148,10 @@ def _call_in_dialect(
 
 
 def label_calls_and_results(messages: list[Message]) -> tuple[list[Message], list[str], list[str]]:
-    """(messages with labels, labels of the calls, labels of the results), to see which of them a template writes.
+    """Put a label behind the name of each tool call and behind each result, to see afterwards which of them a template writes.
 
-    A label is a number between private-use characters. It stands behind the name of each call, and behind each result that is
-    not blank.
+    A label is a number between private-use characters. Blank results get none. Returns (the messages with labels, the labels of
+    calls, the labels of results).
     """
     call_labels: list[str] = []
     result_labels: list[str] = []

@@ -1,6 +1,6 @@
-"""Label masks of conversations with tool calls, their results, and thoughts: each learned turn is marked by itself.
+"""Finds the supervised characters of conversations with tool calls, their results, and thoughts: each turn is marked by itself.
 
-Templates write calls in a syntax of their own around names and arguments, and thoughts wherever they like. So a learned turn
+Templates write calls in a syntax of their own around names and arguments, and thoughts wherever they like. So a supervised turn
 is found by marks in its content, its thought and its calls. It reaches from the point where generation would have begun (behind
 the header of the turn) to the token that closes it. As in `marking.py`, marks count only if the text without them is the plain
 one. It is an error if the template leaves out something that the row has.
@@ -54,7 +54,7 @@ class _TurnPosition(NamedTuple):
 
 @dataclass(slots=True)
 class TemplateConversation:
-    """A conversation as its template gets it."""
+    """A conversation with tools, tool calls or thoughts, in the form in which its chat template gets it."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None
@@ -65,9 +65,10 @@ class TemplateConversation:
 
 
 class TurnSpanFinder:
-    """Finds the character spans of learned turns one by one, in conversations with tools, calls or thoughts.
+    """Finds the character spans of supervised turns one by one, in conversations with tools, calls or thoughts.
 
-    `render` renders messages. `added_tokens`: the tokenizer's added tokens. `end_tokens_by_role`: those that close a turn.
+    `render` renders messages. `reasoning`: whether thoughts are learned, only shown, or dropped (`data.learn.reasoning`).
+    `added_tokens`: the tokenizer's added tokens. `end_tokens_by_role`: those that close a turn.
     """
 
     def __init__(
@@ -83,10 +84,12 @@ class TurnSpanFinder:
     def convert_conversation(
         self, messages: list[Message], tools: list[dict[str, Any]] | None, location: str
     ) -> TemplateConversation:
-        """The conversation in the template's dialect of tool calls, with an id for each call and each result.
+        """Put a conversation into the form in which the template wants tool calls, with an id for each call and each result.
 
-        The dialect is how the template wants calls, such as arguments as objects or as JSON texts. It is found out with the first
-        conversation that has calls or results, and kept, because it depends on the template alone.
+        Some templates want arguments as objects, others as JSON texts, and so on: the template's dialect. It is found out by
+        trial with the first conversation that has calls or results, and kept, because it depends on the template alone.
+
+        `location`: `file:line` of the row.
         """
         if any("tool_calls" in message or message["role"] == "tool" for message in messages):
             if self._dialect is None:
@@ -95,10 +98,10 @@ class TurnSpanFinder:
         return TemplateConversation(messages, tools, location, render=partial(self._render, tools=tools))
 
     def render_and_check_complete(self, conversation: TemplateConversation) -> str:
-        """A conversation with tools as its template writes it. Raises RefusedDocument if it leaves tools, calls or results out.
+        """Render a conversation with tools. Raises RefusedDocument if the template leaves out its tools, calls or results.
 
         A template may drop them without an error. To find out, it renders a second time, with a label of private-use characters
-        behind each call's name and each result: all labels must come out.
+        behind each call's name and each result: all labels must come out. Results that are blank are not checked.
         """
         text = conversation.render(conversation.messages)
         if conversation.tools and not self._writes_tools(conversation, text):
@@ -125,7 +128,7 @@ class TurnSpanFinder:
         return text
 
     def _writes_tools(self, conversation: TemplateConversation, text: str) -> bool:
-        """Whether the template renders the conversation differently without its tools."""
+        """Whether the template writes the tools of a conversation: without them it gives another text than `text`, or fails."""
         try:
             return text != self._render(conversation.messages)
         except Exception:  # noqa: BLE001 - a template that refuses calls without tools reads the tools
@@ -134,11 +137,13 @@ class TurnSpanFinder:
     def find_spans(
         self, conversation: TemplateConversation, learned_indices: list[int], text: str, eos: str
     ) -> ClosedText:
-        """Find the supervised characters of a conversation that is rendered as `text`: its closed text, with a span a turn.
+        """Find the supervised characters of a conversation that the template rendered as `text`: one span [begin, end) a turn.
 
-        `learned_indices`: indices of the supervised turns. A span reaches over content and calls to the token that closes the
-        turn. If the template does not close the last turn, `eos` is appended to the text. Raises RefusedDocument if a turn, or
-        the end of its calls, cannot be found.
+        A span reaches from where the model begins to write, over thought, content and calls, to the token that closes the turn.
+
+        `learned_indices`: indices of the supervised turns. `eos`: the tokenizer's EOS. Returns the text with the spans; EOS is
+        appended if the template does not close the last turn. Raises RefusedDocument if a turn, or the end of its calls, cannot
+        be found.
         """
         spans: list[tuple[int, int]] = []
         for index in learned_indices:
@@ -152,6 +157,7 @@ class TurnSpanFinder:
             elif is_final:
                 text = text[:end] + text[end:].rstrip() + eos
                 end = len(text)
+            # A content may end without a token, and then the span does too; of calls, the syntax behind them would be lost.
             elif "tool_calls" in message:
                 raise template_refusal(
                     conversation.location, f"cannot tell where the call of turn {index + 1} ends in the chat template"
@@ -162,11 +168,13 @@ class TurnSpanFinder:
     def _match_end_token(
         self, text: str, position: int, limit: int, message: Message, *, is_final: bool
     ) -> re.Match[str] | None:
-        """The token that closes a turn whose content or last call ends at `position`; None if there is none before `limit`.
+        """Find the token that closes a turn whose content or last call ends at `position`; None if there is none before `limit`.
 
-        After a content it must follow at once, after a call anywhere before `limit`, because the template's own syntax may stand
-        between the last argument and the token. The last turn of a conversation, if it has no calls, may be closed by any control
-        token of the tokenizer.
+        After a content it must follow at once, but for whitespace. After a call it may stand anywhere before `limit`, because the
+        template's own syntax may stand between the last argument and the token.
+
+        `is_final`: whether the turn is the last of the conversation. Then, if it has no calls, any added token of the tokenizer
+        closes it.
         """
         has_calls = "tool_calls" in message
         if is_final and not has_calls:
@@ -174,6 +182,7 @@ class TurnSpanFinder:
         else:
             end_tokens = self._end_tokens_by_role[message["role"]]
         if has_calls and self._dialect:
+            # Some templates close calls with a token of their own.
             end_tokens = end_tokens | self._dialect.end_tokens
         longest_first = sorted(end_tokens, key=len)[::-1]  # so that the pattern prefers them
         any_end_token = f"({'|'.join(map(re.escape, longest_first))})"
@@ -184,12 +193,13 @@ class TurnSpanFinder:
     def _locate_turn(
         self, conversation: TemplateConversation, index: int, text: str, *, is_final: bool
     ) -> _TurnPosition:
-        """Find a supervised turn in `text`.
+        """Find where a supervised turn stands in `text`, the rendered conversation, by rendering it again with marks in the turn.
 
-        Raises RefusedDocument if it cannot be found, or if the template leaves a content out, or the thought of the last turn
-        (`is_final`).
+        `is_final`: whether it is the last supervised turn. Raises RefusedDocument if the turn cannot be found, if the template
+        leaves its content out, or leaves out the thought of the last turn.
         """
         marks = self._find_marks_by_trial(conversation, index, text)
+        # If there are no marks of a thought, it is within the content, or the template dropped it, as it may in earlier turns.
         if is_final and not marks.thought_edges:
             self.check_thought_not_lost(conversation, index, text)
         next_turn_begin = marks.next_turn_begin()
@@ -200,7 +210,8 @@ class TurnSpanFinder:
         )
 
     def _find_marks_by_trial(self, conversation: TemplateConversation, index: int, text: str) -> TurnMarks:
-        """The positions of marks in turn `index`, put there in several ways until one leaves `text` as it is.
+        """Find where the parts of turn `index` come out in the text: try several ways of marking until one leaves `text` as it
+        is.
 
         With [ and ] for the marks of a content, and | for those of a call: "[It is warm.]" and "|search|(|weather|)". Raises
         RefusedDocument if every way changes the text, or if the template leaves the content out.
@@ -227,9 +238,10 @@ class TurnSpanFinder:
 
     @staticmethod
     def _marking_attempts(message: Message) -> Iterator[tuple[marking.Marker, MarkedCallParts]]:
-        """Ways to put marks into a message: (function that marks its content, which parts of its tool calls are marked).
+        """Ways to put marks into a turn: (function that marks its content, which parts of its tool calls are marked).
 
-        From the most exact way to the most cautious: templates look into contents and calls, and marks may disturb that.
+        From the most exact way to the most cautious. Templates look into contents and calls, for example for `</think>` or for a
+        key of the arguments, and marks may disturb that.
         """
         # Without calls, the parts make no difference.
         ways_for_calls = list(MarkedCallParts) if "tool_calls" in message else [MarkedCallParts.names]
@@ -243,9 +255,10 @@ class TurnSpanFinder:
                 yield mark_content, call_parts
 
     def _supervision_begin(self, conversation: TemplateConversation, index: int, text: str, marks: TurnMarks) -> int:
-        """Where in `text` supervision of a turn begins. `marks`: where its content, thought and calls begin and end.
+        """Find where in `text` supervision of a turn begins: where the model would begin to write, or behind its thought.
 
-        If thoughts are shown and not learned (`Reasoning.context`):
+        `marks`: where content, thought and calls of the turn begin and end. If thoughts are shown and not learned
+        (`Reasoning.context`):
         - a thought and a content: at the content;
         - a thought and calls: behind the thought;
         - a content: behind the thought within it, if it has one.
@@ -274,7 +287,7 @@ class TurnSpanFinder:
         return empty_thought.end() if empty_thought else header_end
 
     def _header_end(self, conversation: TemplateConversation, index: int, text: str, marks: TurnMarks) -> int:
-        """Where in `text` generation of a turn would begin: behind its header, such as `<|im_start|>assistant\\n`.
+        r"""Find where in `text` generation of a turn would begin: behind its header, such as `<|im_start|>assistant\n`.
 
         The header is what the template writes at the end of a prompt, which is made of the turns before. It is looked for
         - behind the turn before, if its end is marked: this holds whatever the template does to earlier turns;
@@ -311,8 +324,8 @@ class TurnSpanFinder:
     ) -> TurnMarks | None:
         """Render the conversation with marks in turn `index`, at the end of the turn before and at the start of the next.
 
-        Returns the positions of the marks in `text`, the rendering without marks; None if the marks change the text.
-        `mark_content`: puts marks around the turn's content. `call_parts`: which parts of its calls get marks.
+        Returns where the marks stand in `text`, the rendering without marks; None if the marks change the text. `mark_content`:
+        puts marks around the turn's content. `call_parts`: which parts of its calls get marks.
         """
         marked_turn = mark_turn(conversation.messages[index], mark_content, call_parts)
         marked_messages = mark_neighbours(conversation.messages, index)
@@ -334,7 +347,10 @@ class TurnSpanFinder:
         return TurnMarks(marks_and_positions)
 
     def check_thought_not_lost(self, conversation: TemplateConversation, index: int, text: str) -> None:
-        """Raise RefusedDocument if the template threw away the thought of turn `index`, the last one."""
+        """Raise RefusedDocument if the template threw away the thought of turn `index`, the last supervised one.
+
+        A model that is to learn thoughts would learn there to answer without one.
+        """
         thought = thought_of(conversation.messages[index])
         if thought and thought.strip() not in text:
             raise template_refusal(
@@ -345,7 +361,7 @@ class TurnSpanFinder:
 
 
 def thought_end(thought: str | None, text: str, begin: int, end: int) -> int:
-    """Where a turn's thought ends in text[begin:end], its `</think>` included; `begin` if it is not there, or None or blank."""
+    """Find where a turn's thought ends in text[begin:end], behind its `</think>`; `begin` if it is not there, or blank."""
     thought = (thought or "").strip()
     if not thought:
         return begin
@@ -358,5 +374,8 @@ def thought_end(thought: str | None, text: str, begin: int, end: int) -> int:
 
 
 def _with_and_without_thought(header: str) -> tuple[str, str]:
-    """A turn's header, and the same without a `<think>` at its end: a prompt may open a thought that the text does not have."""
+    """The header of an assistant turn, and the same without a `<think>` at its end.
+
+    A prompt may open a thought that the text of the turn does not have.
+    """
     return header, _THOUGHT_OPENED_AT_END_REGEX.sub("", header)

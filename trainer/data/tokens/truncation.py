@@ -22,9 +22,11 @@ from trainer.data.tokens.encode import Encoder
 def keep_learnable(
     encoder: Encoder, document: Document, sample: Sample, pieces: list[Sample] | None, tally: Tally
 ) -> list[Sample]:
-    """The pieces of a sample that have at least one supervised token or a label; empty if the document is to be dropped.
+    """Keep the pieces of a tokenised document from which something is learned: those with a supervised token or a label.
 
-    `pieces`: the shorter samples that `data.over_length` made of `sample` (see `fit_length`); None or empty if it dropped it.
+    `sample`: the whole document. `pieces`: the shorter samples that `data.over_length` made of it; None or empty if it was too
+    long and dropped. Returns an empty list if the document is to be dropped.
+
     Counts in `tally`, for the report, what was dropped, cut or odd (such as a missing end-of-turn token, see `oddity_codes`),
     with the row's location.
     """
@@ -45,10 +47,11 @@ def keep_learnable(
 def fit_answers(
     encoder: Encoder, document: Document, answers: list[Sample], config: DataConfig, tally: Tally
 ) -> list[Sample]:
-    """The answers of a document (one, or a preference pair), cut to `data.max_length` tokens as `data.over_length` says.
+    """Cut the answers to a prompt to `data.max_length` tokens as `data.over_length` says, each answer with its prompt.
 
-    Empty, with the reason counted in `tally`, if an answer has no supervised token left, if both are the same, or if one is too
-    long and the policy is `drop`. Raises DataError if one is too long and the policy is `fail`.
+    `answers`: the samples of one answer, or of the two of a preference pair. Empty, with the reason counted in `tally`, if the
+    document is dropped: an answer has no supervised token left, both are the same, or one is too long and the policy is `drop`.
+    Raises DataError if one is too long and the policy is `fail`.
     """
     max_length = config.max_length
     longest = max(len(answer.input_ids) for answer in answers)
@@ -82,24 +85,27 @@ def fit_answers(
 
 
 def note_oddities(encoder: Encoder, document: Document, sample: Sample, tally: Tally, *, was_cut: bool) -> None:
-    """Count in `tally` what is odd about a sample, see `oddity_codes`; of one that was cut, only control tokens in its texts."""
+    """Count in `tally` what is odd about a sample, for the report: a missing end-of-turn token, control tokens in texts.
+
+    See `oddity_codes`. A sample that was cut (`was_cut`) lacks its end for that reason: only control tokens count then.
+    """
     for code in oddity_codes(encoder, document, sample):
         if not was_cut or code.startswith("control_tokens"):
             tally.note("tokenise", code, document.location)
 
 
 def last_learned_id(sample: Sample) -> int:
-    """Id of the last token of a sample that is learned; -1 if none is."""
+    """Id of the last supervised token of a sample, which should close a turn; -1 if no token is supervised."""
     learned_positions = np.flatnonzero(sample.supervised)
     return int(sample.input_ids[learned_positions[-1]]) if len(learned_positions) else -1
 
 
 def oddity_codes(encoder: Encoder, document: Document, sample: Sample) -> list[str]:
-    """What a user should look at in a sample, as codes that the data report counts:
+    """What a user should look at in a sample of training data, as codes that the data report counts:
 
-    - `no_supervised`: no token has a target;
-    - `missing_eos`: the last learned token closes no turn, so that a model would not learn to stop;
-    - `control_tokens_in_text`: the data spells control tokens;
+    - `no_supervised`: no token is a training target;
+    - `missing_eos`: the last supervised token closes no turn, so that a model would not learn to stop;
+    - `control_tokens_in_text`: the data spells control tokens, such as `<|im_end|>`;
     - `control_tokens_as_text`: outside answers, they became ordinary characters.
     """
     codes: list[str] = []
@@ -119,7 +125,7 @@ def oddity_codes(encoder: Encoder, document: Document, sample: Sample) -> list[s
 def fit_length(
     encoder: Encoder, document: Document, sample: Sample, max_length: int, policy: OverLength
 ) -> list[Sample] | None:
-    """Samples of at most `max_length` tokens that stand for `sample`, which `encoder` made of `document`, by `policy`:
+    """Make samples of at most `max_length` tokens of a tokenised document (`sample`), by the policy `data.over_length`:
 
     - drop: None (the other policies give at least one sample).
     - fail: raises DataError.
@@ -152,7 +158,7 @@ def fit_length(
 
 
 def _too_long_error(document: Document, length: int, max_length: int, other_policies: str) -> DataError:
-    """The error of the policy `fail`. `other_policies`: what `data.over_length` may be instead."""
+    """Make the error for a document that is too long if `data.over_length` is `fail`. `other_policies`: what it may be."""
     return DataError(
         f"{document.location}: {length} tokens are more than data.max_length={max_length}; raise it, or set "
         f"data.over_length to {other_policies}"
@@ -160,14 +166,17 @@ def _too_long_error(document: Document, length: int, max_length: int, other_poli
 
 
 def truncate_sample(sample: Sample, max_length: int, num_tail_tokens: int) -> Sample:
-    """The first tokens of a sample, followed by its last `num_tail_tokens` tokens: `max_length` together."""
+    """Shorten a sample to `max_length` tokens: its first ones, then its last `num_tail_tokens`, such as a closing [SEP]."""
     head = slice(max_length - num_tail_tokens)
     tail = slice(len(sample.input_ids) - num_tail_tokens, None)
     return sample.keep_spans(head, tail)
 
 
 def truncate_left(sample: Sample, max_length: int, num_head_tokens: int) -> Sample:
-    """The first `num_head_tokens` tokens of a sample, as far as they fit, followed by its last ones: `max_length` together."""
+    """Shorten a sample to `max_length` tokens: its first `num_head_tokens`, such as BOS or a system turn, and then its last ones.
+
+    Of the first ones at most `max_length` - 1, so that one token of the end stays.
+    """
     num_head_tokens = min(num_head_tokens, max_length - 1)
     num_tail_tokens = max_length - num_head_tokens
     tail_begin = len(sample.input_ids) - num_tail_tokens
@@ -175,11 +184,11 @@ def truncate_left(sample: Sample, max_length: int, num_head_tokens: int) -> Samp
 
 
 def _keep_last_tokens(encoder: Encoder, document: Document, sample: Sample, max_length: int) -> Sample:
-    """The policy `truncate_left` (see `fit_length`): the last `max_length` tokens, with what they need before them.
+    """Shorten a sample to its last `max_length` tokens, with what they need before them (`data.over_length=truncate_left`).
 
     - A labelled text: the tokenizer's opening tokens.
-    - A conversation: as many of its last exchanges as fit, behind the system turn. If the last one alone is too long, its first
-      turn loses its beginning, and what stands before that turn stays.
+    - A conversation: as many of its last exchanges (a user turn up to the next) as fit, behind the system turn. If the last one
+      alone is too long, its first turn loses its beginning, and what stands before that turn stays.
     - Anything else: BOS, if there is one.
     """
     if document.label is not None:
@@ -199,10 +208,11 @@ def _keep_last_tokens(encoder: Encoder, document: Document, sample: Sample, max_
 
 
 def _last_exchanges_that_fit(encoder: Encoder, document: Document, max_length: int) -> tuple[Document, Sample]:
-    """(the document with its system turn and as many of its last exchanges as fit, its sample).
+    """Leave out the first exchanges of a conversation until it fits: (the document with its system turn and the rest, its
+    sample).
 
-    An exchange reaches from one user turn up to the next. If none fits, or if there is only one, the last exchange alone, which
-    is too long. Call it for a document that is too long with all its exchanges.
+    An exchange reaches from one user turn up to the next. If none fits, or if there is only one, the last exchange stays alone,
+    although it is too long. Call it for a document that is too long with all its exchanges.
     """
     system, exchanges = _split_exchanges(encoder, document)
 
@@ -222,9 +232,10 @@ def _last_exchanges_that_fit(encoder: Encoder, document: Document, max_length: i
 
 
 def _split_into_exchange_windows(encoder: Encoder, document: Document, sample: Sample, max_length: int) -> list[Sample]:
-    """The policy `split` for conversations, see `fit_length`: windows of whole exchanges, as many in each as fit.
+    """Split a conversation that is too long into samples of whole exchanges, as many in each as fit (`data.over_length=split`).
 
-    Each window has the system turns before it. Windows that teach nothing are left out; if all are, the sample is truncated.
+    An exchange reaches from one user turn up to the next. Each sample has the system turns before it. Samples without a
+    supervised token are left out; if all are, the whole conversation is truncated instead.
     """
     system, exchanges = _split_exchanges(encoder, document)
 
@@ -244,15 +255,16 @@ def _split_into_exchange_windows(encoder: Encoder, document: Document, sample: S
 def _longest_window(
     encode_window: Callable[[int, int], Sample], begin: int, num_exchanges: int, max_length: int
 ) -> tuple[Sample, int]:
-    """(sample of the most exchanges from `begin` on that fit in `max_length` tokens, number of the next exchange).
+    """Find the most exchanges from `begin` on that fit in `max_length` tokens: (their sample, the number of the next exchange).
 
     An exchange (a user turn up to the next) that is too long alone is truncated. `encode_window(begin, end)` encodes exchanges:
-    the more, the longer. So doubling steps, then halving ones, find the last exchange that still fits.
+    the more, the longer. Encoding is slow, so doubling steps, then halving ones, find the last exchange that still fits.
     """
     end = begin + 1
     window = encode_window(begin, end)
     if len(window.input_ids) > max_length:
         return truncate_sample(window, max_length, num_tail_tokens=0), end
+    # The end that is looked for is `end`, or one from `shortest_end` to `longest_end`.
     shortest_end = begin + 2
     longest_end = num_exchanges
     step = 1
@@ -271,9 +283,9 @@ def _longest_window(
 
 
 def _split_exchanges(encoder: Encoder, document: Document) -> tuple[list[Message], list[list[Message]]]:
-    """(leading system turns, exchanges) of a conversation; an exchange reaches from one user turn up to the next.
+    """Divide a conversation into exchanges, which are kept or left out whole: (leading system turns, exchanges).
 
-    Turns S U A A U A -> ([S], [[U, A, A], [U, A]]).
+    An exchange reaches from one user turn up to the next: turns S U A A U A -> ([S], [[U, A, A], [U, A]]).
 
     Which turns are supervised is decided by the whole conversation and written into each turn (`train`), because a window of
     exchanges would decide otherwise: with `data.learn.turns=last`, each window has a last turn. Turns after the last supervised
@@ -301,7 +313,10 @@ def _split_exchanges(encoder: Encoder, document: Document) -> tuple[list[Message
 def _encode_exchanges(
     encoder: Encoder, document: Document, system: list[Message], exchanges: list[list[Message]]
 ) -> tuple[Document, Sample]:
-    """(the document with only these system turns and exchanges, its sample)."""
+    """Tokenise a part of a conversation: (the document with only these system turns and exchanges, its sample).
+
+    `exchanges`: lists of turns, each from one user turn up to the next.
+    """
     turns = list(system)
     for exchange in exchanges:
         turns += exchange
@@ -310,7 +325,10 @@ def _encode_exchanges(
 
 
 def _split_into_text_pieces(encoder: Encoder, sample: Sample, max_length: int) -> list[Sample]:
-    """The policy `split` for texts, see `fit_length`: consecutive pieces of a sample, each with BOS if the sample has it."""
+    """Split a text that is too long into consecutive samples, each with BOS if the text has it (`data.over_length=split`).
+
+    EOS is at the end of the last one only, so that no piece teaches that a text ends where it was cut.
+    """
     num_bos = _num_bos(encoder, sample)
     piece_length = max_length - num_bos
     if piece_length < 2:  # the last piece could not hold EOS and a token before it

@@ -16,7 +16,7 @@ from trainer.data.tokens.tool_call_dialect import CALL_MARK, TURN_EDGE_MARK
 
 @dataclass(frozen=True, slots=True)
 class TurnMarks:
-    """Character positions of one turn's marks in the text without marks, in order."""
+    """Where the marks of one turn came out in the rendered conversation: positions in the text without marks, ascending."""
 
     marks_and_positions: list[tuple[str, int]]
     """(mark, position). The marks: content begin and end, thought, call, and the edges of the turns before and after."""
@@ -52,7 +52,10 @@ class TurnMarks:
 
     @property
     def content_is_one_span(self) -> bool:
-        """Whether the template wrote the message's content once, in one piece, or not at all."""
+        """Whether the template wrote the message's content once, in one piece, or not at all.
+
+        Some templates split a content, for example at `</think>`: what the marks enclose is then not the content.
+        """
         content_marks = [mark for mark, _ in self.marks_and_positions if mark in (CONTENT_BEGIN_MARK, CONTENT_END_MARK)]
         return content_marks in ([], [CONTENT_BEGIN_MARK, CONTENT_END_MARK])
 
@@ -77,9 +80,10 @@ class MarkedCallParts(Enum):
 
 
 def mark_neighbours(messages: list[Message], index: int) -> list[Message]:
-    """The messages with `TURN_EDGE_MARK` at the end of the turn before turn `index`, and at the beginning of the one after it.
+    """Mark the edges of the turns beside turn `index`: the end of the turn before, and the beginning of the one after it.
 
-    A neighbour without a content is not marked, nor a turn before with calls, whose end is behind its content.
+    Where `TURN_EDGE_MARK` comes out in the rendered text, the template's text between the turns begins and ends. A neighbour
+    without a content is not marked, nor a turn before with calls, whose end is behind its content.
     """
     marked_messages = list(messages)
     if index > 0:
@@ -94,9 +98,9 @@ def mark_neighbours(messages: list[Message], index: int) -> list[Message]:
 
 
 def mark_turn(message: Message, mark_content: Marker, call_parts: MarkedCallParts) -> Message:
-    """A message with marks in its content (by `mark_content`), around its thought, and around parts of its tool calls.
+    """Put marks into a turn: in its content (by `mark_content`), around its thought, and around parts of its tool calls.
 
-    Where the marks come out in the rendered text, these begin and end.
+    Marks are private-use characters. Where they come out in the rendered text, these parts begin and end.
     """
     turn = {**message}
     if (turn["content"] or "").strip():
@@ -112,7 +116,7 @@ def mark_turn(message: Message, mark_content: Marker, call_parts: MarkedCallPart
 
 
 def _mark_call(call: dict[str, Any], call_parts: MarkedCallParts) -> dict[str, Any]:
-    """A tool call with these parts between marks."""
+    """Put marks around the name of a tool call, and around the texts and keys of its arguments, as `call_parts` says."""
     function = {**call["function"], "name": _enclose_in_call_marks(call["function"]["name"])}
     if call_parts is MarkedCallParts.names_texts_keys:
         function["arguments"] = map_argument_texts(
