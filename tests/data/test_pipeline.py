@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from strategies import runtime
 from strategies.errors import ConfigError, DataError, Preempted, ShardtuneError
 from tests.data.broken_files import CASES
 from tests.helpers.covering import examples
@@ -101,6 +102,22 @@ def test_pipeline_makes_the_same_data_set_for_any_workers_and_shards(tmp_path, c
     merged = run(sharded)
     assert content(merged.directory) == expected
     assert not list((tmp_path / "sharded").glob(".*.shards"))
+
+
+def test_pipeline_takes_the_cores_that_a_cgroup_allows(tmp_path, config, monkeypatch):
+    write_jsonl(tmp_path / "train.jsonl", mixed_rows(60))
+    monkeypatch.setattr(module, "SMALL_INPUT_BYTES", 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setattr(runtime, "_texts_in_own_cgroups", lambda name: ["300000 100000"])  # cpu.max: three cores
+    pools = []
+
+    def record(make_block, ranges, *, workers, while_waiting):
+        pools.append(workers)
+        return map(make_block, ranges)
+
+    monkeypatch.setattr(module, "ordered_map", record)
+    run(replace(config, workers=0))
+    assert pools == [3]
 
 
 def test_pipeline_rows_in_are_rows_kept_and_rows_dropped(tmp_path, config):

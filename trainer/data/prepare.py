@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from strategies.errors import DataError, Preempted
+from strategies.runtime import num_usable_cores
 from trainer.data.cache import (
     MANIFEST_FILE,
     DigestCache,
@@ -57,7 +58,7 @@ from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset, sequence_numbers
 from trainer.data.tokens.clock import TemplateDate, reads_clock
 from trainer.data.tokens.encode import Encoder
-from trainer.data.worker import BlockMaker, frozen_heap, num_usable_cores, ordered_map
+from trainer.data.worker import BlockMaker, frozen_heap, ordered_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

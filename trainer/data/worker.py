@@ -243,11 +243,6 @@ _worker_function: Callable[[Any], Any] | None = None
 """What workers call. Set before they are forked, so that it need not be pickled."""
 
 
-def num_usable_cores() -> int:
-    """How many processor cores this process may use, which a container or a scheduler may have limited."""
-    return len(os.sched_getaffinity(0))
-
-
 @contextmanager
 def frozen_heap() -> Iterator[None]:
     """Inside the context, Python's garbage collector passes over the objects that there were before it.
