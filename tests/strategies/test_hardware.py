@@ -108,8 +108,9 @@ def test_a_missing_device_is_named_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "train.jsonl").write_text("{}\n")
     words = [f"model.path={tmp_path}", f"data.path={tmp_path}/train.jsonl", "budget.steps=1", "run.device=cuda"]
-    with pytest.raises(ConfigError, match=r"run.device=cuda: .*set run.device=cpu"):
+    with pytest.raises(ConfigError, match=r"run.device=cuda: .*set run.device=cpu") as refusal:
         compose_config(words)
+    assert str(refusal.value).count("run.device") == 2, "the setting and its remedy, once each"
     with pytest.raises(ConfigError, match=r"run.device=cuda: .*set run.device=cpu"):
         runtime.join_job("cuda", timeout_s=60)
     monkeypatch.setattr(torch.version, "cuda", "12.9")

@@ -343,11 +343,6 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
     yield from _checkpoint_problems(config)
     if config.run.must_fit and config.run.device is Device.cpu:
         yield "run.must_fit=true: asks for the memory of GPUs, and run.device=cpu has none; leave it out"
-    if config.run.device is Device.cuda and config.launcher.name is LauncherName.local:
-        import torch
-
-        if not torch.cuda.is_available():
-            yield "run.device=cuda: no CUDA device is visible here; set run.device=cpu, or check CUDA_VISIBLE_DEVICES"
 
 
 def _checkpoint_problems(config: RunConfig) -> Iterator[str]:
