@@ -32,6 +32,17 @@ EXPORTED_CHECKPOINT_KEY = "export.checkpoint"
 """The setting of `export` that decides no result: which checkpoint of a run is exported changes none of them."""
 GROUPS_WITHOUT_EFFECT_ON_RESULT = ("logging", "profile", "launcher", "gates", "review", "challenges", "substitutions")
 """Groups that do not decide the result of a run."""
+OPERATIONAL_PREFIXES = ("strategy.", "parallel.", "checkpoint.")
+"""Groups that say how a run is computed and how often it is saved, which changes no result."""
+OPERATIONAL_KEYS = frozenset(
+    {
+        MICRO_BATCH_KEY,
+        "data.workers",
+        "data.verify",
+        *(f"evaluation.{host}.{name}" for host in ("judge", "server") for name in ("parallel", "retries", "timeout_s")),
+    }
+)
+"""Single settings of the same kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +171,15 @@ class DifferingSetting:
         return f"{self.key}: {self.value_in_run_dir} there, {self.value_in_command} here"
 
     @property
-    def is_about_computation(self) -> bool:
-        """Whether the setting says how the run is computed, and not what: a run that is not done may go on with another value."""
-        return self.key == MICRO_BATCH_KEY or self.key.startswith(("strategy.", "parallel."))
+    def is_operational(self) -> bool:
+        """Whether the setting says how the run is computed and saved, and not what: a run that is not done resumes with it.
+
+        False for another `checkpoint.fallback_dir` in place of an earlier one: the newest checkpoint may lie there, and the run
+        would resume from an older one without a word.
+        """
+        if self.key == "checkpoint.fallback_dir" and self.value_in_run_dir is not None:
+            return False
+        return self.key in OPERATIONAL_KEYS or self.key.startswith(OPERATIONAL_PREFIXES)
 
 
 def differing_settings(command_config: RunConfig, run_dir_config: RunConfig) -> list[DifferingSetting]:

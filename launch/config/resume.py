@@ -57,12 +57,13 @@ def settle_resumed_config(
 ) -> None:
     """Compare a command with the run whose `config.yaml` is at `path`. Raises ConfigError if it is the command of another run.
 
-    `has_progress`: the directory has a checkpoint or is finished. `may_change_strategy`: whether the run may resume with another
-    strategy or micro-batch. The cases:
+    `has_progress`: the directory has a checkpoint or is finished. `may_change_strategy`: whether the run may resume with other
+    operational settings, such as another strategy. The cases:
 
     - No setting that decides the result differs, or only by changed defaults of shardtune: the run resumes.
     - The directory has no progress: another command may take its place.
-    - Only settings of computation differ, with `may_change_strategy`: the run resumes, and a line says so.
+    - Only operational settings differ (strategy, micro-batch, `checkpoint.*` and others of `OPERATIONAL_KEYS`), with
+      `may_change_strategy`: the run resumes with those of the command, and a line says so.
     - Otherwise: ConfigError, which names the settings.
 
     Sets in `composed.config` what the run has settled itself, if it resumes: learning rate, micro-batch, strategy, date of the
@@ -92,7 +93,7 @@ def settle_resumed_config(
         _keep_chosen_strategy_and_micro_batch(config, earlier_config)
         if has_progress:
             _keep_control_tokens(config, earlier_config)
-    elif has_progress and may_change_strategy and all(setting.is_about_computation for setting in differing):
+    elif has_progress and may_change_strategy and all(setting.is_operational for setting in differing):
         print(f"{path.parent}: resumes in another way: {_join_differences(differing)}", file=sys.stderr)
     elif has_progress:
         raise ConfigError(_different_run_message(path.parent, differing))

@@ -268,6 +268,28 @@ def test_unfinished_run_may_go_on_with_another_strategy_and_micro_batch(tmp_path
         write_run_config(composed("strategy=single", "batch.micro=4"), tmp_path, may_change_strategy=True)
 
 
+def test_unfinished_run_resumes_with_other_operational_settings(tmp_path, capsys):
+    write_run_config(composed(), tmp_path)
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    operational = (
+        "checkpoint.keep=1",
+        "checkpoint.background=false",
+        "data.workers=1",
+        "evaluation.judge.timeout_s=77",
+    )
+    other_disk = f"checkpoint.fallback_dir={tmp_path / 'other'}"
+    changed = composed(*operational, other_disk)
+    write_run_config(changed, tmp_path, may_change_strategy=True)
+    said = capsys.readouterr().err
+    assert "resumes in another way: checkpoint.background: True there, False here; " in said and "data.workers" in said
+    assert load_frozen_config(tmp_path / "config.yaml") == changed.config
+    # A checkpoint may lie in the earlier fallback directory: without it, an older one would be resumed.
+    with pytest.raises(ConfigError, match=r"fallback_dir: .*other there, None here"):
+        write_run_config(composed(*operational), tmp_path, may_change_strategy=True)
+    with pytest.raises(ConfigError, match="budget.steps"):
+        write_run_config(composed(*operational, other_disk, "budget.steps=99"), tmp_path, may_change_strategy=True)
+
+
 def test_run_directory_without_any_progress_takes_a_corrected_command(tmp_path):
     write_run_config(composed("optim.lr=1e-3"), tmp_path)
     write_run_config(composed("optim.lr=1e-4"), tmp_path)
