@@ -286,7 +286,7 @@ def test_unfinished_run_resumes_with_other_operational_settings(tmp_path, capsys
     # A checkpoint may lie in the earlier fallback directory: without it, an older one would be resumed.
     with pytest.raises(ConfigError, match=r"fallback_dir: .*other there, None here"):
         write_run_config(composed(*operational), tmp_path, may_change_strategy=True)
-    with pytest.raises(ConfigError, match="budget.steps"):
+    with pytest.raises(ConfigError, match=r"budget\.steps"):
         write_run_config(composed(*operational, other_disk, "budget.steps=99"), tmp_path, may_change_strategy=True)
 
 
