@@ -20,12 +20,15 @@ from trainer.planner.memory_tracker import LiveBytes
 
 @contextmanager
 def track_bucket_reductions(engine: Any, recorder: LiveBytes, full_trained_elements: int | None) -> Iterator[None]:
-    """A context in which `recorder` counts the buffers that DeepSpeed allocates to reduce the gradients of `engine`.
+    """A context in which `recorder` counts the buffers that DeepSpeed (ZeRO 1 and 2) allocates to reduce gradients.
 
-    Two methods of DeepSpeed's optimizer are replaced within it. For other engines it does nothing. `full_trained_elements`:
-    trained elements of the deeper model that is simulated by the engine's shallow one; None if the engine's model is simulated
-    for itself, so that each reduction counts as it happens.
+    DeepSpeed collects gradients in a bucket of a fixed size, and reduces the bucket when it is full. Two methods of its optimizer
+    are replaced within the context. For other engines it does nothing.
+
+    `full_trained_elements`: trained elements of the deep model in whose place the engine's model of few blocks is simulated; None
+    if the engine's model is simulated for itself, so that each reduction counts as it happens.
     """
+    # Of `engine`, the engine of shardtune, and of `engine.engine`, DeepSpeed's own.
     optimizer: Any = getattr(getattr(engine, "engine", None), "optimizer", None)
     if optimizer is None or not hasattr(optimizer, "reduce_ipg_grads"):
         yield
@@ -61,10 +64,11 @@ class _RecordedBuckets:
         """Whether DeepSpeed handles a gradient of a block at the moment."""
 
     def on_gradient(self, param: Any, group: int) -> None:
-        """DeepSpeed calls this when the gradient of `param` is complete; `group` is its optimizer group.
+        """DeepSpeed calls this when the gradient of `param` is complete, in place of its own method, which is called at the end.
 
         In a shallow model, a gradient of a block makes the recorder note the peak that the reduction of a full bucket would cause
-        at this moment, because in the deeper model any gradient of a block may be the one that fills the bucket.
+        at this moment, because in the deeper model any gradient of a block may be the one that fills the bucket. `group`: the
+        index of the parameter's optimizer group.
         """
         is_in_block = isinstance(self.recorder.phase.model_part, int)  # outside blocks a text: before, head, after
         if self.full_trained_elements is not None and self._has_several_buckets and is_in_block:
@@ -89,7 +93,7 @@ class _RecordedBuckets:
             self._deepspeed_reduce(*args, **kwargs)
 
     def _bytes_lacking_to_full_bucket(self) -> int:
-        """Bytes by which the deeper model's reduction takes more than that of the shallow model, which is live already.
+        """Bytes by which the deeper model's reduction of a bucket takes more than the shallow model's, which is counted anyway.
 
         0 if the engine's model is not a shallow one.
         """
@@ -103,9 +107,9 @@ class _RecordedBuckets:
         return full_bytes - self._reduction_bytes(bucket_elements, trained_elements)
 
     def _reduction_bytes(self, bucket_elements: int, trained_elements: int) -> int:
-        """Most bytes that the reduction of a bucket allocates, in a model of `trained_elements` trained elements.
+        """Most bytes that DeepSpeed allocates to reduce a bucket, in a model of `trained_elements` trained elements.
 
-        A copy of the part for one rank, and a second copy if it is exchanged in another type.
+        That is a copy of the part of one rank, and a second copy if gradients are exchanged in another dtype than they have.
         """
         # DeepSpeed has a bucket for each type in which gradients are exchanged; our runs use one type.
         (communicated_dtype,) = self.optimizer.ipg_buckets

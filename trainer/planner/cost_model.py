@@ -169,9 +169,10 @@ class CostModel:
     """Whether the model is right for one row at a time only."""
 
     def memory_peak_at(self, num_rows_or_tokens: float) -> MemoryPeak:
-        """The peak memory of a rank's step with micro-batches of so many rows (if `size_is_in_rows`) or tokens.
+        """How much device memory a rank's step needs at most, with micro-batches of so many rows (`size_is_in_rows`) or tokens.
 
-        The live bytes of each phase lie on the line through the two simulated sizes; the phase with the most bytes is the peak.
+        A phase is a part of a step, such as the forward pass of block 3. Its live bytes at a size lie on the line through those
+        of the two simulated sizes, and the phase with the most bytes is the step's peak.
         """
         small_phases, large_phases = self.phase_peaks_at_sizes
         bytes_by_phase: dict[StepPhase, float] = {}
@@ -186,12 +187,14 @@ class CostModel:
         bytes_by_kind = dict(large_phases[peak_phase].bytes_by_kind)
         growth = peak_bytes - large_phases[peak_phase].total_bytes
         bytes_by_kind[MemoryKind.activations] = bytes_by_kind.get(MemoryKind.activations, 0) + round(growth)
+        # Fitted phases count the last blocks from the end (-1): for readers, a block has its index from the start.
         return MemoryPeak(round(peak_bytes), peak_phase.with_block_from_start(self.num_blocks), bytes_by_kind)
 
     def max_rows_or_tokens_on_device(self, limit_bytes: float) -> float:
-        """The largest micro-batch, in rows or tokens, whose peak fits in `limit_bytes` of device memory.
+        """The largest micro-batch, in rows (if `size_is_in_rows`) or tokens, whose step fits in `limit_bytes` of device memory.
 
-        0 if not even an empty one fits; infinite if no phase takes more memory with a larger micro-batch.
+        The inverse of `memory_peak_at`, and not rounded. 0 if not even an empty micro-batch fits; infinite if no phase takes more
+        memory with a larger one.
         """
         small_phases, large_phases = self.phase_peaks_at_sizes
         # Each line (of a phase's peak, or of an operation that may become it) reaches the limit at some size. The lowest counts.
@@ -210,9 +213,10 @@ class CostModel:
         return max_rows_or_tokens
 
     def micro_batch_work(self, num_rows_or_tokens: float, sum_of_squared_lengths: float) -> MicroBatchWork:
-        """The FLOPs and the traffic of one micro-batch of so many rows or tokens.
+        """The FLOPs and the traffic of one micro-batch of so many rows (if `size_is_in_rows`) or tokens, to estimate its time.
 
-        `sum_of_squared_lengths`: of its sequences. The FLOPs of attention are proportional to it, all others to the tokens.
+        `sum_of_squared_lengths`: of its sequences. The FLOPs of attention are proportional to it, all others to the tokens. So
+        two unknown rates are found from the FLOPs of the two simulated sizes.
         """
         small, large = self.simulated_sizes
         small_flops, large_flops = self.flops_at_sizes
@@ -220,7 +224,8 @@ class CostModel:
             small.num_rows_or_tokens * large.sum_of_squared_lengths
             - large.num_rows_or_tokens * small.sum_of_squared_lengths
         )
-        # If all rows have one length, attention grows with the number of rows, as everything else does.
+        # If all rows have one length, attention grows with the number of rows, as everything else does. Without a determinant,
+        # both sizes have the same squares per token, so that the two rates cannot be told apart.
         if self.size_is_in_rows or not determinant:
             flops = self._on_line(small_flops, large_flops, num_rows_or_tokens)
         else:
@@ -250,10 +255,10 @@ class CostModel:
         )
 
     def max_rows_or_tokens_on_host(self, limit_bytes: float) -> float:
-        """The largest micro-batch, in rows or tokens, whose block inputs fit in `limit_bytes` of pinned host memory.
+        """The largest micro-batch, in rows or tokens, whose offloaded block inputs fit in `limit_bytes` of host memory.
 
-        Inputs wait there only with `strategy.offload_activations`: infinite without it. There is a tensor for each block, all of
-        one size. 0 if `limit_bytes` has not a byte per tensor.
+        With `strategy.offload_activations`, the input of each recomputed block waits in pinned host memory for the backward pass:
+        one tensor for each, taken to be of one size. Infinite without it; 0 if `limit_bytes` has not a byte per tensor.
         """
         small_inputs, large_inputs = self.host_inputs_at_sizes
         num_tensors = large_inputs.num_tensors
@@ -272,7 +277,7 @@ class CostModel:
         return large_size + (allocated_bytes - large_inputs.num_bytes) / bytes_per_row_or_token
 
     def _on_line(self, small: float, large: float, num_rows_or_tokens: float) -> float:
-        """The value at a size, on the straight line through `small` and `large`, the values at the two simulated sizes.
+        """An amount at another size: the straight line through `small` and `large`, its values at the two simulated sizes.
 
         Outside of the two sizes the line goes on (it extrapolates).
         """

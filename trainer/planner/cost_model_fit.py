@@ -91,17 +91,19 @@ class SimulationOfSizes:
 def micro_batches_to_simulate(
     built: BuiltModel, vocabulary: int, length: int, *, is_linear: bool, ranks_per_row: int = 1, in_tiles: bool = False
 ) -> SizesToSimulate:
-    """The two micro-batches to simulate for a cost model. All other sizes lie on the line through these two.
+    """Choose the two micro-batches to simulate, through whose memory and work a cost model draws a line for all other sizes.
 
-    The cases in order:
+    Both must be on the straight part of that line, and as small as possible, since a larger one takes longer to simulate:
 
     - padded rows, or memory of attention that is not linear in the length (not `is_linear`): sequences of `length` tokens;
     - MLPs that take their tokens in tiles (`in_tiles`), which short sequences would not fill: half of `length`, and `length`;
-    - else short sequences, which are simulated sooner, but fill two and three chunks of logits: the loss takes tokens in
-      chunks, and the second chunk is made while the first is still live.
+    - else short sequences that fill two and three chunks of logits: the loss takes tokens in chunks, and the second chunk is
+      made while the first is still live. If chunks are too large for that: `length` and twice `length`.
 
-    `vocabulary`: its number of rows. `ranks_per_row`: each takes a slice of the row, and chunks of its own.
+    `built`: of it, the layout of rows and the sequences of a document count. `vocabulary`: its number of rows. `length`: tokens
+    of the run's sequences. `ranks_per_row`: each takes a slice of the row, and chunks of its own.
     """
+    # A document is one sequence, or two where an objective compares answers; it is never split over micro-batches.
     per_document = built.data_spec.sequences_per_document
     chunk_tokens = ranks_per_row * max(MIN_CHUNK_TOKENS, CHUNK_LOGITS // max(1, vocabulary))
     fills_chunks = chunk_tokens <= MAX_ROWS_TO_FILL_A_CHUNK * length
@@ -140,11 +142,16 @@ def simulate_two_sizes(
     expected_peaks: dict[StepPhase, int] | None = None,
     is_needed: Callable[[StepPhase], bool] = lambda _: True,
 ) -> tuple[SimulatedStep, SimulatedStep]:
-    """Simulate a step of each size of micro-batch with one engine, after a warm-up step that creates the optimizer's state.
+    """Simulate a step of each of two sizes of micro-batch with one engine, so that the engine is built only once.
 
-    `batches_of_sizes`: the micro-batches of the step of the smaller and of the larger size. `expected_peaks`, `is_needed`: see
-    `_take_step_by_kind`; None: each phase is expected to peak after the same operation as at the smaller size. The model is on
-    meta, and cannot be used afterwards. Raises what the engine raises, and ConfigError for what it refuses.
+    A warm-up step before them creates the optimizer's state, which every later step has.
+
+    `batches_of_sizes`: the micro-batches of the step of the smaller, and of the larger size. `expected_peaks`: by phase of a
+    step, the number of the operation after which its memory is probably highest; None: the same as at the smaller size.
+    `is_needed`: whether the peak of a phase must be known by kind of memory.
+
+    The model of `parts` is on meta, and cannot be used afterwards. Raises what the engine raises, and ConfigError for what it
+    refuses.
     """
     with fake_tensors(runtime.device):
         small_batches, large_batches = replace_tensors_by_fakes(parts.built, [*batches_of_sizes])
@@ -167,10 +174,13 @@ def _take_step_by_kind(
     expected_peaks: dict[StepPhase, int],
     is_needed: Callable[[StepPhase], bool],
 ) -> RecordedStep:
-    """Take a step of which the peaks are also known by kind of memory (a tally), counted once a phase.
+    """Take a simulated step, and count by kind (parameters, activations, ...) the memory at the peak of each phase.
 
-    `expected_peaks`: by phase, the number of the operation after which it is expected to peak, and so is tallied. If that was too
-    late for a phase that `is_needed`, the step is taken once more, now that the peaks are known.
+    To count by kind after each operation would take too long. So it is done where a phase is expected to peak, and after any
+    higher operation that follows. If a peak came earlier than expected, in a phase that `is_needed`, the step is taken once more,
+    now that the peaks are known.
+
+    `expected_peaks`: by phase, the number of that operation within the phase, from 0.
     """
     # The tally tells more precisely what tensors hold. The second step must begin with what was known before the first.
     known_kinds = recorded.recorder.known_kinds()
@@ -186,7 +196,10 @@ def _take_step_by_kind(
 def _were_tallied_at_peaks(
     peaks: dict[StepPhase, PhasePeak], expected_peaks: dict[StepPhase, int], is_needed: Callable[[StepPhase], bool]
 ) -> bool:
-    """Whether each needed phase was tallied at its peak: it exists, and its peak is not before the expected operation."""
+    """Whether memory was counted by kind at the peak of each needed phase, so that the step need not be repeated.
+
+    It was if the phase exists, and its peak is at the expected operation or after it.
+    """
     for phase, operation in expected_peaks.items():
         if is_needed(phase) and (phase not in peaks or peaks[phase].operation_index < operation):
             return False
@@ -203,12 +216,15 @@ def fit_cost_model(
     num_end_blocks: int = DEFAULT_END_BLOCKS,
     ends_may_overlap: bool = False,
 ) -> CostModel:
-    """The cost model of a step in a model of `num_blocks` blocks, from steps of two sizes in models of two depths.
+    """Fit the cost model of a step in a model of `num_blocks` blocks, from simulated steps in two models with fewer blocks.
 
-    `simulate_at_depth(depth, expected_peaks)` simulates both sizes of micro-batch in a model of `depth` blocks (see
-    `simulate_two_sizes`). `period`: after how many blocks their kinds repeat; None simulates the whole model. `accumulation`:
-    micro-batches of a step. `local_world_size`: ranks of a host. For `num_end_blocks` and `ends_may_overlap` see
-    `shallow_depths`.
+    In each, steps of two sizes of micro-batch are simulated. First each size is extrapolated to all blocks, then a line through
+    the two gives every other size.
+
+    `simulate_at_depth(depth, expected_peaks)`: simulates both sizes in a model of `depth` blocks (see `simulate_two_sizes`).
+    `period`: after how many blocks their kinds repeat; None simulates the whole model. `accumulation`: micro-batches of a step.
+    `local_world_size`: ranks of a host. `num_end_blocks`: blocks at either end of a model that may take other memory than those
+    between. `ends_may_overlap`: whether a block may belong to both ends.
     """
     depths = None
     if period:
@@ -241,11 +257,14 @@ def _cost_model_of_depths(
     accumulation: int,
     local_world_size: int,
 ) -> CostModel:
-    """The cost model of the whole model, from the simulations of the two depths (the same one twice if it was simulated whole).
+    """Assemble the cost model of the whole model: extrapolates each amount of the two simulated depths to all its blocks.
 
-    `phase_peaks_at_sizes`: the peaks of the whole model. `accumulation`: micro-batches of a step. `local_world_size`: ranks of
-    a host. Memory between steps, collectives and host memory do not depend on the size: those of the larger one are taken.
+    `shallow`, `deep`: the simulations of the model with fewer and with more blocks; the same one twice if the whole model was
+    simulated. `phase_peaks_at_sizes`: the peaks of the whole model, extrapolated already. `accumulation`: micro-batches of a
+    step. `local_world_size`: ranks of a host.
     """
+    # Memory between steps, collectives on weights and host memory do not depend on the size of micro-batches: those of the
+    # larger size are taken below.
 
     def at_full_depth(amount_of: Callable[[SimulatedStep], float]) -> tuple[float, float]:
         """An amount of a step of the whole model, at either size."""
@@ -311,12 +330,14 @@ def _moved_before_update(step: SimulatedStep) -> int:
 
 
 def find_peak_candidates(small: PhasePeak, large: PhasePeak) -> list[BytesAtSizes]:
-    """Live bytes after those operations of a phase that may be its peak at some size of micro-batch.
+    """Find the operations of a phase whose memory may be its highest at some larger micro-batch: their live bytes at both sizes.
 
     `small` and `large` are the same phase at the two simulated sizes. Which operation is highest depends on the size: what a
     block keeps for its backward pass grows with the tokens, the gradients of its weights do not. An operation is a candidate if
-    no other has both more bytes at the large size and more growth. The list is empty if the two sizes have different operations.
-    Side effect: empties `live_after_operation` of both, which nothing needs afterwards.
+    no other has both more bytes at the large size and more growth: [(10, 20), (2, 18)] of [(10, 20), (2, 18), (9, 17)].
+
+    The list is empty if the two sizes have different operations. Empties `live_after_operation` of both phases, which may be
+    long, and which nothing needs afterwards.
     """
     candidates: list[BytesAtSizes] = []
     if len(small.live_after_operation) == len(large.live_after_operation):
@@ -336,9 +357,10 @@ def find_peak_candidates(small: PhasePeak, large: PhasePeak) -> list[BytesAtSize
 def _extrapolate_totals(
     shallow: dict[Any, CollectiveTotal], deep: dict[Any, CollectiveTotal], extrapolation: DepthExtrapolation
 ) -> dict[Any, CollectiveTotal]:
-    """The collectives of each kind (the keys) in the whole model; a kind without calls there is left out.
+    """Extrapolate how often collectives are called, and on how many bytes, from two shallow models to the whole model.
 
-    A kind that one of the two simulated models lacks has no calls and no bytes in it.
+    The keys of the dicts are kinds of collectives, or sizes of groups. A kind that one of the two models lacks has no calls in
+    it; one that has no calls in the whole model is left out.
     """
     none_of_kind = CollectiveTotal(num_calls=0, num_bytes=0)
     extrapolated = {}
@@ -355,9 +377,10 @@ def _extrapolate_totals(
 def _collective_totals(
     collectives: list[Collective], accumulation: int, local_world_size: int
 ) -> dict[CollectiveKind, CollectiveTotal]:
-    """The collectives on weights and gradients in a step, counted by kind; all-to-alls of tokens are left out.
+    """Count the collectives on weights and gradients in a simulated step by kind, to estimate how long they take.
 
-    `accumulation`: micro-batches of the step. `local_world_size`: ranks of a host, to count the hosts of a process group.
+    All-to-alls of tokens are left out: they grow with the micro-batch, and `_token_all_to_alls` counts them. `accumulation`:
+    micro-batches of the step. `local_world_size`: ranks of a host, to count the hosts of a process group.
     """
     calls: Counter[CollectiveKind] = Counter()
     size_bytes: Counter[CollectiveKind] = Counter()
@@ -383,9 +406,10 @@ def _collective_totals(
 
 
 def _token_all_to_alls(collectives: list[Collective], accumulation: int) -> dict[int, CollectiveTotal]:
-    """What ranks exchange for the tokens of one micro-batch, by the number of ranks of a group.
+    """Count the all-to-alls of one micro-batch, by the number of ranks in their group: {4: CollectiveTotal(64, 1.2e9)}, say.
 
-    `collectives`: those of a step of `accumulation` micro-batches.
+    By these, ranks exchange slices of rows for heads (`parallel.sequence`), or send tokens to their experts. `collectives`: those
+    of a step of `accumulation` micro-batches.
     """
     calls: Counter[int] = Counter()
     size_bytes: Counter[int] = Counter()
@@ -403,7 +427,11 @@ def _token_all_to_alls_at_depth(
     accumulation: int,
     local_world_size: int,
 ) -> tuple[TokenAllToAll, ...]:
-    """The all-to-alls of tokens in a micro-batch in the whole model, one for each number of ranks in a group."""
+    """Extrapolate the all-to-alls of a micro-batch to the whole model: one entry for each number of ranks in a group.
+
+    Their bytes are given at both simulated sizes, since they grow with the tokens. `shallow`, `deep`: the simulations of the two
+    depths. `accumulation`: micro-batches of a simulated step. `local_world_size`: ranks of a host.
+    """
     small_totals = _extrapolate_totals(
         _token_all_to_alls(shallow.small.collectives, accumulation),
         _token_all_to_alls(deep.small.collectives, accumulation),

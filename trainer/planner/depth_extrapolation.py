@@ -87,16 +87,17 @@ class ExtrapolatedStep:
 def shallow_depths(
     num_blocks: int, period: int = 1, num_end_blocks: int = DEFAULT_END_BLOCKS, *, ends_may_overlap: bool = False
 ) -> tuple[int, int] | None:
-    """Two numbers of blocks to simulate in place of a model of `num_blocks` blocks, whose kinds repeat after `period` blocks.
+    """Choose how many blocks the two shallow models have that are simulated in place of a model of `num_blocks` blocks.
 
-    32 blocks of one kind -> (4, 5): the difference between the two costs is that of one period, by which the whole model is
-    extrapolated. None if the two have about as many blocks as the whole model, which is then simulated itself. Both have the
-    same remainder by `period` as `num_blocks`, so that the last block is of the same kind.
+    The two differ by one period, the number of blocks after which their kinds repeat: the difference between their costs is what
+    each further period of the whole model costs. 32 blocks of one kind -> (4, 5). None if the two together have about as many
+    blocks as the whole model, which is then simulated itself.
 
     `num_end_blocks`: blocks at either end of a model that may take other memory than those between; both models have them all.
     `ends_may_overlap`: a block may belong to both ends, because all blocks are of one kind and nothing reaches from one end to
     the other.
     """
+    # The first `num_end_blocks` and the last; one block less where a block may be in both.
     if ends_may_overlap and period == 1:
         fewest_blocks = 2 * num_end_blocks - 1
     else:
@@ -114,10 +115,11 @@ def phases_at_depth(
     extrapolation: DepthExtrapolation,
     num_end_blocks: int = DEFAULT_END_BLOCKS,
 ) -> dict[StepPhase, PhasePeak]:
-    """The peak memory of each phase in a step of the whole model, from the steps of a shallower and a deeper model.
+    """Extrapolate the peak memory of each phase to the whole model, from the steps of a shallower and a deeper model.
 
-    Only phases of `num_end_blocks` blocks at either end, and those outside blocks, are extrapolated. They are the same at both
-    depths. The peaks of blocks between lie on a line, whose highest point is at an end. The last blocks have negative indices.
+    A phase is a part of a step, such as the forward pass of block 3. Only those of the first and the last `num_end_blocks`
+    blocks, and those outside blocks, are needed: the peaks of blocks between lie on a line, whose highest point is at an end.
+    The keys of the last blocks have negative indices (-1 is the last), so that they are the same at every depth.
     """
     shallow_phases = phases_from_ends(shallow.peak_by_phase, extrapolation.shallow_depth, num_end_blocks)
     deep_phases = phases_from_ends(deep.peak_by_phase, extrapolation.deep_depth, num_end_blocks)
@@ -125,7 +127,7 @@ def phases_at_depth(
 
 
 def _extrapolate_peak(shallow: PhasePeak, deep: PhasePeak, extrapolation: DepthExtrapolation) -> PhasePeak:
-    """The peak of one phase in the whole model, from its peaks in the shallower and in the deeper of two simulated models.
+    """Extrapolate the peak memory of one phase of a step to the whole model, from two simulated models of fewer blocks.
 
     The live bytes after each operation are extrapolated by themselves, so the peak may be after another operation than in the
     simulated models. Nobody asks which: `operation_index` of the result is always 0.
@@ -170,9 +172,10 @@ def extrapolate_step(
     extrapolation: DepthExtrapolation,
     num_end_blocks: int = DEFAULT_END_BLOCKS,
 ) -> ExtrapolatedStep:
-    """The step of the whole model, from the steps of a shallower and a deeper model.
+    """Extrapolate a step to the whole model, from the simulated steps of a shallower and a deeper model of the same blocks.
 
-    `num_end_blocks`: blocks at either end that may take other memory than those between.
+    Each amount grows by the same for each further period of blocks. `num_end_blocks`: blocks at either end of a model that may
+    take other memory than those between.
     """
     phases = phases_at_depth(shallow, deep, extrapolation, num_end_blocks)
     peak_phase, phase_peak = max(phases.items(), key=lambda phase_and_peak: phase_and_peak[1].total_bytes)
@@ -180,7 +183,7 @@ def extrapolate_step(
     shallow_totals = _totals_by_collective(shallow.collectives)
     deep_totals = _totals_by_collective(deep.collectives)
     collective_totals = {}
-    # Both models call the same collectives, only more or less often.
+    # Both models call the same collectives, only more or less often: each key is in both dicts.
     for key in {**deep_totals, **shallow_totals}:
         collective_totals[key] = CollectiveTotal(
             num_calls=whole_amount(shallow_totals[key].num_calls, deep_totals[key].num_calls),
@@ -203,7 +206,10 @@ def extrapolate_step(
 
 
 def host_inputs_at_depth(shallow: SimulatedStep, deep: SimulatedStep, extrapolation: DepthExtrapolation) -> HostTensors:
-    """The inputs of recomputed blocks that wait in host memory (`strategy.offload_activations`), in the whole model."""
+    """How many block inputs wait in host memory in the whole model, extrapolated from two models of fewer blocks.
+
+    With `strategy.offload_activations`, the input of each recomputed block waits there for the backward pass.
+    """
     return HostTensors(
         num_tensors=extrapolation.whole_amount(shallow.host_inputs.num_tensors, deep.host_inputs.num_tensors),
         num_bytes=extrapolation.whole_amount(shallow.host_inputs.num_bytes, deep.host_inputs.num_bytes),
@@ -211,7 +217,10 @@ def host_inputs_at_depth(shallow: SimulatedStep, deep: SimulatedStep, extrapolat
 
 
 def full_depth_step(step: SimulatedStep, num_blocks: int) -> ExtrapolatedStep:
-    """`step` of a model that was simulated with all its `num_blocks` blocks, in the form of an extrapolated step."""
+    """Bring the step of a model that was simulated as a whole into the form of an extrapolated one, which readers expect.
+
+    `num_blocks`: blocks of the model.
+    """
     peak_phase, phase_peak = step.phase_and_peak
     return ExtrapolatedStep(
         num_blocks=num_blocks,
@@ -236,11 +245,13 @@ def simulate_or_extrapolate_step(
     ends_may_overlap: bool = False,
     exact: bool = False,
 ) -> ExtrapolatedStep:
-    """The step of a model of `num_blocks` blocks, extrapolated from two shallow models where that is possible.
+    """Find the step of a model of `num_blocks` blocks: simulate two models of fewer blocks and extrapolate, where possible.
 
-    `simulate_model_of(depth)` takes the step of the model with `depth` blocks. `period`: after how many blocks their kinds
-    repeat. For `num_end_blocks` and `ends_may_overlap` see `shallow_depths`. The whole model is simulated with `exact`, or if
-    it has too few blocks to extrapolate.
+    The whole model is simulated with `exact`, or if it has too few blocks to extrapolate.
+
+    `simulate_model_of(depth)`: simulates the step of the model with its first `depth` blocks. `period`: after how many blocks
+    their kinds repeat. `num_end_blocks`: blocks at either end that may take other memory than those between.
+    `ends_may_overlap`: whether a block may belong to both ends.
     """
     depths = None
     if not exact:
@@ -256,11 +267,11 @@ def simulate_or_extrapolate_step(
 def phases_from_ends(
     peak_by_phase: dict[StepPhase, PhasePeak], num_blocks: int, num_end_blocks: int = DEFAULT_END_BLOCKS
 ) -> dict[StepPhase, PhasePeak]:
-    """The phases of a step, with keys by which models of different depths can be compared.
+    """Give the phases of a simulated step keys that are the same in models of different depths, so that they can be compared.
 
-    The first `num_end_blocks` of the `num_blocks` blocks keep their index as `model_part`, the last ones have negative indices
-    (-1 is the last block), and phases of the blocks between are left out. A block that is near both ends has two entries.
-    Phases outside blocks stay.
+    A phase of a block has the block's index as `model_part`. The first `num_end_blocks` of the `num_blocks` blocks keep theirs,
+    the last ones get negative indices (-1 is the last block), and phases of the blocks between are left out. A block that is
+    near both ends has two entries. Phases outside blocks stay.
     """
     phases: dict[StepPhase, PhasePeak] = {}
     for phase, peak in peak_by_phase.items():
@@ -284,11 +295,14 @@ def is_near_an_end(phase: StepPhase, num_blocks: int, num_end_blocks: int = DEFA
 def phases_of_deeper_model(
     shallow_phases: dict[StepPhase, PhasePeak], depths: tuple[int, int], num_end_blocks: int
 ) -> dict[StepPhase, PhasePeak]:
-    """The expected phases of the deeper of two models: each has the peak of the corresponding block in the shallow model.
+    """Predict, before the deeper of two models is simulated, the peaks of its phases: those of the matching shallow blocks.
 
-    The planner uses it before it simulates the deeper model, to know after which operation a phase will peak. `depths`: blocks
-    of the shallow and of the deeper model. With depths 3 and 6 and one end block, blocks 0 to 5 of the deeper model get the peaks
-    of blocks 0, 1, 2, none, none, 2 in forward passes, and of 0, none, none, 0, 1, 2 in backward passes.
+    The simulation counts memory by kind after the operations that are known so. `shallow_phases`: the peaks of the shallow model.
+    `depths`: blocks of the shallow and of the deeper model. `num_end_blocks`: blocks at either end of a model that may take other
+    memory than those between.
+
+    With depths 3 and 6 and one end block, blocks 0 to 5 of the deeper model get the peaks of blocks 0, 1, 2, none, none, 2 in
+    forward passes, and of 0, none, none, 0, 1, 2 in backward passes. Phases of blocks that match none are left out.
     """
     shallow_depth, deep_depth = depths
     expected: dict[StepPhase, PhasePeak] = {}
@@ -313,7 +327,7 @@ def phases_of_deeper_model(
 
 
 def _totals_by_collective(collectives: list[Collective]) -> dict[ExtrapolatedCollective, CollectiveTotal]:
-    """The calls and bytes of a step's collectives, by operation, number of ranks and type."""
+    """Count the calls and bytes of a step's collectives by operation, ranks of the group and dtype, to extrapolate them."""
     calls: Counter[ExtrapolatedCollective] = Counter()
     size_bytes: Counter[ExtrapolatedCollective] = Counter()
     for collective in collectives:

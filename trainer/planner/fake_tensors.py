@@ -15,9 +15,11 @@ from trainer.step import BuiltModel
 def replace_tensors_by_fakes(
     built: BuiltModel, batches_by_size: list[list[dict[str, Any]]]
 ) -> list[list[dict[str, Any]]]:
-    """The micro-batches with fake tensors in place of real ones; the model's buffers are replaced in place.
+    """Replace the real tensors that a simulated step would read by fake ones, since the two cannot be mixed in an operation.
 
-    Its parameters are on meta: they have no memory, and the engine makes its own of them. Must be called within `fake_tensors`.
+    `batches_by_size`: the micro-batches of one or more steps, each a list; they come back in the same order, with fake tensors.
+    The model's buffers are replaced in place. Its parameters are left: they are on meta, and the engine makes its own of them.
+    Must be called within `fake_tensors`.
     """
     fake_of = _FakeOf()
     replace_buffers(built.step_module, fake_of)

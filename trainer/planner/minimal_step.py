@@ -22,9 +22,10 @@ from trainer.optim.schedule import ScheduleConfig
 
 
 def build_step_batch(batches: list[dict[str, Any]], device: torch.device) -> StepBatch:
-    """One rank's micro-batches, which are on the CPU, as the `StepBatch` on `device` that the training loop takes.
+    """Wrap one rank's micro-batches as the training loop takes them from a data loader, for a step without a data set.
 
-    The counts for reports are placeholders: nobody reads them, and the losses are divided by `totals`.
+    `batches`: on the CPU; they are copied to `device`. The counts for reports (samples, supervised tokens) are placeholders that
+    nobody reads: losses are divided by the micro-batches' own "totals".
     """
     micro_batches = [to_device(batch, device) for batch in batches]
     tokens = sum(int(batch["input_ids"].numel()) for batch in batches)
@@ -43,10 +44,10 @@ def build_step_batch(batches: list[dict[str, Any]], device: torch.device) -> Ste
 
 
 def minimal_trainer(engine: Any) -> Trainer:
-    """A `Trainer` with an engine and placeholders for everything else: only `train_step` may be called.
+    """Make a `Trainer` that can only `train_step`, so that simulated and trial steps do exactly what a step of a run does.
 
-    Simulated steps and trial steps run through it, so that they do exactly what a step of a training run does. What `train_step`
-    calls is real: guards, stragglers and detectors watch each step. What it does not call is None.
+    `engine`: the sharded model with its optimizer, or what has its methods. What `train_step` calls beside it is real: guards
+    and stragglers and detectors, which watch each step. What it does not call is None.
     """
     # `train_step` reads the schedule; the learning rate does not matter.
     settings = LoopSettings(

@@ -34,9 +34,9 @@ _PATTERN_BY_CONFIG: dict[str, BlockPattern] = {}
 
 
 def block_pattern(config: ModelConfig) -> BlockPattern:
-    """How the kinds of a model's blocks (its layers) repeat, by what transformers builds of its config.json.
+    """Find how the kinds of a model's blocks (its layers) repeat, so that the planner may simulate a model with fewer of them.
 
-    The planner simulates two models of few blocks in place of the whole one. The pattern says which numbers of blocks will do.
+    Two blocks of one kind cost the same. The kinds are seen in the model that transformers builds of its config.json.
     """
     settings = load_model_config(config)
     text = settings.get_text_config()
@@ -49,10 +49,11 @@ def block_pattern(config: ModelConfig) -> BlockPattern:
 
 
 def _pattern_of_built_model(config: ModelConfig, settings: Any, text: Any) -> BlockPattern:
-    """The pattern of a model that is built on meta, where weights take no memory.
+    """Build the model on meta, where weights take no memory, and find how the kinds of its blocks repeat.
 
-    `text`: the settings of the part that reads tokens, which are `settings` themselves unless the model also reads images.
-    The pattern has no period if the model's class cannot be built so: the planner then simulates the whole model.
+    `settings`: the model's config.json as transformers has it. `text`: those of the part that reads tokens, which are `settings`
+    themselves unless the model also reads images. The pattern has no period if the model's class cannot be built so: the planner
+    then simulates the whole model.
     """
     model_class = transformers_class(ModelKind.causal, settings)
     try:
@@ -68,11 +69,11 @@ def _pattern_of_built_model(config: ModelConfig, settings: Any, text: Any) -> Bl
 
 
 def repeating_pattern(kinds: Sequence[Hashable]) -> BlockPattern:
-    """The pattern of blocks whose `kinds`, first to last, are given; two blocks of equal kind cost the same.
+    """Find the pattern in the kinds of a model's blocks, first to last: after some leading blocks, kinds repeat by a period.
 
-    Of several, it is the one with the fewest blocks before those that repeat, then the shortest period: shallow models have
-    these blocks and a few periods, and so fewest blocks. A period must occur twice at least. ["dense", "moe", "moe"] ->
-    BlockPattern(num_blocks=3, period=1, num_leading_blocks=1).
+    ["dense", "moe", "moe"] -> BlockPattern(num_blocks=3, period=1, num_leading_blocks=1). Of several patterns, it is the one with
+    the fewest leading blocks, then the shortest period: a shallow model has these blocks and a few periods, and so fewest
+    blocks. A period must occur twice at least; `period` is None if none does.
     """
     num_blocks = len(kinds)
     for num_leading in range(num_blocks):
@@ -84,7 +85,7 @@ def repeating_pattern(kinds: Sequence[Hashable]) -> BlockPattern:
 
 
 def repeated_blocks(step_module: TrainStep) -> list[nn.Module]:
-    """The blocks that `block_pattern` counts, in forward order: those of the tuned model through which text goes.
+    """The blocks of the tuned model through which text goes, in forward order: those that the planner counts and leaves out.
 
     A step shards more blocks than these: those of a teacher, and those that read images or sound, which no text reaches.
     Call it before an engine shards the module, since sharding may give the blocks other classes.
@@ -108,7 +109,10 @@ def teacher_blocks(step_module: TrainStep) -> list[nn.Module]:
 
 
 def truncated_model(config: ModelConfig, depth: int, directory: Path) -> ModelConfig:
-    """The model with its first `depth` blocks, to simulate in place of the whole: its config.json is written to `directory`."""
+    """Make the settings of a model with only the first `depth` blocks of `config`'s, to simulate in place of the whole.
+
+    Its config.json is written to `directory`, which the returned settings have as their path.
+    """
     settings = copy.deepcopy(load_model_config(config))
     text: Any = settings.get_text_config()
     # The number of layers, and settings that are lists with an entry for each layer (its kind of attention, for example).

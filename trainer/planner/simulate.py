@@ -114,11 +114,14 @@ class RecordedStep(NamedTuple):
 
 
 def simulate(parts: StepParts, runtime: Runtime, *, repeat: int = 1) -> SimulatedStep:
-    """Take three training steps on fake tensors (which have shapes but no memory) as one rank, and report the last.
+    """Take training steps of one rank on fake tensors (which have shapes but no memory), to learn what a step of it needs.
 
-    The first step creates the optimizer's state, the second finds where each phase peaks, and the third tells bytes there
-    apart by kind. `repeat`: how often the second step is repeated; 0 leaves out the third. The model of `parts` is on meta, and
-    cannot be used afterwards. Raises what the engine raises, and ConfigError for what it refuses.
+    The first step creates the optimizer's state, the second finds after which operation the memory of each phase is highest, and
+    the third counts it there by kind (parameters, activations, ...). `repeat`: steps after the second; with 0 nothing is known by
+    kind.
+
+    The model of `parts` is on meta, and cannot be used afterwards. Raises what the engine raises, and ConfigError for what it
+    refuses.
     """
     with fake_tensors(runtime.device):
         (batches,) = replace_tensors_by_fakes(parts.built, [parts.micro_batches])  # takes and returns a list of steps
@@ -137,9 +140,10 @@ def record_steps(parts: StepParts, runtime: Runtime, *, warmup_steps: int = 1, r
 
 @contextmanager
 def recording_engine(parts: StepParts, runtime: Runtime) -> Iterator[RecordedEngine]:
-    """A context with the engine of `parts`, whose memory and collectives are recorded from its creation on.
+    """A context with an engine for the model of `parts`, whose memory and collectives are recorded from its creation on.
 
-    The model in `parts.built` becomes the engine's, and cannot be used for another. All ranks must call.
+    An engine is the sharded model with its optimizer. The model in `parts.built` becomes the engine's, and cannot be used for
+    another. All ranks must call.
     """
     if "deepspeed" in sys.modules:  # ZeRO-3 simulated before leaves a linear function that casts weights anew each time
         restore_torch_linear()
@@ -153,6 +157,7 @@ def recording_engine(parts: StepParts, runtime: Runtime) -> Iterator[RecordedEng
             make_optimizer=parts.make_optimizer,
             max_grad_norm=parts.max_grad_norm,
         )
+        # From here on it is known which memory holds parameters, and which the optimizer's state.
         for kind, tensor in engine_tensors(engine):
             recorder.track(tensor, kind)
         recorded = RecordedEngine(engine, recorder, part_by_block)
@@ -181,10 +186,10 @@ def _without_garbage_collection() -> Iterator[None]:
 
 
 def _report_lowest_peaks(parts: StepParts, recorded: RecordedEngine, warmup_steps: int, repeat: int) -> SimulatedStep:
-    """Take `warmup_steps` steps, then 1 + `repeat` steps of which each phase's lowest peak is reported.
+    """Take 1 + `repeat` steps after `warmup_steps`, and report what a step needs: of each phase the lowest peak memory of all.
 
-    Real steps differ, because threads of process groups free tensors late in some of them: the lowest peak is what a step needs.
-    Simulated steps must all have the same peaks (RuntimeError). Collectives and FLOPs are those of the first counted step.
+    Real steps differ, because threads of process groups free tensors late in some of them. Simulated steps must all have the same
+    peaks; RuntimeError otherwise. Collectives and FLOPs are those of the first counted step.
     """
     for _ in range(warmup_steps):
         recorded.take_step(parts.micro_batches)
@@ -226,9 +231,10 @@ class RecordedEngine:
     def take_step(
         self, batches: list[dict[str, Any]], operations_to_tally: dict[StepPhase, int] | None = None
     ) -> RecordedStep:
-        """Take one training step of these micro-batches, and return the peak of each phase and what was recorded of it.
+        """Take one step through the training loop, and return the peak memory of each of its phases and what else it did.
 
-        `operations_to_tally`: by phase, the number of the operation after which memory is counted by kind; None: after none.
+        `batches`: this rank's micro-batches. `operations_to_tally`: by phase, the number of the operation after which memory is
+        counted by kind, as an earlier step found it to be the highest; None: after none.
         """
         if operations_to_tally is None:
             self.recorder.begin_step()
@@ -249,11 +255,11 @@ class RecordedEngine:
         return RecordedStep(self.recorder.peak_by_phase, self.recorder.record)
 
     def step_result(self, step: RecordedStep) -> SimulatedStep:
-        """The result of a recorded step, with the memory that stays between steps. To be called before the next step begins.
+        """Complete a recorded step by the memory that stays allocated after it. Call it before the next step begins.
 
-        Host memory is that of the engine's tensors; tensors that share a storage count once.
+        On the device that memory is counted by kind; on the host, only the engine's tensors are counted.
         """
-        host_bytes_by_storage = {}
+        host_bytes_by_storage = {}  # several tensors may share a storage
         resting_bytes_by_kind = self.recorder.tally_bytes_by_kind()
         for _, tensor in engine_tensors(self.engine):
             if tensor.device != self.recorder.device:
@@ -279,10 +285,11 @@ class RecordedEngine:
         self.set_phase("forward", "before")
 
     def set_phase(self, phase: str, model_part: int | str = "before") -> None:
-        """Report to the recorder which phase (`forward`, ...), and which part of the model, computes from now on.
+        """Tell the recorder which part of a step computes from now on, so that it counts live bytes under this phase.
 
-        `model_part`: as in `StepPhase`. Also sets the kind of memory that new tensors count as: outputs of the head are logits,
-        all else in a step activations.
+        `phase`: `forward`, `backward`, `update`, or `between` steps. `model_part`: the index of a block, `before` the blocks,
+        `teacher`, `head` or `after`. Also sets the kind of memory that new tensors count as: outputs of the head are logits, all
+        else in a step activations.
         """
         self.recorder.phase = StepPhase(phase, self._micro_batch_index, model_part)
         if phase == "between":
@@ -316,7 +323,10 @@ class RecordedEngine:
 
     @contextmanager
     def block_hooks(self) -> Iterator[None]:
-        """A context in which hooks report to the recorder which block, or the head, computes. They keep no tensor alive."""
+        """A context in which the recorder is told which block of the model, or its head, computes at any moment.
+
+        Hooks on the modules do that. They keep no tensor alive, which would change the memory that is measured.
+        """
         with ExitStack() as stack:
             for block, model_part in self.part_by_block.items():
                 self._register_phase_hooks(stack, block, model_part)
@@ -329,7 +339,7 @@ class RecordedEngine:
             yield
 
     def _register_phase_hooks(self, stack: ExitStack, module: nn.Module, model_part: int | str) -> None:
-        """Register hooks that report when `module`, a block or the head, computes, in forward and backward passes.
+        """Register hooks on a block or the head that tell the recorder when it computes, in forward and backward passes.
 
         `stack` removes them when it closes. `model_part`: the block's index, `teacher` for the teacher's blocks, or `head`.
         """

@@ -102,11 +102,16 @@ def simulate_run(
     device: torch.device = SIMULATED,
     expert_imbalance: float = ASSUMED_IMBALANCE,
 ) -> SimulatedStep:
-    """Simulate one training step of rank `rank`, as on a GPU (or on `device` "cpu"), on tensors without memory.
+    """Simulate one training step of rank `rank` in the whole model, to learn its memory, FLOPs and communication without a GPU.
 
-    Each micro-batch has sequences of `lengths` tokens. Of `model.path` only the config.json is read. `expert_imbalance`: with
-    `parallel.experts`, tokens that arrive at this rank's experts over the mean of its group. Raises ConfigError for what the run
-    itself would refuse, RuntimeError in a process that is part of a job.
+    The step is the run's own code on fake tensors, which have a shape and a device but no memory. Of `model.path` only the
+    config.json is read.
+
+    `lengths`: tokens of each sequence of a micro-batch; all micro-batches of the step are alike. `local_world_size`: ranks of a
+    host. `device`: what the fake tensors claim to lie on; `SIMULATED` is a GPU. `expert_imbalance`: with `parallel.experts`,
+    tokens that arrive at this rank's experts over the mean of its group.
+
+    Raises ConfigError for what the run itself would refuse, RuntimeError in a process that is part of a job.
     """
     rank_of_job = _RankOfJob(
         rank=rank,
@@ -130,15 +135,17 @@ def simulate_depth(
     device: torch.device = SIMULATED,
     expert_imbalance: float = ASSUMED_IMBALANCE,
 ) -> ExtrapolatedStep:
-    """One training step of the whole model, extrapolated from simulations of two models with few of its blocks.
+    """Estimate one training step of the whole model, quickly: simulate it in two models with few blocks, and extrapolate.
 
-    `lengths`: tokens of each sequence of a micro-batch. `rank`: the rank to simulate; None for the busiest of those that
-    share a row (`busiest_rank`). `expert_imbalance`: with `parallel.experts`, tokens that arrive at the rank's experts over the
-    mean of its group. With `exact` the whole model is simulated.
+    Blocks of one kind cost the same, so the difference between the two models is what each further group of blocks costs. The
+    first and the last blocks of a model (its ends) may take other memory than those between: both shallow models have them all.
+    Encoder-decoder models, and those whose kinds of blocks do not repeat, are simulated as a whole.
 
-    Encoder-decoder models, and those whose kinds of blocks do not repeat, are simulated as they are. The first and the last
-    blocks of a model (its ends) may take other memory than those between: both shallow models have them all.
+    `lengths`: tokens of each sequence of a micro-batch. `rank`: the rank to simulate; None for the one with most attention
+    heads (`busiest_rank`). `exact`: simulate the whole model. `device`: what tensors claim to lie on; `SIMULATED` is a GPU.
+    `expert_imbalance`: with `parallel.experts`, tokens that arrive at the rank's experts over the mean of its group.
     """
+    # Its period is the number of blocks after which their kinds repeat; None if they do not.
     pattern = block_pattern(config.model)
     rank_of_job = _RankOfJob(
         rank=busiest_rank(config) if rank is None else rank,
@@ -161,7 +168,7 @@ def simulate_depth(
 def _simulate_first_blocks(
     config: RunConfig, lengths: list[int], pattern: BlockPattern, rank: _RankOfJob, depth: int
 ) -> SimulatedStep:
-    """One step of the run's model with only its first `depth` blocks. `pattern`: the blocks of the whole model."""
+    """Simulate a step of the model's first `depth` blocks, one of the two to extrapolate. `pattern`: the whole model's blocks."""
     with _truncated_run(config, depth, pattern.num_blocks) as truncated, rank.simulated(config) as runtime:
         parts = build_step_parts(truncated, lengths, runtime)
         return simulate(_with_full_trained_elements(parts, pattern), runtime)
@@ -178,12 +185,16 @@ def simulate_cost_model_of_run(
     device: torch.device = SIMULATED,
     expert_imbalance: float = ASSUMED_IMBALANCE,
 ) -> CostModel:
-    """The cost model of a rank's step: its memory and work at any size of micro-batch, from simulations of two sizes.
+    """Simulate the run so that a plan can try micro-batches: gives one rank's memory and work at any size of micro-batch.
 
-    `length`: tokens of each sequence. Steps of `accumulation` micro-batches are simulated for the rank that holds most, in
-    two models of few blocks; with `exact`, in the whole model. `expert_imbalance`: with `parallel.experts`, tokens that arrive at
-    the rank's experts over the mean of its group. Raises ConfigError for what the run itself would refuse, RuntimeError in a
-    process that is part of a job.
+    Two sizes are simulated, each in two models of few blocks: four steps, of which every other size and depth is extrapolated.
+    The rank is the one that needs most memory.
+
+    `length`: tokens of each sequence. `accumulation`: micro-batches of a simulated step. `exact`: simulate the whole model.
+    `device`: what tensors claim to lie on; `SIMULATED` is a GPU. `expert_imbalance`: with `parallel.experts`, tokens that arrive
+    at the rank's experts over the mean of its group.
+
+    Raises ConfigError for what the run itself would refuse, RuntimeError in a process that is part of a job.
     """
     pattern = block_pattern(config.model)
     period = None if exact else pattern.period
@@ -229,10 +240,12 @@ class _SizesSimulator:
     """Blocks at either end of a model that may take other memory than those between."""
 
     def simulate_model_of(self, depth: int, expected_peaks: dict[StepPhase, int] | None) -> SimulationOfSizes:
-        """The steps of both sizes in the model with its first `depth` blocks; for `expected_peaks` see `simulate_two_sizes`.
+        """Simulate a step of either size of micro-batch in the model with its first `depth` blocks, for `fit_cost_model`.
 
-        The peaks are needed only of phases near an end of the model: from these, those of the whole model are extrapolated.
+        `expected_peaks`: for each phase of a step (such as the forward pass of block 3), after which of its operations the memory
+        is probably highest, as a shallower model had it; there it is counted by kind. None if nothing is known yet.
         """
+        # 2 for an objective that compares two answers to a prompt, else 1.
         sequences_per_document = data_spec_of(self.config.objective).sequences_per_document
         with (
             self.rank.simulated(self.config) as runtime,
@@ -250,6 +263,7 @@ class _SizesSimulator:
                 ),
                 runtime,
                 expected_peaks,
+                # Only phases of blocks near an end are extrapolated, so only their peaks must be counted exactly.
                 is_needed=partial(is_near_an_end, num_blocks=depth, num_end_blocks=self.num_end_blocks),
             )
             return SimulationOfSizes(
@@ -290,11 +304,11 @@ def _notes_for_plan(built: BuiltModel) -> tuple[str, ...]:
 
 
 def num_end_blocks_of(config: RunConfig) -> int:
-    """How many blocks at either end of a model take other memory than those between, and so must all be simulated.
+    """How many blocks at either end of a model take other memory than those between, so that a shallow model must have them all.
 
-    Blocks near an end have fewer neighbours whose weights are gathered at the same time. There are more such blocks if the
-    first ones are of a kind of their own (as the dense first layers of a mixture of experts), and under ZeRO-3, which keeps
-    further blocks gathered.
+    Blocks near an end have fewer neighbours whose weights are gathered at the same time: two as a rule. There are more such
+    blocks if the first ones are of a kind of their own (the dense first layers of a mixture of experts), and under ZeRO-3, which
+    keeps further blocks gathered. To learn how large these are, a model of few blocks is built on meta.
     """
     pattern = block_pattern(config.model)
     num_end_blocks = DEFAULT_END_BLOCKS + pattern.num_leading_blocks
@@ -315,10 +329,11 @@ def num_end_blocks_of(config: RunConfig) -> int:
 
 
 def may_ends_overlap(config: RunConfig) -> bool:
-    """Whether a shallow model may have so few blocks that one belongs to both of its ends (`num_end_blocks_of`).
+    """Whether a shallow model may have so few blocks that one belongs to both of its ends, which saves time to simulate.
 
-    It may not if several blocks fill a gradient bucket together (ZeRO-2 and 3), nor if the first blocks are of a kind of
-    their own.
+    An end is the first or the last blocks, which may take other memory than those between (`num_end_blocks_of`). They must
+    not overlap if several blocks fill a gradient bucket together (ZeRO-2 and 3), nor if the first blocks are of a kind of their
+    own (dense layers before those with experts).
     """
     if block_pattern(config.model).num_leading_blocks:
         return False
@@ -326,14 +341,18 @@ def may_ends_overlap(config: RunConfig) -> bool:
 
 
 def busiest_rank(config: RunConfig) -> int:
-    """The rank to simulate where ranks share a row (`parallel.sequence`): one that has as many attention heads as any.
+    """Which rank's training step the memory simulation should run: one with as many attention heads as any rank.
 
-    Rank 0 if ranks share no rows or have equally many heads, else the last of the ranks that share the first row.
+    With sequence parallelism (`parallel.sequence` = n > 1), n ranks share each row of the batch, and in attention each computes
+    some of the heads. If n does not divide the number of heads, some ranks have one more, and need more memory.
+
+    Returns 0 if ranks do not share rows, have equally many heads, or the model's configuration states no heads. Otherwise n - 1,
+    the last of the n ranks that share the first row.
     """
-    num_ranks = config.parallel.sequence
+    num_ranks = config.parallel.sequence  # that share a row, not those of the job
     if num_ranks == 1:
         return 0
-    heads = attention_heads_of(load_model_config(config.model))
+    heads = attention_heads_of(load_model_config(config.model))  # None for a model without attention heads
     if heads is None or heads.num_query_heads % num_ranks == 0:
         return 0
     # `head_shares` rounds the bounds between ranks down, so that the last rank has one head more: 9 heads are 2, 2, 2 and 3.
@@ -341,7 +360,7 @@ def busiest_rank(config: RunConfig) -> int:
 
 
 def _rank_with_most_memory(config: RunConfig, world_size: int) -> int:
-    """The rank whose step takes most memory: under ZeRO-1 and 2 the last one, else the busiest of those that share a row."""
+    """The rank whose step takes most memory, and so decides what fits: the last one under ZeRO-1 and 2, else `busiest_rank`."""
     reduces_by_bucket = isinstance(config.strategy, ZeroConfig) and config.strategy.stage < 3
     if reduces_by_bucket:
         # The last rank's part of the gradients is reduced first, when everything else is still live. It is also the last of the
@@ -351,11 +370,13 @@ def _rank_with_most_memory(config: RunConfig, world_size: int) -> int:
 
 
 def _with_full_trained_elements(parts: StepParts, full_pattern: BlockPattern) -> StepParts:
-    """The parts of a shallow model's step with `full_trained_elements`: how many elements train in the full model.
+    """Tell the simulation of a shallow model how many elements train in the full model that it stands for.
 
-    They decide how full DeepSpeed's gradient buckets are. `full_pattern`: the blocks of the full model, whose kinds repeat after
-    `period` blocks. Each period that the shallow model lacks trains as many elements as its last one. `parts` come back as they
-    are if the blocks do not repeat, or if the shallow model has as many.
+    DeepSpeed collects gradients in buckets of a fixed size, so a bucket of the full model is fuller than a shallow model's own
+    gradients could make it. `full_pattern`: the blocks of the full model, whose kinds repeat after `period` blocks. Each period
+    that the shallow model lacks trains as many elements as its last one.
+
+    Returns `parts` with `full_trained_elements` set; as they are if the blocks do not repeat, or none is lacking.
     """
     module = parts.built.step_module
     blocks = repeated_blocks(module)
@@ -374,7 +395,10 @@ def _num_trained_elements(module: nn.Module) -> int:
 
 
 def _count_parameters(built: BuiltModel) -> ParameterCounts:
-    """How many parameters a model has, and how many train. It must not be sharded yet, so that all have their full shapes."""
+    """Count the parameters of a model for a plan: all, those that train, and the trained ones in experts that ranks distribute.
+
+    The model must not be sharded yet, so that all parameters have their full shapes.
+    """
     module = built.step_module
     num_trained_expert_parallel = 0
     for name in module.plan.expert_parallel_modules:
@@ -382,6 +406,7 @@ def _count_parameters(built: BuiltModel) -> ParameterCounts:
             if parameter.requires_grad:
                 num_trained_expert_parallel += parameter.numel()
     return ParameterCounts(
+        # By the run's helper, since a quantised weight packs several elements in a byte and `numel()` would count bytes.
         num_parameters=sum(num_elements_by_name(module).values()),
         num_trained=sum(p.numel() for _, p in named_parameters(module) if p.requires_grad),
         num_trained_expert_parallel=num_trained_expert_parallel,
@@ -404,12 +429,14 @@ def _truncated_run(config: RunConfig, depth: int, num_blocks: int) -> Iterator[R
 
 
 def build_step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *, source: object = None) -> StepParts:
-    """Everything that a rank's training step needs, as `simulate` takes it: model, optimizer factory and micro-batches.
+    """Build all that a simulated training step of one rank needs: the model, a factory of its optimizer, and micro-batches.
 
-    The model is on meta, without memory for its weights. All micro-batches have sequences of `lengths` tokens. `source`: a
-    `ParameterSource`, from which an engine reads weights; None for one of tensors without values.
+    The model is on meta, without memory for its weights. `lengths`: tokens of each sequence of a micro-batch; all micro-batches
+    are alike. `runtime`: the rank, real or simulated. `source`: a `ParameterSource`, from which an engine reads weights; None for
+    one of tensors without values.
     """
     precision = config.precision
+    # As a run chooses it, except that a GPU is taken to have bf16.
     if precision is Precision.auto:
         precision = Precision.bf16 if runtime.kind == "cuda" else Precision.fp32
     weight_source = source or ShapesOnly()
@@ -430,10 +457,12 @@ def build_step_parts(config: RunConfig, lengths: list[int], runtime: Runtime, *,
 
 
 def _build_model_on_meta(config: RunConfig, runtime: Runtime, precision: Precision, weight_source: Any) -> BuiltModel:
-    """The run's model, tuned but not sharded, with all that its step computes beside it: reference, teacher, reward models.
+    """Build the run's model, tuned but not sharded, with all that its step computes beside it: reference, teacher, rewards.
 
-    On meta, where weights have no memory. `weight_source`: a `ParameterSource`, as that of `StepParts`.
+    Its weights are on meta, where they have no memory. `weight_source`: the `ParameterSource` from which frozen models, such as
+    a teacher, will read theirs.
     """
+    # No tokenizer is loaded: only its number of tokens counts, which decides the rows of the embedding.
     tokenizer = NoTokenizer(config.model)
     half_on_gpu = runtime.device == SIMULATED and precision is not Precision.fp32  # weights in half precision, on a GPU
     built = build_step_module(
@@ -457,10 +486,12 @@ def _build_model_on_meta(config: RunConfig, runtime: Runtime, precision: Precisi
 def _micro_batch_of(
     parts: StepParts, lengths: list[int], num_micro_batches_of_all_ranks: int, runtime: Runtime
 ) -> dict[str, Any]:
-    """A micro-batch of sequences of `lengths` tokens, cut to this rank's slice if ranks share a row.
+    """Make a micro-batch of placeholder tokens, with sequences of `lengths` tokens, for the simulated step to compute.
 
-    `num_micro_batches_of_all_ranks`: such micro-batches in a step; losses are divided by the tokens of all of them.
+    If ranks share a row (`parallel.sequence`), it is cut to this rank's slice. `num_micro_batches_of_all_ranks`: how many of them
+    a step has, since losses are divided by the tokens of the whole step.
     """
     batch = placeholder_micro_batch(parts.built, lengths, sequence_cut(runtime))
+    # "totals": for each term of the loss, what its sum is divided by.
     batch["totals"] = dict.fromkeys(batch["totals"], sum(lengths) * num_micro_batches_of_all_ranks)
     return batch
