@@ -139,7 +139,10 @@ class NewFile:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Sync the file, unless the `with` block raised an error, and close it. Remove an exclusive file that is not synced."""
+        """Sync the file and close it. After an error in the `with` block it is not synced, and removed if it is exclusive.
+
+        `kind`: the class of that error; None without one.
+        """
         is_synced = False
         try:
             if kind is None:
@@ -216,11 +219,11 @@ def publish_directory(source: Path, target: Path) -> None:
 
 
 def publish_directory_replacing(source: Path, target: Path, set_aside: Path) -> None:
-    """Give the finished directory `source` the name `target`, which another directory has, and delete the other one.
+    """Replace the directory `target` by the finished directory `source`, so that a power cut leaves one of them, complete.
 
-    The two names are swapped atomically, so a power cut leaves one of the directories under `target`, complete. If the file
-    system cannot swap names, the old directory is first renamed to `set_aside`, then the new one to `target`. After a power cut
-    between the two, the caller finds `set_aside` and must rename it back. Raises OSError if a step before the deletion fails.
+    The two names are swapped atomically, and the old directory is deleted. If the file system cannot swap names, the old
+    directory is first renamed to `set_aside`, then the new one to `target`. After a power cut between the two, the caller finds
+    `set_aside` and must rename it back. Raises OSError if a step before the deletion fails.
     """
     sync_directory(source)
     if set_aside.exists():
@@ -248,10 +251,11 @@ def call_until_visible(
     retried_errnos: tuple[int, ...] = NOT_YET_VISIBLE_ERRNOS,
     was_deleted: Callable[[], bool] = lambda: False,
 ) -> Returned:
-    """Call a function that opens a file, again and again until a network file system shows what another host has written.
+    """Wait for a file that another host has written, and that a network file system may show late: call until `call` succeeds.
 
-    Returns its result. Calls again after an OSError of `retried_errnos`, for at most `VISIBILITY_TIMEOUT_S`, unless
-    `was_deleted()` says that the file will never come. Raises the last OSError.
+    `call`: opens the file; its result is returned. `retried_errnos`: error codes by which a file is hidden; after another error
+    it is not called again. `was_deleted`: whether the file will never come. Raises the last OSError, at the latest after
+    `VISIBILITY_TIMEOUT_S`.
     """
     waited_s = 0.0
     pause_s = 0.05
@@ -291,11 +295,11 @@ class RetryingReader:
         read_file: Callable[[], Returned],
         invisible_errnos: tuple[int, ...] = NOT_YET_VISIBLE_ERRNOS,
     ) -> Returned:
-        """Call `read_file`, which opens `path` and reads it from its beginning, and return its result.
+        """Read a file through `read_file`, and try again after errors that may be temporary; returns its result.
 
-        `read_file` is called again after errors that may be temporary: a file that is not visible yet, unless the checkpoint was
-        deleted; and a disk error, unless the disk has failed at an earlier file. `invisible_errnos`: errors by which a network
-        file system hides a file that another host has just written. Raises the OSError of the last attempt.
+        `read_file`: opens `path` and reads it from its beginning. It is called again if the file is not visible yet, unless the
+        checkpoint was deleted; and after a disk error, unless the disk has failed at an earlier file. `invisible_errnos`: errors
+        by which a network file system hides a file that another host has just written. Raises the OSError of the last attempt.
         """
         for pause_s in RETRY_PAUSES_S:
             try:
@@ -316,10 +320,12 @@ class RetryingReader:
 
 @contextmanager
 def open_regular_file(path: Path) -> Iterator[tuple[int, int]]:
-    """(descriptor, size in bytes) of a regular file, to be read.
+    """Open a regular file to be read inside the context; yields its descriptor and its size in bytes.
 
-    Raises OSError, also if it is a link, a pipe or a device: somebody else may have put it there.
+    Raises OSError, also if it is a link, a pipe or a device: somebody else may have put it there to make us read another file,
+    or wait.
     """
+    # O_NONBLOCK: opening a pipe that nobody writes would wait.
     descriptor = disk.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         status = os.fstat(descriptor)
@@ -341,9 +347,10 @@ class OpenDirectory:
         """Lets go of the directory."""
 
     def find_directory(self) -> Path | None:
-        """Where the open directory is now; None if it was deleted, or is where this process cannot find it. Sets `path` to it.
+        """Find where the directory is after somebody has renamed it, and set `path` to that; None if it cannot be found.
 
-        Raises OSError if the directory cannot be looked at.
+        Its open descriptor still refers to it, whatever its name. None also if it was deleted. Raises OSError if the directory
+        cannot be looked at.
         """
         try:
             own_status = os.fstat(self._descriptor)
@@ -361,9 +368,9 @@ class OpenDirectory:
         return None
 
     def _candidate_paths(self) -> Iterator[Path]:
-        """Where the directory may be: its last known path, the path that Linux names, and for other systems its siblings.
+        """Paths at which a renamed directory may be, best guess first: its last path, the one that Linux names, its siblings.
 
-        None is checked here.
+        The siblings are for systems without /proc. Nothing is checked here: the caller compares each with the open directory.
         """
         yield self.path
         parent = self.path.absolute().parent
@@ -391,9 +398,9 @@ def read_exactly(descriptor: int, into: memoryview, offset: int) -> None:
 
 
 def read_bytes(path: Path, *, max_bytes: int, wait_until_visible: bool = False) -> bytes:
-    """The content of a regular file of at most `max_bytes` bytes. Raises OSError if that fails.
+    """Read a small file that somebody else may have written; raises OSError if it has more than `max_bytes` bytes, or is a link.
 
-    `wait_until_visible`: another host may have just written it, so that it is not visible yet.
+    `wait_until_visible`: another host may have just written it, so it is waited for. Raises OSError if it cannot be read.
     """
     if wait_until_visible:
         return RetryingReader().read_with_retries(path, lambda: read_bytes(path, max_bytes=max_bytes))
@@ -406,10 +413,11 @@ def read_bytes(path: Path, *, max_bytes: int, wait_until_visible: bool = False) 
 
 
 def file_difference(directory: Path, expected: WrittenFile, reader: RetryingReader | None = None) -> str | None:
-    """A sentence on how a file in `directory` differs from what was written (in size or hash); None if it does not.
+    """Compare a file of a checkpoint with what was noted when it was written; says how it differs, or None if it does not.
 
-    Reads the whole file and raises nothing: a file that cannot be read differs. `reader`: shared by the files of a checkpoint,
-    so that a disk that has failed is waited for once.
+    Such as `rank-00003.safetensors has 512 bytes instead of 4096`. Reads the whole file and raises nothing: a file that cannot be
+    read differs. `expected`: name, size and SHA-256. `reader`: shared by the files of a checkpoint, so that a disk that has
+    failed is waited for once.
     """
     path = directory / expected.name
     buffer = memoryview(bytearray(min(CHUNK_BYTES, max(1, expected.size))))
@@ -422,9 +430,9 @@ def file_difference(directory: Path, expected: WrittenFile, reader: RetryingRead
 
 
 def _read_and_compare(path: Path, expected: WrittenFile, buffer: memoryview) -> str | None:
-    """A sentence on how the file differs from `expected`; None if it does not. Reads it, by chunks as large as `buffer`.
+    """Say in a sentence how the size or the hash of a file differs from `expected`; None if they are equal.
 
-    Raises OSError if that fails.
+    `buffer`: memory that is filled chunk by chunk, reused when the file is read again. Raises OSError if it cannot be read.
     """
     digest = hashlib.sha256()
     with open_regular_file(path) as (descriptor, size):

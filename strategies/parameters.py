@@ -68,7 +68,10 @@ class _LargeParametersOnMeta(TorchFunctionMode):
 
     @staticmethod
     def _creates_large_parameter(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the call `func(*args, **kwargs)` creates a large parameter, on a device that the call does not name."""
+        """Whether the call `func(*args, **kwargs)` of a torch function creates a parameter so large that it belongs on meta.
+
+        Not if the call names a device. What is uninitialised, or has at least three dimensions, is taken for a parameter.
+        """
         if kwargs.get("device") is not None or (func is not torch.empty and func not in TENSOR_CONSTRUCTORS):
             return False
         # A shape is the keyword `size`, one sequence, or several numbers.
@@ -84,10 +87,11 @@ class _LargeParametersOnMeta(TorchFunctionMode):
 def named_parameters(
     step_module: nn.Module, *, include_frozen_models: bool = False
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """(plain name, parameter) of every distinct parameter of the trained model; a tied one comes once.
+    """(plain name, parameter) of every distinct parameter of the trained model; one that modules share (tied) comes once.
 
-    Plain names are those of the model's own state dict. With `include_frozen_models`, the parameters of the teacher and of
-    reward models come too, under their names in the step module (`teacher.`, `reward_models.`).
+    Plain names are those of the model's own state dict (`h.0.attn.weight`), as in checkpoints: the step module, which strategies
+    shard, has them with the prefix `model.`. With `include_frozen_models`, the parameters of the teacher and of reward models
+    come too, under their names in the step module (`teacher.`, `reward_models.`).
     """
     for name, parameter in step_module.named_parameters():
         if include_frozen_models or not name.startswith(FROZEN_MODEL_PREFIXES):
@@ -103,7 +107,7 @@ class PackedModule(Protocol):
 
 
 def num_elements_by_name(step_module: nn.Module) -> dict[str, int]:
-    """The number of elements of each distinct parameter, whatever this rank holds of it, by plain name (in the state dict).
+    """Count the elements of each full parameter, whatever this rank holds of it, by its name in the model's state dict.
 
     - A packed (quantised) weight: the elements that it encodes, not its bytes.
     - Experts under expert parallelism: those of all ranks of the expert group.
@@ -129,11 +133,14 @@ def trainable_parameters(step_module: nn.Module) -> list[tuple[str, nn.Parameter
 
 
 def replace_parameters(module: nn.Module, make: Callable[[nn.Parameter], torch.Tensor]) -> None:
-    """Replace every parameter by `make(parameter)`. Parameters that several modules share stay shared; `requires_grad` stays."""
+    """Replace every parameter of `module` by one with the tensor `make(parameter)`, of another dtype or device say.
+
+    Parameters that several modules share stay shared; `requires_grad` stays.
+    """
     replacement_by_old_id: dict[int, nn.Parameter] = {}
     old_parameters = []  # keeps them alive, because an id is unique only while its object lives
     for owner in module.modules():
-        parameters = own_parameters(owner)
+        parameters = own_parameters(owner)  # the module's own dict: what is set in it is in the module
         for name, old_parameter in list(parameters.items()):
             if old_parameter is None:
                 continue
@@ -174,10 +181,11 @@ def allocate_on_device(step_module: nn.Module, device: torch.device) -> None:
 
 @torch.no_grad()
 def load_full_parameters(step_module: nn.Module, source: ParameterSource, runtime: Runtime) -> None:
-    """Load every parameter in full, for strategies that do not shard parameters. All ranks must call.
+    """Fill every parameter with its full initial value, for strategies that do not shard parameters. All ranks must call.
 
-    Ranks with GPUs read a large parameter together: each its part, which they exchange over their own network. Ranks on CPUs
-    read everything, which the page cache of their host serves.
+    `source`: where values come from: the model's files, or random numbers. Ranks with GPUs read a large parameter together: each
+    its part, which they exchange over their own network. Ranks on CPUs read everything, which the page cache of their host
+    serves.
     """
     reads_cooperatively = runtime.kind == "cuda" and not runtime.simulated
     for name, parameter in named_parameters(step_module, include_frozen_models=True):
@@ -190,13 +198,14 @@ def load_full_parameters(step_module: nn.Module, source: ParameterSource, runtim
 
 @torch.no_grad()
 def load_parameter_cooperatively(parameter: torch.Tensor, name: str, source: ParameterSource, runtime: Runtime) -> None:
-    """Fill `parameter` with its full value: each rank reads a part of it, then all-gathers the rest. All ranks must call alike.
+    """Fill `parameter` with its full value, which is read from disk once: each rank reads a part, and all-gathers the rest.
 
-    Every rank reads all of a small parameter, since a collective would take longer, and of a packed one, which its host caches.
-    `name`: the plain name under which `source` knows it.
+    Every rank reads all of a small parameter, since a collective would take longer, and of a packed (quantised) one, which its
+    host caches. `name`: the plain name under which `source` knows it. All ranks must call, for the same parameters in order.
     """
     num_elements = parameter.numel()
     flat = parameter.view(-1)
+    # Packed weights are stored as bytes.
     is_packed = not parameter.is_floating_point()
     if runtime.world_size == 1 or num_elements < MIN_COOPERATIVE_ELEMENTS or is_packed:
         flat.copy_(source.read_slice(name, parameter.shape, 0, num_elements))

@@ -62,7 +62,10 @@ class SavedParameters(Mapping[str, Tensor]):
         return name in self._shapes  # `Mapping` would read the parameter to find out
 
     def __getitem__(self, name: str) -> Tensor:
-        """The value of a parameter that the run evaluates and exports: its average, if the run has one, else its weight."""
+        """The value of a parameter that an export writes: its average, if the checkpoint has one, else its weight.
+
+        Read from the files at each access. Raises StorageError if that fails.
+        """
         if name not in self._shapes:
             raise KeyError(name)
         if f"{name}/{EMA_KEY}" in self._index:
@@ -74,7 +77,10 @@ class SavedParameters(Mapping[str, Tensor]):
         return weight.lerp_(self.saved_tensor(name, SCHEDULE_FREE_KEY), 1 - 1 / self._schedule_free_beta)
 
     def saved_tensor(self, name: str, key: str) -> Tensor:
-        """The checkpoint's tensor of a parameter under `key` (`weight`, a moment, ...), in the parameter's shape."""
+        """A tensor that the checkpoint has of the parameter `name`, in the parameter's shape, float32.
+
+        `key`: `weight`, `ema`, or the optimizer's name of a moment, such as `exp_avg`. Raises StorageError if it cannot be read.
+        """
         shape = self._shapes[name]
         try:
             values = self._read_full_tensor(f"{name}/{key}", shape.numel())

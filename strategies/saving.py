@@ -47,7 +47,10 @@ class FlatRange:
     """Whether this rank writes it into a checkpoint: of several ranks that hold the same elements, one does."""
 
     def local_elements(self) -> list[LocalElements]:
-        """Each tensor of the range under its name on disk, such as `h.0.attn.weight/exp_avg`; empty tensors are left out."""
+        """The tensors of the range as they are written and read: each under its name on disk, `h.0.attn.weight/exp_avg` say.
+
+        Empty tensors, of a rank that holds nothing of a parameter, are left out.
+        """
         tensors_by_name = {
             f"{self.name}/{key}": tensor for key, tensor in self.tensors_by_key.items() if tensor.numel()
         }
@@ -106,9 +109,9 @@ class RankState:
         return sum(elements.values.numel() for elements in self.local_elements)
 
     def copy_values_to(self, buffer: torch.Tensor) -> None:
-        """Copy the values of all tensors into `buffer`, and use the copies from now on: training may change the live tensors.
+        """Copy the values of all tensors into `buffer`, and write the copies from now on, since training goes on.
 
-        `buffer`: a float32 tensor on the host with at least `num_elements` elements.
+        `buffer`: a 1-d float32 tensor on the host with at least `num_elements` elements. Of other types, values are converted.
         """
         offset = 0
         for index, elements in enumerate(self.local_elements):
@@ -118,9 +121,9 @@ class RankState:
             offset += size
 
     def require_space_on_disk(self, path: Path) -> None:
-        """Check that the file system of `path` has room for the files of all ranks. All ranks must call.
+        """Check, before anything is written, that the file system of `path` has room for the files of all ranks.
 
-        Raises StorageError on every rank if it has not.
+        All ranks must call. Raises StorageError on every rank if it has not.
         """
         attached_bytes = sum(map(len, self.attachments.values()))
         sizes = gather_objects(size_on_disk(self._file_header, self.local_elements) + attached_bytes, self.runtime)
@@ -132,8 +135,8 @@ class RankState:
     def write_part(self, path: Path) -> RankFileOutcome:
         """Write this rank's tensors and attachments into the existing directory `path`, and sync them to disk.
 
-        Not a collective, so a thread may call it while training goes on. Raises nothing: a problem is in the returned outcome,
-        and `finish` raises it on all ranks.
+        The second of three calls that write a training state. Not a collective, so a thread may call it while training goes on.
+        Raises nothing: a problem is in the returned outcome, and `finish` raises it on all ranks.
         """
         try:
             attached = [write_new_file(path / name, content) for name, content in self.attachments.items()]
@@ -146,10 +149,11 @@ class RankState:
             return RankFileOutcome(problem=error_summary(error))
 
     def finish(self, path: Path, outcome: RankFileOutcome) -> list[WrittenFile]:
-        """Complete a training state: rank 0 writes the index of all tensors, and the header. All ranks must call.
+        """Complete a training state after all ranks wrote their parts: rank 0 adds the index of all tensors, and the header.
 
-        `outcome`: the result of this rank's `write_part`. Returns every file of the state on rank 0, an empty list on other
-        ranks. Raises StorageError on every rank if any of them could not write.
+        `path`: the directory of the state. `outcome`: what this rank's `write_part` returned. Returns every file of the state on
+        rank 0, an empty list on other ranks. Raises StorageError on every rank if any of them could not write. All ranks must
+        call.
         """
         # Collect what the ranks have written.
         own_files = _FilesOfRank(self.parts, outcome.written, outcome.attached)
@@ -186,9 +190,10 @@ class RankState:
 
 
 def _raise_if_any_rank_failed(problem: str | None, runtime: Runtime) -> None:
-    """Raise StorageError on every rank, with the problem of the lowest rank that has one. All ranks must call.
+    """Make a failure of one rank one of all, so that none waits for a rank that has left: each raises the same StorageError.
 
-    `problem`: why this rank failed; None if it did not. Returns if no rank failed.
+    The message is that of the lowest rank that failed. Returns if none did. `problem`: why this rank failed; None if it did not.
+    All ranks must call.
     """
     for rank, rank_problem in enumerate(gather_objects(problem, runtime)):
         if rank_problem and runtime.world_size > 1:

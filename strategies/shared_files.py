@@ -39,16 +39,19 @@ def replace_shared_file(path: Path, content: bytes, token: str) -> None:
 
 
 def claim_shared_file(path: Path, content: bytes, token: str) -> bool:
-    """Create the file `path`, unless it exists; returns whether this call has created it. Of several callers one succeeds.
+    """Create the file `path`, unless it exists, also on a network disk: of several processes that claim it, one succeeds.
 
-    NFS may report an error for a hard link that was made, or success for one that was not. The number of links tells the truth.
-    On a file system without hard links, the file is created exclusively instead.
+    Returns whether this call has created it. The content is complete from the first moment, because the file is written under
+    another name and linked. `token`: differs between writers, for that name. Raises OSError if it cannot be written.
     """
+    # NFS may report an error for a hard link that was made, or success for one that was not. The number of links tells the
+    # truth.
     temporary = _write_temporary_file(path, content, token)
     try:
         try:
             atomic_io.disk.link(temporary, path)
         except OSError as error:
+            # Without hard links, readers may see the file before its content is complete.
             if error.errno in NO_HARD_LINK_ERRNOS:
                 return _create_exclusively(path, content)
         return temporary.stat().st_nlink == 2  # it has both names

@@ -67,9 +67,10 @@ class StateHeader:
 
 
 def read_state_header(path: Path, *, wait_until_visible: bool = False) -> StateHeader:
-    """The header of a saved state, from a small JSON file; reads no tensors. Raises StorageError if that fails.
+    """Read how far a run was, and what else its state has beside tensors, from a small JSON file (`progress.json`).
 
-    `wait_until_visible`: another host has seen the file, so it must become visible here.
+    The file may have been written by anybody, so every field is checked. `path`: the directory of the state.
+    `wait_until_visible`: another host has seen the file, so it must become visible here. Raises StorageError if that fails.
     """
     try:
         header_fields = parse_json(
@@ -100,10 +101,12 @@ def _require_dataclass_fields(
     required: frozenset[str] = frozenset(),
     except_field: str | None = None,
 ) -> None:
-    """Raise MalformedFile if a JSON value is no object with fields of `dataclass_type` alone, and values of their types.
+    """Check that JSON from a file can become a `dataclass_type`: an object with its fields alone, and values of their types.
 
-    `required`: keys that it must have; others may be missing. `except_field`: a field whose type is checked elsewhere.
-    `key_by_field`: the JSON key of each field that has another name in JSON, such as `{"recent_steps": "recent"}`.
+    `key_by_field`: the JSON key of each field that has another name in JSON, such as `{"recent_steps": "recent"}`. `required`:
+    keys that it must have; others may be missing. `except_field`: a key whose value is checked elsewhere.
+
+    Raises MalformedFile, such as `has a step that is none`, which means no step.
     """
     if not isinstance(json_value, dict):
         raise MalformedFile("is no table")
@@ -120,9 +123,10 @@ def _require_dataclass_fields(
 
 
 def _refuse_malformed_list_entries(progress: dict[str, Any]) -> None:
-    """Raise MalformedFile if an entry of a list in `progress.json` has other keys than `KEYS_OF_LIST_ENTRIES` says.
+    """Check the entries of the lists in `progress.json`, such as the last evaluations, before code reads them by key.
 
-    Also if a range of skipped samples (`passed`) has a value that is no count.
+    `progress`: the part "progress" of the file. Each entry must have the keys of `KEYS_OF_LIST_ENTRIES`, and a range of skipped
+    samples (`passed`) only counts. Raises MalformedFile for another one; a list may be missing.
     """
     for list_key, entry_keys in KEYS_OF_LIST_ENTRIES.items():
         if any(set(entry) != entry_keys for entry in progress.get(list_key, ())):
@@ -133,7 +137,10 @@ def _refuse_malformed_list_entries(progress: dict[str, Any]) -> None:
 
 
 def _has_type(entry: Any, expected: Any) -> bool:
-    """Whether a JSON value has a type of a field of `StateHeader` or `Progress`."""
+    """Whether a JSON value has the type that a field of `StateHeader` or `Progress` declares.
+
+    `expected`: the declared type: bool, int, float, str, an optional one (`int | None`), or a list of rows of numbers.
+    """
     if expected is bool:
         return isinstance(entry, bool)
     if expected is int:
@@ -155,9 +162,10 @@ def _is_row_of_numbers(row: Any) -> bool:
 
 
 def read_index(path: Path, *, wait_until_visible: bool = False) -> TensorIndex:
-    """The index of a saved state: its tensors, and where they are in the files. Raises StorageError if that fails.
+    """Read the index of a saved state, which says in which file, and where in it, each tensor lies.
 
-    `wait_until_visible`: another host has seen the file, so it must become visible here.
+    `path`: the directory of the state. `wait_until_visible`: another host has seen the file, so it must become visible here.
+    Raises StorageError if that fails.
     """
     try:
         return parse_index(
@@ -171,10 +179,13 @@ def read_index(path: Path, *, wait_until_visible: bool = False) -> TensorIndex:
 
 @torch.no_grad()
 def load_state(path: Path, ranges: Iterable[FlatRange], runtime: Runtime) -> StateHeader:
-    """Read this rank's part of a saved state into the tensors of `ranges`. All ranks must call.
+    """Resume: read this rank's part of a saved training state into its live tensors, and return the rest, such as the step.
+
+    `path`: the directory of the state, which any strategy on any number of ranks may have written. `ranges`: what this rank holds
+    of each parameter, its moments and averages, as views of the live tensors. All ranks must call.
 
     Raises ConfigError if the saved parameters or moments are not the ones this run trains, StorageError if a file cannot be
-    read or does not hold what its index says; the same on every rank.
+    read or does not hold what its index says. If one rank fails all raise, and no live tensor has changed.
     """
     flat_ranges = list(ranges)
     # Read this rank's values. A file that rank 0 sees exists, so another host waits until it sees that file, too.
@@ -204,10 +215,10 @@ class _LiveAndSaved(NamedTuple):
 
 
 def _read_saved_values(path: Path, ranges: list[FlatRange], visible_names: set[str]) -> list[_LiveAndSaved]:
-    """Read the values of each tensor of `ranges`, this rank's part of the training state.
+    """Read the saved values of each tensor of `ranges`, this rank's part of the training state, without changing live tensors.
 
-    Changes no live tensor: the caller copies the values when all ranks have theirs. `visible_names`: names of the files that
-    rank 0 sees in `path`. Raises ConfigError if the state is another run's, StorageError if it cannot be read.
+    The caller copies the values when all ranks have theirs. `path`: the directory of the saved state. `visible_names`: names of
+    the files that rank 0 sees in it. Raises ConfigError if the state is another run's, StorageError if it cannot be read.
     """
     index = read_index(path, wait_until_visible=INDEX_FILE in visible_names)
     _refuse_state_of_other_run(path, index, ranges)
@@ -228,7 +239,8 @@ def _read_saved_values(path: Path, ranges: list[FlatRange], visible_names: set[s
 def _refuse_state_of_other_run(path: Path, index: TensorIndex, ranges: list[FlatRange]) -> None:
     """Raise ConfigError if the state in `path` was saved by a run that trains other tensors, or tensors of other sizes.
 
-    `index`: what the state holds, by `parameter/kind`. `ranges`: what this run trains.
+    `index`: the parts of each saved tensor, by names such as `h.0.attn.weight/exp_avg`. `ranges`: what this rank holds of the
+    tensors of this run; every rank has an entry for each parameter.
     """
     numel_by_name: dict[str, int] = {}
     for flat_range in ranges:

@@ -82,7 +82,10 @@ class PlannedFile(NamedTuple):
 
 
 def planned_tensor_file(local_elements: Iterable[LocalElements], file: str) -> PlannedFile:
-    """Plan a safetensors file with the tensors of `local_elements`, under the name `file`. Reads no values."""
+    """Lay out a safetensors file before any value is known: its first bytes, and where each tensor will be, for the index.
+
+    `local_elements`: the tensors, each a range of a flattened parameter; only names and sizes are read. `file`: its name.
+    """
     local_elements = list(local_elements)
     entries: dict[str, dict[str, Any]] = {}
     data_end = 0
@@ -117,10 +120,11 @@ def write_tensors(path: Path, head: bytes, local_elements: Iterable[LocalElement
 
 
 def index_json(parts_by_rank: Iterable[Mapping[str, FilePart]]) -> bytes:
-    """The index of what all ranks wrote: one line a tensor, with a row for each part, sorted by its first element.
+    """Build the index of a training state as JSON: in which file, and where in it, each part of each tensor lies.
 
-    Such as `"h.0.attn.weight/exp_avg": [["rank-00000.safetensors", 0, 4096, 512], ...]`: file, first element, number of elements,
-    offset in bytes.
+    One line a tensor, with a row for each part, sorted by its first element:
+    `"h.0.attn.weight/exp_avg": [["rank-00000.safetensors", 0, 4096, 512], ...]`: file, first element, number of elements, offset
+    in bytes. `parts_by_rank`: what each rank wrote, by the name of the tensor.
     """
     rows_by_tensor: dict[str, list[list[Any]]] = {}
     for parts in parts_by_rank:
@@ -137,7 +141,10 @@ def index_json(parts_by_rank: Iterable[Mapping[str, FilePart]]) -> bytes:
 
 
 def parse_index(data: bytes) -> TensorIndex:
-    """An index out of a file. Raises MalformedFile, also where the parts of a tensor leave gaps or overlap."""
+    """Parse the index of a training state, which says where each part of each tensor lies, from the bytes of its file.
+
+    Raises MalformedFile for anything else, also if the parts of a tensor leave gaps or overlap.
+    """
     raw = parse_json(data)
     if not isinstance(raw, dict):
         raise MalformedFile("is no table of tensors")
@@ -145,9 +152,10 @@ def parse_index(data: bytes) -> TensorIndex:
 
 
 def _parts_covering_tensor(name: str, rows: Any) -> list[FilePart]:
-    """The parts of the tensor `name` from its `rows` in an index, each [file, first element, elements, byte offset].
+    """Check and parse an index's rows on one tensor, which say where its parts lie.
 
-    Raises MalformedFile unless they cover the tensor exactly once, in order: then no element is read twice or left out.
+    `rows`: parsed JSON, each [file, first element, number of elements, offset in bytes]. Raises MalformedFile unless they cover
+    the tensor exactly once, in order: then no element is read twice or left out. `name`: of the tensor, for messages.
     """
     if not isinstance(rows, list) or not rows:
         raise MalformedFile(f"has no parts of {name[:80]}")
@@ -180,10 +188,11 @@ def num_elements_of_parts(parts: list[FilePart]) -> int:
 
 
 def read_tensors(directory: Path, index: TensorIndex, local_elements: Iterable[LocalElements]) -> list[Tensor]:
-    """The saved values for each range of elements in `local_elements`: new float32 tensors, 1-d, on the CPU.
+    """Read the saved values of this rank's ranges of tensors, whatever ranks wrote them: new float32 tensors, 1-d, on the CPU.
 
-    `index` says which files hold which elements; a range may lie across the files of several ranks that wrote them. Opens one
-    file after the other and reads each in the order of its bytes. Raises OSError or MalformedFile if that fails.
+    `local_elements`: the ranges, of which only name, start and length are used. `index`: which files of `directory` hold which
+    elements; a range may lie across several files. Opens one file after the other and reads each in the order of its bytes.
+    Raises OSError or MalformedFile if that fails.
     """
     buffers: list[Tensor] = []
     targets_by_file: dict[str, list[_ReadTarget]] = {}

@@ -47,9 +47,10 @@ class StateBuffer:
         """Why no copy is taken, so that checkpoints are written in the step; None if copies are taken. The same on all ranks."""
 
     def copy_state(self, state: RankState) -> bool:
-        """Copy this rank's part of the training state into the buffer; returns whether every rank could. All ranks must call.
+        """Copy this rank's part of the training state into the buffer, so that training may go on while the copy is written.
 
-        If a host has no room, or a copy failed, `refusal_reason` is set, and every later call returns False at once.
+        Returns whether every rank could. If a host has no room, or a copy failed, `refusal_reason` is set, and every later call
+        returns False at once. All ranks must call.
         """
         if self.refusal_reason is not None:  # the same on all ranks, so that none waits for the others below
             return False
@@ -75,10 +76,10 @@ class StateBuffer:
         self._buffer = None
 
     def _no_room_reason(self, needed_bytes: int) -> str | None:
-        """Why one of the hosts has no memory for its ranks' copies of the training state; None if all have. All ranks must call.
+        """Why one of the hosts has no memory for its ranks' copies of the training state, in words; None if all have.
 
-        A copy lets training go on while a checkpoint is written. `needed_bytes`: memory for this rank's copy, beyond the buffer
-        that it has.
+        A host whose free memory is not known counts as one that has room. `needed_bytes`: memory for this rank's copy, beyond the
+        buffer that it has. All ranks must call, and get the same answer.
         """
         own_need = _MemoryNeed(socket.gethostname(), needed_bytes, self._free_memory())
         needs_by_host: dict[str, list[_MemoryNeed]] = {}
@@ -135,9 +136,10 @@ class SavedCheckpoint:
         return {"checkpoint_stall_s": self.stall_s, "checkpoint_write_s": self.took_s}
 
     def summary_line(self, checkpoint_dir: Path, interval_s: float | None) -> str:
-        """Where the checkpoint was written, its size, its cost, and when the next one is due, for the user.
+        """The line that tells the user of a published checkpoint: where, how large, how long, and when the next one is due.
 
-        `checkpoint_dir`: the run's own directory for checkpoints. `interval_s`: seconds between two checkpoints, if known.
+        Such as `checkpoint step-000040: 1.2 GiB in 9.1 s; training waited 0.4 s; the next in about 12 minutes`. `checkpoint_dir`:
+        the run's own directory for checkpoints; another is named. `interval_s`: seconds between two checkpoints; None if unknown.
         """
         text = f"checkpoint {self.path.name}"
         if self.path.parent != checkpoint_dir:
@@ -190,9 +192,11 @@ class PendingCheckpoint:
         size_bytes: int,
         replaces_older: bool,
     ) -> PendingCheckpoint:
-        """A checkpoint of `state`, the state of the run at `progress`; nothing of it is written yet.
+        """Make the record of a checkpoint of this moment, of which nothing is written yet.
 
-        `began_at`: now, by the monotonic clock. `checkpoint_dirs`: where its writing can be tried, in this order.
+        `state`: this rank's part of the training state at `progress`. `began_at`: when saving began, by the monotonic clock.
+        `checkpoint_dirs`: where its writing can be tried, in this order. `size_bytes`: of the tensors of all ranks.
+        `replaces_older`: whether older checkpoints may be deleted for it.
         """
         return cls(
             step=progress.step,
@@ -202,7 +206,7 @@ class PendingCheckpoint:
             untried_checkpoint_dirs=list(checkpoint_dirs),
             size_bytes=size_bytes,
             replaces_older=replaces_older,
-            _next_query_step=progress.step + 1,
+            _next_query_step=progress.step + 1,  # the ranks ask each other whether all are done from the next step on
         )
 
     @property
@@ -215,7 +219,10 @@ class PendingCheckpoint:
         self.checkpoint_dir = self.untried_checkpoint_dirs.pop(0)
 
     def start_writing_thread(self) -> None:
-        """Start a thread that writes this rank's file into `staging_dir`, which exists, and sets `outcome`."""
+        """Start a thread that writes this rank's file into the existing `staging_dir`, while training goes on.
+
+        At its end it sets `outcome`, which says whether the file was written.
+        """
         staging_dir = self.staging_dir
 
         def write_file_and_note() -> None:
@@ -240,11 +247,13 @@ class PendingCheckpoint:
             self._thread.join(limit_s)
 
     def is_written(self, step: int, runtime: Runtime) -> bool:
-        """Whether all ranks have written their files. All ranks must call, after the same steps (`step`: the run's current one).
+        """Whether all ranks have written their files, so that the checkpoint can be published. `step`: the run's current one.
 
-        Asking the ranks is a collective. The longer the write takes, the fewer steps ask; the steps between return False.
+        Asking the ranks is a collective. The longer the write takes, the fewer steps ask; the steps between return False. All
+        ranks must call, after the same steps.
         """
         if step < self._next_query_step or self._thread is None:
             return False
+        # After 1, 2, 4, 8 steps since the checkpoint was begun, and every 8 steps from then on.
         self._next_query_step = step + min(step - self.step, MAX_STEPS_BETWEEN_QUERIES)
         return all(gather_objects(not self._thread.is_alive(), runtime))

@@ -16,7 +16,11 @@ UNFINISHED_DIR_PATTERNS = (".step-*.writing", ".step-*.deleting", REPLACED_DIR_F
 
 
 def move_to_given_up_dir(checkpoint_dir: Path, checkpoints: list[Path], print_line: Callable[[str], None]) -> None:
-    """Move checkpoints of one directory into a new directory `given-up-<n>` in it, durably. Raises OSError if that fails."""
+    """Move checkpoints that a run does not continue from into a new directory `given-up-<n>` beside them, durably.
+
+    So no later start takes them for the run's newest, and the user can still get them back. `checkpoint_dir`: the directory that
+    has them all. The metrics of the run are copied along. Prints a line. Raises OSError if that fails.
+    """
     directory_number = 1
     while (checkpoint_dir / GIVEN_UP_DIR_FORMAT.format(directory_number)).exists():
         directory_number += 1

@@ -23,10 +23,10 @@ MAX_MARK_AGE_S = 900.0
 
 @contextmanager
 def marked_as_in_use(checkpoint: Path) -> Iterator[None]:
-    """Inside the context the run does not delete `checkpoint`, which this process reads, for example to export it.
+    """Keep a training run from deleting `checkpoint` inside the context, in which this process reads it, to export it say.
 
-    A mark file beside the checkpoint, which a thread touches every minute, tells the run. If the directory cannot be written,
-    nothing tells the run, which may then delete the checkpoint.
+    An empty file beside the checkpoint, the mark, tells the run; a thread touches it every minute to say that this process still
+    lives. If the directory cannot be written there is no mark, and the run may delete the checkpoint.
     """
     mark = checkpoint.with_name(
         MARK_FILE_FORMAT.format(checkpoint=checkpoint.name, host=socket.gethostname(), pid=os.getpid())

@@ -39,11 +39,11 @@ class StepCheckpoint(NamedTuple):
 
 
 def checkpoints_in(checkpoint_dirs: list[Path]) -> list[StepCheckpoint]:
-    """Everything with the name of a checkpoint in these directories, by ascending step.
+    """List the checkpoints of a run by ascending step, by their names alone: `step-000040` is one of step 40.
 
-    If several directories have the same step, that of the first directory comes last, as the newest. A checkpoint that was
-    renamed to `.step-<n>.replaced` for a successor is listed too, if the power failed before the successor got the name;
-    `resume_selection.restore_replaced` gives it its name back. Raises StorageError if a directory exists and cannot be listed.
+    `checkpoint_dirs`: the run's own directory, then a fallback on another disk. If both have a step, that of the first comes
+    last, as the newest. A checkpoint that was renamed to `.step-<n>.replaced` for a successor is listed too, if the power failed
+    before the successor got the name. Raises StorageError if a directory exists and cannot be listed.
     """
     sortable_checkpoints = []  # (step, minus the index of the directory, path)
     for directory_index, checkpoint_dir in enumerate(checkpoint_dirs):

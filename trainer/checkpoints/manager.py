@@ -78,7 +78,7 @@ class Checkpoints:
     # -- at the start ----------------------------------------------------------------------------------------------------
 
     def continue_from_checkpoint(self, resumed: Path | None, resume: str = "auto") -> None:
-        """Make `resumed` the newest checkpoint of the run: newer ones, of another branch or damaged, are moved aside.
+        """Make `resumed` the newest checkpoint of the run, at a start or rollback: newer ones are moved aside.
 
         `resumed`: None for a start without a checkpoint; all are then moved aside. `resume`: the setting `run.resume`. If it
         names `resumed`, that is recorded. All ranks must call. Raises StorageError on every rank if
@@ -111,9 +111,10 @@ class Checkpoints:
             raise StorageError(failure.text)
 
     def _give_up_newer_checkpoints(self, resumed: Path | None) -> None:
-        """Move checkpoints newer than `resumed` into `given-up-<n>`, and remove unfinished files of killed runs. On rank 0.
+        """Move checkpoints newer than `resumed` aside, into `given-up-<n>`, so that no later start takes them for the newest.
 
-        None: all are moved. Another checkpoint of the same step, in the other directory, counts as newer.
+        On rank 0. Also removes unfinished files of killed runs. `resumed`: None moves all. Another checkpoint of the same
+        step, in the fallback directory, counts as newer.
         """
         restore_replaced(self.checkpoint_dirs)  # a power cut may have left a checkpoint under a temporary name
         checkpoints = checkpoints_in(self.checkpoint_dirs)
@@ -145,10 +146,10 @@ class Checkpoints:
         return call_on_main(lambda: step in dict(checkpoints_in(self.checkpoint_dirs)), self.runtime)
 
     def roll_back(self, last_good_step: int) -> Path:
-        """Go back to the newest complete checkpoint up to step `last_good_step`, after an anomaly; returns its path.
+        """Go back to the newest complete checkpoint up to `last_good_step`, after an anomaly in the loss; returns its path.
 
-        Newer ones are moved aside. If there is none that old, it is the oldest one, and a line says so. All ranks must call.
-        Raises StorageError on every rank if there is no checkpoint at all.
+        Newer ones are moved aside; loading is left to the caller. If there is none that old, it is the oldest one, and a line
+        says so. All ranks must call. Raises StorageError on every rank if there is no checkpoint at all.
         """
         path = choose_checkpoint(self.checkpoint_dirs, "auto", self.runtime, last_step=last_good_step)
         if path is None:
@@ -165,8 +166,7 @@ class Checkpoints:
 
     def follow_renamed_run_dir(self, run_dir: Path) -> None:
         """Use the new paths after somebody renamed the run directory to `run_dir`. Moves nothing on the disk. No collective."""
-        # In the run directory; the fallback directory is elsewhere, and keeps its path.
-        old_dir = self.checkpoint_dirs[0]
+        old_dir = self.checkpoint_dirs[0]  # the fallback directory is not in the run directory, and keeps its path
         new_dir = run_dir / old_dir.name
 
         def new_path_of(checkpoint_dir: Path) -> Path:
@@ -194,10 +194,10 @@ class Checkpoints:
         return None if self._pending_checkpoint is None else self._pending_checkpoint.step
 
     def pending_is_written(self, step: int) -> bool:
-        """Whether all ranks have written the pending checkpoint, so that it can be published; False if none is pending.
+        """Whether all ranks have written the checkpoint that is written in the background, so that it can be published now.
 
-        `step`: the run's current one. Prints a line from time to time if the write takes long. All ranks must call, after the
-        same steps: they ask each other only after some of them.
+        False if none is pending. `step`: the run's current one. Prints a line from time to time if the write takes long. All
+        ranks must call, after the same steps: they ask each other only after some of them.
         """
         if self._pending_checkpoint is None:
             return False
@@ -211,7 +211,7 @@ class Checkpoints:
         return is_written
 
     def _with_longer_disk_timeout(self, step: int, size_bytes: int) -> AbstractContextManager[None]:
-        """Within the context the ranks wait longer for each other, while `size_bytes` of the checkpoint of `step` are written."""
+        """Within the context collectives time out later, since a slow disk may take long for `size_bytes` of the checkpoint."""
         return waiting_for_disk(f"checkpoint {STEP_DIR_FORMAT.format(step)}", size_bytes, self.runtime, self.print_line)
 
     def wait_at_most(self, limit_s: float) -> None:
@@ -245,8 +245,7 @@ class Checkpoints:
             attachments: files beside the state by name, which rank 0 writes.
         """
         began_at = time.monotonic()
-        # The size is only known after the collectives in here, which wait for rank 0: it may still be writing metrics to the
-        # disk.
+        # The size is known only after these collectives, which wait for rank 0: it may still be writing metrics to the disk.
         with self._with_longer_disk_timeout(progress.step, size_bytes=0):
             state = engine.state(progress)
             num_elements = sum(gather_objects(state.num_elements, self.runtime))
@@ -264,10 +263,10 @@ class Checkpoints:
             return self._save_or_begin(checkpoint, must_succeed=must_succeed)
 
     def _save_or_begin(self, checkpoint: PendingCheckpoint, *, must_succeed: bool) -> bool:
-        """Write the checkpoint while training waits, or copy the state and begin to write it in the background.
+        """Write the checkpoint while training waits, or copy the state and begin to write the copy in the background.
 
-        It is written at once with `must_succeed`, with `checkpoint.background=false`, or if host memory has no room for a copy.
-        Returns whether it was written or begun. All ranks must call.
+        Training waits with `must_succeed` (usually the run's last checkpoint), with `checkpoint.background=false`, or if host
+        memory has no room for a copy. Returns whether it was written or begun. All ranks must call. Raises as `save_checkpoint`.
         """
         if must_succeed:  # probably the last one, and the export needs the memory
             self.state_buffer.release()
@@ -276,7 +275,7 @@ class Checkpoints:
         self._pending_checkpoint = checkpoint
         self._reported_age_s = 0.0
         has_begun = self._start_writing(checkpoint)
-        # Training has waited for the copy so far; publishing adds its own wait later, and records the cost of both.
+        # Training has waited for the copy. Publishing will add its own wait, and record the cost of both.
         checkpoint.stall_s = time.monotonic() - checkpoint.began_at
         self.schedule.restart_interval(checkpoint.step)
         if not has_begun:
@@ -285,10 +284,10 @@ class Checkpoints:
         return has_begun
 
     def publish_pending(self) -> bool:
-        """Wait for the pending checkpoint, and publish it: give it its manifest and its name. All ranks must call.
+        """Wait for the checkpoint that is written in the background, and publish it: add its manifest, rename it to `step-<n>`.
 
         Returns whether it was published. If one directory could not take it, the next is tried with the same copy. Raises
-        StorageError on every rank after more than `checkpoint.max_failures` failures in a row.
+        StorageError on every rank after more than `checkpoint.max_failures` failures in a row. All ranks must call.
         """
         checkpoint = self._pending_checkpoint
         self._pending_checkpoint = None
@@ -297,7 +296,7 @@ class Checkpoints:
             return self._wait_and_publish(checkpoint)
 
     def _wait_and_publish(self, checkpoint: PendingCheckpoint) -> bool:
-        """Wait until a checkpoint is written in the background, and give it its name; returns whether it has one now.
+        """Wait for the threads of all ranks that write a checkpoint, and publish it; returns and raises as `publish_pending`.
 
         If its directory could not take it, the remaining ones are tried with the same copy of the state. All ranks must call.
         """
@@ -322,9 +321,9 @@ class Checkpoints:
         return True
 
     def _copy_state(self, state: RankState) -> bool:
-        """Copy the training state to the buffer in host memory; returns whether there was room. All ranks must call.
+        """Copy the training state to the buffer in host memory, so that training may go on; returns whether there was room.
 
-        If there is none, a line says so, once.
+        If there is none, a line says so, once. All ranks must call.
         """
         known_refusal = self.state_buffer.refusal_reason
         if self.state_buffer.copy_state(state):  # sets `refusal_reason` if it returns False
@@ -336,9 +335,9 @@ class Checkpoints:
         return False
 
     def _start_writing(self, checkpoint: PendingCheckpoint) -> bool:
-        """Start to write a checkpoint in the background, in the first directory not yet tried that has room for it.
+        """Start a thread that writes a checkpoint, in the first directory not yet tried that has room; returns whether one had.
 
-        Returns whether one had. A warning names each directory that could not take it. All ranks must call.
+        A warning names each directory that could not take it. All ranks must call.
         """
         while checkpoint.untried_checkpoint_dirs:
             checkpoint.use_next_directory()
@@ -354,7 +353,7 @@ class Checkpoints:
     def _write_while_training_waits(self, checkpoint: PendingCheckpoint, *, must_succeed: bool) -> bool:
         """Write and publish a checkpoint while training waits, in the first directory that can take it. All ranks must call.
 
-        Returns False if none can; StorageError then with `must_succeed`, or after too many failures in a row.
+        Returns False if none can; raises StorageError then with `must_succeed`, or after too many failures in a row.
         """
         while checkpoint.untried_checkpoint_dirs:
             checkpoint.use_next_directory()
@@ -380,7 +379,7 @@ class Checkpoints:
     def _record_success(
         self, checkpoint: PendingCheckpoint, published: PublishedFiles, *, took_s: float, stall_s: float
     ) -> None:
-        """After a checkpoint got its name: report it, record its cost, and delete those that are no longer kept.
+        """After a checkpoint was published: report it, record what it cost, and delete older ones that are no longer kept.
 
         `took_s`: seconds from its beginning until it had its name. `stall_s`: seconds of these in which training waited.
         """
@@ -400,10 +399,10 @@ class Checkpoints:
             self._delete_superseded_checkpoints(checkpoint.best_step)
 
     def _count_failure(self, failure_texts: list[str], *, must_succeed: bool) -> None:
-        """Count a failed checkpoint, and print a line that the run continues without it.
+        """Count a checkpoint that no directory could take, and print a line that the run continues without it.
 
-        `failure_texts`: for each directory, why it could not take the checkpoint. Raises StorageError instead if it had to
-        succeed, or if more than `checkpoint.max_failures` failed in a row.
+        `failure_texts`: for each directory, why it could not. Raises StorageError instead if it had to succeed, or if more than
+        `checkpoint.max_failures` failed in a row.
         """
         self._num_failures_in_a_row += 1
         num_failures = self._num_failures_in_a_row
@@ -418,10 +417,10 @@ class Checkpoints:
     def _complete_and_publish(
         self, checkpoint: PendingCheckpoint, complete_files: Callable[[Path], list[WrittenFile]]
     ) -> PublishedFiles:
-        """Let `complete_files` finish a checkpoint's files, add the manifest, and rename the staging directory to `step-<n>`.
+        """Finish the files of a checkpoint, add its manifest, and rename its staging directory to `step-<n>`.
 
-        `complete_files` takes the staging directory, in which the checkpoint was begun, and returns its files: all on rank 0,
-        none on other ranks. All ranks must call. Raises StorageError on every rank if that fails.
+        `complete_files(staging_dir)`: finishes the files in the directory in which the checkpoint was begun, and returns them:
+        all on rank 0, none on other ranks. All ranks must call. Raises StorageError on every rank if that fails.
         """
         staging_dir = checkpoint.staging_dir
         error: BaseException | None = None
@@ -435,15 +434,16 @@ class Checkpoints:
         return PublishedFiles(named_dir, sum(file.size for file in files))
 
     def _publish_staging_dir(self, staging_dir: Path, named_dir: Path, files: list[WrittenFile]) -> None:
-        """Write the manifest of `files` into `staging_dir`, and rename it to `named_dir`, durably. On rank 0.
+        """Write the manifest of `files` into `staging_dir`, and rename that to `named_dir`, durably. On rank 0.
 
-        If this branch wrote the same step before, the new checkpoint replaces it; one of another branch is moved aside.
+        If there is a checkpoint of the step, it is replaced if it belongs to this branch (the steps that led to the weights of
+        now), else moved aside. Raises OSError if that fails.
         """
         # The notes told a start after a crash which files of a rank were complete; the manifest tells that of all files.
         remove_part_notes(staging_dir, self.runtime.world_size)
         write_manifest(staging_dir, files)
         if named_dir in self._complete_checkpoints and named_dir.exists():
-            # Written when the run still owed the evaluation of this step, and now once more with its result.
+            # It was written when the run still owed the evaluation of this step. The new one has its result.
             replaced_dir = named_dir.with_name(REPLACED_DIR_FORMAT.format(named_dir.name))
             atomic_io.publish_directory_replacing(staging_dir, named_dir, replaced_dir)
             return
@@ -467,9 +467,9 @@ class Checkpoints:
                 self._delete_checkpoint(path)
 
     def _delete_superseded_checkpoints(self, best_step: int | None) -> None:
-        """Delete checkpoints that are no longer kept (`superseded_checkpoints`), unless another process reads them.
+        """Delete checkpoints that `checkpoint.keep` no longer keeps, unless another process reads them. A failure is a warning.
 
-        A failure is a warning.
+        `best_step`: the step of the best checkpoint, which is always kept.
         """
         try:
             checkpoints = checkpoints_in(self.checkpoint_dirs)

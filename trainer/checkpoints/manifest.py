@@ -39,12 +39,18 @@ OLD_FORMAT_REASON = (
 
 
 def write_manifest(directory: Path, files: Iterable[WrittenFile]) -> None:
-    """Write the manifest of a directory's files, durably. Raises OSError if that fails."""
+    """Write the manifest of a checkpoint's files into its directory, durably, by which they are checked when they are read.
+
+    `files`: each with name, size and SHA-256. Raises OSError if that fails.
+    """
     write_new_file(directory / MANIFEST_FILE, _manifest_bytes({file.name: file for file in files}))
 
 
 def _manifest_bytes(files: dict[str, WrittenFile]) -> bytes:
-    """The bytes of a manifest for these files, by name: their sizes and hashes, and the hash of all that."""
+    """Make the content of a manifest: sizes and hashes of a checkpoint's files, and a hash of all that, as JSON.
+
+    `files`: by name. The same files give the same bytes, so that a manifest is checked by making it again.
+    """
     entries = {}
     for name in sorted(files):
         entries[name] = {"bytes": files[name].size, "sha256": files[name].sha256}
@@ -54,10 +60,10 @@ def _manifest_bytes(files: dict[str, WrittenFile]) -> bytes:
 
 
 def read_manifest(directory: Path, reader: RetryingReader | None = None) -> list[WrittenFile]:
-    """Read and check the manifest of a checkpoint: name, size and SHA-256 that each of its files must have.
+    """Read the manifest of a checkpoint, which says what name, size and SHA-256 each of its files must have, and check it.
 
     The files themselves are only looked for, not read. `reader`: that of the checkpoint, which waits for a disk that stumbles.
-    Raises MalformedFile, with what is wrong with the directory or its manifest.
+    Raises MalformedFile with what is wrong, if the directory has other files, or a file is missing, or the manifest is damaged.
     """
     present_names = _names_beside_manifest(directory)
     files = _read_manifest_file(directory / MANIFEST_FILE, reader or RetryingReader())
@@ -71,7 +77,7 @@ def read_manifest(directory: Path, reader: RetryingReader | None = None) -> list
 
 
 def _names_beside_manifest(directory: Path) -> set[str]:
-    """The names in a checkpoint's directory, without the manifest's.
+    """List the names in a checkpoint's directory, without the manifest's, to compare them with the manifest.
 
     Raises MalformedFile if the directory cannot be listed, has no manifest, or holds a checkpoint of an early version.
     """
@@ -89,7 +95,10 @@ def _names_beside_manifest(directory: Path) -> set[str]:
 
 
 def _read_manifest_file(path: Path, reader: RetryingReader) -> dict[str, WrittenFile]:
-    """The files that a manifest lists, by name. Raises MalformedFile if it cannot be read or is damaged."""
+    """Read the file of a manifest: what it says of each file of the checkpoint, by name.
+
+    Raises MalformedFile if it cannot be read, or if a byte of it is not as it was written.
+    """
     try:
         manifest_bytes = reader.read_with_retries(path, lambda: read_bytes(path, max_bytes=MAX_MANIFEST_BYTES))
         files = _files_by_name_of_manifest(parse_json(manifest_bytes))
@@ -125,10 +134,10 @@ def manifest_sha256_at_step(run_dir: Path, step: int, fallback_dir: str | None) 
 
 
 def _files_by_name_of_manifest(manifest_json: object) -> dict[str, WrittenFile]:
-    """The files that a checkpoint's manifest lists, by name, with size and SHA-256.
+    """Parse a checkpoint's manifest: the name, size and SHA-256 of each file that it lists, by name.
 
-    `manifest_json`: the manifest's parsed JSON. Raises MalformedFile if it has another form than `_manifest_bytes` writes:
-    anybody may have written the file.
+    `manifest_json`: parsed JSON, {"files": {"index.json": {"bytes": 812, "sha256": "<64 hex digits>"}}}. Anybody may have written
+    it: raises MalformedFile for another form, and for a name that leads out of the directory.
     """
     rows = manifest_json.get("files") if isinstance(manifest_json, dict) else None
     if not isinstance(rows, dict):
@@ -143,9 +152,10 @@ def _files_by_name_of_manifest(manifest_json: object) -> dict[str, WrittenFile]:
 
 
 def checkpoint_problem(directory: Path, *, only_file: str | None = None, may_be_deleted: bool = False) -> str | None:
-    """What is wrong with a checkpoint, in words; None if nothing is. Reads its files to the end.
+    """Verify a checkpoint before its files are used: says what is wrong with it, or None if nothing is. Reads them to the end.
 
-    `only_file`: the name of a file; the others are then not read.
+    Such as `index.json is missing`, to follow the checkpoint's name. `only_file`: the name of a file; the others are then not
+    read.
 
     A missing file is usually waited for, since a network file system may show it late. `may_be_deleted` says that this process
     has listed the directory before: if it is gone now, it was deleted, and nothing is waited for.
@@ -166,10 +176,10 @@ def checkpoint_problem(directory: Path, *, only_file: str | None = None, may_be_
 
 
 def checkpoint_problem_on_all_ranks(directory: Path, runtime: Runtime) -> str | None:
-    """What is wrong with a checkpoint, the same answer on every rank; None if nothing is. All ranks must call.
+    """Verify a checkpoint before a run resumes from it, all ranks together; says what is wrong with it, or None if nothing is.
 
     Rank 0 reads the manifest, and each rank compares its share of the files with it. The answer is that of the lowest rank that
-    found something.
+    found something, the same on every rank. All ranks must call.
     """
     problem: str | None = None
     files: list[WrittenFile] = []
@@ -190,7 +200,7 @@ def checkpoint_problem_on_all_ranks(directory: Path, runtime: Runtime) -> str | 
 
 
 def _wrong_step_problem(directory: Path) -> str | None:
-    """What is wrong if a checkpoint has the name of another step than its own, as a renamed copy has; None if it has not.
+    """Say what is wrong with a checkpoint whose directory names another step than it is of, as a renamed copy does; else None.
 
     Also None if its name is not `step-<n>`, or if its own step cannot be read.
     """
@@ -208,9 +218,10 @@ def _wrong_step_problem(directory: Path) -> str | None:
 
 
 def _files_to_verify_on_rank(files: list[WrittenFile], runtime: Runtime) -> list[WrittenFile]:
-    """The files that this rank verifies, so that every rank reads about as many bytes.
+    """Choose the files of a checkpoint that this rank verifies, so that every rank reads about as many bytes.
 
-    From the largest file on, each goes to the rank that has the fewest bytes so far. All ranks come to the same shares.
+    From the largest file on, each goes to the rank that has the fewest bytes so far. All ranks come to the same shares, without
+    asking each other.
     """
     bytes_by_rank = [0] * runtime.world_size
     own_files = []
@@ -225,9 +236,10 @@ def _files_to_verify_on_rank(files: list[WrittenFile], runtime: Runtime) -> list
 def _first_difference_from_manifest(
     directory: Path, files: list[WrittenFile], threads: int, reader: RetryingReader | None = None
 ) -> str | None:
-    """The first difference between files of a checkpoint and what their manifest says of them; None if there is none.
+    """Compare files of a checkpoint with its manifest, several at a time; says the first difference, or None if there is none.
 
-    `threads`: files that are read at a time.
+    `files`: what the manifest says of each. `threads`: how many may be read at a time. `reader`: that of the checkpoint, which
+    waits for a disk that stumbles.
     """
     shared_reader = reader or RetryingReader(lambda text: print(text, flush=True))
 

@@ -25,10 +25,10 @@ REPORT_INTERVAL_S = 60.0
 def waiting_for_disk(
     what_waits: str, size_bytes: float, runtime: Runtime, print_line: Callable[[str], None]
 ) -> Iterator[None]:
-    """Inside the context collectives have a longer timeout, since a rank may be writing to a slow disk.
+    """Give collectives a longer timeout inside the context, so that ranks do not give up one that waits for a slow disk.
 
-    `size_bytes`: what all ranks write together, by which the timeout grows. `what_waits`: such as `checkpoint step-000040`, for
-    the line that is printed each minute. It makes no collective, but all ranks must enter it.
+    `what_waits`: such as `checkpoint step-000040`, for the line that is printed each minute. `size_bytes`: what all ranks write
+    together, by which the timeout grows: 15 minutes, and 100 s for each GB. It makes no collective, but all ranks must enter it.
     """
     extra_s = DISK_TIMEOUT_S + size_bytes / SLOWEST_DISK_BYTES_PER_S
     finished = threading.Event()

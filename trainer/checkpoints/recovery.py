@@ -44,7 +44,11 @@ class PartNote:
 
 
 def write_part_note(staging: Path, state: RankState, outcome: RankFileOutcome) -> None:
-    """Write the note of what this rank has written into `staging`, durably. No collective. Raises OSError if that fails."""
+    """Note beside this rank's file of a checkpoint what it holds, so that a start after a crash can publish the checkpoint.
+
+    `staging`: the directory of the unfinished checkpoint. `state`: this rank's part of the training state. `outcome`: what was
+    written of it. Durable when it returns. No collective. Raises OSError if that fails.
+    """
     part_fields_by_tensor = {}
     for name, part in state.parts.items():
         part_fields_by_tensor[name] = [part.file, part.start, part.length, part.offset]
@@ -62,17 +66,20 @@ def write_part_note(staging: Path, state: RankState, outcome: RankFileOutcome) -
 
 
 def remove_part_notes(staging: Path, world_size: int) -> None:
-    """Remove the notes of all ranks from a checkpoint that is about to be published. Raises OSError if that fails."""
+    """Remove the notes by which a start after a crash would publish a checkpoint, since it is about to be published now.
+
+    Raises OSError if that fails.
+    """
     for rank in range(world_size):
         (staging / PART_NOTE_FILE_FORMAT.format(rank)).unlink(missing_ok=True)
 
 
 def publish_complete_staging_dirs(checkpoint_dirs: list[Path], print_line: Callable[[str], None]) -> None:
-    """Publish checkpoints that all ranks had written when the last attempt at the run failed: rename them to `step-<n>`.
+    """Publish checkpoints that were complete when the last attempt at the run failed, but had not got their names yet.
 
-    Such a checkpoint is in a staging directory, as `.step-000040.writing`. Those of a step up to the newest published one are
-    left alone. One that cannot be published is reported, and left alone too. Only the owner of the run directory may call. No
-    collective.
+    Called at a start, so that the run resumes from them. Such a checkpoint is in a staging directory, as `.step-000040.writing`,
+    and is renamed to `step-000040`. Those of a step up to the newest published one are left alone. One that cannot be published
+    is reported, and left alone too. Only the owner of the run directory may call. No collective.
     """
     newest_step = max((checkpoint.step for checkpoint in checkpoints_in(checkpoint_dirs)), default=-1)
     for checkpoint_dir in checkpoint_dirs:
@@ -90,11 +97,10 @@ def publish_complete_staging_dirs(checkpoint_dirs: list[Path], print_line: Calla
 
 
 def _publish_if_complete(staging: Path, named_dir: Path) -> bool:
-    """Finish a checkpoint from its staging directory, and rename it to `named_dir`, if every rank had written its part; returns
-    whether they had.
+    """Finish a checkpoint in its staging directory and rename it to `named_dir`, if every rank had written its part.
 
     Each rank leaves a note of what it has written. From the notes come the files that rank 0 would have written: index,
-    progress and manifest. Raises OSError or MalformedFile if that fails.
+    progress and manifest. Returns whether the checkpoint was complete. Raises OSError or MalformedFile if that fails.
     """
     notes = _read_part_notes(staging)
     is_complete = bool(notes) and len(notes) == notes[0].world_size
@@ -113,10 +119,10 @@ def _publish_if_complete(staging: Path, named_dir: Path) -> bool:
 
 
 def _read_part_notes(staging: Path) -> list[PartNote]:
-    """The notes in a staging directory, in which each rank says what it has written: from rank 0 up to the first missing one.
+    """Read the notes in which each rank says what it has written of a checkpoint: from rank 0 up to the first missing one.
 
-    By them a checkpoint that all ranks had written can be published after a crash. Raises OSError if a note cannot be read,
-    MalformedFile if it has another form than `write_part_note` writes.
+    `staging`: the directory of the unfinished checkpoint, such as `checkpoints/.step-000040.writing`. Raises OSError if a note
+    cannot be read, MalformedFile if it has another form than `write_part_note` writes.
     """
     notes: list[PartNote] = []
     while (path := staging / PART_NOTE_FILE_FORMAT.format(len(notes))).exists():
@@ -129,10 +135,15 @@ def _read_part_notes(staging: Path) -> list[PartNote]:
 
 
 def _part_note_from_json(raw: Any) -> PartNote:
-    """The note of a rank whose JSON is `raw`, as `write_part_note` writes it: parts and files are lists of their fields in order.
+    """Parse the note in which a rank says what it has written of a checkpoint; `raw` is its JSON, as `write_part_note` wrote it.
 
-    Raises KeyError, TypeError or AttributeError if it is none.
+    {"world_size": 4, "parts": {"h.0.attn.weight/exp_avg": ["rank-00003.safetensors", 0, 4096, 512]}, "file":
+    ["rank-00003.safetensors", 16896, "<SHA-256>"], "progress": "<JSON>", "attached": []}; "file" is null for a rank without
+    tensors.
+
+    Raises KeyError, TypeError or AttributeError for anything else.
     """
+    # Rows have the fields of `FilePart` and `WrittenFile` in their order.
     file_row = raw["file"]
     parts = {str(name): FilePart(*part_row) for name, part_row in raw["parts"].items()}
     attached = [WrittenFile(*written_row) for written_row in raw.get("attached", ())]

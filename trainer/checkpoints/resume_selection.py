@@ -34,8 +34,9 @@ MAX_RECORD_BYTES = 2**16
 def restore_replaced(checkpoint_dirs: list[Path]) -> None:
     """Undo a replacement of a checkpoint that a power cut has interrupted: the old one gets its name back, durably.
 
-    If the file system cannot swap two names, `publish_directory_replacing` renames the old checkpoint before the new one gets its
-    name. Raises OSError if a checkpoint cannot be renamed, StorageError if a directory cannot be listed.
+    A checkpoint that is written once more replaces the old one. On a file system that cannot swap two names, the old one is
+    `.step-<n>.replaced` for a moment, and nothing has its name. Raises OSError if it cannot be renamed, StorageError if a
+    directory cannot be listed.
     """
     for _, path in checkpoints_in(checkpoint_dirs):
         replaced_match = REPLACED_DIR_REGEX.fullmatch(path.name)
@@ -45,11 +46,12 @@ def restore_replaced(checkpoint_dirs: list[Path]) -> None:
 
 
 def resolve_resume_setting(checkpoint_dirs: list[Path], resume: str) -> str:
-    """`run.resume` as it applies to this start: `auto` if the run began from the named checkpoint before and has newer ones.
+    """Decide what `run.resume` means for this start: a checkpoint that it names is used once, and from then on it means `auto`.
 
-    So a requeued job, whose command names the same checkpoint again, does not go back to it. In all other cases `resume` itself:
-    `auto` and `never`, no record of a start from that path, another checkpoint at that path now, or no newer ones. Raises
-    StorageError if the record cannot be read.
+    So a requeued job, whose command names the same checkpoint again, does not go back to it. Returns `auto` if the run began from
+    that checkpoint before and has newer ones now, which a record in the run directory tells; else `resume` itself: `auto`,
+    `never` or a path. `checkpoint_dirs`: the run's own directory for checkpoints, then a fallback. Raises StorageError if the
+    record cannot be read.
     """
     if resume in ("auto", "never"):
         return resume
@@ -68,7 +70,7 @@ def resolve_resume_setting(checkpoint_dirs: list[Path], resume: str) -> str:
 
 
 def _first_step_after_recorded_start(checkpoint: Path, checkpoint_dirs: list[Path]) -> int | None:
-    """From which step on the run's checkpoints are newer than its start from `checkpoint`; None if it has not begun from there.
+    """From which step on the run's checkpoints are newer than its recorded start from `checkpoint`; None without such a start.
 
     - The record names no start from that path: None.
     - A checkpoint of the run itself: the step after its own. It may have been deleted since, or been written again.
@@ -90,9 +92,10 @@ def _first_step_after_recorded_start(checkpoint: Path, checkpoint_dirs: list[Pat
 
 
 def record_resumed_checkpoint(checkpoint_dirs: list[Path], resume: str, resumed: Path) -> None:
-    """Record durably that the run begins from `resumed`, if `run.resume` names that checkpoint. Raises OSError if that fails.
+    """Record durably that the run began from the checkpoint that `run.resume` names: a requeued job does not go back to it.
 
-    With `auto` the same setting does not lead back to it, so that nothing has to be recorded.
+    Writes `resumed-from.json` into the run directory: the checkpoint's path, and the hash of its manifest. With `auto` the same
+    setting does not lead back to `resumed`, so that nothing has to be recorded. Raises OSError if that fails.
     """
     if resume in ("auto", "never") or Path(resume).expanduser().resolve() != resumed.resolve():
         return
@@ -106,8 +109,9 @@ def record_resumed_checkpoint(checkpoint_dirs: list[Path], resume: str, resumed:
 
 
 def _read_resumed_from_record(path: Path) -> dict[str, str] | None:
-    """The content of `resumed-from.json`: `path` and `manifest_sha256` of the checkpoint; None without the file. Raises
-    OSError if that fails.
+    """Read from which checkpoint a run began: {"path": ..., "manifest_sha256": ...}; None without the file.
+
+    Raises OSError or ValueError if that fails.
     """
     try:
         record: dict[str, str] = json.loads(atomic_io.read_bytes(path, max_bytes=MAX_RECORD_BYTES))
@@ -125,10 +129,10 @@ def _sha256_of_manifest_file(directory: Path) -> str | None:
 
 
 def resume_setting_problem(resume: str, checkpoint_dirs: list[Path]) -> str | None:
-    """Why the directory that `run.resume` names cannot be resumed, and what to give instead; None if it may be a checkpoint.
+    """Check the directory that `run.resume` names before a run starts: why it is no checkpoint, and what to give instead.
 
-    `checkpoint_dirs`: where its checkpoints lie if it is a run directory. Reads its manifest, no tensors. Raises StorageError
-    if that fails.
+    None if it may be one. Reads its manifest, no tensors. `checkpoint_dirs`: where its checkpoints lie if it is a run directory;
+    the newest is then advised. Raises StorageError if a directory cannot be listed.
     """
     path = Path(resume).expanduser()
     try:
@@ -175,11 +179,11 @@ class _ResumeCandidates(NamedTuple):
 
 
 def _resume_candidates(checkpoint_dirs: list[Path], resume: str, last_step: int | None) -> _ResumeCandidates:
-    """What a start with `run.resume=resume` may resume from. Called on rank 0 only. Raises OSError or StorageError if that fails.
+    """List the checkpoints that a start, or a rollback, may resume from, best first. Called on rank 0 only.
 
-    The newest checkpoint comes first. With `last_step`, the newest up to this step comes first, then later ones from the
-    oldest. Before looking, renames checkpoints back whose replacement was cut short. `last_step`: of a run that goes back after
-    an anomaly.
+    The newest comes first. `last_step`: of a run that goes back after an anomaly; the newest up to this step comes first then,
+    and later ones, from the oldest, at the end. Also renames checkpoints back whose replacement was cut short. Raises OSError or
+    StorageError if that fails.
     """
     restore_replaced(checkpoint_dirs)
     resume = resolve_resume_setting(checkpoint_dirs, resume)
@@ -196,15 +200,15 @@ def _resume_candidates(checkpoint_dirs: list[Path], resume: str, last_step: int 
 def choose_checkpoint(
     checkpoint_dirs: list[Path], resume: str, runtime: Runtime, *, last_step: int | None = None
 ) -> Path | None:
-    """The checkpoint to resume from, the same on all ranks; None to start without one. All ranks must call.
+    """Choose the checkpoint to resume from, the same on all ranks; None to start without one. All ranks must call.
 
-    `resume`: the setting `run.resume`.
+    Every file of it is compared with its hash. `checkpoint_dirs`: the run's own directory for checkpoints, then a fallback.
+    `resume`: the setting `run.resume`:
 
     - `never`: None.
     - A directory: that checkpoint; ConfigError if it cannot be used. If the run has begun from it before, as with `auto`.
     - `auto`: the newest intact checkpoint of the run; with `last_step`, the newest intact one up to this step, or if there is
-    none
-      the oldest of the later ones. None if the run has no checkpoint.
+      none the oldest of the later ones. None if the run has no checkpoint.
 
     Raises StorageError if there are checkpoints and none is intact, or if they cannot be listed: a start without a checkpoint
     would lose what they hold.

@@ -21,10 +21,10 @@ QUERIES_PER_CHECKPOINT_INTERVAL = 30
 
 
 def optimal_interval_s(stall_s: float, mtbf_s: float) -> float:
-    """Seconds between checkpoints that lose the least time to saving and to steps that a failure undoes (Young 1974, Daly 2006).
+    """The seconds between checkpoints that lose least time, to saving and to steps that a failure undoes (Young 1974, Daly 2006).
 
-    The first-order formula, but at least a minute, and at least the `stall_s` of a save itself. `mtbf_s`: mean time between
-    failures of the job.
+    By their first-order formula, but at least a minute, and at least `stall_s`. `stall_s`: seconds that a save holds training up.
+    `mtbf_s`: mean seconds between failures of the job.
     """
     return max(MIN_INTERVAL_S, stall_s, math.sqrt(2 * stall_s * mtbf_s) - stall_s)
 
@@ -81,7 +81,10 @@ class Schedule:
         return max(best_s, self._last_write_s)  # a checkpoint must be written before the next one begins
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint is due after this step. All ranks must call, after the same steps."""
+        """Whether a checkpoint is due after this step, by `checkpoint.every_steps`, else by rank 0's clock.
+
+        All ranks must call, after the same steps: some of the calls are collectives.
+        """
         if self.config.every_steps > 0:
             return step % self.config.every_steps == 0
         if self.checkpoint_interval_s is None or step < self._next_query_step:
@@ -91,15 +94,17 @@ class Schedule:
         return answer.is_due
 
     def is_improvement_due(self) -> bool:
-        """Whether an improvement may be saved now, the same on all ranks, by rank 0's clock. All ranks must call.
+        """Whether a checkpoint may be written now because an evaluation was the best so far, the same on all ranks.
 
-        No more often than `checkpoint.every_minutes` says. If it says nothing, the interval is the one that the cost of a save
-        makes best; but as long as all saves together have cost less than a minute, there is no need to wait for it.
+        At most as often as `checkpoint.every_minutes` says. If it says nothing, as often as the cost of a save makes best; but
+        while all saves together have cost less than a minute, at once. All ranks must call.
         """
         return broadcast_object(self._may_save_improvement(), self.runtime)
 
     def _may_save_improvement(self) -> bool:
-        """Whether an improvement may be saved now, by the clock of this rank (rank 0 decides for all).
+        """Whether a checkpoint may be written now for a best evaluation, by the clock of this rank (rank 0 decides for all).
+
+        The first of these cases that applies:
 
         - `every_minutes` is 0, so that time asks for no checkpoint: no.
         - `every_minutes` is set: if these minutes have passed since the last checkpoint.
@@ -116,10 +121,11 @@ class Schedule:
         return since_save_s >= max(best_s, self._last_write_s)
 
     def _ask_clock(self, step: int) -> _DueAnswer:
-        """Whether a checkpoint is due after this step, by the clock of this rank (rank 0 decides for all).
+        """Decide by this rank's clock whether a checkpoint is due after this step, and after which step to ask again.
 
-        Each question is a collective, so the ranks do not ask after each step. They ask again after half of the remaining time at
-        most, so that steps which became slow are noticed. Sets `_last_query_at` and `_last_query_step` for the next question.
+        Rank 0 decides for all. Each question is a collective, so the ranks do not ask after each step. They ask again after half
+        of the remaining time at most, so that steps which became slow are noticed. Sets `_last_query_at` and `_last_query_step`,
+        from which the next question finds how long a step takes.
         """
         interval_s = self.checkpoint_interval_s
         assert interval_s is not None
@@ -138,13 +144,16 @@ class Schedule:
         return _DueAnswer(is_due=False, next_query_step=step + wait_steps)
 
     def record_cost(self, stall_s: float, write_s: float) -> None:
-        """Record the cost of a checkpoint: it held training up for `stall_s` seconds, and took `write_s` seconds in all."""
+        """Record what a checkpoint cost, by which the next interval is chosen.
+
+        `stall_s`: seconds that it held training up. `write_s`: seconds from its beginning until it was published.
+        """
         self._recent_stalls_s = [*self._recent_stalls_s[-4:], stall_s]
         self._total_stall_s += stall_s
         self._last_write_s = write_s
 
     def restart_interval(self, step: int) -> None:
-        """Begin the interval to the next checkpoint anew, after one was written, begun, or failed at `step`.
+        """Begin the interval to the next checkpoint anew, after one was written, begun, or failed at `step`, or a rollback to it.
 
         All ranks must call.
         """

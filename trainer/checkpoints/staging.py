@@ -18,9 +18,10 @@ def create_staging_dir(
 ) -> None:
     """Create the empty directory `staging`, in which a checkpoint is written before it gets its name. All ranks must call.
 
-    An old directory of that name is deleted. `check_room`: called on every rank with the new directory; raises StorageError if
-    the disk has no room for the checkpoint. Raises StorageError on every rank, or on none: if rank 0 could not create the
-    directory, or `check_room` failed on any rank.
+    An old directory of that name, from a write that was cut short, is deleted. `check_room`: called on every rank with the new
+    directory; raises StorageError if the disk has no room for the checkpoint.
+
+    Raises StorageError on every rank, or on none: if rank 0 could not create the directory, or `check_room` failed on any rank.
     """
 
     def create_empty() -> None:
@@ -38,9 +39,10 @@ def create_staging_dir(
 
 
 def run_on_rank_0(function: Callable[[], None], staging: Path, runtime: Runtime) -> None:
-    """Call `function` on rank 0 alone; it writes into `staging`, the directory of an unfinished checkpoint.
+    """Call `function` on rank 0 alone, and let all ranks learn whether it failed, so that none goes on with a broken checkpoint.
 
-    All ranks must call, so that all learn of an error: StorageError on every rank if it raised OSError.
+    `staging`: the directory of the unfinished checkpoint, into which it writes. All ranks must call. Raises StorageError on every
+    rank if `function` raised OSError.
     """
     error: BaseException | None = None
     try:
@@ -52,9 +54,10 @@ def run_on_rank_0(function: Callable[[], None], staging: Path, runtime: Runtime)
 
 
 def raise_if_any_rank_failed(error: BaseException | None, staging: Path, runtime: Runtime) -> None:
-    """Raise StorageError on every rank if any rank has an `error`, after rank 0 removed the staging directory; else return.
+    """Give up an unfinished checkpoint if any rank failed: rank 0 removes its directory, and every rank raises StorageError.
 
-    `staging`: `.step-<n>.writing`. All ranks must call.
+    Returns if no rank failed. `error`: what went wrong on this rank; None if nothing. `staging`: the directory, such as
+    `checkpoints/.step-000040.writing`. All ranks must call.
     """
     own_error = None
     if isinstance(error, StorageError):
@@ -76,9 +79,11 @@ def raise_if_any_rank_failed(error: BaseException | None, staging: Path, runtime
 def probe_fallback_dir(
     checkpoint_dirs: list[Path], fallback_dir: str | None, print_line: Callable[[str], None]
 ) -> StorageError | None:
-    """Why checkpoints cannot be written into `checkpoint.fallback_dir`, found out at the start by writing a small file.
+    """Find out at the start, by writing a small file, whether checkpoints can be written into `checkpoint.fallback_dir`.
 
-    None if they can, or if there is no such directory. A full disk is only a warning: it may have room when it is needed.
+    Returns the error to raise if they cannot; None if they can, or without such a directory. A full disk is only a warning: it
+    may have room when it is needed. `checkpoint_dirs`: the run's own directories in it, one or none. `fallback_dir`: the setting,
+    for messages.
     """
     for checkpoint_dir in checkpoint_dirs:
         probe = checkpoint_dir / f".{checkpoint_dir.name}.trial"

@@ -14,11 +14,11 @@ def superseded_checkpoints(
     look_back_steps: int,
     best_step: int | None,
 ) -> list[Path]:
-    """The checkpoints that are older than the newest `keep` complete ones, to be deleted.
+    """Decide which checkpoints to delete: those that are older than the newest `keep` complete ones.
 
-    Not among them are the best one (`best_step`), and, with `look_back_steps`, the newest one that is at least so many steps
-    older than the newest, and all after it: the run can go back to it from an anomaly that is noticed late. If none is that
-    old, none is deleted.
+    Two kinds are kept beside them: the best one (`best_step`); and, with `look_back_steps`, the newest one that is at least so
+    many steps older than the newest, and all after it, so that the run can go back to it from an anomaly that is noticed late.
+    If none is that old, none is deleted.
 
     `checkpoints`: (step, path) of all, by ascending step. `complete_paths`: those that are known to be complete.
     """
@@ -31,5 +31,6 @@ def superseded_checkpoints(
     if look_back_steps:
         last_rollback_step = complete_steps[-1] - look_back_steps
         rollback_steps = [step for step in complete_steps if step <= last_rollback_step]
+        # 0 if none is that old: then no step is older.
         oldest_kept_step = min(oldest_kept_step, max(rollback_steps, default=0))
     return [path for step, path in checkpoints if step < oldest_kept_step and step != best_step]
