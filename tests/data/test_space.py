@@ -17,7 +17,7 @@ import pytest
 from strategies.errors import StorageError
 from tests.helpers.covering import EVERYTHING
 from tests.helpers.tokenizers import chat_rows, tiny_tokenizer, write_jsonl
-from trainer.data import sources
+from trainer.data import disk_space
 from trainer.data.config import DataConfig, DuplicatePolicy, DuplicatesConfig
 from trainer.data.objective_spec import DataSpec
 from trainer.data.prepare import Preparation
@@ -55,7 +55,7 @@ def preparation(path, **settings):
 @pytest.fixture
 def room(monkeypatch):
     """Sets the bytes that seem to be free."""
-    return lambda free: monkeypatch.setattr(sources.shutil, "disk_usage", lambda path: Usage(2 * free, free, free))
+    return lambda free: monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: Usage(2 * free, free, free))
 
 
 @pytest.mark.parametrize("kind", ["", ".xz", "parquet", *([".gz", ".bz2", "arrow"] if EVERYTHING else [])])
@@ -109,7 +109,7 @@ def test_space_estimate_counts_the_files_of_the_search_for_near_copies(tmp_path,
 
 def test_space_is_not_measured_where_there_is_plenty(tmp_path, monkeypatch):
     path = written_as(tmp_path, "")
-    monkeypatch.setattr(sources, "_measure_first_block", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(disk_space, "_measure_first_block", lambda *_: pytest.fail("measured"))
     assert len(preparation(path, max_documents=10).open_or_prepare().train)
 
 

@@ -43,6 +43,7 @@ from trainer.data.config import (
     Verify,
     identifying_data_settings,
 )
+from trainer.data.disk_space import require_disk_space
 from trainer.data.formats import RowReader
 from trainer.data.objective_spec import DataSpec
 from trainer.data.read.origin import Origin
@@ -53,7 +54,7 @@ from trainer.data.report.progress import PreparationProgress, PrintLine, print_o
 from trainer.data.selection.near_duplicates import index_bytes_per_document
 from trainer.data.selection.splits import DocumentColumns, Selection, choose_splits
 from trainer.data.shards import Assembly, PreparedBlock
-from trainer.data.sources import find_inputs, make_row_readers, require_disk_space, row_ranges, rows_of_inputs
+from trainer.data.sources import find_inputs, make_row_readers, row_ranges, rows_of_inputs
 from trainer.data.store.documents import DocumentTable
 from trainer.data.store.sequences import TokenDataset, sequence_numbers
 from trainer.data.tokens.clock import TemplateDate, reads_clock
