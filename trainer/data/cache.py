@@ -90,10 +90,11 @@ def file_state(path: Path) -> FileState:
 
 
 def cached_digest(path: Path, cache_dir: Path, big_bytes: int = BIG_FILE_BYTES) -> str:
-    """SHA-256 of a file, in hexadecimal. A file smaller than `big_bytes` is hashed each time.
+    """SHA-256 of a file, in hexadecimal, by which prepared data is found again. Large files are hashed once only.
 
-    For a larger file, the digest is read from `cache_dir` if the file has the same state as before; else the file is hashed, and
-    the digest is written there. Raises DataError if the file cannot be read.
+    A file smaller than `big_bytes` is hashed each time. For a larger file, the digest is read from `cache_dir` if the file has
+    the same state (size, times, inode) as before; else the file is hashed, and the digest is written there. Raises DataError if
+    the file cannot be read.
     """
     state = file_state(path)
     if state.size_bytes < big_bytes:
@@ -106,6 +107,7 @@ def cached_digest(path: Path, cache_dir: Path, big_bytes: int = BIG_FILE_BYTES) 
     digest = file_digest(path)
     with suppress(OSError):  # a cache that cannot be written only costs time
         digest_file.parent.mkdir(parents=True, exist_ok=True)
+        # Renamed into place, so that another process never reads half a digest.
         temporary_file = digest_file.with_suffix(f".{os.getpid()}")
         temporary_file.write_text(digest, encoding="utf-8")
         temporary_file.replace(digest_file)
@@ -114,7 +116,7 @@ def cached_digest(path: Path, cache_dir: Path, big_bytes: int = BIG_FILE_BYTES) 
 
 @dataclass(slots=True)
 class DigestCache:
-    """SHA-256 of files, computed once each. `check_files_unchanged` raises an error if a file has changed since."""
+    """SHA-256 of the input files of a preparation, each computed once; `check_files_unchanged` tells if one changed."""
 
     cache_dir: Path
     state_and_digest_by_path: dict[Path, tuple[FileState, str]] = field(default_factory=dict)
@@ -128,7 +130,7 @@ class DigestCache:
         return digest
 
     def check_files_unchanged(self) -> None:
-        """Raise DataError if a file has changed since it was hashed.
+        """Raise DataError if an input file has changed since it was hashed; called when all rows are read.
 
         Otherwise prepared rows would be found under the fingerprint of other rows.
         """
@@ -141,7 +143,7 @@ class DigestCache:
 
 
 def data_fingerprint(input_identities: Any, tokenizer: PreTrainedTokenizerFast, options: dict[str, Any]) -> str:
-    """The name of an entry of the cache: SHA-256 over what decides the bytes of prepared data, in hexadecimal.
+    """Name what decides the bytes of prepared data: SHA-256 over inputs, tokenizer and options. It names the entry of the cache.
 
     `input_identities`: what identifies the bytes of the inputs, as JSON values; their names are not in it. `options`: settings
     that change prepared bytes. The tokenizer counts with its vocabulary, special tokens and chat template.
@@ -163,7 +165,7 @@ def entry_name(fingerprint: str) -> str:
 
 
 def fingerprint_with_date(undated_fingerprint: str, date: TemplateDate | None) -> str:
-    """The fingerprint of prepared data in which the chat template writes `date`.
+    """The fingerprint of prepared data in which the chat template writes `date`: templates may ask for today's date.
 
     It is `undated_fingerprint` itself if there is no date, or if the data is of an earlier version, whose fingerprints had none.
     """
@@ -173,8 +175,9 @@ def fingerprint_with_date(undated_fingerprint: str, date: TemplateDate | None) -
 
 
 def load_or_record_first_date(cache_dir: Path, undated_fingerprint: str) -> TemplateDate:
-    """The date on which this data was first prepared into the cache.
+    """Find the date that the chat template is to write for today: that on which this data was first prepared into the cache.
 
+    So data prepared on two days is the same.
     - Data of an earlier version is in the cache, or shards of it: the day on which these were written.
     - The cache has recorded a date: that date.
     - Neither: today. Writes today's date into the cache, so that everybody who prepares the data later uses the same date.
@@ -209,12 +212,13 @@ def build_once(
     raise_if_stopped: Callable[[], None] = lambda: None,
     wait_first_s: float | None = None,
 ) -> bool:
-    """Create `directory` by calling `build(temporary directory)`, unless it is complete already. True if this process built it.
+    """Make sure that the cache entry `directory` exists: call `build(temporary directory)` unless it is complete already.
 
     One process builds, the others wait for it. The result appears under its name by one rename. What a dead or failed builder
-    left is removed. `raise_if_stopped` is called while waiting. `wait_first_s`: for how many seconds this process first waits, so
-    that another one may build; by default 0 on rank 0, and more on other ranks. Raises StorageError if the cache cannot be
-    written or locked.
+    left is removed. Returns whether this process built it.
+
+    `raise_if_stopped`: called while waiting. `wait_first_s`: for how many seconds this process first waits, so that another one
+    may build; by default 0 on rank 0, and more on other ranks. Raises StorageError if the cache cannot be written or locked.
     """
     if (directory / MANIFEST_FILE).exists():
         return False
@@ -237,10 +241,9 @@ def build_once(
 
 @contextmanager
 def _publish_when_filled(directory: Path) -> Iterator[Path]:
-    """Yields a temporary directory, to be filled by the body of the `with` statement.
+    """Give the body of the `with` statement a temporary directory to fill, which appears as `directory` when the body ends.
 
-    When the body ends, the temporary directory is written to the disk and then renamed to `directory`. If the body raises, it is
-    removed.
+    It is written to the disk first and then renamed, so that nobody sees half of it. If the body raises, it is removed.
     """
     temporary_directory = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(temporary_directory, ignore_errors=True)
@@ -258,7 +261,7 @@ def _publish_when_filled(directory: Path) -> Iterator[Path]:
 
 
 def _wait_before_preparing_s() -> float:
-    """Seconds for which this process first waits, so that rank 0 prepares the data, since a user sees the lines of rank 0.
+    """Seconds for which this process first waits, so that rank 0 prepares the data: a user sees the progress of rank 0.
 
     - rank 0: none;
     - the first process of another host: 2, because rank 0 never comes if that host has a cache of its own;
@@ -270,10 +273,10 @@ def _wait_before_preparing_s() -> float:
 
 
 def file_hashes(directory: Path) -> dict[str, dict[str, str]]:
-    """Two hashes of every file that training reads, by its path in `directory`. Raises OSError.
+    """Hash every file of a prepared data set that training reads, so that damage is noticed later. Raises OSError.
 
-    Example: {"tokens.bin": {"sampled": ..., "sha256": ...}}. "sampled" is a hash of some blocks of the file, "sha256" one of all
-    its bytes.
+    By path in `directory`: {"tokens.bin": {"sampled": ..., "sha256": ...}}. "sampled" is a hash of some blocks of the file, which
+    is quick to compare, "sha256" one of all its bytes.
     """
     hashes = {}
     array_files = [path for path in directory.rglob("*") if path.suffix in ARRAY_SUFFIXES]
@@ -284,9 +287,10 @@ def file_hashes(directory: Path) -> dict[str, dict[str, str]]:
 
 
 def verify_hashes(directory: Path, expected_hashes: dict[str, dict[str, str]], verify: Verify) -> None:
-    """Raise DataError for the first file in `directory` that differs from `expected_hashes`, which `file_hashes` returned.
+    """Raise DataError for the first file of a prepared data set that is not as it was written, as after damage to the disk.
 
-    The sampled hash of each file is compared; with `Verify.all`, that of all its bytes too.
+    `expected_hashes`: what `file_hashes` returned then. The sampled hash of each file is compared; with `Verify.all`, that of all
+    its bytes too.
     """
     remedy = f"look after the disk, delete {directory} and start again: it is prepared anew"
     for name, expected in expected_hashes.items():
@@ -305,10 +309,11 @@ def verify_hashes(directory: Path, expected_hashes: dict[str, dict[str, str]], v
 def _exclusive_lock(
     lock_file: Path, entry: Path, raise_if_stopped: Callable[[], None], wait_first_s: float
 ) -> Iterator[None]:
-    """Holds an exclusive lock between processes while the body runs. The kernel releases the lock if its holder dies.
+    """Hold an exclusive lock between processes while the body runs, so that one process alone builds a cache entry.
 
-    Before it asks for the lock, this process stands back for up to `wait_first_s` seconds, see `_stand_back`. `entry`: the
-    directory that the holder of the lock builds. `raise_if_stopped` is called while waiting.
+    The kernel releases the lock if its holder dies. Before it asks for the lock, this process stands back for up to
+    `wait_first_s` seconds, see `_stand_back`. `entry`: the directory that the holder of the lock builds. `raise_if_stopped` is
+    called while waiting.
     """
     started_at = time.monotonic()
     with lock_file.open("a+", encoding="utf-8") as file:  # NFS gives no shared lock of what is open for writing alone
@@ -327,7 +332,10 @@ def _exclusive_lock(
 
 
 def _stand_back(file: IO[str], entry: Path, raise_if_stopped: Callable[[], None], wait_first_s: float) -> None:
-    """Let another process begin first: return once it has locked `file` or completed `entry`, or after `wait_first_s` seconds."""
+    """Let another process begin first, for at most `wait_first_s` seconds; return once it has begun or is done.
+
+    It has begun if it has locked `file`, and is done if `entry` is complete. `raise_if_stopped` is called while waiting.
+    """
     started_at = time.monotonic()
     while time.monotonic() - started_at < wait_first_s:
         if (entry / MANIFEST_FILE).exists() or _is_locked(file):
@@ -356,7 +364,10 @@ def shards_directory(entry: Path) -> Path:
 
 
 class Shards:
-    """The shards of one cache entry, `num_shards` of them, in a directory beside the entry."""
+    """The shards of one cache entry: parts of its first pass that the jobs of an array prepare, in a directory beside the entry.
+
+    There are `num_shards` of them, if all jobs have finished.
+    """
 
     def __init__(self, entry: Path, num_shards: int) -> None:
         self.directory = shards_directory(entry)
@@ -370,7 +381,8 @@ class Shards:
     def writing_shard(
         self, number: int, raise_if_stopped: Callable[[], None]
     ) -> Iterator[Callable[[PreparedBlock], None] | None]:
-        """Yields a function that writes a block into shard `number`; None if the shard is complete already.
+        """Give the body a function that writes a block of prepared rows into shard `number`; None if the shard is complete
+        already.
 
         The shard appears under its name when the body ends. One process writes a shard; others wait for it, and call
         `raise_if_stopped` meanwhile. Raises StorageError if the shard cannot be written.
@@ -392,9 +404,10 @@ class Shards:
 
     @classmethod
     def find_complete(cls, entry: Path) -> Shards | None:
-        """The shards of a cache entry; None if it has none. Of several complete sets, the one of the fewest shards.
+        """Find the shards that the jobs of an array have prepared for a cache entry; None if there are none.
 
-        Raises DataError if there are some shards, but no complete set of them.
+        Of several complete sets, the one of the fewest shards. Raises DataError if there are some shards, but no complete set of
+        them.
         """
         directory = shards_directory(entry)
         # An array of jobs may have been run several times, with different numbers of shards: 0-of-4, 1-of-4, 0-of-8.
@@ -417,7 +430,7 @@ class Shards:
         return [number for number in range(self.num_shards) if not self.shard_path(number).exists()]
 
     def load_blocks(self) -> Generator[PreparedBlock]:
-        """The blocks of all shards, in the order of the input."""
+        """Read the blocks of all shards, in the order of the input, as a preparation in one go would make them."""
         block_files: list[Path] = []
         for number in range(self.num_shards):
             block_files += self.shard_path(number).glob("*.npz")

@@ -27,13 +27,16 @@ def require_disk_space(
     num_shards: int = 1,
     scratch_bytes_per_row: int = 0,
 ) -> None:
-    """Raise StorageError if the disk of `directory` has less room than one of `num_shards` of the prepared data will take.
+    """Raise StorageError before the work begins if the disk of `directory` has less room than the prepared data will take.
 
     How much is written for each byte of text, or row of a table, is measured on the first block of every input, which
-    `make_block` prepares. `scratch_bytes_per_row`: bytes of temporary files for a row, beside the block. Nothing is measured if
-    there is plenty of room.
+    `make_block` prepares. Nothing is measured if there is plenty of room.
+
+    `max_documents`: how many training rows are read; None for all.
+    `num_shards`: into how many parts preparation is divided; only one of them is written here.
+    `scratch_bytes_per_row`: bytes of temporary files for a row, beside the block.
     """
-    # All inputs are measured, and divided by the number of shards: any shard has about an equal part of each input.
+    # All inputs are measured, and the sum is divided by the number of shards: a shard has about an equal part of each input.
     free_bytes = _free_disk_bytes(directory)
     # Preparing a block of every input takes seconds, so it is skipped if the disk is surely large enough.
     input_bytes = sum(source_input.origin.size_bytes() for source_input in inputs)
@@ -72,7 +75,10 @@ def _estimate_prepared_bytes(
     max_rows: int | None,
     scratch_bytes_per_row: int,
 ) -> float:
-    """About how many bytes the prepared data of an input will take, judged by its first block; of `max_rows` rows at most."""
+    """Estimate how many bytes the prepared data of an input will take on the disk, judged by its first block.
+
+    `max_rows`: how many of its rows are read; None for all. `scratch_bytes_per_row`: bytes of temporary files for each row.
+    """
     first_block = _measure_first_block(source_input, make_block)
     written_bytes = first_block.written_bytes + first_block.num_read_rows * scratch_bytes_per_row
     written_per_byte = written_bytes / max(first_block.read_bytes, 1)
@@ -94,7 +100,10 @@ class _MeasuredBlock(NamedTuple):
 
 
 def _measure_first_block(source_input: SourceInput, make_block: Callable[[RowRange], PreparedBlock]) -> _MeasuredBlock:
-    """Prepare the block of the first rows of an input (about 4 MiB of text, at most 512 rows). Nothing is written."""
+    """Prepare the block of the first rows of an input (about 4 MiB of text, at most 512 rows), to see how large it becomes.
+
+    Nothing is written.
+    """
     rows = source_input.origin.rows(source_input.needed_columns)
     first_range = next(row_ranges((source_input.id, row) for row in rows))
     block = make_block(first_range)

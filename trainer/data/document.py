@@ -37,12 +37,12 @@ THINK_BLOCK_REGEX = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 @dataclass(slots=True)
 class Document:
-    """One row, in the same form for every format. Which fields are set depends on the format.
+    """One row in the first pass of preparation, in the same form for every format. Which fields are set depends on the format.
 
-    Conversations: `messages`, and perhaps `tools`. Prompt and completion: both, with `separator` between them if there is no
-    chat template. Text: `text`, and `label` if it is labelled. Preference pairs: `messages` is the shared prompt,
-    `chosen` and `rejected` are the turns that follow it. Thumbs up or down: `messages` or prompt and completion, and
-    `desirable`. Prompts alone: `messages` that end before an answer, or `prompt` without a completion; and `columns`.
+    Conversations: `messages`, and perhaps `tools`. Prompt and completion: both, with `separator` between them if there is no chat
+    template. Text: `text`, and `label` if it is labelled. Preference pairs: `messages` is the shared prompt, `chosen` and
+    `rejected` are the turns that follow it. Thumbs up or down: `messages` or prompt and completion, and `desirable`. Prompts
+    alone: `messages` that end before an answer, or `prompt` without a completion; and `columns`.
     """
 
     file: str
@@ -70,7 +70,7 @@ class Document:
         return f"{self.file}:{self.line}"
 
     def conversation(self) -> list[Message]:
-        """The turns, without rejected answers; prompt and completion as two turns. Empty for a text."""
+        """The document as turns of a conversation, without rejected answers. Prompt and completion are two turns, a text none."""
         if self.prompt is not None:
             question = {"role": "user", "content": self.prompt}
             if self.completion is None:
@@ -79,7 +79,7 @@ class Document:
         return [*(self.messages or []), *(self.chosen or [])]
 
     def pop_prompt_turns(self) -> list[Message]:
-        """Prompt and completion as two turns. Clears both, so that the caller can set `messages` instead."""
+        """Take prompt and completion out of the document, as two turns, so that the caller can set `messages` instead."""
         turns = self.conversation()
         self.prompt = None
         self.completion = None
@@ -87,11 +87,14 @@ class Document:
         return turns
 
     def turns(self) -> list[Message]:
-        """All messages of the row: shared ones, then chosen, then rejected."""
+        """All messages of the document: shared ones, then chosen, then rejected. Empty if it is no conversation."""
         return [*(self.messages or []), *(self.chosen or []), *(self.rejected or [])]
 
     def texts(self) -> list[str]:
-        """All texts that came from the row, in reading order: thoughts and arguments of calls too; no labels, no tools."""
+        """All texts that came from the row, in reading order, for what looks into texts: checks, privacy, comparison.
+
+        Thoughts and arguments of tool calls are among them; labels and descriptions of tools are not.
+        """
         texts: list[str] = []
         for message in self.turns():
             texts += message_texts(message)
@@ -99,7 +102,10 @@ class Document:
         return texts
 
     def map_texts(self, change: Callable[[str], str]) -> None:
-        """Replace every text of the document by `change(text)`, in place. Names and keys of tool calls stay as they are."""
+        """Replace every text of the document by `change(text)`, in place, as cleaning and redaction do.
+
+        Names and keys of tool calls stay as they are.
+        """
         for message in self.turns():
             for key in ("reasoning_content", "content"):
                 if message.get(key):
@@ -115,10 +121,10 @@ class Document:
 
 
 def argument_texts(arguments: Any) -> Iterator[str]:
-    """The texts in the arguments of a tool call, in order, without blank texts and keys.
+    """Find the texts in the arguments of a tool call, in order, without blank texts and keys.
 
-    `arguments`: those of one call, or anything inside of them; the function calls itself for what is inside.
-    Example: {"query": "weather", "limit": 3} -> "weather".
+    `arguments`: those of one call, or anything inside of them; the function calls itself for what is inside. Example: {"query":
+    "weather", "limit": 3} -> "weather".
     """
     if isinstance(arguments, str):
         if arguments.strip():
@@ -132,10 +138,10 @@ def argument_texts(arguments: Any) -> Iterator[str]:
 
 
 def map_argument_texts(node: Any, change: Callable[[str], str], change_key: Callable[[str], str] = str) -> Any:
-    """Arguments of a tool call with every text changed by `change`, and every key by `change_key`. Blank texts stay.
+    """Copy the arguments of a tool call with every text changed by `change`, and every key by `change_key`. Blank texts stay.
 
-    `node`: the arguments, or anything inside of them; the function calls itself for what is inside.
-    Example: {"query": "weather", "limit": 3} with str.upper -> {"query": "WEATHER", "limit": 3}.
+    `node`: the arguments, or anything inside of them; the function calls itself for what is inside. Example: {"query": "weather",
+    "limit": 3} with str.upper -> {"query": "WEATHER", "limit": 3}.
     """
     if isinstance(node, str):
         return change(node) if node.strip() else node
@@ -195,9 +201,9 @@ class SourceRow:
 
 
 def excerpt(text_or_bytes: bytes | str) -> str:
-    """The first 200 characters of a row, for messages. Control characters and surrogates are spelled out: "\\0" -> "\\x00".
+    r"""Shorten a row to its first 200 characters, for messages and the list of rejected rows.
 
-    Bytes that are not UTF-8 become replacement characters.
+    Control characters and surrogates are spelled out: "\0" -> "\x00". Bytes that are not UTF-8 become replacement characters.
     """
     if isinstance(text_or_bytes, str):
         text = text_or_bytes
@@ -257,7 +263,7 @@ class Findings:
     """The first few of each type, as `file:line mask`."""
 
     def merge(self, later: Findings) -> None:
-        """Add the findings of a later block to these."""
+        """Add the findings of a later block of documents to these."""
         self.scanned.update(later.scanned)
         self.documents.update(later.documents)
         self.counts.update(later.counts)
@@ -275,7 +281,10 @@ def add_first_examples(examples_by_key: dict[str, list[str]], key: str, new_exam
 
 @dataclass(slots=True)
 class Tally:
-    """Counts of what the stages did to documents, by stage and reason, with the first few examples. Blocks add theirs up."""
+    """Counts of what the stages of preparation did to documents, by stage and reason, with the first few examples.
+
+    Each block has its own; they are added up.
+    """
 
     dropped: dict[str, Counter[str]] = field(default_factory=dict)
     """Documents dropped: stage -> reason -> number. A document is dropped once, under one reason."""
@@ -288,12 +297,12 @@ class Tally:
     """Every drop since the tally was made, as (stage, reason, location). `merge` does not add them up: they are written down."""
 
     def drop(self, stage: str, reason: str, location: str) -> None:
-        """Count one dropped document, and add it to `drops`. `location`: its `file:line`, perhaps with a remark behind it."""
+        """Count one document that a stage dropped, and add it to `drops`. `location`: its `file:line`, perhaps with a remark."""
         self._count_document(self.dropped, stage, reason, location)
         self.drops.append((stage, reason, location))
 
     def note(self, stage: str, observation: str, location: str) -> None:
-        """Count something that was seen in, or done to, a document that stays. `observation`: its code, such as "truncated"."""
+        """Count what a stage saw in, or did to, a document that stays. `observation`: its code, such as "truncated"."""
         self._count_document(self.noted, stage, observation, location)
 
     def merge(self, later: Tally) -> None:
@@ -306,7 +315,10 @@ class Tally:
         self.findings.merge(later.findings)
 
     def _count_document(self, counts_by_stage: dict[str, Counter[str]], stage: str, code: str, location: str) -> None:
-        """Count one document in `dropped` or `noted`, and keep its location if it is one of the first with this code."""
+        """Count one document under a code, such as "too_long", and keep its location if it is one of the first with this code.
+
+        `counts_by_stage`: `dropped` or `noted`.
+        """
         counts_by_stage.setdefault(stage, Counter())[code] += 1
         add_first_examples(self.examples, f"{stage}/{code}", [location])
 

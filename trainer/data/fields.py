@@ -57,7 +57,8 @@ class KeptColumns:
     """Whether all columns are kept, since a reward function takes whatever there is (`**kwargs`)."""
 
     def values_of(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The values that are kept of a row, by column. A column that is null or missing is left out, unless it is required.
+        """The values of a row that are kept for rewards, by column. One that is null or missing is left out, unless it is
+        required.
 
         `ground_truth` is also taken from inside the column `reward_model`, where verl's data sets have it. Raises RowError:
         missing_reward_column, or the refusal of a value that could not be read.
@@ -94,10 +95,10 @@ def show_value(value: Any) -> str:
 
 
 def value_at(fields: dict[str, Any], column: str) -> Any:
-    """The value of a column. `a.b` is `b` inside the column `a`, and `a.0` the first element of the list in `a`.
+    """Find the value of a column in a row. `a.b` is `b` inside the column `a`, and `a.0` the first element of the list in `a`.
 
-    Raises KeyError if there is no such value, RowError if a value that it is inside of could not be read. A value that could not
-    be read itself is a `Fault`.
+    Raises KeyError if there is no such value. A value that could not be read is a `Fault`, which says why; RowError for a value
+    inside of one.
     """
     # A column that is itself called `a.b` goes first.
     path = [column] if column in fields else column.split(".")
@@ -116,9 +117,10 @@ def value_at(fields: dict[str, Any], column: str) -> Any:
 
 
 def parse_group(fields: dict[str, Any], column: str) -> str:
-    """The group that a row belongs to, as text, from its column `column`: " a " -> "a", 7 -> "7", 7.0 -> "7".
+    """Read the group that a row belongs to (`data.group_by`), as text: " a " -> "a", 7 -> "7", 7.0 -> "7".
 
-    Raises RowError (missing_group) if the column is missing, or holds neither a text nor a whole number.
+    Rows of one group stay on one side of a split. Raises RowError (missing_group) if the column is missing, or holds neither a
+    text nor a whole number.
     """
     try:
         group = value_at(fields, column)
@@ -138,7 +140,7 @@ def parse_group(fields: dict[str, Any], column: str) -> str:
 
 
 def is_blank_value(value: Any) -> bool:
-    """Whether a value is empty in any of the ways that tables and files write it: None, "", "null", "[]", [None], {"a": ""}."""
+    """Whether a value of a row says nothing, however tables and files write that: None, "", "null", "[]", [None], {"a": ""}."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     if isinstance(value, dict):
@@ -154,10 +156,10 @@ def is_list_of_texts(value: Any) -> bool:
 
 
 def parse_text(fields: dict[str, Any], column: str, shown_name: str | None = None) -> str:
-    """The text in a column, or the only text of the list in it. Raises RowError: not_text, empty_text.
+    """Read the text in a column of a row, or the only text of the list in it. Raises RowError: not_text, empty_text.
 
     `shown_name`: what error messages call the text, such as `messages[2].content`; by default the column in quotes. A list of
-    several texts, or of none, is no text.
+    several texts, or of none, is no text. (Of several, `data.columns` can choose one: `answers.0`.)
     """
     value: Any = fields.get(column)
     name = shown_name or f'"{column}"'
@@ -180,7 +182,7 @@ def parse_text(fields: dict[str, Any], column: str, shown_name: str | None = Non
 
 
 def parse_label(label: Any) -> str:
-    """A class label as text: "a" -> "a", 3 -> "3", 3.0 -> "3", True -> "true". Raises RowError: bad_label, for anything else."""
+    """Read a class label as text: "a" -> "a", 3 -> "3", 3.0 -> "3", True -> "true". Raises RowError (bad_label) for others."""
     if isinstance(label, bool):
         return "true" if label else "false"
     if isinstance(label, str) and label.strip():
@@ -191,7 +193,7 @@ def parse_label(label: Any) -> str:
 
 
 def parse_verdict(value: Any) -> bool | None:
-    """Thumbs up (True) or down (False) from a value of a row: "Yes" -> True, 0 -> False. None for anything else.
+    """Read a verdict on an answer, thumbs up (True) or down (False): "Yes" -> True, 0 -> False. None if it is none.
 
     A table with an empty cell makes 1.0 and 0.0 of its 1 and 0, so that these count too.
     """
@@ -202,7 +204,10 @@ def parse_verdict(value: Any) -> bool | None:
 
 
 def is_surely_verdict(value: Any) -> bool:
-    """Whether a value tells by itself that its column holds verdicts (up, true, 1); `yes` or 1.0 may be a class label too."""
+    """Whether a value tells by itself that its column holds verdicts on answers (up, true, 1).
+
+    `yes` or 1.0 may be a class label too.
+    """
     return isinstance(value, bool | str | int) and str(value).strip().lower() in _SURE_VERDICT_BY_TEXT
 
 
@@ -224,7 +229,10 @@ MAX_SHOWN_NAMES = 20
 
 @dataclass(slots=True)
 class UnreadColumns:
-    """Remembers columns that a reader does not read. `names` grows in order of appearance; the caller may clear it."""
+    """Remembers which columns of a source nothing reads, for the report, and rejects rows where such a column carries meaning.
+
+    `names` grows in order of appearance; the caller may clear it.
+    """
 
     meaningful: Collection[str]
     """Columns for which a row is rejected unless they are read, ignored or empty."""
@@ -238,9 +246,10 @@ class UnreadColumns:
     def add_from_row(
         self, fields: Mapping[str, Any], unloaded_columns: tuple[str, ...], read_columns: tuple[str, ...]
     ) -> None:
-        """Add the unread columns of a row to `names`. Raises RowError for one that carries meaning and is not empty.
+        """Add the columns of a row that nothing reads to `names`. Raises RowError for one that carries meaning and is not empty.
 
-        `unloaded_columns`: further columns of the file, without values in `fields`. `read_columns`: those that are read.
+        A picture or a tool call that the model never sees changes what the answer means. `unloaded_columns`: further columns of
+        the file, whose values were not read. `read_columns`: those that are read.
         """
         unread_names, meaningful_unread_names = self._unread_and_meaningful(fields, unloaded_columns, read_columns)
         for name in meaningful_unread_names:
@@ -256,10 +265,11 @@ class UnreadColumns:
     def _unread_and_meaningful(
         self, fields: Mapping[str, Any], unloaded_columns: tuple[str, ...], read_columns: tuple[str, ...]
     ) -> tuple[list[str], list[str]]:
-        """(columns of a row that are neither read nor ignored, those among them that carry meaning and have a value in `fields`).
+        """Find (columns of a row that are neither read nor ignored, those among them that carry meaning and have a value in
+        `fields`).
 
-        A row is rejected for one that carries meaning (`meaningful`), such as images. It depends on the names of the columns
-        alone. Most rows of a source have the same columns, so the answer is remembered.
+        It depends on the names of the columns alone. Most rows of a source have the same columns, so the answer is remembered.
+        The parameters are as in `add_from_row`.
         """
         all_columns = (read_columns, unloaded_columns, *fields)
         remembered = self._unread_and_meaningful_by_columns.get(all_columns)

@@ -68,12 +68,13 @@ def recognise_format(
     ignored: Collection[str] = (),
     preferred: tuple[DataFormat, ...] = (),
 ) -> DataFormat:
-    """The format whose columns a row has. A column that is null, or `ignored`, counts as missing.
+    """Recognise the format of a source by the columns of its first readable row, if the settings name none.
 
+    A column that is null, or `ignored`, counts as missing.
     - One format fits: that one.
-    - Several fit: the first of the `preferred` formats among them.
-    - None fits, or no preferred one, and a (preferred) format would fit if null counted as a value: that one, since the first
-      row of a file may hold a null.
+    - Several fit: the first of the `preferred` formats among them, those that the objective can learn from.
+    - None fits, or no preferred one, and a (preferred) format would fit if null counted as a value: that one, since the first row
+      of a file may hold a null.
 
     `columns`: `data.columns` of the `source`, the row's name of a column by the expected name. A format that does not use all
     renamed columns does not fit. Raises DataError, with the row, if no format or more than one fits; ConfigError if `columns`
@@ -120,7 +121,7 @@ def format_setting(source: str) -> str:
 
 
 def _advice_for_several_formats(column_set_by_format: dict[DataFormat, ColumnSet], columns_setting: str) -> str:
-    """Part of an error message: how to choose between several formats that fit, and which columns each would read."""
+    """Write the part of an error message that says how to choose between formats that all fit, and what each would read."""
     format_lines = [f"  {format.value}: {', '.join(column_set)}" for format, column_set in column_set_by_format.items()]
     choice = f"{columns_setting.removesuffix('columns')}format={'|'.join(column_set_by_format)}"
     return "\n".join([f"choose with {choice}, or leave columns out with data.ignore_columns", *format_lines])
@@ -129,9 +130,10 @@ def _advice_for_several_formats(column_set_by_format: dict[DataFormat, ColumnSet
 def _advice_for_no_format(
     fields: dict[str, Any], columns: dict[str, str], columns_setting: str, preferred: tuple[DataFormat, ...]
 ) -> str:
-    """Part of an error message: how to rename columns so that a format fits, and what each format needs.
+    """Write the part of an error message that says how to rename columns so that a format fits, and what each format needs.
 
-    `columns`: what the user renamed already; nothing is suggested then, and the example has placeholders.
+    For example "try data.columns='{prompt:q,completion:a}', or rename them to one of ...". `columns`: what the user renamed
+    already; nothing is suggested then, and the example has placeholders. `preferred`: the formats that the objective learns from.
     """
     suggested_columns = {} if columns else suggest_columns(fields)
     likeliest_format = preferred[0] if preferred else DataFormat.prompt_completion
@@ -149,7 +151,7 @@ def _advice_for_no_format(
 
 
 def _hint_for_no_format(row: SourceRow) -> str:
-    """Part of an error message: what a file with such columns often is; empty if that is not known."""
+    """Write the part of an error message that says what a file with such columns often is; empty if that is not known."""
     if "segments" in row.fields:
         return (
             '\nsegments (axolotl\'s input_output): write them as messages, each with "train": true or false, as '
@@ -163,9 +165,9 @@ def _hint_for_no_format(row: SourceRow) -> str:
 def _column_sets_of_fitting_formats(
     fields: dict[str, Any], columns: dict[str, str], *, learns_verdicts: bool
 ) -> dict[DataFormat, ColumnSet]:
-    """The formats that a row fits, each with the set of columns by which it fits. Ambiguities are resolved:
+    """Find the formats that a row fits, each with the set of columns by which it fits. Ambiguities are resolved:
 
-    - a column `label` makes thumbs only if it is surely a verdict, or if the objective learns verdicts;
+    - a column `label` makes thumbs (verdicts on answers) only if it is surely a verdict, or if the objective learns verdicts;
     - conversations beside a chosen and a rejected answer are the prompt of a pair;
     - of two formats of which one reads all columns of the other and more, the fuller one stays;
     - `content` alone is too vague a name to make a text if another format fits.
@@ -198,10 +200,11 @@ def _column_sets_of_fitting_formats(
 
 
 def _column_sets_that_row_has(fields: dict[str, Any], columns: dict[str, str]) -> dict[DataFormat, ColumnSet]:
-    """The formats of which the row has a whole set of columns, each with the likeliest such set.
+    """Find the formats of which the row has a whole set of columns, each with the likeliest such set.
 
-    Only sets that read all renamed `columns` count. `prompt` is never among them: every row with a question has a prompt,
-    so that this format is meant only if the objective says so.
+    {"question": ..., "answer": ...} has {prompt_completion: ("question", "answer")}. Only sets that read all renamed `columns`
+    count. `prompt` is never among them: every row with a question has a prompt, so that this format is meant only if the
+    objective says so.
     """
     column_set_by_format: dict[DataFormat, ColumnSet] = {}
     for format, column_sets in COLUMN_SETS_BY_FORMAT.items():
@@ -215,9 +218,10 @@ def _column_sets_that_row_has(fields: dict[str, Any], columns: dict[str, str]) -
 
 
 def require_readable_columns(columns: dict[str, str], formats: list[DataFormat], setting: str) -> None:
-    """Raise ConfigError if `setting` renames a column to a name that none of the formats reads.
+    """Raise ConfigError if the setting `setting` renames a column to a name that no format reads, such as a misspelled one.
 
-    `columns`: the value of the setting, the row's name of a column by the expected name, such as {"prompt": "question_text"}.
+    `formats`: those that the source may have. `columns`: the value of the setting, the row's name of a column by the expected
+    name, such as {"prompt": "question_text"}.
     """
     known_columns: dict[str, None] = {}  # a dict, to keep the order
     for format in formats:
@@ -244,10 +248,10 @@ def column_names(fields: dict[str, Any]) -> list[str]:
 
 
 def rename_columns(fields: dict[str, Any], columns: dict[str, str], setting: str) -> dict[str, Any]:
-    """A row's fields, with renamed columns under their expected names. Raises RowError (missing_column) if one is missing.
+    """Put the renamed columns of a row under their expected names. Raises RowError (missing_column) if one is missing.
 
-    `columns`: the row's name of a column by the expected name: {"prompt": "q"} turns {"q": "Hi", "a": 1} into {"a": 1,
-    "prompt": "Hi"}. `setting`: where `columns` comes from, for the message.
+    `columns`: the row's name of a column by the expected name: {"prompt": "q"} turns {"q": "Hi", "a": 1} into {"a": 1, "prompt":
+    "Hi"}. `setting`: where `columns` comes from, for the message.
     """
     if not columns:
         return fields
@@ -264,7 +268,7 @@ def rename_columns(fields: dict[str, Any], columns: dict[str, str], setting: str
 
 
 def column_sets_to_try(format: DataFormat, columns: dict[str, str], kept_names: tuple[str, ...]) -> list[ColumnSet]:
-    """The sets of columns by which a row may fit a format, in the order in which they are tried: [("text",), ("content",)].
+    """List the sets of columns by which a row may fit a format, in the order in which they are tried: [("text",), ("content",)].
 
     If some sets use all renamed `columns` (the row's name of a column by the expected name), only these. `kept_names`: columns
     that are kept beside a prompt, and that may be renamed as well.
@@ -278,7 +282,10 @@ def column_sets_to_try(format: DataFormat, columns: dict[str, str], kept_names: 
 
 
 def readable_columns(column_set: ColumnSet, format: DataFormat) -> ColumnSet:
-    """All columns that are read of a row with this set of columns: these, and those that may be missing."""
+    """All columns that are read of a row with this set of columns: these, and those that it may have beside them.
+
+    A prompt may have a system text and tools beside it, an instruction its input and earlier turns.
+    """
     columns = column_set
     if format not in FORMATS_WITHOUT_SYSTEM:
         columns += _CONVERSATION_COLUMNS
@@ -296,8 +303,9 @@ _PASSAGE_COLUMNS = ("context", "passage")
 
 
 def suggest_columns(fields: dict[str, Any]) -> dict[str, str]:
-    """A value for `data.columns` that seems to be meant: the row's column by the expected name. Empty if nothing is.
+    """Guess which renaming of columns (`data.columns`) is meant, for an error message: {"prompt": "question_text", ...}.
 
+    The row's column by the expected name; empty if nothing seems to fit.
     - an answer that is chosen and one that is rejected: a pair, with its prompt if there is one;
     - a prompt, a passage and a completion: an instruction with its input;
     - a prompt and a completion: both, with a system prompt if there is one.
@@ -324,9 +332,10 @@ def suggest_columns(fields: dict[str, Any]) -> dict[str, str]:
 
 
 def _first_filled_column(fields: dict[str, Any], names: tuple[str, ...]) -> str | None:
-    """The first of `names` under which the row has a value, as the row spells it; None if it has none of them.
+    """Find the first of `names` under which the row has a value, as the row spells it; None if it has none of them.
 
-    Names are compared without regard to case: `names` ("prompt",) and a column "Prompt" give "Prompt".
+    Names are compared without regard to case: `names` ("prompt",) and a column "Prompt" give "Prompt". `a.b` is `b` inside the
+    column `a`.
     """
     row_name_by_lower_case = {name.lower(): name for name in fields}
     for name in names:

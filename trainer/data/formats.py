@@ -51,13 +51,14 @@ from trainer.data.messages import (
 
 
 class RowReader:
-    """Reads the rows of one source in one format. Raises ConfigError if `columns` cannot belong to the format.
+    """Turns the rows of one source into documents of one format, such as conversations or preference pairs.
 
+    Raises ConfigError if `columns` cannot belong to the format.
     - `columns`: the source's name of each renamed column, by the expected name.
     - `label`: turns the value of the column `label` into a text.
     - `ignored`: columns (`data.ignore_columns`) that count as missing.
     - `group`: the column that says which group a row belongs to; every row must have it. None: rows have no groups.
-    - `kept`: columns that are kept beside a prompt; they count only with the format `prompt`.
+    - `kept`: columns that are kept beside a prompt, for rewards; they count only with the format `prompt`.
 
     `unread` lists columns that nothing reads. A row with an unread column that carries meaning is rejected, unless
     `accept_unread_columns` was called.
@@ -106,7 +107,10 @@ class RowReader:
         self.unread = UnreadColumns(MEANINGFUL_COLUMNS[format], self.ignored, self._setting)
 
     def _columns_read_with_any_column_set(self, kept_names: tuple[str, ...]) -> set[str]:
-        """Columns that are read whatever set of columns a row has: those that settings name, and those that are kept."""
+        """Columns that are read whatever columns make the format in a row: those that settings name, and those kept for rewards.
+
+        `kept_names`: names of the latter.
+        """
         named_in_settings = [*self.columns.values()]
         if self.group:
             named_in_settings.append(self.group)
@@ -122,7 +126,10 @@ class RowReader:
         self.unread.meaningful = ()
 
     def __call__(self, row: SourceRow | RejectedRow) -> Document | RejectedRow:
-        """The document of a parsed row, or why there is none. A rejected row stays so. Never raises for what a row holds."""
+        """Turn a parsed row into a document, or say why it is none: it was rejected before, or does not fit the format.
+
+        Never raises for what a row holds.
+        """
         if isinstance(row, RejectedRow):
             return row
         try:
@@ -132,7 +139,11 @@ class RowReader:
             return RejectedRow(row.file, row.line, refusal.reason, refusal.message, excerpt)
 
     def _make_document(self, row: SourceRow) -> Document:
-        """The document that a row makes in this format. Adds the row's unread columns to `unread`. Raises RowError."""
+        """Turn a row into a document of the source's format; raises RowError if it does not fit.
+
+        Renames columns as the settings say, finds which columns make the format in this row, and reads them. Adds columns that
+        nothing read to `unread`, which rejects the row for one that carries meaning, such as images.
+        """
         fields = row.fields
         if self.ignored:
             fields = {name: value for name, value in fields.items() if name not in self.ignored}
@@ -142,6 +153,7 @@ class RowReader:
         # The names of the columns that make the format in this row.
         column_set = self._find_column_set(fields, row.unread_columns)
         read_columns = self._read_columns_by_column_set[column_set]
+        # A `Fault` stands for a value that could not be read, which matters only in a column that is read.
         for name in read_columns:
             value = fields.get(name)
             if isinstance(value, Fault):
@@ -157,9 +169,9 @@ class RowReader:
 
     @staticmethod
     def _keep_columns(document: Document, fields: dict[str, Any], kept: KeptColumns) -> dict[str, Any]:
-        """Set `document.columns`, the columns beside a prompt that are kept, for rewards to compare an answer with; return them.
+        """Keep the columns beside a prompt that rewards read, to compare an answer with: set `document.columns`, and return them.
 
-        The answer at the end of a conversation is not learned, and becomes one of them.
+        The answer that the row has is not learned: it becomes the kept column "completion".
         """
         document.columns = kept.values_of(fields)
         if document.completion is not None:
@@ -168,10 +180,11 @@ class RowReader:
         return document.columns
 
     def _find_column_set(self, fields: dict[str, Any], unread_columns: tuple[str, ...]) -> ColumnSet:
-        """The columns that make this format in a row, such as ("instruction", "output") or ("prompt", "completion").
+        """Find the columns that make this format in a row, such as ("instruction", "output") or ("prompt", "completion").
 
-        The first column_set of which the row has every column with a value; if there is none, the first of which it has every
-        column. `unread_columns`: further columns of the row, for the message. Raises RowError: wrong_format.
+        A format has several such sets. The first is taken of which the row has every column with a value; if there is none, the
+        first of which it has every column. `unread_columns`: further columns of the row, for the message. Raises RowError:
+        wrong_format.
         """
         filled_columns = {name for name, value in fields.items() if value is not None}
         # A table with two such sets of columns leaves one of them empty in each row.
@@ -186,9 +199,10 @@ class RowReader:
         raise RowError("wrong_format", f"columns {sorted([*column_names(fields), *unread_columns])}, but {needs}")
 
     def _fill_document(self, document: Document, fields: dict[str, Any], column_set: ColumnSet) -> None:
-        """Fill a document from the columns of `column_set`, such as ("prompt", "completion"). Raises RowError.
+        """Fill a document with what a row has in the columns that make its format, such as ("prompt", "completion").
 
-        `self.ignored`, fields of messages that `data.ignore_columns` names, are not read.
+        `fields`: the row's values, by the expected names of columns. `column_set`: names of those that make the format. Which
+        attributes of the document are set depends on the format. Raises RowError if a value is of the wrong kind.
         """
         if self.format is DataFormat.thumbs:
             # The last column is the verdict; those before it are what is judged: a prompt with completion, or a conversation.
@@ -220,6 +234,7 @@ def _read_prompt_and_completion(
 ) -> None:
     """Fill a document from a column for the prompt and one for the completion. Raises RowError.
 
+    `column_set`: their names, such as ("question", "answer"). `ignored`: keys of turns that are left out.
     - One of them holds turns: the document becomes a conversation (`messages`).
     - Both are texts: `prompt`, `completion` and `separator`. An instruction is followed by its input, and earlier turns in
       `history` make the document a conversation.
@@ -244,9 +259,10 @@ def _read_prompt_and_completion(
 def _join_prompt_and_completion_turns(
     fields: dict[str, Any], prompt_column: str, completion_column: str, ignored: Collection[str]
 ) -> list[Message]:
-    """The turns of a prompt, followed by those of its completion; each column holds turns or a text. Raises RowError.
+    """Make one conversation of a prompt and its completion, where at least one column holds turns; the other may be a text.
 
-    Answers in the prompt are context: they get `"train": False`, unless the row says otherwise.
+    `ignored`: keys of turns that are left out. Answers in the prompt are context: they get `"train": False`, unless the row says
+    otherwise. Raises RowError, also if there is nothing to learn.
     """
     prompt_turns = _read_turns_or_text(fields, prompt_column, "user", ignored)
     completion_turns = _read_turns_or_text(fields, completion_column, "assistant", ignored)
@@ -262,11 +278,13 @@ def _join_prompt_and_completion_turns(
 def _read_prompt_alone(
     document: Document, fields: dict[str, Any], column_set: ColumnSet, ignored: Collection[str]
 ) -> None:
-    """Fill a document with a prompt from the one column of `column_set`. Raises RowError.
+    """Fill a document with a prompt, to which the model is to write answers, from the one column of `column_set`. Raises
+    RowError.
 
     - The column is a text: `prompt`, with the column `input` behind an instruction.
-    - It holds turns: `messages` up to the last turn that is no answer; the first of the answers behind it is the `completion`,
-      which is the one that the model is to give there.
+    - It holds turns: `messages` up to the last turn that is no answer. The first of the answers behind it becomes the
+      `completion`, since it is what the model is to give there.
+    `ignored`: keys of turns that are left out.
     """
     column = column_set[0]
     if not _holds_turns(fields[column]):
@@ -288,7 +306,10 @@ def _holds_turns(value: Any) -> bool:
 
 
 def _read_turns_or_text(fields: dict[str, Any], column: str, role: str, ignored: Collection[str]) -> list[Message]:
-    """The turns of a column that holds a text, one message, or a list of messages. A text becomes a turn of `role`."""
+    """Read the turns of a column that holds a text, one message, or a list of messages. A text becomes one turn of `role`.
+
+    `ignored`: keys of turns that are left out. Raises RowError.
+    """
     value = fields[column]
     if _holds_turns(value):
         turns = [value] if isinstance(value, dict) else value
@@ -299,10 +320,10 @@ def _read_turns_or_text(fields: dict[str, Any], column: str, role: str, ignored:
 def _read_preference(
     document: Document, fields: dict[str, Any], column_set: ColumnSet, ignored: Collection[str]
 ) -> None:
-    """Fill a document with a pair of answers: `messages` (the prompt), `chosen` and `rejected`. Raises RowError.
+    """Fill a document with a preference pair: the shared prompt as `messages`, and the answers `chosen` and `rejected`.
 
-    The prompt is in the first of three columns; if there are only two columns, it is what both conversations begin with. The
-    answers are always in the columns "chosen" and "rejected".
+    The prompt is in the first of three columns. If there are only two, each holds a whole conversation, and the prompt is what
+    both begin with. The answers are always in the columns "chosen" and "rejected". Raises RowError.
     """
     has_prompt_column = len(column_set) == 3
     prompt_turns = _read_turns_or_text(fields, column_set[0], "user", ignored) if has_prompt_column else []
@@ -322,7 +343,7 @@ def _read_preference(
 def _add_system_and_tools(document: Document, fields: dict[str, Any]) -> None:
     """Add the columns "system" and "tools" of a row to its document, if the row has them. Raises RowError.
 
-    A document with a prompt and a completion becomes a conversation.
+    A document with a prompt and a completion becomes a conversation by that: `messages`.
     """
     if fields.get("system") not in (None, ""):
         _add_system(document, parse_text(fields, "system"))
@@ -335,7 +356,7 @@ def _add_system_and_tools(document: Document, fields: dict[str, Any]) -> None:
 
 
 def _add_system(document: Document, system: str) -> None:
-    """Put the text of a "system" column before the conversation; a prompt and its completion become a conversation.
+    """Put the text of a row's "system" column before its conversation; a prompt and its completion become a conversation.
 
     Does nothing if the conversation begins with this system turn. Raises RowError if it begins with another one.
     """

@@ -43,11 +43,10 @@ _SPEAKER_REGEX = re.compile(r"(?:\A|\n\n)(Human|Assistant):")  # the speaker at 
 
 
 def parse_turns(value: Any, column: str, required_form: str, ignored_keys: Collection[str] = ()) -> list[Message]:
-    """The messages in a column of a row, with the roles and keys of either convention. Raises RowError.
+    """Read the messages of a conversation in a column of a row, with the roles and keys of either convention. Raises RowError.
 
-    Example: [{"from": "human", "value": "Hi"}] -> [{"role": "user", "content": "Hi"}].
-    `value`: that of the column. `required_form` says in error messages what it must be. `ignored_keys`: keys of turns that are
-    left out.
+    Example: [{"from": "human", "value": "Hi"}] -> [{"role": "user", "content": "Hi"}]. `value`: that of the column.
+    `required_form` says in error messages what it must be. `ignored_keys`: keys of turns that are left out.
     """
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         fault = f'"{column}" is a JSON text, {show_value(value)}; parse it first: it must be a list of messages'
@@ -58,9 +57,9 @@ def parse_turns(value: Any, column: str, required_form: str, ignored_keys: Colle
 
 
 def parse_transcript(transcript: str, column: str) -> list[Message]:
-    """The messages of a text in which every turn begins with its speaker, as in the HH-RLHF data. Raises RowError.
+    r"""Read a conversation from a text in which every turn begins with its speaker, as in the HH-RLHF data. Raises RowError.
 
-    Example: "\\n\\nHuman: Hi\\n\\nAssistant: Hello" -> [{"role": "user", "content": "Hi"}, {"role": "assistant", "content":
+    Example: "\n\nHuman: Hi\n\nAssistant: Hello" -> [{"role": "user", "content": "Hi"}, {"role": "assistant", "content":
     "Hello"}]. `column`: the column that holds it, for messages. The data: Bai et al. 2022, arXiv:2204.05862.
     """
     text = parse_text({column: transcript}, column)  # raises for an empty one
@@ -77,7 +76,7 @@ def parse_transcript(transcript: str, column: str) -> list[Message]:
 
 
 def _read_turn(turn: Any, shown_name: str, ignored_keys: Collection[str]) -> Message:
-    """A turn of a row as a `Message`. Raises RowError.
+    """Read one turn of a conversation in a row, in the form that chat templates take. Raises RowError.
 
     Example: {"from": "human", "value": "Hi"} -> {"role": "user", "content": "Hi"}. `shown_name`: what error messages call the
     turn, such as `messages[2]`. `ignored_keys`: keys that are left out.
@@ -114,9 +113,10 @@ def _read_turn(turn: Any, shown_name: str, ignored_keys: Collection[str]) -> Mes
 
 
 def _parse_training_fields(turn: dict[str, Any], shown_name: str, role: str, ignored_keys: Collection[str]) -> Message:
-    """The fields of a message that say how its turn is learned: `train`, and `weight` if it is between 0 and 1.
+    """Read how a turn is to be learned: {"train": whether}, and "weight", what it counts for in the loss, if between 0 and 1.
 
-    Empty if the turn does not say. Raises RowError for a tool's result that is to be learned.
+    Empty if the turn does not say. `shown_name`: what error messages call it. Raises RowError for a tool's result that is to be
+    learned.
     """
     weight = _parse_loss_weight(turn, shown_name, ignored_keys)
     if weight is None:
@@ -130,7 +130,7 @@ def _parse_training_fields(turn: dict[str, Any], shown_name: str, role: str, ign
 
 
 def _template_role(raw_role: Any, shown_name: str) -> str:
-    """The role that chat templates know for a role in a row: "human" -> "user". Raises RowError: unknown_role."""
+    """Find the role that chat templates know for a role in a row: "human" -> "user". Raises RowError: unknown_role."""
     if isinstance(raw_role, str) and raw_role in ROLE_NAMES:
         return ROLE_NAMES[raw_role]
     lower_case_role = raw_role.strip().lower() if isinstance(raw_role, str) else ""
@@ -144,7 +144,7 @@ def _template_role(raw_role: Any, shown_name: str) -> str:
 def _parse_thought_calls_and_ids(
     turn: dict[str, Any], shown_name: str, role: str, ignored_keys: Collection[str]
 ) -> Message:
-    """The fields of a message beside role and content: `reasoning_content`, `tool_calls`, and of a tool's result its ids.
+    """Read what a turn has beside role and content: its thought, its tool calls, and the ids of a tool's result.
 
     Example: {"role": "assistant", "thinking": "Hm.", ...} -> {"reasoning_content": "Hm."}. A turn may have its thought or its
     calls under several keys. `ignored_keys`: keys that are left out. Raises RowError for a thought or a call outside an assistant
@@ -178,7 +178,7 @@ def _parse_thought_calls_and_ids(
 
 
 def _check_no_unread_keys(turn: dict[str, Any], shown_name: str, ignored_keys: Collection[str]) -> None:
-    """Raise RowError if a turn has a key of `_UNREAD_KEYS` with a value: images and sound, or a mask.
+    """Raise RowError if a turn has a key that nothing reads and that changes its meaning: images and sound, or a mask.
 
     Null counts as no value; an empty image does too, but not an empty mask or a mask of 0, which says something.
     """
@@ -195,10 +195,10 @@ def _check_no_unread_keys(turn: dict[str, Any], shown_name: str, ignored_keys: C
 
 
 def _parse_content(turn: dict[str, Any], key: str, shown_name: str) -> str:
-    """The text of a turn, which stands under `key`. Raises RowError.
+    """Read the text of a turn, which stands under `key`; raises RowError if there is none.
 
-    Parts as in OpenAI's convention are joined: [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}] -> "ab"; some
-    files have "value" for "text" in a part. `shown_name`: what error messages call the text.
+    Parts as in OpenAI's convention are joined: [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}] -> "ab"; some files
+    have "value" for "text" in a part. `shown_name`: what error messages call the text.
     """
     content = turn.get(key)
     # `parse_text` takes a text, also as the only one of a list, and raises for anything else.
@@ -217,10 +217,10 @@ def _parse_content(turn: dict[str, Any], key: str, shown_name: str) -> str:
 
 
 def _parse_loss_weight(turn: dict[str, Any], shown_name: str, ignored_keys: Collection[str]) -> float | None:
-    """How much a turn counts in the loss, from 0 (not learned) to 1. None if the turn does not say.
+    """Read how much a turn counts in the loss, from 0 (not learned) to 1; None if the turn does not say.
 
-    {"weight": 0.5} -> 0.5; {"train": false} -> 0; {"masked": true} -> 0; {"train": true, "weight": 0.5} -> 0.5. Raises RowError
-    if a key has a wrong value, or if two keys contradict each other.
+    Files say it in four ways: {"weight": 0.5} -> 0.5; {"train": false} -> 0; {"masked": true} -> 0; {"train": true, "weight":
+    0.5} -> 0.5. Raises RowError if a key has a wrong value, or if two keys contradict each other.
     """
     # All keys that the turn has are named in the error of a contradiction, ignored ones too.
     keys = [key for key in (*_WEIGHT_KEYS, "train", "masked") if turn.get(key) is not None]
@@ -246,7 +246,7 @@ def _parse_loss_weight(turn: dict[str, Any], shown_name: str, ignored_keys: Coll
 
 
 def _parse_weight(value: Any, shown_name: str) -> float:
-    """A loss weight from a row as a float: 0, or from `MIN_WEIGHT` to 1. Raises RowError (bad_weight) for anything else."""
+    """Read a loss weight from a row: 0, or from `MIN_WEIGHT` to 1. Raises RowError (bad_weight) for anything else."""
     if not isinstance(value, int | float):
         raise RowError("bad_weight", f"{shown_name} is {show_value(value)}; it must be a number from 0 to 1")
     is_allowed = value == 0 or MIN_WEIGHT <= value <= 1  # NaN is neither
@@ -257,7 +257,7 @@ def _parse_weight(value: Any, shown_name: str) -> float:
 
 
 def require_learnable(turns: list[Message]) -> list[Message]:
-    """The same turns, after a check that the conversation begins as it must and has a turn to train on. Raises RowError."""
+    """Return the turns of a conversation, after a check that it begins as it must and has a turn to learn. Raises RowError."""
     roles = [turn["role"] for turn in turns]
     if roles[0] in ("assistant", "tool"):
         message = f"the conversation begins with a turn of the {roles[0]}; it must begin with a system or a user turn"
@@ -279,7 +279,7 @@ class PreferencePair(NamedTuple):
 
 
 def split_pair(prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> PreferencePair:
-    """A preference pair, from a prompt (perhaps empty) and two answers, or two whole conversations.
+    """Find prompt and answers of a preference pair, from a prompt (perhaps empty) and two answers, or two whole conversations.
 
     If there is no prompt, or one of the two does not begin with an assistant turn, they are whole conversations. The turns with
     which both begin are then the prompt of the pair, and must contain `prompt`. Raises RowError: identical_pair, no_prompt,
@@ -319,7 +319,7 @@ def _num_shared_turns(first: list[Message], second: list[Message]) -> int:
 
 
 def parse_history(value: Any) -> list[Message]:
-    """Earlier turns of a conversation, from a list of pairs [question, answer], or from one such pair. Raises RowError.
+    """Read earlier turns of a conversation from a list of pairs [question, answer], or from one such pair. Raises RowError.
 
     Example: [["Hi", "Hello"]] -> [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}].
     """
@@ -334,7 +334,7 @@ def parse_history(value: Any) -> list[Message]:
 
 
 def parse_tools(value: Any) -> list[dict[str, Any]] | None:
-    """The tools in a column of a row: a list of JSON schemas, or a JSON text of one. None if there are none.
+    """Read the tools that a conversation may call: a list of JSON schemas, or a JSON text of one. None if there are none.
 
     A function without its wrapping, OpenAI's older form, is wrapped: {"name": "search"} -> {"type": "function", "function":
     {"name": "search"}}. Raises RowError: bad_tools.
@@ -369,7 +369,10 @@ def lists_all_tools(system: str, tools: list[dict[str, Any]]) -> bool:
 
 
 def parse_tool_calls(value: Any, shown_name: str) -> list[dict[str, Any]]:
-    """The tool calls of a turn, from one call, a list of calls, or a JSON text of either. Raises RowError: bad_tool_calls."""
+    """Read the tool calls of a turn, from one call, a list of calls, or a JSON text of either. Raises RowError: bad_tool_calls.
+
+    `shown_name`: what error messages call them, such as `messages[2].tool_calls`.
+    """
     row_calls = _as_list(value)
     if not isinstance(row_calls, list) or not row_calls:
         raise RowError(
@@ -381,10 +384,11 @@ def parse_tool_calls(value: Any, shown_name: str) -> list[dict[str, Any]]:
 
 
 def _parse_tool_call(raw_call: Any, shown_name: str) -> dict[str, Any]:
-    """A tool call of a row as `{"type": "function", "function": {"name", "arguments"}}`, with its `id` if it has one.
+    """Give a tool call of a row the form that chat templates take: `{"type": "function", "function": {"name", "arguments"}}`.
 
-    The row may have it with or without "function" around it: {"name": "search", "arguments": {"query": "weather"}}.
-    `shown_name`: what error messages call it. Raises RowError for a call without a name, or with arguments of another type.
+    It keeps its `id` if it has one. The row may have it with or without "function" around it: {"name": "search", "arguments":
+    {"query": "weather"}}. `shown_name`: what error messages call it. Raises RowError for a call without a name, or with arguments
+    of another type.
     """
     function = raw_call.get("function", raw_call) if isinstance(raw_call, dict) else None
     if not isinstance(function, dict):
@@ -401,11 +405,11 @@ def _parse_tool_call(raw_call: Any, shown_name: str) -> dict[str, Any]:
 
 
 def _parse_call_arguments(function: dict[str, Any]) -> Any:
-    """The arguments of a tool call, under "arguments" or, as some files have it, "parameters".
+    """Read the arguments of a tool call, under "arguments" or, as some files have it, "parameters".
 
     - An object, or a JSON text of one: the object.
     - None or an empty text: {}.
-    - Anything else: as it is.
+    - Anything else: as it is, for the caller to refuse or keep.
     """
     raw_arguments = function.get("arguments", function.get("parameters"))
     parsed_arguments = _parse_json_text(raw_arguments)
@@ -415,7 +419,7 @@ def _parse_call_arguments(function: dict[str, Any]) -> Any:
 
 
 def _require_json_writable(calls_or_tools: Any, shown_name: str) -> Any:
-    """The calls or tools themselves, if they can be written as JSON in UTF-8. Raises RowError: bad_tools."""
+    """Return calls or tools, after a check that they can be written as JSON in UTF-8. Raises RowError: bad_tools."""
     try:
         json.dumps(calls_or_tools, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
@@ -424,7 +428,7 @@ def _require_json_writable(calls_or_tools: Any, shown_name: str) -> Any:
 
 
 def _as_list(value: Any) -> Any:
-    """A list, from a list, a single object, or a JSON text of either. Any other value as it is.
+    """Make a list of a list, a single object, or a JSON text of either; any other value stays as it is.
 
     Examples: [a, b] -> [a, b]; {"name": "x"} -> [{"name": "x"}]; the text '[{"name": "x"}]' -> [{"name": "x"}]; "x" -> "x".
     """
@@ -435,7 +439,7 @@ def _as_list(value: Any) -> Any:
 
 
 def _parse_json_text(value: Any) -> Any:
-    """The value that a JSON text holds: "[1]" -> [1]. As it is: no text, no JSON, or JSON that has a key twice or NaN.
+    """Read the value that a JSON text holds: "[1]" -> [1]. As it is: no text, no JSON, or JSON that has a key twice or NaN.
 
     Reading the last two would change what the text says.
     """

@@ -116,12 +116,12 @@ def keep_or_first_date(kept_date: TemplateDate | None) -> ChooseDate:
 
 
 class Preparation:
-    """The preparation of one configuration's data: its fingerprint, and the work if the cache does not have it.
+    """The preparation of one configuration's data: raw files become a data set of tokens, unless the cache has it already.
 
-    The entry in `config.cache_dir` is named by a fingerprint over the bytes of the inputs, the tokenizer with its chat
-    template, the options and how the objective reads. `seed` decides held-out shares and resampling. If the template writes
-    today's date, `choose_date` decides which one, by default the day of the first preparation into this cache. `stop` is asked
-    between blocks. `print_line` prints a line of progress.
+    The entry in `config.cache_dir` is named by a fingerprint over the bytes of the inputs, the tokenizer with its chat template,
+    the options and how the objective reads. `seed` decides held-out shares and resampling. If the template writes today's date,
+    `choose_date` decides which one, by default the day of the first preparation into this cache. `stop` is asked between blocks.
+    `print_line` prints a line of progress.
 
     No collective; several processes may work at once. Raises ConfigError, DataError, StorageError, and Preempted if `stop` says
     so.
@@ -154,12 +154,13 @@ class Preparation:
             if tokenizer.chat_template and reads_clock(tokenizer.get_chat_template()):
                 find_first_date = partial(load_or_record_first_date, cache_dir, undated_fingerprint)
                 self.template_date = (choose_date or keep_or_first_date(None))(find_first_date)
+            # A date in the fingerprint, since it is in the prepared tokens.
             self.fingerprint = fingerprint_with_date(undated_fingerprint, self.template_date)
             self.directory = cache_dir / entry_name(self.fingerprint)
             """The entry of the cache."""
 
     def _input_identities(self) -> list[Any]:
-        """What the bytes of prepared data depend on beside options and tokenizer, for the fingerprint.
+        """Find what the bytes of prepared data depend on beside options and tokenizer, for the fingerprint of the cache entry.
 
         That is the bytes of all input files, as their digests (or of hub data sets, as their commit), and the key of pseudonyms.
         A change in this list outdates the entry of the cache.
@@ -181,7 +182,8 @@ class Preparation:
         return identities
 
     def _fingerprint_options(self) -> dict[str, Any]:
-        """Settings that change prepared bytes. They are part of the fingerprint, so a new key here outdates all caches.
+        """Find the settings that change prepared bytes, for the fingerprint of the cache entry: a new key here outdates all
+        caches.
 
         The seed is None if no setting draws by it.
         """
@@ -201,7 +203,7 @@ class Preparation:
         }
 
     def open_or_prepare(self) -> PreparedData:
-        """The prepared data set. It is opened if it is in the cache; else this process prepares it, or waits for one that does.
+        """Return the prepared data set, opened from the cache. If it is not there, prepare it, or wait for a process that does.
 
         Prints progress meanwhile.
         """
@@ -243,17 +245,20 @@ class Preparation:
         return (self.directory / MANIFEST_FILE).exists()
 
     def _verify_on_this_process(self) -> Verify:
-        """How closely this process compares the files with their hashes: `data.verify`, but all bytes are read once a host."""
+        """How closely this process compares the prepared files with their hashes: as `data.verify` says.
+
+        But one process of a host alone reads all bytes (`Verify.all`), since the others would read the same files.
+        """
         is_first_process_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
         if self.config.verify is Verify.all and not is_first_process_of_host:
             return Verify.sampled
         return self.config.verify
 
     def make_shard(self, number: int, num_shards: int) -> None:
-        """Write shard `number` of `num_shards`: that part of the first pass, as one job of an array.
+        """Do one part of the first pass, as one job of an array: write shard `number` of `num_shards` into the cache.
 
-        The shard stays in the cache until `open_or_prepare` finds all of them and merges them. Does nothing if the data is
-        prepared or the shard complete; waits if another process writes the shard.
+        It stays there until `open_or_prepare` finds all shards and merges them. Does nothing if the data is prepared or the shard
+        complete; waits if another process writes the shard.
         """
         if self._is_in_cache():
             return
@@ -295,6 +300,7 @@ class Preparation:
     def _prepare(self, target: Path, shards: Shards | None = None) -> None:
         """Prepare the data into the directory `target`: both passes, the reports, and last the manifest.
 
+        The first pass turns rows into blocks of documents and tokens; the second chooses which documents are in which split.
         `shards`: the blocks of the first pass, if the jobs of an array have written them already; they are deleted at the end.
         """
         self.raise_if_stopped()
@@ -315,6 +321,7 @@ class Preparation:
                 from trainer.data.transforms.privacy.stage import raise_if_personal_data
 
                 raise_if_personal_data(assembly.totals.tally.findings, self.config.privacy)
+            # Labels have numbers in the order of appearance so far; the objective decides their final ids.
             label_names, label_ids = self.data_spec.number_labels(columns, table)
             selection = choose_splits(self.config, columns, table, seed=self.seed, log_drop=assembly.log_drop)
             assembly.finish_store(label_ids)
@@ -344,9 +351,10 @@ class Preparation:
             shards.remove()
 
     def _new_assembly(self, target: Path) -> Assembly:
-        """The `Assembly` that writes blocks into the directory `target`.
+        """Make the `Assembly` that joins prepared blocks in the directory `target`.
 
-        Its errors advise to split documents only if that helps.
+        If too many rows are rejected, it writes their list beside the cache entries, and advises to split documents if that
+        helps.
         """
         rejected_file = target.parent / "rejected" / f"{entry_name(self.fingerprint)}.jsonl"
         may_split = OverLength.split in self.data_spec.over_length
@@ -354,9 +362,10 @@ class Preparation:
         return Assembly(target, self.config.max_bad_share, rejected_file, advise_split=advise_split)
 
     def _write_splits(self, target: Path, columns: DocumentColumns, selection: Selection) -> None:
-        """Write a directory in `target` for each split, with the numbers of its sequences (`index.npy`) and its manifest.
+        """Write a directory in `target` for each split: the numbers of its sequences (`index.npy`), and its manifest.
 
-        `columns`: what is known of all documents. `selection`: which documents are in which split.
+        Tokens are not written again: a split is a list of numbers. `columns`: what is known of all documents. `selection`: which
+        documents are in which split.
         """
         # An evaluation set without a name of its own is called as its split.
         named_evaluation_sets = []
@@ -429,10 +438,10 @@ def _spells_control_tokens(report: dict[str, Any]) -> bool:
 def open_prepared(
     directory: Path, *, cached: bool = True, seconds: float = 0.0, verify: Verify | None = Verify.sampled
 ) -> PreparedData:
-    """Open a finished entry of the cache. Raises DataError for one that is torn, or that differs from its hashes.
+    """Open a finished entry of the cache of prepared data. Raises DataError for one that is torn, or differs from its hashes.
 
-    `verify` of None: the files are not compared with their hashes. `cached` and `seconds` go into the report: whether the entry
-    was there already, and how long preparation or waiting for it took.
+    `verify`: how closely the files are compared with their hashes; None: not at all. `cached` and `seconds` go into the report:
+    whether the entry was there already, and how long preparation or waiting for it took.
     """
     try:
         manifest = json.loads((directory / MANIFEST_FILE).read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ _QUESTION_AND_ANSWER = [{"role": "user", "content": "q"}, {"role": "assistant", 
 
 @dataclass(frozen=True, slots=True)
 class TurnTokens:
-    """The special tokens by which a rendered conversation can be recognised."""
+    """The special tokens by which a text is recognised that a chat template has rendered already, such as "<|im_start|>"."""
 
     around_turns: tuple[str, ...]
     """Tokens that the chat template writes around turns, but for BOS and EOS: a text spells one anywhere."""
@@ -35,7 +35,7 @@ class TurnTokens:
 
     @classmethod
     def from_chat_template(cls, encoder: Encoder) -> TurnTokens:
-        """The special tokens that the chat template writes around turns, found by rendering a small conversation.
+        """Find the special tokens that the chat template writes around turns, by rendering a small conversation.
 
         If the template refuses that, its end-of-turn tokens alone; without a template, none.
         """
@@ -47,13 +47,14 @@ class TurnTokens:
             except DataError:
                 rendered = "".join(encoder.template.all_end_tokens)
         around_turns = []
+        # The escaper knows the special tokens of the tokenizer.
         for token in encoder.escaper.tokens:
             if token in rendered and token not in (tokenizer.bos_token, tokenizer.eos_token):
                 around_turns.append(token)
         return cls(tuple(around_turns), bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
 
     def find_token(self, document: Document) -> str | None:
-        """The token that makes a document's prompt or text look as if a chat template had rendered it; None if there is none.
+        """Find the token that makes a document look as if a chat template had rendered it; None if there is none.
 
         - A prompt or text that has a token of `around_turns` anywhere: that token.
         - A text that begins with BOS or ends with EOS: BOS or EOS. A prompt may, since these two tell nothing of a prompt.
@@ -77,8 +78,8 @@ def refuse_rendered_rows(
 ) -> None:
     """Raise DataError if most of an input's first texts or prompts look as if a chat template had rendered them.
 
-    `readers`: by (split, source), what makes documents of an input's rows. Conversations do not count, nor labelled texts,
-    which are only read to tell their label.
+    A model would learn to spell such tokens letter by letter, and never to end a turn. `readers`: by (split, source), what makes
+    documents of an input's rows. Conversations do not count, nor labelled texts, of which only the label is learned.
     """
     turn_tokens = TurnTokens.from_chat_template(encoder)
     for source_input in inputs:
@@ -101,7 +102,7 @@ def refuse_rendered_rows(
 
 
 def _first_documents(source_input: SourceInput, reader: RowReader) -> Iterator[Document]:
-    """The documents among an input's first rows. Rows that cannot be read are refused elsewhere, with their reason."""
+    """Read the documents among an input's first rows. Rows that cannot be read are left out: they are refused elsewhere."""
     for row in islice(source_input.origin.rows(source_input.needed_columns), FIRST_ROWS):
         document = reader(row.parse())
         if isinstance(document, Document):
@@ -109,7 +110,8 @@ def _first_documents(source_input: SourceInput, reader: RowReader) -> Iterator[D
 
 
 def _rendered_rows_remedy(document: Document, token: str, turn_tokens: TurnTokens) -> str:
-    """The end of the error message for texts that the chat template has rendered already: what they would teach, and a remedy.
+    """Write the end of the error message for texts that a chat template has rendered already: what they would teach, and a
+    remedy.
 
     `document`, one of them, spells the special token `token`. `turn_tokens`: those that stand around turns.
     """

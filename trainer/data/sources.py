@@ -32,7 +32,7 @@ TABLE_ROW_BYTES = 1024
 
 @dataclass(slots=True)
 class RowRange:
-    """Rows of one source and one split, in input order: what one call of a worker prepares."""
+    """Consecutive rows of one source and one split: what one call of a worker prepares, and turns into a block."""
 
     number: int
     """Counts the ranges of all inputs from 0."""
@@ -45,7 +45,10 @@ class RowRange:
 
 @dataclass(slots=True)
 class SourceInput:
-    """One origin of rows. A held-out split has one, named like the split; that of evaluation may have several, by name."""
+    """Files or a hub data set whose rows are read in one way: a source of training data, or a held-out set.
+
+    A held-out split has one, named like the split; that of evaluation may have several, by name.
+    """
 
     split: str
     source: str
@@ -73,9 +76,10 @@ COMMIT_REGEX = re.compile(r"[0-9a-f]{40}")
 
 
 def data_problems(config: DataConfig) -> Iterator[str]:
-    """Settings of `data` that contradict each other or cannot be used: each with key, value, constraint and remedy.
+    """Find settings of `data` that contradict each other or cannot be used: each with key, value, constraint and remedy.
 
-    Ranges of single numbers are checked at their fields, and files are checked where they are opened.
+    Called while a configuration is checked, before any file is opened. Ranges of single numbers are checked at their fields, and
+    files are checked where they are opened.
     """
     yield from _path_problems(config)
     yield from _held_out_problems(config)
@@ -100,7 +104,7 @@ def data_problems(config: DataConfig) -> Iterator[str]:
 
 
 def _path_problems(config: DataConfig) -> Iterator[str]:
-    """Problems of the settings that name the training data: none is named, it is named twice, or a source has no path."""
+    """Find problems of the settings that name the training data: none is named, it is named twice, or a source has no path."""
     has_path = config.path not in (None, "")
     if not has_path and not config.sources:
         yield (
@@ -115,7 +119,11 @@ def _path_problems(config: DataConfig) -> Iterator[str]:
 
 
 def _held_out_problems(config: DataConfig) -> Iterator[str]:
-    """Problems of the settings of held-out splits: a split with both files and a share, groups although nothing is held out."""
+    """Find problems of the settings of held-out data: a split with both files and a share, or groups although nothing is held
+    out.
+
+    Groups (`data.group_by`) only say which rows must stay on one side of a split.
+    """
     for split in HELD_OUT:
         path = getattr(config, f"{split}_path")
         share = getattr(config, f"{split}_share")
@@ -127,7 +135,7 @@ def _held_out_problems(config: DataConfig) -> Iterator[str]:
 
 
 def _weight_problems(config: DataConfig) -> Iterator[str]:
-    """Problems of the weights of sources: only some sources have one, or every weight is 0."""
+    """Find problems of the weights by which sources are mixed: only some sources have one, or every weight is 0."""
     weighted_names = {name for name, source in config.sources.items() if source.weight is not None}
     if weighted_names and len(weighted_names) < len(config.sources):
         unweighted_names = ", ".join(sorted(config.sources.keys() - weighted_names))
@@ -137,9 +145,10 @@ def _weight_problems(config: DataConfig) -> Iterator[str]:
 
 
 def _streaming_problems(config: DataConfig) -> Iterator[str]:
-    """Problems of `data.streaming`: a hub data set that is not pinned to a commit, or no hub data set at all.
+    """Find problems of `data.streaming`: a hub data set that is not pinned to a commit, or no hub data set at all.
 
-    A branch or tag may move, and then the prepared data would no longer be that of the hub. Only sources can have a commit.
+    A branch or tag may move while rows are read from the hub, and then the prepared data would no longer be that of its
+    fingerprint. Only sources can have a commit.
     """
     is_any_hub_path_named = False
     for name, source in config.sources.items():
@@ -174,9 +183,9 @@ def _paths_in(path_setting: Any) -> list[str]:
 
 
 def find_inputs(config: DataConfig) -> list[SourceInput]:
-    """The inputs that `data` names, in the order in which they are read: training sources, then held-out sets.
+    """Find the inputs that `data` names, in the order in which they are read: training sources, then held-out sets.
 
-    Raises ConfigError for settings that cannot be used, and DataError for files that do not exist.
+    Called once when data is prepared. Raises ConfigError for settings that cannot be used, DataError for files that do not exist.
     """
     if config_problems := [*data_problems(config)]:
         raise ConfigError(config_problems)
@@ -190,7 +199,10 @@ def find_inputs(config: DataConfig) -> list[SourceInput]:
 
 
 def _training_inputs(config: DataConfig) -> Iterator[SourceInput]:
-    """The sources of training data with their own settings; or the files of `data.path`, as one source called "data"."""
+    """Make the inputs of training data: each of `data.sources` with its own settings, or all files of `data.path` as one.
+
+    The latter is a source with the name "data".
+    """
     if not config.sources:
         yield _input_with_common_settings(config, "train", "data", "data.path", config.path)
         return
@@ -220,9 +232,11 @@ def _training_inputs(config: DataConfig) -> Iterator[SourceInput]:
 
 
 def _input_with_common_settings(config: DataConfig, split: str, source: str, key: str, paths: Any) -> SourceInput:
-    """An input that has no settings of its own, at the paths in the setting `key`: its format and columns are those of `data`.
+    """Make an input that has no settings of its own: files of `data.path`, or a held-out set. Format and columns are those of
+    `data`.
 
-    It is not streamed, since that needs a hub data set at a commit, which only sources can have.
+    `key`: the setting that names its `paths`, such as "data.eval_path". It is not streamed, since that needs a hub data set at a
+    commit, which only sources can have.
     """
     return SourceInput(
         split,
@@ -254,11 +268,17 @@ def make_row_readers(
     kept: KeptColumns | None = None,
     accept_unread_columns: bool = False,
 ) -> dict[tuple[str, str], RowReader]:
-    """A reader for each input, by its id (split, source). All rows of an input are read in one format.
+    """Make a reader for each input, by its id (split, source): it turns the rows of the input into documents of one format.
 
-    Sets `needed_columns` of each input. `label`: turns the value of a label into a text. `preferred`: the formats that decide if
-    several fit. `kept`: columns that documents keep as they are. `accept_unread_columns`: whether rows may have columns that
-    carry meaning and are not read. Raises ConfigError, and DataError also if a column of the first row makes all rows bad ones.
+    The format is that of the settings, or recognised from the first row that can be read. Also sets `needed_columns` of each
+    input.
+
+    `label`: turns the value of a label into a text.
+    `preferred`: the formats that the objective learns from; they decide if several fit.
+    `kept`: columns that documents keep as they are, for rewards.
+    `accept_unread_columns`: whether rows may have columns that carry meaning and are not read, such as images.
+
+    Raises ConfigError, and DataError also if a column of the first row makes all rows bad ones.
     """
     readers = {}
     for source_input in inputs:
@@ -287,10 +307,11 @@ def make_row_readers(
 def _first_row_and_format(
     source_input: SourceInput, preferred: tuple[DataFormat, ...]
 ) -> tuple[SourceRow | RejectedRow, DataFormat]:
-    """(first row of an input, the format in which all its rows are read).
+    """Decide in which format all rows of an input are read: (its first row, the format).
 
-    If the settings name no format, it is recognised from the first row that can be read, which is then the row returned. Prompts
-    alone are not recognised: if the objective prefers them, further columns of the rows are there for rewards.
+    A format in the settings is taken. Otherwise it is recognised from the first row that can be read, which is then the row
+    returned. Prompts alone are not recognised, since most rows have something like a prompt: the format `prompt` is taken if the
+    objective wants prompts only.
     """
     if source_input.format is not DataFormat.auto:
         return next(source_input.origin.rows()).parse(), source_input.format
@@ -308,7 +329,10 @@ def _first_row_and_format(
 
 
 def _needs_group(source_input: SourceInput, first_row: SourceRow | RejectedRow) -> bool:
-    """Whether every row of an input must have the column of groups: training rows, and held-out rows if the first one has it."""
+    """Whether every row of an input must have the column of groups (`data.group_by`), by which rows stay on one side of a split.
+
+    Training rows must; held-out rows if the first one has it, since files of a held-out split need no groups.
+    """
     if source_input.split == "train" or isinstance(first_row, RejectedRow):
         return True
     top_level_column = (source_input.group_column or "").split(".")[0]  # of "meta.patient", "meta"
@@ -329,7 +353,10 @@ def _first_readable_row(source_input: SourceInput) -> SourceRow:
 def rows_of_inputs(
     inputs: list[SourceInput], max_documents: int | None
 ) -> Iterator[tuple[tuple[str, str], SourceRow | RejectedRow]]:
-    """((split, source), row) of all inputs in order; of the training split only the first `max_documents` rows (None: all)."""
+    """Read the rows of all inputs, in order: ((split, source), row) of each.
+
+    `max_documents`: how many rows of the training split are read, all its sources together; None for all.
+    """
     num_train_rows_left = max_documents
     for source_input in inputs:
         rows = source_input.origin.rows(source_input.needed_columns)
@@ -343,10 +370,12 @@ def rows_of_inputs(
 
 
 def row_ranges(ids_and_rows: Iterator[tuple[tuple[str, str], SourceRow | RejectedRow]]) -> Iterator[RowRange]:
-    """Group the rows of `rows_of_inputs` into ranges. A worker turns one range into one block of prepared data.
+    """Group rows into ranges, each of which a worker turns into one block of prepared data.
 
     A range has rows of one input, at most `MAX_RANGE_ROWS` and about `MAX_RANGE_BYTES`. Where a range ends depends on the input
     alone, so that any number of workers prepares the same data set.
+
+    `ids_and_rows`: ((split, source), row), as `rows_of_inputs` gives them.
     """
     number = 0
     num_bytes = 0
@@ -368,9 +397,10 @@ def row_ranges(ids_and_rows: Iterator[tuple[tuple[str, str], SourceRow | Rejecte
 
 
 def evaluation_documents(paths: Any, config: DataConfig) -> Iterator[Document]:
-    """The documents of `data.decontamination.paths`, evaluation sets whose text training data must not contain.
+    """Read the evaluation sets whose texts training data must not contain, such as public benchmarks: their documents.
 
-    Each file is read in its own format. Raises DataError for a row that is no document.
+    `paths`: the value of `data.decontamination.paths`. Each file is read in its own format. Raises DataError for a row that is no
+    document.
     """
     key = "data.decontamination.paths"
     ignored = frozenset(config.ignore_columns)

@@ -60,7 +60,10 @@ def group_digest(name: str | None) -> int:
 
 @functools.cache
 def _ascii_translation_table() -> bytes:
-    """A table for `bytes.translate` that lowers letters and makes spaces of punctuation and control characters."""
+    """A table for `bytes.translate` that lowers ASCII letters and makes spaces of punctuation and control characters.
+
+    It is the fast way of `normalize` for ASCII texts.
+    """
     space = ord(" ")
     table = bytearray(range(256))
     for code in range(128):
@@ -72,7 +75,10 @@ def _ascii_translation_table() -> bytes:
 
 @functools.cache
 def _separator_regex() -> re.Pattern[str]:
-    """A pattern for runs of characters that separate words: punctuation, control characters, spaces but the plain one."""
+    """A pattern for the characters that separate words in a text of any script, which `normalize` replaces by a space.
+
+    These are punctuation, control characters, and spaces but the plain one. Made once: it takes a look at 17,000 characters.
+    """
     space = ord(" ")
     # Of ASCII, what `_ascii_translation_table` makes spaces of.
     separators = [chr(code) for code in range(128) if _ascii_translation_table()[code] == space and code != space]
@@ -86,12 +92,12 @@ def _separator_regex() -> re.Pattern[str]:
 
 
 def normalize(text: str) -> bytes:
-    """The words of a text in UTF-8, each between spaces (one or more): "Hello, World!" -> b"hello  world ".
+    """Bring a text into the form by which copies are found although case and punctuation differ: its words, in UTF-8.
 
-    Case is folded; spaces, brackets, quotes, `_ # |` and sentence punctuation only separate words. Signs that carry
-    meaning in formulas and code (`+ - * / % < > = & @ $ ^ ~` and symbols of any script) stay, and `!=` stays as `<>`.
-    In scripts written without spaces (Han, kana, Thai, Lao, Khmer, Burmese) every character is a word, so that n-grams
-    of words are there n-grams of characters.
+    "Hello, World!" -> b"hello  world ": one space or more between words. Case is folded; spaces, brackets, quotes, `_ # |` and
+    sentence punctuation only separate words. Signs that carry meaning in formulas and code (`+ - * / % < > = & @ $ ^ ~` and
+    symbols of any script) stay, and `!=` stays as `<>`. In scripts written without spaces (Han, kana, Thai, Lao, Khmer, Burmese)
+    every character is a word, so that n-grams of words are there n-grams of characters.
     """
     if "!=" in text:
         text = text.replace("!=", "<>")
@@ -115,7 +121,7 @@ _as_json = json.JSONEncoder(ensure_ascii=False).encode  # made once: `json.dumps
 
 
 def content_json(document: Document) -> str:
-    """A document's content as canonical JSON, whose hash finds exact copies.
+    """Write a document's content as JSON: its hash finds exact copies, and lists of rejected rows quote it.
 
     It has everything but where the row stands (file and line), its source and its group.
     """
@@ -136,7 +142,7 @@ def content_json(document: Document) -> str:
 
 
 def compared_text(document: Document, compared_part: ComparedText) -> str:
-    """The text of a document by which copies are found, as `data.duplicates.text` (`compared_part`) asks.
+    """Find the text of a document by which copies are found, as `data.duplicates.text` (`compared_part`) asks.
 
     - `prompt` or `completion`: that text, unless it is missing or blank;
     - else the texts of the whole document in reading order. The words of a rejected answer are marked with ~, because two
@@ -161,9 +167,9 @@ def compared_text(document: Document, compared_part: ComparedText) -> str:
 
 
 def prompt_text(document: Document) -> str | None:
-    """The text that an answer is given to: the turns before the last answer without system turns, or a labelled text.
+    """Find the text that an answer is given to: the turns before the last answer without system turns, or a labelled text.
 
-    None for a text without a label.
+    By it training documents are found that ask what held-out ones ask. None for a text without a label.
     """
     if document.text is not None:
         return document.text if document.label is not None else None
@@ -173,7 +179,10 @@ def prompt_text(document: Document) -> str | None:
 
 
 def _split_answer(document: Document) -> tuple[list[Message], list[Message]]:
-    """(the turns before an answer, the answer): the preferred one of a pair, else the last turn of the assistant."""
+    """Divide the turns of a document at its answer: (the turns before it, the answer).
+
+    The answer is the preferred one of a pair, else the last turn of the assistant; empty if there is none.
+    """
     if document.chosen is not None:
         return document.messages or [], document.chosen
     turns = document.conversation()
@@ -214,7 +223,7 @@ class Signer:
     for, "normal" is "digest"."""
 
     def sign(self, documents: list[Document]) -> dict[str, np.ndarray]:
-        """Hashes by which copies are found: columns of uint64 [n], in which two documents are equal if they are copies.
+        """Hash documents, so that copies are found later without their texts: uint64 [n] each, equal where documents are copies.
 
         - "digest": of the text itself, or of the whole document, by `data.duplicates.text`;
         - "normal": of the text's words after `normalize`; of documents with different labels it differs, if whole documents are

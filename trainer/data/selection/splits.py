@@ -80,7 +80,7 @@ NO_COPY = 0
 
 @dataclass(slots=True)
 class DuplicateColumns:
-    """Which of n documents are copies, and of what."""
+    """Which of n documents are copies of an earlier one, and of what kind."""
 
     representative: np.ndarray
     """int64[n]: the earlier document that a copy duplicates; a document's own index if it is no copy."""
@@ -95,7 +95,7 @@ class DuplicateColumns:
 
 
 def duplicate_policies(config: DuplicatesConfig) -> dict[str, DuplicatePolicy]:
-    """What to do with each kind of copy that is looked for, from strict to loose: {"exact": drop, "normalized": report}.
+    """Decide what to do with each kind of copy that is looked for, from strict to loose: {"exact": drop, "normalized": report}.
 
     A near copy may be an exact one, so that the policy of a looser kind holds at least for all stricter ones: with near=drop
     alone all three kinds are dropped. A kind that nobody asked for is not in the result.
@@ -118,7 +118,7 @@ def find_duplicates(
     text_of: Callable[[int], str],
     directory: Path | None = None,
 ) -> DuplicateColumns:
-    """Which of n documents, in input order, are copies of an earlier one, and of what kind.
+    """Find which of n documents, in input order, are copies of an earlier one, and of what kind: exact, normalised or near.
 
     `signatures`: hashes of the documents by name, uint64 [n] each: "digest" of the content, "normal" of its words, "verdict" of
     its label (documents with different labels are no near copies). `text_of(row)` gives the text of a document by which near
@@ -126,6 +126,7 @@ def find_duplicates(
     """
     documents = np.arange(len(signatures["digest"]), dtype=np.int64)
     duplicates = DuplicateColumns(representative=documents.copy(), copy_kind=np.full(len(documents), NO_COPY, np.uint8))
+    # From the strictest kind on: what is a copy already is not looked at again.
     for kind in duplicate_policies(config):
         is_original_so_far = duplicates.copy_kind == NO_COPY
         if kind == "near":
@@ -145,9 +146,9 @@ def find_duplicates(
 
 
 def _first_documents_with_equal_digest(digests: np.ndarray, is_compared: np.ndarray) -> np.ndarray:
-    """int64 [n]: for each document the first one with the same digest, itself included; for one that is not compared, itself.
+    """Find for each of n documents the first one with the same digest, itself included: int64 [n].
 
-    Digests [7, 5, 7] of documents that are all compared give [0, 1, 0].
+    Digests [7, 5, 7] give [0, 1, 0]. `is_compared` (bool [n]): the others get themselves.
     """
     first_documents = np.arange(len(digests), dtype=np.int64)
     compared_documents = np.flatnonzero(is_compared)
@@ -157,7 +158,10 @@ def _first_documents_with_equal_digest(digests: np.ndarray, is_compared: np.ndar
 
 
 class _SplitChooser:
-    """Chooses the documents of each split step by step: `choose_splits` calls `drop_copies`, `hold_out` and so on in turn."""
+    """Chooses the documents of each split step by step: `choose_splits` calls `drop_copies`, `hold_out` and so on in turn.
+
+    It works on columns of numbers about all documents (`columns`), and reads a text again only to compare two documents.
+    """
 
     def __init__(
         self, config: DataConfig, columns: DocumentColumns, table: DocumentTable, seed: int, log_drop: LogDrop
@@ -176,7 +180,10 @@ class _SplitChooser:
         self.selection = Selection({})
 
     def drop(self, documents: np.ndarray, stage: str, reason: str) -> None:
-        """Take documents out: clear them in `is_kept`, and count and log each one that was still in."""
+        """Take documents out of the data set: clear them in `is_kept`, and count and log each one that was still in.
+
+        `stage` and `reason` say why, in the report: ("duplicates", "exact").
+        """
         for number in documents[self.is_kept[documents]].tolist():  # a document is dropped once, under the first reason
             location = self.location_of(number)
             self.selection.tally.drop(stage, reason, location)
@@ -220,14 +227,22 @@ class _SplitChooser:
         self.selection.report["duplicates"] = report
 
     def _copies_report(self, copies: np.ndarray, originals: np.ndarray) -> dict[str, Any]:
-        """Counts and first examples of documents (`copies`) and the documents that they copy, for the report."""
+        """Count copies for the report, with the first examples: {"documents": 12, "groups": 5, "examples": [{"a": ..., "b":
+        ...}]}.
+
+        `copies` and `originals`: numbers of documents, int64 [n] each, a copy beside the document that it copies.
+        """
         examples = []
         for copy, original in zip(copies[:MAX_EXAMPLES].tolist(), originals[:MAX_EXAMPLES].tolist(), strict=True):
             examples.append({"a": self.location_of(original), "b": self.location_of(copy)})
         return {"documents": len(copies), "groups": len(np.unique(originals)), "examples": examples}
 
     def hold_out(self) -> None:
-        """Set `selection.splits`: held-out splits from files, held-out shares, and the training documents that are left."""
+        """Divide the documents: set `selection.splits` to the held-out splits and the training documents that are left.
+
+        Held-out documents come from files of their own (`data.eval_path`), or are a share of the training data
+        (`data.eval_share`).
+        """
         columns = self.columns
         splits = self.selection.splits
         for split in HELD_OUT:
@@ -266,10 +281,11 @@ class _SplitChooser:
         splits["train"] = train[~is_held_out]
 
     def _has_smallest_draw(self, draws: np.ndarray, num_wanted: int) -> np.ndarray:
-        """bool [n]: whether a document is one of about `num_wanted` with the smallest draws (uint64 [n], seeded hashes).
+        """Choose about `num_wanted` documents to hold out, those with the smallest draws: bool [n].
 
-        Documents with equal draws are taken together. Without groups these are copies of each other, and all copies of the last
-        one are taken. With groups they are a group, and one that is larger than what is missing is passed over.
+        `draws` (uint64 [n]): seeded hashes of documents or groups. Documents with equal draws are taken together. Without groups
+        these are copies of each other, and all copies of the last one are taken. With groups they are a group, and one that is
+        larger than what is missing is passed over.
         """
         if self.group_hashes is not None:
             return choose_whole_groups(draws, num_wanted)
@@ -277,10 +293,10 @@ class _SplitChooser:
         return draws <= largest_draw
 
     def _empty_training_error(self, num_documents: int, num_distinct_draws: int) -> DataError:
-        """The error of held-out shares that leave no training document, since copies and members of a group stay together.
+        """Make the error for held-out shares that leave no training document, since copies and members of a group stay together.
 
-        `num_distinct_draws`: how many of the documents differ, or with `data.group_by` how many groups there are.
-        Example: "data.eval_share=0.5 leaves no training document: 9 documents, 1 of them different; ..."
+        `num_distinct_draws`: how many of the documents differ, or with `data.group_by` how many groups there are. Example:
+        "data.eval_share=0.5 leaves no training document: 9 documents, 1 of them different; ..."
         """
         share_settings = []
         for split in HELD_OUT:
@@ -349,7 +365,7 @@ class _SplitChooser:
         """Carry out `data.leakage.policy` on training documents whose group the held-out set `set_name` has too.
 
         `train` (int64 [n]): numbers of the training documents; `is_shared` (bool [n]): whether the group is in both. `drop_train`
-        takes these out of the training split; `fail` raises DataError if there are any.
+        takes these out of the training split; `fail` raises DataError if there are any; `report` leaves them in.
         """
         policy = self.config.leakage.policy
         if policy is LeakagePolicy.fail and is_shared.any():
@@ -363,9 +379,9 @@ class _SplitChooser:
             self.selection.splits["train"] = train[~is_shared]
 
     def _held_out_sets(self) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, documents) of each held-out set: each held-out split, but evaluation by its named sets if it has some.
+        """The sets of held-out documents that are looked at by themselves: (name, document numbers) of each.
 
-        A named set is called `eval/<name>`.
+        That is each held-out split; but evaluation by its named sets if it has some, called `eval/<name>`.
         """
         columns = self.columns
         splits = self.selection.splits
@@ -383,7 +399,8 @@ class _SplitChooser:
                     yield f"{split}/{name}", splits[split][source_numbers == columns.source_names.index(name)]
 
     def balance(self) -> None:
-        """Resample the training documents to `data.balance`, and report label counts before and after.
+        """Resample the training documents as `data.balance` says, such as equally many of each label; report labels before and
+        after.
 
         Documents that are not used any more are dropped. Sets `selection.report["balance"]` if balance is on, and
         `selection.report["labels"]` for data with labels. Raises DataError if a document has no label by which to balance.
@@ -403,6 +420,7 @@ class _SplitChooser:
             if not group_names or not has_group.all():
                 raise DataError(f"data.balance.by={config.by}: not every training document has a label")
             resampled = resample_groups(group_names, group_of_document.astype(np.int64), config, self.seed)
+            # A document may stand there several times.
             positions_in_train = resampled.documents
             unused_positions = np.setdiff1d(np.arange(len(train)), positions_in_train)
             self.drop(train[unused_positions], "balance", "left_out")
@@ -422,9 +440,11 @@ class _SplitChooser:
 def choose_splits(
     config: DataConfig, columns: DocumentColumns, table: DocumentTable, *, seed: int, log_drop: LogDrop
 ) -> Selection:
-    """The documents of each split: a function of the columns, the texts, the settings and the seed.
+    """Choose the documents of each split, after the first pass has read and tokenised all: drop copies and leaks, hold out,
+    balance.
 
-    `log_drop` is called for every document that is dropped. Raises DataError, ConfigError.
+    The result depends on the columns, the texts, the settings and the seed alone. `log_drop` is called for every document that is
+    dropped. Raises DataError, ConfigError.
     """
     chooser = _SplitChooser(config, columns, table, seed, log_drop)
     chooser.drop_copies()
@@ -439,7 +459,7 @@ def choose_splits(
 
 
 def choose_whole_groups(draws: np.ndarray, num_wanted: int) -> np.ndarray:
-    """Which of n documents to hold out, bool [n]: about `num_wanted` of them, and of a group all members or none.
+    """Choose which of n documents to hold out, bool [n]: about `num_wanted` of them, and of a group all members or none.
 
     Draws [7, 3, 7, 5] and 2 wanted give [False, True, False, True]: groups 3 and 5 have one member each.
 
