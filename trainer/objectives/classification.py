@@ -117,7 +117,8 @@ class LabelDataSpec(DataSpec):
         return LABEL_SEPARATOR.join(sorted(names))
 
     def _name_of(self, label: str) -> str:
-        """The name that a document's label stands for: itself, or with the names cat and dog `1` stands for dog.
+        """The name that a document's label stands for: itself, or the name with that id: with the names cat and dog, `1` stands
+        for dog.
 
         A number is an id unless a name is a number itself, or there is no such id.
         """
@@ -214,11 +215,14 @@ def split_labels(joined_labels: str) -> list[str]:
 def number_labels(
     columns: DocumentColumns, table: DocumentTable, names: list[str] | None, *, multi_label: bool
 ) -> tuple[list[str] | None, np.ndarray | None]:
-    """(label names in the order of their ids, the id of each text in `columns.label_names`; None without labels).
+    """Give each label an id: returns (label names in the order of their ids, the id of each text in `columns.label_names`).
 
-    With `multi_label` bit i of an id is set if the text has the label `names[i]`: with the names cat and dog, `cat` is 1, `dog`
-    is 2 and `cat|dog` is 3. If `names` is None, they are the labels of the training split. Raises DataError for labels that the
-    training split does not have, for more than fit into the bits, and for too few to tell apart.
+    The second is None without labels. A text is one label, or with `multi_label` any number of them: bit i of its id is set if it
+    has the label `names[i]`. With the names cat and dog, `cat` is 1, `dog` is 2 and `cat|dog` is 3. If `names` is None, they are
+    the labels of the training split.
+
+    Raises DataError for labels that the training split does not have, for more than fit into the bits, and for too few to tell
+    apart.
     """
     if not columns.label_names:
         return names, None
@@ -246,7 +250,9 @@ def number_labels(
 def _training_label_names(
     columns: DocumentColumns, table: DocumentTable, label_sets: list[list[str]], *, multi_label: bool
 ) -> list[str]:
-    """The sorted labels of the training split. Raises DataError if another split has other labels, or if they are too few.
+    """Take the labels' names from the training split, sorted.
+
+    Raises DataError if another split has other labels, or if they are too few.
 
     `label_sets`: the labels in each text of `columns.label_names`.
     """
@@ -295,11 +301,11 @@ class Classification(Objective):
         self._device_weights: Tensor | None = None
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The terms that the class lists, of padded rows or of one row without padding.
+        """Compute the terms that the class lists, of padded rows or of one row without padding.
 
         A label of -100 (a filler row of an evaluation batch) adds nothing. If ranks share the row, each has the terms of the
-        documents whose last token it holds. Without gradients there is also `confusion [3, labels]`: for each
-        label, how often it was right, predicted, and true.
+        documents whose last token it holds. Without gradients there is also `confusion [3, labels]`: for each label, how often it
+        was right, predicted, and true.
         """
         logits = classifier_logits(model, batch)
         labels = of_own_sequences(batch, batch["labels"])
@@ -332,6 +338,7 @@ class Classification(Objective):
                 f"objective.class_weights={list(self._weights)}: the data has {logits.shape[1]} labels; give a weight "
                 "for each, in the order of objective.labels (or of the sorted names), or balanced"
             )
+        # Copied to the device once: a copy in every step would wait for it.
         if self._device_weights is None or self._device_weights.device != logits.device:
             self._device_weights = torch.tensor(list(self._weights), dtype=torch.float32, device=logits.device)
         return self._device_weights
@@ -354,12 +361,12 @@ class MultiLabel(Classification):
 
 
 def balanced_weights(labels: np.ndarray, names: Sequence[str], *, multi_label: bool) -> list[float]:
-    """The weight of each label in the loss, so that rare labels count as much as common ones.
+    """Weigh the labels in the loss so that rare ones count as much as common ones.
 
-    `labels`: int64 [D], of the training documents, as `number_labels` gives them. With one label a document:
-    `documents / (labels * documents with the label)`, whose mean over the documents is 1 (King and Zeng 2001, as scikit-learn's
-    "balanced"). 90 and 10 documents give 0.56 and 5. With several (`multi_label`): `_balanced_weights_of_several`. Raises
-    DataError for a label that no training document has.
+    `labels`: int64 [D], of the training documents, as `number_labels` gives them. With one label a document: `documents / (labels
+    * documents with the label)`, whose mean over the documents is 1 (King and Zeng 2001, as scikit-learn's "balanced"). 90 and 10
+    documents give 0.56 and 5. With several (`multi_label`): `_balanced_weights_of_several`. Raises DataError for a label that no
+    training document has.
     """
     if multi_label:
         documents_with_label = np.array([int(((labels >> bit) & 1).sum()) for bit in range(len(names))])
@@ -398,10 +405,10 @@ def _balanced_weights_of_several(
 def settle_class_weights(
     config: ClassificationConfig, train: TokenDataset, names: list[str] | None
 ) -> tuple[ClassificationConfig, dict[str, str]]:
-    """Replace `class_weights=balanced` by weights from the labels of the training documents.
+    """Replace `class_weights=balanced` by weights computed from the labels of the training documents, once these are prepared.
 
-    Returns (the settings with the weights, a line for the run's record by key: {"objective.class_weights": "balanced -> [...]"}).
-    `names`: of the labels, in the order of their ids.
+    Returns (the settings with the weights, a line for the run's record by key: {"objective.class_weights": "balanced -> [...]"});
+    any other setting stays, and the second is empty. `names`: of the labels, in the order of their ids.
     """
     if config.class_weights != BALANCED:
         return config, {}

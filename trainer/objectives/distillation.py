@@ -48,7 +48,10 @@ class DistillationConfig(ObjectiveConfig):
 
 
 def distillation_problems(config: DistillationConfig, other_settings: OtherSettings) -> Iterator[str]:
-    """What is wrong with the divergence, the teacher's path, and settings of the student that the teacher cannot share."""
+    """What is wrong with the settings of a distillation, one line each: the divergence, the teacher's path, and added tokens.
+
+    `other_settings`: the rest of the run's configuration.
+    """
     uses_interpolation = config.divergence is Divergence.jensen_shannon
     if not uses_interpolation and config.interpolation != DistillationConfig().interpolation:
         yield (
@@ -81,9 +84,10 @@ class Distillation(Objective):
         self.teacher = teacher
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Terms of distillation: the divergence of the student's distribution from the teacher's, and the loss on the targets.
+        """Compute distillation's terms: how far the student's distribution is from the teacher's, and the loss on the data's own
+        tokens.
 
-        Both decoders run on all tokens, both heads on supervised rows only.
+        Both decoders run on all tokens, both heads on supervised rows only: those that predict a target.
         """
         teacher_head, teacher_hidden = self.teacher(model, batch)
         head, student_hidden, targets = supervised_rows(model, batch)

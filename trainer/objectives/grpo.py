@@ -17,9 +17,9 @@ from trainer.objectives.rollouts import IdleGroups, stop_problems
 
 
 def grpo_problems(config: GrpoConfig, other_settings: OtherSettings) -> Iterator[str]:
-    """What is wrong with the objective's own settings, and with `data.over_length`, one line each.
+    """What is wrong with the settings of GRPO and its kin, alone and with `data.over_length`, one line each.
 
-    The objective's: stops of generation, group size, how rewards are combined, bounds of the ratio, the KL estimator.
+    Checked are stops of generation, group size, how rewards are combined, bounds of the ratio, and the KL estimator.
     """
     over_length = other_settings.data.over_length
     if over_length not in PromptDataSpec.over_length:
@@ -39,7 +39,7 @@ def grpo_problems(config: GrpoConfig, other_settings: OtherSettings) -> Iterator
 def _group_problems(config: GrpoConfig) -> Iterator[str]:
     """Settings that do not go with groups of one answer, and `objective.idle_groups` where idle groups teach too.
 
-    A group: the answers to one prompt. It is idle if all of them get the same reward.
+    A group: the answers to one prompt. It is idle if all of them get the same reward, so that none is better than its baseline.
     """
     if config.group_size == 1:
         settings_that_compare_in_group = []

@@ -45,7 +45,11 @@ class PairDataSpec(UnlabelledDataSpec):
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
-        """Two sequences a document: the chosen answer, then the rejected one, which is marked."""
+        """Turn documents into pairs: two sequences each, the chosen answer, then the rejected one, marked 0 and 1 under
+        `REJECTED`.
+
+        A document has none if an answer is dropped, such as for its length; `tally` counts it.
+        """
         for document, chosen, rejected in encoder.encode_pairs(documents):
             samples = fit_answers(encoder, document, [chosen, rejected], config, tally)
             for number, sample in enumerate(samples):
@@ -73,7 +77,7 @@ def weight_refusal(document: Document) -> tuple[str, str] | None:
 
 
 def pair_problems(config: ObjectiveConfig, other_settings: OtherSettings) -> Iterator[str]:
-    """What is wrong with the data settings for pairs of answers, one line each."""
+    """What is wrong with the data settings of an objective that compares two answers to a prompt, one line each."""
     data = other_settings.data
     if data.packing:
         yield "data.packing=true: the two answers of a pair stay together and fill no rows; set data.packing=false"
@@ -88,10 +92,10 @@ def pair_problems(config: ObjectiveConfig, other_settings: OtherSettings) -> Ite
 
 
 def pair_terms(losses: Tensor, chosen: Tensor, rejected: Tensor, is_counted: Tensor) -> dict[str, Tensor]:
-    """Sums over pairs, of the loss and of the metrics beside it.
+    """Sum the losses of pairs, and the metrics that every objective over pairs logs.
 
-    All arguments are `[pairs]`: the loss, the rewards of both answers, and `is_counted`, 1.0 for each pair that counts and
-    0.0 for a filler.
+    All arguments are `[pairs]`: the loss, the rewards of both answers, and `is_counted`, 1.0 for each pair that counts and 0.0
+    for a filler.
     """
     chosen = chosen.detach()
     rejected = rejected.detach()

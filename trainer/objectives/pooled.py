@@ -38,23 +38,26 @@ class PooledCollator(Collator):
     axes = AXES | {LAST_TOKEN_POSITIONS: Axis.sequence, IS_SUPERVISED: Axis.sequence}
 
     def add_loss_inputs(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
-        """Add to a batch without padding where each document's last token lies, and whether any of its tokens is supervised.
+        """Add to a batch without padding what a classifier's head needs: where each document's last token lies, and if it counts.
 
-        The classifier's head reads the last tokens. A batch of padded rows is left as it is.
+        A classifier scores one token of each document, the last one. A document counts if any of its tokens but the first is
+        supervised; a filler has none. A batch of padded rows is left as it is.
         """
         if self.layout is not Layout.padding_free:
             return
         document_starts = batch["document_bounds"][:-1]  # the last bound is the end of the row
         positions = []
+        # Strict: a batch without padding has the bounds of all its samples.
         for start, sample in zip(document_starts, samples, strict=True):
             positions.append(start + last_token_index(sample.input_ids, self.pad_token_id))
         batch[LAST_TOKEN_POSITIONS] = torch.tensor(positions, dtype=torch.int64)
         batch[IS_SUPERVISED] = torch.tensor([bool(sample.supervised[1:].any()) for sample in samples])
 
     def cut(self, batch: dict[str, Any], cut: RowCut) -> dict[str, Any]:
-        """This rank's slice, and which sequences are its own; see the class."""
+        """This rank's slice of a row that ranks share, and which sequences are its own; see the class."""
         slices = super().cut(batch, cut)
         start, stop = slices["row_span"]
+        # A sequence belongs to the rank that holds its last token: how many last tokens lie before the slice's start and its end.
         first, end = num_rows_before(batch[LAST_TOKEN_POSITIONS], [start, stop])
         slices[LAST_TOKEN_POSITIONS] = batch[LAST_TOKEN_POSITIONS][first:end] - start
         slices[OWN_SEQUENCES] = (first, end)
@@ -62,18 +65,19 @@ class PooledCollator(Collator):
 
 
 def last_token_index(ids: np.ndarray, pad_token_id: int) -> int:
-    """Where the last token of a sequence is that has not the id of padding; 0 if there is none.
+    """Where the last token of a sequence is that is not padding; 0 if there is none.
 
-    A tokenizer may use its end token for padding. transformers' classifiers then keep the score of the token before it.
+    A tokenizer may use its end token for padding. transformers' classifiers then keep the score of the token before it, as here.
     """
     places = np.flatnonzero(ids != pad_token_id)
     return int(places[-1]) if len(places) else 0
 
 
 def classifier_logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """Logits `[S, outputs]` float32 of each sequence in a batch.
+    """Run a classifier: logits `[S, outputs]` float32 of each sequence in a batch, padded or not.
 
-    Of a batch that is cut because ranks share its row: logits of the sequences whose last token this rank holds.
+    In a batch without padding (`LAST_TOKEN_POSITIONS` in it) the head scores the last tokens alone. If ranks share its row:
+    logits of the sequences whose last token this rank holds.
     """
     if LAST_TOKEN_POSITIONS not in batch:  # padded rows: transformers finds the last tokens itself
         logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits

@@ -40,10 +40,13 @@ PADDING_ID = 0
 
 
 def classifier_packing_problem(hf_config: Any, build: Callable[[], nn.Module], attention: str) -> str | None:
-    """Why ranks may not share rows of several documents in a classifier; None if they may.
+    """Why a classifier may not run on rows of several documents that ranks share; None if it may.
 
-    From this host's cache, else tested now on a small copy. The result is cached, {"problem": None}, unless the copy failed.
-    `build` makes the classifier of `hf_config` on meta. `attention`: the kernel for documents in a row.
+    Packing: documents lie one after another in a row without padding. From this host's cache, else tested now on a small copy.
+    The result is cached, {"problem": None}, unless the copy failed.
+
+    `build`: makes the classifier of `hf_config` on meta.
+    `attention`: the kernel for documents in a row.
     """
     file = proof_file(hf_config, attention=attention, subject="pooled classifier")
     stored = read_proof(file)
@@ -62,8 +65,8 @@ def classifier_packing_problem(hf_config: Any, build: Callable[[], nn.Module], a
 def _why_rows_cannot_be_packed(hf_config: Any, meta_model: nn.Module, attention: str) -> str | None:
     """Why documents may not lie in one row of a classifier that ranks share; None if they may.
 
-    Decided on the first small copy of `meta_model`, the classifier on meta, that can be run. If none can, raises the error of
-    the first.
+    Decided on the first small copy of `meta_model`, the classifier on meta, that can be run. If none can, raises the error of the
+    first.
     """
     if not isinstance(getattr(meta_model, SCORE_HEAD, None), nn.Module):
         return f"its classifier ({type(meta_model).__name__}) does not score the last token"
@@ -104,7 +107,8 @@ class _PackingProof:
         return self.model_class.from_config(copy.deepcopy(self.small_config), **options)
 
     def packing_problem(self, attention: str) -> str | None:
-        """Why documents may not share rows in this classifier, nor ranks a row; None if they may. Compared on a small copy.
+        """Compare a small copy on a row of several documents with transformers' own classifier; returns why they may not be
+        packed, or None.
 
         - Logits and gradients of several documents in one row must be those of `stock`, transformers' own classifier in eager
           attention, on each document alone.
@@ -120,7 +124,8 @@ class _PackingProof:
     def _difference_from_stock(self, stock: nn.Module, model: nn.Module, row: dict[str, Any]) -> str | None:
         """How logits or gradients of `model` on a row of all documents differ from those of `stock` on single ones; None if not.
 
-        `stock`: transformers' own classifier with the same weights. Leaves gradients in both.
+        `stock`: transformers' own classifier with the same weights. `row`: the batch with all documents. Leaves gradients in both
+        models.
         """
         expected = torch.cat([self._stock_logits(stock, sample) for sample in self.samples])
         logits = classifier_logits(model, row).to(expected.dtype)
@@ -144,7 +149,10 @@ class _PackingProof:
         return logits
 
     def _row_slicing_problem(self, weights: dict[str, Tensor], row: dict[str, Any]) -> str | None:
-        """Why the states of the row's slices are not those of the whole row; None if they are. `weights`: of the stock model."""
+        """Why several ranks may not share a row: slices of it give other states than the whole row; None if they give the same.
+
+        Attention is replaced by a stand-in in which each token sees itself alone. `weights`: of the stock model.
+        """
         attention = sequence_proof.register_token_local_attention()
         model = self._build(sequence_proof.TOKEN_LOCAL_ATTENTION).eval()
         model.load_state_dict(weights)
@@ -155,9 +163,10 @@ class _PackingProof:
 
 
 def _gradient_distance(stock: nn.Module, model: nn.Module) -> float:
-    """Norm of the difference of two models' gradients, over the norm of those of `stock`; a missing gradient counts as zero.
+    """How far the gradients of `model` are from those of `stock`, transformers' own: norm of the difference over the norm of
+    these.
 
-    `stock`: transformers' own model, by which `model` is measured.
+    A missing gradient counts as zero.
     """
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     norms = []

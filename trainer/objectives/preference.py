@@ -133,7 +133,8 @@ class Preference(Objective):
         self.reference = reference
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The terms of a loss over pairs by name, summed over the micro-batch; chosen and rejected answers run in one pass.
+        """Compute the terms of a loss over pairs by name, summed over the micro-batch; chosen and rejected answers run in one
+        pass.
 
         A pair without supervised tokens (a filler) adds nothing.
         """
@@ -177,7 +178,7 @@ class Dpo(Preference):
     config: DpoConfig
 
     def losses(self, pairs: Pairs) -> PairLosses:
-        """The loss of each pair, and the rewards of its two answers.
+        """DPO's loss of each pair, or one of its kin, and the rewards of its two answers.
 
         A reward is beta times the log-probability of an answer, less that under the reference model. The loss by `loss_type`:
         hinge (as in SLiC), ipo, else DPO's logistic loss; with `sft_weight` also the chosen answer's loss per token.
@@ -256,9 +257,9 @@ def _log_complement(logp: Tensor) -> Tensor:
 
 
 def pair_family(settings: type[ObjectiveConfig], loss: type[Preference]) -> ObjectiveFamily:
-    """The family (everything the trainer asks of an objective) of an objective over pairs of a chosen and a rejected answer.
+    """Build the family (everything the trainer asks of an objective) of an objective that learns from pairs of answers.
 
-    `loss` says whether it uses a reference, so that the reference's log-probabilities are recorded with the data.
+    `loss`: says whether it uses a reference, so that the reference's log-probabilities are recorded with the data.
     """
 
     def build(config: Any, references: ReferenceModels) -> Objective:

@@ -35,7 +35,8 @@ class TextDataSpec(sft.SftDataSpec):
 def pretrain_problems(config: PretrainConfig, other_settings: OtherSettings) -> Iterator[str]:
     """What is wrong with settings that plain texts cannot use (formats, turns to learn, chat templates), one line each.
 
-    Then what is wrong with those that it shares with sft (replay, forgetting, label smoothing).
+    Then what is wrong with those that it shares with sft (replay, forgetting, label smoothing). `other_settings`: the rest of the
+    run's configuration.
     """
     for key, data_format in formats_of(other_settings.data).items():
         if data_format not in (DataFormat.auto, DataFormat.text):

@@ -16,10 +16,10 @@ PROOF_VERSION = 6
 
 
 def proof_file(hf_config: Any, **circumstances: Any) -> Path:
-    """The cache file for what a test on a small copy of a model has shown of the architecture `hf_config`.
+    """The cache file for what a test on a small copy of a model has shown of the architecture `hf_config`, its proof.
 
-    `circumstances`: what else the result depends on, such as `attention="sdpa"`. The versions of torch and transformers always
-    count.
+    Its name is a hash of all that the result depends on: the configuration, the versions of torch and transformers, and the
+    `circumstances`, such as `attention="sdpa"`.
     """
     settings = {name: value for name, value in hf_config.to_dict().items() if name != "_name_or_path"}
     fingerprint = {"config": settings, "edition": PROOF_VERSION, **circumstances}
@@ -38,7 +38,7 @@ def read_proof(file: Path) -> dict[str, Any] | None:
 
 
 def keep_proof(file: Path, fields: dict[str, Any]) -> None:
-    """Write what a proof found. Without a cache, the next run proves it again."""
+    """Write what a proof found into the cache. If that fails, nothing is raised: the next run proves it again."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f"{file.name}.{os.getpid()}")

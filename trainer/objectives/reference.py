@@ -34,7 +34,7 @@ MISMATCHED_REFERENCE = "reference_ahead"
 
 @dataclass(frozen=True, slots=True)
 class RecordingSettings:
-    """How the reference is recorded."""
+    """How the log-probabilities of the initial model are recorded."""
 
     collator: Collator
     look_ahead_of: LookAheadSample | None
@@ -66,10 +66,10 @@ def record_reference_logps(
     runtime: processes.Runtime,
     stop_now: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Attach to each split the log-probabilities of its sequences before training, as marks.
+    """Attach to each split how likely the model finds its sequences before training: their log-probabilities, as marks.
 
-    They are read from `settings.directory`, else computed by `engine` and written there: a column (one number a sequence) for the
-    sequences, and one for mismatched ones (a prompt with the answer to another, for KTO), if there are such.
+    A mark is a number beside the tokens of a sequence. They are read from `settings.directory`, else computed by `engine` and
+    written there: one column for the sequences, and, for KTO, one for mismatched samples (a prompt with the answer to another).
 
     Call before a checkpoint is loaded: afterwards the model is no longer the initial one. All ranks must call. Raises
     StorageError on all ranks alike, and Preempted if `stop_now`, asked on all ranks after each micro-batch, says so.
@@ -110,7 +110,7 @@ def _compute_logps(
     runtime: processes.Runtime,
     stop_now: Callable[[], bool],
 ) -> np.ndarray:
-    """float32 [N]: the log-probability of each of the dataset's N sequences under the model as it is now.
+    """Compute the log-probability of each of the dataset's N sequences under the model as it is now, float32 [N].
 
     `sample_of(dataset, index)` gives the sequence. All ranks must call. Raises Preempted if `stop_now` says so.
     """
@@ -150,7 +150,7 @@ def _sum_over_ranks(local_values: torch.Tensor, runtime: processes.Runtime) -> n
 
 
 def _read_logps_column(path: Path, length: int, runtime: processes.Runtime) -> np.ndarray | None:
-    """The column (one number a sequence) in rank 0's file, on every rank. All ranks must call.
+    """Read a recorded column (one number a sequence) from rank 0's file, on every rank. All ranks must call.
 
     None if there is no file, or if it is torn or not of this `length`.
     """
@@ -170,7 +170,10 @@ def _read_logps_column(path: Path, length: int, runtime: processes.Runtime) -> n
 
 
 def _write_logps_column(path: Path, column: np.ndarray, runtime: processes.Runtime) -> None:
-    """Write the column durably on rank 0. All ranks must call. Errors: StorageError on every rank."""
+    """Write a column of log-probabilities on rank 0, so that a resumed run need not compute it again. All ranks must call.
+
+    Raises StorageError on every rank.
+    """
     failure: OSError | None = None
     if runtime.is_main:
         try:

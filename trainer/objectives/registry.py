@@ -70,10 +70,11 @@ def build_objective(config: ObjectiveConfig, references: ReferenceModels | None 
 
 
 def objective_problems(config: ObjectiveConfig, other_settings: OtherSettings) -> Iterator[str]:
-    """What is wrong with an objective's own settings, and with the settings of data and model that it cannot work with.
+    """What is wrong with an objective's own settings, and with the settings of data and model that it cannot work with, one line
+    each.
 
-    One line each. The objective's family (what one name, such as `sft`, stands for) checks its own; then follow what it cannot do
-    with the data: replay, labels, prompts without answers.
+    The objective's family (what one name, such as `sft`, stands for) checks its own; then follow what it cannot do with the data:
+    replay, labels, prompts without answers.
     """
     family = objective_family(config)
     yield from family.problems(config, other_settings)

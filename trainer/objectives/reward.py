@@ -44,14 +44,15 @@ class Reward(Objective):
         self.config = config
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The reward model's loss over pairs: the score of the chosen answer should exceed that of the rejected one.
+        """Compute the reward model's loss over pairs: the score of the chosen answer should exceed that of the rejected one.
 
-        Sequences alternate, chosen and rejected; a pair without targets (a filler) counts nothing. If ranks share the row, all
-        of them compute the loss of each pair, and one counts it.
+        Sequences alternate, chosen and rejected; a pair without targets (a filler) counts nothing. If ranks share the row, all of
+        them compute the loss of each pair, and one counts it.
         """
         scores = of_all_sequences(batch, classifier_logits(model, batch)[:, 0])
         chosen, rejected = scores.view(-1, 2).unbind(1)
-        if IS_SUPERVISED in batch:  # all sequences lie in one row
+        # Rows without padding say for each sequence whether it has a target; of padded rows, one a sequence, the targets do.
+        if IS_SUPERVISED in batch:
             is_supervised = batch[IS_SUPERVISED]
         else:
             is_supervised = (batch["targets"] != IGNORED_TARGET).any(dim=1)

@@ -95,10 +95,11 @@ def file_or_its_copy(path: Path) -> Path:
 
 
 def reward_functions_in_file(path: Path) -> dict[str, RewardFunction]:
-    """The public reward functions of a file by name, in its order: those with a parameter of one of the conventions.
+    """Find the public reward functions of a Python file without running it; returns their signatures by name, in the file's
+    order.
 
-    These are `completions` (TRL), `completion` (verifiers) and `solution_str` (verl). Raises ConfigError for a file that cannot
-    be read, or is no Python.
+    A reward function has a parameter of one of the conventions: `completions` (TRL), `completion` (verifiers) or `solution_str`
+    (verl). Raises ConfigError for a file that cannot be read, or is no Python.
     """
     path = file_or_its_copy(path)
     try:
@@ -133,7 +134,7 @@ def _parse_reward_functions(path: Path, modified_ns: int) -> dict[str, RewardFun
 
 
 def _reward_function_or_none(node: ast.FunctionDef | ast.AsyncFunctionDef) -> RewardFunction | None:
-    """The signature of a function; None if it is no reward function: none of its parameters is that of a `Convention`.
+    """Read the signature of a function; None if it is no reward function: none of its parameters is that of a `Convention`.
 
     `def f(completions, answer, **kwargs)` is one of TRL's, with the required column `answer`; it takes all columns.
     """
@@ -154,7 +155,9 @@ def _reward_function_or_none(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Re
 
 
 def find_reward_function(setting: str, key: str) -> RewardFunction:
-    """The reward function that `setting`, a text FILE.py:NAME, names. Raises ConfigError if there is none.
+    """Find the reward function that a setting names as FILE.py:NAME.
+
+    Raises ConfigError, which lists those there are, if there is none.
 
     `key`: the key of the setting, for messages.
     """
@@ -172,7 +175,7 @@ def find_reward_function(setting: str, key: str) -> RewardFunction:
 
 
 def columns_read_by_rewards(rewards: Mapping[str, RewardEntry]) -> KeptColumns:
-    """The columns of the data that rewards read (`kept` in prepared data): required, optional, and whether a reward takes all.
+    """Collect which columns of the data the rewards read, so that prepared data keeps them: required, optional, and whether all.
 
     A column that one reward requires is no optional one of another. Raises ConfigError for a reward function that cannot be
     found.
@@ -228,7 +231,7 @@ def columns_of_built_in_reward(reward: RewardEntry) -> tuple[str, ...]:
 
 
 def reward_function_problems(name: str, reward: RewardEntry) -> Iterator[str]:
-    """What is wrong with a reward function as its file defines it, one line each."""
+    """What is wrong with a reward function as its file defines it, one line each: parameters not given, unknown options."""
     key = f"objective.rewards.{name}"
     assert reward.function is not None
     try:

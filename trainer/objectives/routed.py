@@ -46,9 +46,11 @@ class AddedLosses:
     def with_added_terms(
         self, model: nn.Module, compute_objective: Callable[[], dict[str, Tensor]], batch: dict[str, Any]
     ) -> dict[str, Tensor]:
-        """The loss terms of a micro-batch: those of the objective, and those that the model adds. All ranks must call.
+        """Compute the terms of a micro-batch: those of the objective, and those that a model with routers adds.
 
-        `compute_objective` returns the objective's terms by running the model's forward pass. Without gradients, they are all. In
+        All ranks must call.
+
+        `compute_objective`: runs the model's forward pass and returns the objective's terms. Without gradients, they are all. In
         training, hooks record router logits, hidden states and chosen experts while it runs, and these terms are added:
 
         - `EXPERT_TOKENS`: how many tokens chose each expert, `[layers, experts]`, if the model has experts;
@@ -85,7 +87,7 @@ class AddedLosses:
         return expert_tokens
 
     def _step_tokens_by_expert(self, record: RoutingRecord, batch: dict[str, Any]) -> Tensor | None:
-        """int64 [experts]: how many tokens of the whole step chose each expert, for the balancing loss; None without that loss.
+        """How many tokens of the whole step chose each expert, int64 [experts], for the balancing loss; None without that loss.
 
         With one micro-batch, the counts of this forward pass (`record`) are summed over ranks. With several, they were counted
         before the step, in `batch["tokens_by_expert"]`. All ranks must call.
@@ -109,7 +111,10 @@ class AddedLosses:
         return {"tokens_by_expert": self.router_losses.tokens_by_expert(record)}
 
     def start_lines(self, accumulation: int) -> list[str]:
-        """Lines for the start screen: what is added to the loss, and which biases are frozen."""
+        """Lines for the start screen: what is added to the loss for routers and logits, and which biases are frozen.
+
+        `accumulation`: micro-batches of a step.
+        """
         lines = []
         if self.router_losses.balance_weight:
             extra_pass = ""
@@ -131,10 +136,10 @@ class AddedLosses:
 
 
 def _logit_z_loss(model: nn.Module, record: RoutingRecord, step_tokens: float) -> Tensor:
-    """The sum of log(Z)^2 over the recorded tokens, divided by the tokens of the whole step. Z is the sum of
-    the exponentiated logits.
+    """The z-loss of the output's logits, which keeps them small: the sum of log(Z)^2 over tokens, divided by the tokens of the
+    step.
 
-    The head computes the logits anew from the recorded hidden states.
+    Z is the sum of a token's exponentiated logits. The head computes the logits anew from the recorded hidden states.
     """
     head: nn.Module = unwrap_adapter(model).get_output_embeddings()  # type: ignore[operator]
     sums = []
@@ -153,13 +158,16 @@ def _token_mask(batch: dict[str, Any]) -> Tensor | None:
 def install_added_losses(
     config: ModelConfig, hf_config: Any, untuned_model: nn.Module, model: nn.Module, kind: ModelKind
 ) -> tuple[AddedLosses | None, dict[str, str]]:
-    """Add hooks to the tuned `model` that record what its added losses need, and freeze the biases that balance experts.
+    """Prepare a tuned model for the losses that it adds (for routers and logits): hooks record what they need, biases are frozen.
 
-    Added losses are load balancing and z-loss of routers, and the z-loss of the output's logits.
+    Frozen are the biases that balance experts, since no gradient changes them.
+
+    `hf_config`: transformers' configuration.
+    `untuned_model`: the model without what the tuning method wraps around its modules.
 
     Returns (the added losses, notes). The first is None for an encoder-decoder model, which gets neither hooks nor frozen biases,
-    and for a model without experts to which nothing is added. Notes, by setting, say what the configuration asks for and does
-    not get. Raises ConfigError for settings that the model cannot follow.
+    and for a model without experts to which nothing is added. Notes, by setting, say what the configuration asks for and does not
+    get. Raises ConfigError for settings that the model cannot follow.
     """
     router_losses, output_index_by_router, notes = router_losses_of_run(config, hf_config, untuned_model, kind)
     if kind is ModelKind.encoder_decoder:

@@ -117,6 +117,7 @@ class TwoSidedDataSpec(UnlabelledDataSpec):
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
+        """Turn documents into samples of prompt and answer; a document has none if it is too long and the settings drop it."""
         assert isinstance(encoder, SourceTargetEncoder)
         for document, sample in encoder.encode([d for d in documents if keep_unless_undesirable(d, tally)]):
             fitted = encoder.truncate_or_drop(document, sample, config.max_length, config.over_length)
@@ -157,10 +158,10 @@ class SourceTargetEncoder(Encoder):
             self.trailing_special_ids = [*self.trailing_special_ids, self.eos_id]
 
     def encode(self, documents: Iterable[Document], *, fast: bool = True) -> Iterator[tuple[Document, Sample]]:
-        """(document, its sample) in order, untruncated: the prompt's tokens, then those of the answer, which are learned.
+        """Encode prompt and answer of each document separately; yields (document, its sample) in order, untruncated.
 
-        Control tokens that a prompt spells out are escaped, if settings say so. `fast` has no effect: plain text is encoded in
-        one way only. Raises RefusedDocument.
+        A sample is the prompt's tokens, then those of the answer, which are learned. Control tokens that a prompt spells out are
+        escaped, if settings say so. `fast` has no effect: plain text is encoded in one way only. Raises RefusedDocument.
         """
         remaining = iter(documents)
         while batch := list(islice(remaining, DOCUMENTS_PER_BATCH)):
@@ -183,10 +184,11 @@ class SourceTargetEncoder(Encoder):
             yield np.array([*self.leading_special_ids, *encoding.ids, *self.trailing_special_ids], dtype=np.int32)
 
     def truncate_or_drop(self, document: Document, sample: Sample, max_source: int, policy: OverLength) -> list[Sample]:
-        """The sample with prompt and answer within their bounds, as a list of one, or an empty list if `policy` drops it.
+        """Bring prompt and answer within their bounds: returns a list of one sample, or an empty list if `policy` drops it.
 
-        A cut prompt keeps the tokenizer's closing tokens. A cut answer has none: the model should not learn to end there.
-        Raises DataError if the policy is `fail`.
+        `max_source`: bound of the prompt in tokens; that of the answer is `objective.max_target`. A cut prompt keeps the
+        tokenizer's closing tokens. A cut answer has none: the model should not learn to end there. Raises DataError if the policy
+        is `fail`.
         """
         prompt_length = sample.answer_begin()  # the sample is the prompt's tokens, then the answer's
         max_answer = self.max_target
@@ -223,7 +225,10 @@ class TwoSidedText(NamedTuple):
 
 
 def _make_sample(prompt_ids: np.ndarray, answer_ids: np.ndarray, answer_weight: float) -> Sample:
-    """A sample of prompt and answer (ids int32), in which the answer is learned. `answer_weight`: 0 (not learned) to 1."""
+    """Join prompt and answer (ids int32) into a sample in which the answer is learned.
+
+    `answer_weight`: what its tokens count for in the loss, 0 (not learned) to 1.
+    """
     input_ids = np.concatenate([prompt_ids, answer_ids])
     is_in_answer = np.arange(len(input_ids)) >= len(prompt_ids)
     # Weights of 0 and 1 need no column: the mask says the same.
@@ -234,7 +239,7 @@ def _make_sample(prompt_ids: np.ndarray, answer_ids: np.ndarray, answer_weight: 
 
 
 def prompt_and_answer(document: Document) -> TwoSidedText:
-    """The prompt of a document for the encoder, and its answer for the decoder.
+    """Split a document into the prompt, which the encoder reads, and the answer, which the decoder learns.
 
     - A row of prompt and completion: both as they are, with the weight 1. Their separator is left out, since the two sides are
       separate sequences.
@@ -296,8 +301,13 @@ class TwoSidedCollator(Collator):
 
 
 def pad_two_sides(samples: Sequence[Sample], *, pad_token_id: int, start_token_id: int) -> dict[str, Any]:
-    """One row a document on each side, padded on the right: `input_ids` and `attention_mask [S, N]` for the encoder;
-    `decoder_input_ids` (the start token, then the answer without its last) and `targets` (the answer) `[S, M]`."""
+    """Collate samples with one padded row a document on each side:
+
+    - `input_ids` and `attention_mask [S, N]` for the encoder;
+    - `decoder_input_ids` (the start token, then the answer without its last) and `targets` (the answer) `[S, M]`.
+
+    Padded on the right. `start_token_id`: what the decoder begins an answer with.
+    """
     prompt_lengths = [sample.answer_begin() for sample in samples]
     answers = [sample.input_ids[length:] for sample, length in zip(samples, prompt_lengths, strict=True)]
     prompt_ids = np.full((len(samples), max(prompt_lengths)), pad_token_id, dtype=np.int64)
@@ -323,7 +333,7 @@ def pad_two_sides(samples: Sequence[Sample], *, pad_token_id: int, start_token_i
 def deal_documents_by_length(
     dataset: TokenDataset, documents: np.ndarray, num_slots: int, capacity: int
 ) -> list[list[int]]:
-    """Distribute a step's documents over micro-batches ("slots") of exactly `capacity`, similar lengths together.
+    """Distribute a step's documents over micro-batches ("slots") of exactly `capacity`, similar lengths together, to pad little.
 
     `documents`: their indices in `dataset`. Returns positions in `documents`, by slot: [[0, 3], [1, 2]]. Documents are sorted by
     prompt, by answer and by both, and the order that pads least is taken. Deterministic. Slots come back costliest first.
@@ -355,10 +365,10 @@ class Seq2seq(Objective):
     perplexity = True
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The loss of the answers and its accuracy, as terms by name.
+        """Compute the loss of the answers and its accuracy, as terms by name.
 
-        Runs the encoder on `input_ids [S, N]` (S documents, prompts of up to N tokens), the decoder on `decoder_input_ids
-        [S, M]`, and the head on the positions `target_rows` of answers that are learned.
+        Runs the encoder on `input_ids [S, N]` (S documents, prompts of up to N tokens), the decoder on `decoder_input_ids [S,
+        M]`, and the head on the positions `target_rows` of answers that are learned.
         """
         head, hidden, targets, bias = supervised_answer_rows(model, batch)
         weighting = row_weighting_of(batch)
@@ -384,7 +394,11 @@ class AnswerRows(NamedTuple):
 
 
 def supervised_answer_rows(model: nn.Module, batch: dict[str, Any]) -> AnswerRows:
-    """Run encoder and decoder up to the output head, for the positions of answers that are learned."""
+    """Run encoder and decoder up to the output head; returns what the loss is made of, at the positions of answers that are
+    learned.
+
+    The head is left to the caller, so that it can compute the loss without keeping the logits.
+    """
     seq2seq_model: Any = unwrap_adapter(model)
     encoded = seq2seq_model.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     # Answers are padded on the right, and no token sees a later one: the decoder needs no mask of its own.

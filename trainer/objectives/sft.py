@@ -69,7 +69,9 @@ def uses_replay_kl(config: ObjectiveConfig) -> bool:
 def sft_problems(objective: ObjectiveConfig, other_settings: OtherSettings) -> Iterator[str]:
     """What is wrong with the settings of replay, forgetting and label smoothing together, one line each.
 
-    A source is replayed if `data.sources.<name>.replay` is true: its documents keep the model near what it was before.
+    A source is replayed if `data.sources.<name>.replay` is true: its documents, of general text, keep the model near what it was
+    before. `forgetting.kl_weight` adds a divergence from the initial model on them. `other_settings`: the rest of the run's
+    configuration.
     """
     sources = other_settings.data.sources
     forgetting = forgetting_settings(objective)
@@ -106,7 +108,11 @@ class SftDataSpec(UnlabelledDataSpec):
         self.marks = {REPLAY: 1} if separate_replayed else {}
 
     def counts(self, sample: Sample) -> dict[str, float]:
-        """Supervised targets (a document's first token has none), and among them those of replayed documents."""
+        """Count what a sample adds to the step's divisors: its supervised targets, and those among them that are of a replayed
+        document.
+
+        A document's first token is no target, since nothing predicts it.
+        """
         num_learned = sample.learned_weight()
         counts = {"loss": num_learned}
         if REPLAY in sample.marks:
@@ -142,14 +148,16 @@ class ReplayCollator(Collator):
     }
 
     def add_loss_inputs(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
-        """Add to `batch` the replayed documents (of general text, against forgetting) as a batch of their own, under `replay`.
+        """Add to `batch` its replayed documents as a batch of their own, under `replay`, which the initial model reads beside the
+        trained one.
 
-        `replay_rows` and `other_rows`: indices into the supervised rows (tokens with a target) of `batch`, of replayed documents
-        and of all others.
+        Replayed documents are general text, learned against forgetting. `replay_rows` and `other_rows`: indices into the
+        supervised rows (tokens with a target) of `batch`, of replayed documents and of all others.
         """
         if REPLAY not in samples[0].marks:  # as in the replayed documents themselves, for which this is called below
             return
         is_replayed = torch.tensor([bool(sample.marks[REPLAY]) for sample in samples])
+        # For each supervised row, the number of its document in the batch.
         document_of_row = batch["row_sequence"]
         is_replayed_row = is_replayed[document_of_row]
         batch["replay_rows"] = is_replayed_row.nonzero()[:, 0]
@@ -162,7 +170,9 @@ class ReplayCollator(Collator):
         batch["replay"] = self(replayed)  # collated as a micro-batch of its own
 
     def cut(self, batch: dict[str, Any], cut: RowCut) -> dict[str, Any]:
-        """This rank's slice, and how rows of the replayed documents get from one cut to the other; see the class."""
+        """This rank's slice of a row that ranks share, and how rows of the replayed documents get from one cut to the other; see
+        the class.
+        """
         slices = super().cut(batch, cut)
         if "replay" in batch:
             replay_positions = batch["target_rows"][batch["replay_rows"]]
@@ -205,10 +215,11 @@ class SftWithReplayKl(Sft):
         self.initial_model = initial_model
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """`loss`, and its parts `sft_loss` and `replay_kl` (a divergence from the initial model on replayed documents).
+        """Compute the loss with its two parts:
 
-        The trained model runs once on all tokens, the initial model on the replayed documents. In evaluation: the terms without
-        the divergence. All ranks must call; of the batch it reads the entries of `ReplayCollator`.
+        `sft_loss`, and `replay_kl`, the divergence from the initial model on replayed documents. The trained model runs once on
+        all tokens, the initial model on the replayed documents. In evaluation: the terms without the divergence. All ranks must
+        call; of the batch it reads the entries of `ReplayCollator`.
         """
         if not torch.is_grad_enabled():
             return super().terms(model, batch)
@@ -232,6 +243,7 @@ class SftWithReplayKl(Sft):
             uncompared_weight=other_scale,
             row_weights=batch.get("target_weights"),
         )
+        # Given a comparison, the head returns all of these sums, with the weights above in `total`.
         losses = DistillationLosses(*head(hidden, targets=targets, comparison=comparison))
         if self.config.replay_loss:
             sft_loss = losses.uncompared_nll + losses.compared_nll
@@ -244,7 +256,8 @@ class SftWithReplayKl(Sft):
         }
 
     def _initial_states(self, model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module | None, Tensor]:
-        """(head, hidden states `[M, H]`) of the initial model at the M replayed rows of this rank; the head as in `Teacher`.
+        """What the initial model says of the M replayed rows of this rank: (its head, hidden states `[M, H]`); the head as in
+        `Teacher`.
 
         If ranks share rows, the replayed documents are cut otherwise than the whole batch: the states then move to the ranks that
         have the same tokens of the batch. All ranks must call.

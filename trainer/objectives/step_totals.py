@@ -29,11 +29,16 @@ def mean_terms_without_gradients(
     averaged: bool,
     check_stop: Callable[[], None] = lambda: None,
 ) -> dict[str, torch.Tensor]:
-    """Each term of the objective, by name, summed over the micro-batches of all ranks and divided by `count`: 0-d float32.
+    """Average the terms of an objective over a whole step or evaluation, for losses that need such a mean before they can be
+    computed.
 
-    For losses that need a mean over the whole step or evaluation before they can be computed. `batches`: this rank's
-    micro-batches. Computed without gradients and dropout, with `averaged` by the average of the weights over steps. All ranks
-    must call, with equally many micro-batches; `check_stop` is called after each. `count` of 0 leaves the sums as they are.
+    Returns each term by name, summed over the micro-batches of all ranks and divided by `count`: 0-d float32. Computed without
+    gradients and dropout. All ranks must call, with equally many micro-batches.
+
+    `batches`: this rank's micro-batches.
+    `count`: 0 leaves the sums as they are.
+    `averaged`: whether the average of the weights over steps computes them.
+    `check_stop`: called after each micro-batch.
     """
     sums: dict[str, torch.Tensor] = {}
     with engine.inference(InferenceWeights.averaged if averaged else InferenceWeights.trained) as module:
@@ -55,11 +60,12 @@ def mean_terms_without_gradients(
 
 
 def routing_context(engine: Engine, batch: StepBatch) -> dict[str, Any]:
-    """What each micro-batch of a step needs for the losses of routers and logits. All ranks must call.
+    """Compute what each micro-batch of a step is told of the whole step, for the losses of routers and logits.
 
-    Empty if the model adds no such loss. `step_tokens` and `ranks` turn a micro-batch's sum into its part of the step's mean.
-    `tokens_by_expert` (int64 [experts]): how many tokens of the whole step chose each expert. With one micro-batch the forward
-    pass itself counts them. With several they are counted here, in a pass of its own without gradients and dropout.
+    All ranks must call. Empty if the model adds no such loss. `step_tokens` and `ranks` turn a micro-batch's sum into its part of
+    the step's mean. `tokens_by_expert` (int64 [experts]): how many tokens of the whole step chose each expert. With one
+    micro-batch the forward pass itself counts them. With several they are counted here, in a pass of its own without gradients
+    and dropout.
     """
     added_losses: AddedLosses | None = getattr(engine.step_module, "added_losses", None)
     if added_losses is None or not added_losses.changes_loss:
@@ -84,7 +90,7 @@ def _count_tokens_by_expert(engine: Engine, micro_batches: Sequence[dict[str, An
 
 
 def pop_loss(terms: dict[str, torch.Tensor], scale: float, world_size: int) -> torch.Tensor:
-    """The loss of a micro-batch for the backward pass, 0-d. Removes from `terms` the loss that the model adds for its routers.
+    """Scale the loss of a micro-batch for its backward pass (0-d), and take the loss that routers add out of `terms`.
 
     `scale`: turns the sum `terms["loss"]` into its part of the step's mean, times `world_size`, because engines average gradients
     over ranks. The added loss is a part of that mean already, so it is multiplied by `world_size` alone.
@@ -102,8 +108,8 @@ def accumulate_gradients(engine: Engine, batch: StepBatch, seed_and_step: tuple[
     Returns the sum of each loss term over this rank's micro-batches, by name. `seed_and_step`: (the run's seed, the step), by
     which noise on embeddings is drawn.
 
-    The loss contract (strategies/base.py): sums over the micro-batch, divided by the count of the whole step, times
-    the number of ranks, because every strategy averages over them.
+    The loss contract (strategies/base.py): sums over the micro-batch, divided by the count of the whole step, times the number of
+    ranks, because every strategy averages over them.
     """
     # A step without any target has a count of 0 and a loss of 0.
     loss_count = batch.totals["loss"]

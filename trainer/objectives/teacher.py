@@ -83,8 +83,7 @@ def check_head_computes_divergence(model: nn.Module, setting: str) -> None:
     """Raise ConfigError if the output head cannot compute a divergence from a teacher without making all logits at once.
 
     A `LossHead` can, a linear layer that computes losses a chunk of rows at a time; so can one that peft has wrapped to train it
-    in full (`modules_to_save`). `setting` begins the message: the setting
-    that asks for the divergence.
+    in full (`modules_to_save`). `setting`: the one that asks for the divergence, which begins the message.
     """
     head: Any = unwrap_adapter(model).get_output_embeddings()  # type: ignore[operator]
     if isinstance(head, LossHead):
