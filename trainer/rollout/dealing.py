@@ -57,7 +57,9 @@ class AnswerBatcher:
     """Whether the model computes a prompt once for all of its answers in a micro-batch."""
 
     def num_micro_batches(self, num_answers: int, group_size: int) -> int:
-        """Micro-batches of each data-parallel rank in a step of `num_answers` answers, `group_size` to a prompt; at least one."""
+        """How many micro-batches each data-parallel rank has in a step of `num_answers` answers, `group_size` to a prompt; at
+        least one.
+        """
         if not self.shares_prompts:
             return max(1, _rounded_up_quotient(num_answers, self.micro_batch * self.dp_size))
         chunks = self._chunks_of_group(group_size)
@@ -74,10 +76,11 @@ class AnswerBatcher:
         return GroupChunks(num_chunks, chunk_size=_rounded_up_quotient(group_size, num_chunks))
 
     def divide(self, samples: Sequence[AnswerSample], filler: AnswerSample) -> RankShare:
-        """This rank's share of the answers of a step, which are divided so that all ranks take about as many tokens.
+        """Divide the answers of a step among ranks and micro-batches, so that all ranks take about as many tokens; returns this
+        rank's.
 
-        Answers that share a prompt's computation stay in one micro-batch. Every rank has the same number of micro-batches. One
-        without an answer has only `filler`, whose tokens have no target.
+        Answers that share a prompt's computation stay in one micro-batch. Every rank has the same number of micro-batches, since
+        each forward pass is collective. One without an answer has only `filler`, whose tokens have no target.
         """
         # A unit is the answers that stay together; a slot is the units of one micro-batch.
         units = self._units_kept_together(samples)
@@ -101,7 +104,7 @@ class AnswerBatcher:
         return RankShare(own_micro_batches, balance)
 
     def _units_kept_together(self, samples: Sequence[AnswerSample]) -> list[list[int]]:
-        """The units of a step: for each, the indices in `samples` of answers that stay in one micro-batch.
+        """The units of a step, that is answers that stay in one micro-batch: for each, their indices in `samples`.
 
         - The model does not share prompts: each answer alone.
         - It does: all answers to a prompt, or chunks of them if they are more than a micro-batch holds.
@@ -128,7 +131,10 @@ class AnswerBatcher:
     def _collate(
         self, samples: Sequence[AnswerSample], answer_indices: list[int], filler: AnswerSample
     ) -> AnswerMicroBatch:
-        """The micro-batch of the answers with these indices; of `filler` without targets if there are none."""
+        """Make the micro-batch of the answers with these indices; of `filler` without targets if there are none.
+
+        `answer_indices` of the result has None for a sequence that is no answer.
+        """
         if not answer_indices:
             blank_sample = self.collator.without_targets(filler)
             filler_batch = pin_batch(self.collator([blank_sample], self.cut), self.device)

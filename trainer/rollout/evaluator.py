@@ -70,7 +70,7 @@ class RewardEvaluator:
 
 
 def group_by_prompt(prompts: Sequence[Prompt], generated: Sequence[GeneratedAnswer]) -> list[AnswerGroup]:
-    """A group for each prompt, with the answers to it, sample by sample. Their log-probabilities are unknown, and so nan."""
+    """Sort generated answers into a group for each prompt. Their log-probabilities, which only training needs, are nan."""
     groups = [AnswerGroup(prompt, []) for prompt in prompts]
     for answer in generated:
         unknown_logprobs = np.full(len(answer.ids), np.nan, np.float32)
@@ -81,11 +81,12 @@ def group_by_prompt(prompts: Sequence[Prompt], generated: Sequence[GeneratedAnsw
 
 
 def reward_metrics(groups: Sequence[AnswerGroup], scores: Sequence[GroupScores], num_samples: int) -> dict[str, float]:
-    """The metrics of an evaluation by name, such as {"eval/reward": 0.4, "eval/completions/mean_length": 112.0, ...}.
+    """Compute the metrics of an evaluation by rewards: {"eval/reward": 0.4, "eval/completions/mean_length": 112.0, ...}.
 
-    `scores` has one entry for each group. Answers without a score count in no mean; a mean without any score is nan.
-    `eval/pass_at_K` is the mean over prompts of the expected best reward of K answers; only prompts whose answers all have a
-    score count. For rewards of 0 and 1 that is pass@k (Chen et al. 2021). `num_samples`: answers to each prompt.
+    `scores` has one entry for each group (the answers to one prompt). Answers without a score count in no mean; a mean without
+    any score is nan. `eval/pass_at_K` is the mean over prompts of the expected best reward of K answers; only prompts whose
+    answers all have a score count. For rewards of 0 and 1 that is pass@k (Chen et al. 2021). `num_samples`: answers to each
+    prompt.
     """
     totals = np.concatenate([group_scores.total for group_scores in scores])
     metrics = {REWARD_METRIC: _mean_of_known(totals)}
@@ -111,7 +112,7 @@ def _pass_at_k_metrics(scores: Sequence[GroupScores], num_samples: int) -> dict[
 
 
 def _means_by_source(groups: Sequence[AnswerGroup], scores: Sequence[GroupScores]) -> Mapping[str, float]:
-    """The mean reward of each source, {"eval/reward/NAME": 0.4}; {} if the prompts name no sources, as with a single one."""
+    """The mean reward of each source of prompts, {"eval/reward/NAME": 0.4}; {} if prompts name none, as with one source."""
     totals_by_source: dict[str, list[np.ndarray]] = {}
     for group, group_scores in zip(groups, scores, strict=True):
         if group.prompt.source:

@@ -19,19 +19,21 @@ EQUAL_REWARDS_TOLERANCE = 1e-9
 
 
 def advantages(rewards: np.ndarray, baseline: Baseline, scale: Scale) -> np.ndarray:
-    """Advantages, float64 [groups, answers]: how much better each answer scored than its baseline; 0 for unscored answers.
+    """Compute advantages, float64 [groups, answers]: how much better each answer scored than its baseline; 0 for unscored
+    answers.
 
-    The loss multiplies the tokens of an answer by its advantage. A group is all answers to one prompt. `baseline`: what is
-    subtracted from a reward (the mean of its group, of the others in it, of the batch). `scale`: what the difference is divided
-    by.
+    The loss multiplies the tokens of an answer by its advantage. A group is all answers to one prompt.
 
-    `rewards`, float64 [groups, answers]: nan for an answer that no reward applied to. Unscored answers count in no mean.
-    Raises DataError if `scale` is the mean reward of a group and a reward is negative: dividing by a negative mean would
-    reward the worse answers.
+    `rewards`: float64 [groups, answers]; nan for an answer that no reward applied to, which counts in no mean.
+    `baseline`: what is subtracted from a reward (the mean of its group, of the others in it, of the batch).
+    `scale`: what the difference is divided by.
 
-    Sources: group mean and standard deviation are GRPO's (Shao et al. 2024, arXiv:2402.03300), without the latter Dr.GRPO's
-    (Liu et al. 2025, arXiv:2503.20783); the mean of the others is RLOO's (Ahmadian et al. 2024, arXiv:2402.14740); mean and
-    deviation of the whole batch are REINFORCE++'s (Hu et al. 2025, arXiv:2501.03262); dividing by the mean is MaxRL's.
+    Raises DataError if `scale` is the mean reward of a group and a reward is negative: dividing by a negative mean would reward
+    the worse answers.
+
+    Sources: group mean and standard deviation are GRPO's (Shao et al. 2024, arXiv:2402.03300), without the latter Dr.GRPO's (Liu
+    et al. 2025, arXiv:2503.20783); the mean of the others is RLOO's (Ahmadian et al. 2024, arXiv:2402.14740); mean and deviation
+    of the whole batch are REINFORCE++'s (Hu et al. 2025, arXiv:2501.03262); dividing by the mean is MaxRL's.
     """
     is_scored = ~np.isnan(rewards)
     known_rewards = np.where(is_scored, rewards, 0.0)
@@ -43,14 +45,15 @@ def advantages(rewards: np.ndarray, baseline: Baseline, scale: Scale) -> np.ndar
 def normalised_sum(
     scores_by_reward: Mapping[str, np.ndarray], weight_by_reward: Mapping[str, float], rewards: np.ndarray
 ) -> np.ndarray:
-    """float64 [groups, answers]: the weighted sum of rewards, each normalised by mean and standard deviation in its group.
+    """Sum rewards by their weights after each was normalised by mean and standard deviation in its group, float64 [groups,
+    answers].
 
     Rewards of other ranges and spreads then weigh as their weights say: the first half of GDPO (Liu et al. 2026,
     arXiv:2601.05242), which divides the sum by its deviation in the round too (`Baseline.batch` and `Scale.batch_std`). TRL calls
     it `multi_objective_aggregation="normalize_then_sum"`.
 
-    `scores_by_reward`: float64 [groups, answers] by name, nan where a reward does not apply. `rewards`: their plain weighted sum,
-    nan for an unscored answer, which stays unscored and counts in no mean.
+    `scores_by_reward`: float64 [groups, answers] by name, nan where a reward does not apply.
+    `rewards`: their plain weighted sum, nan for an unscored answer, which stays unscored and counts in no mean.
     """
     is_unscored = np.isnan(rewards)
     total = np.zeros_like(rewards)

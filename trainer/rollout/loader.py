@@ -79,9 +79,10 @@ class RolloutLoader:
         return {ROUND_FILE: serialize_round(self.current_round)}
 
     def restore(self, checkpoint: Path) -> None:
-        """Set `current_round` to the unfinished round of the checkpoint in the directory `checkpoint`; None if it has none.
+        """Go on with the unfinished round of a checkpoint, whose remaining steps learn from answers that were generated before.
 
-        All ranks must call, after the engine has loaded the checkpoint. Raises StorageError if the file is missing or damaged.
+        Sets `current_round`; None if the checkpoint has no unfinished round. All ranks must call, after the engine has loaded the
+        checkpoint. Raises StorageError if the file is missing or damaged.
         """
         self.current_round = None
         if self.progress.round_step:
@@ -106,13 +107,16 @@ class RolloutLoader:
                 )
 
     def steps(self, first_sample: int, num_steps: int) -> Generator[StepBatch, None, None]:
-        """The batches of `num_steps` optimizer steps, with metrics for their rows (`facts`). Builds the next round when all
-        steps of the current one are taken.
+        """Yield the batches of `num_steps` optimizer steps; builds the next round when all steps of the current one are taken.
 
         A round is divided into `rollout.steps` batches, and used `rollout.iterations` times: with 2 and 3, its 6 steps learn from
-        the batches 0, 1, 0, 1, 0, 1. It is generated with the weights of that moment, so the caller must take each step before
-        it asks for the next batch. `first_sample`: prompts consumed before. All ranks must iterate together. Raises, on all ranks
-        alike, DataError if a reward fails or no group has rewards that differ, and Interrupted if the run is asked to stop.
+        the batches 0, 1, 0, 1, 0, 1. It is generated with the weights of that moment, so the caller must take each step before it
+        asks for the next batch.
+
+        `first_sample`: prompts consumed before. `facts` of a batch are metrics for its step's row.
+
+        All ranks must iterate together. Raises, on all ranks alike, DataError if a reward fails or no group has rewards that
+        differ, and Interrupted if the run is asked to stop.
         """
         rollout = self.round_builder.settings.rollout
         steps_per_round = rollout.steps * rollout.iterations
@@ -138,9 +142,10 @@ class RolloutLoader:
             yield batch
 
     def step_batch(self, rollout_round: Round, index: int) -> StepBatch:
-        """The batch of one step of a round, on the device. `index`: which of the round's `rollout.steps` batches.
+        """Make the batch of one step of a round, on the device. `index`: which of the round's `rollout.steps` batches.
 
-        It counts no prompts as consumed: `steps` does so with the last step of the round.
+        Its totals count the whole step on all ranks, such as {"loss": 512.0, "tokens": 512, "answers": 8}. It counts no prompts
+        as consumed: `steps` does so with the last step of the round.
         """
         settings = self.round_builder.settings
         answer_numbers = rollout_round.answers_of_step(index, settings.rollout.steps)

@@ -80,12 +80,15 @@ def answer_logps(
     runtime: Runtime,
     check_stop: Callable[[], None] = lambda: None,
 ) -> dict[int, np.ndarray]:
-    """The log-probability of each token of generated answers: {answer number: float32 [tokens]}, the same on all ranks.
+    """Compute the log-probability of each token of generated answers by forward passes, the same on all ranks.
 
-    All ranks must call, with as many micro-batches each. `batches`: this rank's micro-batches, on the device. `answers`: for each
-    micro-batch the number of the answer in each of its sequences, or None for a filler: [[0, 4], [9, None]]. Ranks that split
-    rows have the same answers. `scorer`: by which weights. `check_stop` is called after each micro-batch; it may raise, on all
-    ranks alike.
+    Returns {answer number: float32 [tokens]}. All ranks must call, with as many micro-batches each.
+
+    `batches`: this rank's micro-batches, on the device.
+    `answers`: for each micro-batch the number of the answer in each of its sequences, or None for a filler: [[0, 4], [9, None]].
+    Ranks that split rows have the same answers.
+    `scorer`: by which weights.
+    `check_stop`: called after each micro-batch; it may raise, on all ranks alike.
     """
     own_logps: list[tuple[int, np.ndarray]] = []  # (answer number, log-probabilities of its tokens)
     weights = InferenceWeights.initial if scorer.uses_initial_weights else InferenceWeights.trained

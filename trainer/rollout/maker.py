@@ -66,7 +66,10 @@ class _GroupsOfRound(NamedTuple):
 
 @dataclass(slots=True)
 class RoundBuilder:
-    """Builds the rounds of a run. Everything about a round is decided from the whole round, so alike on all ranks."""
+    """Builds the rounds of a run: the model answers prompts, rewards score the answers, and some optimizer steps learn from them.
+
+    Everything about a round is decided from the whole round, so alike on all ranks.
+    """
 
     settings: GrpoConfig
     num_prompts_per_round: int
@@ -90,15 +93,22 @@ class RoundBuilder:
     """Seconds that generating answers, scoring them, and computing log-probabilities of them took in this round."""
 
     def build_round(self, first_sample: int, step: int) -> Round:
-        """Generate and score the answers of the round after `first_sample` consumed prompts and `step` optimizer steps.
+        """Build the next round: generate answers to prompts, score them, and compute what the loss needs of them.
 
-        Calls every function in `on_round` with the round. All ranks must call. Raises, on all ranks alike, DataError if a reward
-        fails or no group has rewards that differ, and Interrupted if the run is asked to stop.
+        All ranks must call.
+
+        `first_sample`: prompts that the run has consumed so far.
+        `step`: optimizer steps taken so far.
+
+        Calls every function in `on_round` with the round. Raises, on all ranks alike, DataError if a reward fails or no group has
+        rewards that differ, and Interrupted if the run is asked to stop.
         """
         self._seconds_by_stage = dict.fromkeys(self._seconds_by_stage, 0.0)
         generated = self._generate_and_score(first_sample, self.num_prompts_per_round, step)
         result = _GroupsOfRound(generated, kept=generated, num_consumed_prompts=self.num_prompts_per_round)
         replaced_metrics: dict[str, float] = {}
+        # A group is all answers to one prompt. It is idle if all of them score alike: none is better than another, so it teaches
+        # nothing.
         if self.settings.idle_groups is IdleGroups.replace:
             result = self._replace_idle_groups(generated, first_sample, step)
             num_kept = len(result.kept.groups)
@@ -120,11 +130,13 @@ class RoundBuilder:
     def build_round_from_scores(
         self, groups: list[AnswerGroup], scores: list[GroupScores], first_sample: int = 0, num_prompts: int = 0
     ) -> Round:
-        """A round of answers that were scored, with its advantages and, if the loss reads them, log-probabilities.
+        """Build a round of answers that were scored, with its advantages and, if the loss reads them, log-probabilities.
 
-        `groups`: the answers to one prompt each. `first_sample`: prompts consumed before the round. `num_prompts`: prompts that
-        it consumes; 0 if the groups were not generated for this run. All ranks must call. Raises Interrupted, on all ranks alike,
-        if the run is asked to stop.
+        `groups`: the answers to one prompt each.
+        `first_sample`: prompts consumed before the round.
+        `num_prompts`: prompts that it consumes; 0 if the groups were not generated for this run, as in a trial of rewards.
+
+        All ranks must call. Raises Interrupted, on all ranks alike, if the run is asked to stop.
         """
         rollout_round = Round(
             first_sample=first_sample,
@@ -140,7 +152,10 @@ class RoundBuilder:
         return rollout_round
 
     def _generate_and_score(self, first_sample: int, num_prompts: int, step: int) -> _ScoredGroups:
-        """Answers to the `num_prompts` prompts after `first_sample` consumed ones, with their scores. All ranks must call."""
+        """Let the model answer the `num_prompts` prompts after `first_sample` consumed ones, and score the answers.
+
+        All ranks must call.
+        """
         prompts = self.prompts.read(first_sample, num_prompts)
         with self._timed_stage(f"writing answers (after step {step})", stage_key="write_s"):
             groups = self.group_generator.generate_groups(self.engine, prompts, self.settings.group_size)
@@ -152,8 +167,11 @@ class RoundBuilder:
         """Replace idle groups, whose answers all score alike and so teach nothing, by answers to further prompts.
 
         Keeps the first groups whose rewards differ, as many as a round has; fewer if `MAX_PROMPTS_RATIO` is reached. Prompts
-        after that of the last kept group are not consumed: the next round answers them again, with its own weights. All ranks
-        must call. Raises DataError if no group has rewards that differ after `MAX_IDLE_ATTEMPTS` attempts.
+        after that of the last kept group are not consumed: the next round answers them again, with its own weights.
+
+        `first_attempt`: the groups that were generated for the round.
+
+        All ranks must call. Raises DataError if no group has rewards that differ after `MAX_IDLE_ATTEMPTS` attempts.
         """
         num_wanted = self.num_prompts_per_round
         max_prompts = MAX_PROMPTS_RATIO * num_wanted
@@ -177,6 +195,7 @@ class RoundBuilder:
             generated.scores += further.scores
             num_attempts += 1
         kept = useful_groups[:num_wanted]
+        # Groups are in the order of the prompts, so that the last kept index tells how many prompts were used.
         num_consumed = kept[-1] + 1 if len(kept) == num_wanted else num_answered
         return _GroupsOfRound(generated, kept=generated.select(kept), num_consumed_prompts=num_consumed)
 
@@ -194,7 +213,7 @@ class RoundBuilder:
         )
 
     def _exclude_answers_from_loss(self, rollout_round: Round) -> None:
-        """Set `is_learned`, bool [groups, answers], of a round to False for answers that the settings leave out of the loss.
+        """Leave answers out of the loss that the settings exclude: set `is_learned`, bool [groups, answers], of a round to False.
 
         With `idle_groups=drop`: the answers of groups that all score alike. With `mask_truncated`: answers without an end.
         """
@@ -206,11 +225,16 @@ class RoundBuilder:
             rollout_round.is_learned &= np.reshape(has_ended, rollout_round.is_learned.shape)
 
     def _set_logps_and_advantages(self, rollout_round: Round) -> None:
-        """Compute the log-probabilities that the loss compares, and set them and the advantages of a round.
+        """Compute what the loss compares answers by, and set it in a round: log-probabilities and advantages.
 
-        Sets `old_logps` (by the weights that generated the answers) if several updates learn from the round, `reference_logps`
-        (by the reference model) if the KL divergence has a weight, and `advantages`. With `kl.place=reward` the divergence is
-        subtracted from the rewards first. `is_learned` must be final. All ranks must call.
+        All ranks must call.
+
+        - `old_logps`: by the weights that generated the answers, if several updates learn from the round.
+        - `reference_logps`: by the reference model, if the KL divergence has a weight.
+        - `advantages`: how much better each answer scored than its baseline. With `kl.place=reward` the divergence is subtracted
+          from the rewards first.
+
+        `is_learned` of the round must be final.
         """
         settings = self.settings
         rewards = self._rewards_for_advantages(rollout_round.scores)
@@ -241,8 +265,8 @@ class RoundBuilder:
     def _rewards_for_advantages(self, scores: Sequence[GroupScores]) -> np.ndarray:
         """The reward of each answer that advantages are computed from, float64 [groups, answers], nan where unscored.
 
-        It is the weighted sum of the reward functions' scores; with `objective.combine=normalised`, of scores that are
-        normalised within their group.
+        It is the weighted sum of the reward functions' scores; with `objective.combine=normalised`, of scores that are normalised
+        within their group.
         """
         rewards = stack_rewards(scores)
         if self.settings.combine is Combine.sum:
@@ -256,7 +280,8 @@ class RoundBuilder:
     def _rewards_minus_divergence(
         self, rewards: np.ndarray, old_logps: dict[int, np.ndarray], reference_logps: dict[int, np.ndarray]
     ) -> np.ndarray:
-        """Rewards minus `kl.weight` times the divergence of each answer from the reference model, float64 [groups, answers].
+        """Subtract from each reward `kl.weight` times the answer's divergence from the reference model; float64 [groups,
+        answers].
 
         The divergence of an answer is the sum over its tokens of old minus reference log-probability (the estimator k1). Both
         arguments have float32 [tokens] by number of the answer in the round.
@@ -270,15 +295,18 @@ class RoundBuilder:
     def _compute_logps(
         self, rollout_round: Round, answer_numbers: list[int], row_scorer: RowScorer
     ) -> dict[int, np.ndarray]:
-        """The log-probability of each token of some answers, from forward passes: {answer number: float32 [tokens]}.
+        """Compute the log-probability of each token of some answers by forward passes: {answer number: float32 [tokens]}.
 
-        `answer_numbers`: of answers in the round; without any, nothing is computed. `row_scorer`: by which weights, those of the
-        policy or of the reference model. All ranks must call.
+        `answer_numbers`: of answers in the round; without any, nothing is computed.
+        `row_scorer`: by which weights, those of the policy or of the reference model.
+
+        All ranks must call.
         """
         if not answer_numbers:
             return {}
         with self._timed_stage("looking back at the answers", stage_key="look_back_s"):
             samples = [rollout_round.sequence(number) for number in answer_numbers]
+            # A rank that has fewer micro-batches than others runs the filler, since each pass is collective.
             own_micro_batches = self.batcher.divide(samples, filler=samples[0]).micro_batches
             # The answer numbers of each micro-batch's sequences; None for a filler.
             numbers_by_batch: list[list[int | None]] = []
@@ -298,10 +326,13 @@ class RoundBuilder:
 
     @contextmanager
     def _timed_stage(self, phase: str, *, stage_key: str) -> Iterator[None]:
-        """A context around a stage of a round: reports `phase` as what the run is doing, and counts the seconds of the stage.
+        """A context around a stage of a round (generating, scoring, looking back): reports it as the phase, and counts its
+        seconds.
 
-        They are added to `_seconds_by_stage[stage_key]`. No seconds are added if the stage raises. Raises Interrupted before
-        the stage begins, if the run is asked to stop.
+        `phase`: what the run is doing, for messages.
+        `stage_key`: the key of `_seconds_by_stage` to which the seconds are added; not if the stage raises.
+
+        Raises Interrupted before the stage begins, if the run is asked to stop.
         """
         self._raise_if_stopping()
         self.report_phase(phase)
@@ -312,7 +343,8 @@ class RoundBuilder:
     def _time_metrics(self, groups: Sequence[AnswerGroup]) -> dict[str, Any]:
         """Seconds of each stage of a round on its slowest rank, and the speed of generation. All ranks must call.
 
-        For example {"write_s": 8.1, "reward_s": 0.4, "look_back_s": 1.2, "written_tokens_per_s": 5100.0}.
+        "look_back_s" is the time of the forward passes for log-probabilities. For example {"write_s": 8.1, "reward_s": 0.4,
+        "look_back_s": 1.2, "written_tokens_per_s": 5100.0}.
         """
         slowest_seconds = dict.fromkeys(self._seconds_by_stage, 0.0)
         for rank_seconds in gather_objects(self._seconds_by_stage, self.runtime):

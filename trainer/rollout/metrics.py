@@ -15,7 +15,8 @@ from trainer.rollout.types import AnswerGroup, GroupScores, all_answers
 def round_metrics(
     groups: Sequence[AnswerGroup], scores: Sequence[GroupScores], is_idle: np.ndarray
 ) -> dict[str, float]:
-    """The metrics of a round by name: rewards, lengths and numbers of unscored answers; those that would be nan are left out.
+    """Compute the metrics of a round by name: rewards, lengths and numbers of unscored answers; those that would be nan are left
+    out.
 
     A group is all answers to one prompt; `scores` has one entry for each group. `is_idle`, bool [groups]: whether all answers of
     the group score alike, and so teach nothing.
@@ -65,7 +66,7 @@ def _source_metrics(groups: Sequence[AnswerGroup], rewards: np.ndarray, is_idle:
 
 
 def _logged_metrics(scores: Sequence[GroupScores]) -> dict[str, float]:
-    """Means of what reward functions logged: `logged/NAME` by `log_metric`, `extra/NAME` of numbers in columns of `log_extra`.
+    """Average what reward functions logged: `logged/NAME` by `log_metric`, `extra/NAME` of numbers in columns of `log_extra`.
 
     The prefixes keep them apart from a run's own metrics, which may have the same names. `maths` logging `steps` as 2.0 and 4.0
     becomes {"logged/maths/steps": 3.0}.

@@ -39,9 +39,11 @@ def has_sources(dataset: TokenDataset) -> bool:
 def read_prompt(
     dataset: TokenDataset, table: DocumentTable, sequence_index: int, prompt_number: int, *, names_source: bool
 ) -> Prompt:
-    """The sequence with this index in a data set as a prompt, with the columns that rewards read.
+    """Read one sequence of a data set as a prompt, with the columns of its row that rewards read.
 
-    `table`: the documents that its sequences were made of. `prompt_number`: the prompt's number in the run's order.
+    `table`: the documents that the sequences were made of.
+    `sequence_index`: of the sequence in the data set.
+    `prompt_number`: the prompt's number among all that the run consumes.
     `names_source`: whether the prompt has the name of its source, because metrics are reported by source.
     """
     document = table.document(int(dataset.documents[sequence_index]))
@@ -56,7 +58,7 @@ def read_prompt(
 
 
 def prompt_of_document(document: Document) -> str | list[dict[str, Any]]:
-    """The prompt of a document as rewards see it.
+    """The prompt of a document as rewards see it: a text, or the messages of a conversation.
 
     - A conversation: its messages without the assistant's at the end, and without the keys that say how a turn is trained on.
     - Else: its prompt, or its text.

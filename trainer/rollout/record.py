@@ -62,7 +62,7 @@ class RoundRecord:
 
 
 def answer_records(rollout_round: Round, max_groups: int | None = None) -> list[dict[str, Any]]:
-    """A row for each answer of a round, for a Parquet file or a table: prompt, answer, rewards, advantage.
+    """Make a row for each answer of a round, for a Parquet file or a table: prompt, answer, rewards, advantage.
 
     `max_groups`: only the first groups (a group is all answers to one prompt); None: all. "rewards/NAME" are the scores of single
     rewards, "extra/NAME" the values that a reward function adds itself (`log_extra`).

@@ -90,11 +90,13 @@ class Round:
         return AnswerSample(ids, supervised, prompt_index=number // self.group_size)
 
     def step_data(self, answer_numbers: Sequence[int], normalise: Normalise, max_new_tokens: int) -> StepData:
-        """The data of one optimizer step: the answers with these numbers that count in the loss, with what the loss multiplies.
+        """Make what one optimizer step learns from: those of the answers with these numbers that count in the loss.
 
-        Each sequence has `per_token_entries`, with a float32 for each token of its answer: advantage, loss weight, and the
-        log-probabilities that the loss compares. `normalise`: what the loss is divided by, `max_new_tokens`: the longest
-        answer, by which it may be.
+        Each becomes a sequence with `per_token_entries`, a float32 for each token of its answer: advantage, loss weight, and the
+        log-probabilities that the loss compares.
+
+        `normalise`: what the loss is divided by.
+        `max_new_tokens`: the longest answer, by which it may be divided.
         """
         learned_numbers = self.learned_answer_numbers(answer_numbers)
         answers = [self.answer(number)[1] for number in learned_numbers]

@@ -15,11 +15,12 @@ ROUND_FILE = "round.safetensors"
 
 
 def serialize_round(rollout_round: Round) -> bytes:
-    """A round as the content of `ROUND_FILE`: tokens, rewards, advantages, log-probabilities and metrics, but no texts.
+    """Write a round as the content of a checkpoint's `ROUND_FILE`, so that a resumed run learns from the same answers.
 
-    Sequences of unequal length are stored as one array and one of lengths: prompts [5, 6] and [7] are `prompt_ids` [5, 6, 7]
-    and `prompt_lengths` [2, 1]. `deserialize_round` is the inverse. The names of arrays are older than some names in the code,
-    and stay readable for earlier checkpoints: "places" are the numbers of the prompts.
+    It has tokens, rewards, advantages, log-probabilities and metrics, but no texts. Sequences of unequal length are stored as one
+    array and one of lengths: prompts [5, 6] and [7] are `prompt_ids` [5, 6, 7] and `prompt_lengths` [2, 1]. `deserialize_round`
+    is the inverse. The names of arrays are older than some names in the code, and stay readable for earlier checkpoints: "places"
+    are the numbers of the prompts.
     """
     from safetensors.numpy import save
 
@@ -56,7 +57,7 @@ def serialize_round(rollout_round: Round) -> bytes:
 
 
 def deserialize_round(content: bytes, where: str) -> Round:
-    """The round of a file's content, which `serialize_round` wrote; the texts of its prompts and answers are empty.
+    """Read a round back from the content of a checkpoint's file; the texts of its prompts and answers are empty.
 
     `where`: the file, for the error. Raises StorageError if the content is damaged.
     """

@@ -22,7 +22,7 @@ REWARD_PREFIX = "rewards/"
 
 
 def round_table(rollout_round: Round, step: int) -> LoggedTable:
-    """A table for the trackers with the answers of a round's first groups, the best answer of each prompt first.
+    """Make a table for the trackers with the answers of a round's first groups, the best answer of each prompt first.
 
     `step`: the first step that learns from the round.
     """

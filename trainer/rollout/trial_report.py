@@ -20,10 +20,12 @@ SHOWN_CHARACTERS = 300
 def trial_report(groups: Sequence[AnswerGroup], scores: Sequence[GroupScores]) -> dict[str, Any]:
     """What a trial of the rewards shows before training, as JSON values: rewards, idle groups, lengths, and some answers.
 
-    A group is all answers to one prompt; it is idle if all score alike. `scores`: one entry for each group. A number is None if
-    nothing was scored. Nested values: `reward` is a summary of the totals, `rewards` such a summary by reward ({"maths": {"mean":
-    0.4, ...}}), `idle_share_by_group_size` the expected share of idle groups by size ({"2": 0.8, "4": 0.6, ...}), `groups` one
-    entry for each group (`_group_record`).
+    A group is all answers to one prompt; it is idle if all score alike, so that it teaches nothing. `scores`: one entry for each
+    group. A number is None if nothing was scored. Nested values:
+
+    - `reward`: a summary of the total rewards; `rewards`: such a summary by reward ({"maths": {"mean": 0.4, ...}}).
+    - `idle_share_by_group_size`: the expected share of idle groups by size ({"2": 0.8, "4": 0.6, ...}).
+    - `groups`: an entry for each group (`_group_record`).
     """
     rewards = stack_rewards(scores)
     answers = all_answers(groups)

@@ -46,7 +46,11 @@ class EngineGroupGenerator:
         )
 
     def generate_groups(self, engine: Engine, prompts: Sequence[Prompt], num_samples: int) -> list[AnswerGroup]:
-        """See `GroupGenerator.generate_groups`. Also raises DataError for a prompt that leaves no position for an answer."""
+        """Let the trained weights answer prompts: a group of `num_samples` answers for each prompt, the same on all ranks.
+
+        All ranks must call with the same prompts. Raises Interrupted, on all ranks alike, if the run is asked to stop, and
+        DataError for a prompt that leaves no position for an answer.
+        """
         settings = DecodingConfig(
             max_new_tokens=self.settings.max_new_tokens,
             temperature=self.settings.temperature,
@@ -69,7 +73,7 @@ class EngineGroupGenerator:
 
 
 def with_special_tokens_only(generation_config: Any) -> Any:
-    """A transformers GenerationConfig with only the special tokens of a model's own (`SPECIAL_TOKEN_SETTINGS`).
+    """Keep of a model's GenerationConfig (transformers) only the special tokens (`SPECIAL_TOKEN_SETTINGS`), as a new one.
 
     All else is left out, because a repetition penalty, top_p or top_k would change what is sampled, but not the probabilities
     that are trained.
@@ -81,7 +85,7 @@ def with_special_tokens_only(generation_config: Any) -> Any:
 
 
 def ignored_generation_settings(generation_config: Any) -> list[str]:
-    """The settings of a model's generation_config that do not hold while training, as texts: ["top_k=2", "top_p=0.5"].
+    """The settings of a model's generation_config that do not hold while training, to tell the user: ["top_k=2", "top_p=0.5"].
 
     Only settings that differ from transformers' defaults and are neither empty nor 0.
     """

@@ -27,7 +27,7 @@ MANIFEST_FILE = "rewards.json"
 
 
 def reward_files(rewards: Mapping[str, RewardEntry]) -> dict[Path, list[Path]]:
-    """The files that reward functions need, by the directory that they are imported from, in the order of the reward names.
+    """Find the files that reward functions need, by the directory that they are imported from, in the order of the reward names.
 
     {Path("/home/me/rewards"): [Path("/home/me/rewards/maths.py"), Path("/home/me/rewards/units.py")]}: units.py is imported.
 
@@ -49,7 +49,7 @@ def reward_files(rewards: Mapping[str, RewardEntry]) -> dict[Path, list[Path]]:
 
 
 def imported_files(file: Path) -> list[Path]:
-    """A Python file and those beside it that it imports, directly or through others; of a package all its Python files."""
+    """Find a Python file and those beside it that it imports, directly or through others; of a package all its Python files."""
     visited: list[Path] = []
     to_visit = [file]
     while to_visit:
@@ -86,10 +86,11 @@ def _module_files(directory: Path, module: str) -> list[Path]:
 
 
 def reward_source_digests(rewards: Mapping[str, RewardEntry]) -> dict[str, str]:
-    """SHA-256 of each file that reward functions need, by the path that its copy has: {"0/maths.py": "9f86d0..."}.
+    """Identify the code of reward functions:
 
-    Copies have numbers in place of directories, in the order in which the rewards name them. Raises ConfigError if a reward's
-    file is missing, OSError if a file cannot be read.
+    SHA-256 of each file that they need, by the path of its copy: {"0/maths.py": "9f86d0..."}. A run copies the files when it
+    starts. Copies have numbers in place of directories, in the order in which the rewards name them. Raises ConfigError if a
+    reward's file is missing, OSError if a file cannot be read.
     """
     digest_by_copy = {}
     for number, (directory, files) in enumerate(reward_files(rewards).items()):
@@ -108,9 +109,10 @@ def code_digest(file: Path) -> str:
 
 
 def copy_rewards(rewards: Mapping[str, RewardEntry], run_dir: Path) -> None:
-    """Copy the files of reward functions into a run directory, in place of earlier copies; nothing without such functions.
+    """Copy the files of reward functions into a run directory, so that a resumed run is scored by what scored it before.
 
-    Raises ConfigError if something else would be replaced or a file is missing, StorageError if the copies cannot be written.
+    Replaces earlier copies; does nothing without such functions. Raises ConfigError if something else would be replaced or a file
+    is missing, StorageError if the copies cannot be written.
     """
     target = run_dir / COPIES_DIRECTORY
     files_by_directory = reward_files(rewards)
@@ -174,7 +176,7 @@ def _raise_if_copying_loses_files(copies_directory: Path, source_directories: It
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any] | None:
-    """The manifest of a run's copies; None if it has none, or one that cannot be read.
+    """Read where a run's copies of reward functions are; None if it has none, or a manifest that cannot be read.
 
     {"functions": {"maths": {"file": "0/maths.py", "function": "score"}}, "sha256": {"0/maths.py": "9f86d0..."}}.
     """
@@ -197,7 +199,7 @@ class FunctionLocation(NamedTuple):
 
 
 def function_locations(rewards: Mapping[str, RewardEntry], run_dir: Path | None) -> dict[str, FunctionLocation]:
-    """Where each reward that is a function is, by name of the reward: in the run's copy if there is one, else in the file itself.
+    """Find each reward function to run, by name of the reward: in the run's copy if there is one, else in the file itself.
 
     A run copies the files of its rewards into its directory when it starts, and says in a manifest which reward is where.
     """
@@ -217,7 +219,7 @@ def function_locations(rewards: Mapping[str, RewardEntry], run_dir: Path | None)
 
 
 def copies_of_missing_files(run_dir: Path, files: Iterable[Path]) -> dict[Path, Path]:
-    """The run's copies of those reward files that do not exist any more: {file: copy}.
+    """Find the run's copies of those reward files that do not exist any more: {file: copy}.
 
     A copy is found by the name of the file alone. Files that exist, that have no copy, or whose name two copies have are left
     out.
@@ -246,10 +248,10 @@ def use_copies_of_run(rewards: Mapping[str, RewardEntry], run_dir: Path) -> None
 
 
 def digests_of_reward_copies(run_dir: Path) -> dict[str, str]:
-    """SHA-256 of each copy of a reward file in a run directory, by its path: {"0/maths.py": "9f86d0..."}; {} without copies.
+    """Digest the run's copies of reward files, by path: {"0/maths.py": "9f86d0..."}; {} without copies.
 
-    The digests are computed from the files, because copies may have been changed since the manifest was written: the copies are
-    what is run. A missing copy has the digest "missing".
+    Computed from the files (SHA-256), because copies may have been changed since the manifest was written: the copies are what is
+    run. A missing copy has the digest "missing".
     """
     manifest = read_manifest(run_dir)
     if manifest is None:

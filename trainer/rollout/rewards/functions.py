@@ -60,9 +60,10 @@ class CallResult:
 
 
 def load_function(file: Path, name: str) -> Callable[..., Any]:
-    """The function `name` of a Python file, which is run for it. Modules beside the file can be imported, now and later.
+    """Run a Python file and take the function `name` from it. Modules beside the file can be imported, now and later.
 
-    The file becomes the module of its stem, in place of another one of that name. Raises what the file raises.
+    So its directory stays on `sys.path`: a function may import a module only when it is called. The file becomes the module of
+    its stem, in place of another one of that name. Raises what the file raises.
     """
     directory = str(file.parent)
     if directory not in sys.path:
@@ -92,7 +93,7 @@ class FunctionReward:
         return cls(load_function(file, name), reward_functions_in_file(file)[name], options)
 
     def __call__(self, answers: AnswersOfGroup) -> CallResult:
-        """The scores of the answers. Raises BadScore, and what the function raises.
+        """Score answers to one prompt by the user's function. Raises BadScore, and what the function raises.
 
         How the function is called depends on the library whose convention it follows:
         - TRL: once, with lists that have a value for each answer; it returns a list of scores.
@@ -115,6 +116,7 @@ class FunctionReward:
             result.scores = _parse_score_list(returned, num_answers)
             return result
         for index, completion in enumerate(answers.completions()):
+            # Here the function scores one answer, so what it logs belongs to that one.
             logging_functions = _logging_functions(result, range(index, index + 1), num_answers)
             available = {**answers.columns, "completion_ids": answers.ids[index], "truncated": answers.truncated[index]}
             if self.signature.convention is Convention.verl:
@@ -127,7 +129,7 @@ class FunctionReward:
         return result
 
     def _call_function(self, available: dict[str, Any]) -> Any:
-        """Call the function with those of the available arguments that it names; returns what it returns.
+        """Call the user's function with those of the available arguments that it names; returns what it returns.
 
         `available`: by name, such as {"completion": "It is 4.", "answer": "4", "step": 12}.
         """
@@ -142,9 +144,9 @@ class FunctionReward:
 
 
 def _logging_functions(result: CallResult, answer_indices: range, num_answers: int) -> dict[str, Callable[..., None]]:
-    """The functions `log_metric` and `log_extra`, by name, which a reward function may call; they write into `result`.
+    """Make the functions `log_metric` and `log_extra`, which a reward function may call; they write into `result`.
 
-    `answer_indices`: of the answers that the call scores, of the `num_answers` in the group.
+    Returned by name. `answer_indices`: of the answers that the call scores, of the `num_answers` in the group.
     """
 
     def log_metric(name: str, value: float) -> None:
@@ -154,7 +156,7 @@ def _logging_functions(result: CallResult, answer_indices: range, num_answers: i
     def log_extra(column: str, values: Any) -> None:
         """Keep a value for each answer, as a further column of the round's record.
 
-        Raises BadScore for other than a list of them.
+        `values`: a list with one for each answer that the call scores. Raises BadScore for anything else.
         """
         is_list = hasattr(values, "__len__") and not isinstance(values, str | bytes | dict)
         if not is_list or len(values) != len(answer_indices):
@@ -174,7 +176,7 @@ async def _wait_for(awaitable: Any) -> Any:
 
 
 def _parse_score_list(returned: Any, num_answers: int) -> list[float | None]:
-    """The scores that a function returned which scores all answers at once; None where the reward does not apply.
+    """Check and convert the scores of a function that scores all answers at once; None where the reward does not apply.
 
     Raises BadScore if it did not return a list with a number or None for each answer.
     """
@@ -202,11 +204,11 @@ def _set_value_in_extra_column(
 
 
 def _parse_answer_score(returned: Any, result: CallResult, answer_index: int, num_answers: int) -> float | None:
-    """The score of one answer of a group that a function returned which scores one answer at a time.
+    """Take the score of one answer from what a function returned that scores one answer at a time.
 
     It is a score, or a dictionary as of verl, {"score": 1.0, "steps": 3}: then the other values go into the record of the answer
-    (`extra_columns` of `result`), and the numbers among them into the metrics (`logged_numbers`). Raises BadScore if there is no
-    score.
+    (`extra_columns` of `result`), and the numbers among them into the metrics (`logged_numbers`). `answer_index`: of the answer
+    in its group, from 0. Raises BadScore if there is no score.
     """
     if not isinstance(returned, dict):
         return parse_score(returned)
@@ -222,7 +224,10 @@ def _parse_answer_score(returned: Any, result: CallResult, answer_index: int, nu
 
 
 def parse_score(returned: Any) -> float | None:
-    """A score as a float; None where the reward does not apply. Raises BadScore for a text, and for NaN and infinities."""
+    """Convert what a reward function returned as a score: a float, or None where the reward does not apply.
+
+    Raises BadScore for a text, and for NaN and infinities.
+    """
     if returned is None:
         return None
     # Numbers of numpy and torch too; a text such as "nan" would be taken by `float`.

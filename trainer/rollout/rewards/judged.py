@@ -24,13 +24,15 @@ class VerdictSource(Protocol):
 
 
 def judge_answers(judge: VerdictSource, options: Mapping[str, Any], groups: Sequence[AnswerGroup]) -> list[np.ndarray]:
-    """float64 [answers] of each group: the grade from 1 to 10 as a score from 0 to 1; nan for a verdict without a grade.
+    """Let the judge model grade answers: float64 [answers] of each group, its grade from 1 to 10 as a score from 0 to 1.
 
-    All ranks must call, with the same groups. Errors: those of the judge.
+    nan for a verdict without a grade. A group is all answers to one prompt. `options`: the reward's, such as its rubric. All
+    ranks must call, with the same groups. Errors: those of the judge.
     """
     reward = JudgeReward(options)
     questions = []
     for group in groups:
+        # The right answer in the row, if it has one: a judge does without.
         reference = _reference_answer(reward, group.prompt)
         request = _request_text(group.prompt)
         for answer in group.answers:

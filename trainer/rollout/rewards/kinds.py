@@ -228,9 +228,11 @@ class ToolCallsReward(RewardKind):
         return float(parse_tool_calls(text) == self._reference_calls(columns))
 
     def _reference_calls(self, columns: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The right calls of a row, such as [{"name": "weather", "arguments": {"city": "Paris"}}]; empty if none is right.
+        """The tool calls that a right answer makes, such as [{"name": "weather", "arguments": {"city": "Paris"}}]; [] if it makes
+        none.
 
-        They are those of its last turn, if "messages" ends in one of the assistant; else those written in its right answer.
+        They are those of the row's last turn, if "messages" ends in one of the assistant; else those written in its right answer.
+        Raises BadScore if the row has neither.
         """
         if isinstance(columns.get("messages"), list):
             try:
@@ -342,7 +344,10 @@ class KindReward:
 
 
 def kind_problems(kind: str, options: Mapping[str, Any], key: str) -> Iterator[str]:
-    """What is wrong with a built-in reward, one line each. `key`: the setting `objective.rewards.NAME`."""
+    """What is wrong with a built-in reward, one line each: its name, its options, or a package that it needs.
+
+    `key`: the setting `objective.rewards.NAME`.
+    """
     if kind not in BUILT_IN_REWARDS:
         hint = f"one of {', '.join(BUILT_IN_REWARDS)}, or a function: {key}.function=FILE.py:NAME"
         close_kinds = difflib.get_close_matches(kind, BUILT_IN_REWARDS, n=1)

@@ -37,11 +37,12 @@ class RewardModelReader:
     """Tokens of a micro-batch, padding included."""
 
     def encode_group(self, group: AnswerGroup) -> list[list[int] | None]:
-        """The token ids of a group's prompt with each answer; None for an answer that is too long for the model.
+        """Turn a prompt with each of its answers into token ids as the reward model reads them; None for one that is too long for
+        it.
 
         The chat template writes prompt and answer as a conversation; a prompt that is a text is a user's turn. Control tokens
-        such as <|im_end|> in an answer are plain text, as in prompts: else a policy could learn to write turns of its own.
-        Raises DataError for a conversation that the template does not write, and for a token that the model has no row for.
+        such as <|im_end|> in an answer are plain text, as in prompts: else a policy could learn to write turns of its own. Raises
+        DataError for a conversation that the template does not write, and for a token that the model has no row for.
         """
         prompt = group.prompt.text
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -70,7 +71,7 @@ class RewardModelReader:
             )
 
     def _render_conversation(self, turns: Sequence[Mapping[str, Any]], answer: str, origin: str) -> str:
-        """The text of a prompt's turns and an answer by the chat template, with control tokens in their texts escaped.
+        """Write a prompt's turns and an answer by the chat template, with control tokens in their texts escaped.
 
         Control tokens in the turns are handled by the policy for prompts (`data.control_tokens`); those in the answer are always
         escaped. `origin`: row of the prompt, for errors. Raises DataError if the template refuses the conversation.
@@ -90,7 +91,7 @@ class RewardModelReader:
         return self.encoder.template.render_text(conversation, origin)
 
     def raise_if_unable_to_score(self, setting: str) -> None:
-        """Raise ConfigError, which begins with `setting`, if the model cannot read a question and its answer.
+        """Raise ConfigError before training, beginning with `setting`, if the model cannot read a question and its answer.
 
         That is so if its padding token is out of its vocabulary, if its chat template refuses the conversation or leaves the
         answer out, or if its tokenizer makes tokens that the model has no embedding for.
@@ -120,7 +121,7 @@ class RewardModelReader:
             raise ConfigError(f"{setting}: {error}") from error
 
     def micro_batch_indices(self, texts: Sequence[list[int]]) -> list[list[int]]:
-        """Indices of the texts (token ids) of each micro-batch, the longest texts first.
+        """Divide texts (token ids) into micro-batches, the longest texts first; returns the indices of the texts of each.
 
         A micro-batch has at most `max_batch_tokens` tokens, padding included, but at least one text.
         """
@@ -193,10 +194,11 @@ class RewardModelScorer:
         self.stop_now = stop_now
 
     def scores(self, name: str, groups: Sequence[AnswerGroup]) -> list[np.ndarray]:
-        """float64 [answers] of each group by reward model `name`, the same on all ranks; nan for a text that is too long.
+        """Score groups by reward model `name`: float64 [answers] of each group, the same on all ranks; nan for a text that is too
+        long.
 
-        All ranks must call, with the same groups. Raises on all ranks alike: DataError for a conversation that the chat template
-        does not write, Interrupted if the run is asked to stop.
+        A group is all answers to one prompt. All ranks must call, with the same groups. Raises on all ranks alike: DataError for
+        a conversation that the chat template does not write, Interrupted if the run is asked to stop.
         """
         own_texts: list[_AnswerText] = []
         problem: str | None = None
@@ -218,8 +220,7 @@ class RewardModelScorer:
         return scores
 
     def _own_texts(self, name: str, groups: Sequence[AnswerGroup]) -> list[_AnswerText]:
-        """The texts that this rank scores: prompts with answers of every `world_size`-th group, without those that are too
-        long."""
+        """The texts that this rank scores: prompts with answers of every `world_size`-th group, but for too long ones."""
         texts = []
         for group_index in range(self.runtime.rank, len(groups), self.runtime.world_size):
             for answer_index, ids in enumerate(self.readers[name].encode_group(groups[group_index])):
@@ -228,10 +229,10 @@ class RewardModelScorer:
         return texts
 
     def _score_texts(self, name: str, texts: Sequence[list[int]]) -> list[float]:
-        """The score of each text (token ids) of this rank by reward model `name`.
+        """Score each text (token ids) of this rank by reward model `name`.
 
-        All ranks must call, and each makes as many forward passes as the rank with the most texts. Raises Interrupted if the
-        run is asked to stop.
+        All ranks must call, and each makes as many forward passes as the rank with the most texts. Raises Interrupted if the run
+        is asked to stop.
         """
         reader = self.readers[name]
         batches = reader.micro_batch_indices(texts)

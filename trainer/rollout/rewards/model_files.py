@@ -37,7 +37,7 @@ class RewardModelFiles:
 
 
 def reward_model_files(path: str, key: str) -> RewardModelFiles:
-    """The parts of the reward model in `path`: a model, an adapter, or a run of `objective=reward` that has exported one.
+    """Find the parts of the reward model in `path`: a model, an adapter, or a run of `objective=reward` that has exported one.
 
     `key`: the setting `objective.rewards.NAME.path`. Raises ConfigError for what is no reward model.
     """
@@ -115,7 +115,7 @@ def reward_model_problems(reward: RewardEntry, key: str) -> Iterator[str]:
 
 
 def _reward_model_setting_problems(reward: RewardEntry, key: str) -> Iterator[str]:
-    """What is wrong with the settings of a reward that is a model: its options and its time limit."""
+    """What is wrong with the settings of a reward that is a model, one line each: its options and its time limit."""
     for option in reward.options:
         if option not in REWARD_MODEL_OPTIONS:
             yield f"{key}.options.{option}: a reward model has no such option; it has {', '.join(REWARD_MODEL_OPTIONS)}"

@@ -39,7 +39,7 @@ MAX_TIMEOUTS_WITHOUT_SUCCESS = 8
 
 
 def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a worker process, from that of the rank that starts it.
+    """Make the environment of a worker process from that of the rank that starts it.
 
     Without variables that say which rank of the job it is; no GPU is visible, libraries use one thread, the hash seed is fixed so
     that sets have the same order every time, and this code base comes first on PYTHONPATH.
@@ -125,8 +125,8 @@ class RewardProcess:
     def read_message(self) -> dict[str, Any] | None:
         """Receive bytes from the worker. Returns its next message if all of it has arrived, else None.
 
-        Bytes after the message are kept for the next call. Call it when `reply_fd` can be read, so that it does not wait.
-        Raises WorkerDied if the process has ended.
+        A message is JSON, after its length in `LENGTH_BYTES` bytes. Bytes after it are kept for the next call. Call it when
+        `reply_fd` can be read, so that it does not wait. Raises WorkerDied if the process has ended.
         """
         chunk = os.read(self.reply_fd, 1 << 20)
         if not chunk:
@@ -142,7 +142,7 @@ class RewardProcess:
         return message
 
     def _cause_of_death(self) -> str:
-        """How the process ended, in words: its exit code, or the signal that ended it."""
+        """How the process ended, in words for an error: its exit code, or the signal that ended it."""
         assert self._process is not None
         code = self._process.wait()
         if code >= 0:
@@ -257,7 +257,7 @@ class WorkerPool:
         )
 
     def run(self, calls: Sequence[Call]) -> list[Reply]:
-        """Have the workers make these calls. Returns the reply to each, in the order of the calls.
+        """Have the workers make the calls of a round; returns the reply to each, in the order of the calls.
 
         A worker whose call takes longer than its time limit is killed and started again; the reply then has no scores. A call
         during which the worker dies is tried once more. Raises DataError, with the row, for a reward that fails, and Stopped.
@@ -353,7 +353,11 @@ class _RoundOfCalls:
         self._deaths_by_call: Counter[int] = Counter()
 
     def keep_reply(self, number: int, message: dict[str, Any]) -> None:
-        """Keep the scores of a call. Raises DataError if it failed."""
+        """Keep the scores of a call. Raises DataError if the reward failed.
+
+        `number`: index of the call in the round. `message`: {"scores": [1.0], "logged": {...}, "extra": {...}}, or {"problem":
+        "..."}.
+        """
         call = self.calls[number]
         if "problem" in message:
             trace = f"\n{message['traceback']}" if "traceback" in message else ""
@@ -363,10 +367,10 @@ class _RoundOfCalls:
         self.replies[number] = Reply(message["scores"], message["logged"], message["extra"])
 
     def give_up_call(self, number: int) -> None:
-        """Leave the answers of a call that took longer than its time limit unscored, and count it.
+        """Leave the answers of a call that took longer than its time limit unscored, and end the run if its reward always does.
 
-        `number`: index of the call in the round. Raises DataError if `MAX_TIMEOUTS_WITHOUT_SUCCESS` calls of the reward took
-        too long and none was in time, in this round or in all.
+        `number`: index of the call in the round. Raises DataError if `MAX_TIMEOUTS_WITHOUT_SUCCESS` calls of the reward took too
+        long and none was in time, in this round or in all.
         """
         call = self.calls[number]
         self._timeouts_in_round[call.reward] += 1
@@ -384,7 +388,7 @@ class _RoundOfCalls:
             )
 
     def retry_after_death(self, number: int, cause: str) -> None:
-        """Try a call again whose process has ended. Raises DataError the second time."""
+        """Try a call again during which its worker process has ended. Raises DataError the second time."""
         call = self.calls[number]
         self._deaths_by_call[number] += 1
         if self._deaths_by_call[number] > 1:

@@ -22,7 +22,8 @@ SHOWN_ROWS = 3
 
 
 def check_reward_rows(settings: RoundsConfig, data: PreparedData) -> None:
-    """Raise DataError if there are prompts whose answers a built-in reward could not score, whatever the model writes.
+    """Raise DataError before training if there are prompts whose answers a built-in reward could not score, whatever the model
+    writes.
 
     For example a row without the right answer that `maths` compares with. No collective: each rank reads the same prepared data,
     30,000 rows a second with `maths` and more with other kinds (AMD Zen 4).
@@ -55,7 +56,7 @@ def check_reward_rows(settings: RoundsConfig, data: PreparedData) -> None:
 
 
 def _reward_columns_of_documents(data: PreparedData) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(`file:line`, columns that rewards read) of each document that has a prompt in a split of the run."""
+    """Read of each document that has a prompt in a split of the run: (`file:line`, columns that rewards read)."""
     splits = [split for split in (data.train, data.evaluation, data.test) if split is not None]
     # `documents` of a split: for each of its sequences, the row of its document in the table of all documents.
     used_rows = np.unique(np.concatenate([np.asarray(split.documents) for split in splits]))

@@ -27,7 +27,10 @@ MAX_WORKERS = 4
 
 
 class WorkerScorer:
-    """Scores groups by functions and built-in rewards. Group g is scored by rank g modulo the number of ranks."""
+    """Scores groups (all answers to one prompt) by functions and built-in rewards.
+
+    Rank g modulo the number of ranks scores group g.
+    """
 
     def __init__(
         self,
@@ -83,9 +86,10 @@ class WorkerScorer:
             self._gather_results(self._pool.start)
 
     def score(self, groups: Sequence[AnswerGroup], *, step: int) -> list[GroupScores]:
-        """The scores of each group (the answers to one prompt), in order, the same on all ranks. All ranks must call.
+        """Score the answers of a round by all rewards; returns the scores of each group, in order, the same on all ranks.
 
-        `step`: optimizer steps taken, which reward functions are told. Raises DataError or Interrupted on all ranks alike.
+        A group is all answers to one prompt. `step`: optimizer steps taken, which reward functions are told. All ranks must call.
+        Raises DataError or Interrupted on all ranks alike.
         """
         # Functions and built-in rewards: each rank scores its share of the groups.
         own_group_indices = range(self.runtime.rank, len(groups), self.runtime.world_size)
@@ -119,9 +123,10 @@ class WorkerScorer:
         return {name: reward.weight for name, reward in self.rewards.items()}
 
     def _score_on_all_ranks(self, name: str, groups: Sequence[AnswerGroup]) -> list[np.ndarray]:
-        """The scores of a reward that all ranks compute together, float64 [answers] of each group. All ranks must call.
+        """Score groups by a reward that all ranks compute together, a reward model's or the judge's: float64 [answers] of each
+        group.
 
-        They come from a reward model, or from the judge.
+        All ranks must call.
         """
         if name in self._model_rewards:
             assert self.model_scorer is not None, "set before the first round"
@@ -134,8 +139,8 @@ class WorkerScorer:
     ) -> dict[int, _ScoredGroup]:
         """Score this rank's share of the groups, in its worker processes, without communication.
 
-        `groups`: all groups of the round; a group is all answers to one prompt. `own_indices`: indices of the groups that this
-        rank scores, which are the keys of the result.
+        `groups`: all groups of the round; a group is all answers to one prompt.
+        `own_indices`: indices of the groups that this rank scores, which are the keys of the result.
         """
         group_calls: list[_GroupCall] = []
         for index in own_indices:
@@ -144,6 +149,7 @@ class WorkerScorer:
         collector_by_group = {}
         for index in own_indices:
             collector_by_group[index] = _GroupScoreCollector(len(groups[index].answers), self.rewards)
+        # `run` gives the replies in the order of the calls.
         for group_call, reply in zip(group_calls, replies, strict=True):
             collector = collector_by_group[group_call.group_index]
             collector.add_reply(group_call.call.reward, group_call.answer_indices, reply)
@@ -152,8 +158,8 @@ class WorkerScorer:
     def _calls_of_group(self, group_index: int, group: AnswerGroup, step: int) -> Iterator[_GroupCall]:
         """The calls of functions and built-in rewards that score a group (all answers to one prompt).
 
-        A reward is called once with all answers of the group, or, if it is of a kind in `_single_answer_rewards`, once for each.
-        Rewards that all ranks compute together, of the judge and of models, are left out: `_score_on_all_ranks` has them.
+        A reward is called once with all answers of the group, or, if it is in `_single_answer_rewards`, once for each. Rewards
+        that all ranks compute together, of the judge and of models, are left out: `_score_on_all_ranks` has them.
         """
         all_indices = list(range(len(group.answers)))
         for name, reward in self.rewards.items():
@@ -240,7 +246,11 @@ class _GroupScoreCollector:
         """Values that reward functions add to the record of an answer, by `REWARD/NAME`: one of each answer, or None."""
 
     def add_reply(self, reward: str, answer_indices: list[int], reply: Reply) -> None:
-        """Add the reply to one call of a reward. It has no scores if the call took longer than its time limit."""
+        """Add the scores of one call of a reward to those of its group, with what the reward logged.
+
+        `answer_indices`: of the answers in the group that were scored. A reply without scores is of a call that took longer than
+        its time limit: its answers have no total if the reward has a weight.
+        """
         if reply.scores is None:
             self.num_timed_out += len(answer_indices)
             if self.rewards[reward].weight != 0:
@@ -275,9 +285,9 @@ def default_num_workers(runtime: Runtime) -> int:
 
 
 def weighted_reward_sum(by_reward: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
-    """float64 [answers]: the sum of rewards times their weights; nan where none that has a weight applied.
+    """Combine the scores of several rewards into the reward that is learned from, float64 [answers]: their sum by weight.
 
-    A reward that does not apply to an answer counts for nothing, as in TRL.
+    nan where no reward with a weight applied. A reward that does not apply to an answer counts for nothing, as in TRL.
     """
     (first, *_) = by_reward.values()
     total = np.zeros(len(first))
@@ -292,7 +302,7 @@ def weighted_reward_sum(by_reward: Mapping[str, np.ndarray], weights: Mapping[st
 
 
 def _call_arguments(group: AnswerGroup, answer_indices: list[int], step: int) -> dict[str, Any]:
-    """Some answers of a group as JSON values, which the worker process makes an `AnswersOfGroup` of."""
+    """Some answers of a group as JSON values, of which the worker process makes an `AnswersOfGroup`."""
     answers = [group.answers[index] for index in answer_indices]
     texts = [answer.text for answer in answers]
     ids = [answer.ids for answer in answers]
@@ -317,10 +327,11 @@ def open_scorer(
 ) -> WorkerScorer:
     """Start the scorer of a run and load its rewards; the caller must close it. All ranks must call.
 
-    Raises DataError or Interrupted on all ranks alike.
+    `run_dir`: has the copies of reward files.
+    `stop_asked`: whether this process was asked to stop; no collective.
+    `judge`: for rewards of that kind.
 
-    `run_dir`: has the copies of reward files. `stop_asked`: whether this process was asked to stop; no collective. `judge`: for
-    rewards of that kind.
+    Raises DataError or Interrupted on all ranks alike.
     """
     scorer = WorkerScorer(config, runtime, run_dir, stop_asked=stop_asked, judge=judge)
     scorer.start()

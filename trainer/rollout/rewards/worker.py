@@ -82,7 +82,7 @@ def load_reward(settings: dict[str, Any]) -> Reward:
 
 
 def reply_to_call(reward_by_name: dict[str, Reward], call: dict[str, Any]) -> dict[str, Any]:
-    """Call a reward, and return the reply: scores, or what went wrong.
+    """Call a reward, and return the reply for the trainer: scores, or what went wrong.
 
     `call`: {"reward": "maths", "answers": the arguments of `AnswersOfGroup`}. Returns {"scores": [1.0, None], "logged": ...,
     "extra": ...}, or {"problem": "...", "traceback": "..."}, without a traceback if the reward refuses the row (BadScore).
@@ -107,10 +107,12 @@ def short_traceback() -> str:
 
 
 def main(read_fd: int, write_fd: int, parent: int) -> None:
-    """A worker process: load the reward functions, then score answers until the trainer closes the pipe.
+    """Be a worker process: load the reward functions, then score answers until the trainer closes the pipe.
 
-    `read_fd`, `write_fd`: pipes from and to the trainer, with the setup as the first message. `parent`: the trainer's process
-    id; the worker ends with it. What rewards print goes to a log file.
+    `read_fd`, `write_fd`: pipes from and to the trainer, with the setup as the first message.
+    `parent`: the trainer's process id; the worker ends with it.
+
+    What rewards print goes to a log file.
     """
     die_with_parent(parent)
     # The trainer blocks signals that ask it to save; a process that it starts inherits that.
