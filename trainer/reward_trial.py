@@ -58,7 +58,10 @@ def trial_worker(config: RunConfig, job: RewardTrialJob, job_dir: Path, to: Path
 
 
 def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: StopRequest, attempt: Attempt) -> None:
-    """Build the model, write and score the first groups of the first round, and write the report. All ranks must call."""
+    """Let the model as it is answer a few prompts, score the answers, time one step on them, and write the report.
+
+    All ranks must call. `to`: the directory of the report.
+    """
     settings = config.objective
     assert isinstance(settings, RoundsConfig)
     tokenizer = load_tokenizer(config.model)
@@ -117,7 +120,10 @@ def _try_rewards(config: RunConfig, job: RewardTrialJob, to: Path, request: Stop
 def _measure_training_s(
     loader: RolloutLoader, engine: Engine, groups: list[AnswerGroup], scores: list[GroupScores]
 ) -> float:
-    """Seconds in which the steps of a round would learn from these groups: the first of them is taken. All ranks must call."""
+    """Measure how long the steps of a round would take to learn from these groups; takes the first of them. All ranks must call.
+
+    The steps of a round learn from its parts in turn, so seconds of all are estimated from that one.
+    """
     loader.round_builder.report_phase("training, to measure it")
     began = time.perf_counter()
     scored_round = loader.round_builder.build_round_from_scores(groups, scores)

@@ -35,7 +35,7 @@ INITIAL_ADAPTER_ROLE = "tuning.from"
 
 
 def base_file_digests(config: RunConfig, *, with_teacher: bool = True) -> dict[str, str]:
-    """Digests of the files that a run's model is made of (base, adapters and teacher), such as {"base/config.json": "ab12"}.
+    """Digest the files that a run's model is made of (base, adapters and teacher), such as {"base/config.json": "ab12"}.
 
     A key is `<role>/<file name>`. The roles are `base`, `teacher`, `tuning.from` and `adapter 0`, `adapter 1`, ...
     `with_teacher`: whether the teacher's files are read too. Raises ConfigError for a base that is not on this machine, OSError
@@ -59,7 +59,7 @@ def base_file_digests(config: RunConfig, *, with_teacher: bool = True) -> dict[s
 
 
 def recorded_file_digests(run_dir: Path) -> dict[str, str]:
-    """The digests of the model files when the run was last started, by `<role>/<file>`. Raises ConfigError if unreadable."""
+    """Read the digests of the model files when the run was last started, by `<role>/<file>`. Raises ConfigError if unreadable."""
     path = run_dir / IDENTITY_FILE
     try:
         base_identity = json.loads(path.read_text(encoding="utf-8"))[BASE_KIND]
@@ -79,11 +79,14 @@ def file_digests_among(base_identity: dict[str, str]) -> dict[str, str]:
 def base_difference_lines(
     config: RunConfig, recorded_digests: dict[str, str], *, with_teacher: bool, needs_initial_model: bool
 ) -> list[str]:
-    """Differences between a run's recorded base and the files that lie there now, one line a file. No collective.
+    """Compare a run's model files with those that lie there now: a line for each file that differs. No collective.
+
+    An export or an evaluation reads the base again, perhaps months later, when somebody may have replaced it.
 
     `recorded_digests`: what `base_file_digests` gave when the run was started, such as {"base/config.json": "ab12"}.
     `with_teacher`: whether the teacher's files matter too; not for an export, which has nothing of a teacher.
     `needs_initial_model`: whether the model before training is needed, so that the adapter from which training began matters.
+
     Files that cannot be found or read are a difference, too.
     """
     try:
@@ -106,10 +109,12 @@ def base_difference_lines(
 
 
 def _without_unloaded_base_files(digests: dict[str, str], base_dir: Path) -> dict[str, str]:
-    """The digests of a run's files, without those of the base model that its loader does not read, such as a second format.
+    """Leave out of a run's digests the files of the base model that its loader does not read, such as weights in a second format.
 
     `digests`: by `<role>/<file name>`; a role says what a file is for (`base`, `teacher`). Files of other roles stay.
-    `base_dir`: where the base model's files are. Raises ConfigError.
+    `base_dir`: where the base model's files are.
+
+    Raises ConfigError.
     """
     base_prefix = f"{BASE_ROLE}/"
     base_digests = {}
@@ -153,16 +158,17 @@ def pin_and_check_recorded_base(
     with_teacher: bool,
     needs_initial_model: bool = False,
 ) -> list[str]:
-    """Pin `config` to the base that the run in `run_dir` was trained on, and compare the base's files with the recorded digests.
+    """Pin `config` to the base that the run in `run_dir` was trained on, and check that the base's files are still the same.
 
     Sets `config.model.revision` of a hub id to the commit that the run resolved it to. Returns the differences that were
-    accepted, as lines. Raises ConfigError, with a line for each file, if the base is another one and `accept` has no `base`; and
-    for a base that is not on this machine.
+    accepted, as lines.
 
-    Arguments:
-        accept: kinds of differences that the user accepts, such as ["base"].
-        with_teacher: whether the files of the teacher, from which a distilled model learns, are compared too.
-        needs_initial_model: whether the model before training is needed, so that the adapter it began from is compared too.
+    `accept`: kinds of differences that the user accepts, such as ["base"].
+    `with_teacher`: whether the files of the teacher, from which a distilled model learns, are compared too.
+    `needs_initial_model`: whether the model before training is needed, so that the adapter it began from is compared too.
+
+    Raises ConfigError, with a line for each file, if the base is another one and `accept` has no `base`; and for a base that is
+    not on this machine.
     """
     pin_base_to_recorded_commit(config, run_dir)
     find_weights_directory(config.model)  # a missing base is an error that `accept` does not cover
@@ -187,10 +193,10 @@ def pin_and_check_recorded_base(
 
 
 def pin_base_to_recorded_commit(config: RunConfig, run_dir: Path, *, may_fetch: bool = True) -> None:
-    """Set the revision of a hub model to the commit that the run in `run_dir` resolved it to, if the run's record has it.
+    """Take a hub model at the commit that the run in `run_dir` was trained on, if the run's record has it.
 
-    Without `may_fetch`, as for a command that only shows something, a model whose snapshot would have to be fetched from the hub
-    is left as it is.
+    `may_fetch`: False for a command that only shows something: a model whose snapshot would have to be fetched from the hub is
+    left as it is.
     """
     commit = readable_run_record(run_dir).base_commit  # None too if the record cannot be read
     if commit is None:  # the model is a directory, or the run ended before its record was written

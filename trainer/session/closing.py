@@ -81,9 +81,10 @@ def closing_sentence(outcome: TrainingOutcome, *, from_rewards: bool) -> str:
 
 
 def _sentence_on_one_evaluation(point: HeldOutPoint, before: float | None, quantity: str, sign: float) -> str:
-    """The sentence on a run that was evaluated only at its end. `before`: the held-out value before training, if measured.
+    """Say what a single evaluation, at the end of a run, tells about overfitting.
 
-    `point` and `before` are smaller if better; `sign` turns them back into the `quantity` (loss or reward) that is shown.
+    `before`: the held-out value before training, or None. `point` and `before` are smaller if better; `sign` turns them back into
+    the `quantity` (loss or reward) that is shown.
     """
     advice = "evaluation.every_steps=<steps> evaluates on the way"
     if before is None:

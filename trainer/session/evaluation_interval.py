@@ -40,10 +40,12 @@ def resolve_evaluation_interval(
     progress: Progress,
     runtime: Runtime,
 ) -> EvaluationInterval:
-    """How often this run is evaluated (`evaluation.every_steps`), with `auto` computed from the sizes of run and held-out data.
+    """Settle how often this run is evaluated (`evaluation.every_steps`), with `auto` computed from the sizes of run and held-out
+    data.
 
-    If `auto` computes a number, sets `progress.evaluate_every`, so that a resumed run has the same one, and
-    `built.substitutions`, which the start screen shows. No collective.
+    With `auto`, evaluations before the last step compute the held-out loss alone, which is cheap. If a number is computed, sets
+    `progress.evaluate_every`, so that a resumed run has the same one, and `built.substitutions`, which the start screen shows. No
+    collective.
     """
     configured_steps = config.evaluation.every_steps
     if configured_steps != AUTO:
@@ -68,7 +70,9 @@ def resolve_evaluation_interval(
 
 
 def _num_evaluated_tokens(config: RunConfig, held_out: TokenDataset, built: BuiltModel, runtime: Runtime) -> int:
-    """Tokens that one evaluation of the held-out loss reads, all ranks together: of `evaluation.max_documents` documents."""
+    """Count the tokens that one evaluation of the held-out loss reads, all ranks together: of `evaluation.max_documents`
+    documents.
+    """
     eval_share = EvalShare(
         config.evaluation.batch,
         runtime.dp_rank,

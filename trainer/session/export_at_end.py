@@ -36,11 +36,11 @@ class ExportOutcome(NamedTuple):
 
 
 def export_at_end(run: TrainedRun, model_facts: ModelFacts, record: RunRecord) -> Path | None:
-    """Export the checkpoint of `model_facts.step` into `export/`; returns that directory, or None if nothing is exported.
+    """Export the checkpoint of `model_facts.step` into `export/` when a run has ended; returns that directory.
 
-    Nothing is exported if the configuration does not ask for it, or if gates, a changed base or an unreadable checkpoint forbid
-    it. Notes in `record` the result of the gates and the reason. Closes the engine. All ranks must call; each writes its share of
-    the model's files. Errors: those of writing.
+    None if the configuration does not ask for an export, or if gates (limits on metrics), a changed base or an unreadable
+    checkpoint forbid it. Notes in `record` the result of the gates and the reason. Closes the engine. All ranks must call; each
+    writes its share of the model's files. Errors: those of writing.
     """
     run.outcome.export_follows = separate_job_writes_export(run.config)
     # Empty says that the run got here: None, as the record begins, says that it did not.
@@ -78,10 +78,12 @@ def _export_if_allowed(run: TrainedRun, model_facts: ModelFacts) -> ExportOutcom
     model_facts.gates = gate_results.as_json()
     if gate_results.failed_gate_lines:
         context.console.print_line(gate_results.failed_gates_text(context.run_dir))
+        # The user may override failed gates in the settings; the documents say so.
         if gate_results.override is None:
             return ExportOutcome()
 
     # The base and the checkpoint.
+    # A hub id may point to another commit by now: take the one that the run began with.
     config = replace(config, model=pin_model_to_commit(config.model, model_facts.run.base_commit))
     changed_base_lines = _compare_base_and_print_changes(config, model_facts.run.identity, context)
     if changed_base_lines:
@@ -92,6 +94,7 @@ def _export_if_allowed(run: TrainedRun, model_facts: ModelFacts) -> ExportOutcom
         return ExportOutcome(problem=problem)
 
     # The export. Engine and state buffer are closed first, since it needs their memory.
+    # To verify the export, its outputs on some tokens are compared with those of the engine.
     reference = None
     if config.export.verify:
         reference = compute_probe_reference(run.engine, run.built, inputs.tokenizer, context.runtime)
@@ -126,11 +129,13 @@ def _export_if_allowed(run: TrainedRun, model_facts: ModelFacts) -> ExportOutcom
 def _compare_base_and_print_changes(
     config: RunConfig, identity: dict[str, Any] | None, context: RunContext
 ) -> list[str]:
-    """Print which files of the base have changed since this run started; returns a line for each. All ranks must call.
+    """Compare the base model's files with what they were when this run started; prints and returns a line for each that has
+    changed.
 
-    Nothing is printed if none has changed. An export copies the base or merges into it: with another base it would be a model
-    that nobody trained. The run itself is done, so a changed base neither fails the run nor starts it again. `identity`: what
-    the run was compared by when it started, with the digests of the base's files.
+    An export copies the base or merges into it: with another base it would be a model that nobody trained. The run itself is
+    done, so a changed base neither fails the run nor starts it again. All ranks must call.
+
+    `identity`: what the run was compared by when it started, with the digests of the base's files.
     """
 
     def compare() -> list[str]:
@@ -149,10 +154,10 @@ def _compare_base_and_print_changes(
 
 
 def _find_readable_checkpoint(config: RunConfig, step: int, context: RunContext) -> tuple[Path | None, str]:
-    """(the checkpoint of a step, an empty text), or (None, why not every rank can read it whole). All ranks must call.
+    """Find the checkpoint of a step that every rank can read whole: (the checkpoint, ""), or (None, why there is none).
 
-    The reasons: there is none; some ranks cannot see it, on the disk of another host; its files do not match their checksums, of
-    which each rank compares a share. Errors: StorageError if the directory of checkpoints cannot be listed.
+    All ranks must call. The reasons: there is none; some ranks cannot see it, on the disk of another host; its files do not match
+    their checksums, of which each rank compares a share. Errors: StorageError if the directory of checkpoints cannot be listed.
     """
     checkpoint_dirs = checkpoint_dirs_of(context.run_dir, config.checkpoint.fallback_dir)
 

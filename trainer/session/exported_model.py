@@ -31,12 +31,15 @@ def describe_trained_model(
     total_steps: int,
     staged_model: ModelConfig | None = None,
 ) -> TrainedModel:
-    """The model that a run trained, with the values of a checkpoint, or the mean of several (the oldest first).
+    """Describe the model that a run trained, for an export: on meta, with the checkpoint, or the mean of several, as its values.
 
-    `precision`: what the run computed in. `on_gpu`: whether it computed on GPUs. `total_steps`: of the run's budget.
+    `checkpoints`: one, or several that are averaged, the oldest first.
+    `precision`: what the run computed in; `on_gpu`: whether on GPUs.
+    `total_steps`: of the run's budget.
     `staged_model`: names the copy of the base on this host, from which weights are read, if there is one. The export still names
-    the base of `config`. Reads headers and indexes alone. No collective. Errors: those of building the model, StorageError,
-    ConfigError.
+    the base of `config`.
+
+    Reads headers and indexes alone. No collective. Errors: those of building the model, StorageError, ConfigError.
     """
     half_on_gpu = on_gpu and precision is not Precision.fp32
     local_config = config if staged_model is None else replace(config, model=staged_model)

@@ -53,10 +53,11 @@ RunIdentity = dict[str, dict[str, Any]]
 
 
 def run_identity(config: RunConfig, data: PreparedData, *, reads_files: bool = True) -> RunIdentity:
-    """Everything that decides a run's result, by kind (`KINDS_OF_CHANGE`) and key, as JSON values. No collective.
+    """Collect everything that decides a run's result, so that a resumed run can be compared with it. No collective.
 
-    For example {"data": {"data.seed": 0, "documents": 1200}, "code": {"source": "c3d4"}, "versions": {"torch": "2.9"}}, where
-    `documents` counts training sequences. `reads_files`: whether files are read and digested. If not:
+    By kind (`KINDS_OF_CHANGE`) and key, as JSON values: {"data": {"data.seed": 0, "documents": 1200}, "code": {"source": "c3d4"},
+    "versions": {"torch": "2.9"}}, where `documents` counts training sequences. `reads_files`: whether files are read and
+    digested. If not:
 
     - `base` is empty: it has neither the digests of the base's files nor the settings of the base.
     - `code` is empty.
@@ -84,7 +85,10 @@ def _as_json_values(identity: RunIdentity) -> RunIdentity:
 
 
 def _identifying_settings(config: RunConfig) -> RunIdentity:
-    """The settings that decide a run's result, by kind (`KINDS_OF_CHANGE`) and key. A kind without such settings is empty."""
+    """Collect the settings that decide a run's result, by kind (`KINDS_OF_CHANGE`) and key.
+
+    A kind without such settings is empty.
+    """
     # Nothing is recorded under `unknown`: that kind means an identity that cannot be read.
     identity: RunIdentity = {kind: {} for kind in KINDS_OF_CHANGE if kind != "unknown"}
     settings = settings_as_dict(config)
@@ -111,7 +115,7 @@ class IdentityDifference:
 
 
 def identity_differences(recorded: RunIdentity, current: RunIdentity, *, accept: list[str]) -> list[IdentityDifference]:
-    """The values that differ between two identities: `recorded` of an earlier start or another rank, and `current` of this one.
+    """Find the values that differ between two identities: `recorded` of an earlier start or another rank, `current` of this one.
 
     `accept`: kinds whose differences are not reported. A missing value is `-`.
     """
@@ -129,7 +133,7 @@ def identity_differences(recorded: RunIdentity, current: RunIdentity, *, accept:
 
 
 def agree_on_run(run_dir: Path | None, config_sha256: str, runtime: Runtime) -> Path:
-    """The run directory of rank 0, on every rank. All ranks must call.
+    """Check that all ranks have the same configuration, and tell each the run directory of rank 0. All ranks must call.
 
     `config_sha256`: hash of this rank's configuration. Raises ConfigError if ranks have different configurations, or rank 0 no
     directory.
@@ -151,11 +155,13 @@ def agree_on_run(run_dir: Path | None, config_sha256: str, runtime: Runtime) -> 
 def compare_and_write_identity(
     config: RunConfig, data: PreparedData, run_dir: Path, runtime: Runtime
 ) -> dict[str, Any]:
-    """Compare the ranks with each other and the run with the one whose checkpoint it loads, and write `identity.json`.
+    """Check that ranks agree and that a resumed run is still the same run; then write `identity.json`. All ranks must call.
 
-    All ranks must call. Returns the fields of `run.json`: the identity, and the differences that were accepted. Raises
-    ConfigError on every rank, with each difference that `run.accept` does not name. Raises StorageError on every rank if the
-    file cannot be written, or if something that it identifies cannot be read.
+    An identity is what decides a run's result: settings, data, files of the base, code, versions. Returns the fields of
+    `run.json`: the identity, and the differences that were accepted.
+
+    Raises ConfigError on every rank, with each difference that `run.accept` does not name. Raises StorageError on every rank if
+    the file cannot be written, or if something that it identifies cannot be read.
     """
     # Each rank collects its own identity. An error of one is raised on all, so that none waits for the others.
     own_identity: RunIdentity = {}
@@ -187,7 +193,11 @@ def compare_and_write_identity(
 
 
 def _raise_on_all_ranks(error: ConfigError | StorageError | None, runtime: Runtime) -> None:
-    """Raise on every rank if any rank has an error: its own, else that of the lowest rank that has one. All ranks must call."""
+    """Raise on every rank if any rank has an error, so that none waits for it: its own, else that of the lowest rank that has
+    one.
+
+    All ranks must call.
+    """
     first_failure = first_rank_error(error, runtime)  # class name (`kind`) and text of that rank's error
     if first_failure is None:
         return
@@ -200,7 +210,7 @@ def _raise_on_all_ranks(error: ConfigError | StorageError | None, runtime: Runti
 
 
 def _raise_if_ranks_differ(identity_by_rank: list[tuple[str, RunIdentity]], accept: list[str]) -> None:
-    """Raise ConfigError if a rank's identity differs from rank 0's in a kind that is not among `accept` (`run.accept`).
+    """Raise ConfigError if a rank would train something else than rank 0, in a kind that is not among `accept` (`run.accept`).
 
     `identity_by_rank`: (host, identity) of each rank.
     """
@@ -253,7 +263,7 @@ def _compare_with_earlier_start(config: RunConfig, current: RunIdentity, run_dir
 
 
 def _with_defaults_of_new_settings(recorded: RunIdentity, config: RunConfig) -> RunIdentity:
-    """The settings in `recorded`, with the default of each setting that the version which wrote them did not have.
+    """Complete the settings of an earlier version's record: each setting that it did not have yet gets its default.
 
     An earlier version behaved as a new setting's default does. So a run of that version is refused only if the setting has
     another value now. For example {"data": {"data.seed": 0}} becomes {"data": {"data.seed": 0, "data.new": false}, ...}.
@@ -269,9 +279,10 @@ def _with_defaults_of_new_settings(recorded: RunIdentity, config: RunConfig) -> 
 
 
 def _read_identity(path: Path) -> tuple[RunIdentity, list[str]]:
-    """(the identity, the accepted differences as lines) in an `identity.json`: an object for each kind, and a list of lines.
+    """Read an `identity.json`: (the identity, the accepted differences as lines).
 
-    Raises OSError if it cannot be read, and ValueError for a file of another form.
+    It has an object for each kind, and a list of lines. Raises OSError if it cannot be read, and ValueError for a file of another
+    form.
     """
     identity = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(identity, dict) or not all(isinstance(identity.get(kind, {}), dict) for kind in KINDS_OF_CHANGE):
@@ -283,7 +294,8 @@ def _read_identity(path: Path) -> tuple[RunIdentity, list[str]]:
 
 
 def _run_dir_of_checkpoint(config: RunConfig, run_dir: Path) -> Path | None:
-    """The directory of the run whose checkpoint will be loaded; None if the run starts afresh.
+    """Find the directory of the run whose checkpoint will be loaded, which says how that was trained; None if the run starts
+    afresh.
 
     That is `run_dir` for `run.resume=auto` and for a path among its own checkpoints. For a path elsewhere, it is the directory
     above with an `identity.json`.
@@ -319,7 +331,10 @@ def _shown_difference_lines(changed: list[IdentityDifference]) -> list[str]:
 
 
 def source_digest() -> str:
-    """Half of the SHA-256 of all Python files of this installation that take part in training. Reads a few MB."""
+    """Identify the code of this installation that takes part in training: half of the SHA-256 of its Python files.
+
+    Reads a few MB.
+    """
     digest = hashlib.sha256()
     root = Path(__file__).resolve().parents[2]
     paths: list[Path] = []

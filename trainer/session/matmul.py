@@ -22,9 +22,9 @@ def resolve_matmul(
 ) -> tuple[RunConfig, Runtime]:
     """Resolve `run.matmul=auto`: choose the library that multiplies float32 matrices on CPUs. All ranks must call.
 
-    Returns the configuration with the choice and its reason among its substitutions, and the runtime that uses the library. On
-    GPUs, and if the user named a library, both are returned as they are. Rank 0 chooses for all ranks: see
-    `_choose_matmul_library`. Raises StorageError on every rank if the choice cannot be written.
+    Libraries round differently, so all ranks and all starts of a run use one. Returns the configuration with the choice and its
+    reason among its substitutions, and the runtime that uses the library. On GPUs, and if the user named a library, both are
+    returned as they are. Raises StorageError on every rank if the choice cannot be written.
     """
     choice_for_this_host = runtime.matmul  # by its processor; None on GPUs
     if choice_for_this_host is None or config.run.matmul is not Matmul.auto:
@@ -44,7 +44,7 @@ def _choose_matmul_library(
     choice_for_this_host: MatmulChoice,
     write_config: Callable[[Path, RunConfig], None],
 ) -> ResolvedSetting:
-    """Which library this run uses, and why. Called on rank 0 alone.
+    """Choose which library multiplies float32 matrices in this run, and say why. Called on rank 0 alone.
 
     - The library of an earlier start of this run, which is in the configuration already.
     - Else that of the comparison to which the run belongs, which its first run decides.
@@ -71,10 +71,10 @@ def _with_matmul_resolution(config: RunConfig, resolution: ResolvedSetting) -> R
 
 
 def _runtime_with_library(first_library: Matmul, runtime: Runtime) -> Runtime:
-    """The runtime with the library that the run began with, since another one rounds differently.
+    """Let this rank multiply matrices with the library that the run began with, since another one rounds differently.
 
-    The same runtime if it uses that library already. If this rank's host does not have it, the runtime uses BLAS, with the
-    reason in `runtime.matmul.reason`.
+    Returns the same runtime if it uses that library already. If this rank's host does not have it, the runtime uses BLAS, with
+    the reason in `runtime.matmul.reason`.
     """
     assert runtime.matmul is not None
     if first_library in (runtime.matmul.library, Matmul.auto):

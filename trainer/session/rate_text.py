@@ -35,7 +35,10 @@ class LearningRate:
 
 
 def learning_rate_of(config: RunConfig, total_steps: int) -> LearningRate:
-    """The learning rate of a run of `total_steps`, beside the usual one of its optimizer, tuning method and objective."""
+    """Collect what a run says of its learning rate before it trains: its peak, and the usual one for such a run to compare with.
+
+    Usual is by optimizer, tuning method and objective.
+    """
     advised = usual_learning_rate(config.optim, config.tuning.method, str(config.objective.name))  # None: none is known
     return LearningRate(
         peak=config.optim.peak_lr,
@@ -47,7 +50,7 @@ def learning_rate_of(config: RunConfig, total_steps: int) -> LearningRate:
 
 
 def rate_lines(rate: LearningRate, total_steps: int) -> list[str]:
-    """The line on rate, warm-up and schedule, and a note if the run takes few steps or its rate is far above the usual one."""
+    """Write the line on rate, warm-up and schedule, and notes if steps are few or the rate is far above the usual one."""
     lines = [f"learning rate: {rate.peak:g} after {rate.warmup_steps} steps of warm-up, then {rate.schedule}"]
     if total_steps < FEW_STEPS:
         steps = "1 step" if total_steps == 1 else f"{total_steps} steps"

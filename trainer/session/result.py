@@ -56,18 +56,21 @@ class TrainedRun:
 
 
 def choose_and_measure_checkpoint(run: TrainedRun, record: RunRecord) -> ModelFacts:
-    """Choose the checkpoint that is to be exported, load it and evaluate it; returns the facts for its model card.
+    """Choose the checkpoint that is to be exported, the last or the best, load it and evaluate it; returns facts for its model
+    card.
 
     Afterwards the engine has the weights of that checkpoint. Sets in `run.outcome` what the last lines show (whether the run
     overfits, the answers, the test metrics), and in `record` the checkpoint and the test result. All ranks must call. Errors:
     StorageError, Preempted, those of rewards.
     """
     # Sum up the training.
+    # A run that learns from rewards has rewards in place of losses: more is better.
     from_rewards = objective_family(run.config.objective).rollout is not None
     run.outcome.overfitting_sentence = closing_sentence(run.outcome, from_rewards=from_rewards)
 
     # Load the checkpoint, and let it answer the questions outside of the task.
     run.context.attempt.phase = "choosing the checkpoint to export"
+    # `trained_tokens`: how many tokens the run had trained on when the checkpoint was saved.
     chosen, trained_tokens = load_checkpoint_to_export(run)
     record.exported_checkpoint = asdict(chosen)
     weights_changed = chosen.step != run.outcome.progress.step

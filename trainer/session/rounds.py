@@ -33,12 +33,17 @@ def open_rounds(
     resumed_from: Path | None,
     context: RunContext,
 ) -> tuple[RolloutLoader, int]:
-    """Open what a run with rounds needs: the rewards, the loader that writes answers, and the record of rounds.
+    """Set up the data side of a run that learns from rewards: rewards, and the loader that lets the model write answers.
 
-    Returns (the loader of this rank, the optimizer steps of the run). `resumed_from`: the checkpoint that was loaded, from which
-    the loader continues. All ranks must call. Errors: those of rewards, StorageError.
+    Such a run works in rounds: the model answers prompts, rewards score the answers, and a few optimizer steps learn from them.
+    Called in place of opening a data set. All ranks must call.
+
+    `resumed_from`: the checkpoint that was loaded, from which the loader continues; None for a new run.
+
+    Returns (the loader of this rank, the optimizer steps of the run). Errors: those of rewards, StorageError.
     """
     scorer = _open_rewards(config, engine, context)
+    # Makes functions by which long generations ask, on all ranks alike, whether the run must stop.
     new_stop_check = context.stop_agreement.new_stop_check
     round_inputs = RoundInputs(
         inputs.tokenizer, inputs.precision, scorer, progress, new_stop_check, context.attempt.set_phase

@@ -53,7 +53,7 @@ class DataRecord:
 
 
 def read_data_record(run_dir: Path) -> DataRecord:
-    """What the run in `run_dir` recorded of its data.
+    """Read what the run in `run_dir` recorded of its data, so that its model can be built again without the data.
 
     Raises ConfigError if neither `run.json` nor `identity.json` has the fingerprint of the data.
     """
@@ -117,12 +117,14 @@ def load_run_data(
     stop: Callable[[], bool] = lambda: False,
     print_line: PrintLine = print_on_rank_0,
 ) -> RunData:
-    """The data to build the model of an earlier run with. No collective.
+    """Get the data to build the model of an earlier run with, for an export or an evaluation. No collective.
 
-    - Nothing needs the run's own documents (`reason_to_read` is None): a stand-in.
+    - Nothing needs the run's own documents (`reason_to_read` is None): a stand-in, one document that only gives shapes.
     - The same, but `run.json` cannot be read: the documents all the same, since the names of the labels come from them.
-    - Else the documents that the run was trained on. Raises DataError if they do not exist any more, unless
-      `accept_changed_rows` takes the rows that are there now.
+    - Else the documents that the run was trained on. Raises DataError if they do not exist any more, unless `accept_changed_rows`
+      takes the rows that are there now.
+
+    `stop`: asked while rows are prepared again; True ends that with Preempted.
     """
     if reason_to_read is None and record.has_label_names:
         objective, data = stand_in_data(config, record)
@@ -144,7 +146,7 @@ def load_run_data(
 
 
 def stand_in_data(config: RunConfig, record: DataRecord) -> tuple[ObjectiveConfig, PreparedData]:
-    """(objective, data) to build the run's model with, without reading a row. No collective.
+    """Make (objective, data) to build a run's model with, without reading a row. No collective.
 
     The data is a single document without meaning, which only gives shapes. The objective has no class weights, which may have
     been computed from the labels of all rows: they belong to the loss, not to the model.
@@ -168,9 +170,10 @@ def stand_in_data(config: RunConfig, record: DataRecord) -> tuple[ObjectiveConfi
 
 
 def _data_set_of_one_document(directory: Path, data_spec: DataSpec, fingerprint: str) -> TokenDataset:
-    """An open data set of one document without meaning, for `stand_in_data`. Its files in `directory` may be deleted afterwards.
+    """Make an open data set of one document without meaning. Its files in `directory` may be deleted afterwards.
 
     The document has as many sequences as `data_spec` asks for, each of STAND_IN_TOKENS tokens that all count for the loss.
+    `fingerprint`: that of the run's data, for which it stands in.
     """
     num_sequences = data_spec.sequences_per_document
     samples = []
@@ -180,6 +183,7 @@ def _data_set_of_one_document(directory: Path, data_spec: DataSpec, fingerprint:
         samples.append(Sample(input_ids, supervised, dict(data_spec.marks)))
     sequences = Sequences.from_samples(samples, data_spec.counts)
     zeros = np.zeros(num_sequences, np.int64)
+    # Columns that every prepared data set has: of each sequence its document, the source of that, and whether it ends.
     sequences.columns |= {"document": zeros, "source": zeros, "ended": zeros}
     store = StoreWriter(directory)
     store.append(sequences)
@@ -197,10 +201,10 @@ def training_documents(
     stop: Callable[[], bool] = lambda: False,
     print_line: PrintLine = print_on_rank_0,
 ) -> tuple[PreparedData, list[str]]:
-    """(the prepared documents that the run was trained on, accepted differences). No collective.
+    """Find the documents that a run was trained on; returns (the prepared documents, accepted differences). No collective.
 
-    They come from the prepared data of the training if that still exists, else from the rows of `data.path`. Raises DataError
-    if neither has them, unless `accept_changed_rows` takes the rows that are there now.
+    They come from the prepared data of the training if that still exists, else from the rows of `data.path`. Raises DataError if
+    neither has them, unless `accept_changed_rows` takes the rows that are there now.
     """
     # The prepared data of the training: where the run made it, or in the cache of this host, by its fingerprint.
     cached_directory = Path(config.data.cache_dir).expanduser() / record.fingerprint[:32]

@@ -28,9 +28,11 @@ def choose_template_date(
     stop: Callable[[], bool],
     read_cache_date: ReadCacheDate,
 ) -> TemplateDate:
-    """The date that templates write as today's, the same on every rank. All ranks must call, before they form a process group.
+    """Choose the date that chat templates write as today's, the same on every rank and at every start of the run.
 
-    Rank 0 chooses it, and the other ranks wait, until `stop` says that the ranks stop (Preempted). Errors: StorageError.
+    Called while data is prepared, before there is a process group, so all ranks must call. Rank 0 chooses, and the others wait,
+    until `stop` says that the ranks stop (Preempted). `read_cache_date`: when this host first prepared the data. Errors:
+    StorageError.
     """
 
     def choose_on_rank_0() -> str:
@@ -40,7 +42,7 @@ def choose_template_date(
 
 
 def _date_by_history(config: RunConfig, run_dir: Path | None, read_cache_date: ReadCacheDate) -> str:
-    """The date as text, such as `2026-03-01`, from the first of these that has one:
+    """Choose the date as text, such as `2026-03-01`, from the first of these that has one:
 
     - what an earlier start of this run recorded in its configuration;
     - the comparison to which the run directory belongs; its first run that gets here decides, by its cache;
@@ -62,13 +64,15 @@ def record_template_date(
     runtime: Runtime,
     write_config: Callable[[Path, RunConfig], None],
 ) -> RunConfig:
-    """The configuration with the date among its substitutions. All ranks must call.
+    """Keep the date that chat templates wrote among the configuration's substitutions, so that later starts use it.
+
+    All ranks must call.
 
     - `date` is None, on all ranks, if the template writes no date: an earlier date is removed from the substitutions. Nothing is
       written, since the next start would remove it again.
     - The configuration has another date, or none: rank 0 also calls `write_config(run_dir, config)`, which writes `config.yaml`.
 
-    Raises StorageError on every rank.
+    Returns the new configuration. Raises StorageError on every rank.
     """
     substitutions = {key: note for key, note in config.substitutions.items() if key != TEMPLATE_DATE_KEY}
     if date is None:

@@ -35,7 +35,7 @@ def name_of(config: RunConfig) -> str:
 
 
 def tracker_settings(config: RunConfig, record: RunRecord) -> dict[str, Any]:
-    """Columns of a run for a tracker's table of runs, and the whole configuration as nested settings under `config`.
+    """Collect a run's columns for a tracker's table of runs, and the whole configuration as nested settings under `config`.
 
     In the order in which they are set here, which trackers may keep. The columns that `logging.columns` names replace those that
     are set before them, but no fact that tells runs apart.
@@ -63,7 +63,7 @@ def tracker_settings(config: RunConfig, record: RunRecord) -> dict[str, Any]:
 
 
 def chosen_columns(column_specs: list[str], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns that the user lists in `logging.columns`, by column name. Each entry of the list is one of
+    """Read the columns that the user lists in `logging.columns`, by column name. Each entry of the list is one of
 
     - a setting: `optim.weight_decay` becomes the column `optim_weight_decay` with the setting's value;
     - a group of settings: `optim` becomes the column `optim` with the name of the optimizer;
@@ -77,6 +77,7 @@ def chosen_columns(column_specs: list[str], settings: Mapping[str, Any]) -> dict
         if equals_sign:
             columns[re.sub(r"\W", "_", key)] = text
             continue
+        # A group is shown by its `name`, such as `optim.name`.
         setting = key if key in settings else f"{key}.name"
         if setting in settings and setting not in WANDB_COLUMN_BY_SETTING:  # those are there anyway
             column_name = re.sub(r"\W", "_", key.strip("_"))
