@@ -75,10 +75,10 @@ def main(argv: list[str]) -> int:
 
 
 def _download(arguments: list[str], settings_path: Path, *, dry_run: bool, as_json: bool) -> int:
-    """Fetch the models and data sets that a run with these settings takes from the hub ("assets"); returns the exit code.
+    """Fetch what a run with these settings takes from the hub, pinned to commits, so that it can train without a network.
 
-    Then writes the settings file `settings_path`, in which they are pinned to their commits, and beside it a manifest of the
-    fetched files. With `dry_run`, only prints what would be fetched.
+    Writes the settings file `settings_path`, which names the commits, and beside it a manifest of the fetched files. An
+    asset is a model or data set of the hub. With `dry_run`, only prints what would be fetched. Returns the exit code.
     """
     from launch.config.compose import compose_config
     from launch.download.pieces import check_free_space, fetch_asset, hub_assets, with_commit_and_size
@@ -100,7 +100,7 @@ def _download(arguments: list[str], settings_path: Path, *, dry_run: bool, as_js
 
 
 def _print_plan(assets: list[HubAsset], *, as_json: bool) -> None:
-    """Print the models and data sets that would be fetched, and how many bytes are missing on this disk."""
+    """Print the models and data sets that would be fetched, and how many bytes are missing on this disk (`--dry-run`)."""
     missing_bytes = sum(asset.missing_bytes for asset in assets)
     if as_json:
         entries = [asset.manifest_entry() for asset in assets]
@@ -124,7 +124,7 @@ def _print_fetched(
 
 
 def _asset_line(asset: HubAsset) -> str:
-    """A line about a model or data set: its commit, its size, and how much of it is not in the cache."""
+    """A line about a model or data set: its commit, its size, and how much of it is not in the cache yet."""
     size = _size_text(asset.total_bytes) if asset.total_bytes else "a size that the server does not give"
     to_fetch = f"{_size_text(asset.missing_bytes)} to fetch" if asset.missing_bytes else "all of it is here"
     return f"{asset.key}: {asset.kind} {asset.hub_id} at {asset.commit[:12]}: {size}, {to_fetch}"
@@ -147,7 +147,8 @@ def _manifest_contents(fetched_assets: list[FetchedAsset]) -> dict[str, Any]:
 
 
 def _write_pinned_files(settings_path: Path, fetched_assets: list[FetchedAsset]) -> Path:
-    """Write the settings file with the pinned commits, and the manifest beside it; returns the manifest's path.
+    """Write the settings file that names the fetched commits, and the manifest of their files beside it; returns the
+    manifest's path.
 
     Raises StorageError if they cannot be written.
     """
@@ -176,10 +177,11 @@ def _write_pinned_files(settings_path: Path, fetched_assets: list[FetchedAsset])
 
 
 def _verify(arguments: list[str], as_json: bool) -> int:
-    """Read all fetched files again, and compare them with their manifest; returns the exit code. Errors: ConfigError.
+    """Check that all fetched files are still as they were fetched (`--verify`); returns the exit code, `CHECK_FAILED` if
+    not.
 
-    `arguments` must be the path of one settings file that download wrote. The manifest, beside it with the suffix .json, is
-    {"pieces": [{"key": ..., "directory": ..., "files": [{"path": ..., "bytes": ..., "sha256": ...}]}]}.
+    `arguments`: the path of one settings file that download wrote. The manifest, beside it with the suffix .json, is
+    {"pieces": [{"key": ..., "directory": ..., "files": [{"path": ..., "bytes": ..., "sha256": ...}]}]}. Raises ConfigError.
     """
     from launch.download.pieces import file_damage
 

@@ -48,9 +48,11 @@ class HubAsset:
         }
 
     def pinned_settings(self) -> list[tuple[tuple[str, ...], Any]]:
-        """(dotted key split at its dots, value) of each setting with which a run takes this very commit.
+        """The settings with which a run takes this very commit: (key split at its dots, value), such as (("model",
+        "revision"), "1a2b3c").
 
-        A data set named by `data.path` becomes a source of its own, because only a source can have a revision.
+        A data set named by `data.path` becomes a source of its own, `data.sources.<name>`, because only a source can have a
+        revision.
         """
         if self.kind == "model":
             return [(tuple(self.key.split(".")), self.hub_id), (("model", "revision"), self.commit)]
@@ -73,9 +75,9 @@ class FetchedAsset:
 
 
 def hub_assets(config: RunConfig) -> list[HubAsset]:
-    """The models and data sets that the configuration names by hub ids, not yet resolved to commits.
+    """Find the models and data sets that a run would take from the hub, by the hub ids in its configuration.
 
-    Errors: ConfigError if there are none, or if one cannot be pinned to a commit.
+    They are not resolved to commits yet. Raises ConfigError if there are none, or if one cannot be pinned to a commit.
     """
     assets = [*_model_assets(config), *_training_data_assets(config)]
     problems = _pinning_problems(config, assets)
@@ -90,7 +92,7 @@ def hub_assets(config: RunConfig) -> list[HubAsset]:
 
 
 def _pinning_problems(config: RunConfig, assets: list[HubAsset]) -> list[str]:
-    """Error messages for what cannot be pinned to a commit: evaluation and test data, and two repositories under one revision."""
+    """Say what cannot be pinned to a commit: evaluation and test data, and two repositories under one revision."""
     from trainer.data.read.paths import is_hub_path
 
     problems = []
@@ -123,7 +125,9 @@ def _model_assets(config: RunConfig) -> list[HubAsset]:
 
 
 def _training_data_assets(config: RunConfig) -> list[HubAsset]:
-    """The hub data sets in `data.sources` and `data.path`. Errors: ConfigError for a `hub:` that names none."""
+    """The hub data sets that are training data: those in `data.sources` and `data.path`. Raises ConfigError for a `hub:`
+    without a name.
+    """
     from trainer.data.read.paths import is_hub_path, parse_hub_name
 
     assets = []
@@ -162,10 +166,11 @@ def _source_name(dataset: str) -> str:
 
 
 def with_commit_and_size(asset: HubAsset) -> HubAsset:
-    """Ask the hub for the commit to which an asset's revision points now, and a model's size; returns the asset with them.
+    """Ask the hub for the commit to which an asset's revision points now, and how large a model is; returns the asset with
+    both.
 
-    The sizes are those of all files, and of the files that the cache lacks; data sets get none, since their loaders decide what
-    is read. Raises ConfigError if the hub does not give the asset.
+    `total_bytes` is of all files, `missing_bytes` of those that the cache lacks. A data set gets no sizes, since its loader
+    decides what is read. Raises ConfigError if the hub does not give the asset.
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -177,6 +182,7 @@ def with_commit_and_size(asset: HubAsset) -> HubAsset:
             raise ValueError("the hub names no commit")
         if asset.kind == "dataset":  # its loader decides which of its files are read
             return replace(asset, commit=commit)
+        # Only lists the files, with their sizes and whether the cache lacks them.
         files = snapshot_download(asset.hub_id, revision=commit, allow_patterns=[*HUB_PATTERNS], dry_run=True)
     except Exception as error:  # the hub client has a dozen error types; all mean that it is not to be had
         raise _not_available_error(asset, error) from error
@@ -186,7 +192,7 @@ def with_commit_and_size(asset: HubAsset) -> HubAsset:
 
 
 def _not_available_error(asset: HubAsset, error: Exception) -> ConfigError:
-    """The error to raise if the hub does not give an asset, with the first line of the client's message."""
+    """The error for an asset that the hub does not give, with the first line of the client's message and what to check."""
     revision = f" (revision {asset.revision})" if asset.revision else ""
     lines = str(error).strip().splitlines()
     reason = lines[0] if lines else type(error).__name__
@@ -197,7 +203,7 @@ def _not_available_error(asset: HubAsset, error: Exception) -> ConfigError:
 
 
 def check_free_space(missing_bytes: int) -> None:
-    """Raise StorageError if the disk of the hub's cache has less free space than `missing_bytes`, which are to be fetched."""
+    """Raise StorageError if the disk of the hub's cache has no room for the `missing_bytes` that are to be fetched."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     directory = Path(HF_HUB_CACHE)
@@ -212,9 +218,9 @@ def check_free_space(missing_bytes: int) -> None:
 
 
 def fetch_asset(asset: HubAsset) -> FetchedAsset:
-    """Fetch a model or data set at its commit into the hub's cache; returns its files there, with their hashes.
+    """Fetch a model or data set at its commit into the hub's cache; returns its files there with their sizes and hashes.
 
-    Errors: ConfigError, DataError.
+    Raises ConfigError, DataError.
     """
     from huggingface_hub import snapshot_download
 
@@ -248,7 +254,11 @@ def _sha256(path: Path) -> str:
 
 
 def file_damage(directory: Path, file: dict[str, Any]) -> str | None:
-    """What is wrong with a fetched file, by its entry in the manifest; None if it is as it was fetched."""
+    """Compare a fetched file with its entry in the manifest, {"path": ..., "bytes": ..., "sha256": ...}, and say what is
+    wrong.
+
+    None if it is as it was fetched.
+    """
     path = directory / file["path"]
     if not path.is_file():
         return f"{path}: is missing"

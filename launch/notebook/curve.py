@@ -60,7 +60,7 @@ class Picture:
 
 
 def draw_picture(curves: Sequence[Curve], *, x_title: str, description: str) -> Picture | None:
-    """The picture of these curves; None if none of them has two points to draw a line through.
+    """Draw curves as a picture that a notebook shows without a script; None if none has two points to draw a line through.
 
     Left out are points that are not finite, and curves with a single point unless they are drawn as dots. The y axis is
     logarithmic if all values are positive and far apart (`MIN_LOGARITHMIC_RATIO`).
@@ -108,9 +108,9 @@ def draw_picture(curves: Sequence[Curve], *, x_title: str, description: str) -> 
 
 
 def running_means(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Running mean of each point and those before it, over a fiftieth of all, so that a trend shows through the noise of batches.
+    """Smooth a curve, so that a trend shows through the noise of batches: the mean of each point and those before it.
 
-    Points are (x, y). Those that are not finite are left out.
+    The mean is over a fiftieth of all points. Points are (x, y); those that are not finite are left out.
     """
     window = max(1, len(points) // 50)
     finite_points = _finite_points(points)
@@ -130,7 +130,9 @@ def _finite_points(points: Sequence[tuple[float, float]]) -> list[tuple[float, f
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most about `MAX_POINTS` of the points (x, y): of each stretch the lowest and the highest, so that a spike stays."""
+    """Leave points of a long curve out, about `MAX_POINTS` stay: of each stretch the lowest and the highest, so that a
+    spike stays.
+    """
     if len(points) <= MAX_POINTS:
         return points
     stretch_length = math.ceil(2 * len(points) / MAX_POINTS)  # two points are kept of each
@@ -176,12 +178,14 @@ class _Axis:
         return self.low_position + share * (self.high_position - self.low_position)
 
     def ticks(self) -> list[tuple[str, str]]:
-        """(position, text) of each tick of the axis: four or five round values."""
+        """The marks of the axis, (position in the picture, text): a few round values or, on a logarithmic axis, powers of
+        ten.
+        """
         values = self._powers_of_ten() if self.is_logarithmic else self._round_values()
         return [(f"{self.position(value):.1f}", f"{value:g}") for value in values]
 
     def _round_values(self) -> list[float]:
-        """Multiples of a round step (1, 2 or 5 times a power of ten) within the axis: about four."""
+        """Choose about four round values within the axis: multiples of 1, 2 or 5 times a power of ten."""
         least_step = (self.high - self.low) / 4
         magnitude = 10.0 ** math.floor(math.log10(least_step))
         step = next(factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= least_step)
@@ -191,7 +195,7 @@ class _Axis:
         return [round(multiple * step, 12) for multiple in range(first_multiple, last_multiple + 1)]
 
     def _powers_of_ten(self) -> list[float]:
-        """Powers of ten within a logarithmic axis, at most about five; its two ends if there are none."""
+        """Choose powers of ten within a logarithmic axis, at most about five; its two ends if there are none."""
         first_exponent = math.ceil(math.log10(self.low))
         last_exponent = math.floor(math.log10(self.high))
         exponent_step = max(1, (last_exponent - first_exponent) // 4)

@@ -24,9 +24,10 @@ def notebook_html(
     picture: Picture | None = None,
     footer: str = "",
 ) -> str:
-    """HTML for a notebook: no script, nothing that is fetched, every text escaped, less than 200 KB.
+    """Render what a notebook shows below a cell: HTML without a script, that fetches nothing, has every text escaped, below
+    200 KB.
 
-    `lead` is the answer, and stands first.
+    `lead` is the answer, and stands first; `cards` are large numbers, `callouts` what the reader should know.
     """
     return render(
         "launch.notebook",
@@ -39,6 +40,7 @@ def notebook_html(
         tables=[_first_table_rows(table) for table in tables],
         picture=picture,
         footer=footer,
+        # Size of the picture, and the borders of its plot area, in pixels.
         width=WIDTH,
         height=HEIGHT,
         left=LEFT_MARGIN,

@@ -18,7 +18,9 @@ from trainer.pages.pieces import Callout
 
 
 def run_notebook_html(run_dir: Path) -> str:
-    """A run as HTML for a notebook: verdict, cards and its losses; only a message if it has not begun or cannot be read."""
+    """Show a run below a notebook cell: verdict, cards and its losses; only a message if it has not begun or cannot be
+    read.
+    """
     try:
         comparison = compare_points([PointSource((run_dir,))], gpu_hour_price)
     except ConfigError as error:
@@ -39,7 +41,10 @@ def run_notebook_html(run_dir: Path) -> str:
 
 
 def _loss_picture(run: RecordedRun) -> Picture | None:
-    """Training loss, smoothed over its own faint line, and held-out loss over the steps; None if there is no line to draw."""
+    """The picture of a run's losses over its steps: smoothed training loss over its own faint line, and held-out loss.
+
+    None if there is no line to draw.
+    """
     losses = [(step, row["loss"]) for step, row in run.steps.items() if row["loss"] is not None]
     held_out_losses = []
     for step, metrics in run.evaluations.items():

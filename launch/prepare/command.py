@@ -150,10 +150,11 @@ def _end_stuck_process(signal_name: str) -> None:
 
 
 def print_audit(report: dict[str, Any], directory: Path, *, cached: bool) -> None:
-    """Print the summary of the audit, the first document with what is learned of it, and where the prepared data is.
+    """Show the user what `prepare` made: the summary of the audit, the first document with what is learned of it, and the
+    directory.
 
-    `report`: the audit; its "samples" are documents in pieces, [{"where": "a.jsonl:1", "pieces": [{"text": "Hello", "learned":
-    true}], ...}], several of one document if it was split.
+    `report`: the audit; its "samples" are documents in pieces, [{"where": "a.jsonl:1", "pieces": [{"text": "Hello",
+    "learned": true}], ...}], several of one document if it was split. `cached`: whether the data was prepared before.
     """
     from trainer.data.report.preview import render_pieces, summary_text
     from trainer.data.report.wording import escape_control_characters

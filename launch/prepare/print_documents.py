@@ -76,9 +76,10 @@ def read_print_arguments(argv: list[str]) -> PrintArguments:
 
 
 def directory_argument_or_none(arguments: list[str]) -> Path | None:
-    """The directory if `arguments` is the path of one; None if they are settings of a run. Raises ConfigError for a mixture.
+    """Tell which of two forms the arguments have: returns the directory if they name one, None if they are settings of a
+    run.
 
-    ["runs/first"] -> Path("runs/first"); ["data.path=a.jsonl", "settings.yaml"] -> None.
+    ["runs/first"] -> Path("runs/first"); ["data.path=a.jsonl", "settings.yaml"] -> None. Raises ConfigError for a mixture.
     """
     paths = []
     for argument in arguments:
@@ -102,10 +103,11 @@ def directory_argument_or_none(arguments: list[str]) -> Path | None:
 
 
 def main(argv: list[str], prepare: Callable[[list[str]], Path]) -> int:
-    """Run `shardtune prepare --print` with the other arguments; returns the exit code. Raises ConfigError or DataError.
+    """Run `shardtune prepare --print`, which shows prepared sequences; returns the exit code. Raises ConfigError or
+    DataError.
 
-    The data is named by its directory, or by the settings of a run. `prepare` prepares the data of a run from its settings, and
-    returns the directory of the data; it is `launch.prepare.command`, which imports this module.
+    The data is named by its directory, or by the settings of a run. `prepare`: prepares the data of a run from its
+    settings, and returns the directory of the data. It is passed in because its module imports this one.
     """
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
@@ -120,8 +122,8 @@ def main(argv: list[str], prepare: Callable[[list[str]], Path]) -> int:
 def print_prepared_data(directory: Path, arguments: PrintArguments) -> int:
     """Print splits, lengths and decoded sequences of prepared data, as `arguments` says; returns the exit code.
 
-    `directory`: of prepared data, or of a run. Everything that can be refused is looked up before the first line is printed.
-    Raises ConfigError for a split or sequence that does not exist.
+    `directory`: of prepared data, or of a run. Everything that can be refused is looked up before the first line is
+    printed. Raises ConfigError for a split or sequence that does not exist.
     """
     from rich.console import Console
     from rich.text import Text
@@ -173,10 +175,10 @@ def print_prepared_data(directory: Path, arguments: PrintArguments) -> int:
 
 
 def data_directory_of_run(run_dir: Path) -> Path:
-    """The directory of the prepared data of a run, from its `run.json`.
+    """Find the prepared data that a run trained on, from its `run.json`.
 
-    A relative path there counts from the working directory or, if nothing is there, from the run directory.
-    Raises ConfigError if the data is missing, DataError if the run's record cannot be read.
+    A relative path there counts from the working directory or, if nothing is there, from the run directory. Raises
+    ConfigError if the data is missing, DataError if the run's record cannot be read.
     """
     try:
         recorded = read_run_record(run_dir).data_directory
@@ -204,7 +206,7 @@ class _SequencesToShow(NamedTuple):
 
 
 def _sequences_to_show(prepared: PreparedEntry, split: str, arguments: PrintArguments) -> _SequencesToShow:
-    """Which sequences of a split to decode. The first of these that is set decides which:
+    """Choose which sequences of a split are decoded. The first of these arguments that is set decides:
 
     - `rows=`: those of these numbers;
     - `random=`: that many, sampled by `seed=`;
@@ -232,9 +234,10 @@ def _sequences_to_show(prepared: PreparedEntry, split: str, arguments: PrintArgu
 
 
 def parse_sequence_numbers(rows_argument: str, num_sequences: int, split: str) -> list[int]:
-    """The sequence numbers in `[0,5,10-12]`, all below `num_sequences`. Raises ConfigError that names every wrong entry.
+    """Read the sequence numbers of `rows=`: "[0,5,10-12]" -> [0, 5, 10, 11, 12]. Raises ConfigError that names every wrong
+    entry.
 
-    "[0,5,10-12]" -> [0, 5, 10, 11, 12]. `split`: the name of the split that has `num_sequences` sequences, for messages.
+    All must be below `num_sequences`. `split`: the name of the split that has so many sequences, for messages.
     """
     numbers: list[int] = []
     problems: list[str] = []

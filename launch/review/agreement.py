@@ -16,9 +16,10 @@ VotesOnQuestion = dict[tuple[str, str], str]
 
 
 def preferred_model(choice: str, item: KeyItem) -> str:
-    """Which model's answer a reviewer preferred: `TUNED_WINS`, `OTHER_WINS` or `TIE`.
+    """Turn a reviewer's choice of a side into a vote for a model: `TUNED_WINS`, `OTHER_WINS` or `TIE`.
 
-    `choice` is a side, `a` or `b`, or `tie`. `item` says on which side the answer of the tuned model was.
+    `choice`: `a`, `b` or `tie`, as the reviewer saw the answers. `item["tuned"]` says on which side that of the tuned model
+    was.
     """
     if choice == TIE:
         return TIE
@@ -26,7 +27,10 @@ def preferred_model(choice: str, item: KeyItem) -> str:
 
 
 def krippendorff_alpha(votes: VotesOnQuestion) -> float | None:
-    """Krippendorff's nominal alpha over the items that several reviewers judged; None if all of their votes are the same."""
+    """How far all reviewers agree on one question: Krippendorff's nominal alpha, 1 for full agreement and 0 for chance.
+
+    Over the items that several reviewers judged; None if all of their votes are the same.
+    """
     votes_by_item: dict[str, list[tuple[str, str]]] = {}  # (reviewer, vote) of each item
     for (reviewer, item_id), vote in votes.items():
         votes_by_item.setdefault(item_id, []).append((reviewer, vote))
@@ -43,9 +47,10 @@ def krippendorff_alpha(votes: VotesOnQuestion) -> float | None:
 
 
 def cohen_kappa(first_votes: list[str], second_votes: list[str]) -> float | None:
-    """Cohen's kappa of two reviewers; `first_votes[i]` and `second_votes[i]` are on the same item.
+    """How far two reviewers agree beyond chance: Cohen's kappa, 1 for full agreement and 0 for chance.
 
-    None without votes, or if all votes of both are the same: two reviewers who answer at random would agree as well.
+    `first_votes[i]` and `second_votes[i]` are on the same item. None without votes, or if all votes of both are the same:
+    two reviewers who answer at random would agree as well.
     """
     if not first_votes or len({*first_votes, *second_votes}) < 2:
         return None
@@ -58,7 +63,9 @@ def cohen_kappa(first_votes: list[str], second_votes: list[str]) -> float | None
 
 
 def pairwise_kappas(votes: VotesOnQuestion) -> list[dict[str, Any]]:
-    """Cohen's kappa of every two reviewers, on the items that both judged: names, number of items, kappa."""
+    """How far every two reviewers agree, on the items that both judged: {"reviewers": ["ada", "bert"], "items": 12,
+    "kappa": 0.4}.
+    """
     kappas = []
     reviewers = sorted({reviewer for reviewer, _ in votes})
     for first, second in combinations(reviewers, 2):

@@ -16,9 +16,10 @@ WIN_RATE_COLUMNS = (
 
 
 def score_text(score: dict[str, Any]) -> str:
-    """What `review score` prints: win rates, agreement of the reviewers, a line on each reviewer, and disputed items.
+    """Write what `review score` prints: win rates, agreement of the reviewers, a line on each reviewer, and disputed items.
 
-    `score`: the record of a review, such as {"metrics": {"win_rate": {"value": 0.6, ...}}, "reviewers": [...], ...}.
+    `score`: the record of the review, {"metrics": {"win_rate": {"value": 0.6, ...}}, "arms": ["tuned", "base"],
+    "reviewers": [...], ...}.
     """
     model = score["model"]
     lines = [
@@ -38,7 +39,8 @@ def score_text(score: dict[str, Any]) -> str:
 
 
 def _win_rate_rows(metrics: dict[str, dict[str, Any]], arms: list[str]) -> list[TableRow]:
-    """A table row for each metric `win_rate/<arm>` and `win_rate/<arm>/<question>`; an arm is a model beside the tuned one.
+    """Rows of the table of win rates: how often reviewers preferred the tuned model to each other model (arm), on each
+    question.
 
     {"win_rate/base": {"value": 0.6, "low": 0.5, "high": 0.7, "wins": 9, ...}} -> base, overall, 0.6, 0.5 to 0.7, 9, ...
     """
@@ -62,10 +64,11 @@ def _win_rate_rows(metrics: dict[str, dict[str, Any]], arms: list[str]) -> list[
 
 
 def _agreement_lines(metrics: dict[str, dict[str, Any]], kappas: list[dict[str, Any]]) -> list[str]:
-    """Krippendorff's alpha of each question on one line, then a line with Cohen's kappa of every two reviewers.
+    """Say how far the reviewers agree: Krippendorff's alpha of each question on one line, then Cohen's kappa of every two
+    reviewers.
 
-    `metrics`: those of the review by name, of which `alpha` and `alpha/<question>` are shown. `kappas`: {"reviewers": [name,
-    name], "items": 12, "kappa": 0.4} each.
+    `metrics`: those of the review by name, of which `alpha` and `alpha/<question>` are shown. `kappas`: {"reviewers":
+    [name, name], "items": 12, "kappa": 0.4} each.
     """
     alphas = []
     is_any_undefined = False
@@ -84,7 +87,11 @@ def _agreement_lines(metrics: dict[str, dict[str, Any]], kappas: list[dict[str, 
 
 
 def _reviewer_lines(reviewer: dict[str, Any]) -> list[str]:
-    """A line on how much one reviewer judged, then a line for each rule that flags careless answers."""
+    """A line on how much one reviewer judged, then a line for each sign that the answers are careless.
+
+    `reviewer`: {"name": "ada", "judged": 48, "open": 2, "left": 0.5, "minutes": 31.0, "flags": [], "dropped": False, ...};
+    `left` is the share of votes for the left answer.
+    """
     line = reviewer["name"]
     if reviewer["dropped"]:
         line += " (dropped)"
@@ -95,9 +102,9 @@ def _reviewer_lines(reviewer: dict[str, Any]) -> list[str]:
 
 
 def _disagreement_lines(disagreements: list[dict[str, Any]]) -> list[str]:
-    """A line on each item that reviewers dispute, with everybody's vote; at most `MAX_PRINTED_DISAGREEMENTS`.
+    """List the items on which reviewers took opposite sides, with everybody's vote; at most `MAX_PRINTED_DISAGREEMENTS`.
 
-    `disagreements`: those of the record, the most even ones first.
+    `disagreements`: {"item": id, "prompt": 3, "votes": {"ada": "tuned", "bert": "other"}, ...}, the most even ones first.
     """
     if not disagreements:
         return []

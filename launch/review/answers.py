@@ -41,9 +41,10 @@ class Reviewer:
 
 
 def read_reviewers(paths: list[Path], review_id: str, key: ReviewKey) -> list[Reviewer]:
-    """Read the files that reviewers sent back, one file for each reviewer, and check them against the key of the review.
+    """Read the files that reviewers sent back, one for each reviewer, and check that they answer this review.
 
-    Raises DataError with every file that cannot be used, and why.
+    `key`: which model wrote which answer; read for the items and questions of the review. Raises DataError with every file
+    that cannot be used, and why.
     """
     item_ids = {item["id"] for item in key["items"]}
     questions = {OVERALL_QUESTION, *key["rubric"]}
@@ -82,9 +83,10 @@ def _read_reviewer(path: Path, review_id: str) -> Reviewer:
 
 
 def _parse_page_file(path: Path, contents: str, review_id: str) -> Reviewer:
-    """A reviewer's answers from the JSON that the page saved; `path` is for messages. Raises DataError.
+    """Read a reviewer's answers from the JSON that the page saved; `path` is for messages. Raises DataError.
 
-    The JSON is like `{"version": 1, "review": id, "reviewer": name, "items": {id: {"answers": {"overall": "a"}, "seconds": 9}}}`.
+    The JSON is like `{"version": 1, "review": id, "reviewer": name, "items": {id: {"answers": {"overall": "a"}, "seconds":
+    9}}}`.
     """
     try:
         saved = json.loads(contents)
@@ -117,10 +119,10 @@ def _seconds_or_none(measured: Any) -> float | None:
 
 
 def _parse_csv(path: Path, contents: str, review_id: str) -> Reviewer:
-    """A reviewer's answers from the filled-in CSV, whose text `contents` is not empty; `path` is for messages.
+    """Read a reviewer's answers from the filled-in table, whose text `contents` is not empty; `path` is for messages.
 
-    Its columns: review, reviewer, item, prompt, answer_a, answer_b, the questions with the overall one first, comment. A reviewer
-    may have taken out the comment. Raises DataError.
+    Its columns: review, reviewer, item, prompt, answer_a, answer_b, the questions with the overall one first, comment. A
+    reviewer may have taken out the comment. Raises DataError.
     """
     header = contents.splitlines()[0]
     separator = max(",;\t", key=header.count)  # spreadsheets write one of their own, which the header has most often
@@ -152,9 +154,9 @@ def _parse_csv(path: Path, contents: str, review_id: str) -> Reviewer:
 
 
 def _parse_choices(row: dict[str, Any], questions: list[str], location: str) -> dict[str, str]:
-    """`a`, `b` or `tie` by question, from a row of the CSV; a question with an empty cell is left out.
+    """Read the choices of one item from its row of the table: {"overall": "a"}; a question with an empty cell is left out.
 
-    Raises DataError, with the `location` of the row, for a cell that is none of the spellings of a choice.
+    Raises DataError, with the `location` of the row, for a cell that is none of the spellings of `a`, `b` or `tie`.
     """
     choice_by_question = {}
     for question in questions:
@@ -181,7 +183,10 @@ def _raise_if_of_another_review(location: str, answered_review_id: Any, review_i
 
 
 def _raise_if_unknown_choices(reviewer: Reviewer, item_ids: set[str], questions: set[str]) -> None:
-    """Raise DataError for an item, question or choice that the review does not have, and if nothing was judged."""
+    """Check a reviewer's answers: raise DataError for an item, question or choice that the review does not have.
+
+    Also if nothing was judged. `item_ids` and `questions` are those of the review.
+    """
     for item_id, judgement in reviewer.judgement_by_item.items():
         if item_id not in item_ids:
             raise DataError(f"{reviewer.path}: item {item_id} is none of this review; was the file changed?")

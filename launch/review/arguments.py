@@ -98,7 +98,10 @@ class ReviewRequest:
 
 
 def read_make_arguments(argv: list[str]) -> ReviewRequest:
-    """Read the arguments of `review make`, find the checkpoint, and check the arms. Raises ConfigError with every problem."""
+    """Read the arguments of `review make`, find the checkpoint under review, and check the models to compare (arms).
+
+    Raises ConfigError with every problem.
+    """
     from launch.config.compose import recompose_frozen_config
     from launch.config.read_run import RunReader, read_run, split_allowing_arguments
     from launch.export.checkpoint_choice import find_checkpoint
@@ -169,7 +172,9 @@ def read_make_arguments(argv: list[str]) -> ReviewRequest:
 
 
 def read_score_arguments(argv: list[str]) -> ScoreArguments:
-    """Read the arguments of `review score`, with the default of `review=` filled in. Raises ConfigError with every problem."""
+    """Read the arguments of `review score`, with `review` set to its default `<run>/review`. Raises ConfigError with every
+    problem.
+    """
     from launch.review.sheet import KEY_FILE
 
     arguments, problems = read_arguments("review score", ScoreArguments, argv)
@@ -200,17 +205,20 @@ def _uses_outside_value(value: ValueNeedingConsent, config: RunConfig) -> bool:
 
 
 def _without_permission_arguments(settings: list[str]) -> list[str]:
-    """The settings without those that allow a run to use something outside its directory: each run needs its own permission."""
+    """The settings without those that allow the run under review to use something outside its directory.
+
+    For another run they do not count: each run needs its own permission.
+    """
     from launch.config.read_run import is_allowing_argument
 
     return [argument for argument in settings if not is_allowing_argument(argument)]
 
 
 def _read_arms(arms: list[str]) -> tuple[dict[str, str | None], list[str]]:
-    """({name of an arm: its directory}, error messages). An arm is a model whose answers are compared.
+    """Read `arms=[...]`, the models whose answers are compared: ({name of an arm: its directory}, error messages).
 
-    The directory is None for the run under review (`tuned`) and its base model. `arms` are the values of `arms=`: base, tuned,
-    runs and model directories. A second directory of the same name gets an apostrophe.
+    `arms`: `base`, `tuned`, directories of runs and of models. The directory of `base` and `tuned` is None: both come from
+    the run under review. A second directory of the same name gets an apostrophe.
     """
     from launch.review.sheet import BASE_ARM, TUNED_ARM
 
@@ -238,9 +246,11 @@ def _read_arms(arms: list[str]) -> tuple[dict[str, str | None], list[str]]:
 def plan_arm_evaluation(request: ReviewRequest, arm: str, model_dir: str | None) -> EvaluationPlan:
     """Plan the evaluation in which one arm (compared model) answers the prompts of the review.
 
-    Another run uses values outside of its directory, such as a path, only if an argument that begins with `arms.` allows it;
-    the run under review needs one without that prefix. `model_dir`: the directory of the arm's run or model; None for the run
-    under review. The evaluation of that run also writes the answers of its base model, if this is among the arms.
+    `model_dir`: the directory of the arm's run or model; None for the run under review, whose evaluation also writes the
+    answers of its base model if that is among the arms.
+
+    A run may use values outside of its directory, such as a path, only with the user's permission. Another run needs an
+    argument that begins with `arms.` for it; the run under review needs one without that prefix.
     """
     from launch.evaluate.arguments import parse_evaluate_arguments
     from launch.evaluate.plan import plan_evaluation
@@ -271,7 +281,7 @@ def plan_arm_evaluation(request: ReviewRequest, arm: str, model_dir: str | None)
 
 
 def _arm_model_arguments(request: ReviewRequest, model_dir: str | None) -> list[str]:
-    """The arguments of `evaluate` that name the model of an arm, and the base models that are accepted for it.
+    """The arguments of `evaluate` that say which model answers for an arm, and which other base model is accepted for it.
 
     - The run under review (`model_dir` is None): its checkpoint, with its base model if that is among the arms.
     - Another run: its directory.

@@ -31,10 +31,11 @@ RULE_TEXT_BY_NAME = {
 
 
 def carelessness_flags(reviewer: Reviewer, key: ReviewKey, majority_vote_by_item: dict[str, str]) -> list[str]:
-    """A sentence for each rule of `RULE_TEXT_BY_NAME` that a reviewer's answers break; empty for a careful reviewer.
+    """Look for signs that a reviewer answered without reading: a sentence for each rule of `RULE_TEXT_BY_NAME` that is
+    broken.
 
-    `majority_vote_by_item`: the vote of most of the other reviewers (`tuned`, `other` or `tie`), by item id. `key`: which model
-    wrote which answer.
+    Empty for a careful reviewer. `key`: which model wrote which answer. `majority_vote_by_item`: the vote of most of the
+    other reviewers (`tuned`, `other` or `tie`), by item id.
     """
     items = {item["id"]: item for item in key["items"]}
     choices = {}  # `a`, `b` or `tie`, by item id
@@ -53,7 +54,7 @@ def carelessness_flags(reviewer: Reviewer, key: ReviewKey, majority_vote_by_item
 def _inconsistency_flag(choices: dict[str, str], items: dict[str, KeyItem]) -> str | None:
     """The flag of a reviewer who judges repeated items differently the second time; None if the rule is kept.
 
-    Some items come twice, the second time with the sides exchanged. `choices` are `a`, `b` or `tie` by item id.
+    Some items come twice, the second time with the sides exchanged. `choices`: `a`, `b` or `tie` by item id.
     """
     num_repeated = 0
     num_agreed = 0
@@ -71,10 +72,11 @@ def _inconsistency_flag(choices: dict[str, str], items: dict[str, KeyItem]) -> s
 def _same_side_flag(choices: dict[str, str]) -> str | None:
     """The flag of a reviewer who nearly always chooses the same side, or a tie; None if the rule is kept.
 
-    Sides are drawn at random, so a careful reviewer has no reason to prefer one.
+    Sides are drawn at random, so a careful reviewer has no reason to prefer one. `choices`: `a`, `b` or `tie` by item id.
     """
     if len(choices) < MIN_JUDGED:
         return None
+    # The most frequent choice, and how often it was made.
     choice, count = Counter(choices.values()).most_common(1)[0]
     if count <= MAX_SAME_SIDE_SHARE * len(choices):
         return None
@@ -84,7 +86,8 @@ def _same_side_flag(choices: dict[str, str]) -> str | None:
 def _speed_flag(reviewer: Reviewer, items: dict[str, KeyItem]) -> str | None:
     """The flag of a reviewer who chooses faster than anybody can read; None if the rule is kept.
 
-    The speed is the words of prompt and answers over the seconds until the choice, which only the page measures.
+    The speed is the words of prompt and answers over the seconds until the choice. Only the page measures these, so a
+    reviewer who filled in the table gets no flag.
     """
     words_per_s = []
     for item_id, judgement in reviewer.judgement_by_item.items():
@@ -104,6 +107,7 @@ def _chance_agreement_flag(
     """The flag of a reviewer who agrees with the majority of the others no better than by chance; None if the rule is kept.
 
     Cohen's kappa is about 0 for somebody who answers without reading. `choices`: `a`, `b` or `tie` by item id.
+    `majority_vote_by_item`: `tuned`, `other` or `tie`, for items that other reviewers judged too.
     """
     shared_item_ids = [item_id for item_id in choices if item_id in majority_vote_by_item]
     if len(shared_item_ids) < MIN_JUDGED:

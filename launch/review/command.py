@@ -56,7 +56,8 @@ def main(argv: list[str]) -> int:
 
 
 def make_review(argv: list[str]) -> int:
-    """`review make`: draw prompts, let every model answer them, and write the page, the table, and the key to who wrote what.
+    """Run `review make`: let the models answer prompts, and write a page and a table for reviewers, and the key to who
+    wrote what.
 
     Returns the exit code: 0, or 75 if it was stopped while the models answered.
     """
@@ -101,7 +102,8 @@ def _write_and_announce_sheet(sheet: ReviewSheet, request: ReviewRequest) -> Non
 def _generate_answers_by_arm(request: ReviewRequest, prompts: list[Any]) -> dict[str, list[str]] | None:
     """Let every compared model (arm) answer the prompts: {arm: answers in the order of the prompts}, `tuned` first.
 
-    Writes the prompts and the answers below `answers/` in the output directory. None if it was stopped.
+    Writes the prompts and the answers below `answers/` in the output directory. None if an evaluation was stopped or
+    failed.
     """
     from launch.evaluate.command import run_evaluation
     from launch.review.arguments import plan_arm_evaluation
@@ -129,7 +131,7 @@ def _generate_answers_by_arm(request: ReviewRequest, prompts: list[Any]) -> dict
 
 
 def _sheet_summary(sheet: ReviewSheet, request: ReviewRequest) -> str:
-    """Lines on what reviewers will judge: number of items, models, repeated items, and pairs that were left out."""
+    """Say what reviewers will judge: number of items, models, repeated items, and pairs that were left out."""
     num_repeated = sum(item["repeats"] is not None for item in sheet.key["items"])
     num_equal_pairs = len(sheet.key["same"])
     # How the base differs from that of the training, which the user has accepted.
@@ -143,7 +145,7 @@ def _sheet_summary(sheet: ReviewSheet, request: ReviewRequest) -> str:
 
 
 def score_and_record_review(argv: list[str]) -> int:
-    """`review score`: read the reviewers' files, print the scores, and add them to the run's records.
+    """Run `review score`: read the reviewers' files, print the scores, and add them to the run's records.
 
     Returns the exit code 0. Raises ConfigError, DataError for a file of answers that cannot be used, StorageError.
     """
@@ -163,6 +165,7 @@ def score_and_record_review(argv: list[str]) -> int:
     reviewers = read_reviewers(arguments.answers, review_id, key)
     names = [reviewer.name for reviewer in reviewers]
     dropped_names = arguments.drop
+    # Whoever is dropped must have sent answers, else a typo would count a vote that should not count.
     unknown_names = [name for name in dropped_names if name not in names]
     if unknown_names:
         raise ConfigError(f"drop=[{','.join(unknown_names)}]: no such reviewer; there are {', '.join(names)}")

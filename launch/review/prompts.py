@@ -33,9 +33,11 @@ class ReviewPrompt:
 
 
 def draw_prompts(path: str, num_prompts: int, seed: int) -> list[ReviewPrompt]:
-    """Draw `num_prompts` different prompts at random from the files at `path`; all of them if there are fewer.
+    """Draw the prompts of a review: `num_prompts` different ones at random from files of training data; all if there are
+    fewer.
 
-    Raises ConfigError for a path that is no local file, DataError with file and line for a row without a prompt.
+    `path`: one file or several, in any format that training data may have. Raises ConfigError for a path that is no local
+    file, DataError with file and line for a row without a prompt.
     """
     files = expand_paths(path, "prompts")
     for file in files:
@@ -55,7 +57,10 @@ def draw_prompts(path: str, num_prompts: int, seed: int) -> list[ReviewPrompt]:
 
 
 def write_task_rows(path: Path, prompts: list[ReviewPrompt]) -> None:
-    """Write the prompts as rows of an evaluation task, by which the models answer them. Raises StorageError."""
+    """Write the prompts as the file of an evaluation task, by which the compared models answer them. Raises StorageError.
+
+    A row needs an expected answer. Nobody scores here, so it is `PLACEHOLDER_ANSWER`.
+    """
     # All rows of a file must have the same form. If any prompt is a conversation, plain texts become one-turn conversations.
     are_all_plain_texts = all(prompt.turns is None for prompt in prompts)
     lines = []
@@ -70,10 +75,11 @@ def write_task_rows(path: Path, prompts: list[ReviewPrompt]) -> None:
 
 
 def _prompt_of_row(row: SourceRow) -> ReviewPrompt:
-    """The prompt in a row of data, from the first of `PROMPT_COLUMNS` that the row has. Raises DataError if it has none.
+    """Find the prompt in a row of data: that of the first of `PROMPT_COLUMNS` that the row has. Raises DataError if it has
+    none.
 
-    `messages` is a conversation. A `prompt` or `question` is a plain text. An `instruction` is a user's turn, with the column
-    `input` below it if there is one.
+    `messages` is a conversation. A `prompt` or `question` is a plain text. An `instruction` is a user's turn, with the
+    column `input` below it if there is one.
     """
     location = f"{row.file}:{row.line}"
     fields = row.fields
@@ -97,7 +103,10 @@ def _prompt_of_row(row: SourceRow) -> ReviewPrompt:
 
 
 def _prompt_of_conversation(location: str, messages: Any) -> ReviewPrompt:
-    """The prompt of a conversation: its turns up to the last one of the user. Raises DataError if it is no conversation."""
+    """The prompt of a conversation: its turns up to the last one of the user, so that the model writes the next one.
+
+    `location`: `file:line` for messages. Raises DataError if it is no conversation.
+    """
     turns = messages if isinstance(messages, list) else []
     last_user_turn = None
     if all(map(_is_text_turn, turns)):

@@ -35,10 +35,11 @@ WIN_RATE_METHOD_TEXT = (
 
 
 def score_review(review_id: str, key: ReviewKey, reviewers: list[Reviewer], dropped_names: list[str]) -> dict[str, Any]:
-    """The record of a review as JSON values: win rates with intervals, agreement, disputed items, and the reviewers.
+    """Evaluate a review: how often reviewers preferred the tuned model, how far they agree, and who may have answered
+    carelessly.
 
-    `key`: which model wrote which answer. The models that answered are called arms: `tuned`, and those that it is compared with.
-    The votes of the reviewers in `dropped_names` do not count.
+    Returns the record of the review, as JSON values. `key`: which model wrote which answer. The models that answered are
+    called arms: `tuned`, and those that it is compared with. The votes of the reviewers in `dropped_names` do not count.
     """
     counted_reviewers = [reviewer for reviewer in reviewers if reviewer.name not in dropped_names]
     votes_by_question = {
@@ -83,7 +84,7 @@ def _flags_of_reviewer(reviewer: Reviewer, all_reviewers: list[Reviewer], key: R
 
 
 def _votes_on_question(reviewers: Iterable[Reviewer], key: ReviewKey, question: str) -> VotesOnQuestion:
-    """The votes of the reviewers on one question, by (reviewer, item id).
+    """Collect the reviewers' votes on one question, by (reviewer, item id): `tuned`, `other` or `tie`.
 
     Repeated items are left out: they only show whether a reviewer is consistent.
     """
@@ -100,10 +101,12 @@ def _votes_on_question(reviewers: Iterable[Reviewer], key: ReviewKey, question: 
 def _review_metrics(
     votes_by_question: dict[str, VotesOnQuestion], key: ReviewKey, other_models: list[str]
 ) -> dict[str, dict[str, Any]]:
-    """Win rates and agreement, by the metric names that gates use. `other_models`: those that the tuned one is compared with.
+    """Compute win rates and agreement, by the metric names that gates use: {"win_rate": {"value": 0.6, ...}, "alpha": ...}.
 
     The names are `win_rate/<model>/<question>` and `alpha/<question>`, without the question for the overall one. `win_rate`
     without a model is the one against the base or, if that was not compared, against the model with the lowest win rate.
+
+    `other_models`: those that the tuned one is compared with.
     """
     metrics: dict[str, dict[str, Any]] = {}
     for model in other_models:
@@ -132,10 +135,10 @@ def _metric_suffix(question: str) -> str:
 
 
 def _win_rate_metric(votes: VotesOnQuestion, key: ReviewKey, other_model: str) -> dict[str, Any]:
-    """The win rate of the tuned model against another one, with its 95 % interval and counts, as a metric of the record.
+    """How often reviewers preferred the tuned model to another one: the win rate with its 95 % interval and counts.
 
-    `WIN_RATE_METHOD_TEXT` says how it is computed. The rate is None if nobody judged an item of the two, however many of their
-    answers were equal. `votes`: "tuned", "tie" or "other", by (reviewer, item id).
+    `WIN_RATE_METHOD_TEXT` says how it is computed. `votes`: "tuned", "tie" or "other", by (reviewer, item id). The rate is
+    None if nobody judged an item of the two, however many of their answers were equal.
     """
     items = {item["id"]: item for item in key["items"] if item["other"] == other_model}
     values_by_prompt: dict[int, list[float]] = {}
@@ -164,7 +167,8 @@ def _win_rate_metric(votes: VotesOnQuestion, key: ReviewKey, other_model: str) -
 
 
 def _majority_votes_of_others(reviewer: Reviewer, reviewers: list[Reviewer], key: ReviewKey) -> dict[str, str]:
-    """The vote of most reviewers other than `reviewer`, by item id; only items that at least two of them judged.
+    """How most of the other reviewers voted, by item id, to compare `reviewer` with; only items that at least two of them
+    judged.
 
     Of votes that are equally frequent, the one that comes first in the order of `reviewers` is taken.
     """
@@ -183,7 +187,8 @@ def _majority_votes_of_others(reviewer: Reviewer, reviewers: list[Reviewer], key
 def _reviewer_summary(reviewer: Reviewer, key: ReviewKey, flags: list[str], is_dropped: bool) -> dict[str, Any]:
     """One reviewer in the record: name, numbers of judged and open items, share of wins of the left answer, minutes, flags.
 
-    An item is open until the overall question is answered.
+    An item is open until the overall question is answered. `flags`: signs of careless answers. `is_dropped`: whether the
+    votes do not count.
     """
     all_judgements = reviewer.judgement_by_item.values()
     judgements = [judgement for judgement in all_judgements if OVERALL_QUESTION in judgement.choice_by_question]
@@ -202,9 +207,11 @@ def _reviewer_summary(reviewer: Reviewer, key: ReviewKey, flags: list[str], is_d
 
 
 def _disputed_items(votes: VotesOnQuestion, reviewers: list[Reviewer], key: ReviewKey) -> list[dict[str, Any]]:
-    """Items on which reviewers prefer opposite answers, with votes and comments; those with the most even votes first.
+    """Find the items on which reviewers prefer opposite answers, with votes and comments; those with the most even votes
+    first.
 
-    At most `MAX_RECORDED_DISAGREEMENTS` items. In the record, `other` is the model beside the tuned one, and `prompt` an index.
+    At most `MAX_RECORDED_DISAGREEMENTS` items. In the record, `other` is the model beside the tuned one, and `prompt` an
+    index.
     """
     entries_with_imbalance = []  # (by how many votes one side is ahead, entry of the record)
     for item in key["items"]:

@@ -104,11 +104,15 @@ def make_review_sheet(
     config: ReviewConfig,
     salt: str = "",
 ) -> ReviewSheet:
-    """Pair the tuned model's answers with those of each other arm (compared model), in random order and on random sides.
+    """Make the items of a review: the tuned model's answers beside those of each other arm (compared model), in random
+    order.
 
-    `answers_by_arm`: in the order of the prompts. `entries_on_judged_model`: entries of the key, `run` and `model`. `salt`:
-    random unless a test gives one. Pairs of equal answers are not shown and count as ties. A share `review.repeats` of the
-    items is shown a second time with the sides exchanged.
+    The side of the tuned model's answer is random too. Pairs of equal answers are not shown and count as ties. A share
+    `review.repeats` of the items is shown a second time with the sides exchanged, to find careless reviewers.
+
+    `answers_by_arm`: {"tuned": answers in the order of the prompts, "base": ...}.
+    `entries_on_judged_model`: the entries `run` and `model` of the key.
+    `salt`: random unless a test gives one; keeps the sides from being guessed.
     """
     salt = salt or secrets.token_hex(16)
     rng = random.Random(f"sides {config.seed} {salt}")
@@ -164,9 +168,10 @@ class _AnswerPair:
 def _pair_answers(
     prompts: list[ReviewPrompt], answers_by_arm: dict[str, list[str]], rng: random.Random
 ) -> tuple[list[_AnswerPair], list[EqualPair]]:
-    """(pairs whose answers differ, with a random side for the tuned model; pairs whose answers are equal).
+    """Pair the tuned model's answers with those of each other model. Returns (pairs whose answers differ, equal pairs).
 
-    `rng` also draws a side for pairs of equal answers, so that the sides of the other pairs do not depend on how many there are.
+    A pair gets a random side for the tuned model. `rng` also draws one for pairs of equal answers, so that the sides of the
+    other pairs do not depend on how many there are.
     """
     pairs = []
     equal_pairs: list[EqualPair] = []
@@ -177,6 +182,7 @@ def _pair_answers(
             tuned_answer = answers_by_arm[TUNED_ARM][prompt_index]
             other_answer = arm_answers[prompt_index]
             tuned_side = rng.choice(SIDES)
+            # Nobody could prefer one of them.
             if tuned_answer.strip() == other_answer.strip():
                 equal_pairs.append({"prompt": prompt_index, "other": arm})
                 continue
@@ -187,7 +193,7 @@ def _pair_answers(
 
 
 def _sha256_of_item(item: ReviewSheetItem) -> str:
-    """The SHA-256 of the texts that an item shows, by which the key proves what was judged."""
+    """The hash of the texts that reviewers see of an item, by which the key proves what was judged."""
     return hashlib.sha256(json.dumps([item.prompt, item.answer_a, item.answer_b]).encode()).hexdigest()
 
 
@@ -203,9 +209,9 @@ def write_key(directory: Path, sheet: ReviewSheet) -> None:
 
 
 def read_key(directory: Path) -> tuple[str, ReviewKey]:
-    """(id of the review, its key: which model wrote which answer) from `key.json`.
+    """Read `key.json`, which says which model wrote which answer: (id of the review, its key).
 
-    Raises ConfigError if it is missing, DataError if it was changed.
+    Raises ConfigError if it is missing, DataError if it was changed since `review make` wrote it.
     """
     path = directory / KEY_FILE
     try:
@@ -232,7 +238,7 @@ def read_key(directory: Path) -> tuple[str, ReviewKey]:
 
 
 def review_csv(sheet: ReviewSheet, config: ReviewConfig) -> str:
-    """The review as CSV, which reviewers fill in with a spreadsheet: a, b or tie in the column of each question."""
+    """Write the review as a table for reviewers who prefer a spreadsheet: they fill in a, b or tie for each question."""
     csv_file = io.StringIO()
     writer = csv.writer(csv_file)
     writer.writerow(
@@ -251,7 +257,7 @@ def _escaped_formula(text: str) -> str:
 
 
 def review_page(sheet: ReviewSheet, config: ReviewConfig) -> str:
-    """The review as one HTML file that needs no network; prompts and answers are data in it, never markup."""
+    """Write the review as one HTML page that works offline; prompts and answers are data in it, never markup."""
     from trainer.pages.render import render
 
     questions = {OVERALL_QUESTION: "Which answer is better, all in all?", **config.rubric}

@@ -32,22 +32,25 @@ class AnswerPair:
 
     @property
     def summary(self) -> str:
-        """One line on the pair: the task, what changed, and the end of the prompt: `qa: right now: … What is 2 + 2?`."""
+        """One line on the pair, the task, what changed, and the end of the prompt: `qa: right now: … What is 2 + 2?`."""
         prompt_on_one_line = " ".join(self.prompt.split())
         prompt_end = (
             prompt_on_one_line
             if len(prompt_on_one_line) <= MAX_SUMMARY_CHARACTERS
             else f"… {prompt_on_one_line[-MAX_SUMMARY_CHARACTERS:]}"
         )
+        # Answers to held-out documents are kept under a name that readers do not know.
         parts = (self.task.replace(GENERATED, "held-out document"), self.change, prompt_end)
         return ": ".join(part for part in parts if part)
 
 
 def answer_pairs(run: RecordedRun) -> list[AnswerPair]:
-    """Answers to the same prompts before and after training; at most `MAX_ANSWERS`, and empty if none were kept.
+    """Choose answers to the same prompts before and after training, to show what the training changed; at most
+    `MAX_ANSWERS`.
 
-    They come from the newest evaluation report that compares the run with its base model: answers that changed between right
-    and wrong. Without such a report they come from the run's own evaluations: the first prompts.
+    They come from the newest evaluation report that compares the run with its base model: answers that changed between
+    right and wrong. Without such a report they come from the run's own evaluations: the first prompts. Empty if none were
+    kept.
     """
     for report in kept_reports(run.directory, EVALUATION_REPORT):
         comparison = report.report.get("against") or {}
@@ -59,7 +62,7 @@ def answer_pairs(run: RecordedRun) -> list[AnswerPair]:
 
 
 def _answers_of_run(run: RecordedRun) -> list[AnswerPair]:
-    """Pairs of the answers that the run kept of its evaluation before training and of its newest evaluation.
+    """Pair the answers that the run kept of its evaluation before training with those of its newest evaluation, by prompt.
 
     Empty if it kept answers of only one of the two.
     """
@@ -82,7 +85,9 @@ def _answers_of_run(run: RecordedRun) -> list[AnswerPair]:
 
 
 def _pair_of_rows(task: str, first_row: dict[str, Any], last_row: dict[str, Any]) -> AnswerPair:
-    """The pair of two rows of kept answers with the same prompt, from before training and from the newest evaluation."""
+    """Pair two rows of kept answers with the same prompt: `first_row` from before training, `last_row` from the newest
+    evaluation.
+    """
     return AnswerPair(
         task,
         prompt=shorten_at_start(str(last_row["prompt"])),
@@ -93,10 +98,10 @@ def _pair_of_rows(task: str, first_row: dict[str, Any], last_row: dict[str, Any]
 
 
 def _changed_answers(comparison_by_task: dict[str, Any]) -> list[AnswerPair]:
-    """Answers that became right by training and answers that became wrong, in turn, from an evaluation report.
+    """Take from an evaluation report the answers that became right by training and those that became wrong, in turn.
 
-    `comparison_by_task`: the report's comparison of each task with the base model. Its `changed` has the rows under `won` (the
-    base model was wrong and the trained one is right) and `lost` (the other way round).
+    `comparison_by_task`: the report's comparison of each task with the base model. Its `changed` has the rows under `won`
+    (the base model was wrong and the trained one is right) and `lost` (the other way round).
     """
     right_now: list[AnswerPair] = []
     wrong_now: list[AnswerPair] = []
@@ -108,7 +113,11 @@ def _changed_answers(comparison_by_task: dict[str, Any]) -> list[AnswerPair]:
 
 
 def _judged_pair(task: str, row: dict[str, Any], change: str) -> AnswerPair:
-    """The pair of a row of an evaluation report: `answer` is that of the trained model, `other` that of the base model."""
+    """Pair the answers in a row of an evaluation report: `answer` is that of the trained model, `other` that of the base
+    model.
+
+    `change`: `right now` or `wrong now`, what the training did to the answer.
+    """
     return AnswerPair(
         task,
         prompt=shorten_at_start(str(row.get("prompt") or "")),
@@ -119,7 +128,7 @@ def _judged_pair(task: str, row: dict[str, Any], change: str) -> AnswerPair:
 
 
 def _interleave_pairs(first: Sequence[AnswerPair], second: Sequence[AnswerPair]) -> list[AnswerPair]:
-    """Entries of both in turn, then what is left of the longer one."""
+    """Pairs of both lists in turn, then what is left of the longer one, so that the page shows both kinds."""
     mixed = []
     for index in range(max(len(first), len(second))):
         mixed += [*first[index : index + 1], *second[index : index + 1]]
@@ -127,7 +136,9 @@ def _interleave_pairs(first: Sequence[AnswerPair], second: Sequence[AnswerPair])
 
 
 def shorten_at_start(text: str) -> str:
-    """A text of at most `MAX_CHARACTERS` characters. Its end is kept, because the end of a prompt is the question."""
+    """Cut a long prompt or answer to `MAX_CHARACTERS` characters. Its end is kept, because the end of a prompt is the
+    question.
+    """
     if len(text) <= MAX_CHARACTERS:
         return text
     return f"… {text[-MAX_CHARACTERS:]}"

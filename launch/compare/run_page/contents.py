@@ -30,13 +30,14 @@ RESOLVED_KEY_PREFIX = "substitutions."
 
 
 def run_cards(compared: ComparedPoint) -> list[PageCard]:
-    """The numbers at the head of a run's page: held-out metrics or the training loss, duration, speed, memory.
+    """The cards at the head of a run's page: held-out metrics or the training loss, then duration, speed and memory.
 
-    `compared`: the run as the only point of a comparison, which is how runs are measured. `card_changes` are the few held-out
-    metrics that get a card. Numbers that are not known have no card.
+    `compared`: the run as the only point of a comparison, which is how runs are measured. Numbers that are not known have
+    no card.
     """
     run = compared.first_repeat
     measured = compared.measured
+    # The few held-out metrics that get a card, with their values before and after training.
     metric_cards = [_metric_card(run, change) for change in card_changes(metric_changes(run))]
     if not metric_cards:
         metric_cards = _training_metric_cards(run)
@@ -45,7 +46,9 @@ def run_cards(compared: ComparedPoint) -> list[PageCard]:
 
 
 def _metric_card(run: RecordedRun, change: MetricChange) -> PageCard:
-    """A held-out metric at the end of the run, with its value before training, and the best step if that was better."""
+    """The card of a held-out metric: its value at the end of the run, before training, and at the best step if that was
+    better.
+    """
     notes = []
     if change.value_before is not None:
         notes.append(f"before training {change.format_value(change.value_before)}")
@@ -65,10 +68,10 @@ def _metric_card(run: RecordedRun, change: MetricChange) -> PageCard:
 
 
 def _training_metric_cards(run: RecordedRun) -> list[PageCard]:
-    """A card with the training loss, for a run without held-out metrics; empty if no step has a finite loss.
+    """The card of the training loss, for a run without held-out metrics; no card if no step has a finite loss.
 
-    An arrow says whether it rose or fell. It has no colour, because it does not measure quality. A run that learns from rewards
-    gets its reward instead: its loss is near 0 by construction.
+    A run that learns from rewards gets its reward instead: its loss is near 0 by construction. An arrow says whether the
+    number rose or fell; it has no colour, because it does not measure quality.
     """
     metric = "reward" if any("reward" in row for row in run.steps.values()) else "loss"
     values = [row[metric] for row in run.steps.values() if isinstance(row.get(metric), int | float)]
@@ -81,7 +84,7 @@ def _training_metric_cards(run: RecordedRun) -> list[PageCard]:
 
 
 def _duration_card(run: RecordedRun) -> PageCard | None:
-    """The time of all steps of the run together; None if it was not recorded."""
+    """The card of the time that all steps of the run took together; None if it was not recorded."""
     duration_s = sum(row.get("step_s") or 0.0 for row in run.steps.values())
     if not duration_s:
         return None
@@ -91,7 +94,9 @@ def _duration_card(run: RecordedRun) -> PageCard | None:
 
 
 def _speed_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None:
-    """Tokens a second of all ranks, with the time of a step and the MFU; None if the speed is not known."""
+    """The card of the speed: tokens a second of all ranks, with the time of a step and the MFU; None if the speed is not
+    known.
+    """
     if not measured.tokens_per_s:
         return None
     notes = []
@@ -106,7 +111,7 @@ def _speed_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None:
 
 
 def _has_reliable_peak(run: RecordedRun) -> bool:
-    """Whether the peak TFLOP/s that the MFU is a share of can be trusted: that of a GPU, or one that the settings give.
+    """Whether an MFU of the run means something: its peak TFLOP/s is that of a GPU, or one that the settings give.
 
     The peak of a CPU is measured while other programs may run.
     """
@@ -114,7 +119,10 @@ def _has_reliable_peak(run: RecordedRun) -> bool:
 
 
 def _memory_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None:
-    """The largest peak of a rank's memory, for a GPU also as a share of its memory; None if it was not measured."""
+    """The card of a rank's largest memory, on a GPU also as a share of the card's; None if it was not measured.
+
+    A warning says if the card is nearly full.
+    """
     if measured.memory_gib is None:
         return None
     gpu_memory_gib = _predicted_cost(run).device_gib
@@ -132,15 +140,18 @@ def _memory_card(run: RecordedRun, measured: RunMeasurements) -> PageCard | None
 
 
 def _predicted_cost(run: RecordedRun) -> PredictedCost:
-    """What the plan at the start of the run predicted, from its receipt in `run.json`; fields are None without a receipt."""
+    """What the plan at the start of the run predicted, as `run.json` recorded it (the receipt); its fields are None without
+    one.
+    """
     receipt = run.record.receipt or Receipt()
     return receipt.predicted or PredictedCost()
 
 
 def cost_table(compared: ComparedPoint) -> PageTable | None:
-    """A table of the measured costs of a run beside the planned ones, with a row for each cost; None if nothing was measured.
+    """The table of what a run cost beside what was planned: a row for each cost that was measured, None if there is none.
 
-    A cost that was not measured has no row. The receipt in `run.json` is what the run recorded of its plan and its costs.
+    The receipt in `run.json` is what the run recorded of its plan and its costs. `compared`: the run as the only point of a
+    comparison, which is how runs are measured.
     """
     run = compared.first_repeat
     measured = compared.measured
@@ -179,7 +190,7 @@ def _cost_row(
 ) -> list[PageCell] | None:
     """A row of the cost table: title, planned, measured, and measured / planned. None if the cost was not measured.
 
-    `format_value` writes a value with its unit. Without a plan, the cells that need it are dashes.
+    `format_value`: writes a value with its unit. `planned`: None without a plan; the cells that need it are dashes then.
     """
     if not measured:
         return None
@@ -194,7 +205,7 @@ def _gib_to_bytes(gib: float | None) -> float | None:
 
 
 def _start_without_evaluation_s(measured: RunMeasurements) -> float | None:
-    """Seconds from the start of the run to its first step, without the evaluation before that step; None if not known."""
+    """Seconds that the run took to start: up to its first step, without the evaluation before that step. None if not known."""
     if measured.start_s is None:
         return None
     return measured.start_s - (measured.evaluation_before_s or 0)
@@ -209,7 +220,7 @@ class ShownSettings:
 
 
 def run_settings(run: RecordedRun) -> ShownSettings:
-    """The settings of a run: all of them, and those that were chosen. The others are
+    """List the settings of a run for its page: all of them, and those that somebody chose. Not chosen are settings that are
 
     - equal to their default,
     - paths that only say where files are,
@@ -218,6 +229,7 @@ def run_settings(run: RecordedRun) -> ShownSettings:
 
     If this version cannot read the run's `config.yaml`, none count as chosen.
     """
+    # By dotted key, such as {"optim.lr": None}; empty if they are not known.
     defaults = _default_settings(run.directory)
     chosen = []
     all_settings = []
@@ -241,7 +253,11 @@ def _value_on_command_line(value: Any) -> str:
 
 
 def _default_settings(run_dir: Path) -> dict[str, Any]:
-    """The defaults of a run's settings by dotted key; empty if its `config.yaml` is of another version or cannot be read."""
+    """The defaults of a run's settings by dotted key, among which are those of the choices that it made, such as
+    `tuning=lora`.
+
+    Empty if its `config.yaml` is of another version or cannot be read.
+    """
     from launch.config.frozen import load_frozen_config
     from trainer.config.resuming import default_settings
 
@@ -252,10 +268,10 @@ def _default_settings(run_dir: Path) -> dict[str, Any]:
 
 
 def provenance_rows(run: RecordedRun) -> list[tuple[str, str]]:
-    """(name, text) rows on where the run comes from: data, method, batch, machine, versions; one not recorded has no row.
+    """Say where a run comes from: (name, text) rows on data, method, batch, machine and versions. What was not recorded has
+    no row.
 
-    The batch reads `64 = 4 micro x 2 accumulation x 8 ranks`. The numbers of parameters stand in the record of the sharding,
-    which was measured on the model.
+    The batch reads `64 = 4 micro x 2 accumulation x 8 ranks`.
     """
     record = run.record
     methods = (record.strategy, record.tuning, record.objective, record.precision, record.attention)
@@ -263,6 +279,7 @@ def provenance_rows(run: RecordedRun) -> list[tuple[str, str]]:
     if record.global_batch and record.micro_batch and record.accumulation and record.world_size:
         batch = f"{record.global_batch} = {record.micro_batch} micro x {record.accumulation} accumulation x "
         batch += record.dp_ranks_text
+    # The parameters were counted when the sharding was measured on the model, so they stand in its record.
     parameters = ""
     if record.sharding.parameters:
         share = record.sharding.trainable_parameters / record.sharding.parameters
@@ -287,7 +304,9 @@ def provenance_rows(run: RecordedRun) -> list[tuple[str, str]]:
 
 
 def run_links(run: RecordedRun) -> list[tuple[str, str]]:
-    """(text, URL relative to the page) of each page and file about the run that exists: ("metrics", "metrics.jsonl")."""
+    """The links to the pages and files about the run that exist: (text, URL relative to the page), such as ("metrics",
+    "metrics.jsonl").
+    """
     targets: list[tuple[str, Path]] = []
     if run.record.data_directory:
         targets.append(("audit of the data", Path(run.record.data_directory) / "audit.html"))
@@ -305,9 +324,9 @@ def run_links(run: RecordedRun) -> list[tuple[str, str]]:
 
 
 def relative_address(run_dir: Path, path: Path) -> str:
-    """A file's address from the page in the run directory, for a link: `../data%20%231/audit.html`.
+    """The URL of a file in a link of the page in the run directory: `../data%20%231/audit.html`.
 
-    It is relative, so that both can be moved together.
+    It is relative, so that the page and the file can be moved together.
     """
     relative_path = os.path.relpath(path.absolute(), run_dir.absolute())
     return quote(relative_path.replace(os.sep, "/"))  # a `#` or `%` in a directory's name would lead elsewhere

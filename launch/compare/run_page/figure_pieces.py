@@ -53,9 +53,9 @@ X_AXIS_TRANSFORM: Spec = {"calculate": "datum[over]", "as": "x"}
 
 
 def x_values_of_steps(run: RecordedRun) -> dict[int, Row]:
-    """What the x axis can show of each step of a run: {1: {"step": 1, "tokens": 512, "seconds": 0.8}, ...}.
+    """What the x axis of a plot can show of each step of a run: {1: {"step": 1, "tokens": 512, "seconds": 0.8}, ...}.
 
-    The evaluation before the first step is at 0. Seconds are those of training.
+    The evaluation before the first step is at 0. Seconds are those of training, without evaluations.
     """
     x_values_by_step: dict[int, Row] = {0: {"step": 0, "tokens": 0, "seconds": 0.0}}
     elapsed = accumulate(row.get("step_s") or 0.0 for row in run.steps.values())
@@ -65,9 +65,11 @@ def x_values_of_steps(run: RecordedRun) -> dict[int, Row]:
 
 
 def drawn_steps(run: RecordedRun) -> list[int]:
-    """The steps that are drawn: evenly spread ones, the last, and those that stood out; of a short run, all.
+    """Choose the steps of a run that its plots draw: evenly spread ones, the last, and those that stood out; of a short
+    run, all.
 
-    About `MAX_DRAWN_STEPS` are evenly spread, and at most `MAX_DRAWN_STEPS` stood out.
+    About `MAX_DRAWN_STEPS` are evenly spread, and at most `MAX_DRAWN_STEPS` stood out, so that the page stays small. A step
+    stands out if a guard or detector found something at it.
     """
     steps = list(run.steps)
     stride = max(1, math.ceil(len(steps) / MAX_DRAWN_STEPS))
@@ -78,7 +80,7 @@ def drawn_steps(run: RecordedRun) -> list[int]:
 
 
 def round_to_six_digits(value: float) -> float:
-    """A number with the six digits that a plot can show: the page is half as large."""
+    """A number with the six digits that a plot can show, which makes the page half as large."""
     return float(f"{value:.6g}")
 
 
@@ -99,7 +101,7 @@ COLOR_BY_SERIES: Spec = {
 
 
 def tooltip_fields(value_field: str, title: str) -> list[Spec]:
-    """What the pointer shows of a point of a curve: its position on each x axis, and its value under this title."""
+    """What the pointer shows of a point of a curve: its step, tokens and seconds, and its value under this title."""
     return [
         {"field": "step", "type": "quantitative"},
         {"field": "tokens", "type": "quantitative", "format": ","},
@@ -109,7 +111,11 @@ def tooltip_fields(value_field: str, title: str) -> list[Spec]:
 
 
 def held_out_rows_of(run: RecordedRun, x_values_by_step: dict[int, Row], metric: str) -> list[Row]:
-    """A data row for each evaluation with a finite value of a held-out metric; of very many, about `MAX_DRAWN_STEPS`."""
+    """Data rows of a held-out metric for a plot: one for each evaluation with a finite value; of very many, about
+    `MAX_DRAWN_STEPS`.
+
+    Such as {"series": "held-out", "step": 40, "tokens": 20480, "seconds": 31.5, "value": 2.31, "metric": "eval/loss"}.
+    """
     rows = []
     for step, metrics in run.evaluations.items():
         value = metrics.get(metric)
@@ -120,7 +126,9 @@ def held_out_rows_of(run: RecordedRun, x_values_by_step: dict[int, Row], metric:
 
 
 def x_values_of(x_values_by_step: dict[int, Row], step: int) -> Row:
-    """The position of a step on the x axes. Tokens and seconds are None for a step without a row in `metrics.jsonl`."""
+    """Where a step is on the x axes: its step, tokens and seconds. The last two are None for a step without a row in
+    `metrics.jsonl`.
+    """
     return x_values_by_step.get(step, {"step": step, "tokens": None, "seconds": None})
 
 

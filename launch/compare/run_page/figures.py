@@ -65,12 +65,14 @@ class PageFigures(NamedTuple):
 
 
 def run_figures(run: RecordedRun, parts_s: dict[str, float], profile: ProfiledSteps | None) -> PageFigures:
-    """The plots of a run's page. Plots without numbers are left out.
+    """Make the plots of a run's page, those at its head and those that are folded. Plots without numbers are left out.
 
-    At the head are the training loss, or the reward of a run that learns from rewards, and the plot of the held-out metrics
-    unless the monitored one is the held-out loss, which is in the plot of the loss. All others are folded. `parts_s`: seconds of
-    each part of a step, by its name. `profile`: None if the run was not profiled.
+    At the head are the training loss (for a run that learns from rewards, the reward), and the held-out metrics. These are
+    folded if the run is judged by its held-out loss, because that is in the plot of the loss. All other plots are folded.
+
+    `parts_s`: seconds of each part of a step, such as {"forward": 0.2}. `profile`: None if the run was not profiled.
     """
+    # For each step what the x axis of a plot can show: step, tokens and seconds.
     x_values_by_step = x_values_of_steps(run)
     losses = loss_figure(run, x_values_by_step)
     reward_figure = _reward_figure(run, x_values_by_step)
@@ -95,9 +97,10 @@ def run_figures(run: RecordedRun, parts_s: dict[str, float], profile: ProfiledSt
 
 
 def _held_out_figure(run: RecordedRun, x_values_by_step: dict[int, Row]) -> Figure | None:
-    """The plot of the held-out metrics other than the loss, of which the reader chooses one in a menu; None if there is none.
+    """The plot of a held-out metric other than the loss, which the reader chooses in a menu; None if there is none.
 
-    `x_values_by_step`: step, tokens and seconds of each step, among which the reader chooses for the x axis.
+    `x_values_by_step`: for each step its {"step": 5, "tokens": 2560, "seconds": 4.1}, among which the reader chooses the x
+    axis.
     """
     metrics: dict[str, None] = {monitored_metric(run): None}  # first, so that the menu shows it first
     for values in run.evaluations.values():
@@ -116,10 +119,10 @@ def _held_out_figure(run: RecordedRun, x_values_by_step: dict[int, Row]) -> Figu
 
 
 def _reward_figure(run: RecordedRun, x_values_by_step: dict[int, Row]) -> Figure | None:
-    """The plot of the metrics of generated answers, in training and held out; None for a run without rewards.
+    """The plot of a metric of generated answers, in training and held out; None for a run without rewards.
 
-    The reader chooses one metric in a menu, which shows the reward first. If a round takes several steps, each step has the
-    numbers of its round. `x_values_by_step`: step, tokens and seconds of each step.
+    The reader chooses the metric in a menu, which shows the reward first. If a round takes several steps, each step has the
+    numbers of its round. `x_values_by_step`: for each step its {"step": 5, "tokens": 2560, "seconds": 4.1}.
     """
     metrics = _answer_metrics(run)
     if REWARD_METRIC not in metrics:
@@ -138,9 +141,9 @@ def _reward_figure(run: RecordedRun, x_values_by_step: dict[int, Row]) -> Figure
 
 
 def _chosen_metric_spec(rows: list[Row], metrics: list[str], mark: Spec, *, height_px: int) -> Spec:
-    """The Vega-Lite plot of one metric over training, which the reader chooses in a menu; the first is shown first.
+    """Build the Vega-Lite plot of one metric over training, which the reader chooses in a menu; the first is shown first.
 
-    A row has the name of its `metric`, its `value`, and its x values. `mark`: how the curve looks.
+    `rows`: {"metric": "eval/qa/f1", "value": 0.6, "step": 5, "tokens": 2560, "seconds": 4.1}. `mark`: how the curve looks.
     """
     menu = {
         "name": "shown_metric",
@@ -151,6 +154,7 @@ def _chosen_metric_spec(rows: list[Row], metrics: list[str], mark: Spec, *, heig
         "height": height_px,
         "data": {"values": rows},
         "params": [X_AXIS_MENU, menu, ZOOM_PARAMETER],
+        # Only the rows of the chosen metric are drawn; the next transform adds `x`, as chosen in the other menu.
         "transform": [{"filter": "datum.metric == shown_metric"}, X_AXIS_TRANSFORM],
         "mark": mark,
         "encoding": {
@@ -162,7 +166,7 @@ def _chosen_metric_spec(rows: list[Row], metrics: list[str], mark: Spec, *, heig
 
 
 def _training_metric_rows(run: RecordedRun, x_values_by_step: dict[int, Row], metric: str) -> list[Row]:
-    """A data row for each training step with a finite value of a metric."""
+    """Data rows of a training metric, such as `reward`: one for each step with a finite value."""
     rows = []
     for step, step_row in run.steps.items():
         value = step_row.get(metric)
@@ -179,9 +183,11 @@ def _training_metric_rows(run: RecordedRun, x_values_by_step: dict[int, Row], me
 
 
 def _answer_metrics(run: RecordedRun) -> list[str]:
-    """The metrics of generated answers that any step has: the reward, its components, then others; `MAX_ANSWER_METRICS` at most.
+    """Choose the metrics of generated answers for the menu: the reward, its components, then others; `MAX_ANSWER_METRICS`
+    at most.
 
-    The page has the numbers of each step for each of them, so there must not be many.
+    The page holds the numbers of each step for each of them, so there must not be many. Empty for a run that generates
+    none.
     """
     metrics: dict[str, None] = {}  # a dict as an ordered set
     for row in run.steps.values():
@@ -195,7 +201,8 @@ def _answer_metrics(run: RecordedRun) -> list[str]:
 def _training_course_figure(run: RecordedRun, x_values_by_step: dict[int, Row]) -> Figure | None:
     """The plots of gradient norm, learning rate and speed beneath each other; None if no step has any of them.
 
-    `x_values_by_step`: step, tokens and seconds of each step, among which the reader chooses for the x axis.
+    `x_values_by_step`: for each step its {"step": 5, "tokens": 2560, "seconds": 4.1}, among which the reader chooses the x
+    axis.
     """
     strips: list[Spec] = []
     steps = drawn_steps(run)
@@ -215,9 +222,11 @@ def _training_course_figure(run: RecordedRun, x_values_by_step: dict[int, Row]) 
 
 
 def _training_course_strip(metric: str, title: str, rows: list[Row]) -> Spec:
-    """The Vega-Lite plot of one metric, such as `grad_norm`, as a strip without a title of its x axis. `title`: of its y axis.
+    """Build the Vega-Lite plot of one metric over training, such as `grad_norm`, as a low strip; several stand beneath each
+    other.
 
-    `rows`: the metric and the x values of each step: {"grad_norm": 0.8, "step": 5, "tokens": 2560, "seconds": 4.1}.
+    `title`: of its y axis; the x axis has none, as all strips share it. `rows`: {"grad_norm": 0.8, "step": 5, "tokens":
+    2560, "seconds": 4.1}.
     """
     return {
         "height": STRIP_HEIGHT_PX,
@@ -240,7 +249,10 @@ def _training_course_strip(metric: str, title: str, rows: list[Row]) -> Spec:
 
 
 def _step_time_figure(parts_s: dict[str, float]) -> Figure | None:
-    """One bar of the parts of a step, in milliseconds; None if they were not timed. `parts_s`: seconds by name of a part."""
+    """The plot of where the time of a step goes, as one stacked bar in ms; None if the parts were not timed.
+
+    `parts_s`: seconds of each part, such as {"forward": 0.2, "backward": 0.4}.
+    """
     if not parts_s:
         return None
     rows = []
@@ -261,9 +273,9 @@ def _step_time_figure(parts_s: dict[str, float]) -> Figure | None:
 
 
 def _profile_memory_figure(profile: ProfiledSteps | None) -> Figure | None:
-    """The plot of allocated memory over the traced steps, a line for each rank; None if the run was not profiled.
+    """The plot of allocated memory over the profiled steps, a line for each rank; None if the run was not profiled.
 
-    A row of `profile.memory` is {"rank": "0", "ms": 12.5, "GiB": 3.1}.
+    A row of `profile.memory` is {"rank": "0", "ms": 12.5, "GiB": 3.1}, one for each change.
     """
     if profile is None or not profile.memory:
         return None

@@ -102,7 +102,11 @@ class BestStep:
 
 
 def metric_changes(run: RecordedRun) -> list[MetricChange]:
-    """The held-out metrics of a run's last evaluation, the monitored one first; empty if it was not evaluated after a step."""
+    """How each held-out metric of a run changed from before training to the last evaluation, the monitored metric first.
+
+    Empty if the run was not evaluated after a step. The monitored metric is the one that decides which checkpoint is the
+    best.
+    """
     last_step = max(run.evaluations, default=0)
     if last_step == 0:
         return []
@@ -120,16 +124,17 @@ def metric_changes(run: RecordedRun) -> list[MetricChange]:
 
 
 def card_changes(changes: list[MetricChange]) -> list[MetricChange]:
-    """The changes at the head of the page: of the first metric, and of the metrics in `TITLE_BY_METRIC`; at most `MAX_CARDS`.
+    """Choose the few metrics that get a card at the head of the page: the first, and those in `TITLE_BY_METRIC`; at most
+    `MAX_CARDS`.
 
-    `changes` are those of `metric_changes`: the first is of the monitored metric.
+    `changes`: of all held-out metrics, that of the monitored one first.
     """
     shown = [change for index, change in enumerate(changes) if index == 0 or change.name in TITLE_BY_METRIC]
     return shown[:MAX_CARDS]
 
 
 def monitored_metric(run: RecordedRun) -> str:
-    """The held-out metric that decides which checkpoint is the best. The first of these that there is:
+    """The held-out metric that decides which checkpoint of a run is the best. The first of these that there is:
 
     - The metric that the run recorded.
     - The setting `evaluation.watch`.
@@ -146,13 +151,17 @@ def monitored_metric(run: RecordedRun) -> str:
 
 
 def monitored_change(run: RecordedRun) -> MetricChange | None:
-    """The change of the monitored metric; None if the last evaluation has no number for it."""
+    """How the monitored metric (which decides the best checkpoint) changed; None if the last evaluation has no number for
+    it.
+    """
     changes = metric_changes(run)
     return changes[0] if changes and changes[0].name == monitored_metric(run) else None
 
 
 def monitored_metric_is_lost(run: RecordedRun) -> bool:
-    """Whether the monitored metric is NaN or infinite in the last evaluation, and was finite in an earlier one."""
+    """Whether the monitored metric became NaN or infinite: it is so in the last evaluation, and was finite in an earlier
+    one.
+    """
     monitored = monitored_metric(run)
     # A value that is not finite is missing from the metrics of its evaluation.
     has_finite_value = [monitored in run.evaluations[step] for step in sorted(run.evaluations)]
@@ -165,7 +174,8 @@ def metric_title(metric: str) -> str:
 
 
 def best_step(run: RecordedRun) -> BestStep | None:
-    """The evaluation after the first step with the best value of the monitored metric.
+    """Find the evaluation after the first step with the best value of the monitored metric, which decides the best
+    checkpoint.
 
     None if no evaluation after the first step has a finite value, or nobody knows whether a larger value is better.
     """
@@ -185,6 +195,7 @@ def best_step(run: RecordedRun) -> BestStep | None:
     is_better_than_before_training = True
     if value_before is not None:
         is_better_than_before_training = best_value > value_before if greater_is_better else best_value < value_before
+    # None if the last evaluation has no finite value: then it is not as good as the best.
     last_value = value_by_step.get(max(run.evaluations))
     return BestStep(
         step,

@@ -60,9 +60,11 @@ Vega cannot change the type of an axis, so `_loss_y_transforms` computes logarit
 
 
 def loss_figure(run: RecordedRun, x_values_by_step: dict[int, Row]) -> Figure | None:
-    """Training and held-out loss in one plot, with the best step marked; None if no drawn step has a training loss.
+    """The plot of training and held-out loss, with the best step and steps that stood out marked; None without a training
+    loss.
 
-    `x_values_by_step`: step, tokens and seconds of each step, among which the reader chooses for the x axis.
+    `x_values_by_step`: for each step its {"step": 5, "tokens": 2560, "seconds": 4.1}, among which the reader chooses the x
+    axis.
     """
     training_rows = _training_loss_rows(run, x_values_by_step)
     if not training_rows:
@@ -90,7 +92,10 @@ class _FigurePart(NamedTuple):
 
 
 def _best_step_part(run: RecordedRun, x_values_by_step: dict[int, Row]) -> _FigurePart:
-    """The mark of the best step; empty if no step is better than the model before training, or it has no held-out loss."""
+    """The part of the plot that marks the best step, by the metric that decides the best checkpoint.
+
+    Empty if no step is better than the model before training, or the best one has no held-out loss.
+    """
     best = best_step(run)
     if best is None or not best.is_better_than_before_training or not _has_held_out_loss(run, best.step):
         return _FigurePart([], "")
@@ -99,7 +104,7 @@ def _best_step_part(run: RecordedRun, x_values_by_step: dict[int, Row]) -> _Figu
 
 
 def _notable_steps_part(run: RecordedRun, x_values_by_step: dict[int, Row]) -> _FigurePart:
-    """The lines at steps at which a guard or detector found something; empty if there are none."""
+    """The part of the plot that marks steps at which a guard or detector found something; empty if there are none."""
     notable_rows = _notable_step_rows(run, x_values_by_step)
     if not notable_rows:
         return _FigurePart([], "")
@@ -108,9 +113,10 @@ def _notable_steps_part(run: RecordedRun, x_values_by_step: dict[int, Row]) -> _
 
 
 def _training_loss_rows(run: RecordedRun, x_values_by_step: dict[int, Row]) -> list[Row]:
-    """A data row for each drawn step with a training loss: its x values, its loss, and its loss by each smoothing.
+    """Data rows of the training loss: one for each drawn step, with its x values, its loss, and its loss by each smoothing.
 
-    Such as {"series": "training", "step": 5, "tokens": 2560, "seconds": 4.1, "loss": 2.3, "none": 2.3, "some": 2.4, "much": 2.5}.
+    Such as {"series": "training", "step": 5, "tokens": 2560, "seconds": 4.1, "loss": 2.3, "none": 2.3, "some": 2.4, "much":
+    2.5}.
     """
     loss_by_step = {}
     for step, row in run.steps.items():
@@ -118,6 +124,7 @@ def _training_loss_rows(run: RecordedRun, x_values_by_step: dict[int, Row]) -> l
             loss_by_step[step] = float(row["loss"])
     losses_by_smoothing = {}
     for menu_entry, smoothing in SMOOTHING_BY_MENU_ENTRY.items():
+        # The longer the run, the more steps a mean is over, so that curves look alike.
         weight = smoothing_weight(smoothing.share_of_steps * len(loss_by_step), smoothing.min_steps)
         losses_by_smoothing[menu_entry] = smoothed(loss_by_step, weight)
     rows = []
@@ -131,10 +138,11 @@ def _training_loss_rows(run: RecordedRun, x_values_by_step: dict[int, Row]) -> l
 
 
 def _loss_y_transforms(loss_expression: str) -> list[Spec]:
-    """Vega-Lite transforms that compute `y`, a loss or its logarithm, as the reader chose in the menu of the axis.
+    """Vega-Lite transforms that add `y` to each row: a loss, or its logarithm if the reader chose that in the menu of the
+    axis.
 
-    `loss_expression`: that of the loss, such as `datum.value`. `scale` is the parameter of `SCALE_MENU`. A row whose `y` is not
-    valid is left out.
+    `loss_expression`: reads the loss, such as `datum.value`. `scale` is the parameter of `SCALE_MENU`. A row whose `y` is
+    not valid, such as the logarithm of 0, is left out.
     """
     return [
         {"calculate": loss_expression, "as": "v"},
@@ -153,13 +161,16 @@ LOSS_AXIS: Spec = {
 
 
 def _training_loss_layers(rows: list[Row], *, has_held_out: bool) -> list[Spec]:
-    """Vega-Lite layers of the training loss: a pale line of each step's loss, the smoothed line over it, points for the pointer.
+    """Vega-Lite layers of the training loss: a pale line of each step's loss, the smoothed line over it, points for the
+    pointer.
 
-    `rows`: those of `_training_loss_rows`. `has_held_out`: whether the held-out loss is drawn in another colour.
+    `rows`: {"step": 5, ..., "loss": 2.3, "none": 2.3, "some": 2.4, "much": 2.5}, by the names in the menu of smoothings.
+    `has_held_out`: whether the held-out loss is drawn in another colour.
     """
     # A single curve needs no legend.
     color = COLOR_BY_SERIES if has_held_out else {**COLOR_BY_SERIES, "legend": None}
     line_encoding = {"x": X_AXIS, "y": LOSS_AXIS, "color": color}
+    # `smoothing` is the parameter of the menu, the name of the field with the loss as the reader chose.
     smoothed_transforms = [X_AXIS_TRANSFORM, *_loss_y_transforms("datum[smoothing]")]
     return [
         {
@@ -205,7 +216,8 @@ def _has_held_out_loss(run: RecordedRun, step: int) -> bool:
 def _best_step_layers(run: RecordedRun, best: BestStep, x_values_by_step: dict[int, Row]) -> list[Spec]:
     """Vega-Lite layers that mark the best step: a ring at the height of its held-out loss, and a label beside it.
 
-    `x_values_by_step`: step, tokens and seconds of each step. The evaluation of the best step must have a held-out loss.
+    `x_values_by_step`: for each step its {"step": 5, "tokens": 2560, "seconds": 4.1}. The evaluation of the best step must
+    have a held-out loss.
     """
     loss = run.evaluations[best.step][HELD_OUT_LOSS]
     shared: Spec = {
@@ -231,7 +243,9 @@ def _best_step_layers(run: RecordedRun, best: BestStep, x_values_by_step: dict[i
 
 
 def _notable_step_rows(run: RecordedRun, x_values_by_step: dict[int, Row]) -> list[Row]:
-    """A data row for each of the latest steps at which a guard or detector found something: its x values, and what it found."""
+    """Data rows for marking the latest steps at which a guard or detector found something: their x values, and `what` it
+    found.
+    """
     rows = []
     for notable in notable_steps(run)[-MAX_DRAWN_STEPS:]:
         rows.append({**x_values_of(x_values_by_step, notable.step), "what": notable.text[:200]})
@@ -239,7 +253,7 @@ def _notable_step_rows(run: RecordedRun, x_values_by_step: dict[int, Row]) -> li
 
 
 def _notable_steps_layer(rows: list[Row]) -> Spec:
-    """The Vega-Lite layer of dotted vertical lines at the steps of `_notable_step_rows` (`rows`)."""
+    """The Vega-Lite layer that marks steps that stood out by dotted vertical lines; the pointer shows `what` was found."""
     tooltip = [{"field": "step", "type": "quantitative"}, {"field": "what", "type": "nominal"}]
     return {
         "data": {"values": rows},

@@ -34,7 +34,11 @@ class ProfileTables:
 
 
 def run_page(comparison: Comparison, *, reload_after_s: float | None = None) -> str:
-    """The HTML page of a single run, the only point of `comparison`. A browser reloads it after `reload_after_s` seconds."""
+    """Write the HTML page of a single run, `report.html`: its verdict, cards, plots, answers, costs, settings and
+    provenance.
+
+    `comparison` has the run as its only point. A browser reloads the page after `reload_after_s` seconds; None: never.
+    """
     compared = comparison.points[0]
     run = compared.first_repeat
     profile = read_profile(run.directory)
@@ -69,7 +73,9 @@ def run_page(comparison: Comparison, *, reload_after_s: float | None = None) -> 
 
 
 def _profile_tables(profile: ProfiledSteps) -> ProfileTables:
-    """The tables of a profiled run: a row for each rank, and a row for each operator."""
+    """Prepare what the page shows of a profiled run: a table with a row for each rank, and one with a row for each
+    operator.
+    """
     return ProfileTables(
         steps=profile.steps,
         is_measured_on_device=profile.measured_on == "device",
@@ -82,7 +88,9 @@ def _profile_tables(profile: ProfiledSteps) -> ProfileTables:
 
 
 def _text_table(headings: list[str], rows: list[list[str]], caption: str) -> PageTable:
-    """A table of cells that are text already; a column is sorted by the numbers with which its cells begin."""
+    """Make a table of the page from cells that are text already; a column is sorted by the numbers with which its cells
+    begin.
+    """
     cells = []
     for row in rows:
         cells.append([PageCell(text, _sort_value(text)) for text in row])

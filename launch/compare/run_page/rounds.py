@@ -44,11 +44,13 @@ class ShownGroup:
 
 
 def shown_round_groups(run: RecordedRun) -> list[ShownGroup]:
-    """The answers that the page shows of a run that learns from rewards: two groups each of three recorded rounds.
+    """Choose the answers that the page of a run with rewards shows: those to two prompts in each of three recorded rounds.
 
-    A round is the answers that the model writes for one or several optimizer steps, a group all answers to one prompt in it.
-    Shown are the groups with the highest and the lowest mean reward, in the first, the middle and the last round. Empty without
-    recorded rounds. A file that cannot be read is left out: the run may be writing it.
+    In a round the model writes answers to prompts, from which one or several optimizer steps learn; a group is all answers
+    to one prompt in it. Shown are the groups with the highest and the lowest mean reward, in the first, the middle and the
+    last round.
+
+    Empty without recorded rounds. A file that cannot be read is left out: the run may be writing it.
     """
     file_by_step = recorded_rounds(run.directory)
     steps = list(file_by_step)
@@ -62,10 +64,10 @@ def shown_round_groups(run: RecordedRun) -> list[ShownGroup]:
 
 
 def _best_and_worst_group(step: int, round_file: Path) -> list[ShownGroup]:
-    """The best and the worst group (answers to one prompt) of a round by mean reward.
+    """The groups of a round with the highest and the lowest mean reward; a group is all answers to one prompt.
 
-    One group if the round has only one with rewards; empty if it has none, or the file cannot be read. `step`: the optimizer step
-    of the round. `round_file`: a Parquet file with a row for each answer.
+    One group if the round has only one with rewards; empty if it has none, or the file cannot be read. `step`: the
+    optimizer step of the round. `round_file`: a Parquet file with a row for each answer.
     """
     groups_by_reward = []  # (mean reward, rows of the group)
     for rows in groups_of_rows(_read_recorded_answers(round_file)):
@@ -84,7 +86,9 @@ def _best_and_worst_group(step: int, round_file: Path) -> list[ShownGroup]:
 
 
 def _read_recorded_answers(round_file: Path) -> list[dict[str, Any]]:
-    """The rows of a recorded round, one for each answer; empty if the file cannot be read."""
+    """Read a round's file, a row for each answer: {"prompt": ..., "answer": ..., "reward": 0.5, ...}; empty if it cannot be
+    read.
+    """
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -96,9 +100,9 @@ def _read_recorded_answers(round_file: Path) -> list[dict[str, Any]]:
 
 
 def _shown_group(title: str, mean_reward: float, rows: Sequence[dict[str, Any]]) -> ShownGroup:
-    """A group as the page shows it: one prompt with its answers, at most the best and the worst `MAX_ANSWERS / 2` of them.
+    """Prepare one prompt with its answers for the page: at most the best and the worst `MAX_ANSWERS / 2` answers.
 
-    `title` is like `step 40, best prompt`. `rows`: one for each answer, the best first.
+    `title`: such as `step 40, best prompt`. `rows`: one for each answer, the best first.
     """
     shown_rows = list(rows)
     if len(rows) > MAX_ANSWERS:
@@ -106,6 +110,7 @@ def _shown_group(title: str, mean_reward: float, rows: Sequence[dict[str, Any]])
         shown_rows = [*rows[:half], *rows[-half:]]
     prompt = str(rows[0]["prompt"])
     one_line = " ".join(prompt.split())
+    # The end of a prompt is kept, since that is where the question stands.
     prompt_end = one_line if len(one_line) <= MAX_SUMMARY_CHARACTERS else f"… {one_line[-MAX_SUMMARY_CHARACTERS:]}"
     return ShownGroup(
         summary=f"{title}, mean reward {format_number(mean_reward)}: {prompt_end}",
@@ -116,10 +121,11 @@ def _shown_group(title: str, mean_reward: float, rows: Sequence[dict[str, Any]])
 
 
 def _shown_answer(row: dict[str, Any]) -> ShownAnswer:
-    """An answer as the page shows it, from its row of a recorded round. With several rewards, each is named with its score.
+    """Prepare one answer for the page, from its row of a recorded round. With several rewards, each is named with its
+    score.
 
-    A row is like {"prompt": "...", "answer": "...", "reward": 0.5, "reward/maths": 1.0, "ended": False}; `ended` is False for an
-    answer that was cut off at the longest length.
+    A row is like {"prompt": "...", "answer": "...", "reward": 0.5, "reward/maths": 1.0, "ended": False}; `ended` is False
+    for an answer that was cut off at the longest length.
     """
     total_reward = row.get("reward")
     reward_columns = [column for column in row if column.startswith(REWARD_PREFIX)]

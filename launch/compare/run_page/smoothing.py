@@ -14,9 +14,10 @@ def smoothing_weight(num_steps: float, min_steps: int) -> float:
 
 
 def smoothed(value_by_step: dict[int, float], weight: float) -> dict[int, float]:
-    """The exponential mean of finite values by step, without the bias towards 0 at the beginning.
+    """Smooth a curve by an exponential mean of the value at each step and those before it, without a bias towards 0 at the
+    beginning.
 
-    `weight`: that of the earlier values, from 0 (no smoothing) to below 1.
+    `value_by_step`: finite values. `weight`: that of the earlier values, from 0 (no smoothing) to below 1.
     """
     mean = 0.0
     sum_of_weights = 0.0  # of all values so far: it approaches 1
