@@ -61,9 +61,11 @@ datacard.md. quarantine.jsonl lists the rows that cannot be used, and dropped.js
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune prepare` with the arguments `argv`: prepare a run's data, a shard of it, or print it; returns the exit code.
+    """Run `shardtune prepare` with the arguments `argv`: prepare a run's data, a shard of it, or print it; returns the exit
+    code.
 
-    Raises ConfigError for wrong settings, DataError for data that cannot be used, StorageError.
+    A shard is one of n parts, which jobs of an array prepare; a call without `--shard` merges them. Raises ConfigError for
+    wrong settings, DataError for data that cannot be used, StorageError.
     """
     if "--print" in argv:  # has arguments of its own, which `read_arguments` would refuse
         from launch.prepare import print_documents
@@ -95,7 +97,7 @@ def main(argv: list[str]) -> int:
 
 
 def prepare_data_of_run(settings: list[str]) -> PreparedData:
-    """Prepare the data of a run with these settings, or take it from the cache. Its `report` is that of the audit.
+    """Prepare the data of a run with these settings, or take it from the cache. Its `report` is the audit of the data.
 
     Raises ConfigError for settings of the data, the model or the objective that cannot be used.
     """
@@ -105,10 +107,13 @@ def prepare_data_of_run(settings: list[str]) -> PreparedData:
 
 
 def _prepare_data_or_shard(settings: list[str], *, shard: tuple[int, int] | None) -> PreparedData | None:
-    """Prepare the data of a run with these settings, or take it from the cache; with `shard`, write one part of it to the cache.
+    """Prepare the data of a run with these settings, or take it from the cache; with `shard`, write only one part of it to
+    the cache.
 
-    `shard`: (index, number of shards) of the only part to prepare, which a later call merges with the others; None is returned
-    then. Raises ConfigError for settings of the data, the model or the objective that cannot be used.
+    `shard`: (index, number of shards), such as (0, 8). A later call without it merges the parts. None is returned for a
+    part.
+
+    Raises ConfigError for settings of the data, the model or the objective that cannot be used.
     """
     # Without looking for garbage meanwhile, which would take a fifth of the time to start.
     with importing_without_gc("torch"):
@@ -127,6 +132,7 @@ def _prepare_data_or_shard(settings: list[str], *, shard: tuple[int, int] | None
         from trainer.stopping.signals import StopRequest
 
     with StopRequest() as request:
+        # Preparing asks only now and then whether to stop; a library call that hangs never gets there.
         request.arm_end_of_stuck_process(_end_stuck_process)
         tokenizer = load_tokenizer(config.model)
 

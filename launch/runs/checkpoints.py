@@ -56,9 +56,10 @@ class CheckpointList:
 
 
 def list_checkpoints(run_dir: Path) -> CheckpointList:
-    """The checkpoints of a run in the order of their steps, then those given up by a rollback. Never raises.
+    """List the checkpoints of a run in the order of their steps, then those that a rollback gave up. Never raises.
 
-    Only names, sizes and the best step are read: for their contents, see `verify_checkpoints`.
+    A rollback returns to an earlier checkpoint, and moves later ones aside. Only names, sizes and the best step are read:
+    for their contents, see `verify_checkpoints`.
     """
     settings = _read_settings(run_dir)
     checkpoint_dirs = checkpoint_dirs_of(run_dir, settings.fallback_dir)
@@ -107,7 +108,9 @@ class _CheckpointDirectory(NamedTuple):
 
 
 def _given_up_paths(checkpoint_dirs: list[Path]) -> list[Path]:
-    """The checkpoints that a rollback gave up, and moved into `given-up-<n>/`. Raises OSError if a directory cannot be listed."""
+    """Find the checkpoints that a rollback gave up, and moved into `given-up-<n>/`. Raises OSError if a directory cannot be
+    listed.
+    """
     paths = []
     for directory in checkpoint_dirs:
         for path in sorted(directory.glob("given-up-*/step-*")):
@@ -125,7 +128,8 @@ class _BestCheckpoint(NamedTuple):
 
 
 def _best_checkpoint(published_checkpoints: list[StepCheckpoint]) -> _BestCheckpoint:
-    """The best checkpoint, as the newest checkpoint with a readable `progress.json` says; its fields are None if none does.
+    """Tell which checkpoint is the best, as the newest one with a readable `progress.json` says; its fields are None if
+    none does.
 
     `published_checkpoints`: in the order of the steps.
     """
@@ -138,7 +142,7 @@ def _best_checkpoint(published_checkpoints: list[StepCheckpoint]) -> _BestCheckp
 
 
 def verify_checkpoints(checkpoint_list: CheckpointList, report_start: Callable[[str], None]) -> dict[Path, str]:
-    """Compare all files of the listed checkpoints with their checksums; returns {damaged checkpoint: what is wrong with it}.
+    """Compare all files of the checkpoints with their checksums; returns {damaged checkpoint: what is wrong with it}.
 
     `report_start` is called with the name and size of each checkpoint before it is read: `step-000040, 1.2 GB`.
     """

@@ -65,11 +65,11 @@ class DocumentExposure:
 
 
 def document_exposures(runs: Iterable[tuple[Path, RunConfig | str]], query: DocumentQuery) -> list[DocumentExposure]:
-    """The exposure of each run to the documents of the query: by its own training, and by that of an earlier run.
+    """Find out for each run whether its weights have seen the documents that somebody wants to be deleted, and how often.
 
-    `runs`: (run directory, its frozen configuration, or a message that says why it cannot be read). A run that began with the
-    weights of an earlier run has seen what the earlier run was trained on: `earlier_run` names that one, beside the numbers of
-    its own training.
+    A run has seen them by its own training, or by that of an earlier run whose weights it began with: `earlier_run` names
+    that one, beside the numbers of the run's own training. `runs`: (run directory, its frozen configuration, or a message
+    that says why it cannot be read).
     """
     config_by_run = dict(runs)
     own_exposures = {run: _own_exposure(run, config, query) for run, config in config_by_run.items()}
@@ -84,9 +84,12 @@ def document_exposures(runs: Iterable[tuple[Path, RunConfig | str]], query: Docu
 def _nearest_exposed_predecessor(
     run: Path, predecessors_by_run: dict[Path, list[Path]], own_exposures: dict[Path, DocumentExposure]
 ) -> Path | None:
-    """The nearest earlier run that was trained on a document and whose weights reached `run`; None if there is none.
+    """Find the nearest earlier run that was trained on the documents and whose weights reached `run`; None if there is
+    none.
 
     The search is breadth first, through the predecessors of the predecessors.
+
+    `predecessors_by_run`: the runs whose exports each run loaded. `own_exposures`: what each run saw by its own training.
     """
     visited = {run}
     to_visit = list(predecessors_by_run[run])
@@ -102,7 +105,11 @@ def _nearest_exposed_predecessor(
 
 
 def _predecessors(run: Path, config: RunConfig | str, all_runs: Iterable[Path]) -> list[Path]:
-    """The runs (of `all_runs`) whose exports this run loaded: as base model, as adapters, or as the adapter it began with."""
+    """Find the runs (of `all_runs`) whose exports this run loaded: as base model, as adapters, or as the adapter it began
+    with.
+
+    `config`: the run's configuration, or a message that says why it cannot be read; then its adapters are not known.
+    """
     record = readable_run_record(run)
     loaded_paths = [record.tuning_from.path if record.tuning_from else None, record.base_model]
     if not isinstance(config, str):
@@ -120,7 +127,7 @@ def _predecessors(run: Path, config: RunConfig | str, all_runs: Iterable[Path]) 
 
 
 def _own_exposure(run: Path, config: RunConfig | str, query: DocumentQuery) -> DocumentExposure:
-    """The exposure of one run by its own training alone; if it cannot be determined, `why_unknown` says why.
+    """Find out whether one run was itself trained on the documents; if that cannot be told, `why_unknown` says why.
 
     `config`: the run's configuration, or a message that says why it cannot be read.
     """
@@ -140,7 +147,10 @@ def _own_exposure(run: Path, config: RunConfig | str, query: DocumentQuery) -> D
 def _exposure_from_prepared_data(
     run: Path, config: RunConfig, record: RunRecord, query: DocumentQuery
 ) -> DocumentExposure:
-    """The exposure of one run, from its prepared data and how far it trained. Raises DataError, ConfigError and OSError."""
+    """Count how often one run trained on the documents of the query, from its prepared data and how far it trained.
+
+    Raises DataError, ConfigError and OSError if the data cannot be read, or is not what the run was trained on.
+    """
     from trainer.data.store.documents import DocumentTable
 
     data_dir = Path(record.data_directory)
@@ -174,7 +184,7 @@ def _exposure_from_prepared_data(
 
 
 def _open_prepared_splits(data_dir: Path, fingerprint: str) -> dict[str, TokenDataset]:
-    """The splits of a run's prepared data by name: "train", and the held-out ones that it has.
+    """Open the prepared data of a run: {"train": ..., "eval": ...}, with the held-out splits that it has.
 
     Raises DataError if the data is not there, or is not what the run was trained on (`fingerprint`).
     """
@@ -206,10 +216,11 @@ def _times_trained(
     skipped_ranges: list[dict[str, int]],
     rows: np.ndarray,
 ) -> int:
-    """How often the run trained on one of the documents in `rows`, among the first `num_samples_drawn` samples that it drew.
+    """Count how often the run trained on one of the documents in `rows`, among the first `num_samples_drawn` samples that
+    it drew.
 
-    The order of the samples is built again: it follows from the data, the settings and the seed. `skipped_ranges` are ranges of
-    samples that a rollback left out, such as `{"first": 640, "count": 64}`. `rows`: row numbers of documents.
+    The order of the samples is built again: it follows from the data, the settings and the seed. `rows`: row numbers in the
+    table of documents. `skipped_ranges`: samples that a rollback left out, such as `{"first": 640, "count": 64}`.
     """
     from trainer.data.batches.mixing import build_order
     from trainer.objectives.registry import data_spec_of
@@ -228,7 +239,9 @@ def _times_trained(
 
 
 def matching_rows(document_table: DocumentTable, query: DocumentQuery) -> np.ndarray:
-    """Row numbers of the documents that match the query, in the table of prepared documents: int64, in increasing order."""
+    """Find the documents that match the query: their row numbers in the table of prepared documents, int64, in increasing
+    order.
+    """
     rows = []
     first_row_of_batch = 0
     for batch in document_table.batches:
@@ -242,9 +255,10 @@ def matching_rows(document_table: DocumentTable, query: DocumentQuery) -> np.nda
 
 
 def _is_from_file_and_line(batch: pa.RecordBatch, query: DocumentQuery) -> np.ndarray:
-    """Which documents of a batch come from the file and line of the query: a boolean for each row.
+    """Tell which documents of a batch come from the file and line of the query: a boolean for each row.
 
-    The file matches if it is named as in the run's settings, by the end of its path, or by a path from the current directory.
+    The file matches if it is named as in the run's settings, by the end of its path, or by a path from the current
+    directory.
     """
     import pyarrow.compute as pc
 
@@ -257,7 +271,9 @@ def _is_from_file_and_line(batch: pa.RecordBatch, query: DocumentQuery) -> np.nd
 
 
 def _contains_text(batch: pa.RecordBatch, text: str) -> np.ndarray:
-    """Which documents of a batch contain the text, in a column or in a message of a conversation: a boolean for each row."""
+    """Tell which documents of a batch contain the text, in a column or in a message of a conversation: a boolean for each
+    row.
+    """
     import pyarrow.compute as pc
 
     from trainer.data.store.documents import TURN_COLUMNS as CONVERSATION_COLUMNS

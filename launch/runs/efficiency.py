@@ -70,10 +70,13 @@ class StartUsage:
 def record_start_usage(
     run_dir: Path, job_id: str, start_number: int, exit_code: int, env: Mapping[str, str] = os.environ
 ) -> str:
-    """Measure what a start of a job used, add it to `jobs.jsonl` and `run.json`, and return a line on it for people.
+    """Measure what a start of a SLURM job used of its allocation, keep it in the run's files, and return a line on it for
+    the log.
 
-    Called at the end of the start. `start_number`: 0 for the first one, then one more for each requeue. Never raises: a missing
-    figure must not end the job script.
+    Called at the end of each start; a job that is requeued has several. `start_number`: 0 for the first one, then one more
+    for each requeue.
+
+    Writes `jobs.jsonl` and `run.json`. Never raises: a missing figure must not end the job script.
     """
     usage = measure_start(run_dir, job_id, start_number, exit_code, env)
     line = start_usage_text(asdict(usage))
@@ -87,9 +90,10 @@ def record_start_usage(
 
 
 def measure_start(run_dir: Path, job_id: str, start_number: int, exit_code: int, env: Mapping[str, str]) -> StartUsage:
-    """What a start of a job used until now, from SLURM's variables in `env`, from sacct and from `run.json`.
+    """Measure what a start of a job used until now: time, CPUs, memory and GPUs, each None where it is not known.
 
-    A job has several starts if it is requeued.
+    The figures come from SLURM's variables in `env`, from sacct (SLURM's accounting), and from `run.json`. A job has
+    several starts if it is requeued.
     """
     # The time is taken before sacct is called, which may take half a minute.
     began_at = _number_or_none(env.get("SLURM_JOB_START_TIME"))
@@ -98,6 +102,7 @@ def measure_start(run_dir: Path, job_id: str, start_number: int, exit_code: int,
     limit_s = ends_at - began_at if began_at and ends_at else None
 
     answer = _ask_sacct(env.get("SLURM_JOB_ID", job_id))
+    # The ranks run as a step of the job; other rows are of the whole job and of its script.
     ranks_row = next((row for row in answer.rows if _is_ranks_step(row)), {})
     why_unknown = answer.problem
     if not why_unknown and not ranks_row:
@@ -122,7 +127,11 @@ def measure_start(run_dir: Path, job_id: str, start_number: int, exit_code: int,
 
 
 def _cpu_usage(ranks_row: Mapping[str, str]) -> dict[str, Any]:
-    """The fields `cpus` and `cpu_share` of `StartUsage`. `ranks_row`: sacct's row of the ranks' step; empty if it has none."""
+    """How many CPUs the ranks had, and how busy these were: the fields `cpus` and `cpu_share` of `StartUsage`.
+
+    `ranks_row`: sacct's row of the ranks' step, such as {"AllocCPUS": "16", "TotalCPU": "03:10:00", ...}; empty if it has
+    none.
+    """
     cpus = int(ranks_row.get("AllocCPUS") or 0) or None
     cpu_s = _parse_cpu_time(ranks_row.get("TotalCPU", ""))
     step_elapsed_s = _number_or_none(ranks_row.get("ElapsedRaw"))
@@ -133,9 +142,9 @@ def _cpu_usage(ranks_row: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _gpu_usage(ranks_row: Mapping[str, str], run_record: RunRecord, elapsed_s: float | None) -> dict[str, Any]:
-    """The fields of `StartUsage` on GPUs: how many the run has, how busy they were, and what they cost for the elapsed time.
+    """How many GPUs the run has, how busy they were, and what they cost for the elapsed time: fields of `StartUsage`.
 
-    None of them if the run has no GPU. `ranks_row`: sacct's row of the ranks' step; empty if it has none.
+    Empty if the run has no GPU. `ranks_row`: sacct's row of the ranks' step; empty if it has none.
     """
     gpus = run_record.world_size  # a rank has a GPU each
     if not run_record.device_name or not gpus:
@@ -157,7 +166,8 @@ def _is_ranks_step(row: Mapping[str, str]) -> bool:
 
 
 def start_usage_text(usage: Mapping[str, Any]) -> str:
-    """A line for people on what a start used, such as `job 17, start 0: 1:02:03 of 2:00:00 (52%), 8 GPUs 91% busy, $12.34`.
+    """Write a line for people on what a start of a job used: `job 17, start 0: 1:02:03 of 2:00:00 (52%), 8 GPUs 91% busy,
+    $12.34`.
 
     `usage` has the keys of `StartUsage`, as `recorded_starts` returns them.
     """
@@ -168,7 +178,10 @@ def start_usage_text(usage: Mapping[str, Any]) -> str:
 
 
 def _time_and_cpu_clauses(usage: Mapping[str, Any]) -> list[str]:
-    """Clauses on the time, CPUs and memory that a start used; what is not known has none."""
+    """Clauses on what a start of a job used: ["1:02:03 of 2:00:00 (52%)", "60% of 16 CPUs", "40 of 64 GiB of a node"].
+
+    `usage` has the keys of `StartUsage`. What is not known has no clause.
+    """
     clauses = []
     elapsed_s = usage.get("elapsed_s")
     if elapsed_s is not None:
@@ -186,7 +199,10 @@ def _time_and_cpu_clauses(usage: Mapping[str, Any]) -> list[str]:
 
 
 def _gpu_clauses(usage: Mapping[str, Any]) -> list[str]:
-    """Clauses on how busy the GPUs of a start were, and what they cost; none for a start without GPUs."""
+    """Clauses on how busy the GPUs of a start were, and what they cost: ["8 GPUs 91% busy", "$12.34"]; none without GPUs.
+
+    `usage` has the keys of `StartUsage`.
+    """
     if not usage.get("gpus"):
         return []
     utilisation = f"{usage['gpus']} GPUs, how busy is not known"
@@ -199,7 +215,7 @@ def _gpu_clauses(usage: Mapping[str, Any]) -> list[str]:
 
 
 def recorded_starts(run_dir: Path) -> list[dict[str, Any]]:
-    """All starts in the run's `jobs.jsonl`, in order, with the keys of `StartUsage`; torn lines are left out."""
+    """Read what each start of the run's jobs used, in order, with the keys of `StartUsage`; torn lines are left out."""
     starts = []
     with contextlib.suppress(OSError):
         for line in (run_dir / JOB_STARTS_FILE).read_text(encoding="utf-8").splitlines():
@@ -220,7 +236,9 @@ class _SacctAnswer(NamedTuple):
 
 
 def _ask_sacct(job_id: str) -> _SacctAnswer:
-    """What sacct says about a job. Calls it up to `SACCT_ATTEMPTS` times, until it knows how the ranks' step ended."""
+    """Ask sacct, SLURM's accounting, what a job used. It is called up to `SACCT_ATTEMPTS` times, until the end of the ranks
+    is known.
+    """
     answer = _SacctAnswer([])
     for attempt in range(SACCT_ATTEMPTS):
         if attempt > 0:
@@ -261,7 +279,7 @@ def _number_or_none(text: str | None) -> float | None:
 
 
 def _parse_cpu_time(cpu_time: str) -> float | None:
-    """Seconds of CPU time from sacct's format `[days-][hours:]minutes:seconds`; None for another text."""
+    """Read a CPU time of sacct, in seconds: `01:30` is 90, `1-00:00:00` a day; None for another text."""
     match = CPU_TIME_REGEX.fullmatch(cpu_time)
     if match is None:
         return None
@@ -270,7 +288,7 @@ def _parse_cpu_time(cpu_time: str) -> float | None:
 
 
 def _parse_size_gib(size: str) -> float | None:
-    """GiB from a size in sacct's format: `676416K` -> 0.645; a number without a unit is bytes. None for another text."""
+    """Read a size of sacct, in GiB: `676416K` -> 0.645; a number without a unit is bytes. None for another text."""
     match = SIZE_REGEX.fullmatch(size)
     if match is None:
         return None

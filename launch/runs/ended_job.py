@@ -21,7 +21,8 @@ JOB_FIELD_REGEX = re.compile(r"\b(JobState|Reason|ExitCode)=(\S+)")
 
 
 def ended_job_text(run_dir: Path, queue: JobQueue) -> str | None:
-    """A line on how the last SLURM job of a run ended; None if it had none, ended well, or may still wait or run.
+    """Explain how the last SLURM job of a run ended, on one line; None if it had none, ended well, or may still wait or
+    run.
 
     The job's script says how it ended in `job.json`. If the script never began, SLURM says it, as long as it knows the job.
     """
@@ -42,7 +43,8 @@ def ended_job_text(run_dir: Path, queue: JobQueue) -> str | None:
 
 
 def _recorded_end_text(record: JobRecord, queue: JobQueue) -> str | None:
-    """A line on how the last start of a job ended, by its `job.json`. The first case that applies:
+    """Explain how the last start of a job ended, by its `job.json`; a requeued job has several. The first case that
+    applies:
 
     - An end is recorded: its reason and exit code; None if the start succeeded, or SLURM starts the job again.
     - The queue is not known: None, because the script may still be running.
@@ -61,7 +63,7 @@ def _recorded_end_text(record: JobRecord, queue: JobQueue) -> str | None:
 
 
 def slurm_end_text(job_id: str) -> str | None:
-    """How a job ended, as SLURM has it: `FAILED NonZeroExitCode, exit code 1:0`; None if SLURM does not know the job.
+    """Ask SLURM how a job ended: `FAILED NonZeroExitCode, exit code 1:0`; None if SLURM does not know the job.
 
     An answer is kept for `SLURM_CACHE_S` seconds.
     """
@@ -71,7 +73,9 @@ def slurm_end_text(job_id: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _cached_slurm_end_text(job_id: str, cache_period: int) -> str | None:
-    """`slurm_end_text`, cached. `cache_period` is only part of the cache's key: it changes with time, so that answers expire."""
+    """Ask SLURM how a job ended, once for each `cache_period`: that only makes the cached answers expire, as it changes
+    with time.
+    """
     # sacct needs SLURM's accounting, which not every cluster has; scontrol forgets a job after some minutes.
     sacct_output = _slurm_output(
         ["sacct", "--jobs", job_id, "--allocations", "--noheader", "--parsable2", "--format=State,ExitCode"]

@@ -24,10 +24,13 @@ QUEUE_CACHE_S = 10.0
 
 
 def write_run_config(composed: ComposedConfig, run_dir: Path, *, may_change_strategy: bool = False) -> Path:
-    """Write the run's `config.yaml`, with its hash, atomically into its directory, and return the directory.
+    """Write the run's `config.yaml` into its directory, unless another run owns the directory; returns the directory.
 
-    Sets `run.dir` of the configuration, and renews the run's copies of its reward functions. With `may_change_strategy`, a run
-    that is not done may continue under another strategy or micro-batch, and a message says so. Raises
+    Called before a run starts, is submitted or goes on. Sets `run.dir` of the configuration, and renews the run's copies of
+    its reward functions. With `may_change_strategy`, a run that is not done may continue under another strategy or
+    micro-batch, and a message says so.
+
+    Raises
 
     - ConfigError if the directory holds another run, or checkpoints that `run.resume=never` refuses,
     - RunDirInUse if the run is still running, or SLURM will start it,
@@ -78,10 +81,10 @@ def _raise_if_files_in_the_way(run_dir: Path) -> None:
 
 
 def raise_if_queued(run_dir: Path) -> None:
-    """Raise RunDirInUse if another job in SLURM's queue is for this run directory.
+    """Refuse to freeze a configuration for a run that a job in SLURM's queue is for: raise RunDirInUse.
 
-    That job would train with the `config.yaml` that the caller is about to write, instead of the one it was submitted with. If
-    squeue fails, nobody knows whether there is such a job: then see `_job_in_queue`.
+    That job would train with the `config.yaml` that the caller is about to write, instead of the one it was submitted with.
+    If squeue fails, nobody knows whether there is such a job: RunDirInUse is also raised if the run was submitted before.
     """
     job = _job_in_queue(run_dir)
     if job is None:
@@ -94,27 +97,31 @@ def raise_if_queued(run_dir: Path) -> None:
 
 
 def job_with_same_config(composed: ComposedConfig, run_dir: Path) -> QueuedJob | None:
-    """The job in SLURM's queue that runs, or will run, exactly this configuration in this directory; None if there is none."""
+    """Find the job in SLURM's queue that runs, or will run, exactly this configuration in this directory; None if there is
+    none.
+    """
     try:
         recorded_hash = CONFIG_SHA256_REGEX.search((run_dir / "config.yaml").read_text(encoding="utf-8"))
     except OSError:
         return None
+    # The hash is of the settings that decide the result.
     if recorded_hash is None or recorded_hash[1] != composed.sha256:
         return None
     return _job_in_queue(run_dir)
 
 
 def _job_in_queue(run_dir: Path) -> QueuedJob | None:
-    """The job in SLURM's queue that is for a run. None if
+    """Find the job in SLURM's queue that is for a run, other than the job of this process. None if
 
     - there is none,
     - it is about to end,
     - or it is the job that this process is part of.
 
-    If squeue fails: None if the run was never submitted, is finished, or was submitted as the job of this process. Any other run
-    may be queued, so squeue is called once more; if it fails again, RunDirInUse is raised.
+    If squeue fails: None if the run was never submitted, is finished, or was submitted as the job of this process. Any
+    other run may be queued, so squeue is called once more; if it fails again, RunDirInUse is raised.
     """
     own_job_ids = _own_job_ids()
+    # Part of the cache's key, so that a reading of the queue expires.
     cache_period = int(time.monotonic() // QUEUE_CACHE_S)
     queue = _cached_queue(cache_period, attempt=1)
     if queue.problem is not None:
@@ -140,7 +147,9 @@ def _job_in_queue(run_dir: Path) -> QueuedJob | None:
 
 
 def _own_job_ids() -> set[str]:
-    """The ids of the SLURM job that this process is part of: `17`, and `16_3` for a task of an array."""
+    """The ids by which SLURM knows the job that this process is part of: `17`, and `16_3` for a task of an array. Empty
+    outside.
+    """
     env = os.environ
     array_task_id = f"{env.get('SLURM_ARRAY_JOB_ID')}_{env.get('SLURM_ARRAY_TASK_ID')}"  # None_None outside of an array
     job_ids = {env.get("SLURM_JOB_ID"), array_task_id}

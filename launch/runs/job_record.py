@@ -50,7 +50,7 @@ class JobRecord:
 
 
 def read_job_record(run_dir: Path) -> JobRecord | None:
-    """The `job.json` of a run; None if there is none that can be read."""
+    """Read the `job.json` of a run, what its job script noted of its last start; None if there is none that can be read."""
     try:
         contents = json.loads(atomic_io.read_bytes(run_dir / JOB_RECORD_FILE, max_bytes=MAX_FILE_BYTES))
         values_by_field = {}
@@ -65,7 +65,7 @@ def read_job_record(run_dir: Path) -> JobRecord | None:
 
 
 def record_job_start(run_dir: Path, job_id: str, start_number: int, nodes: str) -> None:
-    """Write into `job.json` that a start of a job now works on the run. Raises StorageError.
+    """Note in `job.json` that a start of a job now works on the run; called before the ranks start. Raises StorageError.
 
     `start_number`: 0 for the first start, then one more for each requeue. `nodes`: as SLURM lists them, such as `n[1-2]`.
     """
@@ -78,7 +78,7 @@ def record_job_start(run_dir: Path, job_id: str, start_number: int, nodes: str) 
 
 
 def record_job_end(run_dir: Path, job_id: str, start_number: int, exit_code: int, **more_fields: object) -> None:
-    """Write into `job.json` how a start of a job ended. Raises StorageError.
+    """Note in `job.json` how a start of a job ended; called after the ranks have ended. Raises StorageError.
 
     `more_fields`: further fields of `JobRecord`, such as `reason` and `will_restart`.
     """

@@ -52,12 +52,14 @@ class LogsRequest:
 
 
 def choose_log_files(run_dir: Path, request: LogsRequest, failed_rank: int | None) -> list[Path]:
-    """The log files to show, the most important one last; empty if the run has written none. The first case that applies:
+    """Choose the log files to show to a user, the most important one last; empty if the run has written none. The first
+    case that applies:
 
     - A job is requested, or the last one: its output files.
     - A rank is requested: its log.
     - No rank has a log: the output of the newest job.
-    - A rank has failed (`failed_rank`): the output of the newest job, where libraries print their errors, then the rank's log.
+    - A rank has failed (`failed_rank`): the output of the newest job, where libraries print their errors, then the rank's
+      log.
     - Otherwise: the log of rank 0.
 
     Raises ConfigError for a requested rank or job that has no file.
@@ -97,7 +99,10 @@ class _FoundLogFiles(NamedTuple):
 
 
 def _find_log_files(run_dir: Path) -> _FoundLogFiles:
-    """The log files of a run, in its directory, or as a task of an array in that of the array's first run."""
+    """Find the log files of a run, sorted into logs of ranks and outputs of jobs.
+
+    They are in its directory; those of a task of a job array are in that of the array's first run.
+    """
     # Tasks of an array write into the directory of its first run, so most of these outputs belong to other runs.
     files = [path for path in _sorted_files(run_dir / "logs") if not ARRAY_TASK_OUTPUT_REGEX.search(path.name)]
     files += _array_task_outputs(run_dir)
@@ -111,7 +116,7 @@ def _find_log_files(run_dir: Path) -> _FoundLogFiles:
 
 
 def _ranks_text(ranks: Collection[int]) -> str:
-    """Rank numbers for a message: `0 to 7` if there are no gaps, else each of them."""
+    """Name ranks in a message: `0 to 7` if there are no gaps, else each of them."""
     has_no_gaps = len(ranks) == max(ranks) + 1
     if has_no_gaps:
         return f"0 to {max(ranks)}"
@@ -127,10 +132,10 @@ class LastLines(NamedTuple):
 
 
 def read_last_lines(path: Path, count: int) -> LastLines:
-    """The last `count` complete lines of a file. Raises OSError if it cannot be read.
+    """Read the last `count` complete lines of a file, and the offset behind them. Raises OSError if it cannot be read.
 
-    They are fewer if they are longer than `TAIL_BYTES` together. A last line without a line break is left for `AddedLinesReader`,
-    which reads it when it is complete.
+    They are fewer if they are longer than `TAIL_BYTES` together. A last line without a line break is left for
+    `AddedLinesReader`, which reads it when it is complete.
     """
     with atomic_io.open_regular_file(path) as (descriptor, size):
         start = max(0, size - TAIL_BYTES)
@@ -154,7 +159,8 @@ class AddedLinesReader:
     """Byte offset in each file up to which it was read; a file that is not here is read from its beginning."""
 
     def read_new_lines(self, path: Path) -> list[str]:
-        """The complete lines that were added since the last call; empty if there are none, or the file cannot be read now.
+        """Read the complete lines that were added to a file since the last call; empty if there are none, or it cannot be
+        read now.
 
         At most `MAX_READ_BYTES` are read; call it again until it returns no lines.
         """
@@ -181,11 +187,12 @@ def _text_on_terminal(line: bytes) -> str:
 
 
 def _output_files_of_newest_job(job_files: list[JobFile]) -> list[Path]:
-    """The output files of the job that wrote last, the most important one last. `job_files`: those of all jobs, by file name.
+    """Choose the output files of the job that wrote last, the most important one last. `job_files`: those of all jobs, by
+    file name.
 
-    The output of a job's script and the logs of its nodes have the same id in their names, except for a task of an array: its
-    script writes `train-17_3.out`, and its nodes write `train-18-0.log`. Nothing says that 17_3 and 18 belong together. So, for
-    the job that wrote last:
+    The output of a job's script and the logs of its nodes have the same id in their names, except for a task of an array:
+    its script writes `train-17_3.out`, and its nodes write `train-18-0.log`. Nothing says that 17_3 and 18 belong together.
+    So, for the job that wrote last:
 
     - The script of an array task: the newest node logs are put before its output.
     - Node logs without the output of a script: the newest output of an array task is put behind them.
@@ -221,9 +228,10 @@ def _last_written_file(job_files: list[JobFile]) -> JobFile:
 
 
 def _array_task_outputs(run_dir: Path) -> list[Path]:
-    """Output files of this run's task of a job array. They are in the directory of the array's first run.
+    """Find what the job script printed for this run as a task of a job array: `<name>-<job>_<task>.out`, one file for each
+    job.
 
-    Empty if the run is not a task of an array.
+    These files are in the directory of the array's first run. Empty if the run is not a task of an array.
     """
     run_dirs = run_dirs_of_script(run_dir / "train.sbatch")
     if len(run_dirs) < 2:

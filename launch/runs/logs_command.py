@@ -71,7 +71,10 @@ RESTART_WAIT_S = 5.0
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune logs` with the arguments behind it; returns the exit code. Raises ConfigError for wrong ones."""
+    """Run `shardtune logs` with the arguments behind it: print the last lines of a run's output, and follow it if asked to.
+
+    Returns the exit code. Raises ConfigError for wrong arguments.
+    """
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
         return 0 if argv else ConfigError.exit_code
@@ -156,7 +159,8 @@ class JsonLogPrinter(LogPrinter):
 
 
 def print_last_lines(files: list[Path], num_lines: int, printer: LogPrinter) -> dict[Path, int]:
-    """Print the last `num_lines` lines of each file; returns the byte offset in each file behind what was printed.
+    """Print the last `num_lines` lines of each log file; returns for each the byte offset behind them, from which to read
+    on.
 
     For a file that cannot be read, the reason is printed, and it has no offset.
     """
@@ -173,10 +177,10 @@ def print_last_lines(files: list[Path], num_lines: int, printer: LogPrinter) -> 
 
 
 def failure_report(run_dir: Path) -> str:
-    """Where and why a run failed, for the end of its logs, from its `failure.json`.
+    """Say where and why a run failed, for the end of its logs, from its `failure.json`.
 
-    It names the rank, host and phase, and below them the message, if the error is in the user's settings or data. Of any other
-    error, the traceback follows, or the message if there is none.
+    It names the rank, host and phase, and below them the message, if the error is in the user's settings or data. Of any
+    other error, the traceback follows, or the message if there is none.
     """
     from trainer.reporting.status import read_failure
 
@@ -248,9 +252,10 @@ class FollowedRun:
                     self.printer.print_lines(path, lines)
 
     def _find_launcher_and_read_run(self, queue: JobQueue) -> RunView:
-        """Read the state of the run now. Also sets `_launcher`, which cannot be found any more once the run has ended.
+        """Read the state of the run now, and note its launcher, which cannot be found any more once the run has ended.
 
-        The lease, a file in the run directory, names the process that trains the run; its launcher is looked for from there.
+        A launcher starts the ranks, and starts them again after a failure. The lease, a file in the run directory, names
+        the process that trains the run; from there its launcher is found. Sets `_launcher`.
         """
         from launch.runs.owner import launcher_process, read_lease_holder
         from launch.runs.status import read_run_view
@@ -264,7 +269,10 @@ class FollowedRun:
         return read_run_view(self.run_dir, queue)
 
     def _is_over(self, run: RunView, queue: JobQueue) -> bool:
-        """Whether the run has ended, and neither a job nor a launcher is known that would start it again."""
+        """Whether the run has ended, and neither a job nor a launcher is known that would start it again.
+
+        `run`: its state now.
+        """
         from launch.runs.status import LOST
         from trainer.reporting.status import RunState
         from trainer.session.lease_owner import process_identity

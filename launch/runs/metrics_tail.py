@@ -22,7 +22,8 @@ RECENT_ROWS = 20
 
 
 def read_last_rows(path: Path) -> list[dict[str, Any]]:
-    """The last rows of `metrics.jsonl`, oldest first: of steps, which have the key `loss`, and of evaluations.
+    """Read only the end of `metrics.jsonl`: its last rows, oldest first, of steps (which have the key `loss`) and of
+    evaluations.
 
     Empty if the file cannot be read.
     """
@@ -37,10 +38,11 @@ def read_last_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def loss_curve(path: Path, num_samples: int) -> list[float]:
-    """Losses from `num_samples` evenly spread positions of `metrics.jsonl`, in the order of the steps.
+    """Sample the losses of a run for a small picture: from `num_samples` evenly spread positions of `metrics.jsonl`, by
+    step.
 
-    Only a few KiB are read at each position. There are fewer losses if positions have the same row, or none with a finite loss.
-    Empty if the file cannot be read.
+    Only a few KiB are read at each position. There are fewer losses if positions have the same row, or none with a finite
+    loss. Empty if the file cannot be read.
     """
     loss_by_step: dict[int, float] = {}
     try:
@@ -62,7 +64,9 @@ def loss_curve(path: Path, num_samples: int) -> list[float]:
 
 
 def finite_number(row: dict[str, Any], key: str) -> float | None:
-    """The number of a row under `key`; None if it has none, or one that is not finite, which is null in the file."""
+    """The number that a row of metrics has under `key`; None if it has none, or one that is not finite, which is null in
+    the file.
+    """
     value = row.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None

@@ -55,7 +55,11 @@ class LeaseHolder:
 
 
 def read_lease_holder(run_dir: Path) -> LeaseHolder:
-    """Read the lease of a run: the newest attempt, and whether its process is alive. Raises OSError if it cannot be read."""
+    """Find out who runs a run: its newest attempt, and whether the process that makes it is alive.
+
+    A process that trains holds the run's lease, a file in the directory `lease` that it renews by heartbeats. Raises
+    OSError if the lease cannot be read.
+    """
     attempt_number, owner = latest_claim(run_dir / "lease")  # attempts are numbered from 1
     if owner is None:
         return LeaseHolder(attempt_number=attempt_number, owner=None, is_alive=None, heartbeat_age_s=None)
@@ -76,15 +80,18 @@ class LauncherProcess(NamedTuple):
 
 
 def launcher_process(owner: LeaseOwner) -> LauncherProcess | None:
-    """The launcher on this host that started the owner's ranks; None if the owner
+    """Find the launcher on this host that started the owner's ranks and would start them again. None if the owner
 
     - is on another host,
     - has ended,
     - or was started without a launcher.
+
+    `owner`: the process that holds the run's lease.
     """
     if is_alive_here(owner, _this_process()) is not True:
         return None
     try:
+        # A launcher tells its ranks its process id by an environment variable.
         environment = Path(f"/proc/{owner.pid}/environ").read_bytes().split(b"\0")
         variable = next(entry for entry in environment if entry.startswith(LAUNCHER_VARIABLE))
         launcher_pid = int(variable.removeprefix(LAUNCHER_VARIABLE))
@@ -109,12 +116,15 @@ def _is_same_or_ancestor(pid: int, descendant_pid: int) -> bool:
 
 @cache
 def _this_process() -> LeaseOwner:
-    """This process as an owner of a lease, by which `is_alive_here` knows this host. It never takes a lease."""
+    """This process as if it owned a lease, by which `is_alive_here` tells whether another owner is of the same host.
+
+    It never takes a lease.
+    """
     return owner_of_this_process(1.0)  # any interval of heartbeats: it sends none
 
 
 def _seconds_since_heartbeat(lease_dir: Path, attempt_number: int) -> float | None:
-    """Seconds since an attempt wrote its heartbeat file or, if there is none yet, its claim; None if it wrote neither."""
+    """Seconds since an attempt last wrote its heartbeat file or, if there is none yet, its claim; None if it wrote neither."""
     for file_name in (f"{attempt_number:06d}.beat", f"{attempt_number:06d}.json"):
         try:
             return max(0.0, time.time() - (lease_dir / file_name).stat().st_mtime)

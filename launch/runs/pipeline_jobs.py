@@ -31,7 +31,10 @@ class PipelinePart:
 
 
 def pipeline_parts(run_dir: Path, queue: JobQueue) -> list[PipelinePart]:
-    """The jobs of a run's pipeline, in order, with their states; empty if it was not submitted as one. Never raises."""
+    """Read the jobs of a run's pipeline (prepare, train, evaluate ...), in order, with their states. Never raises.
+
+    Empty if the run was not submitted as a pipeline.
+    """
     parts: list[PipelinePart] = []
     if not (run_dir / PIPELINE_FILE).exists():
         return parts
@@ -48,7 +51,7 @@ def pipeline_parts(run_dir: Path, queue: JobQueue) -> list[PipelinePart]:
 def _read_pipeline_part(
     run_dir: Path, queue: JobQueue, name: str, job_id: str, previous_state: str | None
 ) -> PipelinePart:
-    """One part of a pipeline with its state. The first case that applies:
+    """Find out the state of one job of a pipeline. The first case that applies:
 
     - It left a file with its exit code: done or failed.
     - Its job is in the queue: queued or running.
@@ -56,7 +59,7 @@ def _read_pipeline_part(
     - The queue cannot be read: unknown.
     - Otherwise its job has ended without a file: failed.
 
-    `previous_state`: that of the previous part; None for the first one.
+    `name`: such as `evaluate`. `previous_state`: that of the previous part; None for the first one.
     """
 
     def part_in_state(state: str, description: str) -> PipelinePart:

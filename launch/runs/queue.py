@@ -63,10 +63,10 @@ Also matches the reasons of `OVER_LIMIT_REGEX`, which must therefore be tried fi
 
 
 def explain_slurm_reason(slurm_reasons: str, job_id: str) -> str:
-    """A sentence on why a job waits, from the reasons that squeue gives; of an unknown reason, squeue's words.
+    """Explain to a user why a SLURM job waits: `Priority` -> `jobs of higher priority come first`.
 
-    `slurm_reasons`: one reason such as `Priority`, or several with commas between them, perhaps in parentheses. Only the first
-    one counts.
+    `slurm_reasons`: as squeue gives them, one or several with commas between them, perhaps in parentheses. Only the first
+    one counts; an unknown one is returned as it is.
     """
     reason = slurm_reasons.split(",")[0].strip("()")
     if reason in TEXT_BY_SLURM_REASON:
@@ -117,7 +117,7 @@ class QueuedJob:
 
     @property
     def waiting_text(self) -> str:
-        """A sentence on why the job waits, with the time at which SLURM expects to start it."""
+        """Why the job waits, as a sentence with the time at which SLURM expects to start it."""
         if self.state in HELD_STATES:
             return HELD_TEXT.format(id=self.id)
         sentence = explain_slurm_reason(self.reason, self.id)
@@ -148,7 +148,7 @@ class JobQueue:
     """Whether this host has no squeue: it has no SLURM, or is a compute node without SLURM's commands."""
 
     def find_job(self, run_dir: Path, job_id: str | None) -> QueuedJob | None:
-        """The job of a run; None if it has none in the queue. It is found by the first of these that finds one:
+        """Find the job of a run in the queue; None if it has none. It is found by the first of these that finds one:
 
         - `job_id`, which the run's own records name; None if they name none.
         - The id that `shardtune submit` wrote into the run directory.
@@ -173,7 +173,7 @@ class JobQueue:
 
 
 def write_submitted_job_ids(run_dirs: list[Path], job_id: str) -> None:
-    """Write into each run's directory the id of the job as which it was submitted. Raises StorageError.
+    """Note in each run's directory the id of the job as which it was submitted. Raises StorageError.
 
     Several runs are the tasks of a job array: the id is then `17_0` for the first, `17_1` for the second, and so on.
     """
@@ -183,7 +183,9 @@ def write_submitted_job_ids(run_dirs: list[Path], job_id: str) -> None:
 
 
 def read_submitted_job_id(run_dir: Path) -> str | None:
-    """Id of the job as which a run was last submitted, as scancel takes it; None if it never was, or the file names none."""
+    """The id of the job as which a run was last submitted, as scancel takes it; None if it never was, or the file names
+    none.
+    """
     try:
         job_id = (run_dir / SUBMITTED_FILE).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
@@ -193,7 +195,10 @@ def read_submitted_job_id(run_dir: Path) -> str | None:
 
 
 def unfinished_job_id(run_dir: Path) -> str | None:
-    """Id of the job as which a run was last submitted; None if its script has recorded that it will not start again."""
+    """The id of the job that may still be working on a run, or be waiting to: the job as which it was last submitted.
+
+    None if it never was, or if the job's script has recorded that it will not start again.
+    """
     submitted_job_id = read_submitted_job_id(run_dir)
     record = read_job_record(run_dir)
     if record is not None and record.job == submitted_job_id and record.is_over:
@@ -210,7 +215,7 @@ def read_queue_twice() -> JobQueue:
 
 
 def read_queue() -> JobQueue:
-    """The user's jobs in SLURM's queue now. Never raises: if squeue fails, `problem` of the queue says why."""
+    """Read the user's jobs in SLURM's queue. Never raises: if squeue fails, `problem` of the queue says why."""
     if shutil.which("squeue") is None:
         return JobQueue(has_no_squeue=True)
     command = ["squeue", "--me", "--noheader", "--array", f"--format={FIELD_SEPARATOR.join(SQUEUE_FIELDS)}"]
@@ -231,7 +236,7 @@ def read_queue() -> JobQueue:
 
 
 def _parse_squeue_output(output: str) -> JobQueue:
-    """The queue that squeue printed, a line for each job with the `SQUEUE_FIELDS`; other lines are ignored.
+    """Read what squeue printed, a line for each job with the `SQUEUE_FIELDS`; other lines are ignored.
 
     If several jobs are for one run, `job_by_run` has the one that squeue lists last.
     """
@@ -250,11 +255,11 @@ def _parse_squeue_output(output: str) -> JobQueue:
 
 
 def _run_dir_of_job(job: QueuedJob) -> Path | None:
-    """The run directory that a job was submitted for, resolved. The first case that applies:
+    """Find the run directory that a job was submitted for, resolved. The first case that applies:
 
     - The script is not shardtune's: None.
-    - A task of an array: the script is in the directory of the first run, and lists the runs by task number. None if it has no
-      run with this number.
+    - A task of an array: the script is in the directory of the first run, and lists the runs by task number. None if it has
+      no run with this number.
     - slurm/train.sbatch, submitted by hand without `shardtune submit`: the directory `runs/slurm-<job>` that it makes.
     - Otherwise a single job: the script is in the run directory.
     """
@@ -273,10 +278,11 @@ def _run_dir_of_job(job: QueuedJob) -> Path | None:
 
 
 def _is_known_to_be_of_another_run(job: QueuedJob, run_dir: Path) -> bool:
-    """Whether the script of a job shows that the job was submitted for another run than `run_dir`. False if it shows nothing.
+    """Whether the script of a job shows that the job is of another run than `run_dir`, whose records name it. False if it
+    shows nothing.
 
-    - A task of an array is of another run if its script lists runs, this run is none of them, and this run is not beside the
-      script's directory: a later submission, for other runs there, may have overwritten the script.
+    - A task of an array is of another run if its script lists runs, this run is none of them, and this run is not beside
+      the script's directory: a later submission, for other runs there, may have overwritten the script.
     - Any other job is of another run if its script is in the directory of another run.
     """
     script = Path(job.script_path)
@@ -293,7 +299,8 @@ def _is_known_to_be_of_another_run(job: QueuedJob, run_dir: Path) -> bool:
 
 
 def run_dirs_of_script(script: Path) -> list[Path]:
-    """The run directories in a job script of `shardtune submit`, in the order of an array's tasks; empty if it has none.
+    """Read the run directories from a job script of `shardtune submit`, in the order of an array's tasks; empty if it has
+    none.
 
     They are in a line like `runs=(runs/sweep/0 runs/sweep/1)`.
     """

@@ -9,7 +9,7 @@ CLOCK_REGEX = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
 
 
 def parse_slurm_time(slurm_time: str) -> float:
-    """Seconds of a time limit in SLURM's format:
+    """Read a time limit in SLURM's format, in seconds:
 
     - `90`: minutes
     - `90:30`: minutes and seconds
@@ -31,7 +31,7 @@ def parse_slurm_time(slurm_time: str) -> float:
 
 
 def format_slurm_time(duration_s: float) -> str:
-    """A duration as SLURM writes it: `h:mm:ss`, with days if there are any (`1-2:03:04`); `any time` for infinity."""
+    """Write a duration as SLURM does: `h:mm:ss`, with days if there are any (`1-2:03:04`); `any time` for infinity."""
     if math.isinf(duration_s):
         return "any time"
     total_s = round(duration_s)

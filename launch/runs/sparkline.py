@@ -12,7 +12,7 @@ MAX_POINTS = 60
 
 
 def sparkline(values: list[float]) -> str:
-    """A curve as one line of block characters, the lowest value as the lowest block: `▁▃▅█`.
+    """Draw a curve as one line of block characters, the lowest value as the lowest block: `▁▃▅█`.
 
     Only the first `MAX_POINTS` values are drawn. Empty without values.
     """

@@ -102,7 +102,7 @@ class RunSearch:
 
 
 def find_runs(root: Path) -> RunSearch:
-    """Search runs in `root` and in the directories below it; the result has them in the order of their names.
+    """Find the runs in `root` and in the directories below it; the result has them in the order of their names.
 
     A directory with a `config.yaml` is a run, and nothing below it is searched. Raises OSError if `root` cannot be listed.
     """
@@ -141,7 +141,7 @@ def number_aware_order(name: str) -> tuple[int, str]:
 
 
 def _may_hold_runs(entry: os.DirEntry[str], root: Path) -> bool:
-    """Whether runs are searched in a directory entry. They are in every directory, except
+    """Whether the search for runs looks into a directory entry. It looks into every directory, except
 
     - hidden ones,
     - links to a directory below `root`, because the search meets that directory anyway,
@@ -158,9 +158,10 @@ def _may_hold_runs(entry: os.DirEntry[str], root: Path) -> bool:
 
 
 def read_run_views(search: RunSearch, queue: JobQueue) -> list[RunView]:
-    """The state of each run of the search, then a row of state `unknown` for each directory that cannot be read.
+    """Read the state of each run that a search found, then add a row of state `unknown` for each directory that cannot be
+    read.
 
-    A directory whose `config.yaml` is not shardtune's is left out if nothing was started in it. `search.unreadable` has, by
+    A directory whose `config.yaml` is not shardtune's is left out if nothing was started in it. `search.unreadable`: by
     directory, why it could not be searched.
     """
     with ThreadPoolExecutor(PARALLEL_READS) as pool:
@@ -173,9 +174,11 @@ def read_run_views(search: RunSearch, queue: JobQueue) -> list[RunView]:
 
 
 def read_run_view(run_dir: Path, queue: JobQueue) -> RunView:
-    """The state of one run, from its status, its lease, its job in the queue, `run.json`, and the end of its metrics.
+    """Find out the state of one run now, from its status, its lease, its job in the queue, `run.json`, and the end of its
+    metrics.
 
-    Never raises: what cannot be read is left out, or is the reason of the state `unknown`.
+    The lease is a file by which a process that trains claims the run; it renews it by heartbeats. Never raises: what cannot
+    be read is left out, or is the reason of the state `unknown`.
     """
     # What the run's own files and SLURM's queue say of it.
     status = read_status(run_dir)
@@ -246,7 +249,7 @@ def read_run_view(run_dir: Path, queue: JobQueue) -> RunView:
 
 
 class StateAndReason(NamedTuple):
-    """The state of a run, and why it is in this state on one line, or None."""
+    """The state of a run, in the words of `RunView.state`, and why it is in this state on one line, or None."""
 
     state: str
     reason: str | None
@@ -255,14 +258,18 @@ class StateAndReason(NamedTuple):
 def _state_from_files(
     run_dir: Path, status: dict[str, Any], lease_holder: LeaseHolder, job: QueuedJob | None
 ) -> StateAndReason:
-    """The state of a run, by its own files and its job in the queue. The first case that applies:
+    """Conclude the state of a run from its own files and its job in the queue. The first case that applies:
 
     - Its job waits in the queue, and it is not done: queued.
-    - Its status says running, or it holds its lease (a run that starts has no status yet): running, or lost without heartbeats.
+    - Its status says running, or it holds its lease (a run that starts has no status yet): running, or lost without
+      heartbeats.
     - Its status says that it has ended: done, failed or preempted.
     - It has a `failure.json`: failed.
     - Its `status.json` cannot be read: unknown.
     - Otherwise it has not started.
+
+    `status`: its `status.json`, {"state": "running", "reason": ..., ...}; empty without one. `lease_holder`: the process
+    that claims the run, and how old its last heartbeat is.
     """
     recorded_state = status.get("state")
     if job is not None and job.is_pending and recorded_state != RunState.done:
@@ -284,7 +291,8 @@ def _state_from_files(
 
 
 def _correct_state_by_last_job(run_dir: Path, queue: JobQueue, state: str, reason: str | None) -> StateAndReason:
-    """The state of a run that is lost or has not started, corrected by how its last job ended. The first case that applies:
+    """Correct the state of a run that is lost or has not started, by how its last SLURM job ended. The first case that
+    applies:
 
     - It was never submitted: unchanged.
     - Its job ended: a run that has not started has failed; a lost run gets the end as a further reason.

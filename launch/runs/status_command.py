@@ -93,11 +93,13 @@ def main(argv: list[str]) -> int:
 
 
 def status_arguments(argv: list[str]) -> StatusArguments:
-    """Read the arguments behind `shardtune status`. Raises ConfigError with every problem at once."""
+    """Read the arguments behind `shardtune status`, and check that they go together. Raises ConfigError with every problem
+    at once.
+    """
     arguments, problems = read_arguments("status", StatusArguments, argv)
     if arguments.root is not None and not arguments.root.is_dir():
         problems.append(f"{arguments.root}: there is no such directory; name a run, or the directory of your runs")
-    lineage_arguments = []  # as they were typed
+    lineage_arguments = []  # those that search runs by a document, as they were typed
     for key in ("document", "text"):
         if key in arguments.text_by_key:
             lineage_arguments.append(f"{key}={arguments.text_by_key[key]}")
@@ -117,7 +119,7 @@ def status_arguments(argv: list[str]) -> StatusArguments:
 
 
 def read_runs_status(root: Path, known_queue: JobQueue | None = None) -> RunsStatus:
-    """Read the state of the runs below `root` and SLURM's queue; if `root` itself is a run, also the run's details.
+    """Read the state of the runs below `root` and of SLURM's queue; if `root` itself is a run, also the run's details.
 
     `known_queue`: a queue that was read before; None calls squeue. Raises ConfigError if the directory cannot be listed.
     """
@@ -158,15 +160,17 @@ def _read_run_details(run_dir: Path) -> RunDetails:
 
 
 def watch_runs_status(root: Path, *, as_json: bool) -> None:
-    """Show the state of the runs every `WATCH_INTERVAL_S` seconds; ends with KeyboardInterrupt only.
+    """Show the state of the runs every `WATCH_INTERVAL_S` seconds (`--watch`). Never returns: Ctrl-C ends it, as
+    KeyboardInterrupt.
 
-    On a terminal, a table is redrawn in place. Otherwise one text after another is printed, or with `as_json` one object after
-    another.
+    On a terminal, a table is redrawn in place. Otherwise one text after another is printed, or with `as_json` one object
+    after another.
     """
     from launch.runs.status_tables import status_as_dict, status_text
 
     if as_json:
         for runs_status in runs_status_forever(root):
+            # None: checkpoints are not verified, which would take too long.
             print(json.dumps(status_as_dict(runs_status, None)), flush=True)
     elif not sys.stdout.isatty():
         for runs_status in runs_status_forever(root):
@@ -176,7 +180,7 @@ def watch_runs_status(root: Path, *, as_json: bool) -> None:
 
 
 def _redraw_table_forever(root: Path) -> None:
-    """Show the state of the runs as a table on the terminal, drawn anew every `WATCH_INTERVAL_S` seconds."""
+    """Show the state of the runs as a table on the terminal, drawn anew every `WATCH_INTERVAL_S` seconds, without end."""
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -191,9 +195,9 @@ def _redraw_table_forever(root: Path) -> None:
 
 
 def runs_status_forever(root: Path) -> Iterator[RunsStatus]:
-    """Yields the state of the runs every `WATCH_INTERVAL_S` seconds, without end.
+    """Read the state of the runs again and again, every `WATCH_INTERVAL_S` seconds without end, and yield it.
 
-    Calls squeue every `QUEUE_INTERVAL_S` seconds.
+    squeue is called only every `QUEUE_INTERVAL_S` seconds, since many users share SLURM's controller.
     """
     queue = None
     queue_read_at = float("-inf")
@@ -208,9 +212,11 @@ def runs_status_forever(root: Path) -> Iterator[RunsStatus]:
 
 
 def _verify_checkpoints(runs_status: RunsStatus, *, quiet: bool) -> dict[Path, str]:
-    """Read every checkpoint of the runs; returns {damaged checkpoint: what is wrong with it}, empty if all are intact.
+    """Check every checkpoint of the runs against its checksums (`--verify`); returns {damaged checkpoint: what is wrong
+    with it}.
 
-    Prints on stderr which checkpoint is being read, unless `quiet`: that takes minutes for a large model.
+    Empty if all are intact. Prints on stderr which checkpoint is being read, unless `quiet`: that takes minutes for a large
+    model.
     """
     from launch.runs.checkpoints import list_checkpoints, verify_checkpoints
 
@@ -220,6 +226,7 @@ def _verify_checkpoints(runs_status: RunsStatus, *, quiet: bool) -> dict[Path, s
 
     damage_by_checkpoint: dict[Path, str] = {}
     for run in runs_status.runs:
+        # A single run has details, with its checkpoints listed already.
         checkpoint_list = (
             runs_status.details.checkpoint_list if runs_status.details is not None else list_checkpoints(run.directory)
         )

@@ -19,10 +19,10 @@ FILE_AND_LINE_REGEX = re.compile(r"(?P<file>.+):(?P<line>[0-9]+)")
 
 
 def print_document_lineage(root: Path, document: str | None, text_piece: str | None, *, as_json: bool) -> int:
-    """Print which runs below `root` were trained on a document; returns the exit code, 0.
+    """Print which runs below `root` were trained on a document that must be deleted, for example; returns the exit code, 0.
 
-    The document is named by `document`, as in `train.jsonl:12`, or by `text_piece`, a piece of its text. Raises ConfigError if
-    `root` cannot be listed.
+    The document is named by `document`, as in `train.jsonl:12`, or by `text_piece`, a piece of its text. Raises ConfigError
+    if `root` cannot be listed.
     """
     from launch.runs.data_lineage import DocumentQuery, document_exposures
     from launch.runs.status import find_runs
@@ -55,8 +55,10 @@ def _load_config_or_reason(run_dir: Path) -> RunConfig | str:
 
 
 def lineage_text(root: Path, query: DocumentQuery, exposures: list[DocumentExposure]) -> str:
-    """What `status document=` prints: each run that has the document or learned from it, each run of which this is not known, and
-    what to do about weights that were trained on it.
+    """Write what `status document=` prints: which runs have the document or learned from it, and what to do about their
+    weights.
+
+    Runs of which this is not known are listed with the reason.
     """
     # Runs whose prepared data has the document count too, although training may not have reached it.
     with_document = [exposure for exposure in exposures if exposure.was_trained_on or exposure.num_documents_by_split]
@@ -77,10 +79,11 @@ def lineage_text(root: Path, query: DocumentQuery, exposures: list[DocumentExpos
 
 
 def _exposure_sentence(exposure: DocumentExposure) -> str:
-    """A sentence on one run: how often it trained on the documents, which it holds out, and which earlier run saw them.
+    """Say how one run met the documents: `in its training data, trained on 2 times by step 40; began with the weights of
+    runs/first`.
 
-    For example `in its training data, trained on 2 times by step 40; began with the weights of runs/first`. If there are several
-    documents, the first of them are named at its end.
+    Held-out documents are evaluated on and not trained on. If there are several documents, the first of them are named at
+    its end.
     """
     num_training = exposure.num_documents_by_split.get("train", 0)
     num_held_out = sum(exposure.num_documents_by_split.values()) - num_training
@@ -106,7 +109,11 @@ def _exposure_sentence(exposure: DocumentExposure) -> str:
 
 
 def lineage_as_dict(query: DocumentQuery, exposures: list[DocumentExposure]) -> dict[str, Any]:
-    """What `status document= --json` prints: every run that was searched; `trained` is null if it cannot be told."""
+    """The JSON value that `status document= --json` prints: every run that was searched, and whether it was trained on the
+    document.
+
+    `trained` is null if it cannot be told. `through` names an earlier run whose weights it began with.
+    """
     runs = []
     for exposure in exposures:
         was_trained_on: bool | None = exposure.was_trained_on

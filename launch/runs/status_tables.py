@@ -80,10 +80,10 @@ class RunsStatus:
 
 
 def status_text(status: RunsStatus, damage_by_checkpoint: Mapping[Path, str] | None, *, live: bool = False) -> str:
-    """What `status` prints: a table of the runs, or the details of a single run.
+    """Write what `status` prints: a table of the runs, or the details of a single run.
 
-    `damage_by_checkpoint`: what is wrong with each damaged checkpoint, empty if all are intact, None if they were not verified.
-    `live` (for --watch) adds loss curves to runs that train, and leaves out runs that do not fit on the terminal.
+    `damage_by_checkpoint`: what is wrong with each damaged checkpoint, empty if all are intact, None if they were not
+    verified. `live` (for --watch) adds loss curves to runs that train, and leaves out runs that do not fit on the terminal.
     """
     if status.details is not None:  # the user named one run
         lines = _single_run_lines(status.runs[0], status.details, damage_by_checkpoint)
@@ -106,7 +106,7 @@ def status_text(status: RunsStatus, damage_by_checkpoint: Mapping[Path, str] | N
 
 
 def _runs_table_lines(status: RunsStatus, *, live: bool) -> list[str]:
-    """The table with a row for each run, and below it the number of runs in each state.
+    """Write the table with a row for each run, and below it the number of runs in each state.
 
     `live` (for --watch): only the most urgent runs that fit on the terminal, with their loss curves.
     """
@@ -126,7 +126,7 @@ def _runs_table_lines(status: RunsStatus, *, live: bool) -> list[str]:
 
 
 def _most_urgent_runs_table_lines(status: RunsStatus) -> list[str]:
-    """The table of the runs that fit on the terminal, most urgent first; a last line counts the others."""
+    """Write the table of the runs that fit on the terminal, most urgent first; a last line counts the others."""
     max_lines = max(1, shutil.get_terminal_size((80, 24)).lines - NUM_LINES_BELOW_TABLE)
     runs = sorted(status.runs, key=_urgency_sort_key)
     rows = [_table_row(run, status.root, live=True) for run in runs[:max_lines]]
@@ -139,7 +139,9 @@ def _most_urgent_runs_table_lines(status: RunsStatus) -> list[str]:
 
 
 def _table_row(run: RunView, root: Path, *, live: bool) -> TableRow:
-    """A run's row of the table, with notes below it: where it runs, why it is in its state and, if `live`, its loss curve."""
+    """Make a run's row of the table, with notes below it: where it runs, why it is in its state and, if `live`, its loss
+    curve.
+    """
     is_below_root = run.directory.is_relative_to(root) and run.directory != root
     name = run.directory.relative_to(root) if is_below_root else run.directory
     cells = (
@@ -174,9 +176,8 @@ def _urgency_sort_key(run: RunView) -> tuple[int, float]:
 def _location_and_reason(run: RunView) -> str:
     """The note below a run's row, such as `on node7, job 17, 2 restarts: <reason>`; empty if there is nothing to say.
 
-    A state is one of `RunState`, as the run writes it, or one that only a look from outside finds: LOST, QUEUED, NOT_STARTED.
-
-    The host is shown of a running run, its job of one that is running or lost, its restarts unless it is done.
+    The host is shown of a running run, its job of one that is running or lost, its restarts unless it is done. A state is
+    one of `RunState`, as the run writes it, or one that only a look from outside finds: LOST, QUEUED, NOT_STARTED.
     """
     if run.state in (RunState.done, NOT_STARTED) and not run.state_reason:
         return ""
@@ -195,7 +196,9 @@ def _location_and_reason(run: RunView) -> str:
 
 
 def _other_job_lines(status: RunsStatus) -> list[str]:
-    """A section with the user's jobs in the queue that belong to none of the runs; no lines if there are none."""
+    """List the user's jobs in the queue that belong to none of the runs, as a section of its own; no lines if there are
+    none.
+    """
     other_jobs = _jobs_without_run(status)
     if not other_jobs:
         return []
@@ -217,7 +220,10 @@ def _jobs_without_run(status: RunsStatus) -> list[QueuedJob]:
 
 
 def _single_run_lines(run: RunView, details: RunDetails, damage_by_checkpoint: Mapping[Path, str] | None) -> list[str]:
-    """What `status <run>` prints: state and step, a table of facts, advice, checkpoints, and where the logs are."""
+    """Write what `status <run>` prints: state and step, a table of facts, advice, checkpoints, and where the logs are.
+
+    `damage_by_checkpoint`: what is wrong with each damaged checkpoint; None if they were not verified.
+    """
     heading = f"{run.directory}: {run.state}, step {_progress_text(run)}"
     if run.step and run.total_steps:
         heading += f" ({run.step / run.total_steps:.1%})"
@@ -234,7 +240,9 @@ def _single_run_lines(run: RunView, details: RunDetails, damage_by_checkpoint: M
 
 
 def _training_facts(run: RunView, details: RunDetails) -> list[tuple[str, str]]:
-    """(name, text) of a run's loss, held-out metrics, speed and memory; what it has not written yet has no row."""
+    """How the training of a run goes, as (name, text) rows: loss, held-out metrics, speed and memory; no row for what is
+    not known.
+    """
     facts = []
     if run.loss is not None:
         facts.append(("loss", f"{format_metric(run.loss)}  {sparkline(details.sampled_losses)}"))
@@ -253,14 +261,18 @@ def _training_facts(run: RunView, details: RunDetails) -> list[tuple[str, str]]:
 
 
 def _last_evaluation_text(last_evaluation: Mapping[str, float]) -> str:
-    """The metrics of `RunView.last_evaluation`, and the step at which they were measured: `eval/loss 2.3451 (step 40)`."""
+    """Write the metrics of the last evaluation, and the step at which they were measured: `eval/loss 2.3451 (step 40)`."""
     metrics = ", ".join(f"{name} {format_metric(value)}" for name, value in last_evaluation.items() if name != "step")
     step = last_evaluation.get("step")
     return metrics if step is None else f"{metrics} (step {step:.0f})"
 
 
 def _job_facts(run: RunView, details: RunDetails) -> list[tuple[str, str]]:
-    """(name, text) of who runs a run, its job in the queue, what its starts used, and the jobs of its pipeline."""
+    """Who runs a run, as (name, text) rows: its process, its job in the queue, what its starts used, and the jobs of its
+    pipeline.
+
+    A run has several starts if it was restarted. `details.start_usages` has what each start of a SLURM job used.
+    """
     facts = []
     runner = ", ".join(_runner_clauses(run))
     if runner:
@@ -298,7 +310,7 @@ def _runner_clauses(run: RunView) -> list[str]:
 
 
 def _advice_lines(run: RunView, failure: Mapping[str, Any]) -> list[str]:
-    """What the user can do about a run. The first case that applies:
+    """Say what the user can do about a run. The first case that applies:
 
     - It failed: see `_failure_advice`.
     - It is lost: give the same command again; if its process lives, stop it first.
@@ -306,7 +318,7 @@ def _advice_lines(run: RunView, failure: Mapping[str, Any]) -> list[str]:
     - It was preempted: give the same command again.
     - Otherwise: no lines.
 
-    `failure` is the run's `failure.json`; empty if it has none.
+    `failure`: the run's `failure.json`, {"message": ..., "user_error": ..., ...}; empty if it has none.
     """
     if run.state == RunState.failed:
         return ["", *_failure_advice(run, failure)]
@@ -322,14 +334,14 @@ def _advice_lines(run: RunView, failure: Mapping[str, Any]) -> list[str]:
 
 
 def _failure_advice(run: RunView, failure: Mapping[str, Any]) -> list[str]:
-    """Lines `failed: <reason>` and `to do: <advice>` for a failed run. The advice depends on the first case that applies:
+    """Say why a run failed and what to do: lines `failed: <reason>` and `to do: <advice>`. The first case that applies:
 
     - Another job of its pipeline failed, so that it never began.
     - The user's settings or data are wrong.
     - Any other error that would come again: its traceback.
     - Something that may not come again (a lost node, for example): run the same command.
 
-    `failure`: its `failure.json`; empty if it has none.
+    `failure`: its `failure.json`, {"message": ..., "user_error": ..., "retry": ...}; empty if it has none.
     """
     broken_part = pipeline_jobs.first_failed_part(list(run.pipeline_parts))
     if broken_part is not None and not failure:  # the run itself has written no failure
@@ -351,7 +363,8 @@ def _failure_advice(run: RunView, failure: Mapping[str, Any]) -> list[str]:
 
 
 def _failure_origin(failure: Mapping[str, Any]) -> str:
-    """Where a run failed, to stand before the reason: `rank 3 on node7, training, step 40: `; empty without a `failure.json`.
+    """Say where a run failed, to stand before the reason: `rank 3 on node7, training, step 40: `; empty without a
+    `failure.json`.
 
     The message of a user's error is enough. Of any other error, the type is shown, too.
     """
@@ -365,9 +378,9 @@ def _failure_origin(failure: Mapping[str, Any]) -> str:
 
 
 def _checkpoint_lines(checkpoint_list: CheckpointList, damage_by_checkpoint: Mapping[Path, str] | None) -> list[str]:
-    """A section with the table of a run's checkpoints, or why they cannot be listed.
+    """Write the section with the table of a run's checkpoints, or why they cannot be listed.
 
-    `damage_by_checkpoint` maps damaged checkpoints to what is wrong with them; None if none was verified.
+    `damage_by_checkpoint`: what is wrong with each damaged checkpoint; None if none was verified.
     """
     if checkpoint_list.problem:
         return ["", *wrap_text(f"checkpoints: {checkpoint_list.problem}")]
@@ -384,9 +397,9 @@ def _checkpoint_lines(checkpoint_list: CheckpointList, damage_by_checkpoint: Map
 def _checkpoint_row(
     checkpoint: StoredCheckpoint, monitored_metric: str | None, damage_by_checkpoint: Mapping[Path, str] | None
 ) -> TableRow:
-    """A checkpoint's row of the table: name, age, size and remarks.
+    """Make a checkpoint's row of the table: name, age, size and remarks, such as `best: eval/loss 2.31`.
 
-    `damage_by_checkpoint` maps damaged checkpoints to what is wrong with them; None if none was verified.
+    `damage_by_checkpoint`: what is wrong with each damaged checkpoint; None if none was verified.
     """
     remarks = []
     if damage_by_checkpoint is not None:
@@ -434,7 +447,7 @@ def _step_count_text(num_steps: int | None) -> str:
 
 
 def status_as_dict(status: RunsStatus, damage_by_checkpoint: Mapping[Path, str] | None) -> dict[str, Any]:
-    """What `status --json` prints, as JSON values. Times are seconds, memory GiB, sizes bytes, speeds of all ranks together.
+    """The JSON value that `status --json` prints. Times are seconds, memory GiB, sizes bytes, speeds of all ranks together.
 
     `damage_by_checkpoint`: what is wrong with each damaged checkpoint; None if they were not verified.
     """
@@ -451,7 +464,8 @@ def status_as_dict(status: RunsStatus, damage_by_checkpoint: Mapping[Path, str] 
 
 
 def _details_as_dict(details: RunDetails, damage_by_checkpoint: Mapping[Path, str]) -> dict[str, Any]:
-    """The keys that `status --json <run>` has beyond those of a run in the list, with their values.
+    """What `status --json` says of a single run beyond its entry in a list: its failure, its checkpoints and the starts of
+    its jobs.
 
     "given_up": a rollback went back to an earlier checkpoint. "starts": what each start of a SLURM job used (`jobs.jsonl`).
     """
@@ -479,7 +493,7 @@ def _details_as_dict(details: RunDetails, damage_by_checkpoint: Mapping[Path, st
 
 
 def _run_as_dict(run: RunView) -> dict[str, Any]:
-    """A run of the list as JSON values; its key `left_s` is `RunView.remaining_s`."""
+    """The entry of one run in `status --json`; its key `left_s` is `RunView.remaining_s`."""
     fields = {JSON_KEY_BY_RUN_FIELD.get(name, name): value for name, value in asdict(run).items()}
     fields |= {"directory": str(run.directory), "why": one_line(run.state_reason), "left_s": run.remaining_s}
     fields["job"] = None if run.job is None else _job_as_dict(run.job)

@@ -111,7 +111,7 @@ StopMethod = NotRunning | SignalProcess | SignalJob | CancelJob
 
 
 def stop_method(run_dir: Path, queue: JobQueue, job: QueuedJob | None) -> StopMethod:
-    """How a run can be stopped from this host; `job` is its job in the queue, None if it has none. The first case that applies:
+    """Find out how a run can be stopped from this host: by a signal, by SLURM, or not at all. The first case that applies:
 
     - A pending job with a script of shardtune's: cancel the job.
     - A running job with such a script: signal the job. Another script may react to a signal in any way.
@@ -119,7 +119,8 @@ def stop_method(run_dir: Path, queue: JobQueue, job: QueuedJob | None) -> StopMe
     - No job and no process on this host: nothing runs, or CannotStopError says on which host to stop it.
     - A job with another script, and no process on this host: CannotStopError says what to do.
 
-    Raises ConfigError if the lease cannot be read.
+    `job`: the run's job in the queue; None if it has none. Raises ConfigError if the lease, by which a process claims the
+    run, cannot be read.
     """
     try:
         lease_holder = read_lease_holder(run_dir)
@@ -171,9 +172,10 @@ def raise_if_job_state_unknown(run_dir: Path, queue: JobQueue, state: str) -> No
 
 
 def _raise_if_unrelated_process(run_dir: Path, pid: int) -> None:
-    """Raise CannotStopError if a process has no file of the run's directory open, so that it must not be signalled.
+    """Make sure that the process to be signalled is really the run's: it must have a file of the run's directory open.
 
-    The lease in a copied run names the process of the other run, and in somebody else's run it can name any process.
+    The lease in a copied run names the process of the other run, and in somebody else's run it can name any process. Raises
+    CannotStopError if it has no such file open.
     """
     if not _has_open_file_in(run_dir, pid):
         raise CannotStopError(
@@ -198,10 +200,12 @@ def _has_open_file_in(run_dir: Path, pid: int) -> bool:
 
 
 def _method_without_local_process(run_dir: Path, lease_holder: LeaseHolder, queue: JobQueue) -> StopMethod:
-    """How to stop a run without a job in this host's queue and without a living process on this host.
+    """Find out how to stop a run that has no job in this host's queue and no living process on this host.
 
     - No process seems to run it: `NotRunning`.
     - A job or process on another host runs it: CannotStopError, with what to type there.
+
+    `lease_holder`: the process that claims the run, and how old its last heartbeat is.
     """
     owner = lease_holder.owner
     if owner is None or lease_holder.is_alive is False or lease_holder.is_heartbeat_late:
@@ -230,9 +234,9 @@ def _runs_shardtune_script(job: QueuedJob) -> bool:
 
 
 def run_slurm_command(command: list[str]) -> str:
-    """Run a command of SLURM, and return what it prints.
+    """Run a command of SLURM that stopping a run needs, and return what it prints.
 
-    Raises CannotStopError, because stopping a run needs the command: if it is not on this host, does not answer, or fails.
+    Raises CannotStopError if the command is not on this host, does not answer, or fails.
     """
     try:
         completed = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SLURM_TIMEOUT_S)

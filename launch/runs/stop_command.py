@@ -60,8 +60,9 @@ REPORT_INTERVAL_S = 15.0
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune stop` with the arguments behind it; returns the exit code. Raises ConfigError for wrong ones,
-    CannotStopError if the run cannot be stopped from here.
+    """Run `shardtune stop` with the arguments behind it; returns the exit code.
+
+    Raises ConfigError for wrong arguments, CannotStopError if the run cannot be stopped from here.
     """
     if asks_for_help(argv) or not argv:
         show_help(USAGE)
@@ -127,9 +128,9 @@ def stop_run(run_dir: Path, wait_s: float, *, dry_run: bool) -> StopResult:
 
 
 def stopped_run_summary(run_dir: Path, shell_command: str | None) -> dict[str, Any]:
-    """What `stop --json` prints: the state of the run now, and its newest checkpoint.
+    """The JSON value that `stop --json` prints: the state of the run now, and its newest checkpoint.
 
-    `shell_command`: the command that ends the run in the same way; None if nothing was running.
+    `shell_command`: the command that ends the run in the same way (`by` in the value); None if nothing was running.
     """
     from launch.runs.checkpoints import list_checkpoints
     from launch.runs.queue import read_queue
@@ -149,7 +150,7 @@ def stopped_run_summary(run_dir: Path, shell_command: str | None) -> dict[str, A
 
 
 def saved_checkpoint_text(run_dir: Path, last_step: int | None) -> str:
-    """A clause on the checkpoint from which a run can continue, such as `saved at step 40: <path>`.
+    """Say from which checkpoint a run can continue: `saved at step 40: <path>`.
 
     `last_step` is None or 0 for a run that made no step: then a missing checkpoint is no loss.
     """
@@ -176,7 +177,9 @@ class StoppingRun:
     """Why the last call of squeue failed; None if it succeeded."""
 
     def wait_until_ended(self) -> int:
-        """Wait up to `wait_s` seconds, print what was saved, and return the exit code of `shardtune stop`."""
+        """Wait up to `wait_s` seconds until the run has ended, print what was saved, and return the exit code of `shardtune
+        stop`.
+        """
         from trainer.reporting.status import read_status
 
         began_at = reported_at = time.monotonic()
@@ -209,7 +212,7 @@ class StoppingRun:
         return self._look_for_job_in_queue(self.method.job.id)
 
     def _look_for_job_in_queue(self, job_id: str) -> bool:
-        """Call squeue; returns whether the job has left the queue. False if squeue fails, since nobody knows.
+        """Call squeue to see whether the run's job has left the queue. False if squeue fails, since nobody knows.
 
         A job that waits in the queue was requeued nevertheless, for example by an administrator: it is cancelled.
         """
@@ -255,7 +258,9 @@ class StoppingRun:
         return 0
 
     def _print_timeout(self) -> int:
-        """Print that the run has not ended within `wait_s` seconds, or that this cannot be told; returns the exit code."""
+        """Print that the run has not ended within `wait_s` seconds, or that this cannot be told; returns the exit code
+        `CHECK_FAILED`.
+        """
         saved = saved_checkpoint_text(self.run_dir, last_step=None)
         if self._queue_problem is not None:
             print(
