@@ -79,7 +79,8 @@ def main(argv: list[str]) -> int:
         )
     if arguments.watch:
         watch_runs_status(root, as_json=arguments.as_json)  # until Ctrl-C
-    from launch.runs.status_tables import status_as_dict, status_text
+    from launch.runs.status_json import status_as_dict
+    from launch.runs.status_tables import status_text
 
     runs_status = read_runs_status(root)
     damage_by_checkpoint = None  # not verified
@@ -166,7 +167,8 @@ def watch_runs_status(root: Path, *, as_json: bool) -> None:
     On a terminal, a table is redrawn in place. Otherwise one text after another is printed, or with `as_json` one object
     after another.
     """
-    from launch.runs.status_tables import status_as_dict, status_text
+    from launch.runs.status_json import status_as_dict
+    from launch.runs.status_tables import status_text
 
     if as_json:
         for runs_status in runs_status_forever(root):

@@ -1,4 +1,4 @@
-"""Prints the state of runs as tables and as JSON."""
+"""Prints the state of runs as tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from launch.runs.checkpoints import CheckpointList, StoredCheckpoint
 from launch.runs.metrics_tail import loss_curve
 from launch.runs.queue import JobQueue, QueuedJob
 from launch.runs.sparkline import sparkline
-from launch.runs.status import HANGING_REASON, LOST, NOT_STARTED, QUEUED, UNKNOWN, RunView, age_text, one_line
+from launch.runs.status import HANGING_REASON, LOST, NOT_STARTED, QUEUED, UNKNOWN, RunView, age_text
 from strategies.atomic_io import size_text
 from trainer.pages.numbers import format_duration
 from trainer.reporting.numbers import format_metric
@@ -31,15 +31,6 @@ NUM_LINES_BELOW_TABLE = 8
 NUM_CURVE_POINTS = 60
 """Points of the loss curve below a run's row."""
 SAME_COMMAND_ADVICE = "the same command continues it from the newest intact checkpoint"
-JSON_KEY_BY_RUN_FIELD = {
-    "state_reason": "why",
-    "total_steps": "total",
-    "seconds_per_step": "step_s",
-    "last_evaluation": "evaluated",
-    "attempt_began_at": "since",
-    "pipeline_parts": "parts",
-}
-"""Fields of `RunView` that have another key in `status --json`, whose keys stay as they are for scripts."""
 RUN_COLUMNS = (
     TableColumn(),
     TableColumn("state"),
@@ -77,6 +68,16 @@ class RunsStatus:
     """Whether the search for runs ended early, because there were too many directories."""
     details: RunDetails | None = None
     """Details of the run, if `root` is one."""
+
+    @property
+    def jobs_without_run(self) -> list[QueuedJob]:
+        """The user's jobs in the queue that are not shown with a run, as a run's own job and the jobs of its pipeline are."""
+        ids_of_runs = set()
+        for run in self.runs:
+            if run.job is not None:
+                ids_of_runs.add(run.job.id)
+            ids_of_runs.update(part.job for part in run.pipeline_parts)
+        return [job for job in self.queue.jobs if job.id not in ids_of_runs]
 
 
 def status_text(status: RunsStatus, damage_by_checkpoint: Mapping[Path, str] | None, *, live: bool = False) -> str:
@@ -199,7 +200,7 @@ def _other_job_lines(status: RunsStatus) -> list[str]:
     """List the user's jobs in the queue that belong to none of the runs, as a section of its own; no lines if there are
     none.
     """
-    other_jobs = _jobs_without_run(status)
+    other_jobs = status.jobs_without_run
     if not other_jobs:
         return []
     lines = ["", "other jobs of yours in the queue:"]
@@ -207,16 +208,6 @@ def _other_job_lines(status: RunsStatus) -> list[str]:
     if len(other_jobs) > MAX_LISTED_JOBS:
         lines.append(f"  and {len(other_jobs) - MAX_LISTED_JOBS} more")
     return lines
-
-
-def _jobs_without_run(status: RunsStatus) -> list[QueuedJob]:
-    """The jobs in the queue that are not shown with a run, as a run's own job and the jobs of its pipeline are."""
-    ids_of_runs = set()
-    for run in status.runs:
-        if run.job is not None:
-            ids_of_runs.add(run.job.id)
-        ids_of_runs.update(part.job for part in run.pipeline_parts)
-    return [job for job in status.queue.jobs if job.id not in ids_of_runs]
 
 
 def _single_run_lines(run: RunView, details: RunDetails, damage_by_checkpoint: Mapping[Path, str] | None) -> list[str]:
@@ -444,69 +435,3 @@ def _step_count_text(num_steps: int | None) -> str:
     if num_steps is None:
         return "-"
     return str(num_steps) if num_steps < 1e5 else f"{num_steps / 1e3:,.0f}k"
-
-
-def status_as_dict(status: RunsStatus, damage_by_checkpoint: Mapping[Path, str] | None) -> dict[str, Any]:
-    """The JSON value that `status --json` prints. Times are seconds, memory GiB, sizes bytes, speeds of all ranks together.
-
-    `damage_by_checkpoint`: what is wrong with each damaged checkpoint; None if they were not verified.
-    """
-    runs = [_run_as_dict(run) for run in status.runs]
-    if status.details is not None:
-        runs[0] |= _details_as_dict(status.details, damage_by_checkpoint or {})
-    fields: dict[str, Any] = {"directory": str(status.root), "runs": runs}
-    if damage_by_checkpoint is not None:
-        fields["damaged"] = {str(path): damage for path, damage in damage_by_checkpoint.items()}
-    fields["other_jobs"] = [_job_as_dict(job) for job in _jobs_without_run(status)]
-    fields["queue_problem"] = status.queue.problem
-    fields["all_searched"] = not status.search_stopped_early
-    return fields
-
-
-def _details_as_dict(details: RunDetails, damage_by_checkpoint: Mapping[Path, str]) -> dict[str, Any]:
-    """What `status --json` says of a single run beyond its entry in a list: its failure, its checkpoints and the starts of
-    its jobs.
-
-    "given_up": a rollback went back to an earlier checkpoint. "starts": what each start of a SLURM job used (`jobs.jsonl`).
-    """
-    checkpoints = []
-    for checkpoint in details.checkpoint_list.checkpoints:
-        checkpoints.append(
-            {
-                "path": str(checkpoint.path),
-                "step": checkpoint.step,
-                "age_s": checkpoint.age_s,
-                "size": checkpoint.num_bytes,
-                "best": checkpoint.best_metric,
-                "elsewhere": checkpoint.is_in_fallback_dir,
-                "given_up": checkpoint.is_given_up,
-                "damage": damage_by_checkpoint.get(checkpoint.path),
-            }
-        )
-    return {
-        "failure": details.failure or None,
-        "watch": details.checkpoint_list.monitored_metric,
-        "checkpoints": checkpoints,
-        "starts": details.start_usages,
-        "checkpoints_problem": details.checkpoint_list.problem,
-    }
-
-
-def _run_as_dict(run: RunView) -> dict[str, Any]:
-    """The entry of one run in `status --json`; its key `left_s` is `RunView.remaining_s`."""
-    fields = {JSON_KEY_BY_RUN_FIELD.get(name, name): value for name, value in asdict(run).items()}
-    fields |= {"directory": str(run.directory), "why": one_line(run.state_reason), "left_s": run.remaining_s}
-    fields["job"] = None if run.job is None else _job_as_dict(run.job)
-    return fields
-
-
-def _job_as_dict(job: QueuedJob) -> dict[str, str]:
-    """A job of SLURM's queue as JSON values, in squeue's words."""
-    return {
-        "id": job.id,
-        "state": job.state,
-        "reason": job.reason,
-        "name": job.name,
-        "start": job.start_time,
-        "left": job.time_left,
-    }
