@@ -117,7 +117,9 @@ class _GroupedTensors(NamedTuple):
 
 
 class Conversions:
-    """The names and shapes of a model in terms of a checkpoint's files."""
+    """Translates between the parameters of a model and the tensors in a checkpoint's files: names, shapes and values, in both
+    directions.
+    """
 
     def __init__(self, meta_model: Any, files: SafetensorsFiles) -> None:
         """`meta_model`: the model as transformers builds it, on the meta device, not tuned and never changed after."""
@@ -137,11 +139,16 @@ class Conversions:
     # -- from the files ------------------------------------------------------------------------------------------
 
     def _group_stored_tensors(self, quantizer: Any) -> _GroupedTensors:
-        """Sort the stored tensors by what is made of them, as transformers' loader does.
+        """Sort the tensors of the checkpoint's files by the parameter that is made of them, as transformers' loader does.
 
-        `quantizer`: transformers' object that reads a quantised checkpoint, which adds rules; None: without those.
+        A tensor that is only renamed is a group by itself. Tensors that a conversion joins are one group:
+        `...experts.0.w1.weight`, `...experts.1.w1.weight`, ... become `...experts.gate_up_proj`.
+
+        `quantizer`: transformers' object that reads a quantised checkpoint, whose dequantisation adds rules; None: without
+        those.
         """
         rules = conversion_rules(self.meta_model, quantizer)
+        # A pattern is the part of stored names that a conversion looks for, such as `mlp.experts.*.w1.weight`.
         converter_by_pattern = rules.converter_by_pattern()
         state = self.meta_model.state_dict()
         prefix = self.meta_model.base_model_prefix
@@ -151,6 +158,8 @@ class Conversions:
             name, pattern = rules.name_in_model(stored_name, state, prefix)
             if name not in state and stored_name in state:
                 # A rule for other checkpoints renamed what has the model's own name already.
+                # Without rules only the prefix of the base model ("model.") is added or removed, where that gives a name of the
+                # model.
                 name, pattern = NO_RULES.name_in_model(stored_name, state, prefix)
             # `pattern`: that of the conversion; None if the tensor is taken as it is.
             if name not in state:
@@ -164,15 +173,17 @@ class Conversions:
         return _GroupedTensors(rules, group_by_first_result, unused_names)
 
     def _set_shapes_and_row_source(self, group: ConversionGroup) -> None:
-        """Set `shapes` and `row_source` of a group: what it makes, and what has to be read for some rows of it.
+        """Find out what shapes a group of stored tensors gives, and how much must be read for some rows of it.
 
-        The conversion is run on meta tensors, so that nothing is read but shapes.
+        Sets `shapes` and `row_source` of the group. The conversion runs on meta tensors, so that no values are read from the
+        files.
         """
         if group.converter is None:
             self._set_only_renamed(group, self.files.shape(group.renamed_source))
             return
         meta_tensors = self._read_sources(group, self.files.on_meta)
         all_tensors = [tensor for tensors in meta_tensors.values() for tensor in tensors]
+        # With a quantizer, one operation alone is the dequantisation.
         only_dequantises = self.quantizer is not None and len(group.converter.operations) == 1
         if only_dequantises and len(all_tensors) == 1 and all_tensors[0].is_floating_point():
             # Stored in full precision among quantised ones: there is nothing to dequantise.
@@ -180,6 +191,7 @@ class Conversions:
             return
         converted = self._convert(group, meta_tensors)
         group.shapes = {name: tuple(tensor.shape) for name, tensor in converted.items()}
+        # A group that makes several parameters at once keeps `RowSource.everything`.
         if len(converted) == 1 and group.first_result_name in converted:
             dimensions = converted[group.first_result_name].dim()
             group.row_source = _row_source_of(group.converter.operations, list(meta_tensors.values()), dimensions)
@@ -192,14 +204,20 @@ class Conversions:
 
     @staticmethod
     def _read_sources(group: ConversionGroup, read: Callable[[str], Tensor]) -> dict[str, list[Tensor]]:
-        """The tensors that a group takes, by pattern, each by `read(name)`."""
+        """Get the tensors that a conversion takes, as lists by pattern, in the order in which it joins them.
+
+        `read`: gives the tensor of a name, be it from the files, on the meta device or out of a dict.
+        """
         tensors = {}
         for pattern, names in group.source_names.items():
             tensors[pattern] = [read(name) for name in names]
         return tensors
 
     def _convert(self, group: ConversionGroup, tensors_by_pattern: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-        """Convert the tensors that a group takes by transformers' own converter; returns what is made of them, by name.
+        """Run transformers' own conversion of a group; returns the tensors that it makes, by name.
+
+        `tensors_by_pattern`: those that the group takes, whole or the same rows of each, as lists by the pattern of their
+        names.
 
         Raises ConfigError if the conversion fails.
         """
@@ -217,16 +235,20 @@ class Conversions:
                 f"model.path={self.files.directory}: {group.first_result_name} cannot be made of {examples} ...: "
                 f"{str(error)[:300]}"
             ) from error
+        # Some operations give a list of one tensor.
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in converted.items()}
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows `[first, last)` along dimension 0 of the model's parameter `name`, converted; reads only the rows if it can.
+        """Rows `[first, last)` along dimension 0 of the model's parameter `name`, made from the checkpoint's tensors.
 
-        If the group's `row_source` is `everything`, all its stored tensors are converted, and kept for the next call.
+        A rank that holds some rows of a sharded parameter calls this, so only these rows are read where the conversion allows
+        it. Else all tensors of the group are converted, and kept for the next call. That is so if the conversion may mix rows,
+        as in blocks of quantised numbers.
         """
         group = self.groups[name]
         if group.row_source is RowSource.own_rows:
             return self.files.rows(_only_source(group), first, last)
+        # Expert i is row i of the parameter, and a file tensor for each pattern (gate and up projection, say).
         if group.row_source is RowSource.one_tensor_a_row:
             tensors = {}
             for pattern, stored_names in group.source_names.items():
@@ -243,11 +265,12 @@ class Conversions:
         return converted[name][first:last]
 
     def read_slice(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements `[start, stop)` of a flattened parameter."""
+        """Elements `[start, stop)` of a flattened parameter, for a rank that holds this range of it."""
         group = self.groups[name]
         if group.row_source is RowSource.own_rows:
             return self.files.read_slice(_only_source(group), start, stop)
         row_size = math.prod(group.shapes[name][1:])
+        # The rows that contain the range; the division is rounded up for the last one.
         first, last = start // row_size, -(-stop // row_size)
         rows = self.rows(name, first, last).reshape(-1)
         return rows[start - first * row_size : stop - first * row_size]
@@ -260,11 +283,15 @@ class Conversions:
     # -- and back ------------------------------------------------------------------------------------------------
 
     def stored_groups(self, names: Iterable[str]) -> list[StoredGroup]:
-        """The groups in which parameters and buffers become stored tensors again, in the order in which they are complete.
+        """Plan how parameters and buffers are written back as the checkpoint stores them: the groups of them that are converted
+        together.
 
-        A tensor that is only renamed is a group of its own. Tensors that are converted together (the experts of a layer) are a
-        group once all of them have come; a group that lacks one is left out. `names`: of the model, in the order in which their
-        values come. Reads no values. Only transforms that were used on the way in are taken back.
+        The groups come in the order in which they are complete, so that an export writes each as soon as it has all values. A
+        parameter that is only renamed is a group by itself. Parameters that become stored tensors together are a group once all
+        have come; a group that lacks one is left out.
+
+        `names`: of the model, in the order in which their values come. Reads no values. Only those of transformers' rules are
+        reversed that were used when the names were read.
         """
         rules = self._rules
         if self.quantizer is not None:  # an export is stored in full precision: by the rules without a quantisation
@@ -290,11 +317,13 @@ class Conversions:
                 continue
             arrived = arrived_by_group.setdefault(first_stored_name, set())
             arrived.add(name)
+            # `arrived` is a subset of the members: a proper one as long as some are missing.
             is_complete = not arrived < members_by_group[first_stored_name]
             if not is_complete:
                 continue
             # Converters join tensors by position, in the loader's order.
             members = in_loading_order(arrived_by_group.pop(first_stored_name))
+            # On the way back the model's parameters are the sources, and the stored tensors are what is made of them.
             conversion = ConversionGroup(first_stored_name, converter_by_pattern[pattern])
             for member in members:
                 conversion.source_names.setdefault(str(target_by_name[member].pattern), []).append(member)
@@ -302,7 +331,11 @@ class Conversions:
         return groups
 
     def _stored_targets(self, reverse_rules: ConversionRules) -> dict[str, _StoredTarget]:
-        """What each parameter and buffer becomes in the files by the reversed rules, by its name in the model."""
+        """For each parameter and buffer of the model: what it becomes in the files, by the reversed rules.
+
+        For `experts.gate_up_proj` of a checkpoint with one tensor an expert: the first of these tensors, and the pattern of the
+        conversion.
+        """
         target_by_name = {}
         for name in in_loading_order(self.meta_model.state_dict()):
             first_stored_name, pattern = reverse_rules.converted_name(name)
@@ -312,10 +345,13 @@ class Conversions:
         return target_by_name
 
     def convert_back(self, group: StoredGroup, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The stored tensors of a group by stored name, in the order in which they are written.
+        """Turn the parameters of one group back into the tensors that the checkpoint stores, {stored name: tensor}, in the
+        order of writing.
 
-        The experts of a layer, one parameter in the model, become a stored tensor each. `tensors`: the group's members by name in
-        the model. Full precision, if the files were quantised.
+        The experts of a layer, one parameter in the model, become a stored tensor each. Weights that were quantised in the
+        files come out in full precision.
+
+        `group`: one of `stored_groups`. `tensors`: at least the group's members, by name in the model.
         """
         if group.conversion is None:  # only renamed
             (member,) = group.members
@@ -325,10 +361,12 @@ class Conversions:
         return {group.stored_name(name): tensor for name, tensor in converted.items()}
 
     def _stored_prefix(self, target_by_name: dict[str, _StoredTarget]) -> str:
-        """What the files' names begin with if the model is a part of theirs: `language_model.` of Llama 4; else empty.
+        """What the names in the files begin with if the trained model is a part of a larger one: "language_model." for Llama 4;
+        else "".
 
-        Found by tensors that are only renamed: the stored `language_model.model.norm.weight` is `model.norm.weight` by the rules.
-        Empty if these tensors disagree.
+        transformers' rules remove this prefix on the way in, and do not put it back. It is found by tensors that are only
+        renamed: the stored `language_model.model.norm.weight` is `model.norm.weight` by the reversed rules. Also "" if these
+        tensors disagree.
         """
         prefixes = set()
         for name, target in target_by_name.items():
@@ -354,16 +392,17 @@ class Conversions:
 
 
 def _row_source_of(operations: list[Any], tensors_by_pattern: list[list[Tensor]], dimensions: int) -> RowSource:
-    """What must be read for some rows of a parameter that a conversion makes of stored tensors.
+    """How much must be read for some rows of a parameter: decided by whether each step of its conversion keeps rows separate.
 
-    `operations`: of transformers' conversion, in order. `tensors_by_pattern`: the stored tensors, on meta. `dimensions`: of the
-    parameter.
+    `operations`: of transformers' conversion, in order. `tensors_by_pattern`: the stored tensors, on meta, in one list for each
+    pattern. `dimensions`: number of dimensions of the parameter.
     """
     operations = list(operations)
     if type(operations[0]).__name__ == "Fp8Dequantize":  # it needs whole tensors, whose scales are of blocks of rows
         if not any(stacking_dimension(operation) is not None for operation in operations):
             return RowSource.everything
         operations = operations[1:]
+    # Tensors that are stacked along dimension 0 become one row each: row i is stored tensor i.
     stacks_rows = bool(operations) and stacking_dimension(operations[0]) == 0
     if stacks_rows:
         operations = operations[1:]
@@ -371,6 +410,7 @@ def _row_source_of(operations: list[Any], tensors_by_pattern: list[list[Tensor]]
         return RowSource.everything
     if stacks_rows:
         return RowSource.one_tensor_a_row
+    # One stored tensor for each pattern, with the parameter's rows: halves that are joined along columns.
     if all(len(tensors) == 1 and tensors[0].dim() == dimensions for tensors in tensors_by_pattern):
         return RowSource.same_rows_of_each
     return RowSource.everything
@@ -382,9 +422,11 @@ def _only_source(group: ConversionGroup) -> str:
 
 
 def dequantizer(hf_config: Any, path: str) -> Any:
-    """transformers' quantizer that turns a quantised checkpoint into plain numbers as it is read; None if it is not quantised.
+    """transformers' object that turns the weights of a quantised checkpoint into plain numbers while they are read; None if the
+    checkpoint is not quantised.
 
-    Raises ConfigError for kinds that cannot be trained on as numbers.
+    `hf_config`: its `quantization_config` is the dictionary of config.json, or transformers' object of it. `path`: of the
+    model, for messages. Raises ConfigError for a kind of quantisation that is not in `READABLE_QUANTISATIONS`.
     """
     settings = getattr(hf_config, "quantization_config", None)
     if settings is None:
@@ -401,6 +443,7 @@ def dequantizer(hf_config: Any, path: str) -> Any:
         raise ConfigError(
             f"model.path={path}: config.json has quantization_config={settings!r:.80}, which names no method; mend it there"
         )
+    # `quant_method` is an enum of transformers, or a text.
     kind = str(getattr(settings.quant_method, "value", settings.quant_method))
     if kind not in READABLE_QUANTISATIONS:
         raise ConfigError(
@@ -408,5 +451,6 @@ def dequantizer(hf_config: Any, path: str) -> Any:
             "checkpoints are read as the numbers "
             "they stand for, others are not: take the model's unquantised checkpoint (with model.quantisation=nf4 for QLoRA)"
         )
+    # Otherwise the quantizer would keep the weights in few bits, for kernels that compute with those.
     settings.dequantize = True
     return dequantizing_quantizer(settings)

@@ -58,7 +58,7 @@ MAX_PREFIX_TRIED_FIRST = 12
 
 @dataclass(frozen=True, slots=True)
 class KeptLayers:
-    """Which layers of a model its small copy keeps."""
+    """Which layers of a model its small copy keeps, for tests of the model's behaviour on few layers."""
 
     indices: tuple[int, ...]
     """Of the kept layers in the full model, ascending: (0, 1, 31)."""
@@ -70,10 +70,13 @@ class KeptLayers:
         return sum(kept < index for kept in self.indices)
 
     def settings_of_kept_layers(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """New values of the settings that depend on the number or the order of layers. `settings`: the full model's, by name.
+        """The settings that a small copy with only these layers needs: those that depend on the number or order of layers, with
+        new values.
 
-        Where layers 0, 1 and 31 of 32 are kept: `num_hidden_layers` 32 -> 3, `first_k_dense_replace` 1 -> 1 (a border counted
-        from the start), `mlp_only_layers` [0, 31] -> [0, 2] (layers by index), and of a list of 32 entries these three stay.
+        If layers 0, 1 and 31 of 32 are kept: `num_hidden_layers` 32 -> 3, `first_k_dense_replace` 1 -> 1 (a number of first
+        layers), `mlp_only_layers` [0, 31] -> [0, 2] (indices of layers), and of a list of 32 entries these three stay.
+
+        `settings`: the full model's, by name.
         """
         changed: dict[str, Any] = {}
         for name, value in settings.items():
@@ -86,7 +89,10 @@ class KeptLayers:
         return changed
 
     def _value_for_kept_layers(self, name: str, value: Any) -> Any:
-        """The new value of one setting; None if it does not depend on layers."""
+        """The value of the setting `name` in a copy with only the kept layers; None if it does not depend on layers.
+
+        `value`: in the full model.
+        """
         if name in DEPTH_SETTING_NAMES and isinstance(value, int):
             # Another number of layers is that of another part (an encoder, say), of which the first layers stay.
             return len(self.indices) if value == self.depth else min(MIN_LAYERS, value)
@@ -107,7 +113,10 @@ class KeptLayers:
         return None
 
     def _kept_entries(self, by_index: dict[Any, Any]) -> dict[str, Any]:
-        """The settings of the kept layers, by the index that each gets in the small copy, {"0": {...}}. `by_index`: of all."""
+        """Renumber `per_layer_config` for the copy: with layers 0 and 31 kept, the entry of 31 becomes that of "1".
+
+        `by_index`: settings of all layers, by index as a number or a text.
+        """
         position_by_index = {index: str(position) for position, index in enumerate(self.indices)}
         settings_by_position = {}
         for index, settings in by_index.items():
@@ -117,13 +126,13 @@ class KeptLayers:
 
 
 def layer_choices(full_model: nn.Module, settings: dict[str, Any]) -> Iterator[KeptLayers]:
-    """Choices of layers for a small copy, each with every kind of layer of `full_model` (on meta), the likeliest to work first:
+    """Yield which layers a small copy of a model could keep, so that every kind of layer is there; the likeliest to work first:
 
-    - the shortest prefix with all kinds, which keeps what recurs with a period.
+    - the shortest prefix with all kinds, which keeps a pattern that repeats (three local layers, then a global one).
     - one layer of each kind: tried before the prefix if that has more than `MAX_PREFIX_TRIED_FIRST` layers.
     - the shortest prefix with two of each kind.
 
-    The first layers alone if nothing tells layers apart. `settings`: those of the model, by name.
+    If nothing tells layers apart, only the first layers. `full_model`: on meta. `settings`: those of the model, by name.
     """
     depth = num_layers_of(settings)
     kinds = layer_kinds_with_settings(full_model, settings, depth)
@@ -152,9 +161,12 @@ def _shortest_prefix_length(kinds: list[tuple[Any, ...]], times: int) -> int:
 
 
 def _first_layer_of_each_kind(kinds: list[tuple[Any, ...]]) -> tuple[int, ...]:
-    """Indices of the first layer of each kind, and of further ones from the start until there are `MIN_LAYERS`.
+    """The fewest layers with every kind: indices of the first of each, and further ones from the start until there are
+    `MIN_LAYERS`.
 
-    For 4 layers of which the last is of another kind: (0, 3). `kinds`: what describes each layer; equal for layers of one kind.
+    For 4 layers of which the last is of another kind: (0, 3).
+
+    `kinds`: a description of each layer, equal for layers of one kind.
     """
     first_of_kind: dict[Any, int] = {}
     for index, kind in enumerate(kinds):
@@ -173,11 +185,10 @@ def num_layers_of(settings: dict[str, Any]) -> int:
 
 
 def layer_kinds(full_model: nn.Module, depth: int) -> list[tuple[Any, ...]]:
-    """What tells each of `depth` layers from the others, by index; layers with equal entries are built alike. Empty if unknown.
+    """Describe what each layer of a model is built of, by index; layers with equal entries are of one kind.
 
-    An entry has a part for each list of `depth` layers that the model has: one for Llama, two for T5 (encoder and decoder).
-    Lists that one module has side by side also count as one list, since some models divide their layers into several (first
-    dense ones, then those with experts).
+    Empty if no layers are found. An entry has a part for each list of `depth` layers that the model has: one for Llama, two for
+    T5 (encoder and decoder).
     """
     layer_lists = []
     for module in full_model.modules():
@@ -185,6 +196,8 @@ def layer_kinds(full_model: nn.Module, depth: int) -> list[tuple[Any, ...]]:
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) and _is_layer_list(child):
                 lists.append(list(child))
+        # Some models divide their layers into lists side by side (dense ones, then those with experts): these count as one list
+        # too.
         if len(lists) != 1:
             joined_list = [layer for layers in lists for layer in layers]
             lists.append(joined_list)
@@ -198,16 +211,18 @@ def layer_kinds(full_model: nn.Module, depth: int) -> list[tuple[Any, ...]]:
 
 
 def layer_kinds_with_settings(full_model: nn.Module, settings: dict[str, Any], depth: int) -> list[tuple[Any, ...]]:
-    """What tells each layer from the others, by index; layers with equal entries can stand for each other in a small copy.
+    """Describe what tells each layer of a model from the others, by index; of layers with equal entries a small copy needs only
+    one.
 
-    An entry has the layer's modules, what lists such as `layer_types` call it, its own settings, and on which side of each
-    border it lies that settings such as `n_input_layers` draw between layers.
+    An entry has what the layer is built of, its name in lists such as `layer_types`, its own settings, and its side of each
+    border. A border is drawn by a setting such as `n_input_layers`, between layers that are built alike but used differently.
     """
     kinds_by_modules = layer_kinds(full_model, depth) or [()] * depth
     per_layer_lists = []  # such as `layer_types`
     for setting in settings.values():
         if isinstance(setting, list) and len(setting) == depth and isinstance(setting[0], str):
             per_layer_lists.append(setting)
+    # As texts, so that entries can be compared and hashed.
     own_settings = {int(index): str(value) for index, value in (settings.get("per_layer_config") or {}).items()}
     kinds = []
     for index, kind_by_modules in enumerate(kinds_by_modules):
@@ -218,10 +233,10 @@ def layer_kinds_with_settings(full_model: nn.Module, settings: dict[str, Any], d
 
 
 def _is_behind_each_border(settings: dict[str, Any], depth: int, index: int) -> tuple[bool, ...]:
-    """For each setting of `UNSEEN_BORDER_SETTINGS` that is there: whether layer `index` lies at or behind its border.
+    """On which side of the borders between layers that are built alike a layer lies: True at or behind the border.
 
-    A border lies between layers that do different things. With 8 layers and `n_output_layers` 2 it is 6: layers 6 and 7 give
-    True.
+    There is an entry for each setting of `UNSEEN_BORDER_SETTINGS` that `settings` has. With 8 layers and `n_output_layers` 2
+    the border is 6: layers 6 and 7 give True.
     """
     is_behind = []
     for name in UNSEEN_BORDER_SETTINGS:
@@ -240,7 +255,7 @@ def _is_layer_list(modules: nn.ModuleList) -> bool:
 
 
 def _kind_of_layer(layer: nn.Module) -> frozenset[Any]:
-    """What tells a layer from another: name, class and behaviour (flags, texts) of each of its modules.
+    """Describe what a layer is built of, to compare it with others: name, class and behaviour of each of its modules.
 
     Numbers in names do not count, so that a layer with more experts is of the same kind.
     """
@@ -252,10 +267,10 @@ def _kind_of_layer(layer: nn.Module) -> frozenset[Any]:
 
 
 def _behaviour_attributes(module: nn.Module) -> tuple[tuple[str, bool | str], ...]:
-    """Attributes that change what a module computes: flags, texts, and whether it has a window or chunks.
+    """Attributes that change what a module computes: flags, texts, and whether it has a window or chunks of attention.
 
-    Such as `(("is_causal", True), ("sliding_window", False))`. An attribute None counts as True, and the size of a window or
-    chunk as False: sizes differ between a model and its small copy, whose layers are compared.
+    Such as `(("is_causal", True), ("sliding_window", False))`. For a window or chunk the flag is whether it is None: its size
+    differs between a model and its small copy, whose layers are compared.
     """
     attributes: list[tuple[str, bool | str]] = []
     for name, value in sorted(vars(module).items()):

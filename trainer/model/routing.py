@@ -28,7 +28,9 @@ EXPERT_TOKENS = "expert_tokens"
 
 @dataclass(slots=True)
 class RoutingRecord:
-    """What is recorded of one forward pass."""
+    """What is recorded of the routers of a mixture of experts in one forward pass, for balance losses and reports of expert
+    load.
+    """
 
     mask: Tensor | None
     """`[S, T]`, 1 at tokens and 0 at padding; None where every position is a token."""
@@ -48,9 +50,11 @@ class RoutingRecord:
         return self.without_gradients or torch.is_grad_enabled()
 
     def token_mask(self, num_positions: int) -> Tensor | None:
-        """bool `[num_positions]`: which positions of all rows are tokens of documents; None: all of them.
+        """bool `[num_positions]`: which positions of all rows, flattened, are tokens of documents and not padding; None: all of
+        them.
 
-        The virtual tokens of prompt tuning, which lie before each row, are none.
+        `num_positions`: as many as a layer's routers see. It may exceed those of the batch, since prompt tuning puts virtual
+        tokens before each row; they count as padding.
         """
         if self.mask is None:
             return None
@@ -84,17 +88,21 @@ def recording_routing(record: RoutingRecord) -> Iterator[RoutingRecord]:
 
 
 def count_expert_load(module: Any, expert_indices: Tensor) -> None:
-    """Count the tokens of `expert_indices [positions, k]`, experts of `module`, if the pass is recorded. Waits for no device."""
+    """Count how many tokens chose each expert of `module`, if the forward pass is recorded. Called in each layer of experts.
+
+    `expert_indices`: `[positions, k]`, the experts that each position chose. Waits for no device.
+    """
     # Only whether there is a row is asked here: reading the row itself would compile a block anew for each layer.
     if hasattr(module, "row_in_routing_record"):
+        # This is never compiled: a compiled graph would keep the record alive.
         _Recording.note_expert_tokens(module, expert_indices)
 
 
 def _count_tokens(module: Any, expert_indices: Tensor) -> None:
-    """Add to the open record, in `tokens [layers, experts]`, how many tokens chose each expert of a layer.
+    """Add to the record of the pass, in `tokens [layers, experts]`, how many tokens chose each expert of a layer.
 
-    Without an open record it does nothing. `module`: the layer's experts. `expert_indices`: `[positions, choices of each]`.
-    Padding does not count. Nothing waits for the device.
+    Does nothing if no pass is recorded. `module`: the layer's experts, which know their row in `tokens`. `expert_indices`:
+    `[positions, k]`, the experts that each position chose. Padding does not count. Nothing waits for the device.
     """
     record = _Recording.record
     if record is None or record.tokens is None or not record.is_recording:
@@ -106,14 +114,16 @@ def _count_tokens(module: Any, expert_indices: Tensor) -> None:
     if is_token is not None:
         chosen_per_token = expert_indices.shape[-1]
         counts = counts * is_token.repeat_interleave(chosen_per_token, output_size=len(flat_indices))
+    # Indices are clamped, since scatter takes none beyond the row; their count is 0.
     record.tokens[module.row_in_routing_record].scatter_add_(0, flat_indices.clamp(max=num_experts - 1), counts)
 
 
 def enable_token_counts(model: nn.Module) -> tuple[int, ...]:
-    """Let each module of experts count its tokens while a pass is recorded (`count_expert_load`).
+    """Prepare a model for counts of tokens by expert.
 
-    Sets the module's attribute `row_in_routing_record`: the index of its row in `RoutingRecord.tokens`. Returns how many experts
-    each module has, as in (8, 8).
+    Each module of experts then adds to the record while a forward pass is recorded. Sets the module's attribute
+    `row_in_routing_record`: the index of its row in `RoutingRecord.tokens`. Returns how many experts each module has, as in (8,
+    8); empty for a model without experts.
     """
     modules: list[Any] = list(expert_modules_by_name(model).values())
     if modules:
@@ -125,9 +135,9 @@ def enable_token_counts(model: nn.Module) -> tuple[int, ...]:
 
 
 def recorded_routers(model: nn.Module) -> dict[str, int]:
-    """The modules whose output transformers records as router logits, by name, with the index of the logits in that output.
+    """Find the routers of a model, as transformers' own declarations for `output_router_logits` name them.
 
-    Such as `{"model.layers.0.mlp.gate": 0}`.
+    Returns for each router's name the index of the logits in its output: {"model.layers.0.mlp.gate": 0}.
     """
     output_index_by_router: dict[str, int] = {}
     _add_routers_below(model, "", [], output_index_by_router)
@@ -137,10 +147,12 @@ def recorded_routers(model: nn.Module) -> dict[str, int]:
 def _add_routers_below(
     module: nn.Module, name: str, inherited_recorders: list[Any], output_index_by_router: dict[str, int]
 ) -> None:
-    """Add to `output_index_by_router` the routers among `module`, called `name` in the model, and the modules in it.
+    """Add the routers in `module`, called `name` within the model, to `output_index_by_router`; calls itself for the modules in
+    it.
 
-    A recorder (transformers' `OutputRecorder`) says which modules it takes: by class or by the end of the name, perhaps only in
-    a layer of some name. A module without recorders of its own has those of its parent.
+    transformers' classes of models declare recorders (`OutputRecorder`), which say what modules are routers: by class or by the
+    end of the name, perhaps only in a layer of some name. A module that is no model by itself has the recorders of its parent
+    (`inherited_recorders`).
     """
     own_recorders = output_recorders(module, "router_logits")
     recorders = inherited_recorders if own_recorders is None else own_recorders
@@ -155,8 +167,9 @@ def _add_routers_below(
 
 
 def hook_router_logits(root: nn.Module, output_index_by_router: dict[str, int]) -> None:
-    """Add a hook to each router, so that it notes its logits in the recorded pass, with what adapters add to them.
+    """Let each router note its logits in the record of the pass, together with what adapters add to them.
 
+    Adds a forward hook to each.
     `output_index_by_router`: names of modules of `root`, with the index of the logits in their output.
     """
     for name, index in output_index_by_router.items():
@@ -164,7 +177,9 @@ def hook_router_logits(root: nn.Module, output_index_by_router: dict[str, int]) 
 
 
 def _note_logits(index: int, _router: nn.Module, _args: Any, output: Any) -> None:
-    """A forward hook: notes element `index` of a router's output, its logits, in the open record."""
+    """The forward hook of a router: appends element `index` of its output, the logits, to the record of the pass as
+    `[positions, experts]`.
+    """
     record = _Recording.record
     if record is None or not record.is_recording:
         return

@@ -124,12 +124,16 @@ class NotShrinkable(Exception):
 
 
 def small_copies(hf_config: Any, full_model: nn.Module, *, keep_counts: bool = False) -> Iterator[Any]:
-    """Yield small copies of `hf_config` (of `full_model`, on meta), the likeliest to work first; none is tried out.
+    """Yield configurations of small copies of a model, on which its behaviour can be tested in a moment; the likeliest to work
+    first.
 
-    There is one for each way to shrink sizes and each choice of layers that keeps every kind of layer (the number
-    `layer_choice` of `layer_choices`), without those that the configuration's class refuses. `keep_counts`: the first ones
-    keep the numbers of heads and of experts. Raises NotShrinkable, with the first refusal, if the class refuses all of them.
+    A copy keeps every kind of layer of the model. There is one for each way to shrink sizes and each choice of layers, without
+    those that the configuration's class refuses. None is tried out here: callers build one after the other until one runs.
+
+    `full_model`: the model of `hf_config`, on meta. `keep_counts`: try first to keep the numbers of heads and experts, by which
+    ranks divide a layer's work. Raises NotShrinkable, with the first refusal, if the class refuses all of them.
     """
+    # Each takes (settings to shrink, settings of the full model), and returns the small sizes by setting.
     shrink_functions: list[Callable[..., Any]] = [_sizes_by_name, _sizes_in_proportion]
     if keep_counts:
         with_counts = [
@@ -158,7 +162,11 @@ def small_copies(hf_config: Any, full_model: nn.Module, *, keep_counts: bool = F
 
 
 def changed_sizes(hf_config: Any, small_config: Any) -> dict[str, tuple[Any, Any]]:
-    """(full, small) value of each setting that a small copy changes, by name; without ids of tokens, and lists by layer."""
+    """Which sizes a small copy changes, for a report: {"hidden_size": (4096, 64)}, the model's value and the copy's.
+
+    Ids of special tokens, and values that are no numbers, are left out. Settings of configurations within this one are
+    included; of equal names the outer counts.
+    """
     changed: dict[str, tuple[Any, Any]] = {}
     for full, small in _nested_settings(_settings_of(hf_config), _settings_of(small_config), type(hf_config)):
         for name, value in full.items():
@@ -169,7 +177,10 @@ def changed_sizes(hf_config: Any, small_config: Any) -> dict[str, tuple[Any, Any
 
 
 def kept_counts(hf_config: Any, small_config: Any) -> dict[str, int]:
-    """The numbers of heads and of experts that a small copy shares with `hf_config`, by name."""
+    """The numbers of heads and experts that a small copy has in common with the model, for a report:
+
+    {"num_attention_heads": 32}.
+    """
     kept: dict[str, int] = {}
     for full, small in _nested_settings(_settings_of(hf_config), _settings_of(small_config), type(hf_config)):
         for name in HEAD_AND_EXPERT_COUNT_SETTINGS:
@@ -179,22 +190,27 @@ def kept_counts(hf_config: Any, small_config: Any) -> dict[str, int]:
 
 
 def num_lost_layer_kinds(hf_config: Any, full_model: nn.Module, small_config: Any, small: nn.Module) -> int:
-    """How many kinds of layers of `full_model` (of `hf_config`) are missing in `small` (of `small_config`); both on meta."""
+    """How many kinds of layers of a model its small copy lacks, so that it proves nothing of them; 0 for a good copy.
+
+    `full_model` (of `hf_config`) and `small` (of `small_config`) are on meta. Layers of one kind consist of the same modules.
+    """
     lost = 0
     for full_settings, small_settings in _nested_settings(
         _settings_of(hf_config), _settings_of(small_config), type(hf_config)
     ):
         kinds = set(layer_kinds(full_model, num_layers_of(full_settings)))
         small_kinds = set(layer_kinds(small, num_layers_of(small_settings)))
+        # A model with one kind of layer cannot lose it; `small_kinds` is empty where no list of layers was recognised.
         if len(kinds) > 1 and small_kinds:
             lost += len(kinds - small_kinds)
     return lost
 
 
 def _settings_of(hf_config: Any) -> dict[str, Any]:
-    """The settings of a configuration object, as in `to_dict()`, but numbers and lists as its attributes have them.
+    """The settings of a configuration object by name: those of `to_dict()`, with numbers and lists as its attributes have them.
 
-    Configurations within it are dictionaries in the same way.
+    `to_dict()` of some classes writes other values. Configurations within it (a text model's, say) become dictionaries in the
+    same way.
     """
     settings = hf_config.to_dict()
     sub_configs = getattr(hf_config, "sub_configs", None) or {}
@@ -228,8 +244,8 @@ def _small_settings(
     """The settings of a small copy of a model, made from `settings` (those of the full one) in three steps:
 
     1. Fewer layers: the choice number `layer_choice` of those that keep every kind of layer of `full_model` (on meta).
-    2. Smaller sizes, by `shrink_sizes(settings to shrink, full settings)`.
-    3. Settings that must fit these, by `_fitted_setting`.
+    2. Smaller sizes, by `shrink_sizes(settings to shrink, full settings)`, which returns the sizes that change.
+    3. Settings that must fit these, such as ids of special tokens in a small vocabulary.
 
     Configurations within this one (of a text model, say; `config_class.sub_configs`) are shrunk in the same way.
     """
@@ -247,9 +263,9 @@ def _small_settings(
 
 
 def _fitted_setting(name: str, value: Any, *, full_settings: dict[str, Any], small_settings: dict[str, Any]) -> Any:
-    """The value of a setting that fits a small copy with random weights; `value` itself for most settings.
+    """Adapt one setting of a small copy, whose weights are random and whose vocabulary is small; most are returned as they are.
 
-    `full_settings`, `small_settings`: of the full and of the small model.
+    `full_settings`, `small_settings`: of the full and of the small model, the latter already shrunk.
     """
     # Scores and entropies of small random weights would not reach the bounds of a trained model, nor show their effect.
     if name.endswith(SOFTCAP_SUFFIXES) and isinstance(value, float) and value:
@@ -278,13 +294,15 @@ def _kept_layers(settings: dict[str, Any], full_model: nn.Module, layer_choice: 
 
 
 def _sizes_by_name(settings: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
-    """The small size of each setting that `MAX_SIZE_BY_SETTING` names. Sizes that depend on each other are adapted:
+    """The small size of each setting that `MAX_SIZE_BY_SETTING` names, such as {"hidden_size": 64, "num_attention_heads": 4}.
 
-    - if keys and values have as many heads as queries (no grouped-query attention), they still do.
-    - the size of a head keeps its ratio to the size of its rotated share.
-    - heads times their size is the width of attention, and the inner width of a state-space layer, if it is in `full`.
+    Sizes that depend on each other stay consistent:
 
-    `settings`: to be shrunk, already those of the kept layers alone. `full`: the model's own.
+    - without grouped-query attention, keys and values still have as many heads as queries.
+    - the size of a head keeps its ratio to the part of it that is rotated by position.
+    - if the width of attention or of a state-space layer is heads times their size in `full`, it is so in the copy.
+
+    `settings`: to be shrunk, already with fewer layers. `full`: the model's own.
     """
     small: dict[str, Any] = {}
     heads_name = _first_set(full, QUERY_HEAD_COUNT_SETTINGS)
@@ -301,10 +319,13 @@ def _sizes_by_name(settings: dict[str, Any], full: dict[str, Any]) -> dict[str, 
 
 
 def _sizes_with_counts(settings: dict[str, Any], full: dict[str, Any], *, scales_width: bool) -> dict[str, Any]:
-    """Small sizes by setting as `_sizes_by_name` has them, but the model's own numbers of heads and of experts.
+    """Small sizes by setting that keep the model's own numbers of heads and experts, so that ranks divide the copy like the
+    model.
 
-    The model's width, and every setting that equals it, becomes heads times 16 if the size of a head is not set and so follows
-    from the width, or if `scales_width`. `settings`: to be shrunk, already those of the kept layers. `full`: the model's own.
+    Where the size of a head is not a setting, it is the model's width over its heads. Then the width, and every setting equal
+    to it, becomes heads times 16. `scales_width`: do so in any case.
+
+    `settings`: to be shrunk, already with fewer layers. `full`: the model's own.
     """
     small = _sizes_by_name(settings, full)
     for name in HEAD_AND_EXPERT_COUNT_SETTINGS:
@@ -331,10 +352,11 @@ def _first_set(settings: dict[str, Any], names: Iterable[str]) -> str | None:
 
 
 def _attention_width_sizes(small: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
-    """Small sizes of an attention that has a width of its own (RWKV, Zamba): its ratio to the model's width is that in `full`.
+    """Small sizes for an attention with a width of its own (`attention_hidden_size` in RWKV and Zamba): it keeps its ratio to
+    the model's width.
 
-    Empty if `full`, the settings of the model, names no such width. The size of a head follows, if in `full` heads times their
-    size is this width. `small`: the settings that are already shrunk.
+    The size of a head follows, if in `full` heads times their size is this width. Empty if `full`, the settings of the model,
+    has no such width. `small`: the settings that are already shrunk.
     """
     attention_width = full.get("attention_hidden_size")
     if not attention_width or not full.get("hidden_size"):
@@ -357,11 +379,13 @@ def _at_most(limit: int, value: Any) -> Any:
 
 
 def _inner_width_sizes(small: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
-    """Sizes of a state-space layer that keep heads times their size equal to the inner width, if it was so in `full`.
+    """Sizes of a state-space (Mamba) layer that keep heads times head size equal to the layer's inner width, if it is so in
+    `full`.
 
-    The inner width is `mamba_d_ssm`, or the hidden size times an expansion factor. Empty if neither is that product. `full`:
-    settings of the model; `small`: those of its copy, shrunk one by one. With `mamba_d_ssm` that width follows the heads; with a
-    factor the number of heads is fixed and their size follows the width.
+    The inner width is the setting `mamba_d_ssm`, which then follows heads and size. Or it is the hidden size times an expansion
+    factor: then heads are set to 8, and their size follows. Empty if the model has no such layer, or the product is neither.
+
+    `full`: settings of the model. `small`: those of its copy, each shrunk by itself.
     """
     heads_name = _first_set(full, STATE_SPACE_HEAD_COUNT_SETTINGS)
     head_size_name = _first_set(full, STATE_SPACE_HEAD_SIZE_SETTINGS)
@@ -379,10 +403,13 @@ def _inner_width_sizes(small: dict[str, Any], full: dict[str, Any]) -> dict[str,
 
 
 def _sizes_in_proportion(settings: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
-    """Small sizes by setting: widths and numbers of heads are divided by one number; the size of a head stays as it is.
+    """Small sizes by setting for models whose setting names do not suffice: widths and numbers of heads are divided by one
+    number.
 
-    The divisor is the largest power of two up to 32 that divides all numbers of heads in `full`, the settings of the model: 32
-    and 8 heads give 8. `settings`: to be shrunk, already those of the kept layers.
+    The size of a head then stays as it is. The divisor is the largest power of two up to 32 that divides all numbers of heads
+    in `full`, the settings of the model: for 32 and 8 heads 8.
+
+    `settings`: to be shrunk, already with fewer layers.
     """
     head_counts = []
     for name, value in full.items():
@@ -407,9 +434,10 @@ def _sizes_in_proportion(settings: dict[str, Any], full: dict[str, Any]) -> dict
 def _small_layer_settings(
     layer_settings: dict[str, Any], full_settings: dict[str, Any], small_settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Small settings of one layer that has some of its own (`per_layer_config`).
+    """Shrink the settings that one layer has of its own (an entry of `per_layer_config`):
 
-    - a size that the whole model has too: keeps its ratio to it. A layer's 512 in a model of 1024 that shrinks to 64 becomes 32.
+    - a size that the whole model has too: keeps its ratio to it. A layer's 512 in a model of 1024 that shrinks to 64 becomes
+      32.
     - another value: at most what `MAX_SIZE_BY_SETTING` has for its name, or unchanged.
 
     `full_settings`, `small_settings`: of the full and of the small model.
@@ -429,9 +457,10 @@ def _small_layer_settings(
 
 
 def _small_ids_of_special_tokens(token_ids: dict[str, int]) -> dict[str, int]:
-    """The special tokens among `token_ids` (id by token) with new ids, {"<image>": 3, "<image #>": 4}, of the small vocabulary.
+    """New ids, within the small vocabulary, for the special tokens among `token_ids` ({token: id}):
 
-    Special tokens stand in angle brackets. Of those that differ only in a six-digit number (`<image 000000>`), the first is kept.
+    {"<image 000000>": 3, "<image>": 4}. Special tokens stand in angle brackets; the others are dropped. Of those that differ
+    only in a six-digit number, as the codes of an image do, the first is kept.
     """
     special_tokens = [token for token in token_ids if token.startswith("<") and token.endswith(">")]
     # Reversed, so that the first of each pattern overwrites the others.

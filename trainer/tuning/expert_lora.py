@@ -28,9 +28,10 @@ from trainer.tuning.replica import ADAPTER
 
 
 def expert_and_router_targets(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Names of the expert and router parameters that get adapters, such as `layers.0.mlp.experts.gate_up_proj`.
+    """Names of the parameters of experts and routers that LoRA adapts by itself, such as `layers.0.mlp.experts.gate_up_proj`.
 
-    Raises ConfigError if the settings ask for experts or routers, and the model has none that can be adapted.
+    These are no linear layers, so peft adapts them as parameters. Raises ConfigError if `tuning.experts` or `tuning.router` is
+    set, and the model has none that can be adapted.
     """
     targets: list[str] = []
     if config.experts:
@@ -58,9 +59,10 @@ def _expert_targets(model: nn.Module) -> list[str]:
 
 
 def _router_targets(model: nn.Module) -> list[str]:
-    """Names of the weights of routers that are no plain linear layers. Raises ConfigError if there is no router at all.
+    """Names of the router weights that must be adapted as parameters: those of routers that are not plain linear layers.
 
-    A router that is a plain linear layer gets an ordinary adapter, as a module.
+    A router that is a plain linear layer gets an ordinary adapter, as a module. Raises ConfigError if the model has no router
+    at all.
     """
     router_names = router_weight_names(model)
     if not router_names:
@@ -73,7 +75,8 @@ def _router_targets(model: nn.Module) -> list[str]:
 
 
 def choose_expert_targets(settings: Any, model: nn.Module, config: LoraConfig) -> None:
-    """Write into peft's `settings` which experts and routers get LoRA, and which routers `all-linear` must leave out.
+    """Write into peft's `settings` (a LoraConfig of peft) which experts and routers get LoRA, and which routers `all-linear`
+    must leave out.
 
     Routers that are plain linear layers, by `tuning.router` and the form of the targets:
     - `tuning.router=false`, and targets are `all-linear`: excluded by name, since `all-linear` would adapt them too.
@@ -98,11 +101,12 @@ def choose_expert_targets(settings: Any, model: nn.Module, config: LoraConfig) -
 
 
 def name_targets_for_peft(settings: Any, model: Any) -> None:
-    """Name the targets in peft's `settings` so that plain peft, when it loads them, adapts what is adapted in `model`.
+    """Name the targets in an adapter's peft settings so that plain peft, when it loads the files, adapts what is adapted in
+    `model`.
 
-    peft takes some names of linear layers for experts as transformers 4 had them, such as the `gate_proj` of a dense layer. The
-    weight of such a layer is named as a parameter (`target_parameters`) instead, which gives the same tensors under the same
-    keys. Nothing changes if the architecture has no such names, or if the method is not LoRA.
+    peft takes some names of linear layers for those that experts had in transformers 4, such as the `gate_proj` of a dense
+    layer. The weight of such a layer is named as a parameter (`target_parameters`) instead, which gives the same tensors under
+    the same keys. Nothing changes if the architecture has no such names, or if the method is not LoRA.
     """
     from peft.tuners.lora import LoraLayer, ParamWrapper
 
@@ -130,7 +134,10 @@ class _MatrixModule(nn.Linear):
 
 
 def _low_rank(wrapper: Any) -> LowRank:
-    """The low-rank update of one adapted parameter. peft's layout is A `[E * r, in]`, B `[out, r * E]`."""
+    """The LoRA update of one adapted parameter as matrices by expert: A `[E, r, in]` and B `[E, out, r]`.
+
+    `wrapper`: peft's module around the parameter, which keeps A as `[E * r, in]` and B as `[out, r * E]`.
+    """
     num_experts = wrapper.num_experts
     down = wrapper.lora_A[ADAPTER]()
     up = wrapper.lora_B[ADAPTER]()
@@ -170,10 +177,11 @@ def _low_rank_wrapper_class() -> type:
         """As peft's, without a copy of the adapted weights."""
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            """The output of the adapted experts or router: they get A, B and scaling (the low-rank parts), and add the products.
+            """Compute the adapted experts or router without making a copy of their weights.
 
-            peft would add `B A` to a copy of all weights instead, which for experts is large. Experts take `low_rank`
-            (`frozen_experts` multiplies by it), routers `update` (`_router_with_update`).
+            peft would add `B A` to a copy of all weights, which for experts is large. Here experts get A, B and the scaling as
+            `low_rank`, by parameter name, and add the products `(x A) B` themselves. A router gets its whole small update as
+            `update`.
             """
             if self.disable_adapters or self.merged:
                 return super().forward(x, *args, **kwargs)
@@ -202,9 +210,10 @@ def _low_rank_wrapper_class() -> type:
 
 
 def use_low_rank_forward(model: nn.Module) -> int:
-    """Let the adapted experts and routers of a PeftModel compute with A and B, in place; returns how many parameters those are.
+    """Let the adapted experts and routers of a model compute with A and B alone, in place; returns how many parameters that
+    concerns.
 
-    That is the low-rank forward pass: `x W + (x A) B`, where peft's own adds `A B` to a copy of W first. 0 for a model without
+    That is `x W + (x A) B`, where peft's own forward pass adds `A B` to a copy of W first. Returns 0 for a model without
     adapters.
     """
     if not hasattr(model, "peft_config"):
@@ -216,6 +225,7 @@ def use_low_rank_forward(model: nn.Module) -> int:
     for wrapper in wrappers:
         wrapper.__class__ = _low_rank_wrapper_class()
         for matrix in (wrapper.lora_A[ADAPTER], wrapper.lora_B[ADAPTER]):
+            # Its forward pass returns the matrix instead of a product with it.
             matrix.__class__ = _MatrixModule
         base = wrapper.get_base_layer()
         if not expert_weight_names(base):  # a router
