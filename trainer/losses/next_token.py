@@ -23,7 +23,7 @@ from trainer.losses.frozen_row import freeze_row
 
 @dataclass(frozen=True, slots=True)
 class RowWeighting:
-    """How rows count in the loss."""
+    """How rows (positions with a target) count in the loss."""
 
     row_weights: Tensor | None = None
     """`[N]`: the weight of each row; None: each counts as 1."""
@@ -49,9 +49,11 @@ CHUNK_LOGITS = 2**25
 
 
 def head_logits(chunk: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
-    """Logits `c tanh(s z / c)`, `[n, V]`, of a chunk of hidden states `[n, H]`, in float32 or wider.
+    """Compute the logits of a chunk of hidden states `[n, H]`:
 
-    `weight [V, H]`, `bias [V]`: of the head. `scale`: the factor s. `softcap`: c; None: the logits are `s z`.
+    `c tanh(s z / c)` with z = W x + b, `[n, V]`, in float32 or wider.
+    `weight [V, H]`, `bias [V]`: W and b of the output head. `scale`: the factor s. `softcap`: c, a bound of Gemma and others;
+    None: the logits are `s z`.
     """
     if bias is not None:
         bias = bias.to(chunk.dtype)
@@ -74,9 +76,9 @@ def _nll_gradient_by_product(
 ) -> Tensor:
     """Derivative of each row's own (smoothed) negative log-likelihood by the head's product z = W x + b, `[n, V]`.
 
-    `logits [n, V]`: made of z by `scale` and `softcap`. `log_probabilities [n, V]`: of these logits; they are overwritten,
-    because logits of a large vocabulary are the largest tensors of a step. `targets`: int64 `[n]`. `smoothing`: share e of each
-    target that is spread evenly over the vocabulary.
+    All gradients of the head follow from it by the chain rule. `logits [n, V]`: made of z by `scale` and `softcap`.
+    `log_probabilities [n, V]`: of these logits; they are overwritten, because tensors over a large vocabulary are the largest
+    of a step. `targets`: int64 `[n]`. `smoothing`: share e of each target that is spread evenly over the vocabulary.
     """
     # With p = softmax(l) and the smoothed target q = (1 - e) at the target token + e / V everywhere: dL/dl = p - q.
     grad = log_probabilities.exp_()  # p
@@ -90,10 +92,10 @@ def _nll_gradient_by_product(
 
 
 def _add_weight_gradient(total: Tensor | None, grad: Tensor, chunk: Tensor) -> Tensor:
-    """Add a chunk's gradient of the head's weight, `grad.T @ chunk` `[V, H]`, to `total` in place; returns the sum.
+    """Add a chunk's gradient of the head's weight, `grad.T @ chunk` `[V, H]`, to the sum of the chunks before, and return it.
 
-    `grad [n, V]`: derivative of the loss by the product z. `chunk [n, H]`: hidden states. `total`: sum of the chunks before, in
-    float32 or wider; None for the first chunk.
+    `total`: this sum, in float32 or wider, changed in place; None for the first chunk. `grad [n, V]`: derivative of the loss by
+    the product z. `chunk [n, H]`: hidden states.
     """
     if total is None:
         return (grad.T @ chunk).to(torch.promote_types(chunk.dtype, torch.float32))
@@ -128,8 +130,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """(loss, correct argmaxes, loss by group, loss without smoothing or None): sums over the rows of `hidden [N, H]`.
 
-        `targets [N]` is int64, `weight` `[V, H]` and `bias` `[V]` are of the head. Correct argmaxes are counted only without
-        gradients. Saves for `backward`, of those that are needed: the gradients of the loss by hidden `[N, H]`, weight and bias.
+        `weight [V, H]` and `bias [V]` are of the head; `targets [N]` is int64. Correct argmaxes are counted only without gradients,
+        for evaluation. Saves for `backward`, of those that are needed: the gradients of the loss by hidden, weight and bias.
         """
         softcap = settings.softcap
         scale = settings.logit_scale
@@ -212,6 +214,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
         if grad_bias is not None:
             grad_bias = grad_bias.mul_(grad_total).to(ctx.weight_dtype)
+        # None for the inputs of `forward` that are no trained tensors: targets, weighting and settings.
         return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
@@ -233,10 +236,13 @@ class _RowCrossEntropy(torch.autograd.Function):
         settings: HeadSettings,
         with_entropy: bool = False,
     ) -> Any:
-        """The negative log-likelihood of each row, `[N]`, in float32 or wider.
+        """The negative log-likelihood of each row's target, `[N]`, in float32 or wider.
 
         `with_entropy`: also returns the entropy in nats of each row's distribution, `[N]`, which has no gradient. Rows are
         processed in chunks, so that about `CHUNK_LOGITS` logits exist at a time.
+
+        Saves for `backward` G W, the derivative of each row's own loss by its hidden state, `[N, H]`; and the inputs, if the
+        head trains.
         """
         softcap = settings.softcap
         scale = settings.logit_scale
@@ -277,7 +283,8 @@ class _RowCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, row_weights: Tensor, *_: Tensor) -> Any:  # type: ignore[override]
         """The gradients of hidden `[N, H]`, weight `[V, H]` and bias `[V]`; None for those that do not train.
 
-        `row_weights [N]`: derivative of the step's loss by the loss of each row, which autograd passes in.
+        `row_weights [N]`: derivative of the step's loss by the loss of each row, which autograd passes in. It is w in the
+        formulas of this class.
         """
         # G W of each row, from the forward pass; and what the head's gradients are made of, if it trains.
         grad_hidden_of_rows, *saved_for_head = ctx.saved_tensors
@@ -360,14 +367,15 @@ class LossHead(nn.Linear):
         comparison: LossComparison | None = None,
         call_while_gathered: Callable[[], Any] | None = None,
     ) -> Any:
-        """Without `targets` logits `[..., V]`. With `targets [N]` for `hidden [N, H]`: (summed loss, correct argmaxes).
+        """A model's output head.
 
-        Argmaxes are counted only in evaluation (0 while gradients are made), because that costs a pass over the logits.
+        Without `targets` logits `[..., V]`; with `targets [N]` for `hidden [N, H]`: (summed loss, correct argmaxes). Argmaxes
+        are counted only in evaluation (0 while gradients are made), because that costs a pass over the logits.
 
         - `weighting`: weights of rows, which hold for both results. With groups, the loss of each group `[num]` is a third
           result. With smoothing, the loss without smoothing is the last one.
         - `by_row`: return the negative log-likelihood of each row instead, `[N]`, float32.
-        - `comparison`: return what this returns for the rows instead.
+        - `comparison`: return what this computes for the rows instead, such as a divergence from a teacher.
         - `call_while_gathered`: call this while the weight is gathered, and return what it returns.
         - `added_bias [V]`: what the model adds to this layer's logits. Only with targets: otherwise the model adds it itself.
         """
@@ -410,9 +418,10 @@ class _LossSums(NamedTuple):
 
 
 def _tuple_of_asked_sums(sums: _LossSums, weighting: RowWeighting) -> tuple[Tensor, ...]:
-    """(loss, correct), then the loss of each group if there are groups, then the loss without smoothing if there is smoothing.
+    """Pick the sums that a caller asked for:
 
-    A plain tuple without None: wrappers of modules copy what a head returns, and look for tensors in it.
+    (loss, correct), then the loss of each group if there are groups, then the loss without smoothing if there is smoothing. A
+    plain tuple without None: wrappers of modules copy what a head returns, and look for tensors in it.
     """
     asked = [sums.loss, sums.correct]
     if weighting.row_groups is not None:
@@ -423,7 +432,10 @@ def _tuple_of_asked_sums(sums: _LossSums, weighting: RowWeighting) -> tuple[Tens
 
 
 def computes_loss(head: nn.Module) -> bool:
-    """Whether a model's head is a LossHead, perhaps inside peft's wrapper of modules that train in full beside adapters."""
+    """Whether a model's head is a LossHead, so that it can be called with targets.
+
+    If the head trains in full beside adapters, peft has wrapped it, and each of its copies must be one.
+    """
     if isinstance(head, LossHead):
         return True
     trained_copies = getattr(head, "modules_to_save", None)  # peft's, by the adapter's name
@@ -431,10 +443,10 @@ def computes_loss(head: nn.Module) -> bool:
 
 
 def logits_loss(logits: Tensor, targets: Tensor, weighting: RowWeighting | None = None) -> tuple[Tensor, ...]:
-    """(summed loss, correct argmaxes) of `logits [N, V]`, for heads that are not a plain linear layer.
+    """Sum the loss of `logits [N, V]` for heads that are not a plain linear layer, as `LossHead.forward` does for others.
 
-    `weighting` weights, groups and smooths the rows as in `LossHead.forward`. Further results follow: the loss of each group if
-    there are groups, then the loss without smoothing if there is smoothing.
+    Returns (summed loss, correct argmaxes). Further results follow: the loss of each group if `weighting` has groups, then the
+    loss without smoothing if it smooths.
     """
     logits = logits.float()
     weighting = weighting or RowWeighting()

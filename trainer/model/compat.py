@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 
 def load_models_without_scipy() -> None:
-    """Import the part of transformers that all models share, without scipy. Nothing changes if it is loaded already.
+    """Import the part of transformers that all models share, but without scipy, which makes each start of a process faster.
 
-    Replaces `transformers.utils.is_scipy_available` during the import. `transformers.modeling_utils` imports the losses of all
-    architectures, and those of object detection import `scipy.optimize`: 320 modules, 0.4 CPU seconds of each start. They get
-    a function that imports scipy when it is called. transformers has no setting for it.
+    `transformers.modeling_utils` imports the losses of all architectures, and those of object detection import
+    `scipy.optimize`: 320 modules, 0.4 CPU seconds. They get a function that imports scipy when it is called. transformers has
+    no setting for it, so `transformers.utils.is_scipy_available` is replaced during the import. Nothing changes if the part is
+    loaded already.
     """
     from transformers import utils
 
@@ -69,7 +70,7 @@ def register_causal_class_of_text_config(config_class: type) -> None:
     """Let AutoModelForCausalLM know the class of a language model that was saved out of a larger one, such as Mllama's.
 
     transformers lists such a class under the larger model's configuration alone, so it does not find it for the saved
-    directory. Nothing changes if the configuration is known, or if the architecture has no such class. Idempotent.
+    directory. Nothing changes if the configuration is known, or if the architecture has no such class. May be called again.
     """
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -86,7 +87,10 @@ def register_causal_class_of_text_config(config_class: type) -> None:
 
 
 def needs_own_class(config_class: type) -> bool:
-    """Whether AutoModelForCausalLM knows a configuration only because it was registered here, so that elsewhere it does not."""
+    """Whether AutoModelForCausalLM finds a configuration's model only in this process, because it was registered here.
+
+    Other programs then need the model's own class to load it. `config_class`: of the model's configuration.
+    """
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -97,9 +101,10 @@ def needs_own_class(config_class: type) -> bool:
 
 
 def language_model_types_of_architecture(config_class: type) -> list[str]:
-    """`model_type`s of the other language models in a configuration's package of transformers, of which it may be a part.
+    """Find larger models that contain a model as their text part, by `model_type`, so that a message can name them.
 
-    For `Qwen3VLTextConfig`, the text part of a vision-language model: ["qwen3_vl"].
+    For `Qwen3VLTextConfig`, the text part of a vision-language model: ["qwen3_vl"]. They are the other language models in the
+    configuration's package of transformers.
     """
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -123,15 +128,17 @@ def _types_of_same_package(config_class: type, model_types: Iterable[str]) -> li
 
 
 def can_generate_with_cache(causal_model: Any) -> bool:
-    """Whether `generate` of a model can keep keys and states, in place of reading the whole text for each token.
+    """Whether `generate` of a model can keep keys and states of the text so far, in place of reading the whole text for each
+    token.
 
-    transformers 5.24 takes the number of tokens in a cache from an attention layer. A model that asks for that number without an
-    attention layer, such as Jamba with linear layers alone, ends in a ValueError. Mamba does not ask.
+    transformers 5.24 takes the number of tokens in a cache from an attention layer. A model that asks for that number without
+    an attention layer, such as Jamba with linear layers alone, ends in a ValueError. Mamba does not ask.
     """
     from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
     if not _asks_for_length(causal_model.get_decoder().__class__):
         return True
+    # What the model's cache would consist of, by its configuration; those of state-space layers are no CacheLayerMixin.
     layers = DynamicCache(config=causal_model.config.get_text_config(decoder=True)).layers
     return not layers or any(isinstance(layer, CacheLayerMixin) for layer in layers)
 
@@ -151,15 +158,16 @@ def _asks_for_length(decoder_class: type) -> bool:
 def patch_masks_of_packed_rows(
     document_of: Callable[[Tensor], Tensor | None], positions_of: Callable[[Tensor], Tensor]
 ) -> None:
-    """Have transformers' masks ask `document_of` which document each position of a row belongs to. Idempotent.
+    """Have transformers' attention masks ask `document_of` which document each position of a packed row belongs to. Idempotent.
 
     `document_of` takes positions `[B, T]` and returns int64 `[B, T]`, or None where nobody knows: then transformers looks for
-    documents by itself. If a model is given a slice of a row, both functions answer for the whole row, since the mask is that of
-    the whole row. Replaces two functions of `transformers.masking_utils` for the life of the process.
+    documents by itself. `positions_of` returns the positions of whole rows. If a model is given a slice of a row, both answer
+    for the whole row, since the mask is that of the whole row. Replaces two functions of `transformers.masking_utils` for the
+    life of the process.
 
     Why: `find_packed_sequence_indices` compares positions and reads on the host whether there are several documents. So every
-    forward pass would wait for the GPU, and a model on the meta device would fail. A mask cannot be handed over instead: it would
-    reach one kind of layer at most, and chunks of Llama 4 would not be counted from where a document begins.
+    forward pass would wait for the GPU, and a model on the meta device would fail. A mask cannot be handed over instead: it
+    would reach one kind of layer at most, and chunks of Llama 4 would not be counted from where a document begins.
     """
     from transformers import masking_utils
 
@@ -259,9 +267,9 @@ def grouped_experts(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tenso
 
 
 def output_recorders(module: nn.Module, kind: str) -> list[Any] | None:
-    """The `OutputRecorder`s by which a model records outputs of `kind`, such as "router_logits"; [] if it records none.
+    """The declarations (`OutputRecorder`) by which a model says which modules' outputs are of `kind`, such as "router_logits".
 
-    None for a module that is no whole model, and so says nothing.
+    [] if it declares none. None for a module that is no whole model, and so says nothing.
 
     Uses `PreTrainedModel._can_record_outputs` and `transformers.utils.output_capturing.OutputRecorder`. The public
     `output_router_logits=True` keeps the logits of every layer, and adds a loss of its own to the model's.
@@ -280,10 +288,11 @@ def output_recorders(module: nn.Module, kind: str) -> list[Any] | None:
 
 
 def zeroes_loaded_embedding(model: Any, row: int) -> bool:
-    """Whether an architecture, whenever it is loaded, sets `row` of its token embeddings to zero.
+    """Whether an architecture, whenever it is loaded, sets `row` of its token embeddings to zero, so that training it would be
+    lost.
 
-    Calls `PreTrainedModel._init_weights` on a small embedding that is marked `_is_hf_initialized`, as the loader marks weights
-    that it read. The public way is to load the model from files and look.
+    Calls `PreTrainedModel._init_weights` on a small embedding of ones that is marked `_is_hf_initialized`, as the loader marks
+    weights that it read. The public way is to load the model from files and look.
     """
     with torch.device("cpu"), torch.no_grad():
         probe = nn.Embedding(row + 1, 1, padding_idx=row)
@@ -339,7 +348,8 @@ class ConversionRules:
         return {pattern: converter for converter in self.converters for pattern in converter.source_patterns}
 
     def name_in_model(self, stored_name: str, state: Mapping[str, Tensor], prefix: str) -> tuple[str, str | None]:
-        """(the parameter that a stored tensor belongs to, the pattern of the converter that takes it; None: a rename alone).
+        """The parameter that a stored tensor belongs to, and the pattern of the converter that takes it (None: it is only
+        renamed).
 
         `state`: the model's tensors by name. `prefix` ("model", a `base_model_prefix`): checkpoints have it or not, so it is
         added or removed where that gives a name of `state`.
@@ -352,7 +362,9 @@ class ConversionRules:
         return name, pattern
 
     def converted_name(self, name: str) -> tuple[str, str | None]:
-        """(the name under which a converter files `name`, the pattern that took it; None: no converter does)."""
+        """The name under which a converter files the tensor `name`, and the pattern that took it; None for the pattern if no
+        converter does.
+        """
         from transformers.core_model_loading import apply_converters
 
         converted, pattern = apply_converters(name, self.converters)
@@ -365,7 +377,7 @@ class ConversionRules:
         return str(apply_renamings(name, self.renamings))
 
     def reversed(self) -> ConversionRules:
-        """The way back, of the rules that were used."""
+        """The rules for the way from the model to the files, of those rules that were used on the way in."""
         return _by_kind([rule.reverse_transform() for rule in reversed(self.all) if rule.was_used()])
 
 
@@ -411,14 +423,16 @@ def stacking_dimension(operation: Any) -> int | None:
 
 
 def keeps_rows_apart(operation: Any, dimensions: int) -> bool:
-    """Whether row i of what a converter's operation makes depends on row i of its sources alone.
+    """Whether row i of what a converter's operation makes depends on row i of its sources alone, so that rows can be read one
+    by one.
 
-    `dimensions`: of the tensors. Knows `Concatenate`, `Interleave` and `Transpose` of `transformers.core_model_loading`; any
-    other operation may mix rows.
+    `dimensions`: number of dimensions of the tensors. Knows `Concatenate`, `Interleave` and `Transpose` of
+    `transformers.core_model_loading`; any other operation may mix rows.
     """
     from transformers.core_model_loading import Concatenate, Interleave, Transpose
 
     if isinstance(operation, Concatenate | Interleave):
+        # The dimension may be negative; rows stay apart if it is not dimension 0.
         return bool(operation.dim % dimensions != 0)
     if isinstance(operation, Transpose):
         return not operation.check_dims and operation.dim0 % dimensions != 0 and operation.dim1 % dimensions != 0

@@ -42,7 +42,10 @@ class PackedExperts:
     """By the parameter's name in the module."""
 
     def unpack(self, name: str, packed: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight `[experts, ., .]` that the bytes of `name` stand for: of as many experts as they hold."""
+        """Dequantise the weight `[experts, ., .]` that the bytes `packed` of the parameter `name` stand for.
+
+        `packed` may hold some of the layer's experts, as the shard of a rank does; the result then has as many.
+        """
         matrix = self.shapes[name][1:]
         experts = packed.numel() // self.scheme.num_bytes(matrix)
         return unpack_stack(self.scheme, packed, (experts, *matrix), dtype)
@@ -54,10 +57,11 @@ def num_bytes(scheme: Scheme, shape: Shape) -> int:
 
 
 def pack_slice(scheme: Scheme, shape: Shape, start: int, stop: int, read_expert: Callable[[int], Tensor]) -> Tensor:
-    """Bytes `[start, stop)` of the packed weight of a layer's experts, for which only the experts in them are packed.
+    """Quantise a rank's shard of a layer's experts: bytes `[start, stop)` of the packed weight, reading only the experts in
+    them.
 
-    They are what a rank's shard holds, and may begin and end within an expert. `shape`: of the weight, `[experts, ., .]`.
-    `read_expert(i)` returns the matrix of expert i.
+    The shard may begin and end within an expert. `shape`: of the weight, (experts, rows, columns). `read_expert(i)` returns the
+    matrix of expert i. An empty uint8 tensor for an empty range.
     """
     expert_bytes = scheme.num_bytes(shape[1:])
     first_expert = start // expert_bytes
@@ -73,7 +77,8 @@ def pack_slice(scheme: Scheme, shape: Shape, start: int, stop: int, read_expert:
 def unpack_stack(scheme: Scheme, packed: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
     """Dequantise a weight `[experts, ., .]` of `shape` from its bytes `packed`, on their device; on meta an empty one.
 
-    Equal to each expert's `Scheme.unpack`, without a call for each where rows are whole blocks.
+    Equal to each expert's `Scheme.unpack`, but without a call for each where rows are whole blocks. An expert's bytes are int8
+    codes and a scale for each row, or 4-bit codes and scales of blocks.
     """
     num_experts, matrix = shape[0], (shape[1], shape[2])
     if packed.is_meta:
@@ -87,6 +92,7 @@ def unpack_stack(scheme: Scheme, packed: Tensor, shape: Shape, dtype: torch.dtyp
         return (codes.contiguous().view(torch.int8).view(shape) * scales).to(dtype)
     if matrix[1] % BLOCK_ELEMENTS:  # then on CPUs bitsandbytes reads a row's scales by the row's place in the whole
         return torch.stack([scheme.unpack(packed_expert, matrix, dtype) for packed_expert in expert_bytes])
+    # bitsandbytes takes a limited number of elements in one call.
     experts_per_call = max(1, MAX_ELEMENTS_PER_CALL // (matrix[0] * matrix[1]))
     if experts_per_call < num_experts:
         weight = torch.empty(shape, dtype=dtype, device=packed.device)
@@ -108,9 +114,10 @@ def unpack_stack(scheme: Scheme, packed: Tensor, shape: Shape, dtype: torch.dtyp
 
 
 def _block_scales(scheme: Scheme, parts: tuple[Tensor, ...]) -> Tensor:
-    """Scales of the 4-bit blocks of all experts, float32 `[experts, blocks]`; `parts` as in `Scheme.part_bytes`, by expert.
+    """The scales by which 4-bit codes are multiplied, one a block of codes, for all experts: float32 `[experts, blocks]`.
 
-    With double quantisation a scale is: the value of its 8-bit code, times the scale of its group of scales, plus an offset.
+    `parts`: as in `Scheme.part_bytes`, each `[experts, bytes]`. With double quantisation a scale is the value of its 8-bit
+    code, times the scale of its group of scales, plus an offset.
     """
     if not scheme.is_double_quantised:
         return as_float32(parts[1].contiguous())
@@ -132,8 +139,11 @@ def quantise_experts(
 ) -> dict[str, Shape]:
     """Replace the frozen weights of experts by packed bytes (uint8), in place, on meta; returns their old shapes by base name.
 
-    Experts stay as they are if they train, if a part of their name (between dots) is in `kept_in_float32`, or if their module
-    computes in a way of its own, so that `expert_modules_by_name` leaves it out.
+    Values are packed later, when a rank reads its shard. Experts stay as they are if they train, if a part of their name
+    (between dots) is in `kept_in_float32`, or if their module computes in a way of its own, so that `expert_modules_by_name`
+    leaves it out.
+
+    `base_name`: gives the name of a parameter in the model before tuning, as its files have it.
     """
     shape_by_name: dict[str, Shape] = {}
     modules: dict[str, Any] = dict(expert_modules_by_name(model))

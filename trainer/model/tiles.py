@@ -39,10 +39,11 @@ _refusal_by_architecture: dict[str, str | None] = {}
 def tile_mlps(
     step_module: nn.Module, hf_config: Any, meta_model: nn.Module, kind: ModelKind, tile_tokens: int | None
 ) -> None:
-    """Let the MLPs of a step module take `tile_tokens` tokens at a time; None leaves them as they are. Call it before sharding.
+    """Let the MLPs of a step module take `tile_tokens` tokens at a time, to save memory in long rows. Call it before sharding.
 
-    `hf_config`: transformers' configuration. `meta_model`: its model on meta, as it was built. Raises ConfigError for a model
-    without MLPs that could be tiled, or of which a small copy computes something else with tiles.
+    None leaves them as they are. `hf_config`: transformers' configuration. `meta_model`: its model on meta, as it was built.
+    Raises ConfigError for a model without MLPs that could be tiled, or of which a small copy computes something else with
+    tiles.
     """
     if tile_tokens is None:
         return
@@ -60,7 +61,11 @@ def tile_mlps(
 
 
 def _in_tiles(compute: Callable[[Tensor], Tensor], tile_tokens: int, hidden: Tensor) -> Tensor:
-    """`compute(hidden)` of `hidden [rows, length, width]`, at most `tile_tokens` tokens at a time. No collective."""
+    """An MLP's forward pass in tiles:
+
+    `compute(hidden)` of `hidden [rows, length, width]`, at most `tile_tokens` tokens at a time. Each tile is recomputed in the
+    backward pass, so that the widened states of one tile alone are kept. No collective.
+    """
     positions = max(1, tile_tokens // hidden.shape[0])  # of each row
     if not torch.is_grad_enabled():
         return torch.cat([compute(tile) for tile in hidden.split(positions, dim=1)], dim=1)
@@ -83,7 +88,10 @@ def _mlp_of(block: nn.Module) -> nn.Module | None:
 
 
 def _untileable_reason(model: nn.Module, block_classes: set[str]) -> str | None:
-    """Why the MLPs of a model cannot be tiled, by the names of their modules; None if they may be."""
+    """Why the MLPs of a model cannot be tiled, as a sentence, by the names of its modules; None if they may be.
+
+    A later proof on a small copy decides whether they can. `block_classes`: names of the classes of its repeated blocks.
+    """
     blocks = list(_blocks(model, block_classes))
     if not blocks:
         return "this architecture names no repeated blocks, in which MLPs could be found"
@@ -108,9 +116,9 @@ def _cached_tile_refusal(hf_config: Any, meta_model: nn.Module, kind: ModelKind)
 
 
 def _difference_of_small_copy(hf_config: Any, meta_model: nn.Module, kind: ModelKind) -> str | None:
-    """Why a small random copy of the model does not compute the same with its MLPs in tiles, or fails; None if it does.
+    """Prove on a small random copy of the model that its MLPs compute the same in tiles. Returns a sentence if not; None if so.
 
-    Leaves the random state as it was.
+    Also a sentence if the copy fails. Leaves the random state as it was.
     """
     with torch.random.fork_rng(devices=[]), without_kernel_packages():
         torch.default_generator.manual_seed(0)  # of the CPU alone
@@ -122,7 +130,11 @@ def _difference_of_small_copy(hf_config: Any, meta_model: nn.Module, kind: Model
 
 
 def _small_model(hf_config: Any, meta_model: nn.Module, kind: ModelKind) -> Any:
-    """The first small copy that can be built, with random weights. Raises the error of the first one if none can."""
+    """The first small copy of the model that can be built, with random weights in float64, so that rounding hides no
+    difference.
+
+    Raises the error of the first one if none can.
+    """
     first_error: Exception | None = None
     for small_config in small_copies(hf_config, meta_model):
         set_dropout(small_config, 0.0)
@@ -144,6 +156,7 @@ def _difference_in_tiles(small_model: Any) -> str | None:
     Replaces the forward passes of the model's MLPs.
     """
     vocabulary = min(text_model_config(small_model.config).vocab_size, SMALL_VOCABULARY_SIZE)
+    # One row of fixed tokens that differ, `[1, PROOF_TOKENS]`.
     ids = torch.arange(PROOF_TOKENS)[None] * 7 % vocabulary
     untiled_output = small_model(input_ids=ids, use_cache=False)[0]
     num_tiled = 0

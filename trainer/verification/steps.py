@@ -45,7 +45,7 @@ MAX_LOSS_SCALE_HALVINGS = 14
 
 @dataclass(slots=True)
 class TakenStep:
-    """The results of one training step. Only rank 0 has gradients and kinds."""
+    """The results of one training step, to be compared with another run's first step. Only rank 0 has gradients and kinds."""
 
     loss: float
     """Mean over the step's targets, on every rank."""
@@ -72,12 +72,15 @@ class NonzeroValues:
         self.seed = seed
 
     def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
-        """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU.
+        """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU: what an engine starts this parameter
+        with.
 
-        An adapter parameter that would begin at zero, all of it, is drawn from the seed and its name instead.
+        The files' values, but for an adapter parameter that is zero in all elements: it is drawn at random, the same on all
+        ranks.
         """
         if not self.source.tuning.is_added_parameter(name):
             return self.source.read_slice(name, shape, start, stop)
+        # The whole parameter decides whether it is zero: a rank's slice may be zero by chance.
         full = self.source.read_slice(name, shape, 0, shape.numel())
         is_zero = full.is_floating_point() and not bool(full.any())
         if not is_zero:
@@ -91,9 +94,12 @@ def take_verified_step(
 ) -> TakenStep:
     """Build the engine of `config`, and take one step on the random documents. All ranks of `runtime` must call.
 
-    A verification compares two such steps: one by one process alone, and one as configured. `documents`: directory of the random
-    documents. `directory`: for recorded log-probabilities of the reference model; another one for each step. Raises ConfigError,
-    and those of the engines.
+    A verification compares two such steps of one model: one by a single process, and one by all ranks as the user configured
+    it. They must have the same loss and gradients.
+
+    `documents`: directory of the random documents. `label_names`: of a classifier's labels; None for other objectives.
+    `directory`: for recorded log-probabilities of the reference model; another one for each step. Raises ConfigError, and what
+    the engines raise.
     """
     if "deepspeed" in sys.modules:
         # ZeRO-3 replaces torch's linear function for the whole process; undo that for the next engine.
@@ -105,6 +111,7 @@ def take_verified_step(
     def parameter_source_of(source: WeightSource) -> ParameterSource:
         return NonzeroValues(source, config.run.seed)
 
+    # The third value would read weights later, say for an export.
     engine, built, _weight_source = build_engine(
         config, load_tokenizer(config.model), data, config.precision, runtime, values_of=parameter_source_of
     )
@@ -122,7 +129,8 @@ def _measured_step(
 ) -> TakenStep:
     """Take the first step of the run, and compute its gradients from the change of the weights. All ranks must call.
 
-    The optimizer of `config` is SGD without momentum at the rate `GRADIENT_READING_LR`.
+    The optimizer of `config` is SGD without momentum at the rate `GRADIENT_READING_LR`, so gradient = (weight before - weight
+    after) / rate. This works for every engine, wherever it keeps its gradients.
     """
     loader, _ = build_loader(config, data, built, engine, runtime)
     trainer = minimal_trainer(engine)
@@ -136,7 +144,7 @@ def _measured_step(
     for name, weight_before in weights_before.items():
         gradients[name] = (weight_before - weights_after[name]) / GRADIENT_READING_LR
 
-    # Sum up over the ranks.
+    # Each rank has the sums of its own rows: the loss over their targets, and the tokens of each expert.
     local_sum = record.local_sums["loss"].double()
     expert_tokens = record.expert_tokens
     if runtime.world_size > 1:
@@ -154,15 +162,16 @@ def _measured_step(
 
 
 def _take_first_step(trainer: Trainer, batch: StepBatch, precision: Precision) -> StepRecord:
-    """Take the first step of a run. In fp16, repeat it until it does not overflow, at most `MAX_LOSS_SCALE_HALVINGS` times.
+    """Take the first step of a run; in fp16, repeat it until no gradient overflows, at most `MAX_LOSS_SCALE_HALVINGS` times.
 
-    Every run in fp16 begins with steps that overflow, are skipped and halve the loss scale. All ranks must call.
+    Every run in fp16 begins with steps that overflow: they are skipped, and halve the loss scale. All ranks must call.
     """
     record = trainer.train_step(batch)
     if precision is Precision.fp16:
         for _ in range(MAX_LOSS_SCALE_HALVINGS):
             if not bool(record.result.skipped):
                 break
+            # As step 0 again, with the same learning rate and random numbers.
             trainer.progress.step = 0
             record = trainer.train_step(batch)
     return record
@@ -180,9 +189,11 @@ def _trained_weights(engine: Engine) -> dict[str, Tensor]:
 def _record_reference_logps(
     config: RunConfig, data: PreparedData, engine: Engine, built: BuiltModel, directory: Path, runtime: Runtime
 ) -> None:
-    """Record the model's log-probabilities before the step, if the objective needs them and no adapter can be switched off.
+    """Record the log-probabilities that the model gives to the documents before the step, for objectives such as DPO that
+    compare with them.
 
-    With an adapter that can, they are computed as the step needs them. All ranks must call.
+    Not needed with an adapter that can be switched off: then the step computes them itself. All ranks must call. Writes into
+    `directory`.
     """
     if not built.step_module.objective.uses_reference or built.tuning.keeps_base:
         return
@@ -197,14 +208,16 @@ def _record_reference_logps(
 
 
 def kernels_description(built: BuiltModel) -> str:
-    """The kernels of a forward pass in words: attention, layout of documents, head, quantisation.
+    """Say in words what a forward pass computes with: attention, layout of documents, head, quantisation.
 
-    Such as `attention flash, padding-free rows, loss in the head, base in nf4`.
+    It is shown beside the differences. Such as `attention flash, padding-free rows, loss in the head, base in nf4`.
     """
     parts = [f"attention {built.attention}", f"{built.layout.value} rows".replace("_", "-")]
+    # How the head computes the loss; a model whose head was never fused has no such attribute.
     path = getattr(built.base_on_meta, "forward_path", None)
     if path is not None:
         parts.append("loss in the head" if path.fused else "the model's own head")
+    # The scheme says in which few bits the base model is stored; None if it is not quantised.
     if built.scheme is not None:
         parts.append(f"base in {built.scheme}")
     kernel_note = built.substitutions.get("model.kernels")  # which kernels were asked for and could not be had
@@ -236,9 +249,13 @@ def compare_steps(
     runtime: Runtime,
     report_progress: Callable[[str], None],
 ) -> list[ComparedSteps]:
-    """Take the steps to compare: in float32, then in the run's own precision if that is another. All ranks must call.
+    """Take the pairs of steps that a verification compares: one by a single process, one as configured. All ranks must call.
 
-    `documents`: directory of the random documents. `directory`: for what a step records, one directory below it for each.
+    There is a pair in float32, and one in the run's own precision if that is another.
+
+    `documents`: directory of the random documents. `label_names`: of a classifier's labels; None for other objectives.
+    `directory`: each step gets a directory below it for what it records. `report_progress`: gets texts such as "one process,
+    fp32".
     """
     precisions = [Precision.fp32]
     if small_run.config.precision is not Precision.fp32:
@@ -268,9 +285,10 @@ def _take_single_process_step(
     directory: Path,
     runtime: Runtime,
 ) -> TakenStep:
-    """Take the step by one process, in one micro-batch.
+    """Take the step that the configured one is compared with: by one process, with all documents in one micro-batch.
 
-    If the model computes correctly only with one document in a batch, which ConfigError says, each document is a micro-batch.
+    Some models compute correctly only with one document in a batch, and say so in a ConfigError. Then each document is a
+    micro-batch. Only rank 0 calls.
     """
     config = small_run.single_process_config(precision)
     single_runtime = single_process_runtime(runtime)

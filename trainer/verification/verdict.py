@@ -50,7 +50,7 @@ class VerificationResult:
     notes: list[str] = field(default_factory=list)
 
     def as_json_values(self) -> dict[str, Any]:
-        """The verdict as JSON values. An infinite distance becomes the text `infinite`."""
+        """The verdict as JSON values, for the record of a verification. An infinite distance becomes the text `infinite`."""
         rows = []
         for difference in self.differences:
             rows.append(
@@ -77,9 +77,10 @@ def _as_json(number: float | None) -> float | str | None:
 
 
 def verdict_on_steps(compared: list[ComparedSteps]) -> VerificationResult:
-    """The verdict on the compared steps of each precision, float32 first. On rank 0 only, which alone has both steps.
+    """Judge whether a run computes what one process computes, from its compared steps in each precision, float32 first.
 
-    Every configured step is compared with the step of one process in float32 (`reference`).
+    Every configured step is compared with the step of one process in float32 (`reference`). In another precision it may differ
+    by some multiple of what one process differs from it. Rank 0 alone has both steps, so it alone calls.
     """
     verdict = VerificationResult()
     reference = compared[0].single_process_step
@@ -104,9 +105,10 @@ def verdict_on_steps(compared: list[ComparedSteps]) -> VerificationResult:
 
 
 def _relative_differences(step: TakenStep, reference: TakenStep) -> dict[str, float | None]:
-    """Relative differences of loss and gradients to those of `reference`, by quantity, in the order in which they are shown.
+    """Relative differences of loss and gradients to those of `reference`, such as {"loss":
 
-    A quantity is the loss or a kind of parameter, such as `attention`, whose gradients are compared. NaN counts as infinite.
+    1e-6, "attention": 3e-6}, in the order of display. Gradients are compared by kind of parameter, such as `attention`; None
+    for a kind without a gradient on either side. NaN counts as infinite.
     """
     loss_difference = relative_difference(abs(step.loss - reference.loss), abs(reference.loss))
     if loss_difference is not None and math.isnan(loss_difference):
@@ -130,7 +132,7 @@ def _add_differences(
     """Add the differences between `step` and `reference` to `verdict`, and a problem for each that exceeds its bound.
 
     Also adds a problem if the two steps do not train the same parameters. `rounding_errors`: the differences of one process in
-    this precision to itself in float32, by quantity; None in float32.
+    this precision to itself in float32, by quantity, from which bounds are made; None in float32, whose bound is fixed.
     """
     bounds = None if rounding_errors is None else _bounds_by_quantity(precision, rounding_errors)
     for quantity, relative in _relative_differences(step, reference).items():
@@ -150,9 +152,10 @@ def _add_differences(
 
 
 def _bounds_by_quantity(precision: Precision, rounding_errors: dict[str, float | None]) -> dict[str, float]:
-    """The largest allowed difference of each quantity in a precision, from the rounding errors of one process in it, by quantity.
+    """How much loss and gradients may differ in a precision such as bf16, from the rounding errors of one process:
 
-    A rounding error is None if the quantity has no gradient, and then counts as 0.
+    {"loss": 4e-3, ...}.
+    `rounding_errors`: by quantity; None for one without a gradient, which counts as 0.
 
     The rounding error of a kind of gradient counts as no smaller than the average over kinds: it is the largest difference of
     one element, which may be small by chance.
@@ -177,7 +180,8 @@ def _note_rerouted_tokens(
 ) -> None:
     """Note in the verdict how many tokens went to other experts than in one process of the same precision.
 
-    By such tokens, gradients may differ without a fault. Nothing is noted of a model without experts.
+    Such tokens explain larger differences of gradients: rounding moved them, which is no fault. Nothing is noted of a model
+    without experts. `expert_tokens` of a step: tokens by layer and expert.
     """
     if step.expert_tokens is None or single_process_step.expert_tokens is None:
         return
