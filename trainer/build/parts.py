@@ -66,12 +66,14 @@ def prepare_data(
     choose_date: ChooseDate | None = None,
     print_line: PrintLine = print_on_rank_0,
 ) -> PreparedData:
-    """The prepared data set of the run, from the cache if nothing has changed.
+    """Open the prepared data set of a run: from the cache if nothing has changed, else read and tokenise the raw data now.
 
-    `choose_date`: returns the date that chat templates print as today's (`strftime_now`); by default the date that the run has
-    recorded, else the one of the first preparation into the cache. `stop`: called now and then; True if the preparation shall
-    stop (Preempted). `print_line`: called with a line of progress every 15 s. Raises DataError if the data cannot be prepared, or
-    if the objective could learn nothing from it, such as kto from answers of which all are desirable.
+    `choose_date`: returns the date that chat templates print as today's (`strftime_now`). By default it is the date that the
+    run has recorded, else the one of the first preparation into the cache. `stop`: called now and then; True if the preparation
+    shall stop (Preempted). `print_line`: called with a line of progress every 15 s.
+
+    Raises DataError if the data cannot be prepared, or if the objective could learn nothing from it, such as kto from answers
+    of which all are desirable.
     """
     data_spec = data_spec_of(config.objective)
     data = Preparation(
@@ -88,7 +90,11 @@ def prepare_data(
 
 
 def prepare_shard(config: RunConfig, tokenizer: Any, shard: tuple[int, int], *, stop: Callable[[], bool]) -> None:
-    """Do part i of n of the first pass over the data, for `shard` = (i, n). When all are done, `prepare_data` merges them."""
+    """Do part i of n of the preparation's first pass over the raw data, for `shard` = (i, n), so that several hosts can share
+    it.
+
+    When all are done, `prepare_data` merges them. `stop`: called now and then; True if the preparation shall stop.
+    """
     preparation = Preparation(
         config.data,
         tokenizer,
@@ -136,7 +142,11 @@ def build_loader(
 
 
 def balances_by_squared_lengths(config: RunConfig, train: TokenDataset) -> bool:
-    """Whether the loader also balances ranks by squared lengths: in long documents, attention is a large part of the cost."""
+    """Whether the loader must also give all ranks alike sums of squared lengths, to which the cost of attention is
+    proportional.
+
+    So if ranks share rows, or if a document is so long that attention is a large part of its cost.
+    """
     return config.parallel.sequence > 1 or int(train.lengths.max(initial=0)) > LONG_DOCUMENT_TOKENS
 
 
@@ -194,8 +204,10 @@ def build_engine(
 
 
 def largest_workload(config: RunConfig, data: PreparedData, cut: RowCut | None = None) -> Workload:
-    """The largest forward pass that a rank of this run makes: a micro-batch of the longest rows, or of the slice that `cut`
-    takes."""
+    """The largest forward pass that a rank of this run makes, for estimates of memory: a micro-batch of the longest rows.
+
+    `cut`: which slice of each row the rank takes, if ranks share rows (`parallel.sequence`); None: whole rows.
+    """
     row_tokens = config.data.max_length if config.data.packing else None
     return Workload(data.train, config.batch["micro"], row_tokens, cut, max_generated_tokens(config.objective))
 
@@ -265,13 +277,16 @@ def build_model(
 
 
 def tile_mlps_of_built_model(built: BuiltModel, config: RunConfig) -> None:
-    """Let the MLPs of a model compute `strategy.mlp_tokens` tokens at a time. Raises ConfigError if they cannot."""
+    """Let the MLPs of a model compute `strategy.mlp_tokens` tokens at a time, if that is set.
+
+    Raises ConfigError if they cannot.
+    """
     kind = objective_family(config.objective).kind
     tile_mlps(built.step_module, built.config, built.base_on_meta, kind, config.strategy.mlp_tokens)
 
 
 def _sequence_notes(config: RunConfig, built: BuiltModel, data: PreparedData) -> list[str]:
-    """Notes for the user on how ranks share the longest rows of this run; empty if they share none."""
+    """Notes for the user on how ranks share the longest rows of this run under sequence parallelism; empty without."""
     if config.parallel.sequence == 1:
         return []
     longest_row = sum(longest_lengths(built.data_spec, largest_workload(config, data)))
@@ -279,7 +294,9 @@ def _sequence_notes(config: RunConfig, built: BuiltModel, data: PreparedData) ->
 
 
 def check_model_takes_data(config: RunConfig, built: BuiltModel, data: PreparedData) -> None:
-    """Raise ConfigError if the model cannot take the run's data:
+    """Raise ConfigError if the model cannot take the run's data.
+
+    Called once the model is built on meta, before weights are read:
 
     - ranks share rows, and the model's tokens meet outside attention.
     - the longest document, with the answer that is generated to it, has more tokens than the model has positions.
@@ -309,10 +326,14 @@ def check_model_takes_data(config: RunConfig, built: BuiltModel, data: PreparedD
 
 
 def needs_one_row_batches(built: BuiltModel, objective: ObjectiveConfig) -> bool:
-    """Whether the model computes correctly only if a batch has one row."""
+    """Whether the model computes correctly only if a batch has one row, so that no row is padded.
+
+    False for all but causal models.
+    """
     if objective_family(objective).kind is not ModelKind.causal:
         return False
     plain: Any = unwrap_adapter(built.step_module.model)
+    # The forward path was chosen when the model was built: how its rows are laid out and its loss is computed.
     return bool(plain.forward_path.alone)
 
 
@@ -333,9 +354,10 @@ def _check_positions_of_longest_document(config: RunConfig, built: BuiltModel, d
 
 
 def _check_one_row_batches(config: RunConfig, built: BuiltModel, data: PreparedData) -> None:
-    """Raise ConfigError if a batch of this run has several rows. For models that compute correctly only with one row."""
+    """Raise ConfigError if a batch of this run has several rows. Called for models that compute correctly only with one row."""
     model_type = built.config.model_type
     name = config.objective.name
+    # Such as the chosen and the rejected answer of dpo, which are rows of one batch.
     if built.data_spec.sequences_per_document > 1:
         problem = (
             f"objective={name}: compares documents of one batch, and a {model_type} is right for one at a time only"

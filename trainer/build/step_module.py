@@ -139,7 +139,10 @@ def _register_kernels() -> None:
 
 
 def _base_config(config: ModelConfig, tuning_config: TuningConfig) -> Any:
-    """The transformers config of the base. Raises ConfigError if an adapter was trained under other positions than it has."""
+    """Load the transformers configuration of the base model, with the positions that the settings ask for.
+
+    Raises ConfigError if an adapter (of `model.adapters` or `tuning.from`) was trained under other positions.
+    """
     base_config = load_model_config(config)
     for directory in config.adapters:
         check_adapter_positions(directory, "model.adapters", base_config, config)
@@ -159,9 +162,9 @@ def _freeze_without_gradient(model: Any, tuning: Tuning, plain: Any, arrangement
 
 
 def _finish_step_module(built: BuiltModel, config: ModelConfig, head: Any, kind: ModelKind) -> None:
-    """The last changes to a tuned model: quantise its base, fuse adapters, and add losses of routers and logits.
+    """Make the last changes to a tuned model: quantise its base, fuse adapters, and add losses of routers and logits.
 
-    What the user is told of them goes into `built.substitutions`, by setting. `head`: the model's output layer.
+    `head`: the model's output layer. What the user is told of these changes goes into `built.substitutions`, by setting.
     """
     step = built.step_module
     tuning_note = getattr(built.tuning, "note", "")
@@ -176,7 +179,10 @@ def _finish_step_module(built: BuiltModel, config: ModelConfig, head: Any, kind:
 
 
 def freeze_beside_text(model: Any, tuning: Tuning, names: tuple[str, ...]) -> None:
-    """Freeze the towers for images and sound, the modules `names`: texts give them no gradient."""
+    """Freeze the towers of a multimodal model for images and sound, to which texts give no gradient.
+
+    `names`: of these modules in the base model; () for a model without.
+    """
     prefixes = tuple(f"{name}." for name in names)
     if not prefixes:
         return
@@ -186,8 +192,9 @@ def freeze_beside_text(model: Any, tuning: Tuning, names: tuple[str, ...]) -> No
 
 
 def _quantise_frozen_weights(built: BuiltModel, config: ModelConfig, head: Any) -> None:
-    """Replace frozen layers and experts by quantised ones, if `model.quantisation` asks for it. Sets `scheme` of `built`.
+    """Replace frozen layers and experts by quantised ones (QLoRA), if `model.quantisation` asks for it.
 
+    Sets `scheme` of `built`.
     - Their shapes go into `built.quantised_shapes`, and into `built.substitutions` which large weights stay as they are.
     - Not replaced: the output layer `head` of a language model, and the new heads of a classifier (`built.head_prefixes`).
 

@@ -50,10 +50,10 @@ class DivergenceMeasure:
     """Weight of the teacher in the mixture that Jensen-Shannon compares both with."""
 
     def __call__(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """(divergence of each row `[n]`, its derivative by the student's logits `[n, V]`), for float32 logits `[n, V]`.
+        """Compare student and teacher at n rows: (divergence `[n]`, its derivative by the student's logits `[n, V]`).
 
-        Both are multiplied by the square of the temperature, which keeps gradients at the same size for every temperature
-        (Hinton et al. 2015, arXiv:1503.02531).
+        `student`, `teacher`: float32 logits `[n, V]`. Both results are multiplied by the square of the temperature, which keeps
+        gradients at the same size for every temperature (Hinton et al. 2015, arXiv:1503.02531).
         """
         temperature = self.temperature
         # P and Q are the softmax of logits / T. All tensors are [n, V], sums over the vocabulary [n].
@@ -69,7 +69,7 @@ class DivergenceMeasure:
             divergence = (q * (log_q - log_p)).sum(-1)  # KL(Q, P)
             gradient = q * (log_q - log_p - divergence[:, None])
         else:
-            # The generalised Jensen-Shannon divergence, with the mixture M.
+            # The generalised Jensen-Shannon divergence, with the mixture M = b P + (1 - b) Q.
             beta = self.interpolation
             log_m = torch.log(beta * p + (1 - beta) * q)
             # If a probability has underflown to 0, its term is 0, not NaN.
@@ -112,7 +112,7 @@ class TeacherComparison:
         return tuple(distillation_losses(head, hidden, targets, self))
 
     def weights_of(self, rows: Tensor | None) -> Tensor | None:
-        """The weights of some of the student's rows (None: of all); None if each counts as 1."""
+        """The weights of some of the student's rows, by their indices (None: of all rows); None if each counts as 1."""
         if rows is None or self.row_weights is None:
             return self.row_weights
         return self.row_weights[rows]
@@ -178,11 +178,11 @@ class _LinearDivergence(torch.autograd.Function):
         row_weights: Tensor | None,
         settings: _DistillationSettings,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(weighted sum, cross-entropy, divergence, correct argmaxes): sums over the rows of the student's `hidden [N, H]`.
+        """Sums over the rows of the student's `hidden [N, H]`: (weighted sum, cross-entropy, divergence, correct argmaxes).
 
-        `weight` `[V, H]` and `bias` `[V]`: of the student's head. `row_weights [N]`: None: each row counts as 1. Only the first
-        result has a gradient; correct argmaxes are counted only without gradients. Saves for `backward`, of those that are
-        needed: the gradients of the weighted sum by hidden `[N, H]`, weight and bias.
+        `weight [V, H]` and `bias [V]`: of the student's head. `row_weights [N]`: None: each row counts as 1. Only the weighted
+        sum has a gradient; correct argmaxes are counted only without gradients. Saves for `backward`, of those that are needed:
+        the gradients of the weighted sum by hidden, weight and bias.
         """
         student = settings.student
         teacher = settings.teacher
@@ -266,9 +266,11 @@ class _LinearDivergence(torch.autograd.Function):
 def distillation_losses(
     head: LossHead, hidden: Tensor, targets: Tensor, comparison: TeacherComparison
 ) -> DistillationLosses:
-    """The losses of a student's rows `hidden [N, H]`, of which `comparison.compared_rows` are compared with the teacher.
+    """The losses of a student's rows `hidden [N, H]`: cross-entropy with `targets [N]`, and divergence from a teacher at some
+    rows.
 
-    Called inside the forward pass of the student's head `head`. Without `comparison.head`, teacher and student share the head.
+    Called inside the forward pass of the student's head `head`. `comparison`: the teacher's states and head, which rows are
+    compared, and the weights of the losses. Without `comparison.head`, teacher and student share the head.
     """
     training = torch.is_grad_enabled()  # read here: inside an autograd function gradients are always off
     student = _HeadParameters.of_head(head)
@@ -277,6 +279,7 @@ def distillation_losses(
         total, compared_nll, divergence, correct = compare(student)
     else:  # a sharded teacher's head has its whole weight only during its own call
         total, compared_nll, divergence, correct = _call_with_gathered_head(comparison.head, compare)
+    # The remaining rows, which the teacher has no states for, count by their cross-entropy alone.
     rows = comparison.uncompared_rows
     if rows is None:
         no_loss = torch.zeros_like(compared_nll)
@@ -303,9 +306,11 @@ def _compared_sums(
     *,
     needs_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(total, cross-entropy, divergence, correct argmaxes): sums over the rows of `hidden [N, H]` that are compared.
+    """Sums over the rows of `hidden [N, H]` that are compared with the teacher:
 
-    `head`, with the parameters `student`: the student's. `teacher`: parameters of the teacher's head.
+    (total, cross-entropy, divergence, correct argmaxes).
+    `head`: the student's, whose parameters and settings are `student`. `teacher`: those of the teacher's head, which must be
+    gathered.
     """
     rows = comparison.compared_rows
     return _LinearDivergence.apply(  # type: ignore[no-any-return]

@@ -130,8 +130,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """(loss, correct argmaxes, loss by group, loss without smoothing or None): sums over the rows of `hidden [N, H]`.
 
-        `weight [V, H]` and `bias [V]` are of the head; `targets [N]` is int64. Correct argmaxes are counted only without gradients,
-        for evaluation. Saves for `backward`, of those that are needed: the gradients of the loss by hidden, weight and bias.
+        `weight [V, H]` and `bias [V]` are of the head; `targets [N]` is int64. Correct argmaxes are counted only in evaluation,
+        without gradients. Saves for `backward`, of those that are needed: the gradients of the loss by hidden, weight and bias.
         """
         softcap = settings.softcap
         scale = settings.logit_scale

@@ -46,10 +46,10 @@ ONLY_RANK = HostRank(rank=0, num_ranks=1)
 
 
 def weights_fingerprint(directories: list[Path], scheme: Scheme) -> str:
-    """32 hex digits that identify the weights in these directories and the scheme that they are quantised by.
+    """32 hex digits that identify the quantised form of the weights in `directories`: they name its directory in the cache.
 
-    The digest covers each file's name, size, time of change and `SAMPLES_PER_FILE` samples of its bytes, since reading
-    all would take as long as packing. It also covers the versions of the libraries that pack.
+    The digest covers the scheme of quantisation, and each file's name, size, time of change and `SAMPLES_PER_FILE` samples of
+    its bytes, since reading all would take as long as quantising. It also covers the versions of the libraries that quantise.
     """
     digest = hashlib.sha256(f"{FORMAT_VERSION} {scheme} {version('bitsandbytes')} {version('transformers')}".encode())
     for directory in directories:
@@ -77,10 +77,11 @@ def cached_weights(
     pack: Callable[[str], Tensor],
     host_rank: HostRank,
 ) -> PackedWeights:
-    """The cache of the packed matrices among `shapes`. Stacks of experts are not cached: the ranks that hold them pack them.
+    """The host's cache of a base's quantised matrices; nothing is read or quantised yet.
 
-    `source_directories`: those of the base and of adapters that are merged into it. `shapes`: by base name. `pack(name)`
-    quantises a matrix into bytes.
+    `source_directories`: those of the base and of adapters that are merged into it. `shapes`: of its quantised weights, by base
+    name. Stacks of experts (3-d) are not cached: the ranks that hold them quantise them. `pack(name)` quantises a matrix into
+    bytes.
     """
     num_bytes_by_name = {}
     for name, shape in shapes.items():
@@ -121,10 +122,10 @@ class PackedWeights:
         return sum(self.num_bytes_by_name.values())
 
     def read_slice(self, name: str, start: int, stop: int) -> Tensor:
-        """Bytes `[start, stop)` of a packed weight, read from its file in the cache.
+        """Bytes `[start, stop)` of a quantised weight, from its file in the cache.
 
-        The first call packs all weights that are missing. If the cache cannot be used (`reason_not_cached` then says why), the
-        weight is packed in memory instead.
+        The first call quantises all weights that are missing there. If the cache cannot be used (`reason_not_cached` then says
+        why), the weight is quantised in memory instead.
         """
         try:
             if not self._has_packed_missing:
@@ -147,7 +148,8 @@ class PackedWeights:
     def _pack_missing_into_cache(self) -> None:
         """Quantise the weights that no other rank has packed or is packing, so that the ranks of a host pack each one once.
 
-        Sets `reason_not_cached` instead if the weights are too small to be worth it, or if the disk has too little space.
+        Without a lock on a weight, which another rank has while it packs, this one goes on to the next. Sets
+        `reason_not_cached` instead if the weights are too small to be worth it, or if the disk has too little space.
         """
         if self.total_bytes < MIN_CACHED_BYTES:
             self.reason_not_cached = f"{self.total_bytes / 2**20:.1f} MiB are packed as fast as they are read"
@@ -172,12 +174,14 @@ class PackedWeights:
         return self.directory / f"{name}.safetensors"
 
     def _is_cached(self, name: str) -> bool:
-        """Whether the file of a packed weight is there, and large enough to be complete."""
+        """Whether the file of a packed weight is there, and large enough to be complete: larger than its bytes, since it has a
+        header.
+        """
         file = self._cache_file(name)
         return file.exists() and file.stat().st_size > self.num_bytes_by_name[name]
 
     def _read_cached(self, name: str, start: int, stop: int) -> Tensor | None:
-        """Bytes `[start, stop)` of a packed weight from its file; None if there is no file, or it is broken."""
+        """Bytes `[start, stop)` of a packed weight from its file, uint8; None if there is no file, or it is broken."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -189,10 +193,10 @@ class PackedWeights:
             return None
 
     def _pack_into_cache(self, name: str, *, wait: bool) -> None:
-        """Pack a weight into its file in the cache, unless the file is there. Raises OSError.
+        """Quantise a weight into its file in the cache, unless the file is there. Raises OSError.
 
-        Another process may be packing the weight. With `wait` this call waits for it, and packs the weight again if the file
-        cannot be read. Without `wait` it returns at once.
+        Another process may be doing that. With `wait` this call waits for it, and packs the weight again if the file cannot be
+        read. Without `wait` it returns at once.
         """
         from safetensors.torch import save
 
@@ -206,6 +210,7 @@ class PackedWeights:
             if self._is_cached(name) and (not wait or self._read_cached(name, 0, 1) is not None):
                 return
             self.num_packed += 1
+            # Written under another name and renamed, so that no process reads half a file.
             temporary = self._cache_file(name).with_suffix(f".{socket.gethostname()}.{os.getpid()}")
             try:
                 with temporary.open("wb") as file:

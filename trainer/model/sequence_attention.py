@@ -57,7 +57,8 @@ class HeadShares:
 
 
 def head_shares(query_heads: int, key_value_heads: int, ranks: int) -> HeadShares:
-    """Divide the query heads of a layer among `ranks` ranks as evenly as possible, and find the key-value heads that they use.
+    """Decide which heads each rank of a sequence-parallel group attends with: query heads as evenly as possible, and the
+    key-value heads that they use.
 
     4 query heads and 2 key-value heads on 2 ranks: query heads (0, 2) and (2, 4), key-value heads (0, 1) and (1, 2).
     """
@@ -65,6 +66,7 @@ def head_shares(query_heads: int, key_value_heads: int, ranks: int) -> HeadShare
     query_shares = []
     key_value_shares = []
     for rank in range(ranks):
+        # Rounded down: of 9 heads, 4 ranks get 2, 2, 2 and 3.
         first = query_heads * rank // ranks
         end = query_heads * (rank + 1) // ranks
         query_shares.append((first, end))
@@ -73,10 +75,12 @@ def head_shares(query_heads: int, key_value_heads: int, ranks: int) -> HeadShare
 
 
 def over_slices(attend: Attention) -> Attention:
-    """`attend`, an attention function of transformers, for rows of which each rank of a group holds a slice.
+    """Make `attend`, an attention function of transformers, work on rows of which each rank of a sequence-parallel group holds
+    a slice.
 
-    A call without `row_slices` is passed through. With them, q is `[1, H, t, D]`, k and v are `[1, G, t, D]` for the t tokens of
-    this rank's slice, and the result is `[1, t, H, D]`. All ranks of the group must call, forward and backward.
+    The function that is returned passes a call without `row_slices` through. With them, q is `[1, H, t, D]`, k and v are `[1,
+    G, t, D]` for the t tokens of this rank's slice, and the result is `[1, t, H, D]`. All ranks of the group must call, forward
+    and backward.
     """
 
     @wraps(attend)
@@ -92,8 +96,8 @@ def over_slices(attend: Attention) -> Attention:
     ) -> tuple[Tensor, Any]:
         """q `[1, H, t, D]`, k and v `[1, G, t, D]` of this rank's slice -> (its attention output `[1, t, H, D]`, None).
 
-        `row_slices`: the borders of all slices, [0, 5, 16] for two. `attention_mask`, like all other arguments, is that of the
-        whole row, over which `attend` computes.
+        `row_slices`: the token borders of all ranks' slices, [0, 5, 16] for two; None: rows are whole. `attention_mask`, like
+        all other arguments, is that of the whole row, over which `attend` computes.
         """
         if row_slices is None:
             return attend(module, query, key, value, attention_mask, *args, **kwargs)
@@ -116,6 +120,7 @@ def over_slices(attend: Attention) -> Attention:
         row_value = exchange_slices_for_heads(value, shares.key_value_heads, row_slices, rank, group)
         queries_per_key = query.shape[1] // key.shape[1]
         key_of_query = _key_head_of_each_query(own_heads, shares.key_value_heads[rank], queries_per_key)
+        # The kernels cannot group this rank's query heads evenly, so each gets a copy of its key-value head.
         if key_of_query is not None:
             indices = torch.tensor(key_of_query).to(row_key.device, non_blocking=True)
             row_key = row_key.index_select(1, indices)
@@ -133,10 +138,12 @@ def over_slices(attend: Attention) -> Attention:
 
 
 def _key_head_of_each_query(query_heads: HeadRange, key_heads: HeadRange, queries_per_key: int) -> list[int] | None:
-    """For each query head of a rank, the index of its key-value head among the rank's own, such as [0, 1, 1].
+    """For each query head of a rank, the index of its key-value head among the rank's own, such as [0, 1, 1]; None if kernels
+    find it.
 
-    None if kernels find it themselves: they take equally many query heads, in a row, for each key-value head. `query_heads`,
-    `key_heads`: the rank's own. `queries_per_key`: query heads of the layer for each key-value head.
+    Kernels take equally many query heads, in a row, for each key-value head (grouped-query attention). A rank's share of the
+    heads may be divided in another way. `query_heads`, `key_heads`: the rank's own. `queries_per_key`: query heads of the layer
+    for each key-value head.
     """
     first_key, end_key = key_heads
     key_of_query = [head // queries_per_key - first_key for head in range(*query_heads)]
@@ -152,9 +159,10 @@ def _key_head_of_each_query(query_heads: HeadRange, key_heads: HeadRange, querie
 def exchange_slices_for_heads(
     local: Tensor, heads_by_rank: list[HeadRange], row_slices: list[int], rank: int, group: Any
 ) -> Tensor:
-    """`[1, heads, t, D]` of this rank's slice -> `[1, own heads, T, D]` of the whole row. All ranks of the group must call.
+    """Exchange tokens for heads: `[1, heads, t, D]` of this rank's slice -> `[1, own heads, T, D]` of the whole row.
 
-    `heads_by_rank`: the heads that each rank gets. `row_slices`: token borders of the ranks' slices, [0, 5, 16] for two.
+    The first all-to-all of sequence-parallel attention. `heads_by_rank`: the heads that each rank gets, as (first, one after
+    the last). `row_slices`: token borders of the ranks' slices, [0, 5, 16] for two. All ranks of the group must call.
     """
     head_size = local.shape[-1]
     # Token by token within what a rank is sent, so that what arrives from all ranks is the row itself.
@@ -170,9 +178,9 @@ def exchange_slices_for_heads(
 def exchange_heads_for_slices(
     row_output: Tensor, heads_by_rank: list[HeadRange], row_slices: list[int], rank: int, group: Any
 ) -> Tensor:
-    """`[1, T, own heads, D]` of the whole row -> `[1, t, heads, D]` of this rank's slice. All ranks of the group must call.
+    """Exchange heads for tokens: `[1, T, own heads, D]` of the whole row -> `[1, t, heads, D]` of this rank's slice.
 
-    The way back of `exchange_slices_for_heads`, with the same arguments.
+    The way back of `exchange_slices_for_heads`, with the same arguments. All ranks of the group must call.
     """
     num_own_heads, head_size = row_output.shape[2:]
     num_own_tokens = row_slices[rank + 1] - row_slices[rank]

@@ -39,8 +39,11 @@ class Checkpoint:
         self._tied = tied or {}
 
     def name_in_checkpoint(self, name: str) -> str | None:
-        """The name under which the checkpoint has a parameter: its own, or another name of a shared one; None if it has
-        neither."""
+        """The name under which a checkpoint has a parameter: its own, or another name of a parameter that is shared; None if it
+        has neither.
+
+        An output layer that is tied to the embeddings is stored once, under one of both names.
+        """
         for spelling in (name, *self._tied.get(name, ())):
             if spelling in self.conversions.groups:
                 return spelling
@@ -78,7 +81,10 @@ class Checkpoint:
 
 
 def tied_names(model: nn.Module, base_name: Callable[[str], str]) -> dict[str, list[str]]:
-    """For each shared parameter the other names it has, as the base checkpoint would spell them, by its first one."""
+    """The other names of each shared parameter, by its first name: {"model.embed_tokens.weight": ["lm_head.weight"]}.
+
+    `base_name`: gives a parameter's name in the model before tuning, as a base checkpoint has it.
+    """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(base_name(name))
@@ -86,16 +92,24 @@ def tied_names(model: nn.Module, base_name: Callable[[str], str]) -> dict[str, l
 
 
 def fill_buffers(model: nn.Module, checkpoint: Checkpoint, base_name: Callable[[str], str]) -> None:
-    """Load the buffers that a checkpoint holds, such as the bias of BART's logits; new rows of a vocabulary stay zero."""
+    """Load the buffers of a model that a checkpoint holds, such as the bias of BART's logits; new rows of a vocabulary stay
+    zero.
+
+    Called once, while the model is built. `base_name`: gives a buffer's name in the model
+    before tuning.
+    """
     for plain_name, buffer in persistent_buffers(model):
         name = base_name(plain_name)
         if checkpoint.name_in_checkpoint(name) is not None:
             values = checkpoint.read_slice(name, 0, math.prod(checkpoint.shape(name)))
+            # A buffer with a value for each token is longer than the stored one if tokens were added.
             buffer.view(-1)[: len(values)] = values.to(buffer.dtype)
 
 
 class BaseWeights(Checkpoint):
-    """A checkpoint as it is trained on: adapters merged in, and rounded where it is stored quantised."""
+    """The checkpoint that a run trains on, as the run sees it: adapters of `model.adapters` merged in, and rounded where it is
+    stored quantised.
+    """
 
     def __init__(
         self,
@@ -124,20 +138,24 @@ class BaseWeights(Checkpoint):
         """Where packed weights are kept on this host, if they are."""
 
     def read_slice(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements `[start, stop)` of the flattened parameter, adapters merged in, not rounded."""
+        """Elements `[start, stop)` of the flattened parameter, adapters merged in, but not rounded."""
         stored_name = self._stored_name(name)
         if stored_name not in self._adapted:
             return super().read_slice(stored_name, start, stop)
         assert self.merged_adapters is not None
+        # Merged by the whole parameter: its base value without adapters, plus their updates.
         return self.merged_adapters.full_tensor(self._adapted[stored_name], _WithoutAdapters(self)).reshape(-1)[
             start:stop
         ]
 
     def full_tensor(self, name: str) -> Tensor:
-        """A full parameter as the model computes with it: rounded where it is stored quantised (then float32)."""
+        """A full parameter as the model computes with it: adapters merged in, and rounded (then float32) where it is stored
+        quantised.
+        """
         parameter = super().full_tensor(name)
         if name not in self.quantised_shapes or self.scheme is None:
             return parameter
+        # A matrix, or a stack of one matrix for each expert.
         return self.scheme.round_trip(parameter) if parameter.dim() == 2 else round_trip_stack(self.scheme, parameter)
 
     def close(self) -> None:
@@ -145,7 +163,7 @@ class BaseWeights(Checkpoint):
         self._last = None
 
     def pack_now(self, name: str, start: int, stop: int) -> Tensor:
-        """Quantise a weight: the bytes `[start, stop)` of its codes and scales, uint8.
+        """Quantise a weight, and return the bytes `[start, stop)` of its codes and scales, uint8.
 
         A weight is a matrix, or `[experts, ., .]` with a matrix for each expert, of which only those in the bytes are read.
         """
@@ -169,15 +187,20 @@ class BaseWeights(Checkpoint):
         return self._last[1]
 
     def use_packed_cache(self, adapters: list[str], host_rank: HostRank) -> None:
-        """Let the ranks of this host quantise each matrix once between them, and keep the bytes in its cache."""
+        """Let the ranks of this host quantise each matrix once between them, and keep the bytes in a cache that later runs read
+        too.
+
+        `adapters`: directories of those that are merged into the base, since other adapters give other bytes.
+        """
         assert self.scheme is not None
         directories = [self.directory, *(Path(adapter).expanduser() for adapter in adapters)]
         self.packed_cache = cached_weights(directories, self.scheme, self.quantised_shapes, self.pack_matrix, host_rank)
 
     def read_packed(self, name: str, start: int, stop: int) -> Tensor:
-        """Bytes `[start, stop)` of a weight that is stored quantised, uint8: from this host's cache if it keeps the weight there.
+        """Bytes `[start, stop)` of a weight that is stored quantised, uint8: from this host's cache if it has the weight, else
+        quantised now.
 
-        The cache has matrices. Experts are packed anew by the ranks that hold them.
+        The cache has matrices only. Experts are quantised anew by the ranks that hold them.
         """
         if self.packed_cache is None or name not in self.packed_cache.num_bytes_by_name:
             return self.pack_now(name, start, stop)
@@ -211,7 +234,9 @@ class StartingWeights:
         self.adapted = set[str]() if merged_adapters is None else merged_adapters.changed_base_names()
 
     def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
-        """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU."""
+        """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU: what a reference model that is a plain
+        copy starts with.
+        """
         checkpoint = self.source.checkpoint
         if self.merged_adapters is not None and name in self.adapted:
             return self.merged_adapters.full_tensor(name, checkpoint).reshape(-1)[start:stop]
@@ -225,7 +250,9 @@ class StartingWeights:
 
 
 class WeightSource:
-    """`strategies.base.ParameterSource` over a checkpoint, a tuning method and a seed."""
+    """Gives an engine the initial value of each parameter (a `strategies.base.ParameterSource`), from a checkpoint, a tuning
+    method and a seed.
+    """
 
     def __init__(
         self,
@@ -259,15 +286,16 @@ class WeightSource:
     def check_names_and_shapes(
         self, shape_by_name: dict[str, tuple[int, ...]], *, head_prefixes: tuple[str, ...]
     ) -> None:
-        """Compare the model's parameters with the checkpoint, before anything is allocated. Sets `initialised` to new heads.
+        """Compare the model's parameters with the checkpoint by name and shape, before anything is allocated.
 
+        Sets `initialised` to new heads.
         - the tuning method has added the parameter: nothing to compare.
         - the checkpoint lacks it: right if its value is given by the run (`computed_values`) or by the tuning method, or if it
           is of a new head (a name under `head_prefixes`), which is then drawn.
         - else its shape must be the checkpoint's, unless it grows with added tokens.
 
-        `shape_by_name`: of the model's parameters; a weight that is stored packed has another shape there than in the checkpoint.
-        Raises ConfigError with the first five differences.
+        `shape_by_name`: of the model's parameters; a weight that is stored packed has another shape there than in the
+        checkpoint. Raises ConfigError with the first five differences.
         """
         problems = []
         for name, model_shape in shape_by_name.items():
@@ -291,7 +319,11 @@ class WeightSource:
             )
 
     def _shape_problem(self, base_name: str, model_shape: tuple[int, ...]) -> list[str]:
-        """How the shape of a stored parameter differs from that of the architecture, one line; [] if it does not."""
+        """Compare the shape of a stored parameter with that of the architecture; returns one line of text if they differ, else
+        [].
+
+        `model_shape`: in the model; for a quantised weight that of its bytes, so its shape before quantisation counts.
+        """
         if self.new_token_ids and base_name in self.vocabulary_parameter_names:  # rows are added to the stored ones
             return []
         shape = self.checkpoint.quantised_shapes.get(base_name, model_shape)
@@ -301,8 +333,9 @@ class WeightSource:
         return [f"{base_name} has shape {stored_shape}, the architecture wants {shape}"]
 
     def read_slice(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
-        """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU. The first case that holds:
+        """Elements `[start, stop)` of the flattened full parameter `name`, on the CPU, where a rank holds this range.
 
+        The first case that holds:
         - of a frozen model beside the tuned one (a teacher, a reward model): from its own source.
         - the tuning method owns or rewrites it: the method's initial value.
         - quantised: the packed bytes.
@@ -335,6 +368,7 @@ class WeightSource:
         if base_name in self.zero_row_by_name:
             row_size = math.prod(shape[1:])
             row_start = self.zero_row_by_name[base_name] * row_size  # in the flattened parameter
+            # The slice may be a view of a file. Of the row, only what lies in [start, stop) is set: perhaps nothing.
             values = values.clone()
             values[max(0, row_start - start) : max(0, row_start + row_size - start)] = 0
         return values
@@ -354,7 +388,9 @@ class WeightSource:
         return self.checkpoint.rows(name, indices)
 
     def _draw(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """New values: biases are 0, norms 1, matrices normal with `init_std`; the same on every rank."""
+        """Draw the value of a parameter that the checkpoint lacks: biases 0, norms 1, matrices normal with `init_std`; the same
+        on every rank.
+        """
         if name.endswith("bias"):
             return torch.zeros(shape)
         if len(shape) < 2:
@@ -363,7 +399,11 @@ class WeightSource:
         return torch.randn(shape, generator=generator) * self.init_std
 
     def _with_new_rows(self, stored: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
-        """Elements `[start, stop)` of a flattened vocabulary matrix whose new rows are the mean of the known ones."""
+        """Elements `[start, stop)` of a flattened vocabulary matrix, in which the row of each added token is the mean of the
+        known rows.
+
+        `stored`: its name in the checkpoint. `shape`: in the model, with the new rows.
+        """
         row_size = math.prod(shape[1:])
         known_rows = self.new_token_ids[0]
         if stored not in self._mean_rows:
