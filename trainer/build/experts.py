@@ -52,9 +52,11 @@ def plan_expert_parallelism(built: BuiltModel, config: RunConfig, runtime: Runti
 
 
 def expert_groups_across_hosts_note(expert_ranks: int, ranks_per_host: int, hosts: int) -> str | None:
-    """What it means that groups of `expert_ranks` ranks do not lie within hosts; None if they do.
+    """A warning for the user that groups of `expert_ranks` ranks cross hosts, so that tokens go over the network; None if they
+    do not.
 
-    Groups are neighbouring ranks, so all of them lie within hosts if their size divides the ranks of a host.
+    A layer's experts are distributed over the ranks of a group. Groups are neighbouring ranks, so all of them lie within hosts
+    if their size divides the ranks of a host.
     """
     if hosts == 1 or ranks_per_host % expert_ranks == 0:
         return None
@@ -65,9 +67,9 @@ def expert_groups_across_hosts_note(expert_ranks: int, ranks_per_host: int, host
 
 
 def expert_parallelism_lines(built: BuiltModel, precision: Precision, ranks_per_replica: int) -> list[str]:
-    """The lines on the start screen about expert parallelism: what a rank holds, and the traffic of a token. Else no line.
+    """Lines for the start screen on expert parallelism: what a rank holds, and the traffic of a token; [] without it.
 
-    `plan_expert_parallelism` must have been called.
+    The plan of the step module must be set up already. `ranks_per_replica`: ranks over which one copy of the model is sharded.
     """
     step = built.step_module
     expert_ranks = step.plan.expert_ranks
@@ -76,7 +78,7 @@ def expert_parallelism_lines(built: BuiltModel, precision: Precision, ranks_per_
         return []
     per_token = experts_per_token(built.config)
     pass_bytes = _bytes_of_token_to_experts(built, precision)
-    # Forward and backward pass: 2. Recomputing the layer repeats the forward pass: 3.
+    # A forward and a backward pass are 2 passes. Recomputing the layer repeats the forward pass: 3.
     return [
         _line_on_held_experts(step, trained_names, ranks_per_replica),
         f"each token goes to its {per_token} experts and back: about {2 * pass_bytes / 1000:,.1f} kB to and from other ranks in "
@@ -85,7 +87,11 @@ def expert_parallelism_lines(built: BuiltModel, precision: Precision, ranks_per_
 
 
 def _line_on_held_experts(step: TrainStep, trained_names: list[str], ranks_per_replica: int) -> str:
-    """How many experts a rank holds. `trained_names`: the modules of experts of the trained model, one for each layer."""
+    """The line on how many experts of each layer a rank holds.
+
+    `trained_names`: the modules of experts of the trained model, one a layer. Such as "experts: 24 layers of 8 are distributed
+    over 4 ranks (parallel.experts); each rank holds 2 of a layer".
+    """
     expert_ranks = step.plan.expert_ranks
     modules: list[Any] = [step.get_submodule(name) for name in trained_names]
     expert_counts = sorted({module.num_experts for module in modules})
@@ -111,7 +117,9 @@ def _bytes_of_token_to_experts(built: BuiltModel, precision: Precision) -> float
 
 
 def _models_of_step(step: TrainStep, config: RunConfig) -> dict[str, nn.Module]:
-    """The models of a step module, the trained one first, each by the setting that names it, such as `model.path=<path>`."""
+    """The models in a step module, the trained one first, each by the setting that names it in messages, such as
+    `model.path=<path>`.
+    """
     models: dict[str, nn.Module] = {f"model.path={config.model.path}": step.model}
     if step.teacher is not None:  # a teacher, or a frozen copy of the model if the objective names none
         teacher = teacher_model(config.model, config.objective)
@@ -124,9 +132,10 @@ def _models_of_step(step: TrainStep, config: RunConfig) -> dict[str, nn.Module]:
 
 
 def expert_parallelism_problems(config: RunConfig, *, scores_answers: bool = True) -> list[str]:
-    """Why expert parallelism is not possible with the run's models, a line each; empty if it is. Reads only configurations.
+    """Why the experts of the run's models cannot be distributed over ranks, one line for each model; empty if they can.
 
-    `scores_answers`: whether the run needs its reward models, which are then checked too.
+    Called before data is prepared, so it reads only configurations. `scores_answers`: whether the run needs its reward models,
+    which are then checked too.
     """
     if config.parallel.experts == 1:
         return []
@@ -137,9 +146,9 @@ def expert_parallelism_problems(config: RunConfig, *, scores_answers: bool = Tru
 
 
 def models_on_meta_by_setting(config: RunConfig, *, scores_answers: bool = True) -> dict[str, nn.Module]:
-    """The architectures of a run's models without values, the trained one first, each by the setting that names it.
+    """Build the architectures of a run's models without values, the trained one first, each by the setting that names it.
 
-    `scores_answers`: whether its reward models are included.
+    Such as {"model.path=<path>": model}. `scores_answers`: whether its reward models are included.
     """
     kind = objective_family(config.objective).kind
     models = {f"model.path={config.model.path}": build_model_on_meta(config.model, kind)}
@@ -155,7 +164,7 @@ def models_on_meta_by_setting(config: RunConfig, *, scores_answers: bool = True)
 def expert_parallelism_problems_of_models(
     config: RunConfig, models: dict[str, nn.Module], *, num_ranks: int, num_hosts: int
 ) -> list[str]:
-    """Why expert parallelism is not possible with these models, one line for each such model; empty if it is possible.
+    """Why the experts of these models cannot be distributed over ranks, one line for each such model; empty if they can.
 
     `models`: the trained one first, each by the setting that names it, such as `model.path=<path>`. A frozen model without
     experts is no problem. `num_ranks`, `num_hosts`: of the whole run; 0 if not known yet.
@@ -212,7 +221,10 @@ def _model_problem(config: RunConfig, setting: str, model: nn.Module, num_ranks:
 
 
 def _module_problem(degree: str, setting: str, name: str, module: Any) -> str | None:
-    """Why the experts of one module, `name`, cannot be distributed; None if they can. `degree`: such as `parallel.experts=4`."""
+    """Why the experts of one module cannot be distributed over ranks, as a line for the user; None if they can.
+
+    `degree`: such as `parallel.experts=4`. `setting`: names the model. `name`: of the module in it.
+    """
     # A configuration without the attribute was not loaded with another function, so ours computes the experts.
     computed_by = getattr(module.config, "_experts_implementation", experts.EXPERTS_FUNCTION)
     if computed_by != experts.EXPERTS_FUNCTION:
@@ -238,10 +250,11 @@ def _module_problem(degree: str, setting: str, name: str, module: Any) -> str | 
 def _division_problem(
     config: RunConfig, setting: str, expert_counts: list[int], num_ranks: int, num_hosts: int
 ) -> str | None:
-    """Why the experts of a model cannot be divided evenly among ranks; None if they can.
+    """Why the experts of a model cannot be divided evenly among ranks, as a line for the user that proposes a setting; None if
+    they can.
 
-    Each rank must get equally many experts of a layer. Ranks that share the same experts shard them as whole experts, so a layer
-    must have at least one expert for each rank of a replica.
+    Each rank must get equally many experts of a layer. Ranks that share the same experts shard them as whole experts, so a
+    layer must have at least one expert for each rank of a replica (a copy of the model).
 
     `expert_counts`: number of experts of each layer. `num_ranks`: all ranks of the run; 0 if not known, and then only the first
     rule is checked.
@@ -273,10 +286,11 @@ def _division_problem(
 
 
 def _possible_settings(common_divisor: int, fewest_experts: int, world_size: int) -> str | None:
-    """Settings under which `world_size` ranks can divide the experts, with as few replicas as possible; None if there are none.
+    """Settings for the user under which `world_size` ranks can divide the experts, with as few replicas as possible; None if
+    there are none.
 
-    For example "parallel.experts=2 or 4": a divisor of the experts of each layer and of the ranks of a replica. `common_divisor`:
-    the greatest that divides the experts of all layers. `fewest_experts`: those of the smallest layer.
+    For example "parallel.experts=2 or 4": a divisor of the experts of each layer and of the ranks of a replica.
+    `common_divisor`: the greatest number that divides the experts of all layers. `fewest_experts`: those of the smallest layer.
     """
     for replicas in range(1, world_size + 1):
         ranks_per_replica = world_size // replicas

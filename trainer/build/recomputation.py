@@ -28,7 +28,9 @@ USABLE_SHARE = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """The largest forward pass that a rank makes: a micro-batch of the longest documents."""
+    """The largest forward pass that a rank of a run makes, by which memory is estimated: a micro-batch of the longest
+    documents.
+    """
 
     train: TokenDataset
     micro_batch: int
@@ -66,7 +68,9 @@ def longest_lengths(data_spec: DataSpec, workload: Workload) -> list[int]:
 
 
 def num_tokens_of_longest(built: BuiltModel, workload: Workload) -> int:
-    """Tokens of the longest micro-batch on one rank, padding included; if ranks share rows, those of this rank's slice."""
+    """How many tokens one rank computes with in the longest micro-batch, padding included; if ranks share rows, those of its
+    slice.
+    """
     lengths = longest_lengths(built.data_spec, workload)
     tokens = sum(lengths)
     if built.layout is not Layout.padding_free:
@@ -78,10 +82,12 @@ def num_tokens_of_longest(built: BuiltModel, workload: Workload) -> int:
 
 
 def placeholder_micro_batch(built: BuiltModel, lengths: list[int], cut: RowCut | None) -> dict[str, Any]:
-    """A micro-batch of placeholders of these lengths in tokens, on the CPU, to measure a step whose result does not matter.
+    """Make a micro-batch of placeholders of these lengths in tokens, on the CPU, to measure a step whose result does not
+    matter.
 
-    Every token that may be a target is one. Token ids, counts (`totals`) and the means that some objectives take before a step's
-    first backward pass (`ahead`) are placeholders, on which no shape depends. With a `cut`, the slice of a rank.
+    Every token that may be a target is one. Token ids, counts (`totals`) and the means that some objectives take before a
+    step's first backward pass (`ahead`) are placeholders, on which no shape depends. `cut`: which slice of the rows a rank
+    takes; None: whole rows.
     """
     samples = [built.data_spec.placeholder(tokens) for tokens in lengths]
     batch = built.collator(samples, cut)
@@ -95,9 +101,11 @@ def placeholder_micro_batch(built: BuiltModel, lengths: list[int], cut: RowCut |
 
 
 def counted_activations(built: BuiltModel, workload: Workload, precision: Precision) -> ActivationBytes:
-    """The activations that the longest micro-batch keeps for its backward pass, counted on meta tensors: allocates nothing.
+    """Count the bytes of activations that the longest micro-batch keeps for its backward pass, on meta tensors: allocates
+    nothing.
 
-    Raises ConfigError for a model whose forward pass reads values, which meta tensors do not have.
+    The result knows them block by block for each way of recomputation. Raises ConfigError for an encoder-decoder model, and for
+    one whose forward pass reads values, which meta tensors do not have.
     """
     try:
         if built.encoder_decoder is not None:
@@ -113,7 +121,7 @@ def counted_activations(built: BuiltModel, workload: Workload, precision: Precis
 def activation_peak_bytes(
     built: BuiltModel, workload: Workload, mode: ActivationCheckpointing, precision: Precision
 ) -> float | None:
-    """Peak bytes of activations in the longest micro-batch if all blocks recompute by `mode`; None if a count is not possible."""
+    """Peak bytes of activations in the longest micro-batch if all blocks recompute by `mode`; None if they cannot be counted."""
     try:
         activations = counted_activations(built, workload, precision)
     except ConfigError:
@@ -124,7 +132,7 @@ def activation_peak_bytes(
 def expected_activation_bytes(
     built: BuiltModel, workload: Workload, strategy: StrategyConfig, precision: Precision
 ) -> float:
-    """Bytes of activations of the longest micro-batch: as `plan_checkpointing` counted them, or else by a rule of thumb."""
+    """Bytes of activations of the longest micro-batch: as counted while recomputation was planned, or else by a rule of thumb."""
     if built.activation_bytes is not None:
         return built.activation_bytes
     tokens = num_tokens_of_longest(built, workload)
@@ -177,7 +185,7 @@ def model_state_bytes(
 
 
 def device_memory_gib(runtime: processes.Runtime) -> float:
-    """Memory of this rank's device in GiB. On a CPU an equal part of the memory of the host, or of the job's cgroup."""
+    """Memory of this rank's device in GiB. On a CPU, its share of the memory that the host, or the job's cgroup, has."""
     if runtime.device.type == "cuda":
         return torch.cuda.get_device_properties(runtime.device).total_memory / 2**30
     return usable_host_memory_bytes() / runtime.local_world_size / 2**30
@@ -191,9 +199,10 @@ def usable_host_memory_bytes() -> int:
 def check_host_memory_for_inputs(
     built: BuiltModel, workload: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
 ) -> None:
-    """Raise ConfigError if the block inputs that `strategy.offload_activations` moves to host memory do not fit. No collective.
+    """Raise ConfigError if the inputs of blocks that `strategy.offload_activations` moves to host memory do not fit there.
 
-    On CPUs nothing is moved, and nothing is checked.
+    No collective. With that setting a recomputed block keeps only its input, in pinned memory of the host. On CPUs nothing is
+    moved, and nothing is checked.
     """
     if not strategy.offload_activations or runtime.kind == "cpu":
         return

@@ -54,7 +54,8 @@ class LayerHeads:
         return heads_of_busiest * ranks / self.num_query_heads
 
     def max_all_to_all_elements(self, tokens: int, ranks: int) -> int:
-        """Elements that the busiest rank sends to others in a forward pass of one layer, for a row of `tokens` tokens.
+        """Elements that the busiest rank sends to others in a forward pass of one layer, for a row of `tokens` tokens that
+        `ranks` ranks share.
 
         Before attention a rank sends its slice of all heads that it does not attend with; after it, its heads of all other
         slices.
@@ -74,11 +75,12 @@ class LayerHeads:
         return max(sent_by_rank)
 
     def all_to_all_elements_counted_on_rank_0(self, tokens: float, ranks: int) -> float:
-        """Elements of rank 0's four all-to-alls (queries, keys, values, results) in a forward pass of one layer, as counted.
+        """Elements of rank 0's four all-to-alls (queries, keys, values, results) in a forward pass of one layer, as a measured
+        step counts them.
 
-        That is by the measured counters of a step (`strategies/communication_counters.py`). An all-to-all counts with the
-        larger of what is sent and what is received, the rank's own part included. `tokens`: of the row that the `ranks` ranks
-        share.
+        An estimate to be compared with these counters (`strategies/communication_counters.py`). They count an all-to-all with
+        the larger of what is sent and what is received, the rank's own part included. `tokens`: of the row that the `ranks`
+        ranks share.
         """
         shares = head_shares(self.num_query_heads, self.num_key_value_heads, ranks)
         elements = 0.0
@@ -94,7 +96,7 @@ class LayerHeads:
 
 
 def attention_heads_of(model_config: Any) -> LayerHeads | None:
-    """The attention heads of a model, from its transformers configuration; None if that does not state any.
+    """How many attention heads a model's layers have, from its transformers configuration; None if that does not state any.
 
     If layers differ: the fewest heads, which say over how many ranks they can be divided, and the widest, which say how much is
     exchanged at most.
@@ -106,6 +108,7 @@ def attention_heads_of(model_config: Any) -> LayerHeads | None:
     key_value = min(query, _smallest_setting(text, KEY_VALUE_HEAD_SETTINGS) or query)
     if query % key_value:  # the two numbers are of different layers
         key_value = query
+    # Without `head_dim`, a head is the model's width over the number of heads.
     width = max(filter(None, layer_values(text, "head_dim")), default=getattr(text, "hidden_size", query) // query)
     # Latent attention: `head_dim` is only the rotated part of a query, which is as wide as the first two of these together.
     latent_names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -116,7 +119,10 @@ def attention_heads_of(model_config: Any) -> LayerHeads | None:
 
 
 def _smallest_setting(settings: Any, names: tuple[str, ...]) -> int | None:
-    """The smallest number above 0 that `settings` has under any of these names, also in a list; None if there is none."""
+    """The smallest number above 0 that a configuration has under any of these names; None if there is none.
+
+    A setting may be a number, a list of one for each layer, or differ by layer in another way.
+    """
     numbers: list[int] = []
     for name in names:
         for value in layer_values(settings, name):
@@ -127,10 +133,10 @@ def _smallest_setting(settings: Any, names: tuple[str, ...]) -> int | None:
 
 
 def step_layout(config: RunConfig) -> Layout:
-    """The layout of batches that the run's model is built for: `data.layout`, except for classifiers.
+    """The layout of batches that the run's model is built for: padded rows, or documents one after another (padding-free).
 
-    Classifiers have a padded row for each document; if ranks share rows, these have no padding (`trainer/objectives/pooled.py`).
-    Raises ConfigError if `data.layout=padding_free` is set for a classifier whose rows are not shared.
+    That is `data.layout`, except for classifiers: they have a padded row for each document, and padding-free rows only if ranks
+    share them. Raises ConfigError if `data.layout=padding_free` is set for a classifier whose rows are not shared.
     """
     if objective_family(config.objective).kind is not ModelKind.classifier:
         return config.data.layout
@@ -144,9 +150,10 @@ def step_layout(config: RunConfig) -> Layout:
 
 
 def sequence_parallel_problems(config: RunConfig) -> list[str]:
-    """Why ranks cannot share rows of the run's model, or of its teacher, a line each; empty if they can.
+    """Why ranks cannot share rows of the run's model, or of its teacher, one line for each problem; empty if they can.
 
-    Needs the configurations of the models alone: tests a small copy of each, which takes about a second, once a host.
+    Called before data is prepared. Reads only the configurations of the models, of which it builds and tests a small copy:
+    about a second, once a host.
     """
     if config.parallel.sequence == 1:
         return []
@@ -161,9 +168,9 @@ def sequence_parallel_problems(config: RunConfig) -> list[str]:
 
 
 def _model_problems(config: RunConfig, setting: str, model: ModelConfig) -> list[str]:
-    """Why ranks cannot share rows of one model (sequence parallelism), a line each; empty if they can.
+    """Why ranks cannot share rows of one model (sequence parallelism): a list of one line; empty if they can.
 
-    `setting`: names it, as `model.path=<path>`.
+    `setting`: names the model in the line, as `model.path=<path>`.
     """
     degree = config.parallel.sequence
     settings = load_model_config(model)
@@ -189,7 +196,11 @@ def _model_problems(config: RunConfig, setting: str, model: ModelConfig) -> list
 
 
 def sequence_parallel_notes(config: RunConfig, model_config: Any, ranks_per_host: int, tokens: int) -> list[str]:
-    """Notes for the user on how ranks share rows of up to `tokens` tokens, a sentence each: uneven heads, groups across hosts."""
+    """Notes for the user on how ranks share rows of up to `tokens` tokens, a sentence each: uneven heads, groups across hosts.
+
+    Such as "6 query heads do not divide well by 4: the busiest rank has 1.33 times the mean". Empty without sequence
+    parallelism. `ranks_per_host`: of the run.
+    """
     degree = config.parallel.sequence
     heads = attention_heads_of(model_config)
     if degree == 1 or heads is None:

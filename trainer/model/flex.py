@@ -53,10 +53,12 @@ class PackedRow:
         return torch.bucketize(positions, self.bounds, right=True)
 
     def answers_and_positions(self) -> tuple[Tensor, Tensor]:
-        """For each position of the row: (number of its answer, 0 in the prompt; its position if its answer were the only one).
+        """For each position of the row: the number of its answer (0 in the prompt), and its position as if its answer were the
+        only one.
 
-        A document of 2 tokens of prompt and answers of 2 and 1 tokens (`answer_begins` [[2, 4]]) gives the answers
-        [0, 0, 1, 1, 2] and the positions [0, 1, 2, 3, 2].
+        Several answers to a prompt may follow it in one document, and must not see each other. A document of 2 tokens of prompt
+        and answers of 2 and 1 tokens (`answer_begins` [[2, 4]]) gives the answers [0, 0, 1, 1, 2] and the positions [0, 1, 2,
+        3, 2].
         """
         assert self.answer_begins is not None
         bounds = self.bounds.tolist()
@@ -94,8 +96,8 @@ def register() -> None:
 def masks_keep_documents_apart(inputs: dict[str, Any]) -> Iterator[None]:
     """Inside the context, the masks that a model builds keep the documents of its `inputs` apart, if these have boundaries.
 
-    The functions below that transformers calls for masks (`block_mask`, `_document_of`) find the row in a context variable.
-    Entries of `inputs`, the arguments of the model:
+    A packed row holds several documents. The functions below that transformers calls for masks (`block_mask`, `_document_of`)
+    find the row in a context variable. Entries of `inputs`, the arguments of the model:
     - `cu_seq_lens_q`: the boundaries, such as [0, 5, 12] for documents of 5 and 7 tokens. Without them, masks are as usual.
       transformers itself would find documents by their positions, and for it wait for the device.
     - `row_slices`: the model is given a slice of a row. The masks are those of the whole row, since attention sees it whole.
@@ -125,7 +127,11 @@ def _document_of(positions: Tensor) -> Tensor | None:
 
 
 def _positions_of(positions: Tensor) -> Tensor:
-    """The positions of the whole row, of which `positions [1, T]` are a slice, int64 `[1, T]`; themselves if they are all."""
+    """The positions in their documents of all tokens of the row, of which `positions [1, t]` are a rank's slice, int64 `[1,
+    T]`.
+
+    `positions` itself if it is the whole row, or if no row is known.
+    """
     row = _CURRENT_PACKED_ROW.get()
     if row is None or row.full_length(positions.shape[1]) == positions.shape[1]:
         return positions
@@ -148,11 +154,12 @@ def block_mask(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> BlockMask:
-    """FlexAttention's mask: which blocks of positions attend to each other, within documents only.
+    """Build FlexAttention's mask for the current packed row: which blocks of positions attend to each other, within documents
+    only.
 
-    Called through transformers' mask interface. `mask_function(batch, head, query, key)`: the architecture's own rule
-    (causality, windows). Not every one keeps documents apart, so the boundaries of the row that is being computed do. Errors:
-    ValueError for padding, or without boundaries.
+    transformers calls it for each kind of layer. `mask_function(batch, head, query, key)`: the architecture's own rule
+    (causality, windows). Not every one keeps documents apart, so the boundaries of the row do. `q_length`, `kv_length`: tokens
+    that the model is given. Raises ValueError for padding, or without boundaries.
     """
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -199,10 +206,11 @@ def flex_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention by the model's own mask; `query [B, H, T, D]`, `key` and `value [B, KV, T, D]` -> `[B, T, H, D]`.
+    """Attention by FlexAttention, under the mask that the model built:
 
-    KV divides H: each head of keys serves H / KV heads of queries. Raises ValueError for what is not computed: a mask that is no
-    BlockMask, dropout, or a position bias.
+    `query [B, H, T, D]`, `key` and `value [B, KV, T, D]` -> `[B, T, H, D]`. KV divides H: each head of keys serves H / KV heads
+    of queries. `attention_mask`: made by `block_mask`. Raises ValueError for what is not computed: a mask that is no BlockMask,
+    dropout, or a position bias.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -249,13 +257,15 @@ def _compiled(function: Callable[..., Any]) -> Any:
 def _attend_by_kernel(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None, with_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Attention by torch's FlexAttention kernel: (output `[B, H, T, D]`, log of the sum of exp(score) of each query `[B, H, T]`).
+    """Attention by torch's FlexAttention kernel:
 
-    Without `with_lse` the second is a 0-d zero, which nobody reads.
+    (output `[B, H, T, D]`, log of the sum of exp(score) of each query `[B, H, T]`). Without `with_lse` the second is a 0-d
+    zero, which nobody reads.
     """
     from torch.nn.attention.flex_attention import AuxRequest
     from torch.nn.attention.flex_attention import flex_attention as torch_flex
 
+    # Inside a block that is being compiled, the kernel is compiled with it.
     kernel = torch_flex if torch.compiler.is_compiling() else _compiled(torch_flex)
     output = kernel(
         q,
@@ -285,7 +295,8 @@ def _attend_on_shapes(
 def _attend_over_pairs(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None, _with_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Attention as FlexAttention's kernel computes it, by plain products over all pairs of positions, for a CPU.
+    """Attention as FlexAttention's kernel computes it, by plain products over all pairs of positions: for CPUs, in proofs and
+    tests.
 
     Every query sees a key: at least itself, since masks are causal. Returns (output `[B, H, T, D]`, logarithm of the sum of
     exp(score) of each query `[B, H, T]`).
@@ -304,7 +315,11 @@ def _attend_over_pairs(
 
 
 def flex_refusal(meta_model: Any, head_sizes: list[int], *, dropout: float) -> str | None:
-    """Why flex attention cannot compute the attention of a model (on meta) on a GPU in half precision; None if it can."""
+    """Why flex attention cannot compute the attention of a model on a GPU in half precision, as part of a sentence; None if it
+    can.
+
+    `meta_model`: the model on meta. `head_sizes`: of its layers. `dropout`: of its attention; 0.0: none.
+    """
     if not declares_flex_attention(meta_model.get_decoder()):
         return f"transformers has none for {type(meta_model).__name__}"
     too_small = [size for size in head_sizes if size < MIN_HEAD_SIZE]

@@ -30,7 +30,7 @@ PEFT_PREFIX = "base_model.model."
 
 
 class Adapter:
-    """Adapters of one peft method on frozen weights."""
+    """A tuning method of peft, such as LoRA: adapters that train on frozen weights. An instance belongs to one model."""
 
     adapter = True
 
@@ -64,9 +64,11 @@ class Adapter:
         """The adapter that training continues from; None without one."""
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Wrap a model, which is on meta, in a PeftModel as the settings say, and find its values in `tuning.from`.
+        """Wrap a model, which is on meta, in a PeftModel as the settings say, and find the adapter that training continues
+        from.
 
-        Raises ConfigError if a target matches no module, or if the adapter of `tuning.from` does not fit.
+        Sets `note`: which linear layers `all-linear` left out, or that typed targets reach few of the weights. Raises
+        ConfigError if a target matches no module, or if the adapter of `tuning.from` does not fit.
         """
         if self.config.targets != []:  # empty: experts or routers alone
             check_targets_match_modules(model, self.config.targets)
@@ -84,9 +86,11 @@ class Adapter:
         return tuned
 
     def _open_continued_adapter(self, tuned: Any, directory: str) -> StoredAdapter:
-        """The adapter in `directory` that training continues from, matched with the parameters of the PeftModel `tuned`.
+        """Open the adapter in `directory` (`tuning.from`) that training continues from, and match it with the parameters of the
+        PeftModel `tuned`.
 
-        Also gives the buffers of `tuned` their stored values. Raises ConfigError if the adapter does not fit.
+        Also gives the buffers of `tuned` their stored values; parameters get theirs later, from `initial_value`. Raises
+        ConfigError if the adapter does not fit.
         """
         check_same_adapter_settings(tuned.peft_config[ADAPTER], directory, setting_name="tuning.from")
         adapter = StoredAdapter(directory, setting_name="tuning.from")
@@ -133,9 +137,11 @@ class Adapter:
         return tuned
 
     def _peft_settings_and_note(self, model: Any) -> tuple[Any, str]:
-        """(peft's config for this run, a note for the user on modules that `all-linear` leaves out; empty if there are none).
+        """Make peft's config for this run, and a note for the user on modules that `all-linear` leaves out ("" if there are
+        none).
 
-        The config has the method's options, which modules get adapters, which train in full, and the task. Raises ConfigError.
+        The config has the method's options, which modules get adapters, which train in full, and the task. `model`: not wrapped
+        yet. Raises ConfigError.
         """
         settings = peft_config(self.config)
         targets = self.config.targets
@@ -147,6 +153,8 @@ class Adapter:
         if targets != "auto":  # with auto peft chooses by the architecture
             settings.target_modules = targets if isinstance(targets, str) else set(targets)
             if hasattr(settings, "feedforward_modules") and feedforward is None:
+                # IA3 scales the inputs of feed-forward layers and the outputs of others. peft knows the former for some
+                # architectures only.
                 scale_outputs_if_architecture_unknown(settings, model.config.model_type)
         settings.modules_to_save = self._fully_trained_module_names(model, settings) or None
         note = ""
@@ -160,7 +168,8 @@ class Adapter:
         return settings, note
 
     def _fully_trained_module_names(self, model: Any, peft_settings: Any) -> list[str]:
-        """Names of the modules that train in full beside the adapters: those of the settings, new heads, grown embeddings.
+        """Names of the modules that train in full beside the adapters (`modules_to_save` of peft): those of the settings, new
+        heads, grown embeddings.
 
         Such as `["score", "model.embed_tokens"]`. If grown embeddings are tied to the head, this also tells `peft_settings` to
         keep them tied. Raises ConfigError if peft cannot.
@@ -173,6 +182,7 @@ class Adapter:
         if not getattr(model.config, "tie_word_embeddings", False):
             names.append(_submodule_name(model, model.get_output_embeddings()))
             return names
+        # Only LoRA's config of peft has this option.
         if not hasattr(peft_settings, "ensure_weight_tying"):
             raise ConfigError(
                 f"model.add_tokens with tuning={self.config.name}: peft keeps trained embeddings tied to the head only "
@@ -185,8 +195,8 @@ class Adapter:
         """Record the parameters that peft added to each layer, and make `self.layer_builder`, which gives them their initial
         values.
 
-        Also changes `tuned`: parameters that peft left on the CPU move to meta; buffers that are on meta get their values, since
-        no rank draws these later. `settings`: peft's config with the initial values that the run asks for.
+        Also changes `tuned`: parameters that peft left on the CPU move to meta; buffers that are on meta get their values,
+        since no rank draws these later. `settings`: peft's config with the initial values that the run asks for.
 
         An entry of `self._layer_and_key_by_name`: base_model.model.h.0.attn.lora_A.default.weight -> (h.0.attn,
         lora_A.default.weight).
@@ -233,9 +243,10 @@ class Adapter:
     def update_peft_settings(
         self, model: nn.Module, trained: dict[str, Tensor], saved_state: Callable[[str, str], Tensor]
     ) -> None:
-        """Bring peft's settings in line with the trained values before both are written. Most methods need nothing.
+        """Bring peft's settings in line with the trained values before an adapter is written. Most methods need nothing.
 
-        `saved_state(name, key)`: what the checkpoint keeps under `key` for the parameter `name`.
+        `trained`: full tensors by name. `saved_state(name, key)`: what the checkpoint keeps under `key` for the parameter
+        `name`.
         """
 
     def merge(self, model: nn.Module) -> nn.Module:
@@ -244,7 +255,8 @@ class Adapter:
 
     @contextmanager
     def reference(self, model: nn.Module) -> Iterator[None]:
-        """Switch the adapters off, and modules trained in full back to their originals.
+        """Within it, `model` computes as the reference model: adapters are off, and modules trained in full are back at their
+        originals.
 
         Only flags change, so that an engine may gather parameters meanwhile.
         """
@@ -252,7 +264,10 @@ class Adapter:
             yield
 
     def base_name(self, name: str) -> str:
-        """The name a wrapped parameter has in the base model's checkpoint."""
+        """The name that a parameter of the wrapped model has in the base model:
+
+        `base_model.model.h.0.base_layer.weight` -> `h.0.weight`.
+        """
         name = name.removeprefix(PEFT_PREFIX)
         for wrapper in (".base_layer", ".original_module", f".modules_to_save.{ADAPTER}"):
             name = name.replace(wrapper, "")
@@ -263,7 +278,9 @@ class Adapter:
         return name in self._layer_and_key_by_name or name in self._added_buffer_names
 
     def rewrites(self, name: str) -> bool:
-        """Whether a base weight starts at another value: a part was split off it, or an earlier run trained it in full."""
+        """Whether a base weight starts at another value than the checkpoint's: a part was split off it, or an earlier run
+        trained it in full.
+        """
         if self._continued_adapter is not None and name in self._continued_adapter.file_key_by_name:
             return True
         return self.needs_conversion and name.endswith(".base_layer.weight")
@@ -275,8 +292,9 @@ class Adapter:
         return 1.0
 
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
-        """The full initial value of a parameter that peft added or changed, float32. Each rank takes its shard of it.
+        """The full initial value of a parameter that peft added or changed, float32.
 
+        Each rank asks for it, and takes its shard.
         - the adapter in `tuning.from` stores the parameter: the stored value.
         - peft added the parameter: peft's own initial value, drawn from `seed` and the layer's name.
         - else it is a base weight from which PiSSA or OLoRA split a part off: the rest of the weight.
@@ -308,7 +326,10 @@ class Adapter:
         return names
 
     def layer_and_key_of(self, name: str) -> tuple[str, str]:
-        """(the layer that holds a base parameter, the parameter's name in it). The layer need not be an adapted one."""
+        """(the layer that holds a base parameter, the parameter's name in it): `h.0.attn.weight` -> ("h.0.attn", "weight").
+
+        An expert parameter that is adapted by itself counts as a layer. The layer need not be an adapted one.
+        """
         layer, _, key = name.rpartition(".")
         if name in self.layer_builder.base_layers:  # adapted by itself
             layer = name
@@ -321,11 +342,12 @@ class Adapter:
     def merged_parameters(
         self, name: str, base: BaseReader, trained: Mapping[str, Tensor], model: nn.Module
     ) -> dict[str, Tensor]:
-        """The weights of the layer `name` with its adapter merged into them, float32, by their name in the layer.
+        """Merge the adapter of the layer `name` into its weights, for an export without adapters:
 
-        `name`: in the base model, such as `h.0.attn`. `trained`: full tensors of adapters by full name, also those of other
-        layers. `base` reads the base weights. `model`: the tuned model, from which the adapter's buffers are copied. An export
-        with `export.merge` calls it layer by layer. Frozen factors that the seed gives, as VeRA has them, are drawn again.
+        {name in the layer: float32 weight}.
+        `name`: in the base model, such as `h.0.attn`. `base` reads the base weights. `trained`: full tensors of adapters by
+        full name, also those of other layers. `model`: the tuned model, from which the adapter's buffers are copied. Frozen
+        factors that the seed gives, as VeRA has them, are drawn again.
         """
         trained_in_layer = {}
         for full_name, (layer, key) in self._layer_and_key_by_name.items():
@@ -338,7 +360,7 @@ class Adapter:
         return self.layer_builder.merged_parameters(name, base, self.seed, trained_in_layer, buffer_source)
 
     def initial_values(self, trained: dict[str, Tensor], base: BaseReader) -> dict[str, Tensor]:
-        """The initial values of the parameters in `trained` that peft added."""
+        """The values that the parameters in `trained` had before training, of those that peft added: {name: float32 tensor}."""
         values = {}
         for name, tensor in trained.items():
             if name in self._layer_and_key_by_name:
@@ -347,9 +369,10 @@ class Adapter:
 
 
 def check_targets_match_modules(model: nn.Module, targets: Any) -> None:
-    """Raise ConfigError if a target of `tuning.targets` matches no module of a model without adapters.
+    """Raise ConfigError if a target of `tuning.targets` matches no module of `model` (not wrapped yet).
 
-    The message lists the linear layers. `targets` is one of:
+    The message lists the linear layers.
+    `targets` is one of:
     - `all-linear` or `auto`: nothing to check.
     - another text: a regular expression on whole module names, such as `.*\\.mlp\\..*`.
     - a list: each entry is a module's name or its last parts; `q_proj` matches `layers.0.self_attn.q_proj`.
@@ -386,7 +409,11 @@ def names_of_modules_with_parameters(model: nn.Module) -> list[str]:
 
 
 def _move_parameter_to_meta(layer: nn.Module, key: str) -> None:
-    """Drop the values of a parameter that peft left on the CPU: replicas draw them again, the same on every rank."""
+    """Drop the values of a parameter that peft left on the CPU: each rank draws its shard of them later, the same for all
+    ranks.
+
+    `key`: the parameter's name in the adapted layer, such as `lora_A.default.weight`.
+    """
     owner, _, last = key.rpartition(".")
     parameters = own_parameters(layer.get_submodule(owner))
     parameter = parameters[last]
@@ -397,7 +424,8 @@ def _move_parameter_to_meta(layer: nn.Module, key: str) -> None:
 def _refuse_shared_weights(tuned: nn.Module, base_layers: dict[str, nn.Module]) -> None:
     """Raise ConfigError if an adapted layer shares its weight: splitting a part off it would change the other module too.
 
-    PiSSA and OLoRA split it off. `base_layers`: the adapted layers by name in the base model, such as `h.0.attn.c_attn`.
+    Called for PiSSA and OLoRA, which split the adapter off the base weight. `base_layers`: the adapted layers by name in the
+    base model, such as `h.0.attn.c_attn`.
     """
     # A shared parameter is one object that comes under several names.
     first_names: dict[int, str] = {}

@@ -34,10 +34,10 @@ class _LowRankLinears(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scalings: Sequence[float], in_place: bool, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """The outputs `[..., out]` of n layers for one input `x [..., in]`.
+        """The outputs `[..., out]` of n layers for one input `x [..., in]`: base product and LoRA update of each.
 
         `in_place`: the low-rank product is added into the base layer's output, without another tensor. `tensors`: n W, n biases
-        (or None), n A (`down`) and n B (`up`).
+        (or None), n A (`down`) and n B (`up`). Saves for `backward` x, x A^T, and the matrices.
         """
         weights, biases, downs, ups = _split_in_four_lists(tensors)
         x_rows = x.reshape(-1, x.shape[-1])
@@ -65,8 +65,9 @@ class _LowRankLinears(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
         """The gradients of x, and of A and B of each layer, as far as they are needed; the base weights are frozen.
 
-        A layer's output is x W^T + (x A^T) B^T * scaling. `projected` is x A^T of all layers side by side. `grads`: one for each
-        layer's output. In the code A is `down` and B is `up`. The result follows the arguments of `forward`.
+        A layer's output is x W^T + (x A^T) B^T * scaling. `projected [rows, sum of LoRA ranks]` is x A^T of all layers side by
+        side. `grads`: one for each layer's output, `[..., out]`. In the code A is `down` and B is `up`. The result follows the
+        arguments of `forward`.
         """
         x_rows, projected, *layer_tensors = ctx.saved_tensors
         n = len(grads)  # layers
@@ -82,6 +83,7 @@ class _LowRankLinears(torch.autograd.Function):
         row_grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]  # [rows, out] each
         grads_projected = []
         for grad, up, scaling in zip(row_grads, ups, scalings, strict=True):
+            # dL/d(x A^T) of this layer, [rows, its LoRA rank].
             grads_projected.append((grad @ up.to(grad.dtype)).mul_(scaling))
         grad_projected = _concatenate(grads_projected, dim=1)  # [rows, sum of LoRA ranks]
 
@@ -135,7 +137,8 @@ def _lora_outputs(layers: Sequence[Any], x: Tensor, dtype: torch.dtype) -> tuple
         downs.append(layer.lora_A[ADAPTER].weight)
         ups.append(layer.lora_B[ADAPTER].weight)
         scalings.append(layer.scaling[ADAPTER])
-    in_place = layers[0].overwrites_output  # of one block, for which checkpointing decides it for all its layers
+    # All layers are of one block, and checkpointing sets this for a block as a whole.
+    in_place = layers[0].overwrites_output
     return _LowRankLinears.apply(x.to(dtype), scalings, in_place, *weights, *biases, *downs, *ups)  # type: ignore[no-any-return]
 
 
@@ -157,7 +160,7 @@ class _SharedInput:
         """The output for x of `layer`, one of the layers that share their input, computed in `dtype`.
 
         The first of them to be called computes the outputs of all, and keeps those of the others until they are called. A block
-        that is recomputed calls all of them again, with another tensor.
+        that is recomputed in the backward pass calls all of them again, with another tensor.
         """
         if self._input is not x or id(layer) not in self._pending_outputs:
             outputs = _lora_outputs(self.layers, x, dtype)
@@ -171,7 +174,7 @@ class _SharedInput:
 
 @cache
 def _fused_lora_class() -> type:
-    """A subclass of peft's linear layer with another forward pass, made once, on first use, since peft is a heavy import."""
+    """Make a subclass of peft's linear layer with another forward pass: once, at the first call, since peft is a heavy import."""
     from peft.tuners.lora import Linear
 
     class FusedLoraLinear(Linear):
@@ -209,9 +212,11 @@ def _fused_lora_class() -> type:
 
 
 def fuse_lora(model: nn.Module) -> int:
-    """Let every plain LoRA layer of a PeftModel compute its base and its low-rank product together, in place; returns how many.
+    """Let every plain LoRA layer of a PeftModel compute its base and its low-rank product together, in place, to save time and
+    memory.
 
-    "Plain" means that nothing but x W + B A x is computed: no dropout, no DoRA, no bias of its own.
+    "Plain" means that nothing but x W + B A x is computed: no dropout, no DoRA, no bias of its own. Returns how many layers
+    that are; 0 for a model without adapters.
     """
     if not hasattr(model, "peft_config"):
         return 0
@@ -227,9 +232,10 @@ def fuse_lora(model: nn.Module) -> int:
 
 
 def _share_inputs(model: nn.Module) -> None:
-    """Let LoRA layers that read the same input (q, k and v; gate and up) compute their products with it together, in place.
+    """Let LoRA layers that read the same input (q, k and v; gate and up) compute their products with it together.
 
-    Layers of these names in one module are taken for such; if one reads another input after all, it computes alone.
+    Sets `shared_input`. Layers of these names in one module are taken for such; if one reads another input after all, it
+    computes alone.
     """
     for parent in model.modules():
         for names in SHARED_INPUT_NAMES:
@@ -244,7 +250,7 @@ def _share_inputs(model: nn.Module) -> None:
 def _is_plain_lora(layer: Any) -> bool:
     """Whether peft's layer computes `base(x) + B(A(x)) * scaling` and nothing else, on a frozen linear layer.
 
-    Several adapters would be added up, and a `lora_variant` is peft's for DoRA and the like.
+    Several adapters would be added up, and a `lora_variant` is peft's object for DoRA and the like.
     """
     base = layer.get_base_layer()
     return (
