@@ -103,9 +103,10 @@ def _forbid_output_overwriting(module: nn.Module) -> None:
 
 
 def _enable_checkpointing(step_module: nn.Module, mode: ActivationCheckpointing) -> None:
-    """Switch on activation checkpointing in the same `mode` for all blocks, through transformers' own interface of the model.
+    """Let all blocks of the model recompute their activations in the backward pass, in the same `mode`.
 
-    Nothing happens for the mode `none`. Raises ConfigError if the model has no such interface.
+    This is done by transformers' own method of the model. Nothing happens for the mode `none`. Raises ConfigError if the model
+    does not support it.
     """
     if mode is ActivationCheckpointing.none:
         return
@@ -115,13 +116,16 @@ def _enable_checkpointing(step_module: nn.Module, mode: ActivationCheckpointing)
             f"strategy.activation_checkpointing={mode}: {type(model).__name__} does not support it; set "
             "strategy.activation_checkpointing=none"
         )
-    if mode is ActivationCheckpointing.selective:  # it keeps the results of products
+    # Selective checkpointing keeps the results of products, so that no layer may change one in place.
+    if mode is ActivationCheckpointing.selective:
         _forbid_output_overwriting(model)
     model.activation_checkpointing_enable(activation_checkpointing_kwargs=_checkpoint_kwargs(mode))
 
 
 def apply_checkpointing_and_compile(step_module: nn.Module, config: StrategyConfig) -> None:
-    """Switch on activation checkpointing, and compile block by block, as `config` says. Changes the blocks in place.
+    """Prepare the blocks of a model before it is sharded: let them recompute activations, and compile them, as `config` says.
+
+    Changes the blocks in place.
 
     - The plan of the step has a mode for each block (`StepPlan.recomputation`, made for `auto`): each block gets its own.
     - Otherwise all blocks get the mode of `config`. `auto` without a plan means that nothing is recomputed.
@@ -149,8 +153,8 @@ def apply_checkpointing_and_compile(step_module: nn.Module, config: StrategyConf
 def _offload_block_inputs(step_module: nn.Module) -> None:
     """Let blocks that recompute keep their inputs in host memory until the backward pass needs them.
 
-    Sets `host_inputs` of the plan that the step module carries. Raises ConfigError if the model's checkpointing cannot be
-    wrapped for it.
+    Sets `host_inputs` of the plan of the step, by which the memory is counted. Raises ConfigError if the model recomputes in a
+    way that cannot be wrapped for it.
     """
     plan = plan_of(step_module)
     host_inputs = HostInputs()
@@ -165,7 +169,10 @@ def _offload_block_inputs(step_module: nn.Module) -> None:
 def _enable_planned_checkpointing(
     step_module: nn.Module, blocks: list[nn.Module], modes: list[ActivationCheckpointing]
 ) -> None:
-    """Switch on recomputation block by block: `modes` has the mode of each block, in forward order."""
+    """Let each block recompute its activations in a mode of its own, as a plan by memory has chosen.
+
+    `blocks`: in forward order; `modes`: the mode of each.
+    """
     used_modes = [mode for mode in modes if mode is not ActivationCheckpointing.none]
     if not used_modes:
         return
@@ -174,5 +181,6 @@ def _enable_planned_checkpointing(
     for block, mode in zip(blocks, modes, strict=True):
         checkpoint = partial(torch.utils.checkpoint.checkpoint, **_checkpoint_kwargs(mode))
         checkpoint_block(block, checkpoint, recomputes=mode is not ActivationCheckpointing.none)
-        if mode is ActivationCheckpointing.selective:  # it keeps the results of products
+        # As in `_enable_checkpointing`: the results of products are kept, and must not be changed in place.
+        if mode is ActivationCheckpointing.selective:
             _forbid_output_overwriting(block)

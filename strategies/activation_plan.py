@@ -38,7 +38,7 @@ class ActivationBytes:
     """The largest tensors that are made outside the blocks and not kept (the logits of a chunk, twice)."""
 
     def with_inputs_on_host(self) -> ActivationBytes:
-        """The same if inputs of blocks that recompute wait on the host (`strategy.offload_activations`)."""
+        """The counts with `strategy.offload_activations`: inputs of blocks that recompute wait on the host, and do not count."""
         # What a block keeps if it recomputes in full is its inputs.
         selective = [
             kept - inputs
@@ -56,7 +56,7 @@ class ActivationBytes:
         return len(self.bytes_by_block_if_none)
 
     def peak_bytes(self, modes: list[ActivationCheckpointing]) -> float:
-        """Bytes of activations at the peak of a step, if each block recomputes as its entry of `modes` says."""
+        """Bytes of activations that are live at once at most in a step, if each block recomputes as its entry of `modes` says."""
         bytes_by_mode = {
             ActivationCheckpointing.none: self.bytes_by_block_if_none,
             ActivationCheckpointing.selective: self.bytes_by_block_if_selective,
@@ -120,11 +120,11 @@ class _ActivationCounter(TorchDispatchMode):
         self._parameter_keys = {storage_key(storage) for storage in self._parameter_storages}
 
     def count_saved_tensor(self, tensor: Tensor) -> Tensor:
-        """Hook of autograd: count a tensor that is saved for the backward pass, in the block that runs.
+        """Count a tensor that is saved for the backward pass, in the block that runs: a hook, of which autograd saves the result.
 
-        A storage counts once. Parameters and buffers do not count, since they are no activations. Counted storages stay alive, so
-        that no other gets the address of one.
+        Tensors that share a storage count once. Parameters and buffers do not count, since they are no activations.
         """
+        # A storage is told by its address: counted ones stay alive, so that no other gets the address of one.
         storage = tensor.untyped_storage()
         key = storage_key(storage)
         if key not in self._counted_storages and key not in self._parameter_keys:
@@ -135,7 +135,7 @@ class _ActivationCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation `func`, and count the bytes of its output: torch calls this for each operation in the context.
 
-        Bytes count if selective checkpointing keeps the output of `func`, and, outside the blocks, as the largest tensor there.
+        Counted are outputs that selective checkpointing would keep, by block, and the largest tensor outside the blocks.
         """
         if func is GROUPED_PRODUCT.default:
             out = _shape_of_grouped_product(*args, **(kwargs or {}))
@@ -169,7 +169,7 @@ class _ActivationCounter(TorchDispatchMode):
         block.register_forward_hook(lambda *_: self.leave_block())
 
     def activation_bytes(self) -> ActivationBytes:
-        """What was counted, after the forward pass."""
+        """The bytes that were counted in the forward pass, for each way in which a block may recompute."""
         saved_bytes_by_block = self.saved_bytes[: self.outside_blocks_index]
         input_bytes_by_block = self.input_bytes[: self.outside_blocks_index]
         kept_op_bytes_by_block = self.kept_op_bytes[: self.outside_blocks_index]
@@ -198,10 +198,11 @@ def _shape_of_grouped_product(left: Tensor, right: Tensor, *_: Any, **_more: Any
 
 
 def count_activations(step_module: nn.Module, batch: dict[str, Any], precision: Precision) -> ActivationBytes:
-    """Count the bytes that the micro-batch `batch` keeps for its backward pass, by a forward pass of a copy on meta.
+    """Count how much memory a micro-batch keeps for its backward pass, to choose which blocks recompute.
 
-    `step_module`: the model with its loss, whose parameters are on meta, so that nothing is allocated. Activations are counted
-    in the type that `precision` computes in. If autocast casts the weights on the way (single, ddp), their copies come on top.
+    A copy of the model makes a forward pass on meta, where nothing is allocated or computed. `step_module`: the model with its
+    loss, on meta. `batch`: a micro-batch of the run's sizes. `precision`: activations are counted in the type in which it
+    computes. If autocast casts the weights on the way (single, ddp), their copies come on top.
     """
     compute_dtype = COMPUTE_DTYPE[precision]
     probe = copy.deepcopy(step_module)
@@ -252,11 +253,11 @@ class RecomputationChoice(NamedTuple):
 
 
 def choose_recomputation(activations: ActivationBytes, budget_bytes: float) -> RecomputationChoice:
-    """Choose what each block recomputes, so that activations take at most `budget_bytes` at the peak.
+    """Choose what each block recomputes (`activation_checkpointing=auto`), so that activations fit in `budget_bytes`.
 
-    If they take more even with all blocks recomputed in full, the choice does not fit. As few blocks as possible recompute,
-    and selectively if that is enough. Earlier blocks recompute first: what they keep lives longest, until the end of the
-    backward pass.
+    As few blocks as possible recompute, and selectively if that is enough. Earlier blocks recompute first: what they keep lives
+    longest, until the end of the backward pass. `activations`: what a block keeps in each mode. If they take more even with all
+    blocks recomputed in full, `fits` is False.
     """
     modes = [ActivationCheckpointing.none] * activations.num_blocks
     # First all blocks in turn become selective, then, if that is not enough, all in turn become full.

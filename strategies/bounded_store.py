@@ -55,7 +55,10 @@ class BoundedStore:
         return time.monotonic() - self._answered_at
 
     def _call_in_store_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Let the store's thread make a call, and wait for it. Raises Unanswered after the limit, or the call's own error."""
+        """Make a call to the ranks' store in a thread of its own, so that this one waits no longer than the limit for its result.
+
+        Raises the call's own error; Unanswered after the limit, and at once while an earlier call is unanswered.
+        """
         if self._late_answer is not None and not self._late_answer.done():
             raise Unanswered(f"the ranks' store has not answered for {self.unanswered_s():.0f} s")
         answer: Future[Any] = Future()

@@ -59,15 +59,16 @@ def count_bytes(collective: str, size: int) -> None:
 
 
 def counted_collective(collective: str, full_argument_index: int) -> Callable[[Any], Any]:
-    """Decorator for methods that are collectives through shared memory: counts their bytes and seconds.
+    """Make a decorator for methods that are collectives through shared memory, which counts their bytes and seconds.
 
-    Counts only within a context of `count_communication`. `collective`: the name under which bytes are counted.
-    `full_argument_index`: which of the method's tensor arguments is the full tensor, gathered or to be reduced. The method must
-    return only when the collective is complete.
+    torch's own collectives are counted elsewhere; these are outside of it. Counts only while a context of `count_communication`
+    is entered. `collective`: the name under which bytes are counted, such as `all_gather`. `full_argument_index`: which of the
+    method's tensor arguments is the full tensor, gathered or to be reduced.
+
+    The method must return only when the collective is complete.
     """
 
     def with_counters(method: Any) -> Any:
-        """The collective `method` with counters around each call."""
 
         @wraps(method)
         def counted_method(self: Any, *tensors: Tensor, **kwargs: Any) -> None:
@@ -87,9 +88,10 @@ def counted_collective(collective: str, full_argument_index: int) -> Callable[[A
 
 @contextmanager
 def count_communication() -> Iterator[CommunicationTotals]:
-    """A context that counts the bytes which this rank exchanges within it. Contexts may be nested; each counts for itself.
+    """Count the bytes that this rank exchanges within the context, whoever calls the collectives; yields the running totals.
 
-    It does not communicate, and adds some 50 microseconds to a collective. Inner contexts must end before the outermost one.
+    Contexts may be nested; each counts for itself, and inner ones must end before the outermost. It does not communicate, and
+    adds some 50 microseconds to a collective.
     """
     totals = CommunicationTotals()
     # Only the outermost context replaces torch's collectives by counting ones: replaced twice, they would count twice.

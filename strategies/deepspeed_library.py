@@ -35,7 +35,7 @@ _IS_AVERAGE_BY_OPERATION = {"SUM": False, "AVG": True}
 
 
 def import_deepspeed(*, on_cpu: bool) -> Any:
-    """Import DeepSpeed without its messages, and on a CPU without its shared-memory op, which would need a C++ compiler."""
+    """Import DeepSpeed and return it, without its messages, and on a CPU without an op of its own that needs a C++ compiler."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Its autotuner imports mlflow if that is installed, which takes seconds, and is not used here.
     with _import_blocked("mlflow"):
@@ -65,7 +65,7 @@ def _import_blocked(module: str) -> Iterator[None]:
 
 
 def free_deepspeed_engine(engine: Any) -> None:
-    """Free the memory of an engine that is not used any more. No collective.
+    """Free the memory of a DeepSpeed engine that is not used any more: parameters, gradients and optimizer state. No collective.
 
     References from inside autograd (hooks, and others under stage 3), which garbage collection does not find, keep its parameters
     alive. So the storages themselves are emptied.
@@ -75,7 +75,7 @@ def free_deepspeed_engine(engine: Any) -> None:
     parameters = list(engine.module.parameters())
     owners_of_tensors: list[Any] = [
         list(vars(optimizer).values()),
-        list(optimizer.optimizer.state.values()),
+        list(optimizer.optimizer.state.values()),  # torch's optimizer inside of DeepSpeed's
         parameters,
         [parameter.grad for parameter in parameters],
         [getattr(parameter, "ds_tensor", None) for parameter in parameters],
@@ -86,11 +86,8 @@ def free_deepspeed_engine(engine: Any) -> None:
 
 
 def set_deepspeed_device(runtime: Runtime) -> None:
-    """Let DeepSpeed use the device of `runtime`, which may be a simulated one. Call it before DeepSpeed starts.
-
-    DeepSpeed uses `LOCAL_RANK`, the rank within the host, as the number of the GPU. That is wrong if each rank sees only its own
-    GPU, so this sets the variable to the number of the GPU.
-    """
+    """Make DeepSpeed use the device of `runtime`, which may be a simulated one. Call it before DeepSpeed starts."""
+    # DeepSpeed uses LOCAL_RANK, the rank within the host, as the number of the GPU. That is wrong if each rank sees only its own.
     if runtime.device.type == "cuda":
         os.environ["LOCAL_RANK"] = str(runtime.device.index)
     # The module is loaded if this process has simulated DeepSpeed before: its stand-ins must be taken out for a real run.
@@ -151,7 +148,8 @@ class SharedMemoryBackend:
     ) -> Any:
         """Reduce `input_tensor` over the ranks of `group`, and put this rank's part into `output_tensor`. All must call.
 
-        Stands in for the function of that name in `torch.distributed`.
+        DeepSpeed calls it in place of `torch.distributed`'s function of that name. A large tensor of all ranks goes through
+        shared memory, and is done when it returns; anything else goes to DeepSpeed's own backend.
         """
         if not self._uses_shared_memory(input_tensor, group, op):
             return self.backend.reduce_scatter_tensor(output_tensor, input_tensor, op, group=group, async_op=async_op)
@@ -160,7 +158,10 @@ class SharedMemoryBackend:
 
 
 def route_collectives_through(memory: HostMemory | None) -> None:
-    """Let DeepSpeed's collectives (`deepspeed.comm`) go through shared memory; with None, through its own backend again."""
+    """Let DeepSpeed's large collectives between CPU ranks of a host go through shared memory.
+
+    Replaces the backend that `deepspeed.comm` calls, in this process; with None, by DeepSpeed's own again.
+    """
 
     def through_memory(current: Any) -> Any:
         # An earlier engine of this process may have put our stand-in there.
@@ -175,10 +176,10 @@ def route_collectives_through(memory: HostMemory | None) -> None:
 def gradient_norm_over_ranks(
     gradients: list[Tensor], parameters: list[Any], norm_type: float = 2.0, *, device: torch.device = _CPU
 ) -> Tensor:
-    """The norm over all ranks' `gradients`, 0-d on `device`; -1 if it is not finite. All ranks must call.
+    """Compute the norm over all ranks' `gradients`, 0-d on `device`; -1 if it is not finite, as DeepSpeed expects it.
 
-    Replaces a method of DeepSpeed's optimizers with this signature. Theirs copies everything to float64 first, which is a tenth
-    of a step on a CPU, and waits for a GPU.
+    Replaces a method of DeepSpeed's optimizers with this signature, which copies everything to float64 first (a tenth of a step
+    on a CPU), and waits for a GPU. All ranks must call.
     """
     assert norm_type == 2.0  # DeepSpeed passes no other
     sum_of_squares = squared_norm(gradients) if gradients else torch.zeros((), device=device)
@@ -222,7 +223,10 @@ class DeviceClipping:
         return self._is_applied
 
     def _skip_or_clip_before_step(self, inner_optimizer: Any, *_: Any) -> None:
-        """Hook before the inner optimizer's step: tell it whether to skip the update (`found_inf`), and clip the gradients."""
+        """Hook before the step of torch's optimizer inside DeepSpeed's: on the device, decide if it skips, and clip gradients.
+
+        A fused optimizer changes nothing if its `found_inf` is 1.
+        """
         inner_optimizer.found_inf = (~self.decide_update()).float()
         if self.max_norm > 0:
             factor = (self.max_norm / (self.gradient_norm() + 1e-6)).clamp(max=1.0)

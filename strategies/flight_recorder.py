@@ -53,9 +53,10 @@ def enable_recorder() -> None:
 
 
 def last_collective() -> CollectiveCall | None:
-    """The collective that this rank waits for, the oldest if there are several; otherwise its last one.
+    """The collective in which this rank waits, the oldest if there are several; otherwise its last one, to find why a run hangs.
 
-    None if nothing is recorded. Any thread may call it. It does not communicate.
+    Read from torch's flight recorder, which keeps the last collectives of NCCL and gloo. None if nothing is recorded. Any thread
+    may call it. It does not communicate.
     """
     from strategies.compat.process_groups import recorded_collectives
 

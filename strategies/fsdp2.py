@@ -61,9 +61,10 @@ def index_of_first_local_element(tensor: DTensor) -> int:
 
 
 def full_shape_and_start(step_module: nn.Module, name: str, tensor: DTensor) -> tuple[torch.Size, int]:
-    """(shape of the full parameter as files have it, index of this rank's first element in that parameter, flattened).
+    """Find where a sharded parameter's elements on this rank lie in files: (shape of the full parameter, index of the first one).
 
-    Under expert parallelism, `tensor` is the part of one rank of the expert group; the full parameter has all experts.
+    The index counts in the flattened full parameter. Under expert parallelism, `tensor` is the part of one rank of the expert
+    group; the full parameter has all experts.
     """
     start = index_of_first_local_element(tensor)
     share = expert_share_of_parameter(step_module, name)
@@ -73,10 +74,11 @@ def full_shape_and_start(step_module: nn.Module, name: str, tensor: DTensor) -> 
 
 
 def refuse_fewer_experts_than_ranks(step_module: nn.Module, num_ranks: int, strategy: str) -> None:
-    """Raise ConfigError if a layer has fewer experts than there are ranks (`num_ranks`) to shard them over.
+    """Raise ConfigError if a layer has fewer experts than there are ranks (`num_ranks`) to shard them over, with what to do.
 
-    Parameters are sharded along their first dimension, which here is the expert. With more ranks than experts, some ranks would
-    hold one expert of each layer and others none, for which every all-gather would move padding.
+    FSDP2 shards parameters along their first dimension, which here is the expert. With more ranks than experts, some ranks would
+    hold one expert of each layer and others none, for which every all-gather would move padding. `strategy`: its name, for the
+    message.
     """
     for name, parameter in named_parameters(step_module):
         if parameter.dim() != 3 or ".experts." not in name:
@@ -218,7 +220,11 @@ class Fsdp2Strategy:
         make_optimizer: OptimizerFactory,
         max_grad_norm: float,
     ) -> Fsdp2Engine:
-        """`fully_shard` block by block, then fill in the values, then build the optimizer. All ranks must call."""
+        """Turn a model on meta into an engine: shard it block by block by FSDP2, load its weights, build the optimizer.
+
+        `source`: where weights come from. `make_optimizer`: builds the optimizer of (plain name, parameter) pairs that train.
+        `max_grad_norm`: to which the gradients' global norm is clipped; 0 does not clip. All ranks must call.
+        """
         compute_dtype = COMPUTE_DTYPE[self.precision]
         set_parameter_dtypes(step_module, trainable=torch.float32, frozen=compute_dtype)
         apply_checkpointing_and_compile(step_module, self.config)
@@ -258,7 +264,10 @@ class Fsdp2Strategy:
         return engine
 
     def _fully_shard_policies(self, compute_dtype: torch.dtype) -> dict[str, Any]:
-        """The arguments of `fully_shard` about types and offloading. `compute_dtype`: in which blocks are gathered."""
+        """The arguments of FSDP2's `fully_shard` about types and offloading, the same for all modules.
+
+        `compute_dtype`: the type in which blocks are gathered, unless the run is in fp32; gradients are reduced in fp32.
+        """
         offload_policy: OffloadPolicy = OffloadPolicy()
         if self.config.cpu_offload:
             offload_policy = CPUOffloadPolicy(pin_memory=self.runtime.kind == "cuda")
@@ -271,10 +280,10 @@ class Fsdp2Strategy:
         return {"mp_policy": mixed_precision, "offload_policy": offload_policy}
 
     def _shard_blocks(self, step_module: nn.Module, compute_dtype: torch.dtype) -> dist.ProcessGroup:
-        """Let FSDP2 shard the experts, each block, and the root with what is left (embeddings, norm, head).
+        """Let FSDP2 shard the model on meta over the ranks: its experts, each block, and the root with embeddings, norm and head.
 
-        `compute_dtype`: the type in which blocks are gathered. Returns the group of ranks that together hold one copy of the
-        model. All ranks must call.
+        What is sharded as one is gathered as one. `compute_dtype`: the type in which blocks are gathered. Returns the group of
+        ranks that together hold one copy of the model. All ranks must call.
         """
         refuse_fewer_experts_than_ranks(step_module, self.runtime.world_size // self.num_replicas, self.config.name)
         mesh = shard_mesh(self.runtime.device, self.runtime, self.num_replicas)
@@ -291,10 +300,11 @@ class Fsdp2Strategy:
             return mesh["shard"].get_group()
 
     def _shard_experts(self, step_module: nn.Module, fully_shard_settings: dict[str, Any]) -> None:
-        """With `parallel.experts`: let this rank keep its experts, and shard each module of experts separately from its block.
+        """With `parallel.experts`: let this rank keep some experts of each layer, and shard those apart from their block.
 
-        Experts are sharded over the ranks that hold the same ones, which are fewer than those of a block: `expert_mesh` becomes
-        their mesh. `fully_shard_settings`: the arguments of `fully_shard` except the mesh. All ranks must call.
+        They are sharded over the ranks that hold the same experts, which are fewer than those of a block: `expert_mesh` becomes
+        their mesh. Without `parallel.experts` nothing happens. `fully_shard_settings`: the arguments of `fully_shard` except the
+        mesh. All ranks must call.
         """
         plan = plan_of(step_module)
         if plan.expert_ranks == 1:
@@ -311,7 +321,7 @@ class Fsdp2Strategy:
         self.expert_mesh = mesh
 
     def _route_collectives_through_memory(self, memory: HostMemory, step_module: nn.Module) -> None:
-        """Let FSDP2 use shared memory for its collectives instead of gloo, between CPU ranks of one host.
+        """Let FSDP2's collectives between CPU ranks of one host go through shared memory, which is faster than gloo's sockets.
 
         `memory`: of the ranks that hold one copy of the model. With `parallel.experts`, modules of experts are sharded over fewer
         ranks, which get a shared memory of their own, since the other ranks do not take part in their collectives. They stay with
@@ -330,7 +340,7 @@ class Fsdp2Strategy:
 
     @torch.no_grad()
     def _load_shards(self, step_module: nn.Module, source: ParameterSource) -> None:
-        """Read this rank's shard of every parameter from `source`, and nothing else."""
+        """Fill this rank's shard of every parameter with its initial values, reading no more than these from `source`."""
         for name, parameter in named_parameters(step_module, include_frozen_models=True):
             assert isinstance(parameter, DTensor)
             local = parameter.to_local()

@@ -179,9 +179,10 @@ class HeartbeatMonitor:
         faulthandler.register(signal.SIGQUIT, file=self._stack_dump_file, all_threads=False)
 
     def ranks_without_heartbeat(self, wait_s: float) -> list[Heartbeat]:
-        """The last heartbeats of the other ranks that send none for `wait_s` seconds: they were stopped, or have ended.
+        """Find the other ranks that were stopped or have ended: those that send no heartbeat for `wait_s` seconds.
 
-        Waits for `wait_s` seconds. Raises RuntimeError if the store has ended.
+        Waits that long, and returns their last heartbeats. A heartbeat is a count in the ranks' store that each rank's thread
+        raises about once a second. Raises RuntimeError if the store has ended.
         """
         heartbeats_before = self._last_heartbeats()
         time.sleep(wait_s)
@@ -192,9 +193,10 @@ class HeartbeatMonitor:
         return silent_ranks
 
     def lost_peer_error(self, error: BaseException) -> SilentRank | CutOffRank | None:
-        """The rank that is to blame for `error`, which this rank has met because it lost its connection to a peer.
+        """Find the rank that is to blame for `error`, by which this rank lost its connection to a peer, and say so in an error.
 
-        Watches the heartbeats of all ranks for a few seconds. Returns
+        Any peer of a dead rank may fail first, so the error itself does not tell. Watches the heartbeats of all ranks for a few
+        seconds. Returns
 
         - None if `error` is not about a lost peer, if all ranks are alive, or if the store has ended too;
         - a CutOffRank, which names this rank, if this rank cannot reach the store;
@@ -216,10 +218,11 @@ class HeartbeatMonitor:
         return SilentRank(silent_ranks[0], hung=timed_out, since_s=wait_s, error_line=error_line)
 
     def collect_last_collectives(self, silent_rank: Heartbeat | None) -> dict[int, CollectiveCall]:
-        """After a timeout: let every rank write the stacks of its threads and report its last collective. Raises nothing.
+        """Collect evidence after a timeout: every rank writes the stacks of its threads, and reports its last collective.
 
         Returns the last collective by rank, of the ranks that answer within `ANSWER_BEATS`; mostly all do within one beat.
-        `silent_rank`: a rank that sends no heartbeats. If it is on this host, it is woken by signals.
+        `silent_rank`: a rank that sends no heartbeats. If it is on this host, it is woken by signals. Raises nothing; empty if
+        the store, through which the ranks are asked, has ended.
         """
         with contextlib.suppress(RuntimeError):
             self._store.set(STACKS_KEY, "1")  # asks every rank, whose heartbeat thread looks for the key
@@ -242,11 +245,11 @@ class HeartbeatMonitor:
     def lagging_rank_error(
         self, error: BaseException, last_collectives: dict[int, CollectiveCall]
     ) -> LaggingRank | None:
-        """The error about the rank that did not join the collective in which this rank failed with `error`.
+        """Find the living rank that did not join the collective in which this rank failed; returns the error that names it.
 
-        A collective through shared memory names the rank in its `error`. For other collectives it is the first, by rank, of
-        `_lagging_ranks` by `last_collectives`: the last collective of each rank, from `collect_last_collectives`. None if no rank
-        lags, or if the store has ended.
+        `error`: what this rank failed with; one of a collective through shared memory names the rank. `last_collectives`: for
+        others, the last collective of each rank, from `collect_last_collectives`: it is the first rank, by number, that is behind
+        and does not wait itself. None if no rank lags, or if the store has ended.
         """
         lagging_rank = self._rank_named_in(error)
         awaited_text = "an exchange through shared memory"
@@ -273,10 +276,10 @@ class HeartbeatMonitor:
         return int(match[1])
 
     def _lagging_ranks(self, own_collective: CollectiveCall, last_collectives: dict[int, CollectiveCall]) -> list[int]:
-        """Ranks that wait in no collective, and have not joined `own_collective`, the one in which this rank waits.
+        """Find the ranks for which this one waits: they have not joined its collective, and wait in none themselves.
 
-        `last_collectives`: the last collective of each rank. Within one numbering (group and backend), a collective has the same
-        number on every rank, so a rank whose last number is lower has not joined yet.
+        `own_collective`: the one in which this rank waits. `last_collectives`: the last one of each rank. Within one numbering
+        (group and backend), a collective has the same number on every rank, so a rank whose last number is lower has not joined.
         """
         lagging_ranks = []
         for rank, collective in last_collectives.items():
@@ -296,9 +299,10 @@ class HeartbeatMonitor:
         return last_heartbeats
 
     def _send_heartbeats(self) -> None:
-        """Send a heartbeat every `interval_s` seconds, and dump stacks if a collective takes too long or another rank asks.
+        """Send a heartbeat every `interval_s` seconds, by which other ranks know that this one lives. The body of a thread.
 
-        The body of the heartbeat thread. Returns when the store has ended.
+        Between them, it dumps stacks if a collective takes too long or another rank asks, and ends the process if it is cut off.
+        Returns when the store has ended.
         """
         heartbeat: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "count": 0}
         while True:
@@ -317,9 +321,10 @@ class HeartbeatMonitor:
             time.sleep(self.interval_s)
 
     def _report_late_collective(self, position: RunPosition) -> None:
-        """Dump stacks once, if a collective of this rank takes too long or another rank asks; warn shortly before NCCL aborts.
+        """Dump the stacks of all threads, as evidence, if a collective of this rank takes too long, or another rank asks for it.
 
-        Raises RuntimeError if the store has ended, Unanswered if it does not answer.
+        That happens once. Shortly before NCCL aborts the process, it also calls `on_collective_timeout`. `position`: phase and
+        step of this rank. Raises RuntimeError if the store has ended, Unanswered if it does not answer.
         """
         late_collective = self._late_collective(position)
         if self._stack_dump_file is not None and (late_collective is not None or self._store.check([STACKS_KEY])):
@@ -333,7 +338,7 @@ class HeartbeatMonitor:
         return CutOffRank(heartbeat, since_s=self._store.unanswered_s(), error_line=error_line)
 
     def _report_unanswered_once(self) -> None:
-        """Print that the store does not answer, unless that was printed since its last answer: `_report_answer_after_silence`."""
+        """Print that the ranks' store does not answer: once, until it has answered again."""
         if self._reported_unanswered:
             return
         self._reported_unanswered = True
@@ -344,7 +349,10 @@ class HeartbeatMonitor:
         )
 
     def _end_if_stalled(self, position: RunPosition) -> None:
-        """End the process by `on_cut_off` if the store was silent, and this rank stood still, for longer than the timeout."""
+        """End the process if it is cut off: the store was silent, and this rank stood still, for longer than the timeout.
+
+        `position`: phase and step of this rank; a change of them is progress, so that it is not ended.
+        """
         self._record_progress(position)
         standstill_s = min(time.monotonic() - self._last_progress_at, self._store.unanswered_s())
         if standstill_s > self._timeout_s + CUT_OFF_S and self.on_cut_off is not None:
@@ -357,10 +365,10 @@ class HeartbeatMonitor:
             _print_error(f"rank {self.rank} on {socket.gethostname()}: {store_address()} answers again")
 
     def _dump_stacks_and_last_collective(self) -> None:
-        """Write the stacks of this rank's threads, and its last collective, into the stack file.
+        """Write where this rank hangs into its stack file, the stacks of its threads and its last collective, for the user.
 
-        Also puts the collective into the store. Only the first call does so; later ones do nothing. Raises RuntimeError if the
-        store has ended.
+        Also puts the collective into the store, for the rank that looks for the cause. Only the first call does so; later ones do
+        nothing. Raises RuntimeError if the store has ended.
         """
         with self._report_lock:
             stack_dump_file = self._stack_dump_file
@@ -397,9 +405,10 @@ class HeartbeatMonitor:
             self._last_progress_at = time.monotonic()
 
     def _warn_before_abort(self, late_collective: CollectiveCall | None) -> None:
-        """Call `on_collective_timeout` shortly before NCCL aborts this process because `late_collective` takes too long.
+        """Call `on_collective_timeout`, once, shortly before NCCL aborts this process because `late_collective` takes too long.
 
-        gloo does not abort: it raises an error in the thread that waits. It is called once.
+        After the abort the process could say nothing. gloo does not abort: it raises an error in the thread that waits.
+        `late_collective`: None if none takes too long.
         """
         handler = self.on_collective_timeout
         if late_collective is None or handler is None or not late_collective.operation.startswith("nccl"):
@@ -433,7 +442,7 @@ def _print_error(text: str) -> None:
 
 
 def _wake_to_dump_stack(pid: int) -> None:
-    """Let a stopped process of this host write the stack of its main thread, then continue it. Raises nothing."""
+    """Let a stopped process of this host write the stack of its main thread, and run on. Raises nothing."""
     # A stopped process handles signals only when SIGCONT wakes it. SIGQUIT, sent before, then writes its stack, which is still
     # the one at which it was stopped.
     with contextlib.suppress(OSError):

@@ -38,17 +38,19 @@ class HostInputs:
         self.peak = HostTensors(self.num_live_tensors, self.live_bytes)
 
     def wrap_checkpoint_function(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap `checkpoint` (torch's activation checkpointing), so that a block's hidden states are saved on the host.
+        """Wrap torch's activation checkpointing, so that the hidden states that go into a block wait on the host.
 
-        `checkpoint(function, *inputs)` runs a block and saves its inputs for the recomputation.
+        `checkpoint(function, *inputs)` runs a block and saves its inputs for the recomputation in the backward pass. Returns a
+        function with the same arguments.
         """
         return partial(self._checkpoint_from_host, checkpoint)
 
     def _checkpoint_from_host(self, checkpoint: Callable[..., Any], function: Callable[..., Any], *inputs: Any) -> Any:
-        """`checkpoint(function, *inputs)` with the hidden states among the inputs saved on the host.
+        """Run a block by torch's activation checkpointing, with the hidden states that go into it saved on the host.
 
-        The first floating-point tensor among the inputs is taken for the hidden states. Raises ConfigError if there is none. If
-        they are on the host already, they stay as they are.
+        `checkpoint(function, *inputs)`: runs `function`, the block, and saves `inputs` for its recomputation. The first
+        floating-point tensor among them is taken for the hidden states; on the host already, they stay there. Raises ConfigError
+        if there is none.
         """
         hidden = next((tensor for tensor in inputs if _is_float(tensor)), None)
         if hidden is None:
@@ -71,7 +73,10 @@ class HostInputs:
             return checkpoint(function, *inputs)
 
     def _copy_to_host(self, tensor: Tensor) -> Tensor:
-        """A copy of `tensor` on the host, which is counted as long as it lives, for the memory that a simulation reports."""
+        """Copy a block's input to the host, pinned and without waiting. The copy is counted as long as it lives.
+
+        The counts are for reports: how much host memory a simulated or a real step takes for inputs.
+        """
         is_on_gpu = tensor.device.type == "cuda"  # a simulated GPU has no pinned memory
         host_copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=is_on_gpu)
         host_copy.copy_(tensor, non_blocking=is_on_gpu)

@@ -55,10 +55,11 @@ class HostMemory:
 
     @counted_collective(ALL_GATHER, 0)
     def all_gather(self, output: Tensor, input: Tensor) -> None:
-        """Concatenate the `input` [n] of each rank into `output` [ranks * n], on every rank.
+        """Concatenate the `input` [n] of each rank into `output` [ranks * n], on every rank. All ranks must call.
 
-        `input` may be this rank's part of `output`. One barrier a chunk is enough, since chunks take two slots in turn (see
-        `_SLOT_BYTES`).
+        `input` may be this rank's part of `output`. Chunk by chunk, each rank puts its own into its region of shared memory,
+        waits for all, and reads those of the others. One wait a chunk is enough, since a region has two slots that chunks take
+        in turn.
         """
         gathered = output.view(self.size, -1)
         own_part = input.view(-1)
@@ -74,10 +75,10 @@ class HostMemory:
 
     @counted_collective(REDUCE_SCATTER, 1)
     def reduce_scatter(self, output: Tensor, input: Tensor, *, average: bool) -> None:
-        """Sum or average `input` [ranks * n] over the ranks, and put this rank's part into `output` [n].
+        """Sum or average `input` [ranks * n] over the ranks, and put this rank's part into `output` [n]. All ranks must call.
 
-        Chunk by chunk, each rank writes the parts for the others into its slot, waits for all, and sums up what the others wrote
-        for it. One barrier a chunk is enough, since chunks take two slots in turn (see `_SLOT_BYTES`).
+        Chunk by chunk, each rank writes the parts for the others into its region of shared memory, waits for all, and sums up
+        what the others wrote for it. One wait a chunk is enough, since a region has two slots that chunks take in turn.
         """
         parts = input.view(self.size, -1)
         reduced = output.view(-1)
@@ -92,9 +93,10 @@ class HostMemory:
 
     @counted_collective(ALL_REDUCE, 0)
     def all_reduce(self, tensor: Tensor, *, average: bool) -> None:
-        """Sum or average `tensor` over the ranks, in place. The result is the same on every rank, bit for bit.
+        """Sum or average `tensor` over the ranks, in place; the same on every rank, bit for bit. All ranks must call.
 
-        A slot is where a rank hands a chunk over. The next chunk takes another one, so that no rank writes into what others read.
+        Each rank has a region of shared memory with two slots, in which it hands chunks over in turn, so that no rank writes into
+        what others still read.
         """
         flat = tensor.view(-1)
         for start, slots in self._chunks(flat, flat.numel()):
@@ -120,11 +122,10 @@ class HostMemory:
         return [rank for rank in range(self.size) if rank != self.rank]
 
     def _chunks(self, like: Tensor, num_elements: int, slot_multiple: int = 1) -> Iterator[tuple[int, list[Tensor]]]:
-        """Divide `num_elements` elements into chunks that fit into a slot.
+        """Divide the elements of a collective into chunks that fit into the slots of shared memory through which ranks exchange.
 
-        Yields for each chunk (index of its first element, the slot of each rank for it). A slot has room for `slot_multiple`
-        times the elements of the chunk, and is a view with the data type of `like`. Each rank has a region of two slots, which
-        chunks take in turn.
+        Yields for each chunk (index of its first element, a list with the slot of each rank). A slot is a 1-d view with the data
+        type of `like` and room for `slot_multiple` times the elements of the chunk. Each rank has two, which chunks take in turn.
         """
         chunk_numel = _SLOT_BYTES // like.element_size() // slot_multiple
         for start in range(0, num_elements, chunk_numel):
@@ -141,10 +142,10 @@ class HostMemory:
             out.div_(self.size)
 
     def _wait_at_barrier(self) -> None:
-        """A barrier: announce that this rank's data is written, and wait until every rank has called this as often as this one.
+        """Announce that this rank's data is written, and wait until that of every rank is: all have called this equally often.
 
-        Ranks count their barriers in shared memory. A processor on which a counter could be seen before the data that it
-        announces takes a barrier of the process group instead.
+        Each rank counts its calls in shared memory, where the others look. On a processor that may show the counter before the
+        data that it announces, the process group's barrier is taken instead.
         """
         if not _CPU_KEEPS_STORE_ORDER:
             dist.barrier(self.group)
@@ -156,10 +157,10 @@ class HostMemory:
                 self._wait_for_peer(peer)
 
     def _wait_for_peer(self, peer: int) -> None:
-        """Wait until the rank `peer` of the group has reached as many barriers as this one.
+        """Wait until the rank `peer` of the group has reached as many barriers as this one, which its counter tells.
 
-        Polls without sleeping for a few milliseconds, then every 0.1 ms. Raises RuntimeError if the peer has ended, or does not
-        come within the run's timeout.
+        Looks without sleeping for a few milliseconds, as most peers come so soon, then every 0.1 ms. Raises RuntimeError if the
+        peer has ended, or does not come within the run's timeout.
         """
         counter = self._barrier_counters[peer]
         began_at = time.monotonic()
@@ -209,10 +210,11 @@ class _RegionAddress(NamedTuple):
 
 
 def open_host_memory(runtime: Runtime, group: dist.ProcessGroup | None = None) -> HostMemory | None:
-    """Open the shared memory of a group's ranks. All ranks of the group must call.
+    """Let the CPU ranks of a group on one host exchange through shared memory, which is faster than gloo's sockets.
 
-    None for a single rank, on a GPU, if `run.shared_memory` forbids it, or if some rank cannot map the regions of all others
-    (ranks on several hosts, or in several containers).
+    `group`: None for all ranks. Returns None, so that the process group is used, for a single rank, on a GPU, if
+    `run.shared_memory` forbids it, or if some rank cannot map the regions of all others (ranks on several hosts, or in several
+    containers). All ranks of the group must call, and get shared memory or None alike.
     """
     group_size = dist.get_world_size(group)
     if group_size == 1 or runtime.kind != "cpu" or runtime.simulated or not runtime.shared_memory:
@@ -239,9 +241,9 @@ def open_host_memory(runtime: Runtime, group: dist.ProcessGroup | None = None) -
 
 
 def _create_region() -> int | None:
-    """The file descriptor of a new anonymous memory file, this rank's region; None if the system cannot make one.
+    """Make this rank's region of shared memory: the descriptor of an anonymous memory file; None if the system cannot make one.
 
-    It has a header and two slots, which are used in turn (see `_SLOT_BYTES`).
+    It has a header and two slots. No name on disk is left behind, however the run ends.
     """
     try:
         descriptor = os.memfd_create("shardtune")
@@ -265,9 +267,10 @@ def _process_namespace() -> str | None:
 
 
 def _map_regions(address_by_rank: list[_RegionAddress | None]) -> list[Tensor] | None:
-    """Map the regions of all ranks, each through its owner's entry in /proc; returns them as uint8 tensors, in rank order.
+    """Map the regions of shared memory of all ranks into this process; returns them as uint8 tensors, in rank order.
 
-    None if a rank has no region, is in another namespace (another host or container), or has one that cannot be mapped here.
+    `address_by_rank`: the memory file of each rank, which is reached through its process's entry in /proc. None if a rank has no
+    region, is on another host or in another container, or has one that cannot be mapped here.
     """
     own_namespace = _process_namespace()
     if own_namespace is None:

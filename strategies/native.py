@@ -161,15 +161,16 @@ class NativeEngine:
 
     @contextmanager
     def _averaged_weights_in_model(self) -> Iterator[None]:
-        """A context with the averaged weights in the model: our own average, or that of a schedule-free optimizer.
+        """A context with the averaged weights in the model, which are what a run evaluates and exports. All ranks enter.
 
-        Afterwards the trained weights are restored bit for bit. Without an average, the trained weights stay.
+        The average is our own (`optim.ema_decay`), or that of a schedule-free optimizer. Afterwards the trained weights are
+        restored bit for bit. Without an average, the trained weights stay.
         """
         if self.weight_average is not None:
             with self._swapped_weights_in_model(self.weight_average):
                 yield
             return
-        if not hasattr(self.optimizer, "eval"):
+        if not hasattr(self.optimizer, "eval"):  # only schedule-free optimizers have it
             yield
             return
         trained = [self._local_part(parameter.detach()) for _, parameter in self.trainable]
@@ -218,9 +219,9 @@ class NativeEngine:
     def step(self, lr_factor: float, update_filter: UpdateFilter | None = None) -> StepResult:
         """Clip the gradients to a global norm of `max_grad_norm`, update the weights, and clear the gradients.
 
-        The update is skipped if a gradient is not finite or `update_filter` says so. With torch's fused optimizers and without
-        `optimizer_hooks`, this is decided on the device, and the host does not wait for it. Otherwise the host reads the
-        decision. All ranks must call.
+        `lr_factor`: by which each parameter group's own rate is multiplied. The update is skipped if a gradient is not finite or
+        `update_filter`, called with the norm, says so. With torch's fused optimizers and without `optimizer_hooks`, this is
+        decided on the device, and the host does not wait for it. Otherwise the host reads the decision. All ranks must call.
         """
         if self.optimizer_hooks is not None:
             self.optimizer_hooks.before_clip(self.loss_scale)
@@ -257,7 +258,7 @@ class NativeEngine:
         return StepResult(grad_norm=norm.float(), skipped=(~is_applied).float())
 
     def _update(self, is_applied: Tensor, lr_factor: float) -> None:
-        """Set each group's learning rate to its base times `lr_factor`; step if `is_applied`, a 0-d bool tensor, is true."""
+        """Let the optimizer step with each group's base rate times `lr_factor`, if `is_applied`, a 0-d bool tensor, is true."""
         for group, base_lr in zip(self.optimizer.param_groups, self.base_learning_rates, strict=True):
             group["lr"] = base_lr * lr_factor
         if self._optimizer_skips_on_device():
@@ -268,7 +269,7 @@ class NativeEngine:
             self.optimizer.step()
 
     def _on_parameter_device(self, flag: Tensor) -> Tensor:
-        """Copy `flag` to the device of the parameters, which is the CPU if they are offloaded.
+        """Copy `flag`, a 0-d tensor, to the device of the parameters, which is the CPU if they are offloaded.
 
         torch's optimizers would copy it themselves, but without waiting for the copy.
         """
@@ -298,11 +299,12 @@ class NativeEngine:
         return LocalRange(parameter.view(-1), start=0, full_numel=parameter.numel())
 
     def _flat_ranges(self, *, for_writing: bool) -> Iterator[FlatRange]:
-        """The parts of the training state that this rank writes (`for_writing`) or reads, parameter by parameter.
+        """List the parts of the training state that this rank writes into a checkpoint (`for_writing`) or reads from one.
 
-        For each parameter one FlatRange with its weights, moments and averages, whose range counts in the flattened full
-        parameter; and one for each moment of another shape, which is written whole by rank 0. Replicated parameters are read in
-        full by every rank and written in equal shares; sharded ones are read and written by the rank that holds the shard.
+        Their tensors are views of the live ones. For each parameter one FlatRange with its weights, moments and averages, whose
+        range counts in the flattened full parameter; and one for each moment of another shape, which is written whole by rank 0.
+        Replicated parameters are read in full by every rank and written in equal shares; sharded ones are read and written by the
+        rank that holds the shard.
         """
         for index, (name, parameter) in enumerate(self.trainable):
             local_range = self._local_range(name, parameter)
@@ -324,9 +326,10 @@ class NativeEngine:
                 )
 
     def _saved_tensors_of_parameter(self, index: int, local_range: LocalRange) -> SavedTensorsOfParameter:
-        """What a checkpoint has of the trainable parameter with this index, as views of the live tensors.
+        """Collect what a checkpoint has of one trainable parameter: weight, optimizer moments and average, as views.
 
-        `local_range`: this rank's range of the parameter. Counts that an optimizer keeps as numbers or 0-d tensors are left out.
+        `index`: in `self.trainable`. `local_range`: this rank's range of the parameter. Counts that an optimizer keeps as numbers
+        or 0-d tensors are left out.
         """
         name, parameter = self.trainable[index]
         elementwise = {"weight": local_range.values.detach()}
@@ -352,7 +355,7 @@ class NativeEngine:
         return True
 
     def _ensure_moments(self) -> None:
-        """Create the optimizer's state before it is saved or loaded. Optimizers create their state in the first step.
+        """Create the optimizer's moments before they are saved or loaded, since an optimizer creates them only in its first step.
 
         So this takes a step with zero gradients and a learning rate of 0, which changes no weight (weight decay is multiplied by
         the rate), and resets the step count. Nothing is done if there is state.
@@ -422,10 +425,10 @@ class NativeEngine:
         return header.progress
 
     def gather_full_parameters(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
-        """(plain name, full parameter on the CPU), one by one; None in place of the parameter on all ranks but 0.
+        """Give rank 0 the full parameters for an export, one by one: (plain name, full parameter on the CPU).
 
-        The values are the averaged weights if the run averages them. Each step of the iterator is a collective, so all ranks must
-        exhaust it.
+        On other ranks the parameter is None. `trainable_only`: without those that do not train. The values are the averaged
+        weights if the run averages them. Each step of the iterator is a collective, so all ranks must exhaust it.
         """
         parameters = self.trainable if trainable_only else list(named_parameters(self.step_module))
         with self._averaged_weights_in_model():

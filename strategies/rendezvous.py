@@ -60,9 +60,10 @@ class Rendezvous:
 
     @classmethod
     def join(cls, timeout_s: float, why_lost: Callable[[], str | None] = lambda: None) -> Rendezvous:
-        """Connect to the other ranks of the job that the environment describes. All ranks must call, within `timeout_s`.
+        """Connect to the store of the job that the environment describes, through which its ranks decide whether to go on.
 
-        `why_lost`: why the run directory belongs to another attempt, asked when this rank decides to stop; None if it does not.
+        `why_lost`: asked when this rank decides to stop; returns why the run directory belongs to another attempt, None if it
+        does not. Raises ShardtuneError if the ranks do not meet. All ranks must call, within `timeout_s`.
         """
         rank = int(os.environ.get("RANK", 0))
         world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -85,9 +86,10 @@ class Rendezvous:
     def poll_stop_decision(self, asked_to_stop: bool) -> bool:
         """Whether the job stops, by the first decision of any rank. Call it often while data is prepared.
 
-        `asked_to_stop`: whether this rank got a signal to stop. If so, this call makes the decision, unless there is one.
-        Otherwise it reads the store about once a second. It does not wait for other ranks.
+        `asked_to_stop`: whether this rank got a signal to stop. If so, this call makes the decision, unless there is one: if all
+        ranks have decided to go on, that holds. Otherwise it reads the store about once a second. It does not wait for ranks.
         """
+        # A decision to stop stands; a job of one rank decides alone.
         if self.store is None or self._stopped:
             self._stopped |= asked_to_stop
         elif asked_to_stop:
@@ -98,10 +100,11 @@ class Rendezvous:
         return self._stopped
 
     def chosen_by_rank_0(self, what_is_chosen: str, choose: Callable[[], str], should_stop: Callable[[], bool]) -> str:
-        """The result of `choose` on rank 0, returned on every rank; other ranks do not call `choose`. All ranks must call.
+        """Let rank 0 choose for all before there is a process group: the result of `choose` on rank 0, on every rank.
 
-        `what_is_chosen`: its name, different for each choice. Raises Preempted if `should_stop()` becomes true on a waiting rank,
-        ShardtuneError if rank 0 does not come within the run's timeout.
+        `what_is_chosen`: a name in words, for the store's key and for messages; different for each choice. Raises Preempted if
+        `should_stop()` becomes true on a waiting rank, ShardtuneError if rank 0 does not come within the run's timeout. All ranks
+        must call.
         """
         if self.store is None:
             return choose()
@@ -123,10 +126,11 @@ class Rendezvous:
         return self.store.get(key).decode()
 
     def wait_for_all(self, asked_to_stop: Callable[[], bool]) -> bool:
-        """Wait until every rank is ready to form the group. Returns False if they stop instead. All ranks must call.
+        """Wait until every rank has prepared its data and can form the process group. Returns False if the job stops instead.
 
-        `asked_to_stop`: whether this rank got a signal to stop. Raises ShardtuneError, with the ranks that did not come, after
-        the run's timeout.
+        The first decision of any rank holds for all: the last rank to come decides to go on, one that got a signal decides to
+        stop. `asked_to_stop`: whether this rank got one. Raises ShardtuneError, with the ranks that did not come, after the
+        run's timeout. All ranks must call.
         """
         if self.store is None:
             return not asked_to_stop()
@@ -159,16 +163,17 @@ class Rendezvous:
         )
 
     def leave(self) -> str | None:
-        """Leave the job after the decision to stop. Returns why rank 0 lost the run directory; None if it did not lose it.
+        """Leave the job after the decision to stop; returns why rank 0 lost the run directory to another attempt, None if not.
 
-        All ranks should call. Rank 0, whose process may host the store, waits until all others have left, or for `MAX_LEAVE_S`.
+        If it did, this rank must not write there. All ranks should call. Rank 0, whose process may host the store, waits until
+        all others have left, or for `MAX_LEAVE_S`.
         """
         if self.store is None:
             return self._why_lost()
         why_lost = None
         # RuntimeError: the store is gone with its process. Nobody is left to wait for.
         with contextlib.suppress(RuntimeError):
-            decision = self._current_decision() or ""
+            decision = self._current_decision() or ""  # "stop", followed by the reason if there is one
             why_lost = decision.removeprefix(STOP_DECISION_PREFIX) or None
             num_left = self.store.add(NUM_LEFT_KEY, 1)
             deadline = time.monotonic() + MAX_LEAVE_S
@@ -197,9 +202,9 @@ class Rendezvous:
 
 @contextlib.contextmanager
 def _printing_while_waiting(message: str) -> Iterator[None]:
-    """A context that prints `message` every `REPORT_INTERVAL_S` seconds, from a thread, on the first rank of each host.
+    """Tell the user every `REPORT_INTERVAL_S` seconds what the code inside the context waits for, which may be in a library.
 
-    For code that may wait inside a library.
+    A thread prints `message` on stderr, on the first rank of each host alone.
     """
     is_over = threading.Event()
     began_at = time.monotonic()

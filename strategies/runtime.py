@@ -108,12 +108,16 @@ def join_job(
     shared_memory: bool = True,
     store: Any = None,
 ) -> Runtime:
-    """Join the job described by the environment (torchrun's variables), or form a job of one. All ranks must call, once.
+    """Make this process a rank of the job that the environment describes (torchrun's variables), or of a job of one.
 
-    Sets the number of CPU threads: `threads`, or this job's cores divided by the ranks on the host. On a CPU it also chooses the
-    library of float32 products, the same on every rank. `device`: `cpu`, `cuda`, or `auto` for a GPU if there is one. `store`:
-    the ranks' store, if they have connected before (`strategies/rendezvous.py`). Raises ConfigError if `device` is `cuda` and
-    there is no GPU.
+    Forms the process group, chooses the device, sets the number of CPU threads, and on a CPU chooses the library of float32
+    products, the same on every rank. All ranks must call, once.
+
+    `device`: `cpu`, `cuda`, or `auto` for a GPU if there is one. `timeout_s`: seconds after which a collective fails. `threads`:
+    0 takes this job's cores divided by the ranks on the host. `shared_memory`: whether CPU ranks on one host may exchange through
+    it. `store`: torch's store of the job, if the ranks have connected before.
+
+    Raises ConfigError if `device` is `cuda` and there is no GPU.
     """
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -188,16 +192,19 @@ def _form_process_group(*, is_on_gpu: bool, rank: int, world_size: int, timeout:
 
 
 def with_matmul(library: Matmul, runtime: Runtime) -> Runtime:
-    """Switch the float32 products of a CPU run to `library`, or to BLAS if some rank cannot take it. Returns the new runtime.
+    """Switch the float32 products of a CPU run to another library; all ranks take BLAS if they would choose differently.
 
-    All ranks must call, with the same library.
+    Returns the runtime with the choice. All ranks must call, with the same `library`.
     """
     choice = agree_on_matmul_library(gather_objects(choose_matmul_library(library), runtime), runtime.rank)
     return replace(runtime, matmul=choice)
 
 
 def _form_process_group_of_one(backend: str, timeout: timedelta) -> None:
-    """Form the process group of a job of one rank, which needs no network, and must work on a host without one."""
+    """Form the process group of a job of one rank, also on a host without a network, where torch's backends cannot start.
+
+    `backend`: as `dist.init_process_group` takes it. Without a network, the group gets a backend that talks to nobody.
+    """
     try:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     except RuntimeError as error:
@@ -209,7 +216,7 @@ def _form_process_group_of_one(backend: str, timeout: timedelta) -> None:
 
 
 def why_cuda_is_missing() -> str | None:
-    """Why no CUDA device can be used here; None if one can."""
+    """Say why no GPU can be used here, for an error message; None if one can. (torch also calls AMD's GPUs CUDA devices.)"""
     if torch.cuda.is_available():
         return None
     if not (torch.version.cuda or torch.version.hip):
@@ -247,9 +254,10 @@ _HOST_COUNTERS_FILE = Path("/proc/vmstat")
 
 
 def num_usable_cores() -> int:
-    """Cores that this process may use: its affinity, or the CPU quota of its cgroups if that is less; at least 1.
+    """Cores that this process may use, to choose a number of threads: at least 1, which may be fewer than the host has.
 
-    Of a quota of 2.5 cores, 2 count.
+    They are limited by the process's affinity, and by the CPU quota of its cgroups (containers and SLURM set both). Of a quota of
+    2.5 cores, 2 count.
     """
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -269,10 +277,11 @@ def cgroup_memory_limit() -> int | None:
 
 
 def num_out_of_memory_kills() -> int | None:
-    """How many processes the kernel has killed for memory so far; None if it does not say.
+    """How many processes the kernel has killed so far because memory ran out; None if it does not say.
 
-    Counted in the innermost cgroup (version 2) of this process that counts them: its children are there, and no other job of the
-    host. If no cgroup counts them: on the whole host.
+    Read before and after, it tells whether a rank that disappeared was killed for memory. Counted in the innermost cgroup
+    (version 2) of this process that counts them: its children are there, and no other job of the host. If no cgroup counts them:
+    on the whole host.
     """
     counter_texts = list(_texts_in_own_cgroups("memory.events"))
     if _HOST_COUNTERS_FILE.is_file():
@@ -287,7 +296,8 @@ def num_out_of_memory_kills() -> int | None:
 def free_host_memory_bytes() -> int | None:
     """Bytes of host memory that this process may still allocate; None if the kernel does not say.
 
-    The least of what the host has available and of what each cgroup around this process leaves of its limit.
+    That is what the host has available, or what a cgroup around this process (a container, a SLURM job) leaves of its limit, if
+    that is less.
     """
     try:
         available_kib = _counter_value(Path("/proc/meminfo").read_text(encoding="utf-8"), "MemAvailable:")
@@ -296,7 +306,7 @@ def free_host_memory_bytes() -> int | None:
     if available_kib is None:
         return None
     free_bytes = available_kib * 1024
-    # The root cgroup has only some of the files, and it comes last: the others are of one cgroup each.
+    # Each of these is in the order of the cgroups. The root cgroup has only some of the files, but it comes last.
     limits = _texts_in_own_cgroups("memory.max")
     usages = _texts_in_own_cgroups("memory.current")
     statistics = _texts_in_own_cgroups("memory.stat")
@@ -332,7 +342,10 @@ def _texts_in_own_cgroups(name: str) -> Iterator[str]:
 
 
 def set_group_timeouts(runtime: Runtime, extra_s: float = 0) -> None:
-    """Give all groups of this rank the run's timeout plus `extra_s`: torch's own is half an hour. No collective."""
+    """Set after how many seconds a collective fails: the run's timeout plus `extra_s`, in all process groups of this rank.
+
+    Groups that libraries have formed have torch's own, half an hour. No collective.
+    """
     timeout = timedelta(seconds=runtime.timeout_s + extra_s)
     for group in living_groups():
         is_member = dist.get_rank(group) >= 0
@@ -342,7 +355,7 @@ def set_group_timeouts(runtime: Runtime, extra_s: float = 0) -> None:
 
 @contextmanager
 def longer_timeout(runtime: Runtime, extra_s: float) -> Iterator[None]:
-    """Inside the context ranks wait `extra_s` seconds longer for each other, because one of them works for all.
+    """Inside the context collectives fail `extra_s` seconds later than usual, because one rank works while the others wait.
 
     No collective, but all ranks must enter.
     """
@@ -354,10 +367,10 @@ def longer_timeout(runtime: Runtime, extra_s: float) -> Iterator[None]:
 
 
 def leave_job(*, failed: bool = False) -> None:
-    """Leave the job. No collective: a dead peer must not hold up the others.
+    """Leave the job at the end of a process: destroy its process groups, and undo the choice of the library of products.
 
-    After a failure in a job of several ranks the groups are not destroyed. Peers may sit in a collective, and NCCL waits for it
-    before it destroys a group; but the process is to leave at once.
+    After a failure in a job of several ranks (`failed`) the groups are left. Peers may sit in a collective, and NCCL waits for it
+    before it destroys a group; but the process is to leave at once. No collective: a dead peer must not hold up the others.
     """
     use_default_matmul_library()
     if dist.is_initialized() and not (failed and dist.get_world_size() > 1):
@@ -381,9 +394,10 @@ def broadcast_object(value: Any, runtime: Runtime) -> Any:
 
 
 def call_on_main(function: Callable[[], Returned], runtime: Runtime) -> Returned:
-    """Call `function` on rank 0 alone, and return its result on every rank. All ranks must call.
+    """Call `function` on rank 0 alone, which reads or writes shared files, and return its result on every rank.
 
-    If it raises OSError or StorageError, StorageError is raised on every rank, so that nobody waits for a rank that has left.
+    If it raises OSError or StorageError, StorageError is raised on every rank, so that nobody waits for a rank that has left. All
+    ranks must call.
     """
     own_result: Returned | None = None
     problem: str | None = None
@@ -424,10 +438,10 @@ class RankError:
 
 
 def first_rank_error(error: BaseException | None, runtime: Runtime) -> RankError | None:
-    """The error of the lowest rank that failed in something which each rank did alone; None if none failed. All ranks must call.
+    """Learn whether any rank failed in something that each did alone: the error of the lowest such rank; None if none failed.
 
     `error`: this rank's own; None if it succeeded. Without this call a rank would go on into a collective that a failed peer will
-    never join.
+    never join. All ranks must call, and get the same answer.
     """
     failures = gather_objects(None if error is None else (type(error).__name__, str(error)), runtime)
     for rank, failure in enumerate(failures):
@@ -454,10 +468,10 @@ def seed_dropout_of_step(seed: int, step: int, rank: int) -> None:
 
 
 def peak_memory_gib_by_metric(device: torch.device) -> dict[str, float]:
-    """Peak memory of this rank in GiB, by metric. Does not wait for the device.
+    """Read the peak memory of this rank so far in GiB, by the names of its metrics. Does not wait for the device.
 
-    On CUDA what tensors took (`memory_gib`) and what the allocator held for them (`memory_reserved_gib`). On a CPU the resident
-    set of the process (`memory_gib`).
+    On a GPU what tensors took, and what torch's allocator held for them: {"memory_gib": 61.2, "memory_reserved_gib": 66.0}. On a
+    CPU the memory of the process: {"memory_gib": 12.4}.
     """
     if device.type == "cuda":
         return {

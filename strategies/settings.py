@@ -96,12 +96,13 @@ def number(
     resume: str | None = None,
     words: tuple[str, ...] = (),
 ) -> Any:
-    """A dataclass field for a setting that is a number, null, or one of `words`, with the range that validation checks.
+    """Declare a setting that is a number: a dataclass field whose metadata has the range that validation checks.
 
-    `least` and `most` may be taken, `above` and `below` not. `advice`: what to do about a number outside. `resume`: `FREE` if it
-    may change when a run is resumed, else the kind of change (see `SettingMetadata.resume`). A number reaches nothing outside
-    the run (see `Reach`).
+    `default`: also None (null in YAML), or one of `words`, such as "auto", where these are values too. `least` and `most` may be
+    taken, `above` and `below` not. `advice`: what the error says to do about a number outside. `resume`: `FREE` if it may change
+    when a run is resumed, else the kind of change, such as `data`; None: that of the group it stands in.
     """
+    # A number neither sends nor runs, fetches or writes anything: its reach is to describe the run.
     bounds = Range(least=least, most=most, above=above, below=below)
     return field(default=default, metadata={METADATA_KEY: SettingMetadata(DESCRIBES, resume, bounds, advice, words)})
 
@@ -114,11 +115,12 @@ def setting(
     resume: str | None = None,
     entries: type | None = None,
 ) -> Any:
-    """A dataclass field for a setting that is no number.
+    """Declare a setting that is no number: a dataclass field, whose metadata says what its values reach.
 
-    `reach` answers: does a value send, run, fetch or write something, or read a file whose texts are shown? `resume`: `FREE` if
-    it may change when a run is resumed, else the kind of change, such as `data` (`SettingMetadata.resume`). `entries`: for a
-    table with fixed names, the class that has them as fields.
+    `reach`: whether a value sends, runs, fetches or writes something, or reads a file whose texts are shown; `DESCRIBES` if not.
+    Somebody else's run may then not set it. `resume`: `FREE` if it may change when a run is resumed, else the kind of change,
+    such as `data`; None: that of the group it stands in. `entries`: for a table with fixed names, the class that has them as
+    fields.
     """
     metadata = SettingMetadata(reach, resume, entries=entries)
     if default_factory is not MISSING:
@@ -132,10 +134,10 @@ def group(make: Callable[[], Any], *, resume: str | None = None, advice: Mapping
 
 
 def setting_metadata(settings: type, name: str, advice_of_group: Mapping[str, str] | None = None) -> SettingMetadata:
-    """The metadata of the setting in the field `name` of the class `settings`: range, advice, reach; empty if it has none.
+    """Look up what a setting says of itself (range, advice, reach): the setting in the field `name` of the class `settings`.
 
-    A subclass that only gives a field another default keeps what its parent says. `advice_of_group`: advice by name from the
-    group that holds the settings (`SettingMetadata.advice_below`), which takes precedence over the class's own.
+    A subclass that only gives a field another default keeps what its parent says. `advice_of_group`: advice by field, from the
+    group that holds the settings, which takes precedence over the class's own. Empty metadata if the field declares nothing.
     """
     for parent in settings.__mro__:
         own_field = getattr(parent, "__dataclass_fields__", {}).get(name)

@@ -90,10 +90,11 @@ class SimulatedAccelerator(CPU_Accelerator):
 
 @torch.no_grad()
 def reduce_scatter_shapes(tensors: list[Tensor], group: Any = None) -> list[Tensor]:
-    """Replaces DeepSpeed's `reduce_scatter_coalesced` in a simulation, where only sizes matter: elements lie in another order.
+    """Stand in for DeepSpeed's `reduce_scatter_coalesced` in a simulation, where tensors have sizes but no values.
 
-    Returns this rank's part of each gradient in `tensors`, with the buffers and the collective of DeepSpeed's function, but
-    without its views of every rank's parts, which with many ranks would be most of the work of a simulated step.
+    Returns this rank's part of each gradient in `tensors`, through buffers and a collective of the same sizes as DeepSpeed's. Its
+    elements would lie in another order: that saves DeepSpeed's views of every rank's parts, which with many ranks would be most
+    of the work of a simulated step.
     """
     num_ranks = comm.get_world_size(group)
     rank = comm.get_rank(group)
@@ -128,7 +129,10 @@ class GatheredTogether(AllGatherCoalescedHandle):  # type: ignore[misc]
     complete: bool
 
     def wait(self, handle_dependency: bool = True) -> None:
-        """Wait for the gather, then give each parameter its full tensor. Other kinds of gathers are left to DeepSpeed."""
+        """Complete a simulated all-gather of parameters: give each its full tensor, without a view for each of many ranks.
+
+        Quantised gathers, and those of a secondary copy, are left to DeepSpeed.
+        """
         if self.complete or self.quantization or self.use_secondary_tensor:
             super().wait(handle_dependency)
             return
@@ -148,8 +152,8 @@ class GatheredTogether(AllGatherCoalescedHandle):  # type: ignore[misc]
 def prepare_deepspeed(runtime: Runtime) -> None:
     """Prepare DeepSpeed, as it is in this process, for a run under `runtime`, simulated or real. Changes DeepSpeed's modules.
 
-    In a simulation, of one rank whose tensors have no values, DeepSpeed's own functions would read values, and do for each of the
-    other ranks what only takes time.
+    A simulation is of one rank, whose tensors have no values. Some of DeepSpeed's own functions would read values there, or do
+    for each of the other ranks what only takes time.
 
     - Stage 3 gets our stand-ins in a simulation, and DeepSpeed's own functions back in a real run.
     - The accelerator becomes that of the runtime's device.

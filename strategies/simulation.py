@@ -40,11 +40,13 @@ def simulated_rank(
     device: torch.device = SIMULATED,
     expert_imbalance: float = 1.0,
 ) -> Iterator[Runtime]:
-    """A context in which this process is rank `rank` of `world_size` ranks, the others of which do not exist.
+    """Let this process be rank `rank` of `world_size` ranks inside the context, though the other ranks do not exist.
 
-    Collectives return at once. `local_world_size`: ranks of a host. `device`: SIMULATED stands for a GPU; "cpu" is the CPU
-    itself. `expert_imbalance`: rows that arrive for the rank's experts, over the mean of its group (`parallel.experts`). Raises
-    RuntimeError if this process is part of a job already.
+    So a plan can take a rank's training step on one machine: torch's fake process group answers each collective at once. Yields
+    the runtime of the rank. `local_world_size`: ranks of a host. `device`: SIMULATED stands for a GPU; "cpu" is the CPU itself.
+    `expert_imbalance`: rows that arrive for the rank's experts, over the mean of its group (`parallel.experts`).
+
+    Raises RuntimeError if this process is part of a job already.
     """
     from strategies.compat.fake_collectives import FakeStore
 
@@ -76,9 +78,9 @@ def simulated_rank(
 
 @contextmanager
 def fake_tensors(device: torch.device) -> Iterator[None]:
-    """A context in which new tensors have no memory, and operations on `SIMULATED`, which stands for a GPU, are chosen as on one.
+    """A context for a simulated step: new tensors have shapes but no memory, and operations are chosen as on a GPU.
 
-    `device`: of the simulated rank; "cpu" leaves operations as they are.
+    `device`: of the simulated rank. `SIMULATED` stands for a GPU; with "cpu", operations are those of a CPU.
     """
     import strategies.compat.fake_collectives  # noqa: F401 - gives collectives of fake tensors their shapes
     from strategies.compat.fake_tensors import FakeTensorMode
@@ -99,9 +101,10 @@ def real_tensors() -> AbstractContextManager[Any]:
 
 
 def cached_tensor(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Decorator for a function that makes a constant tensor: calls it once for each set of arguments, and keeps the result.
+    """Decorate a function that makes a constant tensor, such as a mask: it is called once for each set of arguments.
 
-    Real tensors are kept for the life of the process. Fake ones are kept in the mode of their simulation, and end with it.
+    Real tensors are kept for the life of the process. Fake ones, of a simulation, are kept in its mode and end with it: a later
+    simulation could not use them.
     """
     real_tensor_by_arguments: dict[Any, Tensor] = {}
 
@@ -172,7 +175,11 @@ class GpuDispatchMode(TorchFunctionMode):
     """Lets functions do for tensors on `SIMULATED` what they do on a GPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call `func`, or what a GPU would do in its place: attention kernels, types of autocast, pinned memory, devices."""
+        """torch calls this for each function inside the mode: call `func`, or what a GPU would do in its place.
+
+        The tensors of a simulated GPU lie, for torch, on a CPU, where it would choose other attention kernels and other types
+        under autocast, and would not pin memory.
+        """
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return _attention_as_on_gpu(*args, **kwargs)
@@ -197,7 +204,11 @@ class GpuDispatchMode(TorchFunctionMode):
         create_graph: bool = False,
         inputs: Any = None,
     ) -> None:
-        """Run the backward pass inside this mode, so that recomputation is in it too; torch's own entry would leave the mode."""
+        """Run a backward pass inside this mode, so that recomputed blocks choose as on a GPU too.
+
+        Takes the arguments of `Tensor.backward` and of `torch.autograd.backward`, whose place it takes: these would leave the
+        mode.
+        """
         assert inputs is None, "no engine asks for the gradients of some tensors alone"
         roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
         gradients = gradient if isinstance(gradient, tuple | list) else [gradient] * len(roots)
@@ -218,9 +229,10 @@ class GpuDispatchMode(TorchFunctionMode):
 
 
 def _moved_to_simulated_device(tensor: Tensor, args: Any, kwargs: Any) -> Tensor:
-    """An empty stand-in for `tensor` on the simulated device, if the call that created it asked for that device.
+    """Put a tensor that was made of Python's numbers on the simulated GPU, if the call that made it asked for that device.
 
-    `tensor`: what one of `_FACTORIES_FROM_VALUES` has created of `args` and `kwargs`, on the CPU. Otherwise `tensor` itself:
+    torch makes it on the CPU all the same; an empty one of its shape takes its place. `tensor`: what `torch.tensor` or another of
+    `_FACTORIES_FROM_VALUES` has made of `args` and `kwargs`. It is returned as it is if
 
     - the call asked for another device, by `device=` or by the device of its source tensor;
     - it has a single number, which torch combines with tensors of any device, and whose value models read;
@@ -255,7 +267,10 @@ def _attention_as_on_gpu(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Call the kernel that torch chooses on a GPU for these arguments: flash, memory-efficient, or plain products."""
+    """Compute attention of a simulated step by the kernel that torch would choose on a GPU: its memory depends on the kernel.
+
+    That is flash, memory-efficient, or plain products. The arguments are those of torch's `scaled_dot_product_attention`.
+    """
     if query.device != SIMULATED:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -298,10 +313,11 @@ def _attention_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 
 def reduce_fake_gradients(wrapped: Any) -> None:
-    """Let a DistributedDataParallel module work on fake tensors, by a hook of its own for each gradient bucket.
+    """Let a DistributedDataParallel module (`wrapped`) reduce gradients in a simulation, whose tensors have no values.
 
-    The hook calls the all-reduce, so that a simulation records it, and does not wait: that of fake tensors has no result. After
-    its first pass DDP would put the buckets in another order, for which it reads values: `ReducerWithoutRebuild` leaves them.
+    A hook of each gradient bucket calls the all-reduce, so that the simulation records it, and does not wait for it: on fake
+    tensors it has no result. After its first pass DDP would put the buckets in another order, for which it reads values:
+    `ReducerWithoutRebuild` leaves them.
     """
 
     def all_reduce_bucket(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

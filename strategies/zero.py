@@ -109,7 +109,8 @@ class ZeroEngine:
     def _step(self, lr_factor: float, update_filter: UpdateFilter | None) -> StepResult:
         """Clip gradients, update weights and zero gradients, without the moving average.
 
-        The update is skipped if a gradient is not finite, or if `update_filter`, called with the gradient norm, says so.
+        `lr_factor`: by which each parameter group's own rate is multiplied. The update is skipped if a gradient is not finite, or
+        if `update_filter`, called with the gradient norm, says so. All ranks must call.
         """
         for group, base_lr in zip(self.engine.optimizer.param_groups, self.base_learning_rates, strict=True):
             group["lr"] = base_lr * lr_factor
@@ -118,7 +119,10 @@ class ZeroEngine:
         return self._step_decided_on_host(update_filter)
 
     def _step_decided_on_device(self, clipping: DeviceClipping, update_filter: UpdateFilter | None) -> StepResult:
-        """Take DeepSpeed's step; the device decides whether to skip the update, and the host does not wait."""
+        """Take DeepSpeed's step; the device decides whether to skip the update, and the host does not wait.
+
+        `clipping`: our clipping, which DeepSpeed's inner optimizer calls before it updates.
+        """
         clipping.begin_step(update_filter)
         self.engine.step()
         is_applied = clipping.decide_update()
@@ -189,10 +193,11 @@ class ZeroEngine:
         return self.masters.flat_ranges(self.weight_average)
 
     def _ensure_moments(self) -> None:
-        """Create the inner optimizer's state before it is saved or loaded, by a step with zero gradients at learning rate 0.
+        """Create the optimizer's moments before they are saved or loaded, since an optimizer creates them only in its first step.
 
-        The state is the moments of each flat master, such as `exp_avg`, and the count of updates, which becomes 0. Nothing is
-        done if there is state.
+        So DeepSpeed's inner optimizer takes a step with zero gradients at learning rate 0. Its state is the moments of each flat
+        master (fp32 weights of several parameters, one after the other), such as `exp_avg`, and the count of updates, which
+        becomes 0. Nothing is done if there is state.
         """
         inner_optimizer = self.engine.optimizer.optimizer
         if inner_optimizer.state:
@@ -269,9 +274,9 @@ class ZeroEngine:
 
     @torch.no_grad()
     def refresh_compute_copies(self) -> None:
-        """Copy the fp32 weights (masters) to the parameters that the forward pass uses, after masters changed outside a step.
+        """Make the forward pass use the current fp32 weights (masters), after they changed outside a step, as by a loaded state.
 
-        All ranks must call.
+        It computes with parameters of the compute type, into which the masters are copied here. All ranks must call.
         """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 
@@ -289,7 +294,10 @@ class ZeroEngine:
 
     @torch.no_grad()
     def load_exact_masters(self, source: ParameterSource) -> None:
-        """Read the exact initial values of the fp32 masters from `source`: DeepSpeed cloned them from rounded compute copies."""
+        """Give the fp32 master weights their exact initial values, since DeepSpeed cloned them from rounded bf16 or fp16 copies.
+
+        `source`: the model's files, or random numbers. Each rank reads the elements that it holds.
+        """
         full_shapes = {name: _full_shape(parameter) for name, parameter in self.trainable}
         for flat_range in self._flat_ranges():
             master = flat_range.tensors_by_key["weight"]
@@ -299,7 +307,7 @@ class ZeroEngine:
                 master.copy_(source.read_slice(name, full_shapes[name], start, start + master.numel()))
 
     def gather_full_parameters(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
-        """(plain name, full parameter on the CPU), one by one; None in place of the parameter on all ranks but 0.
+        """Give rank 0 the full parameters for an export, one by one: (plain name, full parameter on the CPU; None elsewhere).
 
         Parameters that train come from their fp32 masters, averaged if the run has an average. All ranks must exhaust it.
         """
@@ -307,9 +315,10 @@ class ZeroEngine:
             yield from self._gather_current_weights(trainable_only=trainable_only)
 
     def _gather_current_weights(self, *, trainable_only: bool) -> Iterator[tuple[str, Tensor | None]]:
-        """(plain name, full parameter on the CPU; None on ranks but 0), with the weights that are in the model now.
+        """Give rank 0 the weights that are in the model now, one by one: (plain name, full parameter on the CPU; None elsewhere).
 
-        Parameters that train come from their fp32 masters. All ranks must exhaust the iterator: each step is a collective.
+        Parameters that train come from their fp32 masters. `trainable_only`: without the others. All ranks must exhaust the
+        iterator: each step is a collective.
         """
         import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param
@@ -360,7 +369,11 @@ class ZeroStrategy:
         make_optimizer: OptimizerFactory,
         max_grad_norm: float,
     ) -> ZeroEngine:
-        """Load (partitioned for stage 3), build the optimizer, hand both to DeepSpeed. All ranks must call."""
+        """Turn a model on meta into a DeepSpeed engine: load its weights (partitioned for stage 3), build the optimizer.
+
+        `source`: where weights come from. `make_optimizer`: builds the optimizer of (plain name, parameter) pairs that train.
+        `max_grad_norm`: to which the gradients' global norm is clipped; 0 does not clip. All ranks must call.
+        """
         deepspeed = import_deepspeed(on_cpu=self.on_cpu or self.runtime.simulated)
         set_deepspeed_device(self.runtime)
         forget_deepspeed_groups()
@@ -418,9 +431,10 @@ class ZeroStrategy:
         deepspeed_settings: dict[str, Any],
         compute_dtype: torch.dtype,
     ) -> None:
-        """Under stage 3: prepare the modules, partition their parameters and load this rank's parts. All ranks must call.
+        """Under stage 3: let DeepSpeed partition the parameters over the ranks, and load this rank's part of each.
 
-        `compute_dtype`: the type in which the parameters are stored and computed with.
+        `source`: where weights come from. `compute_dtype`: the type in which the parameters are stored and computed with. All
+        ranks must call.
         """
         if not deepspeed_settings["zero_optimization"]["memory_efficient_linear"]:
             # An earlier engine of this process may have had the setting, which replaces torch's linear function for good.

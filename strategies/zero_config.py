@@ -47,8 +47,9 @@ def deepspeed_config(
     trained_per_rank: int = 0,
     clips_on_device: bool = False,
 ) -> dict[str, Any]:
-    """The dictionary for `deepspeed.initialize`.
+    """Translate the run's ZeRO settings into the dictionary for `deepspeed.initialize`.
 
+    `max_grad_norm`: to which DeepSpeed clips gradients. `on_cpu`: whether the run is on CPUs, which want other sizes.
     `trained_per_rank`: trained elements of one rank. `clips_on_device`: DeepSpeed leaves clipping and skipping to us.
 
     Batch sizes are placeholders: the loop hands over micro-batches and marks the last one itself

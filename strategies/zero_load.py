@@ -22,11 +22,11 @@ def load_partitioned(
     *,
     offload_to_nvme: bool,
 ) -> None:
-    """Load a model on meta under ZeRO-3, so that a rank never holds more than one full block. All ranks must call.
+    """Load the weights of a model on meta under ZeRO-3, block by block, so that a rank never holds more than one full block.
 
-    Block by block: allocate it, let DeepSpeed's `zero.Init` partition it, and read this rank's part from `source`. With
-    `offload_to_nvme`, `zero.Init` moves each parameter to a drive at once; so full parameters are filled before, of which each
-    rank reads a part. `settings`: DeepSpeed's own. `dtype`: the type that the run computes in.
+    For each block: allocate it, let DeepSpeed's `zero.Init` partition it over the ranks, and read this rank's part from `source`.
+    With `offload_to_nvme`, `zero.Init` moves each parameter to a drive at once; so full parameters are filled before, of which
+    each rank reads a part. `settings`: DeepSpeed's own. `dtype`: the type that the run computes in. All ranks must call.
     """
     import deepspeed
 
@@ -48,16 +48,16 @@ def load_partitioned(
 def _allocate_meta_parameters(
     module: nn.Module, name_by_id: dict[int, str], device: torch.device
 ) -> dict[str, nn.Parameter]:
-    """Replace the parameters on meta in `module` by uninitialised ones on `device`. Returns these by plain name.
+    """Give the parameters of `module` that are on meta memory on `device`, without values yet. Returns them by plain name.
 
     `name_by_id`: the plain names of the meta parameters, by their `id()`. Parameters that several modules share stay shared.
-    Those of an earlier block, which are partitioned already, are left alone.
+    Those of an earlier block, which DeepSpeed has partitioned already, are left alone.
     """
     allocated: dict[int, nn.Parameter] = {}  # by the id of the meta parameter
     for owner in module.modules():
         parameters = own_parameters(owner)  # the module's own dict: what is set in it is in the module
         for key, meta_parameter in list(parameters.items()):
-            is_partitioned = hasattr(meta_parameter, "ds_id")
+            is_partitioned = hasattr(meta_parameter, "ds_id")  # DeepSpeed gives its parameters attributes `ds_...`
             if meta_parameter is None or not meta_parameter.is_meta or is_partitioned:
                 continue
             meta_id = id(meta_parameter)

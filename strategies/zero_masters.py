@@ -36,10 +36,11 @@ class Fp32Masters:
         return optimizer.single_partition_of_fp32_groups
 
     def flat_ranges(self, average: WeightAverage | None) -> Iterator[FlatRange]:
-        """This rank's part of the training state, one parameter after the other, as views that a checkpoint reads or writes.
+        """Find this rank's part of each trained parameter in DeepSpeed's tensors, as views that a checkpoint reads or writes.
 
-        A flat master has this rank's elements of several parameters, one after the other, and the moments and averages lie as it
-        does. Each range is cut out of all of them: weights, moments and, with `average`, the moving average.
+        DeepSpeed keeps fp32 master weights in flat tensors, each with this rank's elements of several parameters, one after the
+        other; moments and averages lie as they do. Each range is cut out of all of them: weights, moments and, with `average`,
+        the moving average.
         """
         partitions = []
         for index, flat_master in enumerate(self.flat_masters()):
@@ -53,9 +54,10 @@ class Fp32Masters:
             yield from self._ranges_of_stages_1_and_2(partitions)
 
     def _ranges_of_stage_3(self, partitions: list[_FlatPartition]) -> Iterator[FlatRange]:
-        """Under stage 3, every rank has a part of each parameter. All parts have one length: the last ones may end in padding.
+        """Cut this rank's part of each parameter out of its flat tensors, as ZeRO stage 3 lays them out.
 
-        `partitions`: what this rank has, by group of the optimizer.
+        Every rank has a part of each parameter. All parts have one length: the last ones may end in padding. `partitions`: this
+        rank's flat tensors (master weights, moments), by group of the optimizer.
         """
         optimizer = self.engine.optimizer
         for name, parameter in self.trainable:
@@ -68,10 +70,11 @@ class Fp32Masters:
             yield FlatRange(name, full_numel, start, tensors)
 
     def _ranges_of_stages_1_and_2(self, partitions: list[_FlatPartition]) -> Iterator[FlatRange]:
-        """Under stages 1 and 2, a group's parameters are concatenated, and the flat tensor is divided equally among the ranks.
+        """Cut this rank's part of each parameter out of its flat tensors, as ZeRO stages 1 and 2 lay them out.
 
-        So a rank has all of a parameter, a part of it, or nothing, for which the range is empty. `partitions`: what this rank
-        has, by group of the optimizer.
+        The parameters of an optimizer group are concatenated, and the flat tensor is divided equally among the ranks. So a rank
+        has all of a parameter, a part of it, or nothing, for which the range is empty. `partitions`: this rank's flat tensors
+        (master weights, moments), by group of the optimizer.
         """
         optimizer = self.engine.optimizer
         name_by_id = {id(parameter): name for name, parameter in self.trainable}
