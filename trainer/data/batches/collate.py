@@ -20,7 +20,7 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def map_tensors(batch: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-    """A copy of the batch with `change` applied to each tensor, such as a copy to the device; to those of inner batches too."""
+    """Copy a batch with `change` applied to each tensor, such as a copy to the device; to those of inner batches too."""
     changed: dict[str, Any] = {}
     for name, entry in batch.items():
         if torch.is_tensor(entry):
@@ -33,7 +33,10 @@ def map_tensors(batch: dict[str, Any], change: Callable[[torch.Tensor], torch.Te
 
 
 class Collator:
-    """Makes micro-batches in one layout, and says which documents lie in one. An objective may derive from it."""
+    """Makes micro-batches of samples in one layout: padded rows, or one row without padding. An objective may derive from it.
+
+    It also says which documents lie in one micro-batch.
+    """
 
     axes: ClassVar[Mapping[str, Axis]] = AXES
     """What each entry of a batch goes by, those of `add_loss_inputs` included; needed to cut a row (`parallel.sequence`)."""
@@ -47,7 +50,7 @@ class Collator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, samples: Sequence[Sample], cut: RowCut | None = None) -> dict[str, Any]:
-        """Samples as one micro-batch on the CPU; with a `cut`, this rank's slice of it along the sequence.
+        """Make one micro-batch of samples, on the CPU; with a `cut`, this rank's slice of it along the sequence.
 
         Beside token ids, positions and targets it has:
         - `target_rows` (int64): which positions of the flattened rows have a target, the "supervised rows";
@@ -56,8 +59,8 @@ class Collator:
         - `reference_logps` (float32, one a sample): log-probabilities of a reference model, if they were recorded;
         - what the objective's `add_loss_inputs` adds.
 
-        Give a `cut` only if all ranks of a sequence-parallel group read the same samples: otherwise they would exchange
-        attention heads of different documents. So completions that each rank generates or scores alone are not cut.
+        Give a `cut` only if all ranks of a sequence-parallel group read the same samples: otherwise they would exchange attention
+        heads of different documents. So completions that each rank generates or scores alone are not cut.
         """
         batch = self.token_tensors(samples)
         # Where the targets are, found here on the CPU: the loss then never asks the device how many there are.
@@ -90,7 +93,8 @@ class Collator:
     def assign_to_slots(
         self, dataset: TokenDataset, units: np.ndarray, costs: np.ndarray, shape: tuple[int, int]
     ) -> list[list[int]]:
-        """Spread a step's units (documents, packs, pairs) over micro-batches (slots): positions in `units`, by slot.
+        """Spread a step's units (documents, packs, pairs) over the micro-batches of all ranks (slots): positions in `units`, by
+        slot.
 
         `units` (int64 [U]): their numbers in `dataset`; `costs` (int64 [U]): what each costs. `shape`: (slots, units a slot).
         Deterministic; the costliest slot comes first. An objective may override it, and then look at the units themselves.
@@ -99,7 +103,10 @@ class Collator:
         return assign_to_slots(costs, num_slots, units_per_slot)
 
     def filler_samples(self, dataset: TokenDataset, num_samples: int) -> list[Sample]:
-        """The first `num_samples` sequences without targets, for a rank that has run out of samples but must take part."""
+        """The first `num_samples` sequences, without targets, for a rank that has run out of samples but must take part.
+
+        Forward passes are collective: without it the other ranks would wait for ever.
+        """
         return [self.without_targets(dataset.sample(number)) for number in range(num_samples)]
 
     def without_targets(self, sample: Sample) -> Sample:
@@ -108,7 +115,7 @@ class Collator:
 
 
 def _target_weights(samples: Sequence[Sample], num_targets: list[int]) -> torch.Tensor | None:
-    """float32 [targets of all samples]: what each target counts for in the loss. None if each counts as 1.
+    """What each target of the samples counts for in the loss, float32 [targets of all]; None if each counts as 1.
 
     `num_targets`: how many targets each sample has.
     """
@@ -122,7 +129,7 @@ def _target_weights(samples: Sequence[Sample], num_targets: list[int]) -> torch.
 
 
 def _shifted_targets(sample: Sample) -> np.ndarray:
-    """int64 [n]: at each position the next token, if that token is supervised, else `IGNORED_TARGET`, as at the last position.
+    """The target of each position of a sample, int64 [n]: the next token if it is supervised, else `IGNORED_TARGET` (-100).
 
     Tokens [5, 6, 7] of which only 7 is supervised have the targets [-100, 7, -100].
     """
@@ -132,7 +139,7 @@ def _shifted_targets(sample: Sample) -> np.ndarray:
 
 
 def concatenated_batch(samples: Sequence[Sample]) -> dict[str, Any]:
-    """A batch of one row: the tokens of all samples, one after another, T in all, without padding.
+    """Make a batch of one row without padding: the tokens of all samples, one after another, T in all.
 
     `input_ids`, `position_ids` (from 0 in each sample) and `targets` (shifted to the next token) are int64 [1, T]. The other
     entries say where each sample begins, so that attention stays within a sample.
@@ -157,7 +164,7 @@ def concatenated_batch(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def padded_batch(samples: Sequence[Sample], pad_token_id: int) -> dict[str, Any]:
-    """A batch with one row for each sample, padded on the right to the longest: all tensors are int64 [samples, longest].
+    """Make a batch with one row for each sample, padded on the right to the longest: all tensors are int64 [samples, longest].
 
     Targets are shifted: each position has the next token. Padding has no attention and no target.
     """

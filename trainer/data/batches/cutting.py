@@ -64,7 +64,7 @@ AXES: dict[str, Axis] = {
 
 @dataclass(frozen=True, slots=True)
 class RowCut:
-    """Which of the slices of a row a rank takes."""
+    """Which of the slices of a row a rank takes, where the ranks of a sequence-parallel group share each row."""
 
     sequence_rank: int
     sequence_size: int
@@ -87,7 +87,7 @@ def sequence_cut(runtime: Runtime) -> RowCut | None:
 def cut_batch(
     batch: Mapping[str, Any], cut: RowCut, axes: Mapping[str, Axis], *, keep_row_ids: bool = False
 ) -> dict[str, Any]:
-    """This rank's slice of a micro-batch that is one row without padding, for sequence parallelism.
+    """Take this rank's slice of a micro-batch that is one row without padding, for sequence parallelism.
 
     `axes`: by entry of the batch, what its numbers go by (tokens, supervised rows, sequences), and so how it is cut. Supervised
     rows are the positions that have a target. The slice also has:
@@ -135,15 +135,16 @@ def cut_batch(
 
 
 def num_rows_before(row_positions: Tensor, borders: list[int]) -> list[int]:
-    """How many of the ascending `row_positions` lie before each border: positions [1, 4, 6], borders [0, 5] -> [0, 2]."""
+    """Count how many of the ascending `row_positions` lie before each border: positions [1, 4, 6], borders [0, 5] -> [0, 2]."""
     return torch.searchsorted(row_positions, torch.tensor(borders, dtype=row_positions.dtype)).tolist()
 
 
 def with_enough_tokens(batch: Mapping[str, Any], sequence_size: int) -> Mapping[str, Any]:
-    """The batch itself, if its row has at least one token for each of `sequence_size` ranks: models fail on an empty slice.
+    """Make sure that a row has at least one token for each of `sequence_size` ranks, since models fail on an empty slice.
 
-    Otherwise a copy whose row has `sequence_size` tokens: one more document of filler tokens without targets is appended.
-    `is_token` (bool [1, sequence_size]) is then False for them, so that the routers of a mixture of experts do not count them.
+    Returns the batch itself if it has. Otherwise a copy whose row has `sequence_size` tokens: one more document of filler tokens
+    without targets is appended. `is_token` (bool [1, sequence_size]) is then False for them, so that the routers of a mixture of
+    experts do not count them.
     """
     num_tokens = batch["input_ids"].shape[-1]
     num_fillers = sequence_size - num_tokens
@@ -166,10 +167,10 @@ def with_enough_tokens(batch: Mapping[str, Any], sequence_size: int) -> Mapping[
 
 
 def all_to_all_row_counts(old_borders: list[int], new_borders: list[int], rank: int) -> tuple[list[int], list[int]]:
-    """How many rows a rank sends to and receives from each peer in an all-to-all that moves rows from one division to another.
+    """Count how many rows a rank sends to and receives from each peer in an all-to-all that moves rows to another division.
 
-    The borders of a division of rows among n ranks, [n + 1]: at which row each rank's slice begins, and where the last one ends.
-    Example: old borders [0, 4, 8], new borders [0, 2, 8]; rank 0 sends [2, 2] and receives [2, 0].
+    `old_borders` and `new_borders` ([n + 1]) divide the rows among n ranks: at which row each rank's slice begins, and where the
+    last one ends. Example: old borders [0, 4, 8], new borders [0, 2, 8]; rank 0 sends [2, 2] and receives [2, 0].
     """
     sent = []
     received = []

@@ -85,11 +85,12 @@ class BatchShare:
 
 
 class StepLoader:
-    """Batches of one rank.
+    """Makes the batches of one rank, step by step, from a prepared data set. Each is this rank's part of a global batch.
 
-    A unit is a document; or, where `units` is given, the sequences that stay together: a pack, or a pair of answers. A slot is
-    a place for one micro-batch of one rank: slot m * dp_size + r holds the m-th micro-batch of data-parallel rank r.
-    `look_ahead_sample` gives for each sequence another one, which is looked at before the first backward pass.
+    A unit is drawn as a whole: a document; or, where `units` is given, the sequences that stay together: a pack, or a pair of
+    answers. A slot is a place for one micro-batch of one rank: slot m * dp_size + r holds the m-th micro-batch of data-parallel
+    rank r. `look_ahead_sample` gives for each sequence another one, which a forward pass looks at before the step's first
+    backward pass.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class StepLoader:
         self.source_name_by_number = source_name_by_number(dataset)
         self.unit_tokens: np.ndarray = dataset.lengths
         """int64 [units]."""
-        # The sequences of all units in one row, and where each unit begins in it: the global batch is counted by arrays.
+        # The sequences of all units in one row, and where each unit begins in it: so a global batch is counted by arrays.
         sizes: list[int] = []
         sequences: list[int] = []
         if units is not None:
@@ -135,8 +136,9 @@ class StepLoader:
     def balance_by_attention_cost(self, tokens_per_square: int) -> None:
         """From now on, balance the ranks of every step by what documents cost with attention, not by their tokens alone.
 
-        A document of n tokens then costs n + n^2 / `tokens_per_square`, and a unit (a pack, a pair of answers) the sum of its
-        documents. The samples of a step stay the same; which rank gets which of them may change.
+        Attention costs the square of a document's length. A document of n tokens then costs n + n^2 / `tokens_per_square`, and a
+        unit (a pack, a pair of answers) the sum of its documents. The samples of a step stay the same; which rank gets which of
+        them may change.
         """
         attention_costs = self.dataset.lengths.astype(np.int64) ** 2 // tokens_per_square
         if self.units is not None:
@@ -144,24 +146,28 @@ class StepLoader:
         self._unit_costs = self.unit_tokens + attention_costs
 
     def plan(self, first_sample: int) -> list[list[list[int]]]:
-        """Sequence numbers of the step that begins after `first_sample` samples, as [dp_rank][micro-batch][sequence].
+        """Say which sequences each rank gets in one step, without making tensors: numbers as [dp_rank][micro-batch][sequence].
 
-        On two ranks with one micro-batch of two sequences each: [[[3, 0]], [[1, 2]]]. No tensors are made.
+        The step begins after `first_sample` consumed samples. On two ranks with one micro-batch of two sequences each: [[[3, 0]],
+        [[1, 2]]].
         """
         units_by_slot = self._units_by_slot(first_sample)
         return [self._micro_batches_of_rank(units_by_slot, dp_rank) for dp_rank in range(self.share.dp_size)]
 
     def documents(self, first_sample: int) -> list[int]:
-        """The documents of the global batch that begins after `first_sample` samples: rows of `documents.arrow`, ascending."""
+        """Say which documents a step has, all ranks together: rows of `documents.arrow`, ascending.
+
+        The step begins after `first_sample` consumed samples.
+        """
         sequences = self._sequences_of_units(self.order.units(first_sample, self.share.global_batch))
         return [int(row) for row in np.unique(self.dataset.documents[sequences])]
 
     def _units_by_slot(self, first_sample: int) -> np.ndarray:
-        """The units of a step's global batch, spread over micro-batches (slots): int64 [slots, units of a slot].
+        """Spread the units of a step's global batch over the micro-batches of all ranks (slots): int64 [slots, units of a slot].
 
-        A unit is a document, or what stays together: a pack, a pair of answers. Slot m * dp_size + r is the m-th micro-batch
-        of data-parallel rank r. The slots come sorted by cost, so that the ranks' m-th micro-batches cost about the same and
-        none waits long.
+        A unit is a document, or what stays together: a pack, a pair of answers. Slot m * dp_size + r is the m-th micro-batch of
+        data-parallel rank r. The slots come sorted by cost, so that the ranks' m-th micro-batches cost about the same and none
+        waits long.
         """
         units = self.order.units(first_sample, self.share.global_batch)
         units_per_slot = self.share.micro_batch
@@ -173,13 +179,13 @@ class StepLoader:
         return units[np.array(positions_by_slot, dtype=np.int64)]
 
     def _micro_batches_of_rank(self, units_by_slot: np.ndarray, dp_rank: int) -> list[list[int]]:
-        """Sequence numbers of each micro-batch of one data-parallel rank. `units_by_slot`: int64 [slots, units of a slot]."""
+        """The sequence numbers of each micro-batch of one data-parallel rank. `units_by_slot`: see `_units_by_slot`."""
         # Slot m * dp_size + r is the m-th micro-batch of rank r.
         units_by_micro_batch = units_by_slot[dp_rank :: self.share.dp_size]
         return [self._sequences_of_units(units).tolist() for units in units_by_micro_batch]
 
     def _sequences_of_units(self, units: np.ndarray) -> np.ndarray:
-        """The sequence numbers of `units` (int64 [U]), one unit after another: int64."""
+        """The sequence numbers of `units` (int64 [U]: packs, pairs or single sequences), one unit after another: int64."""
         if self.units is None:  # each unit is one sequence, of the same number
             return units
         begins = self._unit_begins[units]
@@ -196,9 +202,10 @@ class StepLoader:
         """Does nothing: the data has what is learned, so that the rows of metrics say nothing about it."""
 
     def steps(self, first_sample: int, num_steps: int) -> Generator[StepBatch, None, None]:
-        """Batches of `num_steps` steps; `first_sample` is the number of samples consumed before the first one.
+        """Yield the batches of `num_steps` steps, on the device. A background thread makes the next ones meanwhile.
 
-        Close the iterator (or exhaust it) to stop its thread. Errors of the thread are raised here.
+        `first_sample`: how many samples the run has consumed before the first of them. Close the iterator (or exhaust it) to stop
+        its thread. Errors of the thread are raised here.
         """
         batches = (self._make_step_batch(first_sample + step * self.share.global_batch) for step in range(num_steps))
         with closing(prefetch(batches)) as prefetched:
@@ -213,18 +220,18 @@ class StepLoader:
                 yield step_batch
 
     def _make_step_batch(self, first_sample: int) -> StepBatch:
-        """This rank's batch of the step that begins after `first_sample` consumed samples, still on the CPU.
+        """Make this rank's batch of the step that begins after `first_sample` consumed samples, still on the CPU.
 
-        Runs in the background thread. If the objective looks at other samples before the first backward pass,
-        `look_ahead_batches` of the result has the same micro-batches with these samples instead, marked by "ahead_of".
+        Runs in the background thread. Some objectives look at other samples before the first backward pass. For them
+        `look_ahead_batches` has the same micro-batches with these samples instead, each with "ahead_of": True.
         """
         dataset = self.dataset
         # Which sequences the step has: those of this rank by micro-batch, and those of all ranks.
         units_by_slot = self._units_by_slot(first_sample)  # units are documents, packs or pairs
         own_micro_batches = self._micro_batches_of_rank(units_by_slot, self.share.dp_rank)
         global_sequences = self._sequences_of_units(units_by_slot.ravel())
-        # Counted over the whole global batch on every rank, so the loss is divided by the same number everywhere
-        # without a collective.
+        # What the loss is divided by, for each of its terms: targets of the whole global batch. Every rank counts them from the
+        # stored counts, so it is the same number everywhere without a collective.
         totals = {term: exact_sum(counts[global_sequences]) for term, counts in dataset.counts.items()}
 
         batches = []
@@ -255,7 +262,10 @@ class StepLoader:
         )
 
     def _num_local_tokens(self, sequences: list[int]) -> int:
-        """Tokens of a micro-batch that this rank computes: all of them, or with a `cut` those of its slice."""
+        """Count the tokens of a micro-batch that this rank computes.
+
+        All of them; under sequence parallelism, where ranks share the rows, those of its slice (`cut`).
+        """
         num_tokens = int(self.dataset.lengths[sequences].sum())
         cut = self.share.cut
         if cut is None:
@@ -264,7 +274,8 @@ class StepLoader:
         return end - begin
 
     def _sum_by_source(self, count_by_sequence: np.ndarray, sequences: np.ndarray) -> dict[str, float]:
-        """The sum of counts over the `sequences` of each source, by the source's name; empty if there is only one source.
+        """Sum counts over the `sequences` of each source, to log by source: {"wiki": 812, ...}; empty if there is only one
+        source.
 
         `count_by_sequence`: [N], one for each sequence of the data set. `sequences`: numbers of sequences.
         """
@@ -278,11 +289,11 @@ class StepLoader:
         }
 
     def _collate(self, samples: list[Sample], sequences: list[int] | None = None) -> dict[str, Any]:
-        """Samples as a micro-batch, in pinned memory if it goes to a GPU.
+        """Make a micro-batch of samples, in pinned memory if it goes to a GPU.
 
-        `sequences`: the samples' numbers in the data set. If they are given and the data has several sources, the batch also
-        has `source_names` and `row_source` (int64: of each supervised row, the index of its source in `source_names`), so that
-        the loss can be logged by source. A supervised row is a position with a target.
+        `sequences`: the samples' numbers in the data set. If they are given and the data has several sources, the batch also has
+        `source_names` and `row_source` (int64: of each supervised row, the index of its source in `source_names`), so that the
+        loss can be logged by source. A supervised row is a position with a target.
         """
         batch = self.collator(samples, self.share.cut)  # with a cut, this rank's slice of the tokens
         if sequences is not None and len(self.source_name_by_number) > 1:
@@ -294,14 +305,14 @@ class StepLoader:
         return pin_batch(batch, self.device)
 
     def _parallel_efficiency(self, units_by_slot: np.ndarray) -> float:
-        """The share of all ranks' time in a step in which they work and do not wait, if time is proportional to cost.
+        """Estimate the share of all ranks' time in a step in which they work and do not wait, if time is proportional to cost.
 
         `units_by_slot` (int64 [slots, units of a slot]): the documents or packs of each micro-batch of each rank. The ranks wait
         for each other in every micro-batch. 1.0 if all ranks' micro-batches cost the same; 0.75 if one of two ranks has half the
         work of the other.
         """
         slot_costs = self._unit_costs[units_by_slot].sum(axis=1)
-        # Slot m * dp_size + r is the m-th micro-batch of rank r.
+        # Slot m * dp_size + r is the m-th micro-batch of rank r: [micro-batches of a rank, ranks].
         costs = slot_costs.reshape(self.accumulation, self.share.dp_size)
         mean_costs = costs.mean(axis=1)
         highest_costs = costs.max(axis=1)
@@ -310,7 +321,8 @@ class StepLoader:
 
 @dataclass(frozen=True, slots=True)
 class EvalShare:
-    """How a data set is divided for a pass without learning: documents in one micro-batch, and this rank's part.
+    """How a data set is divided for a pass without learning, such as evaluation: documents in one micro-batch, and this rank's
+    part.
 
     If no ranks share rows, as in generation, `dp_rank` and `dp_size` are those of all ranks.
     """
@@ -327,14 +339,20 @@ class EvalShare:
     """Which slice of its rows this rank takes; None if it takes them whole."""
 
     def source_of_documents(self, dataset: TokenDataset) -> np.ndarray:
-        """int64 [documents]: the number of each document's source if `by_source`, else 0, as if there were one source."""
+        """The source of each document, int64 [documents], by which micro-batches are separated if `by_source`.
+
+        Without `by_source` 0 for all, as if there were one source.
+        """
         per_document = self.sequences_per_document
         num_documents = len(dataset) // per_document
         source_of_sequence = dataset.sources if self.by_source else np.zeros(len(dataset), np.int64)
         return source_of_sequence[: num_documents * per_document : per_document]
 
     def covered_documents(self, dataset: TokenDataset) -> np.ndarray:
-        """int64: the numbers of the documents that an evaluation covers, all ranks together, ascending."""
+        """The documents that an evaluation covers, all ranks together: their numbers, ascending, int64.
+
+        The first `max_documents` of each source if `by_source`, else of the data set.
+        """
         source_of_document = self.source_of_documents(dataset)
         covered_by_source: list[np.ndarray] = []
         for source in np.unique(source_of_document):
@@ -345,7 +363,7 @@ class EvalShare:
         return np.sort(np.concatenate(covered_by_source))
 
     def covered_sequences(self, dataset: TokenDataset) -> np.ndarray:
-        """int64: the sequences of the documents that an evaluation covers: of documents 0 and 2 with two each [0, 1, 4, 5]."""
+        """The sequences of the documents that an evaluation covers, int64: of documents 0 and 2 with two each [0, 1, 4, 5]."""
         per_document = self.sequences_per_document
         first_sequences = self.covered_documents(dataset) * per_document
         return (first_sequences[:, None] + np.arange(per_document)).ravel()
@@ -357,11 +375,11 @@ def source_name_by_number(dataset: TokenDataset) -> dict[int, str]:
 
 
 def eval_micro_batches(dataset: TokenDataset, share: EvalShare) -> Iterator[list[int]]:
-    """The sequence numbers of each micro-batch of this rank in an evaluation; an empty list once the rank has run out.
+    """Divide an evaluation among ranks: the sequence numbers of each micro-batch of this rank.
 
-    All ranks get the same number of micro-batches, because each micro-batch is a collective forward pass. Micro-batch i goes to
-    data-parallel rank i modulo `share.dp_size`. A document has `share.sequences_per_document` sequences (2 for a pair of
-    answers), which stay together.
+    All ranks get the same number of micro-batches, because each is a collective forward pass. Micro-batch i goes to data-parallel
+    rank i modulo `share.dp_size`; a rank that has run out gets empty lists. A document has `share.sequences_per_document`
+    sequences (2 for a pair of answers), which stay together.
     """
     per_document = share.sequences_per_document
     documents_by_batch = _documents_by_eval_batch(dataset, share)
@@ -377,9 +395,10 @@ def eval_micro_batches(dataset: TokenDataset, share: EvalShare) -> Iterator[list
 
 
 def _documents_by_eval_batch(dataset: TokenDataset, share: EvalShare) -> list[list[int]]:
-    """The document numbers of each micro-batch of an evaluation, all ranks together, `share.documents_per_micro_batch` in each.
+    """Group the documents of an evaluation into micro-batches, all ranks together: the document numbers of each.
 
-    With `share.by_source`, a micro-batch has documents of one source only. Within a source, the longest documents come first.
+    A micro-batch has `share.documents_per_micro_batch` documents, with `share.by_source` of one source only. Within a source, the
+    longest documents come first, so that those of a micro-batch have similar lengths.
     """
     documents = share.covered_documents(dataset)
     source_of_document = share.source_of_documents(dataset)
@@ -402,7 +421,7 @@ def eval_batches(
     device: torch.device | str,
     look_ahead_sample: Callable[[TokenDataset, int], Sample] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """This rank's micro-batches of an evaluation, on the device. Over all ranks every document comes exactly once.
+    """Yield this rank's micro-batches of an evaluation, on the device. Over all ranks every document comes exactly once.
 
     A background thread makes the batches, as in training. Every rank gets the same number of micro-batches; a rank that has run
     out gets document 0 with nothing to score (targets and labels -100). Beside what the collator makes, a batch has:
@@ -434,7 +453,11 @@ def _collate_eval_batch(
     sequences: list[int],
     get_sample: Callable[[TokenDataset, int], Sample],
 ) -> dict[str, Any]:
-    """The sequences of these numbers as a micro-batch; without any, as on a rank that has run out, one with nothing to score."""
+    """Make a micro-batch of the sequences of these numbers; without any, as on a rank that has run out, one with nothing to
+    score.
+
+    `get_sample`: gives the sample of a sequence number, or another one that takes its place.
+    """
     samples = [get_sample(dataset, sequence) for sequence in sequences]
     if not samples:
         samples = collator.filler_samples(dataset, share.sequences_per_document)

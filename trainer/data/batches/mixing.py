@@ -62,7 +62,10 @@ MAX_EPOCH_UNITS = 1 << 28
 
 @dataclass(slots=True)
 class SourceMix:
-    """Sizes of the sources of a data set, and the weights with which they are mixed; all lists are by the source's number."""
+    """Decides how many units of each source one epoch holds, from the sizes of the sources and their weights.
+
+    A unit is what is drawn as a whole: a document, a pack, or a pair of answers. All lists are by the source's number.
+    """
 
     source_names: list[str]
     weight_by_source: Sequence[float]
@@ -81,10 +84,10 @@ class SourceMix:
         tokens_of_unit: np.ndarray,
         documents_of_unit: np.ndarray | None = None,
     ) -> SourceMix:
-        """A mix whose sizes by source are added up over the units (documents or packs) that are drawn; weights are of `config`.
+        """Make a mix of a data set: the sizes of its sources are added up over the units (documents or packs) that are drawn.
 
-        `source_of_unit`: int [units], into `source_names`. `tokens_of_unit`: int [units]. `documents_of_unit`: int [units], how
-        many documents are in each unit; None: one in each.
+        The weights are those of `config`. `source_of_unit`: int [units], into `source_names`. `tokens_of_unit`: int [units].
+        `documents_of_unit`: int [units], how many documents are in each unit; None: one in each.
         """
 
         def sum_by_source(amounts: np.ndarray | None) -> np.ndarray:
@@ -100,7 +103,7 @@ class SourceMix:
         )
 
     def quotas(self, mixing: MixingConfig) -> np.ndarray:
-        """How many units (documents or packs) of each source one epoch holds, int64 [sources].
+        """Decide how many units (documents or packs) of each source one epoch holds, int64 [sources].
 
         Two sources of 100 and 300 documents with equal weights give 100 each, or with `EpochEnd.all` 300 each.
 
@@ -158,7 +161,7 @@ class SourceMix:
         return units_per_length
 
     def report_by_source(self, quotas: np.ndarray) -> dict[str, dict[str, float]]:
-        """For the report, by name of the source: the share of an epoch that was requested, and what the source gives.
+        """Say for the report, by name of the source, which share of an epoch was requested, and what the source gives.
 
         `quotas`: units of each source in an epoch. Of a source:
         - `weight` as set, and the share `requested` of an epoch;
@@ -219,8 +222,8 @@ def pack_by_source(
 ) -> tuple[list[list[int]], np.ndarray]:
     """Pack documents into rows of at most `capacity` tokens, each of one source only, so that sources can be drawn by weight.
 
-    `lengths` (tokens) and `source_of_document` are int [documents]. Returns (document numbers of each pack, source of each
-    pack, int64 [packs]). Sources follow one another in the order of their numbers, each packed by `best_fit_decreasing`.
+    `lengths` (tokens) and `source_of_document` are int [documents]. Returns (document numbers of each pack, source of each pack,
+    int64 [packs]). Sources follow one another in the order of their numbers, each packed by `best_fit_decreasing`.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     sources = np.asarray(source_of_document, dtype=np.int64)
@@ -237,7 +240,7 @@ def pack_by_source(
 
 
 def source_weights(config: DataConfig, source_names: list[str]) -> list[float]:
-    """The weight of each source in `source_names`, in their order; empty if no source has a weight.
+    """The weight with which each source in `source_names` is drawn, in their order; empty if no source has a weight.
 
     Names that are no training source are held-out inputs, which are never drawn: they get 0.
     """
@@ -250,7 +253,7 @@ def source_weights(config: DataConfig, source_names: list[str]) -> list[float]:
 def build_order(
     config: DataConfig, train: TokenDataset, *, sequences_per_document: int, seed: int
 ) -> tuple[list[list[int]] | None, Order]:
-    """What the loader draws from: (units, the order in which they are drawn).
+    """Decide what the loader draws from, and in which order: (units, the order in which they are drawn).
 
     A unit is drawn as a whole: a list of sequence numbers that stay together, such as a pack or a pair of answers. `units` is
     None if each sequence is drawn alone. `sequences_per_document`: 2 for pairs, else 1. With `data.sources.*.weight` the order

@@ -23,13 +23,13 @@ _INTERLEAVE_STREAM = 2
 
 
 def shuffle_numbers(size: int, seed_sequence: np.random.SeedSequence) -> np.ndarray:
-    """A permutation of 0..size-1 that depends on `seed_sequence` alone, int64 [size]."""
+    """Shuffle the numbers 0..size-1, int64 [size], by `seed_sequence` alone: the same in every run and version of numpy."""
     # Raw bits of a counter-based generator: unlike numpy's `permutation`, their stream is promised never to change.
     return np.argsort(np.random.Philox(seed_sequence).random_raw(size), kind="stable").astype(np.int64)
 
 
 class Order(ABC):
-    """An endless sequence of epochs of `num_units` samples each, drawn from `population` documents (or packs).
+    """The order in which training draws its samples: endless epochs of `num_units` samples each.
 
     A unit is what is drawn as a whole: a document, a pack, a pair of answers. Each is a number from 0 to `population` - 1. An
     epoch may use only a part of them, or some of them more than once, where sources are mixed by weight.
@@ -48,9 +48,9 @@ class Order(ABC):
         self._skipped_ranges: list[tuple[int, int]] = []
 
     def set_skipped(self, position_ranges: Iterable[tuple[int, int]]) -> None:
-        """Leave out exactly these ranges of the order, each as (first position, count). Replaces what was left out before.
+        """Leave out exactly these ranges of the order, as after a rollback, each as (first position, count).
 
-        Call it between two uses of the order. Ranges may overlap.
+        Replaces what was left out before. Call it between two uses of the order. Ranges may overlap.
         """
         self._skipped_ranges = []
         covered_end = 0  # positions before this one are in an earlier range, so that overlapping ranges count once
@@ -61,7 +61,7 @@ class Order(ABC):
             covered_end = end
 
     def position_ranges(self, first_sample: int, num_samples: int) -> list[tuple[int, int]]:
-        """Where consecutive samples of the run are in the endless order of all epochs: ranges as (first position, count).
+        """Find where consecutive samples of the run are in the endless order of all epochs: ranges as (first position, count).
 
         Positions that `set_skipped` left out belong to no sample, and are not counted by `first_sample`. With the positions 3 and
         4 left out, the samples 2 to 4 are at [(2, 1), (5, 2)].
@@ -74,7 +74,8 @@ class Order(ABC):
         return [(int(block[0]), len(block)) for block in np.split(positions, range_begins) if len(block)]
 
     def units_of_epoch(self, epoch: int) -> np.ndarray:
-        """Unit numbers of one epoch in order, int64 [num_units]. The epoch that was asked for last is cached."""
+        """The units of one epoch in order, int64 [num_units]: numbers of documents or packs. The last epoch asked for is cached.
+        """
         # The loader's thread and the trainer ask for epochs at the same time, so the cache is read once.
         cached = self._cached_epoch
         if cached is None or cached[0] != epoch:
@@ -91,7 +92,7 @@ class Order(ABC):
         """Tokens of all epochs before `epoch`; `unit_tokens` is int [population]."""
 
     def units(self, start: int, count: int) -> np.ndarray:
-        """Numbers of the units (documents, packs) that are the run's samples [start, start + count), int64 [count].
+        """The units (documents, packs) that are the run's samples [start, start + count), int64 [count].
 
         They may span epochs. Positions that `set_skipped` left out are passed over.
         """
@@ -107,7 +108,7 @@ class Order(ABC):
 
 
 class GlobalOrder(Order):
-    """Every one of `num_units` documents (or packs) once an epoch, in a new order each time."""
+    """The usual order: every one of `num_units` documents (or packs) once an epoch, in a new order each time."""
 
     def __init__(self, num_units: int, seed: int, shuffle: bool) -> None:
         super().__init__(num_units, num_units, seed, shuffle)
@@ -123,12 +124,12 @@ class GlobalOrder(Order):
 
 
 class MixedOrder(Order):
-    """Epochs that hold `quotas[s]` units (documents or packs) of each source s.
+    """The order of training where sources are mixed by weight: an epoch holds `quotas[s]` units (documents or packs) of source s.
 
     Each source goes through its units pass after pass, each pass in a new order, and every epoch takes the next `quotas[s]`
-    units. A source that gives few units an epoch therefore shows others the next time, and at any moment of the run the uses
-    of any two units of one source differ by at most 1. Which source has its turn when is drawn anew each epoch; with `shuffle`
-    off the turns are spread evenly and each source keeps its own order.
+    units. A source that gives few units an epoch therefore shows others the next time, and at any moment of the run the uses of
+    any two units of one source differ by at most 1. Which source has its turn when is drawn anew each epoch; with `shuffle` off
+    the turns are spread evenly and each source keeps its own order.
     """
 
     def __init__(
@@ -149,7 +150,8 @@ class MixedOrder(Order):
     def _shuffled_units(self, source: int, pass_number: int) -> np.ndarray:
         """All units of `source`, each once, in the order of its pass `pass_number`; without `shuffle`, in that of the input.
 
-        The last pass is remembered, because successive epochs take successive parts of it. Drawn from (seed, source, pass).
+        A pass goes once through the units of one source; it may span epochs. The last pass is remembered, because successive
+        epochs take successive parts of it. Drawn from (seed, source, pass).
         """
         units = self._units_of_source[source]
         if not self.shuffle:
@@ -162,7 +164,7 @@ class MixedOrder(Order):
         return units_in_order
 
     def _units_in_passes(self, source: int, begin: int, count: int) -> np.ndarray:
-        """The units [begin, begin + count) of a source, whose passes follow one another without end.
+        """The units [begin, begin + count) of a source, whose passes (each unit once) follow one another without end.
 
         Of a source with 10 units, [8, 13) are the last two of pass 0 and the first three of pass 1.
         """
@@ -192,7 +194,7 @@ class MixedOrder(Order):
         return units
 
     def _source_of_position(self, epoch: int) -> np.ndarray:
-        """The source of each position of an epoch, int64 [num_units]: source s at `quotas[s]` of them.
+        """Decide which source has its turn at each position of an epoch, int64 [num_units]: source s at `quotas[s]` of them.
 
         The quotas sum to `num_units`. Drawn from (seed, epoch); without `shuffle`, each source is spread evenly.
         """
@@ -205,7 +207,7 @@ class MixedOrder(Order):
         return sources[np.argsort(np.concatenate(fractions), kind="stable")]
 
     def tokens_before(self, epoch: int, unit_tokens: np.ndarray) -> int:
-        """Tokens of all epochs before `epoch`; `unit_tokens`: tokens of each unit (document or pack), int [population].
+        """Count the tokens of all epochs before `epoch`. `unit_tokens`: tokens of each unit (document or pack), int [population].
 
         By then each source has given `quotas[source]` units an epoch: some whole passes over its units and a part of the next
         one, so that no epoch has to be drawn.
@@ -254,10 +256,10 @@ def assign_to_slots(costs: np.ndarray, num_slots: int, units_per_slot: int) -> l
 
 
 def steps_for_tokens(order: Order, unit_tokens: np.ndarray, global_batch: int, tokens: int) -> int:
-    """Steps of `global_batch` units until `tokens` tokens are consumed; the step that reaches the number counts.
+    """Count the steps of `global_batch` units until `tokens` tokens are consumed; the step that reaches the number counts.
 
-    `unit_tokens`: tokens of each unit (document or pack), int64 [order.population], at least 1 each. Exact also if epochs
-    differ in their tokens, as with sources that are mixed.
+    `unit_tokens`: tokens of each unit (document or pack), int64 [order.population], at least 1 each. Exact also if epochs differ
+    in their tokens, as with sources that are mixed.
     """
 
     def tokens_before(epoch: int) -> int:
@@ -294,7 +296,7 @@ class BudgetConfig:
 
 
 def steps_from_budget(budget: BudgetConfig, order: Order, unit_tokens: np.ndarray, global_batch: int) -> int:
-    """Optimizer steps of the run: set directly, or as many as the epochs or tokens of the budget need.
+    """Decide how many optimizer steps the run takes: as many as are set, or as the epochs or tokens of the budget need.
 
     `unit_tokens`: tokens of each unit (document or pack) that is drawn from, int [order.population].
     """

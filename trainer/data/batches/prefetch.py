@@ -61,7 +61,7 @@ class _Message(NamedTuple):
 
 
 def _produce(items: Iterator[Any], messages: queue.Queue[_Message], should_stop: threading.Event) -> None:
-    """The body of the thread: send all items, then whether the iterator is exhausted or has failed."""
+    """Run in the background thread of `prefetch`: send all items, then whether the iterator is exhausted or has failed."""
     try:
         for item in items:
             _send(_Message(_MessageKind.item, item), messages, should_stop)
@@ -73,7 +73,7 @@ def _produce(items: Iterator[Any], messages: queue.Queue[_Message], should_stop:
 
 
 def _send(message: _Message, messages: queue.Queue[_Message], should_stop: threading.Event) -> None:
-    """Put a message into the queue, waiting for room; give up once `should_stop` is set."""
+    """Put a message into the queue, waiting for room; give up once `should_stop` is set, since nobody takes it then."""
     # With a timeout, so that the thread notices `should_stop` although nobody takes anything any more.
     while not should_stop.is_set():
         with suppress(queue.Full):
