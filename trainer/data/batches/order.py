@@ -74,8 +74,7 @@ class Order(ABC):
         return [(int(block[0]), len(block)) for block in np.split(positions, range_begins) if len(block)]
 
     def units_of_epoch(self, epoch: int) -> np.ndarray:
-        """The units of one epoch in order, int64 [num_units]: numbers of documents or packs. The last epoch asked for is cached.
-        """
+        """The units of one epoch in order, int64 [num_units]: numbers of documents or packs. The epoch asked for is cached."""
         # The loader's thread and the trainer ask for epochs at the same time, so the cache is read once.
         cached = self._cached_epoch
         if cached is None or cached[0] != epoch:

@@ -44,11 +44,10 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
 def read_table(path: InputPath, needed_columns: Collection[str] | None = None) -> Iterator[SourceRow | RejectedRow]:
-    """Rows of a Parquet file, or of an Arrow IPC file or stream, with the columns `needed_columns` (None: all).
+    """Read the rows of a Parquet file, or of an Arrow IPC file or stream, with the columns `needed_columns` (None: all).
 
-    The buffers are checked before they become values, since damaged ones would kill the process.
-
-    Raises DataError if the file is damaged, or not what its name says.
+    The buffers are checked before they become values, since damaged ones would kill the process. Raises DataError if the file is
+    damaged, or not what its name says.
     """
     _raise_if_content_contradicts_name(path)
     with _open_table(path) as (schema, read_batches):
@@ -65,7 +64,7 @@ def _small_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch
 
 
 def count_rows(path: Path) -> int:
-    """How many rows a Parquet or Arrow file has. Reads no values. Raises DataError if it is damaged."""
+    """Count the rows of a Parquet or Arrow file without reading values. Raises DataError if it is damaged."""
     with _open_table(path) as (_, read_batches):
         return sum(batch.num_rows for batch in read_batches([]))
 
@@ -77,7 +76,7 @@ def _format_by_name(path: InputPath) -> str:
 
 @contextmanager
 def _open_table(path: InputPath) -> Iterator[tuple[pa.Schema, Callable[[list[str]], Iterator[pa.RecordBatch]]]]:
-    """Yields (schema of a file, a function that reads its batches, given the names of the columns that are wanted).
+    """Give the body (schema of a table file, a function that reads its batches, given the columns that are wanted).
 
     Of Parquet, only these columns are read. Batches of Arrow have all columns: they are mapped, and those that nobody looks at
     cost nothing. Raises DataError if the file is damaged, also while the body reads batches.
@@ -99,7 +98,7 @@ def _open_table(path: InputPath) -> Iterator[tuple[pa.Schema, Callable[[list[str
 
 
 def _arrow_batches(path: InputPath, source: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    """(schema, batches) of an Arrow IPC file or stream.
+    """Open an Arrow IPC file or stream: (its schema, its batches).
 
     While the batches of a stream are read, raises DataError if the stream is cut off, or if bytes follow its end: pyarrow notices
     neither.
@@ -127,7 +126,7 @@ def _arrow_batches(path: InputPath, source: Any) -> tuple[pa.Schema, Iterator[pa
 
 
 def split_columns(names: list[str], needed_columns: Collection[str] | None) -> tuple[list[str], tuple[str, ...]]:
-    """(columns of a file to read, its other columns). All are read if `needed_columns` is None, or none of them is there."""
+    """Divide the columns of a table: (those to read, the others). All are read if `needed_columns` is None, or none is there."""
     columns_to_read = names
     if needed_columns is not None:
         columns_to_read = [name for name in names if name in needed_columns] or names
@@ -154,7 +153,7 @@ def _raise_if_content_contradicts_name(path: InputPath) -> None:
 
 
 def _damaged_file_error(path: InputPath, error: BaseException) -> DataError:
-    """The error of a table that the library cannot read."""
+    """Make the error for a table file that pyarrow cannot read."""
     if isinstance(path, RemoteFile) and isinstance(error, OSError):
         return DataError(f"{path}: cannot be read: {error}; download the file and give its path")
     lines = str(error).strip().splitlines()
@@ -167,10 +166,10 @@ def _damaged_file_error(path: InputPath, error: BaseException) -> DataError:
 def table_rows(
     batches: Iterable[pa.RecordBatch], file_name: str, *, unread_columns: tuple[str, ...] = ()
 ) -> Iterator[SourceRow | RejectedRow]:
-    """Rows of Arrow batches that share a schema, numbered from 1 as lines of `file_name`.
+    """Turn Arrow batches that share a schema into rows, numbered from 1 as lines of `file_name`.
 
-    `unread_columns`: further columns of the file, which the batches do not hold. A row of more than `MAX_ROW_BYTES` characters
-    as JSON becomes a rejected row.
+    `unread_columns`: further columns of the file, which the batches do not hold. A row of more than `MAX_ROW_BYTES` characters as
+    JSON becomes a rejected row.
     """
     row_number = 0
     for batch in batches:
@@ -215,7 +214,7 @@ def _check_buffers(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch
 
 
 def _column_names(schema: pa.Schema, file_name: str) -> list[str]:
-    """The names of a table's columns. Raises DataError for a name that is there twice: rows, as dicts, would lose a column."""
+    """The names of a table's columns. Raises DataError for one that is there twice, of which a row (a dict) would lose one."""
     doubled_names = sorted({name for name in schema.names if schema.names.count(name) > 1})
     if doubled_names or "" in schema.names:
         fault = f"the column {doubled_names[0]!r} twice" if doubled_names else "a column without a name"
@@ -224,7 +223,7 @@ def _column_names(schema: pa.Schema, file_name: str) -> list[str]:
 
 
 def _column_values(column: pa.Array) -> list[Any]:
-    """The values of an Arrow column as JSON has them, with a `Fault` for each that JSON has nothing for."""
+    """Turn an Arrow column into values as JSON has them, with a `Fault` for each that JSON has nothing for, such as infinity."""
     import pyarrow as pa
 
     try:
@@ -242,7 +241,10 @@ def _column_values(column: pa.Array) -> list[Any]:
 
 
 def _scalar_value(scalar: pa.Scalar) -> Any:
-    """An Arrow scalar as JSON has it; a `Fault` for a text that is not UTF-8, a map with a key twice, or what JSON lacks."""
+    """Turn an Arrow scalar into a value as JSON has it.
+
+    A `Fault` for a text that is not UTF-8, a map with a key twice, or what JSON lacks.
+    """
     try:
         return _as_json_value(scalar.as_py(maps_as_pydicts="strict"))
     except UnicodeDecodeError as error:
@@ -255,7 +257,7 @@ def _scalar_value(scalar: pa.Scalar) -> Any:
 
 
 def _as_json_value(node: Any) -> Any:
-    """A Python value that Arrow made, or one inside of it, as JSON has it: NaN -> None, b"text" -> "text".
+    """Turn a Python value that Arrow made, or one inside of it, into one that JSON has: NaN -> None, b"text" -> "text".
 
     Raises RowError for what JSON has nothing for: infinity, and bytes that are no text.
     """
@@ -291,7 +293,7 @@ def _is_json_native_type(arrow_type: pa.DataType) -> bool:
 
 
 def _json_ready_type(arrow_type: pa.DataType) -> pa.DataType:
-    """The type to which values of an Arrow type are cast before they become Python values, which JSON is to have.
+    """Find the type to which values of an Arrow type are cast, so that as Python values they are what JSON is to have.
 
     Examples: timestamp -> string, dictionary<string> -> string, list<date> -> list<string>, int64 -> int64. Raises TypeError if
     JSON has nothing for the type, such as a duration.

@@ -65,9 +65,9 @@ class UnparsedRow(SourceRow):
 
 
 def read_json_lines(path: InputPath) -> Iterator[SourceRow | RejectedRow]:
-    """One unparsed row for each line that is not blank. A line longer than `MAX_ROW_BYTES` is a rejected row.
+    """Read a file of JSON lines: one unparsed row for each line that is not blank. Workers parse them later.
 
-    Raises DataError if the file cannot be read as text.
+    A line longer than `MAX_ROW_BYTES` is a rejected row. Raises DataError if the file cannot be read as text.
     """
     file = str(path)
     line_number = 0
@@ -82,7 +82,10 @@ def read_json_lines(path: InputPath) -> Iterator[SourceRow | RejectedRow]:
 
 
 def _skip_rest_of_line(stream: BinaryIO, beginning: bytes) -> int:
-    """Read on to the end of a line, of which `beginning` was read already; returns the length of the whole line in bytes."""
+    """Read on to the end of a line that is too long, in pieces; returns the length of the whole line in bytes.
+
+    `beginning`: what was read of it already.
+    """
     line_bytes = len(beginning)
     raw = beginning
     while not raw.endswith(b"\n") and (raw := stream.readline(READ_BYTES)):
@@ -91,7 +94,7 @@ def _skip_rest_of_line(stream: BinaryIO, beginning: bytes) -> int:
 
 
 def read_json(path: InputPath) -> Iterator[SourceRow | RejectedRow]:
-    """Rows of a `.json` file: the elements of a list, or one object a line. Raises DataError with the line."""
+    """Read a `.json` file: its rows are the elements of a list, or one object a line. Raises DataError with the line."""
     line_number, first_line = _first_filled_line(path)
     if first_line.startswith(b"["):
         return _read_json_list(path)
@@ -117,9 +120,9 @@ def _first_filled_line(path: InputPath) -> tuple[int, bytes]:
 
 
 def _read_json_list(path: InputPath) -> Iterator[SourceRow | RejectedRow]:
-    """One unparsed row for each element of the list in a file. An element longer than `MAX_ROW_BYTES` is a rejected row.
+    """Read the list in a `.json` file: one unparsed row for each element. Workers parse them later.
 
-    Raises DataError if one element cannot be separated from the next.
+    An element longer than `MAX_ROW_BYTES` is a rejected row. Raises DataError if one element cannot be separated from the next.
     """
     file = str(path)
     with open_text_bytes(path) as stream:
@@ -131,7 +134,10 @@ def _read_json_list(path: InputPath) -> Iterator[SourceRow | RejectedRow]:
 
 
 class _ListSplitter:
-    """Splits a JSON list into the bytes of its elements, without parsing them: goes from token to token and counts brackets."""
+    """Splits a JSON list of any size into the bytes of its elements, without parsing them or holding the file in memory.
+
+    It goes from token to token and counts brackets.
+    """
 
     def __init__(self, path: InputPath, stream: BinaryIO) -> None:
         self.path = path
@@ -146,7 +152,7 @@ class _ListSplitter:
         """The line of the file on which the current element begins."""
 
     def elements(self) -> Iterator[tuple[int, bytes]]:
-        """(line on which an element begins, its bytes without outer blanks) of each element.
+        """Split the list: (line on which an element begins, its bytes without outer blanks) of each element.
 
         Raises DataError for a list that is cut off, for commas and brackets in wrong places, and for text behind the list.
         """
@@ -161,7 +167,8 @@ class _ListSplitter:
                 num_elements += 1
                 blanks_before = element[: element.index(stripped_element)]
                 yield self.line + blanks_before.count(b"\n"), stripped_element
-            # Two commas, or a comma before the closing bracket. Nothing at all is allowed in [].
+            # Nothing stands between two commas, or between a comma and the closing bracket. The empty list alone may have
+            # nothing.
             elif delimiter == b"," or num_elements:
                 following = "another" if delimiter == b"," else "the closing bracket"
                 raise _broken_list_error(self.path, self.line, element, f"a comma before {following} is not allowed")
@@ -181,7 +188,10 @@ class _ListSplitter:
         self.begin = self.position
 
     def _next_element(self) -> tuple[bytes, bytes]:
-        """(bytes of the current element, the "," or "]" behind it). Leaves `position` behind that sign."""
+        """Find the current element of the list: (its bytes, the "," or "]" behind it). Leaves `position` behind that sign.
+
+        Raises DataError for a list that is cut off, or has quotes and brackets in wrong places.
+        """
         depth = 0  # of nesting inside the element
         # One loop without calls for each token: it runs over every byte of the file.
         while True:
@@ -191,6 +201,7 @@ class _ListSplitter:
             if token is None or token[1] == b"" or (token[1] and token.end() == len(self.buffer)):
                 self._read_on(keep_from=len(self.buffer) if token is None else token.start())
                 continue
+            # A misplaced quote would turn everything that follows inside out.
             if token[1] and self.buffer[token.end()] not in _AFTER_TEXT:
                 message = (
                     "after the text that starts here ',', ':' or a bracket is expected; a quote is never closed, or one "
@@ -211,7 +222,7 @@ class _ListSplitter:
             depth += _DEPTH_CHANGE.get(sign, 0)
 
     def _read_on(self, keep_from: int) -> None:
-        """Append the following bytes of the file to `buffer`, and drop what is before the current element.
+        """Read the following bytes of the file into `buffer`, and drop what is before the current element.
 
         `keep_from`: where the search for tokens goes on, in the present `buffer`. Raises DataError at the end of the file, and
         for an element that is far too long.
@@ -244,22 +255,22 @@ def _require_end_of_file(path: InputPath, stream: BinaryIO, following: bytes, li
 
 
 def _broken_list_error(path: InputPath, line: int, bytes_before: bytes, message: str) -> DataError:
-    """The error of a list with a mistake behind `bytes_before`, which begin on `line`."""
+    """Make the error for a list with a mistake behind `bytes_before`, which begin on `line`: it names the mistake's line."""
     error_line = line + bytes_before.count(b"\n")
     return DataError(f"{path}:{error_line}: not valid JSON: {message}; rows from here on cannot be separated")
 
 
 class _ObjectWithDoubledKeys(dict[str, Any]):
-    """An object that has some keys twice; of each it holds the last value."""
+    """An object of JSON that has some keys twice; of each it holds the last value."""
 
     doubled_keys: tuple[str, ...] = ()
 
 
 def decode_row(raw: bytes) -> dict[str, Any]:
-    """The one JSON object in `raw`, with a `Fault` in place of each column that cannot be used.
+    """Parse one row of JSON, which must be an object, with a `Fault` in place of each column that cannot be used.
 
-    Example: b'{"a": 1, "b": NaN}' -> {"a": 1, "b": Fault("nan", ...)}. Raises RowError if it is not one object, or if the name
-    of a column is faulty.
+    Example: b'{"a": 1, "b": NaN}' -> {"a": 1, "b": Fault("nan", ...)}. So a bad value matters only if its column is read. Raises
+    RowError if the row is not one object, or if the name of a column is faulty.
     """
     try:
         row = orjson.loads(raw)
@@ -280,10 +291,10 @@ def decode_row(raw: bytes) -> dict[str, Any]:
 
 
 def _decode_strictly(text: str) -> dict[str, Any]:
-    """The one JSON object in a text, by the json module, which is slower than orjson and shows what orjson hides.
+    """Parse a row of JSON by Python's json module, which is slower than orjson and shows what orjson hides.
 
-    Doubled keys become an `_ObjectWithDoubledKeys`, NaN and numbers out of range a `Fault`. Raises RowError for a text that is
-    no JSON, is nested too deeply, or is no object.
+    Doubled keys become an `_ObjectWithDoubledKeys`, NaN and numbers out of range a `Fault`. Raises RowError for a text that is no
+    JSON, is nested too deeply, or is no object.
     """
     try:
         row = _DECODER.decode(text)
@@ -302,11 +313,11 @@ def _decode_strictly(text: str) -> dict[str, Any]:
 
 
 def _was_read_exactly(fields: dict[str, Any], raw: bytes) -> bool:
-    """Whether `orjson` read `raw` exactly as `fields`: no key that was there twice, no rounded number; and no deep nesting.
+    r"""Whether `orjson` read `raw` exactly as `fields`: no key that was there twice, no rounded number; and no deep nesting.
 
-    Every key has a colon behind it, and texts may contain more. If the bytes have as many colons as the keys and texts of
-    `fields`, no key is missing: {"a": "x:y"} has two. Only an escaped colon (`\\u003a` or `\\u003A`) in a text could make up for
-    a lost key.
+    A key that is there twice has two colons and leaves one entry, so colons are counted. Every key has a colon behind it, and
+    texts may contain more. If the bytes have as many colons as the keys and texts of `fields`, no key is missing: {"a": "x:y"}
+    has two. Only an escaped colon (`\u003a` or `\u003A`) in a text could make up for a lost key.
     """
     num_colons = 0
     num_containers = 0
@@ -331,10 +342,10 @@ def _was_read_exactly(fields: dict[str, Any], raw: bytes) -> bool:
 
 
 def _first_fault(column: Any) -> Fault | None:
-    """The first fault in the value of a column, searched level by level; None if it is sound.
+    """Find why the value of a column cannot be used, searched level by level; None if it is sound.
 
-    The row counts as the first level of nesting. Faults: what the decoder left as a `Fault`, a key that is there twice, half a
-    surrogate pair, nesting beyond `MAX_DEPTH`.
+    Faults: what the decoder left as a `Fault`, a key that is there twice, half a surrogate pair, nesting beyond `MAX_DEPTH`. The
+    row counts as the first level of nesting.
     """
     level = [column]
     depth = 1
@@ -368,7 +379,7 @@ def _has_lone_surrogate(text: str) -> bool:
 
 
 def _json_mistake_hint(row: str, error: json.JSONDecodeError) -> str:
-    """A hint at the mistake that whoever wrote the row probably made; empty if the position of the error does not tell.
+    """Guess which mistake whoever wrote the row made, for the error message; empty if the position of the error does not tell.
 
     `error`: what the json module found wrong with the row, and where.
     """
@@ -425,7 +436,10 @@ def _parse_int(digits: str) -> int | Fault:
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs; if a key is there twice, an `_ObjectWithDoubledKeys`, which remembers such keys."""
+    """Make the object of these pairs; if a key is there twice, an `_ObjectWithDoubledKeys`, which remembers such keys.
+
+    The json module calls it for each object that it reads.
+    """
     fields = dict(pairs)
     if len(fields) == len(pairs):
         return fields

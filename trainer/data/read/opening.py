@@ -69,7 +69,7 @@ def compression_of(path: InputPath) -> str:
 
 
 def require_regular_file(path: Path) -> None:
-    """Raise DataError unless `path` is a file that can be read twice: no pipe or device (none may hang)."""
+    """Raise DataError unless `path` is a file that can be read twice: no pipe or device, on which reading may hang."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -80,7 +80,7 @@ def require_regular_file(path: Path) -> None:
 
 
 def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises DataError, which ends with `remedy`, for a file that has none."""
+    """Read the JSON object in a file. Raises DataError, which ends with `remedy`, for a file that has none."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -91,7 +91,7 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def check_no_lfs_pointer(path: InputPath, head: bytes) -> None:
-    """Raise DataError if a file begins as a pointer of git-lfs does."""
+    """Raise DataError if a file is only a pointer of git-lfs, a few lines in place of the contents. `head`: its first bytes."""
     if head.startswith(LFS_POINTER_START):
         raise DataError(
             f"{path}: is a pointer that git-lfs left in the place of the file; run `git lfs pull` in its directory, or "
@@ -100,7 +100,7 @@ def check_no_lfs_pointer(path: InputPath, head: bytes) -> None:
 
 
 def identify_content(head: bytes) -> str | None:
-    """What the first bytes of a file say that it is, such as "a Parquet file"; None for UTF-8 or other 8-bit text.
+    """Tell what a file is by its first bytes, such as "a Parquet file"; None for UTF-8 or other 8-bit text.
 
     Also None if nothing known begins like that.
     """
@@ -118,7 +118,7 @@ def identify_content(head: bytes) -> str | None:
 
 
 def open_binary(path: InputPath) -> io.BufferedReader:
-    """The file's bytes as they are. Raises DataError and OSError."""
+    """Open a local or remote file for its bytes as they are. Raises DataError and OSError."""
     if isinstance(path, RemoteFile):
         return cast("io.BufferedReader", path.open())
     require_regular_file(path)
@@ -127,7 +127,7 @@ def open_binary(path: InputPath) -> io.BufferedReader:
 
 @contextmanager
 def open_text_bytes(path: InputPath) -> Iterator[io.BufferedReader]:
-    """A stream of a text file's bytes, decompressed, positioned after a UTF-8 byte order mark.
+    """Open a text file as a stream of bytes, decompressed, positioned after a UTF-8 byte order mark.
 
     Raises DataError if the file is empty, cannot be read, is compressed in another way than its name says, or holds no text but
     an image, UTF-16 and so on. Also, while the caller reads, if it is cut off or damaged.
@@ -154,7 +154,10 @@ def open_text_bytes(path: InputPath) -> Iterator[io.BufferedReader]:
 
 
 def _check_compression_matches_name(path: InputPath, compression: str, head: bytes) -> None:
-    """Raise DataError if a file's name ends in `compression`, such as `.gz`, and its first bytes, `head`, are of no such file."""
+    """Raise DataError if a file is not compressed as its name says. `compression`: the suffix, such as `.gz`, or empty.
+
+    `head`: its first bytes.
+    """
     content = identify_content(head)
     if compression and content != COMPRESSION_BY_SUFFIX[compression]:
         fault = f"it holds {content}" if content else "it is not compressed"
@@ -164,7 +167,10 @@ def _check_compression_matches_name(path: InputPath, compression: str, head: byt
 
 
 def _open_decompressed(path: InputPath, file: io.BufferedReader, compression: str) -> io.BufferedReader:
-    """A stream of the decompressed bytes of a file; `compression` is a suffix such as `.gz`, or empty."""
+    """Open the decompressed bytes of a file as a stream; `compression` is a suffix such as `.gz`, or empty.
+
+    Raises DataError for a zip archive of several files.
+    """
     raw_stream: Any
     if not compression:
         return file
@@ -188,9 +194,10 @@ def _open_decompressed(path: InputPath, file: io.BufferedReader, compression: st
 
 
 def decompression_ratio(path: Path) -> float:
-    """About how many decompressed bytes a byte of the file stands for; 1 for a file that is not compressed. Raises DataError.
+    """Estimate how many decompressed bytes a byte of the file stands for; 1 for a file that is not compressed.
 
-    A zip archive says it; of other files, the first MiB is decompressed.
+    Used to estimate how much there is to read. A zip archive says it; of other files, the first MiB is decompressed. Raises
+    DataError.
     """
     suffix = compression_of(path)
     if not suffix:
@@ -229,11 +236,12 @@ class _MemberReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer as far as one step of decompression goes; returns the bytes written, 0 at the end of the file.
 
-        Raises EOFError for a member that is cut off.
+        Called by `io.BufferedReader`. A member is a compressed stream of its own; files may have several. Raises EOFError for one
+        that is cut off.
         """
         while True:
             compressed = b""
-            # One member (a compressed stream of its own) has ended; the next begins in what it did not use.
+            # The member has ended; the next one begins in what it did not use.
             if self.decompressor.eof:
                 compressed = self._next_member()  # the bytes that it begins with; empty if there is none
                 if not compressed:
@@ -249,7 +257,10 @@ class _MemberReader(io.RawIOBase):
                 return len(decompressed)
 
     def _next_member(self) -> bytes:
-        """The first bytes of the next member, behind the padding of the one that has ended; empty at the end of the file."""
+        """Find the first bytes of the next compressed member, behind the padding of the one that has ended.
+
+        Empty at the end of the file.
+        """
         following = self.decompressor.unused_data.lstrip(b"\0")
         while not following:
             block = self.file.read(READ_BYTES)
@@ -260,7 +271,7 @@ class _MemberReader(io.RawIOBase):
 
 
 def decode_utf8(raw: bytes) -> str:
-    """The text of `raw`. Raises RowError (`nul_byte`, `not_utf8`) with the column and the byte."""
+    """Decode the text of a row or a line. Raises RowError (`nul_byte`, `not_utf8`) with the column and the byte."""
     if b"\0" in raw:
         raise RowError("nul_byte", f"NUL byte in column {raw.index(0) + 1}; the file is damaged or is not text")
     try:
@@ -272,13 +283,13 @@ def decode_utf8(raw: bytes) -> str:
 
 
 def reject_too_long_row(file: str, line: int, beginning: bytes | str, size_bytes: int) -> RejectedRow:
-    """The rejected row for a row of more than `MAX_ROW_BYTES`. `beginning`: its first characters, for messages."""
+    """Make the rejected row for a row of more than `MAX_ROW_BYTES`. `beginning`: its first characters, for messages."""
     message = f"the row has {size_bytes / 2**20:.0f} MiB, the most is {MAX_ROW_BYTES >> 20} MiB; split it"
     return RejectedRow(file, line, reason="too_long", message=message, excerpt=excerpt(beginning))
 
 
 def _content_remedy(path: InputPath, content: str) -> str:
-    """Part of an error message: what to do about a file that should be text and holds `content`, such as "a Parquet file".
+    """Say what to do about a file that should be text and holds `content`, such as "a Parquet file": part of an error message.
 
     - UTF-16 or UTF-32: save it as UTF-8;
     - compressed data: decompress it, or give it its suffix;
@@ -298,7 +309,7 @@ def _content_remedy(path: InputPath, content: str) -> str:
 
 
 def unreadable_file(path: InputPath, error: BaseException) -> DataError:
-    """The error for a file that the operating system or a decompressor cannot read, with what to do about it."""
+    """Make the error for a file that the operating system or a decompressor cannot read, with what to do about it."""
     if isinstance(error, EOFError) or "Truncated compressed stream" in str(error):
         return DataError(f"{path}: the compressed file is cut off before its end; copy or make it again")
     # The system's errors have a message in `strerror`; without one, an OSError comes from a decompressor.

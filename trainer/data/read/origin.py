@@ -55,10 +55,10 @@ class Origin:
     """Whether hub data sets are read from the hub, by their commit, and not from a copy in its cache."""
 
     def rows(self, needed_columns: Collection[str] | None = None) -> Iterator[SourceRow | RejectedRow]:
-        """All rows of all files, in order, streamed. Rows of JSON come unparsed, see `SourceRow.parse`.
+        """Read all rows of all files, in order, streamed: texts and tables become named values. Rows of JSON come unparsed.
 
-        Of tables, only the columns `needed_columns` are read (None: all). Raises DataError, with the file, if a file has no rows,
-        cannot be used as a whole, or its further rows cannot be told apart.
+        A worker parses these later (`SourceRow.parse`). Of tables, only the columns `needed_columns` are read (None: all). Raises
+        DataError, with the file, if a file has no rows, cannot be used as a whole, or its further rows cannot be told apart.
         """
         for path in self.paths:
             num_rows = 0
@@ -71,7 +71,10 @@ class Origin:
     def _rows_of_file(
         self, path: InputPath, needed_columns: Collection[str] | None
     ) -> Iterator[SourceRow | RejectedRow]:
-        """Rows of one file or hub data set, by the reader for its suffix. Only readers of tables take `needed_columns`."""
+        """Read the rows of one file or hub data set, by the reader for its suffix. Only readers of tables take `needed_columns`.
+
+        The others read whole rows, since a line cannot be read in part.
+        """
         if is_hub_path(path):
             return self._hub_rows(path, needed_columns)
         suffix = file_kind(path) or ""  # it has one: `expand_paths` lets no other names pass
@@ -80,8 +83,9 @@ class Origin:
         return _READERS[suffix](path)
 
     def content_identity(self, digest_of: Callable[[Path], str]) -> list[tuple[str, str]]:
-        """What the fingerprint of prepared data covers: (kind, content identity) of each file or hub data set.
+        """Say by what the fingerprint of prepared data knows these inputs: (kind, content identity) of each file or hub data set.
 
+        A change in it means that the data has to be prepared again.
         - A local file: its suffixes, such as `.jsonl.gz`, and its SHA-256, which `digest_of` gives.
         - A remote file: its suffixes, and a text that changes with its content.
         - A text file, local or remote: its whole name in place of the suffixes, because the name becomes the title.
@@ -99,7 +103,7 @@ class Origin:
         return identities
 
     def _hub_content_identity(self, path: InputPath) -> tuple[str, str]:
-        """(kind, a text that differs between versions of a hub data set).
+        """Find what tells versions of a hub data set apart, for the fingerprint: ("hub", a text) or ("hub stream", a text).
 
         If it is streamed, the commit says all, and the hub need not be reached. Else the data set is loaded: the text has its
         name, split, version, fingerprint and number of rows.
@@ -114,13 +118,14 @@ class Origin:
         return "hub", _join_with_colons(name, self.subset, split, self.revision, version, content, dataset.num_rows)
 
     def size_bytes(self) -> int:
-        """About how many bytes the files have; a hub data set counts as 1 GiB."""
+        """About how many bytes the files have, on disk; a hub data set counts as 1 GiB, since its size is not known here."""
         return sum(HUB_SIZE_BYTES if is_hub_path(path) else _file_size_bytes(path) for path in self.paths)
 
     def text_bytes_and_table_rows(self) -> tuple[float, int]:
-        """How much there is to read: (decompressed bytes of text files, estimated; rows of tables and hub data sets).
+        """Estimate how much there is to read: (decompressed bytes of text files, rows of tables and hub data sets).
 
-        Tables count by rows, because the bytes of their compressed files tell little.
+        Used for the progress and for the room on the disk. Tables count by rows, because the bytes of their compressed files tell
+        little.
         """
         text_bytes = 0.0
         num_table_rows = 0
@@ -136,9 +141,9 @@ class Origin:
         return text_bytes, num_table_rows
 
     def file_records(self, digest_of: Callable[[Path], str]) -> list[dict[str, Any]]:
-        """{"path", "bytes", "sha256"} of each file, for the audit. Remote files lack "sha256", hub data sets all but "path".
+        """Describe the files for the audit of the data: {"path", "bytes", "sha256"} of each.
 
-        `digest_of` gives the SHA-256 of a local file.
+        Remote files lack "sha256", hub data sets all but "path". `digest_of` gives the SHA-256 of a local file.
         """
         records: list[dict[str, Any]] = []
         for path in self.paths:
@@ -151,7 +156,10 @@ class Origin:
         return records
 
     def _hub_rows(self, path: InputPath, needed_columns: Collection[str] | None) -> Iterator[SourceRow | RejectedRow]:
-        """Rows of a hub data set, numbered from 1, with the values of Arrow as JSON has them: dates and bytes as text."""
+        """Read the rows of a hub data set, numbered from 1, with the values of Arrow as JSON has them: dates and bytes as text.
+
+        `needed_columns`: only these are read (None: all).
+        """
         dataset = self.load_hub_split(path)
         split = str(dataset.split or self.split or "")
         # What stands in place of a file name in messages: hub:NAME/SUBSET/SPLIT.
@@ -165,25 +173,27 @@ class Origin:
         return table_rows(batches, shown_name, unread_columns=unread_columns)
 
     def _arrow_tables(self, dataset: Any, shown_name: str) -> Iterator[Any]:
-        """The rows of a hub data set (of `datasets`) as Arrow tables. Raises DataError if a stream breaks off."""
+        """Read a hub data set (of the library `datasets`) as Arrow tables. Raises DataError if a stream breaks off."""
         try:
             yield from dataset.with_format("arrow").iter(ROWS_PER_BATCH)
         except Exception as error:
+            # Without streaming, the rows lie in a local cache, and an error there says enough.
             if not self.streaming or isinstance(error, DataError):
                 raise
             raise _load_error(shown_name, error, streaming=True) from error
 
     def _num_rows(self, dataset: Any) -> int:
-        """How many rows a hub data set has; 0 for a stream that does not say."""
+        """How many rows a hub data set has, as loaded by `datasets`; 0 for a stream that does not say."""
         if not self.streaming:
             return int(dataset.num_rows)
         split_info = (dataset.info.splits or {}).get(str(dataset.split))
         return int(split_info.num_examples or 0) if split_info is not None else 0
 
     def load_hub_split(self, path: InputPath) -> Any:
-        """One split of a hub data set as `datasets` loads it. Raises DataError that says what to do about it.
+        """Load one split of a hub data set by `datasets`. Raises DataError that says what to do about it.
 
-        If the settings name no split, the data set must have only one.
+        If the settings name no split, the data set must have only one. Downloads it into the library's cache, unless it is
+        streamed.
         """
         import datasets
 
@@ -227,7 +237,7 @@ def _file_size_bytes(path: InputPath) -> int:
 
 
 def _load_error(full_name: str, error: Exception, *, streaming: bool = False) -> DataError:
-    """The error for a hub data set that `datasets` could not load: the cause in a line, and what to do about it.
+    """Make the error for a hub data set that `datasets` could not load: the cause in a line, and what to do about it.
 
     Example: "hub:org/name cannot be loaded: Unknown split "dev"...; name a split that it has". `full_name`: the data set with the
     options it was asked for with. `streaming`: whether it was to be read from the hub row by row.
@@ -238,7 +248,10 @@ def _load_error(full_name: str, error: Exception, *, streaming: bool = False) ->
 
 
 def _load_remedy(error: Exception, text: str, cause: str, *, streaming: bool) -> str:
-    """What to do about a hub data set that could not be loaded, by the kind of error. `cause`: the first line of its `text`."""
+    """Say what to do about a hub data set that `datasets` could not load, by the kind of error: "name a split that it has".
+
+    `text`: the message of the error, and `cause`, its first line. `streaming`: whether it was to be read row by row.
+    """
     # By name, because the classes live in several libraries, which are not imported here.
     class_names = {error_class.__name__ for error_class in type(error).__mro__}
     is_offline = any(os.environ.get(name, "").upper() in {"1", "TRUE", "YES", "ON"} for name in _OFFLINE_VARIABLES)

@@ -41,7 +41,7 @@ _README_REGEX = re.compile(r"(readme|licen[cs]e|notice|changelog|contributing|ci
 
 
 def file_kind(path: InputPath) -> str | None:
-    """The suffix that says how to read a file, without that of its compression (`.jsonl`); None if unknown."""
+    """The suffix that says how to read a file: of `rows.jsonl.gz` it is `.jsonl`; None for a file that cannot be read."""
     suffixes = path.suffixes
     kinds: tuple[str, ...] = LINE_KINDS + TEXT_KINDS
     if compression_of(path):
@@ -71,10 +71,10 @@ def is_hub_path(path: InputPath | str) -> bool:
 
 
 def expand_paths(path_setting: Any, key: str, *, allow_remote: bool = False) -> list[InputPath]:
-    """The files that a setting names, in the order in which it names them; a file named twice is there once.
+    """Find the files that a setting such as `data.path` names, in the order in which it names them, each once.
 
     `path_setting`: one of these, or a list of them:
-    - `hub:org/name`: kept as it is;
+    - `hub:org/name`: kept as it is, as a path;
     - an address (s3://, https:// and so on): the remote files that it names, looked up over the network; an error without
       `allow_remote`;
     - a file: itself, even if its name could be read as a glob;
@@ -113,10 +113,10 @@ def expand_paths(path_setting: Any, key: str, *, allow_remote: bool = False) -> 
 
 
 def held_out_sets(path_setting: Any, split: str) -> dict[str, tuple[str, Any]]:
-    """The sets of a held-out split by name: (the setting that names the set, its files).
+    """Find the sets of a held-out split, by name: (the setting that names the set, its files).
 
-    Example: {"law": "law.jsonl"} of `eval` -> {"law": ("data.eval_path.law", "law.jsonl")}; "test.jsonl" of `test` ->
-    {"test": ("data.test_path", "test.jsonl")}.
+    Example: {"law": "law.jsonl"} of `eval` -> {"law": ("data.eval_path.law", "law.jsonl")}; "test.jsonl" of `test` -> {"test":
+    ("data.test_path", "test.jsonl")}.
 
     `path_setting`: the value of `data.<split>_path`. Files without names are one set, which is named like the split. Only
     evaluation may have sets with names of their own. Raises ConfigError for names elsewhere, and for a name that cannot be one.
@@ -141,7 +141,7 @@ def held_out_sets(path_setting: Any, split: str) -> dict[str, tuple[str, Any]]:
 
 
 def _expand_local_path(path_text: str, key: str) -> list[Path]:
-    """The files that one local path of the setting `key` names. Raises DataError, with a hint at what may be meant.
+    """Find the files that one local path of the setting `key` names. Raises DataError, with a hint at what may be meant.
 
     - A directory or a file of that very name: the files in it, or itself.
     - Else it is read as a glob: the files that match.
@@ -172,7 +172,7 @@ def _expand_local_path(path_text: str, key: str) -> list[Path]:
 
 
 def _require_readable(path: Path, key: str) -> Path:
-    """The path, if it is a file of a kind that can be read. Raises DataError."""
+    """Return the path, if it is a file of a kind that can be read. Raises DataError that names the setting `key`."""
     if path.is_symlink() and not path.exists():
         raise DataError(f"{key}: {path}: {_describe_broken_link(path)}")
     if file_kind(path) is None:
@@ -198,7 +198,10 @@ def _describe_broken_link(path: Path) -> str:
 
 
 def _directory_files(path: Path, key: str) -> list[Path]:
-    """The data files of a directory and of all below it, sorted by path. Raises DataError if there are none."""
+    """Find the data files of a directory and of all below it, sorted by path. Raises DataError if there are none.
+
+    `key`: the setting that names the directory. One that `datasets.save_to_disk` wrote gives its Arrow files.
+    """
     saved_files = _saved_files(path, key)
     if saved_files is not None:
         return saved_files
@@ -213,10 +216,10 @@ def _directory_files(path: Path, key: str) -> list[Path]:
 
 
 def _readable_files_below(directory: Path, key: str, parents: tuple[Path, ...]) -> Iterator[Path]:
-    """Readable files in `directory` and below, hidden ones left out. Raises DataError for a loop of links.
+    """Find the readable files in `directory` and below, hidden ones left out. Raises DataError for a loop of links.
 
     `parents`: the real paths of `directory` and the directories above it, by which loops are found. A directory that
-    `datasets.save_to_disk` wrote gives its Arrow files.
+    `datasets.save_to_disk` wrote gives its Arrow files. `key`: the setting that names the directory.
     """
     try:
         entries = sorted(directory.iterdir())
@@ -243,10 +246,10 @@ def _readable_files_below(directory: Path, key: str, parents: tuple[Path, ...]) 
 
 
 def _saved_files(directory: Path, key: str) -> list[Path] | None:
-    """The Arrow files, in order, of a directory that `datasets.save_to_disk` wrote; None for any other directory.
+    """Find the Arrow files, in order, of a directory that `datasets.save_to_disk` wrote; None for any other directory.
 
     A saved DatasetDict has a directory for each split: its only one is taken. Raises DataError if there are several splits, or if
-    the data set is a selection of rows, which the files do not show.
+    the data set is a selection of rows, which the files do not show. `key`: the setting that names the directory.
     """
     if (directory / "dataset_dict.json").is_file():
         splits = list(read_json_object(directory / "dataset_dict.json", "save the data set again").get("splits", []))
@@ -271,7 +274,7 @@ def _saved_files(directory: Path, key: str) -> list[Path] | None:
 
 
 def _close_name_hint(path: Path) -> str:
-    """A hint for a path that does not exist: "; did you mean data/train.jsonl?" for data/trian.jsonl.
+    """Write a hint for a path that does not exist: "; did you mean data/train.jsonl?" for data/trian.jsonl.
 
     The close name is looked for in the last directory of the path that exists. Empty if that cannot be listed.
     """

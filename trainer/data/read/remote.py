@@ -61,11 +61,12 @@ class RemoteFile:
         return int(_query_file_system(self.url, lambda files, path: files.info(path)).get("size") or 0)
 
     def content_identity(self) -> str:
-        """A text that changes with the file's content, such as its address with its ETag. Raises DataError.
+        """A text that changes with the file's content, such as its address with its ETag, for the fingerprint of prepared data.
 
         - Not on a web server: what its file system tells of the content (`ukey` of fsspec).
         - On a web server that says something of the content: size and tags.
         - On any other web server: the SHA-256 of its bytes, which are read for it.
+        Raises DataError.
         """
         if not self.url.startswith("http"):
             return f"{self.url}:{_query_file_system(self.url, lambda files, path: files.ukey(path))}"
@@ -81,7 +82,7 @@ class RemoteFile:
 
 
 def remote_files(address: str, key: str, kind_of: Callable[[RemoteFile], str | None]) -> list[RemoteFile]:
-    """The files of an address in the setting `key`: one file, those that match a pattern with `*`, or all below a directory.
+    """Find the files that an address in the setting `key` names: one file, those that match a `*`, or all below a directory.
 
     `kind_of`: the suffix that says how a file is read; None if it cannot be read, as for a directory. Raises DataError.
     """
@@ -121,7 +122,7 @@ class _RemoteReader(io.RawIOBase):
         return int(self.file.tell())
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer, as far as the file goes."""
+        """Fill the buffer, as far as the file goes; returns the number of bytes. Called by `io.BufferedReader`."""
         received = self._call_or_os_error(self.file.read, len(buffer))
         # A first look at a file must see enough of it to tell its format, however little the network gives at a time.
         while received and len(received) < min(HEAD_BYTES, len(buffer)):
@@ -149,7 +150,10 @@ class _RemoteReader(io.RawIOBase):
 
 
 def _query_file_system(url: str, query: Callable[[Any, str], Answer]) -> Answer:
-    """What `query(file system of fsspec, path)` returns for an address. Raises DataError, also for a package that is missing."""
+    """Ask the file system of an address, by `query(file system of fsspec, path)`, and return what that returns.
+
+    Raises DataError for whatever fails, also for a package that is missing.
+    """
     from fsspec.core import url_to_fs
 
     try:

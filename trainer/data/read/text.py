@@ -21,11 +21,12 @@ _NAME_BY_SEPARATOR = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vert
 
 
 def read_csv(path: InputPath, delimiter: str = ",") -> Iterator[SourceRow | RejectedRow]:
-    """Rows of a delimited file. A record with too few or too many cells, NUL or bytes that are not UTF-8 is a bad row.
+    """Read the rows of a delimited file: each has its cells by the names of the header, as texts.
 
-    With commas, a header that has semicolons and no comma means semicolons: spreadsheets write these if numbers have a comma.
-    Raises DataError if the further rows cannot be separated: an unclosed or misplaced quote, a header with doubled or
-    missing names, other separators than the file's name says.
+    A record with too few or too many cells, NUL or bytes that are not UTF-8 is a bad row. With commas, a header that has
+    semicolons and no comma means semicolons: spreadsheets write these if numbers have a comma. Raises DataError if the further
+    rows cannot be separated: an unclosed or misplaced quote, a header with doubled or missing names, other separators than the
+    file's name says.
     """
     csv.field_size_limit(MAX_ROW_BYTES)  # the module's own limit of 131,072 is shorter than real documents
     with open_text_bytes(path) as stream:
@@ -37,7 +38,7 @@ def read_csv(path: InputPath, delimiter: str = ",") -> Iterator[SourceRow | Reje
 
 
 class _RecordLines:
-    """Lines of a delimited file for the csv module, which joins them to records: a quoted cell may have line breaks.
+    """Gives the csv module the lines of a delimited file, which it joins to records: a quoted cell may have line breaks.
 
     Remembers the first line of the current record, and what is wrong with the bytes of its lines.
     """
@@ -53,11 +54,10 @@ class _RecordLines:
         """Why the current record cannot be used: bytes that are not UTF-8, or NUL; None if it can."""
 
     def __iter__(self) -> Iterator[str]:
-        """The lines as text. Of a line that is not UTF-8, the error is remembered (`byte_error`), so that the record is rejected.
+        """The lines as text, for the csv module. Of a line that is not UTF-8, the error is remembered (`byte_error`).
 
-        The csv module gets such a line with surrogates, since it must still find where the record ends. Raises DataError for a
-        line
-        that is too long, which one unclosed cell may be.
+        So the record is rejected. The csv module gets such a line with surrogates, since it must still find where the record
+        ends. Raises DataError for a line that is too long, which one unclosed cell may be.
         """
         while raw := self.stream.readline(MAX_ROW_BYTES + 1):
             self.num_read += 1
@@ -80,7 +80,7 @@ class _RecordLines:
 
 
 def _read_records(path: InputPath, lines: _RecordLines, delimiter: str) -> Iterator[SourceRow | RejectedRow]:
-    """Rows of a delimited file, record by record: the first one is the header, blank lines are skipped.
+    """Read a delimited file record by record: the first one is the header, blank lines are skipped.
 
     A record with bytes that are not UTF-8, or with more or fewer cells than the header, becomes a `RejectedRow`. Raises DataError
     for a record after which rows can no longer be separated, such as a quote that is never closed.
@@ -115,7 +115,7 @@ def _read_records(path: InputPath, lines: _RecordLines, delimiter: str) -> Itera
 
 
 def _wrong_cell_count_message(cells: list[str], header: list[str], delimiter: str) -> str:
-    """The message for a record with more or fewer cells than the header."""
+    """Write the message for a record with more or fewer cells than the header: "2 cells where the header has 3 (a, b, c)"."""
     num_cells = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
     columns = ", ".join(header[:8])
     if len(header) > 8:
@@ -127,7 +127,7 @@ def _wrong_cell_count_message(cells: list[str], header: list[str], delimiter: st
 
 
 def _malformed_csv_error(path: InputPath, line: int, lines: _RecordLines, error: csv.Error) -> DataError:
-    """The error of a record that the csv module cannot read, with what probably happened."""
+    """Make the error for a record that the csv module cannot read, with what probably happened. `line`: where it begins."""
     if "unexpected end of data" in str(error):
         fault = "a quote is opened and never closed in the record that starts here"
     elif "new-line character" in str(error):
@@ -144,7 +144,7 @@ def _malformed_csv_error(path: InputPath, line: int, lines: _RecordLines, error:
 def _parse_header(
     path: InputPath, line: int, cells: list[str], delimiter: str, byte_error: RowError | None
 ) -> list[str]:
-    """The names of the columns, from the first record of a file. `byte_error`: what is wrong with its bytes, or None.
+    """Read the names of the columns from the first record of a delimited file. `byte_error`: what is wrong with its bytes.
 
     A first column without a name, as pandas writes a table's index, is called `INDEX_COLUMN`. Raises DataError for a header that
     cannot be one: a wrong separator, Excel's `sep=` line, doubled or missing names.
@@ -170,7 +170,7 @@ def _parse_header(
 
 
 def _check_separator(path: InputPath, line: int, cell: str, delimiter: str) -> None:
-    """Raise DataError if the only cell of a header holds a separator other than `delimiter`."""
+    """Raise DataError if the only cell of a header holds another separator: the file is then separated by that."""
     for separator, separator_name in _NAME_BY_SEPARATOR.items():
         if separator == delimiter or separator not in cell:
             continue
@@ -188,7 +188,10 @@ def _check_separator(path: InputPath, line: int, cell: str, delimiter: str) -> N
 
 
 def read_text_file(path: InputPath) -> Iterator[SourceRow | RejectedRow]:
-    """The one row of a text file, with the fields `text` and `title`; line ends become line feeds. Raises DataError."""
+    """Read a text file as one row, with the fields `text` and `title`; line ends become line feeds. Raises DataError.
+
+    A file that is too long, blank or not UTF-8 gives a rejected row.
+    """
     with open_text_bytes(path) as stream:
         raw = stream.read(MAX_ROW_BYTES + 1)
     name = str(path)
