@@ -88,8 +88,9 @@ class DemoData:
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune demo` with the arguments `argv`, which are passed on to `shardtune train`; returns the exit code.
+    """Run `shardtune demo`: fine-tune a small model on clinical notes, and check that it learned; returns the exit code.
 
+    `argv` is passed on to `shardtune train`. With `objective=grpo` it is another demo, of learning from a reward (`three_words.py`).
     Errors: FetchError, StorageError, ShardtuneError if the model did not learn, and what training raises.
     """
     if "objective=grpo" in argv:
@@ -103,6 +104,7 @@ def main(argv: list[str]) -> int:
     data = prepare_demo(fetch_demo_file(CONVERSATIONS_FILE), load_tokenizer(model), cache_directory() / "demo")
     run_dir = Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     arguments = [*training_arguments(model, data, run_dir), *argv]
+    # The user may have given another run.dir, which counts.
     run_dir = run_dir_of(arguments)
     print(
         f"demo: {MODEL_NAME} learns to write clinical notes from conversations (MTS-Dialog)\n"
@@ -132,7 +134,10 @@ def main(argv: list[str]) -> int:
 
 
 def training_arguments(model: Path, data: DemoData, run_dir: Path) -> list[str]:
-    """The arguments of `shardtune train`: LoRA with two ranks on a CPU, or on as many GPUs as divide the batch."""
+    """The arguments of the demo's `shardtune train`: LoRA with two ranks on a CPU, or on as many GPUs as divide the batch.
+
+    Two ranks show on any machine that training is distributed.
+    """
     global_batch = 8
     processes = num_processes()
     return [
@@ -155,10 +160,11 @@ def training_arguments(model: Path, data: DemoData, run_dir: Path) -> list[str]:
 
 
 def prepare_demo(source: Path, tokenizer: Any, directory: Path, *, held_out_tokens: int = HELD_OUT_TOKENS) -> DemoData:
-    """Write `train.jsonl` and `held-out.jsonl` (rows of `messages`) into `directory`; the split is the same every time.
+    """Prepare the demo's data: write `train.jsonl` and `held-out.jsonl` (rows of `messages`) into `directory`.
 
     `source`: the CSV file of conversations. Documents longer than `MAX_DOCUMENT_TOKENS` tokens, template included, are left out.
-    Documents are held out until they have `held_out_tokens`; the others are trained on.
+    `held_out_tokens`: documents are held out until they have so many tokens; the others are trained on.
+
     Raises DataError if the file has unknown columns or too few documents, StorageError if the files cannot be written.
     """
     documents: list[SizedDocument] = []
@@ -214,7 +220,7 @@ def _write_rows(path: Path, documents: list[SizedDocument]) -> None:
 
 
 def chat_document(row: dict[str, str]) -> dict[str, Any]:
-    """A row of MTS-Dialog as a chat: the user gives the conversation and asks for a section, the assistant answers the note.
+    """Make a chat of a row of MTS-Dialog: the user gives the conversation and asks for a section, the assistant answers the note.
 
     {"messages": [{"role": "user", "content": "Write the plan section ..."}, {"role": "assistant", "content": <note>}]}
     Raises DataError if a column is missing, or if the section is not known.
@@ -236,7 +242,7 @@ def _collapse_blanks(text: str) -> str:
 
 
 def print_answers(export: Path, held_out_file: Path) -> None:
-    """Print what the base and the tuned model answer to held-out prompts, beside the reference.
+    """Print what the base and the tuned model answer to held-out prompts, beside the note that a person wrote.
 
     `export`: the directory of the run's adapter. It is loaded by plain transformers and peft, which shows that it needs nothing
     of shardtune.
@@ -260,9 +266,10 @@ def print_answers(export: Path, held_out_file: Path) -> None:
 
 
 def questions_with_notes(rows: list[dict[str, Any]], section_names: Iterable[str]) -> list[tuple[str, str]]:
-    """(question, reference note) of the first held-out conversation of each section whose note has more than two words.
+    """Choose the held-out conversations that the demo answers at its end: (question, reference note), one for each section.
 
-    `rows`: chat documents (`chat_document`). A section without such a conversation is left out.
+    It is the first of the section whose note has more than two words. `rows`: chat documents (`chat_document`). A section without
+    such a conversation is left out.
     """
     pairs = [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in rows]
     examples = []
@@ -277,7 +284,7 @@ def questions_with_notes(rows: list[dict[str, Any]], section_names: Iterable[str
 def summary_text(
     run_dir: Path, base_metrics: dict[str, float], tuned_metrics: dict[str, float], duration_s: float
 ) -> str:
-    """The last lines of the demo: held-out metrics of the base and the tuned model, and where everything is."""
+    """Write the last lines of the demo: held-out metrics of the base and the tuned model, and where everything is."""
     lines = [f"\ndemo finished in {duration_s / 60:.1f} minutes", "held-out            base     tuned"]
     for name in ("eval/loss", "eval/perplexity", "eval/accuracy"):
         lines.append(f"  {name.removeprefix('eval/'):<14} {base_metrics[name]:>9.4f} {tuned_metrics[name]:>9.4f}")

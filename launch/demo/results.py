@@ -44,7 +44,10 @@ def _held_out_metrics(row: dict[str, Any]) -> dict[str, float]:
 
 
 def greedy_answer(model: Any, tokenizer: Any, question: str, max_new_tokens: int) -> str:
-    """The model's greedy answer on one line. An answer that is cut off at `max_new_tokens` ends in three dots."""
+    """Let the model answer a question greedily; returns the answer on one line, with three dots if it was cut off.
+
+    `max_new_tokens`: the longest answer.
+    """
     import torch
 
     prompt_ids = tokenizer.apply_chat_template(

@@ -120,9 +120,10 @@ class NothingLearned(ShardtuneError):
 
 
 def main(argv: list[str]) -> int:
-    """Run `shardtune demo objective=grpo`; returns the exit code. Other arguments in `argv` are passed on to `shardtune train`.
+    """Run `shardtune demo objective=grpo`: a model learns three-word answers from a reward alone; returns the exit code.
 
-    Errors: FetchError, StorageError, NothingLearned if the reward did not rise enough, and what training raises.
+    Other arguments in `argv` are passed on to `shardtune train`. Errors: FetchError, StorageError, NothingLearned if the reward
+    did not rise enough, and what training raises.
     """
     if {"-h", "--help"} & set(argv):
         show_help(USAGE)
@@ -151,6 +152,7 @@ def main(argv: list[str]) -> int:
     # The mean reward of each evaluation, from the base model on.
     rewards = [metrics[REWARD_METRIC] for metrics in held_out_evaluations(run_dir, REWARD_METRIC)]
     print(summary_text(run_dir, time.monotonic() - started_at))
+    # Only printed, for the user to run: a reward with a hole, and a control that shows how the model uses it.
     cheatable = [
         *training_arguments(model, files, Path(f"{run_dir}-cheatable"), cheatable=True),
         *without_run_dir(argv),
@@ -165,7 +167,7 @@ def main(argv: list[str]) -> int:
 
 
 def write_demo_files(directory: Path) -> DemoFiles:
-    """Write the prompts and the rewards into `directory`. Errors: StorageError."""
+    """Write the demo's prompts and reward functions into `directory`, where the run reads them. Errors: StorageError."""
     from trainer.reporting.status import write_text_atomic
 
     files = DemoFiles(
@@ -188,9 +190,9 @@ def prompt_about(subject: str) -> str:
 
 
 def training_arguments(model: Path, files: DemoFiles, run_dir: Path, *, cheatable: bool = False) -> list[str]:
-    """The arguments after `shardtune train`.
+    """The arguments after `shardtune train` for the demo, or for its variant with a reward that can be cheated.
 
-    `cheatable`: with a reward that can be cheated, a control that shows it, and so few tokens that answers are cut off.
+    `cheatable`: also measures by a control whether answers end, and cuts answers off so early that the model finds the hole.
     """
     answers_per_step = PROMPTS_PER_STEP * GROUP_SIZE
     processes = num_processes()
@@ -254,10 +256,11 @@ def print_answers(export: Path) -> None:
 
 
 def summary_text(run_dir: Path, duration_s: float) -> str:
-    """The last lines of the demo: rewards by step, held-out metrics before and after, what that shows, and where all is."""
+    """Write the last lines of the demo: rewards by step, held-out metrics before and after, what that shows, and where all is."""
     from trainer.reporting.results import read_metric_rows
 
     evaluations = held_out_evaluations(run_dir, REWARD_METRIC)
+    # The first evaluation is that of the model before training.
     base_metrics = evaluations[0]
     tuned_metrics = evaluations[-1]
     step_rows = [row for row in read_metric_rows(run_dir) if "reward" in row]

@@ -94,7 +94,7 @@ def main(argv: list[str]) -> int:
 
 
 def preflight(overrides: list[str], as_json: bool) -> int:
-    """Check the nodes that the overrides describe, and print the result; returns 0, or 69 if there are problems.
+    """Check the nodes that a run's settings describe, before it runs there, and print the result; returns 0, or 69 for problems.
 
     Raises ConfigError for launcher settings that are wrong, StorageError if the run directory cannot be written.
     """
@@ -113,7 +113,7 @@ def preflight(overrides: list[str], as_json: bool) -> int:
 
 
 def machine_report_lines(facts: dict[str, Any], problems: list[str], notes: list[str]) -> list[str]:
-    """What doctor found on this machine as lines for people: a table of facts, then notes, then problems.
+    """Write what doctor found on this machine as lines for people: a table of facts, then notes, then problems.
 
     `facts`: those of `launch.doctor.machine.Machine`, as `doctor --json` prints them.
     """
@@ -128,7 +128,10 @@ def machine_report_lines(facts: dict[str, Any], problems: list[str], notes: list
 
 
 def _package_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """(name, text) of the host, Python, the packages and the extras; the last two only if shardtune is installed."""
+    """(name, text) of the host, Python, the packages and the extras; the last two only if shardtune is installed.
+
+    Extras: each has what it `brings`, such as "FlashAttention", and what it `lacks`, as messages.
+    """
     rows = [("host", f"{facts['host']}, {facts['system']}"), ("python", facts["python"])]
     if "packages" not in facts:
         return rows
@@ -151,7 +154,10 @@ def _hardware_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _environment_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """(name, text) of directories, SLURM, and variables that keep libraries offline."""
+    """(name, text) of the directories that runs use, SLURM, and variables that keep libraries offline.
+
+    facts["places"]: {"cache": {"path": "/home/me/.cache/shardtune", "free_gib": 120.0, "exists": True}, ...}.
+    """
     rows = []
     for name, place in facts["places"].items():
         models = f", {facts['models']} models" if name == "models" else ""  # how many the cache of the hub has

@@ -73,7 +73,11 @@ class Machine:
 
 
 def examine(env: Mapping[str, str]) -> Machine:
-    """Collect facts, problems and notes about this machine; what is missing raises nothing, but is a problem or a note."""
+    """Collect facts, problems and notes about this machine, for a report; what is missing raises nothing, but is a problem or a
+    note.
+
+    `env`: the environment variables.
+    """
     machine = Machine()
     machine.facts["host"] = socket.gethostname()
     machine.facts["system"] = platform.platform()
@@ -86,10 +90,10 @@ def examine(env: Mapping[str, str]) -> Machine:
 
 
 def _add_packages(machine: Machine) -> None:
-    """Add the versions of required packages to the machine's facts, with what each extra lacks; a problem for each unmet one.
+    """Check the packages that shardtune needs: adds their versions to the machine's facts, and a problem for each unmet one.
 
-    facts["packages"]: {"torch": "2.8.0"}. facts["extras"]: {"gpu": {"brings": "FlashAttention", "lacks": [messages]}}.
-    If shardtune is not installed, its requirements are not known: a note says so, and these facts are not set.
+    facts["packages"]: {"torch": "2.8.0"}. facts["extras"]: {"gpu": {"brings": "FlashAttention", "lacks": [messages]}}. If
+    shardtune is not installed, its requirements are not known: a note says so, and these facts are not set.
     """
     machine.facts["python"] = platform.python_version()
     try:
@@ -113,7 +117,7 @@ def _add_packages(machine: Machine) -> None:
 
 
 def _required_packages(extras: list[str]) -> tuple[list[RequiredPackage], dict[str, list[RequiredPackage]]]:
-    """(the packages that every run needs, the further ones by extra) from the metadata of the installed shardtune.
+    """Read what shardtune needs from its installed metadata: (the packages that every run needs, the further ones by extra).
 
     Such as ([torch >=2.8], {"gpu": [flash-attn >=2.7]}). `extras`: the names in the metadata.
     """
@@ -145,7 +149,10 @@ def _package_problem(package: RequiredPackage) -> str | None:
 
 
 def _add_hardware(machine: Machine) -> None:
-    """Add cores, memory and GPUs to the machine's facts, and problems with torch to its problems."""
+    """Add cores, memory and GPUs to the machine's facts, and problems with torch to its problems.
+
+    Without torch, or with one that cannot be imported, there is the problem alone.
+    """
     driver = _nvidia_driver_version()
     try:
         import torch
@@ -182,7 +189,10 @@ def _add_hardware(machine: Machine) -> None:
 
 
 def _add_gpus(machine: Machine) -> None:
-    """Add each GPU that torch sees to the machine's facts, and a note if other processes use its memory."""
+    """Add each GPU that torch sees to the machine's facts, and a note if other processes use its memory.
+
+    {"name": "NVIDIA H100", "memory_gib": 79.2, "free_gib": 78.5, "precision": "bf16"}
+    """
     import torch
 
     from strategies.hardware import best_precision, gpu_of_device
@@ -210,7 +220,8 @@ def _nvidia_driver_version() -> str | None:
 
 
 def _add_directories(machine: Machine, env: Mapping[str, str]) -> None:
-    """Add the directories that runs use to the machine's facts, with their free space, and the number of models in the cache.
+    """Check the directories that runs use: adds them to the machine's facts, with their free space, and counts models in the
+    cache.
 
     facts["places"]: {"cache": {"path": "/home/me/.cache/shardtune", "free_gib": 120.0, "exists": True}, ...}.
     Problems: a directory whose disk cannot be looked at, or that cannot be written. Notes: little space. Models may lie in a
@@ -255,7 +266,7 @@ def _add_slurm(machine: Machine) -> None:
 
 
 def _add_environment(machine: Machine, env: Mapping[str, str]) -> None:
-    """Add the variables that keep libraries offline to the machine's facts, and check the environment for two mistakes.
+    """Check the environment for two mistakes, and add the variables that keep libraries offline to the machine's facts.
 
     - a note on variables of a rank that are left over from a job;
     - a problem for each package of another author that hides one of ours, since it has the same name.

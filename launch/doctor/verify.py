@@ -44,9 +44,9 @@ class VerificationFailed(ShardtuneError):
 
 
 def verify(arguments: list[str], *, as_json: bool) -> int:
-    """Compare the run that the settings (`arguments`) describe with one process, and print the report.
+    """Check that a run as the settings (`arguments`) describe it computes what one process does, and print the report.
 
-    Returns the exit code: 69 if they differ, 130 after Ctrl-C.
+    One training step on a small copy of its model is compared. Returns the exit code: 69 if they differ, 130 after Ctrl-C.
     Errors: ConfigError for settings that cannot be compared, VerificationFailed if the ranks fail.
     """
     if not arguments:
@@ -75,6 +75,7 @@ def _run_verification(arguments: list[str], directory: Path) -> dict[str, Any] |
     from trainer.verification.run import write_small_models_and_documents
     from trainer.verification.small_run import num_ranks_for_verification
 
+    # As many as the settings ask for; None if that is open, as with launcher=slurm.
     user_ranks = num_launched_ranks(config)
     changes += move_to_cpus_without_gpus(config, num_ranks_for_verification(config))
     # Other libraries import DeepSpeed if it is installed. It would guess the device, and print its guess.
@@ -94,10 +95,10 @@ def _run_verification(arguments: list[str], directory: Path) -> dict[str, Any] |
 
 
 def config_to_verify(arguments: list[str]) -> tuple[RunConfig, list[str]]:
-    """(the configuration that the settings `arguments` describe, sentences on what was changed in it for the comparison).
+    """Compose the configuration to verify: (configuration, sentences on what was changed in it for the comparison).
 
-    A device that is resolved from `auto` is no change: a run resolves it in the same way.
-    Errors: ConfigError, also for strategy=single and strategy=auto, which leave nothing to compare.
+    A device that is resolved from `auto` is no change: a run resolves it in the same way. Errors: ConfigError, also for
+    strategy=single and strategy=auto, which leave nothing to compare.
     """
     from launch.config.compose import compose_config
     from strategies.base import Precision, StrategyName
@@ -136,7 +137,7 @@ def config_to_verify(arguments: list[str]) -> tuple[RunConfig, list[str]]:
 
 
 def move_to_cpus_without_gpus(config: RunConfig, ranks: int) -> list[str]:
-    """Change `config` to compute on CPUs if there are fewer GPUs than ranks; returns sentences on what that changes.
+    """Let the comparison run on CPUs if there are fewer GPUs than ranks: changes `config`, and returns sentences on the changes.
 
     Errors: ConfigError if run.device=cuda was given by the user and there are too few GPUs.
     """
@@ -173,9 +174,12 @@ def run_verifying_ranks(
 ) -> dict[str, Any] | None:
     """Start the ranks that compare the copy of the run in `directory`; returns rank 0's report as JSON values, None after Ctrl-C.
 
-    `config`: the run's. `small_run`: its small copy. `user_ranks`: the ranks that the settings ask for; None if that is open.
-    Writes configuration and request into `directory`, where the ranks read them.
-    Errors: VerificationFailed if a rank failed before there was a report.
+    `config`: the run's.
+    `small_run`: its small copy.
+    `user_ranks`: the ranks that the settings ask for; None if that is open.
+
+    Writes configuration and request into `directory`, where the ranks read them. Errors: VerificationFailed if a rank failed
+    before there was a report.
     """
     from launch.cluster.torchrun import RankProgram, RedirectedOutput, run_ranks_on_this_host
     from launch.config.frozen import config_sha256, config_yaml
@@ -227,8 +231,9 @@ class _Progress:
 def compared_settings(config: RunConfig, small_run: SmallRun) -> dict[str, Any]:
     """The settings under which the run is compared, as JSON values for the report.
 
-    `config`: the run's, for what the small copy takes over. `small_run`: the copy that is really run, for what it makes smaller
-    (ranks, degrees of parallelism, batches) or resolves (recomputation).
+    `config`: the run's, for what the small copy takes over.
+    `small_run`: the copy that is really run, for what it makes smaller (ranks, degrees of parallelism, batches) or resolves
+    (recomputation).
     """
     small_config = small_run.config
     return {
@@ -247,7 +252,7 @@ def compared_settings(config: RunConfig, small_run: SmallRun) -> dict[str, Any]:
 
 
 def verification_lines(report: dict[str, Any]) -> list[str]:
-    """The report for people, as lines.
+    """Write the report of a verification for people, as lines.
 
     It reads of the report: "kernels", what computes attention in each pass ({"one process, fp32": "sdpa", ...}); "notes" and
     "problems", lists of messages; and "agrees", a bool.
@@ -267,7 +272,7 @@ def verification_lines(report: dict[str, Any]) -> list[str]:
 
 
 def _summary_lines(report: dict[str, Any]) -> list[str]:
-    """Lines on what is compared, and on which copy of the model.
+    """Write lines on what is compared, and on which copy of the model.
 
     It reads of the report:
     - "model": {"model_type": "llama", "elements": 100000, "kept": {"heads": 4}, "changed": {"layers": {"model": 32, "copy": 2}}},
@@ -303,8 +308,9 @@ def _summary_lines(report: dict[str, Any]) -> list[str]:
 
 
 def _difference_lines(report: dict[str, Any]) -> list[str]:
-    """The table of differences: a row for each quantity, and two columns for each precision: the difference and its bound.
+    """Write the table of differences: a row for each quantity, and two columns for each precision: the difference and its bound.
 
+    A quantity is the loss, or a kind of parameter whose gradients are compared; each has all precisions, in one order.
     report["differences"]: [{"quantity": "loss", "precision": "fp32", "distance": 1e-6, "bound": 1e-4, "exceeded": False}, ...].
     """
     precisions = list(dict.fromkeys(difference["precision"] for difference in report["differences"]))

@@ -14,7 +14,7 @@ line for each part of the work that has begun."""
 
 
 def main() -> int:
-    """Be one rank of `doctor --verify`; returns its exit code. Rank 0 writes the report.
+    """Be one rank of `doctor --verify`: take the steps that are compared; returns the exit code. Rank 0 writes the report.
 
     An error is recorded in `failure.json`, for the process that started the ranks, and raised.
     """

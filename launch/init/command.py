@@ -122,13 +122,14 @@ def _target_file_problems(target: Path) -> Iterator[str]:
 
 
 def _file_from_settings(arguments: list[str], target: Path) -> tuple[InitResult, str]:
-    """(result, text of the settings file) from settings of the command line alone.
+    """Make the settings file from settings of the command line alone: (result for the screen, text of the file).
 
-    Raises ConfigError if a run could not start with them.
+    `target`: the file, which its text names. Raises ConfigError if a run could not start with the settings.
     """
     from launch.config.compose import compose_config
 
     _raise_if_any_reset(arguments)
+    # Raises ConfigError for problems; the configuration itself is not needed.
     compose_config(arguments)
     head_sentences = [
         f"Settings of a run, written by `shardtune init`. Train with: shardtune train {target}",
@@ -138,11 +139,13 @@ def _file_from_settings(arguments: list[str], target: Path) -> tuple[InitResult,
 
 
 def _file_from_other_trainer(source: str, cli_settings: list[str], target: Path) -> tuple[InitResult, str]:
-    """(result, text of the settings file) from the file `source` of another trainer; `cli_settings` override what is in it.
+    """Make the settings file from the file `source` of another trainer: (result for the screen, text of the file).
+
+    `cli_settings`: settings of the command line, which override what is in it.
 
     A setting of the other file that cannot be used here is left out, and listed with its reason. The rest may still have problems
-    for which a run is refused, such as a missing budget: they are listed too, and do not keep the file from being written.
-    Raises ConfigError if the file cannot be read, or a setting of the command line cannot be used.
+    for which a run is refused, such as a missing budget: they are listed too, and do not keep the file from being written. Raises
+    ConfigError if the file cannot be read, or a setting of the command line cannot be used.
     """
     from launch.config.compose import compose_config
     from launch.config.hints import num_requested_ranks
@@ -157,6 +160,7 @@ def _file_from_other_trainer(source: str, cli_settings: list[str], target: Path)
     arguments = _overrides_that_compose(converted, cli_settings)
     problems_to_settle: list[str] = []
     try:
+        # Checks too what a run needs beyond single settings, which `_overrides_that_compose` does not.
         compose_config(arguments)
     except ConfigError as error:
         problems_to_settle = error.problems
@@ -177,9 +181,10 @@ def _file_from_other_trainer(source: str, cli_settings: list[str], target: Path)
 
 
 def _overrides_that_compose(converted: ConvertedSettings, cli_settings: list[str]) -> list[str]:
-    """The overrides of the other trainer's file, without those that cannot be used, then those of the command line.
+    """Find the settings of the other trainer's file that can be used here; returns them, then those of the command line, as
+    overrides.
 
-    Overrides that cannot be used are withdrawn from `converted`, each with its reason, until the rest composes.
+    Those that cannot be used are withdrawn from `converted`, each with its reason, until the rest composes to a configuration.
     Raises ConfigError if a setting of the command line cannot be used.
     """
     from launch.config.compose import compose_config
@@ -198,6 +203,7 @@ def _overrides_that_compose(converted: ConvertedSettings, cli_settings: list[str
         for problem in problems:
             key = key_of_problem(problem)
             if key in file_overrides:
+                # The reason is the message without the `key=value: ` that it begins with.
                 without_key = problem.removeprefix(f"{key}={file_overrides[key]}").removeprefix(key)
                 reason_by_key[key] = without_key.removeprefix(": ")
         if not reason_by_key:  # then the problems are those of the command line
@@ -223,7 +229,7 @@ def _escaped_overrides_by_key(converted: ConvertedSettings) -> dict[str, str]:
 def _drop_overridden_settings(converted: ConvertedSettings, cli_settings: list[str]) -> list[str]:
     """Remove from the converted file what `cli_settings` override: the same key, another budget, other data.
 
-    Returns the names that these settings have in the other trainer's file.
+    Returns the names that these settings have in the other trainer's file, to tell the user.
     """
     cli_keys = {argument.lstrip("+").partition("=")[0] for argument in cli_settings if "=" in argument}
     has_budget = any(key.startswith("budget.") for key in cli_keys)
@@ -252,10 +258,13 @@ def _build_settings_file(
     problems_to_settle: Sequence[str] = (),
     overridden_names: Sequence[str] = (),
 ) -> tuple[InitResult, str]:
-    """(result, text of the settings file) from settings (`arguments`) that compose to a configuration. Writes nothing.
+    """Build (result for the screen, text of the settings file) from settings that compose to a configuration. Writes nothing.
 
-    `head_sentences`: those at the top of the file. `converted`: the other trainer's file, of which the end of the new file lists
-    what has no equal here. `problems_to_settle`: listed there too. `overridden_names`: for the result alone.
+    `arguments`: the settings, as `key=value`.
+    `head_sentences`: those at the top of the file.
+    `converted`: the other trainer's file, of which the end of the new file lists what has no equal here; None without one.
+    `problems_to_settle`: listed there too.
+    `overridden_names`: for the result alone.
     """
     from launch.config.overrides import parse_overrides
     from launch.init.file import comment_lines_of_sentences, settings_file_text
@@ -282,9 +291,9 @@ def _build_settings_file(
 
 
 def _closing_sentences(converted: ConvertedSettings | None, problems_to_settle: Sequence[str]) -> list[str]:
-    """Lines at the end of the file: problems for the user to solve, and what of the other file has no equal here.
+    """Sentences for the end of the file: problems for the user to solve, and what of the other file has no equal here.
 
-    Empty for a file that was not converted.
+    Empty for a file that was not converted (`converted` is None).
     """
     if converted is None:
         return []
@@ -295,7 +304,12 @@ def _closing_sentences(converted: ConvertedSettings | None, problems_to_settle: 
 
 
 def _report_sections(converted: ConvertedSettings, problems_to_settle: Sequence[str]) -> list[ReportSection]:
-    """What the user should know about a converted file, the most important first; sections without an entry are left out."""
+    """Sort what the user should know about a converted file into sections, the most important first; those without an entry are
+    left out.
+
+    Settings without a value are in the other file, but empty there. Remarks: settings that were taken, and mean something a
+    little different here.
+    """
     names_without_value = ", ".join(converted.names_without_value)
     sections = [
         ReportSection("to settle before it trains", list(problems_to_settle)),

@@ -40,7 +40,7 @@ SHOWN_KEYS = frozenset(_SHOWN_KEYS_TEXT.split())
 
 
 def default_run_config(choices: Mapping[str, str]) -> RunConfig:
-    """Every setting with its default under these choices (`{"tuning": "lora"}`), `auto` not resolved yet."""
+    """Compose every setting with its default under these choices (`{"tuning": "lora"}`), `auto` not resolved yet."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
@@ -66,10 +66,11 @@ class SettingsFileContext:
 def settings_file_text(
     head: list[str], parsed: ParsedOverrides, foreign_text_by_key: Mapping[str, str], tail: list[str]
 ) -> str:
-    """The text of a settings file (YAML): a block for each group of settings, with comments that explain them.
+    """Write the text of a settings file (YAML): a block for each group of settings, with comments that explain them.
 
-    `parsed`: the settings, which must compose. `foreign_text_by_key` is what a setting was in another trainer's file, by our
-    key. `head` and `tail` are lines of comments.
+    `head`, `tail`: lines of comments.
+    `parsed`: the settings, which must compose.
+    `foreign_text_by_key`: what a setting was in another trainer's file, by our key.
     """
     context = SettingsFileContext(parsed.choices, default_run_config(parsed.choices), foreign_text_by_key)
     set_values = nested_setting_values(parsed)
@@ -79,6 +80,7 @@ def settings_file_text(
     if listed_choices:
         lines += ["defaults:", *(f"  - {group}: {choice}" for group, choice in listed_choices.items()), ""]
     docstring_by_group = direct_field_docstrings(RunConfig)
+    # A field of RunConfig is a group of settings with a class, the dictionary `batch`, or a single setting such as `precision`.
     for name, annotation in get_type_hints(RunConfig).items():
         if name == "substitutions":  # what a run resolved itself: no setting
             continue
@@ -111,6 +113,7 @@ def nested_setting_values(parsed: ParsedOverrides) -> dict[str, Any]:
         for parent in parents:
             block = block.setdefault(parent, {})
         leaf = leaf.removesuffix("_")  # fields whose name is a Python keyword end with _
+        # A dictionary adds to what single keys have set in it.
         if isinstance(value, dict) and isinstance(block.get(leaf), dict):
             block[leaf].update(value)
         else:
@@ -141,10 +144,11 @@ def _without_enums(value: Any) -> Any:
 
 
 def _lines_of_group(name: str, annotation: type, set_values: dict[str, Any], context: SettingsFileContext) -> list[str]:
-    """The lines of one group of settings, such as `optim`; empty if nothing in it is set or shown.
+    """Write the lines of one group of settings, such as `optim`; empty if nothing in it is set or shown.
 
-    `annotation` is the group's class, `set_values` are its values that are set. For example:
-    ["# <docstring of the class>", "budget:", "  # <docstring of the setting>", "  steps: 100"]
+    Shown are settings that people change most, as comments (`SHOWN_KEYS`). `annotation`: the group's class. `set_values`: those
+    of its values that are set. For example: ["# <docstring of the class>", "budget:", "  # <docstring of the setting>", "  steps:
+    100"]
     """
     group_defaults = getattr(context.defaults, name)
     settings_class = annotation
@@ -182,10 +186,14 @@ def _lines_of_block(
     *,
     depth: int,
 ) -> list[str]:
-    """The lines of the settings of a class that are set or shown; an inner class is there if something in it is set.
+    """Write the lines of the settings of a class that are set or shown; an inner class is there if something in it is set.
 
-    `prefix` is the dotted key of the block, such as `optim`. `defaults` is its object with defaults, and `set_values` has what is
-    set in it. `depth` is its level: 1 for a group. An empty line stands before each setting, the first one too.
+    `prefix`: the dotted key of the block, such as `optim`.
+    `defaults`: its object with defaults.
+    `set_values`: what is set in it.
+    `depth`: its level, 1 for a group.
+
+    An empty line stands before each setting, the first one too.
     """
     lines: list[str] = []
     docstring_by_field = field_docstrings(settings_class)
@@ -223,7 +231,7 @@ def _lines_of_batch(set_values: dict[str, Any], context: SettingsFileContext) ->
 def _lines_of_setting(
     key: str, name: str, set_values: Mapping[str, Any], default: Any, indent: str, context: SettingsFileContext
 ) -> list[str]:
-    """The lines of one setting: its value if it is set, otherwise its default as a comment.
+    """Write the lines of one setting: its value if it is set, otherwise its default as a comment.
 
     A dictionary has a line for its name and one for each entry. `key`: the full key. `name`: the name in `set_values`.
     """
@@ -255,7 +263,9 @@ def comment_lines_of_sentences(sentences: list[str]) -> list[str]:
 
 
 def _comment_lines(sentence: str, indent: str) -> list[str]:
-    """A sentence as comment lines, each after `indent`, in `COMMENT_WIDTH_COLUMNS` columns; names and paths are never broken."""
+    """Wrap a sentence into comment lines, each after `indent`, in `COMMENT_WIDTH_COLUMNS` columns; names and paths are never
+    broken.
+    """
     line_start = f"{indent}# "
     return textwrap.wrap(
         " ".join(sentence.split()),
