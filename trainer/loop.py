@@ -18,7 +18,7 @@ from trainer.evaluation.best import (
     raise_if_watched_metric_is_missing,
     record_evaluation,
 )
-from trainer.loop_types import BatchLoader, LoopSettings, Monitors, Row, Sinks, WrittenCheckpoint
+from trainer.loop_types import LoopSettings, Monitors, Row, Sinks
 from trainer.monitors.anomalies import OUTLIER_KEYS, Outlier, RollBack
 from trainer.monitors.levels import LEVEL_LOOK_BACK_STEPS
 from trainer.objectives.step_totals import accumulate_gradients, step_record
@@ -29,9 +29,11 @@ from trainer.reporting.numbers import format_metric
 from trainer.reporting.outcome import TrainingOutcome
 
 if TYPE_CHECKING:
-    from trainer.data.batches.loader import StepBatch
+    from trainer.checkpoints.async_writer import SavedCheckpoint
+    from trainer.data.batches.loader import StepBatch, StepLoader
     from trainer.reporting.earlier_rows import EarlierResults
     from trainer.reporting.metrics import StepRecord
+    from trainer.rollout.loader import RolloutLoader
 
 
 class Trainer:
@@ -42,7 +44,7 @@ class Trainer:
         settings: LoopSettings,
         *,
         engine: Engine,
-        loader: BatchLoader,
+        loader: StepLoader | RolloutLoader,
         progress: Progress,
         evaluators: list[Evaluator],
         sinks: Sinks,
@@ -75,7 +77,7 @@ class Trainer:
         self.current_batch: StepBatch | None = None
         """The batch of the step being taken; None between steps."""
         self._saved_progress = SavedProgress(progress)
-        self._reported_checkpoint: WrittenCheckpoint | None = None
+        self._reported_checkpoint: SavedCheckpoint | None = None
         """The last checkpoint whose cost stands in a row."""
 
     def fit(self) -> TrainingOutcome:
