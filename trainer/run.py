@@ -303,10 +303,10 @@ def compare_with_resumed_run(config: RunConfig, data: PreparedData, context: Run
 def choose_strategy_and_micro_batch(
     config: RunConfig, inputs: ProbeInputs, context: RunContext, write_config: WriteConfig
 ) -> RunConfig:
-    """Choose the strategy and the micro-batch, if they are `auto`. All ranks must call.
+    """Choose the sharding strategy and the micro-batch, if they are `auto`, by what fits into memory. All ranks must call.
 
     Returns the configuration with both choices; rank 0 also writes each into `config.yaml`, so that a resumed run keeps it.
-    Raises DoesNotFit if no choice fits into memory, LeaseLost on every rank if another attempt took the run directory.
+    Raises DoesNotFit if no choice fits, LeaseLost on every rank if another attempt took the run directory.
     """
 
     def keep_choice(chosen_config: RunConfig) -> None:

@@ -34,6 +34,7 @@ class TrainStep(nn.Module):
     def __init__(
         self, model: nn.Module, objective: Objective, block_classes: set[str], teacher: nn.Module | None = None
     ) -> None:
+        """`objective`: computes the terms from `model` and a batch. `block_classes`: names of the classes of repeated layers."""
         super().__init__()
         self.model = model
         self.teacher = teacher

@@ -90,7 +90,7 @@ class DemoData:
 def main(argv: list[str]) -> int:
     """Run `shardtune demo`: fine-tune a small model on clinical notes, and check that it learned; returns the exit code.
 
-    `argv` is passed on to `shardtune train`. With `objective=grpo` it is another demo, of learning from a reward (`three_words.py`).
+    `argv` is passed on to `shardtune train`. With `objective=grpo` the demo is that of `three_words.py`, with a reward.
     Errors: FetchError, StorageError, ShardtuneError if the model did not learn, and what training raises.
     """
     if "objective=grpo" in argv:

@@ -381,7 +381,7 @@ def init_result_lines(result: InitResult) -> list[str]:
 
 
 def _wrap_entry(entry: str) -> list[str]:
-    """An entry of a section as lines of at most `ANSWER_WIDTH_COLUMNS` columns; names and paths are never broken."""
+    """Wrap an entry of a section into lines of at most `ANSWER_WIDTH_COLUMNS` columns; names and paths are never broken."""
     return textwrap.wrap(
         entry,
         ANSWER_WIDTH_COLUMNS,

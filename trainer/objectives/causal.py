@@ -115,10 +115,11 @@ def run_for_hooks(model: nn.Module, batch: dict[str, Any]) -> None:
 
 
 def _logits_at(supervised_positions: Tensor, causal_lm: Any, inputs: dict[str, Any]) -> Tensor:
-    """Logits `[N, V]` at N positions (int64 `[N]`, of the flattened batch), from the model's own forward pass.
+    """Compute logits `[N, V]` at N positions (int64 `[N]`, of the flattened batch) by the model's own forward pass.
 
-    A hook on the head passes it these positions alone, which saves most of the logits' memory. Where the hook cannot
-    tell which positions are which, all logits are made and those of the positions are taken.
+    For models whose logits are more than a product of states and head. A hook on the head passes it these positions alone, which
+    saves most of the logits' memory. Where the hook cannot tell which positions are which, all logits are made and those of the
+    positions are taken.
     """
     head = causal_lm.get_output_embeddings()
     num_tokens = inputs["input_ids"].numel()

@@ -49,7 +49,7 @@ class ClassificationConfig(ObjectiveConfig):
 
 
 def classification_problems(config: ClassificationConfig, other_settings: OtherSettings) -> Iterator[str]:
-    """What is wrong with the data settings for labelled rows, and with the labels' names and weights."""
+    """What is wrong with the settings of a classification, one line each: of data, labels' names and weights."""
     data = other_settings.data
     if data.packing:
         yield "data.packing=true: a classified document has a row of its own; set data.packing=false"
@@ -190,9 +190,11 @@ class LabelCollator(PooledCollator):
 
 
 def join_labels(labels: Any) -> str:
-    """Any number of labels as one text, sorted, with `|` between them: ["dog", "cat"] -> "cat|dog"; none is the empty text.
+    """Join any number of labels into one text, sorted, with `|` between them: ["dog", "cat"] -> "cat|dog"; none is the empty
+    text.
 
-    `labels`: a list of labels, one label, or a text that has them with `|` between them. Raises RowError: bad_label.
+    So that a row with several labels has one text while it is read. `labels`: a list of labels, one label, or a text that has
+    them with `|` between them. Raises RowError: bad_label.
     """
     if isinstance(labels, str):
         labels = [name for name in labels.split(LABEL_SEPARATOR) if name.strip()]
@@ -387,7 +389,8 @@ def balanced_weights(labels: np.ndarray, names: Sequence[str], *, multi_label: b
 def _balanced_weights_of_several(
     documents_with_label: np.ndarray, num_documents: int, names: Sequence[str]
 ) -> list[float]:
-    """The weight of each label where documents have several: documents without the label / documents with it.
+    """Weigh the labels of documents that have several: documents without the label / documents with it, so that rare ones count
+    more.
 
     Raises DataError for a label that every training document has.
     """

@@ -206,11 +206,15 @@ def disturb_parameters(model: nn.Module) -> None:
 
 
 class _Proof:
-    """A small random copy of the stock model, with its loss and gradients on some documents, to compare paths with."""
+    """A small random copy of transformers' own ("stock") model, with its loss and gradients on some documents, to compare paths
+    with.
+    """
 
     def __init__(self, hf_config: Any, meta_model: Any, small_config: Any, dtype: torch.dtype) -> None:
-        """`small_config`: a small copy of `hf_config`, of which `meta_model` is the model on meta. Raises NotShrinkable if it is
-        too large, lacks a kind of layer, or computes no finite numbers.
+        """Make the small copy, and compute on it what paths are compared with.
+
+        `small_config`: a small copy of `hf_config`, of which `meta_model` is the model on meta. Raises NotShrinkable if it is too
+        large, lacks a kind of layer, or computes no finite numbers.
         """
         self.dtype = dtype
         self.model_class = transformers_class(ModelKind.causal, hf_config)

@@ -116,7 +116,7 @@ class Proofs:
 
 
 def _remedies_for_noncausal_model(hf_config: Any) -> list[str]:
-    """What to do instead with a model whose tokens see what follows them, as texts for an error: `take a causal model`."""
+    """What to do instead with a model whose tokens see what follows them, as texts for an error: ["take a causal model", ...]."""
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     alternatives = ["take a causal model"]
@@ -268,7 +268,10 @@ def why_causal_rows_cannot_be_shared(config: ModelConfig, hf_config: Any, *, hal
 
 
 def why_classifier_rows_cannot_be_shared(config: ModelConfig, hf_config: Any, objective: str) -> str | None:
-    """Why ranks cannot share rows of a classifier (`parallel.sequence`), as a test on a small copy shows; None if they can."""
+    """Why ranks cannot share rows of a classifier (`parallel.sequence`), as a test on a small copy shows; None if they can.
+
+    `objective`: its name, for messages.
+    """
     # Else transformers would not know our attention and experts by the names that the model is built with.
     attention.register()
     experts.register()

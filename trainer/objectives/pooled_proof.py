@@ -81,7 +81,12 @@ class _PackingProof:
     """A small random copy of a classifier, with some documents to compare it on."""
 
     def __init__(self, hf_config: Any, meta_model: nn.Module, small_config: Any, dtype: torch.dtype) -> None:
-        """`small_config`: a small copy of `hf_config`, of which `meta_model` is the classifier on meta."""
+        """Make the small copy's configuration, some documents, and weights for their logits; raises NotShrinkable if it would
+        prove nothing.
+
+        `small_config`: a small copy of `hf_config`, of which `meta_model` is the classifier on meta. `dtype`: in which it is
+        compared.
+        """
         self.dtype = dtype
         self.model_class = transformers_class(ModelKind.classifier, hf_config)
         self.small_config = small_config

@@ -192,8 +192,8 @@ def install_added_losses(
 def _install_logit_z_loss(causal_lm: Any, weight: float, notes: dict[str, str]) -> float:
     """Add a hook that records what the z-loss of the logits needs; returns the weight that it gets, 0 for none.
 
-    The loss makes logits from hidden states. A model whose own forward pass makes the logits gives none: then the weight is 0,
-    and a note says so.
+    The loss keeps logits small. It makes them from hidden states, which a model whose own forward pass makes the logits does not
+    give: then the weight is 0, and a note says so.
     """
     if not weight:
         return 0.0

@@ -58,7 +58,10 @@ class Seq2seqConfig(ObjectiveConfig):
 
 
 def seq2seq_problems(config: Seq2seqConfig, other_settings: OtherSettings) -> Iterator[str]:
-    """What is wrong with the settings of data, model, strategy and tuning for an encoder-decoder model."""
+    """What is wrong with the settings of data, model, strategy and tuning for an encoder-decoder model, one line each.
+
+    `other_settings`: the rest of the run's configuration.
+    """
     data = other_settings.data
     model = other_settings.model
     if data.packing:
@@ -147,6 +150,7 @@ class SourceTargetEncoder(Encoder):
         max_target: int,
         control_tokens: ControlTokens = ControlTokens.text,
     ) -> None:
+        """`prefix`: text before every prompt. `max_target`: most tokens of an answer. Raises ConfigError without an end token."""
         super().__init__(tokenizer, control_tokens=control_tokens)
         self.prefix = prefix
         self.max_target = max_target

@@ -146,10 +146,13 @@ def step_record(
     lr: float,
     epoch: float,
 ) -> StepRecord:
-    """The numbers of a step on `batch`, for the meter. It keeps none of the batch's micro-batches alive.
+    """Collect the numbers of a step on `batch`, for the meter. It keeps none of the batch's micro-batches alive.
 
-    `local_sums`: what `accumulate_gradients` returned; the tokens by expert are taken out of it. `progress`: counts the step
-    already. `lr`: of the step. `epoch`: passes over the training data so far.
+    `local_sums`: what `accumulate_gradients` returned; the tokens by expert are taken out of it.
+    `step_result`: what the engine returned of the update, such as the gradient norm.
+    `progress`: counts the step already.
+    `lr`: of the step.
+    `epoch`: passes over the training data so far.
     """
     return StepRecord(
         step=progress.step,

@@ -22,7 +22,8 @@ REWARD_METRIC = "eval/reward"
 
 
 def evaluation_decoding(rollout: RolloutConfig, generate: GenerateConfig) -> DecodingConfig:
-    """How answers to held-out prompts are generated: length and stop strings of training, all else of `evaluation.generate`.
+    """Decide how answers to held-out prompts are generated: length and stop strings of training, all else of
+    `evaluation.generate`.
 
     Its defaults are greedy decoding and one answer to each prompt.
     """

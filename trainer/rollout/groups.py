@@ -69,10 +69,10 @@ def normalised_sum(
 
 
 def is_idle_group(rewards: np.ndarray) -> np.ndarray:
-    """bool [groups]: whether nothing can be learned from a group, float64 [groups, answers], nan for unscored answers.
+    """Find the groups from which nothing can be learned, bool [groups]: no answer is better than another.
 
-    A group is idle if fewer than two of its answers are scored, or all scored ones have the same reward, up to
-    `EQUAL_REWARDS_TOLERANCE`.
+    `rewards`: float64 [groups, answers], nan for unscored answers. A group is all answers to one prompt. It is idle if fewer than
+    two of its answers are scored, or all scored ones have the same reward, up to `EQUAL_REWARDS_TOLERANCE`.
     """
     is_scored = ~np.isnan(rewards)
     highest = np.where(is_scored, rewards, -np.inf).max(axis=1)
@@ -83,7 +83,8 @@ def is_idle_group(rewards: np.ndarray) -> np.ndarray:
 
 
 def answer_weights(lengths: np.ndarray, normalise: Normalise, max_new_tokens: int) -> tuple[np.ndarray, float]:
-    """How the loss of a step averages over tokens and answers: (weight of each token, float64 [answers]; divisor of the sum).
+    """Decide how the loss of a step averages over tokens and answers: (weight of each token, float64 [answers]; divisor of the
+    sum).
 
     The loss is the sum of (weight of its answer times loss) over all tokens, divided by the divisor. By `normalise`
     (`objective.normalise`):
@@ -110,8 +111,9 @@ def answer_weights(lengths: np.ndarray, normalise: Normalise, max_new_tokens: in
 
 
 def _subtract_baseline(known_rewards: np.ndarray, is_scored: np.ndarray, baseline: Baseline) -> np.ndarray:
-    """Rewards minus their baseline, float64 [groups, answers].
+    """Subtract from each reward what its answer is compared with, its baseline; float64 [groups, answers].
 
+    A group is all answers to one prompt.
     - none: nothing is subtracted.
     - batch: the mean of all scored rewards.
     - group: the mean of the scored rewards of the group.

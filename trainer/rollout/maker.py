@@ -200,7 +200,10 @@ class RoundBuilder:
         return _GroupsOfRound(generated, kept=generated.select(kept), num_consumed_prompts=num_consumed)
 
     def _nothing_to_learn_message(self, scored: _ScoredGroups) -> str:
-        """The error message if all answers to each prompt have the same reward, so that there is nothing to learn."""
+        """Write the error for a run whose rewards tell no answers apart: all answers to each prompt have the same one.
+
+        `scored`: all groups (answers to one prompt) that were tried.
+        """
         rewards = stack_rewards(scored.scores)
         known_rewards = rewards[~np.isnan(rewards)]
         observed = "no answer was scored"

@@ -40,7 +40,9 @@ def round_metrics(
 
 
 def _length_metrics(groups: Sequence[AnswerGroup]) -> dict[str, float]:
-    """Mean, least and largest length of the answers in tokens, with the end token, and the share of answers without an end."""
+    """Measure the answers' lengths in tokens, with the end token: mean, least and largest, and the share of answers without an
+    end.
+    """
     answers = all_answers(groups)
     lengths = np.array([len(answer.ids) for answer in answers], dtype=np.float64)
     ended = np.array([answer.has_ended for answer in answers])

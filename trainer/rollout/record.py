@@ -41,7 +41,10 @@ class RoundRecord:
                     raise StorageError(f"{file}: cannot be removed ({error.strerror})") from error
 
     def write(self, rollout_round: Round, step: int) -> None:
-        """Write the file of a round that begins after `step` steps, unless no groups are recorded. Raises StorageError."""
+        """Write the answers and scores of a round that begins after `step` steps into its Parquet file. Raises StorageError.
+
+        Nothing is written if the user wants no record.
+        """
         if self.max_groups == 0:  # the user wants no record
             return
         import pyarrow as pa

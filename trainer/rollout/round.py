@@ -79,7 +79,8 @@ class Round:
         return [number for number in answer_numbers if is_learned[number]]
 
     def sequence(self, number: int) -> AnswerSample:
-        """The tokens of answer `number` after those of its prompt, of which only the answer is supervised.
+        """Make the sequence that is learned of answer `number`: its prompt's tokens, then its own, of which only these are
+        supervised.
 
         Without `per_token_entries`, which `step_data` adds.
         """

@@ -52,9 +52,11 @@ def trial_report(groups: Sequence[AnswerGroup], scores: Sequence[GroupScores]) -
 
 
 def _reward_summary(rewards: np.ndarray) -> dict[str, float | None]:
-    """Mean, range, mean deviation within groups, share of idle groups and number of unscored answers, by name.
+    """Summarise the rewards of a trial: mean, range, mean deviation within groups, share of idle groups, number of unscored
+    answers.
 
-    `rewards`: float64 [groups, answers], nan where unscored. A number is None if nothing was scored.
+    `rewards`: float64 [groups, answers], nan where unscored; a group is all answers to one prompt. A number is None if nothing
+    was scored.
     """
     known = rewards[~np.isnan(rewards)]
     deviations = []
@@ -73,7 +75,7 @@ def _reward_summary(rewards: np.ndarray) -> dict[str, float | None]:
 
 
 def expected_idle_share(rewards: np.ndarray, group_size: int) -> float | None:
-    """The expected share of groups of `group_size` answers that all score alike; None if nothing was scored.
+    """Estimate for another group size the share of groups whose answers would all score alike; None if nothing was scored.
 
     `rewards`: float64 [groups, answers], nan where unscored. Answers to a prompt are assumed to be independent: if a share p of
     them has some score, all `group_size` have it with the chance p ** group_size. Few answers underestimate rare scores.
@@ -89,13 +91,14 @@ def expected_idle_share(rewards: np.ndarray, group_size: int) -> float | None:
 
 
 def _group_record(group: AnswerGroup, scores: GroupScores) -> dict[str, Any]:
-    """A group (all answers to one prompt) as JSON values, with its mean reward, best and worst answer, unless none is scored.
+    """Show a group (all answers to one prompt) as JSON values: its mean reward, best and worst answer, unless none is scored.
 
     {"where": "prompts.jsonl:3", "prompt": "2 + 2?", "mean": 0.5, "best": {"reward": 1.0, "rewards": {"maths": 1.0}, "ended":
     true, "answer": "4"}, "worst": ...}.
     """
     record: dict[str, Any] = {
         "where": group.prompt.origin,
+        # The end of a prompt, where its question stands; of an answer, the beginning.
         "prompt": prompt_as_text(group.prompt.text)[-SHOWN_CHARACTERS:],
     }
     scored = np.flatnonzero(~np.isnan(scores.total))  # indices of the scored answers

@@ -261,9 +261,13 @@ def _with_divergence(ending: RunEnding, outcome: TrainingOutcome) -> RunEnding:
 
 
 def record_measured_cost(record: RunRecord, meter: Meter, checkpoints: Checkpoints, context: RunContext) -> None:
-    """Write into `run.json` what the run took, beside the prediction, however it ended. On rank 0 alone; no collective."""
+    """Write into `run.json` what the run took (memory, bytes exchanged, saving), beside the prediction, however it ended.
+
+    On rank 0 alone; no collective.
+    """
     if not context.runtime.is_main:
         return
+    # Writing a checkpoint beside training needs a copy of the state in the host's memory, for which there may be no room.
     no_background_reason = checkpoints.state_buffer.refusal_reason
     if no_background_reason is not None:  # checkpoints could not be written beside training, as the setting asks
         record.substitutions["checkpoint.background"] = f"false: {no_background_reason}"
@@ -408,7 +412,7 @@ def _close_trackers(opened: OpenedTrackers, ending: RunEnding, print_line: Calla
 
 
 def _metrics_of_report(report: dict[str, Any]) -> dict[str, float]:
-    """Every metric of an evaluation report as `eval/TASK/METRIC`, with `.../low` and `.../high` if it has an interval."""
+    """Flatten an evaluation report for trackers: `eval/TASK/METRIC`, with `.../low` and `.../high` if it has an interval."""
     metrics: dict[str, float] = {}
     for task, task_report in report["tasks"].items():
         for metric, record in task_report["metrics"].items():

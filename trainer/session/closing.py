@@ -30,9 +30,10 @@ class HeldOutPoint:
 
 
 def closing_sentence(outcome: TrainingOutcome, *, from_rewards: bool) -> str:
-    """Whether the run overfits and whether more steps would help, as one sentence for its last lines.
+    """Say at a run's end whether it overfits and whether more steps would help, as one sentence.
 
-    `from_rewards`: the run learns from rewards. A higher reward is better, so its sign is turned to compare it like a loss.
+    By its held-out and training losses at each evaluation. `from_rewards`: the run learns from rewards. A higher reward is
+    better, so its sign is turned to compare it like a loss.
     """
     quantity = "reward" if from_rewards else "loss"
     sign = -1.0 if from_rewards else 1.0

@@ -74,7 +74,12 @@ class Lease:
         on_loss: Callable[[], None],
         on_run_dir_renamed: Callable[[Path], None] = lambda run_dir: None,
     ) -> None:
-        """Errors: OSError if the directory cannot be opened."""
+        """Begin to hold a claim that was just made: writes heartbeats from now on. Errors:
+
+        OSError if the directory cannot be opened.
+
+        `number`, `owner`: of the claim. `on_loss`, `on_run_dir_renamed`: see `acquire`.
+        """
         self.run_dir = run_dir
         """The current path of the run directory."""
         self.number = number

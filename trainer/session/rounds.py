@@ -56,9 +56,10 @@ def open_rounds(
 
 
 def _open_rewards(config: RunConfig, engine: Engine, context: RunContext) -> WorkerScorer:
-    """Open the rewards: programs and servers, a judge model, and the reward models in `engine`. They close with the attempt.
+    """Open the rewards of a run: worker processes for functions, a judge model, and reward models. They close with the attempt.
 
-    All ranks must call. Raises the errors of rewards that cannot be opened.
+    `engine`: holds the reward models beside the trained one. All ranks must call. Raises the errors of rewards that cannot be
+    opened.
     """
     from trainer.evaluation.endpoint.judge import Judge
     from trainer.rollout.rewards.scorer import open_scorer
@@ -81,9 +82,10 @@ def _open_rewards(config: RunConfig, engine: Engine, context: RunContext) -> Wor
 
 
 def _record_rounds(config: RunConfig, round_builder: RoundBuilder, first_step: int, context: RunContext) -> None:
-    """Let rank 0 write each round into the record of rounds, and warn of rewards that took too long. All ranks must call.
+    """Let rank 0 record the answers and scores of each round in the run directory, and warn of rewards that took too long.
 
-    A resumed run forgets the rounds after its checkpoint, which is of `first_step`.
+    `round_builder`: calls what is appended here with each new round. `first_step`: of the checkpoint that the run continues from;
+    rounds after it are forgotten. All ranks must call.
     """
     from trainer.rollout.record import RoundRecord
 

@@ -331,7 +331,7 @@ def _multiplies_as_head(built: BuiltModel, name: str) -> bool:
 
 
 def repetition_warning(global_batch: int, epochs: float, steps: int) -> list[str]:
-    """A warning line if a step takes more documents than the data has, since copies within a step add nothing; else no line.
+    """Warn on the start screen if a step takes more documents than the data has, since copies within a step add nothing; else [].
 
     `epochs`: of the whole run of `steps` steps.
     """
@@ -431,7 +431,10 @@ _RESUME_ONLY_PROGRESS_KEYS = (
 
 
 def outcome_record(outcome: TrainingOutcome) -> RunOutcome:
-    """How training ended, under the names that `run.json` has for it."""
+    """Collect how training ended, under the names that `run.json` has for it.
+
+    `before` and `after` are held-out metrics before and after training, `answers` those to chat questions.
+    """
     progress = outcome.progress.as_json()
     for key in _RESUME_ONLY_PROGRESS_KEYS:
         del progress[key]

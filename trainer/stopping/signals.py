@@ -90,7 +90,7 @@ class StopRequest:
     def arm_end_of_stuck_process(self, end_process: Callable[[str], None]) -> None:
         """From now on, end the process if its main thread does not read `signal_name` within 5 s of a request to stop.
 
-        Two things can end it:
+        For the time before training, when it may be stuck in a library and has nothing to save. Two things can end it:
 
         - A thread of this process calls `end_process` with the name of the signal; it must end the process itself (`os._exit`).
         - If native code keeps the interpreter's lock, no thread can run. The watchdog, another process, then kills this one.

@@ -24,7 +24,10 @@ class Watchdog:
     """The watchdog of this process, from here to `close`. Without Linux's `/proc` there is none."""
 
     def __init__(self, signals: Iterable[signal.Signals], patience_s: float) -> None:
-        """Start a process that kills this one when one of the signals has been pending for `patience_s` seconds."""
+        """Start a process that kills this one when one of the signals has been pending for `patience_s` seconds.
+
+        A pending signal was sent and not received: native code lets no thread run. Only on Linux.
+        """
         self._process: subprocess.Popen[bytes] | None = None
         if sys.platform != "linux" or not sys.executable:
             return

@@ -163,7 +163,10 @@ class JsonSchemaReward(RewardKind):
     required_package = "jsonschema"
 
     def problems(self, key: str) -> Iterator[str]:
-        """What is wrong with the file in `options.schema`, if there is one. `key`: the setting `objective.rewards.NAME`."""
+        """What is wrong with the file in `options.schema`, if there is one, one line.
+
+        `key`: the setting `objective.rewards.NAME`.
+        """
         file = self.option_values["schema"]
         if file is None:
             return

@@ -153,7 +153,7 @@ class RewardProcess:
         return f"its process was ended by {signal.Signals(-code).name}{hint}"
 
     def kill(self) -> None:
-        """End the process and what it has started. May be called when there is none."""
+        """End the process and what it has started, such as after a call that took too long. May be called when there is none."""
         if self._process is None:
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -41,8 +41,11 @@ class WorkerScorer:
         stop_asked: Callable[[], bool] = lambda: False,
         judge: VerdictSource | None = None,
     ) -> None:
-        """`run_dir`: where copies of reward files and the logs of workers are. `stop_asked`: whether this process was asked to
-        stop; no collective. `judge`: for rewards of that kind.
+        """Decide how each reward is computed, and make worker processes for those that need one; `start` starts them.
+
+        `run_dir`: where copies of reward files and the logs of workers are.
+        `stop_asked`: whether this process was asked to stop; no collective.
+        `judge`: for rewards of that kind.
         """
         self.rewards: Mapping[str, RewardEntry] = config.rewards
         self.runtime = runtime
@@ -267,7 +270,7 @@ class _GroupScoreCollector:
                 column[index] = value
 
     def scored_group(self) -> _ScoredGroup:
-        """The scores of the group. Its totals are nan: they are computed once all rewards are there."""
+        """The scores of the group by its rewards. Its totals are nan: they are computed once all rewards are there."""
         num_answers = len(next(iter(self.scores_by_reward.values())))
         scores = GroupScores(
             total=np.full(num_answers, np.nan),
