@@ -251,7 +251,7 @@ class Audit(_StrictRecord):
 
     @classmethod
     def read(cls, directory: Path) -> Audit:
-        """The audit of a prepared data set, from its file. Raises DataError if the file is not exactly of this form."""
+        """Read the audit of a prepared data set from its file. Raises DataError if the file is not exactly of this form."""
         from pydantic import ValidationError
 
         try:
@@ -265,7 +265,8 @@ class Audit(_StrictRecord):
             ) from error
 
     def report(self) -> dict[str, Any]:
-        """What a run records and prints of the audit: each split under its name without histograms, and `_REPORTED_FIELDS`.
+        """Choose what a run records and prints of the audit: each split under its name without histograms, and
+        `_REPORTED_FIELDS`.
 
         Empty fields are left out. Example: {"train": {"documents": 12, ...}, "conserved": {"rows_in": 12, ...}, "flow": [...]}.
         """
@@ -290,7 +291,7 @@ def _audit_adapter() -> TypeAdapter[Audit]:
 
 
 def split_sizes(dataset: TokenDataset) -> dict[str, Any]:
-    """Sizes of a split and lengths of its sequences in tokens, counted from its arrays: the first fields of `Split`, by name.
+    """Count the sizes of a split and the lengths of its sequences in tokens: the first fields of `Split`, by name.
 
     "weighted_tokens" is the sum of the loss weights; None if it is the number of supervised tokens, which stands there already.
     """
@@ -319,7 +320,7 @@ def split_sizes(dataset: TokenDataset) -> dict[str, Any]:
 
 
 def make_histogram(numbers: np.ndarray, bins: int = 25, *, shares: bool = False) -> Histogram:
-    """A histogram in at most `bins` bins of equal width, and one more for outliers.
+    """Count numbers into at most `bins` bins of equal width, and one more for outliers.
 
     - Whole numbers: the width of a bin is a whole number, so that every bin covers as many values as the others. There are
       outliers if the largest number is more than twice the 98th percentile: a few very long documents would otherwise push all

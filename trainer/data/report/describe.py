@@ -42,7 +42,7 @@ NUM_SAMPLES = 5
 
 
 class ReportWriter:
-    """Counts what is in a finished store, and writes its reports."""
+    """Counts what is in a finished store of prepared data, and writes its reports: audit, page and data card."""
 
     def __init__(
         self,
@@ -75,8 +75,9 @@ class ReportWriter:
     ) -> dict[str, Any]:
         """Write `audit.json`, `audit.html` and `datacard.md`; returns what a run records of the audit (`Audit.report`).
 
-        `data_spec` says what samples are; `label_names` are in the order of their ids. Raises DataError for data that would teach
-        nothing, and for a held-out set of which no row could be kept.
+        Called once, when the data is prepared. `totals`: what was counted while rows were read. `selection`: which documents are
+        in which split. `data_spec` says what samples are; `label_names` are in the order of their ids. Raises DataError for data
+        that would teach nothing, and for a held-out set of which no row could be kept.
         """
         samples = self._decode_samples(TokenDataset.open(self.directory / "train"), data_spec, label_names)
         audit = self._make_audit(totals, columns, selection, samples)
@@ -103,10 +104,11 @@ class ReportWriter:
         selection: Selection,
         samples: list[audit_schema.DecodedSample],
     ) -> audit_schema.Audit:
-        """The audit of the store. `totals`: what was counted while rows were read. `columns`: what is known of each document.
+        """Make the audit of the store: what became of all rows, the sizes of splits and sources, and what each check found.
 
-        `selection`: which documents each split has, and what was dropped to make the splits. `samples`: a few decoded sequences.
-        Raises AssertionError if a row was neither kept nor dropped.
+        `totals`: what was counted while rows were read. `columns`: what is known of each document. `selection`: which documents
+        each split has, and what was dropped to make the splits. `samples`: a few decoded sequences. Raises AssertionError if a
+        row was neither kept nor dropped.
         """
         row_balance = _count_rows_in_kept_dropped(totals, selection)
         datasets = {split: TokenDataset.open(self.directory / split) for split in selection.splits}
@@ -141,7 +143,7 @@ class ReportWriter:
         )
 
     def _describe_split(self, dataset: TokenDataset, documents: np.ndarray) -> audit_schema.Split:
-        """Sizes, end tokens and distributions of one split. `documents`: the numbers of its documents.
+        """Describe one split for the audit: its sizes, end tokens and distributions. `documents`: the numbers of its documents.
 
         Turns are counted in a sample of the documents, since all of them would have to be read.
         """
@@ -158,7 +160,7 @@ class ReportWriter:
         )
 
     def _num_doubled_bos(self, dataset: TokenDataset) -> int:
-        """How many sequences begin with two BOS: one of the template and one of the tokenizer, which no pretraining text has."""
+        """Count the sequences that begin with two BOS: one of the template, one of the tokenizer. No pretraining text does."""
         bos = self.tokenizer.bos_token_id
         if bos is None or not len(dataset):
             return 0
@@ -171,8 +173,8 @@ class ReportWriter:
     ) -> None:
         """Raise DataError if a split would teach nothing: no document is left, or too few tokens are supervised.
 
-        `flow`: what each stage dropped. `has_answers`: whether the data has what is learned; False if the model generates it. Of
-        labelled texts the label is learned, and no token.
+        `flow`: what each stage dropped, for the message. `has_answers`: whether the data has what is learned; False if the model
+        generates it. Of labelled texts the label is learned, and no token.
         """
         has_own_files = getattr(self.config, f"{name}_path", None) is not None
         key = f"data.{name}_path" if has_own_files else "data.path"
@@ -186,9 +188,9 @@ class ReportWriter:
             )
 
     def _advice_for_drops(self, flow: list[audit_schema.StageReport]) -> str:
-        """The end of an error message: all drops, and the setting to loosen, which is that of the stage that dropped most.
+        """Write the end of an error message: all drops, and the setting to loosen, that of the stage that dropped most.
 
-        Example: "(dropped: tokenise/too_long 12); raise data.max_length=64 or fix the data".
+        Example: "(dropped: tokenise/too_long 12); raise data.max_length=64 or fix the data". `flow`: what each stage dropped.
         """
         drop_counts: list[str] = []
         reasons: set[str] = set()
@@ -212,7 +214,10 @@ class ReportWriter:
         columns: DocumentColumns,
         dataset: TokenDataset | None,
     ) -> audit_schema.Source:
-        """Rows and tokens that one input gave, with sizes and digests of its files. `dataset`: its split; None if it is empty."""
+        """Describe one input for the audit: rows and tokens that it gave, with sizes and digests of its files.
+
+        `dataset`: the split that it belongs to; None if that is empty.
+        """
         files = []
         for record in source_input.origin.file_records(self.digest_of):
             num_rows = totals.num_rows_by_file.get(record["path"])
@@ -236,7 +241,7 @@ class ReportWriter:
         )
 
     def _shares_of_epoch(self, train: TokenDataset) -> dict[str, Any]:
-        """The shares of an epoch that each weighted source is to have and has, by its name; empty without weights.
+        """Say for the audit which share of an epoch each weighted source is to have and has, by its name; empty without weights.
 
         {"code": {"requested": 0.3, "share_tokens": 0.29, ...}}, see `SourceMix.report_by_source`. An epoch of unpacked documents:
         packs change the shares a little.
@@ -250,7 +255,7 @@ class ReportWriter:
         return {name: shares for name, shares in shares_by_source.items() if name in self.config.sources}
 
     def _describe_personal_data(self, totals: PreparationTotals) -> audit_schema.PersonalData | None:
-        """What the search for personal data found, by type, the most frequent first; None if it was switched off."""
+        """Say for the audit what the search for personal data found, by type, the most frequent first; None if it was off."""
         config = self.config.privacy
         if config.mode is PrivacyMode.none:
             return None
@@ -278,7 +283,7 @@ class ReportWriter:
         )
 
     def _spread_documents(self, document_numbers: np.ndarray, about: int) -> Iterator[Document]:
-        """About `about` of the documents with these numbers, spread evenly over all of them."""
+        """Read about `about` of the documents with these numbers, spread evenly over all, since files are often sorted."""
         table = DocumentTable(self.directory)
         stride = max(1, len(document_numbers) // about)
         for number in document_numbers[::stride]:
@@ -287,7 +292,7 @@ class ReportWriter:
     def _decode_samples(
         self, dataset: TokenDataset, data_spec: DataSpec, label_names: list[str] | None
     ) -> list[audit_schema.DecodedSample]:
-        """The sequences of `NUM_SAMPLES` documents as text, for people who read the audit; both answers of a pair.
+        """Decode the sequences of `NUM_SAMPLES` documents, for people who read the audit; both answers of a pair.
 
         The documents are spread over the whole split, since files are often sorted. `data_spec` gives the heading of each
         sequence of a document ("chosen", "rejected") and a note on it; `label_names` are in the order of their ids.
@@ -312,7 +317,7 @@ class ReportWriter:
 
 
 def _count_rows_in_kept_dropped(totals: PreparationTotals, selection: Selection) -> dict[str, int]:
-    """{"rows_in", "kept", "dropped"}: what became of all rows. Raises AssertionError if a row was neither kept nor dropped."""
+    """Count what became of all rows: {"rows_in", "kept", "dropped"}. Raises AssertionError for a row that is neither."""
     num_rows = totals.num_rows_by_input.total()
     num_dropped = _num_dropped(totals.tally) + _num_dropped(selection.tally)
     # Balance may repeat documents, which are kept once all the same.
@@ -323,7 +328,10 @@ def _count_rows_in_kept_dropped(totals: PreparationTotals, selection: Selection)
 
 
 def _selection_fields(selection: Selection) -> dict[str, Any]:
-    """The fields of an `Audit` that report the choice of splits: labels, balance, duplicates, leakage and groups."""
+    """The fields of an `Audit` that report the choice of splits: labels, balance, duplicates, leakage and groups.
+
+    `selection.report` has their contents by the same names; a part that no setting asked for is empty.
+    """
     report = selection.report
     duplicates = {kind: audit_schema.Copies(**counts) for kind, counts in report.get("duplicates", {}).items()}
     leakage = {split: audit_schema.Leaks(**counts) for split, counts in report.get("leakage", {}).items()}
@@ -343,9 +351,10 @@ def _num_dropped(tally: Tally) -> int:
 
 
 def _stage_reports(num_rows: int, first_pass: Tally, second_pass: Tally) -> list[audit_schema.StageReport]:
-    """How many of the rows went into and came out of each stage, in order; of stages that dropped or noted any, and "read".
+    """Say how many rows went into and came out of each stage of preparation, in order.
 
-    `first_pass`: what was done to single documents, `second_pass`: what the choice of splits (copies, leaks, balance) dropped.
+    Of the stages that dropped or noted any, and "read". `first_pass`: what was done to single documents, `second_pass`: what the
+    choice of splits (copies, leaks, balance) dropped.
     """
     unknown_stages = {*first_pass.dropped, *second_pass.dropped} - {*FIRST_PASS_STAGES, *SECOND_PASS_STAGES}
     assert not unknown_stages, f"stages without a place in the flow: {unknown_stages}"
@@ -368,7 +377,7 @@ def _stage_reports(num_rows: int, first_pass: Tally, second_pass: Tally) -> list
 
 
 def _piece_fields(text: str, weight: float) -> dict[str, Any]:
-    """A piece of a decoded sample as `DecodedSample.pieces` has it: {"text": "Hi", "learned": True}, and "weight" if below 1."""
+    """The form of a decoded piece of a sample in the audit: {"text": "Hi", "learned": True}, and "weight" if below 1."""
     fields: dict[str, Any] = {"text": text, "learned": weight > 0}
     if 0 < weight < 1:
         fields["weight"] = weight
@@ -376,7 +385,7 @@ def _piece_fields(text: str, weight: float) -> dict[str, Any]:
 
 
 def _settings_by_key(value: Any, key: str) -> dict[str, Any]:
-    """Nested settings by dotted key: {"a": {"b": 1}} below "data" -> {"data.a.b": 1}. Members of enumerations as their values."""
+    """List nested settings by dotted key: {"a": {"b": 1}} below "data" -> {"data.a.b": 1}. Enumerations as their values."""
     if not isinstance(value, dict) or not value:
         return {key: getattr(value, "value", value)}
     settings: dict[str, Any] = {}

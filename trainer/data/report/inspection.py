@@ -59,7 +59,7 @@ class PreparedEntry:
 
 
 def find_prepared(path: Path) -> PreparedEntry:
-    """The prepared data set at `path`: its directory, or that of one of its splits, which is then the `requested_split`.
+    """Find the prepared data set at `path`: its directory, or that of one of its splits, which is then the `requested_split`.
 
     Raises ConfigError if there is none, DataError if a file of it cannot be read.
     """
@@ -89,7 +89,7 @@ def find_prepared(path: Path) -> PreparedEntry:
 
 
 def find_sequences(prepared: PreparedEntry, split: str, text: str) -> np.ndarray:
-    """Sequences of a split whose document contains `text`, whatever its case: int64, in order.
+    """Find the sequences of a split whose document contains `text`, whatever its case: int64, in order.
 
     Searches the texts and labels of `documents.arrow`, batch by batch. Raises DataError if the data set has no such file.
     """
@@ -113,7 +113,7 @@ def find_sequences(prepared: PreparedEntry, split: str, text: str) -> np.ndarray
 
 
 def _rows_that_contain(batch: Any, text: str) -> np.ndarray:
-    """bool [rows of the Arrow batch]: whether a document contains `text`, whatever its case, in any of its columns."""
+    """Find which documents of an Arrow batch contain `text`, whatever its case, in any of their texts: bool [rows]."""
     import pyarrow.compute as pc
 
     is_match = np.zeros(batch.num_rows, bool)
@@ -135,7 +135,7 @@ def _texts_that_contain(pc: Any, column: Any, text: str) -> np.ndarray:
 
 
 def load_tokenizer(prepared: PreparedEntry, path: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of the data set, or the one at `path`. Local files only.
+    """Load the tokenizer of the data set, or the one at `path`, to show its sequences as text. Local files only.
 
     Raises ConfigError if there is none, or if its vocabulary has another size than the data was prepared with.
     """
@@ -168,7 +168,7 @@ MAX_GROUPS = 50
 
 
 def splits_table(prepared: PreparedEntry) -> RenderableType:
-    """A table of the sizes of every split, counted from the arrays."""
+    """Make a table of the sizes of every split for the terminal, counted from the arrays."""
     table = _empty_table("split", "documents", "sequences", "tokens", "learned", "share", "p50", "p90", "longest")
     for name in prepared.splits:
         sizes = split_sizes(prepared.split(name))
@@ -179,7 +179,7 @@ def splits_table(prepared: PreparedEntry) -> RenderableType:
 
 
 def source_and_label_table(prepared: PreparedEntry, split: str) -> RenderableType | None:
-    """A table of a split's sequences and tokens by source and by label; None if there is one source and no label."""
+    """Make a table of a split's sequences and tokens by source and by label; None if there is one source and no label."""
     dataset = prepared.split(split)
     # (kind, name, bool [N]: which sequences are of it)
     groups: list[tuple[str, str, np.ndarray]] = []
@@ -206,7 +206,7 @@ def source_and_label_table(prepared: PreparedEntry, split: str) -> RenderableTyp
 
 
 def length_histogram(prepared: PreparedEntry, split: str, width: int) -> RenderableType:
-    """A histogram of the lengths of a split's sequences in tokens, as bars within `width` columns of the terminal."""
+    """Draw a histogram of the lengths of a split's sequences in tokens, as bars within `width` columns of the terminal."""
     title = Text(f"{split}: length of sequences in tokens", style="bold")
     histogram = make_histogram(prepared.split(split).lengths, HISTOGRAM_BINS)
     # What each bar is about, such as "128-255", and how many sequences it has.
@@ -239,9 +239,10 @@ def render_sample(
     show_document: bool = False,
     max_lines: int = 40,
 ) -> RenderableType:
-    """Sequence `index` as text, with what is learned in green on a terminal or between ⟦ and ⟧, below a heading.
+    """Show sequence `index` of a split: its text below a heading, with what is learned in green, or between ⟦ and ⟧.
 
-    `show_document`: show the document that it was made of, too. `max_lines`: of a longer text, the middle is left out.
+    `show_document`: show the document that it was made of, too. `max_lines`: of a longer text, the middle is left out. `console`:
+    where it is shown; without colour the brackets are used.
     """
     from trainer.data.report.preview import preview_text  # needs torch and pyarrow, and the sizes of a data set do not
 
@@ -266,14 +267,15 @@ def render_sample(
 
 
 def _sample_heading(prepared: PreparedEntry, split: str, index: int, row: dict[str, Any] | None) -> str:
-    """The heading of a shown sequence, on one line: its size, the location of its row, its label and its further marks.
+    """Write the heading of a shown sequence, on one line: its size, the location of its row, its label and further marks.
 
-    "train 3 · 120 tokens, 40 learned · a.jsonl:7 · label spam · replay 1". `row`: its row in `documents.arrow`; None without that
-    file.
+    "train 3 · 120 tokens, 40 learned · a.jsonl:7 · label spam · replay 1". Marks are numbers that the objective must know of a
+    sequence. `row`: its row in `documents.arrow`; None without that file.
     """
     dataset = prepared.split(split)
     sample = dataset.sample(index)
     heading = f"{split} {index} · {dataset.lengths[index]:,} tokens, {int(dataset.num_supervised[index]):,} learned"
+    # Turns may count for less than 1 in the loss.
     weight_sum = sample.learned_weight()
     if weight_sum != dataset.num_supervised[index]:
         heading += f" (total weight {weight_sum:g})"
@@ -291,7 +293,10 @@ def _sample_heading(prepared: PreparedEntry, split: str, index: int, row: dict[s
 
 
 def _document_text(row: Mapping[str, Any], max_lines: int) -> RenderableType:
-    """A row of `documents.arrow` as text: turns with their roles, other fields by name; the middle of a long one is left out."""
+    """Show a row of `documents.arrow` as text: turns with their roles, other fields by name.
+
+    Of more than `max_lines` lines, the middle is left out.
+    """
     lines_and_styles: list[tuple[str, str]] = []
     for heading, text in _headed_texts(row):
         lines_and_styles.append((heading, "bold"))
@@ -309,7 +314,10 @@ def _document_text(row: Mapping[str, Any], max_lines: int) -> RenderableType:
 
 
 def _headed_texts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(heading, text) of every field of a row that has one, in reading order; a turn is a field of its own."""
+    """List the texts of a row of `documents.arrow` in reading order: (heading, text) of each turn and of each other field.
+
+    Such as ("user", "Hi"), ("assistant (learned)", "Hello"), ("chosen: assistant", "Yes").
+    """
     headed_texts: list[tuple[str, str]] = []
     if row.get("tools"):
         headed_texts.append(("tools", row["tools"]))

@@ -34,9 +34,10 @@ MAX_SAMPLE_CHARACTERS = 3000
 
 
 def audit_page_html(audit: Audit, data_statement: CardConfig) -> str:
-    """The text of `audit.html`. Whatever comes from the data is escaped; long lists are cut, with the number left out.
+    """Write the audit page of a prepared data set, the text of `audit.html`.
 
-    `data_statement`: what the owner of the data states about it (`data.card`).
+    Whatever comes from the data is escaped; long texts and lists are cut. `data_statement`: what the owner of the data states
+    about it (`data.card`).
     """
     all_tiles = audit_tiles(audit)
     level, verdict = overall_level(all_tiles)
@@ -80,7 +81,7 @@ def _shorten(text: str) -> str:
 
 
 def sample_spans(sample: DecodedSample, max_characters: int = MAX_SAMPLE_CHARACTERS) -> list[tuple[Any, str]]:
-    """A decoded sample as spans for the page: (escaped text, its CSS class "learned", "context" or "cut").
+    """Divide a decoded sample into spans for the page: (escaped text, its CSS class "learned", "context" or "cut").
 
     Example: [("Hi", "context"), ("Hello", "learned")]; "cut" is a note of the page's own, such as "… 900 characters …". If a
     sample has more than `max_characters`, two thirds of what is shown are its beginning and one third its end.
@@ -133,9 +134,10 @@ SIZE_CATEGORIES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "1
 
 
 def parse_hub_licence(licence: str | None) -> tuple[str | None, str | None]:
-    """(`license`, `license_name`) of a data card: "MIT" -> ("mit", None), "My terms" -> ("other", "My terms"); without, two None.
+    """Find the metadata for a licence: (`license`, `license_name`) of a data card, "MIT" -> ("mit", None).
 
-    The hub knows a licence by its identifier; any other one is `other`, with its name.
+    The hub knows a licence by its identifier; any other one is `other`, with its name: "My terms" -> ("other", "My terms").
+    Without a licence, both are None.
     """
     if not licence:
         return None, None
@@ -145,9 +147,9 @@ def parse_hub_licence(licence: str | None) -> tuple[str | None, str | None]:
 
 
 def datacard_text(audit: Audit, config: CardConfig) -> str:
-    """The text of `datacard.md`: the hub's metadata as YAML, then the card.
+    """Write the data card of a prepared data set, the text of `datacard.md`: the hub's metadata as YAML, then the card.
 
-    Text from the data is escaped for Markdown; what the owner states in `config` is taken as Markdown.
+    Text from the data is escaped for Markdown; what the owner states in `config` (`data.card`) is taken as Markdown.
     """
     from huggingface_hub import DatasetCard
     from markupsafe import Markup
@@ -168,7 +170,7 @@ def datacard_text(audit: Audit, config: CardConfig) -> str:
 
 
 def _card_metadata_yaml(audit: Audit, config: CardConfig, title: str, languages: list[str]) -> str:
-    """The hub's metadata of a data set, as YAML: title, licence, languages, size and kind of task."""
+    """Write the hub's metadata of a data set, as YAML: title, licence, languages, size and kind of task."""
     from huggingface_hub import DatasetCardData
 
     licence, licence_name = parse_hub_licence(escape_control_characters(config.licence or "").strip())
@@ -193,7 +195,7 @@ MAX_CARD_CHARACTERS = 300
 
 
 def escape_markdown(text: str) -> str:
-    """A text on one line, cut if it is long, with nothing that Markdown or HTML would act on."""
+    """Put a text of the data on one line of the card, cut if it is long, with nothing that Markdown or HTML would act on."""
     line = " ".join(escape_control_characters(text).split())
     if len(line) > MAX_CARD_CHARACTERS:
         line = f"{line[:MAX_CARD_CHARACTERS]}…"
@@ -204,7 +206,10 @@ def escape_markdown(text: str) -> str:
 
 
 def _common_languages(languages: dict[str, int]) -> list[str]:
-    """Codes of the languages of at least one judged document in a hundred, the most frequent first."""
+    """The codes of the languages of at least one judged document in a hundred, the most frequent first.
+
+    `languages`: documents by language code; "unjudged" is no code.
+    """
     most_frequent_first = sorted(languages.items(), key=lambda entry: -entry[1])
     min_documents = sum(languages.values()) / 100
     codes = []

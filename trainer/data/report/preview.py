@@ -46,11 +46,11 @@ def preview_text(
     colour: bool | None = None,
     max_lines: int = 40,
 ) -> str:
-    """The document that begins at sequence `index` as text for the terminal; what is learned is green, or between ⟦ and ⟧.
+    """Show the document that begins at sequence `index` as text for the terminal; what is learned is green, or between ⟦ and ⟧.
 
-    With a `data_spec`, all sequences of the document, each under its heading and above its note; without one, the sequence alone.
-    `label_names`: in the order of their ids, for the notes. `width`: the longest line in characters. `colour` of None: as the
-    terminal allows. If there are more than `max_lines` lines, the middle is left out.
+    With a `data_spec`, all sequences of the document, each under its heading ("chosen", "rejected") and above its note; without
+    one, the sequence alone. `label_names`: in the order of their ids, for the notes. `width`: the longest line in characters.
+    `colour` of None: as the terminal allows. If there are more than `max_lines` lines, the middle is left out.
     """
     # A document has as many sequences as its objective has headings, such as "chosen" and "rejected".
     headings = data_spec.headings() if data_spec is not None else [""]
@@ -67,7 +67,7 @@ def preview_text(
 
 
 def render_pieces(pieces: list[WeightedPiece], *, width: int, colour: bool | None = None, max_lines: int = 40) -> str:
-    """A decoded sample for the terminal: what is learned is green, or between ⟦ and ⟧, with its weight behind it if below 1.
+    """Show a decoded sample in the terminal: what is learned is green, or between ⟦ and ⟧, with its weight behind it if below 1.
 
     `pieces`: (text, loss weight). `width`: the longest line in characters. `colour` of None: as the terminal allows. If there are
     more than `max_lines` lines, the middle is left out.
@@ -85,9 +85,10 @@ def render_pieces(pieces: list[WeightedPiece], *, width: int, colour: bool | Non
 
 
 def _preview_cells(pieces: list[WeightedPiece], *, has_brackets: bool) -> Iterator[PreviewCell]:
-    """The characters of all pieces, each with whether it is learned.
+    """Split pieces of a decoded sample into their characters, each with whether it is learned.
 
-    With `has_brackets`, ⟦ and ⟧ stand around learned pieces. A weight below 1 is shown behind the piece, as "*0.5".
+    With `has_brackets`, ⟦ and ⟧ stand around learned pieces. A weight below 1 is shown behind the piece, as "*0.5". `pieces`:
+    (text, loss weight; 0 for context).
     """
     for text, weight in pieces:
         is_learned = weight > 0
@@ -99,9 +100,10 @@ def _preview_cells(pieces: list[WeightedPiece], *, has_brackets: bool) -> Iterat
 
 
 def _first_and_last_lines(lines: Iterator[list[PreviewCell]], max_lines: int) -> tuple[list[list[PreviewCell]], int]:
-    """(the first and the last lines, `max_lines` together at most; how many were left out between them).
+    """Take the first and the last lines of a text, `max_lines` together at most: (the lines, how many were left out between).
 
-    Never holds more lines than that, because a document may have a million tokens.
+    Never holds more lines than that, because a document may have a million tokens. A line is a list of (character, whether it is
+    learned).
     """
     num_last = max_lines // 2
     first_lines = list(islice(lines, max_lines - num_last))
@@ -114,10 +116,11 @@ def _first_and_last_lines(lines: Iterator[list[PreviewCell]], max_lines: int) ->
 
 
 def decode_weighted_pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[WeightedPiece]:
-    """A sample as text, in pieces (text, weight); the tokens of a piece are all context (0) or all learned with one weight.
+    r"""Decode a sample to text, in pieces (text, weight); the tokens of a piece are all context (0) or all learned with one
+    weight.
 
     Example: [("Question: ", 0.0), ("Answer", 1.0)]. Characters that a terminal or a page would act on instead of showing are
-    spelled as \\xNN.
+    spelled as \xNN.
     """
     # A token of context has weight 0, so that one array tells context, learned and weighted tokens apart.
     weights = sample.supervised * (np.float32(1) if sample.weights is None else sample.weights)
@@ -139,7 +142,7 @@ def _escape_unprintable(character: str) -> str:
 
 
 def _wrap_cells(cells: Iterable[PreviewCell], width: int) -> Iterator[list[PreviewCell]]:
-    """Cells in lines of at most `width`; a newline begins a line and is in none."""
+    """Break (character, whether it is learned) cells into lines of at most `width`; a newline begins a line and is in none."""
     line: list[PreviewCell] = []
     for cell in cells:
         character, _ = cell
@@ -167,9 +170,9 @@ def _in_colour(line: list[PreviewCell]) -> str:
 
 
 def summary_text(report: dict[str, Any]) -> str:
-    """A few lines on prepared data: rows lost, every split, what was dropped or changed and why. `report`: `Audit.report`.
+    """Write a few lines on prepared data for the terminal: rows lost, every split, what was dropped or changed and why.
 
-    Raises DataError if sequences of a split begin with two BOS.
+    `report`: `Audit.report`. Raises DataError if sequences of a split begin with two BOS.
     """
     _check_no_doubled_bos(report)
     template = template_environment(escape_control_characters, autoescape=False).get_template("terminal.txt.j2")
@@ -194,6 +197,6 @@ def _check_no_doubled_bos(report: dict[str, Any]) -> None:
 def is_prompts_alone(split_report: dict[str, Any]) -> bool:
     """Whether a split has prompts alone, whose answers the model generates while it trains. `split_report`: see `Audit.report`.
 
-    Preparation refuses a split without supervised tokens, unless its documents are prompts or have labels.
+    Preparation refuses other splits without supervised tokens, unless their documents have labels.
     """
     return not split_report.get("labelled") and split_report.get("supervised_tokens") == 0

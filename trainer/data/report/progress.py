@@ -32,7 +32,7 @@ def print_on_rank_0(line: str) -> None:
 
 
 class PreparationProgress:
-    """Counts what preparation has done, and prints it from a thread of its own.
+    """Counts what data preparation has done, and prints it from a thread of its own.
 
     Native code may keep that thread waiting as long as it keeps the interpreter's lock.
     """
@@ -67,7 +67,8 @@ class PreparationProgress:
     def estimate_rows(self, inputs: list[SourceInput], share: float) -> None:
         """Set how many rows are expected, for `share` (0 to 1) of the `inputs`, so that lines can say "of about N".
 
-        No estimate is made for hub data sets, and for very many files.
+        A text file is estimated by its bytes, a table has a number of rows. No estimate is made for hub data sets, and for very
+        many files.
         """
         paths: list[object] = []
         for source_input in inputs:
@@ -102,7 +103,10 @@ class PreparationProgress:
         self._rows_done += num_rows
 
     def progress_line(self) -> str:
-        """One line on how far the preparation is: "preparing data: 1,200 of about 9,000 rows, 400 rows/s, 3 s"."""
+        """Write one line on how far the preparation is: "preparing data: 1,200 of about 9,000 rows, 400 rows/s, 3 s".
+
+        In phases that count no rows, such as "writing the reports", the line names the phase.
+        """
         now = self._clock()
         elapsed_s = now - self._started_at
         if self.phase != _ROWS_PHASE:
@@ -115,7 +119,10 @@ class PreparationProgress:
         return f"preparing data: {self._rows_done:,}{of_total} rows, {rows_per_s:,.0f} rows/s, {elapsed_s:.0f} s"
 
     def _estimated_rows(self) -> int | None:
-        """About how many rows there are; None before the inputs are estimated, and before the first text row."""
+        """About how many rows there are; None before the inputs are estimated, and before the first text row.
+
+        Rows of text files are estimated from their bytes and the mean length of those read so far.
+        """
         if self._total_table_rows is None:
             return None
         if self._total_text_bytes == 0:

@@ -29,7 +29,10 @@ JOINER_CHARACTERS = "\u200c\u200d"
 
 
 def escape_control_characters(text: object) -> str:
-    """`text` with control characters, direction overrides and lone surrogates spelled out as \\xNN; tabs become spaces."""
+    r"""Make invisible characters of the data visible: control characters, direction overrides, lone surrogates as \xNN.
+
+    Tabs become spaces. Line breaks, and joiners that words and emoji need, stay.
+    """
     return "".join(map(_visible_character, str(text)))
 
 
@@ -48,7 +51,7 @@ def plural(amount: int, noun: str) -> str:
 
 
 def reason_text(code: str) -> str:
-    """The reason for which a document was dropped or noted, in words: "too_long" -> "longer than data.max_length".
+    """Put a code into words, for which a document was dropped or noted: "too_long" -> "longer than data.max_length".
 
     A code that speaks for itself gets blanks in place of its underscores.
     """
@@ -70,9 +73,10 @@ REASON_TEXT_BY_CODE = {
 
 @cache
 def template_environment(escape: Callable[[str], str], *, autoescape: bool) -> Environment:
-    """Jinja's environment for the templates of this package. Every text is inserted as `escape(text)`, unless it is Markup.
+    """Make Jinja's environment for the templates of the reports. Every text is inserted as `escape(text)`, unless it is Markup.
 
     One environment is made for each `escape` and kept, since to compile the templates takes longer than to fill them.
+    `autoescape`: whether Jinja escapes for HTML, too.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -155,7 +159,10 @@ class Tile:
 
 
 def audit_tiles(audit: Audit) -> list[Tile]:
-    """The tiles at the top of the audit page, in reading order; a tile says so if its part was not measured."""
+    """The tiles at the top of the audit page, in reading order: findings such as lost rows, each with how serious it is.
+
+    A tile says so if its part was not measured.
+    """
     return [
         _rows_lost_tile(audit),
         _learned_tile(audit),
@@ -167,9 +174,9 @@ def audit_tiles(audit: Audit) -> list[Tile]:
 
 
 def overall_level(all_tiles: list[Tile]) -> tuple[Level, str]:
-    """(level of the whole data set, a sentence that names the tiles that made it so): (Level.look, "Worth a look: leakage").
+    """How serious the findings are together: (level of the gravest tile, a sentence that names the tiles of that level).
 
-    The level is the gravest of any tile.
+    Such as (Level.look, "Worth a look: leakage").
     """
     for level, verdict in ((Level.act, "Calls for action"), (Level.look, "Worth a look")):
         names = [tile.title.lower() for tile in all_tiles if tile.level is level]
@@ -179,7 +186,7 @@ def overall_level(all_tiles: list[Tile]) -> tuple[Level, str]:
 
 
 def _level_of_share(share: float, look_above: float, act_above: float) -> Level:
-    """The level of a share that is the worse the larger it is: good up to `look_above`, look up to `act_above`, act beyond."""
+    """How serious a share is that is the worse the larger it is: good up to `look_above`, look up to `act_above`, act beyond."""
     if share > act_above:
         return Level.act
     if share > look_above:
@@ -197,7 +204,7 @@ def few_ends_learned(num_ends: int, num_documents: int) -> bool:
 
 
 def _rows_lost_tile(audit: Audit) -> Tile:
-    """The tile for rows that are not in the data set: how many, and the most frequent reason.
+    """Make the tile of the audit page on rows that are not in the data set: how many, and the most frequent reason.
 
     The level goes by rows that no setting asked to drop: more than 1 % calls for a look, more than 10 % for action. Half of all
     rows gone may be a surprise even if a setting asked for it: look.
@@ -206,6 +213,7 @@ def _rows_lost_tile(audit: Audit) -> Tile:
     num_dropped = audit.conserved["dropped"]
     num_unrequested = 0
     for stage in audit.flow:
+        # Reading and tokenising, for example, drop what cannot be used; a filter drops what it was set to drop.
         if stage.stage in UNREQUESTED_STAGES:
             num_unrequested += sum(stage.dropped.values())
     unrequested_share = num_unrequested / max(num_rows, 1)
@@ -229,7 +237,7 @@ class _Drop(NamedTuple):
     stage: str
 
     def cause_text(self) -> str:
-        """The reason in words and the number of rows: "longer than data.max_length (12)".
+        """The reason of a drop in words, with the number of rows: "longer than data.max_length (12)".
 
         The stage is named first if a setting asked for the drop, since reasons of such stages say little: "filters, ...".
         """
@@ -246,7 +254,7 @@ class _Drop(NamedTuple):
 
 
 def _most_frequent_drop(audit: Audit, *, only_unrequested: bool) -> _Drop:
-    """The stage and reason by which most rows were dropped. Call it only if some were.
+    """Find by which stage, and for which reason, most rows were dropped. Call it only if some were.
 
     `only_unrequested`: of the stages whose drops no setting asked for, since these have to be looked at.
     """
@@ -258,7 +266,7 @@ def _most_frequent_drop(audit: Audit, *, only_unrequested: bool) -> _Drop:
 
 
 def _learned_tile(audit: Audit) -> Tile:
-    """The tile for the share of the training tokens that is learned.
+    """Make the tile of the audit page on the share of training tokens that is learned (supervised), with its level:
 
     - The data has labels: how many; good.
     - Documents begin with two BOS: act.
@@ -287,7 +295,10 @@ def _learned_tile(audit: Audit) -> Tile:
 
 
 def _truncated_tile(audit: Audit) -> Tile:
-    """The tile for documents that lost something to `data.max_length`: good if there are none, act above 10 %, else look."""
+    """Make the tile of the audit page on documents that lost something to `data.max_length`: good if none, act above 10 %.
+
+    Otherwise they deserve a look.
+    """
     if not audit.num_truncated:
         return Tile("Truncated", "0", "every document is whole", Level.good, "splits")
     share = audit.num_truncated / max(audit.conserved["kept"], 1)
@@ -298,7 +309,7 @@ def _truncated_tile(audit: Audit) -> Tile:
 
 
 def _leakage_tile(audit: Audit) -> Tile:
-    """The tile for training documents that are in a held-out split too, or of a group that is.
+    """Make the tile of the audit page on training documents that are in a held-out split too, or of a group that is.
 
     The first case that applies, from the gravest on:
     - there is no held-out split: not measured;
@@ -334,9 +345,10 @@ def _leakage_tile(audit: Audit) -> Tile:
 
 
 def _duplicates_tile(audit: Audit) -> Tile:
-    """The tile for copies within the training data: how many, and whether they are still there.
+    """Make the tile of the audit page on copies within the training data: how many, and whether they are still there.
 
-    Not measured, good if all were taken out or none were found, else by the share of rows that are copies still in the data.
+    Not measured if not looked for, good if all were taken out or none were found. Else its level goes by the share of rows that
+    are copies still in the data.
     """
     if not audit.duplicates:
         return Tile("Duplicates", NOT_MEASURED, "not looked for", Level.none, "duplicates")
@@ -358,7 +370,7 @@ def _duplicates_tile(audit: Audit) -> Tile:
 
 
 def _personal_data_tile(audit: Audit) -> Tile:
-    """The tile for documents with personal data: how many, and what was done about it.
+    """Make the tile of the audit page on documents with personal data: how many, and what was done about it.
 
     Not measured without a search; good if nothing was found or all of it was treated; else look, or act for types in
     `HARMFUL_TYPES_REGEX`.
@@ -387,7 +399,7 @@ def _personal_data_tile(audit: Audit) -> Tile:
 
 
 def known_gaps(audit: Audit, data_statement: CardConfig) -> list[str]:
-    """What is not known about the data set, as short sentences, such as "there is no evaluation split".
+    """List what is not known about the data set, as short sentences for page and card: "there is no evaluation split".
 
     In order: what its owner did not state; what it lacks; what the tiles of the page say is not good; what was not looked for.
     `data_statement`: what the owner states in `data.card`.
@@ -418,7 +430,7 @@ _MAX_LISTED_SOURCES = 10
 
 
 def _unstated_gaps(audit: Audit, data_statement: CardConfig) -> list[str]:
-    """What the owner did not state in `data.card`, and what nobody detected either: questions, licences, languages."""
+    """List what the owner did not state in `data.card`, and what nobody detected either: questions, licences, languages."""
     question_by_field = {
         "description": "what it was made for",
         "source_description": "how the data was collected",
@@ -441,7 +453,7 @@ def _unstated_gaps(audit: Audit, data_statement: CardConfig) -> list[str]:
 
 
 def _privacy_gaps(audit: Audit) -> list[str]:
-    """What the search for personal data left out: documents, names of people and places, columns that are kept for rewards."""
+    """List what the search for personal data left out: documents, names of people and places, columns kept for rewards."""
     gaps = []
     privacy = audit.privacy
     num_documents = sum(split.documents for split in audit.splits.values())

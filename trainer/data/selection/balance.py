@@ -39,9 +39,10 @@ def resample_groups(
 ) -> ResampledDocuments:
     """Repeat or leave out training documents until groups (labels or sources) have the shares of `data.balance`.
 
-    `groups`: their names. `group_of_document`: the index of each document's group in `groups`, int64 [n], n at least 1. Which
-    documents are left out or repeated once more depends on the seed and on their numbers alone. Raises ConfigError for settings
-    that cannot be met; a target missed because of `cap` or `max_repeats` is stated in the report.
+    `groups`: their names. `group_of_document`: the index of each document's group in `groups`, int64 [n], n at least 1.
+
+    Which documents are left out or repeated once more depends on the seed and on their numbers alone. Raises ConfigError for
+    settings that cannot be met; a target missed because of `cap` or `max_repeats` is stated in the report.
     """
     sizes_before = np.bincount(group_of_document, minlength=len(groups)).astype(np.int64)
     # `cap` bounds the sizes that the shares are computed from, as in Raffel et al. 2020 (arXiv:1910.10683, section 3.5.2); and
@@ -64,7 +65,10 @@ def resample_groups(
 
 
 def _target_shares(groups: list[str], sizes: np.ndarray, config: BalanceConfig) -> np.ndarray:
-    """The share that each group of these sizes shall have, float64 [groups], sum 1; 0 for a group without documents."""
+    """The share of the documents that each group shall have, float64 [groups], sum 1; 0 for a group without documents.
+
+    `sizes`: how many documents each group has.
+    """
     if config.target is BalanceTarget.shares:
         return _shares_of_sum(_requested_shares(groups, sizes, config.shares))
     if config.target is BalanceTarget.uniform:
@@ -75,7 +79,7 @@ def _target_shares(groups: list[str], sizes: np.ndarray, config: BalanceConfig) 
 
 
 def _requested_shares(groups: list[str], sizes: np.ndarray, shares: dict[str, float]) -> np.ndarray:
-    """`data.balance.shares` in the order of `groups`; `sizes`: documents of each group.
+    """The shares that the user set (`data.balance.shares`), in the order of `groups`; `sizes`: documents of each group.
 
     Raises ConfigError with everything that is wrong: a share for a group without documents, a group without a share, all 0.
     """
@@ -132,11 +136,11 @@ def _target_sizes(sizes: np.ndarray, target_shares: np.ndarray, config: BalanceC
 def _num_uses_of_documents(
     group_of_document: np.ndarray, sizes_before: np.ndarray, sizes: np.ndarray, seed: int
 ) -> np.ndarray:
-    """How often each document is used, int64 [n], so that groups of `sizes_before` documents come to have `sizes`.
+    """Decide how often each document is used, int64 [n], so that groups of `sizes_before` documents come to have `sizes`.
 
     `group_of_document` (int64 [n]): the index of each document's group in the two sizes. Within a group, all are used equally
-    often; a random draw decides which are used once more. A group of 2 documents that is to have 5 uses one of them twice and
-    the other three times.
+    often; a random draw decides which are used once more. A group of 2 documents that is to have 5 uses one of them twice and the
+    other three times.
     """
     # Raw bits, because their stream is promised never to change between versions of numpy.
     random = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_RANDOM_STREAM_KEY,)))
@@ -163,7 +167,7 @@ def _report_by_group(
     target_shares: np.ndarray,
     limited_by: list[str | None],
 ) -> dict[str, GroupReport]:
-    """What balancing did to each group, by its name. `num_uses`: how often each document is used, int64 [n].
+    """Say for the report what balancing did to each group, by its name. `num_uses`: how often each document is used, int64 [n].
 
     `limited_by`: by group, the setting (`cap`, `max_repeats`) because of which it misses its target share; None if none.
     """
@@ -190,7 +194,7 @@ def _report_by_group(
 
 
 def balance_problems(config: BalanceConfig) -> Iterator[str]:
-    """What is wrong with the settings of the balance: shares without their target, a target without shares, bad numbers."""
+    """Find what is wrong with `data.balance`: shares without their target, a target without shares, bad numbers."""
     if config.target is BalanceTarget.shares and not config.shares:
         yield "data.balance.target=shares: data.balance.shares is empty; name every group with its share"
     if config.target is not BalanceTarget.shares and config.shares:

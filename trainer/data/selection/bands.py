@@ -66,7 +66,7 @@ class BandIndex:
             self._first_slot[band] = first_slot_of_group[group]
 
     def add_kept(self, document: int) -> None:
-        """Let a document, which is kept and no copy, be found from now on. One that shares no band need not be found."""
+        """Let a document, which is kept and no copy, be found as a candidate from now on, if it shares a band with another."""
         number = int(self._sharing_number[document])
         if number < 0:  # it shares no band
             return
@@ -76,7 +76,7 @@ class BandIndex:
             self._num_kept_at_slot[band, first_slot] += 1
 
     def find_candidates(self, document: int) -> set[int]:
-        """The kept documents that share a band with a document: the candidates for a near copy of it.
+        """Find the kept documents that may be near copies of a document: those that share a band with it.
 
         A band is a part of a MinHash sketch; similar documents agree in at least one. `document`: a number from 0.
         """
@@ -94,9 +94,9 @@ class BandIndex:
 
 
 def _zeros_in_unnamed_file(shape: tuple[int, int], dtype: type, directory: Path | None) -> np.ndarray:
-    """Zeros of this shape, mapped from a new file without a name, so that the system may write them out and drop them.
+    """Make an array of zeros that lies in a file without a name, so that the system may write it out and drop it from memory.
 
-    Raises OSError if the disk has no room for all of them.
+    The file goes with the process. Raises OSError if the disk has no room for all of it.
     """
     if 0 in shape:
         return np.zeros(shape, dtype)
@@ -109,10 +109,10 @@ def _zeros_in_unnamed_file(shape: tuple[int, int], dtype: type, directory: Path 
 def _band_keys_by_chunk(
     digests: Iterable[list[int] | None], bands: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Hash keys of the documents' bands (parts of their MinHash sketches), for n documents at a time.
+    """Hash the bands of documents, parts of their MinHash sketches: documents with an equal key are compared later.
 
-    `digests`: the sketch of each document; None if it has no words. Yields (number of the first of the n documents, uint64
-    [bands, n] keys, bool [n] whether a document has a sketch).
+    `digests`: the sketch of each document; None if it has no words. Yields for n documents at a time (`DOCUMENTS_PER_WRITE`,
+    fewer at the end): (number of the first one, uint64 [bands, n] keys, bool [n] whether a document has a sketch).
     """
     remaining = iter(digests)
     begin = 0
@@ -132,10 +132,10 @@ def _band_keys_by_chunk(
 
 
 def _is_repeated(keys: np.ndarray, has_keys: np.ndarray) -> np.ndarray:
-    """Bool [n]: whether another document has the same key of one band (a part of a MinHash sketch), and so is a candidate.
+    """Find which documents share one band with another one, bool [n]: two with the same key of the band.
 
-    Keys [7, 5, 7] give [True, False, True]. `keys`: uint64 [n]. `has_keys` (bool [n]): which documents have one; the keys of
-    others mean nothing.
+    Keys [7, 5, 7] give [True, False, True]. A band is a part of a MinHash sketch. `keys`: uint64 [n]. `has_keys` (bool [n]):
+    which documents have one; the keys of others mean nothing.
     """
     documents = np.flatnonzero(has_keys)
     documents_by_key = documents[np.argsort(keys[documents])]

@@ -28,7 +28,7 @@ _DIGEST_COLUMN_BY_KIND = {"exact": "digest", "normalized": "normal", "prompt": "
 
 @dataclass(slots=True)
 class LeakedDocuments:
-    """k training documents that leak, each once, in the order of training input."""
+    """The training documents that leak, k of them: a held-out split has them too. In the order of training input."""
 
     train: np.ndarray
     """int64[k]: training document."""
@@ -44,12 +44,14 @@ class LeakedDocuments:
         return self.train[self.kind != LEAK_KINDS.index("prompt")]
 
     def to_report(self, location_of: Callable[[int], str]) -> dict[str, Any]:
-        """Counts and examples by kind of `LEAK_KINDS`, as the report of preparation has them.
+        """Count the leaks for the report of preparation, by kind of `LEAK_KINDS`, with examples:
 
         {"train": {"exact": 2, ...}, "held_out": {"exact": 1, ...}, "examples": {"exact": ["a.jsonl:3 = b.jsonl:7"], ...},
-        "incomplete": 0}: how many documents leak on each side (several training documents may share one held-out document), the
-        first pairs (training document = held-out document), and for how many documents the search was cut short.
-        `location_of`: gives the `file:line` of a document.
+        "incomplete": 0}.
+
+        That is how many documents leak on each side (several training documents may share one held-out document), the first pairs
+        (training document = held-out document), and for how many documents the search was cut short. `location_of`: gives the
+        `file:line` of a document.
         """
         train_counts: dict[str, int] = {}
         held_out_counts: dict[str, int] = {}
@@ -80,13 +82,16 @@ def find_leaks(
     text_of: Callable[[int], str],
     directory: Path | None = None,
 ) -> LeakedDocuments:
-    """Find the training documents that are in held-out data too, whatever their source.
+    """Find the training documents that are in held-out data too, whatever their source: evaluation would measure memory.
 
     `signatures`: hashes of all documents by name, uint64 each (see `Signer.sign`): "digest" of the content, "normal" of the
-    words, "prompt", "verdict" (label). `train` (int64[n]) and `held_out` (int64[m]): numbers of documents. The kinds of leaks
-    are looked for from the strictest on: a document that was found by one is not looked for by the next. `text_of` gives the
-    text of a document; it is called only if near leaks are looked for, which takes the threshold of the search for duplicates.
+    words, "prompt", "verdict" (label).
+    `train` (int64[n]) and `held_out` (int64[m]): numbers of documents.
+    `text_of` gives the text of a document; it is called only if near leaks are looked for (`data.leakage.near`), by the threshold
+    of the search for duplicates.
     `directory`: where the search for near leaks keeps its files while it works.
+
+    The kinds of leaks are looked for from the strictest on: a document that was found by one is not looked for by the next.
     """
     # The held-out document that each training document agrees with; -1 for none yet.
     partners = np.full(len(train), -1, np.int64)
@@ -127,15 +132,16 @@ def _find_near_partners(
     threshold: float,
     directory: Path | None,
 ) -> tuple[np.ndarray, int]:
-    """(most similar held-out document of each training document, how many searches were cut short).
+    """Find for each training document the most similar held-out one: (int64 [train], how many searches were cut short).
 
-    int64 [train]; -1 if no held-out document has a Jaccard similarity of `threshold` or more. `label_hashes` (uint64, by
-    document number): only documents with equal labels are compared. `text_of` gives the text of a document.
+    -1 if no held-out document has a Jaccard similarity of `threshold` or more. `label_hashes` (uint64, by document number): only
+    documents with equal labels are compared. `text_of` gives the text of a document.
     """
     # Positions in the index: held-out documents first. So all of them are in it before the first training document is looked for.
     documents = np.concatenate([held_out, train])
     index = NearIndex(documents, text_of, label_hashes[documents], threshold, directory)
     partners = np.full(len(train), -1, np.int64)
+    # Most documents share too little with any other one, and need not be compared at all.
     for position in np.flatnonzero(index.may_be_near).tolist():
         if position < len(held_out):
             index.add(position)
@@ -147,7 +153,7 @@ def _find_near_partners(
 
 
 def first_matching_documents(digests: np.ndarray, other_digests: np.ndarray, other_documents: np.ndarray) -> np.ndarray:
-    """For each digest (hash of a text), the first document of the other side with an equal digest; -1 if there is none.
+    """Find for each digest (hash of a text) the first document of the other side with an equal one; -1 if there is none.
 
     `other_documents[i]`: the number of the document with `other_digests[i]`. Returns int64 [len(digests)]: digests [5, 9] and
     other digests [9, 7] of the documents [30, 31] give [-1, 30].
@@ -165,10 +171,10 @@ def first_matching_documents(digests: np.ndarray, other_digests: np.ndarray, oth
 def train_documents_to_drop(
     leaks: LeakedDocuments, policy: LeakagePolicy, num_train_documents: int, report: dict[str, Any]
 ) -> np.ndarray:
-    """The training documents that `data.leakage.policy` takes out, int64: with `drop_train` those that share more than a prompt.
+    """Decide which leaking training documents `data.leakage.policy` takes out: their numbers, int64.
 
-    None are taken out with other policies. Raises DataError if the policy is `fail` and there are such documents, with counts
-    and first examples of `report` (`leaks.to_report`).
+    With `drop_train` those that share more than a prompt with a held-out document, with other policies none. Raises DataError if
+    the policy is `fail` and there are such documents, with counts and first examples of `report` (`leaks.to_report`).
     """
     leaked_documents = leaks.train_documents_sharing_more_than_prompt()
     if len(leaked_documents) and policy is LeakagePolicy.fail:

@@ -20,9 +20,9 @@ WORDS_PER_NGRAM = 5
 
 
 def ngrams(normalised_text: bytes, partition: int = 0) -> list[bytes]:
-    """The n-grams of 5 words of a normalised text, in order: b"a b c d e f" -> [b"a b c d e", b"b c d e f"].
+    """Cut a normalised text into its runs of 5 words, in order: b"a b c d e f" -> [b"a b c d e", b"b c d e f"].
 
-    Two texts are compared by the sets of their n-grams. A text of fewer words is a single n-gram, so that short texts are similar
+    Two texts are compared by the sets of these n-grams. A text of fewer words is a single n-gram, so that short texts are similar
     only when their words are the same. Texts of different `partition` (a number, such as a hash of the label) share no n-gram.
     """
     words = normalised_text.split()
@@ -120,10 +120,11 @@ class NearIndex:
         """True comparisons, and documents whose comparisons were cut short: among them, copies may be left."""
 
     def find_most_similar(self, position: int) -> int | None:
-        """The position of the most similar document that was added, if their Jaccard similarity is `threshold` or more.
+        """Find the most similar document that was added, if their Jaccard similarity is `threshold` or more; else None.
 
-        The similarity is that of their n-grams of words. It is estimated for all candidates, and computed from the texts for
-        the most similar ones. None if there is no such document. Counts in `report`.
+        Documents are named by their positions. The similarity is that of their n-grams of words. It is estimated for all
+        candidates, and computed from the texts for the most similar ones. `report` counts these comparisons, and the searches
+        that `MAX_COMPARISONS` cut short.
         """
         document_ngrams, sketch = self._texts.ngrams_and_sketch(position)
         # (minus the estimated similarity, position), so that the most similar comes first.
@@ -141,7 +142,7 @@ class NearIndex:
         return None
 
     def add(self, position: int) -> None:
-        """Let a document be found from now on, unless too many earlier ones share a band with it.
+        """Let a document be found by later searches, unless too many earlier ones share a band with it.
 
         Text that thousands of documents share (a licence, a template) would make each search compare with all of them.
         """
@@ -185,18 +186,21 @@ def jaccard_similarity(first: set[bytes], second: set[bytes]) -> float:
 
 
 def band_recall(similarity: float, bands: int, rows: int) -> float:
-    """Probability that two texts of this Jaccard similarity share at least one of the bands, of `rows` MinHash values each."""
+    """The probability that two texts of this Jaccard similarity share a band, of `rows` MinHash values each.
+
+    Texts that share one are compared.
+    """
     return 1 - (1 - similarity**rows) ** bands
 
 
 def choose_bands(threshold: float) -> tuple[int, int]:
-    """How to split a MinHash sketch: (bands, rows of a band), with the most rows that still find enough of the near copies.
+    """Decide how to split a MinHash sketch: (bands, rows of a band), with the most rows that still find enough near copies.
 
-    More rows make fewer useless candidates, since all rows of a band must agree. A MinHash value agrees with probability equal
-    to the Jaccard similarity s (Broder 1997); a pair becomes a candidate with probability 1 - (1 - s**r)**b (Leskovec, Rajaraman
-    and Ullman, Mining of Massive Datasets, section 3.4), which is to be at least `MIN_RECALL` at s = threshold. For a threshold
-    of 0.8, the 128 values become 18 bands of 7 rows, which find 0.985 of the pairs at 0.8, 0.999 at 0.85, 0.79 at 0.7, 0.40 at
-    0.6, 0.13 at 0.5 and 0.03 at 0.4.
+    More rows make fewer useless candidates, since all rows of a band must agree. A MinHash value agrees with probability equal to
+    the Jaccard similarity s (Broder 1997); a pair becomes a candidate with probability 1 - (1 - s**r)**b (Leskovec, Rajaraman and
+    Ullman, Mining of Massive Datasets, section 3.4), which is to be at least `MIN_RECALL` at s = threshold. For a threshold of
+    0.8, the 128 values become 18 bands of 7 rows, which find 0.985 of the pairs at 0.8, 0.999 at 0.85, 0.79 at 0.7, 0.40 at 0.6,
+    0.13 at 0.5 and 0.03 at 0.4.
     """
     for rows in range(MAX_MINHASH_VALUES, 0, -1):
         bands = MAX_MINHASH_VALUES // rows

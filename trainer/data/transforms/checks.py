@@ -45,7 +45,7 @@ _MOJIBAKE_REGEX = re.compile(
 
 
 class Checks:
-    """The stage that looks at documents and changes nothing in them."""
+    """The stage of preparation that looks for what seems wrong in documents, counts it, and changes nothing in them."""
 
     name = "checks"
 
@@ -56,10 +56,10 @@ class Checks:
         self._looks_like_mojibake: Callable[[str], bool] = is_bad
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
-        """The document itself, or None if it has a problem that `data.checks.quarantine` names.
+        """Check a document: returns it, or None if it has a problem that `data.checks.quarantine` names and so is dropped.
 
         `tally` counts each kind of problem with its first position ("turn 2 of chosen"): as a drop if the document is dropped for
-        it, else as a note.
+        it, else as a note for the report.
         """
         problems = self._first_problems(document)
         for kind, position in problems.items():
@@ -71,9 +71,9 @@ class Checks:
         return document
 
     def _first_problems(self, document: Document) -> dict[str, str]:
-        """The first position in the document of each kind of problem that it has, in the order of `CHECK_KINDS`.
+        """Find the first position in a document of each kind of problem that it has, in the order of `CHECK_KINDS`.
 
-        Example: {"system_late": "turn 3 of chosen"}.
+        Example: {"system_late": "turn 3 of chosen"}, for a system turn that is not the first turn.
         """
         first_positions: dict[str, str] = {}
         for kind, position in self._all_problems(document):
@@ -83,9 +83,13 @@ class Checks:
         return {kind: first_positions[kind] for kind in CHECK_KINDS if kind in first_positions}
 
     def _all_problems(self, document: Document) -> Iterator[tuple[str, str]]:
-        """(kind of problem, its position in the document, such as `turn 2 of chosen`), of its turns and then of its texts."""
+        """Find all problems of a document, of its turns and then of its texts: (kind of problem, its position).
+
+        Kinds are those of `CHECK_KINDS`; a position is such as "turn 2 of chosen" or "text 2, U+FFFD at character 7".
+        """
         prompt = document.messages or []
         if document.chosen is not None or document.rejected is not None:
+            # Of a preference pair, the prompt with each of its answers is a conversation of its own.
             yield from _turn_problems([*prompt, *(document.chosen or [])], " of chosen")
             yield from _turn_problems([*prompt, *(document.rejected or [])], " of rejected")
         elif document.messages is not None:
@@ -94,9 +98,9 @@ class Checks:
             yield from self._text_problems(text, f"text {number}")
 
     def _text_problems(self, text: str, text_name: str) -> Iterator[tuple[str, str]]:
-        """(kind of problem, its position) of one text, such as ("encoding_damage", "text 2, U+FFFD at character 7").
+        """Find the problems of one text: (kind, its position), such as ("encoding_damage", "text 2, U+FFFD at character 7").
 
-        `text_name`: what the position calls the text, such as "text 2".
+        Kinds are those of `CHECK_KINDS`. `text_name`: what the position calls the text, such as "text 2".
         """
         if not text or text.isspace():
             yield "empty_text", text_name
@@ -107,20 +111,21 @@ class Checks:
         # Damaged encoding always leaves characters beyond ASCII.
         if text.isascii():
             return
+        # The replacement character stands where somebody failed to decode a text before.
         replacement = text.find("\ufffd")
         if replacement >= 0:
             yield "encoding_damage", f"{text_name}, U+FFFD at character {replacement + 1}"
             return
-        # The expression is a cheap first look: only what it finds is worth ftfy's own heuristic.
+        # The regular expression is a cheap first look: only what it finds is worth ftfy's own heuristic.
         mojibake = _MOJIBAKE_REGEX.search(text)
         if mojibake and self._looks_like_mojibake(text):
             yield "encoding_damage", f"{text_name}, {mojibake.group()!r} at character {mojibake.start() + 1}"
 
 
 def _turn_problems(turns: list[Message], suffix: str) -> Iterator[tuple[str, str]]:
-    """(kind of problem, its position) in the order of the turns, such as ("system_late", "turn 3 of chosen").
+    """Find the problems in the order of a conversation's turns: (kind, position), such as ("system_late", "turn 3 of chosen").
 
-    `suffix` names the conversation in the position, such as " of chosen".
+    Kinds are those of `CHECK_KINDS`. `suffix` names the conversation in the position, such as " of chosen".
     """
     roles = [turn["role"] for turn in turns]
     earlier_turns: set[tuple[str, str]] = set()
@@ -158,7 +163,7 @@ FTFY_STEPS_OFF = (
 
 
 def encoding_fixer() -> Callable[[str], str]:
-    """A function that repairs mojibake in a text by ftfy (R. Speer, 2019), and does nothing else."""
+    """Make a function that repairs mojibake in a text (`schÃ¶n` -> `schön`) by ftfy (R. Speer, 2019), and does nothing else."""
     import ftfy
 
     config = ftfy.TextFixerConfig(normalization=None, **dict.fromkeys(FTFY_STEPS_OFF, False))  # type: ignore[arg-type]  # OFF names fields
@@ -204,7 +209,7 @@ def remove_control_characters(text: str) -> str:
 
 
 class Cleaner:
-    """The cleaning stage: changes texts in place, notes each switch that changed a row, drops rows left without text."""
+    """The stage of preparation that cleans texts in place, as `data.cleaning` says, and drops documents left without text."""
 
     name = "cleaning"
 
@@ -220,7 +225,7 @@ class Cleaner:
             self.steps.append(("unicode", partial(unicodedata.normalize, unicode_form)))
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
-        """Clean every text of a document in place; None, counted in `tally`, if a text is left empty.
+        """Clean every text of a document in place; None, counted in `tally`, if a text is left empty by that.
 
         `tally` also counts, for the data report, the switches of `data.cleaning` that changed a text of the document.
         """
@@ -244,10 +249,11 @@ class Cleaner:
         return document
 
     def clean(self, text: str) -> tuple[str, set[str]]:
-        """(cleaned text, the switches of `data.cleaning` that changed it): ("a b", {"control_characters"}).
+        """Clean one text: (cleaned text, switches of `data.cleaning` that changed it), such as ("a b", {"control_characters"}).
 
-        All steps are repeated until a pass changes nothing. If that takes more than `MAX_PASSES`, the text stays as it was, with
-        {"unsettled"}. A switch counts if its step ever changed the text, also if a later step undid it.
+        All steps are repeated until a pass changes nothing, so that cleaning a second time changes nothing. If that takes more
+        than `MAX_PASSES`, the text stays as it was, with {"unsettled"}. A switch counts if its step ever changed the text, also
+        if a later step undid it.
         """
         switches: set[str] = set()
         cleaned = text

@@ -27,7 +27,7 @@ _HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _hash_words(text: str) -> np.ndarray:
-    """uint64 [words]: a hash for each word of a text, the same in this process and those forked from it.
+    """Hash each word of a text, uint64 [words]: the same in this process and those forked from it.
 
     Python's own hash is fast; it differs between processes that are started anew.
     """
@@ -37,7 +37,10 @@ def _hash_words(text: str) -> np.ndarray:
 
 
 def _hash_ngrams(word_hashes: np.ndarray, length: int) -> np.ndarray:
-    """uint64: a hash for each distinct run of `length` words; runs of different lengths have different hashes."""
+    """Hash each distinct run of `length` words of a text, uint64, ascending; runs of different lengths have different hashes.
+
+    `word_hashes`: uint64 [words]. The result is empty if the text has fewer words.
+    """
     num_runs = max(len(word_hashes) - length + 1, 0)
     hashes = np.full(num_runs, length, np.uint64)
     for offset in range(length):
@@ -47,9 +50,10 @@ def _hash_ngrams(word_hashes: np.ndarray, length: int) -> np.ndarray:
 
 
 def texts_to_decontaminate_from(document: Document) -> Iterator[tuple[str, str]]:
-    """(file:line, text) of an evaluation document for a `Decontaminator`: its questions, and answers of some length.
+    """Find what of an evaluation document training data must not contain: its questions, and answers of some length.
 
-    System turns are left out, and so are answers of fewer than `WORDS_PER_RUN` words, which many questions share.
+    Each as (`file:line`, text), for a `Decontaminator`. System turns are left out, and so are answers of fewer than
+    `WORDS_PER_RUN` words, which many questions share.
     """
     turns = [*document.conversation(), *(document.rejected or [])]
     answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
@@ -61,9 +65,10 @@ def texts_to_decontaminate_from(document: Document) -> Iterator[tuple[str, str]]
 
 
 class Decontaminator:
-    """A stage that counts or drops documents that contain one of the evaluation `texts`, given as (`file:line`, text).
+    """The stage of preparation that counts or drops training documents that contain text of evaluation sets.
 
-    Equal texts count once. Raises DataError if none of the texts can be looked for.
+    `texts`: (`file:line`, text) of the evaluation sets; equal ones count once. Raises DataError if none of the texts can be
+    looked for.
     """
 
     name = "decontamination"
@@ -120,7 +125,7 @@ class Decontaminator:
             )
 
     def find_best_match(self, text: str) -> tuple[str, float] | None:
-        """(`file:line` of the evaluation text of which `text` holds most, the share of its runs of words that are in `text`).
+        """Find the evaluation text of which `text` holds most: (its `file:line`, the share of its runs of words in `text`).
 
         A run of words counts once, however often it is in a text. None if `text` shares none with any evaluation text.
         """
@@ -140,7 +145,10 @@ class Decontaminator:
         return self._locations[best_text], float(shares[best_text])
 
     def __call__(self, document: Document, tally: Tally) -> Document | None:
-        """Count, and by policy drop, a document that holds evaluation text; its texts are looked at as one."""
+        """Count, and by policy drop, a training document that holds text of an evaluation set; its texts are looked at as one.
+
+        Returns None if it is dropped. `tally` gets its location, and the evaluation text with the share of it that was found.
+        """
         match = self.find_best_match("\n".join(document.texts()))
         if match is None:
             return document

@@ -46,7 +46,10 @@ VIN_WEIGHTS = (8, 7, 6, 5, 4, 3, 2, 10, 0, 9, 8, 7, 6, 5, 4, 3, 2)
 
 
 def is_vin(text: str) -> bool:
-    """Whether the 17 characters of a vehicle identification number have the check digit of 49 CFR 565 (ninth place)."""
+    """Whether the 17 characters of a vehicle identification number have the check digit of 49 CFR 565 (ninth place).
+
+    So other codes of 17 letters and digits are mostly not taken for one.
+    """
     digits = text.translate(VIN_DIGITS)
     weighted_sum = sum(weight * int(digit) for digit, weight in zip(digits, VIN_WEIGHTS, strict=True))
     has_check_digit = text[8] == "0123456789X"[weighted_sum % 11]
@@ -223,7 +226,7 @@ FAX_SCORE = 0.85
 
 
 def find_phone_numbers(text: str, regions: Sequence[str]) -> list[PrivacyFinding]:
-    """Telephone numbers in a text, with a score from 0 to 1 for how certain each is; those right after the word fax as FAX.
+    """Find telephone numbers in a text, each with a score from 0 to 1 for how certain it is; right after the word fax as FAX.
 
     `regions`: countries (ISO 3166-1 alpha-2) whose national numbers are looked for. The score is the one that the number's
     spelling gives, changed by what stands around it: words for telephone or fax raise it, words such as "order" lower it.
@@ -232,6 +235,7 @@ def find_phone_numbers(text: str, regions: Sequence[str]) -> list[PrivacyFinding
     for match in PHONE_CANDIDATE_REGEX.finditer(text):
         candidate = match[1]
         num_digits = sum(character.isdecimal() for character in candidate)
+        # No telephone number is shorter or longer, and dates look like one.
         if not 7 <= num_digits <= 17 or DATE_REGEX.match(candidate):
             continue
         numbers = _valid_numbers(candidate, tuple(regions))
@@ -253,11 +257,11 @@ def _score_in_context(candidate: str, spelling_score: float, before: str, after:
     """How certain a telephone number is, from 0 to 1, by the first case that applies:
 
     - a word before it speaks against it ("order"), and it is not written internationally: lowered;
-    - the word fax stands before it: at least `FAX_SCORE`;
+    - the word fax stands before it (`is_fax`): at least `FAX_SCORE`;
     - a word for telephone before it, or its kind behind it ("(home)"): at least `USUAL_GROUPS_SCORE`;
     - it is written like a large number (1.000.000): lowered;
     - else the `spelling_score` that its spelling gives.
-    `before`, `after`: the text around it.
+    `candidate`: the number as written. `before`, `after`: the text around it.
     """
     is_international = spelling_score >= INTERNATIONAL_SCORE
     if not is_international and NOT_PERSONAL.search(before):
@@ -283,7 +287,7 @@ class PhoneNumberSpan(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def _valid_numbers(candidate: str, regions: tuple[str, ...]) -> tuple[PhoneNumberSpan, ...]:
-    """The valid telephone numbers in a run of digits, such as "+49 30 123456" -> (PhoneNumberSpan(0, 13, 0.95),).
+    """Find the valid telephone numbers in a run of digits: "+49 30 123456" -> (PhoneNumberSpan(0, 13, 0.95),).
 
     Written internationally, a number needs no country. Else it is read as a number of the country of `regions` in which it is
     most certain.
@@ -293,7 +297,7 @@ def _valid_numbers(candidate: str, regions: tuple[str, ...]) -> tuple[PhoneNumbe
 
 
 def _international_numbers(candidate: str) -> tuple[PhoneNumberSpan, ...]:
-    """The valid numbers in a run of digits that begins with + or 00."""
+    """Find the valid telephone numbers in a run of digits that begins with + or 00, the international prefix."""
     import phonenumbers
 
     # Without a country the library does not know that 00 is the international prefix.
@@ -301,13 +305,14 @@ def _international_numbers(candidate: str) -> tuple[PhoneNumberSpan, ...]:
     shift = len(candidate) - len(with_plus)
     numbers = []
     for match in phonenumbers.PhoneNumberMatcher(with_plus, None):
+        # A match at 0 begins with the prefix that was replaced, and takes in both zeros.
         begin = match.start + shift if match.start else 0
         numbers.append(PhoneNumberSpan(begin, match.end + shift, INTERNATIONAL_SCORE))
     return tuple(numbers)
 
 
 def _best_national_numbers(candidate: str, regions: tuple[str, ...]) -> tuple[PhoneNumberSpan, ...]:
-    """The valid numbers in a run of digits, read as in the country of `regions` that makes one of them most certain."""
+    """Find the valid telephone numbers in a run of digits, read as in the country of `regions` where one is most certain."""
     import phonenumbers
 
     best_numbers: list[PhoneNumberSpan] = []
@@ -326,10 +331,11 @@ def _best_national_numbers(candidate: str, regions: tuple[str, ...]) -> tuple[Ph
 
 
 def _national_score(match: PhoneNumberMatch) -> float:
-    """How certain a telephone number is that is not written internationally, from 0 to 1.
+    """How certain a telephone number is that is not written internationally, from 0 to 1, by how its digits are grouped.
 
-    0.75 if the digits are grouped as its country groups them (555-0123 in the US, 01 23 45 67 89 in France); 0.55 if they are in
-    groups and begin with a national prefix, a bracket or the code of the country; else 0.4.
+    0.75 if they are grouped as its country groups them (555-0123 in the US, 01 23 45 67 89 in France); 0.55 if they are in groups
+    and begin with a national prefix, a bracket or the code of the country; else 0.4. `match`: what the library phonenumbers
+    found.
     """
     import phonenumbers
     from phonenumbers import PhoneNumberFormat
@@ -348,7 +354,10 @@ def _national_score(match: PhoneNumberMatch) -> float:
 
 
 def canonical_phone_number(text: str, regions: Sequence[str]) -> str:
-    """E.164 of a telephone number (`+14155552671`) however it is written; its digits if it is valid in none of the countries."""
+    """E.164 of a telephone number (`+14155552671`) however it is written; its digits if no country has such a number.
+
+    `regions`: the countries whose national numbers are read, such as "GB".
+    """
     import phonenumbers
 
     with_plus = re.sub(r"^\s*00", "+", text)

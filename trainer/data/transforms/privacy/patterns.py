@@ -46,7 +46,7 @@ def letters_and_digits(text: str) -> str:
 
 
 def stdnum_check(module: str, **options: bool) -> Callable[[str], bool]:
-    """The check of a module of stdnum, such as "us.ssn", as a function of a text: whether it is a valid number of that kind.
+    """Make a check from a module of the library stdnum, such as "us.ssn": whether a text is a valid number of that kind.
 
     The number may be written with any separators. One repeated digit is nobody's number. `options` go to the module's `is_valid`.
     """
@@ -114,11 +114,11 @@ def _number_rule(
     nearby_words: str = "",
     score_near_words: float = 0.95,
 ) -> PrivacyRule:
-    """A rule that finds identity numbers of one type, such as a tax number.
+    """Make a rule that finds identity numbers of one type, such as a tax number.
 
     `regex`: its form; `check`: tests the number, as by its check digit. A match has the `score` from 0 to 1. If one of the words
-    `nearby_words` (separated by |) is close, it has `score_near_words`; a word of `NOT_PERSONAL` right before, such as
-    "order", lowers it.
+    `nearby_words` (separated by |) is close, it has `score_near_words`; a word of `NOT_PERSONAL` right before, such as "order",
+    lowers it.
     """
     return privacy_rule(
         type_,
@@ -133,7 +133,10 @@ def _number_rule(
 
 
 def is_personal_ip(text: str) -> bool:
-    """Whether a text is an IP address other than loopback and unspecified, which point at nobody."""
+    """Whether a text is an IP address that could identify a person: not loopback or unspecified, which point at nobody.
+
+    Private addresses count: within their network they may point at a person.
+    """
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -172,9 +175,9 @@ NETWORK = [
 
 
 def _iban_pattern() -> str:
-    """A regular expression for IBANs that knows the length of each country's, so that it takes in no word that follows.
+    r"""Make a regular expression for IBANs that knows the length of each country's, so that it takes in no word that follows.
 
-    Its part for 22 characters is such as `(?:BG|BH|...|VA)\\d{2}(?:[ -]?[0-9a-z]){18}`.
+    Its part for 22 characters is such as `(?:BG|BH|...|VA)\d{2}(?:[ -]?[0-9a-z]){18}`.
     """
     countries_by_length: dict[int, list[str]] = {}
     for country, length in IBAN_LENGTHS.items():

@@ -84,11 +84,9 @@ class PrivacyFinding:
 class PrivacyRule:
     """A regular expression that finds one type of personal data, and what makes a match more or less certain.
 
-    The first group of the expression is the finding. Its score is `score`; `score_near_words` if `nearby_words` matches close
-    by; and
-    `SCORE_AFTER_CONTRARY_WORDS` if `contrary_words` matches before it, whatever else is near. A rule is tried only on texts
-    that hold `needs`
-    and one of `required_texts`: both save time on clean text.
+    The first group of the expression is the finding. Its score is `score`; `score_near_words` if `nearby_words` matches close by;
+    and `SCORE_AFTER_CONTRARY_WORDS` if `contrary_words` matches before it, whatever else is near. A rule is tried only on texts
+    that hold `needs` and one of `required_texts`: both save time on clean text.
     """
 
     type: str
@@ -138,11 +136,10 @@ def whole_words(alternatives: str) -> re.Pattern[str]:
 def privacy_rule(
     type_: str, regex: str, score: float, *, required_texts: str = "", nearby_words: str = "", **fields: Any
 ) -> PrivacyRule:
-    """A `PrivacyRule` that finds personal data of a type by a regular expression, whose group 1 is the finding.
+    """Make a `PrivacyRule` that finds personal data of a type by a regular expression, whose group 1 is the finding.
 
     `score`: its certainty. `required_texts`: lower-case texts separated by |, one of which must be in the whole text, a cheap
-    test.
-    `nearby_words`: words separated by |; one of them close by raises the certainty. `fields`: the other attributes of
+    test. `nearby_words`: words separated by |; one of them close by raises the certainty. `fields`: the other attributes of
     `PrivacyRule`.
     """
     return PrivacyRule(
@@ -187,7 +184,7 @@ class Presidio:
         self.entities = sorted(entity for entity in supported if TYPE_OF_ENTITY.get(entity) in types)
 
     def find(self, text: str) -> list[PrivacyFinding]:
-        """What Presidio finds at `min_score` or above, under our type names."""
+        """Find names of people and places in a text, those that Presidio finds at `min_score` or above, under our type names."""
         if not self.entities or not any(character.isalnum() for character in text):
             return []
         matches = self.analyzer.analyze(text, language="en", entities=self.entities, score_threshold=self.min_score)
@@ -199,7 +196,10 @@ class Presidio:
 
 
 def _import_error(missing: str) -> ConfigError:
-    """The error for a package or a model that Presidio needs and that is not installed."""
+    """Make the error for a package or a model that Presidio needs and that is not installed.
+
+    `missing`: such as "the spaCy model X, which is not installed".
+    """
     return ConfigError(
         f"data.privacy.engine=presidio needs {missing}; {install_command('pii')}, or set data.privacy.engine=patterns"
     )
@@ -207,7 +207,7 @@ def _import_error(missing: str) -> ConfigError:
 
 @cache
 def _load_analyzer() -> Any:
-    """Presidio's analyzer with the small English model of spaCy; kept, so that a process loads it once.
+    """Load Presidio's analyzer with the small English model of spaCy; kept, so that a process loads it once.
 
     Raises ConfigError if a package or the model is not installed.
     """

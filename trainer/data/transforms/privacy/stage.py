@@ -54,9 +54,10 @@ _NEEDS_PRESIDIO_ENGINE = "needs data.privacy.engine=presidio"
 
 
 def privacy_coverage(config: PrivacyConfig) -> dict[str, Any]:
-    """For the audit: `looked_for`, a list of types, and `not_looked_for`, every other known type with the reason.
+    """Say for the audit which types of personal data are looked for, and why the others are not.
 
-    Example: {"looked_for": ["EMAIL", "PHONE"], "not_looked_for": {"PERSON": "needs data.privacy.engine=presidio", ...}}.
+    Example: {"looked_for": ["EMAIL", "PHONE"], "not_looked_for": {"PERSON": "needs data.privacy.engine=presidio", ...}}. The
+    second has every other known type.
     """
     requested_types = frozenset(config.types) or PRESETS[config.preset]
     if config.mode == PrivacyMode.none:
@@ -92,10 +93,10 @@ class PersonalDataFinder:
             self.presidio = Presidio(self.types, self.min_score)
 
     def find(self, text: str) -> list[PrivacyFinding]:
-        """Personal data in a text, in order; no two findings overlap.
+        """Find personal data in a text, in order; no two findings overlap.
 
-        Left out is what is not certain enough, what `data.privacy.allow` names, and what lies in a placeholder of an earlier
-        pass.
+        Left out is what is not certain enough, what `data.privacy.allow` names, and what lies in a placeholder such as "[EMAIL]",
+        which an earlier pass has left.
         """
         findings = self._find_by_rules(text)
         if self.presidio:
@@ -111,9 +112,10 @@ class PersonalDataFinder:
         return resolve_overlaps(text, outside_placeholders)
 
     def _find_by_rules(self, text: str) -> list[PrivacyFinding]:
-        """Findings of our own rules and of the telephone library, certain or not; they may overlap.
+        """Find personal data by our own rules and the telephone library, certain or not; findings may overlap.
 
-        A rule is tried only on texts that have what it needs and one of its `required_texts`, since most texts have none of it.
+        A rule is tried only on texts that have what it needs and one of its `required_texts`, since most texts have none of it,
+        and the tests are cheap.
         """
         has_digit = DIGIT_REGEX.search(text) is not None
         has_number = has_digit and NUMBER_REGEX.search(text) is not None
@@ -127,6 +129,7 @@ class PersonalDataFinder:
             if rule.required_texts and not any(hint in lower_text for hint in rule.required_texts):
                 continue
             for match in rule.regex.finditer(text):
+                # Group 1 of a rule's expression is the finding; the rest is what must stand around it.
                 start, end = match.span(1)
                 if rule.check is None or rule.check(text[start:end]):
                     score = rule.score_in_context(text, start, end)
@@ -137,7 +140,7 @@ class PersonalDataFinder:
         return findings
 
     def _is_accepted(self, text: str, finding: PrivacyFinding) -> bool:
-        """Whether a finding is certain enough, and not what `data.privacy.allow` names."""
+        """Whether a finding is certain enough (`data.privacy.min_score`), and not what `data.privacy.allow` names."""
         if finding.score < self.min_score:
             return False
         matched_text = text[finding.start : finding.end]
@@ -145,7 +148,7 @@ class PersonalDataFinder:
 
 
 def resolve_overlaps(text: str, findings: list[PrivacyFinding]) -> list[PrivacyFinding]:
-    """Findings without overlap, in the order of `text`: a finding keeps the characters that no better one has taken.
+    """Choose among findings so that none overlap, in the order of `text`: each keeps what no better one has taken.
 
     Longer findings go first, then more certain ones, then the order of `TYPES`; names last, whose ends are uncertain. Every
     letter and digit that any finding covers is covered by exactly one finding of the result.
@@ -178,9 +181,10 @@ MASKED_BY_WORDS = frozenset({"EMAIL", "PERSON", "USERNAME", "LOCATION", "ORGANIS
 
 
 class PrivacyStage:
-    """The privacy stage for rows of one source: report, redact, pseudonymise, drop or fail. Built in every worker process.
+    """The stage of preparation that looks for personal data in the documents of one source: report, redact, drop and so on.
 
-    `documents_before`: documents of the source that came before these. They count towards `scan_documents`.
+    Built in every worker process. `documents_before`: documents of the source that came before these. They count towards
+    `scan_documents`.
     """
 
     name = "privacy"
@@ -231,7 +235,10 @@ class PrivacyStage:
 
     @staticmethod
     def _add_findings(findings: Findings, document: Document, masked_findings: list[tuple[str, str]]) -> None:
-        """Add a document's findings, (type, masked text) each, to `findings`, with masks of the first few."""
+        """Count a document's findings of personal data, (type, masked text) each, in `findings`, with the first few as examples.
+
+        `findings`: those of all documents of a block so far.
+        """
         types = [pii_type for pii_type, _ in masked_findings]
         findings.documents[document.source] += 1
         findings.counts.update(types)
@@ -240,7 +247,10 @@ class PrivacyStage:
             add_first_examples(findings.examples, pii_type, [f"{document.location} {masked_text}"])
 
     def _rewrite(self, text: str, findings: list[PrivacyFinding]) -> str:
-        """The text with every finding replaced by its placeholder or pseudonym. `findings`: in order, without overlap."""
+        """Replace every finding in a text by its placeholder, such as "[EMAIL]", or its pseudonym, such as "[EMAIL_3fa9c01b]".
+
+        `findings`: in order, without overlap.
+        """
         pieces: list[str] = []
         previous_end = 0
         for finding in findings:
@@ -254,7 +264,10 @@ class PrivacyStage:
 
 
 def _masked_findings(document: Document, findings_by_text: dict[str, list[PrivacyFinding]]) -> list[tuple[str, str]]:
-    """(type, masked text) of every finding in a document, in reading order, such as ("EMAIL", "j***@e***.com")."""
+    """List every finding in a document, in reading order, as (type, masked text), such as ("EMAIL", "j***@e***.com").
+
+    Reports must not hold personal data themselves. `findings_by_text`: the findings in each text of the document.
+    """
     masked_findings = []
     for text in document.texts():
         for finding in findings_by_text[text]:
@@ -264,7 +277,7 @@ def _masked_findings(document: Document, findings_by_text: dict[str, list[Privac
 
 
 def raise_if_personal_data(findings: Findings, config: PrivacyConfig) -> None:
-    """Raise DataError if mode=fail and anything was found; call it once on the findings of all workers."""
+    """Raise DataError if `data.privacy.mode` is `fail` and anything was found. Call it once on the findings of all workers."""
     if config.mode != PrivacyMode.fail or not findings.counts:
         return
     lines = []
@@ -280,10 +293,11 @@ def raise_if_personal_data(findings: Findings, config: PrivacyConfig) -> None:
 
 
 def normalise_personal_text(type_: str, personal_text: str, regions: Sequence[str]) -> str:
-    """The same text for all spellings of a person's data: without case, spaces, separators and national telephone formats.
+    """Bring a person's data into one form for all its spellings, so that all get the same pseudonym.
 
-    `regions`: countries whose national telephone numbers are read, such as "GB". Example: EMAIL "Jane@Example.com" ->
-    "jane@example.com"; USERNAME "@Jane" -> "jane"; a SECRET keeps its case.
+    That is without case, spaces, separators and national telephone formats: EMAIL "Jane@Example.com" -> "jane@example.com";
+    USERNAME "@Jane" -> "jane"; a SECRET keeps its case. `type_`: such as "EMAIL". `regions`: countries whose national telephone
+    numbers are read, such as "GB".
     """
     # Full-width digits and the like become the usual ones.
     text = " ".join(unicodedata.normalize("NFKC", personal_text).split())
@@ -305,9 +319,9 @@ def normalise_personal_text(type_: str, personal_text: str, regions: Sequence[st
 
 
 def pseudonym(type_: str, personal_text: str, key: bytes, regions: Sequence[str]) -> str:
-    """The pseudonym of a finding, such as `[PERSON_3fa9c01b]`; the same in every run with the same secret key.
+    """Make the pseudonym of a finding, such as `[PERSON_3fa9c01b]`; the same in every run with the same secret key.
 
-    Its tail is the HMAC-SHA256 of the normalised text under the key.
+    Its tail is the HMAC-SHA256 of the normalised text under the key, so that nobody without the key can try out names.
     """
     normal_type = NORMAL_TYPE_BY_TYPE.get(type_, type_)
     message = f"{normal_type}\0{normalise_personal_text(type_, personal_text, regions)}".encode()
@@ -316,10 +330,10 @@ def pseudonym(type_: str, personal_text: str, key: bytes, regions: Sequence[str]
 
 
 def mask(type_: str, text: str) -> str:
-    """Personal data as a report may show it. Only the shape of numbers and the first letters of names remain.
+    """Mask personal data as a report may show it. Only the shape of numbers and the first letters of names remain.
 
-    EMAIL jane@example.com -> j***@e***.com; PERSON "Jane Doe" -> J*** D***; PHONE 555-0123 -> ***-****; SECRET -> ***.
-    No four letters or digits in a row of the text are ever shown, and of secrets nothing.
+    EMAIL jane@example.com -> j***@e***.com; PERSON "Jane Doe" -> J*** D***; PHONE 555-0123 -> ***-****; SECRET -> ***. No four
+    letters or digits in a row of the text are ever shown, and of secrets nothing.
     """
     if type_ == "SECRET":
         return "***"
@@ -348,7 +362,7 @@ def key_identity() -> str:
 
 
 def privacy_problems(config: PrivacyConfig) -> Iterator[str]:
-    """What is wrong with the settings: types and regions that are not known, types nothing looks for, a missing key."""
+    """Find what is wrong with `data.privacy`: types and regions that are not known, types nothing looks for, a missing key."""
     if config.mode == PrivacyMode.none:
         return
     not_looked_for = privacy_coverage(config)["not_looked_for"]
