@@ -32,16 +32,16 @@ from trainer.tuning.merged_adapters import MergedAdapters
 
 
 def reward_entries_with_models(objective: ObjectiveConfig) -> dict[str, RewardEntry]:
-    """The rewards that are models, by name; empty for objectives without rewards."""
+    """The rewards of a run that are models (classifiers that score answers), by name; empty for objectives without rewards."""
     if not isinstance(objective, RoundsConfig):
         return {}
     return {name: reward for name, reward in objective.rewards.items() if reward.path is not None}
 
 
 def reward_model_configs_by_setting(objective: ObjectiveConfig) -> dict[str, ModelConfig]:
-    """The settings to load each reward model with, by the setting that names it (`objective.rewards.NAME.path=PATH`).
+    """The settings by which each reward model's architecture is loaded, by the setting that names it:
 
-    Raises ConfigError if a path is no reward model.
+    `objective.rewards.NAME.path=PATH`. Raises ConfigError if a path is no reward model.
     """
     config_by_setting = {}
     for name, reward in reward_entries_with_models(objective).items():
@@ -53,10 +53,11 @@ def reward_model_configs_by_setting(objective: ObjectiveConfig) -> dict[str, Mod
 
 
 def attach_reward_models(step: TrainStep, objective: ObjectiveConfig, source: Any, *, half_on_gpu: bool) -> None:
-    """Add the reward models to a step module on meta, frozen, and where their values are read to `source.frozen_sources`.
+    """Add the run's reward models to a step module on meta, frozen, so that the engine shards them beside the trained model.
 
-    `source`: a `WeightSource`, or the stand-in of a plan. `half_on_gpu`: whether the run computes in half precision on a GPU.
-    Reads only headers of files. Raises ConfigError if one cannot be built, or its weights do not fit.
+    Sets in `source.frozen_sources` where their weights are read. `source`: a `WeightSource`, or the stand-in of a plan.
+    `half_on_gpu`: whether the run computes in half precision on a GPU. Reads only headers of files. Raises ConfigError if one
+    cannot be built, or its weights do not fit.
     """
     for name, reward in reward_entries_with_models(objective).items():
         path_setting = _path_setting(name)
@@ -71,10 +72,10 @@ def attach_reward_models(step: TrainStep, objective: ObjectiveConfig, source: An
 
 
 def _reward_model_on_meta(files: RewardModelFiles, *, half_on_gpu: bool) -> Any:
-    """The architecture of a reward model, a classifier of one output for padded rows, without values.
+    """Build the architecture of a reward model, a classifier of one output for padded rows, without values.
 
-    `half_on_gpu`: whether it computes in half precision on a GPU, which decides its attention. Raises ConfigError if it
-    cannot be built.
+    `files`: where its base, its tokenizer and perhaps an adapter lie. `half_on_gpu`: whether it computes in half precision on a
+    GPU, which decides its attention. Raises ConfigError if it cannot be built.
     """
     loading_config = _loading_config(files, options={})
     hf_config = load_model_config(loading_config)
@@ -85,6 +86,7 @@ def _reward_model_on_meta(files: RewardModelFiles, *, half_on_gpu: bool) -> Any:
         ModelKind.classifier,
         loading_config,
         hf_config,
+        # A row for each text. "reward" is what messages call the model.
         Layout.padded,
         meta_context(),
         "reward",
@@ -97,8 +99,8 @@ def _reward_model_on_meta(files: RewardModelFiles, *, half_on_gpu: bool) -> Any:
 def _reward_model_weights(files: RewardModelFiles, path_setting: str, model: Any) -> WeightSource | StartingWeights:
     """Where the weights of a reward model are read: in its base, with the adapter of `files` merged in, if there is one.
 
-    `path_setting`: the setting that names the reward model. `model`: the reward model on meta. Raises ConfigError if a weight is
-    missing or has another shape, or if the adapter was trained on another base.
+    `path_setting`: the setting that names the reward model. `model`: the reward model on meta. Raises ConfigError if a weight
+    is missing or has another shape, or if the adapter was trained on another base.
     """
     directory = find_weights_directory(_loading_config(files, options={}))
     merged = None
@@ -118,13 +120,16 @@ def _reward_model_weights(files: RewardModelFiles, path_setting: str, model: Any
 
 
 def check_reward_models(config: RunConfig) -> None:
-    """Read the tokenizers and chat templates of reward models, before hours of preparation. Raises ConfigError."""
+    """Check the tokenizers and chat templates of reward models before hours of preparation. Raises ConfigError."""
     for name, reward in reward_entries_with_models(config.objective).items():
         _open_reader(config, name, reward)
 
 
 def _open_reader(config: RunConfig, name: str, reward: RewardEntry) -> RewardModelReader:
-    """The reader that tokenises prompts and answers for a reward model. Raises ConfigError if it has no usable chat template."""
+    """Open what turns prompts and answers into rows for a reward model: its tokenizer and chat template, with its limits.
+
+    `name`, `reward`: the reward's key and settings. Raises ConfigError if it has no usable chat template.
+    """
     path_setting = _path_setting(name)
     options = {**REWARD_MODEL_OPTIONS, **reward.options}
     with _naming_setting_in_errors(path_setting):
@@ -151,7 +156,10 @@ def _open_reader(config: RunConfig, name: str, reward: RewardEntry) -> RewardMod
 
 
 def _pad_token_id(hf_config: Any, tokenizer: Any) -> int:
-    """The token that fills rows of a reward model: its configuration's, or else its tokenizer's. Errors: ConfigError."""
+    """The token that fills rows of a reward model: its configuration's, or else its tokenizer's.
+
+    Raises ConfigError if neither has one.
+    """
     pad_token_id = hf_config.pad_token_id
     if pad_token_id is None:
         pad_token_id = tokenizer.pad_token_id  # `load_tokenizer` takes the end token where there is none
@@ -166,7 +174,10 @@ def _pad_token_id(hf_config: Any, tokenizer: Any) -> int:
 def open_model_scorer(
     config: RunConfig, engine: Engine, runtime: Runtime, stop_now: Callable[[], bool] = lambda: False
 ) -> RewardModelScorer | None:
-    """The scorer of answers by the reward models in `engine`; None if the run has none. Errors: ConfigError."""
+    """Open the scorer of answers by the reward models in `engine`; None if the run has none. Raises ConfigError.
+
+    `stop_now`: asked during long scoring, on all ranks alike; True if the run shall stop.
+    """
     readers = {
         name: _open_reader(config, name, reward)
         for name, reward in reward_entries_with_models(config.objective).items()
@@ -175,9 +186,9 @@ def open_model_scorer(
 
 
 def reward_model_digests(objective: ObjectiveConfig) -> dict[str, str]:
-    """Digests of the files of reward models, as `NAME/file`; those of an adapter's base as `NAME/base/file`.
+    """Digests of the files of reward models, by which a run notices that they changed: {"NAME/file": digest}.
 
-    Errors: ConfigError, OSError.
+    Those of an adapter's base are under "NAME/base/file". Raises ConfigError, or OSError if a file cannot be read.
     """
     digests: dict[str, str] = {}
     for name, reward in reward_entries_with_models(objective).items():

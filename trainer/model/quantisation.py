@@ -41,7 +41,7 @@ NOTABLE_SHARE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """From a weight `[out, in]` to bytes and back; what it makes depends on the values alone, not on the device."""
+    """How a weight `[out, in]` becomes bytes and back; what it makes depends on the values alone, not on the device."""
 
     kind: Quantisation
     is_double_quantised: bool = True
@@ -80,9 +80,9 @@ class Scheme:
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> Tensor:
-        """The bytes `[num_bytes]` of a weight `[out, in]`: its codes, then its scales, then zeros up to the size.
+        """Quantise a weight `[out, in]`: its codes, then its scales, then zeros up to `num_bytes`, as uint8 `[num_bytes]`.
 
-        On the CPU, where the same values always give the same bytes.
+        Done on the CPU, where the same values always give the same bytes.
         """
         from bitsandbytes import functional as bnb
 
@@ -100,6 +100,7 @@ class Scheme:
             )
             pieces = [codes, state.absmax]
             if self.is_double_quantised:
+                # With double quantisation `absmax` is the 8-bit codes of the scales, and `state2` their own scales.
                 pieces = [codes, state.state2.absmax, state.offset, state.absmax]
         flat = [piece.reshape(-1).contiguous().view(torch.uint8) for piece in pieces]
         sizes = [len(piece) for piece in flat]
@@ -111,7 +112,8 @@ class Scheme:
 
     @torch.no_grad()
     def unpack(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """The weight `[out, in]` of `shape` that the bytes `packed` stand for, in `dtype`, on their device; on meta an empty one.
+        """Dequantise: the weight `[out, in]` of `shape` that the bytes `packed` stand for, in `dtype`, on their device; on meta
+        an empty one.
 
         It is rounded: `pack` has made the bytes of a weight that had more bits.
         """
@@ -153,7 +155,7 @@ class Scheme:
         return bnb.dequantize_4bit(codes.contiguous()[:, None], state)
 
     def round_trip(self, weight: Tensor) -> Tensor:
-        """What the model computes with in the place of `weight [out, in]`, float32."""
+        """The rounded values that the model computes with in the place of `weight [out, in]`, float32."""
         shape = (weight.shape[0], weight.shape[1])
         return self.unpack(self.pack(weight), shape, torch.float32)
 
@@ -208,7 +210,9 @@ class QuantisedLinear(nn.Linear):
 
     @classmethod
     def of_linear(cls, layer: nn.Linear, scheme: Scheme) -> QuantisedLinear:
-        """The layer `layer` with a weight of packed bytes on meta, to be filled later; it keeps its bias and hooks."""
+        """Replace a linear layer: the same layer with a weight of packed bytes on meta, to be filled later; it keeps its bias
+        and hooks.
+        """
         # Without `__init__`, which would make new parameters and forget what others have set on the layer.
         quantised = cls.__new__(cls)
         quantised.__dict__.update(layer.__dict__)
@@ -241,11 +245,13 @@ def quantise_layers(
     kept_prefixes: tuple[str, ...],
     base_name: Callable[[str], str],
 ) -> dict[str, tuple[int, ...]]:
-    """Replace the frozen linear layers of a tuned model on meta, but for `output_head` and modules under `kept_prefixes`.
+    """Replace the frozen linear layers of a tuned model on meta by quantised ones, in place (QLoRA).
 
-    Modules that the architecture keeps in float32 (T5's `wo`) stay as they are, as transformers leaves them: their blocks
-    convert activations to the type of the stored weight. Returns the shapes of the weights that are stored packed, by base
-    name. Raises ConfigError if there are none.
+    Returns their old shapes by base name. Not replaced: `output_head`, modules under `kept_prefixes`, and those that the
+    architecture keeps in float32 (T5's `wo`). The latter stay as transformers leaves them: their blocks convert activations to
+    the type of the stored weight. `base_name`: gives the name of a parameter in the model before tuning.
+
+    Raises ConfigError if nothing can be replaced, or if a package is missing.
     """
     missing = missing_package()
     if missing is not None:
@@ -272,10 +278,10 @@ def quantise_layers(
 
 
 def unquantised_note(meta_model: nn.Module, packed_names: set[str]) -> str | None:
-    """A note on the matrices that stay unpacked, with their size and the largest of them; None if they are few.
+    """A note for the user on the matrices that stay unquantised, with their size and the largest of them; None if they are few.
 
-    `meta_model`: the model before it is quantised. `packed_names`: of its parameters that are stored packed. "Few": less than
-    `NOTABLE_SHARE` of all parameters.
+    `meta_model`: the model before it is quantised. `packed_names`: of its parameters that do not count: quantised ones,
+    and those that are meant to stay as they are. "Few": less than `NOTABLE_SHARE` of all parameters.
     """
     sizes = {}
     for name, parameter in meta_model.named_parameters():

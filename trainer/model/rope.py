@@ -39,10 +39,11 @@ CONFIG_FILE = "config.json"
 
 
 def set_positions(hf_config: Any, config: ModelConfig) -> None:
-    """Set the number of positions and the rope parameters that `config` names in transformers' `hf_config`, in place.
+    """Write `model.positions` and `model.rope` into transformers' configuration `hf_config`, in place, before the model is
+    built from it.
 
-    Does nothing if neither setting is set. Raises ConfigError for a model whose positions are not rotary, and for values that
-    do not follow from each other.
+    `config`: the model's settings. Does nothing if neither is set. Raises ConfigError for a model whose positions are not
+    rotary, and for values that do not follow from each other.
     """
     if not positions_are_set(config):
         return
@@ -71,7 +72,9 @@ def set_positions(hf_config: Any, config: ModelConfig) -> None:
 
 
 def _raise_if_class_refuses(text_config: Any, config: ModelConfig) -> None:
-    """Raise ConfigError if the class of the configuration refuses its own rope parameters (Phi-3 takes `longrope` alone)."""
+    """Raise ConfigError if transformers refuses the rope parameters that were just set for this kind of model (Phi-3 takes
+    `longrope` alone).
+    """
     # What transformers itself says replaces the reason of the table, which is for what it does not find out here.
     reason = REASON_BY_UNFIT_SCALING.get((text_config.model_type, str(config.rope.type)))
     try:
@@ -89,7 +92,10 @@ def positions_are_set(config: ModelConfig) -> bool:
 
 
 def require_rotary_parameters_in_use(model: Any, config: ModelConfig) -> None:
-    """Raise ConfigError if settings of positions are set and no module of the built `model` has its frequencies from them."""
+    """Raise ConfigError if settings of positions are set, and no module of the built `model` computes its rotation from them.
+
+    Otherwise such a setting would be ignored silently. Does nothing if none is set.
+    """
     if not positions_are_set(config):
         return
     parameters = model.config.get_text_config().rope_parameters
@@ -109,8 +115,9 @@ def require_rotary_parameters_in_use(model: Any, config: ModelConfig) -> None:
 def check_adapter_positions(directory: str, key: str, hf_config: Any, config: ModelConfig) -> None:
     """Raise ConfigError if an adapter was trained under other positions than the base has, and no setting says so.
 
-    `directory` is the value of the setting `key`. Only an adapter whose training set `model.positions` or `model.rope` has a
-    config.json beside it.
+    `directory`: of the adapter, the value of the setting `key` ("tuning.from"). `hf_config`: transformers' configuration of the
+    base. Only an adapter whose training set `model.positions` or `model.rope` has a config.json beside it; others are not
+    checked.
     """
     file = Path(directory).expanduser() / CONFIG_FILE
     if positions_are_set(config) or not file.is_file():
@@ -137,8 +144,9 @@ def adapter_config_source(directory: Path, base: str) -> str:
 def _rope_parameters(text_config: Any, config: ModelConfig) -> dict[str, Any]:
     """The dict of rope parameters in transformers' configuration `text_config`, to be changed in place.
 
-    If kinds of layers have their own, that of full attention. Raises ConfigError for a model without rotary positions, with code
-    of its own, or with none for full attention.
+    Some models have a dict for each kind of layer, such as {"full_attention": {...}, "sliding_attention": {...}}: then that of
+    full attention, since windows never see far. Raises ConfigError for a model without rotary positions, with code of its own,
+    or with none for full attention.
     """
     parameters: dict[str, Any] | None = getattr(text_config, "rope_parameters", None)
     settings = _position_settings_text(config)
@@ -165,10 +173,11 @@ def _rope_parameters(text_config: Any, config: ModelConfig) -> dict[str, Any]:
 
 
 def _set_scaling(text_config: Any, parameters: dict[str, Any], config: ModelConfig, own_positions: int) -> None:
-    """Replace the scaling in `parameters` (the config's rope parameters), in place, by that of `model.rope`.
+    """Replace the scaling of rotary positions in `parameters`, the configuration's rope parameters, by that of `model.rope`, in
+    place.
 
-    `own_positions`: the number of positions of the base. Raises ConfigError if the base's own scaling cannot be replaced, or if
-    the factor is unknown or below 1.
+    Afterwards they have, for example, `rope_type` "yarn" and `factor` 4.0. `own_positions`: the number of positions of the
+    base. Raises ConfigError if the base's own scaling cannot be replaced, or if the factor is unknown or below 1.
     """
     scaling = config.rope.type
     original = _replaceable_positions(text_config, parameters, config, own_positions)
@@ -189,9 +198,10 @@ def _set_scaling(text_config: Any, parameters: dict[str, Any], config: ModelConf
 def _replaceable_positions(
     text_config: Any, parameters: dict[str, Any], config: ModelConfig, own_positions: int
 ) -> int | None:
-    """The positions that the base was trained with before it was scaled; None if that is not known, nor needed.
+    """How many positions the base was trained with before it was scaled; None if that is not known, nor needed.
 
-    Raises ConfigError if the base's own scaling cannot be replaced by `model.rope.type`.
+    `own_positions`: the number that its configuration has now. Raises ConfigError if the base's own scaling cannot be replaced
+    by `model.rope.type`.
     """
     scaling = config.rope.type
     base_type = parameters.get("rope_type", "default")
@@ -212,8 +222,9 @@ def _replaceable_positions(
 
 
 def _scaling_factor(config: ModelConfig, original: int | None) -> float:
-    """`model.rope.factor`, or `model.positions` over the `original` positions of the base: 32768 over 8192 give 4.
+    """The factor by which positions are stretched:
 
+    `model.rope.factor`, or `model.positions` over the `original` positions of the base. 32768 positions over 8192 give 4.
     Raises ConfigError for a factor below 1.
     """
     factor = config.rope.factor
@@ -230,7 +241,7 @@ def _scaling_factor(config: ModelConfig, original: int | None) -> float:
 
 
 def _original_positions(text_config: Any, parameters: dict[str, Any], own_positions: int) -> int | None:
-    """The positions that the base was trained with before it was scaled; None if it is scaled and does not say."""
+    """How many positions the base was trained with before it was scaled; None if it is scaled (type linear) and does not say."""
     # Phi-3 and its kin have it beside rope_parameters, and transformers takes it from there first.
     recorded = getattr(text_config, ORIGINAL_POSITIONS_KEY, None) or parameters.get(ORIGINAL_POSITIONS_KEY)
     if recorded:
@@ -239,7 +250,10 @@ def _original_positions(text_config: Any, parameters: dict[str, Any], own_positi
 
 
 def _position_settings_text(config: ModelConfig) -> str:
-    """The settings of positions that are set, as a user types them: `model.positions=32768, model.rope.type=yarn`."""
+    """The settings of positions that are set, as a user types them, for messages:
+
+    `model.positions=32768, model.rope.type=yarn`.
+    """
     rope = config.rope
     settings = {
         "model.positions": config.positions,

@@ -70,10 +70,10 @@ class RankAllocation:
         self.settings.tfinal = int(self.config.final_share * total_steps)
 
     def before_clip(self, loss_scale: Tensor | None) -> None:
-        """Add the gradient of the orthogonality penalty to the gradients of A and B, times the loss scale if there is one.
+        """Add the gradient of AdaLoRA's orthogonality penalty to the gradients of A and B; called before gradients are clipped.
 
-        E has no penalty: it is a diagonal. A parameter without a gradient gets one of zeros first, since peft's allocator reads
-        them all.
+        `loss_scale`: of fp16, by which all gradients are multiplied at this time; None without. E has no penalty: it is a
+        diagonal. A parameter without a gradient gets one of zeros first, since peft's allocator reads them all.
         """
         parameters = self._adapter_parameters()
         num_matrices = sum(_is_matrix(name) for name, _ in parameters)
@@ -93,11 +93,12 @@ class RankAllocation:
             parameter.grad.add_(gradient)
 
     def after_update(self, step: int, *, is_applied: bool) -> None:
-        """After each optimizer step of AdaLoRA: update how important each rank is, and prune the least important ones.
+        """Update how important each rank of each adapter is, and prune the least important ones; called after each optimizer
+        step.
 
-        Importance comes from the gradients that were just applied. `step` counts from 1. `is_applied`: whether the optimizer took
-        the step; it skips one whose gradients are not finite. The last allocation, `tfinal` steps before the end, makes the ranks
-        final. Cases, in order:
+        Importance comes from the gradients that were just applied. `step` counts from 1. `is_applied`: whether the optimizer
+        took the step; it skips one whose gradients are not finite. The last allocation, `tfinal` steps before the end, makes
+        the ranks final. Cases, in order:
         - after the last allocation, the ranks are final: set pruned entries back to zero.
         - before the last allocation, the step was skipped: nothing.
         - the last allocation is due, no step has measured importance, and this one was skipped too: wait for the next.
@@ -131,7 +132,9 @@ class RankAllocation:
                 parameter.masked_fill_(self._masks[name] == 0, 0.0)
 
     def _update_importance_and_prune(self, step: int) -> None:
-        """Let peft's allocator update the importance of ranks and prune those that `step` is to prune; keeps the masks."""
+        """Let peft's allocator update the importance of ranks and prune those that `step` is to prune; notes in `_masks` which
+        are kept.
+        """
         # peft leaves `rank_pattern` at None if this step prunes no rank; else it is {name: [True, False, ...]}, by rank.
         self.settings.rank_pattern = None
         self.tuner.update_and_allocate(step)
@@ -139,10 +142,12 @@ class RankAllocation:
             self._masks[name].copy_(torch.tensor(kept_ranks, dtype=torch.float32)[:, None])
 
     def state_of(self, name: str) -> dict[str, Tensor]:
-        """The allocation's state of a parameter, which checkpoints hold beside the optimizer's: live tensors of its shape.
+        """The allocation's state of a parameter, which checkpoints hold beside the optimizer's: live tensors of the parameter's
+        shape.
 
-        `name` is the parameter's plain name. `importance` and `uncertainty` are peft's running means of the importance of each
-        entry and of its changes; `kept` is the mask of E, by which a resumed run prunes the same entries.
+        `name`: the parameter's plain name; {} for one that is no adapter's. `importance` and `uncertainty` are peft's running
+        means of the importance of each entry and of its changes. `kept` is the mask of E (1 kept, 0 pruned), by which a resumed
+        run prunes the same entries.
         """
         self._create_missing_state()
         key = name.removeprefix(PEFT_PREFIX)
@@ -159,15 +164,18 @@ class RankAllocation:
         self._ranks_are_final = num_kept_ranks <= self.allocator.target_bgt
 
     def restore_masks(self, saved_state: Callable[[str, str], Tensor]) -> None:
-        """Set the masks of kept ranks from a checkpoint, for a model on meta. `saved_state`: see `update_peft_settings`."""
+        """Set the masks of kept ranks from a checkpoint, for a model on meta that is exported.
+
+        `saved_state(name, key)`: what the checkpoint keeps under `key` for the parameter `name`.
+        """
         for name, _ in self._adapter_parameters():
             if "lora_E" in name:
                 self._masks[name] = saved_state(PEFT_PREFIX + name, "kept")
 
     def rank_pattern_of(self, trained: dict[str, Tensor]) -> dict[str, list[bool]] | None:
-        """The `rank_pattern` of peft's files: which ranks of each adapter are kept, such as `{"h.0.attn.lora_E": [True, False]}`.
+        """Which ranks of each adapter are kept, as peft's files say it (`rank_pattern`): {"h.0.attn.lora_E": [True, False]}.
 
-        AdaLoRA writes an update as P E Q with a diagonal E, and prunes a rank by setting its entry of E to zero. None, so that
+        AdaLoRA writes an update as B E A with a diagonal E, and prunes a rank by setting its entry of E to zero. None, so that
         all ranks are written, if no rank is pruned, or if a pruned entry is not zero. `trained`: gathered values by plain name.
         """
         self._create_missing_state()
@@ -192,7 +200,9 @@ class RankAllocation:
         return parameters
 
     def _create_missing_state(self) -> None:
-        """Make the state that peft would make in its first step, as zeros: a checkpoint always has the same tensors."""
+        """Make the state that peft would make in its first step, as zeros (all ranks kept): checkpoints always have the same
+        tensors.
+        """
         allocator = self.allocator
         for name, parameter in self._adapter_parameters():
             if name not in allocator.ipt:
@@ -208,7 +218,7 @@ def _is_matrix(name: str) -> bool:
 
 
 def _orthogonality_error(matrix: Tensor, *, rows: bool) -> Tensor:
-    """How far the rows (columns) of a matrix are from orthonormal: the Frobenius norm, 0-d."""
+    """How far the rows of a matrix (or columns, if not `rows`) are from orthonormal: the Frobenius norm of M M^T - I, 0-d."""
     products = matrix @ matrix.T if rows else matrix.T @ matrix
     identity = torch.eye(len(products), dtype=products.dtype, device=products.device)
     return torch.linalg.matrix_norm(products - identity)

@@ -409,8 +409,8 @@ def names_of_modules_with_parameters(model: nn.Module) -> list[str]:
 
 
 def _move_parameter_to_meta(layer: nn.Module, key: str) -> None:
-    """Drop the values of a parameter that peft left on the CPU: each rank draws its shard of them later, the same for all
-    ranks.
+    """Drop the values of a parameter that peft left on the CPU: they are drawn again later, the same on
+    every rank.
 
     `key`: the parameter's name in the adapted layer, such as `lora_A.default.weight`.
     """

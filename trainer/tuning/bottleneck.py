@@ -70,7 +70,7 @@ class Bottleneck(AddedParameters):
     config: BottleneckConfig
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Freeze the model and add bottleneck adapters to its blocks, on meta.
+        """Freeze the model, and add bottleneck adapters to its blocks, on meta; new heads of a classifier train in full.
 
         Raises ConfigError, with the parts that a block has, if no block has the parts that adapters go behind.
         """
@@ -86,8 +86,9 @@ class Bottleneck(AddedParameters):
         return model
 
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
-        """The initial value of an adapter's parameter: `down` as torch starts a linear layer, `up` zero, so that it adds nothing.
+        """The initial value of an adapter's parameter:
 
+        `down` as torch starts a linear layer, `up` zero, so that the model starts as the base.
         `name`: its full name, such as `h.0.mlp.bottleneck.down.weight`. Drawn from `seed` and the adapter's name, without the
         base's weights (`base`).
         """
@@ -95,6 +96,7 @@ class Bottleneck(AddedParameters):
         if projection == "up":
             return torch.zeros(shape)
         bottleneck_size = shape[0]
+        # A bias says nothing of the width, which bounds its initial values too.
         hidden_size = shape[1] if key == "weight" else self._hidden_size
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derived_seed(seed, layer))
@@ -103,10 +105,11 @@ class Bottleneck(AddedParameters):
     def save_adapter(
         self, model: nn.Module, trained: dict[str, Tensor], directory: Path, base_name: str, revision: str | None
     ) -> None:
-        """Write `bottleneck_config.json` and `adapter_model.safetensors` into `directory`, for `load`.
+        """Write the trained adapter into `directory` as `bottleneck_config.json` and `adapter_model.safetensors`, which `load`
+        reads.
 
-        `trained` holds the full trainable tensors under the model's parameter names. Raises OSError or SafetensorError if a file
-        cannot be written.
+        `trained`: the full trainable tensors by the model's parameter names. `base_name`, `revision`: of the base model, for
+        the config. Raises OSError or SafetensorError if a file cannot be written.
         """
         from safetensors.torch import save_file
 
@@ -128,8 +131,9 @@ class Bottleneck(AddedParameters):
 def load(model: nn.Module, directory: str | Path) -> nn.Module:
     """Put the exported adapters of `directory` into a base model that transformers loaded, in place, and return that model.
 
-    Heads that were trained with the adapters replace the model's own; files without heads leave these as they are. Raises
-    ConfigError if the model lacks a module of the files, or if an adapter lacks its values in the files.
+    For users of an adapter outside of training. Heads that were trained with the adapters replace the model's own; files
+    without heads leave these as they are. Raises ConfigError if the model lacks a module of the files, or if an adapter lacks
+    its values in the files.
     """
     from safetensors.torch import load_file
 
@@ -160,8 +164,9 @@ def insert_adapters(
 
     Each block gets one behind its feed-forward module and, unless the placement is `pfeiffer`, one behind its attention. With
     `device` the adapters are float32 on that device (meta, for training); without it they have the device and the type of the
-    module that they stand behind. `is_active` is called in each forward pass: if it is false, the adapters change nothing. Raises
-    ConfigError if no block has both modules.
+    module that they stand behind. `is_active` is called in each forward pass: if it is false, the adapters change nothing.
+
+    Raises ConfigError if no block has both modules.
     """
     names_by_block: dict[str, AdaptedModuleNames] = {}
     for name, module in model.named_modules():
@@ -198,7 +203,8 @@ def _apply_adapter(is_active: Callable[[], bool], owner: nn.Module, _args: Any, 
 
 
 def _adapted_module_names(module: nn.Module, config: BottleneckConfig) -> AdaptedModuleNames | None:
-    """The names, within `module`, of the attention and of the feed-forward module; None if it lacks one, so that it is no block.
+    """Find the attention and the feed-forward module in `module`, by name within it; None if it lacks one, so that it is no
+    block.
 
     `tuning.attention` and `tuning.feedforward` name them; the usual names are tried for one that is not set. A block of Llama
     gives `AdaptedModuleNames("self_attn", "mlp")`, one of BERT `AdaptedModuleNames("attention.output.dense", "output.dense")`.
@@ -223,7 +229,7 @@ def _adapted_module_names(module: nn.Module, config: BottleneckConfig) -> Adapte
 
 
 def _no_parts_message(model: nn.Module, config: BottleneckConfig) -> str:
-    """The message for a model none of whose blocks has an attention and a feed-forward part to put adapters behind."""
+    """Write the message for a model none of whose blocks has an attention and a feed-forward part to put adapters behind."""
     set_options = []
     for key in ("attention", "feedforward"):
         if getattr(config, key):

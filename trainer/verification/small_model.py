@@ -76,10 +76,13 @@ class SmallModel:
 def write_small_model(
     config: ModelConfig, kind: ModelKind, directory: Path, *, outputs: int | None, seed: int = 0
 ) -> SmallModel:
-    """Write a small copy of a model into `directory`, with weights drawn from `seed` in float32. No collective.
+    """Write a small copy of a model into `directory`, with weights drawn from `seed` in float32: a verification trains it.
 
-    `outputs`: size of a classification head. The random state of torch stays as it was. Raises ConfigError if the model is
-    not there, or if none of its small copies can be built and run.
+    No collective. The copy has every kind of layer, and as a rule the model's numbers of heads and experts, by which ranks
+    divide the work. `kind`: what the model is loaded as. `outputs`: size of a classification head; None for other kinds. The
+    random state of torch stays as it was.
+
+    Raises ConfigError if the model is not there, or if none of its small copies can be built and run.
     """
     # transformers must know our functions, which a configuration may name.
     attention.register()
@@ -101,7 +104,10 @@ def write_small_model(
 
 
 def _full_model_on_meta(config: ModelConfig, kind: ModelKind, settings: Any, outputs: int | None) -> Any:
-    """The full model on the meta device, of transformers' configuration `settings`, which stays as it is."""
+    """Build the full model on the meta device, from transformers' configuration `settings`, which stays as it is.
+
+    `outputs`: size of the head of a classifier.
+    """
     full_settings = copy.deepcopy(settings)
     if kind is ModelKind.classifier:
         set_head_settings(full_settings, outputs, pad_token_id=0, several=False)
@@ -171,13 +177,15 @@ class _SmallCopy(NamedTuple):
 
 
 def _smallest_copy_that_runs(config: ModelConfig, kind: ModelKind, settings: Any, full_model: Any) -> _SmallCopy:
-    """The smallest copy of a model that can be built and run. Raises ConfigError if there is none.
+    """Find the smallest copy of a model that can be built and run, with its random weights.
 
-    `settings`, `full_model`: configuration and architecture of the full model. Small copies are tried from the smallest on.
+    Raises ConfigError if there is none.
+    `settings`, `full_model`: configuration and architecture of the full model. Copies that keep its numbers of heads and
+    experts come first.
     """
     first_reason = ""
     try:
-        # With all heads and experts of the full model.
+        # The first copies have all heads and experts of the full model.
         for small_settings in small_copies(settings, full_model, keep_counts=True):
             try:
                 return _build_small_copy(config, kind, settings, full_model, small_settings)
@@ -195,7 +203,7 @@ def _smallest_copy_that_runs(config: ModelConfig, kind: ModelKind, settings: Any
 def _build_small_copy(
     config: ModelConfig, kind: ModelKind, settings: Any, full_model: Any, small_settings: Any
 ) -> _SmallCopy:
-    """Build the model of the configuration `small_settings`, give it random weights, and run it once.
+    """Build the model of the configuration `small_settings`, give it random weights, and run it once, to see that it works.
 
     `settings`, `full_model`: configuration and architecture of the full model. Raises NotShrinkable if the copy is too large,
     lacks a kind of layer, or computes numbers that are not finite, and any error of building and running it.
@@ -232,11 +240,13 @@ def _build_small_copy(
 
 @torch.no_grad()
 def _randomise_weights(model: Any) -> int:
-    """Draw random weights in place: new matrices, and noise on vectors (norms, biases). Returns how many routers are decided.
+    """Draw random weights in place, by which every parameter gets a gradient: new matrices, and noise on vectors (norms,
+    biases).
 
-    A router is decided if no rounding error changes its choices (`_make_router_choices_clear`).
+    Returns how many routers are decided: changed so that no rounding error changes which experts they choose.
     """
     router_names = router_weight_names(model)
+    # Smaller in a mixture of experts, where the outputs of blocks would hide from a router what kind of token it sees.
     scale = MIXTURE_WEIGHT_FACTOR if router_names else 1.0
     for parameter in model.parameters():
         if parameter.dim() > 1:
