@@ -65,7 +65,10 @@ def plan_gradient_reduction(
 def _peak_bytes_of_step(
     built: BuiltModel, workload: Workload, strategy: StrategyConfig, precision: Precision, runtime: processes.Runtime
 ) -> float:
-    """Estimated peak memory of a rank with sharded gradients: model state and activations. Keeps `built.activation_bytes`."""
+    """Estimate the peak memory of a rank in a step with sharded gradients: model state and activations, in bytes.
+
+    Counts activations if that is not done, and keeps the count in `built.activation_bytes`.
+    """
     if built.activation_bytes is None:
         built.activation_bytes = activation_peak_bytes(built, workload, strategy.activation_checkpointing, precision)
     state_bytes = model_state_bytes(built, strategy, precision, runtime)
@@ -73,7 +76,10 @@ def _peak_bytes_of_step(
 
 
 def _extra_bytes_of_full_gradients(step_module: TrainStep, num_trained: int, num_shards: int) -> float:
-    """Bytes of a rank's full gradients in fp32 beyond its shard of them. `num_trained`: trained elements of the whole model."""
+    """How many bytes a rank's full gradients in fp32 take beyond its shard of them.
+
+    `num_trained`: trained elements of the whole model. `num_shards`: ranks over which they are sharded.
+    """
     # Of experts that are distributed over ranks, a rank has gradients of its own only.
     num_in_experts = sum(p.numel() for p in expert_parallel_parameters(step_module).values() if p.requires_grad)
     full_elements = num_trained - num_in_experts + num_in_experts / step_module.plan.expert_ranks

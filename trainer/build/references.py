@@ -43,7 +43,7 @@ def attach_reference_model(
     source: WeightSource,
     tokenizer: Any,
 ) -> None:
-    """Give the step module of `built` the reference that its objective compares with, by the case of `ReferenceSource`:
+    """Give the step module of `built` the reference model that its objective compares with, by the case of `ReferenceSource`:
 
     - `no_reference`, `adapter_off`: nothing changes.
     - `initial_adapter`: sets `keeps_initial_weights` in the step's plan, so that the engine keeps the values.
@@ -76,7 +76,11 @@ def _attach_frozen_model(
     source: WeightSource,
     tokenizer: Any,
 ) -> None:
-    """Add a teacher, or a frozen copy of the model before training, to the step module; its weights' origin to `source`."""
+    """Add a teacher, or a frozen copy of the model before training, to the step module on meta, so that the engine shards it
+    too.
+
+    Sets in `source.frozen_sources` where its weights are read.
+    """
     step = built.step_module
     has_teacher = objective_family(objective).teacher(objective) is not None
     # A teacher has weights of its own; a copy begins with the adapter of `tuning.from`, if there is one.
@@ -85,13 +89,18 @@ def _attach_frozen_model(
     step.teacher = frozen.model
     source.frozen_sources[TEACHER_PREFIX] = frozen.weights
     step.objective = build_objective(objective, reference_models(built.tuning, frozen.model))
+    # The engine shards and recomputes by blocks, so it must know the frozen model's.
     step.add_block_classes(frozen.block_classes)
 
 
 def _reference_source(
     family: ObjectiveFamily, objective: ObjectiveConfig, tuning: Tuning, tuning_config: TuningConfig
 ) -> ReferenceSource:
-    """Where an objective's reference outputs come from, without a second model if that is possible."""
+    """Decide where an objective's reference outputs come from, without a second model if that is possible.
+
+    Objectives such as dpo compare with the model before training, distillation with a teacher. Only some compare whole
+    distributions over the vocabulary; the others compare log-probabilities.
+    """
     compares_distributions = family.compares_distributions(objective)
     if not compares_distributions and not family.compares_with_initial_model(objective):
         return ReferenceSource.no_reference

@@ -18,7 +18,10 @@ class _TargetScores:
     """`[V]`: what the model adds to the head's output; None if nothing."""
 
     def __call__(self, head: LossHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(log-probability of each target `[N]`, whether it is the argmax `[N]`) for `hidden [N, H]`, made a chunk at a time."""
+        """Score the target of each row of `hidden [N, H]`:
+
+        (its log-probability `[N]`, whether it is the argmax `[N]`), a chunk at a time.
+        """
         weight = head.training_weight
         chunk_rows = max(1, CHUNK_LOGITS // weight.shape[0])
         log_probabilities = []
@@ -31,7 +34,10 @@ class _TargetScores:
         return torch.cat(log_probabilities), torch.cat(is_argmax)
 
     def of_logits(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(log-probability of each target `[n]` float32, whether it is the argmax `[n]` bool) for logits `[n, V]` of the head."""
+        """Score the targets for logits `[n, V]` of the head:
+
+        (log-probability of each `[n]` float32, whether it is the argmax `[n]` bool).
+        """
         logits = logits.float()
         if self.bias is not None:
             logits = logits + self.bias
@@ -42,12 +48,14 @@ class _TargetScores:
 def target_scores(
     head: nn.Module, hidden: Tensor, targets: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(log-probability of each target `[N]` float32, whether it is the argmax `[N]` bool) for `hidden [N, H]`.
+    """Score each row's target by the model's head: (its log-probability `[N]` float32, whether it is the argmax `[N]` bool).
 
-    Calls the head as a module exactly once, as a sharded one must be. If it is a plain output layer, logits exist only a chunk at
-    a time. `bias [V]`: what the model adds to the head's output. No gradients.
+    For evaluations of given answers. `hidden [N, H]`. Calls the head as a module exactly once, as a sharded one must be. If it
+    is a plain output layer, logits exist only a chunk at a time. `bias [V]`: what the model adds to the head's output. No
+    gradients.
     """
     scores = _TargetScores(bias)
     if computes_loss(head):
+        # The head calls `scores` while its weight is gathered, and returns what that returns.
         return head(hidden, targets=targets, comparison=scores)
     return scores.of_logits(head(hidden), targets)  # of a head with an adapter, which must make all logits

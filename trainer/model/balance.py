@@ -42,7 +42,11 @@ class RouterLosses:
         return bool(self.balance_weight or self.z_weight)
 
     def tokens_by_expert(self, record: RoutingRecord) -> Tensor:
-        """How many tokens chose each expert (it is among their `top_k`), over all layers of a forward pass: int64 `[experts]`."""
+        """How many tokens chose each expert (have it among their `top_k`), over all layers of a forward pass: int64
+        `[experts]`.
+
+        `record`: the routers' logits of the pass. Padding does not count.
+        """
         total = torch.zeros(record.logits[0].shape[-1], dtype=torch.int64, device=record.logits[0].device)
         with torch.no_grad():
             for logits in record.logits:
@@ -56,10 +60,12 @@ class RouterLosses:
         return total
 
     def terms(self, record: RoutingRecord, tokens_by_expert: Tensor | None, num_tokens: int) -> dict[str, Tensor]:
-        """What one pass adds to the step's loss, as terms: `ADDED_LOSS` with its gradient, and each loss without its weight.
+        """What one micro-batch adds to the step's loss for its routers:
 
-        `tokens_by_expert [experts]`: how many tokens of the whole step chose each expert, over all routers; None if there is no
-        balancing loss. `num_tokens`: of the whole step.
+        `ADDED_LOSS` with its gradient, and each loss without its weight. Such as {"added_loss": ..., "router/balance_loss":
+        ...}, 0-d tensors whose sum over micro-batches is the value of the step. `tokens_by_expert [experts]`: how many tokens
+        of the whole step chose each expert, over all routers; None if there is no balancing loss. `num_tokens`: of the whole
+        step.
         """
         num_decisions = float(num_tokens * len(record.logits))  # each router sends each token to experts
         losses: dict[str, Tensor] = {}
@@ -95,10 +101,11 @@ def _sum_over_tokens(values: Tensor, is_token: Tensor | None) -> Tensor:
 def router_losses_of_run(
     config: ModelConfig, hf_config: Any, meta_model: nn.Module, kind: ModelKind
 ) -> tuple[RouterLosses, dict[str, int], dict[str, str]]:
-    """(the losses that a run adds for its routers, the index of the logits in each router's output, notes by setting).
+    """Decide which losses a run adds for its routers:
 
-    Routers are by the name of their module. Notes say what the model's configuration asks for and is not done.
-    `hf_config`: transformers' configuration; `meta_model`: its model on meta. Cases, in order:
+    (the losses, the index of the logits in each router's output, notes by setting). Routers are by the name of their module.
+    Notes say what the model's configuration asks for and is not done. `hf_config`: transformers' configuration; `meta_model`:
+    its model on meta. Cases, in order:
     - neither the settings nor the configuration ask for such losses: none.
     - an encoder-decoder, or a model without routers that can be recorded: none; ConfigError if the settings ask for them.
     - the balancing loss does not fit the model: its weight is 0; ConfigError if the settings ask for it.
@@ -146,7 +153,9 @@ def router_losses_of_run(
 
 
 def _first_setting(meta_model: nn.Module, text_config: Any, names: tuple[str, ...]) -> Any:
-    """The value of the first attribute in `names` that the model has, else that `text_config` has; None if neither."""
+    """Look up a setting that models name differently: the first attribute in `names` that the model has, else that
+    `text_config` has; None if neither.
+    """
     for owner in (meta_model, text_config):
         for name in names:
             setting = getattr(owner, name, None)
@@ -168,9 +177,10 @@ def logit_z_weight(hf_config: Any) -> float:
 
 
 def _balance_loss_difference(meta_model: nn.Module, top_k: int) -> str | None:
-    """How transformers' balancing loss for a model class differs from the one here, as text for "has ...".
+    """Test whether transformers' balancing loss for a model class is the one here; returns the difference as text for "has
+    ...", or None.
 
-    Both are computed for a few random logits of two routers; None if they agree.
+    Both are computed for a few random logits of two routers. `top_k`: experts that a token counts for.
     """
     balance_loss = getattr(sys.modules[type(meta_model).__module__], BALANCE_LOSS_FUNCTION_NAME, None)
     if balance_loss is None:

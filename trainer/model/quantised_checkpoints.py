@@ -43,7 +43,8 @@ def missing_library(library: str) -> str | None:
 
 
 def unsupported_4bit_layers(model: nn.Module, device: torch.device) -> list[str]:
-    """Matrices that bitsandbytes cannot multiply in 4 bits on `device`, such as `fc1 100x64`; empty on most devices.
+    """Matrices that bitsandbytes cannot multiply in 4 bits on `device`, with their sizes, such as ["fc1 100x64"]; empty on most
+    devices.
 
     On a CPU with avx512_bf16 it (version 0.50) packs a matrix before it multiplies: 32 rows together, with the scale of each 64
     values of a row. Matrices of other sides end in an error about a shape amid the forward pass. The output layer is not
@@ -65,7 +66,10 @@ def unsupported_4bit_layers(model: nn.Module, device: torch.device) -> list[str]
 
 
 def refuse_unsupported_4bit(setting: str, model: nn.Module, device: torch.device) -> None:
-    """Raise ConfigError if bitsandbytes cannot multiply the model in 4 bits here. `setting`: what was set, as bits=nf4."""
+    """Raise ConfigError if bitsandbytes cannot multiply the model in 4 bits on this device.
+
+    `setting`: what the user set, such as bits=nf4.
+    """
     layers_with_sizes = unsupported_4bit_layers(model, device)  # such as "fc1 100x64"
     if not layers_with_sizes:
         return
@@ -90,8 +94,8 @@ def _in_four_bits(hf_config: Any) -> bool:
 def replace_with_quantised(model: nn.Module, directory: str, hf_config: Any, device: torch.device) -> torch.dtype:
     """Load a model that is stored in few bits, and put its layers and values into `model`, its architecture on meta.
 
-    Returns the type of what is not in few bits. Raises ConfigError if the two do not fit, or if the output layer itself is in
-    few bits: losses are computed in it.
+    For evaluations. Returns the type of the weights that are not in few bits. Raises ConfigError if the two do not fit, or if
+    the output layer itself is in few bits: losses are computed in it.
     """
     if _in_four_bits(hf_config):
         refuse_unsupported_4bit(f"model.path={directory}", model, device)
@@ -104,7 +108,7 @@ def replace_with_quantised(model: nn.Module, directory: str, hf_config: Any, dev
 
 
 def _load_in_few_bits(directory: str, hf_config: Any, device: torch.device) -> Any:
-    """The model in `directory` as transformers loads it. Raises ConfigError if its output layer lies in few bits too."""
+    """Load the model in `directory` as transformers does. Raises ConfigError if its output layer lies in few bits too."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -125,7 +129,7 @@ def _load_in_few_bits(directory: str, hf_config: Any, device: torch.device) -> A
 def _put_layers_into(model: nn.Module, loaded: Any) -> None:
     """Replace the linear layers of `model` by those of `loaded`; its other modules take over parameters and buffers.
 
-    A parameter that the same module of `loaded` has not becomes None. A module that `loaded` has not stays on meta.
+    A parameter that the same module of `loaded` does not have becomes None. A module that `loaded` does not have stays on meta.
     """
     loaded_modules = dict(loaded.named_modules())
     for name, module in list(model.named_modules()):

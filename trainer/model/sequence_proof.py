@@ -55,9 +55,11 @@ class TokenLocalAttention:
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        """q `[1, H, T, D]`, k and v `[1, G, T, D]` -> `[1, T, H, D]`: each token's value, scaled by a score of itself.
+        """Attention in which each token sees itself alone: q `[1, H, T, D]`, k and v `[1, G, T, D]` -> `[1, T, H, D]`.
 
-        Raises CannotBeCut if the model does not hand on the row's slices, or gives an input that ranks do not exchange.
+        That is each token's value, scaled by a score of its own query and key. `kwargs`: what models hand to attention; numbers and flags
+        among them are recorded. Raises CannotBeCut if the model does not hand on the row's slices, or gives an input that ranks
+        do not exchange.
         """
         if kwargs.get("row_slices") is None:
             raise CannotBeCut("its attention is not told how the row is cut (it does not hand on unknown arguments)")
@@ -91,13 +93,15 @@ def register_token_local_attention() -> TokenLocalAttention:
 def sequence_problem(
     forward: Callable[[dict[str, Any]], Tensor], row: dict[str, Any], attention: TokenLocalAttention
 ) -> str | None:
-    """Why a model may not be cut along the sequence, as text that can follow its name; None if it may.
+    """Prove that a model computes the same of a row's slices as of the whole row.
 
-    The row is computed as a whole, then cut in several ways, slice by slice. Both have to agree, and so have the settings
-    (scaling, window) that each call of attention is given. `forward` runs a model that was built with
-    `TOKEN_LOCAL_ATTENTION`, in which a token sees itself alone, and returns its states `[T, width]`. `attention` is that
-    attention, which records its calls. `row`: the inputs of a row of several documents without padding. Raises what the model
-    raises.
+    Returns why not, as text that can follow its name; None if it does. Then ranks may share rows (sequence parallelism). The
+    row is computed as a whole, then cut in several ways, slice by slice. Both have to agree, and so have the settings (scaling,
+    window) that each call of attention is given.
+
+    `forward` runs a model that was built with `TOKEN_LOCAL_ATTENTION`, in which a token sees itself alone, and returns its
+    states `[T, width]`. `attention` is that attention, which records its calls. `row`: the inputs of a row of several documents
+    without padding. Raises what the model raises.
     """
     length = row["input_ids"].shape[1]
     whole = _forward_pass(forward, row, 0, length, [0, length])
@@ -122,7 +126,7 @@ def sequence_problem(
 
 
 def _cuts(length: int) -> Iterator[list[int]]:
-    """The borders of slices, for each way in which the row is cut."""
+    """Yield the borders of slices for each way in which the row is cut, such as [0, 8, 16] for two equal slices of 16 tokens."""
     for shares in CUT_SHARES:
         inner_borders = [max(1, int(share * length)) for share in shares]
         yield [0, *inner_borders, length]
@@ -131,9 +135,11 @@ def _cuts(length: int) -> Iterator[list[int]]:
 def _forward_pass(
     forward: Callable[[dict[str, Any]], Tensor], row: dict[str, Any], start: int, stop: int, row_slices: list[int]
 ) -> Tensor:
-    """The states of the tokens [start, stop) of a row, `[stop - start, width]`, computed from these tokens alone.
+    """The states of the tokens [start, stop) of a row, `[stop - start, width]`, computed from these tokens alone, as a rank
+    would.
 
-    `row_slices`: the borders of all slices, [0, 5, 16] for two. Raises CannotBeCut for an output of another length.
+    `row_slices`: the borders of all slices, [0, 5, 16] for two, which the model hands on to its attention. Raises CannotBeCut
+    for an output of another length.
     """
     inputs = dict(row)
     for name in ROW_INPUTS:

@@ -33,11 +33,14 @@ def write_adapter(
     *,
     double_rank: bool = False,
 ) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors` into the existing `directory`.
+    """Write a trained adapter into the existing `directory`, in peft's format:
 
-    `trained` holds the full trainable tensors under the model's plain names. `base_name` is the directory or hub id (with
-    `revision`) that loaders will look for. `double_rank`: `as_plain_lora` made `trained`, so its matrices have twice the rank in
-    the settings. Raises OSError or SafetensorError if a file cannot be written.
+    `adapter_config.json` and `adapter_model.safetensors`.
+    `trained`: the full trainable tensors by the model's plain names. `base_name`: the directory or hub id (with `revision`)
+    that loaders will look for. `double_rank`: `as_plain_lora` made `trained`, so its matrices have twice the rank in the
+    settings.
+
+    Raises OSError or SafetensorError if a file cannot be written.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -67,8 +70,8 @@ def write_adapter(
 def as_plain_lora(tuning: Adapter, trained: dict[str, Tensor], base: BaseReader) -> dict[str, Tensor]:
     """Rewrite adapters that started by PiSSA or OLoRA as LoRA of twice the rank, for users of the unchanged base model.
 
-    These starts take a part B0 A0 off each base weight. Against the unchanged base an adapter is
-    B A - B0 A0 = [B, -B0] [A; A0]. `trained`: full tensors by plain name. `base` reads the unchanged weights.
+    These starts take a part B0 A0 off each base weight. Against the unchanged base an adapter is B A - B0 A0 = [B, -B0] [A;
+    A0]. `trained`: full tensors by plain name. `base` reads the unchanged weights.
     """
     initial = tuning.initial_values(trained, base)  # A0 and B0, by the names of A and B
     converted = dict(trained)
@@ -81,7 +84,9 @@ def as_plain_lora(tuning: Adapter, trained: dict[str, Tensor], base: BaseReader)
 
 
 def _double_rank(settings: Any) -> None:
-    """Double the rank in peft's `settings` and keep the scale, which is `alpha / r`, or `alpha / sqrt(r)` with rsLoRA."""
+    """Double the rank in peft's `settings` and keep the scale of the update, which is `alpha / r`, or `alpha / sqrt(r)` with
+    rsLoRA.
+    """
     settings.r *= 2
     alpha_factor = 2**0.5 if settings.use_rslora else 2
     settings.lora_alpha *= alpha_factor
@@ -90,7 +95,9 @@ def _double_rank(settings: Any) -> None:
 
 
 def _tied_copies(model: nn.Module, trained: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tied parameters under their other names: gathering gives each once, peft's files have each name."""
+    """Copies of tied parameters under their other names, since peft's files have each name, while `trained` has each tensor
+    once.
+    """
     first_names: dict[int, str] = {}
     copies = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -101,7 +108,10 @@ def _tied_copies(model: nn.Module, trained: dict[str, Tensor]) -> dict[str, Tens
 
 
 class AdapterMerger:
-    """Gives the base parameters of a tuned model with its adapter merged in. Keeps the layer that it merged last."""
+    """Gives the base parameters of a tuned model with its adapter merged in, one by one.
+
+    Keeps the layer that it merged last.
+    """
 
     def __init__(self, tuning: Adapter, model: nn.Module, trained: Mapping[str, Tensor], base: BaseReader) -> None:
         self.tuning = tuning
@@ -114,9 +124,8 @@ class AdapterMerger:
 
     def merged_tensor(self, name: str, base_tensor: Tensor) -> Tensor | None:
         """One parameter of the model as it is after merging the adapter, for a merged export.
-
-        - the original of a module that trained in full, such as `base_model.model.score.original_module.weight`: None, since the
-          trained copy replaces it.
+        - the original of a module that trained in full, such as `base_model.model.score.original_module.weight`: None, since
+          the trained copy replaces it.
         - not in an adapted layer, such as `base_model.model.wte.weight`: `base_tensor`, its value in the base.
         - else, such as `base_model.model.h.0.attn.base_layer.weight`: the merged value, float32.
 
@@ -139,7 +148,6 @@ class AdapterMerger:
 
 def check_adapters_mergeable(model: nn.Module, trained_names: set[str]) -> None:
     """Raise ConfigError if merging the LoRA adapters of a tuned model would change other layers too, or is not supported.
-
     - an adapted layer shares its weight with the embeddings: merging would change both.
     - an embedding has DoRA: not supported.
 

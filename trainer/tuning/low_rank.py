@@ -54,10 +54,11 @@ class LowRank:
 def frozen_experts(
     module: Any, hidden: Tensor, expert_ids: Tensor, weights: Tensor, low_rank: dict[str, LowRank] | None
 ) -> Tensor:
-    """The output of transformers' grouped experts `module`, with `low_rank` updates of its frozen weights, by parameter name.
+    """The output of a layer's experts with frozen weights, plus `low_rank` (LoRA) updates of these weights, by parameter name.
 
-    `hidden` is `[T, H]`; `expert_ids` and their `weights` are `[T, k]`. Returns `[T, H]` in the type of `hidden`. Weights
-    may be stored packed (`module.packed_experts`): they are then unpacked to the type of `hidden` for each product.
+    `module`: transformers' experts. `hidden` is `[T, H]`; `expert_ids` and their `weights` are `[T, k]`: the experts that each
+    token chose. Returns `[T, H]` in the type of `hidden`. Weights may be stored packed (`module.packed_experts`): they are then
+    unpacked to the type of `hidden` for each product.
     """
     assert not is_expert_parallel(module), "experts are not split over ranks here"
     experts_per_token = expert_ids.shape[-1]
@@ -95,10 +96,11 @@ def _expert_product(
     low_rank: dict[str, LowRank] | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`rows @ W.T` for rows `[S, in]` sorted by expert: each with its expert's weight `name`, its update and its bias.
+    """One product of a layer's experts: `rows @ W.T`, each row with its expert's weight `name`, its update and its bias.
 
-    `row_experts [S]`: the expert of each row. `offsets [E]`: where each expert's rows end. `low_rank`: updates by name of the
-    weight. `dtype`: in which packed weights are unpacked; others are computed with in their own type.
+    `rows [S, in]` are sorted by expert. `row_experts [S]`: the expert of each row. `offsets [E]`: where each expert's rows end.
+    `low_rank`: updates by name of the weight. `dtype`: in which packed weights are unpacked; others are computed with in their
+    own type.
     """
     weight = getattr(module, name)
     packed: UnpacksExperts | None = getattr(module, "packed_experts", None)
@@ -110,6 +112,7 @@ def _expert_product(
     if low_rank is None:
         output = _GroupedFrozen.apply(rows.to(dtype), weight, frozen)
     else:
+        # The kernel takes matrices whose rows are a multiple of 16 bytes long.
         update = low_rank[name].with_aligned_rank(dtype)
         output = _GroupedLowRank.apply(rows.to(dtype), weight, update.down, update.up, update.scaling, frozen)
     if module.has_bias:
@@ -178,8 +181,10 @@ class _GroupedLowRank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        """The gradients of x, A (`down`) and B (`up`) of all experts; the frozen weight has none. `grad [S, out]`: of the
-        output."""
+        """The gradients of x, A (`down`) and B (`up`) of all experts; the frozen weight has none.
+
+        `grad [S, out]`: of the output.
+        """
         x, frozen_weight, down, up, projected = ctx.saved_tensors
         offsets = ctx.frozen.offsets
         grad = grad.contiguous()
@@ -195,10 +200,10 @@ class _GroupedLowRank(torch.autograd.Function):
 
 
 def _grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    """For each expert e the product `left[rows of e].T @ right[rows of e]`, which is a weight's gradient: `[E, a, b]`.
+    """The gradient of each expert's weight: for expert e the product `left[rows of e].T @ right[rows of e]`, `[E, a, b]`.
 
-    `left` is `[S, a]` and `right` `[S, b]`; both have the rows sorted by expert. `offsets [E]`: where each expert's rows end. An
-    expert without rows gets zeros.
+    `left [S, a]` and `right [S, b]` have their rows sorted by expert. `offsets [E]`: where each expert's rows end. An expert
+    without rows gets zeros.
     """
     if has_grouped_kernel(left, right, offsets):
         return torch.nn.functional.grouped_mm(left.mT, right, offs=offsets)

@@ -69,9 +69,10 @@ class Virtual(AddedParameters):
         self._initial_encoder_seed: int | None = None
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Add virtual tokens to `model`, on meta: peft's encoder makes them, and a hook of ours puts them before each input.
+        """Add virtual tokens to `model`, on meta: peft's encoder makes them, and hooks of ours put them before each input.
 
-        Raises ConfigError for architectures that cannot read a prefix (keys and values from outside).
+        Returns the PeftModel, which owns the encoder. Raises ConfigError for architectures that cannot read a prefix (keys and
+        values from outside).
         """
         decoder = _decoder_of(model)
         self._refuse_unusable_prefix(model, decoder)
@@ -81,17 +82,20 @@ class Virtual(AddedParameters):
         self._vocabulary_size = embeddings.num_embeddings
         tuned = self._wrap_in_peft(model, embeddings)
         encoder = tuned.prompt_encoder[ADAPTER]
+        # Its parameters are what this method trains.
         self._take_over_encoder(encoder, tuned.peft_config[ADAPTER])
         prefix = None
         if self.is_prefix:
             num_heads = self._peft_config.num_attention_heads
             prefix = PrefixShape(num_layers=self._peft_config.num_layers, num_heads=num_heads)
-        # Puts its hooks on the decoder.
+        # The constructor puts the hooks on the decoder, which keep the object alive.
         Prepend(decoder, encoder, embeddings, self.num_virtual_tokens, prefix, is_active=lambda: self.is_active)
         return tuned
 
     def _wrap_in_peft(self, model: nn.Module, embeddings: Any) -> Any:
-        """The PeftModel around `model`, which holds the encoder of the virtual tokens, but leaves prepending them to our hook."""
+        """Make the PeftModel around `model`, which holds the encoder of the virtual tokens, but leaves prepending them to our
+        hook.
+        """
         from peft import get_peft_model
 
         is_classifier = "SequenceClass" in type(model).__name__
@@ -112,7 +116,9 @@ class Virtual(AddedParameters):
         return tuned
 
     def _take_over_encoder(self, encoder: nn.Module, peft_config: Any) -> None:
-        """Remember the parameters and the class of the encoder that makes the tokens, for their initial values."""
+        """Remember the parameters and the class of the encoder that makes the tokens, since `initial_value` builds another one
+        on the CPU.
+        """
         from peft import PEFT_TYPE_TO_TUNER_MAPPING
 
         self._added_names = {f"{ENCODER_MODULE}.{name}" for name, _ in encoder.named_parameters()}
@@ -120,11 +126,11 @@ class Virtual(AddedParameters):
         self._encoder_class = PEFT_TYPE_TO_TUNER_MAPPING[self._peft_config.peft_type]
         for module in encoder.modules():
             if isinstance(module, nn.LSTM):
+                # Its forward pass also works in types that an LSTM cannot compute in on the device.
                 module.__class__ = EncoderLstm
 
     def _refuse_unusable_prefix(self, model: Any, decoder: nn.Module) -> None:
         """Raise ConfigError if prefix tuning, which gives each layer keys and values to read, cannot work in this model.
-
         - the model takes no keys and values from outside, or is a falcon, whose heads share keys: refused.
         - the attention window is no longer than the prefix: refused.
 
@@ -152,7 +158,11 @@ class Virtual(AddedParameters):
             )
 
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
-        """The full initial tensor of a parameter of the encoder, float32: peft's own value, drawn from (seed, encoder's name)."""
+        """The full initial value of a parameter of the encoder, float32: peft's own value, drawn from (seed, encoder's name).
+
+        `name`: such as `prompt_encoder.default.embedding.weight`. All parameters come from one encoder, which is drawn at the
+        first call. `base` reads base weights, at whose embeddings a prompt may start.
+        """
         if self._initial_encoder is None or self._initial_encoder_seed != seed:
             self._initial_encoder = self._draw_encoder(base, seed)
             self._initial_encoder_seed = seed
@@ -161,7 +171,8 @@ class Virtual(AddedParameters):
         return tensor
 
     def _draw_encoder(self, base: BaseReader, seed: int) -> nn.Module:
-        """The encoder of the virtual tokens with its initial values, on the CPU, drawn from `seed`: the same on every rank.
+        """Build the encoder of the virtual tokens with its initial values, on the CPU, drawn from `seed`: the same on every
+        rank.
 
         `base` reads the embeddings of the model, at which a prompt may start (`tuning.init`). A prefix that starts at zero gets
         different keys for its tokens.
@@ -179,11 +190,11 @@ class Virtual(AddedParameters):
         return encoder
 
     def _spread_initial_keys(self, encoder: nn.Module) -> None:
-        """Draw different keys for the tokens of a prefix that starts at zero, in `encoder`. They add nothing while values are
-        zero.
+        """Give the tokens of a prefix that starts at zero different keys, in `encoder`.
 
-        Tokens with equal keys would get equal gradients, and stay copies of one token. Nothing to do if a network makes the
-        prefix (`tuning.projection`): the network reads a different input for each token.
+        They add nothing as long as values are zero. Tokens with equal keys would get equal gradients, and stay copies of one
+        token. Nothing to do if a network makes the prefix (`tuning.projection`): the network reads a different input for each
+        token.
         """
         assert isinstance(self.config, PrefixConfig)
         if self.config.projection:
@@ -194,15 +205,14 @@ class Virtual(AddedParameters):
         keys_and_values[:, :, 0].normal_(std=INITIAL_KEY_STD)
 
     def _build_encoder(self) -> nn.Module:
-        """peft's encoder for these settings, with values from the default generator."""
+        """Make peft's encoder for these settings, with random values from torch's default generator."""
         if isinstance(self.config, PromptConfig):
             # peft's class takes word embeddings too, which only a start at a text reads.
             return self._encoder_class(self._peft_config, None)
         return self._encoder_class(self._peft_config)
 
     def _initial_token_ids(self, config: PromptConfig) -> list[int]:
-        """The token id at whose embedding each virtual token starts, chosen as peft does; as many ids as virtual tokens.
-
+        """Choose the token id at whose embedding each virtual token starts, as peft does; as many ids as virtual tokens.
         - `tuning.init=sampled`: ids drawn from the whole vocabulary.
         - else: the ids of `tuning.init_text`, with the special tokens that the tokenizer adds, repeated or cut.
 
@@ -220,11 +230,11 @@ class Virtual(AddedParameters):
     def save_adapter(
         self, model: Any, trained: dict[str, Tensor], directory: Path, base_name: str, revision: str | None
     ) -> None:
-        """Write peft's `adapter_model.safetensors` and `adapter_config.json` into `directory`.
+        """Write the trained virtual tokens into `directory` in peft's format:
 
-        The tensors are the virtual tokens (`prompt_embeddings`), and modules that were trained in full. `trained` holds the full
-        trainable tensors under their names in `model`; `base_name` and `revision` say which base the adapter belongs to. Raises
-        OSError, SafetensorError.
+        `adapter_model.safetensors` and `adapter_config.json`. The tensors are the virtual tokens (`prompt_embeddings`), and
+        modules that were trained in full. `trained` holds the full trainable tensors under their names in `model`; `base_name`
+        and `revision` say which base the adapter belongs to. Raises OSError, SafetensorError.
         """
         from safetensors.torch import save_file
 
@@ -242,7 +252,10 @@ class Virtual(AddedParameters):
         peft_config.save_pretrained(str(directory))
 
     def _trained_encoder(self, trained: dict[str, Tensor]) -> nn.Module:
-        """The encoder of the virtual tokens with its trained values, in evaluation mode. `trained`: tensors by full name."""
+        """Build the encoder of the virtual tokens with its trained values, in evaluation mode.
+
+        `trained`: tensors by full name.
+        """
         encoder = self._build_encoder().eval()
         encoder_state = {}
         for name, tensor in trained.items():
@@ -264,8 +277,10 @@ class _LoadedTokens(nn.Embedding):
 def load(model: Any, directory: str | Path) -> Any:
     """Put the exported virtual tokens of `directory` before the inputs of a base model that transformers loaded.
 
-    Hooks on its decoder do that from now on. The model itself is returned; it computes, and generates, what was trained. Raises
-    ConfigError if the directory holds an adapter of another method, or one that was trained for another kind of model.
+    For users of an export: peft 0.21 loses the tokens when it generates. Hooks on the decoder put them before each input from
+    now on. The model itself is returned; it computes, and generates, what was trained.
+
+    Raises ConfigError if the directory holds an adapter of another method, or one that was trained for another kind of model.
     """
     from safetensors.torch import load_file
 

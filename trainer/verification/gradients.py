@@ -31,10 +31,10 @@ ROUTER_NAMES = ("gate", "router")
 
 
 def kind_by_parameter(built: BuiltModel, names: list[str]) -> dict[str, str]:
-    """The kind of each trained parameter of `names`, by name: one of `PARAMETER_KINDS`.
+    """Sort trained parameters by kind, so that a report compares gradients kind by kind: {name: one of `PARAMETER_KINDS`}.
 
     The first of these that applies: an adapter's parameter; a router's weight; a new classification head; the kind of the
-    innermost module that contains the parameter and has a known kind.
+    innermost module that contains the parameter and has a known kind. `names`: as in the tuned model.
     """
     base_model = built.base_on_meta
     modules = dict(base_model.named_modules())
@@ -56,7 +56,7 @@ def kind_by_parameter(built: BuiltModel, names: list[str]) -> dict[str, str]:
 
 
 def _kind_of_adapted_weight(name: str) -> str:
-    """The kind of the weight that an adapter's parameter adapts, by the names of the modules that contain it."""
+    """The kind of the weight that an adapter's parameter adapts, by the names of the modules in the parameter's name."""
     if any(part in ROUTER_NAMES for part in name.split(".")):
         return "router"
     return _kind_by_modules(name, modules={}, embeddings=None, head=None)
@@ -65,7 +65,8 @@ def _kind_of_adapted_weight(name: str) -> str:
 def _kind_by_modules(name: str, modules: Mapping[str, Any], embeddings: Any, head: Any) -> str:
     """The kind of the innermost module that contains a parameter and has a known kind; `other` if none has.
 
-    `modules`: those of the plain architecture by path; empty if only the names count.
+    `modules`: those of the architecture before tuning, by path; empty if only the names count. `embeddings`, `head`: its input
+    and output layers.
     """
     parts = name.split(".")  # the last one is the parameter, such as `weight`, not a module
     for depth in range(len(parts) - 1, 0, -1):
@@ -94,7 +95,7 @@ class GradientDistance(NamedTuple):
 def gradient_distances_by_kind(
     gradients: Mapping[str, Tensor], expected: Mapping[str, Tensor], kinds: Mapping[str, str]
 ) -> dict[str, GradientDistance]:
-    """How far `gradients` are from `expected`, over the parameters of each kind.
+    """How far `gradients` are from `expected`, over the parameters of each kind: {"norms": GradientDistance, ...}.
 
     A parameter that `gradients` lacks counts as zeros there. A difference that is NaN counts as infinite. `kinds`: the kind of
     each parameter by name, such as `norms`.

@@ -26,7 +26,9 @@ DOCUMENTS_PER_SAMPLE = 6
 
 
 def label_names_of_documents(config: RunConfig) -> list[str] | None:
-    """Label names for the random documents: those of the settings, or made-up ones; None for objectives without labels."""
+    """Label names for the random documents of a verification: those of the settings, or made-up ones; None for objectives
+    without labels.
+    """
     family = objective_family(config.objective)
     # A fixed number of outputs are scores (reward models, regression): there are no labels then.
     has_fixed_outputs = family.num_outputs is not None
@@ -43,10 +45,11 @@ def label_names_of_documents(config: RunConfig) -> list[str] | None:
 def write_small_models_and_documents(
     config: RunConfig, directory: Path, *, user_ranks: int | None
 ) -> tuple[SmallModel, SmallRun]:
-    """Write the small copies of model and teacher, and random documents, into `directory`. No collective.
+    """Prepare a verification in `directory`: write small copies of the model and its teacher, and random documents.
 
-    Returns the copy of the model, and the run on these copies. `user_ranks`: ranks that the settings ask for; None if not known.
-    Raises ConfigError if the model or its teacher is not on this machine, or no small copy can be made.
+    No collective. Returns the copy of the model, and the run on these copies. `user_ranks`: ranks that the settings ask
+    for, by which gradient accumulation is chosen; None if not known. Raises ConfigError if the model or its teacher is not on this machine,
+    or no small copy can be made.
     """
     family = objective_family(config.objective)  # what kind of model the objective trains, and with how many outputs
     label_names = label_names_of_documents(config)
@@ -76,14 +79,17 @@ def write_small_models_and_documents(
 
 
 def _every_document_needs_target(config: RunConfig) -> bool:
-    """Whether every document needs a target: for pairs, ratings, labels, and answers of an encoder-decoder model."""
+    """Whether every random document must have something to learn: for pairs, ratings, labels, and answers of an encoder-decoder
+    model.
+    """
     family = objective_family(config.objective)
     data_spec = data_spec_of(config.objective)
+    # Marks are numbers for the objective beside a document, such as its label or rating.
     return family.kind is not ModelKind.causal or bool(data_spec.marks) or data_spec.sequences_per_document > 1
 
 
 def small_run_of_directory(directory: Path, config: RunConfig, *, user_ranks: int | None) -> SmallRun:
-    """The run on the small copies and documents that `write_small_models_and_documents` wrote into `directory`."""
+    """The run on the small copies and documents that were written into `directory`, made from the user's `config`."""
     has_teacher = objective_family(config.objective).teacher(config.objective) is not None
     teacher_directory = directory / TEACHER_DIR_NAME if has_teacher else None
     return small_run_config(copy.deepcopy(config), directory / MODEL_DIR_NAME, teacher_directory, user_ranks=user_ranks)
@@ -97,10 +103,11 @@ def verify_step_against_single_process(
     user_ranks: int | None,
     report_progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Compare a step of the run on all ranks with the same step by one process; returns the verdict as JSON values.
+    """Compare a training step of the run on all ranks with the same step by one process, on a small copy of its model.
 
-    Empty on all ranks but 0. All ranks must call, after `write_small_models_and_documents` on one of them. Raises the errors
-    of building the run, and of its engines. `user_ranks`: ranks that the settings ask for; None if not known.
+    Returns the verdict as JSON values; {} on all ranks but 0. All ranks must call, after `write_small_models_and_documents` on
+    one of them. `user_ranks`: ranks that the settings ask for; None if not known. `report_progress`: gets texts such as "one
+    process, fp32". Raises the errors of building the run, and of its engines.
     """
     small_run = small_run_of_directory(directory, config, user_ranks=user_ranks)
     runtime = with_sequence_parallelism(runtime, small_run.config.parallel.sequence)
