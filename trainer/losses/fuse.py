@@ -19,7 +19,11 @@ class LogitTransform(NamedTuple):
 
 
 def head_transform(hf_config: Any) -> LogitTransform:
-    """What an architecture does to the logits after its head, read from transformers' configuration."""
+    """What an architecture does to the logits after its head, from transformers' configuration: a soft cap (Gemma), a factor
+    (Cohere).
+
+    Computed by the loss itself, where the head is replaced.
+    """
     softcap = getattr(hf_config, "final_logit_softcapping", None)
     factor = getattr(hf_config, "logit_scale", None)  # Cohere multiplies
     divisor = getattr(hf_config, "logits_scaling", None)  # Granite divides
@@ -32,7 +36,8 @@ def head_transform(hf_config: Any) -> LogitTransform:
 
 
 def install_loss_head(model: Any, hf_config: Any, *, frozen_row: int | None = None) -> None:
-    """Replace a model's output layer by one that computes the loss itself (a LossHead), if it is a plain linear one.
+    """Replace a model's output layer by one that computes the loss itself (a LossHead), if it is a plain linear one; else
+    nothing changes.
 
     `frozen_row`: the row of the input embedding that is always zero (as a rule the padding token's), so that it must not train
     through a layer that is tied to the embedding. None if there is none.

@@ -57,10 +57,14 @@ def varlen_attention(
     branches: list[list[int]] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each document of a row; q `[1, H, T, D]`, k and v `[1, G, T, D]` -> `[1, T, H, D]`.
+    """Attention within each document of a row; q `[1, H, T, D]`, k and v `[1, G, T, D]` -> `[1, T, H, D]`. transformers calls
+    it in each layer.
 
-    `document_bounds` is `cu_seq_lens_q` on the host: with it the CPU path reads no tensor. `branches`: for each document, where
-    its branches begin; a branch sees what stands before the first one, and itself (answers to one prompt).
+    `cu_seq_lens_q`: where documents begin in the row, and the row's end, as [0, 5, 12]. `document_bounds`: the same on the
+    host; with it the CPU path reads no tensor. `branches`: for each document, where its branches begin; a branch sees what
+    stands before the first one, and itself (answers to one prompt).
+
+    Raises ValueError without boundaries, and for inputs that are not computed.
     """
     if cu_seq_lens_q is None:
         raise ValueError(
@@ -81,7 +85,7 @@ def varlen_attention(
         query, document_bounds, cu_seq_lens_q = _by_document_position(module, query, documents)
     if branches is not None and (_has_chunks(module) or not causal):
         raise ValueError("branches of a document are not implemented for attention in chunks or to later tokens")
-    # One kernel for all documents, where there is one.
+    # One kernel for all documents, where there is one: on GPUs in half precision.
     if sinks is None and _has_varlen_kernel(query, value, softcap, dropout):
         boundaries = SequenceBounds(cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
         if branches is not None:
@@ -116,7 +120,9 @@ def _has_chunks(module: nn.Module) -> bool:
 
 
 def _chunk_of(module: nn.Module) -> int | None:
-    """Tokens of a chunk, in which a layer attends as in a document of its own; None if it attends to whole documents."""
+    """Tokens of the chunks in which a layer attends as in documents of their own (Llama 4); None if it attends to whole
+    documents.
+    """
     config: Any = getattr(module, "config", None)
     layer = getattr(module, "layer_idx", None)
     kinds = getattr(config, "layer_types", None)
@@ -129,7 +135,8 @@ def _chunk_of(module: nn.Module) -> int | None:
 def _by_document_position(module: nn.Module, query: Tensor, bounds: list[int]) -> tuple[Tensor, list[int], Tensor]:
     """For layers that look at a token's position: make it the position in the document, not the one in the row.
 
-    Returns (the query, the boundaries of documents or of their chunks, the same boundaries on the device).
+    That is so for layers that attend in chunks, and for those that scale queries by position. `bounds`: where documents begin,
+    and the row's end. Returns (the query, the boundaries of documents or of their chunks, the same boundaries on the device).
     """
     chunk_bounds = _chunk_bounds(bounds, _chunk_of(module))
     # A tensor made on the device would be waited for.
@@ -138,7 +145,10 @@ def _by_document_position(module: nn.Module, query: Tensor, bounds: list[int]) -
 
 
 def _chunk_bounds(bounds: list[int], size: int | None) -> list[int]:
-    """The boundaries of documents and of their chunks, which are counted from where each document begins."""
+    """The boundaries of documents and of their chunks of `size` tokens, which are counted from where each document begins.
+
+    [0, 5, 7] with chunks of 2 gives [0, 2, 4, 5, 7]. None: no chunks.
+    """
     if size is None:
         return bounds
     chunk_bounds: list[int] = []
@@ -148,9 +158,10 @@ def _chunk_bounds(bounds: list[int], size: int | None) -> list[int]:
 
 
 def _scaled_by_document_position(module: Any, query: Tensor, document_bounds: list[int]) -> Tensor:
-    """Queries `[1, H, T, D]` that Llama 4 has scaled by their position in the row, scaled by that in their document.
+    """Correct queries `[1, H, T, D]` that Llama 4 has scaled by their position in the row: as if scaled by that in their
+    document.
 
-    It does so in layers without rotary positions, from position `floor_scale` on: a shorter row is as it should be.
+    It scales in layers without rotary positions, from position `floor_scale` on: a shorter row is as it should be.
     """
     is_scaled = getattr(module, "attn_temperature_tuning", False) and not module.use_rope
     if not is_scaled or document_bounds[-1] < module.floor_scale:
@@ -168,7 +179,7 @@ def _scaled_by_document_position(module: Any, query: Tensor, document_bounds: li
 def _attend_by_document(
     operands: list[Tensor], lengths: list[int], attend: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """`attend(q, k, v)` for each document of a row, joined to `[1, heads, T, width]` again.
+    """Call `attend(q, k, v)` for each document of a row, and join the results to `[1, heads, T, width]` again.
 
     `operands`: q, k and v of the row, `[1, heads, T, width]`. `lengths`: tokens of each document. On CPUs the products of short
     documents are left to BLAS (`strategies/matmul.py`): the switches change no value, only the library of the products behind
@@ -221,12 +232,14 @@ class Segments:
 
 
 def segments_of_branches(bounds: Sequence[int], branches: Sequence[Sequence[int]]) -> Segments:
-    """The sequences into which a kernel cuts a row whose documents have branches: answers that share one prompt (the trunk).
+    """Cut a row whose documents have branches (answers that share one prompt, the trunk) into sequences for a variable-length
+    kernel.
 
-    `bounds`: where documents begin in the row, and the row's end. `branches`: where the branches of each document begin, counted
-    from the document's begin. A branch sees the trunk and itself, so the trunk's keys come once for each branch. A document of 2
-    tokens of prompt and answers of 2 and 1 tokens gives the `key_rows` [0, 1, 0, 1, 2, 3, 0, 1, 4] and the bounds [0, 2, 4, 5] of
-    queries and [0, 2, 6, 9] of keys.
+    A branch sees the trunk and itself, so the trunk's keys come once for each branch. `bounds`: where documents begin in the
+    row, and the row's end. `branches`: where the branches of each document begin, counted from the document's begin.
+
+    A document of 2 tokens of prompt and answers of 2 and 1 tokens gives the `key_rows` (positions in the row) [0, 1, 0, 1, 2,
+    3, 0, 1, 4], and the bounds [0, 2, 4, 5] of queries and [0, 2, 6, 9] of keys.
     """
     key_rows = []
     query_bounds = [0]
@@ -268,17 +281,19 @@ class AttentionRule:
         return (distance >= 0) & (distance < self.window) if self.causal else distance.abs() < self.window
 
     def mask_of_last_queries(self, queries: int, keys: int, device: torch.device) -> Tensor:
-        """The keys that each query sees if the queries are the last tokens of the keys, bool `[queries, keys]`."""
+        """Which keys each query sees if the queries are the last tokens of the keys, as an answer behind its prompt: bool
+        `[queries, keys]`.
+        """
         query = torch.arange(keys - queries, keys, device=device)
         distance = query[:, None] - torch.arange(keys, device=device)[None, :]
         visible = distance >= 0
         return visible if self.window is None else visible & (distance < self.window)
 
     def branch_mask(self, length: int, starts: Sequence[int], device: torch.device) -> Tensor:
-        """Which keys each query sees, bool `[T, T]`, in a document of T tokens: a prompt with several answers (branches).
+        """Which keys each query sees in a document that is a prompt with several answers (branches): bool `[T, T]`.
 
-        `starts`: where the answers begin. Each sees the prompt and itself, within the window if the rule has one. With 4 tokens
-        and `starts` [2, 3], the last token sees tokens 0, 1 and 3.
+        `length`: T, its tokens. `starts`: where the answers begin. Each sees the prompt and itself, within the window if the
+        rule has one. With 4 tokens and `starts` [2, 3], the last token sees tokens 0, 1 and 3.
         """
         token_index = torch.arange(length, device=device)
         begins = torch.tensor(starts, device=device)
@@ -324,7 +339,9 @@ def _attend_branch_by_branch(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRul
 
 
 def _attend_with_mask(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, mask: Tensor | None) -> Tensor:
-    """Attention of queries to the keys that `mask` shows, bool `[queries, keys]`; None: as the rule says."""
+    """Attention of queries to the keys that `mask` shows, bool `[queries, keys]`; None: causal if the rule is, else to all
+    keys.
+    """
     if rule.softcap is not None or rule.sinks is not None:  # torch's kernel knows neither
         return _attend_with_score_matrix(q, k, v, rule, mask)
     return F.scaled_dot_product_attention(
@@ -376,11 +393,10 @@ def _attend_on_gpu(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tens
 
 
 def _attend_with_score_matrix(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule, mask: Tensor | None) -> Tensor:
-    """Attention with the matrix of all scores in memory, for what no kernel has: capped scores, and sinks (a learned score that
-    takes weight away).
+    """Attention with the matrix of all scores in memory, for what no kernel has: capped scores, and sinks.
 
-    q `[B, H, T, D]`, k and v `[B, G, T, D]` -> `[B, H, T, D]`. `mask`: bool `[queries, keys]`, True where a query sees a key;
-    None: causal if the rule is, else every key.
+    A sink is a learned score of a head that takes weight away from the keys. q `[B, H, T, D]`, k and v `[B, G, T, D]` -> `[B,
+    H, T, D]`. `mask`: bool `[queries, keys]`, True where a query sees a key; None: causal if the rule is, else every key.
     """
     queries_per_key = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(queries_per_key, dim=1), v.repeat_interleave(queries_per_key, dim=1)
@@ -395,6 +411,7 @@ def _attend_with_score_matrix(q: Tensor, k: Tensor, v: Tensor, rule: AttentionRu
         sinks = rule.sinks.to(scores.dtype).view(1, -1, 1, 1)
         scores = torch.cat([scores, sinks.expand(*scores.shape[:3], 1)], dim=-1)
     wide = torch.promote_types(scores.dtype, torch.float32)
+    # The sink's weight is cut off after the softmax: it gives nothing to the output.
     weights = scores.softmax(dim=-1, dtype=wide)[..., : k.shape[2]]
     return F.dropout(weights.to(q.dtype), rule.dropout) @ v
 
@@ -435,10 +452,10 @@ def _varlen_kernel(
     window: int | None,
     causal: bool,
 ) -> Tensor:
-    """Attention within documents by torch's variable-length kernel (CUDA, half precision): `[1, T, heads, width]`.
+    """Attention within documents by torch's variable-length kernel (CUDA, half precision), for all documents at once:
 
-    q, k and v are `[1, heads, T, width]`. `window`: a query sees so many keys up to itself (and as many after it unless
-    `causal`).
+    `[1, T, heads, width]`. q, k and v are `[1, heads, T, width]`. `boundaries`: where sequences begin among queries and keys.
+    `window`: a query sees so many keys up to itself (and as many after it unless `causal`).
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -446,6 +463,7 @@ def _varlen_kernel(
     if width < q.shape[-1]:  # values of latent attention are narrower, and the kernel knows one size of heads
         v = F.pad(v, (0, q.shape[-1] - width))
     q, k, v = (t.squeeze(0).transpose(0, 1).contiguous() for t in (q, k, v))  # [T, heads, D]
+    # Keys beside the query itself; -1: no window.
     left_window = window - 1 if window is not None else -1
     longest_query = q.shape[0] if boundaries.longest_query is None else int(boundaries.longest_query)
     longest_key = k.shape[0] if boundaries.longest_key is None else int(boundaries.longest_key)

@@ -65,10 +65,11 @@ def names_by_hub_id() -> dict[str, str]:
 
 
 def shape_instead_of_files(config: ModelConfig) -> KnownShape | None:
-    """The published sizes of a model, which stand for its files in plans; None if its files are here, or the sizes not known.
+    """The published sizes of a model (its shape), which stand for its files in plans; None if its files are here, or it has no
+    known shape.
 
-    A revision of a model may have another shape, so one that is named has none here. Nor has a model that may be downloaded:
-    a hub that cannot be reached for a moment must not change what is trained.
+    A revision of a model may have another shape, so one that is named has none here. Nor has a model that may be downloaded: a
+    hub that cannot be reached for a moment must not change what is trained.
     """
     path = config.path or ""
     name = names_by_hub_id().get(path)

@@ -44,7 +44,8 @@ class KernelChoices:
     """Whether the model has what the built-in kernel computes slowly."""
 
     def kernels_in_order(self) -> list[str]:
-        """The kernels to try, by transformers' names, the best first, as in `["flash_attention_2", "shardtune_varlen"]`.
+        """The attention kernels to try, by transformers' names, the best first, as in `["flash_attention_2",
+        "shardtune_varlen"]`.
 
         FlashAttention if it can run; then the built-in one and FlexAttention, which comes first with `prefers_flex`.
         """
@@ -67,10 +68,11 @@ def choose_attention_layout(
     needs_padding: bool,
     kernels: KernelChoices,
 ) -> AttentionLayout:
-    """How documents lie in a row, and which kernel computes attention.
+    """Choose how documents lie in memory, padded or one after another in a row (padding-free), and which kernel computes
+    attention.
 
-    `reason_for_own_rows(kernel)`: why documents cannot lie in one row with that kernel, so that each needs a row of its own;
-    empty if they can. Cases, in order:
+    `needs_padding`: the objective or tuning needs a row for each document. `reason_for_own_rows(kernel)`: why documents cannot
+    lie in one row with that kernel; empty if they can. Cases, in order:
     - settings that exclude each other, or name a kernel that cannot run here: ConfigError.
     - padded rows are set or needed, or the kernel is for them (sdpa, eager): padded.
     - the first kernel that is proven for several documents in one row: padding-free.
@@ -116,9 +118,10 @@ def choose_attention_layout(
 
 
 def _note_on_chosen_kernel(model: ModelConfig, attention: str, kernels: KernelChoices) -> dict[str, str]:
-    """A note for the user on the kernel that `model.attention=auto` chose, {"model.attention": "varlen (built in; ...)"}.
+    """A note for the user on the kernel that `model.attention=auto` chose:
 
-    Empty for FlashAttention, which needs no explanation, and if the user chose the kernel.
+    {"model.attention": "varlen (built in; not FlashAttention: ...)"}. Empty for FlashAttention, which needs no explanation, and
+    if the user chose the kernel.
     """
     flash = kernels.flash_refusal or "not proven right here"
     note_by_kernel = {

@@ -42,9 +42,9 @@ def local_path_or_hub_id(path_or_id: str | None) -> str:
 
 
 def _hub_error(key: str, value: str, error: Exception, config: ModelConfig) -> ConfigError:
-    """The ConfigError (returned, not raised) for a model or tokenizer that neither this host nor the hub has.
+    """Make the ConfigError (returned, not raised) for a model or tokenizer that neither this host nor the hub has.
 
-    `key`, `value`: the setting that names it. `error`: the hub client's.
+    `key`, `value`: the setting that names it, such as "model.path" and what it is set to. `error`: the hub client's.
     """
     reason = str(error).splitlines()[0][:160]
     # A run may be exported from another directory than the one that its relative path counts from.
@@ -70,7 +70,7 @@ def _hub_error(key: str, value: str, error: Exception, config: ModelConfig) -> C
 
 
 def find_weights_directory(config: ModelConfig) -> Path:
-    """The directory of the weights: `model.path` itself, or the hub's local snapshot (fetched with model.download).
+    """Find the directory of a model's weights: `model.path` itself, or the hub's local snapshot (fetched with model.download).
 
     Raises ConfigError if there is neither.
     """
@@ -97,9 +97,10 @@ def find_weights_directory(config: ModelConfig) -> Path:
 
 
 def load_model_config(config: ModelConfig) -> Any:
-    """The transformers config with the run's positions, of a published shape if the model's files are not on this machine.
+    """Load the transformers configuration of a model, with the positions that the run's settings ask for.
 
-    Raises ConfigError if there is neither, or if it needs remote code.
+    If the model's files are not on this machine, that of its published shape (its sizes, for plans). Raises ConfigError if
+    there is neither, if a size is impossible, or if it needs remote code.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -131,6 +132,7 @@ def load_model_config(config: ModelConfig) -> Any:
     text = hf_config.get_text_config()
     below_one = []
     for setting in REQUIRED_SIZES:
+        # Architectures name sizes differently: GPT-2's `hidden_size` is `n_embd`.
         name = text.attribute_map.get(setting, setting)
         size = vars(text).get(name)
         if isinstance(size, int) and size < 1:
@@ -145,7 +147,7 @@ def load_model_config(config: ModelConfig) -> Any:
 
 
 def raise_if_config_too_large(hf_config: Any, path: str) -> None:
-    """Raise ConfigError, before the model is built, if a size in its configuration is far above that of any model.
+    """Raise ConfigError, before a model is built, if a size in its configuration is far above that of any model.
 
     `path`: of the model, for the message.
     """
@@ -163,9 +165,10 @@ def raise_if_config_too_large(hf_config: Any, path: str) -> None:
 
 
 def check_model_files(config: ModelConfig) -> None:
-    """Raise ConfigError, before data is prepared, for what is wrong with config.json or with a file of weights.
+    """Check config.json and the files of weights before hours of preparing data.
 
-    Reads the headers of the files. Also asks the kernel to read the rest ahead, while data is prepared.
+    Raises ConfigError for what is wrong with them. Reads the headers of the files. Also asks the kernel to read the rest ahead,
+    while data is prepared.
     """
     hf_config = load_model_config(config)
     directory = find_weights_directory(config)
@@ -187,7 +190,7 @@ def check_model_files(config: ModelConfig) -> None:
 
 
 def _refuse_adapter(directory: Path) -> None:
-    """Raise ConfigError if a model directory holds an adapter alone.
+    """Raise ConfigError if a model directory holds an adapter alone, since its user meant another setting.
 
     It may have a config.json all the same: that of its base with the positions of the training.
     """
@@ -200,11 +203,10 @@ def _refuse_adapter(directory: Path) -> None:
 
 
 def _unreadable_config_error(path: str, error: Exception, config: ModelConfig) -> ConfigError:
-    """The ConfigError (returned, not raised) for a model whose config.json gave `error`. The first case that holds:
-
+    """Make the ConfigError (returned, not raised) for a model whose config.json gave `error`. The first case that holds:
     - its model_type is unknown to transformers.
     - it is a directory: without config.json, or with one that cannot be read.
-    - else: neither a directory nor a model of the hub (`_hub_error`).
+    - else: neither a directory nor a model of the hub.
     """
     directory = Path(path)
     if "does not recognize this architecture" in str(error):
@@ -228,9 +230,10 @@ def _unreadable_config_error(path: str, error: Exception, config: ModelConfig) -
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The fast tokenizer with added tokens and the chosen chat template.
+    """Load the fast tokenizer of a model, with added tokens (`model.add_tokens`) and the chosen chat template.
 
-    Raises ConfigError if there is none that can be loaded, or if an added token is in the vocabulary already.
+    Its padding token is the end token if it has none. Raises ConfigError if there is none that can be loaded, or if an added
+    token is in the vocabulary already.
     """
     with importing_without_gc("transformers"):
         from transformers import AutoTokenizer
@@ -279,9 +282,10 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 def load_generation_config(config: ModelConfig, hf_config: Any, decoder_start: int | None) -> Any:
-    """How the model generates: by its generation_config.json, as its export will, else by its config.
+    """How the model generates (limits, special tokens): by its generation_config.json, as its export will, else by its config.
 
-    `decoder_start`: first token of the decoder, of encoder-decoder models.
+    `hf_config`: transformers' configuration. `decoder_start`: first token of the decoder, of encoder-decoder models; None for
+    others. Raises ConfigError if the file cannot be used.
     """
     from transformers import GenerationConfig
 

@@ -27,18 +27,23 @@ LENGTH_DEPENDENT = re.compile(r"longrope|dynamic|suscaled", re.IGNORECASE)
 
 @contextmanager
 def frequencies_of_whole_row(model: nn.Module, inputs: dict[str, Any]) -> Iterator[None]:
-    """Within it the rotary embeddings of `model` choose frequencies by the whole row, if `inputs` are a slice of one.
+    """Within it the rotary embeddings of `model` choose frequencies by the whole row, if `inputs` are a rank's slice of one.
 
-    `inputs`: those of the model, with `row_slices` (borders of all slices of the row) and `max_length_q` (the tokens of the
+    Hooks give such an embedding the row's largest position as one more, and cut off what it computes for that. `inputs`: those
+    of the model, with `row_slices` (token borders of all slices, [0, 5, 16] for two) and `max_length_q` (the tokens of the
     row's longest document).
     """
     num_slices = len(inputs.get("row_slices") or ()) - 1
+    # Without `row_slices` this is -1; the borders [0, T] are one slice.
     if num_slices <= 1:  # the row is whole
         yield
         return
     largest_position = int(inputs["max_length_q"]) - 1
 
     def append_position(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """A hook before the forward pass: adds the row's largest position, as models pass positions by name or as the second
+        argument.
+        """
         if "position_ids" in kwargs:
             return args, kwargs | {"position_ids": _with_position(kwargs["position_ids"], largest_position)}
         hidden, position_ids, *more_args = args

@@ -57,9 +57,9 @@ class TokenLocalAttention:
     ) -> tuple[Tensor, None]:
         """Attention in which each token sees itself alone: q `[1, H, T, D]`, k and v `[1, G, T, D]` -> `[1, T, H, D]`.
 
-        That is each token's value, scaled by a score of its own query and key. `kwargs`: what models hand to attention; numbers and flags
-        among them are recorded. Raises CannotBeCut if the model does not hand on the row's slices, or gives an input that ranks
-        do not exchange.
+        That is each token's value, scaled by a score of its own query and key. `kwargs`: what models hand to attention; numbers
+        and flags among them are recorded. Raises CannotBeCut if the model does not hand on the row's slices, or gives an input
+        that ranks do not exchange.
         """
         if kwargs.get("row_slices") is None:
             raise CannotBeCut("its attention is not told how the row is cut (it does not hand on unknown arguments)")

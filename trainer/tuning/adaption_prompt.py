@@ -34,9 +34,10 @@ class AdaptionPrompt(AddedParameters):
     wrapper_prefix = PEFT_PREFIX
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Add an adaption prompt (LLaMA-Adapter) to the last layers of the model: learned tokens that their attention also reads.
+        """Add an adaption prompt (LLaMA-Adapter) to the last layers of the model: learned tokens that their attention also
+        reads.
 
-        Raises ConfigError for architectures that peft cannot adapt, and for more layers than there are.
+        `model`: on meta. Raises ConfigError for architectures that peft cannot adapt, and for more layers than there are.
         """
         self._refuse_unsuitable_model(model.config)
         tuned = self._wrap_in_peft(model)
@@ -69,7 +70,7 @@ class AdaptionPrompt(AddedParameters):
             )
 
     def _wrap_in_peft(self, model: Any) -> nn.Module:
-        """peft's wrapper of the model, whose last layers have prompts."""
+        """Let peft wrap the model and the attention of its last layers (`tuning.adapter_layers`; 0: all)."""
         from peft import AdaptionPromptConfig as PeftSettings
         from peft import get_peft_model
 
@@ -84,7 +85,8 @@ class AdaptionPrompt(AddedParameters):
             return get_peft_model(model, peft_settings)
 
     def base_name(self, name: str) -> str:
-        """The name in the base model's checkpoint: without the wrappers of model and attention."""
+        """The name of a parameter in the base model's checkpoint: without the wrappers of model and attention."""
+        # peft keeps the wrapped attention as `<attention>.model`.
         for owner in {owned.rpartition(".")[0] for owned in self._added_names}:
             if name.startswith(f"{owner}.model."):
                 name = owner + name.removeprefix(f"{owner}.model")
@@ -102,10 +104,10 @@ class AdaptionPrompt(AddedParameters):
     def save_adapter(
         self, model: nn.Module, trained: dict[str, Tensor], directory: Path, base_name: str, revision: str | None
     ) -> None:
-        """Write peft's `adapter_config.json` and `adapter_model.safetensors` into `directory`.
+        """Write the trained prompts into `directory` in peft's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-        `trained` holds the full trainable tensors under the model's parameter names. Raises OSError or SafetensorError if a file
-        cannot be written.
+        `trained`: the full trainable tensors by the model's parameter names. `base_name`, `revision`: of the base model. Raises
+        OSError or SafetensorError if a file cannot be written.
         """
         write_adapter(model, trained, directory, base_name, revision)
 

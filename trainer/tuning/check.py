@@ -66,9 +66,10 @@ class SettingsBesideTuning:
 
 
 def tuning_combination_problems(tuning: TuningConfig, run: SettingsBesideTuning) -> Iterator[str]:
-    """Every problem of a method's settings, alone and with the rest of the run, as `key=value: constraint; what to do`.
+    """Yield every problem of a tuning method's settings, alone and with the rest of the run, as `key=value: constraint; what to
+    do`.
 
-    `run`: the settings of the run beside `tuning`.
+    Called when a run is composed, before any model is loaded. `run`: the settings of the run beside `tuning`.
     """
     yield from _problems_of_tuning_alone(tuning)
     if isinstance(tuning, PeftConfig) and tuning.type not in PEFT_METHODS:
@@ -100,7 +101,7 @@ def tuning_combination_problems(tuning: TuningConfig, run: SettingsBesideTuning)
 
 
 def _problems_of_tuning_alone(tuning: TuningConfig) -> Iterator[str]:
-    """What is wrong with the settings of `tuning` by themselves, whatever the rest of the run, one line each."""
+    """Yield what is wrong with the settings of `tuning` by themselves, whatever the rest of the run, one line each."""
     # Several cases may hold: the settings of LoRA are those of an adapter too, and AdaLoRA's are those of LoRA.
     if isinstance(tuning, AdapterConfig):
         yield from _target_problems(tuning)
@@ -120,10 +121,11 @@ def _problems_of_tuning_alone(tuning: TuningConfig) -> Iterator[str]:
 
 
 def _strategy_problems(method: Method, method_setting: str, run: SettingsBesideTuning) -> Iterator[str]:
-    """What the tuning method cannot do under the run's strategy, one line each.
+    """Yield what the tuning method cannot do under the run's strategy, one line each.
 
-    That is selective checkpointing, or half precision under strategies that convert parameters to it. `method_setting`: the
-    method as the user sets it, such as `tuning=lora`.
+    That is selective checkpointing, or half precision under strategies that convert parameters to it. `method`: its row in the
+    table of methods, with the reason for each thing that it cannot do. `method_setting`: the method as the user sets it, such
+    as `tuning=lora`.
     """
     checkpointing = run.strategy.activation_checkpointing
     if checkpointing is ActivationCheckpointing.selective and (reason := method.refusal_by_property.get("selective")):
@@ -137,7 +139,7 @@ def _strategy_problems(method: Method, method_setting: str, run: SettingsBesideT
 
 
 def _layout_problems(method: Method, method_setting: str, data: DataConfig) -> Iterator[str]:
-    """What a method that needs a row of its own for each document has against packed or padding-free data."""
+    """Yield what a method that needs a row of its own for each document has against packed or padding-free data, one line each."""
     reason = method.refusal_by_property.get("padding_free")
     if not reason:
         return
@@ -148,7 +150,7 @@ def _layout_problems(method: Method, method_setting: str, data: DataConfig) -> I
 
 
 def _model_problems(method: Method, method_setting: str, run: SettingsBesideTuning) -> Iterator[str]:
-    """What the method cannot train: a new head, or embeddings of new tokens."""
+    """Yield which parts of the run's model the method cannot train, one line each: a new head, or embeddings of new tokens."""
     if run.has_new_head and method.new_head_refusal:
         yield (
             f"{method_setting} with an objective that has a head of its own: {method.new_head_refusal}; use "
@@ -168,8 +170,8 @@ def check_positions(
 ) -> None:
     """Raise ConfigError if the longest document, with virtual tokens before it, has more tokens than the model has positions.
 
-    `generated_tokens`: those of the longest document that are the longest answer the model may generate, for the message; 0
-    without rounds. `max_positions` of None: the model has no limit. `has_rotary_positions`: it can be given more of them.
+    `max_positions` of None: the model has no limit. `has_rotary_positions`: it can be given more of them. `generated_tokens`:
+    those of the longest document that are the longest answer the model may generate, for the message; 0 without rounds.
     """
     if max_positions is None or max_positions < 1:  # XLNet has -1, which means any number
         return
@@ -194,7 +196,7 @@ def check_positions(
 def _positions_message(
     longest_document_tokens: int, max_positions: int, *, has_rotary_positions: bool, generated_tokens: int
 ) -> str:
-    """The error message for a longest document that the model's `max_positions` positions do not hold.
+    """Write the error message for a longest document that the model's `max_positions` positions do not hold, with what to set.
 
     `generated_tokens`: how many of its tokens are generated. `has_rotary_positions`: the model can be given more positions.
     """
@@ -217,7 +219,7 @@ def _positions_message(
 
 
 def _prompt_problems(tuning: PromptConfig) -> Iterator[str]:
-    """What is wrong if `tuning.init` and `tuning.init_text` do not go together."""
+    """Yield what is wrong if `tuning.init` and `tuning.init_text` of prompt tuning do not go together."""
     has_text = bool((tuning.init_text or "").strip())
     if tuning.init is PromptInit.text and not has_text:
         yield "tuning.init=text: needs tuning.init_text, such as the instruction of the task; or use tuning.init=sampled"
@@ -228,7 +230,7 @@ def _prompt_problems(tuning: PromptConfig) -> Iterator[str]:
 def _quantisation_problems(
     tuning: TuningConfig, method: Method, method_setting: str, quantisation: str
 ) -> Iterator[str]:
-    """Why this tuning method, DoRA or the initial values cannot be used on a quantised base, one line each.
+    """Yield why this tuning method, DoRA or the initial values cannot be used on a quantised base, one line each.
 
     `method_setting`: the method as the user sets it, for the messages, such as `tuning=lora`. `quantisation`: such as `nf4`.
     """
@@ -245,7 +247,7 @@ def _quantisation_problems(
 
 
 def _target_problems(tuning: AdapterConfig) -> Iterator[str]:
-    """What is wrong with `tuning.targets`, one line each. The first case that holds:
+    """Yield what is wrong with `tuning.targets`, which modules get adapters, one line each. The first case that holds:
 
     - an empty list, with LoRA on experts or routers alone: nothing.
     - empty otherwise, or neither text nor list: one line.
@@ -276,7 +278,7 @@ def _regex_problems(key: str, pattern: str, advice: str) -> Iterator[str]:
 
 
 def _freeze_problems(tuning: FreezeConfig) -> Iterator[str]:
-    """What is wrong with the choice of layers, modules or kinds of parameters that train, one line each."""
+    """Yield what is wrong with the choice of layers, modules or kinds of parameters that train, one line each."""
     choices = (tuning.layers, tuning.modules, tuning.embeddings, tuning.bias_only, tuning.norm_only)
     if not any(choices):
         yield (
@@ -290,7 +292,7 @@ def _freeze_problems(tuning: FreezeConfig) -> Iterator[str]:
 
 
 def _lora_problems(tuning: LoraConfig) -> Iterator[str]:
-    """What is wrong with LoRA's initial values, its adapters of experts, and ranks and alphas by module, one line each.
+    """Yield what is wrong with LoRA's initial values, its adapters of experts, and ranks and alphas by module, one line each.
 
     `tuning.rank_pattern` and `tuning.alpha_pattern` hold a number by regular expression, such as `{"q_proj": 16}`.
     """
@@ -319,7 +321,7 @@ def _lora_problems(tuning: LoraConfig) -> Iterator[str]:
 
 
 def _expert_problems(tuning: LoraConfig) -> Iterator[str]:
-    """Sentences that say which settings LoRA on experts or routers cannot be combined with.
+    """Yield which settings LoRA on experts or routers cannot be combined with, one line each.
 
     Their weights are parameters of a larger module, not layers of their own, which dropout, DoRA and some initial values need.
     """
@@ -339,7 +341,7 @@ def _expert_problems(tuning: LoraConfig) -> Iterator[str]:
 
 
 def _adalora_problems(tuning: AdaLoraConfig) -> Iterator[str]:
-    """What is wrong with AdaLoRA's ranks, or with the shares of the run before and after ranks are pruned, one line each."""
+    """Yield what is wrong with AdaLoRA's ranks, or with the shares of the run before and after ranks are pruned, one line each."""
     if tuning.target_rank >= tuning.init_rank:
         yield (
             f"tuning.target_rank={tuning.target_rank}: must be below tuning.init_rank={tuning.init_rank}, from which ranks "
@@ -361,7 +363,9 @@ def _ia3_problems(tuning: Ia3Config) -> Iterator[str]:
 
 
 def _peft_problems(tuning: PeftConfig) -> Iterator[str]:
-    """What is wrong with `tuning.type`, a method of peft, or with its `tuning.options`, one line each. The first case that holds:
+    """Yield what is wrong with `tuning.type`, a method of peft, or with its `tuning.options`, one line each.
+
+    The first case that holds:
 
     - not set; a method that is a choice of `tuning` itself; one that cannot work; one that is not in `PEFT_METHODS`.
     - else: problems of its options, for which peft is imported.

@@ -34,7 +34,7 @@ class SingleParameterLayer(nn.Module):
 
 
 class AdaptedLayerBuilder:
-    """Copies of the adapted layers of one model, made when they are needed. Keeps the last one."""
+    """Builds the adapted layers of one model outside it, on the CPU, when their values are needed. Keeps the last one."""
 
     def __init__(self, settings: Any, base_layers: dict[str, nn.Module], *, reads_base: bool) -> None:
         """`settings`: peft's config. `base_layers`: on meta, by name in the base model."""
@@ -49,7 +49,10 @@ class AdaptedLayerBuilder:
         """The (name, seed) of `_initial_layer`."""
 
     def initial_layer(self, name: str, base: BaseReader, seed: int) -> nn.Module:
-        """The adapted layer `name` before training. Its base weights have values only if the method reads them."""
+        """The adapted layer `name` before training, from which initial values are read.
+
+        Its base weights have values only if the method reads them.
+        """
         if self._initial_layer is None or self._initial_layer_key != (name, seed):
             self._initial_layer = self._build_layer(name, base if self.reads_base else None, seed)
             self._initial_layer_key = (name, seed)
@@ -58,11 +61,11 @@ class AdaptedLayerBuilder:
     def merged_parameters(
         self, name: str, base: BaseReader, seed: int, trained: dict[str, Tensor], buffer_source: nn.Module
     ) -> dict[str, Tensor]:
-        """The base parameters of layer `name` with the adapter merged in, float32, by their name in the layer.
+        """Merge the trained adapter of the layer `name` into its base weights: {name in the layer: float32 weight}.
 
-        `trained`: the adapter's full tensors, by their name in the layer. `seed`: that of the run, from which some methods draw
-        frozen factors. `buffer_source`: the layer in the model, from which buffers are copied, such as a projection that layers
-        share.
+        `trained`: the adapter's full tensors, by their name in the layer. `base` reads the base weights. `seed`: that of the
+        run, from which some methods draw frozen factors. `buffer_source`: the layer in the model, from which buffers are
+        copied, such as a projection that layers share.
         """
         layer: Any = self._build_layer(name, base, seed)
         parameters = dict(layer.named_parameters())
@@ -77,11 +80,15 @@ class AdaptedLayerBuilder:
                 for key in buffers:
                     buffers[key] = live_buffers[key].cpu()  # type: ignore[union-attr]
             layer.eval()
+            # peft's own: it refuses weights that are not finite.
             layer.merge(safe_merge=True)
         return {key: parameter.detach() for key, parameter in layer.get_base_layer().named_parameters()}
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """The buffers that peft adds, with their values, by name in peft's wrapper of the whole model."""
+        """Yield the buffers that peft adds, with their values, by name in peft's wrapper of the whole model.
+
+        They do not depend on the seed.
+        """
         layers = [name for name, base in self.base_layers.items() if not isinstance(base, SingleParameterLayer)]
         if not layers:
             return
@@ -91,7 +98,7 @@ class AdaptedLayerBuilder:
                 yield name, buffer
 
     def _build_layer(self, name: str, base: BaseReader | None, seed: int) -> nn.Module:
-        """peft's wrapper of the layer `name` alone, on the CPU. `base` of None: its base weights have no values."""
+        """Build peft's wrapper of the layer `name` alone, on the CPU. `base` reads its weights; None: they have no values."""
         wrapper: Any = self._wrapped_layers([name], base, seed)
         return wrapper.model.get_submodule(self._module_name(name))  # type: ignore[no-any-return]
 
@@ -102,10 +109,11 @@ class AdaptedLayerBuilder:
         return name
 
     def _wrapped_layers(self, names: list[str], base: BaseReader | None, seed: int) -> nn.Module:
-        """A small model on the CPU with nothing but the layers `names`, wrapped by peft: it makes their initial adapter values.
+        """Build a small model on the CPU with nothing but the layers `names`, and let peft wrap it: that makes their initial
+        adapter values.
 
-        peft draws values when it wraps a model, and some methods read base weights for it, which a sharded model on meta does not
-        have. `base` reads them; None: the base weights have no values. `seed`: that of the run.
+        peft draws values when it wraps a model, and some methods read base weights for it, which a sharded model on meta does
+        not have. `base` reads them; None: the base weights have no values. `seed`: that of the run.
         """
         from peft import PEFT_TYPE_TO_TUNER_MAPPING
 
@@ -130,7 +138,7 @@ class AdaptedLayerBuilder:
             return PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type](model, settings, ADAPTER)
 
     def _settings_for_targets(self, module_targets: list[str], parameter_targets: list[str]) -> Any:
-        """A copy of peft's config that adapts exactly these modules and parameters, by full name."""
+        """Copy peft's config so that it adapts exactly these modules and parameters, by full name."""
         settings = copy.deepcopy(self.settings)
         settings.target_modules = module_targets
         if hasattr(settings, "target_parameters"):
@@ -158,7 +166,7 @@ def _add_at_path(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def _copy_with_values(meta_layer: nn.Module, name: str, base: BaseReader | None) -> nn.Module:
-    """A copy on the CPU of the layer `name` of the base model, which itself is on meta.
+    """Copy a layer of the base model, which itself is on meta, to the CPU, so that peft can wrap it. `name`: in the base model.
 
     Its parameters get their values from `base`, in float32; without `base`, zeros that take no memory.
     """

@@ -48,8 +48,8 @@ def write_small_models_and_documents(
     """Prepare a verification in `directory`: write small copies of the model and its teacher, and random documents.
 
     No collective. Returns the copy of the model, and the run on these copies. `user_ranks`: ranks that the settings ask
-    for, by which gradient accumulation is chosen; None if not known. Raises ConfigError if the model or its teacher is not on this machine,
-    or no small copy can be made.
+    for, by which gradient accumulation is chosen; None if not known. Raises ConfigError if the model or its teacher is not on
+    this machine, or no small copy can be made.
     """
     family = objective_family(config.objective)  # what kind of model the objective trains, and with how many outputs
     label_names = label_names_of_documents(config)
