@@ -63,14 +63,21 @@ class RoundInputs:
 
 
 def num_prompts_per_round(config: RunConfig) -> int:
-    """How many prompts a round has: the completions of its batches over the completions of each prompt (`group_size`)."""
+    """How many prompts a round of generation has: the completions that it learns from, over those of each prompt
+    (`group_size`).
+
+    A round: the model generates answers to prompts, rewards score them, and a few optimizer steps learn from them.
+    """
     settings: Any = config.objective
     num_completions: int = config.batch["global"] * settings.rollout.steps
     return num_completions // int(settings.group_size)
 
 
 def num_documents_per_step(config: RunConfig) -> float:
-    """Documents that an optimizer step consumes, on average. If the model generates what it learns, documents are prompts."""
+    """How many documents an optimizer step consumes, on average.
+
+    If the model generates what it learns, documents are prompts.
+    """
     global_batch: int = config.batch["global"]
     if objective_family(config.objective).rollout is None:
         return global_batch
@@ -79,8 +86,7 @@ def num_documents_per_step(config: RunConfig) -> float:
 
 
 def num_steps_of_run(config: RunConfig, order: Order, unit_tokens: np.ndarray) -> int:
-    """Optimizer steps of the run's budget.
-
+    """How many optimizer steps the run's budget allows.
     - no rounds of generation, or `budget.steps` is set: as the budget says.
     - rounds: `budget.epochs` are passes over the prompts, rounded so that the last round is complete. A round consumes its
       prompts as a step of another objective consumes its global batch.
@@ -91,14 +97,15 @@ def num_steps_of_run(config: RunConfig, order: Order, unit_tokens: np.ndarray) -
         return steps_from_budget(config.budget, order, unit_tokens, config.batch["global"])
     settings: Any = config.objective
     num_rounds = steps_from_budget(config.budget, order, unit_tokens, num_prompts_per_round(config))
+    # Each batch of a round is learned from in every iteration over the round.
     return num_rounds * int(settings.rollout.steps * settings.rollout.iterations)
 
 
 def generation_memory_lines(config: RunConfig, built: BuiltModel, longest_prompt: int) -> list[str]:
     """Lines for a dry run on the memory that generating and scoring completions takes; empty for an objective without rounds.
 
-    One line says the size of the KV cache and of the gathered weights that a rank holds while it generates. Another one for each
-    reward model says the size of its weights. All are computed from sizes of parameters. `longest_prompt`: in tokens.
+    One line has the size of the KV cache and of the gathered weights that a rank holds while it generates. Another one for each
+    reward model has the size of its weights. All are computed from sizes of parameters. `longest_prompt`: in tokens.
     """
     if objective_family(config.objective).rollout is None:
         return []
@@ -121,7 +128,7 @@ def generation_memory_lines(config: RunConfig, built: BuiltModel, longest_prompt
 
 
 def _reward_model_memory_lines(config: RunConfig, built: BuiltModel, itemsize: int) -> list[str]:
-    """A line on the weights of each reward model. `itemsize`: bytes of a number in the precision of the run."""
+    """A line for a dry run on the weights of each reward model. `itemsize`: bytes of a number in the precision of the run."""
     settings: Any = config.objective
     lines = []
     for name, model in built.step_module.reward_models.items():
@@ -206,10 +213,12 @@ def build_round_loader(
 
 
 def shares_prompts_in_rows(config: RunConfig, built: BuiltModel, cut: RowCut | None, runtime: Runtime) -> bool:
-    """Whether training puts all answers to a prompt into one row with the prompt: `[prompt | answer | answer ...]`.
+    """Whether training puts all answers to a prompt into one row with the prompt, which saves computing it again:
 
+    `[prompt | answer | answer ...]`.
     `objective.rollout.share_prompts` decides; if it is not set, True on CPUs if it is possible, and False on GPUs, where its
-    speed has not been measured. Errors: ConfigError if it is set to true, and this model or other settings do not allow it.
+    speed has not been measured. `cut`: which slice of each row the rank takes; None: whole rows. Raises ConfigError if it is
+    set to true, and this model or other settings do not allow it.
     """
     settings: Any = config.objective
     share_prompts: bool | None = settings.rollout.share_prompts
@@ -223,7 +232,7 @@ def shares_prompts_in_rows(config: RunConfig, built: BuiltModel, cut: RowCut | N
 
 
 def _prompt_sharing_problem(config: RunConfig, built: BuiltModel, cut: RowCut | None) -> str | None:
-    """Why answers cannot share their prompt in a row; None if they can.
+    """Why answers cannot share their prompt in a row, as text for a message; None if they can.
 
     It needs our own attention functions, which keep the answers of a row apart, and a model in which tokens reach each other
     only through attention, with a cache of keys and values.
@@ -244,15 +253,17 @@ def _prompt_sharing_problem(config: RunConfig, built: BuiltModel, cut: RowCut | 
 
 
 def max_concurrent_completions(built: BuiltModel, engine: Engine, runtime: Runtime, tokens: int) -> int:
-    """How many completions a rank generates at a time: the largest power of two whose KV cache fits beside the gathered weights.
+    """How many completions a rank generates at a time: the largest power of two whose KV cache fits beside the gathered
+    weights.
 
     At least 1, and at most `MAX_GENERATION_ROWS`. `tokens`: of the longest prompt with its completion. The number follows from
-    the size of the devices and from what this process has allocated for model and optimizer, not from the memory that is free at
-    the moment: a resumed run must generate in batches of the same size, so that it rounds alike. All ranks must call; the rank
-    with the least memory decides.
+    the size of the devices and from what this process has allocated for model and optimizer, not from the memory that is free
+    at the moment: a resumed run must generate in batches of the same size, so that it rounds alike. All ranks must call; the
+    rank with the least memory decides.
     """
     itemsize = min(p.element_size() for p in built.step_module.parameters() if p.is_floating_point())
     allocated_bytes = torch.cuda.memory_allocated(runtime.device) if runtime.device.type == "cuda" else 0
+    # Generation needs whole weights, which a sharded engine gathers: 0 bytes if each rank has them whole already.
     gathered_bytes = engine.full_parameters.gather_bytes() or 0
     own_free_bytes = USABLE_MEMORY_SHARE * device_memory_gib(runtime) * 2**30 - allocated_bytes - gathered_bytes
     least_free_bytes = min(gather_objects(own_free_bytes, runtime))

@@ -77,7 +77,10 @@ class StagedCopies:
         return replace(data, train=TokenDataset.open(directory / "train"), evaluation=held_out, test=test)
 
     def run_record_entry(self) -> dict[str, Any]:
-        """The entry of `run.json` about the copies of this node, `{"staged": {"model": {"from": ...}}}`; {} if there are none."""
+        """The entry of `run.json` about the copies of this node, `{"staged":
+
+        {"model": {"from": ...}}}`; {} if there are none.
+        """
         if not self.copies:
             return {}
         rows = {}
@@ -101,10 +104,13 @@ class StagedCopies:
 
 
 def stage(config: RunConfig, data: PreparedData, *, should_stop: Callable[[], bool]) -> StagedCopies:
-    """Make the copies that `launcher.stage` asks for on this node's disk, or use those that exist.
+    """Copy a run's weights and tokens to this node's disk if `launcher.stage` asks for it, or use copies that exist there.
 
-    `should_stop`: called now and then; True if the run shall stop. Raises ConfigError for a directory with a variable that this
-    node does not have, StorageError if the disk has no room or cannot be written, Preempted if `should_stop` says so.
+    All ranks call it at their start; one of a node copies, the others wait. `should_stop`: called now and then; True if the run
+    shall stop. Without `launcher.stage` the result is empty, and everything is read where it is.
+
+    Raises ConfigError for a directory with a variable that this node does not have, StorageError if the disk has no room or
+    cannot be written, Preempted if `should_stop` says so.
     """
     if config.launcher.stage is None:
         return StagedCopies()
@@ -175,7 +181,7 @@ def _weight_files(source: Path) -> _SourceFiles:
 
 
 def _token_files(source: Path) -> _SourceFiles:
-    """The files of prepared data, without those that training seldom reads."""
+    """The files of prepared data to copy: all but those that training seldom reads."""
     files = [
         path.relative_to(source) for path in source.rglob("*") if path.is_file() and path.name not in NOT_COPIED_FILES
     ]
@@ -183,10 +189,11 @@ def _token_files(source: Path) -> _SourceFiles:
 
 
 def _find_valid_copy(root: Path, content_kind: str, files: _SourceFiles) -> StagedCopy | None:
-    """The existing copy of these files, locked, if every file is as it was written. Else None; a broken copy is deleted.
+    """Look for a complete copy of these files on the node's disk: returns it, locked for reading, or None.
 
-    `content_kind`: `model` or `data`. The caller must be in `_only_stager`. `StagedCopies.release` closes the descriptor of the
-    lock.
+    Deletes a broken one. It is valid if every file has the digest that was recorded when it was written. `root`: directory of
+    all copies. `content_kind`: `model` or `data`. The caller must be in `_only_stager`. `StagedCopies.release` closes the
+    descriptor of the lock.
     """
     path = root / f"{content_kind}-{files.key[:16]}"
     # Lock the copy before reading it: a run that ends deletes a copy under its exclusive lock, without the lock on `root`.
@@ -211,8 +218,10 @@ def _copy_files(root: Path, content_kind: str, files: _SourceFiles, should_stop:
     """Copy files to `root`, compare each with its source, and return the copy, locked. It gets its final name when complete.
 
     `content_kind`: `model` or `data`. The lock tells other processes that the copy is in use. The caller must be in
-    `_only_stager`. `should_stop`: asked while bytes are copied. Raises OSError, StorageError if a copied file
-    differs from its source, and Preempted if `should_stop` says so; an incomplete copy is then deleted.
+    `_only_stager`. `should_stop`: asked while bytes are copied.
+
+    Raises OSError, StorageError if a copied file differs from its source, and Preempted if `should_stop` says so; an incomplete
+    copy is then deleted.
     """
     path = root / f"{content_kind}-{files.key[:16]}"
     partial = root / f".{path.name}.partial"
@@ -236,7 +245,10 @@ def _copy_files(root: Path, content_kind: str, files: _SourceFiles, should_stop:
 
 
 def _copy_file(source: Path, target: Path, should_stop: Callable[[], bool]) -> str:
-    """Copy a file, and return the sampled digest of both. Errors: OSError, StorageError if they differ, Preempted."""
+    """Copy a file, and return the sampled digest of both, by which later runs recognise an intact copy.
+
+    Raises OSError, StorageError if the two differ, and Preempted if `should_stop` says so.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as source_file, target.open("wb") as target_file:
         while chunk := source_file.read(CHUNK_BYTES):
@@ -252,10 +264,10 @@ def _copy_file(source: Path, target: Path, should_stop: Callable[[], bool]) -> s
 def _free_space_for_copies(
     root: Path, setting: str, missing: dict[str, _SourceFiles], paths_to_keep: set[Path]
 ) -> None:
-    """Delete unused copies that are stale, and as many others as the `missing` copies need space, the oldest first.
+    """Make room on the node's disk: delete unused copies that are stale, and as many others as are needed, the oldest first.
 
-    `missing`: the files to copy, under `model` and `data`. Unfinished copies are deleted too, and lock files without a copy.
-    Raises StorageError, with numbers, if there is still too little space.
+    `missing`: the files to copy, under `model` and `data`. `setting`: `launcher.stage`, for the message. Unfinished copies are
+    deleted too, and lock files without a copy. Raises StorageError, with numbers, if there is still too little space.
     """
     needed = sum(files.num_bytes for files in missing.values())
     for unfinished in root.glob(".*.partial"):
@@ -304,7 +316,7 @@ def _last_use_time(path: Path) -> float:
 def _lock_for_use(path: Path, mode: int) -> int:
     """Lock a copy; returns the file descriptor that holds the lock until it is closed or the process ends.
 
-    `mode`: of `fcntl.flock`: LOCK_SH to read the copy, LOCK_EX | LOCK_NB to delete it. Errors: OSError, also if others hold the
+    `mode`: of `fcntl.flock`: LOCK_SH to read the copy, LOCK_EX | LOCK_NB to delete it. Raises OSError, also if others hold the
     lock and `mode` does not wait.
     """
     descriptor = os.open(f"{path}{IN_USE_SUFFIX}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -328,7 +340,10 @@ def _remove_copy(path: Path) -> None:
 
 @contextmanager
 def _only_stager(root: Path, should_stop: Callable[[], bool]) -> Iterator[None]:
-    """Inside the context this is the only process of the node that stages. Raises Preempted if it must stop while it waits."""
+    """Within the context this is the only process of the node that stages: it waits for the lock on `root`.
+
+    Raises Preempted if `should_stop` says so while it waits.
+    """
     with (root / ".lock").open("a", encoding="utf-8") as file:
         while True:
             with suppress(BlockingIOError):

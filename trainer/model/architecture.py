@@ -60,11 +60,13 @@ class PlainModel(NamedTuple):
 def build_plain_model(
     kind: ModelKind, hf_config: Any, config: ModelConfig, attention: str, objective: str
 ) -> PlainModel:
-    """Build a model as transformers builds it, with the run's dropout.
+    """Build a model as transformers builds it, with the run's dropout; adapters and the like come later.
 
-    `hf_config`: transformers' configuration; its dropout settings have the base's own values again afterwards. `config`: the
-    settings `model.*`. `attention`: transformers' name of the kernel to use. `objective`: its name, for messages. Raises
-    ConfigError if the model cannot be trained here, has no class of this kind, or cannot be built.
+    `kind`: causal model, classifier or encoder-decoder. `hf_config`: transformers' configuration; its dropout settings have the
+    base's own values again afterwards. `config`: the settings `model.*`. `attention`: transformers' name of the kernel to use.
+    `objective`: its name, for messages.
+
+    Raises ConfigError if the model cannot be trained here, has no class of this kind, or cannot be built.
     """
     reason_unfit = REASON_BY_UNTRAINABLE_TYPE.get(hf_config.model_type)
     if reason_unfit is not None:
@@ -104,7 +106,8 @@ def _dropout_while_building(hf_config: Any, probability: float) -> Iterator[None
 
 
 def transformers_class(kind: ModelKind, hf_config: Any) -> Any:
-    """transformers' auto class that builds a model of this kind for `hf_config`, the model's configuration.
+    """Choose transformers' auto class (such as AutoModelForCausalLM) that builds a model of this kind for the configuration
+    `hf_config`.
 
     A model that also reads images or sound is built whole, since its checkpoint is of the whole.
     """
@@ -127,7 +130,7 @@ def transformers_class(kind: ModelKind, hf_config: Any) -> Any:
 
 
 def _raise_if_no_model_class(kind: ModelKind, hf_config: Any, config: ModelConfig, objective: str) -> None:
-    """Raise ConfigError, with what does work, if transformers has no class of a kind for a configuration of its own."""
+    """Raise ConfigError, with what does work, if transformers has no class of this kind for a model's configuration."""
     import transformers
 
     if config.trust_remote_code:  # the model may bring its own class
@@ -157,7 +160,7 @@ def _raise_if_no_model_class(kind: ModelKind, hf_config: Any, config: ModelConfi
 def modules_beside_text(model: Any) -> tuple[str, ...]:
     """Names of the modules that a causal model has beside its text model and head: towers for images and sound, projectors.
 
-    Such as `("model.vision_tower", "model.multi_modal_projector")`; empty for a model of text alone.
+    Such as `("model.vision_tower", "model.multi_modal_projector")`; empty for a model of text alone. Texts train none of them.
     """
     if text_model_config(model.config) is model.config:
         return ()
@@ -177,7 +180,9 @@ def modules_beside_text(model: Any) -> tuple[str, ...]:
 
 
 def from_config_options(config: ModelConfig) -> dict[str, Any]:
-    """Arguments of every `from_config` of transformers, beside the attention: remote code, data type and experts function."""
+    """Arguments for every `from_config` of transformers, beside the attention: remote code, data type and the function for
+    experts.
+    """
     options = {"trust_remote_code": config.trust_remote_code, "dtype": "float32"}
     if not config.trust_remote_code:  # a model's own code need not know this argument
         options["experts_implementation"] = experts.EXPERTS_FUNCTION
@@ -185,7 +190,7 @@ def from_config_options(config: ModelConfig) -> dict[str, Any]:
 
 
 def _build_with_attention(kind: ModelKind, hf_config: Any, config: ModelConfig, attention: str) -> PlainModel:
-    """Build the model with the attention `attention`, or with `eager`.
+    """Build the model with the attention `attention` (transformers' name), or with `eager` if its class does not have that.
 
     Eager replaces SDPA if the setting is `auto` and the model's class has no SDPA. Raises ValueError if the class does not have
     an attention that the user chose.
@@ -217,11 +222,13 @@ def set_head_settings(hf_config: Any, outputs: int | None, pad_token_id: int, *,
 
 
 def grow_vocabulary(config: ModelConfig, hf_config: Any, num_tokens: int, num_added_tokens: int) -> None:
-    """Set the vocabulary in `hf_config` to at least `num_tokens`, of which `num_added_tokens` are those of `model.add_tokens`.
+    """Make room for added tokens: set the vocabulary in `hf_config` to at least `num_tokens`, before the model is built from
+    it.
 
-    It never shrinks: a model may have more rows than its tokenizer has tokens. The model is then built at its final size, and
-    needs no resizing after sharding. Raises ConfigError if the tokenizer without the new tokens has more entries than the model
-    has rows.
+    Of these, `num_added_tokens` are those of `model.add_tokens`. The vocabulary never shrinks: a model may have more rows than
+    its tokenizer has tokens. Built at its final size, the model needs no resizing after sharding.
+
+    Raises ConfigError if the tokenizer without the new tokens has more entries than the model has rows.
     """
     text_config = text_model_config(hf_config)
     num_rows = text_config.vocab_size
@@ -247,7 +254,7 @@ def experts_per_token(hf_config: Any) -> int:
 
 
 def width_and_num_blocks(model: Any) -> tuple[int, int]:
-    """(width of a model's hidden states, number of its blocks), as in (4096, 32).
+    """The width of a model's hidden states and the number of its blocks, as in (4096, 32), for estimates of memory.
 
     By its configuration, or for a model of several parts of their own sizes (BLT): the largest width, and the blocks of all.
     """
@@ -264,13 +271,14 @@ def width_and_num_blocks(model: Any) -> tuple[int, int]:
 
 
 def attention_crossover_tokens(hf_config: Any) -> int:
-    """The length in tokens at which a document's attention costs as much as its products with the weights.
+    """The length in tokens at which a document's attention costs as much as its products with the weights, to balance ranks by
+    cost.
 
     A document of n tokens costs about n + n^2 / crossover, in units of one token's products with the weights.
 
-    A block of width w has about 12 w^2 weights, and multiplies each token by them once. Causal attention multiplies about
-    w n^2 times for a document of n tokens. So the crossover is 12 w: 49,152 for a model of 8B. Layers whose attention has a
-    window count as layers without attention, so the crossover grows by the ratio of all layers to those of full attention.
+    A block of width w has about 12 w^2 weights, and multiplies each token by them once. Causal attention multiplies about w n^2
+    times for a document of n tokens. So the crossover is 12 w: 49,152 for a model of 8B. Layers whose attention has a window
+    count as layers without attention, so the crossover grows by the ratio of all layers to those of full attention.
     """
     text = text_model_config(hf_config)
     width = getattr(text, "hidden_size", None) or WIDTH_OF_8B
@@ -282,7 +290,8 @@ def attention_crossover_tokens(hf_config: Any) -> int:
 def set_dropout(hf_config: Any, probability: float) -> list[EarlierSetting]:
     """Set every dropout probability in `hf_config`, and switch off whatever else the model draws at random (`layerdrop`).
 
-    Returns what each setting that was found had before, such as `(hf_config, "attention_dropout", 0.1)`.
+    Configurations within it (of a text model, say) are changed too. Returns what each setting that was found had before, such
+    as `(hf_config, "attention_dropout", 0.1)`.
     """
     earlier_values = []
     owners = [hf_config]
@@ -307,8 +316,11 @@ def set_dropout(hf_config: Any, probability: float) -> list[EarlierSetting]:
 
 
 def freeze_key_selectors(model: nn.Module) -> list[str]:
-    """Keep the parts in `KEY_SELECTOR_CLASSES` from training, adapters on them too. Returns the names of the classes that were
-    found."""
+    """Keep the parts in `KEY_SELECTOR_CLASSES` from training, adapters on them too.
+
+    Returns the names of the classes that were found. No gradient reaches these modules, which choose the keys that a query
+    attends to.
+    """
     selectors = [module for module in model.modules() if type(module).__name__ in KEY_SELECTOR_CLASSES]
     for module in selectors:
         module.requires_grad_(False)
@@ -326,7 +338,7 @@ def head_names(model: Any) -> tuple[str, ...]:
 
 
 def vocabulary_parameter_names(model: Any) -> frozenset[str]:
-    """Full names of the token embeddings' and the output head's parameters."""
+    """Full names of the parameters with a row for each token: those of the input embeddings and of the output head."""
     vocabulary_modules = (model.get_input_embeddings(), model.get_output_embeddings())
     names: set[str] = set()
     for name, module in model.named_modules():

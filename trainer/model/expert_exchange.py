@@ -44,14 +44,16 @@ def expert_parallel_forward(
     weights: Tensor,
     low_rank: dict[str, LowRank] | None,
 ) -> Tensor:
-    """The output `[T, H]` of experts that are sharded over ranks, for `hidden [T, H]`. All ranks of the group must call.
+    """The output `[T, H]` of a layer's experts that are distributed over ranks, for `hidden [T, H]`.
 
+    All ranks of the group must call.
     1. Exchange how many rows each rank sends to each expert, then send each token's hidden state to the ranks of its experts.
     2. Compute the own experts on the rows that arrived.
     3. Send the outputs back, weight them and add up the k outputs of each token.
 
-    `expert_indices`, `weights`: `[T, k]`. An index that is no expert's, beyond the last one, adds nothing to the output.
-    `low_rank`: LoRA updates of the experts' weights, by the weight's name.
+    `module`: the experts, of which this rank holds some (`share`). `expert_indices`, `weights`: `[T, k]`. An index that is no
+    expert's, beyond the last one, adds nothing to the output. `low_rank`: LoRA updates of the experts' weights, by the weight's
+    name.
     """
     experts_per_token = expert_indices.shape[-1]
     # A row: a token for one of its experts. `order`: which choice (of all `expert_indices`, flattened) each row is.
@@ -60,6 +62,7 @@ def expert_parallel_forward(
     all_experts = torch.arange(module.num_experts, device=row_experts.device)
     ends = torch.searchsorted(row_experts, all_experts, right=True)
     # The rows of each expert have no name here: it would keep their tensor alive while the experts compute.
+    # Exchanged between the ranks of the group, or assumed in a simulation.
     counts = share.row_count_source.row_counts(ends.diff(prepend=ends.new_zeros(1)), len(row_experts))
 
     num_sent_rows = sum(counts.sent_to_rank)
@@ -118,7 +121,8 @@ def _forward_own_experts(
         return grouped_experts(own_experts, rows, expert_of_row[:, None], routing_weights)
 
     if len(rows) == 0:
-        # One row of zeros: without it, the parameters would not be in the graph, and other ranks would wait for their gradients.
+        # One row of zeros: without it, the parameters would not be in the graph, and other ranks would wait for their
+        # gradients.
         zero_row = rows.sum(dim=0, keepdim=True)
         first_expert = torch.zeros(1, dtype=torch.int64, device=rows.device)
         return compute(zero_row, first_expert)[:0]

@@ -139,7 +139,7 @@ def _strategy_problems(method: Method, method_setting: str, run: SettingsBesideT
 
 
 def _layout_problems(method: Method, method_setting: str, data: DataConfig) -> Iterator[str]:
-    """Yield what a method that needs a row of its own for each document has against packed or padding-free data, one line each."""
+    """Yield what a method that needs a row of its own for each document has against packed or padding-free data, line by line."""
     reason = method.refusal_by_property.get("padding_free")
     if not reason:
         return
@@ -341,7 +341,7 @@ def _expert_problems(tuning: LoraConfig) -> Iterator[str]:
 
 
 def _adalora_problems(tuning: AdaLoraConfig) -> Iterator[str]:
-    """Yield what is wrong with AdaLoRA's ranks, or with the shares of the run before and after ranks are pruned, one line each."""
+    """Yield what is wrong with AdaLoRA's ranks, or the shares of the run before and after ranks are pruned, one line each."""
     if tuning.target_rank >= tuning.init_rank:
         yield (
             f"tuning.target_rank={tuning.target_rank}: must be below tuning.init_rank={tuning.init_rank}, from which ranks "

@@ -65,9 +65,9 @@ _FIELDS_WITHOUT_EFFECT = {
 
 
 def names_of_differing_settings(expected: dict[str, Any], stored: dict[str, Any]) -> list[str]:
-    """Names of the fields in which two of peft's configs differ so that the same tensors compute something else.
+    """In which fields two of peft's configs differ so that the same tensors would compute something else: ["lora_alpha", "r"].
 
-    Such as `["lora_alpha", "r"]`. Left out are fields that only one config has, fields on dropout, and fields on initial values.
+    Left out are fields that only one config has, fields on dropout, and fields on initial values.
     """
     differing = []
     for name in sorted(expected.keys() & stored.keys()):
@@ -84,9 +84,10 @@ class UnusableAdapter(Exception):
 
 
 def read_adapter_settings(directory: str | Path) -> dict[str, Any]:
-    """The fields of an adapter directory's adapter_config.json, such as `{"peft_type": "LORA", "r": 16}`.
+    """Read the settings of an adapter directory, the fields of its adapter_config.json, such as `{"peft_type": "LORA", "r":
 
-    Raises UnusableAdapter if the directory is no adapter's, the file cannot be read, or a field has a value of a wrong type.
+    16}`. Raises UnusableAdapter if the directory is no adapter's, the file cannot be read, or a field has a value of a wrong
+    type.
     """
     path = Path(directory).expanduser()
     if not (path / SETTINGS_FILE).is_file() or not (path / WEIGHTS_FILE).is_file():
@@ -110,11 +111,12 @@ def adapter_sha256(directory: str | Path) -> str:
 
 
 def adopt_adapter_settings(tuning: TuningConfig, cli_keys: set[str]) -> dict[str, str]:
-    """Change settings in `tuning` that the user left at their defaults to those of the adapter that `tuning.from` names.
+    """Take settings over from the adapter that `tuning.from` names, where the user left them at their defaults.
 
-    `cli_keys`: keys that the user set, such as `tuning.rank`. Returns what changed, by key, for messages:
-    `{"tuning.rank": "8 -> 16 (of tuning.from)"}`. Nothing changes if `tuning.from` is not set, or if its directory cannot be
-    read or holds an adapter of another method: `continuation_problems` reports these two.
+    Changes `tuning`.
+    `cli_keys`: keys that the user set, such as `tuning.rank`. Returns what changed, by key, for messages: `{"tuning.rank": "8
+    -> 16 (of tuning.from)"}`. Nothing changes if `tuning.from` is not set, or if its directory cannot be read or holds an
+    adapter of another method: `continuation_problems` reports these two.
     """
     if not isinstance(tuning, AdapterConfig) or tuning.from_ is None:
         return {}
@@ -151,12 +153,12 @@ def adopt_adapter_settings(tuning: TuningConfig, cli_keys: set[str]) -> dict[str
 
 
 def continuation_problems(tuning: AdapterConfig) -> Iterator[str]:
-    """What keeps a run from continuing the adapter that `tuning.from` names, one line each. Cases, in order:
+    """Yield what keeps a run from continuing the adapter that `tuning.from` names, one line each. Cases, in order:
 
     - `tuning.from` is not set: nothing.
     - the method cannot continue adapters, the directory cannot be read, or its adapter is of another method: this line alone.
-    - else: one line for each setting that differs from the adapter's, and one if `tuning.init` asks for initial values, which the
-      adapter's values would replace.
+    - else: one line for each setting that differs from the adapter's, and one if `tuning.init` asks for initial values, which
+      the adapter's values would replace.
     """
     if tuning.from_ is None:
         return
@@ -187,10 +189,10 @@ def continuation_problems(tuning: AdapterConfig) -> Iterator[str]:
 
 
 def merge_problems(directory: str) -> Iterator[str]:
-    """What keeps an adapter directory of `model.adapters` from being merged into the base: one line, or none.
+    """Yield what keeps an adapter directory of `model.adapters` from being merged into the base: one line, or none.
 
-    There is a line if the directory cannot be read, or if its method is unknown here or cannot be merged. A method whose training
-    cannot continue from its files cannot be merged from them either.
+    There is a line if the directory cannot be read, or if its method is unknown here or cannot be merged. A method whose
+    training cannot continue from its files cannot be merged from them either.
     """
     setting = f"model.adapters={directory}"
     try:
@@ -216,7 +218,7 @@ def merge_problems(directory: str) -> Iterator[str]:
 
 
 def _with_expert_settings(stored: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a stored LoRA adapter, with the fields `experts` and `router` that our `LoraConfig` has and peft has not.
+    """Add the fields `experts` and `router`, which our `LoraConfig` has and peft has not, to a stored LoRA adapter's settings.
 
     peft has one list of names, `target_parameters`. Each name says what was adapted:
     - without `.weight` at its end (`mlp.experts.gate_up_proj`): experts.

@@ -39,7 +39,10 @@ _OPTIONS_WE_SET = (
 
 
 def peft_config(tuning: AdapterConfig) -> Any:
-    """peft's config with the method's own options; targets and the task are the caller's. Raises ConfigError if peft refuses."""
+    """Make peft's config of a tuning method with the method's own options; targets and the task are set by the caller.
+
+    Raises ConfigError if peft refuses the options.
+    """
     peft = load_peft()
     peft_type = peft_type_of(tuning)  # such as `lora`
     settings_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_type.upper())]
@@ -52,7 +55,7 @@ def peft_config(tuning: AdapterConfig) -> Any:
 
 
 def _peft_options(config: AdapterConfig) -> dict[str, Any]:
-    """The method's own options under peft's names."""
+    """Translate the settings of a method into the options of peft's config class: `rank` is peft's `r`."""
     match config:
         case LoraConfig():
             return {
@@ -106,7 +109,7 @@ def _peft_options(config: AdapterConfig) -> dict[str, Any]:
 
 
 def _adalora_options(config: AdaLoraConfig) -> dict[str, Any]:
-    """AdaLoRA's options under peft's names."""
+    """Translate AdaLoRA's settings into the options of peft's config class."""
     return {
         "init_r": config.init_rank,
         "target_r": config.target_rank,
@@ -121,7 +124,7 @@ def _adalora_options(config: AdaLoraConfig) -> dict[str, Any]:
 
 
 def peft_config_of_virtual_tokens(config: VirtualConfig, task: str) -> Any:
-    """peft's config of a method with virtual tokens; widths follow when it meets the model.
+    """Make peft's config of a method with virtual tokens (prompt, P- or prefix tuning); widths follow when it meets the model.
 
     `task`: peft's task type, such as `CAUSAL_LM`.
     """
@@ -148,7 +151,10 @@ def peft_config_of_virtual_tokens(config: VirtualConfig, task: str) -> Any:
 
 
 def option_problems(peft_type: str, options: dict[str, Any]) -> list[str]:
-    """What is wrong with the options of `tuning=peft tuning.type=<peft_type>`; imports peft, which knows them."""
+    """What is wrong with the options that a user gave to peft for `tuning=peft tuning.type=<peft_type>`, one line each.
+
+    Imports peft, which knows its options.
+    """
     peft = load_peft()
     settings_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_type.upper())]
     field_names = {field.name for field in fields(settings_class)}
@@ -162,6 +168,7 @@ def option_problems(peft_type: str, options: dict[str, Any]) -> list[str]:
             close_matches = difflib.get_close_matches(name, known_options, n=1)
             hint = f"did you mean {close_matches[0]}?" if close_matches else f"it has {', '.join(known_options)}"
             problems.append(f"{key}: peft's {peft_type} has no such option; {hint}")
+    # Then peft itself is asked: values may be wrong, or not go together.
     if not problems:
         try:
             settings_class(**options)

@@ -64,8 +64,9 @@ class Prepend:
     def _prepend_tokens(
         self, _decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        """A forward pre-hook of the decoder: returns its inputs as (no positional arguments, all arguments by name).
+        """The hook before the decoder's forward pass: puts the virtual tokens before its inputs.
 
+        Returns ((), all arguments by name).
         - inactive, so that the base alone computes (a reference): the inputs as they are.
         - the KV cache holds tokens already (generation after its first pass): only the mask and the positions change, since the
           cache has the virtual tokens.
@@ -110,7 +111,10 @@ class Prepend:
             inputs["position_ids"] = positions + self.num_virtual_tokens
 
     def _prepend_prompt(self, inputs: dict[str, Any]) -> None:
-        """Replace the input ids by embeddings `[B, P + T, H]` that begin with those of the P virtual tokens."""
+        """Replace the input ids by embeddings `[B, P + T, H]` that begin with those of the P virtual tokens, in `inputs`.
+
+        Sets `num_added_positions`, by which the rows of the virtual tokens are removed from the decoder's output.
+        """
         ids = inputs.pop("input_ids", None)
         embedded = self.embeddings(ids) if ids is not None else inputs["inputs_embeds"]
         batch_size = embedded.shape[0]
@@ -146,7 +150,10 @@ class Prepend:
             cache.update(keys, values, layer_index)
 
     def _encode_prefix(self, inputs: dict[str, Any], prefix_shape: PrefixShape) -> Tensor:
-        """The keys and values of the P virtual tokens, `[num_layers, 2, B, num_heads, P, head_dim]`; keys come first."""
+        """Make the keys and values of the P virtual tokens, `[num_layers, 2, B, num_heads, P, head_dim]`; keys come first.
+
+        `inputs`: the decoder's, for the size of the batch.
+        """
         input_tensor = inputs.get("input_ids")
         if input_tensor is None:
             input_tensor = inputs["inputs_embeds"]
@@ -164,11 +171,10 @@ def cache_argument(decoder: nn.Module) -> str | None:
 
 
 def read_only_cache(keys_and_values: Tensor) -> Any:
-    """A transformers Cache that holds the keys and values of P virtual tokens. Its `update` returns them before new ones, and
-    keeps no new ones.
+    """Make a transformers Cache that holds the keys and values of P virtual tokens, and keeps no others.
 
-    `keys_and_values`: `[num_layers, 2, B, num_heads, P, head_dim]`, keys first. A cache as transformers makes it grows with every
-    call, so that a block that is recomputed would meet its own keys.
+    Its `update` returns them before new ones. `keys_and_values`: `[num_layers, 2, B, num_heads, P, head_dim]`, keys first. A
+    cache as transformers makes it grows with every call, so that a block that is recomputed would meet its own keys.
     """
     from transformers import Cache, DynamicLayer
 

@@ -31,7 +31,7 @@ class ExcludedModules(NamedTuple):
 
 
 def excluded_modules(model: nn.Module, settings: Any, *, every_linear: bool) -> ExcludedModules:
-    """The modules that get no adapter.
+    """Find the modules that get no adapter, as a regular expression for peft, with a note for the user.
 
     Towers for images and sound never get an adapter: texts give them no gradient. With `every_linear`
     (`tuning.targets=all-linear`), these are left out too:
@@ -63,9 +63,11 @@ def excluded_modules(model: nn.Module, settings: Any, *, every_linear: bool) -> 
 
 
 def num_weights_by_linear_layer(model: nn.Module) -> dict[str, int]:
-    """Number of weights of each linear layer of a model without adapters, by name; for the note on how many the targets reach.
+    """How many weights each linear layer of a model has, by name:
 
-    The output head, towers for images or sound, and routers of experts do not count. Biases do not either.
+    {"h.0.mlp.up_proj": 589824}. For the note on how many the targets reach.
+    `model`: without adapters. The output head, towers for images or sound, and routers of experts do not count. Biases do not
+    either.
     """
     tower_names = tuple(getattr(model, "modules_beside_text", ()))
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -85,9 +87,9 @@ def low_reach_note(
 ) -> str:
     """What to tell a user whose targets reach few of the linear weights, with names that reach more; empty if they reach many.
 
+    Such as `['q_proj']: reaches 6% of the weights of linear layers; further names would add: up_proj 25%, ...`.
     `num_weights_by_layer`: of each linear layer, by name. `adapted`: names of the layers that got an adapter. `unsuitable`:
-    names of the layers that can get none. Such as `['q_proj']: reaches 6% of the weights of linear layers; further names would
-    add: up_proj 25%, ...`.
+    names of the layers that can get none.
     """
     total = sum(num_weights_by_layer.values())
     reached = sum(num_weights_by_layer[name] for name in adapted if name in num_weights_by_layer)
@@ -122,7 +124,9 @@ class _UnsuitableLayers(NamedTuple):
 
 
 def _unsuitable_layers(model: nn.Module) -> _UnsuitableLayers:
-    """The linear layers that the model does not call as a product, but for its head."""
+    """Find the linear layers that the model does not call as a plain product, which an adapter would miss; the head does not
+    count.
+    """
     beyond_product = []
     bypassed = []
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -143,7 +147,10 @@ def _unsuitable_layers(model: nn.Module) -> _UnsuitableLayers:
 
 @cache
 def _weights_used_directly(owner: type[nn.Module]) -> frozenset[str]:
-    """Names of the children whose weight a class reads itself (`self.child.weight`), as its source code shows."""
+    """Names of the children whose weight a class reads itself (`self.child.weight`), as its source code shows.
+
+    An adapter on such a child would have no effect. Empty if the source is not at hand.
+    """
     try:
         source = inspect.getsource(owner)
     except (OSError, TypeError):  # code without a file
@@ -153,7 +160,10 @@ def _weights_used_directly(owner: type[nn.Module]) -> frozenset[str]:
 
 
 def _pattern_for_all_layers(name: str) -> str:
-    """A regular expression for a module's name with any layer number in place of its own."""
+    """Make a regular expression of a module's name, with any layer number in place of its own:
+
+    `layers.3.mlp` -> `layers\\.\\d+\\.mlp`.
+    """
     return re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name))
 
 
