@@ -75,7 +75,7 @@ class FileState(NamedTuple):
 
 
 def file_state(path: Path) -> FileState:
-    """The present state of a file. Raises DataError if the file cannot be read."""
+    """Look at what tells whether a file is unchanged since it was hashed. Raises DataError if it cannot be read."""
     try:
         status = path.stat()
     except OSError as error:
@@ -345,10 +345,10 @@ def _stand_back(file: IO[str], entry: Path, raise_if_stopped: Callable[[], None]
 
 
 def _is_locked(file: IO[str]) -> bool:
-    """Whether another process holds an exclusive lock of a file.
+    """Whether another process holds an exclusive lock of a file, and so builds the cache entry that it stands for.
 
-    To find out, this process takes a shared lock for a moment. Another process that asks for the exclusive lock in that moment
-    is refused, and has to ask again.
+    To find out, this process takes a shared lock for a moment. Another process that asks for the exclusive lock in that moment is
+    refused, and has to ask again.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

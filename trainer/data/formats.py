@@ -53,13 +53,6 @@ from trainer.data.messages import (
 class RowReader:
     """Turns the rows of one source into documents of one format, such as conversations or preference pairs.
 
-    Raises ConfigError if `columns` cannot belong to the format.
-    - `columns`: the source's name of each renamed column, by the expected name.
-    - `label`: turns the value of the column `label` into a text.
-    - `ignored`: columns (`data.ignore_columns`) that count as missing.
-    - `group`: the column that says which group a row belongs to; every row must have it. None: rows have no groups.
-    - `kept`: columns that are kept beside a prompt, for rewards; they count only with the format `prompt`.
-
     `unread` lists columns that nothing reads. A row with an unread column that carries meaning is rejected, unless
     `accept_unread_columns` was called.
     """
@@ -75,6 +68,14 @@ class RowReader:
         group: str | None = None,
         kept: KeptColumns | None = None,
     ) -> None:
+        """Set up the reader of one source. Raises ConfigError if `columns` cannot belong to the format.
+
+        - `columns`: the source's name of each renamed column, by the expected name.
+        - `label`: turns the value of the column `label` into a text.
+        - `ignored`: columns (`data.ignore_columns`) that count as missing.
+        - `group`: the column that says which group a row belongs to; every row must have it. None: rows have no groups.
+        - `kept`: columns that are kept beside a prompt, for rewards; they count only with the format `prompt`.
+        """
         self.format = format
         self.columns = dict(columns)
         self.source = source

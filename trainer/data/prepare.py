@@ -119,12 +119,8 @@ class Preparation:
     """The preparation of one configuration's data: raw files become a data set of tokens, unless the cache has it already.
 
     The entry in `config.cache_dir` is named by a fingerprint over the bytes of the inputs, the tokenizer with its chat template,
-    the options and how the objective reads. `seed` decides held-out shares and resampling. If the template writes today's date,
-    `choose_date` decides which one, by default the day of the first preparation into this cache. `stop` is asked between blocks.
-    `print_line` prints a line of progress.
-
-    No collective; several processes may work at once. Raises ConfigError, DataError, StorageError, and Preempted if `stop` says
-    so.
+    the options and how the objective reads. No collective; several processes may work at once. Raises ConfigError, DataError,
+    StorageError, and Preempted if `stop` says so.
     """
 
     def __init__(
@@ -138,6 +134,12 @@ class Preparation:
         choose_date: ChooseDate | None = None,
         print_line: PrintLine = print_on_rank_0,
     ) -> None:
+        """Find the inputs of the data, and the fingerprint of what they become, by which the cache may have it already.
+
+        `data_spec`: how the objective reads the data. `seed` decides held-out shares and resampling. If the chat template writes
+        today's date, `choose_date` decides which one, by default the day of the first preparation into this cache. `stop` is
+        asked between blocks. `print_line` prints a line of progress.
+        """
         self.config = config
         self.tokenizer = tokenizer
         self.data_spec = data_spec
@@ -211,7 +213,7 @@ class Preparation:
             return self._open_or_prepare()
 
     def _open_or_prepare(self) -> PreparedData:
-        """Open the data set, or prepare it first, without printing progress.
+        """Open the data set if the cache has it, or prepare it first, without printing progress.
 
         Raises DataError for rows that hold a rendered chat template, unless the user has set `data.control_tokens`.
         """

@@ -105,12 +105,14 @@ class Assembly:
     """Joins the blocks that workers prepared into one data set: writes them into a directory, in the order of the input.
 
     No more blocks come after `finish_documents`.
-
-    `rejected_file`: where the list of rejected rows is kept if the data is refused. `advise_split`: whether an error may advise
-    `data.over_length=split`.
     """
 
     def __init__(self, directory: Path, max_bad_share: float, rejected_file: Path, *, advise_split: bool) -> None:
+        """Open the files of a data set in `directory`, into which prepared blocks are written.
+
+        `max_bad_share`: the largest share of rows that may be rejected. `rejected_file`: where the list of rejected rows is kept
+        if the data is refused. `advise_split`: whether an error may advise `data.over_length=split`.
+        """
         self.directory = directory
         self.max_bad_share = max_bad_share
         self.rejected_file = rejected_file

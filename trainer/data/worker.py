@@ -39,11 +39,7 @@ from trainer.data.transforms.filters import Filters
 
 
 class BlockMaker:
-    """Takes ranges of rows through the first pass of data preparation, and makes a block of each: documents and their tokens.
-
-    Built before worker processes are forked, which inherit it. Raises DataError for evaluation files to decontaminate against
-    that do not exist or hold a row that cannot be read.
-    """
+    """Takes ranges of rows through the first pass of data preparation, and makes a block of each: documents and their tokens."""
 
     def __init__(
         self,
@@ -54,6 +50,12 @@ class BlockMaker:
         encoder: Encoder,
         date: TemplateDate | None = None,
     ) -> None:
+        """Set up what all workers need; it is built before they are forked, and they inherit it.
+
+        `readers`: by (split, source), what makes documents of its rows. `date`: what the chat template writes for today; None if
+        it writes none. Raises DataError for evaluation files to decontaminate against that do not exist or hold a row that cannot
+        be read.
+        """
         self.config = config
         self.data_spec = data_spec
         self.readers = readers
@@ -351,7 +353,10 @@ def _kill_workers(pool: ProcessPoolExecutor, workers: list[Worker]) -> None:
 
 @contextmanager
 def _ignore_ctrl_c() -> Iterator[None]:
-    """Ignore Ctrl-C while the body runs: a pool that is interrupted while it ends waits for its workers for ever."""
+    """Ignore Ctrl-C while the body runs: a pool of workers that is interrupted while it ends waits for them for ever.
+
+    Only the main thread can set that; in other threads nothing is done.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -87,10 +87,8 @@ class BatchShare:
 class StepLoader:
     """Makes the batches of one rank, step by step, from a prepared data set. Each is this rank's part of a global batch.
 
-    A unit is drawn as a whole: a document; or, where `units` is given, the sequences that stay together: a pack, or a pair of
-    answers. A slot is a place for one micro-batch of one rank: slot m * dp_size + r holds the m-th micro-batch of data-parallel
-    rank r. `look_ahead_sample` gives for each sequence another one, which a forward pass looks at before the step's first
-    backward pass.
+    A unit is drawn as a whole: a document, or sequences that stay together. A slot is a place for one micro-batch of one rank:
+    slot m * dp_size + r holds the m-th micro-batch of data-parallel rank r.
     """
 
     def __init__(
@@ -104,6 +102,16 @@ class StepLoader:
         device: torch.device | str,
         look_ahead_sample: Callable[[TokenDataset, int], Sample] | None = None,
     ) -> None:
+        """Set up the loader of one rank of a training run, which makes batches step by step.
+
+        `order`: in which order units are drawn, epoch by epoch.
+        `units`: of each unit, the numbers of its sequences, such as those of a pack or of a pair of answers; None if each
+        sequence is one.
+        `share`: how a global batch is divided among ranks and micro-batches.
+        `collator`: makes the tensors of a micro-batch.
+        `look_ahead_sample`: gives for each sequence another one, which a forward pass looks at before the step's first backward
+        pass.
+        """
         assert order.population == (len(dataset) if units is None else len(units)), "order and units differ in number"
         self.dataset = dataset
         self.order = order

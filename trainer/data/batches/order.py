@@ -36,6 +36,10 @@ class Order(ABC):
     """
 
     def __init__(self, num_units: int, population: int, seed: int, shuffle: bool) -> None:
+        """Set up an endless order of epochs of `num_units` units (documents or packs) each, drawn from `population` of them.
+
+        `shuffle` off: in the order of the input. Raises ValueError if there is no unit.
+        """
         if num_units < 1:
             raise ValueError("an order needs at least one unit")
         self.num_units = num_units
@@ -134,6 +138,10 @@ class MixedOrder(Order):
     def __init__(
         self, source_of_unit: np.ndarray, quotas: Sequence[int] | np.ndarray, seed: int, shuffle: bool
     ) -> None:
+        """Set up an order whose epochs mix sources: `quotas[s]` units (documents or packs) of each source s.
+
+        `source_of_unit`: int [population], the number of each unit's source.
+        """
         sources = np.asarray(source_of_unit, dtype=np.int64)
         self.quotas = np.asarray(quotas, dtype=np.int64)
         # Stable, so that the units of a source keep the order of the input.
@@ -178,7 +186,7 @@ class MixedOrder(Order):
         return np.concatenate(unit_blocks)
 
     def _draw_epoch(self, epoch: int) -> np.ndarray:
-        """The units of an epoch in order, int64 [num_units]: `quotas[s]` of each source s.
+        """Draw an epoch in which sources are mixed: its units in order, int64 [num_units], `quotas[s]` of each source s.
 
         Each source fills its positions with its next units, from where the epoch before left off. So the units of a source keep
         the order of its passes, and no prefix of the epoch uses one of them twice before another once.

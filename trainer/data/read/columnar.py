@@ -134,7 +134,7 @@ def split_columns(names: list[str], needed_columns: Collection[str] | None) -> t
 
 
 def _raise_if_content_contradicts_name(path: InputPath) -> None:
-    """Raise DataError if the first bytes of a file are not those of the format that its name says: Parquet or Arrow."""
+    """Raise DataError if a file is not what its name says, a Parquet or an Arrow file; its first bytes tell."""
     try:
         with open_binary(path) as file:
             head = file.read(4096)
@@ -190,7 +190,7 @@ def table_rows(
 
 
 def _check_buffers(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Yield Arrow batches unchanged after a check that their buffers are sound, since reading broken ones would crash.
+    """Check Arrow batches before they become Python values, and yield them unchanged: to read broken buffers would crash.
 
     A text column whose only fault is that it is not UTF-8 passes: `_column_values` finds the rows. Raises ArrowInvalid for any
     other fault.
@@ -280,8 +280,11 @@ def _as_json_value(node: Any) -> Any:
 
 
 def _is_json_native_type(arrow_type: pa.DataType) -> bool:
-    """Whether the Python values of an Arrow type are JSON's own: texts, whole numbers, true/false, null, and lists and objects
-    of these. A float is none, since it may be NaN or infinite."""
+    """Whether the Python values of an Arrow type are JSON's own, so that a column can be converted as a whole.
+
+    That is texts, whole numbers, true/false, null, and lists and objects of these. A float is none, since it may be NaN or
+    infinite.
+    """
     from pyarrow import types
 
     if types.is_struct(arrow_type):

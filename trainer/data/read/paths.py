@@ -186,7 +186,7 @@ def _require_readable(path: Path, key: str) -> Path:
 
 
 def _describe_broken_link(path: Path) -> str:
-    """Why a link leads nowhere, for messages."""
+    """Say why a symbolic link leads nowhere, for messages: its target does not exist, or it leads back to itself."""
     target = path.readlink()
     try:
         path.stat()

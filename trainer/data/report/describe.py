@@ -55,6 +55,7 @@ class ReportWriter:
         *,
         digests: Callable[[Path], str],
     ) -> None:
+        """Set up the reports on a finished store of prepared data in `directory`. `digests`: gives the SHA-256 of a file."""
         self.config = config
         self.tokenizer = tokenizer
         self.inputs = inputs

@@ -53,7 +53,7 @@ class PreparationProgress:
 
     @contextmanager
     def printing(self) -> Iterator[None]:
-        """Print a line every `LINE_EVERY_S` seconds while the body runs."""
+        """Print a line on the progress every `LINE_EVERY_S` seconds, from a thread, while the body runs."""
         is_over = threading.Event()
         # A daemon, so that it never keeps a process alive that ends by an error.
         thread = threading.Thread(target=self._print_lines, args=(is_over,), name="preparation-progress", daemon=True)

@@ -113,11 +113,11 @@ def _join_names(names: Sequence[str]) -> str:
 
 
 def _target_sizes(sizes: np.ndarray, target_shares: np.ndarray, config: BalanceConfig) -> np.ndarray:
-    """How many documents each group should have, int64 [groups], before `cap` and `max_repeats` bound that.
+    """Decide how many documents each group (label or source) should have, before `cap` and `max_repeats` bound that.
 
-    `sizes`: documents that it has. If repeats are allowed, the largest group relative to its share stays whole, and the others
-    grow to match it: sizes [10, 100] with equal shares become [100, 100]. With `max_repeats=1` the smallest group relative to its
-    share stays whole, and the others shrink: [10, 10]. A group with a share above 0 keeps at least one document.
+    `sizes` (int64 [groups]): documents that it has. If repeats are allowed, the largest group relative to its share stays whole,
+    and the others grow to match it: sizes [10, 100] with equal shares become [100, 100]. With `max_repeats=1` the smallest group
+    relative to its share stays whole, and the others shrink: [10, 10]. A group with a share above 0 keeps at least one document.
     """
     if config.target is BalanceTarget.natural:  # the target shares are those of `sizes`
         return sizes

@@ -25,16 +25,22 @@ BYTES_PER_BAND = 20
 
 
 class BandIndex:
-    """Documents by number, 0 to n - 1, of which those that were kept are found by a band that they share with another.
+    """Finds documents that may be near copies: those that have a band, a part of their MinHash sketches, in common.
 
-    `digests`: the MinHash values of each document in order, None for one that shares no band. `directory` is where its
-    files are; they have no name there, and go with the process. Files: 8 bytes a band of a document, and 12 more
-    if it shares a band (for 18 bands 144 and 216 bytes). Memory: 40 bytes a document while the index is made, 1 byte after.
+    Documents are numbered from 0 to n - 1. Only those that were kept (`add_kept`) are found. Files: 8 bytes a band of a document,
+    and 12 more if it shares a band (for 18 bands 144 and 216 bytes). Memory: 40 bytes a document while the index is made, 1 byte
+    after.
     """
 
     def __init__(
         self, digests: Iterable[list[int] | None], num_documents: int, bands: int, directory: Path | None
     ) -> None:
+        """Make an index of documents by the bands of their MinHash sketches, in files, and find out which share a band.
+
+        `digests`: the MinHash values of each document in order; None for one without words, which shares no band.
+        `bands`: into how many bands the values of a document are divided.
+        `directory`: where the files are; they have no name there, and go with the process.
+        """
         # A hash key of each band of each document.
         self._bands = bands
         keys = _zeros_in_unnamed_file((bands, num_documents), np.uint64, directory)

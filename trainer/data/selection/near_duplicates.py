@@ -92,9 +92,7 @@ class _SketchedTexts:
 class NearIndex:
     """Finds which of some documents are near copies of each other, in the order in which they are added.
 
-    `rows` (int64 [n]) names the documents, `text_of(row)` gives the text of one, and those that are equal in `partition`
-    (uint64 [n]: hashes of labels) are compared. They are called by their position in `rows`. `directory` holds files
-    without names, of 144 to 360 bytes a document. Memory: 40 bytes a document at its peak, and 4,096 sketches.
+    Documents are called by their position in `rows`. Memory: 40 bytes a document at its peak, and 4,096 sketches.
     """
 
     def __init__(
@@ -105,6 +103,13 @@ class NearIndex:
         threshold: float,
         directory: Path | None = None,
     ) -> None:
+        """Make sketches of documents, by which near copies are found; none is found before it is added.
+
+        `rows` (int64 [n]) names the documents, and `text_of(row)` gives the text of one.
+        `partition` (uint64 [n]): only documents with equal numbers, as of a label, are compared.
+        `threshold`: the Jaccard similarity from which on a document is a near copy.
+        `directory`: where files without names lie, of 144 to 360 bytes a document.
+        """
         from rensa import RMinHash
 
         bands, band_rows = choose_bands(threshold)
@@ -162,13 +167,15 @@ def find_near_copies(
     """Find the documents that are near copies of an earlier one: (representatives, report of the search).
 
     `representatives` (int64 [n]): the number of that earlier document, or the document's own number if it is no copy. A copy
-    represents no other document. `is_compared` (bool [n]): False for documents that are known as copies already. `text_of`: gives
-    the text of a document. `partition` (uint64 [n]): only documents with equal numbers, as of a label, can be copies.
-    `directory`: see `NearIndex`.
+    represents no other document.
+
+    `is_compared` (bool [n]): False for documents that are known as copies already. `text_of`: gives the text of a document.
+    `partition` (uint64 [n]): only documents with equal numbers, as of a label, can be copies. `directory`: see `NearIndex`.
     """
     rows = np.flatnonzero(is_compared)
     index = NearIndex(rows, text_of, partition[rows], threshold, directory)
     representatives = np.arange(len(is_compared), dtype=np.int64)
+    # Most documents share no band of their sketches with any other: they can be no near copies.
     for position in np.flatnonzero(index.may_be_near).tolist():
         earlier_position = index.find_most_similar(position)
         if earlier_position is None:

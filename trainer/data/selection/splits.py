@@ -166,6 +166,10 @@ class _SplitChooser:
     def __init__(
         self, config: DataConfig, columns: DocumentColumns, table: DocumentTable, seed: int, log_drop: LogDrop
     ) -> None:
+        """Set up the choice of splits. `columns`: what is known of each document, in numbers. `table`: the documents themselves.
+
+        `log_drop`: writes down a document that is dropped.
+        """
         self.config = config
         self.columns = columns
         self.table = table
@@ -337,8 +341,9 @@ class _SplitChooser:
     def drop_shared_groups(self) -> None:
         """Report, and by policy drop, training documents whose group (`data.group_by`) is in a held-out split too.
 
-        That can only be so if the held-out split has files of its own: drawn shares never part a group. Sets
-        `selection.report["groups"]`, by split. Raises DataError if the policy is `fail` and a group is shared.
+        A group is what rows belong to together, such as a patient. It can only be shared if the held-out split has files of its
+        own: drawn shares never part a group. Sets `selection.report["groups"]`, by split. Raises DataError if the policy is
+        `fail` and a group is shared.
         """
         if self.group_hashes is None:
             return

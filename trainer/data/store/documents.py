@@ -26,7 +26,7 @@ JSON_COLUMNS = ("tools", "columns")
 
 @cache
 def document_schema() -> pa.Schema:
-    """The Arrow schema of the table of documents, one row each; what a document does not have is null.
+    """Make the Arrow schema of the table of documents, one row each; what a document does not have is null.
 
     Tools, tool calls and kept columns are JSON texts, because their form differs from row to row.
     """

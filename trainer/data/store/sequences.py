@@ -103,10 +103,15 @@ class TokenDataset:
     """A split of a prepared data set, opened read-only. Tokens are memory-mapped: opening costs nothing, whatever the size."""
 
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+        """Open a split of a prepared data set, whose tokens are mapped from files that all splits share.
+
+        `directory`: that of the split, or of a store, which is read whole. `manifest`: its facts, such as the fingerprint.
+        """
         self.directory = directory
         self.manifest = manifest
         is_split = (directory / "index.npy").exists()
         store = directory.parent if is_split else directory
+        # Where each sequence of the store begins, in tokens.
         offsets: np.ndarray = np.load(store / "offsets.npy")
         with np.load(store / "columns.npz") as table:
             columns = {name: table[name] for name in table.files}
@@ -353,7 +358,10 @@ class StoreWriter:
         self._weights_file: IO[bytes] | None = None
 
     def append(self, sequences: Sequences) -> None:
-        """Write one block of sequences; a column (count or mark) that first appears in a later block is 0 in earlier ones."""
+        """Write one block of sequences: their tokens and masks into files, their counts and marks into the columns.
+
+        A column that first appears in a later block is 0 in earlier ones.
+        """
         sequences_before = len(self.lengths)
         self._tokens_file.write(np.ascontiguousarray(sequences.tokens, dtype=np.int32).tobytes())
         self._mask_file.write(np.ascontiguousarray(sequences.supervised, dtype=np.uint8).tobytes())
@@ -365,10 +373,10 @@ class StoreWriter:
             column.frombytes(numbers.astype(dtype).tobytes())
 
     def _prepare_column(self, name: str, numbers: np.ndarray, sequences_before: int) -> array[int] | array[float]:
-        """The array of a column, changed so that `numbers` can be appended: with a number for each sequence before this block.
+        """Make a column ready for the numbers of a block: with a number for each of the `sequences_before` it.
 
-        It is created if the column is new, filled up with zeros for blocks that did not have it, and turned into floats if it was
-        whole numbers and `numbers` are floats. The array codes: `q` is int64, `d` is float64.
+        It is created if it is new, filled up with zeros for blocks that did not have it, and turned into floats if it was whole
+        numbers and `numbers` are floats. The array codes: `q` is int64, `d` is float64.
         """
         column: array[int] | array[float] = self.columns.setdefault(name, array("q"))
         if numbers.dtype.kind == "f" and column.typecode == "q":
@@ -378,7 +386,7 @@ class StoreWriter:
         return column
 
     def _write_weights(self, sequences: Sequences) -> None:
-        """Write the loss weights of a block's tokens to `weights.bin`. Most data has no weights, and no such file.
+        """Write what a block's tokens count for in the loss to `weights.bin`. Most data has no weights, and no such file.
 
         - Neither this block nor one before it has weights: nothing is written.
         - This is the first block that has some: the weights of all tokens before it are written too (targets weigh 1, others 0).

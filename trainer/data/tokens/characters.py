@@ -31,13 +31,16 @@ ESCAPE_MARK = "\U0010fb06"
 class ControlTokenEscaper:
     """Tells control tokens that are meant from those that a text only spells, such as an `<|im_end|>` that a user wrote.
 
-    Control tokens are the special tokens of a tokenizer, and `end_tokens`, which close turns. `tokenizer_backend`: the Rust
-    tokenizer that encodes texts without escaped tokens.
+    Control tokens are the special tokens of a tokenizer, and those that close turns.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerFast, tokenizer_backend: Tokenizer, end_tokens: Iterable[str | None]
     ) -> None:
+        """Collect the control tokens of a tokenizer: its special tokens, and `end_tokens`, which close turns.
+
+        `tokenizer_backend`: the Rust tokenizer that encodes texts without escaped tokens.
+        """
         special_tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         # No mark fits into a token of a single character.
         tokens = {token for token in (*special_tokens, *end_tokens) if token and len(token) > 1}

@@ -41,11 +41,7 @@ class _Turns(NamedTuple):
 
 
 class Encoder:
-    """Tokenises documents of every format with one tokenizer, and says which tokens are supervised. Works in forked processes.
-
-    `learn`: which turns of conversations are supervised. `control_tokens`: what becomes of control tokens, such as `<|im_end|>`,
-    that a text merely spells. By default they are escaped: the tokenizer reads ordinary characters there.
-    """
+    """Tokenises documents of every format with one tokenizer, and says which tokens are supervised. Works in forked workers."""
 
     def __init__(
         self,
@@ -54,6 +50,11 @@ class Encoder:
         learn: LearnConfig | None = None,
         control_tokens: ControlTokens = ControlTokens.text,
     ) -> None:
+        """Set up tokenising. Raises ConfigError for a tokenizer without character offsets, which masks need.
+
+        `learn`: which turns of conversations are supervised. `control_tokens`: what becomes of control tokens, such as
+        `<|im_end|>`, that a text merely spells. By default they are escaped: the tokenizer reads ordinary characters there.
+        """
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(
                 f"{type(tokenizer).__name__} gives no character offsets, which the label masks need; "

@@ -62,17 +62,18 @@ class _MarkedTurn:
 class SpanFinder:
     """Finds the character spans of supervised turns with one chat template, closing tokens included.
 
-    A span is what the model learns to write in a turn: its content, and the end-of-turn token that the template writes behind
-    it.
-
-    `render`: renders messages with the template. `added_tokens`: the tokenizer's added tokens; any of them closes the last turn
-    if it follows. `end_patterns`: what closes a turn, by role. `eos` is put after the last turn if the template does not close
-    it.
+    A span is what the model learns to write in a turn: its content, and the end-of-turn token that the template writes behind it.
     """
 
     def __init__(
         self, render: Render, added_tokens: list[str], end_patterns: dict[str, re.Pattern[str]], eos: str
     ) -> None:
+        """Set up the search with one chat template.
+
+        `render`: renders messages with the template. `added_tokens`: the tokenizer's added tokens; any of them closes the last
+        turn if it follows. `end_patterns`: what closes a turn, by role. `eos` is put after the last turn if the template does not
+        close it.
+        """
         self._render = render
         self._added_tokens = added_tokens
         self._end_patterns = end_patterns
@@ -477,10 +478,11 @@ def mark_trimmed(content: str) -> str:
 
 
 def mark_thought(content: str) -> str:
-    """A message's content with marks for templates that take a <think> part out and put it elsewhere, or nowhere.
+    """Put marks into a message's content for templates that take a <think> part out and put it elsewhere, or nowhere.
 
-    With ^ for `THOUGHT_MARK`, and [ and ] for the marks of the content: "<think>hm</think>yes" -> "<think>^hm</think>[yes]".
-    A content without a thought gets the marks of `mark_trimmed`.
+    Where the marks come out in the rendered text, thought and answer stand. With ^ for `THOUGHT_MARK`, and [ and ] for the marks
+    of the content: "<think>hm</think>yes" -> "<think>^hm</think>[yes]". A content without a thought gets the marks of
+    `mark_trimmed`.
     """
     match = _THOUGHT_AND_ANSWER_REGEX.fullmatch(content)
     if match is None:

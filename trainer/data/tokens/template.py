@@ -69,13 +69,13 @@ class RenderedText:
 
 
 class ChatTemplate:
-    """Renders conversations with the tokenizer's chat template, and finds which characters of the result are supervised.
-
-    `learn`: which turns are supervised (`data.learn`). Raises ConfigError if the tokenizer has no chat template or no EOS, or
-    if `learn` names unknown roles.
-    """
+    """Renders conversations with the tokenizer's chat template, and finds which characters of the result are supervised."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, learn: LearnConfig | None = None) -> None:
+        """Find out how the template closes turns. `learn`: which turns are supervised (`data.learn`).
+
+        Raises ConfigError if the tokenizer has no chat template or no EOS, or if `learn` names unknown roles.
+        """
         if not tokenizer.chat_template:
             raise ConfigError(
                 "the tokenizer has no chat template, and the data has conversations; "

@@ -214,6 +214,7 @@ class Cleaner:
     name = "cleaning"
 
     def __init__(self, config: CleaningConfig) -> None:
+        """Choose the steps of cleaning that `data.cleaning` asks for, in the order in which they are taken."""
         self.steps: list[tuple[str, Callable[[str], str]]] = []
         if config.fix_encoding:
             self.steps.append(("fix_encoding", encoding_fixer()))

@@ -65,15 +65,15 @@ def texts_to_decontaminate_from(document: Document) -> Iterator[tuple[str, str]]
 
 
 class Decontaminator:
-    """The stage of preparation that counts or drops training documents that contain text of evaluation sets.
-
-    `texts`: (`file:line`, text) of the evaluation sets; equal ones count once. Raises DataError if none of the texts can be
-    looked for.
-    """
+    """The stage of preparation that counts or drops training documents that contain text of evaluation sets."""
 
     name = "decontamination"
 
     def __init__(self, texts: Iterable[tuple[str, str]], config: DecontaminationConfig) -> None:
+        """Index the evaluation texts, each as (`file:line`, text), by their runs of 13 words; equal ones count once.
+
+        Raises DataError if none of the texts can be looked for.
+        """
         self.policy = config.policy
         self.skipped: Counter[str] = Counter()
         """Evaluation texts that are not looked for, by reason."""

@@ -181,15 +181,15 @@ MASKED_BY_WORDS = frozenset({"EMAIL", "PERSON", "USERNAME", "LOCATION", "ORGANIS
 
 
 class PrivacyStage:
-    """The stage of preparation that looks for personal data in the documents of one source: report, redact, drop and so on.
-
-    Built in every worker process. `documents_before`: documents of the source that came before these. They count towards
-    `scan_documents`.
-    """
+    """The stage of preparation that looks for personal data in the documents of one source: report, redact, drop and so on."""
 
     name = "privacy"
 
     def __init__(self, config: PrivacyConfig, *, documents_before: int = 0) -> None:
+        """Set up the stage in a worker process, for one range of rows of a source.
+
+        `documents_before`: documents of the source that came before these. They count towards `scan_documents`.
+        """
         self.config = config
         # Only a report may look at a part of the documents: the other modes act on all that is found.
         limit = config.scan_documents if config.mode == PrivacyMode.report else 0
