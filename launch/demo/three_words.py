@@ -153,10 +153,8 @@ def main(argv: list[str]) -> int:
     rewards = [metrics[REWARD_METRIC] for metrics in held_out_evaluations(run_dir, REWARD_METRIC)]
     print(summary_text(run_dir, time.monotonic() - started_at))
     # Only printed, for the user to run: a reward with a hole, and a control that shows how the model uses it.
-    cheatable = [
-        *training_arguments(model, files, Path(f"{run_dir}-cheatable"), cheatable=True),
-        *without_run_dir(argv),
-    ]
+    cheatable = training_arguments(model, files, Path(f"{run_dir}-cheatable"), cheatable=True)
+    cheatable += [argument for argument in argv if not argument.startswith("run.dir=")]  # another run, beside this one
     print(
         "\nThe same with a reward that can be cheated: it does not look whether an answer ends, and answers are cut off after "
         f"{MAX_CHEATABLE_ANSWER_TOKENS} tokens. Watch rewards/ended/mean, a control:\n$ shardtune train {shlex.join(cheatable)}",
@@ -231,11 +229,6 @@ def training_arguments(model: Path, files: DemoFiles, run_dir: Path, *, cheatabl
     ]
 
 
-def without_run_dir(arguments: list[str]) -> list[str]:
-    """The arguments without `run.dir=`, for another run beside this one."""
-    return [argument for argument in arguments if not argument.startswith("run.dir=")]
-
-
 def print_answers(export: Path) -> None:
     """Print what the base and the tuned model answer to the first held-out prompts.
 
@@ -285,10 +278,10 @@ def summary_text(run_dir: Path, duration_s: float) -> str:
     return "\n".join(lines)
 
 
-def rewards_by_step_text(step_rows: list[dict[str, Any]], every_steps: int = 4) -> str:
-    """The reward of the first step, of every `every_steps`-th, and of the last: "1: 0.06, 4: 0.41, ..."."""
+def rewards_by_step_text(step_rows: list[dict[str, Any]]) -> str:
+    """The reward of the first step, of every fourth, and of the last: "1: 0.06, 4: 0.41, ..."."""
     last_step = step_rows[-1]["step"]
-    shown_rows = [row for row in step_rows if row["step"] in (1, last_step) or row["step"] % every_steps == 0]
+    shown_rows = [row for row in step_rows if row["step"] in (1, last_step) or row["step"] % 4 == 0]
     return ", ".join(f"{row['step']}: {row['reward']:.2f}" for row in shown_rows)
 
 

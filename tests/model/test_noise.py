@@ -17,13 +17,13 @@ BY = (42, 7)
 
 def in_one_row(documents, by=BY):
     position = torch.cat([torch.arange(len(each)) for each in documents])
-    return {"input_ids": torch.cat(documents)[None], "position_ids": position[None], "drawn_by": by}
+    return {"input_ids": torch.cat(documents)[None], "position_ids": position[None], "seed_and_step": by}
 
 
 def padded(documents, by=BY):
     rows = nn.utils.rnn.pad_sequence(documents, batch_first=True)
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in documents], batch_first=True)
-    return {"input_ids": rows, "attention_mask": mask, "drawn_by": by}
+    return {"input_ids": rows, "attention_mask": mask, "seed_and_step": by}
 
 
 def test_noise_is_the_same_in_any_layout_and_company():
@@ -86,6 +86,6 @@ def test_noise_of_a_slice_is_the_slice_of_the_row_s_noise(size):
     expected = embedding_noise_of_batch(in_one_row(DOCUMENTS), WIDTH, ALPHA)[0]
     parts = []
     for rank in range(size):
-        part = collator(samples, RowCut(rank, size)) | {"drawn_by": BY}
+        part = collator(samples, RowCut(rank, size)) | {"seed_and_step": BY}
         parts.append(embedding_noise_of_batch(part, WIDTH, ALPHA)[0])
     assert torch.equal(torch.cat(parts)[: len(expected)], expected)

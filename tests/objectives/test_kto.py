@@ -78,11 +78,11 @@ def test_kto_loss_and_gradients_are_those_of_trl(tmp_path, name):
     ahead = torch.zeros(())
     for slot in slots:
         batch = recorded([mismatched_sample(data, number) for number in slot], case["reference"])
-        ahead = ahead + objective.terms(tuned, {**batch, "ahead_of": True})["kl"] / len(data)
+        ahead = ahead + objective.terms(tuned, {**batch, "is_look_ahead": True})["kl"] / len(data)
     sums: dict[str, float] = {}
     for slot in slots:
         batch = recorded([data.sample(number) for number in slot], case["reference"])
-        terms = objective.terms(tuned, {**batch, "totals": totals, "ahead": {"kl": ahead}})
+        terms = objective.terms(tuned, {**batch, "totals": totals, "step_means": {"kl": ahead}})
         (terms["loss"] / len(data)).backward()
         sums = {term: sums.get(term, 0.0) + float(value.detach()) / len(data) for term, value in terms.items()}
     assert sums["loss"] == pytest.approx(expected["loss"], rel=1e-5)

@@ -138,7 +138,7 @@ def zero2_on_device(job: Job) -> dict:
     ours = [list(row) for row in take_steps(trainer, STEPS)]
     before, updates = values_of(trainer), int(engine._num_updates)  # type: ignore[attr-defined]
     batch = next(trainer.loader.steps(0, 1)).micro_batches[0]
-    engine.backward(engine.forward({**batch, "ahead": {}}, last=True)["loss"] * float("inf"), last=True)
+    engine.backward(engine.forward({**batch, "step_means": {}}, last=True)["loss"] * float("inf"), last=True)
     skipped = engine.step(1.0)
     after = values_of(trainer)
     same = all(torch.equal(before[name], after[name]) for name in before)
@@ -163,7 +163,7 @@ def zero1_gradients(job: Job) -> dict:
     trainer = job.trainer(config)
     found = [list(row) for row in take_steps(trainer, STEPS)]
     batch = next(trainer.loader.steps(0, 1)).micro_batches[0]
-    trainer.engine.backward(trainer.engine.forward({**batch, "ahead": {}}, last=False)["loss"], last=False)
+    trainer.engine.backward(trainer.engine.forward({**batch, "step_means": {}}, last=False)["loss"], last=False)
     left = sum(p.grad is not None for p in trainer.engine.step_module.parameters())
     return {"found": found, "kept": kept, "left": left}
 

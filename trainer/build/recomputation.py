@@ -86,7 +86,7 @@ def placeholder_micro_batch(built: BuiltModel, lengths: list[int], cut: RowCut |
     matter.
 
     Every token that may be a target is one. Token ids, counts (`totals`) and the means that some objectives take before a
-    step's first backward pass (`ahead`) are placeholders, on which no shape depends. `cut`: which slice of the rows a rank
+    step's first backward pass (`step_means`) are placeholders, on which no shape depends. `cut`: which slice of the rows a rank
     takes; None: whole rows.
     """
     samples = [built.data_spec.placeholder(tokens) for tokens in lengths]
@@ -96,7 +96,7 @@ def placeholder_micro_batch(built: BuiltModel, lengths: list[int], cut: RowCut |
         if "attention_mask" in rows:
             rows["attention_mask"] = None
     batch["totals"] = dict.fromkeys(built.data_spec.counts(samples[0]), 1)
-    batch["ahead"] = {term: torch.zeros(()) for term in built.step_module.objective.look_ahead_terms}
+    batch["step_means"] = {term: torch.zeros(()) for term in built.step_module.objective.look_ahead_terms}
     return batch
 
 

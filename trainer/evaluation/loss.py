@@ -104,7 +104,7 @@ class LossEvaluator:
         with engine.inference() as module:
             for batch in self._batches():
                 source_row = row_by_source.get(batch.pop("source", None), 0)
-                terms = module({**batch, "ahead": means})  # "ahead": the means of a first pass
+                terms = module({**batch, "step_means": means})  # "step_means": the means of a first pass
                 for term, value in {**terms, **position_group_counts(batch, terms)}.items():
                     if term not in sums.by_source:
                         sums.by_source[term] = value.new_zeros((num_source_rows, *value.shape), dtype=torch.float64)

@@ -23,9 +23,9 @@ def add_embedding_noise(model: nn.Module, batch: dict[str, Any], alpha: float) -
     """Inside the context, the model's input embedding adds noise of strength `alpha` (NEFTune's) to the embeddings of `batch`.
 
     Only in training: not without gradients, and not for other inputs than those of the batch (a reference's, a teacher's). The
-    entry `drawn_by` of the batch, (the run's seed, the step), decides what is drawn; batches of evaluations have none.
+    entry `seed_and_step` of the batch, (the run's seed, the step), decides what is drawn; batches of evaluations have none.
     """
-    if not alpha or not torch.is_grad_enabled() or "drawn_by" not in batch:
+    if not alpha or not torch.is_grad_enabled() or "seed_and_step" not in batch:
         yield
         return
     ids = batch["input_ids"]
@@ -79,7 +79,7 @@ def embedding_noise_of_batch(batch: dict[str, Any], width: int, alpha: float) ->
     token_hashes = is_token * _scrambled(ids.reshape(-1) * _SPLITMIX[0] + position)
     document_hashes = torch.zeros_like(lengths).index_add_(0, document_index, token_hashes)
     # Random bits of each position and dimension, from the run, the step, the document and the position.
-    seed, step = batch["drawn_by"]
+    seed, step = batch["seed_and_step"]
     run_and_step = _signed(seed * 1_000_003 + step)
     document_index = document_index[first:last]
     position = position[first:last]

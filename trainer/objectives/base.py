@@ -70,7 +70,7 @@ class Objective(ABC):
     look_ahead_terms: tuple[str, ...] = ()
     """Terms whose mean over the whole step is needed before the first backward pass.
 
-    A pass over extra batches (marked by the key `ahead_of`) makes their sums, and `batch["ahead"]` holds the means; see
+    A pass over extra batches (marked by the key `is_look_ahead`) makes their sums, and `batch["step_means"]` holds the means; see
     `trainer/objectives/step_totals.py`."""
 
     @abstractmethod

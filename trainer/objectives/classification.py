@@ -264,7 +264,9 @@ def _training_label_names(
     for number in train_texts:
         if number >= 0:
             train_labels |= set(label_sets[number])
-    names = _sorted_labels(train_labels)
+    # In the order of their ids: by number if all are whole numbers, else by name.
+    are_whole_numbers = all(label.lstrip("-").isdecimal() for label in train_labels)
+    names = sorted(train_labels, key=int) if are_whole_numbers else sorted(train_labels)
     # A label that only the evaluation split has could never be predicted.
     unknown_texts = [number for number, label_set in enumerate(label_sets) if not set(label_set) <= train_labels]
     rows = np.flatnonzero(np.isin(columns.label_numbers, unknown_texts))
@@ -282,12 +284,6 @@ def _training_label_names(
             "documents of another one"
         )
     return names
-
-
-def _sorted_labels(labels: set[str]) -> list[str]:
-    """The labels in the order of their ids: by number if all are whole numbers, else by name."""
-    are_whole_numbers = all(label.lstrip("-").isdecimal() for label in labels)
-    return sorted(labels, key=int) if are_whole_numbers else sorted(labels)
 
 
 class Classification(Objective):

@@ -244,7 +244,7 @@ class Kto(Objective):
     - `desirable_reward` and `undesirable_reward`, means over the answers of their kind, and `margin` between the two;
     - `accuracy`, the share of answers whose reward is on their side of the reference point.
 
-    A batch of mismatched answers (`ahead_of`) gives `kl` alone: the sum of their log-ratios.
+    A batch of mismatched answers (`is_look_ahead`) gives `kl` alone: the sum of their log-ratios.
     """
 
     metrics = ("kl", "desirable_reward", "undesirable_reward", "margin", "accuracy")
@@ -258,18 +258,18 @@ class Kto(Objective):
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Compute KTO's loss and its metrics, by name. An answer without supervised tokens (a filler) adds nothing.
 
-        In the pass before a step, on mismatched answers (`ahead_of` in the batch): only `kl`. The step's batches then have its
-        mean over the step in `batch["ahead"]`, and the step's counts of answers in `batch["totals"]`: all under `loss`, and by
-        verdict.
+        In the pass before a step, on mismatched answers (`is_look_ahead` in the batch): only `kl`. The step's batches then have
+        its mean over the step in `batch["step_means"]`, and the step's counts of answers in `batch["totals"]`: all under `loss`,
+        and by verdict.
         """
         reference = reference_logps(model, batch, self.reference)
         logps, num_tokens = sequence_logps(model, batch)
         is_counted = (num_tokens > 0).float() * counted_here(batch)
         log_ratios = (logps - reference) * is_counted
-        if "ahead_of" in batch:
+        if "is_look_ahead" in batch:
             return {"kl": log_ratios.detach().sum()}
         # The mean log-ratio of mismatched answers estimates a KL divergence, which is never negative.
-        reference_point = batch["ahead"]["kl"].clamp(min=0)
+        reference_point = batch["step_means"]["kl"].clamp(min=0)
         config = self.config
         beta = config.beta
         is_desirable = batch["desirable"].float() * is_counted

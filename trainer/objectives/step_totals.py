@@ -122,8 +122,8 @@ def accumulate_gradients(engine: Engine, batch: StepBatch, seed_and_step: tuple[
         step_means = mean_terms_without_gradients(engine, batch.look_ahead_batches, loss_count, averaged=False)
     # What every micro-batch is given of the whole step.
     step_context = {
-        "ahead": step_means,
-        "drawn_by": seed_and_step,
+        "step_means": step_means,
+        "seed_and_step": seed_and_step,
         **routing_context(engine, batch),
     }
     for index, micro_batch in enumerate(batch.micro_batches):

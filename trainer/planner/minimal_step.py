@@ -31,7 +31,7 @@ def build_step_batch(batches: list[dict[str, Any]], device: torch.device) -> Ste
     tokens = sum(int(batch["input_ids"].numel()) for batch in batches)
     # Some losses need a mean over the step first (KTO over mismatched answers): the loop takes a pass without gradients (a look
     # ahead) before the step. Its inputs are as long as those of the step, so the step's own stand for them.
-    look_ahead_batches = [{**batch, "ahead_of": True} for batch in micro_batches if batch.get("ahead")]
+    look_ahead_batches = [{**batch, "is_look_ahead": True} for batch in micro_batches if batch.get("step_means")]
     return StepBatch(
         micro_batches=micro_batches,
         look_ahead_batches=look_ahead_batches,

@@ -10,6 +10,7 @@ import numpy as np
 
 from trainer.evaluation.base import DecodingConfig, GenerateConfig
 from trainer.evaluation.tasks.pass_at_k import PASS_PREFIX, sample_counts_for_pass_at_k
+from trainer.rollout.metrics import mean_without_nan
 from trainer.rollout.types import Answer, AnswerGroup, GroupScores, Prompt, RewardScorer, all_answers
 
 if TYPE_CHECKING:
@@ -90,10 +91,10 @@ def reward_metrics(groups: Sequence[AnswerGroup], scores: Sequence[GroupScores],
     prompt.
     """
     totals = np.concatenate([group_scores.total for group_scores in scores])
-    metrics = {REWARD_METRIC: _mean_of_known(totals)}
+    metrics = {REWARD_METRIC: mean_without_nan(totals)}
     for name in scores[0].scores_by_reward:
         reward_values = np.concatenate([group_scores.scores_by_reward[name] for group_scores in scores])
-        metrics[f"eval/rewards/{name}/mean"] = _mean_of_known(reward_values)
+        metrics[f"eval/rewards/{name}/mean"] = mean_without_nan(reward_values)
     answers = all_answers(groups)
     metrics["eval/completions/mean_length"] = float(np.mean([len(answer.ids) for answer in answers]))
     metrics["eval/completions/clipped_ratio"] = float(np.mean([not answer.has_ended for answer in answers]))
@@ -108,7 +109,7 @@ def _pass_at_k_metrics(scores: Sequence[GroupScores], num_samples: int) -> dict[
     metrics = {}
     for k in sample_counts_for_pass_at_k(num_samples):
         best_of_k = [expected_best_of_k(totals, k) for totals in complete_totals]
-        metrics[f"eval/{PASS_PREFIX}{k}"] = _mean_of_known(np.array(best_of_k))
+        metrics[f"eval/{PASS_PREFIX}{k}"] = mean_without_nan(np.array(best_of_k))
     return metrics
 
 
@@ -119,7 +120,7 @@ def _means_by_source(groups: Sequence[AnswerGroup], scores: Sequence[GroupScores
         if group.prompt.source:
             totals_by_source.setdefault(group.prompt.source, []).append(group_scores.total)
     return {
-        f"{REWARD_METRIC}/{source}": _mean_of_known(np.concatenate(totals))
+        f"{REWARD_METRIC}/{source}": mean_without_nan(np.concatenate(totals))
         for source, totals in sorted(totals_by_source.items())
     }
 
@@ -131,9 +132,3 @@ def expected_best_of_k(rewards: np.ndarray, k: int) -> float:
     # A reward is the maximum of k chosen ones if the k - 1 others are among the `rank` smaller ones.
     num_choices_with_maximum = [comb(rank, k - 1) for rank in range(num_rewards)]
     return float(np.dot(ordered, num_choices_with_maximum) / comb(num_rewards, k))
-
-
-def _mean_of_known(values: np.ndarray) -> float:
-    """The mean of the values that are not nan; nan if all are."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else float("nan")

@@ -23,10 +23,11 @@ from trainer.rollout.look_back import PolicyLogps, ReferenceLogps, RowScorer, an
 from trainer.rollout.metrics import round_metrics
 from trainer.rollout.prompts import PromptReader
 from trainer.rollout.round import Round, stack_rewards
-from trainer.rollout.types import AnswerGroup, GroupGenerator, GroupScores, RewardScorer, all_answers
+from trainer.rollout.types import AnswerGroup, GroupScores, RewardScorer, all_answers
 
 if TYPE_CHECKING:
     from strategies.base import Engine
+    from trainer.rollout.writer import EngineGroupGenerator
 
 MAX_PROMPTS_RATIO = 3
 """Most prompts answered for a round with `idle_groups=replace`, as a multiple of those that the round needs."""
@@ -75,7 +76,7 @@ class RoundBuilder:
     num_prompts_per_round: int
     engine: Engine
     prompts: PromptReader
-    group_generator: GroupGenerator
+    group_generator: EngineGroupGenerator
     scorer: RewardScorer
     batcher: AnswerBatcher
     runtime: Runtime

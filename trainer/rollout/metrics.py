@@ -23,15 +23,15 @@ def round_metrics(
     """
     rewards = stack_rewards(scores)
     metrics = {
-        "reward": _mean_of_known(rewards),
-        "reward_std": _mean_of_known(_nan_std(rewards, axis=1)),
+        "reward": mean_without_nan(rewards),
+        "reward_std": mean_without_nan(_nan_std(rewards, axis=1)),
         "frac_reward_zero_std": float(is_idle.mean()),
         "answers/unscored": float(np.isnan(rewards).sum()),
         "answers/timed_out": float(sum(score.num_timed_out for score in scores)),
     }
     for name in scores[0].scores_by_reward:
         reward_values = np.concatenate([score.scores_by_reward[name] for score in scores])
-        metrics[f"rewards/{name}/mean"] = _mean_of_known(reward_values)
+        metrics[f"rewards/{name}/mean"] = mean_without_nan(reward_values)
         metrics[f"rewards/{name}/std"] = float(_nan_std(reward_values, axis=0))
     metrics |= _source_metrics(groups, rewards, is_idle)
     metrics |= _logged_metrics(scores)
@@ -62,7 +62,7 @@ def _source_metrics(groups: Sequence[AnswerGroup], rewards: np.ndarray, is_idle:
     sources = np.array([group.prompt.source for group in groups])
     metrics = {}
     for source in sorted({*sources.tolist()} - {""}):
-        metrics[f"reward/{source}"] = _mean_of_known(rewards[sources == source])
+        metrics[f"reward/{source}"] = mean_without_nan(rewards[sources == source])
         metrics[f"frac_reward_zero_std/{source}"] = float(is_idle[sources == source].mean())
     return metrics
 
@@ -83,10 +83,10 @@ def _logged_metrics(scores: Sequence[GroupScores]) -> dict[str, float]:
             # The numbers in verl's dictionaries are logged under the same name already.
             if numbers and f"logged/{name}" not in values_by_name:
                 values_by_name.setdefault(f"extra/{name}", []).extend(numbers)
-    return {name: _mean_of_known(np.array(values, dtype=np.float64)) for name, values in values_by_name.items()}
+    return {name: mean_without_nan(np.array(values, dtype=np.float64)) for name, values in values_by_name.items()}
 
 
-def _mean_of_known(values: np.ndarray) -> float:
+def mean_without_nan(values: np.ndarray) -> float:
     """The mean of the values that are not nan; nan if all are."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")

@@ -86,12 +86,12 @@ def answer_records(rollout_round: Round, max_groups: int | None = None) -> list[
                 "answer": answer.text,
                 "ids": [int(token) for token in answer.ids],
                 "ended": answer.has_ended,
-                "reward": _json_number_or_none(scores.total[index]),
-                "advantage": _json_number_or_none(rollout_round.advantages[group_index, index]),
+                "reward": json_number_or_none(scores.total[index]),
+                "advantage": json_number_or_none(rollout_round.advantages[group_index, index]),
                 "learned": bool(rollout_round.is_learned[group_index, index]),
             }
             for name, reward_values in scores.scores_by_reward.items():
-                row[f"rewards/{name}"] = _json_number_or_none(reward_values[index])
+                row[f"rewards/{name}"] = json_number_or_none(reward_values[index])
             for name, values in scores.extra_columns.items():
                 row[f"{EXTRA_PREFIX}{name}"] = values[index]
             rows.append(row)
@@ -124,7 +124,7 @@ def prompt_as_text(prompt: str | list[dict[str, Any]]) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
 
 
-def _json_number_or_none(value: Any) -> float | None:
+def json_number_or_none(value: Any) -> float | None:
     """A reward or an advantage as a number; None for nan, which stands for an answer without a reward."""
     number = float(value)
     return None if math.isnan(number) else number

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from trainer.rollout.groups import is_idle_group
-from trainer.rollout.record import prompt_as_text
+from trainer.rollout.record import json_number_or_none, prompt_as_text
 from trainer.rollout.round import stack_rewards
 from trainer.rollout.types import AnswerGroup, GroupScores, all_answers
 
@@ -110,7 +110,7 @@ def _group_record(group: AnswerGroup, scores: GroupScores) -> dict[str, Any]:
     for name, index in (("best", best), ("worst", worst)):
         answer = group.answers[index]
         answer_rewards = {
-            reward: _json_number_or_none(values[index]) for reward, values in scores.scores_by_reward.items()
+            reward: json_number_or_none(values[index]) for reward, values in scores.scores_by_reward.items()
         }
         record[name] = {
             "reward": float(scores.total[index]),
@@ -119,8 +119,3 @@ def _group_record(group: AnswerGroup, scores: GroupScores) -> dict[str, Any]:
             "answer": answer.text[:SHOWN_CHARACTERS],
         }
     return record
-
-
-def _json_number_or_none(reward: float) -> float | None:
-    """A reward as a JSON value: None for nan."""
-    return None if np.isnan(reward) else float(reward)

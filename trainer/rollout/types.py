@@ -1,15 +1,12 @@
-"""What the parts of a round hand to each other: prompts, generated answers, their scores, and the interfaces of both."""
+"""What the parts of a round hand to each other: prompts, generated answers, their scores, and what scores them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from strategies.base import Engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +87,3 @@ class RewardScorer(Protocol):
 
     def close(self) -> None:
         """End the worker processes of this rank. Local; may be called twice."""
-
-
-class GroupGenerator(Protocol):
-    """Generates the answers of a round with the weights that are being trained."""
-
-    def generate_groups(self, engine: Engine, prompts: Sequence[Prompt], num_samples: int) -> list[AnswerGroup]:
-        """A group of `num_samples` answers for each prompt, in the order of the prompts, the same on all ranks.
-
-        All ranks must call with the same prompts. Raises Interrupted, on all ranks alike, if the run is asked to stop.
-        """

@@ -21,7 +21,7 @@ UNREPORTED_SETTINGS = ("do_sample", "temperature", "max_length", "max_new_tokens
 
 
 class EngineGroupGenerator:
-    """A `GroupGenerator` on the run's own engine.
+    """Generates the answers of a round with the weights that are being trained, on the run's own engine.
 
     The random numbers of an answer depend on (seed of the run, number of its prompt, index of the answer) alone: ranks, strategy
     and rows at a time change an answer only by rounding.

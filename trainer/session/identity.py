@@ -65,7 +65,8 @@ def run_identity(config: RunConfig, data: PreparedData, *, reads_files: bool = T
     """
     identity = _identifying_settings(config)
     identity["data"] |= {"documents": len(data.train), "fingerprint": data.train.fingerprint}
-    identity["versions"] = _versions_that_change_results()
+    major, minor, _ = platform.python_version_tuple()
+    identity["versions"] = {"python": f"{major}.{minor}", **versions_of(COMPUTING_PACKAGES)}
     if reads_files:
         identity["base"] |= base_file_digests(config)
         identity["code"] = {"source": source_digest()}
@@ -75,11 +76,7 @@ def run_identity(config: RunConfig, data: PreparedData, *, reads_files: bool = T
     else:
         identity["base"] = {}
         identity["code"] = {}
-    return _as_json_values(identity)
-
-
-def _as_json_values(identity: RunIdentity) -> RunIdentity:
-    """The identity as it would be read from a file, so that the two compare equal: tuples become lists, paths become text."""
+    # As it would be read from a file, so that the two compare equal: tuples become lists, paths become text.
     as_json_values: RunIdentity = json.loads(json.dumps(identity, default=str))
     return as_json_values
 
@@ -344,12 +341,6 @@ def source_digest() -> str:
         # Zero bytes keep names and contents apart, which must not run into each other.
         digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:32]
-
-
-def _versions_that_change_results() -> dict[str, str]:
-    """Versions of Python (without the patch) and of the packages that may change a result."""
-    major, minor, _ = platform.python_version_tuple()
-    return {"python": f"{major}.{minor}", **versions_of(COMPUTING_PACKAGES)}
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:

@@ -6,7 +6,6 @@ it. Tasks on the run's own documents and the loss that `bits=` measures do: they
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from trainer.data.store.sequences import Sample, Sequences, StoreWriter, TokenDa
 from trainer.objectives.base import ObjectiveConfig
 from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.registry import data_spec_of
+from trainer.reporting.results import read_json_or_empty
 from trainer.reporting.run_record import readable_run_record
 from trainer.session.base_files import IDENTITY_FILE
 
@@ -58,7 +58,7 @@ def read_data_record(run_dir: Path) -> DataRecord:
     Raises ConfigError if neither `run.json` nor `identity.json` has the fingerprint of the data.
     """
     record = readable_run_record(run_dir)
-    identity = _read_json_object(run_dir / IDENTITY_FILE)
+    identity = read_json_or_empty(run_dir / IDENTITY_FILE)
     # Either file may be damaged: both have the fingerprint.
     fingerprint = (identity.get(DATA_KIND) or {}).get("fingerprint") or record.data_fingerprint
     if not fingerprint:
@@ -74,15 +74,6 @@ def read_data_record(run_dir: Path) -> DataRecord:
         total_steps=record.total_steps or None,
         has_label_names="label_names" in record.keys,
     )
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if the file is missing, cannot be read, or holds something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +242,7 @@ def training_documents(
 
 def _is_prepared(directory: Path, record: DataRecord) -> bool:
     """Whether the prepared data with the run's fingerprint is complete in a directory."""
-    manifest = _read_json_object(directory / MANIFEST_FILE)
+    manifest = read_json_or_empty(directory / MANIFEST_FILE)
     return f"{manifest.get('fingerprint')}/train" == record.fingerprint
 
 

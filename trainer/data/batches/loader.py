@@ -231,7 +231,7 @@ class StepLoader:
         """Make this rank's batch of the step that begins after `first_sample` consumed samples, still on the CPU.
 
         Runs in the background thread. Some objectives look at other samples before the first backward pass. For them
-        `look_ahead_batches` has the same micro-batches with these samples instead, each with "ahead_of": True.
+        `look_ahead_batches` has the same micro-batches with these samples instead, each with "is_look_ahead": True.
         """
         dataset = self.dataset
         # Which sequences the step has: those of this rank by micro-batch, and those of all ranks.
@@ -253,7 +253,7 @@ class StepLoader:
         if look_ahead_sample is not None:
             for sequences in own_micro_batches:
                 samples = [look_ahead_sample(dataset, sequence) for sequence in sequences]
-                look_ahead_batches.append({**self._collate(samples), "ahead_of": True})
+                look_ahead_batches.append({**self._collate(samples), "is_look_ahead": True})
 
         source_tokens = self._sum_by_source(dataset.lengths, global_sequences)
         return StepBatch(
@@ -435,7 +435,7 @@ def eval_batches(
     out gets document 0 with nothing to score (targets and labels -100). Beside what the collator makes, a batch has:
     - `totals`: what the loss is divided by, by its terms: counts over all ranks' sequences;
     - `source`, with `share.by_source`: the number of its source;
-    - `ahead_of`, with `look_ahead_sample`, which gives for each sequence another sample that takes its place.
+    - `is_look_ahead`, with `look_ahead_sample`, which gives for each sequence another sample that takes its place.
     """
     device = torch.device(device)
     covered_sequences = share.covered_sequences(dataset)
@@ -443,7 +443,7 @@ def eval_batches(
         "totals": {term: exact_sum(counts[covered_sequences]) for term, counts in dataset.counts.items()}
     }
     if look_ahead_sample is not None:
-        further_entries["ahead_of"] = True
+        further_entries["is_look_ahead"] = True
     get_sample = look_ahead_sample or TokenDataset.sample
     batches_on_cpu = (
         pin_batch({**_collate_eval_batch(dataset, share, collator, sequences, get_sample), **further_entries}, device)

@@ -210,7 +210,9 @@ class ModelInterface:
         own_results: dict[int, SequenceLoss] = {}
         with self.engine.inference() as module:
             for sequence_indices, batch in zip(eval_micro_batches(dataset, share), batches, strict=True):
-                terms = module({**batch, "ahead": {}})  # "ahead": means of a first pass, which these losses do without
+                terms = module(
+                    {**batch, "step_means": {}}
+                )  # "step_means": means of a first pass, which these losses do without
                 for index in sequence_indices:
                     own_results[index] = SequenceLoss(
                         summed_loss=float(terms["loss"].double()), num_right=float(terms["accuracy"].double())
