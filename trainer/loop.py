@@ -1,4 +1,8 @@
-"""The training loop. Start reading at `Trainer.fit`, then `train_step`. `loop_types.py` says what the loop is given."""
+"""The training loop: takes optimizer steps, and evaluates, logs and saves between them.
+
+Start reading at `Trainer.fit`, then `train_step`. `loop_types.py` says what the loop is given; `loop_saving.py` has the part that
+logs and saves.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,18 @@ import gc
 import time
 from collections.abc import Generator
 from contextlib import closing
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from strategies.base import Engine, Progress
-from strategies.errors import Interrupted, Preempted, ReplicasDiffer
+from strategies.errors import Interrupted
 from strategies.runtime import broadcast_object, seed_dropout_of_step
 from trainer.evaluation.base import Evaluator, intermediate_evaluators, tables_of_evaluators
 from trainer.evaluation.best import (
-    SavedProgress,
     early_stopping_reason,
     raise_if_watched_metric_is_missing,
     record_evaluation,
 )
-from trainer.loop_types import LoopSettings, Monitors, Row, Sinks
-from trainer.monitors.anomalies import OUTLIER_KEYS, Outlier, RollBack
+from trainer.loop_saving import SavingLoop
+from trainer.monitors.anomalies import Outlier, RollBack
 from trainer.monitors.levels import LEVEL_LOOK_BACK_STEPS
 from trainer.objectives.step_totals import accumulate_gradients, step_record
 from trainer.optim.schedule import lr_factor_at
@@ -29,66 +31,25 @@ from trainer.reporting.numbers import format_metric
 from trainer.reporting.outcome import TrainingOutcome
 
 if TYPE_CHECKING:
-    from trainer.checkpoints.async_writer import SavedCheckpoint
-    from trainer.data.batches.loader import StepBatch, StepLoader
+    from trainer.data.batches.loader import StepBatch
     from trainer.reporting.earlier_rows import EarlierResults
     from trainer.reporting.metrics import StepRecord
-    from trainer.rollout.loader import RolloutLoader
 
 
-class Trainer:
+class Trainer(SavingLoop):
     """Takes steps until the budget is spent, an evaluation ends the run, or a signal asks it to stop."""
 
-    def __init__(
-        self,
-        settings: LoopSettings,
-        *,
-        engine: Engine,
-        loader: StepLoader | RolloutLoader,
-        progress: Progress,
-        evaluators: list[Evaluator],
-        sinks: Sinks,
-        monitors: Monitors,
-    ) -> None:
-        self.settings = settings
-        self.engine = engine
-        self.loader = loader
-        self.progress = progress
-        self.evaluators = evaluators
-        # Where what the run produces goes.
-        self.meter = sinks.meter
-        self.metrics = sinks.metrics
-        self.display = sinks.display
-        self.checkpoints = sinks.checkpoints
-        self.announce_step = sinks.announce_step
-        self.require_run_dir_ownership = sinks.require_run_dir_ownership
-        # What may end the run early, or leave an update out.
-        self.stop_agreement = monitors.stop_agreement
-        self.guards = monitors.guards
-        self.stragglers = monitors.stragglers
-        self.evaluation_monitor = monitors.evaluations
-
-        self.outcome = TrainingOutcome(
-            progress,
-            findings_by_detector=self.evaluation_monitor.findings_by_detector,
-            watched_metric=settings.evaluation.watched,
-            greater_is_better=bool(settings.evaluation.greater_is_better),
-        )
-        self.current_batch: StepBatch | None = None
-        """The batch of the step being taken; None between steps."""
-        self._saved_progress = SavedProgress(progress)
-        self._reported_checkpoint: SavedCheckpoint | None = None
-        """The last checkpoint whose cost stands in a row."""
-
     def fit(self) -> TrainingOutcome:
-        """Train to the end of the budget; returns what was measured and found. All ranks must call.
+        """Train from the step of `progress` to the end of the budget, and return what was measured and found.
 
-        Raises Preempted after a save if any rank was asked to stop; Diverged, ReplicasDiffer, LimitExceeded or StorageError.
+        All ranks must call. `progress` is at step 0 for a new run. Raises Preempted after a save if any rank was asked to stop;
+        Diverged, ReplicasDiffer, LimitExceeded or StorageError if the run cannot go on.
         """
         # What a resumed run had measured before it was interrupted. Only rank 0 has read it.
         earlier = broadcast_object(self.metrics.earlier, self.meter.runtime)
         self._restore_earlier_results(earlier)
         evaluation_s = self._evaluate_before_first_step()
+        # With `guards.*`, a step that stands out may send the run back to an earlier checkpoint.
         if self.guards.may_roll_back:
             self._prepare_checkpoints_for_rollbacks()
         self._take_all_steps(evaluation_s)
@@ -96,17 +57,22 @@ class Trainer:
         self._save_last_step()
         # An attempt that took no step has no speed of its own.
         self.outcome.speed = self.meter.median_speeds() or earlier.speed
+        # Ranks that computed slower than the others, as JSON.
         self.outcome.slow_ranks = self.stragglers.record()
         if self.meter.expert_tokens is not None:
             self.outcome.experts = expert_load_by_layer(self.meter.expert_tokens, self.meter.expert_ranks)
         return self.outcome
 
     def _take_all_steps(self, evaluation_s: float) -> None:
-        """Take the steps of the budget, also after rollbacks. `evaluation_s`: seconds that the evaluation before them took."""
+        """Take the steps of the budget. After a rollback, take again those that it undid.
+
+        `evaluation_s`: seconds that the evaluation before the first step took; they are left out of the speed.
+        """
         # Objects made so far are kept as long as the run: the garbage collector need not walk them again and again.
         gc.collect()
         gc.freeze()
         evaluate_every = self.settings.evaluate_every if self.evaluators else 0
+        # For the display: how many steps there are, how many were taken before, and when evaluations are due.
         self._schedule = RunSchedule(self.settings.total_steps, self.progress.step, time.perf_counter(), evaluate_every)
         self.meter.start_clock(evaluation_s)
         try:
@@ -120,7 +86,10 @@ class Trainer:
             gc.unfreeze()  # this process may train again, so that the engine of this run must be freed
 
     def _restore_earlier_results(self, earlier: EarlierResults) -> None:
-        """Go on with what earlier starts of this run measured, read from its rows of metrics. All ranks must call."""
+        """Go on with what earlier starts of this run measured and found. All ranks must call.
+
+        `earlier`: read back from the run's rows of metrics; empty at a first start.
+        """
         self.outcome.metrics_before_training = earlier.metrics_before_training
         self.outcome.last_metrics = earlier.last_metrics
         self.outcome.last_row = earlier.last_row
@@ -147,7 +116,11 @@ class Trainer:
         return time.perf_counter() - began
 
     def _prepare_checkpoints_for_rollbacks(self) -> None:
-        """Keep enough checkpoints for a rollback from now on, and save one if the run has none. All ranks must call."""
+        """Keep enough checkpoints for a rollback from now on, and save one if the run has none to go back to.
+
+        All ranks must call.
+        """
+        # A loss that has moved to another level is noticed only within so many steps.
         self.checkpoints.look_back_steps = LEVEL_LOOK_BACK_STEPS
         if not self.checkpoints.has_any():
             # Also in a run that begins with another run's state, whose step counts as saved.
@@ -155,10 +128,11 @@ class Trainer:
             self._save_checkpoint()
 
     def _take_remaining_steps(self) -> None:
-        """Take the steps that are left, and evaluate, log and save on schedule. Called again after a rollback.
+        """Take the steps that are left, and evaluate, log and save on schedule. Called again after each rollback.
 
-        All ranks must call. Returns when the budget is spent or early stopping ends the run. Raises RollBack if a step stands
-        out, so that its samples are to be skipped; Preempted, after a save, if any rank was asked to stop.
+        All ranks must call. Returns when the budget is spent, or when patience or a finding ends the run early
+        (`outcome.stopped_early`). Raises RollBack if a step stands out, so that its samples are to be skipped; Preempted, after a
+        save, if any rank was asked to stop.
         """
         total_steps = self.settings.total_steps
         self._make_up_interrupted_evaluation()
@@ -173,8 +147,10 @@ class Trainer:
                 with self.meter.measuring_step():
                     self.meter.add(self.train_step(batch))  # from here on `progress.step` is the step just taken
                 is_last = self.progress.step == total_steps
+                # Read once an interval: reading numbers from the device waits for it.
                 if is_last or self.meter.num_buffered_steps >= self.settings.log_every:
                     self._log_buffered_steps()
+                # A checkpoint is written beside training, and gets its name when all ranks have written their part.
                 if self.checkpoints.pending_is_written(self.progress.step):
                     self._publish_pending_checkpoint()
                 self._evaluate_and_save_if_due(is_last)
@@ -188,7 +164,11 @@ class Trainer:
         self._log_buffered_steps()
 
     def _batches_of_steps(self, num_steps: int) -> Generator[StepBatch, None, None]:
-        """Yield the next batches. While the model writes answers for one (`grpo`), a signal saves and raises Preempted."""
+        """Yield the loader's batches of the next `num_steps` steps.
+
+        In reinforcement learning the model writes answers between batches. A signal during that saves a checkpoint and raises
+        Preempted.
+        """
         try:
             yield from self.loader.steps(self.progress.samples, num_steps)
         except Interrupted:
@@ -203,11 +183,13 @@ class Trainer:
         settings = self.settings
         step = self.progress.step
         self.current_batch = batch
+        # So that a failure can name the step, and a profiler knows it.
         self.announce_step(step + 1)
         # Dropout depends on the seed, the step and the rank alone, so that a resumed run draws what an unbroken one does.
         seed_dropout_of_step(settings.seed, step, self.engine.rank)
         local_sums = accumulate_gradients(self.engine, batch, seed_and_step=(settings.seed, step))
 
+        # The share of the peak learning rate that the schedule has at this step.
         lr_factor = lr_factor_at(settings.schedule, step, settings.total_steps)
         # The engine asks it, once it has the gradient norm, whether to leave the update out because the step stands out
         # (`guards.*`).
@@ -224,17 +206,19 @@ class Trainer:
         """Count a step that was taken, and the samples and tokens of its global batch."""
         self.progress.step += 1
         self.progress.samples += batch.samples
+        # In reinforcement learning, several steps may learn from one round of answers; 0 between rounds.
         self.progress.round_step = batch.round_step
         self.progress.tokens += batch.tokens
         self.progress.supervised_tokens += batch.supervised_tokens
 
-    def _epochs_done(self) -> float:
-        """Passes over the training data so far, as a fraction: 2.5 is the middle of the third."""
-        return self.progress.samples / self.loader.order.num_units
-
     def _restore_guards_and_order(self) -> None:
-        """Give the guards the last steps to compare the next ones with, and the sample order the samples to skip."""
+        """Set the anomaly guards and the sample order to where `self.progress` stands, after a resume or a rollback.
+
+        The guards compare the next steps with the last ones, whose losses and gradient norms the progress has. The order leaves
+        out the samples that rollbacks skip.
+        """
         self.guards.restore_recent_steps(self.progress.recent_steps, self.progress.level_rows)
+        # Counts the steps to the next comparison of the ranks' copies of the weights.
         self.guards.replicas.start_at(self.progress.step)
         # All samples that rollbacks left out so far, since `set_skipped` replaces the order's earlier list.
         skipped_ranges = [(skipped["first"], skipped["count"]) for skipped in self.progress.skipped_samples]
@@ -243,10 +227,13 @@ class Trainer:
     def _roll_back(self, outlier: Outlier) -> None:
         """Go back to a checkpoint from before the step that stood out, and skip its samples from now on. All ranks must call.
 
-        Raises Diverged if the run has gone back too often, LeaseLost if another attempt owns the run directory.
+        Sets engine, progress, loader, guards and the rows of metrics back to that checkpoint's step. Raises Diverged if the run
+        has gone back too often, LeaseLost if another attempt owns the run directory.
         """
-        self.stop_agreement.stop_now()  # completes a question to the ranks that may still be under way
+        # The question to all ranks whether to stop may still be under way: it ends before other collectives begin.
+        self.stop_agreement.stop_now()
         self.require_run_dir_ownership()
+        # The error's text names ranges of positions in the order.
         self.guards.raise_if_diverged(
             self.progress.rollbacks + 1, self.progress.samples, self.loader.order.position_ranges
         )
@@ -256,6 +243,7 @@ class Trainer:
             self.progress.samples, self.loader.share.global_batch, self.loader.order.position_ranges
         )
         self._publish_pending_checkpoint()  # a checkpoint that is being written is of a step before this one
+        # Later checkpoints are moved aside.
         checkpoint = self.checkpoints.roll_back(outlier.last_good_step)
         self.progress.overwrite_with(self.engine.load(checkpoint))  # in place: `self.outcome` holds the same object
         self.progress.rollbacks = rollbacks
@@ -272,40 +260,13 @@ class Trainer:
         self.metrics.rewind(self.progress.step)
         self.meter.restart_clock()
 
-    def _log_buffered_steps(self) -> None:
-        """Read the numbers of the steps since the last call from the device, and log them. All ranks must call.
-
-        Raises RollBack before anything is logged, since the steps will be taken again; ReplicasDiffer, also without new steps;
-        Diverged after the metrics are logged, so that they show why.
-        """
-        metrics_of_steps = self.meter.flush()
-        self.guards.mark_outliers(metrics_of_steps)
-        self.stragglers.add_times_and_find_slow_ranks(metrics_of_steps, self.meter.times_by_rank)
-        self._check_replicas()
-        if metrics_of_steps:
-            self._add_checkpoint_cost(metrics_of_steps)  # becomes columns of a row, and rows are logged once
-        for step_metrics in metrics_of_steps:
-            self.metrics.log(step_metrics, step=step_metrics["step"])
-            self.progress.skipped_steps += int(bool(step_metrics.get("skipped")))
-            self.progress.outliers += int(any(key in step_metrics for key in OUTLIER_KEYS.values()))
-        self.evaluation_monitor.add_step_metrics(self.progress, metrics_of_steps)
-        if not metrics_of_steps:
-            return
-        self.outcome.last_row = metrics_of_steps[-1]
-        self.display.show_step(metrics_of_steps[-1], self._schedule)
-        self.loader.check_generated_answers(metrics_of_steps)
-        self.guards.raise_if_diverged(self.progress.rollbacks, self.progress.samples, self.loader.order.position_ranges)
-
-    def _add_checkpoint_cost(self, metrics_of_steps: list[Row]) -> None:
-        """Let the first of these rows also have the seconds that the last checkpoint took, once for each checkpoint."""
-        checkpoint = self.checkpoints.last_published
-        if checkpoint is None or checkpoint is self._reported_checkpoint:
-            return
-        self._reported_checkpoint = checkpoint
-        metrics_of_steps[0] = {**metrics_of_steps[0], **checkpoint.metric_columns}
-
     def _evaluate_and_save_if_due(self, is_last: bool) -> None:
-        """Evaluate the step just taken if due; save it if it is the best so far, or a checkpoint is due. All ranks must call."""
+        """Evaluate the step just taken if that is due, and save it if it is the best so far or a checkpoint is due.
+
+        All ranks must call.
+
+        `is_last`: whether it is the last step of the budget, which is always evaluated.
+        """
         every_steps = self.settings.evaluate_every
         is_evaluation_due = is_last or (every_steps > 0 and self.progress.step % every_steps == 0)
         best_metric_before = self.progress.best_metric
@@ -320,7 +281,11 @@ class Trainer:
             self.progress.best_step = best_step_before
 
     def _may_save_best(self, is_last: bool) -> bool:
-        """Whether a best evaluation is saved at once: always with a set number of `evaluation.every_steps`; `auto` rations it."""
+        """Whether a best evaluation is worth a checkpoint at once: yes, if the user gave `evaluation.every_steps` as a number.
+
+        With `auto` (`intermediate_loss_only`), the store says whether enough time has passed since its last one. The last step
+        needs no question if it is saved anyway.
+        """
         if not self.settings.intermediate_loss_only or (is_last and self.settings.save_final):
             return True
         return self.checkpoints.is_improvement_due()
@@ -336,6 +301,7 @@ class Trainer:
             evaluators = intermediate_evaluators(evaluators)
         if not evaluators:
             return False
+        # So that rows of the steps stand before the row of their evaluation.
         self._log_buffered_steps()
         # A signal during the evaluation saves a checkpoint, which says so: the next start makes the evaluation up.
         self.progress.owes_evaluation = True
@@ -350,11 +316,15 @@ class Trainer:
             # step: a run that is stopped or killed meanwhile still owes it.
             self.outcome.last_metrics = self._evaluate(self.evaluators)
         self.progress.owes_evaluation = False
+        # The evaluation does not count in the speed of the next steps.
         self.meter.restart_clock()
         return improved
 
     def _make_up_interrupted_evaluation(self) -> None:
-        """Evaluate and save the step that a resumed run begins with, if a stop cut its evaluation off. All ranks must call."""
+        """Evaluate and save the step that a resumed run begins with, if a stop interrupted its evaluation. All ranks must call.
+
+        `progress.owes_evaluation` says so; it comes out of the checkpoint.
+        """
         if not self.progress.owes_evaluation or not self.evaluators:
             return
         is_last = self.progress.step == self.settings.total_steps
@@ -380,6 +350,7 @@ class Trainer:
             return metrics
         step = self.progress.step
         self.metrics.log({**metrics, "tokens": self.progress.tokens, "epoch": self._epochs_done()}, step=step)
+        # Tables of questions and answers, for the trackers.
         self.metrics.log_tables(tables_of_evaluators(evaluators), step=step)
         shown = "  ".join(f"{name} {format_metric(value)}" for name, value in metrics.items())
         self.display.print_line(f"evaluation at step {step}:  {shown}")
@@ -388,9 +359,10 @@ class Trainer:
         return metrics
 
     def _stop_if_finding_ends_run(self) -> None:
-        """Save and raise LimitExceeded if a detector found what ends the run with an error. All ranks must call.
+        """Save and raise LimitExceeded if a detector found what ends the run with an error, such as too much forgetting.
 
-        A finding that ends the run as early stopping does raises nothing here: `_report_early_stop` ends the run.
+        All ranks must call. A finding that ends the run as early stopping does raises nothing here: `_report_early_stop` ends the
+        run.
         """
         has_stopping_finding = self.evaluation_monitor.stopping_finding is not None
         counts_as_early_stop = self.evaluation_monitor.early_stopping_text() is not None
@@ -412,7 +384,8 @@ class Trainer:
     def _report_early_stop(self) -> bool:
         """Whether patience, or a finding of the detectors, ends the run before its budget is spent; then prints why.
 
-        Patience is recorded here; a finding was recorded when it was made.
+        Patience: the watched metric has not improved for `evaluation.patience` evaluations. It is recorded here; a finding was
+        recorded when it was made.
         """
         reason = self._early_stop_reason()
         if reason is None:
@@ -421,75 +394,3 @@ class Trainer:
             self.evaluation_monitor.record_early_stopping(self.progress, reason)
         self.display.print_line(reason)
         return True
-
-    def _stop_for_signal(self) -> NoReturn:
-        """Save a checkpoint, unless no step was taken, and raise Preempted. All ranks must call."""
-        self.require_run_dir_ownership()
-        self._log_buffered_steps()
-        if self.progress.step:
-            self._save_checkpoint()
-        raise Preempted(
-            f"stopped at step {self.progress.step} of {self.settings.total_steps}; start the same run again to continue"
-        )
-
-    def _save_last_step(self) -> None:
-        """Save the last step if it must stay (`save_final`), or if the export needs it. All ranks must call."""
-        self._publish_pending_checkpoint()
-        if self.settings.save_for_export and not self.checkpoints.has_checkpoint_of(self.progress.step):
-            # A run can have begun from the last step of another one, which counts as saved.
-            self._saved_progress.require_new_checkpoint()
-        if self.settings.save_final:
-            self._save_checkpoint()
-        elif self.settings.save_for_export and not self._saved_progress.is_saved(self.progress.step):
-            self.outcome.saved_for_export = True
-            self._save_checkpoint(must_succeed=False, replaces_older=False)
-        self._publish_pending_checkpoint()
-
-    def _save_checkpoint(self, *, must_succeed: bool = True, replaces_older: bool = True) -> None:
-        """Log the buffered steps, publish a checkpoint that is still being written, and begin one of this step if there is none.
-
-        `must_succeed`: wait until it is complete, and raise StorageError if it fails; else training goes on meanwhile, and it may
-        fail. `replaces_older`: whether older ones may be deleted for it. All ranks must call.
-        """
-        self._log_buffered_steps()
-        self._publish_pending_checkpoint()  # only one may be under way
-        if not self._saved_progress.is_saved(self.progress.step):
-            self.require_run_dir_ownership()
-            self._check_replicas(now=True)  # a checkpoint of replicas that differ would be worth nothing
-            # What the anomaly guards compare the next steps with, so that a resumed run finds the same outliers.
-            self.progress.recent_steps = self.guards.recent_steps()
-            self.progress.level_rows = self.guards.level_shifts.rows
-            self.metrics.sync()  # rows up to this step are on the disk before the checkpoint is
-            self._saved_progress.remember_begun_checkpoint(self.progress)
-            has_succeeded = self.checkpoints.save_checkpoint(
-                self.engine,
-                self.progress,
-                must_succeed=must_succeed,
-                replaces_older=replaces_older,
-                attachments=self.loader.attachments(),
-            )
-            self._record_save(has_succeeded)
-        self.meter.restart_clock()
-
-    def _publish_pending_checkpoint(self) -> None:
-        """Wait for a checkpoint that is being written beside training, and give it its final name. All ranks must call."""
-        if self.checkpoints.pending_step is not None:
-            self.require_run_dir_ownership()
-            has_succeeded = self.checkpoints.publish_pending()
-            self._record_save(has_succeeded)
-
-    def _record_save(self, has_succeeded: bool) -> None:
-        """Record that a checkpoint was begun or published, or failed: the best evaluation is then that of an earlier one."""
-        is_pending = self.checkpoints.pending_step is not None
-        self._saved_progress.record_save_outcome(self.progress, has_succeeded, is_pending=is_pending)
-
-    def _check_replicas(self, *, now: bool = False) -> None:
-        """Compare the copies of the weights that ranks hold, if that is due, or `now`. Raises ReplicasDiffer.
-
-        All ranks must call.
-        """
-        try:
-            self.guards.replicas.check_replicas(self.engine, self.progress.step, now=now)
-        except ReplicasDiffer:
-            self._publish_pending_checkpoint()  # a checkpoint of an earlier step, at which the replicas were alike
-            raise
