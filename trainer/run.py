@@ -305,8 +305,9 @@ def choose_strategy_and_micro_batch(
 ) -> RunConfig:
     """Choose the sharding strategy and the micro-batch, if they are `auto`, by what fits into memory. All ranks must call.
 
-    Returns the configuration with both choices; rank 0 also writes each into `config.yaml`, so that a resumed run keeps it.
-    Raises DoesNotFit if no choice fits, LeaseLost on every rank if another attempt took the run directory.
+    `inputs`: data, tokenizer and precision, with which steps are tried. Returns the configuration with both choices; rank 0 also
+    writes each into `config.yaml`, so that a resumed run keeps it. Raises DoesNotFit if no choice fits, LeaseLost on every rank
+    if another attempt took the run directory.
     """
 
     def keep_choice(chosen_config: RunConfig) -> None:
@@ -332,9 +333,11 @@ class ResumedRun(NamedTuple):
 
 
 def resume_from_checkpoint(config: RunConfig, engine: Engine, context: RunContext) -> ResumedRun:
-    """Load the checkpoint that `run.resume` names into `engine`, if there is one. All ranks must call.
+    """Load the checkpoint that `run.resume` names into `engine`, if there is one, so that the run goes on from it.
 
-    Raises StorageError or ConfigError on every rank if it cannot be used.
+    All ranks must call.
+
+    `engine`: the distributed model with its optimizer. Raises StorageError or ConfigError on every rank if it cannot be used.
     """
     context.attempt.phase = "resuming"
     checkpoint_dirs = checkpoint_dirs_of(context.run_dir, config.checkpoint.fallback_dir)
@@ -364,7 +367,8 @@ def build_batch_loader(
     - One with rollouts (`grpo`): rounds, in which the model writes answers that rewards score, and steps learn from them. They go
       on from where `progress` and the checkpoint `resumed_from` stand.
 
-    Raises StorageError, or an error of a reward that cannot be opened.
+    `inputs`: data, tokenizer and precision of the run. `built`, `engine`: the model with its objective, on meta; and the
+    distributed model. Raises StorageError, or an error of a reward that cannot be opened.
     """
     learns_from_documents = objective_family(config.objective).rollout is None
     if learns_from_documents:
@@ -373,7 +377,10 @@ def build_batch_loader(
 
 
 def build_meter(config: RunConfig, run_record: RunRecord, built: BuiltModel, runtime: processes.Runtime) -> Meter:
-    """Build the meter, which measures the speed of every step and times the forward passes of the model's blocks."""
+    """Build the meter, which measures the speed of every step and times the forward passes of the model's blocks.
+
+    It needs the floating-point operations of a token for the share of the hardware's peak (MFU).
+    """
     meter = Meter(runtime, run_record.flops_per_token, run_record.mfu_tflops, built.step_module.objective.metrics)
     meter.time_blocks(built.step_module.shard_units(), expert_ranks=config.parallel.experts)
     return meter

@@ -79,7 +79,7 @@ def _label_problems(labels: list[str], *, multi_label: bool) -> Iterator[str]:
 
 
 def _weight_problems(config: ClassificationConfig) -> Iterator[str]:
-    """What is wrong with `objective.class_weights`."""
+    """What is wrong with `objective.class_weights`, at most one line: it is `balanced`, or a number for each label."""
     weights = config.class_weights
     if weights is None or weights == BALANCED:
         return

@@ -43,9 +43,13 @@ def resolve_evaluation_interval(
     """Settle how often this run is evaluated (`evaluation.every_steps`), with `auto` computed from the sizes of run and held-out
     data.
 
-    With `auto`, evaluations before the last step compute the held-out loss alone, which is cheap. If a number is computed, sets
-    `progress.evaluate_every`, so that a resumed run has the same one, and `built.substitutions`, which the start screen shows. No
-    collective.
+    With `auto`, evaluations before the last step compute the held-out loss alone, which is cheap.
+
+    `loader`: tells how many tokens a step takes.
+    `progress`: of the run; if a number is computed, its `evaluate_every` is set, so that a resumed run has the same one.
+    `built`: its `substitutions`, which the start screen shows, get the number and its reason.
+
+    No collective.
     """
     configured_steps = config.evaluation.every_steps
     if configured_steps != AUTO:

@@ -39,7 +39,14 @@ def build_run_evaluators(
     """Build the evaluators that run during training: of held-out data and of tasks; empty without either.
 
     A run that learns from rewards is evaluated by the rewards of its `loader`, any other by its held-out loss and metrics.
-    `detectors`: get what tasks measure. Errors: those of `build_evaluators`, and of rewards.
+
+    `inputs`: data and tokenizer of the run.
+    `tasks`: the evaluation tasks, with their rows.
+    `built`, `engine`: the model with its objective, on meta; and the distributed model that is evaluated.
+    `detectors`: of overfitting and forgetting; they get what tasks measure.
+    `context`: what the run shares, such as its ranks and their agreement on stopping.
+
+    Errors: those of `build_evaluators`, and of rewards.
     """
     data = inputs.data
     tokenizer = inputs.tokenizer
@@ -79,8 +86,10 @@ def model_interface_for_run(
 ) -> ModelInterface:
     """Build the interface through which tasks use the run's model: it writes answers and measures likelihoods, labels and losses.
 
+    `built`, `engine`: the model with its objective, on meta; and the distributed model that answers.
     `stop_now`: asked on all ranks alike during long evaluations.
     """
+    # How rows become conversations: the settings of data and objective, and the date that chat templates write.
     task_context = TaskContext.from_settings(config.data, config.objective, settled_template_date(config))
     is_classifier = bool(built.head_prefixes)  # only its head has an output for each label
     return build_model_interface(
@@ -107,6 +116,7 @@ def build_test_evaluators(
 ) -> list[Evaluator]:
     """Build the evaluators of the test documents, which use all of them; empty without test documents.
 
+    `built`, `engine`: the model with its objective, on meta; and the distributed model that is evaluated.
     `scorer`: computes the rewards, if the run learns from rewards; else None.
     `new_stop_check`: makes, for each evaluator, a function that says on all ranks alike whether to stop.
 

@@ -152,7 +152,7 @@ def _has_improved(outcome: TrainingOutcome) -> bool:
 
 
 def _has_better_step(record: RunRecord, outcome: TrainingOutcome) -> bool:
-    """Whether an earlier step had a better value of the watched metric than the exported checkpoint, which is the last one.
+    """Whether an earlier step was better than the exported checkpoint, the last one, by the metric that `evaluation.watch` names.
 
     True also if the last step was not evaluated by it, since the earlier one was the best so far.
     """

@@ -80,9 +80,10 @@ def measure_or_recall_test_result(
 ) -> dict[str, Any] | None:
     """Measure the exported weights on the test documents when training has ended; returns `test` of `run.json`.
 
-    All ranks must call. Each measurement counts as a look, since many of them make the test documents a second evaluation set. So
-    if an earlier start has measured the same checkpoint, its recorded metrics are taken.
+    All ranks must call. Each measurement counts, since many of them make the test documents a second evaluation set. So if an
+    earlier start has measured the same checkpoint, its recorded metrics are taken.
 
+    `weights`: which checkpoint the engine has.
     `make_evaluators`: called only if something is measured.
 
     None without test documents. Errors: StorageError, Preempted.

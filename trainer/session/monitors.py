@@ -40,7 +40,9 @@ def build_detectors(
 ) -> ChallengeDetectors:
     """Build the detectors of challenges, that is of overfitting, forgetting and instability, which look at every evaluation.
 
+    `built`: the model with its objective.
     `total_steps`, `interval`: of the run; they tell how many evaluations there will be.
+    `context`: what the run shares; the detectors print to its console and write into its directory.
 
     Only rank 0 writes their events. They are also registered with the attempt, so that they follow a renamed run directory.
     """
@@ -62,7 +64,9 @@ def build_detectors(
     # Over how many steps, and from which one on, the training loss is judged for divergence.
     detectors.loss_window = divergence.num_steps_of_loss_median(total_steps)
     detectors.first_judged_step = divergence.first_judged_step(warmup_steps(config.schedule, total_steps))
+    # Rewards that are measured and not learned: they tell whether the others are gamed.
     detectors.metrics_of_control_rewards = _metrics_of_control_rewards(config.objective)
+    # Keeps `status.json` up to date.
     detectors.write_findings = build_findings_reporter(context)
     context.attempt.on_run_dir_renamed.append(detectors.follow_renamed_run_dir)
     return detectors
@@ -147,9 +151,10 @@ def add_task_evaluator(
 ) -> list[Evaluator]:
     """Add an evaluator of the run's tasks to its others, if there are tasks, and let all of them report to the detectors.
 
+    `detectors`: of overfitting and forgetting; also told where rows of tasks are kept.
     `make_model_interface`: builds the model's interface for tasks; called only if there are tasks.
 
-    Also tells `detectors` where rows of tasks are kept. Raises the errors of rows that cannot be encoded.
+    Raises the errors of rows that cannot be encoded.
     """
     _report_to_detectors(evaluators, detectors)
     if not tasks:

@@ -38,7 +38,11 @@ def open_rounds(
     Such a run works in rounds: the model answers prompts, rewards score the answers, and a few optimizer steps learn from them.
     Called in place of opening a data set. All ranks must call.
 
+    `inputs`: data, tokenizer and precision of the run.
+    `built`, `engine`: the model with its objective, on meta; and the distributed model, which also holds reward models.
+    `progress`: steps taken so far.
     `resumed_from`: the checkpoint that was loaded, from which the loader continues; None for a new run.
+    `context`: what the run shares: ranks, run directory, agreement on stopping.
 
     Returns (the loader of this rank, the optimizer steps of the run). Errors: those of rewards, StorageError.
     """
