@@ -270,7 +270,9 @@ def prepare_data_and_meet_ranks(
         log = None if attempt.run_dir is None else attempt.run_dir / "logs" / f"rank-{rendezvous.rank}.log"
         print_line = Console(enabled=rendezvous.rank == 0, log=log).print_line
         data = open_data(config, tokenizer, stop=stop, choose_date=choose_date, print_line=print_line)
-        tasks = _prepare_tasks_of_run(config, tokenizer, data, stop)
+        task_context = TaskContext.from_settings(config.data, config.objective, data.date)
+        held_out_data = data if data.has_rows else None  # from which a task without a file takes its rows
+        tasks = prepare_tasks(tasks_for_tokenizer(config, tokenizer), task_context, held_out_data, tokenizer, stop=stop)
         attempt.phase = "copying to the disk of the node"
         staged_copies = stage(config, data, should_stop=stop)
         attempt.phase = "start of the processes"
@@ -278,15 +280,6 @@ def prepare_data_and_meet_ranks(
             raise Preempted("asked to stop before the processes had met; nothing is lost but the preparation")
     local_data = staged_copies.with_local_tokens(data)
     return PreparedRun(local_data, tasks, staged_copies, join_process_group(config, rendezvous.store))
-
-
-def _prepare_tasks_of_run(
-    config: RunConfig, tokenizer: Any, data: PreparedData, stop: Callable[[], bool]
-) -> list[PreparedTask]:
-    """Prepare the rows of the run's evaluation tasks. Raises Preempted once `stop()` is true, or DataError."""
-    task_context = TaskContext.from_settings(config.data, config.objective, data.date)
-    held_out_data = data if data.has_rows else None  # from which a task without a file takes its rows
-    return prepare_tasks(tasks_for_tokenizer(config, tokenizer), task_context, held_out_data, tokenizer, stop=stop)
 
 
 def compare_with_resumed_run(config: RunConfig, data: PreparedData, context: RunContext) -> dict[str, Any]:
