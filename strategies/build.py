@@ -11,10 +11,10 @@ from strategies.runtime import FAKE_BACKEND, Runtime, gather_objects
 
 
 def build_strategy(config: StrategyConfig, precision: Precision, runtime: Runtime) -> Strategy:
-    """The strategy that `config` names; only its library is imported, since DeepSpeed takes seconds.
+    """Make the strategy that `config` names, which turns a model on meta into an engine that trains.
 
-    Raises ConfigError in these cases: a strategy of several ranks on a host without a network; `auto`, which only a training run
-    resolves; `single` with several processes.
+    Only its own library is imported, since DeepSpeed takes seconds. Raises ConfigError in these cases: a strategy of several
+    ranks on a host without a network; `auto`, which only a training run resolves; `single` with several processes.
     """
     communicates = config.name not in (StrategyName.single, StrategyName.auto)
     # The fake backend is that of a job of one rank which found no network; a simulation has it on purpose.
@@ -48,7 +48,10 @@ def build_strategy(config: StrategyConfig, precision: Precision, runtime: Runtim
 
 
 def resolve_precision(requested: Precision, runtime: Runtime) -> Precision:
-    """The precision of the run. `auto` is the best one that the GPUs of all ranks have. All ranks must call."""
+    """Resolve `precision=auto` to the best precision that the GPUs of all ranks have; any other setting stays.
+
+    All ranks must call.
+    """
     if requested is not Precision.auto:
         return requested
     best_by_rank = gather_objects(best_precision(gpu_of_device(runtime.device)), runtime)

@@ -50,9 +50,10 @@ class DdpStrategy(SingleStrategy):
         make_optimizer: OptimizerFactory,
         max_grad_norm: float,
     ) -> NativeEngine:
-        """Load all parameters on every rank, wrap the module for DDP, then build the optimizer. All ranks must call.
+        """Turn a model on meta into an engine for data parallelism: every rank loads all weights, and DDP wraps the module.
 
-        CPU ranks of one host all-reduce their gradient buckets through shared memory instead of the process group.
+        `source`: where weights come from. `make_optimizer`: builds the optimizer of (plain name, parameter) pairs that train.
+        `max_grad_norm`: to which the gradients' global norm is clipped; 0 does not clip. All ranks must call.
         """
         load_in_full(step_module, source, self.precision, self.runtime)
         apply_checkpointing_and_compile(step_module, self.config)
@@ -64,6 +65,7 @@ class DdpStrategy(SingleStrategy):
             forward_sync_buffers=False,
             init_sync=False,
         )
+        # CPU ranks of one host all-reduce their gradient buckets through shared memory; None where there is none.
         memory = open_host_memory(self.runtime)
         if self.runtime.simulated:
             reduce_fake_gradients(wrapped)

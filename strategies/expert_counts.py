@@ -50,9 +50,10 @@ class ExchangedRowCounts:
         self.num_ranks = dist.get_world_size(group)
 
     def row_counts(self, rows_by_expert: Tensor, num_rows: int) -> LayerRowCounts:
-        """How many rows of a layer this rank sends and receives, by an all-to-all of E numbers. All ranks of the group must call.
+        """Tell the other ranks how many rows they will get from this one in a layer, and learn how many arrive here.
 
-        `rows_by_expert`: `[E]`, how many rows this rank has for each of the layer's experts. The host waits for the device.
+        A row is what one token sends to one of its experts. `rows_by_expert`: int64 `[E]`, how many rows this rank has for each
+        of the layer's E experts. An all-to-all, after which the host waits for the device. All ranks of the group must call.
         """
         sent_by_expert = rows_by_expert.view(self.num_ranks, -1)
         received_by_expert = torch.empty_like(sent_by_expert)
@@ -78,11 +79,10 @@ class AssumedRowCounts:
     """The expert group; None on meta tensors, where no collectives are counted."""
 
     def row_counts(self, rows_by_expert: Tensor, num_rows: int) -> LayerRowCounts:
-        """The row counts that a simulation assumes: this rank sends `num_rows` rows, and `imbalance` times as many arrive.
+        """Assume, in a simulation, that this rank sends `num_rows` rows evenly, and that `imbalance` times as many arrive.
 
-        A row is what one token sends to one of its experts. The rows are spread evenly over the ranks. `received_by_expert` has
-        the right shape, but values without a meaning. `rows_by_expert`: `[E]`, of the layer's E experts; its values are not
-        used.
+        A row is what one token sends to one of its experts. `rows_by_expert`: `[E]`, of the layer's E experts; its values are not
+        used. Of the result, `received_by_expert` has the right shape, but values without a meaning.
         """
         received_by_expert = rows_by_expert.view(self.num_ranks, -1)  # stands in for the counts of other ranks
         if self.group is not None:

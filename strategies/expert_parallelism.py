@@ -27,12 +27,13 @@ from strategies.runtime import Runtime
 def distribute_experts(
     modules: list[nn.Module], device: torch.device, runtime: Runtime, *, num_replicas: int, expert_ranks: int
 ) -> DeviceMesh:
-    """Set up expert parallelism: each of `modules` keeps only this rank's share of its layer's experts. All ranks must call.
+    """Set up expert parallelism: let this rank keep only its share of each layer's experts, to which other ranks send tokens.
 
-    `modules` hold the experts of one layer each, on meta. `expert_ranks`: neighbouring ranks over which a layer's experts are
-    distributed. `num_replicas`: replicas of the model (hsdp). Returns the mesh of the ranks that hold the same experts, over
-    which the shares are then sharded. Each module gets its share as the attribute `expert_share`; its `num_experts` stays that
-    of the layer, which routers and counts need.
+    `modules`: each holds the experts of one layer, on meta. `expert_ranks`: neighbouring ranks over which a layer's experts are
+    distributed. `num_replicas`: replicas of the model (hsdp). Each module gets its share as the attribute `expert_share`; its
+    `num_experts` stays that of the layer, which routers and counts need.
+
+    Returns the mesh of the ranks that hold the same experts, over which the shares are then sharded. All ranks must call.
     """
     group, mesh = expert_mesh(device, runtime, num_replicas, expert_ranks)
     assumed_imbalance = runtime.expert_imbalance if runtime.simulated else None
@@ -49,10 +50,10 @@ def distribute_experts(
 
 
 def keep_one_rank_of_experts_on_meta(step_module: nn.Module) -> None:
-    """Let a step module on meta keep the experts of one rank, to count the memory of a step by shapes. Nothing is exchanged.
+    """Let a model on meta keep the experts of one rank, so that the memory of its step can be counted. Nothing is exchanged.
 
-    The module's plan names the modules and the number of ranks. The rank is assumed to receive `ASSUMED_IMBALANCE` times the mean
-    number of tokens.
+    Does nothing without expert parallelism. The module's plan names the modules and the number of ranks. The rank is assumed to
+    receive `ASSUMED_IMBALANCE` times the mean number of tokens.
     """
     plan = plan_of(step_module)
     if plan.expert_ranks == 1:
@@ -64,10 +65,12 @@ def keep_one_rank_of_experts_on_meta(step_module: nn.Module) -> None:
 
 
 def _keep_own_experts(module: nn.Module, share: ExpertShare) -> None:
-    """Cut the parameters of a module of experts, `[experts, ...]`, to the number of experts that one rank of the group holds.
+    """Cut the parameters of a module of experts, `[experts, ...]`, to as many experts as one rank of the group holds.
 
-    They are on meta, so that the first experts stand for this rank's own; their values are read later.
+    `share`: which part that is; it becomes the module's `expert_share`. The parameters are on meta, so that the first experts
+    stand for this rank's own, whose values are read later.
     """
+    # The module's own dict: what is set in it is in the module.
     parameters = own_parameters(module)
     for name, parameter in parameters.items():
         if parameter is None:
@@ -79,10 +82,11 @@ def _keep_own_experts(module: nn.Module, share: ExpertShare) -> None:
 
 
 def shard_experts(module: nn.Module, world_size: int, *, mesh: DeviceMesh, **fully_shard_settings: Any) -> None:
-    """Shard a rank's experts over the ranks that hold the same ones, which are those of `mesh`, with FSDP2.
+    """Let FSDP2 shard a rank's experts of one layer (`module`) over the ranks that hold the same ones, those of `mesh`.
 
     `world_size`: all ranks of the run, by which summed gradients are divided, as those of other parameters are: the tokens of an
-    expert come from all ranks, though only the ranks of the mesh hold it. `fully_shard_settings`: its other arguments.
+    expert come from all ranks, though only the ranks of the mesh hold it. `fully_shard_settings`: further arguments of torch's
+    `fully_shard`. All ranks of the mesh must call.
     """
     sharded: Any = fully_shard(module, mesh=mesh, **fully_shard_settings)
     sharded.set_gradient_divide_factor(float(world_size))

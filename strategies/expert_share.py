@@ -43,10 +43,10 @@ class ExpertShare:
 
 
 def expert_share_of_parameter(step_module: nn.Module, name: str) -> ExpertShare | None:
-    """The share that this rank holds of the parameter `name`; None if it is no parameter of distributed experts.
+    """Look up which part of a layer's experts this rank holds of the parameter `name`; None if it holds the whole parameter.
 
-    `name`: as in checkpoints, such as `layers.0.mlp.experts.gate_up_proj`; of a frozen model as in the step module, such as
-    `teacher.layers.0.mlp.experts.gate_up_proj`.
+    Under expert parallelism, the module that has the parameter has the share as `expert_share`. `name`: as in checkpoints, such
+    as `layers.0.mlp.experts.gate_up_proj`; of a frozen model as in the step module, `teacher.layers.0.mlp.experts.gate_up_proj`.
     """
     module_name = name.rpartition(".")[0]
     if not name.startswith(FROZEN_MODEL_PREFIXES):  # names of frozen models are those within the step module

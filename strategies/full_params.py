@@ -38,7 +38,7 @@ class FsdpFullParameters(FullParameters):
         self.reshard_after_forward = reshard_after_forward
 
     def gather_bytes(self) -> int | None:
-        """Bytes that `gathered` takes on this rank's device, in the type in which FSDP2 gathers."""
+        """Bytes that all parameters of the trained model take on this rank's device once they are gathered."""
         total = 0
         for _, parameter in named_parameters(self.wrapped):
             # Packed weights are gathered as the bytes they are.
@@ -48,9 +48,9 @@ class FsdpFullParameters(FullParameters):
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """A context in which every rank has all parameters, so that forward passes need no other rank.
+        """A context in which every rank has all parameters, so that forward passes need no other rank: to generate text, say.
 
-        FSDP2's hooks, which would gather and reshard block by block, are off inside. All ranks must enter and leave it.
+        FSDP2's hooks, which would gather and free each block in each pass, are off inside. All ranks must enter and leave it.
         """
         from torch.distributed.fsdp import FSDPModule
 
@@ -89,7 +89,10 @@ class ZeroFullParameters(FullParameters):
         return [parameter for _, parameter in named_parameters(self.step_module)]
 
     def gather_bytes(self) -> int | None:
-        """Bytes that `gathered` takes on this rank's device; None if parameters lie on a drive."""
+        """Bytes that all parameters of the trained model take on this rank's device once they are gathered.
+
+        None if they lie on a drive, perhaps because the host has no room for them.
+        """
         total = 0
         for parameter in self._parameters:
             if getattr(parameter, "nvme_swapper", None) is not None:
@@ -99,10 +102,10 @@ class ZeroFullParameters(FullParameters):
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """A context in which every rank has all parameters, so that forward passes need no other rank.
+        """A context in which every rank has all parameters, so that forward passes need no other rank: to generate text, say.
 
-        DeepSpeed's coordinator, which would fetch and free parameters module by module, is idle inside. All ranks must enter
-        and leave it.
+        DeepSpeed's coordinator, which would fetch and free parameters module by module in each pass, is idle inside. All ranks
+        must enter and leave it.
         """
         import deepspeed
 

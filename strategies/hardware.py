@@ -48,10 +48,10 @@ class Gpu:
         return self.has_bf16
 
     def unsupported_flash_head_sizes(self, dropout: float = 0.0) -> tuple[int, int] | None:
-        """(smallest, largest) size of an attention head whose backward pass flash attention cannot compute on this GPU.
+        """The sizes of an attention head that flash attention cannot train on this GPU: (smallest, largest); None if it can all.
 
-        None if it can compute all. By torch's own rule, NVIDIA's GPUs with little shared memory (capabilities 8.6 to 8.9, 12.0
-        and 12.1) cannot do the sizes 193 to 224, and with dropout all sizes above 192.
+        It lacks their backward pass. By torch's own rule, NVIDIA's GPUs with little shared memory (capabilities 8.6 to 8.9, 12.0
+        and 12.1) cannot do the sizes 193 to 224, and with dropout in attention all sizes above 192.
         """
         is_nvidia = self.architecture is None
         has_little_shared_memory = any(
@@ -80,7 +80,10 @@ def gpu_of_device(device: torch.device) -> Gpu | None:
 
 
 def best_precision(gpu: Gpu | None) -> Precision:
-    """What `precision=auto` means: bf16 if the hardware has it, else fp16 if it has that; fp32 on other GPUs and on CPUs."""
+    """What `precision=auto` means on a GPU: bf16 if the hardware has it, else fp16 if that is fast, else fp32.
+
+    `gpu`: None for a CPU, on which it means fp32.
+    """
     if gpu is None:
         return Precision.fp32
     if gpu.has_bf16:
@@ -102,7 +105,10 @@ def cpu_has_bf16() -> bool:
 
 
 def slow_precision_warning(precision: Precision, device_type: str) -> str | None:
-    """A warning about a precision that is slow on this hardware; None if there is nothing to say."""
+    """Warn of bf16 on a processor that must emulate it, in words for the user; None for every other precision and device.
+
+    `device_type`: of the run, `cpu` or `cuda`.
+    """
     if precision is Precision.bf16 and device_type == "cpu" and not cpu_has_bf16():
         return (
             "this processor has no bf16 instructions: each product is emulated, and fp32 is many times as fast here; set "

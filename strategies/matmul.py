@@ -93,9 +93,10 @@ MEASURED_RATIOS = (
 
 
 def choose_matmul_library(requested: Matmul) -> MatmulChoice:
-    """Choose the library of this process and switch to it. Call it on CPUs only, before the first product is computed.
+    """Choose the library that multiplies float32 matrices on this CPU, torch's BLAS or oneDNN, and switch this process to it.
 
-    Sets the limit of oneDNN's compiled kernels in the environment, unless the user has set it.
+    Call it before the first product is computed. `requested`: the setting `run.matmul`; `auto` takes oneDNN where it was measured
+    to be much faster. Also limits oneDNN's compiled kernels by environment variables, unless the user has set these.
     """
     global _onednn_is_chosen
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own cache, and torch's of it
@@ -108,13 +109,15 @@ def choose_matmul_library(requested: Matmul) -> MatmulChoice:
 
 
 def agree_on_matmul_library(choices: list[MatmulChoice], rank: int) -> MatmulChoice:
-    """The choice of this rank on which all agree: its own if all are alike, else BLAS, since the libraries round differently.
+    """Make all ranks multiply by one library, since they round differently: this rank's choice if all are alike, else BLAS.
 
-    `choices`: those of all ranks, in rank order. If they differ, one has chosen BLAS. `rank`: this rank.
+    `choices`: those of all ranks, in rank order. `rank`: this rank. Switches this process to BLAS if it must; the choice that
+    is returned then names the rank that cannot take oneDNN.
     """
     if len({choice.library for choice in choices}) == 1:
         return choices[rank]
     choose_matmul_library(Matmul.blas)
+    # There are two libraries, so some rank has chosen BLAS.
     blas_rank = next(number for number, choice in enumerate(choices) if choice.library is Matmul.blas)
     return MatmulChoice(Matmul.blas, f"rank {blas_rank}: {choices[blas_rank].reason}")
 
@@ -173,9 +176,10 @@ def _set_float32_library(*, onednn: bool) -> None:
 
 
 def _choose_by_request_and_processor(requested: Matmul) -> MatmulChoice:
-    """The library that this process should use, and why. `requested`: `run.matmul`; `auto` is looked up in the table.
+    """Decide which library should multiply float32 matrices in this process, and why; switches nothing.
 
-    BLAS if it is requested, or if oneDNN is missing or would round to bfloat16; else what is requested, or the table's.
+    BLAS if it is requested, or if oneDNN is missing or would round to bfloat16. Else oneDNN if it is requested, and for `auto`
+    the faster one by a table of processors.
     """
     if requested is Matmul.blas:
         return MatmulChoice(Matmul.blas, "as asked")
@@ -206,7 +210,7 @@ def this_processor() -> Processor:
 
 
 def _vendor_and_family() -> tuple[str, int]:
-    """(the processor's vendor, the number of its family), as Linux has them in /proc/cpuinfo; empty and 0 if it does not say."""
+    """Read the processor's vendor and the number of its family from /proc/cpuinfo: ("AuthenticAMD", 25); ("", 0) if unknown."""
     try:
         lines = _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not Linux
@@ -236,7 +240,10 @@ def _blas_of_torch() -> str:
 
 
 def _onednn_keeps_float32() -> bool:
-    """Whether oneDNN multiplies float32 without rounding to bfloat16. Tested with numbers that bfloat16 cannot represent."""
+    """Whether oneDNN multiplies float32 without rounding to bfloat16, as it may on a processor with bfloat16 products.
+
+    Tried with a number that bfloat16 cannot represent. Leaves products to BLAS.
+    """
     matrix = torch.full((64, 64), 1.0 + 2.0**-12)
     _set_float32_library(onednn=True)
     try:

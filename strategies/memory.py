@@ -29,7 +29,11 @@ KEPT_VALUES_PER_WIDTH = {
 def estimated_activation_bytes(
     tokens: int, width: int, blocks: int, checkpointing: ActivationCheckpointing, precision: Precision
 ) -> float:
-    """Bytes that a forward pass of `tokens` tokens keeps, by a rule of thumb. `width`: the size of a hidden state."""
+    """Estimate by a rule of thumb what a forward pass keeps for the backward pass, in bytes, where nobody has counted it.
+
+    `tokens`: of a micro-batch. `width`: the size of a hidden state. `checkpointing`: what blocks recompute; what is recomputed
+    is not kept.
+    """
     per_block = KEPT_VALUES_PER_WIDTH.get(checkpointing, ALL_VALUES_PER_WIDTH)
     # In addition, everything of one block: even if blocks recompute, the one that computes has all of it for a moment.
     kept_values = tokens * width * (blocks * per_block + ALL_VALUES_PER_WIDTH)
@@ -39,7 +43,9 @@ def estimated_activation_bytes(
 def estimated_state_bytes(
     step_module: nn.Module, config: StrategyConfig, precision: Precision, *, world_size: int, num_replicas: int
 ) -> float:
-    """Bytes of parameters, gradients and optimizer state on one rank's device, copies in the compute type included.
+    """Estimate what a rank holds between steps on its device, in bytes: parameters, gradients and optimizer state.
+
+    Copies in the compute type are included, and what is gathered from other ranks at one time. By strategy:
 
     - ZeRO: by its stage, see `_zero_state_bytes`.
     - FSDP2 with offloading to the CPU: only what is gathered at one time.
@@ -65,7 +71,10 @@ def estimated_state_bytes(
 
 
 def expert_parallel_parameters(step_module: nn.Module) -> dict[int, nn.Parameter]:
-    """The parameters of experts that are distributed over ranks, by their `id()`. `step_module`: not yet sharded."""
+    """The parameters of experts that are distributed over ranks (`parallel.experts`), by their `id()`; none without that.
+
+    `step_module`: not yet sharded.
+    """
     parameters: dict[int, nn.Parameter] = {}
     for name in plan_of(step_module).expert_parallel_modules:
         for parameter in step_module.get_submodule(name).parameters(recurse=False):
@@ -90,9 +99,10 @@ class _ModelSizes:
 
 
 def _model_sizes(step_module: nn.Module, bytes_per_value: int) -> _ModelSizes:
-    """Sizes of a step module that is not sharded, from which `estimated_state_bytes` computes what a rank holds.
+    """Add up the sizes of a model that is not sharded yet, to estimate what a rank will hold of it.
 
-    `bytes_per_value`: bytes of a value in the type that the model computes in.
+    `step_module`: the model with all that its step computes beside it. `bytes_per_value`: bytes of a value in the type that the
+    model computes in.
     """
     # Frozen models (a teacher, reward models) take memory as well.
     frozen_bytes = sum(
@@ -114,10 +124,10 @@ def _model_sizes(step_module: nn.Module, bytes_per_value: int) -> _ModelSizes:
 
 
 def _bytes_gathered_at_one_time(step_module: nn.Module, bytes_per_value: int, all_bytes: int) -> float:
-    """Bytes that a rank has gathered at one time: two blocks, and everything outside the blocks.
+    """Bytes of full parameters that a rank has at one time where they are sharded: two blocks, and everything outside the blocks.
 
-    While one block runs, the next one is gathered already. `all_bytes`: of the whole model, which counts as one block if the
-    architecture names none.
+    While one block runs, the next one is gathered already. `bytes_per_value`: in the compute type. `all_bytes`: of the whole
+    model, which counts as one block if the architecture names none.
     """
     expert_parallel = expert_parallel_parameters(step_module)
     expert_ranks = plan_of(step_module).expert_ranks
@@ -142,7 +152,10 @@ def _full_bytes(parameter: nn.Parameter, bytes_per_value: int) -> int:
 
 
 def _zero_state_bytes(sizes: _ModelSizes, config: ZeroConfig, precision: Precision, num_ranks: int) -> float:
-    """Bytes of parameters, gradients and optimizer state on one of `num_ranks` ranks, under the ZeRO stage of `config`."""
+    """Bytes of parameters, gradients and optimizer state on one of `num_ranks` ranks' devices, under DeepSpeed's ZeRO.
+
+    Stage 1 shards optimizer state, 2 also gradients, 3 also parameters. What is offloaded does not count.
+    """
     # Under stage 3 in fp32, the parameters themselves are the fp32 masters.
     master_bytes_per_element = 0 if precision is Precision.fp32 and config.stage == 3 else 4
     parameter_bytes = sizes.all_bytes / (num_ranks if config.stage == 3 else 1)

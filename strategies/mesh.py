@@ -18,9 +18,10 @@ REPLICA_PER_HOST = 0
 
 
 def resolve_replica_count(requested: int, world_size: int, num_hosts: int) -> int:
-    """The number of replicas among `world_size` ranks on `num_hosts` hosts: `requested`, or by `REPLICA_PER_HOST`.
+    """Turn the setting `strategy.replicate` into a number of replicas, each sharded over its part of the `world_size` ranks.
 
-    Raises ConfigError if it does not divide the number of ranks.
+    `requested`: the setting; `REPLICA_PER_HOST` (0) is one for each of `num_hosts` hosts, or 2 on a single host. Raises
+    ConfigError, with the possible numbers, if it does not divide the number of ranks.
     """
     num_replicas = requested
     if requested == REPLICA_PER_HOST:
@@ -35,9 +36,9 @@ def resolve_replica_count(requested: int, world_size: int, num_hosts: int) -> in
 
 
 def replica_count(config: StrategyConfig, world_size: int, num_hosts: int) -> int:
-    """The number of replicas of the model: 1 unless the strategy is hsdp, or fsdp2 with `strategy.replicate`.
+    """The number of replicas of the model among the ranks, each sharded over the ranks of the replica: 1 unless FSDP2 has more.
 
-    Raises ConfigError if `strategy.replicate` does not divide `world_size`.
+    It has with `strategy=hsdp`, or `strategy.replicate`. Raises ConfigError if that does not divide `world_size`.
     """
     if not isinstance(config, Fsdp2Config):
         return 1
@@ -49,12 +50,13 @@ def replica_count(config: StrategyConfig, world_size: int, num_hosts: int) -> in
 
 
 def shard_mesh(device: torch.device, runtime: Runtime, num_replicas: int) -> DeviceMesh:
-    """The device mesh over which FSDP2 shards: dimensions `replicate` and `shard`, or only `shard` for one replica.
+    """Make the device mesh over which FSDP2 shards: dimensions `replicate` and `shard`, or only `shard` for one replica.
 
-    The ranks of a row of the mesh hold one replica of the model together; those of a column hold the same shard. Groups have
-    the run's timeout; the timeout of groups that torch makes is half an hour. Each rank creates only its own two groups; torch
-    would create all groups on every rank. All ranks must call.
+    The ranks of a row of the mesh hold one replica of the model together; those of a column hold the same shard. 8 ranks in two
+    replicas: rows 0 to 3 and 4 to 7. All ranks must call.
     """
+    # We make the groups of a mesh ourselves: they get the run's timeout instead of torch's half an hour, and a rank makes only
+    # its own two, where torch would make all groups on every rank.
     # Values of the mesh's tensor are read, and a simulation, in which tensors have no values, may be active.
     with real_tensors():
         if num_replicas == 1:
@@ -71,12 +73,14 @@ def shard_mesh(device: torch.device, runtime: Runtime, num_replicas: int) -> Dev
 def expert_mesh(
     device: torch.device, runtime: Runtime, num_replicas: int, expert_ranks: int
 ) -> tuple[dist.ProcessGroup, DeviceMesh]:
-    """The process groups of expert parallelism (`parallel.experts`) that this rank belongs to. All ranks must call.
+    """Make the process groups of expert parallelism (`parallel.experts`) that this rank belongs to. All ranks must call.
 
     `expert_ranks` neighbouring ranks of a replica form an expert group: together they hold all experts of a layer, and the
     index of a rank within its group determines which experts are its own. Ranks with the same index in other groups hold the
-    same experts; those of one replica shard them. Returns (this rank's expert group, the mesh of ranks with the same experts,
-    whose dimensions are those of `shard_mesh`).
+    same experts; those of one replica shard them.
+
+    Returns (this rank's expert group, the mesh of ranks with the same experts: its dimension `shard` is those of one replica,
+    and with several replicas it has `replicate` as well).
     """
     with real_tensors():  # as in `shard_mesh`
         # Axes: replica, expert group within the replica, index within the group.
@@ -98,7 +102,7 @@ def expert_mesh(
 
 
 def _new_group_of(member_ranks: list[int], device: torch.device, runtime: Runtime) -> dist.ProcessGroup:
-    """A new process group of `member_ranks`, of which this rank is one. Only its members must call."""
+    """Form a process group of `member_ranks`, of which this rank is one, with the run's timeout. Only its members must call."""
     group = dist.new_group(
         member_ranks,
         timeout=timedelta(seconds=runtime.timeout_s),

@@ -13,7 +13,10 @@ LOOPBACK = "127.0.0.1"
 
 
 def refuse_unknown_interface() -> None:
-    """Raise ConfigError if the environment names an interface for gloo that this host does not have."""
+    """Raise ConfigError if the environment names a network interface for gloo (ranks on CPUs) that this host does not have.
+
+    gloo itself would end with a message that does not name the variable.
+    """
     names = os.environ.get(GLOO_INTERFACES_VARIABLE, "")
     interfaces = dict(socket.if_nameindex()).values()
     # gloo takes several, separated by commas.

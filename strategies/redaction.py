@@ -63,7 +63,7 @@ _REGEX_BY_KIND = {kind: re.compile(pattern) for kind, pattern in SECRET_PATTERN_
 
 
 def kind_of_secret_in(text: str) -> str | None:
-    """The kind of secret that a text holds, in words; None if it holds none."""
+    """Say which kind of secret a text holds, such as `a token of Hugging Face`, for a message; None if it holds none."""
     for name, value in _secrets_of_environment():
         if value in text:
             return f"the value of the environment variable {name}"
@@ -74,7 +74,7 @@ def kind_of_secret_in(text: str) -> str | None:
 
 
 def redact(text: str) -> str:
-    """The text with `[secret]` in the place of each secret."""
+    """Replace each secret in a text by `[secret]`, before it is shown or sent: known patterns, and values of the environment."""
     for _, value in _secrets_of_environment():
         text = text.replace(value, HIDDEN_PLACEHOLDER)
     for pattern in _REGEX_BY_KIND.values():
@@ -93,7 +93,7 @@ def _redacted_match(match: re.Match[str]) -> str:
 
 
 def _is_secret(match: re.Match[str]) -> bool:
-    """Whether the match of a secret's pattern is a secret.
+    """Whether what a pattern of secrets has matched is really one that must be hidden.
 
     - It was hidden already: no.
     - Its group is called `base64` (`Basic <word>`): only if the word decodes to `name:password`.

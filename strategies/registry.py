@@ -18,9 +18,9 @@ def common_settings(strategy: StrategyConfig) -> dict[str, Any]:
 
 
 def every_strategy(common: StrategyConfig) -> list[StrategyConfig]:
-    """One configuration of each strategy that can run, in the order of `STRATEGIES`, for plans and `strategy=auto` to compare.
+    """List one configuration of each strategy that can run, for plans and `strategy=auto` to compare; in order of `STRATEGIES`.
 
-    All have the settings of `common` that every strategy has.
+    `common`: whose settings that every strategy has (such as `activation_checkpointing`) all of them get.
     """
     common_values = common_settings(common)
     return [

@@ -35,10 +35,11 @@ _SEQUENCE_GROUPS: dict[int, _SequenceGroup] = {}
 
 
 def with_sequence_parallelism(runtime: Runtime, degree: int) -> Runtime:
-    """Set up sequence parallelism: `degree` neighbouring ranks (`parallel.sequence`) share each row. All ranks must call.
+    """Set up sequence parallelism: `degree` neighbouring ranks (`parallel.sequence`) share each row of tokens.
 
     Returns `runtime` with that degree. The process group of this rank's neighbours is made once for each degree, and lives as
-    long as the group of all ranks: layers, which have no runtime, find it by the degree (`sequence_group_of`).
+    long as the group of all ranks: layers, which have no runtime, find it by the degree (`sequence_group_of`). All ranks must
+    call.
     """
     if degree == 1:
         return replace(runtime, sequence_size=1)
@@ -62,9 +63,9 @@ def with_sequence_parallelism(runtime: Runtime, degree: int) -> Runtime:
 
 
 def sequence_group_of(row_slices: list[int]) -> Any:
-    """The process group of the ranks that share a row of tokens.
+    """Find the process group of the ranks that share a row of tokens with this one (sequence parallelism), for a layer.
 
-    `row_slices`: the borders of the ranks' slices of the row, one more than there are ranks; such as [0, 4, 8] for two ranks.
+    `row_slices`: the borders of the ranks' slices of the row, such as [0, 4, 8] for two ranks; their number tells the group.
     """
     degree = len(row_slices) - 1
     sequence_group = _SEQUENCE_GROUPS[degree]
@@ -130,9 +131,10 @@ def _all_reduce_without_gradient(local: Tensor, group: Any) -> Tensor:
 
 
 def sum_over_group(local: Tensor, row_slices: list[int] | None) -> Tensor:
-    """The sum of each rank's `local` over the ranks that share a row, with gradients; `local` itself if nobody shares it.
+    """Sum a part of the loss over the ranks that share a row of tokens, with gradients; `local` itself if nobody shares the row.
 
-    All ranks of the group must call.
+    `local`: this rank's part. `row_slices`: the borders of the ranks' slices of the row, such as [0, 4, 8]; None for a row that
+    one rank has alone. All ranks of the group must call.
     """
     if row_slices is None:
         return local

@@ -13,13 +13,13 @@ from strategies.runtime import Runtime, gather_objects
 
 
 def num_held_elements(step_module: nn.Module) -> int:
-    """How many parameter elements this rank holds between steps, counted from its live tensors; for the run record.
+    """Count the parameter elements that this rank holds between steps, from its live tensors: the record shows what is sharded.
 
     Elements are those of the model: a packed (quantised) weight counts with the elements that it encodes. Experts distributed
     over ranks count on each rank that holds them.
     """
     local_total = 0
-    # Of packed parameters, the elements that they encode are counted.
+    # By name, of the full parameters; of packed ones, the elements that they encode.
     full_counts = num_elements_by_name(step_module)
     for name, parameter in named_parameters(step_module):
         local_numel, full_numel = _local_and_full_numel(parameter)
@@ -34,7 +34,10 @@ def num_held_elements(step_module: nn.Module) -> int:
 
 
 def _local_and_full_numel(parameter: Any) -> tuple[int, int]:
-    """(elements on this rank, elements on all ranks together) of a parameter as it is stored."""
+    """(elements on this rank, elements of the full parameter) as they are stored, whoever has sharded the parameter.
+
+    Of packed weights, which are bytes, the bytes are counted; of distributed experts, those of one rank count as the full ones.
+    """
     if hasattr(parameter, "ds_tensor"):  # ZeRO-3
         return parameter.ds_tensor.ds_numel, int(parameter.ds_numel)
     if hasattr(parameter, "to_local"):  # FSDP2
@@ -43,10 +46,10 @@ def _local_and_full_numel(parameter: Any) -> tuple[int, int]:
 
 
 def sharding_record(engine: Engine, runtime: Runtime) -> dict[str, Any]:
-    """The record of sharding in `run.json`, counted from the live tensors. All ranks must call.
+    """Write down for `run.json` what is really sharded, counted from the live tensors and not from the settings.
 
     `{"parameters": 1200, "trainable_parameters": 40, "exchange": "nccl", "held_per_rank": [600, 600]}`: numbers of elements, and
-    under `exchange` the backend of collectives.
+    under `exchange` the backend of collectives: nccl, gloo, or shared memory. All ranks must call.
     """
     step_module = engine.step_module
     counts = num_elements_by_name(step_module)

@@ -39,12 +39,16 @@ class SingleStrategy:
         make_optimizer: OptimizerFactory,
         max_grad_norm: float,
     ) -> NativeEngine:
-        """Load everything onto the device, then build the optimizer."""
+        """Turn a model on meta into an engine for one process: load its weights onto the device, then build the optimizer.
+
+        `source`: where weights come from. `make_optimizer`: builds the optimizer of (plain name, parameter) pairs that train.
+        `max_grad_norm`: to which the gradients' global norm is clipped; 0 does not clip.
+        """
         load_in_full(step_module, source, self.precision, self.runtime)
         apply_checkpointing_and_compile(step_module, self.config)
         return NativeEngine(
             step_module,
-            step_module,  # nothing wraps it
+            step_module,  # the module as it is called: nothing wraps it here
             make_optimizer=make_optimizer,
             max_grad_norm=max_grad_norm,
             precision=self.precision,

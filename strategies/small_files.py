@@ -43,7 +43,11 @@ FILE_PATTERNS_BESIDE_JSON_OBJECTS = (
 
 
 def refuse_unless_small_regular_file(path: Path, *, most_bytes: int | None = None) -> None:
-    """Raise ConfigError if a file is not a regular one, cannot be looked at, or is larger than `most_bytes`."""
+    """Raise ConfigError if a file of a model's directory is a pipe, a device or a directory, or is larger than `most_bytes`.
+
+    Also if it cannot be looked at. Reading such a file would wait forever, or fill the memory. A link to a regular file will do.
+    `most_bytes`: None for no limit.
+    """
     try:
         status = path.stat()
     except OSError as error:
@@ -57,7 +61,10 @@ def refuse_unless_small_regular_file(path: Path, *, most_bytes: int | None = Non
 
 
 def refuse_lfs_pointer(path: Path) -> None:
-    """Raise ConfigError if a file is a pointer of git-lfs. Some would load without an error: a template is any text."""
+    """Raise ConfigError if a file is a pointer, the small text that git-lfs leaves in the place of a file it has not fetched.
+
+    Some pointers would load without an error: a chat template is any text.
+    """
     try:
         with path.open("rb") as file:
             head = file.read(len(LFS_POINTER_START))
@@ -71,7 +78,10 @@ def refuse_lfs_pointer(path: Path) -> None:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object of a small file. Raises ConfigError, naming the file, for anything else."""
+    """Read a small JSON file of a model's directory that must hold an object, such as config.json.
+
+    Anybody may have written it: raises ConfigError, which names the file and what to do, for anything else.
+    """
     refuse_unless_small_regular_file(path, most_bytes=MAX_BYTES_BY_FILE.get(path.name, MAX_BYTES))
     refuse_lfs_pointer(path)
     try:
@@ -102,7 +112,10 @@ def texts_in_parsed(parsed: Any) -> Iterator[str]:
 
 
 def check_files_read_by_libraries(directory: Path) -> None:
-    """Raise ConfigError if a library could not read one of the small files in a model's or an adapter's directory."""
+    """Raise ConfigError if a library could not read one of the small files in a model's or an adapter's directory.
+
+    Checked before a library reads them, whose traceback would not name the file. A missing file is no error.
+    """
     for name in JSON_OBJECT_FILES:
         path = directory / name
         if path.exists() or path.is_symlink():  # a link to nothing, as after a download that was cut short, is an error

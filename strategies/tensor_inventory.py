@@ -40,9 +40,9 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def engine_tensors(engine: Engine) -> Iterator[tuple[MemoryKind, Tensor]]:
-    """(kind of memory, tensor) for everything that `engine` keeps at this moment: weights, gradients, optimizer state and so on.
+    """List all tensors that `engine` keeps at this moment as (kind of memory, tensor): weights, gradients, optimizer state, ...
 
-    A simulation counts live bytes by kind with it. If a storage comes twice, its last kind counts.
+    A simulation counts live bytes by kind with it. Tensors may share a storage: the last kind that comes for it counts.
     """
     module = engine.step_module
     for tensor in (*module.parameters(), *module.buffers()):
@@ -78,10 +78,11 @@ def _fsdp_tensors(module: nn.Module) -> Iterator[tuple[MemoryKind, Tensor]]:
 
 
 def _deepspeed_tensors(engine: Any) -> Iterator[tuple[MemoryKind, Tensor]]:
-    """What DeepSpeed keeps: gathered parameters, this rank's partitions, and what is inside its optimizer.
+    """List what DeepSpeed keeps: gathered parameters, this rank's partitions, and what is inside its optimizer; else nothing.
 
     A parameter that is not gathered now is empty, and adds no bytes.
     """
+    # DeepSpeed's own engine is the attribute `engine` of ours.
     zero_optimizer = getattr(getattr(engine, "engine", None), "optimizer", None)
     if zero_optimizer is None:
         return

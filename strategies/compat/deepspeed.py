@@ -32,7 +32,7 @@ def disable_shared_memory_op() -> None:
 
 
 def restore_torch_linear() -> None:
-    """Undo DeepSpeed's replacement of torch's linear function by an earlier engine of this process, which persists.
+    """Give torch its linear function back, which an earlier DeepSpeed engine of this process may have replaced for good.
 
     `zero.Init` puts its own in the place of `torch.nn.functional.linear` and leaves it there; what was there before is in
     `InsertPostInitMethodToModuleSubClasses.linear_bk`.
@@ -43,9 +43,10 @@ def restore_torch_linear() -> None:
 
 
 def replace_backend(replacement: Callable[[Any], Any]) -> None:
-    """Let DeepSpeed's collectives go to `replacement(backend)`, where `backend` is what they go to now (`comm.cdb`).
+    """Put an object of our own in the place of the backend to which DeepSpeed's collectives go (`comm.cdb`).
 
-    `init_distributed` takes the name of a backend that torch knows, and no object.
+    `replacement`: called with the backend of now; returns the new one. `init_distributed` takes no object, but the name of a
+    backend that torch knows.
     """
     from deepspeed.comm import comm
 
@@ -74,9 +75,9 @@ def replace_stage3_functions(
 
 
 def forget_deepspeed_groups(*, also_existing: bool = False) -> None:
-    """Drop DeepSpeed's references to process groups of an earlier run of this process, which were destroyed.
+    """Let DeepSpeed forget process groups that an earlier run of this process has destroyed, before a new engine is made.
 
-    With `also_existing`, also those to groups that were not destroyed, as a simulation needs after another one. DeepSpeed's own
+    `also_existing`: also groups that were not destroyed, as a simulation needs after another one. DeepSpeed's own
     `destroy_process_group` calls `groups._release_process_group_references` for it; a run that destroys its groups through torch
     does not.
     """
@@ -130,9 +131,10 @@ _TENSORS_BY_KIND = {
 
 
 def zero_optimizer_tensors(zero_optimizer: Any) -> Iterator[tuple[str, Tensor]]:
-    """(kind, tensor) for each tensor that a ZeRO optimizer keeps in addition to the state of its inner optimizer.
+    """List the tensors that DeepSpeed's ZeRO optimizer keeps as (kind, tensor), to count memory by kind.
 
-    `kind` is `parameters`, `optimizer`, `gradients` or `communication`. DeepSpeed has no public access to them.
+    `kind` is `parameters`, `optimizer`, `gradients` or `communication`. The state of the inner optimizer (torch's own) is left
+    out. DeepSpeed has no public access to them.
     """
     for kind, names in _TENSORS_BY_KIND.items():
         for name in names:
@@ -141,7 +143,10 @@ def zero_optimizer_tensors(zero_optimizer: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _tensors_in(collection: Any) -> Iterator[Tensor]:
-    """The tensors of a tensor, of nested dicts, lists and tuples, or of one of DeepSpeed's buckets of gradients."""
+    """Yield the tensors in what an attribute of DeepSpeed's optimizer holds: a tensor, nested collections, a gradient bucket.
+
+    None for an attribute that the optimizer does not have; it has no tensors.
+    """
     if torch.is_tensor(collection):
         yield collection
     elif isinstance(collection, dict):

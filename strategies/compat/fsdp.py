@@ -47,9 +47,9 @@ def gather_on(root: nn.Module, device: torch.device) -> None:
 
 
 def fsdp_internal_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(kind, tensor) for each tensor that FSDP2 keeps in addition to the parameters of the modules.
+    """List the tensors that FSDP2 keeps beside the parameters of the modules as (kind, tensor), to count memory by kind.
 
-    `kind` is `parameters`, `gradients`, `gathered` or `communication`.
+    `kind` is `parameters`, `gradients`, `gathered` or `communication`. `root`: the module that was sharded.
     """
     for group in _parameter_groups(root):
         for reduced in getattr(group.comm_ctx, "reduce_scatter_states", ()):  # none before the first pass
@@ -71,10 +71,10 @@ def fsdp_internal_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def without_fsdp_hooks(modules: Sequence[Any]) -> Iterator[None]:
-    """A context without FSDP's own hooks around the forward passes of `modules`; other hooks stay.
+    """A context in which the forward passes of `modules` run without FSDP2's own hooks, to generate text faster.
 
     Without gradients, with all weights gathered and no types to cast (`cast_forward_inputs=False`), those hooks do nothing, but
-    take a tenth of the time of a small block's pass for one token. FSDP2 has no public handles of its hooks.
+    take a tenth of the time of a small block's pass for one token. Other hooks stay. FSDP2 has no public handles of its hooks.
     """
     all_hooks = [(module._forward_pre_hooks, module._forward_hooks) for module in modules]
     try:

@@ -90,7 +90,10 @@ def collectives_reported(name_by_operation: Mapping[str, str], report: Callable[
 
 
 def _reporting_kernel(operation: Any, name: str, report: Callable[[str, int], None]) -> Callable[..., Any]:
-    """A kernel for `operation` that calls `report`, and then the kernel of the backend."""
+    """Make a kernel for a collective of torch that calls `report(name, bytes of its largest argument)`, then the backend's own.
+
+    `operation`: an overload in `torch.ops.c10d`.
+    """
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
         report(name, max(map(_num_bytes, (*args, *kwargs.values())), default=0))

@@ -35,10 +35,12 @@ def expected_bytes_by_collective(
     micro_batches: int,
     tokens_of_row: float,
 ) -> dict[str, float] | None:
-    """Bytes that a step exchanges, by collective, as the size of the full tensor: {ALL_GATHER: 3.2e9, REDUCE_SCATTER: 1.6e9}.
+    """Compute from what is sharded how many bytes a step should exchange, by collective, to compare with what is measured.
 
-    `micro_batches`: of a rank in a step. `tokens_of_row`: mean tokens of a micro-batch, all ranks that share a row together. None
-    if the bytes cannot be computed: for quantised bases, and for ZeRO-3, which decides while it runs how often it gathers.
+    {"all_gather": 3.2e9, "reduce_scatter": 1.6e9}, each by the size of the full tensor; {} for a single rank. `micro_batches`: of
+    a rank in a step. `tokens_of_row`: mean tokens of a micro-batch, all ranks that share a row together.
+
+    None if the bytes cannot be computed: for quantised bases, and for ZeRO-3, which decides while it runs how often it gathers.
     """
     is_zero3 = isinstance(strategy, ZeroConfig) and strategy.stage == 3
     if built.quantised_shapes or is_zero3:
@@ -60,9 +62,10 @@ def expected_bytes_by_collective(
 def _parameter_bytes_by_collective(
     built: BuiltModel, strategy: StrategyConfig, precision: Precision, runtime: Runtime, micro_batches: int
 ) -> dict[str, float]:
-    """Bytes by collective that a step exchanges for parameters and gradients; they do not depend on its tokens.
+    """Bytes that a step exchanges for parameters and gradients, by collective; they do not depend on its tokens.
 
     Weights are gathered in half precision unless the run is in fp32. Gradients are reduced in fp32, except under ZeRO in fp16.
+    `micro_batches`: of a rank in a step. {} for strategies without ranks to exchange with.
     """
     trained_elements = sum(p.numel() for _, p in named_parameters(built.step_module) if p.requires_grad)
     gathered_itemsize = _compute_itemsize(precision)
@@ -85,10 +88,10 @@ def _parameter_bytes_by_collective(
 def _fsdp2_bytes_by_collective(
     built: BuiltModel, strategy: Fsdp2Config, runtime: Runtime, micro_batches: int, gathered_itemsize: int
 ) -> dict[str, float]:
-    """Bytes by collective that a rank exchanges in a step for parameters and gradients, under FSDP2 and HSDP.
+    """Bytes that a rank exchanges in a step for parameters and gradients under FSDP2 and HSDP, by collective.
 
     HSDP has several replicas, each of which is sharded. `gathered_itemsize`: bytes of a weight in the type in which it is
-    gathered. `micro_batches`: of a rank in a step.
+    gathered. `micro_batches`: of a rank in a step. Parameters are told by their `id()`, since modules may share one.
     """
     module = built.step_module
     num_replicas = replica_count(strategy, runtime.world_size, runtime.num_hosts)
@@ -119,10 +122,11 @@ def _fsdp2_bytes_by_collective(
 
 
 def _num_gathered_elements_by_id(module: TrainStep, ranks_per_replica: int) -> dict[int, int]:
-    """Elements of each parameter that a rank gathers, by the parameter's id (blocks know theirs by other names).
+    """Count the elements that a rank gathers of each parameter under FSDP2, by its `id()` (blocks know theirs by other names).
 
     With `parallel.experts`, each rank of an expert group holds some experts of a layer. It gathers these from the ranks that
     shard the same experts; there are no such ranks, and nothing is gathered, if a replica is a single group.
+    `ranks_per_replica`: ranks that together hold one copy of the model.
     """
     elements = _num_full_elements_by_id(module)
     expert_ranks = module.plan.expert_ranks
@@ -146,14 +150,14 @@ def _num_full_elements_by_id(module: TrainStep) -> dict[int, int]:
 def _sequence_parallel_bytes(
     built: BuiltModel, strategy: StrategyConfig, precision: Precision, ranks_per_row: int, row_tokens: float
 ) -> float:
-    """Bytes that rank 0 exchanges in a micro-batch with the ranks that share its row (`parallel.sequence`).
+    """Bytes that rank 0 exchanges in a micro-batch with the ranks that share its row of tokens (`parallel.sequence`).
 
     Outside attention, each rank has a slice of the row with all heads; in attention, the full row with some heads. So there is an
-    all-to-all before and after attention. 0 if the model's heads are not known. Left out: replayed documents, which a reference
-    model reads by themselves.
+    all-to-all before and after attention. `row_tokens`: of the whole row. 0 if the model's heads are not known. Left out:
+    replayed documents, which a reference model reads by themselves.
     """
     step = built.step_module
-    _, blocks = width_and_num_blocks(built.base_on_meta)
+    _, blocks = width_and_num_blocks(built.base_on_meta)  # the model without what the tuning method adds
     # A backward pass exchanges the gradients of what a forward pass exchanges.
     passes = _num_forward_passes(built, strategy) + 1
     elements = _all_to_all_elements_per_layer(built.config, ranks_per_row, row_tokens) * passes * blocks
@@ -188,7 +192,10 @@ def _expert_parallel_bytes(built: BuiltModel, strategy: StrategyConfig, precisio
 
 
 def _num_forward_passes(built: BuiltModel, strategy: StrategyConfig) -> float:
-    """How often blocks run forward in a micro-batch, recomputed ones included; on average over the blocks."""
+    """How often a block of the model runs forward in a micro-batch, on average over the blocks: 2.0 if all are recomputed, say.
+
+    Each of these passes exchanges tokens, where ranks share rows or experts.
+    """
     step = built.step_module
     _, blocks = width_and_num_blocks(built.base_on_meta)
     # The modes of the blocks if the run chose them by memory (`activation_checkpointing=auto`), else the one of the settings.

@@ -19,11 +19,12 @@ def supports_experts(config: RunConfig) -> bool:
 
 
 def with_expert_parallelism(configs: list[RunConfig], world_size: int) -> list[list[RunConfig]]:
-    """For each of `configs`, the same run with expert parallelism (`parallel.experts`) over 2, 4 and 8 ranks, where possible.
+    """Make further variants of a run for a plan: with the experts of each layer distributed over 2, 4 and 8 ranks.
 
-    The list of a run is empty if its model has no experts, or its strategy is not FSDP2 or HSDP. `configs` are variants of one
-    run and have the same models; expert parallelism must be possible for its teacher and reward models as well. Expert groups
-    that cross hosts are left out, since each layer would wait for the network. `world_size`: ranks of the run. Reads no weights.
+    `configs`: variants of one run, with the same models; for each, a list is returned. It is empty if the model has no experts,
+    or its strategy is not FSDP2 or HSDP. Expert parallelism must be possible for the run's teacher and reward models as well.
+    Expert groups that cross hosts are left out, since each layer would wait for the network. `world_size`: ranks of the run.
+    Reads no weights.
     """
     ranks_per_host = world_size // configs[0].launcher.nodes
     degrees = [degree for degree in EXPERT_PARALLEL_DEGREES if ranks_per_host % degree == 0]

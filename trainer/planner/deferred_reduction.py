@@ -13,10 +13,11 @@ from trainer.planner.memory_tracker import PhasePeak, StepPhase
 
 
 def deferred_gradient_bytes(cost_model: CostModel, num_shards: int, num_expert_ranks: int = 1) -> int:
-    """Bytes that full gradients in fp32 take beyond this rank's shard, if they wait unreduced for the last micro-batch.
+    """Bytes that full gradients in fp32 take beyond this rank's shard, if FSDP2 reduces them only in the last micro-batch.
 
-    `num_shards`: ranks that shard the gradients. `num_expert_ranks`: ranks over which experts are distributed
-    (`parallel.experts`): a rank has full gradients of its own experts only.
+    `cost_model`: of it, only the numbers of trained parameters are read. `num_shards`: ranks that shard the gradients.
+    `num_expert_ranks`: ranks over which experts are distributed (`parallel.experts`): a rank has full gradients of its own
+    experts only.
     """
     bytes_per_element = 4
     num_other_parameters = cost_model.num_trained_parameters - cost_model.num_trained_expert_parameters
@@ -26,10 +27,10 @@ def deferred_gradient_bytes(cost_model: CostModel, num_shards: int, num_expert_r
 
 
 def with_deferred_reduction(cost_model: CostModel, waiting_bytes: int) -> CostModel:
-    """The cost model of the same step if gradients are reduced only in the last micro-batch.
+    """Compute what a step takes if gradients are reduced only in its last micro-batch, from one that reduces in each.
 
-    Each phase then holds `waiting_bytes` more, those of full gradients beyond reduced ones. A forward pass holds less again: the
-    buffers that the reduction of the micro-batch before would still have there.
+    Each phase (such as the forward pass of block 3) then holds `waiting_bytes` more, those of full gradients beyond reduced ones.
+    A forward pass holds less again: the buffers that the reduction of the micro-batch before would still have there.
     """
     # Leave out the reductions of all micro-batches but the last.
     collective_totals = {}
@@ -56,9 +57,9 @@ def with_deferred_reduction(cost_model: CostModel, waiting_bytes: int) -> CostMo
 
 
 def _bytes_without_earlier_reduction(phase: StepPhase, phases: dict[StepPhase, PhasePeak]) -> int:
-    """Bytes of buffers that the reduction of the micro-batch before holds during a forward pass; 0 in other phases.
+    """Bytes of buffers that a phase would not hold if the micro-batch before had not reduced gradients; 0 outside forward passes.
 
-    `phases`: the peaks of a step that reduces in each micro-batch.
+    `phases`: the peaks of a step that reduces in each micro-batch, with their bytes by kind.
     """
     if phase.name != "forward":
         return 0
@@ -71,9 +72,9 @@ def _bytes_without_earlier_reduction(phase: StepPhase, phases: dict[StepPhase, P
 def _peaks_with_full_gradients(
     phases: dict[StepPhase, PhasePeak], waiting_bytes: int, released_bytes: dict[StepPhase, int]
 ) -> dict[StepPhase, PhasePeak]:
-    """The peaks of `phases` with `waiting_bytes` more of gradients, and without the buffers that are not needed any more.
+    """The peaks of a step whose gradients wait for the last micro-batch, from those of one that reduces in each (`phases`).
 
-    `released_bytes`: bytes of these buffers by phase.
+    `waiting_bytes`: what full gradients take more. `released_bytes`: by phase, buffers of reductions that are not made any more.
     """
     peaks = {}
     for phase, peak in phases.items():

@@ -53,9 +53,10 @@ class SimulatedPeak:
 
 
 def strategy_for_simulation(strategy: StrategyConfig) -> StrategyConfig:
-    """The strategy in a form that can be simulated: not compiled.
+    """Bring the run's strategy into a form that can be simulated: not compiled.
 
-    If FSDP2 may choose when it reduces gradients (`defer_sync` is None), it reduces them in each micro-batch.
+    Where FSDP2 may choose when it reduces gradients (`defer_sync` is None), it reduces them in each micro-batch. What waiting for
+    the last one would take is computed from that.
     """
     uncompiled = replace(strategy, compile=False)
     if isinstance(uncompiled, Fsdp2Config) and uncompiled.defer_sync is None:
@@ -70,12 +71,11 @@ def why_not_simulated(error: Exception) -> str:
 
 
 def single_step_config(config: RunConfig, world_size: int, *, mode_if_auto: ActivationCheckpointing) -> RunConfig:
-    """The run with a step of at most two micro-batches (`accumulation` 2), which takes as much memory as its real step.
+    """Make of a run the one whose step is simulated for it: at most two micro-batches, which take as much memory as more.
 
-    It is in a form that can be simulated: not compiled (`strategy_for_simulation`).
-
-    `world_size`: ranks of the run. `mode_if_auto`: the recomputation to simulate if the run chooses by memory which blocks it
-    recomputes (`strategy.activation_checkpointing=auto`).
+    It is not compiled, which cannot be simulated. `config.batch["micro"]` must be a number. `world_size`: ranks of the run.
+    `mode_if_auto`: what blocks recompute in the simulation if the run chooses that by memory
+    (`strategy.activation_checkpointing=auto`).
     """
     strategy = strategy_for_simulation(config.strategy)
     if strategy.activation_checkpointing is ActivationCheckpointing.auto:
@@ -90,11 +90,14 @@ def single_step_config(config: RunConfig, world_size: int, *, mode_if_auto: Acti
 def check_run_fits(
     config: RunConfig, prepared: PreparedData, precision: Precision, runtime: Runtime, announce: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Check by simulation that the run fits its GPUs, if `run.must_fit` asks for it; returns `{"must_fit": ...}` for `run.json`.
+    """Refuse a run that would run out of memory before its model is built, if `run.must_fit` asks for that check.
 
-    The longest micro-batch is simulated, and compared with the memory of the smallest GPU. Returns {} if not asked for. All ranks
-    must call; rank 0 simulates in another process. Raises DoesNotFit on every rank if it does not fit, or if the simulation
-    fails; ConfigError if the ranks have no GPUs.
+    Rank 0 simulates a step of the longest micro-batch in another process, and the peak is compared with the memory of the
+    smallest GPU. Returns what `run.json` records, {"must_fit": MemoryCheck}; {} if not asked for. `announce`: prints a line
+    for the user.
+
+    Raises DoesNotFit on every rank if it does not fit, or if the simulation fails; ConfigError if the ranks have no GPUs. All
+    ranks must call.
     """
     if not config.run.must_fit:
         return {}
@@ -115,9 +118,9 @@ def check_run_fits(
 def _simulate_longest_step(
     config: RunConfig, prepared: PreparedData, precision: Precision, runtime: Runtime
 ) -> SimulatedPeak:
-    """The peak memory of a step of the longest micro-batch: rank 0 simulates it, and all ranks get it. All ranks must call.
+    """Find the peak memory of a step of the longest micro-batch: rank 0 simulates it in another process, and all ranks get it.
 
-    Raises DoesNotFit on every rank if the step cannot be simulated.
+    Raises DoesNotFit on every rank if the step cannot be simulated. All ranks must call.
     """
     peak_of_rank_0: SimulatedPeak | NotSimulated | None = None
     if runtime.is_main:
@@ -136,9 +139,9 @@ def _simulate_longest_step(
 
 
 def does_not_fit_message(fit: MemoryFit, peak: SimulatedPeak, config: RunConfig) -> str:
-    """The message of a run that does not fit: what it needs, what the GPU has, and which settings would take less.
+    """Write the message for a run that does not fit: what it needs, what the GPU has, and which settings would take less.
 
-    `fit`: a rank's memory by what takes it. `peak`: where in the step most is live. A setting that the run has already is not
+    `fit`: a rank's memory by what takes it. `peak`: where in the step most is live. Settings that the run has already are not
     proposed.
     """
     micro_batch = config.batch["micro"]
@@ -175,11 +178,11 @@ def simulate_in_process(
 
 
 def call_in_process(function: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: float) -> Any:
-    """The value of `function(*arguments)` in a new process, or `NotSimulated` if it did not return.
+    """Run a simulation in a new process, since a process that is part of a job, or holds a GPU, cannot run it itself.
 
-    It did not if the call took more than `timeout_s` seconds, or if the process ended before it sent a value. For
-    simulations, which a process that is part of a job, or holds a GPU, cannot run itself. `function` must be defined at the top
-    of a module, so that the new process can import it.
+    Returns what `function(*arguments)` returns there; `NotSimulated`, with the reason, if it took more than `timeout_s` seconds,
+    or if the process ended before it sent a value. `function` must be defined at the top of a module, so that the new process
+    can import it.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -199,10 +202,10 @@ def call_in_process(function: Callable[..., Any], arguments: tuple[Any, ...], ti
 
 
 def _send_call_result(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """Call `function(*arguments)` in the new process of `call_in_process`, and send what it returns.
+    """Call `function(*arguments)` in a process that was started for a simulation, and send what it returns to the parent.
 
-    Before that the process leaves the job: it dies with its parent, ignores the job's signals, and sees neither the job's
-    environment variables nor its GPUs.
+    Before that the process leaves the parent's job: it dies with its parent, ignores the job's signals, and sees neither the
+    job's environment variables nor its GPUs.
     """
     parent = multiprocessing.parent_process()
     die_with_parent(None if parent is None else parent.pid)
@@ -215,7 +218,10 @@ def _send_call_result(sender: Connection, function: Callable[..., Any], argument
 
 
 def _simulate_peak(config: RunConfig, lengths: list[int], rank_counts: RankCounts) -> SimulatedPeak | NotSimulated:
-    """The peak memory of a rank's step, or why it cannot be simulated. `simulate_in_process` calls it in its new process."""
+    """Simulate a step of the run, in a process of its own: the peak memory of a rank, or why it cannot be simulated.
+
+    `lengths`: tokens of each sequence of a micro-batch.
+    """
     from trainer.planner.simulation import simulate_depth
 
     try:

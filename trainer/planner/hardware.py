@@ -138,10 +138,11 @@ def card_memory_fit(cost_model: CostModel, peak: MemoryPeak, card: Card) -> Memo
 def device_memory_fit(
     live_bytes: int, num_groups: int, memory_gib: float, allocator_overhead: float = ALLOCATOR_OVERHEAD
 ) -> MemoryFit:
-    """How `live_bytes` bytes of tensors fit in a device of `memory_gib`, beside what the process itself takes.
+    """Compare what a rank needs with the memory of its device: tensors, and what the process itself takes beside them.
 
-    `num_groups`: groups of ranks that exchange something, for each of which NCCL takes buffers. `allocator_overhead`: the share
-    of live bytes that torch's allocator reserves beyond them.
+    `live_bytes`: of tensors at the peak. `num_groups`: groups of ranks that exchange something, for each of which NCCL takes
+    buffers. `memory_gib`: of the device. `allocator_overhead`: the share of live bytes that torch's allocator reserves beyond
+    them.
     """
     return MemoryFit(
         live_bytes=live_bytes,
@@ -153,7 +154,10 @@ def device_memory_fit(
 
 
 def available_tensor_bytes(cost_model: CostModel, card: Card) -> float:
-    """Bytes of simulated tensors for which the card has memory, beside the process itself, NCCL and the allocator's overhead."""
+    """Bytes of tensors, as a simulation counts them, for which the card has memory: the inverse of `card_memory_fit`.
+
+    What the process itself takes, NCCL and the allocator's overhead are subtracted. At least 0.
+    """
     other_gib = PROCESS_CONTEXT_GIB + NCCL_GROUP_GIB * num_rank_groups(cost_model)
     # The allocator reserves more than tensors take, and real tensors may take more than simulated ones (`card.tensors`).
     tensor_bytes = (card.memory_gib - other_gib) * GIB / (1 + card.allocator) / card.tensors
@@ -161,7 +165,10 @@ def available_tensor_bytes(cost_model: CostModel, card: Card) -> float:
 
 
 def num_rank_groups(cost_model: CostModel | ExtrapolatedStep) -> int:
-    """How many groups of ranks exchange something in a step, for each of which NCCL takes memory."""
+    """Count the groups of ranks that exchange something in a simulated step, since NCCL takes device memory for each.
+
+    Groups are told apart by their size, and by whether they exchange tokens.
+    """
     groups = set()
     for collective in cost_model.collective_totals:
         # A group that shares rows or experts is another one than the group of as many ranks that shares weights.

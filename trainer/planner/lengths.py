@@ -87,7 +87,10 @@ class SampledLengths:
         return float(self.tokens[self.order.units_of_epoch(0)].mean())
 
     def lengths(self, config: DataConfig, sequences_per_sample: int) -> DocumentLengths:
-        """The lengths of the samples that the first epoch draws. A pack (several documents in one row) counts as full."""
+        """Summarise the lengths of the samples that the first epoch draws, for a plan: the longest by memory, the mean by time.
+
+        A pack (several documents in one row) counts as full. `sequences_per_sample`: 2 for an objective over pairs, else 1.
+        """
         epoch_samples = self.order.units_of_epoch(0)
         # Another epoch may have fuller packs, so packs count as full.
         longest = np.array([config.max_length]) if config.packing else np.sort(self.tokens)[::-1]
@@ -108,13 +111,15 @@ def lengths_of_data(config: RunConfig, train: TokenDataset) -> DocumentLengths:
 
 
 def sampled_lengths(config: RunConfig, train: TokenDataset, sequences_per_document: int) -> SampledLengths:
-    """The lengths of prepared data in the samples that a run draws: packs if it packs, else single documents (or pairs).
+    """Find how long the samples of a run are: packs of documents if it packs, else single documents (or pairs of answers).
 
-    `build_order` groups the sequences of the data, whose lengths are in `train.lengths`, into packs or pairs. If the model
-    generates answers to the documents, each counts with an answer of the greatest length. `sequences_per_document`: 2 for an
-    objective over pairs of answers, else 1. Raises what `build_order` raises.
+    `train`: the prepared data, with the length of each sequence. If the model generates answers to the documents, each counts
+    with an answer of the greatest length. `sequences_per_document`: 2 for an objective over pairs of answers, else 1. Raises what
+    `build_order` raises.
     """
+    # `max_generated_tokens` is 0 for objectives without generation.
     sequence_tokens = train.lengths.astype(np.int64) + max_generated_tokens(config.objective)
+    # `samples`: for each, the indices of its sequences in the data.
     samples, order = build_order(
         config.data, train, sequences_per_document=sequences_per_document, seed=config.run.seed
     )

@@ -171,7 +171,7 @@ class LiveBytes(TorchDispatchMode):
         return free
 
     def _on_resize(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage with its new size; torch calls this after a resize, while the tracker is entered.
+        """Count a storage with its new size; called after each `storage.resize_`, while the tracker is entered.
 
         FSDP2 frees and fills the buffers into which it gathers weights by resizing them, without a new tensor.
         """
@@ -197,10 +197,11 @@ class LiveBytes(TorchDispatchMode):
         operations_to_tally: dict[StepPhase, int],
         owned_tensors: Callable[[], Iterable[tuple[MemoryKind, Tensor]]],
     ) -> None:
-        """As `begin_step`; once a phase, live bytes will also be counted by kind. After each operation, that would take too long.
+        """Begin a step whose live bytes are also counted by kind (parameters, activations, ...), about once a phase.
 
-        `operations_to_tally`: by phase, the number of the operation after which `note_live_bytes` counts them by kind.
-        `owned_tensors`: yields (kind, tensor) for each tensor of the engine.
+        After each operation, that would take too long. `operations_to_tally`: by phase, the number of the operation after
+        which it is done, which an earlier step found to be the highest. `owned_tensors`: yields (kind, tensor) for each tensor
+        of the engine.
         """
         self.begin_step()
         self._operations_to_tally = operations_to_tally
@@ -217,9 +218,10 @@ class LiveBytes(TorchDispatchMode):
                 live_storage.kind = kind
 
     def tally_bytes_by_kind(self) -> dict[MemoryKind, int]:
-        """Live bytes on the device by kind of memory (parameters, gradients, activations and so on), now.
+        """Count the bytes that are live on the device now by kind of memory: {parameters: 2e9, activations: 5e8, ...}.
 
-        A storage that the engine owns gets the kind of its tensor there: when it was allocated, only its phase was known.
+        A storage that the engine owns (weights, gradients, optimizer state) gets the kind of its tensor there: when it was
+        allocated, only its phase was known.
         """
         self._is_counting = False  # asking for a tensor can be an operation
         try:
@@ -260,9 +262,10 @@ class LiveBytes(TorchDispatchMode):
         self.extra_bytes = 0
 
     def note_live_bytes(self) -> None:
-        """Append the live bytes to the list of the current phase, and update its peak: called after each operation.
+        """Note how many bytes are live after an operation: append them to the list of the current phase, and update its peak.
 
-        In a tallied step, bytes are counted by kind at the operation that was the phase's peak in an earlier step.
+        In a step that began by `begin_tallied_step`, bytes are also counted by kind at the operation that was the phase's peak in
+        an earlier step.
         """
         if not self._is_counting or self.ignores_operations:
             return
@@ -271,6 +274,7 @@ class LiveBytes(TorchDispatchMode):
             self._current_peak = self.peak_by_phase.setdefault(self.phase, PhasePeak())
             self._operation_to_tally = self._operations_to_tally.get(self.phase, -1)
         peak = self._current_peak
+        # `extra_bytes`: what only the deeper model, in whose place this one is simulated, would hold at the moment.
         live_bytes = self.live_bytes + self.extra_bytes
         operation = len(peak.live_after_operation)  # its number within the phase
         is_highest = live_bytes > peak.total_bytes or peak.operation_index < 0
@@ -296,7 +300,7 @@ class LiveBytes(TorchDispatchMode):
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, track the tensors that it makes, and note what is live after it.
+        """Run an operation, track the tensors that it makes, note what is live after it; torch calls this inside the mode.
 
         Each call counts as one operation of its phase, also one that makes nothing: operations are matched by their number.
         """

@@ -148,10 +148,12 @@ def _trial_description(micro: int) -> ProbeDescription:
 
 
 def _with_micro(config: RunConfig, micro: Any, note: ResolvedSetting | str | None) -> RunConfig:
-    """The run with `batch.micro=micro`, and with `note` as the reason of that choice; None removes an earlier reason.
+    """Set `batch.micro` of a run that had `auto`, and record why (`note`); None removes an earlier reason.
 
-    A `ResolvedSetting` is a choice that a later start takes again, a text a placeholder for a choice that is made elsewhere.
+    `note`: a `ResolvedSetting` is a choice that a later start takes again; a text is a placeholder for one that is made
+    elsewhere.
     """
+    # By setting: what was set in place of what the user gave, and why.
     substitutions = dict(config.substitutions)
     substitutions.pop(MICRO_BATCH_KEY, None)
     if note:
@@ -160,7 +162,7 @@ def _with_micro(config: RunConfig, micro: Any, note: ResolvedSetting | str | Non
 
 
 def runtime_of_first_rank(config: RunConfig) -> Runtime:
-    """The runtime that rank 0 of the configured job would have, without a process group: no job is started."""
+    """Make the runtime that rank 0 of the configured job would have, to plan for it before any job is started."""
     ranks_per_host = config.launcher.per_node
     # `control_group=None`: no collective may be called.
     return Runtime(
@@ -188,15 +190,16 @@ def propose_micro_batch(
     device: DeviceMemory,
     timeout_s: float,
 ) -> MicroBatchProposal:
-    """Propose the largest micro-batch that fits according to a simulated step. Nothing is tried.
+    """Propose the largest micro-batch that fits according to a simulated step, for `batch.micro=auto`. No real step is taken.
 
-    Modes of recomputation are simulated in order, without recomputation first, until one of these cases ends the search:
+    A step is simulated with each mode of recomputation that is open, none first, until one of these cases ends the search:
 
     - the step cannot be simulated: the largest micro-batch up to `FIRST_MICRO_BATCH_IF_UNPLANNED`;
     - the model is right for one row at a time only: 1;
     - some micro-batch fits: the largest that does.
 
-    If none fits with any mode, 1 is proposed. `timeout_s`: how long one simulation may take.
+    If none fits with any mode, 1 is proposed. `device`: the smallest of the ranks'. `timeout_s`: how long one simulation may
+    take.
     """
     lengths = lengths_of_data(config, prepared.train)
     micro_batches = micro_batch_divisors(samples_per_dp_rank(config, rank_counts.world_size))
@@ -223,7 +226,10 @@ def propose_micro_batch(
 def _largest_fitting(
     cost_model: CostModel, micro_batches: list[int], lengths: DocumentLengths, available_gib: float
 ) -> int | None:
-    """The largest of the micro-batches whose step fits in a device of `available_gib` GiB; None if none fits."""
+    """The largest of the micro-batches whose step fits in a device of `available_gib` GiB; None if none fits.
+
+    `cost_model`: memory of the step at any micro-batch. `lengths`: of the run's documents, of which the longest count.
+    """
     fitting = [
         micro
         for micro in micro_batches
@@ -233,9 +239,9 @@ def _largest_fitting(
 
 
 def needed_device_gib(cost_model: CostModel, micro: int, lengths: DocumentLengths, available_gib: float) -> float:
-    """GiB that a rank needs if each forward pass takes the `micro` longest documents, with what its process takes.
+    """GiB of device memory that a rank needs for micro-batches of the `micro` longest documents, with what its process takes.
 
-    `available_gib`: memory of its device.
+    `cost_model`: memory of the step at any micro-batch. `available_gib`: memory of the device.
     """
     num_rows_or_tokens = lengths.size_of_longest(micro, in_rows=cost_model.size_is_in_rows)
     live_bytes = cost_model.memory_peak_at(num_rows_or_tokens).total_bytes
@@ -245,9 +251,10 @@ def needed_device_gib(cost_model: CostModel, micro: int, lengths: DocumentLength
 def simulate_cost_model_in_process(
     config: RunConfig, lengths: DocumentLengths, rank_counts: RankCounts, device_kind: str, timeout_s: float
 ) -> CostModel | NotSimulated:
-    """The cost model of a rank's step of the longest documents, simulated in a new process, or why it cannot be simulated.
+    """Simulate a rank's step of the longest documents in a new process: its memory and work at any micro-batch.
 
-    `config`: with a micro-batch of one document; the cost model is for every micro-batch. `device_kind`: `cuda` or `cpu`.
+    Returns why it cannot be simulated if that fails. `config`: with a micro-batch of one document, and a step of at most two of
+    them. `device_kind`: `cuda` or `cpu`. `timeout_s`: how long the simulation may take.
     """
     longest_sequence = int(lengths.longest[0]) // lengths.sequences_per_sample
     arguments = (config, longest_sequence, rank_counts, device_kind)
@@ -258,9 +265,9 @@ def simulate_cost_model_in_process(
 def _simulate_cost_model(
     config: RunConfig, length: int, rank_counts: RankCounts, device_kind: str
 ) -> CostModel | NotSimulated:
-    """The cost model of a rank's step, or why the step cannot be simulated. `simulate_cost_model_in_process` has it called.
+    """Simulate a rank's step, in a process that is part of no job: its memory and work at any micro-batch, or why that failed.
 
-    `length`: tokens of each sequence. `device_kind`: `cuda` or `cpu`. A process that is part of a job cannot simulate.
+    `length`: tokens of each sequence. `device_kind`: `cuda` or `cpu`.
     """
     from trainer.planner.simulation import simulate_cost_model_of_run
 

@@ -56,7 +56,7 @@ class ProbeDescription:
 
 
 def available_device_gib(runtime: Runtime) -> float:
-    """GiB of its device's memory that this rank may plan with.
+    """GiB of its device's memory that this rank may plan with, when the run chooses what fits.
 
     On a GPU all of it. On a CPU the rank's part of the host's memory or of the job's limit, or of what the host has free now if
     that is less; a share of it is kept back.
@@ -71,10 +71,10 @@ def available_device_gib(runtime: Runtime) -> float:
 
 
 def probe_runs_out_of_memory(config: RunConfig, inputs: ProbeInputs, probe: ProbeDescription) -> bool:
-    """Take two real steps of the longest documents with `config`; returns whether all ranks ran out of memory.
+    """Try whether a choice of `batch.micro=auto` or `strategy=auto` fits: take two real steps of the longest documents with it.
 
-    `batch.micro=auto` and `strategy=auto` test their choices so. Model and optimizer of the probe are freed again. All ranks must
-    call. Raises DoesNotFit if some ranks run out and others do not (`all_ranks_ran_out`).
+    Returns whether all ranks ran out of memory. Model and optimizer of the probe are freed again. `config`: with the choice.
+    `probe`: the choice in words, for messages. Raises DoesNotFit if some ranks run out and others do not. All ranks must call.
     """
     reason: str | None = None
     try:
@@ -92,10 +92,11 @@ def probe_runs_out_of_memory(config: RunConfig, inputs: ProbeInputs, probe: Prob
 
 
 def take_probe_steps(config: RunConfig, inputs: ProbeInputs) -> None:
-    """Build model and engine, take two steps of the longest documents, and close the engine. All ranks must call.
+    """Build model and engine, take two steps of the longest documents, and close the engine, to see if memory suffices.
 
-    Reward models are built too, since they hold memory beside the steps of the run (`scores_answers`).
+    Raises what an allocation raises if it does not. All ranks must call.
     """
+    # `scores_answers`: with reward models, since they hold memory beside the steps of the run.
     engine, built, _ = build_engine(
         config, inputs.tokenizer, inputs.data, inputs.precision, inputs.runtime, scores_answers=True
     )
@@ -118,11 +119,11 @@ def take_probe_steps(config: RunConfig, inputs: ProbeInputs) -> None:
 
 
 def all_ranks_ran_out(probe: ProbeDescription, reason: str | None, runtime: Runtime) -> bool:
-    """Whether all ranks ran out of memory in a probe; False if none did. All ranks must call. Raises DoesNotFit if some did.
+    """Learn after a probe whether all ranks ran out of memory: True if all did, False if none did; DoesNotFit if some did.
 
     `reason`: why this rank ran out; None if it did not. If only some ranks run out, the others hang in a collective that those do
     not join. So outcomes are exchanged through the ranks' key-value store, where a rank can stop waiting, and DoesNotFit ends
-    the job. Ranks that hang there are ended with it.
+    the job, with the ranks that hang. `probe`: what was tried, in words, for the message. All ranks must call.
     """
     ran_out = reason is not None
     if runtime.world_size == 1:

@@ -34,11 +34,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def reporting_out_of_memory(trainer: Trainer, config: RunConfig, record: RunRecord, runtime: Runtime) -> Iterator[None]:
-    """A context around training that turns an out-of-memory error into one whose message says what was held and what helps.
+    """Turn an out-of-memory error inside the context, around training, into one whose message says what was held and what helps.
 
-    It raises OutOfMemory, after which a launcher may start again, if a smaller `batch.micro` may help: in a training step with a
-    `batch.micro` above 1. Otherwise it raises DoesNotFit. `record.receipt` has the predicted and the measured costs. Only the
-    rank that ran out raises; the others lose their connection to it.
+    It becomes OutOfMemory, after which a launcher may start again, if a smaller `batch.micro` may help: in a training step with a
+    `batch.micro` above 1. Otherwise DoesNotFit. `record`: the run's, whose prediction of memory is told as well. Only the rank
+    that ran out raises; the others lose their connection to it.
     """
     try:
         yield
@@ -50,7 +50,7 @@ def reporting_out_of_memory(trainer: Trainer, config: RunConfig, record: RunReco
             current_work = f"step {trainer.progress.step + 1}"
         else:
             current_work = f"the evaluation at step {trainer.progress.step}"
-        prediction = record.receipt.predicted if record.receipt else None
+        prediction = record.receipt.predicted if record.receipt else None  # a receipt: predicted and measured costs
         lines = [
             f"{current_work}: {_out_of_memory_summary(error, runtime)}",
             f"  {_memory_line(runtime)}{_prediction_clause(prediction)}",
@@ -68,9 +68,9 @@ def reporting_out_of_memory(trainer: Trainer, config: RunConfig, record: RunReco
 def reporting_evaluation_out_of_memory(
     current_work_name: Callable[[], str], config: RunConfig, runtime: Runtime
 ) -> Iterator[None]:
-    """A context for `shardtune evaluate` that turns an out-of-memory error into DoesNotFit, whose message says what helps.
+    """Turn an out-of-memory error of `shardtune evaluate` inside the context into DoesNotFit, whose message says what helps.
 
-    `current_work_name()` returns what is being computed, such as the name of a task.
+    `current_work_name`: returns the name of what is being computed at the moment, such as a task, to begin the message with.
     """
     try:
         yield
@@ -107,7 +107,11 @@ def _out_of_memory_summary(error: BaseException, runtime: Runtime) -> str:
 
 
 def _memory_line(runtime: Runtime) -> str:
-    """A line of an out-of-memory message: this rank's peak memory so far, free memory, and on a GPU what torch has reserved."""
+    """The line of an out-of-memory message that says how much memory this rank has taken, and how much is free.
+
+    `memory in GiB: 61.20 at most so far (66.00 reserved, 0.40 of 79.10 free)`, or on a CPU `... (with libraries, 1.20 free on the
+    host)`.
+    """
     peaks = peak_memory_gib_by_metric(runtime.device)
     if runtime.device.type == "cuda":
         free_bytes, total_bytes = torch.cuda.mem_get_info(runtime.device)
@@ -122,7 +126,10 @@ def _memory_line(runtime: Runtime) -> str:
 
 
 def _micro_batch_line(batch: StepBatch) -> str:
-    """A line of an out-of-memory message: how many micro-batches this rank's step has, and the shape of the largest one."""
+    """The line of an out-of-memory message that says how large this rank's step is.
+
+    `its micro-batches: 4, the largest 2 x 1,024 tokens with what was padded`.
+    """
     shapes = [micro_batch["input_ids"].shape for micro_batch in batch.micro_batches if "input_ids" in micro_batch]
     rows, width = max(shapes, key=lambda shape: shape.numel()) if shapes else (0, 0)
     shape = f"{rows} x {width:,} tokens" if rows > 1 else f"{width:,} tokens"
@@ -132,13 +139,15 @@ def _micro_batch_line(batch: StepBatch) -> str:
 def _remedies_line(config: RunConfig, runtime: Runtime, *, training: bool) -> str:
     """The line of an out-of-memory message that names settings which take less memory, as far as this run has not set them.
 
-    `training`: whether a training step ran out, not an evaluation. `runtime.dp_size`: ranks that read different samples
-    (those that share a row read the same).
+    `what helps: batch.micro=4 (or auto), which keeps batch.global=64; strategy.activation_checkpointing=full; ...`.
+
+    `training`: whether a training step ran out, not an evaluation, where only `evaluation.batch` helps.
     """
     if not training:
         return f"lower evaluation.batch (it is {config.evaluation.batch}); the result does not depend on it"
     global_batch, micro = config.batch["global"], config.batch["micro"]
     remedies = []
+    # `dp_size`: ranks that read different samples; those that share a row read the same.
     smaller_micros = [divisor for divisor in micro_batch_divisors(global_batch // runtime.dp_size) if divisor < micro]
     if smaller_micros:
         remedies.append(f"batch.micro={smaller_micros[-1]} (or auto), which keeps batch.global={global_batch}")

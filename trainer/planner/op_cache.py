@@ -101,10 +101,11 @@ def is_simulating_step() -> bool:
 
 
 def cacheable_operation(func: Any, args: Any, kwargs: Any) -> Operation | None:
-    """The operation with its cache key, if shape, strides and type of its output follow from those of its operands alone.
+    """Prepare to look an operation on fake tensors up in the cache: its key and operands; None if it cannot be cached.
 
-    `func`, `args` and `kwargs` are what torch dispatches. None for every other operation, and for real tensors. All slices of one
-    length share a result, since a step takes slices of a tensor one after the other: their key is that of a slice from 0.
+    It can if shape, strides and type of its output follow from those of its operands alone, and the operands are fake. `func`,
+    `args` and `kwargs` are what torch dispatches. All slices of one length share a result, since a step takes slices of a tensor
+    one after the other: their key is that of a slice from 0.
     """
     mode: Any = mode_at_work(FAKE_MODE)  # the fake mode that is active
     if mode is None or not _is_cacheable(func):
@@ -133,7 +134,10 @@ def cacheable_operation(func: Any, args: Any, kwargs: Any) -> Operation | None:
 
 
 def _slice_from_start(tensor: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> tuple[Any, int]:
-    """Arguments of a slice of the same length that begins at 0, and how many elements later the real one begins."""
+    """Turn the arguments of a slice into those of one that begins at 0, so that all slices of a length share a cached result.
+
+    Returns (these arguments, how many elements of the storage later the real slice begins).
+    """
     if type(tensor) is not FakeTensor:
         raise _NotCacheable
     first, last, _ = slice(start, end).indices(tensor.shape[dim])
@@ -143,9 +147,10 @@ def _slice_from_start(tensor: Any, dim: int = 0, start: Any = None, end: Any = N
 
 @cache
 def _is_cacheable(func: Any) -> bool:
-    """Whether a result may be reused for operands of equal metadata: shape, strides and type follow from it, not from values.
+    """Whether the result of a torch operation may be reused for other operands of equal metadata (shape, strides, type).
 
-    They do for indexing (`aten.index`), unless an index is a mask, which the caller checks.
+    Not if the result depends on values, or the operation has side effects. It may for indexing (`aten.index`), unless
+    an index is a mask, which the caller checks.
     """
     if func.namespace not in _CACHED_NAMESPACES or any(tag in func.tags for tag in _UNCACHED_TAGS):
         return False
@@ -155,9 +160,9 @@ def _is_cacheable(func: Any) -> bool:
 
 
 def _append_to_key(argument: Any, key: list[Any], tensors: list[Any]) -> None:
-    """Append what the output's metadata depends on in `argument` to the cache key `key`, and its tensors to `tensors`.
+    """Append to the cache key `key` what an operation's output depends on in `argument`, and its tensors to `tensors`.
 
-    Raises _NotCacheable for arguments whose values, or more than whose shape, strides, type and device, may matter.
+    Raises _NotCacheable for an argument of which more may matter: values, a layout that is not strided, real tensors.
     """
     argument_type = type(argument)
     if argument_type is FakeTensor:
@@ -194,9 +199,10 @@ def rebuild_output(cached: CachedResult, operation: Operation) -> Any:
 
 
 def _rebuild_output(template: Any, operation: Operation) -> Any:
-    """An operation's output from its cached template, for the operands of this call.
+    """Make an operation's output from its cached template, as torch would for the operands of this call.
 
-    It is the operand itself (an operation in place), a view of an operand's storage, or a new fake tensor.
+    It is the operand itself (an operation in place), a view of an operand's storage, or a new fake tensor. `template`: a
+    `_TensorTemplate`, a list or tuple of them, or what is no tensor and is returned as it is.
     """
     if isinstance(template, list | tuple):
         return type(template)(_rebuild_output(element, operation) for element in template)
@@ -233,7 +239,7 @@ def store_result(operation: Operation, output: Any, flops: float, moved_bytes: i
 
 
 def _template_of(output: Any, operation: Operation, new_storages: set[int]) -> Any:
-    """An operation's output as it is cached: each tensor as the description from which `rebuild_output` makes one like it.
+    """Describe an operation's output so that `rebuild_output` can make one like it for other operands: what is cached of it.
 
     `new_storages`: storages of the outputs that came before it in the same list. Raises _NotCacheable if a rebuilt tensor would
     differ in any way.
@@ -248,9 +254,9 @@ def _template_of(output: Any, operation: Operation, new_storages: set[int]) -> A
 
 
 def _template_of_tensor(output: FakeTensor, operation: Operation, new_storages: set[int]) -> _TensorTemplate:
-    """The template of one output tensor; adds its storage to `new_storages` if no operand has it.
+    """Describe one output tensor for the cache; adds its storage to `new_storages` if no operand has it.
 
-    Raises _NotCacheable if a rebuilt tensor would differ: it is rebuilt once to find out.
+    Raises _NotCacheable if a tensor rebuilt from the description would differ: it is rebuilt once to find out.
     """
     storage = output.untyped_storage()
     output_storage_key = storage_key(storage)
@@ -285,7 +291,7 @@ def _is_plain_fake(output: Any) -> bool:
 
 
 def _storage_of_output(output: FakeTensor, output_storage_key: int, operation: Operation) -> _StorageOfOutput:
-    """Which operand the output is, whose storage it shares, and where it begins in it.
+    """Find where an output lies relative to the operands: which of them it is, whose storage it shares, where it begins there.
 
     Raises _NotCacheable if several operands share the output's storage: another time, they may not share one.
     """

@@ -53,9 +53,9 @@ class PeerMemory:
 
 
 def peer_setting_problems(settings: Sequence[PeerSetting], *, full_tuning: bool) -> list[str]:
-    """Sentences that say what is wrong with `plan.theirs`, the other trainer to compare with; empty if nothing is.
+    """Say what is wrong with the setting `plan.theirs`, which describes another trainer to compare with; empty if nothing is.
 
-    `full_tuning`: whether all weights of the model train.
+    `settings`: what that trainer does differently. `full_tuning`: whether all weights of the model train.
     """
     loss_settings = [setting for setting in dict.fromkeys(settings) if setting in LOSS_BYTES_PER_LOGIT]
     problems = []
@@ -77,12 +77,14 @@ def estimate_peer_memory(
     settings: Sequence[PeerSetting],
     shard_counts: ShardCounts,
 ) -> PeerMemory:
-    """Peak memory of one rank of another trainer (the peer), for the step that `cost_model` describes.
+    """Estimate the peak memory of one rank of another trainer (the peer) that takes the same step, to show it beside ours.
 
-    `num_rows_or_tokens`: the size of the micro-batch, as the cost model counts it. `num_logits`: its tokens times the size of the
-    vocabulary. `settings`: what the peer does differently; all else is assumed to be as in our own step. The peak is the larger
-    of two phases: the loss, with all logits, and the update (of a `pure_bf16` peer; other peers are as our own step in all but
-    the loss, so their other phase is our own step's peak).
+    `cost_model`: of our own step. `num_rows_or_tokens`: the size of the micro-batch, as the cost model counts it.
+    `num_logits`: its tokens times the size of the vocabulary. `settings`: what the peer does differently; all else is assumed
+    to be as in our step.
+
+    The peak is the larger of two phases: the loss, with all logits, and the update (of a `pure_bf16` peer; other peers are as our
+    own step in all but the loss, so their other phase is our own step's peak).
     """
     loss_bytes = round(sum(LOSS_BYTES_PER_LOGIT.get(setting, 0.0) for setting in settings) * num_logits)
     at_the_loss = _own_memory_at_the_loss(cost_model, num_rows_or_tokens)
@@ -106,7 +108,10 @@ def _peer_memory_of_parts(phase: str, parts: dict[str, int]) -> PeerMemory:
 
 
 def _bf16_bytes_of_update(num_parameters: int, shard_counts: ShardCounts) -> dict[str, int]:
-    """Bytes of one rank by part in the update of a peer that trains all weights with all state in bf16."""
+    """Bytes of one rank by part during the optimizer's update, of another trainer that has weights, gradients, moments in bf16.
+
+    `shard_counts`: among how many ranks it shards each of them.
+    """
     weight_bytes = 2 * num_parameters
     return {
         "weights": weight_bytes // shard_counts.weights,
@@ -127,9 +132,10 @@ class _MemoryAtTheLoss(NamedTuple):
 
 
 def _own_memory_at_the_loss(cost_model: CostModel, num_rows_or_tokens: float) -> _MemoryAtTheLoss:
-    """What our own step holds after a forward pass, in a micro-batch of so many rows or tokens.
+    """What our own step holds when it has reached the loss, without logits, in a micro-batch of so many rows or tokens.
 
-    It is read at the peak of the phase in which the output head, or what follows it, computes.
+    Another trainer with another loss holds the same there. It is read at the peak of the phase in which the output head, or what
+    follows it, computes.
     """
     larger_size = 1  # the larger of the two simulated sizes, for which alone bytes are known by kind
     phases = cost_model.phase_peaks_at_sizes[larger_size]

@@ -105,12 +105,13 @@ class PlannedJob:
         return self.num_nodes * self.ranks_per_node
 
     def imbalance_over(self, expert_ranks: int) -> float:
-        """Rows that arrive at the busiest of `expert_ranks` ranks, divided by the mean over the ranks.
+        """How uneven to take the load of experts over `expert_ranks` ranks: rows that arrive at the busiest one, over the mean.
 
-        An imbalance that was set or assumed holds for any number of ranks. A measured one is an upper bound for fewer ranks:
-        each then holds more experts, whose loads even out. With more ranks than measured, the imbalance may be larger, so at
-        least the assumed one is taken.
+        A row is what a token sends to one of its experts. An imbalance that was set or assumed holds for any number of ranks. A
+        measured one is an upper bound for fewer ranks: each then holds more experts, whose loads even out. With more ranks than
+        measured, it may be larger, so at least the assumed one is taken.
         """
+        # None: the imbalance was set or assumed, not measured.
         measured_ranks = self.imbalance_measured_over
         if measured_ranks is None or expert_ranks <= measured_ranks:
             return self.expert_imbalance
@@ -128,7 +129,10 @@ class MeasuredImbalance:
 
 
 def with_imbalance(job: PlannedJob, settings: PlanConfig, measured: MeasuredImbalance | None) -> PlannedJob:
-    """`job` with the imbalance of its experts: as set in the plan's settings, else as a run measured it, else the assumed one."""
+    """Give the planned run the imbalance of its experts: as set for the plan, else as a run measured it, else the assumed one.
+
+    `measured`: None if the plan is not made from a run, or that run has not measured it.
+    """
     if settings.expert_imbalance is not None:
         return replace(job, expert_imbalance=settings.expert_imbalance)
     if measured is None:
@@ -139,10 +143,11 @@ def with_imbalance(job: PlannedJob, settings: PlanConfig, measured: MeasuredImba
 def candidate_micro_batches(
     job: PlannedJob, requested_micro_batch: int | None, sequence_parallel_size: int = 1
 ) -> list[int]:
-    """Micro-batches to plan for: the requested one, or all that divide the samples of a data-parallel rank in a step.
+    """List the micro-batches to plan for: the requested one, or all that divide the samples of a data-parallel rank in a step.
 
-    The `sequence_parallel_size` ranks that share a row read the same samples, as one data-parallel rank. The list is empty if
-    the global batch does not divide evenly, or if the requested micro-batch does not divide the samples of a rank.
+    `requested_micro_batch`: `batch.micro`; None plans for all. `sequence_parallel_size`: ranks that share each row, which read
+    the same samples, as one data-parallel rank. The list is empty if the global batch does not divide evenly, or if the
+    requested micro-batch does not divide the samples of a rank.
     """
     samples_per_dp_rank, remainder = divmod(job.global_batch, job.world_size // sequence_parallel_size)
     if remainder:
@@ -159,9 +164,11 @@ def plan_choices(
     micro_batches: list[int],
     peer_settings: Sequence[PeerSetting] = (),
 ) -> list[PlannedChoice]:
-    """Plan the variant with each of the micro-batches: those that fit, the fastest first; then those that do not, smallest first.
+    """Plan one variant of a run with each of the micro-batches, the best first: what memory and time it takes.
 
-    `peer_settings`: what another trainer does differently (`plan.theirs`), if its memory is to be computed as well.
+    Those that fit come first, the fastest of them first; then those that do not, the smallest first. `cost_model`: the variant's
+    step at any micro-batch. `job`: GPU, ranks and batch. `peer_settings`: what another trainer does differently (`plan.theirs`),
+    if its memory is to be computed as well.
     """
     choices = []
     for micro_batch in micro_batches:
@@ -175,9 +182,10 @@ def plan_choices(
 
 
 def plan_choice(variant: RunVariant, cost_model: CostModel, job: PlannedJob, micro_batch: int) -> PlannedChoice:
-    """The cost of a variant with `micro_batch` samples per forward pass: memory and time of a step, hours and price of the run.
+    """Plan one variant with `micro_batch` samples per forward pass: memory and time of a step, hours and price of the run.
 
     Under FSDP2 it also decides whether gradients are reduced only in the last micro-batch, if the run leaves that open.
+    `cost_model`: the variant's step at any micro-batch. `job`: GPU, ranks, batch and lengths of documents.
     """
     card = job.card
     strategy = variant.config.strategy
@@ -226,16 +234,20 @@ def plan_choice(variant: RunVariant, cost_model: CostModel, job: PlannedJob, mic
 def _with_reduction_in_last_micro_batch(
     config: RunConfig, strategy: Fsdp2Config, cost_model: CostModel, job: PlannedJob
 ) -> CostModel:
-    """The cost model if full gradients wait on each rank until the last micro-batch, which reduces them."""
+    """The cost model of a step in which full gradients wait on each rank until the last micro-batch, which reduces them.
+
+    `cost_model`: of the step that was simulated, which reduces in each micro-batch.
+    """
     num_shards = job.world_size // replica_count(strategy, job.world_size, job.num_nodes)
     waiting_bytes = deferred_gradient_bytes(cost_model, num_shards, num_expert_ranks=config.parallel.experts)
     return with_deferred_reduction(cost_model, waiting_bytes)
 
 
 def _round_time(config: RunConfig, cost_model: CostModel, job: PlannedJob, step_s: float) -> RoundTime | None:
-    """Seconds of a round, in which the model generates answers and learns from them; None for objectives without rounds.
+    """Estimate the seconds of a round, in which the model generates answers and learns from them; None for runs without rounds.
 
-    `step_s`: seconds of an optimizer step. `job.round_sizes`: how many prompts and answers a round has, and how long they are.
+    `cost_model`: of the training step, for the sizes of the model and what stays in memory between steps. `step_s`: seconds of an
+    optimizer step.
     """
     if job.round_sizes is None:
         return None
@@ -260,9 +272,10 @@ def _round_time(config: RunConfig, cost_model: CostModel, job: PlannedJob, step_
 def peer_memory_of_choice(
     choice: PlannedChoice, cost_model: CostModel, job: PlannedJob, peer_settings: Sequence[PeerSetting]
 ) -> PeerMemory:
-    """What a rank of another trainer (the peer) would hold in the step of `choice`, if it shards all state alike.
+    """Estimate what a rank of another trainer (the peer) would hold in the same step, so that a plan can show it beside ours.
 
-    `peer_settings`: what the peer does differently.
+    `choice`: the planned variant with its micro-batch. `cost_model`: of its step. `peer_settings`: what the peer does differently
+    (`plan.theirs`), such as the loss; it is taken to shard weights, gradients and moments as we do.
     """
     lengths = job.document_lengths
     if cost_model.size_is_in_rows:
@@ -279,7 +292,10 @@ def peer_memory_of_choice(
 
 
 def _shard_counts(strategy: StrategyConfig, job: PlannedJob) -> ShardCounts:
-    """Among how many ranks a strategy shards weights, gradients and moments: FSDP2 all of them, ZeRO more with each stage."""
+    """Among how many ranks a strategy shards weights, gradients and moments: FSDP2 all three, ZeRO one more with each stage.
+
+    1 for what each rank has in full.
+    """
     if isinstance(strategy, Fsdp2Config):
         shards = job.world_size // replica_count(strategy, job.world_size, job.num_nodes)
         return ShardCounts(weights=shards, gradients=shards, moments=shards)
@@ -293,7 +309,10 @@ def _shard_counts(strategy: StrategyConfig, job: PlannedJob) -> ShardCounts:
 
 
 def _average_load(cost_model: CostModel, job: PlannedJob, micro_batch: int, accumulation: int) -> MicroBatchLoad:
-    """The size of a micro-batch of `micro_batch` samples of average length, and how many of them a step has (`accumulation`)."""
+    """The work of a step on average, by which its time is estimated: `accumulation` micro-batches of `micro_batch` samples each.
+
+    The samples are taken to have the mean length of the data.
+    """
     lengths = job.document_lengths
     num_rows_or_tokens = micro_batch if cost_model.size_is_in_rows else micro_batch * lengths.mean
     return MicroBatchLoad(
@@ -304,7 +323,10 @@ def _average_load(cost_model: CostModel, job: PlannedJob, micro_batch: int, accu
 
 
 def _largest_micro_batch(cost_model: CostModel, job: PlannedJob) -> int:
-    """The most samples in a forward pass that the card has memory for, and the host for what is offloaded; 0 if none."""
+    """The largest micro-batch, in samples, that the card has memory for, and the host for what is offloaded; 0 if none.
+
+    The longest samples of the data count. At most `MAX_MICRO_BATCH`.
+    """
     max_rows_or_tokens = cost_model.max_rows_or_tokens_on_device(available_tensor_bytes(cost_model, job.card))
     if job.node_memory_gib is not None:
         input_bytes = available_input_bytes(cost_model, job.ranks_per_node, job.node_memory_gib)

@@ -44,7 +44,9 @@ def checkpoint_bytes(num_trained_parameters: int, optimizer: str) -> int:
 
 
 def predicted_cost(built: BuiltModel, record: RunRecord, optimizer: str, device_gib: float) -> PredictedCost:
-    """The predicted cost of a run: memory, seconds of a step, bytes of a checkpoint; the first two with a text on their method.
+    """Predict what a run will take, for its record: memory, seconds of a step, bytes of a checkpoint.
+
+    Memory and seconds come with a text on their method:
 
     - Memory: from the simulated step of `run.must_fit` if there was one, else by arithmetic.
     - Seconds of a step, without communication: None for a device whose peak is not known, with the reason instead of a method.
@@ -80,11 +82,12 @@ def predicted_cost(built: BuiltModel, record: RunRecord, optimizer: str, device_
 
 
 def memory_screen_lines(record: RunRecord) -> list[str]:
-    """Lines on memory for the start screen: the simulated need, or a warning if the estimate exceeds the device; else none.
+    """The lines on memory that a run shows as it starts: what was simulated, or a warning if the estimate exceeds the device.
 
-    `record.must_fit` is the simulated step, `record.receipt` the predicted and measured costs of the run.
+    `memory: 61.20 of 79.10 GiB, simulated (run.must_fit), most in backward 0: head`. Empty if nothing was simulated and the
+    estimate fits. `record`: of the run.
     """
-    simulated_step = record.must_fit
+    simulated_step = record.must_fit  # None if `run.must_fit` did not ask for a simulation
     if simulated_step:
         gib = f"{simulated_step.needed_gib:.2f} of {simulated_step.device_gib:.2f} GiB"
         return [f"memory: {gib}, simulated (run.must_fit), most in {simulated_step.when}"]
@@ -101,10 +104,11 @@ def memory_screen_lines(record: RunRecord) -> list[str]:
 
 
 def measured_cost(meter: Meter, device: torch.device, checkpoint: SavedCheckpoint | None) -> MeasuredCost:
-    """What the run has taken since its last start: memory, seconds of a step, bytes of collectives, start, checkpoints.
+    """Collect what the run has taken since its last start, to stand in its record beside what was predicted.
 
-    `meter`: measurements of the steps that were logged. `checkpoint`: the last one that was written; None before the first.
-    Values that were not measured stay None: those of collectives with a single rank, the start before the first step.
+    Memory, seconds of a step, bytes of collectives, seconds of the start, cost of a checkpoint. `meter`: measurements of the
+    steps that were logged. `checkpoint`: the last one that was written; None before the first. Values that were not measured
+    stay None: those of collectives with a single rank, the start before the first step.
     """
     if meter.peaks:
         peaks_gib = meter.peaks

@@ -116,9 +116,10 @@ class RoundTime:
 def round_sizes_of_run(
     config: RunConfig, model_config: Any, mean_prompt_tokens: float, longest_prompt_tokens: int
 ) -> RoundSizes | None:
-    """The sizes of a round, in which the model generates answers and then learns from them; None for objectives without rounds.
+    """Collect the sizes of a round, in which the model generates answers and then learns from them, to estimate its time.
 
-    `model_config`: the model's configuration of transformers. `mean_prompt_tokens`: mean length of a prompt.
+    None for objectives without rounds. `model_config`: the model's configuration of transformers. `mean_prompt_tokens`,
+    `longest_prompt_tokens`: of the prompts in the data.
     """
     if objective_family(config.objective).rollout is None:
         return None
@@ -154,10 +155,10 @@ class _GenerationBatches(NamedTuple):
 
 
 def _generation_batches(sizes: RoundSizes, max_rows: int, dp_size: int) -> _GenerationBatches:
-    """How the answers of a rank are divided into batches of at most `max_rows` answers.
+    """Divide the answers that a rank generates in a round into batches of at most `max_rows` answers, as a run does it.
 
-    The answers to one prompt are a part of a batch, or several parts if they are more than a batch holds. `dp_size`: ranks that
-    generate answers to different prompts.
+    The answers to one prompt stay together if a batch holds them; else they are several parts, each a batch. `dp_size`: ranks
+    that generate answers to different prompts.
     """
     rows_per_part = min(max_rows, sizes.group_size)
     max_parts_per_batch = max(1, max_rows // rows_per_part)
@@ -171,10 +172,10 @@ def _generation_batches(sizes: RoundSizes, max_rows: int, dp_size: int) -> _Gene
 
 
 def _max_rows_beside_weights(sizes: RoundSizes, available_bytes: float, answer_bytes: float) -> int:
-    """Most answers that a rank generates at a time, if the KV cache of each takes `answer_bytes`.
+    """Most answers that a rank generates at a time, so that their KV cache fits in `available_bytes`, as a run chooses it.
 
-    `sizes.max_generation_rows`, halved until the KV cache fits in `available_bytes`, as a run does it
-    (`max_concurrent_completions`); not halved if the user has set the number.
+    `sizes.max_generation_rows` is halved until it fits; not if the user has set that number. `answer_bytes`: of the KV cache of
+    one answer with its prompt, at their longest.
     """
     max_rows = sizes.max_generation_rows
     while sizes.may_lower_generation_rows and max_rows > 1 and max_rows * answer_bytes > available_bytes:
@@ -193,9 +194,10 @@ def estimate_round_time(
     step_s: float,
     resting_bytes: float,
 ) -> RoundTime:
-    """The seconds of a round on `ranks` cards of `nodes` hosts: generating answers, scoring them and learning from them.
+    """Estimate the seconds of a round on `ranks` cards of `nodes` hosts: generating answers, scoring them, learning from them.
 
-    `step_s`: seconds of an optimizer step. `resting_bytes`: what a rank holds between two steps, whole weights not counted.
+    `sizes`: of the round. `model`: sizes of the model. `config`: of it, the strategy and the precision count. `step_s`:
+    seconds of an optimizer step. `resting_bytes`: what a rank holds between two steps, whole weights not counted.
     """
     # The batches of answers that a rank generates one after the other.
     usable_bytes = USABLE_MEMORY_SHARE * (card.memory_gib * 2**30 - resting_bytes)
@@ -238,7 +240,7 @@ def estimate_round_time(
 def decode_step_s(
     model: GeneratorSizes, card: Card, precision: Precision, *, rows: int, kv_cache_bytes: float
 ) -> float:
-    """Seconds of a decode step, in which a rank generates one token of each of `rows` answers.
+    """Estimate the seconds of a decode step, in which a rank generates one token of each of `rows` answers at once.
 
     It takes as long as the slowest of three, since they overlap: memory traffic, matrix products (of few rows, so that weights
     are read while they are multiplied), and the launches of kernels. `kv_cache_bytes`: bytes of the KV cache of all rows.
@@ -260,10 +262,10 @@ def are_weights_sharded(strategy: StrategyConfig) -> bool:
 def estimate_run_hours(
     config: RunConfig, samples_per_epoch: int | None, step_s: float, tokens_per_step: float
 ) -> float | None:
-    """How many hours the whole run (its budget) takes, with steps of `step_s` seconds.
+    """Estimate how many hours the whole run takes, its budget in steps, tokens or epochs, with steps of `step_s` seconds.
 
-    `samples_per_epoch`: documents, pairs or packs, which a step counts in its batch. None without a budget, or if the budget is
-    in epochs and no data was given to count its samples.
+    `samples_per_epoch`: documents, pairs or packs, which a step counts in its batch; None if no data was given.
+    `tokens_per_step`: of all ranks. Returns None without a budget, or for one in epochs without data.
     """
     budget = config.budget
     if budget.steps is not None:

@@ -77,9 +77,9 @@ class CollectiveSeconds(NamedTuple):
 def estimate_step_time(
     cost_model: CostModel, load: MicroBatchLoad, card: Card, precision: Precision, *, ranks_per_node: int
 ) -> StepTime:
-    """The seconds of one rank's step on that GPU (`card`), by part.
+    """Estimate the seconds of one rank's step on a GPU from its FLOPs and bytes, divided by the GPU's rates (a roofline model).
 
-    `cost_model`: FLOPs and bytes of the step. `load`: the size of its average micro-batch, and their number.
+    `cost_model`: FLOPs and bytes of the step. `load`: the size of its average micro-batch, and their number. `card`: the GPU.
     `ranks_per_node`: they share the host's memory bandwidth where optimizer state lies on the host.
     """
     work = cost_model.micro_batch_work(load.num_rows_or_tokens, load.sum_of_squared_lengths)
@@ -111,10 +111,10 @@ def estimate_step_time(
 def _exposed_collective_s(
     cost_model: CostModel, num_micro_batches: int, collectives: CollectiveSeconds, compute_s: float
 ) -> float:
-    """Seconds of the collectives on weights and gradients that the computation of the passes (`compute_s`) does not hide.
+    """Seconds that a step waits for collectives on weights and gradients, because no computation runs beside them.
 
-    Exposed are the seconds by which they take longer than it, those of one block, beside which nothing is computed at the begin
-    or end of a micro-batch, and those of the update.
+    These are the seconds by which those of the passes take longer than the computation (`compute_s`); those of one block, beside
+    which nothing is computed at the begin or end of a micro-batch; and those of the update.
     """
     one_block_s = collectives.in_passes_s / max(1, cost_model.num_blocks * num_micro_batches)
     return max(collectives.in_passes_s - compute_s, 0.0) + min(one_block_s, compute_s) + collectives.in_update_s
@@ -130,7 +130,10 @@ def _host_update_s(cost_model: CostModel, ranks_per_node: int) -> float:
 
 
 def collective_seconds(cost_model: CostModel, num_micro_batches: int, card: Card) -> CollectiveSeconds:
-    """Seconds of the collectives on weights and gradients, in a step of so many micro-batches."""
+    """Estimate the seconds of the collectives on weights and gradients in a step of so many micro-batches, hidden or not.
+
+    `cost_model`: which collectives the simulated step has, and their bytes. `card`: the GPU, with the rates of its links.
+    """
     in_passes_s = 0.0
     in_update_s = 0.0
     for kind, total in cost_model.collective_totals.items():
@@ -155,7 +158,10 @@ def _collective_latency_s(num_calls: int, num_hosts: int) -> float:
 
 
 def token_all_to_all_s(cost_model: CostModel, num_rows_or_tokens: float, card: Card) -> float:
-    """Seconds of the all-to-alls between ranks that share rows or experts, in a micro-batch of so many rows or tokens."""
+    """Estimate the seconds of the all-to-alls in a micro-batch, between ranks that share rows or a layer's experts.
+
+    `num_rows_or_tokens`: the size of the micro-batch as the cost model counts it. `card`: the GPU, with the rates of its links.
+    """
     seconds = 0.0
     for all_to_all in cost_model.token_all_to_alls:
         latency_s = _collective_latency_s(all_to_all.num_calls, all_to_all.num_hosts)
@@ -172,7 +178,10 @@ def token_all_to_all_s(cost_model: CostModel, num_rows_or_tokens: float, card: C
 
 
 def ring_bytes_per_s(card: Card, ranks: int, hosts: int) -> float:
-    """Bytes a second that a ring of `ranks` ranks on `hosts` hosts passes on: those of its slowest link."""
+    """Bytes a second that `ranks` ranks on `hosts` hosts pass on in a ring, as collectives do: those of its slowest link.
+
+    Ranks of a host share its network, which counts if there are several hosts.
+    """
     if hosts == 1:
         return card.link_gb_s * 1e9 * LINK_EFFICIENCY
     share_of_network = min(1.0, ranks / hosts / card.gpus_per_node)
@@ -181,9 +190,10 @@ def ring_bytes_per_s(card: Card, ranks: int, hosts: int) -> float:
 
 
 def _ring_trips(operation_name: str, ranks: int) -> float:
-    """How often the bytes of a collective pass each link of a ring of `ranks` ranks; `operation_name`: such as `allreduce_`.
+    """How often the bytes of a collective pass each link of a ring of `ranks` ranks, by which its time is estimated.
 
     An all-gather over 8 ranks: 7/8, since each rank sends on all parts but one. An all-reduce goes around twice.
+    `operation_name`: of the collective, such as `allreduce`.
     """
     passes = 1.0
     for collective, passes_of_collective in _RING_PASSES.items():

@@ -81,8 +81,8 @@ class StepRecorder(LiveBytes):
     def run_operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one torch operation of the step, and record what it costs: a collective, a host read, a copy, traffic or FLOPs.
 
-        In a simulation, tensors have no values and no other rank exists: a host read returns a placeholder (0 or False), and a
-        collective returns its input at once.
+        `func`: the operation as torch's dispatcher has it, such as `aten.mm.default`. In a simulation, tensors have no values and
+        no other rank exists: a host read returns a placeholder (0 or False), and a collective returns its input at once.
         """
         properties = _operation_properties(func)
         if properties.is_collective:
@@ -139,7 +139,11 @@ class StepRecorder(LiveBytes):
         return 0
 
     def _record_collective(self, func: Any, args: Any) -> None:
-        """Record a collective by its largest tensor, which is the whole that is gathered or reduced: output or input."""
+        """Record a collective of the step, with the ranks of its group and the bytes of its largest tensor.
+
+        That is the whole that is gathered or reduced: its output or its input. `func`: the operation, such as
+        `c10d._allgather_base_.default`, which is recorded as `allgather_base`.
+        """
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
         group = CollectiveOp.get_process_group(func, args)
@@ -155,9 +159,9 @@ class StepRecorder(LiveBytes):
         )
 
     def _count_copy_of_reduce_scatter(self, func: Any, args: Any) -> None:
-        """Count the copy of the full input that gloo, the backend of CPU ranks, makes in a reduce-scatter.
+        """Count the copy of the full input that gloo, the backend of CPU ranks, would make in a simulated reduce-scatter.
 
-        Only for simulated ranks, whose backend is torch's fake one: with real ranks the recorder sees the copy itself.
+        A simulated rank has torch's fake backend, which makes none; with real ranks the recorder sees the copy itself.
         """
         if self.device.type != "cpu":
             return
@@ -167,7 +171,7 @@ class StepRecorder(LiveBytes):
         self.note_peak_with(allocated_bytes(full_input.numel() * full_input.element_size()))
 
     def _record_host_copy(self, func: Any, args: Any, out: Tensor) -> None:
-        """Count the bytes of a copy if it crosses between the device and the host."""
+        """Count the bytes of a copy (`out`) if it crosses between the device and the host. `args`: of the operation."""
         # `copy_(target, source)`, but `_to_copy(source)`.
         source = args[1] if func is torch.ops.aten.copy_.default else args[0]
         if not isinstance(source, Tensor) or device_of(source) == device_of(out):
@@ -179,9 +183,10 @@ class StepRecorder(LiveBytes):
             self.record.bytes_to_device += size
 
     def _num_flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> float:
-        """Number of floating-point operations of a matrix product or of attention; 0 for other operations.
+        """Count the floating-point operations of a matrix product or of attention; 0 for other operations.
 
         Attention, in-place products and experts' products have formulas here, other operations torch's own (`flop_registry`).
+        `out`: what the operation returned.
         """
         packet = func.overloadpacket  # the operation without its overload
         name = _qualified_name(func)
@@ -254,7 +259,7 @@ class _OperationProperties:
 
 @cache
 def _operation_properties(func: Any) -> _OperationProperties:
-    """The properties of a torch operation that `StepRecorder` needs. Cached, since they do not depend on the operands."""
+    """Look up what a torch operation may cost, whatever its operands are, so that the recorder checks each only once."""
     packet = func.overloadpacket  # the operation without its overload
     has_formula_here = _qualified_name(func).startswith(_ATTENTION_OPERATIONS) or packet in _PRODUCT_OPERATIONS
     return _OperationProperties(
@@ -295,7 +300,10 @@ def _is_causal(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _calling_line() -> str:
-    """The innermost line of the project's own code that is running, as `file:line`; the simulation's own does not count."""
+    """Find the line of the project's own code that caused an operation, such as `strategies/native.py:212`, for a report.
+
+    The innermost one that is running; the simulation's own code does not count. `elsewhere` if there is none.
+    """
     frame = calling_frame(1)  # the caller of this function
     while frame is not None:
         path = Path(frame.f_code.co_filename)

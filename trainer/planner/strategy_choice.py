@@ -182,7 +182,10 @@ def with_proposed_strategy(config: RunConfig, prepared: PreparedData) -> RunConf
 
 
 def _with_placeholder_strategy(config: RunConfig, world_size: int) -> RunConfig:
-    """The configuration with FSDP2, or else the first strategy that can run it, and a note that the choice is made elsewhere."""
+    """Give a configuration with `strategy=auto` a strategy to show on a host without the GPUs, where none can be chosen.
+
+    It is FSDP2, or else the first strategy that can run it, with a note that the choice is made on the host with the GPUs.
+    """
     runnable = runnable_strategies(config, world_size).strategies  # never empty: the settings were validated
     strategy_by_name = {str(strategy.name): strategy for strategy in runnable}
     placeholder = strategy_by_name.get("fsdp2") or runnable[0]
@@ -191,10 +194,10 @@ def _with_placeholder_strategy(config: RunConfig, world_size: int) -> RunConfig:
 
 
 def _batch_for_ranks(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """`config.batch`, with `micro` set back to `auto` if an earlier start chose a number that `world_size` ranks cannot take.
+    """The batch settings for this start: an earlier start's choice of `batch.micro` is dropped if it is not possible any more.
 
-    They cannot if it does not divide the samples of a data-parallel rank, into which trial steps are divided.
-    `resolve_micro_batch`, which is called after the strategy is chosen, then chooses again.
+    With another number of ranks (`world_size`), it may not divide the samples of a data-parallel rank. `micro` is `auto` again
+    then, and is chosen anew after the strategy. What the user has set stays. {"global": 64, "micro": "auto"}, say.
     """
     batch = config.batch
     is_earlier_choice = batch["micro"] != AUTO and requested_micro_batch(batch, config.substitutions) == AUTO
@@ -205,10 +208,12 @@ def _batch_for_ranks(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 
 def _with_strategy(config: RunConfig, strategy: StrategyConfig, note: ResolvedSetting | str | None) -> RunConfig:
-    """The run with that strategy, and with `note` as the reason of the choice; None removes an earlier reason.
+    """Set the strategy of a run that had `strategy=auto`, and record why (`note`); None removes an earlier reason.
 
-    A `ResolvedSetting` is a choice that a later start takes again, a text a placeholder for a choice that is made elsewhere.
+    `note`: a `ResolvedSetting` is a choice that a later start takes again; a text is a placeholder for one that is made
+    elsewhere.
     """
+    # By setting: what was set in place of what the user gave, and why.
     substitutions = dict(config.substitutions)
     substitutions.pop(STRATEGY_KEY, None)
     if note:
@@ -223,7 +228,10 @@ def gpu_name(runtime: Runtime) -> str | None:
 
 
 def gather_rank_devices(runtime: Runtime) -> RankDevices:
-    """The devices of all ranks, for a plan: the memory of the smallest, and the GPU if all are alike. All ranks must call."""
+    """Learn what devices the ranks of a job have, for a plan: the memory of the smallest, and the GPU if all are alike.
+
+    All ranks must call.
+    """
     memory_and_name_by_rank = gather_objects((available_device_gib(runtime), gpu_name(runtime)), runtime)
     names = {name for _, name in memory_and_name_by_rank}
     card = _known_card(names.pop()) if len(names) == 1 else None
@@ -237,7 +245,7 @@ def _known_card(name: str | None) -> Card | None:
 
 
 def _runs_out_of_memory(config: RunConfig, proposal: StrategyProposal, inputs: ProbeInputs) -> bool:
-    """Take two real steps with the proposed strategy; returns whether they run out of memory on all ranks. All ranks must call.
+    """Try a proposed strategy by two real steps; returns whether they run out of memory on all ranks. All ranks must call.
 
     If `batch.micro` is `auto` too, which is resolved after the strategy, a micro-batch of one document is taken. Raises
     OutOfMemory, which names the strategy, if some ranks run out and others do not.
@@ -256,7 +264,9 @@ def _runs_out_of_memory(config: RunConfig, proposal: StrategyProposal, inputs: P
 def propose_strategies(
     config: RunConfig, prepared: PreparedData, precision: Precision, devices: RankDevices, timeout_s: float
 ) -> Iterator[StrategyProposal]:
-    """Strategies that can run this configuration, in the order in which they are to be tried, each with the reason.
+    """Yield the strategies that can run this configuration in the order in which they are to be tried, each with the reason.
+
+    The caller takes the next one if a step runs out of memory.
 
     - One rank, or a single strategy that can run it: without a simulation.
     - A GPU of known speed: all are simulated at once and ordered by speed.
@@ -319,10 +329,11 @@ class Planner:
         return card is not None and card.tflops(self.precision) > 0
 
     def strategies_by_sharding(self, strategies: list[StrategyConfig]) -> Iterator[StrategyProposal]:
-        """Strategies to try on a device of unknown speed, each with the reason.
+        """Yield strategies to try on a device of unknown speed, each with the reason; `strategies`: the least sharded first.
 
-        First those that fit according to a simulation, in the order given; then those that cannot be simulated; last the one that
-        needs least memory. Each is simulated with every mode of recomputation that is open, without recomputation first.
+        First those that fit according to a simulation, in the order given; then those that cannot be simulated; last, of those
+        that do not fit, the one that needs least memory. Each is simulated with every mode of recomputation that is open, without
+        recomputation first.
         """
         available_gib = self.devices.memory_gib
         # By name, because a strategy that fails with several modes is proposed once.
@@ -351,10 +362,10 @@ class Planner:
             yield StrategyProposal(strategy, f"planned {planned_gib:.2f} of {available_gib:.2f} GiB, the least of all")
 
     def strategies_by_speed(self, strategies: list[StrategyConfig]) -> Iterator[StrategyProposal]:
-        """Strategies to try on a GPU of known speed, each with the reason. The caller takes the next one if memory runs out.
+        """Yield strategies to try on a GPU of known speed, each with the reason. The caller takes the next if memory runs out.
 
-        First those that fit according to a simulation, the fastest first; then those that cannot be simulated; last the one that
-        needs least memory.
+        First those that fit according to a simulation, the fastest first; then those that cannot be simulated; last, of those
+        that do not fit, the one that lacks least memory.
         """
         assert self.devices.card is not None
         simulated = self._simulate_all(strategies)
@@ -372,7 +383,10 @@ class Planner:
             yield StrategyProposal(strategy, f"planned {_gib_text(choice)} GiB, the least of all")
 
     def _simulate_all(self, strategies: list[StrategyConfig]) -> SimulatedStrategies:
-        """Simulate every strategy with every mode of recomputation that is open, several at a time."""
+        """Simulate every strategy with every mode of recomputation that is open, several at a time, and sort them by what fits.
+
+        Needs the rates of the GPU.
+        """
         # Each thread only waits for the process that simulates.
         combinations = [(strategy, mode) for strategy in strategies for mode in self.recomputation_modes]
         threads = min(PARALLEL_SIMULATIONS, len(combinations), len(os.sched_getaffinity(0)))
@@ -390,10 +404,11 @@ class Planner:
         return simulated
 
     def simulate_cost_model(self, strategy: StrategyConfig, mode: ActivationCheckpointing) -> CostModel | NotSimulated:
-        """The cost model of a step under a strategy, simulated in a process of its own, or why it cannot be simulated.
+        """Simulate a step under a strategy in a process of its own: its memory and work at any micro-batch, or why that failed.
 
-        It is for every micro-batch, so a configuration with micro-batches of one document is simulated.
+        `mode`: what blocks recompute, if the run leaves that open (`activation_checkpointing=auto`).
         """
+        # The cost model holds for every micro-batch, whichever is configured: one document must do, since `auto` is no number.
         devices = self.devices
         config = replace(self.config, strategy=strategy, batch={**self.config.batch, "micro": 1}, substitutions={})
         step_config = single_step_config(config, devices.world_size, mode_if_auto=mode)
@@ -405,9 +420,10 @@ class Planner:
     def _best_choice(
         self, strategy: StrategyConfig, mode: ActivationCheckpointing, cost_model: CostModel
     ) -> PlannedChoice:
-        """The cost of a step under this strategy and mode of recomputation, with the configured micro-batch.
+        """Plan a step under this strategy and mode of recomputation with its best micro-batch: its memory and speed.
 
-        For `batch.micro=auto`: with the fastest micro-batch that fits; with the smallest if none fits.
+        That is the configured one; for `batch.micro=auto` the fastest that fits, or the smallest if none fits. `cost_model`: the
+        step's memory and work at any micro-batch.
         """
         assert self.devices.card is not None
         job = PlannedJob(

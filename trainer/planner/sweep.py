@@ -61,10 +61,11 @@ def plan_variants(
     settings: PlanConfig,
     on_progress: ProgressCallback,
 ) -> PlanAnswer:
-    """Simulate each of `variants.possible`, and order their choices by memory and speed.
+    """Plan a run: simulate each of its possible variants, try every micro-batch, and order the choices by memory and speed.
 
-    `job`: ranks, GPU and batch of the run. `requested_micro_batch`: that on the command line; None plans for all. Raises
-    ConfigError if no variant could be simulated.
+    A variant is a strategy with its recomputation and offloading; with a micro-batch it is a choice. `job`: ranks, GPU and batch
+    of the run. `requested_micro_batch`: that on the command line; None plans for all. `on_progress`: called after each variant.
+    Raises ConfigError if no variant could be simulated.
     """
     refused = list(variants.refused)
     planned: list[_PlannedVariant] = []
@@ -107,7 +108,10 @@ class _PlannedVariant(NamedTuple):
 
 
 def _problems_of_refused(refused: list[RefusedVariant]) -> list[str]:
-    """The reasons why no variant can be planned: a single one if it is that of all, else each with the variant's settings."""
+    """The lines of the error if no variant of a run can be planned: the reason if it is that of all, else one for each variant.
+
+    A line of the latter is `strategy=zero3 strategy.activation_checkpointing=full: <reason>`.
+    """
     reasons = {reason for _, reason in refused}
     if len(reasons) == 1:
         return [*reasons]
@@ -122,9 +126,10 @@ def with_further_variants(
     settings: PlanConfig,
     on_progress: ProgressCallback,
 ) -> PlanAnswer:
-    """`answer`, in which nothing fits, with further `variants` simulated and added; other arguments: see `plan_variants`.
+    """Add further variants, which need less memory, to a plan in which nothing fits: simulate them, and order all choices.
 
-    If none of the further variants can be simulated, they are listed as refused.
+    `answer`: the plan so far. `variants`: those to add; if none of them can be simulated, they are listed as refused. The other
+    arguments are those of `plan_variants`.
     """
     try:
         further = plan_variants(variants, job, requested_micro_batch, settings, on_progress)
@@ -140,10 +145,10 @@ def with_further_variants(
 
 
 def with_worst_imbalance(answer: PlanAnswer, settings: PlanConfig) -> PlanAnswer:
-    """`answer` with the memory that its first choice needs if routing is as uneven as possible.
+    """Add to a plan how much memory its best choice needs if the routing of tokens to experts is as uneven as possible.
 
     In the worst case, all tokens of an expert group choose experts of one rank: the choice is simulated once more with that
-    imbalance. `answer` stays as it is without `parallel.experts`, or if the simulation fails.
+    imbalance. `answer` is returned as it is without `parallel.experts`, or if the simulation fails.
     """
     choice = answer.best_choices[0]
     expert_ranks = choice.variant.config.parallel.experts
@@ -177,9 +182,10 @@ def simulate_variants(
     settings: PlanConfig,
     on_progress: ProgressCallback,
 ) -> list[CostModel | NotSimulated]:
-    """The cost model of each variant, or why it cannot be simulated. Each is simulated in a worker process.
+    """Simulate each variant of a run in a worker process: returns its cost model, or why it cannot be simulated, in their order.
 
-    `accumulations`: how many micro-batches of a step to simulate, for each variant. `on_progress` is called after each variant.
+    `job`: ranks, GPU and batch. `accumulations`: how many micro-batches of a step to simulate, for each variant. `settings`: how
+    many workers, and whether the whole model is simulated. `on_progress`: called after each variant.
     """
     # Import and build once here, before the workers are forked: otherwise each of them would do it.
     import trainer.planner.simulation  # noqa: F401
@@ -213,9 +219,10 @@ def _collect_cost_models(
     index_by_future: dict[Future[CostModel | NotSimulated], int],
     on_progress: ProgressCallback,
 ) -> list[CostModel | NotSimulated]:
-    """Wait for all simulations; returns their results in the order of `variants`, and reports each when it is done.
+    """Wait for the worker processes to simulate all variants; returns the results in the order of `variants`.
 
-    `index_by_future`: the index of the variant that each future simulates.
+    `index_by_future`: for each task of the pool, the index of the variant that it simulates. `on_progress`: called after each.
+    The variants of a worker that was killed get a reason instead of a cost model.
     """
     results: dict[int, CostModel | NotSimulated] = {}
     for num_done, future in enumerate(as_completed(index_by_future), 1):
@@ -236,7 +243,10 @@ def _duration_rank(variant: RunVariant) -> int:
 
 
 def _start_worker(parent_pid: int) -> None:
-    """Prepare a new worker process: it ends with its parent, computes on one core, and drops what libraries print."""
+    """Prepare a new worker process for simulations: it ends with its parent, computes on one core, drops what libraries print.
+
+    `parent_pid`: process id of the planner.
+    """
     import torch
 
     die_with_parent(parent_pid)
@@ -249,9 +259,9 @@ def _start_worker(parent_pid: int) -> None:
 
 
 def _simulate(config: RunConfig, accumulation: int, job: PlannedJob, *, exact: bool) -> CostModel | NotSimulated:
-    """The cost model of a variant, or why it cannot be simulated. Runs in a worker process.
+    """Simulate one variant of a run, in a worker process: returns its cost model, or why it cannot be simulated.
 
-    `accumulation`: micro-batches to simulate. With `exact` the whole model is simulated, not two shallow ones.
+    `accumulation`: micro-batches of a step to simulate. `exact`: simulate the whole model, not two with few of its blocks.
     """
     from trainer.planner.simulation import simulate_cost_model_of_run
 

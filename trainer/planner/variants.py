@@ -76,10 +76,13 @@ class RunVariants(NamedTuple):
 
 
 def list_variants(config: RunConfig, settings: PlanConfig, cli_keys: set[str], world_size: int | None) -> RunVariants:
-    """The variants of a run that a plan compares: all combinations of strategy, recomputation and so on that the user left open.
+    """List the variants of a run that a plan compares: every combination of strategy, recomputation, ... that the user left open.
 
-    `cli_keys`: keys of settings on the command line, which stay. `world_size`: ranks of the run; None if not known. Raises
-    ConfigError with the problems that every variant has, or if no variant is left.
+    `settings`: of the plan, which may ask for more (offloading, storage types of the base). `cli_keys`: keys of settings on the
+    command line, which stay. `world_size`: ranks of the run; None if not known. Variants that cannot run are returned as refused,
+    with the reason.
+
+    Raises ConfigError with the problems that every variant has, or if no variant is left.
     """
     variants = list(_combinations_of_open_settings(config, settings, cli_keys))  # at least one: the user's own settings
     if "parallel.experts" not in cli_keys and world_size is not None:
@@ -101,7 +104,10 @@ def list_variants(config: RunConfig, settings: PlanConfig, cli_keys: set[str], w
 
 
 def _divide_by_problems(variants: list[RunVariant], problems_by_variant: list[list[str]]) -> RunVariants:
-    """The variants without a problem, and those that are refused with the first of their problems."""
+    """Divide variants into those that a plan simulates, and those that are refused, with the first of their problems.
+
+    `problems_by_variant`: for each variant why it cannot run; empty if it can.
+    """
     possible = []
     refused = []
     for variant, problems in zip(variants, problems_by_variant, strict=True):
@@ -113,9 +119,9 @@ def _divide_by_problems(variants: list[RunVariant], problems_by_variant: list[li
 
 
 def _expert_parallel_variants(variants: list[RunVariant], world_size: int) -> list[RunVariant]:
-    """Further variants: each of `variants` with each degree of expert parallelism (ranks that share a layer's experts).
+    """Make further variants of a mixture of experts: each of `variants` with the experts of a layer over 2, 4 or 8 ranks.
 
-    Those that cannot run are left out without a reason, since nobody asked for them.
+    Those that cannot run are left out without a reason, since nobody asked for them. `world_size`: ranks of the run.
     """
     expert_parallel_variants = []
     configs_by_variant = with_expert_parallelism([variant.config for variant in variants], world_size)
@@ -140,11 +146,11 @@ FURTHER_LONG_ROW_SETTINGS: tuple[dict[str, Any], ...] = (
 def list_long_row_variants(
     config: RunConfig, settings: PlanConfig, cli_keys: set[str], world_size: int, long_row_settings: dict[str, Any]
 ) -> RunVariants:
-    """Variants for a run of which nothing fits: several ranks share each row, and the strategy gets settings for long rows.
+    """List further variants for a run of which nothing fits: 2, 4 or 8 ranks share each row, with settings for long rows.
 
-    `long_row_settings`: one of `FURTHER_LONG_ROW_SETTINGS`. `cli_keys`: keys of settings on the command line. All blocks are
-    recomputed, unless the command line sets the recomputation. No variants if ranks share rows already, or if the command line
-    sets `parallel.sequence` or one of `long_row_settings`.
+    `long_row_settings`: settings of the strategy, such as {"mlp_tokens": 8192}; one of `FURTHER_LONG_ROW_SETTINGS`. `cli_keys`:
+    keys of settings on the command line. All blocks are recomputed, unless the command line sets the recomputation. No variants
+    if ranks share rows already, or if the command line sets `parallel.sequence` or one of `long_row_settings`.
     """
     shares_rows = config.parallel.sequence > 1 or "parallel.sequence" in cli_keys
     if shares_rows or any(f"strategy.{key}" in cli_keys for key in long_row_settings):
@@ -178,9 +184,9 @@ def _plan_problems(config: RunConfig, world_size: int | None) -> list[str]:
 
 
 def _combinations_of_open_settings(config: RunConfig, settings: PlanConfig, cli_keys: set[str]) -> Iterator[RunVariant]:
-    """Each combination of strategy, base quantisation, recomputation and offload that the user left open.
+    """Yield a variant of the run for each combination of strategy, storage of the base, recomputation and offloading to try.
 
-    `cli_keys`: keys of settings on the command line. A strategy that cannot offload has no variant that does.
+    What the user typed stays (`cli_keys`: the keys on the command line). A strategy that cannot offload has no variant that does.
     """
     requested_mode = config.strategy.activation_checkpointing
     mode_is_open = requested_mode is ActivationCheckpointing.auto or "strategy.activation_checkpointing" not in cli_keys
@@ -218,7 +224,10 @@ def _with_offload(strategy: StrategyConfig) -> StrategyConfig | None:
 
 
 def _peer_problems(config: RunConfig, peer_settings: Sequence[PeerSetting]) -> list[str]:
-    """Sentences that say why `plan.theirs` does not go with this run; empty if it does."""
+    """Say why another trainer (`plan.theirs`) cannot be compared with this run, a line for each problem; empty if it can.
+
+    `peer_settings`: the setting, what that trainer does differently.
+    """
     problems = peer_setting_problems(peer_settings, full_tuning=config.tuning.name is TuningName.full)
     losses = [setting for setting in peer_settings if setting in LOSS_BYTES_PER_LOGIT]
     if losses and objective_family(config.objective).kind is ModelKind.classifier:
