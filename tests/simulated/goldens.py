@@ -45,6 +45,11 @@ def summary(found: SimulatedStep) -> dict[str, Any]:
     }
 
 
+def has_versions_of_table() -> bool:
+    """Whether the versions that are installed wrote the table, so that its numbers must be met."""
+    return json.loads(TABLE.read_text())["versions"] == versions()
+
+
 def golden(case: Case, world: int) -> dict[str, Any] | None:
     """The row of a case; None where there is none, or where it was written with other versions."""
     table = json.loads(TABLE.read_text())
