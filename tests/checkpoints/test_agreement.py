@@ -1,5 +1,7 @@
 """Ranks agree on stopping every few steps, in the same ones, and soon enough for what SLURM gives them."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -15,17 +17,21 @@ class Job:
 
     def __init__(self, world, monkeypatch):
         self.now, self.rounds, self.joined = 0.0, 0, []
+        self.lock, self.barrier = threading.Lock(), threading.Barrier(world)
         self.requests = [SimpleNamespace(signal_name=None) for _ in range(world)]
         monkeypatch.setattr(preempt.dist, "all_reduce", self.all_reduce)
         monkeypatch.setattr(preempt.time, "monotonic", lambda: self.now)
         runtimes = [Runtime(n, world, n, world, torch.device("cpu"), None) for n in range(world)]
         self.agreements = [RankStopAgreement(*pair) for pair in zip(self.requests, runtimes, strict=True)]
 
-    def all_reduce(self, tensor, **_):
-        self.joined.append(tensor)
-        return SimpleNamespace(wait=self.wait)
+    def all_reduce(self, tensor, *, async_op=False, **_):
+        with self.lock:
+            self.joined.append(tensor)
+        if not async_op and self.barrier.wait(30) == 0:  # a rank that does not ask breaks it for the others
+            self.reduce()
+        return SimpleNamespace(wait=lambda: None) if async_op else self.barrier.wait(30)
 
-    def wait(self):
+    def reduce(self):
         assert len(self.joined) in (0, len(self.agreements)), "not all ranks ask in this step"
         if self.joined:
             largest = torch.stack(self.joined).amax(0)
@@ -33,14 +39,21 @@ class Job:
                 tensor.copy_(largest)
             self.joined, self.rounds = [], self.rounds + 1
 
-    def step(self, seconds):
-        """One step, of which rank i has taken `seconds[i]` when it asks; what each rank then knows."""
+    def step(self, seconds, signalled=None):
+        """One step, of which rank i has taken `seconds[i]` when it asks; what each rank then knows.
+
+        `signalled`: the rank that gets a signal while the step computes.
+        """
         began = self.now
         for agreement, took in zip(self.agreements, seconds, strict=True):
             self.now = began + took
             agreement.ask()
+        self.reduce()
         self.now = began + max(seconds)
-        return {agreement.stop_now() for agreement in self.agreements}
+        if signalled is not None:
+            self.requests[signalled].signal_name = "SIGTERM"
+        with ThreadPoolExecutor(len(self.agreements)) as ranks:
+            return set(ranks.map(RankStopAgreement.stop_now, self.agreements))
 
 
 def test_stop_agreement_is_asked_in_few_steps_the_same_on_every_rank(monkeypatch):
@@ -73,7 +86,17 @@ def test_stop_agreement_is_asked_in_each_slow_step_after_fast_ones(monkeypatch):
     before = job.rounds
     for _ in range(5):
         job.step([20.0, 20.0])
-    assert job.rounds == before + 5
+    assert job.rounds == before + 10, "at the beginning of a step, and at its end"
+
+
+def test_signal_during_a_slow_step_ends_the_run_after_that_step(monkeypatch):
+    job = Job(3, monkeypatch)
+    for _ in range(3):
+        assert job.step([20.0, 21.0, 20.0]) == {False}
+    assert job.step([20.0, 21.0, 20.0], signalled=1) == {True}
+    job = Job(1, monkeypatch)
+    assert job.step([0.1]) == {False}
+    assert job.step([0.1], signalled=0) == {True}
 
 
 def test_stop_agreement_of_one_process_is_immediate():

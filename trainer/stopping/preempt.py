@@ -20,6 +20,9 @@ MAX_STEPS_BETWEEN_QUESTIONS = 8
 class RankStopAgreement:
     """Asks all ranks, every few steps, whether any of them was asked to stop. The answer arrives while a step runs.
 
+    A signal that comes after the question of a step waits for the next question. If steps are slow, this would cost much of the
+    time that a scheduler gives, so slow steps end with a second question, for whose answer the ranks wait.
+
     The ranks also agree on the number of steps until the next question, by the slowest rank's pace, so that all ask in the
     same steps. A loop of another length (an evaluation's batches) needs an agreement of its own: see `for_loop`.
     """
@@ -33,6 +36,8 @@ class RankStopAgreement:
         self._work: dist.Work | None = None
         self._steps_since_asked = 0
         self._steps_between_questions = 1
+        self._has_slow_steps = False
+        """Whether the slowest rank takes `MAX_SECONDS_BETWEEN_QUESTIONS` for a step. The same on all ranks."""
         self._asked_at = time.monotonic()
 
     def is_asked_on_this_rank(self) -> bool:
@@ -53,7 +58,7 @@ class RankStopAgreement:
         All ranks must call, then `stop_now`. The question is an all-reduce that runs while the step computes. One is due every
         `_steps_between_questions` calls, which `stop_now` sets by the seconds that the slowest rank takes for a step.
         """
-        is_asked = self._request.signal_name is not None
+        is_asked = self.is_asked_on_this_rank()
         if self._runtime.world_size == 1:
             self._answer[0] = float(is_asked)
             return
@@ -73,14 +78,30 @@ class RankStopAgreement:
     def ask_and_wait(self) -> bool:
         """Ask and wait for the answer. All ranks must call."""
         self.ask()
-        return self.stop_now()
+        return self._wait_for_answer()
 
     def stop_now(self) -> bool:
-        """Whether to stop: the answer of the last collective, equal on all ranks. Waits for a collective that is under way."""
+        """Whether to stop after this step: equal on all ranks, which must all call. Waits for a question that is under way.
+
+        Asks a second time if steps are slow. In a run of one process a signal counts at once.
+        """
+        if self._runtime.world_size == 1:
+            return self.is_asked_on_this_rank()
+        if self._wait_for_answer():
+            return True
+        if not self._has_slow_steps:
+            return False
+        answer = torch.tensor([float(self.is_asked_on_this_rank())])
+        dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self._runtime.control_group)
+        return bool(answer[0])
+
+    def _wait_for_answer(self) -> bool:
+        """The answer of the last question, equal on all ranks. Sets how many steps pass until the next one."""
         if self._work is not None:
             self._work.wait()
             self._work = None
             slowest_step_s = max(1e-9, float(self._answer[1]))
             max_steps = min(MAX_STEPS_BETWEEN_QUESTIONS, int(MAX_SECONDS_BETWEEN_QUESTIONS / slowest_step_s))
             self._steps_between_questions = max(1, max_steps)
+            self._has_slow_steps = slowest_step_s >= MAX_SECONDS_BETWEEN_QUESTIONS
         return bool(self._answer[0])
