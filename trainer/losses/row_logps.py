@@ -22,21 +22,23 @@ class _RowLogps:
     """Logits are divided by it."""
 
     def __call__(self, head: LossHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """What `row_logps` returns, for rows `hidden [N, H]` with `targets [N]`."""
+        """Compute inside a head's call what `row_logps` returns, for rows `hidden [N, H]` with `targets [N]`."""
         # A soft cap c and a factor s give c tanh(s x / c). Divided by the temperature that is the same function with both
         # c and s divided by it, so values and gradients need no code of their own.
         softcap = None if head.softcap is None else head.softcap / self.temperature
         settings = HeadSettings(softcap, head.logit_scale / self.temperature, torch.is_grad_enabled())
+        # True: with the entropies.
         results: Any = _RowCrossEntropy.apply(hidden, head.training_weight, head.bias, targets, settings, True)
         nll, entropy = results
         return -nll, entropy
 
 
 def row_logps(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(log-probability of each target, entropy in nats of each distribution), `[N]` float32, for rows `hidden [N, H]`.
+    """Log-probability of each row's target, and entropy in nats of its distribution, `[N]` float32 each, for reinforcement
+    learning.
 
-    Logits are divided by `temperature` first. Gradients flow through the log-probabilities alone. Calls `head` exactly once, as
-    a module, also for no rows: a sharded head is gathered on all ranks together.
+    `hidden [N, H]`: the rows' states. Logits are divided by `temperature` first. Gradients flow through the log-probabilities
+    alone. Calls `head` exactly once, as a module, also for no rows: a sharded head is gathered on all ranks together.
     """
     if computes_loss(head):  # it computes `_RowLogps` in its own call, in place of the loss
         return head(hidden, targets=targets, comparison=_RowLogps(temperature))

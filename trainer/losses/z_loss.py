@@ -19,7 +19,8 @@ class _SumOfSquaredLogsumexp:
     """`[N]`: 1 for rows that count, 0 for others; None: all count."""
 
     def __call__(self, head: LossHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """The z-loss: the weighted sum over rows `hidden [N, H]` of their squared logsumexp, as a tuple of this one sum.
+        """The z-loss inside a head's call: the weighted sum over rows `hidden [N, H]` of their squared logsumexp, as a tuple of
+        this one sum.
 
         All `targets` must be 0. A tuple, as a head expects of every comparison.
         """
@@ -35,10 +36,10 @@ class _SumOfSquaredLogsumexp:
 
 
 def sum_of_squared_logsumexp(head: nn.Module, hidden: Tensor, counted_rows: Tensor | None) -> Tensor:
-    """The sum over rows of the squared logsumexp of their logits, 0-d float32: the z-loss before it is weighted.
+    """The sum over rows of the squared logsumexp of their logits, 0-d float32: the z-loss of the output before it is weighted.
 
-    `hidden [N, H]`: the rows. `counted_rows [N]`: bool, the rows that count; None: all.
-    Calls `head` once, as a module.
+    It keeps logits from growing. `hidden [N, H]`: the rows. `counted_rows [N]`: bool, the rows that count; None: all. Calls
+    `head` once, as a module.
     """
     row_weights = None if counted_rows is None else counted_rows.float()
     if computes_loss(head):  # it computes this in its own call, in place of the loss

@@ -13,9 +13,10 @@ HEAD_SIZE_SETTINGS = ("head_dim", "global_head_dim", "v_head_dim", "qk_head_dim"
 
 
 def head_sizes(hf_config: Any) -> list[int]:
-    """The sizes of attention heads that a transformers config states, ascending, such as `[64, 128]`; empty if it states none.
+    """The sizes of attention heads in a model, from its transformers config, ascending, such as `[64, 128]`; empty if it states
+    none.
 
-    Without an entry of its own the size is the hidden size over the number of heads.
+    A kernel must have each of them. Without a setting for it, the size is the hidden size over the number of heads.
     """
     text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
     sizes: set[Any] = set()
@@ -34,10 +35,11 @@ def head_sizes(hf_config: Any) -> list[int]:
 
 
 def why_not_flash(hf_config: Any, gpu: Gpu | None, *, half_precision: bool, dropout: float = 0.0) -> str | None:
-    """Why FlashAttention 2 cannot compute this model's attention on this GPU; None if it can.
+    """Why FlashAttention 2 cannot compute this model's attention on this GPU, as part of a sentence; None if it can.
 
     Checked in order: the GPU and the precision, the sizes of heads, the backward pass, the installed package. `half_precision`:
-    whether the run computes in bf16 or fp16. transformers checks the package, since FlashAttention 4 has the same import name.
+    whether the run computes in bf16 or fp16. `dropout`: of attention. transformers checks the package, since FlashAttention 4
+    has the same import name.
     """
     if gpu is None or not half_precision:
         return "it needs a GPU and precision=bf16 or fp16"

@@ -30,7 +30,7 @@ def read_config(path: str | None) -> dict[str, Any] | None:
 def kind_problems(
     config_json: dict[str, Any], path: str | None, kind: ModelKind, objective: str, lengths: dict[str, int]
 ) -> Iterator[str]:
-    """Why a model cannot be trained as the `kind` that its objective needs, one line each.
+    """Yield why a model cannot be trained as the `kind` that its objective needs, one line each.
 
     `config_json`: the content of the model's file. `lengths`: the positions that the run needs on the encoder's or the
     decoder's side, by the setting that asks for them, such as `{"data.max_length": 512}`. Only the seq2seq objective needs an
@@ -61,7 +61,7 @@ def kind_problems(
 
 
 def _unwanted_encoder_problem(model_type: str, path: str | None, kind: ModelKind, objective: str) -> str:
-    """Why an encoder-decoder model cannot be a classifier or a causal model, with what to do instead."""
+    """Write why an encoder-decoder model cannot be a classifier or a causal model, with what to do instead."""
     if kind is ModelKind.classifier:
         return (
             f"objective={objective}: model.path={path} is an encoder-decoder model ({model_type}), whose classifiers are "
@@ -77,7 +77,7 @@ def _unwanted_encoder_problem(model_type: str, path: str | None, kind: ModelKind
 
 
 def position_problems(model: ModelConfig) -> Iterator[str]:
-    """What is wrong with `model.positions` and `model.rope` whatever the model is, one line each."""
+    """Yield what is wrong with `model.positions` and `model.rope` whatever the model is, one line each."""
     rope = model.rope
     if rope.factor is not None and rope.type is None:
         yield (

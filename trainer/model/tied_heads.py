@@ -24,6 +24,7 @@ def _has_separate_head(config: ModelConfig, model: Any) -> bool:
     model.tie_weights()
     embeddings = model.get_input_embeddings()
     head = model.get_output_embeddings()
+    # Not tied, or without a head: nothing to find out.
     if head is None or getattr(head, "weight", None) is not embeddings.weight:
         return False
     try:

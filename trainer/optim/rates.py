@@ -118,8 +118,8 @@ RATE_BY_OPTIMIZER_AND_METHOD: dict[tuple[OptimName, str], UsualRate] = {
 
 
 def usual_learning_rate(optim: OptimConfig, method: str, objective: str) -> UsualRate | None:
-    """The usual learning rate of an optimizer, a tuning method (such as `lora`) and an objective (such as `sft`).
-
+    """Look up what `optim.lr` is for a user who does not set it, for an optimizer, a tuning method ("lora") and an objective
+    ("sft").
     - Muon with its original scale: None.
     - an optimizer whose rates are no multiple of AdamW's: its own table, for imitation and seq2seq; else None.
     - else: AdamW's rate, times the optimizer's factor; None if no table has AdamW's.
@@ -138,7 +138,7 @@ def usual_learning_rate(optim: OptimConfig, method: str, objective: str) -> Usua
 
 
 def _adamw_rate(method: str, objective: str) -> UsualRate | None:
-    """The usual learning rate of AdamW for a tuning method and an objective; None if no table has one of them.
+    """Look up AdamW's usual learning rate for a tuning method and an objective; None if no table has one of them.
 
     Objectives of `IMITATING_OBJECTIVES` have the method's rate. Others have rates of their own for full tuning and LoRA; for
     further methods the method's rate is scaled as LoRA's is.
@@ -158,10 +158,10 @@ def _adamw_rate(method: str, objective: str) -> UsualRate | None:
 
 
 def missing_rate_message(optim: OptimConfig, method: str, objective: str) -> str:
-    """The message for a run that sets no `optim.lr` and for which no table has a usual rate. It names the rates of similar runs.
+    """Write the message for a run that sets no `optim.lr` and for which no table has a usual rate.
 
-    Similar runs have this run's optimizer with LoRA or full tuning, the default optimizer with this run's method, or the default
-    optimizer with LoRA, in this order.
+    It names the rates of similar runs. Similar runs have this run's optimizer with LoRA or full tuning, the default optimizer
+    with this run's method, or the default optimizer with LoRA, in this order.
     """
     default_optim = OptimConfig()
     similar_runs = [(optim, "lora"), (optim, "full"), (default_optim, method), (default_optim, "lora")]

@@ -93,10 +93,10 @@ def _missing_package(name: OptimName) -> str:
 def optimizer_problems(
     config: OptimConfig, strategy: StrategyConfig, schedule: str, *, starts_here: bool
 ) -> Iterator[str]:
-    """What is wrong with an optimizer's settings, one line each.
+    """Yield what is wrong with an optimizer's settings, alone and with strategy and schedule, one line each.
 
-    `schedule`: name of the learning rate schedule. `starts_here`: whether the run will start in this environment, so that the
-    optimizer's package has to be installed.
+    Called when a run is composed. `schedule`: name of the learning rate schedule. `starts_here`: whether the run will start in
+    this environment, so that the optimizer's package has to be installed.
     """
     # The optimizer with the strategy, the schedule and the installed packages.
     support = OPTIMIZER_SUPPORT[config.name]
@@ -134,7 +134,7 @@ def optimizer_problems(
 
 
 def _beta_and_nesterov_problems(config: OptimConfig) -> Iterator[str]:
-    """What is wrong with betas or Nesterov's momentum, one line each.
+    """Yield what is wrong with betas or Nesterov's momentum, one line each.
 
     The ranges of other numbers stand in the fields of their settings, and are checked with all settings.
     """

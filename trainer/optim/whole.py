@@ -31,9 +31,11 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
 
 
 def orthogonalise(matrix: Tensor, coefficients: tuple[float, float, float], iterations: int, eps: float) -> Tensor:
-    """An orthogonal matrix near to `matrix [n, m]`, by the quintic Newton-Schulz iteration of Muon's authors, in its type.
+    """Compute an orthogonal matrix near to `matrix [n, m]`, for Muon: the quintic Newton-Schulz iteration of its authors, in
+    the type of `matrix`.
 
-    torch's own rounds to bf16, whose 8 bits would magnify the rounding of gradient sums: strategies would agree to 1e-5 at best.
+    torch's own rounds to bf16, whose 8 bits would magnify the rounding of gradient sums: strategies would agree to 1e-5 at
+    best. `coefficients`: a, b, c of the polynomial a X + b (X X^T) X + c (X X^T)^2 X.
     """
     a, b, c = coefficients
     # The Gram matrix should have the smaller side of the two.
@@ -59,6 +61,7 @@ class ShardedMuon(torch.optim.Muon):
         """Update every matrix that has a gradient, as Muon does: along the orthogonalised momentum.
 
         The orthogonalisation needs the whole matrix, so sharded ones are gathered, one at a time: all ranks must call.
+        `closure` is not called.
         """
         for group in self.param_groups:
             lr = group["lr"]
@@ -93,7 +96,8 @@ class ShardedAdafactor(torch.optim.Adafactor):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient, by torch's Adafactor, which keeps second moments by row and by column.
 
-        These need the whole matrix, so sharded parameters are gathered, one at a time: all ranks must call.
+        These need the whole matrix, so sharded parameters are gathered, one at a time: all ranks must call. `closure` is not
+        called.
         """
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -126,7 +130,8 @@ class ShardedAdafactor(torch.optim.Adafactor):
 
     @staticmethod
     def _initial_state(gradient: Tensor) -> dict[str, Tensor]:
-        """Adafactor's state before the first step: zero second moments, by row and by column of a matrix, by element of a vector.
+        """Adafactor's state before the first step: zero second moments, by row and by column of a matrix, by element of a
+        vector.
 
         The keys are torch's own, because torch's `adafactor` and its state dicts go by them.
         """

@@ -26,7 +26,7 @@ _WRAPPING_ONLY_FIELDS = ("ensure_weight_tying", "task_type", "trainable_token_in
 
 
 def _keys_stored_by_peft(peft_model: nn.Module) -> dict[str, str]:
-    """The key in the adapter file of each parameter and buffer that peft stores, by its name in the PeftModel.
+    """Find out under what key an adapter file has each parameter and buffer of a PeftModel that peft stores: {name: key}.
 
     An entry: base_model.model.fc.lora_A.default.weight -> base_model.model.fc.lora_A.weight.
     """
@@ -51,10 +51,10 @@ def _keys_stored_by_peft(peft_model: nn.Module) -> dict[str, str]:
 
 
 def stored_peft_config(directory: str | Path, setting_name: str) -> Any:
-    """peft's config object for the adapter in `directory`, read from its adapter_config.json.
+    """Read peft's config object of the adapter in `directory` from its adapter_config.json.
 
-    `setting_name`: the setting that names the directory, such as `tuning.from`, for the message of the ConfigError that is raised
-    if it cannot be read.
+    `setting_name`: the setting that names the directory, such as `tuning.from`, for the message of the ConfigError that is
+    raised if it cannot be read.
     """
     from peft import PeftConfig
 
@@ -94,7 +94,7 @@ class StoredAdapter:
         """The key in the file of each stored parameter and buffer, by its name in the PeftModel; `match_names` fills it."""
 
     def match_names(self, tuned: nn.Module) -> None:
-        """Find every trained parameter of the PeftModel `tuned` in the file, and fill `file_key_by_name`.
+        """Match the tensors in the file with the parameters of the PeftModel `tuned`, and fill `file_key_by_name`.
 
         Raises ConfigError in this order: the file lacks a trained parameter or has a tensor that `tuned` does not have; a shape
         differs. An entry: base_model.model.fc.lora_A.default.weight -> base_model.model.fc.lora_A.weight.

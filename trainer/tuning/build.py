@@ -23,7 +23,7 @@ def build_tuning(
     new_heads: tuple[str, ...] = (),
     tokenizer: Any = None,
 ) -> Tuning:
-    """The tuning method (LoRA, freeze and so on) that `config` describes, not yet applied to a model.
+    """Make the tuning method (LoRA, freeze and so on) that `config` describes, not yet applied to a model.
 
     `new_tokens`: the vocabulary grew, so embeddings must train too. `new_heads`: names of modules that the checkpoint does not
     have, which must train. `tokenizer`: needed if a prompt starts at a text (`tuning.init_text`).
@@ -65,11 +65,10 @@ def optimizer_hooks(tuning: Tuning) -> OptimizerStepHooks | None:
 
 
 def initial_weights_reader(model: nn.Module, tuning: TuningConfig) -> MergedAdapters | None:
-    """A reader of the weights with which a run with `tuning.from` begins: the base's, with that adapter merged in as they are
-    read.
+    """Open the weights with which a run with `tuning.from` begins: the base's, with that adapter merged in as they are read.
 
-    None without `tuning.from`. Objectives that compare with the model at the start (by a KL term) read them. `model`: the
-    architecture, on meta. Raises ConfigError if the adapter cannot be merged.
+    None without `tuning.from`. Objectives that compare with the model at the start (by a KL term) build a frozen copy of it
+    from these. `model`: the architecture, on meta. Raises ConfigError if the adapter cannot be merged.
     """
     directory = tuning.from_ if isinstance(tuning, AdapterConfig) else None
     if directory is None:

@@ -21,10 +21,11 @@ _PREFIX = "base_model.model."
 
 
 def replacement_keys(model: nn.Module, settings: Any, keys: Iterable[str]) -> dict[str, str | None]:
-    """For each of peft's own `keys` that plain peft would not load back: the key to store instead, or None if none would do.
+    """Find the keys of an adapter file that plain peft would not load back:
 
-    Keys that are loaded back are left out, so that an empty dict is the usual result. peft renames keys as it loads them;
-    `loaded_key_by_stored_key` says to what. `model`: with or without adapters. `settings`: peft's config.
+    {peft's own key: the key to store instead, or None if none would do}. peft renames keys as it loads them, by the renames of
+    the base's checkpoint. Keys that are loaded back are left out, so that an empty dict is the usual result. `model`: with or
+    without adapters. `settings`: peft's config.
     """
     keys = list(keys)
     loaded_key_by_key = loaded_key_by_stored_key(model, settings, keys, ADAPTER)
@@ -41,7 +42,7 @@ def replacement_keys(model: nn.Module, settings: Any, keys: Iterable[str]) -> di
 
 
 def unloadable_layer_names(model: nn.Module, settings: Any) -> list[str]:
-    """Names of the linear layers of a plain model whose LoRA adapters plain peft would not load back under any key."""
+    """Names of the linear layers of a model without adapters whose LoRA adapters plain peft would not load back under any key."""
     layer_of_key = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -53,7 +54,8 @@ def unloadable_layer_names(model: nn.Module, settings: Any) -> list[str]:
 def check_adapters_loadable(model: Any) -> None:
     """Raise ConfigError if plain peft would not load all of a tuned model's LoRA adapters back from its export.
 
-    peft applies a base's renaming of keys to adapters too, and so may find no layer for some key.
+    peft applies a base's renaming of keys to adapters too, and so may find no layer for some key. Does nothing for a model
+    without adapters of peft.
     """
     settings = getattr(model, "peft_config", {}).get(ADAPTER)
     if settings is None:
@@ -74,6 +76,6 @@ def check_adapters_loadable(model: Any) -> None:
 
 
 def _checkpoint_key(model: Any, key: str) -> str:
-    """An adapter's key with the layer's name in published checkpoints in place of its name in the model."""
+    """The adapter's key with the name that the layer has in published checkpoints, in place of its name in the model."""
     plain_model = model.get_base_model() if hasattr(model, "get_base_model") else model
     return _PREFIX + published_name(plain_model, key.removeprefix(_PREFIX))

@@ -30,7 +30,7 @@ class MergedAdapters:
         return names
 
     def full_tensor(self, name: str, base: BaseReader) -> Tensor:
-        """The parameter with every adapter merged in, float32. `base` reads the checkpoint."""
+        """The base parameter `name` with every adapter merged in, float32. `base` reads the checkpoint."""
         # Each adapter merges into what the readers before it give.
         reader: Any = base
         for adapter in self._adapters:
@@ -75,7 +75,8 @@ class _MergedAdapter:
         """The merged parameters of `_cached_layer`, the layer that was merged last: they are asked for one by one."""
 
     def _refuse_other_tensors(self, setting: str) -> None:
-        """Raise ConfigError if the files hold tensors that are neither of an adapter nor of a module that trained in full.
+        """Raise ConfigError if the files hold tensors that are neither of an adapter nor of a module that trained in full:
+        merging would lose them.
 
         peft stores no others but biases, with `bias=all` or `bias=lora_only`. `setting`: key and directory, which begin the
         message, such as `model.adapters=/path`.
@@ -95,7 +96,8 @@ class _MergedAdapter:
     def _refuse_shared_parameters(self, setting: str) -> None:
         """Raise ConfigError if the adapter changes a parameter that another module shares, such as tied embeddings.
 
-        A shared parameter is one object under several names, so the other module would change too.
+        A shared parameter is one object under several names, so the other module would change too. `setting`: begins the
+        message.
         """
         first_names: dict[int, str] = {}  # by the id of the parameter
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
@@ -108,8 +110,7 @@ class _MergedAdapter:
                 )
 
     def full_tensor(self, name: str, base: BaseReader) -> Tensor:
-        """The full parameter `name` with this adapter merged in. `base` reads the weights without it.
-
+        """The full base parameter `name` with this adapter merged in. `base` reads the weights without it.
         - trained in full with the adapter: the stored value.
         - not changed by the adapter: the base's value.
         - else: its layer is merged, and kept for the layer's next parameter.

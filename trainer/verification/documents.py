@@ -34,10 +34,11 @@ def write_documents(
     multi_label: bool,
     must_learn: bool,
 ) -> None:
-    """Write random documents as a store into `directory`, which must not exist.
+    """Write random documents of the objective's kind as a store into `directory`, which must not exist: the verified step
+    trains on them.
 
-    `data_spec`: how many sequences a document of the objective has, and with which marks. `multi_label`: a document
-    may have several labels. `must_learn`: every document has a target. Raises OSError if that fails.
+    `data_spec`: how many sequences a document of the objective has, and with which marks (numbers such as its label).
+    `multi_label`: a document may have several labels. `must_learn`: every document has a target. Raises OSError if that fails.
     """
     # A label is drawn as one number; with several labels a document, it is a bit mask of them.
     num_label_values = 1 << num_labels if multi_label else num_labels
@@ -72,10 +73,10 @@ def _random_document_sequences(
     num_label_values: int,
     must_learn: bool,
 ) -> Iterator[Sample]:
-    """The sequences of one random document: a prompt with one answer, or with two of which the second is the rejected one.
+    """Draw the sequences of one random document: a prompt with one answer, or with two of which the second is the rejected one.
 
     Answers are supervised. Unless `must_learn`, one document in five has no target at all, and in one in five the prompt is
-    supervised as well: both occur in training data. `index`: number of the document, which decides that and its marks.
+    supervised as well: both occur in training data. `index`: number of the document, which decides that and most of its marks.
     """
     prompt = generator.integers(FIRST_TOKEN, vocabulary_size, generator.integers(1, LONGEST_PROMPT + 1))
     for answer_index in range(data_spec.sequences_per_document):

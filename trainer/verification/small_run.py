@@ -38,7 +38,7 @@ MAX_PERSISTENCE_THRESHOLD = 100
 
 @dataclass(slots=True)
 class SmallRun:
-    """A run to compare on a small copy, with the ranks that it takes."""
+    """A run as a verification compares it: the user's settings on a small copy of the model, with the ranks that it takes."""
 
     config: RunConfig
     ranks: int
@@ -47,10 +47,14 @@ class SmallRun:
     """Settings that are not as the user has them, a line each."""
 
     def single_process_config(self, precision: Precision) -> RunConfig:
-        """The configuration of the same step by one process: `strategy=single`, one micro-batch, nothing recomputed."""
+        """The configuration of the same step by one process:
+
+        `strategy=single`, all documents in one micro-batch, nothing recomputed.
+        """
         global_batch = self.config.batch["global"]
         return replace(
             self.config,
+            # Its defaults recompute nothing, shard nothing and move nothing to the host.
             strategy=SingleConfig(),
             parallel=ParallelConfig(),
             batch={"global": global_batch, "micro": global_batch},
@@ -71,7 +75,7 @@ def small_expert_ranks(config: RunConfig) -> int:
 
 
 def num_ranks_for_verification(config: RunConfig) -> int:
-    """The fewest ranks that exercise every kind of communication of the run.
+    """The fewest ranks that exercise every kind of communication of the run; the verification starts so many processes.
 
     There are two data-parallel ranks, each of which is one process or a group of processes that share rows. With hsdp there are
     two replicas of two shards. With expert parallelism, two ranks have each expert, in one replica or in two.
@@ -85,10 +89,12 @@ def num_ranks_for_verification(config: RunConfig) -> int:
 
 
 def small_run_config(config: RunConfig, model: Path, teacher: Path | None, *, user_ranks: int | None) -> SmallRun:
-    """The run on the small copies in `model` and `teacher`, with every setting adapted that a small copy or few ranks need.
+    """The run on the small copies in the directories `model` and `teacher`, with every setting adapted that a small copy or few
+    ranks need.
 
-    `user_ranks`: ranks of the run itself; None if not known. Raises ConfigError for an objective whose model writes the answers
-    that it learns from, since a random model writes nothing worth comparing.
+    What the user may notice is listed in `changes` of the result. `user_ranks`: ranks of the run itself; None if not known.
+    Raises ConfigError for an objective whose model writes the answers that it learns from, since a random model writes nothing
+    worth comparing.
     """
     if objective_family(config.objective).rollout is not None:
         raise ConfigError(
@@ -108,6 +114,7 @@ def small_run_config(config: RunConfig, model: Path, teacher: Path | None, *, us
     user_micro = config.batch["micro"]
     micro = 2 if user_micro == AUTO else min(int(user_micro), MAX_MICRO_BATCH)
     accumulation = _accumulation_steps(config, user_ranks)
+    # The next two also append to `changes`.
     strategy = _small_strategy(config.strategy, changes)
     small = replace(
         config,
@@ -142,7 +149,7 @@ def small_run_config(config: RunConfig, model: Path, teacher: Path | None, *, us
 
 
 def _accumulation_steps(config: RunConfig, user_ranks: int | None) -> int:
-    """Micro-batches of a step: 2 if the run accumulates, or if that is not known; else 1."""
+    """How many micro-batches the compared step has: 2 if the run accumulates gradients, or if that is not known; else 1."""
     # 1 is the default on a machine without GPUs, which says nothing about the ranks of the run.
     ranks_known = user_ranks is not None and user_ranks > 1 and user_ranks >= config.parallel.sequence
     if not ranks_known or user_ranks is None or config.batch["micro"] == AUTO:
@@ -151,7 +158,7 @@ def _accumulation_steps(config: RunConfig, user_ranks: int | None) -> int:
 
 
 def _small_strategy(strategy: StrategyConfig, changes: list[str]) -> StrategyConfig:
-    """The strategy with settings for a small copy on one host; appends a line to `changes` for each that the user may notice.
+    """Adapt the strategy to a small copy on one host; appends a line to `changes` for each setting that the user may notice.
 
     Replicas and ZeRO-3's threshold give no line: with these numbers, the copy is sharded in the way that the model is.
     """
@@ -184,7 +191,8 @@ def _objective_with_small_teacher(objective: ObjectiveConfig, teacher: Path | No
 
 
 def _small_tuning(tuning: TuningConfig, changes: list[str]) -> TuningConfig:
-    """The tuning method without dropout, which differs by rank, and with adapter ranks and layers that a small copy has.
+    """Adapt the tuning method to a small copy: no dropout, which differs by rank, and adapter ranks and layers that the copy
+    has.
 
     Appends a line to `changes` for each setting that the user may notice.
     """

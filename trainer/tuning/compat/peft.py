@@ -19,12 +19,12 @@ from strategies.imports import importing_without_gc
 
 
 def load_peft() -> ModuleType:
-    """Import peft without loading torch's compiler.
+    """Import peft, but without torch's compiler, whose import takes a third of a start.
 
-    Replaces `torch.compile` during the import. peft imports bitsandbytes where that is installed, and bitsandbytes hands
-    functions to `torch.compile` while it is imported (seen in bitsandbytes 0.50). torch then loads its whole compiler, which
-    takes a third of a start, and most runs call none of these functions. So each function is compiled at its first call.
-    Neither library has a setting for it.
+    peft imports bitsandbytes where that is installed, and bitsandbytes hands functions to `torch.compile` while it is imported
+    (seen in bitsandbytes 0.50). torch then loads its whole compiler, and most runs call none of these functions. So
+    `torch.compile` is replaced during the import, and each function is compiled at its first call. Neither library has a
+    setting for it.
     """
     # The model that gets an adapter is there already.
     with importing_without_gc("peft", freeze=False), _compile_at_first_call():
@@ -34,7 +34,7 @@ def load_peft() -> ModuleType:
 
 @contextmanager
 def _compile_at_first_call() -> Iterator[None]:
-    """Let `torch.compile` return functions that compile when they are first called, while entered.
+    """Within it, `torch.compile` returns functions that compile when they are first called.
 
     bitsandbytes calls it while it is imported, which would load torch's compiler for functions that are hardly ever called.
     """
@@ -87,7 +87,7 @@ def names_read_as_experts(model_type: str) -> frozenset[str]:
 def loaded_key_by_stored_key(
     model: nn.Module, peft_config: Any, keys: Iterable[str], adapter_name: str
 ) -> dict[str, str | None]:
-    """The key that peft makes of each stored key when it loads an adapter file onto `model`; None: the tensor gets lost.
+    """Find out what key peft makes of each stored key when it loads an adapter file onto `model`; None: the tensor gets lost.
 
     Uses `peft.utils.transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers`, which is what
     `PeftModel.from_pretrained` calls. The public way would load a whole adapter for the answer.
@@ -129,7 +129,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 def peft_tensors_of_fully_trained_modules(
     model: nn.Module, trained: dict[str, Tensor], adapter: str
 ) -> dict[str, Tensor]:
-    """The tensors of modules that train in full, under the names that peft stores them by.
+    """The tensors of modules that train in full (`modules_to_save`), under the names that peft stores them by.
 
     `trained`: full tensors by plain name. Uses `peft.utils.other.AuxiliaryTrainingWrapper`. The public
     `get_peft_model_state_dict` does the same for most methods. For virtual tokens it calls the model's own encoder as well,
@@ -163,9 +163,9 @@ def is_adapted_attention(module: nn.Module) -> bool:
 
 
 def scale_outputs_if_architecture_unknown(settings: Any, model_type: str) -> None:
-    """Let IA3 scale the output of every target, if peft knows no feed-forward modules of this `model_type`, in `settings`.
+    """Let IA3 scale the output of every target if peft knows no feed-forward modules of this `model_type`. Changes `settings`.
 
-    (IA3 scales the inputs of feed-forward modules instead.) If none are set, peft takes those that it knows, and raises an error
+    IA3 scales the inputs of feed-forward modules instead. If none are set, peft takes those that it knows, and raises an error
     for an architecture of which it knows none.
     """
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
