@@ -31,10 +31,11 @@ def build_reward_evaluators(
     scorer: RewardScorer,
     stop_now: Callable[[], bool],
 ) -> list[Evaluator]:
-    """The evaluator that lets the model answer held-out prompts and measures their rewards; no evaluator without such prompts.
+    """Build the evaluator that lets the model answer held-out prompts and measures their rewards; [] without such prompts.
 
-    `scorer`: computes the rewards, as in training. `evaluation.generate.samples` is the number of prompts that are answered; if
-    it is 0, `evaluation.max_documents` limits them.
+    For reinforcement learning, whose loss on given answers says little. `scorer`: computes the rewards, as in training.
+    `evaluation.generate.samples` is the number of prompts that are answered; if it is 0, `evaluation.max_documents` limits
+    them. `stop_now`: asked while answers are generated; True if the run shall stop.
     """
     settings = config.objective
     assert isinstance(settings, RoundsConfig)

@@ -22,11 +22,12 @@ def model_file_digests(directory: Path) -> dict[str, str]:
 
 
 def digests_of_loaded_files(digests: Mapping[str, str], directory: Path) -> dict[str, str]:
-    """The entries of `digests` (digest by file name) whose files are read when the model in `directory` is loaded.
+    """The entries of `digests` ({file name: digest}) whose files are read when the model in `directory` is loaded.
 
-    Those are `config.json` and the weight files: the ones that the index names, or all if there is no index. A directory may hold
-    more of a model on one machine than on another: the same weights in another format beside the index, or a preprocessor's
-    settings that another program has fetched into the cache of the hub. Raises ConfigError if the index is not JSON.
+    Those are `config.json` and the weight files: the ones that the index names, or all if there is no index. A directory may
+    hold more of a model on one machine than on another: the same weights in another format beside the index, or a
+    preprocessor's settings that another program has fetched into the cache of the hub. Raises ConfigError if the index is not
+    JSON.
     """
     from trainer.model.files import INDEX_FILE
 

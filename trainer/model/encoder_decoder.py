@@ -26,7 +26,11 @@ class EncoderDecoder:
 
 
 def decoder_start_token_id(hf_config: Any, directory: Path | None) -> int:
-    """The decoder's first token, from the model's config or its generation_config.json. Raises ConfigError."""
+    """The token that the decoder begins with, from the model's config or its generation_config.json.
+
+    Raises ConfigError if neither names it.
+    `directory`: of the model's files; None for a published shape.
+    """
     start = getattr(hf_config, "decoder_start_token_id", None)
     if start is None and directory is not None:
         try:
@@ -46,10 +50,11 @@ def decoder_start_token_id(hf_config: Any, directory: Path | None) -> int:
 
 
 def prepare_encoder_decoder(model: Any, directory: Path | None) -> EncoderDecoder:
-    """Part what the checkpoint in `directory` holds apart, and note what only these models have. Reads shared matrices.
+    """Prepare an encoder-decoder model, which is on meta, for training: untie parameters that the checkpoint holds apart, and
+    note its first token.
 
-    `directory`: None for a published shape. Without weights, as a plan does without them, what the configuration ties stays
-    tied; a run reads the weights later, and says that they are missing.
+    `directory`: of the checkpoint; None for a published shape. Without weights, as a plan does without them, what the
+    configuration ties stays tied; a run reads the weights later, and says that they are missing.
     """
     if directory is not None and any(directory.glob("*.safetensors")):
         untie_differing_weights(model, Checkpoint(directory, model))
@@ -66,9 +71,11 @@ def block_classes(model: Any) -> set[str]:
 def untie_differing_weights(model: Any, checkpoint: Checkpoint) -> list[str]:
     """Give a parameter of its own to each tied one that the checkpoint holds with other values; returns the names of these.
 
-    T5 v1.1 and Flan-T5 have a head of their own, and transformers ties or not by what the file holds.
+    T5 v1.1 and Flan-T5 have a head of their own, and transformers ties or not by what the file holds. Changes `model`, on meta;
+    reads both tensors of each pair.
     """
     untied = []
+    # transformers' table of tied parameters: each name, and the name of the parameter that it shares.
     for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         if checkpoint.name_in_checkpoint(target) is None or checkpoint.name_in_checkpoint(source) is None:
             continue
@@ -82,7 +89,10 @@ def untie_differing_weights(model: Any, checkpoint: Checkpoint) -> list[str]:
 
 
 def fixed_values(model: nn.Module) -> dict[str, Tensor]:
-    """Computed position embeddings by name; their parameters are on meta."""
+    """The values of position embeddings that are computed and never trained (sinusoidal), by parameter name.
+
+    transformers' modules for them have a method `create_weight`; their parameters in `model` are on meta.
+    """
     return {
         f"{name}.weight": module.create_weight()  # type: ignore[operator]
         for name, module in model.named_modules()

@@ -45,9 +45,9 @@ def experts_forward(
 ) -> Tensor:
     """The output `[T, H]` of a layer's experts for `hidden [T, H]`: each token's k experts, weighted and added up.
 
-    `expert_indices`, `weights`: the k experts of each token and their weights, `[T, k]`. `low_rank`: the LoRA updates of the
-    module's weights, by the weight's name: of all its weights, or None. Also counts the tokens of each expert for the metrics of
-    expert load, if the pass is recorded. The first case that holds:
+    transformers calls it in each layer of experts. `expert_indices`, `weights`: the k experts of each token and their weights,
+    `[T, k]`. `low_rank`: the LoRA updates of the module's weights, by the weight's name: of all its weights, or None. Also
+    counts the tokens of each expert for the metrics of expert load, if the pass is recorded. The first case that holds:
 
     - the module holds one rank's share of the experts (`expert_share`, expert parallelism): tokens are sent to their experts.
     - adapters, or weights that are stored packed (`packed_experts`, a quantised base): our grouped products on frozen weights.

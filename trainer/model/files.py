@@ -38,7 +38,7 @@ DTYPE_BY_NAME = {
 
 
 class SafetensorsFiles:
-    """Stored tensors by their stored names. Nothing is read before it is asked for, and what is read is counted."""
+    """The weights files of a model directory: tensors by their stored names. Nothing is read before it is asked for."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -63,7 +63,10 @@ class SafetensorsFiles:
             threading.Thread(target=_read_ahead, args=(paths,), daemon=True).start()
 
     def _file_by_stored_name(self) -> dict[str, Path]:
-        """The file of each stored tensor: by the index if there is one, else by the files' headers."""
+        """Find out which file holds each stored tensor: by the index if there is one, else by the files' headers.
+
+        Raises ConfigError if the directory has no weights that can be read.
+        """
         index_file = self.directory / INDEX_FILE
         if index_file.exists():
             return _file_by_tensor_of_index(index_file)
@@ -83,7 +86,10 @@ class SafetensorsFiles:
         return self._open[file]
 
     def _open_slice(self, stored_name: str) -> Any:
-        """A stored tensor, to be read in parts; opens its file if need be. Raises ConfigError if the file does not hold it."""
+        """A stored tensor, to be read in parts (safetensors' slice object); opens its file if need be.
+
+        Raises ConfigError if the file does not hold it.
+        """
         from safetensors import SafetensorError
 
         file = self._files[stored_name]
@@ -134,7 +140,10 @@ class SafetensorsFiles:
 
 
 def _file_by_tensor_of_index(index_file: Path) -> dict[str, Path]:
-    """The file of each tensor, as an index of shards has it. Raises ConfigError for what is no such index."""
+    """The file of each tensor, as an index of shards (`model.safetensors.index.json`) has it.
+
+    Raises ConfigError for what is no such index.
+    """
     directory = index_file.parent
     weight_map = read_json_object(index_file).get("weight_map")
     remedy = "it was cut off or changed: download it again"
@@ -147,6 +156,7 @@ def _file_by_tensor_of_index(index_file: Path) -> dict[str, Path]:
             raise ConfigError(f"{index_file}: names no file for {name}, but {json.dumps(file)[:80]}; {remedy}")
         file_by_tensor[name] = directory / file
     for path in set(file_by_tensor.values()):
+        # An index comes from elsewhere, and must not make us read other files.
         if root not in path.absolute().parents or ".." in path.parts:
             raise ConfigError(f"{index_file}: names a file outside the model directory: {path}")
         if not path.exists():
@@ -163,7 +173,7 @@ def _read_ahead(paths: list[Path]) -> None:
 
 
 def _open_safetensors(file: Path) -> Any:
-    """A file ready to be read from; raises ConfigError that says what is wrong with it.
+    """Open a weights file for reading; raises a ConfigError that says what is wrong with it and what to do.
 
     It is closed when nobody refers to the result any more (`SafetensorsFiles.close`).
     """

@@ -42,7 +42,7 @@ def kernel_packages(model: nn.Module) -> list[str]:
 
 
 def missing_kernels(model: nn.Module) -> str:
-    """What to say if kernels are missing that would make `model` faster on a GPU; empty if none are."""
+    """What to tell the user if kernel packages are missing that would make `model` faster on a GPU; "" if none are."""
     missing = [name for name in kernel_packages(model) if importlib.util.find_spec(name) is None]
     if not missing:
         return ""

@@ -31,6 +31,7 @@ def add_embedding_noise(model: nn.Module, batch: dict[str, Any], alpha: float) -
     ids = batch["input_ids"]
 
     def add_noise(_module: nn.Module, args: tuple[Any, ...], embeddings: Tensor) -> Tensor | None:
+        """The hook behind the embedding layer: its output with noise, or None to leave it as it is."""
         # Not where a reference or a teacher looks up, nor another batch than the one that is trained on.
         if not torch.is_grad_enabled() or not args or args[0].shape != ids.shape or embeddings.dim() != 3:
             return None
@@ -44,10 +45,11 @@ def add_embedding_noise(model: nn.Module, batch: dict[str, Any], alpha: float) -
 
 
 def embedding_noise_of_batch(batch: dict[str, Any], width: int, alpha: float) -> Tensor:
-    """The noise of a micro-batch, float32 `[B, T, width]`; rows of padding get some too, which nothing reads.
+    """Compute the NEFTune noise of a micro-batch, float32 `[B, T, width]`; rows of padding get some too, which nothing reads.
 
-    If the batch is a slice of a row, `row_input_ids [1, row]` are the ids of the whole row, `cu_seq_lens_q` says where its
-    documents begin, and `row_span` which of its tokens `[first, last)` the slice has.
+    It depends on each document's tokens, not on where the document lies, so that it is the same under every strategy. If the
+    batch is a slice of a row, `row_input_ids [1, row]` are the ids of the whole row, `cu_seq_lens_q` says where its documents
+    begin, and `row_span` which of its tokens `[first, last)` the slice has.
     """
     ids = batch["input_ids"]
     rows, columns = ids.shape
@@ -86,6 +88,7 @@ def embedding_noise_of_batch(batch: dict[str, Any], width: int, alpha: float) ->
     position_key = _scrambled(document_hashes[document_index] + run_and_step) + position * _SPLITMIX[1]
     dimensions = torch.arange(width, device=ids.device) * _SPLITMIX[0]
     bits = _scrambled(_scrambled(position_key)[:, None] + dimensions)
+    # An arithmetic shift: the sign stays.
     uniform = (bits >> 40).float() / 2**23  # 24 bits with their sign: -1 to 1
     scale = alpha / (lengths[document_index].clamp(min=1) * width).float().sqrt()
     return (uniform * scale[:, None]).view(rows, columns, width)

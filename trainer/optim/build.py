@@ -30,7 +30,7 @@ def build_optimizer(
     model_names: Sequence[str] = (),
     lr_factor: Callable[[str], float] = lambda _: 1.0,
 ) -> torch.optim.Optimizer:
-    """The optimizer that `config` names, over its parameter groups. Called after sharding, alike on all ranks.
+    """Make the optimizer that `config` names, over its parameter groups. Called after sharding, alike on all ranks.
 
     `model_names`: plain names of all parameters, also of frozen ones. `lr_factor(name)`: the learning rate of a parameter as a
     multiple of the run's, from the tuning method. AdamW uses torch's fused kernel; SGD does not, because its fused kernel knows
@@ -95,9 +95,10 @@ def _betas(config: AdamwConfig | LionConfig | MuonConfig) -> tuple[float, float]
 
 
 def _build_muon(config: MuonConfig, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
-    """Muon on the matrices of blocks, AdamW on the rest (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+    """Make Muon for the matrices of blocks, and AdamW for the rest, as one optimizer (Jordan et al.
 
-    Muon needs whole matrices: `ShardedMuon` gathers each sharded one.
+    2024, kellerjordan.github.io/posts/muon).
+    `groups`: of all trained parameters. Muon needs whole matrices: `ShardedMuon` gathers each sharded one.
     """
     from trainer.optim.whole import CombinedOptimizer, ShardedMuon
 

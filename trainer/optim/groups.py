@@ -47,12 +47,14 @@ def group_parameters(
     model_names: Sequence[str],
     lr_factor: Callable[[str], float] = lambda _: 1.0,
 ) -> list[ParameterGroup]:
-    """Sort parameters into groups of one rate and decay, in the order in which the first parameter of each group comes.
+    """Sort parameters into groups of one learning rate and weight decay for torch's optimizers, ordered by their first
+    parameters.
 
     Goes by full names and shapes, so that groups are the same under every strategy. Matrices decay, vectors (norms, biases) do
-    not, and `config.groups` overrides that. `layer_decay` counts the blocks in `model_names` (all parameters, also frozen ones).
-    `lr_factor`: the tuning method's own factors. Raises ConfigError for a rule that matches nothing, or for two rules that match
-    one parameter.
+    not, and the user's rules in `config.groups` override that. `layer_decay` counts the blocks in `model_names` (all
+    parameters, also frozen ones). `lr_factor`: the tuning method's own factors.
+
+    Raises ConfigError for a rule that matches nothing, or for two rules that match one parameter.
     """
     parameters = dict(named_parameters)
     names = list(parameters)
@@ -82,9 +84,10 @@ def group_parameters(
 
 
 def _rule_name_by_parameter(config: OptimConfig, names: list[str]) -> dict[str, str]:
-    """Which rule of `optim.groups` (a rate and decay for parameters that match a pattern) holds for each parameter.
+    """Find out which rule of `optim.groups` (a rate and decay for parameters that match a pattern) holds for each parameter.
 
     `names`: of the trained parameters. Returns the rule's name by the parameter's; parameters without a rule are left out.
+    Raises ConfigError for a rule that matches nothing, or two that match one parameter.
     """
     rule_name_by_parameter: dict[str, str] = {}
     for rule_name, rule in config.groups.items():

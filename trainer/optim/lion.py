@@ -22,7 +22,7 @@ class Lion(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient, as Lion does: by the sign of a mix of momentum and gradient.
 
-        It is element-wise, so that each rank updates its shard without a collective.
+        It is element-wise, so that each rank updates its shard without a collective. `closure` is not called.
         """
         for group in self.param_groups:
             parameters: list[torch.Tensor] = []

@@ -48,7 +48,7 @@ def warmup_steps(config: ScheduleConfig, total_steps: int) -> int:
 
 
 def lr_factor_at(config: ScheduleConfig, step: int, total_steps: int) -> float:
-    """Factor of the peak rate for the optimizer step with index `step` (0-based) of `total_steps`.
+    """The learning rate of the optimizer step with index `step` (0-based) of `total_steps`, as a share of the peak rate.
 
     Warm-up rises from 1/warmup at the first step to 1. Every shape but `constant` would reach `min_factor` one step after the
     last, so that no step is wasted at a rate of zero.

@@ -137,7 +137,7 @@ class Tuning(Protocol):
         """The learning rate of a parameter as a multiple of the run's; 1 for most."""
 
     def initial_value(self, name: str, shape: tuple[int, ...], base: BaseReader, seed: int) -> Tensor:
-        """The full initial tensor of a parameter that the method owns or rewrites, float32.
+        """The full initial tensor of a parameter that the method owns or rewrites, float32; a rank keeps its shard of it.
 
         Depends on (seed, name) and on base weights alone: equal under every strategy and world size.
         """

@@ -30,7 +30,10 @@ def expert_modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def names_of_unsupported_experts(model: nn.Module) -> list[str]:
-    """Names of modules that hold experts as weights `[E, ., .]`, but compute with them by code of their own."""
+    """Names of modules that hold experts as weights `[E, ., .]`, but compute with them by code of their own.
+
+    Neither adapters nor expert parallelism reach such experts.
+    """
     names = []
     for name, module in model.named_modules():
         if expert_weight_names(module) or "experts" not in name.rsplit(".", 1)[-1]:
@@ -41,7 +44,10 @@ def names_of_unsupported_experts(model: nn.Module) -> list[str]:
 
 
 def routers_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that choose experts, by name (`model.layers.0.mlp.gate`): `gate` or `router` beside a module `experts`."""
+    """Find the modules that choose experts, by name (`model.layers.0.mlp.gate`):
+
+    `gate` or `router` beside a module `experts`.
+    """
     by_name: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         children = dict(module.named_children())
@@ -62,7 +68,9 @@ def router_weight_names(model: nn.Module) -> list[str]:
 
 
 def linear_router_names(model: nn.Module) -> list[str]:
-    """Names of the linear layers that hold router matrices and compute a product and nothing more."""
+    """Names of the routers that are plain linear layers: they compute a product and nothing more, so adapters treat them as any
+    other.
+    """
     names = []
     for weight in router_weight_names(model):
         owner = weight.rpartition(".")[0]

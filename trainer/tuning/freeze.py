@@ -59,10 +59,10 @@ class Freeze(Full):
         return model
 
     def _chosen_modules(self, model: nn.Module) -> list[nn.Module]:
-        """The modules that `tuning.layers` and `tuning.modules` choose together; the whole model if both are unset and only
-        a kind of parameter is chosen (`bias_only`, `norm_only`).
+        """The modules that `tuning.layers` and `tuning.modules` choose together.
 
-        Raises ConfigError if the regular expression `tuning.modules` matches no module name.
+        The whole model if both are unset and only a kind of parameter is chosen (`bias_only`, `norm_only`). Raises ConfigError
+        if the regular expression `tuning.modules` matches no module name.
         """
         config = self.config
         modules: list[nn.Module] = []
@@ -84,7 +84,7 @@ class Freeze(Full):
         return modules
 
     def _bias_and_norm_ids(self, model: nn.Module) -> set[int]:
-        """`id()` of the parameters that are biases (`bias_only`) or belong to normalisation layers (`norm_only`)."""
+        """`id()` of the parameters that are biases (with `bias_only`) or belong to normalisation layers (with `norm_only`)."""
         ids = set()
         for module in model.modules():
             is_norm = "norm" in type(module).__name__.lower()
@@ -106,10 +106,12 @@ def _parameter_ids(modules: list[nn.Module]) -> set[int]:
 def _blocks_of_layer_range(model: Any, layers: str) -> list[nn.Module]:
     """The blocks of the model that `tuning.layers` names, in forward order: `last-2` the last two, `4-7` those from 4 to 7.
 
-    Raises ConfigError, with how many blocks there are, if it names others.
+    Blocks are numbered from 0, and both ends are included. Raises ConfigError, with how many blocks there are, if it names
+    others.
     """
     class_names = block_class_names(model)
     blocks = [module for module in model.modules() if type(module).__name__ in class_names]
+    # Checked when the run was composed.
     match = LAYER_RANGE_REGEX.fullmatch(layers)
     assert match is not None, layers
     num_blocks = len(blocks)

@@ -23,7 +23,10 @@ class EncoderLstm(nn.LSTM):
     wanted type."""
 
     def forward(self, inputs: Any, state: Any = None) -> Any:  # type: ignore[override]
-        """As torch's LSTM, with the current weights; the output has the type of the inputs, or autocast's."""
+        """As torch's LSTM, but with the current weights, and in float32 if this CPU has no LSTM of the wanted type.
+
+        The output has the type of the inputs, or autocast's.
+        """
         # torch's LSTM keeps a list of its weights, which strategies that replace parameters do not update.
         weights = [getattr(self, name) for name in lstm_weight_names(self)]
         set_lstm_weights(self, weights)
@@ -40,7 +43,7 @@ class EncoderLstm(nn.LSTM):
 
 @lru_cache
 def cpu_supports_lstm_dtype(dtype: torch.dtype) -> bool:
-    """Whether this processor has the forward and backward pass of an LSTM in `dtype`."""
+    """Whether this processor has the forward and backward pass of an LSTM in `dtype`; tried out once, on a tiny one."""
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         lstm = nn.LSTM(4, 4, bidirectional=True)
         try:
@@ -53,7 +56,10 @@ def cpu_supports_lstm_dtype(dtype: torch.dtype) -> bool:
 
 
 def lstm_substitutions(model: nn.Module, precision: Precision, device: torch.device) -> dict[str, str]:
-    """The substitution note if the LSTMs of `model` compute in float32 instead of `precision` on this processor; else empty."""
+    """A note for the user if the LSTMs of `model` compute in float32 instead of `precision` on this processor; {} if not.
+
+    Such as {"tuning.encoder": "lstm in bf16 -> lstm in fp32 (...)"}.
+    """
     if not any(isinstance(module, EncoderLstm) for module in model.modules()):
         return {}
     dtype = HALF_DTYPE_BY_PRECISION.get(precision)  # None in float32

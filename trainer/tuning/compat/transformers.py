@@ -25,11 +25,11 @@ def block_class_names(model: nn.Module) -> set[str]:
 
 
 def grouped_product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """`rows [S, a]` times `weight [E, a, b]`, each group of them with its own matrix: `[S, b]`.
+    """Multiply rows by the matrix of their group (an expert, say): `rows [S, a]`, `weight [E, a, b]` -> `[S, b]`.
 
     `offsets [E]`: where each group's rows end. Uses `transformers.integrations.moe._grouped_mm`, the product of transformers'
-    own experts, so that frozen and trained experts round alike. torch's public `grouped_mm` refuses some data types,
-    alignments and GPUs; this function chooses another way there.
+    own experts, so that frozen and trained experts round alike. torch's public `grouped_mm` refuses some data types, alignments
+    and GPUs; this function chooses another way there.
     """
     from transformers.integrations.moe import _grouped_mm
 
@@ -69,10 +69,11 @@ def recompute_with_cache(decoder: nn.Module) -> None:
 
 
 def published_name(model: nn.Module, name: str) -> str:
-    """The name that a parameter, or a layer, has in published checkpoints of the model's architecture.
+    """The name that a parameter, or a layer, of the model has in published checkpoints of its architecture.
 
     transformers renames some parameters while it loads a checkpoint; this takes the renaming back. A name that is not renamed
-    comes back as it is, and so does one whose parameter transformers makes of several stored tensors. `model`: without adapters.
+    comes back as it is, and so does one whose parameter transformers makes of several stored tensors. `model`: without
+    adapters.
 
     Reverses `get_model_conversion_mapping` by `apply_renamings` of `transformers.core_model_loading`. The public way is
     `save_pretrained`, which would write the whole model for one name.
