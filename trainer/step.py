@@ -55,9 +55,7 @@ class TrainStep(nn.Module):
             return self._forward(batch)
 
     def _forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The objective's terms for one micro-batch, as {name: sum over the micro-batch}, with the losses of routers if there are
-        any.
-        """
+        """The objective's terms for one micro-batch, {name: sum over it}, with the losses of routers if there are any."""
         if self.added_losses is None:
             return self.objective.terms(self.model, batch)
         # The pass before a step's first backward pass that only counts what the routers choose (`objectives/step_totals.py`).
@@ -88,8 +86,7 @@ class TrainStep(nn.Module):
 
 
 def outermost_blocks(module: nn.Module, class_names: set[str]) -> list[nn.Module]:
-    """Find the repeated layers of a model, which are sharded as units: modules of these classes that are inside no other such
-    module.
+    """Find the repeated layers of a model, which are sharded as units: modules of these classes inside no other of them.
 
     `class_names`: such as {"LlamaDecoderLayer"}. In the order of the model.
     """

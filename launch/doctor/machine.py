@@ -73,8 +73,7 @@ class Machine:
 
 
 def examine(env: Mapping[str, str]) -> Machine:
-    """Collect facts, problems and notes about this machine, for a report; what is missing raises nothing, but is a problem or a
-    note.
+    """Collect facts, problems and notes about this machine. What is missing raises nothing, but is a problem or a note.
 
     `env`: the environment variables.
     """
@@ -220,12 +219,11 @@ def _nvidia_driver_version() -> str | None:
 
 
 def _add_directories(machine: Machine, env: Mapping[str, str]) -> None:
-    """Check the directories that runs use: adds them to the machine's facts, with their free space, and counts models in the
-    cache.
+    """Check the directories that runs use, and add them to the machine's facts, with their free space.
 
-    facts["places"]: {"cache": {"path": "/home/me/.cache/shardtune", "free_gib": 120.0, "exists": True}, ...}.
-    Problems: a directory whose disk cannot be looked at, or that cannot be written. Notes: little space. Models may lie in a
-    directory that others fill, so that one need not be writable.
+    Also counts the models in the cache of the hub. facts["places"]: {"cache": {"path": "/home/me/.cache/shardtune", "free_gib":
+    120.0, "exists": True}, ...}. Problems: a directory whose disk cannot be looked at, or that cannot be written. Notes: little
+    space. Models may lie in a directory that others fill, so that one need not be writable.
     """
     from strategies.cache_dir import cache_directory
 

@@ -181,11 +181,11 @@ def _file_from_other_trainer(source: str, cli_settings: list[str], target: Path)
 
 
 def _overrides_that_compose(converted: ConvertedSettings, cli_settings: list[str]) -> list[str]:
-    """Find the settings of the other trainer's file that can be used here; returns them, then those of the command line, as
-    overrides.
+    """Find the settings of the other trainer's file that can be used here.
 
-    Those that cannot be used are withdrawn from `converted`, each with its reason, until the rest composes to a configuration.
-    Raises ConfigError if a setting of the command line cannot be used.
+    Returns them, then those of the command line, as overrides (`key=value`). Those that cannot be used are withdrawn from
+    `converted`, each with its reason, until the rest composes to a configuration. Raises ConfigError if a setting of the command
+    line cannot be used.
     """
     from launch.config.compose import compose_config
 
@@ -304,11 +304,10 @@ def _closing_sentences(converted: ConvertedSettings | None, problems_to_settle: 
 
 
 def _report_sections(converted: ConvertedSettings, problems_to_settle: Sequence[str]) -> list[ReportSection]:
-    """Sort what the user should know about a converted file into sections, the most important first; those without an entry are
-    left out.
+    """Sort what the user should know about a converted file into sections, the most important first.
 
-    Settings without a value are in the other file, but empty there. Remarks: settings that were taken, and mean something a
-    little different here.
+    Sections without an entry are left out. Settings without a value are in the other file, but empty there. Remarks: settings
+    that were taken, and mean something a little different here.
     """
     names_without_value = ", ".join(converted.names_without_value)
     sections = [

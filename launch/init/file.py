@@ -263,9 +263,7 @@ def comment_lines_of_sentences(sentences: list[str]) -> list[str]:
 
 
 def _comment_lines(sentence: str, indent: str) -> list[str]:
-    """Wrap a sentence into comment lines, each after `indent`, in `COMMENT_WIDTH_COLUMNS` columns; names and paths are never
-    broken.
-    """
+    """Wrap a sentence into comment lines, each after `indent`; names and paths are never broken."""
     line_start = f"{indent}# "
     return textwrap.wrap(
         " ".join(sentence.split()),

@@ -59,8 +59,7 @@ class AnswerCollator(Collator):
     axes = AXES | dict.fromkeys(PER_TOKEN_ENTRIES, Axis.supervised_row) | {ANSWER_LENGTHS: Axis.sequence}
 
     def add_loss_inputs(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
-        """Add to `batch` what the policy loss needs beside tokens: the learned tokens of each answer, and numbers for each of
-        them.
+        """Add to `batch` what the policy loss needs beside tokens: each answer's length, and numbers for each learned token.
 
         The numbers (`PER_TOKEN_ENTRIES`) are advantages, loss weights and log-probabilities; zeros if a sequence is no answer (as
         in a plan), and empty if nothing is learned.

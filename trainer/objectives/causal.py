@@ -100,8 +100,9 @@ def token_states(decoder: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 
 def run_for_hooks(model: nn.Module, batch: dict[str, Any]) -> None:
-    """Run a batch only for what hooks record on the way, such as what routers choose; no loss is computed, nor, in a causal
-    model, logits.
+    """Run a batch only for what hooks record on the way, such as what routers choose.
+
+    No loss is computed, nor, in a causal model, logits.
     """
     is_causal = hasattr(unwrap_adapter(model), "forward_path")
     if is_causal:
@@ -214,8 +215,7 @@ def summed_loss(model: nn.Module, batch: dict[str, Any], smoothing: float = 0.0)
 
 
 def sequence_logps(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Compute how likely the model finds each sequence: the log-probability of its supervised tokens, and their number, `[S]`
-    float32.
+    """Compute how likely the model finds each sequence: (log-probability of its supervised tokens, their number), `[S]` float32.
 
     Sequences lie in the batch one after another; `batch["row_sequence"]` (int64 `[N]`) says to which one each supervised token
     belongs. Under sequence parallelism a sequence may lie on several ranks: each has the sum over all, so all ranks of the group

@@ -117,8 +117,7 @@ class LabelDataSpec(DataSpec):
         return LABEL_SEPARATOR.join(sorted(names))
 
     def _name_of(self, label: str) -> str:
-        """The name that a document's label stands for: itself, or the name with that id: with the names cat and dog, `1` stands
-        for dog.
+        """The name that a document's label stands for: with the names cat and dog, `1` stands for dog, and `cat` for itself.
 
         A number is an id unless a name is a number itself, or there is no such id.
         """
@@ -190,8 +189,7 @@ class LabelCollator(PooledCollator):
 
 
 def join_labels(labels: Any) -> str:
-    """Join any number of labels into one text, sorted, with `|` between them: ["dog", "cat"] -> "cat|dog"; none is the empty
-    text.
+    """Join any number of labels into one text, sorted: ["dog", "cat"] -> "cat|dog"; none is the empty text.
 
     So that a row with several labels has one text while it is read. `labels`: a list of labels, one label, or a text that has
     them with `|` between them. Raises RowError: bad_label.
@@ -385,10 +383,9 @@ def balanced_weights(labels: np.ndarray, names: Sequence[str], *, multi_label: b
 def _balanced_weights_of_several(
     documents_with_label: np.ndarray, num_documents: int, names: Sequence[str]
 ) -> list[float]:
-    """Weigh the labels of documents that have several: documents without the label / documents with it, so that rare ones count
-    more.
+    """Weigh the labels of documents that have several, so that rare labels count as much as common ones.
 
-    Raises DataError for a label that every training document has.
+    Weight of a label: documents without it / documents with it. Raises DataError for a label that every training document has.
     """
     weights = (num_documents - documents_with_label) / documents_with_label
     # A label that every document has would get the weight 0.

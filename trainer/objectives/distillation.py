@@ -84,8 +84,7 @@ class Distillation(Objective):
         self.teacher = teacher
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Compute distillation's terms: how far the student's distribution is from the teacher's, and the loss on the data's own
-        tokens.
+        """Compute how far the student's distribution is from the teacher's, and the loss on the data's own tokens.
 
         Both decoders run on all tokens, both heads on supervised rows only: those that predict a target.
         """

@@ -154,8 +154,7 @@ def _first_runnable_proof(hf_config: Any, meta_model: Any) -> _Proof:
 
 
 def on_small_copy(hf_config: Any, meta_model: nn.Module, compute: Callable[[Any, torch.dtype], Result]) -> Result:
-    """Try a test on small copies of a model, and return what `compute(small configuration, type)` gives for the first that does
-    not fail.
+    """Try a test on small copies of a model: returns what `compute(small configuration, type)` gives where it first succeeds.
 
     Each copy is tried in float64, and in float32 if that fails, since the code of some models fixes a type. If all fail, raises
     the first error. `hf_config`: transformers' configuration. `meta_model`: its model on the meta device.
@@ -206,9 +205,7 @@ def disturb_parameters(model: nn.Module) -> None:
 
 
 class _Proof:
-    """A small random copy of transformers' own ("stock") model, with its loss and gradients on some documents, to compare paths
-    with.
-    """
+    """A small random copy of transformers' own ("stock") model, on which forward paths are compared with it."""
 
     def __init__(self, hf_config: Any, meta_model: Any, small_config: Any, dtype: torch.dtype) -> None:
         """Make the small copy, and compute on it what paths are compared with.
@@ -252,8 +249,9 @@ class _Proof:
         return torch.from_numpy(longest.input_ids.astype(np.int64))[None]
 
     def _is_causal(self, stock: Any) -> bool:
-        """Whether no token of the small copy sees what follows it: the logits before the last token stay the same when that
-        changes.
+        """Whether no token of the small copy sees what follows it, so that predicting the next token can teach something.
+
+        Tested by changing the last token: the logits before it must stay the same.
 
         `stock`: transformers' own model in evaluation mode. Raises NotShrinkable if the logits are not finite.
         """
@@ -271,10 +269,10 @@ class _Proof:
         return bool(torch.allclose(logits, changed_logits, rtol=MAX_RELATIVE_DIFFERENCE, atol=MAX_RELATIVE_DIFFERENCE))
 
     def _differs_in_training_mode(self, stock: Any) -> bool:
-        """Whether the model draws at random in training although dropout is 0, as some routers do: two passes are compared with
-        evaluation.
+        """Whether the model draws at random in training although dropout is 0, as some routers do.
 
-        Takes `stock` in evaluation mode, and leaves it in training mode.
+        Two passes in training mode are compared with one in evaluation. Takes `stock` in evaluation mode, and leaves it in
+        training mode.
         """
         ids = self._longest_document_ids()
         with torch.no_grad():
@@ -287,8 +285,9 @@ class _Proof:
         )
 
     def _loss_and_gradients(self, stock: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the tested paths must give: the summed loss of the documents, each in a pass of its own, and its gradients by
-        parameter.
+        """Compute what the tested paths must give: (the summed loss of the documents, its gradients by parameter).
+
+        Each document has a pass of its own.
 
         `stock`: transformers' own model.
         """
@@ -372,8 +371,7 @@ class _Proof:
         return sequence_proof.sequence_problem(hidden_states, row, attention)
 
     def _fastest_correct_path(self, layout: Layout, attention: str, *, on_gpu: bool) -> tuple[ForwardPath | None, str]:
-        """Find the fastest forward path whose loss and gradients are those of the stock model; returns (path, "") or (None, why
-        not).
+        """Find the fastest forward path with the stock model's loss and gradients: (path, ""), or (None, why there is none).
 
         It need agree in one type only, since the code of some models runs in one alone. Running out of GPU memory is raised: it
         proves nothing.
@@ -401,7 +399,8 @@ class _Proof:
     def _difference_from_stock(self, layout: Layout, path: ForwardPath, attention: str, dtype: torch.dtype) -> str:
         """How a path's loss or gradients differ from the stock model's, as a sentence; empty if they do not.
 
-        In bfloat16 (on a GPU) packages with kernels are used as in a run; in other types, torch's own code.
+        `layout`: of the documents in rows. In bfloat16 (on a GPU) packages with kernels are used as in a run; in other types,
+        torch's own code.
         """
         if dtype is not torch.bfloat16:
             with without_kernel_packages():
@@ -427,8 +426,9 @@ class _Proof:
     def _loss_and_gradients_on_path(
         self, layout: Layout, path: ForwardPath, attention: str, dtype: torch.dtype
     ) -> tuple[float, dict[str, Tensor]]:
-        """Compute the summed loss of all documents on a path, and its gradients by parameter: in bfloat16 on the GPU, else on the
-        CPU.
+        """Compute (the summed loss of all documents on a path, its gradients by parameter), to compare with the stock model's.
+
+        In bfloat16 on the GPU, in other types on the CPU.
         """
         # Build the model on this path, with the stock model's weights.
         in_half = dtype is torch.bfloat16
@@ -455,8 +455,9 @@ class _Proof:
         return float(loss), _gradients_by_name(unwrap_adapter(model))
 
     def _gradient_distance(self, gradients: dict[str, Tensor]) -> float:
-        """How far gradients are from the stock model's: norm of the difference over the norm of these; a missing gradient counts
-        as zero.
+        """How far gradients are from the stock model's: the norm of the difference, over the norm of the stock model's.
+
+        A missing gradient counts as zero.
         """
         norms = []
         distances = []

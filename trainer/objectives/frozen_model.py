@@ -55,12 +55,11 @@ def teacher_model(config: ModelConfig, objective: ObjectiveConfig) -> ModelConfi
 
 
 def common_layout(layout: Layout, teacher: ModelConfig | None, *, half_on_gpu: bool) -> tuple[Layout, dict[str, str]]:
-    """Choose a layout of rows that both model and teacher can read; returns (layout, note by setting if it is not the requested
-    one).
+    """Choose a layout of rows that both model and teacher can read.
 
-    Padded rows if a test on a small copy of the teacher does not show that it keeps documents in one row apart. `teacher`: its
-    settings; None without one. `half_on_gpu`: whether models compute in half precision on a GPU. Raises ConfigError if the
-    settings ask for rows without padding.
+    Returns (layout, note by setting if it is not the requested one). Padded rows if a test on a small copy of the teacher does
+    not show that it keeps documents in one row apart. `teacher`: its settings; None without one. `half_on_gpu`: whether models
+    compute in half precision on a GPU. Raises ConfigError if the settings ask for rows without padding.
     """
     if teacher is None or layout is Layout.padded:
         return layout, {}

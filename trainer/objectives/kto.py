@@ -100,8 +100,7 @@ class RatedDataSpec(UnlabelledDataSpec):
     def sequences(
         self, encoder: Encoder, documents: list[Document], config: DataConfig, tally: Tally
     ) -> Iterator[tuple[Document, list[Sample]]]:
-        """Turn documents into samples for KTO: one for each rated answer, marked 1 under `DESIRABLE` if it was rated good, else
-        0.
+        """Turn documents into samples for KTO, one for each rated answer: marked 1 under `DESIRABLE` if rated good, else 0.
 
         A document has one rated answer (thumbs up or down), or two (a pair: the chosen, then the rejected). It has no sample if
         an answer is too long and `data.over_length` does not shorten it; `tally` then counts it as dropped.
@@ -176,9 +175,9 @@ class RatedCollator(Collator):
 
 
 def _rated_conversations(document: Document) -> list[list[Message] | None]:
-    """The conversation that ends in each rated answer of a document. Only that answer is learned: turns before it are `train:
+    """The conversation that ends in each rated answer of a document.
 
-    False`.
+    Only that answer is learned: turns before it are marked `train: False`.
 
     - a pair: two conversations, to the chosen and to the rejected answer.
     - prompt and completion: `[None]`. `Encoder.encode_answers` then takes these two texts of the document.

@@ -81,8 +81,7 @@ class _PackingProof:
     """A small random copy of a classifier, with some documents to compare it on."""
 
     def __init__(self, hf_config: Any, meta_model: nn.Module, small_config: Any, dtype: torch.dtype) -> None:
-        """Make the small copy's configuration, some documents, and weights for their logits; raises NotShrinkable if it would
-        prove nothing.
+        """Make the small copy's configuration, and documents to compare it on. Raises NotShrinkable if it would prove nothing.
 
         `small_config`: a small copy of `hf_config`, of which `meta_model` is the classifier on meta. `dtype`: in which it is
         compared.
@@ -112,8 +111,7 @@ class _PackingProof:
         return self.model_class.from_config(copy.deepcopy(self.small_config), **options)
 
     def packing_problem(self, attention: str) -> str | None:
-        """Compare a small copy on a row of several documents with transformers' own classifier; returns why they may not be
-        packed, or None.
+        """Why several documents may not share a row of this classifier, nor ranks a row; None if they may.
 
         - Logits and gradients of several documents in one row must be those of `stock`, transformers' own classifier in eager
           attention, on each document alone.
@@ -168,8 +166,7 @@ class _PackingProof:
 
 
 def _gradient_distance(stock: nn.Module, model: nn.Module) -> float:
-    """How far the gradients of `model` are from those of `stock`, transformers' own: norm of the difference over the norm of
-    these.
+    """How far the gradients of `model` are from those of `stock`, transformers' own: a norm relative to the latter's.
 
     A missing gradient counts as zero.
     """

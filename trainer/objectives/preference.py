@@ -133,10 +133,9 @@ class Preference(Objective):
         self.reference = reference
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Compute the terms of a loss over pairs by name, summed over the micro-batch; chosen and rejected answers run in one
-        pass.
+        """Compute the terms of a loss over pairs by name, summed over the micro-batch.
 
-        A pair without supervised tokens (a filler) adds nothing.
+        Chosen and rejected answers run in one pass. A pair without supervised tokens (a filler) adds nothing.
         """
         reference = None
         if self.uses_reference:  # before the model itself, so that its activations are not held meanwhile

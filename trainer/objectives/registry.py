@@ -70,11 +70,10 @@ def build_objective(config: ObjectiveConfig, references: ReferenceModels | None 
 
 
 def objective_problems(config: ObjectiveConfig, other_settings: OtherSettings) -> Iterator[str]:
-    """What is wrong with an objective's own settings, and with the settings of data and model that it cannot work with, one line
-    each.
+    """What is wrong with an objective's own settings, and with settings of data and model that it cannot work with.
 
-    The objective's family (what one name, such as `sft`, stands for) checks its own; then follow what it cannot do with the data:
-    replay, labels, prompts without answers.
+    One line each. The objective's family (what one name, such as `sft`, stands for) checks its own; then follow what it cannot do
+    with the data: replay, labels, prompts without answers.
     """
     family = objective_family(config)
     yield from family.problems(config, other_settings)

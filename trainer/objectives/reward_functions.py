@@ -95,8 +95,7 @@ def file_or_its_copy(path: Path) -> Path:
 
 
 def reward_functions_in_file(path: Path) -> dict[str, RewardFunction]:
-    """Find the public reward functions of a Python file without running it; returns their signatures by name, in the file's
-    order.
+    """Find the public reward functions of a Python file without running it: their signatures by name, in the file's order.
 
     A reward function has a parameter of one of the conventions: `completions` (TRL), `completion` (verifiers) or `solution_str`
     (verl). Raises ConfigError for a file that cannot be read, or is no Python.

@@ -136,8 +136,7 @@ class AddedLosses:
 
 
 def _logit_z_loss(model: nn.Module, record: RoutingRecord, step_tokens: float) -> Tensor:
-    """The z-loss of the output's logits, which keeps them small: the sum of log(Z)^2 over tokens, divided by the tokens of the
-    step.
+    """Compute the z-loss, which keeps the output's logits small: the step's mean of log(Z)^2, this rank's part of it.
 
     Z is the sum of a token's exponentiated logits. The head computes the logits anew from the recorded hidden states.
     """

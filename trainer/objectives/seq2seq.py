@@ -398,8 +398,7 @@ class AnswerRows(NamedTuple):
 
 
 def supervised_answer_rows(model: nn.Module, batch: dict[str, Any]) -> AnswerRows:
-    """Run encoder and decoder up to the output head; returns what the loss is made of, at the positions of answers that are
-    learned.
+    """Run encoder and decoder up to the output head, for the positions of answers that are learned.
 
     The head is left to the caller, so that it can compute the loss without keeping the logits.
     """

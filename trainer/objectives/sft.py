@@ -108,8 +108,7 @@ class SftDataSpec(UnlabelledDataSpec):
         self.marks = {REPLAY: 1} if separate_replayed else {}
 
     def counts(self, sample: Sample) -> dict[str, float]:
-        """Count what a sample adds to the step's divisors: its supervised targets, and those among them that are of a replayed
-        document.
+        """Count what a sample adds to the step's divisors: its supervised targets, and how many of them are replayed.
 
         A document's first token is no target, since nothing predicts it.
         """
@@ -148,8 +147,7 @@ class ReplayCollator(Collator):
     }
 
     def add_loss_inputs(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
-        """Add to `batch` its replayed documents as a batch of their own, under `replay`, which the initial model reads beside the
-        trained one.
+        """Add to `batch` its replayed documents as a batch of their own, under `replay`, which the initial model reads.
 
         Replayed documents are general text, learned against forgetting. `replay_rows` and `other_rows`: indices into the
         supervised rows (tokens with a target) of `batch`, of replayed documents and of all others.
@@ -170,8 +168,9 @@ class ReplayCollator(Collator):
         batch["replay"] = self(replayed)  # collated as a micro-batch of its own
 
     def cut(self, batch: dict[str, Any], cut: RowCut) -> dict[str, Any]:
-        """This rank's slice of a row that ranks share, and how rows of the replayed documents get from one cut to the other; see
-        the class.
+        """Cut this rank's slice of a row that ranks share, and note how rows of replayed documents get from one cut to the other.
+
+        See the class.
         """
         slices = super().cut(batch, cut)
         if "replay" in batch:
@@ -215,11 +214,10 @@ class SftWithReplayKl(Sft):
         self.initial_model = initial_model
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Compute the loss with its two parts:
+        """Compute the loss and its parts: `sft_loss`, and `replay_kl`, how far replayed documents are from the initial model.
 
-        `sft_loss`, and `replay_kl`, the divergence from the initial model on replayed documents. The trained model runs once on
-        all tokens, the initial model on the replayed documents. In evaluation: the terms without the divergence. All ranks must
-        call; of the batch it reads the entries of `ReplayCollator`.
+        The trained model runs once on all tokens, the initial model on the replayed documents. In evaluation: the terms without
+        the divergence. All ranks must call; of the batch it reads the entries of `ReplayCollator`.
         """
         if not torch.is_grad_enabled():
             return super().terms(model, batch)

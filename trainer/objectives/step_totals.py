@@ -29,8 +29,7 @@ def mean_terms_without_gradients(
     averaged: bool,
     check_stop: Callable[[], None] = lambda: None,
 ) -> dict[str, torch.Tensor]:
-    """Average the terms of an objective over a whole step or evaluation, for losses that need such a mean before they can be
-    computed.
+    """Average the terms of an objective over a whole step or evaluation, before the losses that need these means.
 
     Returns each term by name, summed over the micro-batches of all ranks and divided by `count`: 0-d float32. Computed without
     gradients and dropout. All ranks must call, with equally many micro-batches.

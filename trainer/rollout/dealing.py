@@ -57,8 +57,9 @@ class AnswerBatcher:
     """Whether the model computes a prompt once for all of its answers in a micro-batch."""
 
     def num_micro_batches(self, num_answers: int, group_size: int) -> int:
-        """How many micro-batches each data-parallel rank has in a step of `num_answers` answers, `group_size` to a prompt; at
-        least one.
+        """How many micro-batches each data-parallel rank has in a step; at least one.
+
+        `num_answers`: of the step, with `group_size` to each prompt.
         """
         if not self.shares_prompts:
             return max(1, _rounded_up_quotient(num_answers, self.micro_batch * self.dp_size))
@@ -76,8 +77,7 @@ class AnswerBatcher:
         return GroupChunks(num_chunks, chunk_size=_rounded_up_quotient(group_size, num_chunks))
 
     def divide(self, samples: Sequence[AnswerSample], filler: AnswerSample) -> RankShare:
-        """Divide the answers of a step among ranks and micro-batches, so that all ranks take about as many tokens; returns this
-        rank's.
+        """Divide the answers of a step, so that all ranks take about as many tokens; returns this rank's micro-batches.
 
         Answers that share a prompt's computation stay in one micro-batch. Every rank has the same number of micro-batches, since
         each forward pass is collective. One without an answer has only `filler`, whose tokens have no target.

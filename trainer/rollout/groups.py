@@ -19,8 +19,7 @@ EQUAL_REWARDS_TOLERANCE = 1e-9
 
 
 def advantages(rewards: np.ndarray, baseline: Baseline, scale: Scale) -> np.ndarray:
-    """Compute advantages, float64 [groups, answers]: how much better each answer scored than its baseline; 0 for unscored
-    answers.
+    """Compute how much better each answer scored than its baseline, float64 [groups, answers]; 0 for unscored answers.
 
     The loss multiplies the tokens of an answer by its advantage. A group is all answers to one prompt.
 
@@ -45,8 +44,7 @@ def advantages(rewards: np.ndarray, baseline: Baseline, scale: Scale) -> np.ndar
 def normalised_sum(
     scores_by_reward: Mapping[str, np.ndarray], weight_by_reward: Mapping[str, float], rewards: np.ndarray
 ) -> np.ndarray:
-    """Sum rewards by their weights after each was normalised by mean and standard deviation in its group, float64 [groups,
-    answers].
+    """Sum rewards by weight after each was normalised by mean and standard deviation in its group, float64 [groups, answers].
 
     Rewards of other ranges and spreads then weigh as their weights say: the first half of GDPO (Liu et al. 2026,
     arXiv:2601.05242), which divides the sum by its deviation in the round too (`Baseline.batch` and `Scale.batch_std`). TRL calls
@@ -83,8 +81,7 @@ def is_idle_group(rewards: np.ndarray) -> np.ndarray:
 
 
 def answer_weights(lengths: np.ndarray, normalise: Normalise, max_new_tokens: int) -> tuple[np.ndarray, float]:
-    """Decide how the loss of a step averages over tokens and answers: (weight of each token, float64 [answers]; divisor of the
-    sum).
+    """Decide how a step's loss averages over tokens and answers: (weight of each token, float64 [answers]; divisor of the sum).
 
     The loss is the sum of (weight of its answer times loss) over all tokens, divided by the divisor. By `normalise`
     (`objective.normalise`):

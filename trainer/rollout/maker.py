@@ -284,8 +284,7 @@ class RoundBuilder:
     def _rewards_minus_divergence(
         self, rewards: np.ndarray, old_logps: dict[int, np.ndarray], reference_logps: dict[int, np.ndarray]
     ) -> np.ndarray:
-        """Subtract from each reward `kl.weight` times the answer's divergence from the reference model; float64 [groups,
-        answers].
+        """Subtract from rewards `kl.weight` times the answers' divergence from the reference model; float64 [groups, answers].
 
         The divergence of an answer is the sum over its tokens of old minus reference log-probability (the estimator k1). Both
         arguments have float32 [tokens] by number of the answer in the round.
@@ -330,8 +329,7 @@ class RoundBuilder:
 
     @contextmanager
     def _timed_stage(self, phase: str, *, stage_key: str) -> Iterator[None]:
-        """A context around a stage of a round (generating, scoring, looking back): reports it as the phase, and counts its
-        seconds.
+        """A context around a stage of a round (generating, scoring, looking back): reports it, and counts its seconds.
 
         `phase`: what the run is doing, for messages.
         `stage_key`: the key of `_seconds_by_stage` to which the seconds are added; not if the stage raises.

@@ -15,11 +15,10 @@ from trainer.rollout.types import AnswerGroup, GroupScores, all_answers
 def round_metrics(
     groups: Sequence[AnswerGroup], scores: Sequence[GroupScores], is_idle: np.ndarray
 ) -> dict[str, float]:
-    """Compute the metrics of a round by name: rewards, lengths and numbers of unscored answers; those that would be nan are left
-    out.
+    """Compute the metrics of a round by name: rewards, lengths, numbers of unscored answers.
 
-    A group is all answers to one prompt; `scores` has one entry for each group. `is_idle`, bool [groups]: whether all answers of
-    the group score alike, and so teach nothing.
+    Those that would be nan are left out. A group is all answers to one prompt; `scores` has one entry for each group. `is_idle`,
+    bool [groups]: whether all answers of the group score alike, and so teach nothing.
     """
     rewards = stack_rewards(scores)
     metrics = {
@@ -40,9 +39,7 @@ def round_metrics(
 
 
 def _length_metrics(groups: Sequence[AnswerGroup]) -> dict[str, float]:
-    """Measure the answers' lengths in tokens, with the end token: mean, least and largest, and the share of answers without an
-    end.
-    """
+    """Measure the answers' lengths in tokens, with the end token, and the share of answers without an end."""
     answers = all_answers(groups)
     lengths = np.array([len(answer.ids) for answer in answers], dtype=np.float64)
     ended = np.array([answer.has_ended for answer in answers])

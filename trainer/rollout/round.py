@@ -79,8 +79,7 @@ class Round:
         return [number for number in answer_numbers if is_learned[number]]
 
     def sequence(self, number: int) -> AnswerSample:
-        """Make the sequence that is learned of answer `number`: its prompt's tokens, then its own, of which only these are
-        supervised.
+        """Make the sequence that is learned of answer `number`: its prompt's tokens, then its own, which are supervised.
 
         Without `per_token_entries`, which `step_data` adds.
         """

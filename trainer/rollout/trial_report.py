@@ -52,8 +52,7 @@ def trial_report(groups: Sequence[AnswerGroup], scores: Sequence[GroupScores]) -
 
 
 def _reward_summary(rewards: np.ndarray) -> dict[str, float | None]:
-    """Summarise the rewards of a trial: mean, range, mean deviation within groups, share of idle groups, number of unscored
-    answers.
+    """Summarise the rewards of a trial by name: mean, range, deviation, share of idle groups, number of unscored answers.
 
     `rewards`: float64 [groups, answers], nan where unscored; a group is all answers to one prompt. A number is None if nothing
     was scored.

@@ -87,8 +87,7 @@ def open_console(
 def open_trackers_and_records(
     config: RunConfig, record: RunRecord, progress: Progress, context: RunContext
 ) -> Trackers:
-    """Show the start screen, open the trackers (W&B, TensorBoard, ...) and write `run.json` and `status.json` of a run that
-    begins.
+    """Show the start screen of a run, open its trackers (W&B, TensorBoard, ...) and write `run.json` and `status.json`.
 
     Trackers and files are rank 0's alone: other ranks get trackers that do nothing. All ranks must call. Raises LeaseLost if
     another attempt owns the run directory.

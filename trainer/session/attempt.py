@@ -45,9 +45,7 @@ MAX_SHOWN_FILES = 8
 
 @dataclass(slots=True)
 class Attempt:
-    """One attempt at a run, from a start of its processes to their end: phase and step, for the record of a failure, and the run
-    directory.
-    """
+    """One attempt at a run, from the start of its processes to their end: its phase and step, and its run directory."""
 
     phase: str = "data preparation"
     step: int | None = None
@@ -109,9 +107,7 @@ class Attempt:
         return run_dir
 
     def reason_run_dir_was_lost(self) -> str | None:
-        """Why the directory is no longer this attempt's, such as another start that took it over; None if it is, and on ranks
-        other than 0.
-        """
+        """Why the directory is no longer this attempt's, such as another start; None if it is, and on ranks other than 0."""
         if self.lease is not None:
             try:
                 self.lease.check()
@@ -364,8 +360,8 @@ def _end_cut_off_process(attempt: Attempt, rank: int, error: CutOffRank) -> None
 def first_line_of_message(text: str) -> str:
     """The first line of a message that is not blank, for a summary in `status.json`.
 
-    A line that ends with a colon takes the next along. For example "no room\\nat step 3" -> "no room", and "bad
-    rows:\\na.jsonl:1\\nb.jsonl:2" -> "bad rows: a.jsonl:1".
+    A line that ends with a colon takes the next along. "no room\\nat step 3" -> "no room". "bad rows:\\na.jsonl:1\\nb.jsonl:2" ->
+    "bad rows: a.jsonl:1".
     """
     sentence_lines = []
     for line in text.splitlines():

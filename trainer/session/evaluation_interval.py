@@ -40,8 +40,7 @@ def resolve_evaluation_interval(
     progress: Progress,
     runtime: Runtime,
 ) -> EvaluationInterval:
-    """Settle how often this run is evaluated (`evaluation.every_steps`), with `auto` computed from the sizes of run and held-out
-    data.
+    """Settle how often this run is evaluated (`evaluation.every_steps`): `auto` goes by the sizes of run and held-out data.
 
     With `auto`, evaluations before the last step compute the held-out loss alone, which is cheap.
 
@@ -74,8 +73,9 @@ def resolve_evaluation_interval(
 
 
 def _num_evaluated_tokens(config: RunConfig, held_out: TokenDataset, built: BuiltModel, runtime: Runtime) -> int:
-    """Count the tokens that one evaluation of the held-out loss reads, all ranks together: of `evaluation.max_documents`
-    documents.
+    """Count the tokens that one evaluation of the held-out loss reads, all ranks together.
+
+    It reads `evaluation.max_documents` documents.
     """
     eval_share = EvalShare(
         config.evaluation.batch,

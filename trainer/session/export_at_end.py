@@ -133,8 +133,7 @@ def _export_if_allowed(run: TrainedRun, model_facts: ModelFacts) -> ExportOutcom
 def _compare_base_and_print_changes(
     config: RunConfig, identity: dict[str, Any] | None, context: RunContext
 ) -> list[str]:
-    """Compare the base model's files with what they were when this run started; prints and returns a line for each that has
-    changed.
+    """Compare the base model's files with those that the run started with; prints and returns a line for each changed one.
 
     An export copies the base or merges into it: with another base it would be a model that nobody trained. The run itself is
     done, so a changed base neither fails the run nor starts it again. All ranks must call.

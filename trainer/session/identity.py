@@ -190,10 +190,9 @@ def compare_and_write_identity(
 
 
 def _raise_on_all_ranks(error: ConfigError | StorageError | None, runtime: Runtime) -> None:
-    """Raise on every rank if any rank has an error, so that none waits for it: its own, else that of the lowest rank that has
-    one.
+    """Raise on every rank if any rank has an error, so that none waits for it.
 
-    All ranks must call.
+    Its own, else that of the lowest rank that has one. All ranks must call.
     """
     first_failure = first_rank_error(error, runtime)  # class name (`kind`) and text of that rank's error
     if first_failure is None:
@@ -291,8 +290,7 @@ def _read_identity(path: Path) -> tuple[RunIdentity, list[str]]:
 
 
 def _run_dir_of_checkpoint(config: RunConfig, run_dir: Path) -> Path | None:
-    """Find the directory of the run whose checkpoint will be loaded, which says how that was trained; None if the run starts
-    afresh.
+    """Find the directory of the run whose checkpoint will be loaded; None if the run starts afresh.
 
     That is `run_dir` for `run.resume=auto` and for a path among its own checkpoints. For a path elsewhere, it is the directory
     above with an `identity.json`.

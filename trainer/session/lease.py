@@ -74,9 +74,9 @@ class Lease:
         on_loss: Callable[[], None],
         on_run_dir_renamed: Callable[[Path], None] = lambda run_dir: None,
     ) -> None:
-        """Begin to hold a claim that was just made: writes heartbeats from now on. Errors:
+        """Begin to hold a claim that was just made. Errors: OSError if the directory cannot be opened.
 
-        OSError if the directory cannot be opened.
+        A thread writes heartbeats from now on.
 
         `number`, `owner`: of the claim. `on_loss`, `on_run_dir_renamed`: see `acquire`.
         """
@@ -105,8 +105,7 @@ class Lease:
         on_loss: Callable[[], None] = lambda: None,
         on_run_dir_renamed: Callable[[Path], None] = lambda run_dir: None,
     ) -> Lease:
-        """Claim a run directory for this process: make `lease/000008.json`, if the newest claim is 7 and its owner is dead or
-        done.
+        """Claim a run directory for this process: make `lease/000008.json`, if 7 is the newest claim and its owner dead or done.
 
         Waits up to `lease_timeout_s` if only time tells whether the last owner lives.
 
@@ -410,9 +409,9 @@ def _json_bytes(claim: dict[str, Any]) -> bytes:
 
 
 def _read_claim(directory: Path, number: int) -> LeaseOwner | None:
-    """Read who made claim `number`; None without that file. A file that a crash tore gives an owner that `is_torn`. Errors:
+    """Read who made claim `number`; None without that file. Errors: OSError.
 
-    OSError.
+    A file that a crash tore gives an owner that `is_torn`.
     """
     try:
         owner = LeaseOwner(**json.loads(shared_files.read_shared_file(_claim_path(directory, number))))

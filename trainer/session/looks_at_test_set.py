@@ -123,8 +123,7 @@ def _recorded_metrics(weights: CheckpointWeights) -> dict[str, float] | None:
 def record_test_evaluation(
     weights: CheckpointWeights, metrics: dict[str, float], documents: int, measured_by: str
 ) -> dict[str, Any]:
-    """Write the report of an evaluation of the test documents into `reports/` of the run, where all of them are counted; returns
-    it.
+    """Write the report of an evaluation of the test documents into `reports/` of the run, where they are counted.
 
     `documents`: how many.
     `measured_by`: who asked for it, such as "shardtune evaluate".

@@ -90,8 +90,7 @@ def _metrics_of_control_rewards(objective: ObjectiveConfig) -> list[str] | None:
 
 
 def tasks_for_tokenizer(config: RunConfig, tokenizer: Any) -> dict[str, TaskConfig]:
-    """Select the evaluation tasks that this tokenizer allows: without a chat template there is nothing to ask chat questions
-    with.
+    """Select the evaluation tasks that this tokenizer allows: without a chat template it can ask no chat questions.
 
     CHAT_TASK measures forgetting by chat questions. Raises ConfigError if the user has asked for them in that case
     (`challenges.forgetting.chat=true`).

@@ -56,8 +56,7 @@ class TrainedRun:
 
 
 def choose_and_measure_checkpoint(run: TrainedRun, record: RunRecord) -> ModelFacts:
-    """Choose the checkpoint that is to be exported, the last or the best, load it and evaluate it; returns facts for its model
-    card.
+    """Choose the checkpoint to export, the last or the best, load it and evaluate it; returns facts for its model card.
 
     Afterwards the engine has the weights of that checkpoint. Sets in `run.outcome` what the last lines show (whether the run
     overfits, the answers, the test metrics), and in `record` the checkpoint and the test result. All ranks must call. Errors:

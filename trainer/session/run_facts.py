@@ -200,8 +200,7 @@ def _expert_parallel_lines(
 
 
 def _packed_weight_facts(source: WeightSource, runtime: Runtime) -> dict[str, Any] | None:
-    """Facts, for `run.json`, of the packed copy of a quantised base, which later runs on this machine read instead of packing
-    again.
+    """Facts, for `run.json`, of the packed copy of a quantised base, which spares later runs the packing.
 
     For example {"directory": "/cache/packed/ab12", "bytes": 734003200, "packed_now": [112, 0], "not_kept": ""}. `packed_now`: how
     many weights each rank has packed in this start. `not_kept`: why the copy is not kept; empty if it is. None without

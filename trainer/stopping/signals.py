@@ -140,8 +140,7 @@ class StopRequest:
         self._receiving_thread.start()
 
     def _receive_signals(self) -> None:
-        """Body of the waiting thread: receive signals, and remember the first one as the reason to stop, until the request is
-        closed.
+        """Body of the waiting thread: receive signals, and remember the first one as the reason to stop.
 
         As long as there is nothing to save (`_end_process` is set), each signal also starts a timer that ends the process if its
         main thread is stuck. Ctrl-C is passed on to the main thread, where the second one can raise KeyboardInterrupt.

@@ -73,8 +73,7 @@ def is_suspended(status: str) -> bool:
 
 
 def kill_parent_when_stuck(pid: int, signal_mask: int, patience_s: float) -> None:
-    """Kill process `pid`, our parent, once a signal of `signal_mask` was pending for `patience_s` seconds: it is stuck in native
-    code.
+    """Kill our parent, process `pid`, once a signal was pending for `patience_s` seconds: it is stuck in native code.
 
     Looks every `LOOK_INTERVAL_S` seconds. Returns when it has killed the parent, or when the parent needs no watchdog any more:
     it has ended, or closed the pipe. `signal_mask`: as in /proc, bit n - 1 for signal n (SIGTERM, 15: 0x4000).

@@ -86,11 +86,10 @@ def _module_files(directory: Path, module: str) -> list[Path]:
 
 
 def reward_source_digests(rewards: Mapping[str, RewardEntry]) -> dict[str, str]:
-    """Identify the code of reward functions:
+    """Digest each file that reward functions need (SHA-256), by the path that its copy has: {"0/maths.py": "9f86d0..."}.
 
-    SHA-256 of each file that they need, by the path of its copy: {"0/maths.py": "9f86d0..."}. A run copies the files when it
-    starts. Copies have numbers in place of directories, in the order in which the rewards name them. Raises ConfigError if a
-    reward's file is missing, OSError if a file cannot be read.
+    So a run knows whether its rewards are still the same. Copies have numbers in place of directories, in the order in which the
+    rewards name them. Raises ConfigError if a reward's file is missing, OSError if a file cannot be read.
     """
     digest_by_copy = {}
     for number, (directory, files) in enumerate(reward_files(rewards).items()):

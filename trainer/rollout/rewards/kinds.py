@@ -231,8 +231,7 @@ class ToolCallsReward(RewardKind):
         return float(parse_tool_calls(text) == self._reference_calls(columns))
 
     def _reference_calls(self, columns: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The tool calls that a right answer makes, such as [{"name": "weather", "arguments": {"city": "Paris"}}]; [] if it makes
-        none.
+        """The tool calls that are right for a row, such as [{"name": "weather", "arguments": {"city": "Paris"}}]; [] for none.
 
         They are those of the row's last turn, if "messages" ends in one of the assistant; else those written in its right answer.
         Raises BadScore if the row has neither.

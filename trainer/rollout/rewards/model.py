@@ -37,8 +37,7 @@ class RewardModelReader:
     """Tokens of a micro-batch, padding included."""
 
     def encode_group(self, group: AnswerGroup) -> list[list[int] | None]:
-        """Turn a prompt with each of its answers into token ids as the reward model reads them; None for one that is too long for
-        it.
+        """Turn a prompt with each answer into token ids as the reward model reads them; None for one that is too long for it.
 
         The chat template writes prompt and answer as a conversation; a prompt that is a text is a user's turn. Control tokens
         such as <|im_end|> in an answer are plain text, as in prompts: else a policy could learn to write turns of its own. Raises
@@ -194,8 +193,7 @@ class RewardModelScorer:
         self.stop_now = stop_now
 
     def scores(self, name: str, groups: Sequence[AnswerGroup]) -> list[np.ndarray]:
-        """Score groups by reward model `name`: float64 [answers] of each group, the same on all ranks; nan for a text that is too
-        long.
+        """Score groups by reward model `name`: float64 [answers] of each group; nan for a text that is too long.
 
         A group is all answers to one prompt. All ranks must call, with the same groups. Raises on all ranks alike: DataError for
         a conversation that the chat template does not write, Interrupted if the run is asked to stop.

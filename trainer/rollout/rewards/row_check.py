@@ -22,8 +22,7 @@ SHOWN_ROWS = 3
 
 
 def check_reward_rows(settings: RoundsConfig, data: PreparedData) -> None:
-    """Raise DataError before training if there are prompts whose answers a built-in reward could not score, whatever the model
-    writes.
+    """Raise DataError before training if some prompts' answers could not be scored, whatever the model writes.
 
     For example a row without the right answer that `maths` compares with. No collective: each rank reads the same prepared data,
     30,000 rows a second with `maths` and more with other kinds (AMD Zen 4).

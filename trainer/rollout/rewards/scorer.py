@@ -126,8 +126,7 @@ class WorkerScorer:
         return {name: reward.weight for name, reward in self.rewards.items()}
 
     def _score_on_all_ranks(self, name: str, groups: Sequence[AnswerGroup]) -> list[np.ndarray]:
-        """Score groups by a reward that all ranks compute together, a reward model's or the judge's: float64 [answers] of each
-        group.
+        """Score groups by a reward model or the judge, on all ranks together: float64 [answers] of each group.
 
         All ranks must call.
         """
