@@ -346,7 +346,7 @@ def _composed():
 def test_mask_from_edges_of_spans_is_that_from_all_offsets(made, prompt, completion):
     encoder = ENCODERS.setdefault(made.__name__, Encoder(made()))
     text, begin, end = f"{prompt}{completion}{prompt}", len(prompt), len(prompt + completion)
-    ((encoding,), _) = encoder.tokenize([RenderedText(text, [])])
+    encoding = encoder.tokenize([RenderedText(text, [])])[0].encoding
     learned = supervise_spans(encoding, RenderedText(text, [(begin, end)])).supervised
     inside = [n for n, (first, last) in enumerate(encoding.offsets) if first < last and last > begin and first < end]
     assert np.flatnonzero(learned).tolist() == (list(range(inside[0], inside[-1] + 1)) if inside else [])

@@ -86,4 +86,4 @@ def test_ngrams_by_counting():
     runs = [ngrams(normalize(text)) for text in texts]
     assert [len(one) for one in runs] == [4, 1, 0, 0, 5, 1] and len(set(runs[4])) == 1
     assert not set(runs[1]) & set(runs[5]), "the order of words counts"
-    assert not set(runs[0]) & set(ngrams(normalize(texts[0]), partition=7))
+    assert not set(runs[0]) & set(ngrams(normalize(texts[0]), label_hash=7))

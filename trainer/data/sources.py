@@ -191,8 +191,8 @@ def find_inputs(config: DataConfig) -> list[SourceInput]:
         raise ConfigError(config_problems)
     inputs = [*_training_inputs(config)]
     for split in HELD_OUT:
-        for name, (key, paths) in held_out_sets(getattr(config, f"{split}_path"), split).items():
-            inputs.append(_input_with_common_settings(config, split, name, key, paths))
+        for name, held_out in held_out_sets(getattr(config, f"{split}_path"), split).items():
+            inputs.append(_input_with_common_settings(config, split, name, held_out.setting, held_out.paths))
     for source_input in inputs:
         _check_no_read_column_is_ignored(source_input)
     return inputs

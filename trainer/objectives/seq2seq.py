@@ -183,9 +183,8 @@ class SourceTargetEncoder(Encoder):
 
     def _encode_texts(self, texts: list[RenderedText]) -> Iterator[np.ndarray]:
         """The token ids of each text (int32), between the tokenizer's leading and trailing special tokens."""
-        encodings, _encoded_texts = self.tokenize(texts)
-        for encoding in encodings:
-            yield np.array([*self.leading_special_ids, *encoding.ids, *self.trailing_special_ids], dtype=np.int32)
+        for encoded in self.tokenize(texts):
+            yield np.array([*self.leading_special_ids, *encoded.ids, *self.trailing_special_ids], dtype=np.int32)
 
     def truncate_or_drop(self, document: Document, sample: Sample, max_source: int, policy: OverLength) -> list[Sample]:
         """Bring prompt and answer within their bounds: returns a list of one sample, or an empty list if `policy` drops it.

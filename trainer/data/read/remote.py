@@ -81,10 +81,11 @@ class RemoteFile:
         return digest.hexdigest()
 
 
-def remote_files(address: str, key: str, kind_of: Callable[[RemoteFile], str | None]) -> list[RemoteFile]:
-    """Find the files that an address in the setting `key` names: one file, those that match a `*`, or all below a directory.
+def remote_files(address: str, setting: str, kind_of: Callable[[RemoteFile], str | None]) -> list[RemoteFile]:
+    """Find the files that an address names: one file, those that match a pattern with `*`, or all below a directory.
 
-    `kind_of`: the suffix that says how a file is read; None if it cannot be read, as for a directory. Raises DataError.
+    `setting`: the name of the setting that has the address, for messages. `kind_of`: the suffix that says how a file is read;
+    None if it cannot be read, as for a directory. Raises DataError.
     """
     is_pattern = "*" in address
     if kind_of(RemoteFile(address)) and not is_pattern:
@@ -99,7 +100,7 @@ def remote_files(address: str, key: str, kind_of: Callable[[RemoteFile], str | N
     candidates = [RemoteFile(url) for url in _query_file_system(address, list_urls)]
     readable = [file for file in candidates if kind_of(file) and not file.name.startswith(".")]
     if not readable:
-        raise DataError(f"{key}={address} names no file that can be read")
+        raise DataError(f"{setting}={address} names no file that can be read")
     return readable
 
 

@@ -300,12 +300,12 @@ def _truncated_tile(audit: Audit) -> Tile:
     Otherwise they deserve a look.
     """
     if not audit.num_truncated:
-        return Tile("Truncated", "0", "every document is whole", Level.good, "splits")
+        return Tile("Truncated", "0", "every document is whole", Level.good, anchor="splits")
     share = audit.num_truncated / max(audit.conserved["kept"], 1)
     note = f"{plural(audit.num_truncated, 'document')} cut to data.max_length={audit.words['data.max_length']}"
     advice = "raise data.max_length, or choose data.over_length; a cut answer does not teach to stop"
     level = _level_of_share(share, look_above=0, act_above=0.1)
-    return Tile("Truncated", format_percent(share), note, level, "splits", advice)
+    return Tile("Truncated", format_percent(share), note, level, anchor="splits", advice=advice)
 
 
 def _leakage_tile(audit: Audit) -> Tile:
@@ -328,20 +328,20 @@ def _leakage_tile(audit: Audit) -> Tile:
     if num_of_held_out_groups and are_leaks_kept:
         note = f"training documents of a {audit.words['data.group_by']} that is held out too"
         advice = "data.leakage.policy=drop_train takes them out"
-        return Tile("Leakage", f"{num_of_held_out_groups:,}", note, Level.act, "leakage", advice)
+        return Tile("Leakage", f"{num_of_held_out_groups:,}", note, Level.act, anchor="leakage", advice=advice)
     if num_documents and are_leaks_kept:
         advice = "data.leakage.policy=drop_train takes them out; until then the evaluation measures memory"
         note = f"training documents are in {' and '.join(audit.leakage)} too"
-        return Tile("Leakage", f"{num_documents:,}", note, Level.act, "leakage", advice)
+        return Tile("Leakage", f"{num_documents:,}", note, Level.act, anchor="leakage", advice=advice)
     if num_prompts:
         if num_documents:
             note = f"taken out; {plural(num_prompts, 'shared prompt')} left"
         else:
             note = f"no shared document; {plural(num_prompts, 'prompt')} shared"
         advice = "read them: is it a fixed instruction?"
-        return Tile("Leakage", f"{num_documents:,}", note, Level.look, "leakage", advice)
+        return Tile("Leakage", f"{num_documents:,}", note, Level.look, anchor="leakage", advice=advice)
     note = "taken out of training" if num_documents else "no held-out document in training"
-    return Tile("Leakage", f"{num_documents:,}", note, Level.good, "leakage")
+    return Tile("Leakage", f"{num_documents:,}", note, Level.good, anchor="leakage")
 
 
 def _duplicates_tile(audit: Audit) -> Tile:
@@ -351,7 +351,7 @@ def _duplicates_tile(audit: Audit) -> Tile:
     are copies still in the data.
     """
     if not audit.duplicates:
-        return Tile("Duplicates", NOT_MEASURED, "not looked for", Level.none, "duplicates")
+        return Tile("Duplicates", NOT_MEASURED, "not looked for", Level.none, anchor="duplicates")
     num_found = sum(copies.documents for copies in audit.duplicates.values())
     # Copies that are still in the data, by kind ("exact", "normalized", "near").
     num_left_in_by_kind: dict[str, int] = {}
@@ -361,12 +361,12 @@ def _duplicates_tile(audit: Audit) -> Tile:
     num_left_in = sum(num_left_in_by_kind.values())
     if not num_left_in:
         note = "taken out" if num_found else "none found"
-        return Tile("Duplicates", f"{num_found:,}", note, Level.good, "duplicates")
+        return Tile("Duplicates", f"{num_found:,}", note, Level.good, anchor="duplicates")
     share = num_left_in / max(audit.conserved["rows_in"], 1)
     advice = ", ".join(f"data.duplicates.{kind}=drop" for kind in num_left_in_by_kind) + " takes them out"
     note = f"still in the data, {format_percent(share)} of the rows"
     level = _level_of_share(share, look_above=_LOOK_ABOVE_SHARE, act_above=_ACT_ABOVE_SHARE)
-    return Tile("Duplicates", f"{num_left_in:,}", note, level, "duplicates", advice)
+    return Tile("Duplicates", f"{num_left_in:,}", note, level, anchor="duplicates", advice=advice)
 
 
 def _personal_data_tile(audit: Audit) -> Tile:
@@ -378,16 +378,16 @@ def _personal_data_tile(audit: Audit) -> Tile:
     privacy = audit.privacy
     if privacy is None or not privacy.num_scanned:
         advice = "set data.privacy.mode=report"
-        return Tile("Personal data", NOT_MEASURED, "not looked for", Level.none, "privacy", advice)
+        return Tile("Personal data", NOT_MEASURED, "not looked for", Level.none, anchor="privacy", advice=advice)
     limits = "" if privacy.looked_for_names else "; people and places were not looked for"
     scope = f"in {plural(privacy.num_scanned, 'document')} searched"
     if not privacy.num_with_findings:
-        return Tile("Personal data", "0", f"none found {scope}{limits}", Level.good, "privacy")
+        return Tile("Personal data", "0", f"none found {scope}{limits}", Level.good, anchor="privacy")
     shown_number = f"{privacy.num_with_findings:,}"
     treatment = {"redact": "redacted", "pseudonymise": "pseudonymised", "drop": "dropped"}.get(privacy.mode)
     if treatment:
         note = f"documents with findings, {treatment}{limits}"
-        return Tile("Personal data", shown_number, note, Level.good, "privacy")
+        return Tile("Personal data", shown_number, note, Level.good, anchor="privacy")
     harmful_types = [type_name for type_name in privacy.types if HARMFUL_TYPES_REGEX.search(type_name)]
     level = Level.look
     note = f"documents with findings {scope}{limits}"
@@ -395,7 +395,7 @@ def _personal_data_tile(audit: Audit) -> Tile:
         level = Level.act
         note = f"documents left in, with {', '.join(harmful_types[:3])}{limits}"
     advice = "data.privacy.mode=redact replaces what was found"
-    return Tile("Personal data", shown_number, note, level, "privacy", advice)
+    return Tile("Personal data", shown_number, note, level, anchor="privacy", advice=advice)
 
 
 def known_gaps(audit: Audit, data_statement: CardConfig) -> list[str]:

@@ -19,16 +19,16 @@ WORDS_PER_NGRAM = 5
 """Words in a run, as Lee et al. (2022, arXiv:2107.06499) compare documents."""
 
 
-def ngrams(normalised_text: bytes, partition: int = 0) -> list[bytes]:
+def ngrams(normalised_text: bytes, label_hash: int = 0) -> list[bytes]:
     """Cut a normalised text into its runs of 5 words, in order: b"a b c d e f" -> [b"a b c d e", b"b c d e f"].
 
     Two texts are compared by the sets of these n-grams. A text of fewer words is a single n-gram, so that short texts are similar
-    only when their words are the same. Texts of different `partition` (a number, such as a hash of the label) share no n-gram.
+    only when their words are the same. Texts with different labels, and so different `label_hash`, share no n-gram; 0 for none.
     """
     words = normalised_text.split()
     if not words:
         return []
-    prefix = b"%d " % partition if partition else b""  # one more word before each n-gram
+    prefix = b"%d " % label_hash if label_hash else b""  # one more word before each n-gram
     num_ngrams = max(1, len(words) - WORDS_PER_NGRAM + 1)
     found_ngrams = []
     for begin in range(num_ngrams):
@@ -58,17 +58,17 @@ class _SketchedTexts:
         self,
         rows: np.ndarray,
         text_of: Callable[[int], str],
-        partition: np.ndarray,
+        label_hashes: np.ndarray,
         empty_sketch: Callable[[], Any],
     ) -> None:
         self._rows = rows
         self._text_of = text_of
-        self._partition = partition
+        self._label_hashes = label_hashes
         self._empty_sketch = empty_sketch
 
     def ngrams(self, position: int) -> list[bytes]:
         """The n-grams of words of a document."""
-        return ngrams(normalize(self._text_of(int(self._rows[position]))), int(self._partition[position]))
+        return ngrams(normalize(self._text_of(int(self._rows[position]))), int(self._label_hashes[position]))
 
     def ngrams_and_sketch(self, position: int) -> tuple[list[bytes], Any]:
         """(n-grams of words of a document, their MinHash sketch)."""
@@ -99,14 +99,14 @@ class NearIndex:
         self,
         rows: np.ndarray,
         text_of: Callable[[int], str],
-        partition: np.ndarray,
+        label_hashes: np.ndarray,
         threshold: float,
         directory: Path | None = None,
     ) -> None:
         """Make sketches of documents, by which near copies are found; none is found before it is added.
 
         `rows` (int64 [n]) names the documents, and `text_of(row)` gives the text of one.
-        `partition` (uint64 [n]): only documents with equal numbers, as of a label, are compared.
+        `label_hashes` (uint64 [n]): only documents with equal labels are compared.
         `threshold`: the Jaccard similarity from which on a document is a near copy.
         `directory`: where files without names lie, of 144 to 360 bytes a document.
         """
@@ -114,7 +114,7 @@ class NearIndex:
 
         bands, band_rows = choose_bands(threshold)
         self._threshold = threshold
-        self._texts = _SketchedTexts(rows, text_of, partition, lambda: RMinHash(bands * band_rows, MINHASH_SEED))
+        self._texts = _SketchedTexts(rows, text_of, label_hashes, lambda: RMinHash(bands * band_rows, MINHASH_SEED))
         self._index = BandIndex(map(self._texts.digest, range(len(rows))), len(rows), bands, directory)
         # The index keeps bands only, so a candidate's sketch is made again from its text; common candidates come
         # often. Nothing in here refers back to this object: its files must go with it, not with the next collection.
@@ -160,7 +160,7 @@ class NearIndex:
 def find_near_copies(
     is_compared: np.ndarray,
     text_of: Callable[[int], str],
-    partition: np.ndarray,
+    label_hashes: np.ndarray,
     threshold: float,
     directory: Path | None = None,
 ) -> tuple[np.ndarray, dict[str, int]]:
@@ -170,10 +170,10 @@ def find_near_copies(
     represents no other document.
 
     `is_compared` (bool [n]): False for documents that are known as copies already. `text_of`: gives the text of a document.
-    `partition` (uint64 [n]): only documents with equal numbers, as of a label, can be copies. `directory`: see `NearIndex`.
+    `label_hashes` (uint64 [n]): only documents with equal labels can be copies. `directory`: see `NearIndex`.
     """
     rows = np.flatnonzero(is_compared)
-    index = NearIndex(rows, text_of, partition[rows], threshold, directory)
+    index = NearIndex(rows, text_of, label_hashes[rows], threshold, directory)
     representatives = np.arange(len(is_compared), dtype=np.int64)
     # Most documents share no band of their sketches with any other: they can be no near copies.
     for position in np.flatnonzero(index.may_be_near).tolist():

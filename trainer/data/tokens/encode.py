@@ -40,6 +40,20 @@ class _Turns(NamedTuple):
     """With marks within each control token that contents merely spell; the same object if they spell none."""
 
 
+class EncodedText(NamedTuple):
+    """The tokens of a rendered text, and where they stand in it."""
+
+    encoding: Encoding
+    rendered: RenderedText
+    """The text that the character offsets of `encoding` refer to, with its supervised spans."""
+
+    @property
+    def ids(self) -> list[int]:
+        """The token ids."""
+        ids: list[int] = self.encoding.ids
+        return ids
+
+
 class Encoder:
     """Tokenises documents of every format with one tokenizer, and says which tokens are supervised. Works in forked workers."""
 
@@ -127,9 +141,8 @@ class Encoder:
         remaining = iter(documents)
         while batch := list(islice(remaining, DOCUMENTS_PER_BATCH)):
             rendered = [self._render_prompt(document) for document in batch]
-            encodings, _encoded_texts = self.tokenize(rendered)
-            for document, encoding in zip(batch, encodings, strict=True):
-                ids = np.array(encoding.ids, dtype=np.int32)
+            for document, encoded in zip(batch, self.tokenize(rendered), strict=True):
+                ids = np.array(encoded.ids, dtype=np.int32)
                 # `tokenize` adds no BOS, because the chat template writes that of a conversation.
                 is_conversation = self.template is not None and document.text is None
                 if not is_conversation and self._adds_bos_to_texts and not self._begins_with_bos(ids):
@@ -215,9 +228,9 @@ class Encoder:
             return None
         # `tokenize` may change the text, and moves its spans along: here the one span that stands before the content.
         text_before_content = RenderedText(rendered.text, [(0, content_begin)], rendered.escaped)
-        (encoding,), (encoded_text,) = self.tokenize([text_before_content])
-        _, num_characters_before = encoded_text.spans[0]
-        _token_begins, token_ends = np.array(encoding.offsets, dtype=np.int64).T
+        (encoded,) = self.tokenize([text_before_content])
+        _, num_characters_before = encoded.rendered.spans[0]
+        _token_begins, token_ends = np.array(encoded.encoding.offsets, dtype=np.int64).T
         return int(np.count_nonzero(token_ends <= num_characters_before))
 
     def escape_text(self, document: Document, text: str) -> str:
@@ -237,13 +250,12 @@ class Encoder:
             raise RefusedDocument(document.location, "reserved_character", message)
         return self.escaper.escape(text)
 
-    def tokenize(self, rendered: list[RenderedText]) -> tuple[list[Encoding], list[RenderedText]]:
-        """Tokenize rendered texts: (the encoding of each, the text that its character offsets refer to, with its supervised
-        spans).
+    def tokenize(self, rendered: list[RenderedText]) -> list[EncodedText]:
+        """Tokenise rendered texts, as one batch: of each its tokens, and the text to which their character offsets refer.
 
-        The second text differs from the given one only if control tokens were escaped (`escaped`). The texts that a user wrote
-        then have marks within control tokens that they spell. They are taken out, and the real control tokens are marked in
-        their place: `escaper.marked_tokenizer` knows control tokens only with a mark.
+        That text differs from the given one only if control tokens were escaped (`escaped`). Texts that a user wrote then have
+        marks within control tokens that they spell. These are taken out, and the real control tokens are marked in their place:
+        `escaper.marked_tokenizer` knows control tokens only with a mark.
         """
         # add_special_tokens=False: templates write their own BOS, and the other formats get theirs in `_to_samples`.
         try:
@@ -252,13 +264,14 @@ class Encoder:
             if is_panic(error):  # the Rust code panicked: a pattern without end, for example
                 raise tokenizer_panic(error, self.tokenizer.name_or_path) from error
             raise
-        encoded_texts = list(rendered)
-        for number, text in enumerate(rendered):
+        encoded_texts = []
+        for text, encoding in zip(rendered, encodings, strict=True):
             if text.escaped:
                 marked_text, marked_spans = self.escaper.to_marked_text(text.text, text.spans)
-                encoded_texts[number] = RenderedText(marked_text, marked_spans, loss_weights=text.loss_weights)
-                encodings[number] = self.escaper.marked_tokenizer.encode(marked_text, add_special_tokens=False)
-        return encodings, encoded_texts
+                text = RenderedText(marked_text, marked_spans, loss_weights=text.loss_weights)
+                encoding = self.escaper.marked_tokenizer.encode(marked_text, add_special_tokens=False)
+            encoded_texts.append(EncodedText(encoding, text))
+        return encoded_texts
 
     def context_texts(self, document: Document) -> list[str]:
         """The texts of a document that are neither answers nor learned turns."""
@@ -353,9 +366,8 @@ class Encoder:
         Raises RefusedDocument for two BOS at the beginning, which no model was trained on.
         """
         samples = []
-        encodings, encoded_texts = self.tokenize(rendered)
-        for document, encoding, encoded_text in zip(documents, encodings, encoded_texts, strict=True):
-            tokens = self._add_special_tokens(document, supervise_spans(encoding, encoded_text))
+        for document, encoded in zip(documents, self.tokenize(rendered), strict=True):
+            tokens = self._add_special_tokens(document, supervise_spans(encoded.encoding, encoded.rendered))
             if self.bos_id is not None and tokens.input_ids[:2].tolist() == [self.bos_id, self.bos_id]:
                 message = (
                     f"the sample begins with two {self.tokenizer.bos_token} tokens; remove it from the text, or from the "

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 from strategies.errors import DataError
@@ -59,6 +59,24 @@ class _MarkedTurn:
     content_end: int
 
 
+@dataclass(frozen=True, slots=True)
+class RenderedConversation:
+    """A plain conversation, as the template wrote it, and which of its turns are supervised."""
+
+    messages: list[Message]
+    learned_indices: list[int]
+    """Indices of the supervised turns in `messages`, ascending."""
+    text: str
+    """As the template rendered the messages, without marks."""
+    location: str
+    """`file:line` of the row, for errors."""
+
+    @property
+    def learned_roles(self) -> list[str]:
+        """The roles of the supervised turns."""
+        return [self.messages[index]["role"] for index in self.learned_indices]
+
+
 class SpanFinder:
     """Finds the character spans of supervised turns with one chat template, closing tokens included.
 
@@ -86,43 +104,32 @@ class SpanFinder:
         self._num_misfits: dict[Shape, int] = {}
         """How often the skeleton of a shape did not fit a conversation."""
 
-    def find_spans(
-        self,
-        messages: list[Message],
-        learned_indices: list[int],
-        text: str,
-        location: str,
-        *,
-        try_skeleton: bool = True,
-    ) -> ClosedText:
+    def find_spans(self, conversation: RenderedConversation, *, try_skeleton: bool = True) -> ClosedText:
         """Find which characters of a rendered conversation are supervised: its closed text, with one span for each such turn.
 
         "Closed" means that the last turn ends with an end-of-turn token, even if the template writes none there.
 
-        `learned_indices`: indices of the supervised turns in `messages`.
-        `text`: the conversation as the template rendered it.
-        `location`: `file:line` of the row, for errors.
         `try_skeleton`: read spans off the remembered text around contents, which is fast; False always renders a second time.
 
         Raises DataError if the spans cannot be told, RefusedDocument if the template drops the `<think>` part of the last turn.
         """
-        closed_text = self._spans_by_skeleton(messages, learned_indices, text) if try_skeleton else None
+        closed_text = self._spans_by_skeleton(conversation) if try_skeleton else None
         if closed_text is None:
-            return self._spans_by_marking(messages, learned_indices, text, location)
+            return self._spans_by_marking(conversation)
         return closed_text
 
-    def _spans_by_skeleton(self, messages: list[Message], learned_indices: list[int], text: str) -> ClosedText | None:
+    def _spans_by_skeleton(self, conversation: RenderedConversation) -> ClosedText | None:
         """Find the supervised spans without a second rendering; None if the conversation must be rendered again, with marks.
 
         Conversations of one shape (roles, supervised turns, outer whitespace) share a skeleton: what the template writes around
         their contents, such as "<user>", "<assistant>" and "</s>". It is remembered by shape, and fitted to the contents.
 
-        `text`: the conversation as the template rendered it. Returns the text, closed by an end-of-turn token, and its spans.
+        Returns the text, closed by an end-of-turn token, and its spans.
         """
         roles: list[str] = []
         contents: list[str] = []
         whitespace: ContentWhitespace = {}
-        for index, message in enumerate(messages):
+        for index, message in enumerate(conversation.messages):
             content = message["content"]
             trimmed = content.strip()
             # A template may leave empty contents out, move or hide thoughts, and write fields beside role and content.
@@ -134,14 +141,14 @@ class SpanFinder:
                 whitespace[index] = (before, after)
             roles.append(message["role"])
             contents.append(trimmed)
-        shape = (*roles, tuple(learned_indices), *whitespace.items())
+        shape = (*roles, tuple(conversation.learned_indices), *whitespace.items())
         if shape in self._skeletons:
             skeleton = self._skeletons[shape]
         else:
-            skeleton = self._learn_skeleton(shape, roles, learned_indices, whitespace)
+            skeleton = self._learn_skeleton(shape, roles, conversation.learned_indices, whitespace)
         if skeleton is None:
             return None
-        closed_text = skeleton.fit(contents, text)
+        closed_text = skeleton.fit(contents, conversation.text)
         if closed_text is None:
             self._forget_misfit(shape)
         return closed_text
@@ -200,150 +207,125 @@ class SpanFinder:
             messages.append({"role": role, "content": before + placeholder + after})
         try:
             text = self._render(messages)
-            closed_text = self._spans_by_marking(messages, learned_indices, text, location="")
+            closed_text = self._spans_by_marking(RenderedConversation(messages, learned_indices, text, location=""))
             return cut_skeleton(placeholders, text, closed_text, self._added_tokens)
         except Exception:  # noqa: BLE001 - a template that dislikes placeholders is asked about each conversation
             return None
 
-    def _spans_by_marking(
-        self, messages: list[Message], learned_indices: list[int], text: str, location: str
-    ) -> ClosedText:
+    def _spans_by_marking(self, conversation: RenderedConversation) -> ClosedText:
         """Find the supervised spans the slow way: render the conversation again, with marks around supervised contents.
 
-        Marks are private-use characters: where they come out in the rendered text, the contents begin and end. The spans are
-        then widened by the tokens that close the turns.
+        Marks are private-use characters: where they come out in the rendered text, the contents begin and end. The spans are then
+        widened by the tokens that close the turns.
 
-        `text`: the rendering without marks. `location`: `file:line` of the row. Returns the closed text (with an end-of-turn
-        token behind the last turn) and its spans. Raises DataError and RefusedDocument as described at `find_spans`.
+        Returns the text, closed by an end-of-turn token, and its spans. Raises what `find_spans` raises.
         """
         try:
-            spans = self._content_spans(messages, learned_indices, text, location)
+            spans = self._content_spans(conversation)
         except DataError:
-            # The template may write the time, so that `text` differs from a rendering of now.
-            text_now = self._render(messages)
-            if text_now == text:
+            # The template may write the time, so that the text differs from a rendering of now.
+            text_now = self._render(conversation.messages)
+            if text_now == conversation.text:
                 raise
-            text = text_now
-            spans = self._content_spans(messages, learned_indices, text, location)
-        return self.close_turns(text, spans, [messages[index]["role"] for index in learned_indices])
+            conversation = replace(conversation, text=text_now)
+            spans = self._content_spans(conversation)
+        return self.close_turns(conversation.text, spans, conversation.learned_roles)
 
-    def _content_spans(self, messages: list[Message], learned_indices: list[int], text: str, location: str) -> Spans:
-        """Find the spans of supervised contents in `text`, the rendering without marks: one for each of `learned_indices`.
+    def _content_spans(self, conversation: RenderedConversation) -> Spans:
+        """Find the spans of supervised contents in a conversation's text, one for each of its `learned_indices`.
 
-        Marks are characters around a content that show where it comes out. A template may trim contents, or take thoughts out
-        of them. So marks are put there in three ways, and the first that leaves the rest of the text unchanged is taken.
+        Marks are characters around a content that show where it comes out. A template may trim contents, or take thoughts out of
+        them. So marks are put there in three ways, and the first that leaves the rest of the text unchanged is taken.
 
-        A turn whose thought (`<think>`) was marked begins where generation would begin. Raises DataError if all three ways
-        change the text, RefusedDocument if the thought of the last turn is lost.
+        A turn whose thought (`<think>`) was marked begins where generation would begin. Raises DataError if all three ways change
+        the text, RefusedDocument if the thought of the last turn is lost.
         """
         for mark_content in (mark_whole, mark_trimmed, mark_thought):
-            turns = render_marked(
-                self._render, messages, learned_indices, text, dict.fromkeys(learned_indices, mark_content)
-            )
+            markers = dict.fromkeys(conversation.learned_indices, mark_content)
+            turns = render_marked(self._render, conversation.messages, conversation.text, markers)
             if turns is None:  # with these marks the template writes something else
                 continue
             if mark_content is mark_trimmed:
                 # Marks inside the outer whitespace leave out what of it the template keeps.
-                turns = self._with_kept_whitespace(messages, learned_indices, text, turns)
+                turns = self._with_kept_whitespace(conversation, turns)
             spans = []
             for number, turn in enumerate(turns):
                 if turn.thought_begin is None:
                     begin = turn.content_begin
-                    self._check_thought_not_lost(messages, learned_indices, text, number, turn, location)
+                    self._check_thought_not_lost(conversation, number, turn)
                 else:
-                    begin = self._thought_turn_begin(
-                        messages, learned_indices, text, number, turn.thought_begin, location
-                    )
+                    begin = self._thought_turn_begin(conversation, number, turn.thought_begin)
                 spans.append((begin, turn.content_end))
             return spans
-        role = messages[learned_indices[-1]]["role"]
+        role = conversation.learned_roles[-1]
         article = "an" if role == "assistant" else "a"
         raise DataError(
-            f"{location}: the chat template changes the text of {article} {role} turn (more than "
+            f"{conversation.location}: the chat template changes the text of {article} {role} turn (more than "
             "trimming it), so that what is to be learned cannot be told; give a template with {% generation %} blocks in "
             "model.chat_template"
         )
 
-    def _with_kept_whitespace(
-        self, messages: list[Message], learned_indices: list[int], text: str, turns: list[_MarkedTurn]
-    ) -> list[_MarkedTurn]:
+    def _with_kept_whitespace(self, conversation: RenderedConversation, turns: list[_MarkedTurn]) -> list[_MarkedTurn]:
         """Widen the positions of turns by the outer whitespace of their contents that the template keeps: it is learned too.
 
-        Called for positions that were found with marks inside that whitespace. A template may trim some turns only, or line
-        ends only.
-
-        `turns`: the positions of the turns `learned_indices` in `text`, in the same order.
+        `turns`: the positions of the supervised turns, found with marks inside that whitespace. A template may trim some turns
+        only, or line ends only.
         """
         widened_turns = []
-        for number, (index, turn) in enumerate(zip(learned_indices, turns, strict=True)):
-            content = messages[index]["content"]
+        for number, (index, turn) in enumerate(zip(conversation.learned_indices, turns, strict=True)):
+            content = conversation.messages[index]["content"]
             if content != content.strip():
                 # By (begin, end): the turn, if marks around content[begin:end] leave the text as it is. Each is a rendering.
-                find_turn = cache(partial(self._find_turn_with_marks, messages, learned_indices, text, number))
+                find_turn = cache(partial(self._find_turn_with_marks, conversation, number))
                 turn = _widest_turn(content, find_turn) or turn
             widened_turns.append(turn)
         return widened_turns
 
     def _find_turn_with_marks(
-        self, messages: list[Message], learned_indices: list[int], text: str, number: int, begin: int, end: int
+        self, conversation: RenderedConversation, number: int, begin: int, end: int
     ) -> _MarkedTurn | None:
-        """Find the turn `learned_indices[number]` with marks around content[begin:end]; None if these marks change the text.
+        """Find a supervised turn with marks around content[begin:end]; None if these marks change the text.
 
-        Used to try how much of the content's outer whitespace the template keeps. `text`: the rendering without marks.
+        Used to try how much of the content's outer whitespace the template keeps. `number`: which supervised turn, from 0.
         """
         # The other turns get marks that are known to leave the text as it is.
-        markers: dict[int, Marker] = dict.fromkeys(learned_indices, mark_trimmed)
-        markers[learned_indices[number]] = partial(mark_between, begin=begin, end=end)
-        turns = render_marked(self._render, messages, learned_indices, text, markers)
+        markers: dict[int, Marker] = dict.fromkeys(conversation.learned_indices, mark_trimmed)
+        markers[conversation.learned_indices[number]] = partial(mark_between, begin=begin, end=end)
+        turns = render_marked(self._render, conversation.messages, conversation.text, markers)
         return None if turns is None else turns[number]
 
     @staticmethod
-    def _check_thought_not_lost(
-        messages: list[Message],
-        learned_indices: list[int],
-        text: str,
-        number: int,
-        turn: _MarkedTurn,
-        location: str,
-    ) -> None:
+    def _check_thought_not_lost(conversation: RenderedConversation, number: int, turn: _MarkedTurn) -> None:
         """Raise RefusedDocument if the last supervised turn has a `<think>` part that the template threw away.
 
-        Templates drop the thoughts of earlier turns on purpose; but a model that is to learn thoughts needs that of the last
-        turn.
+        Templates drop the thoughts of earlier turns on purpose, but a model that is to learn thoughts needs the last one.
 
-        `turn`: where the turn `learned_indices[number]` stands in `text`, the rendered conversation.
+        `turn`: where supervised turn `number` (from 0) stands in the text.
         """
-        has_thought = "</think>" in messages[learned_indices[number]]["content"]
-        is_last = number == len(learned_indices) - 1
-        if has_thought and is_last and "</think>" not in text[turn.content_begin : turn.content_end]:
+        has_thought = "</think>" in conversation.messages[conversation.learned_indices[number]]["content"]
+        is_last = number == len(conversation.learned_indices) - 1
+        if has_thought and is_last and "</think>" not in conversation.text[turn.content_begin : turn.content_end]:
             raise RefusedDocument(
-                location,
+                conversation.location,
                 "thought_lost",
                 "the chat template throws away the <think> part of the last assistant turn; remove it from the data "
                 "or give another template in model.chat_template",
             )
 
-    def _thought_turn_begin(
-        self,
-        messages: list[Message],
-        learned_indices: list[int],
-        text: str,
-        number: int,
-        thought_begin: int,
-        location: str,
-    ) -> int:
-        """Find where generation of a turn with a `<think>` part would begin in `text`: right behind the prompt for it.
+    def _thought_turn_begin(self, conversation: RenderedConversation, number: int, thought_begin: int) -> int:
+        """Find where generation of a turn with a `<think>` part would begin: right behind the prompt for it.
 
         The model must learn from there on. Where the thought itself begins (`thought_begin`) is too late, because the template
         may write the opening tag.
 
-        `number`: the turn is `learned_indices[number]`. Raises RefusedDocument if the text does not begin with the prompt.
+        `number`: which supervised turn, from 0. Raises RefusedDocument if the text does not begin with the prompt.
         """
         # The turns before this one, with the header of an assistant turn, such as "<|im_start|>assistant".
-        prompt = self._render(messages[: learned_indices[number]], prompt=True)
-        if not text.startswith(prompt) or len(prompt) > thought_begin:
+        earlier_turns = conversation.messages[: conversation.learned_indices[number]]
+        prompt = self._render(earlier_turns, prompt=True)
+        if not conversation.text.startswith(prompt) or len(prompt) > thought_begin:
             message = f"cannot tell where assistant turn {number + 1} begins, with its <think> part"
-            raise RefusedDocument(location, "thought_lost", message)
+            raise RefusedDocument(conversation.location, "thought_lost", message)
         return len(prompt)
 
     def close_turns(
@@ -404,20 +386,19 @@ def _widest_turn(content: str, find_turn: Callable[[int, int], _MarkedTurn | Non
 
 
 def render_marked(
-    render: Render, messages: list[Message], learned_indices: list[int], text: str, markers: dict[int, Marker]
+    render: Render, messages: list[Message], text: str, markers: Mapping[int, Marker]
 ) -> list[_MarkedTurn] | None:
-    """Render a conversation with marks in its supervised contents, and find where they come out: a position for each turn.
+    """Render a conversation with marks in some of its contents, and find where they come out: a position for each turn.
 
-    Marks are private-use characters, which no data has. `text`: the rendering without marks. `markers`: for the index of each
-    supervised turn, the function that puts marks into its content.
+    Marks are private-use characters, which no data has. `text`: the rendering without marks. `markers`: by the index of each
+    turn that is marked, ascending, the function that puts marks into its content.
 
-    Positions are in `text`. None if the template writes anything but the same text with marks, or unless every supervised turn
-    shows its marks once, in order (thought, begin, end).
+    Positions are in `text`. None if the template writes anything but the same text with marks, or unless every marked turn shows
+    its marks once, in order (thought, begin, end).
     """
     marked_messages = list(messages)
-    for index in learned_indices:
-        message = messages[index]
-        marked_messages[index] = {**message, "content": markers[index](message["content"])}
+    for index, put_marks in markers.items():
+        marked_messages[index] = {**messages[index], "content": put_marks(messages[index]["content"])}
     marked_text = render(marked_messages)
     if _MARK_REGEX.sub("", marked_text) != text:
         return None
@@ -437,7 +418,7 @@ def render_marked(
             content_begin = None
         else:  # out of order, or twice
             return None
-    is_complete = content_begin is None and thought_begin is None and len(turns) == len(learned_indices)
+    is_complete = content_begin is None and thought_begin is None and len(turns) == len(markers)
     return turns if is_complete else None
 
 
@@ -449,7 +430,7 @@ def content_begin_by_marking(render: Render, messages: list[Message], index: int
     """
     text = render(messages)
     for mark_content in (mark_whole, mark_trimmed):
-        turns = render_marked(render, messages, [index], text, {index: mark_content})
+        turns = render_marked(render, messages, text, {index: mark_content})
         if turns is not None:
             return turns[0].content_begin
     return None

@@ -23,6 +23,7 @@ from trainer.data.tokens.compat import render_conversations
 from trainer.data.tokens.end_tokens import find_end_tokens
 from trainer.data.tokens.marking import (
     RESERVED_CHARACTERS,
+    RenderedConversation,
     SpanFinder,
     content_begin_by_marking,
     leading_token_pattern,
@@ -185,13 +186,10 @@ class ChatTemplate:
         """
         if not conversation.learned_indices:
             return RenderedText(text, [])
-        closed = self._span_finder.find_spans(
-            conversation.messages,
-            conversation.learned_indices,
-            text,
-            conversation.location,
-            try_skeleton=try_skeleton,
+        rendered = RenderedConversation(
+            conversation.messages, conversation.learned_indices, text, conversation.location
         )
+        closed = self._span_finder.find_spans(rendered, try_skeleton=try_skeleton)
         return RenderedText(closed.text, closed.spans)
 
     def render_text(self, messages: Sequence[Message], location: str, tools: Tools = None) -> str:

@@ -177,21 +177,24 @@ def encoding_fixer() -> Callable[[str], str]:
 
 # Joiners shape words in Arabic, Syriac, N'Ko, Mongolian and the Indic scripts; a zero-width space parts words in Thai,
 # Lao, Khmer, Myanmar and Tibetan, which write no other.
-JOINED = "\u0600-\u08ff\ufb50-\ufdff\ufe70-\ufefc\u0900-\u0dff\u1000-\u109f\u1780-\u18af\u1b00-\u1b7f\ua840-\ua87f\ua8e0-\ua9df"
-UNSPACED = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u1980-\u19df\u1a20-\u1aaf\ua9e0-\ua9ff\uaa60-\uaa7f"
+JOINING_SCRIPTS = (
+    "\u0600-\u08ff\ufb50-\ufdff\ufe70-\ufefc\u0900-\u0dff\u1000-\u109f\u1780-\u18af\u1b00-\u1b7f"
+    "\ua840-\ua87f\ua8e0-\ua9df"
+)
+UNSPACED_SCRIPTS = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u1980-\u19df\u1a20-\u1aaf\ua9e0-\ua9ff\uaa60-\uaa7f"
 PICTURES = "\u00a9\u00ae\u203c\u2049\u2122\u2139\u2190-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001faff"
 HAN = "\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-ODD_LINE_BREAKS = re.compile("[\x0b\x0c\x85]")
+ODD_LINE_BREAK_REGEX = re.compile("[\x0b\x0c\x85]")
 """Vertical tab, form feed and NEL."""
-ALWAYS = (
+ALWAYS_INVISIBLE = (
     "\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u061c\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff"
     "\ufff9-\ufffb\ufffe\uffff\ud800-\udfff"
 )
-CANDIDATE = re.compile(f"[{ALWAYS}\x0b\x0c\x85\u180e\u200b-\u200d\U000e0000-\U000e01ef]")
-INVISIBLE = re.compile(
-    f"\x1b\\[[0-?]*[ -/]*[@-~]|[{ALWAYS}]"  # a terminal's colour code goes whole: without its escape it would be text
-    f"|(?<![{UNSPACED}])\u200b|(?<![\u1800-\u18af])\u180e|(?<![{JOINED}])\u200c"
-    f"|(?<![{JOINED}{PICTURES}\ufe0f])\u200d|(?<=[{PICTURES}\ufe0f])\u200d(?![{PICTURES}])"
+MAYBE_INVISIBLE_REGEX = re.compile(f"[{ALWAYS_INVISIBLE}\x0b\x0c\x85\u180e\u200b-\u200d\U000e0000-\U000e01ef]")
+INVISIBLE_REGEX = re.compile(
+    f"\x1b\\[[0-?]*[ -/]*[@-~]|[{ALWAYS_INVISIBLE}]"  # a terminal's colour code goes whole: without its escape it would be text
+    f"|(?<![{UNSPACED_SCRIPTS}])\u200b|(?<![\u1800-\u18af])\u180e|(?<![{JOINING_SCRIPTS}])\u200c"
+    f"|(?<![{JOINING_SCRIPTS}{PICTURES}\ufe0f])\u200d|(?<=[{PICTURES}\ufe0f])\u200d(?![{PICTURES}])"
     # Tags spell the flags of regions after a black flag, selectors choose a glyph of an ideograph; elsewhere both are
     # a known way to hide text.
     f"|(?<![\U0001f3f4\U000e0020-\U000e007f])[\U000e0000-\U000e007f]+|(?<![{HAN}])[\U000e0100-\U000e01ef]+"
@@ -203,9 +206,9 @@ def remove_control_characters(text: str) -> str:
 
     Vertical tab, form feed and NEL become line ends. Carriage returns stay.
     """
-    if CANDIDATE.search(text) is None:
+    if MAYBE_INVISIBLE_REGEX.search(text) is None:
         return text
-    return INVISIBLE.sub("", ODD_LINE_BREAKS.sub("\n", text))
+    return INVISIBLE_REGEX.sub("", ODD_LINE_BREAK_REGEX.sub("\n", text))
 
 
 class Cleaner:

@@ -51,12 +51,11 @@ class RewardModelReader:
             # `_render_conversation` has escaped control tokens, with a mark. The encoder undoes that: they become ordinary
             # characters.
             rendered.append(RenderedText(text, spans=[], escaped=ESCAPE_MARK in text))
-        encodings, _ = self.encoder.tokenize(rendered)
         ids_of_answers: list[list[int] | None] = []
-        for encoding in encodings:
-            self._raise_if_unknown_token(encoding.ids, group.prompt.origin)
-            fits = self.max_positions is None or len(encoding.ids) <= self.max_positions
-            ids_of_answers.append(list(encoding.ids) if fits else None)
+        for encoded in self.encoder.tokenize(rendered):
+            self._raise_if_unknown_token(encoded.ids, group.prompt.origin)
+            fits = self.max_positions is None or len(encoded.ids) <= self.max_positions
+            ids_of_answers.append(list(encoded.ids) if fits else None)
         return ids_of_answers
 
     def _raise_if_unknown_token(self, token_ids: Sequence[int], origin: str) -> None:
@@ -113,9 +112,9 @@ class RewardModelReader:
                 "options.chat_template=FILE"
             )
         rendered = RenderedText(text, spans=[], escaped=ESCAPE_MARK in text)
-        encodings, _ = self.encoder.tokenize([rendered])
+        (encoded,) = self.encoder.tokenize([rendered])
         try:
-            self._raise_if_unknown_token(encodings[0].ids, "a question and its answer")
+            self._raise_if_unknown_token(encoded.ids, "a question and its answer")
         except DataError as error:
             raise ConfigError(f"{setting}: {error}") from error
 

@@ -18,7 +18,7 @@ from trainer.data.transforms.privacy.patterns import is_npi
 from trainer.data.transforms.privacy.rule import (
     CHARACTERS_AFTER,
     CHARACTERS_BEFORE,
-    NOT_PERSONAL,
+    NOT_PERSONAL_WORDS_REGEX,
     SCORE_AFTER_CONTRARY_WORDS,
     PrivacyFinding,
     PrivacyRule,
@@ -162,7 +162,7 @@ DATES = [
     privacy_rule(
         "DATE_OF_BIRTH", BORN, 0.95, needs="digit", required_texts="birth|born|dob|d.o.b|geb|né|naci|nato|nata|naiss"
     ),
-    privacy_rule("DATE", DATED, 0.8, needs="digit", contrary_words=NOT_PERSONAL),
+    privacy_rule("DATE", DATED, 0.8, needs="digit", contrary_words=NOT_PERSONAL_WORDS_REGEX),
     privacy_rule("DATE", MOMENT, 0.85, needs="digit"),
     privacy_rule(
         "AGE", rf"(?i)(?<![\w.,/-])({NINETY}){OLD}", 0.85, needs="digit", required_texts="old|yo|y/o|ans|jahre"
@@ -264,7 +264,7 @@ def _score_in_context(candidate: str, spelling_score: float, before: str, after:
     `candidate`: the number as written. `before`, `after`: the text around it.
     """
     is_international = spelling_score >= INTERNATIONAL_SCORE
-    if not is_international and NOT_PERSONAL.search(before):
+    if not is_international and NOT_PERSONAL_WORDS_REGEX.search(before):
         return SCORE_AFTER_CONTRARY_WORDS
     if is_fax:
         return max(spelling_score, FAX_SCORE)

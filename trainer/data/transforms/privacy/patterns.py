@@ -14,7 +14,12 @@ from importlib import import_module
 
 from stdnum import numdb
 
-from trainer.data.transforms.privacy.rule import NOT_PERSONAL, VERSION_WORDS_REGEX, PrivacyRule, privacy_rule
+from trainer.data.transforms.privacy.rule import (
+    NOT_PERSONAL_WORDS_REGEX,
+    VERSION_WORDS_REGEX,
+    PrivacyRule,
+    privacy_rule,
+)
 
 CARD_LENGTHS = (
     ("34", "34", {15}),
@@ -117,7 +122,7 @@ def _number_rule(
     """Make a rule that finds identity numbers of one type, such as a tax number.
 
     `regex`: its form; `check`: tests the number, as by its check digit. A match has the `score` from 0 to 1. If one of the words
-    `nearby_words` (separated by |) is close, it has `score_near_words`; a word of `NOT_PERSONAL` right before, such as "order",
+    `nearby_words` (separated by |) is close, it has `score_near_words`. A word right before that says otherwise, such as "order",
     lowers it.
     """
     return privacy_rule(
@@ -127,7 +132,7 @@ def _number_rule(
         check=check,
         nearby_words=nearby_words,
         score_near_words=score_near_words,
-        contrary_words=NOT_PERSONAL,
+        contrary_words=NOT_PERSONAL_WORDS_REGEX,
         needs="number",
     )
 

@@ -122,7 +122,7 @@ _OTHER_NUMBER_WORDS = (
     r"item|part|model|commit|bestellung|rechnung|commande|facture|pages?|pp|vol)\b(?: (?:number|no|nr|id|code))?\.?"
     r"(?: is| was)? ?[:#=°]{0,2}|(?<![\w.])v)"
 )
-NOT_PERSONAL = re.compile(rf"{_OTHER_NUMBER_WORDS}[ #]*(?:[A-Z]{{1,4}}-)?$", re.IGNORECASE)
+NOT_PERSONAL_WORDS_REGEX = re.compile(rf"{_OTHER_NUMBER_WORDS}[ #]*(?:[A-Z]{{1,4}}-)?$", re.IGNORECASE)
 """Words that say that the number right after them is not a person's."""
 VERSION_WORDS_REGEX = re.compile(rf"{_OTHER_NUMBER_WORDS}[ \w.-]{{0,12}}$", re.IGNORECASE)
 """The same with up to twelve characters between, as in `version of driver 10.0.1.2`."""
